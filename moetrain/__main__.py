@@ -1,0 +1,90 @@
+"""The command line: `moetrain <verb> [overrides...]`, the same as `python -m moetrain <verb>`.
+
+One file a verb in cli/, imported when named. A user's mistake is printed once, without a traceback (MOETRAIN_DEBUG=1
+shows it), and its class gives the exit code:
+
+    0 done · 2 configuration · 10 preempted and saved · 11 non-finite · 12 data · 13 checkpoint · 14 disk
+    15 rendezvous · 16 peer lost or hung · 17 crash loop
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from moetrain import launch
+from moetrain.config.groups import group_options
+from moetrain.config.suggest import nearest
+from moetrain.config.values import schema_keys
+from moetrain.errors import ConfigError, MoETrainError, Preempted
+
+VERBS = {
+    "train": "train a model, or go on with a run",
+    "eval": "evaluate a run on held-out text, per domain",
+    "generate": "continue a text with a run's model",
+    "data": "prepare text for training (data prepare)",
+    "report": "draw tokens per expert of a run",
+    "version": "print the version",
+}
+# The keys to know first; `moetrain train --help` lists all.
+FIRST_KEYS = (
+    "run.name", "run.dir", "run.nproc", "run.steps", "run.stop_at", "run.seed", "run.device", "run.dtype",
+    "train.global_batch", "train.micro_batch", "train.seq_len", "optim.lr", "data.path", "parallel.ep",
+    "checkpoint.interval", "eval.interval",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except MoETrainError as error:
+        if os.environ.get("MOETRAIN_DEBUG") == "1":
+            traceback.print_exc()
+        elif launch.has_own_stderr():
+            print(error, file=sys.stderr)
+        # torchrun would restart a preempted job; status.json says 10.
+        return 0 if isinstance(error, Preempted) and launch.under_torchrun() else error.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:                          # `moetrain train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    verb, *rest = argv
+    verb = "version" if verb == "--version" else verb
+    if verb not in VERBS:
+        near = nearest(verb, VERBS)
+        raise ConfigError(42, f"there is no verb {verb}", where="the command line",
+                          why=f"the verbs are {', '.join(VERBS)}",
+                          next=" or ".join(f"moetrain {name}" for name in near) or "moetrain --help")
+    return importlib.import_module(f"moetrain.cli.{verb}").run(rest) or 0
+
+
+def _help() -> str:
+    keys = schema_keys()
+    return "\n".join([
+        "moetrain <verb> [key=value ...]    train sparse Mixture-of-Experts language models",
+        "",
+        *(f"  {verb:10s} {line}" for verb, line in VERBS.items()),
+        "",
+        "first steps",
+        "  moetrain train experiment=debug                a run of seconds",
+        "  moetrain train experiment=quickstart           a model that learns bytes in a minute or two",
+        "  moetrain generate run.name=quickstart generate.prompt='def '",
+        "",
+        "groups: " + "  ".join(f"{group}=<option>" for group in group_options()),
+        "",
+        "keys to know first (moetrain train --help lists all, and the options of the groups)",
+        *(f"  {path:22s} {keys[path].help}" for path in FIRST_KEYS),
+    ])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""moetrain data prepare [key=value ...]: tokenise text into shards once, ahead of training.
+
+data.path names a file or a folder (null: the built-in corpus), data.cache where the shards go (null: <run.dir>/data).
+Training does the same by itself on its first start.
+"""
+
+from moetrain.config.compose import compose
+from moetrain.config.suggest import nearest
+from moetrain.errors import ConfigError
+
+_SUBCOMMANDS = ("prepare",)
+
+
+def run(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print(str(__doc__).strip())
+        return 0
+    if not argv or argv[0] not in _SUBCOMMANDS:
+        given = argv[0] if argv else ""
+        near = nearest(given, _SUBCOMMANDS) or list(_SUBCOMMANDS)
+        raise ConfigError(42, f"there is no verb data {given}".rstrip(), where="the command line",
+                          why=f"data can {', '.join(_SUBCOMMANDS)}", next=f"moetrain data {near[0]}")
+    config = compose(argv[1:])
+    from moetrain.data.prepare import prepare_from_config
+
+    prepare_from_config(config)
+    return 0

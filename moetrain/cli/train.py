@@ -1,0 +1,147 @@
+"""moetrain train [key=value ...]: train a model, or go on with a run of the same name.
+
+    --cfg job        print the resolved config and stop
+    -m, --multirun   one run for each combination of comma-separated values, one after another:
+                     moetrain train -m router=topk run.seed=1,2,3
+"""
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from moetrain import launch
+from moetrain.config.build import SIZES, arguments
+from moetrain.config.compose import compose, run_dir, to_yaml
+from moetrain.config.groups import config_dir, group_options
+from moetrain.config.overrides import sweep
+from moetrain.config.schema import Config
+from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
+from moetrain.errors import ConfigError, ConfigErrors
+
+log = logging.getLogger(__name__)
+
+
+def run(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print(help_text())
+        return 0
+    overrides, show_config, multirun = _flags(argv)
+    if multirun:
+        return _multirun(overrides, show_config)
+    config = compose(overrides)
+    if show_config:
+        print(to_yaml(config), end="")
+        return 0
+    if config.run.nproc > 1 and not launch.is_worker():
+        return launch.start_ranks(["train", *overrides], config.run.nproc, run_dir(config))
+    with launch.ending(run_dir(config)):
+        _train(config)
+    return 0
+
+
+def _train(config: Config) -> None:
+    from moetrain.train.loop import train
+
+    train(config)
+    if launch.rank() == 0:
+        draw(run_dir(config))
+
+
+def draw(directory: Path) -> None:
+    """The picture of tokens per expert. A run is not worth less without it, so failing only warns."""
+    try:
+        from moetrain.report.loads import draw_loads
+
+        draw_loads(directory)
+    except Exception as error:
+        log.warning("[warn] tokens per expert could not be drawn: %s", error)
+
+
+def _flags(argv: list[str]) -> tuple[list[str], bool, bool]:
+    """(overrides, --cfg job, --multirun)"""
+    overrides, show_config, multirun = [], False, False
+    rest = iter(argv)
+    for word in rest:
+        if word in ("-m", "--multirun"):
+            multirun = True
+        elif word in ("-c", "--cfg") or word.startswith("--cfg="):
+            what = word.partition("=")[2] or next(rest, "")
+            if what not in ("job", "all"):
+                raise ConfigError(19, f"--cfg {what}".rstrip(), where="the command line",
+                                  why="there is one config to print", next="--cfg job")
+            show_config = True
+        elif word != "--resolve":                    # references are always filled in
+            overrides.append(word)
+    return overrides, show_config, multirun
+
+
+# --- several runs -------------------------------------------------------------------------------------------
+
+
+def _multirun(overrides: list[str], show_config: bool) -> int:
+    """One process per job, one after another. All jobs are checked before the first starts."""
+    jobs = sweep(overrides)
+    swept = [[word for word in job if word not in overrides] for job in jobs]
+    named, errors = [], {}
+    for job, own in zip(jobs, swept):
+        try:
+            config = compose(job)
+        except ConfigErrors as found:
+            errors |= {str(error): error for error in found.errors}
+            continue
+        named.append([*job, *_own_directory(config, own)])
+    if errors:
+        raise ConfigErrors(list(errors.values()))
+    codes = []
+    for number, job in enumerate(named, 1):
+        print(f"[{number}/{len(named)}] moetrain train {' '.join(job)}", flush=True)
+        codes.append(subprocess.run([sys.executable, "-m", "moetrain", "train", *job,
+                                     *(["--cfg", "job"] if show_config else [])]).returncode)
+        if codes[-1] in (10, 130) or codes[-1] < 0:  # told to stop
+            break
+    return next((code if code > 0 else 128 - code for code in codes if code), 0)
+
+
+def _own_directory(config: Config, swept: list[str]) -> list[str]:
+    """Overrides that keep the job apart: its name ends in what is particular to it, e.g. default-lr-0.001-seed-1."""
+    if any(word.startswith(("run.name=", "run.dir=")) for word in swept) or not swept:
+        return []
+    parts = [re.sub(r"[^\w.+-]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-")
+             for key, _, value in (word.partition("=") for word in swept)]
+    suffix = "-".join(parts)
+    named = [f"run.name={config.run.name}-{suffix}"]
+    return [*named, f"run.dir={config.run.dir}-{suffix}"] if config.run.dir else named
+
+
+# --- help ---------------------------------------------------------------------------------------------------
+
+
+def help_text() -> str:
+    lines = [str(__doc__).strip(), "", "Groups"]
+    lines += [f"  {group + '=':14s} {' | '.join(options)}" for group, options in group_options().items()]
+    keys = schema_keys()
+    for section, cls in schema_sections().items():
+        inside = [key for path, key in keys.items() if path.startswith(f"{section}.")]
+        lines += ["", section, *map(_line, _part_keys(section) if cls is dict else inside)]
+    return "\n".join(lines)
+
+
+def _line(key: Key) -> str:
+    return f"  {key.path:26s} {type_name(key.type):28s} {show(key.default):14s} {key.help}".rstrip()
+
+
+def _part_keys(section: str) -> list[Key]:
+    """Arguments of every class that an option of the group names, read from the yaml files."""
+    keys = {}
+    for option in group_options()[section]:
+        text = (config_dir() / section / f"{option}.yaml").read_text(encoding="utf-8")
+        comments = dict(re.findall(r"^\s*(\w+):[^#\n]*#\s*(.+)$", text, re.MULTILINE))
+        prefix = f"loss.{option}" if section == "loss" else section
+        for target in re.findall(r"_target_:\s*([\w.]+)", text):
+            for name, key in arguments(target).items():
+                if name not in SIZES:
+                    help = comments.get(name, f"argument of {target.rpartition('.')[2]}")
+                    keys.setdefault(f"{prefix}.{name}", key._replace(path=f"{prefix}.{name}", help=help))
+    return list(keys.values())

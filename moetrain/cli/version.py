@@ -1,0 +1,17 @@
+"""moetrain version: the versions that a bug report needs. Reads package metadata, imports nothing."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import moetrain
+
+
+def run(argv: list[str]) -> int:
+    print(f"moetrain {moetrain.__version__}")
+    print(f"python {platform.python_version()}")
+    for package in ("torch", "hydra-core"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} not installed")
+    return 0

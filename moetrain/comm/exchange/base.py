@@ -1,0 +1,36 @@
+"""The interface of a wire: rows go to positions on the `ep` axis and come back. No wire knows what an expert is.
+
+`post` starts an exchange and returns a handle; `handle.wait()` gives the received rows. Both are differentiable: the
+backward of an exchange is the exchange with the splits turned round, and it is issued by every rank, also by one that
+sends and receives nothing.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Splits(NamedTuple):
+    """Rows this rank sends to and receives from each position, on the host."""
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    def reversed(self) -> "Splits":
+        return Splits(self.received, self.sent)
+
+
+class Handle(Protocol):
+    def wait(self) -> Tensor: ...
+
+
+class Exchange(Protocol):
+    positions: int
+
+    def counts(self, sent_P: Tensor) -> Tensor:
+        """Swap blocks of integers [positions, n]: row s of the result came from position s. Waits."""
+        ...
+
+    def post(self, rows_RD: Tensor, splits: Splits) -> Handle:
+        """Start sending rows, ordered by destination; the handle gives the rows received, ordered by source."""
+        ...

@@ -1,0 +1,135 @@
+"""The ranks of a run, seen twice, and the groups that talk.
+
+    dense view    pp × dp_replicate × dp_shard × cp × tp        attention, norms, embeddings, routers
+    expert view   pp × edp_replicate × edp_shard × ep × esp     routed experts
+
+Both views order the same ranks, last axis fastest; their products are equal. Derived groups, by name:
+
+    batch         ranks that hold different tokens: pooled counts, cross-entropy denominator
+    dense_grad    ranks over which gradients of dense parameters are summed
+    expert_grad   ranks that hold the same experts: their gradients are summed
+    ep            ranks that share the experts of a layer
+    node          ranks of one machine
+
+Nobody asks for the world size: code that communicates takes one of these groups. A group of one rank has no process
+group, and every function of `comm/` is then the identity, so `single` runs without torch.distributed.
+"""
+
+import datetime
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from moetrain.errors import RendezvousError
+
+DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "esp")
+DERIVED = {
+    "batch": (DENSE_AXES, ("dp_replicate", "dp_shard", "cp")),
+    "dense_grad": (DENSE_AXES, ("dp_replicate", "dp_shard", "cp")),
+    "expert_grad": (EXPERT_AXES, ("edp_replicate", "edp_shard")),
+    "ep": (EXPERT_AXES, ("ep",)),
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks in a fixed order. `position` is this rank's place in it; `process_group` is None for one rank."""
+
+    name: str
+    ranks: tuple[int, ...]
+    position: int
+    process_group: dist.ProcessGroup | None = field(default=None, compare=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of all axes and the groups of this rank."""
+
+    sizes: Mapping[str, int]
+    rank: int
+    device: torch.device
+    groups: Mapping[str, Group]
+
+    def __getitem__(self, name: str) -> Group:
+        return self.groups[name]
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def axis_groups(axes: tuple[str, ...], sizes: Mapping[str, int], together: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """All groups of ranks that differ only along the axes `together`: a partition of the world, each in order."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    shape = [sizes.get(axis, 1) for axis in axes]
+    for rank in range(prod(shape)):
+        rest, fixed = rank, []
+        for axis, size in zip(reversed(axes), reversed(shape)):
+            rest, coordinate = divmod(rest, size)
+            if axis not in together:
+                fixed.append(coordinate)
+        groups.setdefault(tuple(fixed), []).append(rank)
+    return [tuple(ranks) for ranks in groups.values()]
+
+
+def build_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
+    """The mesh of this process; collective when a process group exists (every rank makes every group)."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    for axes in (DENSE_AXES, EXPERT_AXES):
+        assert prod(sizes.get(axis, 1) for axis in axes) == world, (axes, sizes, world)
+    partitions = {name: axis_groups(axes, sizes, together) for name, (axes, together) in DERIVED.items()}
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    partitions["node"] = [tuple(range(first, min(first + node, world))) for first in range(0, world, node)]
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    groups = {}
+    for name, partition in partitions.items():
+        for ranks in partition:
+            if len(ranks) > 1 and ranks not in made:
+                everyone = len(ranks) == world
+                made[ranks] = dist.group.WORLD if everyone else dist.new_group(list(ranks))
+            if rank in ranks:
+                groups[name] = Group(name, ranks, ranks.index(rank), made.get(ranks))
+    return Mesh(dict(sizes), rank, device, groups)
+
+
+def mesh_sizes(mode: str, world: int, ep: int | None) -> dict[str, int]:
+    """Axis sizes of a parallel mode; `ep` null means all ranks."""
+    if mode != "ep":
+        return {"dp_replicate": world, "edp_replicate": world}
+    ep = ep or world
+    return {"dp_replicate": world, "edp_replicate": world // ep, "ep": ep}
+
+
+def connect(device: torch.device, timeout_s: int) -> None:
+    """Join the process group that the environment (torchrun, launch.py) describes."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError, OSError) as error:      # DistStoreError and friends are RuntimeErrors
+        raise RendezvousError(
+            1,
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others",
+            where=f"rendezvous at {where}",
+            why=str(error).splitlines()[0],
+            next="check that all ranks were started and reach this address; run.timeout_s sets the wait",
+        ) from error
+
+
+def disconnect() -> None:
+    """Leave the process group; the barrier keeps a fast rank from tearing down what a slow one still uses."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,226 @@
+"""Rules between keys: one small pure function each, all in RULES.
+
+A rule yields a ConfigError for every contradiction it finds. `where` names the keys involved, separated by ", ", the
+one to change first; config/compose.py turns them into the override or the yaml file they came from.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING
+
+from moetrain.config.build import NoSuchPart, arguments
+from moetrain.config.schema import Config
+from moetrain.config.values import flatten, show
+from moetrain.errors import ConfigError
+
+
+def world_size(config: Config) -> int:
+    """Ranks of the run: what torchrun (or our launcher) says, else run.nproc."""
+    world = os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else ""
+    return int(world) if world.isdigit() and int(world) > 0 else config.run.nproc
+
+
+def check(config: Config, ranks: int) -> list[ConfigError]:
+    """Every contradiction of a config. When a value is out of its range, only that is said."""
+    return list(ranges(config, ranks)) or [error for rule in RULES[1:] for error in rule(config, ranks)]
+
+
+def ranges(config: Config, ranks: int) -> Iterator[ConfigError]:
+    values = flatten(config)
+    for text, (valid, example, keys) in _RANGES.items():
+        for key in keys:
+            entries = values[key] if isinstance(values[key], list) else [values[key]]
+            if any(entry is not None and not (math.isfinite(entry) and valid(entry)) for entry in entries):
+                yield ConfigError(20, f"{key}={show(values[key])} is out of range", where=key,
+                                  why=f"it must be {text}", next=f"{key}={example}")
+
+
+def run_name(config: Config, ranks: int) -> Iterator[ConfigError]:
+    name = config.run.name
+    if not name.strip() or "/" in name or "\\" in name or name.startswith("."):
+        yield ConfigError(21, f"run.name={name!r} cannot name a directory", where="run.name",
+                          why="the run's directory is runs/<name>, so a name has no slash and no leading dot",
+                          next="run.name=demo, or run.dir=<path> for another place")
+
+
+def stop(config: Config, ranks: int) -> Iterator[ConfigError]:
+    run = config.run
+    if run.stop_at is not None and run.stop_at > run.steps:
+        yield ConfigError(22, f"run.stop_at={run.stop_at} is behind run.steps={run.steps}",
+                          where="run.stop_at, run.steps", why="a run ends after run.steps",
+                          next=f"run.stop_at={run.steps} or run.steps={run.stop_at}")
+
+
+def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        yield ConfigError(23, f"model.num_kv_heads={model.num_kv_heads} does not divide "
+                              f"model.num_heads={model.num_heads}",
+                          where="model.num_kv_heads, model.num_heads",
+                          why="every key-value head serves the same number of heads",
+                          next=_choose("model.num_kv_heads", _divisors(model.num_heads)))
+    if model.head_dim is None and model.dim % model.num_heads:
+        yield ConfigError(24, f"model.num_heads={model.num_heads} does not divide model.dim={model.dim}",
+                          where="model.num_heads, model.dim",
+                          why="model.head_dim is null, so a head is dim / num_heads wide",
+                          next=f"{_choose('model.num_heads', _divisors(model.dim))}; or set model.head_dim")
+        return
+    head_dim = model.head_dim or model.dim // model.num_heads
+    if head_dim % 2:
+        yield ConfigError(25, f"a head is {head_dim} wide, an odd number",
+                          where="model.head_dim" if model.head_dim else "model.dim, model.num_heads",
+                          why="the rotary embedding turns pairs of numbers", next=f"model.head_dim={head_dim + 1}")
+
+
+def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
+    model = config.model
+    if model.first_dense_layers > model.num_layers:
+        yield ConfigError(26, f"model.first_dense_layers={model.first_dense_layers} is more than "
+                              f"model.num_layers={model.num_layers}",
+                          where="model.first_dense_layers, model.num_layers",
+                          why="the dense layers are the first of all layers",
+                          next=f"model.first_dense_layers={model.num_layers} or less")
+    for name in ("num_experts", "top_k"):
+        entries = getattr(model, name)
+        if isinstance(entries, list) and len(entries) != model.num_layers:
+            repaired = (entries + entries[-1:] * model.num_layers)[:model.num_layers]
+            yield ConfigError(27, f"model.{name} has {len(entries)} entries for {model.num_layers} layers",
+                              where=f"model.{name}, model.num_layers",
+                              why="a list has one entry per layer (those of leading dense layers are ignored)",
+                              next=f"model.{name}={show(repaired)}" if entries else f"model.{name}=<number>")
+
+
+def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
+    for layer, num_experts, top_k in moe_layers(config):
+        if num_experts < 1 or top_k < 1:
+            yield ConfigError(28, f"layer {layer} has num_experts={num_experts} and top_k={top_k}",
+                              where="model.num_experts, model.top_k",
+                              why="a layer with experts needs at least one of each",
+                              next="model.first_dense_layers=<n> for leading layers without experts")
+        elif top_k > num_experts:
+            yield ConfigError(29, f"model.top_k={top_k} is more than model.num_experts={num_experts} (layer {layer})",
+                              where="model.top_k, model.num_experts", why="a token takes each expert at most once",
+                              next=f"model.top_k={num_experts} or model.num_experts={top_k}")
+        else:
+            continue
+        return   # one layer shows it
+
+
+def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
+    weights = config.router.get("weights")
+    try:
+        weights = weights or arguments(str(config.router.get("_target_", "")))["weights"].default
+    except (NoSuchPart, KeyError):
+        return
+    if weights not in (MISSING, "raw") and any(top_k == 1 for _, _, top_k in moe_layers(config)):
+        yield ConfigError(30, f"model.top_k=1 with router.weights={weights} cannot train the router",
+                          where="model.top_k, router.weights",
+                          why="the renormalised weight of one expert is always 1: the task gives the router no gradient",
+                          next="router.weights=raw")
+
+
+def mode(config: Config, ranks: int) -> Iterator[ConfigError]:
+    parallel = config.parallel
+    if parallel.mode == "single" and ranks != 1:
+        yield ConfigError(31, f"parallel=single with {ranks} ranks", where="parallel.mode, run.nproc",
+                          why="single is one process without a process group", next="parallel=ep or parallel=ddp")
+    if parallel.mode != "ep" and parallel.ep not in (None, 1):
+        yield ConfigError(32, f"parallel.ep={parallel.ep} with parallel.mode={parallel.mode}",
+                          where="parallel.ep, parallel.mode", why="only mode ep splits experts over ranks",
+                          next=f"parallel=ep parallel.ep={parallel.ep}")
+
+
+def expert_parallel(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """ep divides the ranks and the experts of every layer."""
+    if config.parallel.mode != "ep":
+        return
+    ep = config.parallel.ep or ranks
+    written = f"parallel.ep={ep}" if config.parallel.ep else f"parallel.ep=null ({ep} ranks)"
+    counts = {num_experts for _, num_experts, _ in moe_layers(config)}
+    fits_experts = [n for n in _divisors(math.gcd(*counts))] if counts else _divisors(ranks)
+    valid = [n for n in fits_experts if ranks % n == 0]
+    if ranks % ep:
+        yield ConfigError(33, f"{written} does not divide the {_ranks(ranks)}", where="parallel.ep, run.nproc",
+                          why="every group of ep ranks holds each expert once",
+                          next=f"{_choose('parallel.ep', valid)}; or run.nproc={ep}")
+    for num_experts in sorted(count for count in counts if count % ep):
+        yield ConfigError(34, f"{written} does not divide model.num_experts={num_experts}",
+                          where="parallel.ep, model.num_experts, run.nproc",
+                          why="each rank must hold the same number of experts",
+                          next=_choose("parallel.ep", valid) if ranks % ep == 0
+                          else f"{_choose('parallel.ep', fits_experts)}, with run.nproc a multiple of it")
+
+
+def batch(config: Config, ranks: int) -> Iterator[ConfigError]:
+    train = config.train
+    if train.global_batch % (ranks * train.micro_batch) == 0:
+        return
+    if train.global_batch % ranks:
+        multiple = math.ceil(train.global_batch / (ranks * train.micro_batch)) * ranks * train.micro_batch
+        advice = f"train.global_batch={multiple}"
+    else:
+        advice = _choose("train.micro_batch", _divisors(train.global_batch // ranks))
+    yield ConfigError(35, f"train.global_batch={train.global_batch} cannot be split into micro-batches of "
+                          f"{train.micro_batch} on {_ranks(ranks)}",
+                      where="train.micro_batch, train.global_batch, run.nproc",
+                      why="global_batch = ranks x micro_batch x forward passes, a whole number of them",
+                      next=advice)
+
+
+def data_path(config: Config, ranks: int) -> Iterator[ConfigError]:
+    if config.data.kind == "tokens" and not config.data.path:
+        yield ConfigError(36, "data=tokens without data.path", where="data.path, data.kind",
+                          why="there are no built-in token shards",
+                          next="data.path=<folder written by moetrain data prepare>, or data=text")
+
+
+def betas(config: Config, ranks: int) -> Iterator[ConfigError]:
+    if len(config.optim.betas) != 2:
+        yield ConfigError(37, f"optim.betas has {len(config.optim.betas)} entries", where="optim.betas",
+                          why="AdamW has two moments", next="optim.betas=[0.9,0.95]")
+
+
+RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
+    ranges, run_name, stop, heads, layers, experts, router_gradient, mode, expert_parallel, batch, data_path, betas,
+]
+
+# What a number must be: the test, a value that passes, and the keys it holds for. null is always fine.
+_RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
+    "1 or more": (lambda x: x >= 1, "1", [
+        "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers",
+        "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim",
+        "parallel.ep", "train.global_batch", "train.micro_batch", "train.seq_len", "data.domain_cap",
+        "data.vocab_size", "data.num_domains", "eval.windows", "eval.batch", "log.interval", "generate.tokens"]),
+    "0 or more": (lambda x: x >= 0, "0", [
+        "run.seed", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
+        "train.clip", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
+        "eval.interval", "checkpoint.interval", "log.heatmap_every", "generate.temperature", "generate.seed"]),
+    "above 0": (lambda x: x > 0, "1e-3", [
+        "optim.lr", "optim.eps", "model.init_std", "model.norm_eps", "model.rope_theta"]),
+    "in (0, 1]": (lambda x: 0 < x <= 1, "1.0", ["generate.top_p", "data.min_length"]),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, "0.1", ["optim.min_lr_ratio"]),
+    "in [0, 1), both": (lambda x: 0 <= x < 1, "[0.9,0.95]", ["optim.betas"]),
+    "-1 or more": (lambda x: x >= -1, "-1", ["eval.ngram"]),
+}
+
+
+def moe_layers(config: Config) -> list[tuple[int, int, int]]:
+    """(layer, num_experts, top_k) of every layer with experts; lists that are too short end early."""
+    model = config.model
+    spread = [entries if isinstance(entries, list) else [entries] * model.num_layers
+              for entries in (model.num_experts, model.top_k)]
+    return [(layer, *sizes) for layer, sizes in enumerate(zip(*spread)) if layer >= model.first_dense_layers]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0] if n > 0 else [1]
+
+
+def _choose(key: str, values: list[int]) -> str:
+    shown = ", ".join(str(value) for value in values[:16])
+    return f"{key}={values[0]}" if len(values) == 1 else f"choose {key} from {shown}"
+
+
+def _ranks(ranks: int) -> str:
+    return "one rank" if ranks == 1 else f"{ranks} ranks"

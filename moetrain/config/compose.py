@@ -1,0 +1,141 @@
+"""From yaml and command line to a `Config`, or to every mistake at once.
+
+    compose(overrides)      a new run: conf/ and the command line
+    for_run(overrides)      an existing run: its own config.yaml and the command line on top
+    from_yaml, to_yaml      the resolved config of a run
+    resume_conflicts        what a resumed run may not change
+
+How: config/overrides.py reads the command line with Hydra's parser and checks choices against the files of conf/; Hydra
+composes the valid ones; config/tree.py lays the values on top, compares every leaf with the schema or with the
+constructor of its part, and runs the rules between keys (config/checks.py). No torch here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict
+from pathlib import Path
+from typing import Any
+
+from moetrain.config import tree
+from moetrain.config.groups import config_dir, section_of
+from moetrain.config.overrides import Command, Problems, read
+from moetrain.config.schema import Config
+from moetrain.config.suggest import nearest
+from moetrain.config.values import flatten, show
+from moetrain.errors import ConfigError, ConfigErrors
+
+# What a resumed run may change; a trailing dot means the whole section.
+_FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.name", "run.dir", "run.device",
+                   "log.", "checkpoint.", "eval.", "generate.", "parallel.", "train.micro_batch", "data.cache")
+# What evaluation and sampling may change of the model.
+_FREE_AFTER_TRAINING = ("model.top_k",)
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The config of a new run. Raises ConfigErrors with everything that is wrong."""
+    command, problems = read(overrides)
+    values, files = _compose_yaml(command.choices)
+    return tree.finish(values, command, problems, files)
+
+
+def for_run(overrides: Sequence[str]) -> Config:
+    """The config of the run that run.name, run.dir or experiment names, with the other overrides on top.
+
+    One process and no process group unless the overrides say otherwise: a checkpoint fits any number of ranks. Of
+    model.* only top_k may differ from what was trained.
+    """
+    command, problems = read(overrides)
+    values, files = _compose_yaml(command.choices)
+    run = {"dir": None, **values["run"]}
+    run |= {name: command.values[f"run.{name}"].value for name in ("name", "dir") if f"run.{name}" in command.values}
+    try:
+        directory = find_run(str(run["dir"] or run["name"]))
+        trained = from_yaml(directory / "config.yaml")
+    except ConfigError as error:
+        raise ConfigErrors([*problems.errors, *getattr(error, "errors", [error])]) from None
+    base = asdict(trained)
+    base["run"] |= {"name": run["name"], "dir": run["dir"], "nproc": 1}
+    base["parallel"] = {"mode": "single", "ep": None}
+    changed = {section_of(group) for group in command.choices} - {"experiment"}
+    base |= {section: values.get(section) for section in changed}
+    files = [(section, file) for section, file in files if section in changed] + [("", directory / "config.yaml")]
+    config = tree.finish(base, command, problems, files)
+    conflicts = _conflicts(trained, config, _FREE_AFTER_TRAINING)
+    if of_model := [error for error in conflicts if error.where.startswith("model.")]:
+        raise ConfigErrors(of_model)
+    return config
+
+
+def run_dir(config: Config) -> Path:
+    return Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
+
+
+def find_run(name: str) -> Path:
+    """The directory of an existing run, given its name or its path."""
+    for directory in (Path("runs") / name, Path(name)):
+        if (directory / "config.yaml").is_file():
+            return directory
+    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
+    near = nearest(name, known) or known[:8]
+    raise ConfigError(15, f"there is no run {name}", where=f"{Path('runs') / name}/config.yaml",
+                      why=f"the runs here are {', '.join(known[:8])}" if known else "there are no runs here",
+                      next=" or ".join(near) if near else "moetrain train experiment=debug starts one")
+
+
+def to_yaml(config: Config) -> str:
+    import yaml
+
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(path: Path | str) -> Config:
+    """The config in a run's config.yaml, checked key by key; no rules between keys, because the mesh may differ."""
+    return tree.finish(tree.load(Path(path)), Command({}, {}), Problems(), [("", Path(path))], rules=False)
+
+
+def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:
+    """One error for each key that a resumed run may not change and that differs. `old` is the run's own config."""
+    return _conflicts(old, new, _FREE_ON_RESUME)
+
+
+def _compose_yaml(choices: dict[str, Any]) -> tuple[tree.Tree, list[tuple[str, Path]]]:
+    """The tree of conf/ with these choices, and its files, the strongest first (see tree.finish)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    folder = config_dir()
+    arguments = [f"{group}={show(option)}" for group, option in choices.items()]
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            composed = hydra_compose("config", arguments, return_hydra_config=True)
+        values = OmegaConf.to_container(composed, resolve=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigErrors([ConfigError(18, "the yaml files do not compose", where=str(folder),
+                                        why=str(error).splitlines()[0],
+                                        next="correct the file that is named")]) from error
+    chosen = values.pop("hydra")["runtime"]["choices"]
+    files = []
+    for group, option in chosen.items():                     # Hydra lists them last applied first
+        if option and (folder / group).is_dir():
+            names = option if isinstance(option, list) else [option]
+            section = "" if group == "experiment" else section_of(group)
+            files += [(section, folder / group / f"{name}.yaml") for name in names]
+    files.sort(key=lambda entry: entry[0] != "")             # experiments before groups
+    return {**values, "loss": values.get("loss") or {}}, [*files, ("", folder / "config.yaml")]
+
+
+def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigError]:
+    before, now = flatten(old), flatten(new)
+    errors = []
+    for path in dict.fromkeys([*before, *now]):
+        if any(path == key or key.endswith(".") and path.startswith(key) for key in free):
+            continue
+        if before.get(path, MISSING) != now.get(path, MISSING):
+            was, becomes = ("absent" if path not in values else show(values[path]) for values in (before, now))
+            errors.append(ConfigError(16, f"{path} was {was} and is {becomes} now", where=path,
+                                      why="the run was trained with the first value and cannot go on with another",
+                                      next=f"{path}={was}, or another run.name" if path in before else
+                                           f"leave {path} out, or another run.name"))
+    return errors

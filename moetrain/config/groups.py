@@ -1,0 +1,34 @@
+"""conf/: where it is, and the groups and options it offers."""
+
+from pathlib import Path
+
+import moetrain
+
+# Sections of the config whose group has another name.
+_GROUP_OF = {"log": "logging"}
+
+
+def config_dir() -> Path:
+    """The folder of yaml files: inside the package in a wheel, beside it in a checkout."""
+    package = Path(moetrain.__file__).resolve().parent
+    return package / "conf" if (package / "conf" / "config.yaml").is_file() else package.parent / "conf"
+
+
+def group_options() -> dict[str, list[str]]:
+    """Every group with its options."""
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+            for folder in sorted(config_dir().iterdir()) if any(folder.glob("*.yaml"))}
+
+
+def group_of(section: str) -> str:
+    return _GROUP_OF.get(section, section)
+
+
+def section_of(group: str) -> str:
+    return next((section for section, name in _GROUP_OF.items() if name == group), group)
+
+
+def advice(group: str) -> str:
+    """What to type to choose an option."""
+    options = group_options().get(group, [])
+    return f"{group}={options[0]}" if len(options) == 1 else f"choose {group} from {', '.join(options)}"

@@ -1,0 +1,168 @@
+"""The command line: Hydra's grammar, one record of what was chosen and set, and every mistake in it.
+
+    model=debug           an option of a group of conf/; loss=[z] takes several
+    optim.lr=3e-4         a value; free text (generate.prompt, paths) may be anything, quoted or not
+    ~optim.lr             back to the default
+    +key=..., ++key=...   the same as key=...
+    run.seed=1,2          several runs, only with --multirun (`sweep`)
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moetrain.config.groups import advice, group_options
+from moetrain.config.suggest import nearest, nearest_keys
+from moetrain.config.values import schema_keys, schema_sections, show
+from moetrain.errors import ConfigError
+
+# Groups that may be empty.
+_OPTIONAL = ("loss", "experiment")
+
+
+class Value(NamedTuple):
+    value: Any                    # DELETE: back to the default
+    text: str                     # the override as typed
+
+
+class Command(NamedTuple):
+    choices: dict[str, Any]       # group -> option, list of options, or none
+    values: dict[str, Value]      # path -> value
+
+
+class Problems:
+    """Errors so far, and the keys they leave in doubt: no rule between keys is judged by those."""
+
+    def __init__(self) -> None:
+        self.errors: list[ConfigError] = []
+        self._doubtful: set[str] = set()
+
+    def add(self, error: ConfigError, *doubtful: str) -> None:
+        self.errors.append(error)
+        self._doubtful.update(doubtful)
+
+    def doubt(self, keys: Sequence[str]) -> bool:
+        return any(key == doubt or key.startswith(f"{doubt}.") for key in keys for doubt in self._doubtful)
+
+
+DELETE = object()
+
+
+def read(overrides: Sequence[str]) -> tuple[Command, Problems]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, groups, texts = OverridesParser.create(), group_options(), _text_keys()
+    command, problems = Command({}, {}), Problems()
+    for text in overrides:
+        key, _, raw = text.partition("=")
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            if key in texts and "=" in text:       # free text outside Hydra's grammar is taken as it stands
+                command.values[key] = Value(raw, text)
+            else:
+                problems.add(_malformed(text, str(error), groups))
+            continue
+        key = override.key_or_group
+        if override.package is not None or "/" in key:
+            problems.add(_malformed(text, "groups are chosen by their plain name here", groups))
+        elif override.is_delete():
+            _delete(key, text, groups, command, problems)
+        elif override.is_sweep_override() and key in texts:
+            command.values[key] = Value(raw, text)
+        elif override.is_sweep_override():
+            problems.add(ConfigError(12, f"several values for {key}", where=typed(text),
+                                     why="one run has one value; a list is written in brackets",
+                                     next=f"{key}=[{raw}], or moetrain train --multirun {text} for one run each"), key)
+        elif key in groups and not isinstance(override.value(), dict):
+            _choose(key, override.value(), text, groups, command, problems)
+        else:
+            _set(key, override.value(), raw, text, command, texts)
+    return command, problems
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The override lists of all jobs of --multirun, split by Hydra's basic sweeper: `a=1,2 b=3,4` gives four."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, jobs = OverridesParser.create(), [[]]
+    for text in overrides:
+        choices = [text]
+        try:
+            parsed = parser.parse_override(text)
+            if parsed.is_sweep_override():
+                choices = [job[0] for job in BasicSweeper.split_arguments([parsed], None)[0]]
+        except HydraException:
+            pass                                   # `read` reports it, with the others
+        jobs = [[*job, choice] for job in jobs for choice in choices]
+    return jobs
+
+
+def typed(*texts: str) -> str:
+    quoted = ", ".join(f'"{text}"' for text in texts)
+    return f"override{'s' if len(texts) > 1 else ''} {quoted} on the command line"
+
+
+def _choose(group: str, value: Any, text: str, groups: dict, command: Command, problems: Problems) -> None:
+    if group in _OPTIONAL and value in (None, []):
+        command.choices[group] = value
+        return
+    options = [show(option) for option in value] if isinstance(value, list) else [show(value)]
+    unknown = [option for option in options if option not in groups[group]]
+    doubtful = (group, *schema_sections()) if group == "experiment" else (group,)
+    for option in unknown:
+        near = nearest(option, groups[group])
+        problems.add(ConfigError(2, f"{group} has no option {option}", where=typed(text),
+                                 why=f"the options of {group} are {', '.join(groups[group])}",
+                                 next=" or ".join(f"{group}={name}" for name in near) or advice(group)), *doubtful)
+    if unknown:
+        return
+    if isinstance(value, list) and group not in _OPTIONAL:
+        problems.add(ConfigError(14, f"{group} takes one option, not a list", where=typed(text),
+                                 why="only losses add up", next=advice(group)), group)
+        return
+    command.choices[group] = options if isinstance(value, list) else options[0]
+
+
+def _delete(key: str, text: str, groups: dict, command: Command, problems: Problems) -> None:
+    if key not in groups:
+        command.values[key] = Value(DELETE, text)
+    elif key in _OPTIONAL:
+        command.choices[key] = [] if key == "loss" else None
+    else:
+        problems.add(ConfigError(40, f"{key} cannot be removed", where=typed(text), why="every run needs one",
+                                 next=advice(key)), key)
+
+
+def _set(path: str, value: Any, raw: str, text: str, command: Command, texts: dict[str, bool]) -> None:
+    if isinstance(value, dict) and value:
+        for name, entry in value.items():
+            _set(f"{path}.{name}", entry, str(entry), text, command, texts)
+        return
+    if path in texts and not isinstance(value, str) and not (value is None and texts[path]):
+        value = raw
+    command.values.pop(path, None)                 # the last one counts, and comes last
+    command.values[path] = Value(value, text)
+
+
+def _text_keys() -> dict[str, bool]:
+    """Keys whose value is free text; true where it may be null."""
+    return {path: key.type != str for path, key in schema_keys().items() if key.type in (str, str | None)}
+
+
+def _malformed(text: str, reason: str, groups: dict[str, list[str]]) -> ConfigError:
+    if text.startswith("-"):
+        return ConfigError(19, f"unknown flag {text}", where="the command line", why="values are set by key=value",
+                           next="moetrain train --help lists keys and flags")
+    if "=" not in text:
+        known = [f"{group}={text}" for group, options in groups.items() if text in options]
+        known = known or [f"{key}=<value>" for key in nearest_keys(text, schema_keys())]
+        return ConfigError(1, f"{text!r} is not an override", where=typed(text),
+                           why="an override is written key=value",
+                           next=" or ".join(known) or "moetrain train --help lists every key")
+    key, _, value = text.partition("=")
+    return ConfigError(1, f"{text!r} cannot be read", where=typed(text),
+                       why=reason.splitlines()[0].partition(" expecting")[0],
+                       next=f"quote the value: '{key}=\"{value}\"'")

@@ -1,0 +1,140 @@
+"""The typed record of a run: every key a user may set, with its type, its default and one line of meaning.
+
+`conf/` holds the same keys as yaml, in Hydra groups; `config/compose.py` turns yaml and command line into a `Config`
+and refuses what does not fit. Parts that are chosen by class (`router`, `balance`, `loss.<name>`) are mappings
+with a `_target_`; `config/build.py` makes the object.
+
+No torch here: `moetrain --help` and every configuration error come before torch is imported.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def key(default: Any, help: str) -> Any:
+    """A field with a default and the one line that `--help` and the reference page show."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = key("default", "name of the run; its directory is runs/<name>")
+    dir: str | None = key(None, "directory of the run, instead of runs/<name>")
+    nproc: int = key(1, "local ranks to start; ignored under torchrun")
+    steps: int = key(100, "optimizer steps: the length of the schedule")
+    stop_at: int | None = key(None, "stop cleanly with a save after this step")
+    seed: int = key(0, "seed of initialisation, data order and routing")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA when there is one")
+    dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "dtype of the computation; parameters stay float32 or better")
+    timeout_s: int = key(300, "seconds a collective may wait for a missing rank")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    dim: int = key(64, "width D")
+    num_layers: int = key(2, "transformer blocks")
+    num_heads: int = key(4, "attention heads")
+    num_kv_heads: int = key(2, "key-value heads; divides num_heads")
+    head_dim: int | None = key(None, "width of a head; dim / num_heads when null")
+    qk_norm: bool = key(False, "RMSNorm on queries and keys, per head (Qwen3)")
+    rope_theta: float = key(10000.0, "base of the rotary embedding")
+    norm_eps: float = key(1e-6, "epsilon of RMSNorm")
+    tie_embeddings: bool = key(False, "the head is the embedding")
+    num_experts: int | list[int] = key(8, "routed experts a layer, or one entry a layer")
+    top_k: int | list[int] = key(2, "experts a token, or one entry a layer")
+    expert_dim: int = key(64, "hidden width F of an expert")
+    num_shared_experts: int = key(0, "experts that every token visits")
+    first_dense_layers: int = key(0, "leading layers with a dense feed-forward network instead of experts")
+    dense_dim: int | None = key(None, "hidden width of a dense layer; top_k * expert_dim when null")
+    init_std: float = key(0.02, "standard deviation of the initial weights")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    mode: Literal["single", "ddp", "ep"] = key("single", "single: one process, no process group")
+    ep: int | None = key(None, "ranks that share the experts of a layer; all ranks when null (mode ep)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    global_batch: int = key(16, "sequences of one optimizer step, over all ranks")
+    micro_batch: int = key(16, "sequences of one forward pass on one rank")
+    seq_len: int = key(128, "tokens of a sequence")
+    clip: float = key(1.0, "largest global gradient norm; 0 does not clip")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    kind: Literal["text", "tokens", "synthetic"] = key("text", "text files, prepared token shards, or generated tokens")
+    path: str | None = key(None, "file or folder; null: the built-in corpus")
+    cache: str | None = key(None, "where prepared tokens go; <run.dir>/data when null")
+    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json")
+    mixture: Literal["proportional", "uniform"] = key("proportional", "domains by their size, or each alike")
+    mask_documents: bool = key(False, "attention stays inside a document")
+    domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
+    vocab_size: int = key(256, "synthetic: tokens of the vocabulary")
+    num_domains: int = key(4, "synthetic: number of domains")
+    min_length: float = key(1.0, "synthetic: shortest sequence as a share of seq_len; the rest is padding")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = key(1e-3, "peak learning rate")
+    betas: list[float] = key([0.9, 0.95], "AdamW's moment decays")
+    eps: float = key(1e-8, "AdamW's epsilon")
+    weight_decay: float = key(0.1, "decay of matrices; norms, embeddings and routers are not decayed")
+    router_lr_scale: float = key(1.0, "learning rate of routers over optim.lr")
+    expert_lr_scale: float = key(1.0, "learning rate of experts over optim.lr")
+    warmup: int = key(10, "steps of linear warm-up")
+    min_lr_ratio: float = key(0.1, "learning rate at the end of the cosine over optim.lr")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    interval: int = key(0, "evaluate every so many steps (0: only at the end)")
+    windows: int = key(32, "held-out windows of seq_len tokens per domain")
+    batch: int = key(16, "windows of one forward pass")
+    ngram: int = key(-1, "print n-gram models up to this order beside the result of `moetrain eval` (-1: none)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval: int = key(0, "save every so many steps (0: only at the end)")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    interval: int = key(1, "print a step line every so many steps")
+    heatmap_every: int = key(0, "draw tokens per expert in the terminal every so many steps (0: only at the end)")
+    progress: bool = key(True, "progress bar on a terminal")
+    sources: bool = key(False, "also record tokens per expert by source rank in loads.npz")
+    wandb: Literal["off", "offline", "online"] = key("offline", "Weights & Biases; never stops or slows a run")
+    wandb_project: str = key("moetrain", "project of Weights & Biases")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    prompt: str = key("", "text to continue")
+    tokens: int = key(128, "tokens to generate")
+    temperature: float = key(0.8, "0 takes the most probable token")
+    top_p: float = key(0.95, "probability mass to sample from, in (0, 1]")
+    seed: int = key(0, "seed of sampling")
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: dict[str, Any] = key({}, "the routing function: _target_ and its arguments")
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    balance: dict[str, Any] = key({}, "the balance loss: _target_ and its arguments")
+    loss: dict[str, Any] = key({}, "further losses by name: _target_ and arguments each")
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)

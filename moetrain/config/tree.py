@@ -1,0 +1,288 @@
+"""A plain tree against the schema: lay values over it, fill in references, check every leaf and every part.
+
+`finish` ends in a Config or in ConfigErrors with everything that was found, the command line's mistakes included.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+from moetrain.config import checks
+from moetrain.config.build import SIZES, NoSuchPart, arguments
+from moetrain.config.groups import advice, config_dir, group_of, group_options
+from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
+from moetrain.config.schema import Config
+from moetrain.config.suggest import nearest, nearest_keys
+from moetrain.config.values import Key, Misfit, fit, leaves, schema_keys, schema_sections, show, to_config, type_name
+from moetrain.errors import ConfigError, ConfigErrors
+
+Tree = dict[str, Any]
+
+
+def finish(tree: Tree, command: Command, problems: Problems, files: list[tuple[str, Path]],
+           rules: bool = True) -> Config:
+    """files: (section, file) of every yaml file in the tree, "" for a file of whole runs; the strongest first."""
+    return _Finisher(command, problems, files).run(tree, rules)
+
+
+def load(path: Path) -> Tree:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if isinstance(tree, dict):
+            return tree
+        reason = "it holds no mapping"
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+    raise ConfigErrors([ConfigError(17, "a yaml file cannot be read", where=str(path), why=reason,
+                                    next="restore the file; for a run, another run.name starts a new one")])
+
+
+class _Finisher:
+    """What the checks of one tree share: the command line, the files, the keys that may be set, the errors."""
+
+    def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]]) -> None:
+        self.command, self.problems, self.files = command, problems, files
+        self.keys: dict[str, Key] = {}
+
+    def run(self, tree: Tree, rules: bool) -> Config:
+        for path, key in schema_keys().items():    # so that ${other.key} finds every key
+            section, _, name = path.partition(".")
+            if isinstance(tree.setdefault(section, {}), dict):
+                tree[section].setdefault(name, key.default)
+        for path, given in self.command.values.items():
+            self._lay(tree, path, given)
+        tree = self._resolve(tree)
+        self.keys = {**schema_keys(), **_part_keys(tree)}
+        clean = {section: (self._parts if cls is dict else self._section)(section, tree.get(section))
+                 for section, cls in schema_sections().items()}
+        for path, _ in leaves({name: value for name, value in tree.items() if name not in clean}):
+            self._unknown(path)
+        config = to_config(clean)
+        for error in checks.check(config, checks.world_size(config)) if rules else []:
+            involved = error.where.split(", ")
+            if not self.problems.doubt(involved):
+                error.where = self._origin_of_rule(involved)
+                self.problems.add(error)
+        if self.problems.errors:
+            raise ConfigErrors(self.problems.errors)
+        return config
+
+    def _add(self, number: int, what: str, *, where: str, why: str, next: str, doubt: Sequence[str] = ()) -> None:
+        """doubt: the keys whose value is not known now."""
+        self.problems.add(ConfigError(number, what, where=where, why=why, next=next), *doubt)
+
+    # --- values over the tree
+
+    def _lay(self, tree: Tree, path: str, given: Value) -> None:
+        *parents, leaf = path.split(".")
+        node = tree
+        for depth, name in enumerate(parents, 1):
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                key = ".".join(parents[:depth])
+                self._add(41, f"{path}: {key} is a value and has no keys", doubt=[key],
+                          where=typed(given.text), why=f"{key} is {show(node)}", next=f"{key}=<value>")
+                return
+        keys = schema_keys()
+        if given.value is not DELETE:
+            node[leaf] = given.value
+        elif path in keys or leaf not in node:
+            node[leaf] = keys[path].default if path in keys else None     # the latter is reported as unknown
+        else:
+            del node[leaf]
+
+    def _resolve(self, tree: Tree) -> Tree:
+        """Fill in ${other.key}. Resolvers such as ${oc.env:NAME} are refused: config.yaml would keep the result."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        suspects = [(path, value) for path, value in leaves(tree) if "${" in str(value) or value == "???"]
+        if not suspects:
+            return tree
+        whole, broken = OmegaConf.create(tree), []
+        for path, value in suspects:
+            reason = None
+            if re.search(r"\$\{[^}]*:", str(value)):
+                reason = "only ${other.key} may be used, because config.yaml keeps the result"
+            else:
+                try:
+                    OmegaConf.select(whole, path, throw_on_missing=True, throw_on_resolution_failure=True)
+                except OmegaConfBaseException as error:
+                    reason = str(error).splitlines()[0]
+            if reason:
+                broken.append(path)
+                self._add(13, f"{path}={value} has no value", doubt=[path],
+                          where=self._origin(path), why=reason, next=f"{path}=<a plain value>")
+        for path in broken:
+            self._lay(tree, path, Value(DELETE, path))
+        try:
+            return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        except OmegaConfBaseException:             # another key refers to a broken one
+            raise ConfigErrors(self.problems.errors) from None
+
+    # --- sections of the schema
+
+    def _section(self, section: str, values: Any) -> dict[str, Any]:
+        clean = {}
+        if not isinstance(values, dict | None):
+            inside = ", ".join(path for path in self.keys if path.startswith(f"{section}."))
+            has_group = group_of(section) in group_options()
+            self._add(6, f"{section} is a section, not a value", doubt=[section],
+                      where=self._origin(section), why=f"it holds {inside}",
+                      next=advice(group_of(section)) if has_group else f"{section}.<key>=<value>")
+            return clean
+        for name, value in (values or {}).items():
+            path = f"{section}.{name}"
+            if path in self.keys:
+                self._fit(clean, name, path, value)
+            else:
+                for leaf, _ in leaves({name: value}, section):
+                    self._unknown(leaf)
+        return clean
+
+    def _fit(self, clean: dict[str, Any], name: str, path: str, value: Any) -> None:
+        key = self.keys[path]
+        try:
+            clean[name] = fit(value, key.type)
+        except Misfit as misfit:
+            choices = nearest(str(value), misfit.choices) or list(misfit.choices)
+            whole = isinstance(value, float) and value.is_integer() and type_name(key.type).startswith("int")
+            examples = choices or ([int(value)] if whole else [] if key.default is MISSING else [show(key.default)])
+            what = "is not one of its values" if misfit.choices else f"is not {type_name(key.type)}"
+            advised = " or ".join(f"{path}={example}" for example in examples)
+            self._add(5 if misfit.choices else 4, f"{path}={show(value)} {what}", doubt=[path],
+                      where=self._origin(path), why=f"{path} is {type_name(key.type)}: {key.help}",
+                      next=advised or f"{path}=<{type_name(key.type)}>")
+
+    def _unknown(self, path: str) -> None:
+        near = [self.keys[key] for key in nearest_keys(path, self.keys)]
+        section, _, rest = path.partition(".")
+        groups = [] if rest else nearest(path, group_options(), count=1)
+        advised = [*(f"{group}=<option>: {advice(group)}" for group in groups), *map(str, near)]
+        known = rest and section in schema_sections()
+        self._add(3, f"unknown key {path}", doubt=[key.path for key in near], where=self._origin(path),
+                  why=f"the section {section} has no such key" if known else "there is no such section or key",
+                  next=_lines(advised) or "moetrain train --help lists every key")
+
+    # --- parts chosen by class
+
+    def _parts(self, section: str, node: Any) -> Tree:
+        node = {} if node is None else node
+        if not isinstance(node, dict):
+            self._add(6, f"{section} is a section, not a value", doubt=[section], where=self._origin(section),
+                      why="it holds a part: _target_ and its arguments", next=advice(section))
+            return {}
+        if section != "loss":
+            return self._part(section, node)
+        return {name: self._part(f"loss.{name}", part) for name, part in node.items()}
+
+    def _part(self, path: str, node: Any) -> Tree:
+        section, _, name = path.partition(".")
+        target = node.get("_target_") if isinstance(node, dict) else None
+        if not isinstance(target, str):
+            first = next(leaves(node, path))[0] if isinstance(node, dict) and node else path
+            self._add(7, f"{path} names no class", doubt=[path], where=self._origin(first),
+                      why="a part is a mapping with _target_, which an option of the group brings",
+                      next=f"loss=[{name}]" if name in group_options()["loss"] else advice(section))
+            return {}
+        try:
+            accepted = arguments(target)
+        except NoSuchPart as error:
+            self._add(8, f"{path}._target_={target} is not a part of moetrain", doubt=[path],
+                      where=self._origin(f"{path}._target_"), why=str(error), next=advice(section))
+            return {}
+        clean = {"_target_": target}
+        for name, value in node.items():
+            if name != "_target_":
+                self._argument(clean, path, name, value, accepted)
+        for name, key in accepted.items():
+            if key.default is MISSING and name not in node and name not in SIZES:
+                self._add(11, f"{path}.{name} is missing", doubt=[path], where=self._origin(f"{path}._target_"),
+                          why=f"{target} needs it", next=f"{path}.{name}=<{type_name(key.type)}>")
+        return clean
+
+    def _argument(self, clean: Tree, path: str, name: str, value: Any, accepted: dict[str, Key]) -> None:
+        key = f"{path}.{name}"
+        if name in accepted and name in SIZES:
+            self._add(10, f"{key} is set by model.{name}", doubt=[key], where=self._origin(key),
+                      why="a size that several parts share is written once", next=f"model.{name}={show(value)}")
+        elif name in accepted:
+            self._fit(clean, name, key, value)
+        else:
+            siblings = {known: record for known, record in self.keys.items() if known.startswith(f"{path}.")}
+            near = nearest_keys(key, siblings) or nearest_keys(key, self.keys)
+            takes = ", ".join(name for name in accepted if name not in SIZES) or "no arguments"
+            self._add(9, f"unknown key {key}", doubt=near, where=self._origin(key),
+                      why=f"{clean['_target_'].rpartition('.')[2]} takes {takes}",
+                      next=_lines([str(self.keys[known]) for known in near]) or f"leave {key} out")
+
+    # --- where a value was written
+
+    def _origin(self, path: str) -> str:
+        return self._override(path) or self._file(path)
+
+    def _origin_of_rule(self, paths: Sequence[str]) -> str:
+        """All overrides that take part; without one, where the first key was written."""
+        choices, values = self.command
+        texts = [given.text for path in paths for key, given in values.items() if _covers(key, path)]
+        for path in paths:
+            group = group_of(path.partition(".")[0])
+            if group in choices and not self._override(path):
+                texts.append(f"{group}={show(choices[group])}")
+        return typed(*dict.fromkeys(texts)) if texts else self._file(paths[0])
+
+    def _override(self, path: str) -> str | None:
+        values = self.command.values
+        return next((typed(given.text) for key, given in values.items() if _covers(key, path)), None)
+
+    def _file(self, path: str) -> str:
+        for section, file in self.files:
+            inside = path.removeprefix(f"{section}.") if section else path
+            if (not section or inside != path) and _holds(load(file), inside.split(".")):
+                shown = file.relative_to(config_dir().parent) if file.is_relative_to(config_dir()) else file
+                return f"{path} in {shown}"
+        return f"{path}, at its default"
+
+
+def _part_keys(tree: Tree) -> dict[str, Key]:
+    """The arguments of the parts that are chosen, by path."""
+    found = {}
+    for path, node in _part_nodes(tree):
+        try:
+            accepted = arguments(str(node.get("_target_")))
+        except NoSuchPart:
+            continue
+        cls = str(node["_target_"]).rpartition(".")[2]
+        found |= {f"{path}.{name}": Key(f"{path}.{name}", key.type, key.default, f"argument of {cls}")
+                  for name, key in accepted.items() if name not in SIZES}
+    return found
+
+
+def _part_nodes(tree: Tree) -> Iterator[tuple[str, Tree]]:
+    for section, cls in schema_sections().items():
+        node = tree.get(section)
+        if cls is dict and isinstance(node, dict):
+            nodes = {section: node} if section != "loss" else {f"loss.{name}": part for name, part in node.items()}
+            yield from ((path, part) for path, part in nodes.items() if isinstance(part, dict))
+
+
+def _covers(key: str, path: str) -> bool:
+    return path == key or path.startswith(f"{key}.")
+
+
+def _holds(tree: Any, path: list[str]) -> bool:
+    for name in path:
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
+
+
+def _lines(entries: list[str]) -> str:
+    return "\n          ".join(entries)

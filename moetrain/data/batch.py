@@ -1,0 +1,56 @@
+"""What a dataset hands to the trainer.
+
+Shapes: B sequences, S positions.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Sample ids from here on are held-out windows: no training sample has one, so keyed randomness never repeats.
+HELDOUT_IDS = 1 << 56
+DOMAIN_IDS = 1 << 40           # held-out ids of one domain
+
+
+class Batch(NamedTuple):
+    tokens_BS: Tensor             # int64 inputs; 0 in padding
+    targets_BS: Tensor            # int64 next tokens; -1 where there is none
+    valid_BS: Tensor              # bool: the position holds a token and has a target
+    sample_ids_B: Tensor          # int64
+    domains_B: Tensor             # int64: index in Dataset.domains
+    documents_BS: Tensor | None   # int64: number of the document inside the sequence, from 0; only with mask_documents
+
+
+class Dataset(Protocol):
+    """Sequences by number. `sample_ids` says which ones a step trains on, whoever reads them."""
+
+    vocab_size: int
+    domains: tuple[str, ...]
+    fingerprint: str
+
+    def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:
+        """Ids in the slots of a step (from 1): a pure function of (seed, fingerprint, step, slot)."""
+        ...
+
+    def batch(self, sample_ids: np.ndarray) -> Batch: ...
+
+    def heldout(self, domain: int, *, windows: int, batch: int) -> Iterator[Batch]:
+        """Held-out sequences of a domain, the same ones every time, `batch` at once; fewer when there are fewer."""
+        ...
+
+    def bytes_of_targets(self, batch: Batch) -> int:
+        """Bytes of text that the valid targets stand for: the denominator of nats per byte."""
+        ...
+
+
+def make_batch(rows: np.ndarray, lengths: np.ndarray, sample_ids: np.ndarray, domains: np.ndarray,
+               documents: np.ndarray | None) -> Batch:
+    """From rows [B, S + 1] of tokens, of which the first lengths + 1 count."""
+    tokens_BS, targets_BS = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+    valid_BS = torch.arange(tokens_BS.shape[1]) < torch.from_numpy(lengths)[:, None]
+    return Batch(tokens_BS.where(valid_BS, 0), targets_BS.where(valid_BS, -1), valid_BS,
+                 torch.from_numpy(sample_ids.astype(np.int64)), torch.from_numpy(domains.astype(np.int64)),
+                 None if documents is None else torch.from_numpy(documents))

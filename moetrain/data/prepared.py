@@ -1,0 +1,225 @@
+"""A prepared dataset: a folder of token shards with a description, written once and never changed.
+
+    dataset.json         fingerprint, tokenizer, vocabulary, domains, counts by split, shards with their checksums
+    train-00000.tokens   … heldout-00000.tokens …      documents sorted by domain, each followed by the end id
+    tokenizer.json       a copy, when the tokenizer is not `bytes`
+
+`Prepared.train` and `Prepared.heldout` are `TokenStream`s: the shards of a split as one address space, in which every
+domain is one contiguous range.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+from moetrain.data.tokens import TokenShard, damaged, open_shard, write_file, write_shard
+from moetrain.errors import DataError
+
+DESCRIPTION = "dataset.json"
+SHARD_TOKENS = 64 << 20
+_FORMAT = 1
+
+
+class TokenStream:
+    """Tokens of several shards, addressed from 0 on.
+
+    domain_bounds: domain d holds tokens domain_bounds[d] to domain_bounds[d + 1].
+    document_starts: address of every document's first token, ascending.
+    """
+
+    def __init__(self, *, shards: list[TokenShard], num_domains: int) -> None:
+        self._shards = shards
+        self._starts = np.concatenate([[0], np.cumsum([len(shard.tokens) for shard in shards], dtype=np.int64)])
+        self.size = int(self._starts[-1])
+        documents = [shard.offsets[:-1] + start for shard, start in zip(shards, self._starts)]
+        self.document_starts = np.concatenate([np.zeros(0, np.int64), *documents]).astype(np.int64)
+        self.document_domains = np.concatenate([np.zeros(0, np.int32), *(shard.document_domains for shard in shards)])
+        if (np.diff(self.document_domains) < 0).any():
+            raise DataError(13, "the documents of a prepared dataset are out of order",
+                            where=str(shards[0].path.parent), why="documents must be sorted by domain, over all shards",
+                            next="prepare the text again with data=text")
+        first = np.searchsorted(self.document_domains, np.arange(num_domains + 1))
+        self.domain_bounds = np.append(self.document_starts, self.size)[first]
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens start to start + length as they lie in the files (uint16 or uint32)."""
+        assert 0 <= start <= start + length <= self.size, (start, length, self.size)
+        pieces = []
+        shard = int(np.searchsorted(self._starts, start, "right")) - 1
+        while length > 0:
+            offset = start - int(self._starts[shard])
+            piece = self._shards[shard].tokens[offset:offset + length]
+            pieces.append(piece)
+            start, length, shard = start + len(piece), length - len(piece), shard + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
+
+    def domain_range(self, domain: int) -> tuple[int, int]:
+        return int(self.domain_bounds[domain]), int(self.domain_bounds[domain + 1])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An open dataset folder."""
+
+    folder: Path
+    description: dict[str, Any]
+    train: TokenStream
+    heldout: TokenStream
+
+    @property
+    def fingerprint(self) -> str:
+        return self.description["fingerprint"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.description["vocab_size"]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self.description["domains"])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        bytes_alone = self.description["tokenizer"] == "bytes"
+        return load_tokenizer("bytes" if bytes_alone else str(self.folder / "tokenizer.json"))
+
+
+class SplitWriter:
+    """Writes the documents of one split, domain by domain, into shards of at most SHARD_TOKENS tokens."""
+
+    def __init__(self, *, folder: Path, split: str, vocab_size: int, domains: tuple[str, ...],
+                 shard_tokens: int = SHARD_TOKENS) -> None:
+        self._folder, self._split, self._vocab_size, self._domains = folder, split, vocab_size, domains
+        self._limit = shard_tokens
+        self._documents: list[np.ndarray] = []
+        self._document_domains: list[int] = []
+        self._pending = self._pending_bytes = self._shards = 0
+        self.counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in domains}
+
+    def add(self, tokens: np.ndarray, domain: int, text_bytes: int) -> None:
+        counts = self.counts[self._domains[domain]]
+        for name, amount in (("documents", 1), ("tokens", len(tokens)), ("bytes", text_bytes)):
+            counts[name] += amount
+        self._pending_bytes += text_bytes
+        dtype = np.uint16 if self._vocab_size <= 1 << 16 else np.uint32
+        for start in range(0, len(tokens), self._limit):         # a document longer than a shard is cut
+            piece = tokens[start:start + self._limit].astype(dtype)
+            if self._pending + len(piece) > self._limit:
+                self.flush()
+            self._documents.append(piece)
+            self._document_domains.append(domain)
+            self._pending += len(piece)
+
+    def flush(self) -> None:
+        """Write what is pending; called once more at the end."""
+        if not self._documents:
+            return
+        write_shard(self._folder / f"{self._split}-{self._shards:05d}.tokens", documents=self._documents,
+                    document_domains=self._document_domains, vocab_size=self._vocab_size, domains=self._domains,
+                    text_bytes=self._pending_bytes)
+        self._documents, self._document_domains = [], []
+        self._pending = self._pending_bytes = 0
+        self._shards += 1
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Seal a folder: its shards are listed with the checksum of their header, which holds all others."""
+    shards = {path.name: open_shard(path, verify=False).header_crc for path in sorted(folder.glob("*.tokens"))}
+    content = {"format": _FORMAT, **description, "shards": shards}
+    content["checksum"] = _checksum(content)
+    write_file(folder / DESCRIPTION, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def open_prepared(path: Path, *, verify: bool) -> Prepared:
+    """The dataset in a folder, or the one a `.tokens` file belongs to."""
+    if path.is_file():
+        if path.name != DESCRIPTION:
+            open_shard(path, verify=verify)                      # its own damage comes first
+        path = path.parent
+    description = _read_description(path)
+    shards = {name: _open_member(path, name, crc, description, verify) for name, crc in description["shards"].items()}
+    streams = {split: _stream(shards, split, description) for split in ("train", "heldout")}
+    return Prepared(path, description, **streams)
+
+
+def _stream(shards: dict[str, TokenShard], split: str, description: dict[str, Any]) -> TokenStream:
+    members = [shards[name] for name in sorted(shards) if name.startswith(f"{split}-")]
+    return TokenStream(shards=members, num_domains=len(description["domains"]))
+
+
+def _open_member(folder: Path, name: str, crc: int, description: dict[str, Any], verify: bool) -> TokenShard:
+    path = folder / name
+    shard = open_shard(path, verify=verify)
+    for what, has, expected in (("checksum", shard.header_crc, crc),
+                                ("vocab_size", shard.vocab_size, description["vocab_size"]),
+                                ("domains", list(shard.domains), description["domains"])):
+        if has != expected:
+            damaged(12, path, "a token shard belongs to another dataset", 0,
+                    f"its {what} is {has}, {DESCRIPTION} says {expected}")
+    return shard
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(10, "not a folder of prepared tokens", where=str(path), why=error.strerror or str(error),
+                        next="give the folder that data=text prepared (it holds dataset.json)") from error
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        damaged(11, path, "the description of a dataset is damaged", getattr(error, "pos", 0), str(error))
+    problem = _description_problem(content)
+    if problem:
+        damaged(11, path, "the description of a dataset is damaged", 0, problem)
+    return content
+
+
+def _description_problem(content: Any) -> str | None:
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        return f"it is not a description of format {_FORMAT}"
+    if content.pop("checksum", None) != _checksum(content):
+        return "its checksum does not match"
+    if not isinstance(content.get("fingerprint"), str) or not isinstance(content.get("tokenizer"), str):
+        return "fingerprint or tokenizer is missing"
+    vocab_size = content.get("vocab_size")
+    if type(vocab_size) is not int or vocab_size < 1 or not _strings(content.get("domains")):
+        return "vocab_size or domains is missing"
+    if not all(_counts(content.get(split), content["domains"]) for split in ("train", "heldout")):
+        return "the counts of a split are missing"
+    if type(content.get("heldout_overlap")) is not float:
+        return "heldout_overlap is missing"
+    shards = content.get("shards")
+    if not isinstance(shards, dict) or not any(name.startswith("train-") for name in shards):
+        return "it lists no training shard"
+    if any("/" in name or "\\" in name or not name.endswith(".tokens") for name in shards):
+        return "it lists a shard outside its folder"
+    return None
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _counts(value: Any, domains: list[str]) -> bool:
+    """Documents, tokens and bytes of every domain, as SplitWriter counts them."""
+    return isinstance(value, dict) and list(value) == domains and all(
+        isinstance(counts, dict) and list(counts) == ["documents", "tokens", "bytes"]
+        and all(type(number) is int for number in counts.values()) for counts in value.values())
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def total(counts: dict[str, dict[str, int]], what: Iterable[str] = ("documents", "tokens", "bytes")) -> dict[str, int]:
+    """Sums over domains."""
+    return {name: sum(domain[name] for domain in counts.values()) for name in what}

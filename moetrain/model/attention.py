@@ -1,0 +1,70 @@
+"""Grouped-query causal self-attention with rotary positions.
+
+Rotary embedding in the half-split form: channels i and i + h/2 of a head turn together by position * theta^(-2i/h).
+The scaled dot product is torch's; with documents it stays inside each of them.
+
+Shapes: B sequences, S positions, D model width, H heads, h head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in the weight's dtype (float32 or better)."""
+
+    def __init__(self, *, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """qkv holds query rows, then key rows, then value rows."""
+
+    def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.qkv = nn.Parameter(torch.empty((num_heads + 2 * num_kv_heads) * head_dim, dim))
+        self.out = nn.Parameter(torch.empty(dim, num_heads * head_dim))
+        self.q_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
+        self.k_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """mask: bool [B, 1, S, S], True where a query may look; None is plain causal."""
+        B, S, _ = x_BSD.shape
+        heads = F.linear(x_BSD, self.qkv.to(x_BSD.dtype)).view(B, S, -1, self.head_dim).transpose(1, 2)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        repeats = self.num_heads // self.num_kv_heads
+        if repeats > 1:
+            k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return F.linear(mixed.transpose(1, 2).reshape(B, S, -1), self.out.to(x_BSD.dtype))
+
+
+def rotary_table(positions: int, head_dim: int, theta: float, *, dtype: torch.dtype,
+                 device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, h] of every position's angles; computed in float64, then cast."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64, device=device), frequencies).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the channels of x [..., S, h] by their positions."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """Bool [B, 1, S, S]: earlier positions of the same document."""
+    same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
+    return same & torch.ones_like(same[0, 0]).tril()

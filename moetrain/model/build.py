@@ -1,0 +1,118 @@
+"""From the config to a model: made on the meta device, then given memory and initialised.
+
+Every logical tensor is initialised from (seed, its name), and the name holds layer, expert and matrix: any placement and
+any number of ranks start from the same numbers.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from moetrain.comm.exchange.flat import FlatExchange
+from moetrain.comm.mesh import Mesh
+from moetrain.config.build import build
+from moetrain.config.schema import Config, ModelConfig
+from moetrain.model.attention import Attention
+from moetrain.model.transformer import Block, Transformer
+from moetrain.moe.bank import ExpertBank, logical_tensors
+from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.experts import FeedForward, GroupedExperts
+from moetrain.moe.layer import MoELayer
+from moetrain.plan.placement import ExpertPlacement, contiguous
+
+
+def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
+    """The initialised model of this rank: dense parts whole, and the experts whose home is here."""
+    sizes = config.model
+    placement = plan_homes(sizes, mesh["ep"].size)
+    compute = getattr(torch, config.run.dtype)
+    storage = torch.float64 if compute == torch.float64 else torch.float32
+    with torch.device("meta"):
+        model = Transformer(
+            vocab_size=vocab_size,
+            dim=sizes.dim,
+            layers=[_block(config, layer, placement, mesh) for layer in range(sizes.num_layers)],
+            head_dim=_head_dim(sizes),
+            rope_theta=sizes.rope_theta,
+            eps=sizes.norm_eps,
+            tie_embeddings=sizes.tie_embeddings,
+            dtype=compute,
+        )
+    model.to(storage).to_empty(device=mesh.device)
+    initialise(model, seed=config.run.seed, std=sizes.init_std, num_layers=sizes.num_layers)
+    return model
+
+
+def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
+    """Homes of all experts, by router name."""
+    return ExpertPlacement(tuple(
+        (router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions))
+        for layer in range(sizes.first_dense_layers, sizes.num_layers)
+    ))
+
+
+def router_name(layer: int) -> str:
+    return f"layers.{layer}.moe"
+
+
+def per_layer(value: int | list[int], layer: int) -> int:
+    """A size that is the same for all layers, or has one entry a layer."""
+    return value if isinstance(value, int) else value[layer]
+
+
+@torch.no_grad()
+def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) -> None:
+    """Norms 1; matrices normal with `std`, those that write to the residual stream smaller by sqrt(2 * layers)."""
+    for name, tensor in logical_tensors(model):
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+            continue
+        scale = std / (2 * num_layers) ** 0.5 if name.endswith((".out", ".down")) else std
+        tensor.copy_(normal(tensor.shape, seed=seed, name=name) * scale)
+
+
+def normal(shape: torch.Size, *, seed: int, name: str) -> Tensor:
+    """Standard normal float32 numbers that depend on seed and name alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def _head_dim(sizes: ModelConfig) -> int:
+    return sizes.head_dim or sizes.dim // sizes.num_heads
+
+
+def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh) -> Block:
+    sizes = config.model
+    attention = Attention(
+        dim=sizes.dim,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=_head_dim(sizes),
+        qk_norm=sizes.qk_norm,
+        eps=sizes.norm_eps,
+    )
+    if layer < sizes.first_dense_layers:
+        hidden = sizes.dense_dim or per_layer(sizes.top_k, layer) * sizes.expert_dim
+        feed_forward = FeedForward(dim=sizes.dim, hidden_dim=hidden)
+    else:
+        feed_forward = _moe_layer(config, layer, placement, mesh)
+    return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps)
+
+
+def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh) -> MoELayer:
+    sizes, name = config.model, router_name(layer)
+    homes = placement[name]
+    router = build(
+        config.router, dim=sizes.dim, num_experts=homes.num_experts, top_k=per_layer(sizes.top_k, layer)
+    )
+    bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim, expert_dim=sizes.expert_dim)
+    shared_dim = sizes.num_shared_experts * sizes.expert_dim
+    return MoELayer(
+        name=name,
+        router=router,
+        dispatcher=TokenDispatcher(homes, FlatExchange(mesh["ep"]), mesh.device),
+        experts=GroupedExperts(bank),
+        shared=FeedForward(dim=sizes.dim, hidden_dim=shared_dim) if shared_dim else None,
+    )

@@ -1,0 +1,45 @@
+"""The sparse layer: route, dispatch, experts, combine, shared expert.
+
+`forward` is the list of steps; each step's file says how. The layer knows neither who holds an expert (dispatch, bank)
+nor what a loss does with the statistics it returns (losses/).
+
+Shapes: T tokens on this rank, D model width.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.experts import FeedForward, GroupedExperts
+from moetrain.routers.base import Router, RouterContext, RoutingStats
+
+
+class MoEOutput(NamedTuple):
+    out_TD: Tensor
+    stats: RoutingStats
+    carry: Tensor | None
+
+
+class MoELayer(nn.Module):
+    """name: the router's name, key of its statistics, loads and randomness."""
+
+    def __init__(self, *, name: str, router: Router, dispatcher: TokenDispatcher, experts: GroupedExperts,
+                 shared: FeedForward | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.router, self.experts, self.shared = router, experts, shared
+        self.dispatcher = dispatcher
+
+    def post(self) -> None:
+        """The bank's first seam: called at the block's start, before attention."""
+        self.experts.bank.post()
+
+    def forward(self, x_TD: Tensor, context: RouterContext) -> MoEOutput:
+        routing = self.router.route(x_TD, context._replace(router=self.name))
+        sent = self.dispatcher.dispatch(x_TD, routing)
+        rows_RD = self.experts(self.experts.bank.take(sent.rows_RD), sent.weights_R, sent.counts_e)
+        out_TD = self.dispatcher.combine(rows_RD, sent.ticket)
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        return MoEOutput(out_TD, routing.stats, routing.carry)

@@ -1,0 +1,98 @@
+"""Rows into slot order and back.
+
+    plan_permutation   physical slot ids [T, K]  ->  Permutation (integers only, made once per micro-batch)
+    permute            rows[r] = x[r's token]
+    unpermute          out[t] = sum of t's rows: the adjoint of permute
+    reorder            rows[i] = x[index[i]] for a permutation `index`
+
+The two differentiable ops are gathers forward and backward: no atomics, the sum over a token's slots runs in slot
+order. Where a slot id is -1 the slot has no row.
+
+Shapes: T tokens, K slots per token, R rows (used slots), D width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.extension import define
+
+
+class Permutation(NamedTuple):
+    """Where every used slot goes."""
+
+    slots_R: Tensor          # int64: the flat slot index t*K + k of each row, rows ordered by physical id
+    rows_TK: Tensor          # int64: the row of each slot; -1 where the slot is unused
+    counts_P: Tensor         # int64: rows per physical slot id
+
+
+def plan_permutation(physical_TK: Tensor, num_physical: int, rows: int | None = None) -> Permutation:
+    """Order used slots by physical id, then by token, then by slot.
+
+    physical_TK: int64, -1 in unused slots. rows: the number of used slots when it is known (saves a synchronisation).
+    """
+    flat_N = physical_TK.flatten()
+    counts_P = torch.bincount(flat_N + 1, minlength=num_physical + 1)[1:]
+    rows = int(counts_P.sum()) if rows is None else rows
+    slots_R = flat_N.where(flat_N >= 0, num_physical).argsort(stable=True)[:rows]
+    rows_N = torch.full_like(flat_N, -1)
+    rows_N[slots_R] = torch.arange(rows, device=flat_N.device)
+    return Permutation(slots_R, rows_N.view_as(physical_TK), counts_P)
+
+
+def _gather_tokens(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
+    return x_TD.index_select(0, slots_R // rows_TK.shape[1])
+
+
+def _sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
+    tokens, slots = rows_TK.shape
+    if slots_R.numel() == tokens * slots:              # every slot used: no mask needed
+        picked = rows_RD.index_select(0, rows_TK.flatten()).view(tokens, slots, -1)
+        return picked[:, 0].clone() if slots == 1 else picked.sum(1)
+    padded = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])   # row -1 is the zero row
+    return padded[rows_TK].sum(1)
+
+
+def _save_indices(ctx, inputs, output) -> None:
+    _, slots_R, rows_TK = inputs
+    ctx.save_for_backward(slots_R, rows_TK)
+
+
+_INDICES = "Tensor slots_R, Tensor rows_TK"
+_permute = define(
+    f"permute(Tensor x_TD, {_INDICES}) -> Tensor",
+    reference=_gather_tokens,
+    fake=lambda x_TD, slots_R, rows_TK: x_TD.new_empty(slots_R.shape[0], x_TD.shape[1]),
+    backward=lambda ctx, grad_RD: (_unpermute(grad_RD, *ctx.saved_tensors), None, None),
+    setup_context=_save_indices,
+)
+_unpermute = define(
+    f"unpermute(Tensor rows_RD, {_INDICES}) -> Tensor",
+    reference=_sum_slots,
+    fake=lambda rows_RD, slots_R, rows_TK: rows_RD.new_empty(rows_TK.shape[0], rows_RD.shape[1]),
+    backward=lambda ctx, grad_TD: (_permute(grad_TD, *ctx.saved_tensors), None, None),
+    setup_context=_save_indices,
+)
+_reorder = define(
+    "reorder(Tensor x_RD, Tensor index_R, Tensor inverse_R) -> Tensor",
+    reference=lambda x_RD, index_R, inverse_R: x_RD.index_select(0, index_R),
+    fake=lambda x_RD, index_R, inverse_R: torch.empty_like(x_RD),
+    backward=lambda ctx, grad: (_reorder(grad, ctx.saved_tensors[1], ctx.saved_tensors[0]), None, None),
+    setup_context=_save_indices,
+)
+
+
+def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """Rows [R, D] in the order of the permutation: one copy of a token for each of its used slots."""
+    return _permute(x_TD, permutation.slots_R, permutation.rows_TK)
+
+
+def unpermute(rows_RD: Tensor, permutation: Permutation) -> Tensor:
+    """Sum of each token's rows [T, D]; zero for a token without rows."""
+    return _unpermute(rows_RD, permutation.slots_R, permutation.rows_TK)
+
+
+def reorder(x_RD: Tensor, index_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """x[index], where `inverse` is the inverse permutation of `index`; its gradient is a gather too."""
+    return _reorder(x_RD, index_R, inverse_R)

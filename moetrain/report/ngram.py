@@ -1,0 +1,142 @@
+"""The yardstick: interpolated Witten-Bell n-gram models, trained on the same text and measured on the same targets.
+
+    P_k(w | c) = (n(c, w) + T(c) * P_{k-1}(w | c')) / (n(c) + T(c))        P_{-1} = 1 / vocabulary
+
+Order k has k tokens of context c; c' drops the oldest; n counts, T(c) is the number of different tokens after c.
+Where c was never seen, P_k = P_{k-1}. Witten and Bell, 1991, in the interpolated form of Chen and Goodman, 1999.
+
+One model for all domains. The n-gram sees the tokens before a held-out window, the network does not: a small
+advantage of the yardstick. Counting sorts codes of (context, token) chunk by chunk, so memory grows with the number
+of different n-grams, not with the text.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrain.data.prepared import TokenStream
+from moetrain.data.token_dataset import TokenDataset
+
+_CHUNK = 1 << 22
+_LARGEST = (1 << 63) - 1
+
+
+class Counts(NamedTuple):
+    """n(c, w) of one order: sorted codes (context * vocabulary + token) and how often each occurs."""
+
+    codes: np.ndarray
+    counts: np.ndarray
+
+
+def witten_bell(dataset: TokenDataset, *, windows: int, batch: int, order: int) -> dict[str, list[float]]:
+    """Nats per byte of text on the targets of the held-out windows: domain -> one figure for each order from 0 on.
+
+    A domain without held-out windows is left out. batch: windows of one forward pass, as in the network's evaluation.
+    """
+    measured = {}
+    for domain, name in enumerate(dataset.domains):
+        size = sum(dataset.bytes_of_targets(part) for part in dataset.heldout(domain, windows=windows, batch=batch))
+        if size:
+            measured[name] = (_positions(dataset, domain, windows), size)
+    if not measured:
+        return {}
+    nats = _nats(dataset, np.concatenate([positions for positions, _ in measured.values()]), order)
+    ends = np.cumsum([len(positions) for positions, _ in measured.values()])[:-1]
+    by_domain = np.split(nats, ends, axis=1)
+    return {name: (part.sum(1) / size).tolist() for (name, (_, size)), part in zip(measured.items(), by_domain)}
+
+
+def mean_over_domains(result: dict[str, list[float]]) -> list[float]:
+    """The plain mean, one figure for each order."""
+    return np.mean(list(result.values()), 0).tolist() if result else []
+
+
+def _positions(dataset: TokenDataset, domain: int, windows: int) -> np.ndarray:
+    """Addresses of the targets in the held-out stream."""
+    chosen = dataset.heldout_windows(domain, windows)
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(start + 1, start + length + 1)
+                                                   for start, length in zip(*chosen))])
+
+
+def _nats(dataset: TokenDataset, positions: np.ndarray, order: int) -> np.ndarray:
+    """[order + 1, target] -log P."""
+    vocab, heldout = dataset.vocab_size, dataset.heldout_stream
+    firsts = _domain_starts(heldout, positions)
+    history = _history(heldout, positions, order)
+    probability = np.full(len(positions), 1.0 / vocab)
+    nats = np.empty((order + 1, len(positions)))
+    for k in range(order + 1):
+        counts = count(dataset.train_stream, k, vocab)
+        known = positions - firsts >= k                # before that the context is shorter: the order below stands
+        contexts = _contexts(history[order - k:order], vocab)
+        better = interpolate(counts, contexts, history[order], probability, vocab)
+        probability = np.where(known, better, probability)
+        nats[k] = -np.log(probability)
+    return nats
+
+
+def interpolate(counts: Counts, contexts: np.ndarray, tokens: np.ndarray, lower: np.ndarray, vocab: int) -> np.ndarray:
+    """P_k from P_{k-1} (lower), one value for each (context, token)."""
+    cumulative = np.concatenate([[0], np.cumsum(counts.counts)])
+    begin = np.searchsorted(counts.codes, contexts * vocab)
+    end = np.searchsorted(counts.codes, contexts * vocab + (vocab - 1), "right")
+    total, types = cumulative[end] - cumulative[begin], end - begin
+    code = contexts * vocab + tokens
+    place = np.searchsorted(counts.codes, code).clip(max=len(counts.codes) - 1)
+    seen = np.where(counts.codes[place] == code, counts.counts[place], 0)
+    return np.where(total > 0, (seen + types * lower) / np.maximum(total + types, 1), lower)
+
+
+def count(stream: TokenStream, order: int, vocab: int) -> Counts:
+    """All n-grams of a stream, chunk by chunk."""
+    codes, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for start in range(0, stream.size - order, _CHUNK):
+        length = min(_CHUNK, stream.size - order - start)
+        tokens = stream.read(start, length + order).astype(np.int64)
+        columns = [tokens[shift:shift + length] for shift in range(order)]
+        found = np.sort(_contexts(columns, vocab, length) * vocab + tokens[order:])
+        codes, counts = _merge(codes, counts, found)
+    return Counts(codes, counts)
+
+
+def _merge(codes: np.ndarray, counts: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts with the sorted codes of one more chunk."""
+    first = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]]))
+    new_counts = np.diff(np.append(first, len(found)))
+    if not len(codes):
+        return found[first], new_counts
+    merged = np.concatenate([codes, found[first]])
+    by_code = np.argsort(merged, kind="stable")
+    merged, amounts = merged[by_code], np.concatenate([counts, new_counts])[by_code]
+    first = np.flatnonzero(np.concatenate([[True], merged[1:] != merged[:-1]]))
+    return merged[first], np.add.reduceat(amounts, first)
+
+
+def _contexts(columns: list[np.ndarray] | np.ndarray, vocab: int, length: int | None = None) -> np.ndarray:
+    """A number for each context, below 2^63 / vocab: exact while vocab^k fits, a hash of 2^63 / vocab values above."""
+    space = _LARGEST // vocab
+    size = length if length is not None else columns.shape[1]
+    if vocab ** len(columns) <= space:
+        context = np.zeros(size, np.int64)
+        for column in columns:
+            context = context * vocab + column
+        return context
+    mixed = np.zeros(size, np.uint64)
+    for column in columns:
+        mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(32)
+    return (mixed % np.uint64(space)).astype(np.int64)
+
+
+def _history(stream: TokenStream, positions: np.ndarray, order: int) -> np.ndarray:
+    """[order + 1, target]: the tokens at position - order, …, position (0 before the stream begins)."""
+    tokens = stream.read(0, stream.size).astype(np.int64)
+    shifted = positions[None, :] - np.arange(order, -1, -1)[:, None]
+    return np.where(shifted >= 0, tokens[shifted.clip(min=0)], 0)
+
+
+def _domain_starts(stream: TokenStream, positions: np.ndarray) -> np.ndarray:
+    domains = np.searchsorted(stream.domain_bounds, positions, "right") - 1
+    return stream.domain_bounds[domains]

@@ -1,0 +1,84 @@
+"""The router interface and its records.
+
+A router maps (x, context) to a decision of fixed width and to additive statistics. It never communicates and never sees
+an expert; losses are functions of the statistics (losses/), and the trainer owns the pool over which they are summed.
+
+    RouterContext   what a router may know besides x
+    Routing         the decision; stays inside the layer
+    RoutingStats    sums over valid tokens; leave the layer beside its output
+    Router          the base class: one weight [E, D] in float32, `route`, `routing`
+
+All three records are NamedTuples: FSDP2 finds the tensors that leave a module by flattening its output as a pytree, and a
+plain dataclass would lose gradients silently.
+
+Shapes: T tokens, D model width, E experts, K slots.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.ops.router_sums import RouterSums, router_sums
+
+RoutingStats = RouterSums
+
+
+class RouterContext(NamedTuple):
+    """training, step, seed and the router's name; sample ids and positions [T] key all randomness, on any mesh."""
+
+    training: bool = True
+    step: int = 0
+    seed: int = 0
+    router: str = ""
+    iteration: int = 0
+    sample_ids_T: Tensor | None = None
+    positions_T: Tensor | None = None
+    valid_T: Tensor | None = None            # bool; None: every token is valid
+    token_ids_T: Tensor | None = None
+    seq_offsets: Tensor | None = None
+    carry: Tensor | None = None
+
+
+class Routing(NamedTuple):
+    """A decision: used slots first, unused slots have id -1 and weight 0."""
+
+    ids_TK: Tensor                           # int64 global expert ids
+    weights_TK: Tensor                       # float32 (float64 in float64 runs), with gradient
+    max_rows: int                            # static bound on used slots
+    stats: RoutingStats
+    carry: Tensor | None = None
+    residual_T: Tensor | None = None         # weight of identity experts
+
+
+class Router(nn.Module):
+    """Base of all routers. Subclasses define `route`."""
+
+    def __init__(self, *, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+
+    def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
+        raise TypeError(f"{type(self).__name__} does not define route")
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E] in the router's own dtype, float32 or better, whatever the model computes in."""
+        return nn.functional.linear(x_TD.to(self.weight.dtype), self.weight)
+
+    def max_slots(self) -> int:
+        """K: static bound on the experts of a token."""
+        return self.top_k
+
+    def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TE: Tensor, logits_TE: Tensor,
+                context: RouterContext) -> Routing:
+        """The record of a decision: `ids_TK` have passed `decide`, `weights_TK` were gathered at them."""
+        stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T)
+        return Routing(ids_TK, weights_TK, ids_TK.numel(), stats)
+
+
+def drop_padding(ids_TK: Tensor, context: RouterContext) -> Tensor:
+    """No used slot for padding."""
+    return ids_TK if context.valid_T is None else ids_TK.where(context.valid_T[:, None], -1)
+
+

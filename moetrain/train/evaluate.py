@@ -1,0 +1,91 @@
+"""Held-out loss, domain by domain.
+
+Windows are spread over the ranks of `batch`; every rank runs the same number of forward passes (with padding where it has
+no window left), so expert parallelism never waits for a rank that has finished. Nothing of a run's state is touched.
+
+    loss/<domain>            nats per token
+    nats_per_byte/<domain>   nats per byte of text: comparable across tokenizers
+    …/mean                   plain mean over domains
+"""
+
+from itertools import islice
+
+import torch
+
+from moetrain.comm.mesh import Mesh
+from moetrain.comm.reduce import largest_over, sum_over
+from moetrain.config.compose import run_dir
+from moetrain.config.schema import Config
+from moetrain.data.batch import Batch, Dataset
+from moetrain.data.loader import build_dataset
+from moetrain.errors import CheckpointError
+from moetrain.model.build import build_model
+from moetrain.model.transformer import Transformer
+from moetrain.moe.bank import logical_tensors
+from moetrain.train.checkpoint.reader import load_model, newest
+from moetrain.train.objective import cross_entropy_sum
+from moetrain.train.setup import join, prepare_on_main
+from moetrain.train.step import step_context, to_device
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config) -> dict[str, float]:
+    """Losses of every domain. Collective."""
+    model.eval()
+    results: dict[str, float] = {}
+    for index, domain in enumerate(dataset.domains):
+        nats, tokens, text_bytes = _domain(model, dataset, index, mesh, config)
+        if tokens:
+            results[f"loss/{domain}"] = nats / tokens
+            results[f"nats_per_byte/{domain}"] = nats / max(1.0, text_bytes)
+    model.train()
+    for kind in ("loss", "nats_per_byte"):
+        values = [value for name, value in results.items() if name.startswith(f"{kind}/")]
+        results[f"{kind}/mean"] = sum(values) / max(1, len(values))
+    return results
+
+
+def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, config: Config) -> list[float]:
+    """[nats, tokens, bytes] over all ranks."""
+    group = mesh["batch"]
+    every = dataset.heldout(domain, windows=config.eval.windows, batch=config.eval.batch)
+    mine = list(islice(every, group.position, None, group.size))
+    rounds = int(largest_over(group, len(mine)))
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    for number in range(rounds):
+        batch = mine[number] if number < len(mine) else _padding(config)
+        batch = to_device(batch, mesh.device)
+        output = model(batch.tokens_BS, step_context(config.run.seed, 0, batch, training=False), batch.documents_BS)
+        nats = cross_entropy_sum(output.logits_BSV, batch.targets_BS).double()
+        text_bytes = sums.new_tensor(dataset.bytes_of_targets(batch))
+        sums += torch.stack([nats, batch.valid_BS.sum().double(), text_bytes])
+    return sum_over(group, sums).tolist()
+
+
+def _padding(config: Config) -> Batch:
+    """One sequence without a token."""
+    empty = torch.zeros(1, config.train.seq_len, dtype=torch.int64)
+    documents = empty if config.data.mask_documents else None
+    return Batch(empty, empty - 1, empty.bool(), empty[:, 0], empty[:, 0], documents)
+
+
+def load_trained(config: Config) -> tuple[Transformer, Dataset, Mesh, int]:
+    """(model, dataset, mesh, step) of a run's newest checkpoint."""
+    directory = run_dir(config)
+    checkpoint = newest(directory)
+    if checkpoint is None:
+        raise CheckpointError(
+            2, "the run has no checkpoint yet", where=str(directory / "checkpoints"),
+            why="a run saves at its end and every checkpoint.interval steps", next="moetrain train with the same run.name",
+        )
+    mesh = join(config)
+    dataset = build_dataset(config, directory, prepare_on_main(config, directory, mesh))
+    model = build_model(config, dataset.vocab_size, mesh)
+    manifest = load_model(logical_tensors(model), checkpoint)
+    return model, dataset, mesh, manifest.values["step"]
+
+
+def evaluate_run(config: Config) -> tuple[dict[str, float], Dataset, int]:
+    """Losses of a run's newest checkpoint, its dataset and step. The caller prints."""
+    model, dataset, mesh, step = load_trained(config)
+    return evaluate(model, dataset, mesh, config), dataset, step

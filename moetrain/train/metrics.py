@@ -1,0 +1,99 @@
+"""The numbers of a step, from sums that were added over micro-batches and ranks.
+
+Two buffers travel: the pooled counts, int64 and exact, before the first backward; and one float64 buffer of everything
+else (`StepSums`) after the last. Names and meanings of the metrics: docs/reference/files.md.
+"""
+
+import resource
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moetrain.comm.mesh import Group
+from moetrain.comm.reduce import sum_over
+from moetrain.losses.base import Pooled
+from moetrain.losses.load_balance import balance_slope
+from moetrain.routers.base import RoutingStats
+
+
+class StepSums(NamedTuple):
+    """Summed over micro-batches and ranks; float64."""
+
+    cross_entropy: float
+    total: float                             # the loss itself: contributions of all micro-batches
+    violation: float                         # max violation inside micro-batches, added up over routers
+    violations: float                        # how many were added
+    prob_sums: dict[str, Tensor]             # per router [E]
+
+
+def flat_counts(outputs: list[Mapping[str, RoutingStats]], routers: Mapping[str, int], device: torch.device) -> Tensor:
+    """Counts of all routers of all micro-batches in one int64 buffer [sum of E]."""
+    total = torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
+    for stats in outputs:
+        if stats:
+            total += torch.cat([stats[router].counts_E for router in routers])
+    return total
+
+
+def split_by_router(flat: Tensor, routers: Mapping[str, int]) -> dict[str, Tensor]:
+    return dict(zip(routers, flat.split(list(routers.values()))))
+
+
+def pool(flat: Tensor, routers: Mapping[str, int], tokens: Tensor) -> dict[str, Pooled]:
+    """The argument of the losses, by router."""
+    return {name: Pooled(counts_E, tokens) for name, counts_E in split_by_router(flat, routers).items()}
+
+
+class SumBuffer:
+    """Collects the float64 sums of a step on this rank, then adds them over the ranks in one collective."""
+
+    def __init__(self, routers: Mapping[str, int], device: torch.device) -> None:
+        self.routers = routers
+        self.flat = torch.zeros(4 + sum(routers.values()), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, cross_entropy: Tensor, total: Tensor, stats: Mapping[str, RoutingStats]) -> None:
+        counts = [stats[router].counts_E for router in self.routers]
+        found = torch.stack([max_violation(counts_E) for counts_E in counts]) if counts else self.flat[:0]
+        head = torch.stack([cross_entropy.double(), total.double(), found.sum(), _count_routed(counts, self.flat)])
+        self.flat += torch.cat([head, *(stats[router].prob_sum_E.double() for router in self.routers)])
+
+    def sum_over(self, group: Group) -> StepSums:
+        flat = sum_over(group, self.flat)
+        return StepSums(*flat[:4].tolist(), split_by_router(flat[4:], self.routers))
+
+
+def max_violation(counts_E: Tensor) -> Tensor:
+    """max load / mean load - 1, float64; 0 when nothing was routed."""
+    mean = counts_E.double().mean()
+    return torch.where(mean > 0, counts_E.max() / mean.clamp(min=1e-300) - 1, 0.0)
+
+
+def balance_metrics(counts: Mapping[str, Tensor], sums: StepSums, tokens: int) -> dict[str, float]:
+    """Metrics of routing from the pooled sums of the step: independent of mode, mesh and split."""
+    if not counts:
+        return {}
+    n = torch.tensor(tokens)
+    balance = [(balance_slope(c, n, torch.float64) * sums.prob_sums[name]).sum() for name, c in counts.items()]
+    violation = torch.stack([max_violation(c) for c in counts.values()])
+    return {
+        "loss/balance": torch.stack(balance).mean().item(),
+        "moe/max_violation/mean": violation.mean().item(),
+        "moe/max_violation/max": violation.max().item(),
+        "moe/local_max_violation/mean": sums.violation / max(1.0, sums.violations),
+        "moe/dead_experts": sum(int((c == 0).sum()) for c in counts.values()),
+        "moe/drop_fraction": 0.0,            # dropless: every chosen slot is computed
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most this process held on the device (CPU: resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _count_routed(counts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack([(c.sum() > 0).double() for c in counts]).sum() if counts else like.new_zeros(())

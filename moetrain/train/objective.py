@@ -1,0 +1,48 @@
+"""The loss of an optimizer step, defined once.
+
+    total = CE + sum over losses of weight * mean over routers of loss
+
+Every term is a sum over tokens divided by N, the valid tokens of the *global batch*, known at data time. A micro-batch
+contributes its share, gradients are summed over micro-batches and ranks, and so loss and gradient do not depend on how
+the batch is split. The pooled counts are an argument: nothing here communicates.
+
+Shapes: B sequences, S positions, V vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetrain.losses.base import AuxLoss, Pooled
+from moetrain.routers.base import RoutingStats
+
+
+class Objective:
+    """losses: auxiliary losses by name, `balance` among them."""
+
+    def __init__(self, losses: Mapping[str, AuxLoss]) -> None:
+        self.losses = dict(losses)
+
+    @property
+    def needs_pool(self) -> bool:
+        """The counts of the whole step must be known before its first backward."""
+        return any(loss.needs_pool for loss in self.losses.values())
+
+    def total(self, cross_entropy: Tensor, stats: Mapping[str, RoutingStats], pooled: Mapping[str, Pooled],
+              tokens: Tensor) -> Tensor:
+        """This micro-batch's share of the loss. cross_entropy: its sum in nats; tokens: N."""
+        total = cross_entropy / tokens.clamp(min=1)
+        for loss in self.losses.values():
+            if loss.weight and stats:
+                values = [loss.value(stats[router], pooled[router]) for router in stats]
+                share = len(values) if loss.reduction == "mean" else 1
+                total = total + loss.weight / share * torch.stack(values).sum()
+        return total
+
+
+def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Sum of -log p(target) in nats over targets that are not -1; float32, or float64 in float64 runs."""
+    logits = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets_BS.flatten(), ignore_index=-1, reduction="sum")

@@ -1,0 +1,153 @@
+"""What a run writes beside its checkpoints, on rank 0: metrics.jsonl, eval.jsonl, loads.npz, config.yaml, env.json, wandb.
+
+On resume the step files are cut to the restored step; the tail is kept as *.lost.
+"""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moetrain import __version__
+from moetrain.comm.mesh import Mesh
+from moetrain.config.compose import to_yaml
+from moetrain.config.schema import Config
+from moetrain.moe.bank import logical_tensors
+from moetrain.train.checkpoint.writer import on_all
+from moetrain.train.setup import Run
+from moetrain.train.sinks import JsonlSink, LoadsLog, WandbSink
+from moetrain.train.step import StepResult
+
+
+class Recorder:
+    """Silent on ranks other than 0. Making one checks on all ranks that the run's directory can be written."""
+
+    def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
+        self.config, self.directory, self.main = config, directory, mesh.is_main
+        on_all(mesh, lambda: _probe(directory) if self.main else None, directory)
+
+    def start(self, run: Run, resumed: Path | None) -> None:
+        self.routers = run.state.model.routers
+        if not self.main:
+            return
+        (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        (self.directory / "env.json").write_text(json.dumps(environment(run), indent=1), encoding="utf-8")
+        self.metrics = JsonlSink(self.directory / "metrics.jsonl")
+        self.evaluations = JsonlSink(self.directory / "eval.jsonl")
+        self.loads = LoadsLog(self.directory)
+        for sink in (self.metrics, self.evaluations, self.loads):
+            sink.cut_to(run.state.step if resumed else 0)
+        self.wandb = None
+        if self.config.log.wandb != "off":
+            self.wandb = WandbSink(project=self.config.log.wandb_project, name=self.config.run.name,
+                                   directory=self.directory, mode=self.config.log.wandb)
+
+    def step(self, result: StepResult) -> None:
+        if not self.main:
+            return
+        self.metrics.write(result.metrics)
+        if result.counts:
+            self.loads.write(int(result.metrics["step"]), self._padded(torch.cat(list(result.counts.values()))),
+                             None if result.sources is None else np.stack([self._padded(s) for s in result.sources], 1))
+        if self.wandb:
+            self.wandb.write(result.metrics)
+
+    def evaluation(self, record: dict[str, float]) -> None:
+        if not self.main:
+            return
+        self.evaluations.write(record)
+        if self.wandb:
+            self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})
+
+    def saved(self) -> None:
+        """A checkpoint was committed: loads.npz is brought up to date too."""
+        if self.main and self.routers:
+            self.loads.write_npz(self.directory / "loads.npz", list(self.routers), list(self.routers.values()))
+
+    def close(self) -> None:
+        if self.main and self.wandb:
+            self.wandb.close()
+
+    def _padded(self, flat: torch.Tensor) -> np.ndarray:
+        """[routers, E_max] from the flat buffer; 0 past a router's own experts."""
+        rows = flat.cpu().split(list(self.routers.values()))
+        table = np.zeros((len(rows), max(self.routers.values())), dtype=np.int64)
+        for index, row in enumerate(rows):
+            table[index, : len(row)] = row
+        return table
+
+
+def _probe(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / ".probe"
+    probe.write_bytes(b"moetrain")
+    probe.unlink()
+
+
+def environment(run: Run) -> dict[str, object]:
+    return {
+        "moetrain": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": str(run.mesh.device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "mesh": dict(run.mesh.sizes),
+        "data": run.dataset.fingerprint,
+    }
+
+
+def banner_lines(run: Run, resumed: Path | None, version: str) -> list[tuple[str, str]]:
+    """The start banner, as (label, text) rows."""
+    config, sizes = run.config, run.config.model
+    ranks, ep = run.mesh["batch"].size, run.mesh["ep"].size
+    per_step = config.train.global_batch * config.train.seq_len
+    accumulation = config.train.global_batch // (config.train.micro_batch * ranks)
+    total, active = parameter_counts(run)
+    rows = [
+        (f"moetrain {version}", f"run {run.directory} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
+        ("model", f"{sizes.num_layers} layers  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
+                  f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
+        ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}"
+                     f" on {run.mesh.device.type}, {config.run.dtype}"),
+        ("batch", f"{per_step:,} tokens = {ranks} ranks x {config.train.micro_batch} seq x {config.train.seq_len}"
+                  f" x accum {accumulation}"),
+        ("balance", balance_line(run, accumulation)),
+        ("data", f"{config.data.kind} {run.dataset.fingerprint[:12]}  {len(run.dataset.domains)} domains"
+                 f" ({', '.join(run.dataset.domains[:6])})  vocabulary {run.dataset.vocab_size}"),
+        ("saves", f"every {config.checkpoint.interval} steps and at the end" if config.checkpoint.interval else "at the end"),
+    ]
+    return rows
+
+
+def balance_line(run: Run, accumulation: int) -> str:
+    loss = run.objective.losses["balance"]
+    if not loss.weight:
+        return "no balance loss"
+    text = f"{loss.scope}-batch loss, {loss.mode}, weight {loss.weight:g}"
+    if loss.scope == "micro":
+        return text + "   depends on: ranks, accumulation"
+    return text + (f"   keeps the graphs of {accumulation} micro-batches" if accumulation > 1 else "")
+
+
+def parameter_counts(run: Run) -> tuple[int, int]:
+    """(all, used by one token) of the whole model, experts of other ranks included."""
+    model, sizes = run.state.model, run.config.model
+    experts = sum(model.routers.values())
+    dense = sum(tensor.numel() for name, tensor in logical_tensors(model) if ".experts." not in name)
+    one = 3 * sizes.dim * sizes.expert_dim
+    active = sum(block.moe.router.max_slots() for block in model.layers if block.moe is not None)
+    return dense + experts * one, dense + active * one
+
+
+def human(number: float) -> str:
+    for unit in ("", " k", " M", " G"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} T"

@@ -1,0 +1,97 @@
+"""From a config to everything a training step needs, on this rank.
+
+`single` has no process group at all; otherwise the environment (torchrun, launch.py) says who the ranks are.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
+from moetrain.config.build import build
+from moetrain.config.schema import Config
+from moetrain.data.batch import Dataset
+from moetrain.data.loader import Loader, build_dataset
+from moetrain.data.prepare import prepare_from_config
+from moetrain.errors import ConfigError, MoETrainError
+from moetrain.model.build import build_model
+from moetrain.model.parallelize import Parallel, parallelize
+from moetrain.train.objective import Objective
+from moetrain.train.optim import allocate_state, build_optimizer
+from moetrain.train.state import TrainState
+
+
+@dataclass
+class Run:
+    """What the loop works on."""
+
+    config: Config
+    directory: Path
+    mesh: Mesh
+    dataset: Dataset
+    loader: Loader
+    state: TrainState
+    parallel: Parallel
+    objective: Objective
+
+
+def join(config: Config) -> Mesh:
+    """This process's place: device, process group (unless `single`), mesh. Collective."""
+    device = pick_device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.parallel.mode == "single":
+        return build_mesh({}, device)
+    if not dist.is_initialized():
+        connect(device, config.run.timeout_s)
+    return build_mesh(mesh_sizes(config.parallel.mode, dist.get_world_size(), config.parallel.ep), device)
+
+
+def pick_device(config: Config) -> torch.device:
+    name = config.run.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            90, "run.device=cuda, and torch finds no CUDA device", where="run.device",
+            why=f"torch {torch.__version__} reports that CUDA is not available", next="run.device=auto or run.device=cpu",
+        )
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
+    """Data, model, optimizer and objective, before any checkpoint is read. Collective: rank 0 prepares the data."""
+    dataset = build_dataset(config, directory, prepare_on_main(config, directory, mesh))
+    model = build_model(config, dataset.vocab_size, mesh)
+    optimizer = build_optimizer(model, config.optim)
+    allocate_state(optimizer)
+    batch = mesh["batch"]
+    loader = Loader(dataset, global_batch=config.train.global_batch, micro_batch=config.train.micro_batch,
+                    rank=batch.position, ranks=batch.size)
+    losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
+    return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer), parallelize(model, mesh),
+               Objective(losses))
+
+
+def prepare_on_main(config: Config, directory: Path, mesh: Mesh) -> Path | None:
+    """Rank 0 prepares the text; the others wait and are told where it lies, or that it failed."""
+    if config.data.kind != "text":
+        return None
+    if mesh["batch"].process_group is None:
+        return prepare_from_config(config, directory)
+    message: list[object] = [None]
+    failure: MoETrainError | None = None
+    if mesh.is_main:
+        try:
+            message = [str(prepare_from_config(config, directory))]
+        except MoETrainError as error:
+            failure, message = error, [error.code]
+    dist.broadcast_object_list(message, src=0)
+    if failure is not None:
+        raise failure
+    if isinstance(message[0], int):
+        raise SystemExit(message[0])             # rank 0 tells the user
+    return Path(message[0])

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moetrain.__main__ import FIRST_KEYS, VERBS, main
+from moetrain.config.compose import compose
+from moetrain.config.values import schema_keys
+from moetrain.errors import Preempted
+
+ROOT = Path(__file__).parents[2]
+
+
+def moetrain(*argv: str, cwd: Path, python: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MOETRAIN_DEBUG")}
+    return subprocess.run([sys.executable, *python, "-m", "moetrain", *argv], cwd=cwd, capture_output=True, text=True, timeout=60,
+                          env={**clean, "PYTHONPATH": str(ROOT), **env})
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "optim.lrr=1"], ["eval", "run.name=none"], ["version"],
+                                  ["train", "--cfg", "job"]])
+def test_help_and_errors_need_no_torch(argv: list[str], tmp_path: Path) -> None:
+    done = moetrain(*argv, cwd=tmp_path, python=("-X", "importtime"))
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "moetrain.errors" in modules
+    assert not {name for name in modules if name.split(".")[0] in ("torch", "numpy", "wandb", "matplotlib")}
+
+
+def test_help_lists_verbs_and_promised_keys(tmp_path: Path) -> None:
+    done = moetrain("--help", cwd=tmp_path)
+    assert done.returncode == 0 and all(word in done.stdout for word in (*VERBS, *FIRST_KEYS, "model=", "experiment="))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_or_runs(verb: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([verb, "--help"]) == 0
+    assert "moetrain" in capsys.readouterr().out
+
+
+def test_train_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for key in schema_keys().values():
+        assert key.path in text and key.help in text
+    assert "router.weights" in text and "loss.z.weight" in text and "quickstart" in text
+
+
+def test_config_errors_come_together_and_leave_nothing_behind(tmp_path: Path) -> None:
+    done = moetrain("train", "optim.lrr=1", "run.steps=abc", "model=deubg", "parallel=ep", "run.nproc=3", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert [line[:12] for line in done.stderr.splitlines() if line.startswith("E-")] == [
+        "E-CONFIG-002", "E-CONFIG-004", "E-CONFIG-003", "E-CONFIG-035"]
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_printed_once_and_debug_shows_the_traceback(tmp_path: Path) -> None:
+    first = moetrain("train", "optim.lrr=1", cwd=tmp_path, RANK="0", WORLD_SIZE="1")
+    second = moetrain("train", "optim.lrr=1", cwd=tmp_path, RANK="1", WORLD_SIZE="1")
+    assert (first.returncode, second.returncode, second.stderr) == (2, 2, "") and first.stderr.count("E-CONFIG-003") == 1
+    debug = moetrain("train", "optim.lrr=1", cwd=tmp_path, MOETRAIN_DEBUG="1")
+    assert debug.returncode == 2 and "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["trian"], "moetrain train"), (["data"], "moetrain data prepare"), (["data", "prepar"], "moetrain data prepare"),
+    (["report"], "moetrain report <"), (["report", "none"], "experiment=debug"), (["train", "--cfg", "hydra"], "--cfg job"),
+    (["generate", "run.name=none"], "experiment=debug"), (["data", "prepare", "data.pth=x"], "data.path"),
+    (["train", "-m", "run.seed=1,2", "optim.lrr=1"], "optim.lr")])
+def test_wrong_commands_say_what_to_type(argv: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("E-CONFIG") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_cfg_job_prints_the_resolved_config(tmp_path: Path) -> None:
+    done = moetrain("train", "experiment=debug", "optim.lr=0.5", "--cfg", "job", cwd=tmp_path)
+    config = compose(["experiment=debug", "optim.lr=0.5"])
+    tree = yaml.safe_load(done.stdout)
+    assert done.returncode == 0 and tree["optim"]["lr"] == 0.5 and tree["model"]["dim"] == config.model.dim
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_gives_each_job_its_own_run(tmp_path: Path) -> None:
+    done = moetrain("train", "-m", "experiment=debug", "run.seed=1,2", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0
+    for seed in (1, 2):
+        assert f"name: debug-seed-{seed}\n" in done.stdout and f"seed: {seed}\n" in done.stdout
+
+
+def test_a_preempted_worker_of_torchrun_exits_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def preempted(argv: list[str]) -> int:
+        raise Preempted(1, "stopped", where="step 3", why="SIGTERM", next="the same command")
+
+    monkeypatch.setattr("moetrain.cli.version.run", preempted)
+    assert main(["version"]) == 10
+    monkeypatch.setenv("RANK", "0")
+    assert main(["version"]) == 0
+    monkeypatch.setenv("MOETRAIN_LAUNCHED", "1")
+    assert main(["version"]) == 10
+
+
+def test_status_says_how_training_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    def train(config: object) -> None:
+        run = tmp_path / "runs" / "debug"
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7}\n{"st')
+        if config.run.seed:
+            raise Preempted(1, "stopped", where="step 7", why="SIGTERM", next="the same command")
+
+    monkeypatch.chdir(tmp_path)
+    for name, member in (("train.loop", types.SimpleNamespace(train=train)), ("report.loads", types.SimpleNamespace(draw_loads=print))):
+        monkeypatch.setitem(sys.modules, f"moetrain.{name}", member)
+    for seed, code in ((0, 0), (1, 10)):
+        assert main(["train", "experiment=debug", f"run.seed={seed}"]) == code
+        status = json.loads((tmp_path / "runs" / "debug" / "status.json").read_text())
+        assert (status["code"], status["step"]) == (code, 7)
+    assert status["reason"] == "E-PREEMPTED-001  stopped"

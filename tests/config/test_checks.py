@@ -1,0 +1,81 @@
+"""Each rule between keys raises, with its own number and advice that works."""
+
+import pytest
+
+from moetrain.config import checks
+from moetrain.config.compose import compose
+from moetrain.errors import ConfigErrors
+
+# overrides, number, what the advice says, overrides that follow the advice
+BROKEN = [
+    (["run.steps=0"], 20, "run.steps=1", ["run.steps=1"]),
+    (["optim.lr=0"], 20, "optim.lr=1e-3", ["optim.lr=1e-3"]),
+    (["optim.lr=nan"], 20, "optim.lr=1e-3", ["optim.lr=1e-3"]),
+    (["optim.lr=inf"], 20, "optim.lr=1e-3", ["optim.lr=1e-3"]),
+    (["generate.top_p=0"], 20, "generate.top_p=1.0", ["generate.top_p=1.0"]),
+    (["generate.temperature=-1"], 20, "generate.temperature=0", ["generate.temperature=0"]),
+    (["data.min_length=1.5"], 20, "data.min_length=1.0", ["data.min_length=1.0"]),
+    (["optim.betas=[0.9,1.0]"], 20, "[0.9,0.95]", ["optim.betas=[0.9,0.95]"]),
+    (["run.name=a/b"], 21, "run.name=demo", ["run.name=demo"]),
+    (["run.stop_at=200"], 22, "run.steps=200", ["run.steps=200"]),
+    (["model.num_kv_heads=3"], 23, "from 1, 2, 4", ["model.num_kv_heads=4"]),
+    (["model.dim=66"], 24, "model.head_dim", ["model.head_dim=16"]),
+    (["model.head_dim=15"], 25, "model.head_dim=16", ["model.head_dim=16"]),
+    (["model.first_dense_layers=3"], 26, "model.first_dense_layers=2", ["model.first_dense_layers=2"]),
+    (["model.num_experts=[8]"], 27, "model.num_experts=[8,8]", ["model.num_experts=[8,8]"]),
+    (["model.num_experts=[0,8]"], 28, "model.first_dense_layers", ["model.first_dense_layers=1"]),
+    (["model.top_k=9"], 29, "model.top_k=8", ["model.top_k=8"]),
+    (["model.top_k=[2,9]"], 29, "model.num_experts=9", ["model.num_experts=9"]),
+    (["model.top_k=1"], 30, "router.weights=raw", ["router.weights=raw"]),
+    (["model.top_k=1", "router.weights=softmax_of_topk"], 30, "router.weights=raw", ["router.weights=raw"]),
+    (["run.nproc=2", "train.micro_batch=8"], 31, "parallel=ep", ["parallel=ep"]),
+    (["parallel.ep=2"], 32, "parallel=ep", ["parallel=ep", "run.nproc=2", "train.micro_batch=8"]),
+    (["parallel=ep", "parallel.ep=4", "run.nproc=2", "train.micro_batch=2"], 33, "from 1, 2; or run.nproc=4", ["parallel.ep=2"]),
+    (["parallel=ep", "run.nproc=6", "train.global_batch=36", "train.micro_batch=6"], 34, "parallel.ep from 1, 2", ["parallel.ep=2"]),
+    (["train.micro_batch=5"], 35, "from 1, 2, 4, 8, 16", ["train.micro_batch=4"]),
+    (["parallel=ddp", "run.nproc=3"], 35, "train.global_batch=48", ["train.global_batch=48"]),
+    (["data=tokens"], 36, "data.path", ["data.path=x"]),
+    (["optim.betas=[0.9]"], 37, "optim.betas=[0.9,0.95]", ["optim.betas=[0.9,0.95]"]),
+]
+
+
+@pytest.mark.parametrize("overrides, number, advice, repair", BROKEN)
+def test_a_rule_refuses_and_its_advice_works(overrides: list[str], number: int, advice: str, repair: list[str]) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        compose(overrides)
+    error, *rest = caught.value.errors
+    assert error.id == f"E-CONFIG-{number:03d}" and not rest
+    assert advice in error.next
+    compose([*overrides, *repair])
+
+
+def test_every_rule_is_raised_above() -> None:
+    assert {number for _, number, _, _ in BROKEN} == set(range(20, 38))
+    assert len(checks.RULES) == len(set(checks.RULES)) == 12
+
+
+def test_expert_parallelism_lists_the_degrees_that_work() -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        compose(["parallel=ep", "parallel.ep=8", "run.nproc=8", "model.num_experts=60", "train.micro_batch=2"])
+    assert caught.value.errors[0].what == "parallel.ep=8 does not divide model.num_experts=60"
+    assert caught.value.errors[0].next == "choose parallel.ep from 1, 2, 4"
+
+
+def test_parallel_modes_work_in_one_process() -> None:
+    for mode in ("ddp", "ep"):
+        assert compose([f"parallel={mode}"]).run.nproc == 1
+
+
+def test_leading_dense_layers_need_no_experts() -> None:
+    config = compose(["model.first_dense_layers=1", "model.num_experts=[0,6]", "model.top_k=[0,2]"])
+    assert checks.moe_layers(config) == [(1, 6, 2)]
+
+
+def test_torchrun_says_how_many_ranks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose([])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert checks.world_size(config) == 1        # left over in the shell
+    monkeypatch.setenv("RANK", "0")
+    assert checks.world_size(config) == 4
+    with pytest.raises(ConfigErrors):
+        compose([])

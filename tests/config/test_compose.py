@@ -1,0 +1,221 @@
+"""Composing: every option of conf/ works, every mistake is named, and all of them together."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moetrain.config import compose as module
+from moetrain.config.compose import compose, config_dir, for_run, from_yaml, resume_conflicts, run_dir, to_yaml
+from moetrain.config.groups import group_options
+from moetrain.config.overrides import sweep
+from moetrain.config.schema import Config
+from moetrain.config.values import flatten, schema_keys
+from moetrain.errors import ConfigError, ConfigErrors
+
+OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
+# What an option needs beside itself.
+COMPANIONS = {("data", "tokens"): ["data.path=shards"]}
+
+
+def errors_of(*overrides: str) -> list[ConfigError]:
+    with pytest.raises(ConfigErrors) as caught:
+        compose(overrides)
+    return list(caught.value.errors)
+
+
+def ids_of(*overrides: str) -> list[str]:
+    return [error.id for error in errors_of(*overrides)]
+
+
+@pytest.mark.parametrize("group, option", OPTIONS)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    assert isinstance(compose([f"{group}={option}", *COMPANIONS.get((group, option), [])]), Config)
+
+
+@pytest.mark.parametrize("group, option", OPTIONS)
+def test_every_key_in_yaml_has_a_comment(group: str, option: str) -> None:
+    lines = (config_dir() / group / f"{option}.yaml").read_text().splitlines()
+    for line in lines:
+        head = line.split("#")[0].strip()
+        if head and not head.endswith(":"):
+            assert "#" in line, line
+
+
+def test_yaml_and_schema_have_the_same_defaults() -> None:
+    composed, bare = flatten(compose([])), flatten(Config())
+    for path in schema_keys():
+        assert composed[path] == bare[path], path
+
+
+def test_quickstart_is_the_measured_setting() -> None:
+    config = compose(["experiment=quickstart"])
+    assert (config.run.name, config.run.steps, config.train.global_batch, config.train.seq_len) == ("quickstart", 1200, 16, 128)
+    assert (config.model.dim, config.model.expert_dim, config.model.num_experts) == (128, 128, 8)
+    assert (config.optim.lr, config.optim.warmup, config.optim.min_lr_ratio) == (3e-3, 50, 0.05)
+    assert (config.data.mixture, config.eval.interval) == ("uniform", 300)
+    compose(["experiment=quickstart", "parallel=ep", "run.nproc=2"])
+
+
+def test_the_command_line_wins_over_an_experiment() -> None:
+    config = compose(["model=quickstart", "run.steps=7", "experiment=debug"])
+    assert (config.model.dim, config.run.steps, config.data.kind, config.log.wandb) == (128, 7, "synthetic", "off")
+
+
+def test_values_of_every_kind() -> None:
+    config = compose(["optim.lr=1", "model.num_experts=[8,4]", "model.top_k=[2,1]", "router.weights=raw", "run.dir=null",
+                      "~optim.warmup", "+eval.batch=4", "++eval.windows=5", "model={dim: 96}", "optim.eps=${model.norm_eps}",
+                      "log.wandb=off", "loss=[z]", "loss.z.weight=0.5"])
+    assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
+    assert config.model.num_experts == [8, 4] and config.model.dim == 96
+    assert (config.optim.warmup, config.eval.batch, config.eval.windows, config.optim.eps) == (10, 4, 5, 1e-6)
+    assert config.router == {"_target_": "moetrain.routers.topk.TopKRouter", "weights": "raw"}
+    assert config.loss["z"]["weight"] == 0.5 and config.log.wandb == "off" and config.run.dir is None
+
+
+@pytest.mark.parametrize("text", ["Hello, world", "f(x) = {y: [", "007", "1e3", "null", "", "it's \"quoted\""])
+def test_free_text_needs_no_quotes(text: str) -> None:
+    assert compose([f"generate.prompt={text}"]).generate.prompt == text
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    found = errors_of("optim.lrr=1", "model=deubg", "run.steps=abc", "run.dtype=float16", "debug", "balance.wieght=1",
+                      "router._target_=os.system", "parallel=ep", "run.nproc=3", "train.micro_batch=5")
+    assert sorted(error.id[-3:] for error in found) == ["001", "002", "003", "004", "005", "008", "009", "035"]
+    for error in found:
+        assert all([error.what, error.where, error.why, error.next])
+
+
+@pytest.mark.parametrize("override, id, suggestion", [
+    ("optim.lrr=1", "003", "optim.lr (float, default 0.001): peak learning rate"),
+    ("lr=1", "003", "optim.lr"),
+    ("optimizer.lr=1", "003", "optim.lr"),
+    ("optim.learning_rate=1", "003", "optim.lr"),
+    ("nproc=1", "003", "run.nproc"),
+    ("modle=debug", "003", "model=<option>"),
+    ("model.dim.x=1", "041", "model.dim=<value>"),
+    ("router.weight=raw", "009", "router.weights"),
+    ("router.top_k=4", "010", "model.top_k=4"),
+    ("loss.z.weight=1", "007", "loss=[z]"),
+    ("loss=[y]", "002", "loss=[z]|loss=z"),
+    ("experiment=debgu", "002", "experiment=debug"),
+    ("parallel=fsdp", "002", "parallel"),
+    ("model=[debug]", "014", "debug"),
+    ("~model", "040", "debug"),
+    ("log=off", "006", "logging"),
+    ("router=1", "002", "router=topk"),
+    ("optim.lr=fast", "004", "optim.lr=0.001"),
+    ("run.steps=true", "004", "run.steps=100"),
+    ("run.steps=1e3", "004", "run.steps=1000"),
+    ("optim.betas=[a,b]", "004", "optim.betas=[0.9,0.95]"),
+    ("optim.betas=0.9", "004", "optim.betas=[0.9,0.95]"),
+    ("balance.weight=heavy", "004", "balance.weight=0.01"),
+    ("run.device=cdua", "005", "run.device=cuda"),
+    ("quickstart", "001", "experiment=quickstart"),
+    ("optim.lr=(", "001", "quote"),
+    ("model@other=debug", "001", "model@other"),
+    ("--fast", "019", "moetrain train --help"),
+    ("run.seed=1,2", "012", "--multirun"),
+    ("data.path=${oc.env:HOME}", "013", "data.path="),
+    ("optim.lr=${no.such}", "013", "optim.lr="),
+    ("router._target_=moetrain.losses.load_balance.torch", "008", "router=topk"),
+    ("router._target_=os.system", "008", "router=topk"),
+    ("router._target_=moetrain.routers.topc.TopKRouter", "008", "router=topk"),
+])
+def test_a_mistake_has_its_number_and_says_what_to_type(override: str, id: str, suggestion: str) -> None:
+    error, *rest = errors_of(override)
+    assert error.id == f"E-CONFIG-{id}" and not rest
+    assert any(part in error.next for part in suggestion.split("|")), error.next
+    assert id == "019" or f'"{override}"' in error.where
+
+
+def test_a_rule_names_the_override_or_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert errors_of("run.nproc=2", "parallel=ep")[0].where == 'override "run.nproc=2" on the command line'
+    folder = tmp_path / "conf"
+    for file in config_dir().rglob("*.yaml"):
+        copy = folder / file.relative_to(config_dir())
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text().replace("micro_batch: 8 ", "micro_batch: 5 "))
+    for place in ("compose", "groups", "tree"):
+        monkeypatch.setattr(f"moetrain.config.{place}.config_dir", lambda: folder)
+    assert errors_of("experiment=debug")[0].where.endswith("train.micro_batch in conf/experiment/debug.yaml")
+
+
+def test_a_wrong_key_does_not_bring_a_wrong_rule() -> None:
+    assert ids_of("model.num_expert=64", "model.top_k=16") == ["E-CONFIG-003"]
+
+
+def test_a_config_survives_its_yaml(tmp_path: Path) -> None:
+    config = compose(["experiment=quickstart", "loss=[z]", "optim.eps=1e-12", "model.num_experts=[4,8]", "generate.prompt=ä: #1"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text, id", [("[1, 2]", "017"), ("a: [", "017"), ("run: {nmae: x}", "003"), ("run: {steps: many}", "004"),
+                                      ("!!python/object/apply:os.getcwd []", "017")])
+def test_a_damaged_config_of_a_run_is_a_config_error(tmp_path: Path, text: str, id: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigErrors) as caught:
+        from_yaml(tmp_path / "config.yaml")
+    assert caught.value.id == f"E-CONFIG-{id}" and "config.yaml" in caught.value.errors[0].where
+
+
+def test_resume_may_change_how_but_not_what() -> None:
+    old = compose(["experiment=quickstart"])
+    free = compose(["experiment=quickstart", "run.steps=2000", "run.stop_at=1500", "run.nproc=2", "parallel=ep", "log.interval=5",
+                    "checkpoint.interval=7", "eval.interval=1", "run.timeout_s=9", "train.micro_batch=2", "data.cache=x",
+                    "generate.tokens=3", "run.device=cpu", "run.dir=elsewhere"])
+    assert resume_conflicts(old, free) == []
+    new = compose(["experiment=quickstart", "model.dim=64", "run.seed=1", "run.dtype=float64", "train.global_batch=8",
+                   "train.seq_len=64", "optim.lr=1", "data.mixture=proportional", "balance=micro", "router.weights=raw", "loss=[z]"])
+    refused = {error.where: error for error in resume_conflicts(old, new)}
+    assert refused.keys() == {"model.dim", "run.seed", "run.dtype", "train.global_batch", "train.seq_len", "optim.lr", "data.mixture",
+                              "balance.scope", "router.weights", "loss", "loss.z._target_", "loss.z.weight"}
+    assert "128" in refused["model.dim"].what and "64" in refused["model.dim"].what
+
+
+def test_a_run_is_found_and_overridden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = compose(["run.name=demo", "model=quickstart", "parallel=ep", "run.nproc=2", "train.micro_batch=8"])
+    run_dir(trained).mkdir(parents=True)
+    (run_dir(trained) / "config.yaml").write_text(to_yaml(trained))
+
+    config = for_run(["run.name=demo", "generate.tokens=5", "data=synthetic"])
+    assert (config.model, config.generate.tokens, config.data.kind) == (trained.model, 5, "synthetic")
+    assert (config.run.nproc, config.parallel.mode, run_dir(config)) == (1, "single", Path("runs/demo"))
+    assert run_dir(for_run([f"run.dir={tmp_path}/runs/demo"])) == tmp_path / "runs/demo"
+
+    for overrides, id, text in [(["run.name=dmeo"], "015", "demo"), (["run.name=demo", "generate.tokns=5"], "003", "generate.tokens"),
+                                (["run.name=demo", "model.dim=64"], "016", "model.dim=128"), (["run.name=demo", "model=debug"], "016", "128")]:
+        with pytest.raises(ConfigErrors) as caught:
+            for_run(overrides)
+        assert caught.value.id == f"E-CONFIG-{id}" and text in caught.value.errors[0].next
+
+
+def test_an_experiment_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose(["experiment=debug", "run.steps=3"])
+    run_dir(config).mkdir(parents=True)
+    (run_dir(config) / "config.yaml").write_text(to_yaml(config))
+    assert asdict(for_run(["experiment=debug"])) == asdict(config)
+
+
+def test_a_sweep_is_every_combination() -> None:
+    assert sweep(["router=topk", "run.seed=1,2", "optim.lr=range(1,3)"]) == [
+        ["router=topk", "run.seed=1", "optim.lr=1"], ["router=topk", "run.seed=1", "optim.lr=2"],
+        ["router=topk", "run.seed=2", "optim.lr=1"], ["router=topk", "run.seed=2", "optim.lr=2"]]
+
+
+def test_conf_is_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config_dir().name == "conf" and module.config_dir is config_dir
+    (tmp_path / "moetrain" / "conf").mkdir(parents=True)
+    (tmp_path / "moetrain" / "conf" / "config.yaml").touch()
+    monkeypatch.setattr("moetrain.config.groups.moetrain.__file__", str(tmp_path / "moetrain" / "__init__.py"))
+    assert config_dir() == tmp_path / "moetrain" / "conf"
+
+
+def test_yaml_names_only_keys_of_the_schema() -> None:
+    known = {path.partition(".")[2] for path in schema_keys() if path.startswith("model.")}
+    for option in group_options()["model"]:
+        assert yaml.safe_load((config_dir() / "model" / f"{option}.yaml").read_text()).keys() <= known

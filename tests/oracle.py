@@ -1,0 +1,150 @@
+"""A mixture-of-experts transformer written a second time, to be compared with: it imports nothing of moetrain.
+
+Every expert computes every token, and a gate matrix [T, E] with zeros for what was not chosen adds them up:
+
+    y_t = sum_e g_te W_down_e (silu(W_gate_e x_t) * W_up_e x_t)
+
+No dispatch, no grouped matmul, no hand-written gradient: plain autograd on a dict of parameters. `oracle_loss` is the
+loss of one optimizer step over the micro-batches of all ranks, so one process says what any mesh must give.
+
+Parameters are [out, in]; `qkv` stacks q, k and v rows, `gate_up` gate and up rows.
+Shapes: B sequences, S positions, T = B * S, D width, H heads, h width of a head, E experts, F hidden width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Forced = dict[int, Tensor | Callable[[Tensor], Tensor]]
+
+
+class Routed(NamedTuple):
+    """What one router decided in one micro-batch; valid tokens only."""
+
+    probs_TE: Tensor
+    chosen_TE: Tensor
+    lse_T: Tensor
+
+
+def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, Tensor]], *, balance_weight: float = 0.0,
+                balance_scope: str = "global", z_weight: float = 0.0,
+                **model) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(total, cross-entropy, balance, tokens per expert of each MoE layer) of a step over (tokens, targets, valid).
+
+    Cross-entropy is a mean over all valid tokens of the step; `balance` is the global one, unweighted, perfect = 1.
+    `model` is handed to `oracle_logits`.
+    """
+    tokens = sum(int(valid_BS.sum()) for _, _, valid_BS in batches)
+    ce_sum, routed = 0.0, []
+    for tokens_BS, targets_BS, valid_BS in batches:
+        logits_BSV, layers = oracle_logits(params, tokens_BS, valid_BS, **model)
+        ce_sum = ce_sum + F.cross_entropy(logits_BSV[valid_BS], targets_BS[valid_BS], reduction="sum")
+        routed.append(layers)
+    per_router = list(zip(*routed))                              # [router][micro-batch]
+    ce, zero = ce_sum / tokens, torch.zeros((), dtype=logits_BSV.dtype)
+    balance, micro, z = zero, zero, zero
+    for router in per_router:
+        pooled = Routed(*(torch.cat(field) for field in zip(*router)))
+        balance = balance + _balance(pooled) / len(per_router)
+        micro = micro + sum(_balance(part) * len(part.lse_T) / tokens for part in router) / len(per_router)
+        z = z + pooled.lse_T.square().mean() / len(per_router)
+    scoped = {"global": balance, "micro": micro, "none": zero}[balance_scope]
+    counts = [sum(part.chosen_TE.sum(0) for part in router) for router in per_router]
+    return ce + balance_weight * scoped + z_weight * z, ce, balance, counts
+
+
+def _balance(routed: Routed) -> Tensor:
+    """E sum_i f_i P_i over the tokens given; f is a constant."""
+    counts_E = routed.chosen_TE.sum(0)
+    share_E = counts_E / counts_E.sum().clamp(min=1)
+    return len(counts_E) * (share_E * routed.probs_TE.sum(0)).sum() / max(len(routed.probs_TE), 1)
+
+
+def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor, *, num_layers: int, num_heads: int,
+                  num_kv_heads: int, head_dim: int, top_k: int | list[int], num_experts: int | list[int],
+                  num_shared_experts: int = 0, first_dense_layers: int = 0, qk_norm: bool = False,
+                  rope_theta: float = 10000.0, norm_eps: float = 1e-6, tie_embeddings: bool = False,
+                  gate: str = "renorm", forced: Forced | None = None) -> tuple[Tensor, list[Routed]]:
+    """Logits [B, S, V] of one micro-batch and what each MoE layer's router decided.
+
+    gate: renorm, weights sum to one over the chosen; raw, the probabilities themselves. forced: layer -> the expert ids
+    every token takes ([K] or [T, K]), or a function of the probabilities [T, E] that gives them.
+    """
+    x_BSD, layers = params["embed"][tokens_BS], []
+    for layer in range(num_layers):
+        prefix = f"layers.{layer}."
+        own = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
+        normed_BSD = _rms_norm(x_BSD, own["attention_norm"], norm_eps)
+        x_BSD = x_BSD + _attention(own, normed_BSD, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps)
+        normed_TD = _rms_norm(x_BSD, own["ffn_norm"], norm_eps).flatten(0, 1)
+        if layer < first_dense_layers:
+            out_TD = _swiglu(normed_TD, own["ffn.gate_up"], own["ffn.down"])
+        else:
+            out_TD, routed = _moe(own, normed_TD, valid_BS.flatten(), _entry(num_experts, layer),
+                                  _entry(top_k, layer), gate, (forced or {}).get(layer))
+            layers.append(routed)
+            if num_shared_experts:
+                out_TD = out_TD + _swiglu(normed_TD, own["moe.shared.gate_up"], own["moe.shared.down"])
+        x_BSD = x_BSD + out_TD.view_as(x_BSD)
+    head_VD = params["embed"] if tie_embeddings else params["head"]
+    return _rms_norm(x_BSD, params["norm"], norm_eps) @ head_VD.T, layers
+
+
+def _moe(own: dict[str, Tensor], x_TD: Tensor, valid_T: Tensor, num_experts: int, top_k: int, gate: str,
+         choice: Tensor | Callable | None) -> tuple[Tensor, Routed]:
+    logits_TE = x_TD @ own["moe.router"].T
+    probs_TE = logits_TE.softmax(-1)
+    if choice is None:                                           # probability descending, then id ascending
+        ids_TK = probs_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    else:
+        ids_TK = choice(probs_TE.detach()) if callable(choice) else choice.expand(len(x_TD), -1)
+    chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, ids_TK, True) & valid_T[:, None]
+    gates_TE = probs_TE * chosen_TE
+    if gate == "renorm":
+        gates_TE = gates_TE / gates_TE.sum(-1, keepdim=True).where(valid_T[:, None], 1.0)
+    gate_up_EGD = torch.stack([own[f"moe.experts.{e}.gate_up"] for e in range(num_experts)])
+    down_EDF = torch.stack([own[f"moe.experts.{e}.down"] for e in range(num_experts)])
+    gated_ETF, up_ETF = torch.einsum("td,egd->etg", x_TD, gate_up_EGD).chunk(2, dim=-1)
+    out_TD = torch.einsum("te,etf,edf->td", gates_TE, F.silu(gated_ETF) * up_ETF, down_EDF)
+    return out_TD, Routed(probs_TE[valid_T], chosen_TE[valid_T], logits_TE[valid_T].logsumexp(-1))
+
+
+def _attention(own: dict[str, Tensor], x_BSD: Tensor, heads: int, kv_heads: int, head_dim: int, qk_norm: bool,
+               theta: float, eps: float) -> Tensor:
+    batch, length, _ = x_BSD.shape
+    qkv_BSHh = (x_BSD @ own["attention.qkv"].T).view(batch, length, -1, head_dim)
+    q_BSHh, k_BSHh, v_BSHh = qkv_BSHh.split([heads, kv_heads, kv_heads], dim=2)
+    if qk_norm:
+        q_BSHh = _rms_norm(q_BSHh, own["attention.q_norm"], eps)
+        k_BSHh = _rms_norm(k_BSHh, own["attention.k_norm"], eps)
+    q_BSHh, k_BSHh = _rotate(q_BSHh, theta), _rotate(k_BSHh, theta)
+    k_BSHh, v_BSHh = (part.repeat_interleave(heads // kv_heads, dim=2) for part in (k_BSHh, v_BSHh))
+    scores_BHST = torch.einsum("bshc,bthc->bhst", q_BSHh, k_BSHh) * head_dim ** -0.5
+    future_ST = torch.ones(length, length, dtype=torch.bool).triu(1)
+    weights_BHST = scores_BHST.masked_fill(future_ST, float("-inf")).softmax(-1)
+    return torch.einsum("bhst,bthc->bshc", weights_BHST, v_BSHh).flatten(2) @ own["attention.out"].T
+
+
+def _rotate(x_BSHh: Tensor, theta: float) -> Tensor:
+    """Rotary embedding in the half-split form: entry i turns with entry i + h/2."""
+    length, half = x_BSHh.shape[1], x_BSHh.shape[-1] // 2
+    freqs = theta ** (-torch.arange(half, dtype=x_BSHh.dtype) / half)
+    angle = (torch.arange(length, dtype=x_BSHh.dtype)[:, None] * freqs)[None, :, None, :]
+    first, second = x_BSHh.split(half, -1)
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+
+
+def _swiglu(x_TD: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (x_TD @ gate_up.T).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ down.T
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def _entry(value: int | list[int], layer: int) -> int:
+    return value if isinstance(value, int) else value[layer]
