@@ -3,9 +3,9 @@
 Everything else is in pyproject.toml. No compiler runs here; tools/build_cuda.py will build the CUDA library.
 """
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
-conf = ["moetrain.conf"] + [f"moetrain.conf.{name}" for name in find_packages("conf")]
+conf = ["moetrain.conf"] + [f"moetrain.conf.{name}" for name in find_namespace_packages("conf")]
 
 setup(
     packages=find_packages(include=["moetrain", "moetrain.*"]) + conf,

@@ -4,7 +4,7 @@ data.path names a file or a folder (null: the built-in corpus), data.cache where
 Training does the same by itself on its first start.
 """
 
-from moetrain.config.compose import compose
+from moetrain.config.compose import compose, run_dir
 from moetrain.config.suggest import nearest
 from moetrain.errors import ConfigError
 
@@ -21,7 +21,10 @@ def run(argv: list[str]) -> int:
         raise ConfigError(42, f"there is no verb data {given}".rstrip(), where="the command line",
                           why=f"data can {', '.join(_SUBCOMMANDS)}", next=f"moetrain data {near[0]}")
     config = compose(argv[1:])
+    if config.data.kind == "synthetic":
+        raise ConfigError(44, "data=synthetic has nothing to prepare", where="data.kind",
+                          why="its tokens are generated while training", next="moetrain data prepare data=text")
     from moetrain.data.prepare import prepare_from_config
 
-    prepare_from_config(config)
+    print(prepare_from_config(config, run_dir(config)))
     return 0

@@ -1,10 +1,14 @@
-"""moetrain eval run.name=<name> [key=value ...]: evaluate a run's newest checkpoint on held-out text, per domain.
+"""moetrain eval run.name=<name> [key=value ...]: held-out loss of a run's newest checkpoint, per domain.
 
-The run's own config is the base. eval.windows sets how much text; eval.ngram=3 prints n-gram models beside it.
+The run's own config is the base. eval.windows sets how much text; eval.ngram=3 adds n-gram models up to order 3, trained
+on the same text and measured on the same windows.
 """
+
+from typing import Any
 
 from moetrain import launch
 from moetrain.config.compose import for_run, run_dir
+from moetrain.config.schema import Config
 
 
 def run(argv: list[str]) -> int:
@@ -16,5 +20,35 @@ def run(argv: list[str]) -> int:
         return launch.start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False)
     from moetrain.train.evaluate import evaluate_run
 
-    evaluate_run(config)
+    results, dataset, step = evaluate_run(config)
+    if launch.rank() == 0:
+        print(f"{run_dir(config)}, step {step}: nats, at most {config.eval.windows} windows of {config.train.seq_len} tokens "
+              f"per domain\n")
+        print(table(results, _ngrams(config, dataset)))
     return 0
+
+
+def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
+    """Domains down, their mean last; the n-gram columns are per byte like the one beside them."""
+    orders = range(max(map(len, ngrams.values()), default=0))
+    rows = [["domain", "per token", "per byte", *(f"order {order}" for order in orders)]]
+    for domain in (name.removeprefix("loss/") for name in results if name.startswith("loss/")):
+        figures = [results[f"loss/{domain}"], results[f"nats_per_byte/{domain}"], *ngrams.get(domain, [])]
+        rows.append([domain, *(f"{figure:.4f}" for figure in figures)])
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                               for column, (cell, width) in enumerate(zip(row, widths))) for row in rows)
+
+
+def _ngrams(config: Config, dataset: Any) -> dict[str, list[float]]:
+    """Nats per byte by domain, and for their mean; empty when not asked for."""
+    if config.eval.ngram < 0:
+        return {}
+    from moetrain.data.token_dataset import TokenDataset
+    from moetrain.report.ngram import mean_over_domains, witten_bell
+
+    if not isinstance(dataset, TokenDataset):
+        print("eval.ngram: generated tokens have no text to count; left out\n")
+        return {}
+    measured = witten_bell(dataset, windows=config.eval.windows, batch=config.eval.batch, order=config.eval.ngram)
+    return {**measured, "mean": mean_over_domains(measured)}

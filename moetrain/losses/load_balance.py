@@ -12,6 +12,8 @@ so that the sum over micro-batches and ranks is the loss, independent of split a
 the same normalisation; Hugging Face's is top_k times this.)
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,8 @@ class LoadBalanceLoss:
     """weight: coefficient; 0 only reports. scope: global or micro. mode: exact, how a global f is obtained under
     accumulation. reduction: mean or sum over routers."""
 
-    def __init__(self, *, weight: float = 0.01, scope: str = "global", mode: str = "exact",
-                 reduction: str = "mean") -> None:
-        assert scope in ("global", "micro") and mode == "exact" and reduction in ("mean", "sum"), (scope, mode, reduction)
+    def __init__(self, *, weight: float = 0.01, scope: Literal["global", "micro"] = "global",
+                 mode: Literal["exact"] = "exact", reduction: Literal["mean", "sum"] = "mean") -> None:
         self.weight, self.scope, self.mode, self.reduction = weight, scope, mode, reduction
 
     @property

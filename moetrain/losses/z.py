@@ -3,6 +3,8 @@
 A micro-batch contributes its sum over the valid tokens of the global batch.
 """
 
+from typing import Literal
+
 from torch import Tensor
 
 from moetrain.losses.base import Pooled
@@ -14,7 +16,7 @@ class ZLoss:
 
     needs_pool = False
 
-    def __init__(self, *, weight: float = 1e-3, reduction: str = "mean") -> None:
+    def __init__(self, *, weight: float = 1e-3, reduction: Literal["mean", "sum"] = "mean") -> None:
         self.weight, self.reduction = weight, reduction
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:

@@ -19,9 +19,10 @@ def global_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], ep: Grou
 
 @torch.no_grad()
 def scale_gradients(parameters: list[nn.Parameter], norm: Tensor, limit: float) -> None:
-    """Scale all gradients so that their global norm is at most `limit` (0: leave them)."""
-    if limit > 0 and norm > limit:
-        torch._foreach_mul_([parameter.grad for parameter in parameters], (limit / norm).item())
+    """Scale all gradients by limit / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_ does (0: leave them)."""
+    factor = limit / (norm.item() + 1e-6)
+    if 0 < factor < 1:
+        torch._foreach_mul_([parameter.grad for parameter in parameters], factor)
 
 
 def _square_sum(parameters: list[nn.Parameter], like: list[nn.Parameter] | None = None) -> Tensor:

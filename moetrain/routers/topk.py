@@ -11,6 +11,8 @@ Padding chooses nothing. top_k = 1 with renormalised weights has no task gradien
 Shapes: T tokens, D model width, E experts, K slots.
 """
 
+from typing import Literal
+
 from torch import Tensor
 
 from moetrain.ops.gating import decide, gather_weights, top_k
@@ -20,9 +22,8 @@ from moetrain.routers.base import Router, RouterContext, Routing, drop_padding
 class TopKRouter(Router):
     """weights: the gate convention: renorm, raw or softmax_of_topk."""
 
-    def __init__(self, *, dim: int, num_experts: int, top_k: int, weights: str = "renorm") -> None:
+    def __init__(self, *, dim: int, num_experts: int, top_k: int, weights: Literal["renorm", "raw", "softmax_of_topk"] = "renorm") -> None:
         super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
-        assert weights in ("renorm", "raw", "softmax_of_topk"), weights
         self.weights = weights
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:

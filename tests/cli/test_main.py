@@ -71,6 +71,7 @@ def test_an_error_is_printed_once_and_debug_shows_the_traceback(tmp_path: Path) 
     (["trian"], "moetrain train"), (["data"], "moetrain data prepare"), (["data", "prepar"], "moetrain data prepare"),
     (["report"], "moetrain report <"), (["report", "none"], "experiment=debug"), (["train", "--cfg", "hydra"], "--cfg job"),
     (["generate", "run.name=none"], "experiment=debug"), (["data", "prepare", "data.pth=x"], "data.path"),
+    (["data", "prepare", "data=synthetic"], "data=text"),
     (["train", "-m", "run.seed=1,2", "optim.lrr=1"], "optim.lr")])
 def test_wrong_commands_say_what_to_type(argv: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture) -> None:

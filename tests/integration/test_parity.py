@@ -1,0 +1,136 @@
+"""Parallel equals serial: every mesh gives what an oracle in one process gives.
+
+Factors: mesh, accumulation, shared experts, unequal padding, a forced router that leaves experts and whole ranks without
+tokens. Pairs of factors here, the full product with --all. float64 to 1e-10 against tests/oracle.py: first gradients,
+clipped; norm; counts exactly; parameters after 20 steps of AdamW. float32 through the path that ships: first gradients at
+1e-5 with the choices fixed, loss curves within 1e-3.
+"""
+
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.train.optim import learning_rate
+from tests.integration.training import Trained, difference, make_run, snapshot, train_steps, union
+from tests.oracle import oracle_loss
+
+STEPS = 20
+MESHES = {
+    "single": (1, []), "ddp1": (1, ["parallel=ddp"]),
+    "ddp2": (2, ["parallel=ddp"]), "ep2": (2, ["parallel=ep"]), "ep1of2": (2, ["parallel=ep", "parallel.ep=1"]),
+    "ddp4": (4, ["parallel=ddp"]), "ep4": (4, ["parallel=ep"]), "ep2of4": (4, ["parallel=ep", "parallel.ep=2"]),
+    "ep1of4": (4, ["parallel=ep", "parallel.ep=1"]),
+}
+FORCED = {"layers.0.moe": [0, 1], "layers.1.moe": [7, 6]}
+FACTORS = {"mesh": list(MESHES), "accumulation": [1, 4], "shared": [0, 1], "padded": [False, True], "forced": [False, True]}
+# Every pair of values of two factors occurs.
+PAIRS = [
+    ("single", 1, 0, False, False), ("single", 4, 1, True, True),
+    ("ddp2", 1, 1, True, False), ("ddp2", 4, 0, False, True),
+    ("ep2", 1, 0, True, True), ("ep2", 4, 1, False, False),
+    ("ep1of2", 4, 1, True, False), ("ep1of2", 1, 0, False, True),
+    ("ddp4", 1, 0, True, True), ("ddp4", 4, 1, False, False),
+    ("ep4", 1, 1, False, True), ("ep4", 4, 0, True, False),
+    ("ep2of4", 1, 0, False, False), ("ep2of4", 4, 1, True, True),
+    ("ep1of4", 4, 0, False, False), ("ep1of4", 1, 1, True, True),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = list(product(*FACTORS.values())) if metafunc.config.getoption("--all") else PAIRS
+        cases = [case for case in cases if case[0] != "ddp1"]        # a world of one: see the test of its own
+        metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
+
+
+def variant(shared: int, padded: bool) -> list[str]:
+    return [f"model.num_shared_experts={shared}", f"data.min_length={0.2 if padded else 1.0}"]
+
+
+def on_mesh(ranks, case: tuple, dtype: str, steps: int = STEPS) -> Trained:
+    mesh, accumulation, shared, padded, forced = case
+    world, overrides = MESHES[mesh]
+    overrides = [*overrides, *variant(shared, padded), f"run.dtype={dtype}", f"run.nproc={world}",
+                 f"train.micro_batch={16 // world // accumulation}"]
+    arguments = (train_steps, overrides, steps, FORCED if forced else None)
+    return train_steps(*arguments[1:]) if world == 1 else union(ranks(world).run(*arguments))
+
+
+@cache
+def truth(shared: int, padded: bool, forced: bool) -> Trained:
+    """20 steps of the oracle with torch's AdamW, on the parameters that our initialisation gives."""
+    run = make_run([*variant(shared, padded), "run.dtype=float64"])
+    sizes, optim = run.config.model, run.config.optim
+    ours = {name.removesuffix(".weight"): name for name in snapshot(run, lambda p: p.data)}
+    params = {name.removesuffix(".weight"): tensor.requires_grad_()
+              for name, tensor in snapshot(run, lambda p: p.data).items()}
+    decayed = [p for name, p in params.items() if p.ndim > 1 and name not in ("embed", "head") and ".router" not in name]
+    undecayed = [p for p in params.values() if not any(p is d for d in decayed)]
+    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": optim.weight_decay},
+                               {"params": undecayed, "weight_decay": 0.0}], betas=tuple(optim.betas), eps=optim.eps)
+    gradients, metrics, counts = {}, [], []
+    for step in range(1, STEPS + 1):
+        batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(step)]
+        total, ce, balance, found = oracle_loss(
+            params, batches, balance_weight=0.1, balance_scope="global", z_weight=0.01, num_layers=2, num_heads=4,
+            num_kv_heads=2, head_dim=4, top_k=2, num_experts=8, num_shared_experts=shared, norm_eps=sizes.norm_eps,
+            forced={0: torch.tensor([0, 1]), 1: torch.tensor([7, 6])} if forced else None,
+        )
+        adamw.zero_grad()
+        total.backward()
+        for p in params.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), run.config.train.clip)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, run.config.run.steps, optim)
+        gradients = gradients or {ours[name]: p.grad.clone() for name, p in params.items()}
+        adamw.step()
+        metrics.append({"loss/ce": ce.item(), "loss/total": total.item(), "loss/balance": balance.item(),
+                        "grad_norm": norm.item()})
+        counts.append({f"layers.{layer}.moe": count for layer, count in enumerate(found)})
+    return Trained({ours[name]: p.detach().clone() for name, p in params.items()}, gradients, metrics, counts)
+
+
+def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, what: str) -> None:
+    error, name = difference(ours, expected)
+    assert error <= tolerance, f"{what}: {name} differs by {error:.3g} of its largest value"
+
+
+@pytest.mark.ranks
+def test_a_mesh_gives_what_the_oracle_gives_in_float64(ranks, case):
+    ours, expected = on_mesh(ranks, case, "float64"), truth(*case[2:])
+    assert_close(ours.gradients, expected.gradients, 1e-10, "gradient of the first step")
+    assert_close(ours.parameters, expected.parameters, 1e-10, f"parameter after {STEPS} steps")
+    for step, (mine, theirs) in enumerate(zip(ours.metrics, expected.metrics), 1):
+        for key, value in theirs.items():
+            assert abs(mine[key] - value) <= 1e-10 * max(1.0, abs(value)), (step, key, mine[key], value)
+        for name, count in expected.counts[step - 1].items():
+            assert torch.equal(ours.counts[step - 1][name], count), (step, name)
+
+
+@cache
+def serial_float32(shared: int, padded: bool, forced: bool) -> Trained:
+    return train_steps([*variant(shared, padded), "run.dtype=float32"], STEPS, FORCED if forced else None)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_mesh_gives_what_one_process_gives_in_float32(ranks, case):
+    ours, expected = on_mesh(ranks, case, "float32"), serial_float32(*case[2:])
+    if case[4] or all(torch.equal(ours.counts[0][name], count) for name, count in expected.counts[0].items()):
+        assert_close(ours.gradients, expected.gradients, 1e-5, "gradient of the first step")
+    else:
+        pytest.fail("the first step's choices differ")
+    for mine, theirs in zip(ours.metrics, expected.metrics):
+        assert abs(mine["loss/ce"] - theirs["loss/ce"]) <= 1e-3
+
+
+@pytest.mark.ranks
+def test_four_accumulated_micro_batches_of_one_are_one_of_four(ranks):
+    """exact: accumulation 4 x micro-batch 1 equals 1 x 4 on four ranks, routers and hidden states alike."""
+    split, whole = (on_mesh(ranks, ("ep2of4", a, 1, True, False), "float64", 3) for a in (4, 1))
+    assert_close(split.parameters, whole.parameters, 1e-10, "parameter after 3 steps")
+    assert_close(split.gradients, whole.gradients, 1e-10, "gradient")

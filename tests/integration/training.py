@@ -1,0 +1,99 @@
+"""What the integration tests run on every rank: a few real training steps, and what came of them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moetrain.config.compose import compose
+from moetrain.moe.bank import logical_tensors
+from moetrain.routers.base import Router, drop_padding
+from moetrain.train.setup import Run, join, set_up
+from moetrain.train.step import train_step
+
+TINY = [
+    "data=synthetic", "data.vocab_size=48", "train.seq_len=12", "train.global_batch=16", "train.micro_batch=16",
+    "model.dim=16", "model.num_layers=2", "model.expert_dim=16", "model.num_experts=8", "model.init_std=0.2",
+    "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01", "train.clip=0.5", "optim.lr=1e-2", "optim.warmup=2",
+    "run.steps=20", "log.wandb=off", "run.device=cpu",
+]
+Forced = dict[str, list[int]] | None
+
+
+class Trained(NamedTuple):
+    """Logical tensors this rank holds, and the numbers of every step."""
+
+    parameters: dict[str, Tensor]
+    gradients: dict[str, Tensor]             # of the first step, clipped
+    metrics: list[dict[str, float]]
+    counts: list[dict[str, Tensor]]
+
+
+def make_run(overrides: list[str], forced: Forced = None) -> Run:
+    config = compose([*TINY, *overrides])
+    run = set_up(config, Path("unused"), join(config))
+    if forced:
+        force(run, forced)
+    return run
+
+
+def force(run: Run, forced: dict[str, list[int]]) -> None:
+    """Every token takes the given experts in the named router; weights still come from the probabilities."""
+    for block in run.state.model.layers:
+        if block.moe is not None and block.moe.name in forced:
+            block.moe.router.route = _forced_route(block.moe.router, forced[block.moe.name])
+
+
+def _forced_route(router: Router, experts: list[int]):
+    from moetrain.ops.gating import decide, gather_weights
+
+    def route(x_TD, context):
+        logits = router.logits(x_TD)
+        probs = logits.softmax(-1)
+        ids = drop_padding(torch.tensor(experts).expand(len(x_TD), -1).contiguous(), context)
+        ids = decide(ids)
+        weights = gather_weights(probs, ids)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+        return router.routing(ids, weights, probs, logits, context)
+
+    return route
+
+
+def train_steps(overrides: list[str], steps: int, forced: Forced = None) -> Trained:
+    run = make_run(overrides, forced)
+    metrics, counts, gradients = [], [], {}
+    for step in range(1, steps + 1):
+        result = train_step(run, step)
+        metrics.append(result.metrics)
+        counts.append({name: count.clone() for name, count in result.counts.items()})
+        if step == 1:
+            gradients = snapshot(run, lambda parameter: parameter.grad)
+    return Trained(snapshot(run, lambda parameter: parameter.data), gradients, metrics, counts)
+
+
+def snapshot(run: Run, of) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in logical_tensors(run.state.model, of)}
+
+
+def union(results: list[Trained]) -> Trained:
+    """All ranks' tensors together; ranks that hold the same one must agree to the last bit."""
+    first = results[0]
+    for other in results[1:]:
+        for mine, theirs in ((first.parameters, other.parameters), (first.gradients, other.gradients)):
+            for name, tensor in theirs.items():
+                assert torch.equal(mine.setdefault(name, tensor), tensor), f"{name} differs between ranks"
+        for ours, its in zip(first.metrics, other.metrics):
+            assert ours["loss/ce"] == its["loss/ce"] and ours["grad_norm"] == its["grad_norm"]
+    return first
+
+
+def difference(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest over tensors of (largest difference / largest value), and the tensor's name."""
+    assert ours.keys() == truth.keys(), ours.keys() ^ truth.keys()
+    worst = (0.0, "")
+    for name, tensor in truth.items():
+        scale = tensor.abs().max().item()
+        error = (ours[name].double() - tensor.double()).abs().max().item()
+        worst = max(worst, (error / scale if scale else error, name))
+    return worst

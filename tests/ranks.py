@@ -1,0 +1,85 @@
+"""Real ranks for tests: n processes joined by gloo on this machine, one process group per world size for many cases.
+
+    with Ranks(4) as ranks:
+        results = ranks.run(function, *arguments)      # function(*arguments) on every rank; results by rank
+
+`function` must be importable (a module-level name). The first failure is raised again here, with its traceback and rank;
+a rank that does not answer within the limit is named.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+LIMIT_S = 240
+
+
+class Ranks:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable, *arguments: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        deadline, results = time.monotonic() + LIMIT_S, []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                self.close(kill=True)
+                raise TimeoutError(f"rank {rank} of {self.size} did not answer within {LIMIT_S} s")
+            results.append(pipe.recv())
+        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in results]
+
+    def close(self, *, kill: bool = False) -> None:
+        for pipe, process in zip(self.pipes, self.processes):
+            if kill:
+                process.kill()
+            elif process.is_alive():
+                pipe.send(None)
+        for process in self.processes:
+            process.join(30)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    while (task := pipe.recv()) is not None:
+        function, arguments = task
+        try:
+            pipe.send(("", function(*arguments)))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))
+    dist.barrier()
+    dist.destroy_process_group()
