@@ -4,8 +4,8 @@ Every expert computes every token, and a gate matrix [T, E] with zeros for what 
 
     y_t = sum_e g_te W_down_e (silu(W_gate_e x_t) * W_up_e x_t)
 
-No dispatch, no grouped matmul, no hand-written gradient: plain autograd on a dict of parameters. `oracle_loss` is the
-loss of one optimizer step over the micro-batches of all ranks, so one process says what any mesh must give.
+No dispatch, no grouped matmul, no hand-written gradient. `oracle_loss` is the loss of one optimizer step over the
+micro-batches of all ranks, so one process says what any mesh must give.
 
 Parameters are [out, in]; `qkv` stacks q, k and v rows, `gate_up` gate and up rows.
 Shapes: B sequences, S positions, T = B * S, D width, H heads, h width of a head, E experts, F hidden width.
@@ -29,8 +29,8 @@ class Routed(NamedTuple):
     lse_T: Tensor
 
 
-def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, Tensor]], *, balance_weight: float = 0.0,
-                balance_scope: str = "global", z_weight: float = 0.0,
+def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, Tensor]], *,
+                balance_weight: float = 0.0, balance_scope: str = "global", z_weight: float = 0.0,
                 **model) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(total, cross-entropy, balance, tokens per expert of each MoE layer) of a step over (tokens, targets, valid).
 
@@ -59,7 +59,7 @@ def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, T
 def _balance(routed: Routed) -> Tensor:
     """E sum_i f_i P_i over the tokens given; f is a constant."""
     counts_E = routed.chosen_TE.sum(0)
-    share_E = counts_E / counts_E.sum().clamp(min=1)
+    share_E = counts_E.to(routed.probs_TE.dtype) / counts_E.sum().clamp(min=1)      # int / int would be float32
     return len(counts_E) * (share_E * routed.probs_TE.sum(0)).sum() / max(len(routed.probs_TE), 1)
 
 
@@ -70,8 +70,8 @@ def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor
                   gate: str = "renorm", forced: Forced | None = None) -> tuple[Tensor, list[Routed]]:
     """Logits [B, S, V] of one micro-batch and what each MoE layer's router decided.
 
-    gate: renorm, weights sum to one over the chosen; raw, the probabilities themselves. forced: layer -> the expert ids
-    every token takes ([K] or [T, K]), or a function of the probabilities [T, E] that gives them.
+    gate: renorm, weights sum to one over the chosen; raw, the probabilities themselves. forced: layer -> the expert
+    ids every token takes ([K] or [T, K]), or a function of the probabilities [T, E] that gives them.
     """
     x_BSD, layers = params["embed"][tokens_BS], []
     for layer in range(num_layers):
@@ -123,8 +123,7 @@ def _attention(own: dict[str, Tensor], x_BSD: Tensor, heads: int, kv_heads: int,
     q_BSHh, k_BSHh = _rotate(q_BSHh, theta), _rotate(k_BSHh, theta)
     k_BSHh, v_BSHh = (part.repeat_interleave(heads // kv_heads, dim=2) for part in (k_BSHh, v_BSHh))
     scores_BHST = torch.einsum("bshc,bthc->bhst", q_BSHh, k_BSHh) * head_dim ** -0.5
-    future_ST = torch.ones(length, length, dtype=torch.bool).triu(1)
-    weights_BHST = scores_BHST.masked_fill(future_ST, float("-inf")).softmax(-1)
+    weights_BHST = (scores_BHST + torch.full((length, length), float("-inf")).triu(1)).softmax(-1)
     return torch.einsum("bhst,bthc->bshc", weights_BHST, v_BSHh).flatten(2) @ own["attention.out"].T
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracle import oracle_logits, oracle_loss
+from tests.oracle import oracle_logits, oracle_loss
 
 D, F, V, H, KV, HEAD = 16, 8, 32, 4, 2, 8
 

@@ -55,33 +55,38 @@ class _Flight:
     def __init__(self, process_group: dist.ProcessGroup, splits: Splits) -> None:
         self.process_group, self.splits = process_group, splits
         self.work: dist.Work | None = None
-        self.sending: Tensor | None = None              # kept alive until the wait
+        self.sending: Tensor | None = None              # both kept alive until the wait
+        self.receiving: Tensor | None = None
 
     def start(self, rows: Tensor, splits: Splits) -> Tensor:
+        """Post the collective; the returned buffer is being filled until `finish`."""
         self.sending = rows.contiguous()
-        received = rows.new_empty(sum(splits.received), *rows.shape[1:])
+        self.receiving = rows.new_empty(sum(splits.received), *rows.shape[1:])
         self.work = dist.all_to_all_single(
-            received, self.sending, list(splits.received), list(splits.sent), group=self.process_group, async_op=True
+            self.receiving, self.sending, list(splits.received), list(splits.sent), group=self.process_group,
+            async_op=True,
         )
-        return received
+        return self.receiving
 
-    def finish(self) -> None:
+    def finish(self) -> Tensor:
         self.work.wait()
-        self.work = self.sending = None
+        received = self.receiving
+        self.work = self.sending = self.receiving = None
+        return received
 
 
 class _Post(torch.autograd.Function):
-    """Start the exchange. Its output is a buffer that is being filled; only `_Wait` may read it."""
+    """Start the exchange. The output stands for the rows on their way: only `_Wait` may take it."""
 
     @staticmethod
     def forward(ctx, rows, flight):
         ctx.flight = flight
-        return flight.start(rows, flight.splits)
+        flight.start(rows, flight.splits)
+        return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx, grad):
-        ctx.flight.finish()
-        return grad, None
+    def backward(ctx, grad):                            # `grad` is the buffer that _Wait.backward posted
+        return ctx.flight.finish(), None
 
 
 class _Wait(torch.autograd.Function):
@@ -90,8 +95,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx, posted, flight):
         ctx.flight = flight
-        flight.finish()
-        return posted.view_as(posted)
+        return flight.finish()
 
     @staticmethod
     def backward(ctx, grad):
