@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Environment and the whole test suite:   bash tools/test.sh [--quick | --all] [pytest arguments]
+#
+# --quick leaves out the tests marked slow (under 3 minutes); --all runs full products instead of pairs of factors.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh dev,hf
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # ranks share the cores
+exec python -m pytest tests "$@"
