@@ -8,6 +8,7 @@ a rank that does not answer within the limit is named.
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 LIMIT_S = 240
+AFTER_FAILURE_S = 5
 
 
 class Ranks:
@@ -34,16 +36,26 @@ class Ranks:
     def run(self, function: Callable, *arguments: Any) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        deadline, results = time.monotonic() + LIMIT_S, []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                self.close(kill=True)
-                raise TimeoutError(f"rank {rank} of {self.size} did not answer within {LIMIT_S} s")
-            results.append(pipe.recv())
-        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
+        results = self._collect()
+        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in sorted(results.items()) if error]
+        missing = [rank for rank in range(self.size) if rank not in results]
+        if missing:
+            self.close(kill=True)
+            failures.append(f"ranks {missing} of {self.size} did not answer in time")
         if failures:
             raise AssertionError("\n".join(failures))
-        return [value for _, value in results]
+        return [results[rank][1] for rank in range(self.size)]
+
+    def _collect(self) -> dict[int, tuple[str, Any]]:
+        """What every rank answered; after a failure the others get a few seconds, since they may wait for it."""
+        deadline, results = time.monotonic() + LIMIT_S, {}
+        while len(results) < self.size and time.monotonic() < deadline:
+            waiting = {self.pipes[rank]: rank for rank in range(self.size) if rank not in results}
+            for pipe in multiprocessing.connection.wait(list(waiting), timeout=1):
+                results[waiting[pipe]] = pipe.recv()
+                if results[waiting[pipe]][0]:
+                    deadline = min(deadline, time.monotonic() + AFTER_FAILURE_S)
+        return results
 
     def close(self, *, kill: bool = False) -> None:
         for pipe, process in zip(self.pipes, self.processes):

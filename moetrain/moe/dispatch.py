@@ -47,7 +47,7 @@ class Sent(NamedTuple):
 
 
 class TokenDispatcher:
-    """Dispatch for one layer. Its collectives depend on nothing local: one exchange of counts, two of rows, one back."""
+    """Dispatch for one layer. Its collectives depend on nothing local: one exchange of counts, one of rows, one back."""
 
     def __init__(self, placement: LayerPlacement, exchange: Exchange, device: torch.device) -> None:
         assert placement.positions == exchange.positions, (placement.positions, exchange.positions)
@@ -62,10 +62,9 @@ class TokenDispatcher:
         received_Pe = self.exchange.counts(sent_Pe)
         splits = Splits(tuple(sent_Pe.sum(1).tolist()), tuple(received_Pe.sum(1).tolist()))
 
-        rows = self.exchange.post(permute(x_TD, permutation), splits)
-        weights = self.exchange.post(self._row_weights(routing, permutation), splits)
+        posted = self.exchange.post((permute(x_TD, permutation), self._row_weights(routing, permutation)), splits)
         order = self._expert_order(received_Pe)
-        rows_RD, weights_R = rows.wait(), weights.wait()
+        rows_RD, weights_R = posted.wait()
         if order is not None:
             rows_RD, weights_R = reorder(rows_RD, *order), reorder(weights_R, *order)
         return Sent(rows_RD, weights_R, received_Pe.sum(0).tolist(), Ticket(permutation, splits, order))
@@ -74,7 +73,7 @@ class TokenDispatcher:
         """Rows back to their tokens: the sum of each token's rows [T, D], or the slots unreduced [T, K, D]."""
         if ticket.order is not None:
             rows_RD = reorder(rows_RD, ticket.order.inverse_R, ticket.order.index_R)
-        rows_ND = self.exchange.post(rows_RD, ticket.splits.reversed()).wait()
+        (rows_ND,) = self.exchange.post((rows_RD,), ticket.splits.reversed()).wait()
         if reduce:
             return unpermute(rows_ND, ticket.permutation)
         tokens, slots = ticket.permutation.rows_TK.shape

@@ -16,6 +16,7 @@ import queue
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,23 +45,24 @@ class JsonlSink:
         if not self.path.is_file():
             return
         with _disk(self.path):
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            keep = [_is_kept(line, step) for line in lines]
-            if all(keep):
+            before = self.path.read_bytes()
+            lines = [line + b"\n" for line in before.split(b"\n") if line]
+            kept = [line for line in lines if _is_kept(line, step)]
+            if (after := b"".join(kept)) == before:
                 return
-            _append_lost(self.path, b"".join(line for line, kept in zip(lines, keep) if not kept))
+            _append_lost(self.path, b"".join(line for line in lines if not _is_kept(line, step)))
             with _replacing(self.path) as file:
-                file.write(b"".join(line for line, kept in zip(lines, keep) if kept))
+                file.write(after)
 
 
 def _is_kept(line: bytes, step: int) -> bool:
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+        return json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):                    # a line that was cut off
         return False
 
 
-# --- tokens per expert --------------------------------------------------------------------------------------------------
+# --- tokens per expert ----------------------------------------------------------------------------------------------
 
 
 class Chunk(NamedTuple):
@@ -95,16 +97,16 @@ class LoadsLog:
     def write(self, step: int, loads: Sequence[ArrayLike], sources: Sequence[ArrayLike] | None = None) -> None:
         """loads: per router [E]. sources: per router [ranks, E], the same tokens by the rank they came from."""
         loads = [np.asarray(load)[None] for load in loads]
-        blocks = loads + [np.asarray(source) for source in sources or ()]
+        blocks = loads + [np.asarray(source) for source in ([] if sources is None else sources)]
         widest = max((block.shape[1] for block in loads), default=0)
         padded = [np.pad(block, ((0, 0), (0, widest - block.shape[1]))) for block in blocks]
         record = np.concatenate([np.array([step]), *(block.ravel() for block in padded)])
         assert record.max() < 2**31 and record.min() >= 0, (step, record.max(), record.min())
-        ranks = padded[-1].shape[0] if sources else 0
+        ranks = len(padded[-1]) if len(padded) > len(loads) else 0
         if self._chunk is None:
             name = f"{step:08d}-{len(loads)}x{widest}-{ranks}.i32"
             self._chunk = Chunk(self.dir / name, step, len(loads), widest, ranks)
-        assert record.nbytes // 2 == self._chunk.record_bytes, "the routers of a run do not change"
+        assert 4 * record.size == self._chunk.record_bytes, "the routers and ranks of a run do not change"
         with _disk(self._chunk.path):
             self.dir.mkdir(parents=True, exist_ok=True)
             with self._chunk.path.open("ab") as file:
@@ -133,11 +135,12 @@ class LoadsLog:
         shape = (len(routers), max(experts, default=0))
         assert all((chunk.routers, chunk.experts) == shape for chunk in chunks), (shape, chunks)
         cells = shape[0] * shape[1]
+        joined = np.concatenate([np.zeros((0, 1 + cells), np.int64), *(r[:, :1 + cells] for r in records)])
         arrays = {
-            "loads": _joined([r[:, 1:1 + cells] for r in records], cells).reshape(-1, *shape).astype(np.int64),
+            "loads": joined[:, 1:].reshape(len(joined), *shape),
             "experts": np.array(experts, dtype=np.int64),
             "routers": np.array(routers, dtype=np.str_),
-            "steps": _joined([r[:, :1] for r in records], 1).ravel().astype(np.int64),
+            "steps": joined[:, 0],
         }
         ranks = max((chunk.ranks for chunk in chunks), default=0)
         if ranks:
@@ -151,10 +154,6 @@ class LoadsLog:
                       key=lambda chunk: chunk.first)
 
 
-def _joined(parts: list[np.ndarray], width: int) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros((0, width), dtype=np.int32)
-
-
 def _sources(chunk: Chunk, records: np.ndarray, ranks: int) -> np.ndarray:
     """int64 [steps, routers, ranks, E_max] of one chunk."""
     if not chunk.ranks:
@@ -163,7 +162,7 @@ def _sources(chunk: Chunk, records: np.ndarray, ranks: int) -> np.ndarray:
     return np.pad(own.astype(np.int64), ((0, 0), (0, 0), (0, ranks - chunk.ranks), (0, 0)))
 
 
-# --- Weights & Biases ---------------------------------------------------------------------------------------------------
+# --- Weights & Biases -----------------------------------------------------------------------------------------------
 
 
 class WandbSink:
@@ -181,7 +180,7 @@ class WandbSink:
         self._close_s = close_s
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_size)
         self._off = threading.Event()                            # takes nothing any more
-        self._lock = threading.Lock()
+        self._lock, self._warned = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
         self._thread.start()
 
@@ -192,13 +191,15 @@ class WandbSink:
         try:
             self._queue.put_nowait(dict(record))
         except queue.Full:
-            self._warn("it does not keep up; records are dropped", off=False)
+            self._warn("it does not keep up and records are dropped", off=False)
 
     def close(self) -> None:
         """Finish the run if that takes no longer than close_s; the thread is left behind otherwise."""
+        deadline = time.monotonic() + self._close_s
         with contextlib.suppress(queue.Full):                    # full: it hangs
-            self._queue.put_nowait(None)
-        self._thread.join(self._close_s)
+            if self._thread.is_alive():
+                self._queue.put(None, timeout=self._close_s)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._warn(f"it did not finish within {self._close_s:g} s")
 
@@ -221,16 +222,16 @@ class WandbSink:
     def _warn(self, reason: str, *, off: bool = True) -> None:
         """Once: what comes later is a consequence."""
         with self._lock:
-            said, self._said = getattr(self, "_said", False), True
+            warned, self._warned = self._warned, True
         if off:
             self._off.set()
-        if not said:
-            log.warning("wandb is off: %s. The run goes on; metrics.jsonl has everything", reason)
+        if not warned:
+            log.warning("wandb: %s; the run goes on, metrics.jsonl has everything", reason)
 
 
 def _start_wandb(wandb: Any, *, dir: str, mode: str, **run: Any) -> Any:
     if mode == "online" and not _has_credentials(wandb):
-        raise RuntimeError("no API key; `wandb login` stores one, log.wandb=offline needs none")
+        raise RuntimeError("no API key (`wandb login` stores one, log.wandb=offline needs none)")
     id_file = Path(dir) / "wandb" / "id"
     id_file.parent.mkdir(parents=True, exist_ok=True)
     if not id_file.exists():
@@ -265,7 +266,7 @@ def _collected_exit_hooks(hooks: list[Callable[[], Any]]) -> Iterator[None]:
         atexit.register = register
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -279,7 +280,7 @@ def _disk(path: Path) -> Iterator[None]:
 
 def _append_lost(path: Path, data: bytes) -> None:
     with path.with_name(path.name + ".lost").open("ab") as file:
-        file.write(data if data.endswith(b"\n") or path.suffix != ".jsonl" else data + b"\n")
+        file.write(data)
         _sync(file)
 
 

@@ -21,7 +21,7 @@ class Splits(NamedTuple):
 
 
 class Handle(Protocol):
-    def wait(self) -> Tensor: ...
+    def wait(self) -> tuple[Tensor, ...]: ...
 
 
 class Exchange(Protocol):
@@ -31,6 +31,7 @@ class Exchange(Protocol):
         """Swap blocks of integers [positions, n]: row s of the result came from position s. Waits."""
         ...
 
-    def post(self, rows_RD: Tensor, splits: Splits) -> Handle:
-        """Start sending rows, ordered by destination; the handle gives the rows received, ordered by source."""
+    def post(self, tensors: tuple[Tensor, ...], splits: Splits) -> Handle:
+        """Start sending the rows of all tensors together, ordered by destination; the handle gives the rows received,
+        ordered by source. The tensors have one first dim and may differ in width and dtype."""
         ...

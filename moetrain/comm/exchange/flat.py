@@ -4,6 +4,8 @@ Forward, `post` starts the collective and `wait` finishes it; backward it is the
 starts the reverse exchange, the gradient of `post` waits for it. Work between the two overlaps in both directions.
 """
 
+from math import prod
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,77 +28,94 @@ class FlatExchange:
         dist.all_to_all_single(received_P, sent_P, group=self.group.process_group)
         return received_P
 
-    def post(self, rows_RD: Tensor, splits: Splits) -> Handle:
+    def post(self, tensors: tuple[Tensor, ...], splits: Splits) -> Handle:
         if self.group.process_group is None:
-            return _Done(rows_RD)
+            return _Done(tensors)
         flight = _Flight(self.group.process_group, splits)
-        return _Pending(_Post.apply(rows_RD, flight), flight)
+        posted = _Post.apply(flight, *tensors)
+        return _Pending(posted if isinstance(posted, tuple) else (posted,), flight)
 
 
 class _Done:
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
 
-    def wait(self) -> Tensor:
-        return self.rows
+    def wait(self) -> tuple[Tensor, ...]:
+        return self.tensors
 
 
 class _Pending:
-    def __init__(self, posted: Tensor, flight: "_Flight") -> None:
+    def __init__(self, posted: tuple[Tensor, ...], flight: "_Flight") -> None:
         self.posted, self.flight = posted, flight
 
-    def wait(self) -> Tensor:
-        return _Wait.apply(self.posted, self.flight)
+    def wait(self) -> tuple[Tensor, ...]:
+        received = _Wait.apply(self.flight, *self.posted)
+        return received if isinstance(received, tuple) else (received,)
 
 
 class _Flight:
-    """One exchange under way, forward or backward."""
+    """One exchange under way, forward or backward. Several tensors travel as one message, row by row, as bytes."""
 
     def __init__(self, process_group: dist.ProcessGroup, splits: Splits) -> None:
         self.process_group, self.splits = process_group, splits
         self.work: dist.Work | None = None
-        self.sending: Tensor | None = None              # both kept alive until the wait
-        self.receiving: Tensor | None = None
 
-    def start(self, rows: Tensor, splits: Splits) -> Tensor:
-        """Post the collective; the returned buffer is being filled until `finish`."""
-        self.sending = rows.contiguous()
-        self.receiving = rows.new_empty(sum(splits.received), *rows.shape[1:])
+    def start(self, tensors: tuple[Tensor, ...], splits: Splits) -> None:
+        """Post the collective."""
+        self.like = [(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
+        self.sending = pack(tensors)                     # both kept alive until `finish`
+        self.receiving = self.sending.new_empty(sum(splits.received), *self.sending.shape[1:])
         self.work = dist.all_to_all_single(
             self.receiving, self.sending, list(splits.received), list(splits.sent), group=self.process_group,
             async_op=True,
         )
-        return self.receiving
 
-    def finish(self) -> Tensor:
+    def finish(self) -> tuple[Tensor, ...]:
         self.work.wait()
-        received = self.receiving
+        received = unpack(self.receiving, self.like)
         self.work = self.sending = self.receiving = None
         return received
 
 
+def pack(tensors: tuple[Tensor, ...]) -> Tensor:
+    """One message: the tensor itself when there is one, else uint8 [R, bytes of all rows side by side]."""
+    if len(tensors) == 1:
+        return tensors[0].contiguous()
+    return torch.cat([t.reshape(t.shape[0], prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors], dim=1)
+
+
+def unpack(message: Tensor, like: list[tuple[torch.dtype, torch.Size]]) -> tuple[Tensor, ...]:
+    """The tensors of a message, by their dtypes and row shapes."""
+    if len(like) == 1:
+        return (message,)
+    widths = [prod(shape) * dtype.itemsize for dtype, shape in like]
+    parts = message.split(widths, dim=1)
+    return tuple(part.contiguous().view(dtype).view(message.shape[0], *shape) for part, (dtype, shape) in zip(parts, like))
+
+
 class _Post(torch.autograd.Function):
-    """Start the exchange. The output stands for the rows on their way: only `_Wait` may take it."""
+    """Start the exchange. The outputs stand for the rows on their way: only `_Wait` may take them."""
 
     @staticmethod
-    def forward(ctx, rows, flight):
+    def forward(ctx, flight, *tensors):
         ctx.flight = flight
-        flight.start(rows, flight.splits)
-        return rows.view_as(rows)
+        flight.start(tensors, flight.splits)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx, grad):                            # `grad` is the buffer that _Wait.backward posted
-        return ctx.flight.finish(), None
+    def backward(ctx, *grads):                           # placeholders: the gradients are on their way
+        return None, *ctx.flight.finish()
 
 
 class _Wait(torch.autograd.Function):
     """Finish the exchange."""
 
     @staticmethod
-    def forward(ctx, posted, flight):
-        ctx.flight = flight
+    def forward(ctx, flight, *posted):
+        ctx.flight, ctx.rows = flight, posted[0].shape[0]
         return flight.finish()
 
     @staticmethod
-    def backward(ctx, grad):
-        return ctx.flight.start(grad, ctx.flight.splits.reversed()), None
+    def backward(ctx, *grads):
+        ctx.flight.start(grads, ctx.flight.splits.reversed())
+        return None, *(grad.new_empty(1).expand(ctx.rows, *grad.shape[1:]) for grad in grads)

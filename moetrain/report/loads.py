@@ -1,0 +1,213 @@
+"""Tokens per expert of a run as a picture: `<run.dir>/report/expert_load.png`, its values beside it as CSV.
+
+    load of an expert = its tokens / mean over the experts of its router      1 is perfect, 2 is twice the mean
+    max violation     = max load - 1                                         of one step
+
+Three panels: the load at the end, router by expert; the same over time, on the same scale; max violation of every
+router over steps. Reads loads.npz and nothing else, so a run is drawn without its checkpoint.
+"""
+
+import csv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moetrain.errors import DataError
+
+# The end of a run: its last tenth, but no more than this many steps.
+LAST_STEPS = 100
+SNAPSHOTS = 5
+# Diverging around the mean; red and blue are told apart in every common form of colour blindness.
+COLOURS, SCALE = "RdBu_r", (0.0, 2.0)
+GREY, INK = "0.88", "0.2"
+
+
+class Loads(NamedTuple):
+    """counts: [steps, routers, E_max], NaN beyond a router's experts."""
+
+    counts: np.ndarray
+    steps: np.ndarray
+    routers: list[str]
+    experts: np.ndarray
+
+    def load(self, window: slice) -> np.ndarray:
+        """[routers, E_max]: tokens of the window per expert, in units of the router's mean."""
+        return _over_mean(self.counts[window].sum(0))
+
+    def violation(self) -> np.ndarray:
+        """[steps, routers]"""
+        return np.nanmax(_over_mean(self.counts), axis=-1) - 1
+
+    def span(self, window: slice) -> str:
+        first, *_, last = (*self.steps[window][[0, -1]],)
+        return f"step {first}" if first == last else f"steps {first}–{last}"
+
+
+def draw_loads(run_dir: Path) -> Path:
+    """Draw the picture and return its path. CSV beside it: expert_load.csv, max_violation.csv."""
+    loads = read_loads(Path(run_dir) / "loads.npz")
+    folder = Path(run_dir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    end, times = last_steps(len(loads.steps)), snapshots(len(loads.steps))
+    _write_csv(loads, end, times, folder)
+    _draw(loads, end, times, folder / "expert_load.png")
+    return folder / "expert_load.png"
+
+
+def read_loads(path: Path) -> Loads:
+    try:
+        with np.load(path) as file:                              # refuses pickles
+            counts, experts, names, steps = (file[key] for key in ("loads", "experts", "routers", "steps"))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(40, "tokens per expert cannot be read", where=str(path), why=str(error),
+                        next="train the run first; the file is written at saves and at the end") from error
+    if not counts.size:
+        raise DataError(41, "there are no tokens per expert to draw", where=str(path),
+                        why=f"{len(steps)} steps and {len(names)} routers are recorded",
+                        next="a model with experts (model.num_experts), trained for a step or more")
+    beyond = np.arange(counts.shape[-1]) >= experts[:, None]
+    return Loads(np.where(beyond, np.nan, counts.astype(np.float64)), steps, [str(name) for name in names], experts)
+
+
+def last_steps(steps: int) -> slice:
+    """The records that count as the end of a run."""
+    return slice(steps - max(1, min(LAST_STEPS, steps // 10)), steps)
+
+
+def snapshots(steps: int) -> list[slice]:
+    """Windows of equal length over the run."""
+    edges = np.linspace(0, steps, min(SNAPSHOTS, steps) + 1).round().astype(int)
+    return [slice(a, b) for a, b in zip(edges[:-1].tolist(), edges[1:].tolist())]
+
+
+def finding(loads: Loads, end: slice) -> str:
+    """What the picture shows, in a line."""
+    load = loads.load(end)
+    dead, total = int((load == 0).sum()), int(loads.experts.sum())
+    heaviest = np.unravel_index(np.nanargmax(load), load.shape)
+    where = f" ({loads.routers[heaviest[0]]}, expert {heaviest[1]})" if len(loads.routers) > 1 else ""
+    experts = f"{dead} of {total} experts {'is' if dead == 1 else 'are'} dead" if dead else "no dead experts"
+    return f"Heaviest expert carries {load[heaviest]:.1f}x the mean{where}; {experts}"
+
+
+def _over_mean(counts: np.ndarray) -> np.ndarray:
+    mean = np.nanmean(counts, axis=-1, keepdims=True)
+    return counts / np.where(mean > 0, mean, 1)
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------------------
+
+
+def _write_csv(loads: Loads, end: slice, times: list[slice], folder: Path) -> None:
+    windows = {"end": end, **{loads.span(window).replace("–", "-"): window for window in times}}
+    columns = {f"load, {loads.span(end).replace('–', '-')} (the end)" if name == "end" else f"load, {name}":
+               loads.load(window) for name, window in windows.items()}
+    per_step = loads.counts[end].mean(0)
+    with (folder / "expert_load.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["router", "expert", "tokens per step at the end", *columns])
+        for r, (name, experts) in enumerate(zip(loads.routers, loads.experts)):
+            for e in range(experts):
+                rows.writerow([name, e, f"{per_step[r, e]:.6g}", *(f"{load[r, e]:.6g}" for load in columns.values())])
+    with (folder / "max_violation.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["step", *loads.routers])
+        rows.writerows([step, *(f"{value:.6g}" for value in row)] for step, row in zip(loads.steps, loads.violation()))
+
+
+# --- the picture --------------------------------------------------------------------------------------------------------
+
+
+def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    top = float(np.clip(0.3 * len(loads.routers), 1.6, 6.0))
+    middle = float(np.clip(0.14 * len(loads.routers), 0.9, 2.6))
+    style = {"font.size": 10, "axes.titlesize": 11, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+             "xtick.color": INK, "ytick.color": INK}
+    with rc_context(style):
+        figure = Figure(figsize=(11, top + middle + 2.6 + 2.7), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.06)
+        figure.suptitle(finding(loads, end), fontsize=14, fontweight="bold", x=0.01, ha="left")
+        rows = figure.subfigures(2, 1, height_ratios=[top + middle + 1.9, 2.8])
+        grid = rows[0].add_gridspec(2, len(times), height_ratios=[top, middle])
+        final = rows[0].add_subplot(grid[0, :])
+        image = _heatmap(final, loads, loads.load(end), mark_dead=True)
+        final.set_title(f"Load at the end (mean of {loads.span(end)})", loc="left")
+        final.set_xlabel("expert")
+        _name_routers(final, loads.routers, most=24)
+        panels = [rows[0].add_subplot(grid[1, i]) for i in range(len(times))]
+        for i, (panel, window) in enumerate(zip(panels, times)):
+            _heatmap(panel, loads, loads.load(window), mark_dead=False)
+            panel.set_title(loads.span(window), fontsize=10)
+            panel.set_xlabel("expert")
+            _name_routers(panel, loads.routers if i == 0 else [], most=6)
+        bar = rows[0].colorbar(image, ax=[final, *panels], extend="max", pad=0.015, aspect=38)
+        bar.set_label("load (tokens / mean over experts)")
+        bar.set_ticks([0, 0.5, 1, 1.5, 2], labels=["0", "0.5", "1 = mean", "1.5", "2"])
+        _violation(rows[1].add_subplot(), loads, end)
+        figure.savefig(path)
+
+
+def _heatmap(axes: Any, loads: Loads, load: np.ndarray, *, mark_dead: bool) -> Any:
+    routers, experts = load.shape
+    axes.set_facecolor(GREY)                                     # where a router has no such expert
+    fine = experts > 96 or not mark_dead
+    image = axes.pcolormesh(np.ma.masked_invalid(load), cmap=COLOURS, vmin=SCALE[0], vmax=SCALE[1],
+                            edgecolors="none" if fine else "white", linewidth=0 if fine else 0.6, rasterized=True)
+    if mark_dead:
+        r, e = np.nonzero(load == 0)
+        axes.scatter(e + 0.5, r + 0.5, marker="x", color="white", s=22, linewidth=1.3)
+    axes.set(xlim=(0, experts), ylim=(routers, 0))
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, experts) if experts / s <= (32 if mark_dead else 4))
+    axes.set_xticks(np.arange(0, experts, step) + 0.5, labels=[str(e) for e in range(0, experts, step)])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _name_routers(axes: Any, names: list[str], *, most: int) -> None:
+    shown = range(0, len(names), -(-len(names) // most) or 1)
+    axes.set_yticks([r + 0.5 for r in shown], labels=[names[r] for r in shown])
+
+
+def _violation(axes: Any, loads: Loads, end: slice) -> None:
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    violation = loads.violation()
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(loads.routers)))
+    window = max(1, len(loads.steps) // 40)
+    for name, values, colour in zip(loads.routers, violation.T, colours):
+        if window > 1:
+            axes.plot(loads.steps, values, color=colour, linewidth=0.6, alpha=0.25)
+        axes.plot(loads.steps, _smooth(values, window), color=colour, linewidth=1.6, label=name,
+                  marker="o" if len(loads.steps) == 1 else None)
+    begin = slice(0, end.stop - end.start)
+    before, after = violation[begin].mean(), violation[end].mean()
+    verb = "falls" if after < 0.95 * before else "rises" if after > 1.05 * before else "stays"
+    title = f"from {before:.2f} to {after:.2f}" if verb != "stays" else f"at {after:.2f}"
+    axes.set_title(f"Max violation {verb} {title} (mean over routers)"
+                   + (f"; bold: mean of {window} steps" if window > 1 else ""), loc="left")
+    axes.set(xlabel="optimizer step", ylabel="max violation\n(max / mean load − 1)", ylim=(0, None))
+    axes.set_xlim(loads.steps[0], max(loads.steps[-1], loads.steps[0] + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    shown = np.unique(np.linspace(0, len(handles) - 1, min(8, len(handles))).round().astype(int))
+    axes.legend([handles[i] for i in shown], [labels[i] for i in shown], loc="center left", bbox_to_anchor=(1.01, 0.5),
+                frameon=False, fontsize=9, title="router" if len(shown) == len(handles) else "router (some)")
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last `window` steps, over what there is at the start."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    last = np.arange(1, len(total))
+    first = np.maximum(last - window, 0)
+    return (total[last] - total[first]) / (last - first)

@@ -1,0 +1,322 @@
+"""What a run shows: banner, step lines, a progress bar, tokens per expert as a picture, the summary.
+
+    step  1200/10000  12%  loss 3.142  lr 2.9e-4  gnorm 0.81 | bal 1.02 maxvio 0.18 dead 0 drop 0.0%
+         |  412k tok/s mem 33.1G | 1.27s eta 3h06
+
+The functions turn plain values into text. `Console` decides where it goes: rank 0 alone speaks; a terminal gets a
+progress bar with the lines above it, anything else plain lines. What happens besides has a line of its own with a tag,
+such as [warn]: that is the logger `moetrain`, which `Console` connects.
+"""
+
+import logging
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+SHADES, ASCII_SHADES = "▁▂▃▄▅▆▇█", ".:-=+*#@"
+DEAD = "x"
+BANNER_LINES = 25
+
+
+def banner(rows: Sequence[tuple[str, str]]) -> str:
+    """Rows of label and value, aligned. The first may have no label: it says name and run. Another without one goes on
+    where the row above began."""
+    width = max((len(label) for label, _ in rows), default=0)
+    lines = [f"{label:{width}s}  {value}".rstrip() if label or i else value for i, (label, value) in enumerate(rows)]
+    assert len(lines) <= BANNER_LINES and "\n" not in "".join(lines), len(lines)
+    return "\n".join(lines)
+
+
+def summary(rows: Sequence[tuple[str, str]], commands: Sequence[str]) -> str:
+    """How the run ended, and what to type next."""
+    labels = ["next", *[""] * len(commands)]
+    return banner([*rows, *zip(labels, commands)])
+
+
+def step_line(metrics: Mapping[str, float], steps: int, eta_s: float | None = None) -> str:
+    """The line of one step, of fixed width in common ranges; parts whose metrics are missing are left out."""
+    return " | ".join(_step_parts(metrics, steps, eta_s))
+
+
+def _step_parts(metrics: Mapping[str, float], steps: int, eta_s: float | None) -> list[str]:
+    step = int(metrics["step"])
+    get = metrics.get
+    parts = [
+        [f"step {step:{max(5, len(str(steps)))}d}/{steps} {100 * step // max(steps, 1):3d}% ",
+         _part("loss {:.3f} ", get("loss/ce")), _part("lr {} ", get("lr"), scientific),
+         _part("gnorm {:<4.2f}", get("grad_norm"))],
+        [_part("bal {:.2f}", get("loss/balance")), _part("maxvio {:.2f}", get("moe/max_violation/max")),
+         _part("dead {:.0f}", get("moe/dead_experts")), _part("drop {:.1%}", get("moe/drop_fraction"))],
+        [_part("a2a {:.0%}", _share(metrics, "time/dispatch", "time/combine")),
+         _part("(exposed {:.0%})", _share(metrics, "time/comm_exposed"))],
+        [_part("{:>5s} tok/s", get("throughput/tokens_per_s"), count), _part("mfu {:.1%}", get("throughput/mfu")),
+         _part("mem {}", get("memory/peak"), size)],
+        [_part("{}", get("time/step"), duration), _part("eta {}", eta_s, duration)],
+    ]
+    return [line for part in parts if (line := " ".join(filter(None, part)).rstrip())]
+
+
+def _part(form: str, value: float | None, show: Callable[[float], str] | None = None) -> str:
+    return "" if value is None else form.format(show(value) if show else value)
+
+
+def _share(metrics: Mapping[str, float], *keys: str) -> float | None:
+    """What these times take of the step, if they were measured."""
+    if not metrics.get("time/step") or any(key not in metrics for key in keys):
+        return None
+    return sum(metrics[key] for key in keys) / metrics["time/step"]
+
+
+def fold(parts: Sequence[str], width: int) -> str:
+    """The parts joined by bars, broken at a bar where the terminal is too narrow."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 3 + len(part) <= width:
+            lines[-1] += f" | {part}"
+        else:
+            lines.append(f"     | {part}")
+    return "\n".join(lines)
+
+
+def heatmap(counts_RE: Sequence[Sequence[float]], names: Sequence[str], width: int = 80, *,
+            unicode: bool = True) -> str:
+    """Tokens per expert, a row a router: eight shades from 0 to twice the mean of the row, x where no token went.
+
+    counts_RE: per router one count an expert, ragged. Columns are experts; where they are more than fit into `width`,
+    neighbours share one, which shows their mean, or x when one of them is dead.
+    """
+    shades = SHADES if unicode else ASCII_SHADES
+    label = max(map(len, names), default=0)
+    tails = [f"max {max(row) / _mean(row):.2f}x" + (f"  dead {dead}" if (dead := sum(n == 0 for n in row)) else "")
+             for row in counts_RE]
+    room = max(8, width - label - max(map(len, tails), default=0) - 4)
+    widest = max(map(len, counts_RE), default=1)
+    together, cell = -(-widest // room), max(1, min(3, room // widest))
+    lines = [f"tokens per expert:  {shades[0]} near 0  {shades[4]} mean  {shades[-1]} twice the mean  {DEAD} no tokens"
+             + (f"  ({together} experts a column)" if together > 1 else "")]
+    for name, row, tail in zip(names, counts_RE, tails):
+        cells = [_shade(row[i:i + together], _mean(row), shades) * cell for i in range(0, len(row), together)]
+        lines.append(f"{name:{label}s}  {''.join(cells):{-(-widest // together) * cell}s}  {tail}".rstrip())
+    return "\n".join(lines)
+
+
+def _shade(counts: Sequence[float], mean: float, shades: str) -> str:
+    if min(counts) == 0:
+        return DEAD
+    return shades[min(len(shades) - 1, int(_mean(counts) / mean / 2 * len(shades)))]
+
+
+def _mean(row: Sequence[float]) -> float:
+    return sum(row) / len(row) or 1.0
+
+
+def scientific(value: float) -> str:
+    """2.9e-4"""
+    mantissa, exponent = f"{value:.1e}".split("e") if value == value else ("nan", "0")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def count(value: float) -> str:
+    """412k"""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.{0 if value >= 100 * scale else 1}f}{unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """33.1G, in binary units"""
+    for unit, scale in (("T", 2**40), ("G", 2**30), ("M", 2**20)):
+        if value >= scale:
+            return f"{value / scale:.{0 if value >= 100 * scale else 1}f}{unit}"
+    return f"{value / 2**10:.0f}K"
+
+
+def duration(seconds: float) -> str:
+    """1.27s, 45s, 12m05, 3h06, 2d04h"""
+    if seconds < 9.995:
+        return f"{seconds:.2f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+class Eta:
+    """Seconds left: the recent median of step times, plus what evaluations and saves took per step so far."""
+
+    def __init__(self, recent: int = 50) -> None:
+        self._times: deque[float] = deque(maxlen=recent)
+        self._first: float | None = None                         # when the first step ended; start-up does not count
+        self._last, self._inside, self._steps = 0.0, 0.0, 0
+
+    def add(self, step_s: float, now: float) -> None:
+        """A step of this length has just ended."""
+        self._times.append(step_s)
+        self._last = now
+        if self._first is None:
+            self._first = now
+        else:
+            self._inside += step_s
+            self._steps += 1
+
+    def seconds(self, remaining: int) -> float | None:
+        if not self._times:
+            return None
+        beside = max(0.0, self._last - (self._first or 0.0) - self._inside) / max(1, self._steps)
+        return remaining * (statistics.median(self._times) + beside)
+
+
+class Console:
+    """Everything a run says, on rank 0; other ranks are silent.
+
+    steps: length of the schedule. start: steps taken before. last: where this process stops, `steps` when None.
+    interval: a step line every so many steps. progress: a bar, if the stream is a terminal.
+
+    A context manager: leaving it takes the bar away and gives the logger back.
+    """
+
+    def __init__(self, *, rank: int, steps: int, start: int = 0, last: int | None = None, interval: int = 1,
+                 progress: bool = True, stream: TextIO | None = None) -> None:
+        self.silent = rank != 0
+        self.stream = stream or sys.stdout
+        self.terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.unicode = can_show(SHADES, self.stream)
+        self._steps, self._start, self._last, self._interval = steps, start, steps if last is None else last, interval
+        self._with_bar, self._bar, self._eta = progress and self.terminal and not self.silent, None, Eta()
+        self._restore_logging = connect_logging(None if self.silent else self.line)
+
+    def banner(self, rows: Sequence[tuple[str, str]]) -> None:
+        self.line(banner(rows))
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Call it after every step; a line appears when it is due."""
+        if self.silent:
+            return
+        step = int(metrics["step"])
+        self._eta.add(metrics.get("time/step", 0.0), time.monotonic())
+        eta_s = self._eta.seconds(max(0, self._last - step))
+        if self._with_bar:
+            self._move_bar(step, metrics, eta_s)
+        if step % max(1, self._interval) == 0 or step in (self._start + 1, self._last):
+            parts = _step_parts(metrics, self._steps, eta_s)
+            self.line(fold(parts, self.width) if self.terminal else " | ".join(parts))
+
+    def heatmap(self, counts: Mapping[str, Iterable[int]]) -> None:
+        """Tokens per expert by router."""
+        if counts and not self.silent:
+            self.line(heatmap([list(row) for row in counts.values()], list(counts), self.width, unicode=self.unicode))
+
+    def summary(self, rows: Sequence[tuple[str, str]], commands: Sequence[str] = ()) -> None:
+        self._stop_bar()
+        self.line(summary(rows, commands))
+
+    def line(self, text: str) -> None:
+        """One or several lines, above the bar where there is one."""
+        if self.silent:
+            return
+        if not self.unicode:
+            text = text.encode(_encoding(self.stream), "replace").decode(_encoding(self.stream))
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self.stream.write(f"{text}\n")
+            self.stream.flush()
+
+    @property
+    def width(self) -> int:
+        return shutil.get_terminal_size((120, 24)).columns if self.terminal else 120
+
+    def close(self) -> None:
+        self._stop_bar()
+        self._restore_logging()
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _move_bar(self, step: int, metrics: Mapping[str, float], eta_s: float | None) -> None:
+        if self._bar is None:
+            self._bar = _make_bar(self.stream)
+            self._bar.add_task("", total=self._last, completed=self._start, loss="", eta="")
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=step, loss=_part("loss {:.3f}", metrics.get("loss/ce")),
+                         eta=_part("eta {}", eta_s, duration))
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def connect_logging(write: Callable[[str], None] | None) -> Callable[[], None]:
+    """Hand what the logger `moetrain` says, from INFO up, to `write` as tagged lines; None: to nobody.
+
+    Returns a function that undoes it.
+    """
+    logger = logging.getLogger("moetrain")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    handler = logging.NullHandler() if write is None else _LineHandler(write)
+    handler.setFormatter(TagFormatter())
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+    def restore() -> None:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+    return restore
+
+
+class TagFormatter(logging.Formatter):
+    """[warn] in front of warnings, [error] of errors; a message that brings its own tag keeps it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        tag = "[error] " if record.levelno >= logging.ERROR else "[warn] " if record.levelno >= logging.WARNING else ""
+        return text if text.startswith("[") else tag + text
+
+
+class _LineHandler(logging.Handler):
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self.write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.write(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def can_show(text: str, stream: TextIO) -> bool:
+    try:
+        text.encode(_encoding(stream))
+        return True
+    except (UnicodeEncodeError, LookupError):
+        return False
+
+
+def _encoding(stream: TextIO) -> str:
+    return getattr(stream, "encoding", None) or "ascii"
+
+
+def _make_bar(stream: TextIO) -> Any:
+    """A progress bar that leaves no trace; rich honours NO_COLOR itself."""
+    import rich.console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("train"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(),
+               TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))
+    return Progress(*columns, transient=True, refresh_per_second=4, console=rich.console.Console(file=stream))
