@@ -44,8 +44,7 @@ def run(argv: list[str]) -> int:
 def _train(config: Config) -> None:
     from moetrain.train.loop import train
 
-    train(config)
-    if launch.rank() == 0:
+    if train(config) and launch.rank() == 0:
         draw(run_dir(config))
 
 

@@ -16,7 +16,6 @@ group, and every function of `comm/` is then the identity, so `single` runs with
 """
 
 import datetime
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,8 +34,6 @@ DERIVED = {
     "expert_grad": (EXPERT_AXES, ("edp_replicate", "edp_shard")),
     "ep": (EXPERT_AXES, ("ep",)),
 }
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,6 +123,11 @@ def connect(device: torch.device, timeout_s: int) -> None:
             why=str(error).splitlines()[0],
             next="check that all ranks were started and reach this address; run.timeout_s sets the wait",
         ) from error
+
+
+def rank_of_environment() -> int:
+    """This process's rank before any process group exists."""
+    return int(os.environ.get("RANK", 0))
 
 
 def disconnect() -> None:

@@ -5,13 +5,12 @@
 One step is train/step.py. The same command resumes a run; the command of a finished run says so and changes nothing.
 """
 
-import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from moetrain import __version__
-from moetrain.comm.mesh import Mesh, disconnect
+from moetrain.comm.mesh import disconnect, rank_of_environment
 from moetrain.config.compose import from_yaml, resume_conflicts, run_dir
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigErrors
@@ -24,56 +23,59 @@ from moetrain.train.record import Recorder, banner_lines
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import train_step
 
-logger = logging.getLogger(__name__)
 
+def train(config: Config) -> bool:
+    """Train to run.steps (or run.stop_at), saving on the way and at the end. False when there was nothing left to do.
 
-def train(config: Config) -> None:
-    """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run."""
+    Collective over the ranks of the run.
+    """
     directory = run_dir(config)
-    console = Console(progress=config.log.progress)
-    if finished(config, directory):
-        console.say(f"run {directory} is finished: {last_step(config)} steps. Nothing was changed.")
-        console.say(f"go on: moetrain train … run.steps={2 * config.run.steps}   "
-                    f"look: moetrain report {config.run.name}   try: moetrain generate run.name={config.run.name}")
-        return
+    done = finished(config, directory)
+    if done is not None:
+        with Console(rank=rank_of_environment(), steps=config.run.steps) as console:
+            console.summary([("", f"run {directory} is finished: step {done}. Nothing was changed.")], next_commands(config))
+        return False
     mesh = join(config)
-    try:
-        _train(config, directory, mesh, console)
-    finally:
-        console.close()
-    disconnect()
-
-
-def _train(config: Config, directory: Path, mesh: Mesh, console: Console) -> None:
-    recorder = Recorder(config, directory, mesh)             # rank 0 writes; refuses an unwritable directory on all ranks
+    recorder = Recorder(config, directory, mesh)         # on all ranks: refuses a directory that cannot be written
     run = set_up(config, directory, mesh)
     resumed = resume(run)
     recorder.start(run, resumed)
-    console.banner(banner_lines(run, resumed, __version__))
-    last = last_step(config)
-    console.start(total=config.run.steps, done=run.state.step)
+    with Console(rank=mesh.rank, steps=config.run.steps, start=run.state.step, last=last_step(config),
+                 interval=config.log.interval, progress=config.log.progress) as console:
+        console.banner(banner_lines(run, resumed))
+        loop(run, recorder, console)
+        recorder.close()
+        rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", str(directory))]
+        console.summary(rows, next_commands(config))
+    disconnect()
+    return True
+
+
+def loop(run: Run, recorder: Recorder, console: Console) -> None:
+    """The steps that are left; evaluation, picture and save where they are due."""
+    config, last = run.config, last_step(run.config)
     for step in range(run.state.step + 1, last + 1):
         result = train_step(run, step)
         recorder.step(result)
-        console.step(result.metrics, interval=config.log.interval)
-        if due(step, config.log.heatmap_every) or (step == last and result.counts):
-            console.heatmap(result.counts)
+        console.step(result.metrics)
+        if step == last or due(step, config.log.heatmap_every):
+            console.heatmap({name: counts.tolist() for name, counts in result.counts.items()})
         if step == last or due(step, config.eval.interval):
             measure(run, recorder, console)
         if step == last or due(step, config.checkpoint.interval):
             began = time.perf_counter()
-            where = save(run.state, directory, mesh, {"moetrain": __version__, "config": asdict(config)})
+            where = save(run.state, run.directory, run.mesh, {"moetrain": __version__, "config": asdict(config)})
             recorder.saved()
-            console.event("save", f"step {step} -> {where} ({time.perf_counter() - began:.2f} s)")
-    recorder.close()
-    console.finish(run.state.step, run.state.tokens, directory)
+            console.line(f"[save] step {step}: {where} in {time.perf_counter() - began:.2f} s")
 
 
 def measure(run: Run, recorder: Recorder, console: Console) -> None:
     """Evaluate per domain; to eval.jsonl and the screen."""
     results = evaluate(run.state.model, run.dataset, run.mesh, run.config)
     recorder.evaluation({"step": run.state.step, "tokens": run.state.tokens, **results})
-    console.evaluation(run.state.step, results)
+    by_domain = "  ".join(f"{name.removeprefix('nats_per_byte/')} {value:.3f}" for name, value in results.items()
+                          if name.startswith("nats_per_byte/"))
+    console.line(f"[eval] step {run.state.step}, nats per byte: {by_domain}")
 
 
 def last_step(config: Config) -> int:
@@ -84,15 +86,22 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def finished(config: Config, directory: Path) -> bool:
-    """Whether the newest checkpoint is at the last step already; refuses a changed config either way."""
+def finished(config: Config, directory: Path) -> int | None:
+    """The step at which the run ended, if there is nothing left to do. Refuses a changed config either way."""
     checkpoint = newest(directory)
     if checkpoint is None:
-        return False
+        return None
     conflicts = resume_conflicts(from_yaml(directory / "config.yaml"), config)
     if conflicts:
         raise ConfigErrors(conflicts)
-    return read_manifest(checkpoint).values["step"] >= last_step(config)
+    step = read_manifest(checkpoint).values["step"]
+    return step if step >= last_step(config) else None
+
+
+def next_commands(config: Config) -> list[str]:
+    name = config.run.name
+    commands = [f"moetrain eval run.name={name}", f"moetrain report {name}"]
+    return commands + ([f"moetrain generate run.name={name}"] if config.data.kind != "synthetic" else [])
 
 
 def resume(run: Run) -> Path | None:

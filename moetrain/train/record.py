@@ -7,9 +7,9 @@ import json
 import os
 import platform
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moetrain import __version__
@@ -38,21 +38,21 @@ class Recorder:
         (self.directory / "env.json").write_text(json.dumps(environment(run), indent=1), encoding="utf-8")
         self.metrics = JsonlSink(self.directory / "metrics.jsonl")
         self.evaluations = JsonlSink(self.directory / "eval.jsonl")
-        self.loads = LoadsLog(self.directory)
+        self.loads = LoadsLog(self.directory / "log" / "loads")
         for sink in (self.metrics, self.evaluations, self.loads):
             sink.cut_to(run.state.step if resumed else 0)
         self.wandb = None
         if self.config.log.wandb != "off":
             self.wandb = WandbSink(project=self.config.log.wandb_project, name=self.config.run.name,
-                                   directory=self.directory, mode=self.config.log.wandb)
+                                   dir=self.directory, mode=self.config.log.wandb, config=asdict(self.config))
 
     def step(self, result: StepResult) -> None:
         if not self.main:
             return
         self.metrics.write(result.metrics)
         if result.counts:
-            self.loads.write(int(result.metrics["step"]), self._padded(torch.cat(list(result.counts.values()))),
-                             None if result.sources is None else np.stack([self._padded(s) for s in result.sources], 1))
+            sources = result.sources and [torch.stack(parts) for parts in zip(*map(self._by_router, result.sources))]
+            self.loads.write(int(result.metrics["step"]), list(result.counts.values()), sources)
         if self.wandb:
             self.wandb.write(result.metrics)
 
@@ -72,13 +72,8 @@ class Recorder:
         if self.main and self.wandb:
             self.wandb.close()
 
-    def _padded(self, flat: torch.Tensor) -> np.ndarray:
-        """[routers, E_max] from the flat buffer; 0 past a router's own experts."""
-        rows = flat.cpu().split(list(self.routers.values()))
-        table = np.zeros((len(rows), max(self.routers.values())), dtype=np.int64)
-        for index, row in enumerate(rows):
-            table[index, : len(row)] = row
-        return table
+    def _by_router(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return flat.cpu().split(list(self.routers.values()))
 
 
 def _probe(directory: Path) -> None:
@@ -102,7 +97,7 @@ def environment(run: Run) -> dict[str, object]:
     }
 
 
-def banner_lines(run: Run, resumed: Path | None, version: str) -> list[tuple[str, str]]:
+def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
     """The start banner, as (label, text) rows."""
     config, sizes = run.config, run.config.model
     ranks, ep = run.mesh["batch"].size, run.mesh["ep"].size
@@ -110,7 +105,7 @@ def banner_lines(run: Run, resumed: Path | None, version: str) -> list[tuple[str
     accumulation = config.train.global_batch // (config.train.micro_batch * ranks)
     total, active = parameter_counts(run)
     rows = [
-        (f"moetrain {version}", f"run {run.directory} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
+        ("", f"moetrain {__version__} | run {run.directory} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
         ("model", f"{sizes.num_layers} layers  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
                   f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}"
