@@ -6,6 +6,7 @@ say how to sample.
 
 from moetrain import launch
 from moetrain.config.compose import for_run, run_dir
+from moetrain.errors import ConfigError
 
 
 def run(argv: list[str]) -> int:
@@ -15,9 +16,16 @@ def run(argv: list[str]) -> int:
     config = for_run(argv)
     if config.run.nproc > 1 and not launch.is_worker():
         return launch.start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False)
-    from moetrain.generate.sample import generate_run
+    if config.data.kind == "synthetic":
+        raise ConfigError(45, "the run was trained on generated tokens, which stand for no text", where=str(run_dir(config)),
+                          why="there is no tokenizer to write with", next="train with data=text")
+    from moetrain.generate.sample import continue_text
+    from moetrain.train.evaluate import load_trained
 
-    text = generate_run(config)
+    model, dataset, _, _ = load_trained(config)
+    wish = config.generate
+    text = continue_text(model, dataset.tokenizer, wish.prompt, tokens=wish.tokens, temperature=wish.temperature,
+                         top_p=wish.top_p, seed=wish.seed, context=config.train.seq_len)
     if launch.rank() == 0:
         print(text)
     return 0

@@ -7,34 +7,23 @@ work. Routers are in evaluation mode. The same seed gives the same text.
 import torch
 from torch import Tensor
 
-from moetrain.config.compose import run_dir
-from moetrain.config.schema import Config
-from moetrain.data.loader import TokenDataset
-from moetrain.errors import ConfigError
+from moetrain.data.tokenizer import Tokenizer
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import RouterContext
-from moetrain.train.evaluate import load_trained
 
 
-def generate_run(config: Config) -> str:
-    """Prompt and continuation, from the newest checkpoint of the run."""
-    options = config.generate
-    model, dataset, mesh, _ = load_trained(config)
-    if not isinstance(dataset, TokenDataset):
-        raise ConfigError(
-            91, "the run was trained on synthetic tokens, which stand for no text", where=str(run_dir(config)),
-            why="there is no tokenizer to write with", next="train with data=text",
-        )
-    tokenizer = dataset.tokenizer
-    ids = [tokenizer.end_id, *(int(i) for i in tokenizer.encode(options.prompt.encode()))]
-    generator = torch.Generator().manual_seed(options.seed)
-    tokens = torch.tensor(ids, device=mesh.device)
-    for _ in range(options.tokens):
-        chosen = next_token(model, tokens[-config.train.seq_len :], options.temperature, options.top_p, generator)
+def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float,
+                  top_p: float, seed: int, context: int) -> str:
+    """Prompt and continuation: up to `tokens` new ones, fewer when the document ends. context: tokens the model looks at."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt.encode()))], device=model.embed.device)
+    model.eval()
+    for _ in range(tokens):
+        chosen = next_token(model, ids[-context:], temperature, top_p, generator)
         if chosen == tokenizer.end_id:
             break
-        tokens = torch.cat([tokens, tokens.new_tensor([chosen])])
-    return tokenizer.decode(tokens[1:].tolist())
+        ids = torch.cat([ids, ids.new_tensor([chosen])])
+    return tokenizer.decode(ids[1:].tolist())
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ router over steps. Reads loads.npz and nothing else, so a run is drawn without i
 """
 
 import csv
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -36,11 +38,11 @@ class Loads(NamedTuple):
         return _over_mean(self.counts[window].sum(0))
 
     def violation(self) -> np.ndarray:
-        """[steps, routers]"""
-        return np.nanmax(_over_mean(self.counts), axis=-1) - 1
+        """[steps, routers]; 0 where nothing was routed."""
+        return np.maximum(np.nanmax(_over_mean(self.counts), axis=-1) - 1, 0)
 
     def span(self, window: slice) -> str:
-        first, *_, last = (*self.steps[window][[0, -1]],)
+        first, last = self.steps[window][[0, -1]]
         return f"step {first}" if first == last else f"steps {first}–{last}"
 
 
@@ -59,7 +61,7 @@ def read_loads(path: Path) -> Loads:
     try:
         with np.load(path) as file:                              # refuses pickles
             counts, experts, names, steps = (file[key] for key in ("loads", "experts", "routers", "steps"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise DataError(40, "tokens per expert cannot be read", where=str(path), why=str(error),
                         next="train the run first; the file is written at saves and at the end") from error
     if not counts.size:
@@ -76,9 +78,9 @@ def last_steps(steps: int) -> slice:
 
 
 def snapshots(steps: int) -> list[slice]:
-    """Windows of equal length over the run."""
-    edges = np.linspace(0, steps, min(SNAPSHOTS, steps) + 1).round().astype(int)
-    return [slice(a, b) for a, b in zip(edges[:-1].tolist(), edges[1:].tolist())]
+    """Windows of equal length over the run, as far as rounding allows."""
+    edges = np.linspace(0, steps, min(SNAPSHOTS, steps) + 1).round().astype(int).tolist()
+    return [slice(first, last) for first, last in pairwise(edges)]
 
 
 def finding(loads: Loads, end: slice) -> str:
@@ -96,7 +98,7 @@ def _over_mean(counts: np.ndarray) -> np.ndarray:
     return counts / np.where(mean > 0, mean, 1)
 
 
-# --- CSV ----------------------------------------------------------------------------------------------------------------
+# --- CSV ------------------------------------------------------------------------------------------------------------
 
 
 def _write_csv(loads: Loads, end: slice, times: list[slice], folder: Path) -> None:
@@ -116,7 +118,7 @@ def _write_csv(loads: Loads, end: slice, times: list[slice], folder: Path) -> No
         rows.writerows([step, *(f"{value:.6g}" for value in row)] for step, row in zip(loads.steps, loads.violation()))
 
 
-# --- the picture --------------------------------------------------------------------------------------------------------
+# --- the picture ----------------------------------------------------------------------------------------------------
 
 
 def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
@@ -124,46 +126,54 @@ def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    top = float(np.clip(0.3 * len(loads.routers), 1.6, 6.0))
-    middle = float(np.clip(0.14 * len(loads.routers), 0.9, 2.6))
+    top = float(np.clip(0.3 * len(loads.routers), 1.2, 6.0))
+    middle = float(np.clip(0.14 * len(loads.routers), 0.7, 2.6)) if len(times) > 1 else 0.0
     style = {"font.size": 10, "axes.titlesize": 11, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
              "xtick.color": INK, "ytick.color": INK}
     with rc_context(style):
-        figure = Figure(figsize=(11, top + middle + 2.6 + 2.7), dpi=120, layout="constrained")
+        figure = Figure(figsize=(11, top + middle + (2.1 if middle else 1.3) + 3.2), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(h_pad=0.09, w_pad=0.06)
         figure.suptitle(finding(loads, end), fontsize=14, fontweight="bold", x=0.01, ha="left")
-        rows = figure.subfigures(2, 1, height_ratios=[top + middle + 1.9, 2.8])
-        grid = rows[0].add_gridspec(2, len(times), height_ratios=[top, middle])
-        final = rows[0].add_subplot(grid[0, :])
-        image = _heatmap(final, loads, loads.load(end), mark_dead=True)
-        final.set_title(f"Load at the end (mean of {loads.span(end)})", loc="left")
-        final.set_xlabel("expert")
-        _name_routers(final, loads.routers, most=24)
-        panels = [rows[0].add_subplot(grid[1, i]) for i in range(len(times))]
-        for i, (panel, window) in enumerate(zip(panels, times)):
-            _heatmap(panel, loads, loads.load(window), mark_dead=False)
-            panel.set_title(loads.span(window), fontsize=10)
-            panel.set_xlabel("expert")
-            _name_routers(panel, loads.routers if i == 0 else [], most=6)
-        bar = rows[0].colorbar(image, ax=[final, *panels], extend="max", pad=0.015, aspect=38)
-        bar.set_label("load (tokens / mean over experts)")
-        bar.set_ticks([0, 0.5, 1, 1.5, 2], labels=["0", "0.5", "1 = mean", "1.5", "2"])
-        _violation(rows[1].add_subplot(), loads, end)
+        above, below = figure.subfigures(2, 1, height_ratios=[top + middle + (1.9 if middle else 1.1), 2.8])
+        _over_experts(above, loads, end, times if middle else [], [top, middle])
+        _over_steps(below.add_subplot(), loads, end)
         figure.savefig(path)
 
 
-def _heatmap(axes: Any, loads: Loads, load: np.ndarray, *, mark_dead: bool) -> Any:
+def _over_experts(figure: Any, loads: Loads, end: slice, times: list[slice], heights: list[float]) -> None:
+    grid = figure.add_gridspec(2 if times else 1, max(1, len(times)), height_ratios=heights[:2 if times else 1])
+    final = figure.add_subplot(grid[0, :])
+    image = _heatmap(final, loads.load(end), large=True)
+    final.set_title(f"Load at the end ({loads.span(end)})", loc="left")
+    _name_routers(final, loads.routers, most=24)
+    panels = [figure.add_subplot(grid[1, i]) for i in range(len(times))]
+    for i, (panel, window) in enumerate(zip(panels, times)):
+        _heatmap(panel, loads.load(window), large=False)
+        panel.set_title(loads.span(window), fontsize=10)
+        _name_routers(panel, loads.routers if i == 0 else [], most=6)
+    bar = figure.colorbar(image, ax=[final, *panels], extend="max", pad=0.015, aspect=38)
+    bar.set_label("load (tokens / mean over experts)")
+    bar.set_ticks([0, 0.5, 1, 1.5, 2], labels=["0", "0.5", "1 = mean", "1.5", "2"])
+
+
+def _heatmap(axes: Any, load: np.ndarray, *, large: bool) -> Any:
+    """large: cells apart, dead experts marked, and figures in the cells where there is room."""
     routers, experts = load.shape
+    apart = large and experts <= 96
     axes.set_facecolor(GREY)                                     # where a router has no such expert
-    fine = experts > 96 or not mark_dead
     image = axes.pcolormesh(np.ma.masked_invalid(load), cmap=COLOURS, vmin=SCALE[0], vmax=SCALE[1],
-                            edgecolors="none" if fine else "white", linewidth=0 if fine else 0.6, rasterized=True)
-    if mark_dead:
+                            edgecolors="white" if apart else "none", linewidth=0.6 if apart else 0, rasterized=True)
+    if large:
         r, e = np.nonzero(load == 0)
         axes.scatter(e + 0.5, r + 0.5, marker="x", color="white", s=22, linewidth=1.3)
-    axes.set(xlim=(0, experts), ylim=(routers, 0))
-    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, experts) if experts / s <= (32 if mark_dead else 4))
+    if large and experts <= 16 and routers <= 24:
+        for r, e in np.argwhere(load > 0):
+            axes.text(e + 0.5, r + 0.5, f"{load[r, e]:.2f}", ha="center", va="center", fontsize=8,
+                      color="white" if abs(load[r, e] - 1) > 0.65 else INK)
+    axes.set(xlim=(0, experts), ylim=(routers, 0), xlabel="expert")
+    most = (32 if experts < 100 else 16) if large else 4
+    step = 1 << max(0, (-(-experts // most) - 1).bit_length())   # a power of two that leaves `most` ticks or fewer
     axes.set_xticks(np.arange(0, experts, step) + 0.5, labels=[str(e) for e in range(0, experts, step)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -175,7 +185,7 @@ def _name_routers(axes: Any, names: list[str], *, most: int) -> None:
     axes.set_yticks([r + 0.5 for r in shown], labels=[names[r] for r in shown])
 
 
-def _violation(axes: Any, loads: Loads, end: slice) -> None:
+def _over_steps(axes: Any, loads: Loads, end: slice) -> None:
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -186,7 +196,7 @@ def _violation(axes: Any, loads: Loads, end: slice) -> None:
         if window > 1:
             axes.plot(loads.steps, values, color=colour, linewidth=0.6, alpha=0.25)
         axes.plot(loads.steps, _smooth(values, window), color=colour, linewidth=1.6, label=name,
-                  marker="o" if len(loads.steps) == 1 else None)
+                  marker="o" if len(loads.steps) == 1 else None, clip_on=False)
     begin = slice(0, end.stop - end.start)
     before, after = violation[begin].mean(), violation[end].mean()
     verb = "falls" if after < 0.95 * before else "rises" if after > 1.05 * before else "stays"
@@ -202,7 +212,8 @@ def _violation(axes: Any, loads: Loads, end: slice) -> None:
     handles, labels = axes.get_legend_handles_labels()
     shown = np.unique(np.linspace(0, len(handles) - 1, min(8, len(handles))).round().astype(int))
     axes.legend([handles[i] for i in shown], [labels[i] for i in shown], loc="center left", bbox_to_anchor=(1.01, 0.5),
-                frameon=False, fontsize=9, title="router" if len(shown) == len(handles) else "router (some)")
+                frameon=False, fontsize=9, alignment="left",
+                title="router" if len(shown) == len(handles) else "router (some)")
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:

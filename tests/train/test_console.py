@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from moetrain.train.console import (
-    BANNER_LINES, Console, Eta, banner, connect_logging, count, duration, fold, heatmap, scientific, size, step_line, summary,
+    BANNER_LINES, Console, Eta, banner, connect_logging, count, duration, fold, heatmap, scientific, size, step_line,
+    summary,
 )
 
 METRICS = {
@@ -36,7 +37,8 @@ def test_step_line_shows_loss_routing_and_speed() -> None:
 def test_step_line_leaves_out_what_was_not_measured() -> None:
     dense = {key: value for key, value in METRICS.items() if not key.startswith(("moe/", "loss/balance"))}
     assert "bal" not in step_line(dense, 10000) and "| |" not in step_line(dense, 10000)
-    timed = METRICS | {"time/dispatch": 0.1, "time/combine": 0.0778, "time/comm_exposed": 0.0381, "throughput/mfu": 0.382}
+    timed = METRICS | {"time/dispatch": 0.1, "time/combine": 0.0778, "time/comm_exposed": 0.0381,
+                       "throughput/mfu": 0.382}
     assert "| a2a 14% (exposed 3%) |" in step_line(timed, 10000) and "mfu 38.2%" in step_line(timed, 10000)
     assert step_line({"step": 3}, 9).startswith("step     3/9  33%")
 
@@ -58,16 +60,16 @@ def test_a_narrow_terminal_breaks_at_bars() -> None:
 @pytest.mark.parametrize("show, value, text", [
     (duration, 1.27, "1.27s"), (duration, 9.999, "10s"), (duration, 59.4, "59s"), (duration, 59.9, "1m00"),
     (duration, 725, "12m05"), (duration, 11190, "3h06"), (duration, 187200, "2d04h"), (count, 412345, "412k"),
-    (count, 98765, "98.8k"), (count, 12, "12"), (count, 1.5e9, "1.5B"), (size, 33.1 * 2**30, "33.1G"), (size, 2048, "2K"),
-    (scientific, 2.9e-4, "2.9e-4"), (scientific, 0.0, "0.0e0"),
+    (count, 98765, "98.8k"), (count, 12, "12"), (count, 1.5e9, "1.5B"),
+    (size, 33.1 * 2**30, "33.1G"), (size, 2048, "2K"), (scientific, 2.9e-4, "2.9e-4"), (scientific, 0.0, "0.0e0"),
 ])
 def test_numbers_are_short(show, value: float, text: str) -> None:
     assert show(value) == text
 
 
 def test_banner_and_summary_are_aligned() -> None:
-    assert banner([("", "moetrain 0.1.0 | run runs/demo"), ("model", "8 layers"), ("parallel", "8 ranks")]).splitlines() == [
-        "moetrain 0.1.0 | run runs/demo", "model     8 layers", "parallel  8 ranks"]
+    rows = [("", "moetrain 0.1.0 | run runs/demo"), ("model", "8 layers"), ("parallel", "8 ranks")]
+    assert banner(rows).splitlines() == ["moetrain 0.1.0 | run runs/demo", "model     8 layers", "parallel  8 ranks"]
     assert summary([("loss", "1.2")], ["moetrain report demo", "moetrain eval run.name=demo"]).splitlines() == [
         "loss  1.2", "next  moetrain report demo", "      moetrain eval run.name=demo"]
     with pytest.raises(AssertionError):

@@ -113,7 +113,8 @@ def test_a_resumed_run_continues_the_counts(tmp_path: Path) -> None:
     for step in (4, 5, 6):
         second.write(step, load(step))
     arrays = read(second)
-    assert arrays["steps"].tolist() == [1, 2, 3, 4, 5, 6] and arrays["loads"][:, 1, 0].tolist() == [10, 20, 30, 40, 50, 60]
+    assert arrays["steps"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert arrays["loads"][:, 1, 0].tolist() == [10, 20, 30, 40, 50, 60]
     third = LoadsLog(tmp_path / "loads")
     third.cut_to(2)                                              # the second chunk goes as a whole
     assert read(third)["steps"].tolist() == [1, 2]
@@ -201,8 +202,9 @@ def run_with_fake(kind: str, tmp_path: Path, pause: float) -> str:
     (tmp_path / "script.py").write_text(SCRIPT)
     root = Path(__file__).parents[2]
     started = time.monotonic()
-    done = subprocess.run([sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(pause)], cwd=root, timeout=60,
-                          env={"PYTHONPATH": f"{tmp_path}:{root}"}, capture_output=True, text=True)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(pause)]
+    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": f"{tmp_path}:{root}"}, timeout=60,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - started < 15 and not done.stderr, done.stderr
     return done.stdout

@@ -1,0 +1,214 @@
+"""The house keeps its order: imports run downwards only, and nothing in it can be made to run foreign code.
+
+Read from source with `ast`, so imports inside functions and under TYPE_CHECKING count as well.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+# From the ground up. A file imports from lines below its own, or from its own room.
+ORDER = (
+    ("errors",),
+    ("ops", "plan", "config"),
+    ("comm", "routers", "data"),
+    ("losses", "moe"),
+    ("parallel",),
+    ("model",),
+    ("generate", "train"),
+    ("peft", "transform", "upcycle", "compress", "steer", "interop", "trace", "report"),
+    ("launch",),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {room: level for level, line in enumerate(ORDER) for room in line}
+WINGS = ORDER[7]
+# launch speaks when ranks cannot: before there is a console, or when one was killed.
+MAY_PRINT = ("cli", "__main__", "launch")
+UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def load_package() -> dict[str, str]:
+    """Source by module name; a package is named with its `__init__`."""
+    root = Path(__file__).parents[1] / "moetrain"
+    return {".".join(path.relative_to(root.parent).with_suffix("").parts): path.read_text(encoding="utf-8")
+            for path in sorted(root.rglob("*.py"))}
+
+
+PACKAGE = load_package()
+
+
+# --- imports
+
+
+def imports(sources: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(module, module of moetrain that it imports), wherever in the file and however it is written."""
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = module.split(".")[:-node.level] if node.level else []
+                origin = ".".join([*base, *([node.module] if node.module else [])])
+                targets = [f"{origin}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            yield from ((module, found) for target in targets if (found := resolve(target, sources)))
+
+
+def resolve(target: str, sources: Mapping[str, str]) -> str | None:
+    """The module that a dotted name lies in; None when it is not ours."""
+    if target.split(".")[0] != "moetrain":
+        return None
+    parts = target.split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        if name in sources:
+            return name
+        if f"{name}.__init__" in sources:
+            return f"{name}.__init__"
+    raise AssertionError(f"{target} is imported and not there")
+
+
+def room(module: str) -> str:
+    """moetrain.ops.gating -> ops; the package itself, which imports nothing, has no room."""
+    name = module.split(".")[1]
+    return "" if name == "__init__" else name
+
+
+def upward(sources: Mapping[str, str]) -> list[str]:
+    return sorted({f"{module} imports {target}" for module, target in imports(sources)
+                   if room(target) and room(target) != room(module)
+                   and LEVEL[room(target)] >= LEVEL.get(room(module), -1)})
+
+
+def loop(sources: Mapping[str, str]) -> list[str] | None:
+    """Modules that import each other in a circle."""
+    edges: dict[str, set[str]] = {}
+    for module, target in imports(sources):
+        if module != target:
+            edges.setdefault(module, set()).add(target)
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return path[path.index(module):] + [module]
+        if module not in done:
+            for target in sorted(edges.get(module, ())):
+                if found := visit(target, [*path, module]):
+                    return found
+            done.add(module)
+        return None
+
+    return next((found for module in sorted(edges) if (found := visit(module, []))), None)
+
+
+def test_every_room_has_its_line() -> None:
+    assert {room(module) for module in PACKAGE} - {""} <= set(LEVEL)
+
+
+def test_imports_only_go_down() -> None:
+    assert upward(PACKAGE) == []
+
+
+def test_there_are_no_import_loops() -> None:
+    assert loop(PACKAGE) is None
+
+
+def test_wings_are_imported_by_cli_alone() -> None:
+    assert [f"{module} imports {target}" for module, target in imports(PACKAGE)
+            if room(target) in WINGS and room(module) not in ("cli", room(target))] == []
+
+
+@pytest.mark.parametrize("source", [
+    "import moetrain.train.loop", "from moetrain.train.loop import train", "from moetrain.train import loop",
+    "from moetrain import train", "from ..train import loop", "from ..train.loop import train as t",
+    "def f():\n    from moetrain.train.loop import train",
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import moetrain.train.loop as loop",
+])
+def test_an_import_upwards_is_found_however_it_is_written(source: str) -> None:
+    house = {"moetrain.__init__": "", "moetrain.train.__init__": "", "moetrain.train.loop": "",
+             "moetrain.ops.gating": source}
+    assert len(upward(house)) == 1
+
+
+def test_an_import_of_a_neighbour_and_a_loop_are_found() -> None:
+    assert upward({"moetrain.ops.a": "import moetrain.plan.b", "moetrain.plan.b": ""})
+    house = {"moetrain.ops.a": "from moetrain.ops import b", "moetrain.ops.b": "def f():\n    from . import c",
+             "moetrain.ops.c": "from .a import x", "moetrain.ops.__init__": ""}
+    assert upward(house) == []
+    assert loop(house) == ["moetrain.ops.a", "moetrain.ops.b", "moetrain.ops.c", "moetrain.ops.a"]
+
+
+# --- files
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    drawers = {"utils", "util", "helpers", "common", "misc"}
+    assert [module for module in PACKAGE if drawers & set(module.split("."))] == []
+
+
+def test_init_files_only_hand_names_on() -> None:
+    for module, source in PACKAGE.items():
+        if module.endswith(".__init__"):
+            wrong = [ast.unparse(node) for node in ast.parse(source).body if not is_hand_over(node, module)]
+            assert wrong == [], module
+
+
+def is_hand_over(node: ast.stmt, module: str) -> bool:
+    """A docstring, an import, `__all__`; in the package's own file the version."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+        allowed = ("__all__", "__version__") if module == "moetrain.__init__" else ("__all__",)
+        return node.targets[0].id in allowed
+    return isinstance(node, (ast.Import, ast.ImportFrom)) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str))
+
+
+# --- calls
+
+
+def offences(module: str, source: str) -> list[str]:
+    """Prints where lines belong to the console, and whatever could run code that comes with data."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Name(id="print")) if room(module) not in MAY_PRINT:
+                found.append("print")
+            case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
+                found.append(name)
+            case ast.Attribute(value=ast.Name(id="torch"), attr="load" | "save" as name):
+                found.append(f"torch.{name}")
+            case ast.keyword(arg="allow_pickle", value=value) if ast.unparse(value) != "False":
+                found.append("allow_pickle")
+            case ast.Name(id="instantiate") | ast.Attribute(attr="instantiate") if module != "moetrain.config.build":
+                found.append("instantiate")
+            case ast.Import(names=names):
+                found += [alias.name for alias in names if alias.name.split(".")[0] in UNPICKLERS]
+            case ast.ImportFrom(module=str(origin), names=names):
+                found += [origin] if origin.split(".")[0] in UNPICKLERS else []
+                if origin == "torch":
+                    found += [f"torch.{alias.name}" for alias in names if alias.name in ("load", "save")]
+                if module != "moetrain.config.build":
+                    found += ["instantiate" for alias in names if alias.name == "instantiate"]
+    return [f"{module}: {name}" for name in found]
+
+
+def test_nothing_prints_unpickles_or_evaluates() -> None:
+    assert [offence for module, source in PACKAGE.items() for offence in offences(module, source)] == []
+
+
+@pytest.mark.parametrize("source", [
+    "print(1)", "x = eval('1')", "exec('')", "import pickle", "from pickle import loads", "torch.load(p)",
+    "from torch import load", "np.load(p, allow_pickle=True)", "np.load(p, allow_pickle=flag)",
+    "from hydra.utils import instantiate", "hydra.utils.instantiate(x)",
+])
+def test_an_offence_is_found(source: str) -> None:
+    assert len(offences("moetrain.train.loop", source)) == 1
+
+
+def test_what_looks_alike_is_none() -> None:
+    assert offences("moetrain.train.loop", "model.eval()\nconsole.print(1)\nnp.load(p, allow_pickle=False)") == []
+    assert offences("moetrain.cli.train", "print(1)") == []
+    assert offences("moetrain.config.build", "from hydra.utils import instantiate\ninstantiate(x)") == []
