@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -88,7 +88,8 @@ def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool 
 def ending(run_dir: Path) -> Iterator[None]:
     """Write status.json when the block ends, on rank 0; a directory that does not exist is not made."""
     if rank() == 0:
-        (run_dir / "status.json").unlink(missing_ok=True)     # how an earlier attempt ended says nothing now
+        with suppress(OSError):                      # an unusable directory is reported by whoever writes to it first
+            (run_dir / "status.json").unlink(missing_ok=True)     # how an earlier attempt ended says nothing now
     try:
         yield
     except MoETrainError as error:

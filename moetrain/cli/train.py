@@ -19,6 +19,7 @@ from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
 from moetrain.errors import ConfigError, ConfigErrors
+from moetrain.train.finished import finished, next_commands
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,12 @@ def run(argv: list[str]) -> int:
     if show_config:
         print(to_yaml(config), end="")
         return 0
+    step = finished(config, run_dir(config))
+    if step is not None:
+        if launch.rank() == 0:
+            print("\n  ".join([f"run {run_dir(config)} is finished: step {step}. Nothing was changed. Next:",
+                                 *next_commands(config)]))
+        return 0
     if config.run.nproc > 1 and not launch.is_worker():
         return launch.start_ranks(["train", *overrides], config.run.nproc, run_dir(config))
     with launch.ending(run_dir(config)):
@@ -44,7 +51,8 @@ def run(argv: list[str]) -> int:
 def _train(config: Config) -> None:
     from moetrain.train.loop import train
 
-    if train(config) and launch.rank() == 0:
+    train(config)
+    if launch.rank() == 0:
         draw(run_dir(config))
 
 

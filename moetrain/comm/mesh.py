@@ -125,11 +125,6 @@ def connect(device: torch.device, timeout_s: int) -> None:
         ) from error
 
 
-def rank_of_environment() -> int:
-    """This process's rank before any process group exists."""
-    return int(os.environ.get("RANK", 0))
-
-
 def disconnect() -> None:
     """Leave the process group; the barrier keeps a fast rank from tearing down what a slow one still uses."""
     if dist.is_initialized():

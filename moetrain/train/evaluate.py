@@ -22,7 +22,8 @@ from moetrain.errors import CheckpointError
 from moetrain.model.build import build_model
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import logical_tensors
-from moetrain.train.checkpoint.reader import load_model, newest
+from moetrain.train.checkpoint.manifest import newest
+from moetrain.train.checkpoint.reader import load_model
 from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.setup import join, prepare_on_main
 from moetrain.train.step import step_context, to_device

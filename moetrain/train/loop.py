@@ -2,7 +2,7 @@
 
     train(config) -> join the ranks -> set_up -> resume -> for each step: train_step, log, evaluate, save
 
-One step is train/step.py. The same command resumes a run; the command of a finished run says so and changes nothing.
+One step is train/step.py. The same command resumes a run (what it may change: train/finished.py).
 """
 
 import time
@@ -10,31 +10,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moetrain import __version__
-from moetrain.comm.mesh import disconnect, rank_of_environment
-from moetrain.config.compose import from_yaml, resume_conflicts, run_dir
+from moetrain.comm.mesh import disconnect
+from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
-from moetrain.errors import ConfigErrors
-from moetrain.train.checkpoint.manifest import read_manifest
-from moetrain.train.checkpoint.reader import load, newest
+from moetrain.train.checkpoint.manifest import newest
+from moetrain.train.checkpoint.reader import load
 from moetrain.train.checkpoint.writer import save
 from moetrain.train.console import Console
 from moetrain.train.evaluate import evaluate
+from moetrain.train.finished import last_step, next_commands
 from moetrain.train.record import Recorder, banner_lines
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import train_step
 
 
-def train(config: Config) -> bool:
-    """Train to run.steps (or run.stop_at), saving on the way and at the end. False when there was nothing left to do.
-
-    Collective over the ranks of the run.
-    """
+def train(config: Config) -> None:
+    """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run."""
     directory = run_dir(config)
-    done = finished(config, directory)
-    if done is not None:
-        with Console(rank=rank_of_environment(), steps=config.run.steps) as console:
-            console.summary([("", f"run {directory} is finished: step {done}. Nothing was changed.")], next_commands(config))
-        return False
     mesh = join(config)
     recorder = Recorder(config, directory, mesh)         # on all ranks: refuses a directory that cannot be written
     run = set_up(config, directory, mesh)
@@ -48,7 +40,6 @@ def train(config: Config) -> bool:
         rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", str(directory))]
         console.summary(rows, next_commands(config))
     disconnect()
-    return True
 
 
 def loop(run: Run, recorder: Recorder, console: Console) -> None:
@@ -78,30 +69,8 @@ def measure(run: Run, recorder: Recorder, console: Console) -> None:
     console.line(f"[eval] step {run.state.step}, nats per byte: {by_domain}")
 
 
-def last_step(config: Config) -> int:
-    return config.run.steps if config.run.stop_at is None else min(config.run.steps, config.run.stop_at)
-
-
 def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def finished(config: Config, directory: Path) -> int | None:
-    """The step at which the run ended, if there is nothing left to do. Refuses a changed config either way."""
-    checkpoint = newest(directory)
-    if checkpoint is None:
-        return None
-    conflicts = resume_conflicts(from_yaml(directory / "config.yaml"), config)
-    if conflicts:
-        raise ConfigErrors(conflicts)
-    step = read_manifest(checkpoint).values["step"]
-    return step if step >= last_step(config) else None
-
-
-def next_commands(config: Config) -> list[str]:
-    name = config.run.name
-    commands = [f"moetrain eval run.name={name}", f"moetrain report {name}"]
-    return commands + ([f"moetrain generate run.name={name}"] if config.data.kind != "synthetic" else [])
 
 
 def resume(run: Run) -> Path | None:

@@ -69,6 +69,12 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def newest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None when there is none."""
+    complete = [path for path in (run_dir / "checkpoints").glob("step-????????") if (path / NAME).exists()]
+    return max(complete, default=None)
+
+
 def damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         1, "a checkpoint file is damaged or foreign", where=str(path), why=why,

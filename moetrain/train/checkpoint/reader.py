@@ -17,12 +17,6 @@ from moetrain.train.state import TrainState, prefixed
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None when there is none."""
-    complete = [path for path in (run_dir / "checkpoints").glob("step-????????") if (path / NAME).exists()]
-    return max(complete, default=None)
-
-
 def load(state: TrainState, directory: Path) -> None:
     """Fill the state, optimizer included. Reads only; no collective."""
     manifest = read_manifest(directory)

@@ -1,0 +1,37 @@
+"""Is there anything left to do? Asked before torch is imported and before a process or a file exists.
+
+The command of a finished run says so and changes nothing; a command that goes on with a run may not change what the run
+is about (config/compose.py lists what may change).
+"""
+
+from pathlib import Path
+
+from moetrain.config.compose import from_yaml, resume_conflicts
+from moetrain.config.schema import Config
+from moetrain.errors import ConfigErrors
+from moetrain.train.checkpoint.manifest import newest, read_manifest
+
+
+def finished(config: Config, directory: Path) -> int | None:
+    """The step at which the run ended, if nothing is left to do; ConfigErrors when the command contradicts the run."""
+    checkpoint = newest(directory)
+    if checkpoint is None:
+        return None
+    conflicts = resume_conflicts(from_yaml(directory / "config.yaml"), config)
+    if conflicts:
+        raise ConfigErrors(conflicts)
+    step = read_manifest(checkpoint).values["step"]
+    return step if step >= last_step(config) else None
+
+
+def last_step(config: Config) -> int:
+    """Where this command stops."""
+    return config.run.steps if config.run.stop_at is None else min(config.run.steps, config.run.stop_at)
+
+
+def next_commands(config: Config) -> list[str]:
+    """What a user may type when a run has ended."""
+    name = config.run.name if config.run.dir is None else config.run.dir
+    key = "run.name" if config.run.dir is None else "run.dir"
+    commands = [f"moetrain eval {key}={name}", f"moetrain report {name}"]
+    return commands + ([f"moetrain generate {key}={name}"] if config.data.kind != "synthetic" else [])

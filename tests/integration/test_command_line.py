@@ -1,0 +1,184 @@
+"""Whole runs through the command line: real processes, real files."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEBUG = ["experiment=debug", "run.steps=8", "run.device=cpu", "model.dim=32", "train.seq_len=16"]
+EP2 = ["parallel=ep", "run.nproc=2", "train.micro_batch=2"]
+
+
+def moetrain(*words: str, cwd: Path, code: int = 0, launcher: tuple[str, ...] = ()) -> str:
+    done = subprocess.run([sys.executable, *(launcher or ("-m", "moetrain")), *words], cwd=cwd, text=True, timeout=180,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    assert done.returncode == code, f"{words} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def environment(root: Path = ROOT) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**clean, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(directory: Path) -> list[tuple]:
+    """What must be the same bits in a resumed run; times are not."""
+    return [tuple((key, float(value).hex()) for key, value in record.items()
+                  if not key.startswith(("time/", "throughput/", "memory/"))) for record in metrics(directory)]
+
+
+def weights(directory: Path) -> dict[str, int]:
+    """Checksum of every tensor of the newest checkpoint, optimizer state included."""
+    newest = max((directory / "checkpoints").glob("step-*"))
+    body = json.loads((newest / "manifest.json").read_text().split("\n", 1)[1])
+    return {name: entry[-1] for name, entry in body["tensors"].items()}
+
+
+def files(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mesh", [["train.micro_batch=2"], EP2], ids=["single", "ep2"])
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, mesh):
+    moetrain("train", *DEBUG, *mesh, "run.name=whole", cwd=tmp_path)
+    moetrain("train", *DEBUG, *mesh, "run.name=broken", "run.stop_at=5", cwd=tmp_path)
+    moetrain("train", *DEBUG, *mesh, "run.name=broken", cwd=tmp_path)
+    whole, broken = tmp_path / "runs/whole", tmp_path / "runs/broken"
+    assert numbers(broken) == numbers(whole) and len(numbers(whole)) == 8
+    assert weights(broken) == weights(whole)
+    loads = [np.load(directory / "loads.npz") for directory in (whole, broken)]
+    assert (loads[0]["loads"] == loads[1]["loads"]).all() and loads[1]["steps"].tolist() == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_save_and_keeps_the_cut_tail(tmp_path):
+    command = [*DEBUG, "run.steps=60", "checkpoint.interval=7", "run.name=killed"]
+    process = subprocess.Popen([sys.executable, "-m", "moetrain", "train", *command], cwd=tmp_path, env=environment(),
+                               stdout=subprocess.DEVNULL)
+    lines = tmp_path / "runs/killed/metrics.jsonl"
+    while not (lines.exists() and len(lines.read_text().splitlines()) >= 17):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "resumed from step" in moetrain("train", *command, cwd=tmp_path)
+    moetrain("train", *command, "run.name=whole", cwd=tmp_path)
+    assert numbers(tmp_path / "runs/killed") == numbers(tmp_path / "runs/whole")
+    assert weights(tmp_path / "runs/killed") == weights(tmp_path / "runs/whole")
+    assert (tmp_path / "runs/killed/metrics.jsonl.lost").exists()
+
+
+@pytest.mark.ranks
+def test_the_command_of_a_finished_run_says_so_and_changes_nothing(tmp_path):
+    moetrain("train", *DEBUG, *EP2, cwd=tmp_path)
+    before = files(tmp_path / "runs/debug")
+    assert "finished" in moetrain("train", *DEBUG, *EP2, cwd=tmp_path)
+    assert files(tmp_path / "runs/debug") == before
+    assert {"metrics.jsonl", "eval.jsonl", "loads.npz", "config.yaml", "env.json", "status.json",
+            "report/expert_load.png"} <= before.keys()
+    refused = moetrain("train", *DEBUG, *EP2, "run.seed=1", "model.dim=64", cwd=tmp_path, code=2)
+    assert "run.seed" in refused and "model.dim" in refused
+    assert files(tmp_path / "runs/debug") == before
+    assert "mean" in moetrain("eval", "run.name=debug", cwd=tmp_path)            # one process reads what two wrote
+
+
+@pytest.mark.ranks
+def test_meshes_agree_through_the_command_line(tmp_path):
+    common = [*DEBUG, "run.dtype=float64", "data.min_length=0.4", "balance.weight=0.1"]
+    moetrain("train", *common, "run.name=one", cwd=tmp_path)
+    moetrain("train", *common, *EP2, "run.name=two", "log.sources=true", cwd=tmp_path)
+    moetrain("-m", "moetrain", "train", *common, "parallel=ddp", "train.micro_batch=4", "run.name=torchrun", cwd=tmp_path,
+             launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    one = metrics(tmp_path / "runs/one")
+    for other in ("two", "torchrun"):
+        for mine, theirs in zip(one, metrics(tmp_path / "runs" / other), strict=True):
+            for key in ("loss/ce", "loss/total", "loss/balance", "grad_norm", "tokens", "moe/max_violation/mean"):
+                assert abs(mine[key] - theirs[key]) <= 1e-9 * max(1.0, abs(mine[key])), (other, key)
+    loads = np.load(tmp_path / "runs/two/loads.npz")
+    assert loads["sources"].shape[2] == 2 and (loads["sources"].sum(2) == loads["loads"]).all()
+    assert (loads["loads"] == np.load(tmp_path / "runs/one/loads.npz")["loads"]).all()
+
+
+ROUTER = '''
+import torch
+from moetrain.ops.gating import decide, gather_weights
+from moetrain.routers.base import Router, drop_padding
+
+
+class RoundRobinRouter(Router):
+    def route(self, x_TD, context):
+        logits_TE = self.logits(x_TD)
+        probs_TE = logits_TE.softmax(-1)
+        first = context.positions_T[:, None] + torch.arange(self.top_k)
+        ids_TK = decide(drop_padding(first % self.num_experts, context))
+        return self.routing(ids_TK, gather_weights(probs_TE, ids_TK), probs_TE, logits_TE, context)
+'''
+
+
+def test_a_new_router_is_one_file_and_one_yaml(tmp_path):
+    for name in ("moetrain", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "moetrain/routers/round_robin.py").write_text(ROUTER)
+    (tmp_path / "conf/router/round_robin.yaml").write_text("_target_: moetrain.routers.round_robin.RoundRobinRouter\n")
+    subprocess.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "router=round_robin", "run.steps=2"], cwd=tmp_path,
+                   env=environment(tmp_path), check=True, stdout=subprocess.DEVNULL)
+    loads = np.load(tmp_path / "runs/debug/loads.npz")["loads"]
+    assert (loads == loads[0, 0, 0]).all()                       # 16 positions, 8 experts: perfectly even
+
+
+def test_text_of_strangers_trains_evaluates_and_continues(tmp_path):
+    for domain, word in (("prose", "the quick brown fox. "), ("code", "def f(x):\n    return x\n")):
+        for number in range(30):
+            path = tmp_path / "corpus" / domain / f"{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{number} " + word * (40 + number))
+    text = ["data=text", "data.path=corpus", "data.mask_documents=true", "run.dtype=bfloat16", "loss=[z]", "run.name=mine"]
+    out = moetrain("train", *DEBUG, *text, "eval.interval=4", cwd=tmp_path)
+    assert "prose" in out and "code" in out
+    records = [json.loads(line) for line in (tmp_path / "runs/mine/eval.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [4, 8] and {"loss/prose", "loss/code"} <= records[0].keys()
+    assert "order 2" in moetrain("eval", "run.name=mine", "eval.ngram=2", cwd=tmp_path)
+    words = ["generate", "run.name=mine", "generate.tokens=12", "generate.prompt=the "]
+    assert moetrain(*words, cwd=tmp_path) == moetrain(*words, cwd=tmp_path)
+
+
+def test_bad_input_gets_its_exit_code_and_nothing_is_written_over(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "E-DISK" in moetrain("train", *DEBUG, "run.dir=file/run", cwd=tmp_path, code=14)
+    assert (tmp_path / "file").read_text() == "in the way"
+    assert "E-DATA" in moetrain("train", *DEBUG, "data=text", "data.path=nowhere", cwd=tmp_path, code=12)
+    moetrain("train", *DEBUG, "run.name=hurt", "run.stop_at=2", cwd=tmp_path)
+    payload = next((tmp_path / "runs/hurt/checkpoints").rglob("*.safetensors"))
+    content = bytearray(payload.read_bytes())
+    content[-5] ^= 1
+    payload.write_bytes(content)
+    refused = moetrain("train", *DEBUG, "run.name=hurt", cwd=tmp_path, code=13)
+    assert payload.name in refused and "Traceback" not in refused
+    assert payload.read_bytes() == bytes(content)
+
+
+@pytest.mark.ranks
+def test_an_error_of_rank_zero_is_said_once_and_ends_all_ranks(tmp_path):
+    out = moetrain("train", *DEBUG, *EP2, "data=text", "data.path=nowhere", cwd=tmp_path, code=12)
+    assert out.count("E-DATA") == 1 and "Traceback" not in out
+    assert json.loads((tmp_path / "runs/debug/status.json").read_text())["code"] == 12
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    out = moetrain("train", *DEBUG, "model.init_std=1e25", cwd=tmp_path, code=11)
+    assert "E-NONFINITE" in out and not (tmp_path / "runs/debug/checkpoints").exists()
