@@ -2,7 +2,7 @@
 # All GPUs of one node (or NPROC processes on the CPU), started by torchrun.
 #
 #   bash launch/node.sh parallel=ep model=quickstart          one rank per GPU
-#   NPROC=2 bash launch/node.sh parallel=ep train.micro_batch=8
+#   NPROC=2 bash launch/node.sh parallel=ep
 #
 # torchrun turns every failure into exit code 1; <run.dir>/status.json has the real one.
 set -euo pipefail

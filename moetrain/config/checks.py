@@ -154,15 +154,15 @@ def expert_parallel(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 def batch(config: Config, ranks: int) -> Iterator[ConfigError]:
     train = config.train
-    if train.global_batch % (ranks * train.micro_batch) == 0:
+    together = ranks * (train.micro_batch or 1)          # sequences of one forward pass of all ranks, or a part of them
+    if train.global_batch % together == 0:
         return
     if train.global_batch % ranks:
-        multiple = math.ceil(train.global_batch / (ranks * train.micro_batch)) * ranks * train.micro_batch
-        advice = f"train.global_batch={multiple}"
+        advice = f"train.global_batch={math.ceil(train.global_batch / together) * together}"
     else:
         advice = _choose("train.micro_batch", _divisors(train.global_batch // ranks))
-    yield ConfigError(35, f"train.global_batch={train.global_batch} cannot be split into micro-batches of "
-                          f"{train.micro_batch} on {_ranks(ranks)}",
+    micro = f"micro-batches of {train.micro_batch}" if train.micro_batch else "equal parts"
+    yield ConfigError(35, f"train.global_batch={train.global_batch} cannot be split into {micro} on {_ranks(ranks)}",
                       where="train.micro_batch, train.global_batch, run.nproc",
                       why="global_batch = ranks x micro_batch x forward passes, a whole number of them",
                       next=advice)

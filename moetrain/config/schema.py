@@ -60,9 +60,13 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     global_batch: int = key(16, "sequences of one optimizer step, over all ranks")
-    micro_batch: int = key(16, "sequences of one forward pass on one rank")
+    micro_batch: int | None = key(None, "sequences of one forward pass on one rank; global_batch / ranks when null")
     seq_len: int = key(128, "tokens of a sequence")
     clip: float = key(1.0, "largest global gradient norm; 0 does not clip")
+
+    def per_forward(self, ranks: int) -> int:
+        """Sequences of one forward pass on one of `ranks` ranks."""
+        return self.micro_batch or self.global_batch // ranks
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,9 @@ class Attention(nn.Module):
             q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk, rotary).split([self.num_heads, self.num_kv_heads], dim=1)
-        repeats = self.num_heads // self.num_kv_heads
-        if repeats > 1:
-            k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads < self.num_heads
+        )
         return F.linear(mixed.transpose(1, 2).reshape(B, S, -1), self.out.to(x_BSD.dtype))
 
 

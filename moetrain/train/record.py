@@ -102,7 +102,8 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
     config, sizes = run.config, run.config.model
     ranks, ep = run.mesh["batch"].size, run.mesh["ep"].size
     per_step = config.train.global_batch * config.train.seq_len
-    accumulation = config.train.global_batch // (config.train.micro_batch * ranks)
+    micro_batch = config.train.per_forward(ranks)
+    accumulation = config.train.global_batch // (micro_batch * ranks)
     total, active = parameter_counts(run)
     rows = [
         ("", f"moetrain {__version__} | run {run.directory} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
@@ -110,7 +111,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
                   f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}"
                      f" on {run.mesh.device.type}, {config.run.dtype}"),
-        ("batch", f"{per_step:,} tokens = {ranks} ranks x {config.train.micro_batch} seq x {config.train.seq_len}"
+        ("batch", f"{per_step:,} tokens = {ranks} ranks x {micro_batch} seq x {config.train.seq_len}"
                   f" x accum {accumulation}"),
         ("balance", balance_line(run, accumulation)),
         ("data", f"{config.data.kind} {run.dataset.fingerprint[:12]}  {len(run.dataset.domains)} domains"

@@ -69,7 +69,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     optimizer = build_optimizer(model, config.optim)
     allocate_state(optimizer)
     batch = mesh["batch"]
-    loader = Loader(dataset, global_batch=config.train.global_batch, micro_batch=config.train.micro_batch,
+    loader = Loader(dataset, global_batch=config.train.global_batch, micro_batch=config.train.per_forward(batch.size),
                     rank=batch.position, ranks=batch.size)
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer), parallelize(model, mesh),

@@ -1,0 +1,44 @@
+"""SwiGLU with the routing weight folded in, against its formula."""
+
+import pytest
+import torch
+
+from moetrain.ops.swiglu import swiglu
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("hidden", [1, 7])
+def test_value_and_every_gradient_follow_the_formula(rows, hidden):
+    gate_up = torch.randn(rows, 2 * hidden, dtype=torch.float64, requires_grad=True)
+    weights_R = torch.rand(rows, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(rows, hidden, dtype=torch.float64)
+    out = swiglu(gate_up, weights_R)
+    d_gate_up, d_weights = torch.autograd.grad(out, (gate_up, weights_R), grad)
+
+    gate, up, w = gate_up.detach()[:, :hidden], gate_up.detach()[:, hidden:], weights_R.detach()[:, None]
+    s = 1 / (1 + torch.exp(-gate))
+    torch.testing.assert_close(out, gate * s * up * w)
+    torch.testing.assert_close(d_gate_up, torch.cat([grad * up * w * (s + gate * s * (1 - s)), grad * gate * s * w], 1))
+    torch.testing.assert_close(d_weights, (grad * gate * s * up).sum(1))
+
+
+def test_without_weights_any_leading_dims_do():
+    gate_up = torch.randn(2, 3, 10)
+    flat = swiglu(gate_up.flatten(0, 1), torch.ones(6))
+    assert torch.equal(swiglu(gate_up).flatten(0, 1), flat)
+
+
+def test_bfloat16_rows_and_float32_weights_stay_in_their_dtypes():
+    gate_up = torch.randn(4, 6).bfloat16().requires_grad_()
+    weights_R = torch.rand(4, requires_grad=True)
+    out = swiglu(gate_up, weights_R)
+    out.sum().backward()
+    assert out.dtype == gate_up.grad.dtype == torch.bfloat16 and weights_R.grad.dtype == torch.float32
+
+
+def test_a_float32_weight_is_not_rounded_before_it_is_applied():
+    gate_up = torch.tensor([[2.0, 1.0]]).bfloat16()
+    hidden = swiglu(gate_up)
+    weight = torch.tensor([1 / 3])
+    assert torch.equal(swiglu(gate_up, weight), (hidden.float() * weight).bfloat16())
+    assert not torch.equal(swiglu(gate_up, weight), hidden * weight.bfloat16())      # the input can tell
