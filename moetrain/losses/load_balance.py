@@ -27,6 +27,7 @@ class LoadBalanceLoss:
 
     def __init__(self, *, weight: float = 0.01, scope: Literal["global", "micro"] = "global",
                  mode: Literal["exact"] = "exact", reduction: Literal["mean", "sum"] = "mean") -> None:
+        assert scope in ("global", "micro") and mode == "exact" and reduction in ("mean", "sum"), (scope, mode, reduction)
         self.weight, self.scope, self.mode, self.reduction = weight, scope, mode, reduction
 
     @property

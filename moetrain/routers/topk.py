@@ -24,6 +24,7 @@ class TopKRouter(Router):
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, weights: Literal["renorm", "raw", "softmax_of_topk"] = "renorm") -> None:
         super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
+        assert weights in ("renorm", "raw", "softmax_of_topk"), weights
         self.weights = weights
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:

@@ -33,7 +33,7 @@ BROKEN = [
     (["parallel=ep", "parallel.ep=4", "run.nproc=2", "train.micro_batch=2"], 33, "from 1, 2; or run.nproc=4", ["parallel.ep=2"]),
     (["parallel=ep", "run.nproc=6", "train.global_batch=36", "train.micro_batch=6"], 34, "parallel.ep from 1, 2", ["parallel.ep=2"]),
     (["train.micro_batch=5"], 35, "from 1, 2, 4, 8, 16", ["train.micro_batch=4"]),
-    (["parallel=ddp", "run.nproc=3"], 35, "train.global_batch=48", ["train.global_batch=48"]),
+    (["parallel=ddp", "run.nproc=3"], 35, "train.global_batch=18", ["train.global_batch=18"]),
     (["data=tokens"], 36, "data.path", ["data.path=x"]),
     (["optim.betas=[0.9]"], 37, "optim.betas=[0.9,0.95]", ["optim.betas=[0.9,0.95]"]),
 ]

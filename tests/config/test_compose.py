@@ -51,10 +51,10 @@ def test_yaml_and_schema_have_the_same_defaults() -> None:
 
 def test_quickstart_is_the_measured_setting() -> None:
     config = compose(["experiment=quickstart"])
-    assert (config.run.name, config.run.steps, config.train.global_batch, config.train.seq_len) == ("quickstart", 1200, 16, 128)
+    assert (config.run.name, config.run.steps, config.train.global_batch, config.train.seq_len) == ("quickstart", 1000, 16, 128)
     assert (config.model.dim, config.model.expert_dim, config.model.num_experts) == (128, 128, 8)
     assert (config.optim.lr, config.optim.warmup, config.optim.min_lr_ratio) == (3e-3, 50, 0.05)
-    assert (config.data.mixture, config.eval.interval) == ("uniform", 300)
+    assert (config.data.mixture, config.eval.interval) == ("uniform", 250)
     compose(["experiment=quickstart", "parallel=ep", "run.nproc=2"])
 
 
@@ -131,12 +131,12 @@ def test_a_mistake_has_its_number_and_says_what_to_type(override: str, id: str, 
 
 
 def test_a_rule_names_the_override_or_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert errors_of("run.nproc=2", "parallel=ep")[0].where == 'override "run.nproc=2" on the command line'
+    assert errors_of("run.nproc=3", "parallel=ddp")[0].where == 'override "run.nproc=3" on the command line'
     folder = tmp_path / "conf"
     for file in config_dir().rglob("*.yaml"):
         copy = folder / file.relative_to(config_dir())
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(file.read_text().replace("micro_batch: 8 ", "micro_batch: 5 "))
+        copy.write_text(file.read_text().replace("global_batch: 8 ", "micro_batch: 5 "))
     for place in ("compose", "groups", "tree"):
         monkeypatch.setattr(f"moetrain.config.{place}.config_dir", lambda: folder)
     assert errors_of("experiment=debug")[0].where.endswith("train.micro_batch in conf/experiment/debug.yaml")

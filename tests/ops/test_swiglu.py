@@ -37,8 +37,8 @@ def test_bfloat16_rows_and_float32_weights_stay_in_their_dtypes():
 
 
 def test_a_float32_weight_is_not_rounded_before_it_is_applied():
-    gate_up = torch.tensor([[2.0, 1.0]]).bfloat16()
+    gate_up = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights_R = torch.rand(64, generator=torch.Generator().manual_seed(1))
     hidden = swiglu(gate_up)
-    weight = torch.tensor([1 / 3])
-    assert torch.equal(swiglu(gate_up, weight), (hidden.float() * weight).bfloat16())
-    assert not torch.equal(swiglu(gate_up, weight), hidden * weight.bfloat16())      # the input can tell
+    assert torch.equal(swiglu(gate_up, weights_R), (hidden.float() * weights_R[:, None]).bfloat16())
+    assert not torch.equal(swiglu(gate_up, weights_R), hidden * weights_R.bfloat16()[:, None])    # the input can tell

@@ -1,0 +1,26 @@
+"""Routed slots to physical slots."""
+
+import pytest
+import torch
+
+from moetrain.plan.assign import assign, slot_table
+from moetrain.plan.placement import LayerPlacement, contiguous
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("placement", [contiguous(4, 2), LayerPlacement((1, 0, 1, 1), 2)], ids=str)
+def test_every_slot_goes_where_its_expert_lives_and_unused_ones_nowhere(placement):
+    ids_TK = torch.tensor([[0, 3], [2, -1], [-1, -1], [1, 1]])
+    physical_TK = assign(ids_TK, slot_table(placement, CPU))
+    assert physical_TK.dtype == torch.int64
+    assert physical_TK.tolist() == [[placement.physical[id] if id >= 0 else -1 for id in row] for row in ids_TK.tolist()]
+
+
+def test_contiguous_homes_leave_ids_as_they_are():
+    ids_TK = torch.tensor([[3, -1], [0, 2]])
+    assert assign(ids_TK, slot_table(contiguous(4, 2), CPU)).equal(ids_TK)
+
+
+def test_no_tokens_are_assigned_to_nothing():
+    assert assign(torch.zeros(0, 2, dtype=torch.int64), slot_table(contiguous(4, 2), CPU)).shape == (0, 2)

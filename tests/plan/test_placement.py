@@ -1,0 +1,48 @@
+"""Homes of experts: every expert has one, and its physical slot lies there."""
+
+import pytest
+
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement, contiguous
+
+PLACEMENTS = [contiguous(8, 1), contiguous(8, 4), contiguous(3, 3), LayerPlacement((1, 0, 1, 1), 2),
+              LayerPlacement((2, 2, 0), 4), LayerPlacement((0,), 1)]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_positions_share_the_experts_without_overlap(placement):
+    held = [placement.experts_of(position) for position in range(placement.positions)]
+    assert sorted(sum(held, ())) == list(range(placement.num_experts))
+    assert all(list(experts) == sorted(experts) for experts in held)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_a_physical_slot_names_the_position_and_the_place_in_its_bank(placement):
+    assert len(set(placement.physical)) == placement.num_experts
+    for expert, slot in enumerate(placement.physical):
+        position, index = divmod(slot, placement.slots_per_position)
+        assert placement.experts_of(position)[index] == expert
+
+
+def test_plain_expert_parallelism_is_blocks_of_neighbours():
+    placement = contiguous(8, 4)
+    assert placement.home == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert placement.physical == tuple(range(8)) and placement.slots_per_position == 2
+
+
+def test_a_position_may_own_nothing():
+    assert LayerPlacement((1, 1), 3).experts_of(0) == () == LayerPlacement((1, 1), 3).experts_of(2)
+
+
+@pytest.mark.parametrize("make", [lambda: contiguous(6, 4), lambda: LayerPlacement((0, 2), 2), lambda: LayerPlacement((-1,), 2)])
+def test_refuses_homes_that_do_not_exist(make):
+    with pytest.raises(AssertionError):
+        make()
+
+
+def test_layers_may_differ_and_records_compare_by_value():
+    placement = ExpertPlacement((("layers.0.moe", contiguous(4, 2)), ("layers.1.moe", contiguous(8, 2))))
+    assert placement["layers.1.moe"].num_experts == 8
+    same = ExpertPlacement((("layers.0.moe", contiguous(4, 2)), ("layers.1.moe", contiguous(8, 2))))
+    assert placement == same and hash(placement) == hash(same)
+    with pytest.raises(KeyError):
+        placement["layers.2.moe"]
