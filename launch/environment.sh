@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
     exit 2
 }
 wanted="$("$python" -c 'import hashlib, pathlib; print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes()).hexdigest())')"
-if ! grep -qsF "$wanted [$extras]" .venv/.moetrain; then
+if ! grep -qs "^$wanted \[.*$extras" .venv/.moetrain; then      # a richer installation will do
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     echo "installing moetrain into .venv (once; torch is the large part) ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"

@@ -25,6 +25,8 @@ def run(argv: list[str]) -> int:
         raise ConfigError(44, "data=synthetic has nothing to prepare", where="data.kind",
                           why="its tokens are generated while training", next="moetrain data prepare data=text")
     from moetrain.data.prepare import prepare_from_config
+    from moetrain.train.console import connect_logging
 
+    connect_logging(print)                               # what was found, and how much of it is held out
     print(prepare_from_config(config, run_dir(config)))
     return 0

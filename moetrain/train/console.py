@@ -179,24 +179,28 @@ class Eta:
 class Console:
     """Everything a run says, on rank 0; other ranks are silent.
 
-    steps: length of the schedule. start: steps taken before. last: where this process stops, `steps` when None.
+    steps: length of the schedule. last: where this process stops, `steps` when None.
     interval: a step line every so many steps. progress: a bar, if the stream is a terminal.
 
     A context manager: leaving it takes the bar away and gives the logger back.
     """
 
-    def __init__(self, *, rank: int, steps: int, start: int = 0, last: int | None = None, interval: int = 1,
+    def __init__(self, *, rank: int, steps: int, last: int | None = None, interval: int = 1,
                  progress: bool = True, stream: TextIO | None = None) -> None:
         self.silent = rank != 0
         self.stream = stream or sys.stdout
         self.terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.unicode = can_show(SHADES, self.stream)
-        self._steps, self._start, self._last, self._interval = steps, start, steps if last is None else last, interval
+        self._steps, self._start, self._last, self._interval = steps, 0, steps if last is None else last, interval
         self._with_bar, self._bar, self._eta = progress and self.terminal and not self.silent, None, Eta()
         self._restore_logging = connect_logging(None if self.silent else self.line)
 
     def banner(self, rows: Sequence[tuple[str, str]]) -> None:
         self.line(banner(rows))
+
+    def resume_at(self, step: int) -> None:
+        """Steps taken before this process started."""
+        self._start = step
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """Call it after every step; a line appears when it is due."""

@@ -28,12 +28,13 @@ def train(config: Config) -> None:
     """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run."""
     directory = run_dir(config)
     mesh = join(config)
-    recorder = Recorder(config, directory, mesh)         # on all ranks: refuses a directory that cannot be written
-    run = set_up(config, directory, mesh)
-    resumed = resume(run)
-    recorder.start(run, resumed)
-    with Console(rank=mesh.rank, steps=config.run.steps, start=run.state.step, last=last_step(config),
-                 interval=config.log.interval, progress=config.log.progress) as console:
+    with Console(rank=mesh.rank, steps=config.run.steps, last=last_step(config), interval=config.log.interval,
+                 progress=config.log.progress) as console:
+        recorder = Recorder(config, directory, mesh)     # on all ranks: refuses a directory that cannot be written
+        run = set_up(config, directory, mesh)
+        resumed = resume(run)
+        recorder.start(run, resumed)
+        console.resume_at(run.state.step)
         console.banner(banner_lines(run, resumed))
         loop(run, recorder, console)
         recorder.close()
