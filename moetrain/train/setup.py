@@ -1,6 +1,7 @@
 """From a config to everything a training step needs, on this rank.
 
-`single` has no process group at all; otherwise the environment (torchrun, launch.py) says who the ranks are.
+`single` has no process group at all, nor has a run that nobody launched; otherwise the environment (torchrun, launch.py)
+says who the ranks are.
 """
 
 import os
@@ -43,11 +44,10 @@ def join(config: Config) -> Mesh:
     device = pick_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if config.parallel.mode == "single":
-        return build_mesh({}, device)
-    if not dist.is_initialized():
+    if config.parallel.mode != "single" and "RANK" in os.environ and not dist.is_initialized():
         connect(device, config.run.timeout_s)
-    return build_mesh(mesh_sizes(config.parallel.mode, dist.get_world_size(), config.parallel.ep), device)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return build_mesh(mesh_sizes(config.parallel.mode, world, config.parallel.ep), device)
 
 
 def pick_device(config: Config) -> torch.device:

@@ -179,6 +179,13 @@ def test_an_error_of_rank_zero_is_said_once_and_ends_all_ranks(tmp_path):
     assert json.loads((tmp_path / "runs/debug/status.json").read_text())["code"] == 12
 
 
+def test_a_rank_that_finds_nobody_says_where_it_looked(tmp_path):
+    alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    done = subprocess.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "parallel=ep", "run.timeout_s=3"], cwd=tmp_path,
+                          env={**environment(), **alone}, text=True, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 15, done.stdout
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     out = moetrain("train", *DEBUG, "model.init_std=1e25", cwd=tmp_path, code=11)
     assert "E-NONFINITE" in out and not (tmp_path / "runs/debug/checkpoints").exists()

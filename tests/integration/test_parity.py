@@ -19,7 +19,7 @@ from tests.oracle import oracle_loss
 
 STEPS = 20
 MESHES = {
-    "single": (1, []), "ddp1": (1, ["parallel=ddp"]),
+    "single": (1, []), "ddp1": (1, ["parallel=ddp"]), "ep1": (1, ["parallel=ep"]),
     "ddp2": (2, ["parallel=ddp"]), "ep2": (2, ["parallel=ep"]), "ep1of2": (2, ["parallel=ep", "parallel.ep=1"]),
     "ddp4": (4, ["parallel=ddp"]), "ep4": (4, ["parallel=ep"]), "ep2of4": (4, ["parallel=ep", "parallel.ep=2"]),
     "ep1of4": (4, ["parallel=ep", "parallel.ep=1"]),
@@ -29,6 +29,7 @@ FACTORS = {"mesh": list(MESHES), "accumulation": [1, 4], "shared": [0, 1], "padd
 # Every pair of values of two factors occurs.
 PAIRS = [
     ("single", 1, 0, False, False), ("single", 4, 1, True, True),
+    ("ddp1", 4, 0, True, False), ("ep1", 1, 1, False, True),
     ("ddp2", 1, 1, True, False), ("ddp2", 4, 0, False, True),
     ("ep2", 1, 0, True, True), ("ep2", 4, 1, False, False),
     ("ep1of2", 4, 1, True, False), ("ep1of2", 1, 0, False, True),
@@ -42,7 +43,6 @@ PAIRS = [
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = list(product(*FACTORS.values())) if metafunc.config.getoption("--all") else PAIRS
-        cases = [case for case in cases if case[0] != "ddp1"]        # a world of one: see the test of its own
         metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
 
 

@@ -1,0 +1,106 @@
+"""The balance loss: known values, its gradient, and its independence of how a batch is split."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.losses.base import Pooled
+from moetrain.losses.load_balance import LoadBalanceLoss
+from moetrain.ops.gating import top_k
+from moetrain.ops.router_sums import RouterSums, router_sums
+
+GLOBAL, MICRO = LoadBalanceLoss(scope="global"), LoadBalanceLoss(scope="micro")
+
+
+def stats_of(probs_TE: Tensor, k: int = 1) -> RouterSums:
+    return router_sums(probs_TE, probs_TE.log(), top_k(probs_TE, k)[1], None)
+
+
+def pool(*parts: RouterSums) -> Pooled:
+    return Pooled(sum(part.counts_E for part in parts), sum(part.tokens for part in parts))
+
+
+def loss_of(probs: list[list[float]] | Tensor, k: int = 1) -> float:
+    stats = stats_of(torch.as_tensor(probs, dtype=torch.float64), k)
+    return GLOBAL.value(stats, pool(stats)).item()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_uniform_probabilities_give_one_wherever_the_ties_go(k):
+    assert loss_of(torch.full((5, 8), 1 / 8), k) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("experts", [2, 8])
+def test_certainty_about_one_expert_gives_their_number(experts):
+    assert loss_of(torch.eye(experts)[[1] * 4]) == pytest.approx(experts)
+
+
+def test_certainty_spread_evenly_gives_one():
+    assert loss_of(torch.eye(4)) == pytest.approx(1)
+
+
+def test_it_can_be_below_one():
+    # f = (2/3, 1/3), P = (1.03, 1.97) / 3
+    assert loss_of([[.51, .49], [.51, .49], [.01, .99]]) == pytest.approx(2 * (2 * 1.03 + 1.97) / 9) == pytest.approx(.8956, abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", [GLOBAL, MICRO], ids=["global", "micro"])
+def test_the_gradient_at_the_logits_sums_to_zero_over_experts(loss):
+    logits_TE = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    stats = stats_of(logits_TE.softmax(-1), 2)
+    (grad_TE,) = torch.autograd.grad(loss.value(stats, pool(stats)), logits_TE)
+    assert grad_TE.abs().max() > 1e-3
+    torch.testing.assert_close(grad_TE.sum(1), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_contributions_of_any_split_add_up_in_value_and_gradient():
+    logits_TE = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    probs_TE = logits_TE.softmax(-1)
+    whole = stats_of(probs_TE, 2)
+    value = GLOBAL.value(whole, pool(whole))
+    (truth_TE,) = torch.autograd.grad(value, logits_TE, retain_graph=True)
+    for sizes in ([9], [4, 5], [1, 0, 8]):
+        parts = [stats_of(part, 2) for part in probs_TE.split(sizes)]
+        total = sum(GLOBAL.value(part, pool(*parts)) for part in parts)
+        torch.testing.assert_close(total, value)
+        torch.testing.assert_close(torch.autograd.grad(total, logits_TE, retain_graph=True)[0], truth_TE)
+
+
+def test_micro_scope_punishes_a_skewed_part_that_global_scope_forgives():
+    parts = [stats_of(torch.eye(2)[[expert] * 3]) for expert in (0, 1)]
+    assert sum(GLOBAL.value(part, pool(*parts)) for part in parts).item() == pytest.approx(1)
+    assert sum(MICRO.value(part, pool(*parts)) for part in parts).item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("loss", [GLOBAL, MICRO], ids=["global", "micro"])
+def test_slopes_are_the_gradient_of_the_value(loss):
+    stats = stats_of(torch.rand(6, 4, dtype=torch.float64).softmax(-1), 2)
+    stats = stats._replace(prob_sum_E=stats.prob_sum_E.detach().requires_grad_())
+    pooled = Pooled(torch.tensor([5, 0, 9, 1]), torch.tensor(11))
+    (truth_E,) = torch.autograd.grad(loss.value(stats, pooled), stats.prob_sum_E)
+    slopes = loss.slopes(stats, pooled)
+    assert set(slopes) == {"prob_sum_E"} and slopes["prob_sum_E"].equal(truth_E) and not slopes["prob_sum_E"].requires_grad
+
+
+def test_counts_are_constants_even_when_handed_over_as_numbers_with_a_gradient():
+    stats = stats_of(torch.rand(6, 4).softmax(-1).requires_grad_())
+    assert stats.counts_E.dtype == torch.int64 and not stats.counts_E.requires_grad
+    assert not GLOBAL.slopes(stats, pool(stats))["prob_sum_E"].requires_grad
+
+
+@pytest.mark.parametrize("loss", [GLOBAL, MICRO], ids=["global", "micro"])
+def test_nothing_routed_is_zero_and_finite(loss):
+    probs_TE = torch.rand(0, 4, requires_grad=True)
+    stats = stats_of(probs_TE)
+    value = loss.value(stats, pool(stats))
+    assert value.item() == 0 and torch.autograd.grad(value, probs_TE)[0].shape == (0, 4)
+
+
+def test_counts_beyond_float32_keep_their_share():
+    counts_E = torch.tensor([2**25 + 1, 2**25 + 1])
+    slope_E = GLOBAL.slopes(stats_of(torch.full((1, 2), .5)), Pooled(counts_E, counts_E.sum()))["prob_sum_E"]
+    torch.testing.assert_close(slope_E * counts_E.sum(), torch.ones(2))
+
+
+def test_only_a_weighted_global_loss_needs_the_pool():
+    assert [LoadBalanceLoss(weight=w, scope=s).needs_pool for w, s in ((1, "global"), (0, "global"), (1, "micro"))] == [True, False, False]

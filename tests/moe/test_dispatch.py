@@ -1,0 +1,116 @@
+"""Tokens to experts and back: combine undoes dispatch, and two positions give what one gives."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.comm.exchange.flat import FlatExchange
+from moetrain.comm.mesh import Group
+from moetrain.moe.dispatch import Sent, TokenDispatcher
+from moetrain.plan.placement import LayerPlacement, contiguous
+from moetrain.routers.base import Routing
+
+CPU, EXPERTS, WIDTH = torch.device("cpu"), 4, 3
+# Expert ids of the tokens of two ranks.
+IDS = {
+    "mixed": ([[0, 3], [2, 1], [3, -1]], [[1, 0], [-1, -1]]),
+    "one token each": ([[0, 3]], [[3, 2]]),
+    "all to one expert": ([[3], [3], [3]], [[3]]),
+    "a rank of padding": ([[-1, -1]], [[2, 0], [0, 1]]),
+    "nothing at all": ([[-1]], [[-1], [-1]]),
+    "odd slots": ([[0, 1, 2], [3, 2, -1]], [[1, -1, -1]]),
+}
+HOMES = {1: LayerPlacement((0,) * EXPERTS, 1), 2: contiguous(EXPERTS, 2)}
+UNEVEN = LayerPlacement((1, 0, 1, 1), 2)
+
+
+def routed(ids: list[list[int]], seed: int) -> tuple[Tensor, Routing]:
+    generator = torch.Generator().manual_seed(seed)
+    ids_TK = torch.tensor(ids)
+    x_TD = torch.randn(len(ids), WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
+    weights_TK = torch.rand(ids_TK.shape, dtype=torch.float64, generator=generator).requires_grad_()
+    return x_TD, Routing(ids_TK, weights_TK, ids_TK.numel(), None)
+
+
+def dispatcher(placement: LayerPlacement) -> TokenDispatcher:
+    if placement.positions == 1:
+        return TokenDispatcher(placement, FlatExchange(Group("ep", (0,), 0)), CPU)
+    return TokenDispatcher(placement, FlatExchange(Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)), CPU)
+
+
+def experts(sent: Sent, ids: tuple[int, ...]) -> Tensor:
+    """Expert e cubes a row, times e + 1, times the row's weight: neither linear nor the same for two experts."""
+    assert sum(sent.counts_e) == len(sent.rows_RD) == len(sent.weights_R)
+    assert not any(sent.counts_e[len(ids):])                       # slots without an expert get no rows
+    factor_R = torch.repeat_interleave(torch.tensor(ids, dtype=torch.float64) + 1, torch.tensor(sent.counts_e[:len(ids)]))
+    return sent.rows_RD ** 3 * (factor_R * sent.weights_R)[:, None]
+
+
+def through(placement: LayerPlacement, ids: list[list[int]], rank: int) -> tuple[Tensor, ...]:
+    """Output, and the gradients of tokens and weights."""
+    x_TD, routing = routed(ids, seed=rank)
+    wire = dispatcher(placement)
+    sent = wire.dispatch(x_TD, routing)
+    held = placement.experts_of(wire.exchange.group.position)
+    out_TD = wire.combine(experts(sent, held), sent.ticket)
+    (out_TD * torch.arange(1.0, WIDTH + 1)).sum().backward()
+    return out_TD.detach(), x_TD.grad, routing.weights_TK.grad
+
+
+def by_loop(ids: list[list[int]], rank: int) -> tuple[Tensor, ...]:
+    x_TD, routing = routed(ids, seed=rank)
+    factor_TK = (routing.ids_TK + 1).double() * routing.weights_TK           # an unused slot: 0
+    out_TD = x_TD ** 3 * factor_TK.sum(1, keepdim=True)
+    (out_TD * torch.arange(1.0, WIDTH + 1)).sum().backward()
+    return out_TD.detach(), x_TD.grad, routing.weights_TK.grad
+
+
+def through_on_rank(placement: LayerPlacement, ids: list[list[list[int]]]) -> tuple[Tensor, ...]:
+    return through(placement, ids[dist.get_rank()], dist.get_rank())
+
+
+def slots_on_rank(ids: list[list[list[int]]]) -> Tensor:
+    x_TD, routing = routed(ids[dist.get_rank()], seed=dist.get_rank())
+    wire = dispatcher(HOMES[2])
+    sent = wire.dispatch(x_TD, routing)
+    return wire.combine(sent.rows_RD, sent.ticket, reduce=False).detach()
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_one_position_gives_the_weighted_sum_of_a_plain_loop(ids):
+    for rank in (0, 1):
+        torch.testing.assert_close(through(HOMES[1], ids[rank], rank), by_loop(ids[rank], rank))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("placement", [HOMES[2], UNEVEN], ids=["contiguous", "uneven"])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_two_positions_give_what_one_gives(ranks, ids, placement):
+    for rank, result in enumerate(ranks(2).run(through_on_rank, placement, ids)):
+        torch.testing.assert_close(result, through(HOMES[1], ids[rank], rank))
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_rows_come_in_expert_order_and_unreduced_slots_undo_the_dispatch(ids):
+    x_TD, routing = routed(ids[0], seed=0)
+    wire = dispatcher(HOMES[1])
+    sent = wire.dispatch(x_TD, routing)
+    used = sorted((id, token, slot) for token, row in enumerate(ids[0]) for slot, id in enumerate(row) if id >= 0)
+    assert sent.counts_e == [sum(id == expert for id, _, _ in used) for expert in range(EXPERTS)]
+    assert sent.rows_RD.tolist() == [x_TD[token].tolist() for _, token, _ in used]
+    assert sent.weights_R.tolist() == [routing.weights_TK[token, slot].item() for _, token, slot in used]
+    slots_TKD = wire.combine(sent.rows_RD, sent.ticket, reduce=False)
+    assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])
+
+
+@pytest.mark.ranks
+def test_unreduced_slots_undo_the_dispatch_over_two_positions(ranks):
+    for rank, slots_TKD in enumerate(ranks(2).run(slots_on_rank, IDS["mixed"])):
+        x_TD, routing = routed(IDS["mixed"][rank], seed=rank)
+        assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])
+
+
+def test_a_placement_for_other_positions_is_refused():
+    with pytest.raises(AssertionError):
+        TokenDispatcher(HOMES[2], FlatExchange(Group("ep", (0,), 0)), CPU)
