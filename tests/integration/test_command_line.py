@@ -53,7 +53,8 @@ def files(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mesh", [["train.micro_batch=2"], [*EP2, "train.micro_batch=2"]], ids=["single", "ep2"])
+@pytest.mark.parametrize("mesh", [["train.micro_batch=2"], pytest.param([*EP2, "train.micro_batch=2"], marks=pytest.mark.slow)],
+                         ids=["single", "ep2"])
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, mesh):
     moetrain("train", *DEBUG, *mesh, "run.name=whole", cwd=tmp_path)
     moetrain("train", *DEBUG, *mesh, "run.name=broken", "run.stop_at=5", cwd=tmp_path)
@@ -98,6 +99,7 @@ def test_the_command_of_a_finished_run_says_so_and_changes_nothing(tmp_path):
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_meshes_agree_through_the_command_line(tmp_path):
     common = [*DEBUG, "run.dtype=float64", "data.min_length=0.4", "balance.weight=0.1"]
     moetrain("train", *common, "run.name=one", cwd=tmp_path)
