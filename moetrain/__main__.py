@@ -45,12 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif launch.has_own_stderr():
             print(error, file=sys.stderr)
         # torchrun would restart a preempted job; status.json says 10.
-        return 0 if isinstance(error, Preempted) and launch.under_torchrun() else error.code
+        return _leave(0 if isinstance(error, Preempted) and launch.under_torchrun() else error.code)
+    except SystemExit as leaving:                        # another rank failed and says why (comm/reduce.py, all_or_none)
+        return _leave(leaving.code if isinstance(leaving.code, int) else 1)
     except KeyboardInterrupt:
-        return 130
+        return _leave(130)
     except BrokenPipeError:                          # `moetrain train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _leave(code: int) -> int:
+    """A rank that ends by an error goes at once: the threads of its process group would abort a clean exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run(argv: list[str]) -> int:

@@ -97,6 +97,9 @@ def ending(run_dir: Path) -> Iterator[None]:
         if rank() and under_torchrun():              # rank 0 alone speaks on a shared terminal
             _note(run_dir, str(error))
         raise
+    except SystemExit as leaving:
+        write_status(run_dir, leaving.code, "another rank failed; log/rank-<n>.log says why")
+        raise
     except KeyboardInterrupt:
         write_status(run_dir, 128 + signal.SIGINT, "interrupted")
         raise

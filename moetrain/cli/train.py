@@ -52,7 +52,7 @@ def _train(config: Config) -> None:
     from moetrain.train.loop import train
 
     train(config)
-    if launch.rank() == 0:
+    if launch.rank() == 0 and (run_dir(config) / "loads.npz").exists():      # a model without routers has none
         draw(run_dir(config))
 
 

@@ -3,13 +3,20 @@
 A group of one rank is the identity.
 """
 
+import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
+from moetrain.errors import MoETrainError
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def sum_over(group: Group, tensor: Tensor) -> Tensor:
@@ -37,6 +44,25 @@ def largest_over(group: Group, value: float) -> float:
     tensor = torch.tensor([value], dtype=torch.float64, device=_device(group))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.process_group)
     return tensor.item()
+
+
+def all_or_none(group: Group, action: Callable[[], T]) -> T:
+    """What `action` gives, once it has succeeded on every rank of the group; waits.
+
+    Where it fails with a MoETrainError on one rank, no rank goes on: that one raises it, the others leave with its code.
+    """
+    failure, result = None, None
+    try:
+        result = action()
+    except MoETrainError as error:
+        failure = error
+    code = int(largest_over(group, failure.code if failure else 0))
+    if failure is not None:
+        raise failure
+    if code:
+        logger.error("another rank cannot go on; log/rank-<n>.log of the run says why")
+        raise SystemExit(code)
+    return result
 
 
 def gather_to_first(group: Group, tensor: Tensor) -> list[Tensor] | None:

@@ -181,8 +181,17 @@ def betas(config: Config, ranks: int) -> Iterator[ConfigError]:
                           why="AdamW has two moments", next="optim.betas=[0.9,0.95]")
 
 
+def loss_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
+    for name, part in {"balance": config.balance, **{f"loss.{name}": part for name, part in config.loss.items()}}.items():
+        weight = part.get("weight", 0)
+        if not (math.isfinite(weight) and weight >= 0):
+            yield ConfigError(38, f"{name}.weight={show(weight)} is out of range", where=f"{name}.weight",
+                              why="a negative weight would reward what the loss is against", next=f"{name}.weight=0.01")
+
+
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     ranges, run_name, stop, heads, layers, experts, router_gradient, mode, expert_parallel, batch, data_path, betas,
+    loss_weights,
 ]
 
 # What a number must be: the test, a value that passes, and the keys it holds for. null is always fine.

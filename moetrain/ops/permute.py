@@ -48,7 +48,7 @@ def _gather_tokens(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
 def _sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
     tokens, slots = rows_TK.shape
     if slots_R.numel() == tokens * slots:              # every slot used: no mask needed
-        picked = rows_RD.index_select(0, rows_TK.flatten()).view(tokens, slots, -1)
+        picked = rows_RD.index_select(0, rows_TK.flatten()).view(tokens, slots, rows_RD.shape[1])
         return picked[:, 0].clone() if slots == 1 else picked.sum(1)
     padded = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])   # row -1 is the zero row
     return padded[rows_TK].sum(1)

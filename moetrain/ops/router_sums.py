@@ -30,15 +30,13 @@ class RouterSums(NamedTuple):
 def router_sums(probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor, valid_T: Tensor | None) -> RouterSums:
     """Sums over the valid tokens; ids are those decided, -1 in unused slots."""
     counts_E = count_choices(ids_TK, probs_TE.shape[1])
+    tokens = counts_E.new_tensor(probs_TE.shape[0]) if valid_T is None else valid_T.sum()
+    if valid_T is not None:
+        # Before anything is computed, and by `where`: a padding token may hold anything, and 0 times NaN is NaN.
+        probs_TE = probs_TE.where(valid_T[:, None], 0)
+        logits_TE = logits_TE.where(valid_T[:, None], 0)
     lse2_T = logits_TE.logsumexp(-1).square()
-    entropy_T = torch.special.entr(probs_TE).sum(-1)
-    if valid_T is None:
-        tokens = counts_E.new_tensor(probs_TE.shape[0])
-        prob_sum_E, lse2_sum, entropy_sum = probs_TE.sum(0), lse2_T.sum(), entropy_T.sum()
-    else:
-        # `where`, not a product: a padding token may hold anything, NaN included.
-        zero = probs_TE.new_zeros(())
-        tokens = valid_T.sum()
-        prob_sum_E = probs_TE.where(valid_T[:, None], zero).sum(0)
-        lse2_sum, entropy_sum = lse2_T.where(valid_T, zero).sum(), entropy_T.where(valid_T, zero).sum()
-    return RouterSums(tokens, counts_E, prob_sum_E, lse2_sum, entropy_sum, counts_E.sum())
+    if valid_T is not None:
+        lse2_T = lse2_T.where(valid_T, 0)                # of a row of zeros it is log(E)^2
+    entropy_sum = torch.special.entr(probs_TE).sum()
+    return RouterSums(tokens, counts_E, probs_TE.sum(0), lse2_T.sum(), entropy_sum, counts_E.sum())

@@ -3,7 +3,8 @@
     h = silu(gate) * up * w        gate, up = halves of the last dim;  w one weight a row
 
 Folded here, what an expert returns is already weighted: combining is a plain sum, and the gradient of a weight needs no
-expert output. The product runs in the rows' dtype, or float32 when the weights are: rounding happens once.
+expert output. The weight multiplies in its own dtype,
+float32 or better, and the result is rounded to the rows' dtype.
 """
 
 import torch.nn.functional as F

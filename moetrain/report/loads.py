@@ -62,10 +62,10 @@ def read_loads(path: Path) -> Loads:
         with np.load(path) as file:                              # refuses pickles
             counts, experts, names, steps = (file[key] for key in ("loads", "experts", "routers", "steps"))
     except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise DataError(40, "tokens per expert cannot be read", where=str(path), why=str(error),
+        raise DataError(60, "tokens per expert cannot be read", where=str(path), why=str(error),
                         next="train the run first; the file is written at saves and at the end") from error
     if not counts.size:
-        raise DataError(41, "there are no tokens per expert to draw", where=str(path),
+        raise DataError(61, "there are no tokens per expert to draw", where=str(path),
                         why=f"{len(steps)} steps and {len(names)} routers are recorded",
                         next="a model with experts (model.num_experts), trained for a step or more")
     beyond = np.arange(counts.shape[-1]) >= experts[:, None]

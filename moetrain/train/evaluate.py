@@ -37,8 +37,9 @@ def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config) -
     for index, domain in enumerate(dataset.domains):
         nats, tokens, text_bytes = _domain(model, dataset, index, mesh, config)
         if tokens:
-            results[f"loss/{domain}"] = nats / tokens
-            results[f"nats_per_byte/{domain}"] = nats / max(1.0, text_bytes)
+            name = "mean (domain)" if domain == "mean" else domain       # `mean` is the mean over domains
+            results[f"loss/{name}"] = nats / tokens
+            results[f"nats_per_byte/{name}"] = nats / max(1.0, text_bytes)
     model.train()
     for kind in ("loss", "nats_per_byte"):
         values = [value for name, value in results.items() if name.startswith(f"{kind}/")]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from moetrain import __version__
 from moetrain.comm.mesh import disconnect
+from moetrain.comm.reduce import all_or_none
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
+from moetrain.errors import DataError
 from moetrain.train.checkpoint.manifest import newest
 from moetrain.train.checkpoint.reader import load
 from moetrain.train.checkpoint.writer import save
@@ -32,12 +34,14 @@ def train(config: Config) -> None:
                  progress=config.log.progress) as console:
         recorder = Recorder(config, directory, mesh)     # on all ranks: refuses a directory that cannot be written
         run = set_up(config, directory, mesh)
-        resumed = resume(run)
+        resumed = all_or_none(mesh["batch"], lambda: resume(run))
         recorder.start(run, resumed)
         console.resume_at(run.state.step)
         console.banner(banner_lines(run, resumed))
-        loop(run, recorder, console)
-        recorder.close()
+        try:
+            loop(run, recorder, console)
+        finally:
+            recorder.close()
         rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", str(directory))]
         console.summary(rows, next_commands(config))
     disconnect()
@@ -56,7 +60,7 @@ def loop(run: Run, recorder: Recorder, console: Console) -> None:
             measure(run, recorder, console)
         if step == last or due(step, config.checkpoint.interval):
             began = time.perf_counter()
-            where = save(run.state, run.directory, run.mesh, {"moetrain": __version__, "config": asdict(config)})
+            where = save(run.state, run.directory, run.mesh, facts(run))
             recorder.saved()
             console.line(f"[save] step {step}: {where} in {time.perf_counter() - began:.2f} s")
 
@@ -70,13 +74,25 @@ def measure(run: Run, recorder: Recorder, console: Console) -> None:
     console.line(f"[eval] step {run.state.step}, nats per byte: {by_domain}")
 
 
+def facts(run: Run) -> dict[str, object]:
+    """What a checkpoint says of the run that wrote it."""
+    return {"moetrain": __version__, "data": run.dataset.fingerprint, "config": asdict(run.config)}
+
+
 def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
 def resume(run: Run) -> Path | None:
-    """Load the newest checkpoint of the run directory, if there is one."""
+    """Load the newest checkpoint of the run directory, if there is one. Refuses data that is not what it was trained on."""
     checkpoint = newest(run.directory)
-    if checkpoint is not None:
-        load(run.state, checkpoint)
+    if checkpoint is None:
+        return None
+    trained_on = load(run.state, checkpoint).facts["data"]
+    if trained_on != run.dataset.fingerprint:
+        raise DataError(
+            62, "the data is not what the run was trained on", where=run.config.data.path or "the built-in corpus",
+            why=f"its fingerprint is {run.dataset.fingerprint[:12]}, the checkpoint's is {trained_on[:12]}",
+            next="restore the data, or start another run with run.name",
+        )
     return checkpoint

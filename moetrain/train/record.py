@@ -16,6 +16,7 @@ from moetrain import __version__
 from moetrain.comm.mesh import Mesh
 from moetrain.config.compose import to_yaml
 from moetrain.config.schema import Config
+from moetrain.errors import DiskError
 from moetrain.moe.bank import logical_tensors
 from moetrain.train.checkpoint.writer import on_all
 from moetrain.train.setup import Run
@@ -28,7 +29,9 @@ class Recorder:
 
     def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
         self.config, self.directory, self.main = config, directory, mesh.is_main
-        on_all(mesh, lambda: _probe(directory) if self.main else None, directory)
+        on_all(mesh, lambda: _probe(directory) if self.main else None, lambda why: DiskError(
+            3, "the run's directory cannot be written", where=str(directory), why=why,
+            next="make it writable, or choose another with run.dir"))
 
     def start(self, run: Run, resumed: Path | None) -> None:
         self.routers = run.state.model.routers

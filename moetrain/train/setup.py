@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 
 from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
+from moetrain.comm.reduce import all_or_none
 from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.data.batch import Dataset
 from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
-from moetrain.errors import ConfigError, MoETrainError
+from moetrain.errors import ConfigError
 from moetrain.model.build import build_model
 from moetrain.model.parallelize import Parallel, parallelize
 from moetrain.train.objective import Objective
@@ -77,21 +78,11 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
 
 
 def prepare_on_main(config: Config, directory: Path, mesh: Mesh) -> Path | None:
-    """Rank 0 prepares the text; the others wait and are told where it lies, or that it failed."""
+    """Rank 0 prepares the text; the others wait and are told where it lies, or leave with it."""
     if config.data.kind != "text":
         return None
-    if mesh["batch"].process_group is None:
-        return prepare_from_config(config, directory)
-    message: list[object] = [None]
-    failure: MoETrainError | None = None
-    if mesh.is_main:
-        try:
-            message = [str(prepare_from_config(config, directory))]
-        except MoETrainError as error:
-            failure, message = error, [error.code]
-    dist.broadcast_object_list(message, src=0)
-    if failure is not None:
-        raise failure
-    if isinstance(message[0], int):
-        raise SystemExit(message[0])             # rank 0 tells the user
-    return Path(message[0])
+    batch = mesh["batch"]
+    path = [all_or_none(batch, lambda: str(prepare_from_config(config, directory)) if mesh.is_main else None)]
+    if batch.process_group is not None:
+        dist.broadcast_object_list(path, src=0)
+    return Path(path[0])

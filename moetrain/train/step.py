@@ -125,7 +125,7 @@ def stop_if_not_finite(step: int, cross_entropy: float, norm: Tensor) -> None:
         raise NonFiniteError(
             1, f"step {step}: cross-entropy sum {cross_entropy}, gradient norm {norm.item()}",
             where=f"optimizer step {step}", why="a value is not finite; the step was not applied",
-            next="run again from the last checkpoint with a smaller optim.lr or with train.clip",
+            next="start another run (run.name) with a smaller optim.lr or train.clip; a resumed run may change neither",
         )
 
 

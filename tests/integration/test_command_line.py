@@ -150,8 +150,15 @@ def test_text_of_strangers_trains_evaluates_and_continues(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{number} " + word * (40 + number))
     text = ["data=text", "data.path=corpus", "data.mask_documents=true", "run.dtype=bfloat16", "loss=[z]", "run.name=mine"]
-    out = moetrain("train", *DEBUG, *text, "eval.interval=4", cwd=tmp_path)
+    command = [*DEBUG, *text, "eval.interval=4"]
+    out = moetrain("train", *command, "run.stop_at=4", cwd=tmp_path)
     assert "prose" in out and "code" in out
+    changed = tmp_path / "corpus/prose/0.txt"
+    original = changed.read_text()
+    changed.write_text("something else " * 50)
+    assert "E-DATA-062" in moetrain("train", *command, cwd=tmp_path, code=12)
+    changed.write_text(original)
+    moetrain("train", *command, cwd=tmp_path)
     records = [json.loads(line) for line in (tmp_path / "runs/mine/eval.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [4, 8] and {"loss/prose", "loss/code"} <= records[0].keys()
     assert "order 2" in moetrain("eval", "run.name=mine", "eval.ngram=2", cwd=tmp_path)
@@ -179,6 +186,19 @@ def test_an_error_of_rank_zero_is_said_once_and_ends_all_ranks(tmp_path):
     out = moetrain("train", *DEBUG, *EP2, "data=text", "data.path=nowhere", cwd=tmp_path, code=12)
     assert out.count("E-DATA") == 1 and "Traceback" not in out
     assert json.loads((tmp_path / "runs/debug/status.json").read_text())["code"] == 12
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_damaged_on_one_rank_ends_all_ranks(tmp_path):
+    moetrain("train", *DEBUG, *EP2, "run.stop_at=2", cwd=tmp_path)
+    payload = next((tmp_path / "runs/debug/checkpoints").rglob("rank-0001.safetensors"))
+    content = bytearray(payload.read_bytes())
+    content[-5] ^= 1
+    payload.write_bytes(content)
+    out = moetrain("train", *DEBUG, *EP2, cwd=tmp_path, code=13)
+    assert "rank" in out and "Traceback" not in out
+    assert payload.name in (tmp_path / "runs/debug/log/rank-1.log").read_text()
+    assert json.loads((tmp_path / "runs/debug/status.json").read_text())["code"] == 13
 
 
 def test_a_rank_that_finds_nobody_says_where_it_looked(tmp_path):

@@ -82,7 +82,7 @@ def test_slopes_are_the_gradient_of_the_value(loss):
     assert set(slopes) == {"prob_sum_E"} and slopes["prob_sum_E"].equal(truth_E) and not slopes["prob_sum_E"].requires_grad
 
 
-def test_counts_are_constants_even_when_handed_over_as_numbers_with_a_gradient():
+def test_counts_get_no_gradient():
     stats = stats_of(torch.rand(6, 4).softmax(-1).requires_grad_())
     assert stats.counts_E.dtype == torch.int64 and not stats.counts_E.requires_grad
     assert not GLOBAL.slopes(stats, pool(stats))["prob_sum_E"].requires_grad

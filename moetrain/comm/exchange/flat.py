@@ -81,7 +81,7 @@ def pack(tensors: tuple[Tensor, ...]) -> Tensor:
     """One message: the tensor itself when there is one, else uint8 [R, bytes of all rows side by side]."""
     if len(tensors) == 1:
         return tensors[0].contiguous()
-    return torch.cat([t.reshape(t.shape[0], prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors], dim=1)
+    return torch.cat([_dense(t.reshape(t.shape[0], prod(t.shape[1:]))).view(torch.uint8) for t in tensors], dim=1)
 
 
 def unpack(message: Tensor, like: list[tuple[torch.dtype, torch.Size]]) -> tuple[Tensor, ...]:
@@ -90,7 +90,14 @@ def unpack(message: Tensor, like: list[tuple[torch.dtype, torch.Size]]) -> tuple
         return (message,)
     widths = [prod(shape) * dtype.itemsize for dtype, shape in like]
     parts = message.split(widths, dim=1)
-    return tuple(part.contiguous().view(dtype).view(message.shape[0], *shape) for part, (dtype, shape) in zip(parts, like))
+    copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)       # a view may lie at an odd offset
+    return tuple(part.view(dtype).view(message.shape[0], *shape) for part, (dtype, shape) in zip(copies, like))
+
+
+def _dense(rows_RW: Tensor) -> Tensor:
+    """Contiguous, also where one row alone counts as contiguous whatever its stride."""
+    return rows_RW if rows_RW.is_contiguous() and rows_RW.stride(1) == 1 else torch.empty_like(
+        rows_RW, memory_format=torch.contiguous_format).copy_(rows_RW)
 
 
 class _Post(torch.autograd.Function):

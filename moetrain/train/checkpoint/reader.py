@@ -17,11 +17,12 @@ from moetrain.train.state import TrainState, prefixed
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
-def load(state: TrainState, directory: Path) -> None:
+def load(state: TrainState, directory: Path) -> Manifest:
     """Fill the state, optimizer included. Reads only; no collective."""
     manifest = read_manifest(directory)
     _fill(state.tensors(), manifest, directory)
     state.restore(manifest.values)
+    return manifest
 
 
 def load_model(named: Iterable[tuple[str, Tensor]], directory: Path) -> Manifest:

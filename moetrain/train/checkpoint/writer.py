@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import largest_over
+from moetrain.comm.reduce import all_or_none
 from moetrain.errors import DiskError
 from moetrain.train.checkpoint.manifest import NAME, Entry, Manifest
 from moetrain.train.state import TrainState
@@ -35,25 +35,27 @@ def save(state: TrainState, run_dir: Path, mesh: Mesh, facts: dict[str, object])
     temporary = final.with_suffix(".tmp")
     if final.exists():
         return final
-    on_all(mesh, lambda: _fresh(temporary) if mesh.is_main else None, temporary)
-    on_all(mesh, lambda: _write_rank(state, temporary, mesh), temporary)
-    on_all(mesh, lambda: _commit(state, temporary, final, mesh, facts) if mesh.is_main else None, final)
+    on_all(mesh, lambda: _fresh(temporary) if mesh.is_main else None, _unwritten(temporary))
+    on_all(mesh, lambda: _write_rank(state, temporary, mesh), _unwritten(temporary))
+    on_all(mesh, lambda: _commit(state, temporary, final, mesh, facts) if mesh.is_main else None, _unwritten(final))
     return final
 
 
-def on_all(mesh: Mesh, write: Callable[[], None], path: Path) -> None:
-    """Run `write` on every rank; an OSError on one becomes a DiskError on all."""
-    failure = None
-    try:
-        write()
-    except OSError as error:
-        failure = error
-    if largest_over(mesh["batch"], float(failure is not None)):
-        why = failure.strerror if failure else "another rank could not write its part (its log says why)"
-        raise DiskError(
-            1, "the checkpoint could not be written", where=str(path), why=str(why),
-            next="free space or make the directory writable, then run the same command again",
-        ) from failure
+def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskError]) -> None:
+    """Run `write` on every rank; an OSError becomes the DiskError that `failed` makes of its reason, and ends all ranks."""
+
+    def written() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise failed(str(error.strerror or error)) from error
+
+    all_or_none(mesh["batch"], written)
+
+
+def _unwritten(path: Path) -> Callable[[str], DiskError]:
+    return lambda why: DiskError(2, "the checkpoint could not be written", where=str(path), why=why,
+                                 next="free space or make the directory writable, then run the same command again")
 
 
 def _fresh(directory: Path) -> None:

@@ -1,0 +1,123 @@
+"""Attention against its formula: rotary positions, documents, grouped keys and values."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.model.attention import Attention, RMSNorm, document_mask, rotary_table, rotate
+
+CPU, F64 = torch.device("cpu"), torch.float64
+
+
+def table(positions: int, width: int, theta: float = 100.0) -> tuple[Tensor, Tensor]:
+    return rotary_table(positions, width, theta, dtype=F64, device=CPU)
+
+
+def turned(x: Tensor, theta: float = 100.0) -> Tensor:
+    """Channels i and i + h/2 as one complex number, times e^(i position angle)."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(x.shape[-2], dtype=F64)[:, None] * theta ** (-2 * torch.arange(half, dtype=F64) / x.shape[-1])
+    z = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([z.real, z.imag], -1)
+
+
+@pytest.mark.parametrize("positions, width", [(0, 4), (1, 2), (7, 6)])
+def test_rotating_is_a_complex_product(positions, width):
+    x = torch.randn(2, 3, positions, width, dtype=F64, requires_grad=True)
+    ours, truth = rotate(x, table(positions, width)), turned(x)
+    torch.testing.assert_close(ours, truth)
+    grad = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, grad)[0] for out in (ours, truth)))
+
+
+def test_rotating_passes_gradcheck():
+    x = torch.randn(1, 2, 3, 4, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, table(3, 4)), x)
+
+
+def test_scores_depend_on_the_distance_alone():
+    q, k = torch.randn(2, 8, dtype=F64)
+    q_Sh, k_Sh = (rotate(t.expand(9, 8), table(9, 8)) for t in (q, k))
+    scores = q_Sh @ k_Sh.T
+    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1])
+    assert (scores[5, 5] - scores[5, 0]).abs() > 1e-3
+
+
+def test_angles_are_exact_at_late_positions():
+    cos, _ = rotary_table(50_000, 2, 1e4, dtype=torch.float32, device=CPU)
+    torch.testing.assert_close(cos[-1, 0], torch.tensor(49_999.0, dtype=F64).cos().float(), rtol=0, atol=0)
+
+
+def attention(heads: int, kv_heads: int, *, qk_norm: bool = False) -> Attention:
+    made = Attention(dim=6, num_heads=heads, num_kv_heads=kv_heads, head_dim=4, qk_norm=qk_norm, eps=1e-6).to(F64)
+    with torch.no_grad():
+        for index, parameter in enumerate(made.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return made
+
+
+def by_loop(module: Attention, x_BSD: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+    """Head by head and query by query."""
+    B, S, _ = x_BSD.shape
+    kv_heads, width = module.num_kv_heads, module.head_dim
+    heads = (x_BSD @ module.qkv.T).view(B, S, -1, width).transpose(1, 2)
+    q, k, v = heads[:, :module.num_heads], heads[:, module.num_heads:-kv_heads], heads[:, -kv_heads:]
+    if module.q_norm is not None:
+        q, k = (t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight
+                for t, norm in ((q, module.q_norm), (k, module.k_norm)))
+    q, k = turned(q), turned(k)
+    rows = []
+    for b in range(B):
+        for s in range(S):
+            seen = [t for t in range(s + 1) if documents_BS is None or documents_BS[b, t] == documents_BS[b, s]]
+            parts = []
+            for head in range(module.num_heads):
+                group = head * kv_heads // module.num_heads          # neighbours share a key and a value
+                share = (k[b, group, seen] @ q[b, head, s] / width**0.5).softmax(0)
+                parts.append(share @ v[b, group, seen])
+            rows.append(torch.cat(parts))
+    return torch.stack(rows).view(B, S, -1) @ module.out.T
+
+
+DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 3]])
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("documents_BS", [None, DOCUMENTS], ids=["causal", "documents"])
+def test_output_and_every_gradient_are_those_of_a_loop(heads, kv_heads, qk_norm, documents_BS):
+    module = attention(heads, kv_heads, qk_norm=qk_norm)
+    x_BSD = torch.randn(2, 5, 6, dtype=F64, requires_grad=True)
+    mask = None if documents_BS is None else document_mask(documents_BS)
+    ours, truth = module(x_BSD, table(5, 4), mask), by_loop(module, x_BSD, documents_BS)
+    torch.testing.assert_close(ours, truth)
+    leaves, grad = (x_BSD, *module.parameters()), torch.randn_like(truth)
+    torch.testing.assert_close(*(torch.autograd.grad(out, leaves, grad) for out in (ours, truth)))
+
+
+def test_the_mask_lets_a_query_see_its_own_document_up_to_itself():
+    mask = document_mask(torch.tensor([[0, 0, 1, 0]]))                # a number that comes back is the same document
+    assert mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
+
+
+def test_one_document_is_plain_causal_attention():
+    module, x_BSD = attention(4, 2), torch.randn(2, 5, 6, dtype=F64)
+    mask = document_mask(torch.zeros(2, 5, dtype=torch.int64))
+    torch.testing.assert_close(module(x_BSD, table(5, 4), mask), module(x_BSD, table(5, 4), None))
+
+
+def test_other_documents_leave_no_trace():
+    module, x_BSD = attention(4, 2), torch.randn(2, 5, 6, dtype=F64)
+    changed = x_BSD.clone()
+    changed[0, :2] += 1
+    before, after = (module(x, table(5, 4), document_mask(DOCUMENTS)) for x in (x_BSD, changed))
+    assert torch.equal(before[0, 2:], after[0, 2:]) and not torch.equal(before[0, :2], after[0, :2])
+
+
+def test_bfloat16_norms_are_computed_in_float32():
+    norm = RMSNorm(dim=64, eps=1e-6)
+    torch.nn.init.ones_(norm.weight)
+    x = torch.randn(3, 64).bfloat16()
+    truth = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(norm(x), truth.float().bfloat16())

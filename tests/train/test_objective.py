@@ -1,0 +1,103 @@
+"""The loss of a step: one definition, whatever the split."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.losses.base import Pooled
+from moetrain.losses.load_balance import LoadBalanceLoss
+from moetrain.losses.z import ZLoss
+from moetrain.ops.gating import top_k
+from moetrain.ops.router_sums import RouterSums, router_sums
+from moetrain.train.objective import Objective, cross_entropy_sum
+
+ROUTERS = ("layers.0.moe", "layers.1.moe")
+
+
+class Constant:
+    """A loss whose value is known, and that remembers what it was asked for."""
+
+    needs_pool = False
+
+    def __init__(self, weight: float, values: list[float], reduction: str = "mean") -> None:
+        self.weight, self.values, self.reduction = weight, iter(values), reduction
+
+    def value(self, stats: RouterSums, pooled: Pooled) -> Tensor:
+        return torch.tensor(next(self.values))
+
+
+def stats_of(logits_TE: Tensor) -> RouterSums:
+    probs_TE = logits_TE.softmax(-1)
+    return router_sums(probs_TE, logits_TE, top_k(probs_TE, 2)[1], None)
+
+
+def test_cross_entropy_is_a_sum_in_nats_over_real_targets():
+    logits_BSV = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    targets_BS = torch.tensor([[0, -1, 4], [-1, -1, 2]])
+    value = cross_entropy_sum(logits_BSV, targets_BS)
+    log_p = logits_BSV.log_softmax(-1)
+    truth = -(log_p[0, 0, 0] + log_p[0, 2, 4] + log_p[1, 2, 2])
+    torch.testing.assert_close(value, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits_BSV, retain_graph=True) for v in (value, truth)))
+
+
+def test_a_micro_batch_of_padding_costs_nothing():
+    logits_BSV = torch.randn(1, 2, 5, requires_grad=True)
+    value = cross_entropy_sum(logits_BSV, torch.full((1, 2), -1))
+    value.backward()
+    assert value.item() == 0 and not logits_BSV.grad.any()
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits_BSV = torch.randn(1, 4, 5).bfloat16()
+    targets_BS = torch.tensor([[0, 1, 2, 3]])
+    value = cross_entropy_sum(logits_BSV, targets_BS)
+    assert value.dtype == torch.float32 and value.equal(cross_entropy_sum(logits_BSV.float(), targets_BS))
+
+
+@pytest.mark.parametrize("reduction, share", [("mean", 2), ("sum", 1)])
+def test_a_loss_is_weighted_and_reduced_over_routers(reduction, share):
+    objective = Objective({"balance": Constant(0.5, [1.0, 4.0], reduction)})
+    stats = dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))
+    pooled = dict.fromkeys(ROUTERS, Pooled(torch.zeros(4), torch.tensor(3)))
+    total = objective.total(torch.tensor(6.0), stats, pooled, torch.tensor(3))
+    assert total.item() == pytest.approx(6 / 3 + 0.5 * 5 / share)
+
+
+def test_a_loss_of_weight_zero_is_never_asked_and_a_dense_model_has_none():
+    total = Objective({"balance": Constant(0.0, [])}).total(
+        torch.tensor(6.0), {ROUTERS[0]: stats_of(torch.randn(3, 4))}, {ROUTERS[0]: None}, torch.tensor(2))
+    assert total.item() == 3
+    assert Objective({"balance": Constant(1.0, [])}).total(torch.tensor(6.0), {}, {}, torch.tensor(2)).item() == 3
+
+
+def test_no_tokens_at_all_is_zero_and_not_nan():
+    assert Objective({}).total(torch.tensor(0.0), {}, {}, torch.tensor(0)).item() == 0
+
+
+def test_the_pool_is_needed_as_soon_as_one_loss_needs_it():
+    assert Objective({"balance": LoadBalanceLoss(), "z": ZLoss()}).needs_pool
+    assert not Objective({"balance": LoadBalanceLoss(scope="micro"), "z": ZLoss()}).needs_pool
+
+
+@pytest.mark.parametrize("sizes", [[8], [4, 4], [1, 0, 7]], ids=str)
+def test_shares_of_any_split_add_up_in_value_and_gradient(sizes):
+    generator = torch.Generator().manual_seed(0)
+    router_TE = [torch.randn(8, 4, dtype=torch.float64, generator=generator).requires_grad_() for _ in ROUTERS]
+    logits_TV = torch.randn(8, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    targets_T = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    objective = Objective({"balance": LoadBalanceLoss(weight=0.3), "z": ZLoss(weight=0.2)})
+    tokens = torch.tensor(8)
+    pooled = {name: Pooled(stats_of(logits).counts_E, tokens) for name, logits in zip(ROUTERS, router_TE)}
+
+    total = torch.zeros((), dtype=torch.float64)
+    for part in torch.arange(8).split(sizes):
+        stats = {name: stats_of(logits[part]) for name, logits in zip(ROUTERS, router_TE)}
+        total = total + objective.total(cross_entropy_sum(logits_TV[part][None], targets_T[part][None]), stats, pooled, tokens)
+
+    balance = [4 * (pooled[name].counts_E / 16 * logits.softmax(-1).mean(0)).sum() for name, logits in zip(ROUTERS, router_TE)]
+    z = [logits.exp().sum(-1).log().square().mean() for logits in router_TE]
+    truth = (torch.nn.functional.cross_entropy(logits_TV, targets_T) + 0.3 * sum(balance) / 2 + 0.2 * sum(z) / 2)
+    torch.testing.assert_close(total, truth)
+    leaves = (*router_TE, logits_TV)
+    torch.testing.assert_close(*(torch.autograd.grad(value, leaves) for value in (total, truth)))
