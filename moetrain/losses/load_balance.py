@@ -22,13 +22,14 @@ from moetrain.routers.base import RoutingStats
 
 
 class LoadBalanceLoss:
-    """weight: coefficient; 0 only reports. scope: global or micro. mode: exact, how a global f is obtained under
-    accumulation. reduction: mean or sum over routers."""
+    """weight: coefficient; 0 only reports. scope: global, micro, or none, which only reports whatever the weight.
+    mode: exact, how a global f is obtained under accumulation. reduction: mean or sum over routers."""
 
-    def __init__(self, *, weight: float = 0.01, scope: Literal["global", "micro"] = "global",
+    def __init__(self, *, weight: float = 0.01, scope: Literal["global", "micro", "none"] = "global",
                  mode: Literal["exact"] = "exact", reduction: Literal["mean", "sum"] = "mean") -> None:
-        assert scope in ("global", "micro") and mode == "exact" and reduction in ("mean", "sum"), (scope, mode, reduction)
-        self.weight, self.scope, self.mode, self.reduction = weight, scope, mode, reduction
+        assert scope in ("global", "micro", "none") and mode == "exact" and reduction in ("mean", "sum"), (scope, mode, reduction)
+        self.weight = 0.0 if scope == "none" else weight
+        self.scope, self.mode, self.reduction = scope, mode, reduction
 
     @property
     def needs_pool(self) -> bool:

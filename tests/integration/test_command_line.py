@@ -143,6 +143,7 @@ def test_a_new_router_is_one_file_and_one_yaml(tmp_path):
     assert (loads == loads[0, 0, 0]).all()                       # 16 positions, 8 experts: perfectly even
 
 
+@pytest.mark.slow
 def test_text_of_strangers_trains_evaluates_and_continues(tmp_path):
     for domain, word in (("prose", "the quick brown fox. "), ("code", "def f(x):\n    return x\n")):
         for number in range(30):

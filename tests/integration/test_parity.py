@@ -111,6 +111,29 @@ def test_a_mesh_gives_what_the_oracle_gives_in_float64(ranks, case):
             assert torch.equal(ours.counts[step - 1][name], count), (step, name)
 
 
+@pytest.mark.parametrize("overrides, oracle", [
+    (["model.qk_norm=true", "model.tie_embeddings=true"], {"qk_norm": True, "tie_embeddings": True}),
+    (["model.num_layers=3", "model.first_dense_layers=1", "model.num_experts=[8,4,6]", "model.top_k=[2,1,3]",
+      "router.weights=raw"],
+     {"num_layers": 3, "first_dense_layers": 1, "num_experts": [8, 4, 6], "top_k": [2, 1, 3], "gate": "raw"}),
+    (["balance=micro", "balance.weight=0.1", "train.micro_batch=4"], {"balance_scope": "micro"}),
+    (["balance=none"], {"balance_scope": "none"}),
+], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none"])
+def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
+    overrides = ["run.dtype=float64", "data.min_length=0.2", "train.clip=0", *overrides]
+    run = make_run(overrides)
+    params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in snapshot(run, lambda p: p.data).items()}
+    batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)]
+    model = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "top_k": 2, "num_experts": 8, **oracle}
+    total, ce, balance, _ = oracle_loss(params, batches, balance_weight=0.1, z_weight=0.01, **model)
+    total.backward()
+    ours = train_steps(overrides, 1)
+    assert_close({name.removesuffix(".weight"): gradient for name, gradient in ours.gradients.items()},
+                 {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}, 1e-10, "gradient")
+    for key, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):
+        assert abs(ours.metrics[0][key] - value.item()) <= 1e-10, key
+
+
 @cache
 def serial_float32(shared: int, padded: bool, forced: bool) -> Trained:
     return train_steps([*variant(shared, padded), "run.dtype=float32"], STEPS, FORCED if forced else None)
