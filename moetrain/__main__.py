@@ -25,6 +25,7 @@ VERBS = {
     "generate": "continue a text with a run's model",
     "data": "prepare text for training (data prepare)",
     "report": "draw tokens per expert of a run",
+    "slurm": "train in a Slurm job, checked before it is submitted",
     "version": "print the version",
 }
 # The keys to know first; `moetrain train --help` lists all.

@@ -12,6 +12,7 @@ Shapes: B sequences, S positions, T = B * S, D width, H heads, h width of a head
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ class Routed(NamedTuple):
     """What one router decided in one micro-batch; valid tokens only."""
 
     probs_TE: Tensor
-    chosen_TE: Tensor
+    chosen_TE: Tensor                        # before a capacity policy drops any
     lse_T: Tensor
+    kept_TE: Tensor
 
 
 def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, Tensor]], *,
@@ -67,11 +69,13 @@ def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor
                   num_kv_heads: int, head_dim: int, top_k: int | list[int], num_experts: int | list[int],
                   num_shared_experts: int = 0, first_dense_layers: int = 0, qk_norm: bool = False,
                   rope_theta: float = 10000.0, norm_eps: float = 1e-6, tie_embeddings: bool = False,
-                  gate: str = "renorm", forced: Forced | None = None) -> tuple[Tensor, list[Routed]]:
+                  gate: str = "renorm", forced: Forced | None = None, bias: dict[int, Tensor] | None = None,
+                  **routing) -> tuple[Tensor, list[Routed]]:
     """Logits [B, S, V] of one micro-batch and what each MoE layer's router decided.
 
     gate: renorm, weights sum to one over the chosen; raw, the probabilities themselves. forced: layer -> the expert
-    ids every token takes ([K] or [T, K]), or a function of the probabilities [T, E] that gives them.
+    ids every token takes ([K] or [T, K]), or a function of the probabilities [T, E] that gives them. bias: layer -> what is
+    added to the scores to choose. routing: see `_moe`.
     """
     x_BSD, layers = params["embed"][tokens_BS], []
     for layer in range(num_layers):
@@ -83,8 +87,8 @@ def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor
         if layer < first_dense_layers:
             out_TD = _swiglu(normed_TD, own["ffn.gate_up"], own["ffn.down"])
         else:
-            out_TD, routed = _moe(own, normed_TD, valid_BS.flatten(), _entry(num_experts, layer),
-                                  _entry(top_k, layer), gate, (forced or {}).get(layer))
+            out_TD, routed = _moe(own, normed_TD, valid_BS, _entry(num_experts, layer), _entry(top_k, layer), gate,
+                                  (forced or {}).get(layer), (bias or {}).get(layer, 0.0), **routing)
             layers.append(routed)
             if num_shared_experts:
                 out_TD = out_TD + _swiglu(normed_TD, own["moe.shared.gate_up"], own["moe.shared.down"])
@@ -93,23 +97,65 @@ def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor
     return _rms_norm(x_BSD, params["norm"], norm_eps) @ head_VD.T, layers
 
 
-def _moe(own: dict[str, Tensor], x_TD: Tensor, valid_T: Tensor, num_experts: int, top_k: int, gate: str,
-         choice: Tensor | Callable | None) -> tuple[Tensor, Routed]:
+def _moe(own: dict[str, Tensor], x_TD: Tensor, valid_BS: Tensor, num_experts: int, top_k: int, gate: str,
+         choice: Tensor | Callable | None, bias_E: Tensor | float, *, sigmoid: bool = False, scale: float = 1.0,
+         groups: tuple[int, int, int] = (1, 1, 1), capacity: dict | None = None) -> tuple[Tensor, Routed]:
+    """sigmoid: scores are that of the logits instead of their softmax. scale: factor of the gates. groups: (groups there
+    are, groups a token uses, scores that add up to a group's). capacity: see `_within_capacity`, and `renorm`."""
+    valid_T = valid_BS.flatten()
     logits_TE = x_TD @ own["moe.router"].T
-    probs_TE = logits_TE.softmax(-1)
-    if choice is None:                                           # probability descending, then id ascending
-        ids_TK = probs_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    scores_TE = 1 / (1 + (-logits_TE).exp()) if sigmoid else logits_TE.softmax(-1)
+    if choice is None:
+        ids_TK = torch.tensor([_best(row, top_k, *groups) for row in (scores_TE.detach() + bias_E).tolist()])
     else:
-        ids_TK = choice(probs_TE.detach()) if callable(choice) else choice.expand(len(x_TD), -1)
-    chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, ids_TK, True) & valid_T[:, None]
-    gates_TE = probs_TE * chosen_TE
+        ids_TK = choice(scores_TE.detach()) if callable(choice) else choice.expand(len(x_TD), -1)
+    chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, ids_TK, True) & valid_T[:, None]
+    gates_TE = scale * scores_TE * chosen_TE
     if gate == "renorm":
-        gates_TE = gates_TE / gates_TE.sum(-1, keepdim=True).where(valid_T[:, None], 1.0)
+        gates_TE = scale * gates_TE / gates_TE.sum(-1, keepdim=True).where(valid_T[:, None], 1.0)
+    kept_TE = chosen_TE
+    if capacity is not None:
+        kept_TE = _within_capacity(ids_TK.tolist(), gates_TE.tolist(), valid_BS, **capacity)
+        left_TE = gates_TE * kept_TE
+        if capacity.get("renorm"):
+            left_TE = left_TE * (gates_TE.sum(1) / left_TE.sum(1).where(kept_TE.any(1), 1.0))[:, None]
+        gates_TE = left_TE
+    probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     gate_up_EGD = torch.stack([own[f"moe.experts.{e}.gate_up"] for e in range(num_experts)])
     down_EDF = torch.stack([own[f"moe.experts.{e}.down"] for e in range(num_experts)])
     gated_ETF, up_ETF = torch.einsum("td,egd->etg", x_TD, gate_up_EGD).chunk(2, dim=-1)
     out_TD = torch.einsum("te,etf,edf->td", gates_TE, F.silu(gated_ETF) * up_ETF, down_EDF)
-    return out_TD, Routed(probs_TE[valid_T], chosen_TE[valid_T], logits_TE[valid_T].logsumexp(-1))
+    return out_TD, Routed(probs_TE[valid_T], chosen_TE[valid_T], logits_TE[valid_T].logsumexp(-1), kept_TE[valid_T])
+
+
+def _best(scores: list[float], top_k: int, num_groups: int, topk_groups: int, summed: int) -> list[int]:
+    """Ids of the best scores of one token, then of the lower ids, inside the groups whose best `summed` add up to most."""
+    size = len(scores) // num_groups
+    members = [range(group * size, (group + 1) * size) for group in range(num_groups)]
+    worth = [sum(sorted((scores[e] for e in group), reverse=True)[:summed]) for group in members]
+    inside = [e for group in sorted(range(num_groups), key=lambda g: (-worth[g], g))[:topk_groups] for e in members[group]]
+    return sorted(inside, key=lambda e: (-scores[e], e))[:top_k]
+
+
+def _within_capacity(ids: list[list[int]], gates: list[list[float]], valid_BS: Tensor, *, policy: str, factor: float,
+                     at_least: int, renorm: bool = False, together: bool = False) -> Tensor:
+    """Which choices [T, E] fit into the experts of their sequence, one choice after the other.
+
+    policy: who comes first: position, all first choices in order of tokens, then all second; token, in order of tokens;
+    prob, the largest gates. together: all sequences are one.
+    """
+    kept_TE = torch.zeros(len(ids), len(gates[0]), dtype=torch.bool)
+    scopes = valid_BS.flatten()[None] if together else valid_BS
+    for number, valid_S in enumerate(scopes.tolist()):
+        tokens = [number * len(valid_S) + s for s, valid in enumerate(valid_S) if valid]
+        choices = [(t, k, e) for t in tokens for k, e in enumerate(ids[t])]
+        order = {"position": lambda c: (c[1], c[0]), "token": lambda c: (c[0], c[1]),
+                 "prob": lambda c: (-gates[c[0]][c[2]], c[0], c[1])}[policy]
+        room = [max(at_least, -(-Fraction(str(factor)) * len(choices) // len(gates[0])))] * len(gates[0])
+        for t, _, e in sorted(choices, key=order):
+            kept_TE[t, e] = room[e] > 0
+            room[e] -= 1
+    return kept_TE
 
 
 def _attention(own: dict[str, Tensor], x_BSD: Tensor, heads: int, kv_heads: int, head_dim: int, qk_norm: bool,

@@ -20,13 +20,14 @@ ORDER = (
     ("generate", "train"),
     ("peft", "transform", "upcycle", "compress", "steer", "interop", "trace", "report"),
     ("launch",),
+    ("nodes",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {room: level for level, line in enumerate(ORDER) for room in line}
 WINGS = ORDER[7]
-# launch speaks when ranks cannot: before there is a console, or when one was killed.
-MAY_PRINT = ("cli", "__main__", "launch")
+# launch and nodes speak when ranks cannot: before there is a console, or when one was killed.
+MAY_PRINT = ("cli", "__main__", "launch", "nodes")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

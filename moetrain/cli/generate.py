@@ -1,7 +1,7 @@
 """moetrain generate run.name=<name> generate.prompt='...' [key=value ...]: continue a text.
 
 By the newest checkpoint of a run. The run's own config is the base; generate.tokens, .temperature, .top_p and .seed
-say how to sample.
+say how to sample; generate.cache=false runs all tokens again for every new one.
 """
 
 from moetrain import launch
@@ -22,10 +22,10 @@ def run(argv: list[str]) -> int:
     from moetrain.generate.sample import continue_text
     from moetrain.train.evaluate import load_trained
 
-    model, dataset, _, _ = load_trained(config)
+    model, dataset, mesh, _ = load_trained(config)
     wish = config.generate
     text = continue_text(model, dataset.tokenizer, wish.prompt, tokens=wish.tokens, temperature=wish.temperature,
-                         top_p=wish.top_p, seed=wish.seed, context=config.train.seq_len)
+                         top_p=wish.top_p, seed=wish.seed, context=config.train.seq_len, cache=wish.cache, group=mesh["batch"])
     if launch.rank() == 0:
         print(text)
     return 0

@@ -19,6 +19,7 @@ from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
 from moetrain.errors import ConfigError, ConfigErrors
+from moetrain.interop.packages import check_installed
 from moetrain.train.finished import finished, next_commands
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def run(argv: list[str]) -> int:
             print("\n  ".join([f"run {run_dir(config)} is finished: step {step}. Nothing was changed. Next:",
                                  *next_commands(config)]))
         return 0
+    check_installed(config)
     if config.run.nproc > 1 and not launch.is_worker():
         return launch.start_ranks(["train", *overrides], config.run.nproc, run_dir(config))
     with launch.ending(run_dir(config)):
@@ -51,7 +53,12 @@ def run(argv: list[str]) -> int:
 def _train(config: Config) -> None:
     from moetrain.train.loop import train
 
-    train(config)
+    if config.engine.name == "deepspeed":
+        from moetrain.interop.deepspeed import adopt
+
+        train(config, adopt)
+    else:
+        train(config)
     if launch.rank() == 0 and (run_dir(config) / "loads.npz").exists():      # a model without routers has none
         draw(run_dir(config))
 

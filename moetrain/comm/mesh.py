@@ -6,9 +6,12 @@
 Both views order the same ranks, last axis fastest; their products are equal. Derived groups, by name:
 
     batch         ranks that hold different tokens: pooled counts, cross-entropy denominator
-    dense_grad    ranks over which gradients of dense parameters are summed
-    expert_grad   ranks that hold the same experts: their gradients are summed
+    dense_grad    ranks over which gradients of dense parameters are summed; of them
+                  dense_shard cut the parameters up between them, dense_replicas hold the same part
+    expert_grad   ranks that share the same experts: their gradients are summed; of them
+                  expert_shard cut them up between them, expert_replicas hold the same part
     ep            ranks that share the experts of a layer
+    expert_parts  ranks that together hold every expert once: ep and expert_shard
     node          ranks of one machine
 
 Nobody asks for the world size: code that communicates takes one of these groups. A group of one rank has no process
@@ -31,7 +34,12 @@ EXPERT_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "esp")
 DERIVED = {
     "batch": (DENSE_AXES, ("dp_replicate", "dp_shard", "cp")),
     "dense_grad": (DENSE_AXES, ("dp_replicate", "dp_shard", "cp")),
+    "dense_shard": (DENSE_AXES, ("dp_shard",)),
+    "dense_replicas": (DENSE_AXES, ("dp_replicate", "cp")),
     "expert_grad": (EXPERT_AXES, ("edp_replicate", "edp_shard")),
+    "expert_shard": (EXPERT_AXES, ("edp_shard",)),
+    "expert_replicas": (EXPERT_AXES, ("edp_replicate",)),
+    "expert_parts": (EXPERT_AXES, ("edp_shard", "ep")),
     "ep": (EXPERT_AXES, ("ep",)),
 }
 
@@ -101,12 +109,17 @@ def build_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
     return Mesh(dict(sizes), rank, device, groups)
 
 
-def mesh_sizes(mode: str, world: int, ep: int | None) -> dict[str, int]:
-    """Axis sizes of a parallel mode; `ep` null means all ranks."""
-    if mode != "ep":
-        return {"dp_replicate": world, "edp_replicate": world}
-    ep = ep or world
-    return {"dp_replicate": world, "edp_replicate": world // ep, "ep": ep}
+def mesh_sizes(mode: str, world: int, ep: int | None, shard: int | None = None) -> dict[str, int]:
+    """Axis sizes of a parallel mode. ep, shard null: all ranks.
+
+    A group of `shard` ranks holds every dense parameter once; the experts of an ep group are cut up by those of its ranks
+    that are left over, so that both views replicate over the same ranks: edp_shard = shard / ep, 1 where ep is larger.
+    """
+    ep = (ep or world) if mode in ("ep", "ep_fsdp") else 1
+    shard = (shard or world) if mode in ("fsdp", "ep_fsdp") else 1
+    expert_shard = max(1, shard // ep)
+    return {"dp_replicate": world // shard, "dp_shard": shard,
+            "edp_replicate": world // (ep * expert_shard), "edp_shard": expert_shard, "ep": ep}
 
 
 def connect(device: torch.device, timeout_s: int) -> None:

@@ -120,20 +120,55 @@ def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
                           next="router.weights=raw")
 
 
+def groups(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Groups of experts are equal, and those that a token may use hold enough experts, in every layer."""
+    chosen = config.router.get("num_groups", 1), config.router.get("topk_groups", 1)
+    sizes = [(num_experts, top_k) for _, num_experts, top_k in moe_layers(config) if 1 <= top_k <= num_experts]
+
+    def works(number: int, used: int) -> bool:
+        return 1 <= used <= number and all(n % number == 0 and used * (n // number) >= k for n, k in sizes)
+
+    if sizes and not works(*chosen):
+        most = max(n for n, _ in sizes)
+        pairs = [(number, used) for number in _divisors(most) for used in range(1, number + 1) if works(number, used)]
+        number, used = min(pairs, key=lambda pair: (pair[0] != chosen[0], pair[1] != chosen[1], pair))
+        yield ConfigError(63, "router.num_groups={} with router.topk_groups={} does not fit the experts".format(*chosen),
+                          where="router.num_groups, router.topk_groups, model.num_experts, model.top_k",
+                          why="num_groups divides model.num_experts; topk_groups groups hold model.top_k experts or more",
+                          next=f"router.num_groups={number} router.topk_groups={used}")
+
+
 def mode(config: Config, ranks: int) -> Iterator[ConfigError]:
     parallel = config.parallel
     if parallel.mode == "single" and ranks != 1:
         yield ConfigError(31, f"parallel=single with {ranks} ranks", where="parallel.mode, run.nproc",
                           why="single is one process without a process group", next="parallel=ep or parallel=ddp")
-    if parallel.mode != "ep" and parallel.ep not in (None, 1):
+    if parallel.mode not in ("ep", "ep_fsdp") and parallel.ep not in (None, 1):
         yield ConfigError(32, f"parallel.ep={parallel.ep} with parallel.mode={parallel.mode}",
-                          where="parallel.ep, parallel.mode", why="only mode ep splits experts over ranks",
+                          where="parallel.ep, parallel.mode", why="only modes ep and ep_fsdp split experts over ranks",
                           next=f"parallel=ep parallel.ep={parallel.ep}")
+    if parallel.mode not in ("fsdp", "ep_fsdp") and parallel.shard not in (None, 1):
+        yield ConfigError(60, f"parallel.shard={parallel.shard} with parallel.mode={parallel.mode}",
+                          where="parallel.shard, parallel.mode", why="only modes fsdp and ep_fsdp shard parameters",
+                          next=f"parallel=fsdp parallel.shard={parallel.shard}")
+
+
+def sharded(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Sharding groups are whole: they divide the ranks, and fit the groups of expert parallelism."""
+    parallel = config.parallel
+    if parallel.mode not in ("fsdp", "ep_fsdp") or parallel.shard is None:
+        return
+    ep = (parallel.ep or ranks) if parallel.mode == "ep_fsdp" else 1
+    valid = [n for n in _divisors(ranks) if n % ep == 0 or ep % n == 0]
+    if parallel.shard not in valid and ranks % ep == 0:
+        rule = f"it divides the {_ranks(ranks)}" + (f", and one of it and parallel.ep={ep} divides the other" if ep > 1 else "")
+        yield ConfigError(61, f"parallel.shard={parallel.shard} does not fit {_ranks(ranks)}",
+                          where="parallel.shard, run.nproc, parallel.ep", why=rule, next=_choose("parallel.shard", valid))
 
 
 def expert_parallel(config: Config, ranks: int) -> Iterator[ConfigError]:
     """ep divides the ranks and the experts of every layer."""
-    if config.parallel.mode != "ep":
+    if config.parallel.mode not in ("ep", "ep_fsdp"):
         return
     ep = config.parallel.ep or ranks
     written = f"parallel.ep={ep}" if config.parallel.ep else f"parallel.ep=null ({ep} ranks)"
@@ -169,10 +204,41 @@ def batch(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 def data_path(config: Config, ranks: int) -> Iterator[ConfigError]:
-    if config.data.kind == "tokens" and not config.data.path:
-        yield ConfigError(36, "data=tokens without data.path", where="data.path, data.kind",
-                          why="there are no built-in token shards",
-                          next="data.path=<folder written by moetrain data prepare>, or data=text")
+    place = {"tokens": "<folder written by moetrain data prepare>",
+             "megatron": "<prefix of a .bin and .idx, or a folder of them>"}.get(config.data.kind)
+    if place and not config.data.path:
+        yield ConfigError(36, f"data={config.data.kind} without data.path", where="data.path, data.kind",
+                          why="only text and generated tokens are built in", next=f"data.path={place}, or data=text")
+
+
+def engine(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """ZeRO shards over ranks that hold the whole dense part, in float32."""
+    if config.engine.name != "deepspeed":
+        return
+    mode = config.parallel.mode
+    if mode not in ("ddp", "ep") or ranks == 1:
+        yield ConfigError(67, f"engine=deepspeed with parallel={mode} on {_ranks(ranks)}",
+                          where="engine.name, parallel.mode, run.nproc",
+                          why="ZeRO cuts up what several ranks hold alike: the dense part under ddp and ep",
+                          next="parallel=ep run.nproc=2, or engine=torch")
+    wrong = ["run.dtype=float64"] * (config.run.dtype == "float64") + ["optim=muon"] * (config.optim.name == "muon")
+    if wrong:
+        yield ConfigError(68, f"engine=deepspeed with {' and '.join(wrong)}", where="engine.name, run.dtype, optim.name",
+                          why="ZeRO steps the dense part by AdamW, in float32",
+                          next="run.dtype=float32 optim=adamw, or engine=torch")
+
+
+def muon(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Newton-Schulz works on whole matrices. (engine=deepspeed has AdamW alone: rule `engine`.)"""
+    if config.optim.name != "muon":
+        return
+    parallel = config.parallel
+    shard = (parallel.shard or ranks) if parallel.mode in ("fsdp", "ep_fsdp") else 1
+    if shard != 1:
+        yield ConfigError(65, f"optim=muon with parallel={parallel.mode}, which shards parameters over {_ranks(shard)}",
+                          where="optim.name, parallel.mode, parallel.shard",
+                          why="Muon's step needs every matrix whole; there each rank holds a part",
+                          next="parallel.shard=1, parallel=ep or parallel=ddp; or optim=adamw")
 
 
 def betas(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -189,9 +255,18 @@ def loss_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
                               why="a negative weight would reward what the loss is against", next=f"{name}.weight=0.01")
 
 
+def part_numbers(config: Config, ranks: int) -> Iterator[ConfigError]:
+    given = flatten(config)
+    for text, (valid, example, keys) in _PART_RANGES.items():
+        for key in keys:
+            if key in given and not (math.isfinite(given[key]) and valid(given[key])):
+                yield ConfigError(64, f"{key}={show(given[key])} is out of its range", where=key,
+                                  why=f"it must be {text}", next=f"{key}={example}")
+
+
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
-    ranges, run_name, stop, heads, layers, experts, router_gradient, mode, expert_parallel, batch, data_path, betas,
-    loss_weights,
+    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, batch, data_path,
+    muon, betas, loss_weights, part_numbers, engine,
 ]
 
 # What a number must be: the test, a value that passes, and the keys it holds for. null is always fine.
@@ -199,18 +274,27 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "1 or more": (lambda x: x >= 1, "1", [
         "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers",
         "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim",
-        "parallel.ep", "train.global_batch", "train.micro_batch", "train.seq_len", "data.domain_cap",
+        "parallel.ep", "parallel.shard", "train.global_batch", "train.micro_batch", "train.seq_len", "data.domain_cap",
         "data.vocab_size", "data.num_domains", "eval.windows", "eval.batch", "log.interval", "generate.tokens"]),
     "0 or more": (lambda x: x >= 0, "0", [
         "run.seed", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
         "train.clip", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "log.heatmap_every", "generate.temperature", "generate.seed"]),
     "above 0": (lambda x: x > 0, "1e-3", [
-        "optim.lr", "optim.eps", "model.init_std", "model.norm_eps", "model.rope_theta"]),
+        "optim.lr", "optim.muon_lr", "optim.eps", "model.init_std", "model.norm_eps", "model.rope_theta"]),
     "in (0, 1]": (lambda x: 0 < x <= 1, "1.0", ["generate.top_p", "data.min_length"]),
-    "in [0, 1]": (lambda x: 0 <= x <= 1, "0.1", ["optim.min_lr_ratio"]),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, "0.1", ["optim.min_lr_ratio", "optim.decay"]),
     "in [0, 1), both": (lambda x: 0 <= x < 1, "[0.9,0.95]", ["optim.betas"]),
+    "in [0, 1)": (lambda x: 0 <= x < 1, "0.95", ["optim.muon_momentum"]),
+    "from 1 to 99": (lambda x: 1 <= x <= 99, "5", ["optim.muon_ns_steps"]),
     "-1 or more": (lambda x: x >= -1, "-1", ["eval.ngram"]),
+}
+
+
+# The same for arguments of parts, where the chosen part has them.
+_PART_RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
+    "above 0": (lambda x: x > 0, "1.0", ["router.scale", "capacity.factor", "capacity.eval_factor"]),
+    "0 or more": (lambda x: x >= 0, "0", ["router.update_rate", "capacity.min_capacity"]),
 }
 
 

@@ -25,7 +25,7 @@ from moetrain.errors import ConfigError, ConfigErrors
 
 # What a resumed run may change; a trailing dot means the whole section.
 _FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.name", "run.dir", "run.device",
-                   "log.", "checkpoint.", "eval.", "generate.", "parallel.", "train.micro_batch", "data.cache")
+                   "log.", "checkpoint.", "eval.", "generate.", "parallel.", "engine.", "train.micro_batch", "data.cache")
 # What evaluation and sampling may change of the model.
 _FREE_AFTER_TRAINING = ("model.top_k",)
 
@@ -54,7 +54,8 @@ def for_run(overrides: Sequence[str]) -> Config:
         raise ConfigErrors([*problems.errors, *getattr(error, "errors", [error])]) from None
     base = asdict(trained)
     base["run"] |= {"name": run["name"], "dir": run["dir"], "nproc": 1}
-    base["parallel"] = {"mode": "single", "ep": None}
+    base["parallel"] = {"mode": "single", "ep": None, "shard": None}
+    base["engine"] |= {"name": "torch"}
     changed = {section_of(group) for group in command.choices} - {"experiment"}
     base |= {section: values.get(section) for section in changed}
     files = [(section, file) for section, file in files if section in changed] + [("", directory / "config.yaml")]

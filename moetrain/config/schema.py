@@ -1,7 +1,7 @@
 """The typed record of a run: every key a user may set, with its type, its default and one line of meaning.
 
 `conf/` holds the same keys as yaml, in Hydra groups; `config/compose.py` turns yaml and command line into a `Config`
-and refuses what does not fit. Parts that are chosen by class (`router`, `balance`, `loss.<name>`) are mappings
+and refuses what does not fit. Parts that are chosen by class (`router`, `capacity`, `balance`, `loss.<name>`) are mappings
 with a `_target_`; `config/build.py` makes the object.
 
 No torch here: `moetrain --help` and every configuration error come before torch is imported.
@@ -53,8 +53,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    mode: Literal["single", "ddp", "ep"] = key("single", "single: one process, no process group")
-    ep: int | None = key(None, "ranks that share the experts of a layer; all ranks when null (mode ep)")
+    mode: Literal["single", "ddp", "fsdp", "ep", "ep_fsdp"] = key("single", "single: one process, no process group")
+    ep: int | None = key(None, "ranks that share the experts of a layer; all ranks when null (modes ep, ep_fsdp)")
+    shard: int | None = key(None, "ranks that hold every parameter once between them; all ranks when null (modes fsdp, ep_fsdp)")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    name: Literal["torch", "deepspeed"] = key("torch", "who sums gradients and steps the dense part: torch, or DeepSpeed's ZeRO")
+    zero_stage: Literal[1, 2] = key(1, "deepspeed: what ZeRO shards over ranks; 1: moments, 2: summed gradients too")
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,10 @@ class TrainConfig:
     micro_batch: int | None = key(None, "sequences of one forward pass on one rank; global_batch / ranks when null")
     seq_len: int = key(128, "tokens of a sequence")
     clip: float = key(1.0, "largest global gradient norm; 0 does not clip")
+    activation_checkpointing: Literal["none", "selective", "full"] = key(
+        "none", "what backward computes again: nothing, cheap operations, or whole blocks; routing never")
+    count_pass: bool = key(False, "exact balance under accumulation by a forward pass that only counts, instead of keeping "
+                                  "the graphs of all micro-batches")
 
     def per_forward(self, ranks: int) -> int:
         """Sequences of one forward pass on one of `ranks` ranks."""
@@ -71,28 +82,38 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    kind: Literal["text", "tokens", "synthetic"] = key("text", "text files, prepared token shards, or generated tokens")
+    kind: Literal["text", "tokens", "megatron", "synthetic"] = key(
+        "text", "text files, prepared token shards, Megatron-Core's indexed datasets, or generated tokens")
     path: str | None = key(None, "file or folder; null: the built-in corpus")
     cache: str | None = key(None, "where prepared tokens go; <run.dir>/data when null")
-    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json")
+    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json; megatron also: none")
     mixture: Literal["proportional", "uniform"] = key("proportional", "domains by their size, or each alike")
     mask_documents: bool = key(False, "attention stays inside a document")
     domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
-    vocab_size: int = key(256, "synthetic: tokens of the vocabulary")
+    vocab_size: int = key(256, "synthetic, and megatron without a tokenizer: tokens of the vocabulary")
     num_domains: int = key(4, "synthetic: number of domains")
     min_length: float = key(1.0, "synthetic: shortest sequence as a share of seq_len; the rest is padding")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = key(1e-3, "peak learning rate")
+    name: Literal["adamw", "muon"] = key("adamw", "muon: Muon for the matrices of hidden layers, AdamW for the rest")
+    lr: float = key(1e-3, "peak learning rate of AdamW")
     betas: list[float] = key([0.9, 0.95], "AdamW's moment decays")
     eps: float = key(1e-8, "AdamW's epsilon")
     weight_decay: float = key(0.1, "decay of matrices; norms, embeddings and routers are not decayed")
     router_lr_scale: float = key(1.0, "learning rate of routers over optim.lr")
     expert_lr_scale: float = key(1.0, "learning rate of experts over optim.lr")
+    muon_lr: float | None = key(None, "muon: peak learning rate of hidden matrices; optim.lr when null")
+    muon_momentum: float = key(0.95, "muon: decay of the momentum (Nesterov)")
+    muon_adjust: Literal["match_rms_adamw", "original"] = key(
+        "match_rms_adamw", "muon: factor on muon_lr for an A x B matrix: 0.2 sqrt(max(A, B)), or sqrt(max(1, A / B))")
+    muon_ns_steps: int = key(5, "muon: Newton-Schulz iterations")
+    schedule: Literal["cosine", "wsd"] = key("cosine", "wsd: warm-up, stable, decay over the last steps")
     warmup: int = key(10, "steps of linear warm-up")
-    min_lr_ratio: float = key(0.1, "learning rate at the end of the cosine over optim.lr")
+    decay: float = key(0.2, "wsd: share of the steps over which the rate decays")
+    decay_shape: Literal["linear", "sqrt"] = key("linear", "wsd: along a line, or as 1 - sqrt(progress)")
+    min_lr_ratio: float = key(0.1, "learning rate at the end of the schedule over its peak")
 
 
 @dataclass(frozen=True)
@@ -125,6 +146,7 @@ class GenerateConfig:
     temperature: float = key(0.8, "0 takes the most probable token")
     top_p: float = key(0.95, "probability mass to sample from, in (0, 1]")
     seed: int = key(0, "seed of sampling")
+    cache: bool = key(True, "keep keys and values of earlier tokens; false runs all of them again for every token")
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,9 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     router: dict[str, Any] = key({}, "the routing function: _target_ and its arguments")
+    capacity: dict[str, Any] = key({}, "what an expert takes at most: _target_ and its arguments")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: dict[str, Any] = key({}, "the balance loss: _target_ and its arguments")
     loss: dict[str, Any] = key({}, "further losses by name: _target_ and arguments each")

@@ -1,36 +1,68 @@
 """Text from a trained model: temperature and nucleus (top-p) sampling.
 
-Every new token runs the last `train.seq_len` tokens through the model again; a cache of keys and values comes with later
-work. Routers are in evaluation mode. The same seed gives the same text.
+The model looks at the last `context` tokens, at positions from 0. As long as the text fits, keys and values of earlier
+tokens are kept and only the newest token runs (generate/cache.py). Beyond, the window slides: every token then has
+another position and, above the first layer, another past, so the whole window runs again for each new token. So it does,
+from the first token on, where experts have a capacity: who is dropped depends on all the tokens of a pass.
+
+Routers are in evaluation mode. The same seed gives the same text, with the cache and without, up to rounding.
 """
 
 import torch
 from torch import Tensor
 
+from moetrain.comm.mesh import Group
+from moetrain.comm.reduce import sum_over
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.generate.cache import KeyValueCache
 from moetrain.model.transformer import Transformer
+from moetrain.moe.capacity import CapacityPolicy
 from moetrain.routers.base import RouterContext
 
 
 def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float,
-                  top_p: float, seed: int, context: int) -> str:
-    """Prompt and continuation: up to `tokens` new ones, fewer when the document ends. context: tokens the model looks at."""
+                  top_p: float, seed: int, context: int, cache: bool, group: Group) -> str:
+    """Prompt and continuation: up to `tokens` new ones, fewer when the document ends.
+
+    context: tokens the model looks at. group: ranks that write the same text together; the first one draws.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt.encode()))], device=model.embed.device)
     model.eval()
+    reader = Reader(model, context, cache=cache)
     for _ in range(tokens):
-        chosen = next_token(model, ids[-context:], temperature, top_p, generator)
+        drawn = draw(reader.logits(ids), temperature, top_p, generator)
+        chosen = int(sum_over(group, ids.new_tensor([drawn if group.position == 0 else 0])))
         if chosen == tokenizer.end_id:
             break
         ids = torch.cat([ids, ids.new_tensor([chosen])])
     return tokenizer.decode(ids[1:].tolist())
 
 
-@torch.no_grad()
-def next_token(model: Transformer, tokens_S: Tensor, temperature: float, top_p: float,
-               generator: torch.Generator) -> int:
-    """One token after `tokens_S`; temperature 0 takes the most probable."""
-    logits_V = model(tokens_S[None], RouterContext(training=False)).logits_BSV[0, -1].double().cpu()
+class Reader:
+    """The model in front of a text that grows, token by token."""
+
+    def __init__(self, model: Transformer, context: int, *, cache: bool) -> None:
+        self.model, self.context = model, context
+        self.cache = KeyValueCache(model, context) if cache and runs_token_by_token(model) else None
+
+    @torch.no_grad()
+    def logits(self, ids_S: Tensor) -> Tensor:
+        """Logits [V] of the token after these, float64 on the host. `ids_S` begin with those of the call before."""
+        if len(ids_S) > self.context:
+            self.cache = None                            # positions start anew: nothing in it holds any more
+        seen = 0 if self.cache is None else self.cache.length
+        tokens_BS = ids_S[max(seen, len(ids_S) - self.context):][None]
+        return self.model(tokens_BS, RouterContext(training=False), cache=self.cache).logits_BSV[0, -1].double().cpu()
+
+
+def runs_token_by_token(model: Transformer) -> bool:
+    """Whether attention is all that a token sees of the others; a capacity counts them."""
+    return all(type(block.moe.capacity) is CapacityPolicy for block in model.layers if block.moe is not None)
+
+
+def draw(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token; temperature 0 takes the most probable."""
     if temperature == 0:
         return int(logits_V.argmax())
     return int(torch.multinomial(nucleus(logits_V / temperature, top_p), 1, generator=generator))

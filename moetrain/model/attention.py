@@ -6,6 +6,8 @@ The scaled dot product is torch's; with documents it stays inside each of them.
 Shapes: B sequences, S positions, D model width, H heads, h head width.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +25,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
+class Earlier(Protocol):
+    """What a layer needs of the tokens before those of a forward pass (generate/cache.py)."""
+
+    def extend(self, k_BHSh: Tensor, v_BHSh: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep these, with keys already rotated; keys and values of all tokens so far."""
+
+
+class Cache(Protocol):
+    """The same for a model: `length` earlier tokens, layer by layer."""
+
+    length: int
+    layers: list[Earlier]
+
+
 class Attention(nn.Module):
     """qkv holds query rows, then key rows, then value rows."""
 
@@ -34,8 +50,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
         self.k_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """mask: bool [B, 1, S, S], True where a query may look; None is plain causal."""
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
+                earlier: Earlier | None = None) -> Tensor:
+        """mask: bool [B, 1, S, S], True where a query may look; None is plain causal, over earlier tokens too.
+
+        earlier: what came before; with anything in it x is one position, the newest.
+        """
         B, S, _ = x_BSD.shape
         heads = F.linear(x_BSD, self.qkv.to(x_BSD.dtype)).view(B, S, -1, self.head_dim).transpose(1, 2)
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
@@ -43,17 +63,21 @@ class Attention(nn.Module):
             q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk, rotary).split([self.num_heads, self.num_kv_heads], dim=1)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads < self.num_heads
+        if earlier is not None:
+            k, v = earlier.extend(k, v)
+            assert S == 1 or k.shape[2] == S, f"{S} positions at once after {k.shape[2] - S} earlier ones"
+        mixed = F.scaled_dot_product_attention(      # one query, the newest, looks everywhere
+            q, k, v, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=self.num_kv_heads < self.num_heads
         )
         return F.linear(mixed.transpose(1, 2).reshape(B, S, -1), self.out.to(x_BSD.dtype))
 
 
-def rotary_table(positions: int, head_dim: int, theta: float, *, dtype: torch.dtype,
-                 device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, h] of every position's angles; computed in float64, then cast."""
+def rotary_table(positions: int, head_dim: int, theta: float, *, dtype: torch.dtype, device: torch.device,
+                 first: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, h] of the angles of S positions from `first` on; computed in float64, then cast."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float64, device=device), frequencies).repeat(1, 2)
+    where = torch.arange(first, first + positions, dtype=torch.float64, device=device)
+    angles = torch.outer(where, frequencies).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

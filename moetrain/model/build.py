@@ -14,16 +14,19 @@ from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.model.attention import Attention
+from moetrain.model.parallelize import shard_parameters
+from moetrain.model.recompute import recomputed
 from moetrain.model.transformer import Block, Transformer
-from moetrain.moe.bank import ExpertBank, logical_tensors
+from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import FeedForward, GroupedExperts
 from moetrain.moe.layer import MoELayer
+from moetrain.parallel.pieces import buffers, pieces
 from moetrain.plan.placement import ExpertPlacement, contiguous
 
 
 def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
-    """The initialised model of this rank: dense parts whole, and the experts whose home is here."""
+    """The initialised model of this rank: the experts whose home is here; with FSDP a part of every parameter."""
     sizes = config.model
     placement = plan_homes(sizes, mesh["ep"].size)
     compute = getattr(torch, config.run.dtype)
@@ -39,7 +42,8 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
             tie_embeddings=sizes.tie_embeddings,
             dtype=compute,
         )
-    model.to(storage).to_empty(device=mesh.device)
+    shard_parameters(model.to(storage), mesh)            # before there is memory: no rank ever holds the whole model
+    model.to_empty(device=mesh.device)
     initialise(model, seed=config.run.seed, std=sizes.init_std, num_layers=sizes.num_layers)
     return model
 
@@ -64,15 +68,17 @@ def per_layer(value: int | list[int], layer: int) -> int:
 @torch.no_grad()
 def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) -> None:
     """Norms 1; matrices normal with `std`, those that write to the residual stream smaller by sqrt(2 * layers)."""
-    for name, tensor in logical_tensors(model):
+    for piece in buffers(model):
+        piece.rows.zero_()
+    for name, shape, begin, rows, _ in pieces(model):
         if name.endswith("norm.weight"):
-            tensor.fill_(1.0)
+            rows.fill_(1.0)
             continue
         scale = std / (2 * num_layers) ** 0.5 if name.endswith((".out", ".down")) else std
-        tensor.copy_(normal(tensor.shape, seed=seed, name=name) * scale)
+        rows.copy_(normal(shape, seed=seed, name=name)[begin:begin + len(rows)] * scale)
 
 
-def normal(shape: torch.Size, *, seed: int, name: str) -> Tensor:
+def normal(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:
     """Standard normal float32 numbers that depend on seed and name alone."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -98,7 +104,8 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh) -
         feed_forward = FeedForward(dim=sizes.dim, hidden_dim=hidden)
     else:
         feed_forward = _moe_layer(config, layer, placement, mesh)
-    return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps)
+    return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
+                 recompute=recomputed(config.train.activation_checkpointing))
 
 
 def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh) -> MoELayer:
@@ -115,4 +122,5 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
         dispatcher=TokenDispatcher(homes, FlatExchange(mesh["ep"]), mesh.device),
         experts=GroupedExperts(bank),
         shared=FeedForward(dim=sizes.dim, hidden_dim=shared_dim) if shared_dim else None,
+        capacity=build(config.capacity, num_experts=homes.num_experts),
     )

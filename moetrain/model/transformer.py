@@ -6,20 +6,21 @@ float64 runs) and cast where they are used; `dtype` is the dtype of the activati
 Shapes: B sequences, S positions, T = B*S tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.model.attention import Attention, RMSNorm, document_mask, rotary_table
+from moetrain.model.attention import Attention, Cache, Earlier, RMSNorm, document_mask, rotary_table
 from moetrain.moe.experts import FeedForward
 from moetrain.moe.layer import MoELayer
 from moetrain.routers.base import RouterContext, RoutingStats
 
 
 class ModelOutput(NamedTuple):
-    logits_BSV: Tensor
+    logits_BSV: Tensor | None                # None after a pass that only routes
     stats: dict[str, RoutingStats]           # by router name, in layer order
 
 
@@ -30,10 +31,15 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += feed_forward(norm(x)). Holds either `moe` or `ffn`."""
+    """x += attention(norm(x)); x += feed_forward(norm(x)). Holds either `moe` or `ffn`.
 
-    def __init__(self, *, attention: Attention, feed_forward: MoELayer | FeedForward, dim: int, eps: float) -> None:
+    recompute: how to run when gradients are wanted (model/recompute.py); None keeps everything for backward.
+    """
+
+    def __init__(self, *, attention: Attention, feed_forward: MoELayer | FeedForward, dim: int, eps: float,
+                 recompute: Callable[..., BlockOutput] | None = None) -> None:
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = RMSNorm(dim=dim, eps=eps)
         self.attention = attention
         self.ffn_norm = RMSNorm(dim=dim, eps=eps)
@@ -42,14 +48,21 @@ class Block(nn.Module):
         self.ffn = None if sparse else feed_forward
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
-                context: RouterContext) -> BlockOutput:
+                context: RouterContext, route_only: bool = False, earlier: Earlier | None = None) -> BlockOutput:
+        """route_only: stop when the router has decided; x is then not to be used. earlier: for attention."""
+        if self.recompute is None or earlier is not None or not torch.is_grad_enabled():
+            return self.run(x_BSD, rotary, mask, context, route_only, earlier)
+        return self.recompute(self.run, x_BSD, rotary, mask, context, route_only)
+
+    def run(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, context: RouterContext,
+            route_only: bool = False, earlier: Earlier | None = None) -> BlockOutput:
         if self.moe is not None:
             self.moe.post()
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask, earlier)
         normed = self.ffn_norm(x_BSD)
         if self.moe is None:
             return BlockOutput(x_BSD + self.ffn(normed), None, context.carry)
-        sparse = self.moe(normed.flatten(0, 1), context)
+        sparse = self.moe(normed.flatten(0, 1), context, route_only)
         return BlockOutput(x_BSD + sparse.out_TD.view_as(x_BSD), sparse.stats, sparse.carry)
 
 
@@ -70,15 +83,31 @@ class Transformer(nn.Module):
         """Number of experts by router name, in layer order."""
         return {block.moe.name: block.moe.router.num_experts for block in self.layers if block.moe is not None}
 
-    def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None) -> ModelOutput:
+    def end_of_step(self, counts: Mapping[str, Tensor]) -> None:
+        """Hand every router the counts of its experts, pooled over the optimizer step: selection biases move."""
+        for block in self.layers:
+            if block.moe is not None:
+                block.moe.router.end_of_step(counts[block.moe.name])
+
+    def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
+                route_only: bool = False, cache: Cache | None = None) -> ModelOutput:
+        """route_only: the statistics alone, without what comes after the last router's decision (no logits).
+
+        cache: tokens of the same document before these. They do not run again, and these are added to them.
+        """
         x_BSD = F.embedding(tokens_BS, self.embed).to(self.dtype)
-        rotary = rotary_table(tokens_BS.shape[1], self.head_dim, self.rope_theta, dtype=self.dtype, device=x_BSD.device)
+        rotary = rotary_table(tokens_BS.shape[1], self.head_dim, self.rope_theta, dtype=self.dtype, device=x_BSD.device,
+                              first=0 if cache is None else cache.length)
         mask = None if documents_BS is None else document_mask(documents_BS)
         stats = {}
-        for block in self.layers:
-            x_BSD, block_stats, carry = block(x_BSD, rotary, mask, context)
+        last = self.layers[-1]
+        for index, block in enumerate(self.layers):
+            earlier = None if cache is None else cache.layers[index]
+            x_BSD, block_stats, carry = block(x_BSD, rotary, mask, context, route_only and block is last, earlier)
             context = context._replace(carry=carry)
             if block_stats is not None:
                 stats[block.moe.name] = block_stats
+        if route_only:
+            return ModelOutput(None, stats)
         head = self.embed if self.head is None else self.head
         return ModelOutput(F.linear(self.norm(x_BSD), head.to(self.dtype)), stats)

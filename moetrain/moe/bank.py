@@ -3,14 +3,13 @@
 `ExpertBank` owns the expert parameters of one layer. The layer sees two seams: `post` at the block's start, before
 attention, and `take` between dispatch and experts. Under plain expert parallelism homes never move and both do nothing.
 
-How the bank stores its experts is its own secret (here: one stacked Parameter per matrix). The rest relies on this only:
-state is keyed by (layer, expert id, matrix), a position may own none, and `logical_tensors` names every tensor as it is
-initialised and saved: `layers.L.moe.experts.E.gate_up` (gate rows, then up rows) and `….down`.
+How the bank stores its experts (one stacked Parameter per matrix) concerns parallel/pieces.py alone, which names every
+tensor as it is initialised and saved: by layer, expert id and matrix. A position may own no expert.
 
 Shapes: e experts on this rank, D model width, F expert width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,23 +38,3 @@ def is_expert_parameter(model: nn.Module) -> Callable[[nn.Parameter], bool]:
     """Whether a parameter of the model belongs to routed experts."""
     owned = {id(p) for m in model.modules() if isinstance(m, ExpertBank) for p in m.parameters()}
     return lambda parameter: id(parameter) in owned
-
-
-def logical_tensors(
-    model: nn.Module, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, view) of every logical tensor this rank holds: whole dense tensors, one view per expert and matrix.
-
-    of: what to look at for each parameter, for example its gradient or an optimizer moment of the same shape.
-    """
-    for path, module in model.named_modules():
-        prefix = path + "." if path else ""
-        if isinstance(module, ExpertBank):
-            layer = path.removesuffix(".experts.bank")
-            for matrix in MATRICES:
-                stacked = of(getattr(module, matrix))
-                for index, expert in enumerate(module.experts):
-                    yield f"{layer}.experts.{expert}.{matrix}", stacked[index]
-        else:
-            for name, parameter in module.named_parameters(recurse=False):
-                yield prefix + name, of(parameter)

@@ -1,4 +1,4 @@
-"""The sparse layer: route, dispatch, experts, combine, shared expert.
+"""The sparse layer: route, drop what is beyond capacity, dispatch, experts, combine, shared expert.
 
 `forward` is the list of steps; each step's file says how. The layer knows neither who holds an expert (dispatch, bank)
 nor what a loss does with the statistics it returns (losses/).
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import FeedForward, GroupedExperts
 from moetrain.routers.base import Router, RouterContext, RoutingStats
@@ -22,24 +23,29 @@ class MoEOutput(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """name: the router's name, key of its statistics, loads and randomness."""
+    """name: the router's name, key of its statistics, loads and randomness. capacity: dropless unless given."""
 
     def __init__(self, *, name: str, router: Router, dispatcher: TokenDispatcher, experts: GroupedExperts,
-                 shared: FeedForward | None = None) -> None:
+                 shared: FeedForward | None = None, capacity: CapacityPolicy | None = None) -> None:
         super().__init__()
         self.name = name
         self.router, self.experts, self.shared = router, experts, shared
         self.dispatcher = dispatcher
+        self.capacity = capacity or CapacityPolicy()
 
     def post(self) -> None:
         """The bank's first seam: called at the block's start, before attention."""
         self.experts.bank.post()
 
-    def forward(self, x_TD: Tensor, context: RouterContext) -> MoEOutput:
-        routing = self.router.route(x_TD, context._replace(router=self.name))
+    def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
+        """route_only: decide and count, and hand x back."""
+        context = context._replace(router=self.name)
+        routing = self.capacity.apply(self.router.route(x_TD, context), context)
+        if route_only:
+            return MoEOutput(x_TD, routing.stats, routing.carry)
         sent = self.dispatcher.dispatch(x_TD, routing)
         rows_RD = self.experts(self.experts.bank.take(sent.rows_RD), sent.weights_R, sent.counts_e)
+        # Before combine, which comes last: a recomputed layer stops there, and its rows do not travel back for nothing.
+        shared_TD = None if self.shared is None else self.shared(x_TD)
         out_TD = self.dispatcher.combine(rows_RD, sent.ticket)
-        if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
-        return MoEOutput(out_TD, routing.stats, routing.carry)
+        return MoEOutput(out_TD if shared_TD is None else out_TD + shared_TD, routing.stats, routing.carry)

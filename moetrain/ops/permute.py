@@ -78,7 +78,7 @@ _reorder = define(
     "reorder(Tensor x_RD, Tensor index_R, Tensor inverse_R) -> Tensor",
     reference=lambda x_RD, index_R, inverse_R: x_RD.index_select(0, index_R),
     fake=lambda x_RD, index_R, inverse_R: torch.empty_like(x_RD),
-    backward=lambda ctx, grad: (_reorder(grad, ctx.saved_tensors[1], ctx.saved_tensors[0]), None, None),
+    backward=lambda ctx, grad: (_reorder(grad, *reversed(ctx.saved_tensors)), None, None),
     setup_context=_save_indices,
 )
 

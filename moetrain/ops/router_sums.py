@@ -1,6 +1,7 @@
 """The sums over tokens that losses and metrics need of a router, in one place.
 
     counts_E     int64   chosen slots per expert, before any drop
+    dropped      int64   how many of them a capacity policy dropped (moe/capacity.py); a router drops none
     prob_sum_E           sum of the router's probabilities      (gradient)
     lse2_sum             sum of logsumexp(logits)^2             (gradient; ST-MoE's z-loss)
     entropy_sum          sum of the entropy of the probabilities (gradient)
@@ -25,6 +26,7 @@ class RouterSums(NamedTuple):
     lse2_sum: Tensor
     entropy_sum: Tensor
     active_sum: Tensor       # int64 scalar: used slots
+    dropped: Tensor          # int64 scalar
 
 
 def router_sums(probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor, valid_T: Tensor | None) -> RouterSums:
@@ -39,4 +41,4 @@ def router_sums(probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor, valid_T: Te
     if valid_T is not None:
         lse2_T = lse2_T.where(valid_T, 0)                # of a row of zeros it is log(E)^2
     entropy_sum = torch.special.entr(probs_TE).sum()
-    return RouterSums(tokens, counts_E, probs_TE.sum(0), lse2_T.sum(), entropy_sum, counts_E.sum())
+    return RouterSums(tokens, counts_E, probs_TE.sum(0), lse2_T.sum(), entropy_sum, counts_E.sum(), counts_E.new_zeros(()))

@@ -2,13 +2,14 @@
 
 Summed, never averaged: the loss already carries global denominators. Gradients travel in flat buckets of one dtype, in
 parameter order, so the sequence of collectives depends on the config alone; a parameter without a gradient counts as
-zeros and gets zeros, on every rank.
+zeros and gets zeros, on every rank. Sharded parameters are passed over: FSDP2 has summed theirs in the backward pass.
 """
 
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over_async
@@ -31,7 +32,7 @@ class GradientReducer:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             if group.size > 1:
-                for bucket in _buckets(parameters):
+                for bucket in _buckets([p for p in parameters if not isinstance(p, DTensor)]):
                     flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
                     posted.append((bucket, sum_over_async(group, flat)))
         for bucket, wait in posted:

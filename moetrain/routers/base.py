@@ -6,7 +6,7 @@ an expert; losses are functions of the statistics (losses/), and the trainer own
     RouterContext   what a router may know besides x
     Routing         the decision; stays inside the layer
     RoutingStats    sums over valid tokens; leave the layer beside its output
-    Router          the base class: one weight [E, D] in float32, `route`, `routing`
+    Router          the base class: one weight [E, D] in float32, `route`, `routing`, `end_of_step`
 
 All three records are NamedTuples: FSDP2 finds the tensors that leave a module by flattening its output as a pytree, and a
 plain dataclass would lose gradients silently.
@@ -61,6 +61,13 @@ class Router(nn.Module):
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         raise TypeError(f"{type(self).__name__} does not define route")
+
+    def end_of_step(self, counts_E: Tensor) -> None:
+        """Called once after every optimizer step of training, without gradient, on every rank alike: for controllers.
+
+        counts_E: int64, slots per expert of the whole step, over ranks and accumulation, before any drop. What changes
+        here is kept in persistent buffers, which are saved.
+        """
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E] in the router's own dtype, float32 or better, whatever the model computes in."""

@@ -1,12 +1,13 @@
-"""Softmax top-k routing (GShard, Switch, Mixtral, OLMoE, Qwen3-MoE).
+"""Softmax top-k routing (GShard, Switch, Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V2).
 
-    z = x W^T,  p = softmax(z),  the k largest p are chosen; the gate weights are
+    z = x W^T,  p = softmax(z),  the k largest p are chosen; the gate weights are `scale` times
 
-    raw               p at the chosen ids               Switch (k = 1), OLMoE, DeepSeekMoE
+    raw               p at the chosen ids               Switch (k = 1), OLMoE, DeepSeekMoE, DeepSeek-V2 (scale 16)
     renorm            the same over their sum           Mixtral, Qwen3, GShard top-2
     softmax_of_topk   softmax of the chosen logits      GPT-OSS: the same function as renorm
 
-Padding chooses nothing. top_k = 1 with renormalised weights has no task gradient; config/checks.py refuses it.
+Padding chooses nothing. top_k = 1 with renormalised weights has no task gradient; config/checks.py refuses it. The choice
+may be limited to a few groups of experts (routers/groups.py).
 
 Shapes: T tokens, D model width, E experts, K slots.
 """
@@ -15,26 +16,30 @@ from typing import Literal
 
 from torch import Tensor
 
-from moetrain.ops.gating import decide, gather_weights, top_k
-from moetrain.routers.base import Router, RouterContext, Routing, drop_padding
+from moetrain.ops.gating import gather_weights
+from moetrain.routers.base import RouterContext, Routing
+from moetrain.routers.groups import GroupLimitedRouter
 
 
-class TopKRouter(Router):
-    """weights: the gate convention: renorm, raw or softmax_of_topk."""
+class TopKRouter(GroupLimitedRouter):
+    """weights: the gate convention: renorm, raw or softmax_of_topk. scale: factor of the gate weights.
+    num_groups, topk_groups, group_score: GroupLimitedRouter."""
 
-    def __init__(self, *, dim: int, num_experts: int, top_k: int, weights: Literal["renorm", "raw", "softmax_of_topk"] = "renorm") -> None:
-        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
+    def __init__(self, *, dim: int, num_experts: int, top_k: int,
+                 weights: Literal["renorm", "raw", "softmax_of_topk"] = "renorm", scale: float = 1.0,
+                 num_groups: int = 1, topk_groups: int = 1, group_score: Literal["top2", "max"] = "max") -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups, topk_groups=topk_groups,
+                         group_score=group_score)
         assert weights in ("renorm", "raw", "softmax_of_topk"), weights
-        self.weights = weights
+        self.weights, self.scale = weights, scale
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
         probs_TE = logits_TE.softmax(-1)
-        _, ids_TK = top_k(probs_TE, self.top_k)
-        ids_TK = decide(drop_padding(ids_TK, context))
+        ids_TK = self.choose(probs_TE, context)
         weights_TK = gather_weights(probs_TE, ids_TK)
         if self.weights != "raw":
             # A padding row sums to 0; the smallest normal number keeps 0 / 0 out of forward and backward.
             total_T1 = weights_TK.sum(-1, keepdim=True).clamp(min=1e-30)
             weights_TK = weights_TK / total_T1
-        return self.routing(ids_TK, weights_TK, probs_TE, logits_TE, context)
+        return self.routing(ids_TK, self.scale * weights_TK, probs_TE, logits_TE, context)

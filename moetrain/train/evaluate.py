@@ -21,12 +21,11 @@ from moetrain.data.loader import build_dataset
 from moetrain.errors import CheckpointError
 from moetrain.model.build import build_model
 from moetrain.model.transformer import Transformer
-from moetrain.moe.bank import logical_tensors
 from moetrain.train.checkpoint.manifest import newest
 from moetrain.train.checkpoint.reader import load_model
 from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.setup import join, prepare_on_main
-from moetrain.train.step import step_context, to_device
+from moetrain.train.passes import step_context, to_device
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def load_trained(config: Config) -> tuple[Transformer, Dataset, Mesh, int]:
     mesh = join(config)
     dataset = build_dataset(config, directory, prepare_on_main(config, directory, mesh))
     model = build_model(config, dataset.vocab_size, mesh)
-    manifest = load_model(logical_tensors(model), checkpoint)
+    manifest = load_model(model, checkpoint)
     return model, dataset, mesh, manifest.values["step"]
 
 

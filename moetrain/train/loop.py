@@ -6,6 +6,7 @@ One step is train/step.py. The same command resumes a run (what it may change: t
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,14 +27,17 @@ from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import train_step
 
 
-def train(config: Config) -> None:
-    """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run."""
+def train(config: Config, adopt: Callable[[Run], Run] = lambda run: run) -> None:
+    """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run.
+
+    adopt: what another engine changes in a run before a checkpoint is read (interop/deepspeed.py).
+    """
     directory = run_dir(config)
     mesh = join(config)
     with Console(rank=mesh.rank, steps=config.run.steps, last=last_step(config), interval=config.log.interval,
                  progress=config.log.progress) as console:
         recorder = Recorder(config, directory, mesh)     # on all ranks: refuses a directory that cannot be written
-        run = set_up(config, directory, mesh)
+        run = adopt(set_up(config, directory, mesh))
         resumed = all_or_none(mesh["batch"], lambda: resume(run))
         recorder.start(run, resumed)
         console.resume_at(run.state.step)

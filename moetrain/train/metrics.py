@@ -5,7 +5,7 @@ else (`StepSums`) after the last. Names and meanings of the metrics: docs/refere
 """
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,9 @@ class StepSums(NamedTuple):
     total: float                             # the loss itself: contributions of all micro-batches
     violation: float                         # max violation inside micro-batches, added up over routers
     violations: float                        # how many were added
+    dropped: float                           # slots dropped by a capacity policy, all routers together
     prob_sums: dict[str, Tensor]             # per router [E]
+    votes: list[float]                       # those of train/step.py, on their way with the rest
 
 
 def flat_counts(outputs: list[Mapping[str, RoutingStats]], routers: Mapping[str, int], device: torch.device) -> Tensor:
@@ -49,20 +51,22 @@ def pool(flat: Tensor, routers: Mapping[str, int], tokens: Tensor) -> dict[str, 
 class SumBuffer:
     """Collects the float64 sums of a step on this rank, then adds them over the ranks in one collective."""
 
-    def __init__(self, routers: Mapping[str, int], device: torch.device) -> None:
+    def __init__(self, routers: Mapping[str, int], device: torch.device, votes: Sequence[int] = ()) -> None:
         self.routers = routers
-        self.flat = torch.zeros(4 + sum(routers.values()), dtype=torch.float64, device=device)
+        self.votes = torch.tensor(votes, dtype=torch.float64, device=device)
+        self.flat = torch.zeros(5 + sum(routers.values()), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, cross_entropy: Tensor, total: Tensor, stats: Mapping[str, RoutingStats]) -> None:
         counts = [stats[router].counts_E for router in self.routers]
         found = torch.stack([max_violation(counts_E) for counts_E in counts]) if counts else self.flat[:0]
-        head = torch.stack([cross_entropy.double(), total.double(), found.sum(), _count_routed(counts, self.flat)])
+        dropped = sum((stats[router].dropped for router in self.routers), self.flat.new_zeros(()))
+        head = torch.stack([cross_entropy.double(), total.double(), found.sum(), _count_routed(counts, self.flat), dropped])
         self.flat += torch.cat([head, *(stats[router].prob_sum_E.double() for router in self.routers)])
 
     def sum_over(self, group: Group) -> StepSums:
-        flat = sum_over(group, self.flat)
-        return StepSums(*flat[:4].tolist(), split_by_router(flat[4:], self.routers))
+        flat, votes = sum_over(group, torch.cat([self.flat, self.votes])).split([len(self.flat), len(self.votes)])
+        return StepSums(*flat[:5].tolist(), split_by_router(flat[5:], self.routers), votes.tolist())
 
 
 def max_violation(counts_E: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ def balance_metrics(counts: Mapping[str, Tensor], sums: StepSums, tokens: int) -
         "moe/max_violation/max": violation.max().item(),
         "moe/local_max_violation/mean": sums.violation / max(1.0, sums.violations),
         "moe/dead_experts": sum(int((c == 0).sum()) for c in counts.values()),
-        "moe/drop_fraction": 0.0,            # dropless: every chosen slot is computed
+        "moe/drop_fraction": sums.dropped / max(1, sum(int(c.sum()) for c in counts.values())),
     }
 
 

@@ -1,9 +1,15 @@
-"""AdamW with parameter groups (dense, router, expert; norms and embeddings undecayed), warm-up and cosine.
+"""The optimizer, its parameter groups and the learning rate.
 
-The learning rate is a pure function of the step: nothing of the schedule is state.
+    adamw    AdamW for every parameter
+    muon     Muon for the matrices of hidden layers (attention, feed-forward networks, experts), AdamW for embedding, head,
+             norms and routers (train/muon.py)
+
+Groups: dense, router, expert; norms, embeddings and routers are not decayed. The learning rate is a pure function of the
+step: nothing of the schedule is state.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +17,30 @@ from torch import nn
 from moetrain.config.schema import OptimConfig
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.routers.base import Router
+from moetrain.train.muon import MuonAdamW
+
+HIDDEN = ("dense", "expert")                 # kinds that hold matrices of hidden layers, and nothing else
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over every parameter; each group knows its `name` and its `lr_scale`."""
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """An optimizer over every parameter; each group knows its `name` and its `lr_scale`."""
+    groups = [_group(kind, parameters, optim) for kind, parameters in sort_parameters(model).items() if parameters]
+    adamw = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps, "fused": True}
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, **adamw)
+    hidden, rest = ([group for group in groups if (group["name"] in HIDDEN) == chosen] for chosen in (True, False))
+    for group in hidden:
+        group["lr_scale"] *= (optim.muon_lr or optim.lr) / optim.lr
+    muon = {"lr": optim.muon_lr or optim.lr, "momentum": optim.muon_momentum, "ns_steps": optim.muon_ns_steps,
+            "adjust_lr_fn": optim.muon_adjust}
+    return MuonAdamW(model, hidden, rest, muon=muon, adamw=adamw)
+
+
+def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Every parameter by its kind: dense (matrices of hidden layers), undecayed, router, expert."""
     is_expert = is_expert_parameter(model)
     routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
-    groups: dict[str, list[nn.Parameter]] = {"dense": [], "undecayed": [], "router": [], "expert": []}
+    kinds: dict[str, list[nn.Parameter]] = {"dense": [], "undecayed": [], "router": [], "expert": []}
     for name, parameter in model.named_parameters():
         if is_expert(parameter):
             kind = "expert"
@@ -27,29 +50,38 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
             kind = "undecayed"
         else:
             kind = "dense"
-        groups[kind].append(parameter)
+        kinds[kind].append(parameter)
+    return kinds
+
+
+def _group(kind: str, parameters: list[nn.Parameter], optim: OptimConfig) -> dict[str, Any]:
     decay = {"dense": optim.weight_decay, "expert": optim.weight_decay}
     scale = {"router": optim.router_lr_scale, "expert": optim.expert_lr_scale}
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "name": kind, "weight_decay": decay.get(kind, 0.0), "lr_scale": scale.get(kind, 1.0)}
-            for kind, parameters in groups.items()
-            if parameters
-        ],
-        lr=optim.lr,
-        betas=tuple(optim.betas),
-        eps=optim.eps,
-        fused=True,
-    )
+    return {"params": parameters, "name": kind, "weight_decay": decay.get(kind, 0.0), "lr_scale": scale.get(kind, 1.0)}
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
-    """Rate of optimizer step `step` (from 1): linear warm-up to lr, then a cosine to lr * min_lr_ratio at `steps`."""
+    """Rate of optimizer step `step` (from 1): a linear warm-up to lr, then down to lr * min_lr_ratio at `steps`.
+
+    cosine   falls from the end of the warm-up
+    wsd      warm-up, stable, decay: stays at lr and falls over the last `decay` share of the steps. Only these depend on
+             `steps`, so a run that stopped before them and goes on with more steps is the longer run from its start.
+    """
     if step <= optim.warmup:
         return optim.lr * step / optim.warmup
-    progress = min(1.0, (step - optim.warmup) / max(1, steps - optim.warmup))
+    begin = optim.warmup if optim.schedule == "cosine" else max(optim.warmup, steps - round(optim.decay * steps))
+    progress = min(1.0, max(0, step - begin) / max(1, steps - begin))
+    shape = "cosine" if optim.schedule == "cosine" else optim.decay_shape
     floor = optim.lr * optim.min_lr_ratio
-    return floor + (optim.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (optim.lr - floor) * _FALL[shape](progress)
+
+
+# From 1 to 0 as the progress goes from 0 to 1.
+_FALL = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "sqrt": lambda progress: 1 - math.sqrt(progress),            # Hägele et al., 2024
+}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -57,12 +89,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
-def allocate_state(optimizer: torch.optim.AdamW) -> None:
-    """Create AdamW's moments and step counters as zeros, as its first step would, without taking a step."""
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create AdamW's moments and step counters as zeros, as its first step would, without taking a step.
+
+    Muon's momentum is there from the start.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            if parameter not in optimizer.state:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for parameters, in the shape of the parameter; not each has all."""
+    return tuple(sorted({name for state in optimizer.state.values() for name in state} - {"step"}))
+
+
+def restore_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the step counters: every parameter is stepped at every step, so one number serves."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(step)

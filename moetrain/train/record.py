@@ -17,7 +17,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.config.compose import to_yaml
 from moetrain.config.schema import Config
 from moetrain.errors import DiskError
-from moetrain.moe.bank import logical_tensors
+from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.checkpoint.writer import on_all
 from moetrain.train.setup import Run
 from moetrain.train.sinks import JsonlSink, LoadsLog, WandbSink
@@ -138,7 +138,8 @@ def parameter_counts(run: Run) -> tuple[int, int]:
     """(all, used by one token) of the whole model, experts of other ranks included."""
     model, sizes = run.state.model, run.config.model
     experts = sum(model.routers.values())
-    dense = sum(tensor.numel() for name, tensor in logical_tensors(model) if ".experts." not in name)
+    is_expert = is_expert_parameter(model)
+    dense = sum(parameter.numel() for parameter in model.parameters() if not is_expert(parameter))
     one = 3 * sizes.dim * sizes.expert_dim
     active = sum(block.moe.router.max_slots() for block in model.layers if block.moe is not None)
     return dense + experts * one, dense + active * one

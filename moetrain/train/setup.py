@@ -48,7 +48,7 @@ def join(config: Config) -> Mesh:
     if config.parallel.mode != "single" and "RANK" in os.environ and not dist.is_initialized():
         connect(device, config.run.timeout_s)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    return build_mesh(mesh_sizes(config.parallel.mode, world, config.parallel.ep), device)
+    return build_mesh(mesh_sizes(config.parallel.mode, world, config.parallel.ep, config.parallel.shard), device)
 
 
 def pick_device(config: Config) -> torch.device:

@@ -1,19 +1,33 @@
 """Everything a run carries from one step to the next. What is not in `TrainState` is not saved.
 
 Data order, learning rate and initialisation are pure functions of (seed, step), and nothing draws from a global
-generator, so model, optimizer and two counters are all there is.
+generator, so this is all there is:
+
+    model.<name>             parameters, float32 or better
+    buffer.<name>            persistent buffers: selection biases of routers
+    optim.<name>.<moment>    moments of the optimizer, which move with their parameter
+    step, tokens             counters
+
+tests/train/test_state.py walks a run and fails on any tensor, generator or counter that changes from step to step and is
+neither here nor in `REBUILT`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from moetrain.model.transformer import Transformer
-from moetrain.moe.bank import logical_tensors
+from moetrain.parallel.pieces import Piece, buffers, pieces
+from moetrain.train.optim import moments, restore_steps
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# State that is not saved because it follows from what is, and how.
+REBUILT = {
+    "optimizer step counters": "every parameter is stepped at every step, so they equal `step`",
+    "learning rate in the optimizer's groups": "a function of `step`, set before each update",
+    "gradients": "cleared at the start of every step",
+    "permutations of the data order": "a cache of a pure function of (seed, fingerprint, epoch)",
+}
 
 
 @dataclass
@@ -21,28 +35,32 @@ class TrainState:
     """step: optimizer steps taken; tokens: valid tokens trained on."""
 
     model: Transformer
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     step: int = 0
     tokens: int = 0
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(global name, view) of all tensor state this rank holds; writing into a view restores it."""
-        yield from prefixed("model", logical_tensors(self.model))
-        for moment in MOMENTS:
-            of = lambda parameter: self.optimizer.state[parameter][moment]  # noqa: E731, B023 (used at once)
-            for name, view in logical_tensors(self.model, of):
-                yield f"optim.{name}.{moment}", view
+    def pieces(self) -> Iterator[Piece]:
+        """All tensor state this rank holds, by global name; writing into a piece's rows restores it."""
+        yield from self.weights()
+        for moment in moments(self.optimizer):
+            of = lambda parameter: self.optimizer.state[parameter].get(moment)  # noqa: E731, B023 (used at once)
+            yield from (p._replace(name=f"optim.{p.name}.{moment}") for p in pieces(self.model, of))
+
+    def weights(self) -> Iterator[Piece]:
+        """What evaluation and sampling need of it."""
+        return weights(self.model)
 
     def values(self) -> dict[str, int]:
         """The state that is not tensors."""
         return {"step": self.step, "tokens": self.tokens}
 
     def restore(self, values: dict[str, int]) -> None:
-        """Take over counters from a checkpoint; every parameter has been stepped at every step, so one count serves."""
+        """Take over the counters of a checkpoint."""
         self.step, self.tokens = values["step"], values["tokens"]
-        for state in self.optimizer.state.values():
-            state["step"].fill_(self.step)
+        restore_steps(self.optimizer, self.step)
 
 
-def prefixed(prefix: str, named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    return ((f"{prefix}.{name}", tensor) for name, tensor in named)
+def weights(model: Transformer) -> Iterator[Piece]:
+    """Parameters and persistent buffers of a model, by the names they are saved under."""
+    yield from (piece._replace(name=f"model.{piece.name}") for piece in pieces(model))
+    yield from (piece._replace(name=f"buffer.{piece.name}") for piece in buffers(model))

@@ -1,13 +1,11 @@
 """One optimizer step, on one screen.
 
-    forward of the micro-batches -> counts pooled over ranks -> loss, backward -> gradients summed -> clip -> AdamW
+    forward of the micro-batches -> counts pooled over ranks -> loss, backward -> gradients summed -> clip -> update
 
-With a loss that needs the pooled counts (`balance=global`, mode exact) all micro-batches run forward before the first
-backward, their graphs kept: the counts of the whole step are then known exactly. Otherwise each micro-batch runs forward
-and backward before the next.
+How the forward passes come by the pooled counts: train/passes.py.
 
-Collectives of a step, whatever the data: tokens (1), counts (1), gradients (fixed buckets), norm (1), sums (1), and those of
-the dispatcher in every MoE layer.
+Collectives of a step, whatever the data: tokens (1), counts (1), gradients (fixed buckets, or FSDP2's), norm (2), sums and
+votes (1), and those of the dispatcher in every MoE layer.
 """
 
 import time
@@ -16,29 +14,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.comm.reduce import gather_to_first, sum_over, sum_over_async
-from moetrain.data.batch import Batch
+from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.errors import NonFiniteError
 from moetrain.parallel.expert import global_norm, scale_gradients
-from moetrain.routers.base import RouterContext, RoutingStats
-from moetrain.train.metrics import SumBuffer, balance_metrics, flat_counts, peak_memory, pool, split_by_router
-from moetrain.train.objective import cross_entropy_sum
+from moetrain.train.metrics import SumBuffer, balance_metrics, flat_counts, peak_memory, split_by_router
 from moetrain.train.optim import learning_rate, set_learning_rate
+from moetrain.train.passes import forwards, to_device
 from moetrain.train.setup import Run
+
+
+class Votes(NamedTuple):
+    """What each rank says, and after the step how many of all ranks said it: agreed without a collective of its own."""
+
+    stop: int = 0                            # told to save and stop (train/preempt.py)
+    saving: int = 0                          # still writing the checkpoint in flight (train/checkpoint)
+    failed: int = 0                          # could not write it
 
 
 class StepResult(NamedTuple):
     metrics: dict[str, float]
     counts: dict[str, Tensor]                # pooled, int64 [E] by router
     sources: list[Tensor] | None             # with log.sources, on rank 0: flat counts of every rank
+    votes: Votes                             # summed over ranks
 
 
-class Forward(NamedTuple):
-    cross_entropy: Tensor                    # sum in nats, with graph
-    stats: dict[str, RoutingStats]
-
-
-def train_step(run: Run, step: int) -> StepResult:
+def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     """Optimizer step `step` (from 1): changes the state of `run` and returns the step's numbers. Collective."""
     model, mesh, config = run.state.model, run.mesh, run.config
     routers = model.routers
@@ -48,48 +48,40 @@ def train_step(run: Run, step: int) -> StepResult:
     watch.lap("data")
 
     run.state.optimizer.zero_grad(set_to_none=True)
-    sums = SumBuffer(routers, mesh.device)
+    sums = SumBuffer(routers, mesh.device, votes)
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
-    for together in [batches] if run.objective.needs_pool else [[batch] for batch in batches]:
-        outputs = [model(batch.tokens_BS, step_context(config.run.seed, step, batch), batch.documents_BS)
-                   for batch in together]
-        counts = flat_counts([output.stats for output in outputs], routers, mesh.device)
-        local += counts
-        pooled_counts = sum_over_async(mesh["batch"], counts) if run.objective.needs_pool else lambda: counts
-        forwards = [Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS), output.stats)
-                    for output, batch in zip(outputs, together)]
-        del outputs
-        pooled = pool(pooled_counts(), routers, tokens)
+    for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
-        while forwards:
-            forward = forwards.pop(0)                    # its graph is freed once it has run backward
-            total = run.objective.total(forward.cross_entropy, forward.stats, pooled, tokens)
-            sums.add(forward.cross_entropy, total, forward.stats)
-            total.backward()
+        total = run.objective.total(forward.cross_entropy, forward.stats, forward.pooled, tokens)
+        sums.add(forward.cross_entropy, total, forward.stats)
+        local += flat_counts([forward.stats], routers, mesh.device)
+        total.backward()
         watch.lap("backward")
 
     run.parallel.reducer.reduce()
-    norm = global_norm(run.parallel.dense, run.parallel.experts, mesh["ep"])
+    norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
     summed = sums.sum_over(mesh["batch"])
-    if not run.objective.needs_pool:
-        counts = sum_over(mesh["batch"], local.clone())
+    if run.objective.needs_pool:
+        counts = {name: pooled.counts_E for name, pooled in forward.pooled.items()}
+    else:
+        counts = split_by_router(sum_over(mesh["batch"], local.clone()), routers)
     stop_if_not_finite(step, summed.cross_entropy, norm)
     scale_gradients([*run.parallel.dense, *run.parallel.experts], norm, config.train.clip)
     rate = learning_rate(step, config.run.steps, config.optim)
     set_learning_rate(run.state.optimizer, rate)
     run.state.optimizer.step()
+    model.end_of_step(counts)
     watch.lap("optim")
 
     total_tokens = int(tokens)
     run.state.step, run.state.tokens = step, run.state.tokens + total_tokens
-    by_router = split_by_router(counts, routers)
     seconds = watch.total()
     metrics = {
         "step": step,
         "tokens": run.state.tokens,
         "loss/ce": summed.cross_entropy / max(1, total_tokens),
         "loss/total": summed.total,
-        **balance_metrics(by_router, summed, total_tokens),
+        **balance_metrics(counts, summed, total_tokens),
         "grad_norm": norm.item(),
         "lr": rate,
         "time/step": seconds,
@@ -98,25 +90,7 @@ def train_step(run: Run, step: int) -> StepResult:
         "memory/peak": peak_memory(mesh.device),
     }
     sources = gather_to_first(mesh["batch"], local) if config.log.sources else None
-    return StepResult(metrics, by_router, sources)
-
-
-def step_context(seed: int, step: int, batch: Batch, *, training: bool = True) -> RouterContext:
-    """What routers may know of a micro-batch; per-token fields are flattened to [T]."""
-    positions = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
-    return RouterContext(
-        training=training,
-        step=step,
-        seed=seed,
-        sample_ids_T=batch.sample_ids_B[:, None].expand_as(batch.tokens_BS).flatten(),
-        positions_T=positions.expand_as(batch.tokens_BS).flatten(),
-        valid_T=batch.valid_BS.flatten(),
-        token_ids_T=batch.tokens_BS.flatten(),
-    )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
+    return StepResult(metrics, counts, sources, Votes(*map(int, summed.votes)))
 
 
 def stop_if_not_finite(step: int, cross_entropy: float, norm: Tensor) -> None:

@@ -165,7 +165,7 @@ def test_the_page_of_keys_is_the_generated_one() -> None:
 def test_every_key_on_any_page_exists() -> None:
     """Words like `section.key` in backticks, with or without a value."""
     known = {*schema_keys(), *(line.split()[0] for line in help_text().splitlines() if re.match(r"  \w+\.\w", line)),
-             "router._target_", "balance._target_", "router.scale"}          # the last is the example's
+             "router._target_", "balance._target_"}
     sections = {key.partition(".")[0] for key in known}
     for page, text in PAGES.items():
         for key in re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+)(?:=[^\s`]*)?(?=[`\s])", " ".join(re.findall(r"`[^`\n]+`", text))):
@@ -222,11 +222,11 @@ def test_the_examples_of_a_router_and_a_loss_train(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "moetrain", tmp_path / "moetrain", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     blocks = re.findall(r"`([\w/.]+)`[^`]*\n\n```(?:python|yaml)\n(.*?)```", PAGES["records"], re.DOTALL)
-    assert [name for name, _ in blocks] == ["moetrain/routers/sigmoid.py", "conf/router/sigmoid.yaml",
+    assert [name for name, _ in blocks] == ["moetrain/routers/softplus.py", "conf/router/softplus.yaml",
                                             "moetrain/losses/entropy.py", "conf/loss/entropy.yaml"]
     for name, code in blocks:
         (tmp_path / name).write_text(code)
-    moetrain(tmp_path, "train", "experiment=debug", "run.steps=1", "router=sigmoid", "router.scale=2.5", "loss=[z,entropy]")
+    moetrain(tmp_path, "train", "experiment=debug", "run.steps=1", "router=softplus", "router.scale=2.5", "loss=[z,entropy]")
     assert "factor of the gate weights" in moetrain(tmp_path, "train", "--help")
 
 

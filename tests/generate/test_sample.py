@@ -1,10 +1,13 @@
-"""Sampling: what top-p keeps, what temperature 0 takes, and that a seed gives a text."""
+"""Sampling: what top-p keeps, what temperature 0 takes, that a seed gives a text, with several ranks too."""
 
 import pytest
 import torch
 
-from moetrain.generate.sample import next_token, nucleus
+from moetrain.data.tokenizer import ByteTokenizer
+from moetrain.generate.sample import continue_text, draw, nucleus
 from tests.integration.training import make_run
+
+BYTES = ["data.vocab_size=257", "model.init_std=0.3"]
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
@@ -19,10 +22,33 @@ def test_the_nucleus_reaches_its_mass_and_no_smaller_set_does(top_p):
 
 
 def test_temperature_zero_takes_the_most_probable_and_a_seed_repeats():
-    model = make_run([]).state.model.eval()
-    tokens = torch.tensor([1, 5, 9])
-    draw = lambda temperature, seed: [  # noqa: E731
-        next_token(model, tokens, temperature, 0.9, generator) for generator in [torch.Generator().manual_seed(seed)]
-        for _ in range(20)]
-    assert len(set(draw(0, 1))) == 1
-    assert draw(1.0, 3) == draw(1.0, 3) and len(set(draw(1.0, 3))) > 1
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = lambda temperature, seed: [  # noqa: E731
+        draw(logits, temperature, 0.9, generator) for generator in [torch.Generator().manual_seed(seed)] for _ in range(20)]
+    assert set(drawn(0, 1)) == {int(logits.argmax())}
+    assert drawn(1.0, 3) == drawn(1.0, 3) and len(set(drawn(1.0, 3))) > 1
+
+
+def text(overrides: list[str], **wish) -> str:
+    run = make_run([*BYTES, *overrides])
+    wish = {"tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 0, "context": 12, "cache": True, **wish}
+    return continue_text(run.state.model, ByteTokenizer(), "ab", group=run.mesh["batch"], **wish)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_text_is_the_same_with_and_without_the_cache(temperature):
+    """20 tokens in a window of 12: it slides."""
+    first, second = (text([], temperature=temperature, cache=cache) for cache in (True, False))
+    assert first == second and first.startswith("ab") and len(first) > 12
+
+
+def test_a_prompt_longer_than_the_window_is_continued_by_its_end():
+    assert text([], context=2, temperature=0) == text([], context=2, temperature=0, cache=False)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", ["ep", "ddp"])
+def test_ranks_write_one_text_together(ranks, mode):
+    overrides = [f"parallel={mode}", "run.nproc=2", "train.micro_batch=8"]
+    alone = text([])
+    assert ranks(2).run(text, overrides) == [alone, alone]

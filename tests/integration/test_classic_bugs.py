@@ -12,7 +12,7 @@ import torch
 
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
-from tests.integration.training import Trained, difference, train_steps, union
+from tests.integration.training import Trained, alone, difference, train_steps, union
 
 EP2 = ["run.dtype=float64", "run.nproc=2", "parallel=ep", "train.micro_batch=4", "data.min_length=0.3", "balance.weight=1.0"]
 SERIAL = ["run.dtype=float64", "data.min_length=0.3", "balance.weight=1.0"]
@@ -30,14 +30,17 @@ def with_bug(bug: str, steps: int) -> Trained:
                 parameter.grad.mul_(2)                   # summed over ep as if experts were replicated there
         return wrong
 
-    def norm_without_experts(dense, experts, ep):
-        return expert._square_sum(dense).sqrt()
+    def square_sum(parameters, mesh):
+        return expert._square_sum(parameters, mesh.device)
 
-    def norm_with_experts_repeated(dense, experts, ep):
-        return (expert._square_sum(dense) + 2 * sum_over(ep, expert._square_sum(experts))).sqrt()
+    def norm_without_experts(dense, experts, mesh):
+        return square_sum(dense, mesh).sqrt()
 
-    def local_norm(dense, experts, ep):
-        return (expert._square_sum(dense) + expert._square_sum(experts)).sqrt()
+    def norm_with_experts_repeated(dense, experts, mesh):
+        return (square_sum(dense, mesh) + 2 * sum_over(mesh["ep"], square_sum(experts, mesh))).sqrt()
+
+    def local_norm(dense, experts, mesh):
+        return (square_sum(dense, mesh) + square_sum(experts, mesh)).sqrt()
 
     pool = step_module.pool
 
@@ -72,7 +75,7 @@ def error(bug: str, ranks) -> float:
     results = ranks(2).run(with_bug, bug, 1)
     if bug == "norm of local experts":                   # ranks disagree: that is the failure
         return abs(results[0].metrics[0]["grad_norm"] - results[1].metrics[0]["grad_norm"])
-    ours, truth = union(results), train_steps(SERIAL, 1)
+    ours, truth = union(results), alone(SERIAL, 1)
     scalars = max(abs(ours.metrics[0][key] - truth.metrics[0][key]) for key in ("grad_norm", "loss/balance", "loss/total"))
     return max(difference(ours.gradients, truth.gradients)[0], scalars)
 
@@ -94,7 +97,7 @@ def test_the_comparison_sees(ranks, bug):
 def test_the_wrong_denominator_is_seen_under_accumulation():
     """f from the counts of the current micro-batch alone: the router's gradient is another one."""
     accumulated = [*SERIAL, "train.micro_batch=4"]
-    exact, micro, whole = (train_steps(overrides, 1) for overrides in
+    exact, micro, whole = (alone(overrides, 1) for overrides in
                            (accumulated, [*accumulated, "balance=micro", "balance.weight=1.0"], SERIAL))
     router = "layers.0.moe.router.weight"
     scale = whole.gradients[router].abs().max()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moetrain.train.optim import learning_rate
-from tests.integration.training import Trained, difference, make_run, snapshot, train_steps, union
+from tests.integration.training import Trained, alone, difference, make_run, snapshot, train_steps, union, whole
 from tests.oracle import oracle_loss
 
 STEPS = 20
@@ -23,6 +23,12 @@ MESHES = {
     "ddp2": (2, ["parallel=ddp"]), "ep2": (2, ["parallel=ep"]), "ep1of2": (2, ["parallel=ep", "parallel.ep=1"]),
     "ddp4": (4, ["parallel=ddp"]), "ep4": (4, ["parallel=ep"]), "ep2of4": (4, ["parallel=ep", "parallel.ep=2"]),
     "ep1of4": (4, ["parallel=ep", "parallel.ep=1"]),
+    "fsdp1": (1, ["parallel=fsdp"]), "fsdp2": (2, ["parallel=fsdp"]), "fsdp4": (4, ["parallel=fsdp"]),
+    "hsdp4": (4, ["parallel=fsdp", "parallel.shard=2"]),                        # replicated twice
+    "ep_fsdp2": (2, ["parallel=ep_fsdp"]),                                      # experts whole, the rest sharded
+    "ep2_fsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),                    # experts over ep and sharded
+    "ep2_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2", "parallel.shard=2"]),
+    "ep1_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=1", "parallel.shard=2"]),
 }
 FORCED = {"layers.0.moe": [0, 1], "layers.1.moe": [7, 6]}
 FACTORS = {"mesh": list(MESHES), "accumulation": [1, 4], "shared": [0, 1], "padded": [False, True], "forced": [False, True]}
@@ -37,6 +43,11 @@ PAIRS = [
     ("ep4", 1, 1, False, True), ("ep4", 4, 0, True, False),
     ("ep2of4", 1, 0, False, False), ("ep2of4", 4, 1, True, True),
     ("ep1of4", 4, 0, False, False), ("ep1of4", 1, 1, True, True),
+    ("fsdp1", 4, 1, True, False), ("fsdp2", 1, 0, True, True), ("fsdp2", 4, 1, False, False),
+    ("fsdp4", 4, 0, True, True), ("hsdp4", 1, 1, False, True), ("hsdp4", 4, 0, True, False),
+    ("ep_fsdp2", 4, 1, True, False), ("ep_fsdp2", 1, 0, False, True),
+    ("ep2_fsdp4", 1, 0, True, False), ("ep2_fsdp4", 4, 1, False, True),
+    ("ep2_hsdp4", 4, 1, True, True), ("ep2_hsdp4", 1, 0, False, False), ("ep1_hsdp4", 4, 0, True, True),
 ]
 
 
@@ -56,7 +67,7 @@ def on_mesh(ranks, case: tuple, dtype: str, steps: int = STEPS) -> Trained:
     overrides = [*overrides, *variant(shared, padded), f"run.dtype={dtype}", f"run.nproc={world}",
                  f"train.micro_batch={16 // world // accumulation}"]
     arguments = (train_steps, overrides, steps, FORCED if forced else None)
-    return train_steps(*arguments[1:]) if world == 1 else union(ranks(world).run(*arguments))
+    return alone(*arguments[1:]) if world == 1 else union(ranks(world).run(*arguments))
 
 
 @cache
@@ -64,9 +75,9 @@ def truth(shared: int, padded: bool, forced: bool) -> Trained:
     """20 steps of the oracle with torch's AdamW, on the parameters that our initialisation gives."""
     run = make_run([*variant(shared, padded), "run.dtype=float64"])
     sizes, optim = run.config.model, run.config.optim
-    ours = {name.removesuffix(".weight"): name for name in snapshot(run, lambda p: p.data)}
-    params = {name.removesuffix(".weight"): tensor.requires_grad_()
-              for name, tensor in snapshot(run, lambda p: p.data).items()}
+    initial = whole([snapshot(run, lambda p: p.data)])
+    ours = {name.removesuffix(".weight"): name for name in initial}
+    params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in initial.items()}
     decayed = [p for name, p in params.items() if p.ndim > 1 and name not in ("embed", "head") and ".router" not in name]
     undecayed = [p for p in params.values() if not any(p is d for d in decayed)]
     adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": optim.weight_decay},
@@ -122,12 +133,12 @@ def test_a_mesh_gives_what_the_oracle_gives_in_float64(ranks, case):
 def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
     overrides = ["run.dtype=float64", "data.min_length=0.2", "train.clip=0", *overrides]
     run = make_run(overrides)
-    params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in snapshot(run, lambda p: p.data).items()}
+    params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in whole([snapshot(run, lambda p: p.data)]).items()}
     batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)]
     model = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "top_k": 2, "num_experts": 8, **oracle}
     total, ce, balance, _ = oracle_loss(params, batches, balance_weight=0.1, z_weight=0.01, **model)
     total.backward()
-    ours = train_steps(overrides, 1)
+    ours = alone(overrides, 1)
     assert_close({name.removesuffix(".weight"): gradient for name, gradient in ours.gradients.items()},
                  {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}, 1e-10, "gradient")
     for key, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):
@@ -136,7 +147,7 @@ def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
 
 @cache
 def serial_float32(shared: int, padded: bool, forced: bool) -> Trained:
-    return train_steps([*variant(shared, padded), "run.dtype=float32"], STEPS, FORCED if forced else None)
+    return alone([*variant(shared, padded), "run.dtype=float32"], STEPS, FORCED if forced else None)
 
 
 @pytest.mark.ranks

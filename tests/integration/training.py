@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.compose import compose
-from moetrain.moe.bank import logical_tensors
+from moetrain.parallel.pieces import pieces
 from moetrain.routers.base import Router, drop_padding
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import train_step
@@ -19,13 +19,14 @@ TINY = [
     "run.steps=20", "log.wandb=off", "run.device=cpu",
 ]
 Forced = dict[str, list[int]] | None
+Held = dict[str, tuple[tuple[int, ...], int, Tensor]]
 
 
 class Trained(NamedTuple):
-    """Logical tensors this rank holds, and the numbers of every step."""
+    """Pieces of logical tensors this rank holds (`union` puts them together), and the numbers of every step."""
 
-    parameters: dict[str, Tensor]
-    gradients: dict[str, Tensor]             # of the first step, clipped
+    parameters: dict[str, Tensor] | Held
+    gradients: dict[str, Tensor] | Held      # of the first step, clipped
     metrics: list[dict[str, float]]
     counts: list[dict[str, Tensor]]
 
@@ -60,6 +61,11 @@ def _forced_route(router: Router, experts: list[int]):
     return route
 
 
+def alone(overrides: list[str], steps: int, forced: Forced = None) -> Trained:
+    """Training in this one process."""
+    return union([train_steps(overrides, steps, forced)])
+
+
 def train_steps(overrides: list[str], steps: int, forced: Forced = None) -> Trained:
     run = make_run(overrides, forced)
     metrics, counts, gradients = [], [], {}
@@ -72,20 +78,35 @@ def train_steps(overrides: list[str], steps: int, forced: Forced = None) -> Trai
     return Trained(snapshot(run, lambda parameter: parameter.data), gradients, metrics, counts)
 
 
-def snapshot(run: Run, of) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in logical_tensors(run.state.model, of)}
+def snapshot(run: Run, of) -> Held:
+    """Copies of the pieces this rank holds: name -> (full shape, first row, rows)."""
+    return {piece.name: (piece.shape, piece.begin, piece.rows.detach().clone()) for piece in pieces(run.state.model, of)}
 
 
 def union(results: list[Trained]) -> Trained:
-    """All ranks' tensors together; ranks that hold the same one must agree to the last bit."""
+    """All ranks' tensors together, whole; ranks that hold the same rows must agree to the last bit."""
     first = results[0]
     for other in results[1:]:
-        for mine, theirs in ((first.parameters, other.parameters), (first.gradients, other.gradients)):
-            for name, tensor in theirs.items():
-                assert torch.equal(mine.setdefault(name, tensor), tensor), f"{name} differs between ranks"
         for ours, its in zip(first.metrics, other.metrics):
             assert ours["loss/ce"] == its["loss/ce"] and ours["grad_norm"] == its["grad_norm"]
-    return first
+    return first._replace(parameters=whole([result.parameters for result in results]),
+                          gradients=whole([result.gradients for result in results]))
+
+
+def whole(held: list[Held]) -> dict[str, Tensor]:
+    """Every logical tensor from the pieces of all ranks; each row must be there."""
+    found: dict[str, Tensor] = {}
+    known: dict[str, Tensor] = {}
+    for pieces_of_rank in held:
+        for name, (shape, begin, rows) in pieces_of_rank.items():
+            full = found.setdefault(name, rows.new_empty(shape))
+            have = known.setdefault(name, torch.zeros(shape[0], dtype=torch.bool))
+            part = slice(begin, begin + len(rows))
+            assert torch.equal(full[part][have[part]], rows[have[part]]), f"{name} differs between ranks"
+            full[part], have[part] = rows, True
+    missing = [name for name, have in known.items() if not have.all()]
+    assert not missing, missing
+    return found
 
 
 def difference(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:

@@ -4,6 +4,7 @@ Forward, `post` starts the collective and `wait` finishes it; backward it is the
 starts the reverse exchange, the gradient of `post` waits for it. Work between the two overlaps in both directions.
 """
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -24,9 +25,8 @@ class FlatExchange:
     def counts(self, sent_P: Tensor) -> Tensor:
         if self.group.process_group is None:
             return sent_P
-        received_P = torch.empty_like(sent_P)
-        dist.all_to_all_single(received_P, sent_P, group=self.group.process_group)
-        return received_P
+        even = [len(sent_P) // self.positions] * self.positions
+        return wait(post(sent_P, even, even, self.group.process_group))
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits) -> Handle:
         if self.group.process_group is None:
@@ -58,23 +58,32 @@ class _Flight:
 
     def __init__(self, process_group: dist.ProcessGroup, splits: Splits) -> None:
         self.process_group, self.splits = process_group, splits
-        self.work: dist.Work | None = None
+        self.sending: Tensor | None = None
+        self.receiving: Tensor | None = None
 
     def start(self, tensors: tuple[Tensor, ...], splits: Splits) -> None:
         """Post the collective."""
         self.like = [(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
         self.sending = pack(tensors)                     # both kept alive until `finish`
-        self.receiving = self.sending.new_empty(sum(splits.received), *self.sending.shape[1:])
-        self.work = dist.all_to_all_single(
-            self.receiving, self.sending, list(splits.received), list(splits.sent), group=self.process_group,
-            async_op=True,
-        )
+        self.receiving = post(self.sending, splits.received, splits.sent, self.process_group)
 
     def finish(self) -> tuple[Tensor, ...]:
-        self.work.wait()
-        received = unpack(self.receiving, self.like)
-        self.work = self.sending = self.receiving = None
+        received = unpack(wait(self.receiving), self.like)
+        self.sending = self.receiving = None
         return received
+
+
+def post(message: Tensor, received: Sequence[int], sent: Sequence[int], process_group: dist.ProcessGroup) -> Tensor:
+    """Start an all-to-all of rows. The result is a plain tensor that may be read after `wait`.
+
+    The functional form of the collective: being an operator with a result, it can be saved by activation checkpointing
+    (model/recompute.py), which then does not communicate a second time.
+    """
+    return torch.ops._c10d_functional.all_to_all_single(message, list(received), list(sent), process_group.group_name)
+
+
+def wait(message: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(message)
 
 
 def pack(tensors: tuple[Tensor, ...]) -> Tensor:

@@ -1,78 +1,204 @@
-"""The manifest of a checkpoint: which tensor lies where, with a checksum for each. JSON, no pickle.
+"""The manifest of a checkpoint: which rows of which tensor lie where, with checksums. JSON, no pickle, no torch.
 
     line 1      CRC-32 of the rest, eight hexadecimal digits
-    the rest    {"version", "facts", "values", "files": {name: size},
-                 "tensors": {name: [dtype, shape, file, begin, length, crc]}}
+    the rest    {"version", "facts", "values", "block",
+                 "files":   {name: [size, header, crc of the header]},
+                 "tensors": {name: [dtype, shape, [[file, begin, first row, rows, crc, ...], ...]]},
+                 "experts": {name with * for the expert: [dtype, shape, [[file, begin, crc, ...], ...]]}}
 
-`begin` and `length` are bytes in the payload file (safetensors). A directory without a manifest is not a checkpoint.
+`file` counts the entries of `files`, `begin` and `header` are bytes. A chunk is a range of rows; its length follows from
+dtype, shape and rows. It has one CRC-32 for every `block` bytes. Experts that lie whole in one chunk share a table, their id
+is the place in it. Headers and chunks cover every byte of every file, and chunks every row of every tensor, exactly once.
+
+A manifest is taken for hostile: whatever this file hands out has passed all the checks in it. A directory without a
+manifest is not a checkpoint.
 """
 
 import json
+import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from moetrain.errors import CheckpointError
+from moetrain.train.checkpoint.disk import open_plain
 
 NAME = "manifest.json"
-VERSION = 1
+VERSION = 2
+BLOCK = 64 << 20                         # bytes under one checksum
+MOST_BYTES = 100 << 20                   # of a manifest, and of the header of a payload file
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+              "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FILE = re.compile(r"rank-[0-9]{4,6}\.safetensors")
+_EXPERT = re.compile(r"(.+\.experts\.)(0|[1-9][0-9]{0,6})(\..+)")
+_STEP = re.compile(r"step-[0-9]{8}")
+
+
+class File(NamedTuple):
+    """size, and of it the header's part (with its 8 bytes of length), in bytes."""
+
+    size: int
+    header: int
+    crc: int
+
+
+class Chunk(NamedTuple):
+    """Rows [first, first + rows) of a tensor, from byte `begin` of a file."""
+
+    file: str
+    begin: int
+    first: int
+    rows: int
+    crcs: tuple[int, ...]
 
 
 class Entry(NamedTuple):
-    """One tensor in a payload file."""
+    """A tensor; chunks in the order of their rows, none for a tensor without elements."""
 
     dtype: str
     shape: tuple[int, ...]
-    file: str
+    chunks: tuple[Chunk, ...]
+
+
+class Table(NamedTuple):
+    """One matrix of all experts of a layer; a row is [file, begin, crc, ...]."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    rows: list[list[int]]
+
+
+class Part(NamedTuple):
+    """What lies in one place of a file: its key there, and the shape of these rows."""
+
     begin: int
     length: int
-    crc: int
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    crcs: tuple[int, ...]
 
 
 @dataclass
 class Manifest:
     facts: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, File] = field(default_factory=dict)
     tensors: dict[str, Entry] = field(default_factory=dict)
+    experts: dict[str, Table] = field(default_factory=dict)
+    block: int = BLOCK
+
+    def names(self) -> Iterator[str]:
+        """Every logical tensor, in an order that is the same wherever the manifest is read."""
+        yield from self.tensors
+        for pattern, table in self.experts.items():
+            before, _, after = pattern.partition("*")
+            yield from (f"{before}{expert}{after}" for expert in range(len(table.rows)))
+
+    def entry(self, name: str) -> Entry | None:
+        """Where a tensor lies; None when it is not here."""
+        if name in self.tensors:
+            return self.tensors[name]
+        found = split_expert(name)
+        table = found and self.experts.get(found[0])
+        if not table or found[1] >= len(table.rows):
+            return None
+        file, begin, *crcs = table.rows[found[1]]
+        chunk = Chunk(list(self.files)[file], begin, 0, row_count(table.shape), tuple(crcs))
+        return Entry(table.dtype, table.shape, (chunk,))
+
+    def parts(self) -> dict[str, list[Part]]:
+        """The content of every file, in the order of its bytes."""
+        names = list(self.files)
+        found: dict[str, list[Part]] = {name: [] for name in names}
+        for name, entry in self.tensors.items():
+            for chunk in entry.chunks:
+                shape, whole = (chunk.rows, *entry.shape[1:]), chunk.rows == row_count(entry.shape)
+                key = name if whole else f"{name}@{chunk.first}"
+                found[chunk.file].append(Part(chunk.begin, chunk.rows * row_bytes(entry), key, entry.dtype,
+                                              entry.shape if whole else shape, chunk.crcs))
+        for pattern, table in self.experts.items():
+            before, _, after = pattern.partition("*")
+            length = row_count(table.shape) * row_bytes(table)
+            for expert, (file, begin, *crcs) in enumerate(table.rows):
+                found[names[file]].append(Part(begin, length, f"{before}{expert}{after}", table.dtype, table.shape,
+                                               tuple(crcs)))
+        for parts in found.values():
+            parts.sort()
+        return found
 
     def encode(self) -> bytes:
-        body = json.dumps(
-            {"version": VERSION, "facts": self.facts, "values": self.values, "files": self.files,
-             "tensors": self.tensors},
-            allow_nan=False, separators=(",", ":"),
-        ).encode()
-        return b"%08x\n%b" % (zlib.crc32(body), body)
+        place = {name: number for number, name in enumerate(self.files)}
+        tensors = {name: [entry.dtype, entry.shape, [[place[c.file], c.begin, c.first, c.rows, *c.crcs] for c in entry.chunks]]
+                   for name, entry in self.tensors.items()}
+        return with_checksum({"version": VERSION, "facts": self.facts, "values": self.values, "block": self.block,
+                              "files": self.files, "tensors": tensors, "experts": self.experts})
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """Rows are indices of dim 0; a scalar is one row."""
+    return shape[0] if shape else 1
+
+
+def row_bytes(of: Entry | Table) -> int:
+    return prod(of.shape[1:]) * ITEM_BYTES[of.dtype]
+
+
+def split_expert(name: str) -> tuple[str, int] | None:
+    """(name with * for the expert, expert) of a tensor that belongs to an expert."""
+    found = _EXPERT.fullmatch(name)
+    return (f"{found[1]}*{found[3]}", int(found[2])) if found else None
+
+
+# --- reading
 
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint directory; CheckpointError names the file when it cannot be trusted."""
     path = directory / NAME
     try:
-        head, _, body = path.read_bytes().partition(b"\n")
+        raw = read_checked(path)
+        _require(isinstance(raw, dict), "it is not a JSON object")
+        if raw.get("version") != VERSION:
+            raise _Wrong(f"version {raw.get('version')!r} is not {VERSION}, the one this release reads")
+        return _manifest(raw)
     except OSError as error:
-        raise damaged(path, f"it cannot be read: {error.strerror}") from error
-    if head != b"%08x" % zlib.crc32(body):
-        raise damaged(path, "its checksum does not match: it is truncated or altered")
-    try:
-        raw = json.loads(body)
-        if raw["version"] != VERSION:
-            raise damaged(path, f"version {raw['version']} is not {VERSION}, the one this release reads")
-        tensors = {name: Entry(dtype, tuple(shape), *place) for name, (dtype, shape, *place) in raw["tensors"].items()}
-        manifest = Manifest(raw["facts"], raw["values"], raw["files"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"it is not a manifest of moetrain: {error!r}") from error
-    for name in manifest.files:
-        if name != Path(name).name or name.startswith("."):
-            raise damaged(path, f"it names a file outside its directory: {name!r}")
-    return manifest
+        raise damaged(path, f"it cannot be read: {error.strerror or error}") from error
+    except (_Wrong, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(path, str(error) if isinstance(error, _Wrong) else f"it is not a manifest of moetrain: {error!r}") from error
+
+
+def with_checksum(record: dict[str, Any]) -> bytes:
+    body = json.dumps(record, allow_nan=False, separators=(",", ":")).encode()
+    return b"%08x\n%b" % (zlib.crc32(body), body)
+
+
+def read_checked(path: Path) -> Any:
+    """The JSON below a checksum; ValueError or OSError when it cannot be trusted."""
+    with open(open_plain(path), "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    _require(len(content) <= MOST_BYTES, f"it is longer than {MOST_BYTES:,} bytes")
+    head, _, body = content.partition(b"\n")
+    _require(head == b"%08x" % zlib.crc32(body), "its checksum does not match: it is truncated or altered")
+    return json.loads(body.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in found if _STEP.fullmatch(path.name) and (path / NAME).exists())
 
 
 def newest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run; None when there is none."""
-    complete = [path for path in (run_dir / "checkpoints").glob("step-????????") if (path / NAME).exists()]
-    return max(complete, default=None)
+    return max(complete(run_dir), default=None)
+
+
+def step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
 
 
 def damaged(path: Path, why: str) -> CheckpointError:
@@ -80,3 +206,118 @@ def damaged(path: Path, why: str) -> CheckpointError:
         1, "a checkpoint file is damaged or foreign", where=str(path), why=why,
         next="restore the file, or move this step's directory away to continue from an older one",
     )
+
+
+def is_damage(error: CheckpointError) -> bool:
+    """True where an older checkpoint may help."""
+    return error.id == "E-CHECKPOINT-001"
+
+
+# --- what a manifest must fulfil
+
+
+class _Wrong(ValueError):
+    """A rule that a manifest breaks."""
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise _Wrong(otherwise)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    _require(len(record) == len(pairs), "it names something twice")
+    return record
+
+
+def _no_constants(text: str) -> NoReturn:
+    raise _Wrong(f"{text} is not a number")
+
+
+def _manifest(raw: dict[str, Any]) -> Manifest:
+    _require(type(raw["block"]) is int and raw["block"] > 0, "its block size is not a positive number")
+    for part in ("facts", "values", "files", "tensors", "experts"):
+        _require(isinstance(raw[part], dict), f"{part} is not an object")
+    _require(all(_natural(raw["values"].get(key)) for key in ("step", "tokens")), "step or tokens is no number")
+    files = {name: _file(name, record) for name, record in raw["files"].items()}
+    manifest = Manifest(raw["facts"], raw["values"], files, block=raw["block"])
+    used: list[list[tuple[int, int]]] = [[] for _ in files]
+    for name, record in raw["tensors"].items():
+        manifest.tensors[name] = _entry(name, record, list(files), manifest.block, used)
+    for pattern, record in raw["experts"].items():
+        manifest.experts[pattern] = _table(pattern, record, manifest.block, used)
+    _no_name_twice(manifest)
+    for (name, file), ranges in zip(files.items(), used):
+        _covers(name, file, ranges)
+    return manifest
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _file(name: str, record: Any) -> File:
+    _require(_FILE.fullmatch(name) is not None, f"it names a file that no save writes: {name!r}")
+    _require(isinstance(record, list) and len(record) == 3 and all(map(_natural, record)), f"the sizes of {name} are not numbers")
+    file = File(*record)
+    _require(10 <= file.header <= min(file.size, MOST_BYTES) and file.crc < 1 << 32, f"the header of {name} has an impossible size")
+    return file
+
+
+def _tensor(name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...]]:
+    _require(0 < len(name) <= 512 and name.isprintable(), f"{name[:64]!r} is no name of a tensor")
+    _require(isinstance(dtype, str) and dtype in ITEM_BYTES, f"{name} has an unknown dtype {dtype!r}")
+    _require(isinstance(shape, list) and len(shape) <= 8 and all(map(_natural, shape)), f"{name} has an impossible shape")
+    _require(_natural(prod(max(1, size) for size in shape) * ITEM_BYTES[dtype]), f"{name} is larger than any disk")
+    return dtype, tuple(shape)
+
+
+def _entry(name: str, record: Any, files: list[str], block: int, used: list[list[tuple[int, int]]]) -> Entry:
+    dtype, shape, rows = record
+    dtype, shape = _tensor(name, dtype, shape)
+    entry, next_row = Entry(dtype, shape, ()), 0
+    chunks, width = [], row_bytes(entry)
+    for row in rows:
+        _require(isinstance(row, list) and len(row) >= 4 and all(map(_natural, row)), f"a chunk of {name} is not made of numbers")
+        file, begin, first, count, *crcs = row
+        _require(first == next_row and count > 0, f"rows {next_row} to {first} of {name} are missing or there twice")
+        _place(name, file, begin, count * width, crcs, block, used)
+        chunks.append(Chunk(files[file], begin, first, count, tuple(crcs)))
+        next_row = first + count
+    _require(next_row == (row_count(shape) if width else 0), f"{name} has {next_row} rows of {row_count(shape)}")
+    return entry._replace(chunks=tuple(chunks))
+
+
+def _table(pattern: str, record: Any, block: int, used: list[list[tuple[int, int]]]) -> Table:
+    _require(pattern.count("*") == 1 and split_expert(pattern.replace("*", "0")) == (pattern, 0), f"{pattern!r} names no experts")
+    dtype, shape, rows = record
+    table = Table(*_tensor(pattern, dtype, shape), rows)
+    length = row_count(table.shape) * row_bytes(table)
+    _require(isinstance(rows, list) and 0 < len(rows) < 10**7 and length > 0, f"{pattern} has no content")
+    for row in rows:
+        _require(isinstance(row, list) and len(row) >= 2 and all(map(_natural, row)), f"an expert of {pattern} is not made of numbers")
+        _place(pattern, row[0], row[1], length, row[2:], block, used)
+    return table
+
+
+def _place(name: str, file: int, begin: int, length: int, crcs: list[int], block: int,
+           used: list[list[tuple[int, int]]]) -> None:
+    _require(file < len(used), f"{name} lies in a file that is not listed")
+    _require(length > 0 and len(crcs) == -(-length // block) and max(crcs) < 1 << 32, f"{name} has the wrong number of checksums")
+    used[file].append((begin, length))
+
+
+def _no_name_twice(manifest: Manifest) -> None:
+    for name in manifest.tensors:
+        found = split_expert(name)
+        _require(not found or found[0] not in manifest.experts, f"{name} is there twice")
+
+
+def _covers(name: str, file: File, ranges: list[tuple[int, int]]) -> None:
+    """Nothing lies between the chunks of a file, before or behind them, and no byte belongs to two."""
+    end = file.header
+    for begin, length in sorted(ranges):
+        _require(begin == end, f"bytes {min(begin, end)} to {max(begin, end)} of {name} belong to nothing, or to two tensors")
+        end = begin + length
+    _require(end == file.size, f"{name} should be {end} bytes long, not {file.size}")

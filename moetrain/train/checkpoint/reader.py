@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.pieces import Piece
 from moetrain.train.checkpoint.manifest import NAME, Entry, Manifest, damaged, read_manifest
-from moetrain.train.state import TrainState, prefixed
+from moetrain.train.state import TrainState, weights
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 
@@ -20,22 +22,22 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I
 def load(state: TrainState, directory: Path) -> Manifest:
     """Fill the state, optimizer included. Reads only; no collective."""
     manifest = read_manifest(directory)
-    _fill(state.tensors(), manifest, directory)
+    _fill(state.pieces(), manifest, directory)
     state.restore(manifest.values)
     return manifest
 
 
-def load_model(named: Iterable[tuple[str, Tensor]], directory: Path) -> Manifest:
+def load_model(model: Transformer, directory: Path) -> Manifest:
     """Fill the model's logical tensors only, for evaluation and generation."""
     manifest = read_manifest(directory)
-    _fill(prefixed("model", named), manifest, directory)
+    _fill(weights(model), manifest, directory)
     return manifest
 
 
 @torch.no_grad()
-def _fill(named: Iterable[tuple[str, Tensor]], manifest: Manifest, directory: Path) -> None:
+def _fill(named: Iterable[Piece], manifest: Manifest, directory: Path) -> None:
     wanted = {}
-    for name, view in named:
+    for name, _, _, view, _ in named:
         if name not in manifest.tensors:
             raise damaged(directory / NAME, f"tensor {name} is missing: the model is another one")
         wanted[name] = view

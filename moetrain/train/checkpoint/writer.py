@@ -1,44 +1,191 @@
-"""Saving: every rank writes the tensors it owns, rank 0 writes the manifest and commits by a rename.
+"""Saving while training goes on.
 
-    checkpoints/step-00000100.tmp/rank-0000.safetensors, index-0000.json, …    all ranks, fsync
-    checkpoints/step-00000100.tmp/manifest.json                                rank 0, fsync
-    checkpoints/step-00000100/                                                 rename, fsync of the parent
+    begin     copy what this rank writes (snapshot.py), start writing in a thread, go on
+    poll      where this rank's thread is; summed over ranks by a reduction that happens anyway
+    settle    the sum, on every rank: when all have written, rank 0 commits in its thread; when that is done too, or one has
+              failed, every rank knows in the same step
+    finish    wait for it: before another save, and at the end
 
-Dense tensors belong to rank 0; an expert's to its home on the first replica. Names are global (one per layer, expert and
-matrix), so a checkpoint says nothing of the mesh that wrote it. A failed write on any rank fails the save on all.
+The thread communicates with nobody. A failed save leaves the run and the older checkpoints as they were: it is reported, and
+tried again at the next save; `checkpoint.max_failed_saves` in a row end the run. At most one save is under way.
 """
 
-import json
-import os
-import shutil
-import zlib
+import logging
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import all_or_none
-from moetrain.errors import DiskError
-from moetrain.train.checkpoint.manifest import NAME, Entry, Manifest
+from moetrain.comm.reduce import all_or_none, sum_over
+from moetrain.config.schema import CheckpointConfig
+from moetrain.errors import CheckpointError, DiskError
+from moetrain.train.checkpoint.commit import commit, remove_leftovers, write_rank
+from moetrain.train.checkpoint import disk
+from moetrain.train.checkpoint.snapshot import take
 from moetrain.train.state import TrainState
 
+log = logging.getLogger(__name__)
 
-def step_directory(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+DONE, FAILED = 1, (1 << 20) + 1          # what poll adds to the sum; a rank that failed has ended too
+POLL_S = 10.0                            # between two looks at each other while waiting, below any run.timeout_s
+
+
+class Saved(NamedTuple):
+    """How a save ended. path: the checkpoint, None when there is none; held_s: seconds in which training stood still."""
+
+    step: int
+    path: Path | None
+    seconds: float
+    held_s: float
+
+
+class Saver:
+    """Saves of one run. Making it is collective: rank 0 removes what killed saves left behind."""
+
+    def __init__(self, run_dir: Path, mesh: Mesh, config: CheckpointConfig) -> None:
+        self.directory, self.mesh, self.config = (run_dir / "checkpoints").absolute(), mesh, config
+        self.failed_in_a_row, self.attempt = 0, 0
+        self.job: _Job | None = None
+        all_or_none(mesh["batch"], lambda: remove_leftovers(run_dir.absolute()) if mesh.is_main else None)
+
+    def begin(self, state: TrainState, facts: dict[str, object]) -> Saved | None:
+        """Save this step. Gives the outcome of a save that was waited for: of the one before, where that was still under way;
+        of this one, with async_save=false. Collective where it waits, on all ranks or on none."""
+        before = self.finish()
+        if before is not None:
+            log.warning("the save of step %d was still under way when step %d was to be saved; training waited for it "
+                        "(checkpoint.interval is short for this disk)", before.step, state.step)
+        self.attempt += 1
+        began = time.perf_counter()
+        self.job = _Job(state.step, began, self.directory / f"step-{state.step:08d}", self.attempt,
+                        {**facts, "torch": torch.__version__, "mesh": dict(self.mesh.sizes), "ranks": self.mesh["batch"].size,
+                         "time": time.time()}, state.values())
+        items = take(state, self.mesh)
+        self.job.start(lambda job: write_rank(job.temporary, self.mesh.rank, items, job.step))
+        self.job.held_s = time.perf_counter() - began
+        return before if self.config.async_save else self.finish()
+
+    def poll(self) -> int:
+        """0 while there is nothing to say. Sum it over mesh["batch"] (exactly: float64 or int64) and hand the sum to settle."""
+        if self.job is None or self.job.running():
+            return 0
+        return DONE if self.job.error is None else FAILED
+
+    def settle(self, total: int) -> Saved | None:
+        """What follows from the sum of all ranks' polls, on every rank alike; the outcome once a save has ended.
+
+        DiskError on all ranks when too many have failed in a row.
+        """
+        ranks = self.mesh["batch"].size
+        if self.job is None or total % (1 << 20) < ranks:
+            return None
+        if total > ranks:
+            return self._failed()
+        if not self.job.committing:
+            self.job.committing = True
+            if self.mesh.is_main:
+                self.job.start(self._commit)
+            return None
+        self.failed_in_a_row = 0
+        return self._ended(self.job.final)
+
+    def finish(self, *, required: bool = False) -> Saved | None:
+        """Wait for the save under way, if there is one; collective. required: DiskError on all ranks if it fails."""
+        outcome, began = None, time.perf_counter()
+        while self.job is not None:
+            job = self.job
+            job.wait(POLL_S)
+            poll = torch.tensor([self.poll()], dtype=torch.float64, device=self.mesh.device)
+            outcome = self.settle(int(sum_over(self.mesh["batch"], poll).item()))
+        if outcome is None:
+            return None
+        if required and outcome.path is None:
+            self._stop(job, DiskError(2, "the checkpoint could not be written", where=str(job.final), why=job.reason(),
+                                      next="free space or make the directory writable, then run the same command again"))
+        return outcome._replace(held_s=outcome.held_s + time.perf_counter() - began)
+
+    def _commit(self, job: "_Job") -> None:
+        commit(job.temporary, job.final, ranks=self.mesh["batch"].size, facts=job.facts, values=job.values,
+               keep=self.config.keep)
+
+    def _failed(self) -> Saved:
+        """Every rank has ended, one of them badly. Rank 0 clears away what was written."""
+        job, self.failed_in_a_row = self.job, self.failed_in_a_row + 1
+        if self.mesh.is_main:
+            try:
+                disk.remove_tree(job.temporary)
+            except OSError as error:
+                log.warning("%s could not be removed: %s", job.temporary, error)
+        most = self.config.max_failed_saves
+        if job.error is not None or self.mesh.is_main:
+            log.warning("the save of step %d failed (%d of %d in a row): %s; the older checkpoints are as they were",
+                        job.step, self.failed_in_a_row, most, job.reason())
+        outcome = self._ended(None)
+        if self.failed_in_a_row >= most:
+            self._stop(job, DiskError(5, f"{self.failed_in_a_row} saves in a row have failed", where=str(self.directory),
+                                      why=job.reason(), next="free space or make the directory writable, then run the same "
+                                                             "command again; checkpoint.max_failed_saves sets the patience"))
+        return outcome
+
+    def _ended(self, path: Path | None) -> Saved:
+        job, self.job = self.job, None
+        return Saved(job.step, path, time.perf_counter() - job.began, job.held_s)
+
+    def _stop(self, job: "_Job", error: DiskError) -> None:
+        """Raise on the ranks that know the reason, rank 0 among them; the others leave with the code."""
+        def stop() -> None:
+            if job.error is not None or self.mesh.is_main:
+                raise error
+
+        all_or_none(self.mesh["batch"], stop)
+
+
+class _Job:
+    """One save of this rank: its thread, twice on rank 0."""
+
+    def __init__(self, step: int, began: float, final: Path, attempt: int, facts: dict[str, object],
+                 values: dict[str, int]) -> None:
+        self.step, self.began, self.held_s = step, began, 0.0
+        self.final, self.temporary = final, final.with_name(f"{final.name}.tmp-{attempt}")
+        self.facts, self.values = facts, values
+        self.committing = False
+        self.error: Exception | None = None
+        self.thread: threading.Thread | None = None
+
+    def start(self, work: Callable[["_Job"], None]) -> None:
+        self.thread = threading.Thread(target=self._run, args=(work,), name=f"save-{self.step}", daemon=True)
+        self.thread.start()
+
+    def _run(self, work: Callable[["_Job"], None]) -> None:
+        try:
+            work(self)
+        except Exception as error:                       # nobody else would hear of it
+            self.error = error
+            if not isinstance(error, (OSError, CheckpointError)):
+                log.exception("the save of step %d failed by a mistake in moetrain", self.step)
+
+    def running(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        if self.thread is not None:
+            self.thread.join(seconds)
+
+    def reason(self) -> str:
+        if self.error is None:
+            return "another rank could not write; log/rank-<n>.log of the run says why"
+        return str(getattr(self.error, "why", None) or getattr(self.error, "strerror", None) or self.error)
 
 
 def save(state: TrainState, run_dir: Path, mesh: Mesh, facts: dict[str, object]) -> Path:
-    """Write the checkpoint of this step; collective, waits. Returns its directory. One already there stays as it is."""
-    final = step_directory(run_dir, state.step)
-    temporary = final.with_suffix(".tmp")
-    if final.exists():
-        return final
-    on_all(mesh, lambda: _fresh(temporary) if mesh.is_main else None, _unwritten(temporary))
-    on_all(mesh, lambda: _write_rank(state, temporary, mesh), _unwritten(temporary))
-    on_all(mesh, lambda: _commit(state, temporary, final, mesh, facts) if mesh.is_main else None, _unwritten(final))
-    return final
+    """One checkpoint of this step, waited for; removes no older one. Collective. DiskError on all ranks when it fails."""
+    saver = Saver(run_dir, mesh, CheckpointConfig(keep=None, async_save=True, max_failed_saves=2))
+    saver.begin(state, facts)
+    return saver.finish(required=True).path
 
 
 def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskError]) -> None:
@@ -51,66 +198,3 @@ def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskEr
             raise failed(str(error.strerror or error)) from error
 
     all_or_none(mesh["batch"], written)
-
-
-def _unwritten(path: Path) -> Callable[[str], DiskError]:
-    return lambda why: DiskError(2, "the checkpoint could not be written", where=str(path), why=why,
-                                 next="free space or make the directory writable, then run the same command again")
-
-
-def _fresh(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)         # what an interrupted save left behind
-    directory.mkdir(parents=True)
-
-
-def _write_rank(state: TrainState, directory: Path, mesh: Mesh) -> None:
-    mine = {name: tensor for name, tensor in state.tensors() if _owned(name, mesh)}
-    if not mine:
-        return
-    payload = directory / f"rank-{mesh.rank:04d}.safetensors"
-    save_file({name: tensor.detach().contiguous() for name, tensor in mine.items()}, payload)
-    _sync(payload)
-    index = {name: entry._asdict() for name, entry in _index(payload).items()}
-    (directory / f"index-{mesh.rank:04d}.json").write_text(json.dumps(index))
-
-
-def _owned(name: str, mesh: Mesh) -> bool:
-    return mesh["expert_grad"].position == 0 if ".experts." in name else mesh.is_main
-
-
-def _index(payload: Path) -> dict[str, Entry]:
-    """Place and checksum of every tensor of a safetensors file, from the bytes that were written."""
-    with payload.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        entries = {}
-        for name, item in header.items():
-            begin, end = (8 + size + offset for offset in item["data_offsets"])
-            file.seek(begin)
-            crc = zlib.crc32(file.read(end - begin))
-            entries[name] = Entry(item["dtype"], tuple(item["shape"]), payload.name, begin, end - begin, crc)
-    return entries
-
-
-def _commit(state: TrainState, temporary: Path, final: Path, mesh: Mesh, facts: dict[str, object]) -> None:
-    manifest = Manifest(facts={**facts, "torch": torch.__version__}, values=state.values())
-    for path in sorted(temporary.glob("index-*.json")):
-        for name, entry in json.loads(path.read_text()).items():
-            assert name not in manifest.tensors, f"{name} was written twice"
-            manifest.tensors[name] = Entry(**entry)
-        path.unlink()
-    manifest.files = {path.name: path.stat().st_size for path in sorted(temporary.glob("*.safetensors"))}
-    (temporary / NAME).write_bytes(manifest.encode())
-    _sync(temporary / NAME)
-    _sync(temporary)
-    temporary.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

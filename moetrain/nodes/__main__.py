@@ -1,0 +1,38 @@
+"""python -m moetrain.nodes [key=value ...]: train on the ranks of this node, one of NODES.
+
+The script that runs it on every node is launch/nodes.sh; node.py has the settings. The overrides are those of
+`moetrain train`. Exit codes: those of the run (moetrain/__main__.py), on every node.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from moetrain.config.compose import run_dir
+from moetrain.errors import MoETrainError
+from moetrain.nodes.node import config_for, from_environment
+from moetrain.nodes.rollcall import roll_call
+from moetrain.nodes.supervise import supervise
+from moetrain.train.finished import finished
+
+
+def main(overrides: Sequence[str]) -> int:
+    try:
+        node = from_environment(os.environ)
+        config = config_for(overrides, node.ranks)      # mistakes once, before any rank starts
+        finished(config, run_dir(config))               # and a command that contradicts its run
+        roll_call(node)
+        return supervise(node, ["train", *overrides], run_dir(config))
+    except MoETrainError as error:
+        if os.environ.get("MOETRAIN_DEBUG") == "1":
+            traceback.print_exc()
+        else:
+            print(error, file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

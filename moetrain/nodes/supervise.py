@@ -1,0 +1,178 @@
+"""From the start of torchrun on this node to the exit code of the run.
+
+    signals   SIGTERM, SIGUSR1, SIGINT and SIGHUP reach each rank of this node once; a rank that has not ended after
+              Node.grace_s is killed. torchrun alone ignores SIGUSR1 (it dies) and kills 30 seconds after SIGTERM.
+    restarts  torchrun's, but for failures that would only come again: those end the run at once.
+    ending    the code in <run.dir>/status.json, which rank 0 writes, on whichever node.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moetrain import launch
+from moetrain.nodes.agent import END, PASSED_ON
+from moetrain.nodes.node import Node, cores
+from moetrain.nodes.rollcall import interface, own_address
+
+_PREEMPTED, _PEER = 10, 16
+# Configuration, numbers, data, checkpoint, disk, crash loop: the next attempt would fail alike.
+_FINAL = {2, 11, 12, 13, 14, 17}
+_POLL_S = 0.1
+
+
+def supervise(node: Node, argv: Sequence[str], run_dir: Path) -> int:
+    """Run `python -m moetrain <argv>` on this node's ranks by torchrun; the exit code of the run."""
+    status = Status(run_dir)
+    with _catching() as signals:
+        agent = subprocess.Popen([sys.executable, "-m", "moetrain.nodes.agent", *_torchrun(node), "-m", "moetrain", *argv],
+                                 env=_environment(node))
+        try:
+            killed = _watch(agent, node, status, signals)
+        finally:
+            _end(agent)
+    code = _PEER if killed else ending(agent.returncode, status.written(), signals)
+    if code == _PEER and status.written() is None:           # rank 0 could not say it
+        how = f"did not end within {node.grace_s} s" if killed else "was lost"
+        launch.write_status(run_dir, code, f"a rank of node {node.rank} {how}")
+    return code
+
+
+class Status:
+    """status.json, as far as the run that is supervised has written it. The next attempt removes it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "status.json"
+        self._before = self._identity()
+        self._final: dict | None = None
+
+    def written(self) -> dict | None:
+        with suppress(OSError, ValueError):
+            if self._final is None and self._identity() != self._before:
+                status = json.loads(self._path.read_text(encoding="utf-8"))
+                self._final = status if status["code"] in _FINAL else None
+                return status
+        return self._final
+
+    def is_final(self) -> bool:
+        """True once no attempt can go better."""
+        return self.written() is not None and self._final is not None
+
+    def _identity(self) -> tuple[int, int] | None:
+        with suppress(OSError):
+            found = self._path.stat()
+            return found.st_ino, found.st_mtime_ns
+        return None
+
+
+def ending(returned: int, status: dict | None, signals: Sequence[int]) -> int:
+    """The exit code of the run, from that of the agent, what rank 0 wrote, and the signals that were passed on."""
+    if status is not None and (returned or status["code"] == _PREEMPTED):     # a preempted rank exits 0 under torchrun
+        return status["code"] or returned
+    if returned and signals and status is None and (returned > 128 or returned < 0):
+        return 130 if signals[0] == signal.SIGINT else _PREEMPTED             # before there was anything to save
+    return _PEER if returned > 128 or returned < 0 else returned
+
+
+def ranks_of(agent: int) -> set[int]:
+    """Process ids of the ranks: children of the agent that lead a session of their own."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                _, parent, _, session = (entry / "stat").read_text().rpartition(") ")[2].split()[:4]
+                if int(parent) == agent and session == entry.name:
+                    found.add(int(entry.name))
+    return found
+
+
+# --- while it runs
+
+
+@contextmanager
+def _catching() -> Iterator[list[int]]:
+    """Keep signals for _watch; yields the numbers of those that came."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in PASSED_ON}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:                        # nohup stays nohup
+            signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(agent: subprocess.Popen, node: Node, status: Status, signals: list[int]) -> bool:
+    """Until the agent ends, or is to be ended. True where ranks had to be killed."""
+    passed_on, told, started, deadline = 0, set(), set(), float("inf")
+    while agent.poll() is None:
+        ranks = ranks_of(agent.pid)
+        if len(signals) > passed_on:
+            deadline = min(deadline, time.monotonic() + node.grace_s)
+            for number in signals[passed_on:]:
+                _signal(ranks, number)
+            passed_on, told = len(signals), told | ranks
+        if signals and (ranks - told or not told):               # restarted, or not even started, when the signal came
+            return False
+        if time.monotonic() > deadline:
+            _signal(ranks, signal.SIGKILL)
+            return True
+        if not signals and status.is_final():
+            return False
+        if started and ranks and not ranks & started:
+            print("moetrain: a rank was lost; all ranks start again from the newest save", file=sys.stderr)
+        started = ranks or started
+        time.sleep(_POLL_S)
+    return False
+
+
+def _end(agent: subprocess.Popen) -> None:
+    """End the agent and its ranks, if they have not ended."""
+    for number, wait_s in ((END, 10), (signal.SIGKILL, 10)):
+        if agent.poll() is None:
+            ranks = ranks_of(agent.pid)
+            agent.send_signal(number)
+            if number == signal.SIGKILL:
+                _signal(ranks, number)
+            with suppress(subprocess.TimeoutExpired):
+                agent.wait(wait_s)
+
+
+def _signal(ranks: set[int], number: int) -> None:
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank, number)
+
+
+# --- what is started
+
+
+def _torchrun(node: Node) -> list[str]:
+    several = node.nodes > 1
+    return [
+        "--nnodes", str(node.nodes), "--nproc-per-node", str(node.nproc), "--max-restarts", str(node.restarts),
+        "--rdzv-backend", "c10d", "--rdzv-id", "moetrain",
+        "--rdzv-endpoint", f"{node.head}:{node.port}" if several else "localhost:0",
+        # torchrun does not recognise a head by every one of its names; the head's machine has to be told what it is.
+        "--rdzv-conf", f"is_host={int(node.rank == 0)},read_timeout={node.timeout_s}",
+        "--local-addr", own_address(node) if several else "127.0.0.1",
+    ]
+
+
+def _environment(node: Node) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // node.nproc)), **os.environ}
+    # Without it restarted ranks read the addresses of dead ones from the store and never connect.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if name := interface(node):
+        environment.setdefault("GLOO_SOCKET_IFNAME", name)
+        if node.nodes > 1:
+            environment.setdefault("NCCL_SOCKET_IFNAME", name)
+    return environment

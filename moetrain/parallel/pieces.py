@@ -1,0 +1,103 @@
+"""What of the model this rank holds, in names that say nothing of the mesh.
+
+A *logical tensor* is one matrix of the model: `layers.0.attention.qkv`, or one matrix of one expert,
+`layers.0.moe.experts.5.gate_up` (gate rows, then up rows) and `….down`. A *piece* is a range of its rows, the whole of it
+unless parameters are sharded. Initialisation, checkpoints and tests know nothing else of how parameters are stored:
+
+    stacked experts of a bank       a piece per expert and matrix
+    FSDP2, Shard(0)                 a range of rows; of stacked experts: some of the experts
+    FSDP2, Shard(1) of a stack      a range of rows of every expert of the bank
+
+Pieces are views: writing into one changes the parameter (or the gradient, or the moment) behind it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from moetrain.moe.bank import MATRICES, ExpertBank
+
+Of = Callable[[nn.Parameter], Tensor | None]
+
+
+class Piece(NamedTuple):
+    """Rows [begin, begin + len(rows)) of the logical tensor `name`, whose full shape is `shape`.
+
+    held_by: name of the mesh group whose ranks all hold this very piece (comm/mesh.py).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    rows: Tensor
+    held_by: str
+
+
+def pieces(model: nn.Module, of: Of = lambda parameter: parameter.data) -> Iterator[Piece]:
+    """Every piece of the parameters on this rank; none for what it holds nothing of.
+
+    of: what to look at for each parameter, for example its gradient or an optimizer moment, stored like the parameter;
+    None passes it over.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, ExpertBank):
+            layer = path.removesuffix(".experts.bank")
+            for matrix in MATRICES:
+                yield from _of_experts(f"{layer}.experts", matrix, module.experts, of(getattr(module, matrix)))
+        else:
+            for name, parameter in module.named_parameters(path, recurse=False):
+                yield from _of_dense(name, of(parameter))
+
+
+def buffers(model: nn.Module) -> Iterator[Piece]:
+    """Persistent buffers, whole and the same on every rank: selection biases of routers."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield Piece(name, tuple(buffer.shape), 0, buffer, "batch")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank stores; itself unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _of_dense(name: str, tensor: Tensor | None) -> Iterator[Piece]:
+    if tensor is None:
+        return
+    dim, begin = shard_of(tensor)
+    assert dim == 0, (name, dim)
+    rows = local(tensor)
+    if len(rows):
+        sharded = isinstance(tensor, DTensor)
+        yield Piece(name, tuple(tensor.shape), begin, rows, "dense_replicas" if sharded else "dense_grad")
+
+
+def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...], stacked: Tensor | None) -> Iterator[Piece]:
+    if stacked is None:
+        return
+    dim, begin = shard_of(stacked)
+    first, row = (begin, 0) if dim == 0 else (0, begin)
+    held_by = "expert_replicas" if isinstance(stacked, DTensor) else "expert_grad"
+    for index, rows in enumerate(local(stacked)):
+        if len(rows):
+            yield Piece(f"{prefix}.{experts[first + index]}.{matrix}", tuple(stacked.shape[1:]), row, rows, held_by)
+
+
+def shard_of(tensor: Tensor) -> tuple[int, int]:
+    """(sharded dim, first index held here) of a tensor that is whole or sharded by FSDP2: equal chunks, the last shorter."""
+    if not isinstance(tensor, DTensor):
+        return 0, 0
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            size, position = tensor.device_mesh.size(axis), tensor.device_mesh.get_local_rank(axis)
+            length = tensor.shape[placement.dim]
+            chunk = -(-length // size)
+            begin = min(length, position * chunk)
+            held = local(tensor).shape[placement.dim]
+            assert held == min(chunk, length - begin), (tensor.shape, size, position, held)
+            return placement.dim, begin
+    return 0, 0

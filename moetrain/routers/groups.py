@@ -1,0 +1,39 @@
+"""Routers that keep a token inside a few groups of experts (DeepSeek-V2 and V3: device- and node-limited routing).
+
+Experts are split into `num_groups` groups of consecutive ids. A token first chooses its `topk_groups` best groups, then its
+experts inside them, so that its rows travel to few places. Experts lie on the ranks of `ep` in the order of their ids and
+ranks are numbered node by node, so
+
+    num_groups = parallel.ep                      limits the ranks a token visits
+    num_groups = nodes that share the experts     limits the nodes
+
+Where they lie otherwise, a group is only a set of experts: the choice depends on the ids, never on the mesh.
+
+Shapes: T tokens, E experts, K slots.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from moetrain.ops.gating import decide, keep_best_groups, top_k
+from moetrain.routers.base import Router, RouterContext, drop_padding
+
+
+class GroupLimitedRouter(Router):
+    """num_groups, topk_groups: groups there are, groups a token may use; 1 and 1 is no limit.
+    group_score: how good a group is: top2, the sum of its two best scores; max, its best."""
+
+    def __init__(self, *, dim: int, num_experts: int, top_k: int, num_groups: int = 1, topk_groups: int = 1,
+                 group_score: Literal["top2", "max"] = "top2") -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
+        assert 1 <= topk_groups <= num_groups and num_experts % num_groups == 0, (num_experts, num_groups, topk_groups)
+        assert topk_groups * (num_experts // num_groups) >= top_k, (num_experts, num_groups, topk_groups, top_k)
+        assert group_score in ("top2", "max"), group_score
+        self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
+
+    def choose(self, scores_TE: Tensor, context: RouterContext) -> Tensor:
+        """The decided ids [T, K]: the largest scores inside each token's best groups; nothing for padding."""
+        scores_TE = keep_best_groups(scores_TE, self.num_groups, self.topk_groups, self.group_score)
+        _, ids_TK = top_k(scores_TE, self.top_k)
+        return decide(drop_padding(ids_TK, context))

@@ -1,0 +1,64 @@
+"""Sigmoid routing with a selection bias (DeepSeek-V3, GLM-4.5): balance without a loss that pulls on the gates.
+
+    z = x W^T,  s = sigmoid(z);  the k largest of s + b are chosen; the gate weights are `scale` times
+
+    renorm            s at the chosen ids over (their sum + 1e-20)
+    raw               s at the chosen ids
+
+The bias b [E] only chooses. It has no gradient: after every optimizer step it moves against the load of the whole step,
+
+    b_i <- b_i + u sign(mean(n) - n_i)        n_i: slots of expert i, all ranks, all micro-batches
+
+DeepSeek-V3 trains with u = 1e-3, and 0 in the last part. The sign is taken of integers, so b has the same bits on every rank
+and every mesh. Losses take P = s / sum_j s_j as the probabilities. A constant in all biases changes no choice inside
+groups or without them; `centre` subtracts the mean, so that none builds up.
+
+Padding chooses nothing and counts nowhere. The choice may be limited to a few groups of experts (routers/groups.py).
+
+Shapes: T tokens, D model width, E experts, K slots.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.gating import gather_weights
+from moetrain.routers.base import RouterContext, Routing
+from moetrain.routers.groups import GroupLimitedRouter
+
+TINY = 1e-20                                 # DeepSeek-V3's; also what keeps 0 / 0 out of padding rows
+
+
+class SigmoidRouter(GroupLimitedRouter):
+    """weights: the gate convention: renorm or raw. scale: factor of the gate weights.
+    update_rate: u, what a bias moves in a step; 0 leaves the biases as they are. centre: subtract their mean.
+    num_groups, topk_groups, group_score: GroupLimitedRouter."""
+
+    def __init__(self, *, dim: int, num_experts: int, top_k: int, weights: Literal["renorm", "raw"] = "renorm",
+                 scale: float = 1.0, update_rate: float = 1e-3, centre: bool = False, num_groups: int = 1,
+                 topk_groups: int = 1, group_score: Literal["top2", "max"] = "top2") -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups, topk_groups=topk_groups,
+                         group_score=group_score)
+        assert weights in ("renorm", "raw"), weights
+        self.weights, self.scale, self.update_rate, self.centre = weights, scale, update_rate, centre
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
+        logits_TE = self.logits(x_TD)
+        scores_TE = logits_TE.sigmoid()
+        ids_TK = self.choose(scores_TE.detach() + self.bias, context)
+        weights_TK = gather_weights(scores_TE, ids_TK)
+        if self.weights == "renorm":
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
+        probs_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
+        return self.routing(ids_TK, self.scale * weights_TK, probs_TE, logits_TE, context)
+
+    @torch.no_grad()
+    def end_of_step(self, counts_E: Tensor) -> None:
+        if self.update_rate == 0:
+            return
+        # mean(n) - n_i times E, in integers: a load that is exactly the mean moves nothing.
+        self.bias += self.update_rate * (counts_E.sum() - self.num_experts * counts_E).sign().to(self.bias.dtype)
+        if self.centre:
+            self.bias -= self.bias.mean()

@@ -1,0 +1,65 @@
+"""Between what a rank holds and what lies in files: which pieces it writes, and which rows it reads from where.
+
+Chunks and pieces are ranges of rows. Where a tensor lies in several chunks the overlap is computed by the pure function of
+torch's distributed checkpoint (DCP), on boxes of one dimension: its sweep goes along the longest dimension, which for boxes
+with columns is seldom the rows and then compares everything with everything. Whole tensors, all experts among them, need no
+object of DCP.
+"""
+
+import zlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from moetrain.comm.mesh import Mesh
+from moetrain.parallel.pieces import Piece
+from moetrain.train.checkpoint.manifest import Chunk, Entry, row_count
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Read(NamedTuple):
+    """`rows` rows of a chunk, from its row `source`, go to the piece's row `target`."""
+
+    chunk: Chunk
+    source: int
+    target: int
+    rows: int
+
+
+def written_here(pieces: Iterable[Piece], mesh: Mesh) -> list[Piece]:
+    """The pieces that this rank writes: of ranks that hold the same piece one does, which one follows from the name."""
+    return [piece for piece in pieces if piece.rows.numel() and is_writer(piece, mesh)]
+
+
+def is_writer(piece: Piece, mesh: Mesh) -> bool:
+    group = mesh[piece.held_by]
+    return zlib.crc32(piece.name.encode()) % group.size == group.position
+
+
+def reads(name: str, entry: Entry, first: int, rows: int) -> list[Read]:
+    """What to read for rows [first, first + rows) of a tensor; together exactly these rows."""
+    if len(entry.chunks) < 2:
+        return [Read(chunk, first - chunk.first, 0, rows) for chunk in entry.chunks]
+    found = _overlaps(name, entry, first, rows)
+    assert sum(read.rows for read in found) == rows, (name, first, rows, found)      # a manifest has every row once
+    return found
+
+
+def _overlaps(name: str, entry: Entry, first: int, rows: int) -> list[Read]:
+    # Imported here: it takes as long as all of moetrain, and only sharded tensors need it.
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+    from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+    def box(begin: int, count: int) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=torch.Size([begin]), sizes=torch.Size([count]))
+
+    saved = TensorStorageMetadata(properties=TensorProperties(dtype=DTYPES[entry.dtype]), size=torch.Size([row_count(entry.shape)]),
+                                  chunks=[box(chunk.first, chunk.rows) for chunk in entry.chunks])
+    by_row = {chunk.first: chunk for chunk in entry.chunks}
+    return [Read(by_row[item.storage_index.offset[0]], item.storage_offsets[0], item.dest_offsets[0], item.lengths[0])
+            for item in create_read_items_for_chunk_list(name, saved, [box(first, rows)])]
