@@ -1,10 +1,10 @@
 """Local ranks for run.nproc, and the record of how a run ended.
 
     start_ranks   one process per rank, as torchrun would start them on one node
+    persist       start them again when one was lost, a few times
     ending        writes <run.dir>/status.json: code, reason, step
 
-Rank 0 keeps the terminal; the others write <run.dir>/log/rank-N.log. Restarts are the business of whoever started us:
-the same command resumes. No torch here.
+Rank 0 keeps the terminal; the others write <run.dir>/log/rank-N.log. No torch here.
 """
 
 import json
@@ -15,12 +15,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from moetrain.errors import DiskError, MoETrainError
+from moetrain.train.tenancy import Tenancy
 
 # Seconds the other ranks get to end on their own after one failed, and then after SIGTERM.
 GRACE_S = 10.0
@@ -84,12 +85,23 @@ def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool 
     return 16 if code < 0 else code
 
 
+def persist(attempt: Callable[[], int], restarts: int) -> int:
+    """The exit code of `attempt`, made again up to `restarts` times as long as it says that a rank was lost (16).
+
+    Every attempt resumes from the newest checkpoint; train/tenancy.py ends a run that gets no further.
+    """
+    code = attempt()
+    for number in range(1, restarts + 1):
+        if code != 16:
+            break
+        print(f"moetrain: restart {number} of {restarts}, from the newest checkpoint", file=sys.stderr)
+        code = attempt()
+    return code
+
+
 @contextmanager
 def ending(run_dir: Path) -> Iterator[None]:
     """Write status.json when the block ends, on rank 0; a directory that does not exist is not made."""
-    if rank() == 0:
-        with suppress(OSError):                      # an unusable directory is reported by whoever writes to it first
-            (run_dir / "status.json").unlink(missing_ok=True)     # how an earlier attempt ended says nothing now
     try:
         yield
     except MoETrainError as error:
@@ -110,8 +122,8 @@ def ending(run_dir: Path) -> Iterator[None]:
 
 
 def write_status(run_dir: Path, code: int, reason: str) -> None:
-    """Never raises: the error that is being reported matters more."""
-    if rank() or not run_dir.is_dir():
+    """Never raises: the error that is being reported matters more. Silent where another job is at work."""
+    if rank() or not run_dir.is_dir() or Tenancy(run_dir).holder():
         return
     draft = run_dir / "status.json.tmp"
     try:

@@ -16,9 +16,9 @@ def run(argv: list[str]) -> int:
     config = for_run(argv)
     if config.run.nproc > 1 and not launch.is_worker():
         return launch.start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False)
-    if config.data.kind == "synthetic":
-        raise ConfigError(45, "the run was trained on generated tokens, which stand for no text", where=str(run_dir(config)),
-                          why="there is no tokenizer to write with", next="train with data=text")
+    if config.data.kind == "synthetic" or config.data.tokenizer == "none":
+        raise ConfigError(45, "the run was trained on tokens that stand for no text", where=str(run_dir(config)),
+                          why="there is no tokenizer to write with", next="train with data=text, or give data.tokenizer")
     from moetrain.generate.sample import continue_text
     from moetrain.train.evaluate import load_trained
 

@@ -44,7 +44,8 @@ def run(argv: list[str]) -> int:
         return 0
     check_installed(config)
     if config.run.nproc > 1 and not launch.is_worker():
-        return launch.start_ranks(["train", *overrides], config.run.nproc, run_dir(config))
+        return launch.persist(lambda: launch.start_ranks(["train", *overrides], config.run.nproc, run_dir(config)),
+                              config.run.max_restarts)
     with launch.ending(run_dir(config)):
         _train(config)
     return 0
@@ -53,12 +54,10 @@ def run(argv: list[str]) -> int:
 def _train(config: Config) -> None:
     from moetrain.train.loop import train
 
+    adopt = None
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import adopt
-
-        train(config, adopt)
-    else:
-        train(config)
+    train(config, adopt=adopt, leaving=lambda code, reason: launch.write_status(run_dir(config), code, reason))
     if launch.rank() == 0 and (run_dir(config) / "loads.npz").exists():      # a model without routers has none
         draw(run_dir(config))
 

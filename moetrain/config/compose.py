@@ -24,7 +24,7 @@ from moetrain.config.values import flatten, show
 from moetrain.errors import ConfigError, ConfigErrors
 
 # What a resumed run may change; a trailing dot means the whole section.
-_FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.name", "run.dir", "run.device",
+_FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name", "run.dir", "run.device",
                    "log.", "checkpoint.", "eval.", "generate.", "parallel.", "engine.", "train.micro_batch", "data.cache")
 # What evaluation and sampling may change of the model.
 _FREE_AFTER_TRAINING = ("model.top_k",)

@@ -29,6 +29,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA when there is one")
     dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "dtype of the computation; parameters stay float32 or better")
     timeout_s: int = key(300, "seconds a collective may wait for a missing rank")
+    max_restarts: int = key(3, "how often run.nproc ranks are started again, all of them, after one of them was lost")
+    grace_s: float | None = key(None, "seconds after SIGTERM or SIGUSR1 until the run leaves without its save; null: no limit")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class OptimConfig:
     muon_adjust: Literal["match_rms_adamw", "original"] = key(
         "match_rms_adamw", "muon: factor on muon_lr for an A x B matrix: 0.2 sqrt(max(A, B)), or sqrt(max(1, A / B))")
     muon_ns_steps: int = key(5, "muon: Newton-Schulz iterations")
+    muon_precision: Literal["full", "bfloat16"] = key(
+        "full", "muon: of the iterations. full: that of the parameters; bfloat16 is faster and depends on the mesh, by its rounding")
     schedule: Literal["cosine", "wsd"] = key("cosine", "wsd: warm-up, stable, decay over the last steps")
     warmup: int = key(10, "steps of linear warm-up")
     decay: float = key(0.2, "wsd: share of the steps over which the rate decays")
@@ -127,6 +131,10 @@ class EvalConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     interval: int = key(0, "save every so many steps (0: only at the end)")
+    keep: int | None = key(2, "newest good checkpoints to keep; null keeps all")
+    async_save: bool = key(True, "write while training goes on")
+    verify: Literal["full", "sizes"] = key("full", "before loading compare checksums, or only sizes and headers of files")
+    max_failed_saves: int = key(3, "stop after so many failed saves in a row; the one at the end must succeed")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch, Dataset
 from moetrain.data.prepare import tokens_path
@@ -17,6 +18,9 @@ from moetrain.data.token_dataset import TokenDataset
 from moetrain.errors import DataError
 
 __all__ = ["Batch", "Dataset", "Loader", "SyntheticDataset", "TokenDataset", "build_dataset"]
+
+# Of a room above this one: found by name, so that nothing here imports Megatron-Core.
+INDEXED = "moetrain.interop.megatron.open_indexed"
 
 
 class Loader:
@@ -46,7 +50,10 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None) -> Datas
     if data.kind == "text" and prepared is None:
         raise DataError(51, "the text is not prepared", where=str(Path(data.cache) if data.cache else run_dir / "data"),
                         why="no prepared folder was handed over", next="moetrain data prepare, or start the run anew")
-    folder = prepared if data.kind == "text" else tokens_path(data.path)
-    opened = open_prepared(folder, verify=data.kind == "tokens")      # prepare has just written or verified text
+    if data.kind == "megatron":
+        opened = build({"_target_": INDEXED, "path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size})
+    else:
+        folder = prepared if data.kind == "text" else tokens_path(data.path)
+        opened = open_prepared(folder, verify=data.kind == "tokens")  # prepare has just written or verified text
     return TokenDataset(prepared=opened, seed=config.run.seed, mixture=data.mixture,
                         mask_documents=data.mask_documents, **sizes)

@@ -80,6 +80,8 @@ class TokenDataset:
         return Windows(start + numbers * self._seq_len, np.minimum(targets - numbers * self._seq_len, self._seq_len))
 
     def bytes_of_targets(self, batch: Batch) -> int:
+        if self.tokenizer is None:                   # ids that nobody can read: a token counts as a byte
+            return int(batch.valid_BS.sum())
         if self.tokenizer.identity == "bytes":
             return int((batch.valid_BS & (batch.targets_BS < 256)).sum())
         rows = (targets[valid].tolist() for targets, valid in zip(batch.targets_BS, batch.valid_BS))

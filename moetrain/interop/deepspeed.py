@@ -189,7 +189,7 @@ def _split(optimizer: torch.optim.AdamW) -> tuple[torch.optim.AdamW, torch.optim
 def _start_engine(run: Run, optimizer: torch.optim.AdamW) -> Any:
     """A DeepSpeed engine whose module is the dense parameters alone: it is never called forward."""
     os.environ.setdefault("DS_ACCELERATOR", run.mesh.device.type)
-    _put_ninja_on_path()
+    put_ninja_on_path()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
@@ -212,7 +212,7 @@ def _start_engine(run: Run, optimizer: torch.optim.AdamW) -> Any:
     return engine
 
 
-def _put_ninja_on_path() -> None:
+def put_ninja_on_path() -> None:
     """Beside the interpreter when the environment is not activated."""
     beside = Path(sys.executable).parent
     if shutil.which("ninja") is None and (beside / "ninja").exists():

@@ -88,8 +88,7 @@ class Kept:
 
     def _keep(self, op: Any, arguments: tuple, keywords: dict) -> Any:
         result = op(*arguments, **keywords)
-        # Detached: what a pass keeps must not keep its graph. The version tells whether somebody wrote into it since.
-        self._results.append((op, tree_map_only(Tensor, lambda tensor: (tensor.detach(), tensor._version), result)))
+        self._results.append((op, tree_map_only(Tensor, lambda tensor: (_detached(tensor), tensor._version), result)))
         return result
 
     def _give(self, op: Any, arguments: tuple, keywords: dict) -> Any:
@@ -98,6 +97,12 @@ class Kept:
         recorded, result = self._results.popleft()
         assert recorded is op, f"{recorded} ran where {op} runs now"
         return _unchanged(op, result)
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """The tensor without the graph it is about to get, and with the same version: what is written into it later shows."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
 
 
 def _unchanged(op: Any, kept: Any) -> Any:

@@ -4,7 +4,7 @@
 
 Parameters are float32 (or float64) and cast where they are used.
 
-Shapes: R rows ordered by expert, e experts on this rank, D model width, F hidden width.
+Shapes: R rows ordered by expert, N rows as they arrived, e experts on this rank, D model width, F hidden width.
 """
 
 import torch
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.bank import ExpertBank
-from moetrain.ops.grouped_gemm import grouped_linear
+from moetrain.ops.grouped_experts import grouped_experts
+from moetrain.ops.permute import Permutation
 from moetrain.ops.swiglu import swiglu
 
 
@@ -23,12 +24,9 @@ class GroupedExperts(nn.Module):
         super().__init__()
         self.bank = bank
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_e: list[int]) -> Tensor:
-        """Weighted outputs [R, D]; rows ordered by expert, `counts_e` of each on the host."""
-        gate_up = self.bank.gate_up.to(rows_RD.dtype)
-        down = self.bank.down.to(rows_RD.dtype)
-        hidden_RF = swiglu(grouped_linear(rows_RD, gate_up, counts_e), weights_R)
-        return grouped_linear(hidden_RF, down, counts_e)
+    def forward(self, x_ND: Tensor, weights_R: Tensor, counts_e: list[int], order: Permutation | None = None) -> Tensor:
+        """Weighted outputs [R, D] ordered by expert, `counts_e` of each on the host. order: ops/grouped_experts.py."""
+        return grouped_experts(x_ND, weights_R, self.bank.gate_up, self.bank.down, counts_e, order)
 
 
 class FeedForward(nn.Module):

@@ -44,7 +44,8 @@ def from_environment(environ: Mapping[str, str]) -> Node:
         if text.isdigit() and int(text) >= least:
             return int(text)
         if text:
-            errors.append(_wrong(f"{name}={text}", name, f"it is a whole number from {least}", f"{name}={max(least, 1)}"))
+            errors.append(_wrong(f"{name}={text}", name, f"it is a whole number from {least}",
+                                 f"{name}={max(least, 1) if callable(default) else default}"))
             return least
         return default() if callable(default) else default
 

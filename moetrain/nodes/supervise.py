@@ -128,7 +128,7 @@ def _watch(agent: subprocess.Popen, node: Node, status: Status, signals: list[in
         if not signals and status.is_final():
             return False
         if started and ranks and not ranks & started:
-            print("moetrain: a rank was lost; all ranks start again from the newest save", file=sys.stderr)
+            print("moetrain: a rank failed; all ranks start again from the newest save", file=sys.stderr)
         started = ranks or started
         time.sleep(_POLL_S)
     return False

@@ -14,6 +14,7 @@ Shapes: T tokens, K slots per token, R rows (used slots), D width.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.ops.extension import define
@@ -41,17 +42,21 @@ def plan_permutation(physical_TK: Tensor, num_physical: int, rows: int | None = 
     return Permutation(slots_R, rows_N.view_as(physical_TK), counts_P)
 
 
-def _gather_tokens(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
+def gather_tokens(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
+    """What `permute` computes, without its gradient: for the inside of other ops."""
     return x_TD.index_select(0, slots_R // rows_TK.shape[1])
 
 
-def _sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
+def sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
+    """What `unpermute` computes, without its gradient. The picked rows are never laid out side by side."""
     tokens, slots = rows_TK.shape
-    if slots_R.numel() == tokens * slots:              # every slot used: no mask needed
-        picked = rows_RD.index_select(0, rows_TK.flatten()).view(tokens, slots, rows_RD.shape[1])
-        return picked[:, 0].clone() if slots == 1 else picked.sum(1)
-    padded = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])   # row -1 is the zero row
-    return padded[rows_TK].sum(1)
+    if slots_R.numel() == 0:
+        return rows_RD.new_zeros(tokens, rows_RD.shape[1])
+    if slots_R.numel() == tokens * slots:              # every slot used
+        return rows_RD.index_select(0, rows_TK[:, 0]) if slots == 1 else F.embedding_bag(rows_TK, rows_RD, mode="sum")
+    used_TK = rows_TK >= 0
+    used_T = used_TK.sum(1)
+    return F.embedding_bag(rows_TK[used_TK], rows_RD, used_T.cumsum(0) - used_T, mode="sum")
 
 
 def _save_indices(ctx, inputs, output) -> None:
@@ -59,20 +64,25 @@ def _save_indices(ctx, inputs, output) -> None:
     ctx.save_for_backward(slots_R, rows_TK)
 
 
+def _hold_indices(ctx, inputs, output) -> None:
+    """Held, not saved: a layer that is recomputed for what backward saved then stops before its rows travel back."""
+    ctx.indices = inputs[1:]
+
+
 _INDICES = "Tensor slots_R, Tensor rows_TK"
 _permute = define(
     f"permute(Tensor x_TD, {_INDICES}) -> Tensor",
-    reference=_gather_tokens,
+    reference=gather_tokens,
     fake=lambda x_TD, slots_R, rows_TK: x_TD.new_empty(slots_R.shape[0], x_TD.shape[1]),
     backward=lambda ctx, grad_RD: (_unpermute(grad_RD, *ctx.saved_tensors), None, None),
     setup_context=_save_indices,
 )
 _unpermute = define(
     f"unpermute(Tensor rows_RD, {_INDICES}) -> Tensor",
-    reference=_sum_slots,
+    reference=sum_slots,
     fake=lambda rows_RD, slots_R, rows_TK: rows_RD.new_empty(rows_TK.shape[0], rows_RD.shape[1]),
-    backward=lambda ctx, grad_TD: (_permute(grad_TD, *ctx.saved_tensors), None, None),
-    setup_context=_save_indices,
+    backward=lambda ctx, grad_TD: (_permute(grad_TD, *ctx.indices), None, None),
+    setup_context=_hold_indices,
 )
 _reorder = define(
     "reorder(Tensor x_RD, Tensor index_R, Tensor inverse_R) -> Tensor",

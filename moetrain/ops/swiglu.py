@@ -5,8 +5,14 @@
 Folded here, what an expert returns is already weighted: combining is a plain sum, and the gradient of a weight needs no
 expert output. The weight multiplies in its own dtype,
 float32 or better, and the result is rounded to the rows' dtype.
+
+`swiglu` is differentiable; `swiglu_backward` is the same gradient for an op that keeps the gate and up halves alone and
+makes the hidden rows again (ops/grouped_experts.py).
 """
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,3 +24,24 @@ def swiglu(gate_up: Tensor, weights_R: Tensor | None = None) -> Tensor:
     if weights_R is None:
         return hidden
     return (hidden * weights_R[:, None]).to(gate_up.dtype)
+
+
+class SwigluGradients(NamedTuple):
+    hidden_RF: Tensor            # the weighted hidden rows, made again
+    gate_up_RG: Tensor           # gradient of the gate and up halves
+    weights_R: Tensor
+
+
+def swiglu_backward(grad_RF: Tensor, gate_up_RG: Tensor, weights_R: Tensor) -> SwigluGradients:
+    """Gradients of `swiglu` with weights. `grad_RF` is used up: its memory serves the intermediate values."""
+    gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+    d_gate_up_RG = torch.empty_like(gate_up_RG)
+    d_gate_RF, d_up_RF = d_gate_up_RG.chunk(2, dim=-1)
+    silu_RF = F.silu(gate_RF)
+    hidden_RF = silu_RF * up_RF
+    d_weights_R = torch.linalg.vecdot(grad_RF.to(weights_R.dtype), hidden_RF.to(weights_R.dtype))
+    hidden_RF *= weights_R[:, None]
+    grad_RF *= weights_R[:, None]
+    torch.mul(grad_RF, silu_RF, out=d_up_RF)
+    torch.ops.aten.silu_backward.grad_input(grad_RF.mul_(up_RF), gate_RF, grad_input=d_gate_RF)
+    return SwigluGradients(hidden_RF, d_gate_up_RG, d_weights_R)

@@ -34,4 +34,5 @@ def next_commands(config: Config) -> list[str]:
     name = config.run.name if config.run.dir is None else config.run.dir
     key = "run.name" if config.run.dir is None else "run.dir"
     commands = [f"moetrain eval {key}={name}", f"moetrain report {name}"]
-    return commands + ([f"moetrain generate {key}={name}"] if config.data.kind != "synthetic" else [])
+    readable = config.data.kind != "synthetic" and config.data.tokenizer != "none"
+    return commands + ([f"moetrain generate {key}={name}"] if readable else [])

@@ -6,67 +6,122 @@ One step is train/step.py. The same command resumes a run (what it may change: t
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from moetrain import __version__
-from moetrain.comm.mesh import disconnect
+from moetrain.comm.mesh import Mesh, disconnect, peer_lost
 from moetrain.comm.reduce import all_or_none
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
-from moetrain.errors import DataError
+from moetrain.errors import DataError, MoETrainError, PeerError, Preempted
 from moetrain.train.checkpoint.manifest import newest
 from moetrain.train.checkpoint.reader import load
 from moetrain.train.checkpoint.writer import save
 from moetrain.train.console import Console
 from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands
+from moetrain.train.preempt import Preemption
 from moetrain.train.record import Recorder, banner_lines
 from moetrain.train.setup import Run, join, set_up
-from moetrain.train.step import train_step
+from moetrain.train.step import Votes, train_step
+from moetrain.train.tenancy import Tenancy
 
 
-def train(config: Config, adopt: Callable[[Run], Run] = lambda run: run) -> None:
+def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
+          leaving: Callable[[int, str], None] = lambda code, reason: None) -> None:
     """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run.
 
-    adopt: what another engine changes in a run before a checkpoint is read (interop/deepspeed.py).
+    adopt: hands the run to another engine before a checkpoint is read (interop/deepspeed.py).
+    leaving: called with exit code and reason before the process goes without ending in order (train/preempt.py).
     """
     directory = run_dir(config)
     mesh = join(config)
     with Console(rank=mesh.rank, steps=config.run.steps, last=last_step(config), interval=config.log.interval,
                  progress=config.log.progress) as console:
         recorder = Recorder(config, directory, mesh)     # on all ranks: refuses a directory that cannot be written
-        run = adopt(set_up(config, directory, mesh))
-        resumed = all_or_none(mesh["batch"], lambda: resume(run))
-        recorder.start(run, resumed)
-        console.resume_at(run.state.step)
-        console.banner(banner_lines(run, resumed))
-        try:
-            loop(run, recorder, console)
-        finally:
-            recorder.close()
+        with at_work(directory, mesh) as attempt, peers_named(mesh):
+            run = set_up(config, directory, mesh)
+            run = adopt(run) if adopt else run
+            resumed = all_or_none(mesh["batch"], lambda: resume(run))
+            recorder.start(run, resumed)
+            console.resume_at(run.state.step)
+            console.banner(banner_lines(run, resumed))
+
+            def leave(code: int, reason: str) -> None:
+                attempt(code)
+                leaving(code, reason)
+
+            try:
+                with Preemption(grace_s=config.run.grace_s, leaving=leave) as told:
+                    loop(run, recorder, console, told)
+            finally:
+                recorder.close()
         rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", str(directory))]
         console.summary(rows, next_commands(config))
     disconnect()
 
 
-def loop(run: Run, recorder: Recorder, console: Console) -> None:
-    """The steps that are left; evaluation, picture and save where they are due."""
+def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> None:
+    """The steps that are left; evaluation, picture and save where they are due. Preempted once a rank was told to stop."""
     config, last = run.config, last_step(run.config)
     for step in range(run.state.step + 1, last + 1):
-        result = train_step(run, step)
+        result = train_step(run, step, Votes(stop=told.requested is not None))
         recorder.step(result)
         console.step(result.metrics)
+        stop = result.votes.stop > 0 and step < last     # agreed: the same on all ranks
         if step == last or due(step, config.log.heatmap_every):
             console.heatmap({name: counts.tolist() for name, counts in result.counts.items()})
-        if step == last or due(step, config.eval.interval):
+        if not stop and (step == last or due(step, config.eval.interval)):
             measure(run, recorder, console)
-        if step == last or due(step, config.checkpoint.interval):
+        if stop or step == last or due(step, config.checkpoint.interval):
             began = time.perf_counter()
             where = save(run.state, run.directory, run.mesh, facts(run))
             recorder.saved()
             console.line(f"[save] step {step}: {where} in {time.perf_counter() - began:.2f} s")
+        if stop:
+            disconnect()                                 # all ranks leave here, so none tears down what another uses
+            raise Preempted(1, f"told to stop: saved after step {step} of {last}", where=str(run.directory),
+                            why=f"{told.requested.name if told.requested else 'another rank'} asked for it",
+                            next="the same command goes on")
+
+
+@contextmanager
+def at_work(directory: Path, mesh: Mesh) -> Iterator[Callable[[int], None]]:
+    """The run's directory is ours: locked, this attempt noted, its end too. Yields a function that notes an end."""
+    with ExitStack() as stack:
+        tenancy = Tenancy(directory) if mesh.is_main else None
+        end = tenancy.end if tenancy else lambda code: None
+
+        def enter() -> None:
+            if tenancy:
+                stack.enter_context(tenancy)
+                checkpoint = newest(directory)
+                tenancy.begin(int(checkpoint.name.removeprefix("step-")) if checkpoint else 0)
+
+        all_or_none(mesh["batch"], enter)
+        try:
+            yield end
+        except BaseException as error:
+            code = error.code if isinstance(error, (MoETrainError, SystemExit)) else 1
+            end(130 if isinstance(error, KeyboardInterrupt) else code)
+            raise
+        end(0)
+
+
+@contextmanager
+def peers_named(mesh: Mesh) -> Iterator[None]:
+    """A collective that failed because a rank is gone, or did not answer in time, becomes a PeerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not peer_lost(error):
+            raise
+        raise PeerError(1, f"rank {mesh.rank} waited for a rank that is gone or does not answer", where="a collective",
+                        why=str(error).splitlines()[0],
+                        next="see log/rank-<n>.log of the others for the first failure; the same command resumes") from error
 
 
 def measure(run: Run, recorder: Recorder, console: Console) -> None:

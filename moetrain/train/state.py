@@ -21,12 +21,11 @@ from moetrain.model.transformer import Transformer
 from moetrain.parallel.pieces import Piece, buffers, pieces
 from moetrain.train.optim import moments, restore_steps
 
-# State that is not saved because it follows from what is, and how.
+# What changes from step to step and is not saved, because it follows from what is: a pattern of its path in the run, and why.
 REBUILT = {
-    "optimizer step counters": "every parameter is stepped at every step, so they equal `step`",
-    "learning rate in the optimizer's groups": "a function of `step`, set before each update",
-    "gradients": "cleared at the start of every step",
-    "permutations of the data order": "a cache of a pure function of (seed, fingerprint, epoch)",
+    r"optimizer.*\.step$": "every parameter is stepped at every step, so its counter equals `step`",
+    r"optimizer.*\.lr$": "the learning rate is a function of `step`, set before each update",
+    r"\.grad(\.|$)": "gradients are cleared at the start of every step",
 }
 
 

@@ -181,7 +181,7 @@ def test_verbs_and_exit_codes_are_those_documented() -> None:
     assert names(section("commands", "Verbs")) == list(VERBS)
     documented = {int(code) for code in names(section("commands", "Exit codes"))}
     assert documented == {0, 130, *(cls.code for cls in CLASSES.values())}
-    assert sorted(names(section("commands", "Scripts"))) == sorted(f"launch/{path.name}" for path in (ROOT / "launch").glob("*.sh"))
+    assert sorted(names(section("commands", "Scripts"))) == sorted(f"launch/{path.name}" for path in (ROOT / "launch").glob("*.s*h"))
 
 
 # --- records.md

@@ -1,9 +1,9 @@
 """Parallel equals serial: every mesh gives what an oracle in one process gives.
 
 Factors: mesh, accumulation, shared experts, unequal padding, a forced router that leaves experts and whole ranks without
-tokens. Pairs of factors here, the full product with --all. float64 to 1e-10 against tests/oracle.py: first gradients,
-clipped; norm; counts exactly; parameters after 20 steps of AdamW. float32 through the path that ships: first gradients at
-1e-5 with the choices fixed, loss curves within 1e-3.
+tokens, and how the forward passes are run (activation checkpointing, count pass). Pairs of factors here, the full product
+with --all. float64 to 1e-10 against tests/oracle.py: first gradients, clipped; norm; counts exactly; parameters after 20
+steps of AdamW. float32 through the path that ships: first gradients at 1e-5 with the choices fixed, loss curves within 1e-3.
 """
 
 from functools import cache
@@ -31,23 +31,45 @@ MESHES = {
     "ep1_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=1", "parallel.shard=2"]),
 }
 FORCED = {"layers.0.moe": [0, 1], "layers.1.moe": [7, 6]}
-FACTORS = {"mesh": list(MESHES), "accumulation": [1, 4], "shared": [0, 1], "padded": [False, True], "forced": [False, True]}
-# Every pair of values of two factors occurs.
+PASSES = {
+    "keep": [], "selective": ["train.activation_checkpointing=selective"], "full": ["train.activation_checkpointing=full"],
+    "count": ["train.count_pass=true"], "count-full": ["train.count_pass=true", "train.activation_checkpointing=full"],
+}
+FACTORS = {"mesh": list(MESHES), "accumulation": [1, 4], "shared": [0, 1], "padded": [False, True], "forced": [False, True],
+           "passes": list(PASSES)}
+# Every pair of values of two of the first five factors occurs; `passes` goes round.
 PAIRS = [
-    ("single", 1, 0, False, False), ("single", 4, 1, True, True),
-    ("ddp1", 4, 0, True, False), ("ep1", 1, 1, False, True),
-    ("ddp2", 1, 1, True, False), ("ddp2", 4, 0, False, True),
-    ("ep2", 1, 0, True, True), ("ep2", 4, 1, False, False),
-    ("ep1of2", 4, 1, True, False), ("ep1of2", 1, 0, False, True),
-    ("ddp4", 1, 0, True, True), ("ddp4", 4, 1, False, False),
-    ("ep4", 1, 1, False, True), ("ep4", 4, 0, True, False),
-    ("ep2of4", 1, 0, False, False), ("ep2of4", 4, 1, True, True),
-    ("ep1of4", 4, 0, False, False), ("ep1of4", 1, 1, True, True),
-    ("fsdp1", 4, 1, True, False), ("fsdp2", 1, 0, True, True), ("fsdp2", 4, 1, False, False),
-    ("fsdp4", 4, 0, True, True), ("hsdp4", 1, 1, False, True), ("hsdp4", 4, 0, True, False),
-    ("ep_fsdp2", 4, 1, True, False), ("ep_fsdp2", 1, 0, False, True),
-    ("ep2_fsdp4", 1, 0, True, False), ("ep2_fsdp4", 4, 1, False, True),
-    ("ep2_hsdp4", 4, 1, True, True), ("ep2_hsdp4", 1, 0, False, False), ("ep1_hsdp4", 4, 0, True, True),
+    ("single", 1, 0, False, False, "keep"),
+    ("single", 4, 1, True, True, "count"),
+    ("ddp1", 4, 0, True, False, "keep"),
+    ("ep1", 1, 1, False, True, "selective"),
+    ("ddp2", 1, 1, True, False, "full"),
+    ("ddp2", 4, 0, False, True, "count-full"),
+    ("ep2", 1, 0, True, True, "keep"),
+    ("ep2", 4, 1, False, False, "full"),
+    ("ep1of2", 4, 1, True, False, "selective"),
+    ("ep1of2", 1, 0, False, True, "selective"),
+    ("ddp4", 1, 0, True, True, "full"),
+    ("ddp4", 4, 1, False, False, "count"),
+    ("ep4", 1, 1, False, True, "keep"),
+    ("ep4", 4, 0, True, False, "count"),
+    ("ep2of4", 1, 0, False, False, "selective"),
+    ("ep2of4", 4, 1, True, True, "keep"),
+    ("ep1of4", 4, 0, False, False, "count-full"),
+    ("ep1of4", 1, 1, True, True, "full"),
+    ("fsdp1", 4, 1, True, False, "full"),
+    ("fsdp2", 1, 0, True, True, "keep"),
+    ("fsdp2", 4, 1, False, False, "selective"),
+    ("fsdp4", 4, 0, True, True, "count"),
+    ("hsdp4", 1, 1, False, True, "selective"),
+    ("hsdp4", 4, 0, True, False, "count"),
+    ("ep_fsdp2", 4, 1, True, False, "keep"),
+    ("ep_fsdp2", 1, 0, False, True, "full"),
+    ("ep2_fsdp4", 1, 0, True, False, "keep"),
+    ("ep2_fsdp4", 4, 1, False, True, "count-full"),
+    ("ep2_hsdp4", 4, 1, True, True, "full"),
+    ("ep2_hsdp4", 1, 0, False, False, "selective"),
+    ("ep1_hsdp4", 4, 0, True, True, "selective"),
 ]
 
 
@@ -62,9 +84,9 @@ def variant(shared: int, padded: bool) -> list[str]:
 
 
 def on_mesh(ranks, case: tuple, dtype: str, steps: int = STEPS) -> Trained:
-    mesh, accumulation, shared, padded, forced = case
+    mesh, accumulation, shared, padded, forced, passes = case
     world, overrides = MESHES[mesh]
-    overrides = [*overrides, *variant(shared, padded), f"run.dtype={dtype}", f"run.nproc={world}",
+    overrides = [*overrides, *variant(shared, padded), *PASSES[passes], f"run.dtype={dtype}", f"run.nproc={world}",
                  f"train.micro_batch={16 // world // accumulation}"]
     arguments = (train_steps, overrides, steps, FORCED if forced else None)
     return alone(*arguments[1:]) if world == 1 else union(ranks(world).run(*arguments))
@@ -112,7 +134,7 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 @pytest.mark.ranks
 def test_a_mesh_gives_what_the_oracle_gives_in_float64(ranks, case):
-    ours, expected = on_mesh(ranks, case, "float64"), truth(*case[2:])
+    ours, expected = on_mesh(ranks, case, "float64"), truth(*case[2:5])
     assert_close(ours.gradients, expected.gradients, 1e-10, "gradient of the first step")
     assert_close(ours.parameters, expected.parameters, 1e-10, f"parameter after {STEPS} steps")
     for step, (mine, theirs) in enumerate(zip(ours.metrics, expected.metrics), 1):
@@ -153,7 +175,7 @@ def serial_float32(shared: int, padded: bool, forced: bool) -> Trained:
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_mesh_gives_what_one_process_gives_in_float32(ranks, case):
-    ours, expected = on_mesh(ranks, case, "float32"), serial_float32(*case[2:])
+    ours, expected = on_mesh(ranks, case, "float32"), serial_float32(*case[2:5])
     if case[4] or all(torch.equal(ours.counts[0][name], count) for name, count in expected.counts[0].items()):
         assert_close(ours.gradients, expected.gradients, 1e-5, "gradient of the first step")
     else:
@@ -165,6 +187,6 @@ def test_a_mesh_gives_what_one_process_gives_in_float32(ranks, case):
 @pytest.mark.ranks
 def test_four_accumulated_micro_batches_of_one_are_one_of_four(ranks):
     """exact: accumulation 4 x micro-batch 1 equals 1 x 4 on four ranks, routers and hidden states alike."""
-    split, whole = (on_mesh(ranks, ("ep2of4", a, 1, True, False), "float64", 3) for a in (4, 1))
+    split, whole = (on_mesh(ranks, ("ep2of4", a, 1, True, False, "keep"), "float64", 3) for a in (4, 1))
     assert_close(split.parameters, whole.parameters, 1e-10, "parameter after 3 steps")
     assert_close(split.gradients, whole.gradients, 1e-10, "gradient")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetrain.ops.gating import count_choices, decide, gather_weights, top_k
+from moetrain.ops.gating import count_choices, decide, gather_weights, scatter_weights, top_k
 
 
 def sorted_by_hand(row: list[float], k: int) -> list[int]:
@@ -74,3 +74,14 @@ def test_counts_used_slots_of_every_expert(ids, expected):
 
 def test_no_tokens_count_zero_for_every_expert():
     assert count_choices(torch.zeros(0, 2, dtype=torch.int64), 3).tolist() == [0, 0, 0]
+
+
+def test_scattered_weights_come_back_at_any_ids():
+    weights_TK = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    ids_TK = torch.tensor([[0, 4], [2, -1], [-1, -1]])
+    by_expert_TE = scatter_weights(weights_TK, ids_TK, 5)
+    assert by_expert_TE.count_nonzero() == 3 and by_expert_TE[0, 0] == weights_TK[0, 0]
+    assert gather_weights(by_expert_TE, ids_TK).equal(weights_TK.where(ids_TK >= 0, 0))
+    swapped = gather_weights(by_expert_TE, torch.tensor([[4, -1], [2, 3], [0, -1]]))
+    assert swapped.tolist() == [[weights_TK[0, 1], 0], [weights_TK[1, 0], 0], [0, 0]]
+    assert torch.autograd.gradcheck(lambda weights: scatter_weights(weights, ids_TK, 5), weights_TK)

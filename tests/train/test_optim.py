@@ -1,6 +1,7 @@
-"""The schedule, the parameter groups, and AdamW's state before the first step."""
+"""The schedules, the parameter groups, and AdamW's state before the first step."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,53 @@ def test_short_runs_and_no_warmup_have_a_rate(warmup, steps):
     optim = OptimConfig(lr=1.0, warmup=warmup, min_lr_ratio=0.0)
     assert all(0 <= learning_rate(step, steps, optim) <= 1 for step in range(1, steps + 1))
     assert learning_rate(1, 10, OptimConfig(lr=1.0, warmup=0, min_lr_ratio=0.0)) > 0.9
+
+
+WSD = OptimConfig(lr=2.0, warmup=4, min_lr_ratio=0.1, schedule="wsd", decay=0.25)
+
+
+def test_wsd_warms_up_stays_and_decays_over_the_last_share_of_the_steps():
+    rates = [learning_rate(step, 40, WSD) for step in range(1, 41)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert set(rates[3:30]) == {2.0}                                    # the last of them is step 30
+    assert rates[30:] == pytest.approx([2.0 - 1.8 * step / 10 for step in range(1, 11)])
+
+
+def test_wsd_by_the_root_falls_fast_at_first():
+    optim = replace(WSD, decay_shape="sqrt")
+    assert [learning_rate(step, 40, optim) for step in range(31, 41)] == pytest.approx(
+        [0.2 + 1.8 * (1 - math.sqrt(step / 10)) for step in range(1, 11)])
+
+
+@pytest.mark.parametrize("shape", ["linear", "sqrt"])
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("warmup", [0, 3, 20])
+def test_wsd_at_its_edges(shape, steps, warmup):
+    """No decay: constant to the end. Nothing but decay: it begins with the end of the warm-up."""
+    for decay in (0.0, 0.9, 1.0):
+        optim = replace(WSD, warmup=warmup, decay=decay, decay_shape=shape, min_lr_ratio=0.0)
+        rates = [learning_rate(step, steps, optim) for step in range(1, steps + 1)]
+        rising, after = rates[:warmup], rates[warmup:]
+        assert rising == [2.0 * step / warmup for step in range(1, len(rising) + 1)]
+        if decay == 0:
+            assert set(after) <= {2.0}
+        elif after:
+            assert after == sorted(set(after), reverse=True) and after[-1] == 0.0
+            assert decay < 1 or after[0] < 2.0
+
+
+@pytest.mark.parametrize("decay", [0.8, 1.0])
+def test_a_decay_that_would_begin_inside_the_warm_up_begins_at_its_end(decay):
+    optim = replace(WSD, warmup=3, decay=decay, min_lr_ratio=0.0)
+    assert [learning_rate(step, 10, optim) for step in (3, 4, 10)] == pytest.approx([2.0, 2.0 * 6 / 7, 0.0])
+
+
+@pytest.mark.parametrize("shape", ["linear", "sqrt"])
+def test_a_run_that_stops_before_its_decay_and_goes_on_with_more_steps_is_the_longer_run(shape):
+    optim = replace(WSD, decay_shape=shape)
+    assert [learning_rate(step, 40, optim) for step in range(1, 31)] == [learning_rate(step, 400, optim) for step in range(1, 31)]
+    assert learning_rate(31, 40, optim) != learning_rate(31, 400, optim)
+    assert learning_rate(41, 40, optim) == learning_rate(400, 400, optim) == pytest.approx(0.2)
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():

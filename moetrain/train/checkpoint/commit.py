@@ -50,12 +50,12 @@ def commit(temporary: Path, final: Path, *, ranks: int, facts: dict[str, Any], v
     disk.sync_directory(temporary)
     if final.exists() and not _make_way(final):
         disk.remove_tree(temporary)
-        return
-    disk.rename(temporary, final)
-    disk.sync_directory(final.parent)
+    else:
+        disk.rename(temporary, final)
+        disk.sync_directory(final.parent)
     try:
         retire(final.parents[1], keep)
-    except OSError as error:                             # the new checkpoint is there: the save has succeeded
+    except OSError as error:                             # the checkpoint is there: the save has succeeded
         log.warning("old checkpoints could not be removed: %s", error)
 
 
@@ -106,6 +106,7 @@ def retire(run_dir: Path, keep: int | None) -> list[Path]:
     old = [path for path in oldest.parent.glob("step-*") if path.name[:13] < oldest.name and ".tmp" not in path.name]
     for path in sorted(old):
         grave = path.with_name(f"{path.name}.tmp-0")     # one step: never a checkpoint that lacks some of its files
+        disk.remove_tree(grave)
         disk.rename(path, grave)
         disk.remove_tree(grave)
     return old

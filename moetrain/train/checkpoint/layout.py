@@ -6,7 +6,7 @@ with columns is seldom the rows and then compares everything with everything. Wh
 object of DCP.
 """
 
-import zlib
+import heapq
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -32,13 +32,22 @@ class Read(NamedTuple):
 
 
 def written_here(pieces: Iterable[Piece], mesh: Mesh) -> list[Piece]:
-    """The pieces that this rank writes: of ranks that hold the same piece one does, which one follows from the name."""
-    return [piece for piece in pieces if piece.rows.numel() and is_writer(piece, mesh)]
+    """The pieces that this rank writes: of ranks that hold the same piece one does, the one with the fewest bytes so far.
 
-
-def is_writer(piece: Piece, mesh: Mesh) -> bool:
-    group = mesh[piece.held_by]
-    return zlib.crc32(piece.name.encode()) % group.size == group.position
+    Nobody is asked: ranks that hold the same pieces see them in the same order. A disagreement would show in the commit.
+    """
+    loads: dict[str, list[tuple[int, int]]] = {}
+    mine = []
+    for piece in pieces:
+        if not piece.rows.numel():
+            continue
+        group = mesh[piece.held_by]
+        load = loads.setdefault(group.name, [(0, position) for position in range(group.size)])
+        size, position = load[0]
+        heapq.heapreplace(load, (size + piece.rows.numel() * piece.rows.element_size(), position))
+        if position == group.position:
+            mine.append(piece)
+    return mine
 
 
 def reads(name: str, entry: Entry, first: int, rows: int) -> list[Read]:

@@ -310,8 +310,9 @@ def _place(name: str, file: int, begin: int, length: int, crcs: list[int], block
 
 def _no_name_twice(manifest: Manifest) -> None:
     for name in manifest.tensors:
-        found = split_expert(name)
-        _require(not found or found[0] not in manifest.experts, f"{name} is there twice")
+        pattern, expert = split_expert(name) or ("", 0)
+        table = manifest.experts.get(pattern)
+        _require(table is None or expert >= len(table.rows), f"{name} is missing rows, or there twice")
 
 
 def _covers(name: str, file: File, ranges: list[tuple[int, int]]) -> None:

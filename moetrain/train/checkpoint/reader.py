@@ -1,68 +1,273 @@
-"""Loading: every rank reads the tensors it holds, by name, and checks each one's checksum.
+"""Loading: every rank reads the rows it holds, by name, from whatever mesh wrote them.
 
-Names are global, so a checkpoint loads on any mesh. Nothing is unpickled.
+    load, load_model             one checkpoint into a state, or the model alone
+    resume, load_newest_model    the newest that is good; the same one on every rank
+
+Nothing is written into the state before everything this rank will read has been compared with its checksums, and nothing
+is unpickled.
 """
 
-import math
+import logging
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from moetrain.comm.mesh import Group, Mesh
+from moetrain.comm.reduce import all_or_none, largest_over, sum_over
+from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.pieces import Piece
-from moetrain.train.checkpoint.manifest import NAME, Entry, Manifest, damaged, read_manifest
+from moetrain.train.checkpoint.commit import set_aside
+from moetrain.train.checkpoint.layout import DTYPES, NAMES, Read, reads
+from moetrain.train.checkpoint.manifest import (
+    NAME, Entry, Manifest, Part, complete, damaged, is_damage, read_manifest, row_bytes, step_of,
+)
+from moetrain.train.checkpoint.payload import Payload
+from moetrain.train.checkpoint.verify import check_files, problems
 from moetrain.train.state import TrainState, weights
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
+log = logging.getLogger(__name__)
+
+MODEL = ("model.", "buffer.")
 
 
-def load(state: TrainState, directory: Path) -> Manifest:
-    """Fill the state, optimizer included. Reads only; no collective."""
-    manifest = read_manifest(directory)
-    _fill(state.pieces(), manifest, directory)
-    state.restore(manifest.values)
-    return manifest
+class Resumed(NamedTuple):
+    """The checkpoint that was loaded; lost: steps of newer ones that were damaged."""
+
+    path: Path
+    manifest: Manifest
+    lost: int
 
 
-def load_model(model: Transformer, directory: Path) -> Manifest:
-    """Fill the model's logical tensors only, for evaluation and generation."""
-    manifest = read_manifest(directory)
-    _fill(weights(model), manifest, directory)
-    return manifest
+def load(state: TrainState, directory: Path, *, verify: str = "full", mesh: Mesh | None = None) -> Manifest:
+    """Fill the state, optimizer included. verify: `full` compares checksums, `sizes` only sizes and headers.
+
+    mesh: the check that the model has every tensor of the checkpoint asks all its ranks; without it, this one holds all.
+    Collective with a mesh.
+    """
+    loading = Loading(state.pieces(), directory, verify)
+    _load(loading, mesh)
+    state.restore(loading.manifest.values)
+    return loading.manifest
 
 
-@torch.no_grad()
-def _fill(named: Iterable[Piece], manifest: Manifest, directory: Path) -> None:
-    wanted = {}
-    for name, _, _, view, _ in named:
-        if name not in manifest.tensors:
-            raise damaged(directory / NAME, f"tensor {name} is missing: the model is another one")
-        wanted[name] = view
-    by_file: dict[str, list[str]] = {}
-    for name in wanted:
-        by_file.setdefault(manifest.tensors[name].file, []).append(name)
-    for file, names in by_file.items():
-        path = directory / file
-        if file not in manifest.files or not path.is_file():
-            raise damaged(path, "the file is missing")
-        if path.stat().st_size != manifest.files[file]:
-            raise damaged(path, f"{path.stat().st_size} bytes long, {manifest.files[file]} when it was written")
-        with path.open("rb") as stream:
-            for name in names:
-                wanted[name].copy_(_read(stream, path, name, manifest.tensors[name], wanted[name]))
+def load_model(model: Transformer, directory: Path, *, verify: str = "full", mesh: Mesh | None = None) -> Manifest:
+    """Fill the model alone, for evaluation and generation."""
+    loading = Loading(weights(model), directory, verify, only=MODEL)
+    _load(loading, mesh)
+    return loading.manifest
 
 
-def _read(stream, path: Path, name: str, entry: Entry, like: Tensor) -> Tensor:
-    dtype = DTYPES.get(entry.dtype)
-    if dtype != like.dtype or entry.shape != tuple(like.shape):
-        raise damaged(path, f"{name} is {entry.dtype} {list(entry.shape)}, the model wants {like.dtype} {list(like.shape)}")
-    if entry.length != math.prod(entry.shape) * dtype.itemsize:
-        raise damaged(path, f"{name} has {entry.length} bytes, which its shape contradicts")
-    stream.seek(entry.begin)
-    content = stream.read(entry.length)
-    if zlib.crc32(content) != entry.crc:
-        raise damaged(path, f"{name} (bytes {entry.begin} to {entry.begin + entry.length}) does not match its checksum")
-    return torch.frombuffer(bytearray(content), dtype=dtype).view(entry.shape)
+def resume(state: TrainState, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
+    """Fill the state from the newest good checkpoint of a run; None where there is none. Collective.
+
+    Damage that one rank finds makes all of them take the next older one; rank 0 says what was lost and takes the damaged
+    checkpoint out of the way. CheckpointError where none is good, or where they are of another model.
+    """
+    found = _newest_good(run_dir, mesh, lambda directory: Loading(state.pieces(), directory, verify), aside=True)
+    if found is not None:
+        state.restore(found.manifest.values)
+    return found
+
+
+def load_newest_model(model: Transformer, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
+    """The same for the model alone; changes nothing on the disk. Collective."""
+    return _newest_good(run_dir, mesh, lambda directory: Loading(weights(model), directory, verify, MODEL), aside=False)
+
+
+class Loading:
+    """What of a checkpoint goes where on this rank: planned when it is made, then verified, then filled in."""
+
+    def __init__(self, pieces: Iterable[Piece], directory: Path, verify: str, only: tuple[str, ...] = ("",)) -> None:
+        self.directory, self.check = directory, verify == "full"
+        self.manifest = read_manifest(directory)
+        self.only = only
+        _or_damaged(directory, lambda: check_files(directory, self.manifest))
+        self.wanted = self._plan(list(pieces))
+
+    def verify(self) -> None:
+        """Compare everything that will be read with its checksums, and the files' headers with the manifest."""
+        if not self.check:
+            return
+        with ExitStack() as stack:
+            files = self._open(stack)
+            parts = self.manifest.parts()
+            for name, payload in files.items():
+                payload.check_keys(parts[name], self.manifest.values["step"])
+            for piece, entry, plan in self.wanted:
+                for read in plan:
+                    for _ in self._blocks(files, piece, entry, read):
+                        pass
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Write into the pieces."""
+        with ExitStack() as stack:
+            files = self._open(stack)
+            for piece, entry, plan in self.wanted:
+                for read in plan:
+                    content = bytearray().join(self._blocks(files, piece, entry, read))
+                    rows = torch.frombuffer(content, dtype=DTYPES[entry.dtype])
+                    target = piece.rows[read.target:read.target + read.rows] if entry.shape else piece.rows
+                    target.copy_(rows.view(target.shape))
+
+    def unwanted(self, batch: Group | None) -> list[str]:
+        """Tensors of the checkpoint that no rank has a place for. Collective."""
+        names = [name for name in self.manifest.names() if name.startswith(self.only)]
+        mine = {piece.name for piece, _, _ in self.wanted}
+        counts = torch.tensor([name in mine for name in names], dtype=torch.int32)
+        if batch is not None and batch.process_group is not None:
+            counts = sum_over(batch, counts.to(_device(batch)))
+        return [name for name, count in zip(names, counts.tolist()) if not count]
+
+    def _plan(self, pieces: list[Piece]) -> list[tuple[Piece, Entry, list[Read]]]:
+        """Every piece with its entry and what to read, in the order of the files; a CheckpointError names what does not fit."""
+        wanted, differ = [], []
+        for piece in pieces:
+            entry = self.manifest.entry(piece.name)
+            if entry is None:
+                differ.append(f"{piece.name} is not in the checkpoint")
+            elif entry.shape != tuple(piece.shape) or entry.dtype != NAMES.get(piece.rows.dtype):
+                differ.append(f"{piece.name} is {entry.dtype} {list(entry.shape)} in the checkpoint, "
+                              f"{NAMES.get(piece.rows.dtype)} {list(piece.shape)} here")
+            elif piece.rows.numel():
+                rows = len(piece.rows) if piece.shape else 1
+                wanted.append((piece, entry, reads(piece.name, entry, piece.begin, rows)))
+        if differ:
+            raise other_model(self.directory, differ)
+        return sorted(wanted, key=lambda want: (want[2][0].chunk.file, want[2][0].chunk.begin))
+
+    def _open(self, stack: ExitStack) -> dict[str, Payload]:
+        names = {read.chunk.file for _, _, plan in self.wanted for read in plan}
+        return {name: stack.enter_context(Payload(self.directory / name, self.manifest.files[name])) for name in sorted(names)}
+
+    def _blocks(self, files: dict[str, Payload], piece: Piece, entry: Entry, read: Read) -> Iterable[memoryview]:
+        width, chunk = row_bytes(entry), read.chunk
+        part = Part(chunk.begin, chunk.rows * width, piece.name, entry.dtype, entry.shape, chunk.crcs)
+        begin = read.source * width
+        return files[chunk.file].blocks(part, self.manifest.block, begin, begin + read.rows * width, self.check)
+
+
+def other_model(directory: Path, differ: list[str]) -> CheckpointError:
+    more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return CheckpointError(3, "the checkpoint is of another model", where=str(directory), why="; ".join(differ[:3]) + more,
+                           next="set back model.*, optim.name and run.dtype, or start another run with run.name")
+
+
+def _load(loading: Loading, mesh: Mesh | None) -> None:
+    loading.verify()
+    left = loading.unwanted(mesh["batch"] if mesh else None)
+    if left:
+        raise other_model(loading.directory, [f"{name} is in the checkpoint alone" for name in left])
+    loading.fill()
+
+
+# --- the same on every rank
+
+
+def _newest_good(run_dir: Path, mesh: Mesh, read: Callable[[Path], Loading], *, aside: bool) -> Resumed | None:
+    batch, passed_over, below = mesh["batch"], [], None
+    while (directory := _newest_of_all(run_dir, batch, below)) is not None:
+        loading, error = _attempt(lambda: read(directory))
+        if error is None:
+            _, error = _attempt(loading.verify)
+        if _agreed(batch, error):
+            _same_everywhere(batch, loading)
+            _nothing_left(batch, loading)
+            _, error = _attempt(loading.fill)
+            if _agreed(batch, error):
+                return Resumed(directory, loading.manifest, _go_back(passed_over, directory, mesh, aside))
+        passed_over.append((directory, error))
+        below = step_of(directory)
+    if passed_over:
+        _none_is_good(passed_over, mesh)
+    return None
+
+
+def _newest_of_all(run_dir: Path, batch: Group, below: int | None) -> Path | None:
+    """The newest checkpoint that any rank sees."""
+    steps = [step_of(path) for path in complete(run_dir)]
+    step = int(largest_over(batch, max((step for step in steps if below is None or step < below), default=-1)))
+    return None if step < 0 else run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def _attempt(action: Callable[[], Loading | None]) -> tuple[Loading | None, CheckpointError | None]:
+    try:
+        return action(), None
+    except CheckpointError as error:
+        return None, error
+
+
+def _agreed(batch: Group, error: CheckpointError | None) -> bool:
+    """True when no rank has an error, False when one found damage; another error ends all ranks."""
+    worst = largest_over(batch, 0 if error is None else 1 if is_damage(error) else 2)
+    if worst == 2:
+        all_or_none(batch, lambda: _raise(error if error is not None and not is_damage(error) else None))
+    return worst == 0
+
+
+def _same_everywhere(batch: Group, loading: Loading) -> None:
+    """Ranks on disks of their own would each go on from another state."""
+    crc = zlib.crc32(loading.manifest.encode())
+    if int(largest_over(batch, crc)) != crc or int(-largest_over(batch, -crc)) != crc:
+        raise CheckpointError(6, "ranks see different checkpoints", where=str(loading.directory),
+                              why="their manifests differ", next="put run.dir where every rank sees the same files")
+
+
+def _nothing_left(batch: Group, loading: Loading) -> None:
+    left = loading.unwanted(batch)
+    all_or_none(batch, lambda: _raise(other_model(loading.directory, [f"{name} is in the checkpoint alone" for name in left])
+                                      if left else None))
+
+
+def _go_back(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Path, mesh: Mesh, aside: bool) -> int:
+    """Say what was lost, on rank 0."""
+    if not passed_over:
+        return 0
+    lost = step_of(passed_over[0][0]) - step_of(loaded)
+    for path, error in passed_over if mesh.is_main else ():
+        error = error or next(problems(path), None)
+        what = f"{error.where}: {error.why}" if error else f"{path}: another rank cannot read it"
+        log.warning("%s is damaged (%s)", path.name, what)
+        if aside:
+            try:
+                set_aside(path)
+            except OSError as failure:
+                log.warning("%s could not be moved aside: %s", path, failure)
+    if mesh.is_main:
+        log.warning("going on from %s: %d steps are lost", loaded.name, lost)
+    return lost
+
+
+def _none_is_good(passed_over: list[tuple[Path, CheckpointError | None]], mesh: Mesh) -> None:
+    def refuse() -> None:
+        found = [error or next(problems(path), None) for path, error in passed_over]
+        raise CheckpointError(
+            4, "no checkpoint of the run can be loaded", where=str(passed_over[0][0].parent),
+            why="; ".join(f"{error.where}: {error.why}" for error in found if error) or "another rank cannot read them",
+            next="restore the files, or start another run with run.name")
+
+    all_or_none(mesh["batch"], refuse)
+
+
+def _or_damaged(directory: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise damaged(directory / NAME, f"the directory cannot be read: {error.strerror or error}") from error
+
+
+def _raise(error: CheckpointError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _device(group: Group) -> torch.device:
+    backend = torch.distributed.get_backend(group.process_group)
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+
+

@@ -23,8 +23,8 @@ from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import all_or_none, sum_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
-from moetrain.train.checkpoint.commit import commit, remove_leftovers, write_rank
 from moetrain.train.checkpoint import disk
+from moetrain.train.checkpoint.commit import commit, remove_leftovers, write_rank
 from moetrain.train.checkpoint.snapshot import take
 from moetrain.train.state import TrainState
 
@@ -78,7 +78,7 @@ class Saver:
     def settle(self, total: int) -> Saved | None:
         """What follows from the sum of all ranks' polls, on every rank alike; the outcome once a save has ended.
 
-        DiskError on all ranks when too many have failed in a row.
+        Each sum is settled once, before the next poll. DiskError on all ranks when too many have failed in a row.
         """
         ranks = self.mesh["batch"].size
         if self.job is None or total % (1 << 20) < ranks:
@@ -183,7 +183,7 @@ class _Job:
 
 def save(state: TrainState, run_dir: Path, mesh: Mesh, facts: dict[str, object]) -> Path:
     """One checkpoint of this step, waited for; removes no older one. Collective. DiskError on all ranks when it fails."""
-    saver = Saver(run_dir, mesh, CheckpointConfig(keep=None, async_save=True, max_failed_saves=2))
+    saver = Saver(run_dir, mesh, CheckpointConfig(keep=None, max_failed_saves=2))
     saver.begin(state, facts)
     return saver.finish(required=True).path
 

@@ -1,0 +1,100 @@
+"""The routed experts of a layer as one op: gather, gate and up, SwiGLU, down.
+
+    rows = x[order];   h = rows gate_up_e^T;   a = silu(h_gate) * h_up * w;   out = a down_e^T
+
+Backward it keeps x, the weights and h, nothing else: the ordered rows are gathered again and `a` is made again from h
+(SonicMoE and Megatron's memory-efficient permutation read the gradient of w off a and its gradient too, so that no
+expert output is kept). Parameters are float32 or better and cast where they are used; the cast copy is not kept either.
+Every product over rows is a grouped one, and sums over a token's rows run in slot order: the result is the same to the
+last bit from run to run. An expert without rows gets gradients of zeros, never none.
+
+Shapes: R rows ordered by expert, N rows as they arrived, K rows per arrived row, e experts on this rank, D model width,
+F hidden width, G = 2F.
+"""
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.extension import define
+from moetrain.ops.grouped_gemm import grouped_outer, grouped_product, make_groups
+from moetrain.ops.permute import Permutation, gather_tokens, sum_slots
+from moetrain.ops.swiglu import swiglu, swiglu_backward
+
+
+def _reference(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor, gate_up_eGD: Tensor,
+               down_eDF: Tensor, counts_e: list[int]) -> tuple[Tensor, Tensor]:
+    groups = make_groups(counts_e, x_ND.device)
+    rows_RD = _ordered(x_ND, slots_R, rows_NK)
+    gate_up_RG = grouped_product(rows_RD, gate_up_eGD.to(x_ND.dtype).mT, groups)
+    hidden_RF = swiglu(gate_up_RG, weights_R)
+    return grouped_product(hidden_RF, down_eDF.to(x_ND.dtype).mT, groups), gate_up_RG
+
+
+def _fake(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, counts_e):
+    rows = weights_R.shape[0]
+    return x_ND.new_empty(rows, x_ND.shape[1]), x_ND.new_empty(rows, gate_up_eGD.shape[1])
+
+
+def _reference_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor,
+                        gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_RG: Tensor,
+                        counts_e: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = make_groups(counts_e, x_ND.device)
+    grad_RD = grad_RD.contiguous()                       # a sum hands in an expanded one, which grouped_mm refuses
+    hidden = swiglu_backward(grouped_product(grad_RD, down_eDF.to(x_ND.dtype), groups), gate_up_RG, weights_R)
+    d_down_eDF = grouped_outer(grad_RD, hidden.hidden_RF, groups).to(down_eDF.dtype)
+    d_gate_up_eGD = grouped_outer(hidden.gate_up_RG, _ordered(x_ND, slots_R, rows_NK), groups).to(gate_up_eGD.dtype)
+    d_rows_RD = grouped_product(hidden.gate_up_RG, gate_up_eGD.to(x_ND.dtype), groups)
+    d_x_ND = d_rows_RD if slots_R is None else sum_slots(d_rows_RD, slots_R, rows_NK)
+    return d_x_ND, hidden.weights_R, d_gate_up_eGD, d_down_eDF
+
+
+def _fake_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_RG, counts_e):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                 for tensor in (x_ND, weights_R, gate_up_eGD, down_eDF))
+
+
+def _ordered(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None) -> Tensor:
+    return x_ND.contiguous() if slots_R is None else gather_tokens(x_ND, slots_R, rows_NK)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.counts_e = inputs
+    _, gate_up_RG = output
+    ctx.mark_non_differentiable(gate_up_RG)
+    ctx.set_materialize_grads(False)                     # no zeros for gate_up_RG
+    ctx.save_for_backward(*tensors, gate_up_RG)
+
+
+def _gradients(ctx, grad_RD: Tensor | None, _):
+    if grad_RD is None:
+        return (None,) * 7
+    d_x_ND, d_weights_R, d_gate_up_eGD, d_down_eDF = _backward(grad_RD, *ctx.saved_tensors, ctx.counts_e)
+    return d_x_ND, None, None, d_weights_R, d_gate_up_eGD, d_down_eDF, None
+
+
+_INPUTS = "Tensor x_ND, Tensor? slots_R, Tensor? rows_NK, Tensor weights_R, Tensor gate_up_eGD, Tensor down_eDF"
+_backward = define(
+    f"grouped_experts_backward(Tensor grad_RD, {_INPUTS}, Tensor gate_up_RG, SymInt[] counts_e)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+_forward = define(
+    f"grouped_experts({_INPUTS}, SymInt[] counts_e) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    backward=_gradients,
+    setup_context=_save,
+)
+
+
+def grouped_experts(x_ND: Tensor, weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, counts_e: list[int],
+                    order: Permutation | None = None) -> Tensor:
+    """Weighted outputs of the experts, [R, D] ordered by expert.
+
+    counts_e: rows of each expert, on the host; they sum to R. order: which arrived row is which expert's row; without
+    it x holds the rows ordered by expert already (N = R). weights_R: in the order of the output, float32 or better.
+    """
+    slots_R, rows_NK = (None, None) if order is None else (order.slots_R, order.rows_TK)
+    out_RD, _ = _forward(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, counts_e)
+    return out_RD

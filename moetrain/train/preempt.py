@@ -1,0 +1,67 @@
+"""Told to stop: SIGTERM and SIGUSR1 save at the next step's end and leave with code 10.
+
+    first signal         `requested` is set; the loop puts it to the vote of the step (train/step.py), so that all ranks save
+                         and leave after the same step, whichever of them were told
+    second signal        leaves at once, without a save
+    run.grace_s is over  the same: whoever told us will not wait longer
+
+A thread watches: a rank that waits for others inside a collective cannot run Python's signal handlers, but the interpreter's
+C handler writes the signal's number to a pipe at any time.
+"""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preemption:
+    """While it is entered, signals ask for a save. Main thread only.
+
+    grace_s: seconds between the first signal and leaving without a save; None waits as long as it takes.
+    leaving: called with the code and a reason before the process goes without a save.
+    """
+
+    def __init__(self, *, grace_s: float | None, leaving: Callable[[int, str], None]) -> None:
+        self.grace_s, self.leaving = grace_s, leaving
+        self.requested: signal.Signals | None = None
+
+    def __enter__(self) -> "Preemption":
+        self._reads, self._writes = socket.socketpair()
+        self._writes.setblocking(False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="preemption", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._writes.close()                             # ends the thread
+
+    def _watch(self) -> None:
+        try:
+            while numbers := self._reads.recv(16):
+                for number in numbers:
+                    if number in SIGNALS:
+                        self._told(signal.Signals(number))
+        except TimeoutError:
+            self._leave(f"{self.requested.name} came {self.grace_s:g} s ago and the save is not done")
+        finally:
+            self._reads.close()
+
+    def _told(self, number: signal.Signals) -> None:
+        if self.requested is not None:
+            self._leave(f"{number.name} came after {self.requested.name}: left at once, without a save")
+        self.requested = number
+        self._reads.settimeout(self.grace_s)
+
+    def _leave(self, reason: str) -> None:
+        code = 128 + self.requested
+        self.leaving(code, reason)
+        os._exit(code)

@@ -1,0 +1,69 @@
+"""What FSDP2 must not lose, and what it is there for: gradients of statistics, memory, whole parameters after evaluation."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from moetrain.parallel.pieces import pieces
+from moetrain.train.evaluate import evaluate
+from moetrain.train.step import train_step
+from tests.integration.training import difference, make_run, train_steps, union
+
+FSDP = ["run.dtype=float64", "run.nproc=2", "parallel=fsdp", "train.micro_batch=4"]
+
+
+def balance_alone(overrides: list[str]) -> float:
+    """Largest gradient of a router when the balance loss is all there is."""
+    from moetrain.train import passes
+
+    run = make_run([*overrides, "balance.weight=1.0", "loss.z.weight=0"])
+    before = passes.cross_entropy_sum
+    passes.cross_entropy_sum = lambda logits, targets: 0 * before(logits, targets)
+    try:
+        train_step(run, 1)
+    finally:
+        passes.cross_entropy_sum = before
+    return max(piece.rows.abs().max().item() for piece in pieces(run.state.model, lambda parameter: parameter.grad)
+               if "router" in piece.name)
+
+
+@pytest.mark.ranks
+def test_the_balance_loss_alone_moves_the_router(ranks):
+    """FSDP2 finds the tensors that leave a module by flattening its output; statistics in a plain dataclass lose theirs."""
+    for largest in ranks(2).run(balance_alone, FSDP):
+        assert largest > 1e-4
+
+
+def held_bytes(overrides: list[str]) -> tuple[int, int, bool]:
+    run = make_run(overrides)
+    train_step(run, 1)
+    evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    parameters = list(run.state.model.parameters())
+    held = sum(piece.rows.nbytes for piece in pieces(run.state.model))
+    moments = sum(piece.rows.nbytes for piece in run.state.pieces()) - held
+    return held, moments, all(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("overrides", [["parallel=fsdp"], ["parallel=ep_fsdp", "parallel.ep=2"], ["parallel=ep_fsdp", "parallel.ep=1"]])
+def test_every_rank_keeps_its_part_alone_also_after_an_evaluation(ranks, overrides):
+    whole, moments, _ = held_bytes(["run.dtype=float64"])
+    parts = ranks(4).run(held_bytes, [*overrides, "run.dtype=float64", "run.nproc=4", "train.micro_batch=4"])
+    assert sum(held for held, _, _ in parts) == whole and sum(m for _, m, _ in parts) == moments
+    assert max(held for held, _, _ in parts) < 0.3 * whole
+    assert all(sharded for _, _, sharded in parts)
+
+
+@pytest.mark.ranks
+def test_experts_that_do_not_divide_are_cut_by_rows(ranks):
+    """6 experts over 4 ranks: no rank without a part of each."""
+    overrides = ["run.dtype=float64", "model.num_experts=6", "data.min_length=0.4"]
+    held = ranks(4).run(train_steps, [*overrides, "run.nproc=4", "parallel=fsdp", "train.micro_batch=4"], 2)
+    assert all(len(rank.parameters["layers.1.moe.experts.5.down"][2]) == 4 for rank in held)
+    ours, truth = union(held), union([train_steps(overrides, 2)])
+    assert difference(ours.parameters, truth.parameters)[0] < 1e-10
+
+
+def test_one_process_shards_nothing():
+    run = make_run(["parallel=fsdp"])
+    assert not any(isinstance(parameter, DTensor) for parameter in run.state.model.parameters())

@@ -1,0 +1,178 @@
+"""Runs that are told to stop, lose a rank, crash again and again, or meet another job: real processes and real signals.
+
+What is compared: the losses of every step in metrics.jsonl, to the last bit, with those of a run nobody disturbed.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["model=debug", "data=synthetic", "log.wandb=off", "train.global_batch=8", "train.seq_len=32", "model.dim=32",
+         "model.expert_dim=32", "checkpoint.interval=10", "eval.windows=1", "log.interval=1000"]
+TWO = ["run.nproc=2", "parallel=ep"]
+
+
+class Job:
+    """`moetrain train` (or torchrun around it) in a process of its own."""
+
+    def __init__(self, directory: Path, *overrides: str, torchrun: int = 0, steps: int = 60) -> None:
+        self.run_dir = directory / "run"
+        words = ["-m", "moetrain", "train", *SMALL, f"run.dir={self.run_dir}", f"run.steps={steps}", *overrides]
+        agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "--max-restarts", "3"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        self.output = (directory / "output").open("ab")
+        self.process = subprocess.Popen([sys.executable, *(agent + words if torchrun else words)], cwd=directory,
+                                        env=environment, stdout=self.output, stderr=self.output)
+
+    def wait(self, limit: float = 120) -> int:
+        return self.process.wait(limit)
+
+    def wait_for(self, step: int, limit: float = 90) -> "Job":
+        deadline = time.monotonic() + limit
+        while self.steps()[-1:] < [step]:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+        return self
+
+    def workers(self) -> list[int]:
+        """Process ids of the ranks."""
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        return [int(pid) for pid in found]
+
+    def steps(self) -> list[int]:
+        return [int(record["step"]) for record in self.records()]
+
+    def records(self) -> list[dict]:
+        try:
+            lines = (self.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def losses(self) -> list[tuple[int, str]]:
+        return [(int(record["step"]), float(record["loss/ce"]).hex()) for record in self.records()]
+
+    def status(self) -> dict:
+        return json.loads((self.run_dir / "status.json").read_text())
+
+    def text(self) -> str:
+        return (self.run_dir.parent / "output").read_text()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = Job(tmp_path_factory.mktemp("undisturbed"), *TWO)
+    assert job.wait() == 0, job.text()
+    assert job.steps() == list(range(1, 61))
+    return job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "launcher"), (signal.SIGUSR1, "one rank")])
+def test_told_to_stop_all_ranks_save_after_the_same_step_and_the_same_command_goes_on(undisturbed, tmp_path, number, to):
+    job = Job(tmp_path, *TWO).wait_for(12)
+    os.kill(job.process.pid if to == "launcher" else job.workers()[1], number)
+    assert job.wait() == 10, job.text()
+    stopped = job.steps()[-1]
+    assert job.status()["code"] == 10 and job.status()["step"] == stopped < 60
+    assert (job.run_dir / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").exists()
+    assert job.text().count("E-PREEMPTED-001") == 1 and "Traceback" not in job.text()
+    again = Job(tmp_path, *TWO)
+    assert again.wait() == 0, again.text()
+    assert again.losses() == undisturbed.losses()
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once_without_a_save(tmp_path):
+    job = Job(tmp_path, "checkpoint.interval=0", steps=20000).wait_for(5)
+    job.process.send_signal(signal.SIGSTOP)              # both signals arrive while no step can end
+    job.process.send_signal(signal.SIGTERM)
+    job.process.send_signal(signal.SIGUSR1)
+    job.process.send_signal(signal.SIGCONT)
+    began = time.monotonic()
+    assert job.wait(20) in (128 + signal.SIGTERM, 128 + signal.SIGUSR1) and time.monotonic() - began < 2
+    assert "without a save" in job.status()["reason"] and not (job.run_dir / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_without_time_for_a_save_the_run_leaves(tmp_path):
+    job = Job(tmp_path, *TWO, "run.grace_s=0", steps=20000).wait_for(5)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 128 + signal.SIGTERM
+    assert "the save is not done" in job.status()["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rank_killed_anywhere_is_made_good(undisturbed, tmp_path, seed):
+    draw = random.Random(seed)
+    job = Job(tmp_path, *TWO).wait_for(draw.randrange(1, 50))
+    time.sleep(draw.random() * 0.05)
+    killed = time.monotonic()
+    os.kill(draw.choice(job.workers()), signal.SIGKILL)
+    assert job.wait() == 0, job.text()
+    assert "restart 1 of 3" in job.text()
+    assert job.losses() == undisturbed.losses()
+    print(f"killed to finished: {time.monotonic() - killed:.1f} s")
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_its_ranks_over_gloo(undisturbed, tmp_path):
+    job = Job(tmp_path, "parallel=ep", torchrun=2).wait_for(15)
+    os.kill(job.workers()[0], signal.SIGKILL)
+    assert job.wait() == 0, job.text()
+    assert job.losses() == undisturbed.losses() and job.status()["code"] == 0
+
+
+@pytest.mark.slow
+def test_torchrun_told_to_stop_leaves_the_code_in_status_json(tmp_path):
+    job = Job(tmp_path, "parallel=ep", torchrun=2, steps=20000).wait_for(12)
+    os.kill(job.workers()[1], signal.SIGUSR1)
+    assert job.wait() == 0, job.text()                   # torchrun would restart what fails
+    assert job.status()["code"] == 10 and job.status()["step"] == job.steps()[-1]
+
+
+@pytest.mark.slow
+def test_a_second_job_on_the_directory_is_refused_and_disturbs_nothing(tmp_path):
+    job = Job(tmp_path, steps=20000).wait_for(3)
+    second = Job(tmp_path, steps=20000)
+    assert second.wait() == 2
+    assert second.text().count("E-CONFIG-091") == 1 and str(job.process.pid) in second.text()
+    assert not (job.run_dir / "status.json").exists()
+    job.wait_for(job.steps()[-1] + 2)
+    job.process.kill()
+    job.wait()
+    third = Job(tmp_path, steps=20000, ).wait_for(job.steps()[-1] + 2)      # the lock of a dead process is taken over
+    third.process.kill()
+    third.wait()
+
+
+@pytest.mark.slow
+def test_a_run_that_always_crashes_at_one_step_is_stopped(tmp_path):
+    job = Job(tmp_path, steps=20000).wait_for(12)
+    while job.process.poll() is None:
+        job.process.kill()
+        job.wait()
+    start = 10 * (job.steps()[-1] // 10)
+    for _ in range(10):                                  # from some step on the newest save stays the same
+        again = Job(tmp_path, "checkpoint.interval=0", steps=20000)
+        deadline = time.monotonic() + 60
+        while again.process.poll() is None and time.monotonic() < deadline:
+            if f"resumed from step {start}" in again.text() and again.steps()[-1:] > [start]:
+                again.process.kill()
+            time.sleep(0.05)
+        if again.wait() == 17:
+            break
+    assert again.process.returncode == 17, again.text()
+    lines = [json.loads(line) for line in (job.run_dir / "log" / "attempts.jsonl").read_text().splitlines()]
+    assert [line["start"] for line in lines if "start" in line][-3:] == [start] * 3
+    assert again.text().count("E-LOOP-001") == 1 and again.status()["code"] == 17

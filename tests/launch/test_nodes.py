@@ -1,0 +1,138 @@
+"""launch/node.sh and launch/nodes.sh: real processes, nodes that are emulated on this machine."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.runs import TINY, ended, ranks, started, status, steps, two_nodes, until
+from tests.ranks import free_port
+
+pytestmark = pytest.mark.ranks
+
+
+def test_a_mistake_is_said_once_before_anything_starts(tmp_path: Path) -> None:
+    with started("node.sh", *TINY, "train.global_batch=9", "optim.lrr=1", f"run.dir={tmp_path}/run", NPROC=2) as node:
+        code, output = ended(node)
+    assert code == 2 and output.count("E-CONFIG-003") == output.count("E-CONFIG-035") == 1
+    assert "2 ranks" in output and not (tmp_path / "run").exists()
+
+
+def test_a_head_that_cannot_be_reached_is_named_in_time(tmp_path: Path) -> None:
+    port, began = free_port(), time.monotonic()
+    with started("nodes.sh", *TINY, f"run.dir={tmp_path}", NODES=2, NODE_RANK=1, HEAD="127.0.0.1", PORT=port, RDZV_TIMEOUT=2) as node:
+        code, output = ended(node, limit_s=30)
+    assert code == 15 and output.count("E-RENDEZVOUS-002") == 1 and f"127.0.0.1:{port}" in output and "Traceback" not in output
+    assert time.monotonic() - began >= 2
+
+
+@pytest.mark.slow
+def test_two_nodes_train(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with two_nodes(*TINY, "run.steps=6", f"run.dir={run}") as nodes:
+        for node in nodes:
+            code, output = ended(node)
+            assert code == 0, output
+    assert status(run)["code"] == 0 and steps(run) == list(range(1, 7))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_comes_back_and_the_run_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started("node.sh", *TINY, "run.steps=120", "checkpoint.interval=5", f"run.dir={run}", NPROC=2) as node:
+        until(lambda: len(steps(run)) > 8)
+        os.kill(ranks(run)[-1], signal.SIGKILL)
+        code, output = ended(node)
+    assert code == 0, output
+    assert output.count("all ranks start again") == 1 and "resumed" in output
+    assert status(run)["code"] == 0 and steps(run) == list(range(1, 121))
+
+
+@pytest.mark.slow
+def test_a_lost_rank_without_restarts_is_a_lost_peer(tmp_path: Path) -> None:
+    """The last rank to be restarted, rank 0: nobody else can write status.json."""
+    run = tmp_path / "run"
+    with started("node.sh", *TINY, "run.steps=100000", f"run.dir={run}", NPROC=1, RESTARTS=0) as node:
+        until(lambda: len(steps(run)) > 1)
+        os.kill(ranks(run)[0], signal.SIGKILL)
+        code, output = ended(node)
+    assert code == 16 and "SIGKILL" in output and "Traceback" not in output
+    assert status(run)["code"] == 16
+
+
+@pytest.mark.slow
+def test_what_would_only_fail_again_is_not_restarted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started("node.sh", *TINY, "data=tokens", f"data.path={tmp_path}/none", f"run.dir={run}", NPROC=2) as node:
+        code, output = ended(node)
+    assert code == 12 and output.count("E-DATA-010") == 1, output
+    assert status(run)["code"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_with_10(tmp_path: Path, number: int) -> None:
+    run = tmp_path / "run"
+    with started("node.sh", *TINY, "run.steps=100000", f"run.dir={run}", NPROC=2) as node:
+        until(lambda: len(steps(run)) > 2)
+        node.send_signal(number)
+        code, output = ended(node)
+    assert code == 10, output
+    last = steps(run)[-1]
+    assert status(run)["code"] == 10 and (run / "checkpoints" / f"step-{last:08d}").is_dir()
+
+
+# --- a network of its own
+
+
+@pytest.fixture
+def network() -> Iterator[list[tuple[tuple[str, ...], str]]]:
+    """Two network namespaces joined by a bridge: (prefix of a command, address) of each."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    tag = f"{os.getpid() % 10**6:x}"
+    names, bridge = [f"moe{tag}a", f"moe{tag}b"], f"moe{tag}"
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    try:
+        try:
+            ip("link", "add", bridge, "type", "bridge")
+            ip("link", "set", bridge, "up")
+            for number, name in enumerate(names, 1):
+                ip("netns", "add", name)
+                ip("link", "add", f"v{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
+                ip("link", "set", f"v{name}", "master", bridge)
+                ip("link", "set", f"v{name}", "up")
+                ip("-n", name, "link", "set", "lo", "up")
+                ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+                ip("-n", name, "link", "set", "eth0", "up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        yield [(("ip", "netns", "exec", name), f"10.77.0.{number}") for number, name in enumerate(names, 1)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+
+
+@pytest.mark.slow
+def test_nodes_with_networks_of_their_own(network, tmp_path: Path) -> None:
+    """Neither node knows the head's address as its own name, and there is no route but that between them."""
+    (first, head), (second, _) = network
+    run = tmp_path / "run"
+    with two_nodes(*TINY, "run.steps=4", f"run.dir={run}", head=head, prefixes=(first, second)) as nodes:
+        for node in nodes:
+            code, output = ended(node)
+            assert code == 0, output
+    assert status(run)["code"] == 0 and steps(run) == [1, 2, 3, 4]
+    with started("nodes.sh", *TINY, f"run.dir={run}", prefix=second, NODES=2, NODE_RANK=1, HEAD="10.77.0.9", PORT=29400,
+                 NPROC=1, RDZV_TIMEOUT=2) as node:
+        code, output = ended(node, limit_s=60)
+    assert code == 15 and output.count("E-RENDEZVOUS-002") == 1 and "10.77.0.9:29400" in output

@@ -1,0 +1,330 @@
+"""Capacity: the survivors are those of a plain loop, weights keep their gradient, and the split of the batch changes nothing."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.config.compose import compose
+from moetrain.model.recompute import recomputed
+from moetrain.moe.capacity import CapacityPolicy, PositionCapacity, ProbCapacity, place_in_queue, used_first
+from moetrain.ops.gating import count_choices
+from moetrain.ops.router_sums import router_sums
+from moetrain.routers.base import RouterContext, Routing
+from moetrain.train.step import train_step
+from tests.integration.training import Trained, alone, difference, make_run, snapshot, train_steps, union, whole
+from tests.oracle import oracle_logits, oracle_loss
+
+E, K, S = 4, 2, 9
+POLICIES = {
+    "position": partial(PositionCapacity, num_experts=E),
+    "token": partial(PositionCapacity, num_experts=E, order="token"),
+    "prob": partial(ProbCapacity, num_experts=E),
+}
+
+
+def routed(tokens: int, *, seed: int = 0, ties: bool = False, ragged: bool = False, length: int = S) -> tuple[Routing, RouterContext]:
+    """A decision over sequences of `length` tokens that prefers the first experts; the last token of each is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(tokens, E, dtype=torch.float64, generator=generator) - torch.arange(E)
+    logits_TE = (logits_TE.round() if ties else logits_TE).requires_grad_()
+    probs_TE = logits_TE.softmax(-1)
+    weights_TK, ids_TK = (part[:, :K] for part in probs_TE.sort(descending=True, stable=True))
+    positions_T = torch.arange(tokens) % length
+    used_TK = (positions_T != length - 1)[:, None].expand(-1, K)
+    if ragged:
+        used_TK = used_TK & (torch.arange(K) < torch.randint(0, K + 1, (tokens, 1), generator=generator))
+    ids_TK, weights_TK = ids_TK.where(used_TK, -1), weights_TK.where(used_TK, 0)
+    stats = router_sums(probs_TE, logits_TE, ids_TK, None)
+    return Routing(ids_TK, weights_TK, ids_TK.numel(), stats), RouterContext(positions_T=positions_T)
+
+
+def survivors_by_loop(routing: Routing, context: RouterContext, policy: str, factor: float, at_least: int,
+                      together: bool = False) -> list[list[int]]:
+    """Ids that each token keeps. One slot after the other takes a place at its expert, while there is one."""
+    ids, weights = routing.ids_TK.tolist(), routing.weights_TK.tolist()
+    sequence, number = [], -1
+    for position in context.positions_T.tolist():
+        number += position == 0
+        sequence.append(0 if together else number)
+    kept = [[-1] * K for _ in ids]
+    for scope in set(sequence):
+        slots = [(t, k) for t, row in enumerate(ids) for k, e in enumerate(row) if e >= 0 and sequence[t] == scope]
+        capacity = at_least
+        while capacity < factor * len(slots) / E - 1e-9:
+            capacity += 1
+        places = {e: capacity for e in range(E)}
+        order = {"position": lambda s: (s[1], s[0]), "token": lambda s: s, "prob": lambda s: (-weights[s[0]][s[1]], s)}
+        for t, k in sorted(slots, key=order[policy]):
+            if places[ids[t][k]] > 0:
+                places[ids[t][k]] -= 1
+                kept[t][k] = ids[t][k]
+    return [sorted(row, key=lambda e: e < 0) for row in kept]
+
+
+# --- who survives
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("factor, at_least", [(1.0, 0), (1.1, 0), (0.3, 2), (0.1, 0), (2.0, 1)])
+@pytest.mark.parametrize("kind", ["plain", "ties", "ragged", "local"])
+def test_the_survivors_are_those_of_a_loop(policy, factor, at_least, kind):
+    routing, context = routed(5 * S, ties=kind == "ties", ragged=kind == "ragged")
+    scope = "local" if kind == "local" else "sequence"
+    limited = POLICIES[policy](factor=factor, min_capacity=at_least, scope=scope).apply(routing, context)
+    expected = survivors_by_loop(routing, context, policy, factor, at_least, together=scope == "local")
+    assert limited.ids_TK.tolist() == expected
+    kept = sum(e >= 0 for row in expected for e in row)
+    assert limited.stats.dropped == routing.stats.active_sum - kept and (factor > 1.5 or limited.stats.dropped > 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_token_keeps_the_weight_of_what_it_keeps(policy):
+    routing, context = routed(4 * S)
+    limited = POLICIES[policy](factor=0.8, min_capacity=1).apply(routing, context)
+    of_expert = [dict(zip(ids, weights)) for ids, weights in zip(routing.ids_TK.tolist(), routing.weights_TK.tolist())]
+    moved = 0
+    for t, (ids, weights) in enumerate(zip(limited.ids_TK.tolist(), limited.weights_TK.tolist())):
+        assert weights == [of_expert[t][e] if e >= 0 else 0 for e in ids]
+        assert ids == sorted(ids, key=lambda e: e < 0)                        # used slots first
+        moved += ids[0] >= 0 and ids[0] == routing.ids_TK[t, 1]
+    assert moved > 0                                                          # some second choices moved to the front
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_expert_takes_more_than_its_capacity_in_any_sequence(policy):
+    routing, context = routed(6 * S)
+    limited = POLICIES[policy](factor=1.0, min_capacity=0).apply(routing, context)
+    for ids_SK in limited.ids_TK.split(S):
+        assert count_choices(ids_SK, E).max() == (S - 1) * K / E              # its mean load, and some expert is full
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_factor_of_experts_over_choices_drops_nothing(policy):
+    routing, context = routed(3 * S)
+    limited = POLICIES[policy](factor=E / K, min_capacity=0, renorm=True).apply(routing, context)
+    assert limited.ids_TK.equal(routing.ids_TK) and limited.weights_TK.equal(routing.weights_TK)
+    assert limited.stats.dropped == 0
+
+
+def test_the_heaviest_survive():
+    routing, context = routed(4 * S)
+    limited = POLICIES["prob"](factor=0.6, min_capacity=1).apply(routing, context)
+    for sequence in range(4):
+        part = slice(sequence * S, (sequence + 1) * S)
+        for e in range(E):
+            weights = {t: w for t in range(part.start, part.stop) for i, w in
+                       zip(routing.ids_TK[t].tolist(), routing.weights_TK[t].tolist()) if i == e}
+            kept = {t for t in weights if e in limited.ids_TK[t].tolist()}
+            assert all(weights[t] >= weights[other] for t in kept for other in weights.keys() - kept)
+
+
+def later_token_matters(policy: CapacityPolicy, slots: slice) -> bool:
+    """Whether what later tokens choose can change which of an earlier token's slots survive."""
+    for seed in range(20):
+        (routing, context), (other, _) = routed(S, seed=seed), routed(S, seed=seed + 100)
+        for t in range(1, S):
+            mixed = routing._replace(ids_TK=torch.cat([routing.ids_TK[:t], other.ids_TK[t:]]),
+                                     weights_TK=torch.cat([routing.weights_TK[:t], other.weights_TK[t:]]))
+            kept = [policy.survivors(r.ids_TK, r.weights_TK.detach(), context)[:t, slots] for r in (routing, mixed)]
+            if not kept[0].equal(kept[1]):
+                return True
+    return False
+
+
+def test_position_is_causal_for_first_choices_and_in_order_of_tokens_for_all():
+    tight = {"factor": 0.8, "min_capacity": 1}
+    assert not later_token_matters(POLICIES["position"](**tight), slice(0, 1))
+    assert not later_token_matters(POLICIES["token"](**tight), slice(0, K))
+    assert later_token_matters(POLICIES["position"](**tight), slice(1, K))    # a later first choice comes before
+    assert later_token_matters(POLICIES["prob"](**tight), slice(0, K))
+
+
+# --- where it counts
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_sequence_keeps_the_same_whatever_it_is_batched_with(policy):
+    routing, context = routed(4 * S)
+    made = POLICIES[policy](factor=1.0, min_capacity=1)
+    together = made.apply(routing, context).ids_TK
+    for part in (slice(0, S), slice(S, 3 * S), slice(3 * S, 4 * S)):
+        piece = routing._replace(ids_TK=routing.ids_TK[part], weights_TK=routing.weights_TK[part])
+        alone_ids = made.apply(piece, RouterContext(positions_T=context.positions_T[part])).ids_TK
+        assert alone_ids.equal(together[part])
+    local = POLICIES[policy](factor=1.0, min_capacity=1, scope="local")
+    piece = routing._replace(ids_TK=routing.ids_TK[:S], weights_TK=routing.weights_TK[:S])
+    assert not local.apply(piece, context).ids_TK.equal(local.apply(routing, context).ids_TK[:S])
+
+
+def test_a_sample_that_occurs_twice_is_two_sequences():
+    routing, context = routed(2 * S)
+    twice = context._replace(sample_ids_T=torch.full((2 * S,), 7))
+    made = POLICIES["position"](factor=1.0)
+    assert made.apply(routing, twice).ids_TK.equal(made.apply(routing, context).ids_TK)
+
+
+def test_tokens_without_positions_are_one_sequence():
+    routing, context = routed(S)
+    made = POLICIES["position"](factor=0.7, min_capacity=1)
+    assert made.apply(routing, RouterContext()).ids_TK.equal(made.apply(routing, context).ids_TK)
+
+
+def test_evaluation_has_a_factor_of_its_own():
+    routing, context = routed(4 * S)
+    made = POLICIES["position"](factor=0.5, eval_factor=1.0, min_capacity=0)
+    evaluated = made.apply(routing, context._replace(training=False))
+    assert evaluated.ids_TK.equal(POLICIES["position"](factor=1.0, min_capacity=0).apply(routing, context).ids_TK)
+    assert evaluated.stats.dropped < made.apply(routing, context).stats.dropped
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_tokens_and_no_used_slots_are_no_trouble(policy):
+    for tokens, ids in ((0, None), (S, -1)):
+        routing, context = routed(tokens)
+        routing = routing if ids is None else routing._replace(ids_TK=torch.full((S, K), ids), weights_TK=torch.zeros(S, K))
+        limited = POLICIES[policy](renorm=True).apply(routing, context)
+        assert (limited.ids_TK == -1).all() and not limited.weights_TK.any() and limited.stats.dropped == 0
+
+
+# --- weights and statistics
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("renorm", [False, True])
+def test_weights_and_gradients_are_those_of_a_dense_mask(policy, renorm):
+    routing, context = routed(3 * S)
+    limited = POLICIES[policy](factor=0.5, min_capacity=1, renorm=renorm).apply(routing, context)
+    kept_TE = torch.zeros(3 * S, E, dtype=torch.float64).scatter(1, limited.ids_TK.clamp(min=0), 1.0)
+    kept_TE[(limited.ids_TK < 0).all(1)] = 0
+    kept_TE[(limited.ids_TK > 0).any(1) & (limited.ids_TK != 0).all(1), 0] = 0
+    before_TE = torch.zeros_like(kept_TE).scatter_add(1, routing.ids_TK.clamp(min=0), routing.weights_TK)
+    after_TE = before_TE * kept_TE
+    if renorm:
+        after_TE = after_TE * (before_TE.sum(1) / after_TE.sum(1).where(kept_TE.any(1), 1))[:, None]
+    ours_TE = torch.zeros_like(kept_TE).scatter_add(1, limited.ids_TK.clamp(min=0), limited.weights_TK)
+    torch.testing.assert_close(ours_TE, after_TE)
+    lost_T = (limited.ids_TK < 0).all(1) & (routing.ids_TK >= 0).any(1)
+    assert lost_T.any() and not limited.weights_TK[lost_T].any()
+    if renorm:
+        torch.testing.assert_close(limited.weights_TK.sum(1)[~lost_T], routing.weights_TK.sum(1)[~lost_T])
+    scale_TE = torch.rand(3 * S, E, dtype=torch.float64)
+    ours, truth = (torch.autograd.grad((w * scale_TE).sum(), routing.weights_TK, retain_graph=True) for w in (ours_TE, after_TE))
+    torch.testing.assert_close(ours, truth)
+
+
+def test_statistics_are_those_before_drops():
+    routing, context = routed(3 * S)
+    limited = POLICIES["prob"](factor=0.5, min_capacity=0).apply(routing, context)
+    for name, value in routing.stats._asdict().items():
+        assert name == "dropped" or getattr(limited.stats, name) is value, name
+    assert limited.stats.dropped > 0 == routing.stats.dropped
+
+
+class Fickle(PositionCapacity):
+    """Puts the last slots first when it is asked a second time."""
+
+    asked = 0
+
+    def priority(self, weights_TK: Tensor) -> Tensor:
+        self.asked += 1
+        return super().priority(weights_TK).flip(0) if self.asked > 1 else super().priority(weights_TK)
+
+
+def test_a_recompute_reweighs_the_slots_that_were_kept():
+    routing, context = routed(3 * S)
+    weights_TK = routing.weights_TK.detach().requires_grad_()
+    steady, fickle = (cls(num_experts=E, factor=0.6, min_capacity=1, renorm=True) for cls in (PositionCapacity, Fickle))
+
+    def weigh(weights: Tensor, policy: CapacityPolicy) -> Tensor:
+        limited = policy.apply(routing._replace(weights_TK=weights), context)
+        return limited.weights_TK * (limited.ids_TK + 1).sin()
+
+    scale_TK = torch.rand(3 * S, K, dtype=torch.float64)
+    (truth,) = torch.autograd.grad(weigh(weights_TK, steady), weights_TK, scale_TK)
+    out_TK = recomputed("full")(weigh, weights_TK, fickle)
+    (ours,) = torch.autograd.grad(out_TK, weights_TK, scale_TK)
+    assert fickle.asked == 2
+    torch.testing.assert_close(ours, truth)
+
+
+def test_places_and_used_slots_by_hand():
+    assert place_in_queue(torch.tensor([3, 1, 3, -1, 1, 3])).tolist() == [0, 0, 1, 0, 1, 2]
+    assert used_first(torch.tensor([[-1, 4, -1, 2], [1, -1, 0, -1]])).tolist() == [[4, 2, -1, -1], [1, 0, -1, -1]]
+
+
+def test_what_depends_on_the_split_says_so():
+    assert POLICIES["prob"]().describe() == "prob, factor 1.25 (evaluation 2), at least 4, per sequence"
+    local = PositionCapacity(num_experts=E, scope="local")
+    assert local.describe().endswith("per micro-batch of a rank   depends on: ranks, accumulation")
+    assert CapacityPolicy().describe() == "dropless" and not CapacityPolicy().depends_on
+
+
+# --- training
+
+
+BASE = ["run.dtype=float64", "data.min_length=0.2"]
+TIGHT = [*BASE, "capacity.factor=1.1", "capacity.min_capacity=1"]
+
+
+@pytest.mark.parametrize("options, oracle", [
+    (["capacity=position"], {"policy": "position"}),
+    (["capacity=position", "capacity.order=token", "capacity.renorm=true"], {"policy": "token", "renorm": True}),
+    (["capacity=prob", "capacity.renorm=true", "router=sigmoid", "router.scale=2"], {"policy": "prob", "renorm": True}),
+    (["capacity=prob", "capacity.scope=local", "router.weights=raw"], {"policy": "prob", "together": True}),
+], ids=["position", "token-renorm", "prob-renorm-sigmoid", "prob-local-raw"])
+def test_a_step_gives_what_the_oracle_gives(options, oracle):
+    run = make_run([*options, *TIGHT, "train.clip=0"])
+    start = whole([snapshot(run, lambda p: p.data)])
+    params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in start.items()}
+    batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)]
+    sigmoid = "router=sigmoid" in options
+    model = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, top_k=2, num_experts=8, sigmoid=sigmoid,
+                 scale=2.0 if sigmoid else 1.0, gate="raw" if "router.weights=raw" in options else "renorm",
+                 capacity={"factor": 1.1, "at_least": 1, **oracle})
+    total, ce, balance, counts = oracle_loss(params, batches, balance_weight=0.1, z_weight=0.01, **model)
+    total.backward()
+    layers = [layer for batch in batches for layer in oracle_logits(params, batch[0], batch[2], **model)[1]]
+    dropped = sum(int((layer.chosen_TE & ~layer.kept_TE).sum()) for layer in layers)
+    result = train_step(run, 1)
+    error, name = difference({name.removesuffix(".weight"): g for name, g in whole([snapshot(run, lambda p: p.grad)]).items()},
+                             {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()})
+    assert error < 1e-10, (name, error)
+    for key, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):
+        assert abs(result.metrics[key] - value.item()) < 1e-10, key
+    for layer, count in enumerate(counts):
+        assert result.counts[f"layers.{layer}.moe"].equal(count)
+    assert dropped > 0 and result.metrics["moe/drop_fraction"] == dropped / sum(int(count.sum()) for count in counts)
+
+
+def drops(trained: Trained) -> list[float]:
+    return [metrics["moe/drop_fraction"] for metrics in trained.metrics]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("policy, mesh, accumulation", [("position", "ddp", 2), ("prob", "ep", 1), ("position", "ep", 4)])
+def test_two_ranks_drop_what_one_drops(ranks, policy, mesh, accumulation):
+    overrides = [f"capacity={policy}", *TIGHT]
+    single = alone(overrides, 4)
+    split = union(ranks(2).run(train_steps, [*overrides, f"parallel={mesh}", "run.nproc=2",
+                                             f"train.micro_batch={8 // accumulation}"], 4))
+    for ours, truth in ((split.parameters, single.parameters), (split.gradients, single.gradients)):
+        error, name = difference(ours, truth)
+        assert error < 1e-10, (name, error)
+    assert drops(split) == drops(single) and min(drops(single)) > 0
+
+
+def test_accumulation_changes_what_is_dropped_only_where_it_says_so():
+    whole_batch, split = (alone(["capacity=prob", *TIGHT, f"train.micro_batch={size}"], 2) for size in (16, 2))
+    assert drops(whole_batch) == drops(split)
+    assert difference(split.parameters, whole_batch.parameters)[0] < 1e-10
+    local = [alone(["capacity=prob", *TIGHT, "capacity.scope=local", f"train.micro_batch={size}"], 2) for size in (16, 2)]
+    assert drops(local[0]) != drops(local[1])
+
+
+def test_dropless_is_the_default_and_a_roomy_capacity_equals_it():
+    assert compose([]).capacity == {"_target_": "moetrain.moe.capacity.CapacityPolicy"}
+    dropless, roomy = alone(BASE, 2), alone([*BASE, "capacity=position", "capacity.factor=4"], 2)
+    assert drops(dropless) == drops(roomy) == [0, 0]
+    assert difference(roomy.parameters, dropless.parameters)[0] == 0

@@ -1,0 +1,120 @@
+"""`TrainState` is complete: a run is walked before and after a step, and whatever changed must be saved or rebuilt."""
+
+import pathlib
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moetrain.train.setup import Run
+from moetrain.train.state import REBUILT
+from moetrain.train.step import train_step
+from tests.integration.training import make_run
+
+ATOMS = (int, float, bool, str, bytes, type(None))
+CLOSED = (torch.device, torch.dtype, torch.Size, type, pathlib.Path)
+VARIANTS = {
+    "plain": [], "sigmoid": ["router=sigmoid"], "muon": ["optim=muon"], "capacity": ["capacity=position"],
+    "accumulated": ["train.micro_batch=4", "train.count_pass=true", "train.activation_checkpointing=full"],
+}
+
+
+def walk(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """(path, tensor, array, generator or number) of everything that an object holds, however deep."""
+    if isinstance(thing, ATOMS):
+        yield path, thing
+        return
+    if isinstance(thing, CLOSED) or callable(thing) and not isinstance(thing, nn.Module) or id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield path, thing
+        if thing.is_leaf and thing.grad is not None:
+            yield f"{path}.grad", thing.grad
+    elif isinstance(thing, (np.ndarray, torch.Generator, np.random.Generator, np.random.BitGenerator, random.Random)):
+        yield path, thing
+    elif isinstance(thing, dict):
+        for number, (key, value) in enumerate(thing.items()):
+            name = key if isinstance(key, ATOMS) else number
+            yield from walk(value, f"{path}.{name}", seen)
+    elif isinstance(thing, (list, tuple, set, frozenset)):
+        for number, value in enumerate(thing):
+            yield from walk(value, f"{path}.{number}", seen)
+    elif hasattr(thing, "__dict__"):
+        for name, value in vars(thing).items():
+            yield from walk(value, f"{path}.{name}", seen)
+
+
+def frozen(value: Any) -> Any:
+    """Something that compares equal as long as the value stays the same."""
+    match value:
+        case torch.Tensor():
+            return value.detach().cpu().view(torch.uint8).numpy().tobytes() if value.ndim else value.item()
+        case np.ndarray():
+            return value.tobytes()
+        case torch.Generator():
+            return value.get_state().numpy().tobytes()
+        case np.random.Generator():
+            return repr(value.bit_generator.state)
+        case np.random.BitGenerator():
+            return repr(value.state)
+        case random.Random():
+            return repr(value.getstate())
+    return value
+
+
+def unsaved(run: Run) -> list[str]:
+    """Paths of what two further steps change and a checkpoint would lose."""
+    train_step(run, 1)
+    before = {path: frozen(value) for path, value in walk(run, "run", set())}
+    train_step(run, 2)
+    train_step(run, 3)
+    saved = {piece.rows.untyped_storage().data_ptr() for piece in run.state.pieces()}
+    counters = {f"run.state.{name}" for name in run.state.values()}
+    lost = []
+    for path, value in walk(run, "run", set()):
+        if before.get(path) == frozen(value) or path in counters or any(re.search(rebuilt, path) for rebuilt in REBUILT):
+            continue
+        if not (isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in saved):
+            lost.append(path)
+    return lost
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_step_changes_is_saved_or_rebuilt(variant):
+    assert unsaved(make_run(VARIANTS[variant])) == []
+
+
+def test_the_walk_reaches_every_kind_of_state():
+    paths = [path for path, _ in walk(make_run([]), "run", set())]
+    for part in ("run.state.model._modules.layers", "exp_avg_sq", "run.state.step", "run.loader", "run.dataset", "run.objective"):
+        assert any(part in path for path in paths), part
+
+
+@pytest.mark.parametrize("forgotten", ["tensor", "counter", "generator", "unsaved buffer", "array"])
+def test_forgotten_state_is_found(forgotten):
+    run = make_run([])
+    router = run.state.model.layers[1].moe.router
+    keepers = {
+        "tensor": lambda: setattr(router, "ema", torch.rand(3)),
+        "counter": lambda: setattr(run.loader, "read", getattr(run.loader, "read", 0) + 1),
+        "generator": lambda: torch.rand(1, generator=run.objective.__dict__.setdefault("draws", torch.Generator())),
+        "unsaved buffer": lambda: router.register_buffer("hidden", torch.rand(3), persistent=False),
+        "array": lambda: run.dataset.__dict__.update(window=np.random.rand(3)),
+    }
+    end_of_step = run.state.model.end_of_step
+    run.state.model.end_of_step = lambda counts: (end_of_step(counts), keepers[forgotten]())
+    assert len(unsaved(run)) == 1
+
+
+def test_nothing_draws_from_a_global_generator():
+    run = make_run(["router=sigmoid"])
+    states = lambda: (torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate())  # noqa: E731
+    before = states()
+    train_step(run, 1)
+    assert states() == before
