@@ -7,7 +7,7 @@
 #   NODES         nodes                                   NPROC          ranks on each node (its GPUs)
 #   NODE_RANK     this one, from 0                        RESTARTS       of all ranks after a failure (3)
 #   HEAD          name or address of node 0               RDZV_TIMEOUT   seconds that nodes wait for each other (60)
-#   PORT          of node 0 (29400)                       GRACE          seconds from a signal to SIGKILL (600)
+#   PORT          of node 0 (29400)
 #
 # The nodes share the run's directory. Nothing is encrypted or authenticated: on a trusted network only.
 # Ends with the exit code of the run on every node, and with 15 when the nodes do not find each other.

@@ -142,7 +142,7 @@ def _within_capacity(ids: list[list[int]], gates: list[list[float]], valid_BS: T
     """Which choices [T, E] fit into the experts of their sequence, one choice after the other.
 
     policy: who comes first: position, all first choices in order of tokens, then all second; token, in order of tokens;
-    prob, the largest gates. together: all sequences are one.
+    prob, the largest gates, equal to 32 bits. together: all sequences are one.
     """
     kept_TE = torch.zeros(len(ids), len(gates[0]), dtype=torch.bool)
     scopes = valid_BS.flatten()[None] if together else valid_BS
@@ -150,7 +150,7 @@ def _within_capacity(ids: list[list[int]], gates: list[list[float]], valid_BS: T
         tokens = [number * len(valid_S) + s for s, valid in enumerate(valid_S) if valid]
         choices = [(t, k, e) for t in tokens for k, e in enumerate(ids[t])]
         order = {"position": lambda c: (c[1], c[0]), "token": lambda c: (c[0], c[1]),
-                 "prob": lambda c: (-gates[c[0]][c[2]], c[0], c[1])}[policy]
+                 "prob": lambda c: (-round(gates[c[0]][c[2]] * 2**32), c[0], c[1])}[policy]
         room = [max(at_least, -(-Fraction(str(factor)) * len(choices) // len(gates[0])))] * len(gates[0])
         for t, _, e in sorted(choices, key=order):
             kept_TE[t, e] = room[e] > 0

@@ -4,7 +4,7 @@
 # --quick leaves out the tests marked slow (under 3 minutes); --all runs full products instead of pairs of factors.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh dev,hf
+. launch/environment.sh dev,hf,deepspeed,megatron
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # ranks share the cores
 exec python -m pytest tests "$@"

@@ -25,7 +25,8 @@ def run(argv: list[str]) -> int:
     model, dataset, mesh, _ = load_trained(config)
     wish = config.generate
     text = continue_text(model, dataset.tokenizer, wish.prompt, tokens=wish.tokens, temperature=wish.temperature,
-                         top_p=wish.top_p, seed=wish.seed, context=config.train.seq_len, cache=wish.cache, group=mesh["batch"])
+                         top_p=wish.top_p, seed=wish.seed, context=config.train.seq_len, cache=wish.cache,
+                         group=mesh["batch"])
     if launch.rank() == 0:
         print(text)
     return 0

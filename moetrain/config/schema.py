@@ -112,7 +112,7 @@ class OptimConfig:
         "match_rms_adamw", "muon: factor on muon_lr for an A x B matrix: 0.2 sqrt(max(A, B)), or sqrt(max(1, A / B))")
     muon_ns_steps: int = key(5, "muon: Newton-Schulz iterations")
     muon_precision: Literal["full", "bfloat16"] = key(
-        "full", "muon: of the iterations. full: that of the parameters; bfloat16 is faster and depends on the mesh, by its rounding")
+        "full", "muon: full iterates in the precision of the parameters; bfloat16 is faster and rounds otherwise on another mesh")
     schedule: Literal["cosine", "wsd"] = key("cosine", "wsd: warm-up, stable, decay over the last steps")
     warmup: int = key(10, "steps of linear warm-up")
     decay: float = key(0.2, "wsd: share of the steps over which the rate decays")

@@ -8,7 +8,7 @@ of the slots that chose it, and the others become unused (id -1, weight 0, used 
 
     CapacityPolicy      none      takes everything: dropless, the default
     PositionCapacity    position  takes the first in token order; second choices queue behind all first choices
-    ProbCapacity        prob      takes those of the largest gate weights, of equal ones the first
+    ProbCapacity        prob      takes those of the largest gate weights, of equal ones the first token's
 
 scope: `sequence` counts inside each sequence, so that a result does not depend on how sequences are spread over ranks and
 micro-batches. `local` counts inside the micro-batch of a rank, as most trainers do, and does depend on it.
@@ -128,7 +128,11 @@ class PositionCapacity(_LimitedCapacity):
 
 
 class ProbCapacity(_LimitedCapacity):
-    """factor, eval_factor, min_capacity, scope, renorm: as for PositionCapacity."""
+    """factor, eval_factor, min_capacity, scope, renorm: as for PositionCapacity.
+
+    Weights are compared in steps of 2^-16 (2^-32 in float64 runs): where a sequence begins with one token several times,
+    these have the same weights but for rounding, which differs with the split of the batch, and must not decide.
+    """
 
     name = "prob"
 
@@ -138,7 +142,8 @@ class ProbCapacity(_LimitedCapacity):
                          scope=scope, renorm=renorm)
 
     def priority(self, weights_TK: Tensor) -> Tensor:
-        return weights_TK.flatten().argsort(descending=True, stable=True)
+        steps = 2.0**32 if weights_TK.dtype == torch.float64 else 2.0**16
+        return (weights_TK * steps).round().flatten().argsort(descending=True, stable=True)
 
 
 def sequence_of(context: RouterContext, tokens: int, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ def main(overrides: Sequence[str]) -> int:
         config = config_for(overrides, node.ranks)      # mistakes once, before any rank starts
         finished(config, run_dir(config))               # and a command that contradicts its run
         roll_call(node)
-        return supervise(node, ["train", *overrides], run_dir(config))
+        return supervise(node, ["train", *overrides], run_dir(config), config.run.grace_s)
     except MoETrainError as error:
         if os.environ.get("MOETRAIN_DEBUG") == "1":
             traceback.print_exc()

@@ -1,6 +1,6 @@
 """Which of how many nodes this is.
 
-NODES, NODE_RANK, HEAD, PORT, NPROC, RESTARTS, RDZV_TIMEOUT and GRACE come from the environment: one command line then
+NODES, NODE_RANK, HEAD, PORT, NPROC, RESTARTS and RDZV_TIMEOUT come from the environment: one command line then
 serves all nodes, and the command line is the run's.
 """
 
@@ -28,7 +28,6 @@ class Node:
     nproc: int         # ranks on each node
     restarts: int      # of all ranks after a failure
     timeout_s: int     # how long the nodes wait for each other
-    grace_s: int       # from a signal to the end of ranks that did not follow it: longer than a step and a save
 
     @property
     def ranks(self) -> int:
@@ -53,7 +52,7 @@ def from_environment(environ: Mapping[str, str]) -> Node:
     in_step = environ.get("SLURM_NODEID", "")            # Slurm says it to each task of a step
     rank = number("NODE_RANK", int(in_step) if nodes > 1 and in_step.isdigit() else 0, 0)
     node = Node(nodes, rank, environ.get("HEAD", ""), number("PORT", PORT, 1), number("NPROC", lambda: _devices(environ), 1),
-                number("RESTARTS", 3, 0), number("RDZV_TIMEOUT", 60, 1), number("GRACE", 600, 1))
+                number("RESTARTS", 3, 0), number("RDZV_TIMEOUT", 60, 1))
     if nodes > 1 and "NODE_RANK" not in environ and not in_step:
         errors.append(_wrong(f"NODES={nodes} without NODE_RANK", "NODE_RANK", "each node needs a number of its own",
                              f"NODE_RANK=0 on the first node, up to NODE_RANK={nodes - 1}"))

@@ -1,12 +1,13 @@
 """From the start of torchrun on this node to the exit code of the run.
 
-    signals   SIGTERM, SIGUSR1, SIGINT and SIGHUP reach each rank of this node once; a rank that has not ended after
-              Node.grace_s is killed. torchrun alone ignores SIGUSR1 (it dies) and kills 30 seconds after SIGTERM.
+    signals   SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to each rank of this node once; none is killed before
+              run.grace_s is over. torchrun alone dies of SIGUSR1, and kills the ranks 30 seconds after SIGTERM.
     restarts  torchrun's, but for failures that would only come again: those end the run at once.
     ending    the code in <run.dir>/status.json, which rank 0 writes, on whichever node.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,21 +26,22 @@ _PREEMPTED, _PEER = 10, 16
 # Configuration, numbers, data, checkpoint, disk, crash loop: the next attempt would fail alike.
 _FINAL = {2, 11, 12, 13, 14, 17}
 _POLL_S = 0.1
+_MARGIN_S = 30.0           # after run.grace_s, at which a rank leaves by itself
 
 
-def supervise(node: Node, argv: Sequence[str], run_dir: Path) -> int:
-    """Run `python -m moetrain <argv>` on this node's ranks by torchrun; the exit code of the run."""
+def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | None) -> int:
+    """Run `python -m moetrain <argv>` on this node's ranks by torchrun; the exit code of the run. grace_s: run.grace_s."""
     status = Status(run_dir)
     with _catching() as signals:
         agent = subprocess.Popen([sys.executable, "-m", "moetrain.nodes.agent", *_torchrun(node), "-m", "moetrain", *argv],
                                  env=_environment(node))
         try:
-            killed = _watch(agent, node, status, signals)
+            killed = _watch(agent, status, signals, math.inf if grace_s is None else grace_s + _MARGIN_S)
         finally:
             _end(agent)
     code = _PEER if killed else ending(agent.returncode, status.written(), signals)
     if code == _PEER and status.written() is None:           # rank 0 could not say it
-        how = f"did not end within {node.grace_s} s" if killed else "was lost"
+        how = f"did not end in time after {signal.Signals(signals[0]).name}" if killed else "was lost"
         launch.write_status(run_dir, code, f"a rank of node {node.rank} {how}")
     return code
 
@@ -110,13 +112,13 @@ def _catching() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(agent: subprocess.Popen, node: Node, status: Status, signals: list[int]) -> bool:
+def _watch(agent: subprocess.Popen, status: Status, signals: list[int], grace_s: float) -> bool:
     """Until the agent ends, or is to be ended. True where ranks had to be killed."""
-    passed_on, told, started, deadline = 0, set(), set(), float("inf")
+    passed_on, told, started, deadline = 0, set(), set(), math.inf
     while agent.poll() is None:
         ranks = ranks_of(agent.pid)
         if len(signals) > passed_on:
-            deadline = min(deadline, time.monotonic() + node.grace_s)
+            deadline = min(deadline, time.monotonic() + grace_s)
             for number in signals[passed_on:]:
                 _signal(ranks, number)
             passed_on, told = len(signals), told | ranks

@@ -9,18 +9,19 @@ from pathlib import Path
 from moetrain.config.compose import from_yaml, resume_conflicts
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigErrors
-from moetrain.train.checkpoint.manifest import newest, read_manifest
+from moetrain.train.checkpoint.manifest import complete, step_of
+from moetrain.train.checkpoint.verify import is_sound
 
 
 def finished(config: Config, directory: Path) -> int | None:
     """The step at which the run ended, if nothing is left to do; ConfigErrors when the command contradicts the run."""
-    checkpoint = newest(directory)
-    if checkpoint is None:
+    checkpoint = next((path for path in reversed(complete(directory)) if is_sound(path)), None)
+    if checkpoint is None:                               # none, or none to be trusted: resuming says which
         return None
     conflicts = resume_conflicts(from_yaml(directory / "config.yaml"), config)
     if conflicts:
         raise ConfigErrors(conflicts)
-    step = read_manifest(checkpoint).values["step"]
+    step = step_of(checkpoint)
     return step if step >= last_step(config) else None
 
 

@@ -5,7 +5,6 @@
 One step is train/step.py. The same command resumes a run (what it may change: train/finished.py).
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -17,9 +16,10 @@ from moetrain.comm.reduce import all_or_none
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
 from moetrain.errors import DataError, MoETrainError, PeerError, Preempted
-from moetrain.train.checkpoint.manifest import newest
-from moetrain.train.checkpoint.reader import load
-from moetrain.train.checkpoint.writer import save
+from moetrain.train.checkpoint.manifest import newest, step_of
+from moetrain.train.checkpoint.reader import resume
+from moetrain.train.checkpoint.space import check_disk
+from moetrain.train.checkpoint.writer import Saved, Saver
 from moetrain.train.console import Console
 from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands
@@ -45,7 +45,11 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
         with at_work(directory, mesh) as attempt, peers_named(mesh):
             run = set_up(config, directory, mesh)
             run = adopt(run) if adopt else run
-            resumed = all_or_none(mesh["batch"], lambda: resume(run))
+            found = resume(run.state, directory, mesh, verify=config.checkpoint.verify)
+            resumed = found.path if found else None
+            if found:
+                all_or_none(mesh["batch"], lambda: same_data(run, found.manifest.facts["data"]))
+            check_disk(run.state, directory, mesh, config.checkpoint, last_step(config) - run.state.step)
             recorder.start(run, resumed)
             console.resume_at(run.state.step)
             console.banner(banner_lines(run, resumed))
@@ -67,25 +71,36 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
 def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> None:
     """The steps that are left; evaluation, picture and save where they are due. Preempted once a rank was told to stop."""
     config, last = run.config, last_step(run.config)
+    saver = Saver(run.directory, run.mesh, config.checkpoint)
     for step in range(run.state.step + 1, last + 1):
-        result = train_step(run, step, Votes(stop=told.requested is not None))
+        result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
         recorder.step(result)
         console.step(result.metrics)
+        saved(saver.settle(result.votes.save), recorder, console)
         stop = result.votes.stop > 0 and step < last     # agreed: the same on all ranks
         if step == last or due(step, config.log.heatmap_every):
             console.heatmap({name: counts.tolist() for name, counts in result.counts.items()})
         if not stop and (step == last or due(step, config.eval.interval)):
             measure(run, recorder, console)
-        if stop or step == last or due(step, config.checkpoint.interval):
-            began = time.perf_counter()
-            where = save(run.state, run.directory, run.mesh, facts(run))
-            recorder.saved()
-            console.line(f"[save] step {step}: {where} in {time.perf_counter() - began:.2f} s")
-        if stop:
-            disconnect()                                 # all ranks leave here, so none tears down what another uses
-            raise Preempted(1, f"told to stop: saved after step {step} of {last}", where=str(run.directory),
-                            why=f"{told.requested.name if told.requested else 'another rank'} asked for it",
-                            next="the same command goes on")
+        if stop or step == last:
+            break
+        if due(step, config.checkpoint.interval):
+            saved(saver.begin(run.state, facts(run)), recorder, console)
+    saved(saver.finish(), recorder, console)
+    saved(saver.begin(run.state, facts(run), final=True), recorder, console)
+    if run.state.step < last:
+        disconnect()                                     # all ranks leave here, so none tears down what another uses
+        raise Preempted(1, f"told to stop: saved after step {run.state.step} of {last}", where=str(run.directory),
+                        why=f"{told.requested.name if told.requested else 'another rank'} asked for it",
+                        next="the same command goes on")
+
+
+def saved(save: Saved | None, recorder: Recorder, console: Console) -> None:
+    """Say how a save ended, if one has."""
+    if save is None or save.path is None:                # a failed one has been reported (checkpoint/writer.py)
+        return
+    recorder.saved()
+    console.line(f"[save] step {save.step}: {save.path} in {save.seconds:.2f} s, training waited {save.held_s:.2f} s")
 
 
 @contextmanager
@@ -99,7 +114,7 @@ def at_work(directory: Path, mesh: Mesh) -> Iterator[Callable[[int], None]]:
             if tenancy:
                 stack.enter_context(tenancy)
                 checkpoint = newest(directory)
-                tenancy.begin(int(checkpoint.name.removeprefix("step-")) if checkpoint else 0)
+                tenancy.begin(step_of(checkpoint) if checkpoint else 0)
 
         all_or_none(mesh["batch"], enter)
         try:
@@ -142,16 +157,11 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def resume(run: Run) -> Path | None:
-    """Load the newest checkpoint of the run directory, if there is one. Refuses data that is not what it was trained on."""
-    checkpoint = newest(run.directory)
-    if checkpoint is None:
-        return None
-    trained_on = load(run.state, checkpoint).facts["data"]
+def same_data(run: Run, trained_on: str) -> None:
+    """DataError where the data is not what the run was trained on."""
     if trained_on != run.dataset.fingerprint:
         raise DataError(
             62, "the data is not what the run was trained on", where=run.config.data.path or "the built-in corpus",
             why=f"its fingerprint is {run.dataset.fingerprint[:12]}, the checkpoint's is {trained_on[:12]}",
             next="restore the data, or start another run with run.name",
         )
-    return checkpoint

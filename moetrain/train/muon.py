@@ -80,8 +80,8 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - self.settings.momentum)
         direction = parameter.grad.lerp(momentum, self.settings.momentum)
         parameter.mul_(1 - rate * decay)
-        for matrices_MAB, direction_MAB in zip(self._matrices(parameter, parameter.data), self._matrices(parameter, direction)):
-            compute = torch.bfloat16 if self.settings.bfloat16 else direction.dtype
+        compute = torch.bfloat16 if self.settings.bfloat16 else direction.dtype
+        for matrices_MAB, direction_MAB in zip(*(self._matrices(parameter, t) for t in (parameter.data, direction))):
             update_MAB = orthogonalize(direction_MAB.to(compute), self.settings.iterations)
             matrices_MAB.add_(update_MAB, alpha=-rate * scale(*update_MAB.shape[1:], self.settings.adjust))
 

@@ -59,7 +59,7 @@ class Preemption:
         if self.requested is not None:
             self._leave(f"{number.name} came after {self.requested.name}: left at once, without a save")
         self.requested = number
-        self._reads.settimeout(self.grace_s)
+        self._reads.settimeout(None if self.grace_s is None else max(self.grace_s, 1e-3))     # 0 would not wait at all
 
     def _leave(self, reason: str) -> None:
         code = 128 + self.requested

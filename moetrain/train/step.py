@@ -24,11 +24,10 @@ from moetrain.train.setup import Run
 
 
 class Votes(NamedTuple):
-    """What each rank says, and after the step how many of all ranks said it: agreed without a collective of its own."""
+    """What each rank says, and after the step the sum of what all said: agreed without a collective of its own."""
 
     stop: int = 0                            # told to save and stop (train/preempt.py)
-    saving: int = 0                          # still writing the checkpoint in flight (train/checkpoint)
-    failed: int = 0                          # could not write it
+    save: int = 0                            # how far the save under way is (train/checkpoint/writer.py, Saver.poll)
 
 
 class StepResult(NamedTuple):

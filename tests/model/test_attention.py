@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.generate.cache import KeyValues
 from moetrain.model.attention import Attention, RMSNorm, document_mask, rotary_table, rotate
 
 CPU, F64 = torch.device("cpu"), torch.float64
@@ -113,6 +114,19 @@ def test_other_documents_leave_no_trace():
     changed[0, :2] += 1
     before, after = (module(x, table(5, 4), document_mask(DOCUMENTS)) for x in (x_BSD, changed))
     assert torch.equal(before[0, 2:], after[0, 2:]) and not torch.equal(before[0, :2], after[0, :2])
+
+
+@pytest.mark.parametrize("heads, kv_heads, qk_norm", [(2, 2, False), (4, 2, True), (3, 1, False)])
+@pytest.mark.parametrize("first", [1, 3])
+def test_positions_one_by_one_after_the_first_give_what_all_at_once_give(heads, kv_heads, qk_norm, first):
+    module, x_BSD = attention(heads, kv_heads, qk_norm=qk_norm), torch.randn(2, 5, 6, dtype=F64)
+    earlier = KeyValues(*(torch.full((2, kv_heads, 7, 4), torch.nan, dtype=F64) for _ in range(2)))
+    parts = [module(x_BSD[:, :first], table(first, 4), None, earlier)]
+    for position in range(first, 5):
+        rotary = rotary_table(1, 4, 100.0, dtype=F64, device=CPU, first=position)
+        parts.append(module(x_BSD[:, position:position + 1], rotary, None, earlier))
+    torch.testing.assert_close(torch.cat(parts, 1), module(x_BSD, table(5, 4), None))
+    assert earlier.length == 5 and earlier.k_BHSh[:, :, 5:].isnan().all()
 
 
 def test_bfloat16_norms_are_computed_in_float32():

@@ -108,6 +108,18 @@ def test_a_factor_of_experts_over_choices_drops_nothing(policy):
     assert limited.stats.dropped == 0
 
 
+@pytest.mark.parametrize("dtype, noise", [(torch.float64, 1e-15), (torch.float32, 1e-7)], ids=str)
+def test_rounding_does_not_decide_between_equal_tokens(dtype, noise):
+    """A sequence that begins with one token several times: the same weights, but for the last bits."""
+    ids_TK, weights_TK = torch.tensor([[0, 1]] * 6), torch.tensor([[0.6, 0.4]] * 6, dtype=dtype)
+    made, context = POLICIES["prob"](factor=1.0, min_capacity=0), RouterContext(positions_T=torch.arange(6))
+    expected = made.survivors(ids_TK, weights_TK, context)
+    assert expected.tolist() == [[True, True]] * 3 + [[False, False]] * 3
+    for seed in range(5):
+        other_TK = weights_TK + noise * torch.randn(6, 2, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+        assert made.survivors(ids_TK, other_TK, context).equal(expected)
+
+
 def test_the_heaviest_survive():
     routing, context = routed(4 * S)
     limited = POLICIES["prob"](factor=0.6, min_capacity=1).apply(routing, context)

@@ -158,5 +158,5 @@ def test_a_restored_run_goes_on_to_the_bit_and_would_not_without_its_momentum(tm
         if forgotten in state:
             state[forgotten].zero_()
     unbroken, resumed = ([train_step(each, step).metrics["loss/ce"] for step in (3, 4)] for each in (run, other))
-    same = all(torch.equal(mine, theirs) for mine, theirs in zip(other.state.model.parameters(), run.state.model.parameters()))
+    same = all(torch.equal(*pair) for pair in zip(other.state.model.parameters(), run.state.model.parameters()))
     assert same == (resumed == unbroken) == (forgotten is None)

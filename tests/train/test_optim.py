@@ -75,7 +75,8 @@ def test_a_decay_that_would_begin_inside_the_warm_up_begins_at_its_end(decay):
 @pytest.mark.parametrize("shape", ["linear", "sqrt"])
 def test_a_run_that_stops_before_its_decay_and_goes_on_with_more_steps_is_the_longer_run(shape):
     optim = replace(WSD, decay_shape=shape)
-    assert [learning_rate(step, 40, optim) for step in range(1, 31)] == [learning_rate(step, 400, optim) for step in range(1, 31)]
+    first, longer = ([learning_rate(step, steps, optim) for step in range(1, 31)] for steps in (40, 400))
+    assert first == longer
     assert learning_rate(31, 40, optim) != learning_rate(31, 400, optim)
     assert learning_rate(41, 40, optim) == learning_rate(400, 400, optim) == pytest.approx(0.2)
 

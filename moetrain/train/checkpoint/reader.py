@@ -46,8 +46,8 @@ class Resumed(NamedTuple):
 def load(state: TrainState, directory: Path, *, verify: str = "full", mesh: Mesh | None = None) -> Manifest:
     """Fill the state, optimizer included. verify: `full` compares checksums, `sizes` only sizes and headers.
 
-    mesh: the check that the model has every tensor of the checkpoint asks all its ranks; without it, this one holds all.
-    Collective with a mesh.
+    mesh: whether the model has a place for every tensor of the checkpoint is a question to all its ranks; without a mesh it
+    is not asked. Collective with a mesh.
     """
     loading = Loading(state.pieces(), directory, verify)
     _load(loading, mesh)
@@ -115,14 +115,12 @@ class Loading:
                     target = piece.rows[read.target:read.target + read.rows] if entry.shape else piece.rows
                     target.copy_(rows.view(target.shape))
 
-    def unwanted(self, batch: Group | None) -> list[str]:
+    def unwanted(self, mesh: Mesh) -> list[str]:
         """Tensors of the checkpoint that no rank has a place for. Collective."""
         names = [name for name in self.manifest.names() if name.startswith(self.only)]
         mine = {piece.name for piece, _, _ in self.wanted}
-        counts = torch.tensor([name in mine for name in names], dtype=torch.int32)
-        if batch is not None and batch.process_group is not None:
-            counts = sum_over(batch, counts.to(_device(batch)))
-        return [name for name, count in zip(names, counts.tolist()) if not count]
+        counts = torch.tensor([name in mine for name in names], dtype=torch.int32, device=mesh.device)
+        return [name for name, count in zip(names, sum_over(mesh["batch"], counts).tolist()) if not count]
 
     def _plan(self, pieces: list[Piece]) -> list[tuple[Piece, Entry, list[Read]]]:
         """Every piece with its entry and what to read, in the order of the files; a CheckpointError names what does not fit."""
@@ -160,9 +158,8 @@ def other_model(directory: Path, differ: list[str]) -> CheckpointError:
 
 def _load(loading: Loading, mesh: Mesh | None) -> None:
     loading.verify()
-    left = loading.unwanted(mesh["batch"] if mesh else None)
-    if left:
-        raise other_model(loading.directory, [f"{name} is in the checkpoint alone" for name in left])
+    if mesh is not None:
+        _nothing_left(mesh, loading)
     loading.fill()
 
 
@@ -177,7 +174,7 @@ def _newest_good(run_dir: Path, mesh: Mesh, read: Callable[[Path], Loading], *, 
             _, error = _attempt(loading.verify)
         if _agreed(batch, error):
             _same_everywhere(batch, loading)
-            _nothing_left(batch, loading)
+            _nothing_left(mesh, loading)
             _, error = _attempt(loading.fill)
             if _agreed(batch, error):
                 return Resumed(directory, loading.manifest, _go_back(passed_over, directory, mesh, aside))
@@ -213,15 +210,16 @@ def _agreed(batch: Group, error: CheckpointError | None) -> bool:
 def _same_everywhere(batch: Group, loading: Loading) -> None:
     """Ranks on disks of their own would each go on from another state."""
     crc = zlib.crc32(loading.manifest.encode())
-    if int(largest_over(batch, crc)) != crc or int(-largest_over(batch, -crc)) != crc:
+    largest, smallest = largest_over(batch, crc), -largest_over(batch, -crc)
+    if largest != smallest:
         raise CheckpointError(6, "ranks see different checkpoints", where=str(loading.directory),
                               why="their manifests differ", next="put run.dir where every rank sees the same files")
 
 
-def _nothing_left(batch: Group, loading: Loading) -> None:
-    left = loading.unwanted(batch)
-    all_or_none(batch, lambda: _raise(other_model(loading.directory, [f"{name} is in the checkpoint alone" for name in left])
-                                      if left else None))
+def _nothing_left(mesh: Mesh, loading: Loading) -> None:
+    left = loading.unwanted(mesh)                       # the same on all ranks: all raise, or none
+    if left:
+        raise other_model(loading.directory, [f"{name} is in the checkpoint alone" for name in left])
 
 
 def _go_back(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Path, mesh: Mesh, aside: bool) -> int:
@@ -264,10 +262,3 @@ def _or_damaged(directory: Path, action: Callable[[], None]) -> None:
 def _raise(error: CheckpointError | None) -> None:
     if error is not None:
         raise error
-
-
-def _device(group: Group) -> torch.device:
-    backend = torch.distributed.get_backend(group.process_group)
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
-
-

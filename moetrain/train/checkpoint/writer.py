@@ -31,7 +31,8 @@ from moetrain.train.state import TrainState
 log = logging.getLogger(__name__)
 
 DONE, FAILED = 1, (1 << 20) + 1          # what poll adds to the sum; a rank that failed has ended too
-POLL_S = 10.0                            # between two looks at each other while waiting, below any run.timeout_s
+POLL_S = 10.0                            # between two looks at each other while waiting, so that nobody times out
+UNNOTICED_S = 1.0                        # a wait that is not worth a warning
 
 
 class Saved(NamedTuple):
@@ -49,16 +50,19 @@ class Saver:
     def __init__(self, run_dir: Path, mesh: Mesh, config: CheckpointConfig) -> None:
         self.directory, self.mesh, self.config = (run_dir / "checkpoints").absolute(), mesh, config
         self.failed_in_a_row, self.attempt = 0, 0
-        self.job: _Job | None = None
+        self.job: _Job | None = None                     # the one under way
+        self.failed: _Job | None = None                  # the last one, if it failed
         all_or_none(mesh["batch"], lambda: remove_leftovers(run_dir.absolute()) if mesh.is_main else None)
 
-    def begin(self, state: TrainState, facts: dict[str, object]) -> Saved | None:
+    def begin(self, state: TrainState, facts: dict[str, object], *, final: bool = False) -> Saved | None:
         """Save this step. Gives the outcome of a save that was waited for: of the one before, where that was still under way;
-        of this one, with async_save=false. Collective where it waits, on all ranks or on none."""
+        of this one, with async_save=false or `final` (which raises DiskError on all ranks when it fails). Collective where it
+        waits, on all ranks or on none."""
+        began = time.perf_counter()
         before = self.finish()
-        if before is not None:
-            log.warning("the save of step %d was still under way when step %d was to be saved; training waited for it "
-                        "(checkpoint.interval is short for this disk)", before.step, state.step)
+        if time.perf_counter() - began > UNNOTICED_S and self.mesh.is_main:
+            log.warning("step %d was to be saved while the save of step %d was still under way; training waited %.1f s: "
+                        "checkpoint.interval is short for this disk", state.step, before.step, time.perf_counter() - began)
         self.attempt += 1
         began = time.perf_counter()
         self.job = _Job(state.step, began, self.directory / f"step-{state.step:08d}", self.attempt,
@@ -67,7 +71,7 @@ class Saver:
         items = take(state, self.mesh)
         self.job.start(lambda job: write_rank(job.temporary, self.mesh.rank, items, job.step))
         self.job.held_s = time.perf_counter() - began
-        return before if self.config.async_save else self.finish()
+        return before if self.config.async_save and not final else self.finish(required=final)
 
     def poll(self) -> int:
         """0 while there is nothing to say. Sum it over mesh["batch"] (exactly: float64 or int64) and hand the sum to settle."""
@@ -90,23 +94,21 @@ class Saver:
             if self.mesh.is_main:
                 self.job.start(self._commit)
             return None
-        self.failed_in_a_row = 0
+        self.failed_in_a_row, self.failed = 0, None
         return self._ended(self.job.final)
 
     def finish(self, *, required: bool = False) -> Saved | None:
-        """Wait for the save under way, if there is one; collective. required: DiskError on all ranks if it fails."""
+        """Wait for the save under way, if there is one; collective. required: DiskError on all ranks if the last one failed."""
         outcome, began = None, time.perf_counter()
         while self.job is not None:
-            job = self.job
-            job.wait(POLL_S)
+            self.job.wait(POLL_S)
             poll = torch.tensor([self.poll()], dtype=torch.float64, device=self.mesh.device)
             outcome = self.settle(int(sum_over(self.mesh["batch"], poll).item()))
-        if outcome is None:
-            return None
-        if required and outcome.path is None:
-            self._stop(job, DiskError(2, "the checkpoint could not be written", where=str(job.final), why=job.reason(),
-                                      next="free space or make the directory writable, then run the same command again"))
-        return outcome._replace(held_s=outcome.held_s + time.perf_counter() - began)
+        if required and self.failed is not None:
+            self._stop(self.failed, DiskError(
+                2, "the checkpoint could not be written", where=str(self.failed.final), why=self.failed.reason(),
+                next="free space or make the directory writable, then run the same command again"))
+        return outcome and outcome._replace(held_s=outcome.held_s + time.perf_counter() - began)
 
     def _commit(self, job: "_Job") -> None:
         commit(job.temporary, job.final, ranks=self.mesh["batch"].size, facts=job.facts, values=job.values,
@@ -114,7 +116,8 @@ class Saver:
 
     def _failed(self) -> Saved:
         """Every rank has ended, one of them badly. Rank 0 clears away what was written."""
-        job, self.failed_in_a_row = self.job, self.failed_in_a_row + 1
+        job = self.failed = self.job
+        self.failed_in_a_row += 1
         if self.mesh.is_main:
             try:
                 disk.remove_tree(job.temporary)

@@ -77,7 +77,7 @@ def test_another_model_is_refused_and_what_differs_is_named(two_steps, overrides
     run = make_run([*SIZES, *overrides])
     before = tensors(run.state)
     with pytest.raises(CheckpointError) as caught:
-        load(run.state, two_steps[1])
+        load(run.state, two_steps[1], mesh=run.mesh)
     assert caught.value.id == "E-CHECKPOINT-003" and named in caught.value.why
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(run.state).items())
 
@@ -88,7 +88,7 @@ def test_an_expert_too_many_in_the_checkpoint_is_refused(two_steps, tmp_path):
     manifest = read_manifest(two_steps[1])
     assert manifest.entry("model.layers.0.moe.experts.7.down") and not manifest.entry("model.layers.0.moe.experts.8.down")
     loading = reader.Loading((p for p in run.state.pieces() if ".experts.7." not in p.name), two_steps[1], "full")
-    left = loading.unwanted(None)
+    left = loading.unwanted(run.mesh)
     assert len(left) == 2 * 2 * 3 and all(".experts.7." in name for name in left)
 
 

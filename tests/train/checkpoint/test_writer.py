@@ -13,7 +13,7 @@ import torch
 
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
-from moetrain.train.checkpoint import disk
+from moetrain.train.checkpoint import disk, writer
 from moetrain.train.checkpoint.manifest import complete
 from moetrain.train.checkpoint.reader import load, resume
 from moetrain.train.checkpoint.verify import problems
@@ -103,8 +103,9 @@ def test_a_save_is_settled_in_two_looks_and_only_then_it_is_there(tmp_path):
     assert_clean(tmp_path, 1)
 
 
-def test_a_save_that_is_slower_than_the_interval_is_waited_for_and_reported(tmp_path, caplog):
+def test_a_save_that_is_slower_than_the_interval_is_waited_for_and_reported(tmp_path, caplog, monkeypatch):
     """T31. At most one thread writes, whatever the interval."""
+    monkeypatch.setattr(writer, "UNNOTICED_S", 0.1)
     run, writing = trained(1), []
     saves = saver(run, tmp_path)
 
@@ -116,7 +117,7 @@ def test_a_save_that_is_slower_than_the_interval_is_waited_for_and_reported(tmp_
         train_step(run, 2)
         threading.Timer(0.2, go.set).start()
         first = saves.begin(run.state, {})
-    assert first.step == 1 and first.path and first.held_s > 0.1 and "still under way when step 2" in caplog.text
+    assert first.step == 1 and first.path and first.held_s > 0.1 and "step 2 was to be saved while the save of step 1 was still under way" in caplog.text
     assert saves.finish().step == 2
     assert max(writing) == 1
     assert_clean(tmp_path, 1, 2)
@@ -162,9 +163,10 @@ def test_three_failed_saves_in_a_row_end_the_run_and_two_do_not(tmp_path):
     assert saves.job is None and saves.attempt == 9
 
 
-def test_the_save_at_the_end_must_succeed(tmp_path):
+@pytest.mark.parametrize("async_save", [True, False])
+def test_the_save_at_the_end_must_succeed(tmp_path, async_save):
     run = trained(1)
-    saves = saver(run, tmp_path)
+    saves = saver(run, tmp_path, async_save=async_save)
     with full_after(100), pytest.raises(DiskError) as caught:
         saves.begin(run.state, {})
         saves.finish(required=True)

@@ -1,0 +1,136 @@
+"""The nodes find each other, or say who is missing: real sockets, a thread for each node."""
+
+import dataclasses
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from moetrain.errors import RendezvousError
+from moetrain.nodes.node import Node
+from moetrain.nodes.rollcall import interface, own_address, roll_call
+from tests.ranks import free_port
+
+
+def node(rank: int, nodes: int = 3, **changes: object) -> Node:
+    place = Node(nodes=nodes, rank=rank, head="127.0.0.1", port=29400, nproc=2, restarts=0, timeout_s=10)
+    return dataclasses.replace(place, **changes)
+
+
+def call(*nodes: Node, port: int | None = None) -> list[RendezvousError | None]:
+    """How the roll call ended on each node: None when all were there."""
+    port = port or free_port()
+
+    def one(place: Node) -> RendezvousError | None:
+        try:
+            roll_call(dataclasses.replace(place, port=port))
+        except RendezvousError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        return list(pool.map(one, nodes))
+
+
+def test_all_nodes_go_on_in_whatever_order_they_come() -> None:
+    assert call(node(2), node(1), node(0)) == [None] * 3
+    assert call(node(0, nodes=1)) == [None]
+
+
+def test_the_port_is_free_for_torchrun_afterwards() -> None:
+    port = free_port()
+    for _ in range(2):                                   # and a requeued run calls again at once
+        assert call(node(0, nodes=2), node(1, nodes=2), port=port) == [None, None]
+    with socket.create_server(("", port)):
+        pass
+
+
+def test_a_missing_node_is_named_everywhere() -> None:
+    errors = call(node(0, nodes=4, timeout_s=1), node(2, nodes=4, timeout_s=1))
+    assert [error.id for error in errors] == ["E-RENDEZVOUS-004"] * 2
+    assert "nodes 1, 3 of 4" in str(errors[0]) and "nodes 1, 3 of 4" in str(errors[1])
+
+
+@pytest.mark.parametrize("other, said", [
+    (node(1, nodes=3), "NODES=3"), (node(1, nodes=2, nproc=4), "NPROC=4"), (node(2, nodes=2), "there is no node 2")])
+def test_a_contradiction_is_named_everywhere(other: Node, said: str) -> None:
+    errors = call(node(0, nodes=2), other)
+    assert [error.id for error in errors] == ["E-RENDEZVOUS-005"] * 2
+    assert all(said in str(error) for error in errors)
+
+
+def test_two_nodes_of_one_number() -> None:
+    errors = call(node(0, timeout_s=5), node(1, timeout_s=5), node(1, timeout_s=5))
+    assert [error.id for error in errors] == ["E-RENDEZVOUS-005"] * 3 and "NODE_RANK=1" in str(errors[0])
+
+
+def test_a_node_that_was_started_again_counts_once() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        head = pool.submit(call, node(0, nodes=3), port=port)
+        while True:
+            try:
+                gone = socket.create_connection(("127.0.0.1", port))
+                break
+            except OSError:
+                time.sleep(0.02)
+        gone.sendall(b'{"moetrain": 1, "node": 1, "nodes": 3, "nproc": 2}\n')
+        gone.close()
+        assert call(node(1), node(2), port=port) == [None, None] and head.result() == [None]
+
+
+def test_strangers_do_not_count() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        head = pool.submit(call, node(0, nodes=2, timeout_s=3), port=port)
+        for message in (b"GET / HTTP/1.1\r\n\r\n\n", b"[1]\n", b'{"moetrain": 1, "node": "1"}\n', b""):
+            until = time.monotonic() + 5
+            while time.monotonic() < until:
+                try:
+                    with socket.create_connection(("127.0.0.1", port)) as stranger:
+                        stranger.sendall(message)
+                    break
+                except OSError:
+                    time.sleep(0.02)
+        assert call(node(1, nodes=2), port=port) == [None] and head.result() == [None]
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (error,) = call(node(0), port=port)
+    assert error.id == "E-RENDEZVOUS-003" and f"port {port} of node 0 is taken" in str(error)
+
+
+def test_nothing_answers() -> None:
+    port, began = free_port(), time.monotonic()
+    (error,) = call(node(1, timeout_s=1), port=port)
+    assert error.id == "E-RENDEZVOUS-002" and f"127.0.0.1:{port}" in str(error) and "refused" in str(error)
+    assert time.monotonic() - began >= 1
+    (error,) = call(node(1, timeout_s=1, head="no-such-host.invalid"), port=port)
+    assert error.id == "E-RENDEZVOUS-002" and "no-such-host.invalid" in str(error)
+
+
+def test_something_else_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        def serve() -> None:
+            for _ in range(100):
+                try:
+                    connection, _ = other.accept()
+                except OSError:
+                    return
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        (error,) = call(node(1, timeout_s=1), port=other.getsockname()[1])
+    assert error.id == "E-RENDEZVOUS-002" and "not moetrain" in str(error)
+
+
+def test_the_address_is_that_of_the_route() -> None:
+    assert own_address(node(0)) == own_address(node(1)) == "127.0.0.1"
+    assert own_address(node(0, head="some-name")) == "some-name"         # the others know it by that name
+    assert interface(node(0, nodes=1, head="127.0.0.1")) in ("lo", None) and interface(node(0, head="127.0.0.1")) is None

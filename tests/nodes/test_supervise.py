@@ -1,0 +1,59 @@
+"""The exit code of a run, from torchrun's, status.json and the signals that came."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from moetrain.nodes.supervise import Status, ending
+
+TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+
+
+@pytest.mark.parametrize("returned, status, signals, code", [
+    (0, 0, [], 0), (0, None, [], 0),                     # a run that was finished before has written nothing
+    (0, 10, [TERM], 10),                                 # a preempted rank exits 0 under torchrun
+    (0, 0, [TERM], 0),                                   # it was done before the signal
+    (1, 13, [], 13), (12, 12, [], 12), (12, None, [], 12),
+    (1, 0, [], 1),                                       # rank 0 was done, another failed
+    (137, None, [], 16), (137, 16, [], 16), (-9, None, [], 16), (16, None, [], 16),
+    (137, 11, [], 11),
+    (143, None, [TERM], 10), (138, None, [USR1], 10), (130, None, [INT], 130),   # before there was anything to save
+    (140, None, [USR1], 10),
+    (143, 143, [TERM, TERM], 143),                       # left without a save
+])
+def test_exit_codes(returned: int, status: int | None, signals: list[int], code: int) -> None:
+    assert ending(returned, None if status is None else {"code": status}, signals) == code
+
+
+def write(run: Path, code: int) -> None:
+    draft = run / "draft"
+    draft.write_text(json.dumps({"code": code}))
+    draft.replace(run / "status.json")
+
+
+def test_the_status_of_an_earlier_run_says_nothing(tmp_path: Path) -> None:
+    assert Status(tmp_path / "none").written() is None
+    write(tmp_path, 11)
+    status = Status(tmp_path)
+    assert status.written() is None and not status.is_final()
+    os.utime(tmp_path / "status.json", ns=(1, 1))
+    assert status.written() == {"code": 11}
+
+
+def test_a_final_status_stays_when_the_next_attempt_removes_it(tmp_path: Path) -> None:
+    status = Status(tmp_path)
+    write(tmp_path, 1)
+    assert status.written() == {"code": 1} and not status.is_final()
+    write(tmp_path, 12)
+    assert status.is_final()
+    (tmp_path / "status.json").unlink()
+    assert status.is_final() and status.written() == {"code": 12}
+
+
+def test_a_status_that_is_cut_off_is_none(tmp_path: Path) -> None:
+    status = Status(tmp_path)
+    (tmp_path / "status.json").write_text('{"co')
+    assert status.written() is None
