@@ -12,7 +12,8 @@ and neither clips. Losses must agree before the clock starts.
 
 Time: turns of a few steps, the order reversed every round; the lower quintile of the steps counts, and with a median more
 than 1.3 times that the machine was busy and there is no verdict. `step` is forward, backward, AdamW, gradients set to
-none; `fb` is forward and backward alone.
+none; `fb` is forward and backward alone. `--clock cpu` counts the processor time of one thread instead of seconds on the
+wall: what is left of a busy machine's noise is its caches.
 
 Memory, by the same meters for all: `kept` is the storages that autograd holds at the end of the forward pass, each
 counted once, without parameters and inputs; `peak` is the allocator's highest point in forward and backward above its start,
@@ -72,11 +73,11 @@ def main() -> None:
     copy_weights(model, peer)
     batches = [random_batch(args, seed, device) for seed in range(4)]
     large = too_large(args)
-    sides = [our_side(model), *(their_side(peer, name, args) for name in implementations() if name not in large)]
+    sides = [our_side(model), *(their_side(peer, name, args) for name in args.peers if name not in large)]
     sides, left_out = check(sides, batches[0], TOLERANCE[args.dtype])
     memory = {side.name: {"kept": kept_bytes(side, batches[0]), "peak": peak_bytes(side, batches[0], device)}
               for side in sides}
-    seconds, slow = measure(sides, batches, args, device)
+    seconds, slow = measure(sides, batches, args, make_clock(args, device))
     report = {
         "shape": vars(args), "machine": machine(device), "left_out": large | left_out | slow,
         "imbalance": imbalance(model, batches[0]),
@@ -101,11 +102,16 @@ def parse() -> argparse.Namespace:
         ("rounds", 8, "turns of every side"), ("steps", 3, "steps of a turn"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} ({default})")
+    parser.add_argument("--peers", nargs="+", default=implementations(), help="experts implementations of transformers (all)")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, with --threads 1")
     parser.add_argument("--profile", action="store_true", help="print time by operator, of ours and of the best peer")
     parser.add_argument("--out", help="write everything to this JSON file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.clock == "cpu" and (args.threads, args.device) != (1, "cpu"):
+        parser.error("--clock cpu needs --threads 1 and --device cpu")
+    return args
 
 
 # --- the two programmes
@@ -220,9 +226,9 @@ def check(sides: list[Side], batch: Batch, tolerance: float) -> tuple[list[Side]
 
 
 def measure(sides: list[Side], batches: list[Batch], args: argparse.Namespace,
-            device: torch.device) -> tuple[dict[str, Seconds], dict[str, str]]:
+            clock: Callable[[], float]) -> tuple[dict[str, Seconds], dict[str, str]]:
     """Seconds of every step, after one turn that does not count; hopeless implementations sit out after it."""
-    warm = {side.name: min(one_step(side, batch, device)[0] for batch in batches[:2]) for side in sides}
+    warm = {side.name: min(one_step(side, batch, clock)[0] for batch in batches[:2]) for side in sides}
     limit = HOPELESS * min(warm.values())
     slow = {name: f"{seconds * 1e3:.0f} ms a step in the warm-up" for name, seconds in warm.items() if seconds > limit}
     running = [side for side in sides if side.name not in slow]
@@ -230,26 +236,30 @@ def measure(sides: list[Side], batches: list[Batch], args: argparse.Namespace,
     for round in range(args.rounds):
         for side in running[::-1] if round % 2 else running:
             for step in range(args.steps):
-                whole, fb = one_step(side, batches[(round + step) % len(batches)], device)
+                whole, fb = one_step(side, batches[(round + step) % len(batches)], clock)
                 seconds[side.name].step.append(whole)
                 seconds[side.name].fb.append(fb)
     return seconds, slow
 
 
-def one_step(side: Side, batch: Batch, device: torch.device) -> tuple[float, float]:
+def one_step(side: Side, batch: Batch, clock: Callable[[], float]) -> tuple[float, float]:
     """(seconds of the step, of forward and backward in it)."""
-    start = now(device)
+    start = clock()
     side.loss(batch).backward()
-    middle = now(device)
+    middle = clock()
     side.optimizer.step()
     side.optimizer.zero_grad(set_to_none=True)
-    return now(device) - start, middle - start
+    return clock() - start, middle - start
 
 
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
+def make_clock(args: argparse.Namespace, device: torch.device) -> Callable[[], float]:
+    def after_the_gpu() -> float:
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return time.perf_counter()
+
+    if device.type == "cuda":
+        return after_the_gpu
+    return time.thread_time if args.clock == "cpu" else time.perf_counter
 
 
 def kept_bytes(side: Side, batch: Batch) -> int:

@@ -16,7 +16,8 @@ from moetrain.errors import ConfigError, ConfigErrors
 
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
 # What an option needs beside itself.
-COMPANIONS = {("data", "tokens"): ["data.path=shards"]}
+COMPANIONS = {("data", "tokens"): ["data.path=shards"], ("data", "megatron"): ["data.path=prefix"],
+              ("engine", "deepspeed"): ["parallel=ep", "run.nproc=2"]}
 
 
 def errors_of(*overrides: str) -> list[ConfigError]:

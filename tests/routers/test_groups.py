@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.config.compose import compose
+from moetrain.config.groups import config_dir
 from moetrain.ops.gating import keep_best_groups, top_k
 from moetrain.routers.base import RouterContext
 from moetrain.routers.groups import GroupLimitedRouter
@@ -49,9 +51,14 @@ def test_no_token_leaves_its_groups(score, shift):
     with torch.no_grad():
         router.weight.copy_(torch.randn(256, 4, generator=generator))
         router.bias.copy_(0.6 * torch.randn(256, generator=generator) + shift)
-    ids_TK = router.route(torch.randn(500, 4, generator=generator), CONTEXT).ids_TK
+    x_TD = torch.randn(300, 4, generator=generator)
+    ids_TK = router.route(x_TD, CONTEXT).ids_TK
     assert span(ids_TK, 32) <= 4
     assert all(len(set(row)) == 8 for row in ids_TK.tolist())
+    scores_TGe = (router.logits(x_TD).sigmoid() + router.bias).unflatten(1, (8, 32)).sort(-1).values
+    worth_TG = scores_TGe[..., -1] if score == "max" else scores_TGe[..., -1] + scores_TGe[..., -2]
+    for chosen, worth in zip((ids_TK // 32).tolist(), worth_TG.tolist()):
+        assert set(chosen) <= set(sorted(range(8), key=lambda g: (-worth[g], g))[:4])
 
 
 def test_a_limit_is_felt():
@@ -75,6 +82,14 @@ def test_softmax_weights_of_deepseek_v2():
     ours, truth = (torch.autograd.grad(w.square().sum(), router.weight, retain_graph=True)
                    for w in (routing.weights_TK, 16 * probs_TE.gather(1, expected)))
     torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("model", ["deepseek_v2", "deepseek_v2_lite", "deepseek_v3"])
+def test_the_router_that_a_model_names_fits_it(model):
+    (line,) = [line for line in (config_dir() / "model" / f"{model}.yaml").read_text().splitlines() if "Its router:" in line]
+    config = compose([f"model={model}", *line.partition("Its router: ")[2].rstrip(".").split()])
+    groups = config.router["num_groups"], config.router["topk_groups"]
+    assert groups == {"deepseek_v2": (8, 3), "deepseek_v2_lite": (1, 1), "deepseek_v3": (8, 4)}[model]
 
 
 @pytest.mark.parametrize("weights, total", [("renorm", 2.5), ("softmax_of_topk", 2.5)])
