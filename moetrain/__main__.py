@@ -25,6 +25,8 @@ VERBS = {
     "generate": "continue a text with a run's model",
     "data": "prepare text for training (data prepare)",
     "report": "draw tokens per expert of a run",
+    "inspect": "show what a checkpoint holds",
+    "checkpoint": "check every byte of a run's checkpoints (checkpoint verify)",
     "slurm": "train in a Slurm job, checked before it is submitted",
     "version": "print the version",
 }

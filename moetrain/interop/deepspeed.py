@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetrain.comm.mesh import Group
-from moetrain.model.parallelize import Parallel
 from moetrain.parallel.data_parallel import BUCKET_BYTES, GradientReducer
 from moetrain.parallel.pieces import Piece
 from moetrain.train.optim import allocate_state, restore_steps
@@ -48,7 +47,7 @@ def adopt(run: Run) -> Run:
     experts, dense = _split(run.state.optimizer)
     zero = Zero(_start_engine(run, dense), group)
     reducer = ZeroReducer(zero, GradientReducer([(run.parallel.experts, run.mesh["expert_grad"])]))
-    parallel = Parallel(zero.parts, run.parallel.experts, reducer)
+    parallel = run.parallel._replace(dense=zero.parts, reducer=reducer)
     mesh = replace(run.mesh, groups={**run.mesh.groups, "dense_shard": group})      # norm: dense gradients are cut up
     return replace(run, mesh=mesh, parallel=parallel, state=ZeroState(run.state.model, ZeroOptimizer(zero, experts)))
 
@@ -68,7 +67,6 @@ class Zero:
 
     def accumulate(self) -> None:
         """From here on gradients add up locally; `reduce` ends it."""
-        self._accumulating.close()                   # a step that was given up
         self.engine.optimizer.zero_grad(set_to_none=True)
         self._accumulating.enter_context(self.engine.coalesce_grad_reduction())
 
@@ -208,7 +206,8 @@ def _start_engine(run: Run, optimizer: torch.optim.AdamW) -> Any:
         "steps_per_print": None,
     }
     module = nn.ParameterList([parameter for group in optimizer.param_groups for parameter in group["params"]])
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    with redirect_stdout(sys.stderr):                # what it has compiled
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
 

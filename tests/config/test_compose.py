@@ -101,7 +101,7 @@ def test_all_mistakes_are_reported_together() -> None:
     ("loss.z.weight=1", "007", "loss=[z]"),
     ("loss=[y]", "002", "loss=[z]|loss=z"),
     ("experiment=debgu", "002", "experiment=debug"),
-    ("parallel=fsdp", "002", "parallel"),
+    ("parallel=fsdpp", "002", "parallel"),
     ("model=[debug]", "014", "debug"),
     ("~model", "040", "debug"),
     ("log=off", "006", "logging"),

@@ -27,7 +27,8 @@ class Seen(NamedTuple):
 
 def our_layer(*overrides: str) -> MoELayer:
     """The first layer of a tiny model on two ranks that share its experts; routers far from uniform."""
-    layer = make_run(["parallel=ep", "run.nproc=2", "train.micro_batch=8", "run.dtype=float32", *overrides]).state.model.layers[0].moe
+    run = make_run(["parallel=ep", "run.nproc=2", "train.micro_batch=8", "run.dtype=float32", *overrides])
+    layer = run.state.model.layers[0].moe
     with torch.no_grad():
         layer.router.weight.mul_(10)
     return layer
@@ -48,11 +49,12 @@ def ours(layer: MoELayer, rank: int, weight: float) -> Seen:
     balance = LoadBalanceLoss(weight=weight, scope="micro").value(output.stats, pool)
     ((output.out_TD * slope).sum() + weight * balance).backward()
     bank = layer.experts.bank
-    return Seen(output.out_TD.detach(), balance.detach(), x.grad, layer.router.weight.grad, list(zip(bank.gate_up.grad, bank.down.grad)))
+    experts = list(zip(bank.gate_up.grad, bank.down.grad))
+    return Seen(output.out_TD.detach(), balance.detach(), x.grad, layer.router.weight.grad, experts)
 
 
-def theirs(forward: Callable[[Tensor], tuple[Tensor, Tensor]], router: nn.Parameter, experts: list[tuple[nn.Parameter, nn.Parameter]],
-           rank: int, weight: float) -> Seen:
+def theirs(forward: Callable[[Tensor], tuple[Tensor, Tensor]], router: nn.Parameter,
+           experts: list[tuple[nn.Parameter, nn.Parameter]], rank: int, weight: float) -> Seen:
     """forward: x to (output, balance loss unweighted)."""
     x, slope = tokens(rank)
     x.requires_grad_()

@@ -46,8 +46,9 @@ def compare(top_k: int, weights: str, weight: float) -> None:
     deepspeed.init_distributed("gloo", dist_init_required=False)
     layer = our_layer(f"model.top_k={top_k}", f"router.weights={weights}")
     bank = layer.experts.bank
-    other = MoE(layer.router.weight.shape[1], SwiGLU(bank.down.shape[1], bank.down.shape[2]), num_experts=EXPERTS, ep_size=2, k=top_k,
-                drop_tokens=False, use_rts=False, top2_2nd_expert_sampling=False)
+    dim, hidden = bank.down.shape[1:]
+    other = MoE(dim, SwiGLU(dim, hidden), num_experts=EXPERTS, ep_size=2, k=top_k, drop_tokens=False, use_rts=False,
+                top2_2nd_expert_sampling=False)
     other.set_deepspeed_parallelism()
     gate, experts = other.deepspeed_moe.gate.wg.weight, list(other.deepspeed_moe.experts.deepspeed_experts)
     assert len(experts) == len(bank.experts) == EXPERTS // 2

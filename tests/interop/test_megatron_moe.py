@@ -47,8 +47,8 @@ def megatron_layer(top_k: int, pre_softmax: bool, dispatcher: str, weight: float
         gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, use_cpu_initialization=True,
         gradient_accumulation_fusion=False, bias_activation_fusion=False,
     )
-    experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    return MoELayer(config, MoESubmodules(experts=experts))
+    parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return MoELayer(config, MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=parts)))
 
 
 def compare(top_k: int, weights: str, dispatcher: str, weight: float, pre_softmax: bool) -> None:

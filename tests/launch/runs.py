@@ -83,3 +83,12 @@ def ranks(run: Path) -> list[int]:
             if f"run.dir={run}" in words and any(variable.startswith(b"LOCAL_RANK=") for variable in variables):
                 found.append(int(entry.name))
     return found
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if int((entry / "stat").read_text().rpartition(") ")[2].split()[1]) == parent:
+                found.append(int(entry.name))
+    return found

@@ -1,4 +1,4 @@
-"""Capacity: the survivors are those of a plain loop, weights keep their gradient, and the split of the batch changes nothing."""
+"""Capacity: the survivors are those of a plain loop, weights keep their gradient, the split of the batch changes nothing."""
 
 from functools import partial
 
@@ -24,15 +24,15 @@ POLICIES = {
 }
 
 
-def routed(tokens: int, *, seed: int = 0, ties: bool = False, ragged: bool = False, length: int = S) -> tuple[Routing, RouterContext]:
-    """A decision over sequences of `length` tokens that prefers the first experts; the last token of each is padding."""
+def routed(tokens: int, *, seed: int = 0, ties: bool = False, ragged: bool = False) -> tuple[Routing, RouterContext]:
+    """A decision over sequences of S tokens that prefers the first experts; the last token of each is padding."""
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, E, dtype=torch.float64, generator=generator) - torch.arange(E)
     logits_TE = (logits_TE.round() if ties else logits_TE).requires_grad_()
     probs_TE = logits_TE.softmax(-1)
     weights_TK, ids_TK = (part[:, :K] for part in probs_TE.sort(descending=True, stable=True))
-    positions_T = torch.arange(tokens) % length
-    used_TK = (positions_T != length - 1)[:, None].expand(-1, K)
+    positions_T = torch.arange(tokens) % S
+    used_TK = (positions_T != S - 1)[:, None].expand(-1, K)
     if ragged:
         used_TK = used_TK & (torch.arange(K) < torch.randint(0, K + 1, (tokens, 1), generator=generator))
     ids_TK, weights_TK = ids_TK.where(used_TK, -1), weights_TK.where(used_TK, 0)
@@ -220,7 +220,8 @@ def test_weights_and_gradients_are_those_of_a_dense_mask(policy, renorm):
     if renorm:
         torch.testing.assert_close(limited.weights_TK.sum(1)[~lost_T], routing.weights_TK.sum(1)[~lost_T])
     scale_TE = torch.rand(3 * S, E, dtype=torch.float64)
-    ours, truth = (torch.autograd.grad((w * scale_TE).sum(), routing.weights_TK, retain_graph=True) for w in (ours_TE, after_TE))
+    ours, truth = (torch.autograd.grad((weights_TE * scale_TE).sum(), routing.weights_TK, retain_graph=True)
+                   for weights_TE in (ours_TE, after_TE))
     torch.testing.assert_close(ours, truth)
 
 
@@ -298,8 +299,8 @@ def test_a_step_gives_what_the_oracle_gives(options, oracle):
     layers = [layer for batch in batches for layer in oracle_logits(params, batch[0], batch[2], **model)[1]]
     dropped = sum(int((layer.chosen_TE & ~layer.kept_TE).sum()) for layer in layers)
     result = train_step(run, 1)
-    error, name = difference({name.removesuffix(".weight"): g for name, g in whole([snapshot(run, lambda p: p.grad)]).items()},
-                             {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()})
+    ours = {name.removesuffix(".weight"): gradient for name, gradient in whole([snapshot(run, lambda p: p.grad)]).items()}
+    error, name = difference(ours, {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()})
     assert error < 1e-10, (name, error)
     for key, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):
         assert abs(result.metrics[key] - value.item()) < 1e-10, key

@@ -68,7 +68,8 @@ def test_a_bias_changes_who_is_chosen_and_not_the_weights_of_a_choice():
     torch.testing.assert_close(after.weights_TK, 2.5 * raw_TK / raw_TK.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "topk_groups": 2}, {"num_groups": 4, "topk_groups": 2, "group_score": "max"}])
+@pytest.mark.parametrize("groups", [
+    {}, {"num_groups": 4, "topk_groups": 2}, {"num_groups": 4, "topk_groups": 2, "group_score": "max"}])
 def test_a_constant_in_all_biases_changes_nothing(groups):
     router, shifted = (router_of(experts=16, k=3, **groups) for _ in range(2))
     router.bias.copy_(biases(16))
@@ -170,7 +171,8 @@ def train(overrides: list[str], steps: int) -> tuple[Trained, list[dict[str, Ten
     return Trained(snapshot(run, lambda parameter: parameter.data), {}, metrics, counts), found
 
 
-@pytest.mark.parametrize("groups, oracle", [([], (1, 1, 2)), (GROUPED, (4, 2, 2)), ([*GROUPED, "router.group_score=max"], (4, 2, 1))])
+@pytest.mark.parametrize("groups, oracle", [
+    ([], (1, 1, 2)), (GROUPED, (4, 2, 2)), ([*GROUPED, "router.group_score=max"], (4, 2, 1))])
 @pytest.mark.parametrize("gate", ["renorm", "raw"])
 def test_a_step_gives_what_the_oracle_gives(groups, oracle, gate):
     run = make_run([*OVERRIDES, *groups, f"router.weights={gate}", "train.clip=0", "router.update_rate=0"])
@@ -184,8 +186,8 @@ def test_a_step_gives_what_the_oracle_gives(groups, oracle, gate):
         num_experts=8, sigmoid=True, scale=2.5, gate=gate, groups=oracle, bias={0: biases(8, 0.1), 1: biases(8, 1.1)})
     total.backward()
     result = train_step(run, 1)
-    error, name = difference({name.removesuffix(".weight"): g for name, g in whole([snapshot(run, lambda p: p.grad)]).items()},
-                             {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()})
+    ours = {name.removesuffix(".weight"): gradient for name, gradient in whole([snapshot(run, lambda p: p.grad)]).items()}
+    error, name = difference(ours, {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()})
     assert error < 1e-10, (name, error)
     for key, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):
         assert abs(result.metrics[key] - value.item()) < 1e-10, key
@@ -198,7 +200,8 @@ def test_a_step_gives_what_the_oracle_gives(groups, oracle, gate):
 def test_two_ranks_train_as_one_and_hold_the_same_biases(ranks, mesh, accumulation):
     steps, overrides = 5, [*OVERRIDES, *GROUPED]
     single, expected = train([*overrides, "train.micro_batch=16"], steps)
-    split = ranks(2).run(train, [*overrides, f"parallel={mesh}", "run.nproc=2", f"train.micro_batch={8 // accumulation}"], steps)
+    overrides += [f"parallel={mesh}", "run.nproc=2", f"train.micro_batch={8 // accumulation}"]
+    split = ranks(2).run(train, overrides, steps)
     ours = union([trained for trained, _ in split])
     error, name = difference(ours.parameters, whole([single.parameters]))
     assert error < 1e-10, (name, error)

@@ -1,4 +1,4 @@
-"""data=megatron: what Megatron-Core's builder writes is what a window holds; its order is a pure function; bad files are named."""
+"""data=megatron: a window holds what Megatron-Core's builder wrote; the order is a pure function; bad files are named."""
 
 import json
 import shutil
@@ -178,7 +178,8 @@ def damage(prefix: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how, number", [
     ("no bin", 70), ("no idx", 70), ("other magic", 71), ("short index", 71), ("lengths", 71), ("count", 71), ("documents", 71),
-    ("pointers", 71), ("short bin", 72), ("long bin", 72), ("empty bin", 72), ("version", 71), ("vocabulary", 73), ("nothing held out", 74),
+    ("pointers", 71), ("version", 71), ("short bin", 72), ("long bin", 72), ("empty bin", 72), ("vocabulary", 73),
+    ("nothing held out", 74),
 ])
 def test_a_bad_dataset_is_named(tmp_path, how, number):
     prefix = tmp_path / "bad"

@@ -1,0 +1,65 @@
+"""moetrain checkpoint verify <run or checkpoint>: read every byte of every checkpoint and compare it with its checksum.
+
+<run> is a name or a directory. One line a checkpoint; exit code 13 when one of them is damaged.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moetrain.cli.inspect import human, named
+from moetrain.config.suggest import nearest
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.train.checkpoint.verify import problems
+
+_SUBCOMMANDS = ("verify",)
+
+
+def run(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print(str(__doc__).strip())
+        return 0
+    if not argv or argv[0] not in _SUBCOMMANDS:
+        given = argv[0] if argv else ""
+        near = nearest(given, _SUBCOMMANDS) or list(_SUBCOMMANDS)
+        raise ConfigError(42, f"there is no verb checkpoint {given}".rstrip(), where="the command line",
+                          why=f"checkpoint can {', '.join(_SUBCOMMANDS)}", next=f"moetrain checkpoint {near[0]}")
+    return verify(named(argv[1:], "checkpoint verify"))
+
+
+def verify(checkpoints: list[Path]) -> int:
+    """CheckpointError names every damaged file, after all have been read."""
+    harm: list[CheckpointError] = []
+    damaged = 0
+    sizes = {directory: sum(path.lstat().st_size for path in directory.iterdir()) for directory in checkpoints}
+    with _progress(sum(sizes.values())) as advance:
+        for directory, size in sizes.items():
+            began = time.perf_counter()
+            found = list(problems(directory, advance))
+            damaged += bool(found)
+            harm += found
+            print(f"{'damaged' if found else 'good':8s} {directory}   {human(size)} in {time.perf_counter() - began:.1f} s")
+            for error in found:
+                print(f"         {Path(error.where).name}: {error.why}")
+    if harm:
+        raise CheckpointError(5, f"{damaged} of {len(checkpoints)} checkpoints {'is' if damaged == 1 else 'are'} damaged",
+                              where=", ".join(error.where for error in harm), why="the lines above say what is wrong with each file",
+                              next="restore the files; training passes over a damaged checkpoint and goes on from an older one")
+    return 0
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)

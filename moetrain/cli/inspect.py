@@ -1,0 +1,146 @@
+"""moetrain inspect <run or checkpoint> [--tensors [pattern]]: what a checkpoint holds. Reads its manifest alone.
+
+<run> is a name or a directory; of a run the newest checkpoint is shown. --tensors lists every tensor with its place; a
+pattern chooses some, as 'model.layers.0.*' or '*experts.7.*'. Whether the content is right: moetrain checkpoint verify.
+"""
+
+from collections.abc import Iterator
+from datetime import datetime
+from fnmatch import fnmatch
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.compose import find_run
+from moetrain.errors import CheckpointError, ConfigError
+from moetrain.train.checkpoint.manifest import ITEM_BYTES, NAME, Entry, Manifest, complete, read_manifest, split_expert
+
+LARGEST = 5
+
+
+def run(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print(str(__doc__).strip())
+        return 0
+    pattern = None
+    if "--tensors" in argv:
+        place = argv.index("--tensors")
+        pattern = argv[place + 1] if len(argv) > place + 1 and place > 0 else "*"
+        argv = argv[:place] + argv[place + 2 if pattern != "*" or argv[place + 1:place + 2] == ["*"] else place + 1:]
+    checkpoints = named(argv, "inspect")
+    directory = checkpoints[-1]
+    manifest = read_manifest(directory)
+    lines = tensors(manifest, pattern) if pattern is not None else summary(directory, manifest, checkpoints)
+    print("\n".join(lines))
+    return 0
+
+
+def named(argv: list[str], verb: str) -> list[Path]:
+    """The checkpoints that a command line names, oldest first: all of a run, or one by its directory."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise ConfigError(53, f"{verb} takes one run or one checkpoint", where="the command line",
+                          why=f"it was given {' '.join(argv) or 'nothing'}",
+                          next=f"moetrain {verb} <name or directory of a run, or directory of a checkpoint>")
+    place = argv[0].removeprefix("run.name=").removeprefix("run.dir=")
+    if (Path(place) / NAME).exists():
+        return [Path(place)]
+    run_dir = Path(place) if (Path(place) / "checkpoints").is_dir() else find_run(place)
+    found = complete(run_dir)
+    if not found:
+        raise CheckpointError(
+            2, "the run has no checkpoint yet", where=str(run_dir / "checkpoints"),
+            why="a run saves at its end and every checkpoint.interval steps", next="moetrain train with the same run.name",
+        )
+    return found
+
+
+def summary(directory: Path, manifest: Manifest, checkpoints: list[Path]) -> Iterator[str]:
+    """Step, model, who wrote it, sizes."""
+    facts, values = manifest.facts, manifest.values
+    yield f"{directory}"
+    rows = [("step", f"{values['step']:,}   {values['tokens']:,} tokens"), ("written", written(facts)),
+            ("model", model(facts)), ("mesh", mesh(facts)), ("data", str(facts.get("data", "unknown"))[:16])]
+    if len(checkpoints) > 1:
+        rows.append(("others", ", ".join(str(int(path.name.removeprefix("step-"))) for path in checkpoints[:-1])))
+    yield from (f"  {label:8s} {text}" for label, text in rows)
+    yield ""
+    entries = {name: manifest.entry(name) for name in manifest.names()}
+    kinds: dict[str, list[int]] = {}
+    for name, entry in entries.items():
+        total = kinds.setdefault(kind(name), [0, 0, 0])
+        for index, amount in enumerate((1, prod(entry.shape), size(entry))):
+            total[index] += amount
+    yield from table([["kind", "tensors", "values", "bytes"],
+                      *([name, f"{count:,}", f"{numbers:,}", human(amount)] for name, (count, numbers, amount) in sorted(kinds.items())),
+                      ["all", *(f"{sum(column):,}" for column in list(zip(*kinds.values()))[:2]), human(sum(map(size, entries.values())))]])
+    yield ""
+    yield from table([["file", "tensors", "bytes"],
+                      *([name, f"{len(manifest.parts()[name]):,}", human(file.size)] for name, file in manifest.files.items()),
+                      [NAME, "", human((directory / NAME).stat().st_size)]])
+    yield ""
+    largest = sorted(entries, key=lambda name: -size(entries[name]))[:LARGEST]
+    yield from table([["largest", "dtype", "shape", "bytes"],
+                      *([name, entries[name].dtype, shape(entries[name]), human(size(entries[name]))] for name in largest)])
+
+
+def tensors(manifest: Manifest, pattern: str) -> Iterator[str]:
+    """A row a chunk: name, dtype, shape, rows, file, first byte."""
+    rows = [["tensor", "dtype", "shape", "rows", "file", "begin"]]
+    for name in sorted(manifest.names()):
+        if fnmatch(name, pattern):
+            entry = manifest.entry(name)
+            rows += [[name, entry.dtype, shape(entry), f"{chunk.first}:{chunk.first + chunk.rows}", chunk.file, f"{chunk.begin}"]
+                     for chunk in entry.chunks]
+    return table(rows)
+
+
+def kind(name: str) -> str:
+    """What a tensor is, by its name: `model, experts`, `optim exp_avg, dense`."""
+    first, _, rest = name.partition(".")
+    part = "experts" if split_expert(name) else "dense"
+    return f"{first} {rest.rpartition('.')[2]}, {part}" if first == "optim" else f"{first}, {part}"
+
+
+def written(facts: dict[str, Any]) -> str:
+    when = facts.get("time")
+    date = datetime.fromtimestamp(when).isoformat(" ", "seconds") if isinstance(when, (int, float)) else "at an unknown time"
+    return f"{date} by moetrain {facts.get('moetrain', '?')}, torch {facts.get('torch', '?')}"
+
+
+def model(facts: dict[str, Any]) -> str:
+    config = facts.get("config")
+    sizes = config.get("model", {}) if isinstance(config, dict) else {}
+    named = {"num_layers": "layers", "dim": "wide", "num_experts": "experts", "top_k": "a token", "expert_dim": "wide each",
+             "num_shared_experts": "shared"}
+    return ", ".join(f"{sizes[key]} {word}" for key, word in named.items() if key in sizes) or "unknown"
+
+
+def mesh(facts: dict[str, Any]) -> str:
+    sizes = facts.get("mesh")
+    axes = " x ".join(f"{axis} {count}" for axis, count in sizes.items() if count != 1) if isinstance(sizes, dict) else ""
+    return f"{facts.get('ranks', '?')} ranks" + (f": {axes}" if axes else "")
+
+
+def size(entry: Entry) -> int:
+    return prod(entry.shape) * ITEM_BYTES[entry.dtype]
+
+
+def shape(entry: Entry) -> str:
+    return "[" + ", ".join(map(str, entry.shape)) + "]"
+
+
+def table(rows: list[list[str]]) -> Iterator[str]:
+    """Columns of equal width; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    left = [column == 0 or not rows[-1][column][:1].isdigit() for column in range(len(widths))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) if left[column] else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(row, widths))).rstrip()
+
+
+def human(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
