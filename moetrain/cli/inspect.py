@@ -25,8 +25,7 @@ def run(argv: list[str]) -> int:
     pattern = None
     if "--tensors" in argv:
         place = argv.index("--tensors")
-        pattern = argv[place + 1] if len(argv) > place + 1 and place > 0 else "*"
-        argv = argv[:place] + argv[place + 2 if pattern != "*" or argv[place + 1:place + 2] == ["*"] else place + 1:]
+        pattern, argv = (argv[place + 1:] or ["*"])[0], argv[:place] + argv[place + 2:]
     checkpoints = named(argv, "inspect")
     directory = checkpoints[-1]
     manifest = read_manifest(directory)
@@ -74,9 +73,10 @@ def summary(directory: Path, manifest: Manifest, checkpoints: list[Path]) -> Ite
                       *([name, f"{count:,}", f"{numbers:,}", human(amount)] for name, (count, numbers, amount) in sorted(kinds.items())),
                       ["all", *(f"{sum(column):,}" for column in list(zip(*kinds.values()))[:2]), human(sum(map(size, entries.values())))]])
     yield ""
+    parts = manifest.parts()
     yield from table([["file", "tensors", "bytes"],
-                      *([name, f"{len(manifest.parts()[name]):,}", human(file.size)] for name, file in manifest.files.items()),
-                      [NAME, "", human((directory / NAME).stat().st_size)]])
+                      [NAME, "", human((directory / NAME).stat().st_size)],
+                      *([name, f"{len(parts[name]):,}", human(file.size)] for name, file in manifest.files.items())])
     yield ""
     largest = sorted(entries, key=lambda name: -size(entries[name]))[:LARGEST]
     yield from table([["largest", "dtype", "shape", "bytes"],
@@ -116,9 +116,12 @@ def model(facts: dict[str, Any]) -> str:
 
 
 def mesh(facts: dict[str, Any]) -> str:
-    sizes = facts.get("mesh")
-    axes = " x ".join(f"{axis} {count}" for axis, count in sizes.items() if count != 1) if isinstance(sizes, dict) else ""
-    return f"{facts.get('ranks', '?')} ranks" + (f": {axes}" if axes else "")
+    """Axes longer than one, of both views of the ranks."""
+    axes = facts["mesh"] if isinstance(facts.get("mesh"), dict) else {}
+    long = [(axis, f"{axis} {count}") for axis, count in axes.items() if count != 1]
+    views = {"dense": [text for axis, text in long if not axis.startswith("e")],
+             "experts": [text for axis, text in long if axis.startswith("e")]}
+    return "; ".join([f"{facts.get('ranks', '?')} ranks", *(f"{view}: {' x '.join(texts)}" for view, texts in views.items() if texts)])
 
 
 def size(entry: Entry) -> int:

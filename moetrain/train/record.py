@@ -112,16 +112,31 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
         ("", f"moetrain {__version__} | run {run.directory} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
         ("model", f"{sizes.num_layers} layers  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
                   f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
-        ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}"
+        ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}{sharding(run)}"
                      f" on {run.mesh.device.type}, {config.run.dtype}"),
         ("batch", f"{per_step:,} tokens = {ranks} ranks x {micro_batch} seq x {config.train.seq_len}"
                   f" x accum {accumulation}"),
         ("balance", balance_line(run, accumulation)),
+        ("capacity", capacity_line(run)),
         ("data", f"{config.data.kind} {run.dataset.fingerprint[:12]}  {len(run.dataset.domains)} domains"
                  f" ({', '.join(run.dataset.domains[:6])})  vocabulary {run.dataset.vocab_size}"),
+        ("memory", {"none": "", "selective": "recomputes norms, activations and orders", "full": "recomputes whole blocks"}
+                   [config.train.activation_checkpointing]),
         ("saves", f"every {config.checkpoint.interval} steps and at the end" if config.checkpoint.interval else "at the end"),
     ]
-    return rows
+    return [row for row in rows if row[1]]
+
+
+def sharding(run: Run) -> str:
+    """Over how many ranks FSDP cuts parameters up."""
+    dense, experts = run.mesh["dense_shard"].size, run.mesh["expert_shard"].size
+    return f" (dense over {dense}, experts over {experts})" if dense > 1 else ""
+
+
+def capacity_line(run: Run) -> str:
+    """What may be dropped; nothing to say when nothing is."""
+    policies = {block.moe.capacity.describe() for block in run.state.model.layers if block.moe is not None}
+    return "; ".join(sorted(policies - {"dropless"}))
 
 
 def balance_line(run: Run, accumulation: int) -> str:
@@ -131,7 +146,10 @@ def balance_line(run: Run, accumulation: int) -> str:
     text = f"{loss.scope}-batch loss, {loss.mode}, weight {loss.weight:g}"
     if loss.scope == "micro":
         return text + "   depends on: ranks, accumulation"
-    return text + (f"   keeps the graphs of {accumulation} micro-batches" if accumulation > 1 else "")
+    if accumulation == 1:
+        return text
+    return text + ("   counts in a pass of its own" if run.config.train.count_pass else
+                   f"   keeps the graphs of {accumulation} micro-batches")
 
 
 def parameter_counts(run: Run) -> tuple[int, int]:

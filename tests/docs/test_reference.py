@@ -213,8 +213,10 @@ def test_the_mesh_is_as_documented() -> None:
     assert set(groups) == {*DERIVED, "node"}
     assert set(groups) == set(build_mesh({}, torch.device("cpu")).groups)
     assert modes["single"] == set()
-    for mode in ("ddp", "ep"):
-        assert modes[mode] == set(mesh_sizes(mode, 4, None)), mode
+    for mode in ("ddp", "ep", "fsdp", "ep_fsdp"):
+        sizes = mesh_sizes(mode, 16, 4 if "ep" in mode else None, 8 if "fsdp" in mode else None)
+        assert {name for name in modes[mode] if name not in ("shard", "ep")} == {
+            axis for axis, size in sizes.items() if size > 1 and axis != "ep"}, mode
 
 
 def test_the_examples_of_a_router_and_a_loss_train(tmp_path: Path) -> None:
