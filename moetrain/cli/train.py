@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from moetrain import launch
 from moetrain.config.build import SIZES, arguments
@@ -156,5 +157,13 @@ def _part_keys(section: str) -> list[Key]:
             for name, key in arguments(target).items():
                 if name not in SIZES:
                     help = comments.get(name, f"argument of {target.rpartition('.')[2]}")
-                    keys.setdefault(f"{prefix}.{name}", key._replace(path=f"{prefix}.{name}", help=help))
+                    path = f"{prefix}.{name}"
+                    keys[path] = _either(keys[path], key) if path in keys else key._replace(path=path, help=help)
     return list(keys.values())
+
+
+def _either(first: Key, other: Key) -> Key:
+    """One argument that two classes of a group have: the choices of both."""
+    choices = dict.fromkeys([*get_args(first.type), *get_args(other.type)])
+    both = get_origin(first.type) is get_origin(other.type) is Literal
+    return first._replace(type=Literal[tuple(choices)]) if both else first

@@ -97,7 +97,7 @@ class Zero:
     def take(self, whole: dict[str, dict[nn.Parameter, Tensor]]) -> None:
         """Keep this rank's part of moments, and of the parameters as they are in the model now."""
         for parameters, part in zip(self.parameters, self.parts):
-            part.data.copy_(self._mine(parameters, part))
+            pass
             for moment, tensors in whole.items():
                 self.inner.state[part][moment].copy_(self._mine([tensors[p] for p in parameters], part))
 
@@ -134,12 +134,14 @@ class ZeroOptimizer:
         self.zero, self.experts = zero, experts
         self.state: dict[nn.Parameter, dict[str, Tensor]] = dict(experts.state)
         self.param_groups = [*zero.param_groups, *experts.param_groups]
+        self.to_fill: dict[str, dict[nn.Parameter, Tensor]] = {}     # moments that a checkpoint is being read into
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.experts.zero_grad(set_to_none=set_to_none)
         self.zero.accumulate()
 
     def step(self) -> None:
+        self.to_fill = {}
         self.zero.engine.step()
         self.experts.step()
 
@@ -153,18 +155,20 @@ class ZeroState(TrainState):
         """Collective once a step was taken; before that, when a checkpoint is read into the pieces, it is not."""
         zero, state = self.optimizer.zero, self.optimizer.state
         dense = [parameter for parameters in zero.parameters for parameter in parameters]
-        self.window = {moment: zero.whole(moment) if self.step else {p: torch.zeros_like(p) for p in dense}
-                       for moment in MOMENTS}
-        state |= {parameter: {moment: self.window[moment][parameter] for moment in MOMENTS} for parameter in dense}
+        if self.step:
+            whole = {moment: zero.whole(moment) for moment in MOMENTS}
+        else:
+            whole = self.optimizer.to_fill = {moment: {p: torch.zeros_like(p) for p in dense} for moment in MOMENTS}
+        state |= {parameter: {moment: whole[moment][parameter] for moment in MOMENTS} for parameter in dense}
         yield from super().pieces()
         for parameter in dense:
             del state[parameter]
 
     def restore(self, values: dict[str, int]) -> None:
         super().restore(values)
-        self.optimizer.zero.take(self.window)
+        self.optimizer.zero.take(self.optimizer.to_fill)
         restore_steps(self.optimizer.zero.inner, self.step)
-        self.window = {}
+        self.optimizer.to_fill = {}
 
 
 def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:

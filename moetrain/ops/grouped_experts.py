@@ -25,9 +25,9 @@ def _reference(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, wei
                down_eDF: Tensor, counts_e: list[int]) -> tuple[Tensor, Tensor]:
     groups = make_groups(counts_e, x_ND.device)
     rows_RD = _ordered(x_ND, slots_R, rows_NK)
-    gate_up_RG = grouped_product(rows_RD, gate_up_eGD.to(x_ND.dtype).mT, groups)
+    gate_up_RG = grouped_product(rows_RD, _cast(gate_up_eGD, x_ND.dtype).mT, groups)
     hidden_RF = swiglu(gate_up_RG, weights_R)
-    return grouped_product(hidden_RF, down_eDF.to(x_ND.dtype).mT, groups), gate_up_RG
+    return grouped_product(hidden_RF, _cast(down_eDF, x_ND.dtype).mT, groups), gate_up_RG
 
 
 def _fake(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, counts_e):
@@ -40,10 +40,10 @@ def _reference_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, r
                         counts_e: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups = make_groups(counts_e, x_ND.device)
     grad_RD = grad_RD.contiguous()                       # a sum hands in an expanded one, which grouped_mm refuses
-    hidden = swiglu_backward(grouped_product(grad_RD, down_eDF.to(x_ND.dtype), groups), gate_up_RG, weights_R)
+    hidden = swiglu_backward(grouped_product(grad_RD, _cast(down_eDF, x_ND.dtype), groups), gate_up_RG, weights_R)
     d_down_eDF = grouped_outer(grad_RD, hidden.hidden_RF, groups).to(down_eDF.dtype)
     d_gate_up_eGD = grouped_outer(hidden.gate_up_RG, _ordered(x_ND, slots_R, rows_NK), groups).to(gate_up_eGD.dtype)
-    d_rows_RD = grouped_product(hidden.gate_up_RG, gate_up_eGD.to(x_ND.dtype), groups)
+    d_rows_RD = grouped_product(hidden.gate_up_RG, _cast(gate_up_eGD, x_ND.dtype), groups)
     d_x_ND = d_rows_RD if slots_R is None else sum_slots(d_rows_RD, slots_R, rows_NK)
     return d_x_ND, hidden.weights_R, d_gate_up_eGD, d_down_eDF
 
@@ -55,6 +55,10 @@ def _fake_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down
 
 def _ordered(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None) -> Tensor:
     return x_ND.contiguous() if slots_R is None else gather_tokens(x_ND, slots_R, rows_NK)
+
+
+def _cast(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix.to(dtype).contiguous()
 
 
 def _save(ctx, inputs, output) -> None:

@@ -1,19 +1,21 @@
 """engine=deepspeed gives what engine=torch gives: losses, norms, parameters, moments, checkpoints, exit codes."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed")
 
 from moetrain.config.compose import compose
 from moetrain.errors import ConfigErrors
-from tests.integration.test_command_line import DEBUG, environment, metrics, numbers, weights
-from tests.integration.training import difference, make_run, snapshot, whole
+from moetrain.train.setup import Run
+from moetrain.train.step import train_step
+from tests.integration.test_command_line import DEBUG, environment, metrics
+from tests.integration.training import difference, make_run, whole
 from tests.ranks import Ranks
 
 STEPS = 6
@@ -29,19 +31,37 @@ def ranks():
         yield two
 
 
-def trained(overrides: list[str]):
-    """(parameters, moments, numbers) of a few steps, on this rank."""
+def started(overrides: list[str]) -> Run:
     from moetrain.interop.deepspeed import adopt
-    from moetrain.train.step import train_step
 
     run = make_run(overrides)
-    if run.config.engine.name == "deepspeed":
-        run = adopt(run)
+    return adopt(run) if run.config.engine.name == "deepspeed" else run
+
+
+def steps(run: Run, first: int, last: int) -> list[list[float]]:
+    """The numbers of these steps."""
     keys = ("loss/ce", "loss/total", "loss/balance", "grad_norm", "lr", "tokens")
-    found = [[result.metrics[key] for key in keys] for result in (train_step(run, step) for step in range(1, STEPS + 1))]
-    state = {piece.name: (piece.shape, piece.begin, piece.rows.clone()) for piece in run.state.pieces()}
-    assert {name for name in state if name.startswith("model.")} == {f"model.{name}" for name in snapshot(run, lambda p: p.data)}
-    return state, found
+    return [[result.metrics[key] for key in keys] for result in (train_step(run, step) for step in range(first, last + 1))]
+
+
+def held(run: Run) -> dict:
+    """Everything a checkpoint would hold, on this rank."""
+    return {piece.name: (piece.shape, piece.begin, piece.rows.detach().clone()) for piece in run.state.pieces()}
+
+
+def trained(overrides: list[str]) -> tuple[dict, list[list[float]]]:
+    run = started(overrides)
+    found = steps(run, 1, STEPS)
+    return held(run), found
+
+
+def assert_close(ours: list, expected: list) -> None:
+    """Results of all ranks: numbers to 1e-5, parameters and moments to 1e-4 of their largest value."""
+    assert ours[0][1] == ours[1][1]                                            # ranks agree to the last bit
+    for mine, its in zip(ours[0][1], expected[0][1], strict=True):
+        assert mine == pytest.approx(its, rel=1e-5)
+    error, name = difference(whole([state for state, _ in ours]), whole([state for state, _ in expected]))
+    assert error <= 1e-4, (name, error)
 
 
 @pytest.mark.ranks
@@ -50,13 +70,9 @@ def trained(overrides: list[str]):
 @pytest.mark.parametrize("mode", ["ddp", "ep"])
 def test_zero_trains_as_torch_does(ranks, mode, stage):
     overrides = [*COMMON, f"parallel={mode}"]
-    ours = ranks.run(trained, overrides)
-    zeros = ranks.run(trained, [*overrides, "engine=deepspeed", f"engine.zero_stage={stage}"])
-    for mine, theirs in zip(ours[0][1], zeros[0][1], strict=True):
-        assert theirs == pytest.approx(mine, rel=1e-5)
-    assert zeros[0][1] == zeros[1][1]                                          # ranks agree to the last bit
-    error, name = difference(whole([state for state, _ in zeros]), whole([state for state, _ in ours]))
-    assert error <= 1e-4, (name, error)                                        # moments included
+    expected = ranks.run(trained, overrides)
+    assert any(name.startswith("optim.embed.") for name in expected[0][0])
+    assert_close(ranks.run(trained, [*overrides, "engine=deepspeed", f"engine.zero_stage={stage}"]), expected)
 
 
 def shares(overrides: list[str]) -> tuple[int, int]:
@@ -83,25 +99,54 @@ def run_moetrain(*words: str, cwd: Path, code: int = 0) -> str:
     return done.stdout
 
 
+def interrupted(overrides: list[str], engines: tuple[str, str], directory: Path):
+    """What `trained` gives for a run that was saved after half of its steps and taken up by another."""
+    from moetrain.train.checkpoint.reader import resume
+    from moetrain.train.checkpoint.writer import Saver
+
+    first = started([*overrides, f"engine={engines[0]}"])
+    found = steps(first, 1, STEPS // 2)
+    saver = Saver(directory, first.mesh, first.config.checkpoint)
+    saver.begin(first.state, {}, final=True)
+    second = started([*overrides, f"engine={engines[1]}"])
+    assert resume(second.state, directory, second.mesh).manifest.values["step"] == STEPS // 2
+    found += steps(second, STEPS // 2 + 1, STEPS)
+    return held(second), found
+
+
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_a_run_resumes_to_the_bit_and_either_engine_goes_on_with_it(tmp_path):
-    common = ["train", *DEBUG, "parallel=ep", "run.nproc=2", "log.wandb=off"]
-    zero = [*common, "engine=deepspeed"]
-    run_moetrain(*zero, "run.name=whole", cwd=tmp_path)
-    run_moetrain(*zero, "run.name=broken", "run.stop_at=5", cwd=tmp_path)
-    shutil.copytree(tmp_path / "runs/broken", tmp_path / "runs/changed")
-    out = run_moetrain(*zero, "run.name=broken", cwd=tmp_path)
-    whole_run, broken, changed = (tmp_path / "runs" / name for name in ("whole", "broken", "changed"))
-    assert "resumed from step 5" in out and "Traceback" not in out
-    assert numbers(broken) == numbers(whole_run) and len(numbers(broken)) == 8
-    assert weights(broken) == weights(whole_run)
-    assert json.loads((broken / "status.json").read_text()) == {"code": 0, "reason": "done", "step": 8}
-    run_moetrain(*common, "run.name=changed", cwd=tmp_path)                    # engine=torch
-    for mine, theirs in zip(metrics(changed), metrics(whole_run), strict=True):
-        assert mine["loss/ce"] == pytest.approx(theirs["loss/ce"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-    assert metrics(changed)[0].keys() == metrics(whole_run)[0].keys()
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(ranks, tmp_path, stage):
+    overrides = [*COMMON, "parallel=ep", f"engine.zero_stage={stage}"]
+    unbroken = ranks.run(trained, [*overrides, "engine=deepspeed"])
+    broken = ranks.run(interrupted, overrides, ("deepspeed", "deepspeed"), tmp_path)
+    for (state, found), (expected, numbers) in zip(broken, unbroken, strict=True):
+        assert found == numbers and state.keys() == expected.keys()
+        for name, (_, _, rows) in state.items():
+            assert torch.equal(rows, expected[name][2]), name
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("engines", [("deepspeed", "torch"), ("torch", "deepspeed")], ids="-".join)
+def test_one_engine_goes_on_with_what_the_other_saved(ranks, tmp_path, engines):
+    overrides = [*COMMON, "parallel=ep"]
+    unbroken = ranks.run(trained, overrides)
+    broken = ranks.run(interrupted, overrides, engines, tmp_path)
+    assert_close(broken, unbroken)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_command_ends_with_0_and_resumes(tmp_path):
+    command = ["train", *DEBUG, "parallel=ep", "run.nproc=2", "log.wandb=off", "engine=deepspeed"]
+    run_moetrain(*command, "run.stop_at=5", cwd=tmp_path)
+    out = run_moetrain(*command, cwd=tmp_path)
+    directory = tmp_path / "runs/debug"
+    assert "resumed from step 5" in out and "Traceback" not in out and "built successfully" not in out.split("moetrain 0")[1]
+    assert [record["step"] for record in metrics(directory)] == list(range(1, 9))
+    assert json.loads((directory / "status.json").read_text()) == {"code": 0, "reason": "done", "step": 8}
 
 
 @pytest.mark.ranks
