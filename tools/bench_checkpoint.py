@@ -57,7 +57,7 @@ def stall(steps: int, async_save: str) -> dict[str, float]:
     """Seconds of the quickstart's model: a step, a step while a save is under way, the wait for a save, a whole save."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = ["train", "experiment=quickstart", "run.nproc=2", f"run.dir={run_dir}", f"run.steps={steps}",
+        command = ["train", "experiment=quickstart", "run.nproc=2", "parallel=ep", f"run.dir={run_dir}", f"run.steps={steps}",
                    f"checkpoint.interval={INTERVAL}", f"checkpoint.async_save={async_save}", "log.interval=1000000",
                    "log.wandb=off", "eval.windows=1"]
         done = subprocess.run([sys.executable, "-m", "moetrain", *command], cwd=folder, capture_output=True, text=True,

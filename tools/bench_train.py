@@ -102,7 +102,8 @@ def parse() -> argparse.Namespace:
         ("rounds", 8, "turns of every side"), ("steps", 3, "steps of a turn"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} ({default})")
-    parser.add_argument("--peers", nargs="+", default=implementations(), help="experts implementations of transformers (all)")
+    parser.add_argument("--peers", nargs="+", default=implementations(),
+                        help="experts implementations of transformers (all)")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, with --threads 1")
@@ -144,7 +145,9 @@ def too_large(args: argparse.Namespace) -> dict[str, str]:
     """`batched_mm` gathers the matrices of its expert for every row, and autograd keeps them."""
     rows, per_row = args.batch * args.seq * args.top_k, 3 * args.dim * args.expert_dim
     gathered = args.layers * rows * per_row * (4 if args.dtype == "float32" else 2) / 1e9
-    return {"batched_mm": f"would gather {gathered:.0f} GB of weights (limit {GATHERED_GB} GB)"} if gathered > GATHERED_GB else {}
+    if gathered <= GATHERED_GB:
+        return {}
+    return {"batched_mm": f"would gather {gathered:.0f} GB of weights (limit {GATHERED_GB:.0f} GB)"}
 
 
 @torch.no_grad()
@@ -377,7 +380,8 @@ def imbalance(model: Transformer, batch: Batch) -> float:
 
 
 def machine(device: torch.device) -> dict[str, str | int | float]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__,
             "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1), "commit": commit.stdout.strip()}

@@ -99,7 +99,8 @@ def parse(argv: list[str]) -> tuple[Job, list[ConfigError]]:
             else:
                 errors.append(_wrong(f"{option} {value}".rstrip(), *_wanted(option)))
         elif option in _FIXED or not re.fullmatch(r"--[a-z][a-z-]*", option) or "\n" in word:
-            why = "the script sets it itself" if option in _FIXED else "options of sbatch are written --option or --option=value"
+            why = ("the script sets it itself" if option in _FIXED
+                   else "options of sbatch are written --option or --option=value")
             errors.append(_wrong(word, why, "moetrain slurm --help lists the options"))
         else:
             job.others.append(word)
@@ -152,7 +153,9 @@ def _submit(path: Path) -> None:
 
 
 def _fits(value: str, kind: type) -> bool:
-    return value.isdigit() and int(value) > 0 if kind is int else bool(value) and not value.startswith("-") and "\n" not in value
+    if kind is int:
+        return value.isdigit() and int(value) > 0
+    return bool(value) and not value.startswith("-") and "\n" not in value
 
 
 def _wanted(option: str) -> tuple[str, str]:

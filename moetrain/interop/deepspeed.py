@@ -97,7 +97,7 @@ class Zero:
     def take(self, whole: dict[str, dict[nn.Parameter, Tensor]]) -> None:
         """Keep this rank's part of moments, and of the parameters as they are in the model now."""
         for parameters, part in zip(self.parameters, self.parts):
-            pass
+            part.data.copy_(self._mine(parameters, part))
             for moment, tensors in whole.items():
                 self.inner.state[part][moment].copy_(self._mine([tensors[p] for p in parameters], part))
 

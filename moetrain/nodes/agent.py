@@ -31,9 +31,11 @@ def main(argv: Sequence[str]) -> int:
         run(parse_args(["--signals-to-handle", END.name, *argv]))
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
-        how = f"was ended by {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"ended with {first.exitcode}"
-        print(f"moetrain: rank {rank} {how}", file=sys.stderr)
-        return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
+        if first.exitcode < 0:
+            print(f"moetrain: rank {rank} was ended by {signal.Signals(-first.exitcode).name}", file=sys.stderr)
+            return 128 - first.exitcode
+        print(f"moetrain: rank {rank} ended with {first.exitcode}", file=sys.stderr)
+        return first.exitcode
     except SignalException as ended:
         return 128 + ended.sigval
     except RendezvousClosedError:

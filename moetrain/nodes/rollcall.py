@@ -87,7 +87,8 @@ def _gather(node: Node, deadline: float) -> None:
                     raise _contradiction(node, number, theirs)
                 present[number] = connection
         except RendezvousError as error:
-            parts = {"number": int(error.id[-3:]), "what": error.what, "where": error.where, "why": error.why, "next": error.next}
+            parts = {name: getattr(error, name) for name in ("what", "where", "why", "next")}
+            parts["number"] = int(error.id[-3:])
             for connection in present.values():
                 _write(connection, {"error": parts})
             raise
@@ -118,7 +119,8 @@ def _missing(node: Node, present: dict[int, socket.socket]) -> RendezvousError:
 
 def _contradiction(node: Node, number: int, theirs: tuple[object, object]) -> RendezvousError:
     if theirs == (node.nodes, node.nproc):
-        why = f"two nodes were started as NODE_RANK={number}" if number in range(1, node.nodes) else f"there is no node {number}"
+        known = number in range(1, node.nodes)
+        why = f"two nodes were started as NODE_RANK={number}" if known else f"there is no node {number}"
         advice = "a NODE_RANK of its own for every node"
     else:
         why = f"node 0 was told NODES={node.nodes} NPROC={node.nproc}, node {number} NODES={theirs[0]} NPROC={theirs[1]}"

@@ -31,14 +31,14 @@ _MARGIN_S = 30.0           # after run.grace_s, at which a rank leaves by itself
 
 def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | None) -> int:
     """Run `python -m moetrain <argv>` on this node's ranks by torchrun; the exit code of the run. grace_s: run.grace_s."""
-    status = Status(run_dir)
+    status, ranks = Status(run_dir), set()
     with _catching() as signals:
         agent = subprocess.Popen([sys.executable, "-m", "moetrain.nodes.agent", *_torchrun(node), "-m", "moetrain", *argv],
                                  env=_environment(node))
         try:
-            killed = _watch(agent, status, signals, math.inf if grace_s is None else grace_s + _MARGIN_S)
+            killed = _watch(agent, ranks, status, signals, math.inf if grace_s is None else grace_s + _MARGIN_S)
         finally:
-            _end(agent)
+            _end(agent, ranks)
     code = _PEER if killed else ending(agent.returncode, status.written(), signals)
     if code == _PEER and status.written() is None:           # rank 0 could not say it
         how = f"did not end in time after {signal.Signals(signals[0]).name}" if killed else "was lost"
@@ -84,14 +84,17 @@ def ending(returned: int, status: dict | None, signals: Sequence[int]) -> int:
 
 def ranks_of(agent: int) -> set[int]:
     """Process ids of the ranks: children of the agent that lead a session of their own."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                _, parent, _, session = (entry / "stat").read_text().rpartition(") ")[2].split()[:4]
-                if int(parent) == agent and session == entry.name:
-                    found.add(int(entry.name))
-    return found
+    every = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return {process for process in every if _parent_of_leader(process) == agent}
+
+
+def _parent_of_leader(process: int) -> int | None:
+    """The parent of a process that leads a session; None when it does not, or has ended."""
+    with suppress(OSError):
+        state, parent, _, session = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[:4]
+        if int(session) == process and state != "Z":
+            return int(parent)
+    return None
 
 
 # --- while it runs
@@ -112,9 +115,12 @@ def _catching() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(agent: subprocess.Popen, status: Status, signals: list[int], grace_s: float) -> bool:
-    """Until the agent ends, or is to be ended. True where ranks had to be killed."""
-    passed_on, told, started, deadline = 0, set(), set(), math.inf
+def _watch(agent: subprocess.Popen, latest: set[int], status: Status, signals: list[int], grace_s: float) -> bool:
+    """Until the agent ends, or is to be ended. True where ranks had to be killed.
+
+    latest: receives the ranks of the newest attempt.
+    """
+    passed_on, told, deadline = 0, set(), math.inf
     while agent.poll() is None:
         ranks = ranks_of(agent.pid)
         if len(signals) > passed_on:
@@ -129,23 +135,26 @@ def _watch(agent: subprocess.Popen, status: Status, signals: list[int], grace_s:
             return True
         if not signals and status.is_final():
             return False
-        if started and ranks and not ranks & started:
+        if latest and ranks and not ranks & latest:
             print("moetrain: a rank failed; all ranks start again from the newest save", file=sys.stderr)
-        started = ranks or started
+        if ranks:
+            latest.clear()
+            latest.update(ranks)
         time.sleep(_POLL_S)
     return False
 
 
-def _end(agent: subprocess.Popen) -> None:
-    """End the agent and its ranks, if they have not ended."""
-    for number, wait_s in ((END, 10), (signal.SIGKILL, 10)):
+def _end(agent: subprocess.Popen, ranks: set[int]) -> None:
+    """End the agent and its ranks, if they have not ended. An agent that was killed leaves its ranks behind."""
+    for number in (END, signal.SIGKILL):
         if agent.poll() is None:
-            ranks = ranks_of(agent.pid)
             agent.send_signal(number)
-            if number == signal.SIGKILL:
-                _signal(ranks, number)
             with suppress(subprocess.TimeoutExpired):
-                agent.wait(wait_s)
+                agent.wait(10)
+    deadline = time.monotonic() + 10
+    while (left := {rank for rank in ranks if _parent_of_leader(rank) is not None}) and time.monotonic() < deadline:
+        _signal(left, signal.SIGKILL)
+        time.sleep(_POLL_S)
 
 
 def _signal(ranks: set[int], number: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from moetrain.ops.extension import define
 from moetrain.ops.grouped_gemm import grouped_outer, grouped_product, make_groups
 from moetrain.ops.permute import Permutation, gather_tokens, sum_slots
-from moetrain.ops.swiglu import swiglu, swiglu_backward
+from moetrain.ops.swiglu import swiglu_backward, swiglu_forward
 
 
 def _reference(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor, gate_up_eGD: Tensor,
@@ -26,7 +26,7 @@ def _reference(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, wei
     groups = make_groups(counts_e, x_ND.device)
     rows_RD = _ordered(x_ND, slots_R, rows_NK)
     gate_up_RG = grouped_product(rows_RD, _cast(gate_up_eGD, x_ND.dtype).mT, groups)
-    hidden_RF = swiglu(gate_up_RG, weights_R)
+    hidden_RF = swiglu_forward(gate_up_RG, weights_R)
     return grouped_product(hidden_RF, _cast(down_eDF, x_ND.dtype).mT, groups), gate_up_RG
 
 

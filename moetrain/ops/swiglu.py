@@ -6,8 +6,8 @@ Folded here, what an expert returns is already weighted: combining is a plain su
 expert output. The weight multiplies in its own dtype,
 float32 or better, and the result is rounded to the rows' dtype.
 
-`swiglu` is differentiable; `swiglu_backward` is the same gradient for an op that keeps the gate and up halves alone and
-makes the hidden rows again (ops/grouped_experts.py).
+`swiglu` is differentiable; `swiglu_forward` and `swiglu_backward` are the same without autograd, for an op that keeps the gate
+and up halves alone and makes the hidden rows again (ops/grouped_experts.py).
 """
 
 from typing import NamedTuple
@@ -26,6 +26,12 @@ def swiglu(gate_up: Tensor, weights_R: Tensor | None = None) -> Tensor:
     return (hidden * weights_R[:, None]).to(gate_up.dtype)
 
 
+def swiglu_forward(gate_up_RG: Tensor, weights_R: Tensor) -> Tensor:
+    """`swiglu` with weights, in the memory of its result alone. No gradient."""
+    gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
+    return F.silu(gate_RF).mul_(up_RF).mul_(weights_R[:, None])
+
+
 class SwigluGradients(NamedTuple):
     hidden_RF: Tensor            # the weighted hidden rows, made again
     gate_up_RG: Tensor           # gradient of the gate and up halves
@@ -38,7 +44,7 @@ def swiglu_backward(grad_RF: Tensor, gate_up_RG: Tensor, weights_R: Tensor) -> S
     d_gate_up_RG = torch.empty_like(gate_up_RG)
     d_gate_RF, d_up_RF = d_gate_up_RG.chunk(2, dim=-1)
     silu_RF = F.silu(gate_RF)
-    hidden_RF = silu_RF * up_RF
+    hidden_RF = silu_RF * up_RF                          # without the weight, whose gradient it is
     d_weights_R = torch.linalg.vecdot(grad_RF.to(weights_R.dtype), hidden_RF.to(weights_R.dtype))
     hidden_RF *= weights_R[:, None]
     grad_RF *= weights_R[:, None]

@@ -13,9 +13,13 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
+from moetrain.errors import Preempted
+
+ECHO_S = 1.0    # Slurm signals every process of a step, and the launcher passes the same signal on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -40,8 +44,8 @@ class Preemption:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, handler in self._before.items():     # another node's signal may come after the vote
+            signal.signal(number, signal.SIG_IGN if kind is Preempted else handler)
         self._writes.close()                             # ends the thread
 
     def _watch(self) -> None:
@@ -56,9 +60,11 @@ class Preemption:
             self._reads.close()
 
     def _told(self, number: signal.Signals) -> None:
+        if self.requested is not None and time.monotonic() < self._told_at + ECHO_S:
+            return
         if self.requested is not None:
             self._leave(f"{number.name} came after {self.requested.name}: left at once, without a save")
-        self.requested = number
+        self.requested, self._told_at = number, time.monotonic()
         self._reads.settimeout(None if self.grace_s is None else max(self.grace_s, 1e-3))     # 0 would not wait at all
 
     def _leave(self, reason: str) -> None:

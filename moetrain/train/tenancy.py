@@ -142,7 +142,8 @@ class Tenancy:
 def _born(pid: int) -> str:
     """When a process of this host started, in the kernel's own count; empty when there is none. Numbers are used again."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]           # dead, and nobody has asked how it ended
     except (OSError, IndexError):
         pass
     try:                                                 # no /proc: alive or not is all that can be known

@@ -22,6 +22,7 @@ from moetrain.cli.train import help_text
 from moetrain.comm.mesh import DENSE_AXES, DERIVED, EXPERT_AXES, build_mesh, mesh_sizes
 from moetrain.config.groups import group_options
 from moetrain.config.values import schema_keys
+from moetrain.train.checkpoint.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")}
@@ -125,13 +126,14 @@ def test_checkpoints_are_as_documented(run_dir: Path) -> None:
     for part in ("facts", "values"):
         assert all(f"`{key}`" in section("files", "manifest.json") for key in manifest[part])
     documented = [row[0].strip("`") for row in rows(section("files", "Tensors"))]
-    models = {name for name in manifest["tensors"] if name.startswith("model.")}
+    found = set(read_manifest(directory).names())
+    models = {name for name in found if name.startswith("model.")}
     for name in models:
         assert any(pattern(place).fullmatch(name) for place in documented), name
     for place in documented:
         assert any(pattern(place).fullmatch(name) for name in models), place
     moments = {f"optim.{name.removeprefix('model.')}.{moment}" for name in models for moment in ("exp_avg", "exp_avg_sq")}
-    assert set(manifest["tensors"]) == models | moments
+    assert found == models | moments
 
 
 def test_prepared_data_is_as_documented(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ SERIAL = ["run.dtype=float64", "data.min_length=0.3", "balance.weight=1.0"]
 def with_bug(bug: str, steps: int) -> Trained:
     """Training with one of the bugs below put back, on this rank."""
     from moetrain.parallel import expert
+    from moetrain.train import passes
     from moetrain.train import step as step_module
 
     def experts_repeated(reduce):
@@ -42,7 +43,7 @@ def with_bug(bug: str, steps: int) -> Trained:
     def local_norm(dense, experts, mesh):
         return (square_sum(dense, mesh) + square_sum(experts, mesh)).sqrt()
 
-    pool = step_module.pool
+    pool = passes.pool
 
     def pooled_by_ranks(flat, routers, tokens):
         return {name: Pooled(p.counts_E, p.tokens // 2) for name, p in pool(flat, routers, tokens).items()}
@@ -62,8 +63,8 @@ def with_bug(bug: str, steps: int) -> Trained:
         "norm omits experts": lambda: patch.object(step_module, "global_norm", norm_without_experts),
         "norm repeats experts": lambda: patch.object(step_module, "global_norm", norm_with_experts_repeated),
         "norm of local experts": lambda: patch.object(step_module, "global_norm", local_norm),
-        "balance loss scaled by ranks": lambda: patch.object(step_module, "pool", pooled_by_ranks),
-        "f from local counts": lambda: patch.object(step_module, "sum_over_async", lambda group, tensor: lambda: tensor),
+        "balance loss scaled by ranks": lambda: patch.object(passes, "pool", pooled_by_ranks),
+        "f from local counts": lambda: patch.object(passes, "sum_over_async", lambda group, tensor: lambda: tensor),
         "gradients averaged": lambda: patch.object(Reducer, "reduce", averaged(Reducer.reduce)),
     }
     with bugs[bug]():

@@ -56,6 +56,17 @@ def test_a_lost_rank_without_restarts_is_a_lost_peer(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_no_rank_outlives_its_agent(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started("node.sh", *TINY, "run.steps=100000", f"run.dir={run}", NPROC=1) as node:
+        until(lambda: len(steps(run)) > 1)
+        os.kill(children(node.pid)[0], signal.SIGKILL)
+        node.wait(60)
+        assert not ranks(run)
+        assert ended(node)[0] == 16
+
+
+@pytest.mark.slow
 def test_what_would_only_fail_again_is_not_restarted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started("node.sh", *TINY, "data=tokens", f"data.path={tmp_path}/none", f"run.dir={run}", NPROC=2) as node:
@@ -73,6 +84,8 @@ def test_a_signal_saves_and_ends_with_10(tmp_path: Path, number: int, everyone: 
         until(lambda: len(steps(run)) > 2)
         for process in [node.pid, *(children(node.pid) + ranks(run) if everyone else [])]:
             os.kill(process, number)
+        node.wait(60)
+        assert not ranks(run)                            # it does not end before them
         code, output = ended(node)
     assert code == 10, output
     last = steps(run)[-1]

@@ -104,7 +104,8 @@ def test_strides_do_not_matter(dtype):
         out_RD.sum().backward()                          # an expanded gradient: every stride 0
     for tensor, other in zip(inputs, strided):
         torch.testing.assert_close(other.grad, tensor.grad)
-    dense = torch.autograd.grad(grouped_experts(*inputs, counts_e, order), inputs, torch.ones(len(order.slots_R), 16, dtype=dtype))
+    ones_RD = torch.ones(len(order.slots_R), 16, dtype=dtype)
+    dense = torch.autograd.grad(grouped_experts(*inputs, counts_e, order), inputs, ones_RD)
     for tensor, truth in zip(inputs, dense):
         torch.testing.assert_close(tensor.grad, truth)
 

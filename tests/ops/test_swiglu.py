@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetrain.ops.swiglu import swiglu
+from moetrain.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
@@ -42,3 +42,20 @@ def test_a_float32_weight_is_not_rounded_before_it_is_applied():
     hidden = swiglu(gate_up)
     assert torch.equal(swiglu(gate_up, weights_R), (hidden.float() * weights_R[:, None]).bfloat16())
     assert not torch.equal(swiglu(gate_up, weights_R), hidden * weights_R.bfloat16()[:, None])    # the input can tell
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_without_autograd_it_is_the_same(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(6, 10, generator=generator).to(dtype).requires_grad_()
+    weights_R = torch.rand(6, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    weights_R.requires_grad_()
+    grad = torch.randn(6, 5, generator=generator).to(dtype)
+    out = swiglu(gate_up, weights_R)
+    truth = torch.autograd.grad(out, (gate_up, weights_R), grad)
+    with torch.no_grad():
+        assert swiglu_forward(gate_up, weights_R).equal(out)
+        ours = swiglu_backward(grad.clone(), gate_up, weights_R)
+    assert ours.hidden_RF.dtype == dtype
+    for gradient, its in zip((ours.gate_up_RG, ours.weights_R, ours.hidden_RF), (*truth, out)):
+        torch.testing.assert_close(gradient, its)

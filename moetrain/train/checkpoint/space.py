@@ -46,7 +46,7 @@ def _check(directory: Path, copies: int, size: int) -> None:
         raise DiskError(4, "checkpoints cannot be written", where=str(directory), why=str(error.strerror or error),
                         next="make it writable, or choose another place with run.dir") from error
     if free + there < copies * size:
-        raise DiskError(4, "there is no room for the checkpoints of the run", where=str(directory),
+        raise DiskError(6, "there is no room for the checkpoints of the run", where=str(directory),
                         why=f"{copies} of {human(size)} each need {human(copies * size)}; {human(free + there)} are free or "
                             f"taken by its older ones",
                         next="free space, choose another place with run.dir, or lower checkpoint.keep")

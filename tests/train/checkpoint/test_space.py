@@ -39,7 +39,7 @@ def test_room_for_the_checkpoints_of_the_run_and_no_more(run, tmp_path, monkeypa
     free(monkeypatch, copies * size - 1)
     with pytest.raises(DiskError) as caught:
         check_disk(run.state, tmp_path, run.mesh, config, steps)
-    assert (caught.value.id, caught.value.code) == ("E-DISK-004", 14) and f"{copies} of" in caught.value.why
+    assert (caught.value.id, caught.value.code) == ("E-DISK-006", 14) and f"{copies} of" in caught.value.why
 
 
 def test_older_checkpoints_of_the_run_count_as_room(run, tmp_path, monkeypatch):
