@@ -13,7 +13,8 @@ from typing import Any
 
 from moetrain.config.compose import find_run
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.train.checkpoint.manifest import ITEM_BYTES, NAME, Entry, Manifest, complete, read_manifest, split_expert
+from moetrain.train.checkpoint.manifest import NAME, complete, read_manifest
+from moetrain.train.checkpoint.records import ITEM_BYTES, Entry, Manifest, split_expert
 
 LARGEST = 5
 

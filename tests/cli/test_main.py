@@ -111,7 +111,7 @@ def test_a_preempted_worker_of_torchrun_exits_0(monkeypatch: pytest.MonkeyPatch)
 def test_status_says_how_training_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import types
 
-    def train(config: object) -> None:
+    def train(config: object, **hooks: object) -> None:
         run = tmp_path / "runs" / "debug"
         run.mkdir(parents=True, exist_ok=True)
         (run / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7}\n{"st')

@@ -1,5 +1,7 @@
 """Two views of the same ranks, and groups that partition them."""
 
+from math import prod
+
 import pytest
 import torch
 
@@ -42,10 +44,29 @@ def test_the_last_axis_is_the_fastest():
     assert axis_groups(DENSE_AXES, sizes, ("dp_replicate", "cp")) == [(0, 2, 4, 6), (1, 3, 5, 7)]
 
 
+def sizes_of(mode: str, world: int, ep: int | None = None, shard: int | None = None) -> dict[str, int]:
+    return {axis: size for axis, size in mesh_sizes(mode, world, ep, shard).items() if size > 1}
+
+
 def test_the_modes_size_their_axes():
-    assert mesh_sizes("ddp", 4, None) == {"dp_replicate": 4, "edp_replicate": 4}
-    assert mesh_sizes("ep", 4, None) == {"dp_replicate": 4, "edp_replicate": 1, "ep": 4}
-    assert mesh_sizes("ep", 4, 2) == {"dp_replicate": 4, "edp_replicate": 2, "ep": 2}
+    assert sizes_of("ddp", 4) == {"dp_replicate": 4, "edp_replicate": 4}
+    assert sizes_of("ep", 4) == {"dp_replicate": 4, "ep": 4}
+    assert sizes_of("ep", 4, 2) == {"dp_replicate": 4, "edp_replicate": 2, "ep": 2}
+    assert sizes_of("fsdp", 4) == {"dp_shard": 4, "edp_shard": 4}
+    assert sizes_of("fsdp", 8, shard=2) == {"dp_replicate": 4, "dp_shard": 2, "edp_replicate": 4, "edp_shard": 2}
+    assert sizes_of("ep_fsdp", 8) == {"dp_shard": 8, "ep": 8}
+    assert sizes_of("ep_fsdp", 8, 2) == {"dp_shard": 8, "edp_shard": 4, "ep": 2}
+    assert sizes_of("ep_fsdp", 8, 2, 4) == {"dp_replicate": 2, "dp_shard": 4, "edp_replicate": 2, "edp_shard": 2, "ep": 2}
+    assert sizes_of("ep_fsdp", 8, 4, 2) == {"dp_replicate": 4, "dp_shard": 2, "edp_replicate": 2, "ep": 4}
+
+
+@pytest.mark.parametrize("mode, ep, shard", [
+    (mode, ep, shard) for mode in ("ddp", "fsdp", "ep", "ep_fsdp") for ep in (1, 2, 4, 8) for shard in (1, 2, 4, 8)
+])
+def test_both_views_hold_every_rank_once(mode, ep, shard):
+    sizes = mesh_sizes(mode, 8, ep, shard)
+    for axes in (DENSE_AXES, EXPERT_AXES):
+        assert prod(sizes.get(axis, 1) for axis in axes) == 8
 
 
 def test_one_process_has_groups_of_itself_and_no_process_group():
@@ -69,6 +90,8 @@ def groups_of_this_rank() -> dict[str, tuple[tuple[int, ...], int, int]]:
 def test_every_rank_finds_itself_in_its_groups(ranks):
     everyone = (0, 1, 2, 3)
     for rank, groups in enumerate(ranks(4).run(groups_of_this_rank)):
-        pair, strided = ((0, 1), (2, 3))[rank // 2], ((0, 2), (1, 3))[rank % 2]
-        assert groups == {"batch": (everyone, rank, 4), "dense_grad": (everyone, rank, 4), "node": (everyone, rank, 4),
-                          "ep": (pair, rank % 2, 2), "expert_grad": (strided, rank // 2, 2)}
+        pair, strided, alone = ((0, 1), (2, 3))[rank // 2], ((0, 2), (1, 3))[rank % 2], ((rank,), 0, 1)
+        everywhere, of_pair, of_strided = (everyone, rank, 4), (pair, rank % 2, 2), (strided, rank // 2, 2)
+        assert groups == {"batch": everywhere, "dense_grad": everywhere, "dense_replicas": everywhere, "dense_shard": alone,
+                          "node": everywhere, "ep": of_pair, "expert_parts": of_pair, "expert_grad": of_strided,
+                          "expert_replicas": of_strided, "expert_shard": alone}

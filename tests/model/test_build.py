@@ -5,22 +5,27 @@ import torch
 from torch import Tensor
 
 from moetrain.model.build import normal
-from tests.integration.training import make_run, snapshot, train_steps
+from tests.integration.training import Held, alone, make_run, snapshot, whole
 
 
-def initial(overrides: list[str]) -> dict[str, Tensor]:
+def held(overrides: list[str]) -> Held:
     return snapshot(make_run(overrides), lambda parameter: parameter.data)
 
 
+def initial(overrides: list[str]) -> dict[str, Tensor]:
+    return whole([held(overrides)])
+
+
 @pytest.mark.ranks
-def test_two_ranks_start_from_the_numbers_of_one(ranks):
+@pytest.mark.parametrize("mode", ["ep", "fsdp", "ep_fsdp"])
+def test_two_ranks_start_from_the_numbers_of_one(ranks, mode):
     single = initial([])
-    held = ranks(2).run(initial, ["parallel=ep", "run.nproc=2", "train.micro_batch=8"])
-    assert set().union(*held) == set(single)
-    assert not any(name.startswith("layers.0.moe.experts.7.") for name in held[0])
-    for tensors in held:
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, single[name]), name
+    parts = ranks(2).run(held, [f"parallel={mode}", "run.nproc=2", "train.micro_batch=8"])
+    assert not any(name.startswith("layers.0.moe.experts.7.") for name in parts[0])
+    together = whole(parts)
+    assert set(together) == set(single)
+    for name, tensor in together.items():
+        assert torch.equal(tensor, single[name]), name
 
 
 def test_a_tensor_depends_on_the_seed_and_its_name_and_nothing_else():
@@ -60,7 +65,7 @@ def test_a_bfloat16_run_keeps_float32_parameters_gradients_and_moments():
     run = make_run(["run.dtype=bfloat16"])
     assert run.state.model.dtype == torch.bfloat16
     assert all(parameter.dtype == torch.float32 for parameter in run.state.model.parameters())
-    trained = train_steps(["run.dtype=bfloat16"], 2)
+    trained = alone(["run.dtype=bfloat16"], 2)
     for tensors in (trained.parameters, trained.gradients):
         assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
     start = initial(["run.dtype=bfloat16"])

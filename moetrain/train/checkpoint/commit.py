@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.train.checkpoint import disk
-from moetrain.train.checkpoint.manifest import (
-    NAME, Chunk, Entry, File, Manifest, Table, complete, read_checked, read_manifest, row_count, split_expert, step_of,
-    with_checksum,
-)
+from moetrain.train.checkpoint.manifest import NAME, complete, read_checked, read_manifest, step_of
 from moetrain.train.checkpoint.payload import Item, payload_name, write_payload
+from moetrain.train.checkpoint.records import (
+    Chunk, Entry, File, Manifest, Table, row_count, split_expert, with_checksum,
+)
 from moetrain.train.checkpoint.verify import check_files, is_sound, problems
 
 log = logging.getLogger(__name__)

@@ -17,143 +17,20 @@ manifest is not a checkpoint.
 import json
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from moetrain.errors import CheckpointError
 from moetrain.train.checkpoint.disk import open_plain
+from moetrain.train.checkpoint.records import (
+    ITEM_BYTES, VERSION, Chunk, Entry, File, Manifest, Table, row_bytes, row_count, split_expert,
+)
 
 NAME = "manifest.json"
-VERSION = 2
-BLOCK = 64 << 20                         # bytes under one checksum
 MOST_BYTES = 100 << 20                   # of a manifest, and of the header of a payload file
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-              "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FILE = re.compile(r"rank-[0-9]{4,6}\.safetensors")
-_EXPERT = re.compile(r"(.+\.experts\.)(0|[1-9][0-9]{0,6})(\..+)")
 _STEP = re.compile(r"step-[0-9]{8}")
-
-
-class File(NamedTuple):
-    """size, and of it the header's part (with its 8 bytes of length), in bytes."""
-
-    size: int
-    header: int
-    crc: int
-
-
-class Chunk(NamedTuple):
-    """Rows [first, first + rows) of a tensor, from byte `begin` of a file."""
-
-    file: str
-    begin: int
-    first: int
-    rows: int
-    crcs: tuple[int, ...]
-
-
-class Entry(NamedTuple):
-    """A tensor; chunks in the order of their rows, none for a tensor without elements."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-
-class Table(NamedTuple):
-    """One matrix of all experts of a layer; a row is [file, begin, crc, ...]."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    rows: list[list[int]]
-
-
-class Part(NamedTuple):
-    """What lies in one place of a file: its key there, and the shape of these rows."""
-
-    begin: int
-    length: int
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    crcs: tuple[int, ...]
-
-
-@dataclass
-class Manifest:
-    facts: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, File] = field(default_factory=dict)
-    tensors: dict[str, Entry] = field(default_factory=dict)
-    experts: dict[str, Table] = field(default_factory=dict)
-    block: int = BLOCK
-
-    def names(self) -> Iterator[str]:
-        """Every logical tensor, in an order that is the same wherever the manifest is read."""
-        yield from self.tensors
-        for pattern, table in self.experts.items():
-            before, _, after = pattern.partition("*")
-            yield from (f"{before}{expert}{after}" for expert in range(len(table.rows)))
-
-    def entry(self, name: str) -> Entry | None:
-        """Where a tensor lies; None when it is not here."""
-        if name in self.tensors:
-            return self.tensors[name]
-        found = split_expert(name)
-        table = found and self.experts.get(found[0])
-        if not table or found[1] >= len(table.rows):
-            return None
-        file, begin, *crcs = table.rows[found[1]]
-        chunk = Chunk(list(self.files)[file], begin, 0, row_count(table.shape), tuple(crcs))
-        return Entry(table.dtype, table.shape, (chunk,))
-
-    def parts(self) -> dict[str, list[Part]]:
-        """The content of every file, in the order of its bytes."""
-        names = list(self.files)
-        found: dict[str, list[Part]] = {name: [] for name in names}
-        for name, entry in self.tensors.items():
-            for chunk in entry.chunks:
-                shape, whole = (chunk.rows, *entry.shape[1:]), chunk.rows == row_count(entry.shape)
-                key = name if whole else f"{name}@{chunk.first}"
-                found[chunk.file].append(Part(chunk.begin, chunk.rows * row_bytes(entry), key, entry.dtype,
-                                              entry.shape if whole else shape, chunk.crcs))
-        for pattern, table in self.experts.items():
-            before, _, after = pattern.partition("*")
-            length = row_count(table.shape) * row_bytes(table)
-            for expert, (file, begin, *crcs) in enumerate(table.rows):
-                found[names[file]].append(Part(begin, length, f"{before}{expert}{after}", table.dtype, table.shape,
-                                               tuple(crcs)))
-        for parts in found.values():
-            parts.sort()
-        return found
-
-    def encode(self) -> bytes:
-        place = {name: number for number, name in enumerate(self.files)}
-        tensors = {name: [entry.dtype, entry.shape, [[place[c.file], c.begin, c.first, c.rows, *c.crcs] for c in entry.chunks]]
-                   for name, entry in self.tensors.items()}
-        return with_checksum({"version": VERSION, "facts": self.facts, "values": self.values, "block": self.block,
-                              "files": self.files, "tensors": tensors, "experts": self.experts})
-
-
-def row_count(shape: tuple[int, ...]) -> int:
-    """Rows are indices of dim 0; a scalar is one row."""
-    return shape[0] if shape else 1
-
-
-def row_bytes(of: Entry | Table) -> int:
-    return prod(of.shape[1:]) * ITEM_BYTES[of.dtype]
-
-
-def split_expert(name: str) -> tuple[str, int] | None:
-    """(name with * for the expert, expert) of a tensor that belongs to an expert."""
-    found = _EXPERT.fullmatch(name)
-    return (f"{found[1]}*{found[3]}", int(found[2])) if found else None
-
-
-# --- reading
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -169,11 +46,6 @@ def read_manifest(directory: Path) -> Manifest:
         raise damaged(path, f"it cannot be read: {error.strerror or error}") from error
     except (_Wrong, ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(path, str(error) if isinstance(error, _Wrong) else f"it is not a manifest of moetrain: {error!r}") from error
-
-
-def with_checksum(record: dict[str, Any]) -> bytes:
-    body = json.dumps(record, allow_nan=False, separators=(",", ":")).encode()
-    return b"%08x\n%b" % (zlib.crc32(body), body)
 
 
 def read_checked(path: Path) -> Any:

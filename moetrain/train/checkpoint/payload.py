@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetrain.train.checkpoint.disk import new_file, open_plain
-from moetrain.train.checkpoint.manifest import BLOCK, ITEM_BYTES, File, Part, damaged, row_count
+from moetrain.train.checkpoint.manifest import damaged
+from moetrain.train.checkpoint.records import BLOCK, ITEM_BYTES, File, Part, row_count
 
 
 class Item(NamedTuple):

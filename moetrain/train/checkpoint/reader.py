@@ -23,10 +23,9 @@ from moetrain.model.transformer import Transformer
 from moetrain.parallel.pieces import Piece
 from moetrain.train.checkpoint.commit import set_aside
 from moetrain.train.checkpoint.layout import DTYPES, NAMES, Read, reads
-from moetrain.train.checkpoint.manifest import (
-    NAME, Entry, Manifest, Part, complete, damaged, is_damage, read_manifest, row_bytes, step_of,
-)
+from moetrain.train.checkpoint.manifest import NAME, complete, damaged, is_damage, read_manifest, step_of
 from moetrain.train.checkpoint.payload import Payload
+from moetrain.train.checkpoint.records import Entry, Manifest, Part, row_bytes
 from moetrain.train.checkpoint.verify import check_files, problems
 from moetrain.train.state import TrainState, weights
 

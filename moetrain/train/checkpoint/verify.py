@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.manifest import NAME, Manifest, damaged, read_manifest
+from moetrain.train.checkpoint.manifest import NAME, damaged, read_manifest
 from moetrain.train.checkpoint.payload import Payload
+from moetrain.train.checkpoint.records import Manifest
 
 log = logging.getLogger(__name__)
 

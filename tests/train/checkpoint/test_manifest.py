@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.manifest import NAME, complete, newest, read_manifest, split_expert, step_of
+from moetrain.train.checkpoint.manifest import NAME, complete, newest, read_manifest, step_of
+from moetrain.train.checkpoint.records import split_expert
 from tests.train.checkpoint.saved import SMALL, saved, trained
 
 EMBED, EXPERTS = "model.embed", "model.layers.0.moe.experts.*.gate_up"

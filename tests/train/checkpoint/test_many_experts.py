@@ -13,10 +13,10 @@ import torch
 from torch.distributed.checkpoint import metadata, planner_helpers
 
 from moetrain.parallel.pieces import Piece
-from moetrain.train.checkpoint import disk, manifest
+from moetrain.train.checkpoint import disk, records
 from moetrain.train.checkpoint.commit import commit, write_rank
 from moetrain.train.checkpoint.layout import NAMES
-from moetrain.train.checkpoint.manifest import read_manifest
+from moetrain.train.checkpoint.manifest import NAME, read_manifest
 from moetrain.train.checkpoint.payload import Item
 from moetrain.train.checkpoint.reader import Loading
 from moetrain.train.checkpoint.snapshot import as_bytes
@@ -54,7 +54,7 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
     assert not found.tensors and len(found.experts) == LAYERS and len(list(found.names())) == LAYERS * EXPERTS
 
     pieces = list(held(1, fill=-1.0))
-    with patch.object(manifest, "Entry", counting(counts, "Entry", manifest.Entry)), \
+    with patch.object(records, "Entry", counting(counts, "Entry", records.Entry)), \
             patch.object(os, "preadv", counting(counts, "preadv", os.preadv)):
         for torch_part in torchs:
             torch_part.start()
@@ -67,4 +67,4 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
     assert counts == {"Entry": each, "preadv": RANKS + 1 + 2 * each}
     for piece, truth in zip(pieces, held(1)):
         assert torch.equal(piece.rows, truth.rows), piece.name
-    assert (final / manifest.NAME).stat().st_size < 40 * LAYERS * EXPERTS
+    assert (final / NAME).stat().st_size < 40 * LAYERS * EXPERTS

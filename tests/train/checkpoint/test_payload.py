@@ -17,9 +17,10 @@ import torch
 from moetrain.errors import CheckpointError
 from moetrain.train.checkpoint.commit import commit, write_rank
 from moetrain.train.checkpoint.layout import DTYPES, NAMES
-from moetrain.train.checkpoint.manifest import BLOCK, ITEM_BYTES, NAME, Part, read_manifest
+from moetrain.train.checkpoint.manifest import NAME, read_manifest
 from moetrain.train.checkpoint.payload import Item, Payload, header, metadata, write_payload
 from moetrain.train.checkpoint.reader import load, resume
+from moetrain.train.checkpoint.records import BLOCK, ITEM_BYTES, Part
 from moetrain.train.checkpoint.snapshot import as_bytes
 from moetrain.train.checkpoint.verify import is_sound, problems
 from tests.integration.training import make_run
