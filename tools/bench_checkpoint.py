@@ -73,7 +73,8 @@ def stall(steps: int, async_save: str) -> dict[str, float]:
     return {"saves": len(middle), "bytes": size,
             "step": statistics.median(seconds for step, seconds in took.items() if step > 10 and step not in during),
             "during": statistics.median(took[step] for step in during if step in took),
-            "wait": statistics.median(wait for _, _, wait in middle), "save": statistics.median(whole for _, whole, _ in middle)}
+            "wait": statistics.median(wait for _, _, wait in middle),
+            "save": statistics.median(whole for _, whole, _ in middle)}
 
 
 def bookkeeping() -> dict[str, float]:
@@ -85,7 +86,8 @@ def bookkeeping() -> dict[str, float]:
         for mesh in meshes():
             pieces = list(expert_pieces(mesh))
             began = time.perf_counter()
-            items = [Item(p.name, NAMES[p.rows.dtype], p.shape, 0, len(p.rows), as_bytes(p.rows)) for p in written_here(pieces, mesh)]
+            items = [Item(p.name, NAMES[p.rows.dtype], p.shape, 0, len(p.rows), as_bytes(p.rows))
+                     for p in written_here(pieces, mesh)]
             write_rank(temporary, mesh.rank, items, 1)
             writing.append(time.perf_counter() - began)
         results["write a rank"] = max(writing)
@@ -110,7 +112,8 @@ def bookkeeping() -> dict[str, float]:
 
 
 def meshes() -> list[Mesh]:
-    return [Mesh({"ep": RANKS}, rank, torch.device("cpu"), {"expert_grad": Group("expert_grad", (rank,), 0)}) for rank in range(RANKS)]
+    return [Mesh({"ep": RANKS}, rank, torch.device("cpu"), {"expert_grad": Group("expert_grad", (rank,), 0)})
+            for rank in range(RANKS)]
 
 
 def expert_pieces(mesh: Mesh) -> Iterator[Piece]:
@@ -125,32 +128,34 @@ def expert_pieces(mesh: Mesh) -> Iterator[Piece]:
 
 
 def page(steps: int, runs: dict[str, dict[str, float]], many: dict[str, float]) -> str:
-    commit_id = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    asynchronous, waited = runs["true"], runs["false"]
-    load = os.getloadavg()[1]
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    background, waited = runs["true"], runs["false"]
+    load, size = os.getloadavg()[1], background["bytes"] / 1e6
     return f"""# Checkpoints, measured
 
-`python tools/bench_checkpoint.py --steps {steps} --write`, {date.today():%d %B %Y}, commit {commit_id}; moetrain {__version__}, torch
-{torch.__version__}, Python {platform.python_version()}; 2 CPU cores, AVX-512, other work beside it (load average {load:.1f}): ratios
-within a table are what to read.
+`python tools/bench_checkpoint.py --steps {steps} --write`, {date.today():%d %B %Y}, commit {head}; moetrain {__version__},
+torch {torch.__version__}, Python {platform.python_version()}; 2 CPU cores, AVX-512, load average {load:.1f} over the last five
+minutes: with other work beside it, ratios within a column are what to read.
 
 ## How long training waits
 
-The quickstart's model on two ranks, {INTERVAL} steps between saves, {asynchronous["bytes"] / 1e6:.0f} MB a checkpoint, {asynchronous["saves"]:.0f} saves before the
-last. Medians.
+The quickstart's model on two ranks (expert parallelism), {INTERVAL} steps between saves, {size:.0f} MB a checkpoint. Medians over
+{background["saves"]:.0f} saves, that of the end left out; the two columns are two runs, one after the other. A wait is
+known to 0.01 s.
 
 | seconds | `async_save=true` | `async_save=false` |
 |---|---|---|
-| a step with no save under way | {asynchronous["step"]:.3f} | {waited["step"]:.3f} |
-| a step among the three after a save began | {asynchronous["during"]:.3f} | {waited["during"]:.3f} |
-| training waits for a save | {asynchronous["wait"]:.3f} | {waited["wait"]:.3f} |
-| wait over a step | {asynchronous["wait"] / asynchronous["step"]:.2f} | {waited["wait"] / waited["step"]:.2f} |
-| from the begin of a save until it is agreed | {asynchronous["save"]:.3f} | {waited["save"]:.3f} |
+| a step with no save under way | {background["step"]:.3f} | {waited["step"]:.3f} |
+| a step among the three after a save began | {background["during"]:.3f} | {waited["during"]:.3f} |
+| training waits for a save | {background["wait"]:.2f} | {waited["wait"]:.2f} |
+| wait over a step | {background["wait"] / background["step"]:.2f} | {waited["wait"] / waited["step"]:.2f} |
+| from the begin of a save until all ranks know it is there | {background["save"]:.2f} | {waited["save"]:.2f} |
 
 ## What many experts cost
 
-{LAYERS} layers of {EXPERTS} experts with two matrices and two moments each: {many["tensors"]:,} tensors of 16 numbers, {RANKS} ranks with
-expert parallelism, played one after another by one process. {many["checkpoint"]:.1f} MB in all, of it {many["manifest"]:.2f} MB manifest.
+{LAYERS} layers of {EXPERTS} experts with two matrices and two moments each: {many["tensors"]:,} tensors of 16 numbers,
+{RANKS} ranks with expert parallelism, played one after another by one process. {many["checkpoint"]:.1f} MB in all, of it
+{many["manifest"]:.2f} MB manifest.
 
 | | s |
 |---|---|
@@ -162,8 +167,8 @@ expert parallelism, played one after another by one process. {many["checkpoint"]
 | a rank: read it into the state | {many["fill"]:.2f} |
 | `moetrain checkpoint verify` of everything | {many["verify all"]:.2f} |
 
-torch's `dcp.save` and `dcp.load` took 25 s and 29 s for 138,240 such chunks on this kind of machine when it was tried (its plan exchange
-is most of it), with a manifest of 6 MB.
+For scale, from a trial before this was written: torch's `dcp.save` and `dcp.load` took 25 s and 29 s for 138,240 such chunks
+on four ranks of a machine of this kind, most of it the exchange of plans, with a manifest of 6 MB.
 """
 
 

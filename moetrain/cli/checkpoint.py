@@ -44,9 +44,10 @@ def verify(checkpoints: list[Path]) -> int:
             for error in found:
                 print(f"         {Path(error.where).name}: {error.why}")
     if harm:
-        raise CheckpointError(5, f"{damaged} of {len(checkpoints)} checkpoints {'is' if damaged == 1 else 'are'} damaged",
-                              where=", ".join(error.where for error in harm), why="the lines above say what is wrong with each file",
-                              next="restore the files; training passes over a damaged checkpoint and goes on from an older one")
+        raise CheckpointError(
+            5, f"{damaged} of {len(checkpoints)} checkpoints {'is' if damaged == 1 else 'are'} damaged",
+            where=", ".join(error.where for error in harm), why="the lines above say what is wrong with each file",
+            next="restore the files; training passes over a damaged checkpoint and goes on from an older one")
     return 0
 
 

@@ -65,14 +65,14 @@ def summary(directory: Path, manifest: Manifest, checkpoints: list[Path]) -> Ite
     yield from (f"  {label:8s} {text}" for label, text in rows)
     yield ""
     entries = {name: manifest.entry(name) for name in manifest.names()}
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[str, list[int]] = {name: [0, 0, 0] for name in sorted(set(map(kind, entries)))}
     for name, entry in entries.items():
-        total = kinds.setdefault(kind(name), [0, 0, 0])
+        total = kinds[kind(name)]
         for index, amount in enumerate((1, prod(entry.shape), size(entry))):
             total[index] += amount
+    kinds["all"] = [sum(column) for column in zip(*kinds.values())]
     yield from table([["kind", "tensors", "values", "bytes"],
-                      *([name, f"{count:,}", f"{numbers:,}", human(amount)] for name, (count, numbers, amount) in sorted(kinds.items())),
-                      ["all", *(f"{sum(column):,}" for column in list(zip(*kinds.values()))[:2]), human(sum(map(size, entries.values())))]])
+                      *([name, f"{count:,}", f"{numbers:,}", human(amount)] for name, (count, numbers, amount) in kinds.items())])
     yield ""
     parts = manifest.parts()
     yield from table([["file", "tensors", "bytes"],
@@ -90,8 +90,8 @@ def tensors(manifest: Manifest, pattern: str) -> Iterator[str]:
     for name in sorted(manifest.names()):
         if fnmatch(name, pattern):
             entry = manifest.entry(name)
-            rows += [[name, entry.dtype, shape(entry), f"{chunk.first}:{chunk.first + chunk.rows}", chunk.file, f"{chunk.begin}"]
-                     for chunk in entry.chunks]
+            rows += [[name, entry.dtype, shape(entry), f"{first}:{first + count}", file, f"{begin}"]
+                     for file, begin, first, count, _ in entry.chunks]
     return table(rows)
 
 
@@ -122,7 +122,8 @@ def mesh(facts: dict[str, Any]) -> str:
     long = [(axis, f"{axis} {count}") for axis, count in axes.items() if count != 1]
     views = {"dense": [text for axis, text in long if not axis.startswith("e")],
              "experts": [text for axis, text in long if axis.startswith("e")]}
-    return "; ".join([f"{facts.get('ranks', '?')} ranks", *(f"{view}: {' x '.join(texts)}" for view, texts in views.items() if texts)])
+    shown = [f"{view}: {' x '.join(texts)}" for view, texts in views.items() if texts]
+    return "; ".join([f"{facts.get('ranks', '?')} ranks", *shown])
 
 
 def size(entry: Entry) -> int:

@@ -228,19 +228,6 @@ def engine(config: Config, ranks: int) -> Iterator[ConfigError]:
                           next="run.dtype=float32 optim=adamw, or engine=torch")
 
 
-def muon(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """Newton-Schulz works on whole matrices. (engine=deepspeed has AdamW alone: rule `engine`.)"""
-    if config.optim.name != "muon":
-        return
-    parallel = config.parallel
-    shard = (parallel.shard or ranks) if parallel.mode in ("fsdp", "ep_fsdp") else 1
-    if shard != 1:
-        yield ConfigError(65, f"optim=muon with parallel={parallel.mode}, which shards parameters over {_ranks(shard)}",
-                          where="optim.name, parallel.mode, parallel.shard",
-                          why="Muon's step needs every matrix whole; there each rank holds a part",
-                          next="parallel.shard=1, parallel=ep or parallel=ddp; or optim=adamw")
-
-
 def betas(config: Config, ranks: int) -> Iterator[ConfigError]:
     if len(config.optim.betas) != 2:
         yield ConfigError(37, f"optim.betas has {len(config.optim.betas)} entries", where="optim.betas",
@@ -266,7 +253,7 @@ def part_numbers(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, batch, data_path,
-    muon, betas, loss_weights, part_numbers, engine,
+    betas, loss_weights, part_numbers, engine,
 ]
 
 # What a number must be: the test, a value that passes, and the keys it holds for. null is always fine.

@@ -21,21 +21,24 @@ So the precision is that of the parameters unless bfloat16 is chosen, which is f
 An expert without tokens has a zero gradient and goes on along its momentum, at full length, as it would not under AdamW:
 the length of the momentum does not count. From zero momentum it stays where it is, but for decay.
 
-Every matrix lies whole on each rank that steps it; momentum is stored like its parameter, so that checkpoints cut it up as
-they cut up the parameter (parallel/pieces.py).
+Iterating needs whole matrices. Momentum is stored like its parameter; where FSDP2 has cut matrices up (parallel/pieces.py),
+the direction is gathered, every rank iterates the same whole matrices, and each takes the rows that are its own. That costs a
+gathering of the hidden matrices a step, and the iteration is not divided between the ranks. Stacks that are cut between
+experts have whole matrices on every rank, and gather nothing.
 
 Shapes: M matrices, A rows, B columns.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moetrain.model.attention import Attention
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.experts import FeedForward
+from moetrain.parallel.pieces import local, shard_of
 
 Group = dict[str, Any]                       # params, lr, weight_decay, and what the caller wants to find in it again
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)     # Jordan: steep at 0; what is not tiny ends between 0.68 and 1.2
@@ -77,18 +80,32 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw.step()
 
     def _step(self, parameter: nn.Parameter, rate: float, decay: float) -> None:
-        momentum = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - self.settings.momentum)
-        direction = parameter.grad.lerp(momentum, self.settings.momentum)
-        parameter.mul_(1 - rate * decay)
-        compute = torch.bfloat16 if self.settings.bfloat16 else direction.dtype
-        for matrices_MAB, direction_MAB in zip(*(self._matrices(parameter, t) for t in (parameter.data, direction))):
-            update_MAB = orthogonalize(direction_MAB.to(compute), self.settings.iterations)
-            matrices_MAB.add_(update_MAB, alpha=-rate * scale(*update_MAB.shape[1:], self.settings.adjust))
+        """Waits for the other ranks where the matrices of the parameter are cut up."""
+        gradient, mine = local(parameter.grad), local(parameter.data)
+        momentum = local(self.state[parameter]["momentum_buffer"]).lerp_(gradient, 1 - self.settings.momentum)
+        direction = gradient.lerp(momentum, self.settings.momentum)
+        mine.mul_(1 - rate * decay)
+        dim, begin = shard_of(parameter)
+        if isinstance(parameter, DTensor) and dim == parameter.ndim - 2:             # matrices are cut, between their rows
+            update = self._update(parameter, whole(direction, parameter)).narrow(dim, begin, mine.shape[dim])
+        else:
+            update = self._update(parameter, direction)
+        mine.add_(update, alpha=-rate)
 
-    def _matrices(self, parameter: nn.Parameter, stored: Tensor) -> Iterator[Tensor]:
-        """Views [M, A, B] of a tensor stored like the parameter: matrices of one kind, of all experts."""
-        stacked = stored if stored.ndim == 3 else stored[None]
-        yield from stacked.split(self.rows.get(parameter, stacked.shape[1]), 1)
+    def _update(self, parameter: nn.Parameter, direction: Tensor) -> Tensor:
+        """Orthogonal and scaled, matrix by matrix; stored like the direction."""
+        compute = torch.bfloat16 if self.settings.bfloat16 else direction.dtype
+        stacked = direction if direction.ndim == 3 else direction[None]
+        kinds = stacked.split(self.rows.get(parameter, stacked.shape[1]), 1)         # matrices of one kind, of all experts
+        updates = [orthogonalize(kind_MAB.to(compute), self.settings.iterations).to(direction.dtype)
+                   * scale(*kind_MAB.shape[1:], self.settings.adjust) for kind_MAB in kinds]
+        return torch.cat(updates, 1).view(direction.shape)
+
+
+def whole(part: Tensor, parameter: DTensor) -> Tensor:
+    """A tensor stored like a sharded parameter, gathered on every rank. Waits."""
+    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, shape=parameter.shape,
+                              stride=parameter.stride()).full_tensor()
 
 
 def matrix_rows(model: nn.Module) -> dict[nn.Parameter, list[int]]:

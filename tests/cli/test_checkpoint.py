@@ -34,7 +34,8 @@ def test_inspect_shows_the_newest_of_a_run_or_the_one_that_is_named(run_dir, cap
 def test_inspect_lists_tensors_by_pattern(run_dir, capsys):
     assert main(["inspect", str(run_dir), "--tensors", "model.*experts.7.*"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert [line.split()[0] for line in lines] == [f"model.layers.{layer}.moe.experts.7.{matrix}" for layer in (0, 1) for matrix in ("down", "gate_up")]
+    assert [line.split()[0] for line in lines] == [
+        f"model.layers.{layer}.moe.experts.7.{matrix}" for layer in (0, 1) for matrix in ("down", "gate_up")]
     assert main(["inspect", str(run_dir), "--tensors"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 100
 

@@ -2,11 +2,12 @@
 
 Two steps on one mesh, a save, a load on another mesh, two more steps: equal to four steps in one process, in float64 to
 1e-10. Right after the load every tensor is the saved one to the bit, moments included, and every expert has its own
-content. Sizes are such that rows divide unevenly, some ranks hold no rows at all, and expert stacks are cut by experts as well
-as by rows.
+content. Sizes are such that rows divide unevenly, some ranks hold no rows at all, and expert stacks are cut by experts as
+well as by rows.
 """
 
 import errno
+import threading
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.comm.reduce import sum_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.train.checkpoint import disk
@@ -174,7 +176,8 @@ def test_a_chain_of_meshes_keeps_every_bit(ranks, checkpoints, tmp_path):
 
 def test_every_mesh_writes_the_same_tensors(checkpoints):
     """Names and shapes say nothing of the mesh; whole experts are in tables; the bytes are shared out."""
-    found = {layout: read_manifest(complete(checkpoints(ODD, layout)[0] / "trained")[0]) for layout in ("single", "fsdp4", "ep2_fsdp4")}
+    found = {layout: read_manifest(complete(checkpoints(ODD, layout)[0] / "trained")[0])
+             for layout in ("single", "fsdp4", "ep2_fsdp4")}
     sizes = {layout: {name: (manifest.entry(name).dtype, manifest.entry(name).shape) for name in manifest.names()}
              for layout, manifest in found.items()}
     assert sizes["single"] == sizes["fsdp4"] == sizes["ep2_fsdp4"]
@@ -227,8 +230,6 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(r
 
 
 def one_rank_writes_late(overrides: list[str], run_dir: Path) -> list[object]:
-    import threading
-
     run, go = make_run(overrides), threading.Event()
     saver = Saver(run_dir, run.mesh, CheckpointConfig())
     with disk.observed(lambda when, what, path, length: go.wait(60) if run.mesh.rank else None):
@@ -246,8 +247,6 @@ def one_rank_writes_late(overrides: list[str], run_dir: Path) -> list[object]:
 
 
 def sum_of_polls(run: Run, saver: Saver) -> int:
-    from moetrain.comm.reduce import sum_over
-
     return int(sum_over(run.mesh["batch"], torch.tensor([saver.poll()], dtype=torch.float64)).item())
 
 

@@ -169,13 +169,13 @@ def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
 
 @cache
 def serial_float32(shared: int, padded: bool, forced: bool) -> Trained:
-    return alone([*variant(shared, padded), "run.dtype=float32"], STEPS, FORCED if forced else None)
+    return alone([*variant(shared, padded), "run.dtype=float32"], 6, FORCED if forced else None)
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_mesh_gives_what_one_process_gives_in_float32(ranks, case):
-    ours, expected = on_mesh(ranks, case, "float32"), serial_float32(*case[2:5])
+    ours, expected = on_mesh(ranks, case, "float32", 6), serial_float32(*case[2:5])
     if case[4] or all(torch.equal(ours.counts[0][name], count) for name, count in expected.counts[0].items()):
         assert_close(ours.gradients, expected.gradients, 1e-5, "gradient of the first step")
     else:

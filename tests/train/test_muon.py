@@ -128,13 +128,22 @@ def on_two_ranks(ranks, mode: str, dtype: str, forced: bool) -> Trained:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mode, forced", [("ddp", False), ("ep", False), ("ep", True)])
+@pytest.mark.parametrize("mode, forced", [("ddp", False), ("ep", False), ("ep", True), ("fsdp", False), ("ep_fsdp", True)])
 def test_two_ranks_give_what_one_process_gives(ranks, mode, forced):
     ours, truth = on_two_ranks(ranks, mode, "float64", forced), in_one_process("float64", forced)
     error, name = difference(ours.parameters, truth.parameters)
     assert error <= 1e-10, (name, error)
     for mine, theirs in zip(ours.metrics, truth.metrics):
         assert mine["loss/ce"] == pytest.approx(theirs["loss/ce"], abs=1e-10)
+
+
+@pytest.mark.ranks
+def test_matrices_that_are_cut_between_their_rows_are_gathered(ranks):
+    """6 experts over 4 ranks are cut by rows, and so is the dense part."""
+    overrides = [*MUON, "run.dtype=float64", "model.num_experts=6"]
+    ours = union(ranks(4).run(train_steps, [*overrides, "parallel=fsdp", "run.nproc=4", "train.micro_batch=4"], 4))
+    error, name = difference(ours.parameters, alone(overrides, 4).parameters)
+    assert error <= 1e-10, (name, error)
 
 
 @pytest.mark.ranks

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.train.checkpoint import disk
-from moetrain.train.checkpoint.manifest import NAME, complete, read_checked, read_manifest, step_of
+from moetrain.train.checkpoint.manifest import NAME, complete, read_checked, read_manifest
 from moetrain.train.checkpoint.payload import Item, payload_name, write_payload
 from moetrain.train.checkpoint.records import (
     Chunk, Entry, File, Manifest, Table, row_count, split_expert, with_checksum,

@@ -80,7 +80,7 @@ def remove_tree(path: Path) -> None:
 
 
 def open_plain(path: Path) -> int:
-    """A descriptor to read an ordinary file; OSError for links, pipes, devices and directories, which a checkpoint has not."""
+    """A descriptor to read an ordinary file; OSError for links, pipes, devices and directories: a checkpoint has none."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -18,7 +18,8 @@ from moetrain.train.checkpoint.records import Chunk, Entry, row_count
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -67,7 +68,8 @@ def _overlaps(name: str, entry: Entry, first: int, rows: int) -> list[Read]:
     def box(begin: int, count: int) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(offsets=torch.Size([begin]), sizes=torch.Size([count]))
 
-    saved = TensorStorageMetadata(properties=TensorProperties(dtype=DTYPES[entry.dtype]), size=torch.Size([row_count(entry.shape)]),
+    saved = TensorStorageMetadata(properties=TensorProperties(dtype=DTYPES[entry.dtype]),
+                                  size=torch.Size([row_count(entry.shape)]),
                                   chunks=[box(chunk.first, chunk.rows) for chunk in entry.chunks])
     by_row = {chunk.first: chunk for chunk in entry.chunks}
     return [Read(by_row[item.storage_index.offset[0]], item.storage_offsets[0], item.dest_offsets[0], item.lengths[0])

@@ -45,7 +45,8 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise damaged(path, f"it cannot be read: {error.strerror or error}") from error
     except (_Wrong, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise damaged(path, str(error) if isinstance(error, _Wrong) else f"it is not a manifest of moetrain: {error!r}") from error
+        why = str(error) if isinstance(error, _Wrong) else f"it is not a manifest of moetrain: {error!r}"
+        raise damaged(path, why) from error
 
 
 def read_checked(path: Path) -> Any:
@@ -129,11 +130,16 @@ def _natural(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_natural, value))
+
+
 def _file(name: str, record: Any) -> File:
     _require(_FILE.fullmatch(name) is not None, f"it names a file that no save writes: {name!r}")
-    _require(isinstance(record, list) and len(record) == 3 and all(map(_natural, record)), f"the sizes of {name} are not numbers")
+    _require(_numbers(record) and len(record) == 3, f"the sizes of {name} are not numbers")
     file = File(*record)
-    _require(10 <= file.header <= min(file.size, MOST_BYTES) and file.crc < 1 << 32, f"the header of {name} has an impossible size")
+    _require(10 <= file.header <= min(file.size, MOST_BYTES) and file.crc < 1 << 32,
+             f"the header of {name} has an impossible size")
     return file
 
 
@@ -151,7 +157,7 @@ def _entry(name: str, record: Any, files: list[str], block: int, used: list[list
     entry, next_row = Entry(dtype, shape, ()), 0
     chunks, width = [], row_bytes(entry)
     for row in rows:
-        _require(isinstance(row, list) and len(row) >= 4 and all(map(_natural, row)), f"a chunk of {name} is not made of numbers")
+        _require(_numbers(row) and len(row) >= 4, f"a chunk of {name} is not made of numbers")
         file, begin, first, count, *crcs = row
         _require(first == next_row and count > 0, f"rows {next_row} to {first} of {name} are missing or there twice")
         _place(name, file, begin, count * width, crcs, block, used)
@@ -162,13 +168,14 @@ def _entry(name: str, record: Any, files: list[str], block: int, used: list[list
 
 
 def _table(pattern: str, record: Any, block: int, used: list[list[tuple[int, int]]]) -> Table:
-    _require(pattern.count("*") == 1 and split_expert(pattern.replace("*", "0")) == (pattern, 0), f"{pattern!r} names no experts")
+    _require(pattern.count("*") == 1 and split_expert(pattern.replace("*", "0")) == (pattern, 0),
+             f"{pattern[:64]!r} names no experts")
     dtype, shape, rows = record
     table = Table(*_tensor(pattern, dtype, shape), rows)
     length = row_count(table.shape) * row_bytes(table)
     _require(isinstance(rows, list) and 0 < len(rows) < 10**7 and length > 0, f"{pattern} has no content")
     for row in rows:
-        _require(isinstance(row, list) and len(row) >= 2 and all(map(_natural, row)), f"an expert of {pattern} is not made of numbers")
+        _require(_numbers(row) and len(row) >= 2, f"an expert of {pattern} is not made of numbers")
         _place(pattern, row[0], row[1], length, row[2:], block, used)
     return table
 
@@ -176,7 +183,8 @@ def _table(pattern: str, record: Any, block: int, used: list[list[tuple[int, int
 def _place(name: str, file: int, begin: int, length: int, crcs: list[int], block: int,
            used: list[list[tuple[int, int]]]) -> None:
     _require(file < len(used), f"{name} lies in a file that is not listed")
-    _require(length > 0 and len(crcs) == -(-length // block) and max(crcs) < 1 << 32, f"{name} has the wrong number of checksums")
+    _require(length > 0 and len(crcs) == -(-length // block) and max(crcs) < 1 << 32,
+             f"{name} has the wrong number of checksums")
     used[file].append((begin, length))
 
 
@@ -191,6 +199,7 @@ def _covers(name: str, file: File, ranges: list[tuple[int, int]]) -> None:
     """Nothing lies between the chunks of a file, before or behind them, and no byte belongs to two."""
     end = file.header
     for begin, length in sorted(ranges):
-        _require(begin == end, f"bytes {min(begin, end)} to {max(begin, end)} of {name} belong to nothing, or to two tensors")
+        _require(begin == end,
+                 f"bytes {min(begin, end)} to {max(begin, end)} of {name} belong to nothing, or to two tensors")
         end = begin + length
     _require(end == file.size, f"{name} should be {end} bytes long, not {file.size}")

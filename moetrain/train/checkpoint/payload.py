@@ -127,7 +127,8 @@ class Payload:
                 start, stop = max(start, begin), min(stop, end)
             content = self._read(part.begin + start, stop - start)
             if check and zlib.crc32(content) != part.crcs[number]:
-                raise damaged(self.path, f"{part.key} (bytes {part.begin + start} to {part.begin + stop}) does not match its checksum")
+                place = f"bytes {part.begin + start} to {part.begin + stop}"
+                raise damaged(self.path, f"{part.key} ({place}) does not match its checksum")
             yield memoryview(content)[max(0, begin - start):min(end, stop) - start]
 
     def _read(self, begin: int, length: int) -> bytearray:

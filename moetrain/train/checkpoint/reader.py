@@ -122,7 +122,7 @@ class Loading:
         return [name for name, count in zip(names, sum_over(mesh["batch"], counts).tolist()) if not count]
 
     def _plan(self, pieces: list[Piece]) -> list[tuple[Piece, Entry, list[Read]]]:
-        """Every piece with its entry and what to read, in the order of the files; a CheckpointError names what does not fit."""
+        """Every piece with its entry and what to read, in the order of the files; CheckpointError names what does not fit."""
         wanted, differ = [], []
         for piece in pieces:
             entry = self.manifest.entry(piece.name)
@@ -140,7 +140,8 @@ class Loading:
 
     def _open(self, stack: ExitStack) -> dict[str, Payload]:
         names = {read.chunk.file for _, _, plan in self.wanted for read in plan}
-        return {name: stack.enter_context(Payload(self.directory / name, self.manifest.files[name])) for name in sorted(names)}
+        return {name: stack.enter_context(Payload(self.directory / name, self.manifest.files[name]))
+                for name in sorted(names)}
 
     def _blocks(self, files: dict[str, Payload], piece: Piece, entry: Entry, read: Read) -> Iterable[memoryview]:
         width, chunk = row_bytes(entry), read.chunk

@@ -110,7 +110,8 @@ class Manifest:
 
     def encode(self) -> bytes:
         place = {name: number for number, name in enumerate(self.files)}
-        tensors = {name: [entry.dtype, entry.shape, [[place[c.file], c.begin, c.first, c.rows, *c.crcs] for c in entry.chunks]]
+        tensors = {name: [entry.dtype, entry.shape,
+                          [[place[chunk.file], chunk.begin, chunk.first, chunk.rows, *chunk.crcs] for chunk in entry.chunks]]
                    for name, entry in self.tensors.items()}
         return with_checksum({"version": VERSION, "facts": self.facts, "values": self.values, "block": self.block,
                               "files": self.files, "tensors": tensors, "experts": self.experts})

@@ -41,7 +41,8 @@ def estimate(state: TrainState, mesh: Mesh) -> int:
 def _check(directory: Path, copies: int, size: int) -> None:
     try:
         _probe(directory)
-        free, there = shutil.disk_usage(directory).free, sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        free = shutil.disk_usage(directory).free
+        there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     except OSError as error:
         raise DiskError(4, "checkpoints cannot be written", where=str(directory), why=str(error.strerror or error),
                         next="make it writable, or choose another place with run.dir") from error

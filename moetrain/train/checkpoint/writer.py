@@ -55,8 +55,8 @@ class Saver:
         all_or_none(mesh["batch"], lambda: remove_leftovers(run_dir.absolute()) if mesh.is_main else None)
 
     def begin(self, state: TrainState, facts: dict[str, object], *, final: bool = False) -> Saved | None:
-        """Save this step. Gives the outcome of a save that was waited for: of the one before, where that was still under way;
-        of this one, with async_save=false or `final` (which raises DiskError on all ranks when it fails). Collective where it
+        """Save this step. Gives the outcome of a save that was waited for: of the one before, if it was still under way; of
+        this one, with async_save=false or `final` (which raises DiskError on all ranks when it fails). Collective where it
         waits, on all ranks or on none."""
         began = time.perf_counter()
         before = self.finish()
@@ -66,15 +66,15 @@ class Saver:
         self.attempt += 1
         began = time.perf_counter()
         self.job = _Job(state.step, began, self.directory / f"step-{state.step:08d}", self.attempt,
-                        {**facts, "torch": torch.__version__, "mesh": dict(self.mesh.sizes), "ranks": self.mesh["batch"].size,
-                         "time": time.time()}, state.values())
+                        {**facts, "torch": torch.__version__, "mesh": dict(self.mesh.sizes),
+                         "ranks": self.mesh["batch"].size, "time": time.time()}, state.values())
         items = take(state, self.mesh)
         self.job.start(lambda job: write_rank(job.temporary, self.mesh.rank, items, job.step))
         self.job.held_s = time.perf_counter() - began
         return before if self.config.async_save and not final else self.finish(required=final)
 
     def poll(self) -> int:
-        """0 while there is nothing to say. Sum it over mesh["batch"] (exactly: float64 or int64) and hand the sum to settle."""
+        """0 while there is nothing to say. Sum it over mesh["batch"] (exactly: float64, int64) and give the sum to settle."""
         if self.job is None or self.job.running():
             return 0
         return DONE if self.job.error is None else FAILED
@@ -98,7 +98,7 @@ class Saver:
         return self._ended(self.job.final)
 
     def finish(self, *, required: bool = False) -> Saved | None:
-        """Wait for the save under way, if there is one; collective. required: DiskError on all ranks if the last one failed."""
+        """Wait for the save under way, if there is one; collective. required: DiskError on all ranks if the last failed."""
         outcome, began = None, time.perf_counter()
         while self.job is not None:
             self.job.wait(POLL_S)

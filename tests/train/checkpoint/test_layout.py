@@ -16,7 +16,8 @@ from moetrain.train.checkpoint.records import Chunk, Entry
 
 def meshes(size: int) -> list[Mesh]:
     """The ranks of a group of `size`, without processes: who writes is decided without talking."""
-    return [Mesh({}, rank, torch.device("cpu"), {"dense_grad": Group("dense_grad", tuple(range(size)), rank)}) for rank in range(size)]
+    return [Mesh({}, rank, torch.device("cpu"), {"dense_grad": Group("dense_grad", tuple(range(size)), rank)})
+            for rank in range(size)]
 
 
 def piece(name: str, rows: int = 4, held_by: str = "dense_grad") -> Piece:

@@ -43,10 +43,12 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
     temporary, final = tmp_path / "checkpoints/step-00000001.tmp-1", tmp_path / "checkpoints/step-00000001"
     changes, counts = Counter(), Counter()
     torchs = (patch.object(module, name, counting(counts, name, getattr(module, name))) for module, name in (
-        (planner_helpers, "create_read_items_for_chunk_list"), (metadata, "ChunkStorageMetadata"), (metadata, "TensorStorageMetadata")))
+        (planner_helpers, "create_read_items_for_chunk_list"), (metadata, "ChunkStorageMetadata"),
+        (metadata, "TensorStorageMetadata")))
     with disk.observed(lambda when, what, path, length: changes.update([what] if when == "before" else [])):
         for rank in range(RANKS):
-            write_rank(temporary, rank, [Item(p.name, NAMES[p.rows.dtype], p.shape, 0, 2, as_bytes(p.rows)) for p in held(rank)], 1)
+            items = [Item(p.name, NAMES[p.rows.dtype], p.shape, 0, 2, as_bytes(p.rows)) for p in held(rank)]
+            write_rank(temporary, rank, items, 1)
         commit(temporary, final, ranks=RANKS, facts={}, values={"step": 1, "tokens": 1})
     assert changes["fsync"] == 2 * RANKS + 3             # payload and index of a rank; manifest, directory, parent
     assert changes["write"] == LAYERS * EXPERTS + 2 * RANKS + 1

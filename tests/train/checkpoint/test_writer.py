@@ -117,7 +117,8 @@ def test_a_save_that_is_slower_than_the_interval_is_waited_for_and_reported(tmp_
         train_step(run, 2)
         threading.Timer(0.2, go.set).start()
         first = saves.begin(run.state, {})
-    assert first.step == 1 and first.path and first.held_s > 0.1 and "step 2 was to be saved while the save of step 1 was still under way" in caplog.text
+    assert first.step == 1 and first.path and first.held_s > 0.1
+    assert "step 2 was to be saved while the save of step 1 was still under way" in caplog.text
     assert saves.finish().step == 2
     assert max(writing) == 1
     assert_clean(tmp_path, 1, 2)
