@@ -43,7 +43,7 @@ LAYOUTS = {
 }
 NAMES = list(LAYOUTS)
 QUICK = [(ODD, "single", "fsdp4"), (ODD, "fsdp4", "ep2_fsdp4"), (ODD, "ep2_fsdp4", "single"), (EVEN, "ep4", "hsdp4")]
-PAIRS = [(EVEN, one, NAMES[(index + by) % len(NAMES)]) for index, one in enumerate(NAMES) for by in (1, 5)] + [
+PAIRS = [(EVEN, one, NAMES[(NAMES.index(one) + by) % len(NAMES)]) for by, some in ((1, NAMES), (5, NAMES[::2])) for one in some] + [
     (ODD, "fsdp4", "ep2of4"), (ODD, "ep2_hsdp4", "fsdp4"), (ODD, "hsdp4", "fsdp2"), (ODD, "ddp2", "ep2_hsdp4")]
 
 
@@ -87,21 +87,16 @@ def save_on(overrides: list[str], run_dir: Path) -> Held:
 
 def load_on(overrides: list[str], run_dir: Path) -> tuple[Held, Held, list[dict], list[Tensor], Held]:
     """(numbered state, loaded state, metrics of steps 3 and 4, their counts, parameters after them)."""
-    run = make_run([*overrides, "run.seed=9"])
+    run = make_run(overrides)
+    for piece in run.state.pieces():
+        piece.rows.fill_(float("nan"))
     assert resume(run.state, run_dir / "numbered", run.mesh).path.name == "step-00000002"
     numbered = held(run)
     assert resume(run.state, run_dir / "trained", run.mesh).lost == 0
-    loaded, run = held(run), resumed_with_its_seed(run, overrides, run_dir)
+    loaded = held(run)
     results = [train_step(run, step) for step in (3, 4)]
     return (numbered, loaded, [result.metrics for result in results],
             [torch.cat(list(result.counts.values())) for result in results], snapshot(run, lambda parameter: parameter.data))
-
-
-def resumed_with_its_seed(other: Run, overrides: list[str], run_dir: Path) -> Run:
-    run = make_run(overrides)
-    resume(run.state, run_dir / "trained", run.mesh)
-    assert run.state.step == other.state.step == 2 and run.state.tokens == other.state.tokens > 0
-    return run
 
 
 def number_of(name: str) -> float:

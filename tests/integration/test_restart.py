@@ -23,7 +23,7 @@ TWO = ["run.nproc=2", "parallel=ep"]
 class Job:
     """`moetrain train` (or torchrun around it) in a process of its own."""
 
-    def __init__(self, directory: Path, *overrides: str, torchrun: int = 0, steps: int = 60) -> None:
+    def __init__(self, directory: Path, *overrides: str, torchrun: int = 0, steps: int = 40) -> None:
         self.run_dir = directory / "run"
         words = ["-m", "moetrain", "train", *SMALL, f"run.dir={self.run_dir}", f"run.steps={steps}", *overrides]
         agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "--max-restarts", "3"]
@@ -68,22 +68,27 @@ class Job:
         return (self.run_dir.parent / "output").read_text()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(10 if metafunc.config.getoption("--all") else 2))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
     job = Job(tmp_path_factory.mktemp("undisturbed"), *TWO)
     assert job.wait() == 0, job.text()
-    assert job.steps() == list(range(1, 61))
+    assert job.steps() == list(range(1, 41))
     return job
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "launcher"), (signal.SIGUSR1, "one rank")])
+@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "one rank")])
 def test_told_to_stop_all_ranks_save_after_the_same_step_and_the_same_command_goes_on(undisturbed, tmp_path, number, to):
     job = Job(tmp_path, *TWO).wait_for(12)
     os.kill(job.process.pid if to == "launcher" else job.workers()[1], number)
     assert job.wait() == 10, job.text()
     stopped = job.steps()[-1]
-    assert job.status()["code"] == 10 and job.status()["step"] == stopped < 60
+    assert job.status()["code"] == 10 and job.status()["step"] == stopped < 40
     assert (job.run_dir / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").exists()
     assert job.text().count("E-PREEMPTED-001") == 1 and "Traceback" not in job.text()
     again = Job(tmp_path, *TWO)
@@ -119,17 +124,14 @@ def test_without_time_for_a_save_the_run_leaves(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
 def test_a_rank_killed_anywhere_is_made_good(undisturbed, tmp_path, seed):
     draw = random.Random(seed)
-    job = Job(tmp_path, *TWO).wait_for(draw.randrange(1, 50))
+    job = Job(tmp_path, *TWO).wait_for(draw.randrange(1, 32))
     time.sleep(draw.random() * 0.05)
-    killed = time.monotonic()
     os.kill(draw.choice(job.workers()), signal.SIGKILL)
     assert job.wait() == 0, job.text()
     assert "restart 1 of 3" in job.text()
     assert job.losses() == undisturbed.losses()
-    print(f"killed to finished: {time.monotonic() - killed:.1f} s")
 
 
 @pytest.mark.slow
