@@ -52,9 +52,9 @@ def test_yaml_and_schema_have_the_same_defaults() -> None:
 
 def test_quickstart_is_the_measured_setting() -> None:
     config = compose(["experiment=quickstart"])
-    assert (config.run.name, config.run.steps, config.train.global_batch, config.train.seq_len) == ("quickstart", 1000, 16, 128)
+    assert (config.run.name, config.run.steps, config.train.global_batch, config.train.seq_len) == ("quickstart", 800, 16, 128)
     assert (config.model.dim, config.model.expert_dim, config.model.num_experts) == (128, 128, 8)
-    assert (config.optim.lr, config.optim.warmup, config.optim.min_lr_ratio) == (3e-3, 50, 0.05)
+    assert (config.optim.name, config.optim.schedule, config.optim.lr, config.optim.muon_lr) == ("muon", "wsd", 3e-3, 6e-3)
     assert (config.data.mixture, config.eval.interval) == ("uniform", 500)
     compose(["experiment=quickstart", "parallel=ep", "run.nproc=2"])
 
