@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.ops.rms_norm import rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in the weight's dtype (float32 or better)."""
@@ -22,7 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Earlier(Protocol):

@@ -4,8 +4,9 @@
                -> the wire (comm/exchange) -> rows in expert order
     combine    the same way back; every token's rows are summed
 
-The gate weights travel with the rows, so that an expert's output is already weighted and combining is a plain sum. With
-one position the wire and the second ordering disappear; nothing else changes.
+The gate weights travel with the rows, so that an expert's output is already weighted and combining is a plain sum. The
+experts read arrived rows through an order (ops/grouped_experts.py): rows in expert order are never laid out and kept. With
+one position the wire disappears, and what arrives is the tokens themselves.
 
 Shapes: T tokens, K slots per token, D width, N used slots here, R rows received, P positions, e slots per position.
 """
@@ -22,26 +23,20 @@ from moetrain.plan.placement import LayerPlacement
 from moetrain.routers.base import Routing
 
 
-class Order(NamedTuple):
-    """Received rows (by source, then slot) into expert order, and the inverse."""
-
-    index_R: Tensor
-    inverse_R: Tensor
-
-
 class Ticket(NamedTuple):
     """What `combine` needs to undo a dispatch. Integers only."""
 
     permutation: Permutation
     splits: Splits
-    order: Order | None          # None with one position: rows arrive in expert order
+    order: Permutation | None    # received rows (by source, then slot) into expert order; None with one position
 
 
 class Sent(NamedTuple):
     """Rows at their experts."""
 
-    rows_RD: Tensor
-    weights_R: Tensor
+    x_ND: Tensor                 # as they arrived: received rows; with one position the tokens
+    order: Permutation           # arrived rows into expert order
+    weights_R: Tensor            # in expert order
     counts_e: list[int]          # rows per local slot, on the host
     ticket: Ticket
 
@@ -58,21 +53,24 @@ class TokenDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sent:
         physical_TK = assign(routing.ids_TK, self.table_E)
         permutation = plan_permutation(physical_TK, self.exchange.positions * self.slots)
+        weights_R = self._row_weights(routing, permutation)
         sent_Pe = permutation.counts_P.view(self.exchange.positions, self.slots)
         received_Pe = self.exchange.counts(sent_Pe)
         splits = Splits(tuple(sent_Pe.sum(1).tolist()), tuple(received_Pe.sum(1).tolist()))
 
-        posted = self.exchange.post((permute(x_TD, permutation), self._row_weights(routing, permutation)), splits)
+        counts_e = received_Pe.sum(0).tolist()
+        if self.exchange.positions == 1:
+            return Sent(x_TD, permutation, weights_R, counts_e, Ticket(permutation, splits, None))
+        posted = self.exchange.post((permute(x_TD, permutation), weights_R), splits)
         order = self._expert_order(received_Pe)
-        rows_RD, weights_R = posted.wait()
-        if order is not None:
-            rows_RD, weights_R = reorder(rows_RD, *order), reorder(weights_R, *order)
-        return Sent(rows_RD, weights_R, received_Pe.sum(0).tolist(), Ticket(permutation, splits, order))
+        x_ND, weights_R = posted.wait()
+        weights_R = reorder(weights_R, order.slots_R, order.rows_TK.flatten())
+        return Sent(x_ND, order, weights_R, counts_e, Ticket(permutation, splits, order))
 
     def combine(self, rows_RD: Tensor, ticket: Ticket, *, reduce: bool = True) -> Tensor:
         """Rows back to their tokens: the sum of each token's rows [T, D], or the slots unreduced [T, K, D]."""
         if ticket.order is not None:
-            rows_RD = reorder(rows_RD, ticket.order.inverse_R, ticket.order.index_R)
+            rows_RD = reorder(rows_RD, ticket.order.rows_TK.flatten(), ticket.order.slots_R)
         (rows_ND,) = self.exchange.post((rows_RD,), ticket.splits.reversed()).wait()
         if reduce:
             return unpermute(rows_ND, ticket.permutation)
@@ -84,11 +82,9 @@ class TokenDispatcher:
     def _row_weights(routing: Routing, permutation: Permutation) -> Tensor:
         return routing.weights_TK.flatten().index_select(0, permutation.slots_R)
 
-    def _expert_order(self, received_Pe: Tensor) -> Order | None:
-        if self.exchange.positions == 1:
-            return None
+    def _expert_order(self, received_Pe: Tensor) -> Permutation:
         slots = torch.arange(self.slots, device=received_Pe.device).repeat(self.exchange.positions)
         index_R = slots.repeat_interleave(received_Pe.flatten()).argsort(stable=True)
         inverse_R = torch.empty_like(index_R)
         inverse_R[index_R] = torch.arange(index_R.numel(), device=index_R.device)
-        return Order(index_R, inverse_R)
+        return Permutation(index_R, inverse_R[:, None], received_Pe.sum(0))

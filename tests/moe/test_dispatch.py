@@ -8,6 +8,7 @@ from torch import Tensor
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.dispatch import Sent, TokenDispatcher
+from moetrain.ops.permute import permute
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.routers.base import Routing
 
@@ -39,12 +40,17 @@ def dispatcher(placement: LayerPlacement) -> TokenDispatcher:
     return TokenDispatcher(placement, FlatExchange(Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)), CPU)
 
 
+def rows_of(sent: Sent) -> Tensor:
+    """The rows as the experts read them, in expert order."""
+    return permute(sent.x_ND, sent.order)
+
+
 def experts(sent: Sent, ids: tuple[int, ...]) -> Tensor:
     """Expert e cubes a row, times e + 1, times the row's weight: neither linear nor the same for two experts."""
-    assert sum(sent.counts_e) == len(sent.rows_RD) == len(sent.weights_R)
+    assert sum(sent.counts_e) == len(rows_of(sent)) == len(sent.weights_R)
     assert not any(sent.counts_e[len(ids):])                       # slots without an expert get no rows
     factor_R = torch.repeat_interleave(torch.tensor(ids, dtype=torch.float64) + 1, torch.tensor(sent.counts_e[:len(ids)]))
-    return sent.rows_RD ** 3 * (factor_R * sent.weights_R)[:, None]
+    return rows_of(sent) ** 3 * (factor_R * sent.weights_R)[:, None]
 
 
 def through(placement: LayerPlacement, ids: list[list[int]], rank: int) -> tuple[Tensor, ...]:
@@ -74,7 +80,7 @@ def slots_on_rank(ids: list[list[list[int]]]) -> Tensor:
     x_TD, routing = routed(ids[dist.get_rank()], seed=dist.get_rank())
     wire = dispatcher(HOMES[2])
     sent = wire.dispatch(x_TD, routing)
-    return wire.combine(sent.rows_RD, sent.ticket, reduce=False).detach()
+    return wire.combine(rows_of(sent), sent.ticket, reduce=False).detach()
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
@@ -98,9 +104,9 @@ def test_rows_come_in_expert_order_and_unreduced_slots_undo_the_dispatch(ids):
     sent = wire.dispatch(x_TD, routing)
     used = sorted((id, token, slot) for token, row in enumerate(ids[0]) for slot, id in enumerate(row) if id >= 0)
     assert sent.counts_e == [sum(id == expert for id, _, _ in used) for expert in range(EXPERTS)]
-    assert sent.rows_RD.tolist() == [x_TD[token].tolist() for _, token, _ in used]
+    assert rows_of(sent).tolist() == [x_TD[token].tolist() for _, token, _ in used]
     assert sent.weights_R.tolist() == [routing.weights_TK[token, slot].item() for _, token, slot in used]
-    slots_TKD = wire.combine(sent.rows_RD, sent.ticket, reduce=False)
+    slots_TKD = wire.combine(rows_of(sent), sent.ticket, reduce=False)
     assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])
 
 
