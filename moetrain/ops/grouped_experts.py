@@ -8,8 +8,11 @@ expert output is kept). Parameters are float32 or better and cast where they are
 Every product over rows is a grouped one, and sums over a token's rows run in slot order: the result is the same to the
 last bit from run to run. An expert without rows gets gradients of zeros, never none.
 
-Shapes: R rows ordered by expert, N rows as they arrived, K rows per arrived row, e experts on this rank, D model width,
-F hidden width, G = 2F.
+The experts may lie in two places, those at home here and copies of others (parallel/fssdp.py). They are laid side by side
+for the products and not kept so: what is kept of the weights is what the caller holds anyway.
+
+Shapes: R rows ordered by expert, N rows as they arrived, K rows per arrived row, e experts on this rank, of them c copies,
+D model width, F hidden width, G = 2F.
 """
 
 import torch
@@ -22,43 +25,52 @@ from moetrain.ops.swiglu import swiglu_backward, swiglu_forward
 
 
 def _reference(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor, gate_up_eGD: Tensor,
-               down_eDF: Tensor, counts_e: list[int]) -> tuple[Tensor, Tensor]:
+               down_eDF: Tensor, gate_up_cGD: Tensor | None, down_cDF: Tensor | None,
+               counts_e: list[int]) -> tuple[Tensor, Tensor]:
     groups = make_groups(counts_e, x_ND.device)
     rows_RD = _ordered(x_ND, slots_R, rows_NK)
-    gate_up_RG = grouped_product(rows_RD, _cast(gate_up_eGD, x_ND.dtype).mT, groups)
+    gate_up_RG = grouped_product(rows_RD, _cast(gate_up_eGD, gate_up_cGD, x_ND.dtype).mT, groups)
     hidden_RF = swiglu_forward(gate_up_RG, weights_R)
-    return grouped_product(hidden_RF, _cast(down_eDF, x_ND.dtype).mT, groups), gate_up_RG
+    return grouped_product(hidden_RF, _cast(down_eDF, down_cDF, x_ND.dtype).mT, groups), gate_up_RG
 
 
-def _fake(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, counts_e):
+def _fake(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, counts_e):
     rows = weights_R.shape[0]
     return x_ND.new_empty(rows, x_ND.shape[1]), x_ND.new_empty(rows, gate_up_eGD.shape[1])
 
 
 def _reference_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor,
-                        gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_RG: Tensor,
-                        counts_e: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                        gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_cGD: Tensor | None, down_cDF: Tensor | None,
+                        gate_up_RG: Tensor, counts_e: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, the weights, and both matrices of all experts, copies after homes."""
     groups = make_groups(counts_e, x_ND.device)
     grad_RD = grad_RD.contiguous()                       # a sum hands in an expanded one, which grouped_mm refuses
-    hidden = swiglu_backward(grouped_product(grad_RD, _cast(down_eDF, x_ND.dtype), groups), gate_up_RG, weights_R)
+    d_hidden_RF = grouped_product(grad_RD, _cast(down_eDF, down_cDF, x_ND.dtype), groups)
+    hidden = swiglu_backward(d_hidden_RF, gate_up_RG, weights_R)
     d_down_eDF = grouped_outer(grad_RD, hidden.hidden_RF, groups).to(down_eDF.dtype)
     d_gate_up_eGD = grouped_outer(hidden.gate_up_RG, _ordered(x_ND, slots_R, rows_NK), groups).to(gate_up_eGD.dtype)
-    d_rows_RD = grouped_product(hidden.gate_up_RG, _cast(gate_up_eGD, x_ND.dtype), groups)
+    d_rows_RD = grouped_product(hidden.gate_up_RG, _cast(gate_up_eGD, gate_up_cGD, x_ND.dtype), groups)
     d_x_ND = d_rows_RD if slots_R is None else sum_slots(d_rows_RD, slots_R, rows_NK)
     return d_x_ND, hidden.weights_R, d_gate_up_eGD, d_down_eDF
 
 
-def _fake_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_RG, counts_e):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format)
-                 for tensor in (x_ND, weights_R, gate_up_eGD, down_eDF))
+def _fake_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, gate_up_RG,
+                   counts_e):
+    def all_experts(homes: Tensor) -> Tensor:
+        return homes.new_empty(len(counts_e), *homes.shape[1:])
+
+    return (torch.empty_like(x_ND, memory_format=torch.contiguous_format), torch.empty_like(weights_R),
+            all_experts(gate_up_eGD), all_experts(down_eDF))
 
 
 def _ordered(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None) -> Tensor:
     return x_ND.contiguous() if slots_R is None else gather_tokens(x_ND, slots_R, rows_NK)
 
 
-def _cast(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    return matrix.to(dtype).contiguous()
+def _cast(homes: Tensor, copies: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if copies is None or not len(copies):
+        return homes.to(dtype).contiguous()
+    return torch.cat([homes.to(dtype), copies.to(dtype)])
 
 
 def _save(ctx, inputs, output) -> None:
@@ -71,12 +83,18 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad_RD: Tensor | None, _):
     if grad_RD is None:
-        return (None,) * 7
-    d_x_ND, d_weights_R, d_gate_up_eGD, d_down_eDF = _backward(grad_RD, *ctx.saved_tensors, ctx.counts_e)
-    return d_x_ND, None, None, d_weights_R, d_gate_up_eGD, d_down_eDF, None
+        return (None,) * 9
+    saved = ctx.saved_tensors
+    d_x_ND, d_weights_R, d_gate_up_eGD, d_down_eDF = _backward(grad_RD, *saved, ctx.counts_e)
+    homes, copies = saved[4].shape[0], saved[6]
+    if copies is None:
+        return d_x_ND, None, None, d_weights_R, d_gate_up_eGD, d_down_eDF, None, None, None
+    return (d_x_ND, None, None, d_weights_R, d_gate_up_eGD[:homes], d_down_eDF[:homes], d_gate_up_eGD[homes:],
+            d_down_eDF[homes:], None)
 
 
-_INPUTS = "Tensor x_ND, Tensor? slots_R, Tensor? rows_NK, Tensor weights_R, Tensor gate_up_eGD, Tensor down_eDF"
+_INPUTS = ("Tensor x_ND, Tensor? slots_R, Tensor? rows_NK, Tensor weights_R, Tensor gate_up_eGD, Tensor down_eDF, "
+           "Tensor? gate_up_cGD, Tensor? down_cDF")
 _backward = define(
     f"grouped_experts_backward(Tensor grad_RD, {_INPUTS}, Tensor gate_up_RG, SymInt[] counts_e)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -93,12 +111,14 @@ _forward = define(
 
 
 def grouped_experts(x_ND: Tensor, weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, counts_e: list[int],
-                    order: Permutation | None = None) -> Tensor:
+                    order: Permutation | None = None, copies: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Weighted outputs of the experts, [R, D] ordered by expert.
 
     counts_e: rows of each expert, on the host; they sum to R. order: which arrived row is which expert's row; without
     it x holds the rows ordered by expert already (N = R). weights_R: in the order of the output, float32 or better.
+    copies: both matrices of experts that come after these; counts_e and rows then go on with theirs.
     """
     slots_R, rows_NK = (None, None) if order is None else (order.slots_R, order.rows_TK)
-    out_RD, _ = _forward(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, counts_e)
+    gate_up_cGD, down_cDF = copies or (None, None)
+    out_RD, _ = _forward(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, counts_e)
     return out_RD

@@ -1,58 +1,109 @@
 """Who holds what: the record that expert parallelism, replication and sharded experts have in common.
 
-`ExpertPlacement` gives every expert of every layer a home: a *position* on the `ep` axis, never a rank. Plain expert
-parallelism is the placement without copies that never changes (`contiguous`). Pure data: hashable, comparable.
+`ExpertPlacement` gives every expert of every layer a home: a *position* on the `ep` axis, never a rank; and, where a plan
+says so, copies on further positions. Plain expert parallelism is the placement without copies that never changes
+(`contiguous`). Pure data: hashable, comparable.
+
+A position's *slots* are the experts it can compute, in the order of its weights: its homes by id, then its copies by the
+position they come from and by id, which is the order in which they arrive (comm/sparse.py). Physical slot id = position *
+slots_per_position + slot.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """Homes of one layer's experts.
+    """One layer's experts.
 
     home: position of each expert, by global id. positions: size of the `ep` axis.
-    Physical slot id of an expert = position * slots_per_position + its index among the experts of that position.
+    copies: pairs (expert, position) beside the homes, in any order; kept sorted.
     """
 
     home: tuple[int, ...]
     positions: int
+    copies: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         assert all(0 <= position < self.positions for position in self.home), (self.home, self.positions)
+        object.__setattr__(self, "copies", tuple(sorted(self.copies)))
+        assert len(set(self.copies)) == len(self.copies), self.copies
+        for expert, position in self.copies:
+            assert 0 <= expert < self.num_experts and 0 <= position < self.positions, (expert, position)
+            assert position != self.home[expert], (expert, position)
 
     @property
     def num_experts(self) -> int:
         return len(self.home)
 
-    @cached_property
-    def slots_per_position(self) -> int:
-        return max(self.home.count(position) for position in range(self.positions))
-
     def experts_of(self, position: int) -> tuple[int, ...]:
         """Global ids of the experts whose home is this position, ascending; may be empty."""
-        return tuple(expert for expert, home in enumerate(self.home) if home == position)
+        return self._homes[position]
+
+    def copies_at(self, position: int) -> tuple[int, ...]:
+        """Global ids of the experts copied to this position, by their home and then by id."""
+        return self._copies[position]
+
+    def slots_of(self, position: int) -> tuple[int, ...]:
+        """Global ids of all experts that this position computes, in the order of its slots."""
+        return self._homes[position] + self._copies[position]
+
+    def holders(self, expert: int) -> tuple[int, ...]:
+        """Positions that hold an expert, ascending."""
+        return tuple(sorted((self.home[expert], *(at for copied, at in self.copies if copied == expert))))
+
+    @cached_property
+    def slots_per_position(self) -> int:
+        return max(len(self.slots_of(position)) for position in range(self.positions))
 
     @cached_property
     def physical(self) -> tuple[int, ...]:
-        """Physical slot id of every expert, by global id."""
-        taken = [0] * self.positions
-        slots = []
-        for home in self.home:
-            slots.append(home * self.slots_per_position + taken[home])
-            taken[home] += 1
-        return tuple(slots)
+        """Physical slot id of every expert at its home, by global id."""
+        ids = {expert: position * self.slots_per_position + slot
+               for position, experts in enumerate(self._homes) for slot, expert in enumerate(experts)}
+        return tuple(ids[expert] for expert in range(self.num_experts))
+
+    @cached_property
+    def replicas(self) -> tuple[tuple[int, int, int], ...]:
+        """(expert, position, physical slot id) of every home and copy, by expert and then by position."""
+        return tuple(sorted(
+            (expert, position, position * self.slots_per_position + slot)
+            for position in range(self.positions) for slot, expert in enumerate(self.slots_of(position))))
+
+    def without_copies(self) -> "LayerPlacement":
+        return LayerPlacement(self.home, self.positions)
+
+    @cached_property
+    def _homes(self) -> tuple[tuple[int, ...], ...]:
+        held: list[list[int]] = [[] for _ in range(self.positions)]
+        for expert, position in enumerate(self.home):
+            held[position].append(expert)
+        return tuple(map(tuple, held))
+
+    @cached_property
+    def _copies(self) -> tuple[tuple[int, ...], ...]:
+        held: list[list[int]] = [[] for _ in range(self.positions)]
+        for expert, position in self.copies:
+            held[position].append(expert)
+        return tuple(tuple(sorted(experts, key=lambda expert: (self.home[expert], expert))) for experts in held)
 
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Homes of all experts, by router name; layers may differ in size."""
+    """The placements of all layers with experts, by router name; layers may differ in size."""
 
     layers: tuple[tuple[str, LayerPlacement], ...]
 
     def __getitem__(self, router: str) -> LayerPlacement:
         return dict(self.layers)[router]
+
+    @cached_property
+    def digest(self) -> int:
+        """63 bits that ranks compare before they act on it."""
+        text = repr(tuple((name, layer.home, layer.positions, layer.copies) for name, layer in self.layers))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def contiguous(num_experts: int, positions: int) -> LayerPlacement:

@@ -153,5 +153,26 @@ def test_the_op_is_well_formed():
     order = make_order("unused slots")
     for dtype in (torch.float32, torch.bfloat16):
         inputs = make_inputs(order, (16, 8), dtype)
-        arguments = (inputs[0], order.slots_R, order.rows_TK, *inputs[1:], order.counts_P.tolist())
-        torch.library.opcheck(torch.ops.moetrain.grouped_experts, arguments)
+        ends = (None, None, order.counts_P.tolist())
+        torch.library.opcheck(torch.ops.moetrain.grouped_experts, (inputs[0], order.slots_R, order.rows_TK, *inputs[1:], *ends))
+        x_ND, weights_R, *matrices = inputs              # one at home, the others copies
+        split = [matrix.detach()[:1].requires_grad_() for matrix in matrices], [m.detach()[1:].requires_grad_() for m in matrices]
+        torch.library.opcheck(torch.ops.moetrain.grouped_experts, (x_ND, order.slots_R, order.rows_TK, weights_R, *split[0],
+                                                                  *split[1], ends[-1]))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("homes", range(EXPERTS + 1))
+def test_homes_and_copies_are_the_experts_in_two_places(choice, homes):
+    order = make_order(choice)
+    x_ND, weights_R, gate_up, down = make_inputs(order, (7, 5), torch.float64)
+    whole = (x_ND, weights_R, gate_up, down)
+    out = grouped_experts(*whole, order.counts_P.tolist(), order)
+    expected = torch.autograd.grad(out.square().sum(), whole)
+    parts = [[matrix.detach()[cut].requires_grad_() for matrix in (gate_up, down)] for cut in (slice(homes), slice(homes, None))]
+    split = grouped_experts(x_ND, weights_R, *parts[0], order.counts_P.tolist(), order, copies=tuple(parts[1]))
+    assert split.equal(out)
+    d_x, d_weights, *d = torch.autograd.grad(split.square().sum(), (x_ND, weights_R, *parts[0], *parts[1]))
+    assert d_x.equal(expected[0]) and d_weights.equal(expected[1])
+    for matrix in (0, 1):
+        assert torch.cat([d[matrix], d[2 + matrix]]).equal(expected[2 + matrix])
