@@ -107,7 +107,5 @@ class ExpertPlacement:
 
 
 def contiguous(num_experts: int, positions: int) -> LayerPlacement:
-    """Plain expert parallelism: equal blocks of neighbouring experts."""
-    assert num_experts % positions == 0, (num_experts, positions)     # config/checks.py refuses it with advice
-    block = num_experts // positions
-    return LayerPlacement(tuple(expert // block for expert in range(num_experts)), positions)
+    """Plain expert parallelism: blocks of neighbouring experts, equal, or longer by one where they cannot be."""
+    return LayerPlacement(tuple(expert * positions // num_experts for expert in range(num_experts)), positions)
