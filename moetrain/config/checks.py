@@ -266,7 +266,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
         "checkpoint.max_failed_saves"]),
     "2 or more": (lambda x: x >= 2, "2", ["checkpoint.keep"]),
     "0 or more": (lambda x: x >= 0, "0", [
-        "parallel.room", "run.seed", "run.max_restarts", "run.grace_s", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
+        "parallel.room", "parallel.rehome_interval", "run.seed", "run.max_restarts", "run.grace_s", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
         "train.clip", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "log.heatmap_every", "generate.temperature", "generate.seed"]),
     "above 0": (lambda x: x > 0, "1e-3", [

@@ -99,6 +99,11 @@ class ExpertPlacement:
     def __getitem__(self, router: str) -> LayerPlacement:
         return dict(self.layers)[router]
 
+    @property
+    def homes(self) -> "ExpertPlacement":
+        """The same without copies."""
+        return ExpertPlacement(tuple((name, layer.without_copies()) for name, layer in self.layers))
+
     @cached_property
     def digest(self) -> int:
         """63 bits that ranks compare before they act on it."""

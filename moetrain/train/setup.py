@@ -25,7 +25,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
-from moetrain.train.planning import Planning, Surroundings
+from moetrain.train.planning import Planning, Rhythm, Surroundings
 from moetrain.train.state import TrainState
 
 
@@ -78,8 +78,8 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     copies = planning = None
     if config.parallel.mode == "fssdp":
         copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize)
-        planning = Planning(model, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
-                            survey(config, model, mesh), config.parallel.window)
+        planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
+                            survey(config, model, mesh), Rhythm(config.parallel.window, config.parallel.rehome_interval))
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
                parallelize(model, mesh, copies), Objective(losses))

@@ -74,9 +74,10 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     set_learning_rate(run.state.optimizer, rate)
     run.state.optimizer.step()
     model.end_of_step(counts)
-    if planning:
-        planning.observe(counts)
     watch.lap("optim")
+    if planning:
+        planning.observe(step, counts)
+        watch.lap("plan")
 
     total_tokens = int(tokens)
     run.state.step, run.state.tokens = step, run.state.tokens + total_tokens

@@ -20,3 +20,6 @@ class Nothing:
 
     def plan(self, loads, homes, topology, costs, room):
         return LayerPlan(homes)
+
+    def rehome(self, loads, placement, topology, costs):
+        return placement
