@@ -36,7 +36,7 @@ class Replicas(NamedTuple):
 
 
 def replica_table(placement: LayerPlacement, device: torch.device) -> Replicas:
-    return Replicas(*torch.tensor(placement.replicas, dtype=torch.int64, device=device).view(-1, 3).unbind(1))
+    return Replicas(*torch.tensor(list(zip(*placement.replicas)), dtype=torch.int64, device=device).unbind())
 
 
 def spread(ids_TK: Tensor, quotas_C: Tensor, replicas: Replicas) -> Tensor:

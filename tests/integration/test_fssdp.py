@@ -23,6 +23,7 @@ from moetrain.train.planning import Planning
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.integration.training import FORCED, Trained, alone, difference, make_run, snapshot, union, whole
+from tests.train.test_state import unsaved
 
 STEPS = 20
 
@@ -288,3 +289,13 @@ def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_p
         loaded = whole([load_elsewhere(overrides, tmp_path)] if world == 1 else ranks(world).run(load_elsewhere, overrides, tmp_path))
         assert loaded.keys() == truth.keys()
         assert all(torch.equal(loaded[tensor], truth[tensor]) for tensor in truth), name
+
+
+def unsaved_with_copies(overrides: list[str]) -> list[str]:
+    return unsaved(run_with_copies(overrides))
+
+
+@pytest.mark.ranks
+def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks):
+    assert ranks(2).run(unsaved_with_copies, ["parallel=fssdp", "parallel.shard=1", "run.nproc=2", "train.micro_batch=4",
+                                              "parallel.rehome_interval=2"]) == [[], []]

@@ -3,6 +3,7 @@
 import pathlib
 import random
 import re
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from moetrain.parallel.pieces import local
 from moetrain.train.setup import Run
 from moetrain.train.state import REBUILT
 from moetrain.train.step import train_step
 from tests.integration.training import make_run
 
 ATOMS = (int, float, bool, str, bytes, type(None))
-CLOSED = (torch.device, torch.dtype, torch.Size, type, pathlib.Path)
+CLOSED = (torch.device, torch.dtype, torch.Size, type, pathlib.Path, types.ModuleType)
 VARIANTS = {
     "plain": [], "sigmoid": ["router=sigmoid"], "muon": ["optim=muon"], "capacity": ["capacity=position"],
     "accumulated": ["train.micro_batch=4", "train.count_pass=true", "train.activation_checkpointing=full"],
@@ -54,7 +56,8 @@ def frozen(value: Any) -> Any:
     """Something that compares equal as long as the value stays the same."""
     match value:
         case torch.Tensor():
-            return value.detach().cpu().view(torch.uint8).numpy().tobytes() if value.ndim else value.item()
+            value = local(value.detach()).cpu().contiguous()
+            return value.view(torch.uint8).numpy().tobytes() if value.ndim else value.item()
         case np.ndarray():
             return value.tobytes()
         case torch.Generator():
@@ -80,7 +83,7 @@ def unsaved(run: Run) -> list[str]:
     for path, value in walk(run, "run", set()):
         if before.get(path) == frozen(value) or path in counters or any(re.search(rebuilt, path) for rebuilt in REBUILT):
             continue
-        if not (isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in saved):
+        if not (isinstance(value, torch.Tensor) and local(value).untyped_storage().data_ptr() in saved):
             lost.append(path)
     return lost
 
