@@ -104,6 +104,10 @@ class ExpertPlacement:
         """The same without copies."""
         return ExpertPlacement(tuple((name, layer.without_copies()) for name, layer in self.layers))
 
+    @property
+    def num_copies(self) -> int:
+        return sum(len(layer.copies) for _, layer in self.layers)
+
     @cached_property
     def digest(self) -> int:
         """63 bits that ranks compare before they act on it."""

@@ -66,10 +66,10 @@ class Planning:
             self._move(self.planner.rehome(self._loads(), self.placement.homes, topology, costs))
         self._plan()
 
-    def agreed(self) -> None:
-        """Wait for what the others have planned; PeerError on all ranks where it differs."""
+    def agreed(self) -> ExpertPlacement:
+        """The placement in force, once the others have planned it too. Waits; PeerError on all ranks where it differs."""
         if self._check is None:
-            return
+            return self.placement
         (digests, work), self._check = self._check, None
         work.wait()
         theirs = torch.cat(digests).tolist()
@@ -79,6 +79,7 @@ class Planning:
                             where="the placement of experts for the next step",
                             why="plans follow from counts that all ranks share, so memory or a link has failed somewhere",
                             next="the same command resumes from the last checkpoint; if it happens again, check that machine")
+        return self.placement
 
     def pieces(self) -> Iterator[Piece]:
         yield Piece("plan.loads", tuple(self.history.shape), 0, self.history, "batch")

@@ -27,7 +27,8 @@ from moetrain.train.planning import Planning
 REBUILT = {
     r"optimizer.*\.step$": "every parameter is stepped at every step, so its counter equals `step`",
     r"optimizer.*\.lr$": "the learning rate is a function of `step`, set before each update",
-    r"planning\.(placement|_check)|dispatcher\.|bank\.(experts\.|copies\.(?!_))": "where copies are follows from the homes, the loads and the planner",
+    r"planning\.(placement|_check)|dispatcher\.|bank\.(experts\.|copies\.(?!_))":
+        "where experts are follows from the homes, the loads and the planner",
     r"\.grad(\.|$)": "gradients are cleared at the start of every step",
 }
 # What only some meshes have: neither missed in a checkpoint nor in the way.

@@ -43,8 +43,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     model, mesh, config, planning = run.state.model, run.mesh, run.config, run.state.planning
     routers = model.routers
     watch = Stopwatch(mesh.device)
-    if planning:
-        planning.agreed()
+    copies = planning.agreed().num_copies if planning else 0
     batches = [to_device(batch, mesh.device) for batch in run.loader.step(step)]
     tokens = sum_over(mesh["batch"], torch.stack([batch.valid_BS.sum() for batch in batches]).sum())
     watch.lap("data")
@@ -74,10 +73,9 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     set_learning_rate(run.state.optimizer, rate)
     run.state.optimizer.step()
     model.end_of_step(counts)
-    watch.lap("optim")
     if planning:
         planning.observe(step, counts)
-        watch.lap("plan")
+    watch.lap("optim")
 
     total_tokens = int(tokens)
     run.state.step, run.state.tokens = step, run.state.tokens + total_tokens
@@ -88,6 +86,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "loss/ce": summed.cross_entropy / max(1, total_tokens),
         "loss/total": summed.total,
         **balance_metrics(counts, summed, total_tokens),
+        "moe/copies": copies,
         "grad_norm": norm.item(),
         "lr": rate,
         "time/step": seconds,
