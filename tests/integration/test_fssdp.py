@@ -7,7 +7,7 @@ gradients, clipped; norm; counts exactly; parameters after 20 steps of AdamW aga
 import random
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from moetrain.errors import PeerError
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.split import Everywhere, LocalFirst
+from moetrain.plan.rules import LocalFirst, Shares, Waterfill
 from moetrain.train.checkpoint.reader import load, resume
 from moetrain.train.checkpoint.writer import save
 from moetrain.train.planning import Planning
@@ -38,7 +38,10 @@ class Random:
         draw = random.Random(f"{self.seed}/{loads.tolist()}")
         pairs = [(expert, at) for expert, home in enumerate(homes.home) for at in range(homes.positions) if at != home]
         copies = draw.sample(pairs, draw.choice([0, 1, len(pairs) // 3, len(pairs)]))
-        return Plan(LayerPlacement(homes.home, homes.positions, tuple(copies)), draw.choice([LocalFirst, Everywhere]))
+        placement = LayerPlacement(homes.home, homes.positions, tuple(copies))
+        quotas = tuple(draw.choice([0, 1, 7]) for _ in placement.replicas)
+        rules = (LocalFirst(topology), Waterfill(topology, costs), Shares(topology, quotas))
+        return Plan(placement, draw.choice(rules))
 
 
     def rehome(self, loads, placement, topology, costs) -> ExpertPlacement:
@@ -50,10 +53,10 @@ class Random:
 
 class Plan(NamedTuple):
     placement: LayerPlacement
-    kind: type
+    chosen: Any
 
     def rule(self, topology, costs):
-        return self.kind(topology)
+        return self.chosen
 
 
 def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:

@@ -33,7 +33,8 @@ def walk(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(thing, CLOSED) or callable(thing) and not isinstance(thing, nn.Module) or id(thing) in seen:
         return
-    seen.add(id(thing))
+    if not getattr(thing, "__dataclass_params__", None) or not thing.__dataclass_params__.frozen:
+        seen.add(id(thing))                              # a frozen record may hang from several places
     if isinstance(thing, torch.Tensor):
         yield path, thing
         if thing.is_leaf and thing.grad is not None:

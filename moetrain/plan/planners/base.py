@@ -1,7 +1,7 @@
 """temporary"""
 from typing import NamedTuple, Protocol
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.split import LocalFirst
+from moetrain.plan.rules import LocalFirst
 
 
 class LayerPlan(NamedTuple):

@@ -1,0 +1,78 @@
+"""The step time of one layer, by a model: what planners minimise, what splits are chosen by, what reports print.
+
+    compute   row_s * the largest position load
+    link      four exchanges (dispatch and combine, forward and backward), each latency_s + row_bytes * the busiest link;
+              a position has one link to its node and one to the others, each carrying both directions at once, so busy is
+              the larger of what it sends and what it receives
+    copy      weights to the copies, forward, and their gradients home, backward: each latency_s + expert_bytes * the
+              busiest link, as every copy comes from its home; only what outlasts hidden_s (twice that backward) counts
+    total     their sum: nothing overlaps but copies and the work that hides them
+
+A row that stays at its position crosses no link.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.placement import LayerPlacement
+
+EXCHANGES = 4
+
+
+class Modelled(NamedTuple):
+    """Seconds of one layer, forward and backward."""
+
+    compute_s: float
+    link_s: float
+    copy_s: float
+    total_s: float
+
+
+class Crossing(NamedTuple):
+    """What the busiest position sends or receives: to its own node, and to others."""
+
+    inside: int
+    between: int
+
+    def seconds(self, unit_bytes: float, costs: Costs) -> float:
+        return max(self.inside * unit_bytes / costs.inside, self.between * unit_bytes / costs.between)
+
+
+def modelled(split_PC: Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> Modelled:
+    """The model above for rows [sources, replicas] of all sources (plan/split.py)."""
+    position_C, copies = _where(placement, topology, split_PC.device)
+    to_PP = split_PC.new_zeros(topology.positions, topology.positions).index_add_(1, position_C, split_PC)
+    return step_time(int(to_PP.sum(0).max()), _crossing(to_PP, topology), copies, costs)
+
+
+def step_time(load: int, rows: Crossing, copies: Crossing, costs: Costs) -> Modelled:
+    """load: rows of the fullest position. rows, copies: how many cross the busiest links."""
+    compute_s = costs.row_s * load
+    link_s = EXCHANGES * (costs.latency_s + rows.seconds(costs.row_bytes, costs))
+    once_s = costs.latency_s + copies.seconds(costs.expert_bytes, costs) if any(copies) else 0.0
+    copy_s = max(0.0, once_s - costs.hidden_s) + max(0.0, once_s - 2 * costs.hidden_s)
+    return Modelled(compute_s, link_s, copy_s, compute_s + link_s + copy_s)
+
+
+@lru_cache(maxsize=256)
+def _where(placement: LayerPlacement, topology: Topology, device: torch.device) -> tuple[Tensor, Crossing]:
+    """Positions of the replicas [C], and what the placement's copies send."""
+    position_C = torch.tensor([position for _, position, _ in placement.replicas], dtype=torch.int64, device=device)
+    to_PP = torch.zeros(topology.positions, topology.positions, dtype=torch.int64)
+    if placement.copies:
+        pairs = torch.tensor([(placement.home[expert], position) for expert, position in placement.copies]).T
+        to_PP.index_put_((pairs[0], pairs[1]), torch.ones(len(placement.copies), dtype=torch.int64), accumulate=True)
+    return position_C, _crossing(to_PP, topology)
+
+
+def _crossing(to_PP: Tensor, topology: Topology) -> Crossing:
+    """to_PP: what each position sends to each."""
+    node_P = torch.arange(topology.positions, device=to_PP.device) // topology.per_node
+    near_PP = node_P[:, None] == node_P
+    inside_PP = (to_PP * near_PP).fill_diagonal_(0)
+    between_PP = to_PP * ~near_PP
+    return Crossing(*(int(torch.maximum(flow_PP.sum(0), flow_PP.sum(1)).max()) for flow_PP in (inside_PP, between_PP)))
