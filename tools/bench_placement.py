@@ -30,12 +30,16 @@ import moetrain
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import build_mesh, mesh_sizes
 from moetrain.config.build import build
+from moetrain.config.compose import compose
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.parallel.fssdp import CopyManager
 from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.loads import NAMES, generate
 from moetrain.plan.placement import ExpertPlacement, contiguous
+from moetrain.plan.planners.base import Rehomes
+from moetrain.plan.rules import rule_of
 from moetrain.routers.base import Routing
 
 LAYERS, WINDOW, CEILING = 2, 5, "ceiling"
@@ -92,9 +96,7 @@ def main() -> None:
 def read_traces(source: str, positions: int, experts: int, steps: int) -> Iterator[tuple[str, np.ndarray]]:
     """(name, int64 [steps, positions, experts])."""
     if source == "synthetic":
-        from moetrain.plan.loads import FAMILY, generate
-
-        for name in FAMILY:
+        for name in NAMES:
             yield name, generate(name, seed=0, steps=steps + WINDOW, positions=positions, experts=experts, rows=4096)
         return
     with np.load(source) as file:
@@ -163,10 +165,10 @@ class Stack:
         self.dispatchers = {name: TokenDispatcher(layer, FlatExchange(self.group), torch.device("cpu"))
                             for name, layer in homes.layers}
 
-    def adopt(self, plans: dict) -> None:
+    def adopt(self, rule: str, plans: dict) -> None:
         self.copies.adopt(ExpertPlacement(tuple((name, plan.placement) for name, plan in plans.items())))
         for name, plan in plans.items():
-            self.dispatchers[name].adopt(plan.placement, plan.rule(self.topology, self.costs))
+            self.dispatchers[name].adopt(plan.placement, rule_of(rule, plan, self.topology, self.costs))
 
     def step(self, n_E: Tensor) -> None:
         """Forward and backward of all layers with these rows from here."""
@@ -216,14 +218,14 @@ def work(options: argparse.Namespace, spec: Path) -> None:
 def replay(options: argparse.Namespace, trace: np.ndarray) -> dict:
     """Median step time of each planner, in turn at every step, and what the trace is like."""
     rank, experts = dist.get_rank(), trace.shape[2]
-    planners = {name: build({"_target_": f"moetrain.plan.planners.{name}.{TARGETS[name]}"}) for name in options.planners}
+    planners = {name: build(compose([f"planner={name}", "parallel=fssdp"]).planner) for name in options.planners}
     stacks = {name: Stack(options, experts) for name in planners}
     for name, planner in planners.items():
         loads = forecast(trace, WINDOW)
-        if hasattr(planner, "rehome"):
+        if isinstance(planner, Rehomes):
             stack = stacks[name]
-            costs = {router: stack.costs for router, _ in stack.homes.layers}
-            stack.start(planner.rehome({router: loads for router in costs}, stack.homes, stack.topology, costs))
+            stack.start(planner.rehome({router: loads for router, _ in stack.homes.layers}, stack.homes, stack.topology,
+                                       stack.costs))
     stacks[CEILING] = Stack(options, experts)
     even = np.full(experts, round(trace[WINDOW:].sum() / trace[WINDOW:].shape[0] / trace.shape[1] / experts))
     seconds: dict[str, list[float]] = {name: [] for name in stacks}
@@ -235,7 +237,7 @@ def replay(options: argparse.Namespace, trace: np.ndarray) -> dict:
                 plans = {router: planners[name].plan(loads, homes, stack.topology, stack.costs, options.room)
                          for router, homes in stack.homes.layers}
                 copies[name].append(sum(len(plan.placement.copies) for plan in plans.values()))
-                stack.adopt(plans)
+                stack.adopt(planners[name].rule, plans)
             n_E = torch.from_numpy(even if name == CEILING else trace[step, rank])
             dist.barrier()
             begin = time.perf_counter()
@@ -255,8 +257,6 @@ def forecast(trace: np.ndarray, step: int) -> np.ndarray:
     return trace[step - WINDOW:step].sum(1).mean(0).astype(np.int64)
 
 
-TARGETS = {"ep": "ExpertParallel", "hecate": "Hecate", "eplb": "EPLB", "shadow": "Shadow", "llep": "LLEP", "laer": "LAER",
-           "balanced": "Balanced"}
 
 
 # --- the result

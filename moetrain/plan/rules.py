@@ -8,7 +8,15 @@ from torch import Tensor
 
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
+from moetrain.plan.planners.base import LayerPlan, Rule
 from moetrain.plan.split import local_first, shares, waterfill
+
+
+def rule_of(rule: Rule, plan: LayerPlan, topology: Topology, costs: Costs) -> "LocalFirst | Waterfill | Shares":
+    """What divides rows under a plan whose planner has this rule."""
+    if rule == "shares":
+        return Shares(topology, plan.quotas_C)
+    return Waterfill(topology, costs) if rule == "waterfill" else LocalFirst(topology)
 
 
 class LocalFirst:

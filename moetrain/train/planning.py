@@ -27,14 +27,16 @@ from moetrain.parallel.pieces import Piece
 from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import Planner
+from moetrain.plan.planners.base import Planner, Rehomes
+from moetrain.plan.rules import rule_of
 
 
 class Surroundings(NamedTuple):
-    """What planners are told besides loads; costs by router name. room: copies a position may hold in a layer."""
+    """What planners are told besides loads. Experts of all layers are of one size. room: copies a position may hold in a
+    layer."""
 
     topology: Topology
-    costs: Mapping[str, Costs]
+    costs: Costs
     room: int
 
 
@@ -61,7 +63,7 @@ class Planning:
         """The pooled counts of a step by router: plan the next."""
         newest = torch.cat([counts[name].cpu() for name in self.model.routers]) // self.mesh["expert_grad"].size
         self.history = torch.cat([self.history[1:], newest[None]])
-        if self.rhythm.rehome and step % self.rhythm.rehome == 0:
+        if self.rhythm.rehome and step % self.rhythm.rehome == 0 and isinstance(self.planner, Rehomes):
             topology, costs, _ = self.surroundings
             self._move(self.planner.rehome(self._loads(), self.placement.homes, topology, costs))
         self._plan()
@@ -116,15 +118,15 @@ class Planning:
 
     def _plan(self) -> None:
         topology, costs, room = self.surroundings
-        loads = self._loads()
-        plans = {name: self.planner.plan(loads[name], homes, topology, costs[name], room)
-                 for name, homes in self.placement.homes.layers}
-        self.placement = ExpertPlacement(tuple((name, plan.placement) for name, plan in plans.items()))
-        self.copies.adopt(self.placement)
+        loads, homes, layers = self._loads(), self.placement.homes, []
         for block in self.model.layers:
             if block.moe is not None:
-                plan = plans[block.moe.name]
-                block.moe.dispatcher.adopt(plan.placement, plan.rule(topology, costs[block.moe.name]))
+                name = block.moe.name
+                plan = self.planner.plan(loads[name], homes[name], topology, costs, room)
+                block.moe.dispatcher.adopt(plan.placement, rule_of(self.planner.rule, plan, topology, costs))
+                layers.append((name, plan.placement))
+        self.placement = ExpertPlacement(tuple(layers))
+        self.copies.adopt(self.placement)
         self._compare()
 
     def _compare(self) -> None:

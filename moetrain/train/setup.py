@@ -95,7 +95,7 @@ def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:
     costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element, expert_bytes=numbers * element,
                   inside=hardware.inside, between=hardware.between, latency_s=hardware.latency_s,
                   hidden_s=attention / hardware.flops)
-    return Surroundings(topology, {name: costs for name in model.routers}, config.parallel.room)
+    return Surroundings(topology, costs, config.parallel.room)
 
 
 def prepare_on_main(config: Config, directory: Path, mesh: Mesh) -> Path | None:

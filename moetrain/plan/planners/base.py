@@ -1,25 +1,86 @@
-"""temporary"""
-from typing import NamedTuple, Protocol
-from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.rules import LocalFirst
+"""What a planner is: loads and homes in, copies out. One file each, so that all can be compared on equal terms.
+
+A planner is a pure function of integers that all ranks share and of configured numbers: equal loads give equal plans. It
+gets the same forecast, memory and bandwidth as every other. Two numbers follow from these for all of them (Hecate, arXiv
+2502.02581, section 3; fits_behind and copies_each below).
+
+Shapes: E experts, P positions, N nodes, C replicas.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+
+Rule = Literal["local_first", "waterfill", "shares"]
 
 
-class LayerPlan(NamedTuple):
+@dataclass(frozen=True)
+class LayerPlan:
+    """placement: the homes that were given, and copies. quotas_C: rows per replica, in the order of
+    `placement.replicas`; of planners whose rule is `shares` alone."""
+
     placement: LayerPlacement
-
-    def rule(self, topology, costs):
-        return LocalFirst(topology)
+    quotas_C: tuple[int, ...] | None = None
 
 
 class Planner(Protocol):
-    def plan(self, loads, homes, topology, costs, room) -> LayerPlan: ...
+    """rule: the function of plan/split.py that splits rows over the copies."""
+
+    rule: ClassVar[Rule]
+
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+        """Copies for one layer.
+
+        loads: rows expected of each expert, int64 [E], or of each expert from each node, [N, E].
+        room: copies that a position has memory for.
+        """
+        ...
 
 
-class Nothing:
-    def __init__(self) -> None: ...
+@runtime_checkable
+class Rehomes(Protocol):
+    """A planner that also moves homes, rarely: the only thing that moves optimizer state."""
 
-    def plan(self, loads, homes, topology, costs, room):
-        return LayerPlan(homes)
+    def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
+               costs: Costs) -> ExpertPlacement:
+        """The same homes or better ones, without copies; loads [E] by router."""
+        ...
 
-    def rehome(self, loads, placement, topology, costs):
-        return placement
+
+def fits_behind(topology: Topology, costs: Costs, num_experts: int) -> int:
+    """t: experts whose weights one link brings while other work hides it."""
+    rate = costs.between if topology.nodes > 1 else costs.inside
+    if costs.expert_bytes * num_experts <= costs.hidden_s * rate:
+        return num_experts
+    return int(costs.hidden_s * rate // costs.expert_bytes)
+
+
+def copies_each(room: int, topology: Topology, costs: Costs, num_experts: int) -> int:
+    """m: copies that a position may take: what its memory has room for and the link brings in time."""
+    return min(room, fits_behind(topology, costs, num_experts))
+
+
+def totals(loads: np.ndarray) -> np.ndarray:
+    """Loads by expert, int64 [E]."""
+    loads = np.asarray(loads, dtype=np.int64)
+    return loads if loads.ndim == 1 else loads.sum(0)
+
+
+def by_node(loads: np.ndarray, topology: Topology) -> np.ndarray:
+    """Loads by node, int64 [N, E]; where no node is known, as if all positions had equal parts."""
+    loads = np.asarray(loads, dtype=np.int64)
+    if loads.ndim == 2:
+        assert len(loads) == topology.nodes, (loads.shape, topology)
+        return loads
+    ends_N = np.minimum(np.arange(1, topology.nodes + 1) * topology.per_node, topology.positions)
+    return np.diff(loads[None] * ends_N[:, None] // topology.positions, axis=0, prepend=0)
+
+
+def hottest_first(loads_E: np.ndarray) -> np.ndarray:
+    """Expert ids by load, descending; ties by id."""
+    return np.argsort(-loads_E, kind="stable")

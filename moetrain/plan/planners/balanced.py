@@ -1,0 +1,99 @@
+"""moetrain's own planner: the fewest copies that level the loads as far as levelling pays.
+
+For a handful of levels between the mean load and the largest, until a higher one takes longer, what lies above the level is poured from the full positions
+into those below it (plan/planners/pour.py), once towards the nodes that the rows come from and once without regard to
+them. Every such plan is timed by the model of plan/modelled.py, in which copies cost nothing while they hide and their
+links' time beyond that, and the shortest is taken, the plan without copies among them. Rows are then split by `waterfill`.
+
+Nothing is done where nothing is to be gained: below an imbalance of 1 + `tolerance`, or where the model promises less than
+`min_gain` of the step.
+
+Homes: plan/planners/resettle.py.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.modelled import Crossing, Modelled, step_time
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+from moetrain.plan.planners.base import LayerPlan, Rule, by_node, totals
+from moetrain.plan.planners.pour import Field, Poured, pour, sums
+from moetrain.plan.planners.resettle import resettle
+
+# Levels tried, in 1/64 of the way from the mean to the largest load.
+LEVELS = (0, 2, 6, 16, 32)
+
+
+class Balanced:
+    """tolerance: largest position load over the mean, less one, that is left alone. min_gain: share of the modelled time
+    that copies must save. horizon: steps for which homes are expected to stay; state_ratio: bytes of an expert's state
+    (parameter and two moments) over those of its weights on the wire: 3 in float32, 6 in bfloat16."""
+
+    rule: ClassVar[Rule] = "waterfill"
+
+    def __init__(self, *, tolerance: float = 0.05, min_gain: float = 0.01, horizon: int = 100,
+                 state_ratio: float = 3.0) -> None:
+        self.tolerance, self.min_gain, self.horizon, self.state_ratio = tolerance, min_gain, horizon, state_ratio
+
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+        field = Field(by_node(loads, topology), np.asarray(homes.home), topology)
+        total, highest = int(field.loads_E.sum()), int(field.load_P.max())
+        if highest * topology.positions <= (1 + self.tolerance) * total or room == 0:
+            return LayerPlan(homes.without_copies())
+        best = Poured.nothing(field.loads_E)
+        least_s = at_home_s = estimate(best, field, costs).total_s
+        mean = -(-total // topology.positions)
+        for nearby in (True, False) if topology.nodes > 1 else (False,):
+            before_s = float("inf")
+            for step in LEVELS:
+                poured = pour(field, mean + (highest - mean) * step // 64, room, nearby=nearby)
+                took_s = estimate(poured, field, costs).total_s
+                if took_s < least_s:
+                    best, least_s = poured, took_s
+                if took_s > before_s:
+                    break
+                before_s = took_s
+        if least_s > (1 - self.min_gain) * at_home_s:
+            return LayerPlan(homes.without_copies())
+        return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
+            zip(best.expert_X.tolist(), best.position_X.tolist(), strict=True))))
+
+    def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
+               costs: Costs) -> ExpertPlacement:
+        return resettle({name: totals(loads[name]) for name, _ in placement.layers}, placement, topology, costs,
+                        horizon=self.horizon, state_ratio=self.state_ratio)
+
+
+def estimate(poured: Poured, field: Field, costs: Costs) -> Modelled:
+    """The model of plan/modelled.py before sources are known: a node's rows are spread evenly over its positions, and go
+    to replicas on the node first."""
+    loads_NE, home_E, topology = field.loads_NE, field.home_E, field.topology
+    experts, nodes, per_node = len(home_E), topology.nodes, topology.per_node
+    expert_C = np.concatenate([np.arange(experts), poured.expert_X])
+    position_C = np.concatenate([home_E, poured.position_X])
+    rows_C = np.concatenate([poured.kept_E, poured.rows_X])
+    load_P = sums(position_C, rows_C, topology.positions)
+    size_N = np.bincount(np.arange(topology.positions) // per_node, minlength=nodes)
+
+    cell_C = position_C // per_node * experts + expert_C
+    supply_C = sums(cell_C, rows_C, nodes * experts)[cell_C]
+    local_C = np.minimum(loads_NE.reshape(-1)[cell_C], supply_C) * rows_C // np.maximum(supply_C, 1)
+    local_P = sums(position_C, local_C, topology.positions)
+    local_N = np.add.reduceat(local_P, np.arange(nodes) * per_node)
+    inside = max(int((local_P * (size_N - 1).repeat(size_N) // size_N.repeat(size_N)).max()),
+                 int((local_N * (size_N - 1) // size_N**2).max()))
+    between = max(int((load_P - local_P).max()), int(((loads_NE.sum(1) - local_N) // size_N).max()))
+
+    origin_X = home_E[poured.expert_X]
+    near_X = origin_X // per_node == poured.position_X // per_node
+    return step_time(int(load_P.max()), Crossing(inside, between),
+                     Crossing(_busiest(origin_X[near_X], poured.position_X[near_X]),
+                              _busiest(origin_X[~near_X], poured.position_X[~near_X])), costs)
+
+
+def _busiest(origin_X: np.ndarray, position_X: np.ndarray) -> int:
+    """Most copies that one position sends, or receives."""
+    return max(int(np.bincount(origin_X).max()), int(np.bincount(position_X).max())) if len(origin_X) else 0

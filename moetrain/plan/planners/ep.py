@@ -1,0 +1,18 @@
+"""Plain expert parallelism: no copies. What every other planner is measured against."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.placement import LayerPlacement
+from moetrain.plan.planners.base import LayerPlan, Rule
+
+
+class ExpertParallel:
+    """The homes as they are."""
+
+    rule: ClassVar[Rule] = "local_first"
+
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+        return LayerPlan(homes.without_copies())

@@ -1,0 +1,125 @@
+"""Hecate's planner (arXiv 2502.02581), Algorithms 1 and 2.
+
+Copies (Algorithm 1). Of the t experts with the largest load, t being what fits behind other work: if a position has room
+for all, all go everywhere. Else the P * m places are shared out in proportion to load, and each expert's, hottest first,
+are spread over nodes (those without it before others, then those with more free places), then over the positions of a node.
+The paper leaves the rounding open: here the next place always goes to the largest load per replica, ties to the lowest id,
+which makes the largest load per replica as small as it can be.
+
+Homes (Algorithm 2). All positions own equally many experts over all layers together, a layer's own may be unevenly spread.
+Layers by their heaviest expert that cannot be copied, descending; in a layer such experts by load, each to the least loaded
+node and the least loaded position in it (ties: fewer free slots); what can be copied fills the slots that are left.
+"""
+
+import heapq
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+from moetrain.plan.planners.base import LayerPlan, Rule, copies_each, fits_behind, hottest_first, totals
+
+
+class Hecate:
+    """Copies and homes as published."""
+
+    rule: ClassVar[Rule] = "local_first"
+
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+        loads_E = totals(loads)
+        most = copies_each(room, topology, costs, len(loads_E))
+        hot = hottest_first(loads_E)[:fits_behind(topology, costs, len(loads_E))].tolist()
+        if len(hot) <= most:
+            everywhere = [(expert, at) for expert in hot for at in range(homes.positions) if at != homes.home[expert]]
+            return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(everywhere)))
+        counts = replica_counts(loads_E, hot, homes.positions * most, homes.positions)
+        free_P = np.full(homes.positions, most, dtype=np.int64)
+        copies = [pair for expert in hot for pair in _spread(expert, counts[expert] - 1, homes, topology, free_P)]
+        return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
+
+    def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
+               costs: Costs) -> ExpertPlacement:
+        loads_E = {name: totals(loads[name]) for name, _ in placement.layers}
+        hot = {name: set(hottest_first(loads_E[name])[:fits_behind(topology, costs, layer.num_experts)].tolist())
+               for name, layer in placement.layers}
+        slots = _Slots(sum(layer.num_experts for _, layer in placement.layers), topology)
+        homes = {name: np.zeros(layer.num_experts, dtype=np.int64) for name, layer in placement.layers}
+        for name in sorted(homes, key=lambda name: -_heaviest(loads_E[name], hot[name])):
+            load_P = np.zeros(topology.positions, dtype=np.int64)
+            for expert in hottest_first(loads_E[name]).tolist():
+                if expert not in hot[name]:
+                    at = slots.take(load_P)
+                    homes[name][expert] = at
+                    load_P[at] += loads_E[name][expert]
+        for name in homes:
+            for expert in sorted(hot[name]):
+                homes[name][expert] = slots.take_any()
+        return ExpertPlacement(tuple((name, LayerPlacement(tuple(homes[name].tolist()), topology.positions))
+                                     for name, _ in placement.layers))
+
+
+def replica_counts(loads_E: np.ndarray, experts: list[int], places: int, most: int) -> dict[int, int]:
+    """Replicas of each of these experts, homes included, when `places` more are given out; none has more than `most`."""
+    counts = dict.fromkeys(experts, 1)
+    queue = [(-int(loads_E[expert]) / 1, expert) for expert in experts if most > 1]
+    heapq.heapify(queue)
+    while places and queue:
+        _, expert = heapq.heappop(queue)
+        counts[expert] += 1
+        places -= 1
+        if counts[expert] < most:
+            heapq.heappush(queue, (-int(loads_E[expert]) / counts[expert], expert))
+    return counts
+
+
+def _spread(expert: int, many: int, homes: LayerPlacement, topology: Topology, free_P: np.ndarray) -> list[tuple[int, int]]:
+    """Copies (expert, position); takes their places from free_P. Fewer than asked for when no position can hold another."""
+    node_P = np.arange(homes.positions) // topology.per_node
+    holds_P = np.zeros(homes.positions, dtype=bool)
+    holds_P[homes.home[expert]] = True
+    copies = []
+    for _ in range(many):
+        open_P = (free_P > 0) & ~holds_P
+        if not open_P.any():
+            break
+        has_N = np.bincount(node_P, weights=holds_P, minlength=topology.nodes) > 0
+        free_N = np.bincount(node_P, weights=free_P, minlength=topology.nodes).astype(np.int64)
+        able = np.flatnonzero(np.bincount(node_P, weights=open_P, minlength=topology.nodes))
+        node = min(able.tolist(), key=lambda node: (has_N[node], -free_N[node], node))
+        at = min((at for at in topology.positions_of(node) if open_P[at]), key=lambda at: (-free_P[at], at))
+        holds_P[at] = True
+        free_P[at] -= 1
+        copies.append((expert, at))
+    return copies
+
+
+def _heaviest(loads_E: np.ndarray, hot: set[int]) -> int:
+    return max((int(load) for expert, load in enumerate(loads_E) if expert not in hot), default=-1)
+
+
+class _Slots:
+    """Homes that positions can still take, over all layers; equal numbers, the first positions one more if they must."""
+
+    def __init__(self, experts: int, topology: Topology) -> None:
+        each, more = divmod(experts, topology.positions)
+        self.free_P = np.full(topology.positions, each, dtype=np.int64)
+        self.free_P[:more] += 1
+        self.topology = topology
+
+    def take(self, load_P: np.ndarray) -> int:
+        """In the least loaded node the least loaded position; ties to fewer free slots, then to the lowest id."""
+        node_P = np.arange(len(load_P)) // self.topology.per_node
+        load_N = np.bincount(node_P, weights=load_P, minlength=self.topology.nodes)
+        free_N = np.bincount(node_P, weights=self.free_P, minlength=self.topology.nodes)
+        node = min(np.flatnonzero(free_N).tolist(), key=lambda node: (load_N[node], free_N[node], node))
+        at = min((at for at in self.topology.positions_of(node) if self.free_P[at]),
+                 key=lambda at: (load_P[at], self.free_P[at], at))
+        self.free_P[at] -= 1
+        return at
+
+    def take_any(self) -> int:
+        at = int(np.flatnonzero(self.free_P)[0])
+        self.free_P[at] -= 1
+        return at

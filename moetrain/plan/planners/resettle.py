@@ -1,0 +1,2 @@
+def resettle(loads, placement, topology, costs, *, horizon, state_ratio):
+    return placement
