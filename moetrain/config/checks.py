@@ -283,8 +283,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
 
 # The same for arguments of parts, where the chosen part has them.
 _PART_RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
-    "above 0": (lambda x: x > 0, "1.0", ["router.scale", "capacity.factor", "capacity.eval_factor"]),
-    "0 or more": (lambda x: x >= 0, "0", ["router.update_rate", "capacity.min_capacity"]),
+    "above 0": (lambda x: x > 0, "1.0", ["router.scale", "capacity.factor", "capacity.eval_factor", "planner.horizon",
+                                           "planner.state_ratio", "planner.capacity", "planner.threshold"]),
+    "1 or more": (lambda x: x >= 1, "1", ["planner.groups", "planner.min_rows"]),
+    "0 or more": (lambda x: x >= 0, "0", ["router.update_rate", "capacity.min_capacity", "planner.tolerance", "planner.min_gain"]),
 }
 
 

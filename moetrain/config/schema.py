@@ -1,7 +1,7 @@
 """The typed record of a run: every key a user may set, with its type, its default and one line of meaning.
 
 `conf/` holds the same keys as yaml, in Hydra groups; `config/compose.py` turns yaml and command line into a `Config`
-and refuses what does not fit. Parts that are chosen by class (`router`, `capacity`, `balance`, `loss.<name>`) are mappings
+and refuses what does not fit. Parts that are chosen by class (`router`, `capacity`, `balance`, `planner`, `loss.<name>`) are mappings
 with a `_target_`; `config/build.py` makes the object.
 
 No torch here: `moetrain --help` and every configuration error come before torch is imported.
