@@ -39,7 +39,7 @@ Values are laid down in this order, the last one counts: defaults of the schema,
 """
 
 PARTS = """\
-Sections `router`, `capacity`, `balance` and `loss.<name>` hold parts: `_target_` names a class that moetrain defines, the other keys are
+Sections `router`, `capacity`, `balance`, `planner` and `loss.<name>` hold parts: `_target_` names a class that moetrain defines, the other keys are
 arguments of its constructor. The option of the group brings `_target_`. `dim`, `num_experts` and `top_k` come from `model.*`
 and cannot be set here.
 """

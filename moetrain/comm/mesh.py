@@ -114,10 +114,11 @@ def mesh_sizes(mode: str, world: int, ep: int | None, shard: int | None = None) 
 
     A group of `shard` ranks holds every dense parameter once; the experts of an ep group are cut up by those of its ranks
     that are left over, so that both views replicate over the same ranks: edp_shard = shard / ep, 1 where ep is larger.
+    Under fssdp experts are whole, at one home in an ep group, and replicated beyond.
     """
-    ep = (ep or world) if mode in ("ep", "ep_fsdp") else 1
-    shard = (shard or world) if mode in ("fsdp", "ep_fsdp") else 1
-    expert_shard = max(1, shard // ep)
+    ep = (ep or world) if mode in ("ep", "ep_fsdp", "fssdp") else 1
+    shard = (shard or world) if mode in ("fsdp", "ep_fsdp", "fssdp") else 1
+    expert_shard = max(1, shard // ep) if mode != "fssdp" else 1
     return {"dp_replicate": world // shard, "dp_shard": shard,
             "edp_replicate": world // (ep * expert_shard), "edp_shard": expert_shard, "ep": ep}
 

@@ -143,22 +143,22 @@ def mode(config: Config, ranks: int) -> Iterator[ConfigError]:
     if parallel.mode == "single" and ranks != 1:
         yield ConfigError(31, f"parallel=single with {ranks} ranks", where="parallel.mode, run.nproc",
                           why="single is one process without a process group", next="parallel=ep or parallel=ddp")
-    if parallel.mode not in ("ep", "ep_fsdp") and parallel.ep not in (None, 1):
+    if parallel.mode not in ("ep", "ep_fsdp", "fssdp") and parallel.ep not in (None, 1):
         yield ConfigError(32, f"parallel.ep={parallel.ep} with parallel.mode={parallel.mode}",
-                          where="parallel.ep, parallel.mode", why="only modes ep and ep_fsdp split experts over ranks",
+                          where="parallel.ep, parallel.mode", why="only modes ep, ep_fsdp and fssdp split experts over ranks",
                           next=f"parallel=ep parallel.ep={parallel.ep}")
-    if parallel.mode not in ("fsdp", "ep_fsdp") and parallel.shard not in (None, 1):
+    if parallel.mode not in ("fsdp", "ep_fsdp", "fssdp") and parallel.shard not in (None, 1):
         yield ConfigError(60, f"parallel.shard={parallel.shard} with parallel.mode={parallel.mode}",
-                          where="parallel.shard, parallel.mode", why="only modes fsdp and ep_fsdp shard parameters",
+                          where="parallel.shard, parallel.mode", why="only modes fsdp, ep_fsdp and fssdp shard parameters",
                           next=f"parallel=fsdp parallel.shard={parallel.shard}")
 
 
 def sharded(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Sharding groups are whole: they divide the ranks, and fit the groups of expert parallelism."""
     parallel = config.parallel
-    if parallel.mode not in ("fsdp", "ep_fsdp") or parallel.shard is None:
+    if parallel.mode not in ("fsdp", "ep_fsdp", "fssdp") or parallel.shard is None:
         return
-    ep = (parallel.ep or ranks) if parallel.mode == "ep_fsdp" else 1
+    ep = (parallel.ep or ranks) if parallel.mode == "ep_fsdp" else 1         # fssdp does not shard experts
     valid = [n for n in _divisors(ranks) if n % ep == 0 or ep % n == 0]
     if parallel.shard not in valid and ranks % ep == 0:
         rule = f"it divides the {_ranks(ranks)}" + (f", and one of it and parallel.ep={ep} divides the other" if ep > 1 else "")
@@ -167,19 +167,19 @@ def sharded(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 def expert_parallel(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """ep divides the ranks and the experts of every layer."""
-    if config.parallel.mode not in ("ep", "ep_fsdp"):
+    """ep divides the ranks, and the experts of every layer unless their homes may be uneven."""
+    if config.parallel.mode not in ("ep", "ep_fsdp", "fssdp"):
         return
-    ep = config.parallel.ep or ranks
+    ep, uneven = config.parallel.ep or ranks, config.parallel.mode == "fssdp"
     written = f"parallel.ep={ep}" if config.parallel.ep else f"parallel.ep=null ({ep} ranks)"
     counts = {num_experts for _, num_experts, _ in moe_layers(config)}
-    fits_experts = [n for n in _divisors(math.gcd(*counts))] if counts else _divisors(ranks)
+    fits_experts = _divisors(math.gcd(*counts)) if counts and not uneven else _divisors(ranks)
     valid = [n for n in fits_experts if ranks % n == 0]
     if ranks % ep:
         yield ConfigError(33, f"{written} does not divide the {_ranks(ranks)}", where="parallel.ep, run.nproc",
                           why="every group of ep ranks holds each expert once",
                           next=f"{_choose('parallel.ep', valid)}; or run.nproc={ep}")
-    for num_experts in sorted(count for count in counts if count % ep):
+    for num_experts in sorted(count for count in counts if count % ep and not uneven):
         yield ConfigError(34, f"{written} does not divide model.num_experts={num_experts}",
                           where="parallel.ep, model.num_experts, run.nproc",
                           why="each rank must hold the same number of experts",
@@ -261,15 +261,16 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "1 or more": (lambda x: x >= 1, "1", [
         "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers",
         "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim",
-        "parallel.ep", "parallel.shard", "train.global_batch", "train.micro_batch", "train.seq_len", "data.domain_cap",
+        "parallel.ep", "parallel.shard", "parallel.window", "train.global_batch", "train.micro_batch", "train.seq_len", "data.domain_cap",
         "data.vocab_size", "data.num_domains", "eval.windows", "eval.batch", "log.interval", "generate.tokens",
         "checkpoint.max_failed_saves"]),
     "2 or more": (lambda x: x >= 2, "2", ["checkpoint.keep"]),
     "0 or more": (lambda x: x >= 0, "0", [
-        "run.seed", "run.max_restarts", "run.grace_s", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
+        "parallel.room", "parallel.rehome_interval", "run.seed", "run.max_restarts", "run.grace_s", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
         "train.clip", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "log.heatmap_every", "generate.temperature", "generate.seed"]),
     "above 0": (lambda x: x > 0, "1e-3", [
+        "hardware.flops", "hardware.inside", "hardware.between",
         "optim.lr", "optim.muon_lr", "optim.eps", "model.init_std", "model.norm_eps", "model.rope_theta"]),
     "in (0, 1]": (lambda x: 0 < x <= 1, "1.0", ["generate.top_p", "data.min_length"]),
     "in [0, 1]": (lambda x: 0 <= x <= 1, "0.1", ["optim.min_lr_ratio", "optim.decay"]),
@@ -282,8 +283,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
 
 # The same for arguments of parts, where the chosen part has them.
 _PART_RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
-    "above 0": (lambda x: x > 0, "1.0", ["router.scale", "capacity.factor", "capacity.eval_factor"]),
-    "0 or more": (lambda x: x >= 0, "0", ["router.update_rate", "capacity.min_capacity"]),
+    "above 0": (lambda x: x > 0, "1.0", ["router.scale", "capacity.factor", "capacity.eval_factor", "planner.horizon",
+                                           "planner.state_ratio", "planner.capacity", "planner.threshold"]),
+    "1 or more": (lambda x: x >= 1, "1", ["planner.groups", "planner.min_rows"]),
+    "0 or more": (lambda x: x >= 0, "0", ["router.update_rate", "capacity.min_capacity", "planner.tolerance", "planner.min_gain"]),
 }
 
 

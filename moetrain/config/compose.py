@@ -18,14 +18,15 @@ from typing import Any
 from moetrain.config import tree
 from moetrain.config.groups import config_dir, section_of
 from moetrain.config.overrides import Command, Problems, read
-from moetrain.config.schema import Config
+from moetrain.config.schema import Config, ParallelConfig
 from moetrain.config.suggest import nearest
 from moetrain.config.values import flatten, show
 from moetrain.errors import ConfigError, ConfigErrors
 
 # What a resumed run may change; a trailing dot means the whole section.
 _FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name", "run.dir", "run.device",
-                   "log.", "checkpoint.", "eval.", "generate.", "parallel.", "engine.", "train.micro_batch", "data.cache")
+                   "log.", "checkpoint.", "eval.", "generate.", "parallel.", "planner.", "hardware.", "engine.", "train.micro_batch",
+                   "data.cache")
 # What evaluation and sampling may change of the model.
 _FREE_AFTER_TRAINING = ("model.top_k",)
 
@@ -54,7 +55,7 @@ def for_run(overrides: Sequence[str]) -> Config:
         raise ConfigErrors([*problems.errors, *getattr(error, "errors", [error])]) from None
     base = asdict(trained)
     base["run"] |= {"name": run["name"], "dir": run["dir"], "nproc": 1}
-    base["parallel"] = {"mode": "single", "ep": None, "shard": None}
+    base["parallel"] = asdict(ParallelConfig())
     base["engine"] |= {"name": "torch"}
     changed = {section_of(group) for group in command.choices} - {"experiment"}
     base |= {section: values.get(section) for section in changed}

@@ -1,7 +1,7 @@
 """The typed record of a run: every key a user may set, with its type, its default and one line of meaning.
 
 `conf/` holds the same keys as yaml, in Hydra groups; `config/compose.py` turns yaml and command line into a `Config`
-and refuses what does not fit. Parts that are chosen by class (`router`, `capacity`, `balance`, `loss.<name>`) are mappings
+and refuses what does not fit. Parts that are chosen by class (`router`, `capacity`, `balance`, `planner`, `loss.<name>`) are mappings
 with a `_target_`; `config/build.py` makes the object.
 
 No torch here: `moetrain --help` and every configuration error come before torch is imported.
@@ -55,9 +55,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    mode: Literal["single", "ddp", "fsdp", "ep", "ep_fsdp"] = key("single", "single: one process, no process group")
-    ep: int | None = key(None, "ranks that share the experts of a layer; all ranks when null (modes ep, ep_fsdp)")
-    shard: int | None = key(None, "ranks that hold every parameter once between them; all ranks when null (modes fsdp, ep_fsdp)")
+    mode: Literal["single", "ddp", "fsdp", "ep", "ep_fsdp", "fssdp"] = key("single", "single: one process, no process group")
+    ep: int | None = key(None, "ranks that share the experts of a layer; all ranks when null (modes ep, ep_fsdp, fssdp)")
+    shard: int | None = key(None, "ranks that hold every parameter once between them; all ranks when null (modes fsdp, "
+                                  "ep_fsdp, fssdp: the dense part)")
+    room: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")
+    rematerialize: bool = key(False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
+    window: int = key(5, "fssdp: steps whose mean load forecasts that of the next")
+    rehome_interval: int = key(100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    flops: float = key(5e10, "operations per second that a rank reaches in matrix products")
+    inside: float = key(1e9, "bytes per second from a rank to others on its node")
+    between: float = key(1e9, "bytes per second from a rank to other nodes")
+    latency_s: float = key(2e-4, "seconds of a message that carries nothing")
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,8 @@ class Config:
     router: dict[str, Any] = key({}, "the routing function: _target_ and its arguments")
     capacity: dict[str, Any] = key({}, "what an expert takes at most: _target_ and its arguments")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    planner: dict[str, Any] = key({}, "fssdp: who gets copies of which experts: _target_ and its arguments")
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: dict[str, Any] = key({}, "the balance loss: _target_ and its arguments")

@@ -38,7 +38,7 @@ class Misfit(ValueError):
 
 
 def schema_sections() -> dict[str, type]:
-    """Name to dataclass, or `dict` for the sections that hold parts (`router`, `capacity`, `balance`, `loss`)."""
+    """Name to dataclass, or `dict` for the sections that hold parts (`router`, `capacity`, `balance`, `planner`, `loss`)."""
     hints = get_type_hints(Config)
     return {field.name: hints[field.name] if is_dataclass(hints[field.name]) else dict for field in fields(Config)}
 

@@ -49,7 +49,7 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
 
 
 def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
-    """Homes of all experts, by router name."""
+    """The homes that all experts begin with, by router name."""
     return ExpertPlacement(tuple(
         (router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions))
         for layer in range(sizes.first_dense_layers, sizes.num_layers)

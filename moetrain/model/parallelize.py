@@ -10,12 +10,27 @@ from moetrain.moe.bank import is_expert_parameter
 from moetrain.moe.experts import GroupedExperts
 from moetrain.parallel.data_parallel import GradientReducer
 from moetrain.parallel.fsdp import shard
+from moetrain.parallel.fssdp import CopyManager
 
 
 class Parallel(NamedTuple):
+    """The parameters of this rank, and how their gradients become those of the whole model."""
+
     dense: list[nn.Parameter]
     experts: list[nn.Parameter]
     reducer: GradientReducer
+    copies: CopyManager | None = None        # of experts, with parallel=fssdp
+
+    def begin(self, backwards: int) -> None:
+        """A step with so many micro-batches begins."""
+        if self.copies is not None:
+            self.copies.begin(backwards)
+
+    def reduce(self) -> None:
+        """After the last backward: gradients of copies go home, then those of replicas are summed. Collective."""
+        if self.copies is not None:
+            self.copies.finish()
+        self.reducer.reduce()
 
 
 def shard_parameters(model: Transformer, mesh: Mesh) -> None:
@@ -31,10 +46,17 @@ def shard_parameters(model: Transformer, mesh: Mesh) -> None:
           ignore=experts)
 
 
-def parallelize(model: nn.Module, mesh: Mesh) -> Parallel:
+def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool) -> CopyManager:
+    """Let the experts of every layer be copied to other positions."""
+    sparse = [block for block in model.layers if block.moe is not None]
+    return CopyManager({block.moe.name: block.moe.experts.bank for block in sparse}, mesh["ep"], dtype=model.dtype,
+                       rematerialize=rematerialize, recompute=any(block.recompute is not None for block in sparse))
+
+
+def parallelize(model: nn.Module, mesh: Mesh, copies: CopyManager | None = None) -> Parallel:
     """Sort the parameters of this rank's model and say over which ranks the gradients that FSDP does not reduce are summed."""
     is_expert = is_expert_parameter(model)
     dense = [parameter for parameter in model.parameters() if not is_expert(parameter)]
     experts = [parameter for parameter in model.parameters() if is_expert(parameter)]
     reducer = GradientReducer([(dense, mesh["dense_grad"]), (experts, mesh["expert_grad"])])
-    return Parallel(dense, experts, reducer)
+    return Parallel(dense, experts, reducer, copies)

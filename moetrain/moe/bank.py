@@ -1,20 +1,47 @@
 """The memory of the experts that this position holds.
 
-`ExpertBank` owns the expert parameters of one layer. The layer sees two seams: `post` at the block's start, before
-attention, and `take` between dispatch and experts. Under plain expert parallelism homes never move and both do nothing.
+`ExpertBank` owns the expert parameters of one layer, those whose home is here. The layer sees two seams: `post` at the
+block's start, before attention, and `take` between dispatch and experts. Under plain expert parallelism both do nothing.
+Where experts are copied to other positions (parallel/fssdp.py), `copies` starts bringing them here in the first and waits
+in the second; the bank itself knows of none.
 
 How the bank stores its experts (one stacked Parameter per matrix) concerns parallel/pieces.py alone, which names every
 tensor as it is initialised and saved: by layer, expert id and matrix. A position may own no expert.
 
-Shapes: e experts on this rank, D model width, F expert width.
+Shapes: e experts on this rank, c copies, D model width, F expert width, G = 2F, N rows.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 MATRICES = ("gate_up", "down")
+
+
+class Taken(NamedTuple):
+    """The rows passed through, and the copies that are here for them."""
+
+    x_ND: Tensor
+    copies: tuple[Tensor, Tensor] | None     # gate_up [c, G, D], down [c, D, F]
+
+
+class Copies(Protocol):
+    """Experts of other positions, for one layer."""
+
+    def post(self) -> None:
+        """Start bringing them."""
+
+    def take(self, x_ND: Tensor) -> Taken:
+        """Wait for them. The rows pass through, so that backward comes by here on every rank."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Around the computation with them: how they are kept for backward."""
+
+    def leave(self, rows_RD: Tensor) -> Tensor:
+        """The outputs pass through: where backward begins to need them."""
 
 
 class ExpertBank(nn.Module):
@@ -25,13 +52,12 @@ class ExpertBank(nn.Module):
         self.experts = experts
         self.gate_up = nn.Parameter(torch.empty(len(experts), 2 * expert_dim, dim))
         self.down = nn.Parameter(torch.empty(len(experts), dim, expert_dim))
+        self.copies: Copies | None = None
 
     def post(self) -> None:
         """Start bringing copies here. Plain expert parallelism has none."""
-
-    def take(self, rows_RD: Tensor) -> Tensor:
-        """Wait for copies; the rows pass through. Plain expert parallelism has none to wait for."""
-        return rows_RD
+        if self.copies is not None:
+            self.copies.post()
 
 
 def is_expert_parameter(model: nn.Module) -> Callable[[nn.Parameter], bool]:

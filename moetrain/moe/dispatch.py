@@ -4,21 +4,26 @@
                -> the wire (comm/exchange) -> rows in expert order
     combine    the same way back; every token's rows are summed
 
+Where experts have copies, a rule (plan/split.py) says how many of the rows go to which. Of two kinds: one that looks at
+what this position sends alone, and one that looks at the counts of all positions, which are then exchanged before instead
+of after.
+
 The gate weights travel with the rows, so that an expert's output is already weighted and combining is a plain sum. The
 experts read arrived rows through an order (ops/grouped_experts.py): rows in expert order are never laid out and kept. With
 one position the wire disappears, and what arrives is the tokens themselves.
 
-Shapes: T tokens, K slots per token, D width, N used slots here, R rows received, P positions, e slots per position.
+Shapes: T tokens, K slots per token, D width, N used slots here, R rows received, P positions, E experts, C replicas,
+e slots per position.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.base import Exchange, Splits
 from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder, unpermute
-from moetrain.plan.assign import assign, slot_table
+from moetrain.plan.assign import assign, replica_table, slot_table, spread
 from moetrain.plan.placement import LayerPlacement
 from moetrain.routers.base import Routing
 
@@ -41,24 +46,43 @@ class Sent(NamedTuple):
     ticket: Ticket
 
 
+class Rule(Protocol):
+    """How the rows of an expert are divided among its replicas."""
+
+    looks_at_all: bool           # n must have a row for every position; otherwise every row is divided by itself
+
+    def split(self, n_PE: Tensor, placement: LayerPlacement, first: int) -> Tensor:
+        """Rows of each source for each replica, int64 [P, C]. first: the position of the first source."""
+        ...
+
+
 class TokenDispatcher:
     """Dispatch for one layer. Its collectives depend on nothing local: one exchange of counts, one of rows, one back."""
 
     def __init__(self, placement: LayerPlacement, exchange: Exchange, device: torch.device) -> None:
-        assert placement.positions == exchange.positions, (placement.positions, exchange.positions)
-        self.exchange = exchange
+        self.exchange, self.device = exchange, device
+        self.adopt(placement)
+
+    def adopt(self, placement: LayerPlacement, rule: Rule | None = None) -> None:
+        """Another placement from the next dispatch on, at all positions at once. rule: needed where it has copies."""
+        assert placement.positions == self.exchange.positions, (placement.positions, self.exchange.positions)
+        assert rule is not None or not placement.copies
+        self.placement, self.rule = placement, rule
         self.slots = placement.slots_per_position
-        self.table_E = slot_table(placement, device)
+        self.held = len(placement.slots_of(self.exchange.position))
+        self.table_E = slot_table(placement, self.device)
+        self.replicas = replica_table(placement, self.device)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sent:
-        physical_TK = assign(routing.ids_TK, self.table_E)
+        physical_TK, received_Pe = self._assign(routing.ids_TK)
         permutation = plan_permutation(physical_TK, self.exchange.positions * self.slots)
         weights_R = self._row_weights(routing, permutation)
         sent_Pe = permutation.counts_P.view(self.exchange.positions, self.slots)
-        received_Pe = self.exchange.counts(sent_Pe)
+        if received_Pe is None:
+            received_Pe = self.exchange.counts(sent_Pe)
         splits = Splits(tuple(sent_Pe.sum(1).tolist()), tuple(received_Pe.sum(1).tolist()))
 
-        counts_e = received_Pe.sum(0).tolist()
+        counts_e = received_Pe.sum(0).tolist()[:self.held]           # a position may have fewer slots than others
         if self.exchange.positions == 1:
             return Sent(x_TD, permutation, weights_R, counts_e, Ticket(permutation, splits, None))
         posted = self.exchange.post((permute(x_TD, permutation), weights_R), splits)
@@ -77,6 +101,23 @@ class TokenDispatcher:
         tokens, slots = ticket.permutation.rows_TK.shape
         slot_rows = ticket.permutation._replace(rows_TK=ticket.permutation.rows_TK.view(-1, 1))
         return unpermute(rows_ND, slot_rows).view(tokens, slots, -1)
+
+    def _assign(self, ids_TK: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Physical slots of the routed slots, and the rows that will arrive, [P, e], if they are known by now."""
+        if not self.placement.copies:
+            return assign(ids_TK, self.table_E), None
+        position, positions = self.exchange.position, self.exchange.positions
+        n_E = torch.bincount(ids_TK.flatten() + 1, minlength=self.placement.num_experts + 1)[1:]
+        if not self.rule.looks_at_all:
+            (quotas_C,) = self.rule.split(n_E[None], self.placement, position)
+            return spread(ids_TK, quotas_C, self.replicas), None
+        n_PE = self.exchange.counts(n_E.expand(positions, -1).contiguous())
+        split_PC = self.rule.split(n_PE, self.placement, 0)
+        here_C = self.replicas.position_C == position
+        slots_C = self.replicas.physical_C - position * self.slots
+        received_Pe = n_PE.new_zeros(positions, self.slots)
+        received_Pe[:, slots_C[here_C]] = split_PC[:, here_C]
+        return spread(ids_TK, split_PC[position], self.replicas), received_Pe
 
     @staticmethod
     def _row_weights(routing: Routing, permutation: Permutation) -> Tensor:

@@ -25,8 +25,14 @@ class GroupedExperts(nn.Module):
         self.bank = bank
 
     def forward(self, x_ND: Tensor, weights_R: Tensor, counts_e: list[int], order: Permutation | None = None) -> Tensor:
-        """Weighted outputs [R, D] ordered by expert, `counts_e` of each on the host. order: ops/grouped_experts.py."""
-        return grouped_experts(x_ND, weights_R, self.bank.gate_up, self.bank.down, counts_e, order)
+        """Weighted outputs [R, D] ordered by slot, `counts_e` of each on the host. order: ops/grouped_experts.py."""
+        bank = self.bank
+        if bank.copies is None:
+            return grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order)
+        x_ND, copies = bank.copies.take(x_ND)
+        with bank.copies.saving():
+            rows_RD = grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order, copies)
+        return bank.copies.leave(rows_RD)
 
 
 class FeedForward(nn.Module):

@@ -44,7 +44,7 @@ class MoELayer(nn.Module):
         if route_only:
             return MoEOutput(x_TD, routing.stats, routing.carry)
         sent = self.dispatcher.dispatch(x_TD, routing)
-        rows_RD = self.experts(self.experts.bank.take(sent.x_ND), sent.weights_R, sent.counts_e, sent.order)
+        rows_RD = self.experts(sent.x_ND, sent.weights_R, sent.counts_e, sent.order)
         # Before combine, which comes last: a recomputed layer stops there, and its rows do not travel back for nothing.
         shared_TD = None if self.shared is None else self.shared(x_TD)
         out_TD = self.dispatcher.combine(rows_RD, sent.ticket)

@@ -1,8 +1,15 @@
 """Routed slots to physical slot ids: integer arithmetic on the device, once per micro-batch.
 
-Without copies an expert has one slot, at its home, and the assignment is a look-up. A placement with copies will choose
-among them here; nothing after this file knows what an expert is.
+    assign    without copies an expert has one slot, at its home: a look-up
+    spread    with copies, by quotas (plan/split.py): the slots that chose an expert go to its replicas in order, so many to
+              the first, so many to the next
+
+Nothing after this file knows what an expert is.
+
+Shapes: T tokens, K slots per token, E experts, C replicas (homes and copies) by expert and then by position.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,5 +23,29 @@ def assign(ids_TK: Tensor, table_E: Tensor) -> Tensor:
 
 
 def slot_table(placement: LayerPlacement, device: torch.device) -> Tensor:
-    """Physical slot id by global expert id, int64 [E]."""
+    """Physical slot id of every expert's home by global id, int64 [E]."""
     return torch.tensor(placement.physical, dtype=torch.int64, device=device)
+
+
+class Replicas(NamedTuple):
+    """Every home and copy of a layer's experts, by expert and then by position; int64 [C] each."""
+
+    expert_C: Tensor
+    position_C: Tensor
+    physical_C: Tensor
+
+
+def replica_table(placement: LayerPlacement, device: torch.device) -> Replicas:
+    return Replicas(*torch.tensor(list(zip(*placement.replicas)), dtype=torch.int64, device=device).unbind())
+
+
+def spread(ids_TK: Tensor, quotas_C: Tensor, replicas: Replicas) -> Tensor:
+    """Physical slot id of every routed slot, int64 [T, K]; -1 stays -1.
+
+    quotas_C: how many of these slots each replica takes; those of an expert sum to the slots that chose it.
+    """
+    ids_N = ids_TK.flatten()
+    physical_R = replicas.physical_C.repeat_interleave(quotas_C)
+    by_expert_N = ids_N.where(ids_N >= 0, len(quotas_C)).argsort(stable=True)
+    physical_N = torch.full_like(ids_N, -1).scatter(0, by_expert_N[:len(physical_R)], physical_R)
+    return physical_N.view_as(ids_TK)

@@ -99,6 +99,15 @@ class ExpertPlacement:
     def __getitem__(self, router: str) -> LayerPlacement:
         return dict(self.layers)[router]
 
+    @property
+    def homes(self) -> "ExpertPlacement":
+        """The same without copies."""
+        return ExpertPlacement(tuple((name, layer.without_copies()) for name, layer in self.layers))
+
+    @property
+    def num_copies(self) -> int:
+        return sum(len(layer.copies) for _, layer in self.layers)
+
     @cached_property
     def digest(self) -> int:
         """63 bits that ranks compare before they act on it."""
@@ -107,7 +116,5 @@ class ExpertPlacement:
 
 
 def contiguous(num_experts: int, positions: int) -> LayerPlacement:
-    """Plain expert parallelism: equal blocks of neighbouring experts."""
-    assert num_experts % positions == 0, (num_experts, positions)     # config/checks.py refuses it with advice
-    block = num_experts // positions
-    return LayerPlacement(tuple(expert // block for expert in range(num_experts)), positions)
+    """Plain expert parallelism: blocks of neighbouring experts, equal, or longer by one where they cannot be."""
+    return LayerPlacement(tuple(expert * positions // num_experts for expert in range(num_experts)), positions)

@@ -117,6 +117,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
         ("batch", f"{per_step:,} tokens = {ranks} ranks x {micro_batch} seq x {config.train.seq_len}"
                   f" x accum {accumulation}"),
         ("balance", balance_line(run, accumulation)),
+        ("copies", copies_line(run)),
         ("capacity", capacity_line(run)),
         ("data", f"{config.data.kind} {run.dataset.fingerprint[:12]}  {len(run.dataset.domains)} domains"
                  f" ({', '.join(run.dataset.domains[:6])})  vocabulary {run.dataset.vocab_size}"),
@@ -131,6 +132,17 @@ def sharding(run: Run) -> str:
     """Over how many ranks FSDP cuts parameters up."""
     dense, experts = run.mesh["dense_shard"].size, run.mesh["expert_shard"].size
     return f" (dense over {dense}, experts over {experts})" if dense > 1 else ""
+
+
+def copies_line(run: Run) -> str:
+    """How experts are copied to other ranks, with parallel=fssdp."""
+    parallel = run.config.parallel
+    if run.state.planning is None:
+        return ""
+    planner = str(run.config.planner["_target_"]).rpartition(".")[2]
+    homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
+    return (f"planned by {planner} from the last {parallel.window} steps, up to {parallel.room} a rank and layer"
+            f"{', gathered again for backward' * parallel.rematerialize}; {homes}")
 
 
 def capacity_line(run: Run) -> str:

@@ -19,10 +19,13 @@ from moetrain.data.batch import Dataset
 from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
 from moetrain.errors import ConfigError
-from moetrain.model.build import build_model
-from moetrain.model.parallelize import Parallel, parallelize
+from moetrain.plan.costs import Costs, Topology
+from moetrain.model.build import build_model, plan_homes
+from moetrain.model.transformer import Transformer
+from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
+from moetrain.train.planning import Planning, Rhythm, Surroundings
 from moetrain.train.state import TrainState
 
 
@@ -72,9 +75,27 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     batch = mesh["batch"]
     loader = Loader(dataset, global_batch=config.train.global_batch, micro_batch=config.train.per_forward(batch.size),
                     rank=batch.position, ranks=batch.size)
+    copies = planning = None
+    if config.parallel.mode == "fssdp":
+        copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize)
+        planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
+                            survey(config, model, mesh), Rhythm(config.parallel.window, config.parallel.rehome_interval))
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
-    return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer), parallelize(model, mesh),
-               Objective(losses))
+    return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
+               parallelize(model, mesh, copies), Objective(losses))
+
+
+def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:
+    """What planners are told of the machine. All of it from the config: ranks plan alike."""
+    hardware, sizes = config.hardware, config.model
+    topology = Topology(mesh["ep"].size, min(mesh["node"].size, mesh["ep"].size))
+    numbers, element = 3 * sizes.dim * sizes.expert_dim, model.dtype.itemsize
+    tokens = config.train.global_batch * config.train.seq_len / mesh["batch"].size
+    attention = 2 * tokens * (4 * sizes.dim ** 2 + 2 * config.train.seq_len * sizes.dim)      # operations, forward, roughly
+    costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element, expert_bytes=numbers * element,
+                  inside=hardware.inside, between=hardware.between, latency_s=hardware.latency_s,
+                  hidden_s=attention / hardware.flops)
+    return Surroundings(topology, costs, config.parallel.room)
 
 
 def prepare_on_main(config: Config, directory: Path, mesh: Mesh) -> Path | None:

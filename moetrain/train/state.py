@@ -6,6 +6,7 @@ generator, so this is all there is:
     model.<name>             parameters, float32 or better
     buffer.<name>            persistent buffers: selection biases of routers
     optim.<name>.<moment>    moments of the optimizer, which move with their parameter
+    plan.loads, plan.homes   tokens per expert of the last steps, from which copies are planned, and homes (parallel=fssdp)
     step, tokens             counters
 
 tests/train/test_state.py walks a run and fails on any tensor, generator or counter that changes from step to step and is
@@ -20,13 +21,18 @@ import torch
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.pieces import Piece, buffers, pieces
 from moetrain.train.optim import moments, restore_steps
+from moetrain.train.planning import Planning
 
 # What changes from step to step and is not saved, because it follows from what is: a pattern of its path in the run, and why.
 REBUILT = {
     r"optimizer.*\.step$": "every parameter is stepped at every step, so its counter equals `step`",
     r"optimizer.*\.lr$": "the learning rate is a function of `step`, set before each update",
+    r"planning\.(placement|_check)|dispatcher\.|bank\.(experts\.|copies\.(?!_))":
+        "where experts are follows from the homes, the loads and the planner",
     r"\.grad(\.|$)": "gradients are cleared at the start of every step",
 }
+# What only some meshes have: neither missed in a checkpoint nor in the way.
+OPTIONAL = ("plan.",)
 
 
 @dataclass
@@ -37,6 +43,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     tokens: int = 0
+    planning: Planning | None = None
 
     def pieces(self) -> Iterator[Piece]:
         """All tensor state this rank holds, by global name; writing into a piece's rows restores it."""
@@ -44,6 +51,8 @@ class TrainState:
         for moment in moments(self.optimizer):
             of = lambda parameter: self.optimizer.state[parameter].get(moment)  # noqa: E731, B023 (used at once)
             yield from (p._replace(name=f"optim.{p.name}.{moment}") for p in pieces(self.model, of))
+        if self.planning is not None:
+            yield from self.planning.pieces()
 
     def weights(self) -> Iterator[Piece]:
         """What evaluation and sampling need of it."""
@@ -57,6 +66,8 @@ class TrainState:
         """Take over the counters of a checkpoint."""
         self.step, self.tokens = values["step"], values["tokens"]
         restore_steps(self.optimizer, self.step)
+        if self.planning is not None:
+            self.planning.restored()
 
 
 def weights(model: Transformer) -> Iterator[Piece]:

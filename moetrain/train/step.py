@@ -5,7 +5,8 @@
 How the forward passes come by the pooled counts: train/passes.py.
 
 Collectives of a step, whatever the data: tokens (1), counts (1), gradients (fixed buckets, or FSDP2's), norm (2), sums and
-votes (1), and those of the dispatcher in every MoE layer.
+votes (1), and those of the dispatcher in every MoE layer. With copies of experts (parallel/fssdp.py) also those that bring
+them and take their gradients home, in the layers of which the plan has copies, and the comparison of plans (1).
 """
 
 import time
@@ -39,14 +40,16 @@ class StepResult(NamedTuple):
 
 def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     """Optimizer step `step` (from 1): changes the state of `run` and returns the step's numbers. Collective."""
-    model, mesh, config = run.state.model, run.mesh, run.config
+    model, mesh, config, planning = run.state.model, run.mesh, run.config, run.state.planning
     routers = model.routers
     watch = Stopwatch(mesh.device)
+    copies = planning.agreed().num_copies if planning else 0
     batches = [to_device(batch, mesh.device) for batch in run.loader.step(step)]
     tokens = sum_over(mesh["batch"], torch.stack([batch.valid_BS.sum() for batch in batches]).sum())
     watch.lap("data")
 
     run.state.optimizer.zero_grad(set_to_none=True)
+    run.parallel.begin(len(batches))
     sums = SumBuffer(routers, mesh.device, votes)
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
     for forward in forwards(run, step, batches, tokens):
@@ -57,7 +60,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         total.backward()
         watch.lap("backward")
 
-    run.parallel.reducer.reduce()
+    run.parallel.reduce()
     norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
     summed = sums.sum_over(mesh["batch"])
     if run.objective.needs_pool:
@@ -70,6 +73,8 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     set_learning_rate(run.state.optimizer, rate)
     run.state.optimizer.step()
     model.end_of_step(counts)
+    if planning:
+        planning.observe(step, counts)
     watch.lap("optim")
 
     total_tokens = int(tokens)
@@ -81,6 +86,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "loss/ce": summed.cross_entropy / max(1, total_tokens),
         "loss/total": summed.total,
         **balance_metrics(counts, summed, total_tokens),
+        "moe/copies": copies,
         "grad_norm": norm.item(),
         "lr": rate,
         "time/step": seconds,

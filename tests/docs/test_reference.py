@@ -167,7 +167,7 @@ def test_the_page_of_keys_is_the_generated_one() -> None:
 def test_every_key_on_any_page_exists() -> None:
     """Words like `section.key` in backticks, with or without a value."""
     known = {*schema_keys(), *(line.split()[0] for line in help_text().splitlines() if re.match(r"  \w+\.\w", line)),
-             "router._target_", "balance._target_", "capacity._target_"}
+             "router._target_", "balance._target_", "capacity._target_", "planner._target_"}
     sections = {key.partition(".")[0] for key in known}
     for page, text in PAGES.items():
         for key in re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+)(?:=[^\s`]*)?(?=[`\s])", " ".join(re.findall(r"`[^`\n]+`", text))):

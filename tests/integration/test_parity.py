@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moetrain.train.optim import learning_rate
-from tests.integration.training import Trained, alone, difference, make_run, snapshot, train_steps, union, whole
+from tests.integration.training import FORCED, Trained, alone, difference, make_run, snapshot, train_steps, union, whole
 from tests.oracle import oracle_loss
 
 STEPS = 20
@@ -30,7 +30,6 @@ MESHES = {
     "ep2_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2", "parallel.shard=2"]),
     "ep1_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=1", "parallel.shard=2"]),
 }
-FORCED = {"layers.0.moe": [0, 1], "layers.1.moe": [7, 6]}
 PASSES = {
     "keep": [], "selective": ["train.activation_checkpointing=selective"], "full": ["train.activation_checkpointing=full"],
     "count": ["train.count_pass=true"], "count-full": ["train.count_pass=true", "train.activation_checkpointing=full"],

@@ -18,6 +18,7 @@ TINY = [
     "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01", "train.clip=0.5", "optim.lr=1e-2", "optim.warmup=2",
     "run.steps=20", "log.wandb=off", "run.device=cpu",
 ]
+FORCED = {"layers.0.moe": [0, 1], "layers.1.moe": [7, 6]}         # leaves experts and whole ranks without tokens
 Forced = dict[str, list[int]] | None
 Held = dict[str, tuple[tuple[int, ...], int, Tensor]]
 

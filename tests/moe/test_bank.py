@@ -1,9 +1,11 @@
 """The bank: which parameters are experts', and the seams of the layer."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
-from moetrain.moe.bank import ExpertBank, is_expert_parameter
+from moetrain.moe.bank import ExpertBank, Taken, is_expert_parameter
 from moetrain.moe.experts import GroupedExperts
 
 
@@ -36,7 +38,40 @@ def test_only_the_banks_parameters_are_expert_parameters():
         "layers.0.moe.experts.bank.gate_up", "layers.0.moe.experts.bank.down"]
 
 
-def test_the_seams_do_nothing_here():
-    bank, rows_RD = ExpertBank(experts=(0,), dim=3, expert_dim=2), torch.randn(2, 3)
-    bank.post()
-    assert bank.take(rows_RD) is rows_RD
+class Elsewhere:
+    """Copies of experts 1 and 2, handed over by their seams; notes the order of calls."""
+
+    def __init__(self, copies: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.copies, self.called = copies, []
+
+    def post(self):
+        self.called.append("post")
+
+    def take(self, x_ND):
+        self.called.append("take")
+        return Taken(x_ND, self.copies)
+
+    def saving(self):
+        self.called.append("saving")
+        return nullcontext()
+
+    def leave(self, rows_RD):
+        self.called.append("leave")
+        return rows_RD
+
+
+def test_copies_are_computed_after_the_homes():
+    torch.manual_seed(0)
+    whole, part = (GroupedExperts(ExpertBank(experts=experts, dim=3, expert_dim=2)) for experts in ((0, 1, 2), (0,)))
+    for parameter in whole.parameters():
+        nn.init.normal_(parameter)
+    part.bank.gate_up.data, part.bank.down.data = whole.bank.gate_up.data[:1], whole.bank.down.data[:1]
+    part.bank.copies = Elsewhere((whole.bank.gate_up.data[1:], whole.bank.down.data[1:]))
+    part.bank.post()
+    rows_RD, weights_R, counts = torch.randn(5, 3), torch.rand(5), [2, 0, 3]
+    assert part(rows_RD, weights_R, counts).equal(whole(rows_RD, weights_R, counts))
+    assert part.bank.copies.called == ["post", "take", "saving", "leave"]
+
+
+def test_posting_without_copies_does_nothing():
+    ExpertBank(experts=(0,), dim=3, expert_dim=2).post()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetrain.plan.assign import assign, slot_table
+from moetrain.plan.assign import assign, replica_table, slot_table, spread
 from moetrain.plan.placement import LayerPlacement, contiguous
 
 CPU = torch.device("cpu")
@@ -24,3 +24,18 @@ def test_contiguous_homes_leave_ids_as_they_are():
 
 def test_no_tokens_are_assigned_to_nothing():
     assert assign(torch.zeros(0, 2, dtype=torch.int64), slot_table(contiguous(4, 2), CPU)).shape == (0, 2)
+
+
+def test_slots_go_to_the_replicas_of_their_expert_in_order():
+    placement = LayerPlacement((0, 1, 1), 2, ((1, 0),))
+    replicas = replica_table(placement, CPU)
+    assert replicas.expert_C.tolist() == [0, 1, 1, 2] and replicas.position_C.tolist() == [0, 0, 1, 1]
+    ids_TK = torch.tensor([[1, 0], [-1, -1], [2, 1], [1, -1]])
+    physical_TK = spread(ids_TK, torch.tensor([1, 2, 1, 1]), replicas)
+    home, copy, only = placement.physical[1], 1, placement.physical[2]
+    assert physical_TK.tolist() == [[copy, placement.physical[0]], [-1, -1], [only, copy], [home, -1]]
+
+
+def test_no_slots_are_spread_over_nothing():
+    replicas = replica_table(LayerPlacement((0, 1), 2, ((1, 0),)), CPU)
+    assert spread(torch.full((3, 2), -1), torch.tensor([0, 0, 0]), replicas).tolist() == [[-1, -1]] * 3

@@ -33,8 +33,10 @@ def test_a_position_may_own_nothing():
     assert LayerPlacement((1, 1), 3).experts_of(0) == () == LayerPlacement((1, 1), 3).experts_of(2)
 
 
-@pytest.mark.parametrize("make", [lambda: contiguous(6, 4), lambda: LayerPlacement((0, 2), 2), lambda: LayerPlacement((-1,), 2)])
-def test_refuses_homes_that_do_not_exist(make):
+@pytest.mark.parametrize("make", [lambda: LayerPlacement((0, 2), 2), lambda: LayerPlacement((-1,), 2), lambda: LayerPlacement((0, 1), 2, ((0, 2),)),
+                                  lambda: LayerPlacement((0, 1), 2, ((2, 0),)), lambda: LayerPlacement((0, 1), 2, ((0, 0),)),
+                                  lambda: LayerPlacement((0, 1), 2, ((0, 1), (0, 1)))])
+def test_refuses_homes_and_copies_that_cannot_be(make):
     with pytest.raises(AssertionError):
         make()
 
@@ -46,3 +48,25 @@ def test_layers_may_differ_and_records_compare_by_value():
     assert placement == same and hash(placement) == hash(same)
     with pytest.raises(KeyError):
         placement["layers.2.moe"]
+
+
+def test_blocks_differ_by_one_at_most():
+    for experts in range(1, 12):
+        for positions in range(1, 6):
+            sizes = [len(contiguous(experts, positions).experts_of(position)) for position in range(positions)]
+            assert sum(sizes) == experts and max(sizes) - min(sizes) <= 1
+
+
+def test_copies_come_after_homes_by_where_they_come_from():
+    placement = LayerPlacement((1, 0, 1, 2), 3, ((3, 0), (0, 0), (2, 0), (1, 2)))
+    assert placement.slots_of(0) == (1, 0, 2, 3) and placement.slots_of(1) == (0, 2) and placement.slots_of(2) == (3, 1)
+    assert placement.slots_per_position == 4
+    assert placement.holders(0) == (0, 1) and placement.holders(1) == (0, 2)
+    assert placement.replicas == ((0, 0, 1), (0, 1, 4), (1, 0, 0), (1, 2, 9), (2, 0, 2), (2, 1, 5), (3, 0, 3), (3, 2, 8))
+    assert placement.physical == (4, 0, 5, 8)
+    assert placement.without_copies() == LayerPlacement((1, 0, 1, 2), 3)
+
+
+def test_the_order_in_which_copies_are_named_does_not_count():
+    one, other = (ExpertPlacement((("a", LayerPlacement((0, 1), 2, copies)),)) for copies in (((0, 1), (1, 0)), ((1, 0), (0, 1))))
+    assert one == other and one.digest == other.digest and one.homes.digest != one.digest

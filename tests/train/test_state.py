@@ -3,6 +3,7 @@
 import pathlib
 import random
 import re
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from moetrain.parallel.pieces import local
 from moetrain.train.setup import Run
 from moetrain.train.state import REBUILT
 from moetrain.train.step import train_step
 from tests.integration.training import make_run
 
 ATOMS = (int, float, bool, str, bytes, type(None))
-CLOSED = (torch.device, torch.dtype, torch.Size, type, pathlib.Path)
+CLOSED = (torch.device, torch.dtype, torch.Size, type, pathlib.Path, types.ModuleType)
 VARIANTS = {
     "plain": [], "sigmoid": ["router=sigmoid"], "muon": ["optim=muon"], "capacity": ["capacity=position"],
     "accumulated": ["train.micro_batch=4", "train.count_pass=true", "train.activation_checkpointing=full"],
@@ -31,7 +33,8 @@ def walk(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(thing, CLOSED) or callable(thing) and not isinstance(thing, nn.Module) or id(thing) in seen:
         return
-    seen.add(id(thing))
+    if not getattr(thing, "__dataclass_params__", None) or not thing.__dataclass_params__.frozen:
+        seen.add(id(thing))                              # a frozen record may hang from several places
     if isinstance(thing, torch.Tensor):
         yield path, thing
         if thing.is_leaf and thing.grad is not None:
@@ -54,7 +57,8 @@ def frozen(value: Any) -> Any:
     """Something that compares equal as long as the value stays the same."""
     match value:
         case torch.Tensor():
-            return value.detach().cpu().view(torch.uint8).numpy().tobytes() if value.ndim else value.item()
+            value = local(value.detach()).cpu().contiguous()
+            return value.view(torch.uint8).numpy().tobytes() if value.ndim else value.item()
         case np.ndarray():
             return value.tobytes()
         case torch.Generator():
@@ -80,7 +84,7 @@ def unsaved(run: Run) -> list[str]:
     for path, value in walk(run, "run", set()):
         if before.get(path) == frozen(value) or path in counters or any(re.search(rebuilt, path) for rebuilt in REBUILT):
             continue
-        if not (isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in saved):
+        if not (isinstance(value, torch.Tensor) and local(value).untyped_storage().data_ptr() in saved):
             lost.append(path)
     return lost
 

@@ -26,6 +26,7 @@ class Handle(Protocol):
 
 class Exchange(Protocol):
     positions: int
+    position: int                # of this rank
 
     def counts(self, sent_P: Tensor) -> Tensor:
         """Swap blocks of integers [positions, n]: row s of the result came from position s. Waits."""

@@ -20,7 +20,7 @@ class FlatExchange:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self.positions = group.size
+        self.positions, self.position = group.size, group.position
 
     def counts(self, sent_P: Tensor) -> Tensor:
         if self.group.process_group is None:

@@ -27,7 +27,7 @@ from moetrain.train.checkpoint.manifest import NAME, complete, damaged, is_damag
 from moetrain.train.checkpoint.payload import Payload
 from moetrain.train.checkpoint.records import Entry, Manifest, Part, row_bytes
 from moetrain.train.checkpoint.verify import check_files, problems
-from moetrain.train.state import TrainState, weights
+from moetrain.train.state import OPTIONAL, TrainState, weights
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Loading:
 
     def unwanted(self, mesh: Mesh) -> list[str]:
         """Tensors of the checkpoint that no rank has a place for. Collective."""
-        names = [name for name in self.manifest.names() if name.startswith(self.only)]
+        names = [name for name in self.manifest.names() if name.startswith(self.only) and not name.startswith(OPTIONAL)]
         mine = {piece.name for piece, _, _ in self.wanted}
         counts = torch.tensor([name in mine for name in names], dtype=torch.int32, device=mesh.device)
         return [name for name, count in zip(names, sum_over(mesh["batch"], counts).tolist()) if not count]
@@ -126,6 +126,8 @@ class Loading:
         wanted, differ = [], []
         for piece in pieces:
             entry = self.manifest.entry(piece.name)
+            if piece.name.startswith(OPTIONAL) and (entry is None or entry.shape != tuple(piece.shape)):
+                continue
             if entry is None:
                 differ.append(f"{piece.name} is not in the checkpoint")
             elif entry.shape != tuple(piece.shape) or entry.dtype != NAMES.get(piece.rows.dtype):

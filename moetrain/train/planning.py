@@ -1,0 +1,143 @@
+"""Which experts are copied where in the next step: loads of the last steps in, a placement in force out (parallel=fssdp).
+
+    observe    after the update: the pooled counts of the step join the history; forecast; a plan for every layer; every
+               so many steps also homes, if the planner moves them (parallel/reshard.py)
+    agreed     before the next step posts anything: all ranks have the same plan, or none goes on
+
+Counts are pooled, so they are the same integers on every rank, and planners are pure functions of integers: ranks plan alike
+without talking. That they did is checked by a digest, gathered while nothing waits for it.
+
+History and homes are part of the state of a run: from others would follow other copies, and from these sums that are
+grouped otherwise.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.comm.mesh import Mesh
+from moetrain.errors import PeerError
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.fssdp import CopyManager
+from moetrain.parallel.pieces import Piece
+from moetrain.parallel.reshard import reshard
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+from moetrain.plan.planners.base import Planner, Rehomes
+from moetrain.plan.rules import rule_of
+
+
+class Surroundings(NamedTuple):
+    """What planners are told besides loads. Experts of all layers are of one size. room: copies a position may hold in a
+    layer."""
+
+    topology: Topology
+    costs: Costs
+    room: int
+
+
+class Rhythm(NamedTuple):
+    """window: steps whose mean is the forecast. rehome: steps between looks at the homes; 0 leaves them."""
+
+    window: int
+    rehome: int
+
+
+class Planning:
+    """placement: the one in force, without copies at first."""
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
+                 placement: ExpertPlacement, planner: Planner, surroundings: Surroundings, rhythm: Rhythm) -> None:
+        self.model, self.optimizer, self.mesh, self.copies, self.planner = model, optimizer, mesh, copies, planner
+        self.surroundings, self.rhythm = surroundings, rhythm
+        self.placement = placement
+        self.history = torch.zeros(rhythm.window, sum(model.routers.values()), dtype=torch.int64)    # newest last; zeros: none
+        self.homes = self._flat_homes()
+        self._check: tuple[list[Tensor], dist.Work] | None = None
+
+    def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
+        """The pooled counts of a step by router: plan the next."""
+        newest = torch.cat([counts[name].cpu() for name in self.model.routers]) // self.mesh["expert_grad"].size
+        self.history = torch.cat([self.history[1:], newest[None]])
+        if self.rhythm.rehome and step % self.rhythm.rehome == 0 and isinstance(self.planner, Rehomes):
+            topology, costs, _ = self.surroundings
+            self._move(self.planner.rehome(self._loads(), self.placement.homes, topology, costs))
+        self._plan()
+
+    def agreed(self) -> ExpertPlacement:
+        """The placement in force, once the others have planned it too. Waits; PeerError on all ranks where it differs."""
+        if self._check is None:
+            return self.placement
+        (digests, work), self._check = self._check, None
+        work.wait()
+        theirs = torch.cat(digests).tolist()
+        if len(set(theirs)) > 1:
+            usual = max(sorted(set(theirs)), key=theirs.count)
+            raise PeerError(2, f"the ranks have planned different copies: rank {self._odd(theirs, usual)} differs",
+                            where="the placement of experts for the next step",
+                            why="plans follow from counts that all ranks share, so memory or a link has failed somewhere",
+                            next="the same command resumes from the last checkpoint; if it happens again, check that machine")
+        return self.placement
+
+    def pieces(self) -> Iterator[Piece]:
+        yield Piece("plan.loads", tuple(self.history.shape), 0, self.history, "batch")
+        yield Piece("plan.homes", tuple(self.homes.shape), 0, self.homes, "batch")
+
+    def restored(self) -> None:
+        """History and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
+
+        Homes of another number of positions are left alone.
+        """
+        positions, sizes = self.mesh["ep"].size, list(self.model.routers.values())
+        if self.homes.min() >= 0 and self.homes.max() < positions:
+            self._move(ExpertPlacement(tuple((name, LayerPlacement(tuple(homes.tolist()), positions)) for name, homes
+                                             in zip(self.model.routers, self.homes.split(sizes)))))
+        self.homes = self._flat_homes()
+        self._plan()
+
+    def _move(self, placement: ExpertPlacement) -> None:
+        """Every expert to its home in a placement. Waits."""
+        banks = {block.moe.name: block.moe.experts.bank for block in self.model.layers if block.moe is not None}
+        self.copies.release()
+        reshard(banks, self.optimizer, self.placement, placement, self.mesh["ep"])
+        self.placement = placement
+        self.homes = self._flat_homes()
+
+    def _flat_homes(self) -> Tensor:
+        return torch.tensor([home for _, layer in self.placement.layers for home in layer.home], dtype=torch.int64)
+
+    def _loads(self) -> dict[str, np.ndarray]:
+        """The forecast by router: mean of the last steps, in whole rows."""
+        sizes, known = self.model.routers, self.history.any(1).sum()
+        mean = self.history.sum(0) // known.clamp(min=1)
+        return {name: loads.numpy() for name, loads in zip(sizes, mean.split(list(sizes.values())))}
+
+    def _plan(self) -> None:
+        topology, costs, room = self.surroundings
+        loads, homes, layers = self._loads(), self.placement.homes, []
+        for block in self.model.layers:
+            if block.moe is not None:
+                name = block.moe.name
+                plan = self.planner.plan(loads[name], homes[name], topology, costs, room)
+                block.moe.dispatcher.adopt(plan.placement, rule_of(self.planner.rule, plan, topology, costs))
+                layers.append((name, plan.placement))
+        self.placement = ExpertPlacement(tuple(layers))
+        self.copies.adopt(self.placement)
+        self._compare()
+
+    def _compare(self) -> None:
+        group = self.mesh["batch"]
+        if group.process_group is None:
+            return
+        self.agreed()
+        mine = torch.tensor([self.placement.digest], dtype=torch.int64, device=self.mesh.device)
+        digests = [torch.empty_like(mine) for _ in group.ranks]
+        self._check = digests, dist.all_gather(digests, mine, group=group.process_group, async_op=True)
+
+    def _odd(self, theirs: list[int], usual: int) -> str:
+        ranks = self.mesh["batch"].ranks
+        return ", ".join(str(rank) for rank, digest in zip(ranks, theirs) if digest != usual)

@@ -1,0 +1,294 @@
+"""FSSDP equals one process: random copies at every step, whatever holds them and however they come and go.
+
+Every step has another random placement of copies, with rows divided by every kind of rule; float64 to 1e-10: first
+gradients, clipped; norm; counts exactly; parameters after 20 steps of AdamW against one process.
+"""
+
+import random
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from moetrain.errors import PeerError
+from moetrain.plan.costs import Topology
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+from moetrain.plan.planners.base import LayerPlan
+from moetrain.train.checkpoint.reader import load, resume
+from moetrain.train.checkpoint.writer import save
+from moetrain.train.planning import Planning
+from moetrain.train.setup import Run
+from moetrain.train.step import train_step
+from tests.integration.training import FORCED, Trained, alone, difference, make_run, snapshot, union, whole
+from tests.train.test_state import unsaved
+
+STEPS = 20
+
+
+class Random:
+    """A planner that copies and moves homes at random, by the loads it is given."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+        draw = random.Random(f"{self.seed}/{loads.tolist()}")
+        pairs = [(expert, at) for expert, home in enumerate(homes.home) for at in range(homes.positions) if at != home]
+        copies = draw.sample(pairs, draw.choice([0, 1, len(pairs) // 3, len(pairs)]))
+        placement = LayerPlacement(homes.home, homes.positions, tuple(copies))
+        self.rule = draw.choice(["local_first", "waterfill", "shares"])
+        return LayerPlan(placement, tuple(draw.choice([0, 1, 7]) for _ in placement.replicas))
+
+    def rehome(self, loads, placement, topology, costs) -> ExpertPlacement:
+        """Any home for every expert."""
+        draw = random.Random(f"{self.seed}/{[layer.tolist() for layer in loads.values()]}")
+        return ExpertPlacement(tuple((name, LayerPlacement(tuple(draw.randrange(layer.positions) for _ in layer.home),
+                                                           layer.positions)) for name, layer in placement.layers))
+
+
+def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
+    run = make_run(overrides, forced)
+    planning = run.state.planning
+    planning.planner = Random(seed)
+    planning.surroundings = planning.surroundings._replace(topology=Topology(run.mesh["ep"].size, 2))
+    return run
+
+
+def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Trained:
+    run = run_with_copies(overrides, forced, seed)
+    run.state.planning.restored()                        # copies from the first step on
+    metrics, counts, gradients = [], [], {}
+    for step in range(1, steps + 1):
+        result = train_step(run, step)
+        metrics.append(result.metrics)
+        counts.append({name: count.clone() for name, count in result.counts.items()})
+        if step == 1:
+            gradients = snapshot(run, lambda parameter: parameter.grad)
+    return Trained(snapshot(run, lambda parameter: parameter.data), gradients, metrics, counts)
+
+
+@cache
+def truth(extra: tuple[str, ...], forced: bool) -> Trained:
+    return alone([*extra, "run.dtype=float64"], STEPS, FORCED if forced else None)
+
+
+CASES = {
+    "two": (2, [], 1, False, []),
+    "two, empty ranks": (2, [], 2, True, []),
+    "four, accumulated": (4, [], 4, False, []),
+    "four, empty ranks": (4, [], 1, True, ["parallel.shard=2"]),
+    "replicated": (4, ["parallel.ep=2"], 2, False, []),
+    "kept graphs gathered again": (2, ["parallel.rematerialize=true"], 4, False, []),
+    "four gathered again": (4, ["parallel.rematerialize=true"], 2, True, []),
+    "recomputed": (2, ["train.activation_checkpointing=full"], 2, False, []),
+    "recomputed and gathered again": (4, ["train.activation_checkpointing=full", "parallel.rematerialize=true"], 2, False, []),
+    "selective, count pass": (2, ["train.activation_checkpointing=selective", "train.count_pass=true",
+                                  "parallel.rematerialize=true"], 4, False, []),
+    "homes that move": (4, ["parallel.rehome_interval=3"], 2, False, []),
+    "homes that move, Muon": (2, ["parallel.rehome_interval=4"], 1, False, ["optim=muon"]),
+    "homes that move, replicated": (4, ["parallel.ep=2", "parallel.rehome_interval=5"], 2, True, []),
+    "uneven homes": (4, [], 1, False, ["model.num_experts=[7,3]"]),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES)
+def test_copies_change_nothing(ranks, case):
+    world, overrides, accumulation, forced, extra = CASES[case]
+    overrides = ["parallel=fssdp", *overrides, *extra, "run.dtype=float64", f"run.nproc={world}",
+                 f"train.micro_batch={16 // world // accumulation}"]
+    ours = union(ranks(world).run(train_with_copies, overrides, STEPS, FORCED if forced else None, len(case)))
+    expected = truth(tuple(e for e in extra if e.startswith(("model", "optim"))), forced)
+    for what in ("gradients", "parameters"):
+        error, name = difference(getattr(ours, what), getattr(expected, what))
+        assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
+    for mine, theirs in zip(ours.metrics, expected.metrics):
+        for key in ("loss/ce", "loss/total", "loss/balance", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-10), key
+    for mine, theirs in zip(ours.counts, expected.counts):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+# --- memory
+
+
+class Live(NamedTuple):
+    """Bytes of copies whose storage is alive: after the forward passes, the most in backward, after the step. by_layer: those
+    of one gathering."""
+
+    forward: int
+    backward: int
+    end: int
+    by_layer: list[int]
+
+
+class EveryLayerOtherwise(Random):
+    asked = 0
+
+    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+        self.asked += 1
+        return super().plan(loads + self.asked, homes, topology, costs, room)
+
+
+def live(overrides: list[str]) -> Live:
+    run = run_with_copies(overrides)
+    run.state.planning.planner = EveryLayerOtherwise(3)
+    run.state.planning.restored()
+    layers = list(run.parallel.copies.layers.values())
+    gathered: list[tuple[StorageWeakRef, int]] = []
+    seen = {"most": 0, "forward": 0}
+
+    def alive() -> int:
+        return sum({ref.cdata: nbytes for ref, nbytes in gathered if not ref.expired()}.values())
+
+    def watched(matrices, layer):
+        def matrices_of_layer():
+            views = matrices()
+            gathered.append((StorageWeakRef(layer._rows_cW.untyped_storage()), layer._rows_cW.nbytes))
+            seen["most"] = max(seen["most"], alive())
+            return views
+
+        return matrices_of_layer
+
+    def total(*arguments, original=run.objective.total):
+        seen["forward"], seen["most"] = seen["forward"] or alive(), 0
+        return original(*arguments)
+
+    for layer in layers:
+        layer.matrices = watched(layer.matrices, layer)
+    run.objective.total = total
+    rows = 3 * run.config.model.dim * run.config.model.expert_dim * 8
+    by_layer = [layer.lanes.copies * rows if layer.lanes else 0 for layer in layers]
+    train_step(run, 1)
+    return Live(seen["forward"], seen["most"], alive(), by_layer)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_copies_are_released_where_backward_gathers_them_again(ranks, recompute):
+    base = ["parallel=fssdp", "run.nproc=2", "run.dtype=float64", "model.num_layers=5", "train.micro_batch=4",
+            f"train.activation_checkpointing={recompute}"]
+    kept = ranks(2).run(live, base)
+    assert all(rank.forward == sum(rank.by_layer) for rank in kept) and any(rank.forward for rank in kept)
+    gathered_again = ranks(2).run(live, [*base, "parallel.rematerialize=true"])
+    for rank in gathered_again:
+        assert rank.forward == 0
+        assert rank.backward <= max(map(sum, zip(rank.by_layer, [0, *rank.by_layer])))        # two neighbours
+    assert all(rank.end == 0 for rank in kept + gathered_again)
+
+
+# --- plans that differ
+
+
+def with_corrupted_loads(overrides: list[str]) -> tuple[str, int]:
+    """(the error, collectives posted after it) where rank 1 has counted wrong."""
+    run = run_with_copies(overrides)
+    train_step(run, 1)
+    if run.mesh.rank == 1:
+        run.state.planning.history += 1
+    run.state.planning._plan()
+    posted = []
+    for layer in run.parallel.copies.layers.values():
+        layer.post = lambda: posted.append(1)
+    try:
+        train_step(run, 2)
+    except PeerError as error:
+        return str(error), len(posted)
+    return "", len(posted)
+
+
+@pytest.mark.ranks
+def test_ranks_that_plan_otherwise_are_named_before_anything_is_posted(ranks):
+    for error, posted in ranks(4).run(with_corrupted_loads, ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4"]):
+        assert error.startswith("E-PEER-002") and "rank 1 differs" in error and posted == 0
+
+
+# --- checkpoints and resuming
+
+
+def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
+    """Metrics and state at the end of 10 steps: in one go, and by a run that loads what the first saved after 6."""
+    run = run_with_copies(overrides)
+    first = []
+    for step in range(1, 11):
+        first.append(numbers(train_step(run, step).metrics))
+        if step == 6:
+            path = save(run.state, directory, run.mesh, {})
+    again = run_with_copies(overrides)
+    load(again.state, path, mesh=again.mesh)
+    second = [numbers(train_step(again, step).metrics) for step in range(7, 11)]
+    return [first[6:], bits(run)], [second, bits(again)]
+
+
+def numbers(metrics: dict[str, float]) -> dict[str, str]:
+    return {name: float(value).hex() for name, value in metrics.items() if not name.startswith(("time/", "through", "memory"))}
+
+
+def bits(run: Run) -> dict[str, bytes]:
+    return {piece.name: piece.rows.detach().contiguous().view(torch.uint8).numpy().tobytes() for piece in run.state.pieces()}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("forget", ["", "plan.loads", "plan.homes"])
+def test_resuming_gives_the_same_bits_and_needs_history_and_homes(ranks, tmp_path, forget, monkeypatch):
+    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32"]
+    for unbroken, again in ranks(4).run(resumed_without, overrides, tmp_path, forget):
+        assert (unbroken == again) == (not forget)
+
+
+def resumed_without(overrides: list[str], directory: Path, forget: str) -> tuple[list, list]:
+    def pieces(planning, original=Planning.pieces):
+        yield from (piece for piece in original(planning) if piece.name != forget)
+
+    original, Planning.pieces = Planning.pieces, pieces
+    try:
+        return resumed(overrides, directory)
+    finally:
+        Planning.pieces = original
+
+
+def save_moved(overrides: list[str], run_dir: Path) -> dict:
+    run = run_with_copies(overrides)
+    for step in range(1, 4):
+        train_step(run, step)
+    save(run.state, run_dir, run.mesh, {})
+    return held(run)
+
+
+def load_elsewhere(overrides: list[str], run_dir: Path) -> dict:
+    run = make_run(overrides)
+    resume(run.state, run_dir, run.mesh)
+    return held(run)
+
+
+def held(run: Run) -> dict:
+    return {piece.name: (tuple(piece.shape), piece.begin, piece.rows.detach().clone()) for piece in run.state.pieces()
+            if not piece.name.startswith("plan.")}
+
+
+ELSEWHERE = {"single": (1, []), "ep2": (2, ["parallel=ep"]), "ep2_fsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
+             "fsdp4": (4, ["parallel=fsdp"]), "fssdp4": (4, ["parallel=fssdp"]), "fssdp2": (2, ["parallel=fssdp"])}
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_path):
+    moved = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.rehome_interval=2"]
+    truth = whole(ranks(4).run(save_moved, moved, tmp_path))
+    for name, (world, overrides) in ELSEWHERE.items():
+        overrides = [*overrides, f"run.nproc={world}", f"train.micro_batch={16 // world}"]
+        loaded = whole([load_elsewhere(overrides, tmp_path)] if world == 1 else ranks(world).run(load_elsewhere, overrides, tmp_path))
+        assert loaded.keys() == truth.keys()
+        assert all(torch.equal(loaded[tensor], truth[tensor]) for tensor in truth), name
+
+
+def unsaved_with_copies(overrides: list[str]) -> list[str]:
+    return [path for path in unsaved(run_with_copies(overrides)) if not path.endswith("planner.rule")]       # Random's own
+
+
+@pytest.mark.ranks
+def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks):
+    assert ranks(2).run(unsaved_with_copies, ["parallel=fssdp", "parallel.shard=1", "run.nproc=2", "train.micro_batch=4",
+                                              "parallel.rehome_interval=2"]) == [[], []]
