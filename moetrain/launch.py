@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ GRACE_S = 10.0
 TERM_S = 5.0
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_LAUNCHED = "MOETRAIN_LAUNCHED"          # set for ranks whose stderr is a log file of their own
+_LAUNCHED = "MOETRAIN_LAUNCHED"          # set for ranks whose stderr is a log file of their own: the process that started them
 _SAVED = 10                              # exit code of a rank that was told to stop and saved
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,20 @@ def under_torchrun() -> bool:
 def has_own_stderr() -> bool:
     """True where an error message disturbs nobody: rank 0, and ranks that write a log file."""
     return rank() == 0 or _LAUNCHED in os.environ
+
+
+def stay_with_launcher() -> None:
+    """A rank of `start_ranks` whose launcher is gone is told to save and leave: nobody would start it again."""
+    launcher = os.environ.get(_LAUNCHED)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(launcher):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool = True) -> int:
@@ -110,7 +125,9 @@ def ending(run_dir: Path) -> Iterator[None]:
             _note(run_dir, str(error))
         raise
     except SystemExit as leaving:
-        write_status(run_dir, leaving.code, "another rank failed; log/rank-<n>.log says why")
+        told = isinstance(leaving.code, int) and leaving.code > 128
+        write_status(run_dir, leaving.code, f"{signal.Signals(leaving.code - 128).name} while the run started" if told else
+                     "another rank failed; log/rank-<n>.log says why")
         raise
     except KeyboardInterrupt:
         write_status(run_dir, 128 + signal.SIGINT, "interrupted")
@@ -147,7 +164,7 @@ def _environment(nproc: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
-        _LAUNCHED: "1",
+        _LAUNCHED: str(os.getpid()),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",

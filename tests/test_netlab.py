@@ -133,7 +133,7 @@ def test_a_signal_reaches_the_ranks_and_they_end_in_their_own_way(start: Callabl
     assert not in_use(those)
 
 
-def test_two_labs_at_once_do_not_meet() -> None:
+def test_two_labs_at_once_do_not_disturb_each_other() -> None:
     with netlab.Lab(**TWO_BY_TWO, **SLOW_LINKS) as first, netlab.Lab(**TWO_BY_TWO) as second:
         assert first.run(["true"]) == second.run(["true"]) == 0
 

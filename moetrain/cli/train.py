@@ -47,6 +47,7 @@ def run(argv: list[str]) -> int:
     if config.run.nproc > 1 and not launch.is_worker():
         return launch.persist(lambda: launch.start_ranks(["train", *overrides], config.run.nproc, run_dir(config)),
                               config.run.max_restarts)
+    launch.stay_with_launcher()
     with launch.ending(run_dir(config)):
         _train(config)
     return 0

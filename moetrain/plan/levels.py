@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moetrain.plan.costs import Topology
 
+CALM = 64           # done when a sweep moved less than this part of the mean load, or the largest is that close to it
+
 
 def level(rows_NC: Tensor, expert_C: Tensor, position_C: Tensor, topology: Topology, sweeps: int) -> Tensor:
     """Quotas [C] with the sums per expert that the rows have and a largest load near the smallest possible.
@@ -24,12 +26,12 @@ def level(rows_NC: Tensor, expert_C: Tensor, position_C: Tensor, topology: Topol
     groups = [_Group(members, [line[c] for c in members], [position[c] for c in members])
               for line, choices in zip(rows_NC.tolist(), _choices(rows_NC, expert_C, position, topology), strict=True)
               for members in choices if any(line[c] for c in members)]
-    groups.sort(key=lambda group: -group.total)       # large ones first, small ones fill what these leave; stable
-    even, highest = -(-sum(load) // len(load)), max(load)
-    for _ in range(sweeps):
-        moved = sum([group.settle(load) for group in groups])      # a list: all of them settle
-        before, highest = highest, max(load)
-        if not moved or highest <= even or highest == before:
+    groups.sort(key=lambda group: -group.total)       # large ones first; stable
+    even = -(-sum(load) // len(load))
+    for sweep in range(sweeps):
+        # There and back, so that rows are passed on along a chain of copies whichever way it runs.
+        moved = [group.settle(load) for group in (reversed(groups) if sweep % 2 else groups)]
+        if sum(moved) * CALM <= even or max(load) * CALM <= even * (CALM + 1):
             break
     quotas = [0] * len(position)
     for c, rows in enumerate(_fixed(rows_NC, groups)):
@@ -61,15 +63,17 @@ class _Group:
         self.members, self.rows, self.positions = members, rows, positions
         self.total = sum(rows)
 
-    def settle(self, load: list[int]) -> bool:
-        """Fill anew what this group has, given the other loads; whether that changed anything."""
+    def settle(self, load: list[int]) -> int:
+        """Fill anew what this group has, given the other loads; how many rows that moved."""
         rows = fill(self.total, [load[at] - had for at, had in zip(self.positions, self.rows, strict=True)])
         if rows == self.rows:
-            return False
+            return 0
+        moved = 0
         for at, had, has in zip(self.positions, self.rows, rows, strict=True):
             load[at] += has - had
+            moved += abs(has - had)
         self.rows = rows
-        return True
+        return moved // 2
 
 
 def _choices(rows_NC: Tensor, expert_C: Tensor, position: list[int], topology: Topology) -> list[list[list[int]]]:

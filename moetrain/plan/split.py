@@ -25,7 +25,7 @@ from moetrain.plan.levels import level
 from moetrain.plan.modelled import modelled
 from moetrain.plan.placement import LayerPlacement
 
-SWEEPS = 6          # over all groups of rows; the largest load has settled by then, or nearly (tests/plan/test_split.py)
+SWEEPS = 12         # at most, over all groups of rows; loads settle sooner, except along chains of copies
 STEPS = 2           # mixtures tried on the way from one split to a better balanced one
 
 

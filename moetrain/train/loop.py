@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moetrain import __version__
 from moetrain.comm.mesh import Mesh, disconnect, peer_lost
-from moetrain.comm.reduce import all_or_none
+from moetrain.comm.reduce import all_or_none, largest_over
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
 from moetrain.errors import DataError, MoETrainError, PeerError, Preempted
@@ -23,7 +23,7 @@ from moetrain.train.checkpoint.writer import Saved, Saver
 from moetrain.train.console import Console
 from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands
-from moetrain.train.preempt import Preemption
+from moetrain.train.preempt import Preemption, told_early
 from moetrain.train.record import Recorder, banner_lines
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import Votes, train_step
@@ -48,7 +48,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
             found = resume(run.state, directory, mesh, verify=config.checkpoint.verify)
             resumed = found.path if found else None
             if found:
-                all_or_none(mesh["batch"], lambda: same_data(run, found.manifest.facts["data"]))
+                all_or_none(mesh["batch"], lambda: same_data(run, found.manifest.facts.get("data")))
             check_disk(run.state, directory, mesh, config.checkpoint, last_step(config) - run.state.step)
             recorder.start(run, resumed)
             console.resume_at(run.state.step)
@@ -72,6 +72,8 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
     """The steps that are left; evaluation, picture and save where they are due. Preempted once a rank was told to stop."""
     config, last = run.config, last_step(run.config)
     saver = Saver(run.directory, run.mesh, config.checkpoint)
+    if due(run.state.step, config.eval.interval) and largest_over(run.mesh["batch"], recorder.owes_evaluation(run.state.step)):
+        measure(run, recorder, console)                  # the attempt before was told to stop, and saved first
     for step in range(run.state.step + 1, last + 1):
         result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
         recorder.step(result)
@@ -112,6 +114,7 @@ def at_work(directory: Path, mesh: Mesh) -> Iterator[Callable[[int], None]]:
 
         def enter() -> None:
             if tenancy:
+                stack.enter_context(told_early())        # the ranks that keep no record may go as they are
                 stack.enter_context(tenancy)
                 checkpoint = newest(directory)
                 tenancy.begin(step_of(checkpoint) if checkpoint else 0)
@@ -154,14 +157,14 @@ def facts(run: Run) -> dict[str, object]:
 
 
 def due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+    return interval > 0 and step > 0 and step % interval == 0
 
 
-def same_data(run: Run, trained_on: str) -> None:
+def same_data(run: Run, trained_on: object) -> None:
     """DataError where the data is not what the run was trained on."""
     if trained_on != run.dataset.fingerprint:
         raise DataError(
             62, "the data is not what the run was trained on", where=run.config.data.path or "the built-in corpus",
-            why=f"its fingerprint is {run.dataset.fingerprint[:12]}, the checkpoint's is {trained_on[:12]}",
+            why=f"its fingerprint is {run.dataset.fingerprint[:12]}, the checkpoint's is {str(trained_on)[:12]}",
             next="restore the data, or start another run with run.name",
         )

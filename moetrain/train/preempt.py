@@ -4,6 +4,7 @@
                          and leave after the same step, whichever of them were told
     second signal        leaves at once, without a save
     run.grace_s is over  the same: whoever told us will not wait longer
+    while the run starts the same: there is nothing to save
 
 A thread watches: a rank that waits for others inside a collective cannot run Python's signal handlers, but the interpreter's
 C handler writes the signal's number to a pipe at any time.
@@ -14,13 +15,29 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from moetrain.errors import Preempted
 
 ECHO_S = 1.0    # Slurm signals every process of a step, and the launcher passes the same signal on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def told_early() -> Iterator[None]:
+    """While a run starts there is nothing to save: the first signal leaves in order, by SystemExit with 128 + its number."""
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is leave:        # Preemption may have set its own
+                signal.signal(number, handler)
 
 
 class Preemption:

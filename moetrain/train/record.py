@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from moetrain.errors import DiskError
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.checkpoint.writer import on_all
 from moetrain.train.setup import Run
-from moetrain.train.sinks import JsonlSink, LoadsLog, WandbSink
+from moetrain.train.sinks import JsonlSink, LoadsLog, WandbSink, replacing
 from moetrain.train.step import StepResult
 
 
@@ -29,16 +30,15 @@ class Recorder:
 
     def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
         self.config, self.directory, self.main = config, directory, mesh.is_main
-        on_all(mesh, lambda: _probe(directory) if self.main else None, lambda why: DiskError(
-            3, "the run's directory cannot be written", where=str(directory), why=why,
-            next="make it writable, or choose another with run.dir"))
+        _on_all(mesh, directory, lambda: _probe(directory))
 
     def start(self, run: Run, resumed: Path | None) -> None:
+        """Collective: a directory that cannot be written ends all ranks."""
         self.routers = run.state.model.routers
+        files = {"config.yaml": to_yaml(self.config), "env.json": json.dumps(environment(run), indent=1)}
+        _on_all(run.mesh, self.directory, lambda: [_replace(self.directory / name, text) for name, text in files.items()])
         if not self.main:
             return
-        (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        (self.directory / "env.json").write_text(json.dumps(environment(run), indent=1), encoding="utf-8")
         self.metrics = JsonlSink(self.directory / "metrics.jsonl")
         self.evaluations = JsonlSink(self.directory / "eval.jsonl")
         self.loads = LoadsLog(self.directory / "log" / "loads")
@@ -59,6 +59,10 @@ class Recorder:
         if self.wandb:
             self.wandb.write(result.metrics)
 
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether eval.jsonl lacks this step: a run that was told to stop saves first."""
+        return self.main and not self.evaluations.has(step)
+
     def evaluation(self, record: dict[str, float]) -> None:
         if not self.main:
             return
@@ -77,6 +81,19 @@ class Recorder:
 
     def _by_router(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return flat.cpu().split(list(self.routers.values()))
+
+
+def _on_all(mesh: Mesh, directory: Path, action: Callable[[], object]) -> None:
+    """What rank 0 does in the run's directory; DiskError on all ranks where it cannot. Collective."""
+    on_all(mesh, lambda: action() if mesh.is_main else None, lambda why: DiskError(
+        3, "the run's directory cannot be written", where=str(directory), why=why,
+        next="make it writable, or choose another with run.dir"))
+
+
+def _replace(path: Path, text: str) -> None:
+    """The old content or the new one, whenever the process is killed or the disk is full."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _probe(directory: Path) -> None:

@@ -51,8 +51,14 @@ class JsonlSink:
             if (after := b"".join(kept)) == before:
                 return
             _append_lost(self.path, b"".join(line for line in lines if not _is_kept(line, step)))
-            with _replacing(self.path) as file:
+            with replacing(self.path) as file:
                 file.write(after)
+
+    def has(self, step: int) -> bool:
+        """Whether a whole line of this step is there."""
+        if not self.path.is_file():
+            return False
+        return any(_is_kept(line, step) and not _is_kept(line, step - 1) for line in self.path.read_bytes().split(b"\n"))
 
 
 def _is_kept(line: bytes, step: int) -> bool:
@@ -145,7 +151,7 @@ class LoadsLog:
         ranks = max((chunk.ranks for chunk in chunks), default=0)
         if ranks:
             arrays["sources"] = np.concatenate([_sources(c, r, ranks) for c, r in zip(chunks, records)])
-        with _disk(Path(path)), _replacing(Path(path)) as file:
+        with _disk(Path(path)), replacing(Path(path)) as file:
             np.savez(file, **arrays)
 
     def _chunks(self) -> list[Chunk]:
@@ -285,7 +291,7 @@ def _append_lost(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
+def replacing(path: Path) -> Iterator[Any]:
     """A file to write that takes the place of `path` only when it is complete."""
     draft = path.with_name(path.name + ".tmp")
     with draft.open("wb") as file:

@@ -23,6 +23,10 @@ CRASHES = 3
 ORDERLY = {0, 2, 10, 11, 12, 13, 14, 15}
 
 
+# Who holds a lock that does not say.
+NOBODY = {"host": "?", "pid": 0, "born": "", "since": "an unknown time"}
+
+
 class Tenancy:
     """Holds the lock of a run's directory while entered, and keeps the record of attempts."""
 
@@ -77,7 +81,7 @@ class Tenancy:
         count, orderly = 0, False
         for line in reversed(_lines(self.attempts)):
             if "end" in line:
-                orderly = line["end"] in ORDERLY or line["end"] > 128
+                orderly = line["end"] in ORDERLY or isinstance(line["end"], int) and line["end"] > 128
             elif line.get("start") != step or orderly:
                 break
             else:
@@ -111,11 +115,13 @@ class Tenancy:
         """What the lock says; None when there is none. One that is being written, or is damaged, names nobody."""
         try:
             text = self.lock.read_text(encoding="utf-8")
-            return json.loads(text) if text.strip() else {"host": "?", "pid": 0, "born": "", "since": "now"}
+            held = json.loads(text) if text.strip() else {**NOBODY, "since": "now"}
         except FileNotFoundError:
             return None
         except ValueError:
-            return {"host": "?", "pid": 0, "born": "", "since": "an unknown time"}
+            return NOBODY
+        fits = isinstance(held, dict) and all(type(held.get(key)) is type(value) for key, value in NOBODY.items())
+        return held if fits else NOBODY
 
     def _stale(self, held: dict) -> bool:
         if held["host"] == socket.gethostname():
@@ -162,7 +168,7 @@ def _changed(path: Path) -> float | None:
 
 def _lines(path: Path) -> list[dict]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     found = []

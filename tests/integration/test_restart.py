@@ -182,3 +182,55 @@ def test_a_run_that_always_crashes_at_one_step_is_stopped(tmp_path):
     assert last.text().count("E-LOOP-001") == 1 and last.status()["code"] == 17
     attempts.unlink()                                    # as the message says
     assert Job(tmp_path, "run.stop_at=12", steps=20000).wait() == 0
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_it_starts_a_run_leaves_in_order_however_often(tmp_path):
+    for _ in range(4):                                   # three crashes would end the run with 17
+        job = Job(tmp_path, steps=3)
+        began = time.monotonic()
+        attempts = job.run_dir / "log" / "attempts.jsonl"
+        before = attempts.read_text().count('"start"') if attempts.exists() else 0
+        while not (attempts.exists() and attempts.read_text().count('"start"') > before):
+            assert job.process.poll() is None and time.monotonic() < began + 60, job.text()
+            time.sleep(0.005)
+        os.kill(job.process.pid, signal.SIGTERM)
+        assert job.wait() in (143, 10), job.text()       # 10 where the first step had begun
+        assert job.status()["code"] in (143, 10)
+    assert Job(tmp_path, steps=3).wait() == 0
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_save_and_leave(tmp_path):
+    job = Job(tmp_path, *TWO, "checkpoint.interval=0", steps=20000).wait_for(5)
+    ranks = job.workers()
+    os.kill(job.process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline, "ranks train on without their launcher"
+        time.sleep(0.1)
+    assert job.status()["code"] == 10 and job.status()["step"] == job.steps()[-1]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_signal_put_off_is_made_good(tmp_path):
+    job = Job(tmp_path, "eval.interval=1", steps=5000).wait_for(5)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 10, job.text()
+    stopped = job.steps()[-1]
+    assert Job(tmp_path, "eval.interval=1", f"run.stop_at={stopped + 2}", steps=5000).wait() == 0
+    evaluated = [json.loads(line)["step"] for line in (job.run_dir / "eval.jsonl").read_text().splitlines()]
+    assert evaluated == list(range(1, stopped + 3))
+
+
+@pytest.mark.slow
+def test_a_config_that_cannot_be_written_stays_as_it_was_and_ends_all_ranks(tmp_path):
+    assert Job(tmp_path, *TWO, steps=2).wait() == 0
+    config = tmp_path / "run" / "config.yaml"
+    before = config.read_bytes()
+    config.with_name("config.yaml.tmp").mkdir()          # in the way of the draft
+    stopped = Job(tmp_path, *TWO, steps=4)
+    assert stopped.wait() == 14 and "E-DISK-003" in stopped.text() and "Traceback" not in stopped.text()
+    assert config.read_bytes() == before
+    config.with_name("config.yaml.tmp").rmdir()
+    assert Job(tmp_path, *TWO, steps=4).wait() == 0

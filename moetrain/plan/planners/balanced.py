@@ -27,7 +27,7 @@ from moetrain.plan.planners.pour import Field, Pool, Poured, sums
 from moetrain.plan.planners.resettle import resettle
 
 # Levels tried, in 1/64 of the way from the mean to the largest load.
-LEVELS = (0, 2, 6, 16)
+LEVELS = (0, 3, 12)
 
 
 class Balanced:
@@ -42,17 +42,23 @@ class Balanced:
         self.tolerance, self.min_gain, self.horizon, self.state_ratio = tolerance, min_gain, horizon, state_ratio
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+        poured, _ = self._timed(loads, homes, topology, costs, room)
+        return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
+            zip(poured.expert_X.tolist(), poured.position_X.tolist(), strict=True))))
+
+    def _timed(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+               room: int) -> tuple[Poured, float]:
+        """The plan, and the time that the model gives it."""
         if topology.nodes == 1:        # one kind of link: every position is a node of its own, and rows are best kept there
             topology, costs, loads = Topology(topology.positions, 1), replace(costs, between=costs.inside), totals(loads)
         field = Field(by_node(loads, topology), np.asarray(homes.home), topology)
         total, highest = int(field.loads_E.sum()), int(field.load_P.max())
+        nothing = Poured.nothing(field.loads_E)
+        nothing_s = estimate(nothing, field, costs).total_s
         if highest * topology.positions <= (1 + self.tolerance) * total or room == 0:
-            return LayerPlan(homes.without_copies())
+            return nothing, nothing_s
         best, least_s = self._search(field, costs, room, -(-total // topology.positions), highest)
-        if least_s > (1 - self.min_gain) * estimate(Poured.nothing(field.loads_E), field, costs).total_s:
-            return LayerPlan(homes.without_copies())
-        return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
-            zip(best.expert_X.tolist(), best.position_X.tolist(), strict=True))))
+        return (best, least_s) if least_s < (1 - self.min_gain) * nothing_s else (nothing, nothing_s)
 
     @staticmethod
     def _search(field: Field, costs: Costs, room: int, mean: int, highest: int) -> tuple[Poured, float]:
@@ -68,16 +74,23 @@ class Balanced:
         level = min(tried)[2].level
         time(Pool(field, level, room).pour(nearby=True, whole=False))
         base, flows, hidden = min(tried)[2], Flows(field, room), fits_behind(field.topology, costs, len(field.home_E))
-        for budget in sorted({1, hidden, 2 * hidden, len(field.load_P) * room} - {0}):
+        for budget in sorted({max(1, hidden), max(1, 2 * hidden), len(field.load_P) * room}):
             time(keep_near(base, flows, budget))
         least_s, _, pool = min(tried)
         return pool.result(), least_s
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
                costs: Costs) -> ExpertPlacement:
-        return resettle({name: totals(loads[name]) for name, _ in placement.layers}, placement, topology, costs,
-                        horizon=self.horizon, state_ratio=self.state_ratio)
+        """Timed with room for as many copies as a position has homes, whatever the memory."""
+        by_router = {name: totals(loads[name]) for name, _ in placement.layers}
+        rate = costs.between if topology.nodes > 1 else costs.inside
 
+        def seconds(name: str, homes: LayerPlacement) -> float:
+            room = -(-homes.num_experts // homes.positions)
+            return self._timed(by_router[name], homes, topology, costs, room)[1]
+
+        return resettle(by_router, placement, seconds, horizon=self.horizon, tolerance=self.tolerance,
+                        move_s=costs.expert_bytes * self.state_ratio / rate)
 
 def estimate(poured: Poured, field: Field, costs: Costs) -> Modelled:
     """The model of plan/modelled.py before sources are known: a node's rows are spread evenly over its positions, and go

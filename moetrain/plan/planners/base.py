@@ -7,6 +7,7 @@ gets the same forecast, memory and bandwidth as every other. Two numbers follow 
 Shapes: E experts, P positions, N nodes, C replicas.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -55,7 +56,7 @@ class Rehomes(Protocol):
 def fits_behind(topology: Topology, costs: Costs, num_experts: int) -> int:
     """t: experts whose weights one link brings while other work hides it."""
     rate = costs.between if topology.nodes > 1 else costs.inside
-    if costs.expert_bytes * num_experts <= costs.hidden_s * rate:
+    if math.isinf(rate) or costs.expert_bytes * num_experts <= costs.hidden_s * rate:
         return num_experts
     return int(costs.hidden_s * rate // costs.expert_bytes)
 

@@ -2,7 +2,8 @@
 
 Once loads are level, a copy on a node of an expert that none of the node's positions holds lets that node's rows for it stay.
 The largest such flows get copies first, on the least loaded positions of their node, as long as no position sends or
-receives more than `budget` copies. Rows move to them only as far as the loads stay level.
+receives more than `budget` copies. Rows move to them, and to the copies that there are,
+only as far as the loads stay level.
 
 Shapes: E experts, P positions, N nodes, X copies.
 """
@@ -31,23 +32,29 @@ class Flows:
 
 def keep_near(pool: Pool, flows: Flows, budget: int) -> Pool:
     """Another pool, with more copies. budget: copies that a position may send or receive, those it has included."""
-    pool = pool.copy()
-    field, topology = pool.field, pool.field.topology
-    expert_X, position_X = pool.copies()
-    sent_P = np.bincount(field.home_E[expert_X], minlength=topology.positions)
+    pool, experts = pool.copy(), len(pool.field.home_E)
+    home_E, topology = pool.field.home_E, pool.field.topology
+    expert_X, position_X, rows_X = pool.copies()
+    sent_P = np.bincount(home_E[expert_X], minlength=topology.positions)
     received_P = np.bincount(position_X, minlength=topology.positions)
-    covered_C = np.zeros(topology.nodes * len(field.home_E), dtype=bool)
-    covered_C[position_X // topology.per_node * len(field.home_E) + expert_X] = True
-    open_X = ~covered_C[flows.node_X * len(field.home_E) + flows.expert_X]
-    expert_X, node_X, rows_X = flows.expert_X[open_X], flows.node_X[open_X], flows.rows_X[open_X]
-    home_X = field.home_E[expert_X]
-    allowed_X = rank(home_X, rows_X) < (budget - sent_P)[home_X]
+    supply_C = sums(position_X // topology.per_node * experts + expert_X, rows_X, topology.nodes * experts)
+    holder_C = np.full(topology.nodes * experts, -1, dtype=np.int64)
+    holder_C[position_X // topology.per_node * experts + expert_X] = position_X
+
+    # Where a copy is there already, it may take more.
+    cell_X = flows.node_X * experts + flows.expert_X
+    held_X = holder_C[cell_X] >= 0
+    more = flows.expert_X[held_X], holder_C[cell_X[held_X]], (flows.rows_X[held_X] - supply_C[cell_X[held_X]]).clip(0)
+
+    expert_X, node_X, rows_X = flows.expert_X[~held_X], flows.node_X[~held_X], flows.rows_X[~held_X]
+    allowed_X = rank(home_E[expert_X], rows_X) < (budget - sent_P)[home_E[expert_X]]
     expert_X, node_X, rows_X = expert_X[allowed_X], node_X[allowed_X], rows_X[allowed_X]
     slot_position, slot_start_N, slots_N = _slots(np.minimum(pool.room_P, budget - received_P).clip(0), pool.load_P, pool)
     place_X = rank(node_X, rows_X)
     fits_X = place_X < slots_N[node_X]
-    position_X = slot_position[(slot_start_N[node_X] + place_X)[fits_X]]
-    expert_X, rows_X = expert_X[fits_X], rows_X[fits_X]
+    fresh = expert_X[fits_X], slot_position[(slot_start_N[node_X] + place_X)[fits_X]], rows_X[fits_X]
+
+    expert_X, position_X, rows_X = (np.concatenate(parts) for parts in zip(more, fresh, strict=True))
     pool.move(expert_X, position_X, _level_rows(pool, expert_X, position_X, rows_X))
     return pool
 

@@ -88,15 +88,13 @@ class Pool:
     def result(self) -> Poured:
         if not self.moved:
             return Poured.nothing(self.kept_E)
-        expert_X, position_X, rows_X = np.concatenate(self.moved, axis=1)
+        expert_X, position_X, rows_X = self.copies()
         key_X, merged_X = np.unique(expert_X * len(self.load_P) + position_X, return_inverse=True)
         return Poured(self.kept_E, *np.divmod(key_X, len(self.load_P)), sums(merged_X, rows_X, len(key_X)))
 
-    def copies(self) -> tuple[np.ndarray, np.ndarray]:
-        """Expert and position of what was moved so far; may name a copy twice."""
-        none = np.zeros((3, 0), dtype=np.int64)
-        expert_X, position_X, _ = np.concatenate([none, *self.moved], axis=1)
-        return expert_X, position_X
+    def copies(self) -> np.ndarray:
+        """Expert, position and rows of what was moved so far, int64 [3, X]; a copy may come twice."""
+        return np.concatenate([np.zeros((3, 0), dtype=np.int64), *self.moved], axis=1)
 
     def anywhere(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Items (expert, rows, group); one group."""

@@ -2,126 +2,122 @@
 
 Hecate's heterogeneous sharding (arXiv 2502.02581, Algorithm 2) as a descent from the homes there are: a layer may be unevenly
 spread as long as every position owns as many experts as before over all layers together. So two positions always exchange:
-an expert of a layer that is unbalanced goes one way, and whichever does least harm comes back, from the same layer or another.
+an expert goes from a layer's fullest position to its emptiest, and back comes whichever does no harm, of another layer, or
+of the same one.
 
-Two things are levelled, layer by layer. The load of experts that are too cool to be copied (all but the t hottest, t being
-what hides) sits where their homes are. And the hottest send their copies from their homes, so these are spread over senders.
-The model of a layer is the larger of the mean and that largest load, and what its fullest sender takes beyond what hides.
-
-Of the exchanges in the order found, as many are made as gain the most over the horizon, less the sending of what moves:
-weights and two moments. None, if that is never positive.
+Levelling the loads of homes does both things that count here: experts too cool to be worth a copy sit evenly, and as a copy
+is sent for about every mean load that a home must shed, the sending of hot ones is spread. But it moves much for little, so
+each layer's time is asked for on the way, as its planner would have it with copies, and what is kept is the state with the
+most gain over the horizon, less the sending of what moves: weights and two moments. That is none, if it is never positive.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import numpy as np
 
-from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import fits_behind, hottest_first
+
+CHECKS = 4           # a layer's time is asked for after 1, 4, 16, ... exchanges, and after the last
 
 
-def resettle(loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology, costs: Costs, *,
-             horizon: int, state_ratio: float) -> ExpertPlacement:
-    """loads: rows a step, int64 [E] by router. horizon: steps for which they are expected to last. state_ratio: bytes of an
-    expert's state over those of its weights on the wire."""
-    layers = [_Layer(loads[name], layer, topology, costs) for name, layer in placement.layers]
-    rate = costs.between if topology.nodes > 1 else costs.inside
-    move_s = costs.expert_bytes * state_ratio / rate
-    before_s = [layer.seconds() for layer in layers]
-    now_s, origin = list(before_s), [layer.home_E.copy() for layer in layers]
-    best, best_gain = [layer.home_E.copy() for layer in layers], 0.0
-    open_layers = set(range(len(layers)))
-    while open_layers:
-        worst = max(open_layers, key=lambda i: (now_s[i] - layers[i].least_s, -i))
-        other = _exchange(layers, worst)
-        if other is None:
-            open_layers.remove(worst)
-            continue
-        now_s[worst], now_s[other] = layers[worst].seconds(), layers[other].seconds()
-        moved = sum(int((layer.home_E != home_E).sum()) for layer, home_E in zip(layers, origin, strict=True))
-        gain = horizon * sum(was - now for was, now in zip(before_s, now_s, strict=True)) - moved * move_s
-        if gain > best_gain:
-            best, best_gain = [layer.home_E.copy() for layer in layers], gain
-    return ExpertPlacement(tuple((name, LayerPlacement(tuple(home_E.tolist()), topology.positions))
-                                 for (name, _), home_E in zip(placement.layers, best, strict=True)))
+def resettle(loads: dict[str, np.ndarray], placement: ExpertPlacement, seconds: Callable[[str, LayerPlacement], float], *,
+             horizon: int, move_s: float, tolerance: float) -> ExpertPlacement:
+    """loads: rows a step, int64 [E] by router. seconds: a layer's modelled step time with these homes. horizon: steps for
+    which loads are expected to last. move_s: seconds that moving one expert takes. tolerance: of max / mean - 1, left alone.
+    """
+    homes = [_Homes(loads[name], layer) for name, layer in placement.layers]
+    for index in sorted(range(len(homes)), key=lambda index: (-homes[index].imbalance(), index)):
+        if homes[index].imbalance() > 1 + tolerance:
+            _level(homes, index, lambda layer: seconds(placement.layers[index][0], layer), horizon, move_s)      # noqa: B023
+    return ExpertPlacement(tuple((name, layer.placement()) for (name, _), layer in zip(placement.layers, homes, strict=True)))
 
 
-class _Layer:
-    """One layer's loads and homes. rest_P: load of the experts that cannot be copied; sends_P: copies to send."""
+class _Homes:
+    """One layer's loads and homes. origin_E: homes before anything moved."""
 
-    def __init__(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs) -> None:
-        self.loads_E, self.home_E = np.asarray(loads_E, dtype=np.int64), np.array(homes.home, dtype=np.int64)
-        self.costs, positions = costs, topology.positions
-        self.rate = costs.between if topology.nodes > 1 else costs.inside
-        self.mean = -(-int(self.loads_E.sum()) // positions)
-        self.rest_E, self.sends_E = self.loads_E.copy(), np.zeros_like(self.loads_E)
-        hot = hottest_first(self.loads_E)[:fits_behind(topology, costs, len(self.loads_E))]
-        self.rest_E[hot] = 0
-        self.sends_E[hot] = np.minimum(self.loads_E[hot] // max(1, self.mean), positions - 1)
-        self.rest_P, self.sends_P = np.zeros(positions, dtype=np.int64), np.zeros(positions, dtype=np.int64)
-        np.add.at(self.rest_P, self.home_E, self.rest_E)
-        np.add.at(self.sends_P, self.home_E, self.sends_E)
-        self.least_s = costs.row_s * self.mean
+    def __init__(self, loads_E: np.ndarray, layer: LayerPlacement) -> None:
+        self.loads_E, self.origin_E = np.asarray(loads_E, dtype=np.int64), np.array(layer.home, dtype=np.int64)
+        self.home_E, self.load_P = self.origin_E.copy(), np.zeros(layer.positions, dtype=np.int64)
+        np.add.at(self.load_P, self.home_E, self.loads_E)
 
-    def seconds(self) -> float:
-        """The model above."""
-        once_s = int(self.sends_P.max()) * self.costs.expert_bytes / self.rate
-        exposed_s = max(0.0, once_s - self.costs.hidden_s) + max(0.0, once_s - 2 * self.costs.hidden_s)
-        return self.costs.row_s * max(self.mean, int(self.rest_P.max())) + exposed_s
+    def imbalance(self) -> float:
+        return int(self.load_P.max()) * len(self.load_P) / max(1, int(self.load_P.sum()))
 
-    def uneven(self) -> tuple[np.ndarray, np.ndarray]:
-        """What to level next: the weight of each expert, and its sum by position."""
-        if int(self.rest_P.max()) > self.mean:
-            return self.rest_E, self.rest_P
-        return self.sends_E, self.sends_P
-
-    def harmless(self, position: int) -> np.ndarray:
-        """Experts [E] that this position could take over without becoming the layer's fullest or its busiest sender."""
-        return ((self.rest_P[position] + self.rest_E <= max(self.mean, int(self.rest_P.max())))
-                & (self.sends_P[position] + self.sends_E <= self.sends_P.max()))
+    def placement(self) -> LayerPlacement:
+        return LayerPlacement(tuple(self.home_E.tolist()), len(self.load_P))
 
     def move(self, expert: int, position: int) -> None:
-        for weight_E, sum_P in ((self.rest_E, self.rest_P), (self.sends_E, self.sends_P)):
-            sum_P[self.home_E[expert]] -= weight_E[expert]
-            sum_P[position] += weight_E[expert]
+        self.load_P[self.home_E[expert]] -= self.loads_E[expert]
+        self.load_P[position] += self.loads_E[expert]
         self.home_E[expert] = position
 
 
-def _exchange(layers: list[_Layer], index: int) -> int | None:
-    """Relieve the layer's fullest position: an expert to the emptiest, another back. The other's layer; None if none helps."""
-    layer = layers[index]
-    weight_E, sum_P = layer.uneven()
-    full, empty = int(sum_P.argmax()), int(sum_P.argmin())
-    there = np.flatnonzero((layer.home_E == full) & (weight_E > 0))
-    # Best where both end up alike: half the difference. What comes back from another layer does not count here.
-    gap = int(sum_P[full] - sum_P[empty])
-    there = there[weight_E[there] < gap]
+def _level(homes: list[_Homes], index: int, seconds: Callable[[LayerPlacement], float], horizon: int, move_s: float) -> None:
+    """Exchange until nothing helps; then go back to the state that gained most."""
+    layer = homes[index]
+    before_s, moved_before = seconds(layer.placement()), _moved(homes)
+    log: list[tuple[_Homes, int, int, int]] = []                     # (layer, expert, from, to)
+    best_gain, keep, check = 0.0, 0, 1
+    settled: set[int] = set()
+    while True:
+        exchanged = _exchange(homes, index, settled, log)
+        if not exchanged or len(log) // 2 == check:
+            check *= CHECKS
+            gain = horizon * (before_s - seconds(layer.placement())) - (_moved(homes) - moved_before) * move_s
+            if gain > best_gain:
+                best_gain, keep = gain, len(log)
+        if not exchanged or len(log) > 2 * len(layer.home_E):
+            break
+    for other, expert, origin, _ in reversed(log[keep:]):
+        other.move(expert, origin)
+
+
+def _moved(homes: list[_Homes]) -> int:
+    return sum(int((layer.home_E != layer.origin_E).sum()) for layer in homes)
+
+
+def _exchange(homes: list[_Homes], index: int, settled: set[int], log: list[tuple[_Homes, int, int, int]]) -> bool:
+    """Relieve the fullest position that can be: settled are those that cannot. Whether anything moved."""
+    layer = homes[index]
+    empty = int(layer.load_P.argmin())
+    for full in np.argsort(-layer.load_P, kind="stable").tolist():
+        gap = int(layer.load_P[full] - layer.load_P[empty])
+        if gap <= 1 or int(layer.load_P[full]) * len(layer.load_P) <= int(layer.load_P.sum()):
+            return False
+        if full in settled:
+            continue
+        pair = _from_another(homes, index, full, empty, gap) or _within(layer, full, empty, gap)
+        if pair:
+            expert, other, back = pair
+            log += [(layer, expert, full, empty), (other, back, empty, full)]
+            layer.move(expert, empty)
+            other.move(back, full)
+            return True
+        settled.add(full)
+    return False
+
+
+def _from_another(homes: list[_Homes], index: int, full: int, empty: int, gap: int) -> tuple[int, _Homes, int] | None:
+    """(expert to go, layer and expert to come back): what comes is of a layer where it lifts nothing above the mean."""
+    layer = homes[index]
+    there = np.flatnonzero((layer.home_E == full) & (layer.loads_E > 0) & (layer.loads_E < gap))
     if not len(there):
         return None
-    expert = int(there[np.abs(2 * weight_E[there] - gap).argmin()])
-    for other in [*range(index + 1, len(layers)), *range(index)]:
-        back = np.flatnonzero((layers[other].home_E == empty) & layers[other].harmless(full))
+    expert = int(there[np.abs(2 * layer.loads_E[there] - gap).argmin()])         # afterwards both are as alike as can be
+    for other in homes[index + 1:] + homes[:index]:
+        mean = int(other.load_P.sum()) // len(other.load_P)
+        back = np.flatnonzero((other.home_E == empty) & (other.load_P[full] + other.loads_E <= mean))
         if len(back):
-            coolest = int(back[layers[other].loads_E[back].argmin()])
-            layers[other].move(coolest, full)
-            layer.move(expert, empty)
-            return other
-    return index if _swap(layer, weight_E, there, full, empty) else None
+            return expert, other, int(back[other.loads_E[back].argmin()])
+    return None
 
 
-def _swap(layer: _Layer, weight_E: np.ndarray, there: np.ndarray, full: int, empty: int) -> bool:
-    """Exchange within the layer: the pair whose difference is nearest to half the gap."""
-    here = np.flatnonzero(layer.home_E == empty)
+def _within(layer: _Homes, full: int, empty: int, gap: int) -> tuple[int, _Homes, int] | None:
+    """The pair of this layer whose difference is nearest to half the gap."""
+    there, here = np.flatnonzero(layer.home_E == full), np.flatnonzero(layer.home_E == empty)
     if not len(here):
-        return False
-    less_XY = weight_E[there][:, None] - weight_E[here]
-    _, sum_P = layer.uneven()
-    gap = int(sum_P[full] - sum_P[empty])
+        return None
+    less_XY = layer.loads_E[there][:, None] - layer.loads_E[here]
     miss_XY = np.where((less_XY > 0) & (less_XY < gap), np.abs(2 * less_XY - gap), gap)
     x, y = divmod(int(miss_XY.argmin()), len(here))
-    if miss_XY[x, y] >= gap:
-        return False
-    layer.move(int(there[x]), empty)
-    layer.move(int(here[y]), full)
-    return True
+    return (int(there[x]), layer, int(here[y])) if miss_XY[x, y] < gap else None

@@ -29,6 +29,7 @@ from moetrain.train.checkpoint.records import (
 
 NAME = "manifest.json"
 MOST_BYTES = 100 << 20                   # of a manifest, and of the header of a payload file
+MOST = 1 << 62          # steps or tokens: there is room to go on
 _FILE = re.compile(r"rank-[0-9]{4,6}\.safetensors")
 _STEP = re.compile(r"step-[0-9]{8}")
 
@@ -41,7 +42,10 @@ def read_manifest(directory: Path) -> Manifest:
         _require(isinstance(raw, dict), "it is not a JSON object")
         if raw.get("version") != VERSION:
             raise _Wrong(f"version {raw.get('version')!r} is not {VERSION}, the one this release reads")
-        return _manifest(raw)
+        manifest = _manifest(raw)
+        _require(not _STEP.fullmatch(directory.name) or manifest.values["step"] == step_of(directory),
+                 f"it is of step {manifest.values['step']}, in a directory of another step")
+        return manifest
     except OSError as error:
         raise damaged(path, f"it cannot be read: {error.strerror or error}") from error
     except (_Wrong, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -112,7 +116,8 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
     _require(type(raw["block"]) is int and raw["block"] > 0, "its block size is not a positive number")
     for part in ("facts", "values", "files", "tensors", "experts"):
         _require(isinstance(raw[part], dict), f"{part} is not an object")
-    _require(all(_natural(raw["values"].get(key)) for key in ("step", "tokens")), "step or tokens is no number")
+    _require(all(_natural(raw["values"].get(key)) and raw["values"][key] < MOST for key in ("step", "tokens")),
+             "step or tokens is no number, or too large")
     files = {name: _file(name, record) for name, record in raw["files"].items()}
     manifest = Manifest(raw["facts"], raw["values"], files, block=raw["block"])
     used: list[list[tuple[int, int]]] = [[] for _ in files]

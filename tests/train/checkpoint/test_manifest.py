@@ -223,3 +223,15 @@ def test_only_complete_checkpoints_count(tmp_path):
 ])
 def test_experts_are_known_by_name(name, expected):
     assert split_expert(name) == expected
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damage(original, tmp_path):
+    for name, fits in (("step-00000003", False), ("elsewhere", True)):
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / NAME).write_bytes((original / NAME).read_bytes())
+        if fits:
+            assert read_manifest(directory).values == read_manifest(original).values
+        else:
+            with pytest.raises(CheckpointError, match="of another step"):
+                read_manifest(directory)
