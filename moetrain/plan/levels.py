@@ -43,7 +43,7 @@ def level(rows_NC: Tensor, expert_C: Tensor, position_C: Tensor, topology: Topol
 
 
 def fill(rows: int, bases: list[int]) -> list[int]:
-    """Rows added to each base so that the highest of those raised is as low as it can be; remainders to the lowest, by id."""
+    """Rows added to each base so that the highest of those raised is as low as it can be; the rest to the lowest, by id."""
     order = sorted(range(len(bases)), key=bases.__getitem__)
     total, raised = rows, 0
     while raised < len(order) and (raised == 0 or total > raised * bases[order[raised]]):

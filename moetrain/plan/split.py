@@ -121,7 +121,8 @@ def match(n_PE: Tensor, quotas_C: Tensor, held: Replicas, topology: Topology) ->
     source_P = torch.arange(len(n_PE), device=n_PE.device)
     if topology.nodes > 1:
         node_P = source_P // topology.per_node
-        beside_PC = _overlap(left_PE, left_C, held, node_P * topology.per_node, held.beside_C) * (node_P[:, None] == held.node_C)
+        near_PC = node_P[:, None] == held.node_C
+        beside_PC = _overlap(left_PE, left_C, held, node_P * topology.per_node, held.beside_C) * near_PC
         split_PC += beside_PC
         left_PE = left_PE.index_add(1, held.expert_C, -beside_PC)
         left_C = left_C - beside_PC.sum(0)

@@ -10,7 +10,7 @@ from moetrain.config.compose import from_yaml, resume_conflicts
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigErrors
 from moetrain.train.checkpoint.manifest import complete, step_of
-from moetrain.train.checkpoint.verify import is_sound
+from moetrain.train.checkpoint.verify import is_sound, problems
 
 
 def finished(config: Config, directory: Path) -> int | None:
@@ -22,7 +22,11 @@ def finished(config: Config, directory: Path) -> int | None:
     if conflicts:
         raise ConfigErrors(conflicts)
     step = step_of(checkpoint)
-    return step if step >= last_step(config) else None
+    if step < last_step(config):
+        return None
+    if config.checkpoint.verify == "full" and next(problems(checkpoint), None) is not None:
+        return None                                      # resuming passes over it and goes on from an older one
+    return step
 
 
 def last_step(config: Config) -> int:

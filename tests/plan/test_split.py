@@ -32,7 +32,8 @@ def random_placement(seed: int, positions: int, experts: int) -> LayerPlacement:
 def random_counts(seed: int, positions: int, experts: int) -> Tensor:
     """Uneven sources and experts, with some that have nothing."""
     draw = np.random.default_rng([seed, 1])
-    size_P, size_E = draw.choice([0, 1, 30, 900], positions), np.exp(draw.normal(0, 1.5, experts)) * draw.choice([0, 1], experts, p=[.2, .8])
+    size_P = draw.choice([0, 1, 30, 900], positions)
+    size_E = np.exp(draw.normal(0, 1.5, experts)) * draw.choice([0, 1], experts, p=[0.2, 0.8])
     return torch.tensor(draw.poisson(size_P[:, None] * size_E / 4)).long()
 
 
@@ -108,7 +109,8 @@ def test_a_source_needs_nobody_elses_counts():
     for n_PE, placement, topology in cases(seeds=3):
         whole_PC = local_first(n_PE, placement, topology)
         for source in range(len(n_PE)):
-            assert local_first(n_PE[source:source + 1], placement, topology, first_source=source).equal(whole_PC[source:source + 1])
+            alone_1C = local_first(n_PE[source:source + 1], placement, topology, first_source=source)
+            assert alone_1C.equal(whole_PC[source:source + 1])
 
 
 def test_sources_do_not_all_send_their_odd_row_to_the_same_copy():

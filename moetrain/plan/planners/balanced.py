@@ -1,10 +1,11 @@
 """moetrain's own planner: the fewest copies that level the loads as far as levelling pays.
 
 For a handful of levels between the mean load and the largest, what lies above the level is poured from the full positions
-into those below it (plan/planners/pour.py), without regard to nodes, cut or whole where it fits, and at the best level once more with copies on the
-nodes that the rows come from first. Every such plan is timed by the model of plan/modelled.py, in which copies cost nothing
-while they hide and their links' time beyond that; the shortest is taken, the plan without copies among them. Rows are then
-split by `waterfill`.
+into those below it (plan/planners/pour.py): cut to measure, or whole where they fit; and at the best level once more with
+copies on the nodes that the rows come from first. To the best of these come copies that keep rows on their node, as many as
+hide, or twice that, or as there is room for (plan/planners/near.py). Every such plan is timed by the model of
+plan/modelled.py, in which copies cost nothing while they hide and their links' time beyond that, and the shortest is taken.
+Rows are then split by `waterfill`.
 
 Nothing is done where nothing is to be gained: below an imbalance of 1 + `tolerance`, or where the model promises less than
 `min_gain` of the step.

@@ -68,7 +68,8 @@ class _Ledger:
         return expert, at, rows
 
 
-def spill(loads_E: np.ndarray, homes: LayerPlacement, capacity: float, min_rows: int, room: int) -> list[tuple[int, int, int]]:
+def spill(loads_E: np.ndarray, homes: LayerPlacement, capacity: float, min_rows: int,
+          room: int) -> list[tuple[int, int, int]]:
     """Pieces (expert, position, rows), in the order in which they are cut."""
     mean = int(loads_E.sum()) // homes.positions
     limit = max(1, int(capacity * mean) if mean else int(loads_E.sum()))

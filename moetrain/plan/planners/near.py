@@ -1,7 +1,6 @@
 """Copies that keep rows on their node: what is left of the room and of the time that hides copies, spent on links.
 
-Once loads are level, a copy on a node of an expert that none of the node's positions holds lets that node's rows for it stay.
-The largest such flows get copies first, on the least loaded positions of their node, as long as no position sends or
+Once loads are level, a copy of an expert that no position of a node holds lets that node's rows for it stay there. The largest such flows get copies first, on the least loaded positions of their node, as long as no position sends or
 receives more than `budget` copies. Rows move to them, and to the copies that there are,
 only as far as the loads stay level.
 
@@ -70,7 +69,7 @@ def _slots(free_P: np.ndarray, load_P: np.ndarray, pool: Pool) -> tuple[np.ndarr
 
 
 def _level_rows(pool: Pool, expert_X: np.ndarray, position_X: np.ndarray, rows_X: np.ndarray) -> np.ndarray:
-    """As many of these rows as stay at home until now, and as their new positions can take without rising above the highest."""
+    """As many of these rows as are at home until now, and as their new positions take without rising above the highest."""
     field, positions = pool.field, len(pool.load_P)
     wanted_E = sums(expert_X, rows_X, len(field.home_E))
     rows_X = rows_X * np.minimum(pool.kept_E, wanted_E)[expert_X] // wanted_E[expert_X].clip(1)

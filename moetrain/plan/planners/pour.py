@@ -103,7 +103,7 @@ class Pool:
         return expert_I[order], rows_I[order], np.zeros_like(expert_I)
 
     def by_origin(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Items (expert, rows, group) with a group per node: rows from where most come first, from their home's node last."""
+        """Items (expert, rows, group) with a group per node: where most rows come from first, their home's node last."""
         expert_I, rows_I = self._excess()
         node_EN, rows_EN = self.field.origins
         here_IN = rows_EN[expert_I]

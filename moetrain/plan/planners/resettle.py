@@ -1,7 +1,7 @@
 """Homes, moved where that pays: the only step that moves optimizer state.
 
-Hecate's heterogeneous sharding (arXiv 2502.02581, Algorithm 2) as a descent from the homes there are: a layer may be unevenly
-spread as long as every position owns as many experts as before over all layers together. So two positions always exchange:
+Hecate's heterogeneous sharding (arXiv 2502.02581, Algorithm 2) as a descent from the homes there are: a layer may be
+unevenly spread as long as every position owns as many experts as before over all layers together. So two positions always exchange:
 an expert goes from a layer's fullest position to its emptiest, and back comes whichever does no harm, of another layer, or
 of the same one.
 
@@ -12,6 +12,7 @@ most gain over the horizon, less the sending of what moves: weights and two mome
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -28,8 +29,9 @@ def resettle(loads: dict[str, np.ndarray], placement: ExpertPlacement, seconds: 
     homes = [_Homes(loads[name], layer) for name, layer in placement.layers]
     for index in sorted(range(len(homes)), key=lambda index: (-homes[index].imbalance(), index)):
         if homes[index].imbalance() > 1 + tolerance:
-            _level(homes, index, lambda layer: seconds(placement.layers[index][0], layer), horizon, move_s)      # noqa: B023
-    return ExpertPlacement(tuple((name, layer.placement()) for (name, _), layer in zip(placement.layers, homes, strict=True)))
+            _level(homes, index, partial(seconds, placement.layers[index][0]), horizon, move_s)
+    return ExpertPlacement(tuple((name, layer.placement())
+                                 for (name, _), layer in zip(placement.layers, homes, strict=True)))
 
 
 class _Homes:

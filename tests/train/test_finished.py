@@ -1,0 +1,21 @@
+"""Whether anything is left to do: a last checkpoint that is damaged does not end a run."""
+
+from dataclasses import replace
+
+import pytest
+
+from moetrain.config.compose import compose, to_yaml
+from moetrain.train.finished import finished
+from tests.train.checkpoint.saved import SMALL, flip, payload, saved, trained
+
+
+@pytest.mark.parametrize("verify, done", [("full", None), ("sizes", 2)])
+def test_a_flipped_bit_in_the_last_checkpoint_leaves_something_to_do(tmp_path, verify, done):
+    config = compose([*SMALL, "run.steps=2", f"checkpoint.verify={verify}"])
+    directory = saved(trained(2, SMALL), tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert finished(config, tmp_path) == 2
+    assert finished(replace(config, run=replace(config.run, steps=3)), tmp_path) is None
+    file = payload(directory)
+    flip(file, file.stat().st_size - 9)
+    assert finished(config, tmp_path) == done
