@@ -43,6 +43,7 @@ from moetrain.plan.rules import rule_of
 from moetrain.routers.base import Routing
 
 LAYERS, WINDOW, CEILING = 2, 5, "ceiling"
+SCALED = {"llep": ["planner.min_rows=64"]}       # published for runs with many more rows
 PLANNERS = ("ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced")
 
 
@@ -146,7 +147,8 @@ class Stack:
         pace = 0.0 if options.real else 1.0
         self.row_s, self.hidden_s = pace * options.row_us * 1e-6, pace * options.hidden_ms * 1e-3
         numbers = 3 * options.dim * options.expert_dim
-        bandwidth = {name: _bytes_per_second(getattr(options, name)) for name in ("inside", "between")}
+        # Half the rate: over gloo two ranks that exchange blocks take turns (docs/howto/emulated_links.md).
+        bandwidth = {name: _bytes_per_second(getattr(options, name)) / 2 for name in ("inside", "between")}
         self.costs = Costs(row_s=options.row_us * 1e-6, row_bytes=4 * options.dim, expert_bytes=4 * numbers, latency_s=1e-3,
                            hidden_s=options.hidden_ms * 1e-3, **bandwidth)
         self.start(ExpertPlacement(tuple((f"layers.{layer}.moe", contiguous(experts, self.group.size))
@@ -218,7 +220,8 @@ def work(options: argparse.Namespace, spec: Path) -> None:
 def replay(options: argparse.Namespace, trace: np.ndarray) -> dict:
     """Median step time of each planner, in turn at every step, and what the trace is like."""
     rank, experts = dist.get_rank(), trace.shape[2]
-    planners = {name: build(compose([f"planner={name}", "parallel=fssdp"]).planner) for name in options.planners}
+    planners = {name: build(compose([f"planner={name}", "parallel=fssdp", *SCALED.get(name, [])]).planner)
+                for name in options.planners}
     stacks = {name: Stack(options, experts) for name in planners}
     for name, planner in planners.items():
         loads = forecast(trace, WINDOW)

@@ -22,7 +22,7 @@ from moetrain.errors import CheckpointError
 from moetrain.model.build import build_model
 from moetrain.model.transformer import Transformer
 from moetrain.train.checkpoint.manifest import newest
-from moetrain.train.checkpoint.reader import load_model
+from moetrain.train.checkpoint.reader import load_newest_model
 from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.setup import join, prepare_on_main
 from moetrain.train.passes import step_context, to_device
@@ -71,10 +71,9 @@ def _padding(config: Config) -> Batch:
 
 
 def load_trained(config: Config) -> tuple[Transformer, Dataset, Mesh, int]:
-    """(model, dataset, mesh, step) of a run's newest checkpoint."""
+    """(model, dataset, mesh, step) of a run's newest checkpoint that is good."""
     directory = run_dir(config)
-    checkpoint = newest(directory)
-    if checkpoint is None:
+    if newest(directory) is None:
         raise CheckpointError(
             2, "the run has no checkpoint yet", where=str(directory / "checkpoints"),
             why="a run saves at its end and every checkpoint.interval steps", next="moetrain train with the same run.name",
@@ -82,8 +81,8 @@ def load_trained(config: Config) -> tuple[Transformer, Dataset, Mesh, int]:
     mesh = join(config)
     dataset = build_dataset(config, directory, prepare_on_main(config, directory, mesh))
     model = build_model(config, dataset.vocab_size, mesh)
-    manifest = load_model(model, checkpoint)
-    return model, dataset, mesh, manifest.values["step"]
+    found = load_newest_model(model, directory, mesh, verify=config.checkpoint.verify)
+    return model, dataset, mesh, found.manifest.values["step"]
 
 
 def evaluate_run(config: Config) -> tuple[dict[str, float], Dataset, int]:

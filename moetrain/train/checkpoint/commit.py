@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.train.checkpoint import disk
-from moetrain.train.checkpoint.manifest import NAME, complete, read_checked, read_manifest
+from moetrain.train.checkpoint.manifest import NAME, complete, is_step, read_checked, read_manifest
 from moetrain.train.checkpoint.payload import Item, payload_name, write_payload
 from moetrain.train.checkpoint.records import (
     Chunk, Entry, File, Manifest, Table, row_count, split_expert, with_checksum,
@@ -98,12 +98,16 @@ def check_written(directory: Path, ranks: int) -> None:
 
 
 def retire(run_dir: Path, keep: int | None) -> list[Path]:
-    """Remove what is older than the newest `keep` sound checkpoints; returns what was removed. keep None removes nothing."""
+    """Remove checkpoints older than the newest `keep` sound ones, and damaged ones set aside; returns what was removed.
+
+    keep None removes nothing. Directories of other names are somebody's own.
+    """
     sound = [path for path in reversed(complete(run_dir)) if is_sound(path)] if keep else []
     if not keep or len(sound) < keep:
         return []
     oldest = sound[keep - 1]
-    old = [path for path in oldest.parent.glob("step-*") if path.name[:13] < oldest.name and ".tmp" not in path.name]
+    old = [path for path in oldest.parent.glob("step-*")
+           if is_step(path.name.removesuffix(".damaged")) and path.name[:13] < oldest.name]
     for path in sorted(old):
         grave = path.with_name(f"{path.name}.tmp-0")     # one step: never a checkpoint that lacks some of its files
         disk.remove_tree(grave)

@@ -68,7 +68,10 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """A checkpoint's directory and what lies in it; fine when it is not there."""
+    """A checkpoint's directory and what lies in it; fine when it is not there. A link goes, what it leads to stays."""
+    if path.is_symlink():
+        remove(path)
+        return
     with suppress(FileNotFoundError):
         for entry in path.iterdir():
             if entry.is_dir() and not entry.is_symlink():

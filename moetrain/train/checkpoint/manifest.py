@@ -63,6 +63,11 @@ def read_checked(path: Path) -> Any:
     return json.loads(body.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
 
 
+def is_step(name: str) -> bool:
+    """Whether a directory of this name is a checkpoint of ours."""
+    return _STEP.fullmatch(name) is not None
+
+
 def complete(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = (run_dir / "checkpoints").glob("step-*")

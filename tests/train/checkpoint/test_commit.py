@@ -20,7 +20,7 @@ from moetrain.train.checkpoint.payload import Item
 from moetrain.train.checkpoint.verify import problems
 from moetrain.train.checkpoint.writer import Saver
 from tests.integration.training import make_run
-from tests.train.checkpoint.saved import SMALL, flip, payload
+from tests.train.checkpoint.saved import SMALL, flip, payload, saved
 
 VALUES = {"step": 7, "tokens": 70}
 
@@ -245,3 +245,29 @@ def test_a_checkpoint_of_the_same_step_is_replaced_only_if_it_is_damaged(tmp_pat
     flip(payload(directory), -1 + payload(directory).stat().st_size)
     write(tmp_path, [item("a", b"cd", (2,))])
     assert payload(directory).read_bytes().endswith(b"cd") and tree(tmp_path) == ["step-00000007", "step-00000007.damaged"]
+
+
+def test_a_link_is_removed_and_what_it_leads_to_stays(run, tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "deep").mkdir(parents=True)
+    (mine / "deep" / "work").write_text("years of it")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name in ("step-00000001.tmp-0", "step-00000001"):
+        (checkpoints / name).symlink_to(mine, target_is_directory=True)
+    remove_leftovers(tmp_path / "run")
+    assert not (checkpoints / "step-00000001.tmp-0").is_symlink()
+    for step in (2, 3):
+        saved(run, tmp_path / "run", step)
+    retire(tmp_path / "run", 2)
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000003"]
+    assert (mine / "deep" / "work").read_text() == "years of it"
+
+
+def test_copies_of_checkpoints_under_other_names_are_left_alone(run, tmp_path):
+    first = saved(run, tmp_path, 1)
+    shutil.copytree(first, first.with_name("step-00000001-best"))
+    for step in (2, 3):
+        saved(run, tmp_path, step)
+    assert [path.name for path in retire(tmp_path, 2)] == ["step-00000001"]
+    assert (first.with_name("step-00000001-best") / "manifest.json").exists()
