@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moetrain
+import netlab
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import build_mesh, mesh_sizes
 from moetrain.config.build import build
@@ -79,9 +80,6 @@ def main() -> None:
     out = Path(options.out)
     spec = out.with_suffix(".traces.npz")
     np.savez(spec, **traces)
-    sys.path.insert(0, str(Path(__file__).parent))
-    import netlab
-
     code = netlab.run([__file__, *sys.argv[1:], "--worker", str(spec)], nodes=options.nodes, per_node=options.per_node,
                       inside=options.inside, between=options.between,
                       env={"PYTHONPATH": str(Path(moetrain.__file__).parents[1])})
@@ -193,15 +191,12 @@ class Stack:
 
 
 def _bytes_per_second(rate: str) -> float:
-    import netlab
-
     bits = netlab.bits_per_second(rate)
     return bits / 8 if bits else 1e9
 
 
 def work(options: argparse.Namespace, spec: Path) -> None:
     dist.init_process_group("gloo")
-    sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     results = {}
     with np.load(spec) as traces:

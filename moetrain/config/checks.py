@@ -261,12 +261,14 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "1 or more": (lambda x: x >= 1, "1", [
         "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers",
         "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim",
-        "parallel.ep", "parallel.shard", "parallel.window", "train.global_batch", "train.micro_batch", "train.seq_len", "data.domain_cap",
+        "parallel.ep", "parallel.shard", "parallel.window", "train.global_batch", "train.micro_batch", "train.seq_len",
+        "data.domain_cap",
         "data.vocab_size", "data.num_domains", "eval.windows", "eval.batch", "log.interval", "generate.tokens",
         "checkpoint.max_failed_saves"]),
     "2 or more": (lambda x: x >= 2, "2", ["checkpoint.keep"]),
     "0 or more": (lambda x: x >= 0, "0", [
-        "parallel.room", "parallel.rehome_interval", "run.seed", "run.max_restarts", "run.grace_s", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
+        "parallel.room", "parallel.rehome_interval", "hardware.latency_s", "run.seed", "run.max_restarts", "run.grace_s",
+        "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
         "train.clip", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "log.heatmap_every", "generate.temperature", "generate.seed"]),
     "above 0": (lambda x: x > 0, "1e-3", [

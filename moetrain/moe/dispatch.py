@@ -71,7 +71,7 @@ class TokenDispatcher:
         self.slots = placement.slots_per_position
         self.held = len(placement.slots_of(self.exchange.position))
         self.table_E = slot_table(placement, self.device)
-        self.replicas = replica_table(placement, self.device)
+        self.replicas = replica_table(placement, self.device) if placement.copies else None
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sent:
         physical_TK, received_Pe = self._assign(routing.ids_TK)

@@ -76,10 +76,6 @@ class CopyManager:
         for layer in self.layers.values():
             layer.release()
 
-    def live_bytes(self) -> int:
-        """Bytes of copies and of their summed gradients that are held now."""
-        return sum(layer.live_bytes() for layer in self.layers.values())
-
 
 class LayerCopies:
     """The copies of one layer: the state machine between `post` and `release`. `bank.copies` is one of these."""
@@ -168,9 +164,6 @@ class LayerCopies:
     def release(self) -> None:
         assert self._arriving is None and self._leaving is None, "a collective is still under way"
         self._rows_cW = self._gradients_cW = None
-
-    def live_bytes(self) -> int:
-        return sum(rows.nbytes for rows in (self._rows_cW, self._gradients_cW) if rows is not None)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Place":
         if self._rows_cW is None or not tensor.numel() or _storage(tensor) != _storage(self._rows_cW):

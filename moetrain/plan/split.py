@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moetrain.plan.assign import replica_table
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.levels import level
 from moetrain.plan.modelled import modelled
@@ -29,8 +30,8 @@ SWEEPS = 12         # at most, over all groups of rows; loads settle sooner, exc
 STEPS = 2           # mixtures tried on the way from one split to a better balanced one
 
 
-class Replicas(NamedTuple):
-    """A placement's replicas as tensors, all int64."""
+class Reach(NamedTuple):
+    """Where a placement's replicas are to sources, all int64."""
 
     expert_C: Tensor
     position_C: Tensor
@@ -41,14 +42,14 @@ class Replicas(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def replicas(placement: LayerPlacement, topology: Topology, device: torch.device) -> Replicas:
+def reach(placement: LayerPlacement, topology: Topology, device: torch.device) -> Reach:
     """Tables of a placement; kept, because a plan lives for many micro-batches. Not to be written to."""
     assert placement.positions == topology.positions, (placement.positions, topology)
-    expert_C, position_C, _ = torch.tensor(placement.replicas, dtype=torch.int64, device=device).T.contiguous()
+    expert_C, position_C, _ = replica_table(placement, device)
     node_C = position_C // topology.per_node
     first_E = torch.searchsorted(expert_C, torch.arange(placement.num_experts, device=device))
     cell_C = expert_C * topology.nodes + node_C
-    return Replicas(expert_C, position_C, node_C, first_E[expert_C], torch.searchsorted(cell_C, cell_C), first_E)
+    return Reach(expert_C, position_C, node_C, first_E[expert_C], torch.searchsorted(cell_C, cell_C), first_E)
 
 
 def local_first(n_PE: Tensor, placement: LayerPlacement, topology: Topology, first_source: int = 0) -> Tensor:
@@ -57,7 +58,7 @@ def local_first(n_PE: Tensor, placement: LayerPlacement, topology: Topology, fir
     n_PE: any block of consecutive sources, the first of them at position `first_source`. What does not divide evenly starts
     at a replica that depends on source and expert, so that not all sources favour the same one.
     """
-    held = replicas(placement, topology, n_PE.device)
+    held = reach(placement, topology, n_PE.device)
     source_P1 = torch.arange(first_source, first_source + len(n_PE), device=n_PE.device)[:, None]
     far_PC = torch.where(held.position_C == source_P1, 0, torch.where(held.node_C == source_P1 // topology.per_node, 1, 2))
     nearest_PE = torch.full_like(n_PE, 2).scatter_reduce(1, held.expert_C.expand_as(far_PC), far_PC, "amin")
@@ -78,7 +79,7 @@ def waterfill(n_PE: Tensor, placement: LayerPlacement, topology: Topology, costs
     Runs on the host (the exchange needs the counts there anyway) and returns on the device of n_PE.
     """
     n_PE, device = n_PE.cpu(), n_PE.device
-    held = replicas(placement, topology, n_PE.device)
+    held = reach(placement, topology, n_PE.device)
     best_PC = local_first(n_PE, placement, topology)
     best_P = _loads(best_PC, held, topology)
     if len(held.expert_C) == placement.num_experts or int(best_P.max()) <= -(-int(n_PE.sum()) // topology.positions):
@@ -98,7 +99,7 @@ def shares(n_PE: Tensor, quotas_C: Tensor, placement: LayerPlacement, topology: 
     n_PE: the counts of all sources. An expert's rows, in the order of their sources, are cut where the quotas' running sums
     say; rows of an expert without any quota go to its home.
     """
-    held = replicas(placement, topology, n_PE.device)
+    held = reach(placement, topology, n_PE.device)
     home_E = torch.tensor(placement.home, device=n_PE.device)
     quotas_C = quotas_C.to(n_PE.device)
     planned_E = torch.zeros_like(home_E).index_add_(0, held.expert_C, quotas_C)
@@ -111,7 +112,7 @@ def shares(n_PE: Tensor, quotas_C: Tensor, placement: LayerPlacement, topology: 
     return _overlap(n_PE, cut_C, held, torch.zeros(len(n_PE), dtype=torch.int64, device=n_PE.device), held.first_C)
 
 
-def match(n_PE: Tensor, quotas_C: Tensor, held: Replicas, topology: Topology) -> Tensor:
+def match(n_PE: Tensor, quotas_C: Tensor, held: Reach, topology: Topology) -> Tensor:
     """Sources to quotas whose sum is every expert's rows: own replica first, then the same node, then the rest in order."""
     own_C = torch.minimum(n_PE[held.position_C, held.expert_C], quotas_C)
     split_PC = n_PE.new_zeros(len(n_PE), len(own_C))
@@ -129,7 +130,7 @@ def match(n_PE: Tensor, quotas_C: Tensor, held: Replicas, topology: Topology) ->
     return split_PC + _overlap(left_PE, left_C, held, torch.zeros_like(source_P), held.first_C)
 
 
-def _candidates(split_PC: Tensor, n_PE: Tensor, held: Replicas, topology: Topology) -> list[Tensor]:
+def _candidates(split_PC: Tensor, n_PE: Tensor, held: Reach, topology: Topology) -> list[Tensor]:
     """Quotas [C], from those of `local_first` towards the best balanced."""
     by_node_NC = split_PC.new_zeros(topology.nodes, split_PC.shape[1])
     by_node_NC.index_add_(0, torch.arange(len(split_PC)) // topology.per_node, split_PC)
@@ -143,13 +144,13 @@ def _candidates(split_PC: Tensor, n_PE: Tensor, held: Replicas, topology: Topolo
     return found
 
 
-def _between(start_C: Tensor, end_C: Tensor, step: int, held: Replicas) -> Tensor:
+def _between(start_C: Tensor, end_C: Tensor, step: int, held: Reach) -> Tensor:
     """Quotas at step / STEPS of the way. Running sums are mixed, so that every expert's sum stays what it is."""
     mixed_C = start_C.cumsum(0) + (end_C - start_C).cumsum(0) * step // STEPS
     return mixed_C.diff(prepend=mixed_C.new_zeros(1))
 
 
-def _overlap(left_PE: Tensor, left_C: Tensor, held: Replicas, first_P: Tensor, first_C: Tensor) -> Tensor:
+def _overlap(left_PE: Tensor, left_C: Tensor, held: Reach, first_P: Tensor, first_C: Tensor) -> Tensor:
     """[P, C]: sources laid end to end against replicas laid end to end, from a first source and a first replica on."""
     end_PE = left_PE.cumsum(0)
     end_PE = end_PE - (end_PE - left_PE)[first_P]
@@ -163,5 +164,5 @@ def _within(end_C: Tensor, rows_C: Tensor, first_C: Tensor) -> Tensor:
     return end_C - (end_C - rows_C)[first_C]
 
 
-def _loads(split_PC: Tensor, held: Replicas, topology: Topology) -> Tensor:
+def _loads(split_PC: Tensor, held: Reach, topology: Topology) -> Tensor:
     return split_PC.new_zeros(topology.positions).index_add_(0, held.position_C, split_PC.sum(0))

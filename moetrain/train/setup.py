@@ -19,10 +19,10 @@ from moetrain.data.batch import Dataset
 from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
 from moetrain.errors import ConfigError
-from moetrain.plan.costs import Costs, Topology
 from moetrain.model.build import build_model, plan_homes
-from moetrain.model.transformer import Transformer
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
+from moetrain.model.transformer import Transformer
+from moetrain.plan.costs import Costs, Topology
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
 from moetrain.train.planning import Planning, Rhythm, Surroundings

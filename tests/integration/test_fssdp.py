@@ -22,7 +22,7 @@ from moetrain.train.checkpoint.writer import save
 from moetrain.train.planning import Planning
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
-from tests.integration.training import FORCED, Trained, alone, difference, make_run, snapshot, union, whole
+from tests.integration.training import FORCED, Trained, alone, difference, make_run, train_run, union, whole
 from tests.train.test_state import unsaved
 
 STEPS = 20
@@ -60,14 +60,7 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
 def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Trained:
     run = run_with_copies(overrides, forced, seed)
     run.state.planning.restored()                        # copies from the first step on
-    metrics, counts, gradients = [], [], {}
-    for step in range(1, steps + 1):
-        result = train_step(run, step)
-        metrics.append(result.metrics)
-        counts.append({name: count.clone() for name, count in result.counts.items()})
-        if step == 1:
-            gradients = snapshot(run, lambda parameter: parameter.grad)
-    return Trained(snapshot(run, lambda parameter: parameter.data), gradients, metrics, counts)
+    return train_run(run, steps)
 
 
 @cache

@@ -68,7 +68,10 @@ def alone(overrides: list[str], steps: int, forced: Forced = None) -> Trained:
 
 
 def train_steps(overrides: list[str], steps: int, forced: Forced = None) -> Trained:
-    run = make_run(overrides, forced)
+    return train_run(make_run(overrides, forced), steps)
+
+
+def train_run(run: Run, steps: int) -> Trained:
     metrics, counts, gradients = [], [], {}
     for step in range(1, steps + 1):
         result = train_step(run, step)

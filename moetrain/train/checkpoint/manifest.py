@@ -43,7 +43,7 @@ def read_manifest(directory: Path) -> Manifest:
         if raw.get("version") != VERSION:
             raise _Wrong(f"version {raw.get('version')!r} is not {VERSION}, the one this release reads")
         manifest = _manifest(raw)
-        _require(not _STEP.fullmatch(directory.name) or manifest.values["step"] == step_of(directory),
+        _require(not is_step(directory.name) or manifest.values["step"] == step_of(directory),
                  f"it is of step {manifest.values['step']}, in a directory of another step")
         return manifest
     except OSError as error:
@@ -71,7 +71,7 @@ def is_step(name: str) -> bool:
 def complete(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if _STEP.fullmatch(path.name) and (path / NAME).exists())
+    return sorted(path for path in found if is_step(path.name) and (path / NAME).exists())
 
 
 def newest(run_dir: Path) -> Path | None:

@@ -1,7 +1,8 @@
 """Loading: every rank reads the rows it holds, by name, from whatever mesh wrote them.
 
-    load, load_model             one checkpoint into a state, or the model alone
-    resume, load_newest_model    the newest that is good; the same one on every rank
+    load                 one checkpoint into a state
+    resume               the newest that is good, the same one on every rank
+    load_newest_model    the same for the model alone
 
 Nothing is written into the state before everything this rank will read has been compared with its checksums, and nothing
 is unpickled.
@@ -51,13 +52,6 @@ def load(state: TrainState, directory: Path, *, verify: str = "full", mesh: Mesh
     loading = Loading(state.pieces(), directory, verify)
     _load(loading, mesh)
     state.restore(loading.manifest.values)
-    return loading.manifest
-
-
-def load_model(model: Transformer, directory: Path, *, verify: str = "full", mesh: Mesh | None = None) -> Manifest:
-    """Fill the model alone, for evaluation and generation."""
-    loading = Loading(weights(model), directory, verify, only=MODEL)
-    _load(loading, mesh)
     return loading.manifest
 
 

@@ -9,7 +9,7 @@ import torch
 from moetrain.errors import CheckpointError
 from moetrain.train.checkpoint import reader
 from moetrain.train.checkpoint.manifest import complete, read_manifest
-from moetrain.train.checkpoint.reader import load, load_model, load_newest_model, resume
+from moetrain.train.checkpoint.reader import load, load_newest_model, resume
 from moetrain.train.step import train_step
 from tests.integration.training import make_run
 from tests.train.checkpoint.saved import SIZES, flip, payload, saved, tensors, trained
@@ -95,7 +95,7 @@ def test_an_expert_too_many_in_the_checkpoint_is_refused(two_steps, tmp_path):
 def test_the_model_alone_needs_no_optimizer(two_steps):
     run, directory = two_steps
     other = make_run([*SIZES, "run.seed=9"])
-    load_model(other.state.model, directory)
+    assert load_newest_model(other.state.model, directory.parents[1], other.mesh).path == directory
     for (name, mine), theirs in zip(run.state.model.named_parameters(), other.state.model.parameters()):
         assert torch.equal(mine, theirs), name
 
