@@ -61,6 +61,8 @@ class ParallelConfig:
                                   "ep_fsdp, fssdp: the dense part)")
     room: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")
     rematerialize: bool = key(False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
+    collective: Literal["packed", "two_level"] = key("packed", "fssdp: how copies travel: from their homes straight to every rank, "
+                                                               "or over one rank of each other node")
     window: int = key(5, "fssdp: steps whose mean load forecasts that of the next")
     rehome_interval: int = key(100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
 

@@ -11,6 +11,7 @@ from moetrain.moe.experts import GroupedExperts
 from moetrain.parallel.data_parallel import GradientReducer
 from moetrain.parallel.fsdp import shard
 from moetrain.parallel.fssdp import CopyManager
+from moetrain.plan.costs import Topology
 
 
 class Parallel(NamedTuple):
@@ -46,11 +47,12 @@ def shard_parameters(model: Transformer, mesh: Mesh) -> None:
           ignore=experts)
 
 
-def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool) -> CopyManager:
+def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: str, topology: Topology) -> CopyManager:
     """Let the experts of every layer be copied to other positions."""
     sparse = [block for block in model.layers if block.moe is not None]
     return CopyManager({block.moe.name: block.moe.experts.bank for block in sparse}, mesh["ep"], dtype=model.dtype,
-                       rematerialize=rematerialize, recompute=any(block.recompute is not None for block in sparse))
+                       rematerialize=rematerialize, recompute=any(block.recompute is not None for block in sparse),
+                       form=form, topology=topology)
 
 
 def parallelize(model: nn.Module, mesh: Mesh, copies: CopyManager | None = None) -> Parallel:

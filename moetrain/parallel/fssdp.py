@@ -3,12 +3,12 @@
 An iteration, for every layer with experts:
 
     plan        known before the step: which positions get copies of which experts            plan/planners/
-    post        at the block's start: the sparse all-gather starts, attention hides it        comm/sparse.py
+    post        at the block's start: the sparse all-gather starts, attention hides it        comm/sparse/
     take        between dispatch and experts: wait; the rows pass through
     use         one grouped product over homes and copies                                     ops/grouped_experts.py
     leave       the outputs pass through; with `rematerialize` the copies are dropped here
     …backward   leave': post again     use': gradients     take': add them up; the last micro-batch posts the reduction
-    finish      after the last backward: wait, sum at the home in the order of positions
+    finish      after the last backward: wait, sum at the home in a fixed order
     release     after the update: copies are stale
 
 Only homes have optimizer state, so a plan may change at every step without moving any. The dense part is FSDP2's, which never
@@ -36,20 +36,24 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.sparse import Flight, Lanes, lanes, post_gather, post_reduce, sum_at_home
+from moetrain.comm.sparse.base import Collective, Handle
+from moetrain.comm.sparse.forms import collective
 from moetrain.moe.bank import ExpertBank, Taken
-from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+from moetrain.plan.costs import Topology
+from moetrain.plan.placement import ExpertPlacement
 
 
 class CopyManager:
     """banks: those of the model by router name, in layer order; `copies` of each is set.
 
     group: the positions, `ep`. dtype: of the computation, and of copies on the wire. rematerialize: see above.
-    recompute: activation checkpointing runs blocks again in backward.
+    recompute: activation checkpointing runs blocks again in backward. form: of the collectives (comm/sparse/forms.py).
+    topology: how the positions lie on nodes; None: on one.
     """
 
     def __init__(self, banks: Mapping[str, ExpertBank], group: Group, *, dtype: torch.dtype, rematerialize: bool,
-                 recompute: bool) -> None:
+                 recompute: bool, form: str = "packed", topology: Topology | None = None) -> None:
+        self.form, self.topology, self.group = form, topology or Topology(group.size, group.size), group
         self.layers: dict[str, LayerCopies] = {}
         below = None
         for name, bank in banks.items():
@@ -58,7 +62,9 @@ class CopyManager:
     def adopt(self, placement: ExpertPlacement) -> None:
         """A plan for the steps to come. Between steps only: copies of the old one are gone."""
         for name, layer in placement.layers:
-            self.layers[name].adopt(layer)
+            copies = self.layers[name]
+            device = copies.bank.gate_up.device
+            copies.adopt(collective(self.form, layer, self.topology, self.group.position, device) if layer.copies else None)
 
     def begin(self, backwards: int) -> None:
         """A step with so many micro-batches begins."""
@@ -85,24 +91,23 @@ class LayerCopies:
         self.bank, self.group, self.dtype, self.below = bank, group, dtype, below
         self.rematerialize = rematerialize
         self.hooked = rematerialize and not recompute    # a recomputed block keeps nothing that hooks would have to drop
-        self.lanes: Lanes | None = None                  # None: no position has a copy in this layer
+        self.lanes: Collective | None = None             # None: no position has a copy in this layer
         self.backwards = 0                               # of this step, still to come
-        self._arriving: Flight | None = None
+        self._arriving: Handle | None = None
         self._rows_cW: Tensor | None = None              # the copies, while they are here
         self._gradients_cW: Tensor | None = None
-        self._leaving: Flight | None = None
+        self._leaving: Handle | None = None
         self._anchor = torch.zeros(0, requires_grad=True)      # so that backward comes by even if no row needs gradients
 
-    def adopt(self, placement: LayerPlacement) -> None:
+    def adopt(self, lanes: Collective | None) -> None:
         self.release()
-        device = self.bank.gate_up.device
-        self.lanes = lanes(placement, self.group.position, device) if placement.copies else None
+        self.lanes = lanes
 
     @torch.no_grad()
     def post(self) -> None:
         """Start bringing the copies, unless they are here or on their way."""
         if self.lanes is not None and self._arriving is None and self._rows_cW is None:
-            self._arriving = post_gather([self.bank.gate_up, self.bank.down], self.lanes, self.group, self.dtype)
+            self._arriving = self.lanes.post_gather([self.bank.gate_up, self.bank.down], self.group, self.dtype)
 
     def take(self, x_ND: Tensor) -> Taken:
         """Wait for the copies; the rows pass through."""
@@ -147,7 +152,7 @@ class LayerCopies:
         self._gradients_cW = gradients_cW if self._gradients_cW is None else self._gradients_cW.add_(gradients_cW)
         self.backwards -= 1
         if self.backwards == 0:
-            self._leaving, self._gradients_cW = post_reduce(self._gradients_cW, self.lanes, self.group), None
+            self._leaving, self._gradients_cW = self.lanes.post_reduce(self._gradients_cW, self.group), None
 
     def finish(self) -> None:
         """The gradients of the homes, with those of all copies. Waits."""
@@ -159,7 +164,7 @@ class LayerCopies:
         widths = [matrix.shape[1:].numel() for matrix in matrices]
         for matrix, part_sW in zip(matrices, received_sW.split(widths, dim=1)):
             own = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
-            matrix.grad = sum_at_home(own.flatten(1), part_sW, self.lanes).view_as(matrix)
+            matrix.grad = self.lanes.sum_at_home(own.flatten(1), part_sW).view_as(matrix)
 
     def release(self) -> None:
         assert self._arriving is None and self._leaving is None, "a collective is still under way"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.sparse import Flight
+from moetrain.comm.sparse.base import Flight
 from moetrain.moe.bank import MATRICES, ExpertBank
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 

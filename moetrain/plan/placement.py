@@ -5,7 +5,7 @@ says so, copies on further positions. Plain expert parallelism is the placement 
 (`contiguous`). Pure data: hashable, comparable.
 
 A position's *slots* are the experts it can compute, in the order of its weights: its homes by id, then its copies by the
-position they come from and by id, which is the order in which they arrive (comm/sparse.py). Physical slot id = position *
+position they come from and by id, which is the order in which they arrive (comm/sparse/). Physical slot id = position *
 slots_per_position + slot.
 """
 

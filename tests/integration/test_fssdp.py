@@ -50,10 +50,12 @@ class Random:
 
 
 def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
-    run = make_run(overrides, forced)
-    planning = run.state.planning
-    planning.planner = Random(seed)
-    planning.surroundings = planning.surroundings._replace(topology=Topology(run.mesh["ep"].size, 2))
+    """Two ranks a node."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        run = make_run(overrides, forced)
+    assert run.state.planning.surroundings.topology == Topology(run.mesh["ep"].size, 2)
+    run.state.planning.planner = Random(seed)
     return run
 
 
@@ -84,6 +86,9 @@ CASES = {
     "homes that move, Muon": (2, ["parallel.rehome_interval=4"], 1, False, ["optim=muon"]),
     "homes that move, replicated": (4, ["parallel.ep=2", "parallel.rehome_interval=5"], 2, True, []),
     "uneven homes": (4, [], 1, False, ["model.num_experts=[7,3]"]),
+    "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
+    "two levels, gathered again": (4, ["parallel.collective=two_level", "parallel.rematerialize=true"], 2, True, []),
+    "two levels, recomputed": (4, ["parallel.collective=two_level", "train.activation_checkpointing=full"], 2, False, []),
 }
 
 

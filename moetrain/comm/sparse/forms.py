@@ -1,0 +1,41 @@
+"""The forms of the sparse collectives, by name, and the differentiable pair.
+
+`sparse_all_gather` is the pair as mathematics has it: the reference, and the oracle of tests. A training run posts early and
+waits late instead (parallel/fssdp.py).
+"""
+
+import torch
+from torch import Tensor
+
+from moetrain.comm.mesh import Group
+from moetrain.comm.sparse.base import Collective
+from moetrain.comm.sparse.packed import Packed
+from moetrain.comm.sparse.two_level import TwoLevel
+from moetrain.plan.costs import Topology
+from moetrain.plan.placement import LayerPlacement
+
+FORMS = {"packed": Packed, "two_level": TwoLevel}
+
+
+def collective(form: str, placement: LayerPlacement, topology: Topology, position: int, device: torch.device) -> Collective:
+    """What a position sends and receives under a placement."""
+    assert placement.positions == topology.positions, (placement.positions, topology.positions)
+    return FORMS[form](placement, topology, position, device)
+
+
+def sparse_all_gather(homes_hW: Tensor, collective: Collective, group: Group) -> Tensor:
+    """Weights of all slots here, [h + c, W]: homes, then copies. Its gradient is the sparse reduce-scatter. Waits."""
+    return _SparseAllGather.apply(homes_hW, collective, group)
+
+
+class _SparseAllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, homes_hW, collective, group):
+        ctx.collective, ctx.group = collective, group
+        return torch.cat([homes_hW, collective.post_gather([homes_hW], group).wait()])
+
+    @staticmethod
+    def backward(ctx, grad_W):
+        own_hW, copies_cW = grad_W.split([len(grad_W) - ctx.collective.copies, ctx.collective.copies])
+        received_sW = ctx.collective.post_reduce(copies_cW.contiguous(), ctx.group).wait()
+        return ctx.collective.sum_at_home(own_hW, received_sW), None, None

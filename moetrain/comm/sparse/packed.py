@@ -1,0 +1,39 @@
+"""Straight from the homes: one uneven all-to-all.
+
+A home sends by destination and then by expert, so what a position receives lies by home and then by expert, which is the
+order of its copies' slots (plan/placement.py). The receive buffer of the gather is the weights of the copies, and their
+gradient is the send buffer of the reduction: only homes pack and sum.
+
+Sums run over positions in ascending order, the home's own part in its place.
+
+Shapes: h homes here, c copies here, s experts sent (once for each destination), W numbers of an expert.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moetrain.comm.mesh import Group
+from moetrain.comm.sparse.base import Flight, add_ascending, lane, message
+from moetrain.plan.costs import Topology
+from moetrain.plan.placement import LayerPlacement
+from moetrain.plan.transfers import packed
+
+
+class Packed:
+    def __init__(self, placement: LayerPlacement, topology: Topology, position: int, device: torch.device) -> None:
+        (leg,) = packed(placement, topology)
+        self.copies = len(placement.copies_at(position))
+        self.lane = lane(leg, position, placement.positions, placement.experts_of(position), device)
+
+    def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Flight:
+        return Flight(message(homes, self.lane, dtype), self.lane.sent, self.lane.received, group)
+
+    def post_reduce(self, gradients_cW: Tensor, group: Group) -> Flight:
+        return Flight(gradients_cW, self.lane.received, self.lane.sent, group)
+
+    def sum_at_home(self, own_hW: Tensor, received_sW: Tensor) -> Tensor:
+        total_hW = torch.zeros_like(own_hW)
+        add_ascending(total_hW, own_hW, received_sW, self.lane, range(len(self.lane.sent)))
+        return total_hW

@@ -1,0 +1,92 @@
+"""Over leaders: what goes to another node crosses once, and is passed on there.
+
+    gather     homes -> copies on their node, and one leader on each other node that has copies -> the rest of that node
+    reduce     the same way back: a leader sums its node's gradients and sends one row home
+
+Two uneven all-to-alls, of which the second carries what the first has brought: it starts when the handle is waited for,
+so behind other work hides the first alone. Where nobody has anything to pass on there is but one.
+
+Sums have two levels too: of each node, over its positions in ascending order; then of nodes in ascending order. The home's
+own part has its place in the sum of its node.
+
+Shapes: h homes here, c copies here: a that come from their homes, r passed on by leaders; s experts that homes here send
+(once for each destination), W numbers of an expert.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moetrain.comm.mesh import Group
+from moetrain.comm.sparse.base import Flight, Handle, add_ascending, arrivals, lane, message
+from moetrain.plan.costs import Topology
+from moetrain.plan.placement import LayerPlacement
+from moetrain.plan.transfers import two_level
+
+
+class Relay:
+    """Two flights under way. `wait` gives the rows that the second brings, once."""
+
+    def __init__(self, first: Flight, carry_on: Callable[[Tensor], Flight],
+                 together: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.first, self.carry_on, self.together = first, carry_on, together
+
+    def wait(self) -> Tensor:
+        brought = self.first.wait()
+        return self.together(brought, self.carry_on(brought).wait())
+
+
+class TwoLevel:
+    """topology: how positions lie on nodes."""
+
+    def __init__(self, placement: LayerPlacement, topology: Topology, position: int, device: torch.device) -> None:
+        across, inside = two_level(placement, topology)
+        copies, positions = placement.copies_at(position), placement.positions
+        direct, passed_on = arrivals(across, position), arrivals(inside, position)
+        self.topology, self.position, self.copies, self.relayed = topology, position, len(copies), bool(inside)
+        self.across = lane(across, position, positions, placement.experts_of(position), device)
+        self.inside = lane(inside, position, positions, direct, device)
+        self.slots_a = torch.tensor([copies.index(expert) for expert in direct], dtype=torch.int64, device=device)
+        self.slots_r = torch.tensor([copies.index(expert) for expert in passed_on], dtype=torch.int64, device=device)
+
+    def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Handle:
+        first = Flight(message(homes, self.across, dtype), self.across.sent, self.across.received, group)
+        if not self.relayed:                             # all come from their homes: in the order of slots
+            return first
+        return Relay(first, lambda rows_aW: self._pass_on(rows_aW, group), self._in_slots)
+
+    def post_reduce(self, gradients_cW: Tensor, group: Group) -> Handle:
+        if not self.relayed:
+            return self._homewards(gradients_cW, group)
+        own_aW = gradients_cW[self.slots_a]
+        first = Flight(gradients_cW[self.slots_r], self.inside.received, self.inside.sent, group)
+        return Relay(first, lambda received: self._homewards(self._sum_at_leader(own_aW, received), group),
+                     lambda _, received_sW: received_sW)
+
+    def sum_at_home(self, own_hW: Tensor, received_sW: Tensor) -> Tensor:
+        total_hW = torch.zeros_like(own_hW)
+        for node in range(self.topology.nodes):
+            here = node == self.topology.node_of(self.position)
+            node_hW = torch.zeros_like(own_hW) if here else total_hW         # of another node one row has come: its sum
+            add_ascending(node_hW, own_hW, received_sW, self.across, self.topology.positions_of(node))
+            if here:
+                total_hW += node_hW
+        return total_hW
+
+    def _pass_on(self, rows_aW: Tensor, group: Group) -> Flight:
+        return Flight(rows_aW[self.inside.index_s], self.inside.sent, self.inside.received, group)
+
+    def _in_slots(self, rows_aW: Tensor, rows_rW: Tensor) -> Tensor:
+        rows_cW = rows_aW.new_empty(self.copies, rows_aW.shape[1])
+        rows_cW[self.slots_a], rows_cW[self.slots_r] = rows_aW, rows_rW
+        return rows_cW
+
+    def _sum_at_leader(self, own_aW: Tensor, received_W: Tensor) -> Tensor:
+        """Own gradients and those of the copies that were passed on from here: [a, W]."""
+        total_aW = torch.zeros_like(own_aW)
+        add_ascending(total_aW, own_aW, received_W, self.inside, range(self.topology.positions))
+        return total_aW
+
+    def _homewards(self, rows_aW: Tensor, group: Group) -> Flight:
+        return Flight(rows_aW, self.across.received, self.across.sent, group)

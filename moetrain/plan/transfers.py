@@ -1,0 +1,84 @@
+"""Which expert travels from where to where when copies are brought, and what that sends: the legs of a sparse collective.
+
+A *leg* is one exchange between all positions; a transfer in it is the weights of one expert from one position to another.
+
+    packed      one leg: from the home to every copy
+    two_level   two: from the home to the copies on its node, and to one copy on each other node, the leader; then from
+                leaders to the other copies on their node. What crosses between nodes crosses once for each node
+
+Leaders rotate by expert id among the positions of a node that hold a copy, so none needs memory for another's sake.
+
+Gradients take the same legs the other way, the last leg first: what a position sends of them is what it would receive of
+weights. Pure functions of a placement: all positions derive the same legs, comm/sparse/ carries them out.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import NamedTuple
+
+from moetrain.plan.costs import Topology
+from moetrain.plan.placement import LayerPlacement
+
+
+class Transfer(NamedTuple):
+    """One expert on its way between two positions."""
+
+    expert: int
+    source: int
+    to: int
+
+    def reversed(self) -> "Transfer":
+        return Transfer(self.expert, self.to, self.source)
+
+
+Leg = tuple[Transfer, ...]
+
+
+class Traffic(NamedTuple):
+    """Bytes that each position sends, by position: to others on its node, and to other nodes."""
+
+    inside: tuple[int, ...]
+    between: tuple[int, ...]
+
+
+def packed(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
+    """Straight from the homes."""
+    return (tuple(Transfer(expert, placement.home[expert], to) for expert, to in placement.copies),)
+
+
+def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
+    """To leaders, and from them. The second leg is empty where no leader has anybody to pass an expert on to."""
+    groups: dict[tuple[int, int], list[int]] = {}            # (expert, node) -> copies, ascending
+    for expert, to in placement.copies:
+        groups.setdefault((expert, topology.node_of(to)), []).append(to)
+    first, second = [], []
+    for (expert, node), copies in groups.items():
+        home = placement.home[expert]
+        if node == topology.node_of(home):
+            first += [Transfer(expert, home, to) for to in copies]
+            continue
+        leader = copies[expert % len(copies)]
+        first.append(Transfer(expert, home, leader))
+        second += [Transfer(expert, leader, to) for to in copies if to != leader]
+    return tuple(first), tuple(second)
+
+
+LEGS: dict[str, Callable[[LayerPlacement, Topology], tuple[Leg, ...]]] = {"packed": packed, "two_level": two_level}
+
+
+def gather_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int) -> Traffic:
+    """What bringing the copies sends. expert_bytes: of one expert's weights on the wire."""
+    return _sent(chain(*LEGS[form](placement, topology)), topology, expert_bytes)
+
+
+def reduce_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int) -> Traffic:
+    """What taking the gradients home sends. expert_bytes: of one expert's gradient on the wire."""
+    return _sent(map(Transfer.reversed, chain(*LEGS[form](placement, topology))), topology, expert_bytes)
+
+
+def _sent(transfers: Iterable[Transfer], topology: Topology, nbytes: int) -> Traffic:
+    inside, between = [0] * topology.positions, [0] * topology.positions
+    for _, source, to in transfers:
+        sent = inside if topology.node_of(source) == topology.node_of(to) else between
+        sent[source] += nbytes
+    return Traffic(tuple(inside), tuple(between))
