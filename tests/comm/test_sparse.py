@@ -73,7 +73,7 @@ def gradient(expert: int, position: int, whole: bool) -> Tensor:
     generator = torch.Generator().manual_seed(100 * expert + position)
     if whole:
         return torch.randint(-2**20, 2**20, (WIDTH,), generator=generator).float()
-    return torch.randn(WIDTH, generator=generator) * 10.0 ** (position * 3)      # so that the order of a sum shows
+    return torch.randn(WIDTH, generator=generator) * 10.0 ** position            # so that the order of a sum shows
 
 
 def reduced(seed: int, whole: bool, form: str, nodes: str, late: tuple[int, ...] = ()) -> Tensor:
