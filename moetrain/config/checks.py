@@ -187,6 +187,22 @@ def expert_parallel(config: Config, ranks: int) -> Iterator[ConfigError]:
                           else f"{_choose('parallel.ep', fits_experts)}, with run.nproc a multiple of it")
 
 
+def sliced(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Homes are cut up where they are looked at; and an optimizer that needs whole matrices has no use for pieces."""
+    parallel = config.parallel
+    if parallel.mode != "fssdp" or not parallel.sliced:
+        return
+    if not parallel.rehome_interval:
+        yield ConfigError(80, f"parallel.sliced={parallel.sliced} with parallel.rehome_interval=0",
+                          where="parallel.sliced, parallel.rehome_interval",
+                          why="which experts are cut up is decided when homes are looked at, which is never",
+                          next="parallel.rehome_interval=100, or parallel.sliced=0")
+    if config.optim.name == "muon":
+        yield ConfigError(81, f"parallel.sliced={parallel.sliced} with optim=muon", where="parallel.sliced, optim.name",
+                          why="Muon iterates whole matrices, and no rank has those of a sliced expert",
+                          next="parallel.sliced=0, or optim=adamw")
+
+
 def batch(config: Config, ranks: int) -> Iterator[ConfigError]:
     train = config.train
     together = ranks * (train.micro_batch or 1)          # sequences of one forward pass of all ranks, or a part of them
@@ -252,7 +268,7 @@ def part_numbers(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
-    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, batch, data_path,
+    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, sliced, batch, data_path,
     betas, loss_weights, part_numbers, engine,
 ]
 
@@ -267,7 +283,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
         "checkpoint.max_failed_saves"]),
     "2 or more": (lambda x: x >= 2, "2", ["checkpoint.keep"]),
     "0 or more": (lambda x: x >= 0, "0", [
-        "parallel.room", "parallel.rehome_interval", "hardware.latency_s", "run.seed", "run.max_restarts", "run.grace_s",
+        "parallel.room", "parallel.rehome_interval", "parallel.sliced", "hardware.latency_s", "run.seed", "run.max_restarts", "run.grace_s",
         "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
         "train.clip", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "log.heatmap_every", "generate.temperature", "generate.seed"]),

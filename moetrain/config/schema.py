@@ -65,6 +65,8 @@ class ParallelConfig:
                                                                "or over one rank of each other node")
     window: int = key(5, "fssdp: steps whose mean load forecasts that of the next")
     rehome_interval: int = key(100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
+    sliced: int = key(0, "fssdp: hottest experts of a layer whose parameters are cut up between the ranks, chosen when homes are "
+                         "looked at")
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     router = build(
         config.router, dim=sizes.dim, num_experts=homes.num_experts, top_k=per_layer(sizes.top_k, layer)
     )
-    bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim, expert_dim=sizes.expert_dim)
+    cut = (mesh["ep"].position, mesh["ep"].size) if config.parallel.mode == "fssdp" and config.parallel.sliced else None
+    bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim, expert_dim=sizes.expert_dim, cut=cut)
     shared_dim = sizes.num_shared_experts * sizes.expert_dim
     return MoELayer(
         name=name,

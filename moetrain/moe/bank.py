@@ -5,7 +5,7 @@ block's start, before attention, and `take` between dispatch and experts. Under 
 Where experts are copied to other positions (parallel/fssdp.py), `copies` starts bringing them here in the first and waits
 in the second; the bank itself knows of none.
 
-How the bank stores its experts (one stacked Parameter per matrix) concerns parallel/pieces.py alone, which names every
+How the bank stores its experts (one stacked Parameter per matrix, and one of pieces) concerns parallel/pieces.py alone, which names every
 tensor as it is initialised and saved: by layer, expert id and matrix. A position may own no expert.
 
 Shapes: e experts on this rank, c copies, D model width, F expert width, G = 2F, N rows.
@@ -18,7 +18,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from moetrain.plan.placement import piece_rows
+
 MATRICES = ("gate_up", "down")
+PIECES = ("gate_up_pieces", "down_pieces")   # of the same, where experts may be sliced
 
 
 class Taken(NamedTuple):
@@ -45,14 +48,27 @@ class Copies(Protocol):
 
 
 class ExpertBank(nn.Module):
-    """experts: global ids of the experts held here, ascending."""
+    """experts: global ids of the experts held here whole, ascending.
 
-    def __init__(self, *, experts: tuple[int, ...], dim: int, expert_dim: int) -> None:
+    cut: (position, positions) where experts may be sliced: this position then has rows of both matrices of all those in
+    `sliced`, at first none (plan/placement.py).
+    """
+
+    def __init__(self, *, experts: tuple[int, ...], dim: int, expert_dim: int, cut: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.experts = experts
         self.gate_up = nn.Parameter(torch.empty(len(experts), 2 * expert_dim, dim))
         self.down = nn.Parameter(torch.empty(len(experts), dim, expert_dim))
+        self.cut, self.sliced = cut, ()
+        if cut is not None:
+            self.gate_up_pieces = nn.Parameter(torch.empty(0, len(piece_rows(2 * expert_dim, *cut)), dim))
+            self.down_pieces = nn.Parameter(torch.empty(0, len(piece_rows(dim, *cut)), expert_dim))
         self.copies: Copies | None = None
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of an expert's matrices."""
+        return [tuple(getattr(self, matrix).shape[1:]) for matrix in MATRICES]
 
     def post(self) -> None:
         """Start bringing copies here. Plain expert parallelism has none."""

@@ -5,6 +5,7 @@ A *logical tensor* is one matrix of the model: `layers.0.attention.qkv`, or one 
 unless parameters are sharded. Initialisation, checkpoints and tests know nothing else of how parameters are stored:
 
     stacked experts of a bank       a piece per expert and matrix
+    sliced experts of a bank        a range of rows per expert and matrix
     FSDP2, Shard(0)                 a range of rows; of stacked experts: some of the experts
     FSDP2, Shard(1) of a stack      a range of rows of every expert of the bank
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moetrain.moe.bank import MATRICES, ExpertBank
+from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
+from moetrain.plan.placement import piece_rows
 
 Of = Callable[[nn.Parameter], Tensor | None]
 
@@ -47,6 +49,10 @@ def pieces(model: nn.Module, of: Of = lambda parameter: parameter.data) -> Itera
             layer = path.removesuffix(".experts.bank")
             for matrix in MATRICES:
                 yield from _of_experts(f"{layer}.experts", matrix, module.experts, of(getattr(module, matrix)))
+            if module.cut is not None:
+                for matrix, stacked, shape in zip(MATRICES, PIECES, module.shapes):
+                    begin = piece_rows(shape[0], *module.cut).start
+                    yield from _of_sliced(f"{layer}.experts", matrix, module.sliced, shape, begin, of(getattr(module, stacked)))
         else:
             for name, parameter in module.named_parameters(path, recurse=False):
                 yield from _of_dense(name, of(parameter))
@@ -85,6 +91,14 @@ def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...], stacked: Ten
     for index, rows in enumerate(local(stacked)):
         if len(rows):
             yield Piece(f"{prefix}.{experts[first + index]}.{matrix}", tuple(stacked.shape[1:]), row, rows, held_by)
+
+
+def _of_sliced(prefix: str, matrix: str, experts: tuple[int, ...], shape: tuple[int, ...], begin: int,
+               stacked: Tensor | None) -> Iterator[Piece]:
+    if stacked is None or not stacked.shape[1]:          # fewer rows than positions
+        return
+    for expert, rows in zip(experts, stacked, strict=True):
+        yield Piece(f"{prefix}.{expert}.{matrix}", shape, begin, rows, "expert_grad")
 
 
 def shard_of(tensor: Tensor) -> tuple[int, int]:

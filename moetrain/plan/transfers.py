@@ -8,11 +8,13 @@ A *leg* is one exchange between all positions; a transfer in it is the weights o
 
 Leaders rotate by expert id among the positions of a node that hold a copy, so none needs memory for another's sake.
 
+Sliced experts travel by themselves in either form, every piece straight to all who compute the expert (comm/sparse/sliced.py).
+
 Gradients take the same legs the other way, the last leg first: what a position sends of them is what it would receive of
 weights. Pure functions of a placement: all positions derive the same legs, comm/sparse/ carries them out.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -27,9 +29,6 @@ class Transfer(NamedTuple):
     source: int
     to: int
 
-    def reversed(self) -> "Transfer":
-        return Transfer(self.expert, self.to, self.source)
-
 
 Leg = tuple[Transfer, ...]
 
@@ -43,13 +42,13 @@ class Traffic(NamedTuple):
 
 def packed(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
     """Straight from the homes."""
-    return (tuple(Transfer(expert, placement.home[expert], to) for expert, to in placement.copies),)
+    return (tuple(Transfer(expert, placement.home[expert], to) for expert, to in placement.whole_copies),)
 
 
 def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
     """To leaders, and from them. The second leg is empty where no leader has anybody to pass an expert on to."""
     groups: dict[tuple[int, int], list[int]] = {}            # (expert, node) -> copies, ascending
-    for expert, to in placement.copies:
+    for expert, to in placement.whole_copies:
         groups.setdefault((expert, topology.node_of(to)), []).append(to)
     first, second = [], []
     for (expert, node), copies in groups.items():
@@ -66,19 +65,31 @@ def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
 LEGS: dict[str, Callable[[LayerPlacement, Topology], tuple[Leg, ...]]] = {"packed": packed, "two_level": two_level}
 
 
-def gather_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int) -> Traffic:
-    """What bringing the copies sends. expert_bytes: of one expert's weights on the wire."""
-    return _sent(chain(*LEGS[form](placement, topology)), topology, expert_bytes)
+def pieces(placement: LayerPlacement) -> Leg:
+    """Of every sliced expert the piece of each position, to all who compute it."""
+    return tuple(Transfer(expert, source, to) for to in range(placement.positions) for expert in placement.assembled_at(to)
+                 for source in range(placement.positions) if source != to)
 
 
-def reduce_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int) -> Traffic:
-    """What taking the gradients home sends. expert_bytes: of one expert's gradient on the wire."""
-    return _sent(map(Transfer.reversed, chain(*LEGS[form](placement, topology))), topology, expert_bytes)
+def gather_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int,
+                 piece_bytes: Sequence[int] = ()) -> Traffic:
+    """What bringing the copies sends. expert_bytes: of one expert's weights on the wire; piece_bytes: of each position's
+    piece of them, where experts are sliced."""
+    sent = [(source, to, expert_bytes) for _, source, to in chain(*LEGS[form](placement, topology))]
+    return _traffic(sent + [(source, to, piece_bytes[source]) for _, source, to in pieces(placement)], topology)
 
 
-def _sent(transfers: Iterable[Transfer], topology: Topology, nbytes: int) -> Traffic:
+def reduce_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int,
+                 piece_bytes: Sequence[int] = ()) -> Traffic:
+    """What taking the gradients home sends; the same of gradients."""
+    sent = [(to, source, expert_bytes) for _, source, to in chain(*LEGS[form](placement, topology))]
+    return _traffic(sent + [(to, source, piece_bytes[source]) for _, source, to in pieces(placement)], topology)
+
+
+def _traffic(sent: Iterable[tuple[int, int, int]], topology: Topology) -> Traffic:
+    """Of (source, destination, bytes)."""
     inside, between = [0] * topology.positions, [0] * topology.positions
-    for _, source, to in transfers:
-        sent = inside if topology.node_of(source) == topology.node_of(to) else between
-        sent[source] += nbytes
+    for source, to, nbytes in sent:
+        same = topology.node_of(source) == topology.node_of(to)
+        (inside if same else between)[source] += nbytes
     return Traffic(tuple(inside), tuple(between))

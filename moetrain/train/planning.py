@@ -1,17 +1,18 @@
 """Which experts are copied where in the next step: loads of the last steps in, a placement in force out (parallel=fssdp).
 
     observe    after the update: the pooled counts of the step join the history; forecast; a plan for every layer; every
-               so many steps also homes, if the planner moves them (parallel/reshard.py)
+               so many steps also homes, if the planner moves them or some are to be cut up (parallel/reshard.py)
     agreed     before the next step posts anything: all ranks have the same plan, or none goes on
 
 Counts are pooled, so they are the same integers on every rank, and planners are pure functions of integers: ranks plan alike
 without talking. That they did is checked by a digest, gathered while nothing waits for it.
 
 History and homes are part of the state of a run: from others would follow other copies, and from these sums that are
-grouped otherwise.
+grouped otherwise. Planners know nothing of pieces: to them every expert has a home, and that one always computes it.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from moetrain.parallel.pieces import Piece
 from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import Planner, Rehomes
+from moetrain.plan.planners.base import Planner, Rehomes, hottest_first
 from moetrain.plan.rules import rule_of
 
 
@@ -41,10 +42,12 @@ class Surroundings(NamedTuple):
 
 
 class Rhythm(NamedTuple):
-    """window: steps whose mean is the forecast. rehome: steps between looks at the homes; 0 leaves them."""
+    """window: steps whose mean is the forecast. rehome: steps between looks at the homes; 0 leaves them. sliced: experts of
+    a layer, the hottest of the forecast, whose homes are then cut up."""
 
     window: int
     rehome: int
+    sliced: int = 0
 
 
 class Planning:
@@ -56,16 +59,15 @@ class Planning:
         self.surroundings, self.rhythm = surroundings, rhythm
         self.placement = placement
         self.history = torch.zeros(rhythm.window, sum(model.routers.values()), dtype=torch.int64)    # newest last; zeros: none
-        self.homes = self._flat_homes()
+        self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self._check: tuple[list[Tensor], dist.Work] | None = None
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router: plan the next."""
         newest = torch.cat([counts[name].cpu() for name in self.model.routers]) // self.mesh["expert_grad"].size
         self.history = torch.cat([self.history[1:], newest[None]])
-        if self.rhythm.rehome and step % self.rhythm.rehome == 0 and isinstance(self.planner, Rehomes):
-            topology, costs, _ = self.surroundings
-            self._move(self.planner.rehome(self._loads(), self.placement.homes, topology, costs))
+        if self.rhythm.rehome and step % self.rhythm.rehome == 0:
+            self._rehome()
         self._plan()
 
     def agreed(self) -> ExpertPlacement:
@@ -86,6 +88,8 @@ class Planning:
     def pieces(self) -> Iterator[Piece]:
         yield Piece("plan.loads", tuple(self.history.shape), 0, self.history, "batch")
         yield Piece("plan.homes", tuple(self.homes.shape), 0, self.homes, "batch")
+        if self.rhythm.sliced:
+            yield Piece("plan.sliced", tuple(self.sliced.shape), 0, self.sliced, "batch")
 
     def restored(self) -> None:
         """History and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
@@ -94,10 +98,23 @@ class Planning:
         """
         positions, sizes = self.mesh["ep"].size, list(self.model.routers.values())
         if self.homes.min() >= 0 and self.homes.max() < positions:
-            self._move(ExpertPlacement(tuple((name, LayerPlacement(tuple(homes.tolist()), positions)) for name, homes
-                                             in zip(self.model.routers, self.homes.split(sizes)))))
-        self.homes = self._flat_homes()
+            self._move(ExpertPlacement(tuple(
+                (name, LayerPlacement(tuple(homes.tolist()), positions, sliced=tuple(sliced.nonzero().flatten().tolist())))
+                for name, homes, sliced in zip(self.model.routers, self.homes.split(sizes), self.sliced.split(sizes)))))
+        self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self._plan()
+
+    def _rehome(self) -> None:
+        """Other homes, if the planner has any; and the hottest experts in pieces. Waits."""
+        if not isinstance(self.planner, Rehomes) and not self.rhythm.sliced:
+            return
+        topology, costs, _ = self.surroundings
+        loads, homes = self._loads(), self.placement.homes.whole
+        if isinstance(self.planner, Rehomes):
+            homes = self.planner.rehome(loads, homes, topology, costs)
+        self._move(ExpertPlacement(tuple(
+            (name, layer.with_sliced(tuple(hottest_first(loads[name])[:self.rhythm.sliced].tolist())))
+            for name, layer in homes.layers)))
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Every expert to its home in a placement. Waits."""
@@ -105,10 +122,15 @@ class Planning:
         self.copies.release()
         reshard(banks, self.optimizer, self.placement, placement, self.mesh["ep"])
         self.placement = placement
-        self.homes = self._flat_homes()
+        self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
 
     def _flat_homes(self) -> Tensor:
         return torch.tensor([home for _, layer in self.placement.layers for home in layer.home], dtype=torch.int64)
+
+    def _flat_sliced(self) -> Tensor:
+        """1 for the experts that lie in pieces, 0 for the others."""
+        return torch.tensor([expert in layer.sliced for _, layer in self.placement.layers for expert in range(layer.num_experts)],
+                            dtype=torch.int64)
 
     def _loads(self) -> dict[str, np.ndarray]:
         """The forecast by router: mean of the last steps, in whole rows."""
@@ -122,7 +144,8 @@ class Planning:
         for block in self.model.layers:
             if block.moe is not None:
                 name = block.moe.name
-                plan = self.planner.plan(loads[name], homes[name], topology, costs, room)
+                plan = self.planner.plan(loads[name], homes[name].whole, topology, costs, room)
+                plan = replace(plan, placement=plan.placement.with_sliced(homes[name].sliced))
                 block.moe.dispatcher.adopt(plan.placement, rule_of(self.planner.rule, plan, topology, costs))
                 layers.append((name, plan.placement))
         self.placement = ExpertPlacement(tuple(layers))

@@ -81,7 +81,8 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize, form=config.parallel.collective,
                               topology=surroundings.topology)
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
-                            surroundings, Rhythm(config.parallel.window, config.parallel.rehome_interval))
+                            surroundings,
+                            Rhythm(config.parallel.window, config.parallel.rehome_interval, config.parallel.sliced))
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
                parallelize(model, mesh, copies), Objective(losses))

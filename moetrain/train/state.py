@@ -7,6 +7,7 @@ generator, so this is all there is:
     buffer.<name>            persistent buffers: selection biases of routers
     optim.<name>.<moment>    moments of the optimizer, which move with their parameter
     plan.loads, plan.homes   tokens per expert of the last steps, from which copies are planned, and homes (parallel=fssdp)
+    plan.sliced              which experts lie in pieces (parallel.sliced)
     step, tokens             counters
 
 tests/train/test_state.py walks a run and fails on any tensor, generator or counter that changes from step to step and is
@@ -27,7 +28,7 @@ from moetrain.train.planning import Planning
 REBUILT = {
     r"optimizer.*\.step$": "every parameter is stepped at every step, so its counter equals `step`",
     r"optimizer.*\.lr$": "the learning rate is a function of `step`, set before each update",
-    r"planning\.(placement|_check)|dispatcher\.|bank\.(experts\.|copies\.(?!_))":
+    r"planning\.(placement|_check)|dispatcher\.|bank\.((experts|sliced)\.|copies\.(?!_))":
         "where experts are follows from the homes, the loads and the planner",
     r"\.grad(\.|$)": "gradients are cleared at the start of every step",
 }

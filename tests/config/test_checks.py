@@ -40,6 +40,8 @@ BROKEN = [
     (["parallel=fsdp", "run.nproc=4", "parallel.shard=3"], 61, "from 1, 2, 4", ["parallel.shard=2"]),
     (["parallel=ep_fsdp", "run.nproc=6", "parallel.ep=2", "parallel.shard=3", "train.global_batch=12"], 61, "from 1, 2, 6",
      ["parallel.shard=6"]),
+    (["parallel=fssdp", "parallel.sliced=2", "parallel.rehome_interval=0"], 80, "parallel.rehome_interval=100", ["parallel.rehome_interval=100"]),
+    (["parallel=fssdp", "parallel.sliced=2", "optim=muon"], 81, "parallel.sliced=0", ["parallel.sliced=0"]),
     (["balance.weight=-1"], 38, "balance.weight=", ["balance.weight=0.5"]),
     (["train.micro_batch=5"], 35, "from 1, 2, 4, 8, 16", ["train.micro_batch=4"]),
     (["parallel=ddp", "run.nproc=3"], 35, "train.global_batch=18", ["train.global_batch=18"]),

@@ -86,6 +86,10 @@ CASES = {
     "homes that move, Muon": (2, ["parallel.rehome_interval=4"], 1, False, ["optim=muon"]),
     "homes that move, replicated": (4, ["parallel.ep=2", "parallel.rehome_interval=5"], 2, True, []),
     "uneven homes": (4, [], 1, False, ["model.num_experts=[7,3]"]),
+    "sliced": (4, ["parallel.sliced=3", "parallel.rehome_interval=4"], 2, False, []),
+    "sliced, gathered again": (4, ["parallel.sliced=2", "parallel.rehome_interval=3", "parallel.rematerialize=true"], 2, True, []),
+    "sliced, two levels": (4, ["parallel.sliced=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
+                           ["model.num_experts=[7,3]"]),
     "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
     "two levels, gathered again": (4, ["parallel.collective=two_level", "parallel.rematerialize=true"], 2, True, []),
     "two levels, recomputed": (4, ["parallel.collective=two_level", "train.activation_checkpointing=full"], 2, False, []),
@@ -159,7 +163,7 @@ def live(overrides: list[str]) -> Live:
         layer.matrices = watched(layer.matrices, layer)
     run.objective.total = total
     rows = 3 * run.config.model.dim * run.config.model.expert_dim * 8
-    by_layer = [layer.lanes.copies * rows if layer.lanes else 0 for layer in layers]
+    by_layer = [sum(part.lanes.copies for part in layer.parts) * rows for layer in layers]
     train_step(run, 1)
     return Live(seen["forward"], seen["most"], alive(), by_layer)
 

@@ -95,9 +95,9 @@ class Flight:
         return result
 
 
-def message(homes: Sequence[Tensor], lane: Lane, dtype: torch.dtype | None) -> Tensor:
-    """The rows that a lane sends of tensors [h, …], side by side: [s, W]."""
-    rows_sW = torch.cat([tensor[lane.index_s].flatten(1) for tensor in homes], dim=1)
+def message(homes: Sequence[Tensor], index_s: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Rows of tensors [h, …], side by side: [s, W]."""
+    rows_sW = torch.cat([tensor[index_s].flatten(1) for tensor in homes], dim=1)
     return rows_sW if dtype is None else rows_sW.to(dtype)
 
 

@@ -28,7 +28,7 @@ class Packed:
         self.lane = lane(leg, position, placement.positions, placement.experts_of(position), device)
 
     def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Flight:
-        return Flight(message(homes, self.lane, dtype), self.lane.sent, self.lane.received, group)
+        return Flight(message(homes, self.lane.index_s, dtype), self.lane.sent, self.lane.received, group)
 
     def post_reduce(self, gradients_cW: Tensor, group: Group) -> Flight:
         return Flight(gradients_cW, self.lane.received, self.lane.sent, group)

@@ -51,7 +51,7 @@ class TwoLevel:
         self.slots_r = torch.tensor([copies.index(expert) for expert in passed_on], dtype=torch.int64, device=device)
 
     def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Handle:
-        first = Flight(message(homes, self.across, dtype), self.across.sent, self.across.received, group)
+        first = Flight(message(homes, self.across.index_s, dtype), self.across.sent, self.across.received, group)
         if not self.relayed:                             # all come from their homes: in the order of slots
             return first
         return Relay(first, lambda rows_aW: self._pass_on(rows_aW, group), self._in_slots)

@@ -1,0 +1,87 @@
+"""Experts whose parameters lie in pieces: every position sends its piece to all who compute the expert.
+
+    gather     the piece of each position -> every holder, which lays the pieces side by side
+    reduce     of a holder's gradient every piece -> its position, which sums those of all holders in ascending order
+
+(The idea is FSEP's: LAER-MoE.) A hot expert is sent by all positions, a piece each, instead of whole by its home. One uneven
+all-to-all of numbers, since pieces differ by a row. What a position sends itself goes with it.
+
+Shapes: n sliced experts, m of them computed here, s rows sent of pieces, w numbers of this position's piece of an expert, W
+numbers of an expert.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from moetrain.comm.mesh import Group
+from moetrain.comm.sparse.base import Flight, message
+from moetrain.plan.placement import LayerPlacement, piece_rows
+
+
+class Landing:
+    """A flight of numbers, and how what it brings is laid out. `wait` gives that, once."""
+
+    def __init__(self, flight: Flight, lay_out: Callable[[Tensor], Tensor]) -> None:
+        self.flight, self.lay_out = flight, lay_out
+
+    def wait(self) -> Tensor:
+        return self.lay_out(self.flight.wait().flatten())
+
+
+class Sliced:
+    """shapes: (rows, columns) of an expert's matrices, which lie side by side in a row of W numbers."""
+
+    def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, int]], position: int, device: torch.device) -> None:
+        positions, index = placement.positions, {expert: row for row, expert in enumerate(placement.sliced)}
+        self.position, self.columns = position, [_columns(shapes, at, positions) for at in range(positions)]
+        self.widths = [sum(part.stop - part.start for part in parts) for parts in self.columns]
+        self.width = sum(rows * columns for rows, columns in shapes)
+        towards = [[index[expert] for expert in placement.assembled_at(to)] for to in range(positions)]
+        self.copies, self.counts = len(towards[position]), [len(rows) for rows in towards]
+        self.index_s = torch.tensor(sum(towards, []), dtype=torch.int64, device=device)
+
+    def post_gather(self, pieces: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Landing:
+        """Start bringing copies: rows [m, W]. pieces: tensors [n, …] that travel side by side."""
+        sent, received = self._numbers()
+        return Landing(_fly(message(pieces, self.index_s, dtype), sent, received, group), self._assemble)
+
+    def post_reduce(self, gradients_mW: Tensor, group: Group) -> Landing:
+        """Start sending the gradients of copies to the pieces: rows [s, w], for `sum_at_home`."""
+        sent, received = self._numbers()
+        numbers = torch.cat([torch.cat([gradients_mW[:, part] for part in parts], dim=1).flatten() for parts in self.columns])
+        return Landing(_fly(numbers, received, sent, group), lambda flat: flat.view(len(self.index_s), self.widths[self.position]))
+
+    def sum_at_home(self, own_nw: Tensor, received_sw: Tensor) -> Tensor:
+        """The gradients of all copies, holders ascending: [n, w]. own: zeros, since a piece computes nothing itself."""
+        total_nw = own_nw.clone()
+        for first, count in zip(accumulate(self.counts, initial=0), self.counts):
+            rows = slice(first, first + count)
+            total_nw.index_add_(0, self.index_s[rows], received_sw[rows])
+        return total_nw
+
+    def _numbers(self) -> tuple[list[int], list[int]]:
+        """Of the gathering: to each position, from each position."""
+        return [count * self.widths[self.position] for count in self.counts], [self.copies * width for width in self.widths]
+
+    def _assemble(self, flat: Tensor) -> Tensor:
+        rows_mW = flat.new_empty(self.copies, self.width)
+        for parts, width, numbers in zip(self.columns, self.widths, flat.split([self.copies * width for width in self.widths])):
+            widths = [part.stop - part.start for part in parts]
+            for part, block in zip(parts, numbers.view(self.copies, width).split(widths, dim=1)):
+                rows_mW[:, part] = block
+        return rows_mW
+
+
+def _columns(shapes: Sequence[tuple[int, int]], position: int, positions: int) -> list[slice]:
+    """Where a position's piece of each matrix lies in a row of an expert."""
+    begins = accumulate((rows * columns for rows, columns in shapes), initial=0)
+    held = [piece_rows(rows, position, positions) for rows, _ in shapes]
+    return [slice(begin + rows.start * columns, begin + rows.stop * columns)
+            for begin, rows, (_, columns) in zip(begins, held, shapes)]
+
+
+def _fly(numbers: Tensor, sent: list[int], received: list[int], group: Group) -> Flight:
+    return Flight(numbers.reshape(-1, 1), tuple(sent), tuple(received), group)
