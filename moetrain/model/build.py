@@ -12,7 +12,7 @@ from torch import Tensor
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
-from moetrain.config.schema import Config, ModelConfig
+from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.model.attention import Attention
 from moetrain.model.parallelize import shard_parameters
 from moetrain.model.recompute import recomputed
@@ -54,6 +54,11 @@ def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
         (router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions))
         for layer in range(sizes.first_dense_layers, sizes.num_layers)
     ))
+
+
+def sliced_experts(parallel: ParallelConfig, mesh: Mesh) -> int:
+    """How many experts of a layer are to lie in pieces: none where there is nobody to share them with."""
+    return parallel.sliced if parallel.mode == "fssdp" and mesh["ep"].size > 1 else 0
 
 
 def router_name(layer: int) -> str:
@@ -114,7 +119,7 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     router = build(
         config.router, dim=sizes.dim, num_experts=homes.num_experts, top_k=per_layer(sizes.top_k, layer)
     )
-    cut = (mesh["ep"].position, mesh["ep"].size) if config.parallel.mode == "fssdp" and config.parallel.sliced else None
+    cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
     bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim, expert_dim=sizes.expert_dim, cut=cut)
     shared_dim = sizes.num_shared_experts * sizes.expert_dim
     return MoELayer(

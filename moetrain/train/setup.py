@@ -19,7 +19,7 @@ from moetrain.data.batch import Dataset
 from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
 from moetrain.errors import ConfigError
-from moetrain.model.build import build_model, plan_homes
+from moetrain.model.build import build_model, plan_homes, sliced_experts
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.model.transformer import Transformer
 from moetrain.plan.costs import Costs, Topology
@@ -82,7 +82,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
                               topology=surroundings.topology)
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
                             surroundings,
-                            Rhythm(config.parallel.window, config.parallel.rehome_interval, config.parallel.sliced))
+                            Rhythm(config.parallel.window, config.parallel.rehome_interval, sliced_experts(config.parallel, mesh)))
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
                parallelize(model, mesh, copies), Objective(losses))

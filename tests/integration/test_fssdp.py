@@ -14,6 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moetrain.errors import PeerError
+from moetrain.moe.bank import MATRICES, PIECES
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
@@ -182,6 +183,36 @@ def test_copies_are_released_where_backward_gathers_them_again(ranks, recompute)
     assert all(rank.end == 0 for rank in kept + gathered_again)
 
 
+def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, int]:
+    """After rehomes: sliced experts by layer; bytes of parameters, gradients and moments in pieces here, and of those of experts
+    that lie here whole."""
+    run = run_with_copies(overrides)
+    for step in (1, 2, 3):
+        train_step(run, step)
+    banks = [block.moe.experts.bank for block in run.state.model.layers]
+
+    def nbytes(names: tuple[str, ...]) -> int:
+        parameters = [getattr(bank, name) for bank in banks for name in names]
+        moments = [run.state.optimizer.state[parameter] for parameter in parameters]
+        tensors = [*parameters, *(parameter.grad for parameter in parameters),
+                   *(state[name] for state in moments for name in ("exp_avg", "exp_avg_sq"))]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    assert all(torch.equal(run.state.optimizer.state[getattr(bank, name)]["step"], torch.tensor(3.)) for bank in banks for name in PIECES)
+    return [bank.sliced for bank in banks], nbytes(PIECES), nbytes(MATRICES)
+
+
+@pytest.mark.ranks
+def test_a_position_holds_its_part_of_a_sliced_expert_and_no_more(ranks):
+    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.sliced=3", "parallel.rehome_interval=2"]
+    results = ranks(4).run(bytes_of_pieces, overrides)
+    sliced = results[0][0]
+    assert all(len(experts) == 3 for experts in sliced) and all(result[0] == sliced for result in results)
+    expert = 4 * 4 * 3 * 16 * 16                         # four tensors of 3 D F float32 numbers
+    assert {result[1] for result in results} == {2 * 3 * expert // 4}
+    assert sum(result[2] for result in results) == 2 * (8 - 3) * expert
+
+
 # --- plans that differ
 
 
@@ -211,6 +242,9 @@ def test_ranks_that_plan_otherwise_are_named_before_anything_is_posted(ranks):
 # --- checkpoints and resuming
 
 
+SLICED = ["parallel.sliced=3", "parallel.collective=two_level"]      # which groups sums otherwise than pieces do
+
+
 def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
     """Metrics and state at the end of 10 steps: in one go, and by a run that loads what the first saved after 6."""
     run = run_with_copies(overrides)
@@ -234,9 +268,9 @@ def bits(run: Run) -> dict[str, bytes]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("forget", ["", "plan.loads", "plan.homes"])
-def test_resuming_gives_the_same_bits_and_needs_history_and_homes(ranks, tmp_path, forget, monkeypatch):
-    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32"]
+@pytest.mark.parametrize("forget, extra", [("", []), ("plan.loads", []), ("plan.homes", []), ("", SLICED), ("plan.sliced", SLICED)])
+def test_resuming_gives_the_same_bits_and_needs_history_and_homes(ranks, tmp_path, forget, extra):
+    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32", *extra]
     for unbroken, again in ranks(4).run(resumed_without, overrides, tmp_path, forget):
         assert (unbroken == again) == (not forget)
 
@@ -271,14 +305,20 @@ def held(run: Run) -> dict:
             if not piece.name.startswith("plan.")}
 
 
+SLICED4 = (4, ["parallel=fssdp", "parallel.sliced=3", "parallel.rehome_interval=2"])
 ELSEWHERE = {"single": (1, []), "ep2": (2, ["parallel=ep"]), "ep2_fsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
-             "fsdp4": (4, ["parallel=fsdp"]), "fssdp4": (4, ["parallel=fssdp"]), "fssdp2": (2, ["parallel=fssdp"])}
+             "fsdp4": (4, ["parallel=fsdp"]), "fssdp4": (4, ["parallel=fssdp"]), "fssdp2": (2, ["parallel=fssdp"]), "sliced4": SLICED4,
+             "sliced2": (2, [*SLICED4[1], "parallel.sliced=1"])}
 
 
 @pytest.mark.ranks
-def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_path):
-    moved = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.rehome_interval=2"]
-    truth = whole(ranks(4).run(save_moved, moved, tmp_path))
+@pytest.mark.parametrize("sliced", [0, 3])
+def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_path, sliced):
+    moved = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.rehome_interval=2", f"parallel.sliced={sliced}"]
+    held_by = ranks(4).run(save_moved, moved, tmp_path)
+    in_pieces = {name for held in held_by for name, (shape, _, rows) in held.items() if "experts" in name and len(rows) < shape[0]}
+    assert len(in_pieces) == 2 * sliced * 2 * 3          # layers, matrices, parameter and moments
+    truth = whole(held_by)
     for name, (world, overrides) in ELSEWHERE.items():
         overrides = [*overrides, f"run.nproc={world}", f"train.micro_batch={16 // world}"]
         loaded = whole([load_elsewhere(overrides, tmp_path)] if world == 1 else ranks(world).run(load_elsewhere, overrides, tmp_path))
@@ -291,6 +331,7 @@ def unsaved_with_copies(overrides: list[str]) -> list[str]:
 
 
 @pytest.mark.ranks
-def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks):
+@pytest.mark.parametrize("sliced", [0, 2])
+def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks, sliced):
     assert ranks(2).run(unsaved_with_copies, ["parallel=fssdp", "parallel.shard=1", "run.nproc=2", "train.micro_batch=4",
-                                              "parallel.rehome_interval=2"]) == [[], []]
+                                              "parallel.rehome_interval=2", f"parallel.sliced={sliced}"]) == [[], []]

@@ -41,6 +41,23 @@ def test_a_piece_is_a_view_of_its_experts_memory():
     assert (model.bank.down[1] == 5).all()
 
 
+def test_a_sliced_expert_is_rows_of_the_same_tensors():
+    """Positions 1 and 0 of 4: of the four rows of gate_up each has one; of the three of down, position 0 has none."""
+    for position, rows in ((1, {"gate_up": 1, "down": 0}), (0, {"gate_up": 0})):
+        model = Layer((4,))
+        bank = model.layers[0]["moe"]["experts"].bank = ExpertBank(experts=(4,), dim=3, expert_dim=2, cut=(position, 4))
+        assert not [name for name in named(model) if ".7." in name]
+        bank.sliced = (7,)
+        for parameter in (bank.gate_up_pieces, bank.down_pieces):
+            parameter.data = torch.zeros(1, *parameter.shape[1:])
+        held = {name: piece for name, piece in named(model).items() if ".7." in name}
+        assert {name.rpartition(".")[2]: piece.begin for name, piece in held.items()} == rows
+        assert all(piece.held_by == "expert_grad" and len(piece.rows) == 1 for piece in held.values())
+        assert held["layers.0.moe.experts.7.gate_up"].shape == (4, 3)
+        held["layers.0.moe.experts.7.gate_up"].rows.fill_(5)
+        assert (bank.gate_up_pieces == 5).all()
+
+
 def test_other_tensors_of_the_same_shape_go_by_the_same_names():
     model = Layer((4, 7))
     for parameter in model.parameters():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moetrain.plan.placement import ExpertPlacement, LayerPlacement, contiguous
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement, contiguous, piece_rows
 
 PLACEMENTS = [contiguous(8, 1), contiguous(8, 4), contiguous(3, 3), LayerPlacement((1, 0, 1, 1), 2),
               LayerPlacement((2, 2, 0), 4), LayerPlacement((0,), 1)]
@@ -35,7 +35,8 @@ def test_a_position_may_own_nothing():
 
 @pytest.mark.parametrize("make", [lambda: LayerPlacement((0, 2), 2), lambda: LayerPlacement((-1,), 2), lambda: LayerPlacement((0, 1), 2, ((0, 2),)),
                                   lambda: LayerPlacement((0, 1), 2, ((2, 0),)), lambda: LayerPlacement((0, 1), 2, ((0, 0),)),
-                                  lambda: LayerPlacement((0, 1), 2, ((0, 1), (0, 1)))])
+                                  lambda: LayerPlacement((0, 1), 2, ((0, 1), (0, 1))), lambda: LayerPlacement((0, 1), 2, (), (2,)),
+                                  lambda: LayerPlacement((0, 1), 2, (), (1, 1))])
 def test_refuses_homes_and_copies_that_cannot_be(make):
     with pytest.raises(AssertionError):
         make()
@@ -70,3 +71,27 @@ def test_copies_come_after_homes_by_where_they_come_from():
 def test_the_order_in_which_copies_are_named_does_not_count():
     one, other = (ExpertPlacement((("a", LayerPlacement((0, 1), 2, copies)),)) for copies in (((0, 1), (1, 0)), ((1, 0), (0, 1))))
     assert one == other and one.digest == other.digest and one.homes.digest != one.digest
+
+
+def test_sliced_experts_lie_nowhere_whole_and_are_computed_last():
+    placement = LayerPlacement((1, 0, 1, 2), 3, ((3, 0), (0, 0), (2, 0), (1, 2)), (0, 1))
+    assert [placement.experts_of(at) for at in range(3)] == [(), (2,), (3,)]
+    assert placement.copies_at(0) == (2, 3) and placement.whole_copies == ((2, 0), (3, 0))
+    assert [placement.assembled_at(at) for at in range(3)] == [(0, 1), (0,), (1,)]
+    assert placement.slots_of(0) == (2, 3, 0, 1) and placement.slots_of(1) == (2, 0) and placement.slots_of(2) == (3, 1)
+    assert placement.physical == (5, 3, 4, 8) and placement.holders(0) == (0, 1)
+    assert {(expert, at) for expert, at, _ in placement.replicas} == {(0, 0), (0, 1), (1, 0), (1, 2), (2, 0), (2, 1), (3, 0), (3, 2)}
+    assert placement.without_copies() == LayerPlacement((1, 0, 1, 2), 3, (), (1, 0))
+    assert placement.whole == LayerPlacement((1, 0, 1, 2), 3, placement.copies)
+
+
+def test_a_placement_with_pieces_is_another_one():
+    one, other = (ExpertPlacement((("a", LayerPlacement((0, 1), 2, (), sliced)),)) for sliced in ((), (1,)))
+    assert one != other and one.homes != other.homes and one.digest != other.digest and one == other.whole
+
+
+@pytest.mark.parametrize("rows, positions", [(8, 4), (7, 3), (2, 5), (1, 1), (1000, 7)])
+def test_pieces_are_all_rows_once_and_as_equal_as_can_be(rows, positions):
+    held = [piece_rows(rows, at, positions) for at in range(positions)]
+    assert [row for part in held for row in part] == list(range(rows))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
