@@ -92,9 +92,9 @@ def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: Exper
                 for at in range(positions):
                     leaving[at].append(cut(whole[name, expert], shapes, at, positions))
     numbers = torch.cat([like.new_empty(0), *(part for moves in leaving for part in moves)])
-    flat = Flight(numbers[:, None], tuple(sum(map(len, moves)) for moves in leaving), tuple(map(sum, coming)), group).wait().flatten()
-    arrived = [list(block.split(lengths)) if lengths else []
-               for block, lengths in zip(flat.split(list(map(sum, coming))), coming)]
+    sent, received = tuple(sum(map(len, moves)) for moves in leaving), tuple(map(sum, coming))
+    flat = Flight(numbers[:, None], sent, received, group).wait().flatten()
+    arrived = [list(block.split(lengths)) if lengths else [] for block, lengths in zip(flat.split(received), coming)]
     for name, expert, old, new in changed:
         if old is not None:
             parts[name, expert] = arrived[old].pop(0)

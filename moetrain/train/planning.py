@@ -129,8 +129,8 @@ class Planning:
 
     def _flat_sliced(self) -> Tensor:
         """1 for the experts that lie in pieces, 0 for the others."""
-        return torch.tensor([expert in layer.sliced for _, layer in self.placement.layers for expert in range(layer.num_experts)],
-                            dtype=torch.int64)
+        return torch.tensor([expert in layer.sliced for _, layer in self.placement.layers
+                             for expert in range(layer.num_experts)], dtype=torch.int64)
 
     def _loads(self) -> dict[str, np.ndarray]:
         """The forecast by router: mean of the last steps, in whole rows."""

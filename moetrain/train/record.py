@@ -159,7 +159,9 @@ def copies_line(run: Run) -> str:
     planner = str(run.config.planner["_target_"]).rpartition(".")[2]
     homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
     return (f"planned by {planner} from the last {parallel.window} steps, up to {parallel.room} a rank and layer"
-            f"{', gathered again for backward' * parallel.rematerialize}; {homes}")
+            f"{', passed on inside nodes' * (parallel.collective == 'two_level')}"
+            f"{', gathered again for backward' * parallel.rematerialize}; {homes}"
+            f"{f', the hottest {parallel.sliced} of a layer cut up' * bool(parallel.sliced)}")
 
 
 def capacity_line(run: Run) -> str:

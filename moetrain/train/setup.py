@@ -80,9 +80,9 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         surroundings = survey(config, model, mesh)
         copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize, form=config.parallel.collective,
                               topology=surroundings.topology)
+        rhythm = Rhythm(config.parallel.window, config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
-                            surroundings,
-                            Rhythm(config.parallel.window, config.parallel.rehome_interval, sliced_experts(config.parallel, mesh)))
+                            surroundings, rhythm)
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
                parallelize(model, mesh, copies), Objective(losses))

@@ -32,7 +32,8 @@ def numbers(key: int, dtype: torch.dtype) -> Tensor:
 def piece(row_W: Tensor, at: int) -> list[Tensor]:
     """A position's rows of each matrix."""
     matrices = [part.view(shape) for part, shape in zip(row_W.split([15, 8]), SHAPES)]
-    return [matrix[rows.start:rows.stop] for matrix, rows in zip(matrices, (piece_rows(rows, at, POSITIONS) for rows, _ in SHAPES))]
+    held = [piece_rows(rows, at, POSITIONS) for rows, _ in SHAPES]
+    return [matrix[rows.start:rows.stop] for matrix, rows in zip(matrices, held)]
 
 
 def flat(row_W: Tensor, at: int) -> Tensor:

@@ -62,8 +62,19 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
 
 def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Trained:
     run = run_with_copies(overrides, forced, seed)
-    run.state.planning.restored()                        # copies from the first step on
-    return train_run(run, steps)
+    planning = run.state.planning
+    sliced = set()
+
+    def adopt(placement, original=planning.copies.adopt):
+        sliced.update(layer.sliced for _, layer in placement.layers)
+        original(placement)
+
+    planning.copies.adopt = adopt
+    planning.restored()                                  # copies from the first step on
+    trained = train_run(run, steps)
+    if run.config.parallel.sliced and not forced:
+        assert len(sliced) > 2, sliced                   # other experts lie in pieces in mid-run
+    return trained
 
 
 @cache
@@ -89,6 +100,7 @@ CASES = {
     "uneven homes": (4, [], 1, False, ["model.num_experts=[7,3]"]),
     "sliced": (4, ["parallel.sliced=3", "parallel.rehome_interval=4"], 2, False, []),
     "sliced, gathered again": (4, ["parallel.sliced=2", "parallel.rehome_interval=3", "parallel.rematerialize=true"], 2, True, []),
+    "sliced, replicated": (4, ["parallel.sliced=9", "parallel.ep=2", "parallel.rehome_interval=7"], 4, True, []),
     "sliced, two levels": (4, ["parallel.sliced=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
                            ["model.num_experts=[7,3]"]),
     "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
@@ -187,9 +199,12 @@ def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, i
     """After rehomes: sliced experts by layer; bytes of parameters, gradients and moments in pieces here, and of those of experts
     that lie here whole."""
     run = run_with_copies(overrides)
-    for step in (1, 2, 3):
-        train_step(run, step)
+    train_step(run, 1)
+    train_step(run, 2)
     banks = [block.moe.experts.bank for block in run.state.model.layers]
+    for bank, loads_E in zip(banks, run.state.planning.history.sum(0).split(8)):
+        assert bank.sliced == tuple(sorted(sorted(range(8), key=lambda expert: (-int(loads_E[expert]) // 2, expert))[:3]))  # noqa: B023
+    train_step(run, 3)
 
     def nbytes(names: tuple[str, ...]) -> int:
         parameters = [getattr(bank, name) for bank in banks for name in names]

@@ -25,8 +25,9 @@ class Model(nn.Module):
 
     def __init__(self, placement: ExpertPlacement, at: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"moe": nn.ModuleDict({"experts": GroupedExperts(ExpertBank(
-            experts=layer.experts_of(at), dim=DIM, expert_dim=EXPERT_DIM, cut=(at, POSITIONS)))})}) for _, layer in placement.layers)
+        banks = [ExpertBank(experts=layer.experts_of(at), dim=DIM, expert_dim=EXPERT_DIM, cut=(at, POSITIONS))
+                 for _, layer in placement.layers]
+        self.layers = nn.ModuleList(nn.ModuleDict({"moe": nn.ModuleDict({"experts": GroupedExperts(bank)})}) for bank in banks)
 
     @property
     def banks(self) -> dict[str, ExpertBank]:
@@ -37,7 +38,8 @@ def drawn(seed: int, slices: bool = True) -> ExpertPlacement:
     draw = random.Random(seed)
     return ExpertPlacement(tuple(
         (name, LayerPlacement(tuple(draw.randrange(POSITIONS) for _ in range(size)), POSITIONS, (),
-                              tuple(draw.sample(range(size), draw.randint(0, size) if slices else 0)))) for name, size in SIZES.items()))
+                              tuple(draw.sample(range(size), draw.randint(0, size) if slices else 0))))
+        for name, size in SIZES.items()))
 
 
 def held(model: Model, optimizer: torch.optim.Optimizer) -> dict:

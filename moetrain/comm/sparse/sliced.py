@@ -34,7 +34,8 @@ class Landing:
 class Sliced:
     """shapes: (rows, columns) of an expert's matrices, which lie side by side in a row of W numbers."""
 
-    def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, int]], position: int, device: torch.device) -> None:
+    def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, int]], position: int,
+                 device: torch.device) -> None:
         positions, index = placement.positions, {expert: row for row, expert in enumerate(placement.sliced)}
         self.position, self.columns = position, [_columns(shapes, at, positions) for at in range(positions)]
         self.widths = [sum(part.stop - part.start for part in parts) for parts in self.columns]
@@ -51,8 +52,9 @@ class Sliced:
     def post_reduce(self, gradients_mW: Tensor, group: Group) -> Landing:
         """Start sending the gradients of copies to the pieces: rows [s, w], for `sum_at_home`."""
         sent, received = self._numbers()
-        numbers = torch.cat([torch.cat([gradients_mW[:, part] for part in parts], dim=1).flatten() for parts in self.columns])
-        return Landing(_fly(numbers, received, sent, group), lambda flat: flat.view(len(self.index_s), self.widths[self.position]))
+        pieces = (torch.cat([gradients_mW[:, part] for part in parts], dim=1) for parts in self.columns)
+        return Landing(_fly(torch.cat([piece.flatten() for piece in pieces]), received, sent, group),
+                       lambda flat: flat.view(len(self.index_s), self.widths[self.position]))
 
     def sum_at_home(self, own_nw: Tensor, received_sw: Tensor) -> Tensor:
         """The gradients of all copies, holders ascending: [n, w]. own: zeros, since a piece computes nothing itself."""
@@ -68,7 +70,8 @@ class Sliced:
 
     def _assemble(self, flat: Tensor) -> Tensor:
         rows_mW = flat.new_empty(self.copies, self.width)
-        for parts, width, numbers in zip(self.columns, self.widths, flat.split([self.copies * width for width in self.widths])):
+        blocks = flat.split([self.copies * width for width in self.widths])
+        for parts, width, numbers in zip(self.columns, self.widths, blocks):
             widths = [part.stop - part.start for part in parts]
             for part, block in zip(parts, numbers.view(self.copies, width).split(widths, dim=1)):
                 rows_mW[:, part] = block
