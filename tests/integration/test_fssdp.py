@@ -100,7 +100,7 @@ CASES = {
     "uneven homes": (4, [], 1, False, ["model.num_experts=[7,3]"]),
     "sliced": (4, ["parallel.sliced=3", "parallel.rehome_interval=4"], 2, False, []),
     "sliced, gathered again": (4, ["parallel.sliced=2", "parallel.rehome_interval=3", "parallel.rematerialize=true"], 2, True, []),
-    "sliced, replicated": (4, ["parallel.sliced=9", "parallel.ep=2", "parallel.rehome_interval=7"], 4, True, []),
+    "sliced, replicated": (4, ["parallel.sliced=9", "parallel.ep=2", "parallel.rehome_interval=7"], 1, True, []),
     "sliced, two levels": (4, ["parallel.sliced=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
                            ["model.num_experts=[7,3]"]),
     "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
