@@ -3,7 +3,7 @@
 An iteration, for every layer with experts:
 
     plan        known before the step: which positions get copies of which experts            plan/planners/
-    post        at the block's start: the sparse all-gather starts, attention hides it        comm/sparse/
+    post        at the block's start: the sparse all-gather starts, attention hides it        lanes.py, comm/sparse/
     take        between dispatch and experts: wait; the rows pass through
     use         one grouped product over homes and copies                                     ops/grouped_experts.py
     leave       the outputs pass through; with `rematerialize` the copies are dropped here
@@ -33,13 +33,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.sparse.base import Collective, Handle
-from moetrain.comm.sparse.forms import collective
-from moetrain.comm.sparse.sliced import Sliced
-from moetrain.moe.bank import MATRICES, PIECES, ExpertBank, Taken
+from moetrain.moe.bank import ExpertBank, Taken
+from moetrain.parallel.lanes import Arriving, Lanes, Leaving
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 
@@ -54,29 +52,22 @@ class CopyManager:
 
     def __init__(self, banks: Mapping[str, ExpertBank], group: Group, *, dtype: torch.dtype, rematerialize: bool,
                  recompute: bool, form: str = "packed", topology: Topology | None = None) -> None:
-        self.form, self.topology, self.group = form, topology or Topology(group.size, group.size), group
+        topology = topology or Topology(group.size, group.size)
         self.layers: dict[str, LayerCopies] = {}
         below = None
         for name, bank in banks.items():
-            below = self.layers[name] = bank.copies = LayerCopies(bank, group, dtype, rematerialize, recompute, below)
+            below = self.layers[name] = bank.copies = LayerCopies(bank, group, dtype, rematerialize, recompute, below, form,
+                                                                  topology)
 
     def adopt(self, placement: ExpertPlacement) -> None:
         """A plan for the steps to come. Between steps only: copies of the old one are gone."""
         for name, layer in placement.layers:
-            self.layers[name].adopt(self._parts(layer, self.layers[name].bank))
+            self.layers[name].adopt(layer)
 
     def begin(self, backwards: int) -> None:
         """A step with so many micro-batches begins."""
         for layer in self.layers.values():
             layer.backwards = backwards
-
-    def _parts(self, placement: LayerPlacement, bank: ExpertBank) -> "list[Part]":
-        position, device, parts = self.group.position, bank.gate_up.device, []
-        if placement.whole_copies:
-            parts.append(Part(collective(self.form, placement, self.topology, position, device), MATRICES))
-        if placement.sliced:
-            parts.append(Part(Sliced(placement, bank.shapes, position, device), PIECES))
-        return parts
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -90,46 +81,36 @@ class CopyManager:
             layer.release()
 
 
-class Part(NamedTuple):
-    """Some of the copies of a layer, after each other in the order of slots: from whole homes, then from pieces. matrices:
-    names of the bank's parameters that they come from."""
-
-    lanes: Collective
-    matrices: tuple[str, str]
-
-    def parameters(self, bank: ExpertBank) -> list[nn.Parameter]:
-        return [getattr(bank, name) for name in self.matrices]
-
-
 class LayerCopies:
     """The copies of one layer: the state machine between `post` and `release`. `bank.copies` is one of these."""
 
     def __init__(self, bank: ExpertBank, group: Group, dtype: torch.dtype, rematerialize: bool, recompute: bool,
-                 below: "LayerCopies | None") -> None:
+                 below: "LayerCopies | None", form: str, topology: Topology) -> None:
         self.bank, self.group, self.dtype, self.below = bank, group, dtype, below
+        self.form, self.topology = form, topology
         self.rematerialize = rematerialize
         self.hooked = rematerialize and not recompute    # a recomputed block keeps nothing that hooks would have to drop
-        self.parts: list[Part] = []                      # none: no position has a copy in this layer
+        self.lanes: Lanes | None = None                  # None: no position has a copy in this layer
         self.backwards = 0                               # of this step, still to come
-        self._arriving: list[Handle] = []
+        self._arriving: Arriving | None = None
         self._rows_cW: Tensor | None = None              # the copies, while they are here
         self._gradients_cW: Tensor | None = None
-        self._leaving: list[Handle] = []
+        self._leaving: Leaving | None = None
         self._anchor = torch.zeros(0, requires_grad=True)      # so that backward comes by even if no row needs gradients
 
-    def adopt(self, parts: list[Part]) -> None:
+    def adopt(self, placement: LayerPlacement) -> None:
         self.release()
-        self.parts = parts
+        self.lanes = self._lanes(placement)
 
     @torch.no_grad()
     def post(self) -> None:
         """Start bringing the copies, unless they are here or on their way."""
-        if not self._arriving and self._rows_cW is None:
-            self._arriving = [part.lanes.post_gather(part.parameters(self.bank), self.group, self.dtype) for part in self.parts]
+        if self.lanes is not None and self._arriving is None and self._rows_cW is None:
+            self._arriving = self.lanes.post_gather(self.dtype)
 
     def take(self, x_ND: Tensor) -> Taken:
         """Wait for the copies; the rows pass through."""
-        if not self.parts:
+        if self.lanes is None:
             return Taken(x_ND, None)
         x_ND, gate_up_cGD, down_cDF = _Take.apply(x_ND, self._anchor, self)
         return Taken(x_ND, (gate_up_cGD, down_cDF))
@@ -137,7 +118,7 @@ class LayerCopies:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """What is saved of copies is where they lay, not the copies, if backward is to gather them again."""
-        if not self.parts or not self.hooked:
+        if self.lanes is None or not self.hooked:
             yield
             return
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -145,7 +126,7 @@ class LayerCopies:
 
     def leave(self, rows_RD: Tensor) -> Tensor:
         """Drop copies that backward will gather again; backward begins to do so here."""
-        if not self.parts or not self.rematerialize:
+        if self.lanes is None or not self.rematerialize:
             return rows_RD
         self._rows_cW = None
         return _Leave.apply(rows_RD, self) if self.hooked else rows_RD
@@ -154,8 +135,7 @@ class LayerCopies:
         """gate_up [c, G, D] and down [c, D, F] of the copies, views. Waits for them."""
         if self._rows_cW is None:
             self.post()
-            rows, self._arriving = [handle.wait() for handle in self._arriving], []
-            self._rows_cW = rows[0] if len(rows) == 1 else torch.cat(rows)
+            self._rows_cW, self._arriving = self._arriving.wait(), None
         gate_up, down = self.bank.gate_up.shape[1:], self.bank.down.shape[1:]
         parts = self._rows_cW.detach().split([gate_up.numel(), down.numel()], dim=1)
         return parts[0].unflatten(1, gate_up), parts[1].unflatten(1, down)
@@ -171,24 +151,24 @@ class LayerCopies:
         self._gradients_cW = gradients_cW if self._gradients_cW is None else self._gradients_cW.add_(gradients_cW)
         self.backwards -= 1
         if self.backwards == 0:
-            rows = self._gradients_cW.split([part.lanes.copies for part in self.parts])
-            self._leaving = [part.lanes.post_reduce(each, self.group) for part, each in zip(self.parts, rows)]
-            self._gradients_cW = None
+            self._leaving, self._gradients_cW = self.lanes.post_reduce(self._gradients_cW), None
 
     def finish(self) -> None:
         """The gradients of the homes, with those of all copies. Waits."""
-        assert len(self._leaving) == len(self.parts), f"{self.backwards} backward passes of this step did not come by"
-        for part, handle in zip(self.parts, self._leaving):
-            matrices = part.parameters(self.bank)
-            widths = [matrix.shape[1:].numel() for matrix in matrices]
-            for matrix, part_sW in zip(matrices, handle.wait().split(widths, dim=1)):
-                own = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
-                matrix.grad = part.lanes.sum_at_home(own.flatten(1), part_sW).view_as(matrix)
-        self._leaving = []
+        if self.lanes is None:
+            return
+        assert self._leaving is not None, f"{self.backwards} backward passes of this step did not come by"
+        self._leaving.finish()
+        self._leaving = None
 
     def release(self) -> None:
-        assert not self._arriving and not self._leaving, "a collective is still under way"
+        assert self._arriving is None and self._leaving is None, "a collective is still under way"
         self._rows_cW = self._gradients_cW = None
+
+    def _lanes(self, placement: LayerPlacement) -> Lanes | None:
+        if not placement.copies and not placement.sliced:
+            return None
+        return Lanes(placement, self.bank, self.group, self.form, self.topology)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Place":
         if self._rows_cW is None or not tensor.numel() or _storage(tensor) != _storage(self._rows_cW):

@@ -176,7 +176,7 @@ def live(overrides: list[str]) -> Live:
         layer.matrices = watched(layer.matrices, layer)
     run.objective.total = total
     rows = 3 * run.config.model.dim * run.config.model.expert_dim * 8
-    by_layer = [sum(part.lanes.copies for part in layer.parts) * rows for layer in layers]
+    by_layer = [layer.lanes.copies * rows if layer.lanes else 0 for layer in layers]
     train_step(run, 1)
     return Live(seen["forward"], seen["most"], alive(), by_layer)
 
