@@ -8,7 +8,9 @@ no window left), so expert parallelism never waits for a rank that has finished.
     …/mean                   plain mean over domains
 """
 
+from collections.abc import Callable
 from itertools import islice
+from math import inf
 
 import torch
 
@@ -29,37 +31,43 @@ from moetrain.train.passes import step_context, to_device
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config) -> dict[str, float]:
-    """Losses of every domain. Collective."""
-    model.eval()
+def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
+             stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+    """Losses of every domain. None once `stop` was true on a rank when a domain began. Collective."""
     results: dict[str, float] = {}
     for index, domain in enumerate(dataset.domains):
-        nats, tokens, text_bytes = _domain(model, dataset, index, mesh, config)
+        sums = _domain(model, dataset, index, mesh, config, stop())
+        if sums is None:
+            return None
+        nats, tokens, text_bytes = sums
         if tokens:
             name = "mean (domain)" if domain == "mean" else domain       # `mean` is the mean over domains
             results[f"loss/{name}"] = nats / tokens
             results[f"nats_per_byte/{name}"] = nats / max(1.0, text_bytes)
-    model.train()
     for kind in ("loss", "nats_per_byte"):
         values = [value for name, value in results.items() if name.startswith(f"{kind}/")]
         results[f"{kind}/mean"] = sum(values) / max(1, len(values))
     return results
 
 
-def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, config: Config) -> list[float]:
-    """[nats, tokens, bytes] over all ranks."""
+def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, config: Config, stop: bool) -> list[float] | None:
+    """[nats, tokens, bytes] over all ranks; None where one says stop."""
     group = mesh["batch"]
     every = dataset.heldout(domain, windows=config.eval.windows, batch=config.eval.batch)
     mine = list(islice(every, group.position, None, group.size))
-    rounds = int(largest_over(group, len(mine)))
+    rounds = largest_over(group, inf if stop else len(mine))
+    if rounds == inf:
+        return None
+    model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-    for number in range(rounds):
+    for number in range(int(rounds)):
         batch = mine[number] if number < len(mine) else _padding(config)
         batch = to_device(batch, mesh.device)
         output = model(batch.tokens_BS, step_context(config.run.seed, 0, batch, training=False), batch.documents_BS)
         nats = cross_entropy_sum(output.logits_BSV, batch.targets_BS).double()
         text_bytes = sums.new_tensor(dataset.bytes_of_targets(batch))
         sums += torch.stack([nats, batch.valid_BS.sum().double(), text_bytes])
+    model.train()
     return sum_over(group, sums).tolist()
 
 

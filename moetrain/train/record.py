@@ -4,6 +4,7 @@ On resume the step files are cut to the restored step; the tail is kept as *.los
 """
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -25,6 +26,9 @@ from moetrain.train.sinks import JsonlSink, LoadsLog, WandbSink, replacing
 from moetrain.train.step import StepResult
 
 
+log = logging.getLogger(__name__)
+
+
 class Recorder:
     """Silent on ranks other than 0. Making one checks on all ranks that the run's directory can be written."""
 
@@ -44,6 +48,8 @@ class Recorder:
         self.loads = LoadsLog(self.directory / "log" / "loads")
         for sink in (self.metrics, self.evaluations, self.loads):
             sink.cut_to(run.state.step if resumed else 0)
+        if resumed and not self.metrics.has(run.state.step):
+            log.warning("metrics.jsonl lacks step %d, from which the run goes on: somebody has changed it", run.state.step)
         self.wandb = None
         if self.config.log.wandb != "off":
             self.wandb = WandbSink(project=self.config.log.wandb_project, name=self.config.run.name,
@@ -99,7 +105,9 @@ def _replace(path: Path, text: str) -> None:
 def _probe(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / ".probe"
-    probe.write_bytes(b"moetrain")
+    probe.unlink(missing_ok=True)                        # a link goes, what it leads to stays
+    with probe.open("xb") as file:
+        file.write(b"moetrain")
     probe.unlink()
 
 

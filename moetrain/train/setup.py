@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
-from moetrain.comm.reduce import all_or_none
+from moetrain.comm.reduce import on_first
 from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.data.batch import Dataset
@@ -103,7 +103,7 @@ def prepare_on_main(config: Config, directory: Path, mesh: Mesh) -> Path | None:
     if config.data.kind != "text":
         return None
     batch = mesh["batch"]
-    path = [all_or_none(batch, lambda: str(prepare_from_config(config, directory)) if mesh.is_main else None)]
+    path = [on_first(batch, lambda: str(prepare_from_config(config, directory)))]
     if batch.process_group is not None:
         dist.broadcast_object_list(path, src=0)
     return Path(path[0])

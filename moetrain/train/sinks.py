@@ -9,6 +9,7 @@ A resumed run cuts its files to the restored step; what is cut goes to <file>.lo
 
 import atexit
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,8 @@ from moetrain.errors import DiskError
 
 log = logging.getLogger(__name__)
 
+FULL_S = 10.0            # that a record waits for space
+
 
 class JsonlSink:
     """Appends objects with a key `step` to a file. A number that is not finite is written NaN or Infinity."""
@@ -37,8 +40,7 @@ class JsonlSink:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One write and one flush: a killed run leaves whole lines, but for the last."""
-        with _disk(self.path), self.path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
+        _append(self.path, json.dumps(record).encode() + b"\n")
 
     def cut_to(self, step: int) -> None:
         """Keep the lines up to this step. Call it before the first write of a run, with step 0 when there is none."""
@@ -113,10 +115,9 @@ class LoadsLog:
             name = f"{step:08d}-{len(loads)}x{widest}-{ranks}.i32"
             self._chunk = Chunk(self.dir / name, step, len(loads), widest, ranks)
         assert 4 * record.size == self._chunk.record_bytes, "the routers and ranks of a run do not change"
-        with _disk(self._chunk.path):
+        with _disk(self.dir):
             self.dir.mkdir(parents=True, exist_ok=True)
-            with self._chunk.path.open("ab") as file:
-                file.write(record.astype("<i4").tobytes())
+        _append(self._chunk.path, record.astype("<i4").tobytes())
 
     def cut_to(self, step: int) -> None:
         """Keep the records up to this step. Call it before the first write of a run, with step 0 when there is none."""
@@ -282,6 +283,19 @@ def _disk(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DiskError(20, "a record of the run cannot be written", where=str(path), why=error.strerror or str(error),
                         next="free space there, or run.dir=<another directory>; the same command resumes") from error
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of it in one go, or over a few seconds where the disk is full: a save that did not fit gives its space back."""
+    rest, until = memoryview(data), time.monotonic() + FULL_S
+    with _disk(path), path.open("ab", buffering=0) as file:
+        while rest:
+            try:
+                rest = rest[file.write(rest):]
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
 
 
 def _append_lost(path: Path, data: bytes) -> None:
