@@ -12,7 +12,7 @@ from moetrain.errors import CheckpointError, ConfigErrors
 from moetrain.train.checkpoint.manifest import complete, read_manifest, step_of
 from moetrain.train.checkpoint.records import Manifest
 from moetrain.train.checkpoint.verify import is_sound, problems
-from moetrain.train.sinks import JsonlSink
+from moetrain.train.files import JsonlSink
 
 
 def finished(config: Config, directory: Path) -> int | None:

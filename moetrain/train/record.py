@@ -21,8 +21,9 @@ from moetrain.config.schema import Config
 from moetrain.errors import DiskError
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.checkpoint.writer import on_all
+from moetrain.train.files import JsonlSink, replacing
 from moetrain.train.setup import Run
-from moetrain.train.sinks import JsonlSink, LoadsLog, WandbSink, replacing
+from moetrain.train.sinks import LoadsLog, WandbSink
 from moetrain.train.step import StepResult
 
 
