@@ -80,7 +80,7 @@ class Router(nn.Module):
     def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TE: Tensor, logits_TE: Tensor,
                 context: RouterContext) -> Routing:
         """The record of a decision: `ids_TK` have passed `decide`, `weights_TK` were gathered at them."""
-        stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T)
+        stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T, context.seq_offsets)
         return Routing(ids_TK, weights_TK, ids_TK.numel(), stats)
 
 

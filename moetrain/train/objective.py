@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.losses.base import AuxLoss, Pooled
+from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.routers.base import RoutingStats
 
 
@@ -26,9 +26,16 @@ class Objective:
         self.losses = dict(losses)
 
     @property
-    def needs_pool(self) -> bool:
-        """The counts of the whole step must be known before its first backward."""
-        return any(loss.needs_pool for loss in self.losses.values())
+    def pool(self) -> PoolRule | None:
+        """What the counts are pooled over: one rule for all losses (config/checks.py); None where none asks."""
+        rules = {loss.pool for loss in self.losses.values()} - {None}
+        assert len(rules) <= 1, rules
+        return next(iter(rules), None)
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether a loss wants sums for every sequence."""
+        return any(getattr(loss, "per_sequence", False) for loss in self.losses.values())
 
     def total(self, cross_entropy: Tensor, stats: Mapping[str, RoutingStats], pooled: Mapping[str, Pooled],
               tokens: Tensor) -> Tensor:

@@ -181,10 +181,14 @@ def balance_line(run: Run, accumulation: int) -> str:
     loss = run.objective.losses["balance"]
     if not loss.weight:
         return "no balance loss"
-    text = f"{loss.scope}-batch loss, {loss.mode}, weight {loss.weight:g}"
-    if loss.scope == "micro":
-        return text + "   depends on: ranks, accumulation"
-    if accumulation == 1:
+    rule = run.objective.pool
+    text = f"{loss.scope} loss, weight {loss.weight:g}" if rule is None else f"{loss.scope}-batch loss, {rule.mode}, weight {loss.weight:g}"
+    depends = {"micro": ["ranks", "accumulation"], "node": ["ranks of a machine"]}.get(loss.scope, [])
+    if rule is not None and rule.mode != "exact" and accumulation > 1:
+        depends = [*depends, "accumulation"]
+    if depends:
+        text += f"   depends on: {', '.join(depends)}"
+    if rule is None or rule.mode != "exact" or accumulation == 1:
         return text
     return text + ("   counts in a pass of its own" if run.config.train.count_pass else
                    f"   keeps the graphs of {accumulation} micro-batches")

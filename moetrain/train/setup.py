@@ -26,6 +26,7 @@ from moetrain.plan.costs import Costs, Topology
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
 from moetrain.train.planning import Planning, Rhythm, Surroundings
+from moetrain.train.pool import Prior
 from moetrain.train.state import TrainState
 
 
@@ -81,8 +82,12 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
                             survey(config, model, mesh), Rhythm(config.parallel.window, config.parallel.rehome_interval))
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
-    return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
-               parallelize(model, mesh, copies), Objective(losses))
+    objective = Objective(losses)
+    prior = None
+    if objective.pool is not None and objective.pool.mode == "warm":
+        prior = Prior(model.routers, losses["balance"].drift, mesh.device)
+    return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
+               parallelize(model, mesh, copies), objective)
 
 
 def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:
