@@ -89,6 +89,8 @@ class TrainConfig:
         "none", "what backward computes again: nothing, cheap operations, or whole blocks; routing never")
     count_pass: bool = key(False, "exact balance under accumulation by a forward pass that only counts, instead of keeping "
                                   "the graphs of all micro-batches")
+    loss_carrier: Literal["returned", "attached"] = key(
+        "returned", "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")
 
     def per_forward(self, ranks: int) -> int:
         """Sequences of one forward pass on one of `ranks` ranks."""

@@ -5,7 +5,8 @@ carry global denominators, so adding them over micro-batches and ranks gives the
 counts are an argument: a loss says what it wants them pooled over and never communicates (comm/reduce.py does,
 train/pool.py decides when).
 
-This release has one carrier of a loss: `returned` (the value is added to the objective).
+Two carriers bring the same definition to backward: `returned`, the value is added to the objective, and `attached`
+(losses/attached.py), the slopes are injected by an identity node.
 """
 
 from typing import Literal, NamedTuple, Protocol

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moetrain.data.batch import Batch
+from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
 from moetrain.model.recompute import Kept
 from moetrain.routers.base import RouterContext, RoutingStats
@@ -26,7 +27,7 @@ from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.pool import Known, Pooling, group_of
 from moetrain.train.setup import Run
 
-Routed = Callable[[Mapping[str, RoutingStats]], None]
+Count = Callable[[Mapping[str, RoutingStats]], None]
 
 
 class Forward(NamedTuple):
@@ -34,7 +35,7 @@ class Forward(NamedTuple):
 
     cross_entropy: Tensor                    # sum in nats, with graph
     stats: dict[str, RoutingStats]
-    pooled: Mapping[str, Pooled]             # by the losses' rule; of this micro-batch where no loss asks for more
+    pooled: dict[str, Pooled]                # by the losses' rule; of this micro-batch where no loss asks for more
     counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where they are known by now
 
 
@@ -43,8 +44,9 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
     rule, routers = run.objective.pool, run.state.model.routers
     if rule is None:
         for batch in batches:
-            forward = _forward(run, step, batch)
-            yield forward._replace(pooled=pool(flat_counts([forward.stats], routers, tokens.device), routers, tokens))
+            forward = _forward(run, step, batch, {})
+            forward.pooled.update(pool(flat_counts([forward.stats], routers, tokens.device), routers, tokens))
+            yield forward
     elif rule.mode != "exact":
         yield from _as_they_come(run, step, batches, tokens, rule)
     else:
@@ -56,30 +58,34 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rul
     known = Known(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
         pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device)
-        forward = _forward(run, step, batch, pooling.routed)
+        forward = _forward(run, step, batch, {}, pooling.add)
         counts_L = known.add(pooling.wait(), last=number == len(batches))
+        forward.pooled.update(pool(counts_L, routers, tokens))
         whole = number == len(batches) and rule.scope == "global"
-        yield forward._replace(pooled=pool(counts_L, routers, tokens), counts_L=known.total_L if whole else None)
+        yield forward._replace(counts_L=known.total_L if whole else None)
 
 
 def _counted_first(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
     routers = run.state.model.routers
     pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
-    choices = [_count(run, step, batch, pooling.routed) for batch in batches]
+    choices = [_count(run, step, batch, pooling.add) for batch in batches]
     counts_L = pooling.wait()
+    pooled = pool(counts_L, routers, tokens)
     for batch, chosen in zip(batches, choices):
         with chosen.replay(whole=False):                 # the last layer exchanges its counts only now
-            forward = _forward(run, step, batch)
-        yield forward._replace(pooled=pool(counts_L, routers, tokens), counts_L=counts_L if rule.scope == "global" else None)
+            forward = _forward(run, step, batch, pooled)
+        yield forward._replace(counts_L=counts_L if rule.scope == "global" else None)
 
 
 def _graphs_kept(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
     routers = run.state.model.routers
     pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
-    kept = [_forward(run, step, batch, pooling.routed) for batch in batches]
+    pooled: dict[str, Pooled] = {}
+    kept = [_forward(run, step, batch, pooled, pooling.add) for batch in batches]
     counts_L = pooling.wait()
+    pooled.update(pool(counts_L, routers, tokens))
     while kept:                                          # each graph is freed once it has run backward
-        yield kept.pop(0)._replace(pooled=pool(counts_L, routers, tokens), counts_L=counts_L if rule.scope == "global" else None)
+        yield kept.pop(0)._replace(counts_L=counts_L if rule.scope == "global" else None)
 
 
 def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, per_sequence: bool = False) -> RouterContext:
@@ -102,16 +108,22 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
 
 
-def _forward(run: Run, step: int, batch: Batch, routed: Routed | None = None) -> Forward:
+def _forward(run: Run, step: int, batch: Batch, pooled: dict[str, Pooled], count: Count = lambda stats: None) -> Forward:
+    """pooled: filled before backward. count: what to do with the counts once they are known, before the head."""
+    def routed(x_BSD: Tensor, stats: dict[str, RoutingStats]) -> Tensor:
+        count(stats)
+        return attach(x_BSD, stats, lambda: run.objective.slopes(stats, pooled)) if run.objective.attached else x_BSD
+
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
     output = run.state.model(batch.tokens_BS, context, batch.documents_BS, routed=routed)
-    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS), output.stats, {})
+    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS), output.stats, pooled)
 
 
 @torch.no_grad()
-def _count(run: Run, step: int, batch: Batch, routed: Routed) -> Kept:
+def _count(run: Run, step: int, batch: Batch, count: Count) -> Kept:
     choices = Kept()
     with choices.record():
-        run.state.model(batch.tokens_BS, step_context(run.config.run.seed, step, batch), batch.documents_BS,
-                        route_only=True, routed=routed)
+        output = run.state.model(batch.tokens_BS, step_context(run.config.run.seed, step, batch), batch.documents_BS,
+                                 route_only=True)
+    count(output.stats)
     return choices

@@ -35,7 +35,7 @@ class Pooling:
         self.counts_L = torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
         self.wait: Callable[[], Tensor] | None = None
 
-    def routed(self, stats: Mapping[str, RoutingStats]) -> None:
+    def add(self, stats: Mapping[str, RoutingStats]) -> None:
         """A micro-batch has passed its routers."""
         self.counts_L += flat_counts([stats], self.routers, self.counts_L.device)
         self.parts -= 1

@@ -82,7 +82,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
                             survey(config, model, mesh), Rhythm(config.parallel.window, config.parallel.rehome_interval))
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
-    objective = Objective(losses)
+    objective = Objective(losses, attached=config.train.loss_carrier == "attached")
     prior = None
     if objective.pool is not None and objective.pool.mode == "warm":
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)

@@ -83,6 +83,27 @@ def test_every_scope_and_mode_gives_what_the_oracle_gives(ranks, pool, world):
         prior = counts if pool == "warm" else None
 
 
+CARRIED = {                                              # name: processes, overrides
+    "exact": (2, []), "count pass, recomputed": (2, ["train.count_pass=true", "train.activation_checkpointing=full"]),
+    "buffer": (2, ["balance.mode=buffer"]), "micro, sharded": (2, ["balance=micro", "parallel=fsdp"]),
+    "sequence": (1, ["balance=sequence"]), "micro beside it": (1, ["loss=[z,micro_balance]", "loss.micro_balance.weight=0.2"]),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CARRIED)
+def test_both_carriers_give_equal_gradients(ranks, case):
+    world, overrides = CARRIED[case]
+    overrides = [*BASE, *WORLDS[world], *overrides, f"train.micro_batch={4 // world}"]
+    arguments = [([*overrides, f"train.loss_carrier={carrier}"], world) for carrier in ("returned", "attached")]
+    returned, attached = ([steps(*a)] if world == 1 else ranks(world).run(steps, *a) for a in arguments)
+    for step in range(STEPS):
+        ours, theirs = (whole([rank[step][0] for rank in results]) for results in (attached, returned))
+        error, name = difference(ours, theirs)
+        assert error <= 1e-12, f"step {step + 1}: {name} differs by {error:.3g} of its largest value"
+        assert theirs["layers.0.moe.router.weight"].abs().max() > 1e-3
+
+
 def collectives(overrides: list[str]) -> list[int]:
     """All-reduces of counts in the forward passes of a step, and how many of them had been awaited when the head ran."""
     import torch.distributed as dist
