@@ -158,6 +158,7 @@ class LogConfig:
     heatmap_every: int = key(0, "draw tokens per expert in the terminal every so many steps (0: only at the end)")
     progress: bool = key(True, "progress bar on a terminal")
     sources: bool = key(False, "also record tokens per expert by source rank in loads.npz")
+    router_dump: bool = key(False, "write what all routers decided in the first three steps, logits included, to log/router")
     wandb: Literal["off", "offline", "online"] = key("offline", "Weights & Biases; never stops or slows a run")
     wandb_project: str = key("moetrain", "project of Weights & Biases")
 

@@ -82,6 +82,8 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
         result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
         saved(saver.settle(result.votes.save), recorder, console)
         recorder.step(result)
+        if run.dump is not None:
+            run.dump.write(step)
         console.step(result.metrics)
         if step == last or due(step, config.log.heatmap_every):
             console.heatmap({name: counts.tolist() for name, counts in result.counts.items()})

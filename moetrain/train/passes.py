@@ -115,7 +115,10 @@ def _forward(run: Run, step: int, batch: Batch, pooled: dict[str, Pooled], count
         return attach(x_BSD, stats, lambda: run.objective.slopes(stats, pooled)) if run.objective.attached else x_BSD
 
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
-    output = run.state.model(batch.tokens_BS, context, batch.documents_BS, routed=routed)
+    decisions = [] if run.dump is not None and run.dump.wanted else None
+    output = run.state.model(batch.tokens_BS, context._replace(decisions=decisions), batch.documents_BS, routed=routed)
+    if decisions is not None:
+        run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
     return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS), output.stats, pooled)
 
 

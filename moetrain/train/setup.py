@@ -23,6 +23,7 @@ from moetrain.model.build import build_model, plan_homes
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.model.transformer import Transformer
 from moetrain.plan.costs import Costs, Topology
+from moetrain.train.dump import RouterDump
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
 from moetrain.train.planning import Planning, Rhythm, Surroundings
@@ -42,6 +43,7 @@ class Run:
     state: TrainState
     parallel: Parallel
     objective: Objective
+    dump: RouterDump | None = None
 
 
 def join(config: Config) -> Mesh:
@@ -87,7 +89,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     if objective.pool is not None and objective.pool.mode == "warm":
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
-               parallelize(model, mesh, copies), objective)
+               parallelize(model, mesh, copies), objective, RouterDump(directory, mesh) if config.log.router_dump else None)
 
 
 def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:
