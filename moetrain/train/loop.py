@@ -160,11 +160,11 @@ def owes_evaluation(run: Run, recorder: Recorder) -> bool:
 
 def measure(run: Run, recorder: Recorder, console: Console, told: Preemption) -> bool:
     """Evaluate per domain; to eval.jsonl and the screen. False when a rank was told to stop meanwhile: nothing is kept."""
-    results = evaluate(run.state.model, run.dataset, run.mesh, run.config, stop=lambda: told.requested is not None)
-    if results is None:
+    found = evaluate(run.state.model, run.dataset, run.mesh, run.config, stop=lambda: told.requested is not None)
+    if found is None:
         return False
-    recorder.evaluation({"step": run.state.step, "tokens": run.state.tokens, **results})
-    by_domain = "  ".join(f"{name.removeprefix('nats_per_byte/')} {value:.3f}" for name, value in results.items()
+    recorder.evaluation(run, found)
+    by_domain = "  ".join(f"{name.removeprefix('nats_per_byte/')} {value:.3f}" for name, value in found.losses.items()
                           if name.startswith("nats_per_byte/"))
     console.line(f"[eval] step {run.state.step}, nats per byte: {by_domain}")
     return True

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moetrain import __version__
@@ -21,9 +22,11 @@ from moetrain.config.schema import Config
 from moetrain.errors import DiskError
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.checkpoint.writer import on_all
+from moetrain.train.evaluate import Evaluation
 from moetrain.train.files import JsonlSink, replacing
 from moetrain.train.setup import Run
 from moetrain.train.sinks import LoadsLog, WandbSink
+from moetrain.train.specialisation import mutual_information, write_specialisation
 from moetrain.train.step import StepResult
 
 
@@ -70,9 +73,14 @@ class Recorder:
         """Whether eval.jsonl lacks this step: a run that was told to stop saves first."""
         return self.main and not self.evaluations.has(step)
 
-    def evaluation(self, record: dict[str, float]) -> None:
+    def evaluation(self, run: Run, found: Evaluation) -> None:
         if not self.main:
             return
+        choices = [part.numpy() for part in found.choices_ML.split(list(self.routers.values()), dim=1)]
+        record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses}
+        if choices and len(run.dataset.domains) > 1:
+            record["moe/mutual_information/mean"] = float(np.mean([mutual_information(part) for part in choices]))
+            write_specialisation(self.directory / "specialisation.npz", run.state.step, choices, self.routers, run.dataset.domains)
         self.evaluations.write(record)
         if self.wandb:
             self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})
