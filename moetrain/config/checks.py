@@ -274,6 +274,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "above 0": (lambda x: x > 0, "1e-3", [
         "hardware.flops", "hardware.inside", "hardware.between",
         "optim.lr", "optim.muon_lr", "optim.eps", "model.init_std", "model.norm_eps", "model.rope_theta"]),
+    "from 0 to 1000": (lambda x: 0 <= x <= 1000, "150", ["parallel.fallback"]),
     "in (0, 1]": (lambda x: 0 < x <= 1, "1.0", ["generate.top_p", "data.min_length"]),
     "in [0, 1]": (lambda x: 0 <= x <= 1, "0.1", ["optim.min_lr_ratio", "optim.decay"]),
     "in [0, 1), both": (lambda x: 0 <= x < 1, "[0.9,0.95]", ["optim.betas"]),

@@ -61,7 +61,11 @@ class ParallelConfig:
                                   "ep_fsdp, fssdp: the dense part)")
     room: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")
     rematerialize: bool = key(False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
-    window: int = key(5, "fssdp: steps whose mean load forecasts that of the next")
+    forecast: Literal["mean", "trend"] = key("mean", "fssdp: loads of the next step: the mean of the last ones, or a moving average "
+                                                     "that follows their trend")
+    window: int = key(5, "fssdp: steps of the mean")
+    fallback: int = key(150, "fssdp: thousandths of a layer's rows; if its forecast misplaced more in the last step, that step's "
+                              "loads are expected again (1000: never)")
     rehome_interval: int = key(100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
 
 

@@ -1,20 +1,19 @@
 """Which experts are copied where in the next step: loads of the last steps in, a placement in force out (parallel=fssdp).
 
-    observe    after the update: the pooled counts of the step join the history; forecast; a plan for every layer; every
-               so many steps also homes, if the planner moves them (parallel/reshard.py)
+    observe    after the update: the pooled counts of the step join what is known; forecast (plan/forecast.py); a plan for
+               every layer; every so many steps also homes, if the planner moves them (parallel/reshard.py)
     agreed     before the next step posts anything: all ranks have the same plan, or none goes on
 
 Counts are pooled, so they are the same integers on every rank, and planners are pure functions of integers: ranks plan alike
 without talking. That they did is checked by a digest, gathered while nothing waits for it.
 
-History and homes are part of the state of a run: from others would follow other copies, and from these sums that are
-grouped otherwise.
+What forecasts are made of and the homes are part of the state of a run: from others would follow other copies, and from
+these sums that are grouped otherwise.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +25,7 @@ from moetrain.parallel.fssdp import CopyManager
 from moetrain.parallel.pieces import Piece
 from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.forecast import Outlook
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import Planner, Rehomes
 from moetrain.plan.rules import rule_of
@@ -40,32 +40,26 @@ class Surroundings(NamedTuple):
     room: int
 
 
-class Rhythm(NamedTuple):
-    """window: steps whose mean is the forecast. rehome: steps between looks at the homes; 0 leaves them."""
-
-    window: int
-    rehome: int
-
-
 class Planning:
-    """placement: the one in force, without copies at first."""
+    """placement: the one in force, without copies at first. outlook: for the routers of the model. rehome_interval: steps
+    between looks at the homes; 0 leaves them."""
 
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
-                 placement: ExpertPlacement, planner: Planner, surroundings: Surroundings, rhythm: Rhythm) -> None:
+                 placement: ExpertPlacement, planner: Planner, surroundings: Surroundings, outlook: Outlook,
+                 rehome_interval: int) -> None:
         self.model, self.optimizer, self.mesh, self.copies, self.planner = model, optimizer, mesh, copies, planner
-        self.surroundings, self.rhythm = surroundings, rhythm
+        self.surroundings, self.outlook, self.rehome_interval = surroundings, outlook, rehome_interval
         self.placement = placement
-        self.history = torch.zeros(rhythm.window, sum(model.routers.values()), dtype=torch.int64)    # newest last; zeros: none
         self.homes = self._flat_homes()
         self._check: tuple[list[Tensor], dist.Work] | None = None
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router: plan the next."""
         newest = torch.cat([counts[name].cpu() for name in self.model.routers]) // self.mesh["expert_grad"].size
-        self.history = torch.cat([self.history[1:], newest[None]])
-        if self.rhythm.rehome and step % self.rhythm.rehome == 0 and isinstance(self.planner, Rehomes):
+        self.outlook.observe(newest)
+        if self.rehome_interval and step % self.rehome_interval == 0 and isinstance(self.planner, Rehomes):
             topology, costs, _ = self.surroundings
-            self._move(self.planner.rehome(self._loads(), self.placement.homes, topology, costs))
+            self._move(self.planner.rehome(self.outlook.loads(), self.placement.homes, topology, costs))
         self._plan()
 
     def agreed(self) -> ExpertPlacement:
@@ -84,11 +78,11 @@ class Planning:
         return self.placement
 
     def pieces(self) -> Iterator[Piece]:
-        yield Piece("plan.loads", tuple(self.history.shape), 0, self.history, "batch")
-        yield Piece("plan.homes", tuple(self.homes.shape), 0, self.homes, "batch")
+        for name, table in {**self.outlook.tables(), "homes": self.homes}.items():
+            yield Piece(f"plan.{name}", tuple(table.shape), 0, table, "batch")
 
     def restored(self) -> None:
-        """History and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
+        """Forecast and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
 
         Homes of another number of positions are left alone.
         """
@@ -110,15 +104,9 @@ class Planning:
     def _flat_homes(self) -> Tensor:
         return torch.tensor([home for _, layer in self.placement.layers for home in layer.home], dtype=torch.int64)
 
-    def _loads(self) -> dict[str, np.ndarray]:
-        """The forecast by router: mean of the last steps, in whole rows."""
-        sizes, known = self.model.routers, self.history.any(1).sum()
-        mean = self.history.sum(0) // known.clamp(min=1)
-        return {name: loads.numpy() for name, loads in zip(sizes, mean.split(list(sizes.values())))}
-
     def _plan(self) -> None:
         topology, costs, room = self.surroundings
-        loads, homes, layers = self._loads(), self.placement.homes, []
+        loads, homes, layers = self.outlook.loads(), self.placement.homes, []
         for block in self.model.layers:
             if block.moe is not None:
                 name = block.moe.name

@@ -158,7 +158,8 @@ def copies_line(run: Run) -> str:
         return ""
     planner = str(run.config.planner["_target_"]).rpartition(".")[2]
     homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
-    return (f"planned by {planner} from the last {parallel.window} steps, up to {parallel.room} a rank and layer"
+    loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
+    return (f"planned by {planner} from {loads}, up to {parallel.room} a rank and layer"
             f"{', gathered again for backward' * parallel.rematerialize}; {homes}")
 
 

@@ -23,9 +23,10 @@ from moetrain.model.build import build_model, plan_homes
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.model.transformer import Transformer
 from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.forecast import Outlook, forecast_of
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
-from moetrain.train.planning import Planning, Rhythm, Surroundings
+from moetrain.train.planning import Planning, Surroundings
 from moetrain.train.state import TrainState
 
 
@@ -79,10 +80,17 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     if config.parallel.mode == "fssdp":
         copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize)
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
-                            survey(config, model, mesh), Rhythm(config.parallel.window, config.parallel.rehome_interval))
+                            survey(config, model, mesh), look_ahead(config, model), config.parallel.rehome_interval)
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
                parallelize(model, mesh, copies), Objective(losses))
+
+
+def look_ahead(config: Config, model: Transformer) -> Outlook:
+    """How the loads of the next step are forecast."""
+    parallel = config.parallel
+    forecast = forecast_of(parallel.forecast, sum(model.routers.values()), parallel.window)
+    return Outlook(forecast, model.routers, parallel.fallback)
 
 
 def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:

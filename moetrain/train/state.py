@@ -6,7 +6,7 @@ generator, so this is all there is:
     model.<name>             parameters, float32 or better
     buffer.<name>            persistent buffers: selection biases of routers
     optim.<name>.<moment>    moments of the optimizer, which move with their parameter
-    plan.loads, plan.homes   tokens per expert of the last steps, from which copies are planned, and homes (parallel=fssdp)
+    plan.<table>             tokens per expert of the last steps, from which copies are planned, and homes (parallel=fssdp)
     step, tokens             counters
 
 tests/train/test_state.py walks a run and fails on any tensor, generator or counter that changes from step to step and is

@@ -18,6 +18,7 @@ BROKEN = [
     (["generate.top_p=0"], 20, "generate.top_p=1.0", ["generate.top_p=1.0"]),
     (["generate.temperature=-1"], 20, "generate.temperature=0", ["generate.temperature=0"]),
     (["data.min_length=1.5"], 20, "data.min_length=1.0", ["data.min_length=1.0"]),
+    (["parallel.fallback=1001"], 20, "parallel.fallback=150", ["parallel.fallback=0"]),
     (["optim.betas=[0.9,1.0]"], 20, "[0.9,0.95]", ["optim.betas=[0.9,0.95]"]),
     (["run.name=a/b"], 21, "run.name=demo", ["run.name=demo"]),
     (["run.stop_at=200"], 22, "run.steps=200", ["run.steps=200"]),

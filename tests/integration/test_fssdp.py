@@ -181,7 +181,7 @@ def with_corrupted_loads(overrides: list[str]) -> tuple[str, int]:
     run = run_with_copies(overrides)
     train_step(run, 1)
     if run.mesh.rank == 1:
-        run.state.planning.history += 1
+        run.state.planning.outlook.forecast.loads_wL += 1
     run.state.planning._plan()
     posted = []
     for layer in run.parallel.copies.layers.values():
