@@ -187,6 +187,31 @@ def expert_parallel(config: Config, ranks: int) -> Iterator[ConfigError]:
                           else f"{_choose('parallel.ep', fits_experts)}, with run.nproc a multiple of it")
 
 
+def copies(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Copies of experts have room, and somebody who plans them."""
+    parallel, planner = config.parallel, str(config.planner.get("_target_", "")).split(".")[-2:][0]
+    if parallel.mode != "fssdp":
+        for name in ("rematerialize", "calibrate"):
+            if getattr(parallel, name):
+                yield ConfigError(72, f"parallel.{name}=true with parallel.mode={parallel.mode}",
+                                  where=f"parallel.{name}, parallel.mode", why="only mode fssdp copies experts",
+                                  next=f"parallel=fssdp parallel.{name}=true, or parallel.{name}=false")
+        return
+    most = max((num_experts for _, num_experts, _ in moe_layers(config)), default=parallel.room)
+    if parallel.room > most:
+        yield ConfigError(70, f"parallel.room={parallel.room} is more than model.num_experts={most}",
+                          where="parallel.room, model.num_experts", why="a rank copies an expert of a layer once at most",
+                          next=f"parallel.room={most} or less")
+    if parallel.room == 0 and planner != "ep":
+        yield ConfigError(71, f"parallel.room=0 leaves no room for the copies of planner={planner}",
+                          where="parallel.room, planner", why="room counts whole experts of a layer on a rank",
+                          next="parallel.room=1, or planner=ep to copy none")
+    if parallel.calibrate and planner == "ep":
+        yield ConfigError(73, "parallel.calibrate=true with planner=ep", where="parallel.calibrate, planner",
+                          why="what is added after the gate is what the planner wants then, and this one wants no copies",
+                          next="planner=balanced, or parallel.calibrate=false")
+
+
 def batch(config: Config, ranks: int) -> Iterator[ConfigError]:
     train = config.train
     together = ranks * (train.micro_batch or 1)          # sequences of one forward pass of all ranks, or a part of them
@@ -252,7 +277,8 @@ def part_numbers(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
-    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, batch, data_path,
+    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, copies, batch,
+    data_path,
     betas, loss_weights, part_numbers, engine,
 ]
 

@@ -66,6 +66,8 @@ class ParallelConfig:
     window: int = key(5, "fssdp: steps of the mean")
     fallback: int = key(150, "fssdp: thousandths of a layer's rows; if its forecast misplaced more in the last step, that step's "
                               "loads are expected again (1000: never)")
+    calibrate: bool = key(False, "fssdp: once a layer has routed, more copies than were planned, where the model of time says that "
+                                 "it pays")
     rehome_interval: int = key(100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
 
 

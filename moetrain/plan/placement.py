@@ -10,7 +10,7 @@ slots_per_position + slot.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -74,6 +74,10 @@ class LayerPlacement:
 
     def without_copies(self) -> "LayerPlacement":
         return LayerPlacement(self.home, self.positions)
+
+    def beyond(self, other: "LayerPlacement") -> "LayerPlacement":
+        """The same with only those copies that another one does not have."""
+        return replace(self, copies=tuple(set(self.copies) - set(other.copies)))
 
     @cached_property
     def _homes(self) -> tuple[tuple[int, ...], ...]:

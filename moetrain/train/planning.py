@@ -3,6 +3,7 @@
     observe    after the update: the pooled counts of the step join what is known; forecast (plan/forecast.py); a plan for
                every layer; every so many steps also homes, if the planner moves them (parallel/reshard.py)
     agreed     before the next step posts anything: all ranks have the same plan, or none goes on
+    calibrate  in the step, once a layer has routed its first micro-batch: more copies, where that pays (plan/calibrate.py)
 
 Counts are pooled, so they are the same integers on every rank, and planners are pure functions of integers: ranks plan alike
 without talking. That they did is checked by a digest, gathered while nothing waits for it.
@@ -11,7 +12,8 @@ What forecasts are made of and the homes are part of the state of a run: from ot
 these sums that are grouped otherwise.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,13 +23,14 @@ from torch import Tensor
 from moetrain.comm.mesh import Mesh
 from moetrain.errors import PeerError
 from moetrain.model.transformer import Transformer
+from moetrain.moe.layer import MoELayer
 from moetrain.parallel.fssdp import CopyManager
 from moetrain.parallel.pieces import Piece
 from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.forecast import Outlook
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import Planner, Rehomes
+from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes
 from moetrain.plan.rules import rule_of
 
 
@@ -42,16 +45,20 @@ class Surroundings(NamedTuple):
 
 class Planning:
     """placement: the one in force, without copies at first. outlook: for the routers of the model. rehome_interval: steps
-    between looks at the homes; 0 leaves them."""
+    between looks at the homes; 0 leaves them. calibration: what decides on more copies after the gate; None: nothing does."""
 
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
                  placement: ExpertPlacement, planner: Planner, surroundings: Surroundings, outlook: Outlook,
-                 rehome_interval: int) -> None:
+                 rehome_interval: int, calibration: Callable[..., LayerPlan | None] | None) -> None:
         self.model, self.optimizer, self.mesh, self.copies, self.planner = model, optimizer, mesh, copies, planner
         self.surroundings, self.outlook, self.rehome_interval = surroundings, outlook, rehome_interval
-        self.placement = placement
+        self.placement, self.calibration = placement, calibration
         self.homes = self._flat_homes()
         self._check: tuple[list[Tensor], dist.Work] | None = None
+        for moe in self._layers():
+            homes = placement[moe.name]
+            self._dispatch_by(moe, LayerPlan(homes, (0,) * homes.num_experts))
+        copies.adopt(placement)
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router: plan the next."""
@@ -95,11 +102,14 @@ class Planning:
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Every expert to its home in a placement. Waits."""
-        banks = {block.moe.name: block.moe.experts.bank for block in self.model.layers if block.moe is not None}
+        banks = {moe.name: moe.experts.bank for moe in self._layers()}
         self.copies.release()
         reshard(banks, self.optimizer, self.placement, placement, self.mesh["ep"])
         self.placement = placement
         self.homes = self._flat_homes()
+
+    def _layers(self) -> list[MoELayer]:
+        return [block.moe for block in self.model.layers if block.moe is not None]
 
     def _flat_homes(self) -> Tensor:
         return torch.tensor([home for _, layer in self.placement.layers for home in layer.home], dtype=torch.int64)
@@ -107,15 +117,30 @@ class Planning:
     def _plan(self) -> None:
         topology, costs, room = self.surroundings
         loads, homes, layers = self.outlook.loads(), self.placement.homes, []
-        for block in self.model.layers:
-            if block.moe is not None:
-                name = block.moe.name
-                plan = self.planner.plan(loads[name], homes[name], topology, costs, room)
-                block.moe.dispatcher.adopt(plan.placement, rule_of(self.planner.rule, plan, topology, costs))
-                layers.append((name, plan.placement))
+        for moe in self._layers():
+            plan = self.planner.plan(loads[moe.name], homes[moe.name], topology, costs, room)
+            self._dispatch_by(moe, plan)
+            layers.append((moe.name, plan.placement))
         self.placement = ExpertPlacement(tuple(layers))
         self.copies.adopt(self.placement)
         self._compare()
+
+    def _dispatch_by(self, moe: MoELayer, plan: LayerPlan) -> None:
+        topology, costs, _ = self.surroundings
+        calibrate = self.calibration and partial(self._calibrate, moe, plan)
+        moe.dispatcher.adopt(plan.placement, rule_of(self.planner.rule, plan, topology, costs), calibrate)
+
+    def _calibrate(self, moe: MoELayer, plan: LayerPlan, n_PE: Tensor) -> None:
+        """With the counts of a layer's first micro-batch in a step; they stand for those of the others. The same at all
+        positions, and never for what a step runs again, nor outside of one."""
+        copies = self.copies.layers[moe.name]
+        if copies.calibrated:
+            return
+        copies.calibrated = True
+        more = self.calibration(n_PE * copies.backwards, plan, self.planner, *self.surroundings)
+        if more is not None:
+            copies.extend(more.placement)
+            self._dispatch_by(moe, more)
 
     def _compare(self) -> None:
         group = self.mesh["batch"]

@@ -22,6 +22,7 @@ from moetrain.errors import ConfigError
 from moetrain.model.build import build_model, plan_homes
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.model.transformer import Transformer
+from moetrain.plan.calibrate import calibrated
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.forecast import Outlook, forecast_of
 from moetrain.train.objective import Objective
@@ -80,7 +81,8 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     if config.parallel.mode == "fssdp":
         copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize)
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
-                            survey(config, model, mesh), look_ahead(config, model), config.parallel.rehome_interval)
+                            survey(config, model, mesh), look_ahead(config, model), config.parallel.rehome_interval,
+                            calibrated if config.parallel.calibrate else None)
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
                parallelize(model, mesh, copies), Objective(losses))

@@ -87,6 +87,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "loss/total": summed.total,
         **balance_metrics(counts, summed, total_tokens),
         "moe/copies": copies,
+        "moe/added_copies": run.parallel.copies.added if planning else 0,
         **forecast_metrics(planning.outlook.errors_r if planning else []),
         "grad_norm": norm.item(),
         "lr": rate,

@@ -1,7 +1,8 @@
 """FSSDP equals one process: random copies at every step, whatever holds them and however they come and go.
 
-Every step has another random placement of copies, with rows divided by every kind of rule; float64 to 1e-10: first
-gradients, clipped; norm; counts exactly; parameters after 20 steps of AdamW against one process.
+Every step has another random placement of copies, with rows divided by every kind of rule; with calibration further copies
+come once a layer has routed, whatever they cost. float64 to 1e-10: first
+gradients, clipped; norm; counts exactly; parameters after 20 steps of AdamW (6 with calibration) against one process.
 """
 
 import random
@@ -14,6 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moetrain.errors import PeerError
+from moetrain.plan.calibrate import extended
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
@@ -53,7 +55,8 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
     run = make_run(overrides, forced)
     planning = run.state.planning
     planning.planner = Random(seed)
-    planning.surroundings = planning.surroundings._replace(topology=Topology(run.mesh["ep"].size, 2))
+    planning.surroundings = planning.surroundings._replace(topology=Topology(run.mesh["ep"].size, 2), room=8)
+    planning.calibration = planning.calibration and extended         # every missing copy, never mind the price
     return run
 
 
@@ -64,10 +67,11 @@ def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Tr
 
 
 @cache
-def truth(extra: tuple[str, ...], forced: bool) -> Trained:
-    return alone([*extra, "run.dtype=float64"], STEPS, FORCED if forced else None)
+def truth(extra: tuple[str, ...], forced: bool, steps: int) -> Trained:
+    return alone([*extra, "run.dtype=float64"], steps, FORCED if forced else None)
 
 
+CALIBRATE = "parallel.calibrate=true"
 CASES = {
     "two": (2, [], 1, False, []),
     "two, empty ranks": (2, [], 2, True, []),
@@ -84,6 +88,15 @@ CASES = {
     "homes that move, Muon": (2, ["parallel.rehome_interval=4"], 1, False, ["optim=muon"]),
     "homes that move, replicated": (4, ["parallel.ep=2", "parallel.rehome_interval=5"], 2, True, []),
     "uneven homes": (4, [], 1, False, ["model.num_experts=[7,3]"]),
+    "calibrated": (4, [CALIBRATE], 1, False, []),
+    "calibrated, accumulated": (2, [CALIBRATE], 4, False, []),
+    "calibrated, replicated": (4, [CALIBRATE, "parallel.ep=2"], 2, False, []),
+    "calibrated, gathered again": (2, [CALIBRATE, "parallel.rematerialize=true"], 4, False, []),
+    "calibrated, recomputed": (2, [CALIBRATE, "train.activation_checkpointing=full"], 4, False, []),
+    "calibrated, recomputed and gathered again, replicated": (
+        4, [CALIBRATE, "parallel.ep=2", "train.activation_checkpointing=full", "parallel.rematerialize=true"], 1, False, []),
+    "calibrated, selective, count pass": (2, [CALIBRATE, "train.activation_checkpointing=selective", "train.count_pass=true",
+                                              "parallel.rematerialize=true"], 2, False, []),
 }
 
 
@@ -93,8 +106,12 @@ def test_copies_change_nothing(ranks, case):
     world, overrides, accumulation, forced, extra = CASES[case]
     overrides = ["parallel=fssdp", *overrides, *extra, "run.dtype=float64", f"run.nproc={world}",
                  f"train.micro_batch={16 // world // accumulation}"]
-    ours = union(ranks(world).run(train_with_copies, overrides, STEPS, FORCED if forced else None, len(case)))
-    expected = truth(tuple(e for e in extra if e.startswith(("model", "optim"))), forced)
+    steps = 6 if CALIBRATE in overrides else STEPS
+    results = ranks(world).run(train_with_copies, overrides, steps, FORCED if forced else None, len(case))
+    ours, added = union(results), [[step["moe/added_copies"] for step in result.metrics] for result in results]
+    assert any(added[0]) == (CALIBRATE in overrides)
+    assert (added[0] != added[-1]) == (CALIBRATE in overrides and "parallel.ep=2" in overrides)      # groups decide by themselves
+    expected = truth(tuple(e for e in extra if e.startswith(("model", "optim"))), forced, steps)
     for what in ("gradients", "parameters"):
         error, name = difference(getattr(ours, what), getattr(expected, what))
         assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
