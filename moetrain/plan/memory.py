@@ -35,7 +35,7 @@ class CopyMemory(NamedTuple):
     beside: int
 
 
-def held(placement: LayerPlacement, position: int) -> Held:
+def held_at(placement: LayerPlacement, position: int) -> Held:
     """What a position holds of a layer under a placement."""
     sent = sum(placement.home[expert] == position for expert, _ in placement.copies)
     return Held(len(placement.experts_of(position)), len(placement.copies_at(position)), sent)

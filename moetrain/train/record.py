@@ -19,6 +19,7 @@ from moetrain.config.compose import to_yaml
 from moetrain.config.schema import Config
 from moetrain.errors import DiskError
 from moetrain.moe.bank import is_expert_parameter
+from moetrain.plan.memory import CopyMemory, Held, copy_memory
 from moetrain.train.checkpoint.writer import on_all
 from moetrain.train.setup import Run
 from moetrain.train.sinks import JsonlSink, LoadsLog, WandbSink, replacing
@@ -159,8 +160,23 @@ def copies_line(run: Run) -> str:
     planner = str(run.config.planner["_target_"]).rpartition(".")[2]
     homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
     loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
-    return (f"planned by {planner} from {loads}, up to {parallel.room} a rank and layer"
-            f"{', gathered again for backward' * parallel.rematerialize}; {homes}")
+    memory = most_memory(run)
+    return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, up to {parallel.room} a rank and layer"
+            f"{', gathered again for backward' * parallel.rematerialize}: at most {human(memory.copies)}B of copies and "
+            f"{human(memory.sums)}B of their gradients; {homes}")
+
+
+def most_memory(run: Run) -> CopyMemory:
+    """What copies take on this rank when every layer has as many as there is room for."""
+    config, ep, model = run.config, run.mesh["ep"], run.state.model
+    layers = []
+    for moe in (block.moe for block in model.layers if block.moe is not None):
+        homes = len(moe.experts.bank.experts)
+        room = min(config.parallel.room, moe.router.num_experts - homes)
+        layers.append(Held(homes, room, (ep.size - 1) * min(config.parallel.room, homes)))
+    return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
+                       gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
+                       recompute=config.train.activation_checkpointing != "none")
 
 
 def capacity_line(run: Run) -> str:

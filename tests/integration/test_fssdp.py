@@ -6,6 +6,7 @@ gradients, clipped; norm; counts exactly; parameters after 20 steps of AdamW (6 
 """
 
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +16,16 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moetrain.errors import PeerError
+from moetrain.ops import grouped_experts
+from moetrain.parallel import fssdp
 from moetrain.plan.calibrate import extended
 from moetrain.plan.costs import Topology
+from moetrain.plan.memory import CopyMemory, copy_memory, held_at
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
 from moetrain.train.checkpoint.reader import load, resume
 from moetrain.train.checkpoint.writer import save
+from moetrain.train.evaluate import evaluate
 from moetrain.train.planning import Planning
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
@@ -190,6 +195,126 @@ def test_copies_are_released_where_backward_gathers_them_again(ranks, recompute)
     assert all(rank.end == 0 for rank in kept + gathered_again)
 
 
+class Seen:
+    """Storages by kind, and the most bytes of a kind that were alive at any time something was added."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[int, tuple[StorageWeakRef, int]]] = {name: {} for name in CopyMemory._fields}
+        self.most = dict.fromkeys(CopyMemory._fields, 0)
+
+    def add(self, kind: str, tensor: torch.Tensor) -> None:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        self.known[kind][reference.cdata] = reference, tensor.untyped_storage().nbytes()
+        self.known[kind] = {at: found for at, found in self.known[kind].items() if not found[0].expired()}
+        self.most[kind] = max(self.most[kind], sum(nbytes for _, nbytes in self.known[kind].values()))
+
+
+def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
+    """Bytes of a step with copies, by the formulas and by the lifetime of storages."""
+    run = run_with_copies(overrides)
+    run.state.planning.planner = EveryLayerOtherwise(3)
+    run.state.planning.restored()
+    seen, gather, reduce, cast, position = Seen(), fssdp.post_gather, fssdp.post_reduce, grouped_experts._cast, run.mesh["ep"].position
+
+    def gathered(*arguments):
+        flight = gather(*arguments)
+        seen.add("copies", flight.result), seen.add("sending", flight.message)
+        return flight
+
+    def reduced(gradients_cW, *arguments):
+        flight = reduce(gradients_cW, *arguments)
+        seen.add("sums", gradients_cW), seen.add("returned", flight.result)
+        return flight
+
+    def laid(homes, copies, dtype):
+        side_by_side = cast(homes, copies, dtype)
+        if copies is not None and len(copies):
+            seen.add("beside", side_by_side)
+        return side_by_side
+
+    layers = [held_at(layer, position) for _, layer in run.state.planning.placement.layers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fssdp, "post_gather", gathered)
+        patch.setattr(fssdp, "post_reduce", reduced)
+        patch.setattr(grouped_experts, "_cast", laid)
+        train_step(run, 1)
+    model = run.config.model
+    predicted = copy_memory(layers, 3 * model.dim * model.expert_dim, weight=run.state.model.dtype.itemsize, gradient=4,
+                            rematerialize=run.config.parallel.rematerialize,
+                            recompute=run.config.train.activation_checkpointing != "none")
+    return predicted, CopyMemory(**seen.most)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("overrides", [
+    ["run.dtype=bfloat16"], ["parallel.rematerialize=true"],
+    ["parallel.rematerialize=true", "train.activation_checkpointing=full", "run.dtype=bfloat16"]], ids=" ".join)
+def test_the_memory_of_copies_is_as_predicted(ranks, overrides):
+    results = ranks(2).run(predicted_and_seen, ["parallel=fssdp", "run.nproc=2", "model.num_layers=5", "train.micro_batch=4", *overrides])
+    assert all(predicted == seen for predicted, seen in results), results
+    assert all(max(predicted[part] for predicted, _ in results) for part in range(5))
+
+
+# --- calibration
+
+
+def bits_of(overrides: list[str], whole: bool) -> tuple[dict[str, bytes], int]:
+    """State after three steps with some copies: all of them planned, or some of them after the gate; and how many these were."""
+    run, wanted = run_with_copies(overrides), ((0, 1), (1, 1), (2, 1), (5, 0), (7, 0))
+    planning = run.state.planning
+    planning.planner = Chosen(wanted if whole else wanted[1::2])
+
+    def calibration(n_PE, plan, *others):
+        assert int(n_PE.sum()) == 16 * 12 * 2                            # the step's rows, of which a micro-batch has half
+        return None if whole else LayerPlan(LayerPlacement(plan.placement.home, plan.placement.positions, wanted))
+
+    planning.calibration = calibration
+    planning.restored()
+    added = [train_step(run, step).metrics["moe/added_copies"] for step in (1, 2, 3)]
+    return bits(run), sum(added)
+
+
+class Chosen:
+    rule = "local_first"
+
+    def __init__(self, copies: tuple[tuple[int, int], ...]) -> None:
+        self.copies = copies
+
+    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+        return LayerPlan(LayerPlacement(homes.home, homes.positions, self.copies))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("overrides", [[], ["parallel.rematerialize=true"]], ids=["kept", "gathered again"])
+def test_copies_that_come_after_the_gate_give_the_bits_of_copies_that_were_planned(ranks, overrides):
+    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "run.dtype=float32", *overrides]
+    planned, added = (ranks(2).run(bits_of, overrides, whole) for whole in (True, False))
+    assert [state for state, _ in planned] == [state for state, _ in added]
+    assert [count for _, count in planned] == [0, 0] and [count for _, count in added] == [3 * 2 * 3] * 2
+
+
+def added_where_it_pays(overrides: list[str], forced, seconds: float) -> list[int]:
+    """Copies added in two steps by the model of time, where every row takes so long to compute."""
+    run = make_run(overrides, forced)
+    planning = run.state.planning
+    planning.surroundings = planning.surroundings._replace(costs=replace(planning.surroundings.costs, row_s=seconds))
+    counts = []
+    for step in (1, 2):
+        counts.append(int(train_step(run, step).metrics["moe/added_copies"]))
+        evaluate(run.state.model, run.dataset, run.mesh, run.config)            # never adds
+        assert run.parallel.copies.added == counts[-1]
+    return counts
+
+
+@pytest.mark.ranks
+def test_what_nobody_expected_is_calibrated_and_what_was_planned_is_not(ranks):
+    """All tokens take experts of one rank: unknown before the first step, forecast for the second."""
+    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "eval.windows=2", "parallel.room=2"]
+    for counts in ranks(2).run(added_where_it_pays, overrides, FORCED, 1.0):
+        assert counts[0] > 0 and counts[1] == 0
+    assert ranks(2).run(added_where_it_pays, overrides, FORCED, 1e-12) == [[0, 0], [0, 0]]
+
+
 # --- plans that differ
 
 
@@ -242,9 +367,11 @@ def bits(run: Run) -> dict[str, bytes]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("forget", ["", "plan.loads", "plan.homes"])
-def test_resuming_gives_the_same_bits_and_needs_history_and_homes(ranks, tmp_path, forget, monkeypatch):
-    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32"]
+@pytest.mark.parametrize("forget, more", [
+    ("", []), ("plan.loads", []), ("plan.homes", []), ("", ["parallel.forecast=trend", "parallel.fallback=30", CALIBRATE]),
+    ("plan.slope", ["parallel.forecast=trend"]), ("plan.errors", ["parallel.fallback=30"])])
+def test_resuming_gives_the_same_bits_and_needs_forecast_and_homes(ranks, tmp_path, forget, more):
+    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32", *more]
     for unbroken, again in ranks(4).run(resumed_without, overrides, tmp_path, forget):
         assert (unbroken == again) == (not forget)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moetrain.plan.memory import CopyMemory, Held, copy_memory, held
+from moetrain.plan.memory import CopyMemory, Held, copy_memory, held_at
 from moetrain.plan.placement import LayerPlacement
 
 LAYERS = [Held(2, 1, 0), Held(2, 3, 4), Held(1, 0, 2), Held(0, 4, 0)]
@@ -10,7 +10,7 @@ LAYERS = [Held(2, 1, 0), Held(2, 3, 4), Held(1, 0, 2), Held(0, 4, 0)]
 
 def test_what_a_position_holds():
     placement = LayerPlacement((0, 0, 1, 2), 3, ((0, 1), (0, 2), (1, 2), (2, 0)))
-    assert [held(placement, position) for position in range(3)] == [Held(2, 1, 3), Held(1, 1, 1), Held(1, 2, 0)]
+    assert [held_at(placement, position) for position in range(3)] == [Held(2, 1, 3), Held(1, 1, 1), Held(1, 2, 0)]
 
 
 @pytest.mark.parametrize("rematerialize, recompute, copies, sending", [
