@@ -1,4 +1,4 @@
-"""What forecasts and calibration are worth, by the model of time: forecast error and modelled step over the cases of plan/loads.py.
+"""What forecasts and calibration are worth: forecast error and modelled step over the cases of plan/loads.py.
 
     python tools/study_forecast.py --out forecast.json
 
@@ -28,8 +28,9 @@ from moetrain.plan.rules import rule_of
 POSITIONS, EXPERTS, STEPS, FIRST, ROOM = 8, 64, 48, 8, 2
 DIM, WIDTH, TOKENS, TOP_K, LENGTH = 2048, 1408, 8192, 6, 4096
 TOPOLOGY, HOMES = Topology(POSITIONS, 4), contiguous(EXPERTS, POSITIONS)
-WAYS = {"mean": ("mean", 5, 1000), "last step": ("mean", 1, 1000), "trend": ("trend", 5, 1000), "mean, falls back at 300": ("mean", 5, 300),
-        "mean, falls back at 150": ("mean", 5, 150), "trend, falls back at 150": ("trend", 5, 150)}
+WAYS = {"mean": ("mean", 5, 1000), "last step": ("mean", 1, 1000), "trend": ("trend", 5, 1000),
+        "mean, falls back at 300": ("mean", 5, 300), "mean, falls back at 150": ("mean", 5, 150),
+        "trend, falls back at 150": ("trend", 5, 150)}
 
 
 class Step(NamedTuple):
@@ -50,16 +51,19 @@ def main() -> None:
     config = compose([f"planner={options.planner}", "hardware=h100"])
     planner, costs, found = build(config.planner), costs_of(config.hardware), {}
     for case in options.cases:
-        traces = [torch.from_numpy(generate(case, seed, STEPS, POSITIONS, EXPERTS, TOKENS * TOP_K)) for seed in range(options.seeds)]
+        traces = [torch.from_numpy(generate(case, seed, STEPS, POSITIONS, EXPERTS, TOKENS * TOP_K))
+                  for seed in range(options.seeds)]
         rows = [n_PE for trace in traces for n_PE in trace[FIRST:]]
-        found[case] = {"none": {"ms": mean(1e3 * total_s(n_PE, LayerPlan(HOMES), "local_first", costs) for n_PE in rows)},
-                       "ideal": {"ms": mean(1e3 * total_s(n_PE, planned(planner, n_PE.sum(0).numpy(), costs), planner.rule, costs)
-                                            for n_PE in rows)}}
+        found[case] = {
+            "none": {"ms": mean(1e3 * total_s(n_PE, LayerPlan(HOMES), "local_first", costs) for n_PE in rows)},
+            "ideal": {"ms": mean(1e3 * total_s(n_PE, planned(planner, n_PE.sum(0).numpy(), costs), planner.rule, costs)
+                                 for n_PE in rows)}}
         for name, way in WAYS.items():
             steps = [step for trace in traces for step in replay(trace, way, planner, costs)]
-            found[case][name] = {"ms": mean(1e3 * s.seconds for s in steps), "calibrated_ms": mean(1e3 * s.calibrated_s for s in steps),
-                                 "added": mean(s.added for s in steps), "error": mean(s.error for s in steps) / 1000,
-                                 "largest_error": max(s.error for s in steps) / 1000, "fell_back": mean(s.fell_back for s in steps)}
+            found[case][name] = {
+                "ms": mean(1e3 * s.seconds for s in steps), "calibrated_ms": mean(1e3 * s.calibrated_s for s in steps),
+                "added": mean(s.added for s in steps), "error": mean(s.error for s in steps) / 1000,
+                "largest_error": max(s.error for s in steps) / 1000, "fell_back": mean(s.fell_back for s in steps)}
         print(case, *(f"  {name:25} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
                       for name, figures in found[case].items()), sep="\n", flush=True)
     with open(options.out, "w") as file:

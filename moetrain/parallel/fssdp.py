@@ -121,7 +121,8 @@ class LayerCopies:
 
     @torch.no_grad()
     def extend(self, placement: LayerPlacement) -> None:
-        """Another placement for the rest of the step, with more copies: those that are missing start. Before its first `take`."""
+        """Another placement for the rest of the step, with more copies: those that are missing start now. Comes before the
+        step's first `take`."""
         here, self._rows_cW = self._rows_cW, None
         landed = [] if here is None else [Wave(self.placement.copies_at(self.group.position), lambda: here)]
         added = placement.beyond(self.placement)

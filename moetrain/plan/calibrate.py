@@ -23,7 +23,8 @@ from moetrain.plan.planners.base import LayerPlan, Planner
 from moetrain.plan.rules import rule_of
 
 
-def calibrated(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs, room: int) -> LayerPlan | None:
+def calibrated(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs,
+               room: int) -> LayerPlan | None:
     """The plan with more copies, or None where more would not pay.
 
     n_PE: rows of the step from every position for every expert. room: copies that a position has memory for, those of the
@@ -37,7 +38,8 @@ def calibrated(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topolo
     return more if gain_s > _price_s(plan.placement, more.placement, topology, costs) else None
 
 
-def extended(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs, room: int) -> LayerPlan | None:
+def extended(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs,
+             room: int) -> LayerPlan | None:
     """The plan with all missing copies that there is room for; None if there are none."""
     by_node_NE = n_PE.new_zeros(topology.nodes, n_PE.shape[1])
     by_node_NE.index_add_(0, torch.arange(topology.positions) // topology.per_node, n_PE)
@@ -76,5 +78,6 @@ def _rows_s(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology,
 
 
 def _price_s(planned: LayerPlacement, placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
-    home_s, planned_s = (max(0.0, gathering_s(copies, topology, costs) - 2 * costs.hidden_s) for copies in (placement, planned))
+    home_s, planned_s = (max(0.0, gathering_s(copies, topology, costs) - 2 * costs.hidden_s)
+                         for copies in (placement, planned))
     return gathering_s(placement.beyond(planned), topology, costs) + home_s - planned_s

@@ -59,7 +59,8 @@ class MeanForecast:
 
 
 class TrendForecast:
-    """size: L. level, trend: weights of what is new, in (0, 1] and [0, 1]; kept to 1/256. With trend 0 a plain moving average."""
+    """size: L. level, trend: weights of what is new, in (0, 1] and [0, 1]; kept to 1/256. With trend 0 a plain moving
+    average."""
 
     def __init__(self, size: int, level: float = 0.5, trend: float = 0.1) -> None:
         assert 0 < level <= 1 and 0 <= trend <= 1, (level, trend)

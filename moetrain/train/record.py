@@ -161,8 +161,8 @@ def copies_line(run: Run) -> str:
     homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
     loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
     memory = most_memory(run)
-    return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, up to {parallel.room} a rank and layer"
-            f"{', gathered again for backward' * parallel.rematerialize}: at most {human(memory.copies)}B of copies and "
+    return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, up to {parallel.room} a rank"
+            f" and layer{', gathered again for backward' * parallel.rematerialize}: at most {human(memory.copies)}B of copies and "
             f"{human(memory.sums)}B of their gradients; {homes}")
 
 
