@@ -426,6 +426,7 @@ def unsaved_with_copies(overrides: list[str]) -> list[str]:
 
 
 @pytest.mark.ranks
-def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks):
+@pytest.mark.parametrize("more", [[], [CALIBRATE, "parallel.forecast=trend"]], ids=["planned", "calibrated"])
+def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks, more):
     assert ranks(2).run(unsaved_with_copies, ["parallel=fssdp", "parallel.shard=1", "run.nproc=2", "train.micro_batch=4",
-                                              "parallel.rehome_interval=2"]) == [[], []]
+                                              "parallel.rehome_interval=2", *more]) == [[], []]
