@@ -33,10 +33,13 @@ class Routed(NamedTuple):
 
 def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, Tensor]], *,
                 balance_weight: float = 0.0, balance_scope: str = "global", z_weight: float = 0.0,
+                balance_pools: Callable[[int], list[int]] | None = None, balance_prior: list[Tensor] | None = None,
                 **model) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(total, cross-entropy, balance, tokens per expert of each MoE layer) of a step over (tokens, targets, valid).
 
     Cross-entropy is a mean over all valid tokens of the step; `balance` is the global one, unweighted, perfect = 1.
+    balance_pools: for the number of a batch, those whose counts give its f; it takes the place of the scope. balance_prior:
+    counts of another step by router, whose shares stand for the tokens that such a pool lacks.
     `model` is handed to `oracle_logits`.
     """
     tokens = sum(int(valid_BS.sum()) for _, _, valid_BS in batches)
@@ -54,8 +57,24 @@ def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, T
         micro = micro + sum(_balance(part) * len(part.lse_T) / tokens for part in router) / len(per_router)
         z = z + pooled.lse_T.square().mean() / len(per_router)
     scoped = {"global": balance, "micro": micro, "none": zero}[balance_scope]
+    if balance_pools is not None:
+        scoped = sum(_pooled(router, balance_pools, tokens, prior) / len(per_router)
+                     for router, prior in zip(per_router, balance_prior or [None] * len(per_router)))
     counts = [sum(part.chosen_TE.sum(0) for part in router) for router in per_router]
     return ce + balance_weight * scoped + z_weight * z, ce, balance, counts
+
+
+def _pooled(router: tuple[Routed, ...], pools: Callable[[int], list[int]], tokens: int, prior_E: Tensor | None) -> Tensor:
+    """One router's loss where every batch has a pool of its own."""
+    total = 0.0
+    for number, batch in enumerate(router):
+        counts_E = sum(router[other].chosen_TE.sum(0) for other in pools(number)).double()
+        if prior_E is not None:
+            slots = sum(int(part.chosen_TE.sum()) for part in router)
+            counts_E = counts_E + (slots - counts_E.sum()) * prior_E.double() / prior_E.sum()
+        share_E = counts_E / counts_E.sum().clamp(min=1)
+        total = total + len(counts_E) * (share_E * batch.probs_TE.sum(0)).sum() / tokens
+    return total
 
 
 def _balance(routed: Routed) -> Tensor:

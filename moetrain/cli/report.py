@@ -1,4 +1,4 @@
-"""moetrain report <run>: draw tokens per expert into <run.dir>/report. <run> is a name or a directory."""
+"""moetrain report <run>: draw tokens per expert, and experts by domain, into <run.dir>/report. <run> is a name or a directory."""
 
 from moetrain.config.compose import find_run
 from moetrain.errors import ConfigError
@@ -13,7 +13,7 @@ def run(argv: list[str]) -> int:
                           why=f"it was given {' '.join(argv) or 'nothing'}",
                           next="moetrain report <name or directory of a run>")
     directory = find_run(argv[0].removeprefix("run.name=").removeprefix("run.dir="))
-    from moetrain.report.loads import draw_loads
+    from moetrain.report.run import draw
 
-    draw_loads(directory)
+    draw(directory)
     return 0

@@ -65,13 +65,13 @@ def _train(config: Config) -> None:
 
 
 def draw(directory: Path) -> None:
-    """The picture of tokens per expert. A run is not worth less without it, so failing only warns."""
+    """The pictures of the run. It is not worth less without them, so failing only warns."""
     try:
-        from moetrain.report.loads import draw_loads
+        from moetrain.report import run
 
-        draw_loads(directory)
+        run.draw(directory)
     except Exception as error:
-        log.warning("[warn] tokens per expert could not be drawn: %s", error)
+        log.warning("[warn] the pictures could not be drawn: %s", error)
 
 
 def _flags(argv: list[str]) -> tuple[list[str], bool, bool]:

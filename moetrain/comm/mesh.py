@@ -139,13 +139,6 @@ def connect(device: torch.device, timeout_s: int) -> None:
         ) from error
 
 
-def peer_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because a rank is gone or did not answer in time; not every backend has a class for it."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo/transport" in text or "Socket Timeout" in text or (
-        "Timed out waiting" in text and "ms for" in text)
-
-
 def disconnect() -> None:
     """Leave the process group; the barrier keeps a fast rank from tearing down what a slow one still uses."""
     if dist.is_initialized():

@@ -4,7 +4,9 @@ A group of one rank is the identity.
 """
 
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,8 @@ from moetrain.errors import MoETrainError
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+LOOK_S = 0.5                 # between two looks at each other while one works alone, so that nobody times out
 
 
 def sum_over(group: Group, tensor: Tensor) -> Tensor:
@@ -63,6 +67,33 @@ def all_or_none(group: Group, action: Callable[[], T]) -> T:
         logger.error("another rank cannot go on; log/rank-<n>.log of the run says why")
         raise SystemExit(code)
     return result
+
+
+def on_first(group: Group, action: Callable[[], T]) -> T | None:
+    """What `action` gives on the group's first rank, None on the others; waits, however long it takes there.
+
+    It works in a thread of its own while all ranks look at each other, so no collective waits longer than for one look.
+    A MoETrainError ends all ranks, as in `all_or_none`.
+    """
+    if group.process_group is None:
+        return action()
+    work: Future[T] | None = None
+    if group.position == 0:
+        work = Future()
+        threading.Thread(target=_into, args=(work, action), name="alone", daemon=True).start()
+    working = True
+    while working:
+        if work is not None:
+            wait([work], timeout=LOOK_S)
+        working = bool(largest_over(group, work is not None and not work.done()))
+    return all_or_none(group, lambda: None if work is None else work.result())
+
+
+def _into(work: Future, action: Callable[[], object]) -> None:
+    try:
+        work.set_result(action())
+    except BaseException as error:                       # raised where the result is asked for
+        work.set_exception(error)
 
 
 def gather_to_first(group: Group, tensor: Tensor) -> list[Tensor] | None:

@@ -267,6 +267,22 @@ def loss_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
                               why="a negative weight would reward what the loss is against", next=f"{name}.weight=0.01")
 
 
+def pools(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Counts are pooled by one rule for all losses."""
+    parts = {"balance": config.balance, **{f"loss.{name}": part for name, part in config.loss.items()}}
+    rules = {name: (part["scope"], part["mode"]) for name, part in parts.items()
+             if part.get("scope") in ("global", "node") and part.get("weight")}
+    if len(set(rules.values())) > 1:
+        text = ", ".join(f"{name}: {scope}, {mode}" for name, (scope, mode) in rules.items())
+        yield ConfigError(75, "the losses want counts pooled in different ways", where=", ".join(rules), why=text,
+                          next="one scope and mode for all of them; further ones may have scope=micro or scope=sequence")
+    for name, rule in rules.items():
+        if rule == ("node", "warm"):
+            yield ConfigError(76, f"{name}.mode=warm with {name}.scope=node", where=f"{name}.mode",
+                              why="every machine would need a memory of its own step before, and checkpoints hold none",
+                              next=f"{name}.mode=buffer, or {name}.scope=global")
+
+
 def part_numbers(config: Config, ranks: int) -> Iterator[ConfigError]:
     given = flatten(config)
     for text, (valid, example, keys) in _PART_RANGES.items():
@@ -278,8 +294,7 @@ def part_numbers(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, copies, batch,
-    data_path,
-    betas, loss_weights, part_numbers, engine,
+    data_path, betas, loss_weights, pools, part_numbers, engine,
 ]
 
 # What a number must be: the test, a value that passes, and the keys it holds for. null is always fine.
@@ -315,6 +330,7 @@ _PART_RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "above 0": (lambda x: x > 0, "1.0", ["router.scale", "capacity.factor", "capacity.eval_factor", "planner.horizon",
                                            "planner.state_ratio", "planner.capacity", "planner.threshold"]),
     "1 or more": (lambda x: x >= 1, "1", ["planner.groups", "planner.min_rows"]),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, "0.3", ["balance.drift"]),
     "0 or more": (lambda x: x >= 0, "0", ["router.update_rate", "capacity.min_capacity", "planner.tolerance", "planner.min_gain"]),
 }
 

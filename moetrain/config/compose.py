@@ -2,7 +2,7 @@
 
     compose(overrides)      a new run: conf/ and the command line
     for_run(overrides)      an existing run: its own config.yaml and the command line on top
-    from_yaml, to_yaml      the resolved config of a run
+    from_yaml, to_yaml      the resolved config of a run; recorded: from what a checkpoint says of it
     resume_conflicts        what a resumed run may not change
 
 How: config/overrides.py reads the command line with Hydra's parser and checks choices against the files of conf/; Hydra
@@ -26,7 +26,7 @@ from moetrain.errors import ConfigError, ConfigErrors
 # What a resumed run may change; a trailing dot means the whole section.
 _FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name", "run.dir", "run.device",
                    "log.", "checkpoint.", "eval.", "generate.", "parallel.", "planner.", "hardware.", "engine.", "train.micro_batch",
-                   "train.count_pass", "train.activation_checkpointing", "data.cache")
+                   "train.count_pass", "train.activation_checkpointing", "train.loss_carrier", "data.cache")
 # What evaluation and sampling may change of the model.
 _FREE_AFTER_TRAINING = ("model.top_k",)
 
@@ -74,13 +74,22 @@ def run_dir(config: Config) -> Path:
 def find_run(name: str) -> Path:
     """The directory of an existing run, given its name or its path."""
     for directory in (Path("runs") / name, Path(name)):
-        if (directory / "config.yaml").is_file():
+        if has_config(directory):
             return directory
+    if (Path("runs") / name / "checkpoints").is_dir() or (Path(name) / "checkpoints").is_dir():
+        raise ConfigError(65, f"the run {name} has lost its config.yaml", where=name, why="it has checkpoints and no config.yaml",
+                          next="the command that trained it writes it again: moetrain train …")
     known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
     near = nearest(name, known) or known[:8]
     raise ConfigError(15, f"there is no run {name}", where=f"{Path('runs') / name}/config.yaml",
                       why=f"the runs here are {', '.join(known[:8])}" if known else "there are no runs here",
                       next=" or ".join(near) if near else "moetrain train experiment=debug starts one")
+
+
+def has_config(directory: Path) -> bool:
+    """Whether a run's config.yaml is there; an empty file is none."""
+    path = directory / "config.yaml"
+    return path.is_file() and path.stat().st_size > 0
 
 
 def to_yaml(config: Config) -> str:
@@ -91,7 +100,12 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(path: Path | str) -> Config:
     """The config in a run's config.yaml, checked key by key; no rules between keys, because the mesh may differ."""
-    return tree.finish(tree.load(Path(path)), Command({}, {}), Problems(), [("", Path(path))], rules=False)
+    return recorded(tree.load(Path(path)), Path(path))
+
+
+def recorded(values: dict[str, Any], where: Path) -> Config:
+    """The same from values that were read already; where: the file or folder that they are from."""
+    return tree.finish(values, Command({}, {}), Problems(), [("", where)], rules=False)
 
 
 def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:
@@ -129,7 +143,10 @@ def _compose_yaml(choices: dict[str, Any]) -> tuple[tree.Tree, list[tuple[str, P
 
 
 def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigError]:
-    before, now = flatten(old), flatten(new)
+    before, now = ({**flatten(config), "loss": sorted(config.loss)} for config in (old, new))
+    if before["loss"] != now["loss"]:                    # said once; not key by key of what is there on one side alone
+        before, now = ({path: value for path, value in values.items() if not path.startswith("loss.")}
+                       for values in (before, now))
     errors = []
     for path in dict.fromkeys([*before, *now]):
         if any(path == key or key.endswith(".") and path.startswith(key) for key in free):

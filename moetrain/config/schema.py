@@ -95,6 +95,8 @@ class TrainConfig:
         "none", "what backward computes again: nothing, cheap operations, or whole blocks; routing never")
     count_pass: bool = key(False, "exact balance under accumulation by a forward pass that only counts, instead of keeping "
                                   "the graphs of all micro-batches")
+    loss_carrier: Literal["returned", "attached"] = key(
+        "returned", "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")
 
     def per_forward(self, ranks: int) -> int:
         """Sequences of one forward pass on one of `ranks` ranks."""
@@ -162,6 +164,7 @@ class LogConfig:
     heatmap_every: int = key(0, "draw tokens per expert in the terminal every so many steps (0: only at the end)")
     progress: bool = key(True, "progress bar on a terminal")
     sources: bool = key(False, "also record tokens per expert by source rank in loads.npz")
+    router_dump: bool = key(False, "write what all routers decided in the first three steps, logits included, to log/router")
     wandb: Literal["off", "offline", "online"] = key("offline", "Weights & Biases; never stops or slows a run")
     wandb_project: str = key("moetrain", "project of Weights & Biases")
 

@@ -2,29 +2,43 @@
 
 `AuxLoss.value(stats, pooled)` is one micro-batch's *contribution* to the loss of the step for one router. Contributions
 carry global denominators, so adding them over micro-batches and ranks gives the loss, whatever the split. The pooled
-counts are an argument: a loss never communicates (comm/reduce.py does, train/loop.py decides when).
+counts are an argument: a loss says what it wants them pooled over and never communicates (comm/reduce.py does,
+train/pool.py decides when).
 
-This release has one carrier of a loss: `returned` (the value is added to the objective).
+Two carriers bring the same definition to backward: `returned`, the value is added to the objective, and `attached`
+(losses/attached.py), the slopes are injected by an identity node.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from moetrain.routers.base import RoutingStats
 
 
-class Pooled(NamedTuple):
-    """One router's sums over the pool of the step (int64), as far as they are known before the first backward."""
+class PoolRule(NamedTuple):
+    """Which counts a loss wants.
 
-    counts_E: Tensor
+    scope: of all ranks (global) or of those of a machine (node).
+    mode, under accumulation: of the whole step before its first backward (exact); of the ranks' micro-batches of this turn
+    (sync); of the step so far (buffer); the same, and for what is still to come the shares of the step before (warm).
+    """
+
+    scope: Literal["global", "node"]
+    mode: Literal["exact", "sync", "buffer", "warm"]
+
+
+class Pooled(NamedTuple):
+    """One router's sums over the pool, as far as they are known before the backward."""
+
+    counts_E: Tensor         # int64; float64 where the shares of another step stand for what is to come
     tokens: Tensor           # valid tokens of the whole global batch: the denominator of every loss
 
 
 class AuxLoss(Protocol):
     weight: float
     reduction: str           # over routers: mean or sum
-    needs_pool: bool         # the pooled counts must be known before the backward
+    pool: PoolRule | None    # None: the counts of the micro-batch will do
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor: ...
 

@@ -2,14 +2,22 @@
 
     LBL = E * sum_i f_i P_i        f_i = n_i / sum n  share of the slots,  P_i  mean probability;  perfect = 1
 
-`f` is a constant for autograd; all gradient flows through P. With scope `global` f is pooled over all ranks and
-accumulation steps of the optimizer step, with `micro` it is that of one micro-batch on one rank. Either way a
-micro-batch contributes
+`f` is a constant for autograd; all gradient flows through P. What f is counted over is the scope:
+
+    global      all ranks and accumulation steps of the optimizer step
+    node        those of the ranks of one machine
+    micro       one micro-batch on one rank
+    sequence    one sequence
+
+Whatever it is, a micro-batch contributes
 
     E * sum_i f_i * (sum_t p_ti) / N        N = valid tokens of the global batch
 
-so that the sum over micro-batches and ranks is the loss, independent of split and padding. (Switch and Megatron state
-the same normalisation; Hugging Face's is top_k times this.)
+so that the sum over micro-batches and ranks is the loss, and the weight of a token never depends on split and padding. With
+`sequence` the inner sum is one for each sequence.
+
+Others normalise otherwise, and coefficients do not carry over without the factor: Switch, Megatron and OLMo-core are 1 when
+perfect too; Hugging Face's counts slots per token, k for each, and is k when perfect.
 """
 
 from typing import Literal
@@ -17,33 +25,54 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moetrain.losses.base import Pooled
+from moetrain.losses.base import Pooled, PoolRule
 from moetrain.routers.base import RoutingStats
+
+Scope = Literal["global", "node", "micro", "sequence", "none"]
 
 
 class LoadBalanceLoss:
-    """weight: coefficient; 0 only reports. scope: global, micro, or none, which only reports whatever the weight.
-    mode: exact, how a global f is obtained under accumulation. reduction: mean or sum over routers."""
+    """weight: coefficient; 0 only reports. scope: see above, or none, which only reports whatever the weight.
+    mode: how f is pooled under accumulation (losses/base.py PoolRule); means nothing for micro and sequence. drift: with warm,
+    how far shares may move from one step to the next (total variation) for the step before to say anything.
+    normalisation: whose weight this is: one and megatron (perfect = 1), huggingface (perfect = k).
+    reduction: mean or sum over routers."""
 
-    def __init__(self, *, weight: float = 0.01, scope: Literal["global", "micro", "none"] = "global",
-                 mode: Literal["exact"] = "exact", reduction: Literal["mean", "sum"] = "mean") -> None:
-        assert scope in ("global", "micro", "none") and mode == "exact" and reduction in ("mean", "sum"), (scope, mode, reduction)
+    def __init__(self, *, weight: float = 0.01, scope: Scope = "global",
+                 mode: Literal["exact", "sync", "buffer", "warm"] = "exact", drift: float = 0.3,
+                 normalisation: Literal["one", "megatron", "huggingface"] = "one",
+                 reduction: Literal["mean", "sum"] = "mean") -> None:
         self.weight = 0.0 if scope == "none" else weight
-        self.scope, self.mode, self.reduction = scope, mode, reduction
+        self.drift = drift
+        self.scope, self.mode, self.normalisation, self.reduction = scope, mode, normalisation, reduction
 
     @property
-    def needs_pool(self) -> bool:
-        return self.scope == "global" and self.weight > 0
+    def pool(self) -> PoolRule | None:
+        return PoolRule(self.scope, self.mode) if self.scope in ("global", "node") and self.weight > 0 else None
+
+    @property
+    def per_sequence(self) -> bool:
+        return self.scope == "sequence" and self.weight > 0
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
-        return (self.slopes(stats, pooled)["prob_sum_E"] * stats.prob_sum_E).sum()
+        ((field, slope),) = self.slopes(stats, pooled).items()
+        return (slope * getattr(stats, field)).sum()
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
-        counts_E = pooled.counts_E if self.scope == "global" else stats.counts_E
-        return {"prob_sum_E": balance_slope(counts_E, pooled.tokens, stats.prob_sum_E.dtype)}
+        dtype = stats.prob_sum_E.dtype
+        if self.scope == "sequence":
+            return {"prob_sum_SE": self._factor(stats) * balance_slope(stats.counts_SE, pooled.tokens, dtype)}
+        counts_E = stats.counts_E if self.scope == "micro" else pooled.counts_E
+        return {"prob_sum_E": self._factor(stats) * balance_slope(counts_E, pooled.tokens, dtype)}
+
+    def _factor(self, stats: RoutingStats) -> Tensor | float:
+        """Of this normalisation over ours: slots per token."""
+        return stats.active_sum / stats.tokens.clamp(min=1) if self.normalisation == "huggingface" else 1.0
 
 
 def balance_slope(counts_E: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """E * f / N: the gradient of the loss with respect to each expert's probability sum. Finite when nothing is routed."""
-    total = counts_E.sum().clamp(min=1).to(dtype)
-    return counts_E.to(dtype) * (counts_E.numel() / total / tokens.clamp(min=1).to(dtype))
+    """E * f / N: the gradient of the loss with respect to each expert's probability sum. Finite when nothing is routed.
+    counts [..., E]: one f for each row."""
+    total = counts_E.sum(-1, keepdim=True)
+    total = total.where(total > 0, 1).to(dtype)
+    return counts_E.to(dtype) * (counts_E.shape[-1] / total / tokens.clamp(min=1).to(dtype))

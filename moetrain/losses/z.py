@@ -14,7 +14,7 @@ from moetrain.routers.base import RoutingStats
 class ZLoss:
     """weight: coefficient. reduction: mean or sum over routers."""
 
-    needs_pool = False
+    pool = None
 
     def __init__(self, *, weight: float = 1e-3, reduction: Literal["mean", "sum"] = "mean") -> None:
         self.weight, self.reduction = weight, reduction

@@ -90,9 +90,12 @@ class Transformer(nn.Module):
                 block.moe.router.end_of_step(counts[block.moe.name])
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
-                route_only: bool = False, cache: Cache | None = None) -> ModelOutput:
+                route_only: bool = False, cache: Cache | None = None,
+                routed: Callable[[Tensor, dict[str, RoutingStats]], Tensor] | None = None) -> ModelOutput:
         """route_only: the statistics alone, without what comes after the last router's decision (no logits).
 
+        routed: called with what goes into the head and the statistics of all routers, before the head runs; what it gives goes
+        into the head.
         cache: tokens of the same document before these. They do not run again, and these are added to them.
         """
         x_BSD = F.embedding(tokens_BS, self.embed).to(self.dtype)
@@ -107,6 +110,8 @@ class Transformer(nn.Module):
             context = context._replace(carry=carry)
             if block_stats is not None:
                 stats[block.moe.name] = block_stats
+        if routed is not None:
+            x_BSD = routed(x_BSD, stats)
         if route_only:
             return ModelOutput(None, stats)
         head = self.embed if self.head is None else self.head

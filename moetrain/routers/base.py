@@ -38,6 +38,15 @@ class RouterContext(NamedTuple):
     token_ids_T: Tensor | None = None
     seq_offsets: Tensor | None = None
     carry: Tensor | None = None
+    decisions: list["Decision"] | None = None    # where every router adds its own, if somebody wants to see them
+
+
+class Decision(NamedTuple):
+    """What a router saw and chose, for records (train/dump.py)."""
+
+    router: str
+    logits_TE: Tensor
+    ids_TK: Tensor
 
 
 class Routing(NamedTuple):
@@ -80,7 +89,9 @@ class Router(nn.Module):
     def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TE: Tensor, logits_TE: Tensor,
                 context: RouterContext) -> Routing:
         """The record of a decision: `ids_TK` have passed `decide`, `weights_TK` were gathered at them."""
-        stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T)
+        if context.decisions is not None:
+            context.decisions.append(Decision(context.router, logits_TE.detach(), ids_TK))
+        stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T, context.seq_offsets)
         return Routing(ids_TK, weights_TK, ids_TK.numel(), stats)
 
 

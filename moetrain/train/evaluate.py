@@ -6,11 +6,17 @@ no window left), so expert parallelism never waits for a rank that has finished.
     loss/<domain>            nats per token
     nats_per_byte/<domain>   nats per byte of text: comparable across tokenizers
     …/mean                   plain mean over domains
+
+Beside them the choices of every router, domain by domain: which experts serve which text.
 """
 
+from collections.abc import Callable
 from itertools import islice
+from math import inf
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import largest_over, sum_over
@@ -28,39 +34,53 @@ from moetrain.train.setup import join, prepare_on_main
 from moetrain.train.passes import step_context, to_device
 
 
+class Evaluation(NamedTuple):
+    losses: dict[str, float]
+    choices_ML: Tensor                       # int64: used slots by domain, and by expert of all routers in layer order
+
+
 @torch.no_grad()
-def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config) -> dict[str, float]:
-    """Losses of every domain. Collective."""
-    model.eval()
+def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
+             stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+    """Every domain. None once `stop` was true on a rank when a domain began. Collective."""
     results: dict[str, float] = {}
+    choices = []
     for index, domain in enumerate(dataset.domains):
-        nats, tokens, text_bytes = _domain(model, dataset, index, mesh, config)
+        sums = _domain(model, dataset, index, mesh, config, stop())
+        if sums is None:
+            return None
+        (nats, tokens, text_bytes), choices_L = sums[:3].tolist(), sums[3:].long()
+        choices.append(choices_L)
         if tokens:
             name = "mean (domain)" if domain == "mean" else domain       # `mean` is the mean over domains
             results[f"loss/{name}"] = nats / tokens
             results[f"nats_per_byte/{name}"] = nats / max(1.0, text_bytes)
-    model.train()
     for kind in ("loss", "nats_per_byte"):
         values = [value for name, value in results.items() if name.startswith(f"{kind}/")]
         results[f"{kind}/mean"] = sum(values) / max(1, len(values))
-    return results
+    return Evaluation(results, torch.stack(choices).cpu())
 
 
-def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, config: Config) -> list[float]:
-    """[nats, tokens, bytes] over all ranks."""
+def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, config: Config, stop: bool) -> Tensor | None:
+    """[nats, tokens, bytes, choices of all experts] over all ranks, float64; None where one says stop."""
     group = mesh["batch"]
     every = dataset.heldout(domain, windows=config.eval.windows, batch=config.eval.batch)
     mine = list(islice(every, group.position, None, group.size))
-    rounds = int(largest_over(group, len(mine)))
-    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-    for number in range(rounds):
+    rounds = largest_over(group, inf if stop else len(mine))
+    if rounds == inf:
+        return None
+    model.eval()
+    sums = torch.zeros(3 + sum(model.routers.values()), dtype=torch.float64, device=mesh.device)
+    for number in range(int(rounds)):
         batch = mine[number] if number < len(mine) else _padding(config)
         batch = to_device(batch, mesh.device)
         output = model(batch.tokens_BS, step_context(config.run.seed, 0, batch, training=False), batch.documents_BS)
         nats = cross_entropy_sum(output.logits_BSV, batch.targets_BS).double()
         text_bytes = sums.new_tensor(dataset.bytes_of_targets(batch))
-        sums += torch.stack([nats, batch.valid_BS.sum().double(), text_bytes])
-    return sum_over(group, sums).tolist()
+        head = torch.stack([nats, batch.valid_BS.sum().double(), text_bytes])
+        sums += torch.cat([head, *(stats.counts_E.double() for stats in output.stats.values())])
+    model.train()
+    return sum_over(group, sums)
 
 
 def _padding(config: Config) -> Batch:
@@ -88,4 +108,4 @@ def load_trained(config: Config) -> tuple[Transformer, Dataset, Mesh, int]:
 def evaluate_run(config: Config) -> tuple[dict[str, float], Dataset, int]:
     """Losses of a run's newest checkpoint, its dataset and step. The caller prints."""
     model, dataset, mesh, step = load_trained(config)
-    return evaluate(model, dataset, mesh, config), dataset, step
+    return evaluate(model, dataset, mesh, config).losses, dataset, step

@@ -6,11 +6,13 @@ is about (config/compose.py lists what may change).
 
 from pathlib import Path
 
-from moetrain.config.compose import from_yaml, resume_conflicts
+from moetrain.config.compose import from_yaml, has_config, recorded, resume_conflicts
 from moetrain.config.schema import Config
-from moetrain.errors import ConfigErrors
-from moetrain.train.checkpoint.manifest import complete, step_of
+from moetrain.errors import CheckpointError, ConfigErrors
+from moetrain.train.checkpoint.manifest import complete, read_manifest, step_of
+from moetrain.train.checkpoint.records import Manifest
 from moetrain.train.checkpoint.verify import is_sound, problems
+from moetrain.train.files import JsonlSink
 
 
 def finished(config: Config, directory: Path) -> int | None:
@@ -18,15 +20,32 @@ def finished(config: Config, directory: Path) -> int | None:
     checkpoint = next((path for path in reversed(complete(directory)) if is_sound(path)), None)
     if checkpoint is None:                               # none, or none to be trusted: resuming says which
         return None
-    conflicts = resume_conflicts(from_yaml(directory / "config.yaml"), config)
+    conflicts = resume_conflicts(trained_config(directory, checkpoint), config)
     if conflicts:
         raise ConfigErrors(conflicts)
     step = step_of(checkpoint)
-    if step < last_step(config):
+    last = last_step(config)
+    if step < last or step == last and not JsonlSink(directory / "eval.jsonl").has(step):
         return None
     if config.checkpoint.verify == "full" and next(problems(checkpoint), None) is not None:
         return None                                      # resuming passes over it and goes on from an older one
     return step
+
+
+def trained_config(directory: Path, checkpoint: Path) -> Config:
+    """What a run was trained with: its config.yaml, or where that is lost what its checkpoint says."""
+    if has_config(directory):
+        return from_yaml(directory / "config.yaml")
+    return trained_with(read_manifest(checkpoint), checkpoint)
+
+
+def trained_with(manifest: Manifest, checkpoint: Path) -> Config:
+    """The config of the run that wrote a checkpoint."""
+    values = manifest.facts.get("config")
+    if not isinstance(values, dict):
+        raise CheckpointError(8, "the checkpoint does not say of which run it is", where=str(checkpoint),
+                              why="its manifest holds no config", next="take it out of the folder, or start another run with run.name")
+    return recorded(values, checkpoint)
 
 
 def last_step(config: Config) -> int:

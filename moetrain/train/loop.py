@@ -11,18 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moetrain import __version__
-from moetrain.comm.mesh import Mesh, disconnect, peer_lost
+from moetrain.comm.mesh import Mesh, disconnect
+from moetrain.comm.peers import peer_lost, silent_ranks
 from moetrain.comm.reduce import all_or_none, largest_over
-from moetrain.config.compose import run_dir
+from moetrain.config.compose import resume_conflicts, run_dir
 from moetrain.config.schema import Config
-from moetrain.errors import DataError, MoETrainError, PeerError, Preempted
+from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
 from moetrain.train.checkpoint.manifest import newest, step_of
-from moetrain.train.checkpoint.reader import resume
+from moetrain.train.checkpoint.reader import Resumed, resume
 from moetrain.train.checkpoint.space import check_disk
 from moetrain.train.checkpoint.writer import Saved, Saver
 from moetrain.train.console import Console
 from moetrain.train.evaluate import evaluate
-from moetrain.train.finished import last_step, next_commands
+from moetrain.train.finished import last_step, next_commands, trained_with
 from moetrain.train.preempt import Preemption, told_early
 from moetrain.train.record import Recorder, banner_lines
 from moetrain.train.setup import Run, join, set_up
@@ -48,7 +49,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
             found = resume(run.state, directory, mesh, verify=config.checkpoint.verify)
             resumed = found.path if found else None
             if found:
-                all_or_none(mesh["batch"], lambda: same_data(run, found.manifest.facts.get("data")))
+                all_or_none(mesh["batch"], lambda: same_run(run, found))
             check_disk(run.state, directory, mesh, config.checkpoint, last_step(config) - run.state.step)
             recorder.start(run, resumed)
             console.resume_at(run.state.step)
@@ -69,28 +70,35 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
 
 
 def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> None:
-    """The steps that are left; evaluation, picture and save where they are due. Preempted once a rank was told to stop."""
+    """The steps that are left; picture, save and evaluation where they are due. Preempted once a rank was told to stop.
+
+    What is due at one step is saved before it is evaluated, so that nobody who was told to stop waits for an evaluation.
+    """
     config, last = run.config, last_step(run.config)
     saver = Saver(run.directory, run.mesh, config.checkpoint)
-    if due(run.state.step, config.eval.interval) and largest_over(run.mesh["batch"], recorder.owes_evaluation(run.state.step)):
-        measure(run, recorder, console)                  # the attempt before was told to stop, and saved first
-    for step in range(run.state.step + 1, last + 1):
+    stop = owes_evaluation(run, recorder) and not measure(run, recorder, console, told)
+    while run.state.step < last and not stop:
+        step = run.state.step + 1
         result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
-        recorder.step(result)
-        console.step(result.metrics)
         saved(saver.settle(result.votes.save), recorder, console)
-        stop = result.votes.stop > 0 and step < last     # agreed: the same on all ranks
+        recorder.step(result)
+        if run.dump is not None:
+            run.dump.write(step)
+        console.step(result.metrics)
         if step == last or due(step, config.log.heatmap_every):
             console.heatmap({name: counts.tolist() for name, counts in result.counts.items()})
-        if not stop and (step == last or due(step, config.eval.interval)):
-            measure(run, recorder, console)
+        stop = result.votes.stop > 0                     # agreed: the same on all ranks
         if stop or step == last:
             break
         if due(step, config.checkpoint.interval):
             saved(saver.begin(run.state, facts(run)), recorder, console)
+        if due(step, config.eval.interval):
+            stop = not measure(run, recorder, console, told)
     saved(saver.finish(), recorder, console)
     saved(saver.begin(run.state, facts(run), final=True), recorder, console)
-    if run.state.step < last:
+    if owes_evaluation(run, recorder) and not stop:
+        stop = not measure(run, recorder, console, told)
+    if stop and (run.state.step < last or owes_evaluation(run, recorder)):
         disconnect()                                     # all ranks leave here, so none tears down what another uses
         raise Preempted(1, f"told to stop: saved after step {run.state.step} of {last}", where=str(run.directory),
                         why=f"{told.requested.name if told.requested else 'another rank'} asked for it",
@@ -137,18 +145,29 @@ def peers_named(mesh: Mesh) -> Iterator[None]:
     except RuntimeError as error:
         if not peer_lost(error):
             raise
-        raise PeerError(1, f"rank {mesh.rank} waited for a rank that is gone or does not answer", where="a collective",
-                        why=str(error).splitlines()[0],
+        silent = silent_ranks(error)
+        who = f"rank {silent}, which does not answer" if silent else "a rank that is gone or does not answer"
+        raise PeerError(1, f"rank {mesh.rank} waited for {who}", where="a collective", why=str(error).splitlines()[0],
                         next="see log/rank-<n>.log of the others for the first failure; the same command resumes") from error
 
 
-def measure(run: Run, recorder: Recorder, console: Console) -> None:
-    """Evaluate per domain; to eval.jsonl and the screen."""
-    results = evaluate(run.state.model, run.dataset, run.mesh, run.config)
-    recorder.evaluation({"step": run.state.step, "tokens": run.state.tokens, **results})
-    by_domain = "  ".join(f"{name.removeprefix('nats_per_byte/')} {value:.3f}" for name, value in results.items()
+def owes_evaluation(run: Run, recorder: Recorder) -> bool:
+    """Whether this step is to be evaluated and has not been: an attempt that was told to stop saves first. Collective."""
+    step = run.state.step
+    wanted = due(step, run.config.eval.interval) or step == last_step(run.config)
+    return wanted and bool(largest_over(run.mesh["batch"], recorder.owes_evaluation(step)))
+
+
+def measure(run: Run, recorder: Recorder, console: Console, told: Preemption) -> bool:
+    """Evaluate per domain; to eval.jsonl and the screen. False when a rank was told to stop meanwhile: nothing is kept."""
+    found = evaluate(run.state.model, run.dataset, run.mesh, run.config, stop=lambda: told.requested is not None)
+    if found is None:
+        return False
+    recorder.evaluation(run, found)
+    by_domain = "  ".join(f"{name.removeprefix('nats_per_byte/')} {value:.3f}" for name, value in found.losses.items()
                           if name.startswith("nats_per_byte/"))
     console.line(f"[eval] step {run.state.step}, nats per byte: {by_domain}")
+    return True
 
 
 def facts(run: Run) -> dict[str, object]:
@@ -160,8 +179,14 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step > 0 and step % interval == 0
 
 
-def same_data(run: Run, trained_on: object) -> None:
-    """DataError where the data is not what the run was trained on."""
+def same_run(run: Run, found: Resumed) -> None:
+    """CheckpointError where the checkpoint is another run's, DataError where the data is not what it was trained on."""
+    conflicts = resume_conflicts(trained_with(found.manifest, found.path), run.config)
+    if conflicts:
+        raise CheckpointError(
+            7, "the checkpoint is of another run", where=str(found.path), why="; ".join(error.what for error in conflicts[:3]),
+            next="take it out of the folder; the same command goes on from the one before")
+    trained_on = found.manifest.facts.get("data")
     if trained_on != run.dataset.fingerprint:
         raise DataError(
             62, "the data is not what the run was trained on", where=run.config.data.path or "the built-in corpus",

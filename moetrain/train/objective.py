@@ -15,20 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.losses.base import AuxLoss, Pooled
+from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.routers.base import RoutingStats
 
 
 class Objective:
-    """losses: auxiliary losses by name, `balance` among them."""
+    """losses: auxiliary losses by name, `balance` among them. attached: their gradients come by losses/attached.py."""
 
-    def __init__(self, losses: Mapping[str, AuxLoss]) -> None:
-        self.losses = dict(losses)
+    def __init__(self, losses: Mapping[str, AuxLoss], *, attached: bool = False) -> None:
+        self.losses, self.attached = dict(losses), attached
 
     @property
-    def needs_pool(self) -> bool:
-        """The counts of the whole step must be known before its first backward."""
-        return any(loss.needs_pool for loss in self.losses.values())
+    def pool(self) -> PoolRule | None:
+        """What the counts are pooled over: one rule for all losses (config/checks.py); None where none asks."""
+        rules = {loss.pool for loss in self.losses.values()} - {None}
+        assert len(rules) <= 1, rules
+        return next(iter(rules), None)
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether a loss wants sums for every sequence."""
+        return any(getattr(loss, "per_sequence", False) for loss in self.losses.values())
 
     def total(self, cross_entropy: Tensor, stats: Mapping[str, RoutingStats], pooled: Mapping[str, Pooled],
               tokens: Tensor) -> Tensor:
@@ -38,8 +45,20 @@ class Objective:
             if loss.weight and stats:
                 values = [loss.value(stats[router], pooled[router]) for router in stats]
                 share = len(values) if loss.reduction == "mean" else 1
-                total = total + loss.weight / share * torch.stack(values).sum()
+                value = loss.weight / share * torch.stack(values).sum()
+                total = total + (value.detach() if self.attached else value)
         return total
+
+    @torch.no_grad()
+    def slopes(self, stats: Mapping[str, RoutingStats], pooled: Mapping[str, Pooled]) -> dict[str, dict[str, Tensor]]:
+        """Gradient of this micro-batch's share with respect to the sums of every router, by field."""
+        found: dict[str, dict[str, Tensor]] = {router: {} for router in stats}
+        for loss in self.losses.values():
+            share = len(stats) if loss.reduction == "mean" else 1
+            for router in stats if loss.weight else ():
+                for field, slope in loss.slopes(stats[router], pooled[router]).items():
+                    found[router][field] = found[router].get(field, 0) + loss.weight / share * slope
+        return found
 
 
 def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

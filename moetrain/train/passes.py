@@ -1,30 +1,33 @@
 """The forward passes of a step, one micro-batch after another, each with the pooled counts that its loss needs.
 
-`forwards` hands out a micro-batch's forward when its backward may run; the caller runs it before asking for the next. With
-a loss that needs the counts of the whole step (`balance=global`, mode exact) these must be known before the first backward:
+`forwards` hands out a micro-batch's forward when its backward may run; the caller runs it before asking for the next. Where a
+loss wants the counts of the whole step (mode exact), these must be known before the first backward:
 
     graphs kept   all micro-batches run forward first and keep their graphs; the default
     count pass    all micro-batches run forward without gradients as far as the last router; then each runs again, by the
                   choices already made, and backward: the memory of one micro-batch (train.count_pass)
 
-Otherwise each micro-batch runs forward and backward before the next. Which of the three is a matter of config, so the
-collectives are the same on every rank.
+Otherwise each micro-batch runs forward and backward before the next, with what is known by then (train/pool.py), or with its
+own counts where no loss asks for more. Which it is follows from the config, so the collectives are the same on every rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moetrain.comm.reduce import sum_over_async
 from moetrain.data.batch import Batch
-from moetrain.losses.base import Pooled
+from moetrain.losses.attached import attach
+from moetrain.losses.base import Pooled, PoolRule
 from moetrain.model.recompute import Kept
 from moetrain.routers.base import RouterContext, RoutingStats
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.objective import cross_entropy_sum
+from moetrain.train.pool import Known, Pooling, group_of
 from moetrain.train.setup import Run
+
+Count = Callable[[Mapping[str, RoutingStats]], None]
 
 
 class Forward(NamedTuple):
@@ -32,34 +35,61 @@ class Forward(NamedTuple):
 
     cross_entropy: Tensor                    # sum in nats, with graph
     stats: dict[str, RoutingStats]
-    pooled: Mapping[str, Pooled]             # counts of the step, or of this micro-batch where no loss asks for more
+    pooled: dict[str, Pooled]                # by the losses' rule; of this micro-batch where no loss asks for more
+    counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where they are known by now
 
 
 def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Iterator[Forward]:
     """Every micro-batch of the step in order. tokens: valid tokens of the global batch. Collective where counts are pooled."""
-    routers, group = run.state.model.routers, run.mesh["batch"]
-    if not run.objective.needs_pool:
+    rule, routers = run.objective.pool, run.state.model.routers
+    if rule is None:
         for batch in batches:
-            forward = _forward(run, step, batch)
-            yield forward._replace(pooled=pool(flat_counts([forward.stats], routers, tokens.device), routers, tokens))
-    elif run.config.train.count_pass:
-        counted = [_count(run, step, batch) for batch in batches]
-        counts = flat_counts([stats for stats, _ in counted], routers, tokens.device)
-        pooled = pool(sum_over_async(group, counts)(), routers, tokens)
-        for batch, (_, choices) in zip(batches, counted):
-            with choices.replay(whole=False):            # the last layer exchanges its counts only now
-                forward = _forward(run, step, batch)
-            yield forward._replace(pooled=pooled)
+            forward = _forward(run, step, batch, {})
+            forward.pooled.update(pool(flat_counts([forward.stats], routers, tokens.device), routers, tokens))
+            yield forward
+    elif rule.mode != "exact":
+        yield from _as_they_come(run, step, batches, tokens, rule)
     else:
-        kept = [_forward(run, step, batch) for batch in batches]
-        counts = sum_over_async(group, flat_counts([forward.stats for forward in kept], routers, tokens.device))
-        pooled = pool(counts(), routers, tokens)
-        while kept:                                      # each graph is freed once it has run backward
-            yield kept.pop(0)._replace(pooled=pooled)
+        yield from (_counted_first if run.config.train.count_pass else _graphs_kept)(run, step, batches, tokens, rule)
 
 
-def step_context(seed: int, step: int, batch: Batch, *, training: bool = True) -> RouterContext:
-    """What routers may know of a micro-batch; per-token fields are flattened to [T]."""
+def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
+    routers = run.state.model.routers
+    known = Known(rule.mode, routers, tokens, run.state.prior)
+    for number, batch in enumerate(batches, 1):
+        pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device)
+        forward = _forward(run, step, batch, {}, pooling.add)
+        counts_L = known.add(pooling.wait(), last=number == len(batches))
+        forward.pooled.update(pool(counts_L, routers, tokens))
+        whole = number == len(batches) and rule.scope == "global"
+        yield forward._replace(counts_L=known.total_L if whole else None)
+
+
+def _counted_first(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
+    routers = run.state.model.routers
+    pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
+    choices = [_count(run, step, batch, pooling.add) for batch in batches]
+    counts_L = pooling.wait()
+    pooled = pool(counts_L, routers, tokens)
+    for batch, chosen in zip(batches, choices):
+        with chosen.replay(whole=False):                 # the last layer exchanges its counts only now
+            forward = _forward(run, step, batch, pooled)
+        yield forward._replace(counts_L=counts_L if rule.scope == "global" else None)
+
+
+def _graphs_kept(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
+    routers = run.state.model.routers
+    pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
+    pooled: dict[str, Pooled] = {}
+    kept = [_forward(run, step, batch, pooled, pooling.add) for batch in batches]
+    counts_L = pooling.wait()
+    pooled.update(pool(counts_L, routers, tokens))
+    while kept:                                          # each graph is freed once it has run backward
+        yield kept.pop(0)._replace(counts_L=counts_L if rule.scope == "global" else None)
+
+
+def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, per_sequence: bool = False) -> RouterContext:
+    """What routers may know of a micro-batch; per-token fields are flattened to [T]. per_sequence: sums for each are wanted."""
     positions = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     return RouterContext(
         training=training,
@@ -69,6 +99,8 @@ def step_context(seed: int, step: int, batch: Batch, *, training: bool = True) -
         positions_T=positions.expand_as(batch.tokens_BS).flatten(),
         valid_T=batch.valid_BS.flatten(),
         token_ids_T=batch.tokens_BS.flatten(),
+        seq_offsets=torch.arange(0, batch.tokens_BS.numel() + 1, batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
+        if per_sequence else None,
     )
 
 
@@ -76,15 +108,25 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
 
 
-def _forward(run: Run, step: int, batch: Batch) -> Forward:
-    output = run.state.model(batch.tokens_BS, step_context(run.config.run.seed, step, batch), batch.documents_BS)
-    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS), output.stats, {})
+def _forward(run: Run, step: int, batch: Batch, pooled: dict[str, Pooled], count: Count = lambda stats: None) -> Forward:
+    """pooled: filled before backward. count: what to do with the counts once they are known, before the head."""
+    def routed(x_BSD: Tensor, stats: dict[str, RoutingStats]) -> Tensor:
+        count(stats)
+        return attach(x_BSD, stats, lambda: run.objective.slopes(stats, pooled)) if run.objective.attached else x_BSD
+
+    context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
+    decisions = [] if run.dump is not None and run.dump.wanted else None
+    output = run.state.model(batch.tokens_BS, context._replace(decisions=decisions), batch.documents_BS, routed=routed)
+    if decisions is not None:
+        run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
+    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS), output.stats, pooled)
 
 
 @torch.no_grad()
-def _count(run: Run, step: int, batch: Batch) -> tuple[dict[str, RoutingStats], Kept]:
+def _count(run: Run, step: int, batch: Batch, count: Count) -> Kept:
     choices = Kept()
     with choices.record():
         output = run.state.model(batch.tokens_BS, step_context(run.config.run.seed, step, batch), batch.documents_BS,
                                  route_only=True)
-    return output.stats, choices
+    count(output.stats)
+    return choices

@@ -4,6 +4,7 @@ On resume the step files are cut to the restored step; the tail is kept as *.los
 """
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moetrain import __version__
@@ -21,9 +23,15 @@ from moetrain.errors import DiskError
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.plan.memory import CopyMemory, Held, copy_memory
 from moetrain.train.checkpoint.writer import on_all
+from moetrain.train.evaluate import Evaluation
+from moetrain.train.files import JsonlSink, replacing
 from moetrain.train.setup import Run
-from moetrain.train.sinks import JsonlSink, LoadsLog, WandbSink, replacing
+from moetrain.train.sinks import LoadsLog, WandbSink
+from moetrain.train.specialisation import mutual_information, write_specialisation
 from moetrain.train.step import StepResult
+
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -45,6 +53,8 @@ class Recorder:
         self.loads = LoadsLog(self.directory / "log" / "loads")
         for sink in (self.metrics, self.evaluations, self.loads):
             sink.cut_to(run.state.step if resumed else 0)
+        if resumed and not self.metrics.has(run.state.step):
+            log.warning("metrics.jsonl lacks step %d, from which the run goes on: somebody has changed it", run.state.step)
         self.wandb = None
         if self.config.log.wandb != "off":
             self.wandb = WandbSink(project=self.config.log.wandb_project, name=self.config.run.name,
@@ -64,9 +74,14 @@ class Recorder:
         """Whether eval.jsonl lacks this step: a run that was told to stop saves first."""
         return self.main and not self.evaluations.has(step)
 
-    def evaluation(self, record: dict[str, float]) -> None:
+    def evaluation(self, run: Run, found: Evaluation) -> None:
         if not self.main:
             return
+        choices = [part.numpy() for part in found.choices_ML.split(list(self.routers.values()), dim=1)]
+        record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses}
+        if choices and len(run.dataset.domains) > 1:
+            record["moe/mutual_information/mean"] = float(np.mean([mutual_information(part) for part in choices]))
+            write_specialisation(self.directory / "specialisation.npz", run.state.step, choices, self.routers, run.dataset.domains)
         self.evaluations.write(record)
         if self.wandb:
             self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})
@@ -100,7 +115,9 @@ def _replace(path: Path, text: str) -> None:
 def _probe(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / ".probe"
-    probe.write_bytes(b"moetrain")
+    probe.unlink(missing_ok=True)                        # a link goes, what it leads to stays
+    with probe.open("xb") as file:
+        file.write(b"moetrain")
     probe.unlink()
 
 
@@ -189,10 +206,14 @@ def balance_line(run: Run, accumulation: int) -> str:
     loss = run.objective.losses["balance"]
     if not loss.weight:
         return "no balance loss"
-    text = f"{loss.scope}-batch loss, {loss.mode}, weight {loss.weight:g}"
-    if loss.scope == "micro":
-        return text + "   depends on: ranks, accumulation"
-    if accumulation == 1:
+    rule = run.objective.pool
+    text = f"{loss.scope} loss, weight {loss.weight:g}" if rule is None else f"{loss.scope}-batch loss, {rule.mode}, weight {loss.weight:g}"
+    depends = {"micro": ["ranks", "accumulation"], "node": ["ranks of a machine"]}.get(loss.scope, [])
+    if rule is not None and rule.mode != "exact" and accumulation > 1:
+        depends = [*depends, "accumulation"]
+    if depends:
+        text += f"   depends on: {', '.join(depends)}"
+    if rule is None or rule.mode != "exact" or accumulation == 1:
         return text
     return text + ("   counts in a pass of its own" if run.config.train.count_pass else
                    f"   keeps the graphs of {accumulation} micro-batches")

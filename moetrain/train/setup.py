@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
-from moetrain.comm.reduce import all_or_none
+from moetrain.comm.reduce import on_first
 from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.data.batch import Dataset
@@ -25,9 +25,11 @@ from moetrain.model.transformer import Transformer
 from moetrain.plan.calibrate import calibrated
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.forecast import Outlook, forecast_of
+from moetrain.train.dump import RouterDump
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
 from moetrain.train.planning import Planning, Surroundings
+from moetrain.train.pool import Prior
 from moetrain.train.state import TrainState
 
 
@@ -43,6 +45,7 @@ class Run:
     state: TrainState
     parallel: Parallel
     objective: Objective
+    dump: RouterDump | None = None
 
 
 def join(config: Config) -> Mesh:
@@ -84,8 +87,12 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
                             survey(config, model, mesh), look_ahead(config, model), config.parallel.rehome_interval,
                             calibrated if config.parallel.calibrate else None)
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
-    return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning),
-               parallelize(model, mesh, copies), Objective(losses))
+    objective = Objective(losses, attached=config.train.loss_carrier == "attached")
+    prior = None
+    if objective.pool is not None and objective.pool.mode == "warm":
+        prior = Prior(model.routers, losses["balance"].drift, mesh.device)
+    return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
+               parallelize(model, mesh, copies), objective, RouterDump(directory, mesh) if config.log.router_dump else None)
 
 
 def look_ahead(config: Config, model: Transformer) -> Outlook:
@@ -113,7 +120,7 @@ def prepare_on_main(config: Config, directory: Path, mesh: Mesh) -> Path | None:
     if config.data.kind != "text":
         return None
     batch = mesh["batch"]
-    path = [all_or_none(batch, lambda: str(prepare_from_config(config, directory)) if mesh.is_main else None)]
+    path = [on_first(batch, lambda: str(prepare_from_config(config, directory)))]
     if batch.process_group is not None:
         dist.broadcast_object_list(path, src=0)
     return Path(path[0])

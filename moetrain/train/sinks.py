@@ -1,15 +1,13 @@
-"""Where the records of a step go: lines of JSON, counts of routing, Weights & Biases.
+"""Where the records of a step go, beside the lines of train/files.py: counts of routing, Weights & Biases.
 
-    metrics.jsonl, eval.jsonl    JsonlSink   one object a line, flushed, numbers in full
-    log/loads/*.i32              LoadsLog    tokens per expert, appended every step; loads.npz is built from it
-    wandb                        WandbSink   one thread that may fail or hang without anybody noticing
+    log/loads/*.i32    LoadsLog    tokens per expert, appended every step; loads.npz is built from it
+    wandb              WandbSink   one thread that may fail or hang without anybody noticing
 
 A resumed run cuts its files to the restored step; what is cut goes to <file>.lost and is never deleted.
 """
 
 import atexit
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -24,48 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moetrain.errors import DiskError
+from moetrain.train.files import append, append_lost, replacing, written
 
 log = logging.getLogger(__name__)
-
-
-class JsonlSink:
-    """Appends objects with a key `step` to a file. A number that is not finite is written NaN or Infinity."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """One write and one flush: a killed run leaves whole lines, but for the last."""
-        with _disk(self.path), self.path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-
-    def cut_to(self, step: int) -> None:
-        """Keep the lines up to this step. Call it before the first write of a run, with step 0 when there is none."""
-        if not self.path.is_file():
-            return
-        with _disk(self.path):
-            before = self.path.read_bytes()
-            lines = [line + b"\n" for line in before.split(b"\n") if line]
-            kept = [line for line in lines if _is_kept(line, step)]
-            if (after := b"".join(kept)) == before:
-                return
-            _append_lost(self.path, b"".join(line for line in lines if not _is_kept(line, step)))
-            with replacing(self.path) as file:
-                file.write(after)
-
-    def has(self, step: int) -> bool:
-        """Whether a whole line of this step is there."""
-        if not self.path.is_file():
-            return False
-        return any(_is_kept(line, step) and not _is_kept(line, step - 1) for line in self.path.read_bytes().split(b"\n"))
-
-
-def _is_kept(line: bytes, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):                    # a line that was cut off
-        return False
 
 
 # --- tokens per expert ----------------------------------------------------------------------------------------------
@@ -113,20 +72,19 @@ class LoadsLog:
             name = f"{step:08d}-{len(loads)}x{widest}-{ranks}.i32"
             self._chunk = Chunk(self.dir / name, step, len(loads), widest, ranks)
         assert 4 * record.size == self._chunk.record_bytes, "the routers and ranks of a run do not change"
-        with _disk(self._chunk.path):
+        with written(self.dir):
             self.dir.mkdir(parents=True, exist_ok=True)
-            with self._chunk.path.open("ab") as file:
-                file.write(record.astype("<i4").tobytes())
+        append(self._chunk.path, record.astype("<i4").tobytes())
 
     def cut_to(self, step: int) -> None:
         """Keep the records up to this step. Call it before the first write of a run, with step 0 when there is none."""
         self._chunk = None
         for chunk in self._chunks():
-            with _disk(chunk.path):
+            with written(chunk.path):
                 data = chunk.path.read_bytes()
                 kept = int((chunk.records()[:, 0] <= step).sum()) * chunk.record_bytes
                 if kept < len(data):
-                    _append_lost(chunk.path, data[kept:])
+                    append_lost(chunk.path, data[kept:])
                     os.truncate(chunk.path, kept)
                 if not kept:
                     chunk.path.unlink()
@@ -151,7 +109,7 @@ class LoadsLog:
         ranks = max((chunk.ranks for chunk in chunks), default=0)
         if ranks:
             arrays["sources"] = np.concatenate([_sources(c, r, ranks) for c, r in zip(chunks, records)])
-        with _disk(Path(path)), replacing(Path(path)) as file:
+        with written(Path(path)), replacing(Path(path)) as file:
             np.savez(file, **arrays)
 
     def _chunks(self) -> list[Chunk]:
@@ -270,36 +228,3 @@ def _collected_exit_hooks(hooks: list[Callable[[], Any]]) -> Iterator[None]:
         yield
     finally:
         atexit.register = register
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(20, "a record of the run cannot be written", where=str(path), why=error.strerror or str(error),
-                        next="free space there, or run.dir=<another directory>; the same command resumes") from error
-
-
-def _append_lost(path: Path, data: bytes) -> None:
-    with path.with_name(path.name + ".lost").open("ab") as file:
-        file.write(data)
-        _sync(file)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file to write that takes the place of `path` only when it is complete."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as file:
-        yield file
-        _sync(file)
-    draft.replace(path)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -6,6 +6,7 @@ generator, so this is all there is:
     model.<name>             parameters, float32 or better
     buffer.<name>            persistent buffers: selection biases of routers
     optim.<name>.<moment>    moments of the optimizer, which move with their parameter
+    balance.<what>           tokens per expert of the last step, which stand for those to come (balance.mode=warm)
     plan.<table>             tokens per expert of the last steps, from which copies are planned, and homes (parallel=fssdp)
     step, tokens             counters
 
@@ -22,6 +23,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.parallel.pieces import Piece, buffers, pieces
 from moetrain.train.optim import moments, restore_steps
 from moetrain.train.planning import Planning
+from moetrain.train.pool import Prior
 
 # What changes from step to step and is not saved, because it follows from what is: a pattern of its path in the run, and why.
 REBUILT = {
@@ -32,7 +34,7 @@ REBUILT = {
     r"\.grad(\.|$)": "gradients are cleared at the start of every step",
 }
 # What only some meshes have: neither missed in a checkpoint nor in the way.
-OPTIONAL = ("plan.",)
+OPTIONAL = ("plan.", "balance.")
 
 
 @dataclass
@@ -44,6 +46,7 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     planning: Planning | None = None
+    prior: Prior | None = None
 
     def pieces(self) -> Iterator[Piece]:
         """All tensor state this rank holds, by global name; writing into a piece's rows restores it."""
@@ -51,8 +54,9 @@ class TrainState:
         for moment in moments(self.optimizer):
             of = lambda parameter: self.optimizer.state[parameter].get(moment)  # noqa: E731, B023 (used at once)
             yield from (p._replace(name=f"optim.{p.name}.{moment}") for p in pieces(self.model, of))
-        if self.planning is not None:
-            yield from self.planning.pieces()
+        for part in (self.planning, self.prior):
+            if part is not None:
+                yield from part.pieces()
 
     def weights(self) -> Iterator[Piece]:
         """What evaluation and sampling need of it."""

@@ -63,16 +63,16 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     run.parallel.reduce()
     norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
     summed = sums.sum_over(mesh["batch"])
-    if run.objective.needs_pool:
-        counts = {name: pooled.counts_E for name, pooled in forward.pooled.items()}
-    else:
-        counts = split_by_router(sum_over(mesh["batch"], local.clone()), routers)
+    counts_L = sum_over(mesh["batch"], local.clone()) if forward.counts_L is None else forward.counts_L
+    counts = split_by_router(counts_L, routers)
     stop_if_not_finite(step, summed.cross_entropy, norm)
     scale_gradients([*run.parallel.dense, *run.parallel.experts], norm, config.train.clip)
     rate = learning_rate(step, config.run.steps, config.optim)
     set_learning_rate(run.state.optimizer, rate)
     run.state.optimizer.step()
     model.end_of_step(counts)
+    if run.state.prior:
+        run.state.prior.observe(counts_L, tokens)
     if planning:
         planning.observe(step, counts)
     watch.lap("optim")

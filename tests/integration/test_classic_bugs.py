@@ -21,7 +21,9 @@ SERIAL = ["run.dtype=float64", "data.min_length=0.3", "balance.weight=1.0"]
 def with_bug(bug: str, steps: int) -> Trained:
     """Training with one of the bugs below put back, on this rank."""
     from moetrain.parallel import expert
+    from moetrain.routers import base
     from moetrain.train import passes
+    from moetrain.train import pool as pool_module
     from moetrain.train import step as step_module
 
     def experts_repeated(reduce):
@@ -48,6 +50,14 @@ def with_bug(bug: str, steps: int) -> Trained:
     def pooled_by_ranks(flat, routers, tokens):
         return {name: Pooled(p.counts_E, p.tokens // 2) for name, p in pool(flat, routers, tokens).items()}
 
+    def pooled_by_micro_batch(flat, routers, tokens):
+        return {name: Pooled(p.counts_E, p.counts_E.sum() // 2 // 4) for name, p in pool(flat, routers, tokens).items()}
+
+    sums = base.router_sums
+
+    def with_padding(probs_TE, logits_TE, ids_TK, valid_T, offsets=None):
+        return sums(probs_TE, logits_TE, ids_TK, None, offsets)._replace(counts_E=sums(probs_TE, logits_TE, ids_TK, valid_T).counts_E)
+
     def averaged(reduce):
         def wrong(self):
             reduce(self)
@@ -58,17 +68,20 @@ def with_bug(bug: str, steps: int) -> Trained:
 
     from moetrain.parallel.data_parallel import GradientReducer as Reducer
     bugs = {
-        "none": contextlib.nullcontext,
+        "none": contextlib.nullcontext, "none, the other carrier": contextlib.nullcontext,
         "expert gradients ep times too large": lambda: patch.object(Reducer, "reduce", experts_repeated(Reducer.reduce)),
         "norm omits experts": lambda: patch.object(step_module, "global_norm", norm_without_experts),
         "norm repeats experts": lambda: patch.object(step_module, "global_norm", norm_with_experts_repeated),
         "norm of local experts": lambda: patch.object(step_module, "global_norm", local_norm),
         "balance loss scaled by ranks": lambda: patch.object(passes, "pool", pooled_by_ranks),
-        "f from local counts": lambda: patch.object(passes, "sum_over_async", lambda group, tensor: lambda: tensor),
+        "f from local counts": lambda: patch.object(pool_module, "sum_over_async", lambda group, tensor: lambda: tensor),
+        "the micro-batch's tokens as denominator": lambda: patch.object(passes, "pool", pooled_by_micro_batch),
+        "padding in the sums": lambda: patch.object(base, "router_sums", with_padding),
+        "the carrier's result lost": lambda: patch.object(passes, "attach", lambda x, stats, slopes: x),
         "gradients averaged": lambda: patch.object(Reducer, "reduce", averaged(Reducer.reduce)),
     }
     with bugs[bug]():
-        return train_steps(EP2, steps)
+        return train_steps([*EP2, *(["train.loss_carrier=attached"] if "carrier" in bug else [])], steps)
 
 
 def error(bug: str, ranks) -> float:
@@ -82,14 +95,16 @@ def error(bug: str, ranks) -> float:
 
 
 @pytest.mark.ranks
-def test_without_a_bug_two_ranks_equal_one(ranks):
-    assert error("none", ranks) <= 1e-10
+@pytest.mark.parametrize("bug", ["none", "none, the other carrier"])
+def test_without_a_bug_two_ranks_equal_one(ranks, bug):
+    assert error(bug, ranks) <= 1e-10
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("bug", [
     "expert gradients ep times too large", "norm omits experts", "norm repeats experts", "norm of local experts",
-    "balance loss scaled by ranks", "f from local counts", "gradients averaged",
+    "balance loss scaled by ranks", "f from local counts", "the micro-batch's tokens as denominator", "padding in the sums",
+    "the carrier's result lost", "gradients averaged",
 ])
 def test_the_comparison_sees(ranks, bug):
     assert error(bug, ranks) > 1e-6

@@ -212,3 +212,28 @@ def test_a_rank_that_finds_nobody_says_where_it_looked(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     out = moetrain("train", *DEBUG, "model.init_std=1e25", cwd=tmp_path, code=11)
     assert "E-NONFINITE" in out and not list((tmp_path / "runs/debug/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_lost_config_is_read_from_the_checkpoint_and_a_strangers_checkpoint_is_refused(tmp_path):
+    words = [*DEBUG, "eval.windows=1", "run.name=mine"]
+    moetrain("train", *words, "run.stop_at=2", cwd=tmp_path)
+    config = tmp_path / "runs" / "mine" / "config.yaml"
+    before = config.read_text()
+    for harm in (lambda: config.write_bytes(b""), config.unlink):
+        harm()
+        assert "E-CONFIG-065" in moetrain("eval", "run.name=mine", cwd=tmp_path, code=2)
+        refused = moetrain("train", *words, "run.seed=5", cwd=tmp_path, code=2)
+        assert refused.count("E-CONFIG-016") == 1 and "run.seed" in refused
+    moetrain("train", *DEBUG, "eval.windows=1", "run.name=other", "run.seed=5", "run.steps=4", cwd=tmp_path)
+    foreign = tmp_path / "runs" / "mine" / "checkpoints" / "step-00000004"
+    shutil.copytree(tmp_path / "runs" / "other" / "checkpoints" / foreign.name, foreign)
+    config.write_text(before)
+    state = files(foreign.parent)
+    refused = moetrain("train", *words, cwd=tmp_path, code=13)
+    assert refused.count("E-CHECKPOINT-007") == 1 and "run.seed was 5" in refused and foreign.name in refused
+    assert files(foreign.parent) == state
+    shutil.rmtree(foreign)                               # as the message says
+    config.unlink()
+    assert "resumed from step 2" in moetrain("train", *words, "run.stop_at=3", cwd=tmp_path)
+    assert config.read_text() == before.replace("stop_at: 2", "stop_at: 3")

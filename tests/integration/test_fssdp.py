@@ -127,6 +127,18 @@ def test_copies_change_nothing(ranks, case):
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", ["four, accumulated", "four gathered again", "replicated", "recomputed"])
+def test_first_gradients_in_float32_with_the_choices_fixed(ranks, case):
+    """The path that ships: sums are grouped otherwise, and nothing else differs."""
+    world, overrides, accumulation, _, extra = CASES[case]
+    overrides = ["parallel=fssdp", *overrides, *extra, "run.dtype=float32", f"run.nproc={world}",
+                 f"train.micro_batch={16 // world // accumulation}"]
+    ours = union(ranks(world).run(train_with_copies, overrides, 1, FORCED, 1))
+    error, name = difference(ours.gradients, alone(["run.dtype=float32"], 1, FORCED).gradients)
+    assert error <= 1e-5, f"{name} differs by {error:.3g} of its largest value"
+
+
 # --- memory
 
 

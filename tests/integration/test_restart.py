@@ -6,6 +6,8 @@ What is compared: the losses of every step in metrics.jsonl, to the last bit, wi
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,3 +236,61 @@ def test_a_config_that_cannot_be_written_stays_as_it_was_and_ends_all_ranks(tmp_
     assert config.read_bytes() == before
     config.with_name("config.yaml.tmp").rmdir()
     assert Job(tmp_path, *TWO, steps=4).wait() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen, named", [(1, "rank 1, which does not answer"), (0, "rank 0 or its machine")])
+def test_a_rank_that_hangs_is_named(tmp_path, frozen, named):
+    job = Job(tmp_path, *TWO, "run.timeout_s=3", "run.max_restarts=0", steps=20000).wait_for(3)
+    os.kill(job.workers()[frozen], signal.SIGSTOP)
+    assert job.wait() == 16, job.text()
+    assert job.status()["code"] == 16
+    text = "".join(path.read_text() for path in (job.run_dir / "log").glob("*.log")) + job.text()
+    assert named in text and "Traceback" not in text, text
+
+
+@pytest.mark.slow
+def test_told_to_stop_in_the_last_evaluation_the_run_has_saved_and_evaluates_when_it_goes_on(tmp_path):
+    words = ("eval.windows=400", "eval.batch=1", "data.num_domains=4")
+    job = Job(tmp_path, *words, steps=3)
+    saved = job.run_dir / "checkpoints" / "step-00000003" / "manifest.json"
+    while not saved.exists():
+        assert job.process.poll() is None, job.text()
+        time.sleep(0.01)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 10, job.text()
+    evaluated = job.run_dir / "eval.jsonl"
+    assert not evaluated.exists() and job.status()["step"] == 3
+    again = Job(tmp_path, *words, steps=3)
+    assert again.wait() == 0, again.text()
+    assert [json.loads(line)["step"] for line in evaluated.read_text().splitlines()] == [3]
+    before = {path: path.stat().st_mtime_ns for path in job.run_dir.rglob("*")}
+    assert Job(tmp_path, *words, steps=3).wait() == 0                    # nothing is left to do
+    assert {path: path.stat().st_mtime_ns for path in job.run_dir.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time_alone(tmp_path):
+    """A real small file system, in name spaces of its own."""
+    alone = ["unshare", "--mount", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no name spaces")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    train = [sys.executable, "-m", "moetrain", "train", *SMALL, *TWO, "run.dir=disk/run", "run.steps=400", "checkpoint.interval=20",
+             "checkpoint.max_failed_saves=50", "eval.interval=0", "checkpoint.keep=2"]
+    script = f"""
+        mount -t tmpfs -o size=24m none disk
+        seen() {{ until grep -q "$1" "$2" || [ -e code ]; do sleep .02; done; }}
+        (seen '"step": 30,' disk/run/metrics.jsonl; cat /dev/zero > disk/filler; truncate -s -200K disk/filler
+         seen 'step 80 failed' output; rm disk/filler) 2> /dev/null &
+        {shlex.join(train)} > output 2>&1
+        echo $? > code; wait; cp -r disk/run kept"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*alone, "bash", "-c", script], cwd=tmp_path, env=environment, timeout=120, check=True)
+    text = (tmp_path / "output").read_text()
+    assert (tmp_path / "code").read_text() == "0\n", text
+    lines = (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 401))
+    assert "the save of step 40 failed" in text and "No space left" in text
+    assert sorted(path.name for path in (tmp_path / "kept" / "checkpoints").iterdir()) == ["step-00000380", "step-00000400"]

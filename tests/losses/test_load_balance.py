@@ -102,5 +102,48 @@ def test_counts_beyond_float32_keep_their_share():
     torch.testing.assert_close(slope_E * counts_E.sum(), torch.ones(2))
 
 
-def test_only_a_weighted_global_loss_needs_the_pool():
-    assert [LoadBalanceLoss(weight=w, scope=s).needs_pool for w, s in ((1, "global"), (0, "global"), (1, "micro"))] == [True, False, False]
+def test_only_a_weighted_loss_over_ranks_wants_counts_pooled():
+    wants = [LoadBalanceLoss(weight=w, scope=s, mode=m).pool for w, s, m in (
+        (1, "global", "exact"), (1, "node", "buffer"), (0, "global", "exact"), (1, "micro", "exact"), (1, "sequence", "exact"))]
+    assert wants == [("global", "exact"), ("node", "buffer"), None, None, None]
+
+
+# --- sequences, and the conventions of others
+
+
+def by_sequence(probs_TE: Tensor, lengths: list[int], k: int = 2) -> RouterSums:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    ids_TK = top_k(probs_TE, k)[1]
+    return router_sums(probs_TE, probs_TE.log(), ids_TK, None, offsets)
+
+
+@pytest.mark.parametrize("lengths", [[9], [4, 5], [1, 0, 8]], ids=str)
+def test_a_sequence_is_balanced_by_itself_whatever_it_travels_with(lengths):
+    logits_TE = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    probs_TE = logits_TE.softmax(-1)
+    loss, tokens = LoadBalanceLoss(scope="sequence"), torch.tensor(9)
+    value = loss.value(by_sequence(probs_TE, lengths), Pooled(torch.zeros(4), tokens))
+    alone = [MICRO.value(stats_of(part, 2), Pooled(torch.zeros(4), tokens)) for part in probs_TE.split(lengths)]
+    torch.testing.assert_close(value, sum(alone))
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits_TE, retain_graph=True) for v in (value, sum(alone))))
+
+
+def test_padding_and_unused_slots_count_in_no_sequence():
+    probs_TE = torch.rand(6, 4, dtype=torch.float64).softmax(-1)
+    ids_TK = torch.tensor([[0, 1], [2, -1], [-1, -1], [3, 0], [1, 2], [-1, -1]])
+    valid_T = torch.tensor([True, True, False, True, True, False])
+    stats = router_sums(probs_TE, probs_TE.log(), ids_TK, valid_T, torch.tensor([0, 3, 6]))
+    assert stats.counts_SE.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]] and stats.counts_SE.sum(0).equal(stats.counts_E)
+    torch.testing.assert_close(stats.prob_sum_SE, torch.stack([probs_TE[:2].sum(0), probs_TE[3:5].sum(0)]))
+
+
+def test_conventions_of_others_differ_by_their_factor():
+    """As their code writes them, from published formulas: Megatron perfect = 1, Hugging Face perfect = k."""
+    probs_TE, k = torch.rand(20, 8, dtype=torch.float64).softmax(-1), 3
+    stats = stats_of(probs_TE, k)
+    chosen_TE = torch.zeros(20, 8, dtype=torch.float64).scatter(1, top_k(probs_TE, k)[1], 1)
+    megatron = (probs_TE.sum(0) * chosen_TE.sum(0)).sum() * 8 / (20 * 20 * k)
+    hugging_face = 8 * (chosen_TE.mean(0) * probs_TE.mean(0)).sum()
+    for name, truth in (("one", megatron), ("megatron", megatron), ("huggingface", hugging_face)):
+        for scope in ("global", "micro"):
+            torch.testing.assert_close(LoadBalanceLoss(scope=scope, normalisation=name).value(stats, pool(stats)), truth)

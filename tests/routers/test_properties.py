@@ -61,7 +61,7 @@ def test_a_token_alone_decides_as_in_a_batch_and_sums_add_up(option, overrides):
     for pieces in (parts, singles):
         assert torch.cat([piece.ids_TK for piece in pieces]).equal(together.ids_TK)
         torch.testing.assert_close(torch.cat([piece.weights_TK for piece in pieces]), together.weights_TK)
-        for name, total in together.stats._asdict().items():
+        for name, total in ((name, total) for name, total in together.stats._asdict().items() if total is not None):
             torch.testing.assert_close(sum(getattr(piece.stats, name) for piece in pieces), total, msg=name)
 
 

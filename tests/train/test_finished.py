@@ -14,6 +14,8 @@ def test_a_flipped_bit_in_the_last_checkpoint_leaves_something_to_do(tmp_path, v
     config = compose([*SMALL, "run.steps=2", f"checkpoint.verify={verify}"])
     directory = saved(trained(2, SMALL), tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert finished(config, tmp_path) is None            # its evaluation is owed
+    (tmp_path / "eval.jsonl").write_text('{"step": 2}\n')
     assert finished(config, tmp_path) == 2
     assert finished(replace(config, run=replace(config.run, steps=3)), tmp_path) is None
     file = payload(directory)

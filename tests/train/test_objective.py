@@ -17,7 +17,7 @@ ROUTERS = ("layers.0.moe", "layers.1.moe")
 class Constant:
     """A loss whose value is known, and that remembers what it was asked for."""
 
-    needs_pool = False
+    pool = None
 
     def __init__(self, weight: float, values: list[float], reduction: str = "mean") -> None:
         self.weight, self.values, self.reduction = weight, iter(values), reduction
@@ -76,8 +76,9 @@ def test_no_tokens_at_all_is_zero_and_not_nan():
 
 
 def test_the_pool_is_needed_as_soon_as_one_loss_needs_it():
-    assert Objective({"balance": LoadBalanceLoss(), "z": ZLoss()}).needs_pool
-    assert not Objective({"balance": LoadBalanceLoss(scope="micro"), "z": ZLoss()}).needs_pool
+    assert Objective({"balance": LoadBalanceLoss(), "z": ZLoss()}).pool == ("global", "exact")
+    assert Objective({"balance": LoadBalanceLoss(scope="micro"), "z": ZLoss()}).pool is None
+    assert Objective({"balance": LoadBalanceLoss(mode="warm"), "micro": LoadBalanceLoss(scope="micro")}).pool == ("global", "warm")
 
 
 @pytest.mark.parametrize("sizes", [[8], [4, 4], [1, 0, 7]], ids=str)

@@ -26,13 +26,20 @@ log = logging.getLogger(__name__)
 
 
 def write_rank(directory: Path, rank: int, items: list[Item], step: int) -> None:
-    """This rank's payload, if it has one, and its index. OSError when it cannot be written."""
-    disk.make_directory(directory)
+    """This rank's payload, if it has one, and its index. OSError when it cannot be written; nothing is left of it then."""
+    payload, index = directory / payload_name(rank), _index(directory, rank)
     file, rows = None, []
-    if items:
-        file, rows = write_payload(directory / payload_name(rank), items, step)
-    with disk.new_file(_index(directory, rank)) as append:
-        append(with_checksum({"file": file, "rows": rows}))
+    try:
+        disk.make_directory(directory)
+        if items:
+            file, rows = write_payload(payload, items, step)
+        with disk.new_file(index) as append:
+            append(with_checksum({"file": file, "rows": rows}))
+    except OSError:
+        for path in (payload, index):
+            with suppress(OSError):
+                disk.remove(path)
+        raise
 
 
 def commit(temporary: Path, final: Path, *, ranks: int, facts: dict[str, Any], values: dict[str, Any],

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.comm.reduce import all_or_none, largest_over, sum_over
+from moetrain.comm.reduce import all_or_none, largest_over, on_first, sum_over
 from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.pieces import Piece
@@ -223,17 +223,20 @@ def _go_back(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Pat
     if not passed_over:
         return 0
     lost = step_of(passed_over[0][0]) - step_of(loaded)
-    for path, error in passed_over if mesh.is_main else ():
-        error = error or next(problems(path), None)
-        what = f"{error.where}: {error.why}" if error else f"{path}: another rank cannot read it"
-        log.warning("%s is damaged (%s)", path.name, what)
-        if aside:
-            try:
-                set_aside(path)
-            except OSError as failure:
-                log.warning("%s could not be moved aside: %s", path, failure)
-    if mesh.is_main:
+
+    def report() -> None:
+        for path, error in passed_over:
+            error = error or next(problems(path), None)          # reads all of it
+            what = f"{error.where}: {error.why}" if error else f"{path}: another rank cannot read it"
+            log.warning("%s is damaged (%s)", path.name, what)
+            if aside:
+                try:
+                    set_aside(path)
+                except OSError as failure:
+                    log.warning("%s could not be moved aside: %s", path, failure)
         log.warning("going on from %s: %d steps are lost", loaded.name, lost)
+
+    on_first(mesh["batch"], report)
     return lost
 
 

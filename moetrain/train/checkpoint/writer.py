@@ -6,8 +6,9 @@
               failed, every rank knows in the same step
     finish    wait for it: before another save, and at the end
 
-The thread communicates with nobody. A failed save leaves the run and the older checkpoints as they were: it is reported, and
-tried again at the next save; `checkpoint.max_failed_saves` in a row end the run. At most one save is under way.
+The thread communicates with nobody. A failed save leaves the run and the older checkpoints as they were: every rank removes
+at once what it has written, the failure is reported, and the next save tries again; `checkpoint.max_failed_saves` in a row
+end the run. At most one save is under way.
 """
 
 import logging
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import all_or_none, sum_over
+from moetrain.comm.reduce import LOOK_S, all_or_none, sum_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.train.checkpoint import disk
@@ -31,7 +32,6 @@ from moetrain.train.state import TrainState
 log = logging.getLogger(__name__)
 
 DONE, FAILED = 1, (1 << 20) + 1          # what poll adds to the sum; a rank that failed has ended too
-POLL_S = 10.0                            # between two looks at each other while waiting, so that nobody times out
 UNNOTICED_S = 1.0                        # a wait that is not worth a warning
 
 
@@ -101,7 +101,7 @@ class Saver:
         """Wait for the save under way, if there is one; collective. required: DiskError on all ranks if the last failed."""
         outcome, began = None, time.perf_counter()
         while self.job is not None:
-            self.job.wait(POLL_S)
+            self.job.wait(LOOK_S)
             poll = torch.tensor([self.poll()], dtype=torch.float64, device=self.mesh.device)
             outcome = self.settle(int(sum_over(self.mesh["batch"], poll).item()))
         if required and self.failed is not None:
@@ -111,18 +111,19 @@ class Saver:
         return outcome and outcome._replace(held_s=outcome.held_s + time.perf_counter() - began)
 
     def _commit(self, job: "_Job") -> None:
-        commit(job.temporary, job.final, ranks=self.mesh["batch"].size, facts=job.facts, values=job.values,
-               keep=self.config.keep)
+        try:
+            commit(job.temporary, job.final, ranks=self.mesh["batch"].size, facts=job.facts, values=job.values,
+                   keep=self.config.keep)
+        except (OSError, CheckpointError):
+            _clear(job.temporary)
+            raise
 
     def _failed(self) -> Saved:
         """Every rank has ended, one of them badly. Rank 0 clears away what was written."""
         job = self.failed = self.job
         self.failed_in_a_row += 1
         if self.mesh.is_main:
-            try:
-                disk.remove_tree(job.temporary)
-            except OSError as error:
-                log.warning("%s could not be removed: %s", job.temporary, error)
+            _clear(job.temporary)
         most = self.config.max_failed_saves
         if job.error is not None or self.mesh.is_main:
             log.warning("the save of step %d failed (%d of %d in a row): %s; the older checkpoints are as they were",
@@ -182,6 +183,14 @@ class _Job:
         if self.error is None:
             return "another rank could not write; log/rank-<n>.log of the run says why"
         return str(getattr(self.error, "why", None) or getattr(self.error, "strerror", None) or self.error)
+
+
+def _clear(temporary: Path) -> None:
+    """Give back the space of a save that failed: others wait for it (train/sinks.py)."""
+    try:
+        disk.remove_tree(temporary)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", temporary, error)
 
 
 def save(state: TrainState, run_dir: Path, mesh: Mesh, facts: dict[str, object]) -> Path:

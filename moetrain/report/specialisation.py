@@ -1,0 +1,100 @@
+"""Which experts serve which domain: `<run.dir>/report/specialisation.png`, from the last evaluation (specialisation.npz).
+
+One panel a router, domains down and experts across, both sorted so that what belongs together stands together. A cell is the
+share of an expert in the choices of a domain over its mean share in all domains: 1 where the domain makes no difference.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from moetrain.errors import DataError
+from moetrain.report.loads import COLOURS, GREY
+from moetrain.train.specialisation import mutual_information
+
+OCTAVES = 2.0                                            # colours end at 4 times the mean share, and at a quarter of it
+MOST = 8                                                 # routers that are drawn, evenly spaced over the layers
+
+
+class Specialisation(NamedTuple):
+    """choices: int64 [M, E] by router."""
+
+    choices: dict[str, np.ndarray]
+    domains: list[str]
+    step: int
+
+
+def read_specialisation(path: Path) -> Specialisation:
+    try:
+        with np.load(path) as file:                      # refuses pickles
+            choices, experts = file["choices"], file["experts"]
+            return Specialisation({str(name): choices[:, index, :experts[index]] for index, name in enumerate(file["routers"])},
+                                  [str(name) for name in file["domains"]], int(file["step"]))
+    except (OSError, ValueError, KeyError, IndexError, BadZipFile) as error:
+        raise DataError(63, "experts by domain cannot be read", where=str(path), why=str(error),
+                        next="train the run with two domains or more; the file is written at every evaluation") from error
+
+
+def draw_specialisation(run_dir: Path) -> Path:
+    """Draw the picture and return its path."""
+    found = read_specialisation(Path(run_dir) / "specialisation.npz")
+    path = Path(run_dir) / "report" / "specialisation.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _draw(found, path)
+    return path
+
+
+def lift(choices_ME: np.ndarray) -> np.ndarray:
+    """Share in a domain over the mean share, [M, E]; NaN where no domain chose the expert."""
+    shares_ME = choices_ME / np.maximum(choices_ME.sum(1, keepdims=True), 1)
+    mean_E = shares_ME.mean(0)
+    return np.divide(shares_ME, mean_E, out=np.full_like(shares_ME, np.nan), where=mean_E > 0)
+
+
+def finding(found: Specialisation) -> str:
+    """What the picture shows, in a line."""
+    bits = {name: mutual_information(part) for name, part in found.choices.items()}
+    most = max(bits, key=bits.get)
+    share = bits[most] / np.log(max(2, len(found.domains)))
+    return f"A choice tells {share:.0%} of what there is to know of its domain in {most}; {np.mean(list(bits.values())):.2f} nats on average"
+
+
+def _draw(found: Specialisation, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(found.choices)
+    shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(MOST, len(names))).round().astype(int))]
+    height = 0.28 * len(found.domains) + 0.75
+    figure = Figure(figsize=(11, 1.0 + height * len(shown)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(finding(found), fontsize=13, fontweight="bold", x=0.01, ha="left")
+    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for panel, name in zip(panels, shown):
+        image = _panel(panel, found.choices[name], found.domains)
+        panel.set_title(f"{name}, {mutual_information(found.choices[name]):.2f} nats", loc="left", fontsize=10)
+    panels[-1].set_xlabel("experts, sorted by the domain that they serve most")
+    bar = figure.colorbar(image, ax=list(panels), extend="both", pad=0.015, aspect=30)
+    bar.set_label("share in the domain / mean share")
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+    figure.savefig(path)
+
+
+def _panel(axes: Any, choices_ME: np.ndarray, domains: list[str]) -> Any:
+    ratio_ME = lift(choices_ME)
+    order_E = sorted(range(ratio_ME.shape[1]), key=lambda e: (int(np.nan_to_num(ratio_ME[:, e]).argmax()),
+                                                                 -float(np.nan_to_num(ratio_ME[:, e]).max()), e))
+    with np.errstate(divide="ignore"):
+        octaves = np.log2(ratio_ME[:, order_E])
+    axes.set_facecolor(GREY)
+    image = axes.pcolormesh(np.ma.masked_array(octaves, np.isnan(octaves)), cmap=COLOURS, vmin=-OCTAVES, vmax=OCTAVES,
+                            edgecolors="white", linewidth=0.4)
+    axes.set(ylim=(len(domains), 0))
+    axes.set_yticks(np.arange(len(domains)) + 0.5, labels=domains)
+    step = max(1, len(order_E) // 32)
+    axes.set_xticks(np.arange(0, len(order_E), step) + 0.5, labels=[str(e) for e in order_E[::step]], fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image

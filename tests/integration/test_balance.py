@@ -1,0 +1,167 @@
+"""The balance loss by scope and mode: any mesh gives what the oracle gives, which is told for every micro-batch whose counts
+are its f. float64 to 1e-10: gradients of every step, clipped; counts exactly; the reported value always that of the whole step.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.train.checkpoint.reader import load
+from moetrain.train.checkpoint.writer import save
+from moetrain.train.passes import forwards
+from moetrain.train.pool import Prior
+from moetrain.train.setup import Run
+from moetrain.train.step import train_step
+from tests.integration.training import difference, make_run, snapshot, whole
+from tests.oracle import oracle_loss
+
+STEPS, TURNS = 3, 4
+BASE = ["run.dtype=float64", "balance.weight=0.3", "data.min_length=0.2", "train.clip=0"]
+# mode or scope: what of it is chosen, and for one of the batches (one sequence each, 4 a turn) those that give its f
+POOLS: dict[str, tuple[list[str], Callable[[int], list[int]]]] = {
+    "exact": ([], lambda b: list(range(16))),
+    "count pass": (["train.count_pass=true"], lambda b: list(range(16))),
+    "sync": (["balance.mode=sync"], lambda b: list(range(b // 4 * 4, b // 4 * 4 + 4))),
+    "buffer": (["balance.mode=buffer"], lambda b: list(range(b // 4 * 4 + 4))),
+    "warm": (["balance.mode=warm", "balance.drift=1"], lambda b: list(range(b // 4 * 4 + 4))),
+    "sequence": (["balance=sequence", "balance.weight=0.3"], lambda b: [b]),
+    "node": (["balance=node", "balance.weight=0.3"], lambda b: [other for other in range(16) if other % 4 // 2 == b % 4 // 2]),
+    "node, buffer": (["balance=node", "balance.weight=0.3", "balance.mode=buffer"],
+                     lambda b: [other for other in range(b // 4 * 4 + 4) if other % 4 // 2 == b % 4 // 2]),
+}
+WORLDS = {1: [], 2: ["parallel=ep", "run.nproc=2"], 4: ["parallel=ep", "parallel.ep=2", "run.nproc=4"]}
+
+
+def steps(overrides: list[str], per_node: int) -> list[tuple[dict, dict, float, dict]]:
+    """(gradients, counts, reported balance, parameters before) of every step."""
+    before, os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE"), str(per_node)
+    try:
+        run, found = make_run(overrides), []
+    finally:
+        os.environ.pop("LOCAL_WORLD_SIZE") if before is None else os.environ.update(LOCAL_WORLD_SIZE=before)
+    for step in range(1, STEPS + 1):
+        parameters = snapshot(run, lambda p: p.data)
+        result = train_step(run, step)
+        found.append((snapshot(run, lambda p: p.grad), {name: count.clone() for name, count in result.counts.items()},
+                      result.metrics["loss/balance"], parameters))
+    return found
+
+
+def truth(parameters: dict[str, Tensor], step: int, pools: Callable, prior: list[Tensor] | None):
+    """(gradients, counts, balance of the whole step) from these parameters."""
+    run = make_run([*BASE, "train.micro_batch=1"])
+    params = {name.removesuffix(".weight"): tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+    batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(step)]
+    total, _, balance, counts = oracle_loss(
+        params, batches, balance_weight=0.3, balance_pools=pools, balance_prior=prior, z_weight=0.01, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=4, top_k=2, num_experts=8, norm_eps=run.config.model.norm_eps)
+    total.backward()
+    grads = {name: params[name.removesuffix(".weight")].grad for name in parameters}
+    return {name: torch.zeros_like(parameters[name]) if g is None else g for name, g in grads.items()}, counts, balance.item()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("pool, world", [(pool, world) for pool in POOLS for world in WORLDS
+                                         if world == 4 or not pool.startswith("node")])       # one machine: global
+def test_every_scope_and_mode_gives_what_the_oracle_gives(ranks, pool, world):
+    overrides, pools = POOLS[pool]
+    overrides = [*BASE, *WORLDS[world], *overrides, f"train.micro_batch={4 // world}"]
+    results = [steps(overrides, 1)] if world == 1 else ranks(world).run(steps, overrides, 2 if pool.startswith("node") else world)
+    prior = None
+    for step in range(1, STEPS + 1):
+        of_step = [rank[step - 1] for rank in results]
+        grads, counts, balance = truth(whole([rank[3] for rank in of_step]), step, pools, prior)
+        error, name = difference(whole([rank[0] for rank in of_step]), grads)
+        assert error <= 1e-10, f"step {step}: {name} differs by {error:.3g} of its largest value"
+        for _, ours, reported, _ in of_step:
+            assert [count.tolist() for count in ours.values()] == [count.tolist() for count in counts]
+            assert reported == pytest.approx(balance, rel=1e-12)
+        prior = counts if pool == "warm" else None
+
+
+CARRIED = {                                              # name: processes, overrides
+    "exact": (2, []), "count pass, recomputed": (2, ["train.count_pass=true", "train.activation_checkpointing=full"]),
+    "buffer": (2, ["balance.mode=buffer"]), "micro, sharded": (2, ["balance=micro", "parallel=fsdp"]),
+    "sequence": (1, ["balance=sequence"]), "micro beside it": (1, ["loss=[z,micro_balance]", "loss.micro_balance.weight=0.2"]),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CARRIED)
+def test_both_carriers_give_equal_gradients(ranks, case):
+    world, overrides = CARRIED[case]
+    overrides = [*BASE, *WORLDS[world], *overrides, f"train.micro_batch={4 // world}"]
+    arguments = [([*overrides, f"train.loss_carrier={carrier}"], world) for carrier in ("returned", "attached")]
+    returned, attached = ([steps(*a)] if world == 1 else ranks(world).run(steps, *a) for a in arguments)
+    for step in range(STEPS):
+        ours, theirs = (whole([rank[step][0] for rank in results]) for results in (attached, returned))
+        error, name = difference(ours, theirs)
+        assert error <= 1e-12, f"step {step + 1}: {name} differs by {error:.3g} of its largest value"
+        assert theirs["layers.0.moe.router.weight"].abs().max() > 1e-3
+
+
+def collectives(overrides: list[str]) -> list[int]:
+    """All-reduces of counts in the forward passes of a step, and how many of them had been awaited when the head ran."""
+    import torch.distributed as dist
+
+    run, posted = make_run(overrides), []
+    original = dist.all_reduce
+
+    def counted(tensor, *arguments, **named):
+        if tensor.dtype == torch.int64 and tensor.numel() == 16:
+            posted.append(tensor)
+        return original(tensor, *arguments, **named)
+
+    dist.all_reduce, run.state.model.norm.forward, norm = counted, lambda x: heads.append(len(posted)) or norm(x), run.state.model.norm.forward
+    heads: list[int] = []
+    try:
+        batches = run.loader.step(1)
+        for forward in forwards(run, 1, batches, torch.tensor(100)):
+            run.objective.total(forward.cross_entropy, forward.stats, forward.pooled, torch.tensor(100)).backward()
+    finally:
+        dist.all_reduce = original
+    return [len(posted), *heads]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode, expected", [("exact", [1, 0, 0, 0, 1]), ("buffer", [4, 1, 2, 3, 4]), ("warm", [4, 1, 2, 3, 4])])
+def test_one_collective_at_most_a_micro_batch_and_it_is_on_its_way_when_the_head_runs(ranks, mode, expected):
+    overrides = [*BASE, *WORLDS[2], f"balance.mode={mode}", "train.micro_batch=2"]
+    assert ranks(2).run(collectives, overrides) == [expected, expected]
+
+
+def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
+    run, again = make_run(overrides), make_run(overrides)
+    first = [train_step(run, step).metrics["loss/total"] for step in (1, 2)]
+    path = save(run.state, directory, run.mesh, {})
+    first = [train_step(run, step).metrics["loss/total"].hex() for step in (3, 4)]
+    load(again.state, path, mesh=again.mesh)
+    return first, [train_step(again, step).metrics["loss/total"].hex() for step in (3, 4)]
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_the_step_before_is_part_of_the_state(tmp_path, monkeypatch, forget):
+    if forget:
+        monkeypatch.setattr(Prior, "pieces", lambda self: iter(()))
+    first, again = resumed([*BASE, "balance.mode=warm", "balance.drift=1", "train.micro_batch=4"], tmp_path)
+    assert (first == again) == (not forget)
+
+
+def test_shares_that_have_moved_far_stand_for_nothing():
+    prior = Prior({"a": 2, "b": 2}, 0.3, torch.device("cpu"))
+    known_L, tokens = torch.tensor([3, 1, 3, 1]), torch.tensor(8)
+    assert prior.complete(known_L, tokens).tolist() == [3, 1, 3, 1]                      # nothing known of a step before
+    prior.observe(torch.tensor([4, 4, 4, 4]), torch.tensor(8))
+    assert prior.complete(known_L, tokens).tolist() == [5, 3, 5, 3]
+    prior.observe(torch.tensor([5, 3, 8, 0]), torch.tensor(8))                           # b has moved by a half
+    assert prior.complete(known_L, tokens).tolist() == [5.5, 2.5, 3, 1]
+
+
+def test_without_accumulation_all_modes_are_one():
+    losses = [steps([*BASE, f"balance.mode={mode}", "train.micro_batch=16"], 1) for mode in ("exact", "sync", "buffer", "warm")]
+    for other in losses[1:]:
+        assert difference(whole([other[-1][3]]), whole([losses[0][-1][3]]))[0] == 0

@@ -1,0 +1,54 @@
+"""Lines survive cuts, kills and full disks (the last: tests/integration/test_restart.py)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moetrain.errors import DiskError
+from moetrain.train.files import JsonlSink
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_numbers_are_written_in_full(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write({"step": 1, "loss/ce": 0.1 + 0.2})
+    sink.write({"step": 2, "loss/ce": float("nan")})
+    first, second = [json.loads(line) for line in sink.path.read_text().splitlines()]
+    assert first["loss/ce"] == 0.1 + 0.2 and second["loss/ce"] != second["loss/ce"]
+
+
+def test_cut_moves_the_tail_away_and_keeps_it(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    lost = tmp_path / "metrics.jsonl.lost"
+    sink.cut_to(0)                                               # nothing there yet
+    for step in range(1, 6):
+        sink.write({"step": step})
+    sink.cut_to(5)
+    assert steps_in(sink.path) == [1, 2, 3, 4, 5] and not lost.exists()
+    sink.cut_to(3)
+    sink.write({"step": 4})
+    sink.cut_to(2)
+    assert steps_in(sink.path) == [1, 2] and steps_in(lost) == [4, 5, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.jsonl.lost"]
+
+
+def test_a_line_that_a_kill_cut_off_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "loss')
+    sink = JsonlSink(path)
+    sink.cut_to(2)
+    sink.write({"step": 2})
+    assert steps_in(path) == [1, 2]
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')                # only its end of line is missing
+    sink.cut_to(2)
+    sink.write({"step": 3})
+    assert steps_in(path) == [1, 2, 3]
+
+
+def test_a_file_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="E-DISK"):
+        JsonlSink(tmp_path / "absent" / "metrics.jsonl").write({"step": 1})
