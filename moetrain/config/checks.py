@@ -201,6 +201,35 @@ def sliced(config: Config, ranks: int) -> Iterator[ConfigError]:
         yield ConfigError(81, f"parallel.sliced={parallel.sliced} with optim=muon", where="parallel.sliced, optim.name",
                           why="Muon iterates whole matrices, and no rank has those of a sliced expert",
                           next="parallel.sliced=0, or optim=adamw")
+    if parallel.calibrate:
+        yield ConfigError(82, f"parallel.sliced={parallel.sliced} with parallel.calibrate=true", where="parallel.sliced, parallel.calibrate",
+                          why="copies that come after the gate come from whole homes",
+                          next="parallel.sliced=0, or parallel.calibrate=false")
+
+
+def copies(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Copies of experts have room, and somebody who plans them."""
+    parallel, planner = config.parallel, str(config.planner.get("_target_", "")).split(".")[-2:][0]
+    if parallel.mode != "fssdp":
+        for name in ("rematerialize", "calibrate"):
+            if getattr(parallel, name):
+                yield ConfigError(72, f"parallel.{name}=true with parallel.mode={parallel.mode}",
+                                  where=f"parallel.{name}, parallel.mode", why="only mode fssdp copies experts",
+                                  next=f"parallel=fssdp parallel.{name}=true, or parallel.{name}=false")
+        return
+    most = max((num_experts for _, num_experts, _ in moe_layers(config)), default=parallel.room)
+    if parallel.room > most:
+        yield ConfigError(70, f"parallel.room={parallel.room} is more than model.num_experts={most}",
+                          where="parallel.room, model.num_experts", why="a rank copies an expert of a layer once at most",
+                          next=f"parallel.room={most} or less")
+    if parallel.room == 0 and planner != "ep":
+        yield ConfigError(71, f"parallel.room=0 leaves no room for the copies of planner={planner}",
+                          where="parallel.room, planner", why="room counts whole experts of a layer on a rank",
+                          next="parallel.room=1, or planner=ep to copy none")
+    if parallel.calibrate and planner == "ep":
+        yield ConfigError(73, "parallel.calibrate=true with planner=ep", where="parallel.calibrate, planner",
+                          why="what is added after the gate is what the planner wants then, and this one wants no copies",
+                          next="planner=balanced, or parallel.calibrate=false")
 
 
 def batch(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -284,7 +313,7 @@ def part_numbers(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
-    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, sliced, batch,
+    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, sliced, copies, batch,
     data_path, betas, loss_weights, pools, part_numbers, engine,
 ]
 
@@ -306,6 +335,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "above 0": (lambda x: x > 0, "1e-3", [
         "hardware.flops", "hardware.inside", "hardware.between",
         "optim.lr", "optim.muon_lr", "optim.eps", "model.init_std", "model.norm_eps", "model.rope_theta"]),
+    "from 0 to 1000": (lambda x: 0 <= x <= 1000, "150", ["parallel.fallback"]),
     "in (0, 1]": (lambda x: 0 < x <= 1, "1.0", ["generate.top_p", "data.min_length"]),
     "in [0, 1]": (lambda x: 0 <= x <= 1, "0.1", ["optim.min_lr_ratio", "optim.decay"]),
     "in [0, 1), both": (lambda x: 0 <= x < 1, "[0.9,0.95]", ["optim.betas"]),

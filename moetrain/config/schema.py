@@ -63,7 +63,13 @@ class ParallelConfig:
     rematerialize: bool = key(False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
     collective: Literal["packed", "two_level"] = key("packed", "fssdp: how copies travel: from their homes straight to every rank, "
                                                                "or over one rank of each other node")
-    window: int = key(5, "fssdp: steps whose mean load forecasts that of the next")
+    forecast: Literal["mean", "trend"] = key("mean", "fssdp: loads of the next step: the mean of the last ones, or a moving average "
+                                                     "that follows their trend")
+    window: int = key(5, "fssdp: steps of the mean")
+    fallback: int = key(150, "fssdp: thousandths of a layer's rows; if its forecast misplaced more in the last step, that step's "
+                              "loads are expected again (1000: never)")
+    calibrate: bool = key(False, "fssdp: once a layer has routed, more copies than were planned, where the model of time says that "
+                                 "it pays")
     rehome_interval: int = key(100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
     sliced: int = key(0, "fssdp: hottest experts of a layer whose parameters are cut up between the ranks, chosen when homes are "
                          "looked at")

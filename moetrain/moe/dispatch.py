@@ -6,7 +6,7 @@
 
 Where experts have copies, a rule (plan/split.py) says how many of the rows go to which. Of two kinds: one that looks at
 what this position sends alone, and one that looks at the counts of all positions, which are then exchanged before instead
-of after.
+of after. Calibration (plan/calibrate.py) looks at all, too: it may answer with another placement, in force from these rows on.
 
 The gate weights travel with the rows, so that an expert's output is already weighted and combining is a plain sum. The
 experts read arrived rows through an order (ops/grouped_experts.py): rows in expert order are never laid out and kept. With
@@ -16,6 +16,7 @@ Shapes: T tokens, K slots per token, D width, N used slots here, R rows received
 e slots per position.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -63,15 +64,21 @@ class TokenDispatcher:
         self.exchange, self.device = exchange, device
         self.adopt(placement)
 
-    def adopt(self, placement: LayerPlacement, rule: Rule | None = None) -> None:
-        """Another placement from the next dispatch on, at all positions at once. rule: needed where it has copies."""
+    def adopt(self, placement: LayerPlacement, rule: Rule | None = None,
+              calibrate: Callable[[Tensor], None] | None = None) -> None:
+        """Another placement from the next dispatch on, at all positions at once.
+
+        rule: needed where it has copies, or is calibrated. calibrate: called with the counts of all positions before rows
+        are assigned; it may have another placement adopted.
+        """
         assert placement.positions == self.exchange.positions, (placement.positions, self.exchange.positions)
-        assert rule is not None or not placement.copies
-        self.placement, self.rule = placement, rule
+        assert rule is not None or not placement.copies and calibrate is None
+        self.placement, self.rule, self.calibrate = placement, rule, calibrate
+        self.looks_at_all = calibrate is not None or bool(placement.copies) and rule.looks_at_all
         self.slots = placement.slots_per_position
         self.held = len(placement.slots_of(self.exchange.position))
         self.table_E = slot_table(placement, self.device)
-        self.replicas = replica_table(placement, self.device) if placement.copies else None
+        self.replicas = None if rule is None else replica_table(placement, self.device)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sent:
         physical_TK, received_Pe = self._assign(routing.ids_TK)
@@ -104,14 +111,16 @@ class TokenDispatcher:
 
     def _assign(self, ids_TK: Tensor) -> tuple[Tensor, Tensor | None]:
         """Physical slots of the routed slots, and the rows that will arrive, [P, e], if they are known by now."""
-        if not self.placement.copies:
+        if not self.placement.copies and not self.looks_at_all:
             return assign(ids_TK, self.table_E), None
         position, positions = self.exchange.position, self.exchange.positions
         n_E = torch.bincount(ids_TK.flatten() + 1, minlength=self.placement.num_experts + 1)[1:]
-        if not self.rule.looks_at_all:
+        if not self.looks_at_all:
             (quotas_C,) = self.rule.split(n_E[None], self.placement, position)
             return spread(ids_TK, quotas_C, self.replicas), None
         n_PE = self.exchange.counts(n_E.expand(positions, -1).contiguous())
+        if self.calibrate is not None:
+            self.calibrate(n_PE)
         split_PC = self.rule.split(n_PE, self.placement, 0)
         here_C = self.replicas.position_C == position
         slots_C = self.replicas.physical_C - position * self.slots

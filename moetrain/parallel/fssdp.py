@@ -4,6 +4,7 @@ An iteration, for every layer with experts:
 
     plan        known before the step: which positions get copies of which experts            plan/planners/
     post        at the block's start: the sparse all-gather starts, attention hides it        lanes.py, comm/sparse/
+    extend      once a step, after the gate: copies that the plan lacks start too             plan/calibrate.py
     take        between dispatch and experts: wait; the rows pass through
     use         one grouped product over homes and copies                                     ops/grouped_experts.py
     leave       the outputs pass through; with `rematerialize` the copies are dropped here
@@ -13,7 +14,7 @@ An iteration, for every layer with experts:
 
 Only homes have optimizer state, so a plan may change at every step without moving any. The dense part is FSDP2's, which never
 hears of experts. One `CopyManager` a model owns every handle; what it posts is taken exactly once, on every rank, and
-whether anything is posted depends on the placement, which all ranks share. `take` passes the rows through an autograd node,
+whether anything is posted depends on the placement, which all ranks of the group share. `take` passes the rows through an autograd node,
 so its backward runs on every rank, also on one without rows or copies.
 
 How long copies stay:
@@ -25,10 +26,14 @@ How long copies stay:
 
 Their gradients are summed here over micro-batches and travel once a step, in float32 (float64 in float64 runs).
 
+With calibration (`extend`) a step goes on with another placement, as if it had been planned so: only its first gathering comes
+in two *waves*, which are laid in the order of slots when both have landed. Replicas of a group may decide differently:
+their sums meet at the homes.
+
 Shapes: h homes, c copies, W numbers of an expert, N rows that arrived, R rows computed, D model width, G = 2F expert rows.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -37,7 +42,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank, Taken
-from moetrain.parallel.lanes import Arriving, Lanes, Leaving
+from moetrain.parallel.lanes import Lanes, Leaving
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 
@@ -67,7 +72,12 @@ class CopyManager:
     def begin(self, backwards: int) -> None:
         """A step with so many micro-batches begins."""
         for layer in self.layers.values():
-            layer.backwards = backwards
+            layer.begin(backwards)
+
+    @property
+    def added(self) -> int:
+        """Copies of this step, of all positions and layers, that were not planned."""
+        return sum(layer.added for layer in self.layers.values())
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -90,9 +100,12 @@ class LayerCopies:
         self.form, self.topology = form, topology
         self.rematerialize = rematerialize
         self.hooked = rematerialize and not recompute    # a recomputed block keeps nothing that hooks would have to drop
-        self.lanes: Lanes | None = None                  # None: no position has a copy in this layer
+        self.placement: LayerPlacement | None = None     # in force; None before the first plan
+        self.lanes: Lanes | None = None                  # of its copies; None: no position has one
         self.backwards = 0                               # of this step, still to come
-        self._arriving: Arriving | None = None
+        self.calibrated = True                           # nothing more may be added in this step
+        self.added = 0
+        self._waves: list[Wave] = []                     # under way
         self._rows_cW: Tensor | None = None              # the copies, while they are here
         self._gradients_cW: Tensor | None = None
         self._leaving: Leaving | None = None
@@ -100,13 +113,26 @@ class LayerCopies:
 
     def adopt(self, placement: LayerPlacement) -> None:
         self.release()
-        self.lanes = self._lanes(placement)
+        self.placement, self.lanes = placement, self._lanes(placement)
+
+    def begin(self, backwards: int) -> None:
+        self.backwards, self.calibrated, self.added = backwards, False, 0
 
     @torch.no_grad()
     def post(self) -> None:
         """Start bringing the copies, unless they are here or on their way."""
-        if self.lanes is not None and self._arriving is None and self._rows_cW is None:
-            self._arriving = self.lanes.post_gather(self.dtype)
+        if self.lanes is not None and not self._waves and self._rows_cW is None:
+            self._waves = [self._gather(self.placement)]
+
+    @torch.no_grad()
+    def extend(self, placement: LayerPlacement) -> None:
+        """Another placement for the rest of the step, with more copies: those that are missing start now. Comes before the
+        step's first `take`."""
+        here, self._rows_cW = self._rows_cW, None
+        landed = [] if here is None else [Wave(self.placement.copies_at(self.group.position), lambda: here)]
+        added = placement.beyond(self.placement)
+        self._waves = [*landed, *self._waves, self._gather(added)]
+        self.placement, self.lanes, self.added = placement, self._lanes(placement), len(added.copies)
 
     def take(self, x_ND: Tensor) -> Taken:
         """Wait for the copies; the rows pass through."""
@@ -135,7 +161,7 @@ class LayerCopies:
         """gate_up [c, G, D] and down [c, D, F] of the copies, views. Waits for them."""
         if self._rows_cW is None:
             self.post()
-            self._rows_cW, self._arriving = self._arriving.wait(), None
+            self._rows_cW = self._land()
         gate_up, down = self.bank.gate_up.shape[1:], self.bank.down.shape[1:]
         parts = self._rows_cW.detach().split([gate_up.numel(), down.numel()], dim=1)
         return parts[0].unflatten(1, gate_up), parts[1].unflatten(1, down)
@@ -162,13 +188,26 @@ class LayerCopies:
         self._leaving = None
 
     def release(self) -> None:
-        assert self._arriving is None and self._leaving is None, "a collective is still under way"
+        assert not self._waves and self._leaving is None, "a collective is still under way"
         self._rows_cW = self._gradients_cW = None
 
     def _lanes(self, placement: LayerPlacement) -> Lanes | None:
         if not placement.copies and not placement.sliced:
             return None
         return Lanes(placement, self.bank, self.group, self.form, self.topology)
+
+    def _gather(self, placement: LayerPlacement) -> "Wave":
+        position = self.group.position
+        return Wave(placement.copies_at(position) + placement.assembled_at(position), self._lanes(placement).post_gather(self.dtype).wait)
+
+    def _land(self) -> Tensor:
+        """Rows of the copies in the order of their slots. Waits."""
+        waves, self._waves = self._waves, []
+        rows_cW = [wave.wait() for wave in waves]
+        if len(waves) == 1:
+            return rows_cW[0]
+        landed = [expert for wave in waves for expert in wave.experts]
+        return torch.cat(rows_cW)[[landed.index(expert) for expert in self.placement.copies_at(self.group.position)]]
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Place":
         if self._rows_cW is None or not tensor.numel() or _storage(tensor) != _storage(self._rows_cW):
@@ -180,6 +219,13 @@ class LayerCopies:
             return saved
         self.matrices()
         return self._rows_cW.as_strided(*saved)
+
+
+class Wave(NamedTuple):
+    """Copies that travel together. wait: their rows, once."""
+
+    experts: tuple[int, ...]
+    wait: Callable[[], Tensor]
 
 
 class _Place(NamedTuple):

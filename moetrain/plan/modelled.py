@@ -53,9 +53,18 @@ def step_time(load: int, rows: Crossing, copies: Crossing, costs: Costs) -> Mode
     """load: rows of the fullest position. rows, copies: how many cross the busiest links."""
     compute_s = costs.row_s * load
     link_s = EXCHANGES * (costs.latency_s + rows.seconds(costs.row_bytes, costs))
-    once_s = costs.latency_s + copies.seconds(costs.expert_bytes, costs) if any(copies) else 0.0
+    once_s = _gathering_s(copies, costs)
     copy_s = max(0.0, once_s - costs.hidden_s) + max(0.0, once_s - 2 * costs.hidden_s)
     return Modelled(compute_s, link_s, copy_s, compute_s + link_s + copy_s)
+
+
+def gathering_s(placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
+    """Bringing a placement's copies once, hidden or not; their gradients take as long."""
+    return _gathering_s(_where(placement, topology, torch.device("cpu"))[1], costs)
+
+
+def _gathering_s(copies: Crossing, costs: Costs) -> float:
+    return costs.latency_s + copies.seconds(costs.expert_bytes, costs) if any(copies) else 0.0
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ copies come last in the order of slots, by id.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -104,6 +104,10 @@ class LayerPlacement:
     @cached_property
     def _sliced(self) -> frozenset[int]:
         return frozenset(self.sliced)
+
+    def beyond(self, other: "LayerPlacement") -> "LayerPlacement":
+        """The same with only those copies that another one does not have."""
+        return replace(self, copies=tuple(set(self.copies) - set(other.copies)))
 
     @cached_property
     def _homes(self) -> tuple[tuple[int, ...], ...]:

@@ -92,6 +92,12 @@ def balance_metrics(counts: Mapping[str, Tensor], sums: StepSums, tokens: int) -
     }
 
 
+def forecast_metrics(errors_permille: Sequence[int]) -> dict[str, float]:
+    """How far the forecasts of this step's loads were off, by router (plan/forecast.py)."""
+    errors = [int(error) / 1000 for error in errors_permille] or [0.0]
+    return {"moe/forecast_error/mean": sum(errors) / len(errors), "moe/forecast_error/max": max(errors)}
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most this process held on the device (CPU: resident set)."""
     if device.type == "cuda":

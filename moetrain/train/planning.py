@@ -1,21 +1,24 @@
 """Which experts are copied where in the next step: loads of the last steps in, a placement in force out (parallel=fssdp).
 
-    observe    after the update: the pooled counts of the step join the history; forecast; a plan for every layer; every
-               so many steps also homes, if the planner moves them or some are to be cut up (parallel/reshard.py)
+    observe    after the update: the pooled counts of the step join what is known; forecast (plan/forecast.py); a plan for
+               every layer; every so many steps also homes, if the planner moves them or some are to be cut up
+               (parallel/reshard.py)
     agreed     before the next step posts anything: all ranks have the same plan, or none goes on
+    calibrate  in the step, once a layer has routed its first micro-batch: more copies, where that pays (plan/calibrate.py)
 
 Counts are pooled, so they are the same integers on every rank, and planners are pure functions of integers: ranks plan alike
 without talking. That they did is checked by a digest, gathered while nothing waits for it.
 
-History and homes are part of the state of a run: from others would follow other copies, and from these sums that are
-grouped otherwise. Planners know nothing of pieces: to them every expert has a home, and that one always computes it.
+What forecasts are made of and the homes are part of the state of a run: from others would follow other copies, and from
+these sums that are grouped otherwise. Planners know nothing of pieces: to them every expert has a home, and that one always
+computes it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,12 +26,14 @@ from torch import Tensor
 from moetrain.comm.mesh import Mesh
 from moetrain.errors import PeerError
 from moetrain.model.transformer import Transformer
+from moetrain.moe.layer import MoELayer
 from moetrain.parallel.fssdp import CopyManager
 from moetrain.parallel.pieces import Piece
 from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.forecast import Outlook
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import Planner, Rehomes, hottest_first
+from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, hottest_first
 from moetrain.plan.rules import rule_of
 
 
@@ -42,30 +47,34 @@ class Surroundings(NamedTuple):
 
 
 class Rhythm(NamedTuple):
-    """window: steps whose mean is the forecast. rehome: steps between looks at the homes; 0 leaves them. sliced: experts of
-    a layer, the hottest of the forecast, whose homes are then cut up."""
+    """rehome: steps between looks at the homes; 0 leaves them. sliced: experts of a layer, the hottest of the forecast, whose
+    homes are then cut up."""
 
-    window: int
     rehome: int
     sliced: int = 0
 
 
 class Planning:
-    """placement: the one in force, without copies at first."""
+    """placement: the one in force, without copies at first. outlook: for the routers of the model. calibration: what decides
+    on more copies after the gate; None: nothing does."""
 
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
-                 placement: ExpertPlacement, planner: Planner, surroundings: Surroundings, rhythm: Rhythm) -> None:
+                 placement: ExpertPlacement, planner: Planner, surroundings: Surroundings, outlook: Outlook,
+                 rhythm: Rhythm, calibration: Callable[..., LayerPlan | None] | None) -> None:
         self.model, self.optimizer, self.mesh, self.copies, self.planner = model, optimizer, mesh, copies, planner
-        self.surroundings, self.rhythm = surroundings, rhythm
-        self.placement = placement
-        self.history = torch.zeros(rhythm.window, sum(model.routers.values()), dtype=torch.int64)    # newest last; zeros: none
+        self.surroundings, self.outlook, self.rhythm = surroundings, outlook, rhythm
+        self.placement, self.calibration = placement, calibration
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self._check: tuple[list[Tensor], dist.Work] | None = None
+        for moe in self._layers():
+            homes = placement[moe.name]
+            self._dispatch_by(moe, LayerPlan(homes, (0,) * homes.num_experts))
+        copies.adopt(placement)
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router: plan the next."""
         newest = torch.cat([counts[name].cpu() for name in self.model.routers]) // self.mesh["expert_grad"].size
-        self.history = torch.cat([self.history[1:], newest[None]])
+        self.outlook.observe(newest)
         if self.rhythm.rehome and step % self.rhythm.rehome == 0:
             self._rehome()
         self._plan()
@@ -86,13 +95,12 @@ class Planning:
         return self.placement
 
     def pieces(self) -> Iterator[Piece]:
-        yield Piece("plan.loads", tuple(self.history.shape), 0, self.history, "batch")
-        yield Piece("plan.homes", tuple(self.homes.shape), 0, self.homes, "batch")
-        if self.rhythm.sliced:
-            yield Piece("plan.sliced", tuple(self.sliced.shape), 0, self.sliced, "batch")
+        sliced = {"sliced": self.sliced} if self.rhythm.sliced else {}
+        for name, table in {**self.outlook.tables(), "homes": self.homes, **sliced}.items():
+            yield Piece(f"plan.{name}", tuple(table.shape), 0, table, "batch")
 
     def restored(self) -> None:
-        """History and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
+        """Forecast and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
 
         Homes of another number of positions are left alone.
         """
@@ -109,7 +117,7 @@ class Planning:
         if not isinstance(self.planner, Rehomes) and not self.rhythm.sliced:
             return
         topology, costs, _ = self.surroundings
-        loads, homes = self._loads(), self.placement.homes.whole
+        loads, homes = self.outlook.loads(), self.placement.homes.whole
         if isinstance(self.planner, Rehomes):
             homes = self.planner.rehome(loads, homes, topology, costs)
         self._move(ExpertPlacement(tuple(
@@ -118,11 +126,14 @@ class Planning:
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Every expert to its home in a placement. Waits."""
-        banks = {block.moe.name: block.moe.experts.bank for block in self.model.layers if block.moe is not None}
+        banks = {moe.name: moe.experts.bank for moe in self._layers()}
         self.copies.release()
         reshard(banks, self.optimizer, self.placement, placement, self.mesh["ep"])
         self.placement = placement
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
+
+    def _layers(self) -> list[MoELayer]:
+        return [block.moe for block in self.model.layers if block.moe is not None]
 
     def _flat_homes(self) -> Tensor:
         return torch.tensor([home for _, layer in self.placement.layers for home in layer.home], dtype=torch.int64)
@@ -132,25 +143,34 @@ class Planning:
         return torch.tensor([expert in layer.sliced for _, layer in self.placement.layers
                              for expert in range(layer.num_experts)], dtype=torch.int64)
 
-    def _loads(self) -> dict[str, np.ndarray]:
-        """The forecast by router: mean of the last steps, in whole rows."""
-        sizes, known = self.model.routers, self.history.any(1).sum()
-        mean = self.history.sum(0) // known.clamp(min=1)
-        return {name: loads.numpy() for name, loads in zip(sizes, mean.split(list(sizes.values())))}
-
     def _plan(self) -> None:
         topology, costs, room = self.surroundings
-        loads, homes, layers = self._loads(), self.placement.homes, []
-        for block in self.model.layers:
-            if block.moe is not None:
-                name = block.moe.name
-                plan = self.planner.plan(loads[name], homes[name].whole, topology, costs, room)
-                plan = replace(plan, placement=plan.placement.with_sliced(homes[name].sliced))
-                block.moe.dispatcher.adopt(plan.placement, rule_of(self.planner.rule, plan, topology, costs))
-                layers.append((name, plan.placement))
+        loads, homes, layers = self.outlook.loads(), self.placement.homes, []
+        for moe in self._layers():
+            plan = self.planner.plan(loads[moe.name], homes[moe.name].whole, topology, costs, room)
+            plan = replace(plan, placement=plan.placement.with_sliced(homes[moe.name].sliced))
+            self._dispatch_by(moe, plan)
+            layers.append((moe.name, plan.placement))
         self.placement = ExpertPlacement(tuple(layers))
         self.copies.adopt(self.placement)
         self._compare()
+
+    def _dispatch_by(self, moe: MoELayer, plan: LayerPlan) -> None:
+        topology, costs, _ = self.surroundings
+        calibrate = self.calibration and partial(self._calibrate, moe, plan)
+        moe.dispatcher.adopt(plan.placement, rule_of(self.planner.rule, plan, topology, costs), calibrate)
+
+    def _calibrate(self, moe: MoELayer, plan: LayerPlan, n_PE: Tensor) -> None:
+        """With the counts of a layer's first micro-batch in a step; they stand for those of the others. The same at all
+        positions, and never for what a step runs again, nor outside of one."""
+        copies = self.copies.layers[moe.name]
+        if copies.calibrated:
+            return
+        copies.calibrated = True
+        more = self.calibration(n_PE * copies.backwards, plan, self.planner, *self.surroundings)
+        if more is not None:
+            copies.extend(more.placement)
+            self._dispatch_by(moe, more)
 
     def _compare(self) -> None:
         group = self.mesh["batch"]

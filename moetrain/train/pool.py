@@ -89,7 +89,7 @@ class Prior:
 
     def pieces(self) -> Iterator[Piece]:
         for name, tensor in (("counts", self.counts_L), ("usable", self.usable_R), ("tokens", self.tokens)):
-            yield Piece(f"balance.{name}", tuple(tensor.shape), 0, tensor, "batch")
+            yield Piece(f"prior.{name}", tuple(tensor.shape), 0, tensor, "batch")
 
 
 def shares(counts_E: Tensor) -> Tensor:

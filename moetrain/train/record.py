@@ -21,6 +21,7 @@ from moetrain.config.compose import to_yaml
 from moetrain.config.schema import Config
 from moetrain.errors import DiskError
 from moetrain.moe.bank import is_expert_parameter
+from moetrain.plan.memory import CopyMemory, Held, copy_memory
 from moetrain.train.checkpoint.writer import on_all
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.files import JsonlSink, replacing
@@ -175,10 +176,26 @@ def copies_line(run: Run) -> str:
         return ""
     planner = str(run.config.planner["_target_"]).rpartition(".")[2]
     homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
-    return (f"planned by {planner} from the last {parallel.window} steps, up to {parallel.room} a rank and layer"
-            f"{', passed on inside nodes' * (parallel.collective == 'two_level')}"
-            f"{', gathered again for backward' * parallel.rematerialize}; {homes}"
+    loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
+    memory = most_memory(run)
+    return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, up to {parallel.room} a rank"
+            f" and layer{', passed on inside nodes' * (parallel.collective == 'two_level')}"
+            f"{', gathered again for backward' * parallel.rematerialize}: at most {human(memory.copies)}B of copies and "
+            f"{human(memory.sums)}B of their gradients; {homes}"
             f"{f', the hottest {parallel.sliced} of a layer cut up' * bool(parallel.sliced)}")
+
+
+def most_memory(run: Run) -> CopyMemory:
+    """What copies take on this rank when every layer has as many as there is room for."""
+    config, ep, model = run.config, run.mesh["ep"], run.state.model
+    layers = []
+    for moe in (block.moe for block in model.layers if block.moe is not None):
+        homes = len(moe.experts.bank.experts)
+        room = min(config.parallel.room, moe.router.num_experts - homes) + min(config.parallel.sliced, homes)
+        layers.append(Held(homes, room, (ep.size - 1) * min(config.parallel.room, homes)))
+    return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
+                       gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
+                       recompute=config.train.activation_checkpointing != "none")
 
 
 def capacity_line(run: Run) -> str:

@@ -22,11 +22,13 @@ from moetrain.errors import ConfigError
 from moetrain.model.build import build_model, plan_homes, sliced_experts
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.model.transformer import Transformer
+from moetrain.plan.calibrate import calibrated
 from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.forecast import Outlook, forecast_of
 from moetrain.train.dump import RouterDump
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
-from moetrain.train.planning import Planning, Rhythm, Surroundings
+from moetrain.train.planning import Planning, Surroundings
 from moetrain.train.pool import Prior
 from moetrain.train.state import TrainState
 
@@ -83,9 +85,9 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         surroundings = survey(config, model, mesh)
         copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize, form=config.parallel.collective,
                               topology=surroundings.topology)
-        rhythm = Rhythm(config.parallel.window, config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
+        rhythm = Rhythm(config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
-                            surroundings, rhythm)
+                            surroundings, look_ahead(config, model), rhythm, calibrated if config.parallel.calibrate else None)
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
     objective = Objective(losses, attached=config.train.loss_carrier == "attached")
     prior = None
@@ -93,6 +95,13 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
                parallelize(model, mesh, copies), objective, RouterDump(directory, mesh) if config.log.router_dump else None)
+
+
+def look_ahead(config: Config, model: Transformer) -> Outlook:
+    """How the loads of the next step are forecast."""
+    parallel = config.parallel
+    forecast = forecast_of(parallel.forecast, sum(model.routers.values()), parallel.window)
+    return Outlook(forecast, model.routers, parallel.fallback)
 
 
 def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:

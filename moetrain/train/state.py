@@ -6,9 +6,9 @@ generator, so this is all there is:
     model.<name>             parameters, float32 or better
     buffer.<name>            persistent buffers: selection biases of routers
     optim.<name>.<moment>    moments of the optimizer, which move with their parameter
-    balance.<what>           tokens per expert of the last step, which stand for those to come (balance.mode=warm)
-    plan.loads, plan.homes   tokens per expert of the last steps, from which copies are planned, and homes (parallel=fssdp)
-    plan.sliced              which experts lie in pieces (parallel.sliced)
+    prior.<what>             tokens per expert of the last step, which stand for those to come (balance.mode=warm)
+    plan.<table>             tokens per expert of the last steps, from which copies are planned, homes, and which of them are in
+                             pieces (parallel=fssdp)
     step, tokens             counters
 
 tests/train/test_state.py walks a run and fails on any tensor, generator or counter that changes from step to step and is
@@ -35,7 +35,7 @@ REBUILT = {
     r"\.grad(\.|$)": "gradients are cleared at the start of every step",
 }
 # What only some meshes have: neither missed in a checkpoint nor in the way.
-OPTIONAL = ("plan.", "balance.")
+OPTIONAL = ("plan.", "prior.")
 
 
 @dataclass

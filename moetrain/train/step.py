@@ -18,7 +18,7 @@ from torch import Tensor
 from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.errors import NonFiniteError
 from moetrain.parallel.expert import global_norm, scale_gradients
-from moetrain.train.metrics import SumBuffer, balance_metrics, flat_counts, peak_memory, split_by_router
+from moetrain.train.metrics import SumBuffer, balance_metrics, flat_counts, forecast_metrics, peak_memory, split_by_router
 from moetrain.train.optim import learning_rate, set_learning_rate
 from moetrain.train.passes import forwards, to_device
 from moetrain.train.setup import Run
@@ -87,6 +87,8 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "loss/total": summed.total,
         **balance_metrics(counts, summed, total_tokens),
         "moe/copies": copies,
+        "moe/added_copies": run.parallel.copies.added if planning else 0,
+        **forecast_metrics(planning.outlook.errors_r if planning else []),
         "grad_norm": norm.item(),
         "lr": rate,
         "time/step": seconds,

@@ -1,10 +1,12 @@
 """FSSDP equals one process: random copies at every step, whatever holds them and however they come and go.
 
-Every step has another random placement of copies, with rows divided by every kind of rule; float64 to 1e-10: first
-gradients, clipped; norm; counts exactly; parameters after 20 steps of AdamW against one process.
+Every step has another random placement of copies, with rows divided by every kind of rule; with calibration further copies
+come once a layer has routed, whatever they cost. float64 to 1e-10: first
+gradients, clipped; norm; counts exactly; parameters after 20 steps of AdamW (6 with calibration) against one process.
 """
 
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +16,17 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moetrain.errors import PeerError
+from moetrain.comm.sparse.packed import Packed
 from moetrain.moe.bank import MATRICES, PIECES
+from moetrain.ops import grouped_experts
+from moetrain.plan.calibrate import extended
 from moetrain.plan.costs import Topology
+from moetrain.plan.memory import CopyMemory, copy_memory, held_at
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
 from moetrain.train.checkpoint.reader import load, resume
 from moetrain.train.checkpoint.writer import save
+from moetrain.train.evaluate import evaluate
 from moetrain.train.planning import Planning
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
@@ -55,8 +62,11 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         run = make_run(overrides, forced)
-    assert run.state.planning.surroundings.topology == Topology(run.mesh["ep"].size, 2)
-    run.state.planning.planner = Random(seed)
+    planning = run.state.planning
+    assert planning.surroundings.topology == Topology(run.mesh["ep"].size, 2)
+    planning.planner = Random(seed)
+    planning.surroundings = planning.surroundings._replace(room=8)
+    planning.calibration = planning.calibration and extended         # every missing copy, never mind the price
     return run
 
 
@@ -78,10 +88,11 @@ def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Tr
 
 
 @cache
-def truth(extra: tuple[str, ...], forced: bool) -> Trained:
-    return alone([*extra, "run.dtype=float64"], STEPS, FORCED if forced else None)
+def truth(extra: tuple[str, ...], forced: bool, steps: int) -> Trained:
+    return alone([*extra, "run.dtype=float64"], steps, FORCED if forced else None)
 
 
+CALIBRATE = "parallel.calibrate=true"
 CASES = {
     "two": (2, [], 1, False, []),
     "two, empty ranks": (2, [], 2, True, []),
@@ -106,6 +117,15 @@ CASES = {
     "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
     "two levels, gathered again": (4, ["parallel.collective=two_level", "parallel.rematerialize=true"], 2, True, []),
     "two levels, recomputed": (4, ["parallel.collective=two_level", "train.activation_checkpointing=full"], 2, False, []),
+    "calibrated": (4, [CALIBRATE], 1, False, []),
+    "calibrated, accumulated": (2, [CALIBRATE], 4, False, []),
+    "calibrated, replicated": (4, [CALIBRATE, "parallel.ep=2"], 2, False, []),
+    "calibrated, gathered again": (2, [CALIBRATE, "parallel.rematerialize=true"], 4, False, []),
+    "calibrated, recomputed": (2, [CALIBRATE, "train.activation_checkpointing=full"], 4, False, []),
+    "calibrated, recomputed and gathered again, replicated": (
+        4, [CALIBRATE, "parallel.ep=2", "train.activation_checkpointing=full", "parallel.rematerialize=true"], 1, False, []),
+    "calibrated, selective, count pass": (2, [CALIBRATE, "train.activation_checkpointing=selective", "train.count_pass=true",
+                                              "parallel.rematerialize=true"], 2, False, []),
 }
 
 
@@ -115,8 +135,12 @@ def test_copies_change_nothing(ranks, case):
     world, overrides, accumulation, forced, extra = CASES[case]
     overrides = ["parallel=fssdp", *overrides, *extra, "run.dtype=float64", f"run.nproc={world}",
                  f"train.micro_batch={16 // world // accumulation}"]
-    ours = union(ranks(world).run(train_with_copies, overrides, STEPS, FORCED if forced else None, len(case)))
-    expected = truth(tuple(e for e in extra if e.startswith(("model", "optim"))), forced)
+    steps = 6 if CALIBRATE in overrides else STEPS
+    results = ranks(world).run(train_with_copies, overrides, steps, FORCED if forced else None, len(case))
+    ours, added = union(results), [[step["moe/added_copies"] for step in result.metrics] for result in results]
+    assert any(added[0]) == (CALIBRATE in overrides)
+    assert (added[0] != added[-1]) == (CALIBRATE in overrides and "parallel.ep=2" in overrides)      # groups decide by themselves
+    expected = truth(tuple(e for e in extra if e.startswith(("model", "optim"))), forced, steps)
     for what in ("gradients", "parameters"):
         error, name = difference(getattr(ours, what), getattr(expected, what))
         assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
@@ -214,8 +238,8 @@ def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, i
     train_step(run, 1)
     train_step(run, 2)
     banks = [block.moe.experts.bank for block in run.state.model.layers]
-    for bank, loads_E in zip(banks, run.state.planning.history.sum(0).split(8)):
-        assert bank.sliced == tuple(sorted(sorted(range(8), key=lambda expert: (-int(loads_E[expert]) // 2, expert))[:3]))  # noqa: B023
+    for bank, loads_E in zip(banks, run.state.planning.outlook.loads().values()):
+        assert bank.sliced == tuple(sorted(sorted(range(8), key=lambda expert: (-int(loads_E[expert]), expert))[:3]))  # noqa: B023
     train_step(run, 3)
 
     def nbytes(names: tuple[str, ...]) -> int:
@@ -240,6 +264,126 @@ def test_a_position_holds_its_part_of_a_sliced_expert_and_no_more(ranks):
     assert sum(result[2] for result in results) == 2 * (8 - 3) * expert
 
 
+class Seen:
+    """Storages by kind, and the most bytes of a kind that were alive at any time something was added."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[int, tuple[StorageWeakRef, int]]] = {name: {} for name in CopyMemory._fields}
+        self.most = dict.fromkeys(CopyMemory._fields, 0)
+
+    def add(self, kind: str, tensor: torch.Tensor) -> None:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        self.known[kind][reference.cdata] = reference, tensor.untyped_storage().nbytes()
+        self.known[kind] = {at: found for at, found in self.known[kind].items() if not found[0].expired()}
+        self.most[kind] = max(self.most[kind], sum(nbytes for _, nbytes in self.known[kind].values()))
+
+
+def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
+    """Bytes of a step with copies, by the formulas and by the lifetime of storages."""
+    run = run_with_copies(overrides)
+    run.state.planning.planner = EveryLayerOtherwise(3)
+    run.state.planning.restored()
+    seen, gather, reduce, cast, position = Seen(), Packed.post_gather, Packed.post_reduce, grouped_experts._cast, run.mesh["ep"].position
+
+    def gathered(lanes, *arguments):
+        flight = gather(lanes, *arguments)
+        seen.add("copies", flight.result), seen.add("sending", flight.message)
+        return flight
+
+    def reduced(lanes, gradients_cW, *arguments):
+        flight = reduce(lanes, gradients_cW, *arguments)
+        seen.add("sums", gradients_cW), seen.add("returned", flight.result)
+        return flight
+
+    def laid(homes, copies, dtype):
+        side_by_side = cast(homes, copies, dtype)
+        if copies is not None and len(copies):
+            seen.add("beside", side_by_side)
+        return side_by_side
+
+    layers = [held_at(layer, position) for _, layer in run.state.planning.placement.layers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Packed, "post_gather", gathered)
+        patch.setattr(Packed, "post_reduce", reduced)
+        patch.setattr(grouped_experts, "_cast", laid)
+        train_step(run, 1)
+    model = run.config.model
+    predicted = copy_memory(layers, 3 * model.dim * model.expert_dim, weight=run.state.model.dtype.itemsize, gradient=4,
+                            rematerialize=run.config.parallel.rematerialize,
+                            recompute=run.config.train.activation_checkpointing != "none")
+    return predicted, CopyMemory(**seen.most)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("overrides", [
+    ["run.dtype=bfloat16"], ["parallel.rematerialize=true"],
+    ["parallel.rematerialize=true", "train.activation_checkpointing=full", "run.dtype=bfloat16"]], ids=" ".join)
+def test_the_memory_of_copies_is_as_predicted(ranks, overrides):
+    results = ranks(2).run(predicted_and_seen, ["parallel=fssdp", "run.nproc=2", "model.num_layers=5", "train.micro_batch=4", *overrides])
+    assert all(predicted == seen for predicted, seen in results), results
+    assert all(max(predicted[part] for predicted, _ in results) for part in range(5))
+
+
+# --- calibration
+
+
+def bits_of(overrides: list[str], whole: bool) -> tuple[dict[str, bytes], int]:
+    """State after three steps with some copies: all of them planned, or some of them after the gate; and how many these were."""
+    run, wanted = run_with_copies(overrides), ((0, 1), (1, 1), (2, 1), (5, 0), (7, 0))
+    planning = run.state.planning
+    planning.planner = Chosen(wanted if whole else wanted[1::2])
+
+    def calibration(n_PE, plan, *others):
+        assert int(n_PE.sum()) == 16 * 12 * 2                            # the step's rows, of which a micro-batch has half
+        return None if whole else LayerPlan(LayerPlacement(plan.placement.home, plan.placement.positions, wanted))
+
+    planning.calibration = calibration
+    planning.restored()
+    added = [train_step(run, step).metrics["moe/added_copies"] for step in (1, 2, 3)]
+    return bits(run), sum(added)
+
+
+class Chosen:
+    rule = "local_first"
+
+    def __init__(self, copies: tuple[tuple[int, int], ...]) -> None:
+        self.copies = copies
+
+    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+        return LayerPlan(LayerPlacement(homes.home, homes.positions, self.copies))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("overrides", [[], ["parallel.rematerialize=true"]], ids=["kept", "gathered again"])
+def test_copies_that_come_after_the_gate_give_the_bits_of_copies_that_were_planned(ranks, overrides):
+    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "run.dtype=float32", *overrides]
+    planned, added = (ranks(2).run(bits_of, overrides, whole) for whole in (True, False))
+    assert [state for state, _ in planned] == [state for state, _ in added]
+    assert [count for _, count in planned] == [0, 0] and [count for _, count in added] == [3 * 2 * 3] * 2
+
+
+def added_where_it_pays(overrides: list[str], forced, seconds: float) -> list[int]:
+    """Copies added in two steps by the model of time, where every row takes so long to compute."""
+    run = make_run(overrides, forced)
+    planning = run.state.planning
+    planning.surroundings = planning.surroundings._replace(costs=replace(planning.surroundings.costs, row_s=seconds))
+    counts = []
+    for step in (1, 2):
+        counts.append(int(train_step(run, step).metrics["moe/added_copies"]))
+        evaluate(run.state.model, run.dataset, run.mesh, run.config)            # never adds
+        assert run.parallel.copies.added == counts[-1]
+    return counts
+
+
+@pytest.mark.ranks
+def test_what_nobody_expected_is_calibrated_and_what_was_planned_is_not(ranks):
+    """All tokens take experts of one rank: unknown before the first step, forecast for the second."""
+    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "eval.windows=2", "parallel.room=2"]
+    for counts in ranks(2).run(added_where_it_pays, overrides, FORCED, 1.0):
+        assert counts[0] > 0 and counts[1] == 0
+    assert ranks(2).run(added_where_it_pays, overrides, FORCED, 1e-12) == [[0, 0], [0, 0]]
+
+
 # --- plans that differ
 
 
@@ -248,7 +392,7 @@ def with_corrupted_loads(overrides: list[str]) -> tuple[str, int]:
     run = run_with_copies(overrides)
     train_step(run, 1)
     if run.mesh.rank == 1:
-        run.state.planning.history += 1
+        run.state.planning.outlook.forecast.loads_wL += 1
     run.state.planning._plan()
     posted = []
     for layer in run.parallel.copies.layers.values():
@@ -295,9 +439,12 @@ def bits(run: Run) -> dict[str, bytes]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("forget, extra", [("", []), ("plan.loads", []), ("plan.homes", []), ("", SLICED), ("plan.sliced", SLICED)])
-def test_resuming_gives_the_same_bits_and_needs_history_and_homes(ranks, tmp_path, forget, extra):
-    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32", *extra]
+@pytest.mark.parametrize("forget, more", [
+    ("", []), ("plan.loads", []), ("plan.homes", []), ("", SLICED), ("plan.sliced", SLICED),
+    ("", ["parallel.forecast=trend", "parallel.fallback=30", CALIBRATE]),
+    ("plan.slope", ["parallel.forecast=trend"]), ("plan.errors", ["parallel.fallback=30"])])
+def test_resuming_gives_the_same_bits_and_needs_forecast_and_homes(ranks, tmp_path, forget, more):
+    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32", *more]
     for unbroken, again in ranks(4).run(resumed_without, overrides, tmp_path, forget):
         assert (unbroken == again) == (not forget)
 
@@ -358,7 +505,7 @@ def unsaved_with_copies(overrides: list[str]) -> list[str]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("sliced", [0, 2])
-def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks, sliced):
+@pytest.mark.parametrize("more", [[], ["parallel.sliced=2"], [CALIBRATE, "parallel.forecast=trend"]], ids=["planned", "sliced", "calibrated"])
+def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks, more):
     assert ranks(2).run(unsaved_with_copies, ["parallel=fssdp", "parallel.shard=1", "run.nproc=2", "train.micro_batch=4",
-                                              "parallel.rehome_interval=2", f"parallel.sliced={sliced}"]) == [[], []]
+                                              "parallel.rehome_interval=2", *more]) == [[], []]

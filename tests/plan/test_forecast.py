@@ -1,69 +1,112 @@
 """Forecasts of loads, and the family of loads that planners are compared on."""
 
-import json
-
 import numpy as np
 import pytest
+import torch
 
-from moetrain.plan.forecast import MeanForecast, TrendForecast, misplaced_permille
+from moetrain.plan.forecast import MeanForecast, Outlook, TrendForecast, misplaced_permille
 from moetrain.plan.loads import DOZEN, LASTS, NAMES, TURN, generate
 
-FORECASTS = [lambda: MeanForecast(), lambda: MeanForecast(window=1), lambda: TrendForecast(), lambda: TrendForecast(0.3, 0.0)]
+FORECASTS = [lambda size: MeanForecast(size), lambda size: MeanForecast(size, window=1), lambda size: TrendForecast(size),
+             lambda size: TrendForecast(size, 0.3, 0.0)]
 IDS = ["mean", "last", "trend", "average"]
 
 
 def test_the_mean_is_over_the_window_and_rounded():
-    forecast = MeanForecast(window=3)
+    forecast = MeanForecast(2, window=3)
     for loads in ([100, 0], [1, 2], [2, 2], [2, 3]):
-        forecast.observe(np.array(loads))
-    assert forecast.forecast().tolist() == [2, 2]                   # 5/3 and 7/3
-    assert forecast.forecast().dtype == np.int64
+        forecast.observe(torch.tensor(loads))
+    assert forecast.expected().tolist() == [2, 2]                   # 5/3 and 7/3
+    assert forecast.last().tolist() == [2, 3] and forecast.expected().dtype == torch.int64
+
+
+def test_the_mean_counts_the_steps_there_were():
+    forecast = MeanForecast(1, window=5)
+    for load, mean in ((10, 10), (20, 15)):
+        forecast.observe(torch.tensor([load]))
+        assert forecast.expected().tolist() == [mean]
 
 
 def test_a_trend_runs_ahead_of_a_mean_and_never_below_nothing():
-    trend, mean = TrendForecast(level=0.5, trend=0.5), MeanForecast()
+    trend, mean = TrendForecast(2, level=0.5, trend=0.5), MeanForecast(2)
     for step in range(20):
         for forecast in (trend, mean):
-            forecast.observe(np.array([100 * step, 2000 - 200 * step if step < 10 else 0]))
-    assert abs(int(trend.forecast()[0]) - 2000) < 60 < 2000 - int(mean.forecast()[0])
-    assert int(trend.forecast().min()) >= 0
+            forecast.observe(torch.tensor([100 * step, 2000 - 200 * step if step < 10 else 0]))
+    assert abs(int(trend.expected()[0]) - 2000) < 60 < 2000 - int(mean.expected()[0])
+    assert int(trend.expected().min()) >= 0
 
 
 def test_a_level_alone_is_an_exponential_average():
-    forecast = TrendForecast(level=0.25, trend=0.0)
+    forecast = TrendForecast(1, level=0.25, trend=0.0)
     for load in (1000, 0, 0):
-        forecast.observe(np.array([load]))
-    assert forecast.forecast().tolist() == [563]                    # 1000 * 0.75 ** 2 = 562.5
+        forecast.observe(torch.tensor([load]))
+    assert forecast.expected().tolist() == [563]                    # 1000 * 0.75 ** 2 = 562.5
 
 
 @pytest.mark.parametrize("make", FORECASTS, ids=IDS)
 def test_loads_that_stay_are_expected_exactly(make):
-    forecast = make()
-    assert forecast.forecast() is None
+    forecast = make(3)
+    assert not forecast.expected().any() and not forecast.last().any()
     for _ in range(7):
-        forecast.observe(np.array([7, 0, 123456789012]))
-    assert forecast.forecast().tolist() == [7, 0, 123456789012]
+        forecast.observe(torch.tensor([7, 0, 123456789012]))
+    assert forecast.expected().tolist() == forecast.last().tolist() == [7, 0, 123456789012]
+
+
+def seen(name: str, steps: int) -> torch.Tensor:
+    return torch.from_numpy(generate(name, 0, steps, 2, 8, 1000).sum(1))
+
+
+def resumed(outlook: Outlook, again: Outlook) -> Outlook:
+    for name, table in again.tables().items():
+        table.copy_(outlook.tables()[name])
+    return again
 
 
 @pytest.mark.parametrize("make", FORECASTS, ids=IDS)
-def test_a_resumed_forecast_goes_on_as_if_nothing_had_happened(make):
-    seen = generate("lognormal_1", 0, 9, 2, 8, 1000).sum(1)
-    whole, resumed = make(), make()
-    for at, loads_L in enumerate(seen):
-        if at in (0, 1, 6):
-            state = json.loads(json.dumps(resumed.state()))
-            resumed = make()
-            resumed.restore(state)
-        for forecast in (whole, resumed):
-            forecast.observe(loads_L)
-    assert whole.forecast().tolist() == resumed.forecast().tolist()
+def test_a_resumed_outlook_goes_on_as_if_nothing_had_happened(make):
+    def fresh() -> Outlook:
+        return Outlook(make(8), {"a": 3, "b": 5}, 150)
+
+    whole, again, fell_back = fresh(), fresh(), 0
+    for at, loads_L in enumerate(seen("lognormal_1", 12)):
+        for outlook in (whole, again):
+            outlook.observe(loads_L)
+        fell_back += int((whole.errors_r > 150).sum())
+        again = resumed(again, fresh()) if at in (0, 1, 6, 9) else again
+        for name, loads in whole.loads().items():
+            assert again.loads()[name].tolist() == loads.tolist()
+    assert fell_back
 
 
 def test_what_was_observed_may_be_written_over():
-    forecast, loads_L = MeanForecast(), np.array([4, 4])
+    forecast, loads_L = MeanForecast(2), torch.tensor([4, 4])
     forecast.observe(loads_L)
     loads_L[:] = 9
-    assert forecast.forecast().tolist() == [4, 4]
+    assert forecast.expected().tolist() == [4, 4]
+
+
+def test_a_layer_falls_back_to_the_last_step_where_its_own_forecast_erred():
+    outlook = Outlook(MeanForecast(4), {"a": 2, "b": 2}, 200)
+    for loads in ([10, 10, 10, 10], [10, 10, 0, 20]):
+        outlook.observe(torch.tensor(loads))
+    assert outlook.errors_r.tolist() == [0, 500]
+    assert {name: loads.tolist() for name, loads in outlook.loads().items()} == {"a": [10, 10], "b": [0, 20]}
+    for _ in range(3):                                              # what lasted long enough is forecast again
+        outlook.observe(torch.tensor([10, 10, 0, 20]))
+    assert outlook.errors_r.tolist() == [0, 142] and outlook.loads()["b"].tolist() == [2, 18]
+
+
+def test_an_outlook_that_never_falls_back_keeps_to_its_forecast():
+    outlook = Outlook(MeanForecast(2), {"a": 2}, 1000)
+    for loads in ([10, 0], [0, 10]):
+        outlook.observe(torch.tensor(loads))
+    assert outlook.errors_r.tolist() == [1000] and outlook.loads()["a"].tolist() == [5, 5]
+
+
+def test_there_is_no_error_before_there_was_a_forecast():
+    outlook = Outlook(TrendForecast(2), {"a": 2}, 0)
+    outlook.observe(torch.tensor([3, 9]))
+    assert outlook.errors_r.tolist() == [0] and outlook.loads()["a"].tolist() == [3, 9]
 
 
 def test_the_error_is_the_share_of_rows_that_went_elsewhere():

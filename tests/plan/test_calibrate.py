@@ -1,0 +1,102 @@
+"""Calibration after the gate adds what pays, no more than there is room for, and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from moetrain.plan.calibrate import calibrated, extended
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.loads import NAMES, generate
+from moetrain.plan.modelled import modelled
+from moetrain.plan.placement import LayerPlacement, contiguous
+from moetrain.plan.planners.balanced import Balanced
+from moetrain.plan.planners.base import LayerPlan
+from moetrain.plan.planners.hecate import Hecate
+from moetrain.plan.planners.llep import LeastLoaded
+from moetrain.plan.rules import rule_of
+
+TOPOLOGY = Topology(4, 2)
+COSTS = Costs(row_s=1e-6, row_bytes=256, expert_bytes=1e5, inside=1e9, between=5e8, latency_s=1e-5, hidden_s=1e-3)
+PLANNERS = [Balanced(), Hecate(), LeastLoaded(min_rows=16)]
+IDS = ["balanced", "hecate", "llep"]
+
+
+def counts(name: str, step: int = 0) -> torch.Tensor:
+    return torch.from_numpy(generate(name, 1, step + 1, 4, 16, 4096)[step])
+
+
+def planned(planner, loads_E: np.ndarray, room: int) -> LayerPlan:
+    return planner.plan(loads_E, contiguous(16, 4), TOPOLOGY, COSTS, room)
+
+
+def seconds(planner, plan: LayerPlan, n_PE: torch.Tensor) -> float:
+    split_PC = rule_of(planner.rule, plan, TOPOLOGY, COSTS).split(n_PE, plan.placement, 0)
+    assert (split_PC >= 0).all() and int(split_PC.sum()) == int(n_PE.sum())
+    times = modelled(split_PC, plan.placement, TOPOLOGY, COSTS)
+    return times.compute_s + times.link_s
+
+
+@pytest.mark.parametrize("planner", PLANNERS, ids=IDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plan_stays_and_no_position_gets_more_than_its_room(planner, name):
+    n_PE, plan = counts(name), planned(planner, counts("lognormal_1.5").sum(0).numpy(), 2)
+    for room in (2, 3):
+        more = extended(n_PE, plan, planner, TOPOLOGY, COSTS, room)
+        if more is not None:
+            assert more.placement.home == plan.placement.home
+            assert set(more.placement.copies) > set(plan.placement.copies)
+            assert max(len(more.placement.copies_at(position)) for position in range(4)) <= room
+            seconds(planner, more, n_PE)                             # every row finds a replica, whatever the rule
+
+
+@pytest.mark.parametrize("planner", PLANNERS, ids=IDS)
+def test_a_hot_expert_that_was_not_expected_is_copied(planner):
+    n_PE, plan = counts("hot_expert"), planned(planner, counts("balanced").sum(0).numpy(), 1)
+    more = calibrated(n_PE, LayerPlan(contiguous(16, 4), (0,) * 16), planner, TOPOLOGY, COSTS, 2)
+    hottest = int(n_PE.sum(0).argmax())
+    assert more is not None and hottest in {expert for expert, _ in more.placement.copies}
+    assert seconds(planner, more, n_PE) < seconds(planner, plan, n_PE)
+
+
+class Wants:
+    """A planner that always gives the same answer."""
+
+    def __init__(self, copies, rule="local_first", quotas_C=None) -> None:
+        self.copies, self.rule, self.quotas_C = copies, rule, quotas_C
+
+    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+        return LayerPlan(LayerPlacement(homes.home, homes.positions, self.copies), self.quotas_C)
+
+
+@pytest.mark.parametrize("travel_s, hidden_s, pays", [(24, 0, True), (26, 0, False), (34, 10, True), (36, 10, False), (49, 99, True),
+                                                     (51, 99, False)])
+def test_the_price_is_a_gathering_that_nothing_hides_and_what_its_gradients_expose(travel_s, hidden_s, pays):
+    """Half of 100 rows leave the full position: 50 s. Backward hides twice as much as forward could."""
+    costs = Costs(row_s=1.0, row_bytes=0.0, expert_bytes=travel_s, inside=1.0, between=1.0, latency_s=0.0, hidden_s=hidden_s)
+    n_PE = torch.tensor([[50, 0], [50, 0]])
+    more = calibrated(n_PE, LayerPlan(LayerPlacement((0, 1), 2)), Wants(((0, 1),)), Topology(2, 2), costs, 1)
+    assert (more is not None) == pays
+
+
+def test_what_is_planned_already_is_not_added():
+    n_PE = counts("lognormal_1")
+    by_node_NE = torch.stack([n_PE[:2].sum(0), n_PE[2:].sum(0)]).numpy()
+    plan = planned(Balanced(), by_node_NE, 2)
+    assert plan.placement.copies and extended(n_PE, plan, Balanced(), TOPOLOGY, COSTS, 2) is None
+
+
+def test_equal_counts_give_equal_plans_wherever_they_were_counted():
+    n_PE, plan = counts("lognormal_1.5"), LayerPlan(contiguous(16, 4))
+    first, second = (calibrated(n_PE.clone(), plan, Balanced(), TOPOLOGY, COSTS, 2) for _ in range(2))
+    assert first is not None and first == second
+
+
+def test_quotas_follow_the_replicas_that_there_are():
+    wanted = Wants(((0, 1), (0, 2), (4, 2)), "shares", (5, 7, 11, 1, 1, 1, 3, 13, *[1] * 11))
+    plan = LayerPlan(LayerPlacement(contiguous(16, 4).home, 4, ((15, 2),)), (0,) * 17)
+    n_PE = torch.zeros(4, 16, dtype=torch.int64)
+    n_PE[:, 0], n_PE[:, 4] = 10, 20
+    more = extended(n_PE, plan, wanted, TOPOLOGY, COSTS, 2)         # one more at position 2: expert 4 is the hotter
+    assert more.placement.copies == ((0, 1), (4, 2), (15, 2))
+    quotas = {(expert, at): quota for (expert, at, _), quota in zip(more.placement.replicas, more.quotas_C, strict=True)}
+    assert quotas[0, 0] == 5 + 11 and quotas[0, 1] == 7 and quotas[4, 1] == 3 and quotas[4, 2] == 13 and quotas[15, 2] == 0

@@ -1,0 +1,115 @@
+"""What forecasts and calibration are worth: forecast error and modelled step over the cases of plan/loads.py.
+
+    python tools/study_forecast.py --out forecast.json
+
+One layer of 64 experts on two nodes of four positions, with the sizes and links of `hardware=h100` and a planner. For every step
+of a case the loads are forecast from those before it, copies planned, and the step is timed by plan/modelled.py with the
+rows it really has. `ideal` plans from the step's own loads, `none` has no copies. Nothing is measured.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from moetrain.config.build import build
+from moetrain.config.compose import compose
+from moetrain.plan.calibrate import calibrated
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.forecast import Outlook, forecast_of
+from moetrain.plan.loads import NAMES, generate
+from moetrain.plan.modelled import gathering_s, modelled
+from moetrain.plan.placement import contiguous
+from moetrain.plan.planners.base import LayerPlan
+from moetrain.plan.rules import rule_of
+
+POSITIONS, EXPERTS, STEPS, FIRST, ROOM = 8, 64, 48, 8, 2
+DIM, WIDTH, TOKENS, TOP_K, LENGTH = 2048, 1408, 8192, 6, 4096
+TOPOLOGY, HOMES = Topology(POSITIONS, 4), contiguous(EXPERTS, POSITIONS)
+WAYS = {"mean": ("mean", 5, 1000), "last step": ("mean", 1, 1000), "trend": ("trend", 5, 1000),
+        "mean, falls back at 300": ("mean", 5, 300), "mean, falls back at 150": ("mean", 5, 150),
+        "trend, falls back at 150": ("trend", 5, 150)}
+
+
+class Step(NamedTuple):
+    seconds: float
+    calibrated_s: float          # with calibration
+    added: int
+    error: int                   # thousandths
+    fell_back: bool
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="where the figures go, .json")
+    parser.add_argument("--planner", default="balanced")
+    parser.add_argument("--cases", nargs="+", default=list(NAMES))
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    config = compose([f"planner={options.planner}", "hardware=h100"])
+    planner, costs, found = build(config.planner), costs_of(config.hardware), {}
+    for case in options.cases:
+        traces = [torch.from_numpy(generate(case, seed, STEPS, POSITIONS, EXPERTS, TOKENS * TOP_K))
+                  for seed in range(options.seeds)]
+        rows = [n_PE for trace in traces for n_PE in trace[FIRST:]]
+        found[case] = {
+            "none": {"ms": mean(1e3 * total_s(n_PE, LayerPlan(HOMES), "local_first", costs) for n_PE in rows)},
+            "ideal": {"ms": mean(1e3 * total_s(n_PE, planned(planner, n_PE.sum(0).numpy(), costs), planner.rule, costs)
+                                 for n_PE in rows)}}
+        for name, way in WAYS.items():
+            steps = [step for trace in traces for step in replay(trace, way, planner, costs)]
+            found[case][name] = {
+                "ms": mean(1e3 * s.seconds for s in steps), "calibrated_ms": mean(1e3 * s.calibrated_s for s in steps),
+                "added": mean(s.added for s in steps), "error": mean(s.error for s in steps) / 1000,
+                "largest_error": max(s.error for s in steps) / 1000, "fell_back": mean(s.fell_back for s in steps)}
+        print(case, *(f"  {name:25} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
+                      for name, figures in found[case].items()), sep="\n", flush=True)
+    with open(options.out, "w") as file:
+        json.dump(found, file, indent=1)
+
+
+def costs_of(hardware) -> Costs:
+    """As train/setup.py has them, in bfloat16."""
+    numbers, attention = 3 * DIM * WIDTH, 2 * TOKENS * (4 * DIM**2 + 2 * LENGTH * DIM)
+    return Costs(row_s=6 * numbers / hardware.flops, row_bytes=2 * DIM, expert_bytes=2 * numbers, inside=hardware.inside,
+                 between=hardware.between, latency_s=hardware.latency_s, hidden_s=attention / hardware.flops)
+
+
+def replay(trace: torch.Tensor, way: tuple[str, int, int], planner, costs: Costs) -> Iterator[Step]:
+    kind, window, fallback = way
+    outlook = Outlook(forecast_of(kind, EXPERTS, window), {"layer": EXPERTS}, fallback)
+    for number, n_PE in enumerate(trace):
+        fell_back = int(outlook.errors_r) > fallback
+        plan = planned(planner, outlook.loads()["layer"], costs)
+        outlook.observe(n_PE.sum(0))
+        if number < FIRST:
+            continue
+        seconds, more = total_s(n_PE, plan, planner.rule, costs), calibrated(n_PE, plan, planner, TOPOLOGY, costs, ROOM)
+        added, after_s = 0, seconds
+        if more is not None:
+            missing = more.placement.beyond(plan.placement)              # forward they travel by themselves, and in sight
+            both_s, plan_s = (gathering_s(placement, TOPOLOGY, costs) for placement in (more.placement, plan.placement))
+            after_s = total_s(n_PE, more, planner.rule, costs) + gathering_s(missing, TOPOLOGY, costs)
+            after_s -= max(0.0, both_s - costs.hidden_s) - max(0.0, plan_s - costs.hidden_s)
+            added = len(missing.copies)
+        yield Step(seconds, after_s, added, int(outlook.errors_r), fell_back)
+
+
+def planned(planner, loads_E, costs: Costs) -> LayerPlan:
+    return planner.plan(loads_E, HOMES, TOPOLOGY, costs, ROOM)
+
+
+def total_s(n_PE: torch.Tensor, plan: LayerPlan, rule: str, costs: Costs) -> float:
+    split_PC = rule_of(rule, plan, TOPOLOGY, costs).split(n_PE, plan.placement, 0)
+    return modelled(split_PC, plan.placement, TOPOLOGY, costs).total_s
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
