@@ -12,6 +12,8 @@ they decide alike without another message.
 Shapes: P positions, N nodes, E experts.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ def extended(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology
     added = _that_fit(missing, plan.placement, n_PE.sum(0).numpy(), room)
     if not added:
         return None
-    placement = LayerPlacement(plan.placement.home, plan.placement.positions, (*plan.placement.copies, *added))
+    placement = replace(plan.placement, copies=(*plan.placement.copies, *added))
     return LayerPlan(placement, None if wanted.quotas_C is None else _quotas(wanted, placement))
 
 
