@@ -28,7 +28,7 @@ from moetrain.plan.forecast import Outlook, forecast_of
 from moetrain.train.dump import RouterDump
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
-from moetrain.train.planning import Planning, Surroundings
+from moetrain.train.planning import Planning, Rhythm, Surroundings
 from moetrain.train.pool import Prior
 from moetrain.train.state import TrainState
 

@@ -14,7 +14,6 @@ from moetrain.train.checkpoint.reader import load
 from moetrain.train.checkpoint.writer import save
 from moetrain.train.passes import forwards
 from moetrain.train.pool import Prior
-from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.integration.training import difference, make_run, snapshot, whole
 from tests.oracle import oracle_loss

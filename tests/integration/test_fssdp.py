@@ -245,9 +245,8 @@ def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, i
     def nbytes(names: tuple[str, ...]) -> int:
         parameters = [getattr(bank, name) for bank in banks for name in names]
         moments = [run.state.optimizer.state[parameter] for parameter in parameters]
-        tensors = [*parameters, *(parameter.grad for parameter in parameters),
-                   *(state[name] for state in moments for name in ("exp_avg", "exp_avg_sq"))]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        kept = [*parameters, *(state[name] for state in moments for name in ("exp_avg", "exp_avg_sq"))]
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept) + sum(parameter.grad.nbytes for parameter in parameters)
 
     assert all(torch.equal(run.state.optimizer.state[getattr(bank, name)]["step"], torch.tensor(3.)) for bank in banks for name in PIECES)
     return [bank.sliced for bank in banks], nbytes(PIECES), nbytes(MATRICES)
