@@ -252,14 +252,13 @@ def work(options: argparse.Namespace, spec: Path) -> None:
             results[name] = replay(options, sizes, group, traces[name], options.steps, paced=True)
             if options.real_steps:
                 results[name]["unpaced"] = replay(options, real, group, traces[name], options.real_steps, paced=False)
-            if dist.get_rank() == 0:
+            handed = torch.tensor(int(total.sent_P.sum() - total.sent_P[dist.get_rank()]))
+            dist.all_reduce(handed)
+            if dist.get_rank() == 0:                             # after every trace, so that a run that is cut short leaves something
                 print(name, {arm: round(sum(values) * 1e3 / len(values)) for arm, values in results[name]["seconds"].items()},
                       flush=True)
-    handed = torch.from_numpy(total.sent_P).clone()
-    dist.all_reduce(handed.fill_(int(handed.sum() - handed[dist.get_rank()])))
-    if dist.get_rank() == 0:
-        Path(options.out).write_text(json.dumps({"traces": results, "unpaced_row_us": real.row_s * 1e6,
-                                                 "handed_over_bytes": int(handed[0])}))
+                Path(options.out).write_text(json.dumps({"traces": results, "unpaced_row_us": real.row_s * 1e6,
+                                                         "handed_over_bytes": int(handed)}))
     dist.barrier()
     dist.destroy_process_group()
 
