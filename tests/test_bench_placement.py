@@ -124,11 +124,15 @@ def test_page_and_picture_state_what_was_measured(tmp_path: Path):
     arms = {"ep": [0.30, 0.30], "balanced": [0.20, 0.20], "ceiling": [0.18, 0.18]}
     trace = {"seconds": arms, "sent": dict.fromkeys(arms, counts), "rank_load": 2.1, "unpaced": {"seconds": arms}}
     options = {"planners": ["ep", "balanced"], "steps": 2, "real_steps": 2, "nodes": 2, "per_node": 2, "inside": "900mbit",
-               "between": "100mbit", "rows": 256, "row_us": 200.0, "hidden_ms": 20.0, "room": 2}
+               "between": "100mbit", "dim": 128, "expert_dim": 32, "rows": 256, "row_us": 200.0, "hidden_ms": 20.0, "room": 2}
     result = {"facts": {"machine": "9 cores", "torch": "x", "commit": "abc1234", "command": "python tools/this", "load average": [0, 1]},
               "options": options, "links": ["a line"], "wire_bytes": {"inside": 1, "between": 2}, "handed_over_bytes": 2,
               "unpaced_row_us": 15.0, "traces": {"mine": trace}}
     page = tmp_path / "placement.md"
+    joined = bench_placement.joined([result, {**result, "traces": {"yours": trace}}])
+    assert list(joined["traces"]) == ["mine", "yours"] and joined["handed_over_bytes"] == 4
+    with pytest.raises(SystemExit, match="alike: rows"):
+        bench_placement.joined([result, {**result, "options": {**options, "rows": 9}}])
     placement_result.write(result, page)
     text = page.read_text()
     assert "| mine | 2.10 | 300 | 180 | 1.67x | 1.50x [1.50, 1.50] 83% |" in text

@@ -47,6 +47,9 @@ def main() -> None:
     if options.worker:
         work(options, Path(options.worker))
         return
+    if options.join:
+        finish(joined([json.loads(Path(file).read_text()) for file in options.join]), options)
+        return
     traces = dict(read_traces(options))
     if not traces:
         raise SystemExit("no trace has such a name")
@@ -68,7 +71,29 @@ def main() -> None:
               "options": {key: value for key, value in vars(options).items() if key != "worker"}, "links": links, "wire_bytes": wire,
               **json.loads(out.read_text())}
     result["options"]["planners"] = arms(options)
-    out.write_text(json.dumps(result, indent=1))
+    finish(result, options)
+
+
+def joined(results: list[dict]) -> dict:
+    """Results of several runs on other traces as one; all must have been measured alike."""
+    first, alike = results[0], ("planners", "nodes", "per_node", "inside", "between", "dim", "expert_dim", "rows", "row_us", "hidden_ms",
+                                "room", "steps", "real_steps")
+    for other in results[1:]:
+        differ = [key for key in alike if other["options"][key] != first["options"][key]]
+        if differ:
+            raise SystemExit(f"these results were not measured alike: {', '.join(differ)}")
+    loads = [value for result in results for value in result["facts"]["load average"]]
+    commits = ", ".join(dict.fromkeys(result["facts"]["commit"] for result in results))
+    facts = {**first["facts"], "commit": commits, "load average": [min(loads), max(loads)], "command": "\n    ".join(
+        result["facts"]["command"] for result in results)}
+    return {**first, "facts": facts, "links": next((result["links"] for result in results if result["links"]), []),
+            "wire_bytes": {link: sum(result["wire_bytes"][link] for result in results) for link in netlab.LINKS},
+            "handed_over_bytes": sum(result["handed_over_bytes"] for result in results),
+            "traces": {name: trace for result in results for name, trace in result["traces"].items()}}
+
+
+def finish(result: dict, options: argparse.Namespace) -> None:
+    Path(options.out).write_text(json.dumps(result, indent=1))
     print(table(result))
     if options.write:
         write(result, Path(options.write))
@@ -76,7 +101,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loads", nargs="+", required=True, metavar="FILE", help="loads.npz of runs, or `synthetic`")
+    parser.add_argument("--loads", nargs="+", default=[], metavar="FILE", help="loads.npz of runs, or `synthetic`")
+    parser.add_argument("--join", nargs="+", metavar="OUT.json", help="instead of measuring: results of earlier runs, as one")
     parser.add_argument("--out", required=True, help="where the result goes, .json")
     parser.add_argument("--write", nargs="?", const=str(ROOT / "docs/results/placement.md"), metavar="FILE.md",
                         help="also as a page and a picture beside it (docs/results/placement.md); measures the links first")

@@ -127,8 +127,8 @@ def text(result: dict, picture: str) -> str:
     return f"""# Planners side by side
 
 **On emulated links**: {options["nodes"]} nodes x {options["per_node"]} ranks, {options["inside"]} inside a node and \
-{options["between"]} between nodes, per rank and direction. Machine: {facts["machine"]}, load average {facts["load average"][0]} \
-before and {facts["load average"][1]} after (the ranks' own included); torch {facts["torch"]}, commit {facts["commit"]}.
+{options["between"]} between nodes, per rank and direction. Machine: {facts["machine"]}, load average \
+{facts["load average"][0]} to {facts["load average"][1]} (the ranks' own included); torch {facts["torch"]}, commit {facts["commit"]}.
 
     {facts["command"]}
 
