@@ -136,6 +136,7 @@ def test_page_and_picture_state_what_was_measured(tmp_path: Path):
     placement_result.write(result, page)
     text = page.read_text()
     assert "| mine | 2.10 | 300 | 180 | 1.67x | 1.50x [1.50, 1.50] 83% |" in text
+    assert "- mine, recorded, rank load 2.1: 83% recovered (target: 80%)" in text
     assert all(fact in text for fact in ("9 cores", "abc1234", "python tools/this", "900mbit", "100mbit", "1.500 times"))
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

@@ -79,6 +79,25 @@ def rivals(result: dict) -> str:
     return "\n".join(lines)
 
 
+def verdicts(result: dict) -> str:
+    """Our own targets, case by case."""
+    traces, lines = result["traces"], []
+    for name, trace in traces.items():
+        seconds, ceiling = trace["seconds"], _speed(trace, CEILING)
+        ours, share = ratio(seconds["ep"], seconds["balanced"]), recovered(seconds, "balanced")
+        if "#" not in name and trace["rank_load"] >= 2 and share is not None:
+            lines.append(f"- {name}, recorded, rank load {trace['rank_load']:.1f}: {share:.0%} recovered (target: 80%)")
+        if ceiling >= 1.8:
+            lines.append(f"- {name}, ceiling {ceiling:.2f}x: {ours} over ep (target: 1.5x)")
+        if trace["rank_load"] < 1.05:
+            lines.append(f"- {name}, at balance: {ours} over ep (target: 0.98x or more)")
+    ahead = {arm: _over_traces(traces.values(), arm, "balanced") for arm in result["options"]["planners"]
+             if arm != "ep" and not arm.startswith("balanced")}
+    lines += [f"- {arm} takes {mean} of the time of ours on the geometric mean" + (", and is ahead" if mean.value < 1 else "")
+              for arm, mean in ahead.items()]
+    return "\n".join(lines)
+
+
 def sent(result: dict) -> str:
     """Bytes of all ranks and a step, inside / between, calls of a rank, copies."""
     def cell(counts: dict) -> str:
@@ -144,6 +163,10 @@ over the mean under `ep`. `+oracle`: told the loads of the step itself instead o
 {times(result)}
 
 {rivals(result)}
+
+## Against the targets
+
+{verdicts(result)}
 
 ## Bytes and calls of a step
 
