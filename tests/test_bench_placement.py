@@ -119,6 +119,13 @@ def test_recovered_is_the_share_of_the_way_to_the_ceiling():
     assert placement_result.recovered({**seconds, "ceiling": [2.9, 2.9]}, "ours") is None
 
 
+def test_traces_measured_on_a_busy_machine_are_left_out():
+    trace = {"seconds": {"ceiling": [1.0, 1.0, 1.0]}}
+    slow = {"seconds": {"ceiling": [1.2, 1.3, 1.0]}}
+    result, busy = placement_result.quiet({"traces": {"fine": trace, "slow": slow}})
+    assert list(result["traces"]) == ["fine"] and busy == ["slow"]
+
+
 def test_page_and_picture_state_what_was_measured(tmp_path: Path):
     counts = {"inside": 2e6, "between": 1e6, "calls": 10, "copies": 0}
     arms = {"ep": [0.30, 0.30], "balanced": [0.20, 0.20], "ceiling": [0.18, 0.18]}

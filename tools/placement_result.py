@@ -9,6 +9,7 @@ import numpy as np
 
 CEILING, DRAWS, SEED = "ceiling", 2000, 7
 GAP = 0.1                 # of the ceiling's time: below it there is nothing that could be recovered
+BUSY = 1.1                # of the shortest ceiling: it is the same work in every trace, so above it the machine was busy
 INK = "#1f2a36"
 
 
@@ -45,11 +46,19 @@ def recovered(seconds: dict[str, list[float]], arm: str) -> float | None:
     return (ep - sum(seconds[arm])) / (ep - ceiling) if ep > (1 + GAP) * ceiling else None
 
 
+def quiet(result: dict) -> tuple[dict, list[str]]:
+    """The result without the traces during which the machine was busy, and the names of these."""
+    ceiling = {name: statistics.median(trace["seconds"][CEILING]) for name, trace in result["traces"].items()}
+    busy = [name for name, seconds in ceiling.items() if seconds > BUSY * min(ceiling.values())]
+    return {**result, "traces": {name: trace for name, trace in result["traces"].items() if name not in busy}}, busy
+
+
 # --- tables
 
 
 def table(result: dict) -> str:
-    return "\n\n".join([times(result), rivals(result), sent(result), *([unpaced(result)] if result["options"]["real_steps"] else [])])
+    result, busy = quiet(result)
+    return (f"machine busy, no verdict: {', '.join(busy)}\n\n" if busy else "") + "\n\n".join([times(result), rivals(result), sent(result), *([unpaced(result)] if result["options"]["real_steps"] else [])])
 
 
 def times(result: dict) -> str:
@@ -141,6 +150,7 @@ def write(result: dict, page: Path) -> None:
 
 
 def text(result: dict, picture: str) -> str:
+    result, busy = quiet(result)
     options, facts = result["options"], result["facts"]
     wire, handed = sum(result["wire_bytes"].values()), result["handed_over_bytes"]
     return f"""# Planners side by side
@@ -159,6 +169,8 @@ average, room for {options["room"]} copies a rank and layer. `1.43x [1.40, 1.46]
 summed over {options["steps"]} steps in pairs; the middle 95 % over resampled steps; the share of the time between `ep` and the \
 ceiling (force-balanced routing) that is won back, where the ceiling is {1 + GAP:.1f}x or more. `rank load`: largest load of a rank \
 over the mean under `ep`. `+oracle`: told the loads of the step itself instead of a forecast; `+nodes`: told loads by node.
+
+{f"Left out, as the machine was busy (the ceiling took more than {BUSY} times its shortest): {', '.join(busy)}." if busy else ""}
 
 {times(result)}
 
@@ -193,6 +205,7 @@ def draw(result: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    result, _ = quiet(result)
     traces = sorted(result["traces"].items(), key=lambda item: _speed(item[1], CEILING))
     arms = [arm for arm in result["options"]["planners"] if arm != "ep"]
     with rc_context({"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
