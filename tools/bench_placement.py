@@ -11,8 +11,8 @@ every step, and must be what follows from rows, plan and sizes.
 
 Planners get the same forecasts (mean of the last steps), room and figures of the links, and take turns at every step. Two
 lines of reference: `ep`, and the *ceiling*: what force-balanced routing takes in the same set-up. `recovered` is the share of
-the time between them that a planner wins back. Results are ratios of summed step times to those of `ep` at the same steps,
-with an interval by resampling steps.
+the time between them that a planner wins back. Results are medians of the ratios to `ep` at the same steps, with an interval by
+resampling steps.
 
 Settings are fixed on `--seeds tuning` and other recordings, and judged on `--seeds judged` (the default). Needs what netlab
 needs.

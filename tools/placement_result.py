@@ -14,7 +14,7 @@ INK = "#1f2a36"
 
 
 class Ratio(NamedTuple):
-    """A ratio of summed step times, and the middle 95 % of what other draws of steps would give."""
+    """The median of the ratios of step times, and the middle 95 % of what other draws of steps would give."""
 
     value: float
     low: float
@@ -35,15 +35,15 @@ def mean_ratio(pairs: list[tuple[list[float], list[float]]]) -> Ratio:
     logs = np.zeros(DRAWS)
     for over, under in pairs:
         steps = draw.integers(len(over), size=(DRAWS, len(over)))
-        logs += np.log(np.asarray(over)[steps].sum(1) / np.asarray(under)[steps].sum(1))
-    value = statistics.geometric_mean(sum(over) / sum(under) for over, under in pairs)
+        logs += np.log(np.median((np.asarray(over) / np.asarray(under))[steps], axis=1))
+    value = statistics.geometric_mean(float(np.median(np.asarray(over) / np.asarray(under))) for over, under in pairs)
     return Ratio(value, *np.exp(np.quantile(logs / len(pairs), [0.025, 0.975])).tolist())
 
 
 def recovered(seconds: dict[str, list[float]], arm: str) -> float | None:
     """Share of the time between ep and the ceiling that an arm wins back; None where there is none."""
-    ep, ceiling = sum(seconds["ep"]), sum(seconds[CEILING])
-    return (ep - sum(seconds[arm])) / (ep - ceiling) if ep > (1 + GAP) * ceiling else None
+    ep, ceiling = statistics.median(seconds["ep"]), statistics.median(seconds[CEILING])
+    return (ep - statistics.median(seconds[arm])) / (ep - ceiling) if ep > (1 + GAP) * ceiling else None
 
 
 def quiet(result: dict) -> tuple[dict, list[str]]:
@@ -71,7 +71,7 @@ def times(result: dict) -> str:
     traces = result["traces"].values()
     first = [("rank load", lambda trace: f"{trace['rank_load']:.2f}"), ("ep ms", lambda trace: _ms(trace, "ep")),
              ("ceiling ms", lambda trace: _ms(trace, CEILING)),
-             ("ceiling", lambda trace: f"{sum(trace['seconds']['ep']) / sum(trace['seconds'][CEILING]):.2f}x")]
+             ("ceiling", lambda trace: f"{_speed(trace, CEILING):.2f}x")]
     arms = [arm for arm in result["options"]["planners"] if arm != "ep"]
     mean = ["geometric mean", "", "", "", str(_over_traces(traces, "ep", CEILING).value.__round__(2)) + "x",
             *(str(_over_traces(traces, "ep", arm)) for arm in arms)]
@@ -102,7 +102,8 @@ def verdicts(result: dict) -> str:
             lines.append(f"- {name}, at balance: {ours} over ep (target: 0.98x or more)")
     ahead = {arm: _over_traces(traces.values(), arm, "balanced") for arm in result["options"]["planners"]
              if arm != "ep" and not arm.startswith("balanced")}
-    lines += [f"- {arm} takes {mean} of the time of ours on the geometric mean" + (", and is ahead" if mean.value < 1 else "")
+    lines += [f"- {arm} takes {mean} of the time of ours on the geometric mean: "
+              + ("ours is ahead" if mean.low > 1 else "it is ahead" if mean.high < 1 else "no difference beyond the noise")
               for arm, mean in ahead.items()]
     return "\n".join(lines)
 
@@ -132,7 +133,7 @@ def _table(result: dict, columns: list[tuple[str, Callable[[dict], str]]], below
 
 
 def _ms(trace: dict, arm: str) -> str:
-    return f"{statistics.mean(trace['seconds'][arm]) * 1e3:.0f}"
+    return f"{statistics.median(trace['seconds'][arm]) * 1e3:.0f}"
 
 
 def _over_traces(traces: list[dict], over: str, under: str) -> Ratio:
@@ -166,7 +167,7 @@ def text(result: dict, picture: str) -> str:
 Times are of two layers, forward and backward; computing is paced ({options["row_us"]:.0f} us a row, attention \
 {options["hidden_ms"]:.0f} ms forward and twice that backward), everything else is real. {options["rows"]} rows a rank and layer on \
 average, room for {options["room"]} copies a rank and layer. `1.43x [1.40, 1.46] 87%`: the time of `ep` over that of the planner, \
-summed over {options["steps"]} steps in pairs; the middle 95 % over resampled steps; the share of the time between `ep` and the \
+the median of {options["steps"]} steps in pairs; the middle 95 % over resampled steps; the share of the time between `ep` and the \
 ceiling (force-balanced routing) that is won back, where the ceiling is {1 + GAP:.1f}x or more. `rank load`: largest load of a rank \
 over the mean under `ep`. `+oracle`: told the loads of the step itself instead of a forecast; `+nodes`: told loads by node.
 
@@ -231,4 +232,4 @@ def draw(result: dict, path: Path) -> None:
 
 
 def _speed(trace: dict, arm: str) -> float:
-    return sum(trace["seconds"]["ep"]) / sum(trace["seconds"][arm])
+    return ratio(trace["seconds"]["ep"], trace["seconds"][arm]).value
