@@ -158,7 +158,8 @@ def text(result: dict, picture: str) -> str:
 
 **On emulated links**: {options["nodes"]} nodes x {options["per_node"]} ranks, {options["inside"]} inside a node and \
 {options["between"]} between nodes, per rank and direction. Machine: {facts["machine"]}, load average \
-{facts["load average"][0]} to {facts["load average"][1]} (the ranks' own included); torch {facts["torch"]}, commit {facts["commit"]}.
+{facts["load average"][0]} to {facts["load average"][1]} (the ranks' own included); torch {facts["torch"]}, commit {facts["commit"]}. \
+A load well above the number of cores means that other programs ran: intervals are wide then, and differences of a few percent mean nothing.
 
     {facts["command"]}
 
@@ -223,7 +224,7 @@ def draw(result: dict, path: Path) -> None:
         axes.set_xlabel("times faster than expert parallelism (in brackets: rank load, max / mean)")
         mean = _over_traces([trace for _, trace in traces], "ep", "balanced") if "balanced" in arms else None
         links = f"emulated links {result['options']['inside']} : {result['options']['between']}"
-        axes.set_title((f"balanced: {mean.value:.2f}x over expert parallelism on the geometric mean; " if mean else "") + links, loc="left")
+        axes.set_title((f"balanced: {mean.value:.2f}x over expert parallelism on the geometric mean\n" if mean else "") + links, loc="left", fontsize=10)
         axes.grid(axis="x", color="0.92")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
