@@ -12,30 +12,48 @@ from moetrain.plan.costs import Topology
 
 CALM = 64           # done when a sweep moved less than this part of the mean load, or the largest is that close to it
 
+Choice = tuple[int, tuple[int, ...], tuple[int, ...]]         # line of rows, replicas, and their positions
+Choices = tuple[Choice, ...]
 
-def level(rows_NC: Tensor, expert_C: Tensor, position_C: Tensor, topology: Topology, sweeps: int) -> Tensor:
+
+def choices(expert_C: Tensor, position_C: Tensor, topology: Topology, *, stay: bool) -> Choices:
+    """The groups that there are under a placement: of each node's rows, the replicas among which they may choose if they
+    stay on their node wherever it holds their expert; or with one line for all nodes, those of all."""
+    position, of_expert, of_cell = position_C.tolist(), {}, {}
+    for c, (expert, at) in enumerate(zip(expert_C.tolist(), position, strict=True)):
+        of_expert.setdefault(expert, []).append(c)
+        of_cell.setdefault((expert, at // topology.per_node), []).append(c)
+    spread = [(expert, members) for expert, members in of_expert.items() if len(members) > 1]
+    found = []
+    for line in range(topology.nodes if stay else 1):
+        for expert, members in spread:
+            here = of_cell.get((expert, line), members) if stay else members
+            if len(here) > 1:                                     # others have no choice
+                found.append((line, tuple(here), tuple(position[c] for c in here)))
+    return tuple(found)
+
+
+def level(rows_NC: Tensor, position: list[int], choices: Choices, positions: int, sweeps: int) -> Tensor:
     """Quotas [C] with the sums per expert that the rows have and a largest load near the smallest possible.
 
-    rows_NC: where rows go at the start. With one line per node, rows stay on their node wherever it holds their expert; with
-    one line in all they may go to any replica.
+    rows_NC: where rows go at the start, a line for each of `choices`' lines.
     """
-    position = position_C.tolist()
-    load = [0] * topology.positions
-    for at, rows in zip(position, rows_NC.sum(0).tolist(), strict=True):
+    quotas = rows_NC.sum(0).tolist()
+    load = [0] * positions
+    for at, rows in zip(position, quotas, strict=True):
         load[at] += rows
-    groups = [_Group(members, [line[c] for c in members], [position[c] for c in members])
-              for line, choices in zip(rows_NC.tolist(), _choices(rows_NC, expert_C, position, topology), strict=True)
-              for members in choices if any(line[c] for c in members)]
-    groups.sort(key=lambda group: -group.total)       # large ones first; stable
+    lines = rows_NC.tolist()
+    groups = [_Group(members, [lines[line][c] for c in members], at) for line, members, at in choices]
+    groups = sorted((group for group in groups if group.total), key=lambda group: -group.total)     # large ones first; stable
+    for group in groups:                                          # what may not move stays in the quotas
+        for c, rows in zip(group.members, group.rows, strict=True):
+            quotas[c] -= rows
     even = -(-sum(load) // len(load))
     for sweep in range(sweeps):
         # There and back, so that rows are passed on along a chain of copies whichever way it runs.
         moved = [group.settle(load) for group in (reversed(groups) if sweep % 2 else groups)]
         if sum(moved) * CALM <= even or max(load) * CALM <= even * (CALM + 1):
             break
-    quotas = [0] * len(position)
-    for c, rows in enumerate(_fixed(rows_NC, groups)):
-        quotas[c] = rows
     for group in groups:
         for c, rows in zip(group.members, group.rows, strict=True):
             quotas[c] += rows
@@ -59,39 +77,18 @@ def fill(rows: int, bases: list[int]) -> list[int]:
 class _Group:
     """Rows of one expert (from one node, or from all) that may go to any of its members."""
 
-    def __init__(self, members: list[int], rows: list[int], positions: list[int]) -> None:
+    def __init__(self, members: tuple[int, ...], rows: list[int], positions: tuple[int, ...]) -> None:
         self.members, self.rows, self.positions = members, rows, positions
         self.total = sum(rows)
 
     def settle(self, load: list[int]) -> int:
         """Fill anew what this group has, given the other loads; how many rows that moved."""
-        rows = fill(self.total, [load[at] - had for at, had in zip(self.positions, self.rows, strict=True)])
+        rows = fill(self.total, [load[at] - had for at, had in zip(self.positions, self.rows)])
         if rows == self.rows:
             return 0
         moved = 0
-        for at, had, has in zip(self.positions, self.rows, rows, strict=True):
+        for at, had, has in zip(self.positions, self.rows, rows):
             load[at] += has - had
             moved += abs(has - had)
         self.rows = rows
         return moved // 2
-
-
-def _choices(rows_NC: Tensor, expert_C: Tensor, position: list[int], topology: Topology) -> list[list[list[int]]]:
-    """For every line of rows, the replicas among which each replicated expert's rows may choose."""
-    of_expert: dict[int, list[int]] = {}
-    for c, expert in enumerate(expert_C.tolist()):
-        of_expert.setdefault(expert, []).append(c)
-    spread = [members for members in of_expert.values() if len(members) > 1]
-    if len(rows_NC) == 1:
-        return [spread]
-    return [[[c for c in members if position[c] // topology.per_node == node] or members for members in spread]
-            for node in range(topology.nodes)]
-
-
-def _fixed(rows_NC: Tensor, groups: list[_Group]) -> list[int]:
-    """Rows [C] of experts with one replica."""
-    fixed = rows_NC.sum(0).tolist()
-    for group in groups:
-        for c in group.members:
-            fixed[c] = 0
-    return fixed

@@ -44,9 +44,16 @@ class Crossing(NamedTuple):
 
 def modelled(split_PC: Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> Modelled:
     """The model above for rows [sources, replicas] of all sources (plan/split.py)."""
-    position_C, copies = _where(placement, topology, split_PC.device)
-    to_PP = split_PC.new_zeros(topology.positions, topology.positions).index_add_(1, position_C, split_PC)
-    return step_time(int(to_PP.sum(0).max()), _crossing(to_PP, topology), copies, costs)
+    return modelled_each(split_PC[None], placement, topology, costs)[0]
+
+
+def modelled_each(split_KPC: Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> list[Modelled]:
+    """The same for K splits over the same replicas."""
+    position_C, copies = _where(placement, topology, split_KPC.device)
+    positions = topology.positions
+    to_KPP = split_KPC.new_zeros(len(split_KPC), positions, positions).index_add_(2, position_C, split_KPC)
+    loads = to_KPP.sum(1).amax(1).tolist()
+    return [step_time(load, rows, copies, costs) for load, rows in zip(loads, _crossings(to_KPP, topology), strict=True)]
 
 
 def step_time(load: int, rows: Crossing, copies: Crossing, costs: Costs) -> Modelled:
@@ -75,13 +82,20 @@ def _where(placement: LayerPlacement, topology: Topology, device: torch.device) 
     if placement.copies:
         pairs = torch.tensor([(placement.home[expert], position) for expert, position in placement.copies]).T
         to_PP.index_put_((pairs[0], pairs[1]), torch.ones(len(placement.copies), dtype=torch.int64), accumulate=True)
-    return position_C, _crossing(to_PP, topology)
+    return position_C, _crossings(to_PP[None], topology)[0]
 
 
-def _crossing(to_PP: Tensor, topology: Topology) -> Crossing:
-    """to_PP: what each position sends to each."""
-    node_P = torch.arange(topology.positions, device=to_PP.device) // topology.per_node
+def _crossings(to_KPP: Tensor, topology: Topology) -> list[Crossing]:
+    """to_KPP: what each position sends to each, K times."""
+    inside_PP, between_PP = _links(topology, to_KPP.device)
+    busiest = [torch.maximum(flow_KPP.sum(1), flow_KPP.sum(2)).amax(1).tolist()
+               for flow_KPP in (to_KPP * inside_PP, to_KPP * between_PP)]
+    return [Crossing(inside, between) for inside, between in zip(*busiest, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _links(topology: Topology, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which pairs of positions [P, P] are on one node, and which are not; nobody sends to itself."""
+    node_P = torch.arange(topology.positions, device=device) // topology.per_node
     near_PP = node_P[:, None] == node_P
-    inside_PP = (to_PP * near_PP).fill_diagonal_(0)
-    between_PP = to_PP * ~near_PP
-    return Crossing(*(int(torch.maximum(flow_PP.sum(0), flow_PP.sum(1)).max()) for flow_PP in (inside_PP, between_PP)))
+    return near_PP.clone().fill_diagonal_(False), ~near_PP

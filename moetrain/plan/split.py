@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moetrain.plan.assign import replica_table
 from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.levels import level
-from moetrain.plan.modelled import modelled
+from moetrain.plan.levels import Choices, choices, level
+from moetrain.plan.modelled import modelled, modelled_each
 from moetrain.plan.placement import LayerPlacement
 
 SWEEPS = 12         # at most, over all groups of rows; loads settle sooner, except along chains of copies
@@ -39,6 +39,8 @@ class Reach(NamedTuple):
     first_C: Tensor        # index of the first replica of the same expert
     beside_C: Tensor       # index of the first replica of the same expert on the same node
     first_E: Tensor        # index of each expert's first replica
+    near: Choices          # where rows of each node may be computed while they stay on it wherever it holds their expert
+    free: Choices          # and if they may go anywhere
 
 
 @lru_cache(maxsize=256)
@@ -49,7 +51,8 @@ def reach(placement: LayerPlacement, topology: Topology, device: torch.device) -
     node_C = position_C // topology.per_node
     first_E = torch.searchsorted(expert_C, torch.arange(placement.num_experts, device=device))
     cell_C = expert_C * topology.nodes + node_C
-    return Reach(expert_C, position_C, node_C, first_E[expert_C], torch.searchsorted(cell_C, cell_C), first_E)
+    return Reach(expert_C, position_C, node_C, first_E[expert_C], torch.searchsorted(cell_C, cell_C), first_E,
+                 choices(expert_C, position_C, topology, stay=True), choices(expert_C, position_C, topology, stay=False))
 
 
 def local_first(n_PE: Tensor, placement: LayerPlacement, topology: Topology, first_source: int = 0) -> Tensor:
@@ -84,12 +87,13 @@ def waterfill(n_PE: Tensor, placement: LayerPlacement, topology: Topology, costs
     best_P = _loads(best_PC, held, topology)
     if len(held.expert_C) == placement.num_experts or int(best_P.max()) <= -(-int(n_PE.sum()) // topology.positions):
         return best_PC.to(device)
-    ceiling, best_s = int(best_P.max()), modelled(best_PC, placement, topology, costs).total_s
-    for quotas_C in _candidates(best_PC, n_PE, held, topology):
-        split_PC = match(n_PE, quotas_C, held, topology)
-        took_s = modelled(split_PC, placement, topology, costs).total_s
-        if took_s < best_s and int(_loads(split_PC, held, topology).max()) <= ceiling:
-            best_PC, best_s = split_PC, took_s
+    highest, best_s = int(best_P.max()), modelled(best_PC, placement, topology, costs).total_s
+    split_KPC = match(n_PE, _candidates(best_PC, held, topology), held, topology)
+    load_K = _loads(split_KPC, held, topology).amax(1).tolist()
+    took_K = modelled_each(split_KPC, placement, topology, costs)
+    for split_PC, load, took in zip(split_KPC, load_K, took_K, strict=True):
+        if took.total_s < best_s and load <= highest:
+            best_PC, best_s = split_PC, took.total_s
     return best_PC.to(device)
 
 
@@ -112,57 +116,67 @@ def shares(n_PE: Tensor, quotas_C: Tensor, placement: LayerPlacement, topology: 
     return _overlap(n_PE, cut_C, held, torch.zeros(len(n_PE), dtype=torch.int64, device=n_PE.device), held.first_C)
 
 
-def match(n_PE: Tensor, quotas_C: Tensor, held: Reach, topology: Topology) -> Tensor:
-    """Sources to quotas whose sum is every expert's rows: own replica first, then the same node, then the rest in order."""
-    own_C = torch.minimum(n_PE[held.position_C, held.expert_C], quotas_C)
-    split_PC = n_PE.new_zeros(len(n_PE), len(own_C))
-    split_PC[held.position_C, torch.arange(len(own_C), device=own_C.device)] = own_C
-    left_PE = n_PE.index_put((held.position_C, held.expert_C), -own_C, accumulate=True)
-    left_C = quotas_C - own_C
-    source_P = torch.arange(len(n_PE), device=n_PE.device)
+def match(n_PE: Tensor, quotas_KC: Tensor, held: Reach, topology: Topology) -> Tensor:
+    """Sources to quotas, int64 [K, P, C]: own replica first, then the same node, then the rest in order.
+
+    quotas_KC: K times quotas whose sum is every expert's rows.
+    """
+    sources, replicas = len(n_PE), torch.arange(quotas_KC.shape[1], device=quotas_KC.device)
+    own_KC = torch.minimum(n_PE[held.position_C, held.expert_C], quotas_KC)
+    split_KPC = n_PE.new_zeros(len(quotas_KC), sources, len(replicas))
+    split_KPC[:, held.position_C, replicas] = own_KC
+    left_KPE = n_PE.repeat(len(quotas_KC), 1, 1)
+    left_KPE[:, held.position_C, held.expert_C] -= own_KC                 # no pair comes twice
+    left_KC = quotas_KC - own_KC
+    source_P = torch.arange(sources, device=n_PE.device)
     if topology.nodes > 1:
         node_P = source_P // topology.per_node
         near_PC = node_P[:, None] == held.node_C
-        beside_PC = _overlap(left_PE, left_C, held, node_P * topology.per_node, held.beside_C) * near_PC
-        split_PC += beside_PC
-        left_PE = left_PE.index_add(1, held.expert_C, -beside_PC)
-        left_C = left_C - beside_PC.sum(0)
-    return split_PC + _overlap(left_PE, left_C, held, torch.zeros_like(source_P), held.first_C)
+        beside_KPC = _overlap(left_KPE, left_KC, held, node_P * topology.per_node, held.beside_C) * near_PC
+        split_KPC += beside_KPC
+        left_KPE.index_add_(2, held.expert_C, -beside_KPC)
+        left_KC = left_KC - beside_KPC.sum(1)
+    split_KPC += _overlap(left_KPE, left_KC, held, torch.zeros_like(source_P), held.first_C)
+    return split_KPC
 
 
-def _candidates(split_PC: Tensor, n_PE: Tensor, held: Reach, topology: Topology) -> list[Tensor]:
-    """Quotas [C], from those of `local_first` towards the best balanced."""
+def _candidates(split_PC: Tensor, held: Reach, topology: Topology) -> Tensor:
+    """Quotas [K, C], from those of `local_first` towards the best balanced."""
     by_node_NC = split_PC.new_zeros(topology.nodes, split_PC.shape[1])
     by_node_NC.index_add_(0, torch.arange(len(split_PC)) // topology.per_node, split_PC)
     start_C = by_node_NC.sum(0)
-    ways = [level(by_node_NC, held.expert_C, held.position_C, topology, SWEEPS)] if topology.nodes > 1 else []
-    ways += [level(start_C[None], held.expert_C, held.position_C, topology, SWEEPS)]
+    position = held.position_C.tolist()
+    ways = [level(by_node_NC, position, held.near, topology.positions, SWEEPS)] if topology.nodes > 1 else []
+    ways += [level(start_C[None], position, held.free, topology.positions, SWEEPS)]
     found = []
     for end_C in ways:
-        found += [_between(start_C, end_C, step, held) for step in range(1, STEPS)] + [end_C]
+        found += [_between(start_C, end_C, step) for step in range(1, STEPS)] + [end_C]
         start_C = end_C
-    return found
+    return torch.stack(found)
 
 
-def _between(start_C: Tensor, end_C: Tensor, step: int, held: Reach) -> Tensor:
+def _between(start_C: Tensor, end_C: Tensor, step: int) -> Tensor:
     """Quotas at step / STEPS of the way. Running sums are mixed, so that every expert's sum stays what it is."""
     mixed_C = start_C.cumsum(0) + (end_C - start_C).cumsum(0) * step // STEPS
     return mixed_C.diff(prepend=mixed_C.new_zeros(1))
 
 
 def _overlap(left_PE: Tensor, left_C: Tensor, held: Reach, first_P: Tensor, first_C: Tensor) -> Tensor:
-    """[P, C]: sources laid end to end against replicas laid end to end, from a first source and a first replica on."""
-    end_PE = left_PE.cumsum(0)
-    end_PE = end_PE - (end_PE - left_PE)[first_P]
-    end_C = _within(left_C.cumsum(0), left_C, first_C)
-    end_PC, start_PC = end_PE[:, held.expert_C], (end_PE - left_PE)[:, held.expert_C]
-    return (torch.minimum(end_PC, end_C) - torch.maximum(start_PC, end_C - left_C)).clamp_(min=0)
+    """[…, P, C]: sources laid end to end against replicas laid end to end, from a first source and a first replica on."""
+    end_PE = left_PE.cumsum(-2)
+    end_PE = end_PE - (end_PE - left_PE)[..., first_P, :]
+    end_C = _within(left_C.cumsum(-1), left_C, first_C)
+    end_PC, start_PC = end_PE[..., held.expert_C], (end_PE - left_PE)[..., held.expert_C]
+    begin_C = (end_C - left_C)[..., None, :]
+    return (torch.minimum(end_PC, end_C[..., None, :]) - torch.maximum(start_PC, begin_C)).clamp_(min=0)
 
 
 def _within(end_C: Tensor, rows_C: Tensor, first_C: Tensor) -> Tensor:
     """Running sums that start anew at every first replica."""
-    return end_C - (end_C - rows_C)[first_C]
+    return end_C - (end_C - rows_C)[..., first_C]
 
 
 def _loads(split_PC: Tensor, held: Reach, topology: Topology) -> Tensor:
-    return split_PC.new_zeros(topology.positions).index_add_(0, held.position_C, split_PC.sum(0))
+    """Rows by position, […, P]."""
+    rows_C = split_PC.sum(-2)
+    return rows_C.new_zeros(*rows_C.shape[:-1], topology.positions).index_add_(-1, held.position_C, rows_C)

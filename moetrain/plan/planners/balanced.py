@@ -22,7 +22,7 @@ import numpy as np
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.modelled import Crossing, Modelled, step_time
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule, by_node, fits_behind, totals
+from moetrain.plan.planners.base import LayerPlan, Rule, by_node, copies_each, fits_behind, totals
 from moetrain.plan.planners.near import Flows, keep_near
 from moetrain.plan.planners.pour import Field, Pool, Poured, sums
 from moetrain.plan.planners.resettle import resettle
@@ -82,12 +82,13 @@ class Balanced:
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
                costs: Costs) -> ExpertPlacement:
-        """Timed with room for as many copies as a position has homes, whatever the memory."""
+        """Timed with as many copies as hide, but not more than a position has homes, whatever the memory: homes should be
+        good without copies that might not fit or be late."""
         by_router = {name: totals(loads[name]) for name, _ in placement.layers}
         rate = costs.between if topology.nodes > 1 else costs.inside
 
         def seconds(name: str, homes: LayerPlacement) -> float:
-            room = -(-homes.num_experts // homes.positions)
+            room = copies_each(-(-homes.num_experts // homes.positions), topology, costs, homes.num_experts)
             return self._timed(by_router[name], homes, topology, costs, room)[1]
 
         return resettle(by_router, placement, seconds, horizon=self.horizon, tolerance=self.tolerance,

@@ -11,7 +11,7 @@ import numpy as np
 
 from moetrain.plan.planners.pour import Field, Pool, rank, sums
 
-ROUNDS = 3           # of taking back rows where copies would overfill a position
+ROUNDS = 6           # of taking back rows where copies would overfill a position
 
 
 class Flows:

@@ -18,7 +18,7 @@ import numpy as np
 
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 
-CHECKS = 4           # a layer's time is asked for after 1, 4, 16, ... exchanges, and after the last
+CHECKS = 2           # a layer's time is asked for after 1, 2, 4, 8, ... exchanges, and after the last
 
 
 def resettle(loads: dict[str, np.ndarray], placement: ExpertPlacement, seconds: Callable[[str, LayerPlacement], float], *,
