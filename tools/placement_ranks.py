@@ -224,7 +224,7 @@ class Stack:
         for name, bank in self.banks.items():
             bank.post()
             x_TD = Pace.apply(x_TD, hidden_s, 2 * hidden_s)
-            sent = self.dispatchers[name].dispatch(x_TD, routing)
+            sent = self.dispatchers[name].dispatch(bank.depart(x_TD), routing)
             rows_RD = GroupedExperts(bank)(sent.x_ND, sent.weights_R, sent.counts_e, sent.order)
             seconds = row_s * sum(sent.counts_e)
             x_TD = x_TD + self.dispatchers[name].combine(Pace.apply(rows_RD, seconds / 3, seconds * 2 / 3), sent.ticket)

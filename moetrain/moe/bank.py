@@ -46,6 +46,9 @@ class Copies(Protocol):
     def leave(self, rows_RD: Tensor) -> Tensor:
         """The outputs pass through: where backward begins to need them."""
 
+    def depart(self, x_TD: Tensor) -> Tensor:
+        """The tokens pass through on their way to dispatch: where backward is done with the layer's own exchanges."""
+
 
 class ExpertBank(nn.Module):
     """experts: global ids of the experts held here whole, ascending.
@@ -74,6 +77,10 @@ class ExpertBank(nn.Module):
         """Start bringing copies here. Plain expert parallelism has none."""
         if self.copies is not None:
             self.copies.post()
+
+    def depart(self, x_TD: Tensor) -> Tensor:
+        """Tokens on their way to dispatch: in backward, gradients of copies leave after theirs have arrived."""
+        return x_TD if self.copies is None else self.copies.depart(x_TD)
 
 
 def is_expert_parameter(model: nn.Module) -> Callable[[nn.Parameter], bool]:

@@ -43,7 +43,7 @@ class MoELayer(nn.Module):
         routing = self.capacity.apply(self.router.route(x_TD, context), context)
         if route_only:
             return MoEOutput(x_TD, routing.stats, routing.carry)
-        sent = self.dispatcher.dispatch(x_TD, routing)
+        sent = self.dispatcher.dispatch(self.experts.bank.depart(x_TD), routing)
         rows_RD = self.experts(sent.x_ND, sent.weights_R, sent.counts_e, sent.order)
         # Before combine, which comes last: a recomputed layer stops there, and its rows do not travel back for nothing.
         shared_TD = None if self.shared is None else self.shared(x_TD)

@@ -8,7 +8,8 @@ An iteration, for every layer with experts:
     take        between dispatch and experts: wait; the rows pass through
     use         one grouped product over homes and copies                                     ops/grouped_experts.py
     leave       the outputs pass through; with `rematerialize` the copies are dropped here
-    …backward   leave': post again     use': gradients     take': add them up; the last micro-batch posts the reduction
+    …backward   leave': post again     use': gradients     take': add them up
+    depart'     the rows' gradients are back: the last micro-batch posts the reduction, attention hides it
     finish      after the last backward: wait, sum at the home in a fixed order
     release     after the update: copies are stale
 
@@ -166,9 +167,20 @@ class LayerCopies:
         parts = self._rows_cW.detach().split([gate_up.numel(), down.numel()], dim=1)
         return parts[0].unflatten(1, gate_up), parts[1].unflatten(1, down)
 
+    def depart(self, x_TD: Tensor) -> Tensor:
+        """Tokens on their way to dispatch. In backward the gradients of copies start for home here, behind attention: posted
+        as soon as they are there, they would hold up those of the rows, for which attention waits."""
+        return x_TD if self.lanes is None and self.calibrated else _Depart.apply(x_TD, self._anchor, self)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """After the last micro-batch: start sending the gradients of copies home."""
+        if self.backwards == 0 and self._gradients_cW is not None:
+            self._leaving, self._gradients_cW = self.lanes.post_reduce(self._gradients_cW), None
+
     @torch.no_grad()
     def add(self, gate_up_cGD: Tensor, down_cDF: Tensor) -> None:
-        """Gradients of the copies from one micro-batch. After the last one they start for home."""
+        """Gradients of the copies from one micro-batch."""
         if self.hooked:                                  # a rank that saved nothing of copies has not unpacked any
             self.matrices()
         if self.rematerialize:
@@ -176,8 +188,6 @@ class LayerCopies:
         gradients_cW = torch.cat([gate_up_cGD.flatten(1), down_cDF.flatten(1)], dim=1).to(self.bank.gate_up.dtype)
         self._gradients_cW = gradients_cW if self._gradients_cW is None else self._gradients_cW.add_(gradients_cW)
         self.backwards -= 1
-        if self.backwards == 0:
-            self._leaving, self._gradients_cW = self.lanes.post_reduce(self._gradients_cW), None
 
     def finish(self) -> None:
         """The gradients of the homes, with those of all copies. Waits."""
@@ -248,6 +258,20 @@ class _Take(torch.autograd.Function):
     def backward(ctx, grad_ND, gate_up_cGD, down_cDF):
         ctx.layer.add(gate_up_cGD, down_cDF)
         return grad_ND, None, None
+
+
+class _Depart(torch.autograd.Function):
+    """Backward posts the reduction, on every rank."""
+
+    @staticmethod
+    def forward(ctx, x_TD, anchor, layer):
+        ctx.layer = layer
+        return x_TD.view_as(x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        ctx.layer.reduce()
+        return grad_TD, None, None
 
 
 class _Leave(torch.autograd.Function):
