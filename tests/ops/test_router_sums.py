@@ -45,6 +45,8 @@ def test_shards_add_up_to_the_whole():
     cuts = [slice(0, 2), slice(2, 2), slice(2, 3), slice(3, 9)]                # one is empty, one is padding alone
     parts = [router_sums(probs_TE[cut], logits_TE[cut], ids_TK[cut], valid_T[cut]) for cut in cuts]
     for name, value in whole._asdict().items():
+        if value is None:                                # sums for every sequence: tests/losses/test_load_balance.py
+            continue
         total = sum(getattr(part, name) for part in parts)
         torch.testing.assert_close(total, value)
         assert total.dtype == value.dtype, name
