@@ -146,6 +146,8 @@ def test_page_and_picture_state_what_was_measured(tmp_path: Path):
     assert "- mine, recorded, rank load 2.1: 83% recovered (target: 80%)" in text
     assert all(fact in text for fact in ("9 cores", "abc1234", "python tools/this", "900mbit", "100mbit", "1.500 times"))
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    pages = {bench_placement.page_of({**options, "per_node": per_node}).name for per_node in (2, 4)}
+    assert pages == {"placement.md", "placement_2x4.md"}             # one set-up does not write over another's
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def main() -> None:
     environment = {"PYTHONPATH": os.pathsep.join([str(Path(moetrain.__file__).parents[1]), *sys.path[1:]])}
     busy = [os.getloadavg()[0]]
     with netlab.Lab(nodes=options.nodes, per_node=options.per_node, inside=options.inside, between=options.between) as lab:
-        links = netlab.measure(lab) if options.measure or options.write else []
+        links = netlab.measure(lab) if options.measure or options.write is not None else []
         before = {link: sum(lab.sent(rank)[link] for rank in range(lab.world)) for link in netlab.LINKS}
         code = lab.run([str(Path(__file__).resolve()), *sys.argv[1:], "--planners", *arms(options), "--worker", str(spec)], environment)
         wire = {link: sum(lab.sent(rank)[link] for rank in range(lab.world)) - before[link] for link in netlab.LINKS}
@@ -95,8 +95,14 @@ def joined(results: list[dict]) -> dict:
 def finish(result: dict, options: argparse.Namespace) -> None:
     Path(options.out).write_text(json.dumps(result, indent=1))
     print(table(result))
-    if options.write:
-        write(result, Path(options.write))
+    if options.write is not None:
+        write(result, Path(options.write or page_of(result["options"])))
+
+
+def page_of(options: dict) -> Path:
+    """Every set-up has its own."""
+    mesh = f"{options['nodes']}x{options['per_node']}"
+    return ROOT / "docs/results" / ("placement.md" if mesh == "2x2" else f"placement_{mesh}.md")
 
 
 def parse() -> argparse.Namespace:
@@ -104,8 +110,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loads", nargs="+", default=[], metavar="FILE", help="loads.npz of runs, or `synthetic`")
     parser.add_argument("--join", nargs="+", metavar="OUT.json", help="instead of measuring: results of earlier runs, as one")
     parser.add_argument("--out", required=True, help="where the result goes, .json")
-    parser.add_argument("--write", nargs="?", const=str(ROOT / "docs/results/placement.md"), metavar="FILE.md",
-                        help="also as a page and a picture beside it (docs/results/placement.md); measures the links first")
+    parser.add_argument("--write", nargs="?", const="", metavar="FILE.md", help="also as a page and a picture beside it "
+                        "(docs/results/placement.md, or placement_<nodes>x<per node>.md); measures the links first")
     parser.add_argument("--measure", action="store_true", help="measure the links first, and what moving bytes costs the cores")
     parser.add_argument("--planners", nargs="+", default=list(PLANNERS), help="name[+oracle][+nodes]; see Arm")
     parser.add_argument("--oracle", nargs="*", metavar="PLANNER", help="one column more for each of these (balanced): told the "

@@ -155,7 +155,7 @@ Machine: {facts["machine"]}, load average {facts["load"]:.1f} at the end; numpy 
 
 One layer, {options["experts"]} experts, room for {options["room"]} copies a position, nodes of {PER_NODE}, log-normal loads. Milliseconds by number \
 of positions: the least of {options["repeats"]} repetitions, in brackets their median; `-`: not asked, a smaller size took longer \
-than {options["limit"]:.0f} s. The others are their authors' rules in plain Python and numpy.
+than {options["limit"]:g} s. The others are their authors' rules in plain Python and numpy.
 
 {table(result["plans"])}
 

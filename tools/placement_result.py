@@ -120,10 +120,13 @@ def sent(result: dict) -> str:
 
 def unpaced(result: dict) -> str:
     """How much faster than ep when experts are computed for real and nothing else is."""
+    def cell(trace: dict, arm: str) -> str:
+        found = ratio(trace["unpaced"]["seconds"]["ep"], trace["unpaced"]["seconds"][arm])
+        return str(found) if result["options"]["real_steps"] > 1 else f"{found.value:.2f}x"      # one step has no interval
+
     arms = [arm for arm in [*result["options"]["planners"], CEILING] if arm != "ep"]
-    return _table(result, [("ep ms", lambda trace: _ms(trace["unpaced"], "ep")), *(
-        (arm, lambda trace, arm=arm: str(ratio(trace["unpaced"]["seconds"]["ep"], trace["unpaced"]["seconds"][arm]))) for arm in arms)],
-        head="trace, unpaced")
+    return _table(result, [("ep ms", lambda trace: _ms(trace["unpaced"], "ep")),
+                           *((arm, lambda trace, arm=arm: cell(trace, arm)) for arm in arms)], head="trace, unpaced")
 
 
 def _table(result: dict, columns: list[tuple[str, Callable[[dict], str]]], below: list[list[str]] = (), head: str = "trace") -> str:
@@ -172,9 +175,7 @@ the median of {options["steps"]} steps in pairs; the middle 95 % over resampled 
 ceiling (force-balanced routing) that is won back, where the ceiling is {1 + GAP:.1f}x or more. `rank load`: largest load of a rank \
 over the mean under `ep`. `+oracle`: told the loads of the step itself instead of a forecast; `+nodes`: told loads by node.
 
-{f"Left out, as the machine was busy (the ceiling took more than {BUSY} times its shortest): {', '.join(busy)}." if busy else ""}
-
-{times(result)}
+{f"Left out, as the machine was busy (the ceiling took more than {BUSY} times its shortest): {', '.join(busy)}.{chr(10)}{chr(10)}" if busy else ""}{times(result)}
 
 {rivals(result)}
 
@@ -192,7 +193,7 @@ whole run the links carried {wire / handed:.3f} times the bytes handed over (hea
 ## Unpaced
 
 The same traces with experts computed for real ({result["unpaced_row_us"]:.0f} us a row with all ranks at work, of which planners are \
-told) and no attention: ranks share the cores, so computing hardly depends on who does it.
+told) and no attention: ranks share the cores, so computing hardly depends on who does it. {options["real_steps"]} steps a trace.
 
 {unpaced(result) if options["real_steps"] else "Not measured."}
 
