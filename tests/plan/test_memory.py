@@ -1,4 +1,4 @@
-"""Formulas of the memory that copies take; that they are what is allocated: tests/integration/test_fssdp.py."""
+"""Formulas of the memory that copies take; that they are what is allocated: tests/integration/test_fssdp_memory.py."""
 
 import pytest
 

@@ -1,0 +1,105 @@
+"""State of FSSDP: resuming to the bit, checkpoints of homes that moved, and nothing that a step changes is forgotten."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain.train.checkpoint.reader import load, resume
+from moetrain.train.checkpoint.writer import save
+from moetrain.train.planning import Planning
+from moetrain.train.setup import Run
+from moetrain.train.step import train_step
+from tests.integration.copies import CALIBRATE, bits, numbers, run_with_copies
+from tests.integration.training import make_run, whole
+from tests.train.test_state import unsaved
+
+
+SLICED = ["parallel.sliced=3", "parallel.collective=two_level"]      # which groups sums otherwise than pieces do
+
+
+def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
+    """Metrics and state at the end of 10 steps: in one go, and by a run that loads what the first saved after 6."""
+    run = run_with_copies(overrides)
+    first = []
+    for step in range(1, 11):
+        first.append(numbers(train_step(run, step).metrics))
+        if step == 6:
+            path = save(run.state, directory, run.mesh, {})
+    again = run_with_copies(overrides)
+    load(again.state, path, mesh=again.mesh)
+    second = [numbers(train_step(again, step).metrics) for step in range(7, 11)]
+    return [first[6:], bits(run)], [second, bits(again)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("forget, more", [
+    ("", []), ("plan.loads", []), ("plan.homes", []), ("", SLICED), ("plan.sliced", SLICED),
+    ("", ["parallel.forecast=trend", "parallel.fallback=30", CALIBRATE]),
+    ("plan.slope", ["parallel.forecast=trend"]), ("plan.errors", ["parallel.fallback=30"])])
+def test_resuming_gives_the_same_bits_and_needs_forecast_and_homes(ranks, tmp_path, forget, more):
+    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32", *more]
+    for unbroken, again in ranks(4).run(resumed_without, overrides, tmp_path, forget):
+        assert (unbroken == again) == (not forget)
+
+
+def resumed_without(overrides: list[str], directory: Path, forget: str) -> tuple[list, list]:
+    def pieces(planning, original=Planning.pieces):
+        yield from (piece for piece in original(planning) if piece.name != forget)
+
+    original, Planning.pieces = Planning.pieces, pieces
+    try:
+        return resumed(overrides, directory)
+    finally:
+        Planning.pieces = original
+
+
+def save_moved(overrides: list[str], run_dir: Path) -> dict:
+    run = run_with_copies(overrides)
+    for step in range(1, 4):
+        train_step(run, step)
+    save(run.state, run_dir, run.mesh, {})
+    return held(run)
+
+
+def load_elsewhere(overrides: list[str], run_dir: Path) -> dict:
+    run = make_run(overrides)
+    resume(run.state, run_dir, run.mesh)
+    return held(run)
+
+
+def held(run: Run) -> dict:
+    return {piece.name: (tuple(piece.shape), piece.begin, piece.rows.detach().clone()) for piece in run.state.pieces()
+            if not piece.name.startswith("plan.")}
+
+
+SLICED4 = (4, ["parallel=fssdp", "parallel.sliced=3", "parallel.rehome_interval=2"])
+ELSEWHERE = {"single": (1, []), "ep2": (2, ["parallel=ep"]), "ep2_fsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
+             "fsdp4": (4, ["parallel=fsdp"]), "fssdp4": (4, ["parallel=fssdp"]), "fssdp2": (2, ["parallel=fssdp"]), "sliced4": SLICED4,
+             "sliced2": (2, [*SLICED4[1], "parallel.sliced=1"])}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("sliced", [0, 3])
+def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_path, sliced):
+    moved = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.rehome_interval=2", f"parallel.sliced={sliced}"]
+    held_by = ranks(4).run(save_moved, moved, tmp_path)
+    in_pieces = {name for held in held_by for name, (shape, _, rows) in held.items() if "experts" in name and len(rows) < shape[0]}
+    assert len(in_pieces) == 2 * sliced * 2 * 3          # layers, matrices, parameter and moments
+    truth = whole(held_by)
+    for name, (world, overrides) in ELSEWHERE.items():
+        overrides = [*overrides, f"run.nproc={world}", f"train.micro_batch={16 // world}"]
+        loaded = whole([load_elsewhere(overrides, tmp_path)] if world == 1 else ranks(world).run(load_elsewhere, overrides, tmp_path))
+        assert loaded.keys() == truth.keys()
+        assert all(torch.equal(loaded[tensor], truth[tensor]) for tensor in truth), name
+
+
+def unsaved_with_copies(overrides: list[str]) -> list[str]:
+    return [path for path in unsaved(run_with_copies(overrides)) if not path.endswith("planner.rule")]       # Random's own
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("more", [[], ["parallel.sliced=2"], [CALIBRATE, "parallel.forecast=trend"]], ids=["planned", "sliced", "calibrated"])
+def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks, more):
+    assert ranks(2).run(unsaved_with_copies, ["parallel=fssdp", "parallel.shard=1", "run.nproc=2", "train.micro_batch=4",
+                                              "parallel.rehome_interval=2", *more]) == [[], []]
