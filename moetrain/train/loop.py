@@ -17,6 +17,7 @@ from moetrain.comm.reduce import all_or_none, largest_over
 from moetrain.config.compose import resume_conflicts, run_dir
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
+from moetrain.train.banner import banner_lines
 from moetrain.train.checkpoint.manifest import newest, step_of
 from moetrain.train.checkpoint.reader import Resumed, resume
 from moetrain.train.checkpoint.space import check_disk
@@ -25,7 +26,7 @@ from moetrain.train.console import Console
 from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands, trained_with
 from moetrain.train.preempt import Preemption, told_early
-from moetrain.train.record import Recorder, banner_lines
+from moetrain.train.record import Recorder
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import Votes, train_step
 from moetrain.train.tenancy import Tenancy

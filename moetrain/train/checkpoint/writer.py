@@ -186,7 +186,7 @@ class _Job:
 
 
 def _clear(temporary: Path) -> None:
-    """Give back the space of a save that failed: others wait for it (train/sinks.py)."""
+    """Give back the space of a save that failed: others wait for it (train/files.py)."""
     try:
         disk.remove_tree(temporary)
     except OSError as error:

@@ -1,0 +1,113 @@
+"""The banner of a run: what is trained, on what, and how, as (label, text) rows."""
+
+from pathlib import Path
+
+from moetrain import __version__
+from moetrain.moe.bank import is_expert_parameter
+from moetrain.plan.memory import CopyMemory, Held, copy_memory
+from moetrain.train.setup import Run
+
+
+def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
+    """The start banner, as (label, text) rows."""
+    config, sizes = run.config, run.config.model
+    ranks, ep = run.mesh["batch"].size, run.mesh["ep"].size
+    per_step = config.train.global_batch * config.train.seq_len
+    micro_batch = config.train.per_forward(ranks)
+    accumulation = config.train.global_batch // (micro_batch * ranks)
+    total, active = parameter_counts(run)
+    rows = [
+        ("", f"moetrain {__version__} | run {run.directory} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
+        ("model", f"{sizes.num_layers} layers  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
+                  f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
+        ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}{sharding(run)}"
+                     f" on {run.mesh.device.type}, {config.run.dtype}"),
+        ("batch", f"{per_step:,} tokens = {ranks} ranks x {micro_batch} seq x {config.train.seq_len}"
+                  f" x accum {accumulation}"),
+        ("balance", balance_line(run, accumulation)),
+        ("copies", copies_line(run)),
+        ("capacity", capacity_line(run)),
+        ("data", f"{config.data.kind} {run.dataset.fingerprint[:12]}  {len(run.dataset.domains)} domains"
+                 f" ({', '.join(run.dataset.domains[:6])})  vocabulary {run.dataset.vocab_size}"),
+        ("memory", {"none": "", "selective": "recomputes norms, activations and orders", "full": "recomputes whole blocks"}
+                   [config.train.activation_checkpointing]),
+        ("saves", f"every {config.checkpoint.interval} steps and at the end" if config.checkpoint.interval else "at the end"),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def sharding(run: Run) -> str:
+    """Over how many ranks FSDP cuts parameters up."""
+    dense, experts = run.mesh["dense_shard"].size, run.mesh["expert_shard"].size
+    return f" (dense over {dense}, experts over {experts})" if dense > 1 else ""
+
+
+def copies_line(run: Run) -> str:
+    """How experts are copied to other ranks, with parallel=fssdp."""
+    parallel = run.config.parallel
+    if run.state.planning is None:
+        return ""
+    planner = str(run.config.planner["_target_"]).rpartition(".")[2]
+    homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
+    loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
+    memory = most_memory(run)
+    return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, up to {parallel.room} a rank"
+            f" and layer{', passed on inside nodes' * (parallel.collective == 'two_level')}"
+            f"{', gathered again for backward' * parallel.rematerialize}: at most {human(memory.copies)}B of copies and "
+            f"{human(memory.sums)}B of their gradients; {homes}"
+            f"{f', the hottest {parallel.sliced} of a layer cut up' * bool(parallel.sliced)}")
+
+
+def most_memory(run: Run) -> CopyMemory:
+    """What copies take on this rank when every layer has as many as there is room for."""
+    config, ep, model = run.config, run.mesh["ep"], run.state.model
+    layers = []
+    for moe in (block.moe for block in model.layers if block.moe is not None):
+        homes = len(moe.experts.bank.experts)
+        room = min(config.parallel.room, moe.router.num_experts - homes) + min(config.parallel.sliced, homes)
+        layers.append(Held(homes, room, (ep.size - 1) * min(config.parallel.room, homes)))
+    return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
+                       gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
+                       recompute=config.train.activation_checkpointing != "none")
+
+
+def capacity_line(run: Run) -> str:
+    """What may be dropped; nothing to say when nothing is."""
+    policies = {block.moe.capacity.describe() for block in run.state.model.layers if block.moe is not None}
+    return "; ".join(sorted(policies - {"dropless"}))
+
+
+def balance_line(run: Run, accumulation: int) -> str:
+    loss = run.objective.losses["balance"]
+    if not loss.weight:
+        return "no balance loss"
+    rule = run.objective.pool
+    text = f"{loss.scope} loss, weight {loss.weight:g}" if rule is None else f"{loss.scope}-batch loss, {rule.mode}, weight {loss.weight:g}"
+    depends = {"micro": ["ranks", "accumulation"], "node": ["ranks of a machine"]}.get(loss.scope, [])
+    if rule is not None and rule.mode != "exact" and accumulation > 1:
+        depends = [*depends, "accumulation"]
+    if depends:
+        text += f"   depends on: {', '.join(depends)}"
+    if rule is None or rule.mode != "exact" or accumulation == 1:
+        return text
+    return text + ("   counts in a pass of its own" if run.config.train.count_pass else
+                   f"   keeps the graphs of {accumulation} micro-batches")
+
+
+def parameter_counts(run: Run) -> tuple[int, int]:
+    """(all, used by one token) of the whole model, experts of other ranks included."""
+    model, sizes = run.state.model, run.config.model
+    experts = sum(model.routers.values())
+    is_expert = is_expert_parameter(model)
+    dense = sum(parameter.numel() for parameter in model.parameters() if not is_expert(parameter))
+    one = 3 * sizes.dim * sizes.expert_dim
+    active = sum(block.moe.router.max_slots() for block in model.layers if block.moe is not None)
+    return dense + experts * one, dense + active * one
+
+
+def human(number: float) -> str:
+    for unit in ("", " k", " M", " G"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} T"
