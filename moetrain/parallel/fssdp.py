@@ -130,7 +130,7 @@ class LayerCopies:
         """Another placement for the rest of the step, with more copies: those that are missing start now. Comes before the
         step's first `take`."""
         here, self._rows_cW = self._rows_cW, None
-        landed = [] if here is None else [Wave(self.placement.copies_at(self.group.position), lambda: here)]
+        landed = [] if here is None else [Wave(self.placement.gathered_at(self.group.position), lambda: here)]
         added = placement.beyond(self.placement)
         self._waves = [*landed, *self._waves, self._gather(added)]
         self.placement, self.lanes, self.added = placement, self._lanes(placement), len(added.copies)
@@ -207,8 +207,7 @@ class LayerCopies:
         return Lanes(placement, self.bank, self.group, self.form, self.topology)
 
     def _gather(self, placement: LayerPlacement) -> "Wave":
-        position = self.group.position
-        return Wave(placement.copies_at(position) + placement.assembled_at(position), self._lanes(placement).post_gather(self.dtype).wait)
+        return Wave(placement.gathered_at(self.group.position), self._lanes(placement).post_gather(self.dtype).wait)
 
     def _land(self) -> Tensor:
         """Rows of the copies in the order of their slots. Waits."""
@@ -217,7 +216,7 @@ class LayerCopies:
         if len(waves) == 1:
             return rows_cW[0]
         landed = [expert for wave in waves for expert in wave.experts]
-        return torch.cat(rows_cW)[[landed.index(expert) for expert in self.placement.copies_at(self.group.position)]]
+        return torch.cat(rows_cW)[[landed.index(expert) for expert in self.placement.gathered_at(self.group.position)]]
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Place":
         if self._rows_cW is None or not tensor.numel() or _storage(tensor) != _storage(self._rows_cW):

@@ -8,7 +8,8 @@
     beside     homes and copies side by side while a layer computes, one matrix at a time: the larger has two thirds of an
                expert's numbers
 
-Beside these a layer's copies are there twice more for a moment where calibration had them come in two waves.
+For `packed` collectives of whole homes. Beside these a layer's copies are there once more for a moment where they are laid in the
+order of slots (`two_level`) or put together from pieces, and twice more where calibration had them come in two waves.
 """
 
 from collections.abc import Sequence

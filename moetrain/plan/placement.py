@@ -14,8 +14,10 @@ copies come last in the order of slots, by id.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,13 @@ class LayerPlacement:
         """Global ids of the sliced experts that this position computes, as their home or as a copy, ascending."""
         return self._assembled[position]
 
+    def gathered_at(self, position: int) -> tuple[int, ...]:
+        """Global ids of all experts that are brought to this position, in the order of their slots."""
+        return self._copies[position] + self._assembled[position]
+
     def slots_of(self, position: int) -> tuple[int, ...]:
         """Global ids of all experts that this position computes, in the order of its slots."""
-        return self._homes[position] + self._copies[position] + self._assembled[position]
+        return self._homes[position] + self.gathered_at(position)
 
     def holders(self, expert: int) -> tuple[int, ...]:
         """Positions that hold an expert, ascending."""
@@ -166,6 +172,14 @@ class ExpertPlacement:
 def piece_rows(rows: int, position: int, positions: int) -> range:
     """Which rows of a matrix are a position's piece of it: as equal as they can be; none where there are fewer rows."""
     return range(rows * position // positions, rows * (position + 1) // positions)
+
+
+def piece_columns(shapes: Sequence[tuple[int, int]], position: int, positions: int) -> list[slice]:
+    """Where a position's piece lies in a row of numbers of an expert, whose tensors of these (rows, columns) lie side by side."""
+    begins = accumulate((rows * columns for rows, columns in shapes), initial=0)
+    held = [piece_rows(rows, position, positions) for rows, _ in shapes]
+    return [slice(begin + rows.start * columns, begin + rows.stop * columns)
+            for begin, rows, (_, columns) in zip(begins, held, shapes)]
 
 
 def contiguous(num_experts: int, positions: int) -> LayerPlacement:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Flight, message
-from moetrain.plan.placement import LayerPlacement, piece_rows
+from moetrain.plan.placement import LayerPlacement, piece_columns
 
 
 class Landing:
@@ -37,7 +37,7 @@ class Sliced:
     def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, int]], position: int,
                  device: torch.device) -> None:
         positions, index = placement.positions, {expert: row for row, expert in enumerate(placement.sliced)}
-        self.position, self.columns = position, [_columns(shapes, at, positions) for at in range(positions)]
+        self.position, self.columns = position, [piece_columns(shapes, at, positions) for at in range(positions)]
         self.widths = [sum(part.stop - part.start for part in parts) for parts in self.columns]
         self.width = sum(rows * columns for rows, columns in shapes)
         towards = [[index[expert] for expert in placement.assembled_at(to)] for to in range(positions)]
@@ -76,14 +76,6 @@ class Sliced:
             for part, block in zip(parts, numbers.view(self.copies, width).split(widths, dim=1)):
                 rows_mW[:, part] = block
         return rows_mW
-
-
-def _columns(shapes: Sequence[tuple[int, int]], position: int, positions: int) -> list[slice]:
-    """Where a position's piece of each matrix lies in a row of an expert."""
-    begins = accumulate((rows * columns for rows, columns in shapes), initial=0)
-    held = [piece_rows(rows, position, positions) for rows, _ in shapes]
-    return [slice(begin + rows.start * columns, begin + rows.stop * columns)
-            for begin, rows, (_, columns) in zip(begins, held, shapes)]
 
 
 def _fly(numbers: Tensor, sent: list[int], received: list[int], group: Group) -> Flight:
