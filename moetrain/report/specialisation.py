@@ -55,10 +55,11 @@ def lift(choices_ME: np.ndarray) -> np.ndarray:
 
 def finding(found: Specialisation) -> str:
     """What the picture shows, in a line."""
-    bits = {name: mutual_information(part) for name, part in found.choices.items()}
-    most = max(bits, key=bits.get)
-    share = bits[most] / np.log(max(2, len(found.domains)))
-    return f"A choice tells {share:.0%} of what there is to know of its domain in {most}; {np.mean(list(bits.values())):.2f} nats on average"
+    nats = {name: mutual_information(part) for name, part in found.choices.items()}
+    most = max(nats, key=nats.get)
+    share = nats[most] / np.log(max(2, len(found.domains)))
+    return (f"A choice tells {share:.0%} of what there is to know of its domain in {most}; "
+            f"{np.mean(list(nats.values())):.2f} nats on average")
 
 
 def _draw(found: Specialisation, path: Path) -> None:
