@@ -5,8 +5,7 @@ squared loads, whose minimum also has the smallest largest load. Plain integers 
 each is a sort of a few numbers.
 """
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from moetrain.plan.costs import Topology
 
@@ -16,7 +15,7 @@ Choice = tuple[int, tuple[int, ...], tuple[int, ...]]         # line of rows, re
 Choices = tuple[Choice, ...]
 
 
-def choices(expert_C: Tensor, position_C: Tensor, topology: Topology, *, stay: bool) -> Choices:
+def choices(expert_C: np.ndarray, position_C: np.ndarray, topology: Topology, *, stay: bool) -> Choices:
     """The groups that there are under a placement: of each node's rows, the replicas among which they may choose if they
     stay on their node wherever it holds their expert; or with one line for all nodes, those of all."""
     position, of_expert, of_cell = position_C.tolist(), {}, {}
@@ -33,7 +32,7 @@ def choices(expert_C: Tensor, position_C: Tensor, topology: Topology, *, stay: b
     return tuple(found)
 
 
-def level(rows_NC: Tensor, position: list[int], choices: Choices, positions: int, sweeps: int) -> Tensor:
+def level(rows_NC: np.ndarray, position: list[int], choices: Choices, positions: int, sweeps: int) -> np.ndarray:
     """Quotas [C] with the sums per expert that the rows have and a largest load near the smallest possible.
 
     rows_NC: where rows go at the start, a line for each of `choices`' lines.
@@ -57,7 +56,7 @@ def level(rows_NC: Tensor, position: list[int], choices: Choices, positions: int
     for group in groups:
         for c, rows in zip(group.members, group.rows, strict=True):
             quotas[c] += rows
-    return torch.tensor(quotas, dtype=torch.int64)
+    return np.array(quotas, dtype=np.int64)
 
 
 def fill(rows: int, bases: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ A row that stays at its position crosses no link.
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from moetrain.plan.costs import Costs, Topology
@@ -42,17 +42,25 @@ class Crossing(NamedTuple):
         return max(self.inside * unit_bytes / costs.inside, self.between * unit_bytes / costs.between)
 
 
-def modelled(split_PC: Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> Modelled:
-    """The model above for rows [sources, replicas] of all sources (plan/split.py)."""
-    return modelled_each(split_PC[None], placement, topology, costs)[0]
+class ByPosition(NamedTuple):
+    """Replicas sorted by position: their order, where each position's begin, and the positions that have any."""
+
+    order: np.ndarray
+    start: np.ndarray
+    present: np.ndarray
 
 
-def modelled_each(split_KPC: Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> list[Modelled]:
+def modelled(split_PC: np.ndarray | Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> Modelled:
+    """The model above for rows [sources, replicas] of all sources (plan/split.py), on the host."""
+    return modelled_each(np.asarray(split_PC)[None], placement, topology, costs)[0]
+
+
+def modelled_each(split_KPC: np.ndarray, placement: LayerPlacement, topology: Topology, costs: Costs) -> list[Modelled]:
     """The same for K splits over the same replicas."""
-    position_C, copies = _where(placement, topology, split_KPC.device)
-    positions = topology.positions
-    to_KPP = split_KPC.new_zeros(len(split_KPC), positions, positions).index_add_(2, position_C, split_KPC)
-    loads = to_KPP.sum(1).amax(1).tolist()
+    by_position, copies = _where(placement, topology)
+    to_KPP = np.zeros((*split_KPC.shape[:2], topology.positions), dtype=np.int64)
+    to_KPP[..., by_position.present] = np.add.reduceat(split_KPC[..., by_position.order], by_position.start, axis=2)
+    loads = to_KPP.sum(1).max(1).tolist()
     return [step_time(load, rows, copies, costs) for load, rows in zip(loads, _crossings(to_KPP, topology), strict=True)]
 
 
@@ -67,7 +75,7 @@ def step_time(load: int, rows: Crossing, copies: Crossing, costs: Costs) -> Mode
 
 def gathering_s(placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
     """Bringing a placement's copies once, hidden or not; their gradients take as long."""
-    return _gathering_s(_where(placement, topology, torch.device("cpu"))[1], costs)
+    return _gathering_s(_where(placement, topology)[1], costs)
 
 
 def _gathering_s(copies: Crossing, costs: Costs) -> float:
@@ -75,27 +83,27 @@ def _gathering_s(copies: Crossing, costs: Costs) -> float:
 
 
 @lru_cache(maxsize=256)
-def _where(placement: LayerPlacement, topology: Topology, device: torch.device) -> tuple[Tensor, Crossing]:
-    """Positions of the replicas [C], and what the placement's copies send."""
-    position_C = torch.tensor([position for _, position, _ in placement.replicas], dtype=torch.int64, device=device)
-    to_PP = torch.zeros(topology.positions, topology.positions, dtype=torch.int64)
-    if placement.copies:
-        pairs = torch.tensor([(placement.home[expert], position) for expert, position in placement.copies]).T
-        to_PP.index_put_((pairs[0], pairs[1]), torch.ones(len(placement.copies), dtype=torch.int64), accumulate=True)
-    return position_C, _crossings(to_PP[None], topology)[0]
+def _where(placement: LayerPlacement, topology: Topology) -> tuple[ByPosition, Crossing]:
+    """Where a placement's replicas are, and what its copies send."""
+    position_C = np.array([position for _, position, _ in placement.replicas])
+    order = np.argsort(position_C, kind="stable")
+    present, start = np.unique(position_C[order], return_index=True)
+    to_PP = np.zeros((topology.positions, topology.positions), dtype=np.int64)
+    for expert, position in placement.copies:
+        to_PP[placement.home[expert], position] += 1
+    return ByPosition(order, start, present), _crossings(to_PP[None], topology)[0]
 
 
-def _crossings(to_KPP: Tensor, topology: Topology) -> list[Crossing]:
+def _crossings(to_KPP: np.ndarray, topology: Topology) -> list[Crossing]:
     """to_KPP: what each position sends to each, K times."""
-    inside_PP, between_PP = _links(topology, to_KPP.device)
-    busiest = [torch.maximum(flow_KPP.sum(1), flow_KPP.sum(2)).amax(1).tolist()
-               for flow_KPP in (to_KPP * inside_PP, to_KPP * between_PP)]
+    busiest = [np.maximum(flow_KPP.sum(1), flow_KPP.sum(2)).max(1).tolist()
+               for flow_KPP in (to_KPP * links_PP for links_PP in _links(topology))]
     return [Crossing(inside, between) for inside, between in zip(*busiest, strict=True)]
 
 
 @lru_cache(maxsize=64)
-def _links(topology: Topology, device: torch.device) -> tuple[Tensor, Tensor]:
+def _links(topology: Topology) -> tuple[np.ndarray, np.ndarray]:
     """Which pairs of positions [P, P] are on one node, and which are not; nobody sends to itself."""
-    node_P = torch.arange(topology.positions, device=device) // topology.per_node
+    node_P = np.arange(topology.positions) // topology.per_node
     near_PP = node_P[:, None] == node_P
-    return near_PP.clone().fill_diagonal_(False), ~near_PP
+    return near_PP & ~np.eye(topology.positions, dtype=bool), ~near_PP
