@@ -71,8 +71,9 @@ class ParallelConfig:
     calibrate: bool = key(False, "fssdp: once a layer has routed, more copies than were planned, where the model of time says that "
                                  "it pays")
     rehome_interval: int = key(100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
-    sliced: int = key(0, "fssdp: hottest experts of a layer whose parameters are cut up between the ranks, chosen when homes are "
-                         "looked at")
+    sliced: int = key(0, "fssdp: at most so many of a layer's experts, the hottest, have their parameters cut up between the ranks: "
+                         "where that pays by the model of time with planner=balanced, all of them with others; chosen when homes "
+                         "are looked at")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Costs:
     inside, between: bytes per second of a position's link to others on its node, and to other nodes.
     latency_s: seconds of a message that carries nothing.
     hidden_s: seconds of other work (attention) behind which weights travel unseen, forward; backward has twice that.
+    collective: the form in which they travel (plan/transfers.py).
     """
 
     row_s: float
@@ -45,3 +46,4 @@ class Costs:
     between: float
     latency_s: float = 0.0
     hidden_s: float = 0.0
+    collective: str = "packed"

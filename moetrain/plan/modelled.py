@@ -4,8 +4,9 @@
     link      four exchanges (dispatch and combine, forward and backward), each latency_s + row_bytes * the busiest link;
               a position has one link to its node and one to the others, each carrying both directions at once, so busy is
               the larger of what it sends and what it receives
-    copy      weights to the copies, forward, and their gradients home, backward: each latency_s + expert_bytes * the
-              busiest link, as every copy comes from its home; only what outlasts hidden_s (twice that backward) counts
+    copy      weights to the copies, forward, and their gradients home, backward: each a latency a message and expert_bytes *
+              the busiest link; only what outlasts hidden_s (twice that backward) counts, and all of what leaders pass on
+              (plan/burden.py)
     total     their sum: nothing overlaps but copies and the work that hides them
 
 A row that stays at its position crosses no link.
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from moetrain.plan.burden import Burden, Crossing, burden
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
 
@@ -30,16 +32,6 @@ class Modelled(NamedTuple):
     link_s: float
     copy_s: float
     total_s: float
-
-
-class Crossing(NamedTuple):
-    """What the busiest position sends or receives: to its own node, and to others."""
-
-    inside: int
-    between: int
-
-    def seconds(self, unit_bytes: float, costs: Costs) -> float:
-        return max(self.inside * unit_bytes / costs.inside, self.between * unit_bytes / costs.between)
 
 
 class ByPosition(NamedTuple):
@@ -57,41 +49,42 @@ def modelled(split_PC: np.ndarray | Tensor, placement: LayerPlacement, topology:
 
 def modelled_each(split_KPC: np.ndarray, placement: LayerPlacement, topology: Topology, costs: Costs) -> list[Modelled]:
     """The same for K splits over the same replicas."""
-    by_position, copies = _where(placement, topology)
+    by_position, copies = _where(placement, topology, costs.collective)
     to_KPP = np.zeros((*split_KPC.shape[:2], topology.positions), dtype=np.int64)
     to_KPP[..., by_position.present] = np.add.reduceat(split_KPC[..., by_position.order], by_position.start, axis=2)
     loads = to_KPP.sum(1).max(1).tolist()
     return [step_time(load, rows, copies, costs) for load, rows in zip(loads, _crossings(to_KPP, topology), strict=True)]
 
 
-def step_time(load: int, rows: Crossing, copies: Crossing, costs: Costs) -> Modelled:
-    """load: rows of the fullest position. rows, copies: how many cross the busiest links."""
+def step_time(load: int, rows: Crossing, copies: Burden, costs: Costs) -> Modelled:
+    """load: rows of the fullest position. rows: how many cross the busiest links."""
     compute_s = costs.row_s * load
     link_s = EXCHANGES * (costs.latency_s + rows.seconds(costs.row_bytes, costs))
-    once_s = _gathering_s(copies, costs)
-    copy_s = max(0.0, once_s - costs.hidden_s) + max(0.0, once_s - 2 * costs.hidden_s)
+    first_s, second_s = _bringing_s(copies, costs)
+    copy_s = max(0.0, first_s - costs.hidden_s) + max(0.0, first_s - 2 * costs.hidden_s) + 2 * second_s
     return Modelled(compute_s, link_s, copy_s, compute_s + link_s + copy_s)
 
 
 def gathering_s(placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
     """Bringing a placement's copies once, hidden or not; their gradients take as long."""
-    return _gathering_s(_where(placement, topology)[1], costs)
+    return sum(_bringing_s(_where(placement, topology, costs.collective)[1], costs))
 
 
-def _gathering_s(copies: Crossing, costs: Costs) -> float:
-    return costs.latency_s + copies.seconds(costs.expert_bytes, costs) if any(copies) else 0.0
+def _bringing_s(copies: Burden, costs: Costs) -> tuple[float, float]:
+    """What leaves first, and what leaders pass on."""
+    return (copies.messages * costs.latency_s + copies.first.seconds(costs.expert_bytes, costs),
+            costs.latency_s + copies.second.seconds(costs.expert_bytes, costs) if any(copies.second) else 0.0)
 
 
 @lru_cache(maxsize=256)
-def _where(placement: LayerPlacement, topology: Topology) -> tuple[ByPosition, Crossing]:
-    """Where a placement's replicas are, and what its copies send."""
+def _where(placement: LayerPlacement, topology: Topology, collective: str) -> tuple[ByPosition, Burden]:
+    """Where a placement's replicas are, and what its copies put on links."""
     position_C = np.array([position for _, position, _ in placement.replicas])
     order = np.argsort(position_C, kind="stable")
     present, start = np.unique(position_C[order], return_index=True)
-    to_PP = np.zeros((topology.positions, topology.positions), dtype=np.int64)
-    for expert, position in placement.copies:
-        to_PP[placement.home[expert], position] += 1
-    return ByPosition(order, start, present), _crossings(to_PP[None], topology)[0]
+    expert_X, position_X = np.array(placement.copies, dtype=np.int64).reshape(-1, 2).T
+    return ByPosition(order, start, present), burden(expert_X, position_X, np.array(placement.home), placement.sliced,
+                                                     topology, collective)
 
 
 def _crossings(to_KPP: np.ndarray, topology: Topology) -> list[Crossing]:

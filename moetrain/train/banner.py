@@ -55,7 +55,7 @@ def copies_line(run: Run) -> str:
             f" and layer{', passed on inside nodes' * (parallel.collective == 'two_level')}"
             f"{', gathered again for backward' * parallel.rematerialize}: at most {human(memory.copies)}B of copies and "
             f"{human(memory.sums)}B of their gradients; {homes}"
-            f"{f', the hottest {parallel.sliced} of a layer cut up' * bool(parallel.sliced)}")
+            f"{f', up to {parallel.sliced} of the hottest of a layer cut up' * bool(parallel.sliced)}")
 
 
 def most_memory(run: Run) -> CopyMemory:

@@ -10,8 +10,7 @@ Counts are pooled, so they are the same integers on every rank, and planners are
 without talking. That they did is checked by a digest, gathered while nothing waits for it.
 
 What forecasts are made of and the homes are part of the state of a run: from others would follow other copies, and from
-these sums that are grouped otherwise. Planners know nothing of pieces: to them every expert has a home, and that one always
-computes it.
+these sums that are grouped otherwise. An expert in pieces has a home, too: that one always computes it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,7 +33,7 @@ from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.forecast import Outlook
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, hottest_first
+from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, Slices, hottest_first
 from moetrain.plan.rules import rule_of
 
 
@@ -47,8 +47,8 @@ class Surroundings(NamedTuple):
 
 
 class Rhythm(NamedTuple):
-    """rehome: steps between looks at the homes; 0 leaves them. sliced: experts of a layer, the hottest of the forecast, whose
-    homes are then cut up."""
+    """rehome: steps between looks at the homes; 0 leaves them. sliced: experts of a layer, of the hottest of the forecast,
+    whose homes may then be cut up."""
 
     rehome: int
     sliced: int = 0
@@ -113,16 +113,22 @@ class Planning:
         self._plan()
 
     def _rehome(self) -> None:
-        """Other homes, if the planner has any; and the hottest experts in pieces. Waits."""
+        """Other homes, if the planner has any; and experts in pieces. Waits."""
         if not isinstance(self.planner, Rehomes) and not self.rhythm.sliced:
             return
         topology, costs, _ = self.surroundings
         loads, homes = self.outlook.loads(), self.placement.homes.whole
         if isinstance(self.planner, Rehomes):
             homes = self.planner.rehome(loads, homes, topology, costs)
-        self._move(ExpertPlacement(tuple(
-            (name, layer.with_sliced(tuple(hottest_first(loads[name])[:self.rhythm.sliced].tolist())))
-            for name, layer in homes.layers)))
+        self._move(ExpertPlacement(tuple((name, layer.with_sliced(self._sliced_of(name, loads[name], layer)))
+                                         for name, layer in homes.layers)))
+
+    def _sliced_of(self, name: str, loads_E: np.ndarray, homes: LayerPlacement) -> tuple[int, ...]:
+        """Experts of a layer to be cut up: as the planner decides, or the hottest."""
+        if not self.rhythm.sliced or not isinstance(self.planner, Slices):
+            return tuple(hottest_first(loads_E)[:self.rhythm.sliced].tolist())
+        homes = homes.with_sliced(self.placement[name].sliced)
+        return self.planner.cut_up(loads_E, homes, *self.surroundings, self.rhythm.sliced)
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Every expert to its home in a placement. Waits."""
@@ -147,7 +153,7 @@ class Planning:
         topology, costs, room = self.surroundings
         loads, homes, layers = self.outlook.loads(), self.placement.homes, []
         for moe in self._layers():
-            plan = self.planner.plan(loads[moe.name], homes[moe.name].whole, topology, costs, room)
+            plan = self.planner.plan(loads[moe.name], homes[moe.name], topology, costs, room)
             plan = replace(plan, placement=plan.placement.with_sliced(homes[moe.name].sliced))
             self._dispatch_by(moe, plan)
             layers.append((moe.name, plan.placement))

@@ -113,7 +113,7 @@ def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:
     attention = 2 * tokens * (4 * sizes.dim ** 2 + 2 * config.train.seq_len * sizes.dim)      # operations, forward, roughly
     costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element, expert_bytes=numbers * element,
                   inside=hardware.inside, between=hardware.between, latency_s=hardware.latency_s,
-                  hidden_s=attention / hardware.flops)
+                  hidden_s=attention / hardware.flops, collective=config.parallel.collective)
     return Surroundings(topology, costs, config.parallel.room)
 
 

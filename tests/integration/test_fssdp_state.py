@@ -15,7 +15,7 @@ from tests.integration.training import make_run, whole
 from tests.train.test_state import unsaved
 
 
-SLICED = ["parallel.sliced=3", "parallel.collective=two_level"]      # which groups sums otherwise than pieces do
+SLICED = ["planner=eplb", "parallel.sliced=3", "parallel.collective=two_level"]      # which groups sums otherwise than pieces do
 
 
 def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
@@ -73,7 +73,7 @@ def held(run: Run) -> dict:
             if not piece.name.startswith("plan.")}
 
 
-SLICED4 = (4, ["parallel=fssdp", "parallel.sliced=3", "parallel.rehome_interval=2"])
+SLICED4 = (4, ["parallel=fssdp", "planner=eplb", "parallel.sliced=3", "parallel.rehome_interval=2"])
 ELSEWHERE = {"single": (1, []), "ep2": (2, ["parallel=ep"]), "ep2_fsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
              "fsdp4": (4, ["parallel=fsdp"]), "fssdp4": (4, ["parallel=fssdp"]), "fssdp2": (2, ["parallel=fssdp"]), "sliced4": SLICED4,
              "sliced2": (2, [*SLICED4[1], "parallel.sliced=1"])}
@@ -82,7 +82,8 @@ ELSEWHERE = {"single": (1, []), "ep2": (2, ["parallel=ep"]), "ep2_fsdp4": (4, ["
 @pytest.mark.ranks
 @pytest.mark.parametrize("sliced", [0, 3])
 def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_path, sliced):
-    moved = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.rehome_interval=2", f"parallel.sliced={sliced}"]
+    moved = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.rehome_interval=2", f"parallel.sliced={sliced}",
+             "planner=eplb"]
     held_by = ranks(4).run(save_moved, moved, tmp_path)
     in_pieces = {name for held in held_by for name, (shape, _, rows) in held.items() if "experts" in name and len(rows) < shape[0]}
     assert len(in_pieces) == 2 * sliced * 2 * 3          # layers, matrices, parameter and moments

@@ -1,12 +1,46 @@
-"""The best split there is when links are free: the reference (`lp`) that `waterfill` is held against.
+"""The best splits there are (`lp`), that `waterfill` is held against: with links that are free, and by the whole model.
 
-Rows of an expert may be computed by any of its replicas, so the smallest largest load is a flow problem with integer
-capacities: bisection over the load, a maximum flow each time.
+With free links the smallest largest load is a flow problem with integer capacities: bisection over the load, a maximum flow
+each time. With links it is a linear program over rows that may be divided, so its optimum is no larger than that of rows.
 """
 
 import networkx
+import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
 
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.modelled import EXCHANGES
 from moetrain.plan.placement import LayerPlacement
+
+
+def shortest_time(n_PE: np.ndarray, placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
+    """Smallest modelled time of computing and of the rows' exchanges, seconds: compute_s + link_s of plan/modelled.py."""
+    positions, replicas = placement.positions, [(expert, at) for expert, at, _ in placement.replicas]
+    compute, link = positions * len(replicas), positions * len(replicas) + 1     # variables behind rows [P, C]
+    busy: dict[tuple, list[tuple[int, float]]] = {}                              # sums that must stay below one of the two
+    given: dict[tuple[int, int], list[int]] = {}
+    for source in range(positions):
+        for c, (expert, at) in enumerate(replicas):
+            row = source * len(replicas) + c
+            given.setdefault((source, expert), []).append(row)
+            busy.setdefault((compute, at), []).append((row, costs.row_s))
+            if source != at:
+                near = topology.node_of(source) == topology.node_of(at)
+                seconds = EXCHANGES * costs.row_bytes / (costs.inside if near else costs.between)
+                busy.setdefault((link, near, "sends", source), []).append((row, seconds))
+                busy.setdefault((link, near, "receives", at), []).append((row, seconds))
+    bounds = [[*terms, (key[0], -1.0)] for key, terms in busy.items()]
+    found = linprog(np.eye(link + 1)[compute:].sum(0), A_ub=_matrix(bounds, link + 1), b_ub=np.zeros(len(bounds)),
+                    A_eq=_matrix([[(row, 1.0) for row in rows] for rows in given.values()], link + 1),
+                    b_eq=[n_PE[source, expert] for source, expert in given], method="highs")
+    assert found.success, found.message
+    return found.fun + EXCHANGES * costs.latency_s
+
+
+def _matrix(lines: list[list[tuple[int, float]]], columns: int) -> coo_array:
+    at = [(row, column) for row, line in enumerate(lines) for column, _ in line]
+    return coo_array(([value for line in lines for _, value in line], tuple(zip(*at))), shape=(len(lines), columns))
 
 
 def smallest_largest_load(rows_E: list[int], placement: LayerPlacement) -> int:

@@ -4,6 +4,7 @@ The golden plans in tests/plan/golden were computed by running the code named th
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,31 @@ def test_ours_splits_better_than_llep_on_its_own_copies():
         theirs = modelled(split(planner, plan, n_PE, topology, CHEAP), plan.placement, topology, CHEAP)
         ours = modelled(waterfill(torch.tensor(n_PE), plan.placement, topology, CHEAP), plan.placement, topology, CHEAP)
         assert ours.total_s <= theirs.total_s * 1.001, name
+
+
+def everybodys_expert(positions: int) -> np.ndarray:
+    """One expert has half of all rows, the others share the rest."""
+    loads_E = np.full(4 * positions, 100)
+    loads_E[5] = loads_E.sum()
+    return loads_E
+
+
+def test_homes_are_cut_up_where_their_copies_are_late_and_only_there():
+    topology, homes, loads_E = Topology(8, 8), contiguous(32, 8), everybodys_expert(8)
+    late = Costs(1 / ROWS, 0.0, expert_bytes=0.05e9, inside=1e9, between=1e9)           # 50 ms a copy, from one home
+    planner = Balanced()
+    assert planner.cut_up(loads_E, homes, topology, late, 2, 0) == ()
+    cut = planner.cut_up(loads_E, homes, topology, late, 2, 4)
+    assert 5 in cut
+    in_pieces, whole = (planner.plan(loads_E, layer, topology, late, 2) for layer in (homes.with_sliced(cut), homes))
+    took = [planner._timed(loads_E, layer, topology, late, 2)[1] for layer in (homes.with_sliced(cut), homes)]
+    assert took[0] < took[1] and len(in_pieces.placement.copies) >= len(whole.placement.copies)
+    hidden = replace(late, hidden_s=1.0)
+    assert planner.cut_up(loads_E, homes, topology, hidden, 2, 4) == ()
+    assert Balanced(horizon=0).cut_up(loads_E, homes, topology, late, 2, 4) == ()
+    assert planner.cut_up(np.full(32, 100), homes, topology, late, 2, 4) == ()
+    assert planner.cut_up(np.full(32, 100), homes.with_sliced((5,)), topology, late, 2, 4) == ()        # put together again
+    assert Balanced(horizon=0).cut_up(loads_E, homes.with_sliced((5, 7)), topology, late, 2, 4) == (5, 7)
 
 
 def test_homes_move_only_where_that_pays():

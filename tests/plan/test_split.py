@@ -12,8 +12,9 @@ from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.levels import fill
 from moetrain.plan.modelled import modelled
 from moetrain.plan.placement import LayerPlacement, contiguous
+from moetrain.plan.planners.balanced import Balanced
 from moetrain.plan.split import local_first, shares, waterfill
-from tests.plan.optimal import smallest_largest_load
+from tests.plan.optimal import shortest_time, smallest_largest_load
 
 LINKED = Costs(row_s=1e-6, row_bytes=512.0, expert_bytes=1e6, inside=9e9, between=1e9, latency_s=1e-5, hidden_s=1e-3)
 FREE = Costs(row_s=1e-6, row_bytes=0.0, expert_bytes=0.0, inside=9e9, between=1e9)
@@ -142,6 +143,30 @@ def test_waterfill_is_within_ten_percent_of_the_optimum_when_links_are_free(name
         best = smallest_largest_load(n_PE.sum(0).tolist(), placement)
         split_PC = waterfill(n_PE, placement, Topology(positions, per_node), FREE)
         assert int(loads_of(split_PC, placement).max()) * 10 <= best * 11
+
+
+@pytest.mark.parametrize("costs", [
+    Costs(row_s=200e-6, row_bytes=512.0, expert_bytes=49e3, inside=56e6, between=6.2e6, latency_s=1e-3, hidden_s=20e-3),
+    Costs(row_s=7e-8, row_bytes=4096.0, expert_bytes=9.4e6, inside=350e9, between=45e9, latency_s=2e-5, hidden_s=2e-3),
+], ids=["emulated links", "accelerators"])
+@pytest.mark.parametrize("name", loads.NAMES)
+def test_waterfill_is_within_ten_percent_of_the_optimum_of_the_model(name, costs):
+    """On copies that are planned, from other loads, and on any copies."""
+    for seed, (positions, per_node, experts) in enumerate(((4, 2, 16), (8, 4, 32))):
+        topology, trace = Topology(positions, per_node), loads.generate(name, seed, 3, positions, experts, 256)
+        planned = Balanced().plan(trace[:2].sum((0, 1)) // 2, contiguous(experts, positions), topology, costs, 2).placement
+        for placement in (planned, random_placement(seed + 20, positions, experts)):
+            took = modelled(waterfill(torch.tensor(trace[2]), placement, topology, costs), placement, topology, costs)
+            assert took.compute_s + took.link_s <= 1.1 * shortest_time(trace[2], placement, topology, costs), seed
+
+
+def test_nobody_sends_or_takes_in_all_that_leaves_a_node():
+    """Expert 0 is hot at its home on the first node; copies on the second take what that node cannot."""
+    placement = LayerPlacement((0, 1, 2, 3), 4, ((0, 2), (0, 3)))
+    n_PE = torch.tensor([[600, 0, 0, 0], [600, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    split_PC = waterfill(n_PE, placement, Topology(4, 2), FREE)
+    away_P, taken_P = split_PC[:2, 1:3].sum(1), split_PC[:2, 1:3].sum(0)
+    assert split_PC.sum(0).tolist() == [400, 400, 400, 0, 0, 0] and away_P.tolist() == [400, 400] == taken_P.tolist()
 
 
 def test_levelling_passes_rows_on_from_copy_to_copy():

@@ -10,7 +10,8 @@ Rows are then split by `waterfill`.
 Nothing is done where nothing is to be gained: below an imbalance of 1 + `tolerance`, or where the model promises less than
 `min_gain` of the step.
 
-Homes: plan/planners/resettle.py.
+Homes: plan/planners/resettle.py. They are cut up where that is modelled to pay: copies of experts in pieces are sent by all
+positions, and the model knows it, here and when copies are planned.
 """
 
 from collections.abc import Mapping
@@ -19,10 +20,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from moetrain.plan.burden import Crossing, burden
 from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.modelled import Crossing, Modelled, step_time
+from moetrain.plan.modelled import Modelled, step_time
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule, by_node, copies_each, fits_behind, totals
+from moetrain.plan.planners.base import LayerPlan, Rule, by_node, copies_each, fits_behind, hottest_first, totals
 from moetrain.plan.planners.near import Flows, keep_near
 from moetrain.plan.planners.pour import Field, Pool, Poured, sums
 from moetrain.plan.planners.resettle import resettle
@@ -52,7 +54,7 @@ class Balanced:
         """The plan, and the time that the model gives it."""
         if topology.nodes == 1:        # one kind of link: every position is a node of its own, and rows are best kept there
             topology, costs, loads = Topology(topology.positions, 1), replace(costs, between=costs.inside), totals(loads)
-        field = Field(by_node(loads, topology), np.asarray(homes.home), topology)
+        field = Field(by_node(loads, topology), np.asarray(homes.home), topology, homes.sliced)
         total, highest = int(field.loads_E.sum()), int(field.load_P.max())
         nothing = Poured.nothing(field.loads_E)
         nothing_s = estimate(nothing, field, costs).total_s
@@ -94,6 +96,22 @@ class Balanced:
         return resettle(by_router, placement, seconds, horizon=self.horizon, tolerance=self.tolerance,
                         move_s=costs.expert_bytes * self.state_ratio / rate)
 
+    def cut_up(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int,
+               most: int) -> tuple[int, ...]:
+        """None, or the 1, 2, 4, ... hottest, or what is cut up now: whichever is the shortest over the horizon, with what
+        cutting up and putting together costs."""
+        rate = costs.between if topology.nodes > 1 else costs.inside
+        hottest, now = hottest_first(loads_E)[:most].tolist(), homes.sliced[:most]
+
+        def seconds(sliced: tuple[int, ...]) -> float:
+            changed = len(set(sliced) ^ set(now))
+            step_s = self._timed(loads_E, homes.with_sliced(sliced), topology, costs, room)[1]
+            return self.horizon * step_s + changed * costs.expert_bytes * self.state_ratio / rate
+
+        sizes = {min(2**power, most) for power in range(most.bit_length() + 1)}
+        return min([now, (), *(tuple(sorted(hottest[:size])) for size in sorted(sizes))], key=seconds)
+
+
 def estimate(poured: Poured, field: Field, costs: Costs) -> Modelled:
     """The model of plan/modelled.py before sources are known: a node's rows are spread evenly over its positions, and go
     to replicas on the node first."""
@@ -114,13 +132,5 @@ def estimate(poured: Poured, field: Field, costs: Costs) -> Modelled:
                  int((local_N * (size_N - 1) // size_N**2).max()))
     between = max(int((load_P - local_P).max()), int(((loads_NE.sum(1) - local_N) // size_N).max()))
 
-    origin_X = home_E[poured.expert_X]
-    near_X = origin_X // per_node == poured.position_X // per_node
-    return step_time(int(load_P.max()), Crossing(inside, between),
-                     Crossing(_busiest(origin_X[near_X], poured.position_X[near_X]),
-                              _busiest(origin_X[~near_X], poured.position_X[~near_X])), costs)
-
-
-def _busiest(origin_X: np.ndarray, position_X: np.ndarray) -> int:
-    """Most copies that one position sends, or receives."""
-    return max(int(np.bincount(origin_X).max()), int(np.bincount(position_X).max())) if len(origin_X) else 0
+    copies = burden(poured.expert_X, poured.position_X, home_E, field.sliced, topology, costs.collective)
+    return step_time(int(load_P.max()), Crossing(inside, between), copies, costs)

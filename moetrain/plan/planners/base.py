@@ -53,6 +53,16 @@ class Rehomes(Protocol):
         ...
 
 
+@runtime_checkable
+class Slices(Protocol):
+    """A planner that decides whose homes are cut up, when homes are looked at. Without one it is all that may be."""
+
+    def cut_up(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int,
+               most: int) -> tuple[int, ...]:
+        """Experts of one layer to lie in pieces: at most so many, of the hottest. homes: with those that do now."""
+        ...
+
+
 def fits_behind(topology: Topology, costs: Costs, num_experts: int) -> int:
     """t: experts whose weights one link brings while other work hides it."""
     rate = costs.between if topology.nodes > 1 else costs.inside

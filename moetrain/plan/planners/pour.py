@@ -35,10 +35,10 @@ class Poured(NamedTuple):
 
 
 class Field:
-    """What does not depend on the level: loads, and the orders in which they are looked at."""
+    """What does not depend on the level: loads, and the orders in which they are looked at. sliced: experts in pieces."""
 
-    def __init__(self, loads_NE: np.ndarray, home_E: np.ndarray, topology: Topology) -> None:
-        self.loads_NE, self.home_E, self.topology = loads_NE, home_E, topology
+    def __init__(self, loads_NE: np.ndarray, home_E: np.ndarray, topology: Topology, sliced: tuple[int, ...] = ()) -> None:
+        self.loads_NE, self.home_E, self.topology, self.sliced = loads_NE, home_E, topology, sliced
         self.loads_E = loads_NE.sum(0)
         self.load_P = sums(home_E, self.loads_E, topology.positions)
         self.order = np.lexsort((-self.loads_E, home_E))             # by home, there hottest first; stable, so by id

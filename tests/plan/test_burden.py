@@ -1,0 +1,48 @@
+"""The model's view of copies on their way, against the transfers that are carried out."""
+
+import random
+
+import numpy as np
+import pytest
+
+from moetrain.plan.burden import burden
+from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.modelled import gathering_s
+from moetrain.plan.placement import LayerPlacement
+from moetrain.plan.transfers import LEGS, pieces
+from tests.plan.test_transfers import drawn
+
+
+def busiest(moved: list[tuple[int, int, float]], topology: Topology) -> tuple[float, float]:
+    """Largest sum that a position sends or receives, inside nodes and between, read one transfer at a time."""
+    loads: dict[tuple[bool, str, int], float] = {}
+    for source, to, size in moved:
+        near = topology.node_of(source) == topology.node_of(to)
+        for end in (("sent", source), ("received", to)):
+            loads[near, *end] = loads.get((near, *end), 0) + size
+    return tuple(max((size for (where, *_), size in loads.items() if where == near), default=0) for near in (True, False))
+
+
+@pytest.mark.parametrize("form", LEGS)
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_burden_is_what_the_busiest_link_carries(form, cut):
+    for seed in range(200):
+        placement, topology = drawn(seed)
+        if cut:
+            draw = random.Random(seed)
+            placement = placement.with_sliced(tuple(draw.sample(range(placement.num_experts), draw.randint(1, placement.num_experts))))
+        expert_X, position_X = np.array(placement.copies, dtype=np.int64).reshape(-1, 2).T
+        found = burden(expert_X, position_X, np.array(placement.home), placement.sliced, topology, form)
+        legs = [[(source, to, 1) for _, source, to in leg] for leg in LEGS[form](placement, topology)]
+        legs[0] += [(source, to, 1 / placement.positions) for _, source, to in pieces(placement)]
+        assert found.first == pytest.approx(busiest(legs[0], topology)), seed
+        assert found.second == pytest.approx(busiest(legs[1] if len(legs) > 1 else [], topology)), seed
+        assert found.messages == bool(placement.whole_copies) + bool(placement.sliced), seed
+
+
+def test_pieces_relieve_a_home_that_everybody_asks():
+    everywhere = LayerPlacement((0,), 8, tuple((0, at) for at in range(1, 8)))
+    costs = Costs(1.0, 1.0, 100.0, inside=10.0, between=10.0)
+    topology = Topology(8, 8)
+    assert gathering_s(everywhere, topology, costs) == 7 * 10
+    assert gathering_s(everywhere.with_sliced((0,)), topology, costs) == 7 / 8 * 10
