@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import netlab
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives  # noqa: F401  before Meter stands in for its op
 from torch import Tensor
 
 from moetrain.comm.exchange.flat import FlatExchange
@@ -34,30 +36,33 @@ from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
 from moetrain.parallel.fssdp import CopyManager
+from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.placement import ExpertPlacement, contiguous
-from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes
+from moetrain.plan.placement import ExpertPlacement, contiguous, piece_columns
+from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, totals
 from moetrain.plan.rules import rule_of
 from moetrain.routers.base import Routing
 
 LAYERS, WINDOW, CEILING = 2, 5, "ceiling"
+CUT = 4                                          # experts of a layer that may be cut up under `+cut`
 SCALED = {"llep": ["planner.min_rows=64"]}       # published for runs with many more rows
 
 
 class Arm(NamedTuple):
     """A planner and what it is told: the forecast, or with `+oracle` the loads of the step itself; by expert, or with
-    `+nodes` by node and expert."""
+    `+nodes` by node and expert. `+cut`: homes may be cut up (parallel.sliced), where the planner decides so."""
 
     planner: str
     oracle: bool
     nodes: bool
+    cut: bool
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
         planner, *told = name.split("+")
-        if set(told) - {"oracle", "nodes"}:
-            raise SystemExit(f"{name}: a planner may be followed by +oracle and +nodes")
-        return cls(planner, "oracle" in told, "nodes" in told)
+        if set(told) - {"oracle", "nodes", "cut"}:
+            raise SystemExit(f"{name}: a planner may be followed by +oracle, +nodes and +cut")
+        return cls(planner, "oracle" in told, "nodes" in told, "cut" in told)
 
     def loads(self, trace: np.ndarray, step: int, per_node: int) -> np.ndarray:
         seen_PE = trace[step] if self.oracle else trace[step - WINDOW:step].mean(0)
@@ -110,24 +115,30 @@ class Traffic(NamedTuple):
     calls: int
 
 
-def traffic(n_PE: Tensor, plan: LayerPlan, rule: object, dim: int, expert_numbers: int) -> Traffic:
+def traffic(n_PE: Tensor, plan: LayerPlan, rule: object, shapes: list[tuple[int, int]]) -> Traffic:
     """Of one layer, forward and backward, in float32, one micro-batch.
 
     Rows go and come back, forward and again backward; with each goes its gate weight, and comes the gradient of that. Copies
-    come from homes, their gradients go there. Counts are of slots, or of experts where a rule looks at all positions.
+    come from homes, or in pieces from everywhere, and their gradients go there. Counts are of slots, or of experts where a
+    rule looks at all positions. shapes: of an expert's matrices.
     """
+    dim = shapes[0][1]
     placement, looks = plan.placement, bool(plan.placement.copies) and rule.looks_at_all
     positions = placement.positions
     split_PC = rule.split(n_PE, placement, 0) if placement.copies else n_PE
     rows_PP = np.zeros((positions, positions), dtype=np.int64)
     for c, (_, at, _) in enumerate(placement.replicas):
         rows_PP[:, at] += split_PC[:, c].numpy()
-    copies_PP = np.zeros_like(rows_PP)
-    for expert, at in placement.copies:
-        copies_PP[placement.home[expert], at] += 1
+    numbers_PP = np.zeros_like(rows_PP)                          # of weights, on their way to copies
+    for expert, at in placement.whole_copies:
+        numbers_PP[placement.home[expert], at] += sum(rows * columns for rows, columns in shapes)
+    for source in range(positions):
+        piece = sum(part.stop - part.start for part in piece_columns(shapes, source, positions))
+        for at in range(positions):
+            numbers_PP[source, at] += piece * len(placement.assembled_at(at))
     counted = placement.num_experts if looks else placement.slots_per_position
-    return Traffic((4 * dim + 4 + 4 * dim) * (rows_PP + rows_PP.T) + 4 * expert_numbers * (copies_PP + copies_PP.T) + 8 * counted,
-                   1 + 4 + 2 * bool(placement.copies))
+    return Traffic((4 * dim + 4 + 4 * dim) * (rows_PP + rows_PP.T) + 4 * (numbers_PP + numbers_PP.T) + 8 * counted,
+                   1 + 4 + 2 * bool(placement.whole_copies) + 2 * bool(placement.sliced))
 
 
 def by_link(bytes_PP: np.ndarray, per_node: int) -> dict[str, int]:
@@ -191,11 +202,12 @@ class Stack:
     def start(self, homes: ExpertPlacement) -> None:
         """Experts at these homes."""
         self.homes, at = homes, self.group.position
-        self.banks = {name: ExpertBank(experts=layer.experts_of(at), dim=self.sizes.dim, expert_dim=self.sizes.expert_dim)
-                      for name, layer in homes.layers}
-        for bank in self.banks.values():
-            for parameter in bank.parameters():
-                torch.nn.init.normal_(parameter, std=0.02)
+        self.banks = {name: ExpertBank(experts=layer.experts_of(at), dim=self.sizes.dim, expert_dim=self.sizes.expert_dim,
+                                       cut=(at, self.group.size)) for name, layer in homes.whole.layers}
+        parameters = [parameter for bank in self.banks.values() for parameter in bank.parameters()]
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter, std=0.02)
+        reshard(self.banks, torch.optim.SGD(parameters), homes.whole, homes, self.group)      # cuts up
         self.copies = CopyManager(self.banks, self.group, dtype=torch.float32, rematerialize=False, recompute=False)
         self.dispatchers = {name: TokenDispatcher(layer, FlatExchange(self.group), torch.device("cpu"))
                             for name, layer in homes.layers}
@@ -210,8 +222,7 @@ class Stack:
 
     def expected(self, n_PE: Tensor) -> Traffic:
         """Of a step with these rows."""
-        layers = [traffic(n_PE, self.plans[name], self.rules[name], self.sizes.dim, self.sizes.expert_numbers)
-                  for name in self.plans]
+        layers = [traffic(n_PE, self.plans[name], self.rules[name], self.banks[name].shapes) for name in self.plans]
         return Traffic(sum(layer.bytes_PP for layer in layers), sum(layer.calls for layer in layers))
 
     def step(self, n_E: Tensor) -> None:
@@ -289,8 +300,11 @@ def replay(options: argparse.Namespace, sizes: Sizes, group: Group, trace: np.nd
     for name, planner in planners.items():
         if isinstance(planner, Rehomes):
             seen, stack = arms[name]._replace(oracle=False).loads(trace, WINDOW, per_node), stacks[name]
-            stack.start(planner.rehome({router: seen for router, _ in stack.homes.layers}, stack.homes, stack.topology,
-                                       sizes.costs))
+            homes = planner.rehome({router: seen for router, _ in stack.homes.layers}, stack.homes, stack.topology, sizes.costs)
+            if arms[name].cut:
+                homes = ExpertPlacement(tuple((router, layer.with_sliced(planner.cut_up(
+                    totals(seen), layer, stack.topology, sizes.costs, options.room, CUT))) for router, layer in homes.layers))
+            stack.start(homes)
     used = trace[WINDOW:WINDOW + steps + 1]
     even = np.full(experts, round(used.sum() / used.shape[0] / used.shape[1] / experts))
     seconds, meter = {name: [] for name in stacks}, Meter()
@@ -322,7 +336,11 @@ def replay(options: argparse.Namespace, sizes: Sizes, group: Group, trace: np.nd
 
 
 def plans_of(stack: Stack, planner: Planner, loads: np.ndarray, room: int) -> dict[str, LayerPlan]:
-    return {router: planner.plan(loads, homes, stack.topology, stack.sizes.costs, room) for router, homes in stack.homes.layers}
+    plans = {}
+    for router, homes in stack.homes.layers:
+        plan = planner.plan(loads, homes, stack.topology, stack.sizes.costs, room)
+        plans[router] = replace(plan, placement=plan.placement.with_sliced(homes.sliced))
+    return plans
 
 
 def rank_load(trace: np.ndarray) -> float:
