@@ -19,7 +19,7 @@ from moetrain.plan.planners.base import LayerPlan
 from moetrain.train.evaluate import evaluate
 from moetrain.train.step import train_step
 from tests.integration.copies import CALIBRATE, bits, run_with_copies, train_with_copies
-from tests.integration.training import FORCED, Trained, alone, difference, make_run, union
+from tests.integration.training import FORCED, Trained, alone, difference, make_run, train_run, union
 
 STEPS = 20
 
@@ -96,6 +96,39 @@ def test_first_gradients_in_float32_with_the_choices_fixed(ranks, case):
     ours = union(ranks(world).run(train_with_copies, overrides, 1, FORCED, 1))
     error, name = difference(ours.gradients, alone(["run.dtype=float32"], 1, FORCED).gradients)
     assert error <= 1e-5, f"{name} differs by {error:.3g} of its largest value"
+
+
+# --- every planner
+
+
+FAST_LINKS = ["hardware.flops=1e6", "hardware.latency_s=0", "hardware.inside=1e12", "hardware.between=1e12"]     # copies always pay
+
+
+def planned(overrides: list[str]) -> tuple[Trained, list[int]]:
+    """Training as planned, two ranks a node; and how many copies were in force at each step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        run = make_run(overrides)
+    copies = []
+    run.state.planning.copies.begin, original = (
+        lambda *given: (copies.append(run.state.planning.placement.num_copies), original(*given))[1]), run.state.planning.copies.begin
+    return train_run(run, STEPS), copies
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("planner", ["ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced"])
+def test_no_planner_changes_anything(ranks, planner):
+    overrides = ["parallel=fssdp", f"planner={planner}", *FAST_LINKS, "run.dtype=float64", "run.nproc=4", "train.micro_batch=2",
+                 "parallel.rehome_interval=6", "parallel.sliced=1", *["planner.min_rows=1"] * (planner == "llep")]
+    results = ranks(4).run(planned, overrides)
+    ours, copies = union([trained for trained, _ in results]), [counts for _, counts in results]
+    assert all(mine == copies[0] for mine in copies) and (max(copies[0]) > 0) == (planner != "ep")
+    expected = truth((), False)
+    for what in ("gradients", "parameters"):
+        error, name = difference(getattr(ours, what), getattr(expected, what))
+        assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
+    for mine, theirs in zip(ours.metrics, expected.metrics):
+        assert all(mine[key] == pytest.approx(theirs[key], rel=1e-10) for key in ("loss/ce", "loss/total", "grad_norm"))
 
 
 # --- calibration
