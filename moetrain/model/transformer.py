@@ -83,11 +83,16 @@ class Transformer(nn.Module):
         """Number of experts by router name, in layer order."""
         return {block.moe.name: block.moe.router.num_experts for block in self.layers if block.moe is not None}
 
-    def end_of_step(self, counts: Mapping[str, Tensor]) -> None:
+    @property
+    def leaning(self) -> list[str]:
+        """Routers that want to know how each micro-batch leans (routers/base.py)."""
+        return [block.moe.name for block in self.layers if block.moe is not None and block.moe.router.wants_leans]
+
+    def end_of_step(self, counts: Mapping[str, Tensor], leans: Mapping[str, Tensor]) -> None:
         """Hand every router the counts of its experts, pooled over the optimizer step: selection biases move."""
         for block in self.layers:
             if block.moe is not None:
-                block.moe.router.end_of_step(counts[block.moe.name])
+                block.moe.router.end_of_step(counts[block.moe.name], leans.get(block.moe.name))
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,

@@ -71,11 +71,17 @@ class Router(nn.Module):
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         raise TypeError(f"{type(self).__name__} does not define route")
 
-    def end_of_step(self, counts_E: Tensor) -> None:
+    @property
+    def wants_leans(self) -> bool:
+        """Whether `end_of_step` wants `leans_E`."""
+        return False
+
+    def end_of_step(self, counts_E: Tensor, leans_E: Tensor | None = None) -> None:
         """Called once after every optimizer step of training, without gradient, on every rank alike: for controllers.
 
-        counts_E: int64, slots per expert of the whole step, over ranks and accumulation, before any drop. What changes
-        here is kept in persistent buffers, which are saved.
+        counts_E: int64, slots per expert of the whole step, over ranks and accumulation, before any drop.
+        leans_E: float64, of routers that want it: sign(mean(n) - n_i) of the counts n of every micro-batch of every rank, the
+        mean over these. What changes here is kept in persistent buffers, which are saved.
         """
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -93,6 +99,11 @@ class Router(nn.Module):
             context.decisions.append(Decision(context.router, logits_TE.detach(), ids_TK))
         stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T, context.seq_offsets)
         return Routing(ids_TK, weights_TK, ids_TK.numel(), stats)
+
+
+def lean(counts_E: Tensor) -> Tensor:
+    """sign(mean(n) - n_i), int64 [E]; in integers, so that a load that is exactly the mean is 0."""
+    return (counts_E.sum() - len(counts_E) * counts_E).sign()
 
 
 def drop_padding(ids_TK: Tensor, context: RouterContext) -> Tensor:

@@ -10,7 +10,8 @@ The bias b [E] only chooses. It has no gradient: after every optimizer step it m
     b_i <- b_i + u sign(mean(n) - n_i)        n_i: slots of expert i, all ranks, all micro-batches
 
 DeepSeek-V3 trains with u = 1e-3, and 0 in the last part. The sign is taken of integers, so b has the same bits on every rank
-and every mesh. Losses take P = s / sum_j s_j as the probabilities. A constant in all biases changes no choice inside
+and every mesh. With `counts=micro` it is the mean of what the micro-batches of all ranks would have moved it, each by its own
+counts: what "Demons in the Detail" (2501.11873) compares the former with. That depends on ranks and accumulation. Losses take P = s / sum_j s_j as the probabilities. A constant in all biases changes no choice inside
 groups or without them; `centre` subtracts the mean, so that none builds up.
 
 Padding chooses nothing and counts nowhere. The choice may be limited to a few groups of experts (routers/groups.py).
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.gating import gather_weights
-from moetrain.routers.base import RouterContext, Routing
+from moetrain.routers.base import RouterContext, Routing, lean
 from moetrain.routers.groups import GroupLimitedRouter
 
 TINY = 1e-20                                 # DeepSeek-V3's; also what keeps 0 / 0 out of padding rows
@@ -32,16 +33,18 @@ TINY = 1e-20                                 # DeepSeek-V3's; also what keeps 0 
 
 class SigmoidRouter(GroupLimitedRouter):
     """weights: the gate convention: renorm or raw. scale: factor of the gate weights.
-    update_rate: u, what a bias moves in a step; 0 leaves the biases as they are. centre: subtract their mean.
+    update_rate: u, what a bias moves in a step; 0 leaves the biases as they are. counts: of what the sign is taken, of the
+    whole step (global) or of each micro-batch (micro). centre: subtract the mean of the biases.
     num_groups, topk_groups, group_score: GroupLimitedRouter."""
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, weights: Literal["renorm", "raw"] = "renorm",
-                 scale: float = 1.0, update_rate: float = 1e-3, centre: bool = False, num_groups: int = 1,
+                 scale: float = 1.0, update_rate: float = 1e-3, counts: Literal["global", "micro"] = "global",
+                 centre: bool = False, num_groups: int = 1,
                  topk_groups: int = 1, group_score: Literal["top2", "max"] = "top2") -> None:
         super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups, topk_groups=topk_groups,
                          group_score=group_score)
-        assert weights in ("renorm", "raw"), weights
-        self.weights, self.scale, self.update_rate, self.centre = weights, scale, update_rate, centre
+        assert weights in ("renorm", "raw") and counts in ("global", "micro"), (weights, counts)
+        self.weights, self.scale, self.update_rate, self.counts, self.centre = weights, scale, update_rate, counts, centre
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
@@ -54,11 +57,14 @@ class SigmoidRouter(GroupLimitedRouter):
         probs_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
         return self.routing(ids_TK, self.scale * weights_TK, probs_TE, logits_TE, context)
 
+    @property
+    def wants_leans(self) -> bool:
+        return self.counts == "micro" and self.update_rate != 0
+
     @torch.no_grad()
-    def end_of_step(self, counts_E: Tensor) -> None:
+    def end_of_step(self, counts_E: Tensor, leans_E: Tensor | None = None) -> None:
         if self.update_rate == 0:
             return
-        # mean(n) - n_i times E, in integers: a load that is exactly the mean moves nothing.
-        self.bias += self.update_rate * (counts_E.sum() - self.num_experts * counts_E).sign().to(self.bias.dtype)
+        self.bias += self.update_rate * (leans_E if self.wants_leans else lean(counts_E)).to(self.bias.dtype)
         if self.centre:
             self.bias -= self.bias.mean()

@@ -78,6 +78,12 @@ def capacity_line(run: Run) -> str:
 
 
 def balance_line(run: Run, accumulation: int) -> str:
+    """The loss, and the selection biases where they depend on the split."""
+    text = _loss_text(run, accumulation)
+    return f"{text}; biases by the counts of micro-batches   depends on: ranks, accumulation" if run.state.model.leaning else text
+
+
+def _loss_text(run: Run, accumulation: int) -> str:
     loss = run.objective.losses["balance"]
     if not loss.weight:
         return "no balance loss"

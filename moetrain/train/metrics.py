@@ -15,7 +15,7 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
 from moetrain.losses.load_balance import balance_slope
-from moetrain.routers.base import RoutingStats
+from moetrain.routers.base import RoutingStats, lean
 
 
 class StepSums(NamedTuple):
@@ -27,7 +27,11 @@ class StepSums(NamedTuple):
     violations: float                        # how many were added
     dropped: float                           # slots dropped by a capacity policy, all routers together
     prob_sums: dict[str, Tensor]             # per router [E]
+    leans: dict[str, Tensor]                 # of routers that want them (routers/base.py), the mean over micro-batches [E]
     votes: list[float]                       # those of train/step.py, on their way with the rest
+
+
+HEAD = 6                                     # numbers of a SumBuffer before those of the routers
 
 
 def flat_counts(outputs: list[Mapping[str, RoutingStats]], routers: Mapping[str, int], device: torch.device) -> Tensor:
@@ -51,22 +55,29 @@ def pool(flat: Tensor, routers: Mapping[str, int], tokens: Tensor) -> dict[str, 
 class SumBuffer:
     """Collects the float64 sums of a step on this rank, then adds them over the ranks in one collective."""
 
-    def __init__(self, routers: Mapping[str, int], device: torch.device, votes: Sequence[int] = ()) -> None:
-        self.routers = routers
+    def __init__(self, routers: Mapping[str, int], device: torch.device, votes: Sequence[int] = (),
+                 leaning: Sequence[str] = ()) -> None:
+        """leaning: routers whose leans are wanted."""
+        self.routers, self.leaning = routers, {router: routers[router] for router in leaning}
         self.votes = torch.tensor(votes, dtype=torch.float64, device=device)
-        self.flat = torch.zeros(5 + sum(routers.values()), dtype=torch.float64, device=device)
+        self.sizes = [HEAD, sum(routers.values()), sum(self.leaning.values())]
+        self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, cross_entropy: Tensor, total: Tensor, stats: Mapping[str, RoutingStats]) -> None:
         counts = [stats[router].counts_E for router in self.routers]
         found = torch.stack([max_violation(counts_E) for counts_E in counts]) if counts else self.flat[:0]
         dropped = sum((stats[router].dropped for router in self.routers), self.flat.new_zeros(()))
-        head = torch.stack([cross_entropy.double(), total.double(), found.sum(), _count_routed(counts, self.flat), dropped])
-        self.flat += torch.cat([head, *(stats[router].prob_sum_E.double() for router in self.routers)])
+        head = torch.stack([cross_entropy.double(), total.double(), found.sum(), _count_routed(counts, self.flat), dropped,
+                            self.flat.new_ones(())])
+        self.flat += torch.cat([head, *(stats[router].prob_sum_E.double() for router in self.routers),
+                                *(lean(stats[router].counts_E).double() for router in self.leaning)])
 
     def sum_over(self, group: Group) -> StepSums:
-        flat, votes = sum_over(group, torch.cat([self.flat, self.votes])).split([len(self.flat), len(self.votes)])
-        return StepSums(*flat[:5].tolist(), split_by_router(flat[5:], self.routers), votes.tolist())
+        head, prob_sums, leans, votes = sum_over(group, torch.cat([self.flat, self.votes])).split([*self.sizes, len(self.votes)])
+        *sums, micro_batches = head.tolist()
+        return StepSums(*sums, split_by_router(prob_sums, self.routers), split_by_router(leans / micro_batches, self.leaning),
+                        votes.tolist())
 
 
 def max_violation(counts_E: Tensor) -> Tensor:

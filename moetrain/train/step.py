@@ -50,7 +50,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
 
     run.state.optimizer.zero_grad(set_to_none=True)
     run.parallel.begin(len(batches))
-    sums = SumBuffer(routers, mesh.device, votes)
+    sums = SumBuffer(routers, mesh.device, votes, model.leaning)
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
@@ -70,7 +70,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     rate = learning_rate(step, config.run.steps, config.optim)
     set_learning_rate(run.state.optimizer, rate)
     run.state.optimizer.step()
-    model.end_of_step(counts)
+    model.end_of_step(counts, summed.leans)
     if run.state.prior:
         run.state.prior.observe(counts_L, tokens)
     if planning:

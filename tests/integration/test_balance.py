@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moetrain.train.checkpoint.reader import load
 from moetrain.train.checkpoint.writer import save
+from moetrain.train.metrics import SumBuffer
 from moetrain.train.passes import forwards
 from moetrain.train.pool import Prior
 from moetrain.train.step import train_step
@@ -164,3 +165,42 @@ def test_without_accumulation_all_modes_are_one():
     losses = [steps([*BASE, f"balance.mode={mode}", "train.micro_batch=16"], 1) for mode in ("exact", "sync", "buffer", "warm")]
     for other in losses[1:]:
         assert difference(whole([other[-1][3]]), whole([losses[0][-1][3]]))[0] == 0
+
+
+# --- selection biases by the counts of micro-batches
+
+
+MICRO_BIAS = ["run.dtype=float64", "router=sigmoid", "router.counts=micro", "router.update_rate=0.05", "balance=none", "train.micro_batch=2",
+              "data.min_length=0.2"]
+
+
+def biases(overrides: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
+    """After some steps: biases by router, and parameters; and the counts of every micro-batch that this rank had."""
+    run, counts, add = make_run(overrides), [], SumBuffer.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SumBuffer, "add", lambda self, ce, total, stats: (
+            counts.append({name: of.counts_E.clone() for name, of in stats.items()}), add(self, ce, total, stats)))
+        for step in range(1, STEPS + 1):
+            train_step(run, step)
+    held = {block.moe.name: block.moe.router.bias.clone() for block in run.state.model.layers}
+    return held, snapshot(run, lambda p: p.data), counts
+
+
+@pytest.mark.ranks
+def test_biases_move_by_every_micro_batch_alike_wherever_it_is(ranks):
+    alone, parameters, counts = biases(MICRO_BIAS)
+    for name, bias_E in alone.items():
+        expected_E = torch.zeros_like(bias_E)
+        for step in range(STEPS):
+            for of in counts[8 * step:8 * step + 8]:
+                mean = of[name].double().mean()
+                expected_E += 0.05 / 8 * torch.tensor([(n < mean) * 1.0 - (n > mean) * 1.0 for n in of[name].tolist()]).double()
+        assert bias_E.tolist() == pytest.approx(expected_E.tolist(), abs=1e-12)
+    for world in (2, 4):
+        results = ranks(world).run(biases, [*MICRO_BIAS, *WORLDS[world]])
+        for held, _, _ in results:
+            assert all(torch.equal(held[name], alone[name]) for name in alone)
+        theirs = whole([pieces for _, pieces, _ in results])
+        assert all(torch.allclose(theirs[name], whole([parameters])[name], rtol=0, atol=1e-10) for name in theirs)
+    by_step, _, _ = biases([*MICRO_BIAS, "router.counts=global"])
+    assert any(not torch.equal(by_step[name], alone[name]) for name in alone)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moetrain.ops.gating import count_choices, gather_weights
 from moetrain.routers.base import RouterContext
+from moetrain.routers.base import lean
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.train.evaluate import evaluate
 from moetrain.train.step import train_step
@@ -111,6 +112,15 @@ def test_an_update_moves_every_bias_by_the_rate_against_its_load():
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     router.end_of_step(torch.tensor([0, 0, 0, 3]))                   # the mean is 0.75
     assert router.bias.tolist() == [0.0, 0.5, 0.25, -0.25]
+
+
+def test_a_bias_of_micro_batches_moves_by_the_mean_of_their_leans():
+    router = router_of(experts=4, update_rate=0.25, counts="micro")
+    assert router.wants_leans and not router_of(experts=4).wants_leans
+    leans_E = torch.stack([lean(torch.tensor(counts)) for counts in ([3, 1, 2, 2], [0, 0, 0, 8])]).double().mean(0)
+    assert leans_E.tolist() == [0.0, 1.0, 0.5, -0.5]
+    router.end_of_step(torch.tensor([3, 1, 2, 10]), leans_E)
+    assert router.bias.tolist() == [0.0, 0.25, 0.125, -0.125]
 
 
 def test_a_centred_bias_has_mean_zero_and_makes_the_same_choices():

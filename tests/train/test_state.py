@@ -112,7 +112,7 @@ def test_forgotten_state_is_found(forgotten):
         "array": lambda: run.dataset.__dict__.update(window=np.random.rand(3)),
     }
     end_of_step = run.state.model.end_of_step
-    run.state.model.end_of_step = lambda counts: (end_of_step(counts), keepers[forgotten]())
+    run.state.model.end_of_step = lambda *sums: (end_of_step(*sums), keepers[forgotten]())
     assert len(unsaved(run)) == 1
 
 

@@ -1,0 +1,203 @@
+"""What tools/study_balance.py found: numbers of a run, weights of equal balance, comparisons in pairs, the page and its pictures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrain.train.specialisation import mutual_information
+
+LAST = 50                        # steps at the end over which violations are averaged
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}       # Student's t, two-sided, by freedom
+
+
+class Arm(NamedTuple):
+    key: str                     # of the config: what makes it balance harder
+    strengths: tuple[float, ...]
+    overrides: tuple[str, ...]
+
+
+class Trained(NamedTuple):
+    """A run. losses: held-out nats per byte by domain and their mean. violation: of the whole step (max load over mean, less
+    one, mean over routers), local_violation: inside micro-batches of a rank. information: nats, of expert and domain."""
+
+    stage: int
+    arm: str
+    strength: float
+    seed: int
+    losses: dict[str, float]
+    violation: float
+    local_violation: float
+    information: float
+    step_s: float
+
+
+def read(directory: Path, job: Mapping[str, object]) -> Trained:
+    """The numbers of a run that has finished."""
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    evaluation = json.loads((directory / "eval.jsonl").read_text().splitlines()[-1])
+    last = steps[-LAST:]
+    with np.load(directory / "specialisation.npz") as file:
+        information = [mutual_information(file["choices"][:, router, :experts]) for router, experts in enumerate(file["experts"])]
+    return Trained(**job, losses={name.removeprefix("nats_per_byte/"): value for name, value in evaluation.items()
+                                  if name.startswith("nats_per_byte/")},
+                   violation=float(np.mean([step["moe/max_violation/mean"] for step in last])),
+                   local_violation=float(np.mean([step["moe/local_max_violation/mean"] for step in last])),
+                   information=float(np.mean(information)), step_s=float(np.median([step["time/step"] for step in steps])))
+
+
+def interpolated(runs: Sequence[Trained], arms: Mapping[str, Arm]) -> dict[str, float]:
+    """The strength of each arm of stage 1 at which its violation is the target; none of arms with runs missing."""
+    curves = {arm: [_mean(runs, arm, strength, "violation") for strength in about.strengths] for arm, about in arms.items()}
+    curves = {arm: curve for arm, curve in curves.items() if not np.isnan(curve).any()}
+    if not curves:
+        return {}
+    target = np.exp(np.mean([np.log(curve[1]) for curve in curves.values()]))
+    found = {}
+    for arm, curve in curves.items():
+        falling = np.minimum.accumulate(curve)           # noise may let a stronger loss balance less
+        found[arm] = float(np.exp(np.interp(-np.log(target), -np.log(falling), np.log(arms[arm].strengths))))
+    return found
+
+
+def _mean(runs: Sequence[Trained], arm: str, strength: float, what: str) -> float:
+    values = [getattr(run, what) for run in runs if run.stage == 1 and run.arm == arm and run.strength == strength]
+    return float(np.mean(values)) if values else float("nan")
+
+
+class Difference(NamedTuple):
+    """Of two arms over the same seeds: mean, half of the 95 % interval, seeds."""
+
+    mean: float
+    half: float
+    seeds: int
+
+
+def paired(ours: Sequence[Trained], theirs: Sequence[Trained], what=lambda run: run.losses["mean"]) -> Difference | None:
+    other = {(run.seed, run.strength if run.stage == 1 else 0): what(run) for run in theirs}
+    values = [what(run) - other[run.seed, run.strength if run.stage == 1 else 0] for run in ours
+              if (run.seed, run.strength if run.stage == 1 else 0) in other]
+    if len(values) < 2:
+        return None
+    return Difference(float(np.mean(values)), T_95.get(len(values) - 1, 2.0) * float(np.std(values, ddof=1)) / len(values)**0.5, len(values))
+
+
+# --- the page
+
+
+def write_page(runs: list[Trained], arms: Mapping[str, Arm], final: Sequence[str], stages: Mapping[int, tuple], path: Path) -> Path:
+    first, second = ([run for run in runs if run.stage == stage] for stage in (1, 2))
+    planned = len(stages[1][1]) * sum(len(arm.strengths) for arm in arms.values()), len(stages[2][1]) * len(final)
+    lines = ["# What balancing over the global batch buys", "",
+             "`python tools/study_balance.py --stage 1`, then `--stage 2`; its opening text says what is trained and compared. Two ranks on "
+             "two CPU cores, gloo. Losses are held-out nats per byte, the plain mean over five domains. Violation: the largest load of an "
+             f"expert over the mean, less one, mean over routers and the last {LAST} steps; *global* of a whole step, *local* inside the "
+             "micro-batches of a rank. Information: nats that the choice of an expert says about the domain (at most ln 5 = 1.61).", "",
+             f"Finished: {len(first)} of {planned[0]} runs of stage 1 ({stages[1][0]} steps, seeds {_listed(stages[1][1])}), {len(second)} of "
+             f"{planned[1]} of stage 2 ({stages[2][0]} steps, seeds {_listed(stages[2][1])})."
+             + (" **What is missing is not known.**" if (len(first), len(second)) != planned else ""), ""]
+    lines += _sensitivity(first, stages)
+    lines += _first(first, arms)
+    lines += _second(second, final, interpolated(runs, arms))
+    if first or second:
+        draw(first, second, final, path.with_suffix(".png"))
+        lines.insert(2, f"![Losses and violations]({path.with_suffix('.png').name})\n")
+    path.write_text("\n".join(lines).rstrip() + "\n")
+    return path
+
+
+def _sensitivity(first: list[Trained], stages: Mapping[int, tuple]) -> list[str]:
+    """From stage 1 alone, before stage 2 is looked at."""
+    by_arm = {arm: [run for run in first if run.arm == arm] for arm in ("exact", "micro")}
+    found = paired(by_arm["exact"], by_arm["micro"])
+    if found is None:
+        return ["The smallest difference that can be seen is not known before the pairs of stage 1.", ""]
+    spread = found.half * found.seeds**0.5 / T_95.get(found.seeds - 1, 2.0)
+    seeds = len(stages[2][1])
+    return [f"**Smallest difference that stage 2 can see**, from the spread of the {found.seeds} pairs of `exact` and `micro` in stage 1 "
+            f"(standard deviation {spread:.4f}): {T_95[seeds - 1] * spread / seeds**0.5:.4f} nats per byte with {seeds} seeds, two-sided 95 %. "
+            "Smaller ones are not told apart from none.", ""]
+
+
+def _first(runs: list[Trained], arms: Mapping[str, Arm]) -> list[str]:
+    lines = ["## Stage 1: every arm at three strengths", "",
+             "| arm | strength | seeds | loss | against `micro` at this weight | global violation | local violation | information | step s |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for arm, about in arms.items():
+        for strength in about.strengths:
+            mine = [run for run in runs if run.arm == arm and run.strength == strength]
+            if mine:
+                micro = [run for run in runs if run.arm == "micro" and run.strength == strength]
+                pairs = [run.losses["mean"] - other.losses["mean"] for run in mine for other in micro if run.seed == other.seed]
+                against = ", ".join(f"{pair:+.4f}" for pair in pairs) if about.key == "balance.weight" and arm != "micro" else ""
+                lines.append(f"| {arm} | {about.key}={strength:g} | {len(mine)} | {_average(mine, lambda run: run.losses['mean'], 4)} | {against} | "
+                             + " | ".join(_average(mine, lambda run, what=what: getattr(run, what), digits) for what, digits in (
+                                 ("violation", 2), ("local_violation", 2), ("information", 3), ("step_s", 2))) + " |")
+    return [*lines, ""]
+
+
+def _second(runs: list[Trained], final: Sequence[str], strength: Mapping[str, float]) -> list[str]:
+    if not runs:
+        at = ", ".join(f"{arm} {strength[arm]:.3g}" for arm in final if arm in strength)
+        return ["## Stage 2: at equal balance", "", f"Nothing has finished. It will run at these strengths: {at or 'not known yet'}.", ""]
+    micro = [run for run in runs if run.arm == "micro"]
+    domains = [name for name in runs[0].losses if name != "mean"]
+    lines = ["## Stage 2: at equal balance", "",
+             "Differences to `micro` of the same seed: mean and 95 % interval (Student's t). Below zero is better.", "",
+             "| arm | strength | seeds | loss | difference | " + " | ".join(domains) + " | global violation | local violation | information |",
+             "|" + "---|" * (8 + len(domains))]
+    for arm in final:
+        mine = [run for run in runs if run.arm == arm]
+        if mine:
+            cells = [_interval(paired(mine, micro, lambda run, name=name: run.losses[name])) if arm != "micro" else "" for name in ("mean", *domains)]
+            lines.append(f"| {arm} | {mine[0].strength:.3g} | {len(mine)} | {_average(mine, lambda run: run.losses['mean'], 4)} | "
+                         + " | ".join(cells) + " | " + " | ".join(_average(mine, lambda run, what=what: getattr(run, what), digits)
+                                                                   for what, digits in (("violation", 2), ("local_violation", 2), ("information", 3))) + " |")
+    return [*lines, ""]
+
+
+def _average(runs: list[Trained], what, digits: int) -> str:
+    values = [what(run) for run in runs]
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def _interval(difference: Difference | None) -> str:
+    return "" if difference is None else f"{difference.mean:+.4f} ± {difference.half:.4f}"
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def draw(first: list[Trained], second: list[Trained], final: Sequence[str], path: Path) -> None:
+    """Left: loss over global violation. Middle: local over global violation. Right: differences to micro of stage 2, by seed."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
+    for index, arm in enumerate(dict.fromkeys(run.arm for run in first)):
+        mine = [run for run in first if run.arm == arm]
+        for axis, what in ((left, lambda run: run.losses["mean"]), (middle, lambda run: run.local_violation)):
+            axis.scatter([run.violation for run in mine], [what(run) for run in mine], color=f"C{index}", label=arm, s=28)
+    for axis, text in ((left, "held-out nats per byte"), (middle, "violation inside micro-batches")):
+        axis.set(xlabel="violation of the whole step", ylabel=text, xscale="log")
+        axis.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    middle.set_title("How much local imbalance goes with global balance", fontsize=10)
+    left.set_title("Stage 1: loss and balance", fontsize=10)
+    micro = {run.seed: run.losses["mean"] for run in second if run.arm == "micro"}
+    for place, arm in enumerate(arm for arm in final if arm != "micro"):
+        differences = [run.losses["mean"] - micro[run.seed] for run in second if run.arm == arm and run.seed in micro]
+        right.scatter([place] * len(differences), differences, color=f"C{place + 1}")
+        if differences:
+            right.hlines(np.mean(differences), place - 0.2, place + 0.2, color=f"C{place + 1}")
+    right.axhline(0, color="grey", lw=0.8)
+    right.set_xticks(range(len(final) - 1), [arm for arm in final if arm != "micro"], fontsize=8)
+    right.set_title("Stage 2: difference to micro of the same seed", fontsize=10)
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

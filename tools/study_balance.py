@@ -1,0 +1,132 @@
+"""What balancing over the global batch buys: many small runs, restartable, one table and pictures.
+
+    python tools/study_balance.py --stage 1                # all arms at three weights, two seeds, short
+    python tools/study_balance.py --stage 2                # the arms that matter, at equal balance, five seeds
+    python tools/study_balance.py --report                 # docs/results/balance.md from whatever has finished
+
+A model of 4 layers of 32 experts, top-4, width 128, on the built-in corpus (five domains, each alike), trained by two ranks in
+turns of micro-batches of two sequences: a global batch of 32 sequences is eight micro-batches of each rank. So a balance loss
+sees 2 sequences (micro), 4 (sync), 4 to 32 (buffer), about 32 (warm) or 32 (exact). Runs of a seed have equal initial weights
+and equal batches in equal order: arms are compared in pairs.
+
+The second stage takes each arm at the weight where the first stage gives it the global max violation of the target: the
+geometric mean, over arms, of their violation at the middle weight. Weights are interpolated in the logarithms of both.
+
+Every run is `moetrain train` with its own directory under --out, which resumes by itself: a study that was stopped goes on with
+the same command. Runs take both cores; `nice` does not change what comes out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from balance_result import Arm, Trained, interpolated, read, write_page
+
+ARMS = {
+    "micro": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=micro",)),
+    "sync": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=global", "balance.mode=sync")),
+    "buffer": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=global", "balance.mode=buffer")),
+    "warm": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=global", "balance.mode=warm")),
+    "exact": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=global", "balance.mode=exact")),
+    "bias, micro counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2), ("router=sigmoid", "balance=none", "router.counts=micro")),
+    "bias, global counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2), ("router=sigmoid", "balance=none", "router.counts=global")),
+}
+FINAL = ("micro", "exact", "warm", "bias, global counts")
+STAGES = {1: (200, (1, 2)), 2: (400, (11, 12, 13, 14, 15))}       # optimizer steps, seeds
+COMMON = (
+    "experiment=quickstart", "parallel=ddp", "run.nproc=2", "model.num_layers=4", "model.num_experts=32", "model.top_k=4",
+    "model.expert_dim=32", "train.global_batch=32", "train.micro_batch=2", "train.seq_len=128", "eval.windows=128", "eval.interval=0",
+    "log.wandb=off", "log.interval=50", "checkpoint.interval=100", "checkpoint.keep=1",
+)
+ROOT = Path(__file__).parents[1]
+
+
+class Job(NamedTuple):
+    stage: int
+    arm: str
+    strength: float              # weight of the loss, or what the bias moves
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.arm.replace(', ', '_').replace(' ', '_')}-{self.strength:.3g}-{self.seed}"
+
+    def command(self, out: Path) -> list[str]:
+        arm, steps = ARMS[self.arm], STAGES[self.stage][0]
+        return [sys.executable, "-m", "moetrain", "train", *COMMON, *arm.overrides, f"{arm.key}={self.strength:.4g}",
+                f"run.steps={steps}", f"run.seed={self.seed}", f"run.name={self.name}", f"run.dir={out / self.name}",
+                f"data.cache={out / 'data'}"]
+
+
+def main() -> None:
+    options = parse()
+    out = Path(options.out).resolve()
+    finished = read_all(out)
+    if not options.report:
+        run(jobs(options, finished), out, options.minutes)
+        finished = read_all(out)
+    page = write_page(finished, ARMS, FINAL, STAGES, ROOT / "docs/results/balance.md")
+    print(f"{len(finished)} runs have finished; {page}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=STAGES, default=1)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
+    parser.add_argument("--out", default="runs/study_balance", help="where the runs are")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after so many minutes")
+    parser.add_argument("--report", action="store_true", help="train nothing; write the page from what has finished")
+    return parser.parse_args()
+
+
+def jobs(options: argparse.Namespace, finished: list[Trained]) -> list[Job]:
+    """In the order of their seeds, so that a study which is cut short has whole comparisons."""
+    arms = options.arms or (ARMS if options.stage == 1 else FINAL)
+    if options.stage == 1:
+        return [Job(1, arm, strength, seed) for seed in STAGES[1][1] for strengths in zip(*(ARMS[arm].strengths for arm in arms))
+                for arm, strength in zip(arms, strengths)]
+    strength = interpolated(finished, ARMS)
+    missing = [arm for arm in arms if arm not in strength]
+    if missing:
+        raise SystemExit(f"stage 2 needs the runs of stage 1 of {', '.join(missing)}")
+    return [Job(2, arm, strength[arm], seed) for seed in STAGES[2][1] for arm in arms]
+
+
+def run(planned: list[Job], out: Path, minutes: float) -> None:
+    """What has not finished, one after the other."""
+    left = [job for job in planned if not (out / job.name / "result.json").exists()]
+    print(f"{len(planned) - len(left)} of {len(planned)} runs have finished; {len(left)} to go")
+    began, done = time.monotonic(), 0
+    for job in left:
+        if time.monotonic() - began > 60 * minutes:
+            return
+        start = time.monotonic()
+        directory = out / job.name
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / "study.log", "a") as log:
+            code = subprocess.run(job.command(out), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        if code:
+            raise SystemExit(f"{job.name} ended with {code}; see {directory / 'study.log'}")
+        result = read(directory, job._asdict())
+        (directory / "result.json").write_text(json.dumps(result._asdict()))
+        done += 1
+        each = (time.monotonic() - began) / done
+        print(f"{job.name}: loss {result.losses['mean']:.4f}, violation {result.violation:.2f} global {result.local_violation:.2f} "
+              f"local, {time.monotonic() - start:.0f} s; {len(left) - done} to go, about {each * (len(left) - done) / 60:.0f} min",
+              flush=True)
+
+
+def read_all(out: Path) -> list[Trained]:
+    return [Trained(**json.loads(file.read_text())) for file in sorted(out.glob("*/result.json"))]
+
+
+if __name__ == "__main__":
+    main()
