@@ -43,7 +43,7 @@ STAGES = {1: (200, (1, 2)), 2: (400, (11, 12, 13, 14, 15))}       # optimizer st
 COMMON = (
     "experiment=quickstart", "parallel=ddp", "run.nproc=2", "model.num_layers=4", "model.num_experts=32", "model.top_k=4",
     "model.expert_dim=32", "train.global_batch=32", "train.micro_batch=2", "train.seq_len=128", "eval.windows=128", "eval.interval=0",
-    "log.wandb=off", "log.interval=50", "checkpoint.interval=100", "checkpoint.keep=1",
+    "log.wandb=off", "log.interval=50", "checkpoint.interval=100",
 )
 ROOT = Path(__file__).parents[1]
 
