@@ -125,8 +125,9 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     return MoELayer(
         name=name,
         router=router,
-        dispatcher=TokenDispatcher(homes, FlatExchange(mesh["ep"]), mesh.device),
+        dispatcher=TokenDispatcher(homes, FlatExchange(mesh["ep"]), mesh.device, exact=config.parallel.exact_combine),
         experts=GroupedExperts(bank),
         shared=FeedForward(dim=sizes.dim, hidden_dim=shared_dim) if shared_dim else None,
         capacity=build(config.capacity, num_experts=homes.num_experts),
+        chunks=config.schedule.chunks,
     )

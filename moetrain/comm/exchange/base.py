@@ -21,6 +21,8 @@ class Splits(NamedTuple):
 
 
 class Handle(Protocol):
+    """A NamedTuple with its tensors in sight: FSDP2 looks for them in what leaves a module."""
+
     def wait(self) -> tuple[Tensor, ...]: ...
 
 
@@ -32,7 +34,10 @@ class Exchange(Protocol):
         """Swap blocks of integers [positions, n]: row s of the result came from position s. Waits."""
         ...
 
-    def post(self, tensors: tuple[Tensor, ...], splits: Splits) -> Handle:
+    def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
         """Start sending the rows of all tensors together, ordered by destination; the handle gives the rows received,
-        ordered by source. The tensors have one first dim and may differ in width and dtype."""
+        ordered by source. The tensors have one first dim and may differ in width and dtype; integers have no gradient.
+
+        read: whether backward reads what arrives. What it does not is not kept by activation checkpointing, nor sent again.
+        """
         ...
