@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import moetrain.comm.exchange.flat  # noqa: F401  (registers the collectives that are named below)
+import moetrain.comm.exchange.peer  # noqa: F401
 import moetrain.ops.gating  # noqa: F401
 import moetrain.ops.grouped_experts  # noqa: F401
 
@@ -36,7 +37,7 @@ _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 SAVED = frozenset({torch.ops.moetrain.top_k.default, torch.ops.moetrain.decide.default})
 # What `selective` keeps besides.
 HEAVY = frozenset({
-    _ALL_TO_ALL,
+    _ALL_TO_ALL, torch.ops.moetrain.peer_start.default,
     torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
     torch.ops.moetrain.grouped_experts.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -47,7 +48,7 @@ HEAVY = frozenset({
 
 
 # What backward never reads: recomputing gives numbers that are none instead.
-UNREAD = torch.ops.moetrain.all_to_all_single_unread.default
+UNREAD = frozenset({torch.ops.moetrain.all_to_all_single_unread.default, torch.ops.moetrain.peer_start_unread.default})
 
 
 def is_discrete(op: Any, arguments: tuple) -> bool:
@@ -89,7 +90,7 @@ class Kept:
     def replay(self, *, whole: bool, for_backward: bool = False) -> Iterator[None]:
         """Every kept result comes from the record; beyond its end operators are computed. whole: it must be used up.
         for_backward: nothing else reads what comes of it."""
-        with _Mode(self._wanted, self._give), (_Mode(lambda op, _: op is UNREAD, _unread) if for_backward else nullcontext()):
+        with _Mode(self._wanted, self._give), (_Mode(lambda op, _: op in UNREAD, _unread) if for_backward else nullcontext()):
             yield
         assert not whole or not self._results, f"{len(self._results)} results were not asked for again"
 

@@ -141,7 +141,11 @@ class TokenDispatcher:
             received_PCw = torch.stack(known, dim=1)
         else:
             received_PCw = self.exchange.counts(sent_PCw.flatten(1)).view_as(sent_PCw)
-        return [self._course(*each) for each in zip(leaving, sent_PCw.unbind(1), received_PCw.unbind(1))]
+        by_chunk = list(zip(sent_PCw.unbind(1), received_PCw.unbind(1)))
+        splits = self.exchange.splits(*([self.rows.travelling(counts).tolist() for counts in each] for each in zip(*by_chunk)))
+        slots = [self.rows.computed(received_Pw) for _, received_Pw in by_chunk]
+        counts = [received_Pe.sum(0).tolist()[:self.held] for received_Pe in slots]           # other positions may have more slots
+        return [Course(*each) for each in zip(leaving, splits, slots, counts, strict=True)]
 
     def send(self, x_TD: Tensor, weights_TK: Tensor, course: Course) -> Arriving:
         """Start bringing a chunk's rows to their experts."""
@@ -190,11 +194,6 @@ class TokenDispatcher:
         received_Pe[:, slots_C[here_C]] = split_PC[:, here_C]
         return received_Pe
 
-    def _course(self, leaving: Leaving, sent_Pw: Tensor, received_Pw: Tensor) -> Course:
-        received_Pe = self.rows.computed(received_Pw)
-        splits = Splits(*(tuple(self.rows.travelling(counts).tolist()) for counts in (sent_Pw, received_Pw)))
-        return Course(leaving, splits, received_Pe, received_Pe.sum(0).tolist()[:self.held])     # others may have more slots
-
     def _alone(self, physical_TK: Tensor) -> Course:
         """With one position slots are rows, and all of them are here."""
         permutation = plan_permutation(physical_TK, self.slots)
@@ -210,8 +209,8 @@ class TokenDispatcher:
         permutation = plan_permutation(physical_TK, positions * self.slots)
         if order is not None:
             rows_RD = BySlot().back(rows_RD, order_by_source(course.received_Pe))
-            splits = Splits(tuple(permutation.counts_P.view(positions, -1).sum(1).tolist()),
-                            tuple(course.received_Pe.sum(1).tolist()))
+            sent_Pe = permutation.counts_P.view(positions, -1)
+            (splits,) = self.exchange.splits([sent_Pe.sum(1).tolist()], [course.received_Pe.sum(1).tolist()])
             (rows_RD,) = self.exchange.post((rows_RD,), splits.reversed()).wait()
         slots_as_tokens = permutation._replace(rows_TK=permutation.rows_TK.view(-1, 1))
         return unpermute(rows_RD, slots_as_tokens).view(*physical_TK.shape, -1)

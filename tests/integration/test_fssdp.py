@@ -57,6 +57,7 @@ CASES = {
                                                  "parallel.sliced=3", "parallel.rehome_interval=4"], 1, False, []),
     "in chunks, calibrated, selective": (2, [*CHUNKS, CALIBRATE, "train.activation_checkpointing=selective",
                                              "train.count_pass=true", "parallel.rematerialize=true"], 2, False, []),
+    "tokens by two levels, in chunks": (4, [*CHUNKS, "parallel.exchange=two_level"], 2, False, []),
     "exact": (4, ["parallel.exact_combine=true"], 1, False, []),
     "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
     "two levels, gathered again": (4, ["parallel.collective=two_level", "parallel.rematerialize=true"], 2, True, []),
