@@ -213,7 +213,7 @@ def test_the_mesh_is_as_documented() -> None:
         else:
             groups.append(first)
     assert views == [DENSE_AXES, EXPERT_AXES]
-    assert set(groups) == {*DERIVED, "node"}
+    assert set(groups) == {*DERIVED, "node", "ep_node", "ep_rail"}
     assert set(groups) == set(build_mesh({}, torch.device("cpu")).groups)
     assert modes["single"] == set()
     for mode in ("ddp", "ep", "fsdp", "ep_fsdp"):

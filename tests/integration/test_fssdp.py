@@ -29,6 +29,7 @@ def truth(extra: tuple[str, ...], forced: bool) -> Trained:
     return alone([*extra, "run.dtype=float64"], STEPS, FORCED if forced else None)
 
 
+CHUNKS = ["schedule=fixed", "schedule.chunks=3"]
 CASES = {
     "two": (2, [], 1, False, []),
     "two, empty ranks": (2, [], 2, True, []),
@@ -50,6 +51,14 @@ CASES = {
     "sliced, replicated": (4, ["parallel.sliced=9", "parallel.ep=2", "parallel.rehome_interval=7"], 1, True, []),
     "sliced, two levels": (4, ["parallel.sliced=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
                            ["model.num_experts=[7,3]"]),
+    "four in chunks": (4, CHUNKS, 1, False, []),
+    "in chunks, gathered again, empty ranks": (2, [*CHUNKS, "schedule.chunks=4", "parallel.rematerialize=true"], 2, True, []),
+    "in chunks, exact, recomputed, sliced": (4, [*CHUNKS, "parallel.exact_combine=true", "train.activation_checkpointing=full",
+                                                 "parallel.sliced=3", "parallel.rehome_interval=4"], 1, False, []),
+    "in chunks, calibrated, selective": (2, [*CHUNKS, CALIBRATE, "train.activation_checkpointing=selective",
+                                             "train.count_pass=true", "parallel.rematerialize=true"], 2, False, []),
+    "tokens by two levels, in chunks": (4, [*CHUNKS, "parallel.exchange=two_level"], 2, False, []),
+    "exact": (4, ["parallel.exact_combine=true"], 1, False, []),
     "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
     "two levels, gathered again": (4, ["parallel.collective=two_level", "parallel.rematerialize=true"], 2, True, []),
     "two levels, recomputed": (4, ["parallel.collective=two_level", "train.activation_checkpointing=full"], 2, False, []),

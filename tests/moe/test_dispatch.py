@@ -34,10 +34,10 @@ def routed(ids: list[list[int]], seed: int) -> tuple[Tensor, Routing]:
     return x_TD, Routing(ids_TK, weights_TK, ids_TK.numel(), None)
 
 
-def dispatcher(placement: LayerPlacement) -> TokenDispatcher:
+def dispatcher(placement: LayerPlacement, exact: bool = False) -> TokenDispatcher:
     if placement.positions == 1:
-        return TokenDispatcher(placement, FlatExchange(Group("ep", (0,), 0)), CPU)
-    return TokenDispatcher(placement, FlatExchange(Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)), CPU)
+        return TokenDispatcher(placement, FlatExchange(Group("ep", (0,), 0)), CPU, exact=exact)
+    return TokenDispatcher(placement, FlatExchange(Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)), CPU, exact=exact)
 
 
 def rows_of(sent: Sent) -> Tensor:
@@ -53,10 +53,10 @@ def experts(sent: Sent, ids: tuple[int, ...]) -> Tensor:
     return rows_of(sent) ** 3 * (factor_R * sent.weights_R)[:, None]
 
 
-def through(placement: LayerPlacement, ids: list[list[int]], rank: int) -> tuple[Tensor, ...]:
+def through(placement: LayerPlacement, ids: list[list[int]], rank: int, exact: bool = False) -> tuple[Tensor, ...]:
     """Output, and the gradients of tokens and weights."""
     x_TD, routing = routed(ids, seed=rank)
-    wire = dispatcher(placement)
+    wire = dispatcher(placement, exact)
     sent = wire.dispatch(x_TD, routing)
     held = placement.experts_of(wire.exchange.group.position)
     out_TD = wire.combine(experts(sent, held), sent.ticket)
@@ -72,13 +72,13 @@ def by_loop(ids: list[list[int]], rank: int) -> tuple[Tensor, ...]:
     return out_TD.detach(), x_TD.grad, routing.weights_TK.grad
 
 
-def through_on_rank(placement: LayerPlacement, ids: list[list[list[int]]]) -> tuple[Tensor, ...]:
-    return through(placement, ids[dist.get_rank()], dist.get_rank())
+def through_on_rank(placement: LayerPlacement, ids: list[list[list[int]]], exact: bool) -> tuple[Tensor, ...]:
+    return through(placement, ids[dist.get_rank()], dist.get_rank(), exact)
 
 
-def slots_on_rank(ids: list[list[list[int]]]) -> Tensor:
+def slots_on_rank(ids: list[list[list[int]]], exact: bool) -> Tensor:
     x_TD, routing = routed(ids[dist.get_rank()], seed=dist.get_rank())
-    wire = dispatcher(HOMES[2])
+    wire = dispatcher(HOMES[2], exact)
     sent = wire.dispatch(x_TD, routing)
     return wire.combine(rows_of(sent), sent.ticket, reduce=False).detach()
 
@@ -91,9 +91,10 @@ def test_one_position_gives_the_weighted_sum_of_a_plain_loop(ids):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("placement", [HOMES[2], UNEVEN], ids=["contiguous", "uneven"])
+@pytest.mark.parametrize("exact", [True, False], ids=["by slot", "by token"])
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
-def test_two_positions_give_what_one_gives(ranks, ids, placement):
-    for rank, result in enumerate(ranks(2).run(through_on_rank, placement, ids)):
+def test_two_positions_give_what_one_gives(ranks, ids, placement, exact):
+    for rank, result in enumerate(ranks(2).run(through_on_rank, placement, ids, exact)):
         torch.testing.assert_close(result, through(HOMES[1], ids[rank], rank))
 
 
@@ -111,9 +112,11 @@ def test_rows_come_in_expert_order_and_unreduced_slots_undo_the_dispatch(ids):
 
 
 @pytest.mark.ranks
-def test_unreduced_slots_undo_the_dispatch_over_two_positions(ranks):
-    for rank, slots_TKD in enumerate(ranks(2).run(slots_on_rank, IDS["mixed"])):
-        x_TD, routing = routed(IDS["mixed"][rank], seed=rank)
+@pytest.mark.parametrize("exact", [True, False], ids=["by slot", "by token"])
+@pytest.mark.parametrize("ids", ["mixed", "odd slots", "a rank of padding"])
+def test_unreduced_slots_undo_the_dispatch_over_two_positions(ranks, ids, exact):
+    for rank, slots_TKD in enumerate(ranks(2).run(slots_on_rank, IDS[ids], exact)):
+        x_TD, routing = routed(IDS[ids][rank], seed=rank)
         assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])
 
 
