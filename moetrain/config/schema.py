@@ -112,6 +112,7 @@ class TrainConfig:
         "none", "what backward computes again: nothing, cheap operations, or whole blocks; routing never")
     count_pass: bool = key(False, "exact balance under accumulation by a forward pass that only counts, instead of keeping "
                                   "the graphs of all micro-batches")
+    head_chunk: int = key(0, "tokens whose logits are in memory at once, made again in backward (0: all of a micro-batch)")
     loss_carrier: Literal["returned", "attached"] = key(
         "returned", "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")
 

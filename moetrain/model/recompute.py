@@ -31,15 +31,16 @@ import moetrain.comm.exchange.flat  # noqa: F401  (registers the collectives tha
 import moetrain.comm.exchange.peer  # noqa: F401
 import moetrain.ops.gating  # noqa: F401
 import moetrain.ops.grouped_experts  # noqa: F401
+import moetrain.ops.router  # noqa: F401
 
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 # Discrete: results that must be the same the second time.
-SAVED = frozenset({torch.ops.moetrain.top_k.default, torch.ops.moetrain.decide.default})
+SAVED = frozenset({torch.ops.moetrain.top_k.default, torch.ops.moetrain.decide.default, torch.ops.moetrain.router.default})
 # What `selective` keeps besides.
 HEAVY = frozenset({
     _ALL_TO_ALL, torch.ops.moetrain.peer_start.default,
     torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
-    torch.ops.moetrain.grouped_experts.default,
+    torch.ops.moetrain.grouped_experts.default, torch.ops.moetrain.grouped_experts_padded.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -13,7 +13,9 @@ before that. Calibration (plan/calibrate.py) looks at all, too: it may answer wi
 
 The gate weights travel with the rows, so that an expert's output is already weighted and combining is a plain sum. The
 experts read arrived rows through an order (ops/grouped_experts.py): rows in expert order are never laid out and kept. With
-one position the wire disappears, and what arrives is the tokens themselves.
+one position the wire disappears, and what arrives is the tokens themselves. On a GPU nothing then waits for the host: there are as
+many rows as slots, the used ones first (ops/route_plan.py), and counts stay on the device. (Never run on a GPU; a CPU keeps lists,
+which are faster there.)
 
 Shapes: T tokens, K slots per token, D width, N rows that travel, R rows computed, P positions, E experts, C replicas,
 e slots per position, w counts for a position (moe/rows.py).
@@ -27,7 +29,8 @@ from torch import Tensor
 
 from moetrain.comm.exchange.base import Exchange, Handle, Splits
 from moetrain.moe.rows import Arrived, BySlot, ByToken, Leaving, order_by_source, slot_weights
-from moetrain.ops.permute import Permutation, plan_permutation, unpermute
+from moetrain.ops.permute import Permutation, plan_permutation, unpermute, unpermute_padded, values_of_rows
+from moetrain.ops.route_plan import route_plan
 from moetrain.plan.assign import assign, replica_table, slot_table, spread
 from moetrain.plan.placement import LayerPlacement
 from moetrain.routers.base import Routing
@@ -39,7 +42,7 @@ class Course(NamedTuple):
     leaving: Leaving
     splits: Splits
     received_Pe: Tensor          # slots by source and local slot id
-    counts_e: list[int]          # rows computed here by local slot, on the host
+    counts_e: list[int] | Tensor     # rows computed here by local slot: on the host, or on the device where nothing else is there
 
 
 class Ticket(NamedTuple):
@@ -55,7 +58,7 @@ class Sent(NamedTuple):
     x_ND: Tensor                 # as they arrived: received rows; with one position the tokens
     order: Permutation | None    # arrived rows into expert order; None where they lie in it
     weights_R: Tensor            # in expert order
-    counts_e: list[int]          # rows per local slot, on the host
+    counts_e: list[int] | Tensor     # rows per local slot
     ticket: Ticket
 
 
@@ -75,11 +78,12 @@ class Returning(NamedTuple):
 
     handle: Handle
     permutation: Permutation
+    padded: bool
 
     def wait(self) -> Tensor:
         """The sum of each token's rows, [T, D]."""
         (rows_ND,) = self.handle.wait()
-        return unpermute(rows_ND, self.permutation)
+        return (unpermute_padded if self.padded else unpermute)(rows_ND, self.permutation)
 
 
 class Rule(Protocol):
@@ -97,12 +101,14 @@ class TokenDispatcher:
     counts of all and travel by token; and for every chunk one of rows, one back.
 
     exact: a row travels for every slot, and sums do not depend on who holds an expert; otherwise one for every position where
-    a token has slots (moe/rows.py).
+    a token has slots (moe/rows.py). padded: with one position, counts stay on the device and rows are padded; on GPUs unless said.
     """
 
-    def __init__(self, placement: LayerPlacement, exchange: Exchange, device: torch.device, *, exact: bool = False) -> None:
+    def __init__(self, placement: LayerPlacement, exchange: Exchange, device: torch.device, *, exact: bool = False,
+                 padded: bool | None = None) -> None:
         self.exchange, self.device = exchange, device
         self.rows = BySlot() if exact else ByToken()
+        self.padded = (device.type == "cuda" if padded is None else padded) and exchange.positions == 1
         self.remote_rows = 0                                 # sent to other positions so far, forward
         self.adopt(placement)
 
@@ -151,7 +157,7 @@ class TokenDispatcher:
         """Start bringing a chunk's rows to their experts."""
         if self.exchange.positions == 1:
             order = course.leaving.permutation
-            arrived = Arrived(x_TD, order, slot_weights(weights_TK, order))
+            arrived = Arrived(x_TD, order, (values_of_rows if self.padded else slot_weights)(weights_TK, order))
             return Arriving(self.exchange.post((x_TD,), course.splits),
                             lambda _: Sent(*arrived, course.counts_e, Ticket(course, None)))
         here = self.exchange.position
@@ -168,7 +174,8 @@ class TokenDispatcher:
         """Start bringing the experts' outputs back."""
         course, order = ticket
         rows_ND = rows_RD if order is None else self.rows.back(rows_RD, order)
-        return Returning(self.exchange.post((rows_ND,), course.splits.reversed(), read=False), course.leaving.permutation)
+        return Returning(self.exchange.post((rows_ND,), course.splits.reversed(), read=False), course.leaving.permutation,
+                         self.padded)
 
     def _assign(self, ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         """Physical slots of the routed slots, and the slots that will arrive, [P, e], where they are known by now."""
@@ -196,21 +203,25 @@ class TokenDispatcher:
 
     def _alone(self, physical_TK: Tensor) -> Course:
         """With one position slots are rows, and all of them are here."""
-        permutation = plan_permutation(physical_TK, self.slots)
-        counts_e = permutation.counts_P.tolist()
-        splits = Splits((sum(counts_e),), (sum(counts_e),))
+        if self.padded:
+            permutation, _ = route_plan(physical_TK, self.slots, physical_TK.numel())
+            rows, counts_e = physical_TK.numel(), permutation.counts_P[:self.held]
+        else:
+            permutation = plan_permutation(physical_TK, self.slots)
+            counts_e = permutation.counts_P.tolist()[:self.held]
+            rows = sum(counts_e)
         leaving = Leaving(permutation, physical_TK, permutation.counts_P[None])
-        return Course(leaving, splits, permutation.counts_P[None], counts_e[:self.held])
+        return Course(leaving, Splits((rows,), (rows,)), permutation.counts_P[None], counts_e)
 
     def _unreduced(self, rows_RD: Tensor, ticket: Ticket) -> Tensor:
         """The output of every slot, [T, K, D]: a row comes back for each, however they came here."""
         course, order = ticket
         physical_TK, positions = course.leaving.physical_TK, self.exchange.positions
-        permutation = plan_permutation(physical_TK, positions * self.slots)
+        permutation = course.leaving.permutation if order is None else plan_permutation(physical_TK, positions * self.slots)
         if order is not None:
             rows_RD = BySlot().back(rows_RD, order_by_source(course.received_Pe))
             sent_Pe = permutation.counts_P.view(positions, -1)
             (splits,) = self.exchange.splits([sent_Pe.sum(1).tolist()], [course.received_Pe.sum(1).tolist()])
             (rows_RD,) = self.exchange.post((rows_RD,), splits.reversed()).wait()
         slots_as_tokens = permutation._replace(rows_TK=permutation.rows_TK.view(-1, 1))
-        return unpermute(rows_RD, slots_as_tokens).view(*physical_TK.shape, -1)
+        return (unpermute_padded if self.padded else unpermute)(rows_RD, slots_as_tokens).view(*physical_TK.shape, -1)

@@ -80,7 +80,7 @@ CHUNKED = [
     (("ep2of4", 2, 0, False, True, "selective"), ["schedule.chunks=2", "parallel.exchange=peer"]),
     (("ep2of4", 1, 1, True, False, "selective"), ["schedule.chunks=3"]),
     (("ep_fsdp2", 2, 1, True, False, "full"), ["schedule.chunks=2"]),
-    (("ep2_fsdp4", 1, 1, False, False, "full"), ["schedule.chunks=3"]),
+    (("ep2_fsdp4", 1, 1, False, False, "full"), ["schedule.chunks=3", "train.head_chunk=20"]),
 ]
 
 
@@ -172,7 +172,9 @@ def check(ours: Trained, expected: Trained) -> None:
      {"num_layers": 3, "first_dense_layers": 1, "num_experts": [8, 4, 6], "top_k": [2, 1, 3], "gate": "raw"}),
     (["balance=micro", "balance.weight=0.1", "train.micro_batch=4"], {"balance_scope": "micro"}),
     (["balance=none"], {"balance_scope": "none"}),
-], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none"])
+    (["train.head_chunk=50"], {}),
+    (["train.head_chunk=7", "model.tie_embeddings=true", "train.loss_carrier=attached"], {"tie_embeddings": True}),
+], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none", "head in chunks", "tied head in chunks"])
 def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
     overrides = ["run.dtype=float64", "data.min_length=0.2", "train.clip=0", *overrides]
     run = make_run(overrides)

@@ -4,11 +4,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
+from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import Sent, TokenDispatcher
-from moetrain.ops.permute import permute
+from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.pipeline import Pipeline
+from moetrain.ops.permute import gather_padded, permute
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.routers.base import Routing
 
@@ -123,3 +127,52 @@ def test_unreduced_slots_undo_the_dispatch_over_two_positions(ranks, ids, exact)
 def test_a_placement_for_other_positions_is_refused():
     with pytest.raises(AssertionError):
         TokenDispatcher(HOMES[2], FlatExchange(Group("ep", (0,), 0)), CPU)
+
+
+# --- counts that stay on the device
+
+
+def layer_of_one(padded: bool, ids_TK: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Output and every gradient of experts behind a dispatcher of one position."""
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(len(ids_TK), 8, generator=generator).to(dtype).requires_grad_()
+    weights_TK = torch.rand(ids_TK.shape, generator=generator).requires_grad_()
+    bank = ExpertBank(experts=tuple(range(EXPERTS)), dim=8, expert_dim=16)
+    for matrix in bank.parameters():
+        torch.nn.init.normal_(matrix, generator=generator)
+    wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, padded=padded)
+    out_TD = GroupedExperts(bank)(x_TD, ids_TK, weights_TK.where(ids_TK >= 0, 0), Pipeline(wire)).wait()
+    (out_TD ** 2).sum().backward()
+    return out_TD.detach(), x_TD.grad, weights_TK.grad, bank.gate_up.grad, bank.down.grad
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_counts_on_the_device_give_what_counts_on_the_host_give(ids):
+    for rank in (0, 1):
+        ours, theirs = (layer_of_one(padded, torch.tensor(ids[rank]), torch.float32) for padded in (True, False))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_nothing_asks_the_device_for_a_number(padded):
+    """Fake tensors have no values: whoever wants one is refused."""
+    with FakeTensorMode():
+        ids_TK = torch.zeros(5, 2, dtype=torch.int64)
+        x_TD, weights_TK = torch.randn(5, 8).requires_grad_(), torch.rand(5, 2).requires_grad_()
+        bank = ExpertBank(experts=tuple(range(EXPERTS)), dim=8, expert_dim=16)
+        wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, padded=padded)
+        try:
+            GroupedExperts(bank)(x_TD, ids_TK, weights_TK, Pipeline(wire)).wait().sum().backward()
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            assert not padded
+        else:
+            assert padded and bank.gate_up.grad.shape == bank.gate_up.shape
+
+
+def test_unreduced_slots_of_padded_rows_undo_the_dispatch():
+    x_TD, routing = routed(IDS["mixed"][0], seed=0)
+    x_TD, routing = x_TD.float(), routing._replace(weights_TK=routing.weights_TK.float())
+    wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, padded=True)
+    sent = wire.dispatch(x_TD, routing)
+    slots_TKD = wire.combine(gather_padded(sent.x_ND, *sent.order[:2]), sent.ticket, reduce=False)
+    assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])
