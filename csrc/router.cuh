@@ -249,11 +249,16 @@ __global__ void __launch_bounds__(kThreads) router_kernel(RouterInput in, Router
   }
 }
 
-// Second stage: row after row over the blocks. float_sums and int_sums: [E + 2].
+struct RouterSums {
+  float *prob, *lse2, *entropy;                                // [E], and two scalars
+  int64_t *counts, *tokens, *used;                             // the same: used slots
+};
+
+// Second stage: row after row over the blocks.
 __global__ void __launch_bounds__(kThreads)
-    router_reduce_kernel(const float* __restrict__ sums, const int32_t* __restrict__ counts, float* __restrict__ float_sums,
-                         int64_t* __restrict__ int_sums, int rows, int64_t blocks) {
-  for (int64_t row = warp_id(); row < rows; row += warp_count()) {
+    router_reduce_kernel(const float* __restrict__ sums, const int32_t* __restrict__ counts, RouterSums out, int experts,
+                         int64_t blocks) {
+  for (int64_t row = warp_id(); row < experts + 2; row += warp_count()) {
     float sum = 0;
     int64_t count = 0;
     for (int64_t block = lane_id(); block < blocks; block += kWarp) {
@@ -262,10 +267,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     sum = warp_sum(sum);
     count = warp_sum(count);
-    if (lane_id() == 0) {
-      float_sums[row] = sum;
-      int_sums[row] = count;
-    }
+    if (lane_id() != 0) continue;
+    *(row < experts ? out.prob + row : row == experts ? out.lse2 : out.entropy) = sum;
+    *(row < experts ? out.counts + row : row == experts ? out.tokens : out.used) = count;
   }
 }
 
@@ -380,15 +384,14 @@ void with_experts_per_lane(int64_t experts, Action action) {
   }
 }
 
-inline void launch_router(RouterInput in, RouterOutput out, RouterRule rule, float* float_sums, int64_t* int_sums,
-                          cudaStream_t stream) {
+inline void launch_router(RouterInput in, RouterOutput out, RouterRule rule, RouterSums sums, cudaStream_t stream) {
   const RouterGrid grid = router_grid(in.tokens);
   with_experts_per_lane(rule.experts, [&](auto held) {
     LAUNCH(router_kernel<decltype(held)::value>, grid.blocks, kThreads, router_shared_bytes(rule.experts), stream, in, out,
            rule, grid);
   });
-  LAUNCH(router_reduce_kernel, warp_blocks(rule.experts + 2), kThreads, 0, stream, out.sums, out.counts, float_sums,
-         int_sums, rule.experts + 2, grid.blocks);
+  LAUNCH(router_reduce_kernel, warp_blocks(rule.experts + 2), kThreads, 0, stream, out.sums, out.counts, sums, rule.experts,
+         grid.blocks);
 }
 
 inline void launch_router_backward(RouterGrads grads, const float* logits, const int64_t* ids, const float* lse,

@@ -20,6 +20,9 @@ from moetrain.ops.extension import define
 from moetrain.ops.permute import Permutation
 
 
+MAX_PHYSICAL = 12288             # of the kernel: one warp's counters in shared memory (csrc/launch.h)
+
+
 class RoutePlan(NamedTuple):
     permutation: Permutation     # padded: slots_R has rows without a slot
     ends_P: Tensor
@@ -62,5 +65,6 @@ def route_plan(physical_TK: Tensor, num_physical: int, max_rows: int, alignment:
 
     max_rows: with alignment a, used slots + (a - 1) for every id that may have rows is always enough.
     """
-    *permutation, ends_P = _route_plan(physical_TK, num_physical, max_rows, alignment)
+    plan = _route_plan if num_physical <= MAX_PHYSICAL else _reference
+    *permutation, ends_P = plan(physical_TK, num_physical, max_rows, alignment)
     return RoutePlan(Permutation(*permutation), ends_P)

@@ -1,8 +1,9 @@
 // CUDA for a host compiler: enough of it to run the kernels of csrc/ without a GPU, and to find what a GPU would hide.
 //
 // A block's threads are fibers on one operating system thread. A fiber runs until its next barrier (of the block or of its
-// warp), so nothing is atomic or racy by chance: the order in which fibers run is the `order` of the run (first to last, last
-// to first, or shuffled), and results that differ between orders are a missing barrier. What else is found:
+// warp), so nothing is atomic or racy by chance: the order in which fibers run is the `order` of the run, and results that
+// differ between orders are a missing barrier. In order 0 the first warp runs as far as it can before the second begins, in
+// order 1 the last warp does; otherwise all threads go step by step, shuffled. What else is found:
 //
 //   barriers that not all threads reach, or reach at different lines     "divergent"
 //   writes behind the shared memory that was asked for                   "shared memory overrun"
@@ -77,7 +78,7 @@ struct Block {
 
 inline Block* block = nullptr;
 inline std::string failure;                            // the first; a run that has one stops
-inline int order = 0;                                  // 0: first to last, 1: last to first, otherwise the seed of a shuffle
+inline int order = 0;                                  // 0: first to last, 1: last to first, otherwise a seed
 
 inline void fail(const std::string& what) {
   if (failure.empty()) failure = what;
@@ -125,6 +126,19 @@ inline void switch_to(unsigned thread) {
   setcontext(&fiber.context);
 }
 
+// Each of these threads once, up to its next barrier; whether one got anywhere.
+inline bool step(Block& state, const std::vector<unsigned>& turn, size_t begin, size_t end) {
+  bool progress = false;
+  for (size_t i = begin; i < end; i++) {
+    Fiber& fiber = state.fibers[turn[i]];
+    if (fiber.finished) continue;
+    const bool waited = fiber.waits;
+    switch_to(turn[i]);
+    progress |= !(waited && fiber.waits);
+  }
+  return progress;
+}
+
 inline void run_block(Block& state, unsigned threads, size_t shared_bytes) {
   block = &state;
   if (state.fibers.size() != threads) state.fibers = std::vector<Fiber>(threads);
@@ -140,16 +154,16 @@ inline void run_block(Block& state, unsigned threads, size_t shared_bytes) {
   std::vector<unsigned> turn(threads);
   std::iota(turn.begin(), turn.end(), 0u);
   if (order == 1) std::reverse(turn.begin(), turn.end());
+  const size_t together = order > 1 ? threads : kLanes;        // who goes on before the next ones begin
   std::mt19937 random{unsigned(order)};
   for (bool progress = true; progress && failure.empty();) {
     if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
     progress = false;
-    for (unsigned thread : turn) {
-      Fiber& fiber = state.fibers[thread];
-      if (fiber.finished) continue;
-      const bool waited = fiber.waits;
-      switch_to(thread);
-      progress |= !(waited && fiber.waits);
+    for (size_t first = 0; first < threads; first += together) {
+      while (step(state, turn, first, std::min<size_t>(first + together, threads)) && failure.empty()) {
+        progress = true;
+        if (order > 1) break;                                  // to be shuffled again
+      }
     }
   }
   for (const Fiber& fiber : state.fibers) {

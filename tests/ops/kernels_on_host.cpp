@@ -64,8 +64,9 @@ const char* router(int order, const float* logits, const float* bias, const int6
                    float* weights, float* lse, float* block_sums, int32_t* block_counts, float* sums, int64_t* counts,
                    int64_t tokens, const RouterRule* rule) {
   return run(order, [=] {
-    launch_router({logits, bias, ids_in, valid, tokens}, {ids, weights, lse, block_sums, block_counts}, *rule, sums, counts,
-                  nullptr);
+    const int experts = rule->experts;
+    launch_router({logits, bias, ids_in, valid, tokens}, {ids, weights, lse, block_sums, block_counts}, *rule,
+                  {sums, sums + experts, sums + experts + 1, counts, counts + experts, counts + experts + 1}, nullptr);
   });
 }
 

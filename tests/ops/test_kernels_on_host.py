@@ -272,7 +272,8 @@ def test_router(name, tokens):
 def test_the_choice_orders_nan_infinities_zeros_and_equals_as_torch_does(top2):
     inf, nan = torch.inf, torch.nan
     scores_TE = torch.tensor([[0.0, -0.0, 1.0, 1.0, -1.0, 0.0], [inf, -inf, 2.0, inf, nan, 0.5], [-inf] * 6, [3.0] * 6,
-                              [nan, nan, 1.0, -inf, inf, inf], [-0.0, 0.0, -0.0, 0.0, -0.0, 0.0]])
+                              [nan, nan, 1.0, -inf, inf, inf], [-1.0, -1.0, 5.0, -inf, 4.0, 3.0],
+                              [-0.0, 0.0, -0.0, 0.0, -0.0, 0.0]])
     rule = RouterRule(4, sigmoid=True, renormalised=False, groups=3, kept_groups=2, top2=top2)
     zeros_TE = torch.zeros(1, 6)                         # a bias to zeros: sigmoid(0) = 0.5 moves all scores alike
     for row in scores_TE:
