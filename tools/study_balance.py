@@ -90,11 +90,10 @@ def parse() -> argparse.Namespace:
 
 
 def jobs(options: argparse.Namespace, finished: list[Trained]) -> list[Job]:
-    """In the order of their seeds, so that a study which is cut short has whole comparisons."""
+    """By seed and strength, the middle one first, so that a study which is cut short has whole comparisons."""
     arms = options.arms or (ARMS if options.stage == 1 else FINAL)
     if options.stage == 1:
-        return [Job(1, arm, strength, seed) for seed in STAGES[1][1] for strengths in zip(*(ARMS[arm].strengths for arm in arms))
-                for arm, strength in zip(arms, strengths)]
+        return [Job(1, arm, ARMS[arm].strengths[place], seed) for seed in STAGES[1][1] for place in (1, 2, 0) for arm in arms]
     strength = interpolated(finished, ARMS)
     missing = [arm for arm in arms if arm not in strength]
     if missing:
