@@ -25,9 +25,9 @@ static void grouped_wgrad(const Tensor& a_in, const Tensor& b_in, const Tensor& 
     STD_TORCH_CHECK(a.scalar_type() == ScalarType::Float, "grouped_wgrad: bfloat16 or float32");
     launch_grouped_wgrad(in<float>(a), in<float>(b), in<int32_t>(ends), out<float>(acc), experts, rows, columns, on.stream);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, library) { library.impl("grouped_wgrad_", TORCH_BOX(&grouped_wgrad)); }
+REGISTER(library) { library.impl("grouped_wgrad_", TORCH_BOX(&grouped_wgrad)); }
 
 }  // namespace moetrain

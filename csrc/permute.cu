@@ -13,7 +13,7 @@ static Tensor permute(const Tensor& x_in, const Tensor& slots_in, const Tensor& 
   const Tensor result = empty(x, {slots.size(0), x.size(1)}, x.scalar_type());
   launch_permute(x.const_data_ptr(), in<int64_t>(slots), in<int64_t>(rows), result.mutable_data_ptr(), x.size(0),
                  rows.size(1), slots.size(0), x.size(1) * int64_t(x.element_size()), on.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
   return result;
 }
 
@@ -28,11 +28,11 @@ static Tensor unpermute(const Tensor& rows_in, const Tensor& slots, const Tensor
     launch_unpermute<T>(in<T>(rows), in<int64_t>(row_of), out<T>(result), row_of.size(0), row_of.size(1), rows.size(0),
                         rows.size(1), on.stream);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
   return result;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, library) {
+REGISTER(library) {
   library.impl("permute", TORCH_BOX(&permute));
   library.impl("unpermute", TORCH_BOX(&unpermute));
   library.impl("permute_padded", TORCH_BOX(&permute));

@@ -22,10 +22,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> route_plan(const Tensor& physi
   launch_route_plan(in<int64_t>(physical), out<int64_t>(slots_of_rows), out<int64_t>(rows_of_slots), out<int64_t>(counts),
                     out<int32_t>(ends), scratch.mutable_data_ptr(), tokens * slots, num_physical, max_rows, alignment,
                     on.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
   return {slots_of_rows, rows_of_slots, counts, ends};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, library) { library.impl("route_plan", TORCH_BOX(&route_plan)); }
+REGISTER(library) { library.impl("route_plan", TORCH_BOX(&route_plan)); }
 
 }  // namespace moetrain

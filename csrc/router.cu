@@ -42,8 +42,8 @@ static Routed router(const Tensor& logits_in, const std::optional<Tensor>& bias_
                 {out<float>(prob_sum), out<float>(lse2), out<float>(entropy), out<int64_t>(counts),
                  out<int64_t>(valid_tokens), out<int64_t>(used)},
                 on.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {ids, weights, lse, counts, prob_sum, lse2, entropy, valid_tokens, used};
+  check_launch();
+  return {weights, lse, prob_sum, lse2, entropy, ids, counts, valid_tokens, used};
 }
 
 static Tensor router_backward(const std::optional<Tensor>& d_weights_in, const std::optional<Tensor>& slopes_in,
@@ -70,11 +70,11 @@ static Tensor router_backward(const std::optional<Tensor>& d_weights_in, const s
   launch_router_backward({in<float>(d_weights), in<float>(slopes), in<float>(d_lse2), in<float>(d_entropy)},
                          in<float>(logits), in<int64_t>(ids), in<float>(lse), in<bool>(valid), out<float>(d_logits), tokens,
                          rule, on.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
   return d_logits;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, library) {
+REGISTER(library) {
   library.impl("router", TORCH_BOX(&router));
   library.impl("router_backward", TORCH_BOX(&router_backward));
 }

@@ -21,7 +21,7 @@ static Tensor swiglu(const Tensor& gate_up_in, const Tensor& weights_in, const s
     using T = decltype(type);
     launch_swiglu<T>(in<T>(gate_up), in<Wide<T>>(weights), in<int32_t>(used), out<T>(hidden), rows, width, on.stream);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
   return hidden;
 }
 
@@ -41,11 +41,11 @@ static std::tuple<Tensor, Tensor, Tensor> swiglu_backward(const Tensor& grad_in,
     launch_swiglu_backward<T>(in<T>(grad), in<T>(gate_up), in<Wide<T>>(weights), in<int32_t>(used), out<T>(hidden),
                               out<T>(d_gate_up), out<Wide<T>>(d_weights), rows, width, on.stream);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
   return {hidden, d_gate_up, d_weights};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, library) {
+REGISTER(library) {
   library.impl("swiglu", TORCH_BOX(&swiglu));
   library.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
 }

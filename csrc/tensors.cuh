@@ -1,10 +1,13 @@
 // What every <op>.cu needs to register its kernels: torch's stable ABI (2.11 and later) and nothing else of torch.
 //
-// Schemas, fakes and gradients are Python's (moetrain/ops/<op>.py). Here a tensor becomes a pointer and sizes.
+// Schemas, fakes and gradients are Python's (moetrain/ops/<op>.py). Here a tensor becomes a pointer and sizes. On the host the
+// same registrations serve the CPU (tests/ops/bindings_on_host.cpp), so that they are run too.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#ifndef MOETRAIN_ON_HOST
 #include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +21,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // The device of a tensor, current while this lives, and its stream.
+#ifdef MOETRAIN_ON_HOST
+struct On {
+  cudaStream_t stream = nullptr;
+
+  explicit On(const Tensor&) {}
+};
+inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
+inline void check_launch() { STD_TORCH_CHECK(on_host::failure.empty(), on_host::failure); }
+#define REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(moetrain, CPU, library)
+#else
 struct On {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
@@ -28,6 +41,10 @@ struct On {
     stream = static_cast<cudaStream_t>(current);
   }
 };
+inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+inline void check_launch() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+#define REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, library)
+#endif
 
 inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
 inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
@@ -52,7 +69,7 @@ T* out(const Tensor& tensor) {
 }
 
 inline void expect(const Tensor& tensor, ScalarType type, int64_t dims, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.scalar_type() == type && tensor.dim() == dims, name,
+  STD_TORCH_CHECK(on_device(tensor) && tensor.scalar_type() == type && tensor.dim() == dims, name,
                   ": wrong device, type or number of dims");
 }
 inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t dims, const char* name) {

@@ -83,7 +83,7 @@ def _obstacle(library: Path, sources: Path) -> str | None:
     return None
 
 
-_REASON = load()
+_REASON, _DEVICE = load(), "cuda"
 
 
 def absent() -> str | None:
@@ -93,4 +93,4 @@ def absent() -> str | None:
 
 def kernels_for(tensor: Tensor) -> bool:
     """Whether compiled kernels take what lies where this tensor does."""
-    return tensor.is_cuda and _REASON is None
+    return _REASON is None and tensor.device.type == _DEVICE

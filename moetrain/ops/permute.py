@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.ops.extension import define, kernels_for
+from moetrain.ops.gating import count_choices
 
 
 class Permutation(NamedTuple):
@@ -38,7 +39,7 @@ def plan_permutation(physical_TK: Tensor, num_physical: int, rows: int | None = 
     physical_TK: int64, -1 in unused slots. rows: the number of used slots when it is known (saves a synchronisation).
     """
     flat_N = physical_TK.flatten()
-    counts_P = torch.bincount(flat_N + 1, minlength=num_physical + 1)[1:]
+    counts_P = count_choices(physical_TK, num_physical)
     rows = int(counts_P.sum()) if rows is None else rows
     slots_R = flat_N.where(flat_N >= 0, num_physical).argsort(stable=True)[:rows]
     rows_N = torch.full_like(flat_N, -1)

@@ -76,16 +76,15 @@ def _reference(logits_TE: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, 
     if valid_T is not None:
         lse_T = lse_T.where(valid_T, 0)
     sums = router_sums(probs_TE, logits_TE, ids_TK, valid_T)
-    return (ids_TK, scale * weights_TK, lse_T, sums.counts_E, sums.prob_sum_E, sums.lse2_sum, sums.entropy_sum, sums.tokens,
-            sums.active_sum)
+    return (scale * weights_TK, lse_T, sums.prob_sum_E, sums.lse2_sum, sums.entropy_sum, ids_TK, sums.counts_E.clone(),
+            sums.tokens, sums.active_sum)
 
 
 def _fake(logits_TE, bias_E, ids_TK, valid_T, slots, *rule):
     tokens, experts = logits_TE.shape
-    whole = torch.int64
-    return (logits_TE.new_empty(tokens, slots, dtype=whole), logits_TE.new_empty(tokens, slots), logits_TE.new_empty(tokens),
-            logits_TE.new_empty(experts, dtype=whole), logits_TE.new_empty(experts), logits_TE.new_empty(()),
-            logits_TE.new_empty(()), logits_TE.new_empty((), dtype=whole), logits_TE.new_empty((), dtype=whole))
+    real = [logits_TE.new_empty(shape) for shape in ((tokens, slots), (tokens,), (experts,), (), ())]
+    whole = [logits_TE.new_empty(shape, dtype=torch.int64) for shape in ((tokens, slots), (experts,), (), ())]
+    return (*real, *whole)
 
 
 def _reference_backward(d_weights_TK: Tensor | None, slopes_E: Tensor | None, d_lse2: Tensor | None, d_entropy: Tensor | None,
@@ -124,14 +123,14 @@ def _reference_backward(d_weights_TK: Tensor | None, slopes_E: Tensor | None, d_
 
 def _save(ctx, inputs, output) -> None:
     logits_TE, _, _, valid_T, _, *ctx.rule = inputs
-    ids_TK, _, lse_T, counts_E, *_, tokens, active = output
+    _, lse_T, _, _, _, *whole = output
     ctx.rule = ctx.rule[:3]                              # sigmoid, renormalised, scale
-    ctx.mark_non_differentiable(ids_TK, lse_T, counts_E, tokens, active)
+    ctx.mark_non_differentiable(lse_T, *whole)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits_TE, ids_TK, lse_T, valid_T)
+    ctx.save_for_backward(logits_TE, whole[0], lse_T, valid_T)
 
 
-def _gradients(ctx, _ids, d_weights_TK, _lse, _counts, slopes_E, d_lse2, d_entropy, _tokens, _active):
+def _gradients(ctx, d_weights_TK, _lse, slopes_E, d_lse2, d_entropy, *_whole):
     grads = (d_weights_TK, slopes_E, d_lse2, d_entropy)
     if all(grad is None for grad in grads):
         return (None,) * 11
@@ -166,7 +165,7 @@ def route_tokens(logits_TE: Tensor, rule: RouterRule, bias_E: Tensor | None = No
                  ids_TK: Tensor | None = None) -> Routed:
     """Choice (or the given ids), weights and sums. bias_E only chooses, and has no gradient."""
     bias_E = None if bias_E is None else bias_E.detach()
-    ids_TK, weights_TK, _, counts_E, prob_sum_E, lse2, entropy, tokens, active = _forward(
+    weights_TK, _, prob_sum_E, lse2, entropy, ids_TK, counts_E, tokens, active = _forward(
         logits_TE, bias_E, ids_TK, valid_T, *rule)
     return Routed(ids_TK, weights_TK,
                   RouterSums(tokens, counts_E, prob_sum_E, lse2, entropy, active, torch.zeros_like(active)))
