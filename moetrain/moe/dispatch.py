@@ -14,21 +14,21 @@ before that. Calibration (plan/calibrate.py) looks at all, too: it may answer wi
 The gate weights travel with the rows, so that an expert's output is already weighted and combining is a plain sum. The
 experts read arrived rows through an order (ops/grouped_experts.py): rows in expert order are never laid out and kept. With
 one position the wire disappears, and what arrives is the tokens themselves. On a GPU nothing then waits for the host: there are as
-many rows as slots, the used ones first (ops/route_plan.py), and counts stay on the device. (Never run on a GPU; a CPU keeps lists,
-which are faster there.)
+many rows as slots, the used ones first (ops/route_plan.py), and counts stay on the device. With several, the host waits once a
+micro-batch, for how many rows travel. (Never run on a GPU; a CPU keeps lists, which are faster there.)
 
 Shapes: T tokens, K slots per token, D width, N rows that travel, R rows computed, P positions, E experts, C replicas,
 e slots per position, w counts for a position (moe/rows.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.base import Exchange, Handle, Splits
-from moetrain.moe.rows import Arrived, BySlot, ByToken, Leaving, order_by_source, slot_weights
+from moetrain.moe.rows import Arrived, BySlot, ByToken, Leaving, histogram, order_by_source, slot_weights
 from moetrain.ops.permute import Permutation, plan_permutation, unpermute, unpermute_padded, values_of_rows
 from moetrain.ops.route_plan import route_plan
 from moetrain.plan.assign import assign, replica_table, slot_table, spread
@@ -42,7 +42,8 @@ class Course(NamedTuple):
     leaving: Leaving
     splits: Splits
     received_Pe: Tensor          # slots by source and local slot id
-    counts_e: list[int] | Tensor     # rows computed here by local slot: on the host, or on the device where nothing else is there
+    rows: int                    # R
+    counts_e: list[int] | Tensor     # rows computed here by local slot; on a GPU they stay there
 
 
 class Ticket(NamedTuple):
@@ -101,14 +102,14 @@ class TokenDispatcher:
     counts of all and travel by token; and for every chunk one of rows, one back.
 
     exact: a row travels for every slot, and sums do not depend on who holds an expert; otherwise one for every position where
-    a token has slots (moe/rows.py). padded: with one position, counts stay on the device and rows are padded; on GPUs unless said.
+    a token has slots (moe/rows.py). on_device: counts that the host need not know stay on the device; on GPUs unless said.
     """
 
     def __init__(self, placement: LayerPlacement, exchange: Exchange, device: torch.device, *, exact: bool = False,
-                 padded: bool | None = None) -> None:
+                 on_device: bool | None = None) -> None:
         self.exchange, self.device = exchange, device
         self.rows = BySlot() if exact else ByToken()
-        self.padded = (device.type == "cuda" if padded is None else padded) and exchange.positions == 1
+        self.on_device = device.type == "cuda" if on_device is None else on_device
         self.remote_rows = 0                                 # sent to other positions so far, forward
         self.adopt(placement)
 
@@ -141,23 +142,29 @@ class TokenDispatcher:
         physical, known = self._assign(ids)                  # may change the placement
         if self.exchange.positions == 1:
             return [self._alone(each) for each in physical]
-        leaving = [self.rows.plan(each, self.exchange.positions, self.slots) for each in physical]
-        sent_PCw = torch.stack([each.sent_Pw for each in leaving], dim=1)
+        sent_PCw = torch.stack([self.rows.counts(each, self.exchange.positions, self.slots) for each in physical], dim=1)
         if known is not None and isinstance(self.rows, BySlot):
             received_PCw = torch.stack(known, dim=1)
         else:
             received_PCw = self.exchange.counts(sent_PCw.flatten(1)).view_as(sent_PCw)
-        by_chunk = list(zip(sent_PCw.unbind(1), received_PCw.unbind(1)))
-        splits = self.exchange.splits(*([self.rows.travelling(counts).tolist() for counts in each] for each in zip(*by_chunk)))
-        slots = [self.rows.computed(received_Pw) for _, received_Pw in by_chunk]
-        counts = [received_Pe.sum(0).tolist()[:self.held] for received_Pe in slots]           # other positions may have more slots
-        return [Course(*each) for each in zip(leaving, splits, slots, counts, strict=True)]
+        return self._courses(physical, sent_PCw.unbind(1), received_PCw.unbind(1))
+
+    def _courses(self, physical: list[Tensor], sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Course]:
+        """Courses of all chunks from counts [P, w] of each. Here, once, the host waits for the device."""
+        positions, slots = self.exchange.positions, [self.rows.computed(received_Pw) for received_Pw in received]
+        numbers = torch.stack([torch.cat([self.rows.travelling(sent_Pw), self.rows.travelling(received_Pw), received_Pe.sum(0)])
+                               for sent_Pw, received_Pw, received_Pe in zip(sent, received, slots)]).tolist()
+        counts = [chunk[2 * positions:] for chunk in numbers]
+        splits = self.exchange.splits([chunk[:positions] for chunk in numbers], [chunk[positions:2 * positions] for chunk in numbers])
+        return [Course(self.rows.plan(physical_TK, positions, self.slots, sum(way.sent)), way, received_Pe, sum(counts_e),
+                       received_Pe.sum(0)[:self.held] if self.on_device else counts_e[:self.held])   # others may have more slots
+                for physical_TK, way, received_Pe, counts_e in zip(physical, splits, slots, counts, strict=True)]
 
     def send(self, x_TD: Tensor, weights_TK: Tensor, course: Course) -> Arriving:
         """Start bringing a chunk's rows to their experts."""
         if self.exchange.positions == 1:
             order = course.leaving.permutation
-            arrived = Arrived(x_TD, order, (values_of_rows if self.padded else slot_weights)(weights_TK, order))
+            arrived = Arrived(x_TD, order, (values_of_rows if self.on_device else slot_weights)(weights_TK, order))
             return Arriving(self.exchange.post((x_TD,), course.splits),
                             lambda _: Sent(*arrived, course.counts_e, Ticket(course, None)))
         here = self.exchange.position
@@ -165,7 +172,7 @@ class TokenDispatcher:
         handle = self.exchange.post(self.rows.load(x_TD, weights_TK, course.leaving, self.slots), course.splits)
 
         def take(tensors: tuple[Tensor, ...]) -> Sent:
-            arrived = self.rows.unload(tensors, course.received_Pe, sum(course.counts_e))
+            arrived = self.rows.unload(tensors, course.received_Pe, course.rows)
             return Sent(*arrived, course.counts_e, Ticket(course, arrived.order))
 
         return Arriving(handle, take)
@@ -175,14 +182,14 @@ class TokenDispatcher:
         course, order = ticket
         rows_ND = rows_RD if order is None else self.rows.back(rows_RD, order)
         return Returning(self.exchange.post((rows_ND,), course.splits.reversed(), read=False), course.leaving.permutation,
-                         self.padded)
+                         self.on_device)
 
     def _assign(self, ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         """Physical slots of the routed slots, and the slots that will arrive, [P, e], where they are known by now."""
         if not self.placement.copies and not self.looks_at_all:
             return [assign(ids_TK, self.table_E) for ids_TK in ids], None
         position, positions = self.exchange.position, self.exchange.positions
-        n_CE = torch.stack([torch.bincount(ids_TK.flatten() + 1, minlength=self.placement.num_experts + 1)[1:] for ids_TK in ids])
+        n_CE = torch.stack([histogram(ids_TK, self.placement.num_experts) for ids_TK in ids])
         if not self.looks_at_all:
             return [spread(ids_TK, *self.rule.split(n_E[None], self.placement, position), self.replicas)
                     for ids_TK, n_E in zip(ids, n_CE)], None
@@ -203,25 +210,25 @@ class TokenDispatcher:
 
     def _alone(self, physical_TK: Tensor) -> Course:
         """With one position slots are rows, and all of them are here."""
-        if self.padded:
+        if self.on_device:
             permutation, _ = route_plan(physical_TK, self.slots, physical_TK.numel())
             rows, counts_e = physical_TK.numel(), permutation.counts_P[:self.held]
         else:
             permutation = plan_permutation(physical_TK, self.slots)
             counts_e = permutation.counts_P.tolist()[:self.held]
             rows = sum(counts_e)
-        leaving = Leaving(permutation, physical_TK, permutation.counts_P[None])
-        return Course(leaving, Splits((rows,), (rows,)), permutation.counts_P[None], counts_e)
+        return Course(Leaving(permutation, physical_TK), Splits((rows,), (rows,)), permutation.counts_P[None], rows, counts_e)
 
     def _unreduced(self, rows_RD: Tensor, ticket: Ticket) -> Tensor:
         """The output of every slot, [T, K, D]: a row comes back for each, however they came here."""
         course, order = ticket
         physical_TK, positions = course.leaving.physical_TK, self.exchange.positions
-        permutation = course.leaving.permutation if order is None else plan_permutation(physical_TK, positions * self.slots)
+        permutation = course.leaving.permutation
         if order is not None:
-            rows_RD = BySlot().back(rows_RD, order_by_source(course.received_Pe))
-            sent_Pe = permutation.counts_P.view(positions, -1)
+            sent_Pe = BySlot().counts(physical_TK, positions, self.slots)
+            permutation = BySlot().plan(physical_TK, positions, self.slots, int(sent_Pe.sum())).permutation
+            rows_RD = BySlot().back(rows_RD, order_by_source(course.received_Pe, course.rows))
             (splits,) = self.exchange.splits([sent_Pe.sum(1).tolist()], [course.received_Pe.sum(1).tolist()])
             (rows_RD,) = self.exchange.post((rows_RD,), splits.reversed()).wait()
         slots_as_tokens = permutation._replace(rows_TK=permutation.rows_TK.view(-1, 1))
-        return (unpermute_padded if self.padded else unpermute)(rows_RD, slots_as_tokens).view(*physical_TK.shape, -1)
+        return (unpermute_padded if self.on_device else unpermute)(rows_RD, slots_as_tokens).view(*physical_TK.shape, -1)

@@ -16,7 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder, unpermute
+from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder, unpermute, unpermute_padded
+from moetrain.ops.route_plan import route_plan
 
 
 class Leaving(NamedTuple):
@@ -24,7 +25,6 @@ class Leaving(NamedTuple):
 
     permutation: Permutation     # slots of the tokens here into rows, by destination
     physical_TK: Tensor
-    sent_Pw: Tensor              # int64, for every destination: [rows,] slots by local slot id
 
 
 class Arrived(NamedTuple):
@@ -38,7 +38,8 @@ class Arrived(NamedTuple):
 class Rows(Protocol):
     """One of the two forms. counts_Pw: what one position sends to each other, or the same of what it receives."""
 
-    def plan(self, physical_TK: Tensor, positions: int, slots: int) -> Leaving: ...
+    def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor: ...     # [rows,] slots by local slot id: [P, w]
+    def plan(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> Leaving: ...
     def travelling(self, counts_Pw: Tensor) -> Tensor: ...       # rows, [P]
     def computed(self, counts_Pw: Tensor) -> Tensor: ...         # slots, [P, e]
     def load(self, x_TD: Tensor, weights_TK: Tensor, leaving: Leaving, slots: int) -> tuple[Tensor, ...]: ...
@@ -49,9 +50,11 @@ class Rows(Protocol):
 class BySlot:
     """A row for every slot."""
 
-    def plan(self, physical_TK: Tensor, positions: int, slots: int) -> Leaving:
-        permutation = plan_permutation(physical_TK, positions * slots)
-        return Leaving(permutation, physical_TK, permutation.counts_P.view(positions, slots))
+    def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
+        return histogram(physical_TK, positions * slots).view(positions, slots)
+
+    def plan(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> Leaving:
+        return Leaving(ordered(physical_TK, positions * slots, rows), physical_TK)
 
     def travelling(self, counts_Pw: Tensor) -> Tensor:
         return counts_Pw.sum(1)
@@ -64,7 +67,7 @@ class BySlot:
 
     def unload(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> Arrived:
         x_ND, weights_N = tensors
-        order = order_by_source(received_Pe)
+        order = order_by_source(received_Pe, rows)
         return Arrived(x_ND, order, reorder(weights_N, order.slots_R, order.rows_TK.flatten()))
 
     def back(self, rows_RD: Tensor, order: Permutation) -> Tensor:
@@ -74,11 +77,12 @@ class BySlot:
 class ByToken:
     """A row for every position where a token has slots."""
 
-    def plan(self, physical_TK: Tensor, positions: int, slots: int) -> Leaving:
-        to_TK = physical_TK.div(slots, rounding_mode="floor")                # -1 stays -1
-        permutation = plan_permutation(to_TK.where(first_of_kind(to_TK), -1), positions)
-        by_slot_Pe = torch.bincount(physical_TK.flatten() + 1, minlength=positions * slots + 1)[1:].view(positions, slots)
-        return Leaving(permutation, physical_TK, torch.cat([permutation.counts_P[:, None], by_slot_Pe], dim=1))
+    def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
+        rows_P1 = histogram(destinations(physical_TK, slots), positions)[:, None]
+        return torch.cat([rows_P1, histogram(physical_TK, positions * slots).view(positions, slots)], dim=1)
+
+    def plan(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> Leaving:
+        return Leaving(ordered(destinations(physical_TK, slots), positions, rows), physical_TK)
 
     def travelling(self, counts_Pw: Tensor) -> Tensor:
         return counts_Pw[:, 0]
@@ -87,7 +91,7 @@ class ByToken:
         return counts_Pw[:, 1:]
 
     def load(self, x_TD: Tensor, weights_TK: Tensor, leaving: Leaving, slots: int) -> tuple[Tensor, ...]:
-        permutation, physical_TK, _ = leaving
+        permutation, physical_TK = leaving
         physical_NK = physical_TK.index_select(0, permutation.slots_R // physical_TK.shape[1])
         first_N = physical_TK.flatten()[permutation.slots_R]                 # of the slots that brought the row there
         begin_N1 = (first_N - first_N % slots)[:, None]
@@ -97,17 +101,41 @@ class ByToken:
 
     def unload(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> Arrived:
         x_ND, local_NK, weights_NK = tensors
-        order = plan_permutation(local_NK.long(), received_Pe.shape[1], rows)
+        order = ordered(local_NK.long(), received_Pe.shape[1], rows)
         return Arrived(x_ND, order, slot_weights(weights_NK, order))
 
     def back(self, rows_RD: Tensor, order: Permutation) -> Tensor:
-        return unpermute(rows_RD, order)
+        return summed(rows_RD, order)
 
 
-def order_by_source(received_Pe: Tensor) -> Permutation:
+def ordered(physical_TK: Tensor, num_physical: int, rows: int) -> Permutation:
+    """Used slots, of which there are `rows`, by id, by token, by slot. On a GPU nothing waits for it."""
+    if physical_TK.device.type == "cuda":
+        return route_plan(physical_TK, num_physical, rows).permutation
+    return plan_permutation(physical_TK, num_physical, rows)
+
+
+def summed(rows_RD: Tensor, permutation: Permutation) -> Tensor:
+    """Sum of each token's rows [T, D]. On a GPU it does not ask how many there are."""
+    return (unpermute_padded if rows_RD.device.type == "cuda" else unpermute)(rows_RD, permutation)
+
+
+def histogram(ids_TK: Tensor, number: int) -> Tensor:
+    """How often each id occurs, int64; -1 counts nowhere. (bincount would ask a device for its size.)"""
+    found = torch.zeros(number + 1, dtype=torch.int64, device=ids_TK.device)
+    return found.scatter_add_(0, ids_TK.flatten() + 1, torch.ones_like(ids_TK.flatten()))[1:]
+
+
+def destinations(physical_TK: Tensor, slots: int) -> Tensor:
+    """The position of a slot, where it is the token's first there; else -1."""
+    to_TK = physical_TK.div(slots, rounding_mode="floor")                    # -1 stays -1
+    return to_TK.where(first_of_kind(to_TK), -1)
+
+
+def order_by_source(received_Pe: Tensor, rows: int) -> Permutation:
     """Rows that lie by source and then by slot, into expert order: it follows from the counts."""
     slots = torch.arange(received_Pe.shape[1], device=received_Pe.device).repeat(received_Pe.shape[0])
-    index_R = slots.repeat_interleave(received_Pe.flatten()).argsort(stable=True)
+    index_R = slots.repeat_interleave(received_Pe.flatten(), output_size=rows).argsort(stable=True)
     inverse_R = torch.empty_like(index_R)
     inverse_R[index_R] = torch.arange(index_R.numel(), device=index_R.device)
     return Permutation(index_R, inverse_R[:, None], received_Pe.sum(0))

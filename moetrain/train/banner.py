@@ -51,7 +51,8 @@ def schedule_line(run: Run) -> str:
     chunks = layers[0].pipeline.chunks
     pieces = "in one piece" if chunks == 1 else f"in {chunks} chunks"
     rows = "a row for every expert of a token" if run.config.parallel.exact_combine else "a row for every rank with experts of a token"
-    return f"{pieces} to the experts and back, {rows}"
+    wire = run.config.parallel.exchange
+    return f"{pieces} to the experts and back, {rows}{f', by the {wire} wire' * (wire != 'flat')}"
 
 
 def copies_line(run: Run) -> str:

@@ -39,9 +39,11 @@ def routed(ids: list[list[int]], seed: int) -> tuple[Tensor, Routing]:
 
 
 def dispatcher(placement: LayerPlacement, exact: bool = False) -> TokenDispatcher:
-    if placement.positions == 1:
-        return TokenDispatcher(placement, FlatExchange(Group("ep", (0,), 0)), CPU, exact=exact)
-    return TokenDispatcher(placement, FlatExchange(Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)), CPU, exact=exact)
+    return TokenDispatcher(placement, FlatExchange(group(placement.positions)), CPU, exact=exact)
+
+
+def group(positions: int) -> Group:
+    return Group("ep", (0,), 0) if positions == 1 else Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)
 
 
 def rows_of(sent: Sent) -> Tensor:
@@ -132,15 +134,17 @@ def test_a_placement_for_other_positions_is_refused():
 # --- counts that stay on the device
 
 
-def layer_of_one(padded: bool, ids_TK: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Output and every gradient of experts behind a dispatcher of one position."""
+def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]], exact: bool) -> tuple[Tensor, ...]:
+    """Output and every gradient of the experts here."""
+    placement, rank = HOMES[positions], 0 if positions == 1 else dist.get_rank()
+    ids_TK, dtype = torch.tensor(ids[rank]), torch.float32
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(len(ids_TK), 8, generator=generator).to(dtype).requires_grad_()
     weights_TK = torch.rand(ids_TK.shape, generator=generator).requires_grad_()
-    bank = ExpertBank(experts=tuple(range(EXPERTS)), dim=8, expert_dim=16)
+    bank = ExpertBank(experts=placement.experts_of(rank), dim=8, expert_dim=16)
     for matrix in bank.parameters():
         torch.nn.init.normal_(matrix, generator=generator)
-    wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, padded=padded)
+    wire = TokenDispatcher(placement, FlatExchange(group(positions)), CPU, exact=exact, on_device=on_device)
     out_TD = GroupedExperts(bank)(x_TD, ids_TK, weights_TK.where(ids_TK >= 0, 0), Pipeline(wire)).wait()
     (out_TD ** 2).sum().backward()
     return out_TD.detach(), x_TD.grad, weights_TK.grad, bank.gate_up.grad, bank.down.grad
@@ -148,31 +152,39 @@ def layer_of_one(padded: bool, ids_TK: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 def test_counts_on_the_device_give_what_counts_on_the_host_give(ids):
-    for rank in (0, 1):
-        ours, theirs = (layer_of_one(padded, torch.tensor(ids[rank]), torch.float32) for padded in (True, False))
+    for turned in (ids, ids[::-1]):
+        ours, theirs = (layer_with_counts(on_device, 1, turned, False) for on_device in (True, False))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_nothing_asks_the_device_for_a_number(padded):
+@pytest.mark.ranks
+@pytest.mark.parametrize("exact", [True, False], ids=["by slot", "by token"])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_counts_on_the_device_give_the_same_over_two_positions(ranks, ids, exact):
+    ours, theirs = (ranks(2).run(layer_with_counts, on_device, 2, ids, exact) for on_device in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_nothing_asks_the_device_for_a_number(on_device):
     """Fake tensors have no values: whoever wants one is refused."""
     with FakeTensorMode():
         ids_TK = torch.zeros(5, 2, dtype=torch.int64)
         x_TD, weights_TK = torch.randn(5, 8).requires_grad_(), torch.rand(5, 2).requires_grad_()
         bank = ExpertBank(experts=tuple(range(EXPERTS)), dim=8, expert_dim=16)
-        wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, padded=padded)
+        wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=on_device)
         try:
             GroupedExperts(bank)(x_TD, ids_TK, weights_TK, Pipeline(wire)).wait().sum().backward()
         except (DataDependentOutputException, DynamicOutputShapeException):
-            assert not padded
+            assert not on_device
         else:
-            assert padded and bank.gate_up.grad.shape == bank.gate_up.shape
+            assert on_device and bank.gate_up.grad.shape == bank.gate_up.shape
 
 
 def test_unreduced_slots_of_padded_rows_undo_the_dispatch():
     x_TD, routing = routed(IDS["mixed"][0], seed=0)
     x_TD, routing = x_TD.float(), routing._replace(weights_TK=routing.weights_TK.float())
-    wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, padded=True)
+    wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=True)
     sent = wire.dispatch(x_TD, routing)
     slots_TKD = wire.combine(gather_padded(sent.x_ND, *sent.order[:2]), sent.ticket, reduce=False)
     assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])

@@ -103,6 +103,13 @@ def test_chunks_and_forms_of_rows_change_nothing(ranks, tokens_here):
 
 
 @pytest.mark.ranks
+def test_chunks_give_the_same_bits_every_time(ranks):
+    first, second = (ranks(2).run(outcome, 3, False, (11, 6)) for _ in range(2))
+    for ours, again in zip(first, second):
+        assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("exact", [True, False])
 def test_rows_sent_are_counted(ranks, exact):
     for chunks in (1, 3):
