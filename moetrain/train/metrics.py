@@ -26,12 +26,13 @@ class StepSums(NamedTuple):
     violation: float                         # max violation inside micro-batches, added up over routers
     violations: float                        # how many were added
     dropped: float                           # slots dropped by a capacity policy, all routers together
+    entropy: float                           # of the routers' probabilities, nats, over tokens and routers
     prob_sums: dict[str, Tensor]             # per router [E]
     leans: dict[str, Tensor]                 # of routers that want them (routers/base.py), the mean over micro-batches [E]
     votes: list[float]                       # those of train/step.py, on their way with the rest
 
 
-HEAD = 6                                     # numbers of a SumBuffer before those of the routers
+HEAD = 7                                     # numbers of a SumBuffer before those of the routers
 
 
 def flat_counts(outputs: list[Mapping[str, RoutingStats]], routers: Mapping[str, int], device: torch.device) -> Tensor:
@@ -67,9 +68,10 @@ class SumBuffer:
     def add(self, cross_entropy: Tensor, total: Tensor, stats: Mapping[str, RoutingStats]) -> None:
         counts = [stats[router].counts_E for router in self.routers]
         found = torch.stack([max_violation(counts_E) for counts_E in counts]) if counts else self.flat[:0]
-        dropped = sum((stats[router].dropped for router in self.routers), self.flat.new_zeros(()))
+        dropped, entropy = (sum((getattr(stats[router], field) for router in self.routers), self.flat.new_zeros(()))
+                            for field in ("dropped", "entropy_sum"))
         head = torch.stack([cross_entropy.double(), total.double(), found.sum(), _count_routed(counts, self.flat), dropped,
-                            self.flat.new_ones(())])
+                            entropy, self.flat.new_ones(())])
         self.flat += torch.cat([head, *(stats[router].prob_sum_E.double() for router in self.routers),
                                 *(lean(stats[router].counts_E).double() for router in self.leaning)])
 
@@ -98,6 +100,7 @@ def balance_metrics(counts: Mapping[str, Tensor], sums: StepSums, tokens: int) -
         "moe/max_violation/mean": violation.mean().item(),
         "moe/max_violation/max": violation.max().item(),
         "moe/local_max_violation/mean": sums.violation / max(1.0, sums.violations),
+        "moe/entropy": sums.entropy / max(1, len(counts) * tokens),
         "moe/dead_experts": sum(int((c == 0).sum()) for c in counts.values()),
         "moe/drop_fraction": sums.dropped / max(1, sum(int(c.sum()) for c in counts.values())),
     }
