@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, CACHE, BASELINE = ROOT / "csrc", ROOT / "build" / "cuda", ROOT / "csrc" / "registers.json"
+USUAL_PLACE = Path("/usr/local/cuda/bin/nvcc")
 STABLE_ABI = "0x020b000000000000"                        # torch 2.11
 
 
@@ -35,10 +36,10 @@ class Kernel(NamedTuple):
 def find_nvcc() -> Path:
     places = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places += [Path(found) for found in [shutil.which("nvcc")] if found]
-    for place in [*places, Path("/usr/local/cuda/bin/nvcc")]:
+    for place in [*places, USUAL_PLACE]:
         if place.exists():
             return place
-    sys.exit("no nvcc: looked in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda/bin\n"
+    sys.exit("no nvcc: looked in CUDA_HOME, CUDA_PATH, PATH and " f"{USUAL_PLACE.parent}\n"
              "  why:  the CUDA kernels are compiled by NVIDIA's compiler; everything else of moetrain runs without them\n"
              "  next: install a CUDA toolkit (12.8 or later), or set CUDA_HOME to where it is")
 
