@@ -8,13 +8,13 @@ import resource
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
-from moetrain.losses.load_balance import balance_slope
 from moetrain.routers.base import RoutingStats, lean
 
 
@@ -66,12 +66,12 @@ class SumBuffer:
 
     @torch.no_grad()
     def add(self, cross_entropy: Tensor, total: Tensor, stats: Mapping[str, RoutingStats]) -> None:
-        counts = [stats[router].counts_E for router in self.routers]
-        found = torch.stack([max_violation(counts_E) for counts_E in counts]) if counts else self.flat[:0]
-        dropped, entropy = (sum((getattr(stats[router], field) for router in self.routers), self.flat.new_zeros(()))
+        of = [stats[router] for router in self.routers]
+        found, routed = _violations(of) if of else (self.flat[:0], self.flat[:0])
+        dropped, entropy = (torch.stack([getattr(part, field) for part in of]).sum() if of else self.flat.new_zeros(())
                             for field in ("dropped", "entropy_sum"))
-        head = torch.stack([cross_entropy.double(), total.double(), found.sum(), _count_routed(counts, self.flat), dropped,
-                            entropy, self.flat.new_ones(())])
+        head = torch.stack([cross_entropy.double(), total.double(), found.sum(), routed.sum(), dropped, entropy,
+                            self.flat.new_ones(())])
         self.flat += torch.cat([head, *(stats[router].prob_sum_E.double() for router in self.routers),
                                 *(lean(stats[router].counts_E).double() for router in self.leaning)])
 
@@ -82,28 +82,38 @@ class SumBuffer:
                         votes.tolist())
 
 
-def max_violation(counts_E: Tensor) -> Tensor:
-    """max load / mean load - 1, float64; 0 when nothing was routed."""
-    mean = counts_E.double().mean()
-    return torch.where(mean > 0, counts_E.max() / mean.clamp(min=1e-300) - 1, 0.0)
+def _violations(stats: list[RoutingStats]) -> tuple[Tensor, Tensor]:
+    """Of every router of a micro-batch max load / mean load - 1, float64, 0 when nothing was routed; and whether anything was."""
+    largest = torch.stack([part.counts_E.max() for part in stats]).double()
+    slots = torch.stack([part.active_sum for part in stats])
+    experts = largest.new_tensor([len(part.counts_E) for part in stats])
+    return (largest * experts / slots.clamp(min=1) - 1).where(slots > 0, 0), slots > 0
 
 
 def balance_metrics(counts: Mapping[str, Tensor], sums: StepSums, tokens: int) -> dict[str, float]:
     """Metrics of routing from the pooled sums of the step: independent of mode, mesh and split."""
     if not counts:
         return {}
-    n = torch.tensor(tokens)
-    balance = [(balance_slope(c, n, torch.float64) * sums.prob_sums[name]).sum() for name, c in counts.items()]
-    violation = torch.stack([max_violation(c) for c in counts.values()])
+    loads = _on_host(counts)
+    slots = np.array([n_E.sum() for n_E in loads])
+    share = np.array([len(n_E) for n_E in loads]) / slots.clip(min=1)        # of a slot, over that of the mean load
+    balance = [of_slot * n_E @ p_E / max(1, tokens) for of_slot, n_E, p_E in zip(share, loads, _on_host(sums.prob_sums))]
+    violation = share * [n_E.max() for n_E in loads] - (slots > 0)
     return {
-        "loss/balance": torch.stack(balance).mean().item(),
-        "moe/max_violation/mean": violation.mean().item(),
-        "moe/max_violation/max": violation.max().item(),
+        "loss/balance": float(np.mean(balance)),
+        "moe/max_violation/mean": float(violation.mean()),
+        "moe/max_violation/max": float(violation.max()),
         "moe/local_max_violation/mean": sums.violation / max(1.0, sums.violations),
         "moe/entropy": sums.entropy / max(1, len(counts) * tokens),
-        "moe/dead_experts": sum(int((c == 0).sum()) for c in counts.values()),
-        "moe/drop_fraction": sums.dropped / max(1, sum(int(c.sum()) for c in counts.values())),
+        "moe/dead_experts": sum(int((n_E == 0).sum()) for n_E in loads),
+        "moe/drop_fraction": sums.dropped / max(1, int(slots.sum())),
     }
+
+
+def _on_host(parts: Mapping[str, Tensor]) -> list[np.ndarray]:
+    """Of every router, in one copy."""
+    flat = torch.cat(list(parts.values())).cpu().numpy()
+    return np.split(flat, np.cumsum([len(part) for part in parts.values()])[:-1])
 
 
 def forecast_metrics(errors_permille: Sequence[int]) -> dict[str, float]:
@@ -117,7 +127,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _count_routed(counts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack([(c.sum() > 0).double() for c in counts]).sum() if counts else like.new_zeros(())
