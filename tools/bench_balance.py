@@ -105,7 +105,7 @@ neighbours in the third column.
 | | ms a step | of it, statistics and loss | share |
 |---|---|---|---|
 {rows}
-The models are tiny: `debug` has two layers of width 64 and 512 tokens a step, `quickstart` four of width 128 and 2,048. At such sizes
+The models are tiny: two layers, `debug` of width 64 with 512 tokens a step, `quickstart` of width 128 with 2,048. At such sizes
 the cost is that of calling operators, not of what they compute. It has not been measured on a GPU.
 """
 
