@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import bench_layer
-from bench_layer import Clock, EmulatedLink, Layer, Shape, summary, table
+from bench_layer import Clock, EmulatedLink, Layer, Shape, predicted, summary, table
 from moetrain.comm.exchange.base import Splits
 
 CPU = torch.device("cpu")
@@ -67,4 +67,6 @@ def test_cells_are_measured_once(tmp_path, monkeypatch):
 
 def test_hidden_is_what_a_step_lacks_of_both():
     arm = summary(2, False, step_s=5.0, compute_s=4.0, cut_s=4.5, comm_s=3.0, comm_cut_s=3.2)
-    assert arm["hidden"] == pytest.approx(2 / 3) and arm["predicted_s"] == pytest.approx(4.5 + 1.6)
+    assert arm["hidden"] == pytest.approx(2 / 3) and arm["predicted_s"] == pytest.approx(4.5 + 3 * 0.4)
+    assert predicted(1, 4.5, 3.2) == pytest.approx(7.7)
+    assert predicted(4, 3.0, 16.0) == pytest.approx(1 + 6 + 1 + 1 + 6 + 1)

@@ -20,7 +20,8 @@ and a cell that the file has is not measured again.
     comm       what the link was occupied with; of ranks: a step without computation
     compute    a step on a link that takes no time; of ranks: the pace
     hidden     compute + comm - step          hideable    the smaller of compute and comm
-    predicted  compute + max(0, comm - compute) + first dispatch + last combine, forward and backward  (kernels.md, 6)
+    predicted  forward: first dispatch + the larger of computation and the other exchanges + last combine; backward the same, with
+               the gradients of weights over the last exchange
 """
 
 import argparse
@@ -29,7 +30,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,18 +141,32 @@ class EmulatedLink:
 
 
 class Pace(torch.autograd.Function):
-    """Waits as long as computing would take, forward and twice as long backward."""
+    """Waits as long as computing a chunk would take, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x_RD, seconds):
+    def forward(ctx, x_RD, turnstile, seconds):
         ctx.seconds = seconds
         time.sleep(seconds)
         return x_RD.view_as(x_RD)
 
     @staticmethod
     def backward(ctx, grad_RD):
-        time.sleep(2 * ctx.seconds)
-        return grad_RD, None
+        time.sleep(ctx.seconds)
+        return grad_RD, grad_RD.new_zeros(1), None
+
+
+class PacedWeights(torch.autograd.Function):
+    """Backward waits as long as the gradients of weights would take."""
+
+    @staticmethod
+    def forward(ctx, x, row_s, rows):
+        ctx.row_s, ctx.rows = row_s, rows
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.row_s * sum(ctx.rows))
+        return grad, None, None
 
 
 class Layer:
@@ -176,7 +191,7 @@ class Layer:
         for tensor in (self.x_TD, self.weights_TK, *self.bank.parameters()):
             tensor.grad = None
         begin = self._now()
-        output = pipeline.run(self.x_TD, self.ids_TK, self.weights_TK, computation if row_s is None else paced(row_s))
+        output = pipeline.run(self.x_TD, self.ids_TK, self.weights_TK, computation if row_s is None else Paced(row_s))
         output.wait().sum().backward()
         return self._now() - begin
 
@@ -186,12 +201,20 @@ class Layer:
         return self.clock.now()
 
 
-def paced(row_s: float) -> Callable[[Sent], Tensor]:
-    """Experts that hand rows on, after the time that they would take."""
-    def compute(sent: Sent) -> Tensor:
+class Paced:
+    """Experts that hand rows on, after the time that they would take. row_s: of a row, forward; backward of its gradients, and as
+    much again of those of weights, when all rows have started to return."""
+
+    def __init__(self, row_s: float) -> None:
+        self.row_s, self.rows = row_s, []
+
+    def begin(self) -> None:
+        self.turnstile = PacedWeights.apply(torch.zeros(1, requires_grad=True), self.row_s, self.rows)
+
+    def __call__(self, sent: Sent) -> Tensor:
         rows_RD = sent.x_ND.index_select(0, sent.order.slots_R // sent.order.rows_TK.shape[1]) * sent.weights_R[:, None]
-        return Pace.apply(rows_RD, row_s * sum(sent.counts_e))
-    return compute
+        self.rows.append(sum(sent.counts_e))
+        return Pace.apply(rows_RD, self.turnstile, self.row_s * self.rows[-1])
 
 
 def emulated(options: argparse.Namespace, shape: Shape, ratio: float) -> dict:
@@ -231,7 +254,17 @@ def summary(chunks: int, exact: bool, step_s: float, compute_s: float, cut_s: fl
     hideable = min(compute_s, comm_s)
     return {"chunks": chunks, "exact": exact, "step_s": step_s, "compute_s": compute_s, "comm_s": comm_s, "compute_in_chunks_s": cut_s,
             "hidden": (compute_s + comm_s - step_s) / comm_s, "hidden_of_hideable": (compute_s + comm_s - step_s) / hideable,
-            "predicted_s": cut_s + max(0.0, comm_cut_s - cut_s) * (chunks > 1) + comm_cut_s / (chunks if chunks > 1 else 1)}
+            "predicted_s": predicted(chunks, cut_s, comm_cut_s)}
+
+
+def predicted(chunks: int, compute_s: float, comm_s: float) -> float:
+    """Seconds of a step. Forward is a third of the computation, and the gradients of weights are another; there are four exchanges."""
+    if chunks == 1:
+        return compute_s + comm_s
+    first, pass_s = comm_s / 4 / chunks, compute_s / 3
+    forward = first + max(pass_s, comm_s / 2 - 2 * first) + first
+    backward = first + max(pass_s, comm_s / 2 - 2 * first) + max(pass_s, first)
+    return forward + backward
 
 
 def over_ranks(options: argparse.Namespace, shape: Shape, ratio: float) -> dict | None:

@@ -65,7 +65,7 @@ def compile_one(nvcc: Path, source: Path, archs: list[str]) -> tuple[Path, str]:
     log = built.with_suffix(".log")
     if not (built.exists() and log.exists()):
         CACHE.mkdir(parents=True, exist_ok=True)
-        unfinished = built.with_suffix(".unfinished")
+        unfinished = built.with_suffix(f".{os.getpid()}")
         done = subprocess.run([nvcc, *arguments, "-c", source, "-o", unfinished], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")

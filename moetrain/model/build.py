@@ -115,6 +115,13 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, w
                  recompute=recomputed(config.train.activation_checkpointing))
 
 
+def _counts_stay(config: Config, device: torch.device) -> bool:
+    """Whether counts stay on the device: a GPU whose library of grouped products takes the dtype and the widths."""
+    dtype = getattr(torch, config.run.dtype)
+    widths = config.model.dim, config.model.expert_dim
+    return device.type == "cuda" and dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
 def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, wire: Callable[[str], Exchange]) -> MoELayer:
     sizes, name = config.model, router_name(layer)
     homes = placement[name]
@@ -127,7 +134,8 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     return MoELayer(
         name=name,
         router=router,
-        dispatcher=TokenDispatcher(homes, wire(name), mesh.device, exact=config.parallel.exact_combine),
+        dispatcher=TokenDispatcher(homes, wire(name), mesh.device, exact=config.parallel.exact_combine,
+                                   on_device=_counts_stay(config, mesh.device)),
         experts=GroupedExperts(bank),
         shared=FeedForward(dim=sizes.dim, hidden_dim=shared_dim) if shared_dim else None,
         capacity=build(config.capacity, num_experts=homes.num_experts),

@@ -102,14 +102,15 @@ class TokenDispatcher:
     counts of all and travel by token; and for every chunk one of rows, one back.
 
     exact: a row travels for every slot, and sums do not depend on who holds an expert; otherwise one for every position where
-    a token has slots (moe/rows.py). on_device: counts that the host need not know stay on the device; on GPUs unless said.
+    a token has slots (moe/rows.py). on_device: counts that the host need not know stay on the device (ops/grouped_experts.py says
+    what that asks of dtype and widths).
     """
 
     def __init__(self, placement: LayerPlacement, exchange: Exchange, device: torch.device, *, exact: bool = False,
-                 on_device: bool | None = None) -> None:
+                 on_device: bool = False) -> None:
         self.exchange, self.device = exchange, device
         self.rows = BySlot() if exact else ByToken()
-        self.on_device = device.type == "cuda" if on_device is None else on_device
+        self.on_device = on_device
         self.remote_rows = 0                                 # sent to other positions so far, forward
         self.adopt(placement)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import Sent
 from moetrain.moe.pipeline import Output, Pipeline
+from moetrain.ops.chunked_experts import ChunkedExperts
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.swiglu import swiglu
 
@@ -34,28 +35,39 @@ class GroupedExperts(nn.Module):
 class Computation:
     """A bank's experts over a micro-batch, called once for every chunk.
 
-    Copies of experts are for all chunks: the first waits for them and the last lets go of them, which backward comes by last
-    and first.
+    Copies of experts are for all chunks: they are waited for before the first, and the last lets go of them.
     """
 
     def __init__(self, bank: ExpertBank, chunks: int = 1) -> None:
-        self.bank, self.left = bank, chunks
-        self.copies: tuple[Tensor, Tensor] | None = None
-        self.begun = False
+        self.bank, self.left, self.whole = bank, chunks, chunks == 1
+        self.chunked: ChunkedExperts | None = None
+
+    def begin(self) -> None:
+        """The first chunks are on their way. Of several, backward makes the gradients of weights here: when those of all rows have
+        started to return."""
+        if self.whole:
+            return
+        bank, copies = self.bank, None
+        if bank.copies is not None:
+            _, copies = bank.copies.take(bank.gate_up.new_empty(0))
+        self.chunked = ChunkedExperts(bank.gate_up, bank.down, copies)
 
     def __call__(self, sent: Sent) -> Tensor:
         """Weighted outputs [R, D] ordered by slot."""
-        bank, x_ND = self.bank, sent.x_ND
-        if bank.copies is None:
-            return grouped_experts(x_ND, sent.weights_R, bank.gate_up, bank.down, sent.counts_e, sent.order)
-        if not self.begun:
-            (x_ND, self.copies), self.begun = bank.copies.take(x_ND), True
-        with bank.copies.saving():
-            rows_RD = grouped_experts(x_ND, sent.weights_R, bank.gate_up, bank.down, sent.counts_e, sent.order, self.copies)
+        bank, (x_ND, order, weights_R, counts_e, _), copies = self.bank, sent, None
         self.left -= 1
+        if bank.copies is None:
+            if self.whole:
+                return grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order)
+            return self.chunked(x_ND, weights_R, counts_e, order)
+        if self.whole:
+            x_ND, copies = bank.copies.take(x_ND)
+        with bank.copies.saving():
+            rows_RD = (grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order, copies) if self.whole else
+                       self.chunked(x_ND, weights_R, counts_e, order))
         if self.left:
             return rows_RD
-        self.copies = None
+        self.chunked = None
         return bank.copies.leave(rows_RD)
 
 

@@ -8,6 +8,7 @@ the library that tools/build_cuda.py made, on a torch with CUDA alone. Whatever 
 everything runs on the references, with the same results.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -63,6 +64,7 @@ def load(library: Path = LIBRARY, sources: Path = SOURCES) -> str | None:
     reason = _obstacle(library, sources)
     if reason is None:
         try:
+            _show_torch_cuda()
             torch.ops.load_library(str(library))
         except (OSError, RuntimeError) as error:
             reason = f"{library.name} cannot be loaded: {error}"
@@ -81,6 +83,13 @@ def _obstacle(library: Path, sources: Path) -> str | None:
     if sources.is_dir() and (not stamp.exists() or stamp.read_text().strip() != sources_hash(sources)):
         return f"{library.name} was made of other sources than those in csrc/; {build}"
     return None
+
+
+def _show_torch_cuda() -> None:
+    """A library that was linked against torch's CPU wheel does not name libtorch_cuda: let it find the symbols all the same."""
+    torch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if torch_cuda.exists():
+        ctypes.CDLL(str(torch_cuda), mode=ctypes.RTLD_GLOBAL)
 
 
 _REASON, _DEVICE = load(), "cuda"

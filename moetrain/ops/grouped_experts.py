@@ -20,6 +20,7 @@ D model width, F hidden width, G = 2F.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,18 +50,48 @@ def _reference_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, r
                         gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_cGD: Tensor | None, down_cDF: Tensor | None,
                         gate_up_RG: Tensor, counts_e: list[int] | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the weights, and both matrices of all experts, copies after homes."""
+    rows = rows_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, gate_up_RG,
+                         counts_e)
+    d_gate_up_eGD, d_down_eDF = weights_backward(rows.factors, counts_e)
+    return rows.x_ND, rows.weights_R, d_gate_up_eGD.to(gate_up_eGD.dtype), d_down_eDF.to(down_eDF.dtype)
+
+
+class Factors(NamedTuple):
+    """Rows whose products are the gradients of the matrices."""
+
+    grad_RD: Tensor
+    hidden_RF: Tensor
+    gate_up_RG: Tensor           # gradient
+    x_RD: Tensor
+
+
+class RowsBackward(NamedTuple):
+    x_ND: Tensor
+    weights_R: Tensor
+    factors: Factors
+
+
+def rows_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor,
+                  gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_cGD: Tensor | None, down_cDF: Tensor | None, gate_up_RG: Tensor,
+                  counts_e: list[int] | Tensor) -> RowsBackward:
+    """Gradients of x and of the weights of rows, and what those of the matrices are made of."""
     groups = make_groups(counts_e, x_ND.device)
     grad_RD = grad_RD.contiguous()                       # a sum hands in an expanded one, which grouped_mm refuses
     d_hidden_RF = grouped_product(grad_RD, _cast(down_eDF, down_cDF, x_ND.dtype), groups)
     hidden = swiglu_backward(d_hidden_RF, gate_up_RG, weights_R, groups.used)
-    d_down_eDF = grouped_outer(grad_RD, hidden.hidden_RF, groups).to(down_eDF.dtype)
-    d_gate_up_eGD = grouped_outer(hidden.gate_up_RG, _ordered(x_ND, slots_R, rows_NK, groups), groups).to(gate_up_eGD.dtype)
     d_rows_RD = grouped_product(hidden.gate_up_RG, _cast(gate_up_eGD, gate_up_cGD, x_ND.dtype), groups)
+    factors = Factors(grad_RD, hidden.hidden_RF, hidden.gate_up_RG, _ordered(x_ND, slots_R, rows_NK, groups))
     if slots_R is not None:
         d_rows_RD = (sum_slots if groups.used is None else sum_padded)(d_rows_RD, slots_R, rows_NK)
     elif groups.used is not None:
         d_rows_RD = only_used(d_rows_RD, groups.used)    # padding of x gets no gradient
-    return d_rows_RD, hidden.weights_R, d_gate_up_eGD, d_down_eDF
+    return RowsBackward(d_rows_RD, hidden.weights_R, factors)
+
+
+def weights_backward(factors: Factors, counts_e: list[int] | Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of both matrices of all experts, in the dtype of the rows."""
+    groups = make_groups(counts_e, factors.x_RD.device)
+    return grouped_outer(factors.gate_up_RG, factors.x_RD, groups), grouped_outer(factors.grad_RD, factors.hidden_RF, groups)
 
 
 def _fake_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, gate_up_RG,
@@ -135,6 +166,11 @@ _forward, _backward = _define("", "SymInt[] counts_e")
 _forward_padded, _backward_padded = _define("_padded", "Tensor counts_e")
 
 
+def forward_of(counts_e: list[int] | Tensor) -> Callable:
+    """The op: outputs, and the gate and up halves that backward keeps."""
+    return _forward_padded if isinstance(counts_e, Tensor) else _forward
+
+
 def grouped_experts(x_ND: Tensor, weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, counts_e: list[int] | Tensor,
                     order: Permutation | None = None, copies: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Weighted outputs of the experts, [R, D] ordered by expert.
@@ -146,6 +182,5 @@ def grouped_experts(x_ND: Tensor, weights_R: Tensor, gate_up_eGD: Tensor, down_e
     """
     slots_R, rows_NK = (None, None) if order is None else (order.slots_R, order.rows_TK)
     gate_up_cGD, down_cDF = copies or (None, None)
-    forward = _forward_padded if isinstance(counts_e, Tensor) else _forward
-    out_RD, _ = forward(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, counts_e)
+    out_RD, _ = forward_of(counts_e)(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, counts_e)
     return out_RD

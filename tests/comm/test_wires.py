@@ -1,7 +1,6 @@
 """Every wire moves what the flat one moves: on four ranks, two a node, rows bit for bit and gradients the way they came."""
 
 import os
-from functools import cache
 from typing import get_args, get_type_hints
 from unittest import mock
 
@@ -24,13 +23,11 @@ TRAFFIC = [
 ]
 
 
-@cache
 def mesh() -> Mesh:
     with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="2"):
         return build_mesh(mesh_sizes("ep", dist.get_world_size(), None), torch.device("cpu"))
 
 
-@cache
 def one_node() -> Mesh:
     return build_mesh(mesh_sizes("ep", dist.get_world_size(), None), torch.device("cpu"))
 
@@ -45,7 +42,7 @@ def rows(number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
     """Rows sent, changed where they arrived, and sent back, on two exchanges that overlap; and the gradients of all."""
     rank = dist.get_rank()
-    exchange = FlatExchange(mesh()["ep"]) if name == "flat" else cached_wire(name)("layers.0.moe")
+    exchange = FlatExchange(mesh()["ep"]) if name == "flat" else wire_of(name)("layers.0.moe")
     turned = [list(row) for row in zip(*traffic)]
     plain, other = exchange.splits([traffic[rank], turned[rank]], [turned[rank], traffic[rank]])
     found = []
@@ -62,8 +59,7 @@ def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
     return found
 
 
-@cache
-def cached_wire(name: str):
+def wire_of(name: str):
     layout = one_node() if name == "peer" else mesh()
     return wires(name, layout, 60)
 

@@ -52,7 +52,6 @@ CASES = {
     "sliced, replicated": (4, ["parallel.sliced=9", "parallel.ep=2", "parallel.rehome_interval=7"], 1, True, []),
     "sliced, two levels": (4, ["parallel.sliced=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
                            ["model.num_experts=[7,3]"]),
-    "four in chunks": (4, CHUNKS, 1, False, []),
     "in chunks, gathered again, empty ranks": (2, [*CHUNKS, "schedule.chunks=4", "parallel.rematerialize=true"], 2, True, []),
     "in chunks, exact, recomputed, sliced": (4, [*CHUNKS, "parallel.exact_combine=true", "train.activation_checkpointing=full",
                                                  "parallel.sliced=3", "parallel.rehome_interval=4"], 1, False, []),

@@ -8,6 +8,7 @@ from torch import nn
 from moetrain.moe.bank import ExpertBank, Taken, is_expert_parameter
 from moetrain.moe.dispatch import Sent
 from moetrain.moe.experts import Computation, GroupedExperts
+from moetrain.ops.permute import Permutation
 
 
 class Layer(nn.Module):
@@ -41,7 +42,7 @@ def test_only_the_banks_parameters_are_expert_parameters():
 
 def sent(x_RD: torch.Tensor, weights_R: torch.Tensor, counts_e: list[int]) -> Sent:
     """Rows that lie in expert order."""
-    return Sent(x_RD, None, weights_R, counts_e, None)
+    return Sent(x_RD, Permutation(torch.arange(len(x_RD)), torch.arange(len(x_RD))[:, None], None), weights_R, counts_e, None)
 
 
 class Elsewhere:
@@ -76,6 +77,7 @@ def test_copies_are_computed_after_the_homes():
     part.post()
     chunks = [sent(torch.randn(5, 3), torch.rand(5), [2, 0, 3]), sent(torch.randn(2, 3), torch.rand(2), [1, 1, 0])]
     ours = Computation(part, chunks=2)
+    ours.begin()
     for chunk in chunks:
         assert ours(chunk).equal(Computation(whole)(chunk))
     assert part.copies.called == ["post", "take", "saving", "saving", "leave"]

@@ -8,6 +8,7 @@ lies between guards that `check_guards` looks at.
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -36,7 +37,7 @@ def library() -> ctypes.CDLL:
     built = ROOT / "build" / "kernels_on_host" / f"{digest}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = built.with_suffix(".unfinished")
+        unfinished = built.with_suffix(f".{os.getpid()}")       # two workers may build at once
         subprocess.run([compiler, *FLAGS, "-I", str(CSRC), "-I", str(HERE), str(HERE / "kernels_on_host.cpp"),
                         "-o", str(unfinished)], check=True)
         unfinished.rename(built)

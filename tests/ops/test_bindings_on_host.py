@@ -5,6 +5,7 @@ the ops: what they demand of the references, the kernels do too, gradients throu
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def built() -> Path:
     library = ROOT / "build" / "kernels_on_host" / f"bindings-{digest.hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(".unfinished")
+        unfinished = library.with_suffix(f".{os.getpid()}")       # two workers may build at once
         subprocess.run([compiler, *flags, "-I", str(CSRC), "-I", str(HERE), "-isystem", str(folder / "include"),
                         str(HERE / "bindings_on_host.cpp"), "-L", str(folder / "lib"), "-ltorch_cpu", "-lc10",
                         "-o", str(unfinished)], check=True)

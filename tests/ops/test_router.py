@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.model.recompute import recomputed
 from moetrain.ops.router import RouterRule, kernel_takes, route_tokens
 from moetrain.routers.base import RouterContext
 from moetrain.routers.sigmoid import SigmoidRouter
@@ -66,6 +67,19 @@ def test_given_ids_nothing_is_chosen():
     assert routed.ids_TK.equal(ids_TK) and routed.sums.counts_E.tolist() == [2, 1, 1, 1, 1, 1]
     expected = logits_TE.softmax(-1).gather(1, ids_TK.clamp(min=0)).where(ids_TK >= 0, 0)
     torch.testing.assert_close(routed.weights_TK, expected)
+
+
+def test_a_recomputed_block_keeps_the_choice_it_made():
+    """Recomputed logits that would choose otherwise, as rounding may make them: the first choice holds."""
+    swaps = iter([[0, 1, 2], [1, 0, 2]])
+
+    def block(logits_TE: Tensor) -> Tensor:
+        return route_tokens(logits_TE[:, next(swaps)], RouterRule(1, renormalised=False)).weights_TK
+
+    logits_TE = torch.tensor([[3.0, 1.0, 0.0]], requires_grad=True)
+    recomputed("full")(block, logits_TE).sum().backward()
+    (expected,) = torch.autograd.grad(logits_TE[:, [1, 0, 2]].softmax(-1)[0, 0], logits_TE)     # expert 0 of the swapped logits
+    torch.testing.assert_close(logits_TE.grad, expected)
 
 
 def test_no_kernel_is_asked_for_on_the_cpu_or_beyond_its_bounds():

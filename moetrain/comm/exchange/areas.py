@@ -51,7 +51,7 @@ class Areas(Protocol):
         """Until a position has put that epoch or a later one. TimeoutError where it can be raised, else a trap."""
         ...
 
-    def leaving(self) -> AbstractContextManager: ...             # around what sends
+    def leaving(self, message: Tensor) -> AbstractContextManager: ...        # around what sends it
     def arriving(self) -> AbstractContextManager: ...            # around what receives
     def landed(self) -> None: ...                                # before what was received is read
 
@@ -82,7 +82,7 @@ class HostAreas:
                 raise TimeoutError
             time.sleep(POLL_S)
 
-    def leaving(self) -> AbstractContextManager:
+    def leaving(self, message: Tensor) -> AbstractContextManager:
         return nullcontext()
 
     def arriving(self) -> AbstractContextManager:
@@ -145,8 +145,9 @@ class SymmetricAreas:
     def wait(self, position: int, kind: int, epoch: int, limit_s: float) -> None:
         self.pads[1].wait_signal(position, channel=2 * kind + epoch % 2, timeout_ms=int(limit_s * 1e3))
 
-    def leaving(self) -> AbstractContextManager:
+    def leaving(self, message: Tensor) -> AbstractContextManager:
         self.out.wait_stream(torch.cuda.current_stream(self.device))
+        message.record_stream(self.out)                      # its memory is not given away before it has been copied
         return torch.cuda.stream(self.out)
 
     def arriving(self) -> AbstractContextManager:

@@ -63,7 +63,7 @@ class Peers:
         area = 2 * channel + epoch % 2
         areas.grow(area, most * row)
         begins = list(accumulate(sent, initial=0))
-        with areas.leaving():
+        with areas.leaving(message):
             rows = message.view(-1).view(torch.uint8) if message.numel() else message.new_empty(0, dtype=torch.uint8)
             for step in range(areas.positions):              # every position begins with another destination
                 to = (areas.position + step) % areas.positions
