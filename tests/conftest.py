@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: ranks by world size, and the options --all (full products) and --quick."""
 
 import os
+from collections.abc import Iterable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -10,15 +11,31 @@ from tests.ranks import Ranks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="run the full product of the parity matrix")
-    parser.addoption("--quick", action="store_true", help="leave out the tests marked slow")
+    parser.addoption("--all", action="store_true", help="run full products, and what is marked full")
+    parser.addoption("--quick", action="store_true", help="leave out the tests marked slow, and most cases of those that start several processes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = items[:] if config.getoption("--all") else [item for item in items if "full" not in item.keywords]
     if config.getoption("--quick"):
-        kept = [item for item in items if "slow" not in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
-        items[:] = kept
+        kept = [item for item in kept if "slow" not in item.keywords]
+        beyond = set(_beyond(item for item in kept if "ranks" in item.keywords))
+        kept = [item for item in kept if item not in beyond]
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
+
+
+def _beyond(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """All but a few cases of every parametrized test, spread over its list."""
+    by_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    few = {id(cases[len(cases) * i // QUICK_CASES]) for cases in by_test.values() for i in range(QUICK_CASES)}
+    return [item for cases in by_test.values() for item in cases if id(item) not in few]
+
+
+QUICK_CASES = 2              # with --quick, of a test that starts several processes
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@
 a rank that does not answer within the limit is named.
 """
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -86,12 +87,18 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    while (task := pipe.recv()) is not None:
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    for number in itertools.count():
+        # Every task has a world of its own: a gloo group keeps a thread that wakes all the time, and tasks make many.
+        dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=size)
+        task = pipe.recv()
+        if task is None:
+            break
         function, arguments = task
         try:
             pipe.send(("", function(*arguments)))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
+        dist.destroy_process_group()
     dist.barrier()
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ import torch
 from moetrain.config.build import build
 from moetrain.config.compose import compose
 from moetrain.plan.loads import generate
+from moetrain.plan.placement import ExpertPlacement
 from tests.launch.runs import ROOT
 
 sys.path.append(str(ROOT / "tools"))                     # here, so that the ranks have it too
@@ -25,13 +26,14 @@ PLANNERS = bench_placement.PLANNERS
 SIZES = placement_ranks.Sizes(dim=8, expert_dim=4, row_s=1e-4, hidden_s=1e-3, inside=1e8, between=1e7)
 
 
-def metered(trace: np.ndarray, planner: str, per_node: int) -> tuple[list[int], int, placement_ranks.Traffic]:
-    """Bytes that this rank handed over for each, its calls, and what both should be for all ranks."""
+def metered(trace: np.ndarray, planner: str, per_node: int, sliced: tuple[int, ...]) -> tuple[list[int], int, placement_ranks.Traffic]:
+    """Bytes that this rank handed over for each, its calls, and what both should be for all ranks. sliced: experts in pieces."""
     from moetrain.comm.mesh import build_mesh, mesh_sizes
 
     positions, experts = trace.shape[1:]
     group = build_mesh(mesh_sizes("fssdp", positions, None), torch.device("cpu"))["ep"]
     stack = placement_ranks.Stack(SIZES, experts, group, per_node, paced=False)
+    stack.start(ExpertPlacement(tuple((name, homes.with_sliced(sliced)) for name, homes in stack.homes.layers)))
     built = build(compose([f"planner={planner}", "parallel=fssdp", *(["planner.min_rows=8"] if planner == "llep" else [])]).planner)
     loads = placement_ranks.Arm.parse(f"{planner}+oracle+nodes").loads(trace, 0, per_node)
     stack.adopt(built.rule, placement_ranks.plans_of(stack, built, loads, 2))
@@ -41,9 +43,9 @@ def metered(trace: np.ndarray, planner: str, per_node: int) -> tuple[list[int], 
     return meter.sent_P.tolist(), meter.calls, stack.expected(n_PE)
 
 
-def all_ranks(ranks, trace: np.ndarray, planner: str, per_node: int) -> placement_ranks.Traffic:
+def all_ranks(ranks, trace: np.ndarray, planner: str, per_node: int, sliced: tuple[int, ...] = ()) -> placement_ranks.Traffic:
     """What the ranks sent, after a comparison with what they should have."""
-    found = ranks(4).run(metered, trace, planner, per_node)
+    found = ranks(4).run(metered, trace, planner, per_node, sliced)
     expected = found[0][2]
     assert [sent for sent, _, _ in found] == expected.bytes_PP.tolist()
     assert [calls for _, calls, _ in found] == [expected.calls] * 4
@@ -58,6 +60,8 @@ def test_bytes_and_calls_are_what_follows_from_rows_plan_and_sizes(ranks, planne
         assert sent.calls in (10, 14)                    # of two layers: counts, rows four times, copies there and back
     if planner not in ("ep", "shadow"):
         assert sent.calls == 14                          # there were copies to count
+    in_pieces = all_ranks(ranks, generate("hot_rank", 3, 1, 4, 8, 60), planner, 2, (0, 5))
+    assert in_pieces.calls in (14, 18)                   # pieces there and back, with or without whole copies
 
 
 @pytest.mark.ranks

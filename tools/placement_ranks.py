@@ -34,7 +34,8 @@ from moetrain.config.build import build
 from moetrain.config.compose import compose
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
-from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.experts import Computation
+from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.parallel.fssdp import CopyManager
 from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
@@ -209,7 +210,7 @@ class Stack:
             torch.nn.init.normal_(parameter, std=0.02)
         reshard(self.banks, torch.optim.SGD(parameters), homes.whole, homes, self.group)      # cuts up
         self.copies = CopyManager(self.banks, self.group, dtype=torch.float32, rematerialize=False, recompute=False)
-        self.dispatchers = {name: TokenDispatcher(layer, FlatExchange(self.group), torch.device("cpu"))
+        self.dispatchers = {name: TokenDispatcher(layer, FlatExchange(self.group), torch.device("cpu"), exact=True)
                             for name, layer in homes.layers}
         self.adopt("local_first", {name: LayerPlan(layer) for name, layer in homes.layers})
 
@@ -236,7 +237,7 @@ class Stack:
             bank.post()
             x_TD = Pace.apply(x_TD, hidden_s, 2 * hidden_s)
             sent = self.dispatchers[name].dispatch(bank.depart(x_TD), routing)
-            rows_RD = GroupedExperts(bank)(sent.x_ND, sent.weights_R, sent.counts_e, sent.order)
+            rows_RD = Computation(bank)(sent)
             seconds = row_s * sum(sent.counts_e)
             x_TD = x_TD + self.dispatchers[name].combine(Pace.apply(rows_RD, seconds / 3, seconds * 2 / 3), sent.ticket)
         x_TD.sum().backward()
@@ -284,7 +285,7 @@ def seconds_of_a_row(sizes: Sizes, rows: int) -> float:
         x_ND = torch.ones(rows, sizes.dim, requires_grad=True)
         dist.barrier()
         begin = time.perf_counter()
-        GroupedExperts(bank)(x_ND, torch.ones(rows), [rows // 2, rows - rows // 2]).sum().backward()
+        grouped_experts(x_ND, torch.ones(rows), bank.gate_up, bank.down, [rows // 2, rows - rows // 2]).sum().backward()
         times.append((time.perf_counter() - begin) / rows)
     return _largest(statistics.median(times))
 

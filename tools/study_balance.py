@@ -13,7 +13,8 @@ The second stage takes each arm at the weight where the first stage gives it the
 geometric mean, over arms, of their violation at the middle weight. Weights are interpolated in the logarithms of both.
 
 Every run is `moetrain train` with its own directory under --out, which resumes by itself: a study that was stopped goes on with
-the same command. Runs take both cores; `nice` does not change what comes out.
+the same command. What has finished is also in docs/results/balance_runs.jsonl, so that it goes on on another machine (with the
+same versions, or the corpus is another). Runs take both cores; `nice` does not change what comes out.
 """
 
 import argparse
@@ -46,6 +47,7 @@ COMMON = (
     "log.wandb=off", "log.interval=50", "checkpoint.interval=100",
 )
 ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "docs/results/balance_runs.jsonl"
 
 
 class Job(NamedTuple):
@@ -72,6 +74,7 @@ def main() -> None:
     if not options.report:
         run(jobs(options, finished), out, options.minutes)
         finished = read_all(out)
+    RECORD.write_text("".join(json.dumps(run._asdict()) + "\n" for run in finished))
     page = write_page(finished, ARMS, FINAL, STAGES, ROOT / "docs/results/balance.md")
     print(f"{len(finished)} runs have finished; {page}")
 
@@ -87,21 +90,21 @@ def parse() -> argparse.Namespace:
 
 
 def jobs(options: argparse.Namespace, finished: list[Trained]) -> list[Job]:
-    """In the order of their seeds, so that a study which is cut short has whole comparisons."""
+    """By seed and strength, the middle one first, so that a study which is cut short has whole comparisons."""
     arms = options.arms or (ARMS if options.stage == 1 else FINAL)
     if options.stage == 1:
-        return [Job(1, arm, strength, seed) for seed in STAGES[1][1] for strengths in zip(*(ARMS[arm].strengths for arm in arms))
-                for arm, strength in zip(arms, strengths)]
+        return [Job(1, arm, ARMS[arm].strengths[place], seed) for seed in STAGES[1][1] for place in (1, 2, 0) for arm in arms]
     strength = interpolated(finished, ARMS)
     missing = [arm for arm in arms if arm not in strength]
     if missing:
         raise SystemExit(f"stage 2 needs the runs of stage 1 of {', '.join(missing)}")
-    return [Job(2, arm, strength[arm], seed) for seed in STAGES[2][1] for arm in arms]
+    return [Job(2, arm, float(f"{strength[arm]:.4g}"), seed) for seed in STAGES[2][1] for arm in arms]
 
 
 def run(planned: list[Job], out: Path, minutes: float) -> None:
     """What has not finished, one after the other."""
-    left = [job for job in planned if not (out / job.name / "result.json").exists()]
+    finished = {run[:4] for run in read_all(out)}
+    left = [job for job in planned if job not in finished]
     print(f"{len(planned) - len(left)} of {len(planned)} runs have finished; {len(left)} to go")
     began, done = time.monotonic(), 0
     for job in left:
@@ -125,7 +128,10 @@ def run(planned: list[Job], out: Path, minutes: float) -> None:
 
 
 def read_all(out: Path) -> list[Trained]:
-    return [Trained(**json.loads(file.read_text())) for file in sorted(out.glob("*/result.json"))]
+    """Of this machine, and of the record."""
+    lines = RECORD.read_text().splitlines() if RECORD.exists() else []
+    runs = [Trained(**json.loads(text)) for text in [*lines, *(file.read_text() for file in sorted(out.glob("*/result.json")))]]
+    return sorted({run[:4]: run for run in runs}.values(), key=lambda run: run[:4])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Both views order the same ranks, last axis fastest; their products are equal. De
                   dense_shard cut the parameters up between them, dense_replicas hold the same part
     expert_grad   ranks that share the same experts: their gradients are summed; of them
                   expert_shard cut them up between them, expert_replicas hold the same part
-    ep            ranks that share the experts of a layer
+    ep            ranks that share the experts of a layer; of them
+                  ep_node are on this machine, ep_rail in this rank's place on every machine
     expert_parts  ranks that together hold every expert once: ep and expert_shard
     node          ranks of one machine
 
@@ -22,7 +23,7 @@ import datetime
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import gcd, prod
 
 import torch
 import torch.distributed as dist
@@ -89,14 +90,24 @@ def axis_groups(axes: tuple[str, ...], sizes: Mapping[str, int], together: tuple
     return [tuple(ranks) for ranks in groups.values()]
 
 
+def node_groups(sizes: Mapping[str, int], world: int) -> dict[str, list[tuple[int, ...]]]:
+    """The partitions that follow machines, which have LOCAL_WORLD_SIZE ranks each."""
+    node, groups = int(os.environ.get("LOCAL_WORLD_SIZE", world)), axis_groups(EXPERT_AXES, sizes, ("ep",))
+    per_node = gcd(node, len(groups[0]))
+    return {
+        "node": [tuple(range(first, min(first + node, world))) for first in range(0, world, node)],
+        "ep_node": [ranks[first:first + per_node] for ranks in groups for first in range(0, len(ranks), per_node)],
+        "ep_rail": [ranks[place::per_node] for ranks in groups for place in range(per_node)],
+    }
+
+
 def build_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
     """The mesh of this process; collective when a process group exists (every rank makes every group)."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     for axes in (DENSE_AXES, EXPERT_AXES):
         assert prod(sizes.get(axis, 1) for axis in axes) == world, (axes, sizes, world)
     partitions = {name: axis_groups(axes, sizes, together) for name, (axes, together) in DERIVED.items()}
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    partitions["node"] = [tuple(range(first, min(first + node, world))) for first in range(0, world, node)]
+    partitions |= node_groups(sizes, world)
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups = {}
     for name, partition in partitions.items():

@@ -187,6 +187,14 @@ def expert_parallel(config: Config, ranks: int) -> Iterator[ConfigError]:
                           else f"{_choose('parallel.ep', fits_experts)}, with run.nproc a multiple of it")
 
 
+def schedule(config: Config, ranks: int) -> Iterator[ConfigError]:
+    kind, chunks = config.schedule.kind, config.schedule.chunks
+    if (kind == "none") != (chunks == 1):
+        yield ConfigError(85, f"schedule.chunks={chunks} with schedule.kind={kind}", where="schedule.chunks, schedule.kind",
+                          why="without a schedule a micro-batch is one chunk, and a schedule of one chunk hides nothing",
+                          next="schedule=none schedule.chunks=1" if chunks == 1 else f"schedule=fixed schedule.chunks={chunks}")
+
+
 def sliced(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Homes are cut up where they are looked at; and an optimizer that needs whole matrices has no use for pieces."""
     parallel = config.parallel
@@ -313,7 +321,7 @@ def part_numbers(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
-    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, sliced, copies, batch,
+    ranges, run_name, stop, heads, layers, experts, router_gradient, groups, mode, sharded, expert_parallel, schedule, sliced, copies, batch,
     data_path, betas, loss_weights, pools, part_numbers, engine,
 ]
 
@@ -322,7 +330,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "1 or more": (lambda x: x >= 1, "1", [
         "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers",
         "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim",
-        "parallel.ep", "parallel.shard", "parallel.window", "train.global_batch", "train.micro_batch", "train.seq_len",
+        "parallel.ep", "parallel.shard", "parallel.window", "schedule.chunks", "train.global_batch", "train.micro_batch", "train.seq_len",
         "data.domain_cap",
         "data.vocab_size", "data.num_domains", "eval.windows", "eval.batch", "log.interval", "generate.tokens",
         "checkpoint.max_failed_saves"]),
@@ -330,7 +338,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "0 or more": (lambda x: x >= 0, "0", [
         "parallel.room", "parallel.rehome_interval", "parallel.sliced", "hardware.latency_s", "run.seed", "run.max_restarts", "run.grace_s",
         "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers",
-        "train.clip", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
+        "train.clip", "train.head_chunk", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "log.heatmap_every", "generate.temperature", "generate.seed"]),
     "above 0": (lambda x: x > 0, "1e-3", [
         "hardware.flops", "hardware.inside", "hardware.between",

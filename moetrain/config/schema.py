@@ -59,6 +59,11 @@ class ParallelConfig:
     ep: int | None = key(None, "ranks that share the experts of a layer; all ranks when null (modes ep, ep_fsdp, fssdp)")
     shard: int | None = key(None, "ranks that hold every parameter once between them; all ranks when null (modes fsdp, "
                                   "ep_fsdp, fssdp: the dense part)")
+    exchange: Literal["flat", "two_level", "peer", "deepep", "vdev"] = key(
+        "flat", "how tokens travel to experts: one all-to-all; inside nodes first and then between them; into the memory of ranks on "
+                "the same machine; by DeepEP; by torch's all-to-all over NVSHMEM (the last two, and peer on GPUs, have never run)")
+    exact_combine: bool = key(False, "a row travels for every expert of a token, so that sums do not depend on who holds an expert, "
+                                     "instead of one for every rank with experts of it")
     room: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")
     rematerialize: bool = key(False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
     collective: Literal["packed", "two_level"] = key("packed", "fssdp: how copies travel: from their homes straight to every rank, "
@@ -74,6 +79,13 @@ class ParallelConfig:
     sliced: int = key(0, "fssdp: at most so many of a layer's experts, the hottest, have their parameters cut up between the ranks: "
                          "where that pays by the model of time with planner=balanced, all of them with others; chosen when homes "
                          "are looked at")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    kind: Literal["none", "fixed"] = key("none", "none: a micro-batch travels to the experts of a layer in one piece; fixed: in a "
+                                                 "number of chunks, the same for all layers")
+    chunks: int = key(1, "fixed: chunks of a micro-batch; while the experts compute one, its neighbours are on their way")
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class TrainConfig:
         "none", "what backward computes again: nothing, cheap operations, or whole blocks; routing never")
     count_pass: bool = key(False, "exact balance under accumulation by a forward pass that only counts, instead of keeping "
                                   "the graphs of all micro-batches")
+    head_chunk: int = key(0, "tokens whose logits are in memory at once, made again in backward (0: all of a micro-batch)")
     loss_carrier: Literal["returned", "attached"] = key(
         "returned", "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")
 
@@ -191,6 +204,7 @@ class Config:
     router: dict[str, Any] = key({}, "the routing function: _target_ and its arguments")
     capacity: dict[str, Any] = key({}, "what an expert takes at most: _target_ and its arguments")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     planner: dict[str, Any] = key({}, "fssdp: who gets copies of which experts: _target_ and its arguments")
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -5,11 +5,13 @@ any number of ranks start from the same numbers.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.flat import FlatExchange
+from moetrain.comm.exchange.base import Exchange
+from moetrain.comm.exchange.wires import wires
 from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
@@ -28,14 +30,14 @@ from moetrain.plan.placement import ExpertPlacement, contiguous
 def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
     """The initialised model of this rank: the experts whose home is here; with FSDP a part of every parameter."""
     sizes = config.model
-    placement = plan_homes(sizes, mesh["ep"].size)
+    placement, wire = plan_homes(sizes, mesh["ep"].size), wires(config.parallel.exchange, mesh, config.run.timeout_s)
     compute = getattr(torch, config.run.dtype)
     storage = torch.float64 if compute == torch.float64 else torch.float32
     with torch.device("meta"):
         model = Transformer(
             vocab_size=vocab_size,
             dim=sizes.dim,
-            layers=[_block(config, layer, placement, mesh) for layer in range(sizes.num_layers)],
+            layers=[_block(config, layer, placement, mesh, wire) for layer in range(sizes.num_layers)],
             head_dim=_head_dim(sizes),
             rope_theta=sizes.rope_theta,
             eps=sizes.norm_eps,
@@ -94,7 +96,7 @@ def _head_dim(sizes: ModelConfig) -> int:
     return sizes.head_dim or sizes.dim // sizes.num_heads
 
 
-def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh) -> Block:
+def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, wire: Callable[[str], Exchange]) -> Block:
     sizes = config.model
     attention = Attention(
         dim=sizes.dim,
@@ -108,12 +110,19 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh) -
         hidden = sizes.dense_dim or per_layer(sizes.top_k, layer) * sizes.expert_dim
         feed_forward = FeedForward(dim=sizes.dim, hidden_dim=hidden)
     else:
-        feed_forward = _moe_layer(config, layer, placement, mesh)
+        feed_forward = _moe_layer(config, layer, placement, mesh, wire)
     return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
                  recompute=recomputed(config.train.activation_checkpointing))
 
 
-def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh) -> MoELayer:
+def _counts_stay(config: Config, device: torch.device) -> bool:
+    """Whether counts stay on the device: a GPU whose library of grouped products takes the dtype and the widths."""
+    dtype = getattr(torch, config.run.dtype)
+    widths = config.model.dim, config.model.expert_dim
+    return device.type == "cuda" and dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, wire: Callable[[str], Exchange]) -> MoELayer:
     sizes, name = config.model, router_name(layer)
     homes = placement[name]
     router = build(
@@ -125,8 +134,10 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     return MoELayer(
         name=name,
         router=router,
-        dispatcher=TokenDispatcher(homes, FlatExchange(mesh["ep"]), mesh.device),
+        dispatcher=TokenDispatcher(homes, wire(name), mesh.device, exact=config.parallel.exact_combine,
+                                   on_device=_counts_stay(config, mesh.device)),
         experts=GroupedExperts(bank),
         shared=FeedForward(dim=sizes.dim, hidden_dim=shared_dim) if shared_dim else None,
         capacity=build(config.capacity, num_experts=homes.num_experts),
+        chunks=config.schedule.chunks,
     )

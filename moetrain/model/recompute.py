@@ -6,7 +6,9 @@ are saved and replayed, so the recomputed block routes and exchanges exactly as 
 
     full         only that                                 rows travel to the experts once more in backward
     selective    also products, attention and the rows     norms, rotation, activations and row orders are computed again
-                 that were exchanged                       and nothing travels twice
+                 that came to the experts                  and nothing travels twice
+
+Rows on their way back from the experts are sums that no gradient asks for: they are neither kept nor sent again.
 
 How: while a block runs, a dispatch mode looks at every operator; the results of those in `SAVED` (and `HEAVY`) are kept in
 order and handed out again when the block is recomputed. (torch's own selective checkpointing demands that *every* operator
@@ -16,7 +18,7 @@ record: what a forward pass without gradients decided, the one with gradients ta
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,22 +28,28 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import moetrain.comm.exchange.flat  # noqa: F401  (registers the collectives that are named below)
+import moetrain.comm.exchange.peer  # noqa: F401
 import moetrain.ops.gating  # noqa: F401
 import moetrain.ops.grouped_experts  # noqa: F401
+import moetrain.ops.router  # noqa: F401
 
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 # Discrete: results that must be the same the second time.
-SAVED = frozenset({torch.ops.moetrain.top_k.default, torch.ops.moetrain.decide.default})
+SAVED = frozenset({torch.ops.moetrain.top_k.default, torch.ops.moetrain.decide.default, torch.ops.moetrain.router.default})
 # What `selective` keeps besides.
 HEAVY = frozenset({
-    _ALL_TO_ALL,
+    _ALL_TO_ALL, torch.ops.moetrain.peer_start.default,
     torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
-    torch.ops.moetrain.grouped_experts.default,
+    torch.ops.moetrain.grouped_experts.default, torch.ops.moetrain.grouped_experts_padded.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 })
+
+
+# What backward never reads: recomputing gives numbers that are none instead.
+UNREAD = frozenset({torch.ops.moetrain.all_to_all_single_unread.default, torch.ops.moetrain.peer_start_unread.default})
 
 
 def is_discrete(op: Any, arguments: tuple) -> bool:
@@ -57,7 +65,8 @@ def recomputed(mode: str) -> Callable[..., Any] | None:
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         kept = Kept(heavy)
-        return kept.record(), kept.replay(whole=False)       # recomputing stops at the last tensor that backward needs
+        # Recomputing stops at the last tensor that backward needs.
+        return kept.record(), kept.replay(whole=False, for_backward=True)
 
     def call(function: Callable, *arguments: Any) -> Any:
         # No random state to restore: nothing draws from a global generator.
@@ -79,9 +88,10 @@ class Kept:
             yield
 
     @contextmanager
-    def replay(self, *, whole: bool) -> Iterator[None]:
-        """Every kept result comes from the record; beyond its end operators are computed. whole: it must be used up."""
-        with _Mode(self._wanted, self._give):
+    def replay(self, *, whole: bool, for_backward: bool = False) -> Iterator[None]:
+        """Every kept result comes from the record; beyond its end operators are computed. whole: it must be used up.
+        for_backward: nothing else reads what comes of it."""
+        with _Mode(self._wanted, self._give), (_Mode(lambda op, _: op in UNREAD, _unread) if for_backward else nullcontext()):
             yield
         assert not whole or not self._results, f"{len(self._results)} results were not asked for again"
 
@@ -99,6 +109,11 @@ class Kept:
         recorded, result = self._results.popleft()
         assert recorded is op, f"{recorded} ran where {op} runs now"
         return _unchanged(op, result)
+
+
+def _unread(op: Any, arguments: tuple, keywords: dict) -> Tensor:
+    message, received, *_ = arguments
+    return message.new_full((sum(received), *message.shape[1:]), float("nan"))
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from moetrain.routers.base import RouterContext, RoutingStats
 
 
 class ModelOutput(NamedTuple):
-    logits_BSV: Tensor | None                # None after a pass that only routes
+    logits_BSV: Tensor | None                # None after a pass that only routes, and where something else is made of them
     stats: dict[str, RoutingStats]           # by router name, in layer order
+    score: Tensor | None = None              # what was made instead of logits
 
 
 class BlockOutput(NamedTuple):
@@ -96,11 +97,13 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,
-                routed: Callable[[Tensor, dict[str, RoutingStats]], Tensor] | None = None) -> ModelOutput:
+                routed: Callable[[Tensor, dict[str, RoutingStats]], Tensor] | None = None,
+                score: Callable[[Tensor, Tensor], Tensor] | None = None) -> ModelOutput:
         """route_only: the statistics alone, without what comes after the last router's decision (no logits).
 
         routed: called with what goes into the head and the statistics of all routers, before the head runs; what it gives goes
         into the head.
+        score: called with what would be multiplied, the normed states [B, S, D] and the head [V, D], instead of making logits.
         cache: tokens of the same document before these. They do not run again, and these are added to them.
         """
         x_BSD = F.embedding(tokens_BS, self.embed).to(self.dtype)
@@ -120,4 +123,6 @@ class Transformer(nn.Module):
         if route_only:
             return ModelOutput(None, stats)
         head = self.embed if self.head is None else self.head
+        if score is not None:
+            return ModelOutput(None, stats, score(self.norm(x_BSD), head))
         return ModelOutput(F.linear(self.norm(x_BSD), head.to(self.dtype)), stats)

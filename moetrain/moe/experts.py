@@ -4,7 +4,7 @@
 
 Parameters are float32 (or float64) and cast where they are used.
 
-Shapes: R rows ordered by expert, N rows as they arrived, e experts on this rank, D model width, F hidden width.
+Shapes: T tokens, K slots per token, R rows ordered by expert, N rows as they arrived, D model width, F hidden width.
 """
 
 import torch
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.bank import ExpertBank
+from moetrain.moe.dispatch import Sent
+from moetrain.moe.pipeline import Output, Pipeline
+from moetrain.ops.chunked_experts import ChunkedExperts
 from moetrain.ops.grouped_experts import grouped_experts
-from moetrain.ops.permute import Permutation
 from moetrain.ops.swiglu import swiglu
 
 
@@ -24,14 +26,48 @@ class GroupedExperts(nn.Module):
         super().__init__()
         self.bank = bank
 
-    def forward(self, x_ND: Tensor, weights_R: Tensor, counts_e: list[int], order: Permutation | None = None) -> Tensor:
-        """Weighted outputs [R, D] ordered by slot, `counts_e` of each on the host. order: ops/grouped_experts.py."""
-        bank = self.bank
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, pipeline: Pipeline) -> Output:
+        """Tokens to their experts and back. All of it is inside this module: where the bank is sharded (FSDP2), its weights are
+        gathered once, whatever the number of chunks."""
+        return pipeline.run(x_TD, ids_TK, weights_TK, Computation(self.bank, pipeline.chunks))
+
+
+class Computation:
+    """A bank's experts over a micro-batch, called once for every chunk.
+
+    Copies of experts are for all chunks: they are waited for before the first, and the last lets go of them.
+    """
+
+    def __init__(self, bank: ExpertBank, chunks: int = 1) -> None:
+        self.bank, self.left, self.whole = bank, chunks, chunks == 1
+        self.chunked: ChunkedExperts | None = None
+
+    def begin(self) -> None:
+        """The first chunks are on their way. Of several, backward makes the gradients of weights here: when those of all rows have
+        started to return."""
+        if self.whole:
+            return
+        bank, copies = self.bank, None
+        if bank.copies is not None:
+            _, copies = bank.copies.take(bank.gate_up.new_empty(0))
+        self.chunked = ChunkedExperts(bank.gate_up, bank.down, copies)
+
+    def __call__(self, sent: Sent) -> Tensor:
+        """Weighted outputs [R, D] ordered by slot."""
+        bank, (x_ND, order, weights_R, counts_e, _), copies = self.bank, sent, None
+        self.left -= 1
         if bank.copies is None:
-            return grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order)
-        x_ND, copies = bank.copies.take(x_ND)
+            if self.whole:
+                return grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order)
+            return self.chunked(x_ND, weights_R, counts_e, order)
+        if self.whole:
+            x_ND, copies = bank.copies.take(x_ND)
         with bank.copies.saving():
-            rows_RD = grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order, copies)
+            rows_RD = (grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order, copies) if self.whole else
+                       self.chunked(x_ND, weights_R, counts_e, order))
+        if self.left:
+            return rows_RD
+        self.chunked = None
         return bank.copies.leave(rows_RD)
 
 

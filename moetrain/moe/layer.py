@@ -1,5 +1,7 @@
 """The sparse layer: route, drop what is beyond capacity, dispatch, experts, combine, shared expert.
 
+Dispatch, experts and combine run chunk by chunk (moe/pipeline.py); the shared expert runs while the last chunk is on its way back.
+
 `forward` is the list of steps; each step's file says how. The layer knows neither who holds an expert (dispatch, bank)
 nor what a loss does with the statistics it returns (losses/).
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import FeedForward, GroupedExperts
+from moetrain.moe.pipeline import Pipeline
 from moetrain.routers.base import Router, RouterContext, RoutingStats
 
 
@@ -23,14 +26,15 @@ class MoEOutput(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """name: the router's name, key of its statistics, loads and randomness. capacity: dropless unless given."""
+    """name: the router's name, key of its statistics, loads and randomness. capacity: dropless unless given. chunks: of a
+    micro-batch, on its way to the experts and back."""
 
     def __init__(self, *, name: str, router: Router, dispatcher: TokenDispatcher, experts: GroupedExperts,
-                 shared: FeedForward | None = None, capacity: CapacityPolicy | None = None) -> None:
+                 shared: FeedForward | None = None, capacity: CapacityPolicy | None = None, chunks: int = 1) -> None:
         super().__init__()
         self.name = name
         self.router, self.experts, self.shared = router, experts, shared
-        self.dispatcher = dispatcher
+        self.dispatcher, self.pipeline = dispatcher, Pipeline(dispatcher, chunks)
         self.capacity = capacity or CapacityPolicy()
 
     def post(self) -> None:
@@ -43,9 +47,7 @@ class MoELayer(nn.Module):
         routing = self.capacity.apply(self.router.route(x_TD, context), context)
         if route_only:
             return MoEOutput(x_TD, routing.stats, routing.carry)
-        sent = self.dispatcher.dispatch(self.experts.bank.depart(x_TD), routing)
-        rows_RD = self.experts(sent.x_ND, sent.weights_R, sent.counts_e, sent.order)
-        # Before combine, which comes last: a recomputed layer stops there, and its rows do not travel back for nothing.
+        output = self.experts(self.experts.bank.depart(x_TD), routing.ids_TK, routing.weights_TK, self.pipeline)
         shared_TD = None if self.shared is None else self.shared(x_TD)
-        out_TD = self.dispatcher.combine(rows_RD, sent.ticket)
+        out_TD = output.wait()
         return MoEOutput(out_TD if shared_TD is None else out_TD + shared_TD, routing.stats, routing.carry)

@@ -66,5 +66,6 @@ def scatter_weights(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Ten
 
 
 def count_choices(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Tokens per expert, int64 [E]; unused slots count nowhere."""
-    return torch.bincount((ids_TK + 1).flatten(), minlength=num_experts + 1)[1:]
+    """Tokens per expert, int64 [E]; unused slots count nowhere. (bincount would ask the device for the largest id.)"""
+    columns_N = (ids_TK + 1).flatten()
+    return columns_N.new_zeros(num_experts + 1).scatter_add_(0, columns_N, torch.ones_like(columns_N))[1:]

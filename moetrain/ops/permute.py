@@ -4,9 +4,13 @@
     permute            rows[r] = x[r's token]
     unpermute          out[t] = sum of t's rows: the adjoint of permute
     reorder            rows[i] = x[index[i]] for a permutation `index`
+    permute_padded, unpermute_padded    the same two where some rows have no slot (ops/route_plan.py)
 
-The two differentiable ops are gathers forward and backward: no atomics, the sum over a token's slots runs in slot
+The differentiable ops are gathers forward and backward: no atomics, the sum over a token's slots runs in slot
 order. Where a slot id is -1 the slot has no row.
+
+The padded pair never asks how many rows are used: a row without a slot is zeros in permute_padded, and what it holds
+(whatever that be) reaches nothing through unpermute_padded.
 
 Shapes: T tokens, K slots per token, R rows (used slots), D width.
 """
@@ -17,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.ops.extension import define
+from moetrain.ops.extension import define, kernels_for
+from moetrain.ops.gating import count_choices
 
 
 class Permutation(NamedTuple):
@@ -34,7 +39,7 @@ def plan_permutation(physical_TK: Tensor, num_physical: int, rows: int | None = 
     physical_TK: int64, -1 in unused slots. rows: the number of used slots when it is known (saves a synchronisation).
     """
     flat_N = physical_TK.flatten()
-    counts_P = torch.bincount(flat_N + 1, minlength=num_physical + 1)[1:]
+    counts_P = count_choices(physical_TK, num_physical)
     rows = int(counts_P.sum()) if rows is None else rows
     slots_R = flat_N.where(flat_N >= 0, num_physical).argsort(stable=True)[:rows]
     rows_N = torch.full_like(flat_N, -1)
@@ -44,11 +49,23 @@ def plan_permutation(physical_TK: Tensor, num_physical: int, rows: int | None = 
 
 def gather_tokens(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
     """What `permute` computes, without its gradient: for the inside of other ops."""
+    if kernels_for(x_TD):
+        return _permute(x_TD, slots_R, rows_TK)
+    return _gather(x_TD, slots_R, rows_TK)
+
+
+def _gather(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
     return x_TD.index_select(0, slots_R // rows_TK.shape[1])
 
 
 def sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
     """What `unpermute` computes, without its gradient. The picked rows are never laid out side by side."""
+    if kernels_for(rows_RD):
+        return _unpermute(rows_RD, slots_R, rows_TK)
+    return _sum(rows_RD, slots_R, rows_TK)
+
+
+def _sum(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
     tokens, slots = rows_TK.shape
     if slots_R.numel() == 0:
         return rows_RD.new_zeros(tokens, rows_RD.shape[1])
@@ -57,6 +74,27 @@ def sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
     used_TK = rows_TK >= 0
     used_T = used_TK.sum(1)
     return F.embedding_bag(rows_TK[used_TK], rows_RD, used_T.cumsum(0) - used_T, mode="sum")
+
+
+def gather_padded(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
+    """What `permute_padded` computes, without its gradient."""
+    if kernels_for(x_TD):
+        return _permute(x_TD, slots_R, rows_TK)
+    if x_TD.shape[0] == 0:
+        return x_TD.new_zeros(slots_R.shape[0], x_TD.shape[1])
+    tokens_R = slots_R.clamp(min=0) // rows_TK.shape[1]
+    return x_TD.index_select(0, tokens_R).where((slots_R >= 0)[:, None], 0)
+
+
+def sum_padded(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
+    """What `unpermute_padded` computes, without its gradient: slot after slot, in float32 or better."""
+    if kernels_for(rows_RD):
+        return _unpermute(rows_RD, slots_R, rows_TK)
+    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    sum_TD = torch.zeros(rows_TK.shape[0], rows_RD.shape[1], dtype=wide, device=rows_RD.device)
+    for rows_T in rows_TK.unbind(1) if rows_RD.shape[0] else ():
+        sum_TD += rows_RD.index_select(0, rows_T.clamp(min=0)).where((rows_T >= 0)[:, None], 0)
+    return sum_TD.to(rows_RD.dtype)
 
 
 def _save_indices(ctx, inputs, output) -> None:
@@ -72,16 +110,30 @@ def _hold_indices(ctx, inputs, output) -> None:
 _INDICES = "Tensor slots_R, Tensor rows_TK"
 _permute = define(
     f"permute(Tensor x_TD, {_INDICES}) -> Tensor",
-    reference=gather_tokens,
+    reference=_gather,
     fake=lambda x_TD, slots_R, rows_TK: x_TD.new_empty(slots_R.shape[0], x_TD.shape[1]),
     backward=lambda ctx, grad_RD: (_unpermute(grad_RD, *ctx.saved_tensors), None, None),
     setup_context=_save_indices,
 )
 _unpermute = define(
     f"unpermute(Tensor rows_RD, {_INDICES}) -> Tensor",
-    reference=sum_slots,
+    reference=_sum,
     fake=lambda rows_RD, slots_R, rows_TK: rows_RD.new_empty(rows_TK.shape[0], rows_RD.shape[1]),
     backward=lambda ctx, grad_TD: (_permute(grad_TD, *ctx.indices), None, None),
+    setup_context=_hold_indices,
+)
+_permute_padded = define(
+    f"permute_padded(Tensor x_TD, {_INDICES}) -> Tensor",
+    reference=gather_padded,
+    fake=lambda x_TD, slots_R, rows_TK: x_TD.new_empty(slots_R.shape[0], x_TD.shape[1]),
+    backward=lambda ctx, grad_RD: (_unpermute_padded(grad_RD, *ctx.saved_tensors), None, None),
+    setup_context=_save_indices,
+)
+_unpermute_padded = define(
+    f"unpermute_padded(Tensor rows_RD, {_INDICES}) -> Tensor",
+    reference=sum_padded,
+    fake=lambda rows_RD, slots_R, rows_TK: rows_RD.new_empty(rows_TK.shape[0], rows_RD.shape[1]),
+    backward=lambda ctx, grad_TD: (_permute_padded(grad_TD, *ctx.indices), None, None),
     setup_context=_hold_indices,
 )
 _reorder = define(
@@ -101,6 +153,22 @@ def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
 def unpermute(rows_RD: Tensor, permutation: Permutation) -> Tensor:
     """Sum of each token's rows [T, D]; zero for a token without rows."""
     return _unpermute(rows_RD, permutation.slots_R, permutation.rows_TK)
+
+
+def permute_padded(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """`permute` where some rows have no slot: they are zeros."""
+    return _permute_padded(x_TD, permutation.slots_R, permutation.rows_TK)
+
+
+def unpermute_padded(rows_RD: Tensor, permutation: Permutation) -> Tensor:
+    """`unpermute` where some rows have no slot: they are not read."""
+    return _unpermute_padded(rows_RD, permutation.slots_R, permutation.rows_TK)
+
+
+def values_of_rows(values_TK: Tensor, permutation: Permutation) -> Tensor:
+    """What each row's slot holds, [R], 0 for a row without one; differentiable, and a gather backward too."""
+    each_slot = permutation._replace(rows_TK=permutation.rows_TK.view(-1, 1))
+    return permute_padded(values_TK.reshape(-1, 1), each_slot).flatten()
 
 
 def reorder(x_RD: Tensor, index_R: Tensor, inverse_R: Tensor) -> Tensor:

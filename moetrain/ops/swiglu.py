@@ -7,7 +7,8 @@ expert output. The weight multiplies in its own dtype,
 float32 or better, and the result is rounded to the rows' dtype.
 
 `swiglu` is differentiable; `swiglu_forward` and `swiglu_backward` are the same without autograd, for an op that keeps the gate
-and up halves alone and makes the hidden rows again (ops/grouped_experts.py).
+and up halves alone and makes the hidden rows again (ops/grouped_experts.py). Both may be told how many rows are *used*, by a
+number on the device: the others hold whatever the product before left there; they are not read, and get zeros.
 """
 
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moetrain.ops.extension import define, kernels_for
 
 
 def swiglu(gate_up: Tensor, weights_R: Tensor | None = None) -> Tensor:
@@ -26,10 +29,23 @@ def swiglu(gate_up: Tensor, weights_R: Tensor | None = None) -> Tensor:
     return (hidden * weights_R[:, None]).to(gate_up.dtype)
 
 
-def swiglu_forward(gate_up_RG: Tensor, weights_R: Tensor) -> Tensor:
-    """`swiglu` with weights, in the memory of its result alone. No gradient."""
+def swiglu_forward(gate_up_RG: Tensor, weights_R: Tensor, used: Tensor | None = None) -> Tensor:
+    """`swiglu` with weights, in the memory of its result alone. No gradient. used: int32 [1] on the device."""
+    if kernels_for(gate_up_RG):
+        return _rows(gate_up_RG, weights_R, used)
+    return _reference(gate_up_RG, weights_R, used)
+
+
+def _reference(gate_up_RG: Tensor, weights_R: Tensor, used: Tensor | None) -> Tensor:
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
-    return F.silu(gate_RF).mul_(up_RF).mul_(weights_R[:, None])
+    hidden_RF = F.silu(gate_RF).mul_(up_RF).mul_(weights_R[:, None])
+    return hidden_RF if used is None else only_used(hidden_RF, used)
+
+
+def only_used(rows: Tensor, used: Tensor) -> Tensor:
+    """Zeros in the rows that are not used, whatever they hold."""
+    live_R = torch.arange(len(rows), device=rows.device) < used
+    return rows.where(live_R.view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
 class SwigluGradients(NamedTuple):
@@ -38,8 +54,14 @@ class SwigluGradients(NamedTuple):
     weights_R: Tensor
 
 
-def swiglu_backward(grad_RF: Tensor, gate_up_RG: Tensor, weights_R: Tensor) -> SwigluGradients:
+def swiglu_backward(grad_RF: Tensor, gate_up_RG: Tensor, weights_R: Tensor, used: Tensor | None = None) -> SwigluGradients:
     """Gradients of `swiglu` with weights. `grad_RF` is used up: its memory serves the intermediate values."""
+    if kernels_for(gate_up_RG):
+        return SwigluGradients(*_rows_backward(grad_RF, gate_up_RG, weights_R, used))
+    return _reference_backward(grad_RF, gate_up_RG, weights_R, used)
+
+
+def _reference_backward(grad_RF: Tensor, gate_up_RG: Tensor, weights_R: Tensor, used: Tensor | None) -> SwigluGradients:
     gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
     d_gate_up_RG = torch.empty_like(gate_up_RG)
     d_gate_RF, d_up_RF = d_gate_up_RG.chunk(2, dim=-1)
@@ -50,4 +72,12 @@ def swiglu_backward(grad_RF: Tensor, gate_up_RG: Tensor, weights_R: Tensor) -> S
     grad_RF *= weights_R[:, None]
     torch.mul(grad_RF, silu_RF, out=d_up_RF)
     torch.ops.aten.silu_backward.grad_input(grad_RF.mul_(up_RF), gate_RF, grad_input=d_gate_RF)
-    return SwigluGradients(hidden_RF, d_gate_up_RG, d_weights_R)
+    gradients = SwigluGradients(hidden_RF, d_gate_up_RG, d_weights_R)
+    return gradients if used is None else SwigluGradients(*(only_used(rows, used) for rows in gradients))
+
+
+_rows = define("swiglu(Tensor gate_up_RG, Tensor weights_R, Tensor? used) -> Tensor", reference=_reference)
+_rows_backward = define(
+    "swiglu_backward(Tensor grad_RF, Tensor gate_up_RG, Tensor weights_R, Tensor? used) -> (Tensor, Tensor, Tensor)",
+    reference=lambda grad_RF, *rest: tuple(_reference_backward(grad_RF.clone(), *rest)),      # an op takes nothing away
+)

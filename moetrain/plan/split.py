@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.levels import Choices, choices, level
+from moetrain.plan.levels import Freedom, freedom, level, relieved
 from moetrain.plan.modelled import modelled, modelled_each
 from moetrain.plan.placement import LayerPlacement
 
 SWEEPS = 12         # at most, over all groups of rows; loads settle sooner, except along chains of copies
-STEPS = 3           # mixtures tried on the way from one split to a better balanced one
 CALM = 64           # local_first stands where its largest load is that close to the mean: no more is to be won
 
 
@@ -41,8 +40,7 @@ class Reach(NamedTuple):
     first_C: np.ndarray    # index of the first replica of the same expert
     beside_C: np.ndarray   # index of the first replica of the same expert on the same node
     cell_C: np.ndarray     # index into [N, E] flattened
-    near: Choices          # where rows of each node may be computed while they stay on it wherever it holds their expert
-    free: Choices          # and if they may go anywhere
+    free: Freedom
 
 
 @lru_cache(maxsize=256)
@@ -53,8 +51,7 @@ def reach(placement: LayerPlacement, topology: Topology) -> Reach:
     node_C = position_C // topology.per_node
     by_node_C = expert_C * topology.nodes + node_C
     return Reach(expert_C, position_C, node_C, np.searchsorted(expert_C, expert_C), np.searchsorted(by_node_C, by_node_C),
-                 node_C * placement.num_experts + expert_C,
-                 choices(expert_C, position_C, topology, stay=True), choices(expert_C, position_C, topology, stay=False))
+                 node_C * placement.num_experts + expert_C, freedom(expert_C, position_C, _within_nodes(topology)))
 
 
 @lru_cache(maxsize=256)
@@ -84,9 +81,9 @@ def local_first(n_PE: Tensor, placement: LayerPlacement, topology: Topology, fir
 def waterfill(n_PE: Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> Tensor:
     """Rows that go to each replica, int64 [P, C]: never a larger load nor a longer modelled time than `local_first`.
 
-    n_PE: the counts of all sources. Quotas per replica are levelled twice: with rows kept on their node wherever it holds
-    their expert, and freely. Both, and mixtures on the way from `local_first` to the first and on to the second, are
-    matched to sources and timed by the model; the shortest is taken. Runs on the host and returns on the device of n_PE.
+    n_PE: the counts of all sources. Quotas per replica are levelled with rows kept on their node wherever it holds their
+    expert, freely, and in between (plan/levels.py). All are matched to sources and timed by the model; the shortest is taken.
+    Runs on the host and returns on the device of n_PE.
     """
     held, rows_PE = reach(placement, topology), n_PE.cpu().numpy()
     local_PC = local_first(n_PE, placement, topology)
@@ -149,23 +146,17 @@ def match(n_PE: np.ndarray, quotas_KC: np.ndarray, held: Reach, topology: Topolo
 
 
 def _candidates(split_PC: np.ndarray, held: Reach, topology: Topology) -> np.ndarray:
-    """Quotas [K, C], from those of `local_first` towards the best balanced."""
+    """Quotas [K, C], better balanced than those of `local_first`."""
+    position, quotas_C, topology = held.position_C.tolist(), split_PC.sum(0), _within_nodes(topology)
     by_node_NC = np.add.reduceat(split_PC, np.arange(topology.nodes) * topology.per_node)
-    start_C = by_node_NC.sum(0)
-    position = held.position_C.tolist()
-    ways = [level(by_node_NC, position, held.near, topology.positions, SWEEPS)] if topology.nodes > 1 else []
-    ways += [level(start_C[None], position, held.free, topology.positions, SWEEPS)]
-    found = []
-    for end_C in ways:
-        found += [_between(start_C, end_C, step) for step in range(1, STEPS)] + [end_C]
-        start_C = end_C
-    return np.stack(found)
+    near_C = level(by_node_NC, position, held.free.near, topology.positions, SWEEPS)
+    free_C = level(near_C[None], position, held.free.free, topology.positions, SWEEPS)
+    return np.concatenate([[near_C, free_C], relieved(quotas_C, position, held.free, topology, SWEEPS)])
 
 
-def _between(start_C: np.ndarray, end_C: np.ndarray, step: int) -> np.ndarray:
-    """Quotas at step / STEPS of the way. Running sums are mixed, so that every expert's sum stays what it is."""
-    mixed_C = start_C.cumsum() + (end_C - start_C).cumsum() * step // STEPS
-    return np.diff(mixed_C, prepend=0)
+def _within_nodes(topology: Topology) -> Topology:
+    """With one node every position is one: rows are best kept where they are."""
+    return topology if topology.nodes > 1 else Topology(topology.positions, 1)
 
 
 def _part(end: np.ndarray, rows: np.ndarray, part: np.ndarray, whole: np.ndarray, turn: np.ndarray | int) -> np.ndarray:

@@ -17,7 +17,8 @@ from typing import Literal
 from torch import Tensor
 
 from moetrain.ops.gating import decide, keep_best_groups, top_k
-from moetrain.routers.base import Router, RouterContext, drop_padding
+from moetrain.ops.router import RouterRule, kernel_takes, route_tokens
+from moetrain.routers.base import Decision, Router, RouterContext, Routing, drop_padding
 
 
 class GroupLimitedRouter(Router):
@@ -37,3 +38,21 @@ class GroupLimitedRouter(Router):
         scores_TE = keep_best_groups(scores_TE, self.num_groups, self.topk_groups, self.group_score)
         _, ids_TK = top_k(scores_TE, self.top_k)
         return decide(drop_padding(ids_TK, context))
+
+    def rule(self, *, sigmoid: bool, renormalised: bool, scale: float) -> RouterRule:
+        return RouterRule(self.top_k, sigmoid, renormalised, scale, self.num_groups, self.topk_groups,
+                          self.group_score == "top2")
+
+    def route_in_one(self, logits_TE: Tensor, rule: RouterRule, context: RouterContext,
+                     bias_E: Tensor | None = None) -> Routing:
+        """What `route` does after the logits, as one op (ops/router.py)."""
+        ids_TK, weights_TK, sums = route_tokens(logits_TE, rule, bias_E, context.valid_T)
+        ids_TK = decide(ids_TK)
+        if context.decisions is not None:
+            context.decisions.append(Decision(context.router, logits_TE.detach(), ids_TK))
+        return Routing(ids_TK, weights_TK, ids_TK.numel(), sums)
+
+    @staticmethod
+    def in_one(logits_TE: Tensor, rule: RouterRule, context: RouterContext) -> bool:
+        """Whether the one op is to be used: where it is a kernel, and no loss asks for sums of each sequence."""
+        return context.seq_offsets is None and kernel_takes(logits_TE, rule)

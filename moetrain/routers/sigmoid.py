@@ -49,6 +49,9 @@ class SigmoidRouter(GroupLimitedRouter):
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
+        rule = self.rule(sigmoid=True, renormalised=self.weights == "renorm", scale=self.scale)
+        if self.in_one(logits_TE, rule, context):
+            return self.route_in_one(logits_TE, rule, context, self.bias)
         scores_TE = logits_TE.sigmoid()
         ids_TK = self.choose(scores_TE.detach() + self.bias, context)
         weights_TK = gather_weights(scores_TE, ids_TK)

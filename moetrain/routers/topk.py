@@ -35,6 +35,9 @@ class TopKRouter(GroupLimitedRouter):
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         logits_TE = self.logits(x_TD)
+        rule = self.rule(sigmoid=False, renormalised=self.weights != "raw", scale=self.scale)
+        if self.in_one(logits_TE, rule, context):
+            return self.route_in_one(logits_TE, rule, context)
         probs_TE = logits_TE.softmax(-1)
         ids_TK = self.choose(probs_TE, context)
         weights_TK = gather_weights(probs_TE, ids_TK)

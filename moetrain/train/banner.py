@@ -22,6 +22,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
                   f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}{sharding(run)}"
                      f" on {run.mesh.device.type}, {config.run.dtype}"),
+        ("schedule", schedule_line(run)),
         ("batch", f"{per_step:,} tokens = {ranks} ranks x {micro_batch} seq x {config.train.seq_len}"
                   f" x accum {accumulation}"),
         ("balance", balance_line(run, accumulation)),
@@ -40,6 +41,18 @@ def sharding(run: Run) -> str:
     """Over how many ranks FSDP cuts parameters up."""
     dense, experts = run.mesh["dense_shard"].size, run.mesh["expert_shard"].size
     return f" (dense over {dense}, experts over {experts})" if dense > 1 else ""
+
+
+def schedule_line(run: Run) -> str:
+    """How rows travel to experts and back, where they do."""
+    layers = [block.moe for block in run.state.model.layers if block.moe is not None]
+    if not layers or run.mesh["ep"].size == 1:
+        return ""
+    chunks = layers[0].pipeline.chunks
+    pieces = "in one piece" if chunks == 1 else f"in {chunks} chunks"
+    rows = "a row for every expert of a token" if run.config.parallel.exact_combine else "a row for every rank with experts of a token"
+    wire = run.config.parallel.exchange
+    return f"{pieces} to the experts and back, {rows}{f', by the {wire} wire' * (wire != 'flat')}"
 
 
 def copies_line(run: Run) -> str:

@@ -21,6 +21,7 @@ from moetrain.data.batch import Batch
 from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
 from moetrain.model.recompute import Kept
+from moetrain.ops.linear_cross_entropy import linear_cross_entropy
 from moetrain.routers.base import RouterContext, RoutingStats
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.objective import cross_entropy_sum
@@ -116,10 +117,19 @@ def _forward(run: Run, step: int, batch: Batch, pooled: dict[str, Pooled], count
 
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
-    output = run.state.model(batch.tokens_BS, context._replace(decisions=decisions), batch.documents_BS, routed=routed)
+    output = run.state.model(batch.tokens_BS, context._replace(decisions=decisions), batch.documents_BS, routed=routed,
+                             score=_by_chunks(batch, run.config.train.head_chunk))
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
-    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS), output.stats, pooled)
+    whole = output.score is None
+    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS) if whole else output.score, output.stats, pooled)
+
+
+def _by_chunks(batch: Batch, chunk: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The cross-entropy without all logits at once; None where they are wanted."""
+    if not chunk:
+        return None
+    return lambda x_BSD, head_VD: linear_cross_entropy(x_BSD.flatten(0, 1), head_VD, batch.targets_BS.flatten(), chunk)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from math import prod
 import pytest
 import torch
 
-from moetrain.comm.mesh import DENSE_AXES, DERIVED, EXPERT_AXES, axis_groups, build_mesh, mesh_sizes
+from moetrain.comm.mesh import DENSE_AXES, DERIVED, EXPERT_AXES, axis_groups, build_mesh, mesh_sizes, node_groups
 
 CPU = torch.device("cpu")
 MESHES = [(mode, world, ep) for world in (1, 2, 4, 8) for mode, ep in
@@ -44,6 +44,15 @@ def test_the_last_axis_is_the_fastest():
     assert axis_groups(DENSE_AXES, sizes, ("dp_replicate", "cp")) == [(0, 2, 4, 6), (1, 3, 5, 7)]
 
 
+def test_machines_and_rails_cross(monkeypatch):
+    """Eight ranks, four a machine: an ep group of eight has two machines and four rails; one of two is on one machine."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert node_groups(mesh_sizes("ep", 8, None), 8) == {
+        "node": [(0, 1, 2, 3), (4, 5, 6, 7)], "ep_node": [(0, 1, 2, 3), (4, 5, 6, 7)],
+        "ep_rail": [(0, 4), (1, 5), (2, 6), (3, 7)]}
+    assert node_groups(mesh_sizes("ep", 8, 2), 8)["ep_rail"] == [(rank,) for rank in range(8)]
+
+
 def sizes_of(mode: str, world: int, ep: int | None = None, shard: int | None = None) -> dict[str, int]:
     return {axis: size for axis, size in mesh_sizes(mode, world, ep, shard).items() if size > 1}
 
@@ -71,7 +80,7 @@ def test_both_views_hold_every_rank_once(mode, ep, shard):
 
 def test_one_process_has_groups_of_itself_and_no_process_group():
     mesh = build_mesh({}, CPU)
-    assert set(mesh.groups) == {*DERIVED, "node"} and mesh.is_main
+    assert set(mesh.groups) == {*DERIVED, "node", "ep_node", "ep_rail"} and mesh.is_main
     assert all(group.ranks == (0,) and group.process_group is None for group in mesh.groups.values())
     with pytest.raises(AssertionError):
         build_mesh({"dp_replicate": 2, "edp_replicate": 2}, CPU)
@@ -94,4 +103,4 @@ def test_every_rank_finds_itself_in_its_groups(ranks):
         everywhere, of_pair, of_strided = (everyone, rank, 4), (pair, rank % 2, 2), (strided, rank // 2, 2)
         assert groups == {"batch": everywhere, "dense_grad": everywhere, "dense_replicas": everywhere, "dense_shard": alone,
                           "node": everywhere, "ep": of_pair, "expert_parts": of_pair, "expert_grad": of_strided,
-                          "expert_replicas": of_strided, "expert_shard": alone}
+                          "expert_replicas": of_strided, "expert_shard": alone, "ep_node": of_pair, "ep_rail": alone}

@@ -213,7 +213,7 @@ def test_the_mesh_is_as_documented() -> None:
         else:
             groups.append(first)
     assert views == [DENSE_AXES, EXPERT_AXES]
-    assert set(groups) == {*DERIVED, "node"}
+    assert set(groups) == {*DERIVED, "node", "ep_node", "ep_rail"}
     assert set(groups) == set(build_mesh({}, torch.device("cpu")).groups)
     assert modes["single"] == set()
     for mode in ("ddp", "ep", "fsdp", "ep_fsdp"):
@@ -222,6 +222,7 @@ def test_the_mesh_is_as_documented() -> None:
             axis for axis, size in sizes.items() if size > 1 and axis != "ep"}, mode
 
 
+@pytest.mark.slow
 def test_the_examples_of_a_router_and_a_loss_train(tmp_path: Path) -> None:
     """The code of the page, laid into a copy of the package."""
     shutil.copytree(ROOT / "moetrain", tmp_path / "moetrain", ignore=shutil.ignore_patterns("__pycache__"))

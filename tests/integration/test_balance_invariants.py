@@ -1,98 +1,239 @@
-"""What must hold of the balance loss whatever the mesh: the table in docs/explanation/balance.md says which test asserts what."""
+"""What holds of the balance loss however a batch is split, and is not said in tests/integration/test_balance.py.
+
+docs/explanation/balance.md names for every invariant the test that asserts it.
+"""
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
 from moetrain.data.batch import Batch
+from moetrain.data.loader import Loader
+from moetrain.errors import NonFiniteError
 from moetrain.routers import base
 from moetrain.train.evaluate import evaluate
-from moetrain.train.pool import Known, Prior
+from moetrain.train.passes import step_context
 from moetrain.train.step import train_step
 from tests.integration.test_balance import BASE, WORLDS, steps, truth
-from tests.integration.training import difference, make_run, snapshot, whole
+from tests.integration.training import FORCED, difference, make_run, snapshot, whole
 
-SERIAL = [*BASE, "train.micro_batch=4"]                  # four turns
+GLOBAL = [*BASE, "loss.z.weight=0"]
+WEIGHT = ["balance.weight=0.3"]                          # of a scope that is chosen after BASE
+ALL = {
+    "exact": [], "count pass": ["train.count_pass=true"], "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"],
+    "warm": ["balance.mode=warm", "balance.drift=1"], "node": ["balance=node", *WEIGHT], "micro": ["balance=micro", *WEIGHT],
+    "sequence": ["balance=sequence", *WEIGHT],
+}
+
+
+def split(world: int, turns: int) -> list[str]:
+    return [*WORLDS[world], f"train.micro_batch={16 // world // turns}"]
+
+
+def run_on(ranks, world: int, function, *arguments) -> list:
+    return [function(*arguments)] if world == 1 else ranks(world).run(function, *arguments)
+
+
+# --- ranks x accumulation (with 4 turns: test_balance.py)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("world, turns", [(world, turns) for world in WORLDS for turns in (1, 2)])        # 4: test_balance.py
-def test_exact_gives_what_the_oracle_gives_for_every_accumulation(ranks, world, turns):
-    overrides = [*BASE, *WORLDS[world], f"train.micro_batch={16 // world // turns}"]
-    results = [steps(overrides, 1)] if world == 1 else ranks(world).run(steps, overrides, world)
-    for step in (1, 2):
-        of_step = [rank[step - 1] for rank in results]
-        grads, counts, balance = truth(whole([rank[3] for rank in of_step]), step, lambda b: list(range(16)), None)
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("turns", [1, 2])
+def test_exact_gives_what_the_oracle_gives_under_any_accumulation(ranks, world, turns):
+    results = run_on(ranks, world, steps, [*BASE, *split(world, turns)], world)
+    for step, of_step in enumerate(zip(*results), 1):
+        grads, counts, balance = truth(whole([rank[3] for rank in of_step]), step, lambda b: range(16), None)
         assert difference(whole([rank[0] for rank in of_step]), grads)[0] <= 1e-10
         for _, ours, reported, _ in of_step:
             assert [count.tolist() for count in ours.values()] == [count.tolist() for count in counts]
             assert reported == pytest.approx(balance, rel=1e-12)
 
 
-def edited(overrides: list[str], edit: str) -> tuple[dict, float, dict[str, Tensor]]:
-    """Gradients, balance and counts of a step whose micro-batches were edited: `alike`, all sequences are one; `padded`, the
-    first four sequences are padding."""
-    run = make_run(overrides)
-    load = run.loader.step
+def hidden_gradients(overrides: list[str]) -> tuple[dict[tuple[int, int], Tensor], dict]:
+    """Of the first step: gradient at what every router sees, by layer and sample, and those of the parameters."""
+    run, found = make_run(overrides), {}
 
-    def alike(batch: Batch) -> Batch:
-        row_1S = torch.arange(13)[None] * 7 % 48
-        tokens_BS, targets_BS = (part.expand(len(batch.tokens_BS), -1).contiguous() for part in (row_1S[:, :-1], row_1S[:, 1:]))
-        return batch._replace(tokens_BS=tokens_BS, targets_BS=targets_BS, valid_BS=torch.ones_like(tokens_BS, dtype=torch.bool))
+    def watch(layer: int):
+        def before(_, arguments):
+            x_TD, context = arguments[:2]
+            ids_BS = context.sample_ids_T.view(-1, 12)
+            x_TD.register_hook(lambda grad: found.update(
+                {(layer, int(ids[0])): part.clone() for ids, part in zip(ids_BS, grad.split(12))}))
+        return before
 
-    def padded(batch: Batch) -> Batch:
-        lost_B1 = (batch.sample_ids_B < first + 4)[:, None]
-        return batch._replace(targets_BS=batch.targets_BS.where(~lost_B1, -1), valid_BS=batch.valid_BS & ~lost_B1)
-
-    batches = load(1)
-    first = min(int(batch.sample_ids_B.min()) for batch in batches) if edit == "padded" else 0
-    run.loader.step = lambda step: [{"alike": alike, "padded": padded}[edit](batch) for batch in batches]
-    result = train_step(run, 1)
-    return snapshot(run, lambda p: p.grad), result.metrics["loss/balance"], {name: n.clone() for name, n in result.counts.items()}
+    for layer, block in enumerate(run.state.model.layers):
+        block.moe.register_forward_pre_hook(watch(layer))
+    train_step(run, 1)
+    return found, snapshot(run, lambda p: p.grad)
 
 
 @pytest.mark.ranks
-def test_where_all_micro_batches_are_alike_neither_split_nor_scope_matters(ranks):
-    overrides = [*BASE, "train.micro_batch=2"]           # 8 turns on a rank, 4 on each of two, 2 on each of four
-    expected, value, _ = edited(overrides, "alike")
-    assert whole([expected])["layers.0.moe.router.weight"].abs().max() > 1e-3
-    for world, scope in ((1, "micro"), (2, "global"), (2, "micro"), (4, "global"), (4, "micro")):
-        words = [*overrides, *WORLDS[world], f"balance={scope}", "balance.weight=0.3"]
-        results = [edited(words, "alike")] if world == 1 else ranks(world).run(edited, words, "alike")
-        assert difference(whole([grads for grads, _, _ in results]), whole([expected]))[0] <= 1e-10, (world, scope)
-        assert results[0][1] == pytest.approx(value, rel=1e-12)
+def test_hidden_states_and_routers_get_the_same_gradient_in_every_split(ranks):
+    results = {(world, turns): run_on(ranks, world, hidden_gradients, [*GLOBAL, *split(world, turns)])
+               for world, turns in ((1, 1), (1, 8), (2, 4), (4, 2))}
+    hidden, parameters = results.pop((1, 1))[0]
+    assert len(hidden) == 2 * 16 and max(grad.abs().max() for grad in hidden.values()) > 1e-3
+    for of_split in results.values():
+        theirs = {key: grad for found, _ in of_split for key, grad in found.items()}
+        assert theirs.keys() == hidden.keys()
+        scale = max(grad.abs().max() for grad in hidden.values())
+        assert max((theirs[key] - grad).abs().max() for key, grad in hidden.items()) <= 1e-10 * scale
+        assert difference(whole([held for _, held in of_split]), whole([parameters]))[0] <= 1e-10
 
 
-@pytest.mark.parametrize("mode", ["exact", "sync", "buffer", "warm"])
-def test_a_micro_batch_of_padding_alone_adds_nothing(mode):
-    grads, balance, counts = edited([*SERIAL, f"balance.mode={mode}"], "padded")
-    expected, value, truth_counts = edited([*BASE, "train.micro_batch=16"], "padded")
-    assert all(torch.isfinite(grad).all() for grad in whole([grads]).values()) and balance == pytest.approx(value, rel=1e-12)
-    assert all(counts[name].equal(truth_counts[name]) for name in counts)
-    if mode == "exact":
-        assert difference(whole([grads]), whole([expected]))[0] <= 1e-10
+# --- micro-batches that are alike
 
 
-def test_where_turns_have_the_shares_of_the_step_before_all_modes_are_one():
-    share_E, turns, tokens = torch.tensor([5, 1, 0, 2]), 4, torch.tensor(16)
-    prior = Prior({"": 4}, 0.3, torch.device("cpu"))
-    prior.observe(4 * share_E, tokens)
-    for mode in ("sync", "buffer", "warm"):
-        known = Known(mode, {"": 4}, tokens, prior)
-        for turn in range(1, turns + 1):
-            f_E = known.add(share_E.clone(), last=turn == turns).double()
-            torch.testing.assert_close(f_E / f_E.sum(), share_E.double() / 8, rtol=0, atol=1e-15)
+def alike(overrides: list[str], turns: int) -> dict:
+    """Gradients of the second step where every micro-batch of every rank is the same one sequence, and no step changes anything."""
+    run = make_run(overrides)
+    dataset = run.loader._dataset
+    batch = dataset.batch(dataset.sample_ids(1, range(1)))
+    run.loader.step, run.state.optimizer.step = lambda step: [batch] * turns, lambda: None
+    train_step(run, 1)
+    train_step(run, 2)
+    return snapshot(run, lambda p: p.grad)
 
 
-def test_counts_are_whole_in_a_model_of_bfloat16():
-    run = make_run(["run.dtype=bfloat16", "train.micro_batch=4", "data.min_length=0.3"])
-    result = train_step(run, 1)
-    for counts_E in result.counts.values():
-        assert counts_E.dtype == torch.int64 and int(counts_E.sum()) == 2 * result.metrics["tokens"]
+@pytest.mark.ranks
+def test_where_micro_batches_are_alike_every_scope_and_mode_is_the_same(ranks):
+    """Also warm: the step before had these counts. A factor that belongs to one scope alone would show."""
+    one = whole([alike([*GLOBAL, *ALL["micro"]], 1)])
+    router = one["layers.0.moe.router.weight"]
+    without = whole([alike([*GLOBAL, "balance=none"], 1)])["layers.0.moe.router.weight"]
+    assert (router - without).abs().max() > 0.1 * router.abs().max()
+    for name, overrides in ALL.items():
+        for world in (1, 2):
+            results = run_on(ranks, world, alike, [*GLOBAL, *WORLDS[world], "train.micro_batch=4", *overrides], 2)
+            error, where = difference(whole(results), one)
+            assert error <= 1e-12, f"{name} on {world}: {where} differs by {error:.3g}"
 
 
-def test_counts_of_routers_that_run_again_are_not_those_of_the_step(monkeypatch):
-    """Counted inside the router, recomputation counts twice: the defect, beside ours, which leave with the first forward."""
+# --- padding
+
+
+PADDED = {                                               # the batches of one sequence whose counts are f of batch b
+    "exact": lambda b: range(16), "count pass": lambda b: range(16), "sync": lambda b: range(b // 8 * 8, b // 8 * 8 + 8),
+    "buffer": lambda b: range(b // 8 * 8 + 8), "micro": lambda b: range(b // 4 * 4, b // 4 * 4 + 4), "sequence": lambda b: [b],
+}
+
+
+def padded_step(overrides: list[str]) -> tuple[dict, dict, dict]:
+    """(gradients, parameters before, metrics) of a step in which rank 1 has nothing in its first micro-batch."""
+    run = make_run(overrides)
+    load, before = run.loader.step, snapshot(run, lambda p: p.data)
+
+    def step(number: int) -> list:
+        first, *rest = load(number)
+        return [emptied(first) if run.mesh.rank == 1 else first, *rest]
+
+    run.loader.step = step
+    metrics = train_step(run, 1).metrics
+    return snapshot(run, lambda p: p.grad), before, metrics
+
+
+def emptied(batch: Batch) -> Batch:
+    return batch._replace(tokens_BS=batch.tokens_BS * 0, targets_BS=batch.targets_BS * 0 - 1, valid_BS=batch.valid_BS & False)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", PADDED)
+def test_a_micro_batch_of_padding_alone_adds_nothing(ranks, mode, monkeypatch):
+    results = ranks(2).run(padded_step, [*BASE, *split(2, 2), *ALL[mode]])
+    load = Loader.step
+    monkeypatch.setattr(Loader, "step", lambda self, step: [             # slots 4 to 7 are rank 1's first
+        emptied(batch) if number in range(4, 8) else batch for number, batch in enumerate(load(self, step))])
+    grads, _, balance = truth(whole([before for _, before, _ in results]), 1, PADDED[mode], None)
+    assert difference(whole([found for found, _, _ in results]), grads)[0] <= 1e-10
+    for _, _, metrics in results:
+        assert metrics["loss/balance"] == pytest.approx(balance, rel=1e-12) and math.isfinite(metrics["loss/total"])
+
+
+# --- what counts are, and what leaves them alone
+
+
+def test_counts_are_whole_in_a_model_that_was_cast_to_bfloat16():
+    """bfloat16 has whole numbers up to 256."""
+    run = make_run(["balance.mode=warm", "train.seq_len=301"], FORCED)
+    run.state.model.to(torch.bfloat16)
+    batch = run.loader.step(1)[0]
+    output = run.state.model(batch.tokens_BS, step_context(0, 1, batch))
+    for name, experts in FORCED.items():
+        counts_E = output.stats[name].counts_E
+        assert counts_E.dtype == torch.int64 and counts_E[experts].tolist() == [16 * 301, 16 * 301] and counts_E.sum() == 2 * 16 * 301
+    assert all(piece.rows.dtype == torch.int64 for piece in run.state.prior.pieces())
+
+
+def test_an_evaluation_between_two_steps_changes_no_bit_of_the_second():
+    overrides = ["balance.mode=warm", "balance.drift=1", "train.micro_batch=4", "eval.windows=4"]
+    found = []
+    for evaluated in (False, True):
+        run = make_run(overrides)
+        train_step(run, 1)
+        if evaluated:
+            evaluate(run.state.model, run.dataset, run.mesh, run.config)
+        found.append((train_step(run, 2).metrics["loss/total"].hex(), snapshot(run, lambda p: p.grad)))
+    (plain, plain_grads), (after, after_grads) = found
+    assert plain == after and difference(whole([after_grads]), whole([plain_grads]))[0] == 0
+
+
+def test_a_step_that_was_not_applied_leaves_no_counts():
+    run = make_run(["balance.mode=warm", "train.micro_batch=4"])
+    train_step(run, 1)
+    before = [piece.rows.clone() for piece in run.state.prior.pieces()]
+    run.state.model.head.data[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError):
+        train_step(run, 2)
+    assert all(piece.rows.equal(held) for piece, held in zip(run.state.prior.pieces(), before, strict=True))
+
+
+# --- memory
+
+
+class Saved:
+    """Bytes that autograd keeps, as they come and go; a storage that is saved twice counts once."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+        self.bytes = self.most = 0
+
+    def pack(self, tensor: Tensor) -> "Kept":
+        return Kept(self, tensor)
+
+
+class Kept:
+    def __init__(self, saved: Saved, tensor: Tensor) -> None:
+        self.saved, self.tensor, storage = saved, tensor, tensor.untyped_storage()
+        self.place = storage.data_ptr()
+        saved.held[self.place] = saved.held.get(self.place, 0) + 1
+        if saved.held[self.place] == 1:
+            saved.bytes += storage.nbytes()
+            saved.most = max(saved.most, saved.bytes)
+
+    def __del__(self) -> None:
+        self.saved.held[self.place] -= 1
+        if self.saved.held[self.place] == 0:
+            self.saved.bytes -= self.tensor.untyped_storage().nbytes()
+
+
+def most_kept(*overrides: str) -> int:
+    run, saved = make_run(["train.seq_len=64", *overrides]), Saved()
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
+        train_step(run, 1)
+    return saved.most
+
+
+def test_exact_with_a_count_pass_keeps_what_one_micro_batch_keeps():
+    one = most_kept("balance=micro", "train.micro_batch=4")              # each runs backward before the next
+    assert most_kept("train.count_pass=true", "train.micro_batch=4") <= 1.1 * one
+    assert most_kept("train.micro_batch=4") > 3 * one                    # all graphs
+
+
+def test_counts_taken_inside_a_router_that_runs_again_are_twice_those_of_the_step(monkeypatch):
+    """The defect beside ours: what a step counts leaves a layer with its first forward."""
     inside, sums = {"none": 0, "full": 0}, base.router_sums
     for mode in inside:
         def counted(*arguments, mode=mode):
@@ -101,19 +242,6 @@ def test_counts_of_routers_that_run_again_are_not_those_of_the_step(monkeypatch)
             return found
 
         monkeypatch.setattr(base, "router_sums", counted)
-        counts = train_step(make_run([*SERIAL, f"train.activation_checkpointing={mode}"]), 1).counts
-        assert (sum(int(n_E.sum()) for n_E in counts.values()) == inside[mode]) == (mode == "none")
+        counts = train_step(make_run([*BASE, "train.micro_batch=4", f"train.activation_checkpointing={mode}"]), 1).counts
+        assert sum(int(n_E.sum()) for n_E in counts.values()) == inside["none"]
     assert inside["full"] == 2 * inside["none"]
-
-
-@pytest.mark.parametrize("mode", ["exact", "warm", "buffer"])
-def test_an_evaluation_leaves_no_trace(mode):
-    overrides = [*SERIAL, f"balance.mode={mode}", "balance.drift=1", "eval.windows=2"]
-    found = []
-    for evaluated in (False, True):
-        run = make_run(overrides)
-        train_step(run, 1)
-        if evaluated:
-            evaluate(run.state.model, run.dataset, run.mesh, run.config)
-        found.append([train_step(run, step).metrics["loss/total"].hex() for step in (2, 3)])
-    assert found[0] == found[1]

@@ -52,6 +52,7 @@ def files(directory: Path) -> dict[str, str]:
             for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("mesh", [["train.micro_batch=2"], pytest.param([*EP2, "train.micro_batch=2"], marks=pytest.mark.slow)],
                          ids=["single", "ep2"])
@@ -84,6 +85,7 @@ def test_a_killed_run_goes_on_from_its_last_save_and_keeps_the_cut_tail(tmp_path
     assert (tmp_path / "runs/killed/metrics.jsonl.lost").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_the_command_of_a_finished_run_says_so_and_changes_nothing(tmp_path):
     moetrain("train", *DEBUG, *EP2, cwd=tmp_path)
@@ -132,6 +134,7 @@ class RoundRobinRouter(Router):
 '''
 
 
+@pytest.mark.slow
 def test_a_new_router_is_one_file_and_one_yaml(tmp_path):
     for name in ("moetrain", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -167,6 +170,7 @@ def test_text_of_strangers_trains_evaluates_and_continues(tmp_path):
     assert moetrain(*words, cwd=tmp_path) == moetrain(*words, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_bad_input_gets_its_exit_code_and_nothing_is_written_over(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "E-DISK" in moetrain("train", *DEBUG, "run.dir=file/run", cwd=tmp_path, code=14)
@@ -182,6 +186,7 @@ def test_bad_input_gets_its_exit_code_and_nothing_is_written_over(tmp_path):
     assert payload.read_bytes() == bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_an_error_of_rank_zero_is_said_once_and_ends_all_ranks(tmp_path):
     out = moetrain("train", *DEBUG, *EP2, "data=text", "data.path=nowhere", cwd=tmp_path, code=12)
@@ -189,6 +194,7 @@ def test_an_error_of_rank_zero_is_said_once_and_ends_all_ranks(tmp_path):
     assert json.loads((tmp_path / "runs/debug/status.json").read_text())["code"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_checkpoint_damaged_on_one_rank_ends_all_ranks(tmp_path):
     moetrain("train", *DEBUG, *EP2, "run.stop_at=2", cwd=tmp_path)
@@ -202,6 +208,7 @@ def test_a_checkpoint_damaged_on_one_rank_ends_all_ranks(tmp_path):
     assert json.loads((tmp_path / "runs/debug/status.json").read_text())["code"] == 13
 
 
+@pytest.mark.slow
 def test_a_rank_that_finds_nobody_says_where_it_looked(tmp_path):
     alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     done = subprocess.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "parallel=ep", "run.timeout_s=3"], cwd=tmp_path,

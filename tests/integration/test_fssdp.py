@@ -7,6 +7,7 @@ after 20 steps of AdamW against one process.
 Memory: test_fssdp_memory.py. Resuming and checkpoints: test_fssdp_state.py.
 """
 
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -29,6 +30,7 @@ def truth(extra: tuple[str, ...], forced: bool) -> Trained:
     return alone([*extra, "run.dtype=float64"], STEPS, FORCED if forced else None)
 
 
+CHUNKS = ["schedule=fixed", "schedule.chunks=3"]
 CASES = {
     "two": (2, [], 1, False, []),
     "two, empty ranks": (2, [], 2, True, []),
@@ -50,6 +52,13 @@ CASES = {
     "sliced, replicated": (4, ["parallel.sliced=9", "parallel.ep=2", "parallel.rehome_interval=7"], 1, True, []),
     "sliced, two levels": (4, ["parallel.sliced=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
                            ["model.num_experts=[7,3]"]),
+    "in chunks, gathered again, empty ranks": (2, [*CHUNKS, "schedule.chunks=4", "parallel.rematerialize=true"], 2, True, []),
+    "in chunks, exact, recomputed, sliced": (4, [*CHUNKS, "parallel.exact_combine=true", "train.activation_checkpointing=full",
+                                                 "parallel.sliced=3", "parallel.rehome_interval=4"], 1, False, []),
+    "in chunks, calibrated, selective": (2, [*CHUNKS, CALIBRATE, "train.activation_checkpointing=selective",
+                                             "train.count_pass=true", "parallel.rematerialize=true"], 2, False, []),
+    "tokens by two levels, in chunks": (4, [*CHUNKS, "parallel.exchange=two_level"], 2, False, []),
+    "exact": (4, ["parallel.exact_combine=true"], 1, False, []),
     "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
     "two levels, gathered again": (4, ["parallel.collective=two_level", "parallel.rematerialize=true"], 2, True, []),
     "two levels, recomputed": (4, ["parallel.collective=two_level", "train.activation_checkpointing=full"], 2, False, []),
@@ -65,8 +74,18 @@ CASES = {
 }
 
 
+# Each combines what others show one by one, or in other pairs.
+FULL = ("four gathered again", "recomputed", "recomputed and gathered again", "homes that move, replicated", "sliced, gathered again",
+        "two levels, gathered again", "two levels, recomputed", "calibrated, accumulated", "calibrated, gathered again", "calibrated, recomputed",
+        "two, empty ranks", "kept graphs gathered again")
+
+
+def but_full(cases: Iterable[str], full: Container[str]) -> list:
+    return [pytest.param(case, marks=pytest.mark.full) if case in full else case for case in cases]
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", but_full(CASES, FULL))
 def test_copies_change_nothing(ranks, case):
     world, overrides, accumulation, forced, extra = CASES[case]
     overrides = ["parallel=fssdp", *overrides, *extra, "run.dtype=float64", f"run.nproc={world}",
@@ -116,7 +135,7 @@ def planned(overrides: list[str]) -> tuple[Trained, list[int]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("planner", ["ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced"])
+@pytest.mark.parametrize("planner", but_full(["ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced"], ["ep", "eplb", "shadow", "laer"]))
 def test_no_planner_changes_anything(ranks, planner):
     overrides = ["parallel=fssdp", f"planner={planner}", *FAST_LINKS, "run.dtype=float64", "run.nproc=4", "train.micro_batch=2",
                  "parallel.rehome_interval=6", "parallel.sliced=1", *["planner.min_rows=1"] * (planner == "llep")]

@@ -72,6 +72,17 @@ PAIRS = [
 ]
 
 
+# The same with the experts' exchange in chunks, and with a row for every slot: (case, overrides).
+CHUNKED = [
+    (("ep2", 1, 0, True, True, "keep"), ["schedule.chunks=2"]),
+    (("ep4", 2, 1, True, False, "count"), ["schedule.chunks=4", "parallel.exact_combine=true"]),
+    (("ep4", 1, 1, True, False, "full"), ["schedule.chunks=3", "parallel.exchange=peer"]),
+    (("ep2of4", 2, 0, False, True, "selective"), ["schedule.chunks=2", "parallel.exchange=peer"]),
+    (("ep_fsdp2", 2, 1, True, False, "full"), ["schedule.chunks=2"]),
+    (("ep2_fsdp4", 1, 1, False, False, "full"), ["schedule.chunks=3", "train.head_chunk=20"]),
+]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = list(product(*FACTORS.values())) if metafunc.config.getoption("--all") else PAIRS
@@ -82,10 +93,10 @@ def variant(shared: int, padded: bool) -> list[str]:
     return [f"model.num_shared_experts={shared}", f"data.min_length={0.2 if padded else 1.0}"]
 
 
-def on_mesh(ranks, case: tuple, dtype: str, steps: int = STEPS) -> Trained:
+def on_mesh(ranks, case: tuple, dtype: str, steps: int = STEPS, extra: tuple[str, ...] = ()) -> Trained:
     mesh, accumulation, shared, padded, forced, passes = case
     world, overrides = MESHES[mesh]
-    overrides = [*overrides, *variant(shared, padded), *PASSES[passes], f"run.dtype={dtype}", f"run.nproc={world}",
+    overrides = [*overrides, *variant(shared, padded), *PASSES[passes], *extra, f"run.dtype={dtype}", f"run.nproc={world}",
                  f"train.micro_batch={16 // world // accumulation}"]
     arguments = (train_steps, overrides, steps, FORCED if forced else None)
     return alone(*arguments[1:]) if world == 1 else union(ranks(world).run(*arguments))
@@ -133,7 +144,17 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 @pytest.mark.ranks
 def test_a_mesh_gives_what_the_oracle_gives_in_float64(ranks, case):
-    ours, expected = on_mesh(ranks, case, "float64"), truth(*case[2:5])
+    check(on_mesh(ranks, case, "float64"), truth(*case[2:5]))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("chunked", CHUNKED, ids=lambda chunked: "-".join(map(str, [*chunked[0], *chunked[1]])))
+def test_chunks_change_nothing(ranks, chunked):
+    case, overrides = chunked
+    check(on_mesh(ranks, case, "float64", extra=("schedule=fixed", *overrides)), truth(*case[2:5]))
+
+
+def check(ours: Trained, expected: Trained) -> None:
     assert_close(ours.gradients, expected.gradients, 1e-10, "gradient of the first step")
     assert_close(ours.parameters, expected.parameters, 1e-10, f"parameter after {STEPS} steps")
     for step, (mine, theirs) in enumerate(zip(ours.metrics, expected.metrics), 1):
@@ -150,7 +171,9 @@ def test_a_mesh_gives_what_the_oracle_gives_in_float64(ranks, case):
      {"num_layers": 3, "first_dense_layers": 1, "num_experts": [8, 4, 6], "top_k": [2, 1, 3], "gate": "raw"}),
     (["balance=micro", "balance.weight=0.1", "train.micro_batch=4"], {"balance_scope": "micro"}),
     (["balance=none"], {"balance_scope": "none"}),
-], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none"])
+    (["train.head_chunk=50"], {}),
+    (["train.head_chunk=7", "model.tie_embeddings=true", "train.loss_carrier=attached"], {"tie_embeddings": True}),
+], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none", "head in chunks", "tied head in chunks"])
 def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
     overrides = ["run.dtype=float64", "data.min_length=0.2", "train.clip=0", *overrides]
     run = make_run(overrides)

@@ -23,6 +23,7 @@ def serial():
     return {seed: alone([*BF16, f"run.seed={seed}"], STEPS) for seed in (0, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_trains_as_one_process_does(ranks, serial, mesh):

@@ -41,9 +41,9 @@ def test_no_mode_routes_a_second_time(mode):
     assert counted.calls["moetrain.top_k.default"] == counted.calls["moetrain.decide.default"] == 4
 
 
-def ep_calls(mode: str) -> dict[str, int]:
+def ep_calls(mode: str, extra: list[str]) -> dict[str, int]:
     """Exchanges of one step on this rank, by what travels."""
-    run = make_run([*ROUTED, "run.nproc=2", "parallel=ep", "train.micro_batch=4", *MODES[mode]])
+    run = make_run([*ROUTED, "run.nproc=2", "parallel=ep", "train.micro_batch=4", *MODES[mode], *extra])
     found: dict[str, int] = {}
 
     class Exchanges(torch.utils._python_dispatch.TorchDispatchMode):
@@ -63,7 +63,16 @@ def ep_calls(mode: str) -> dict[str, int]:
 def test_counts_are_exchanged_once_and_rows_no_more_than_need_be(ranks, mode, rows):
     """2 micro-batches x 2 layers: counts 4; rows there and back, twice. `full` sends them there once more, a count pass
     there and back in the layers before the last."""
-    for found in ranks(2).run(ep_calls, mode):
+    for found in ranks(2).run(ep_calls, mode, []):
+        assert found == {"counts": 4, "rows": rows}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode, rows", [("none", 48), ("selective", 48), ("full", 60)])
+def test_rows_of_no_chunk_return_for_nothing(ranks, mode, rows):
+    """Three chunks, and a shared expert that runs while the last one is on its way back."""
+    extra = ["schedule=fixed", "schedule.chunks=3", "model.num_shared_experts=1"]
+    for found in ranks(2).run(ep_calls, mode, extra):
         assert found == {"counts": 4, "rows": rows}
 
 

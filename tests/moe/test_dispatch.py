@@ -4,11 +4,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
+from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import Sent, TokenDispatcher
-from moetrain.ops.permute import permute
+from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.pipeline import Pipeline
+from moetrain.ops.permute import gather_padded, permute
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.routers.base import Routing
 
@@ -34,10 +38,12 @@ def routed(ids: list[list[int]], seed: int) -> tuple[Tensor, Routing]:
     return x_TD, Routing(ids_TK, weights_TK, ids_TK.numel(), None)
 
 
-def dispatcher(placement: LayerPlacement) -> TokenDispatcher:
-    if placement.positions == 1:
-        return TokenDispatcher(placement, FlatExchange(Group("ep", (0,), 0)), CPU)
-    return TokenDispatcher(placement, FlatExchange(Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)), CPU)
+def dispatcher(placement: LayerPlacement, exact: bool = False) -> TokenDispatcher:
+    return TokenDispatcher(placement, FlatExchange(group(placement.positions)), CPU, exact=exact)
+
+
+def group(positions: int) -> Group:
+    return Group("ep", (0,), 0) if positions == 1 else Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)
 
 
 def rows_of(sent: Sent) -> Tensor:
@@ -53,10 +59,10 @@ def experts(sent: Sent, ids: tuple[int, ...]) -> Tensor:
     return rows_of(sent) ** 3 * (factor_R * sent.weights_R)[:, None]
 
 
-def through(placement: LayerPlacement, ids: list[list[int]], rank: int) -> tuple[Tensor, ...]:
+def through(placement: LayerPlacement, ids: list[list[int]], rank: int, exact: bool = False) -> tuple[Tensor, ...]:
     """Output, and the gradients of tokens and weights."""
     x_TD, routing = routed(ids, seed=rank)
-    wire = dispatcher(placement)
+    wire = dispatcher(placement, exact)
     sent = wire.dispatch(x_TD, routing)
     held = placement.experts_of(wire.exchange.group.position)
     out_TD = wire.combine(experts(sent, held), sent.ticket)
@@ -72,13 +78,13 @@ def by_loop(ids: list[list[int]], rank: int) -> tuple[Tensor, ...]:
     return out_TD.detach(), x_TD.grad, routing.weights_TK.grad
 
 
-def through_on_rank(placement: LayerPlacement, ids: list[list[list[int]]]) -> tuple[Tensor, ...]:
-    return through(placement, ids[dist.get_rank()], dist.get_rank())
+def through_on_rank(placement: LayerPlacement, ids: list[list[list[int]]], exact: bool) -> tuple[Tensor, ...]:
+    return through(placement, ids[dist.get_rank()], dist.get_rank(), exact)
 
 
-def slots_on_rank(ids: list[list[list[int]]]) -> Tensor:
+def slots_on_rank(ids: list[list[list[int]]], exact: bool) -> Tensor:
     x_TD, routing = routed(ids[dist.get_rank()], seed=dist.get_rank())
-    wire = dispatcher(HOMES[2])
+    wire = dispatcher(HOMES[2], exact)
     sent = wire.dispatch(x_TD, routing)
     return wire.combine(rows_of(sent), sent.ticket, reduce=False).detach()
 
@@ -91,9 +97,10 @@ def test_one_position_gives_the_weighted_sum_of_a_plain_loop(ids):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("placement", [HOMES[2], UNEVEN], ids=["contiguous", "uneven"])
+@pytest.mark.parametrize("exact", [True, False], ids=["by slot", "by token"])
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
-def test_two_positions_give_what_one_gives(ranks, ids, placement):
-    for rank, result in enumerate(ranks(2).run(through_on_rank, placement, ids)):
+def test_two_positions_give_what_one_gives(ranks, ids, placement, exact):
+    for rank, result in enumerate(ranks(2).run(through_on_rank, placement, ids, exact)):
         torch.testing.assert_close(result, through(HOMES[1], ids[rank], rank))
 
 
@@ -111,12 +118,73 @@ def test_rows_come_in_expert_order_and_unreduced_slots_undo_the_dispatch(ids):
 
 
 @pytest.mark.ranks
-def test_unreduced_slots_undo_the_dispatch_over_two_positions(ranks):
-    for rank, slots_TKD in enumerate(ranks(2).run(slots_on_rank, IDS["mixed"])):
-        x_TD, routing = routed(IDS["mixed"][rank], seed=rank)
+@pytest.mark.parametrize("exact", [True, False], ids=["by slot", "by token"])
+@pytest.mark.parametrize("ids", ["mixed", "odd slots", "a rank of padding"])
+def test_unreduced_slots_undo_the_dispatch_over_two_positions(ranks, ids, exact):
+    for rank, slots_TKD in enumerate(ranks(2).run(slots_on_rank, IDS[ids], exact)):
+        x_TD, routing = routed(IDS[ids][rank], seed=rank)
         assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])
 
 
 def test_a_placement_for_other_positions_is_refused():
     with pytest.raises(AssertionError):
         TokenDispatcher(HOMES[2], FlatExchange(Group("ep", (0,), 0)), CPU)
+
+
+# --- counts that stay on the device
+
+
+def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]], exact: bool) -> tuple[Tensor, ...]:
+    """Output and every gradient of the experts here."""
+    placement, rank = HOMES[positions], 0 if positions == 1 else dist.get_rank()
+    ids_TK, dtype = torch.tensor(ids[rank]), torch.float32
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(len(ids_TK), 8, generator=generator).to(dtype).requires_grad_()
+    weights_TK = torch.rand(ids_TK.shape, generator=generator).requires_grad_()
+    bank = ExpertBank(experts=placement.experts_of(rank), dim=8, expert_dim=16)
+    for matrix in bank.parameters():
+        torch.nn.init.normal_(matrix, generator=generator)
+    wire = TokenDispatcher(placement, FlatExchange(group(positions)), CPU, exact=exact, on_device=on_device)
+    out_TD = GroupedExperts(bank)(x_TD, ids_TK, weights_TK.where(ids_TK >= 0, 0), Pipeline(wire)).wait()
+    (out_TD ** 2).sum().backward()
+    return out_TD.detach(), x_TD.grad, weights_TK.grad, bank.gate_up.grad, bank.down.grad
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_counts_on_the_device_give_what_counts_on_the_host_give(ids):
+    for turned in (ids, ids[::-1]):
+        ours, theirs = (layer_with_counts(on_device, 1, turned, False) for on_device in (True, False))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("exact", [True, False], ids=["by slot", "by token"])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_counts_on_the_device_give_the_same_over_two_positions(ranks, ids, exact):
+    ours, theirs = (ranks(2).run(layer_with_counts, on_device, 2, ids, exact) for on_device in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_nothing_asks_the_device_for_a_number(on_device):
+    """Fake tensors have no values: whoever wants one is refused."""
+    with FakeTensorMode():
+        ids_TK = torch.zeros(5, 2, dtype=torch.int64)
+        x_TD, weights_TK = torch.randn(5, 8).requires_grad_(), torch.rand(5, 2).requires_grad_()
+        bank = ExpertBank(experts=tuple(range(EXPERTS)), dim=8, expert_dim=16)
+        wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=on_device)
+        try:
+            GroupedExperts(bank)(x_TD, ids_TK, weights_TK, Pipeline(wire)).wait().sum().backward()
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            assert not on_device
+        else:
+            assert on_device and bank.gate_up.grad.shape == bank.gate_up.shape
+
+
+def test_unreduced_slots_of_padded_rows_undo_the_dispatch():
+    x_TD, routing = routed(IDS["mixed"][0], seed=0)
+    x_TD, routing = x_TD.float(), routing._replace(weights_TK=routing.weights_TK.float())
+    wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=True)
+    sent = wire.dispatch(x_TD, routing)
+    slots_TKD = wire.combine(gather_padded(sent.x_ND, *sent.order[:2]), sent.ticket, reduce=False)
+    assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])

@@ -1,6 +1,7 @@
 """Rows to replicas: the three rules, over random placements and loads, against the optimum and a plain reading."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.plan.optimal import shortest_time, smallest_largest_load
 
 LINKED = Costs(row_s=1e-6, row_bytes=512.0, expert_bytes=1e6, inside=9e9, between=1e9, latency_s=1e-5, hidden_s=1e-3)
 FREE = Costs(row_s=1e-6, row_bytes=0.0, expert_bytes=0.0, inside=9e9, between=1e9)
+TRACES = Path(__file__).parents[2] / "docs/results/traces"
 SHAPES = ((1, 1, 3), (2, 2, 3), (4, 2, 8), (5, 2, 9), (8, 8, 16), (8, 4, 32), (6, 1, 4))        # positions, per node, experts
 
 
@@ -158,6 +160,22 @@ def test_waterfill_is_within_ten_percent_of_the_optimum_of_the_model(name, costs
         for placement in (planned, random_placement(seed + 20, positions, experts)):
             took = modelled(waterfill(torch.tensor(trace[2]), placement, topology, costs), placement, topology, costs)
             assert took.compute_s + took.link_s <= 1.1 * shortest_time(trace[2], placement, topology, costs), seed
+
+
+@pytest.mark.parametrize(("nodes", "per_node", "worst"), [(1, 8, 1.1), (2, 2, 1.1), (2, 4, 1.25)])
+def test_waterfill_is_near_the_optimum_on_recorded_loads(nodes, per_node, worst):
+    """Every step within ten percent on one node and on two of two; on two of four their mean is."""
+    costs, topology = Costs(200e-6, 512.0, 49e3, 56e6, 6.2e6, 1e-3, 20e-3), Topology(nodes * per_node, per_node)
+    ratios = []
+    for name in ("none-32", "micro-32"):
+        with np.load(TRACES / f"{name}.npz") as file:
+            trace_tPE = file["sources"][-40::5].astype(np.int64).sum(1) // 8                     # of all layers
+        trace_tPE = trace_tPE.reshape(len(trace_tPE), topology.positions, -1, trace_tPE.shape[2]).sum(2)
+        for before_PE, n_PE in zip(trace_tPE, trace_tPE[1:]):
+            placement = Balanced().plan(before_PE.sum(0), contiguous(n_PE.shape[1], topology.positions), topology, costs, 2).placement
+            took = modelled(waterfill(torch.tensor(n_PE), placement, topology, costs), placement, topology, costs)
+            ratios.append((took.compute_s + took.link_s) / shortest_time(n_PE, placement, topology, costs))
+    assert max(ratios) <= worst and sum(ratios) / len(ratios) <= 1.1, ratios
 
 
 def test_nobody_sends_or_takes_in_all_that_leaves_a_node():

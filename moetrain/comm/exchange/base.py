@@ -5,9 +5,16 @@ backward of an exchange is the exchange with the splits turned round, and it is 
 sends and receives nothing.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Way(Protocol):
+    """What a wire knows of an exchange besides how many rows travel."""
+
+    def reversed(self) -> "Way": ...
 
 
 class Splits(NamedTuple):
@@ -15,12 +22,15 @@ class Splits(NamedTuple):
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
+    way: Way | None = None
 
     def reversed(self) -> "Splits":
-        return Splits(self.received, self.sent)
+        return Splits(self.received, self.sent, self.way and self.way.reversed())
 
 
 class Handle(Protocol):
+    """A NamedTuple with its tensors in sight: FSDP2 looks for them in what leaves a module."""
+
     def wait(self) -> tuple[Tensor, ...]: ...
 
 
@@ -32,7 +42,19 @@ class Exchange(Protocol):
         """Swap blocks of integers [positions, n]: row s of the result came from position s. Waits."""
         ...
 
-    def post(self, tensors: tuple[Tensor, ...], splits: Splits) -> Handle:
-        """Start sending the rows of all tensors together, ordered by destination; the handle gives the rows received,
-        ordered by source. The tensors have one first dim and may differ in width and dtype."""
+    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+        """Of several exchanges that are to come, from the rows to and from every position in each. May be collective; waits."""
         ...
+
+    def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
+        """Start sending the rows of all tensors together, ordered by destination; the handle gives the rows received,
+        ordered by source. The tensors have one first dim and may differ in width and dtype; integers have no gradient.
+
+        read: whether backward reads what arrives. What it does not is not kept by activation checkpointing, nor sent again.
+        """
+        ...
+
+
+def plain_splits(sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+    """Where rows travel straight, there is nothing more to know."""
+    return [Splits(tuple(there), tuple(here)) for there, here in zip(sent, received, strict=True)]

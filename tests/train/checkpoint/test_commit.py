@@ -88,6 +88,7 @@ def assert_survives(run, two: Path, run_dir: Path, number: int) -> str | None:
     return place
 
 
+@pytest.mark.slow
 def test_a_save_may_be_killed_at_any_kind_of_change(run, two, tmp_path):
     """T05: the first time of each kind of change to each file, before and after it."""
     shutil.copytree(two, tmp_path / "look")

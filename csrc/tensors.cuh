@@ -1,0 +1,95 @@
+// What every <op>.cu needs to register its kernels: torch's stable ABI (2.11 and later) and nothing else of torch.
+//
+// Schemas, fakes and gradients are Python's (moetrain/ops/<op>.py). Here a tensor becomes a pointer and sizes. On the host the
+// same registrations serve the CPU (tests/ops/bindings_on_host.cpp), so that they are run too.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#ifndef MOETRAIN_ON_HOST
+#include <torch/csrc/stable/accelerator.h>
+#endif
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "common.cuh"
+
+namespace moetrain {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The device of a tensor, current while this lives, and its stream.
+#ifdef MOETRAIN_ON_HOST
+struct On {
+  cudaStream_t stream = nullptr;
+
+  explicit On(const Tensor&) {}
+};
+inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
+inline void check_launch() { STD_TORCH_CHECK(on_host::failure.empty(), on_host::failure); }
+#define REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(moetrain, CPU, library)
+#else
+struct On {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit On(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+};
+inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+inline void check_launch() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+#define REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(moetrain, CUDA, library)
+#endif
+
+inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+}
+
+template <typename T>
+const T* in(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+const T* in(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? in<T>(*tensor) : nullptr;
+}
+template <typename T>
+T* out(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline void expect(const Tensor& tensor, ScalarType type, int64_t dims, const char* name) {
+  STD_TORCH_CHECK(on_device(tensor) && tensor.scalar_type() == type && tensor.dim() == dims, name,
+                  ": wrong device, type or number of dims");
+}
+inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t dims, const char* name) {
+  if (tensor.has_value()) expect(*tensor, type, dims, name);
+}
+
+// Calls `action` with a value of the element type.
+template <typename Action>
+void with_type(const Tensor& tensor, Action action) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16: return action(bf16{});
+    case ScalarType::Float: return action(float{});
+    case ScalarType::Double: return action(double{});
+    default: STD_TORCH_CHECK(false, "rows are bfloat16, float32 or float64");
+  }
+}
+
+// The type that elements are added up in.
+inline ScalarType wide(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace moetrain

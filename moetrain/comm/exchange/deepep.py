@@ -1,0 +1,73 @@
+"""DeepEP as a wire (github.com/deepseek-ai/DeepEP, `deep_ep.Buffer`). Unverified: it has never run here.
+
+A message is handed to DeepEP's dispatch as rows of bfloat16 that go to one rank each. They are moved and not computed with, so
+that bits of any dtype pass; that rows arrive by source rank, and of one in their order, is what its kernels do and this relies on.
+That a token goes to a rank once has been seen to before (moe/rows.py). DeepEP learns on the host how many rows will arrive.
+
+Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks alike.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetrain.comm.exchange.base import Exchange, Handle, Splits
+from moetrain.comm.exchange.flight import travel
+
+UNIT = 16                        # bytes that its copies move at once
+NVL_BYTES = RDMA_BYTES = 1 << 30
+
+
+def buffer(package: Any, process_group: Any, nodes: int) -> Any:
+    """DeepEP's buffer for a group; one for all layers."""
+    return package.Buffer(process_group, NVL_BYTES, RDMA_BYTES if nodes > 1 else 0)
+
+
+class DeepEPExchange:
+    """plain: for counts."""
+
+    def __init__(self, plain: Exchange, buffer: Any) -> None:
+        self.plain, self.buffer = plain, buffer
+        self.positions, self.position = plain.positions, plain.position
+        self.on_way: dict[int, tuple[Any, torch.dtype, torch.Size]] = {}
+
+    def counts(self, sent_P: Tensor) -> Tensor:
+        return self.plain.counts(sent_P)
+
+    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+        return self.plain.splits(sent, received)
+
+    def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
+        return travel(self, tensors, splits, read)
+
+    def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
+        rows = as_units(message)
+        positions = torch.arange(self.positions, device=message.device)
+        to_N1 = positions.repeat_interleave(torch.tensor(splits.sent, device=message.device))[:, None]
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(to_N1, self.positions)
+        received, _, _, _, _, event = self.buffer.dispatch(
+            rows, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_rdma_rank, is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert, topk_idx=to_N1, topk_weights=torch.ones(to_N1.shape, device=message.device),
+            async_finish=True)
+        self.on_way[id(received)] = event, message.dtype, message.shape[1:]
+        return received
+
+    def finish(self, message: Tensor) -> Tensor:
+        event, dtype, shape = self.on_way.pop(id(message))
+        event.current_stream_wait()
+        return from_units(message, dtype, shape)
+
+
+def as_units(message: Tensor) -> Tensor:
+    """The bits of rows as bfloat16, padded to a whole number of units."""
+    bits = message.reshape(len(message), message.shape[1:].numel()).contiguous().view(torch.uint8)
+    return F.pad(bits, (0, ceil(bits.shape[1] / UNIT) * UNIT - bits.shape[1])).view(torch.bfloat16)
+
+
+def from_units(rows: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    bits = rows.view(torch.uint8)[:, :shape.numel() * dtype.itemsize].contiguous()
+    return bits.view(dtype).view(len(rows), *shape)

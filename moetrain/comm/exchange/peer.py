@@ -1,0 +1,180 @@
+"""The peer wire: rows are written straight into the memory of the position they go to. Inside a node.
+
+An exchange is an *epoch* of its channel, one channel there and one back. Areas are double-buffered by the parity of the epoch:
+
+    send      wait until the destination is done with the epoch before last; copy its rows to their place in its area of this
+              parity, one copy a destination; put `ready`
+    receive   wait for `ready` of every source; copy the rows out; put `free`
+
+Where a source's rows begin in the area is known before (`splits`): every position tells the others where their rows go, how many
+there are in all, and the same of the way back. From the largest of these totals, which all positions then know, all of them make
+areas larger at the same moment.
+
+On a channel two exchanges may be under way and not three: the third would wait for what its own position has not taken yet.
+Pipelines (moe/pipeline.py) need no more. Waiting has a limit: a peer that does not come is named, with the rank, the router and the
+epoch. No barrier anywhere but for growing.
+
+Recomputation finds the exchange as an operator (`peer_start`), whose result is kept and not fetched a second time.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, count
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from moetrain.comm.exchange.areas import Areas
+from moetrain.comm.exchange.base import Exchange, Handle, Splits
+from moetrain.comm.exchange.flight import travel
+from moetrain.errors import PeerError
+from moetrain.ops.extension import define
+
+CHANNELS = ("dispatch", "combine")
+READY, FREE = 0, 1
+AREAS, KINDS = 2 * len(CHANNELS), 2 * len(CHANNELS)
+
+
+class Places(NamedTuple):
+    """Where the rows sent begin at each destination, and those that come back from there; the largest totals anywhere."""
+
+    there: tuple[int, ...]
+    back: tuple[int, ...]
+    most_there: int
+    most_back: int
+
+    def reversed(self) -> "Places":
+        return Places(self.back, self.there, self.most_back, self.most_there)
+
+
+class Peers:
+    """The areas of a group, and the epochs of their channels; shared by all layers. ranks: of the positions, for messages."""
+
+    def __init__(self, areas: Areas, ranks: Sequence[int], limit_s: float) -> None:
+        self.areas, self.ranks, self.limit_s = areas, ranks, limit_s
+        self.begun, self.taken = [0] * len(CHANNELS), [0] * len(CHANNELS)
+
+    def send(self, message: Tensor, sent: Sequence[int], there: Sequence[int], most: int, channel: int, router: str) -> int:
+        """Start an exchange; its epoch."""
+        self.begun[channel] += 1
+        epoch, areas, row = self.begun[channel], self.areas, message[:1].nbytes if len(message) else _row_bytes(message)
+        assert epoch - self.taken[channel] <= 2, f"{epoch - self.taken[channel]} exchanges of {router} under way on a channel"
+        area = 2 * channel + epoch % 2
+        areas.grow(area, most * row)
+        begins = list(accumulate(sent, initial=0))
+        with areas.leaving(message):
+            rows = message.view(-1).view(torch.uint8) if message.numel() else message.new_empty(0, dtype=torch.uint8)
+            for step in range(areas.positions):              # every position begins with another destination
+                to = (areas.position + step) % areas.positions
+                if epoch > 2:
+                    self._wait(to, channel, FREE, epoch - 2, router)
+                part = rows[begins[to] * row:begins[to + 1] * row]
+                areas.area(to, area)[there[to] * row:there[to] * row + len(part)].copy_(part, non_blocking=True)
+                areas.put(to, 2 * channel + READY, epoch)
+        return epoch
+
+    @torch.no_grad()
+    def receive(self, out: Tensor, channel: int, epoch: int, router: str) -> None:
+        """Rows of an exchange into `out`. Exchanges of a channel are taken in order."""
+        areas = self.areas
+        assert epoch == self.taken[channel] + 1, (epoch, self.taken)
+        with areas.arriving():
+            for source in range(areas.positions):
+                self._wait(source, channel, READY, epoch, router)
+            if out.numel():
+                rows = out.view(-1).view(torch.uint8)
+                rows.copy_(areas.area(areas.position, 2 * channel + epoch % 2)[:len(rows)])
+            for source in range(areas.positions):
+                areas.put(source, 2 * channel + FREE, epoch)
+        areas.landed()
+        self.taken[channel] = epoch
+
+    def _wait(self, peer: int, channel: int, kind: int, epoch: int, router: str) -> None:
+        try:
+            self.areas.wait(peer, 2 * channel + kind, epoch, self.limit_s)
+        except TimeoutError:
+            rank, other, what = self.ranks[self.areas.position], self.ranks[peer], CHANNELS[channel]
+            where = f"{what} {epoch} of this run, in {router}"
+            if kind == READY:
+                raise PeerError(3, f"rank {rank} waited {self.limit_s:g} s for the rows of rank {other}", where=where,
+                                why="that rank is gone, or hangs before it sends them",
+                                next=f"see log/rank-{other}.log; the same command resumes. run.timeout_s sets the wait") from None
+            raise PeerError(4, f"rank {rank} waited {self.limit_s:g} s until rank {other} had taken rows", where=where,
+                            why="that rank is gone, or hangs before it takes them; its memory holds two exchanges",
+                            next=f"see log/rank-{other}.log; the same command resumes. run.timeout_s sets the wait") from None
+
+
+class PeerExchange:
+    """The wire of a layer. plain: for counts, which are few. name: of the router."""
+
+    def __init__(self, plain: Exchange, peers: Peers, name: str, device: torch.device) -> None:
+        self.plain, self.peers, self.name, self.device = plain, peers, name, device
+        self.key = f"{name} {next(_NUMBERS)}"
+        self.positions, self.position = plain.positions, plain.position
+        self.on_way: dict[int, tuple[int, int]] = {}         # (channel, epoch) by the memory that rows will come to
+        _WIRES[self.key] = self
+
+    def counts(self, sent_P: Tensor) -> Tensor:
+        return self.plain.counts(sent_P)
+
+    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+        """Every position tells where rows are to begin. Waits."""
+        told = [[[begin, back, sum(theirs), sum(ours)] for begin, back in zip(accumulate(theirs, initial=0), accumulate(ours, initial=0))][:-1]
+                for ours, theirs in zip(sent, received, strict=True)]
+        told_PCn = torch.tensor(told, device=self.device).transpose(0, 1)
+        heard_CPn = self.plain.counts(told_PCn.flatten(1).contiguous()).view_as(told_PCn).transpose(0, 1).tolist()
+        found = []
+        for ours, theirs, heard in zip(sent, received, heard_CPn):
+            there, back, total, total_back = zip(*heard)
+            places = Places(there, back, max(total), max(total_back))
+            found.append(Splits(tuple(ours), tuple(theirs), places))
+        return found
+
+    def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
+        return travel(self, tensors, splits, read)
+
+    def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
+        begin = _peer_start if read else _peer_start_unread
+        places: Places = splits.way
+        return begin(message, list(splits.received), list(splits.sent), list(places.there), places.most_there, int(returning), self.key)
+
+    def finish(self, message: Tensor) -> Tensor:
+        """A result that was kept by a record has come already."""
+        found = self.on_way.pop(_place(message), None)
+        if found is not None:
+            with torch.autograd._unsafe_preserve_version_counter(message):
+                self.peers.receive(message, *found, self.name)
+        return message
+
+    def launch(self, message: Tensor, received: Sequence[int], sent: Sequence[int], there: Sequence[int], most: int,
+               channel: int) -> Tensor:
+        rows = sum(received)
+        memory = message.new_empty(max(1, rows), *message.shape[1:])              # an address, even for no rows
+        self.on_way[_place(memory)] = channel, self.peers.send(message, sent, there, most, channel, self.name)
+        return memory[:rows]
+
+
+_NUMBERS = count()
+_WIRES: WeakValueDictionary[str, PeerExchange] = WeakValueDictionary()
+_SCHEMA = "(Tensor message, SymInt[] received, SymInt[] sent, SymInt[] there, SymInt most, SymInt channel, str wire) -> Tensor"
+
+
+def _start(message: Tensor, received: list[int], sent: list[int], there: list[int], most: int, channel: int, wire: str) -> Tensor:
+    return _WIRES[wire].launch(message, received, sent, there, most, channel)
+
+
+def _fake(message: Tensor, received: list[int], *_) -> Tensor:
+    return message.new_empty(sum(received), *message.shape[1:])
+
+
+_peer_start = define(f"peer_start{_SCHEMA}", reference=_start, fake=_fake)
+_peer_start_unread = define(f"peer_start_unread{_SCHEMA}", reference=_start, fake=_fake)       # as in flat.py
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _row_bytes(message: Tensor) -> int:
+    return message.shape[1:].numel() * message.dtype.itemsize

@@ -1,0 +1,94 @@
+"""torch's all-to-all with splits on the device (`torch.ops.symm_mem.all_to_all_vdev`, over NVSHMEM) as a wire. Unverified: it
+has never run here.
+
+Messages are copied into symmetric memory and out of it, in areas for two exchanges each way, like the peer wire's (areas are not
+reused before both sides have come by twice, which every exchange with all positions sees to).
+
+Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks alike.
+
+Shapes: P positions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.comm.exchange.base import Exchange, Handle, Splits
+from moetrain.comm.exchange.flight import travel
+
+
+class Lane:
+    """Symmetric memory and the stream of a group; shared by all layers."""
+
+    def __init__(self, process_group: dist.ProcessGroup, positions: int, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        symmetric.set_backend("NVSHMEM")
+        self.symmetric, self.process_group, self.device, self.positions = symmetric, process_group, device, positions
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.splits = [self._share(positions, torch.int64) for _ in range(4)]
+        self.arrived = [self._share(2 * positions, torch.int64).view(2, positions) for _ in range(4)]
+        self.areas: list[tuple[Tensor, Tensor]] = [(torch.empty(0, device=device), torch.empty(0, device=device))] * 4
+        self.begun = [0, 0]
+
+    def send(self, message: Tensor, splits: Splits, most: int, channel: int) -> Tensor:
+        """A view of the area that rows come to, to be read on the lane's stream."""
+        row = message.shape[1:].numel() * message.dtype.itemsize
+        self.begun[channel] += 1
+        number = 2 * channel + self.begun[channel] % 2
+        if len(self.areas[number][0]) < most * row:
+            torch.cuda.synchronize(self.device)
+            size = 1 << (most * row - 1).bit_length()
+            self.areas[number] = self._share(size, torch.uint8), self._share(size, torch.uint8)
+        bits = message.reshape(len(message), -1).view(torch.uint8) if message.numel() else message.new_empty(0, row, dtype=torch.uint8)
+        sending, receiving = (area[:len(area) // row * row].view(-1, row) for area in self.areas[number])
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            sending[:len(bits)].copy_(bits)
+            self.splits[number].copy_(torch.tensor(splits.sent), non_blocking=True)
+            torch.ops.symm_mem.all_to_all_vdev(sending, receiving, self.splits[number], self.arrived[number],
+                                               self.process_group.group_name)
+            out = receiving[:sum(splits.received)].clone().view(message.dtype).view(-1, *message.shape[1:])
+        message.record_stream(self.stream)
+        return out
+
+    def _share(self, size: int, dtype: torch.dtype) -> Tensor:
+        memory = self.symmetric.empty(size, dtype=dtype, device=self.device)
+        self.symmetric.rendezvous(memory, self.process_group.group_name)
+        return memory
+
+
+class VdevExchange:
+    """plain: for counts, and for the largest number of rows of any position."""
+
+    def __init__(self, plain: Exchange, lane: Lane) -> None:
+        self.plain, self.lane = plain, lane
+        self.positions, self.position = plain.positions, plain.position
+
+    def counts(self, sent_P: Tensor) -> Tensor:
+        return self.plain.counts(sent_P)
+
+    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+        own_C = torch.tensor([max(sum(there), sum(here)) for there, here in zip(sent, received)], device=self.lane.device)
+        most_C = self.plain.counts(own_C.expand(self.positions, -1).contiguous()).amax(0).tolist()
+        return [Splits(tuple(there), tuple(here), Most(most)) for there, here, most in zip(sent, received, most_C, strict=True)]
+
+    def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
+        return travel(self, tensors, splits, read)
+
+    def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
+        return self.lane.send(message, splits, splits.way, int(returning))
+
+    def finish(self, message: Tensor) -> Tensor:
+        torch.cuda.current_stream(self.lane.device).wait_stream(self.lane.stream)
+        message.record_stream(torch.cuda.current_stream(self.lane.device))
+        return message
+
+
+class Most(int):
+    """The most rows that any position sends or receives, there or back."""
+
+    def reversed(self) -> "Most":
+        return self

@@ -1,0 +1,68 @@
+"""The head and the cross-entropy as one, without the logits of all tokens in memory.
+
+    sum over rows with a target of  log sum_v exp(x_r . h_v) - x_r . h_target
+
+Rows are taken so many at a time: their logits are made, reduced and forgotten, forward and again backward. Nothing is kept but x and
+the head, at the price of one more product: 2 R D V operations of the head's 6 (the other way, gradients made in forward as
+Liger's kernel does, keeps one of the head's size for every micro-batch whose graph is kept). Logits are made in the dtype of x and reduced in
+float32 or better, as without this; the gradient of the head is summed over chunks in the head's own dtype.
+
+Shapes: R rows, D width, V vocabulary, C rows of a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_cross_entropy(x_RD: Tensor, head_VD: Tensor, targets_R: Tensor, chunk: int) -> Tensor:
+    """Sum in nats over targets that are not -1; float32, or float64 of float64. chunk: rows of logits at a time."""
+    assert chunk > 0, chunk
+    return _LinearCrossEntropy.apply(x_RD, head_VD, targets_R, chunk)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD, head_VD, targets_R, chunk):
+        ctx.save_for_backward(x_RD, head_VD, targets_R)
+        ctx.chunk = chunk
+        head_VD = head_VD.to(x_RD.dtype)
+        total = torch.zeros((), dtype=_better(x_RD.dtype), device=x_RD.device)
+        for x_CD, targets_C in zip(x_RD.split(chunk), targets_R.split(chunk)):
+            total += F.cross_entropy(_logits(x_CD, head_VD), targets_C, ignore_index=-1, reduction="sum")
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_RD, parameter_VD, targets_R = ctx.saved_tensors
+        head_VD = parameter_VD.to(x_RD.dtype)
+        wants_x, wants_head = ctx.needs_input_grad[:2]
+        d_x_RD = torch.empty_like(x_RD) if wants_x else None
+        d_head_VD = torch.zeros_like(parameter_VD) if wants_head else None
+        begin = 0
+        for x_CD, targets_C in zip(x_RD.split(ctx.chunk), targets_R.split(ctx.chunk)):
+            d_logits_CV = _gradient(_logits(x_CD, head_VD), targets_C).mul_(grad).to(x_RD.dtype)
+            if wants_x:
+                torch.mm(d_logits_CV, head_VD, out=d_x_RD[begin:begin + len(x_CD)])
+            if wants_head and d_head_VD.dtype == x_CD.dtype:
+                d_head_VD.addmm_(d_logits_CV.T, x_CD)
+            elif wants_head:
+                d_head_VD += d_logits_CV.T @ x_CD
+            begin += len(x_CD)
+        return d_x_RD, d_head_VD, None, None
+
+
+def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
+    return F.linear(x_CD, head_VD).to(_better(x_CD.dtype))
+
+
+def _gradient(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """Of the sum of cross-entropies with respect to logits, whose memory it uses; zero in rows without a target."""
+    has_C1 = (targets_C >= 0)[:, None]
+    probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+    probs_CV.scatter_add_(1, targets_C.clamp(min=0)[:, None], torch.full_like(probs_CV[:, :1], -1.0))
+    return probs_CV.mul_(has_C1)
+
+
+def _better(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

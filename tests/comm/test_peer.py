@@ -1,0 +1,161 @@
+"""The peer wire among virtual ranks: threads of this process with real areas and real pads.
+
+Ordering, parity, places, growth and time limits of the protocol; that it moves what the flat wire moves, between processes:
+test_wires.py.
+"""
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.comm.exchange.areas import HostAreas
+from moetrain.comm.exchange.peer import AREAS, KINDS, PeerExchange, Peers
+from moetrain.errors import PeerError
+
+
+class Machine:
+    """Memory that the threads of virtual ranks share, and a swap of integers among them."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.board = size, threading.Barrier(size), [None] * size
+
+    def exchange(self, position: int, mine) -> list:
+        self.board[position] = mine
+        self.barrier.wait()
+        all_of_them = list(self.board)
+        self.barrier.wait()
+        return all_of_them
+
+    def areas(self, position: int) -> HostAreas:
+        return HostAreas(position, self.size, AREAS, KINDS,
+                         lambda size: self.exchange(position, torch.zeros(size, dtype=torch.uint8)))
+
+
+class Board:
+    """The wire for counts."""
+
+    def __init__(self, machine: Machine, position: int) -> None:
+        self.machine, self.positions, self.position = machine, machine.size, position
+
+    def counts(self, sent_P: Tensor) -> Tensor:
+        return torch.stack([sent[self.position] for sent in self.machine.exchange(self.position, sent_P)])
+
+
+def on_threads(size: int, function, *arguments, limit_s: float = 120.0) -> list:
+    """function(exchange, *arguments) on every virtual rank; results by rank."""
+    machine = Machine(size)
+
+    def run(position: int):
+        peers = Peers(machine.areas(position), [10 + p for p in range(size)], limit_s)
+        return function(PeerExchange(Board(machine, position), peers, "layers.3.moe", torch.device("cpu")), *arguments)
+
+    with ThreadPoolExecutor(size) as pool:
+        return [future.result() for future in [pool.submit(run, position) for position in range(size)]]
+
+
+def traffic(size: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.choice([0, 0, 1, 2, 7, 30 * (seed % 3)]) for _ in range(size)] for _ in range(size)]
+
+
+def stamped(source: int, number: int, rows: list[int], width: int) -> Tensor:
+    """Rows that say where they come from, where they go, and which they are."""
+    return torch.tensor([[source, to, number, row] + [0] * width for to, many in enumerate(rows) for row in range(many)],
+                        dtype=torch.int32).view(-1, 4 + width)
+
+
+def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
+    """There and back, two of each under way as in a pipeline, at random speeds; sizes that grow and shrink."""
+    me, draw, size = exchange.position, random.Random(f"{seed}/{exchange.position}"), exchange.positions
+    plans = [traffic(size, seed + number) for number in range(count)]
+    turned = [[list(row) for row in zip(*plan)] for plan in plans]
+    splits = exchange.splits([plan[me] for plan in plans], [plan[me] for plan in turned])
+
+    def send(number: int):
+        return exchange.post((stamped(me, number, plans[number][me], number % 3), torch.ones(sum(plans[number][me]))), splits[number])
+
+    on_way, returning = send(0), None
+    for number in range(count):
+        following = send(number + 1) if number + 1 < count else None
+        time.sleep(draw.choice([0, 0, 0, 2e-3]))
+        rows, ones = on_way.wait()
+        assert rows.equal(torch.cat([stamped(source, number, plans[number][source], number % 3).split(plans[number][source])[me]
+                                     for source in range(size)])), number
+        assert ones.equal(torch.ones(len(rows)))
+        leaving = exchange.post((rows,), splits[number].reversed(), read=False)
+        if returning is not None:
+            came_back(exchange, returning, plans, number - 1)
+        on_way, returning = following, leaving
+    came_back(exchange, returning, plans, count - 1)
+
+
+def came_back(exchange: PeerExchange, handle, plans, number: int) -> None:
+    (rows,) = handle.wait()
+    assert rows.equal(stamped(exchange.position, number, plans[number][exchange.position], number % 3)), number
+
+
+@pytest.mark.parametrize("size, seed", [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)])
+def test_rows_of_many_exchanges_keep_apart_at_any_speed(size, seed):
+    on_threads(size, many_exchanges, seed, 24)
+
+
+def dawdle(exchange: PeerExchange, silent: str) -> str:
+    """Rank 12 takes part in the first two exchanges, and then does not send or does not take."""
+    splits, handles = exchange.splits([[1] * 3] * 8, [[1] * 3] * 8), []
+    message = torch.ones(3, 4)
+    try:
+        for number in range(8):
+            if exchange.position == 2 and number == 2 and silent == "sends":
+                return ""
+            handle = exchange.post((message,), splits[number])
+            if exchange.position == 2 and number == 2:
+                return ""
+            handle.wait()
+    except PeerError as error:
+        return str(error)
+    return "ended"
+
+
+def test_a_rank_that_does_not_send_is_named():
+    first, second, silent = on_threads(3, dawdle, "sends", limit_s=2.0)
+    assert silent == ""
+    for rank, error in ((10, first), (11, second)):
+        assert error.startswith("E-PEER-003") and f"rank {rank} waited 2 s for the rows of rank 12" in error
+        assert "dispatch 3 of this run, in layers.3.moe" in error and "log/rank-12.log" in error
+
+
+def hold(exchange: PeerExchange) -> str:
+    """Rank 1 sends and never takes; rank 0 takes all and goes on sending."""
+    (splits,) = exchange.splits([[1, 1]], [[1, 1]])
+    peers, message = exchange.peers, torch.ones(2, 4)
+    try:
+        for number in range(5):
+            epoch = peers.send(message, splits.sent, splits.way.there, splits.way.most_there, 0, exchange.name)
+            if exchange.position == 1 and number == 1:
+                return ""
+            if exchange.position == 0 and number < 2:
+                peers.receive(torch.empty(2, 4), 0, epoch, exchange.name)
+    except PeerError as error:
+        return str(error)
+    return "ended"
+
+
+def test_a_rank_that_does_not_take_is_named():
+    error, _ = on_threads(2, hold, limit_s=2.0)
+    assert error.startswith("E-PEER-004") and "rank 10 waited 2 s until rank 11 had taken rows" in error
+
+
+def three_at_once(exchange: PeerExchange) -> None:
+    splits = exchange.splits([[1]] * 3, [[1]] * 3)
+    for number in range(3):
+        exchange.post((torch.ones(1, 2),), splits[number])
+
+
+def test_a_third_exchange_on_a_channel_is_a_mistake():
+    with pytest.raises(AssertionError, match="under way"):
+        on_threads(1, three_at_once)

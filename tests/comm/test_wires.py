@@ -1,0 +1,104 @@
+"""Every wire moves what the flat one moves: on four ranks, two a node, rows bit for bit and gradients the way they came."""
+
+import os
+from typing import get_args, get_type_hints
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.comm.exchange.flat import FlatExchange
+from moetrain.comm.exchange.deepep import as_units, from_units
+from moetrain.comm.exchange.wires import WIRES, _package, wires
+from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
+from moetrain.config.schema import ParallelConfig
+from moetrain.errors import ConfigError
+
+HERE = ["two_level", "peer"]                                      # those that run without a GPU
+TRAFFIC = [
+    [[2, 1, 0, 0], [0, 3, 5, 0], [1, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 7]] * 4, [[0] * 4] * 4,
+    [[1, 0, 2, 1], [0, 0, 0, 3], [2, 2, 1, 0], [1, 4, 0, 0]],
+]
+
+
+def mesh() -> Mesh:
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="2"):
+        return build_mesh(mesh_sizes("ep", dist.get_world_size(), None), torch.device("cpu"))
+
+
+def one_node() -> Mesh:
+    return build_mesh(mesh_sizes("ep", dist.get_world_size(), None), torch.device("cpu"))
+
+
+def rows(number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.arange(number, dtype=torch.int32)[:, None] + 100 * seed
+    return (torch.randn(number, 5, generator=generator).requires_grad_(), ids,
+            torch.randn(number, 2, generator=generator).double().requires_grad_())
+
+
+def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
+    """Rows sent, changed where they arrived, and sent back, on two exchanges that overlap; and the gradients of all."""
+    rank = dist.get_rank()
+    exchange = FlatExchange(mesh()["ep"]) if name == "flat" else wire_of(name)("layers.0.moe")
+    turned = [list(row) for row in zip(*traffic)]
+    plain, other = exchange.splits([traffic[rank], turned[rank]], [turned[rank], traffic[rank]])
+    found = []
+    sent = [rows(sum(splits.sent), 10 * number + rank) for number, splits in enumerate((plain, other))]
+    on_way = [exchange.post(tensors, splits) for tensors, splits in zip(sent, (plain, other))]
+    arrived = [handle.wait() for handle in on_way]
+    returning = [exchange.post((x * weights.float()[:, :1] * (rank + 1),), splits.reversed(), read=False)
+                 for (x, _, weights), splits in zip(arrived, (plain, other))]
+    backs = [handle.wait() for handle in returning]
+    for (x, ids, weights), (back,), tensors in zip(arrived, backs, sent):
+        found += [x.detach(), ids, weights.detach(), back.detach()]
+        (back ** 2).sum().backward()
+        found += [tensors[0].grad, tensors[2].grad]
+    return found
+
+
+def wire_of(name: str):
+    layout = one_node() if name == "peer" else mesh()
+    return wires(name, layout, 60)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("traffic", TRAFFIC, ids=str)
+def test_a_wire_moves_what_the_flat_one_moves(ranks, name, traffic):
+    pool = ranks(4)
+    for ours, flat in zip(pool.run(there_and_back, name, traffic), pool.run(there_and_back, "flat", traffic)):
+        for one, other in zip(ours, flat, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def refused(name: str, across: bool) -> str:
+    try:
+        wires(name, mesh() if across else one_node(), 60)
+    except ConfigError as error:
+        return error.id
+    return ""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name, across, number", [("peer", True, "086"), ("deepep", False, "087"), ("vdev", False, "087")])
+def test_what_a_wire_needs_is_named(ranks, name, across, number):
+    assert ranks(4).run(refused, name, across) == [f"E-CONFIG-{number}"] * 4
+
+
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(ConfigError, match="E-CONFIG-088"):
+        _package("no_such_package", "deepep")
+
+
+def test_the_bits_of_a_message_pass_through_rows_of_bfloat16():
+    for message in (torch.randn(3, 5, dtype=torch.float64), torch.randint(0, 256, (2, 21), dtype=torch.uint8), torch.zeros(0, 3)):
+        units = as_units(message)
+        assert units.dtype == torch.bfloat16 and units.shape[1] % 8 == 0
+        assert from_units(units.clone(), message.dtype, message.shape[1:]).equal(message)
+
+
+def test_the_config_knows_every_wire():
+    assert set(get_args(get_type_hints(ParallelConfig)["exchange"])) == set(WIRES)

@@ -1,0 +1,374 @@
+"""How much of a layer's exchange its experts hide, by number of chunks: forward and backward of one MoE layer.
+
+    python tools/bench_layer.py --out layer.json                                  one process, an emulated link
+    python tools/bench_layer.py --out layer.json --only qwen3/1.0                 cells whose name contains this
+    python tools/bench_layer.py --out ranks.json --between 400mbit --ratios 1     real ranks over links limited by tools/netlab.py
+    python tools/bench_layer.py --device cuda --tokens 16384 --rate 350e9 --latency 20e-6 --out gpu.json
+
+**Emulated link** (the default): one process is one rank of `--ep`, and receives from every other rank what it sends there. A message
+occupies the link for latency + bytes / rate, one message after the other, and is there when that time is over. Time is processor time plus these waits
+(`--clock`), so that other work on the machine does not count. Nothing else is emulated: routing, permutation, packing, experts and autograd are the package's. On GPUs the link is a stream that copies in pieces and idles in
+between, so that the schedule runs under real products; that path has never run. Without `--rate` the rate is set so that the exchanges of
+a layer take `ratio` times its computation, and is printed.
+
+**Ranks** (`--between`): gloo between two ranks, each in its own emulated network. The experts' computation is paced there (they wait as long
+as they would compute), because moving bytes is work for the same cores that compute; `ratio` sets the wait.
+
+A cell is a shape and a ratio. Its arms, chunks x form of rows, take turns at every repeat; the lower quintile counts. Written after every cell,
+and a cell that the file has is not measured again.
+
+    comm       what the link was occupied with; of ranks: a step without computation
+    compute    a step on a link that takes no time; of ranks: the pace
+    hidden     compute + comm - step          hideable    the smaller of compute and comm
+    predicted  forward: first dispatch + the larger of computation and the other exchanges + last combine; backward the same, with
+               the gradients of weights over the last exchange
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import netlab
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import moetrain
+from moetrain.comm.exchange.base import Exchange, Handle, Splits, plain_splits
+from moetrain.comm.exchange.flat import FlatExchange
+from moetrain.comm.exchange.flight import travel
+from moetrain.comm.mesh import Group
+from moetrain.moe.bank import ExpertBank
+from moetrain.moe.dispatch import Sent, TokenDispatcher
+from moetrain.moe.experts import Computation
+from moetrain.moe.pipeline import Pipeline
+from moetrain.plan.placement import contiguous
+
+
+class Shape(NamedTuple):
+    """Model width, expert width, experts, experts a token."""
+
+    dim: int
+    expert_dim: int
+    experts: int
+    top_k: int
+
+    def divided(self, by: int) -> "Shape":
+        """Narrower, with as many experts: for CPUs."""
+        return self._replace(dim=self.dim // by, expert_dim=self.expert_dim // by)
+
+
+SHAPES = {"mixtral": Shape(4096, 14336, 8, 2), "qwen3": Shape(2048, 768, 128, 8), "olmoe": Shape(2048, 1024, 64, 8),
+          "deepseek_v3": Shape(7168, 2048, 256, 8)}
+PIECES = 8                       # of a message that a GPU copies, with a pause after each
+
+
+class Clock:
+    """Processor time of this thread plus what was waited for: what others do on the machine does not show. Waits take no time."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+
+    def now(self) -> float:
+        return time.thread_time() + self.waited
+
+    def wait_until(self, due: float) -> None:
+        self.waited += max(0.0, due - self.now())
+
+
+class WallClock(Clock):
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def wait_until(self, due: float) -> None:
+        time.sleep(max(0.0, due - self.now()))
+
+
+class EmulatedLink:
+    """A wire of one process that is position 0: what comes from a position is what goes there, a little later."""
+
+    def __init__(self, positions: int, rate: float, latency_s: float, device: torch.device, clock: "Clock") -> None:
+        self.positions, self.position, self.rate, self.latency_s, self.device = positions, 0, rate, latency_s, device
+        self.free, self.bytes, self.messages, self.clock = 0.0, 0, 0, clock
+        self.due: dict[int, float] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def counts(self, sent_P: Tensor) -> Tensor:
+        return sent_P.clone()
+
+    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+        return plain_splits(sent, received)
+
+    def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
+        return travel(self, tensors, splits, read)
+
+    def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
+        leaving = (len(message) - splits.sent[0]) * message.shape[1:].numel() * message.dtype.itemsize
+        self.bytes, self.messages = self.bytes + leaving, self.messages + 1
+        seconds = self.latency_s + leaving / self.rate
+        if self.stream is not None:
+            return self._on_stream(message, seconds)
+        arriving = message.clone()
+        self.free = max(self.free, self.clock.now()) + seconds
+        self.due[id(arriving)] = self.free
+        return arriving
+
+    def finish(self, message: Tensor) -> Tensor:
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        else:
+            self.clock.wait_until(self.due.pop(id(message)))
+        return message
+
+    def _on_stream(self, message: Tensor, seconds: float) -> Tensor:
+        """Unverified: it has never run."""
+        cycles = int(seconds / PIECES * torch.cuda.get_device_properties(self.device).clock_rate * 1e3)
+        arriving = torch.empty_like(message)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for to, piece in zip(arriving.chunk(PIECES), message.chunk(PIECES)):
+                to.copy_(piece, non_blocking=True)
+                torch.cuda._sleep(cycles)
+        for tensor in (message, arriving):
+            tensor.record_stream(self.stream)
+        return arriving
+
+
+class Pace(torch.autograd.Function):
+    """Waits as long as computing a chunk would take, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x_RD, turnstile, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x_RD.view_as(x_RD)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        time.sleep(ctx.seconds)
+        return grad_RD, grad_RD.new_zeros(1), None
+
+
+class PacedWeights(torch.autograd.Function):
+    """Backward waits as long as the gradients of weights would take."""
+
+    @staticmethod
+    def forward(ctx, x, row_s, rows):
+        ctx.row_s, ctx.rows = row_s, rows
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.row_s * sum(ctx.rows))
+        return grad, None, None
+
+
+class Layer:
+    """Experts of one position with inputs, and a pipeline for every arm."""
+
+    def __init__(self, shape: Shape, tokens: int, exchange: Exchange, device: torch.device, dtype: torch.dtype, clock: Clock) -> None:
+        placement = contiguous(shape.experts, exchange.positions)
+        held = placement.experts_of(exchange.position)
+        self.bank = ExpertBank(experts=held, dim=shape.dim, expert_dim=shape.expert_dim).to(device)
+        for matrix in self.bank.parameters():
+            torch.nn.init.normal_(matrix, std=0.02)
+        generator = torch.Generator().manual_seed(exchange.position)
+        self.ids_TK = torch.rand(tokens, shape.experts, generator=generator).argsort(dim=1)[:, :shape.top_k].to(device)
+        self.x_TD = torch.randn(tokens, shape.dim, generator=generator).to(device, dtype).requires_grad_()
+        self.weights_TK = torch.rand(tokens, shape.top_k, generator=generator).to(device).requires_grad_()
+        self.exchange, self.placement, self.device, self.clock = exchange, placement, device, clock
+
+    def step(self, chunks: int, exact: bool, row_s: float | None = None) -> float:
+        """Seconds of a forward and a backward pass. row_s: paced, instead of computed."""
+        pipeline = Pipeline(TokenDispatcher(self.placement, self.exchange, self.device, exact=exact), chunks)
+        computation = Computation(self.bank, chunks)
+        for tensor in (self.x_TD, self.weights_TK, *self.bank.parameters()):
+            tensor.grad = None
+        begin = self._now()
+        output = pipeline.run(self.x_TD, self.ids_TK, self.weights_TK, computation if row_s is None else Paced(row_s))
+        output.wait().sum().backward()
+        return self._now() - begin
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock.now()
+
+
+class Paced:
+    """Experts that hand rows on, after the time that they would take. row_s: of a row, forward; backward of its gradients, and as
+    much again of those of weights, when all rows have started to return."""
+
+    def __init__(self, row_s: float) -> None:
+        self.row_s, self.rows = row_s, []
+
+    def begin(self) -> None:
+        self.turnstile = PacedWeights.apply(torch.zeros(1, requires_grad=True), self.row_s, self.rows)
+
+    def __call__(self, sent: Sent) -> Tensor:
+        rows_RD = sent.x_ND.index_select(0, sent.order.slots_R // sent.order.rows_TK.shape[1]) * sent.weights_R[:, None]
+        self.rows.append(sum(sent.counts_e))
+        return Pace.apply(rows_RD, self.turnstile, self.row_s * self.rows[-1])
+
+
+def emulated(options: argparse.Namespace, shape: Shape, ratio: float) -> dict:
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    clock = Clock() if options.clock == "cpu" else WallClock()
+    link = EmulatedLink(options.ep, float("inf"), 0.0, device, clock)
+    layer = Layer(shape, options.tokens, link, device, dtype, clock)
+    arms = [(chunks, exact) for exact in (False, True) for chunks in options.chunks]
+    moved: dict[tuple[int, bool], tuple[int, int]] = {}
+
+    def turns() -> dict[tuple[int, bool], float]:
+        times = {arm: [] for arm in arms}
+        for repeat in range(options.repeats + 1):
+            for arm in arms[::1 if repeat % 2 else -1]:
+                link.bytes = link.messages = 0
+                link.free = 0.0
+                times[arm].append(layer.step(*arm))
+                moved[arm] = link.bytes, link.messages
+        return {arm: low(each[1:]) for arm, each in times.items()}
+
+    alone = turns()
+    link.rate = options.rate or moved[1, False][0] / (ratio * alone[1, False] - 4 * options.latency)
+    link.latency_s = options.latency
+    steps = turns()
+    busy = {arm: number / link.rate + messages * link.latency_s for arm, (number, messages) in moved.items()}
+    return {"rate": link.rate, "latency_s": options.latency, "arms": [
+        summary(*arm, steps[arm], alone[1, arm[1]], alone[arm], busy[1, arm[1]], busy[arm]) for arm in arms]}
+
+
+def low(seconds: list[float]) -> float:
+    """The lower quintile: what others do on the machine makes a step longer and never shorter."""
+    return sorted(seconds)[len(seconds) // 5]
+
+
+def summary(chunks: int, exact: bool, step_s: float, compute_s: float, cut_s: float, comm_s: float, comm_cut_s: float) -> dict:
+    """cut_s, comm_cut_s: computation and link of the same in chunks."""
+    hideable = min(compute_s, comm_s)
+    return {"chunks": chunks, "exact": exact, "step_s": step_s, "compute_s": compute_s, "comm_s": comm_s, "compute_in_chunks_s": cut_s,
+            "hidden": (compute_s + comm_s - step_s) / comm_s, "hidden_of_hideable": (compute_s + comm_s - step_s) / hideable,
+            "predicted_s": predicted(chunks, cut_s, comm_cut_s)}
+
+
+def predicted(chunks: int, compute_s: float, comm_s: float) -> float:
+    """Seconds of a step. Forward is a third of the computation, and the gradients of weights are another; there are four exchanges."""
+    if chunks == 1:
+        return compute_s + comm_s
+    first, pass_s = comm_s / 4 / chunks, compute_s / 3
+    forward = first + max(pass_s, comm_s / 2 - 2 * first) + first
+    backward = first + max(pass_s, comm_s / 2 - 2 * first) + max(pass_s, first)
+    return forward + backward
+
+
+def over_ranks(options: argparse.Namespace, shape: Shape, ratio: float) -> dict | None:
+    """The same between real ranks, paced; the result on rank 0."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    group = Group("ep", tuple(range(world)), rank, dist.group.WORLD)
+    layer = Layer(shape, options.tokens, FlatExchange(group), torch.device("cpu"), torch.float32, WallClock())
+    arms = [(chunks, exact) for exact in (False, True) for chunks in options.chunks]
+    rows = options.tokens * shape.top_k
+
+    def together(chunks: int, exact: bool, row_s: float) -> float:
+        dist.barrier()
+        seconds = torch.tensor(layer.step(chunks, exact, row_s))
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return float(seconds)
+
+    comm = {arm: low([together(*arm, 0.0) for _ in range(options.repeats + 1)]) for arm in arms}
+    row_s = comm[1, False] / ratio / (3 * rows)
+    times = {arm: [] for arm in arms}
+    for repeat in range(options.repeats):
+        for arm in arms[::1 if repeat % 2 else -1]:
+            times[arm].append(together(*arm, row_s))
+    compute = 3 * rows * row_s
+    return {"between": options.between, "arms": [
+        summary(*arm, low(times[arm]), compute, compute, comm[1, arm[1]], comm[arm]) for arm in arms]}
+
+
+def work(options: argparse.Namespace) -> None:
+    """All cells that the file lacks."""
+    torch.set_num_threads(options.threads)
+    out, first = Path(options.out), not options.worker or int(os.environ["RANK"]) == 0
+    if options.worker:
+        dist.init_process_group("gloo")
+    result = json.loads(out.read_text()) if out.exists() else {"cells": {}}
+    for name in options.shapes:
+        for ratio in options.ratios:
+            cell = f"{name}/{ratio}"
+            if cell in result["cells"] or options.only not in cell:
+                continue
+            shape = SHAPES[name].divided(options.divide)
+            measured = (over_ranks if options.worker else emulated)(options, shape, ratio)
+            result["cells"][cell] = {"shape": shape._asdict(), "ratio": ratio, **measured}
+            if first:
+                result["facts"] = facts(options)
+                out.write_text(json.dumps(result, indent=1))
+    if options.worker:
+        dist.barrier()
+        dist.destroy_process_group()
+    if first:
+        print(table(result))
+
+
+def facts(options: argparse.Namespace) -> dict:
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""
+    return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "processor": gpu or platform.machine(),
+            "cores": os.cpu_count(), "load": os.getloadavg()[0], **{key: value for key, value in vars(options).items() if key != "worker"}}
+
+
+def table(result: dict) -> str:
+    lines = ["| shape, comm / compute | rows | chunks | step | compute | comm | hidden of comm | hidden of hideable | predicted step |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, cell in result["cells"].items():
+        for arm in cell["arms"]:
+            milliseconds = [f"{1e3 * arm[key]:.0f} ms" for key in ("step_s", "compute_s", "comm_s")]
+            rows = "by expert" if arm["exact"] else "by rank"
+            lines.append(f"| {name.replace('/', ', ')} | {rows} | {arm['chunks']} | {' | '.join(milliseconds)} | {arm['hidden']:.0%} | "
+                         f"{arm['hidden_of_hideable']:.0%} | {1e3 * arm['predicted_s']:.0f} ms |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="where results are kept, cell by cell")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--only", default="", help="cells whose name, shape/ratio, contains this")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 1.0], help="exchanges over computation")
+    parser.add_argument("--chunks", nargs="+", type=int, default=[1, 2, 4], help="must contain 1")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--ep", type=int, default=8, help="positions, of the emulated link")
+    parser.add_argument("--divide", type=int, default=1, help="widths of the shapes over this")
+    parser.add_argument("--rate", type=float, help="bytes per second each way; by the ratio unless given")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds of a message that carries nothing")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu",
+                        help="of the emulated link on CPUs: processor time and emulated waits, or the clock on the wall")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--between", help="rate of the links of two real ranks, as 400mbit; see tools/netlab.py")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.device == "cuda":
+        options.clock = "wall"
+    if options.between is None or options.worker:
+        work(options)
+        return
+    environment = {"PYTHONPATH": os.pathsep.join([str(Path(moetrain.__file__).parents[1]), *sys.path[1:]])}
+    with netlab.Lab(nodes=2, per_node=1, between=options.between) as lab:
+        raise SystemExit(lab.run([str(Path(__file__).resolve()), *sys.argv[1:], "--worker"], environment))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# For whoever has a GPU: build the kernels, check them, measure them. One call of at most ten minutes; call again to go on.
+#
+#     bash tools/check_gpu.sh [folder]          results go to build/gpu unless a folder is named
+#
+# Stages that are done are not repeated. Hand back the folder: build.log, tests.log, sanitizer.log, ops.json.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out="${1:-build/gpu}"
+mkdir -p "$out"
+python="${PYTHON:-python}"
+end=$((SECONDS + 560))
+export MOETRAIN_KERNELS=1
+
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv > "$out/gpu.csv" || exit 1
+arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + ("a" if a >= 9 else ""))') || exit 1
+
+stage() {                                        # name, seconds at most, command
+    local name=$1 limit=$2 left=$((end - SECONDS)); shift 2
+    [ -e "$out/$name.done" ] && { echo "$name: done before"; return 0; }
+    [ "$left" -lt 20 ] && { echo "$name: no time left, call again"; return 1; }
+    echo "$name ..."
+    timeout $((left < limit ? left : limit)) "$@" > "$out/$name.log" 2>&1
+    local status=$?
+    tail -n 3 "$out/$name.log"
+    [ "$status" -eq 0 ] && touch "$out/$name.done" || echo "$name: exit $status, see $out/$name.log"
+    return "$status"
+}
+
+stage build 240 "$python" tools/build_cuda.py --archs "$arch" || exit 1
+stage tests 240 "$python" -m pytest -m gpu tests/ops -rs
+if command -v compute-sanitizer > /dev/null; then
+    # Small shapes: the sanitizer is slow. racecheck is about shared memory, memcheck about everything else.
+    few="(test_route_plan and 1000) or (test_rows and 333) or (test_swiglu and 65) or (test_router and mixtral and 1000) or (weight and 136)"
+    stage sanitizer 150 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -m gpu tests/ops -k "$few"
+    stage racecheck 150 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" -m pytest -m gpu tests/ops -k "$few"
+fi
+left=$((end - SECONDS))
+[ "$left" -gt 30 ] && timeout "$left" "$python" tools/bench_ops.py --out "$out/ops.json" --tokens 16384,8192,32768 \
+    --minutes "$((left / 60))"
+echo "results in $out"
