@@ -14,7 +14,8 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LIMIT_S = 240
@@ -22,14 +23,16 @@ AFTER_FAILURE_S = 5
 
 
 class Ranks:
-    def __init__(self, size: int) -> None:
+    """lasting: one process group for all tasks, for libraries that keep groups themselves; otherwise each has its own."""
+
+    def __init__(self, size: int, *, lasting: bool = False) -> None:
         self.size = size
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, theirs, lasting), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -74,13 +77,28 @@ class Ranks:
         self.close()
 
 
+@contextmanager
+def pools(*, lasting: bool) -> Iterator[Callable[[int], Ranks]]:
+    """Ranks by their number, started when they are first asked for, and again when one has died."""
+    started: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in started or not all(process.is_alive() for process in started[size].processes):
+            started[size] = Ranks(size, lasting=lasting)
+        return started[size]
+
+    yield get
+    for pool in started.values():
+        pool.close()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+def _serve(rank: int, size: int, port: int, pipe: Any, lasting: bool) -> None:
     import torch
     import torch.distributed as dist
 
@@ -90,7 +108,8 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     for number in itertools.count():
         # Every task has a world of its own: a gloo group keeps a thread that wakes all the time, and tasks make many.
-        dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=size)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=size)
         task = pipe.recv()
         if task is None:
             break
@@ -99,6 +118,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
             pipe.send(("", function(*arguments)))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
-        dist.destroy_process_group()
+        if not lasting:
+            dist.destroy_process_group()
     dist.barrier()
     dist.destroy_process_group()

@@ -94,7 +94,7 @@ def test_ranks_that_save_are_not_hurried(ranks, tmp_path: Path) -> None:
     (signal.SIGTERM, "trap 'exit 10' TERM", 10), (signal.SIGINT, "trap 'exit 130' INT", 130), (signal.SIGTERM, "", 143)])
 def test_signals_are_passed_on(tmp_path: Path, number: int, script: str, code: int) -> None:
     fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/bash\n{script}\ntouch {tmp_path}/up-$RANK\nwhile true; do sleep 0.05; done\n")
+    fake.write_text(f"#!/bin/bash\n{script}\ntouch {tmp_path}/up-$RANK\nwhile true; do sleep 0.05 & wait $!; done\n")
     fake.chmod(0o755)
     program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from moetrain import launch; "
                f"sys.executable = {str(fake)!r}; sys.exit(launch.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
     from torch.distributed.run import parse_args, run
 
-    logging.disable(logging.WARNING)                             # what is left names the rank that failed
+    logging.disable(logging.ERROR)       # a signal that arrives while torch logs is lost: logging catches what the handler raises
     try:
         run(parse_args(["--signals-to-handle", END.name, *argv]))
     except ChildFailedError as failed:

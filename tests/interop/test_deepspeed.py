@@ -27,7 +27,7 @@ COMMON = ["run.nproc=2", "train.micro_batch=4", "run.dtype=float32", "train.clip
 @pytest.fixture(scope="module")
 def ranks():
     """Ranks of their own: DeepSpeed keeps state per process."""
-    with Ranks(2) as two:
+    with Ranks(2, lasting=True) as two:
         yield two
 
 

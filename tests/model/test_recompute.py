@@ -105,7 +105,7 @@ def kept_bytes(mode: str) -> int:
 def alive() -> dict[int, int]:
     """Bytes of every storage that a tensor object in Python holds, by address."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]       # others have no memory
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
