@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from tests.ranks import pools
+from tests.ranks import Ranks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,5 +41,13 @@ QUICK_CASES = 2              # with --quick, of a test that starts several proce
 @pytest.fixture(scope="session")
 def ranks():
     """ranks(n): the n processes of this session; started once per world size."""
-    with pools(lasting=False) as get:
-        yield get
+    pools: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in pools or not all(process.is_alive() for process in pools[size].processes):
+            pools[size] = Ranks(size)
+        return pools[size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()

@@ -14,8 +14,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 LIMIT_S = 240
@@ -75,21 +74,6 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextmanager
-def pools(*, lasting: bool) -> Iterator[Callable[[int], Ranks]]:
-    """Ranks by their number, started when they are first asked for, and again when one has died."""
-    started: dict[int, Ranks] = {}
-
-    def get(size: int) -> Ranks:
-        if size not in started or not all(process.is_alive() for process in started[size].processes):
-            started[size] = Ranks(size, lasting=lasting)
-        return started[size]
-
-    yield get
-    for pool in started.values():
-        pool.close()
 
 
 def free_port() -> int:

@@ -173,7 +173,7 @@ Times are of two layers, forward and backward; computing is paced ({options["row
 average, room for {options["room"]} copies a rank and layer. `1.43x [1.40, 1.46] 87%`: the time of `ep` over that of the planner, \
 the median of {options["steps"]} steps in pairs; the middle 95 % over resampled steps; the share of the time between `ep` and the \
 ceiling (force-balanced routing) that is won back, where the ceiling is {1 + GAP:.1f}x or more. `rank load`: largest load of a rank \
-over the mean under `ep`. `+oracle`: told the loads of the step itself instead of a forecast; `+nodes`: told loads by node.
+over the mean under `ep`. `+oracle`: told the loads of the step itself instead of a forecast; `+nodes`: told loads by node. `+cut`: homes may be cut up where the planner decides so (parallel.sliced=4).
 
 {f"Left out, as the machine was busy (the ceiling took more than {BUSY} times its shortest): {', '.join(busy)}.{chr(10)}{chr(10)}" if busy else ""}{times(result)}
 
