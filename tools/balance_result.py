@@ -123,8 +123,8 @@ def _sensitivity(first: list[Trained], stages: Mapping[int, tuple]) -> list[str]
 
 def _first(runs: list[Trained], arms: Mapping[str, Arm]) -> list[str]:
     lines = ["## Stage 1: every arm at three strengths", "",
-             "| arm | strength | seeds | loss | against `micro` at this weight | global violation | local violation | information | step s |",
-             "|---|---|---|---|---|---|---|---|---|"]
+             "| arm | strength | seeds | loss | against `micro` at this weight | global violation | local violation | information |",
+             "|---|---|---|---|---|---|---|---|"]
     for arm, about in arms.items():
         for strength in about.strengths:
             mine = [run for run in runs if run.arm == arm and run.strength == strength]
@@ -134,7 +134,7 @@ def _first(runs: list[Trained], arms: Mapping[str, Arm]) -> list[str]:
                 against = ", ".join(f"{pair:+.4f}" for pair in pairs) if about.key == "balance.weight" and arm != "micro" else ""
                 lines.append(f"| {arm} | {about.key}={strength:g} | {len(mine)} | {_average(mine, lambda run: run.losses['mean'], 4)} | {against} | "
                              + " | ".join(_average(mine, lambda run, what=what: getattr(run, what), digits) for what, digits in (
-                                 ("violation", 2), ("local_violation", 2), ("information", 3), ("step_s", 2))) + " |")
+                                 ("violation", 2), ("local_violation", 2), ("information", 3))) + " |")
     return [*lines, ""]
 
 
