@@ -15,6 +15,7 @@ The padded pair never asks how many rows are used: a row without a slot is zeros
 Shapes: T tokens, K slots per token, R rows (used slots), D width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -108,34 +109,27 @@ def _hold_indices(ctx, inputs, output) -> None:
 
 
 _INDICES = "Tensor slots_R, Tensor rows_TK"
-_permute = define(
-    f"permute(Tensor x_TD, {_INDICES}) -> Tensor",
-    reference=_gather,
-    fake=lambda x_TD, slots_R, rows_TK: x_TD.new_empty(slots_R.shape[0], x_TD.shape[1]),
-    backward=lambda ctx, grad_RD: (_unpermute(grad_RD, *ctx.saved_tensors), None, None),
-    setup_context=_save_indices,
-)
-_unpermute = define(
-    f"unpermute(Tensor rows_RD, {_INDICES}) -> Tensor",
-    reference=_sum,
-    fake=lambda rows_RD, slots_R, rows_TK: rows_RD.new_empty(rows_TK.shape[0], rows_RD.shape[1]),
-    backward=lambda ctx, grad_TD: (_permute(grad_TD, *ctx.indices), None, None),
-    setup_context=_hold_indices,
-)
-_permute_padded = define(
-    f"permute_padded(Tensor x_TD, {_INDICES}) -> Tensor",
-    reference=gather_padded,
-    fake=lambda x_TD, slots_R, rows_TK: x_TD.new_empty(slots_R.shape[0], x_TD.shape[1]),
-    backward=lambda ctx, grad_RD: (_unpermute_padded(grad_RD, *ctx.saved_tensors), None, None),
-    setup_context=_save_indices,
-)
-_unpermute_padded = define(
-    f"unpermute_padded(Tensor rows_RD, {_INDICES}) -> Tensor",
-    reference=sum_padded,
-    fake=lambda rows_RD, slots_R, rows_TK: rows_RD.new_empty(rows_TK.shape[0], rows_RD.shape[1]),
-    backward=lambda ctx, grad_TD: (_permute_padded(grad_TD, *ctx.indices), None, None),
-    setup_context=_hold_indices,
-)
+def _define_pair(suffix: str, gather: Callable[..., Tensor], add: Callable[..., Tensor]) -> tuple[Callable, Callable]:
+    """Two ops, each the adjoint of the other."""
+    permuted = define(
+        f"permute{suffix}(Tensor x_TD, {_INDICES}) -> Tensor",
+        reference=gather,
+        fake=lambda x_TD, slots_R, rows_TK: x_TD.new_empty(slots_R.shape[0], x_TD.shape[1]),
+        backward=lambda ctx, grad_RD: (unpermuted(grad_RD, *ctx.saved_tensors), None, None),
+        setup_context=_save_indices,
+    )
+    unpermuted = define(
+        f"unpermute{suffix}(Tensor rows_RD, {_INDICES}) -> Tensor",
+        reference=add,
+        fake=lambda rows_RD, slots_R, rows_TK: rows_RD.new_empty(rows_TK.shape[0], rows_RD.shape[1]),
+        backward=lambda ctx, grad_TD: (permuted(grad_TD, *ctx.indices), None, None),
+        setup_context=_hold_indices,
+    )
+    return permuted, unpermuted
+
+
+_permute, _unpermute = _define_pair("", _gather, _sum)
+_permute_padded, _unpermute_padded = _define_pair("_padded", gather_padded, sum_padded)
 _reorder = define(
     "reorder(Tensor x_RD, Tensor index_R, Tensor inverse_R) -> Tensor",
     reference=lambda x_RD, index_R, inverse_R: x_RD.index_select(0, index_R),

@@ -23,7 +23,7 @@ class Freedom(NamedTuple):
     """What may be split how under a placement."""
 
     near: Choices                # where rows of each node (a line each) may be computed while they stay on it wherever it holds
-    free: Choices                # their expert; and if they may go anywhere
+    anywhere: Choices            # their expert; and if they may go anywhere
     beside: Choices              # replicas of one expert on one node: among them no row crosses
     across: tuple[tuple[int, ...], ...]      # replicas of an expert that is on several nodes
 

@@ -28,7 +28,7 @@ from moetrain.plan.modelled import modelled, modelled_each
 from moetrain.plan.placement import LayerPlacement
 
 SWEEPS = 12         # at most, over all groups of rows; loads settle sooner, except along chains of copies
-CALM = 64           # local_first stands where its largest load is that close to the mean: no more is to be won
+ENOUGH = 64         # local_first stands where its largest load is that close to the mean: no more is to be won
 
 
 class Reach(NamedTuple):
@@ -40,7 +40,7 @@ class Reach(NamedTuple):
     first_C: np.ndarray    # index of the first replica of the same expert
     beside_C: np.ndarray   # index of the first replica of the same expert on the same node
     cell_C: np.ndarray     # index into [N, E] flattened
-    free: Freedom
+    freedom: Freedom
 
 
 @lru_cache(maxsize=256)
@@ -89,7 +89,7 @@ def waterfill(n_PE: Tensor, placement: LayerPlacement, topology: Topology, costs
     local_PC = local_first(n_PE, placement, topology)
     best_PC = local_PC.cpu().numpy()
     highest = int(_loads(best_PC, held, topology).max())
-    if len(held.expert_C) == placement.num_experts or highest * topology.positions * CALM <= int(rows_PE.sum()) * (CALM + 1):
+    if len(held.expert_C) == placement.num_experts or highest * topology.positions * ENOUGH <= int(rows_PE.sum()) * (ENOUGH + 1):
         return local_PC
     split_KPC = match(rows_PE, _candidates(best_PC, held, topology), held, topology)
     load_K = _loads(split_KPC, held, topology).max(1).tolist()
@@ -149,9 +149,9 @@ def _candidates(split_PC: np.ndarray, held: Reach, topology: Topology) -> np.nda
     """Quotas [K, C], better balanced than those of `local_first`."""
     position, quotas_C, topology = held.position_C.tolist(), split_PC.sum(0), _within_nodes(topology)
     by_node_NC = np.add.reduceat(split_PC, np.arange(topology.nodes) * topology.per_node)
-    near_C = level(by_node_NC, position, held.free.near, topology.positions, SWEEPS)
-    free_C = level(near_C[None], position, held.free.free, topology.positions, SWEEPS)
-    return np.concatenate([[near_C, free_C], relieved(quotas_C, position, held.free, topology, SWEEPS)])
+    near_C = level(by_node_NC, position, held.freedom.near, topology.positions, SWEEPS)
+    free_C = level(near_C[None], position, held.freedom.anywhere, topology.positions, SWEEPS)
+    return np.concatenate([[near_C, free_C], relieved(quotas_C, position, held.freedom, topology, SWEEPS)])
 
 
 def _within_nodes(topology: Topology) -> Topology:
