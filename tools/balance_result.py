@@ -32,10 +32,12 @@ class Trained(NamedTuple):
     local_violation: float
     information: float
     step_s: float
+    corpus: str                  # fingerprint of the prepared data
 
 
-def read(directory: Path, job: Mapping[str, object]) -> Trained:
-    """The numbers of a run that has finished."""
+def read(directory: Path, data: Path, job: Mapping[str, object]) -> Trained:
+    """The numbers of a run that has finished, on the one corpus that is prepared in `data`."""
+    corpus, = (json.loads(file.read_text())["fingerprint"] for file in data.glob("*/dataset.json"))
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     evaluation = json.loads((directory / "eval.jsonl").read_text().splitlines()[-1])
     last = steps[-LAST:]
@@ -45,7 +47,8 @@ def read(directory: Path, job: Mapping[str, object]) -> Trained:
                                   if name.startswith("nats_per_byte/")},
                    violation=float(np.mean([step["moe/max_violation/mean"] for step in last])),
                    local_violation=float(np.mean([step["moe/local_max_violation/mean"] for step in last])),
-                   information=float(np.mean(information)), step_s=float(np.median([step["time/step"] for step in steps])))
+                   information=float(np.mean(information)), step_s=float(np.median([step["time/step"] for step in steps])),
+                   corpus=corpus)
 
 
 def interpolated(runs: Sequence[Trained], arms: Mapping[str, Arm]) -> dict[str, float]:

@@ -13,8 +13,8 @@ The second stage takes each arm at the weight where the first stage gives it the
 geometric mean, over arms, of their violation at the middle weight. Weights are interpolated in the logarithms of both.
 
 Every run is `moetrain train` with its own directory under --out, which resumes by itself: a study that was stopped goes on with
-the same command. What has finished is also in docs/results/balance_runs.jsonl, so that it goes on on another machine (with the
-same versions, or the corpus is another). Runs take both cores; `nice` does not change what comes out.
+the same command. What has finished is also in docs/results/balance_runs.jsonl, so that it goes on on another machine, where the
+corpus must be the same (the built-in one is made of installed packages). Runs take both cores; `nice` does not change what comes out.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ARMS = {
     "bias, global counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2), ("router=sigmoid", "balance=none", "router.counts=global")),
 }
 FINAL = ("micro", "exact", "warm", "bias, global counts")
-STAGES = {1: (200, (1, 2)), 2: (400, (11, 12, 13, 14, 15))}       # optimizer steps, seeds
+STAGES = {1: (200, (1, 2)), 2: (800, (11, 12, 13, 14, 15))}       # optimizer steps, seeds
 COMMON = (
     "experiment=quickstart", "parallel=ddp", "run.nproc=2", "model.num_layers=4", "model.num_experts=32", "model.top_k=4",
     "model.expert_dim=32", "train.global_batch=32", "train.micro_batch=2", "train.seq_len=128", "eval.windows=128", "eval.interval=0",
@@ -118,7 +118,7 @@ def run(planned: list[Job], out: Path, minutes: float) -> None:
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         if code:
             raise SystemExit(f"{job.name} ended with {code}; see {directory / 'study.log'}")
-        result = read(directory, job._asdict())
+        result = read(directory, out / "data", job._asdict())
         (directory / "result.json").write_text(json.dumps(result._asdict()))
         done += 1
         each = (time.monotonic() - began) / done
@@ -131,6 +131,8 @@ def read_all(out: Path) -> list[Trained]:
     """Of this machine, and of the record."""
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
     runs = [Trained(**json.loads(text)) for text in [*lines, *(file.read_text() for file in sorted(out.glob("*/result.json")))]]
+    if len({run.corpus for run in runs}) > 1:
+        raise SystemExit(f"runs on different corpora cannot be compared: move {RECORD} away, or install the versions that it was made with")
     return sorted({run[:4]: run for run in runs}.values(), key=lambda run: run[:4])
 
 
