@@ -92,6 +92,11 @@ MOETRAIN_BOTH inline PlanGrid plan_grid(int64_t slots, int64_t physical) {
   return {units, warps, warps == 0 ? 0 : ceil_div(units, warps), int64_t(4) * warps * physical};
 }
 
+// ---- peers (moetrain/ops/peer_memory.py) ----
+
+constexpr int kMaxPeers = 64;                          // positions that one launch writes to or waits for
+constexpr int64_t kPushBlocks = 16;                    // few, so that products keep the chip
+
 // ---- weight gradient: one tile of one expert's matrix a block ----
 
 constexpr int kTile = 64;

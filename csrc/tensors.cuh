@@ -28,7 +28,10 @@ struct On {
   explicit On(const Tensor&) {}
 };
 inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
-inline void check_launch() { STD_TORCH_CHECK(on_host::failure.empty(), on_host::failure); }
+inline void check_launch() {
+  const std::string failure = std::exchange(on_host::failure, {});
+  STD_TORCH_CHECK(failure.empty(), failure);
+}
 #define REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(moetrain, CPU, library)
 #else
 struct On {

@@ -28,7 +28,7 @@ stage() {                                        # name, seconds at most, comman
 }
 
 stage build 240 "$python" tools/build_cuda.py --archs "$arch" || exit 1
-stage tests 240 "$python" -m pytest -m gpu tests/ops -rs
+stage tests 240 "$python" -m pytest -m gpu tests/ops tests/comm -rs
 if command -v compute-sanitizer > /dev/null; then
     # Small shapes: the sanitizer is slow. racecheck is about shared memory, memcheck about everything else.
     few="(test_route_plan and 1000) or (test_rows and 333) or (test_swiglu and 65) or (test_router and mixtral and 1000) or (weight and 136)"

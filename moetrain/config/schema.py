@@ -59,9 +59,10 @@ class ParallelConfig:
     ep: int | None = key(None, "ranks that share the experts of a layer; all ranks when null (modes ep, ep_fsdp, fssdp)")
     shard: int | None = key(None, "ranks that hold every parameter once between them; all ranks when null (modes fsdp, "
                                   "ep_fsdp, fssdp: the dense part)")
-    exchange: Literal["flat", "two_level", "peer", "deepep", "vdev"] = key(
+    exchange: Literal["flat", "two_level", "peer", "peer_push", "deepep", "vdev"] = key(
         "flat", "how tokens travel to experts: one all-to-all; inside nodes first and then between them; into the memory of ranks on "
-                "the same machine; by DeepEP; by torch's all-to-all over NVSHMEM (the last two, and peer on GPUs, have never run)")
+                "the same machine, by copies or by a kernel; by DeepEP; by torch's all-to-all over NVSHMEM (the last two, and peer "
+                "on GPUs, have never run)")
     exact_combine: bool = key(False, "a row travels for every expert of a token, so that sums do not depend on who holds an expert, "
                                      "instead of one for every rank with experts of it")
     room: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")

@@ -8,21 +8,26 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.areas import HostAreas
+from moetrain.comm.exchange.areas import Areas
 from moetrain.comm.exchange.peer import AREAS, KINDS, PeerExchange, Peers
 from moetrain.errors import PeerError
+
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
 
 class Machine:
     """Memory that the threads of virtual ranks share, and a swap of integers among them."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.barrier, self.board = size, threading.Barrier(size), [None] * size
+    def __init__(self, size: int, device: str) -> None:
+        self.size, self.barrier, self.board, self.device = size, threading.Barrier(size), [None] * size, torch.device(device)
 
     def exchange(self, position: int, mine) -> list:
         self.board[position] = mine
@@ -31,9 +36,14 @@ class Machine:
         self.barrier.wait()
         return all_of_them
 
-    def areas(self, position: int) -> HostAreas:
-        return HostAreas(position, self.size, AREAS, KINDS,
-                         lambda size: self.exchange(position, torch.zeros(size, dtype=torch.uint8)))
+    def areas(self, position: int) -> Areas:
+        return Areas(position, [10 + p for p in range(self.size)], AREAS, KINDS, lambda size: self.share(position, size), self.device)
+
+    def share(self, position: int, size: int) -> list[Tensor]:
+        mine = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()                         # zeros are there before another rank's stream writes
+        return self.exchange(position, mine)
 
 
 class Board:
@@ -43,16 +53,17 @@ class Board:
         self.machine, self.positions, self.position = machine, machine.size, position
 
     def counts(self, sent_P: Tensor) -> Tensor:
-        return torch.stack([sent[self.position] for sent in self.machine.exchange(self.position, sent_P)])
+        return torch.stack([sent[self.position] for sent in self.machine.exchange(self.position, sent_P.cpu())])
 
 
-def on_threads(size: int, function, *arguments, limit_s: float = 120.0) -> list:
+def on_threads(size: int, function, *arguments, limit_s: float = 120.0, push: bool = False, device: str = "cpu") -> list:
     """function(exchange, *arguments) on every virtual rank; results by rank."""
-    machine = Machine(size)
+    machine = Machine(size, device)
 
     def run(position: int):
-        peers = Peers(machine.areas(position), [10 + p for p in range(size)], limit_s)
-        return function(PeerExchange(Board(machine, position), peers, "layers.3.moe", torch.device("cpu")), *arguments)
+        with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
+            peers = Peers(machine.areas(position), limit_s, push=push)
+            return function(PeerExchange(Board(machine, position), peers, "layers.3.moe", machine.device), *arguments)
 
     with ThreadPoolExecutor(size) as pool:
         return [future.result() for future in [pool.submit(run, position) for position in range(size)]]
@@ -77,16 +88,17 @@ def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
     splits = exchange.splits([plan[me] for plan in plans], [plan[me] for plan in turned])
 
     def send(number: int):
-        return exchange.post((stamped(me, number, plans[number][me], number % 3), torch.ones(sum(plans[number][me]))), splits[number])
+        message = stamped(me, number, plans[number][me], number % 3), torch.ones(sum(plans[number][me]))
+        return exchange.post(tuple(part.to(exchange.device) for part in message), splits[number])
 
     on_way, returning = send(0), None
     for number in range(count):
         following = send(number + 1) if number + 1 < count else None
         time.sleep(draw.choice([0, 0, 0, 2e-3]))
         rows, ones = on_way.wait()
-        assert rows.equal(torch.cat([stamped(source, number, plans[number][source], number % 3).split(plans[number][source])[me]
+        assert rows.cpu().equal(torch.cat([stamped(source, number, plans[number][source], number % 3).split(plans[number][source])[me]
                                      for source in range(size)])), number
-        assert ones.equal(torch.ones(len(rows)))
+        assert ones.cpu().equal(torch.ones(len(rows)))
         leaving = exchange.post((rows,), splits[number].reversed(), read=False)
         if returning is not None:
             came_back(exchange, returning, plans, number - 1)
@@ -96,12 +108,14 @@ def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
 
 def came_back(exchange: PeerExchange, handle, plans, number: int) -> None:
     (rows,) = handle.wait()
-    assert rows.equal(stamped(exchange.position, number, plans[number][exchange.position], number % 3)), number
+    assert rows.cpu().equal(stamped(exchange.position, number, plans[number][exchange.position], number % 3)), number
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("push", [False, True])
 @pytest.mark.parametrize("size, seed", [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)])
-def test_rows_of_many_exchanges_keep_apart_at_any_speed(size, seed):
-    on_threads(size, many_exchanges, seed, 24)
+def test_rows_of_many_exchanges_keep_apart_at_any_speed(size, seed, push, device):
+    on_threads(size, many_exchanges, seed, 24, push=push, device=device)
 
 
 def dawdle(exchange: PeerExchange, silent: str) -> str:
@@ -121,8 +135,9 @@ def dawdle(exchange: PeerExchange, silent: str) -> str:
     return "ended"
 
 
-def test_a_rank_that_does_not_send_is_named():
-    first, second, silent = on_threads(3, dawdle, "sends", limit_s=2.0)
+@pytest.mark.parametrize("push", [False, True])
+def test_a_rank_that_does_not_send_is_named(push):
+    first, second, silent = on_threads(3, dawdle, "sends", limit_s=2.0, push=push)
     assert silent == ""
     for rank, error in ((10, first), (11, second)):
         assert error.startswith("E-PEER-003") and f"rank {rank} waited 2 s for the rows of rank 12" in error
@@ -145,8 +160,9 @@ def hold(exchange: PeerExchange) -> str:
     return "ended"
 
 
-def test_a_rank_that_does_not_take_is_named():
-    error, _ = on_threads(2, hold, limit_s=2.0)
+@pytest.mark.parametrize("push", [False, True])
+def test_a_rank_that_does_not_take_is_named(push):
+    error, _ = on_threads(2, hold, limit_s=2.0, push=push)
     assert error.startswith("E-PEER-004") and "rank 10 waited 2 s until rank 11 had taken rows" in error
 
 

@@ -16,7 +16,7 @@ from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
 from moetrain.config.schema import ParallelConfig
 from moetrain.errors import ConfigError
 
-HERE = ["two_level", "peer"]                                      # those that run without a GPU
+HERE = ["two_level", "peer", "peer_push"]                         # those that run without a GPU
 TRAFFIC = [
     [[2, 1, 0, 0], [0, 3, 5, 0], [1, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 7]] * 4, [[0] * 4] * 4,
     [[1, 0, 2, 1], [0, 0, 0, 3], [2, 2, 1, 0], [1, 4, 0, 0]],
@@ -60,7 +60,7 @@ def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
 
 
 def wire_of(name: str):
-    layout = one_node() if name == "peer" else mesh()
+    layout = one_node() if name.startswith("peer") else mesh()
     return wires(name, layout, 60)
 
 
@@ -83,7 +83,7 @@ def refused(name: str, across: bool) -> str:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name, across, number", [("peer", True, "086"), ("deepep", False, "087"), ("vdev", False, "087")])
+@pytest.mark.parametrize("name, across, number", [("peer", True, "086"), ("peer_push", True, "086"), ("deepep", False, "087"), ("vdev", False, "087")])
 def test_what_a_wire_needs_is_named(ranks, name, across, number):
     assert ranks(4).run(refused, name, across) == [f"E-CONFIG-{number}"] * 4
 

@@ -77,7 +77,7 @@ CHUNKED = [
     (("ep2", 1, 0, True, True, "keep"), ["schedule.chunks=2"]),
     (("ep4", 2, 1, True, False, "count"), ["schedule.chunks=4", "parallel.exact_combine=true"]),
     (("ep4", 1, 1, True, False, "full"), ["schedule.chunks=3", "parallel.exchange=peer"]),
-    (("ep2of4", 2, 0, False, True, "selective"), ["schedule.chunks=2", "parallel.exchange=peer"]),
+    (("ep2of4", 2, 0, False, True, "selective"), ["schedule.chunks=2", "parallel.exchange=peer_push"]),
     (("ep_fsdp2", 2, 1, True, False, "full"), ["schedule.chunks=2"]),
     (("ep2_fsdp4", 1, 1, False, False, "full"), ["schedule.chunks=3", "train.head_chunk=20"]),
 ]

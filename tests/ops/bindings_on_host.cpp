@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "grouped_gemm.cu"
+#include "peer_memory.cu"
 #include "permute.cu"
 #include "route_plan.cu"
 #include "router.cu"

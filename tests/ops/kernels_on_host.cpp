@@ -4,6 +4,7 @@
 
 #include "common.cuh"
 #include "grouped_gemm.cuh"
+#include "peer_memory.cuh"
 #include "permute.cuh"
 #include "route_plan.cuh"
 #include "router.cuh"
@@ -23,6 +24,11 @@ extern "C" {
 const char* permute(int order, const void* x, const int64_t* slots, const int64_t* rows, void* out, int64_t tokens,
                     int64_t slots_per_token, int64_t num_rows, int64_t row_bytes) {
   return run(order, [=] { launch_permute(x, slots, rows, out, tokens, slots_per_token, num_rows, row_bytes, nullptr); });
+}
+
+const char* push(int order, const void* rows, uint8_t* const* areas, const int64_t* sent, const int64_t* there, int64_t peers,
+                 int64_t first, int64_t row_bytes) {
+  return run(order, [=] { launch_push(rows, areas, sent, there, int(peers), int(first), row_bytes, nullptr); });
 }
 
 #define PER_TYPE(suffix, T)                                                                                                \

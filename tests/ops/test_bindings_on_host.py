@@ -18,11 +18,11 @@ from tests.ops.kernels_on_host import CSRC, FLAGS, HERE, ROOT
 
 # Not: float64 routers, which have no kernel; what looks inside the references; what demands the same bits of two formulas.
 TESTS = ("test_permute.py", "test_route_plan.py", "test_swiglu.py", "test_grouped_experts.py", "test_padded_experts.py",
-         "test_router.py")
+         "test_peer_memory.py", "test_router.py")
 SELECT = "not (test_router and float64) and not traced and not wait and not without_autograd"
 INSIDE = """
 import sys, pytest, torch
-from moetrain.ops import extension, gating, grouped_experts, permute, route_plan, router, swiglu
+from moetrain.ops import extension, gating, grouped_experts, peer_memory, permute, route_plan, router, swiglu
 torch.ops.load_library(sys.argv[1])
 extension._REASON, extension._DEVICE = None, "cpu"
 class Used:                                              # kernels that no test reached are not checked

@@ -19,6 +19,7 @@ from moetrain.ops.permute import plan_permutation
 from moetrain.ops.route_plan import route_plan
 from moetrain.ops.router import RouterRule
 from tests.ops.kernels_on_host import ORDERS, SUFFIX, arithmetic, call, check_guards, library, poisoned, unaligned
+from tests.ops.test_peer_memory import CASES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float64: 1e-12}
@@ -132,6 +133,25 @@ def test_permute_and_unpermute(case, width, dtype):
         (got,) = in_all_orders(lambda: [poisoned(tokens, width, dtype=dtype)], lambda out, order: call(
             f"unpermute_{SUFFIX[dtype]}", y_RD, rows_TK, *out, tokens, slots, len(slots_R), width, order=order))
         assert got.equal(rows_ops.sum_padded(y_RD, slots_R, rows_TK))       # the same order of additions
+
+
+# ---- rows into the memory of peers ----
+
+@pytest.mark.parametrize("shift", [0, 4, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_push(case, shift):
+    sent, there, width = CASES[case]
+    rows_NB = torch.randint(0, 250, (sum(sent), width), dtype=torch.uint8)
+
+    def push(areas: list[Tensor], order: int) -> None:
+        pointers = torch.tensor([area.data_ptr() + shift for area in areas])
+        call("push", rows_NB, pointers, torch.tensor(sent), torch.tensor(there), len(sent), len(sent) - 1, width, order=order)
+
+    got = in_all_orders(lambda: [poisoned((begin + many + 1) * width + shift, dtype=torch.uint8) for begin, many in zip(there, sent)], push)
+    for area, rows, begin in zip(got, rows_NB.split(sent), there):
+        expected = torch.full_like(area, -77)
+        expected[shift + begin * width:shift + (begin + len(rows)) * width] = rows.flatten()
+        assert area.equal(expected)
 
 
 # ---- SwiGLU ----

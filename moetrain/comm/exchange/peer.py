@@ -3,7 +3,7 @@
 An exchange is an *epoch* of its channel, one channel there and one back. Areas are double-buffered by the parity of the epoch:
 
     send      wait until the destination is done with the epoch before last; copy its rows to their place in its area of this
-              parity, one copy a destination; put `ready`
+              parity; put `ready`. One destination after the other, or all at once (`parallel.exchange=peer_push`)
     receive   wait for `ready` of every source; copy the rows out; put `free`
 
 Where a source's rows begin in the area is known before (`splits`): every position tells the others where their rows go, how many
@@ -30,6 +30,7 @@ from moetrain.comm.exchange.base import Exchange, Handle, Splits
 from moetrain.comm.exchange.flight import travel
 from moetrain.errors import PeerError
 from moetrain.ops.extension import define
+from moetrain.ops.peer_memory import Late, copy_rows, push_rows
 
 CHANNELS = ("dispatch", "combine")
 READY, FREE = 0, 1
@@ -49,53 +50,60 @@ class Places(NamedTuple):
 
 
 class Peers:
-    """The areas of a group, and the epochs of their channels; shared by all layers. ranks: of the positions, for messages."""
+    """The areas of a group, and the epochs of their channels; shared by all layers.
 
-    def __init__(self, areas: Areas, ranks: Sequence[int], limit_s: float) -> None:
-        self.areas, self.ranks, self.limit_s = areas, ranks, limit_s
+    push: rows are written by one kernel to all destinations at once, on a GPU; otherwise copied to one after the other, which is
+    the copy engine's work and leaves the multiprocessors alone.
+    """
+
+    def __init__(self, areas: Areas, limit_s: float, *, push: bool = False) -> None:
+        self.areas, self.limit_s, self.push = areas, limit_s, push
         self.begun, self.taken = [0] * len(CHANNELS), [0] * len(CHANNELS)
+        turn = [(areas.position + step) % areas.positions for step in range(areas.positions)]     # each begins with another
+        self.together = [sorted(turn)] if push else [[to] for to in turn]
 
     def send(self, message: Tensor, sent: Sequence[int], there: Sequence[int], most: int, channel: int, router: str) -> int:
         """Start an exchange; its epoch."""
         self.begun[channel] += 1
-        epoch, areas, row = self.begun[channel], self.areas, message[:1].nbytes if len(message) else _row_bytes(message)
+        epoch, areas, row = self.begun[channel], self.areas, _row_bytes(message)
         assert epoch - self.taken[channel] <= 2, f"{epoch - self.taken[channel]} exchanges of {router} under way on a channel"
         area = 2 * channel + epoch % 2
         areas.grow(area, most * row)
         begins = list(accumulate(sent, initial=0))
         with areas.leaving(message):
-            rows = message.view(-1).view(torch.uint8) if message.numel() else message.new_empty(0, dtype=torch.uint8)
-            for step in range(areas.positions):              # every position begins with another destination
-                to = (areas.position + step) % areas.positions
+            rows_NB = _as_bytes(message, row)
+            for to in self.together:
                 if epoch > 2:
                     self._wait(to, channel, FREE, epoch - 2, router)
-                part = rows[begins[to] * row:begins[to + 1] * row]
-                areas.area(to, area)[there[to] * row:there[to] * row + len(part)].copy_(part, non_blocking=True)
+                part = rows_NB[begins[to[0]]:begins[to[-1] + 1]], [areas.area(p, area) for p in to], [sent[p] for p in to], [there[p] for p in to]
+                if self.push:
+                    push_rows(*part, first=areas.position)
+                else:
+                    copy_rows(*part)
                 areas.put(to, 2 * channel + READY, epoch)
         return epoch
 
     @torch.no_grad()
     def receive(self, out: Tensor, channel: int, epoch: int, router: str) -> None:
         """Rows of an exchange into `out`. Exchanges of a channel are taken in order."""
-        areas = self.areas
+        areas, everyone = self.areas, range(self.areas.positions)
         assert epoch == self.taken[channel] + 1, (epoch, self.taken)
         with areas.arriving():
-            for source in range(areas.positions):
-                self._wait(source, channel, READY, epoch, router)
+            self._wait(everyone, channel, READY, epoch, router)
             if out.numel():
                 rows = out.view(-1).view(torch.uint8)
                 rows.copy_(areas.area(areas.position, 2 * channel + epoch % 2)[:len(rows)])
-            for source in range(areas.positions):
-                areas.put(source, 2 * channel + FREE, epoch)
+            areas.put(everyone, 2 * channel + FREE, epoch)
         areas.landed()
         self.taken[channel] = epoch
 
-    def _wait(self, peer: int, channel: int, kind: int, epoch: int, router: str) -> None:
+    def _wait(self, positions: Sequence[int], channel: int, kind: int, epoch: int, router: str) -> None:
+        where = f"{CHANNELS[channel]} {epoch} of this run, in {router}"
         try:
-            self.areas.wait(peer, 2 * channel + kind, epoch, self.limit_s)
-        except TimeoutError:
-            rank, other, what = self.ranks[self.areas.position], self.ranks[peer], CHANNELS[channel]
-            where = f"{what} {epoch} of this run, in {router}"
+            self.areas.wait(positions, 2 * channel + kind, epoch, self.limit_s,
+                            f"{'its rows' if kind == READY else 'that it takes rows'}, {where}")
+        except Late as late:
+            rank, other = self.areas.ranks[self.areas.position], self.areas.ranks[positions[late.index]]
             if kind == READY:
                 raise PeerError(3, f"rank {rank} waited {self.limit_s:g} s for the rows of rank {other}", where=where,
                                 why="that rank is gone, or hangs before it sends them",
@@ -178,3 +186,10 @@ def _place(tensor: Tensor) -> int:
 
 def _row_bytes(message: Tensor) -> int:
     return message.shape[1:].numel() * message.dtype.itemsize
+
+
+def _as_bytes(message: Tensor, row: int) -> Tensor:
+    """Rows [N, B], uint8."""
+    if not message.numel():
+        return message.new_empty(len(message), row, dtype=torch.uint8)
+    return message.view(-1).view(torch.uint8).view(-1, row)

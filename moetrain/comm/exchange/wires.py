@@ -6,9 +6,10 @@ travels, and the wire is the flat one.
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from moetrain.comm.exchange.areas import HostAreas, SymmetricAreas, shared_files
+from moetrain.comm.exchange.areas import Areas, shared_files, symmetric_memory
 from moetrain.comm.exchange.base import Exchange
 from moetrain.comm.exchange.deepep import DeepEPExchange, buffer
 from moetrain.comm.exchange.flat import FlatExchange
@@ -34,17 +35,14 @@ def _two_level(mesh: Mesh, limit_s: float) -> Make:
     return lambda router: TwoLevelExchange(mesh["ep"], mesh["ep_node"], mesh["ep_rail"], mesh.device)
 
 
-def _peer(mesh: Mesh, limit_s: float) -> Make:
+def _peer(mesh: Mesh, limit_s: float, *, push: bool = False) -> Make:
     group = mesh["ep"]
     if mesh["ep_node"].size < group.size:
-        raise ConfigError(86, f"parallel.exchange=peer, and the {group.size} ranks that share experts are on several machines",
+        raise ConfigError(86, f"parallel.exchange=peer{'_push' * push}, and the {group.size} ranks that share experts are on several machines",
                           where="parallel.exchange, parallel.ep", why="the peer wire writes into the memory of ranks of one machine",
                           next=f"parallel.exchange=two_level, or parallel.ep={mesh['ep_node'].size}")
-    if mesh.device.type == "cuda":
-        areas = SymmetricAreas(group, AREAS, KINDS, limit_s, mesh.device)
-    else:
-        areas = HostAreas(group.position, group.size, AREAS, KINDS, shared_files(group))
-    peers = Peers(areas, group.ranks, limit_s)
+    share = symmetric_memory(group, mesh.device) if mesh.device.type == "cuda" else shared_files(group)
+    peers = Peers(Areas(group.position, group.ranks, AREAS, KINDS, share, mesh.device), limit_s, push=push)
     return lambda router: PeerExchange(FlatExchange(group), peers, router, mesh.device)
 
 
@@ -61,7 +59,7 @@ def _vdev(mesh: Mesh, limit_s: float) -> Make:
 
 
 WIRES: dict[str, Callable[[Mesh, float], Make]] = {
-    "flat": _flat, "two_level": _two_level, "peer": _peer, "deepep": _deepep, "vdev": _vdev,
+    "flat": _flat, "two_level": _two_level, "peer": _peer, "peer_push": partial(_peer, push=True), "deepep": _deepep, "vdev": _vdev,
 }
 
 
