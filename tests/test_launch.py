@@ -96,8 +96,9 @@ def test_signals_are_passed_on(tmp_path: Path, number: int, script: str, code: i
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/bash\n{script}\ntouch {tmp_path}/up-$RANK\nwhile true; do sleep 0.05 & wait $!; done\n")
     fake.chmod(0o755)
-    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from moetrain import launch; "
-               f"sys.executable = {str(fake)!r}; sys.exit(launch.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")
+    # A shell starts what runs in the background with interrupts ignored, and bash cannot trap what it was told to ignore.
+    program = (f"import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path.insert(0, {str(ROOT)!r}); "
+               f"from pathlib import Path; from moetrain import launch; sys.executable = {str(fake)!r}; sys.exit(launch.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")
     clean = {name: value for name, value in os.environ.items() if name != "RANK"}
     launcher = subprocess.Popen([sys.executable, "-c", program], env=clean)
     try:
