@@ -68,7 +68,7 @@ __device__ __forceinline__ void came_not(const WaitFor& waits, int peer, int pee
 #else
   printf("moetrain: rank %d waited %lld ms for rank %d: %s, epoch %lld\n", waits.rank[peers], static_cast<long long>(limit_ms),
          waits.rank[peer], waits.what, static_cast<long long>(epoch));
-  __nanosleep(1000000);
+  __nanosleep(1000000);                                        // others who are late may print, too
   __trap();
 #endif
 }

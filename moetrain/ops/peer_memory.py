@@ -5,7 +5,7 @@
     await_signals   until the places of a pad hold that epoch or a later one; whoever does not come in time is named
 
 Areas and pads are mapped here and lie at the peers: memory of this device, of others, or of other processes. A pad is int64, and
-what is in it only grows. Without kernels `await_signals` looks at the pad from the host.
+what is in it only grows. Without kernels `await_signals` looks at the pad from the host. A kernel takes up to 64 positions.
 
 Shapes: N rows, B bytes of a row, P positions written to.
 """
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moetrain.ops.extension import define, kernels_for
 
-MAX_PEERS = 64                                           # of one call of a kernel: csrc/launch.h
 _POLL_S = 20e-6
 
 

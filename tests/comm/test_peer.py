@@ -42,7 +42,7 @@ class Machine:
     def share(self, position: int, size: int) -> list[Tensor]:
         mine = torch.zeros(size, dtype=torch.uint8, device=self.device)
         if self.device.type == "cuda":
-            torch.cuda.synchronize()                         # zeros are there before another rank's stream writes
+            torch.cuda.current_stream().synchronize()        # zeros are there before another rank's stream writes
         return self.exchange(position, mine)
 
 

@@ -16,6 +16,7 @@ CASES = {                                                # rows for each destina
     "odd bytes": ([1, 4], [3, 0], 7),
     "words": ([40, 33, 1, 2], [1, 2, 3, 4], 12),
     "wide": ([2, 3], [0, 1], 5 * 16 * 32),
+    "more rows than warps": ([300, 0, 150], [0, 0, 5], 16),
     "nothing": ([0, 0], [0, 4], 16),
     "no width": ([2, 1], [0, 0], 0),
 }
@@ -49,7 +50,7 @@ def test_signals_reach_every_pad_at_one_place():
     assert [pad.tolist() for pad in pads] == [[0, 0, 0, 0, 7, 0], [2**40, 0, 0, 0, 7, 0], [2**40, 0, 0, 0, 7, 0]]
 
 
-def test_waiting_ends_when_all_places_have_come_so_far():
+def test_it_ends_when_all_places_have_come_so_far():
     pad = torch.tensor([3, 0, 5, 4])
     await_signals(pad, [0, 2, 3], 3, 60.0, [10, 12, 13, 11], "rows")
     if kernels_for(pad):                                 # emulated kernels have no time of their own
@@ -78,7 +79,7 @@ def test_who_does_not_come_is_named():
     ("push_rows_", (torch.ones(3, 8, dtype=torch.uint8), [torch.zeros(40, dtype=torch.uint8) for _ in range(2)], [1, 2], [0, 1], 0)),
     ("put_signals_", ([torch.zeros(3, dtype=torch.int64) for _ in range(2)], 1, 5)),
     ("await_signals_", (torch.full((3,), 5), [0, 2], 5, 1000, [1, 2, 0], "rows")),
-])
+], ids=["rows", "put", "signals"])
 def test_schemas_hold(name, arguments):
     torch.library.opcheck(getattr(torch.ops.moetrain, name).default, arguments)
 

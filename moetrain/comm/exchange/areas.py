@@ -4,7 +4,8 @@ Every position has a few receive *areas*, which all others map, and a pad of sig
 peer. A signal is an *epoch*, which only grows: whoever puts one has written, or read, everything before it.
 
 Where the memory comes from is a function `share`: `shared_files` for the processes of one machine, `symmetric_memory` for its
-GPUs (which has never run: unverified). On a GPU sending and receiving have streams of their own, and the GPU waits.
+GPUs (which has never run: unverified). On a GPU sending and receiving have streams of their own; with kernels the GPU
+waits, without them the host.
 
 (Ordering: a position writes rows before it writes the epoch. On CPUs x86 and the GIL keep stores in order; other processors
 would need a fence. On GPUs signals are released and acquired at system scope, ops/peer_memory.py.)
@@ -44,8 +45,8 @@ class Areas:
     def grow(self, number: int, size: int) -> None:
         """Make an area at least so large, at all positions. Collective; what lay in it is gone. Rare: sizes double."""
         if len(self.areas[number][self.position]) < size:
-            if self.streams:
-                torch.cuda.synchronize(self.device)
+            for stream in self.streams or ():                # what this position still moves
+                stream.synchronize()
             self.areas[number] = self.share(1 << (size - 1).bit_length())
 
     def put(self, positions: Sequence[int], kind: int, epoch: int) -> None:
@@ -106,7 +107,7 @@ def symmetric_memory(group: Group, device: torch.device) -> Share:
 
     def share(size: int) -> list[Tensor]:
         own = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
-        torch.cuda.synchronize(device)                       # zeros are there before any peer can write
+        torch.cuda.current_stream(device).synchronize()      # zeros are there before any peer can write
         handle = symmetric.rendezvous(own, group.process_group.group_name)
         return [own if position == group.position else handle.get_buffer(position, (size,), torch.uint8)
                 for position in range(group.size)]
