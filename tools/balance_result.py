@@ -33,11 +33,12 @@ class Trained(NamedTuple):
     information: float
     step_s: float
     corpus: str                  # fingerprint of the prepared data
+    made_with: str               # versions and commit
 
 
-def read(directory: Path, data: Path, job: Mapping[str, object]) -> Trained:
-    """The numbers of a run that has finished, on the one corpus that is prepared in `data`."""
-    corpus, = (json.loads(file.read_text())["fingerprint"] for file in data.glob("*/dataset.json"))
+def read(directory: Path, job: Mapping[str, object], commit: str) -> Trained:
+    """The numbers of a run that has finished."""
+    environment = json.loads((directory / "env.json").read_text())
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     evaluation = json.loads((directory / "eval.jsonl").read_text().splitlines()[-1])
     last = steps[-LAST:]
@@ -48,7 +49,7 @@ def read(directory: Path, data: Path, job: Mapping[str, object]) -> Trained:
                    violation=float(np.mean([step["moe/max_violation/mean"] for step in last])),
                    local_violation=float(np.mean([step["moe/local_max_violation/mean"] for step in last])),
                    information=float(np.mean(information)), step_s=float(np.median([step["time/step"] for step in steps])),
-                   corpus=corpus)
+                   corpus=environment["data"], made_with=f"torch {environment['torch']}, commit {commit}")
 
 
 def interpolated(runs: Sequence[Trained], arms: Mapping[str, Arm]) -> dict[str, float]:
@@ -97,7 +98,8 @@ def write_page(runs: list[Trained], arms: Mapping[str, Arm], final: Sequence[str
              "`python tools/study_balance.py --stage 1`, then `--stage 2`; its opening text says what is trained and compared. Two ranks on "
              "two CPU cores, gloo. Losses are held-out nats per byte, the plain mean over five domains. Violation: the largest load of an "
              f"expert over the mean, less one, mean over routers and the last {LAST} steps; *global* of a whole step, *local* inside the "
-             "micro-batches of a rank. Information: nats that the choice of an expert says about the domain (at most ln 5 = 1.61).", "",
+             "micro-batches of a rank. Information: nats that the choice of an expert says about the domain (at most ln 5 = 1.61). Made with "
+             f"{'; '.join(sorted({run.made_with for run in runs})) or 'nothing yet'}.", "",
              f"Finished: {len(first)} of {planned[0]} runs of stage 1 ({stages[1][0]} steps, seeds {_listed(stages[1][1])}), {len(second)} of "
              f"{planned[1]} of stage 2 ({stages[2][0]} steps, seeds {_listed(stages[2][1])})."
              + (" **What is missing is not known.**" if (len(first), len(second)) != planned else ""), ""]
@@ -176,31 +178,41 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def draw(first: list[Trained], second: list[Trained], final: Sequence[str], path: Path) -> None:
-    """Left: loss over global violation. Middle: local over global violation. Right: differences to micro of stage 2, by seed."""
+    """Loss over global violation; local over global violation; from stage 2 on, differences to micro by seed."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
+    panels = 3 if second else 2
+    figure, (left, middle, *rest) = plt.subplots(1, panels, figsize=(5 * panels, 4.6), constrained_layout=True)
     for index, arm in enumerate(dict.fromkeys(run.arm for run in first)):
         mine = [run for run in first if run.arm == arm]
         for axis, what in ((left, lambda run: run.losses["mean"]), (middle, lambda run: run.local_violation)):
             axis.scatter([run.violation for run in mine], [what(run) for run in mine], color=f"C{index}", label=arm, s=28)
     for axis, text in ((left, "held-out nats per byte"), (middle, "violation inside micro-batches")):
         axis.set(xlabel="violation of the whole step", ylabel=text, xscale="log")
+        axis.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10]))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    middle.legend(fontsize=8)
     middle.set_title("How much local imbalance goes with global balance", fontsize=10)
     left.set_title("Stage 1: loss and balance", fontsize=10)
+    for right in rest:
+        _draw_differences(right, second, final)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_differences(axis, second: list[Trained], final: Sequence[str]) -> None:
     micro = {run.seed: run.losses["mean"] for run in second if run.arm == "micro"}
     for place, arm in enumerate(arm for arm in final if arm != "micro"):
         differences = [run.losses["mean"] - micro[run.seed] for run in second if run.arm == arm and run.seed in micro]
-        right.scatter([place] * len(differences), differences, color=f"C{place + 1}")
+        axis.scatter([place] * len(differences), differences, color=f"C{place + 1}")
         if differences:
-            right.hlines(np.mean(differences), place - 0.2, place + 0.2, color=f"C{place + 1}")
-    right.axhline(0, color="grey", lw=0.8)
-    right.set_xticks(range(len(final) - 1), [arm for arm in final if arm != "micro"], fontsize=8)
-    right.set_title("Stage 2: difference to micro of the same seed", fontsize=10)
-    right.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            axis.hlines(np.mean(differences), place - 0.2, place + 0.2, color=f"C{place + 1}")
+    axis.axhline(0, color="grey", lw=0.8)
+    axis.set_xticks(range(len(final) - 1), [arm for arm in final if arm != "micro"], fontsize=8)
+    axis.set_title("Stage 2: difference to micro of the same seed", fontsize=10)
+    axis.grid(alpha=0.3)

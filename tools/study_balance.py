@@ -106,6 +106,7 @@ def run(planned: list[Job], out: Path, minutes: float) -> None:
     finished = {run[:4] for run in read_all(out)}
     left = [job for job in planned if job not in finished]
     print(f"{len(planned) - len(left)} of {len(planned)} runs have finished; {len(left)} to go")
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     began, done = time.monotonic(), 0
     for job in left:
         if time.monotonic() - began > 60 * minutes:
@@ -118,7 +119,7 @@ def run(planned: list[Job], out: Path, minutes: float) -> None:
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         if code:
             raise SystemExit(f"{job.name} ended with {code}; see {directory / 'study.log'}")
-        result = read(directory, out / "data", job._asdict())
+        result = read(directory, job._asdict(), commit)
         (directory / "result.json").write_text(json.dumps(result._asdict()))
         done += 1
         each = (time.monotonic() - began) / done
