@@ -58,12 +58,10 @@ def interpolated(runs: Sequence[Trained], arms: Mapping[str, Arm]) -> dict[str, 
     curves = {arm: curve for arm, curve in curves.items() if not np.isnan(curve).any()}
     if not curves:
         return {}
-    target = np.exp(np.mean([np.log(curve[1]) for curve in curves.values()]))
-    found = {}
-    for arm, curve in curves.items():
-        falling = np.minimum.accumulate(curve)           # noise may let a stronger loss balance less
-        found[arm] = float(np.exp(np.interp(-np.log(target), -np.log(falling), np.log(arms[arm].strengths))))
-    return found
+    curves = {arm: np.minimum.accumulate(curve) for arm, curve in curves.items()}     # noise may let a stronger loss balance less
+    target = max(curve[-1] for curve in curves.values())
+    return {arm: float(np.exp(np.interp(-np.log(target), -np.log(curve), np.log(arms[arm].strengths))))
+            for arm, curve in curves.items()}
 
 
 def _mean(runs: Sequence[Trained], arm: str, strength: float, what: str) -> float:

@@ -10,7 +10,8 @@ sees 2 sequences (micro), 4 (sync), 4 to 32 (buffer), about 32 (warm) or 32 (exa
 and equal batches in equal order: arms are compared in pairs.
 
 The second stage takes each arm at the weight where the first stage gives it the global max violation of the target: the
-geometric mean, over arms, of their violation at the middle weight. Weights are interpolated in the logarithms of both.
+tightest balance that every arm reached. Weights are interpolated in the logarithms of both. (Before stage 2 began, the target
+was looser, 1.2 where it is 0.5 now: there, stage 1 found arms alike, so that equal balance would have told nothing of them.)
 
 Every run is `moetrain train` with its own directory under --out, which resumes by itself: a study that was stopped goes on with
 the same command. What has finished is also in docs/results/balance_runs.jsonl, so that it goes on on another machine, where the
