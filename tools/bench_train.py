@@ -4,6 +4,10 @@
     .venv/bin/python tools/bench_train.py --experts 8 --top-k 2 --dim 128 --layers 2 --heads 4 --kv-heads 2 --expert-dim 128
     ... --profile       where our time goes, by operator
     ... --device cuda --dtype bfloat16      transformers runs under autocast: both hold float32 parameters
+    ... --device cuda --dtype bfloat16 --model qwen3_30b_a3b --layers 4 --vocab 151936 --batch 4 --seq 4096 --head-chunk 2048 --zipf 1
+                        a model of conf/model/ cut in depth, on one GPU; MOETRAIN_KERNELS=1 for ours with kernels
+
+Models of conf/model/ lend their sizes alone: norms on queries and keys, softmax routing with renormalised weights for both sides.
 
 Both sides: the same weights, token sequences, dtype, threads, torch's scaled dot product attention, float32
 cross-entropy, fused AdamW with one group. transformers runs with every experts implementation that it offers and that
@@ -14,6 +18,9 @@ Time: turns of a few steps, the order reversed every round; the lower quintile o
 than 1.3 times that the machine was busy and there is no verdict. `step` is forward, backward, AdamW, gradients set to
 none; `fb` is forward and backward alone. `--clock cpu` counts the processor time of one thread instead of seconds on the
 wall: what is left of a busy machine's noise is its caches.
+
+Beside tokens per second: MFU, the operations of training by formula (moetrain/model/flops.py) over those of the chip's data sheet, and
+the same over R, the rate of a matrix product of that dtype in this process (a CPU has no other).
 
 Memory, by the same meters for all: `kept` is the storages that autograd holds at the end of the forward pass, each
 counted once, without parameters and inputs; `peak` is the allocator's highest point in forward and backward above its start,
@@ -32,32 +39,27 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moetrain.comm.mesh import build_mesh, mesh_sizes
-from moetrain.config.compose import compose
+from training_sides import (
+    Side, configured, copy_weights, implementations, make_ours, make_theirs, our_side, random_batch, their_side, too_large,
+)
+
 from moetrain.data.batch import Batch
-from moetrain.model.build import build_model
+from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.transformer import Transformer
-from moetrain.train.objective import cross_entropy_sum
+from moetrain.ops import extension
 from moetrain.train.passes import step_context
 
+SIZES = (                                                # of the model, unless --model names one
+    ("dim", 256, "model width"), ("layers", 4, "blocks"), ("heads", 8, "attention heads"), ("kv-heads", 4, "key-value heads"),
+    ("head-dim", None, "width of a head; dim / heads without it"), ("experts", 64, "routed experts a layer"),
+    ("top-k", 8, "experts a token"), ("expert-dim", 64, "hidden width of an expert"),
+)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}          # of the first loss, relative
 BUSY = 1.3                                               # median over lower quintile
-GATHERED_GB = 4.0
 HOPELESS = 4.0                                           # an implementation this much slower than the best sits out
-
-
-class Side(NamedTuple):
-    """One programme: its loss on a batch, and the parameters that are trained."""
-
-    name: str
-    loss: Callable[[Batch], Tensor]
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
 
 
 class Seconds(NamedTuple):
@@ -69,24 +71,31 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    model, peer = make_ours(args, device), make_theirs(args, device)
-    copy_weights(model, peer)
+    config = configured(args)
+    model, large = make_ours(config, args, device), too_large(config, args)
     batches = [random_batch(args, seed, device) for seed in range(4)]
-    large = too_large(args)
-    sides = [our_side(model), *(their_side(peer, name, args) for name in args.peers if name not in large)]
+    sides = [our_side(model, args.head_chunk)]
+    if args.peers:
+        peer = make_theirs(config, args, device)
+        copy_weights(model, peer)
+        sides += [their_side(peer, name, args) for name in args.peers if name not in large]
     sides, left_out = check(sides, batches[0], TOLERANCE[args.dtype])
     memory = {side.name: {"kept": kept_bytes(side, batches[0]), "peak": peak_bytes(side, batches[0], device)}
               for side in sides}
     seconds, slow = measure(sides, batches, args, make_clock(args, device))
+    rates = {"mfu": peak_flops(device, getattr(torch, args.dtype)), "of_r": product_rate(device, getattr(torch, args.dtype))}
+    flops = training_flops(config.model, args.vocab, args.seq)
     report = {
-        "shape": vars(args), "machine": machine(device), "left_out": large | left_out | slow,
+        "shape": vars(args), "machine": machine(device), "left_out": large | left_out | slow, "flops_per_token": flops, "rates": rates,
         "imbalance": imbalance(model, batches[0]),
-        "sides": {name: figures(seconds[name], memory[name], args) for name in seconds},
+        "sides": {name: figures(seconds[name], memory[name], args)
+                  | {key: rate and flops * args.batch * args.seq / lower_quintile(seconds[name].step) / rate for key, rate in rates.items()}
+                  for name in seconds},
     }
     report["ratios"] = ratios(report["sides"])
     show(report)
     if args.profile:
-        show_profile(sides, batches, report["ratios"]["best_peer"])
+        show_profile(sides, batches, report["ratios"].get("best_peer"))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
@@ -94,16 +103,18 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="sizes of conf/model/<name>, but for those that are given")
+    for name, default, help in SIZES:
+        parser.add_argument(f"--{name}", type=int, help=f"{help} ({default})" if default else help)
     for name, default, help in (
-        ("dim", 256, "model width"), ("layers", 4, "blocks"), ("heads", 8, "attention heads"),
-        ("kv-heads", 4, "key-value heads"), ("experts", 64, "routed experts a layer"), ("top-k", 8, "experts a token"),
-        ("expert-dim", 64, "hidden width of an expert"), ("vocab", 256, "tokens of the vocabulary"),
-        ("batch", 16, "sequences"), ("seq", 128, "tokens of a sequence"), ("threads", 2, "threads of torch on the CPU"),
-        ("rounds", 8, "turns of every side"), ("steps", 3, "steps of a turn"),
+        ("vocab", 256, "tokens of the vocabulary"), ("batch", 16, "sequences"), ("seq", 128, "tokens of a sequence"),
+        ("threads", 2, "threads of torch on the CPU"), ("rounds", 8, "turns of every side"), ("steps", 3, "steps of a turn"),
+        ("head-chunk", 0, "ours: train.head_chunk, tokens whose logits are in memory at once"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} ({default})")
-    parser.add_argument("--peers", nargs="+", default=implementations(),
-                        help="experts implementations of transformers (all)")
+    parser.add_argument("--zipf", type=float, default=0.0, help="exponent of the law of tokens (0: all as often)")
+    parser.add_argument("--peers", nargs="*", default=implementations(),
+                        help="experts implementations of transformers (all); with none, ours alone")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, with --threads 1")
@@ -112,93 +123,12 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.clock == "cpu" and (args.threads, args.device) != (1, "cpu"):
         parser.error("--clock cpu needs --threads 1 and --device cpu")
+    if args.model is None:
+        args.model = "debug"
+        for name, default, _ in SIZES:
+            key = name.replace("-", "_")
+            setattr(args, key, getattr(args, key) or default)
     return args
-
-
-# --- the two programmes
-
-
-def make_ours(args: argparse.Namespace, device: torch.device) -> Transformer:
-    config = compose([
-        f"model.dim={args.dim}", f"model.num_layers={args.layers}", f"model.num_heads={args.heads}",
-        f"model.num_kv_heads={args.kv_heads}", f"model.num_experts={args.experts}", f"model.top_k={args.top_k}",
-        f"model.expert_dim={args.expert_dim}", "model.qk_norm=true", "model.init_std=0.05", f"run.dtype={args.dtype}",
-    ])
-    return build_model(config, args.vocab, build_mesh(mesh_sizes("single", 1, None), device))
-
-
-def make_theirs(args: argparse.Namespace, device: torch.device) -> Qwen3MoeForCausalLM:
-    config = Qwen3MoeConfig(
-        vocab_size=args.vocab, hidden_size=args.dim, intermediate_size=args.expert_dim, num_hidden_layers=args.layers,
-        moe_intermediate_size=args.expert_dim, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
-        head_dim=args.dim // args.heads, num_experts=args.experts, num_experts_per_tok=args.top_k, norm_topk_prob=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rms_norm_eps=1e-6, tie_word_embeddings=False,
-        attn_implementation="sdpa", use_cache=False)
-    return Qwen3MoeForCausalLM(config).to(device).train()
-
-
-def implementations() -> list[str]:
-    return ["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())]
-
-
-def too_large(args: argparse.Namespace) -> dict[str, str]:
-    """`batched_mm` gathers the matrices of its expert for every row, and autograd keeps them."""
-    rows, per_row = args.batch * args.seq * args.top_k, 3 * args.dim * args.expert_dim
-    gathered = args.layers * rows * per_row * (4 if args.dtype == "float32" else 2) / 1e9
-    if gathered <= GATHERED_GB:
-        return {}
-    return {"batched_mm": f"would gather {gathered:.0f} GB of weights (limit {GATHERED_GB:.0f} GB)"}
-
-
-@torch.no_grad()
-def copy_weights(model: Transformer, peer: Qwen3MoeForCausalLM) -> None:
-    """Ours into theirs; every parameter of theirs is filled."""
-    pairs = [(model.embed, peer.model.embed_tokens.weight), (model.norm.weight, peer.model.norm.weight),
-             (model.head, peer.lm_head.weight)]
-    for ours, theirs in zip(model.layers, peer.model.layers):
-        attention, peer_attention, moe = ours.attention, theirs.self_attn, ours.moe
-        projections = [peer_attention.q_proj.weight, peer_attention.k_proj.weight, peer_attention.v_proj.weight]
-        pairs += zip(attention.qkv.split([len(weight) for weight in projections]), projections)
-        pairs += [(ours.attention_norm.weight, theirs.input_layernorm.weight),
-                  (ours.ffn_norm.weight, theirs.post_attention_layernorm.weight),
-                  (attention.out, peer_attention.o_proj.weight), (moe.router.weight, theirs.mlp.gate.weight),
-                  (attention.q_norm.weight, peer_attention.q_norm.weight),
-                  (attention.k_norm.weight, peer_attention.k_norm.weight),
-                  (moe.experts.bank.gate_up, theirs.mlp.experts.gate_up_proj),
-                  (moe.experts.bank.down, theirs.mlp.experts.down_proj)]
-    assert {id(theirs) for _, theirs in pairs} == {id(parameter) for parameter in peer.parameters()}
-    for ours, theirs in pairs:
-        theirs.copy_(ours)
-
-
-def our_side(model: Transformer) -> Side:
-    def loss(batch: Batch) -> Tensor:
-        logits_BSV, _ = model(batch.tokens_BS, step_context(0, 1, batch))
-        return cross_entropy_sum(logits_BSV, batch.targets_BS) / batch.valid_BS.sum()
-
-    return Side("moetrain", loss, *trained(model))
-
-
-def their_side(peer: Qwen3MoeForCausalLM, implementation: str, args: argparse.Namespace) -> Side:
-    def loss(batch: Batch) -> Tensor:
-        peer.config._experts_implementation = implementation
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return peer(batch.tokens_BS, labels=batch.targets_BS, shift_labels=batch.targets_BS, use_cache=False).loss
-
-    return Side(f"transformers {implementation}", loss, *trained(peer))
-
-
-def trained(model: nn.Module) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    """A small rate: routing stays what it is while the clock runs."""
-    parameters = list(model.parameters())
-    return parameters, torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-
-
-def random_batch(args: argparse.Namespace, seed: int, device: torch.device) -> Batch:
-    rows_BS = torch.randint(args.vocab, (args.batch, args.seq + 1), generator=torch.Generator().manual_seed(seed)).to(device)
-    tokens_BS, targets_BS = rows_BS[:, :-1].contiguous(), rows_BS[:, 1:].contiguous()
-    ids_B = torch.arange(args.batch, device=device)
-    return Batch(tokens_BS, targets_BS, torch.ones_like(tokens_BS, dtype=torch.bool), ids_B, torch.zeros_like(ids_B), None)
 
 
 # --- measuring
@@ -265,6 +195,20 @@ def make_clock(args: argparse.Namespace, device: torch.device) -> Callable[[], f
     return time.thread_time if args.clock == "cpu" else time.perf_counter
 
 
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """R: operations a second of a square product, 8192 a side on a GPU, 2048 on a CPU; the best of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    clock = make_clock(argparse.Namespace(clock="wall"), device)
+
+    def once() -> float:
+        start = clock()
+        a @ b
+        return clock() - start
+
+    return 2 * side**3 / min(once() for _ in range(6))
+
+
 def kept_bytes(side: Side, batch: Batch) -> int:
     """Bytes of storages that backward needs, beyond parameters and inputs."""
     others = {tensor.untyped_storage().data_ptr() for tensor in (*side.parameters, *batch) if tensor is not None}
@@ -325,8 +269,11 @@ def figures(seconds: Seconds, memory: dict[str, int], args: argparse.Namespace) 
 def ratios(sides: dict[str, dict[str, float]]) -> dict[str, float | str]:
     """Ours against the peer with the fastest step; memory against that one, and against the leanest of them."""
     ours, peers = sides["moetrain"], {name: side for name, side in sides.items() if name != "moetrain"}
-    best = min(peers, key=lambda name: peers[name]["step_ms"])
     worst_busy = max(side["busy"] for side in sides.values())
+    steadiness = {"busy": worst_busy, "verdict": "machine busy, no verdict" if worst_busy > BUSY else "steady"}
+    if not peers:
+        return steadiness
+    best = min(peers, key=lambda name: peers[name]["step_ms"])
     return {
         "best_peer": best,
         "speed_step": peers[best]["step_ms"] / ours["step_ms"],
@@ -335,27 +282,28 @@ def ratios(sides: dict[str, dict[str, float]]) -> dict[str, float | str]:
         "kept": ours["kept_mb"] / peers[best]["kept_mb"],
         "peak": ours["peak_mb"] / peers[best]["peak_mb"],
         "peak_of_leanest": ours["peak_mb"] / min(side["peak_mb"] for side in peers.values()),
-        "busy": worst_busy,
-        "verdict": "machine busy, no verdict" if worst_busy > BUSY else "steady",
+        **steadiness,
     }
 
 
 def show(report: dict) -> None:
-    print(f"\n{'':26} {'step ms':>9} {'median':>9} {'fb ms':>9} {'tokens/s':>9} {'kept MB':>9} {'peak MB':>9}")
+    print(f"\n{'':26} {'step ms':>9} {'median':>9} {'fb ms':>9} {'tokens/s':>9} {'MFU':>6} {'of R':>6} {'kept MB':>9} {'peak MB':>9}")
     for name, side in report["sides"].items():
         print(f"{name:26}" + "".join(f" {side[key]:9.1f}" for key in ("step_ms", "median_ms", "fb_ms"))
-              + f" {side['tokens_per_s']:9.0f} {side['kept_mb']:9.1f} {side['peak_mb']:9.1f}")
+              + f" {side['tokens_per_s']:9.0f}" + "".join(f" {side[key]:6.1%}" if side[key] else f" {'-':>6}" for key in ("mfu", "of_r"))
+              + f" {side['kept_mb']:9.1f} {side['peak_mb']:9.1f}")
     for name, reason in report["left_out"].items():
         print(f"{name:26} left out: {reason}")
     ratio = report["ratios"]
-    print(f"\nours against {ratio['best_peer']}: {ratio['speed_step']:.3f}x a step, {ratio['speed_fb']:.3f}x forward and "
-          f"backward, {ratio['speed_median']:.3f}x by medians; kept {ratio['kept']:.2f}, peak {ratio['peak']:.2f} "
-          f"({ratio['peak_of_leanest']:.2f} of the leanest)")
+    if "best_peer" in ratio:
+        print(f"\nours against {ratio['best_peer']}: {ratio['speed_step']:.3f}x a step, {ratio['speed_fb']:.3f}x forward and "
+              f"backward, {ratio['speed_median']:.3f}x by medians; kept {ratio['kept']:.2f}, peak {ratio['peak']:.2f} "
+              f"({ratio['peak_of_leanest']:.2f} of the leanest)")
     print(f"heaviest expert over the mean {report['imbalance']:.2f}; median over lower quintile {ratio['busy']:.2f}: "
           f"{ratio['verdict']}; {report['machine']}")
 
 
-def show_profile(sides: list[Side], batches: list[Batch], best_peer: str) -> None:
+def show_profile(sides: list[Side], batches: list[Batch], best_peer: str | None) -> None:
     for side in sides:
         if side.name not in ("moetrain", best_peer):
             continue
@@ -375,7 +323,7 @@ def show_profile(sides: list[Side], batches: list[Batch], best_peer: str) -> Non
 @torch.no_grad()
 def imbalance(model: Transformer, batch: Batch) -> float:
     """Rows of the heaviest expert over the mean, the largest over layers."""
-    _, stats = model(batch.tokens_BS, step_context(0, 1, batch))
+    stats = model(batch.tokens_BS, step_context(0, 1, batch)).stats
     return max((sums.counts_E.max() / sums.counts_E.double().mean()).item() for sums in stats.values())
 
 
@@ -384,7 +332,7 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
                             cwd=Path(__file__).parent)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1), "commit": commit.stdout.strip()}
+            "kernels": extension.absent() or "in use", "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1), "commit": commit.stdout.strip()}
 
 
 def lower_quintile(values: list[float]) -> float:

@@ -75,6 +75,11 @@ class Mesh:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def size(self) -> int:
+        """How many ranks there are: for numbers to report. Who communicates takes a group."""
+        return prod(self.sizes.get(axis, 1) for axis in DENSE_AXES)
+
 
 def axis_groups(axes: tuple[str, ...], sizes: Mapping[str, int], together: tuple[str, ...]) -> list[tuple[int, ...]]:
     """All groups of ranks that differ only along the axes `together`: a partition of the world, each in order."""

@@ -38,7 +38,7 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
             vocab_size=vocab_size,
             dim=sizes.dim,
             layers=[_block(config, layer, placement, mesh, wire) for layer in range(sizes.num_layers)],
-            head_dim=_head_dim(sizes),
+            head_dim=head_width(sizes),
             rope_theta=sizes.rope_theta,
             eps=sizes.norm_eps,
             tie_embeddings=sizes.tie_embeddings,
@@ -72,6 +72,15 @@ def per_layer(value: int | list[int], layer: int) -> int:
     return value if isinstance(value, int) else value[layer]
 
 
+def head_width(sizes: ModelConfig) -> int:
+    return sizes.head_dim or sizes.dim // sizes.num_heads
+
+
+def dense_width(sizes: ModelConfig, layer: int) -> int:
+    """Hidden width of a leading layer without experts."""
+    return sizes.dense_dim or per_layer(sizes.top_k, layer) * sizes.expert_dim
+
+
 @torch.no_grad()
 def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) -> None:
     """Norms 1; matrices normal with `std`, those that write to the residual stream smaller by sqrt(2 * layers)."""
@@ -92,23 +101,18 @@ def normal(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def _head_dim(sizes: ModelConfig) -> int:
-    return sizes.head_dim or sizes.dim // sizes.num_heads
-
-
 def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, wire: Callable[[str], Exchange]) -> Block:
     sizes = config.model
     attention = Attention(
         dim=sizes.dim,
         num_heads=sizes.num_heads,
         num_kv_heads=sizes.num_kv_heads,
-        head_dim=_head_dim(sizes),
+        head_dim=head_width(sizes),
         qk_norm=sizes.qk_norm,
         eps=sizes.norm_eps,
     )
     if layer < sizes.first_dense_layers:
-        hidden = sizes.dense_dim or per_layer(sizes.top_k, layer) * sizes.expert_dim
-        feed_forward = FeedForward(dim=sizes.dim, hidden_dim=hidden)
+        feed_forward = FeedForward(dim=sizes.dim, hidden_dim=dense_width(sizes, layer))
     else:
         feed_forward = _moe_layer(config, layer, placement, mesh, wire)
     return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,

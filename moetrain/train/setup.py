@@ -20,6 +20,7 @@ from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
 from moetrain.errors import ConfigError
 from moetrain.model.build import build_model, plan_homes, sliced_experts
+from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.model.transformer import Transformer
 from moetrain.plan.calibrate import calibrated
@@ -46,6 +47,7 @@ class Run:
     parallel: Parallel
     objective: Objective
     dump: RouterDump | None = None
+    peak_tokens_per_s: float | None = None   # of all ranks, at the peak of their chips; None where that is not known
 
 
 def join(config: Config) -> Mesh:
@@ -94,7 +96,14 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     if objective.pool is not None and objective.pool.mode == "warm":
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
-               parallelize(model, mesh, copies), objective, RouterDump(directory, mesh) if config.log.router_dump else None)
+               parallelize(model, mesh, copies), objective, RouterDump(directory, mesh) if config.log.router_dump else None,
+               fastest(config, dataset.vocab_size, mesh))
+
+
+def fastest(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
+    """Tokens per second of all ranks if chips did nothing but the products of training, at their peak."""
+    peak = peak_flops(mesh.device, getattr(torch, config.run.dtype))
+    return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)
 
 
 def look_ahead(config: Config, model: Transformer) -> Outlook:

@@ -94,6 +94,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "time/step": seconds,
         **watch.laps,
         "throughput/tokens_per_s": total_tokens / seconds,
+        **({"throughput/mfu": total_tokens / seconds / run.peak_tokens_per_s} if run.peak_tokens_per_s else {}),
         "memory/peak": peak_memory(mesh.device),
     }
     sources = gather_to_first(mesh["batch"], local) if config.log.sources else None

@@ -1,0 +1,62 @@
+"""Operations of training by formula: against the products that torch counts, parameters of built models, and a published figure."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from moetrain.comm.mesh import build_mesh, mesh_sizes
+from moetrain.config.compose import compose
+from moetrain.data.batch import Batch
+from moetrain.model.build import build_model
+from moetrain.model.flops import named_peak, training_flops
+from moetrain.train.passes import step_context
+
+SHAPES = {
+    "experts": ["model.num_experts=8", "model.top_k=3"],
+    "a head's width of its own": ["model.head_dim=24", "model.num_kv_heads=1", "model.qk_norm=true"],
+    "shared experts and a dense layer": ["model.num_layers=3", "model.num_shared_experts=2", "model.first_dense_layers=1"],
+    "layers of their own": ["model.num_experts=[4,8]", "model.top_k=[2,3]", "model.tie_embeddings=true"],
+}
+VOCAB = 48
+
+
+def of_a_norm(shape: list[int]) -> bool:
+    """Norms sum the gradient of their weight by a product with a row of ones, one for each token or head."""
+    return shape[0] == 1 and shape[1] % 48 == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_that_run(shape):
+    config = compose([*SHAPES[shape], "run.device=cpu"])
+    model = build_model(config, VOCAB, build_mesh(mesh_sizes("single", 1, None), torch.device("cpu")))
+    tokens_BS = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens_BS, tokens_BS, torch.ones_like(tokens_BS, dtype=torch.bool), torch.arange(3), torch.zeros(3), None)
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as recorded:
+        model(tokens_BS, step_context(0, 1, batch)).logits_BSV.square().sum().backward()
+    counted = sum(event.flops for event in recorded.key_averages(group_by_input_shape=True)
+                  if event.key in ("aten::mm", "aten::bmm", "aten::addmm") and not of_a_norm(event.input_shapes[0]))
+    sizes = config.model
+    attention = 3 * sizes.num_layers * 2 * sizes.num_heads * (sizes.head_dim or sizes.dim // sizes.num_heads) * (16 + 1)
+    assert counted == tokens_BS.numel() * (training_flops(sizes, VOCAB, 16) - attention)
+
+
+def test_attention_looks_at_what_is_not_masked():
+    config = compose(["model.num_layers=1"])
+    pairs = sum(1 for query in range(16) for key in range(16) if key <= query)      # each 2 h for its score, 2 h for its value
+    longer = 16 * (training_flops(config.model, VOCAB, 16) - training_flops(config.model, VOCAB, 0))
+    wanted = 3 * config.model.num_heads * (config.model.dim // config.model.num_heads) * 4 * pairs
+    assert longer == wanted - 3 * 16 * 2 * config.model.dim      # one position sees itself: at length 0 the formula has half of that
+
+
+def test_qwen3_has_the_active_parameters_that_it_is_named_for():
+    sizes = compose(["model=qwen3_30b_a3b"]).model
+    without_attention = training_flops(sizes, 151936, -1)
+    assert without_attention / 6 + 151936 * sizes.dim == pytest.approx(3.35e9, rel=5e-3)     # 3.3 billion active, as published
+
+
+@pytest.mark.parametrize("chip, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA H20", None), ("NVIDIA GeForce RTX 4090", None), ("NVIDIA GB200", 2500e12),
+])
+def test_peaks_are_found_by_the_names_of_drivers(chip, peak):
+    assert named_peak(chip) == peak
