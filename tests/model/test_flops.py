@@ -9,7 +9,9 @@ from moetrain.config.compose import compose
 from moetrain.data.batch import Batch
 from moetrain.model.build import build_model
 from moetrain.model.flops import named_peak, training_flops
+from moetrain.train import setup
 from moetrain.train.passes import step_context
+from tests.integration.training import make_run, train_run
 
 SHAPES = {
     "experts": ["model.num_experts=8", "model.top_k=3"],
@@ -60,3 +62,12 @@ def test_qwen3_has_the_active_parameters_that_it_is_named_for():
 ])
 def test_peaks_are_found_by_the_names_of_drivers(chip, peak):
     assert named_peak(chip) == peak
+
+
+def test_a_step_reports_its_share_of_the_peak(monkeypatch):
+    assert make_run([]).peak_tokens_per_s is None
+    monkeypatch.setattr(setup, "peak_flops", lambda device, dtype: 1e9)
+    run = make_run([])
+    (metrics,) = train_run(run, 1).metrics
+    assert run.peak_tokens_per_s == 1e9 / training_flops(run.config.model, VOCAB, 12)
+    assert metrics["throughput/mfu"] == pytest.approx(metrics["throughput/tokens_per_s"] / run.peak_tokens_per_s)
