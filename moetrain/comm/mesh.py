@@ -139,9 +139,10 @@ def mesh_sizes(mode: str, world: int, ep: int | None, shard: int | None = None) 
             "edp_replicate": world // (ep * expert_shard), "edp_shard": expert_shard, "ep": ep}
 
 
-def connect(device: torch.device, timeout_s: int) -> None:
-    """Join the process group that the environment (torchrun, launch.py) describes."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
+def connect(device: torch.device, timeout_s: int, *, host: bool = False) -> None:
+    """Join the process group that the environment (torchrun, launch.py) describes. host: tensors of GPUs go over the host, too, as
+    they must where ranks share a GPU, which NCCL refuses."""
+    backend = "nccl" if device.type == "cuda" and not host else "gloo"
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))

@@ -27,6 +27,8 @@ class RunConfig:
     stop_at: int | None = key(None, "stop cleanly with a save after this step")
     seed: int = key(0, "seed of initialisation, data order and routing")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA when there is one")
+    share_gpu: bool = key(False, "ranks of a machine may share its GPUs, in turn; all that is collective goes over gloo: to check a "
+                                 "setup on fewer GPUs than it is for, not to train (unverified)")
     dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "dtype of the computation; parameters stay float32 or better")
     timeout_s: int = key(300, "seconds a collective may wait for a missing rank")
     max_restarts: int = key(3, "how often run.nproc ranks are started again, all of them, after one of them was lost")

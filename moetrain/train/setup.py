@@ -56,7 +56,9 @@ def join(config: Config) -> Mesh:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if config.parallel.mode != "single" and "RANK" in os.environ and not dist.is_initialized():
-        connect(device, config.run.timeout_s)
+        if config.run.share_gpu:
+            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")     # read by torch for the peer wire
+        connect(device, config.run.timeout_s, host=config.run.share_gpu)
     world = dist.get_world_size() if dist.is_initialized() else 1
     return build_mesh(mesh_sizes(config.parallel.mode, world, config.parallel.ep, config.parallel.shard), device)
 
@@ -70,7 +72,14 @@ def pick_device(config: Config) -> torch.device:
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, ranks, gpus = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if ranks > gpus and not config.run.share_gpu:
+        raise ConfigError(
+            92, f"{ranks} ranks on a machine with {gpus} GPU{'s' * (gpus != 1)}", where="run.nproc, run.share_gpu",
+            why="every rank has a GPU of its own", next=f"run.nproc={gpus} (torchrun: --nproc-per-node={gpus}), run.device=cpu, or "
+                                                        "run.share_gpu=true to check a setup, slowly",
+        )
+    return torch.device("cuda", rank % gpus)
 
 
 def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:

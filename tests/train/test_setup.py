@@ -1,0 +1,51 @@
+"""Which device a rank takes, and over what ranks talk."""
+
+import pytest
+import torch
+
+from moetrain.comm import mesh
+from moetrain.config.compose import compose
+from moetrain.errors import ConfigError
+from moetrain.train.setup import pick_device
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def rank(number: int, of: int) -> None:
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(of))
+
+    return rank
+
+
+def test_every_rank_has_a_gpu_of_its_own(two_gpus):
+    two_gpus(1, of=2)
+    assert pick_device(compose([])) == torch.device("cuda", 1)
+    assert pick_device(compose(["run.device=cpu"])) == torch.device("cpu")
+
+
+def test_too_few_gpus_are_an_error_of_every_rank(two_gpus):
+    for number in range(3):                              # one that went on alone would wait for the others
+        two_gpus(number, of=3)
+        with pytest.raises(ConfigError, match="3 ranks on a machine with 2 GPUs") as error:
+            pick_device(compose([]))
+        assert "run.nproc=2" in str(error.value) and "run.share_gpu=true" in str(error.value)
+
+
+def test_gpus_can_be_shared_in_turn(two_gpus):
+    found = []
+    for number in range(4):
+        two_gpus(number, of=4)
+        found.append(pick_device(compose(["run.share_gpu=true"])).index)
+    assert found == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("device, host, wanted", [("cuda", False, "nccl"), ("cuda", True, "gloo"), ("cpu", False, "gloo")])
+def test_ranks_that_share_a_gpu_talk_over_the_host(device, host, wanted, monkeypatch):
+    asked = []
+    monkeypatch.setattr(mesh.dist, "init_process_group", lambda backend, timeout: asked.append(backend))
+    mesh.connect(torch.device(device), 5, host=host)
+    assert asked == [wanted]
