@@ -3,7 +3,7 @@
 #
 #     bash tools/check_gpu.sh [folder]          results go to build/gpu unless a folder is named
 #
-# Stages that are done are not repeated. Hand back the folder: build.log, tests.log, peers.log, sanitizer.log, ops.json.
+# Stages that are done are not repeated. Hand back the folder: *.log, parity/parity.json, train.json, train_alone.json, ops.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-build/gpu}"
@@ -31,6 +31,13 @@ stage build 240 "$python" tools/build_cuda.py --archs "$arch" || exit 1
 stage tests 240 "$python" -m pytest -m gpu tests/ops -rs
 # Virtual ranks wait for each other on one GPU: kernels are loaded beforehand, and streams do not share a queue.
 stage peers 90 env CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_MAX_CONNECTIONS=32 "$python" -m pytest -m gpu tests/comm/test_peer.py -rs
+# The same training without kernels and with them, alone and on four processes that share the GPU through symmetric memory.
+stage parity 300 "$python" tools/check_parity.py --device cuda --out "$out/parity"
+# Qwen3-30B-A3B cut in depth: beside transformers (two models, 16 bytes a parameter), then ours alone with four times the tokens.
+large=$("$python" -c 'import torch; print(int(torch.cuda.get_device_properties(0).total_memory > 100 << 30))')
+qwen3=(--device cuda --dtype bfloat16 --model qwen3_30b_a3b --vocab 151936 --seq 4096 --head-chunk 2048 --zipf 1 --rounds 4)
+stage train 150 "$python" tools/bench_train.py "${qwen3[@]}" --layers $((large ? 4 : 1)) --batch 2 --peers grouped_mm --out "$out/train.json"
+stage train_alone 120 "$python" tools/bench_train.py "${qwen3[@]}" --layers $((large ? 6 : 3)) --batch 8 --peers --out "$out/train_alone.json"
 if command -v compute-sanitizer > /dev/null; then
     # Small shapes: the sanitizer is slow. racecheck is about shared memory, memcheck about everything else.
     few="(test_route_plan and 1000) or (test_rows and 333) or (test_swiglu and 65) or (test_router and mixtral and 1000) or (weight and 136)"
