@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moetrain.model.recompute import recomputed
 from moetrain.ops.router import RouterRule, kernel_takes, route_tokens
+from moetrain.ops.router_slopes import router_slopes
 from moetrain.routers.base import RouterContext
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.routers.topk import TopKRouter
@@ -58,6 +59,19 @@ def test_one_op_is_the_chain_of_operators(name, tokens, padded, dtype):
         ours, theirs = (torch.autograd.grad(everything(routing)[chosen], router.weight, grads[chosen], retain_graph=True,
                                             allow_unused=True)[0] for routing in (got, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+def test_slopes_alone_give_the_closed_form(sigmoid, padded):
+    """Of a balance loss, with nothing through weights, lse² or entropy: whatever was chosen."""
+    generator = torch.Generator().manual_seed(3)
+    logits_TE, slopes_E = torch.randn(9, 40, generator=generator) * 3, torch.rand(40, generator=generator)
+    valid_T = torch.arange(9) % 4 != 2 if padded else None
+    ids_TK = torch.randint(40, (9, 2), generator=generator)
+    got = torch.ops.moetrain.router_backward(None, slopes_E, None, None, logits_TE, ids_TK, logits_TE.logsumexp(-1), valid_T,
+                                             sigmoid, True, 2.0)
+    torch.testing.assert_close(got, router_slopes(logits_TE, slopes_E, valid_T, sigmoid=sigmoid), rtol=1e-4, atol=1e-7)
 
 
 def test_given_ids_nothing_is_chosen():
