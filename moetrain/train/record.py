@@ -20,6 +20,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.config.compose import to_yaml
 from moetrain.config.schema import Config
 from moetrain.errors import DiskError
+from moetrain.ops import extension
 from moetrain.train.checkpoint.writer import on_all
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.files import JsonlSink, replacing
@@ -126,6 +127,7 @@ def environment(run: Run) -> dict[str, object]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "device": str(run.mesh.device),
+        "kernels": extension.absent() or "in use",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "mesh": dict(run.mesh.sizes),
