@@ -5,19 +5,19 @@ A loss that is returned has to be added where the cross-entropy is; a pipeline s
 statistics its slope. The slopes are asked for in backward, as late as counts that are still travelling can be awaited.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from moetrain.routers.base import RoutingStats
+from moetrain.routers.base import Stack
 
-Slopes = Mapping[str, Mapping[str, Tensor]]              # by router and field of RoutingStats
+Slopes = Sequence[Mapping[str, Tensor]]                  # of every stack, by field of RoutingStats
 
 
-def attach(x: Tensor, stats: Mapping[str, RoutingStats], slopes: Callable[[], Slopes]) -> Tensor:
+def attach(x: Tensor, stacks: Sequence[Stack], slopes: Callable[[], Slopes]) -> Tensor:
     """x, with a backward that also gives the statistics what `slopes` says then."""
-    sums = {(router, field): tensor for router, of_router in stats.items() for field, tensor in of_router._asdict().items()
+    sums = {(index, field): tensor for index, stack in enumerate(stacks) for field, tensor in stack.stats._asdict().items()
             if tensor is not None and tensor.requires_grad}
     return _Attach.apply(x, slopes, tuple(sums), *sums.values()) if sums else x
 
@@ -31,4 +31,4 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         slopes = ctx.slopes()
-        return grad, None, None, *(slopes[router].get(field) for router, field in ctx.names)
+        return grad, None, None, *(slopes[index].get(field) for index, field in ctx.names)

@@ -1,9 +1,9 @@
 """Auxiliary losses: defined once, from sums over tokens.
 
-`AuxLoss.value(stats, pooled)` is one micro-batch's *contribution* to the loss of the step for one router. Contributions
-carry global denominators, so adding them over micro-batches and ranks gives the loss, whatever the split. The pooled
-counts are an argument: a loss says what it wants them pooled over and never communicates (comm/reduce.py does,
-train/pool.py decides when).
+`AuxLoss.value(stats, pooled)` is one micro-batch's *contribution* to the loss of the step, of every router of a stack
+(routers/base.py), or of one router whose sums have no R in front. Contributions carry global denominators, so adding them over
+micro-batches and ranks gives the loss, whatever the split. The pooled counts are an argument: a loss says what it wants them
+pooled over and never communicates (comm/reduce.py does, train/pool.py decides when).
 
 Two carriers bring the same definition to backward: `returned`, the value is added to the objective, and `attached`
 (losses/attached.py), the slopes are injected by an identity node.
@@ -29,9 +29,9 @@ class PoolRule(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """One router's sums over the pool, as far as they are known before the backward."""
+    """A stack's sums over the pool, as far as they are known before the backward."""
 
-    counts_E: Tensor         # int64; float64 where the shares of another step stand for what is to come
+    counts_E: Tensor         # int64 [R, E]; float64 where the shares of another step stand for what is to come
     tokens: Tensor           # valid tokens of the whole global batch: the denominator of every loss
 
 
@@ -40,7 +40,9 @@ class AuxLoss(Protocol):
     reduction: str           # over routers: mean or sum
     pool: PoolRule | None    # None: the counts of the micro-batch will do
 
-    def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor: ...
+    def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
+        """[R]"""
+        ...
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
         """Gradient of `value` with respect to the sums it is linear in, by field of RoutingStats."""

@@ -56,18 +56,20 @@ class LoadBalanceLoss:
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
         ((field, slope),) = self.slopes(stats, pooled).items()
-        return (slope * getattr(stats, field)).sum()
+        return (slope * getattr(stats, field)).sum((-2, -1) if field == "prob_sum_SE" else -1)
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
         dtype = stats.prob_sum_E.dtype
         if self.scope == "sequence":
-            return {"prob_sum_SE": self._factor(stats) * balance_slope(stats.counts_SE, pooled.tokens, dtype)}
+            return {"prob_sum_SE": self._factor(stats, 2) * balance_slope(stats.counts_SE, pooled.tokens, dtype)}
         counts_E = stats.counts_E if self.scope == "micro" else pooled.counts_E
-        return {"prob_sum_E": self._factor(stats) * balance_slope(counts_E, pooled.tokens, dtype)}
+        return {"prob_sum_E": self._factor(stats, 1) * balance_slope(counts_E, pooled.tokens, dtype)}
 
-    def _factor(self, stats: RoutingStats) -> Tensor | float:
-        """Of this normalisation over ours: slots per token."""
-        return stats.active_sum / stats.tokens.clamp(min=1) if self.normalisation == "huggingface" else 1.0
+    def _factor(self, stats: RoutingStats, behind: int) -> Tensor | float:
+        """Of this normalisation over ours: slots per token. behind: dimensions that the sums have behind R."""
+        if self.normalisation != "huggingface":
+            return 1.0
+        return (stats.active_sum / stats.tokens.clamp(min=1))[(..., *(None,) * behind)]
 
 
 def balance_slope(counts_E: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:

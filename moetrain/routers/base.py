@@ -6,14 +6,17 @@ an expert; losses are functions of the statistics (losses/), and the trainer own
     RouterContext   what a router may know besides x
     Routing         the decision; stays inside the layer
     RoutingStats    sums over valid tokens; leave the layer beside its output
+    Stack           those of several routers at once: what is made of them costs the same for one layer and for fifty
     Router          the base class: one weight [E, D] in float32, `route`, `routing`, `end_of_step`
 
-All three records are NamedTuples: FSDP2 finds the tensors that leave a module by flattening its output as a pytree, and a
+All records are NamedTuples: FSDP2 finds the tensors that leave a module by flattening its output as a pytree, and a
 plain dataclass would lose gradients silently.
 
-Shapes: T tokens, D model width, E experts, K slots.
+Shapes: T tokens, D model width, E experts, K slots, R routers.
 """
 
+from collections.abc import Mapping
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -60,6 +63,23 @@ class Routing(NamedTuple):
     residual_T: Tensor | None = None         # weight of identity experts
 
 
+class Stack(NamedTuple):
+    """Routers that follow each other and have equally many experts."""
+
+    routers: tuple[str, ...]
+    stats: RoutingStats                      # every field with R in front: counts [R, E], tokens [R]
+
+
+def stacks(stats: Mapping[str, RoutingStats]) -> list[Stack]:
+    """Of all routers, in their order: one stack where all have the same number of experts."""
+    found = []
+    for _, alike in groupby(stats.items(), key=lambda item: len(item[1].counts_E)):
+        routers, parts = zip(*alike)
+        fields = (None if values[0] is None else torch.stack(values) for values in zip(*parts))
+        found.append(Stack(routers, RoutingStats(*fields)))
+    return found
+
+
 class Router(nn.Module):
     """Base of all routers. Subclasses define `route`."""
 
@@ -102,8 +122,8 @@ class Router(nn.Module):
 
 
 def lean(counts_E: Tensor) -> Tensor:
-    """sign(mean(n) - n_i), int64 [E]; in integers, so that a load that is exactly the mean is 0."""
-    return (counts_E.sum() - len(counts_E) * counts_E).sign()
+    """sign(mean(n) - n_i), int64 [..., E]; in integers, so that a load that is exactly the mean is 0."""
+    return (counts_E.sum(-1, keepdim=True) - counts_E.shape[-1] * counts_E).sign()
 
 
 def drop_padding(ids_TK: Tensor, context: RouterContext) -> Tensor:

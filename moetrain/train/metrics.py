@@ -6,16 +6,16 @@ else (`StepSums`) after the last. Names and meanings of the metrics: docs/refere
 
 import resource
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
-from moetrain.routers.base import RoutingStats, lean
+from moetrain.routers.base import RoutingStats, Stack, lean
 
 
 class StepSums(NamedTuple):
@@ -27,7 +27,7 @@ class StepSums(NamedTuple):
     violations: float                        # how many were added
     dropped: float                           # slots dropped by a capacity policy, all routers together
     entropy: float                           # of the routers' probabilities, nats, over tokens and routers
-    prob_sums: dict[str, Tensor]             # per router [E]
+    prob_sums_L: Tensor                      # of all routers, flat
     leans: dict[str, Tensor]                 # of routers that want them (routers/base.py), the mean over micro-batches [E]
     votes: list[float]                       # those of train/step.py, on their way with the rest
 
@@ -35,22 +35,26 @@ class StepSums(NamedTuple):
 HEAD = 7                                     # numbers of a SumBuffer before those of the routers
 
 
-def flat_counts(outputs: list[Mapping[str, RoutingStats]], routers: Mapping[str, int], device: torch.device) -> Tensor:
-    """Counts of all routers of all micro-batches in one int64 buffer [sum of E]."""
-    total = torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
-    for stats in outputs:
-        if stats:
-            total += torch.cat([stats[router].counts_E for router in routers])
-    return total
+def flat_counts(stacks: Sequence[Stack], device: torch.device) -> Tensor:
+    """Counts of all routers of a micro-batch in one int64 buffer [sum of E]."""
+    parts = [stack.stats.counts_E.flatten() for stack in stacks]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def split_by_router(flat: Tensor, routers: Mapping[str, int]) -> dict[str, Tensor]:
     return dict(zip(routers, flat.split(list(routers.values()))))
 
 
-def pool(flat: Tensor, routers: Mapping[str, int], tokens: Tensor) -> dict[str, Pooled]:
-    """The argument of the losses, by router."""
-    return {name: Pooled(counts_E, tokens) for name, counts_E in split_by_router(flat, routers).items()}
+def by_stack(flat_L: Tensor, routers: Mapping[str, int]) -> list[Tensor]:
+    """Views [R, E] of a flat buffer of all routers, as routers/base.py stacks them."""
+    alike = [(experts, len(list(group))) for experts, group in groupby(routers.values())]
+    parts = flat_L.split([experts * many for experts, many in alike])
+    return [part.view(many, experts) for part, (experts, many) in zip(parts, alike)]
+
+
+def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor) -> list[Pooled]:
+    """The argument of the losses, for every stack."""
+    return [Pooled(counts_RE, tokens) for counts_RE in by_stack(flat_L, routers)]
 
 
 class SumBuffer:
@@ -65,55 +69,57 @@ class SumBuffer:
         self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, cross_entropy: Tensor, total: Tensor, stats: Mapping[str, RoutingStats]) -> None:
-        of = [stats[router] for router in self.routers]
-        found, routed = _violations(of) if of else (self.flat[:0], self.flat[:0])
-        dropped, entropy = (torch.stack([getattr(part, field) for part in of]).sum() if of else self.flat.new_zeros(())
-                            for field in ("dropped", "entropy_sum"))
-        head = torch.stack([cross_entropy.double(), total.double(), found.sum(), routed.sum(), dropped, entropy,
-                            self.flat.new_ones(())])
-        self.flat += torch.cat([head, *(stats[router].prob_sum_E.double() for router in self.routers),
-                                *(lean(stats[router].counts_E).double() for router in self.leaning)])
+    def add(self, cross_entropy: Tensor, total: Tensor, stacks: Sequence[Stack]) -> None:
+        head = torch.stack([cross_entropy.double(), total.double(), *self._of_routers(stacks), self.flat.new_ones(())])
+        leans = (lean(counts_E) for stack in stacks for router, counts_E in zip(stack.routers, stack.stats.counts_E)
+                 if router in self.leaning)
+        self.flat += torch.cat([head, *(stack.stats.prob_sum_E.flatten() for stack in stacks), *leans])
+
+    def _of_routers(self, stacks: Sequence[Stack]) -> list[Tensor]:
+        """Violations, how many of them, dropped slots, entropy."""
+        if not stacks:
+            return [self.flat.new_zeros(())] * 4
+        of = [_violation(stack.stats) for stack in stacks]
+        return [sum(rest, first).double() for first, *rest in zip(*of)]
 
     def sum_over(self, group: Group) -> StepSums:
         head, prob_sums, leans, votes = sum_over(group, torch.cat([self.flat, self.votes])).split([*self.sizes, len(self.votes)])
         *sums, micro_batches = head.tolist()
-        return StepSums(*sums, split_by_router(prob_sums, self.routers), split_by_router(leans / micro_batches, self.leaning),
-                        votes.tolist())
+        return StepSums(*sums, prob_sums, split_by_router(leans / micro_batches, self.leaning), votes.tolist())
 
 
-def _violations(stats: list[RoutingStats]) -> tuple[Tensor, Tensor]:
-    """Of every router of a micro-batch max load / mean load - 1, float64, 0 when nothing was routed; and whether anything was."""
-    largest = torch.stack([part.counts_E.max() for part in stats]).double()
-    slots = torch.stack([part.active_sum for part in stats])
-    experts = largest.new_tensor([len(part.counts_E) for part in stats])
-    return (largest * experts / slots.clamp(min=1) - 1).where(slots > 0, 0), slots > 0
+def _violation(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summed over the routers of a stack: max load / mean load - 1, float64, 0 where nothing was routed; where anything was; dropped
+    slots; entropy."""
+    slots_R = stats.active_sum
+    over_R = stats.counts_E.amax(-1).double() * stats.counts_E.shape[-1] / slots_R.clamp(min=1) - 1
+    return over_R.where(slots_R > 0, 0).sum(), (slots_R > 0).sum(), stats.dropped.sum(), stats.entropy_sum.sum()
 
 
-def balance_metrics(counts: Mapping[str, Tensor], sums: StepSums, tokens: int) -> dict[str, float]:
+def balance_metrics(counts_L: Tensor, sums: StepSums, routers: Mapping[str, int], tokens: int) -> dict[str, float]:
     """Metrics of routing from the pooled sums of the step: independent of mode, mesh and split."""
-    if not counts:
+    if not routers:
         return {}
-    loads = _on_host(counts)
-    slots = np.array([n_E.sum() for n_E in loads])
-    share = np.array([len(n_E) for n_E in loads]) / slots.clip(min=1)        # of a slot, over that of the mean load
-    balance = [of_slot * n_E @ p_E / max(1, tokens) for of_slot, n_E, p_E in zip(share, loads, _on_host(sums.prob_sums))]
-    violation = share * [n_E.max() for n_E in loads] - (slots > 0)
+    of = [_balance(*parts) for parts in zip(by_stack(counts_L.cpu().double(), routers), by_stack(sums.prob_sums_L.cpu(), routers))]
+    balance_R, violation_R, slots_R, dead_R = (torch.cat(parts) for parts in zip(*of))
+    balance, violation, slots, dead = torch.stack([balance_R, violation_R, slots_R, dead_R]).sum(-1).tolist()
     return {
-        "loss/balance": float(np.mean(balance)),
-        "moe/max_violation/mean": float(violation.mean()),
-        "moe/max_violation/max": float(violation.max()),
+        "loss/balance": balance / len(routers) / max(1, tokens),
+        "moe/max_violation/mean": violation / len(routers),
+        "moe/max_violation/max": violation_R.max().item(),
         "moe/local_max_violation/mean": sums.violation / max(1.0, sums.violations),
-        "moe/entropy": sums.entropy / max(1, len(counts) * tokens),
-        "moe/dead_experts": sum(int((n_E == 0).sum()) for n_E in loads),
-        "moe/drop_fraction": sums.dropped / max(1, int(slots.sum())),
+        "moe/entropy": sums.entropy / max(1, len(routers) * tokens),
+        "moe/dead_experts": int(dead),
+        "moe/drop_fraction": sums.dropped / max(1.0, slots),
     }
 
 
-def _on_host(parts: Mapping[str, Tensor]) -> list[np.ndarray]:
-    """Of every router, in one copy."""
-    flat = torch.cat(list(parts.values())).cpu().numpy()
-    return np.split(flat, np.cumsum([len(part) for part in parts.values()])[:-1])
+def _balance(counts_RE: Tensor, prob_sums_RE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the routers of a stack, float64 [R]: E sum_i f_i P_i times tokens, max violation, slots, experts without any."""
+    slots_R = counts_RE.sum(-1)
+    share_R = counts_RE.shape[-1] / slots_R.clamp(min=1)     # of a slot, over that of the mean load
+    violation_R = share_R * counts_RE.amax(-1) - (slots_R > 0).double()
+    return share_R * (counts_RE * prob_sums_RE).sum(-1), violation_R, slots_R, (counts_RE == 0).sum(-1).double()
 
 
 def forecast_metrics(errors_permille: Sequence[int]) -> dict[str, float]:

@@ -9,14 +9,14 @@ the batch is split. The pooled counts are an argument: nothing here communicates
 Shapes: B sequences, S positions, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
-from moetrain.routers.base import RoutingStats
+from moetrain.routers.base import Stack
 
 
 class Objective:
@@ -37,27 +37,27 @@ class Objective:
         """Whether a loss wants sums for every sequence."""
         return any(getattr(loss, "per_sequence", False) for loss in self.losses.values())
 
-    def total(self, cross_entropy: Tensor, stats: Mapping[str, RoutingStats], pooled: Mapping[str, Pooled],
-              tokens: Tensor) -> Tensor:
-        """This micro-batch's share of the loss. cross_entropy: its sum in nats; tokens: N."""
+    def total(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Sequence[Pooled], tokens: Tensor) -> Tensor:
+        """This micro-batch's share of the loss. cross_entropy: its sum in nats; pooled: of every stack; tokens: N."""
         total = cross_entropy / tokens.clamp(min=1)
         for loss in self.losses.values():
-            if loss.weight and stats:
-                values = [loss.value(stats[router], pooled[router]) for router in stats]
-                share = len(values) if loss.reduction == "mean" else 1
-                value = loss.weight / share * torch.stack(values).sum()
+            if loss.weight and stacks:
+                values_R = torch.cat([loss.value(stack.stats, of_stack) for stack, of_stack in zip(stacks, pooled)])
+                value = loss.weight * (values_R.mean() if loss.reduction == "mean" else values_R.sum())
                 total = total + (value.detach() if self.attached else value)
         return total
 
     @torch.no_grad()
-    def slopes(self, stats: Mapping[str, RoutingStats], pooled: Mapping[str, Pooled]) -> dict[str, dict[str, Tensor]]:
-        """Gradient of this micro-batch's share with respect to the sums of every router, by field."""
-        found: dict[str, dict[str, Tensor]] = {router: {} for router in stats}
+    def slopes(self, stacks: Sequence[Stack], pooled: Sequence[Pooled]) -> list[dict[str, Tensor]]:
+        """Gradient of this micro-batch's share with respect to the sums of every stack, by field."""
+        found: list[dict[str, Tensor]] = [{} for _ in stacks]
+        routers = sum(len(stack.routers) for stack in stacks)
         for loss in self.losses.values():
-            share = len(stats) if loss.reduction == "mean" else 1
-            for router in stats if loss.weight else ():
-                for field, slope in loss.slopes(stats[router], pooled[router]).items():
-                    found[router][field] = found[router].get(field, 0) + loss.weight / share * slope
+            share = loss.weight / (routers if loss.reduction == "mean" else 1)
+            for sums, stack, of_stack in zip(found, stacks, pooled) if loss.weight else ():
+                for field, slope in loss.slopes(stack.stats, of_stack).items():
+                    slope = (share * slope).expand_as(getattr(stack.stats, field))
+                    sums[field] = sums[field] + slope if field in sums else slope
         return found
 
 

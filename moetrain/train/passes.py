@@ -11,7 +11,7 @@ Otherwise each micro-batch runs forward and backward before the next, with what 
 own counts where no loss asks for more. Which it is follows from the config, so the collectives are the same on every rank.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,21 +22,21 @@ from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
 from moetrain.model.recompute import Kept
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy
-from moetrain.routers.base import RouterContext, RoutingStats
+from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.pool import Known, Pooling, group_of
 from moetrain.train.setup import Run
 
-Count = Callable[[Mapping[str, RoutingStats]], None]
+Count = Callable[[Sequence[Stack]], None]
 
 
 class Forward(NamedTuple):
     """One micro-batch on this rank."""
 
     cross_entropy: Tensor                    # sum in nats, with graph
-    stats: dict[str, RoutingStats]
-    pooled: dict[str, Pooled]                # by the losses' rule; of this micro-batch where no loss asks for more
+    stacks: list[Stack]
+    pooled: list[Pooled]                     # of every stack, by the losses' rule; of this micro-batch where no loss asks for more
     counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where they are known by now
 
 
@@ -45,8 +45,8 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
     rule, routers = run.objective.pool, run.state.model.routers
     if rule is None:
         for batch in batches:
-            forward = _forward(run, step, batch, {})
-            forward.pooled.update(pool(flat_counts([forward.stats], routers, tokens.device), routers, tokens))
+            forward = _forward(run, step, batch, [])
+            forward.pooled.extend(pool(flat_counts(forward.stacks, tokens.device), routers, tokens))
             yield forward
     elif rule.mode != "exact":
         yield from _as_they_come(run, step, batches, tokens, rule)
@@ -59,9 +59,9 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rul
     known = Known(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
         pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device)
-        forward = _forward(run, step, batch, {}, pooling.add)
+        forward = _forward(run, step, batch, [], pooling.add)
         counts_L = known.add(pooling.wait(), last=number == len(batches))
-        forward.pooled.update(pool(counts_L, routers, tokens))
+        forward.pooled.extend(pool(counts_L, routers, tokens))
         whole = number == len(batches) and rule.scope == "global"
         yield forward._replace(counts_L=known.total_L if whole else None)
 
@@ -81,10 +81,10 @@ def _counted_first(run: Run, step: int, batches: list[Batch], tokens: Tensor, ru
 def _graphs_kept(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
     routers = run.state.model.routers
     pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
-    pooled: dict[str, Pooled] = {}
+    pooled: list[Pooled] = []
     kept = [_forward(run, step, batch, pooled, pooling.add) for batch in batches]
     counts_L = pooling.wait()
-    pooled.update(pool(counts_L, routers, tokens))
+    pooled.extend(pool(counts_L, routers, tokens))
     while kept:                                          # each graph is freed once it has run backward
         yield kept.pop(0)._replace(counts_L=counts_L if rule.scope == "global" else None)
 
@@ -109,11 +109,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
 
 
-def _forward(run: Run, step: int, batch: Batch, pooled: dict[str, Pooled], count: Count = lambda stats: None) -> Forward:
+def _forward(run: Run, step: int, batch: Batch, pooled: list[Pooled], count: Count = lambda stacks: None) -> Forward:
     """pooled: filled before backward. count: what to do with the counts once they are known, before the head."""
+    found: list[Stack] = []
+
     def routed(x_BSD: Tensor, stats: dict[str, RoutingStats]) -> Tensor:
-        count(stats)
-        return attach(x_BSD, stats, lambda: run.objective.slopes(stats, pooled)) if run.objective.attached else x_BSD
+        found.extend(stacks(stats))
+        count(found)
+        return attach(x_BSD, found, lambda: run.objective.slopes(found, pooled)) if run.objective.attached else x_BSD
 
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
@@ -122,7 +125,7 @@ def _forward(run: Run, step: int, batch: Batch, pooled: dict[str, Pooled], count
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
     whole = output.score is None
-    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS) if whole else output.score, output.stats, pooled)
+    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS) if whole else output.score, found, pooled)
 
 
 def _by_chunks(batch: Batch, chunk: int) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -138,5 +141,5 @@ def _count(run: Run, step: int, batch: Batch, count: Count) -> Kept:
     with choices.record():
         output = run.state.model(batch.tokens_BS, step_context(run.config.run.seed, step, batch), batch.documents_BS,
                                  route_only=True)
-    count(output.stats)
+    count(stacks(output.stats))
     return choices

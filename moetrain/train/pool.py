@@ -10,7 +10,7 @@ One all-reduce of all routers' counts, one a step in mode exact and one a micro-
 Shapes: L = sum of E over routers, the flat buffer.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from moetrain.comm.mesh import Group, Mesh
 from moetrain.comm.reduce import sum_over_async
 from moetrain.losses.base import PoolRule
 from moetrain.parallel.pieces import Piece
-from moetrain.routers.base import RoutingStats
+from moetrain.routers.base import Stack
 from moetrain.train.metrics import flat_counts
 
 
@@ -31,13 +31,13 @@ class Pooling:
     """parts: micro-batches whose counts travel together."""
 
     def __init__(self, group: Group, routers: Mapping[str, int], device: torch.device, parts: int = 1) -> None:
-        self.group, self.routers, self.parts = group, routers, parts
+        self.group, self.parts = group, parts
         self.counts_L = torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
         self.wait: Callable[[], Tensor] | None = None
 
-    def add(self, stats: Mapping[str, RoutingStats]) -> None:
+    def add(self, stacks: Sequence[Stack]) -> None:
         """A micro-batch has passed its routers."""
-        self.counts_L += flat_counts([stats], self.routers, self.counts_L.device)
+        self.counts_L += flat_counts(stacks, self.counts_L.device)
         self.parts -= 1
         if self.parts == 0:
             self.wait = sum_over_async(self.group, self.counts_L)

@@ -54,9 +54,9 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
-        total = run.objective.total(forward.cross_entropy, forward.stats, forward.pooled, tokens)
-        sums.add(forward.cross_entropy, total, forward.stats)
-        local += flat_counts([forward.stats], routers, mesh.device)
+        total = run.objective.total(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
+        sums.add(forward.cross_entropy, total, forward.stacks)
+        local += flat_counts(forward.stacks, mesh.device)
         total.backward()
         watch.lap("backward")
 
@@ -85,7 +85,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "tokens": run.state.tokens,
         "loss/ce": summed.cross_entropy / max(1, total_tokens),
         "loss/total": summed.total,
-        **balance_metrics(counts, summed, total_tokens),
+        **balance_metrics(counts_L, summed, routers, total_tokens),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,
         **forecast_metrics(planning.outlook.errors_r if planning else []),

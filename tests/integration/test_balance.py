@@ -121,7 +121,7 @@ def collectives(overrides: list[str]) -> list[int]:
     try:
         batches = run.loader.step(1)
         for forward in forwards(run, 1, batches, torch.tensor(100)):
-            run.objective.total(forward.cross_entropy, forward.stats, forward.pooled, torch.tensor(100)).backward()
+            run.objective.total(forward.cross_entropy, forward.stacks, forward.pooled, torch.tensor(100)).backward()
     finally:
         dist.all_reduce = original
     return [len(posted), *heads]
@@ -178,8 +178,9 @@ def biases(overrides: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], 
     """After some steps: biases by router, and parameters; and the counts of every micro-batch that this rank had."""
     run, counts, add = make_run(overrides), [], SumBuffer.add
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SumBuffer, "add", lambda self, ce, total, stats: (
-            counts.append({name: of.counts_E.clone() for name, of in stats.items()}), add(self, ce, total, stats)))
+        patch.setattr(SumBuffer, "add", lambda self, ce, total, stacks: (
+            counts.append({name: counts_E.clone() for stack in stacks for name, counts_E in zip(stack.routers, stack.stats.counts_E)}),
+            add(self, ce, total, stacks)))
         for step in range(1, STEPS + 1):
             train_step(run, step)
     held = {block.moe.name: block.moe.router.bias.clone() for block in run.state.model.layers}

@@ -48,10 +48,10 @@ def with_bug(bug: str, steps: int) -> Trained:
     pool = passes.pool
 
     def pooled_by_ranks(flat, routers, tokens):
-        return {name: Pooled(p.counts_E, p.tokens // 2) for name, p in pool(flat, routers, tokens).items()}
+        return [Pooled(p.counts_E, p.tokens // 2) for p in pool(flat, routers, tokens)]
 
     def pooled_by_micro_batch(flat, routers, tokens):
-        return {name: Pooled(p.counts_E, p.counts_E.sum() // 2 // 4) for name, p in pool(flat, routers, tokens).items()}
+        return [Pooled(p.counts_E, p.counts_E[0].sum() // 2 // 4) for p in pool(flat, routers, tokens)]
 
     sums = base.router_sums
 

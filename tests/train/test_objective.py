@@ -9,6 +9,8 @@ from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.losses.z import ZLoss
 from moetrain.ops.gating import top_k
 from moetrain.ops.router_sums import RouterSums, router_sums
+from moetrain.routers.base import stacks
+from moetrain.train.metrics import pool
 from moetrain.train.objective import Objective, cross_entropy_sum
 
 ROUTERS = ("layers.0.moe", "layers.1.moe")
@@ -23,7 +25,7 @@ class Constant:
         self.weight, self.values, self.reduction = weight, iter(values), reduction
 
     def value(self, stats: RouterSums, pooled: Pooled) -> Tensor:
-        return torch.tensor(next(self.values))
+        return torch.tensor([next(self.values) for _ in stats.tokens])
 
 
 def stats_of(logits_TE: Tensor) -> RouterSums:
@@ -58,21 +60,20 @@ def test_bfloat16_logits_are_summed_in_float32():
 @pytest.mark.parametrize("reduction, share", [("mean", 2), ("sum", 1)])
 def test_a_loss_is_weighted_and_reduced_over_routers(reduction, share):
     objective = Objective({"balance": Constant(0.5, [1.0, 4.0], reduction)})
-    stats = dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))
-    pooled = dict.fromkeys(ROUTERS, Pooled(torch.zeros(4), torch.tensor(3)))
-    total = objective.total(torch.tensor(6.0), stats, pooled, torch.tensor(3))
+    together = stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4))))
+    total = objective.total(torch.tensor(6.0), together, [Pooled(torch.zeros(2, 4), torch.tensor(3))], torch.tensor(3))
     assert total.item() == pytest.approx(6 / 3 + 0.5 * 5 / share)
 
 
 def test_a_loss_of_weight_zero_is_never_asked_and_a_dense_model_has_none():
     total = Objective({"balance": Constant(0.0, [])}).total(
-        torch.tensor(6.0), {ROUTERS[0]: stats_of(torch.randn(3, 4))}, {ROUTERS[0]: None}, torch.tensor(2))
+        torch.tensor(6.0), stacks({ROUTERS[0]: stats_of(torch.randn(3, 4))}), [], torch.tensor(2))
     assert total.item() == 3
-    assert Objective({"balance": Constant(1.0, [])}).total(torch.tensor(6.0), {}, {}, torch.tensor(2)).item() == 3
+    assert Objective({"balance": Constant(1.0, [])}).total(torch.tensor(6.0), [], [], torch.tensor(2)).item() == 3
 
 
 def test_no_tokens_at_all_is_zero_and_not_nan():
-    assert Objective({}).total(torch.tensor(0.0), {}, {}, torch.tensor(0)).item() == 0
+    assert Objective({}).total(torch.tensor(0.0), [], [], torch.tensor(0)).item() == 0
 
 
 def test_the_pool_is_needed_as_soon_as_one_loss_needs_it():
@@ -81,24 +82,27 @@ def test_the_pool_is_needed_as_soon_as_one_loss_needs_it():
     assert Objective({"balance": LoadBalanceLoss(mode="warm"), "micro": LoadBalanceLoss(scope="micro")}).pool == ("global", "warm")
 
 
+@pytest.mark.parametrize("experts", [[4, 4], [4, 6], [4, 6, 6, 4]], ids=str)
 @pytest.mark.parametrize("sizes", [[8], [4, 4], [1, 0, 7]], ids=str)
-def test_shares_of_any_split_add_up_in_value_and_gradient(sizes):
+def test_shares_of_any_split_add_up_in_value_and_gradient(sizes, experts):
     generator = torch.Generator().manual_seed(0)
-    router_TE = [torch.randn(8, 4, dtype=torch.float64, generator=generator).requires_grad_() for _ in ROUTERS]
+    routers = {f"layers.{layer}.moe": E for layer, E in enumerate(experts)}
+    router_TE = [torch.randn(8, E, dtype=torch.float64, generator=generator).requires_grad_() for E in experts]
     logits_TV = torch.randn(8, 5, dtype=torch.float64, generator=generator).requires_grad_()
     targets_T = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
     objective = Objective({"balance": LoadBalanceLoss(weight=0.3), "z": ZLoss(weight=0.2)})
     tokens = torch.tensor(8)
-    pooled = {name: Pooled(stats_of(logits).counts_E, tokens) for name, logits in zip(ROUTERS, router_TE)}
+    counts = [stats_of(logits).counts_E for logits in router_TE]
+    pooled = pool(torch.cat(counts), routers, tokens)
 
     total = torch.zeros((), dtype=torch.float64)
     for part in torch.arange(8).split(sizes):
-        stats = {name: stats_of(logits[part]) for name, logits in zip(ROUTERS, router_TE)}
-        total = total + objective.total(cross_entropy_sum(logits_TV[part][None], targets_T[part][None]), stats, pooled, tokens)
+        of = stacks({name: stats_of(logits[part]) for name, logits in zip(routers, router_TE)})
+        total = total + objective.total(cross_entropy_sum(logits_TV[part][None], targets_T[part][None]), of, pooled, tokens)
 
-    balance = [4 * (pooled[name].counts_E / 16 * logits.softmax(-1).mean(0)).sum() for name, logits in zip(ROUTERS, router_TE)]
+    balance = [E * (counts_E / 16 * logits.softmax(-1).mean(0)).sum() for E, counts_E, logits in zip(experts, counts, router_TE)]
     z = [logits.exp().sum(-1).log().square().mean() for logits in router_TE]
-    truth = (torch.nn.functional.cross_entropy(logits_TV, targets_T) + 0.3 * sum(balance) / 2 + 0.2 * sum(z) / 2)
+    truth = (torch.nn.functional.cross_entropy(logits_TV, targets_T) + 0.3 * sum(balance) / len(experts) + 0.2 * sum(z) / len(experts))
     torch.testing.assert_close(total, truth)
     leaves = (*router_TE, logits_TV)
     torch.testing.assert_close(*(torch.autograd.grad(value, leaves) for value in (total, truth)))
