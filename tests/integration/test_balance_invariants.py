@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.comm.reduce import sum_over
 from moetrain.data.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.errors import NonFiniteError
 from moetrain.routers import base
+from moetrain.routers.base import RouterContext, stacks
 from moetrain.train.evaluate import evaluate
+from moetrain.train.metrics import pool
 from moetrain.train.passes import step_context
-from moetrain.train.pool import Known, Prior
+from moetrain.train.pool import Known, Pooling, Prior
 from moetrain.train.step import train_step
 from tests.integration.test_balance import BASE, WORLDS, steps, truth
 from tests.integration.training import FORCED, difference, make_run, snapshot, whole
@@ -162,6 +165,41 @@ def test_a_micro_batch_of_padding_alone_adds_nothing(ranks, mode, monkeypatch):
     assert difference(whole([found for found, _, _ in results]), grads)[0] <= 1e-10
     for _, _, metrics in results:
         assert metrics["loss/balance"] == pytest.approx(balance, rel=1e-12) and math.isfinite(metrics["loss/total"])
+
+
+# --- tokens of a sequence on several ranks
+
+
+def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor], float]:
+    """Two routers on this rank's stretch of the positions of every sequence: counts, gradients (summed over ranks) of both weights, and
+    the loss; gradients at the hidden states, by first position."""
+    run = make_run([*BASE, *WORLDS[world], "train.micro_batch=4", *ALL[mode]])     # the mesh and the loss; its batches are not used
+    group, generator = run.mesh["batch"], torch.Generator().manual_seed(5)
+    moes = [block.moe for block in run.state.model.layers]
+    x_BSD, valid_BS = torch.randn(4, 12, 16, dtype=torch.float64, generator=generator), torch.rand(4, 12, generator=generator) > 0.2
+    here = torch.arange(12).chunk(world)[group.position]
+    x_TD, valid_T = x_BSD[:, here].flatten(0, 1).requires_grad_(), valid_BS[:, here].flatten()
+    found = stacks({moe.name: moe.router.route(x_TD, RouterContext(valid_T=valid_T)).stats for moe in moes})
+    pooling, tokens = Pooling(group, run.state.model.routers, run.mesh.device), valid_BS.sum()
+    pooling.add(found)
+    counts_L = pooling.wait()
+    total = run.objective.total(torch.zeros((), dtype=torch.float64), found, pool(counts_L, run.state.model.routers, tokens), tokens)
+    total.backward()
+    grads = [sum_over(group, moe.router.weight.grad) for moe in moes]
+    return [counts_L, *grads], {int(here[0]): x_TD.grad.view(4, len(here), 16)}, sum_over(group, total.detach()).item()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world", [2, 4])
+def test_sequences_cut_up_between_ranks_have_the_counts_and_gradients_of_whole_ones(ranks, world):
+    whole_numbers, whole_grads, whole_loss = routed_part("exact", 1)
+    at = {}
+    for numbers, grads, loss in ranks(world).run(routed_part, "exact", world):
+        assert numbers[0].equal(whole_numbers[0]) and loss == pytest.approx(whole_loss, rel=1e-12)
+        for ours, truth_ED in zip(numbers[1:], whole_numbers[1:]):
+            torch.testing.assert_close(ours, truth_ED, rtol=1e-10, atol=1e-14)
+        at |= grads
+    torch.testing.assert_close(torch.cat([at[first] for first in sorted(at)], 1), whole_grads[0], rtol=1e-10, atol=1e-14)
 
 
 # --- what counts are, and what leaves them alone
