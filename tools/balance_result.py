@@ -1,7 +1,7 @@
 """What tools/study_balance.py found: numbers of a run, weights of equal balance, comparisons in pairs, the page and its pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from moetrain.train.specialisation import mutual_information
 
+FIGURES = (("violation", 2), ("local_violation", 2), ("information", 3))      # columns of both stages, and their digits
 LAST = 50                        # steps at the end over which violations are averaged
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}       # Student's t, two-sided, by freedom
 
@@ -136,8 +137,7 @@ def _first(runs: list[Trained], arms: Mapping[str, Arm]) -> list[str]:
                 pairs = [run.losses["mean"] - other.losses["mean"] for run in mine for other in micro if run.seed == other.seed]
                 against = ", ".join(f"{pair:+.4f}" for pair in pairs) if about.key == "balance.weight" and arm != "micro" else ""
                 lines.append(f"| {arm} | {about.key}={strength:g} | {len(mine)} | {_average(mine, lambda run: run.losses['mean'], 4)} | {against} | "
-                             + " | ".join(_average(mine, lambda run, what=what: getattr(run, what), digits) for what, digits in (
-                                 ("violation", 2), ("local_violation", 2), ("information", 3))) + " |")
+                             + " | ".join(_average(mine, lambda run, what=what: getattr(run, what), digits) for what, digits in FIGURES) + " |")
     return [*lines, ""]
 
 
@@ -147,18 +147,27 @@ def _second(runs: list[Trained], final: Sequence[str], strength: Mapping[str, fl
         return ["## Stage 2: at equal balance", "", f"Nothing has finished. It will run at these strengths: {at or 'not known yet'}.", ""]
     micro = [run for run in runs if run.arm == "micro"]
     domains = [name for name in runs[0].losses if name != "mean"]
-    lines = ["## Stage 2: at equal balance", "",
-             "Differences to `micro` of the same seed: mean and 95 % interval (Student's t). Below zero is better.", "",
-             "| arm | strength | seeds | loss | difference | " + " | ".join(domains) + " | global violation | local violation | information |",
-             "|" + "---|" * (8 + len(domains))]
-    for arm in final:
-        mine = [run for run in runs if run.arm == arm]
-        if mine:
-            cells = [_interval(paired(mine, micro, lambda run, name=name: run.losses[name])) if arm != "micro" else "" for name in ("mean", *domains)]
-            lines.append(f"| {arm} | {mine[0].strength:.3g} | {len(mine)} | {_average(mine, lambda run: run.losses['mean'], 4)} | "
-                         + " | ".join(cells) + " | " + " | ".join(_average(mine, lambda run, what=what: getattr(run, what), digits)
-                                                                   for what, digits in (("violation", 2), ("local_violation", 2), ("information", 3))) + " |")
-    return [*lines, ""]
+    of = {arm: [run for run in runs if run.arm == arm] for arm in final}
+    of = {arm: mine for arm, mine in of.items() if mine}
+    lines = ["## Stage 2: at equal balance", "", "Every arm at the strength where stage 1 gave it the tightest balance that all of them reached.", "",
+             "| arm | strength | seeds | loss | global violation | local violation | information |", "|" + "---|" * 7]
+    for arm, mine in of.items():
+        lines.append(f"| {arm} | {mine[0].strength:.3g} | {len(mine)} | {_average(mine, lambda run: run.losses['mean'], 4)} | "
+                     + " | ".join(_average(mine, lambda run, what=what: getattr(run, what), digits) for what, digits in FIGURES) + " |")
+    lines += ["", "Differences to `micro` of the same seed: mean and 95 % interval (Student's t). A loss below zero is better.", "",
+              "| arm | loss | " + " | ".join(domains) + " | information |", "|" + "---|" * (3 + len(domains))]
+    apart: dict[str, list[str]] = {"loss": [], "information": []}
+    for arm, mine in of.items():
+        if arm == "micro":
+            continue
+        loss, information = paired(mine, micro), paired(mine, micro, lambda run: run.information)
+        cells = [loss, *(paired(mine, micro, lambda run, name=name: run.losses[name]) for name in domains), information]
+        lines.append(f"| {arm} | " + " | ".join(map(_interval, cells)) + " |")
+        for what, difference in (("loss", loss), ("information", information)):
+            if difference and abs(difference.mean) > difference.half:
+                apart[what].append(arm)
+    told = "; ".join(f"by {what}: {', '.join(arms) or 'none'}" for what, arms in apart.items())
+    return [*lines, "", f"Told apart from `micro` (the interval leaves out zero; no correction for the number of comparisons) {told}.", ""]
 
 
 def _average(runs: list[Trained], what, digits: int) -> str:
@@ -176,41 +185,58 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def draw(first: list[Trained], second: list[Trained], final: Sequence[str], path: Path) -> None:
-    """Loss over global violation; local over global violation; from stage 2 on, differences to micro by seed."""
+    """Of stage 1: loss and local violation over global violation. Of stage 2: loss against micro of the same seed, and information."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    panels = 3 if second else 2
-    figure, (left, middle, *rest) = plt.subplots(1, panels, figsize=(5 * panels, 4.6), constrained_layout=True)
-    for index, arm in enumerate(dict.fromkeys(run.arm for run in first)):
-        mine = [run for run in first if run.arm == arm]
-        for axis, what in ((left, lambda run: run.losses["mean"]), (middle, lambda run: run.local_violation)):
-            axis.scatter([run.violation for run in mine], [what(run) for run in mine], color=f"C{index}", label=arm, s=28)
-    for axis, text in ((left, "held-out nats per byte"), (middle, "violation inside micro-batches")):
-        axis.set(xlabel="violation of the whole step", ylabel=text, xscale="log")
-        axis.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10]))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.grid(alpha=0.3)
-    middle.legend(fontsize=8)
-    middle.set_title("How much local imbalance goes with global balance", fontsize=10)
-    left.set_title("Stage 1: loss and balance", fontsize=10)
-    for right in rest:
-        _draw_differences(right, second, final)
+    colours = {arm: f"C{index}" for index, arm in enumerate(dict.fromkeys(run.arm for run in (*first, *second)))}
+    rows = 2 if second else 1
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 4.3 * rows), constrained_layout=True, squeeze=False)
+    (left, right), *lower = axes
+    for axis, text, title, what in (
+        (left, "held-out nats per byte", "Stage 1: loss and balance", lambda run: run.losses["mean"]),
+        (right, "violation inside micro-batches", "Stage 1: how much local imbalance goes with global balance", lambda run: run.local_violation),
+    ):
+        _over_violation(axis, first, colours, what)
+        axis.set_ylabel(text)
+        axis.set_title(title, fontsize=10)
+    right.legend(fontsize=8)
+    for left, right in lower:
+        micro = {run.seed: run.losses["mean"] for run in second if run.arm == "micro"}
+        _by_arm(left, [run for run in second if run.arm != "micro" and run.seed in micro], final[1:], colours,
+                lambda run: run.losses["mean"] - micro[run.seed])
+        left.axhline(0, color="grey", lw=0.8)
+        left.set_ylabel("nats per byte")
+        left.set_title("Stage 2: loss, difference to micro of the same seed (bars: mean)", fontsize=10)
+        _by_arm(right, second, final, colours, lambda run: run.information)
+        right.set_ylim(bottom=0)
+        right.set_ylabel("nats")
+        right.set_title("Stage 2: what the choice of an expert says about the domain", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_differences(axis, second: list[Trained], final: Sequence[str]) -> None:
-    micro = {run.seed: run.losses["mean"] for run in second if run.arm == "micro"}
-    for place, arm in enumerate(arm for arm in final if arm != "micro"):
-        differences = [run.losses["mean"] - micro[run.seed] for run in second if run.arm == arm and run.seed in micro]
-        axis.scatter([place] * len(differences), differences, color=f"C{place + 1}")
-        if differences:
-            axis.hlines(np.mean(differences), place - 0.2, place + 0.2, color=f"C{place + 1}")
-    axis.axhline(0, color="grey", lw=0.8)
-    axis.set_xticks(range(len(final) - 1), [arm for arm in final if arm != "micro"], fontsize=8)
-    axis.set_title("Stage 2: difference to micro of the same seed", fontsize=10)
+def _over_violation(axis, runs: list[Trained], colours: Mapping[str, str], what: Callable[[Trained], float]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    for arm, colour in colours.items():
+        mine = [run for run in runs if run.arm == arm]
+        axis.scatter([run.violation for run in mine], [what(run) for run in mine], color=colour, label=arm, s=28)
+    axis.set(xlabel="violation of the whole step", xscale="log")
+    axis.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.grid(alpha=0.3)
+
+
+def _by_arm(axis, runs: list[Trained], arms: Sequence[str], colours: Mapping[str, str], what: Callable[[Trained], float]) -> None:
+    """A dot a seed, and a bar at the mean."""
+    for place, arm in enumerate(arms):
+        values = [what(run) for run in runs if run.arm == arm]
+        axis.scatter([place] * len(values), values, color=colours.get(arm), s=28)
+        if values:
+            axis.hlines(np.mean(values), place - 0.2, place + 0.2, color=colours[arm])
+    axis.set_xticks(range(len(arms)), arms, fontsize=8)
+    axis.set_xlim(-0.5, len(arms) - 0.5)
     axis.grid(alpha=0.3)
