@@ -42,7 +42,7 @@ class Objective:
         total = cross_entropy / tokens.clamp(min=1)
         for loss in self.losses.values():
             if loss.weight and stacks:
-                values_R = torch.cat([loss.value(stack.stats, of_stack) for stack, of_stack in zip(stacks, pooled)])
+                values_R = torch.cat([_value(loss, stack, of_stack) for stack, of_stack in zip(stacks, pooled)])
                 value = loss.weight * (values_R.mean() if loss.reduction == "mean" else values_R.sum())
                 total = total + (value.detach() if self.attached else value)
         return total
@@ -59,6 +59,12 @@ class Objective:
                     slope = (share * slope).expand_as(getattr(stack.stats, field))
                     sums[field] = sums[field] + slope if field in sums else slope
         return found
+
+
+def _value(loss: AuxLoss, stack: Stack, pooled: Pooled) -> Tensor:
+    value_R = loss.value(stack.stats, pooled)
+    assert value_R.shape == (len(stack.routers),), f"{type(loss).__name__}.value has shape {list(value_R.shape)}, of {len(stack.routers)} routers"
+    return value_R
 
 
 def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
