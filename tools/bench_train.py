@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from training_sides import (
-    Side, configured, copy_weights, implementations, make_ours, make_theirs, our_side, random_batch, their_side, too_large,
+    Side, configured, copy_weights, implementations, make_ours, make_theirs, our_side, random_batch, their_side, too_large, why_not,
 )
 
 from moetrain.data.batch import Batch
@@ -72,6 +72,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     config = configured(args)
+    unable = why_not(config, args)
+    if unable:
+        raise SystemExit(f"bench_train: {unable}")
     model, large = make_ours(config, args, device), too_large(config, args)
     batches = [random_batch(args, seed, device) for seed in range(4)]
     sides = [our_side(model, args.head_chunk)]
@@ -196,7 +199,7 @@ def make_clock(args: argparse.Namespace, device: torch.device) -> Callable[[], f
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """R: operations a second of a square product, 8192 a side on a GPU, 2048 on a CPU; the best of five."""
+    """R: operations a second of a square product, 8192 a side on a GPU, 2048 on a CPU; the best of six."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     clock = make_clock(argparse.Namespace(clock="wall"), device)
@@ -324,7 +327,7 @@ def show_profile(sides: list[Side], batches: list[Batch], best_peer: str | None)
 def imbalance(model: Transformer, batch: Batch) -> float:
     """Rows of the heaviest expert over the mean, the largest over layers."""
     stats = model(batch.tokens_BS, step_context(0, 1, batch)).stats
-    return max((sums.counts_E.max() / sums.counts_E.double().mean()).item() for sums in stats.values())
+    return max(((sums.counts_E.max() / sums.counts_E.double().mean()).item() for sums in stats.values()), default=1.0)
 
 
 def machine(device: torch.device) -> dict[str, str | int | float]:

@@ -3,7 +3,7 @@
 #
 #     bash tools/check_gpu.sh [folder]          results go to build/gpu unless a folder is named
 #
-# Stages that are done are not repeated. Hand back the folder: *.log, parity/parity.json, train.json, train_alone.json, ops.json.
+# Stages that are done are not repeated. Hand back the folder: *.log, parity_*/parity.json, train.json, train_alone.json, ops.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-build/gpu}"
@@ -32,7 +32,8 @@ stage tests 240 "$python" -m pytest -m gpu tests/ops -rs
 # Virtual ranks wait for each other on one GPU: kernels are loaded beforehand, and streams do not share a queue.
 stage peers 90 env CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_MAX_CONNECTIONS=32 "$python" -m pytest -m gpu tests/comm/test_peer.py -rs
 # The same training without kernels and with them, alone and on four processes that share the GPU through symmetric memory.
-stage parity 300 "$python" tools/check_parity.py --device cuda --out "$out/parity"
+stage parity_alone 200 "$python" tools/check_parity.py --device cuda --out "$out/parity_alone" --only alone
+stage parity_ranks 400 "$python" tools/check_parity.py --device cuda --out "$out/parity_ranks" --only ranks
 # Qwen3-30B-A3B cut in depth: beside transformers (two models, 16 bytes a parameter), then ours alone with four times the tokens.
 large=$("$python" -c 'import torch; print(int(torch.cuda.get_device_properties(0).total_memory > 100 << 30))')
 qwen3=(--device cuda --dtype bfloat16 --model qwen3_30b_a3b --vocab 151936 --seq 4096 --head-chunk 2048 --zipf 1 --rounds 4)

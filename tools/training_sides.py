@@ -39,6 +39,15 @@ def configured(args: Namespace) -> Config:
     return compose([f"model={args.model}", *given, "model.qk_norm=true", "model.init_std=0.05", f"run.dtype={args.dtype}"])
 
 
+def why_not(config: Config, args: Namespace) -> str | None:
+    """What Qwen3-MoE has not, and so cannot be compared."""
+    sizes = config.model
+    if args.peers and (sizes.num_shared_experts or sizes.first_dense_layers or not isinstance(sizes.num_experts, int)
+                       or not isinstance(sizes.top_k, int)):
+        return "transformers' Qwen3-MoE has no shared experts, no dense layers and one size for all layers: --peers without a name, for ours alone"
+    return None
+
+
 def make_ours(config: Config, args: Namespace, device: torch.device) -> Transformer:
     return build_model(config, args.vocab, build_mesh(mesh_sizes("single", 1, None), device))
 
@@ -61,6 +70,8 @@ def implementations() -> list[str]:
 def too_large(config: Config, args: Namespace) -> dict[str, str]:
     """`batched_mm` gathers the matrices of its expert for every row, and autograd keeps them."""
     sizes = config.model
+    if not args.peers:
+        return {}
     rows, per_row = args.batch * args.seq * sizes.top_k, 3 * sizes.dim * sizes.expert_dim
     gathered = sizes.num_layers * rows * per_row * (4 if args.dtype == "float32" else 2) / 1e9
     if gathered <= GATHERED_GB:

@@ -49,7 +49,8 @@ def adopt(run: Run) -> Run:
     reducer = ZeroReducer(zero, GradientReducer([(run.parallel.experts, run.mesh["expert_grad"])]))
     parallel = run.parallel._replace(dense=zero.parts, reducer=reducer)
     mesh = replace(run.mesh, groups={**run.mesh.groups, "dense_shard": group})      # norm: dense gradients are cut up
-    return replace(run, mesh=mesh, parallel=parallel, state=ZeroState(run.state.model, ZeroOptimizer(zero, experts)))
+    state = ZeroState(run.state.model, ZeroOptimizer(zero, experts), prior=run.state.prior)
+    return replace(run, mesh=mesh, parallel=parallel, state=state)
 
 
 class Zero:

@@ -16,7 +16,8 @@ from moetrain.config.schema import ModelConfig
 from moetrain.model.build import dense_width, head_width, per_layer
 
 BF16_PEAKS = {                               # dense bfloat16, operations a second, from the data sheets
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12,
+    "H100 PCIe": 756e12, "H800 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,           # before those that their names begin with
+    "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12,
     "A100": 312e12, "A800": 312e12, "B200": 2250e12, "GB200": 2500e12,
 }
 
@@ -35,7 +36,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def named_peak(chip: str) -> float | None:
-    """By the name that the driver gives."""
+    """By the name that the driver gives; None for a slice of a chip (MIG)."""
+    if "MIG" in chip.split():
+        return None
     return next((peak for name, peak in BF16_PEAKS.items() if re.search(rf"\b{name}\b", chip)), None)
 
 

@@ -75,9 +75,14 @@ def stacks(stats: Mapping[str, RoutingStats]) -> list[Stack]:
     found = []
     for _, alike in groupby(stats.items(), key=lambda item: len(item[1].counts_E)):
         routers, parts = zip(*alike)
-        fields = (None if values[0] is None else torch.stack(values) for values in zip(*parts))
-        found.append(Stack(routers, RoutingStats(*fields)))
+        found.append(Stack(routers, RoutingStats(*map(_stacked, zip(*parts)))))
     return found
+
+
+def _stacked(values: tuple[Tensor | None, ...]) -> Tensor | None:
+    missing = [value is None for value in values]
+    assert all(missing) or not any(missing), "some routers have sums of sequences and others have not"
+    return None if missing[0] else torch.stack(values)
 
 
 class Router(nn.Module):

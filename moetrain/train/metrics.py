@@ -71,7 +71,7 @@ class SumBuffer:
     @torch.no_grad()
     def add(self, cross_entropy: Tensor, total: Tensor, stacks: Sequence[Stack]) -> None:
         head = torch.stack([cross_entropy.double(), total.double(), *self._of_routers(stacks), self.flat.new_ones(())])
-        leans = (lean(counts_E) for stack in stacks for router, counts_E in zip(stack.routers, stack.stats.counts_E)
+        leans = (lean_E for stack in stacks if self.leaning for router, lean_E in zip(stack.routers, lean(stack.stats.counts_E))
                  if router in self.leaning)
         self.flat += torch.cat([head, *(stack.stats.prob_sum_E.flatten() for stack in stacks), *leans])
 

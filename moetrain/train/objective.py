@@ -56,7 +56,9 @@ class Objective:
             share = loss.weight / (routers if loss.reduction == "mean" else 1)
             for sums, stack, of_stack in zip(found, stacks, pooled) if loss.weight else ():
                 for field, slope in loss.slopes(stack.stats, of_stack).items():
-                    slope = (share * slope).expand_as(getattr(stack.stats, field))
+                    shape = getattr(stack.stats, field).shape
+                    assert slope.shape in ((), shape), f"{type(loss).__name__}.slopes: {field} has shape {list(slope.shape)}, not {list(shape)}"
+                    slope = (share * slope).expand(shape)
                     sums[field] = sums[field] + slope if field in sums else slope
         return found
 

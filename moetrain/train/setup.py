@@ -72,12 +72,12 @@ def pick_device(config: Config) -> torch.device:
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    rank, ranks, gpus = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if ranks > gpus and not config.run.share_gpu:
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= gpus and not config.run.share_gpu:
         raise ConfigError(
-            92, f"{ranks} ranks on a machine with {gpus} GPU{'s' * (gpus != 1)}", where="run.nproc, run.share_gpu",
-            why="every rank has a GPU of its own", next=f"run.nproc={gpus} (torchrun: --nproc-per-node={gpus}), run.device=cpu, or "
-                                                        "run.share_gpu=true to check a setup, slowly",
+            92, f"no GPU for rank {rank} of this machine", where="run.nproc, run.share_gpu",
+            why=f"every rank has a GPU of its own, and torch sees {gpus}",
+            next=f"run.nproc={gpus} (torchrun: --nproc-per-node={gpus}), run.device=cpu, or run.share_gpu=true to check a setup, slowly",
         )
     return torch.device("cuda", rank % gpus)
 
@@ -111,7 +111,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
 
 def fastest(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     """Tokens per second of all ranks if chips did nothing but the products of training, at their peak."""
-    peak = peak_flops(mesh.device, getattr(torch, config.run.dtype))
+    peak = None if config.run.share_gpu else peak_flops(mesh.device, getattr(torch, config.run.dtype))
     return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)
 
 

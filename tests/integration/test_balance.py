@@ -86,7 +86,7 @@ def test_every_scope_and_mode_gives_what_the_oracle_gives(ranks, pool, world):
 CARRIED = {                                              # name: processes, overrides
     "exact": (2, []), "count pass, recomputed": (2, ["train.count_pass=true", "train.activation_checkpointing=full"]),
     "buffer": (2, ["balance.mode=buffer"]), "micro, sharded": (2, ["balance=micro", "parallel=fsdp"]),
-    "sequence": (1, ["balance=sequence"]), "other sizes": (1, ["model.num_experts=[8,4]"]), "micro beside it": (1, ["loss=[z,micro_balance]", "loss.micro_balance.weight=0.2"]),
+    "sequence": (1, ["balance=sequence"]), "other sizes": (1, ["model.num_layers=3", "model.num_experts=[8,8,4]"]), "micro beside it": (1, ["loss=[z,micro_balance]", "loss.micro_balance.weight=0.2"]),
 }
 
 

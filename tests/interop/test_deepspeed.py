@@ -66,6 +66,15 @@ def assert_close(ours: list, expected: list) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.slow
+def test_what_warm_balance_remembers_is_kept(ranks):
+    overrides = [*COMMON, "parallel=ep", "balance.mode=warm", "train.micro_batch=2"]
+    expected = ranks.run(trained, overrides)
+    assert "prior.counts" in expected[0][0]
+    assert_close(ranks.run(trained, [*overrides, "engine=deepspeed"]), expected)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("mode", ["ddp", "ep"])
 def test_zero_trains_as_torch_does(ranks, mode, stage):

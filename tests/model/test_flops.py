@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from moetrain.comm.mesh import build_mesh, mesh_sizes
+from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
 from moetrain.config.compose import compose
 from moetrain.data.batch import Batch
 from moetrain.model.build import build_model
@@ -58,10 +58,18 @@ def test_qwen3_has_the_active_parameters_that_it_is_named_for():
 
 @pytest.mark.parametrize("chip, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA H20", None), ("NVIDIA GeForce RTX 4090", None), ("NVIDIA GB200", 2500e12),
+    ("NVIDIA H200 NVL", 835e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H20", None), ("NVIDIA GeForce RTX 4090", None), ("NVIDIA GB200", 2500e12),
 ])
 def test_peaks_are_found_by_the_names_of_drivers(chip, peak):
     assert named_peak(chip) == peak
+
+
+def test_every_rank_adds_its_chip_unless_they_share_one(monkeypatch):
+    monkeypatch.setattr(setup, "peak_flops", lambda device, dtype: 1e9)
+    of_four = Mesh(mesh_sizes("ep_fsdp", 4, 2), 0, torch.device("cuda"), {})
+    one = 1e9 / training_flops(compose([]).model, VOCAB, 128)
+    assert setup.fastest(compose([]), VOCAB, of_four) == pytest.approx(4 * one)
+    assert setup.fastest(compose(["run.share_gpu=true"]), VOCAB, of_four) is None
 
 
 def test_a_step_reports_its_share_of_the_peak(monkeypatch):

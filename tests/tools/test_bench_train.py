@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 ONCE = ["--rounds", "1", "--steps", "1", "--threads", "1"]
@@ -38,4 +40,18 @@ def test_a_model_of_the_configuration_cut_in_depth_ours_alone(bench):
     assert report["flops_per_token"] == 3 * (attention + 2 * width * experts + 6 * width * 32 * slots + 2 * width * 300)
     ours = report["sides"]["moetrain"]
     assert ours["of_r"] == pytest.approx(ours["tokens_per_s"] * report["flops_per_token"] / report["rates"]["of_r"])
-    assert report["imbalance"] > 2                       # Zipf's law: what routers see is not even
+
+
+def test_tokens_follow_the_law_that_is_asked_for():
+    sys.path.append(str(ROOT / "tools"))
+    from training_sides import random_batch
+
+    share = {zipf: (random_batch(Namespace(vocab=1000, batch=8, seq=1000, zipf=zipf), 0, torch.device("cpu")).tokens_BS == 0).double().mean()
+             for zipf in (0.0, 1.0)}
+    assert share[0.0] < 0.003 and share[1.0] == pytest.approx(1 / sum(1 / rank for rank in range(1, 1001)), rel=0.1)
+
+
+def test_what_has_no_counterpart_is_refused_beside_transformers():
+    command = [sys.executable, "tools/bench_train.py", "--model=deepseek_v2_lite", "--layers=2", "--peers", "eager"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "no shared experts" in done.stderr and "Traceback" not in done.stderr

@@ -72,6 +72,28 @@ def test_a_loss_of_weight_zero_is_never_asked_and_a_dense_model_has_none():
     assert Objective({"balance": Constant(1.0, [])}).total(torch.tensor(6.0), [], [], torch.tensor(2)).item() == 3
 
 
+def test_every_router_is_weighed_by_its_own_slots_per_token():
+    """Hugging Face's normalisation, in one stack of routers with other numbers of choices."""
+    logits_TE = [torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    parts = [router_sums(logits.softmax(-1), logits, top_k(logits, slots)[1], None) for logits, slots in zip(logits_TE, (1, 3))]
+    objective = Objective({"balance": LoadBalanceLoss(weight=1.0, normalisation="huggingface")})
+    tokens = torch.tensor(6)
+    pooled = pool(torch.cat([part.counts_E for part in parts]), {"a": 5, "b": 5}, tokens)
+    total = objective.total(torch.tensor(0.0), stacks({"a": parts[0], "b": parts[1]}), pooled, tokens)
+    truth = [5 * (part.counts_E / 6 * part.prob_sum_E / 6).sum() for part in parts]
+    assert total.item() == pytest.approx(sum(truth).item() / 2, rel=1e-6)
+
+
+def test_a_loss_that_adds_routers_up_is_refused():
+    class Wrong(LoadBalanceLoss):
+        def value(self, stats: RouterSums, pooled: Pooled) -> Tensor:
+            return super().value(stats, pooled).sum()
+
+    with pytest.raises(AssertionError, match="of 2 routers"):
+        Objective({"wrong": Wrong()}).total(torch.tensor(0.0), stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))),
+                                            [Pooled(torch.ones(2, 4), torch.tensor(3))], torch.tensor(3))
+
+
 def test_no_tokens_at_all_is_zero_and_not_nan():
     assert Objective({}).total(torch.tensor(0.0), [], [], torch.tensor(0)).item() == 0
 

@@ -6,6 +6,7 @@ import torch
 from moetrain.comm import mesh
 from moetrain.config.compose import compose
 from moetrain.errors import ConfigError
+from moetrain.train import setup
 from moetrain.train.setup import pick_device
 
 
@@ -27,12 +28,13 @@ def test_every_rank_has_a_gpu_of_its_own(two_gpus):
     assert pick_device(compose(["run.device=cpu"])) == torch.device("cpu")
 
 
-def test_too_few_gpus_are_an_error_of_every_rank(two_gpus):
-    for number in range(3):                              # one that went on alone would wait for the others
-        two_gpus(number, of=3)
-        with pytest.raises(ConfigError, match="3 ranks on a machine with 2 GPUs") as error:
-            pick_device(compose([]))
-        assert "run.nproc=2" in str(error.value) and "run.share_gpu=true" in str(error.value)
+def test_a_rank_without_a_gpu_says_so(two_gpus):
+    two_gpus(2, of=3)
+    with pytest.raises(ConfigError, match="no GPU for rank 2 of this machine") as error:
+        pick_device(compose([]))
+    assert "torch sees 2" in str(error.value) and "run.nproc=2" in str(error.value) and "run.share_gpu=true" in str(error.value)
+    two_gpus(0, of=4)                                    # a launcher that shows each rank its own GPU as the first
+    assert pick_device(compose([])) == torch.device("cuda", 0)
 
 
 def test_gpus_can_be_shared_in_turn(two_gpus):
@@ -41,6 +43,19 @@ def test_gpus_can_be_shared_in_turn(two_gpus):
         two_gpus(number, of=4)
         found.append(pick_device(compose(["run.share_gpu=true"])).index)
     assert found == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sharing_is_told_to_the_process_group_and_to_torch(shared, two_gpus, monkeypatch):
+    two_gpus(1, of=4)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    told = []
+    monkeypatch.setattr(setup, "connect", lambda device, timeout_s, *, host: told.append((
+        host, setup.os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"))))
+    setup.join(compose(["parallel=ddp", "run.nproc=1", f"run.share_gpu={shared}"]))
+    assert told == [(shared, "1" if shared else None)]
 
 
 @pytest.mark.parametrize("device, host, wanted", [("cuda", False, "nccl"), ("cuda", True, "gloo"), ("cpu", False, "gloo")])
