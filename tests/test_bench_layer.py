@@ -2,15 +2,21 @@
 
 import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from tests.launch.runs import ROOT, children, ended
+
+sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_layer
+import netlab
 from bench_layer import Clock, EmulatedLink, Layer, Shape, predicted, summary, table
 from moetrain.comm.exchange.base import Splits
 
@@ -70,3 +76,46 @@ def test_hidden_is_what_a_step_lacks_of_both():
     assert arm["hidden"] == pytest.approx(2 / 3) and arm["predicted_s"] == pytest.approx(4.5 + 3 * 0.4)
     assert predicted(1, 4.5, 3.2) == pytest.approx(7.7)
     assert predicted(4, 3.0, 16.0) == pytest.approx(1 + 6 + 1 + 1 + 6 + 1)
+
+
+@pytest.fixture
+def between(tmp_path):
+    """between(*words): the tool with two ranks, on a tiny layer."""
+    try:
+        with netlab.Lab(nodes=1, per_node=1, inside="1gbit"):
+            pass
+    except netlab.LabError as error:
+        pytest.skip(str(error))
+    started = []
+
+    def between(*words: str) -> subprocess.Popen:
+        started.append(subprocess.Popen(
+            [sys.executable, str(ROOT / "tools/bench_layer.py"), "--out", str(tmp_path / "layer.json"), "--between", "400mbit", "--shapes",
+             "mixtral", "--divide", "64", "--tokens", "64", "--ratios", "1", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True))
+        return started[0]
+
+    yield between
+    started[0].kill()
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_two_ranks_measure_a_cell(between, tmp_path):
+    code, output = ended(between("--repeats", "1", "--chunks", "1", "2"))
+    assert code == 0, output
+    cell = json.loads((tmp_path / "layer.json").read_text())["cells"]["mixtral/1.0"]
+    assert output.count("| mixtral, 1.0 |") == len(cell["arms"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_rank_that_stands_still_ends_the_run_and_is_named(between):
+    process = between("--repeats", "100000", "--wait", "3")
+    while "mixtral/1.0" not in (line := process.stdout.readline()):
+        assert line, "it ended before it measured"
+    rank = next(child for child in children(process.pid) if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"))
+    os.kill(rank, signal.SIGSTOP)
+    code, output = ended(process, 90)
+    assert code == 1 and "netlab: rank 1 (stopped) still ran 10 s after rank 0 failed" in output, output
+    assert not Path(f"/proc/{rank}").exists()

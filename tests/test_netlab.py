@@ -6,13 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.launch.runs import ROOT, children, until
-from tools import netlab
+
+sys.path.append(str(ROOT / "tools"))
+
+import netlab
+import netlab_measure
+import netlab_processes
 
 TOOL = str(ROOT / "tools" / "netlab.py")
 TWO_BY_TWO = {"nodes": 2, "per_node": 2}
@@ -43,6 +49,21 @@ with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
 disconnect()
 """
 
+# Rank 1 fails with an exchange under way, in which rank 0 takes no part: a clean exit would wait for it.
+FAILING = """
+import time
+import torch
+import torch.distributed as dist
+from gloo_rank import connected
+
+with connected(100):
+    dist.barrier()
+    if dist.get_rank() == 0:
+        time.sleep(1000)
+    torch.ops._c10d_functional.all_to_all_single(torch.ones(2), [1, 1], [1, 1], dist.group.WORLD.group_name)
+    raise ValueError("an error of its own")
+"""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def possible() -> None:
@@ -69,7 +90,7 @@ def start() -> Callable[..., subprocess.Popen]:
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=30)
 
 
 def networks(processes: list[int]) -> set[str]:
@@ -107,17 +128,80 @@ def test_an_exchange_is_right_and_takes_the_link_of_its_class(tmp_path: Path) ->
 @pytest.mark.parametrize("end, code", [("exit 7", 7), ("kill -9 $$", 137)], ids=["fails", "is killed"])
 def test_the_first_failure_is_the_exit_code_and_ends_the_rest(end: str, code: int, monkeypatch: pytest.MonkeyPatch,
                                                               capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(netlab, "GRACE_S", 0.2)
+    monkeypatch.setattr(netlab_processes, "GRACE_S", 0.2)
     before = children(os.getpid())
     script = f"echo here $LOCAL_RANK/$LOCAL_WORLD_SIZE; if [ $RANK = 2 ]; then sleep 0.3; {end}; fi; exec sleep 1000"
     assert netlab.run(["sh", "-c", script], **TWO_BY_TWO, **SLOW_LINKS) == code
     assert children(os.getpid()) == before
     output, errors = capfd.readouterr()
     assert output == "here 0/2\n" and "[rank 3] here 1/2\n" in errors and "netlab: rank 2 " in errors
+    assert "netlab: rank 3 (sleeping) still ran 0.2 s after rank 2 failed, and was stopped" in errors
+
+
+# Rank 0 sends the tool a signal that both ranks ignore.
+TO_THE_TOOL = """
+trap '' TERM
+[ $RANK = 1 ] && : >$HERE/ready
+until [ -e $HERE/ready ]; do sleep 0.05; done
+[ $RANK = 0 ] && kill -TERM $PPID
+"""
+
+
+@pytest.mark.parametrize("limit, script, limit_s, code, said", [
+    ("GRACE_S", "[ $RANK = 0 ] && sleep 1 && exit 3; kill -STOP $$", 60, 3, "netlab: rank 1 (stopped) still ran 0.3 s after rank 0 failed"),
+    ("LATE_S", "[ $RANK = 0 ] && exit 0; exec sleep 1000", 60, 124, "netlab: rank 1 (sleeping) still ran 0.3 s after others had ended"),
+    ("SAVE_S", TO_THE_TOOL + "exec sleep 1000", 60, 143, "netlab: rank 1 (sleeping) still ran 0.3 s after SIGTERM"),
+    ("TERM_S", "trap '' TERM; exec sleep 1000", 0.5, 124, "netlab: rank 1 (sleeping) still ran 0.5 s after the start"),
+], ids=["one is stopped", "one does not end", "a signal is ignored", "all are too slow"])
+def test_every_wait_ends_and_says_who_was_missing(limit: str, script: str, limit_s: float, code: int, said: str, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(netlab_processes, "TERM_S", 0.3)
+    monkeypatch.setattr(netlab_processes, limit, 0.3)
+    before, began = children(os.getpid()), time.monotonic()
+    assert netlab.run(["sh", "-c", script], nodes=2, per_node=1, env={"HERE": str(tmp_path)}, limit_s=limit_s) == code
+    assert time.monotonic() - began < 30
+    assert children(os.getpid()) == before
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_rank_that_fails_goes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(netlab_processes, "GRACE_S", 0.2)
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    assert netlab.run([str(script)], nodes=2, per_node=1, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}, limit_s=60) == 1
+    errors = capfd.readouterr().err
+    assert "ValueError: an error of its own" in errors and "netlab: rank 1 ended with code 1" in errors
+
+
+def test_a_program_that_makes_the_networks_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = children(os.getpid())
+    monkeypatch.setattr(netlab, "SETUP_S", 2.0)
+    monkeypatch.setattr(netlab, "HOLDER", "exec sleep 1000")
+    with pytest.raises(netlab.LabError, match="no answer within 2 s"):
+        netlab.run(["true"], nodes=1, per_node=1)
+    assert children(os.getpid()) == before
+
+
+def test_what_a_rank_started_ends_with_its_network() -> None:
+    with netlab.Lab(nodes=1, per_node=1) as lab:
+        holders = networks(children(os.getpid()))
+        assert lab.run(["sh", "-c", "setsid sleep 1000 & sleep 0.2"]) == 0
+        assert in_use(holders)
+    assert holders and not in_use(holders)
+
+
+def test_a_rank_that_comes_up_after_the_tool_is_gone_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with netlab.Lab(nodes=1, per_node=1) as lab:
+        with monkeypatch.context() as patched:
+            patched.setattr(netlab.os, "getpid", lambda: 1)        # its parent is another than the one that started it
+            late = lab.start(0, ["echo", "started"], stdout=subprocess.PIPE, text=True)
+        assert (late.communicate(timeout=30)[0], late.returncode) == ("", 1)
 
 
 def test_nothing_is_left_when_the_tool_itself_is_killed(start: Callable[..., subprocess.Popen]) -> None:
-    process = start("sh", "-c", "echo ready; exec sleep 1000")
+    process = start("sh", "-c", "sleep 1000 & echo ready; wait")
     those = networks(children(process.pid))
     assert len(those) == 3                                     # of two ranks and the bridges
     assert in_use(those)
@@ -142,7 +226,7 @@ def test_a_kernel_without_tbf_gets_htb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netlab, "SHAPERS", {"none": ("qdisc add dev {device} root nosuchthing",), "htb": netlab.SHAPERS["htb"]})
     with netlab.Lab(nodes=1, per_node=2, inside="180mbit", between="20mbit") as lab:
         shown, _ = lab.start(1, ["tc", "class", "show", "dev", "between"], stdout=subprocess.PIPE, text=True).communicate()
-        carried = netlab._transfer(lab, 0, 1, 0.7)()
+        carried = netlab_measure.transfer(lab, 0, 1, 0.7)()
     assert "htb" in shown and "rate 20Mbit" in shown
     assert carried < 190e6
 
@@ -150,10 +234,23 @@ def test_a_kernel_without_tbf_gets_htb(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_measure_shows_both_links_and_the_cost_of_moving_bytes() -> None:
     with netlab.Lab(**TWO_BY_TWO, **SLOW_LINKS) as lab:
-        table = "\n".join(netlab.measure(lab, 0.3))
+        table = "\n".join(netlab_measure.measure(lab, 0.3))
     assert "inside   rank 0 -> 1" in table and "asked 180" in table
     assert "between  rank 0 -> 2" in table and "asked 20" in table
     assert table.count("both ways") == 2
+
+
+def test_a_stream_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(netlab_measure, "START_S", 1.5)
+    with netlab.Lab(nodes=1, per_node=2) as lab:
+        monkeypatch.setattr(lab, "address", lambda rank: "10.99.0.1")                  # no route
+        rate = netlab_measure.transfer(lab, 0, 1, 0.1)
+        with pytest.raises(netlab.LabError, match="rank 0, which sends to rank 1, failed"):
+            rate()
+        receiver = lab.start(1, [netlab_measure.__file__, "receive", "30000", "0.5"])
+        assert receiver.wait(30) == 1
+    errors = capfd.readouterr().err
+    assert "unreachable" in errors and "TimeoutError" in errors
 
 
 # --- what is said when it cannot be

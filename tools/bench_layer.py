@@ -12,7 +12,8 @@ between, so that the schedule runs under real products; that path has never run.
 a layer take `ratio` times its computation, and is printed.
 
 **Ranks** (`--between`): gloo between two ranks, each in its own emulated network. The experts' computation is paced there (they wait as long
-as they would compute), because moving bytes is work for the same cores that compute; `ratio` sets the wait.
+as they would compute), because moving bytes is work for the same cores that compute; `ratio` sets the wait. A rank waits `--wait` for the
+other, the whole run takes `--limit` at most; then it ends with an error that names the rank, and the cells that are done are kept.
 
 A cell is a shape and a ratio. Its arms, chunks x form of rows, take turns at every repeat; the lower quintile counts. Written after every cell,
 and a cell that the file has is not measured again.
@@ -25,6 +26,7 @@ and a cell that the file has is not measured again.
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -37,6 +39,7 @@ from typing import NamedTuple
 import netlab
 import torch
 import torch.distributed as dist
+from gloo_rank import connected
 from torch import Tensor
 
 import moetrain
@@ -170,11 +173,12 @@ class PacedWeights(torch.autograd.Function):
 
 
 class Layer:
-    """Experts of one position with inputs, and a pipeline for every arm."""
+    """Experts of one position with inputs, and a pipeline for every arm. paced: no weights, which may be more than the memory holds."""
 
-    def __init__(self, shape: Shape, tokens: int, exchange: Exchange, device: torch.device, dtype: torch.dtype, clock: Clock) -> None:
+    def __init__(self, shape: Shape, tokens: int, exchange: Exchange, device: torch.device, dtype: torch.dtype, clock: Clock, *,
+                 paced: bool = False) -> None:
         placement = contiguous(shape.experts, exchange.positions)
-        held = placement.experts_of(exchange.position)
+        held = () if paced else placement.experts_of(exchange.position)
         self.bank = ExpertBank(experts=held, dim=shape.dim, expert_dim=shape.expert_dim).to(device)
         for matrix in self.bank.parameters():
             torch.nn.init.normal_(matrix, std=0.02)
@@ -271,18 +275,21 @@ def over_ranks(options: argparse.Namespace, shape: Shape, ratio: float) -> dict 
     """The same between real ranks, paced; the result on rank 0."""
     world, rank = dist.get_world_size(), dist.get_rank()
     group = Group("ep", tuple(range(world)), rank, dist.group.WORLD)
-    layer = Layer(shape, options.tokens, FlatExchange(group), torch.device("cpu"), torch.float32, WallClock())
+    layer = Layer(shape, options.tokens, FlatExchange(group), torch.device("cpu"), torch.float32, WallClock(), paced=True)
     arms = [(chunks, exact) for exact in (False, True) for chunks in options.chunks]
     rows = options.tokens * shape.top_k
 
     def together(chunks: int, exact: bool, row_s: float) -> float:
-        dist.barrier()
+        dist.monitored_barrier(timeout=datetime.timedelta(seconds=options.wait), wait_all_ranks=True)       # names who is missing
         seconds = torch.tensor(layer.step(chunks, exact, row_s))
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return float(seconds)
 
     comm = {arm: low([together(*arm, 0.0) for _ in range(options.repeats + 1)]) for arm in arms}
     row_s = comm[1, False] / ratio / (3 * rows)
+    if rank == 0:
+        ahead_s = options.repeats * sum(each + 3 * rows * row_s for each in comm.values())
+        print(f"a step that only exchanges takes {comm[1, False]:.2g} s; about {ahead_s:.0f} s to go", file=sys.stderr, flush=True)
     times = {arm: [] for arm in arms}
     for repeat in range(options.repeats):
         for arm in arms[::1 if repeat % 2 else -1]:
@@ -296,23 +303,20 @@ def work(options: argparse.Namespace) -> None:
     """All cells that the file lacks."""
     torch.set_num_threads(options.threads)
     out, first = Path(options.out), not options.worker or int(os.environ["RANK"]) == 0
-    if options.worker:
-        dist.init_process_group("gloo")
     result = json.loads(out.read_text()) if out.exists() else {"cells": {}}
     for name in options.shapes:
         for ratio in options.ratios:
             cell = f"{name}/{ratio}"
             if cell in result["cells"] or options.only not in cell:
                 continue
+            if options.worker and first:
+                print(cell, file=sys.stderr, flush=True)
             shape = SHAPES[name].divided(options.divide)
             measured = (over_ranks if options.worker else emulated)(options, shape, ratio)
             result["cells"][cell] = {"shape": shape._asdict(), "ratio": ratio, **measured}
             if first:
                 result["facts"] = facts(options)
                 out.write_text(json.dumps(result, indent=1))
-    if options.worker:
-        dist.barrier()
-        dist.destroy_process_group()
     if first:
         print(table(result))
 
@@ -354,6 +358,8 @@ def parse() -> argparse.Namespace:
                         help="of the emulated link on CPUs: processor time and emulated waits, or the clock on the wall")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--between", help="rate of the links of two real ranks, as 400mbit; see tools/netlab.py")
+    parser.add_argument("--wait", type=int, default=300, help="seconds that a rank waits for the other")
+    parser.add_argument("--limit", type=float, default=4 * 3600.0, help="seconds of the whole run between ranks")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -362,12 +368,16 @@ def main() -> None:
     options = parse()
     if options.device == "cuda":
         options.clock = "wall"
-    if options.between is None or options.worker:
+    if options.worker:
+        with connected(options.wait):
+            work(options)
+        return
+    if options.between is None:
         work(options)
         return
     environment = {"PYTHONPATH": os.pathsep.join([str(Path(moetrain.__file__).parents[1]), *sys.path[1:]])}
     with netlab.Lab(nodes=2, per_node=1, between=options.between) as lab:
-        raise SystemExit(lab.run([str(Path(__file__).resolve()), *sys.argv[1:], "--worker"], environment))
+        raise SystemExit(lab.run([str(Path(__file__).resolve()), *sys.argv[1:], "--worker"], environment, options.limit))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from pathlib import Path
 import netlab
 import numpy as np
 import torch
+from gloo_rank import connected
+from netlab_measure import measure
 
 import moetrain
 from moetrain.plan.loads import NAMES, generate
@@ -40,12 +42,14 @@ from placement_result import table, write
 PLANNERS = ("ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced")
 SEEDS = {"tuning": (0, 1, 2, 3), "judged": (101, 102, 103, 104)}
 ROOT = Path(__file__).parents[1]
+WAIT_S = 600                   # of a rank for another, which may be planning
 
 
 def main() -> None:
     options = parse()
     if options.worker:
-        work(options, Path(options.worker))
+        with connected(WAIT_S):
+            work(options, Path(options.worker))
         return
     if options.join:
         finish(joined([json.loads(Path(file).read_text()) for file in options.join]), options)
@@ -60,7 +64,7 @@ def main() -> None:
     environment = {"PYTHONPATH": os.pathsep.join([str(Path(moetrain.__file__).parents[1]), *sys.path[1:]])}
     busy = [os.getloadavg()[0]]
     with netlab.Lab(nodes=options.nodes, per_node=options.per_node, inside=options.inside, between=options.between) as lab:
-        links = netlab.measure(lab) if options.measure or options.write is not None else []
+        links = measure(lab) if options.measure or options.write is not None else []
         before = {link: sum(lab.sent(rank)[link] for rank in range(lab.world)) for link in netlab.LINKS}
         code = lab.run([str(Path(__file__).resolve()), *sys.argv[1:], "--planners", *arms(options), "--worker", str(spec)], environment)
         wire = {link: sum(lab.sent(rank)[link] for rank in range(lab.world)) - before[link] for link in netlab.LINKS}

@@ -13,32 +13,51 @@ The rate is set at both ends of the rank's cable (tbf, or htb where the kernel h
 limited like what it sends. The bridges are as fast as this machine. One device a link, not one device with a class for each
 destination: no packet filter is needed, and the kernel counts the bytes of each link (Lab.sent). Rates only: no delay is added.
 
-Nothing has a name outside of the namespaces and nothing holds them but processes that end with this one. So a killed run leaves
-nothing behind, labs do not meet, and the bridges are out of reach of the machine's firewall. Needs Linux with veth, bridge and
-tbf or htb, and either root or user namespaces. docs/howto/emulated_links.md is the guide.
+Nothing has a name outside of the namespaces, and when this process ends, in whatever way, what runs in them is killed from inside.
+So a killed run leaves nothing behind, labs do not meet, and the bridges are out of reach of the machine's firewall. Needs Linux with
+veth, bridge and tbf or htb, and either root or user namespaces. docs/howto/emulated_links.md is the guide.
+
+tools/netlab_processes.py waits for the ranks, tools/netlab_measure.py is --measure.
 """
 
 import argparse
+import functools
+import math
 import os
 import re
+import select
 import shutil
-import signal
-import socket
-import statistics
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
-PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
+from netlab_measure import measure
+from netlab_processes import LabError, end, together
+
+PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 LINKS = ("inside", "between")
 PORT = 29500                   # free in a new network
 MTU = 9000
-GRACE_S = 10.0                 # for the other ranks to end on their own after one failed,
-TERM_S = 5.0                   # and then after SIGTERM
+SETUP_S = 120.0                # for each program that makes the networks; well under a second on an idle machine
+CLOSE_S = 30.0                 # for all of them to go
+
+# Holds a network until our end of its input closes, at the latest when we are gone. Then it kills what runs in there: once more
+# when it found something, which may have started another. `/proc` must be that of its own numbers. All words are the shell's own.
+HOLDER = """
+read hello && echo && read end
+[ /proc/self -ef /proc/$$ ] || exit
+for pass in 1 2 3 4 5; do
+    found=
+    for process in /proc/[0-9]*; do
+        if [ $process/ns/net -ef /proc/$$/ns/net ] && [ $process != /proc/$$ ]; then found=1; kill -9 ${process#/proc/}; fi
+    done
+    [ $found ] || exit
+done 2>/dev/null
+"""
+# A rank that gets here after we are gone, and perhaps its network's holder, does not start.
+RANK = '[ $PPID = "$0" ] && exec "$@"'
 
 # tc commands for a device; a queue deep enough that several senders to one rank wait for each other more than they lose packets.
 SHAPERS = {
@@ -49,18 +68,11 @@ SHAPERS = {
 }
 
 
-class LabError(Exception):
-    """What this machine lacks or the call asks for wrongly; one message for the terminal."""
-
-    def __init__(self, what: str, *, why: str, next: str) -> None:
-        super().__init__(f"netlab: {what}\n  why     {why}\n  try     {next}")
-
-
 def run(command: Sequence[str], *, nodes: int, per_node: int, inside: str = "none", between: str = "none",
-        env: Mapping[str, str] | None = None) -> int:
+        env: Mapping[str, str] | None = None, limit_s: float = math.inf) -> int:
     """Run `command` as nodes × per_node ranks over links of these rates: 0, or the exit code of the rank that failed first."""
     with Lab(nodes=nodes, per_node=per_node, inside=inside, between=between) as lab:
-        return lab.run(command, env)
+        return lab.run(command, env, limit_s)
 
 
 class Lab:
@@ -82,7 +94,7 @@ class Lab:
             undo.callback(self._close)
             self._base = _namespaces_allowed()
             for _ in range(self.world + 1):
-                self._holders.append(self._hold())
+                self._hold()
             self._wire()
             self._limit()
             undo.pop_all()
@@ -105,40 +117,21 @@ class Lab:
         }
 
     def start(self, rank: int, command: Sequence[str], env: Mapping[str, str] | None = None, **popen: Any) -> subprocess.Popen:
-        """`command` as this rank; it is killed when the thread that called here ends. **popen: as for subprocess.Popen."""
+        """`command` as this rank, until the lab closes at the latest. **popen: as for subprocess.Popen."""
         command = [sys.executable, *command] if command[0].endswith(".py") else list(command)
         path = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"      # python and moetrain of this environment
         # c10d warns of every address that has no host name, and here none has.
         variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PATH": path, **(env or {}), **self.environment(rank)}
-        return subprocess.Popen([*self._inside_of(self._holders[rank + 1]), "setpriv", "--pdeathsig", "KILL", *command],
+        return subprocess.Popen([*self._inside_of(self._holders[rank + 1]), "sh", "-c", RANK, str(os.getpid()), *command],
                                 stdin=subprocess.DEVNULL, env=variables, process_group=0, **popen)
 
-    def run(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+    def run(self, command: Sequence[str], env: Mapping[str, str] | None = None, limit_s: float = math.inf) -> int:
         """`command` on every rank: 0, or the exit code of the rank that failed first (128 + signal); the others are then stopped.
 
         Rank 0 writes to this terminal, the others to stderr behind their number. Signals to this process are passed on.
+        limit_s: the ranks that still run then are named and stopped, and the exit code is 124.
         """
-        ranks: list[subprocess.Popen] = []
-        readers = []
-        with _forwarding(ranks):
-            try:
-                for rank in range(self.world):
-                    own = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"} if rank else {}
-                    ranks.append(self.start(rank, command, env, **own))
-                    if rank:
-                        readers.append(threading.Thread(target=_show, args=(rank, ranks[rank]), daemon=True))
-                        readers[-1].start()
-                failed = _first_failure(ranks)
-            finally:
-                _stop(ranks)
-                for reader in readers:
-                    reader.join(1)
-        if failed is None:
-            return 0
-        code = ranks[failed].returncode
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        print(f"netlab: rank {failed} {how}", file=sys.stderr)
-        return 128 - code if code < 0 else code
+        return together(functools.partial(self.start, command=command, env=env), self.world, limit_s)
 
     def sent(self, rank: int) -> dict[str, int]:
         """Bytes that this rank put on each link so far, with the headers and acknowledgements of TCP."""
@@ -149,18 +142,23 @@ class Lab:
 
     # --- namespaces and cables
 
-    def _hold(self) -> subprocess.Popen:
-        """A process with a new network, until our end of its input closes: at the latest when we are gone."""
+    def _hold(self) -> None:
+        """A process with a new network."""
         before = self._base if not self._holders else [*self._user(), "unshare"]
-        holder = subprocess.Popen([*before, "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  process_group=0)
+        holder = subprocess.Popen([*before, "--net", "sh", "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, process_group=0)
+        self._holders.append(holder)
         with suppress(BrokenPipeError):
             holder.stdin.write(b"\n")
             holder.stdin.flush()
-        if holder.stdout.read(1) != b"\n":               # cat answers from inside
-            raise LabError("a network namespace could not be made", why=holder.stderr.read().decode().strip(),
+        waiting = select.poll()
+        waiting.register(holder.stdout, select.POLLIN)
+        answered = waiting.poll(SETUP_S * 1000)
+        if not answered or holder.stdout.read(1) != b"\n":          # it speaks from inside
+            holder.kill()
+            raise LabError("a network namespace could not be made",
+                           why=holder.stderr.read().decode().strip() if answered else f"no answer within {SETUP_S:g} s",
                            next="fewer ranks, or look at the limit /proc/sys/user/max_net_namespaces")
-        return holder
 
     def _user(self) -> list[str]:
         """Where user namespaces stand in for root, all networks belong to the first holder's."""
@@ -209,16 +207,21 @@ class Lab:
         raise AssertionError(kinds)
 
     def _in(self, holder: subprocess.Popen, program: str, lines: list[str]) -> None:
-        done = subprocess.run([*self._inside_of(holder), program, "-batch", "-"], input="\n".join(lines), capture_output=True, text=True)
+        done = _done([*self._inside_of(holder), program, "-batch", "-"], "\n".join(lines))
         if done.returncode:
             raise LabError(f"the networks could not be set up: {program} failed", why=" ".join(done.stderr.split()),
                            next="a kernel with CONFIG_VETH, CONFIG_BRIDGE and CONFIG_NET_SCH_TBF or CONFIG_NET_SCH_HTB, "
                                 "and root (or CAP_NET_ADMIN and CAP_SYS_ADMIN) or user namespaces")
 
     def _close(self) -> None:
+        """What runs in the networks is killed by their holders, which end then."""
         for holder in self._holders:
-            holder.kill()
-            holder.communicate()
+            with suppress(OSError):
+                holder.stdin.close()
+        end(self._holders, CLOSE_S)
+        for holder in self._holders:
+            holder.stdout.close()
+            holder.stderr.close()
         self._holders.clear()
 
 
@@ -242,7 +245,7 @@ def _namespaces_allowed() -> list[str]:
                        next=f"install {' and '.join(sorted({PROGRAMS[name] for name in missing}))} (Linux); ip and tc may be in /usr/sbin")
     tried = []
     for base in (["unshare"], ["unshare", "--user", "--map-root-user"]):
-        done = subprocess.run([*base, "--net", "true"], capture_output=True, text=True)
+        done = _done([*base, "--net", "true"])
         if done.returncode == 0:
             return base
         tried.append(f"{' '.join(base)} --net: {done.stderr.strip()}")
@@ -251,157 +254,17 @@ def _namespaces_allowed() -> list[str]:
                         "kernel.apparmor_restrict_unprivileged_userns); in a container add CAP_SYS_ADMIN and CAP_NET_ADMIN")
 
 
-# --- ranks
-
-
-@contextmanager
-def _forwarding(ranks: list[subprocess.Popen]) -> Iterator[None]:
-    """Signals to us go to the ranks, which end or save in their own way; we end after them."""
-    def pass_on(number: int, frame: object) -> None:
-        for rank in ranks:
-            _signal(rank, number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, pass_on)
+def _done(command: Sequence[str], words: str = "") -> subprocess.CompletedProcess:
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _first_failure(ranks: list[subprocess.Popen]) -> int | None:
-    """Waits for all ranks, after a failure GRACE_S at most: the rank that failed first, or None."""
-    failed, deadline, running = None, float("inf"), set(range(len(ranks)))
-    while running and time.monotonic() < deadline:
-        for rank in sorted(running):
-            code = ranks[rank].poll()
-            if code is not None:
-                running.discard(rank)
-                if code and failed is None:
-                    failed, deadline = rank, time.monotonic() + GRACE_S
-        time.sleep(0.02)
-    return failed
-
-
-def _stop(ranks: list[subprocess.Popen]) -> None:
-    for rank in ranks:
-        _signal(rank, signal.SIGTERM)
-    deadline = time.monotonic() + TERM_S
-    for rank in ranks:
-        with suppress(subprocess.TimeoutExpired):
-            rank.wait(max(0.0, deadline - time.monotonic()))
-        _signal(rank, signal.SIGKILL)
-        rank.wait()
-
-
-def _signal(rank: subprocess.Popen, number: int) -> None:
-    """To a rank that still runs, with its children."""
-    if rank.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(rank.pid, number)
-
-
-def _show(rank: int, process: subprocess.Popen) -> None:
-    for line in process.stdout:
-        sys.stderr.write(f"[rank {rank}] {line}")
-
-
-# --- what the links carry, and what that costs
-
-
-def measure(lab: Lab, seconds: float = 2.0) -> list[str]:
-    """Lines of a table: the rates of one TCP stream, and the time of a matrix product alone and while bytes move."""
-    pairs = {"inside": (0, 1), "between": (0, lab.per_node)}
-    pairs = {link: pair for link, pair in pairs.items() if (lab.per_node if link == "inside" else lab.nodes) > 1}
-    lines = [f"emulated links, {lab.nodes} nodes x {lab.per_node} ranks; rates per rank and direction, one TCP stream"]
-    for link, (source, target) in pairs.items():
-        measured = _transfer(lab, source, target, seconds)()
-        asked = lab.rates[link]
-        share = f"asked {asked / 1e6:.0f}, {measured / asked:.0%} of it" if asked else "no limit asked"
-        lines.append(f"  {link:8} rank {source} -> {target}   {measured / 1e6:8.1f} mbit/s   ({share})")
-    alone = _products(lab, (0,), seconds)
-    lines += [f"a 512 x 512 float32 matrix product, one thread ({len(os.sched_getaffinity(0))} cores in all)",
-              f"  one rank, nothing moves              {alone:7.2f} ms"]
-    for link, pair in pairs.items():
-        both = _products(lab, pair, seconds)
-        moving = [_transfer(lab, *direction, 2 * seconds) for direction in (pair, pair[::-1])]
-        busy = _products(lab, pair, seconds)
-        rates = " and ".join(f"{wait() / 1e6:.0f}" for wait in moving)
-        lines += [f"  ranks {pair[0]} and {pair[1]}, nothing moves         {both:7.2f} ms   {both / alone:.2f} x",
-                  f"  both, and {link:7} both ways          {busy:7.2f} ms   {busy / both:.2f} x that   (moved {rates} mbit/s)"]
-    return lines
-
-
-def _transfer(lab: Lab, source: int, target: int, seconds: float) -> Callable[[], float]:
-    """Starts a stream from one rank to another; the function returned waits for it and gives bits per second."""
-    port = str(PORT + 1 + source)
-    receiver = lab.start(target, [__file__, "receive", port], stdout=subprocess.PIPE, text=True)
-    sender = lab.start(source, [__file__, "send", lab.address(target), port, str(seconds)])
-
-    def wait() -> float:
-        text, _ = receiver.communicate()
-        if sender.wait() or receiver.returncode:
-            raise LabError(f"no stream from rank {source} to {target}", why="see above", next="look at the devices with nsenter and ip")
-        return float(text)
-
-    return wait
-
-
-def _products(lab: Lab, ranks: Sequence[int], seconds: float) -> float:
-    """Milliseconds of a product, the mean over ranks that compute at the same time."""
-    started = [lab.start(rank, [__file__, "multiply", str(seconds)], stdout=subprocess.PIPE, text=True) for rank in ranks]
-    return statistics.mean(float(process.communicate()[0]) for process in started)
-
-
-def _receive(port: str) -> None:
-    with socket.create_server(("", int(port))) as server, server.accept()[0] as stream:
-        buffer, total, began = memoryview(bytearray(1 << 20)), 0, None
-        while count := stream.recv_into(buffer):
-            now = time.monotonic()
-            began = began or now + 0.2                   # after the first burst, and TCP's slow start
-            total += count if now > began else 0
-        print(total * 8 / (now - began))
-
-
-def _send(host: str, port: str, seconds: str) -> None:
-    deadline, data = time.monotonic() + 10, bytes(1 << 20)
-    while True:
-        try:
-            stream = socket.create_connection((host, int(port)))
-            break
-        except ConnectionRefusedError:                   # it is starting
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-    with stream:
-        end = time.monotonic() + float(seconds)
-        while time.monotonic() < end:
-            stream.sendall(data[:1 << 16])
-
-
-def _multiply(seconds: str) -> None:
-    import numpy
-
-    matrix, times, end = numpy.ones((512, 512), numpy.float32), [], time.monotonic() + float(seconds)
-    while time.monotonic() < end:
-        began = time.perf_counter()
-        matrix @ matrix
-        times.append(time.perf_counter() - began)
-    print(statistics.mean(times) * 1000)
+        return subprocess.run(command, input=words, capture_output=True, text=True, timeout=SETUP_S)
+    except subprocess.TimeoutExpired:
+        raise LabError(f"{' '.join(command)} did not end", why=f"it had {SETUP_S:g} s", next="a machine that is less busy") from None
 
 
 # --- command line
 
 
 def main(argv: list[str]) -> int:
-    roles = {"receive": _receive, "send": _send, "multiply": _multiply}      # of --measure, in the network of a rank
-    if argv and argv[0] in roles:
-        roles[argv[0]](*argv[1:])
-        return 0
     split = argv.index("--") if "--" in argv else len(argv)
     options, command = _options(argv[:split]), argv[split + 1:]
     if not command and not options.measure:
@@ -409,7 +272,7 @@ def main(argv: list[str]) -> int:
     with Lab(nodes=options.nodes, per_node=options.per_node, inside=options.inside, between=options.between) as lab:
         if options.measure:
             print("\n".join(measure(lab)), flush=True)
-        return lab.run(command) if command else 0
+        return lab.run(command, limit_s=options.limit) if command else 0
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -418,6 +281,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--per-node", type=int, default=2, help="ranks of each")
     parser.add_argument("--inside", default="none", metavar="RATE", help="link of a rank to its node, as 900mbit or 1.5gbit; none: no limit")
     parser.add_argument("--between", default="none", metavar="RATE", help="link of a rank to all other nodes")
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS",
+                        help="ranks that still run then are named and stopped")
     parser.add_argument("--measure", action="store_true", help="print what the links carry and what moving bytes costs the cores")
     return parser.parse_args(argv)
 

@@ -251,8 +251,7 @@ class Stack:
 
 
 def work(options: argparse.Namespace, spec: Path) -> None:
-    """All traces of a file; rank 0 writes the result."""
-    dist.init_process_group("gloo")
+    """All traces of a file, in a process group of all ranks; rank 0 writes the result."""
     torch.set_num_threads(1)
     rates = {name: (netlab.bits_per_second(getattr(options, name)) or 8e9) / 8 for name in ("inside", "between")}
     sizes = Sizes(options.dim, options.expert_dim, options.row_us * 1e-6, options.hidden_ms * 1e-3, **rates)
@@ -271,8 +270,6 @@ def work(options: argparse.Namespace, spec: Path) -> None:
                       flush=True)
                 Path(options.out).write_text(json.dumps({"traces": results, "unpaced_row_us": real.row_s * 1e6,
                                                          "handed_over_bytes": int(handed)}))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def seconds_of_a_row(sizes: Sizes, rows: int) -> float:
