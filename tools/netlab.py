@@ -40,7 +40,7 @@ PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsente
 LINKS = ("inside", "between")
 PORT = 29500                   # free in a new network
 MTU = 9000
-SETUP_S = 120.0                # for each program that makes the networks; well under a second on an idle machine
+SETUP_S = 120.0                # for each program that makes the networks; an idle machine needs well under one
 CLOSE_S = 30.0                 # for all of them to go
 
 # Holds a network until our end of its input closes, at the latest when we are gone. Then it kills what runs in there: once more
