@@ -27,6 +27,7 @@ stage() {                                        # name, seconds at most, comman
     return "$status"
 }
 
+rm -f "$out/build.done"                          # what is built is known by its sources: nothing is built twice
 stage build 240 "$python" tools/build_cuda.py --archs "$arch" || exit 1
 stage tests 240 "$python" -m pytest -m gpu tests/ops -rs
 # Virtual ranks wait for each other on one GPU: kernels are loaded beforehand, and streams do not share a queue.
