@@ -85,6 +85,13 @@ def _stacked(values: tuple[Tensor | None, ...]) -> Tensor | None:
     return None if missing[0] else torch.stack(values)
 
 
+def by_stack(flat_L: Tensor, routers: Mapping[str, int]) -> list[Tensor]:
+    """Views [R, E] of a flat buffer of all routers, as `stacks` puts them together. routers: experts by name."""
+    alike = [(experts, len(list(group))) for experts, group in groupby(routers.values())]
+    parts = flat_L.split([experts * many for experts, many in alike])
+    return [part.view(many, experts) for part, (experts, many) in zip(parts, alike)]
+
+
 class Router(nn.Module):
     """Base of all routers. Subclasses define `route`."""
 

@@ -6,7 +6,6 @@ else (`StepSums`) after the last. Names and meanings of the metrics: docs/refere
 
 import resource
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
-from moetrain.routers.base import RoutingStats, Stack, lean
+from moetrain.routers.base import RoutingStats, Stack, by_stack, lean
 
 
 class StepSums(NamedTuple):
@@ -45,13 +44,6 @@ def split_by_router(flat: Tensor, routers: Mapping[str, int]) -> dict[str, Tenso
     return dict(zip(routers, flat.split(list(routers.values()))))
 
 
-def by_stack(flat_L: Tensor, routers: Mapping[str, int]) -> list[Tensor]:
-    """Views [R, E] of a flat buffer of all routers, as routers/base.py stacks them."""
-    alike = [(experts, len(list(group))) for experts, group in groupby(routers.values())]
-    parts = flat_L.split([experts * many for experts, many in alike])
-    return [part.view(many, experts) for part, (experts, many) in zip(parts, alike)]
-
-
 def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor) -> list[Pooled]:
     """The argument of the losses, for every stack."""
     return [Pooled(counts_RE, tokens) for counts_RE in by_stack(flat_L, routers)]
@@ -79,7 +71,7 @@ class SumBuffer:
         """Violations, how many of them, dropped slots, entropy."""
         if not stacks:
             return [self.flat.new_zeros(())] * 4
-        of = [_violation(stack.stats) for stack in stacks]
+        of = [_summed(stack.stats) for stack in stacks]
         return [sum(rest, first).double() for first, *rest in zip(*of)]
 
     def sum_over(self, group: Group) -> StepSums:
@@ -88,9 +80,9 @@ class SumBuffer:
         return StepSums(*sums, prob_sums, split_by_router(leans / micro_batches, self.leaning), votes.tolist())
 
 
-def _violation(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Summed over the routers of a stack: max load / mean load - 1, float64, 0 where nothing was routed; where anything was; dropped
-    slots; entropy."""
+def _summed(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over the routers of a stack: max load / mean load - 1, float64, 0 where nothing was routed; where anything was; dropped slots;
+    entropy."""
     slots_R = stats.active_sum
     over_R = stats.counts_E.amax(-1).double() * stats.counts_E.shape[-1] / slots_R.clamp(min=1) - 1
     return over_R.where(slots_R > 0, 0).sum(), (slots_R > 0).sum(), stats.dropped.sum(), stats.entropy_sum.sum()
