@@ -139,10 +139,10 @@ def mesh_sizes(mode: str, world: int, ep: int | None, shard: int | None = None) 
             "edp_replicate": world // (ep * expert_shard), "edp_shard": expert_shard, "ep": ep}
 
 
-def connect(device: torch.device, timeout_s: int, *, host: bool = False) -> None:
-    """Join the process group that the environment (torchrun, launch.py) describes. host: tensors of GPUs go over the host, too, as
+def connect(device: torch.device, timeout_s: int, *, over_host: bool = False) -> None:
+    """Join the process group that the environment (torchrun, launch.py) describes. over_host: tensors of GPUs go over the host, too, as
     they must where ranks share a GPU, which NCCL refuses."""
-    backend = "nccl" if device.type == "cuda" and not host else "gloo"
+    backend = "nccl" if device.type == "cuda" and not over_host else "gloo"
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))

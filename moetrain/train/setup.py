@@ -58,7 +58,7 @@ def join(config: Config) -> Mesh:
     if config.parallel.mode != "single" and "RANK" in os.environ and not dist.is_initialized():
         if config.run.share_gpu:
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")     # read by torch for the peer wire
-        connect(device, config.run.timeout_s, host=config.run.share_gpu)
+        connect(device, config.run.timeout_s, over_host=config.run.share_gpu)
     world = dist.get_world_size() if dist.is_initialized() else 1
     return build_mesh(mesh_sizes(config.parallel.mode, world, config.parallel.ep, config.parallel.shard), device)
 
@@ -106,10 +106,10 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
                parallelize(model, mesh, copies), objective, RouterDump(directory, mesh) if config.log.router_dump else None,
-               fastest(config, dataset.vocab_size, mesh))
+               peak_rate(config, dataset.vocab_size, mesh))
 
 
-def fastest(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
+def peak_rate(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     """Tokens per second of all ranks if chips did nothing but the products of training, at their peak."""
     peak = None if config.run.share_gpu else peak_flops(mesh.device, getattr(torch, config.run.dtype))
     return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)

@@ -68,8 +68,8 @@ def test_every_rank_adds_its_chip_unless_they_share_one(monkeypatch):
     monkeypatch.setattr(setup, "peak_flops", lambda device, dtype: 1e9)
     of_four = Mesh(mesh_sizes("ep_fsdp", 4, 2), 0, torch.device("cuda"), {})
     one = 1e9 / training_flops(compose([]).model, VOCAB, 128)
-    assert setup.fastest(compose([]), VOCAB, of_four) == pytest.approx(4 * one)
-    assert setup.fastest(compose(["run.share_gpu=true"]), VOCAB, of_four) is None
+    assert setup.peak_rate(compose([]), VOCAB, of_four) == pytest.approx(4 * one)
+    assert setup.peak_rate(compose(["run.share_gpu=true"]), VOCAB, of_four) is None
 
 
 def test_a_step_reports_its_share_of_the_peak(monkeypatch):

@@ -52,8 +52,8 @@ def test_sharing_is_told_to_the_process_group_and_to_torch(shared, two_gpus, mon
     monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     told = []
-    monkeypatch.setattr(setup, "connect", lambda device, timeout_s, *, host: told.append((
-        host, setup.os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"))))
+    monkeypatch.setattr(setup, "connect", lambda device, timeout_s, *, over_host: told.append((
+        over_host, setup.os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"))))
     setup.join(compose(["parallel=ddp", "run.nproc=1", f"run.share_gpu={shared}"]))
     assert told == [(shared, "1" if shared else None)]
 
@@ -62,5 +62,5 @@ def test_sharing_is_told_to_the_process_group_and_to_torch(shared, two_gpus, mon
 def test_ranks_that_share_a_gpu_talk_over_the_host(device, host, wanted, monkeypatch):
     asked = []
     monkeypatch.setattr(mesh.dist, "init_process_group", lambda backend, timeout: asked.append(backend))
-    mesh.connect(torch.device(device), 5, host=host)
+    mesh.connect(torch.device(device), 5, over_host=host)
     assert asked == [wanted]
