@@ -42,6 +42,7 @@ import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bench_ops import seconds_of
 from training_sides import (
     Side, configured, copy_weights, implementations, make_ours, make_theirs, our_side, random_batch, their_side, too_large, why_not,
 )
@@ -199,17 +200,10 @@ def make_clock(args: argparse.Namespace, device: torch.device) -> Callable[[], f
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """R: operations a second of a square product, 8192 a side on a GPU, 2048 on a CPU; the best of six."""
+    """R: operations a second of a square product, 8192 a side on a GPU as in tools/bench_ops.py, 2048 on a CPU."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device).to(dtype)
-    clock = make_clock(argparse.Namespace(clock="wall"), device)
-
-    def once() -> float:
-        start = clock()
-        a @ b
-        return clock() - start
-
-    return 2 * side**3 / min(once() for _ in range(6))
+    return 2 * side**3 / seconds_of(lambda _: a @ b, device.type, 20 if device.type == "cuda" else 5)
 
 
 def kept_bytes(side: Side, batch: Batch) -> int:

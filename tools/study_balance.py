@@ -27,8 +27,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from balance_result import Arm, Trained, interpolated, read, write_page
 
 ARMS = {

@@ -13,7 +13,6 @@ Shapes: N rows, B bytes of a row, P positions written to.
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from moetrain.ops.extension import define, kernels_for
