@@ -113,8 +113,8 @@ class TrainConfig:
     clip: float = key(1.0, "largest global gradient norm; 0 does not clip")
     activation_checkpointing: Literal["none", "selective", "full"] = key(
         "none", "what backward computes again: nothing, cheap operations, or whole blocks; routing never")
-    count_pass: bool = key(False, "exact balance under accumulation by a forward pass that only counts, instead of keeping "
-                                  "the graphs of all micro-batches")
+    count_pass: bool | None = key(None, "exact balance under accumulation by a forward pass that only counts, instead of keeping "
+                                        "the graphs of all micro-batches; where these would not fit when null")
     head_chunk: int = key(0, "tokens whose logits are in memory at once, made again in backward (0: all of a micro-batch)")
     loss_carrier: Literal["returned", "attached"] = key(
         "returned", "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")

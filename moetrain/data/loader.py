@@ -30,12 +30,12 @@ class Loader:
         assert global_batch % (micro_batch * ranks) == 0, (global_batch, micro_batch, ranks)   # config/checks.py
         assert 0 <= rank < ranks, (rank, ranks)
         self._dataset, self._micro_batch, self._rank, self._ranks = dataset, micro_batch, rank, ranks
-        self._accumulation = global_batch // (micro_batch * ranks)
+        self.micro_batches = global_batch // (micro_batch * ranks)
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of this rank in a step (from 1)."""
         return [self._dataset.batch(self._dataset.sample_ids(step, self._slots(number)))
-                for number in range(self._accumulation)]
+                for number in range(self.micro_batches)]
 
     def _slots(self, number: int) -> np.ndarray:
         return (number * self._ranks + self._rank) * self._micro_batch + np.arange(self._micro_batch)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from moetrain import __version__
 from moetrain.moe.bank import is_expert_parameter
-from moetrain.plan.memory import CopyMemory, Held, copy_memory
-from moetrain.train.setup import Run
+from moetrain.train.memory import most_memory
+from moetrain.train.setup import Graphs, Run
 
 
 def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
@@ -71,19 +71,6 @@ def copies_line(run: Run) -> str:
             f"{f', up to {parallel.sliced} of the hottest of a layer cut up' * bool(parallel.sliced)}")
 
 
-def most_memory(run: Run) -> CopyMemory:
-    """What copies take on this rank when every layer has as many as there is room for."""
-    config, ep, model = run.config, run.mesh["ep"], run.state.model
-    layers = []
-    for moe in (block.moe for block in model.layers if block.moe is not None):
-        homes = len(moe.experts.bank.experts)
-        room = min(config.parallel.room, moe.router.num_experts - homes) + min(config.parallel.sliced, homes)
-        layers.append(Held(homes, room, (ep.size - 1) * min(config.parallel.room, homes)))
-    return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
-                       gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
-                       recompute=config.train.activation_checkpointing != "none")
-
-
 def capacity_line(run: Run) -> str:
     """What may be dropped; nothing to say when nothing is."""
     policies = {block.moe.capacity.describe() for block in run.state.model.layers if block.moe is not None}
@@ -109,8 +96,16 @@ def _loss_text(run: Run, accumulation: int) -> str:
         text += f"   depends on: {', '.join(depends)}"
     if rule is None or rule.mode != "exact" or accumulation == 1:
         return text
-    return text + ("   counts in a pass of its own" if run.config.train.count_pass else
-                   f"   keeps the graphs of {accumulation} micro-batches")
+    return f"{text}   {_graphs_text(run.graphs, accumulation)}"
+
+
+def _graphs_text(graphs: Graphs, accumulation: int) -> str:
+    """Which way exact balance goes, and why."""
+    if graphs.graph is None:
+        return f"keeps the graphs of {accumulation} micro-batches" if graphs.kept else "counts in a pass of its own"
+    sizes = f"{accumulation} x {human(graphs.graph)}B, {human(graphs.free)}B free"
+    return (f"keeps the graphs of {accumulation} micro-batches ({sizes})" if graphs.kept else
+            f"counts in a pass of its own (graphs would take {sizes})")
 
 
 def parameter_counts(run: Run) -> tuple[int, int]:

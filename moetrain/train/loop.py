@@ -25,6 +25,7 @@ from moetrain.train.checkpoint.writer import Saved, Saver
 from moetrain.train.console import Console
 from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands, trained_with
+from moetrain.train.memory import choose
 from moetrain.train.preempt import Preemption, told_early
 from moetrain.train.record import Recorder
 from moetrain.train.setup import Run, join, set_up
@@ -51,6 +52,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
             resumed = found.path if found else None
             if found:
                 all_or_none(mesh["batch"], lambda: same_run(run, found))
+            run.graphs = choose(run)
             check_disk(run.state, directory, mesh, config.checkpoint, last_step(config) - run.state.step)
             recorder.start(run, resumed)
             console.resume_at(run.state.step)

@@ -3,12 +3,13 @@
 `forwards` hands out a micro-batch's forward when its backward may run; the caller runs it before asking for the next. Where a
 loss wants the counts of the whole step (mode exact), these must be known before the first backward:
 
-    graphs kept   all micro-batches run forward first and keep their graphs; the default
+    graphs kept   all micro-batches run forward first and keep their graphs
     count pass    all micro-batches run forward without gradients as far as the last router; then each runs again, by the
-                  choices already made, and backward: the memory of one micro-batch (train.count_pass)
+                  choices already made, and backward: the memory of one micro-batch
 
 Otherwise each micro-batch runs forward and backward before the next, with what is known by then (train/pool.py), or with its
-own counts where no loss asks for more. Which it is follows from the config, so the collectives are the same on every rank.
+own counts where no loss asks for more. Which it is follows from the config and, of these two, from what the ranks have agreed
+on (train/memory.py), so the collectives are the same on every rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,13 +46,13 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
     rule, routers = run.objective.pool, run.state.model.routers
     if rule is None:
         for batch in batches:
-            forward = _forward(run, step, batch, [])
+            forward = forward_pass(run, step, batch, [])
             forward.pooled.extend(pool(flat_counts(forward.stacks, tokens.device), routers, tokens))
             yield forward
     elif rule.mode != "exact":
         yield from _as_they_come(run, step, batches, tokens, rule)
     else:
-        yield from (_counted_first if run.config.train.count_pass else _graphs_kept)(run, step, batches, tokens, rule)
+        yield from (_graphs_kept if run.graphs.kept else _counted_first)(run, step, batches, tokens, rule)
 
 
 def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
@@ -59,7 +60,7 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rul
     known = Known(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
         pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device)
-        forward = _forward(run, step, batch, [], pooling.add)
+        forward = forward_pass(run, step, batch, [], pooling.add)
         counts_L = known.add(pooling.wait(), last=number == len(batches))
         forward.pooled.extend(pool(counts_L, routers, tokens))
         whole = number == len(batches) and rule.scope == "global"
@@ -74,7 +75,7 @@ def _counted_first(run: Run, step: int, batches: list[Batch], tokens: Tensor, ru
     pooled = pool(counts_L, routers, tokens)
     for batch, chosen in zip(batches, choices):
         with chosen.replay(whole=False):                 # the last layer exchanges its counts only now
-            forward = _forward(run, step, batch, pooled)
+            forward = forward_pass(run, step, batch, pooled)
         yield forward._replace(counts_L=counts_L if rule.scope == "global" else None)
 
 
@@ -82,7 +83,7 @@ def _graphs_kept(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule
     routers = run.state.model.routers
     pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
     pooled: list[Pooled] = []
-    kept = [_forward(run, step, batch, pooled, pooling.add) for batch in batches]
+    kept = [forward_pass(run, step, batch, pooled, pooling.add) for batch in batches]
     counts_L = pooling.wait()
     pooled.extend(pool(counts_L, routers, tokens))
     while kept:                                          # each graph is freed once it has run backward
@@ -109,7 +110,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
 
 
-def _forward(run: Run, step: int, batch: Batch, pooled: list[Pooled], count: Count = lambda stacks: None) -> Forward:
+def forward_pass(run: Run, step: int, batch: Batch, pooled: list[Pooled], count: Count = lambda stacks: None) -> Forward:
     """pooled: filled before backward. count: what to do with the counts once they are known, before the head."""
     found: list[Stack] = []
 

@@ -7,6 +7,7 @@ says who the ranks are.
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,14 @@ from moetrain.train.pool import Prior
 from moetrain.train.state import TrainState
 
 
+class Graphs(NamedTuple):
+    """How exact balance comes by the counts of a step (train/passes.py)."""
+
+    kept: bool                               # of all micro-batches of a step; otherwise a pass that only counts comes first
+    graph: int | None = None                 # bytes of one, the most of all ranks, where memory has decided (train/memory.py)
+    free: int | None = None                  # bytes, the least of all ranks
+
+
 @dataclass
 class Run:
     """What the loop works on."""
@@ -46,6 +55,7 @@ class Run:
     state: TrainState
     parallel: Parallel
     objective: Objective
+    graphs: Graphs
     dump: RouterDump | None = None
     peak_tokens_per_s: float | None = None   # of all ranks, at the peak of their chips; None where that is not known
 
@@ -105,7 +115,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     if objective.pool is not None and objective.pool.mode == "warm":
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
-               parallelize(model, mesh, copies), objective, RouterDump(directory, mesh) if config.log.router_dump else None,
+               parallelize(model, mesh, copies), objective, Graphs(kept=not config.train.count_pass), RouterDump(directory, mesh) if config.log.router_dump else None,
                peak_rate(config, dataset.vocab_size, mesh))
 
 
