@@ -186,6 +186,7 @@ class LogConfig:
     progress: bool = key(True, "progress bar on a terminal")
     sources: bool = key(False, "also record tokens per expert by source rank in loads.npz")
     router_dump: bool = key(False, "write what all routers decided in the first three steps, logits included, to log/router")
+    timeline: int = key(0, "steps, from the second on, of which every operator and its times are written to log/timeline, for Perfetto")
     wandb: Literal["off", "offline", "online"] = key("offline", "Weights & Biases; never stops or slows a run")
     wandb_project: str = key("moetrain", "project of Weights & Biases")
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from moetrain.model.attention import Attention, Cache, Earlier, RMSNorm, document_mask, rotary_table
 from moetrain.moe.experts import FeedForward
@@ -123,6 +124,7 @@ class Transformer(nn.Module):
         if route_only:
             return ModelOutput(None, stats)
         head = self.embed if self.head is None else self.head
-        if score is not None:
-            return ModelOutput(None, stats, score(self.norm(x_BSD), head))
-        return ModelOutput(F.linear(self.norm(x_BSD), head.to(self.dtype)), stats)
+        with record_function("head"):
+            if score is not None:
+                return ModelOutput(None, stats, score(self.norm(x_BSD), head))
+            return ModelOutput(F.linear(self.norm(x_BSD), head.to(self.dtype)), stats)

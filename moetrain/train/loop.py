@@ -31,6 +31,7 @@ from moetrain.train.record import Recorder
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import Votes, train_step
 from moetrain.train.tenancy import Tenancy
+from moetrain.train.timeline import Timeline
 
 
 def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
@@ -79,10 +80,12 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
     """
     config, last = run.config, last_step(run.config)
     saver = Saver(run.directory, run.mesh, config.checkpoint)
+    timeline = Timeline(run.directory, run.mesh, config.log.timeline)
     stop = owes_evaluation(run, recorder) and not measure(run, recorder, console, told)
     while run.state.step < last and not stop:
         step = run.state.step + 1
-        result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
+        with timeline.step(step, run.state.model):
+            result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
         saved(saver.settle(result.votes.save), recorder, console)
         recorder.step(result)
         if run.dump is not None:

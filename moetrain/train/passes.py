@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from moetrain.data.batch import Batch
 from moetrain.losses.attached import attach
@@ -121,8 +122,9 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: list[Pooled], count:
 
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
-    output = run.state.model(batch.tokens_BS, context._replace(decisions=decisions), batch.documents_BS, routed=routed,
-                             score=_by_chunks(batch, run.config.train.head_chunk))
+    with record_function("forward"):
+        output = run.state.model(batch.tokens_BS, context._replace(decisions=decisions), batch.documents_BS, routed=routed,
+                                 score=_by_chunks(batch, run.config.train.head_chunk))
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
     whole = output.score is None
@@ -139,7 +141,7 @@ def _by_chunks(batch: Batch, chunk: int) -> Callable[[Tensor, Tensor], Tensor] |
 @torch.no_grad()
 def _count(run: Run, step: int, batch: Batch, count: Count) -> Kept:
     choices = Kept()
-    with choices.record():
+    with choices.record(), record_function("count"):
         output = run.state.model(batch.tokens_BS, step_context(run.config.run.seed, step, batch), batch.documents_BS,
                                  route_only=True)
     count(stacks(output.stats))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from moetrain.comm.mesh import Group, Mesh
 from moetrain.comm.reduce import sum_over_async
@@ -40,7 +41,9 @@ class Pooling:
         self.counts_L += flat_counts(stacks, self.counts_L.device)
         self.parts -= 1
         if self.parts == 0:
-            self.wait = sum_over_async(self.group, self.counts_L)
+            with record_function("counts: post"):
+                arrived = sum_over_async(self.group, self.counts_L)
+            self.wait = record_function("counts: wait")(arrived)
 
 
 class Known:

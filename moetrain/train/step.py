@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.errors import NonFiniteError
@@ -54,13 +55,16 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
-        total = run.objective.total(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
+        with record_function("loss"):
+            total = run.objective.total(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
         sums.add(forward.cross_entropy, total, forward.stacks)
         local += flat_counts(forward.stacks, mesh.device)
-        total.backward()
+        with record_function("backward"):
+            total.backward()
         watch.lap("backward")
 
-    run.parallel.reduce()
+    with record_function("reduce"):
+        run.parallel.reduce()
     norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
     summed = sums.sum_over(mesh["batch"])
     counts_L = sum_over(mesh["batch"], local.clone()) if forward.counts_L is None else forward.counts_L
@@ -69,7 +73,8 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     scale_gradients([*run.parallel.dense, *run.parallel.experts], norm, config.train.clip)
     rate = learning_rate(step, config.run.steps, config.optim)
     set_learning_rate(run.state.optimizer, rate)
-    run.state.optimizer.step()
+    with record_function("optimizer"):
+        run.state.optimizer.step()
     model.end_of_step(counts, summed.leans)
     if run.state.prior:
         run.state.prior.observe(counts_L, tokens)

@@ -67,7 +67,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run that has everything: a dense layer, shared experts, sources."""
     directory = tmp_path_factory.mktemp("run") / "run"
     moetrain(ROOT, "train", "experiment=debug", "run.steps=2", f"run.dir={directory}", "log.sources=true", "log.router_dump=true",
-             "model.first_dense_layers=1", "model.num_shared_experts=1", "model.qk_norm=true")
+             "log.timeline=1", "model.first_dense_layers=1", "model.num_shared_experts=1", "model.qk_norm=true")
     return directory
 
 
@@ -117,7 +117,7 @@ def test_every_file_of_a_run_is_documented(run_dir: Path) -> None:
         assert any(pattern(place).match(name) if place.endswith("/") else pattern(place).fullmatch(name)
                    for place in documented), name
     for place in set(documented) - {"log/rank-N.log", "data/", "wandb/", "wandb/id", "log.wandb=off", "data.cache",
-                                         "log.router_dump=true"}:
+                                         "log.router_dump=true", "log.timeline"}:
         assert any(pattern(place).match(name) for name in found), place
 
 

@@ -1,0 +1,79 @@
+"""What ran when in a few steps, for others to look at (log.timeline).
+
+Every rank writes log/timeline/step-NNNNNNNN/rank-NNNN.json: every operator, kernel and collective with its times, as Perfetto
+(ui.perfetto.dev) and chrome://tracing read them. Ranges name the phases of a step and the parts of the model:
+
+    forward   layers.N   layers.N.attention   layers.N.moe   head       of one micro-batch
+    counts: post   counts: wait                                         the all-reduce of the counts (train/pool.py)
+    loss   backward   reduce   optimizer
+
+The first step of an attempt, which allocates and connects, is not among them. A recorded step is slower than others.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from moetrain.comm.mesh import Mesh
+from moetrain.errors import DiskError
+from moetrain.model.transformer import Transformer
+from moetrain.train.checkpoint.writer import on_all
+
+
+class Timeline:
+    """steps: how many are recorded, from the second of this attempt on."""
+
+    def __init__(self, run_dir: Path, mesh: Mesh, steps: int) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own progress is none of the run's
+        self.directory, self.mesh, self.steps, self.passed = run_dir / "log" / "timeline", mesh, steps, 0
+
+    @contextmanager
+    def step(self, step: int, model: Transformer) -> Iterator[None]:
+        """Around a step. Collective: a directory that cannot be written ends all ranks."""
+        self.passed += 1
+        if not 1 < self.passed <= self.steps + 1:
+            yield
+            return
+        kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (self.mesh.device.type == "cuda")]
+        with profile(activities=kinds) as recorded, _named(model):
+            yield
+        path = self.directory / f"step-{step:08d}" / f"rank-{self.mesh.rank:04d}.json"
+        on_all(self.mesh, lambda: _write(recorded, path), lambda why: DiskError(
+            20, "a record of the run cannot be written", where=str(path), why=why,
+            next="free space there, or log.timeline=0; the same command resumes"))
+
+
+def _write(recorded: profile, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(path))
+    if not path.exists():                                # torch only warns
+        raise OSError(f"torch's profiler could not write {path.name}")
+
+
+@contextmanager
+def _named(model: Transformer) -> Iterator[None]:
+    """Ranges for the parts of the model; attention and moe also where backward runs them again."""
+    with ExitStack() as hooks:
+        for index, block in enumerate(model.layers):
+            for name, module in (("", block), (".attention", block.attention), (".moe", block.moe)):
+                if module is not None:
+                    _enclose(module, f"layers.{index}{name}", hooks)
+        yield
+
+
+def _enclose(module: nn.Module, name: str, hooks: ExitStack) -> None:
+    opened: list[record_function] = []
+
+    def enter(module: nn.Module, arguments: tuple) -> None:
+        opened.append(record_function(name))
+        opened[-1].__enter__()
+
+    def leave(module: nn.Module, arguments: tuple, output: object) -> None:
+        opened.pop().__exit__(None, None, None)
+
+    hooks.callback(module.register_forward_pre_hook(enter).remove)
+    hooks.callback(module.register_forward_hook(leave).remove)

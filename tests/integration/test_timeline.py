@@ -1,0 +1,79 @@
+"""Recorded timelines: what ran when. Counts are on their way while the head runs, and nobody waits for them before the loss."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetrain.train.pool import Pooling
+from moetrain.train.step import train_step
+from moetrain.train.timeline import Timeline
+from tests.integration.training import make_run
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from trace_balance import pooled, spans  # noqa: E402
+
+ACCUMULATED = ["parallel=ep", "run.nproc=2", "train.micro_batch=2"]                  # four micro-batches a step
+MODES = {"exact": [], "counted first": ["train.count_pass=true"], "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"],
+         "warm": ["balance.mode=warm"]}
+
+
+def recorded(overrides: list[str], directory: Path, steps: int, at_once: bool = False) -> None:
+    """at_once: the defect, counts are awaited where they are posted."""
+    run, original = make_run([*ACCUMULATED, *overrides]), Pooling.add
+    timeline = Timeline(directory, run.mesh, 1)
+
+    def add(self, stacks) -> None:
+        original(self, stacks)
+        if self.wait is not None:
+            counts_L = self.wait()
+            self.wait = lambda: counts_L
+
+    Pooling.add = add if at_once else original
+    try:
+        for step in range(1, steps + 1):
+            with timeline.step(step, run.state.model):
+                train_step(run, step)
+    finally:
+        Pooling.add = original
+
+
+def hidden(directory: Path) -> list[list[bool]]:
+    """Of every rank, for every all-reduce of counts in the recorded step: whether nobody waited for it before a loss."""
+    found = []
+    for path in sorted((directory / "log/timeline/step-00000002").iterdir()):
+        found.append([one.next.name in ("loss", "forward") and (any(span.name == "head" for span in one.covered)
+                                                                or one.next.name == "forward") for one in pooled(spans(path))])
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", MODES)
+def test_nobody_waits_for_counts_before_the_loss(ranks, tmp_path, mode):
+    ranks(2).run(recorded, MODES[mode], tmp_path, 2)
+    assert hidden(tmp_path) == [[True] * (1 if mode in ("exact", "counted first") else 4)] * 2
+
+
+@pytest.mark.ranks
+def test_a_wait_before_the_head_is_seen(ranks, tmp_path):
+    ranks(2).run(recorded, MODES["buffer"], tmp_path, 2, True)
+    assert hidden(tmp_path) == [[False] * 4] * 2
+
+
+@pytest.mark.ranks
+def test_the_all_reduce_of_counts_is_on_the_thread_that_carries_it(ranks, tmp_path):
+    ranks(2).run(recorded, MODES["warm"], tmp_path, 2)
+    for path in (tmp_path / "log/timeline/step-00000002").iterdir():
+        for one in pooled(spans(path)):
+            assert one.post.begin <= one.wire.begin < one.wire.end and one.wire.begin < one.wait.end
+
+
+@pytest.mark.ranks
+def test_only_the_steps_that_were_asked_for_are_recorded_and_parts_of_the_model_are_named(ranks, tmp_path):
+    ranks(2).run(recorded, [], tmp_path, 4)
+    assert [path.name for path in (tmp_path / "log/timeline").iterdir()] == ["step-00000002"]
+    names = [span.name for span in spans(tmp_path / "log/timeline/step-00000002/rank-0001.json")]
+    for name, times in {"forward": 4, "head": 4, "loss": 4, "backward": 4, "reduce": 1, "optimizer": 1, "layers.0": 4,
+                        "layers.1.attention": 4, "layers.1.moe": 4}.items():
+        assert names.count(name) == times, name

@@ -1,0 +1,172 @@
+"""Where a step waits for the counts of its balance loss: from recorded timelines of real ranks.
+
+    python tools/trace_balance.py                                writes docs/results/balance_trace.md and .png
+    python tools/trace_balance.py --between 100mbit              ranks on emulated links (tools/netlab.py; Linux, root or user namespaces)
+
+Two ranks train a few steps in each mode with log.timeline. In every step the all-reduce of the counts is found on the thread of gloo
+that carries it, and beside it on the rank's own thread: where it was posted, what ran until somebody waited for it, and how long that took.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = ["experiment=quickstart", "data=synthetic", "data.vocab_size=257", "model.num_experts=64", "model.top_k=8", "model.expert_dim=32",
+       "parallel=ep", "run.nproc=2", "train.micro_batch=2", "run.device=cpu", "log.wandb=off", "log.progress=false", "eval.windows=1"]
+MODES = {
+    "exact, graphs kept": ["balance.mode=exact", "train.count_pass=false"], "exact, counted first": ["balance.mode=exact", "train.count_pass=true"],
+    "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"], "warm": ["balance.mode=warm"],
+}
+COLOURS = {"forward": "#cfd8e6", "count": "#e6dccf", "head": "#4c78a8", "backward": "#d9d9d9", "loss": "#54a24b", "counts: post": "#f58518",
+           "counts: wait": "#e45756", "gloo:all_reduce": "#f58518", "gloo:all_to_all": "#b8b8b8"}
+
+
+class Span(NamedTuple):
+    """Microseconds."""
+
+    name: str
+    begin: float
+    end: float
+
+
+class Pooled(NamedTuple):
+    """One all-reduce of counts on one rank. covered: names of the ranges of this rank that ran between posting and waiting."""
+
+    post: Span
+    wire: Span | None                        # on the thread of gloo
+    covered: list[Span]
+    wait: Span
+    next: Span | None                        # what the rank did after it waited
+
+
+def spans(path: Path) -> list[Span]:
+    """The named ranges and collectives of a rank's timeline, by their beginning."""
+    events = json.loads(path.read_text())["traceEvents"]
+    found = [Span(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in events
+             if event.get("ph") == "X" and event.get("cat") == "user_annotation"]
+    return sorted(found, key=lambda span: span.begin)
+
+
+def pooled(found: list[Span]) -> list[Pooled]:
+    """Every all-reduce of counts of a step. Each is awaited before the next is posted (train/passes.py)."""
+    posts, waits = ([span for span in found if span.name == name] for name in ("counts: post", "counts: wait"))
+    assert len(posts) == len(waits), f"{len(posts)} were posted and {len(waits)} awaited"
+    result = []
+    for post, wait in zip(posts, waits):
+        wire = next((span for span in found if span.name == "gloo:all_reduce" and span.begin >= post.begin), None)
+        covered = [span for span in found if span.name in ("head", "forward", "count") and span.begin >= post.end and span.end <= wait.begin]
+        following = next((span for span in found if span.name in ("loss", "head", "forward", "backward") and span.begin >= wait.end), None)
+        result.append(Pooled(post, wire, covered, wait, following))
+    return result
+
+
+def record(words: list[str], folder: Path, steps: int, between: str | None) -> list[list[list[Span]]]:
+    """Of every step that counts, of every rank: its spans."""
+    lab = [] if between is None else [sys.executable, str(ROOT / "tools/netlab.py"), "--nodes", "2", "--per-node", "1", "--inside", between,
+                                      "--between", between, "--"]
+    command = [*lab, sys.executable, "-m", "moetrain", "train", *RUN, *words, f"run.dir={folder}", f"run.steps={steps + 2}",
+               f"log.timeline={steps + 1}"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    recorded = sorted((folder / "log/timeline").iterdir())[1:]           # the profiler starts in the first one
+    return [[spans(path) for path in sorted(step.iterdir())] for step in recorded]
+
+
+def row(mode: str, steps: list[list[list[Span]]]) -> str:
+    each = [pooled(rank) for step in steps for rank in step]
+    flat = [one for rank in each for one in rank]
+    behind = sum(any(span.name == "head" for span in one.covered) for one in flat)
+    afterwards = {one.next.name for one in flat if one.next}
+    flight = statistics.median(one.wire.end - one.post.begin for one in flat if one.wire)
+    covered = statistics.median(one.wait.begin - one.post.end for one in flat)
+    waits = sorted(one.wait.end - one.wait.begin for one in flat)
+    arrived = sum(one.wire is not None and one.wire.end <= one.wait.begin for one in flat)
+    return (f"| {mode} | {len(flat) / len(each):g} | {behind} of {len(flat)} | {', '.join(sorted(afterwards))} | {flight:.0f} | {covered:.0f} "
+            f"| {arrived / len(flat):.0%} | {statistics.median(waits):.0f} | {waits[-1]:.0f} |")
+
+
+def page(recorded: dict[str, dict[str, list]], steps: int, picture: str) -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    import torch
+
+    text = [
+        "# Where a step waits for the counts of its balance loss", "",
+        f"`python tools/trace_balance.py`, commit {commit}; two ranks on one machine, gloo, one thread each ({platform.machine()}, "
+        f"{os.cpu_count()} cores, torch {torch.__version__}); quickstart with 64 experts, four micro-batches a step, {steps} steps a mode, by "
+        "`log.timeline`. Times in microseconds, medians over steps and ranks, recorded, so everything is slower than it is otherwise.", "",
+        "| | |", "|---|---|", "| all-reduces | of counts, in a step |", "| head behind it | of these, how often the head ran between posting and waiting |",
+        "| then | what the rank does once it has the counts |", "| in flight | from posting until gloo's thread had the sum |",
+        "| covered | from posting until the rank asked for it |", "| had arrived | how often the sum was there when the rank asked |",
+        "| waited | in the wait itself: until the slower rank had posted too, and the sum was there |", "",
+    ]
+    for links, modes in recorded.items():
+        text += [f"## {links}", "", "| mode | all-reduces | head behind it | then | in flight | covered | had arrived | waited | longest |",
+                 "|---|---|---|---|---|---|---|---|---|", *(row(mode, found) for mode, found in modes.items()), ""]
+    text += [f"![a micro-batch of mode buffer on both ranks]({picture})", "",
+             "The all-reduce starts while the head runs and nobody asks for it before; the wait stands at the loss. What is waited for is the "
+             "other rank: two ranks are never equally far, and a sum needs both. `tests/integration/test_timeline.py` asserts the order and "
+             "sees a wait that is put back before the head.", ""]
+    return "\n".join(text)
+
+
+def draw(ranks: list[list[Span]], title: str, out: Path) -> None:
+    """The last micro-batch of a step: for every rank its own thread, and gloo's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), dpi=120, layout="constrained")
+    axes, labels = figure.subplots(), {}
+    first = min(pooled(rank)[-1].post.begin for rank in ranks) - 1500
+    last = max(next(span.begin for span in rank if span.name == "backward" and span.begin > pooled(rank)[-1].wait.end) for rank in ranks) + 1500
+    for number, rank in enumerate(ranks):
+        for span in rank:
+            if span.name not in COLOURS or span.end < first or span.begin > last:
+                continue
+            wire = span.name.startswith("gloo")
+            place = 2 * number + wire + (0.0 if wire or span.name in ("forward", "count", "backward") else 0.1)
+            begin, end = max(span.begin, first), min(span.end, last)
+            label = "counts on the wire" if span.name == "gloo:all_reduce" else span.name
+            bar = axes.barh(place, (end - begin) / 1e3, left=(begin - first) / 1e3, color=COLOURS[span.name], edgecolor="white", linewidth=0.4,
+                            height=0.8 if wire or span.name in ("forward", "count", "backward") else 0.5)
+            labels.setdefault(label, bar)
+    axes.set_yticks(range(2 * len(ranks)), [f"rank {number}{of}" for number in range(len(ranks)) for of in ("", ", gloo")])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.legend(labels.values(), labels.keys(), ncols=len(labels), loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="steps that count, of every mode")
+    parser.add_argument("--between", help="also on emulated links of this rate, such as 100mbit")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/balance_trace.md")
+    options = parser.parse_args()
+    picture = options.out.with_suffix(".png")
+    links = {"This machine's loopback": None} | ({f"Emulated links of {options.between}": options.between} if options.between else {})
+    recorded: dict[str, dict[str, list]] = {}
+    for name, between in links.items():
+        recorded[name] = {}
+        for mode, words in MODES.items():
+            with tempfile.TemporaryDirectory() as folder:
+                recorded[name][mode] = record(words, Path(folder) / "run", options.steps, between)
+            print(row(mode, recorded[name][mode]), flush=True)
+    name = list(recorded)[-1]
+    draw(recorded[name]["buffer"][-1], f"{name}, mode buffer: the last micro-batch of a step, two ranks", picture)
+    options.out.write_text(page(recorded, options.steps, picture.name))
+    print(f"{options.out} and {picture.name}")
+
+
+if __name__ == "__main__":
+    main()
