@@ -101,13 +101,13 @@ def after_both(ranks: tuple[Pooled, ...]) -> list[float]:
     return [max(0.0, one.wait.end - max(one.wait.begin, last)) for one in ranks]
 
 
-def page(recorded: dict[str, dict[str, list]], steps: int, picture: str) -> str:
+def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: str) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     import torch
 
     text = [
         "# Where a step waits for the counts of its balance loss", "",
-        f"`python tools/trace_balance.py`, commit {commit}; two ranks on one machine, gloo, one thread each ({platform.machine()}, "
+        f"`python tools/trace_balance.py{words}`, commit {commit}; two ranks on one machine, gloo, one thread each ({platform.machine()}, "
         f"{os.cpu_count()} cores, torch {torch.__version__}); quickstart with 64 experts, four micro-batches a step, {steps} steps a mode, by "
         "`log.timeline`. Times in microseconds, medians over steps and ranks, recorded, so everything is slower than it is otherwise.", "",
         "| | |", "|---|---|", "| all-reduces | of counts, in a step |", "| head behind it | of these, how often the head ran between posting and waiting |",
@@ -173,7 +173,7 @@ def main() -> None:
             print(row(mode, recorded[name][mode]), flush=True)
     name = list(recorded)[-1]
     draw(recorded[name]["buffer"][-1], f"{name}, mode buffer: the last micro-batch of a step, two ranks", picture)
-    options.out.write_text(page(recorded, options.steps, picture.name))
+    options.out.write_text(page(recorded, options.steps, picture.name, f" --between {options.between}" * bool(options.between)))
     print(f"{options.out} and {picture.name}")
 
 
