@@ -49,9 +49,14 @@ class Timeline:
 
 def _write(recorded: profile, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    recorded.export_chrome_trace(str(path))
-    if not path.exists():                                # torch only warns
-        raise OSError(f"torch's profiler could not write {path.name}")
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    recorded.export_chrome_trace(str(part))
+    # Where it cannot write, or only a part, the profiler does not say so.
+    if not part.is_file() or not part.read_bytes().rstrip().endswith(b"}"):
+        part.unlink(missing_ok=True)
+        raise OSError(f"torch's profiler could not write {path.name} as a whole")
+    part.replace(path)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.errors import DiskError
 from moetrain.train.pool import Pooling
 from moetrain.train.step import train_step
 from moetrain.train.timeline import Timeline
@@ -77,3 +78,19 @@ def test_only_the_steps_that_were_asked_for_are_recorded_and_parts_of_the_model_
     for name, times in {"forward": 4, "head": 4, "loss": 4, "backward": 4, "reduce": 1, "optimizer": 1, "layers.0": 4,
                         "layers.1.attention": 4, "layers.1.moe": 4}.items():
         assert names.count(name) == times, name
+
+
+def test_a_place_that_is_taken_is_said(tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/timeline").write_text("in the way")
+    with pytest.raises(DiskError, match="log.timeline=0"):
+        recorded(["parallel=single", "run.nproc=1"], tmp_path, 2)
+
+
+@pytest.mark.parametrize("left", ["", '{"traceEvents": [{"ph": "X", "na'])
+def test_a_record_that_was_written_in_part_is_not_left_behind(tmp_path, monkeypatch, left):
+    """What torch does on a full disk: nothing, or a beginning, and no error."""
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", lambda self, path: Path(path).write_text(left))
+    with pytest.raises(DiskError, match="as a whole"):
+        recorded(["parallel=single", "run.nproc=1"], tmp_path, 2)
+    assert not list((tmp_path / "log/timeline/step-00000002").iterdir())
