@@ -50,11 +50,11 @@ class Timeline:
 def _write(recorded: profile, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
     recorded.export_chrome_trace(str(part))
-    # Where it cannot write, or only a part, the profiler does not say so.
+    # Where it cannot write, or only a part, the profiler does not say so, and leaves files of its own names.
     if not part.is_file() or not part.read_bytes().rstrip().endswith(b"}"):
-        part.unlink(missing_ok=True)
+        for left in path.parent.glob(f"{part.name}*"):
+            left.unlink()
         raise OSError(f"torch's profiler could not write {path.name} as a whole")
     part.replace(path)
 

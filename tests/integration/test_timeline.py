@@ -90,7 +90,8 @@ def test_a_place_that_is_taken_is_said(tmp_path):
 @pytest.mark.parametrize("left", ["", '{"traceEvents": [{"ph": "X", "na'])
 def test_a_record_that_was_written_in_part_is_not_left_behind(tmp_path, monkeypatch, left):
     """What torch does on a full disk: nothing, or a beginning, and no error."""
-    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", lambda self, path: Path(path).write_text(left))
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace",
+                        lambda self, path: [Path(f"{path}{end}").write_text(left) for end in ("", ".tmp")])
     with pytest.raises(DiskError, match="as a whole"):
         recorded(["parallel=single", "run.nproc=1"], tmp_path, 2)
     assert not list((tmp_path / "log/timeline/step-00000002").iterdir())
