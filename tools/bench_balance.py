@@ -32,6 +32,8 @@ from moetrain.train.step import train_step
 COMMON = ["data=synthetic", "data.vocab_size=257", "log.wandb=off", "run.device=cpu", "run.steps=100000"]
 CASES = {
     "debug": ["experiment=debug"],
+    "four layers": ["experiment=debug", "model.dim=128", "model.num_layers=4", "model.num_kv_heads=4", "model.expert_dim=128",
+                    "train.global_batch=16", "train.seq_len=256"],
     "quickstart": ["experiment=quickstart"],
     "quickstart, accumulation 4": ["experiment=quickstart", "train.micro_batch=4"],
     "quickstart, 64 experts, top 8": ["experiment=quickstart", "model.num_experts=64", "model.top_k=8", "model.expert_dim=32"],
@@ -105,8 +107,9 @@ neighbours in the third column.
 | | ms a step | of it, statistics and loss | share |
 |---|---|---|---|
 {rows}
-The models are tiny: two layers, `debug` of width 64 with 512 tokens a step, `quickstart` of width 128 with 2,048. At such sizes
-the cost is that of calling operators, not of what they compute. It has not been measured on a GPU.
+The models are tiny: `debug` has two layers of width 64 and 512 tokens a step, `quickstart` two of width 128 and 2,048, the one of four
+layers width 128, 8 experts, top 2, and 4,096. At such sizes the cost is that of calling operators, not of what they compute. It has not
+been measured on a GPU.
 """
 
 

@@ -74,8 +74,11 @@ SPREADS = {
 }
 
 
+FULL = ("both", "experts, recomputed")                   # each combines what others show
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", [pytest.param(spread, marks=pytest.mark.full) if spread in FULL else spread for spread in SPREADS])
 def test_one_rank_without_room_decides_for_all_and_no_bit_changes(ranks, spread):
     world, overrides = SPREADS[spread]
     overrides = [*overrides, f"run.nproc={world}", f"train.micro_batch={4 // world}"]
