@@ -11,7 +11,7 @@ Parameters are [out, in]; `qkv` stacks q, k and v rows, `gate_up` gate and up ro
 Shapes: B sequences, S positions, T = B * S, D width, H heads, h width of a head, E experts, F hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Pools = Callable[[int], Iterable[int]]
 Forced = dict[int, Tensor | Callable[[Tensor], Tensor]]
 
 
@@ -33,13 +34,13 @@ class Routed(NamedTuple):
 
 def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, Tensor]], *,
                 balance_weight: float = 0.0, balance_scope: str = "global", z_weight: float = 0.0,
-                balance_pools: Callable[[int], list[int]] | None = None, balance_prior: list[Tensor] | None = None,
+                balance_pools: Pools | list[Pools] | None = None, balance_prior: list[Tensor] | None = None,
                 **model) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(total, cross-entropy, balance, tokens per expert of each MoE layer) of a step over (tokens, targets, valid).
 
     Cross-entropy is a mean over all valid tokens of the step; `balance` is the global one, unweighted, perfect = 1.
-    balance_pools: for the number of a batch, those whose counts give its f; it takes the place of the scope. balance_prior:
-    counts of another step by router, whose shares stand for the tokens that such a pool lacks.
+    balance_pools: for the number of a batch, those whose counts give its f, in all routers or by router; it takes the place of
+    the scope. balance_prior: counts of another step by router, whose shares stand for the tokens that such a pool lacks.
     `model` is handed to `oracle_logits`.
     """
     tokens = sum(int(valid_BS.sum()) for _, _, valid_BS in batches)
@@ -58,13 +59,14 @@ def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, T
         z = z + pooled.lse_T.square().mean() / len(per_router)
     scoped = {"global": balance, "micro": micro, "none": zero}[balance_scope]
     if balance_pools is not None:
-        scoped = sum(_pooled(router, balance_pools, tokens, prior) / len(per_router)
-                     for router, prior in zip(per_router, balance_prior or [None] * len(per_router)))
+        pools = balance_pools if isinstance(balance_pools, list) else [balance_pools] * len(per_router)
+        scoped = sum(_pooled(router, of_router, tokens, prior) / len(per_router)
+                     for router, of_router, prior in zip(per_router, pools, balance_prior or [None] * len(per_router), strict=True))
     counts = [sum(part.chosen_TE.sum(0) for part in router) for router in per_router]
     return ce + balance_weight * scoped + z_weight * z, ce, balance, counts
 
 
-def _pooled(router: tuple[Routed, ...], pools: Callable[[int], list[int]], tokens: int, prior_E: Tensor | None) -> Tensor:
+def _pooled(router: tuple[Routed, ...], pools: Pools, tokens: int, prior_E: Tensor | None) -> Tensor:
     """One router's loss where every batch has a pool of its own."""
     total = 0.0
     for number, batch in enumerate(router):

@@ -24,6 +24,7 @@ RUN = ["experiment=quickstart", "data=synthetic", "data.vocab_size=257", "model.
 MODES = {
     "exact, graphs kept": ["balance.mode=exact", "train.count_pass=false"], "exact, counted first": ["balance.mode=exact", "train.count_pass=true"],
     "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"], "warm": ["balance.mode=warm"],
+    "buffer, attached": ["balance.mode=buffer", "train.loss_carrier=attached"],
 }
 COLOURS = {"forward": "#cfd8e6", "count": "#e6dccf", "head": "#4c78a8", "backward": "#d9d9d9", "loss": "#54a24b", "counts: post": "#f58518",
            "counts: wait": "#e45756", "gloo:all_reduce": "#f58518", "gloo:all_to_all": "#b8b8b8"}
@@ -44,7 +45,7 @@ class Pooled(NamedTuple):
     wire: Span | None                        # on the thread of gloo
     covered: list[Span]
     wait: Span
-    next: Span | None                        # what the rank did after it waited
+    next: Span | None                        # what the rank did after it waited; the backward in which it did
 
 
 def spans(path: Path) -> list[Span]:
@@ -63,7 +64,8 @@ def pooled(found: list[Span]) -> list[Pooled]:
     for post, wait in zip(posts, waits):
         wire = next((span for span in found if span.name == "gloo:all_reduce" and span.begin >= post.begin), None)
         covered = [span for span in found if span.name in ("head", "forward", "count") and span.begin >= post.end and span.end <= wait.begin]
-        following = next((span for span in found if span.name in ("loss", "head", "forward", "backward") and span.begin >= wait.end), None)
+        following = next((span for span in found if span.name == "backward" and span.begin <= wait.begin and span.end >= wait.end), None) or next(
+            (span for span in found if span.name in ("loss", "head", "forward", "backward") and span.begin >= wait.end), None)
         result.append(Pooled(post, wire, covered, wait, following))
     return result
 
@@ -121,7 +123,8 @@ def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: 
                  "|---|---|---|---|---|---|---|---|---|---|", *(row(mode, found) for mode, found in modes.items()), ""]
     text += [f"![a micro-batch of mode buffer on both ranks]({picture})", "",
              "The all-reduce starts before the head runs and nobody asks for it before the loss; with graphs kept, before the loss of the "
-             "first micro-batch, and after a pass that only counts, before anything else can run. What is waited for is mostly the other "
+             "first micro-batch, and after a pass that only counts, before anything else can run. Attached, it is awaited in backward, once the head's "
+             "has passed. What is waited for is mostly the other "
              "rank: two ranks are never equally far, and a sum needs both (rank 0 in the picture waits for an all-to-all of rank 1). `tests/integration/test_timeline.py` asserts the order and "
              "sees a wait that is put back before the head.", ""]
     return "\n".join(text)

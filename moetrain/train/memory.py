@@ -55,9 +55,9 @@ def graph_of_next(run: Run) -> int:
     batch = to_device(run.loader.step(step)[0], run.mesh.device)
     unrecorded = replace(run, dump=None)
     with torch.no_grad():                                # brings what stays for a step, such as copies of experts
-        forward_pass(unrecorded, step, batch, [])
+        forward_pass(unrecorded, step, batch, lambda found: [])
     with Born() as born:
-        forward = forward_pass(unrecorded, step, batch, [])
+        forward = forward_pass(unrecorded, step, batch, lambda found: [])
         kept = born.alive(run.mesh.device)
     del forward
     if run.parallel.copies is not None:

@@ -9,21 +9,23 @@ the batch is split. The pooled counts are an argument: nothing here communicates
 Shapes: B sequences, S positions, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.routers.base import Stack
 
 
 class Objective:
-    """losses: auxiliary losses by name, `balance` among them. attached: their gradients come by losses/attached.py."""
+    """losses: auxiliary losses by name, `balance` among them. num_routers: of the whole model, over which a mean is taken, also where
+    a process has only some of its layers. attached: gradients of the losses come by losses/attached.py."""
 
-    def __init__(self, losses: Mapping[str, AuxLoss], *, attached: bool = False) -> None:
-        self.losses, self.attached = dict(losses), attached
+    def __init__(self, losses: Mapping[str, AuxLoss], num_routers: int, *, attached: bool = False) -> None:
+        self.losses, self.num_routers, self.attached = dict(losses), num_routers, attached
 
     @property
     def pool(self) -> PoolRule | None:
@@ -37,30 +39,47 @@ class Objective:
         """Whether a loss wants sums for every sequence."""
         return any(getattr(loss, "per_sequence", False) for loss in self.losses.values())
 
+    def backward(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Callable[[], Sequence[Pooled]], tokens: Tensor) -> Tensor:
+        """Runs backward from this micro-batch's share of the loss; what it comes to, without graph.
+
+        pooled: asked when the loss is formed, or, where gradients are attached, not before the head's backward has passed.
+        """
+        if self.attached:
+            with record_function("backward"):
+                (cross_entropy / tokens.clamp(min=1)).backward()         # the identity node asks
+            with torch.no_grad():
+                return self.total(cross_entropy, stacks, pooled(), tokens)
+        total = self.total(cross_entropy, stacks, pooled(), tokens)
+        with record_function("backward"):
+            total.backward()
+        return total.detach()
+
+    @record_function("loss")
     def total(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Sequence[Pooled], tokens: Tensor) -> Tensor:
         """This micro-batch's share of the loss. cross_entropy: its sum in nats; pooled: of every stack; tokens: N."""
         total = cross_entropy / tokens.clamp(min=1)
         for loss in self.losses.values():
             if loss.weight and stacks:
                 values_R = torch.cat([_value(loss, stack, of_stack) for stack, of_stack in zip(stacks, pooled)])
-                value = loss.weight * (values_R.mean() if loss.reduction == "mean" else values_R.sum())
-                total = total + (value.detach() if self.attached else value)
+                total = total + self._share(loss) * values_R.sum()
         return total
 
     @torch.no_grad()
     def slopes(self, stacks: Sequence[Stack], pooled: Sequence[Pooled]) -> list[dict[str, Tensor]]:
         """Gradient of this micro-batch's share with respect to the sums of every stack, by field."""
         found: list[dict[str, Tensor]] = [{} for _ in stacks]
-        routers = sum(len(stack.routers) for stack in stacks)
         for loss in self.losses.values():
-            share = loss.weight / (routers if loss.reduction == "mean" else 1)
             for sums, stack, of_stack in zip(found, stacks, pooled) if loss.weight else ():
                 for field, slope in loss.slopes(stack.stats, of_stack).items():
                     shape = getattr(stack.stats, field).shape
                     assert slope.shape in ((), shape), f"{type(loss).__name__}.slopes: {field} has shape {list(slope.shape)}, not {list(shape)}"
-                    slope = (share * slope).expand(shape)
+                    slope = (self._share(loss) * slope).expand(shape)
                     sums[field] = sums[field] + slope if field in sums else slope
         return found
+
+    def _share(self, loss: AuxLoss) -> float:
+        """What one router's value counts for."""
+        return loss.weight / (self.num_routers if loss.reduction == "mean" else 1)
 
 
 def _value(loss: AuxLoss, stack: Stack, pooled: Pooled) -> Tensor:

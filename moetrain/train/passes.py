@@ -1,6 +1,7 @@
 """The forward passes of a step, one micro-batch after another, each with the pooled counts that its loss needs.
 
-`forwards` hands out a micro-batch's forward when its backward may run; the caller runs it before asking for the next. Where a
+`forwards` hands out a micro-batch's forward when its backward may run; the caller runs it before asking for the next. Counts may
+still be travelling then: `Forward.pooled` waits for them, at the loss, or in backward where gradients are attached. Where a
 loss wants the counts of the whole step (mode exact), these must be known before the first backward:
 
     graphs kept   all micro-batches run forward first and keep their graphs
@@ -13,6 +14,7 @@ on (train/memory.py), so the collectives are the same on every rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ from moetrain.train.pool import Known, Pooling, group_of
 from moetrain.train.setup import Run
 
 Count = Callable[[Sequence[Stack]], None]
+Pools = Callable[[], list[Pooled]]           # of every stack, by the losses' rule; waits where counts are on their way
 
 
 class Forward(NamedTuple):
@@ -38,8 +41,8 @@ class Forward(NamedTuple):
 
     cross_entropy: Tensor                    # sum in nats, with graph
     stacks: list[Stack]
-    pooled: list[Pooled]                     # of every stack, by the losses' rule; of this micro-batch where no loss asks for more
-    counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where they are known by now
+    pooled: Pools                            # of this micro-batch where no loss asks for more
+    counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where `pooled` has had to wait for these
 
 
 def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Iterator[Forward]:
@@ -47,9 +50,7 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
     rule, routers = run.objective.pool, run.state.model.routers
     if rule is None:
         for batch in batches:
-            forward = forward_pass(run, step, batch, [])
-            forward.pooled.extend(pool(flat_counts(forward.stacks, tokens.device), routers, tokens))
-            yield forward
+            yield forward_pass(run, step, batch, lambda found: pool(flat_counts(found, tokens.device), routers, tokens))
     elif rule.mode != "exact":
         yield from _as_they_come(run, step, batches, tokens, rule)
     else:
@@ -60,12 +61,13 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rul
     routers = run.state.model.routers
     known = Known(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
-        pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device)
-        forward = forward_pass(run, step, batch, [], pooling.add)
-        counts_L = known.add(pooling.wait(), last=number == len(batches))
-        forward.pooled.extend(pool(counts_L, routers, tokens))
-        whole = number == len(batches) and rule.scope == "global"
-        yield forward._replace(counts_L=known.total_L if whole else None)
+        pooling, last = Pooling(group_of(rule, run.mesh), routers, tokens.device), number == len(batches)
+
+        def pooled(found: Sequence[Stack], pooling: Pooling = pooling, last: bool = last) -> list[Pooled]:
+            return pool(known.add(pooling.wait(), last=last), routers, tokens)
+
+        forward = forward_pass(run, step, batch, pooled, pooling.add)
+        yield forward._replace(counts_L=known.total_L if last and rule.scope == "global" else None)
 
 
 def _counted_first(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
@@ -76,19 +78,17 @@ def _counted_first(run: Run, step: int, batches: list[Batch], tokens: Tensor, ru
     pooled = pool(counts_L, routers, tokens)
     for batch, chosen in zip(batches, choices):
         with chosen.replay(whole=False):                 # the last layer exchanges its counts only now
-            forward = forward_pass(run, step, batch, pooled)
+            forward = forward_pass(run, step, batch, lambda found: pooled)
         yield forward._replace(counts_L=counts_L if rule.scope == "global" else None)
 
 
 def _graphs_kept(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
     routers = run.state.model.routers
     pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
-    pooled: list[Pooled] = []
-    kept = [forward_pass(run, step, batch, pooled, pooling.add) for batch in batches]
-    counts_L = pooling.wait()
-    pooled.extend(pool(counts_L, routers, tokens))
+    pooled = cache(lambda: pool(pooling.wait(), routers, tokens))
+    kept = [forward_pass(run, step, batch, lambda found: pooled(), pooling.add) for batch in batches]
     while kept:                                          # each graph is freed once it has run backward
-        yield kept.pop(0)._replace(counts_L=counts_L if rule.scope == "global" else None)
+        yield kept.pop(0)._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
 
 
 def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, per_sequence: bool = False) -> RouterContext:
@@ -111,14 +111,16 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
 
 
-def forward_pass(run: Run, step: int, batch: Batch, pooled: list[Pooled], count: Count = lambda stacks: None) -> Forward:
-    """pooled: filled before backward. count: what to do with the counts once they are known, before the head."""
+def forward_pass(run: Run, step: int, batch: Batch, pooled: Callable[[Sequence[Stack]], list[Pooled]],
+                 count: Count = lambda stacks: None) -> Forward:
+    """pooled: by this micro-batch's stacks, asked once. count: what to do with the counts once they are known, before the head."""
     found: list[Stack] = []
+    asked = cache(lambda: pooled(found))
 
     def routed(x_BSD: Tensor, stats: dict[str, RoutingStats]) -> Tensor:
         found.extend(stacks(stats))
         count(found)
-        return attach(x_BSD, found, lambda: run.objective.slopes(found, pooled)) if run.objective.attached else x_BSD
+        return attach(x_BSD, found, lambda: run.objective.slopes(found, asked())) if run.objective.attached else x_BSD
 
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
@@ -128,7 +130,7 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: list[Pooled], count:
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
     whole = output.score is None
-    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS) if whole else output.score, found, pooled)
+    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS) if whole else output.score, found, asked)
 
 
 def _by_chunks(batch: Batch, chunk: int) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -110,7 +110,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
                             surroundings, look_ahead(config, model), rhythm, calibrated if config.parallel.calibrate else None)
     losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
-    objective = Objective(losses, attached=config.train.loss_carrier == "attached")
+    objective = Objective(losses, len(model.routers), attached=config.train.loss_carrier == "attached")
     prior = None
     if objective.pool is not None and objective.pool.mode == "warm":
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)

@@ -55,12 +55,9 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
-        with record_function("loss"):
-            total = run.objective.total(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
+        total = run.objective.backward(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
         sums.add(forward.cross_entropy, total, forward.stacks)
         local += flat_counts(forward.stacks, mesh.device)
-        with record_function("backward"):
-            total.backward()
         watch.lap("backward")
 
     with record_function("reduce"):

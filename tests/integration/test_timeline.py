@@ -1,5 +1,6 @@
 """Recorded timelines: what ran when. Counts are on their way while the head runs, and nobody waits for them before the loss."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def hidden(directory: Path) -> list[list[bool]]:
 def test_nobody_waits_for_counts_before_the_loss(ranks, tmp_path, mode):
     ranks(2).run(recorded, MODES[mode], tmp_path, 2)
     assert hidden(tmp_path) == [[True] * (1 if mode in ("exact", "counted first") else 4)] * 2
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", ["exact", "buffer"])
+def test_where_gradients_are_attached_nobody_waits_before_the_head_has_run_backward(ranks, tmp_path, mode):
+    ranks(2).run(recorded, [*MODES[mode], "train.loss_carrier=attached"], tmp_path, 2)
+    for path in (tmp_path / "log/timeline/step-00000002").iterdir():
+        found = pooled(spans(path))
+        softmax = [event["ts"] for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "LogSoftmaxBackward0"]
+        assert len(found) == (1 if mode == "exact" else 4) and len(softmax) == 4
+        for one in found:
+            assert one.next.name == "backward" and any(one.next.begin <= at <= one.wait.begin for at in softmax)
+            assert any(span.name == "head" for span in one.covered)
 
 
 @pytest.mark.ranks

@@ -59,24 +59,24 @@ def test_bfloat16_logits_are_summed_in_float32():
 
 @pytest.mark.parametrize("reduction, share", [("mean", 2), ("sum", 1)])
 def test_a_loss_is_weighted_and_reduced_over_routers(reduction, share):
-    objective = Objective({"balance": Constant(0.5, [1.0, 4.0], reduction)})
+    objective = Objective({"balance": Constant(0.5, [1.0, 4.0], reduction)}, 2)
     together = stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4))))
     total = objective.total(torch.tensor(6.0), together, [Pooled(torch.zeros(2, 4), torch.tensor(3))], torch.tensor(3))
     assert total.item() == pytest.approx(6 / 3 + 0.5 * 5 / share)
 
 
 def test_a_loss_of_weight_zero_is_never_asked_and_a_dense_model_has_none():
-    total = Objective({"balance": Constant(0.0, [])}).total(
+    total = Objective({"balance": Constant(0.0, [])}, 1).total(
         torch.tensor(6.0), stacks({ROUTERS[0]: stats_of(torch.randn(3, 4))}), [], torch.tensor(2))
     assert total.item() == 3
-    assert Objective({"balance": Constant(1.0, [])}).total(torch.tensor(6.0), [], [], torch.tensor(2)).item() == 3
+    assert Objective({"balance": Constant(1.0, [])}, 0).total(torch.tensor(6.0), [], [], torch.tensor(2)).item() == 3
 
 
 def test_every_router_is_weighed_by_its_own_slots_per_token():
     """Hugging Face's normalisation, in one stack of routers with other numbers of choices."""
     logits_TE = [torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     parts = [router_sums(logits.softmax(-1), logits, top_k(logits, slots)[1], None) for logits, slots in zip(logits_TE, (1, 3))]
-    objective = Objective({"balance": LoadBalanceLoss(weight=1.0, normalisation="huggingface")})
+    objective = Objective({"balance": LoadBalanceLoss(weight=1.0, normalisation="huggingface")}, 2)
     tokens = torch.tensor(6)
     pooled = pool(torch.cat([part.counts_E for part in parts]), {"a": 5, "b": 5}, tokens)
     total = objective.total(torch.tensor(0.0), stacks({"a": parts[0], "b": parts[1]}), pooled, tokens)
@@ -90,18 +90,18 @@ def test_a_loss_that_adds_routers_up_is_refused():
             return super().value(stats, pooled).sum()
 
     with pytest.raises(AssertionError, match="of 2 routers"):
-        Objective({"wrong": Wrong()}).total(torch.tensor(0.0), stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))),
+        Objective({"wrong": Wrong()}, 2).total(torch.tensor(0.0), stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))),
                                             [Pooled(torch.ones(2, 4), torch.tensor(3))], torch.tensor(3))
 
 
 def test_no_tokens_at_all_is_zero_and_not_nan():
-    assert Objective({}).total(torch.tensor(0.0), [], [], torch.tensor(0)).item() == 0
+    assert Objective({}, 0).total(torch.tensor(0.0), [], [], torch.tensor(0)).item() == 0
 
 
 def test_the_pool_is_needed_as_soon_as_one_loss_needs_it():
-    assert Objective({"balance": LoadBalanceLoss(), "z": ZLoss()}).pool == ("global", "exact")
-    assert Objective({"balance": LoadBalanceLoss(scope="micro"), "z": ZLoss()}).pool is None
-    assert Objective({"balance": LoadBalanceLoss(mode="warm"), "micro": LoadBalanceLoss(scope="micro")}).pool == ("global", "warm")
+    assert Objective({"balance": LoadBalanceLoss(), "z": ZLoss()}, 1).pool == ("global", "exact")
+    assert Objective({"balance": LoadBalanceLoss(scope="micro"), "z": ZLoss()}, 1).pool is None
+    assert Objective({"balance": LoadBalanceLoss(mode="warm"), "micro": LoadBalanceLoss(scope="micro")}, 1).pool == ("global", "warm")
 
 
 @pytest.mark.parametrize("experts", [[4, 4], [4, 6], [4, 6, 6, 4]], ids=str)
@@ -112,7 +112,7 @@ def test_shares_of_any_split_add_up_in_value_and_gradient(sizes, experts):
     router_TE = [torch.randn(8, E, dtype=torch.float64, generator=generator).requires_grad_() for E in experts]
     logits_TV = torch.randn(8, 5, dtype=torch.float64, generator=generator).requires_grad_()
     targets_T = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
-    objective = Objective({"balance": LoadBalanceLoss(weight=0.3), "z": ZLoss(weight=0.2)})
+    objective = Objective({"balance": LoadBalanceLoss(weight=0.3), "z": ZLoss(weight=0.2)}, len(experts))
     tokens = torch.tensor(8)
     counts = [stats_of(logits).counts_E for logits in router_TE]
     pooled = pool(torch.cat(counts), routers, tokens)
