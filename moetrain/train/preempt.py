@@ -25,12 +25,20 @@ ECHO_S = 1.0    # Slurm signals every process of a step, and the launcher passes
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+class Early:
+    """The handler of `told_early`. told: the signal, for Python passes over what is raised inside callbacks of imports or of memory."""
+
+    told: int | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.told = number
+        raise SystemExit(128 + number)
+
+
 @contextmanager
 def told_early() -> Iterator[None]:
     """While a run starts there is nothing to save: the first signal leaves in order, by SystemExit with 128 + its number."""
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
+    leave = Early()
     before = {number: signal.signal(number, leave) for number in SIGNALS}
     try:
         yield
@@ -52,6 +60,9 @@ class Preemption:
         self.requested: signal.Signals | None = None
 
     def __enter__(self) -> "Preemption":
+        for handler in map(signal.getsignal, SIGNALS):
+            if isinstance(handler, Early) and handler.told:
+                raise SystemExit(128 + handler.told)
         self._reads, self._writes = socket.socketpair()
         self._writes.setblocking(False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
