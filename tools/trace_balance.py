@@ -125,7 +125,7 @@ def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: 
              "The all-reduce starts before the head runs and nobody asks for it before the loss; with graphs kept, before the loss of the "
              "first micro-batch, and after a pass that only counts, before anything else can run. Attached, it is awaited in backward, once the head's "
              "has passed. What is waited for is mostly the other "
-             "rank: two ranks are never equally far, and a sum needs both (rank 0 in the picture waits for an all-to-all of rank 1). `tests/integration/test_timeline.py` asserts the order and "
+             "rank: two ranks are never equally far, and a sum needs both (one of the two in the picture waits for an all-to-all of the other). `tests/integration/test_timeline.py` asserts the order and "
              "sees a wait that is put back before the head.", ""]
     return "\n".join(text)
 
