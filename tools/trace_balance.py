@@ -26,7 +26,7 @@ MODES = {
     "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"], "warm": ["balance.mode=warm"],
     "buffer, attached": ["balance.mode=buffer", "train.loss_carrier=attached"],
 }
-COLOURS = {"forward": "#cfd8e6", "count": "#e6dccf", "head": "#4c78a8", "backward": "#d9d9d9", "loss": "#54a24b", "counts: post": "#f58518",
+COLOURS = {"forward": "#cfd8e6", "count": "#e6dccf", "head": "#4c78a8", "backward": "#d9d9d9", "loss": "#54a24b", "counts: post": "#a84300",
            "counts: wait": "#e45756", "gloo:all_reduce": "#f58518", "gloo:all_to_all": "#b8b8b8"}
 
 
@@ -122,11 +122,10 @@ def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: 
         text += [f"## {links}", "", "| mode | all-reduces | head behind it | then | in flight | covered | had arrived | waited | after both | longest |",
                  "|---|---|---|---|---|---|---|---|---|---|", *(row(mode, found) for mode, found in modes.items()), ""]
     text += [f"![a micro-batch of mode buffer on both ranks]({picture})", "",
-             "The all-reduce starts before the head runs and nobody asks for it before the loss; with graphs kept, before the loss of the "
-             "first micro-batch, and after a pass that only counts, before anything else can run. Attached, it is awaited in backward, once the head's "
-             "has passed. What is waited for is mostly the other "
-             "rank: two ranks are never equally far, and a sum needs both (one of the two in the picture waits for an all-to-all of the other). `tests/integration/test_timeline.py` asserts the order and "
-             "sees a wait that is put back before the head.", ""]
+             "The all-reduce starts when the last router has decided, before the tokens of its layer travel, and nobody asks for it before the loss; "
+             "with graphs kept, before the loss of the first micro-batch, and attached, once the head has run backward. So the other rank may be "
+             "late by a whole layer before anybody waits for it. Only after a pass that counts does a wait remain: nothing else can run. "
+             "`tests/integration/test_timeline.py` asserts the order and sees a wait that is put back before the head.", ""]
     return "\n".join(text)
 
 
@@ -139,7 +138,7 @@ def draw(ranks: list[list[Span]], title: str, out: Path) -> None:
     first = min(pooled(rank)[-1].post.begin for rank in ranks) - 1500
     last = max(next(span.begin for span in rank if span.name == "backward" and span.begin > pooled(rank)[-1].wait.end) for rank in ranks) + 1500
     for number, rank in enumerate(ranks):
-        for span in rank:
+        for span in sorted(rank, key=lambda span: span.name == "gloo:all_reduce"):       # gloo's threads overlap: counts on top
             if span.name not in COLOURS or span.end < first or span.begin > last:
                 continue
             wire = span.name.startswith("gloo")

@@ -15,7 +15,7 @@ plain dataclass would lose gradients silently.
 Shapes: T tokens, D model width, E experts, K slots, R routers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ class RouterContext(NamedTuple):
     token_ids_T: Tensor | None = None
     seq_offsets: Tensor | None = None
     carry: Tensor | None = None
+    counted: Callable[[str, Tensor], None] | None = None    # told by every layer its router's name and counts [E], before tokens travel
     decisions: list["Decision"] | None = None    # where every router adds its own, if somebody wants to see them
 
 

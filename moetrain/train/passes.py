@@ -32,7 +32,7 @@ from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.pool import Known, Pooling, group_of
 from moetrain.train.setup import Run
 
-Count = Callable[[Sequence[Stack]], None]
+Counted = Callable[[str, Tensor], None]      # RouterContext.counted
 Pools = Callable[[], list[Pooled]]           # of every stack, by the losses' rule; waits where counts are on their way
 
 
@@ -66,14 +66,14 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rul
         def pooled(found: Sequence[Stack], pooling: Pooling = pooling, last: bool = last) -> list[Pooled]:
             return pool(known.add(pooling.wait(), last=last), routers, tokens)
 
-        forward = forward_pass(run, step, batch, pooled, pooling.add)
+        forward = forward_pass(run, step, batch, pooled, pooling.micro_batch())
         yield forward._replace(counts_L=known.total_L if last and rule.scope == "global" else None)
 
 
 def _counted_first(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
     routers = run.state.model.routers
     pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
-    choices = [_count(run, step, batch, pooling.add) for batch in batches]
+    choices = [_count(run, step, batch, pooling.micro_batch()) for batch in batches]
     counts_L = pooling.wait()
     pooled = pool(counts_L, routers, tokens)
     for batch, chosen in zip(batches, choices):
@@ -86,7 +86,7 @@ def _graphs_kept(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule
     routers = run.state.model.routers
     pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
     pooled = cache(lambda: pool(pooling.wait(), routers, tokens))
-    kept = [forward_pass(run, step, batch, lambda found: pooled(), pooling.add) for batch in batches]
+    kept = [forward_pass(run, step, batch, lambda found: pooled(), pooling.micro_batch()) for batch in batches]
     while kept:                                          # each graph is freed once it has run backward
         yield kept.pop(0)._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
 
@@ -112,20 +112,19 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def forward_pass(run: Run, step: int, batch: Batch, pooled: Callable[[Sequence[Stack]], list[Pooled]],
-                 count: Count = lambda stacks: None) -> Forward:
-    """pooled: by this micro-batch's stacks, asked once. count: what to do with the counts once they are known, before the head."""
+                 counted: Counted | None = None) -> Forward:
+    """pooled: by this micro-batch's stacks, asked once. counted: told the counts of every router as soon as it has decided."""
     found: list[Stack] = []
     asked = cache(lambda: pooled(found))
 
     def routed(x_BSD: Tensor, stats: dict[str, RoutingStats]) -> Tensor:
         found.extend(stacks(stats))
-        count(found)
         return attach(x_BSD, found, lambda: run.objective.slopes(found, asked())) if run.objective.attached else x_BSD
 
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
     with record_function("forward"):
-        output = run.state.model(batch.tokens_BS, context._replace(decisions=decisions), batch.documents_BS, routed=routed,
+        output = run.state.model(batch.tokens_BS, context._replace(counted=counted, decisions=decisions), batch.documents_BS, routed=routed,
                                  score=_by_chunks(batch, run.config.train.head_chunk))
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
@@ -141,10 +140,8 @@ def _by_chunks(batch: Batch, chunk: int) -> Callable[[Tensor, Tensor], Tensor] |
 
 
 @torch.no_grad()
-def _count(run: Run, step: int, batch: Batch, count: Count) -> Kept:
-    choices = Kept()
+def _count(run: Run, step: int, batch: Batch, counted: Counted) -> Kept:
+    choices, context = Kept(), step_context(run.config.run.seed, step, batch)._replace(counted=counted)
     with choices.record(), record_function("count"):
-        output = run.state.model(batch.tokens_BS, step_context(run.config.run.seed, step, batch), batch.documents_BS,
-                                 route_only=True)
-    count(stacks(output.stats))
+        run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True)
     return choices

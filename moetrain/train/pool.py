@@ -1,7 +1,7 @@
 """The counts that a balance loss wants: when they are summed over ranks, and what is known of the step at each backward.
 
-    Pooling    counts of one or more micro-batches on their way: posted when the last of them has been routed, before its
-               head, and awaited when a loss is formed
+    Pooling    counts of one or more micro-batches on their way: posted when the last router has decided, before its tokens
+               travel, and awaited when a loss is formed, or in backward
     Known      what of the step is known so far, by the mode (losses/base.py PoolRule)
     Prior      the counts of the step before, which stand for what is still to come in mode warm; part of a run's state
 
@@ -10,7 +10,7 @@ One all-reduce of all routers' counts, one a step in mode exact and one a micro-
 Shapes: L = sum of E over routers, the flat buffer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from moetrain.comm.mesh import Group, Mesh
 from moetrain.comm.reduce import sum_over_async
 from moetrain.losses.base import PoolRule
 from moetrain.parallel.pieces import Piece
-from moetrain.routers.base import Stack
-from moetrain.train.metrics import flat_counts
 
 
 def group_of(rule: PoolRule, mesh: Mesh) -> Group:
@@ -32,18 +30,33 @@ class Pooling:
     """parts: micro-batches whose counts travel together."""
 
     def __init__(self, group: Group, routers: Mapping[str, int], device: torch.device, parts: int = 1) -> None:
-        self.group, self.parts = group, parts
+        self.group, self.routers, self.parts = group, tuple(routers), parts
         self.counts_L = torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
-        self.wait: Callable[[], Tensor] | None = None
+        self.wait: Callable[[], Tensor] = self._missing if routers else lambda: self.counts_L
 
-    def add(self, stacks: Sequence[Stack]) -> None:
-        """A micro-batch has passed its routers."""
-        self.counts_L += flat_counts(stacks, self.counts_L.device)
+    def micro_batch(self) -> Callable[[str, Tensor], None]:
+        """What the routers of a micro-batch tell their counts (RouterContext.counted), all of them; a block that runs again in backward
+        says nothing new."""
+        told: dict[str, Tensor] = {}
+
+        def counted(router: str, counts_E: Tensor) -> None:
+            if router not in told:
+                told[router] = counts_E
+                if len(told) == len(self.routers):
+                    self._add(torch.cat([told[router] for router in self.routers]))
+
+        return counted
+
+    def _add(self, counts_L: Tensor) -> None:
+        self.counts_L += counts_L
         self.parts -= 1
         if self.parts == 0:
             with record_function("counts: post"):
                 arrived = sum_over_async(self.group, self.counts_L)
             self.wait = record_function("counts: wait")(arrived)
+
+    def _missing(self) -> Tensor:
+        raise AssertionError(f"{self.parts} micro-batches have not been counted")
 
 
 class Known:

@@ -60,20 +60,19 @@ class Chunk(nn.Module):
         return ends + tuple(f"layers.{layer}." for layer in self.layers)
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        model, context, stats = self.run.state.model, step_context(0, 1, self.batches[int(number)]), {}
+        model, stats, pooling = self.run.state.model, {}, Pooling(self.run.mesh["batch"], self.routers, x.device)
+        context = step_context(0, 1, self.batches[int(number)])._replace(counted=pooling.micro_batch())
         if self.layers.start == 0:
             x = F.embedding(x, model.embed)
         rotary = rotary_table(x.shape[1], model.head_dim, model.rope_theta, dtype=x.dtype, device=x.device)
         for block in self.blocks:
             x, stats[block.moe.name], _ = block(x, rotary, None, context)
+        self.travelling.append(pooling)
         self.order.append(("F", int(number)))
         x = self._balanced(x, stacks(stats), int(number))
         return F.linear(model.norm(x), model.head) if self.layers.stop == LAYERS else x
 
     def _balanced(self, x: Tensor, found: list, number: int) -> Tensor:
-        pooling = Pooling(self.run.mesh["batch"], self.routers, x.device)
-        pooling.add(found)
-        self.travelling.append(pooling)
         if self.defect == "counts of the forward":
             at_once = self._counts()
 

@@ -23,22 +23,22 @@ MODES = {"exact": [], "counted first": ["train.count_pass=true"], "sync": ["bala
 
 def recorded(overrides: list[str], directory: Path, steps: int, at_once: bool = False) -> None:
     """at_once: the defect, counts are awaited where they are posted."""
-    run, original = make_run([*ACCUMULATED, *overrides]), Pooling.add
+    run, original = make_run([*ACCUMULATED, *overrides]), Pooling._add
     timeline = Timeline(directory, run.mesh, 1)
 
-    def add(self, stacks) -> None:
-        original(self, stacks)
-        if self.wait is not None:
+    def add(self, counts_L) -> None:
+        original(self, counts_L)
+        if self.parts == 0:
             counts_L = self.wait()
             self.wait = lambda: counts_L
 
-    Pooling.add = add if at_once else original
+    Pooling._add = add if at_once else original
     try:
         for step in range(1, steps + 1):
             with timeline.step(step, run.state.model):
                 train_step(run, step)
     finally:
-        Pooling.add = original
+        Pooling._add = original
 
 
 def hidden(directory: Path) -> list[list[bool]]:
@@ -55,6 +55,18 @@ def hidden(directory: Path) -> list[list[bool]]:
 def test_nobody_waits_for_counts_before_the_loss(ranks, tmp_path, mode):
     ranks(2).run(recorded, MODES[mode], tmp_path, 2)
     assert hidden(tmp_path) == [[True] * (1 if mode in ("exact", "counted first") else 4)] * 2
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", ["exact", "buffer"])
+def test_counts_leave_before_the_tokens_of_the_last_layer(ranks, tmp_path, mode):
+    """So that a rank whose tokens come late holds nobody up at the loss."""
+    ranks(2).run(recorded, MODES[mode], tmp_path, 2)
+    for path in (tmp_path / "log/timeline/step-00000002").iterdir():
+        found = spans(path)
+        for one in pooled(found):
+            head = next(span for span in found if span.name == "head" and span.begin > one.post.begin)
+            assert [span.name for span in found if one.post.begin < span.begin < head.begin].count("gloo:all_to_all") >= 2   # there and back
 
 
 @pytest.mark.ranks
