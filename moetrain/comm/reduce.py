@@ -32,10 +32,11 @@ def sum_over_async(group: Group, tensor: Tensor) -> Callable[[], Tensor]:
     """Start the sum in place; the returned function waits and gives the tensor."""
     if group.process_group is None:
         return lambda: tensor
-    work = dist.all_reduce(tensor, group=group.process_group, async_op=True)
+    works = [dist.all_reduce(tensor, group=group.process_group, async_op=True)]
 
     def wait() -> Tensor:
-        work.wait()
+        while works:                                     # then gone: gloo's hold the hooks of the block in which they were posted,
+            works.pop().wait()                           # which hold whoever holds this function, and no collector sees that ring
         return tensor
 
     return wait

@@ -3,7 +3,9 @@
 docs/explanation/balance.md names for every invariant the test that asserts it.
 """
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -239,6 +241,27 @@ def test_blocks_that_run_again_say_their_counts_once(mode):
     counts = [train_step(make_run([*BASE, "train.micro_batch=4", f"train.activation_checkpointing={checkpointing}", *ALL[mode]]), 1).counts
               for checkpointing in ("none", "full")]
     assert {name: of.tolist() for name, of in counts[0].items()} == {name: of.tolist() for name, of in counts[1].items()}
+
+
+def left_behind(overrides: list[str]) -> list[bool]:
+    """Which of the sums of a step are still there after it."""
+    run, micro_batch, found = make_run(overrides), Pooling.micro_batch, []
+    Pooling.micro_batch = lambda self: found.append(weakref.ref(self)) or micro_batch(self)
+    try:
+        train_step(run, 1)
+    finally:
+        Pooling.micro_batch = micro_batch
+    gc.collect()
+    return [pooling() is not None for pooling in found]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", ["exact", "count pass", "buffer"])
+def test_a_step_of_blocks_that_run_again_leaves_no_graph(ranks, mode):
+    """A sum that is posted inside such a block knows its hooks, they know the graph, and it knew the sum: seen with homes that move."""
+    overrides = [*BASE, *WORLDS[2], "train.micro_batch=4", "train.activation_checkpointing=full", *ALL[mode]]
+    for left in ranks(2).run(left_behind, overrides):
+        assert left == [False, False]
 
 
 def test_an_evaluation_between_two_steps_changes_no_bit_of_the_second():
