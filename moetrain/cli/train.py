@@ -18,6 +18,7 @@ from moetrain.config.compose import compose, run_dir, to_yaml
 from moetrain.config.groups import config_dir, group_options
 from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config
+from moetrain.config.tree import load
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.interop.packages import check_installed
@@ -156,6 +157,8 @@ def _part_keys(section: str) -> list[Key]:
         prefix = f"loss.{option}" if section == "loss" else section
         for target in re.findall(r"_target_:\s*([\w.]+)", text):
             for name, key in arguments(target).items():
+                if section == "loss":                    # an option a section: its values are the defaults
+                    key = key._replace(default=load(config_dir() / section / f"{option}.yaml")[option].get(name, key.default))
                 if name not in SIZES:
                     help = comments.get(name, f"argument of {target.rpartition('.')[2]}")
                     path = f"{prefix}.{name}"

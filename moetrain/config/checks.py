@@ -298,8 +298,8 @@ def loss_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
 def pools(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Counts are pooled by one rule for all losses."""
     parts = {"balance": config.balance, **{f"loss.{name}": part for name, part in config.loss.items()}}
-    rules = {name: (part["scope"], part["mode"]) for name, part in parts.items()
-             if part.get("scope") in ("global", "node") and part.get("weight")}
+    rules = {name: (part["scope"], part["mode"]) for name, part in parts.items()       # a value that is none has been taken away
+             if part.get("scope") in ("global", "node") and part.get("weight") and "mode" in part}
     if len(set(rules.values())) > 1:
         text = ", ".join(f"{name}: {scope}, {mode}" for name, (scope, mode) in rules.items())
         yield ConfigError(75, "the losses want counts pooled in different ways", where=", ".join(rules), why=text,

@@ -28,9 +28,6 @@ from torch import Tensor
 from moetrain.losses.base import Pooled, PoolRule
 from moetrain.routers.base import RoutingStats
 
-Scope = Literal["global", "node", "micro", "sequence", "none"]
-
-
 class LoadBalanceLoss:
     """weight: coefficient; 0 only reports. scope: see above, or none, which only reports whatever the weight.
     mode: how f is pooled under accumulation (losses/base.py PoolRule); means nothing for micro and sequence. drift: with warm,
@@ -38,7 +35,8 @@ class LoadBalanceLoss:
     normalisation: whose weight this is: one and megatron (perfect = 1), huggingface (perfect = k).
     reduction: mean or sum over routers."""
 
-    def __init__(self, *, weight: float = 0.01, scope: Scope = "global",
+    def __init__(self, *, weight: float = 0.01,
+                 scope: Literal["global", "node", "micro", "sequence", "none"] = "global",
                  mode: Literal["exact", "sync", "buffer", "warm"] = "exact", drift: float = 0.3,
                  normalisation: Literal["one", "megatron", "huggingface"] = "one",
                  reduction: Literal["mean", "sum"] = "mean") -> None:

@@ -1,7 +1,8 @@
 """Which experts serve which domain: `<run.dir>/report/specialisation.png`, from the last evaluation (specialisation.npz).
 
 One panel a router, domains down and experts across, both sorted so that what belongs together stands together. A cell is the
-share of an expert in the choices of a domain over its mean share in all domains: 1 where the domain makes no difference.
+share of an expert in the choices of a domain over its mean share in all domains: 1 where the domain makes no difference, grey where
+no domain chose the expert.
 """
 
 from pathlib import Path
@@ -76,9 +77,10 @@ def _draw(found: Specialisation, path: Path) -> None:
     for panel, name in zip(panels, shown):
         image = _panel(panel, found.choices[name], found.domains)
         panel.set_title(f"{name}, {mutual_information(found.choices[name]):.2f} nats", loc="left", fontsize=10)
-    panels[-1].set_xlabel("experts, sorted by the domain that they serve most")
+    nobodys = any((found.choices[name].sum(0) == 0).any() for name in shown)
+    panels[-1].set_xlabel("experts, sorted by the domain that they serve most" + "; grey: chosen by no domain" * nobodys)
     bar = figure.colorbar(image, ax=list(panels), extend="both", pad=0.015, aspect=30)
-    bar.set_label("share in the domain / mean share")
+    bar.set_label("share in the domain / mean over domains")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
     figure.savefig(path)
 
@@ -88,7 +90,7 @@ def _panel(axes: Any, choices_ME: np.ndarray, domains: list[str]) -> Any:
     order_E = sorted(range(ratio_ME.shape[1]), key=lambda e: (int(np.nan_to_num(ratio_ME[:, e]).argmax()),
                                                                  -float(np.nan_to_num(ratio_ME[:, e]).max()), e))
     with np.errstate(divide="ignore"):
-        octaves = np.log2(ratio_ME[:, order_E])
+        octaves = np.log2(ratio_ME[:, order_E]).clip(-2 * OCTAVES)       # a domain without a choice is below the scale
     axes.set_facecolor(GREY)
     image = axes.pcolormesh(np.ma.masked_array(octaves, np.isnan(octaves)), cmap=COLOURS, vmin=-OCTAVES, vmax=OCTAVES,
                             edgecolors="white", linewidth=0.4)

@@ -29,7 +29,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
         ("copies", copies_line(run)),
         ("capacity", capacity_line(run)),
         ("data", f"{config.data.kind} {run.dataset.fingerprint[:12]}  {len(run.dataset.domains)} domains"
-                 f" ({', '.join(run.dataset.domains[:6])})  vocabulary {run.dataset.vocab_size}"),
+                 f" ({', '.join(run.dataset.domains[:6])}{', ...' * (len(run.dataset.domains) > 6)})  vocabulary {run.dataset.vocab_size}"),
         ("memory", {"none": "", "selective": "recomputes norms, activations and orders", "full": "recomputes whole blocks"}
                    [config.train.activation_checkpointing]),
         ("saves", f"every {config.checkpoint.interval} steps and at the end" if config.checkpoint.interval else "at the end"),

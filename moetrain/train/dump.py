@@ -2,11 +2,14 @@
 
 Every rank writes log/router/step-NNNNNNNN/rank-NNNN.safetensors: for each micro-batch `m` and router
 
-    m/<router>/logits [T, E]     m/<router>/ids [T, K], -1 in unused slots     m/valid [T], uint8     m/samples [B], int64
+    m/<router>/logits [T, E]     m/<router>/ids [T, K], -1 in unused slots
+    m/valid [T], uint8           m/samples, m/domains [B], int64
 
-T = B sequences of equal length, one after the other. docs/reference/files.md has a program that recomputes the balance loss.
+T = B sequences of equal length, one after the other; the names of domains are in the file's metadata. docs/reference/files.md has a program that recomputes the balance loss.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, uint8
@@ -16,7 +19,7 @@ from moetrain.data.batch import Batch
 from moetrain.errors import DiskError
 from moetrain.routers.base import Decision
 from moetrain.train.checkpoint.writer import on_all
-from moetrain.train.files import replacing
+from moetrain.train.files import make_place, replacing
 
 STEPS = 3                    # of every attempt
 
@@ -24,8 +27,8 @@ STEPS = 3                    # of every attempt
 class RouterDump:
     """Collects the decisions of a step on this rank, then writes them; after STEPS steps it does nothing more."""
 
-    def __init__(self, run_dir: Path, mesh: Mesh) -> None:
-        self.directory, self.mesh = run_dir / "log" / "router", mesh
+    def __init__(self, run_dir: Path, mesh: Mesh, domains: Sequence[str]) -> None:
+        self.directory, self.mesh, self.domains = run_dir / "log" / "router", mesh, list(domains)
         self.left, self.tensors, self.micro_batches = STEPS, {}, 0
 
     @property
@@ -37,7 +40,8 @@ class RouterDump:
         number, self.micro_batches = self.micro_batches, self.micro_batches + 1
         for router, logits_TE, ids_TK in decisions:
             self.tensors |= {f"{number}/{router}/logits": _copy(logits_TE), f"{number}/{router}/ids": _copy(ids_TK)}
-        self.tensors |= {f"{number}/valid": _copy(batch.valid_BS.flatten().to(uint8)), f"{number}/samples": _copy(batch.sample_ids_B)}
+        self.tensors |= {f"{number}/valid": _copy(batch.valid_BS.flatten().to(uint8)), f"{number}/samples": _copy(batch.sample_ids_B),
+                         f"{number}/domains": _copy(batch.domains_B)}
 
     def write(self, step: int) -> None:
         """Collective: a directory that cannot be written ends all ranks."""
@@ -52,9 +56,9 @@ class RouterDump:
     def _save(self, path: Path, step: int) -> None:
         from safetensors.torch import save
 
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_place(path, self.mesh.rank, self.mesh.size)
         with replacing(path) as file:
-            file.write(save(self.tensors, {"step": str(step), "ranks": str(self.mesh["batch"].size)}))
+            file.write(save(self.tensors, {"step": str(step), "ranks": str(self.mesh.size), "domains": json.dumps(self.domains)}))
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -17,6 +17,15 @@ from moetrain.errors import DiskError
 FULL_S = 10.0            # that a record waits for space
 
 
+def make_place(path: Path, rank: int, ranks: int) -> None:
+    """The directory of a record of which every rank writes a file, rank-NNNN.*: made, and without those that an attempt with more ranks
+    has left there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob("rank-*") if rank == 0 else ():
+        if int(left.name.partition(".")[0].removeprefix("rank-")) >= ranks:
+            left.unlink()
+
+
 class JsonlSink:
     """Appends objects with a key `step` to a file. A number that is not finite is written NaN or Infinity."""
 

@@ -115,7 +115,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     if objective.pool is not None and objective.pool.mode == "warm":
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
-               parallelize(model, mesh, copies), objective, Graphs(kept=not config.train.count_pass), RouterDump(directory, mesh) if config.log.router_dump else None,
+               parallelize(model, mesh, copies), objective, Graphs(kept=not config.train.count_pass), RouterDump(directory, mesh, dataset.domains) if config.log.router_dump else None,
                peak_rate(config, dataset.vocab_size, mesh))
 
 

@@ -22,6 +22,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.errors import DiskError
 from moetrain.model.transformer import Transformer
 from moetrain.train.checkpoint.writer import on_all
+from moetrain.train.files import make_place
 
 
 class Timeline:
@@ -42,13 +43,13 @@ class Timeline:
         with profile(activities=kinds) as recorded, _named(model):
             yield
         path = self.directory / f"step-{step:08d}" / f"rank-{self.mesh.rank:04d}.json"
-        on_all(self.mesh, lambda: _write(recorded, path), lambda why: DiskError(
+        on_all(self.mesh, lambda: _write(recorded, path, self.mesh), lambda why: DiskError(
             20, "a record of the run cannot be written", where=str(path), why=why,
             next="free space there, or log.timeline=0; the same command resumes"))
 
 
-def _write(recorded: profile, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(recorded: profile, path: Path, mesh: Mesh) -> None:
+    make_place(path, mesh.rank, mesh.size)
     part = path.with_suffix(".part")
     recorded.export_chrome_trace(str(part))
     # Where it cannot write, or only a part, the profiler does not say so, and leaves files of its own names.

@@ -112,6 +112,8 @@ def test_all_mistakes_are_reported_together() -> None:
     ("optim.betas=[a,b]", "004", "optim.betas=[0.9,0.95]"),
     ("optim.betas=0.9", "004", "optim.betas=[0.9,0.95]"),
     ("balance.weight=heavy", "004", "balance.weight=0.01"),
+    ("balance.scope=gloabl", "005", "balance.scope=global"), ("balance.scope=null", "004", "balance.scope"),
+    ("balance.mode=exakt", "005", "balance.mode=exact"), ("balance.mode=null", "004", "balance.mode"),
     ("run.device=cdua", "005", "run.device=cuda"),
     ("quickstart", "001", "experiment=quickstart"),
     ("optim.lr=(", "001", "quote"),

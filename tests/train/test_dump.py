@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from moetrain.train.step import train_step
@@ -97,3 +99,29 @@ def test_a_stranger_computes_the_other_metrics_of_routers(ranks, tmp_path):
                             ("max_violation/mean", np.mean(violations)), ("max_violation/max", np.max(violations)),
                             ("dead_experts", sum((loads == 0).sum() for loads in counts.values()))):
             assert metrics[f"moe/{name}"] == pytest.approx(truth, rel=1e-12), name
+
+
+@pytest.mark.ranks
+def test_domains_of_sequences_are_there(ranks, tmp_path):
+    """Experts by domain, as trained on."""
+    ranks(2).run(dumped, TWO_BY_TWO, tmp_path)
+    run = make_run([*TWO_BY_TWO[2:]])
+    for step, directory in enumerate(steps_of(tmp_path), 1):
+        expected = {int(sample): int(domain) for batch in run.loader.step(step) for sample, domain in zip(batch.sample_ids_B, batch.domains_B)}
+        found = {}
+        for file in directory.iterdir():
+            with safe_open(file, "numpy") as opened:
+                assert json.loads(opened.metadata()["domains"]) == list(run.dataset.domains) and opened.metadata()["ranks"] == "2"
+            tensors = load_file(file)
+            for turn in ("0", "1"):
+                found |= dict(zip(tensors[f"{turn}/samples"].tolist(), tensors[f"{turn}/domains"].tolist()))
+        assert found == expected and len(set(found.values())) > 1
+
+
+@pytest.mark.ranks
+def test_a_step_that_fewer_ranks_train_again_has_files_of_these_alone(ranks, tmp_path):
+    ranks(2).run(dumped, TWO_BY_TWO, tmp_path)
+    ((metrics, _), *_) = dumped(TWO_BY_TWO[2:], tmp_path)
+    first = steps_of(tmp_path)[0]
+    assert [file.name for file in first.iterdir()] == ["rank-0000.safetensors"]
+    assert run_program(programs()[0], [str(first)]) == pytest.approx(metrics["loss/balance"], rel=1e-12)
