@@ -123,8 +123,8 @@ def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: 
                  "|---|---|---|---|---|---|---|---|---|---|", *(row(mode, found) for mode, found in modes.items()), ""]
     text += [f"![a micro-batch of mode buffer on both ranks]({picture})", "",
              "The all-reduce starts when the last router has decided, before the tokens of its layer travel, and nobody asks for it before the loss; "
-             "with graphs kept, before the loss of the first micro-batch, and attached, once the head has run backward. So the other rank may be "
-             "late by a whole layer before anybody waits for it. Only after a pass that counts does a wait remain: nothing else can run. "
+             "in mode exact, before the loss of the first micro-batch, and attached, once the head has run backward. So the other rank may be "
+             "late by a whole layer, and after a pass that only counts by a whole forward pass, before anybody waits for it. "
              "`tests/integration/test_timeline.py` asserts the order and sees a wait that is put back before the head.", ""]
     return "\n".join(text)
 

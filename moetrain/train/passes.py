@@ -33,7 +33,7 @@ from moetrain.train.pool import Known, Pooling, group_of
 from moetrain.train.setup import Run
 
 Counted = Callable[[str, Tensor], None]      # RouterContext.counted
-Pools = Callable[[], list[Pooled]]           # of every stack, by the losses' rule; waits where counts are on their way
+Pool = Callable[[Sequence[Stack]], list[Pooled]]     # of a micro-batch's stacks, by the losses' rule; waits where counts are on their way
 
 
 class Forward(NamedTuple):
@@ -41,7 +41,7 @@ class Forward(NamedTuple):
 
     cross_entropy: Tensor                    # sum in nats, with graph
     stacks: list[Stack]
-    pooled: Pools                            # of this micro-batch where no loss asks for more
+    pooled: Callable[[], list[Pooled]]       # of every stack, by Pool; counts of this micro-batch where no loss asks for more
     counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where `pooled` has had to wait for these
 
 
@@ -54,7 +54,7 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
     elif rule.mode != "exact":
         yield from _as_they_come(run, step, batches, tokens, rule)
     else:
-        yield from (_graphs_kept if run.graphs.kept else _counted_first)(run, step, batches, tokens, rule)
+        yield from _whole_step(run, step, batches, tokens, rule)
 
 
 def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
@@ -70,25 +70,26 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rul
         yield forward._replace(counts_L=known.total_L if last and rule.scope == "global" else None)
 
 
-def _counted_first(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
-    routers = run.state.model.routers
-    pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
-    choices = [_count(run, step, batch, pooling.micro_batch()) for batch in batches]
-    counts_L = pooling.wait()
-    pooled = pool(counts_L, routers, tokens)
-    for batch, chosen in zip(batches, choices):
-        with chosen.replay(whole=False):                 # the last layer exchanges its counts only now
-            forward = forward_pass(run, step, batch, lambda found: pooled)
-        yield forward._replace(counts_L=counts_L if rule.scope == "global" else None)
-
-
-def _graphs_kept(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
+def _whole_step(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
     routers = run.state.model.routers
     pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
     pooled = cache(lambda: pool(pooling.wait(), routers, tokens))
-    kept = [forward_pass(run, step, batch, lambda found: pooled(), pooling.micro_batch()) for batch in batches]
+    for forward in (_graphs_kept if run.graphs.kept else _counted_first)(run, step, batches, pooling, lambda found: pooled()):
+        yield forward._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
+
+
+def _counted_first(run: Run, step: int, batches: list[Batch], pooling: Pooling, pooled: Pool) -> Iterator[Forward]:
+    choices = [_count(run, step, batch, pooling.micro_batch()) for batch in batches]
+    for batch, chosen in zip(batches, choices):
+        with chosen.replay(whole=False):                 # the last layer exchanges its counts only now
+            forward = forward_pass(run, step, batch, pooled)
+        yield forward
+
+
+def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: Pooling, pooled: Pool) -> Iterator[Forward]:
+    kept = [forward_pass(run, step, batch, pooled, pooling.micro_batch()) for batch in batches]
     while kept:                                          # each graph is freed once it has run backward
-        yield kept.pop(0)._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
+        yield kept.pop(0)
 
 
 def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, per_sequence: bool = False) -> RouterContext:
@@ -111,9 +112,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
 
 
-def forward_pass(run: Run, step: int, batch: Batch, pooled: Callable[[Sequence[Stack]], list[Pooled]],
-                 counted: Counted | None = None) -> Forward:
-    """pooled: by this micro-batch's stacks, asked once. counted: told the counts of every router as soon as it has decided."""
+def forward_pass(run: Run, step: int, batch: Batch, pooled: Pool, counted: Counted | None = None) -> Forward:
+    """pooled: asked once. counted: told the counts of every router as soon as it has decided."""
     found: list[Stack] = []
     asked = cache(lambda: pooled(found))
 

@@ -45,8 +45,7 @@ def hidden(directory: Path) -> list[list[bool]]:
     """Of every rank, for every all-reduce of counts in the recorded step: whether nobody waited for it before a loss."""
     found = []
     for path in sorted((directory / "log/timeline/step-00000002").iterdir()):
-        found.append([one.next.name in ("loss", "forward") and (any(span.name == "head" for span in one.covered)
-                                                                or one.next.name == "forward") for one in pooled(spans(path))])
+        found.append([one.next.name == "loss" and any(span.name == "head" for span in one.covered) for one in pooled(spans(path))])
     return found
 
 
