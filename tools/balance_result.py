@@ -90,12 +90,13 @@ def paired(ours: Sequence[Trained], theirs: Sequence[Trained], what=lambda run: 
 # --- the page
 
 
-def write_page(runs: list[Trained], arms: Mapping[str, Arm], final: Sequence[str], stages: Mapping[int, tuple], path: Path) -> Path:
+def write_page(runs: list[Trained], arms: Mapping[str, Arm], final: Sequence[str], stages: Mapping[int, tuple], where: str,
+               path: Path) -> Path:
     first, second = ([run for run in runs if run.stage == stage] for stage in (1, 2))
     planned = len(stages[1][1]) * sum(len(arm.strengths) for arm in arms.values()), len(stages[2][1]) * len(final)
     lines = ["# What balancing over the global batch buys", "",
-             "`python tools/study_balance.py --stage 1`, then `--stage 2`; its opening text says what is trained and compared. Two ranks on "
-             "two CPU cores, gloo. Losses are held-out nats per byte, the plain mean over five domains. Violation: the largest load of an "
+             "`python tools/study_balance.py --stage 1`, then `--stage 2`; its opening text says what is trained and compared. "
+             f"{where}. Losses are held-out nats per byte, the plain mean over five domains. Violation: the largest load of an "
              f"expert over the mean, less one, mean over routers and the last {LAST} steps; *global* of a whole step, *local* inside the "
              "micro-batches of a rank. Information: nats that the choice of an expert says about the domain (at most ln 5 = 1.61). Made with "
              f"{'; '.join(sorted({run.made_with for run in runs})) or 'nothing yet'}.", "",

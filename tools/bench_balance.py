@@ -1,12 +1,13 @@
-"""What the statistics of routers and the balance loss cost of a training step on the CPU.
+"""What the statistics of routers and the balance loss cost of a training step.
 
     .venv/bin/python tools/bench_balance.py                        writes docs/results/balance_cost.md
     .venv/bin/python tools/bench_balance.py --pairs 8 --out /tmp/page.md
+    .venv/bin/python tools/bench_balance.py --device cuda --pairs 20 --out build/gpu/balance_cost.md       at the shape of Qwen3-30B-A3B
 
-Two runs of one model train in turn in one process, a step each, the order reversed every time. One is training as it is. In the
+One model trains by two kinds of steps in turn in one process, the order reversed every time. One is training as it is. In the
 other no sum of a router is computed (its record is made of zeros that were there before), no loss but the cross-entropy, no
-sums of routers for the metrics, no counts: forward and backward of all that is what is missed. Choice and gate weights stay. Processor
-time of one thread, medians of the steps; the difference is that of neighbours.
+sums of routers for the metrics, no counts: forward and backward of all that is what is missed. Choice and gate weights stay. On the CPU
+processor time of one thread, on a GPU seconds until it has finished; medians of the steps; the difference is that of neighbours.
 """
 
 import argparse
@@ -29,7 +30,10 @@ from moetrain.train.metrics import SumBuffer
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import train_step
 
-COMMON = ["data=synthetic", "data.vocab_size=257", "log.wandb=off", "run.device=cpu", "run.steps=100000"]
+COMMON = ["data=synthetic", "log.wandb=off", "run.steps=100000"]
+SMALL = ["data.vocab_size=257", "run.device=cpu"]
+QWEN3 = ["model=qwen3_30b_a3b", "data.vocab_size=151936", "run.device=cuda", "run.dtype=bfloat16", "train.seq_len=4096", "train.head_chunk=2048",
+         "train.global_batch=2"]
 CASES = {
     "debug": ["experiment=debug"],
     "four layers": ["experiment=debug", "model.dim=128", "model.num_layers=4", "model.num_kv_heads=4", "model.expert_dim=128",
@@ -38,10 +42,14 @@ CASES = {
     "quickstart, accumulation 4": ["experiment=quickstart", "train.micro_batch=4"],
     "quickstart, 64 experts, top 8": ["experiment=quickstart", "model.num_experts=64", "model.top_k=8", "model.expert_dim=32"],
 }
+CUDA_CASES = {                                           # parts of the model: all of its layers are more than one GPU holds in training
+    f"qwen3 30b a3b, {layers} layers{text}": [*QWEN3, f"model.num_layers={layers}", *words]
+    for layers, text, words in ((2, "", []), (4, "", []), (4, ", 2 micro-batches", ["train.micro_batch=1"]))
+}
 
 
 class Cost(NamedTuple):
-    """Of a step, medians, in milliseconds of processor time; share: of the difference in the step without."""
+    """Of a step, medians, in milliseconds: on the CPU of processor time."""
 
     with_it: float
     without: float
@@ -50,9 +58,10 @@ class Cost(NamedTuple):
 
 
 @contextlib.contextmanager
-def nothing_counted(routers: dict[str, int]) -> Iterator[None]:
-    """No statistics."""
-    zero, zeros_E = torch.zeros((), dtype=torch.int64), torch.zeros(next(iter(routers.values())), dtype=torch.int64)
+def nothing_counted(run: Run) -> Iterator[None]:
+    """No statistics, and no loss made of them."""
+    routers, device = run.state.model.routers, run.mesh.device
+    zero, zeros_E = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((), next(iter(routers.values()))))
     sums = RouterSums(zero, zeros_E, zeros_E.float(), zero.float(), zero.float(), zero, zero)
 
     def add(self: SumBuffer, cross_entropy: torch.Tensor, total: torch.Tensor, stacks: object) -> None:
@@ -60,12 +69,12 @@ def nothing_counted(routers: dict[str, int]) -> Iterator[None]:
         self.flat[6] += 1                    # micro-batches
 
     def flat(stacks: object, device: torch.device) -> torch.Tensor:
-        return torch.zeros(sum(routers.values()), dtype=torch.int64)
+        return torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
 
     with (patch.object(base, "router_sums", lambda *arguments: sums), patch.object(SumBuffer, "add", add),
           patch.object(passes, "stacks", lambda stats: []), patch.object(passes, "pool", lambda *arguments: []),
           patch.object(passes, "flat_counts", flat), patch.object(step, "flat_counts", flat),
-          patch.object(step, "balance_metrics", lambda *arguments: {})):
+          patch.object(step, "balance_metrics", lambda *arguments: {}), patch.object(run.objective, "losses", {})):
         yield
 
 
@@ -75,56 +84,67 @@ def make_run(words: list[str]) -> Run:
 
 
 def measure(words: list[str], pairs: int) -> Cost:
-    full, bare = make_run(words), make_run(words)
-    bare.objective.losses.clear()
+    run = make_run(words)
+    clock = time.process_time if run.mesh.device.type == "cpu" else finished
 
-    def timed(run: Run, number: int) -> float:
-        with nothing_counted(run.state.model.routers) if run is bare else contextlib.nullcontext():
-            start = time.process_time()
+    def timed(number: int, counted: bool) -> float:
+        with contextlib.nullcontext() if counted else nothing_counted(run):
+            start = clock()
             train_step(run, number)
-            return 1e3 * (time.process_time() - start)
+            return 1e3 * (clock() - start)
 
-    found = {id(full): [], id(bare): []}
+    found: dict[bool, list[float]] = {True: [], False: []}
     for number in range(1, pairs + 4):                   # the first three warm up
-        for run in (full, bare)[::1 if number % 2 else -1]:
-            found[id(run)].append(timed(run, number))
-    ours, without = (found[id(run)][3:] for run in (full, bare))
+        for turn, counted in enumerate((True, False) if number % 2 else (False, True)):
+            found[counted].append(timed(2 * number + turn, counted))
+    ours, without = (found[counted][3:] for counted in (True, False))
     differences = [a - b for a, b in zip(ours, without)]
     low, middle, high = statistics.quantiles(differences, n=4)
     return Cost(statistics.median(ours), statistics.median(without), middle, (high - low) / 2 / pairs**0.5)
 
 
-def page(costs: dict[str, Cost], pairs: int) -> str:
+def finished() -> float:
+    """Seconds, once the GPU has done what it was told."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def page(costs: dict[str, Cost], pairs: int, device: str) -> str:
     rows = "".join(f"| {name} | {cost.with_it:.1f} | {cost.difference:.2f} ± {cost.spread:.2f} | {cost.difference / cost.with_it:.1%} |\n"
                    for name, cost in costs.items())
-    return f"""# What statistics and balance loss cost
-
-Written by `tools/bench_balance.py`. Training as it is (`balance=global`, mode `exact`) and training without any sum of a router, without
-balance loss and without what the metrics add up, in turn in one process: {pairs} pairs of steps. Milliseconds of processor time of one thread, torch
-{torch.__version__}, {platform.machine()}; the machine had other work, so these are not seconds on a wall. Medians, of the differences of
-neighbours in the third column.
-
-| | ms a step | of it, statistics and loss | share |
-|---|---|---|---|
-{rows}
+    on = "Milliseconds of processor time of one thread (the machine had other work)" if device == "cpu" else f"Milliseconds on {torch.cuda.get_device_name()}"
+    about = """
 The models are tiny: `debug` has two layers of width 64 and 512 tokens a step, `quickstart` two of width 128 and 2,048, the one of four
 layers width 128, 8 experts, top 2, and 4,096. At such sizes the cost is that of calling operators, not of what they compute. It has not
 been measured on a GPU.
+""" if device == "cpu" else """
+Widths, experts and choices of the model, fewer layers; 2 sequences of 4,096 tokens a step, synthetic.
 """
+    return f"""# What statistics and balance loss cost
+
+Written by `tools/bench_balance.py`. Training as it is (`balance=global`, mode `exact`) and training without any sum of a router, without
+balance loss and without what the metrics add up, in turn in one process: {pairs} pairs of steps. {on}, torch
+{torch.__version__}, {platform.machine()}. Medians, of the differences of neighbours in the third column.
+
+| | ms a step | of it, statistics and loss | share |
+|---|---|---|---|
+{rows}{about}"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=60, help="pairs of steps of each case")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *CUDA_CASES], help="of the device; all of them without it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results" / "balance_cost.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    cases = {name: [*SMALL, *words] for name, words in CASES.items()} if args.device == "cpu" else CUDA_CASES
     costs = {}
-    for name in args.cases:
-        costs[name] = measure(CASES[name], args.pairs)
+    for name in args.cases or cases:
+        costs[name] = measure(cases[name], args.pairs)
         print(f"{name}: {costs[name]}", flush=True)
-    args.out.write_text(page(costs, args.pairs))
+    args.out.write_text(page(costs, args.pairs, args.device))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 #
 #     bash tools/check_gpu.sh [folder]          results go to build/gpu unless a folder is named
 #
-# Stages that are done are not repeated. Hand back the folder: *.log, parity_*/parity.json, train.json, train_alone.json, ops.json.
+# Stages that are done are not repeated. Hand back the folder: *.log, parity_*/parity.json, train.json, train_alone.json, ops.json, balance_cost.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-build/gpu}"
@@ -40,6 +40,8 @@ large=$("$python" -c 'import torch; print(int(torch.cuda.get_device_properties(0
 qwen3=(--device cuda --dtype bfloat16 --model qwen3_30b_a3b --vocab 151936 --seq 4096 --head-chunk 2048 --zipf 1 --rounds 4)
 stage train 150 "$python" tools/bench_train.py "${qwen3[@]}" --layers $((large ? 4 : 1)) --batch 2 --peers grouped_mm --out "$out/train.json"
 stage train_alone 120 "$python" tools/bench_train.py "${qwen3[@]}" --layers $((large ? 6 : 3)) --batch 8 --peers --out "$out/train_alone.json"
+# What the statistics of routers and the balance loss cost of a step at that shape: at most 1 % is the target.
+stage balance 120 "$python" tools/bench_balance.py --device cuda --pairs 15 --out "$out/balance_cost.md"
 if command -v compute-sanitizer > /dev/null; then
     # Small shapes: the sanitizer is slow. racecheck is about shared memory, memcheck about everything else.
     few="(test_route_plan and 1000) or (test_rows and 333) or (test_swiglu and 65) or (test_router and mixtral and 1000) or (weight and 136)"

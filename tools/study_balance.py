@@ -3,11 +3,15 @@
     python tools/study_balance.py --stage 1                # all arms at three weights, two seeds, short
     python tools/study_balance.py --stage 2                # the arms that matter, at equal balance, five seeds
     python tools/study_balance.py --report                 # docs/results/balance.md from whatever has finished
+    python tools/study_balance.py --size gpu --stage 1     # a larger model on one GPU; its own pages, docs/results/balance_gpu.*
 
 A model of 4 layers of 32 experts, top-4, width 128, on the built-in corpus (five domains, each alike), trained by two ranks in
 turns of micro-batches of two sequences: a global batch of 32 sequences is eight micro-batches of each rank. So a balance loss
 sees 2 sequences (micro), 4 (sync), 4 to 32 (buffer), about 32 (warm) or 32 (exact). Runs of a seed have equal initial weights
 and equal batches in equal order: arms are compared in pairs.
+
+On a GPU: 8 layers of 64 fine-grained experts, top-8, width 256, one rank in 32 turns of two sequences. Without other ranks, sync is
+micro, and left out.
 
 The second stage takes each arm at the weight where the first stage gives it the global max violation of the target: the
 tightest balance that every arm reached. Weights are interpolated in the logarithms of both. (Before stage 2 began, the target
@@ -40,13 +44,32 @@ ARMS = {
 }
 FINAL = ("micro", "exact", "warm", "bias, global counts")
 STAGES = {1: (200, (1, 2)), 2: (800, (11, 12, 13, 14, 15))}       # optimizer steps, seeds
-COMMON = (
-    "experiment=quickstart", "parallel=ddp", "run.nproc=2", "model.num_layers=4", "model.num_experts=32", "model.top_k=4",
-    "model.expert_dim=32", "train.global_batch=32", "train.micro_batch=2", "train.seq_len=128", "eval.windows=128", "eval.interval=0",
-    "log.wandb=off", "log.interval=50", "checkpoint.interval=100",
-)
+COMMON = ("experiment=quickstart", "train.micro_batch=2", "eval.windows=128", "eval.interval=0", "log.wandb=off", "log.interval=50",
+          "checkpoint.interval=100")
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "docs/results/balance_runs.jsonl"
+
+
+class Size(NamedTuple):
+    """results: where pages and records are, without suffix."""
+
+    words: tuple[str, ...]
+    where: str
+    arms: tuple[str, ...]
+    results: Path
+
+    @property
+    def record(self) -> Path:
+        return self.results.with_name(f"{self.results.name}_runs.jsonl")
+
+
+SIZES = {
+    "cpu": Size(("run.device=cpu", "parallel=ddp", "run.nproc=2", "model.num_layers=4", "model.num_experts=32", "model.top_k=4",
+                 "model.expert_dim=32", "train.global_batch=32", "train.seq_len=128"),
+                "Two ranks on two CPU cores, gloo", tuple(ARMS), ROOT / "docs/results/balance"),
+    "gpu": Size(("run.device=cuda", "run.dtype=bfloat16", "parallel=single", "run.nproc=1", "model.dim=256", "model.num_layers=8",
+                 "model.num_experts=64", "model.top_k=8", "model.expert_dim=64", "train.global_batch=64", "train.seq_len=256"),
+                "One GPU, bfloat16", tuple(arm for arm in ARMS if arm != "sync"), ROOT / "docs/results/balance_gpu"),
+}
 
 
 class Job(NamedTuple):
@@ -59,30 +82,31 @@ class Job(NamedTuple):
     def name(self) -> str:
         return f"{self.stage}-{self.arm.replace(', ', '_').replace(' ', '_')}-{self.strength:.3g}-{self.seed}"
 
-    def command(self, out: Path) -> list[str]:
+    def command(self, out: Path, size: Size) -> list[str]:
         arm, steps = ARMS[self.arm], STAGES[self.stage][0]
-        return [sys.executable, "-m", "moetrain", "train", *COMMON, *arm.overrides, f"{arm.key}={self.strength:.4g}",
+        return [sys.executable, "-m", "moetrain", "train", *COMMON, *size.words, *arm.overrides, f"{arm.key}={self.strength:.4g}",
                 f"run.steps={steps}", f"run.seed={self.seed}", f"run.name={self.name}", f"run.dir={out / self.name}",
                 f"data.cache={out / 'data'}"]
 
 
 def main() -> None:
     options = parse()
-    out = Path(options.out).resolve()
-    finished = read_all(out)
+    size, out = SIZES[options.size], Path(options.out or f"runs/study_{SIZES[options.size].results.name}").resolve()
+    finished = read_all(out, size.record)
     if not options.report:
-        run(jobs(options, finished), out, options.minutes)
-        finished = read_all(out)
-    RECORD.write_text("".join(json.dumps(run._asdict()) + "\n" for run in finished))
-    page = write_page(finished, ARMS, FINAL, STAGES, ROOT / "docs/results/balance.md")
+        run(jobs(options, finished), out, size, options.minutes)
+        finished = read_all(out, size.record)
+    size.record.write_text("".join(json.dumps(run._asdict()) + "\n" for run in finished))
+    page = write_page(finished, {arm: ARMS[arm] for arm in size.arms}, FINAL, STAGES, size.where, size.results.with_suffix(".md"))
     print(f"{len(finished)} runs have finished; {page}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--stage", type=int, choices=STAGES, default=1)
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
-    parser.add_argument("--out", default="runs/study_balance", help="where the runs are")
+    parser.add_argument("--out", help="where the runs are (runs/study_balance; with --size gpu runs/study_balance_gpu)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after so many minutes")
     parser.add_argument("--report", action="store_true", help="train nothing; write the page from what has finished")
     return parser.parse_args()
@@ -90,7 +114,7 @@ def parse() -> argparse.Namespace:
 
 def jobs(options: argparse.Namespace, finished: list[Trained]) -> list[Job]:
     """By seed and strength, the middle one first, so that a study which is cut short has whole comparisons."""
-    arms = options.arms or (ARMS if options.stage == 1 else FINAL)
+    arms = options.arms or (SIZES[options.size].arms if options.stage == 1 else FINAL)
     if options.stage == 1:
         return [Job(1, arm, ARMS[arm].strengths[place], seed) for seed in STAGES[1][1] for place in (1, 2, 0) for arm in arms]
     strength = interpolated(finished, ARMS)
@@ -100,9 +124,9 @@ def jobs(options: argparse.Namespace, finished: list[Trained]) -> list[Job]:
     return [Job(2, arm, float(f"{strength[arm]:.4g}"), seed) for seed in STAGES[2][1] for arm in arms]
 
 
-def run(planned: list[Job], out: Path, minutes: float) -> None:
+def run(planned: list[Job], out: Path, size: Size, minutes: float) -> None:
     """What has not finished, one after the other."""
-    finished = {run[:4] for run in read_all(out)}
+    finished = {run[:4] for run in read_all(out, size.record)}
     left = [job for job in planned if job not in finished]
     print(f"{len(planned) - len(left)} of {len(planned)} runs have finished; {len(left)} to go")
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -114,7 +138,7 @@ def run(planned: list[Job], out: Path, minutes: float) -> None:
         directory = out / job.name
         directory.mkdir(parents=True, exist_ok=True)
         with open(directory / "study.log", "a") as log:
-            code = subprocess.run(job.command(out), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+            code = subprocess.run(job.command(out, size), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         if code:
             raise SystemExit(f"{job.name} ended with {code}; see {directory / 'study.log'}")
@@ -127,12 +151,12 @@ def run(planned: list[Job], out: Path, minutes: float) -> None:
               flush=True)
 
 
-def read_all(out: Path) -> list[Trained]:
+def read_all(out: Path, record: Path) -> list[Trained]:
     """Of this machine, and of the record."""
-    lines = RECORD.read_text().splitlines() if RECORD.exists() else []
+    lines = record.read_text().splitlines() if record.exists() else []
     runs = [Trained(**json.loads(text)) for text in [*lines, *(file.read_text() for file in sorted(out.glob("*/result.json")))]]
     if len({run.corpus for run in runs}) > 1:
-        raise SystemExit(f"runs on different corpora cannot be compared: move {RECORD} away, or install the versions that it was made with")
+        raise SystemExit(f"runs on different corpora cannot be compared: move {record} away, or install the versions that it was made with")
     return sorted({run[:4]: run for run in runs}.values(), key=lambda run: run[:4])
 
 
