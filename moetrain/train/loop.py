@@ -53,7 +53,8 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
             resumed = found.path if found else None
             if found:
                 all_or_none(mesh["batch"], lambda: same_run(run, found))
-            run.graphs = choose(run)
+            if run.state.step < last_step(config):
+                run.graphs = choose(run)
             check_disk(run.state, directory, mesh, config.checkpoint, last_step(config) - run.state.step)
             recorder.start(run, resumed)
             console.resume_at(run.state.step)
