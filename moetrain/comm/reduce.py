@@ -35,9 +35,10 @@ def sum_over_async(group: Group, tensor: Tensor) -> Callable[[], Tensor]:
     works = [dist.all_reduce(tensor, group=group.process_group, async_op=True)]
 
     def wait() -> Tensor:
-        while works:                                     # then gone: gloo's hold the hooks of the block in which they were posted,
-            works.pop().wait()                           # which hold whoever holds this function, and no collector sees that ring
-        return tensor
+        for work in works:
+            work.wait()
+        works.clear()                                    # gloo's hold the hooks of the block in which they were posted, which hold
+        return tensor                                    # whoever holds this function, and no collector sees that ring
 
     return wait
 

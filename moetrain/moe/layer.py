@@ -44,9 +44,10 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
         """route_only: decide and count, and hand x back."""
         context = context._replace(router=self.name)
-        routing = self.capacity.apply(self.router.route(x_TD, context), context)
+        routing = self.router.route(x_TD, context)
         if context.counted is not None:
             context.counted(self.name, routing.stats.counts_E)
+        routing = self.capacity.apply(routing, context)
         if route_only:
             return MoEOutput(x_TD, routing.stats, routing.carry)
         output = self.experts(self.experts.bank.depart(x_TD), routing.ids_TK, routing.weights_TK, self.pipeline)

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,9 +22,10 @@ def make_place(path: Path, rank: int, ranks: int) -> None:
     """The directory of a record of which every rank writes a file, rank-NNNN.*: made, and without those that an attempt with more ranks
     has left there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob("rank-*") if rank == 0 else ():
-        if int(left.name.partition(".")[0].removeprefix("rank-")) >= ranks:
-            left.unlink()
+    for left in path.parent.iterdir() if rank == 0 else ():
+        number = re.fullmatch(r"rank-(\d+)\..*", left.name)
+        if number and int(number[1]) >= ranks and left.is_file():
+            left.unlink(missing_ok=True)
 
 
 class JsonlSink:

@@ -42,7 +42,7 @@ class Forward(NamedTuple):
     cross_entropy: Tensor                    # sum in nats, with graph
     stacks: list[Stack]
     pooled: Callable[[], list[Pooled]]       # of every stack, by Pool; counts of this micro-batch where no loss asks for more
-    counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where `pooled` has had to wait for these
+    counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where the losses want these; once `pooled` was asked
 
 
 def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Iterator[Forward]:

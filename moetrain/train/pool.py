@@ -48,6 +48,7 @@ class Pooling:
         return counted
 
     def _add(self, counts_L: Tensor) -> None:
+        assert self.parts > 0, "more micro-batches than were expected"
         self.counts_L += counts_L
         self.parts -= 1
         if self.parts == 0:

@@ -1,13 +1,14 @@
-"""Work that one rank does while the others wait for it, over real ranks."""
+"""Sums that fail, and work that one rank does while the others wait for it, over real ranks."""
 
 import datetime
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.reduce import on_first
+from moetrain.comm.reduce import on_first, sum_over_async
 from moetrain.errors import DataError
 
 PATIENCE_S, WORK_S = 2, 4
@@ -54,3 +55,16 @@ def test_alone_there_is_nobody_to_wait_for():
     assert on_first(Group("batch", (0,), 0), lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         on_first(Group("batch", (0,), 0), lambda: 1 / 0)
+
+
+def test_a_sum_whose_wait_failed_fails_again(monkeypatch):
+    """It never gives what only this rank had."""
+    class Gone:
+        def wait(self) -> None:
+            raise RuntimeError("a rank is gone")
+
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *arguments, **named: Gone())
+    wait = sum_over_async(Group("batch", (0, 1), 0, object()), torch.ones(1))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="gone"):
+            wait()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.errors import DiskError
-from moetrain.train.files import JsonlSink
+from moetrain.train.files import JsonlSink, make_place
 
 
 def steps_in(path: Path) -> list[int]:
@@ -52,3 +52,16 @@ def test_a_line_that_a_kill_cut_off_is_not_continued(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="E-DISK"):
         JsonlSink(tmp_path / "absent" / "metrics.jsonl").write({"step": 1})
+
+
+def test_files_of_ranks_that_are_gone_make_room_and_nothing_else_does(tmp_path):
+    step = tmp_path / "step-00000001"
+    step.mkdir()
+    for name in ("rank-0000.json", "rank-0001.json", "rank-0002.json", "rank-0003.part", "rank-0002-copy.json", "rank-0007 (1).json", "notes"):
+        (step / name).write_text("")
+    (step / "rank-0009.d").mkdir()
+    make_place(step / "rank-0001.json", 1, 2)
+    assert len(list(step.iterdir())) == 8
+    make_place(step / "rank-0000.json", 0, 2)
+    assert sorted(file.name for file in step.iterdir()) == [
+        "notes", "rank-0000.json", "rank-0001.json", "rank-0002-copy.json", "rank-0007 (1).json", "rank-0009.d"]
