@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.cli.train import _part_keys
-from moetrain.config.checks import _RANGES
+from moetrain.config.rules.ranges import RANGES
 from moetrain.config.compose import _FREE_AFTER_TRAINING, _FREE_ON_RESUME
 from moetrain.config.groups import config_dir, group_options, section_of
 from moetrain.config.tree import load
@@ -68,7 +68,7 @@ def _sections() -> Iterator[str]:
     yield "## Keys\n"
     yield ("Defaults are those of the schema. An option of a group may set another value (above). `null` is written `null`.\n\n"
            + PARTS)
-    ranges = {key: text for text, (_, _, keys) in _RANGES.items() for key in keys}
+    ranges = {key: text for text, (_, _, keys) in RANGES.items() for key in keys}
     for section, cls in schema_sections().items():
         yield f"### {section}.*\n"
         keys = _part_keys(section) if cls is dict else [

@@ -27,7 +27,7 @@ class Loader:
     """Reads a step's slots of one rank. It has no state: any step can be asked for."""
 
     def __init__(self, dataset: Dataset, *, global_batch: int, micro_batch: int, rank: int, ranks: int) -> None:
-        assert global_batch % (micro_batch * ranks) == 0, (global_batch, micro_batch, ranks)   # config/checks.py
+        assert global_batch % (micro_batch * ranks) == 0, (global_batch, micro_batch, ranks)   # config/rules/train.py
         assert 0 <= rank < ranks, (rank, ranks)
         self._dataset, self._micro_batch, self._rank, self._ranks = dataset, micro_batch, rank, ranks
         self.micro_batches = global_batch // (micro_batch * ranks)

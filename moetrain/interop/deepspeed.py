@@ -43,7 +43,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def adopt(run: Run) -> Run:
     """Hand the dense part of a run to ZeRO, before any checkpoint is read. Collective."""
     group = run.mesh["dense_grad"]
-    assert group.size == dist.get_world_size(), "config/checks.py: ZeRO shards over all ranks"
+    assert group.size == dist.get_world_size(), "config/rules/parallel.py: ZeRO shards over all ranks"
     experts, dense = _split(run.state.optimizer)
     zero = Zero(_start_engine(run, dense), group)
     reducer = ZeroReducer(zero, GradientReducer([(run.parallel.experts, run.mesh["expert_grad"])]))

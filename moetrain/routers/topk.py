@@ -6,7 +6,7 @@
     renorm            the same over their sum           Mixtral, Qwen3, GShard top-2
     softmax_of_topk   softmax of the chosen logits      GPT-OSS: the same function as renorm
 
-Padding chooses nothing. top_k = 1 with renormalised weights has no task gradient; config/checks.py refuses it. The choice
+Padding chooses nothing. top_k = 1 with renormalised weights has no task gradient; config/rules refuses it. The choice
 may be limited to a few groups of experts (routers/groups.py).
 
 Shapes: T tokens, D model width, E experts, K slots.

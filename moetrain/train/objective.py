@@ -29,7 +29,7 @@ class Objective:
 
     @property
     def pool(self) -> PoolRule | None:
-        """What the counts are pooled over: one rule for all losses (config/checks.py); None where none asks."""
+        """What the counts are pooled over: one rule for all losses (config/rules/losses.py); None where none asks."""
         rules = {loss.pool for loss in self.losses.values()} - {None}
         assert len(rules) <= 1, rules
         return next(iter(rules), None)

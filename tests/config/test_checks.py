@@ -1,12 +1,15 @@
 """Each rule between keys raises, with its own number and advice that works."""
 
+import importlib
 import inspect
+import pkgutil
 import re
 
 import pytest
 
-from moetrain.config import checks
+from moetrain.config import checks, rules
 from moetrain.config.compose import compose
+from moetrain.config.rules.model import moe_layers
 from moetrain.errors import ConfigErrors
 
 # overrides, number, what the advice says, overrides that follow the advice
@@ -97,10 +100,11 @@ def test_a_rule_refuses_and_its_advice_works(overrides: list[str], number: int, 
 
 
 def test_every_rule_is_raised_above() -> None:
-    written = {int(number) for number in re.findall(r"ConfigError\((\d+)", inspect.getsource(checks))}
+    modules = [importlib.import_module(f"{rules.__name__}.{found.name}") for found in pkgutil.iter_modules(rules.__path__)]
+    written = {int(number) for module in modules for number in re.findall(r"ConfigError\((\d+)", inspect.getsource(module))}
     assert {number for _, number, _, _ in BROKEN} == written
-    rules = {rule for rule in vars(checks).values() if inspect.isgeneratorfunction(rule)}
-    assert set(checks.RULES) == rules and len(checks.RULES) == len(rules)
+    defined = {rule for module in modules for rule in vars(module).values() if inspect.isgeneratorfunction(rule)}
+    assert set(checks.RULES) == defined and len(checks.RULES) == len(defined)
 
 
 def test_expert_parallelism_lists_the_degrees_that_work() -> None:
@@ -117,7 +121,7 @@ def test_parallel_modes_work_in_one_process() -> None:
 
 def test_leading_dense_layers_need_no_experts() -> None:
     config = compose(["model.first_dense_layers=1", "model.num_experts=[0,6]", "model.top_k=[0,2]"])
-    assert checks.moe_layers(config) == [(1, 6, 2)]
+    assert moe_layers(config) == [(1, 6, 2)]
 
 
 def test_torchrun_says_how_many_ranks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

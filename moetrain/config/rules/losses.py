@@ -1,0 +1,32 @@
+"""Rules about the balance loss and the further losses."""
+
+import math
+from collections.abc import Iterator
+
+from moetrain.config.schema import Config
+from moetrain.config.values import show
+from moetrain.errors import ConfigError
+
+
+def loss_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
+    for name, part in {"balance": config.balance, **{f"loss.{name}": part for name, part in config.loss.items()}}.items():
+        weight = part.get("weight", 0)
+        if not (math.isfinite(weight) and weight >= 0):
+            yield ConfigError(38, f"{name}.weight={show(weight)} is out of range", where=f"{name}.weight",
+                              why="a negative weight would reward what the loss is against", next=f"{name}.weight=0.01")
+
+
+def pools(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Counts are pooled by one rule for all losses."""
+    parts = {"balance": config.balance, **{f"loss.{name}": part for name, part in config.loss.items()}}
+    rules = {name: (part["scope"], part["mode"]) for name, part in parts.items()       # a value that is none has been taken away
+             if part.get("scope") in ("global", "node") and part.get("weight") and "mode" in part}
+    if len(set(rules.values())) > 1:
+        text = ", ".join(f"{name}: {scope}, {mode}" for name, (scope, mode) in rules.items())
+        yield ConfigError(75, "the losses want counts pooled in different ways", where=", ".join(rules), why=text,
+                          next="one scope and mode for all of them; further ones may have scope=micro or scope=sequence")
+    for name, rule in rules.items():
+        if rule == ("node", "warm"):
+            yield ConfigError(76, f"{name}.mode=warm with {name}.scope=node", where=f"{name}.mode",
+                              why="every machine would need a memory of its own step before, and checkpoints hold none",
+                              next=f"{name}.mode=buffer, or {name}.scope=global")

@@ -1,0 +1,104 @@
+"""Rules about the sizes of the network and about routers, which depend on them."""
+
+from collections.abc import Iterator
+from dataclasses import MISSING
+
+from moetrain.config.build import NoSuchPart, arguments
+from moetrain.config.rules.wording import choose, divisors
+from moetrain.config.schema import Config
+from moetrain.config.values import show
+from moetrain.errors import ConfigError
+
+
+def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        yield ConfigError(23, f"model.num_kv_heads={model.num_kv_heads} does not divide "
+                              f"model.num_heads={model.num_heads}",
+                          where="model.num_kv_heads, model.num_heads",
+                          why="every key-value head serves the same number of heads",
+                          next=choose("model.num_kv_heads", divisors(model.num_heads)))
+    if model.head_dim is None and model.dim % model.num_heads:
+        yield ConfigError(24, f"model.num_heads={model.num_heads} does not divide model.dim={model.dim}",
+                          where="model.num_heads, model.dim",
+                          why="model.head_dim is null, so a head is dim / num_heads wide",
+                          next=f"{choose('model.num_heads', divisors(model.dim))}; or set model.head_dim")
+        return
+    head_dim = model.head_dim or model.dim // model.num_heads
+    if head_dim % 2:
+        yield ConfigError(25, f"a head is {head_dim} wide, an odd number",
+                          where="model.head_dim" if model.head_dim else "model.dim, model.num_heads",
+                          why="the rotary embedding turns pairs of numbers", next=f"model.head_dim={head_dim + 1}")
+
+
+def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
+    model = config.model
+    if model.first_dense_layers > model.num_layers:
+        yield ConfigError(26, f"model.first_dense_layers={model.first_dense_layers} is more than "
+                              f"model.num_layers={model.num_layers}",
+                          where="model.first_dense_layers, model.num_layers",
+                          why="the dense layers are the first of all layers",
+                          next=f"model.first_dense_layers={model.num_layers} or less")
+    for name in ("num_experts", "top_k"):
+        entries = getattr(model, name)
+        if isinstance(entries, list) and len(entries) != model.num_layers:
+            repaired = (entries + entries[-1:] * model.num_layers)[:model.num_layers]
+            yield ConfigError(27, f"model.{name} has {len(entries)} entries for {model.num_layers} layers",
+                              where=f"model.{name}, model.num_layers",
+                              why="a list has one entry per layer (those of leading dense layers are ignored)",
+                              next=f"model.{name}={show(repaired)}" if entries else f"model.{name}=<number>")
+
+
+def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
+    for layer, num_experts, top_k in moe_layers(config):
+        if num_experts < 1 or top_k < 1:
+            yield ConfigError(28, f"layer {layer} has num_experts={num_experts} and top_k={top_k}",
+                              where="model.num_experts, model.top_k",
+                              why="a layer with experts needs at least one of each",
+                              next="model.first_dense_layers=<n> for leading layers without experts")
+        elif top_k > num_experts:
+            yield ConfigError(29, f"model.top_k={top_k} is more than model.num_experts={num_experts} (layer {layer})",
+                              where="model.top_k, model.num_experts", why="a token takes each expert at most once",
+                              next=f"model.top_k={num_experts} or model.num_experts={top_k}")
+        else:
+            continue
+        return   # one layer shows it
+
+
+def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
+    weights = config.router.get("weights")
+    try:
+        weights = weights or arguments(str(config.router.get("_target_", "")))["weights"].default
+    except (NoSuchPart, KeyError):
+        return
+    if weights not in (MISSING, "raw") and any(top_k == 1 for _, _, top_k in moe_layers(config)):
+        yield ConfigError(30, f"model.top_k=1 with router.weights={weights} cannot train the router",
+                          where="model.top_k, router.weights",
+                          why="the renormalised weight of one expert is always 1: the task gives the router no gradient",
+                          next="router.weights=raw")
+
+
+def groups(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Groups of experts are equal, and those that a token may use hold enough experts, in every layer."""
+    chosen = config.router.get("num_groups", 1), config.router.get("topk_groups", 1)
+    sizes = [(num_experts, top_k) for _, num_experts, top_k in moe_layers(config) if 1 <= top_k <= num_experts]
+
+    def works(number: int, used: int) -> bool:
+        return 1 <= used <= number and all(n % number == 0 and used * (n // number) >= k for n, k in sizes)
+
+    if sizes and not works(*chosen):
+        most = max(n for n, _ in sizes)
+        pairs = [(number, used) for number in divisors(most) for used in range(1, number + 1) if works(number, used)]
+        number, used = min(pairs, key=lambda pair: (pair[0] != chosen[0], pair[1] != chosen[1], pair))
+        yield ConfigError(63, "router.num_groups={} with router.topk_groups={} does not fit the experts".format(*chosen),
+                          where="router.num_groups, router.topk_groups, model.num_experts, model.top_k",
+                          why="num_groups divides model.num_experts; topk_groups groups hold model.top_k experts or more",
+                          next=f"router.num_groups={number} router.topk_groups={used}")
+
+
+def moe_layers(config: Config) -> list[tuple[int, int, int]]:
+    """(layer, num_experts, top_k) of every layer with experts; lists that are too short end early."""
+    model = config.model
+    spread = [entries if isinstance(entries, list) else [entries] * model.num_layers
+              for entries in (model.num_experts, model.top_k)]
+    return [(layer, *sizes) for layer, sizes in enumerate(zip(*spread)) if layer >= model.first_dense_layers]

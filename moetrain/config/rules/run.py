@@ -1,0 +1,22 @@
+"""Rules about the run: its name and where it stops."""
+
+from collections.abc import Iterator
+
+from moetrain.config.schema import Config
+from moetrain.errors import ConfigError
+
+
+def run_name(config: Config, ranks: int) -> Iterator[ConfigError]:
+    name = config.run.name
+    if not name.strip() or "/" in name or "\\" in name or name.startswith("."):
+        yield ConfigError(21, f"run.name={name!r} cannot name a directory", where="run.name",
+                          why="the run's directory is runs/<name>, so a name has no slash and no leading dot",
+                          next="run.name=demo, or run.dir=<path> for another place")
+
+
+def stop(config: Config, ranks: int) -> Iterator[ConfigError]:
+    run = config.run
+    if run.stop_at is not None and run.stop_at > run.steps:
+        yield ConfigError(22, f"run.stop_at={run.stop_at} is behind run.steps={run.steps}",
+                          where="run.stop_at, run.steps", why="a run ends after run.steps",
+                          next=f"run.stop_at={run.steps} or run.steps={run.stop_at}")
