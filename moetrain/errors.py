@@ -17,6 +17,10 @@ Every error has a code `E-<AREA>-<n>` and four parts: what, where (key or file),
 
 from collections.abc import Sequence
 
+from moetrain.files import shown
+
+CONTINUED = "\n" + 10 * " "       # in a part: goes on in the next line, below its beginning
+
 
 class MoETrainError(Exception):
     """Base class; `code` is the exit code of the process."""
@@ -30,7 +34,10 @@ class MoETrainError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return f"{self.id}  {self.what}\n  where   {self.where}\n  why     {self.why}\n  try     {self.next}"
+        """On the terminal: parts hold names and texts from outside, whose control characters are escaped."""
+        what, where, why, next = (CONTINUED.join(map(shown, str(part).split(CONTINUED)))
+                                  for part in (self.what, self.where, self.why, self.next))
+        return f"{self.id}  {what}\n  where   {where}\n  why     {why}\n  try     {next}"
 
 
 class ConfigError(MoETrainError):

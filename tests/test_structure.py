@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+# Each for one purpose, imported by cli/ alone.
+WINGS = ("peft", "transform", "upcycle", "compress", "steer", "interop", "trace", "report")
 # From the ground up. A file imports from lines below its own, or from its own room.
 ORDER = (
+    ("files",),
     ("errors",),
     ("ops", "plan", "config"),
     ("comm", "routers", "data"),
@@ -18,14 +21,13 @@ ORDER = (
     ("parallel",),
     ("model",),
     ("generate", "train"),
-    ("peft", "transform", "upcycle", "compress", "steer", "interop", "trace", "report"),
+    WINGS,
     ("launch",),
     ("nodes",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {room: level for level, line in enumerate(ORDER) for room in line}
-WINGS = ORDER[7]
 # launch and nodes speak when ranks cannot: before there is a console, or when one was killed.
 MAY_PRINT = ("cli", "__main__", "launch", "nodes")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -1,0 +1,148 @@
+"""Read files that anybody may have put there, and show names that anybody may have chosen. Standard library alone.
+
+    open_regular    a file, opened without waiting; FIFOs, devices, folders and links to nowhere are refused by their name
+    read_bytes      all of it, up to a limit          read_text    as UTF-8          read_json    parsed
+    parse_json      JSON that is not nested without end
+    reason          what is wrong, for the `why` of an error
+    shown           a text whose control characters are escaped
+
+Whatever is wrong with the file raises OSError, whatever is wrong with its content ValueError; nothing else is raised.
+"""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+SMALL = 1 << 20                  # bytes: more than any record of one object that a run writes
+MOST_DEPTH = 64                  # brackets inside each other: more than anything here writes
+_JOINERS = "\u200c\u200d"        # they change how letters look (Persian, Hindi, emoji) and nothing else
+
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+          (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+
+
+class NotAFileError(OSError):
+    """The path leads to something that is there and is not a regular file."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(errno.EINVAL, f"it is {what}, not a file", str(path))
+
+
+def open_regular(path: Path, *, links: bool = True) -> BinaryIO:
+    """Open a regular file for reading. links: whether the path itself may be a link."""
+    return open(open_descriptor(path, os.O_RDONLY, links=links), "rb")
+
+
+def open_descriptor(path: Path, flags: int, *, links: bool = True) -> int:
+    """`os.open` that never waits and gives regular files alone. A new file gets mode 0644.
+
+    With O_CREAT a link to nowhere is refused as well: what it names may lie anywhere.
+    """
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if links else os.O_NOFOLLOW)
+    try:
+        if flags & os.O_CREAT and not flags & os.O_EXCL:
+            descriptor = _open_or_create(path, flags & ~os.O_CREAT)
+        else:
+            descriptor = os.open(path, flags, 0o644)
+    except ValueError as error:                              # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    except OSError as error:
+        raise _named(path, error, links) from error
+    if what := _what_else(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotAFileError(path, what)
+    return descriptor
+
+
+def _open_or_create(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:                                  # another process was quicker
+        return os.open(path, flags)
+
+
+def _named(path: Path, error: OSError, links: bool) -> OSError:
+    """The error, or a better one where the path leads to something that is no file."""
+    if error.errno == errno.ELOOP:
+        return NotAFileError(path, "a circle of links" if links or not os.path.islink(path) else "a link")
+    if error.errno == errno.ENOENT and os.path.islink(path):
+        return NotAFileError(path, "a link that leads nowhere")
+    try:
+        what = _what_else(os.stat(path).st_mode)             # a socket, or a pipe without a reader: ENXIO
+    except OSError:
+        what = None
+    return NotAFileError(path, what) if what else error
+
+
+def _what_else(mode: int) -> str | None:
+    """What it is if it is no regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    return next((name for fits, name in _KINDS if fits(mode)), "something else")
+
+
+def read_bytes(path: Path, *, limit: int, links: bool = True) -> bytes:
+    """The content of a regular file that is no longer than `limit` bytes."""
+    with open_regular(path, links=links) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is longer than {limit:,} bytes", str(path))
+    return content
+
+
+def read_text(path: Path, *, limit: int = SMALL) -> str:
+    """The content of a regular file as UTF-8."""
+    return read_bytes(path, limit=limit).decode("utf-8")
+
+
+def read_json(path: Path, *, limit: int = SMALL, depth: int = MOST_DEPTH) -> Any:
+    """The value that a regular file holds as JSON."""
+    return parse_json(read_bytes(path, limit=limit), depth=depth)
+
+
+def parse_json(content: str | bytes, *, depth: int = MOST_DEPTH) -> Any:
+    """`json.loads` whose result is nested at most `depth` deep, so that it can be walked, printed and compared."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {depth} deep") from None
+    level = [value]
+    for _ in range(depth + 1):
+        level = [child for node in level if isinstance(node, (dict, list))
+                 for child in (node.values() if isinstance(node, dict) else node)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {depth} deep")
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, as a short text for the `why` of an error."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return said or type(error).__name__
+
+
+def shown(text: object, most: int | None = None) -> str:
+    """Text from outside, safe on a terminal and on one line: what does not print is escaped as in Python.
+
+    A byte of a file name that is not UTF-8 appears as `\\xe9`. most: characters that are left; a longer text is cut.
+    """
+    text = str(text)
+    safe = text if text.isprintable() else "".join(map(_printable, text))
+    return safe if most is None or len(safe) <= most else safe[:most - 1] + "…"
+
+
+def _printable(char: str) -> str:
+    if char.isprintable() or char in _JOINERS:
+        return char
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:                             # surrogateescape: a byte
+        return f"\\x{code - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
