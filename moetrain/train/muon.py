@@ -21,6 +21,13 @@ So the precision is that of the parameters unless bfloat16 is chosen, which is f
 An expert without tokens has a zero gradient and goes on along its momentum, at full length, as it would not under AdamW:
 the length of the momentum does not count. From zero momentum it stays where it is, but for decay.
 
+Nor may it count where a gradient is zero but for rounding, as those of query and key rows are for sequences of one token:
+rounding differs from mesh to mesh, and would be stretched to a full step. In float32 such gradients have 1e-9 to 3e-8 of
+the length of all gradients together, and torch's own bound, a length of 1e-7, lets most of that through. So a matrix whose
+direction is shorter than `ROUNDING` machine epsilons times the norm of all gradients, after clipping, is not moved. The
+epsilon is that of the stored gradients: what computing in bfloat16 rounds beyond that is not seen. Inside a matrix that is
+moved, directions in which its singular values are rounding alone grow by at most 3.4445 in each iteration.
+
 Iterating needs whole matrices. Momentum is stored like its parameter; where FSDP2 has cut matrices up (parallel/pieces.py),
 the direction is gathered, every rank iterates the same whole matrices, and each takes the rows that are its own. That costs a
 gathering of the hidden matrices a step, and the iteration is not divided between the ranks. Stacks that are cut between
@@ -42,6 +49,7 @@ from moetrain.parallel.pieces import local, shard_of
 
 Group = dict[str, Any]                       # params, lr, weight_decay, and what the caller wants to find in it again
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)     # Jordan: steep at 0; what is not tiny ends between 0.68 and 1.2
+ROUNDING = 4                                 # measured: rounding reaches 0.3 epsilons, the smallest gradient of an expert 4e-3 of the norm
 
 
 class Settings(NamedTuple):
@@ -56,7 +64,8 @@ class Settings(NamedTuple):
 class MuonAdamW(torch.optim.Optimizer):
     """One optimizer to its users: `param_groups` and `state`, by parameter, are those of both.
 
-    model: says which rows of a parameter are a matrix. hidden: groups for Muon, of parameters of two or three dimensions.
+    model: says which rows of a parameter are a matrix. hidden: groups for Muon, of parameters of two or three dimensions;
+    their `gradient_norm`, of all gradients of the step, says what is rounding (0 unless it is set: nothing but zeros).
     rest: groups for AdamW. adamw: what torch's class takes for all of them.
     """
 
@@ -76,28 +85,29 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.hidden:
             for parameter in group["params"]:
-                self._step(parameter, group["lr"], group["weight_decay"])
+                self._step(parameter, group["lr"], group["weight_decay"], group.get("gradient_norm", 0.0))
         self.adamw.step()
 
-    def _step(self, parameter: nn.Parameter, rate: float, decay: float) -> None:
+    def _step(self, parameter: nn.Parameter, rate: float, decay: float, gradient_norm: float) -> None:
         """Waits for the other ranks where the matrices of the parameter are cut up."""
         gradient, mine = local(parameter.grad), local(parameter.data)
         momentum = local(self.state[parameter]["momentum_buffer"]).lerp_(gradient, 1 - self.settings.momentum)
         direction = gradient.lerp(momentum, self.settings.momentum)
+        floor = ROUNDING * torch.finfo(direction.dtype).eps * gradient_norm
         mine.mul_(1 - rate * decay)
         dim, begin = shard_of(parameter)
         if isinstance(parameter, DTensor) and dim == parameter.ndim - 2:             # matrices are cut, between their rows
-            update = self._update(parameter, whole(direction, parameter)).narrow(dim, begin, mine.shape[dim])
+            update = self._update(parameter, whole(direction, parameter), floor).narrow(dim, begin, mine.shape[dim])
         else:
-            update = self._update(parameter, direction)
+            update = self._update(parameter, direction, floor)
         mine.add_(update, alpha=-rate)
 
-    def _update(self, parameter: nn.Parameter, direction: Tensor) -> Tensor:
+    def _update(self, parameter: nn.Parameter, direction: Tensor, floor: float) -> Tensor:
         """Orthogonal and scaled, matrix by matrix; stored like the direction."""
         compute = torch.bfloat16 if self.settings.bfloat16 else direction.dtype
         stacked = direction if direction.ndim == 3 else direction[None]
         kinds = stacked.split(self.rows.get(parameter, stacked.shape[1]), 1)         # matrices of one kind, of all experts
-        updates = [orthogonalize(kind_MAB.to(compute), self.settings.iterations).to(direction.dtype)
+        updates = [orthogonalize(kind_MAB.to(compute), self.settings.iterations, floor).to(direction.dtype)
                    * scale(*kind_MAB.shape[1:], self.settings.adjust) for kind_MAB in kinds]
         return torch.cat(updates, 1).view(direction.shape)
 
@@ -120,12 +130,16 @@ def matrix_rows(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     return rows
 
 
-def orthogonalize(x_MAB: Tensor, iterations: int) -> Tensor:
-    """The matrices with singular values near 1 and the same singular vectors; zeros stay zeros."""
+def orthogonalize(x_MAB: Tensor, iterations: int, floor: float = 0.0) -> Tensor:
+    """The matrices with singular values near 1 and the same singular vectors.
+
+    Zeros, and matrices whose Frobenius norm is at most `floor`, become zeros.
+    """
     a, b, c = COEFFICIENTS
     tall = x_MAB.shape[1] > x_MAB.shape[2]
     x = x_MAB.mT if tall else x_MAB
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)     # then none is above 1
+    length_M11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    x = (x / length_M11.clamp(min=1e-7)).masked_fill(length_M11 <= floor, 0.0)        # then no singular value is above 1
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

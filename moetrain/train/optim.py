@@ -88,6 +88,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
+def set_gradient_norm(optimizer: torch.optim.Optimizer, norm: float) -> None:
+    """Give every group the norm of all gradients as they are now, clipped: Muon tells rounding from gradients by it."""
+    for group in optimizer.param_groups:
+        group["gradient_norm"] = norm
+
+
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Create AdamW's moments and step counters as zeros, as its first step would, without taking a step.
 

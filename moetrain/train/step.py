@@ -20,7 +20,7 @@ from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.errors import NonFiniteError
 from moetrain.parallel.expert import global_norm, scale_gradients
 from moetrain.train.metrics import SumBuffer, balance_metrics, flat_counts, forecast_metrics, peak_memory, split_by_router
-from moetrain.train.optim import learning_rate, set_learning_rate
+from moetrain.train.optim import learning_rate, set_gradient_norm, set_learning_rate
 from moetrain.train.passes import forwards, to_device
 from moetrain.train.setup import Run
 
@@ -67,9 +67,10 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     counts_L = sum_over(mesh["batch"], local.clone()) if forward.counts_L is None else forward.counts_L
     counts = split_by_router(counts_L, routers)
     stop_if_not_finite(step, summed.cross_entropy, norm)
-    scale_gradients([*run.parallel.dense, *run.parallel.experts], norm, config.train.clip)
+    clipped_norm = scale_gradients([*run.parallel.dense, *run.parallel.experts], norm, config.train.clip)
     rate = learning_rate(step, config.run.steps, config.optim)
     set_learning_rate(run.state.optimizer, rate)
+    set_gradient_norm(run.state.optimizer, clipped_norm)
     with record_function("optimizer"):
         run.state.optimizer.step()
     model.end_of_step(counts, summed.leans)

@@ -99,6 +99,33 @@ def test_rows_follow_the_layers_sizes():
     assert rows["layers.1.moe.experts.bank.gate_up"] == [12, 12] and len(rows) == 3 + 1 + 2 * 2
 
 
+# Sequences of one token: attention gives back the value, so the gradients of query and key rows are zero but for rounding,
+# as experts have it whose tokens cancel. Ten iterations would make 2e5 times as much of it.
+ONE_TOKEN = [*MUON, "train.seq_len=1", "optim.muon_ns_steps=10", "optim.weight_decay=0"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_gradients_that_are_rounding_alone_move_nothing(dtype):
+    run = make_run([*ONE_TOKEN, f"run.dtype={dtype}"])
+    before = {name: part.detach().clone() for name, part in hidden_parts(run).items()}
+    noise = 0.0
+    for step in (1, 2, 3):
+        train_step(run, step)
+        noise = max(noise, *(part.abs().max().item() for name, part in gradients(run).items() if name[-2:] in ("/q", "/k")))
+    assert 0 < noise < 1e-7                                          # not exact zeros: the test would show nothing
+    still = {name for name, part in hidden_parts(run).items() if torch.equal(part, before[name])}
+    assert still == {f"layers.{layer}.attention.qkv/{rows}" for layer in (0, 1) for rows in "qk"}
+
+
+def test_rounding_is_measured_by_all_gradients_and_small_matrices_beside_large_ones_are_moved():
+    x_MAB = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_MAB *= torch.tensor([1.0, 1e-12, 1e-17]).view(3, 1, 1)
+    whole_MAB = orthogonalize(x_MAB * 1e7, 5)                        # 1e7: above the smallest length that is divided by
+    floored_MAB = orthogonalize(x_MAB * 1e7, 5, floor=2e-16 * 1e7)
+    assert torch.equal(floored_MAB[:2], whole_MAB[:2]) and whole_MAB[2].any() and not floored_MAB[2].any()
+    assert orthogonalize(torch.full((1, 2, 2), float("nan")), 5, floor=1.0).isnan().all()
+
+
 FORCED = {"layers.0.moe": [0, 1], "layers.1.moe": [7, 6]}
 
 
@@ -135,6 +162,16 @@ def test_two_ranks_give_what_one_process_gives(ranks, mode, forced):
     assert error <= 1e-10, (name, error)
     for mine, theirs in zip(ours.metrics, truth.metrics):
         assert mine["loss/ce"] == pytest.approx(theirs["loss/ce"], abs=1e-10)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", ["ep", "fsdp"])
+def test_gradients_that_are_rounding_alone_are_the_same_on_two_ranks(ranks, mode):
+    overrides = [*ONE_TOKEN, "run.dtype=float64"]
+    split = [*overrides, f"parallel={mode}", "run.nproc=2", "train.micro_batch=4"]
+    ours, truth = union(ranks(2).run(train_steps, split, 5)), alone(overrides, 5)
+    error, name = difference(ours.parameters, truth.parameters)
+    assert error <= 1e-10, (name, error)
 
 
 @pytest.mark.ranks
