@@ -1,29 +1,37 @@
 #!/usr/bin/env bash
-# From a bare clone to a trained sparse MoE language model:   bash launch/quickstart.sh [overrides]
+# From a bare clone to a trained sparse MoE language model:   bash launch/quickstart.sh [overrides of moetrain train]
 #
 # Makes .venv, prepares the built-in corpus, trains 0.95 M parameters (two CPU ranks that share the experts, or one GPU),
 # evaluates beside n-gram models, draws the expert load, writes some text. Run it again: it goes on, or says it is done.
+# All of it is about the run that the overrides name: run.name=mine, experiment=debug, model.num_experts=16, ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
+ensure_environment
 
-run=runs/quickstart
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    ranks=()
-else
-    ranks=(parallel=ep run.nproc=2)        # two ranks of one thread are the fastest way to use two cores
-fi
+ranks=(parallel=ep run.nproc=2)            # two ranks of one thread are the fastest way to use two cores
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && ranks=()
+for word in "$@"; do
+    case "$word" in
+    -*) echo "launch/quickstart.sh takes overrides, key=value, and was given $word; moetrain train --help lists them" >&2
+        exit 2 ;;
+    parallel=*) ranks=() ;;                # another mode brings its own number of ranks
+    esac
+done
+run=(experiment=quickstart "$@")           # every command finds the run by the overrides that trained it
 
-moetrain train experiment=quickstart "${ranks[@]}" "$@"
+moetrain train "${run[@]:0:1}" "${ranks[@]}" "${run[@]:1}"
 echo
-moetrain eval run.name=quickstart eval.ngram=4
+moetrain eval "${run[@]:0:1}" eval.ngram=4 "${run[@]:1}"
 echo
-moetrain generate run.name=quickstart generate.prompt="def main(" generate.tokens=160
+# 2: the run was trained on tokens that stand for no text, and generate has said so.
+moetrain generate "${run[@]:0:1}" generate.prompt="def main(" generate.tokens=160 "${run[@]:1}" || [ $? -eq 2 ]
+
 cat <<END
 
-The run is in $run: metrics.jsonl, eval.jsonl, loads.npz, checkpoints/, report/expert_load.png
+The folder of the run, named above, has metrics.jsonl, eval.jsonl, loads.npz, checkpoints/ and report/expert_load.png
 Next:
-  moetrain generate run.name=quickstart generate.prompt="import "           more text
+  moetrain generate$(printf ' %q' "${run[@]}") generate.prompt="import "
   moetrain train experiment=quickstart run.name=micro balance=micro          the same run, balanced inside micro-batches
   moetrain train run.name=mine data.path=/path/to/text run.steps=500         your own text
   moetrain --help                                                           everything else

@@ -6,7 +6,8 @@
 # full products instead of pairs of factors, and what is marked full.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh dev,hf,deepspeed,megatron
+. launch/environment.sh
+ensure_environment dev,hf,deepspeed,megatron
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # ranks share the cores
 exec python -m pytest tests -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -1,0 +1,104 @@
+"""What the scripts of launch/ and tools/ hand on: the caller's overrides, whole, to commands that are all about one run.
+
+The scripts are the real ones, in a checkout whose .venv records how it is called instead of training.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetrain.__main__ import main
+from moetrain.config.compose import compose, run_dir
+
+ROOT = Path(__file__).parents[2]
+# Blanks, quotes, a comma, brackets, a glob and what a shell would run.
+AWKWARD = ["run.dir=runs/it's a 2, (x) run", "data.path=$(touch hit) *", 'generate.prompt=say "hi"', "loss=[z]", "model.num_experts=16"]
+RECORDER = """#!{python}
+import json, os, sys
+with open(os.environ["RECORD"], "a") as record:
+    record.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+sys.exit(sys.argv[1] == "-c")       # quickstart.sh asks for a GPU: there is none
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the scripts, and a .venv that is up to date; python there does without its packages."""
+    for folder in ("launch", "tools"):
+        (tmp_path / folder).mkdir()
+    for script in [*(ROOT / "launch").iterdir(), ROOT / "tools" / "test.sh"]:
+        shutil.copy(script, tmp_path / script.parent.name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    bin = tmp_path / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    wanted = hashlib.sha256((tmp_path / "pyproject.toml").read_bytes()).hexdigest()
+    (tmp_path / ".venv" / ".moetrain").write_text(f"{wanted} [dev,hf,deepspeed,megatron]\n")
+    for name in ("moetrain", "python", "pip", "srun", "scontrol"):
+        (bin / name).write_text(RECORDER.format(python=sys.executable))
+        (bin / name).chmod(0o755)
+    (bin / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
+    return tmp_path
+
+
+def called(checkout: Path, script: str, *words: str, **settings: str) -> list[list[str]]:
+    """The commands that a script ran: program and arguments."""
+    record = checkout / "record"
+    record.write_text("")
+    environment = {**os.environ, "RECORD": str(record), "PYTHON": sys.executable, **settings}
+    done = subprocess.run(["bash", str(checkout / script), *words], env=environment, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not (checkout / "hit").exists()
+    return [json.loads(line) for line in record.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script, command, settings", [
+    ("launch/debug.sh", ["python", "-m", "moetrain", "train", "experiment=debug"], {}),
+    ("launch/node.sh", ["python", "-m", "moetrain.nodes"], {}),
+    ("launch/nodes.sh", ["python", "-m", "moetrain.nodes"], {}),
+    ("launch/slurm.sbatch", ["python", "-m", "moetrain.nodes"], {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"}),
+    ("tools/test.sh", ["python", "-m", "pytest", "tests", "-n", "2", "--dist", "loadfile"], {})])
+def test_every_script_hands_its_words_on(checkout: Path, script: str, command: list[str], settings: dict[str, str]) -> None:
+    settings = {**settings, "PATH": f"{checkout / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    if script.endswith("sbatch"):                        # Slurm starts it in the folder of sbatch
+        settings["PYTHON"] = str(checkout / ".venv" / "bin" / "python")
+    ran = [words for words in called(checkout, script, *AWKWARD, **settings) if words[0] == "python"]
+    assert ran == [[*command, *AWKWARD]]
+
+
+@pytest.mark.parametrize("words, directory", [
+    ([], "runs/quickstart"), (["run.name=qs16", "run.steps=4"], "runs/qs16"), (AWKWARD, "runs/it's a 2, (x) run"),
+    (["parallel=single"], "runs/quickstart"), (["experiment=debug"], "runs/debug"), (["run.nproc=4"], "runs/quickstart"),
+    (["parallel=ddp", "run.nproc=2"], "runs/quickstart")])
+def test_quickstart_is_about_one_run(checkout: Path, words: list[str], directory: str) -> None:
+    ran = [call[1:] for call in called(checkout, "launch/quickstart.sh", *words) if call[0] == "moetrain"]
+    assert [verb for verb, *_ in ran] == ["train", "eval", "generate"]
+    assert all(rest[0] == "experiment=quickstart" and rest[len(rest) - len(words):] == words for _, *rest in ran)
+    assert str(run_dir(compose(ran[0][1:]))) == directory       # and what the script adds goes with what was typed
+
+
+def test_quickstart_trains_evaluates_and_continues_the_run_that_is_named(
+        checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    words = ["run.dir=runs/it's mine", "run.steps=2", "model.num_experts=4", "model.dim=16", "model.expert_dim=8", "parallel=single",
+             "eval.windows=1", "generate.tokens=2", "data.path=text", "log.wandb=off"]
+    (tmp_path / "text").mkdir()
+    for number in range(30):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} the quick brown fox. " * 40)
+    monkeypatch.chdir(tmp_path)
+    for call in called(checkout, "launch/quickstart.sh", *words):
+        if call[0] == "moetrain":
+            assert main(call[1:]) == 0
+    said = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["it's mine"]
+    assert "runs/it's mine, step 2" in said and "order 4" in said and "def main(" in said
+
+
+def test_quickstart_refuses_flags(checkout: Path) -> None:
+    done = subprocess.run(["bash", str(checkout / "launch" / "quickstart.sh"), "-m", "run.seed=1,2"], text=True, capture_output=True,
+                          env={**os.environ, "RECORD": str(checkout / "record"), "PYTHON": sys.executable}, timeout=60)
+    assert done.returncode == 2 and "was given -m" in done.stderr
