@@ -27,6 +27,7 @@ from moetrain.ops.router_sums import RouterSums
 from moetrain.routers import base
 from moetrain.train import passes, step
 from moetrain.train.metrics import SumBuffer
+from moetrain.train.objective import LossShare
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import train_step
 
@@ -64,8 +65,8 @@ def nothing_counted(run: Run) -> Iterator[None]:
     zero, zeros_E = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((), next(iter(routers.values()))))
     sums = RouterSums(zero, zeros_E, zeros_E.float(), zero.float(), zero.float(), zero, zero)
 
-    def add(self: SumBuffer, cross_entropy: torch.Tensor, total: torch.Tensor, stacks: object) -> None:
-        self.flat[:2] += torch.stack([cross_entropy.detach().double(), total.detach().double()])
+    def add(self: SumBuffer, cross_entropy: torch.Tensor, share: LossShare, stacks: object) -> None:
+        self.flat[:2] += torch.stack([cross_entropy.detach().double(), share.total.detach().double()])
         self.flat[6] += 1                    # micro-batches
 
     def flat(stacks: object, device: torch.device) -> torch.Tensor:

@@ -44,6 +44,7 @@ RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     data.data_path,
     optim.betas,
     losses.loss_weights,
+    losses.loss_names,
     losses.pools,
     ranges.part_numbers,
     parallel.engine,

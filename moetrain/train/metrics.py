@@ -15,6 +15,7 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
 from moetrain.routers.base import RoutingStats, Stack, by_stack, lean
+from moetrain.train.objective import LossShare
 
 
 class StepSums(NamedTuple):
@@ -26,12 +27,13 @@ class StepSums(NamedTuple):
     violations: float                        # how many were added
     dropped: float                           # slots dropped by a capacity policy, all routers together
     entropy: float                           # of the routers' probabilities, nats, over tokens and routers
+    terms: dict[str, float]                  # what every auxiliary loss adds to `total`, by name
     prob_sums_L: Tensor                      # of all routers, flat
     leans: dict[str, Tensor]                 # of routers that want them (routers/base.py), the mean over micro-batches [E]
     votes: list[float]                       # those of train/step.py, on their way with the rest
 
 
-HEAD = 7                                     # numbers of a SumBuffer before those of the routers
+HEAD = 7                                     # numbers of a SumBuffer before those of the losses and routers
 
 
 def flat_counts(stacks: Sequence[Stack], device: torch.device) -> Tensor:
@@ -53,16 +55,18 @@ class SumBuffer:
     """Collects the float64 sums of a step on this rank, then adds them over the ranks in one collective."""
 
     def __init__(self, routers: Mapping[str, int], device: torch.device, votes: Sequence[int] = (),
-                 leaning: Sequence[str] = ()) -> None:
-        """leaning: routers whose leans are wanted."""
-        self.routers, self.leaning = routers, {router: routers[router] for router in leaning}
+                 leaning: Sequence[str] = (), losses: Sequence[str] = ()) -> None:
+        """leaning: routers whose leans are wanted. losses: the auxiliary ones that are trained on."""
+        self.routers, self.leaning, self.losses = routers, {router: routers[router] for router in leaning}, tuple(losses)
         self.votes = torch.tensor(votes, dtype=torch.float64, device=device)
-        self.sizes = [HEAD, sum(routers.values()), sum(self.leaning.values())]
+        self.sizes = [HEAD, len(self.losses), sum(routers.values()), sum(self.leaning.values())]
         self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, cross_entropy: Tensor, total: Tensor, stacks: Sequence[Stack]) -> None:
-        head = torch.stack([cross_entropy.double(), total.double(), *self._of_routers(stacks), self.flat.new_ones(())])
+    def add(self, cross_entropy: Tensor, share: LossShare, stacks: Sequence[Stack]) -> None:
+        zero = self.flat.new_zeros(())
+        terms = (share.terms.get(name, zero).double() for name in self.losses)
+        head = torch.stack([cross_entropy.double(), share.total.double(), *self._of_routers(stacks), self.flat.new_ones(()), *terms])
         leans = (lean_E for stack in stacks if self.leaning for router, lean_E in zip(stack.routers, lean(stack.stats.counts_E))
                  if router in self.leaning)
         self.flat += torch.cat([head, *(stack.stats.prob_sum_E.flatten() for stack in stacks), *leans])
@@ -75,9 +79,11 @@ class SumBuffer:
         return [sum(rest, first).double() for first, *rest in zip(*of)]
 
     def sum_over(self, group: Group) -> StepSums:
-        head, prob_sums, leans, votes = sum_over(group, torch.cat([self.flat, self.votes])).split([*self.sizes, len(self.votes)])
+        summed = sum_over(group, torch.cat([self.flat, self.votes]))
+        head, terms, prob_sums, leans, votes = summed.split([*self.sizes, len(self.votes)])
         *sums, micro_batches = head.tolist()
-        return StepSums(*sums, prob_sums, split_by_router(leans / micro_batches, self.leaning), votes.tolist())
+        return StepSums(*sums, dict(zip(self.losses, terms.tolist())), prob_sums,
+                        split_by_router(leans / micro_batches, self.leaning), votes.tolist())
 
 
 def _summed(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,6 +92,16 @@ def _summed(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slots_R = stats.active_sum
     over_R = stats.counts_E.amax(-1).double() * stats.counts_E.shape[-1] / slots_R.clamp(min=1) - 1
     return over_R.where(slots_R > 0, 0).sum(), (slots_R > 0).sum(), stats.dropped.sum(), stats.entropy_sum.sum()
+
+
+def loss_metrics(terms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    """What every auxiliary loss adds to loss/total, and its value without the weight.
+
+    The balance loss has no value here: that is reported from the pooled counts of the step (`balance_metrics`), whatever
+    its scope and mode trained on.
+    """
+    return {**{f"loss/weighted/{name}": term for name, term in terms.items()},
+            **{f"loss/{name}": term / weights[name] for name, term in terms.items() if name != "balance"}}
 
 
 def balance_metrics(counts_L: Tensor, sums: StepSums, routers: Mapping[str, int], tokens: int) -> dict[str, float]:

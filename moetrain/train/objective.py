@@ -10,6 +10,7 @@ Shapes: B sequences, S positions, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,13 @@ from torch.profiler import record_function
 
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.routers.base import Stack
+
+
+class LossShare(NamedTuple):
+    """A micro-batch's share of the loss of the step."""
+
+    total: Tensor                            # cross-entropy and all terms
+    terms: dict[str, Tensor]                 # of the auxiliary losses by name, weights included, without graph
 
 
 class Objective:
@@ -39,7 +47,12 @@ class Objective:
         """Whether a loss wants sums for every sequence."""
         return any(getattr(loss, "per_sequence", False) for loss in self.losses.values())
 
-    def backward(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Callable[[], Sequence[Pooled]], tokens: Tensor) -> Tensor:
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the losses that are trained on: one of weight 0 is never asked."""
+        return {name: loss.weight for name, loss in self.losses.items() if loss.weight and self.num_routers}
+
+    def backward(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Callable[[], Sequence[Pooled]], tokens: Tensor) -> LossShare:
         """Runs backward from this micro-batch's share of the loss; what it comes to, without graph.
 
         pooled: asked when the loss is formed, or, where gradients are attached, not before the head's backward has passed.
@@ -48,21 +61,22 @@ class Objective:
             with record_function("backward"):
                 (cross_entropy / tokens.clamp(min=1)).backward()         # the identity node asks
             with torch.no_grad():
-                return self.total(cross_entropy, stacks, pooled(), tokens)
-        total = self.total(cross_entropy, stacks, pooled(), tokens)
+                return self.share(cross_entropy, stacks, pooled(), tokens)
+        share = self.share(cross_entropy, stacks, pooled(), tokens)
         with record_function("backward"):
-            total.backward()
-        return total.detach()
+            share.total.backward()
+        return share._replace(total=share.total.detach())
 
     @record_function("loss")
-    def total(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Sequence[Pooled], tokens: Tensor) -> Tensor:
+    def share(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Sequence[Pooled], tokens: Tensor) -> LossShare:
         """This micro-batch's share of the loss. cross_entropy: its sum in nats; pooled: of every stack; tokens: N."""
-        total = cross_entropy / tokens.clamp(min=1)
-        for loss in self.losses.values():
-            if loss.weight and stacks:
-                values_R = torch.cat([_value(loss, stack, of_stack) for stack, of_stack in zip(stacks, pooled)])
-                total = total + self._share(loss) * values_R.sum()
-        return total
+        total, terms = cross_entropy / tokens.clamp(min=1), {}
+        for name in self.weights if stacks else ():
+            loss = self.losses[name]
+            values_R = torch.cat([_value(loss, stack, of_stack) for stack, of_stack in zip(stacks, pooled)])
+            term = self._router_weight(loss) * values_R.sum()
+            total, terms[name] = total + term, term.detach()
+        return LossShare(total, terms)
 
     @torch.no_grad()
     def slopes(self, stacks: Sequence[Stack], pooled: Sequence[Pooled]) -> list[dict[str, Tensor]]:
@@ -73,11 +87,11 @@ class Objective:
                 for field, slope in loss.slopes(stack.stats, of_stack).items():
                     shape = getattr(stack.stats, field).shape
                     assert slope.shape in ((), shape), f"{type(loss).__name__}.slopes: {field} has shape {list(slope.shape)}, not {list(shape)}"
-                    slope = (self._share(loss) * slope).expand(shape)
+                    slope = (self._router_weight(loss) * slope).expand(shape)
                     sums[field] = sums[field] + slope if field in sums else slope
         return found
 
-    def _share(self, loss: AuxLoss) -> float:
+    def _router_weight(self, loss: AuxLoss) -> float:
         """What one router's value counts for."""
         return loss.weight / (self.num_routers if loss.reduction == "mean" else 1)
 

@@ -19,7 +19,9 @@ from torch.profiler import record_function
 from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.errors import NonFiniteError
 from moetrain.parallel.expert import global_norm, scale_gradients
-from moetrain.train.metrics import SumBuffer, balance_metrics, flat_counts, forecast_metrics, peak_memory, split_by_router
+from moetrain.train.metrics import (
+    SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, peak_memory, split_by_router,
+)
 from moetrain.train.optim import learning_rate, set_gradient_norm, set_learning_rate
 from moetrain.train.passes import forwards, to_device
 from moetrain.train.setup import Run
@@ -51,12 +53,13 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
 
     run.state.optimizer.zero_grad(set_to_none=True)
     run.parallel.begin(len(batches))
-    sums = SumBuffer(routers, mesh.device, votes, model.leaning)
+    weights = run.objective.weights
+    sums = SumBuffer(routers, mesh.device, votes, model.leaning, tuple(weights))
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
-        total = run.objective.backward(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
-        sums.add(forward.cross_entropy, total, forward.stacks)
+        share = run.objective.backward(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
+        sums.add(forward.cross_entropy, share, forward.stacks)
         local += flat_counts(forward.stacks, mesh.device)
         watch.lap("backward")
 
@@ -88,6 +91,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "tokens": run.state.tokens,
         "loss/ce": summed.cross_entropy / max(1, total_tokens),
         "loss/total": summed.total,
+        **loss_metrics(summed.terms, weights),
         **balance_metrics(counts_L, summed, routers, total_tokens),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,

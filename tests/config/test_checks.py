@@ -85,6 +85,8 @@ BROKEN = [
     (["capacity=prob", "capacity.factor=0"], 64, "capacity.factor=1.0", ["capacity.factor=1"]),
     (["capacity=position", "capacity.eval_factor=inf"], 64, "capacity.eval_factor=1.0", ["capacity.eval_factor=1"]),
     (["capacity=position", "capacity.min_capacity=-1"], 64, "capacity.min_capacity=0", ["capacity.min_capacity=0"]),
+    *[([f"loss.{name}._target_=moetrain.losses.z.ZLoss"], 160, f"loss.my_{name}._target_=moetrain.losses.z.ZLoss",
+       [f"~loss.{name}", f"loss.my_{name}._target_=moetrain.losses.z.ZLoss"]) for name in ("ce", "total", "balance", "weighted")],
     (["optim.betas=[0.9]"], 37, "optim.betas=[0.9,0.95]", ["optim.betas=[0.9,0.95]"]),
 ]
 

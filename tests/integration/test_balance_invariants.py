@@ -187,7 +187,8 @@ def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor],
     for router, of_router in stats.items():
         counted(router, of_router.counts_E)
     counts_L = pooling.wait()
-    total = run.objective.total(torch.zeros((), dtype=torch.float64), found, pool(counts_L, run.state.model.routers, tokens), tokens)
+    share = run.objective.share(torch.zeros((), dtype=torch.float64), found, pool(counts_L, run.state.model.routers, tokens), tokens)
+    total = share.total
     total.backward()
     grads = [sum_over(group, moe.router.weight.grad) for moe in moes]
     return [counts_L, *grads], {int(here[0]): x_TD.grad.view(4, len(here), 16)}, sum_over(group, total.detach()).item()

@@ -44,13 +44,13 @@ def live(overrides: list[str]) -> Live:
 
         return matrices_of_layer
 
-    def total(*arguments, original=run.objective.total):
+    def share(*arguments, original=run.objective.share):
         seen["forward"], seen["most"] = seen["forward"] or alive(), 0
         return original(*arguments)
 
     for layer in layers:
         layer.matrices = watched(layer.matrices, layer)
-    run.objective.total = total
+    run.objective.share = share
     rows = 3 * run.config.model.dim * run.config.model.expert_dim * 8
     by_layer = [layer.lanes.copies * rows if layer.lanes else 0 for layer in layers]
     train_step(run, 1)

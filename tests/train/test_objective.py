@@ -61,15 +61,16 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_a_loss_is_weighted_and_reduced_over_routers(reduction, share):
     objective = Objective({"balance": Constant(0.5, [1.0, 4.0], reduction)}, 2)
     together = stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4))))
-    total = objective.total(torch.tensor(6.0), together, [Pooled(torch.zeros(2, 4), torch.tensor(3))], torch.tensor(3))
-    assert total.item() == pytest.approx(6 / 3 + 0.5 * 5 / share)
+    found = objective.share(torch.tensor(6.0), together, [Pooled(torch.zeros(2, 4), torch.tensor(3))], torch.tensor(3))
+    assert found.total.item() == pytest.approx(6 / 3 + 0.5 * 5 / share)
+    assert {name: term.item() for name, term in found.terms.items()} == {"balance": pytest.approx(0.5 * 5 / share)}
 
 
 def test_a_loss_of_weight_zero_is_never_asked_and_a_dense_model_has_none():
-    total = Objective({"balance": Constant(0.0, [])}, 1).total(
-        torch.tensor(6.0), stacks({ROUTERS[0]: stats_of(torch.randn(3, 4))}), [], torch.tensor(2))
-    assert total.item() == 3
-    assert Objective({"balance": Constant(1.0, [])}, 0).total(torch.tensor(6.0), [], [], torch.tensor(2)).item() == 3
+    six, two = torch.tensor(6.0), torch.tensor(2)
+    stack = stacks({ROUTERS[0]: stats_of(torch.randn(3, 4))})
+    for objective, of in ((Objective({"balance": Constant(0.0, [])}, 1), stack), (Objective({"balance": Constant(1.0, [])}, 0), [])):
+        assert objective.share(six, of, [], two) == (3, {}) and objective.weights == {}
 
 
 def test_every_router_is_weighed_by_its_own_slots_per_token():
@@ -79,7 +80,7 @@ def test_every_router_is_weighed_by_its_own_slots_per_token():
     objective = Objective({"balance": LoadBalanceLoss(weight=1.0, normalisation="huggingface")}, 2)
     tokens = torch.tensor(6)
     pooled = pool(torch.cat([part.counts_E for part in parts]), {"a": 5, "b": 5}, tokens)
-    total = objective.total(torch.tensor(0.0), stacks({"a": parts[0], "b": parts[1]}), pooled, tokens)
+    total = objective.share(torch.tensor(0.0), stacks({"a": parts[0], "b": parts[1]}), pooled, tokens).total
     truth = [5 * (part.counts_E / 6 * part.prob_sum_E / 6).sum() for part in parts]
     assert total.item() == pytest.approx(sum(truth).item() / 2, rel=1e-6)
 
@@ -90,12 +91,12 @@ def test_a_loss_that_adds_routers_up_is_refused():
             return super().value(stats, pooled).sum()
 
     with pytest.raises(AssertionError, match="of 2 routers"):
-        Objective({"wrong": Wrong()}, 2).total(torch.tensor(0.0), stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))),
+        Objective({"wrong": Wrong()}, 2).share(torch.tensor(0.0), stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))),
                                             [Pooled(torch.ones(2, 4), torch.tensor(3))], torch.tensor(3))
 
 
 def test_no_tokens_at_all_is_zero_and_not_nan():
-    assert Objective({}, 0).total(torch.tensor(0.0), [], [], torch.tensor(0)).item() == 0
+    assert Objective({}, 0).share(torch.tensor(0.0), [], [], torch.tensor(0)).total.item() == 0
 
 
 def test_the_pool_is_needed_as_soon_as_one_loss_needs_it():
@@ -120,7 +121,7 @@ def test_shares_of_any_split_add_up_in_value_and_gradient(sizes, experts):
     total = torch.zeros((), dtype=torch.float64)
     for part in torch.arange(8).split(sizes):
         of = stacks({name: stats_of(logits[part]) for name, logits in zip(routers, router_TE)})
-        total = total + objective.total(cross_entropy_sum(logits_TV[part][None], targets_T[part][None]), of, pooled, tokens)
+        total = total + objective.share(cross_entropy_sum(logits_TV[part][None], targets_T[part][None]), of, pooled, tokens).total
 
     balance = [E * (counts_E / 16 * logits.softmax(-1).mean(0)).sum() for E, counts_E, logits in zip(experts, counts, router_TE)]
     z = [logits.exp().sum(-1).log().square().mean() for logits in router_TE]

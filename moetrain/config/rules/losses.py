@@ -16,6 +16,17 @@ def loss_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
                               why="a negative weight would reward what the loss is against", next=f"{name}.weight=0.01")
 
 
+RESERVED = ("ce", "total", "balance", "weighted")        # names of metrics, loss/<name>, that mean something else
+
+
+def loss_names(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """A loss is reported by its name."""
+    for name in RESERVED:
+        if name in config.loss:
+            yield ConfigError(160, f"a further loss is called {name}", where=f"loss.{name}._target_",
+                              why=f"its metric loss/{name} would take the place of another", next=f"loss.my_{name}._target_={config.loss[name]['_target_']}")
+
+
 def pools(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Counts are pooled by one rule for all losses."""
     parts = {"balance": config.balance, **{f"loss.{name}": part for name, part in config.loss.items()}}
