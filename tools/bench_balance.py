@@ -33,7 +33,7 @@ from moetrain.train.step import train_step
 
 COMMON = ["data=synthetic", "log.wandb=off", "run.steps=100000"]
 SMALL = ["data.vocab_size=257", "run.device=cpu"]
-QWEN3 = ["model=qwen3_30b_a3b", "data.vocab_size=151936", "run.device=cuda", "run.dtype=bfloat16", "train.seq_len=4096", "train.head_chunk=2048",
+QWEN3 = ["model=qwen3_30b_a3b", "optim=adamw", "data.vocab_size=151936", "run.device=cuda", "run.dtype=bfloat16", "train.seq_len=4096", "train.head_chunk=2048",
          "train.global_batch=2"]
 CASES = {
     "debug": ["experiment=debug"],

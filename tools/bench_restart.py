@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-TINY = ["model=debug", "data=synthetic", "log.wandb=off", "train.global_batch=8", "train.seq_len=32", "model.dim=32",
+TINY = ["model=debug", "optim=adamw", "data=synthetic", "log.wandb=off", "train.global_batch=8", "train.seq_len=32", "model.dim=32",
         "model.expert_dim=32", "checkpoint.interval=10", "log.interval=1000", "run.steps=100000", "parallel=ep"]
 
 

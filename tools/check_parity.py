@@ -32,7 +32,7 @@ import numpy as np
 COMMON = (
     "data=synthetic", "data.vocab_size=48", "data.min_length=0.4", "train.seq_len=32", "train.global_batch=16", "train.micro_batch=2",
     "model.dim=32", "model.num_layers=2", "model.expert_dim=32", "model.num_experts=8", "model.num_shared_experts=1",
-    "model.init_std=0.2", "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01", "train.clip=0.5", "optim.lr=1e-2", "optim.warmup=2",
+    "model.init_std=0.2", "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01", "train.clip=0.5", "optim=adamw", "optim.lr=1e-2", "optim.warmup=2",
     "run.steps=20", "run.timeout_s=120", "run.max_restarts=0", "log.wandb=off",
 )
 NUMBERS = ("loss/ce", "loss/balance", "grad_norm")

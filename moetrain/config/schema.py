@@ -23,7 +23,7 @@ class RunConfig:
     name: str = key("default", "name of the run; its directory is runs/<name>")
     dir: str | None = key(None, "directory of the run, instead of runs/<name>")
     nproc: int = key(1, "local ranks to start; ignored under torchrun")
-    steps: int = key(100, "optimizer steps: the length of the schedule")
+    steps: int = key(800, "optimizer steps: the length of the schedule")
     stop_at: int | None = key(None, "stop cleanly with a save after this step")
     seed: int = key(0, "seed of initialisation, data order and routing")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA when there is one")
@@ -37,7 +37,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    dim: int = key(64, "width D")
+    dim: int = key(128, "width D")
     num_layers: int = key(2, "transformer blocks")
     num_heads: int = key(4, "attention heads")
     num_kv_heads: int = key(2, "key-value heads; divides num_heads")
@@ -48,11 +48,11 @@ class ModelConfig:
     tie_embeddings: bool = key(False, "the head is the embedding")
     num_experts: int | list[int] = key(8, "routed experts a layer, or one entry a layer")
     top_k: int | list[int] = key(2, "experts a token, or one entry a layer")
-    expert_dim: int = key(64, "hidden width F of an expert")
+    expert_dim: int = key(128, "hidden width F of an expert")
     num_shared_experts: int = key(0, "experts that every token visits")
     first_dense_layers: int = key(0, "leading layers with a dense feed-forward network instead of experts")
     dense_dim: int | None = key(None, "hidden width of a dense layer; top_k * expert_dim when null")
-    init_std: float = key(0.02, "standard deviation of the initial weights")
+    init_std: float = key(0.05, "standard deviation of the initial weights")
 
 
 @dataclass(frozen=True)
@@ -141,25 +141,25 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw", "muon"] = key("adamw", "muon: Muon for the matrices of hidden layers, AdamW for the rest")
-    lr: float = key(1e-3, "peak learning rate of AdamW")
+    name: Literal["adamw", "muon"] = key("muon", "muon: Muon for the matrices of hidden layers, AdamW for the rest")
+    lr: float = key(3e-3, "peak learning rate of AdamW")
     betas: list[float] = key([0.9, 0.95], "AdamW's moment decays")
     eps: float = key(1e-8, "AdamW's epsilon")
     weight_decay: float = key(0.1, "decay of matrices; norms, embeddings and routers are not decayed")
     router_lr_scale: float = key(1.0, "learning rate of routers over optim.lr")
     expert_lr_scale: float = key(1.0, "learning rate of experts over optim.lr")
-    muon_lr: float | None = key(None, "muon: peak learning rate of hidden matrices; optim.lr when null")
+    muon_lr: float | None = key(6e-3, "muon: peak learning rate of hidden matrices; optim.lr when null")
     muon_momentum: float = key(0.95, "muon: decay of the momentum (Nesterov)")
     muon_adjust: Literal["match_rms_adamw", "original"] = key(
         "match_rms_adamw", "muon: factor on muon_lr for an A x B matrix: 0.2 sqrt(max(A, B)), or sqrt(max(1, A / B))")
     muon_ns_steps: int = key(5, "muon: Newton-Schulz iterations")
     muon_precision: Literal["full", "bfloat16"] = key(
         "full", "muon: full iterates in the precision of the parameters; bfloat16 is faster and rounds otherwise on another mesh")
-    schedule: Literal["cosine", "wsd"] = key("cosine", "wsd: warm-up, stable, decay over the last steps")
-    warmup: int = key(10, "steps of linear warm-up")
-    decay: float = key(0.2, "wsd: share of the steps over which the rate decays")
+    schedule: Literal["cosine", "wsd"] = key("wsd", "wsd: warm-up, stable, decay over the last steps")
+    warmup: int = key(50, "steps of linear warm-up")
+    decay: float = key(0.5, "wsd: share of the steps over which the rate decays")
     decay_shape: Literal["linear", "sqrt"] = key("linear", "wsd: along a line, or as 1 - sqrt(progress)")
-    min_lr_ratio: float = key(0.1, "learning rate at the end of the schedule over its peak")
+    min_lr_ratio: float = key(0.0, "learning rate at the end of the schedule over its peak")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from moetrain.errors import ConfigError, ConfigErrors
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
 # What an option needs beside itself.
 COMPANIONS = {("data", "tokens"): ["data.path=shards"], ("data", "megatron"): ["data.path=prefix"],
-              ("engine", "deepspeed"): ["parallel=ep", "run.nproc=2"]}
+              ("engine", "deepspeed"): ["parallel=ep", "run.nproc=2", "optim=adamw"]}
 
 
 def errors_of(*overrides: str) -> list[ConfigError]:
@@ -59,6 +59,18 @@ def test_quickstart_is_the_measured_setting() -> None:
     compose(["experiment=quickstart", "parallel=ep", "run.nproc=2"])
 
 
+def test_ones_own_text_is_trained_with_the_measured_setting() -> None:
+    """By default: what is learned is all that differs from the quickstart."""
+    own, measured = (flatten(compose(words)) for words in (["data.path=/my/text"], ["experiment=quickstart"]))
+    different = {path for path in own if own[path] != measured[path]}
+    assert different == {"run.name", "data.path", "data.mixture", "eval.interval", "eval.windows", "log.interval"}
+
+
+def test_debug_stays_tiny() -> None:
+    config = compose(["experiment=debug"])
+    assert (config.model.dim, config.run.steps, config.optim.name, config.optim.lr) == (64, 20, "adamw", 1e-3)
+
+
 def test_the_command_line_wins_over_an_experiment() -> None:
     config = compose(["model=quickstart", "run.steps=7", "experiment=debug"])
     assert (config.model.dim, config.run.steps, config.data.kind, config.log.wandb) == (128, 7, "synthetic", "off")
@@ -70,7 +82,7 @@ def test_values_of_every_kind() -> None:
                       "log.wandb=off", "loss=[z]", "loss.z.weight=0.5"])
     assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
     assert config.model.num_experts == [8, 4] and config.model.dim == 96
-    assert (config.optim.warmup, config.eval.batch, config.eval.windows, config.optim.eps) == (10, 4, 5, 1e-6)
+    assert (config.optim.warmup, config.eval.batch, config.eval.windows, config.optim.eps) == (50, 4, 5, 1e-6)
     assert config.router == {**compose([]).router, "weights": "raw"}
     assert config.loss["z"]["weight"] == 0.5 and config.log.wandb == "off" and config.run.dir is None
 
@@ -89,7 +101,7 @@ def test_all_mistakes_are_reported_together() -> None:
 
 
 @pytest.mark.parametrize("override, id, suggestion", [
-    ("optim.lrr=1", "003", "optim.lr (float, default 0.001): peak learning rate"),
+    ("optim.lrr=1", "003", "optim.lr (float, default 0.003): peak learning rate"),
     ("lr=1", "003", "optim.lr"),
     ("optimizer.lr=1", "003", "optim.lr"),
     ("optim.learning_rate=1", "003", "optim.lr"),
@@ -106,8 +118,8 @@ def test_all_mistakes_are_reported_together() -> None:
     ("~model", "040", "debug"),
     ("log=off", "006", "logging"),
     ("router=1", "002", "choose router from"),
-    ("optim.lr=fast", "004", "optim.lr=0.001"),
-    ("run.steps=true", "004", "run.steps=100"),
+    ("optim.lr=fast", "004", "optim.lr=0.003"),
+    ("run.steps=true", "004", "run.steps=800"),
     ("run.steps=1e3", "004", "run.steps=1000"),
     ("optim.betas=[a,b]", "004", "optim.betas=[0.9,0.95]"),
     ("optim.betas=0.9", "004", "optim.betas=[0.9,0.95]"),

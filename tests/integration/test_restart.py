@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["model=debug", "data=synthetic", "log.wandb=off", "train.global_batch=8", "train.seq_len=32", "model.dim=32",
+SMALL = ["model=debug", "optim=adamw", "data=synthetic", "log.wandb=off", "train.global_batch=8", "train.seq_len=32", "model.dim=32",
          "model.expert_dim=32", "checkpoint.interval=10", "eval.windows=1", "log.interval=1000"]
 TWO = ["run.nproc=2", "parallel=ep"]
 

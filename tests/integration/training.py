@@ -15,7 +15,7 @@ from moetrain.train.step import train_step
 TINY = [
     "data=synthetic", "data.vocab_size=48", "train.seq_len=12", "train.global_batch=16", "train.micro_batch=16",
     "model.dim=16", "model.num_layers=2", "model.expert_dim=16", "model.num_experts=8", "model.init_std=0.2",
-    "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01", "train.clip=0.5", "optim.lr=1e-2", "optim.warmup=2",
+    "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01", "train.clip=0.5", "optim=adamw", "optim.lr=1e-2", "optim.warmup=2",
     "run.steps=20", "log.wandb=off", "run.device=cpu",
 ]
 FORCED = {"layers.0.moe": [0, 1], "layers.1.moe": [7, 6]}         # leaves experts and whole ranks without tokens

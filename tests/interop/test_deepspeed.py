@@ -167,7 +167,7 @@ def test_a_step_that_is_not_finite_ends_as_under_torch(tmp_path):
     assert json.loads((tmp_path / "runs/debug/status.json").read_text())["code"] == 11
 
 
-@pytest.mark.parametrize("overrides, number", [(["parallel=single"], 67), (["parallel=ep", "run.nproc=2", "optim=muon"], 68)])
+@pytest.mark.parametrize("overrides, number", [(["optim=adamw", "parallel=single"], 67), (["parallel=ep", "run.nproc=2", "optim=muon"], 68)])
 def test_what_zero_cannot_do_is_refused(overrides, number):
     with pytest.raises(ConfigErrors) as caught:
         compose(["engine=deepspeed", *overrides])

@@ -10,7 +10,7 @@ from moetrain.config.schema import OptimConfig
 from moetrain.train.optim import allocate_state, build_optimizer, learning_rate, set_learning_rate
 from tests.integration.training import make_run
 
-OPTIM = OptimConfig(lr=2.0, warmup=4, min_lr_ratio=0.1)
+OPTIM = OptimConfig(name="adamw", lr=2.0, warmup=4, min_lr_ratio=0.1, schedule="cosine")
 
 
 def test_the_rate_rises_in_a_line_then_falls_as_a_cosine_to_its_floor():
@@ -28,9 +28,9 @@ def test_the_rate_stays_at_its_floor_after_the_end():
 
 @pytest.mark.parametrize("warmup, steps", [(0, 1), (0, 10), (10, 10), (20, 10)])
 def test_short_runs_and_no_warmup_have_a_rate(warmup, steps):
-    optim = OptimConfig(lr=1.0, warmup=warmup, min_lr_ratio=0.0)
+    optim = OptimConfig(lr=1.0, warmup=warmup, min_lr_ratio=0.0, schedule="cosine")
     assert all(0 <= learning_rate(step, steps, optim) <= 1 for step in range(1, steps + 1))
-    assert learning_rate(1, 10, OptimConfig(lr=1.0, warmup=0, min_lr_ratio=0.0)) > 0.9
+    assert learning_rate(1, 10, OptimConfig(lr=1.0, warmup=0, min_lr_ratio=0.0, schedule="cosine")) > 0.9
 
 
 WSD = OptimConfig(lr=2.0, warmup=4, min_lr_ratio=0.1, schedule="wsd", decay=0.25)
@@ -108,7 +108,7 @@ def test_a_groups_rate_is_the_schedules_times_its_scale():
 
 def test_a_step_follows_adamw_by_hand():
     """Decoupled decay, bias correction: two steps of a matrix and of a vector."""
-    optim = OptimConfig(lr=0.1, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.5)
+    optim = OptimConfig(name="adamw", lr=0.1, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.5)
     model = torch.nn.Linear(2, 3).double()
     optimizer = build_optimizer(model, optim)
     allocate_state(optimizer)
