@@ -42,6 +42,7 @@ RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     parallel.copies,
     train.batch,
     data.data_path,
+    data.domain_weights,
     optim.betas,
     losses.loss_weights,
     losses.loss_names,

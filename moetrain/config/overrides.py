@@ -137,7 +137,7 @@ def _delete(key: str, text: str, groups: dict, command: Command, problems: Probl
 
 
 def _set(path: str, value: Any, raw: str, text: str, command: Command, texts: dict[str, bool]) -> None:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value and path not in schema_keys():
         for name, entry in value.items():
             _set(f"{path}.{name}", entry, str(entry), text, command, texts)
         return

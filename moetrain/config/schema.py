@@ -132,6 +132,8 @@ class DataConfig:
     cache: str | None = key(None, "where prepared tokens go; <run.dir>/data when null")
     tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json; megatron also: none")
     mixture: Literal["proportional", "uniform"] = key("proportional", "domains by their size, or each alike")
+    weights: dict[str, float] = key({}, "how many times as often as the mixture alone has it a domain comes, 1 unless given: "
+                                        "data.weights={python: 2, docs: 0.5}; 0 leaves it out of training")
     mask_documents: bool = key(False, "attention stays inside a document")
     domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
     vocab_size: int = key(256, "synthetic, and megatron without a tokenizer: tokens of the vocabulary")

@@ -2,6 +2,7 @@
 
     int      a whole number; True is not one        float    any number
     str      text; a number in yaml is text too     list[x]  every entry fits x
+    dict[str, x]  names, and a value that fits x for each: one key, whose names are the user's
     x | None null or x                              Literal  one of the values; yaml's `off` is "off" where that is one
 
 Used for the schema (config/schema.py) and for the arguments of parts (config/build.py). Where values come from, and
@@ -73,6 +74,10 @@ def fit(value: Any, kind: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise Misfit(value, kind)
         return [fit(entry, get_args(kind)[0]) for entry in value]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise Misfit(value, kind)
+        return {fit(name, str): fit(entry, get_args(kind)[1]) for name, entry in value.items()}
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number:
         return float(value)
@@ -116,6 +121,8 @@ def type_name(kind: Any) -> str:
         return "|".join(str(choice) for choice in get_args(kind))
     if origin is list:
         return f"list of {type_name(get_args(kind)[0])}"
+    if origin is dict:
+        return f"{{name: {type_name(get_args(kind)[1])}, ...}}"
     if kind is type(None):
         return "null"
     return {bool: "true|false", str: "text", Any: "any"}.get(kind, getattr(kind, "__name__", str(kind)))

@@ -55,5 +55,5 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None) -> Datas
     else:
         folder = prepared if data.kind == "text" else tokens_path(data.path)
         opened = open_prepared(folder, verify=data.kind == "tokens")  # prepare has just written or verified text
-    return TokenDataset(prepared=opened, seed=config.run.seed, mixture=data.mixture,
+    return TokenDataset(prepared=opened, seed=config.run.seed, mixture=data.mixture, weights=data.weights,
                         mask_documents=data.mask_documents, **sizes)

@@ -5,14 +5,17 @@ seq_len tokens, so each token but a domain's first is a target once an epoch; wh
 trained on. Sample id = number of the window, over all domains.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
 
+from moetrain.config.suggest import nearest
+from moetrain.config.values import show
 from moetrain.data.batch import DOMAIN_IDS, HELDOUT_IDS, Batch, make_batch
-from moetrain.data.order import ProportionalOrder, UniformOrder
+from moetrain.data.order import mixture_order
 from moetrain.data.prepared import Prepared, TokenStream
 from moetrain.errors import DataError
 
@@ -27,21 +30,28 @@ class Windows(NamedTuple):
 class TokenDataset:
     """A prepared dataset, cut into windows.
 
-    mixture: `proportional` (domains by their size) or `uniform` (each alike).
+    Args:
+        prepared: the tokens.
+        seq_len: targets of a window.
+        global_batch: windows of a step.
+        seed: seed of the order.
+        mixture: `proportional` (domains by their size) or `uniform` (each alike).
+        weights: how many times as often as the mixture alone has it a domain comes, 1 unless given; 0 leaves it out.
+        mask_documents: number the documents inside a window.
     """
 
     def __init__(self, *, prepared: Prepared, seq_len: int, global_batch: int, seed: int, mixture: str = "proportional",
-                 mask_documents: bool = False) -> None:
+                 weights: Mapping[str, float] | None = None, mask_documents: bool = False) -> None:
         self.vocab_size, self.domains, self.fingerprint = prepared.vocab_size, prepared.domains, prepared.fingerprint
         self.tokenizer = prepared.tokenizer
         self.train_stream, self.heldout_stream = prepared.train, prepared.heldout
         self._seq_len, self._global_batch, self._mask_documents = seq_len, global_batch, mask_documents
-        sizes = np.diff(self.train_stream.domain_bounds)
-        per_domain = np.maximum(sizes - 1, 0) // seq_len
-        self._refuse_too_short(prepared.folder, sizes, per_domain, mixture)
-        self._first_window = np.concatenate([[0], np.cumsum(per_domain)])
-        order = UniformOrder if mixture == "uniform" else ProportionalOrder
-        self._order = order(key=(seed, self.fingerprint), sizes=tuple(per_domain.tolist()))
+        weight = self._weights(prepared.folder, weights or {})
+        tokens = np.diff(self.train_stream.domain_bounds)
+        sizes = np.maximum(tokens - 1, 0) // seq_len
+        self._refuse_too_short(prepared.folder, tokens, sizes, mixture, weight)
+        self._first_window = np.concatenate([[0], np.cumsum(sizes)])
+        self._order = mixture_order(mixture, key=(seed, self.fingerprint), sizes=sizes.tolist(), weights=weight)
 
     @property
     def windows(self) -> int:
@@ -99,12 +109,27 @@ class TokenDataset:
         documents_BS = np.searchsorted(stream.document_starts, positions_BS, "right")
         return documents_BS - documents_BS[:, :1]
 
-    def _refuse_too_short(self, folder: Path, sizes: np.ndarray, per_domain: np.ndarray, mixture: str) -> None:
-        """Proportional needs one window somewhere, uniform one in every domain."""
-        if per_domain.all() if mixture == "uniform" else per_domain.any():
+    def _weights(self, folder: Path, weights: Mapping[str, float]) -> list[float]:
+        """The weight of every domain."""
+        if unknown := sorted(set(weights) - set(self.domains)):
+            near = nearest(unknown[0], self.domains) or list(self.domains[:8])
+            renamed = {near[0] if name == unknown[0] else name: weight for name, weight in weights.items()}
+            raise DataError(100, "data.weights names a domain that the data does not have", where=f"{folder} (data.weights)",
+                            why=f"there is no {', '.join(unknown[:8])}; the domains are {', '.join(self.domains[:20])}",
+                            next=quote(f"data.weights={show(renamed)}"))
+        return [float(weights.get(domain, 1)) for domain in self.domains]
+
+    def _refuse_too_short(self, folder: Path, tokens: np.ndarray, sizes: np.ndarray, mixture: str,
+                          weights: list[float]) -> None:
+        """Proportional needs one window somewhere, uniform one in every domain that has training text and a weight."""
+        used = (tokens > 0) & (np.array(weights) > 0)
+        if used.any() and (sizes[used].all() if mixture == "uniform" else sizes[used].any()):
             return
-        domain = int(np.argmin(sizes) if mixture == "uniform" else np.argmax(sizes))
-        limit, name = int(sizes[domain]) - 1, self.domains[domain]
+        if not used.any():
+            raise DataError(101, "no domain is left to train on", where=f"{folder} (data.weights)",
+                            why="every domain with training text has the weight 0", next="~data.weights")
+        domain = int(np.argmin(np.where(used, tokens, tokens.max())) if mixture == "uniform" else np.argmax(tokens * used))
+        limit, name = int(tokens[domain]) - 1, self.domains[domain]
         remedy = f"train.seq_len={limit} or less" if limit > 0 else "give more text (data.path)"
         raise DataError(50, "a sequence is longer than the training text", where=f"{folder}, domain {name}",
                         why=f"train.seq_len={self._seq_len} needs {self._seq_len + 1:,} tokens, the domain has "

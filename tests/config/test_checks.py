@@ -56,6 +56,7 @@ BROKEN = [
     (["parallel=ep", "run.nproc=2", "parallel.calibrate=true"], 72, "parallel=fssdp", ["parallel=fssdp", "parallel.calibrate=true"]),
     (["parallel.rematerialize=true"], 72, "parallel.rematerialize=false", ["parallel.rematerialize=false"]),
     (["parallel=fssdp", "run.nproc=2", "parallel.calibrate=true", "planner=ep"], 73, "planner=balanced", ["planner=balanced"]),
+    (["data.weights={code: 2, docs: -1}"], 170, "data.weights={code: 2,docs: 1}", ["data.weights={code: 2,docs: 1}"]),
     (["schedule.chunks=4"], 85, "schedule=fixed schedule.chunks=4", ["schedule=fixed"]),
     (["schedule=fixed", "schedule.chunks=1"], 85, "schedule=none schedule.chunks=1", ["schedule=none"]),
     (["schedule=fixed", "schedule.chunks=0"], 20, "schedule.chunks=1", ["schedule.chunks=2"]),

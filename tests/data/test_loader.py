@@ -102,7 +102,22 @@ def test_uniform_mixture_is_balanced_in_every_block_and_in_own_epochs(prepared: 
     assert sorted(Counter(ids[ids < 50].tolist()).values()) == [2] * 50
 
 
-@pytest.mark.parametrize("make", [dataset, lambda _: synthetic()], ids=["tokens", "synthetic"])
+def test_weights_name_domains_and_leave_some_out(prepared: Prepared) -> None:
+    data = dataset(prepared, mixture="uniform", weights={"small": 3})
+    ids = np.concatenate([data.sample_ids(step, range(8)) for step in range(1, 26)])
+    assert (ids >= 50).sum() == 150 and dataset(prepared, weights={}).sample_ids(1, range(8)).tolist() == \
+        dataset(prepared, weights={"big": 1}).sample_ids(1, range(8)).tolist()
+    only = dataset(prepared, seq_len=200, mixture="uniform", weights={"small": 0})          # too short, and not needed
+    assert set(only.sample_ids(1, range(8)).tolist()) == {0, 1} and sum(len(b.tokens_BS) for b in only.heldout(1, windows=4, batch=4)) == 1
+    with pytest.raises(DataError, match="E-DATA-100") as caught:
+        dataset(prepared, weights={"smal": 2.0})
+    assert caught.value.next == "'data.weights={small: 2}'"
+    with pytest.raises(DataError, match="E-DATA-101"):
+        dataset(prepared, weights={"small": 0, "big": 0})
+
+
+@pytest.mark.parametrize("make", [dataset, lambda prepared: dataset(prepared, weights={"small": 2.5}), lambda _: synthetic()],
+                         ids=["tokens", "weighted", "synthetic"])
 @pytest.mark.parametrize("ranks, micro_batch", [(1, 8), (1, 2), (2, 2), (4, 2), (8, 1), (2, 4)])
 def test_the_number_of_ranks_decides_only_who_reads(prepared: Prepared, make, ranks: int, micro_batch: int) -> None:
     data: Dataset = make(prepared)
