@@ -1,9 +1,10 @@
-"""Read files that anybody may have put there, and show names that anybody may have chosen. Standard library alone.
+"""Open files where anybody may have put something else, and show names that anybody may have chosen. Standard library alone.
 
     open_regular    a file, opened without waiting; FIFOs, devices, folders and links to nowhere are refused by their name
+    create          a new file          open_to_append    one that grows
     read_bytes      all of it, up to a limit          read_text    as UTF-8          read_json    parsed
     parse_json      JSON that is not nested without end
-    reason          what is wrong, for the `why` of an error
+    reason, remedy  what is wrong and what helps, for `why` and `next` of an error
     shown           a text whose control characters are escaped
 
 Whatever is wrong with the file raises OSError, whatever is wrong with its content ValueError; nothing else is raised.
@@ -55,6 +56,17 @@ def open_descriptor(path: Path, flags: int, *, links: bool = True) -> int:
         os.close(descriptor)
         raise NotAFileError(path, what)
     return descriptor
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a new file for writing. What lay there goes; of a link the link alone."""
+    path.unlink(missing_ok=True)
+    return open(open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file for writing at its end, without a buffer; it is made where there is none."""
+    return open(open_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0)
 
 
 def _open_or_create(path: Path, flags: int) -> int:
@@ -123,10 +135,17 @@ def parse_json(content: str | bytes, *, depth: int = MOST_DEPTH) -> Any:
     raise ValueError(f"it is nested more than {depth} deep")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What an exception says, as a short text for the `why` of an error."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return said or type(error).__name__
+
+
+def remedy(error: OSError) -> str:
+    """What helps against a failure to write: the first words of an error's `next`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free space there"
+    return "remove what lies there" if isinstance(error, NotAFileError) else "make it writable"
 
 
 def shown(text: object, most: int | None = None) -> str:

@@ -1,45 +1,22 @@
 """Files and names from outside: what is no regular file is named at once, content is limited, names are shown safely."""
 
+import errno
 import os
-import socket
 from pathlib import Path
 
 import pytest
 
 from moetrain.errors import DataError
-from moetrain.files import NotAFileError, open_descriptor, parse_json, read_bytes, read_json, read_text, reason, shown
+from moetrain.files import (
+    NotAFileError, create, open_descriptor, open_to_append, parse_json, read_bytes, read_json, read_text, reason, remedy, shown,
+)
+from tests.support.odd_files import ODD, make_odd
 
-ODD = {"fifo": "a named pipe", "folder": "a folder", "socket": "a socket", "circle": "a circle of links",
-       "nowhere": "a link that leads nowhere", "device": "a device", "linked fifo": "a named pipe"}
-
-
-@pytest.fixture(params=ODD)
-def odd(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    """A path that leads to no regular file, and what it is."""
-    path = tmp_path / "record"
-    match request.param:
-        case "fifo":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
-        case "socket":
-            monkeypatch.chdir(tmp_path)                          # the name of a socket is short
-            socket.socket(socket.AF_UNIX).bind(path.name)
-        case "circle":
-            path.symlink_to(path)
-        case "nowhere":
-            path.symlink_to(tmp_path / "missing")
-        case "device":
-            path.symlink_to("/dev/zero")
-        case "linked fifo":
-            os.mkfifo(tmp_path / "pipe")
-            path.symlink_to(tmp_path / "pipe")
-    return path, ODD[request.param]
-
-
+@pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY | os.O_APPEND | os.O_CREAT, os.O_RDWR | os.O_CREAT])
-def test_what_is_no_file_is_named_at_once(odd: tuple[Path, str], flags: int) -> None:
-    path, what = odd
+def test_what_is_no_file_is_named_at_once(tmp_path: Path, kind: str, flags: int) -> None:
+    path = tmp_path / "record"
+    what = make_odd(path, kind)
     with pytest.raises(NotAFileError) as refused:                # a pipe without a writer would be waited for
         os.close(open_descriptor(path, flags))
     assert reason(refused.value) == f"it is {what}, not a file"
@@ -63,9 +40,26 @@ def test_a_file_that_is_missing_is_missing(tmp_path: Path) -> None:
 
 def test_a_file_is_made_where_it_is_to_be(tmp_path: Path) -> None:
     for _ in range(2):
-        with os.fdopen(open_descriptor(tmp_path / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
+        with open_to_append(tmp_path / "log") as file:
             file.write(b"line\n")
     assert read_text(tmp_path / "log") == "line\nline\n"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "nowhere", "device"])
+def test_a_new_file_takes_the_place_of_what_lies_there(tmp_path: Path, kind: str) -> None:
+    make_odd(tmp_path / "draft", kind)
+    with create(tmp_path / "draft") as file:
+        file.write(b"new")
+    assert read_text(tmp_path / "draft") == "new" and [path.name for path in tmp_path.iterdir()] == ["draft"]
+
+
+def test_what_helps_follows_from_the_failure(tmp_path: Path) -> None:
+    assert remedy(OSError(errno.ENOSPC, "")) == "free space there"
+    assert remedy(OSError(errno.EACCES, "")) == remedy(OSError(errno.EROFS, "")) == "make it writable"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError) as refused:
+        open_to_append(tmp_path / "pipe")
+    assert remedy(refused.value) == "remove what lies there"
 
 
 def test_content_has_limits(tmp_path: Path) -> None:

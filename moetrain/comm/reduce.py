@@ -62,13 +62,18 @@ def all_or_none(group: Group, action: Callable[[], T]) -> T:
         result = action()
     except MoETrainError as error:
         failure = error
+    fail_together(group, failure)
+    return result
+
+
+def fail_together(group: Group, failure: MoETrainError | None) -> None:
+    """Return where no rank of the group has a failure. Otherwise a rank that has one raises it, the others leave with its code."""
     code = int(largest_over(group, failure.code if failure else 0))
     if failure is not None:
         raise failure
     if code:
         logger.error("another rank cannot go on; log/rank-<n>.log of the run says why")
         raise SystemExit(code)
-    return result
 
 
 def on_first(group: Group, action: Callable[[], T]) -> T | None:

@@ -25,12 +25,13 @@ import numpy as np
 
 from moetrain.config.schema import Config
 from moetrain.data import corpus
-from moetrain.data.prepared import DESCRIPTION, Prepared, SplitWriter, open_prepared, total, write_description
+from moetrain.data.prepared import DESCRIPTION, Prepared, SplitWriter, lost_description, open_prepared, total, write_description
 from moetrain.data.sources import Document, SourceFile, documents, scan, text_document
 from moetrain.data.split import HELDOUT_ONE_IN, MIN_TO_CUT, Overlap, Part, Split, cap_domains, split, unique
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.tokens import unwritable, write_file
 from moetrain.errors import DataError, DiskError
+from moetrain.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ Progress = Callable[[int, int], None]        # bytes done, bytes in all
 _FORMAT = "moetrain-dataset-1"
 _NAME_LENGTH = 16                            # hexadecimal digits of the fingerprint in the folder's name
 _STALE_S = 24 * 3600
+_MOST_REMEMBERED = 16 << 20                  # bytes of sources.json: a hundred for each source
 
 
 class _Source(NamedTuple):
@@ -77,7 +79,7 @@ def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | No
     encoder = load_tokenizer(tokenizer)
     source = _source(path, out, encoder, domain_cap)
     known = _remembered(out).get(source.key)
-    if known and (out / known / DESCRIPTION).exists():
+    if known and _is_there(out / known):
         return _reuse(out / known)
     reading, writing = _halves(progress)
     chosen = cap_domains(unique(_documents(source, domain_cap, reading)), domain_cap)
@@ -85,15 +87,28 @@ def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | No
     parts = _split(chosen, source, heldout_limit)
     fingerprint = _fingerprint(encoder, chosen, heldout_limit)
     folder = out / fingerprint[:_NAME_LENGTH]
-    if (folder / DESCRIPTION).exists():
+    if _is_there(folder):
         _reuse(folder)
     else:
         description = {"fingerprint": fingerprint, "tokenizer": encoder.identity, "vocab_size": encoder.vocab_size,
                        "end_id": encoder.end_id, "source_files": len(source.files or chosen)}
-        _build(folder, parts, encoder, tokenizer, description, writing)
+        _build(folder, parts, encoder, description, writing)
         _log(open_prepared(folder, verify=False), source, time.monotonic() - start)
     _remember(out, source.key, folder.name)
     return folder
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether a dataset lies in its place; DataError where only a part of it does."""
+    if os.path.exists(folder / DESCRIPTION):
+        return True
+    try:
+        parts = os.path.isdir(folder) and any(folder.iterdir())
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    if parts:
+        raise lost_description(folder)
+    return False
 
 
 def _source(path: str | None, out: Path, encoder: Tokenizer, domain_cap: int | None) -> _Source:
@@ -134,7 +149,7 @@ def _fingerprint(encoder: Tokenizer, chosen: list[Document], heldout_limit: int 
     return _hash([_FORMAT, encoder.identity, heldout_limit, contents])
 
 
-def _build(folder: Path, parts: Split, encoder: Tokenizer, tokenizer: str, description: dict[str, Any],
+def _build(folder: Path, parts: Split, encoder: Tokenizer, description: dict[str, Any],
            progress: Progress | None) -> None:
     """Write the dataset in a temporary folder beside its place, then rename it there."""
     try:
@@ -146,8 +161,8 @@ def _build(folder: Path, parts: Split, encoder: Tokenizer, tokenizer: str, descr
     try:
         temporary.chmod(0o755)
         description = description | _write_parts(temporary, parts, encoder, progress)
-        if encoder.identity != "bytes":
-            write_file(temporary / "tokenizer.json", Path(tokenizer).read_bytes())
+        if encoder.content is not None:
+            write_file(temporary / "tokenizer.json", encoder.content)
         write_description(temporary, description)
         _rename(temporary, folder)
     finally:
@@ -158,7 +173,7 @@ def _rename(temporary: Path, folder: Path) -> None:
     try:
         os.rename(temporary, folder)
     except OSError as error:
-        if not (folder / DESCRIPTION).exists():
+        if not _is_there(folder):
             raise unwritable(folder, error) from error
         _reuse(folder)                       # another process was faster; its dataset has the same content
 
@@ -205,8 +220,8 @@ def _sizes(prepared: Prepared) -> str:
 def _remembered(out: Path) -> dict[str, str]:
     """Source key -> folder name. It only saves time: whatever is wrong with it, the source is read again."""
     try:
-        known = json.loads((out / "sources.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        known = read_json(out / "sources.json", limit=_MOST_REMEMBERED)
+    except (OSError, ValueError):
         return {}
     usable = isinstance(known, dict) and all(isinstance(name, str) and name.isalnum() for name in known.values())
     return known if usable else {}

@@ -19,10 +19,13 @@ from typing import Any
 import numpy as np
 
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
-from moetrain.data.tokens import TokenShard, damaged, open_shard, write_file, write_shard
+from moetrain.data.token_blocks import damaged
+from moetrain.data.tokens import TokenShard, open_shard, write_file, write_shard
 from moetrain.errors import DataError
+from moetrain.files import parse_json, read_bytes, reason
 
 DESCRIPTION = "dataset.json"
+_MOST_BYTES = 64 << 20           # of a description: a hundred bytes for each domain and shard
 SHARD_TOKENS = 64 << 20
 _FORMAT = 1
 
@@ -55,7 +58,8 @@ class TokenStream:
         shard = int(np.searchsorted(self._starts, start, "right")) - 1
         while length > 0:
             offset = start - int(self._starts[shard])
-            piece = self._shards[shard].tokens[offset:offset + length]
+            tokens = self._shards[shard].tokens
+            piece = tokens.read(offset, min(offset + length, len(tokens)))
             pieces.append(piece)
             start, length, shard = start + len(piece), length - len(piece), shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
@@ -161,26 +165,39 @@ def _open_member(folder: Path, name: str, crc: int, description: dict[str, Any],
                                 ("vocab_size", shard.vocab_size, description["vocab_size"]),
                                 ("domains", list(shard.domains), description["domains"])):
         if has != expected:
-            damaged(12, path, "a token shard belongs to another dataset", 0,
-                    f"its {what} is {has}, {DESCRIPTION} says {expected}")
+            raise damaged(12, path, "a token shard belongs to another dataset", 0,
+                          f"its {what} is {has}, {DESCRIPTION} says {expected}")
     return shard
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, limit=_MOST_BYTES, links=False)
     except OSError as error:
-        raise DataError(10, "not a folder of prepared tokens", where=str(path), why=error.strerror or str(error),
-                        next="give the folder that data=text prepared (it holds dataset.json)") from error
+        raise _no_description(path, error) from error
     try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        damaged(11, path, "the description of a dataset is damaged", getattr(error, "pos", 0), str(error))
+        content = parse_json(raw)
+    except ValueError as error:
+        raise damaged(11, path, "the description of a dataset is damaged", getattr(error, "pos", 0), reason(error)) from error
     problem = _description_problem(content)
     if problem:
-        damaged(11, path, "the description of a dataset is damaged", 0, problem)
+        raise damaged(11, path, "the description of a dataset is damaged", 0, problem)
     return content
+
+
+def _no_description(path: Path, error: OSError) -> DataError:
+    """A folder that holds shards has been one of prepared tokens."""
+    if isinstance(error, FileNotFoundError) and next(path.parent.glob("*.tokens"), None) is not None:
+        return lost_description(path.parent)
+    return DataError(10, "not a folder of prepared tokens", where=str(path), why=reason(error),
+                     next="give the folder that data=text prepared (it holds dataset.json)")
+
+
+def lost_description(folder: Path) -> DataError:
+    return DataError(121, f"a prepared dataset has lost its {DESCRIPTION}", where=str(folder),
+                     why="the other files of the dataset are there; without it nobody can tell whether they are whole",
+                     next=f"restore {DESCRIPTION}, or remove the folder: data=text prepares it again")
 
 
 def _description_problem(content: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Token shards: memory-mapped files of token ids, each checked before it is believed.
+"""Token shards: files of token ids, each checked before it is believed.
 
     8 bytes   magic  b"MOETOKEN"
     4+4+4     version, length of the header, crc32 of the header (little-endian)
@@ -7,7 +7,8 @@
     index     int64 offsets of the documents [documents + 1], int32 domain of each document
     tokens    uint16 when the vocabulary has at most 65,536 ids, else uint32
 
-A header is treated as hostile: every length is compared with the file before anything is allocated.
+A header is treated as hostile: every length is compared with the file before anything is allocated. A shard is a regular
+file: a link may lead anywhere and is refused. Tokens are read, and compared with their checksums, by token_blocks.py.
 
 Errors of the room `data/` (exit code 12):
 
@@ -28,11 +29,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from moetrain.errors import DataError, DiskError
+from moetrain.data.token_blocks import Layout, TokenBlocks, altered, damaged, truncated, unreadable
+from moetrain.errors import DiskError
+from moetrain.files import create, open_regular, parse_json, reason, remedy
 
 MAGIC = b"MOETOKEN"
 VERSION = 1
@@ -45,7 +48,7 @@ _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class TokenShard:
-    """One shard, open for reading; `tokens` stays on disk until it is touched."""
+    """One shard, open for reading; `tokens` stay on disk until they are read."""
 
     path: Path
     vocab_size: int
@@ -54,7 +57,7 @@ class TokenShard:
     header_crc: int                  # identifies the content: the header holds the checksums of everything else
     offsets: np.ndarray              # int64 [documents + 1], in tokens
     document_domains: np.ndarray     # int32 [documents]
-    tokens: np.ndarray
+    tokens: TokenBlocks
 
     @property
     def documents(self) -> int:
@@ -85,7 +88,7 @@ def write_file(path: Path, *pieces: bytes | memoryview) -> None:
     """The pieces in a file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with create(temporary) as file:
             for piece in pieces:
                 file.write(piece)
             file.flush()
@@ -97,61 +100,54 @@ def write_file(path: Path, *pieces: bytes | memoryview) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> DiskError:
-    return DiskError(10, "prepared tokens cannot be written", where=str(path), why=error.strerror or str(error),
-                     next="free some space, or choose another folder: data.cache=<folder>")
+    return DiskError(10, "prepared tokens cannot be written", where=str(path), why=reason(error),
+                     next=f"{remedy(error)}, or choose another folder: data.cache=<folder>")
 
 
 def open_shard(path: Path, *, verify: bool) -> TokenShard:
-    """The shard at `path`. Header and index are always checked; with `verify` every token is, too."""
+    """The shard at `path`. Header and index are checked now; tokens now with `verify`, else when they are first read."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header, header_crc = _read_header(path, file, size)
+        with open_regular(path, links=False) as file:
+            found = os.fstat(file.fileno())
+            header, header_crc = _read_header(path, file, found.st_size)
+            offsets, document_domains = _read_index(path, file, found.st_size, header)
             start = file.tell()
-            offsets, document_domains = _read_index(path, file, size, header)
-        shape = (header["tokens"],)
-        dtype = _DTYPES[header["dtype"]]
-        start += 8 * len(offsets) + 4 * len(document_domains)
-        tokens = np.memmap(path, dtype, "r", start, shape) if shape[0] else np.zeros(0, dtype)
     except OSError as error:
-        raise DataError(1, "a token shard cannot be read", where=str(path), why=error.strerror or str(error),
-                        next="check data.path, or prepare the text again with data=text") from error
+        raise unreadable(path, error) from error
+    layout = Layout(start, header["tokens"], _DTYPES[header["dtype"]], header["block_crc"], BLOCK, header["vocab_size"])
+    tokens = TokenBlocks(path, layout, offsets, found)
     if verify:
-        _verify_tokens(path, header, offsets, tokens, start)
+        tokens.verify()
     return TokenShard(path, header["vocab_size"], tuple(header["domains"]), header["text_bytes"], header_crc,
                       offsets, document_domains, tokens)
 
 
-def damaged(number: int, path: Path, what: str, offset: int, why: str) -> NoReturn:
-    raise DataError(number, what, where=f"{path}, byte {offset:,}", why=why,
-                    next="remove the folder and prepare the text again with data=text, or restore the file from a copy")
-
-
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     if size == 0:
-        damaged(2, path, "a token shard is empty", 0, "the file has no bytes")
+        raise damaged(2, path, "a token shard is empty", 0, "the file has no bytes")
     prefix = file.read(_PREFIX.size)
     if not prefix.startswith(MAGIC[:len(prefix)]):
-        damaged(3, path, "not a token shard", 0, f"the file starts with {prefix[:8]!r}, not with {MAGIC!r}")
+        raise damaged(3, path, "not a token shard", 0, f"the file starts with {prefix[:8]!r}, not with {MAGIC!r}")
     if len(prefix) < _PREFIX.size:
-        damaged(6, path, "a token shard is truncated", size, f"its start alone has {_PREFIX.size} bytes")
+        raise damaged(6, path, "a token shard is truncated", size, f"its start alone has {_PREFIX.size} bytes")
     _, version, length, crc = _PREFIX.unpack(prefix)
     if version != VERSION:
-        damaged(4, path, "a token shard has an unknown version", 8, f"version {version}; this moetrain reads {VERSION}")
+        raise damaged(4, path, "a token shard has an unknown version", 8, f"version {version}; this moetrain reads {VERSION}")
     if length > _MAX_HEADER:
-        damaged(5, path, "the header of a token shard is damaged", 12, f"it claims {length:,} bytes")
+        raise damaged(5, path, "the header of a token shard is damaged", 12, f"it claims {length:,} bytes")
     if _PREFIX.size + length > size:
-        damaged(6, path, "a token shard is truncated", size, f"the header alone ends at byte {_PREFIX.size + length:,}")
+        raise damaged(6, path, "a token shard is truncated", size, f"the header alone ends at byte {_PREFIX.size + length:,}")
     raw = file.read(length)
     if zlib.crc32(raw) != crc:
-        damaged(5, path, "the header of a token shard is damaged", _PREFIX.size, "its checksum does not match")
+        raise damaged(5, path, "the header of a token shard is damaged", _PREFIX.size, "its checksum does not match")
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        damaged(5, path, "the header of a token shard is damaged", _PREFIX.size, f"it is not JSON: {error}")
+        header = parse_json(raw)
+    except ValueError as error:
+        raise damaged(5, path, "the header of a token shard is damaged", _PREFIX.size,
+                      f"it is not JSON: {reason(error)}") from error
     problem = _header_problem(header)
     if problem:
-        damaged(5, path, "the header of a token shard is damaged", _PREFIX.size, problem)
+        raise damaged(5, path, "the header of a token shard is damaged", _PREFIX.size, problem)
     return header, crc
 
 
@@ -163,7 +159,7 @@ def _header_problem(header: Any) -> str | None:
     wrong = [name for name in counts if type(header.get(name)) is not int or not 0 <= header[name] < _MAX_COUNT]
     if wrong:
         return f"{wrong[0]} is {header.get(wrong[0])!r}"
-    if header.get("dtype") not in _DTYPES:
+    if header.get("dtype") not in list(_DTYPES):             # a list: it may be something that has no hash
         return f"dtype is {header.get('dtype')!r}"
     domains, blocks = header.get("domains"), header.get("block_crc")
     if not isinstance(domains, list) or not all(isinstance(name, str) for name in domains):
@@ -180,35 +176,15 @@ def _read_index(path: Path, file: BinaryIO, size: int, header: dict[str, Any]) -
     length = 8 * (documents + 1) + 4 * documents
     expected = start + length + tokens * _DTYPES[header["dtype"]].itemsize
     if size != expected:
-        state = "truncated" if size < expected else "longer than its header says"
-        damaged(6, path, f"a token shard is {state}", min(size, expected), f"{size:,} bytes instead of {expected:,}")
+        raise truncated(path, size, expected)
     raw = file.read(length)
     if zlib.crc32(raw) != header["index_crc"]:
-        damaged(7, path, "a token shard was altered", start, "the checksum of the document index does not match")
+        raise altered(path, start, "the checksum of the document index does not match")
     offsets = np.frombuffer(raw, "<i8", documents + 1)
     document_domains = np.frombuffer(raw, "<i4", documents, 8 * (documents + 1))
     if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
-        damaged(5, path, "the index of a token shard is damaged", start, "its offsets do not cover the tokens")
+        raise damaged(5, path, "the index of a token shard is damaged", start, "its offsets do not cover the tokens")
     if documents and not 0 <= document_domains.min() <= document_domains.max() < len(header["domains"]):
-        damaged(5, path, "the index of a token shard is damaged", start, "it names a domain that is not listed")
+        raise damaged(5, path, "the index of a token shard is damaged", start, "it names a domain that is not listed")
     return offsets, document_domains
 
-
-def _verify_tokens(path: Path, header: dict[str, Any], offsets: np.ndarray, tokens: np.ndarray, start: int) -> None:
-    for block, crc in enumerate(header["block_crc"]):
-        ids = tokens[block * BLOCK:(block + 1) * BLOCK]
-        offset = start + block * BLOCK * tokens.itemsize
-        if zlib.crc32(np.ascontiguousarray(ids)) != crc:
-            damaged(7, path, "a token shard was altered", offset,
-                    f"the checksum of block {block} ({ids.nbytes:,} bytes from here on) does not match")
-        if int(ids.max()) >= header["vocab_size"]:
-            first = block * BLOCK + int(np.argmax(ids >= header["vocab_size"]))
-            _refuse_id(path, header["vocab_size"], offsets, tokens, first)
-
-
-def _refuse_id(path: Path, vocab_size: int, offsets: np.ndarray, tokens: np.ndarray, position: int) -> NoReturn:
-    document = int(np.searchsorted(offsets, position, "right")) - 1
-    raise DataError(8, "a token id is outside the vocabulary",
-                    where=f"{path}, document {document}, token {position - int(offsets[document])}",
-                    why=f"id {int(tokens[position])} with vocab_size={vocab_size}",
-                    next="prepare the text again with the tokenizer of the model (data.tokenizer)")

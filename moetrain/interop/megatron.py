@@ -10,11 +10,13 @@ Held out is one document in 20 of each domain, chosen by a permutation keyed by 
 fewer than 20 documents, each of them gives up its last twentieth. Duplicates are not looked for.
 
 Every token is read once when the data is opened: the fingerprint is made of checksums, and no id may lie outside the
-vocabulary.
+vocabulary. A file that has changed since is refused: Megatron maps its files into memory, where one that was cut short is
+SIGBUS.
 """
 
 import hashlib
 import json
+import os
 import struct
 import warnings
 import zlib
@@ -27,11 +29,13 @@ import numpy as np
 from moetrain.data.order import permutation
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import DataError
+from moetrain.files import open_regular, reason
 from moetrain.interop.packages import require
 
 HELDOUT_ONE_IN = 20
 _FORMAT = "moetrain-megatron-1"
 _BLOCK = 1 << 22                     # tokens read at once by the first pass
+_SUFFIXES = (".bin", ".idx")
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")   # magic, version, type of tokens, sequences, bounds of documents
 
@@ -45,6 +49,27 @@ class Domain(NamedTuple):
     lengths: np.ndarray              # int64 tokens by sequence
     documents: np.ndarray            # int64
     content: str                     # hash of everything it holds
+    state: tuple[tuple[int, int], ...]   # of its files when they were read
+
+    def check(self) -> None:
+        """DataError once a file is not the one that was read."""
+        if self.state != (found := _state(self.prefix)):
+            changed = self.state[0] == found[0]
+            raise DataError(122, "an indexed dataset was changed while it was in use", where=f"{self.prefix}{_SUFFIXES[changed]}",
+                            why="its size or time of change is not what it was when the data was opened",
+                            next="restore the file; the same command goes on from the last save")
+
+
+def _state(prefix: Path) -> tuple[tuple[int, int], ...]:
+    """(size, time of change) of both files; (-1, 0) of one that is gone."""
+    found = []
+    for suffix in _SUFFIXES:
+        try:
+            status = os.stat(f"{prefix}{suffix}")
+            found.append((status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append((-1, 0))
+    return tuple(found)
 
 
 class Spans(NamedTuple):
@@ -73,13 +98,13 @@ class Indexed:
 class DocumentStream:
     """Spans of several datasets as one address space; takes the place of data.prepared.TokenStream."""
 
-    def __init__(self, datasets: list[Any], spans: Spans) -> None:
-        self._datasets, self._spans = datasets, spans
+    def __init__(self, domains: list[Domain], spans: Spans) -> None:
+        self._domains, self._spans = domains, spans
         self._starts = np.concatenate([[0], np.cumsum(spans.length)])
         self.size = int(self._starts[-1])
         new = np.diff(spans.document, prepend=-1) | np.diff(spans.domain, prepend=-1)
         self.document_starts = self._starts[:-1][new != 0]
-        self.domain_bounds = self._starts[np.searchsorted(spans.domain, np.arange(len(datasets) + 1))]
+        self.domain_bounds = self._starts[np.searchsorted(spans.domain, np.arange(len(domains) + 1))]
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens start to start + length as they lie in the files."""
@@ -89,9 +114,10 @@ class DocumentStream:
         while length > 0:
             inside = start - int(self._starts[number])
             count = min(length, int(self._spans.length[number]) - inside)
-            dataset = self._datasets[self._spans.domain[number]]
+            domain = self._domains[self._spans.domain[number]]
+            domain.check()
             first = int(self._spans.first[number]) + inside
-            pieces.append(dataset.get(int(self._spans.sequence[number]), offset=first, length=count))
+            pieces.append(domain.dataset.get(int(self._spans.sequence[number]), offset=first, length=count))
             start, length, number = start + count, length - count, number + 1
         return pieces[-1] if len(pieces) == 2 else np.concatenate(pieces)
 
@@ -107,8 +133,7 @@ def open_indexed(*, path: str, tokenizer: str, vocab_size: int) -> Indexed:
     vocabulary = encoder.vocab_size if encoder else vocab_size
     domains = [_open_domain(prefix, vocabulary) for prefix in _prefixes(Path(path))]
     train, heldout = zip(*(_split(number, domain) for number, domain in enumerate(domains)))
-    datasets = [domain.dataset for domain in domains]
-    streams = [DocumentStream(datasets, Spans(*map(np.concatenate, zip(*spans)))) for spans in (train, heldout)]
+    streams = [DocumentStream(domains, Spans(*map(np.concatenate, zip(*spans)))) for spans in (train, heldout)]
     if not streams[1].size:
         raise DataError(74, "there is too little data to hold some out", where=path,
                         why=f"{streams[0].size:,} tokens, and no document has {HELDOUT_ONE_IN}",
@@ -125,7 +150,7 @@ def _prefixes(path: Path) -> list[Path]:
     else:
         found = [path.with_suffix("") if path.suffix in (".idx", ".bin") else path]
     for prefix in found or [path / "<name>"]:
-        for suffix in (".idx", ".bin"):
+        for suffix in _SUFFIXES:
             file = Path(f"{prefix}{suffix}")
             if not file.is_file():
                 raise DataError(70, "there is no indexed dataset", where=f"{path} (data.path)", why=f"{file} is not there",
@@ -134,6 +159,7 @@ def _prefixes(path: Path) -> list[Path]:
 
 
 def _open_domain(prefix: Path, vocab_size: int) -> Domain:
+    state = _state(prefix)
     dataset = _read_index(prefix)
     lengths = np.asarray(dataset.index.sequence_lengths, np.int64)
     documents = np.asarray(dataset.index.document_indices, np.int64)
@@ -145,7 +171,8 @@ def _open_domain(prefix: Path, vocab_size: int) -> Domain:
         raise _damaged(prefix, "its sequences do not lie end to end")
     if documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
         raise _damaged(prefix, "its documents do not cover the sequences")
-    return Domain(prefix.name, prefix, dataset, lengths, documents, _check_tokens(prefix, dataset, starts, documents, vocab_size))
+    content = _check_tokens(prefix, dataset, starts, documents, vocab_size)
+    return Domain(prefix.name, prefix, dataset, lengths, documents, content, state)
 
 
 def _read_index(prefix: Path) -> Any:
@@ -163,8 +190,11 @@ def _check_header(prefix: Path) -> None:
     """The counts against the files, before anything is mapped: a reader that fails half-way leaves an object behind whose
     removal raises, at any later time."""
     index = Path(f"{prefix}.idx")
-    with index.open("rb") as file:
-        head = file.read(_HEADER.size)
+    try:
+        with open_regular(index) as file:
+            head = file.read(_HEADER.size)
+    except OSError as error:
+        raise _damaged(prefix, reason(error)) from error
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         raise _damaged(prefix, f"it starts with {head[:9]!r}, not with {_MAGIC!r} and a header")
     _, version, code, sequences, documents = _HEADER.unpack(head)
@@ -191,20 +221,24 @@ def _wrong_length(prefix: Path, why: str) -> DataError:
 def _check_tokens(prefix: Path, dataset: Any, starts: np.ndarray, documents: np.ndarray, vocab_size: int) -> str:
     """One pass over the tokens: their hash, index included; DataError where one is outside the vocabulary."""
     file, dtype = Path(f"{prefix}.bin"), np.dtype(dataset.index.dtype)
-    size, expected = file.stat().st_size, int(starts[-1]) * dtype.itemsize
-    if size != expected:
-        raise _wrong_length(prefix, f"{size:,} bytes instead of {expected:,}")
-    tokens = np.memmap(file, dtype, "r")
-    checksums = []
-    for begin in range(0, len(tokens), _BLOCK):
-        block = np.ascontiguousarray(tokens[begin:begin + _BLOCK])
-        checksums.append(zlib.crc32(block))
-        if block.max() >= vocab_size or block.min() < 0:
-            position = begin + int(np.argmax((block >= vocab_size) | (block < 0)))
-            raise DataError(73, "a token id is outside the vocabulary", where=f"{file}, token {position:,}",
-                            why=f"id {int(tokens[position])} with a vocabulary of {vocab_size:,}",
-                            next="data.tokenizer=<the tokenizer.json that made the ids>, or data.tokenizer=none with a larger "
-                                 "data.vocab_size")
+    total, checksums = int(starts[-1]), []
+    with open_regular(file) as opened:
+        size, expected = os.fstat(opened.fileno()).st_size, total * dtype.itemsize
+        if size != expected:
+            raise _wrong_length(prefix, f"{size:,} bytes instead of {expected:,}")
+        for begin in range(0, total, _BLOCK):
+            length = min(_BLOCK, total - begin)
+            content = opened.read(length * dtype.itemsize)
+            if len(content) < length * dtype.itemsize:
+                raise _wrong_length(prefix, "it was cut short while it was read")
+            block = np.frombuffer(content, dtype)
+            checksums.append(zlib.crc32(block))
+            if block.max() >= vocab_size or block.min() < 0:
+                place = int(np.argmax((block >= vocab_size) | (block < 0)))
+                raise DataError(73, "a token id is outside the vocabulary", where=f"{file}, token {begin + place:,}",
+                                why=f"id {int(block[place])} with a vocabulary of {vocab_size:,}",
+                                next="data.tokenizer=<the tokenizer.json that made the ids>, or data.tokenizer=none with a "
+                                     "larger data.vocab_size")
     parts = [dtype.name, checksums, zlib.crc32(starts), zlib.crc32(documents)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import largest_over, sum_over
+from moetrain.comm.reduce import all_or_none, largest_over, sum_over
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch, Dataset
@@ -65,7 +65,7 @@ def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, confi
     """[nats, tokens, bytes, choices of all experts] over all ranks, float64; None where one says stop."""
     group = mesh["batch"]
     every = dataset.heldout(domain, windows=config.eval.windows, batch=config.eval.batch)
-    mine = list(islice(every, group.position, None, group.size))
+    mine = all_or_none(group, lambda: list(islice(every, group.position, None, group.size)))
     rounds = largest_over(group, inf if stop else len(mine))
     if rounds == inf:
         return None

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from moetrain.comm.reduce import gather_to_first, sum_over
-from moetrain.errors import NonFiniteError
+from moetrain.comm.reduce import fail_together, gather_to_first, sum_over
+from moetrain.data.batch import Batch
+from moetrain.errors import DataError, NonFiniteError
 from moetrain.parallel.expert import global_norm, scale_gradients
 from moetrain.train.metrics import (
     SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, peak_memory, split_by_router,
@@ -47,8 +48,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     routers = model.routers
     watch = Stopwatch(mesh.device)
     copies = planning.agreed().num_copies if planning else 0
-    batches = [to_device(batch, mesh.device) for batch in run.loader.step(step)]
-    tokens = sum_over(mesh["batch"], torch.stack([batch.valid_BS.sum() for batch in batches]).sum())
+    batches, tokens = read_batches(run, step)
     watch.lap("data")
 
     run.state.optimizer.zero_grad(set_to_none=True)
@@ -106,6 +106,21 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     }
     sources = gather_to_first(mesh["batch"], local) if config.log.sources else None
     return StepResult(metrics, counts, sources, Votes(*map(int, summed.votes)))
+
+
+def read_batches(run: Run, step: int) -> tuple[list[Batch], Tensor]:
+    """This rank's micro-batches, and the valid tokens of the global batch. Data that one rank cannot read ends all. Collective."""
+    mesh, batches, failure = run.mesh, [], None
+    try:
+        batches = [to_device(batch, mesh.device) for batch in run.loader.step(step)]
+    except DataError as error:
+        failure = error
+    none = torch.zeros((), dtype=torch.int64, device=mesh.device)
+    valid = torch.stack([none, *(batch.valid_BS.sum() for batch in batches)]).sum()
+    tokens, failures = sum_over(mesh["batch"], torch.stack([valid, none + (failure is not None)]))
+    if failures:
+        fail_together(mesh["batch"], failure)
+    return batches, tokens
 
 
 def stop_if_not_finite(step: int, cross_entropy: float, norm: Tensor) -> None:

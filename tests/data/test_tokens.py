@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moetrain.data import tokens as tokens_module
+from moetrain.data.token_blocks import TokenBlocks
 from moetrain.data.tokens import TokenShard, open_shard, write_shard
 from moetrain.errors import DataError, DiskError, MoETrainError
 
@@ -43,9 +44,9 @@ def with_header(path: Path, **changes: object) -> Path:
 @pytest.mark.parametrize("vocab_size, dtype", [(257, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     shard = open_shard(written(tmp_path / "s.tokens", vocab_size), verify=True)
-    assert isinstance(shard, TokenShard) and isinstance(shard.tokens, np.memmap)
-    assert shard.tokens.dtype == dtype and shard.documents == 4 and shard.domains == ("a", "b")
-    assert shard.tokens.tolist() == np.concatenate(DOCUMENTS).tolist()
+    assert isinstance(shard, TokenShard) and isinstance(shard.tokens, TokenBlocks)
+    assert shard.tokens.layout.dtype == dtype and shard.documents == 4 and shard.domains == ("a", "b")
+    assert shard.tokens.read(0, 108).tolist() == np.concatenate(DOCUMENTS).tolist()
     assert shard.offsets.tolist() == [0, 5, 5, 8, 108] and shard.document_domains.tolist() == [0, 0, 1, 1]
 
 
@@ -107,7 +108,7 @@ def test_an_id_outside_the_vocabulary_is_named_by_document(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("changes", [
     {"tokens": -1}, {"tokens": 1 << 60}, {"tokens": "108"}, {"tokens": True}, {"tokens": 107}, {"documents": 1 << 40},
-    {"documents": 3}, {"dtype": "float64"}, {"dtype": None}, {"domains": "ab"}, {"domains": ["a"]}, {"domains": [1, 2]},
+    {"documents": 3}, {"dtype": "float64"}, {"dtype": None}, {"dtype": []}, {"dtype": {}}, {"domains": "ab"}, {"domains": ["a"]}, {"domains": [1, 2]},
     {"block_crc": []}, {"block_crc": ["x"]}, {"block_crc": None}, {"index_crc": 0}, {"vocab_size": None},
 ])
 def test_a_hostile_header_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:

@@ -1,6 +1,7 @@
 """data=megatron: a window holds what Megatron-Core's builder wrote; the order is a pure function; bad files are named."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -227,3 +228,14 @@ def test_a_run_trains_evaluates_and_resumes(folder, domains, tmp_path):
     assert weights(broken) == weights(whole)
     record = json.loads((broken / "eval.jsonl").read_text().splitlines()[-1])
     assert {f"nats_per_byte/{domain}" for domain in domains} <= record.keys()
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_that_is_cut_short_while_it_is_in_use_is_named(tmp_path, suffix):
+    build(tmp_path / "one", numbered(40), np.int32)
+    data = dataset(tmp_path / "one", "data.tokenizer=none", "data.vocab_size=2000")
+    data.train_stream.read(0, 10)
+    os.truncate(tmp_path / f"one{suffix}", 100)
+    with pytest.raises(DataError, match="E-DATA-122") as caught:  # mapped into memory it would be SIGBUS
+        data.train_stream.read(100, 10)
+    assert caught.value.where == str(tmp_path / f"one{suffix}")

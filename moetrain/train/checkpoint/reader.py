@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.comm.reduce import all_or_none, largest_over, on_first, sum_over
+from moetrain.comm.reduce import all_or_none, fail_together, largest_over, on_first, sum_over
 from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.pieces import Piece
@@ -199,7 +199,7 @@ def _agreed(batch: Group, error: CheckpointError | None) -> bool:
     """True when no rank has an error, False when one found damage; another error ends all ranks."""
     worst = largest_over(batch, 0 if error is None else 1 if is_damage(error) else 2)
     if worst == 2:
-        all_or_none(batch, lambda: _raise(error if error is not None and not is_damage(error) else None))
+        fail_together(batch, error if error is not None and not is_damage(error) else None)
     return worst == 0
 
 
@@ -257,7 +257,3 @@ def _or_damaged(directory: Path, action: Callable[[], None]) -> None:
     except OSError as error:
         raise damaged(directory / NAME, f"the directory cannot be read: {error.strerror or error}") from error
 
-
-def _raise(error: CheckpointError | None) -> None:
-    if error is not None:
-        raise error

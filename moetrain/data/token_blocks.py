@@ -1,0 +1,149 @@
+"""The tokens of a shard, read by position: a block is compared with its checksum when it is first read.
+
+Read with `pread`, not memory-mapped: a file that is cut short while it is in use is an error here and SIGBUS there. A
+block is checked again once the file's time of change has moved.
+"""
+
+import os
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrain.errors import DataError
+from moetrain.files import open_descriptor, reason
+
+MOST_OPEN = 64                       # descriptors, of all shards together: a corpus may have more shards than a process may open
+
+
+class Layout(NamedTuple):
+    """Where tokens lie in a file, as its header says. checksums: CRC-32 of every `block` tokens."""
+
+    start: int                       # byte
+    tokens: int
+    dtype: np.dtype
+    checksums: list[int]
+    block: int
+    vocab_size: int
+
+
+class TokenBlocks:
+    """Tokens of one file. offsets: of its documents, to name a token by its place."""
+
+    def __init__(self, path: Path, layout: Layout, offsets: np.ndarray, found: os.stat_result) -> None:
+        self.path, self.layout, self._offsets = path, layout, offsets
+        self._identity, self._seen = (found.st_dev, found.st_ino), _state(found)
+        self._size = found.st_size
+        self._checked = np.zeros(len(layout.checksums), np.bool_)
+
+    def __len__(self) -> int:
+        return self.layout.tokens
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Tokens begin to end as they lie in the file; DataError where they are not what was written."""
+        self._look()
+        block = self.layout.block
+        for number in range(begin // block, -(-end // block)):
+            if not self._checked[number]:
+                self._check(number)
+        return self._tokens(begin, end)
+
+    def verify(self) -> None:
+        """Check every block, one after another."""
+        self._look()
+        for number in range(len(self._checked)):
+            self._check(number)
+
+    def _look(self) -> None:
+        """Forget what was checked where somebody has written to the file since."""
+        try:
+            found = os.fstat(_opened(self.path, self._identity).number)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if _state(found) == self._seen:
+            return
+        if found.st_size != self._size:
+            self._cut_short(found.st_size)
+        self._seen = _state(found)
+        self._checked[:] = False
+
+    def _check(self, number: int) -> None:
+        layout, first = self.layout, number * self.layout.block
+        ids = self._tokens(first, min(first + layout.block, len(self)))
+        if zlib.crc32(ids) != layout.checksums[number]:
+            raise altered(self.path, layout.start + first * layout.dtype.itemsize,
+                          f"the checksum of block {number} ({ids.nbytes:,} bytes from here on) does not match")
+        if int(ids.max()) >= layout.vocab_size:
+            self._refuse_id(first + int(np.argmax(ids >= layout.vocab_size)), int(ids.max()))
+        self._checked[number] = True
+
+    def _refuse_id(self, position: int, id: int) -> None:
+        document = int(np.searchsorted(self._offsets, position, "right")) - 1
+        raise DataError(8, "a token id is outside the vocabulary",
+                        where=f"{self.path}, document {document}, token {position - int(self._offsets[document])}",
+                        why=f"id {id} with vocab_size={self.layout.vocab_size}",
+                        next="prepare the text again with the tokenizer of the model (data.tokenizer)")
+
+    def _tokens(self, begin: int, end: int) -> np.ndarray:
+        width = self.layout.dtype.itemsize
+        place, length = self.layout.start + begin * width, (end - begin) * width
+        try:
+            content = os.pread(_opened(self.path, self._identity).number, length, place)
+            while len(content) < length and (more := os.pread(_opened(self.path, self._identity).number, length - len(content),
+                                                              place + len(content))):
+                content += more
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if len(content) < length:
+            self._cut_short(place + len(content))
+        return np.frombuffer(content, self.layout.dtype)
+
+    def _cut_short(self, size: int) -> None:
+        raise truncated(self.path, size, self._size)
+
+
+class _Descriptor:
+    """An open file, closed with the last reference to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+@lru_cache(maxsize=MOST_OPEN)
+def _opened(path: Path, identity: tuple[int, int]) -> _Descriptor:
+    descriptor = _Descriptor(open_descriptor(path, os.O_RDONLY, links=False))
+    found = os.fstat(descriptor.number)
+    if (found.st_dev, found.st_ino) != identity:
+        raise OSError(0, "another file has taken its place while it was in use")
+    return descriptor
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
+# --- what is said of a shard that cannot be used
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(1, "a token shard cannot be read", where=str(path), why=reason(error),
+                     next="check data.path, or prepare the text again with data=text")
+
+
+def damaged(number: int, path: Path, what: str, offset: int, why: str) -> DataError:
+    return DataError(number, what, where=f"{path}, byte {offset:,}", why=why,
+                     next="remove the folder and prepare the text again with data=text, or restore the file from a copy")
+
+
+def altered(path: Path, offset: int, why: str) -> DataError:
+    return damaged(7, path, "a token shard was altered", offset, why)
+
+
+def truncated(path: Path, size: int, expected: int) -> DataError:
+    state = "truncated" if size < expected else "longer than its header says"
+    return damaged(6, path, f"a token shard is {state}", min(size, expected), f"{size:,} bytes instead of {expected:,}")
