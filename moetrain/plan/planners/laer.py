@@ -30,7 +30,7 @@ class Laer:
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
         most = copies_each(room, topology, costs, homes.num_experts)
         loads_NE = by_node(loads, topology)
-        slots_P = np.asarray([len(homes.experts_of(at)) + most for at in range(homes.positions)])
+        slots_P = np.bincount(homes.home, minlength=homes.positions) + most       # homes in pieces take a slot as others do
         held_EP = best(loads_NE, slots_P, topology, costs, homes)
         copies = [(expert, at) for expert, at in np.argwhere(held_EP).tolist() if at != homes.home[expert]]
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
