@@ -182,6 +182,8 @@ def test_resume_may_change_how_but_not_what() -> None:
                     "checkpoint.interval=7", "eval.interval=1", "run.timeout_s=9", "train.micro_batch=2", "data.cache=x",
                     "generate.tokens=3", "run.device=cpu", "run.dir=elsewhere"])
     assert resume_conflicts(old, free) == []
+    centred, as_it_was = (compose(["router=sigmoid", *more]) for more in ([], ["router.centre=false"]))    # the default has changed
+    assert centred.router["centre"] and resume_conflicts(as_it_was, centred) == []
     new = compose(["experiment=quickstart", "model.dim=64", "run.seed=1", "run.dtype=float64", "train.global_batch=8",
                    "train.seq_len=64", "optim.lr=1", "data.mixture=proportional", "balance=micro", "router.weights=raw", "loss=[z]"])
     refused = {error.where: error for error in resume_conflicts(old, new)}
