@@ -34,7 +34,7 @@ def metered(trace: np.ndarray, planner: str, per_node: int, sliced: tuple[int, .
     group = build_mesh(mesh_sizes("fssdp", positions, None), torch.device("cpu"))["ep"]
     stack = placement_ranks.Stack(SIZES, experts, group, per_node, paced=False)
     stack.start(ExpertPlacement(tuple((name, homes.with_sliced(sliced)) for name, homes in stack.homes.layers)))
-    built = build(compose([f"planner={planner}", "parallel=fssdp", *(["planner.min_rows=8"] if planner == "llep" else [])]).planner)
+    built = build(compose([f"planner={planner}", "parallel=fssdp", *(["planner.min_rows=8"] if planner == "llep" else [])]).planner, "planner")
     loads = placement_ranks.Arm.parse(f"{planner}+oracle+nodes").loads(trace, 0, per_node)
     stack.adopt(built.rule, placement_ranks.plans_of(stack, built, loads, 2))
     meter, n_PE = placement_ranks.Meter(), torch.from_numpy(trace[0])
@@ -177,7 +177,7 @@ def test_a_study_runs_over_emulated_links(tmp_path: Path):
 
 def test_planners_are_clocked_at_growing_sizes():
     options = bench_planner.argparse.Namespace(experts=16, room=1, repeats=2, limit=9.0, positions=[16, 32])
-    planner = build(compose(["planner=balanced", "parallel=fssdp"]).planner)
+    planner = build(compose(["planner=balanced", "parallel=fssdp"]).planner, "planner")
     rows = [row for form in ("by expert", "by node") for row in bench_planner.growth("balanced", planner, form, options)]
     assert [row["positions"] for row in rows] == [16, 32, 16, 32] and all(0 < row["least_ms"] <= row["median_ms"] for row in rows)
     assert all(f"{row['least_ms']:.2f}" in bench_planner.table(rows) for row in rows)

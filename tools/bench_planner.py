@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    planners = {name: build(compose([f"planner={name}", "parallel=fssdp"]).planner) for name in PLANNERS}
+    planners = {name: build(compose([f"planner={name}", "parallel=fssdp"]).planner, "planner") for name in PLANNERS}
     rows = [row for form in ("by expert", "by node") for name, planner in planners.items()
             for row in growth(name, planner, form, options)]
     result = {"facts": facts(options), "options": vars(options), "plans": rows, "waterfill": split_times(options.repeats)}
@@ -110,7 +110,7 @@ def split_times(repeats: int) -> dict[str, float]:
     """Milliseconds of `waterfill` by case of the family, the least."""
     topology, homes, found = Topology(8, 4), contiguous(64, 8), {}
     costs = Costs(row_s=1e-6, row_bytes=512.0, expert_bytes=1e5, inside=9e9, between=1e9, latency_s=1e-5, hidden_s=1e-3)
-    planner = build(compose(["planner=balanced", "parallel=fssdp"]).planner)
+    planner = build(compose(["planner=balanced", "parallel=fssdp"]).planner, "planner")
     for name in ("lognormal_1", "lognormal_1.5", "hot_expert", "hot_rank"):
         before_PE, n_PE = generate(name, 0, 2, 8, 64, 4096)
         placement = planner.plan(before_PE.sum(0), homes, topology, costs, 2).placement

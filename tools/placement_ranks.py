@@ -292,7 +292,7 @@ def replay(options: argparse.Namespace, sizes: Sizes, group: Group, trace: np.nd
     like."""
     rank, experts, per_node = dist.get_rank(), trace.shape[2], options.per_node
     arms = {name: Arm.parse(name) for name in options.planners}
-    planners = {name: build(compose([f"planner={arm.planner}", "parallel=fssdp", *SCALED.get(arm.planner, [])]).planner)
+    planners = {name: build(compose([f"planner={arm.planner}", "parallel=fssdp", *SCALED.get(arm.planner, [])]).planner, "planner")
                 for name, arm in arms.items()}
     stacks = {name: Stack(sizes, experts, group, per_node, paced=paced) for name in [*arms, CEILING]}
     for name, planner in planners.items():

@@ -11,8 +11,8 @@ from moetrain.cli.train import _part_keys
 from moetrain.config.rules.ranges import RANGES
 from moetrain.config.compose import _FREE_AFTER_TRAINING, _FREE_ON_RESUME
 from moetrain.config.groups import config_dir, group_options, section_of
-from moetrain.config.tree import load
 from moetrain.config.values import Key, leaves, schema_keys, schema_sections, show, type_name
+from moetrain.config.yaml_file import load
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "config.md"
 
@@ -39,7 +39,7 @@ Values are laid down in this order, the last one counts: defaults of the schema,
 """
 
 PARTS = """\
-Sections `router`, `capacity`, `balance`, `planner` and `loss.<name>` hold parts: `_target_` names a class that moetrain defines, the other keys are
+Sections `router`, `capacity`, `balance`, `planner` and `loss.<name>` hold parts: `_target_` names a class of that family, the other keys are
 arguments of its constructor. The option of the group brings `_target_`. `dim`, `num_experts` and `top_k` come from `model.*`
 and cannot be set here.
 """

@@ -18,8 +18,8 @@ from moetrain.config.compose import compose, run_dir, to_yaml
 from moetrain.config.groups import config_dir, group_options
 from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config
-from moetrain.config.tree import load
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
+from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.interop.packages import check_installed
 from moetrain.train.finished import finished, next_commands
@@ -156,7 +156,7 @@ def _part_keys(section: str) -> list[Key]:
         comments = dict(re.findall(r"^\s*(\w+):[^#\n]*#\s*(.+)$", text, re.MULTILINE))
         prefix = f"loss.{option}" if section == "loss" else section
         for target in re.findall(r"_target_:\s*([\w.]+)", text):
-            for name, key in arguments(target).items():
+            for name, key in arguments(target, section).items():
                 if section == "loss":                    # an option a section: its values are the defaults
                     key = key._replace(default=load(config_dir() / section / f"{option}.yaml")[option].get(name, key.default))
                 if name not in SIZES:

@@ -1,23 +1,47 @@
 """Parts chosen by class: what a `_target_` accepts, and the only caller of Hydra's `instantiate`.
 
-    _target_: moetrain.routers.topk.TopKRouter     the class, defined in moetrain
+    _target_: moetrain.routers.topk.TopKRouter     a class of the family that the section holds
     weights: renorm                                its arguments, but for the sizes (dim, num_experts, top_k)
 
-`arguments` reads a constructor from its source, so that a wrong argument is found before torch is imported. `build`
-imports. Both refuse a class that is only reachable through moetrain and defined elsewhere: Hydra would call anything.
+A config is data that may come from somebody else, with a run or a checkpoint. So a `_target_` chooses among the classes of
+one family and names no code. `arguments` finds class and constructor in the source, before torch is imported; `build`
+asks it again, imports, and compares the class itself.
 """
 
 import ast
 import importlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import MISSING
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import moetrain
 from moetrain.config.values import Key
 from moetrain.errors import ConfigError, MoETrainError
 
+
+class Family(NamedTuple):
+    """Parts that may stand in for each other: `base`, and what descends from it, in a module of `package`.
+
+    method: what a part has to define because the base does not. None: the base is a part itself.
+    """
+
+    package: str
+    base: str
+    method: str | None = None
+
+
+# By the section of the config that holds the part.
+FAMILIES = {
+    "router": Family("moetrain.routers", "moetrain.routers.base.Router", "route"),
+    "capacity": Family("moetrain.moe", "moetrain.moe.capacity.CapacityPolicy"),
+    "balance": Family("moetrain.losses", "moetrain.losses.load_balance.LoadBalanceLoss"),
+    "loss": Family("moetrain.losses", "moetrain.losses.base.AuxLoss", "value"),
+    "planner": Family("moetrain.plan.planners", "moetrain.plan.planners.base.Planner", "plan"),
+    "indexed": Family("moetrain.interop.megatron", "moetrain.interop.megatron.open_indexed"),    # by data=megatron, in no yaml
+}
 # Handed over at build time from model.*, never written in a part's yaml.
 SIZES = ("dim", "num_experts", "top_k")
 
@@ -26,16 +50,23 @@ _TYPES = {"bool": bool, "float": float, "int": int, "str": str}
 
 
 class NoSuchPart(ValueError):
-    """The `_target_` names no class or function that moetrain defines."""
+    """The `_target_` names no part of the family."""
 
 
-def build(node: dict[str, Any], **sizes: Any) -> Any:
-    """The object that a part's mapping describes; of `sizes` it gets those that its constructor takes."""
+def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
+    """The object that a part's mapping describes; of `sizes` it gets those that its constructor takes.
+
+    family: a name of FAMILIES. Raises ConfigError for anything else than a part of it, and for wrong arguments.
+    """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     target = str(node.get("_target_", ""))
-    made = _resolve(target)
+    if not target:
+        raise ConfigError(122, f"the config has no {family}", where=f"{family}, which is {node}",
+                          why="a Config() made by hand holds no parts: they come with the options of the groups",
+                          next="from moetrain.config.compose import compose; config = compose([])")
+    made = _resolve(target, family)
     accepted = inspect.signature(made).parameters
     for name in node:
         if name != "_target_" and (name not in accepted or name in sizes):
@@ -54,67 +85,78 @@ def build(node: dict[str, Any], **sizes: Any) -> Any:
                           next="correct the argument; moetrain train --help lists them") from error
 
 
-def arguments(target: str) -> dict[str, Key]:
+def arguments(target: str, family: str) -> dict[str, Key]:
     """The arguments a part may be given in yaml, sizes included, read from source without importing it.
 
     Raises NoSuchPart with the reason. A constructor with **kwargs accepts only what it names.
     """
-    module, _, name = target.rpartition(".")
-    definition = _definition(module, name)
-    if isinstance(definition, ast.ClassDef):
-        definition = _constructor(module, definition)
-    return _parameters(definition) if definition else {}
+    found = _part(target, family)
+    if isinstance(found[0], ast.FunctionDef):
+        return _parameters(found[0])
+    return next((_parameters(method) for cls in found if (method := _own(cls, "__init__"))), {})
 
 
-def _resolve(target: str) -> Any:
+def _part(target: str, family: str) -> list[ast.ClassDef | ast.FunctionDef]:
+    """Definition of a part of the family, then those of its ancestors in moetrain; NoSuchPart if it is none."""
+    package, base, method = FAMILIES[family]
     module, _, name = target.rpartition(".")
-    problem = None if target.startswith("moetrain.") else "is outside moetrain"
+    if not all(part.isidentifier() for part in target.split(".")) or not f"{module}.".startswith(f"{package}."):
+        raise NoSuchPart(f"{target or 'nothing'} is outside {package}, where every {family} is defined")
+    definitions = dict(_ancestry(module, name))
+    if not definitions:
+        raise NoSuchPart(f"{module} defines no {name}" if _source(module) else f"there is no module {module}")
+    if base not in definitions or name.startswith("_"):
+        raise NoSuchPart(f"{target} is no {family}: those descend from {base}")
+    if method and not any(_own(definitions[path], method) for path in definitions if path != base):
+        raise NoSuchPart(f"{target} does not define {method}, as every {family} does")
+    return list(definitions.values())
+
+
+def _ancestry(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef]]:
+    """(dotted name, definition) of what moetrain defines by that name, and of its bases, nearest first."""
+    tree = _source(module)
+    for statement in tree.body if tree else ():
+        if isinstance(statement, (ast.ClassDef, ast.FunctionDef)) and statement.name == name:
+            yield f"{module}.{name}", statement
+            for base in getattr(statement, "bases", ()):
+                if isinstance(base, ast.Name):
+                    yield from _ancestry(_home(tree, base.id) or module, base.id)
+
+
+def _own(cls: ast.ClassDef | ast.FunctionDef, method: str) -> ast.FunctionDef | None:
+    """The method as the class itself defines it."""
+    return next((node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == method), None)
+
+
+def _resolve(target: str, family: str) -> Any:
+    """The class itself. The source was asked first, so nothing is imported but a module of the family's package."""
     try:
-        made = None if problem else getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        problem = f"cannot be found ({error})"
-    if not problem and (not callable(made) or not str(getattr(made, "__module__", "")).startswith("moetrain.")):
-        problem = "is not defined in moetrain"
-    if problem:
-        raise ConfigError(52, f"_target_ {target!r} {problem}", where=f"_target_: {target}",
-                          why="a part is a class or function that moetrain defines",
-                          next="choose an option of the group; moetrain train --help lists them")
+        _part(target, family)
+        made, base = _imported(target), _imported(FAMILIES[family].base)
+        if base not in getattr(made, "__mro__", (made,)) or f"{made.__module__}.{made.__qualname__}" != target:
+            raise NoSuchPart(f"{target} is no {family} once it is imported")
+    except (NoSuchPart, ImportError, AttributeError) as error:
+        raise ConfigError(52, f"_target_ {target!r} is not a {family}", where=f"_target_: {target}", why=str(error),
+                          next="choose an option of the group; moetrain train --help lists them") from error
     return made
 
 
-def _definition(module: str, name: str) -> ast.ClassDef | ast.FunctionDef:
-    if not module.startswith("moetrain."):
-        raise NoSuchPart(f"{module or name} is outside moetrain")
-    tree = _source(module)
-    if tree is None:
-        raise NoSuchPart(f"there is no module {module}")
-    for statement in tree.body:
-        if isinstance(statement, (ast.ClassDef, ast.FunctionDef)) and statement.name == name:
-            return statement
-    raise NoSuchPart(f"{module} defines no {name}")
+def _imported(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _source(module: str) -> ast.Module | None:
-    path = _PACKAGE.joinpath(*module.split(".")[1:])
+    """None where moetrain has no such module."""
+    package, *parts = module.split(".")
+    path = _PACKAGE.joinpath(*parts)
     file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-    return ast.parse(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return _parsed(file) if package == "moetrain" and file.is_file() else None
 
 
-def _constructor(module: str, cls: ast.ClassDef) -> ast.FunctionDef | None:
-    """`__init__` of the class or of the first base that moetrain defines and that has one."""
-    for statement in cls.body:
-        if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
-            return statement
-    tree = _source(module)
-    for base in cls.bases:
-        home = _home(tree, base.id) if isinstance(base, ast.Name) else None
-        try:
-            definition = _definition(home or module, base.id) if isinstance(base, ast.Name) else None
-        except NoSuchPart:
-            continue
-        if isinstance(definition, ast.ClassDef) and (found := _constructor(home or module, definition)):
-            return found
-    return None
+@cache
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _home(tree: ast.Module, name: str) -> str | None:

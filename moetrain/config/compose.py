@@ -15,13 +15,16 @@ from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any
 
+from moetrain import __version__
 from moetrain.config import tree
 from moetrain.config.groups import config_dir, section_of
 from moetrain.config.overrides import Command, Problems, read
 from moetrain.config.schema import Config, ParallelConfig
 from moetrain.config.suggest import nearest
 from moetrain.config.values import flatten, show
+from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
+from moetrain.files import read_json, shown
 
 # What a resumed run may change; a trailing dot means the whole section.
 _FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name", "run.dir", "run.device",
@@ -101,12 +104,35 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(path: Path | str) -> Config:
     """The config in a run's config.yaml, checked key by key; no rules between keys, because the mesh may differ."""
-    return recorded(tree.load(Path(path)), Path(path))
+    path = Path(path)
+    try:
+        wrote = read_json(path.with_name("env.json"))["moetrain"]
+    except (OSError, ValueError, LookupError, TypeError):
+        wrote = None
+    return recorded(load(path), path, wrote)
 
 
-def recorded(values: dict[str, Any], where: Path) -> Config:
-    """The same from values that were read already; where: the file or folder that they are from."""
-    return tree.finish(values, Command({}, {}), Problems(), [("", where)], rules=False)
+def recorded(values: dict[str, Any], where: Path, wrote: object) -> Config:
+    """The same from values that were read already.
+
+    where: the file or checkpoint that they are from. wrote: the release of moetrain that it names.
+    """
+    try:
+        return tree.finish(values, Command({}, {}), Problems(), [], recorded=where)
+    except ConfigErrors as found:
+        raise ConfigErrors([_of_another_release(error, where, wrote) for error in found.errors]) from None
+
+
+def _of_another_release(error: ConfigError, where: Path, wrote: object) -> ConfigError:
+    """The same error, for something that was not typed but recorded: a key, a value or a part that is not known here."""
+    release = f"moetrain {shown(wrote, 40)}" if isinstance(wrote, str) else "an unknown release of moetrain"
+    if wrote == __version__:
+        why = f"{error.why}; {release}, this release, wrote the run, so it was changed since"
+    else:
+        why = f"{error.why}; {release} wrote it, and this is moetrain {__version__}"
+    old = f"use {release} for this run" if wrote != __version__ else "restore what was changed"
+    return ConfigError(int(error.id[-3:]), error.what, where=error.where, why=why,
+                       next=f"{old}; or correct it in {where}" if where.is_file() else f"{old}; or train anew with another run.name")
 
 
 def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:

@@ -16,55 +16,45 @@ from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
 from moetrain.config.schema import Config
 from moetrain.config.suggest import nearest, nearest_keys
 from moetrain.config.values import Key, Misfit, fit, leaves, schema_keys, schema_sections, show, to_config, type_name
+from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
 Tree = dict[str, Any]
 
 
 def finish(tree: Tree, command: Command, problems: Problems, files: list[tuple[str, Path]],
-           rules: bool = True) -> Config:
-    """files: (section, file) of every yaml file in the tree, "" for a file of whole runs; the strongest first."""
-    return _Finisher(command, problems, files).run(tree, rules)
+           recorded: Path | None = None) -> Config:
+    """The config of a tree, checked.
 
-
-def load(path: Path) -> Tree:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        if isinstance(tree, dict):
-            return tree
-        reason = "it holds no mapping"
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-    raise ConfigErrors([ConfigError(17, "a yaml file cannot be read", where=str(path), why=reason,
-                                    next="restore the file; for a run, another run.name starts a new one")])
+    files: (section, file) of every yaml file in the tree, "" for a file of whole runs; the strongest first.
+    recorded: where the whole tree was recorded, which a run does when everything has been filled in: `${` is text there, and
+    no rule between keys is judged, because ranks may differ.
+    """
+    return _Finisher(command, problems, files, recorded).run(tree)
 
 
 class _Finisher:
     """What the checks of one tree share: the command line, the files, the keys that may be set, the errors."""
 
-    def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]]) -> None:
-        self.command, self.problems, self.files = command, problems, files
+    def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]], recorded: Path | None) -> None:
+        self.command, self.problems, self.files, self.recorded = command, problems, files, recorded
         self.keys: dict[str, Key] = {}
 
-    def run(self, tree: Tree, rules: bool) -> Config:
+    def run(self, tree: Tree) -> Config:
         for path, key in schema_keys().items():    # so that ${other.key} finds every key
             section, _, name = path.partition(".")
             if isinstance(tree.setdefault(section, {}), dict):
                 tree[section].setdefault(name, key.default)
         for path, given in self.command.values.items():
             self._lay(tree, path, given)
-        tree = self._resolve(tree)
+        tree = tree if self.recorded else self._resolve(tree)
         self.keys = {**schema_keys(), **_part_keys(tree)}
         clean = {section: (self._parts if cls is dict else self._section)(section, tree.get(section))
                  for section, cls in schema_sections().items()}
         for path, _ in leaves({name: value for name, value in tree.items() if name not in clean}):
             self._unknown(path)
         config = to_config(clean)
-        for error in checks.check(config, checks.world_size(config)) if rules else []:
+        for error in [] if self.recorded else checks.check(config, checks.world_size(config)):
             involved = error.where.split(", ")
             if not self.problems.doubt(involved):
                 error.where = self._origin_of_rule(involved)
@@ -192,7 +182,7 @@ class _Finisher:
                       next=f"loss=[{name}]" if name in group_options()["loss"] else advice(section))
             return {}
         try:
-            accepted = arguments(target)
+            accepted = arguments(target, section)
         except NoSuchPart as error:
             self._add(8, f"{path}._target_={target} is not a part of moetrain", doubt=[path],
                       where=self._origin(f"{path}._target_"), why=str(error), next=advice(section))
@@ -242,6 +232,8 @@ class _Finisher:
         return next((typed(given.text) for key, given in values.items() if _covers(key, path)), None)
 
     def _file(self, path: str) -> str:
+        if self.recorded:
+            return f"{path} in {self.recorded}"
         for section, file in self.files:
             inside = path.removeprefix(f"{section}.") if section else path
             if (not section or inside != path) and _holds(load(file), inside.split(".")):
@@ -255,7 +247,7 @@ def _part_keys(tree: Tree) -> dict[str, Key]:
     found = {}
     for path, node in _part_nodes(tree):
         try:
-            accepted = arguments(str(node.get("_target_")))
+            accepted = arguments(str(node.get("_target_")), path.partition(".")[0])
         except NoSuchPart:
             continue
         cls = str(node["_target_"]).rpartition(".")[2]

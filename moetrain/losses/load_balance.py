@@ -25,10 +25,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moetrain.losses.base import Pooled, PoolRule
+from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.routers.base import RoutingStats
 
-class LoadBalanceLoss:
+class LoadBalanceLoss(AuxLoss):
     """weight: coefficient; 0 only reports. scope: see above, or none, which only reports whatever the weight.
     mode: how f is pooled under accumulation (losses/base.py PoolRule); means nothing for micro and sequence. drift: with warm,
     how far shares may move from one step to the next (total variation) for the step before to say anything.

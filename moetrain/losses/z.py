@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from moetrain.losses.base import Pooled
+from moetrain.losses.base import AuxLoss, Pooled
 from moetrain.routers.base import RoutingStats
 
 
-class ZLoss:
+class ZLoss(AuxLoss):
     """weight: coefficient. reduction: mean or sum over routers."""
 
     pool = None

@@ -130,7 +130,7 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     sizes, name = config.model, router_name(layer)
     homes = placement[name]
     router = build(
-        config.router, dim=sizes.dim, num_experts=homes.num_experts, top_k=per_layer(sizes.top_k, layer)
+        config.router, "router", dim=sizes.dim, num_experts=homes.num_experts, top_k=per_layer(sizes.top_k, layer)
     )
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
     bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim, expert_dim=sizes.expert_dim, cut=cut)
@@ -142,6 +142,6 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
                                    on_device=_counts_stay(config, mesh.device)),
         experts=GroupedExperts(bank),
         shared=FeedForward(dim=sizes.dim, hidden_dim=shared_dim) if shared_dim else None,
-        capacity=build(config.capacity, num_experts=homes.num_experts),
+        capacity=build(config.capacity, "capacity", num_experts=homes.num_experts),
         chunks=config.schedule.chunks,
     )

@@ -45,7 +45,7 @@ def trained_with(manifest: Manifest, checkpoint: Path) -> Config:
     if not isinstance(values, dict):
         raise CheckpointError(8, "the checkpoint does not say of which run it is", where=str(checkpoint),
                               why="its manifest holds no config", next="take it out of the folder, or start another run with run.name")
-    return recorded(values, checkpoint)
+    return recorded(values, checkpoint, manifest.facts.get("moetrain"))
 
 
 def last_step(config: Config) -> int:

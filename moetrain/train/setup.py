@@ -107,9 +107,9 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
         copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize, form=config.parallel.collective,
                               topology=surroundings.topology)
         rhythm = Rhythm(config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
-        planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner),
+        planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner, "planner"),
                             surroundings, look_ahead(config, model), rhythm, calibrated if config.parallel.calibrate else None)
-    losses = {"balance": build(config.balance), **{name: build(node) for name, node in config.loss.items()}}
+    losses = {"balance": build(config.balance, "balance"), **{name: build(node, "loss") for name, node in config.loss.items()}}
     objective = Objective(losses, len(model.routers), attached=config.train.loss_carrier == "attached")
     prior = None
     if objective.pool is not None and objective.pool.mode == "warm":

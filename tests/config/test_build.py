@@ -3,24 +3,26 @@
 import ast
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 
 import moetrain
 from moetrain.config import build as module
-from moetrain.config.build import NoSuchPart, arguments, build
+from moetrain.config.build import FAMILIES, Family, NoSuchPart, arguments, build
 from moetrain.config.compose import compose
+from moetrain.config.groups import config_dir, group_options
 from moetrain.config.values import Misfit, fit
+from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
 ROUTER = "moetrain.routers.topk.TopKRouter"
 
 
 def test_build_hands_sizes_to_those_that_take_them() -> None:
-    router = build(compose([]).router, dim=16, num_experts=4, top_k=2)
+    router = build(compose([]).router, "router", dim=16, num_experts=4, top_k=2)
     assert type(router).__name__ == "TopKRouter" and router.top_k == 2
-    assert build(compose([]).balance, dim=16, num_experts=4, top_k=2).weight == 0.01
+    assert build(compose([]).balance, "balance", dim=16, num_experts=4, top_k=2).weight == 0.01
 
 
 @pytest.mark.parametrize("node, number, text", [
@@ -28,16 +30,69 @@ def test_build_hands_sizes_to_those_that_take_them() -> None:
     ({"_target_": ROUTER, "top_k": 3}, 50, "top_k"),
     ({"_target_": ROUTER, "_partial_": True}, 50, "_partial_"),
     ({"_target_": ROUTER, "weights": "none"}, 51, "weights=none"),
-    ({"_target_": "os.system", "command": "true"}, 52, "outside moetrain"),
-    ({"_target_": "moetrain.routers.topk.Tensor"}, 52, "not defined in moetrain"),
-    ({"_target_": "moetrain.config.build.importlib.import_module"}, 52, "cannot be found"),
-    ({"_target_": "moetrain.routers.none.Router"}, 52, "cannot be found"),
-    ({}, 52, "outside moetrain"),
+    ({}, 122, "compose"),
 ])
 def test_build_refuses(node: dict[str, Any], number: int, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build(node, dim=16, num_experts=4, top_k=2)
+        build(node, "router", dim=16, num_experts=4, top_k=2)
     assert caught.value.id == f"E-CONFIG-{number:03d}" and text in str(caught.value)
+
+
+# What a config may name in place of a part, by the family it is given to, and why it is refused.
+FOREIGN = [
+    ("router", "os.system", "outside moetrain.routers"),
+    ("router", "moetrain.__main__.main", "outside moetrain.routers"),
+    ("capacity", "moetrain.comm.exchange.wires._package", "outside moetrain.moe"),
+    ("capacity", "moetrain.moe.capacity._LimitedCapacity", "descend from"),
+    ("capacity", "moetrain.moe.capacity.used_first", "descend from"),
+    ("router", "moetrain.routers.topk.Tensor", "defines no Tensor"),
+    ("router", "moetrain.routers.topk.GroupLimitedRouter", "defines no GroupLimitedRouter"),
+    ("router", "moetrain.routers.groups.GroupLimitedRouter", "does not define route"),
+    ("router", "moetrain.routers.base.Router", "does not define route"),
+    ("router", "moetrain.routers.base.lean", "descend from"),
+    ("router", "moetrain.routers.none.Router", "no module"),
+    ("router", "moetrain.routersx.topk.TopKRouter", "outside moetrain.routers"),
+    ("router", "moetrain.routers..topk.TopKRouter", "outside moetrain.routers"),
+    ("router", "moetrain.routers./tmp/x.TopKRouter", "outside moetrain.routers"),
+    ("router", "", "nothing is outside"),
+    ("router", "moetrain.losses.z.ZLoss", "outside moetrain.routers"),
+    ("loss", "moetrain.losses.base.AuxLoss", "does not define"),
+    ("balance", "moetrain.losses.z.ZLoss", "descend from"),
+    ("planner", "moetrain.plan.planners.base.Planner", "does not define"),
+    ("planner", "moetrain.plan.planners.pour.Pool", "descend from"),
+    ("indexed", "moetrain.interop.megatron._open_domain", "descend from"),
+]
+
+
+@pytest.mark.parametrize("family, target, why", FOREIGN)
+def test_a_target_is_a_part_of_its_family_or_nothing(family: str, target: str, why: str) -> None:
+    with pytest.raises(NoSuchPart, match=why):
+        arguments(target, family)
+    if target:
+        with pytest.raises(ConfigError) as caught:
+            build({"_target_": target}, family)
+        assert caught.value.id == "E-CONFIG-052" and why in str(caught.value)
+
+
+def test_every_option_of_a_group_is_of_its_family() -> None:
+    for section in set(FAMILIES) - {"indexed"}:
+        assert group_options()[section]
+        for option in group_options()[section]:
+            tree = load(config_dir() / section / f"{option}.yaml")
+            arguments((tree[option] if section == "loss" else tree)["_target_"], section)
+
+
+def test_no_argument_of_a_part_can_name_code() -> None:
+    """Numbers, switches, choices from a list: no free text, which a constructor might import, open or call."""
+    for section in set(FAMILIES) - {"indexed"}:
+        for file in sorted((Path(moetrain.__file__).parents[1] / FAMILIES[section].package.replace(".", "/")).rglob("*.py")):
+            module_name = ".".join(file.relative_to(Path(moetrain.__file__).parents[1]).with_suffix("").parts)
+            for node in ast.parse(file.read_text()).body:
+                try:
+                    keys = arguments(f"{module_name}.{getattr(node, 'name', '')}", section)
+                except NoSuchPart:
+                    continue
+                assert not [key for key in keys.values() if {str, Any} & {key.type, *get_args(key.type)}], (file, keys)
 
 
 def test_instantiate_has_one_caller() -> None:
@@ -54,18 +109,20 @@ def test_arguments_are_read_without_import(tmp_path: Path, monkeypatch: pytest.M
         "import no_such_package\nfrom moetrain.base import Base\nclass Child(Base):\n    pass\nclass Free: ...\ndef make(size: int = 3): ...\n")
     of_topk = [name for name in compose([]).router if name != "_target_"]
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
-    found = arguments("moetrain.parts.Child")
+    monkeypatch.setattr(module, "FAMILIES", {**FAMILIES, "router": Family("moetrain.parts", "moetrain.base.Base"),
+                                             "free": Family("moetrain.parts", "moetrain.parts.Free"), "make": Family("moetrain.parts", "moetrain.parts.make")})
+    found = arguments("moetrain.parts.Child", "router")
     assert {name: (key.type, key.default) for name, key in found.items()} == {
         "a": (int, MISSING), "b": (float | None, None), "c": (Literal["x", "off"], "x"), "d": (list[int], [1]),
         "e": (Any, None), "f": (Any, 2)}
-    assert list(arguments("moetrain.parts.make")) == ["size"] and arguments("moetrain.parts.Free") == {}
+    assert list(arguments("moetrain.parts.make", "make")) == ["size"] and arguments("moetrain.parts.Free", "free") == {}
     for target in ("moetrain.parts.Base", "moetrain.parts.no_such_package", "moetrain.none.X", "os.system", "X", ""):
         with pytest.raises(NoSuchPart):
-            arguments(target)
+            arguments(target, "router")
 
     def refused(*more: str) -> list[str]:
         with pytest.raises(ConfigErrors) as caught:
-            compose(["router._target_=moetrain.parts.Child", "balance._target_=moetrain.parts.Free", *more])
+            compose(["router._target_=moetrain.parts.Child", *more])
         return [error.id[-3:] + " " + error.what for error in caught.value.errors if error.what.startswith(("router", "unknown key r"))]
 
     assert refused() == [*(f"009 unknown key router.{name}" for name in of_topk), "011 router.a is missing"]

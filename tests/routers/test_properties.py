@@ -19,7 +19,7 @@ every_router = pytest.mark.parametrize("option, overrides", EVERY, ids=[
 def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -> Router:
     """Random weights and, where there are any, random buffers, in float64."""
     config = compose([f"router={option}", f"model.num_experts={experts}", f"model.top_k={k}", *overrides])
-    router = build(config.router, dim=D, num_experts=experts, top_k=k).double()
+    router = build(config.router, "router", dim=D, num_experts=experts, top_k=k).double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for tensor in (*router.parameters(), *router.buffers()):

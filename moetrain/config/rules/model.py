@@ -68,7 +68,7 @@ def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
 def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
     weights = config.router.get("weights")
     try:
-        weights = weights or arguments(str(config.router.get("_target_", "")))["weights"].default
+        weights = weights or arguments(str(config.router.get("_target_", "")), "router")["weights"].default
     except (NoSuchPart, KeyError):
         return
     if weights not in (MISSING, "raw") and any(top_k == 1 for _, _, top_k in moe_layers(config)):

@@ -24,7 +24,7 @@ from moetrain.plan.burden import Crossing, burden
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.modelled import Modelled, step_time
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule, by_node, copies_each, fits_behind, hottest_first, totals
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule, by_node, copies_each, fits_behind, hottest_first, totals
 from moetrain.plan.planners.near import Flows, keep_near
 from moetrain.plan.planners.pour import Field, Pool, Poured, sums
 from moetrain.plan.planners.resettle import resettle
@@ -33,7 +33,7 @@ from moetrain.plan.planners.resettle import resettle
 LEVELS = (0, 3, 12)
 
 
-class Balanced:
+class Balanced(Planner):
     """tolerance: largest position load over the mean, less one, that is left alone. min_gain: share of the modelled time
     that copies must save. horizon: steps for which homes are expected to stay; state_ratio: bytes of an expert's state
     (parameter and two moments) over those of its weights on the wire: 3 in float32, 6 in bfloat16."""

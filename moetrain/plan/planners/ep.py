@@ -6,10 +6,10 @@ import numpy as np
 
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule
 
 
-class ExpertParallel:
+class ExpertParallel(Planner):
     """The homes as they are."""
 
     rule: ClassVar[Rule] = "local_first"

@@ -17,11 +17,11 @@ import numpy as np
 
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule, copies_each, totals
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_each, totals
 from moetrain.plan.planners.hecate import replica_counts
 
 
-class Eplb:
+class Eplb(Planner):
     """groups: of neighbouring experts that a token's choice is limited to; 1 where there are none."""
 
     rule: ClassVar[Rule] = "local_first"

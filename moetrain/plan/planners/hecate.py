@@ -19,10 +19,10 @@ import numpy as np
 
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule, copies_each, fits_behind, hottest_first, totals
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_each, fits_behind, hottest_first, totals
 
 
-class Hecate:
+class Hecate(Planner):
     """Copies and homes as published."""
 
     rule: ClassVar[Rule] = "local_first"

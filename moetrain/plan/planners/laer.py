@@ -19,10 +19,10 @@ import numpy as np
 
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule, by_node, copies_each
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule, by_node, copies_each
 
 
-class Laer:
+class Laer(Planner):
     """Fills all room, always."""
 
     rule: ClassVar[Rule] = "local_first"

@@ -16,10 +16,10 @@ import numpy as np
 
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule, copies_each, hottest_first, totals
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_each, hottest_first, totals
 
 
-class LeastLoaded:
+class LeastLoaded(Planner):
     """capacity: of a position, in means (alpha; 1.0 to 1.1 published). min_rows: smallest piece worth a copy (m; 1024).
     threshold: of max / mean below which homes do (lambda; 1.3)."""
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Rule, copies_each, hottest_first, totals
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_each, hottest_first, totals
 
 
-class Shadow:
+class Shadow(Planner):
     """Copies of the hottest experts at all positions."""
 
     rule: ClassVar[Rule] = "local_first"
