@@ -98,6 +98,8 @@ def _help() -> str:
         "",
         "keys to know first (moetrain train --help lists all, and the options of the groups)",
         *(f"  {path:22s} {keys[path].help}" for path in FIRST_KEYS),
+        "",
+        "what the words on the screen mean: docs/reference/output.md",
     ])
 
 

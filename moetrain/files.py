@@ -6,6 +6,7 @@
     parse_json      JSON that is not nested without end
     reason, remedy  what is wrong and what helps, for `why` and `next` of an error
     shown           a text whose control characters are escaped
+    nearby          a path as short as its reader needs it
 
 Whatever is wrong with the file raises OSError, whatever is wrong with its content ValueError; nothing else is raised.
 """
@@ -156,6 +157,12 @@ def shown(text: object, most: int | None = None) -> str:
     text = str(text)
     safe = text if text.isprintable() else "".join(map(_printable, text))
     return safe if most is None or len(safe) <= most else safe[:most - 1] + "…"
+
+
+def nearby(path: Path) -> str:
+    """The path, safe on a terminal: relative where it lies below the current folder."""
+    here = Path.cwd()
+    return shown(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _printable(char: str) -> str:

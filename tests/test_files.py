@@ -8,7 +8,7 @@ import pytest
 
 from moetrain.errors import DataError
 from moetrain.files import (
-    NotAFileError, create, open_descriptor, open_to_append, parse_json, read_bytes, read_json, read_text, reason, remedy, shown,
+    NotAFileError, create, nearby, open_descriptor, open_to_append, parse_json, read_bytes, read_json, read_text, reason, remedy, shown,
 )
 from tests.support.odd_files import ODD, make_odd
 
@@ -99,3 +99,9 @@ def test_an_error_shows_names_safely_and_keeps_its_own_lines() -> None:
                       next="one\n          or another")
     assert str(error).splitlines() == ["E-DATA-001  what\\x1b", "  where   /caf\\xe9/a\\n  why     forged",
                                        "  why     tab\\there", "  try     one", "          or another"]
+
+
+def test_a_path_is_relative_where_it_lies_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert nearby(tmp_path / "runs" / "a\x1b") == "runs/a\\x1b" and nearby(Path("runs/a")) == "runs/a"
+    assert nearby(tmp_path.parent) == str(tmp_path.parent)

@@ -4,11 +4,13 @@ The run's own config is the base. eval.windows sets how much text; eval.ngram=3 
 on the same text and measured on the same windows.
 """
 
+import math
 from typing import Any
 
 from moetrain import launch
 from moetrain.config.compose import for_run, run_dir
 from moetrain.config.schema import Config
+from moetrain.files import nearby
 
 
 def run(argv: list[str]) -> int:
@@ -22,18 +24,19 @@ def run(argv: list[str]) -> int:
 
     results, dataset, step = evaluate_run(config)
     if launch.rank() == 0:
-        print(f"{run_dir(config)}, step {step}: nats, at most {config.eval.windows} windows of {config.train.seq_len} tokens "
+        print(f"{nearby(run_dir(config))}, step {step}: at most {config.eval.windows} windows of {config.train.seq_len} tokens "
               f"per domain\n")
         print(table(results, _ngrams(config, dataset)))
     return 0
 
 
 def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
-    """Domains down, their mean last; the n-gram columns are per byte like the one beside them."""
+    """Domains down, their mean last; the n-gram columns are nats per byte like the one beside them."""
     orders = range(max(map(len, ngrams.values()), default=0))
-    rows = [["domain", "per token", "per byte", *(f"order {order}" for order in orders)]]
+    rows = [["domain", "nats/token", "bits/byte", "nats/byte", *(f"order {order}" for order in orders)]]
     for domain in (name.removeprefix("loss/") for name in results if name.startswith("loss/")):
-        figures = [results[f"loss/{domain}"], results[f"nats_per_byte/{domain}"], *ngrams.get(domain, [])]
+        nats = results[f"nats_per_byte/{domain}"]
+        figures = [results[f"loss/{domain}"], nats / math.log(2), nats, *ngrams.get(domain, [])]
         rows.append([domain, *(f"{figure:.4f}" for figure in figures)])
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)

@@ -3,6 +3,8 @@
     --cfg job        print the resolved config and stop
     -m, --multirun   one run for each combination of comma-separated values, one after another:
                      moetrain train -m router=topk run.seed=1,2,3
+
+What the words of banner and step lines mean: docs/reference/output.md
 """
 
 import logging

@@ -30,6 +30,7 @@ class Dataset(Protocol):
     vocab_size: int
     domains: tuple[str, ...]
     fingerprint: str
+    windows: int | None           # training sequences of an epoch; None where they never repeat
 
     def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:
         """Ids in the slots of a step (from 1): a pure function of (seed, fingerprint, step, slot)."""

@@ -23,6 +23,8 @@ class SyntheticDataset:
     min_length: shortest sequence as a share of seq_len, in (0, 1]; the rest of a sequence is padding.
     """
 
+    windows = None
+
     def __init__(self, *, vocab_size: int, num_domains: int, seq_len: int, global_batch: int, seed: int,
                  min_length: float = 1.0, mask_documents: bool = False) -> None:
         self.vocab_size = vocab_size

@@ -1,8 +1,15 @@
-"""The banner of a run: what is trained, on what, and how, as (label, text) rows."""
+"""The banner of a run: what is trained, on what, and how, as (label, text) rows.
 
+docs/reference/output.md says what every word means.
+"""
+
+import os
 from pathlib import Path
 
+import torch
+
 from moetrain import __version__
+from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.memory import most_memory
 from moetrain.train.setup import Graphs, Run
@@ -17,24 +24,42 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
     accumulation = config.train.global_batch // (micro_batch * ranks)
     total, active = parameter_counts(run)
     rows = [
-        ("", f"moetrain {__version__} | run {run.directory} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
+        ("", f"moetrain {__version__} | run {nearby(run.directory)} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
         ("model", f"{sizes.num_layers} layers  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
                   f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}{sharding(run)}"
-                     f" on {run.mesh.device.type}, {config.run.dtype}"),
+                     f" on {run.mesh.device.type}, {config.run.dtype}   {threads_text()}"),
         ("schedule", schedule_line(run)),
-        ("batch", f"{per_step:,} tokens = {ranks} ranks x {micro_batch} seq x {config.train.seq_len}"
+        ("batch", f"{per_step:,} tokens = {ranks} rank{'s' * (ranks > 1)} x {micro_batch} seq x {config.train.seq_len}"
                   f" x accum {accumulation}"),
         ("balance", balance_line(run, accumulation)),
+        ("losses", ", ".join(f"{name}, weight {weight:g}" for name, weight in run.objective.weights.items() if name != "balance")),
         ("copies", copies_line(run)),
         ("capacity", capacity_line(run)),
-        ("data", f"{config.data.kind} {run.dataset.fingerprint[:12]}  {len(run.dataset.domains)} domains"
-                 f" ({', '.join(run.dataset.domains[:6])}{', ...' * (len(run.dataset.domains) > 6)})  vocabulary {run.dataset.vocab_size}"),
+        ("data", data_line(run)),
         ("memory", {"none": "", "selective": "recomputes norms, activations and orders", "full": "recomputes whole blocks"}
                    [config.train.activation_checkpointing]),
         ("saves", f"every {config.checkpoint.interval} steps and at the end" if config.checkpoint.interval else "at the end"),
     ]
     return [row for row in rows if row[1]]
+
+
+def threads_text() -> str:
+    """Threads of torch on this rank, and the cores that it may use."""
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    return f"{threads} thread{'s' * (threads > 1)} a rank, {cores} core{'s' * (cores > 1)}"
+
+
+def data_line(run: Run) -> str:
+    """What is read, and how often by the end of the schedule."""
+    dataset, train = run.dataset, run.config.train
+    names = ", ".join(dataset.domains[:6]) + ", ..." * (len(dataset.domains) > 6)
+    text = (f"{run.config.data.kind} {dataset.fingerprint[:12]}  {len(dataset.domains)} domain{'s' * (len(dataset.domains) > 1)}"
+            f" ({names})  vocabulary {dataset.vocab_size}")
+    if dataset.windows is None:
+        return text
+    epochs = run.config.run.steps * train.global_batch / dataset.windows
+    return f"{text}  {human(dataset.windows * train.seq_len)} tokens, {epochs:.2g} epochs planned"
 
 
 def sharding(run: Run) -> str:
@@ -51,8 +76,8 @@ def schedule_line(run: Run) -> str:
     chunks = layers[0].pipeline.chunks
     pieces = "in one piece" if chunks == 1 else f"in {chunks} chunks"
     rows = "a row for every expert of a token" if run.config.parallel.exact_combine else "a row for every rank with experts of a token"
-    wire = run.config.parallel.exchange
-    return f"{pieces} to the experts and back, {rows}{f', by the {wire} wire' * (wire != 'flat')}"
+    exchange = run.config.parallel.exchange
+    return f"{pieces} to the experts and back, {rows}{f', exchange {exchange}' * (exchange != 'flat')}"
 
 
 def copies_line(run: Run) -> str:
@@ -60,7 +85,7 @@ def copies_line(run: Run) -> str:
     parallel = run.config.parallel
     if run.state.planning is None:
         return ""
-    planner = str(run.config.planner["_target_"]).rpartition(".")[2]
+    planner = str(run.config.planner["_target_"]).split(".")[-2]     # its file has the name of the option
     homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
     loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
     memory = most_memory(run)

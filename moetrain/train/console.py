@@ -1,14 +1,13 @@
 """What a run shows: banner, step lines, a progress bar, tokens per expert as a picture, the summary.
 
-    step  1200/10000  12%  loss 3.142  lr 2.9e-4  gnorm 0.81 | bal 1.02 maxvio 0.18 dead 0 drop 0.0%
-         |  412k tok/s mem 33.1G | 1.27s eta 3h06
-
-The functions turn plain values into text. `Console` decides where it goes: rank 0 alone speaks; a terminal gets a
+The functions turn plain values into text; the step line is loggers/step_line.py, and docs/reference/output.md says what
+every word means. `Console` decides where text goes: rank 0 alone speaks; a terminal gets a
 progress bar with the lines above it, anything else plain lines. What happens besides has a line of its own with a tag,
 such as [warn]: that is the logger `moetrain`, which `Console` connects.
 """
 
 import logging
+import math
 import os
 import shutil
 import statistics
@@ -17,6 +16,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
+
+from moetrain.train.loggers.step_line import StepMeans, fold, part, step_parts
+from moetrain.units import duration
 
 SHADES, ASCII_SHADES = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 DEAD = "x"
@@ -38,49 +40,11 @@ def summary(rows: Sequence[tuple[str, str]], commands: Sequence[str]) -> str:
     return banner([*rows, *zip(labels, commands)])
 
 
-def step_line(metrics: Mapping[str, float], steps: int, eta_s: float | None = None) -> str:
-    """The line of one step, of fixed width in common ranges; parts whose metrics are missing are left out."""
-    return " | ".join(_step_parts(metrics, steps, eta_s))
-
-
-def _step_parts(metrics: Mapping[str, float], steps: int, eta_s: float | None) -> list[str]:
-    step = int(metrics["step"])
-    get = metrics.get
-    parts = [
-        [f"step {step:{max(5, len(str(steps)))}d}/{steps} {100 * step // max(steps, 1):3d}% ",
-         _part("loss {:.3f} ", get("loss/ce")), _part("lr {} ", get("lr"), scientific),
-         _part("gnorm {:<4.2f}", get("grad_norm"))],
-        [_part("bal {:.2f}", get("loss/balance")), _part("maxvio {:.2f}", get("moe/max_violation/max")),
-         _part("dead {:.0f}", get("moe/dead_experts")), _part("drop {:.1%}", get("moe/drop_fraction"))],
-        [_part("a2a {:.0%}", _share(metrics, "time/dispatch", "time/combine")),
-         _part("(exposed {:.0%})", _share(metrics, "time/comm_exposed"))],
-        [_part("{:>5s} tok/s", get("throughput/tokens_per_s"), count), _part("mfu {:.1%}", get("throughput/mfu")),
-         _part("mem {}", get("memory/peak"), size)],
-        [_part("{}", get("time/step"), duration), _part("eta {}", eta_s, duration)],
-    ]
-    return [line for part in parts if (line := " ".join(filter(None, part)).rstrip())]
-
-
-def _part(form: str, value: float | None, show: Callable[[float], str] | None = None) -> str:
-    return "" if value is None else form.format(show(value) if show else value)
-
-
-def _share(metrics: Mapping[str, float], *keys: str) -> float | None:
-    """What these times take of the step, if they were measured."""
-    if not metrics.get("time/step") or any(key not in metrics for key in keys):
-        return None
-    return sum(metrics[key] for key in keys) / metrics["time/step"]
-
-
-def fold(parts: Sequence[str], width: int) -> str:
-    """The parts joined by bars, broken at a bar where the terminal is too narrow."""
-    lines = [parts[0]]
-    for part in parts[1:]:
-        if len(lines[-1]) + 3 + len(part) <= width:
-            lines[-1] += f" | {part}"
-        else:
-            lines.append(f"     | {part}")
-    return "\n".join(lines)
+def eval_line(step: int, losses: Mapping[str, float]) -> str:
+    """What an evaluation found, by domain; bits of the mean beside it."""
+    by_domain = {name.removeprefix("nats_per_byte/"): value for name, value in losses.items() if name.startswith("nats_per_byte/")}
+    figures = "  ".join(f"{name} {value:.3f}" for name, value in by_domain.items())
+    return f"[eval] step {step}, nats per byte: {figures} ({by_domain.get('mean', 0.0) / math.log(2):.3f} bits)"
 
 
 def heatmap(counts_RE: Sequence[Sequence[float]], names: Sequence[str], width: int = 80, *,
@@ -115,42 +79,6 @@ def _mean(row: Sequence[float]) -> float:
     return sum(row) / len(row) or 1.0
 
 
-def scientific(value: float) -> str:
-    """2.9e-4"""
-    mantissa, exponent = f"{value:.1e}".split("e") if value == value else ("nan", "0")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def count(value: float) -> str:
-    """412k"""
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.{0 if value >= 100 * scale else 1}f}{unit}"
-    return f"{value:.0f}"
-
-
-def size(value: float) -> str:
-    """33.1G, in binary units"""
-    for unit, scale in (("T", 2**40), ("G", 2**30), ("M", 2**20)):
-        if value >= scale:
-            return f"{value / scale:.{0 if value >= 100 * scale else 1}f}{unit}"
-    return f"{value / 2**10:.0f}K"
-
-
-def duration(seconds: float) -> str:
-    """1.27s, 45s, 12m05, 3h06, 2d04h"""
-    if seconds < 9.995:
-        return f"{seconds:.2f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-
-
 class Eta:
     """Seconds left: the recent median of step times, plus what evaluations and saves took per step so far."""
 
@@ -180,7 +108,7 @@ class Console:
     """Everything a run says, on rank 0; other ranks are silent.
 
     steps: length of the schedule. last: where this process stops, `steps` when None.
-    interval: a step line every so many steps. progress: a bar, if the stream is a terminal.
+    interval: a step line every so many steps, about those since the last one. progress: a bar, if the stream is a terminal.
 
     A context manager: leaving it takes the bar away and gives the logger back.
     """
@@ -193,6 +121,7 @@ class Console:
         self.unicode = can_show(SHADES, self.stream)
         self._steps, self._start, self._last, self._interval = steps, 0, steps if last is None else last, interval
         self._with_bar, self._bar, self._eta = progress and self.terminal and not self.silent, None, Eta()
+        self._means = StepMeans()
         self._restore_logging = connect_logging(None if self.silent else self.line)
 
     def banner(self, rows: Sequence[tuple[str, str]]) -> None:
@@ -207,12 +136,13 @@ class Console:
         if self.silent:
             return
         step = int(metrics["step"])
+        self._means.add(metrics)
         self._eta.add(metrics.get("time/step", 0.0), time.monotonic())
         eta_s = self._eta.seconds(max(0, self._last - step))
         if self._with_bar:
             self._move_bar(step, metrics, eta_s)
         if step % max(1, self._interval) == 0 or step in (self._start + 1, self._last):
-            parts = _step_parts(metrics, self._steps, eta_s)
+            parts = step_parts(self._means.take(), self._steps, eta_s)
             self.line(fold(parts, self.width) if self.terminal else " | ".join(parts))
 
     def heatmap(self, counts: Mapping[str, Iterable[int]]) -> None:
@@ -255,8 +185,8 @@ class Console:
             self._bar = _make_bar(self.stream)
             self._bar.add_task("", total=self._last, completed=self._start, loss="", eta="")
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=step, loss=_part("loss {:.3f}", metrics.get("loss/ce")),
-                         eta=_part("eta {}", eta_s, duration))
+        self._bar.update(self._bar.task_ids[0], completed=step, loss=part("loss {:.3f}", metrics.get("loss/ce")),
+                         eta=part("eta {}", eta_s, duration))
 
     def _stop_bar(self) -> None:
         if self._bar is not None:

@@ -17,12 +17,13 @@ from moetrain.comm.reduce import all_or_none, largest_over
 from moetrain.config.compose import resume_conflicts, run_dir
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
+from moetrain.files import nearby
 from moetrain.train.banner import banner_lines
 from moetrain.train.checkpoint.manifest import newest, step_of
 from moetrain.train.checkpoint.reader import Resumed, resume
 from moetrain.train.checkpoint.space import check_disk
 from moetrain.train.checkpoint.writer import Saved, Saver
-from moetrain.train.console import Console
+from moetrain.train.console import Console, eval_line
 from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands, trained_with
 from moetrain.train.memory import choose
@@ -69,7 +70,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
                     loop(run, recorder, console, told)
             finally:
                 recorder.close()
-        rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", str(directory))]
+        rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", nearby(directory))]
         console.summary(rows, next_commands(config))
     disconnect()
 
@@ -117,7 +118,7 @@ def saved(save: Saved | None, recorder: Recorder, console: Console) -> None:
     if save is None or save.path is None:                # a failed one has been reported (checkpoint/writer.py)
         return
     recorder.saved()
-    console.line(f"[save] step {save.step}: {save.path} in {save.seconds:.2f} s, training waited {save.held_s:.2f} s")
+    console.line(f"[save] step {save.step}: {nearby(save.path)} in {save.seconds:.2f} s, training waited {save.held_s:.2f} s")
 
 
 @contextmanager
@@ -171,9 +172,7 @@ def measure(run: Run, recorder: Recorder, console: Console, told: Preemption) ->
     if found is None:
         return False
     recorder.evaluation(run, found)
-    by_domain = "  ".join(f"{name.removeprefix('nats_per_byte/')} {value:.3f}" for name, value in found.losses.items()
-                          if name.startswith("nats_per_byte/"))
-    console.line(f"[eval] step {run.state.step}, nats per byte: {by_domain}")
+    console.line(eval_line(run.state.step, found.losses))
     return True
 
 

@@ -5,10 +5,7 @@ import logging
 
 import pytest
 
-from moetrain.train.console import (
-    BANNER_LINES, Console, Eta, banner, connect_logging, count, duration, fold, heatmap, scientific, size, step_line,
-    summary,
-)
+from moetrain.train.console import BANNER_LINES, Console, Eta, banner, connect_logging, eval_line, heatmap, summary
 
 METRICS = {
     "step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8123, "loss/balance": 1.0213,
@@ -28,45 +25,6 @@ class File(io.StringIO):
     encoding = "utf-8"
 
 
-def test_step_line_shows_loss_routing_and_speed() -> None:
-    assert step_line(METRICS, 10000, 11190) == (
-        "step  1200/10000  12%  loss 3.142  lr 2.9e-4  gnorm 0.81 | bal 1.02 maxvio 0.18 dead 0 drop 0.0%"
-        " |  412k tok/s mem 33.1G | 1.27s eta 3h06")
-
-
-def test_step_line_leaves_out_what_was_not_measured() -> None:
-    dense = {key: value for key, value in METRICS.items() if not key.startswith(("moe/", "loss/balance"))}
-    assert "bal" not in step_line(dense, 10000) and "| |" not in step_line(dense, 10000)
-    timed = METRICS | {"time/dispatch": 0.1, "time/combine": 0.0778, "time/comm_exposed": 0.0381,
-                       "throughput/mfu": 0.382}
-    assert "| a2a 14% (exposed 3%) |" in step_line(timed, 10000) and "mfu 38.2%" in step_line(timed, 10000)
-    assert step_line({"step": 3}, 9).startswith("step     3/9  33%")
-
-
-def test_step_line_shows_a_loss_that_is_not_a_number() -> None:
-    line = step_line(METRICS | {"loss/ce": float("nan"), "grad_norm": float("inf"), "lr": float("nan")}, 10000)
-    assert "loss nan" in line and "gnorm inf" in line
-
-
-def test_step_lines_have_one_width() -> None:
-    later = METRICS | {"step": 9, "loss/ce": 0.51, "grad_norm": 1.5, "lr": 1e-5, "throughput/tokens_per_s": 98765.0}
-    assert len(step_line(METRICS, 10000, 700)) == len(step_line(later, 10000, 700))
-
-
-def test_a_narrow_terminal_breaks_at_bars() -> None:
-    assert fold(["first part", "second", "third"], 24).splitlines() == ["first part | second", "     | third"]
-
-
-@pytest.mark.parametrize("show, value, text", [
-    (duration, 1.27, "1.27s"), (duration, 9.999, "10s"), (duration, 59.4, "59s"), (duration, 59.9, "1m00"),
-    (duration, 725, "12m05"), (duration, 11190, "3h06"), (duration, 187200, "2d04h"), (count, 412345, "412k"),
-    (count, 98765, "98.8k"), (count, 12, "12"), (count, 1.5e9, "1.5B"),
-    (size, 33.1 * 2**30, "33.1G"), (size, 2048, "2K"), (scientific, 2.9e-4, "2.9e-4"), (scientific, 0.0, "0.0e0"),
-])
-def test_numbers_are_short(show, value: float, text: str) -> None:
-    assert show(value) == text
-
-
 def test_banner_and_summary_are_aligned() -> None:
     rows = [("", "moetrain 0.1.0 | run runs/demo"), ("model", "8 layers"), ("parallel", "8 ranks")]
     assert banner(rows).splitlines() == ["moetrain 0.1.0 | run runs/demo", "model     8 layers", "parallel  8 ranks"]
@@ -74,6 +32,11 @@ def test_banner_and_summary_are_aligned() -> None:
         "loss  1.2", "next  moetrain report demo", "      moetrain eval run.name=demo"]
     with pytest.raises(AssertionError):
         banner([("row", "")] * (BANNER_LINES + 1))
+
+
+def test_an_evaluation_is_shown_by_domain_and_in_bits() -> None:
+    assert eval_line(500, {"loss/a": 2.0, "nats_per_byte/a": 1.0, "nats_per_byte/mean": 1.0}) == (
+        "[eval] step 500, nats per byte: a 1.000  mean 1.000 (1.443 bits)")
 
 
 def test_heatmap_marks_dead_experts_and_scales_to_twice_the_mean() -> None:
@@ -109,13 +72,13 @@ def test_a_file_gets_plain_lines() -> None:
     with Console(rank=0, steps=4, interval=2, stream=stream) as console:
         console.banner([("", "moetrain 0.1.0")])
         for step in range(1, 5):
-            console.step(METRICS | {"step": step})
+            console.step(METRICS | {"step": step, "loss/ce": float(step)})
         logging.getLogger("moetrain.train.loop").warning("disk is %s", "slow")
         logging.getLogger("moetrain.train.loop").info("[save] step 4")
         console.heatmap({"layers.0.moe": [1, 2]})
         console.summary([("loss", "3.14")], [])
     lines = stream.getvalue().splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("step")] == ["1/4", "2/4", "4/4"]
+    assert [line.split()[1:5:3] for line in lines if line.startswith("step")] == [["1/4", "1.000"], ["2/4", "2.000"], ["4/4", "3.500"]]
     assert lines[0] == "moetrain 0.1.0" and "[warn] disk is slow" in lines and "[save] step 4" in lines
     assert "\x1b" not in stream.getvalue() and lines[-1] == "loss  3.14"
 

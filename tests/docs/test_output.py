@@ -1,0 +1,108 @@
+"""Every word that banner and step line show is on docs/reference/output.md, and the samples on pages are the program's."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from moetrain.__main__ import main
+from moetrain.config.groups import group_options
+from moetrain.config.values import leaves
+from moetrain.train.banner import banner_lines
+from moetrain.train.console import banner
+from moetrain.train.loggers.step_line import step_line
+from moetrain.train.setup import Graphs, Run
+from tests.integration.training import make_run
+from tests.support import output_page
+
+MANY = [                                                 # of four ranks
+    ["parallel=ddp", "balance=node", "balance.mode=sync", "loss=[z,micro_balance]", "optim=muon"],
+    ["parallel=ep", "balance=micro", "router=sigmoid", "router.counts=micro", "capacity=prob"],
+    ["parallel=ep_fsdp", "parallel.ep=2", "parallel.exchange=two_level", "parallel.exact_combine=true", "schedule=fixed",
+     "schedule.chunks=4", "capacity=position", "capacity.scope=local", "checkpoint.interval=5"],
+    ["parallel=fssdp", "parallel.collective=two_level", "parallel.rematerialize=true", "parallel.sliced=2",
+     "parallel.forecast=trend", "train.activation_checkpointing=full", "train.count_pass=true"],
+    ["parallel=fssdp", "parallel.rehome_interval=0", "parallel.calibrate=true", "balance=none", "train.activation_checkpointing=selective"],
+]
+ONE = [["parallel=single"], ["parallel=single", "balance=sequence"]]
+METRICS = {"step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8, "loss/balance": 1.02, "loss/z": 12.0, "moe/max_violation/max": 0.18,
+           "moe/dead_experts": 0, "moe/drop_fraction": 0.0, "time/step": 1.27, "throughput/tokens_per_s": 412345.0, "throughput/mfu": 0.4,
+           "memory/peak": 33.1 * 2**30}
+
+
+@pytest.fixture(scope="module")
+def banners() -> list[tuple[str, set[Any]]]:
+    """Of every composition, with the names that are not the program's words."""
+    found = [shown(make_run(overrides)) for overrides in ONE]
+    with ranks_that_only_seem(4):
+        found += [shown(make_run(["train.micro_batch=2", *overrides])) for overrides in MANY]
+        run = make_run(["parallel=ddp", "train.micro_batch=2", "run.dtype=bfloat16"])
+        for kept in (True, False):                       # as decided by memory
+            run.graphs, run.state.step = Graphs(kept, 10**9, 10**10), 7
+            found.append(shown(run))
+    return found
+
+
+def shown(run: Run) -> tuple[str, set[Any]]:
+    resumed = run.directory if run.state.step else None
+    names = {str(value) for _, value in leaves(asdict(run.config))} | {*run.dataset.domains, run.dataset.fingerprint[:12], run.mesh.device.type,
+                                                                   run.directory, *run.objective.weights}
+    return banner(banner_lines(run, resumed)), names | {option for options in group_options().values() for option in options}
+
+
+class ranks_that_only_seem:
+    """A process group whose collectives do nothing: enough to lay out a run of several ranks and say so."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.environment = size, {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(size)}
+
+    def __enter__(self) -> None:
+        os.environ |= self.environment
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.size)
+
+    def __exit__(self, *_: object) -> None:
+        dist.destroy_process_group()
+        for name in self.environment:
+            del os.environ[name]
+
+
+def test_every_word_of_a_banner_is_defined(banners: list[tuple[str, set[Any]]]) -> None:
+    assert {text: found for text, names in banners if (found := output_page.undefined_in_banner(text, names))} == {}
+    seen = {label for text, _ in banners for label in output_page.labels(text)}
+    assert seen == output_page.defined("Banner") - set(output_page.words("first line"))    # and no row is on the page alone
+
+
+def test_a_word_that_is_not_defined_is_found(banners: list[tuple[str, set[Any]]]) -> None:
+    text, names = banners[0]
+    assert output_page.undefined_in_banner(text.replace("total", "grand"), names) == {"grand"}
+    assert output_page.undefined_in_banner(f"{text}\nweather  fine", names) == {"weather"}
+    assert output_page.undefined_in_step_line("step 1/2  loss 3.1 nats | 412k tok/s flux 3 | 1.27s eta 3h06") == {"flux"}
+
+
+def test_every_word_of_a_step_line_is_defined() -> None:
+    line = step_line(METRICS, 10000, 700)
+    assert not output_page.undefined_in_step_line(line, ["z"])
+    assert set(output_page.words(line)) - {"z"} == output_page.defined("Step line")
+
+
+def test_help_names_the_page(capsys: pytest.CaptureFixture) -> None:
+    for words in (["--help"], ["train", "--help"]):
+        assert main(words) == 0
+        assert "docs/reference/output.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/output.md"])
+def test_the_sample_of_a_page_is_what_the_program_prints(page: str) -> None:
+    """Its rows are those of the quickstart, in order, and the words are the same; figures may be of another day."""
+    text, lines = output_page.sample((output_page.ROOT / page).read_text(encoding="utf-8"))
+    with ranks_that_only_seem(2):
+        run = make_run(["~loss.z", "parallel=ep", "run.nproc=2", "train.micro_batch=8"])
+    ours = banner(banner_lines(run, None))
+    assert output_page.labels(text) == output_page.labels(ours)
+    assert not output_page.undefined_in_banner(text, ["runs/quickstart", "cpu ep float32", "691e22f2245c text cpp docs notices python stubs"])
+    metrics = {name: value for name, value in METRICS.items() if name not in ("loss/z", "throughput/mfu")}
+    assert lines and all(output_page.words(line) == output_page.words(step_line(metrics, 800, 0.0)) for line in lines)
