@@ -145,7 +145,9 @@ def connect(device: torch.device, timeout_s: int, *, over_host: bool = False) ->
     backend = "nccl" if device.type == "cuda" and not over_host else "gloo"
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        # With its device NCCL connects now, so that a wrong fabric shows here and not in the first collective of a step.
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s),
+                                device_id=device if backend == "nccl" else None)
     except (RuntimeError, ValueError, OSError) as error:      # DistStoreError and friends are RuntimeErrors
         raise RendezvousError(
             1,

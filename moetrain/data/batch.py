@@ -3,7 +3,8 @@
 Shapes: B sequences, S positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 # Sample ids from here on are held-out windows: no training sample has one, so keyed randomness never repeats.
 HELDOUT_IDS = 1 << 56
 DOMAIN_IDS = 1 << 40           # held-out ids of one domain
+ALIGNMENT = 16                 # bytes: where a field of a batch begins in packed memory
 
 
 class Batch(NamedTuple):
@@ -22,6 +24,24 @@ class Batch(NamedTuple):
     sample_ids_B: Tensor          # int64
     domains_B: Tensor             # int64: index in Dataset.domains
     documents_BS: Tensor | None   # int64: number of the document inside the sequence, from 0; only with mask_documents
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device: all fields in one copy, for which the host does not wait."""
+        if device.type == "cpu":
+            return self
+        fields = [field for field in self if field is not None]
+        ends = list(accumulate(-(-field.nbytes // ALIGNMENT) * ALIGNMENT for field in fields))
+        packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+        for field, memory in zip(fields, _unpacked(packed, fields, ends)):
+            memory.copy_(field)
+        there = iter(_unpacked(packed.to(device, non_blocking=True), fields, ends))
+        return Batch(*(field if field is None else next(there) for field in self))
+
+
+def _unpacked(packed: Tensor, fields: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
+    """Views of packed bytes, of the fields' dtypes and shapes."""
+    return [packed[begin:begin + field.nbytes].view(field.dtype).view(field.shape)
+            for field, begin in zip(fields, [0, *ends])]
 
 
 class Dataset(Protocol):

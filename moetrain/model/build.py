@@ -23,6 +23,7 @@ from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import FeedForward, GroupedExperts
 from moetrain.moe.layer import MoELayer
+from moetrain.ops.grouped_gemm import takes_counts_on_device
 from moetrain.parallel.pieces import buffers, pieces
 from moetrain.plan.placement import ExpertPlacement, contiguous
 
@@ -120,10 +121,8 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, w
 
 
 def _counts_stay(config: Config, device: torch.device) -> bool:
-    """Whether counts stay on the device: a GPU whose library of grouped products takes the dtype and the widths."""
-    dtype = getattr(torch, config.run.dtype)
-    widths = config.model.dim, config.model.expert_dim
-    return device.type == "cuda" and dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+    """Whether counts stay on the device."""
+    return takes_counts_on_device(device, getattr(torch, config.run.dtype), config.model.dim, config.model.expert_dim)
 
 
 def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, wire: Callable[[str], Exchange]) -> MoELayer:

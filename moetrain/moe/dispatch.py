@@ -31,7 +31,8 @@ from moetrain.comm.exchange.base import Exchange, Handle, Splits
 from moetrain.moe.rows import Arrived, BySlot, ByToken, Leaving, histogram, order_by_source, slot_weights
 from moetrain.ops.permute import Permutation, plan_permutation, unpermute, unpermute_padded, values_of_rows
 from moetrain.ops.route_plan import route_plan
-from moetrain.plan.assign import assign, replica_table, slot_table, spread
+from moetrain.ops.pinned import to_device
+from moetrain.plan.assign import Replicas, assign, replica_table, slot_table, spread
 from moetrain.plan.placement import LayerPlacement
 from moetrain.routers.base import Routing
 
@@ -127,8 +128,9 @@ class TokenDispatcher:
         self.looks_at_all = calibrate is not None or bool(placement.copies) and rule.looks_at_all
         self.slots = placement.slots_per_position
         self.held = len(placement.slots_of(self.exchange.position))
-        self.table_E = slot_table(placement, self.device)
-        self.replicas = None if rule is None else replica_table(placement, self.device)
+        self.table_E = to_device(slot_table(placement), self.device)
+        self.replica_table_3C = None if rule is None else replica_table(placement)
+        self.replicas = None if rule is None else Replicas(*to_device(self.replica_table_3C, self.device))
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sent:
         (course,) = self.prepare([routing.ids_TK])
@@ -195,16 +197,18 @@ class TokenDispatcher:
             return [spread(ids_TK, *self.rule.split(n_E[None], self.placement, position), self.replicas)
                     for ids_TK, n_E in zip(ids, n_CE)], None
         n_PCE = self.exchange.counts(n_CE.flatten().expand(positions, -1).contiguous()).view(positions, *n_CE.shape)
+        n_PCE = n_PCE.cpu()                                  # the host waits
         if self.calibrate is not None:
             self.calibrate(n_PCE.sum(1))
         splits = [self.rule.split(n_PE, self.placement, 0) for n_PE in n_PCE.unbind(1)]
-        return ([spread(ids_TK, split_PC[position], self.replicas) for ids_TK, split_PC in zip(ids, splits)],
-                [self._arriving(split_PC) for split_PC in splits])
+        return ([spread(ids_TK, to_device(split_PC[position], self.device), self.replicas) for ids_TK, split_PC in zip(ids, splits)],
+                [to_device(self._arriving(split_PC), self.device) for split_PC in splits])
 
     def _arriving(self, split_PC: Tensor) -> Tensor:
-        """Slots that arrive here, by source and local slot id, [P, e]."""
-        here_C = self.replicas.position_C == self.exchange.position
-        slots_C = self.replicas.physical_C - self.exchange.position * self.slots
+        """Slots that arrive here, by source and local slot id, [P, e]. On the host."""
+        _, position_C, physical_C = self.replica_table_3C
+        here_C = position_C == self.exchange.position
+        slots_C = physical_C - self.exchange.position * self.slots
         received_Pe = split_PC.new_zeros(self.exchange.positions, self.slots)
         received_Pe[:, slots_C[here_C]] = split_PC[:, here_C]
         return received_Pe

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder, unpermute, unpermute_padded
+from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder, unpermute
 from moetrain.ops.route_plan import route_plan
 
 
@@ -105,7 +105,7 @@ class ByToken:
         return Arrived(x_ND, order, slot_weights(weights_NK, order))
 
     def back(self, rows_RD: Tensor, order: Permutation) -> Tensor:
-        return summed(rows_RD, order)
+        return unpermute(rows_RD, order)
 
 
 def ordered(physical_TK: Tensor, num_physical: int, rows: int) -> Permutation:
@@ -113,11 +113,6 @@ def ordered(physical_TK: Tensor, num_physical: int, rows: int) -> Permutation:
     if physical_TK.device.type == "cuda":
         return route_plan(physical_TK, num_physical, rows).permutation
     return plan_permutation(physical_TK, num_physical, rows)
-
-
-def summed(rows_RD: Tensor, permutation: Permutation) -> Tensor:
-    """Sum of each token's rows [T, D]. On a GPU it does not ask how many there are."""
-    return (unpermute_padded if rows_RD.device.type == "cuda" else unpermute)(rows_RD, permutation)
 
 
 def histogram(ids_TK: Tensor, number: int) -> Tensor:

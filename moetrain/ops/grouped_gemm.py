@@ -7,8 +7,9 @@
 Plain products without autograd: the ops that use them (ops/grouped_experts.py) bring their gradients. float32 and bfloat16
 go through `torch.nn.functional.grouped_mm`, which wants row strides that are multiples of 16 bytes and leaves rows past the
 last offset uninitialised (there are none where counts are on the host; where they are on the device nobody reads them).
-float64, which it refuses, and odd widths go through the loop, which is
-also the reference.
+float64, which it refuses, and odd widths go through the loop, which is also the reference. So do, on a GPU, the dtypes and
+chips for which grouped_mm itself is a loop that reads the offsets back, six times a layer and micro-batch: the host knows the
+counts already.
 
 Shapes: R rows ordered by expert, e experts on this rank, I and O widths.
 """
@@ -20,6 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.ops.extension import define
+
+
+# Compute capabilities for which grouped_mm is one kernel, in bfloat16 alone (torch 2.11 to 2.13, GroupedBlas.cpp).
+ONE_KERNEL = ((9, 0), (10, 0))
 
 
 class Groups(NamedTuple):
@@ -34,6 +39,18 @@ class Groups(NamedTuple):
         return self.offsets_e[-1:] if self.counts_e is None else None
 
 
+def takes_counts_on_device(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
+    """Whether grouped_mm computes with offsets that only the device knows: one kernel, without a wait of the host.
+
+    Args:
+        device: of the rows.
+        dtype: of rows and matrices.
+        widths: of all matrices.
+    """
+    return (device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) in ONE_KERNEL
+            and _aligned(dtype, *widths))
+
+
 def make_groups(counts_e: list[int] | Tensor, device: torch.device) -> Groups:
     if isinstance(counts_e, Tensor):
         return Groups(None, counts_e.cumsum(0, dtype=torch.int32))
@@ -42,7 +59,7 @@ def make_groups(counts_e: list[int] | Tensor, device: torch.device) -> Groups:
 
 def grouped_product(x_RI: Tensor, matrix_eIO: Tensor, groups: Groups) -> Tensor:
     """x @ matrix[e], expert by expert: [R, O]. The matrix may be a transposed view."""
-    if _grouped_mm_takes(x_RI, *matrix_eIO.shape[1:]):
+    if _grouped_mm_takes(groups, x_RI, *matrix_eIO.shape[1:]):
         return F.grouped_mm(x_RI, matrix_eIO, offs=groups.offsets_e)
     if x_RI.shape[0] == 0:
         return x_RI.new_empty(0, matrix_eIO.shape[2])
@@ -55,7 +72,7 @@ def grouped_product(x_RI: Tensor, matrix_eIO: Tensor, groups: Groups) -> Tensor:
 
 def grouped_outer(a_RI: Tensor, b_RO: Tensor, groups: Groups) -> Tensor:
     """a.T @ b over the rows of each expert: [e, I, O]; zeros for an expert without rows."""
-    if _grouped_mm_takes(a_RI, a_RI.shape[1], b_RO.shape[1]):
+    if _grouped_mm_takes(groups, a_RI, a_RI.shape[1], b_RO.shape[1]):
         return F.grouped_mm(a_RI.T, b_RO, offs=groups.offsets_e)
     if a_RI.shape[0] == 0:
         return a_RI.new_zeros(len(groups.offsets_e), a_RI.shape[1], b_RO.shape[1])
@@ -71,11 +88,16 @@ def _needs_the_host(groups: Groups, rows: Tensor) -> None:
         f"counts on the device need float32 or bfloat16 and widths of 16 bytes, not {rows.dtype} {tuple(rows.shape)}")
 
 
-def _grouped_mm_takes(x_RI: Tensor, *widths: int) -> bool:
-    """grouped_mm refuses no rows at all."""
-    if x_RI.dtype not in (torch.float32, torch.bfloat16) or x_RI.shape[0] == 0:
+def _grouped_mm_takes(groups: Groups, x_RI: Tensor, *widths: int) -> bool:
+    """Whether grouped_mm computes it (it refuses no rows at all), and no slower than the loop."""
+    if x_RI.dtype not in (torch.float32, torch.bfloat16) or x_RI.shape[0] == 0 or not _aligned(x_RI.dtype, *widths):
         return False
-    return all(width * x_RI.element_size() % 16 == 0 for width in widths)
+    counts_known = groups.counts_e is not None
+    return not (counts_known and x_RI.device.type == "cuda") or takes_counts_on_device(x_RI.device, x_RI.dtype, *widths)
+
+
+def _aligned(dtype: torch.dtype, *widths: int) -> bool:
+    return all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
 def _reference_wgrad(a_RI: Tensor, b_RO: Tensor, offsets_e: Tensor, acc_eIO: Tensor) -> None:

@@ -73,7 +73,7 @@ def _copies(rows_NB: Tensor, areas: list[Tensor], sent: list[int], there: list[i
 
 def _put(pads: list[Tensor], place: int, epoch: int) -> None:
     for pad in pads:
-        pad[place] = epoch
+        pad[place].fill_(epoch)                              # an assignment would copy a number of the host, and wait
 
 
 _push_rows = define("push_rows_(Tensor rows_NB, Tensor(a!)[] areas, int[] sent, int[] there, int first) -> ()",

@@ -68,6 +68,8 @@ def sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
 
 def _sum(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
     tokens, slots = rows_TK.shape
+    if rows_RD.device.type == "cuda":                  # picking the used slots would make the host wait for their number
+        return sum_padded(rows_RD, slots_R, rows_TK)
     if slots_R.numel() == 0:
         return rows_RD.new_zeros(tokens, rows_RD.shape[1])
     if slots_R.numel() == tokens * slots:              # every slot used

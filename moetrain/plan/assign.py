@@ -12,6 +12,7 @@ Shapes: T tokens, K slots per token, E experts, C replicas (homes and copies) by
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.plan.placement import LayerPlacement
@@ -22,9 +23,9 @@ def assign(ids_TK: Tensor, table_E: Tensor) -> Tensor:
     return table_E[ids_TK.clamp(min=0)].where(ids_TK >= 0, -1)
 
 
-def slot_table(placement: LayerPlacement, device: torch.device) -> Tensor:
-    """Physical slot id of every expert's home by global id, int64 [E]."""
-    return torch.tensor(placement.physical, dtype=torch.int64, device=device)
+def slot_table(placement: LayerPlacement) -> Tensor:
+    """Physical slot id of every expert's home by global id, int64 [E], on the host."""
+    return torch.tensor(placement.physical, dtype=torch.int64, device="cpu")
 
 
 class Replicas(NamedTuple):
@@ -35,8 +36,9 @@ class Replicas(NamedTuple):
     physical_C: Tensor
 
 
-def replica_table(placement: LayerPlacement, device: torch.device) -> Replicas:
-    return Replicas(*torch.tensor(list(zip(*placement.replicas)), dtype=torch.int64, device=device).unbind())
+def replica_table(placement: LayerPlacement) -> Tensor:
+    """The rows of `Replicas`, int64 [3, C], on the host."""
+    return torch.tensor(list(zip(*placement.replicas)), dtype=torch.int64, device="cpu")
 
 
 def spread(ids_TK: Tensor, quotas_C: Tensor, replicas: Replicas) -> Tensor:
@@ -45,7 +47,9 @@ def spread(ids_TK: Tensor, quotas_C: Tensor, replicas: Replicas) -> Tensor:
     quotas_C: how many of these slots each replica takes; those of an expert sum to the slots that chose it.
     """
     ids_N = ids_TK.flatten()
-    physical_R = replicas.physical_C.repeat_interleave(quotas_C)
-    by_expert_N = ids_N.where(ids_N >= 0, len(quotas_C)).argsort(stable=True)
-    physical_N = torch.full_like(ids_N, -1).scatter(0, by_expert_N[:len(physical_R)], physical_R)
-    return physical_N.view_as(ids_TK)
+    by_expert_N = ids_N.where(ids_N >= 0, len(quotas_C)).argsort(stable=True)                # unused slots last
+    # One more replica, -1, takes the unused slots: then the size is known, and a device need not be asked for it.
+    unused_1 = ids_N.numel() - quotas_C.sum(0, keepdim=True)
+    physical_N = F.pad(replicas.physical_C, (0, 1), value=-1).repeat_interleave(torch.cat([quotas_C, unused_1]),
+                                                                                output_size=ids_N.numel())
+    return torch.empty_like(ids_N).scatter_(0, by_expert_N, physical_N).view_as(ids_TK)

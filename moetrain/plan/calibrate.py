@@ -29,10 +29,9 @@ def calibrated(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topolo
                room: int) -> LayerPlan | None:
     """The plan with more copies, or None where more would not pay.
 
-    n_PE: rows of the step from every position for every expert. room: copies that a position has memory for, those of the
+    n_PE: rows of the step from every position for every expert, on the host. room: copies that a position has memory for, those of the
     plan included.
     """
-    n_PE = n_PE.cpu()
     more = extended(n_PE, plan, planner, topology, costs, room)
     if more is None:
         return None

@@ -1,6 +1,7 @@
 """The rules of plan/split.py as the dispatcher takes them: how the rows of an expert are divided among its replicas.
 
 `looks_at_all` says whether a rule must see the counts of all positions, which costs no further exchange but a larger one.
+Such a rule wants them on the host and answers there; the other works where its counts are.
 """
 
 import torch

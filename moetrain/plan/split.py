@@ -57,7 +57,10 @@ def reach(placement: LayerPlacement, topology: Topology) -> Reach:
 @lru_cache(maxsize=256)
 def _tables(placement: LayerPlacement, topology: Topology, device: torch.device) -> tuple[Tensor, ...]:
     """expert_C, position_C, node_C, first_C on the device."""
-    return tuple(torch.tensor(table_C, device=device) for table_C in reach(placement, topology)[:4])
+    tables_4C = torch.from_numpy(np.stack(reach(placement, topology)[:4]))
+    if device.type == "cuda":
+        tables_4C = tables_4C.pin_memory().to(device, non_blocking=True)                     # nobody waits for it
+    return tables_4C.unbind()
 
 
 def local_first(n_PE: Tensor, placement: LayerPlacement, topology: Topology, first_source: int = 0) -> Tensor:
@@ -83,11 +86,11 @@ def waterfill(n_PE: Tensor, placement: LayerPlacement, topology: Topology, costs
 
     n_PE: the counts of all sources. Quotas per replica are levelled with rows kept on their node wherever it holds their
     expert, freely, and in between (plan/levels.py). All are matched to sources and timed by the model; the shortest is taken.
-    Runs on the host and returns on the device of n_PE.
+    Runs on the host, n_PE and the result are there.
     """
-    held, rows_PE = reach(placement, topology), n_PE.cpu().numpy()
+    held, rows_PE = reach(placement, topology), n_PE.numpy()
     local_PC = local_first(n_PE, placement, topology)
-    best_PC = local_PC.cpu().numpy()
+    best_PC = local_PC.numpy()
     highest = int(_loads(best_PC, held, topology).max())
     if len(held.expert_C) == placement.num_experts or highest * topology.positions * ENOUGH <= int(rows_PE.sum()) * (ENOUGH + 1):
         return local_PC
@@ -98,22 +101,22 @@ def waterfill(n_PE: Tensor, placement: LayerPlacement, topology: Topology, costs
     for split_PC, load, took in zip(split_KPC, load_K, took_K, strict=True):
         if took.total_s < best_s and load <= highest:
             best_PC, best_s = split_PC, took.total_s
-    return torch.from_numpy(best_PC).to(n_PE.device)
+    return torch.from_numpy(best_PC)
 
 
 def shares(n_PE: Tensor, quotas_C: Tensor, placement: LayerPlacement, topology: Topology) -> Tensor:
     """Rows that go to each replica, int64 [P, C], in proportion to quotas planned for other counts.
 
     n_PE: the counts of all sources. An expert's rows, in the order of their sources, are cut where the quotas' running sums
-    say; rows of an expert without any quota go to its home.
+    say; rows of an expert without any quota go to its home. On the host.
     """
-    held, rows_PE, quotas_C = reach(placement, topology), n_PE.cpu().numpy(), quotas_C.cpu().numpy()
+    held, rows_PE, quotas_C = reach(placement, topology), n_PE.numpy(), quotas_C.numpy()
     home_E = np.asarray(placement.home)
     planned_C = _sum_over(held.expert_C, quotas_C, placement.num_experts)[held.expert_C]
     quotas_C = np.where((planned_C == 0) & (held.position_C == home_E[held.expert_C]), 1, quotas_C)
     cut_C = _part(_running(quotas_C, held.first_C), quotas_C, rows_PE.sum(0)[held.expert_C], np.maximum(planned_C, 1), 0)
     split_PC = _overlap(rows_PE, cut_C, held, np.zeros(len(rows_PE), dtype=np.int64), held.first_C)
-    return torch.from_numpy(split_PC).to(n_PE.device)
+    return torch.from_numpy(split_PC)
 
 
 def match(n_PE: np.ndarray, quotas_KC: np.ndarray, held: Reach, topology: Topology) -> np.ndarray:

@@ -31,7 +31,7 @@ from moetrain.train.checkpoint.manifest import newest
 from moetrain.train.checkpoint.reader import load_newest_model
 from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.setup import join, prepare_on_main
-from moetrain.train.passes import step_context, to_device
+from moetrain.train.passes import step_context
 
 
 class Evaluation(NamedTuple):
@@ -73,7 +73,7 @@ def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, confi
     sums = torch.zeros(3 + sum(model.routers.values()), dtype=torch.float64, device=mesh.device)
     for number in range(int(rounds)):
         batch = mine[number] if number < len(mine) else _padding(config)
-        batch = to_device(batch, mesh.device)
+        batch = batch.to(mesh.device)
         output = model(batch.tokens_BS, step_context(config.run.seed, 0, batch, training=False), batch.documents_BS)
         nats = cross_entropy_sum(output.logits_BSV, batch.targets_BS).double()
         text_bytes = sums.new_tensor(dataset.bytes_of_targets(batch))

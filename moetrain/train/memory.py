@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from moetrain.comm.reduce import all_or_none, largest_over
 from moetrain.plan.memory import CopyMemory, Held, copy_memory
-from moetrain.train.passes import forward_pass, to_device
+from moetrain.train.passes import forward_pass
 from moetrain.train.setup import Graphs, Run
 
 SHARE = 0.8
@@ -52,7 +52,7 @@ def choose(run: Run) -> Graphs:
 def graph_of_next(run: Run) -> int:
     """Bytes that one micro-batch of the next step keeps for its backward on this rank. Leaves no trace; collective."""
     step = run.state.step + 1
-    batch = to_device(all_or_none(run.mesh["batch"], lambda: run.loader.step(step)[0]), run.mesh.device)
+    batch = all_or_none(run.mesh["batch"], lambda: run.loader.step(step)[0]).to(run.mesh.device)
     unrecorded = replace(run, dump=None)
     with torch.no_grad():                                # brings what stays for a step, such as copies of experts
         forward_pass(unrecorded, step, batch, lambda found: [])

@@ -108,10 +108,6 @@ def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, p
     )
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
-
-
 def forward_pass(run: Run, step: int, batch: Batch, pooled: Pool, counted: Counted | None = None) -> Forward:
     """pooled: asked once. counted: told the counts of every router as soon as it has decided."""
     found: list[Stack] = []

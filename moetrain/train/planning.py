@@ -27,6 +27,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.errors import PeerError
 from moetrain.model.transformer import Transformer
 from moetrain.moe.layer import MoELayer
+from moetrain.ops.pinned import to_device
 from moetrain.parallel.fssdp import CopyManager
 from moetrain.parallel.pieces import Piece
 from moetrain.parallel.reshard import reshard
@@ -73,7 +74,7 @@ class Planning:
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router: plan the next."""
-        newest = torch.cat([counts[name].cpu() for name in self.model.routers]) // self.mesh["expert_grad"].size
+        newest = torch.cat([counts[name] for name in self.model.routers]).cpu() // self.mesh["expert_grad"].size
         self.outlook.observe(newest)
         if self.rhythm.rehome and step % self.rhythm.rehome == 0:
             self._rehome()
@@ -183,7 +184,7 @@ class Planning:
         if group.process_group is None:
             return
         self.agreed()
-        mine = torch.tensor([self.placement.digest], dtype=torch.int64, device=self.mesh.device)
+        mine = to_device(torch.tensor([self.placement.digest], dtype=torch.int64), self.mesh.device)
         digests = [torch.empty_like(mine) for _ in group.ranks]
         self._check = digests, dist.all_gather(digests, mine, group=group.process_group, async_op=True)
 

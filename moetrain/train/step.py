@@ -24,7 +24,7 @@ from moetrain.train.metrics import (
     SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, peak_memory, split_by_router,
 )
 from moetrain.train.optim import learning_rate, set_gradient_norm, set_learning_rate
-from moetrain.train.passes import forwards, to_device
+from moetrain.train.passes import forwards
 from moetrain.train.setup import Run
 
 
@@ -112,7 +112,7 @@ def read_batches(run: Run, step: int) -> tuple[list[Batch], Tensor]:
     """This rank's micro-batches, and the valid tokens of the global batch. Data that one rank cannot read ends all. Collective."""
     mesh, batches, failure = run.mesh, [], None
     try:
-        batches = [to_device(batch, mesh.device) for batch in run.loader.step(step)]
+        batches = [batch.to(mesh.device) for batch in run.loader.step(step)]
     except DataError as error:
         failure = error
     none = torch.zeros((), dtype=torch.int64, device=mesh.device)

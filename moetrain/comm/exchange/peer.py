@@ -31,6 +31,7 @@ from moetrain.comm.exchange.flight import travel
 from moetrain.errors import PeerError
 from moetrain.ops.extension import define
 from moetrain.ops.peer_memory import Late, copy_rows, push_rows
+from moetrain.ops.pinned import to_device
 
 CHANNELS = ("dispatch", "combine")
 READY, FREE = 0, 1
@@ -130,7 +131,7 @@ class PeerExchange:
         """Every position tells where rows are to begin. Waits."""
         told = [[[begin, back, sum(theirs), sum(ours)] for begin, back in zip(accumulate(theirs, initial=0), accumulate(ours, initial=0))][:-1]
                 for ours, theirs in zip(sent, received, strict=True)]
-        told_PCn = torch.tensor(told, device=self.device).transpose(0, 1)
+        told_PCn = to_device(torch.tensor(told), self.device).transpose(0, 1)
         heard_CPn = self.plain.counts(told_PCn.flatten(1).contiguous()).view_as(told_PCn).transpose(0, 1).tolist()
         found = []
         for ours, theirs, heard in zip(sent, received, heard_CPn):

@@ -23,6 +23,7 @@ from moetrain.comm.exchange.base import Handle, Splits
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.ops.permute import reorder
+from moetrain.ops.pinned import to_device
 
 
 class Turn(NamedTuple):
@@ -67,9 +68,10 @@ class TwoLevelExchange:
     def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
         """The ranks of a node tell each other what they will send along which rail. Waits."""
         nodes, places = self.rail.positions, self.node.positions
-        sent_CNL = torch.tensor(sent, device=self.device).view(-1, nodes, places)
-        passing_LCN = self.node.counts(sent_CNL.permute(2, 0, 1).flatten(1).contiguous()).view(places, -1, nodes)
-        return [self._splits(*each) for each in zip(sent, received, sent_CNL.cpu(), passing_LCN.transpose(0, 1).cpu(), strict=True)]
+        sent_CNL = torch.tensor(sent).view(-1, nodes, places)
+        told_LX = to_device(sent_CNL.permute(2, 0, 1).flatten(1).contiguous(), self.device)
+        passing_LCN = self.node.counts(told_LX).view(places, -1, nodes).cpu()
+        return [self._splits(*each) for each in zip(sent, received, sent_CNL, passing_LCN.transpose(0, 1), strict=True)]
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
         legs: Legs = splits.way
@@ -109,4 +111,4 @@ def turned(counts_AB: Tensor, device: torch.device) -> Turn:
     index_R = label_R.argsort(stable=True)
     inverse_R = torch.empty_like(index_R)
     inverse_R[index_R] = torch.arange(len(index_R))
-    return Turn(index_R.to(device), inverse_R.to(device))
+    return Turn(*to_device(torch.stack([index_R, inverse_R]), device))

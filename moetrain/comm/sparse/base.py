@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
+from moetrain.ops.pinned import to_device
 from moetrain.plan.transfers import Leg
 
 
@@ -70,7 +71,7 @@ def lane(leg: Leg, position: int, positions: int, rows: Sequence[int], device: t
     leaving = sorted((to, expert) for expert, source, to in leg if source == position)
     sent, received = Counter(to for to, _ in leaving), Counter(source for _, source, to in leg if to == position)
     sent_P = tuple(sent[at] for at in range(positions))
-    return Lane(position, torch.tensor([row[expert] for _, expert in leaving], dtype=torch.int64, device=device),
+    return Lane(position, to_device(torch.tensor([row[expert] for _, expert in leaving], dtype=torch.int64), device),
                 sent_P, tuple(received[at] for at in range(positions)), tuple(accumulate(sent_P, initial=0))[:-1])
 
 

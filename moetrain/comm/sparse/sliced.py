@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Flight, message
+from moetrain.ops.pinned import to_device
 from moetrain.plan.placement import LayerPlacement, piece_columns
 
 
@@ -42,7 +43,7 @@ class Sliced:
         self.width = sum(rows * columns for rows, columns in shapes)
         towards = [[index[expert] for expert in placement.assembled_at(to)] for to in range(positions)]
         self.copies, self.counts = len(towards[position]), [len(rows) for rows in towards]
-        self.index_s = torch.tensor(sum(towards, []), dtype=torch.int64, device=device)
+        self.index_s = to_device(torch.tensor(sum(towards, []), dtype=torch.int64), device)
 
     def post_gather(self, pieces: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Landing:
         """Start bringing copies: rows [m, W]. pieces: tensors [n, …] that travel side by side."""
