@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(NAMES))
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
-    config = compose([f"planner={options.planner}", "hardware=h100"])
+    config = compose(["parallel=fssdp", f"planner={options.planner}", "hardware=h100"])
     planner, costs, found = build(config.planner, "planner"), costs_of(config.hardware), {}
     for case in options.cases:
         traces = [torch.from_numpy(generate(case, seed, STEPS, POSITIONS, EXPERTS, TOKENS * TOP_K))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.cli.train import _part_keys
-from moetrain.config.rules.ranges import RANGES
+from moetrain.config import readers
 from moetrain.config.compose import _FREE_AFTER_TRAINING, _FREE_ON_RESUME
-from moetrain.config.groups import config_dir, group_options, section_of
+from moetrain.config.groups import config_dir, default_options, group_options, section_of
+from moetrain.config.rules.ranges import RANGES
 from moetrain.config.values import Key, leaves, schema_keys, schema_sections, show, type_name
 from moetrain.config.yaml_file import load
 
@@ -34,8 +35,13 @@ config of a command and stops. A run keeps its own in `<run.dir>/config.yaml`.
 | `run.seed=1,2` | several runs; only with `train --multirun` |
 | `optim.lr=${train.clip}` | the value of another key; quote it for the shell. Resolvers such as `${oc.env:NAME}` are refused |
 
-Values are laid down in this order, the last one counts: defaults of the schema, `conf/config.yaml`, the chosen options,
-`experiment`, the command line. An unknown key is an error that names the nearest keys. All errors of a command come together.
+Values are laid down in this order, the last one counts: defaults of the schema, `conf/config.yaml`, the options of the
+groups, experiments, options that were typed, values that were typed. So what is typed wins over `experiment=`, wherever it
+stands: a typed option brings its section whole, and what an experiment says of that section is left out.
+
+An unknown key is an error that names the nearest keys. So is a key that is typed and that the chosen options do not read:
+the column *read with* says what it needs. What an experiment or the file of an option sets may be without effect. With
+`--multirun` a job leaves out what only other jobs read. All errors of a command come together.
 """
 
 PARTS = """\
@@ -51,8 +57,7 @@ def page() -> str:
 
 def _groups() -> Iterator[str]:
     yield "## Groups\n"
-    defaults = {group: option for entry in load(config_dir() / "config.yaml")["defaults"] if isinstance(entry, dict)
-                for group, option in entry.items()}
+    defaults = default_options()
     yield _table(("group", "options", "default"), (
         (f"`{group}`", ", ".join(f"`{option}`" for option in options),
          f"`{show(defaults[group])}`" if defaults[group] else "none")
@@ -73,8 +78,14 @@ def _sections() -> Iterator[str]:
         yield f"### {section}.*\n"
         keys = _part_keys(section) if cls is dict else [
             key for path, key in schema_keys().items() if path.startswith(f"{section}.")]
-        yield _table(("key", "type", "default", "meaning"), (
-            (f"`{key.path}`", _type(key, ranges.get(key.path)), f"`{show(key.default)}`", _cell(key.help)) for key in keys))
+        yield _table(("key", "type", "default", "read with", "meaning"), (
+            (f"`{key.path}`", _type(key, ranges.get(key.path)), f"`{show(key.default)}`", _read_with(key.path),
+             _cell(key.help)) for key in keys))
+
+
+def _read_with(key: str) -> str:
+    """What a typed key needs to be read."""
+    return _cell(", ".join(f"`{condition.replace('|', ' | ')}`" for condition in readers.conditions(key)))
 
 
 def _resuming() -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Literal, get_args, get_origin
 
 from moetrain import launch
 from moetrain.config.build import SIZES, arguments
-from moetrain.config.compose import compose, run_dir, to_yaml
+from moetrain.config.compose import compose, idle_overrides, run_dir, to_yaml
 from moetrain.config.groups import config_dir, group_options
 from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config
@@ -100,7 +100,7 @@ def _flags(argv: list[str]) -> tuple[list[str], bool, bool]:
 
 def _multirun(overrides: list[str], show_config: bool) -> int:
     """One process per job, one after another. All jobs are checked before the first starts."""
-    jobs = sweep(overrides)
+    jobs = _without_idle(sweep(overrides))
     swept = [[word for word in job if word not in overrides] for job in jobs]
     named, errors = [], {}
     for job, own in zip(jobs, swept):
@@ -120,6 +120,14 @@ def _multirun(overrides: list[str], show_config: bool) -> int:
         if codes[-1] in (10, 130) or codes[-1] < 0:  # told to stop
             break
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
+
+
+def _without_idle(jobs: list[list[str]]) -> list[list[str]]:
+    """The jobs without what they would not read: `-m optim=adamw,muon optim.muon_lr=0.02`. Words that no job reads stay,
+    and are an error."""
+    idle = [idle_overrides(job) for job in jobs]
+    everywhere = set.intersection(*idle)
+    return [[word for word in job if word in everywhere or word not in unread] for job, unread in zip(jobs, idle)]
 
 
 def _own_directory(config: Config, swept: list[str]) -> list[str]:

@@ -5,13 +5,20 @@
     from_yaml, to_yaml      the resolved config of a run; recorded: from what a checkpoint says of it
     resume_conflicts        what a resumed run may not change
 
+Order of precedence, the last one counts: defaults of the schema, conf/config.yaml, the options of the groups, experiments,
+options that were typed, values that were typed. A typed option brings its section whole, so `logging=wandb` beside an
+experiment turns off all that the experiment says of logging. The place on the command line does not matter, except that
+of two values of one key the later one counts.
+
 How: config/overrides.py reads the command line with Hydra's parser and checks choices against the files of conf/; Hydra
 composes the valid ones; config/tree.py lays the values on top, compares every leaf with the schema or with the
 constructor of its part, and runs the rules between keys (config/checks.py). No torch here.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +49,16 @@ def compose(overrides: Sequence[str]) -> Config:
     return tree.finish(values, command, problems, files)
 
 
+def idle_overrides(overrides: Sequence[str]) -> set[str]:
+    """Those that the chosen options do not read: an error of one run, not of a sweep in which another job reads them."""
+    command, problems = read(overrides)
+    try:
+        tree.finish(_compose_yaml(command.choices)[0], command, problems, [])
+    except ConfigErrors:                                     # compose() says them
+        pass
+    return set(problems.unread)
+
+
 def for_run(overrides: Sequence[str]) -> Config:
     """The config of the run that run.name, run.dir or experiment names, with the other overrides on top.
 
@@ -64,7 +81,7 @@ def for_run(overrides: Sequence[str]) -> Config:
     changed = {section_of(group) for group in command.choices} - {"experiment"}
     base |= {section: values.get(section) for section in changed}
     files = [(section, file) for section, file in files if section in changed] + [("", directory / "config.yaml")]
-    config = tree.finish(base, command, problems, files)
+    config = tree.finish(base, command, problems, files, trained=trained)
     conflicts = _conflicts(trained, config, _FREE_AFTER_TRAINING)
     if of_model := [error for error in conflicts if error.where.startswith("model.")]:
         raise ConfigErrors(of_model)
@@ -140,33 +157,61 @@ def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:
     return _conflicts(old, new, _FREE_ON_RESUME)
 
 
-def _compose_yaml(choices: dict[str, Any]) -> tuple[tree.Tree, list[tuple[str, Path]]]:
-    """The tree of conf/ with these choices, and its files, the strongest first (see tree.finish)."""
+def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str, Path]]]:
+    """The tree of conf/ with these choices, and its files, the strongest first (see tree.finish).
+
+    Hydra lays the values of an experiment over those of every option. An option that was typed brings its section whole:
+    where the experiment has changed that, it is composed once more without the experiment.
+    """
+    folder = config_dir()
+    values, chosen = _hydra_compose(folder, choices)
+    typed = [group for group in choices if group != "experiment"]
+    if chosen.get("experiment") and any(_differs(values, folder, group, choices[group]) for group in typed):
+        alone, _ = _hydra_compose(folder, {**choices, "experiment": []})
+        values |= {section_of(group): alone.get(section_of(group)) for group in typed}
+    ranked: list[tuple[int, str, Path]] = []
+    for group, option in chosen.items():                     # Hydra lists them last applied first
+        if option and (folder / group).is_dir():
+            rank = 0 if group in typed else 1 if group == "experiment" else 2
+            section = "" if group == "experiment" else section_of(group)
+            ranked += [(rank, section, folder / group / f"{name}.yaml")
+                       for name in (option if isinstance(option, list) else [option])]
+    ranked.sort(key=lambda entry: entry[0])
+    files = [(section, file) for _, section, file in ranked]
+    return {**values, "loss": values.get("loss") or {}}, [*files, ("", folder / "config.yaml")]
+
+
+def _differs(values: tree.Tree, folder: Path, group: str, option: str | list[str]) -> bool:
+    """Whether a section holds anything else than the files of its options."""
+    written: tree.Tree = {}
+    for name in option if isinstance(option, list) else [option]:
+        written |= load(folder / group / f"{name}.yaml")
+    return (values.get(section_of(group)) or {}) != written
+
+
+def _hydra_compose(folder: Path, choices: Mapping[str, Any]) -> tuple[tree.Tree, dict[str, Any]]:
+    """The composed tree, references left as they are, and the option of each group."""
+    values = copy.deepcopy(_composed(folder, tuple(f"{group}={show(option)}" for group, option in choices.items())))
+    return values, values.pop("hydra")["runtime"]["choices"]
+
+
+@lru_cache(maxsize=256)
+def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
+    """Hydra takes a quarter of a second for what the jobs of a sweep ask for again and again."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    folder = config_dir()
-    arguments = [f"{group}={show(option)}" for group, option in choices.items()]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-            composed = hydra_compose("config", arguments, return_hydra_config=True)
-        values = OmegaConf.to_container(composed, resolve=False)
+            composed = hydra_compose("config", list(arguments), return_hydra_config=True)
+        return OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigErrors([ConfigError(18, "the yaml files do not compose", where=str(folder),
                                         why=str(error).splitlines()[0],
                                         next="correct the file that is named")]) from error
-    chosen = values.pop("hydra")["runtime"]["choices"]
-    files = []
-    for group, option in chosen.items():                     # Hydra lists them last applied first
-        if option and (folder / group).is_dir():
-            names = option if isinstance(option, list) else [option]
-            section = "" if group == "experiment" else section_of(group)
-            files += [(section, folder / group / f"{name}.yaml") for name in names]
-    files.sort(key=lambda entry: entry[0] != "")             # experiments before groups
-    return {**values, "loss": values.get("loss") or {}}, [*files, ("", folder / "config.yaml")]
 
 
 def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigError]:

@@ -1,8 +1,11 @@
 """conf/: where it is, and the groups and options it offers."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import moetrain
+from moetrain.config.yaml_file import load
 
 # Sections of the config whose group has another name.
 _GROUP_OF = {"log": "logging"}
@@ -18,6 +21,17 @@ def group_options() -> dict[str, list[str]]:
     """Every group with its options."""
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
             for folder in sorted(config_dir().iterdir()) if any(folder.glob("*.yaml"))}
+
+
+def default_options() -> dict[str, Any]:
+    """The option of each group where none is chosen; None or an empty list for groups that may be empty."""
+    return dict(_default_options(config_dir()))
+
+
+@cache
+def _default_options(folder: Path) -> dict[str, Any]:
+    return {group: option for entry in load(folder / "config.yaml")["defaults"] if isinstance(entry, dict)
+            for group, option in entry.items()}
 
 
 def group_of(section: str) -> str:

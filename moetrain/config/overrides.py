@@ -25,7 +25,7 @@ class Value(NamedTuple):
 
 
 class Command(NamedTuple):
-    choices: dict[str, Any]       # group -> option, list of options, or none
+    choices: dict[str, Any]       # group -> option, or a list of options, which may be empty
     values: dict[str, Value]      # path -> value
 
 
@@ -34,6 +34,7 @@ class Problems:
 
     def __init__(self) -> None:
         self.errors: list[ConfigError] = []
+        self.unread: list[str] = []                # overrides that the chosen options do not read
         self._doubtful: set[str] = set()
 
     def add(self, error: ConfigError, *doubtful: str) -> None:
@@ -107,7 +108,7 @@ def typed(*texts: str) -> str:
 
 def _choose(group: str, value: Any, text: str, groups: dict, command: Command, problems: Problems) -> None:
     if group in _OPTIONAL and value in (None, []):
-        command.choices[group] = value
+        command.choices[group] = []
         return
     options = [show(option) for option in value] if isinstance(value, list) else [show(value)]
     unknown = [option for option in options if option not in groups[group]]
@@ -130,7 +131,7 @@ def _delete(key: str, text: str, groups: dict, command: Command, problems: Probl
     if key not in groups:
         command.values[key] = Value(DELETE, text)
     elif key in _OPTIONAL:
-        command.choices[key] = [] if key == "loss" else None
+        command.choices[key] = []
     else:
         problems.add(ConfigError(40, f"{key} cannot be removed", where=typed(text), why="every run needs one",
                                  next=advice(key)), key)

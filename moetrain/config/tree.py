@@ -4,18 +4,19 @@
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import checks
+from moetrain.config import checks, readers
 from moetrain.config.build import SIZES, NoSuchPart, arguments
 from moetrain.config.groups import advice, config_dir, group_of, group_options
 from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
 from moetrain.config.schema import Config
 from moetrain.config.suggest import nearest, nearest_keys
-from moetrain.config.values import Key, Misfit, fit, leaves, schema_keys, schema_sections, show, to_config, type_name
+from moetrain.config.values import Key, Misfit, fit, flatten, leaves, schema_keys, schema_sections, show, to_config, type_name
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
@@ -23,21 +24,27 @@ Tree = dict[str, Any]
 
 
 def finish(tree: Tree, command: Command, problems: Problems, files: list[tuple[str, Path]],
-           recorded: Path | None = None) -> Config:
-    """The config of a tree, checked.
+           recorded: Path | None = None, trained: Config | None = None) -> Config:
+    """The config of a tree with the command line on top, checked.
 
-    files: (section, file) of every yaml file in the tree, "" for a file of whole runs; the strongest first.
-    recorded: where the whole tree was recorded, which a run does when everything has been filled in: `${` is text there, and
-    no rule between keys is judged, because ranks may differ.
+    Args:
+        tree: nested values of the yaml files.
+        command: what was typed.
+        problems: mistakes so far; those that are found are added.
+        files: (section, file) of every yaml file in the tree, "" for a file of whole runs; the strongest first.
+        recorded: where the whole tree was recorded, which a run does when everything has been filled in: `${` is text
+            there, and no rule between keys is judged, because ranks may differ.
+        trained: the run's own config, where the command is about a run that exists. What it reads may be typed.
     """
-    return _Finisher(command, problems, files, recorded).run(tree)
+    return _Finisher(command, problems, files, recorded, trained).run(tree)
 
 
 class _Finisher:
     """What the checks of one tree share: the command line, the files, the keys that may be set, the errors."""
 
-    def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]], recorded: Path | None) -> None:
-        self.command, self.problems, self.files, self.recorded = command, problems, files, recorded
+    def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]], recorded: Path | None,
+                 trained: Config | None) -> None:
+        self.command, self.problems, self.files, self.recorded, self.trained = command, problems, files, recorded, trained
         self.keys: dict[str, Key] = {}
 
     def run(self, tree: Tree) -> Config:
@@ -45,6 +52,7 @@ class _Finisher:
             section, _, name = path.partition(".")
             if isinstance(tree.setdefault(section, {}), dict):
                 tree[section].setdefault(name, key.default)
+        before = dict(leaves(tree))
         for path, given in self.command.values.items():
             self._lay(tree, path, given)
         tree = tree if self.recorded else self._resolve(tree)
@@ -54,6 +62,7 @@ class _Finisher:
         for path, _ in leaves({name: value for name, value in tree.items() if name not in clean}):
             self._unknown(path)
         config = to_config(clean)
+        self._unread(before, config)
         for error in [] if self.recorded else checks.check(config, checks.world_size(config)):
             involved = error.where.split(", ")
             if not self.problems.doubt(involved):
@@ -115,6 +124,23 @@ class _Finisher:
             return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         except OmegaConfBaseException:             # another key refers to a broken one
             raise ConfigErrors(self.problems.errors) from None
+
+    def _unread(self, before: Tree, config: Config) -> None:
+        """An error for everything that was typed and that the chosen options do not read."""
+        values, others = flatten(config), flatten(self.trained) if self.trained else None
+        for found in readers.unread(self.command, before, values):
+            if self.problems.doubt([found.key]) or others is not None and not readers.unmet(found.key, others):
+                continue
+            kinds = [readers.key_of(condition) for condition in found.unmet]
+            if self.problems.doubt(kinds):
+                continue
+            self.problems.unread.append(found.text)
+            here = " and ".join(f"{kind} is {show(values[kind])} ({self._origin_of_rule([kind])})" for kind in kinds)
+            needed = " and ".join(map(readers.in_words, found.unmet))
+            again = shlex.quote(found.text)
+            self._add(100, f"{found.text} has no effect", where=typed(found.text), doubt=[found.key],
+                      why=f"{found.key} is read with {needed}; here {here}",
+                      next=f"{' '.join(map(readers.to_type, found.unmet))} {again}, or leave {again} out")
 
     # --- sections of the schema
 

@@ -8,16 +8,18 @@ import yaml
 
 from moetrain.config import compose as module
 from moetrain.config.compose import compose, config_dir, for_run, from_yaml, resume_conflicts, run_dir, to_yaml
-from moetrain.config.groups import group_options
+from moetrain.config.groups import group_options, section_of
 from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config
-from moetrain.config.values import flatten, schema_keys
+from moetrain.config.values import flatten, schema_keys, show
+from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
 # What an option needs beside itself.
 COMPANIONS = {("data", "tokens"): ["data.path=shards"], ("data", "megatron"): ["data.path=prefix"],
-              ("engine", "deepspeed"): ["parallel=ep", "run.nproc=2", "optim=adamw"]}
+              ("engine", "deepspeed"): ["parallel=ep", "run.nproc=2", "optim=adamw"],
+              **{(group, option): ["parallel=fssdp"] for group, option in OPTIONS if group in ("planner", "hardware")}}
 
 
 def errors_of(*overrides: str) -> list[ConfigError]:
@@ -74,6 +76,38 @@ def test_debug_stays_tiny() -> None:
 def test_the_command_line_wins_over_an_experiment() -> None:
     config = compose(["model=quickstart", "run.steps=7", "experiment=debug"])
     assert (config.model.dim, config.run.steps, config.data.kind, config.log.wandb) == (128, 7, "synthetic", "off")
+
+
+@pytest.mark.parametrize("experiment", group_options()["experiment"])
+def test_a_typed_option_of_every_group_wins_over_every_experiment(experiment: str) -> None:
+    """Its section is that of its file, whole, in whichever order they are typed."""
+    typed = {group: options[-1] for group, options in group_options().items() if group != "experiment"}
+    for choices in ({**typed, "experiment": experiment}, {"experiment": experiment, **typed}):
+        values, _ = module._compose_yaml(choices)
+        for group, option in typed.items():
+            assert values[section_of(group)] == load(config_dir() / group / f"{option}.yaml"), (experiment, group, option)
+
+
+def test_a_typed_option_leaves_the_rest_of_the_experiment() -> None:
+    config = compose(["experiment=debug", "logging=wandb"])
+    assert (config.log.wandb, config.run.steps, config.data.kind) == ("online", 20, "synthetic")
+    assert compose(["logging=console", "experiment=debug"]).log.wandb == "offline"
+    assert compose(["experiment=quickstart", "data.weights={code: 2}"]).data.mixture == "uniform"
+    assert compose(["experiment=quickstart", "data=text", "data.weights={code: 2}"]).data.mixture == "proportional"
+
+
+@pytest.mark.parametrize("group", group_options())
+def test_nothing_is_no_option_but_for_groups_that_may_be_empty(group: str) -> None:
+    for words in ([f"{group}=null"], [f"~{group}"]):
+        if group in ("experiment", "loss"):
+            assert compose(words) == compose([])
+        else:
+            error, *rest = errors_of(*words)
+            assert not rest and group_options()[group][0] in error.next
+
+
+def test_every_default_may_be_typed() -> None:
+    assert compose([f"{path}={show(key.default)}" for path, key in schema_keys().items()]) == compose([])
 
 
 def test_values_of_every_kind() -> None:

@@ -170,7 +170,7 @@ def test_without_accumulation_all_modes_are_one():
 # --- selection biases by the counts of micro-batches
 
 
-MICRO_BIAS = ["run.dtype=float64", "router=sigmoid", "router.counts=micro", "router.update_rate=0.05", "balance=none", "train.micro_batch=2",
+MICRO_BIAS = ["run.dtype=float64", "router=sigmoid", "router.counts=micro", "router.update_rate=0.05", "balance=none", "~balance.weight", "train.micro_batch=2",
               "data.min_length=0.2"]
 
 

@@ -170,7 +170,7 @@ def check(ours: Trained, expected: Trained) -> None:
       "router.weights=raw"],
      {"num_layers": 3, "first_dense_layers": 1, "num_experts": [8, 4, 6], "top_k": [2, 1, 3], "gate": "raw"}),
     (["balance=micro", "balance.weight=0.1", "train.micro_batch=4"], {"balance_scope": "micro"}),
-    (["balance=none"], {"balance_scope": "none"}),
+    (["balance=none", "~balance.weight"], {"balance_scope": "none"}),
     (["train.head_chunk=50"], {}),
     (["train.head_chunk=7", "model.tie_embeddings=true", "train.loss_carrier=attached"], {"tie_embeddings": True}),
 ], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none", "head in chunks", "tied head in chunks"])

@@ -11,7 +11,7 @@ from tests.train.checkpoint.saved import SMALL, flip, payload, saved, trained
 
 @pytest.mark.parametrize("verify, done", [("full", None), ("sizes", 2)])
 def test_a_flipped_bit_in_the_last_checkpoint_leaves_something_to_do(tmp_path, verify, done):
-    config = compose([*SMALL, "run.steps=2", f"checkpoint.verify={verify}"])
+    config = compose(["data=synthetic", *SMALL, "run.steps=2", f"checkpoint.verify={verify}"])
     directory = saved(trained(2, SMALL), tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert finished(config, tmp_path) is None            # its evaluation is owed

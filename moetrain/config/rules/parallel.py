@@ -14,14 +14,6 @@ def mode(config: Config, ranks: int) -> Iterator[ConfigError]:
     if parallel.mode == "single" and ranks != 1:
         yield ConfigError(31, f"parallel=single with {ranks} ranks", where="parallel.mode, run.nproc",
                           why="single is one process without a process group", next="parallel=ep or parallel=ddp")
-    if parallel.mode not in ("ep", "ep_fsdp", "fssdp") and parallel.ep not in (None, 1):
-        yield ConfigError(32, f"parallel.ep={parallel.ep} with parallel.mode={parallel.mode}",
-                          where="parallel.ep, parallel.mode", why="only modes ep, ep_fsdp and fssdp split experts over ranks",
-                          next=f"parallel=ep parallel.ep={parallel.ep}")
-    if parallel.mode not in ("fsdp", "ep_fsdp", "fssdp") and parallel.shard not in (None, 1):
-        yield ConfigError(60, f"parallel.shard={parallel.shard} with parallel.mode={parallel.mode}",
-                          where="parallel.shard, parallel.mode", why="only modes fsdp, ep_fsdp and fssdp shard parameters",
-                          next=f"parallel=fsdp parallel.shard={parallel.shard}")
 
 
 def sharded(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -90,11 +82,6 @@ def copies(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Copies of experts have room, and somebody who plans them."""
     parallel, planner = config.parallel, str(config.planner.get("_target_", "")).split(".")[-2:][0]
     if parallel.mode != "fssdp":
-        for name in ("rematerialize", "calibrate"):
-            if getattr(parallel, name):
-                yield ConfigError(72, f"parallel.{name}=true with parallel.mode={parallel.mode}",
-                                  where=f"parallel.{name}, parallel.mode", why="only mode fssdp copies experts",
-                                  next=f"parallel=fssdp parallel.{name}=true, or parallel.{name}=false")
         return
     most = max((num_experts for _, num_experts, _ in moe_layers(config)), default=parallel.room)
     if parallel.room > most:

@@ -1,0 +1,183 @@
+"""Which options read a key: one table, and the check of what was typed against it.
+
+A key that is typed and that the chosen options do not read is an error, because its writer expects an effect. What an
+experiment or the yaml file of an option sets may be without effect: nobody typed it for this command. A typed value
+passes too where it changes nothing (`parallel.ep=null`) or says what holds anyway (NEUTRAL: `parallel.ep=1`).
+
+Arguments of a part are read by the class that accepts them; the table has what else they need.
+"""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from moetrain.config.groups import default_options
+from moetrain.config.overrides import DELETE, Command
+from moetrain.config.values import show
+
+# The key that tells which option of a group is in force. Their values are the names of the options.
+KIND = {"parallel": "parallel.mode", "schedule": "schedule.kind", "engine": "engine.name", "data": "data.kind",
+        "optim": "optim.name", "balance": "balance.scope"}
+
+_EXPERT_PARALLEL, _SHARDED, _FSSDP = "parallel=ep|ep_fsdp|fssdp", "parallel=fsdp|ep_fsdp|fssdp", "parallel=fssdp"
+_MUON, _POOLED = "optim=muon", "balance=global|node"
+
+# Key, or the name of a group -> what must all hold for it to be read: `group=option|option`, `key=value|value` or
+# `key>number`. A star stands for the same name on both sides.
+READ_WITH: dict[str, tuple[str, ...]] = {
+    "model.dense_dim": ("model.first_dense_layers>0",),
+    "router.topk_groups": ("router.num_groups>1",),
+    "router.group_score": ("router.num_groups>1",),
+    "router.counts": ("router.update_rate>0",),
+    "router.centre": ("router.update_rate>0",),
+    "parallel.ep": (_EXPERT_PARALLEL,),
+    "parallel.shard": (_SHARDED,),
+    "parallel.exchange": (_EXPERT_PARALLEL,),
+    "parallel.exact_combine": (_EXPERT_PARALLEL,),
+    "parallel.room": (_FSSDP,),
+    "parallel.rematerialize": (_FSSDP,),
+    "parallel.collective": (_FSSDP,),
+    "parallel.forecast": (_FSSDP,),
+    "parallel.window": (_FSSDP, "parallel.forecast=mean"),
+    "parallel.fallback": (_FSSDP,),
+    "parallel.calibrate": (_FSSDP,),
+    "parallel.rehome_interval": (_FSSDP,),
+    "parallel.sliced": (_FSSDP,),
+    "planner": (_FSSDP,),
+    "planner.horizon": (_FSSDP, "parallel.rehome_interval>0"),
+    "planner.state_ratio": (_FSSDP, "parallel.rehome_interval>0"),
+    "planner.*": (_FSSDP,),
+    "hardware": (_FSSDP,),
+    "hardware.flops": (_FSSDP,),
+    "hardware.inside": (_FSSDP,),
+    "hardware.between": (_FSSDP,),
+    "hardware.latency_s": (_FSSDP,),
+    "schedule.chunks": ("schedule=fixed",),
+    "engine.zero_stage": ("engine=deepspeed",),
+    "balance._target_": (),
+    "balance.scope": (),
+    "balance.mode": (_POOLED,),
+    "balance.drift": (_POOLED, "balance.mode=warm"),
+    "balance.*": ("balance=global|node|micro|sequence",),
+    "loss.*.mode": ("loss.*.scope=global|node",),
+    "loss.*.drift": ("loss.*.scope=global|node", "loss.*.mode=warm"),
+    "data.path": ("data=text|tokens|megatron",),
+    "data.cache": ("data=text",),
+    "data.tokenizer": ("data=text|megatron",),
+    "data.mixture": ("data=text|tokens|megatron",),
+    "data.weights": ("data=text|tokens|megatron",),
+    "data.domain_cap": ("data=text",),
+    "data.vocab_size": ("data=synthetic|megatron",),
+    "data.num_domains": ("data=synthetic",),
+    "data.min_length": ("data=synthetic",),
+    "optim.muon_lr": (_MUON,),
+    "optim.muon_momentum": (_MUON,),
+    "optim.muon_adjust": (_MUON,),
+    "optim.muon_ns_steps": (_MUON,),
+    "optim.muon_precision": (_MUON,),
+    "optim.decay": ("optim.schedule=wsd",),
+    "optim.decay_shape": ("optim.schedule=wsd",),
+    "log.wandb_project": ("log.wandb=offline|online",),
+}
+
+# Keys of the schema that are read whatever is chosen, or that are recorded for a later command, as generate.* is.
+ALWAYS = frozenset("""
+    run.name run.dir run.nproc run.steps run.stop_at run.seed run.device run.share_gpu run.dtype run.timeout_s
+    run.max_restarts run.grace_s
+    model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm model.rope_theta
+    model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim model.num_shared_experts
+    model.first_dense_layers model.init_std
+    parallel.mode schedule.kind engine.name
+    train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing train.count_pass
+    train.head_chunk train.loss_carrier
+    data.kind data.mask_documents
+    optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.router_lr_scale optim.expert_lr_scale
+    optim.schedule optim.warmup optim.min_lr_ratio
+    eval.interval eval.windows eval.batch eval.ngram
+    checkpoint.interval checkpoint.keep checkpoint.async_save checkpoint.verify checkpoint.max_failed_saves
+    log.interval log.heatmap_every log.progress log.sources log.router_dump log.timeline log.wandb
+    generate.prompt generate.tokens generate.temperature generate.top_p generate.seed generate.cache
+""".split())
+
+# What is true of options that read nothing of the kind: no split, no copies, no moves, no weight.
+NEUTRAL = {"parallel.ep": 1, "parallel.shard": 1, "parallel.room": 0, "parallel.rehome_interval": 0, "planner": "ep",
+           "router.topk_groups": 1, "balance.weight": 0}
+
+
+class Unread(NamedTuple):
+    """Something typed without effect. `unmet`: conditions of READ_WITH that do not hold, stars filled in."""
+
+    key: str                      # or a group
+    text: str                     # as typed
+    unmet: tuple[str, ...]
+
+
+def unread(command: Command, before: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Unread]:
+    """What was typed and is not read.
+
+    Args:
+        command: the command line.
+        before: every leaf by path, as the files have it.
+        values: every leaf by path, with the command line on top.
+    """
+    defaults = default_options()
+    for group, option in command.choices.items():
+        if option not in (defaults.get(group), NEUTRAL.get(group)) and (missing := unmet(group, values)):
+            yield Unread(group, f"{group}={show(option)}", missing)
+    for key, given in command.values.items():
+        harmless = given.value is DELETE or _at(key, values) in (_at(key, before), NEUTRAL.get(key))
+        if not harmless and (missing := unmet(key, values)):
+            yield Unread(key, given.text, missing)
+
+
+def _at(key: str, values: Mapping[str, Any]) -> Any:
+    """The value of a key; of one that holds names, the values by path."""
+    return values.get(key, {path: value for path, value in values.items() if path.startswith(f"{key}.")})
+
+
+def conditions(key: str) -> tuple[str, ...]:
+    """What must hold for a key to be read: the first entry of the table that fits."""
+    for pattern, needed in READ_WITH.items():
+        if fnmatchcase(key, pattern):
+            return tuple(condition.replace("loss.*", ".".join(key.split(".")[:2])) for condition in needed)
+    return ()
+
+
+def unmet(key: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The conditions of a key that do not hold."""
+    return tuple(condition for condition in conditions(key) if not holds(condition, values))
+
+
+def holds(condition: str, values: Mapping[str, Any]) -> bool:
+    """Whether a condition holds; where no option has the key that it asks for, it asks nothing."""
+    _, sign, wanted = parts(condition)
+    key = key_of(condition)
+    if key not in values:
+        return True
+    return values[key] > float(wanted) if sign == ">" else show(values[key]) in wanted.split("|")
+
+
+def to_type(condition: str) -> str:
+    """An override that meets the condition: with the first of its values."""
+    name, sign, wanted = parts(condition)
+    return f"{name}={wanted.partition('|')[0]}" if sign == "=" else f"{name}={int(wanted) + 1}"
+
+
+def key_of(condition: str) -> str:
+    """The key whose value decides."""
+    name, _, _ = parts(condition)
+    return KIND.get(name, name)
+
+
+def in_words(condition: str) -> str:
+    """A condition for a message: `data=text, data=tokens or data=megatron`."""
+    name, sign, wanted = parts(condition)
+    if sign == ">":
+        return f"{name} above {wanted}"
+    *most, last = [f"{name}={value}" for value in wanted.split("|")]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def parts(condition: str) -> tuple[str, str, str]:
+    """Key or group, sign and value of a condition."""
+    return condition.partition(">" if ">" in condition else "=")
