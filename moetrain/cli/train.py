@@ -63,7 +63,7 @@ def _train(config: Config) -> None:
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import adopt
     train(config, adopt=adopt, leaving=lambda code, reason: launch.write_status(run_dir(config), code, reason))
-    if launch.rank() == 0 and (run_dir(config) / "loads.npz").exists():      # a model without routers has none
+    if launch.rank() == 0 and (run_dir(config) / "log" / "loads").exists():  # a model without routers has none
         draw(run_dir(config))
 
 

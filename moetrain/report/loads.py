@@ -7,15 +7,15 @@ Three panels: the load at the end, router by expert; the same over time, on the 
 router over steps. Reads loads.npz and nothing else, so a run is drawn without its checkpoint.
 """
 
-import csv
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 from moetrain.errors import DataError
+from moetrain.report.arrays import Form, read_arrays
+from moetrain.report.output import Lettering, report_file, write_csv
 
 # The end of a run: its last tenth, but no more than this many steps.
 LAST_STEPS = 100
@@ -50,24 +50,30 @@ def draw_loads(run_dir: Path) -> Path:
     """Draw the picture and return its path. CSV beside it: expert_load.csv, max_violation.csv."""
     loads = read_loads(Path(run_dir) / "loads.npz")
     folder = Path(run_dir) / "report"
-    folder.mkdir(parents=True, exist_ok=True)
     end, times = last_steps(len(loads.steps)), snapshots(len(loads.steps))
     _write_csv(loads, end, times, folder)
     _draw(loads, end, times, folder / "expert_load.png")
     return folder / "expert_load.png"
 
 
+FORMS = {"loads": Form("integers", ("steps", "routers", "experts of the largest router")), "experts": Form("integers", ("routers",)),
+         "routers": Form("text", ("routers",)), "steps": Form("integers", ("steps",))}
+
+
 def read_loads(path: Path) -> Loads:
-    try:
-        with np.load(path) as file:                              # refuses pickles
-            counts, experts, names, steps = (file[key] for key in ("loads", "experts", "routers", "steps"))
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise DataError(60, "tokens per expert cannot be read", where=str(path), why=str(error),
-                        next="train the run first; the file is written at saves and at the end") from error
+    refuse = {"number": 60, "what": "tokens per expert cannot be read",
+              "next": "train the run for a step or more; a damaged file can be moved away: `moetrain report` builds it again"}
+    arrays = read_arrays(path, FORMS, **refuse)
+    counts, experts, names, steps = arrays["loads"], arrays["experts"], arrays["routers"], arrays["steps"]
     if not counts.size:
         raise DataError(61, "there are no tokens per expert to draw", where=str(path),
                         why=f"{len(steps)} steps and {len(names)} routers are recorded",
                         next="a model with experts (model.num_experts), trained for a step or more")
+    problem = ("a router has no experts, or more than there is room for" if experts.min() < 1 or experts.max() > counts.shape[-1] else
+               "a count of tokens is negative" if counts.min() < 0 else
+               "its steps are not in order" if (np.diff(steps) <= 0).any() else None)
+    if problem:
+        raise DataError(refuse["number"], refuse["what"], where=str(path), why=problem, next=refuse["next"])
     beyond = np.arange(counts.shape[-1]) >= experts[:, None]
     return Loads(np.where(beyond, np.nan, counts.astype(np.float64)), steps, [str(name) for name in names], experts)
 
@@ -106,16 +112,11 @@ def _write_csv(loads: Loads, end: slice, times: list[slice], folder: Path) -> No
     columns = {f"load, {loads.span(end).replace('–', '-')} (the end)" if name == "end" else f"load, {name}":
                loads.load(window) for name, window in windows.items()}
     per_step = loads.counts[end].mean(0)
-    with (folder / "expert_load.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["router", "expert", "tokens per step at the end", *columns])
-        for r, (name, experts) in enumerate(zip(loads.routers, loads.experts)):
-            for e in range(experts):
-                rows.writerow([name, e, f"{per_step[r, e]:.6g}", *(f"{load[r, e]:.6g}" for load in columns.values())])
-    with (folder / "max_violation.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["step", *loads.routers])
-        rows.writerows([step, *(f"{value:.6g}" for value in row)] for step, row in zip(loads.steps, loads.violation()))
+    experts = [[name, e, f"{per_step[r, e]:.6g}", *(f"{load[r, e]:.6g}" for load in columns.values())]
+               for r, (name, count) in enumerate(zip(loads.routers, loads.experts)) for e in range(count)]
+    write_csv(folder / "expert_load.csv", [["router", "expert", "tokens per step at the end", *columns], *experts])
+    steps = ([step, *(f"{value:.6g}" for value in row)] for step, row in zip(loads.steps, loads.violation()))
+    write_csv(folder / "max_violation.csv", [["step", *loads.routers], *steps])
 
 
 # --- the picture ----------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
     middle = float(np.clip(0.14 * len(loads.routers), 0.7, 2.6)) if len(times) > 1 else 0.0
     style = {"font.size": 10, "axes.titlesize": 11, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
              "xtick.color": INK, "ytick.color": INK}
-    with rc_context(style):
+    with Lettering(loads.routers), rc_context(style):
         figure = Figure(figsize=(11, top + middle + (2.1 if middle else 1.3) + 3.2), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(h_pad=0.09, w_pad=0.06)
@@ -138,7 +139,8 @@ def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
         above, below = figure.subfigures(2, 1, height_ratios=[top + middle + (1.9 if middle else 1.1), 2.8])
         _over_experts(above, loads, end, times if middle else [], [top, middle])
         _over_steps(below.add_subplot(), loads, end)
-        figure.savefig(path)
+        with report_file(path) as file:
+            figure.savefig(file, format="png")
 
 
 def _over_experts(figure: Any, loads: Loads, end: slice, times: list[slice], heights: list[float]) -> None:

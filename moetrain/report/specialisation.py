@@ -7,12 +7,13 @@ no domain chose the expert.
 
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 from moetrain.errors import DataError
+from moetrain.report.arrays import Form, read_arrays
 from moetrain.report.loads import COLOURS, GREY
+from moetrain.report.output import Lettering, report_file
 from moetrain.train.specialisation import mutual_information
 
 OCTAVES = 2.0                                            # colours end at 4 times the mean share, and at a quarter of it
@@ -27,22 +28,28 @@ class Specialisation(NamedTuple):
     step: int
 
 
+FORMS = {"choices": Form("integers", ("domains", "routers", "experts of the largest router")), "domains": Form("text", ("domains",)),
+         "routers": Form("text", ("routers",)), "experts": Form("integers", ("routers",)), "step": Form("integers", ())}
+
+
 def read_specialisation(path: Path) -> Specialisation:
-    try:
-        with np.load(path) as file:                      # refuses pickles
-            choices, experts = file["choices"], file["experts"]
-            return Specialisation({str(name): choices[:, index, :experts[index]] for index, name in enumerate(file["routers"])},
-                                  [str(name) for name in file["domains"]], int(file["step"]))
-    except (OSError, ValueError, KeyError, IndexError, BadZipFile) as error:
-        raise DataError(63, "experts by domain cannot be read", where=str(path), why=str(error),
-                        next="train the run with two domains or more; the file is written at every evaluation") from error
+    refuse = {"number": 63, "what": "experts by domain cannot be read",
+              "next": "move it away: it is written at every evaluation on two domains or more"}
+    arrays = read_arrays(path, FORMS, **refuse)
+    choices, experts = arrays["choices"], arrays["experts"]
+    problem = ("there is nothing in it" if not choices.size else
+               "a router has no experts, or more than there is room for" if experts.min() < 1 or experts.max() > choices.shape[-1] else
+               "a count of choices is negative" if choices.min() < 0 else None)
+    if problem:
+        raise DataError(refuse["number"], refuse["what"], where=str(path), why=problem, next=refuse["next"])
+    return Specialisation({str(name): choices[:, index, :experts[index]] for index, name in enumerate(arrays["routers"])},
+                          [str(name) for name in arrays["domains"]], int(arrays["step"]))
 
 
 def draw_specialisation(run_dir: Path) -> Path:
     """Draw the picture and return its path."""
     found = read_specialisation(Path(run_dir) / "specialisation.npz")
     path = Path(run_dir) / "report" / "specialisation.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     _draw(found, path)
     return path
 
@@ -70,19 +77,21 @@ def _draw(found: Specialisation, path: Path) -> None:
     names = list(found.choices)
     shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(MOST, len(names))).round().astype(int))]
     height = 0.28 * len(found.domains) + 0.75
-    figure = Figure(figsize=(11, 1.0 + height * len(shown)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(finding(found), fontsize=13, fontweight="bold", x=0.01, ha="left")
-    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    for panel, name in zip(panels, shown):
-        image = _panel(panel, found.choices[name], found.domains)
-        panel.set_title(f"{name}, {mutual_information(found.choices[name]):.2f} nats", loc="left", fontsize=10)
-    nobodys = any((found.choices[name].sum(0) == 0).any() for name in shown)
-    panels[-1].set_xlabel("experts, sorted by the domain that they serve most" + "; grey: chosen by no domain" * nobodys)
-    bar = figure.colorbar(image, ax=list(panels), extend="both", pad=0.015, aspect=30)
-    bar.set_label("share in the domain / mean over domains")
-    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
-    figure.savefig(path)
+    with Lettering([*found.domains, *names]) as lettering:
+        figure = Figure(figsize=(11, 1.0 + height * len(shown)), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(finding(found), fontsize=13, fontweight="bold", x=0.01, ha="left")
+        panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+        for panel, name in zip(panels, shown):
+            image = _panel(panel, found.choices[name], [lettering(domain) for domain in found.domains])
+            panel.set_title(f"{lettering(name)}, {mutual_information(found.choices[name]):.2f} nats", loc="left", fontsize=10)
+        nobodys = any((found.choices[name].sum(0) == 0).any() for name in shown)
+        panels[-1].set_xlabel("experts, sorted by the domain that they serve most" + "; grey: chosen by no domain" * nobodys)
+        bar = figure.colorbar(image, ax=list(panels), extend="both", pad=0.015, aspect=30)
+        bar.set_label("share in the domain / mean over domains")
+        bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+        with report_file(path) as file:
+            figure.savefig(file, format="png")
 
 
 def _panel(axes: Any, choices_ME: np.ndarray, domains: list[str]) -> Any:

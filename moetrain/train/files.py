@@ -11,11 +11,13 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moetrain.errors import DiskError
+from moetrain.files import create, open_regular, open_to_append, parse_json, reason, remedy
 
 FULL_S = 10.0            # that a record waits for space
+MOST_LINE = 16 << 20     # bytes of a line; a line of metrics has about two thousand
 
 
 def make_place(path: Path, rank: int, ranks: int) -> None:
@@ -39,31 +41,84 @@ class JsonlSink:
         append(self.path, json.dumps(record).encode() + b"\n")
 
     def cut_to(self, step: int) -> None:
-        """Keep the lines up to this step. Call it before the first write of a run, with step 0 when there is none."""
-        if not self.path.is_file():
-            return
+        """Keep the lines up to this step. Call it before the first write of a run, with step 0 when there is none.
+
+        A line that is damaged goes where the cut ones go; the others do not depend on it.
+        """
         with written(self.path):
-            before = self.path.read_bytes()
-            lines = [line + b"\n" for line in before.split(b"\n") if line]
-            kept = [line for line in lines if _is_kept(line, step)]
-            if (after := b"".join(kept)) == before:
+            try:
+                file = open_regular(self.path)
+            except FileNotFoundError:
                 return
-            append_lost(self.path, b"".join(line for line in lines if not _is_kept(line, step)))
-            with replacing(self.path) as file:
-                file.write(after)
+            with file:
+                ranges = list(_ranges(file, step))
+                end = file.seek(0, os.SEEK_END)
+                whole = not end or _byte(file, end - 1) == b"\n"
+                if whole and all(kept for _, _, kept in ranges):
+                    return
+                move_to_lost(self.path, file, [(begin, end) for begin, end, kept in ranges if not kept])
+                with replacing(self.path) as draft:
+                    kept = [(begin, end) for begin, end, kept in ranges if kept]
+                    _copy(file, draft, kept)
+                    if kept and _byte(file, kept[-1][1] - 1) != b"\n":
+                        draft.write(b"\n")
 
     def has(self, step: int) -> bool:
         """Whether a whole line of this step is there."""
-        if not self.path.is_file():
+        try:
+            with open_regular(self.path) as file:
+                return any(_step_of(line) == step for _, line in _lines(file))
+        except FileNotFoundError:
             return False
-        return any(_is_kept(line, step) and not _is_kept(line, step - 1) for line in self.path.read_bytes().split(b"\n"))
+        except OSError as error:
+            raise unreadable(self.path, error) from error
 
 
-def _is_kept(line: bytes, step: int) -> bool:
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(bytes, content) of every line; one that is longer than any record comes as nothing."""
+    while line := file.readline(MOST_LINE):
+        length = len(line)
+        while not line.endswith(b"\n") and (more := file.readline(MOST_LINE)):
+            length, line = length + len(more), more
+        yield length, line if length == len(line) else b""
+
+
+def _ranges(file: BinaryIO, step: int) -> Iterator[tuple[int, int, bool]]:
+    """(first byte, end, whether its lines are kept) of neighbouring lines with one fate."""
+    begin = end = 0
+    fate = True
+    for length, line in _lines(file):
+        found = _step_of(line)
+        kept = found is not None and found <= step
+        if kept != fate and end > begin:
+            yield begin, end, fate
+            begin = end
+        fate, end = kept, end + length
+    if end > begin:
+        yield begin, end, fate
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a record; None for a line that is damaged."""
     try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):                    # a line that was cut off
-        return False
+        record = parse_json(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int else None
+
+
+def _copy(file: BinaryIO, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
+    for begin, end in ranges:
+        file.seek(begin)
+        while begin < end and (content := file.read(min(MOST_LINE, end - begin))):
+            target.write(content)
+            begin += len(content)
+
+
+def _byte(file: BinaryIO, place: int) -> bytes:
+    file.seek(place)
+    return file.read(1)
 
 
 @contextlib.contextmanager
@@ -71,14 +126,19 @@ def written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(20, "a record of the run cannot be written", where=str(path), why=error.strerror or str(error),
-                        next="free space there, or run.dir=<another directory>; the same command resumes") from error
+        raise DiskError(20, "a record of the run cannot be written", where=str(path), why=reason(error),
+                        next=f"{remedy(error)}, or run.dir=<another directory>; the same command resumes") from error
+
+
+def unreadable(path: Path, error: OSError) -> DiskError:
+    return DiskError(40, "a record of the run cannot be read", where=str(path), why=reason(error),
+                     next="move it away; the run goes on without it")
 
 
 def append(path: Path, data: bytes) -> None:
     """All of it in one go, or over a few seconds where the disk is full: a save that did not fit gives its space back."""
     rest, until = memoryview(data), time.monotonic() + FULL_S
-    with written(path), path.open("ab", buffering=0) as file:
+    with written(path), open_to_append(path) as file:
         while rest:
             try:
                 rest = rest[file.write(rest):]
@@ -88,17 +148,19 @@ def append(path: Path, data: bytes) -> None:
                 time.sleep(0.1)
 
 
-def append_lost(path: Path, data: bytes) -> None:
-    with path.with_name(path.name + ".lost").open("ab") as file:
-        file.write(data)
-        _sync(file)
+def move_to_lost(path: Path, file: BinaryIO, ranges: list[tuple[int, int]]) -> None:
+    """Append bytes of an open file to <path>.lost; the caller takes them away."""
+    place = path.with_name(path.name + ".lost")
+    with written(place), open_to_append(place) as lost:
+        _copy(file, lost, ranges)
+        _sync(lost)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Any]:
     """A file to write that takes the place of `path` only when it is complete."""
     draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as file:
+    with create(draft) as file:
         yield file
         _sync(file)
     draft.replace(path)

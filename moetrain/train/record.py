@@ -17,9 +17,11 @@ import torch
 
 from moetrain import __version__
 from moetrain.comm.mesh import Mesh
+from moetrain.comm.reduce import all_or_none
 from moetrain.config.compose import to_yaml
 from moetrain.config.schema import Config
 from moetrain.errors import DiskError
+from moetrain.files import create, reason
 from moetrain.ops import extension
 from moetrain.train.checkpoint.writer import on_all
 from moetrain.train.evaluate import Evaluation
@@ -45,13 +47,16 @@ class Recorder:
         self.routers = run.state.model.routers
         files = {"config.yaml": to_yaml(self.config), "env.json": json.dumps(environment(run), indent=1)}
         _on_all(run.mesh, self.directory, lambda: [_replace(self.directory / name, text) for name, text in files.items()])
-        if not self.main:
-            return
+        all_or_none(run.mesh["batch"], lambda: self._open(run, resumed) if self.main else None)
+
+    def _open(self, run: Run, resumed: Path | None) -> None:
         self.metrics = JsonlSink(self.directory / "metrics.jsonl")
         self.evaluations = JsonlSink(self.directory / "eval.jsonl")
         self.loads = LoadsLog(self.directory / "log" / "loads")
         for sink in (self.metrics, self.evaluations, self.loads):
             sink.cut_to(run.state.step if resumed else 0)
+        if self.routers:
+            self.loads.name_routers(self.routers)
         if resumed and not self.metrics.has(run.state.step):
             log.warning("metrics.jsonl lacks step %d, from which the run goes on: somebody has changed it", run.state.step)
         self.wandb = None
@@ -85,10 +90,13 @@ class Recorder:
         if self.wandb:
             self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})
 
-    def saved(self) -> None:
-        """A checkpoint was committed: loads.npz is brought up to date too."""
+    def finish(self) -> None:
+        """The run has reached its last step: loads.npz is built from the records. It can be built later as well."""
         if self.main and self.routers:
-            self.loads.write_npz(self.directory / "loads.npz", list(self.routers), list(self.routers.values()))
+            try:
+                self.loads.write_npz(self.directory / "loads.npz")
+            except OSError as error:
+                log.warning("loads.npz could not be built (%s); `moetrain report` builds it from log/loads", reason(error))
 
     def close(self) -> None:
         if self.main and self.wandb:
@@ -114,8 +122,7 @@ def _replace(path: Path, text: str) -> None:
 def _probe(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / ".probe"
-    probe.unlink(missing_ok=True)                        # a link goes, what it leads to stays
-    with probe.open("xb") as file:
+    with create(probe) as file:
         file.write(b"moetrain")
     probe.unlink()
 

@@ -1,14 +1,19 @@
 """The picture of tokens per expert says what the numbers say."""
 
 import csv
+import os
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moetrain.errors import DataError
+from moetrain.errors import DataError, DiskError
 from moetrain.report.loads import draw_loads, finding, last_steps, read_loads, snapshots
+from moetrain.report.run import draw
 from moetrain.train.sinks import LoadsLog
+from tests.support.odd_files import ODD, make_odd
 
 
 def write(run_dir: Path, counts: list, experts: list[int]) -> Path:
@@ -16,7 +21,8 @@ def write(run_dir: Path, counts: list, experts: list[int]) -> Path:
     log = LoadsLog(run_dir / "log" / "loads")
     for step, loads in enumerate(counts, 1):
         log.write(step, loads)
-    log.write_npz(run_dir / "loads.npz", [f"layers.{r}.moe" for r in range(len(experts))], experts)
+    log.name_routers({f"layers.{r}.moe": count for r, count in enumerate(experts)})
+    log.write_npz(run_dir / "loads.npz")
     return run_dir
 
 
@@ -63,6 +69,93 @@ def test_windows_cover_the_run() -> None:
         windows = snapshots(n)
         assert windows[0].start == 0 and windows[-1].stop == n and all(w.stop > w.start for w in windows)
         assert all(a.stop == b.start for a, b in zip(windows, windows[1:]))
+
+
+GOOD = {"loads": np.arange(1, 13).reshape(2, 2, 3), "experts": np.array([3, 2]), "routers": np.array(["a", "b"]), "steps": np.array([1, 2])}
+FORMS = [
+    *({name: None} for name in GOOD),                            # missing
+    *({name: np.array(GOOD[name].tolist(), dtype=object)} for name in GOOD),
+    *({name: GOOD[name].astype(str)} for name in ("loads", "experts", "steps")), {"routers": np.array([1, 2])},
+    {"loads": GOOD["loads"].astype(float)}, {"loads": np.full((2, 2, 3), np.nan)}, {"loads": np.zeros((2, 2, 3), complex)},
+    {"loads": GOOD["loads"][0]}, {"loads": np.int64(3)}, {"loads": GOOD["loads"][:1]}, {"loads": GOOD["loads"][:, :1]},
+    {"loads": np.zeros((2, 2, 0), int)}, {"loads": np.zeros((0, 2, 3), int)}, {"loads": -GOOD["loads"]},
+    {"loads": np.asfortranarray(GOOD["loads"])}, {"loads": np.zeros((2, 2, 3), [("a", int)])}, {"loads": np.zeros((2, 2, 3), bool)},
+    {"experts": np.array([4, 2])}, {"experts": np.array([0, 2])}, {"experts": np.array([-1, 2])}, {"experts": np.array([3, 2, 1])},
+    {"experts": np.array([3.0, 2.0])}, {"experts": np.array([[3], [2]])}, {"routers": np.array(["a"])}, {"routers": np.array([b"a", b"b"])},
+    {"steps": np.array([2, 1])}, {"steps": np.array([1, 1])}, {"steps": np.array([1])}, {"steps": np.array([1.0, np.nan])},
+    {"steps": np.array(["2020-01-01", "2021-01-01"], "datetime64[D]")},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{next(iter(form))}-{getattr(next(iter(form.values())), 'dtype', None)}")
+def test_arrays_of_another_form_are_refused(tmp_path: Path, form: dict[str, object]) -> None:
+    arrays = {name: array for name, array in (GOOD | form).items() if array is not None}
+    np.savez(tmp_path / "loads.npz", **arrays)
+    with pytest.raises(DataError) as refused:
+        read_loads(tmp_path / "loads.npz")
+    assert refused.value.code == 12 and str(tmp_path) in refused.value.where and refused.value.why
+
+
+def npy(shape: tuple[int, ...], content: bytes = b"") -> bytes:
+    """An array that claims this shape."""
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    return file.getvalue() + content
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "loads.npz"
+    np.savez(path, **GOOD)
+    whole, chance = path.read_bytes(), np.random.default_rng(0)
+    assert read_loads(path).routers == ["a", "b"]
+    damaged = [b"", b"PK\x03\x04 damaged", npy((2, 2, 3), bytes(96)), whole[:len(whole) // 2], b"{}"]
+    for _ in range(100):
+        content = bytearray(whole)
+        for place in chance.integers(0, len(whole), 8):
+            content[place] = chance.integers(256)
+        damaged.append(bytes(content))
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            assert content not in damaged[:5] or read_loads(path) is None
+            read_loads(path)
+        except DataError as refused:
+            assert refused.code == 12
+    for member in (npy((1 << 40, 2, 3)), npy((2, 2, 3)), npy((-2, 2, 3)), b"", b"\x93NUMPY\x09\x00" + bytes(20)):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("loads.npy", member)
+        with pytest.raises(DataError, match="E-DATA-060"):       # before memory is asked for
+            read_loads(path)
+    for kind in ODD:
+        what = make_odd(path, kind)
+        with pytest.raises(DataError, match=what):
+            read_loads(path)
+        path.rmdir() if kind == "folder" else path.unlink()
+
+
+@pytest.mark.parametrize("name", ["report", "report/expert_load.csv", "report/expert_load.png", "loads.npz"])
+def test_a_report_that_cannot_be_written_names_the_cause(tmp_path: Path, name: str) -> None:
+    write(tmp_path, [[[10, 30, 0, 0]]], [4])
+    place = tmp_path / name
+    if name == "report":
+        place.write_text("a file where a folder is to be")
+    else:
+        place.unlink(missing_ok=True)
+        place.mkdir(parents=True)
+        (place / "inside").touch()
+    with pytest.raises(DiskError) as refused:
+        draw(tmp_path)
+    assert refused.value.id == "E-DISK-041" and str(place) in refused.value.where and refused.value.why
+
+
+def test_the_report_of_a_run_that_goes_on_has_its_newest_step(tmp_path: Path) -> None:
+    write(tmp_path, [[[10, 30, 0, 0]]], [4])
+    log = LoadsLog(tmp_path / "log" / "loads")
+    log.write(2, [[1, 1, 1, 1]])
+    assert read_loads(tmp_path / "loads.npz").steps.tolist() == [1]
+    os.utime(tmp_path / "loads.npz", (0, 0))
+    draw(tmp_path)
+    assert read_loads(tmp_path / "loads.npz").steps.tolist() == [1, 2] and log.is_built(tmp_path / "loads.npz")
 
 
 def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:

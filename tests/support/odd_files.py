@@ -28,6 +28,6 @@ def make_odd(path: Path, kind: str) -> str:
         case "device":
             path.symlink_to("/dev/zero")
         case "linked fifo":
-            os.mkfifo(path.with_name("pipe"))
-            path.symlink_to(path.with_name("pipe"))
+            os.mkfifo(path.with_name(f"{path.name}.pipe"))
+            path.symlink_to(path.with_name(f"{path.name}.pipe"))
     return ODD[kind]

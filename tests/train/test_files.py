@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from moetrain.errors import DiskError
+from moetrain.train import files
 from moetrain.train.files import JsonlSink, make_place
+from tests.support.odd_files import ODD, make_odd
 
 
 def steps_in(path: Path) -> list[int]:
@@ -47,6 +49,35 @@ def test_a_line_that_a_kill_cut_off_is_not_continued(tmp_path: Path) -> None:
     sink.cut_to(2)
     sink.write({"step": 3})
     assert steps_in(path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [b"", b"{", b"null", b"[" * 20_000, b'{"step": 1e400}', b'{"step": "2"}', b'{"step": NaN}', b"\xff\xfe",
+                                 b'{"step": [2]}', b"x" * 100])
+def test_a_damaged_line_costs_that_line(tmp_path: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_LINE", 64)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 2}\n{"step": 3}\n')
+    sink = JsonlSink(path)
+    assert sink.has(2) and sink.has(3) and not sink.has(4)
+    sink.cut_to(2)
+    sink.write({"step": 3})
+    assert steps_in(path) == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl.lost").read_bytes() == bad + b'\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_record_that_is_no_file_is_named_at_once(tmp_path: Path, kind: str) -> None:
+    what = make_odd(tmp_path / "eval.jsonl", kind)
+    sink = JsonlSink(tmp_path / "eval.jsonl")
+    for act in (lambda: sink.has(1), lambda: sink.cut_to(1), lambda: sink.write({"step": 1})):
+        with pytest.raises(DiskError) as refused:
+            act()
+        assert what in refused.value.why and str(sink.path) in refused.value.where
+    make_odd(tmp_path / "metrics.jsonl.lost", kind)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with pytest.raises(DiskError, match="metrics.jsonl.lost"):
+        JsonlSink(tmp_path / "metrics.jsonl").cut_to(1)
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2]
 
 
 def test_a_file_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:

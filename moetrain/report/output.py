@@ -1,0 +1,103 @@
+"""Files of a report, and text in its pictures: written whole or not at all; names from outside are drawn, and are no markup."""
+
+import csv
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moetrain.errors import DiskError
+from moetrain.files import reason, remedy, shown
+from moetrain.train.files import replacing
+
+_FONTS = logging.getLogger("matplotlib.font_manager")
+MOST_LETTERS = 28                # of a name in a picture
+
+
+@contextmanager
+def report_file(path: Path) -> Iterator[BinaryIO]:
+    """A file of the report, to write. It takes the place of `path` when it is complete."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            yield file
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    text = StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    with report_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def unwritable(path: Path, error: OSError) -> DiskError:
+    return DiskError(41, "the report cannot be written", where=str(path), why=reason(error),
+                     next=f"{remedy(error)}, or copy the run and report the copy: moetrain report <directory>")
+
+
+class Lettering:
+    """Names as a picture can show them: cut, and with fonts of this machine that have their characters.
+
+    A character that no font has is escaped. A context manager: while it is entered, text of pictures is no markup, and
+    matplotlib's warnings about fonts and layouts stay off the screen.
+
+    names: all that the picture will show.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._families, self._missing = _fonts({char for name in names for char in shown(name)})
+        self._open: list[Any] = []
+
+    def __call__(self, name: str) -> str:
+        safe = "".join(char.encode("unicode_escape").decode() if char in self._missing else char for char in shown(name))
+        return shown(safe, MOST_LETTERS)
+
+    def __enter__(self) -> "Lettering":
+        from matplotlib import rc_context
+
+        self._open = [warnings.catch_warnings(), rc_context({"font.family": self._families, "text.parse_math": False})]
+        for context in self._open:
+            context.__enter__()
+        warnings.simplefilter("ignore")
+        self._level = _FONTS.level
+        _FONTS.setLevel(logging.ERROR)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _FONTS.setLevel(self._level)
+        while self._open:
+            self._open.pop().__exit__(*exception)
+
+
+def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
+    """(families that have the characters together, the usual one first; the characters that none has)"""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+
+    families = list(rcParams["font.family"])
+    usual = findfont(FontProperties(family=families))
+    missing = {char for char in characters if not _has(usual, char)}
+    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.style != "normal", entry.weight != 400, entry.name)):
+        if not missing:
+            break
+        if entry.name.startswith("Last Resort"):             # has every character, and draws a box for each
+            continue
+        if found := {char for char in missing if _has(entry.fname, char)}:
+            families.append(entry.name)
+            missing -= found
+    return families, missing
+
+
+def _has(file: str, char: str) -> bool:
+    from matplotlib.font_manager import get_font
+
+    try:
+        font = get_font(file)
+        return bool(font.scalable and font.get_char_index(ord(char)))
+    except (OSError, RuntimeError):                          # a font that this build of FreeType cannot read
+        return False
