@@ -33,7 +33,7 @@ def verify(checkpoints: list[Path]) -> int:
     """CheckpointError names every damaged file, after all have been read."""
     harm: list[CheckpointError] = []
     damaged = 0
-    sizes = {directory: sum(path.lstat().st_size for path in directory.iterdir()) for directory in checkpoints}
+    sizes = {directory: sum(path.lstat().st_size for path in directory.iterdir()) if directory.is_dir() else 0 for directory in checkpoints}
     with _progress(sum(sizes.values())) as advance:
         for directory, size in sizes.items():
             began = time.perf_counter()

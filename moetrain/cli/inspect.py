@@ -13,7 +13,7 @@ from typing import Any
 
 from moetrain.config.compose import find_run
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.train.checkpoint.manifest import NAME, complete, read_manifest
+from moetrain.train.checkpoint.manifest import NAME, checkpoints_of, is_step, read_manifest
 from moetrain.train.checkpoint.records import ITEM_BYTES, Entry, Manifest, split_expert
 
 LARGEST = 5
@@ -42,10 +42,10 @@ def named(argv: list[str], verb: str) -> list[Path]:
                           why=f"it was given {' '.join(argv) or 'nothing'}",
                           next=f"moetrain {verb} <name or directory of a run, or directory of a checkpoint>")
     place = argv[0].removeprefix("run.name=").removeprefix("run.dir=")
-    if (Path(place) / NAME).exists():
+    if (Path(place) / NAME).exists() or is_step(Path(place).name) and Path(place).exists():
         return [Path(place)]
     run_dir = Path(place) if (Path(place) / "checkpoints").is_dir() else find_run(place)
-    found = complete(run_dir)
+    found = checkpoints_of(run_dir)
     if not found:
         raise CheckpointError(
             2, "the run has no checkpoint yet", where=str(run_dir / "checkpoints"),

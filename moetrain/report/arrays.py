@@ -1,4 +1,4 @@
-"""Read the arrays of an .npz file that anybody may have written: each of the kind and shape that is asked for, or a DataError.
+"""Read the arrays of an .npz file that anybody may have written: each of the kind and shape that is asked for, or a ValueError.
 
 The size that an array claims is compared with what the file holds before memory is asked for. Nothing is unpickled.
 """
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrain.errors import DataError
 from moetrain.files import open_regular, reason
 
 _KINDS = {"integers": "iu", "text": "U"}
@@ -23,15 +22,15 @@ class Form(NamedTuple):
     axes: tuple[str, ...]
 
 
-def read_arrays(path: Path, forms: Mapping[str, Form], *, number: int, what: str, next: str) -> dict[str, np.ndarray]:
-    """The arrays named in `forms`; a DataError of this number, text and advice where one is not what its form says."""
+def read_arrays(path: Path, forms: Mapping[str, Form]) -> dict[str, np.ndarray]:
+    """The arrays named in `forms`; ValueError says why where the file cannot be read, or one is not what its form says."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             arrays = {name: _read(archive, name, form) for name, form in forms.items()}
         _same_lengths(arrays, forms)
         return arrays
     except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for what they cannot read
-        raise DataError(number, what, where=str(path), why=reason(error), next=next) from error
+        raise ValueError(reason(error)) from error
 
 
 def _read(archive: zipfile.ZipFile, name: str, form: Form) -> np.ndarray:

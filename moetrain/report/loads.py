@@ -61,19 +61,21 @@ FORMS = {"loads": Form("integers", ("steps", "routers", "experts of the largest 
 
 
 def read_loads(path: Path) -> Loads:
-    refuse = {"number": 60, "what": "tokens per expert cannot be read",
-              "next": "train the run for a step or more; a damaged file can be moved away: `moetrain report` builds it again"}
-    arrays = read_arrays(path, FORMS, **refuse)
-    counts, experts, names, steps = arrays["loads"], arrays["experts"], arrays["routers"], arrays["steps"]
+    try:
+        arrays = read_arrays(path, FORMS)
+        counts, experts, names, steps = arrays["loads"], arrays["experts"], arrays["routers"], arrays["steps"]
+        if counts.size and (experts.min() < 1 or experts.max() > counts.shape[-1]):
+            raise ValueError("a router has no experts, or more than there is room for")
+        if counts.size and counts.min() < 0 or (np.diff(steps) <= 0).any():
+            raise ValueError("a count of tokens is negative, or the steps are not in order")
+    except ValueError as error:
+        raise DataError(60, "tokens per expert cannot be read", where=str(path), why=str(error),
+                        next="train the run for a step or more; a damaged file can be moved away: `moetrain report` builds it "
+                             "again") from error
     if not counts.size:
         raise DataError(61, "there are no tokens per expert to draw", where=str(path),
                         why=f"{len(steps)} steps and {len(names)} routers are recorded",
                         next="a model with experts (model.num_experts), trained for a step or more")
-    problem = ("a router has no experts, or more than there is room for" if experts.min() < 1 or experts.max() > counts.shape[-1] else
-               "a count of tokens is negative" if counts.min() < 0 else
-               "its steps are not in order" if (np.diff(steps) <= 0).any() else None)
-    if problem:
-        raise DataError(refuse["number"], refuse["what"], where=str(path), why=problem, next=refuse["next"])
     beyond = np.arange(counts.shape[-1]) >= experts[:, None]
     return Loads(np.where(beyond, np.nan, counts.astype(np.float64)), steps, [str(name) for name in names], experts)
 

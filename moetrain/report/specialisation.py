@@ -33,15 +33,16 @@ FORMS = {"choices": Form("integers", ("domains", "routers", "experts of the larg
 
 
 def read_specialisation(path: Path) -> Specialisation:
-    refuse = {"number": 63, "what": "experts by domain cannot be read",
-              "next": "move it away: it is written at every evaluation on two domains or more"}
-    arrays = read_arrays(path, FORMS, **refuse)
-    choices, experts = arrays["choices"], arrays["experts"]
-    problem = ("there is nothing in it" if not choices.size else
-               "a router has no experts, or more than there is room for" if experts.min() < 1 or experts.max() > choices.shape[-1] else
-               "a count of choices is negative" if choices.min() < 0 else None)
-    if problem:
-        raise DataError(refuse["number"], refuse["what"], where=str(path), why=problem, next=refuse["next"])
+    try:
+        arrays = read_arrays(path, FORMS)
+        choices, experts = arrays["choices"], arrays["experts"]
+        if not choices.size or choices.min() < 0:
+            raise ValueError("there are no choices in it, or negative ones")
+        if experts.min() < 1 or experts.max() > choices.shape[-1]:
+            raise ValueError("a router has no experts, or more than there is room for")
+    except ValueError as error:
+        raise DataError(63, "experts by domain cannot be read", where=str(path), why=str(error),
+                        next="move it away: it is written at every evaluation on two domains or more") from error
     return Specialisation({str(name): choices[:, index, :experts[index]] for index, name in enumerate(arrays["routers"])},
                           [str(name) for name in arrays["domains"]], int(arrays["step"]))
 

@@ -65,11 +65,15 @@ class JsonlSink:
 
     def has(self, step: int) -> bool:
         """Whether a whole line of this step is there."""
+        return step in self.steps()
+
+    def steps(self) -> Iterator[int]:
+        """The steps of its whole lines."""
         try:
             with open_regular(self.path) as file:
-                return any(_step_of(line) == step for _, line in _lines(file))
+                yield from (step for _, line in _lines(file) if (step := _step_of(line)) is not None)
         except FileNotFoundError:
-            return False
+            return
         except OSError as error:
             raise unreadable(self.path, error) from error
 

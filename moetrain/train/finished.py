@@ -9,7 +9,7 @@ from pathlib import Path
 from moetrain.config.compose import from_yaml, has_config, recorded, resume_conflicts
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, ConfigErrors
-from moetrain.train.checkpoint.manifest import complete, read_manifest, step_of
+from moetrain.train.checkpoint.manifest import checkpoints_of, read_manifest, step_of
 from moetrain.train.checkpoint.records import Manifest
 from moetrain.train.checkpoint.verify import is_sound, problems
 from moetrain.train.files import JsonlSink
@@ -17,7 +17,7 @@ from moetrain.train.files import JsonlSink
 
 def finished(config: Config, directory: Path) -> int | None:
     """The step at which the run ended, if nothing is left to do; ConfigErrors when the command contradicts the run."""
-    checkpoint = next((path for path in reversed(complete(directory)) if is_sound(path)), None)
+    checkpoint = next((path for path in reversed(checkpoints_of(directory)) if is_sound(path)), None)
     if checkpoint is None:                               # none, or none to be trusted: resuming says which
         return None
     conflicts = resume_conflicts(trained_config(directory, checkpoint), config)

@@ -88,7 +88,7 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
         step = run.state.step + 1
         with timeline.step(step, run.state.model):
             result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
-        saved(saver.settle(result.votes.save), console)
+        saved(saver.settle(result.votes.save), recorder, console)
         recorder.step(result)
         if run.dump is not None:
             run.dump.write(step)
@@ -99,11 +99,11 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
         if stop or step == last:
             break
         if due(step, config.checkpoint.interval):
-            saved(saver.begin(run.state, facts(run)), console)
+            saved(saver.begin(run.state, facts(run)), recorder, console)
         if due(step, config.eval.interval):
             stop = not measure(run, recorder, console, told)
-    saved(saver.finish(), console)
-    saved(saver.begin(run.state, facts(run), final=True), console)
+    saved(saver.finish(), recorder, console)
+    saved(saver.begin(run.state, facts(run), final=True), recorder, console)
     if owes_evaluation(run, recorder) and not stop:
         stop = not measure(run, recorder, console, told)
     if stop and (run.state.step < last or owes_evaluation(run, recorder)):
@@ -114,10 +114,11 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
     recorder.finish()
 
 
-def saved(save: Saved | None, console: Console) -> None:
+def saved(save: Saved | None, recorder: Recorder, console: Console) -> None:
     """Say how a save ended, if one has."""
     if save is None or save.path is None:                # a failed one has been reported (checkpoint/writer.py)
         return
+    recorder.saved(save)
     console.line(f"[save] step {save.step}: {nearby(save.path)} in {save.seconds:.2f} s, training waited {save.held_s:.2f} s")
 
 

@@ -20,10 +20,10 @@ from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import all_or_none
 from moetrain.config.compose import to_yaml
 from moetrain.config.schema import Config
-from moetrain.errors import DiskError
+from moetrain.errors import CheckpointError, DiskError
 from moetrain.files import create, reason
 from moetrain.ops import extension
-from moetrain.train.checkpoint.writer import on_all
+from moetrain.train.checkpoint.writer import Saved, on_all
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.files import JsonlSink, replacing
 from moetrain.train.setup import Run
@@ -40,20 +40,35 @@ class Recorder:
 
     def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
         self.config, self.directory, self.main = config, directory, mesh.is_main
+        self.metrics = JsonlSink(directory / "metrics.jsonl")
+        self.evaluations = JsonlSink(directory / "eval.jsonl")
+        self.saves = JsonlSink(directory / "log" / "saves.jsonl")
+        self.loads = LoadsLog(directory / "log" / "loads")
         _on_all(mesh, directory, lambda: _probe(directory))
 
     def start(self, run: Run, resumed: Path | None) -> None:
         """Collective: a directory that cannot be written ends all ranks."""
         self.routers = run.state.model.routers
+        all_or_none(run.mesh["batch"], lambda: self._look_for_lost(run.state.step if resumed else 0) if self.main else None)
         files = {"config.yaml": to_yaml(self.config), "env.json": json.dumps(environment(run), indent=1)}
         _on_all(run.mesh, self.directory, lambda: [_replace(self.directory / name, text) for name, text in files.items()])
         all_or_none(run.mesh["batch"], lambda: self._open(run, resumed) if self.main else None)
 
+    def _look_for_lost(self, step: int) -> None:
+        """Compare the checkpoint that the run goes on from with the saves on record; step 0: none was found."""
+        newest = max(self.saves.steps(), default=0)
+        if newest and not step:
+            raise CheckpointError(
+                20, "the run has saved, and none of its checkpoints is there", where=str(self.directory / "checkpoints"),
+                why=f"{self.saves.path} says that step {newest} was saved",
+                next=f"restore the folders, or start another run with run.name; without {self.saves.path} the same command begins anew")
+        if newest > step and not (self.directory / "checkpoints" / f"step-{newest:08d}.damaged").exists():
+            log.warning("step %d was saved and its checkpoint is gone: the run goes on from step %d", newest, step)
+        if not step and (seen := max(self.metrics.steps(), default=0)):
+            log.warning("the run has taken %d steps and has no checkpoint: it begins anew; its records are kept as *.lost", seen)
+
     def _open(self, run: Run, resumed: Path | None) -> None:
-        self.metrics = JsonlSink(self.directory / "metrics.jsonl")
-        self.evaluations = JsonlSink(self.directory / "eval.jsonl")
-        self.loads = LoadsLog(self.directory / "log" / "loads")
-        for sink in (self.metrics, self.evaluations, self.loads):
+        for sink in (self.metrics, self.evaluations, self.saves, self.loads):
             sink.cut_to(run.state.step if resumed else 0)
         if self.routers:
             self.loads.name_routers(self.routers)
@@ -89,6 +104,11 @@ class Recorder:
         self.evaluations.write(record)
         if self.wandb:
             self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})
+
+    def saved(self, save: Saved) -> None:
+        """A checkpoint was committed."""
+        if self.main:
+            self.saves.write({"step": save.step, "time/save": save.seconds, "time/save_waited": save.held_s})
 
     def finish(self) -> None:
         """The run has reached its last step: loads.npz is built from the records. It can be built later as well."""

@@ -20,7 +20,7 @@ from moetrain.comm.reduce import sum_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.train.checkpoint import disk
-from moetrain.train.checkpoint.manifest import complete, read_manifest
+from moetrain.train.checkpoint.manifest import checkpoints_of, read_manifest
 from moetrain.train.checkpoint.reader import resume
 from moetrain.train.checkpoint.verify import problems
 from moetrain.train.checkpoint.writer import Saver, save
@@ -170,12 +170,12 @@ def test_a_chain_of_meshes_keeps_every_bit(ranks, checkpoints, tmp_path):
         found = whole(on(ranks, layout, load_and_save_on, EVEN, source, tmp_path / layout))
         source = tmp_path / layout
         assert all(torch.equal(found[name], tensor) for name, tensor in truth.items()), layout
-        assert list(problems(complete(source)[0])) == []
+        assert list(problems(checkpoints_of(source)[0])) == []
 
 
 def test_every_mesh_writes_the_same_tensors(checkpoints):
     """Names and shapes say nothing of the mesh; whole experts are in tables; the bytes are shared out."""
-    found = {layout: read_manifest(complete(checkpoints(ODD, layout)[0] / "trained")[0])
+    found = {layout: read_manifest(checkpoints_of(checkpoints(ODD, layout)[0] / "trained")[0])
              for layout in ("single", "fsdp4", "ep2_fsdp4")}
     sizes = {layout: {name: (manifest.entry(name).dtype, manifest.entry(name).shape) for name in manifest.names()}
              for layout, manifest in found.items()}
@@ -225,7 +225,7 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(r
     for rank, outcomes in enumerate(results):
         assert outcomes == [path(1), None, path(3), path(4), "E-DISK-005" if rank < 2 else 14]
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
-    assert [error for path in complete(tmp_path) for error in problems(path)] == []
+    assert [error for path in checkpoints_of(tmp_path) for error in problems(path)] == []
 
 
 def one_rank_writes_late(overrides: list[str], run_dir: Path) -> list[object]:

@@ -10,12 +10,13 @@ There is no pointer to the newest: names say it, and cannot say something else t
 """
 
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moetrain.train.checkpoint import disk
-from moetrain.train.checkpoint.manifest import NAME, complete, is_step, read_checked, read_manifest
+from moetrain.train.checkpoint.manifest import NAME, checkpoints_of, is_step, read_checked, read_manifest
 from moetrain.train.checkpoint.payload import Item, payload_name, write_payload
 from moetrain.train.checkpoint.records import (
     Chunk, Entry, File, Manifest, Table, row_count, split_expert, with_checksum,
@@ -55,7 +56,7 @@ def commit(temporary: Path, final: Path, *, ranks: int, facts: dict[str, Any], v
     for rank in range(ranks):
         disk.remove(_index(temporary, rank))
     disk.sync_directory(temporary)
-    if final.exists() and not _make_way(final):
+    if os.path.lexists(final) and not _make_way(final):
         disk.remove_tree(temporary)
     else:
         disk.rename(temporary, final)
@@ -109,7 +110,7 @@ def retire(run_dir: Path, keep: int | None) -> list[Path]:
 
     keep None removes nothing. Directories of other names are somebody's own.
     """
-    sound = [path for path in reversed(complete(run_dir)) if is_sound(path)] if keep else []
+    sound = [path for path in reversed(checkpoints_of(run_dir)) if is_sound(path)] if keep else []
     if not keep or len(sound) < keep:
         return []
     oldest = sound[keep - 1]

@@ -4,7 +4,6 @@ One place, so that a test can look on, stop a save before or after each of them,
 """
 
 import os
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,15 +79,6 @@ def remove_tree(path: Path) -> None:
                 remove(entry)
         with _change("remove", path):
             path.rmdir()
-
-
-def open_plain(path: Path) -> int:
-    """A descriptor to read an ordinary file; OSError for links, pipes, devices and directories: a checkpoint has none."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path.name} is not an ordinary file")
-    return descriptor
 
 
 @contextmanager

@@ -10,8 +10,8 @@
 dtype, shape and rows. It has one CRC-32 for every `block` bytes. Experts that lie whole in one chunk share a table, their id
 is the place in it. Headers and chunks cover every byte of every file, and chunks every row of every tensor, exactly once.
 
-A manifest is taken for hostile: whatever this file hands out has passed all the checks in it. A directory without a
-manifest is not a checkpoint.
+A manifest is taken for hostile: whatever this file hands out has passed all the checks in it. Saves are renamed into place as
+a whole, so a step's directory without a manifest is a damaged checkpoint, and so is a link.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.disk import open_plain
+from moetrain.files import read_bytes, reason
 from moetrain.train.checkpoint.records import (
     ITEM_BYTES, VERSION, Chunk, Entry, File, Manifest, Table, row_bytes, row_count, split_expert,
 )
@@ -37,6 +37,8 @@ _STEP = re.compile(r"step-[0-9]{8}")
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint directory; CheckpointError names the file when it cannot be trusted."""
     path = directory / NAME
+    if is_step(directory.name) and directory.is_symlink():
+        raise damaged(directory, "it is a link, not a directory of the run")
     try:
         raw = read_checked(path)
         _require(isinstance(raw, dict), "it is not a JSON object")
@@ -47,7 +49,7 @@ def read_manifest(directory: Path) -> Manifest:
                  f"it is of step {manifest.values['step']}, in a directory of another step")
         return manifest
     except OSError as error:
-        raise damaged(path, f"it cannot be read: {error.strerror or error}") from error
+        raise damaged(path, f"it cannot be read: {reason(error)}") from error
     except (_Wrong, ValueError, TypeError, KeyError, RecursionError) as error:
         why = str(error) if isinstance(error, _Wrong) else f"it is not a manifest of moetrain: {error!r}"
         raise damaged(path, why) from error
@@ -55,9 +57,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 def read_checked(path: Path) -> Any:
     """The JSON below a checksum; ValueError or OSError when it cannot be trusted."""
-    with open(open_plain(path), "rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    _require(len(content) <= MOST_BYTES, f"it is longer than {MOST_BYTES:,} bytes")
+    content = read_bytes(path, limit=MOST_BYTES, links=False)
     head, _, body = content.partition(b"\n")
     _require(head == b"%08x" % zlib.crc32(body), "its checksum does not match: it is truncated or altered")
     return json.loads(body.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
@@ -68,15 +68,14 @@ def is_step(name: str) -> bool:
     return _STEP.fullmatch(name) is not None
 
 
-def complete(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if is_step(path.name) and (path / NAME).exists())
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first, whether they are good or damaged."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if is_step(path.name))
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None when there is none."""
-    return max(complete(run_dir), default=None)
+    """The newest checkpoint of a run; None when there is none."""
+    return max(checkpoints_of(run_dir), default=None)
 
 
 def step_of(directory: Path) -> int:

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moetrain.train.checkpoint.disk import new_file, open_plain
+from moetrain.files import open_descriptor, reason
+from moetrain.train.checkpoint.disk import new_file
 from moetrain.train.checkpoint.manifest import damaged
 from moetrain.train.checkpoint.records import BLOCK, ITEM_BYTES, File, Part, row_count
 
@@ -86,11 +87,11 @@ class Payload:
     def __init__(self, path: Path, file: File) -> None:
         self.path, self.file = path, file
         try:
-            self.descriptor = open_plain(path)
+            self.descriptor = open_descriptor(path, os.O_RDONLY, links=False)
         except FileNotFoundError:
             raise damaged(path, "the file is missing") from None
         except OSError as error:
-            raise damaged(path, f"it cannot be opened: {error.strerror or error}") from error
+            raise damaged(path, f"it cannot be opened: {reason(error)}") from error
         size = os.fstat(self.descriptor).st_size
         if size != file.size:
             self.close()

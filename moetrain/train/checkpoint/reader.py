@@ -24,7 +24,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.parallel.pieces import Piece
 from moetrain.train.checkpoint.commit import set_aside
 from moetrain.train.checkpoint.layout import DTYPES, NAMES, Read, reads
-from moetrain.train.checkpoint.manifest import NAME, complete, damaged, is_damage, read_manifest, step_of
+from moetrain.train.checkpoint.manifest import NAME, checkpoints_of, damaged, is_damage, read_manifest, step_of
 from moetrain.train.checkpoint.payload import Payload
 from moetrain.train.checkpoint.records import Entry, Manifest, Part, row_bytes
 from moetrain.train.checkpoint.verify import check_files, problems
@@ -183,7 +183,7 @@ def _newest_good(run_dir: Path, mesh: Mesh, read: Callable[[Path], Loading], *, 
 
 def _newest_of_all(run_dir: Path, batch: Group, below: int | None) -> Path | None:
     """The newest checkpoint that any rank sees."""
-    steps = [step_of(path) for path in complete(run_dir)]
+    steps = [step_of(path) for path in checkpoints_of(run_dir)]
     step = int(largest_over(batch, max((step for step in steps if below is None or step < below), default=-1)))
     return None if step < 0 else run_dir / "checkpoints" / f"step-{step:08d}"
 

@@ -10,6 +10,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import all_or_none, sum_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
+from moetrain.files import read_bytes
 from moetrain.train.checkpoint import disk
 from moetrain.train.checkpoint.layout import written_here
 from moetrain.train.state import TrainState
@@ -60,7 +61,7 @@ def _probe(directory: Path) -> None:
     path.unlink(missing_ok=True)
     with disk.new_file(path) as append:
         append(PROBE)
-    if path.read_bytes() != PROBE:
+    if read_bytes(path, limit=len(PROBE), links=False) != PROBE:
         raise OSError("a file that was written reads differently")
     disk.remove(path)
 

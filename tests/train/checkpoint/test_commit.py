@@ -15,7 +15,7 @@ from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError
 from moetrain.train.checkpoint import disk
 from moetrain.train.checkpoint.commit import commit, merge, remove_leftovers, retire, write_rank
-from moetrain.train.checkpoint.manifest import complete, read_manifest, step_of
+from moetrain.train.checkpoint.manifest import checkpoints_of, read_manifest, step_of
 from moetrain.train.checkpoint.payload import Item
 from moetrain.train.checkpoint.verify import problems
 from moetrain.train.checkpoint.writer import Saver
@@ -78,12 +78,12 @@ def killed_at(run, run_dir: Path, number: int) -> str | None:
 def assert_survives(run, two: Path, run_dir: Path, number: int) -> str | None:
     shutil.copytree(two, run_dir)
     place = killed_at(run, run_dir, number)
-    good = [step_of(path) for path in complete(run_dir) if next(problems(path), None) is None]
+    good = [step_of(path) for path in checkpoints_of(run_dir) if next(problems(path), None) is None]
     assert good and max(good) >= 2, place
-    assert len(good) == len(complete(run_dir)), f"{place}: what counts as a checkpoint is not good"
+    assert len(good) == len(checkpoints_of(run_dir)), f"{place}: what counts as a checkpoint is not good"
     save_step(run, run_dir, 3)
     assert tree(run_dir) == ["step-00000002", "step-00000003"], place
-    assert [error for path in complete(run_dir) for error in problems(path)] == [], place
+    assert [error for path in checkpoints_of(run_dir) for error in problems(path)] == [], place
     shutil.rmtree(run_dir)
     return place
 
@@ -202,7 +202,7 @@ def test_two_pieces_of_a_tensor_on_one_rank_are_both_there(tmp_path):
 def test_rows_that_are_missing_or_there_twice_are_no_checkpoint(tmp_path, ranks, why):
     with pytest.raises(CheckpointError, match=why):
         write(tmp_path, *ranks)
-    assert complete(tmp_path) == []
+    assert checkpoints_of(tmp_path) == []
 
 
 def test_a_rank_that_has_not_written_is_no_checkpoint(tmp_path):

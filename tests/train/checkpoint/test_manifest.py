@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.manifest import NAME, complete, newest, read_manifest, step_of
+from moetrain.train.checkpoint.manifest import NAME, checkpoints_of, is_damage, newest, read_manifest, step_of
 from moetrain.train.checkpoint.records import split_expert
+from tests.support.odd_files import ODD, make_odd
 from tests.train.checkpoint.saved import SMALL, saved, trained
 
 EMBED, EXPERTS = "model.embed", "model.layers.0.moe.experts.*.gate_up"
@@ -207,12 +208,10 @@ def mutate(body: bytes, draw: random.Random) -> bytes:
     return bytes(content)
 
 
-def test_only_complete_checkpoints_count(tmp_path):
+def test_what_has_the_name_of_a_step_counts(tmp_path):
     for name in ("step-00000007", "step-00000011", "step-00000020.tmp-1", "step-00000030.damaged", "step-5", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        if name != "step-00000011":
-            (tmp_path / "checkpoints" / name / NAME).touch()
-    assert [path.name for path in complete(tmp_path)] == ["step-00000007"] and step_of(newest(tmp_path)) == 7
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-00000007", "step-00000011"] and step_of(newest(tmp_path)) == 11
     assert newest(tmp_path / "nowhere") is None
 
 
@@ -235,3 +234,26 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damage(original, tmp_pat
         else:
             with pytest.raises(CheckpointError, match="of another step"):
                 read_manifest(directory)
+
+
+@pytest.mark.parametrize("kind", [*ODD, "link", "missing"])
+def test_a_manifest_that_is_no_file_of_its_own_is_damage(checkpoint, kind):
+    path = checkpoint / NAME
+    path.rename(path.with_name("elsewhere"))
+    what = "a link" if kind == "link" else "No such file" if kind == "missing" else make_odd(path, kind)
+    if kind == "link":
+        path.symlink_to(path.with_name("elsewhere"))
+    with pytest.raises(CheckpointError) as refused:
+        read_manifest(checkpoint)
+    what = "a link" if kind in ("circle", "nowhere", "device", "linked fifo") else what
+    assert is_damage(refused.value) and what in refused.value.why and refused.value.where == str(path)
+
+
+def test_a_step_that_is_a_link_is_damage_and_a_link_of_ones_own_name_is_not(checkpoint):
+    outside = checkpoint.parents[2] / "outside"
+    checkpoint.rename(outside)
+    checkpoint.symlink_to(outside)
+    with pytest.raises(CheckpointError, match="it is a link, not a directory of the run"):
+        read_manifest(checkpoint)
+    (checkpoint.parent / "mine").symlink_to(outside)
+    assert read_manifest(checkpoint.parent / "mine").values["step"] == 2

@@ -8,7 +8,7 @@ import torch
 
 from moetrain.errors import CheckpointError
 from moetrain.train.checkpoint import reader
-from moetrain.train.checkpoint.manifest import complete, read_manifest
+from moetrain.train.checkpoint.manifest import checkpoints_of, read_manifest
 from moetrain.train.checkpoint.reader import load, load_newest_model, resume
 from moetrain.train.step import train_step
 from tests.integration.training import make_run
@@ -123,7 +123,7 @@ def test_resume_takes_the_newest_good_one_and_says_what_is_lost(three, harmed, l
     assert (found.path.name, found.lost, run.state.step) == (f"step-{left:08d}", 3 - left, left)
     assert all(torch.equal(tensor, states[left][name]) for name, tensor in tensors(run.state).items())
     passed_over = [step for step in harmed if step > left]
-    assert [path.name for path in complete(run_dir)] == [f"step-{s:08d}" for s in (1, 2, 3) if s not in passed_over]
+    assert [path.name for path in checkpoints_of(run_dir)] == [f"step-{s:08d}" for s in (1, 2, 3) if s not in passed_over]
     assert ("steps are lost" in caplog.text) == bool(passed_over)
     for step in passed_over:
         assert (run_dir / "checkpoints" / f"step-{step:08d}.damaged").is_dir()
@@ -136,7 +136,7 @@ def test_evaluation_passes_over_damage_and_leaves_it_where_it_is(three):
     run = make_run([*SIZES, "run.seed=9"])
     assert load_newest_model(run.state.model, run_dir, run.mesh).path.name == "step-00000002"
     assert torch.equal(run.state.model.embed.data, states[2]["model.embed"])
-    assert len(complete(run_dir)) == 3
+    assert len(checkpoints_of(run_dir)) == 3
 
 
 def test_nothing_good_is_an_error_that_names_every_file(three):
@@ -160,7 +160,7 @@ def test_another_model_is_no_reason_to_take_an_older_checkpoint(three):
     run = make_run([*SIZES, "data.vocab_size=40"])
     with pytest.raises(CheckpointError, match="E-CHECKPOINT-003"):
         resume(run.state, run_dir, run.mesh)
-    assert len(complete(run_dir)) == 3
+    assert len(checkpoints_of(run_dir)) == 3
 
 
 def test_no_checkpoint_is_none(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
 from moetrain.train.checkpoint import disk, writer
-from moetrain.train.checkpoint.manifest import complete
+from moetrain.train.checkpoint.manifest import checkpoints_of
 from moetrain.train.checkpoint.reader import load, resume
 from moetrain.train.checkpoint.verify import problems
 from moetrain.train.checkpoint.writer import DONE, FAILED, Saver, save
@@ -58,13 +58,13 @@ def saver(run: Run, run_dir: Path, **keys: object) -> Saver:
 
 
 def steps_there(run_dir: Path) -> list[int]:
-    return [int(path.name[5:]) for path in complete(run_dir)]
+    return [int(path.name[5:]) for path in checkpoints_of(run_dir)]
 
 
 def assert_clean(run_dir: Path, *steps: int) -> None:
     """Exactly these checkpoints, each good, and nothing else."""
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in steps]
-    assert [error for path in complete(run_dir) for error in problems(path)] == []
+    assert [error for path in checkpoints_of(run_dir) for error in problems(path)] == []
 
 
 def test_training_goes_on_while_the_writer_is_held_and_the_file_has_the_old_values(tmp_path):
@@ -75,7 +75,7 @@ def test_training_goes_on_while_the_writer_is_held_and_the_file_has_the_old_valu
         for step in (3, 4):
             train_step(run, step)
             assert saves.settle(saves.poll()) is None and saves.poll() == 0
-        assert complete(tmp_path) == []
+        assert checkpoints_of(tmp_path) == []
     assert saves.finish().path == tmp_path / "checkpoints/step-00000002"
     load(other.state, tmp_path / "checkpoints/step-00000002")
     assert other.state.step == 2 != run.state.step
