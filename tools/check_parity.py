@@ -3,10 +3,15 @@
     python tools/check_parity.py --out build/parity                     two ranks on the CPU
     python tools/check_parity.py --out build/parity --device cuda       one GPU: without kernels and with them, alone and shared by four ranks
     ... --only peer         arms whose name contains this
+    python tools/check_parity.py --out build/parity router=sigmoid parallel=ep run.nproc=2
+                            the training that these overrides of `moetrain train` describe, and no other
 
 Every arm is `moetrain train` of a tiny model on synthetic tokens, with uneven padding, balance and z losses, micro-batches, clipping and
-AdamW, 20 steps, trained anew at every call. Compared are metrics.jsonl (cross-entropy, balance, gradient norm) and the counts of all
-experts in loads.npz, as relative differences:
+AdamW, 20 steps, trained anew at every call. Overrides change that model, or with `experiment=` take its place; the reference gets those
+that say what is trained and none of those that say how it is spread. Without `run.dtype` they are tried in float64. What depends on the
+split by choice (`balance=micro` and the like) differs, and is found to.
+
+Compared are metrics.jsonl (cross-entropy, balance, gradient norm) and the counts of all experts in loads.npz, as relative differences:
 
     float64     all numbers of all steps to 1e-9, counts exactly
     float32     all numbers of the first two steps to 1e-4, the loss of all to 1e-3
@@ -24,20 +29,29 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from moetrain.config.compose import compose
+from moetrain.errors import ConfigErrors
+
 COMMON = (
     "data=synthetic", "data.vocab_size=48", "data.min_length=0.4", "train.seq_len=32", "train.global_batch=16", "train.micro_batch=2",
     "model.dim=32", "model.num_layers=2", "model.expert_dim=32", "model.num_experts=8", "model.num_shared_experts=1",
     "model.init_std=0.2", "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01", "train.clip=0.5", "optim=adamw", "optim.lr=1e-2", "optim.warmup=2",
-    "run.steps=20", "run.timeout_s=120", "run.max_restarts=0", "log.wandb=off",
+    "run.steps=20",
 )
+EVERY_RUN = ("run.timeout_s=120", "run.max_restarts=0", "log.wandb=off")
+ALONE = ("run.device=cpu", "run.nproc=1", "parallel=single", "schedule=none", "engine=torch")      # the reference
+# What overrides say of how a training is spread and computed: the reference has its own.
+HOW = ("parallel", "planner", "hardware", "schedule", "engine", "run.device", "run.nproc", "run.share_gpu", "run.dtype", "run.dir", "run.name",
+       "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.loss_carrier", "train.head_chunk")
 NUMBERS = ("loss/ce", "loss/balance", "grad_norm")
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-3), "bfloat16": (2e-2, 2e-2)}      # of the first steps, of the loss curve
-FIRST = {"float64": 20, "float32": 2, "bfloat16": 2}     # steps of which all numbers are compared
+FIRST = {"float64": None, "float32": 2, "bfloat16": 2}   # steps of which all numbers are compared; None: all
 WAYS = {                                                 # of several ranks
     "flat": ["parallel=ep"],
     "peer": ["parallel=ep", "parallel.exchange=peer"],
@@ -47,23 +61,27 @@ WAYS = {                                                 # of several ranks
     "fssdp over peer": ["parallel=fssdp", "parallel.exchange=peer"],
 }
 LIMIT_S = 240                                            # of an arm
+REFERENCE = "reference"
 
 
 class Arm(NamedTuple):
+    """overrides: all of them, but for the dtype and the folder."""
+
     name: str
     dtype: str
     overrides: list[str]
     kernels: bool = False
 
 
-REFERENCE = Arm("reference", "float64", ["run.device=cpu", "parallel=single", "train.micro_batch=16"])
-
-
 def main() -> int:
     args = parse()
-    arms = [arm for arm in (gpu_arms(args.ranks) if args.device == "cuda" else cpu_arms(args.ranks)) if args.only in arm.name]
+    try:
+        truth, arms = reference(args.overrides), [arm for arm in chosen_arms(args) if args.only in arm.name]
+    except ConfigErrors as error:
+        print(error, file=sys.stderr)
+        return error.code
     args.out.mkdir(parents=True, exist_ok=True)
-    problem = train(REFERENCE, args.out)
+    problem = train(truth, args.out)
     if problem:
         print(f"the reference does not run: {problem}", file=sys.stderr)
         return 1
@@ -85,31 +103,70 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, choices=(2, 4, 8), help="of arms with several (cpu: 2, cuda: 4)")
     parser.add_argument("--only", default="", help="arms whose name contains this")
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="of moetrain train: the one training that is compared with one process in float64")
+    args = parser.parse_intermixed_args()
     args.ranks = args.ranks or (4 if args.device == "cuda" else 2)
     return args
 
 
+def reference(overrides: list[str]) -> Arm:
+    """One process that trains in float64, on whole batches, what the overrides describe."""
+    kept = [*described(override for override in overrides if not is_how(override)), *ALONE]
+    return Arm(REFERENCE, "float64", [*kept, f"train.micro_batch={compose(kept).train.global_batch}"])
+
+
+def described(overrides: Iterable[str]) -> list[str]:
+    """The tiny model with these changes; with an experiment that takes its place."""
+    overrides = list(overrides)
+    base = () if any(key_of(override) == "experiment" for override in overrides) else COMMON
+    return [*base, *EVERY_RUN, *overrides]
+
+
+def is_how(override: str) -> bool:
+    return any(key_of(override) == key or key_of(override).startswith(f"{key}.") for key in HOW)
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def chosen_arms(args: argparse.Namespace) -> list[Arm]:
+    if args.overrides:
+        arms = [given_arm(args.overrides, args.device)]
+    elif args.device == "cuda":
+        arms = gpu_arms(args.ranks)
+    else:
+        return cpu_arms(args.ranks)
+    return arms if args.device == "cpu" else [
+        version for arm in arms for version in (arm, arm._replace(name=f"{arm.name}, kernels", kernels=True))]
+
+
+def given_arm(overrides: list[str], device: str) -> Arm:
+    """The training that the overrides describe, in float64 unless they say otherwise."""
+    typed = {key_of(override) for override in overrides}
+    given = [override for override in overrides if key_of(override) not in ("run.dir", "run.name")]
+    dtype = compose(described(given)).run.dtype if "run.dtype" in typed else "float64"
+    return Arm("given", dtype, [*described(given), *([] if "run.device" in typed else [f"run.device={device}"])])
+
+
 def cpu_arms(ranks: int) -> list[Arm]:
-    alone = [Arm(f"alone, {dtype}", dtype, ["run.device=cpu"]) for dtype in TOLERANCE]
-    return [*alone, *(Arm(f"{ranks} ranks, {way}", "float64", ["run.device=cpu", f"run.nproc={ranks}", *overrides])
+    alone = [Arm(f"alone, {dtype}", dtype, described(["run.device=cpu"])) for dtype in TOLERANCE]
+    return [*alone, *(Arm(f"{ranks} ranks, {way}", "float64", described(["run.device=cpu", f"run.nproc={ranks}", *overrides]))
                       for way, overrides in WAYS.items())]
 
 
 def gpu_arms(ranks: int) -> list[Arm]:
-    """Each without kernels and with them."""
-    arms = [Arm(f"alone, {dtype}", dtype, ["run.device=cuda"]) for dtype in TOLERANCE]
+    arms = [Arm(f"alone, {dtype}", dtype, described(["run.device=cuda"])) for dtype in TOLERANCE]
     shared = ["run.device=cuda", "run.share_gpu=true", f"run.nproc={ranks}"]
-    arms += [Arm(f"{ranks} ranks, {way}", "float64", [*shared, *overrides]) for way, overrides in WAYS.items()]
-    arms += [Arm(f"{ranks} ranks, peer_push, bfloat16", "bfloat16", [*shared, *WAYS["peer_push"]])]
-    return [version for arm in arms for version in (arm, arm._replace(name=f"{arm.name}, kernels", kernels=True))]
+    arms += [Arm(f"{ranks} ranks, {way}", "float64", described([*shared, *overrides])) for way, overrides in WAYS.items()]
+    return [*arms, Arm(f"{ranks} ranks, peer_push, bfloat16", "bfloat16", described([*shared, *WAYS["peer_push"]]))]
 
 
 def train(arm: Arm, out: Path) -> str | None:
     """What went wrong."""
-    directory = folder(out, arm)
+    directory = folder(out, arm.name)
     shutil.rmtree(directory, ignore_errors=True)
-    command = [sys.executable, "-m", "moetrain", "train", *COMMON, *arm.overrides, f"run.dtype={arm.dtype}", f"run.dir={directory}"]
+    command = [sys.executable, "-m", "moetrain", "train", *arm.overrides, f"run.dtype={arm.dtype}", f"run.dir={directory}"]
     environment = {key: value for key, value in os.environ.items() if key != "MOETRAIN_KERNELS"}
     environment |= {"OMP_NUM_THREADS": "1"} | ({"MOETRAIN_KERNELS": "1"} if arm.kernels else {})
     try:
@@ -133,12 +190,12 @@ def astray(arm: Arm, environment: dict) -> str | None:
 
 def compare(out: Path, arm: Arm) -> dict:
     """Largest relative differences: of the numbers of the first steps, and of the losses of all."""
-    truth, ours = numbers(folder(out, REFERENCE)), numbers(folder(out, arm))
+    truth, ours = numbers(folder(out, REFERENCE)), numbers(folder(out, arm.name))
     if truth.shape != ours.shape:
         return {"failed": f"{len(ours)} steps, the reference has {len(truth)}"}
-    differences = np.abs(ours - truth) / np.abs(truth)
+    differences = np.abs(ours - truth) / np.maximum(np.abs(truth), np.finfo(np.float64).tiny)      # a loss may be exactly 0
     first, curve = float(differences[:FIRST[arm.dtype]].max()), float(differences[:, 0].max())
-    counts = [np.load(folder(out, of) / "loads.npz")["loads"] for of in (REFERENCE, arm)]
+    counts = [np.load(folder(out, of) / "loads.npz")["loads"] for of in (REFERENCE, arm.name)]
     same = np.array_equal(*counts)
     within = first <= TOLERANCE[arm.dtype][0] and curve <= TOLERANCE[arm.dtype][1]
     return {"first": first, "curve": curve, "tolerance": TOLERANCE[arm.dtype], "counts": "the same" if same else "others",
@@ -151,8 +208,8 @@ def numbers(directory: Path) -> np.ndarray:
     return np.array([[line[name] for name in NUMBERS] for line in lines])
 
 
-def folder(out: Path, arm: Arm) -> Path:
-    return (out / arm.name.replace(", ", "-").replace(" ", "_")).resolve()
+def folder(out: Path, name: str) -> Path:
+    return (out / name.replace(", ", "-").replace(" ", "_")).resolve()
 
 
 def shown(result: dict) -> str:

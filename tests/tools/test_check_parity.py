@@ -9,27 +9,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moetrain.config.compose import from_yaml
 from tools import check_parity
 
 ROOT = Path(__file__).resolve().parents[2]
+GIVEN = ["router=sigmoid", "router.update_rate=0.05", "train.micro_batch=8", "run.steps=8"]
 
 
-def check(out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/check_parity.py", "--out", str(out), "--only", "alone, float64"]
+def check(out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/check_parity.py", "--out", str(out), *overrides]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("parity")
-    done = check(out)
+    done = check(out, *GIVEN)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
 def test_micro_batches_are_the_whole_batch(checked):
-    (result,) = json.loads((checked / "parity.json").read_text()).values()
-    assert result["equal"] and result["counts"] == "the same" and 0 <= result["first"] < 1e-12
+    ((name, result),) = json.loads((checked / "parity.json").read_text()).items()
+    assert name == "given" and result["equal"] and result["counts"] == "the same" and 0 <= result["first"] < 1e-12
+
+
+def test_the_reference_is_what_the_overrides_describe_and_not_how(checked):
+    trained = {name: from_yaml(checked / name / "config.yaml") for name in ("given", "reference")}
+    assert all(config.router["update_rate"] == 0.05 and config.run.dtype == "float64" for config in trained.values())
+    assert {name: config.train.micro_batch for name, config in trained.items()} == {"given": 8, "reference": 16}
+    overrides = ["experiment=quickstart", "parallel=fssdp", "parallel.room=1", "+planner=laer", "run.dtype=bfloat16",
+                 "run.steps=3", "train.global_batch=6"]
+    kept = check_parity.reference(overrides).overrides
+    assert {"experiment=quickstart", "run.steps=3", "parallel=single", "train.micro_batch=6"} < set(kept)
+    assert not {*check_parity.COMMON, *overrides[1:5]} & set(kept)
+    assert check_parity.given_arm(["run.dtype=bfloat16"], "cpu").dtype == "bfloat16"
+
+
+def test_overrides_that_are_wrong_are_answered_before_anything_starts(tmp_path):
+    done = check(tmp_path / "out", "optim.lrr=1")
+    assert done.returncode == 2 and "E-CONFIG-003" in done.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype, step, name, factor, equal", [
@@ -37,11 +56,11 @@ def test_micro_batches_are_the_whole_batch(checked):
     ("float32", 1, "grad_norm", 1 + 2e-4, False), ("float32", -1, "grad_norm", 1.1, True), ("float32", -1, "loss/ce", 1.01, False),
 ])
 def test_numbers_are_compared_as_closely_as_their_dtype_allows(checked, dtype, step, name, factor, equal, monkeypatch):
-    arm, numbers = check_parity.Arm("alone, float64", dtype, []), check_parity.numbers
+    arm, numbers = check_parity.Arm("given", dtype, []), check_parity.numbers
 
     def changed(directory: Path) -> np.ndarray:
         found = numbers(directory)
-        if "alone" in directory.name:
+        if "given" in directory.name:
             found[step, check_parity.NUMBERS.index(name)] *= factor
         return found
 
@@ -51,16 +70,16 @@ def test_numbers_are_compared_as_closely_as_their_dtype_allows(checked, dtype, s
 
 def test_one_count_is_seen(checked, tmp_path):
     shutil.copytree(checked, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "alone-float64" / "loads.npz"
+    path = tmp_path / "given" / "loads.npz"
     loads = dict(np.load(path))
     loads["loads"][3, 0, :2] += [1, -1]
     np.savez(path, **loads)
-    assert not check_parity.compare(tmp_path, check_parity.Arm("alone, float64", "float64", []))["equal"]
+    assert not check_parity.compare(tmp_path, check_parity.Arm("given", "float64", []))["equal"]
 
 
 def test_an_arm_that_ran_otherwise_has_failed(checked):
-    environment = json.loads((checked / "alone-float64" / "env.json").read_text())
-    arm = check_parity.Arm("alone, float64", "float64", ["run.device=cpu"])
+    environment = json.loads((checked / "given" / "env.json").read_text())
+    arm = check_parity.Arm("given", "float64", ["run.device=cpu"])
     assert check_parity.astray(arm, environment) is None
     assert "not cuda" in check_parity.astray(arm._replace(overrides=["run.device=cuda"]), environment)
     assert "MOETRAIN_KERNELS is not set" in check_parity.astray(arm._replace(kernels=True), environment)
