@@ -1,0 +1,24 @@
+"""Every snippet of docs/howto/python.md runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SENTENCE = "The quick brown fox jumps over the lazy dog, and nothing is heard of it again. "
+
+
+def test_the_snippets_of_the_page_about_python_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/howto/python.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for number in range(40):
+        (notes / f"{number}.txt").write_text(f"Note {number}. " + SENTENCE * (4 + number % 3))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for number, snippet in enumerate(snippets, 1):
+        exec(compile(snippet, f"snippet {number}", "exec"), names)
+    assert (tmp_path / "runs/notes/checkpoints/step-00000004").is_dir() and (tmp_path / "runs/again/report/expert_load.png").is_file()
+    assert len(names["metrics"]) == 4 and names["step"] == 4 and len(snippets) == 8
+    assert capsys.readouterr().out.endswith("('txt',)\n")
