@@ -1,7 +1,15 @@
-"""moetrain report <run>: draw tokens per expert, and experts by domain, into <run.dir>/report. <run> is a name or a directory."""
+"""moetrain report <run>: draw what a run recorded into <run.dir>/report. <run> is a name or a directory.
+
+    loss.png             training and held-out loss over tokens and steps
+    expert_load.png      tokens per expert
+    specialisation.png   experts by domain, after an evaluation on two domains or more
+
+Numbers are beside each picture as CSV. Steps that log.timeline recorded are summed up in a table: phases and operators.
+"""
 
 from moetrain.config.compose import find_run
 from moetrain.errors import ConfigError
+from moetrain.files import nearby
 
 
 def run(argv: list[str]) -> int:
@@ -14,6 +22,10 @@ def run(argv: list[str]) -> int:
                           next="moetrain report <name or directory of a run>")
     directory = find_run(argv[0].removeprefix("run.name=").removeprefix("run.dir="))
     from moetrain.report.run import draw
+    from moetrain.report.timeline import summarize, text
 
-    draw(directory)
+    for path in draw(directory):
+        print(nearby(path))
+    if rows := summarize(directory):
+        print(f"{nearby(directory / 'report' / 'timeline.csv')}\n\n{text(rows)}")
     return 0

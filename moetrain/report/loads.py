@@ -199,7 +199,7 @@ def _over_steps(axes: Any, loads: Loads, end: slice) -> None:
     for name, values, colour in zip(loads.routers, violation.T, colours):
         if window > 1:
             axes.plot(loads.steps, values, color=colour, linewidth=0.6, alpha=0.25)
-        axes.plot(loads.steps, _smooth(values, window), color=colour, linewidth=1.6, label=name,
+        axes.plot(loads.steps, trailing_mean(values, window), color=colour, linewidth=1.6, label=name,
                   marker="o" if len(loads.steps) == 1 else None, clip_on=False)
     begin = slice(0, end.stop - end.start)
     before, after = violation[begin].mean(), violation[end].mean()
@@ -220,7 +220,7 @@ def _over_steps(axes: Any, loads: Loads, end: slice) -> None:
                 title="router" if len(shown) == len(handles) else "router (some)")
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over the last `window` steps, over what there is at the start."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     last = np.arange(1, len(total))

@@ -3,19 +3,30 @@
 from pathlib import Path
 
 from moetrain.report.loads import draw_loads
+from moetrain.report.loss import draw_loss
 from moetrain.report.output import unwritable
 from moetrain.report.specialisation import draw_specialisation
 from moetrain.train.sinks import LoadsLog
 
 
-def draw(run_dir: Path) -> None:
-    """Tokens per expert; experts by domain, where the run has been evaluated on two domains or more."""
-    log = LoadsLog(run_dir / "log" / "loads")
-    try:
-        if not log.is_built(run_dir / "loads.npz"):          # the run was stopped, or goes on
-            log.write_npz(run_dir / "loads.npz")
-    except OSError as error:
-        raise unwritable(run_dir / "loads.npz", error) from error
-    draw_loads(run_dir)
+def draw(run_dir: Path) -> list[Path]:
+    """Loss; tokens per expert; experts by domain, where the run has been evaluated on two domains or more. Returns what was drawn.
+
+    DataError where the run has recorded nothing that can be drawn.
+    """
+    drawn = [path for path in [draw_loss(run_dir)] if path]
+    recorded, built = run_dir / "log" / "loads", run_dir / "loads.npz"
+    if recorded.exists() or built.exists() or not drawn:     # a model without routers has neither
+        drawn.append(_draw_loads(LoadsLog(recorded), run_dir, built))
     if (run_dir / "specialisation.npz").exists():
-        draw_specialisation(run_dir)
+        drawn.append(draw_specialisation(run_dir))
+    return drawn
+
+
+def _draw_loads(log: LoadsLog, run_dir: Path, built: Path) -> Path:
+    try:
+        if not log.is_built(built):                          # the run was stopped, or goes on
+            log.write_npz(built)
+    except OSError as error:
+        raise unwritable(built, error) from error
+    return draw_loads(run_dir)
