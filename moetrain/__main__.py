@@ -4,7 +4,7 @@ One file a verb in cli/, imported when named. A user's mistake is printed once, 
 shows it), and its class gives the exit code:
 
     0 done · 2 configuration · 10 preempted and saved · 11 non-finite · 12 data · 13 checkpoint · 14 disk
-    15 rendezvous · 16 peer lost or hung · 17 crash loop
+    15 rendezvous · 16 peer lost or hung · 17 crash loop · 18 out of memory
 """
 
 import importlib
@@ -24,7 +24,7 @@ VERBS = {
     "eval": "evaluate a run on held-out text, per domain",
     "generate": "continue a text with a run's model",
     "data": "prepare text for training (data prepare)",
-    "report": "draw tokens per expert of a run",
+    "report": "draw losses and tokens per expert of a run",
     "inspect": "show what a checkpoint holds",
     "checkpoint": "check every byte of a run's checkpoints (checkpoint verify)",
     "slurm": "train in a Slurm job, checked before it is submitted",

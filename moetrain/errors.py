@@ -10,7 +10,8 @@
     ├── DiskError        14   a directory that cannot be written
     ├── RendezvousError  15   the ranks did not find each other
     ├── PeerError        16   a rank was lost, or hangs
-    └── CrashLoopError   17   restarted too often at the same step
+    ├── CrashLoopError   17   restarted too often at the same step
+    └── OutOfMemoryError 18   an allocation failed while training
 
 Every error has a code `E-<AREA>-<n>` and four parts: what, where (key or file), why, what to type next.
 """
@@ -86,3 +87,7 @@ class PeerError(MoETrainError):
 
 class CrashLoopError(MoETrainError):
     code, area = 17, "LOOP"
+
+
+class OutOfMemoryError(MoETrainError):
+    code, area = 18, "MEMORY"

@@ -20,7 +20,7 @@ BEAT_S = 5.0
 STALE_S = 45.0
 CRASHES = 3
 # Ends that say nothing against a further attempt: done, preempted, a user's mistake, told to stop. The rest are crashes.
-ORDERLY = {0, 2, 10, 11, 12, 13, 14, 15}
+ORDERLY = {0, 2, 10, 11, 12, 13, 14, 15, 18}
 
 
 # Who holds a lock that does not say.

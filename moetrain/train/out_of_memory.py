@@ -1,0 +1,102 @@
+"""Out of memory in training: what this rank holds, the largest first, and what to change.
+
+Sizes of parameters, gradients and optimizer are measured; activations are what one micro-batch was measured to keep, where that was
+done (train/memory.py), else an estimate by the formulas of `activation_bytes`.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moetrain.errors import OutOfMemoryError
+from moetrain.train.banner import human
+from moetrain.train.memory import most_memory
+from moetrain.train.setup import Run
+
+SHOWN = 4                                    # items that the message names
+
+
+@contextmanager
+def out_of_memory_named(run: Run) -> Iterator[None]:
+    """An allocation that failed, of torch on any device or of Python, becomes an OutOfMemoryError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise describe(run, error) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The CPU allocator of torch has no class for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def describe(run: Run, error: BaseException) -> OutOfMemoryError:
+    """The error that a user sees."""
+    items = largest_items(run)
+    wanted = re.search(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
+    size = f" of {wanted[1]} {wanted[2]}" if wanted else ""
+    if wanted and wanted[2] == "bytes":
+        size = f" of {human(float(wanted[1]))}B"
+    held = ", ".join(f"{name} {human(amount)}B" for name, amount in items[:SHOWN])
+    return OutOfMemoryError(
+        1, f"out of memory on {run.mesh.device.type} in step {run.state.step + 1}: an allocation{size} failed",
+        where=f"rank {run.mesh.rank} of {run.mesh.size}",
+        why=f"the largest items of a rank: {held}", next=advice(run, items[0][0]))
+
+
+def largest_items(run: Run) -> list[tuple[str, float]]:
+    """(what, bytes) on this rank, the largest first."""
+    parameters = [local(parameter) for parameter in run.state.model.parameters()]
+    states = (value for state in run.state.optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    weights = sum(parameter.nbytes for parameter in parameters)
+    copies = most_memory(run)
+    kept = run.loader.micro_batches if run.graphs.kept and run.objective.pool is not None and run.objective.pool.mode == "exact" else 1
+    of_one = run.graphs.graph or activation_bytes(run)
+    items = [("parameters", weights), ("gradients", weights), ("optimizer state", sum(local(state).nbytes for state in states)),
+             (f"activations of {kept} micro-batch{'es' * (kept > 1)} about", kept * of_one),
+             ("copies of experts and their gradients", copies.copies + copies.sums)]
+    return sorted((item for item in items if item[1]), key=lambda item: -item[1])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def activation_bytes(run: Run) -> float:
+    """What one micro-batch keeps for backward, roughly.
+
+    A token keeps, in the dtype of the computation: in attention 8 D; for each expert that it visits 2 D and 3 F; logits and their
+    float32 probabilities V each. Whole blocks that are computed again keep only D.
+    """
+    sizes, train = run.config.model, run.config.train
+    tokens = train.per_forward(run.mesh["batch"].size) * train.seq_len
+    element = run.state.model.dtype.itemsize
+    visits = [block.moe.router.max_slots() + sizes.num_shared_experts if block.moe is not None else 0 for block in run.state.model.layers]
+    block = {"full": lambda visit: sizes.dim, "selective": lambda visit: 5 * sizes.dim + visit * (sizes.dim + 2 * sizes.expert_dim),
+             "none": lambda visit: 8 * sizes.dim + visit * (2 * sizes.dim + 3 * sizes.expert_dim)}[train.activation_checkpointing]
+    head = (min(tokens, train.head_chunk) if train.head_chunk else tokens) * run.dataset.vocab_size * (element + 4)
+    return tokens * element * sum(map(block, visits)) + head
+
+
+def advice(run: Run, largest: str) -> str:
+    """What makes the largest item smaller; the same command with it resumes."""
+    train, ranks = run.config.train, run.mesh["batch"].size
+    mine = train.global_batch // ranks
+    smaller = max((size for size in range(1, train.per_forward(ranks)) if mine % size == 0), default=None)
+    activations = [f"train.micro_batch={smaller}"] if smaller else []
+    if train.activation_checkpointing != "full":
+        activations.append("train.activation_checkpointing=full")
+    if not train.head_chunk:
+        activations.append("train.head_chunk=1024")
+    elif run.graphs.kept and run.loader.micro_batches > 1 and train.count_pass is None:
+        activations.append("train.count_pass=true")
+    spread = "more GPUs or machines with parallel=ep_fsdp, which cuts parameters, gradients and optimizer state up between them"
+    options = activations if largest.startswith("activations") or not activations else [*activations[:1], spread]
+    return f"the same command with {' or '.join(options or [spread])}; it goes on from the newest save"
