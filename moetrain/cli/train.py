@@ -8,6 +8,7 @@ What the words of banner and step lines mean: docs/reference/output.md
 """
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def _train(config: Config) -> None:
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import adopt
     train(config, adopt=adopt, leaving=lambda code, reason: launch.write_status(run_dir(config), code, reason))
-    if launch.rank() == 0 and (run_dir(config) / "log" / "loads").exists():  # a model without routers has none
+    if launch.rank() == 0:
         draw(run_dir(config))
 
 
@@ -109,7 +110,7 @@ def _multirun(overrides: list[str], show_config: bool) -> int:
         except ConfigErrors as found:
             errors |= {str(error): error for error in found.errors}
             continue
-        named.append([*job, *_own_directory(config, own)])
+        named.append([*job, *_own_directory(config, own), *_tracker_group(config)])
     if errors:
         raise ConfigErrors(list(errors.values()))
     codes = []
@@ -128,6 +129,13 @@ def _without_idle(jobs: list[list[str]]) -> list[list[str]]:
     idle = [idle_overrides(job) for job in jobs]
     everywhere = set.intersection(*idle)
     return [[word for word in job if word in everywhere or word not in unread] for job, unread in zip(jobs, idle)]
+
+
+def _tracker_group(config: Config) -> list[str]:
+    """Overrides by which a tracker shows the jobs of a sweep together, unless a group is chosen already."""
+    if config.log.wandb == "off" or config.log.wandb_group or os.environ.get("WANDB_RUN_GROUP"):
+        return []
+    return [f"log.wandb_group={config.run.name}"]
 
 
 def _own_directory(config: Config, swept: list[str]) -> list[str]:

@@ -188,9 +188,16 @@ class LogConfig:
     progress: bool = key(True, "progress bar on a terminal")
     sources: bool = key(False, "also record tokens per expert by source rank in loads.npz")
     router_dump: bool = key(False, "write what all routers decided in the first three steps, logits included, to log/router")
-    timeline: int = key(0, "steps, from the second on, of which every operator and its times are written to log/timeline, for Perfetto")
-    wandb: Literal["off", "offline", "online"] = key("offline", "Weights & Biases; never stops or slows a run")
-    wandb_project: str = key("moetrain", "project of Weights & Biases")
+    timeline: int = key(0, "steps of which every operator and its times are written to log/timeline, for Perfetto and moetrain report")
+    timeline_start: int = key(2, "first of these steps; never the first step of a command")
+    wandb: Literal["auto", "off", "offline", "online"] = key(
+        "auto", "Weights & Biases, which never stops or slows a run; auto: as WANDB_MODE says, offline without it")
+    wandb_project: str | None = key(None, "project of Weights & Biases; WANDB_PROJECT, else moetrain, when null")
+    wandb_entity: str | None = key(None, "its user or team; WANDB_ENTITY when null")
+    wandb_name: str | None = key(None, "name of the run there; WANDB_NAME, else run.name, when null")
+    wandb_group: str | None = key(None, "group of the run there; a sweep sets it to run.name; WANDB_RUN_GROUP when null")
+    wandb_tags: list[str] = key([], "tags there; WANDB_TAGS when empty")
+    wandb_notes: str | None = key(None, "notes there; WANDB_NOTES when null")
 
 
 @dataclass(frozen=True)

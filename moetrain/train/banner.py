@@ -11,6 +11,7 @@ import torch
 from moetrain import __version__
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
+from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
 from moetrain.train.memory import most_memory
 from moetrain.train.setup import Graphs, Run
 
@@ -41,6 +42,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
                    [config.train.activation_checkpointing]),
         ("saves", f"every {config.checkpoint.interval} steps and at the end" if config.checkpoint.interval else "at the end"),
     ]
+    rows.append(("wandb", wandb_line(wandb_settings(config, os.environ), run.directory)))
     return [row for row in rows if row[1]]
 
 

@@ -5,6 +5,7 @@
 One step is train/step.py. The same command resumes a run (what it may change: train/finished.py).
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -27,10 +28,12 @@ from moetrain.train.console import Console, eval_line
 from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands, trained_with
 from moetrain.train.memory import choose
+from moetrain.train.out_of_memory import out_of_memory_named
 from moetrain.train.preempt import Preemption, told_early
 from moetrain.train.record import Recorder
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import Votes, train_step
+from moetrain.train.stopwatch import Unsteady
 from moetrain.train.tenancy import Tenancy
 from moetrain.train.timeline import Timeline
 
@@ -66,7 +69,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
                 leaving(code, reason)
 
             try:
-                with Preemption(grace_s=config.run.grace_s, leaving=leave) as told:
+                with Preemption(grace_s=config.run.grace_s, leaving=leave) as told, out_of_memory_named(run):
                     loop(run, recorder, console, told)
             finally:
                 recorder.close()
@@ -82,24 +85,27 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
     """
     config, last = run.config, last_step(run.config)
     saver = Saver(run.directory, run.mesh, config.checkpoint)
-    timeline = Timeline(run.directory, run.mesh, config.log.timeline)
+    timeline, unsteady = Timeline(run.directory, run.mesh, config.log), Unsteady(run.mesh.device)
     stop = owes_evaluation(run, recorder) and not measure(run, recorder, console, told)
     while run.state.step < last and not stop:
         step = run.state.step + 1
         with timeline.step(step, run.state.model):
             result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
-        saved(saver.settle(result.votes.save), recorder, console)
+        with recorder.pause("save"):
+            saved(saver.settle(result.votes.save), recorder, console)
         recorder.step(result)
         if run.dump is not None:
             run.dump.write(step)
         console.step(result.metrics)
+        unsteady.add(result.metrics["time/step"])
         if step == last or due(step, config.log.heatmap_every):
             console.heatmap({name: counts.tolist() for name, counts in result.counts.items()})
         stop = result.votes.stop > 0                     # agreed: the same on all ranks
         if stop or step == last:
             break
         if due(step, config.checkpoint.interval):
-            saved(saver.begin(run.state, facts(run)), recorder, console)
+            with recorder.pause("save"):
+                saved(saver.begin(run.state, facts(run)), recorder, console)
         if due(step, config.eval.interval):
             stop = not measure(run, recorder, console, told)
     saved(saver.finish(), recorder, console)
@@ -169,10 +175,12 @@ def owes_evaluation(run: Run, recorder: Recorder) -> bool:
 
 def measure(run: Run, recorder: Recorder, console: Console, told: Preemption) -> bool:
     """Evaluate per domain; to eval.jsonl and the screen. False when a rank was told to stop meanwhile: nothing is kept."""
-    found = evaluate(run.state.model, run.dataset, run.mesh, run.config, stop=lambda: told.requested is not None)
+    began = time.perf_counter()
+    with recorder.pause("eval"):
+        found = evaluate(run.state.model, run.dataset, run.mesh, run.config, stop=lambda: told.requested is not None)
     if found is None:
         return False
-    recorder.evaluation(run, found)
+    recorder.evaluation(run, found, time.perf_counter() - began)
     console.line(eval_line(run.state.step, found.losses))
     return True
 

@@ -31,6 +31,7 @@ class StepSums(NamedTuple):
     prob_sums_L: Tensor                      # of all routers, flat
     leans: dict[str, Tensor]                 # of routers that want them (routers/base.py), the mean over micro-batches [E]
     votes: list[float]                       # those of train/step.py, on their way with the rest
+    phases: list[list[float]]                # seconds of every rank (train/stopwatch.py)
 
 
 HEAD = 7                                     # numbers of a SumBuffer before those of the losses and routers
@@ -78,12 +79,15 @@ class SumBuffer:
         of = [_summed(stack.stats) for stack in stacks]
         return [sum(rest, first).double() for first, *rest in zip(*of)]
 
-    def sum_over(self, group: Group) -> StepSums:
-        summed = sum_over(group, torch.cat([self.flat, self.votes]))
-        head, terms, prob_sums, leans, votes = summed.split([*self.sizes, len(self.votes)])
+    def sum_over(self, group: Group, phases: Sequence[float]) -> StepSums:
+        """phases: seconds of this rank. In a sum every rank fills a row of its own, so that all of them are known."""
+        times = self.flat.new_zeros(group.size, len(phases))
+        times[group.position] = self.flat.new_tensor(phases)
+        summed = sum_over(group, torch.cat([self.flat, self.votes, times.flatten()]))
+        head, terms, prob_sums, leans, votes, times = summed.split([*self.sizes, len(self.votes), times.numel()])
         *sums, micro_batches = head.tolist()
         return StepSums(*sums, dict(zip(self.losses, terms.tolist())), prob_sums,
-                        split_by_router(leans / micro_batches, self.leaning), votes.tolist())
+                        split_by_router(leans / micro_batches, self.leaning), votes.tolist(), times.view(group.size, -1).tolist())
 
 
 def _summed(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:

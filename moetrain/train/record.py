@@ -8,7 +8,9 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from moetrain.ops import extension
 from moetrain.train.checkpoint.writer import Saved, on_all
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.files import JsonlSink, replacing
+from moetrain.train.loggers.wandb_settings import wandb_settings
 from moetrain.train.setup import Run
 from moetrain.train.sinks import LoadsLog, WandbSink
 from moetrain.train.specialisation import mutual_information, write_specialisation
@@ -33,6 +36,8 @@ from moetrain.train.step import StepResult
 
 
 log = logging.getLogger(__name__)
+
+PAUSES = ("save", "eval")
 
 
 class Recorder:
@@ -44,6 +49,7 @@ class Recorder:
         self.evaluations = JsonlSink(directory / "eval.jsonl")
         self.saves = JsonlSink(directory / "log" / "saves.jsonl")
         self.loads = LoadsLog(directory / "log" / "loads")
+        self.pauses = dict.fromkeys(PAUSES, 0.0)
         _on_all(mesh, directory, lambda: _probe(directory))
 
     def start(self, run: Run, resumed: Path | None) -> None:
@@ -74,30 +80,40 @@ class Recorder:
             self.loads.name_routers(self.routers)
         if resumed and not self.metrics.has(run.state.step):
             log.warning("metrics.jsonl lacks step %d, from which the run goes on: somebody has changed it", run.state.step)
-        self.wandb = None
-        if self.config.log.wandb != "off":
-            self.wandb = WandbSink(project=self.config.log.wandb_project, name=self.config.run.name,
-                                   dir=self.directory, mode=self.config.log.wandb, config=asdict(self.config))
+        settings = wandb_settings(self.config, os.environ)
+        self.wandb = settings and WandbSink(settings, dir=self.directory, config=asdict(self.config))
 
     def step(self, result: StepResult) -> None:
         if not self.main:
             return
-        self.metrics.write(result.metrics)
+        metrics = {**result.metrics, **self._take_pauses(), "timestamp": time.time()}
+        self.metrics.write(metrics)
         if result.counts:
             sources = result.sources and [torch.stack(parts) for parts in zip(*map(self._by_router, result.sources))]
             self.loads.write(int(result.metrics["step"]), list(result.counts.values()), sources)
         if self.wandb:
-            self.wandb.write(result.metrics)
+            self.wandb.write(metrics)
+
+    @contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        """Around a save or an evaluation, while no step runs: the next record says how long they took."""
+        began = time.perf_counter()
+        yield
+        self.pauses[kind] += time.perf_counter() - began
+
+    def _take_pauses(self) -> dict[str, float]:
+        taken, self.pauses = self.pauses, dict.fromkeys(PAUSES, 0.0)
+        return {f"time/{kind}": seconds for kind, seconds in taken.items()}
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether eval.jsonl lacks this step: a run that was told to stop saves first."""
         return self.main and not self.evaluations.has(step)
 
-    def evaluation(self, run: Run, found: Evaluation) -> None:
+    def evaluation(self, run: Run, found: Evaluation, seconds: float) -> None:
         if not self.main:
             return
         choices = [part.numpy() for part in found.choices_ML.split(list(self.routers.values()), dim=1)]
-        record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses}
+        record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses, "time/eval": seconds, "timestamp": time.time()}
         if choices and len(run.dataset.domains) > 1:
             record["moe/mutual_information/mean"] = float(np.mean([mutual_information(part) for part in choices]))
             write_specialisation(self.directory / "specialisation.npz", run.state.step, choices, self.routers, run.dataset.domains)

@@ -5,7 +5,7 @@ says who the ranks are.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from moetrain.train.optim import allocate_state, build_optimizer
 from moetrain.train.planning import Planning, Rhythm, Surroundings
 from moetrain.train.pool import Prior
 from moetrain.train.state import TrainState
+from moetrain.train.stopwatch import Stopwatch
 
 
 class Graphs(NamedTuple):
@@ -58,6 +59,10 @@ class Run:
     graphs: Graphs
     dump: RouterDump | None = None
     peak_tokens_per_s: float | None = None   # of all ranks, at the peak of their chips; None where that is not known
+    watch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Stopwatch(self.mesh.device)
 
 
 def join(config: Config) -> Mesh:

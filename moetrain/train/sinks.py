@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike
 
 from moetrain.files import open_descriptor, open_regular, read_json, reason
 from moetrain.train.files import append, move_to_lost, replacing, written
+from moetrain.train.loggers.wandb_settings import WandbSettings
 
 log = logging.getLogger(__name__)
 
@@ -219,12 +220,12 @@ class WandbSink:
     When it is absent, fails, hangs or does not keep up there is one warning; the run neither stops nor waits.
 
     dir: where the folder `wandb` goes; it also keeps the id by which a resumed run continues its curve.
-    mode: online or offline. close_s: seconds that `close` waits.
+    close_s: seconds that `close` waits.
     """
 
-    def __init__(self, *, project: str, name: str, dir: Path, mode: str = "offline",
-                 config: Mapping[str, Any] | None = None, close_s: float = 5.0, queue_size: int = 1000) -> None:
-        self._start = {"project": project, "name": name, "dir": str(dir), "mode": mode, "config": dict(config or {})}
+    def __init__(self, settings: WandbSettings, *, dir: Path, config: Mapping[str, Any] | None = None, close_s: float = 5.0,
+                 queue_size: int = 1000) -> None:
+        self._start = {**settings._asdict(), "dir": str(dir), "config": dict(config or {})}
         self._close_s = close_s
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_size)
         self._off = threading.Event()                            # takes nothing any more

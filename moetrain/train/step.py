@@ -9,7 +9,6 @@ votes (1), and those of the dispatcher in every MoE layer. With copies of expert
 them and take their gradients home, in the layers of which the plan has copies, and the comparison of plans (1).
 """
 
-import time
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from moetrain.train.metrics import (
 from moetrain.train.optim import learning_rate, set_gradient_norm, set_learning_rate
 from moetrain.train.passes import forwards
 from moetrain.train.setup import Run
+from moetrain.train.stopwatch import rank_metrics
 
 
 class Votes(NamedTuple):
@@ -46,7 +46,8 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     """Optimizer step `step` (from 1): changes the state of `run` and returns the step's numbers. Collective."""
     model, mesh, config, planning = run.state.model, run.mesh, run.config, run.state.planning
     routers = model.routers
-    watch = Stopwatch(mesh.device)
+    watch = run.watch
+    watch.restart()
     copies = planning.agreed().num_copies if planning else 0
     batches, tokens = read_batches(run, step)
     watch.lap("data")
@@ -66,7 +67,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     with record_function("reduce"):
         run.parallel.reduce()
     norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
-    summed = sums.sum_over(mesh["batch"])
+    summed = sums.sum_over(mesh["batch"], watch.phases())
     counts_L = sum_over(mesh["batch"], local.clone()) if forward.counts_L is None else forward.counts_L
     counts = split_by_router(counts_L, routers)
     stop_if_not_finite(step, summed.cross_entropy, norm)
@@ -100,6 +101,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "lr": rate,
         "time/step": seconds,
         **watch.laps,
+        **rank_metrics(summed.phases),
         "throughput/tokens_per_s": total_tokens / seconds,
         **({"throughput/mfu": total_tokens / seconds / run.peak_tokens_per_s} if run.peak_tokens_per_s else {}),
         "memory/peak": peak_memory(mesh.device),
@@ -131,25 +133,3 @@ def stop_if_not_finite(step: int, cross_entropy: float, norm: Tensor) -> None:
             where=f"optimizer step {step}", why="a value is not finite; the step was not applied",
             next="start another run (run.name) with a smaller optim.lr or train.clip; a resumed run may change neither",
         )
-
-
-class Stopwatch:
-    """Seconds between laps, by name; laps of one name add up. Waits for the GPU, so that a lap is what it cost."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.laps: dict[str, float] = {}
-        self.start = self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = self._now()
-        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self.last
-        self.last = now
-
-    def total(self) -> float:
-        return self._now() - self.start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

@@ -8,6 +8,7 @@ Every rank writes log/timeline/step-NNNNNNNN/rank-NNNN.json: every operator, ker
     loss   backward   reduce   optimizer
 
 The first step of an attempt, which allocates and connects, is not among them. A recorded step is slower than others.
+`moetrain report` sums them up (report/timeline.py).
 """
 
 import os
@@ -19,6 +20,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moetrain.comm.mesh import Mesh
+from moetrain.config.schema import LogConfig
 from moetrain.errors import DiskError
 from moetrain.model.transformer import Transformer
 from moetrain.train.checkpoint.writer import on_all
@@ -26,19 +28,21 @@ from moetrain.train.files import make_place
 
 
 class Timeline:
-    """steps: how many are recorded, from the second of this attempt on."""
+    """Recorder of the steps that log.timeline and log.timeline_start name."""
 
-    def __init__(self, run_dir: Path, mesh: Mesh, steps: int) -> None:
+    def __init__(self, run_dir: Path, mesh: Mesh, config: LogConfig) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own progress is none of the run's
-        self.directory, self.mesh, self.steps, self.passed = run_dir / "log" / "timeline", mesh, steps, 0
+        self.directory, self.mesh = run_dir / "log" / "timeline", mesh
+        self.left, self.start, self.first = config.timeline, config.timeline_start, True
 
     @contextmanager
     def step(self, step: int, model: Transformer) -> Iterator[None]:
         """Around a step. Collective: a directory that cannot be written ends all ranks."""
-        self.passed += 1
-        if not 1 < self.passed <= self.steps + 1:
+        first, self.first = self.first, False
+        if first or not self.left or step < self.start:
             yield
             return
+        self.left -= 1
         kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (self.mesh.device.type == "cuda")]
         with profile(activities=kinds) as recorded, _named(model):
             yield

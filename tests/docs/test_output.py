@@ -26,9 +26,10 @@ MANY = [                                                 # of four ranks
      "schedule.chunks=4", "capacity=position", "capacity.scope=local", "checkpoint.interval=5"],
     ["parallel=fssdp", "parallel.collective=two_level", "parallel.rematerialize=true", "parallel.sliced=2",
      "parallel.forecast=trend", "train.activation_checkpointing=full", "train.count_pass=true"],
+    ["parallel=fsdp", "log.wandb=online", "log.wandb_entity=me", "log.wandb_group=night"],
     ["parallel=fssdp", "parallel.rehome_interval=0", "parallel.calibrate=true", "balance=none", "~balance.weight", "train.activation_checkpointing=selective"],
 ]
-ONE = [["parallel=single"], ["parallel=single", "balance=sequence"]]
+ONE = [["parallel=single", "log.wandb=offline"], ["parallel=single", "balance=sequence"]]
 METRICS = {"step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8, "loss/balance": 1.02, "loss/z": 12.0, "moe/max_violation/max": 0.18,
            "moe/dead_experts": 0, "moe/drop_fraction": 0.0, "time/step": 1.27, "throughput/tokens_per_s": 412345.0, "throughput/mfu": 0.4,
            "memory/peak": 33.1 * 2**30}
@@ -96,11 +97,13 @@ def test_help_names_the_page(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reference/output.md"])
-def test_the_sample_of_a_page_is_what_the_program_prints(page: str) -> None:
+def test_the_sample_of_a_page_is_what_the_program_prints(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows are those of the quickstart, in order, and the words are the same; figures may be of another day."""
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
     text, lines = output_page.sample((output_page.ROOT / page).read_text(encoding="utf-8"))
     with ranks_that_only_seem(2):
-        run = make_run(["~loss.z", "parallel=ep", "run.nproc=2", "train.micro_batch=8"])
+        run = make_run(["~loss.z", "parallel=ep", "run.nproc=2", "train.micro_batch=8", "log.wandb=auto"])
     ours = banner(banner_lines(run, None))
     assert output_page.labels(text) == output_page.labels(ours)
     assert not output_page.undefined_in_banner(text, ["runs/quickstart", "cpu ep float32", "691e22f2245c text cpp docs notices python stubs"])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ MODES = {"exact": [], "counted first": ["train.count_pass=true"], "sync": ["bala
 def recorded(overrides: list[str], directory: Path, steps: int, at_once: bool = False) -> None:
     """at_once: the defect, counts are awaited where they are posted."""
     run, original = make_run([*ACCUMULATED, *overrides]), Pooling._add
-    timeline = Timeline(directory, run.mesh, 1)
+    timeline = Timeline(directory, run.mesh, replace(run.config.log, timeline=1))
 
     def add(self, counts_L) -> None:
         original(self, counts_L)
@@ -98,6 +99,8 @@ def test_the_all_reduce_of_counts_is_on_the_thread_that_carries_it(ranks, tmp_pa
 @pytest.mark.ranks
 def test_only_the_steps_that_were_asked_for_are_recorded_and_parts_of_the_model_are_named(ranks, tmp_path):
     ranks(2).run(recorded, [], tmp_path, 4)
+    ranks(2).run(recorded, ["log.timeline_start=3"], tmp_path / "later", 4)
+    assert [path.name for path in (tmp_path / "later/log/timeline").iterdir()] == ["step-00000003"]
     assert [path.name for path in (tmp_path / "log/timeline").iterdir()] == ["step-00000002"]
     names = [span.name for span in spans(tmp_path / "log/timeline/step-00000002/rank-0001.json")]
     for name, times in {"forward": 4, "head": 4, "loss": 4, "backward": 4, "reduce": 1, "optimizer": 1, "layers.0": 4,

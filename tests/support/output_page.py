@@ -7,7 +7,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "output.md").read_text(encoding="utf-8")
-_WORD = r"(?<![\w.,])[A-Za-z_]\w*(?:/s\b)?"          # not the unit of a figure: 412k, 3h06, 2.9e-4
+_WORD = r"(?<![\w.,/])[A-Za-z_]\w*+(?:/s\b)?(?!/)"          # not the unit of a figure (412k, 3h06, 2.9e-4), nor a path
 
 
 def table(heading: str) -> list[list[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moetrain.train import sinks
+from moetrain.train.loggers.wandb_settings import WandbSettings
 from moetrain.train.sinks import LoadsLog, WandbSink
 from tests.support.odd_files import ODD, make_odd
 
@@ -166,6 +167,8 @@ def test_building_holds_a_few_records_at_a_time(tmp_path: Path, monkeypatch: pyt
 
 # --- WandbSink
 
+SETTINGS = WandbSettings("offline", "p", "n", None, "g", ("t",), None)
+
 FAKE = {
     "hanging": "import time; time.sleep(1000)",
     "failing": "raise OSError('broken\\ninstallation')",
@@ -195,9 +198,10 @@ SCRIPT = """
 import logging, sys, time
 from pathlib import Path
 logging.basicConfig(format="[warn] %(message)s", level=logging.WARNING, stream=sys.stdout)
+from moetrain.train.loggers.wandb_settings import WandbSettings
 from moetrain.train.sinks import WandbSink
 started = time.monotonic()
-sink = WandbSink(project="p", name="n", dir=Path(sys.argv[1]), close_s=0.5, queue_size=4)
+sink = WandbSink(WandbSettings("offline", "p", "n", None, None, (), None), dir=Path(sys.argv[1]), close_s=0.5, queue_size=4)
 sink.write({"step": 1, "loss/ce": 2.0})
 time.sleep(float(sys.argv[2]))
 for step in range(2, 6):
@@ -243,7 +247,7 @@ def test_wandb_that_is_absent_gives_one_warning(tmp_path: Path, monkeypatch: pyt
                                                 caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)              # what import sees when it is not installed
     monkeypatch.setattr(logging.getLogger("moetrain"), "propagate", True)
-    sink = WandbSink(project="p", name="n", dir=tmp_path)
+    sink = WandbSink(SETTINGS, dir=tmp_path)
     for step in range(1, 2000):
         sink.write({"step": step})
     sink.close()
@@ -254,7 +258,7 @@ def test_wandb_that_is_absent_gives_one_warning(tmp_path: Path, monkeypatch: pyt
 def test_wandb_offline_writes_a_run_and_a_resumed_one_has_its_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for _ in range(2):
-        sink = WandbSink(project="p", name="n", dir=tmp_path, config={"run": {"name": "n"}}, close_s=15)
+        sink = WandbSink(SETTINGS, dir=tmp_path, config={"run": {"name": "n"}}, close_s=15)
         sink.write({"step": 1, "loss/ce": 2.0})
         sink.close()
     files = {path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}

@@ -34,7 +34,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
         "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim",
         "parallel.ep", "parallel.shard", "parallel.window", "schedule.chunks", "train.global_batch", "train.micro_batch", "train.seq_len",
         "data.domain_cap",
-        "data.vocab_size", "data.num_domains", "eval.windows", "eval.batch", "log.interval", "generate.tokens",
+        "data.vocab_size", "data.num_domains", "eval.windows", "eval.batch", "log.interval", "log.timeline_start", "generate.tokens",
         "checkpoint.max_failed_saves"]),
     "2 or more": (lambda x: x >= 2, "2", ["checkpoint.keep"]),
     "0 or more": (lambda x: x >= 0, "0", [
