@@ -65,7 +65,7 @@ class Unsteady:
     Looks at the last RECENT steps, once there are so many beyond the first, which allocate and connect.
     """
 
-    FIRST, RECENT, FACTOR = 5, 50, 3.0       # a step is rarely twice as long as another on a machine of one's own
+    FIRST, RECENT, FACTOR = 5, 30, 3.0       # a step is rarely twice as long as another on a machine of one's own
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seen, self.told = device, 0, False
