@@ -77,7 +77,9 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "optim.muon_precision": (_MUON,),
     "optim.decay": ("optim.schedule=wsd",),
     "optim.decay_shape": ("optim.schedule=wsd",),
-    "log.wandb_project": ("log.wandb=offline|online",),
+    "log.timeline_start": ("log.timeline>0",),
+    **dict.fromkeys((f"log.wandb_{name}" for name in ("project", "entity", "name", "group", "tags", "notes")),
+                    ("log.wandb=auto|offline|online",)),
 }
 
 # Keys of the schema that are read whatever is chosen, or that are recorded for a later command, as generate.* is.

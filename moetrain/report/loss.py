@@ -127,7 +127,7 @@ def _draw(found: Losses, path: Path) -> None:
         figure.draw_without_rendering()                  # so that the axes know their height
         _write_labels(axes, labels)
         with report_file(path) as file:
-            figure.savefig(file)
+            figure.savefig(file, format="png")
 
 
 Label = tuple[float, str, str, str]                      # where on the axis of losses, text, color, weight

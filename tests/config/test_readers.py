@@ -51,6 +51,8 @@ def another(key: Key) -> str:
     """A value that is not the default, as it is typed."""
     if get_origin(key.type) is dict:
         return "{code: 2}"
+    if get_origin(key.type) is list:
+        return "[elsewhere]"
     kind = next((member for member in get_args(key.type) if member is not type(None)), key.type) \
         if get_origin(key.type) is not Literal else key.type
     if get_origin(kind) is Literal:
