@@ -26,7 +26,10 @@ def run(argv: list[str]) -> int:
                           why="only text is turned into tokens", next="moetrain data prepare data=text")
     from moetrain.data.prepare import prepare_from_config
     from moetrain.train.console import connect_logging
+    from moetrain.train.preparing import Preparing
 
     connect_logging(print)                               # what was found, and how much of it is held out
-    print(prepare_from_config(config, run_dir(config)))
+    with Preparing(bar=config.log.progress) as progress:
+        folder = prepare_from_config(config, run_dir(config), progress)
+    print(folder)
     return 0

@@ -37,7 +37,7 @@ from moetrain.files import read_json, shown
 _FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name", "run.dir", "run.device",
                    "run.share_gpu", "log.", "checkpoint.", "eval.", "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.",
                    "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.loss_carrier", "train.head_chunk", "data.cache",
-                   "router.centre")
+                   "data.overlap", "router.centre")
 # What evaluation and sampling may change of the model.
 _FREE_AFTER_TRAINING = ("model.top_k",)
 

@@ -136,6 +136,11 @@ class DataConfig:
                                         "data.weights={python: 2, docs: 0.5}; 0 leaves it out of training")
     mask_documents: bool = key(False, "attention stays inside a document")
     domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
+    held_out: str | None = key(None, "file or folder of held-out text of your own, of which nothing is trained on; null: a share "
+                                     "of data.path")
+    held_out_share: float = key(0.05, "share of the text to hold out, where data.held_out names none")
+    overlap: int = key(1_000_000, "places of held-out text that are looked up in the training text at most, to say how much of "
+                                  "it also occurs there; more are estimated from so many (0: not measured)")
     vocab_size: int = key(256, "synthetic, and megatron without a tokenizer: tokens of the vocabulary")
     num_domains: int = key(4, "synthetic: number of domains")
     min_length: float = key(1.0, "synthetic: shortest sequence as a share of seq_len; the rest is padding")

@@ -51,8 +51,8 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None) -> Datas
         raise DataError(51, "the text is not prepared", where=str(Path(data.cache) if data.cache else run_dir / "data"),
                         why="no prepared folder was handed over", next="moetrain data prepare, or start the run anew")
     if data.kind == "megatron":
-        opened = build({"_target_": INDEXED, "path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size},
-                       "indexed")
+        opened = build({"_target_": INDEXED, "path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size,
+                        "held_out_share": data.held_out_share}, "indexed")
     else:
         folder = prepared if data.kind == "text" else tokens_path(data.path)
         opened = open_prepared(folder, verify=data.kind == "tokens")  # prepare has just written or verified text

@@ -166,15 +166,14 @@ def mixture_order(mixture: str, *, key: tuple[object, ...], sizes: Sequence[int]
 
 def _whole(shares: Sequence[Fraction]) -> list[int]:
     """The smallest whole numbers in this ratio; rounded, but never to 0, where they would make a long block."""
-    shares = [Fraction(share).limit_denominator(_LARGEST_BLOCK) for share in shares]
-    scale = math.lcm(*(share.denominator for share in shares))
-    counts = [int(share * scale) for share in shares]
-    divisor = math.gcd(*counts)
-    counts = [count // divisor for count in counts]
-    total = sum(counts)
-    if total > max(_LARGEST_BLOCK, len(counts)):
-        counts = [max(count * _LARGEST_BLOCK // total, 1) if count else 0 for count in counts]
-    return counts
+    simple = [share.limit_denominator(_LARGEST_BLOCK) for share in shares]         # 1/10 for 0.1
+    scale = math.lcm(*(share.denominator for share in simple))
+    counts = [int(share * scale) for share in simple]
+    counts = [count // math.gcd(*counts) for count in counts]
+    if sum(counts) <= _LARGEST_BLOCK and all(count > 0 for count, share in zip(counts, shares) if share):
+        return counts
+    total = sum(shares)
+    return [max(round(share * _LARGEST_BLOCK / total), 1) if share else 0 for share in shares]
 
 
 def _epochwise(permutations: Permutations, key: tuple[object, ...], indices: np.ndarray, size: int) -> np.ndarray:

@@ -102,24 +102,47 @@ class SplitWriter:
                  shard_tokens: int = SHARD_TOKENS) -> None:
         self._folder, self._split, self._vocab_size, self._domains = folder, split, vocab_size, domains
         self._limit = shard_tokens
+        self._pieces: list[np.ndarray] = []          # of the document under way, fewer tokens than a shard has
+        self._size = 0
         self._documents: list[np.ndarray] = []
         self._document_domains: list[int] = []
         self._pending = self._pending_bytes = self._shards = 0
         self.counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in domains}
 
     def add(self, tokens: np.ndarray, domain: int, text_bytes: int) -> None:
-        counts = self.counts[self._domains[domain]]
-        for name, amount in (("documents", 1), ("tokens", len(tokens)), ("bytes", text_bytes)):
-            counts[name] += amount
-        self._pending_bytes += text_bytes
+        """Write a document."""
+        self.extend(tokens, domain)
+        self.end_document(domain, text_bytes)
+
+    def extend(self, tokens: np.ndarray, domain: int) -> None:
+        """Write tokens of the document that is under way. One longer than a shard is cut."""
         dtype = np.uint16 if self._vocab_size <= 1 << 16 else np.uint32
-        for start in range(0, len(tokens), self._limit):         # a document longer than a shard is cut
-            piece = tokens[start:start + self._limit].astype(dtype)
-            if self._pending + len(piece) > self._limit:
-                self.flush()
-            self._documents.append(piece)
-            self._document_domains.append(domain)
-            self._pending += len(piece)
+        self.counts[self._domains[domain]]["tokens"] += len(tokens)
+        while self._size + len(tokens) > self._limit:
+            rest = self._limit - self._size
+            self._pieces.append(tokens[:rest].astype(dtype))
+            self._size = self._limit
+            tokens = tokens[rest:]
+            self._close(domain)
+        if len(tokens):
+            self._pieces.append(tokens.astype(dtype))
+            self._size += len(tokens)
+
+    def end_document(self, domain: int, text_bytes: int) -> None:
+        if self._size:
+            self._close(domain)
+        self._pending_bytes += text_bytes
+        self.counts[self._domains[domain]]["documents"] += 1
+        self.counts[self._domains[domain]]["bytes"] += text_bytes
+
+    def _close(self, domain: int) -> None:
+        """The pieces under way are a document of a shard: of this one, or of the next where they do not fit."""
+        if self._pending + self._size > self._limit:
+            self.flush()
+        self._documents.append(self._pieces[0] if len(self._pieces) == 1 else np.concatenate(self._pieces))
+        self._document_domains.append(domain)
+        self._pending += self._size
+        self._pieces, self._size = [], 0
 
     def flush(self) -> None:
         """Write what is pending; called once more at the end."""
@@ -212,7 +235,7 @@ def _description_problem(content: Any) -> str | None:
         return "vocab_size or domains is missing"
     if not all(_counts(content.get(split), content["domains"]) for split in ("train", "heldout")):
         return "the counts of a split are missing"
-    if type(content.get("heldout_overlap")) is not float:
+    if not isinstance(content.get("heldout_overlap", ""), float | None):
         return "heldout_overlap is missing"
     shards = content.get("shards")
     if not isinstance(shards, dict) or not any(name.startswith("train-") for name in shards):

@@ -1,36 +1,39 @@
 """Which text is trained on and which is held out, as a pure function of the documents' contents.
 
-Exact duplicates go first, so that no text is on both sides. A document whose hash is 0 modulo 20 is held out. Two
-exceptions keep every domain measurable: fewer than 20 documents in all give up their last twentieth each, and a domain
-that the hash leaves without held-out text gives its document of smallest hash, or the last twentieth of its only one.
+Exact duplicates go first, so that no text is on both sides. With a share of 1/20, a document whose hash is 0 modulo 20 is
+held out. Two exceptions keep every domain measurable: documents that are so few in all that this would hold out less
+than one give up their last twentieth each, and a domain that the hash leaves without held-out text gives its document of
+smallest hash, or the last twentieth of its only one.
 
-`Overlap` measures what exact duplicates miss: the share of 32-byte windows of held-out text, at a stride of 16, that
-also occur anywhere in the training text.
+Held-out text of the user's own stays whole: what of it also occurs among the training documents is taken out there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from itertools import groupby
 from typing import NamedTuple
 
-import numpy as np
-
 from moetrain.data.sources import Document
+from moetrain.data.text import character_start
 
-HELDOUT_ONE_IN = 20
-MIN_TO_CUT = 640                # bytes; a shorter document is not cut
-WINDOW, STRIDE = 32, 16
+FEW = 20                        # documents: from here on whole ones are held out, however small the share
+LEAST_CUT = 32                  # bytes; a document that would give up less is not cut
 
 
 class Part(NamedTuple):
-    """Bytes start to end of a document."""
+    """Bytes start to end of a document, each moved back to the start of a character."""
 
     document: Document
     start: int
     end: int
 
-    def read(self) -> bytes:
-        text = self.document.read()
-        return text[_boundary(text, self.start):_boundary(text, self.end)]
+    def blocks(self) -> Iterator[bytes]:
+        place = 0
+        for block in self.document.blocks():
+            first, last = (character_start(block, min(max(cut - place, 0), len(block))) for cut in (self.start, self.end))
+            if first < last:
+                yield block[first:last]
+            place += len(block)
 
 
 class Split(NamedTuple):
@@ -58,16 +61,27 @@ def cap_domains(documents: list[Document], cap: int | None) -> list[Document]:
     return taken
 
 
-def split(documents: list[Document], *, heldout_limit: int | None = None) -> Split:
-    """Parts in the order of the documents. heldout_limit: bytes of a held-out document that are used."""
+def exact(share: float) -> Fraction:
+    """The share as a fraction of small numbers: 1/20 for 0.05."""
+    return Fraction(share).limit_denominator(10_000)
+
+
+def split(documents: list[Document], *, share: Fraction, heldout_limit: int | None = None) -> Split:
+    """Parts in the order of the documents.
+
+    Args:
+        documents: unique and sorted by domain.
+        share: of the documents, to be held out.
+        heldout_limit: bytes of a held-out document that are used.
+    """
     result = Split([], [])
-    few = len(documents) < HELDOUT_ONE_IN
+    few = len(documents) < min(FEW, 1 / share)
     for _, group in groupby(documents, key=lambda document: document.domain):
         members = list(group)
         if few or len(members) == 1:
-            _cut_each(members, result)
+            _cut_each(members, share, result)
             continue
-        chosen = _held_out(members)
+        chosen = _held_out(members, share)
         for document in members:
             if document.digest in chosen:
                 result.heldout.append(Part(document, 0, min(document.size, heldout_limit or document.size)))
@@ -76,68 +90,29 @@ def split(documents: list[Document], *, heldout_limit: int | None = None) -> Spl
     return result
 
 
-def _held_out(members: list[Document]) -> set[bytes]:
+def without(documents: list[Document], others: list[Document]) -> list[Document]:
+    """The documents whose content is not among the others'."""
+    digests = {document.digest for document in others}
+    return [document for document in documents if document.digest not in digests]
+
+
+def whole(train: list[Document], heldout: list[Document]) -> Split:
+    """All of the documents, as far as they are not capped."""
+    return Split(*([Part(document, 0, document.size) for document in side] for side in (train, heldout)))
+
+
+def _held_out(members: list[Document], share: Fraction) -> set[bytes]:
     """Digests of the held-out documents of a domain: never none, never all."""
     by_hash = sorted(document.digest for document in members)
-    chosen = {digest for digest in by_hash if int.from_bytes(digest[:8]) % HELDOUT_ONE_IN == 0}
+    chosen = {digest for digest in by_hash if int.from_bytes(digest[:8]) % share.denominator < share.numerator}
     chosen = chosen or {by_hash[0]}
     return chosen - {by_hash[-1]} if len(chosen) == len(members) else chosen
 
 
-def _cut_each(members: list[Document], result: Split) -> None:
+def _cut_each(members: list[Document], share: Fraction, result: Split) -> None:
     for document in members:
-        held = document.size // HELDOUT_ONE_IN if document.size >= MIN_TO_CUT else 0
+        held = document.size * share.numerator // share.denominator
+        held = held if held >= LEAST_CUT else 0
         result.train.append(Part(document, 0, document.size - held))
         if held:
             result.heldout.append(Part(document, document.size - held, document.size))
-
-
-def _boundary(text: bytes, position: int) -> int:
-    """The nearest start of a UTF-8 character at or before a position."""
-    while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
-        position -= 1
-    return position
-
-
-class Overlap:
-    """Feed all held-out texts, then all training texts; `share` is the answer."""
-
-    def __init__(self) -> None:
-        self._pieces: list[np.ndarray] = []
-        self._hashes = np.zeros(0, np.uint64)      # sorted; filled at the first training text
-        self._marked = np.zeros(0, bool)           # by the upper bits of a hash: is one of ours there?
-        self._found = np.zeros(0, bool)
-
-    def add_heldout(self, text: bytes) -> None:
-        self._pieces.append(_window_hashes(text)[::STRIDE])
-
-    def add_train(self, text: bytes) -> None:
-        if not len(self._marked):
-            self._hashes = np.sort(np.concatenate([np.zeros(0, np.uint64), *self._pieces]))
-            self._marked = np.zeros(1 << 24, bool)
-            self._marked[_bucket(self._hashes)] = True
-            self._found = np.zeros(len(self._hashes), bool)
-        hashes = _window_hashes(text)
-        hashes = np.unique(hashes[self._marked[_bucket(hashes)]])
-        if len(hashes) and len(self._hashes):
-            places = np.searchsorted(hashes, self._hashes).clip(max=len(hashes) - 1)
-            self._found |= hashes[places] == self._hashes
-
-    @property
-    def share(self) -> float:
-        return float(self._found.mean()) if len(self._found) else 0.0
-
-
-def _bucket(hashes: np.ndarray) -> np.ndarray:
-    return hashes >> np.uint64(40)
-
-
-def _window_hashes(text: bytes) -> np.ndarray:
-    """uint64 hash of every WINDOW bytes: h_2w[i] = h_w[i] * p^w + h_w[i + w], five doublings."""
-    hashes = np.frombuffer(text, np.uint8).astype(np.uint64)
-    power, width = 0x9E3779B97F4A7C15, 1
-    while width < WINDOW:
-        hashes = hashes[:-width] * np.uint64(power) + hashes[width:]
-        power, width = power * power % (1 << 64), 2 * width
-    hashes = hashes ^ (hashes >> np.uint64(31))
-    return hashes * np.uint64(0xBF58476D1CE4E5B9)

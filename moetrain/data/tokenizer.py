@@ -11,12 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
+from moetrain.data.text import cut
 from moetrain.errors import DataError
 from moetrain.files import read_bytes, reason, shown
 
 _END_MARKS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 _MOST_BYTES = 256 << 20  # of a tokenizer.json; those of the largest vocabularies have 35 MB
-_PIECE = 1 << 20        # bytes handed to the library at once; longer texts are cut at a line's end
 
 
 class Tokenizer(Protocol):
@@ -71,7 +71,7 @@ class FileTokenizer:
         self.identity = f"sha256:{hashlib.sha256(self.content).hexdigest()}"
 
     def encode(self, text: bytes) -> np.ndarray:
-        pieces = [piece.decode("utf-8", "replace") for piece in _cut(text)]
+        pieces = [piece.decode("utf-8", "replace") for piece in cut(text)]
         with self._refused(120, "the tokenizer fails on what it is given"):
             encoded = self._library.encode_batch(pieces, add_special_tokens=False)
         return np.concatenate([np.zeros(0, np.int64), *(np.asarray(piece.ids, np.int64) for piece in encoded)])
@@ -96,15 +96,3 @@ class FileTokenizer:
 def load_tokenizer(name: str) -> Tokenizer:
     """`bytes`, or the path of a tokenizer.json."""
     return ByteTokenizer() if name == "bytes" else FileTokenizer(path=Path(name))
-
-
-def _cut(text: bytes) -> list[bytes]:
-    pieces, start = [], 0
-    while start < len(text):
-        end = min(start + _PIECE, len(text))
-        if end < len(text):
-            line = text.rfind(b"\n", start, end) + 1
-            end = line if line > start else end
-        pieces.append(text[start:end])
-        start = end
-    return pieces

@@ -6,8 +6,9 @@ A dataset is a domain; in a folder of several, each is one, by the name of its f
 preprocessing wrote them: an end-of-document id is where it put one, none is added. Files are opened and read by Megatron's
 own `IndexedDataset`; windows, order and sample ids are those of data=tokens.
 
-Held out is one document in 20 of each domain, chosen by a permutation keyed by the domain's content; where a domain has
-fewer than 20 documents, each of them gives up its last twentieth. Duplicates are not looked for.
+Held out is a share of the documents of each domain (one in 20), chosen by a permutation keyed by the domain's content;
+where a domain has too few documents for that, each of them gives up that share of its tokens, the last. Duplicates are not
+looked for.
 
 Every token is read once when the data is opened: the fingerprint is made of checksums, and no id may lie outside the
 vocabulary. A file that has changed since is refused: Megatron maps its files into memory, where one that was cut short is
@@ -21,18 +22,20 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moetrain.data.order import permutation
+from moetrain.data.split import exact
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import DataError
 from moetrain.files import open_regular, reason
 from moetrain.interop.packages import require
 
-HELDOUT_ONE_IN = 20
+_SHARE = Fraction(1, 20)             # held out; fingerprints name another one alone
 _FORMAT = "moetrain-megatron-1"
 _BLOCK = 1 << 22                     # tokens read at once by the first pass
 _SUFFIXES = (".bin", ".idx")
@@ -125,20 +128,28 @@ class DocumentStream:
         return int(self.domain_bounds[domain]), int(self.domain_bounds[domain + 1])
 
 
-def open_indexed(*, path: str, tokenizer: str, vocab_size: int) -> Indexed:
-    """path: a prefix, or a folder of several. tokenizer: none, bytes or the path of a tokenizer.json, which brings its own
-    vocabulary; vocab_size is for none."""
+def open_indexed(*, path: str, tokenizer: str, vocab_size: int, held_out_share: float = float(_SHARE)) -> Indexed:
+    """Open indexed datasets.
+
+    Args:
+        path: a prefix, or a folder of several.
+        tokenizer: none, bytes or the path of a tokenizer.json, which brings its own vocabulary.
+        vocab_size: the vocabulary where the tokenizer is none.
+        held_out_share: of the documents of a domain.
+    """
     require("megatron.core", extra="megatron", key="data=megatron")
     encoder = None if tokenizer == "none" else load_tokenizer(tokenizer)
     vocabulary = encoder.vocab_size if encoder else vocab_size
     domains = [_open_domain(prefix, vocabulary) for prefix in _prefixes(Path(path))]
-    train, heldout = zip(*(_split(number, domain) for number, domain in enumerate(domains)))
+    share = exact(held_out_share)
+    train, heldout = zip(*(_split(number, domain, share) for number, domain in enumerate(domains)))
     streams = [DocumentStream(domains, Spans(*map(np.concatenate, zip(*spans)))) for spans in (train, heldout)]
     if not streams[1].size:
         raise DataError(74, "there is too little data to hold some out", where=path,
-                        why=f"{streams[0].size:,} tokens, and no document has {HELDOUT_ONE_IN}",
+                        why=f"{streams[0].size:,} tokens, and no document has {-(-1 // share)}",
                         next="data.path=<prefix of a larger dataset>")
-    described = [_FORMAT, encoder.identity if encoder else "none", [(domain.name, domain.content) for domain in domains]]
+    described = [_FORMAT, encoder.identity if encoder else "none", [(domain.name, domain.content) for domain in domains],
+                 *([] if share == _SHARE else [f"held out {share}"])]
     fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     return Indexed(Path(path), fingerprint, vocabulary, tuple(domain.name for domain in domains), encoder, *streams)
 
@@ -243,16 +254,16 @@ def _check_tokens(prefix: Path, dataset: Any, starts: np.ndarray, documents: np.
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _split(number: int, domain: Domain) -> tuple[Spans, Spans]:
+def _split(number: int, domain: Domain, share: Fraction) -> tuple[Spans, Spans]:
     """(training, held-out) spans of a domain. Document d is trained on up to its token cut[d] and held out from there."""
     starts = np.concatenate([[0], np.cumsum(domain.lengths)])
     begins, sizes = starts[domain.documents[:-1]], np.diff(starts[domain.documents])
     count = len(sizes)
-    if count < HELDOUT_ONE_IN:
-        cut = sizes - sizes // HELDOUT_ONE_IN
+    if count * share < 1:
+        cut = sizes - sizes * share.numerator // share.denominator
     else:
         cut = sizes.copy()
-        cut[permutation(("megatron", domain.content), count)[:count // HELDOUT_ONE_IN]] = 0
+        cut[permutation(("megatron", domain.content), count)[:int(count * share)]] = 0
     document = np.repeat(np.arange(count), np.diff(domain.documents))
     trained = np.clip(cut[document] - (starts[:-1] - begins[document]), 0, domain.lengths)
     every = Spans(np.full(len(document), number), np.arange(len(document)), np.zeros_like(trained), trained, document)

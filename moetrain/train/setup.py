@@ -32,6 +32,7 @@ from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
 from moetrain.train.planning import Planning, Rhythm, Surroundings
 from moetrain.train.pool import Prior
+from moetrain.train.preparing import Preparing
 from moetrain.train.state import TrainState
 from moetrain.train.stopwatch import Stopwatch
 
@@ -155,7 +156,12 @@ def prepare_on_main(config: Config, directory: Path, mesh: Mesh) -> Path | None:
     if config.data.kind != "text":
         return None
     batch = mesh["batch"]
-    path = [on_first(batch, lambda: str(prepare_from_config(config, directory)))]
+    path = [on_first(batch, lambda: str(_prepare(config, directory)))]
     if batch.process_group is not None:
         dist.broadcast_object_list(path, src=0)
     return Path(path[0])
+
+
+def _prepare(config: Config, directory: Path) -> Path:
+    with Preparing(bar=config.log.progress) as progress:
+        return prepare_from_config(config, directory, progress)

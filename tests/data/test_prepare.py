@@ -221,18 +221,24 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     source = corpus_folder(tmp_path / "in")
     changed = source / "code" / "file1.txt"
 
-    def change(done: int, size: int) -> None:
-        if done == size // 2:
+    def change(what: str, done: int, size: int) -> None:
+        if what == "reading" and done == size:
             changed.write_text("grown " * 500)
 
     assert str(changed) in refused(34, source, tmp_path / "out", progress=change).where
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_progress_runs_from_nothing_to_all(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    run(corpus_folder(tmp_path / "in"), tmp_path / "out", progress=lambda done, size: seen.append((done, size)))
-    assert seen == sorted(seen) and len({size for _, size in seen}) == 1 and seen[-1][0] == seen[-1][1]
+def test_progress_of_each_part_runs_to_all_of_it(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    source = corpus_folder(tmp_path / "in")
+    (source / "long.txt").write_text(text(7, 90) + " line\n" * 500_000)           # 3 MB: not one step
+    run(source, tmp_path / "out", progress=lambda *step: seen.append(step))
+    for what in ("reading", "tokenizing"):
+        steps = [(done, size) for name, done, size in seen if name == what]
+        assert steps == sorted(steps) and len({size for _, size in steps}) == 1 and steps[-1][0] == steps[-1][1]
+        assert max(np.diff([0, *(done for done, _ in steps)])) < 2_000_000
+    assert [name for name, _, _ in seen] == sorted(name for name, _, _ in seen)
 
 
 def test_an_output_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:

@@ -124,6 +124,15 @@ def test_few_documents_give_up_their_last_twentieth_each(tmp_path):
     assert window.tolist() == [0] * (380 % SEQ) + [1] * (SEQ - 380 % SEQ)
 
 
+def test_the_share_that_is_held_out_can_be_chosen(tmp_path):
+    build(tmp_path / "a", numbered(40))
+    ids = ("data.tokenizer=none", "data.vocab_size=2000")
+    usual, more = dataset(tmp_path / "a", *ids), dataset(tmp_path / "a", *ids, "data.held_out_share=0.25")
+    assert (usual.heldout_stream.size, more.heldout_stream.size) == (2 * 50, 10 * 50)
+    assert set(read_all(usual.heldout_stream)) < set(read_all(more.heldout_stream)) and usual.fingerprint != more.fingerprint
+    assert dataset(tmp_path / "a", *ids, "data.held_out_share=0.05").fingerprint == usual.fingerprint
+
+
 @pytest.mark.parametrize("mixture", ["proportional", "uniform"])
 def test_the_order_depends_on_seed_and_content_alone(folder, tmp_path, mixture):
     def ids(data: TokenDataset, ranks: int) -> list[int]:

@@ -49,6 +49,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str, list[str]]] = {
     "in (0, 1]": (lambda x: 0 < x <= 1, "1.0", ["generate.top_p", "data.min_length"]),
     "in [0, 1]": (lambda x: 0 <= x <= 1, "0.1", ["optim.min_lr_ratio", "optim.decay"]),
     "in [0, 1), both": (lambda x: 0 <= x < 1, "[0.9,0.95]", ["optim.betas"]),
+    "from 0.0001 to 0.9": (lambda x: 0.0001 <= x <= 0.9, "0.05", ["data.held_out_share"]),
+    "from 0 to 100,000,000": (lambda x: 0 <= x <= 1e8, "1000000", ["data.overlap"]),
     "in [0, 1)": (lambda x: 0 <= x < 1, "0.95", ["optim.muon_momentum"]),
     "from 1 to 99": (lambda x: 1 <= x <= 99, "5", ["optim.muon_ns_steps"]),
     "-1 or more": (lambda x: x >= -1, "-1", ["eval.ngram"]),
