@@ -73,13 +73,13 @@ def _sections() -> Iterator[str]:
     yield "## Keys\n"
     yield ("Defaults are those of the schema. An option of a group may set another value (above). `null` is written `null`.\n\n"
            + PARTS)
-    ranges = {key: text for text, (_, _, keys) in RANGES.items() for key in keys}
+    ranges = {key: text for text, keys in RANGES.items() for key in keys}
     for section, cls in schema_sections().items():
         yield f"### {section}.*\n"
         keys = _part_keys(section) if cls is dict else [
             key for path, key in schema_keys().items() if path.startswith(f"{section}.")]
         yield _table(("key", "type", "default", "read with", "meaning"), (
-            (f"`{key.path}`", _type(key, ranges.get(key.path)), f"`{show(key.default)}`", _read_with(key.path),
+            (f"`{key.path}`", _type(key, ranges.get(key.path, key.bounds)), f"`{show(key.default)}`", _read_with(key.path),
              _cell(key.help)) for key in keys))
 
 
@@ -124,7 +124,7 @@ def _sets(group: str, tree: dict[str, Any]) -> str:
     return " ".join(f"`{text}`" for text in [*chosen, *values]) or "the defaults"
 
 
-def _type(key: Key, valid: str | None) -> str:
+def _type(key: Key, valid: str) -> str:
     kind = _cell(type_name(key.type).replace("|", " | "))
     return f"{kind}, {valid}" if valid else kind
 

@@ -93,7 +93,9 @@ def arguments(target: str, family: str) -> dict[str, Key]:
     found = _part(target, family)
     if isinstance(found[0], ast.FunctionDef):
         return _parameters(found[0])
-    return next((_parameters(method) for cls in found if (method := _own(cls, "__init__"))), {})
+    accepted = next((_parameters(method) for cls in found if (method := _own(cls, "__init__"))), {})
+    bounds = {name: text for cls in reversed(found) for name, text in _bounds(cls).items()}     # the class's own come last
+    return {name: key._replace(bounds=bounds.get(name, "")) for name, key in accepted.items()}
 
 
 def _part(target: str, family: str) -> list[ast.ClassDef | ast.FunctionDef]:
@@ -126,6 +128,14 @@ def _ancestry(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | ast.
 def _own(cls: ast.ClassDef | ast.FunctionDef, method: str) -> ast.FunctionDef | None:
     """The method as the class itself defines it."""
     return next((node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == method), None)
+
+
+def _bounds(cls: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
+    """The literal that the class assigns to BOUNDS."""
+    for node in cls.body:
+        if isinstance(node, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "BOUNDS" for name in node.targets):
+            return ast.literal_eval(node.value)
+    return {}
 
 
 def _resolve(target: str, family: str) -> Any:

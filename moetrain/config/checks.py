@@ -8,7 +8,7 @@ turns them into the override or the yaml file they came from.
 import os
 from collections.abc import Callable, Iterator
 
-from moetrain.config.rules import data, losses, model, optim, parallel, ranges, run, train
+from moetrain.config.rules import data, losses, model, optim, parallel, paths, ranges, run, train
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 
@@ -27,10 +27,13 @@ def check(config: Config, ranks: int) -> list[ConfigError]:
 # In the order in which their errors are shown. The first one alone decides whether the others are asked.
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     ranges.ranges,
+    paths.empty_paths,
+    paths.unknown_homes,
     run.run_name,
     run.stop,
     model.heads,
     model.layers,
+    model.dense_width,
     model.experts,
     model.router_gradient,
     model.groups,
@@ -44,9 +47,8 @@ RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     data.data_path,
     data.domain_weights,
     optim.betas,
-    losses.loss_weights,
     losses.loss_names,
     losses.pools,
-    ranges.part_numbers,
+    ranges.divisions,
     parallel.engine,
 ]

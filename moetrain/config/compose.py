@@ -28,7 +28,7 @@ from moetrain.config.groups import config_dir, section_of
 from moetrain.config.overrides import Command, Problems, read
 from moetrain.config.schema import Config, ParallelConfig
 from moetrain.config.suggest import nearest
-from moetrain.config.values import flatten, show
+from moetrain.config.values import expanded, flatten, show
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.files import read_json, shown
@@ -94,6 +94,7 @@ def run_dir(config: Config) -> Path:
 
 def find_run(name: str) -> Path:
     """The directory of an existing run, given its name or its path."""
+    name = expanded(name)
     for directory in (Path("runs") / name, Path(name)):
         if has_config(directory):
             return directory

@@ -1,18 +1,20 @@
 """The command line: Hydra's grammar, one record of what was chosen and set, and every mistake in it.
 
     model=debug           an option of a group of conf/; loss=[z] takes several
-    optim.lr=3e-4         a value; free text (generate.prompt, paths) may be anything, quoted or not
+    optim.lr=3e-4         a value
+    run.dir=a b, "c"      text (prompt, paths, names): as the shell hands it over; no grammar, no quotes to take off
     ~optim.lr             back to the default
     +key=..., ++key=...   the same as key=...
-    run.seed=1,2          several runs, only with --multirun (`sweep`)
+    run.seed=1,2          several runs, only with --multirun (`sweep`), which splits text as well: quotes keep a comma
 """
 
+import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moetrain.config.groups import advice, group_options
 from moetrain.config.suggest import nearest, nearest_keys
-from moetrain.config.values import schema_keys, schema_sections, show
+from moetrain.config.values import schema_keys, schema_sections, show, type_name
 from moetrain.errors import ConfigError
 
 # Groups that may be empty.
@@ -22,6 +24,7 @@ _OPTIONAL = ("loss", "experiment")
 class Value(NamedTuple):
     value: Any                    # DELETE: back to the default
     text: str                     # the override as typed
+    literal: bool = False         # text as the shell handed it over: `${` in it is no reference
 
 
 class Command(NamedTuple):
@@ -55,26 +58,23 @@ def read(overrides: Sequence[str]) -> tuple[Command, Problems]:
     parser, groups, texts = OverridesParser.create(), group_options(), _text_keys()
     command, problems = Command({}, {}), Problems()
     for text in overrides:
-        key, _, raw = text.partition("=")
+        key, given, raw = text.partition("=")
+        if given and (name := key.lstrip("+")) in texts:
+            command.values.pop(name, None)
+            command.values[name] = Value(None if raw == "null" and texts[name] else raw, text, literal=True)
+            continue
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            if key in texts and "=" in text:       # free text outside Hydra's grammar is taken as it stands
-                command.values[key] = Value(raw, text)
-            else:
-                problems.add(_malformed(text, str(error), groups))
+            problems.add(_malformed(text, str(error), groups))
             continue
         key = override.key_or_group
         if override.package is not None or "/" in key:
             problems.add(_malformed(text, "groups are chosen by their plain name here", groups))
         elif override.is_delete():
             _delete(key, text, groups, command, problems)
-        elif override.is_sweep_override() and key in texts:
-            command.values[key] = Value(raw, text)
         elif override.is_sweep_override():
-            problems.add(ConfigError(12, f"several values for {key}", where=typed(text),
-                                     why="one run has one value; a list is written in brackets",
-                                     next=f"{key}=[{raw}], or moetrain train --multirun {text} for one run each"), key)
+            problems.add(_several(key, raw, text, overrides), key)
         elif key in groups and not isinstance(override.value(), dict):
             _choose(key, override.value(), text, groups, command, problems)
         else:
@@ -88,17 +88,26 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, jobs = OverridesParser.create(), [[]]
+    parser, jobs, texts = OverridesParser.create(), [[]], _text_keys()
     for text in overrides:
         choices = [text]
         try:
             parsed = parser.parse_override(text)
-            if parsed.is_sweep_override():
+            swept, quoted = parsed.is_sweep_override(), text.partition("=")[2][:1] in ("'", '"')
+            if swept:
                 choices = [job[0] for job in BasicSweeper.split_arguments([parsed], None)[0]]
+            if parsed.key_or_group in texts and (swept or quoted):
+                choices = [_plain(choice, parser) for choice in choices]
         except HydraException:
             pass                                   # `read` reports it, with the others
         jobs = [[*job, choice] for job in jobs for choice in choices]
     return jobs
+
+
+def _plain(text: str, parser: Any) -> str:
+    """Without the quotes and backslashes of the grammar: `read` takes text as it stands."""
+    value = parser.parse_override(text).value()
+    return f"{text.partition('=')[0]}={value}" if isinstance(value, str) else text
 
 
 def typed(*texts: str) -> str:
@@ -151,6 +160,16 @@ def _set(path: str, value: Any, raw: str, text: str, command: Command, texts: di
 def _text_keys() -> dict[str, bool]:
     """Keys whose value is free text; true where it may be null."""
     return {path: key.type != str for path, key in schema_keys().items() if key.type in (str, str | None)}
+
+
+def _several(key: str, raw: str, text: str, overrides: Sequence[str]) -> ConfigError:
+    """The advice is a whole command, so that it can be typed: a list only where the key takes one."""
+    kind = type_name(schema_keys()[key].type) if key in schema_keys() else ""
+    a_list = [shlex.quote(f"{key}=[{raw}]")] if key == "loss" or "list" in kind else []
+    swept = [] if kind.startswith("list") else [f"moetrain train --multirun {' '.join(map(shlex.quote, overrides))}"]
+    return ConfigError(12, f"several values for {key}", where=typed(text),
+                       why="one run has one value" + "; a list is written in brackets" * bool(a_list),
+                       next="\n          or ".join([*swept, *a_list]))
 
 
 def _malformed(text: str, reason: str, groups: dict[str, list[str]]) -> ConfigError:

@@ -11,17 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def key(default: Any, help: str) -> Any:
-    """A field with a default and the one line that `--help` and the reference page show."""
+def key(default: Any, help: str, *, path: bool = False) -> Any:
+    """A field with a default and the one line that `--help` and the reference page show.
+
+    path: whether the text is the path of a file or folder: never empty, and `~` is the home directory.
+    """
+    about = {"help": help, "path": path}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=about)
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     name: str = key("default", "name of the run; its directory is runs/<name>")
-    dir: str | None = key(None, "directory of the run, instead of runs/<name>")
+    dir: str | None = key(None, "directory of the run, instead of runs/<name>", path=True)
     nproc: int = key(1, "local ranks to start; ignored under torchrun")
     steps: int = key(800, "optimizer steps: the length of the schedule")
     stop_at: int | None = key(None, "stop cleanly with a save after this step")
@@ -128,16 +132,16 @@ class TrainConfig:
 class DataConfig:
     kind: Literal["text", "tokens", "megatron", "synthetic"] = key(
         "text", "text files, prepared token shards, Megatron-Core's indexed datasets, or generated tokens")
-    path: str | None = key(None, "file or folder; null: the built-in corpus")
-    cache: str | None = key(None, "where prepared tokens go; <run.dir>/data when null")
-    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json; megatron also: none")
+    path: str | None = key(None, "file or folder; null: the built-in corpus", path=True)
+    cache: str | None = key(None, "where prepared tokens go; <run.dir>/data when null", path=True)
+    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json; megatron also: none", path=True)
     mixture: Literal["proportional", "uniform"] = key("proportional", "domains by their size, or each alike")
     weights: dict[str, float] = key({}, "how many times as often as the mixture alone has it a domain comes, 1 unless given: "
                                         "data.weights={python: 2, docs: 0.5}; 0 leaves it out of training")
     mask_documents: bool = key(False, "attention stays inside a document")
     domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
     held_out: str | None = key(None, "file or folder of held-out text of your own, of which nothing is trained on; null: a share "
-                                     "of data.path")
+                                     "of data.path", path=True)
     held_out_share: float = key(0.05, "share of the text to hold out, where data.held_out names none")
     overlap: int = key(1_000_000, "places of held-out text that are looked up in the training text at most, to say how much of "
                                   "it also occurs there; more are estimated from so many (0: not measured)")

@@ -16,7 +16,8 @@ from moetrain.config.groups import advice, config_dir, group_of, group_options
 from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
 from moetrain.config.schema import Config
 from moetrain.config.suggest import nearest, nearest_keys
-from moetrain.config.values import Key, Misfit, fit, flatten, leaves, schema_keys, schema_sections, show, to_config, type_name
+from moetrain.config.values import (Key, Misfit, expanded, fit, flatten, leaves, schema_keys, schema_sections, show, to_config,
+                                    type_name)
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
@@ -101,29 +102,30 @@ class _Finisher:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        suspects = [(path, value) for path, value in leaves(tree) if "${" in str(value) or value == "???"]
+        suspects = {path: value for path, value in leaves(tree)
+                    if ("${" in str(value) or value == "???") and not self._is_literal(path, value)}
         if not suspects:
             return tree
-        whole, broken = OmegaConf.create(tree), []
-        for path, value in suspects:
-            reason = None
-            if re.search(r"\$\{[^}]*:", str(value)):
-                reason = "only ${other.key} may be used, because config.yaml keeps the result"
-            else:
-                try:
-                    OmegaConf.select(whole, path, throw_on_missing=True, throw_on_resolution_failure=True)
-                except OmegaConfBaseException as error:
-                    reason = str(error).splitlines()[0]
-            if reason:
-                broken.append(path)
-                self._add(13, f"{path}={value} has no value", doubt=[path],
-                          where=self._origin(path), why=reason, next=f"{path}=<a plain value>")
-        for path in broken:
-            self._lay(tree, path, Value(DELETE, path))
-        try:
-            return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-        except OmegaConfBaseException:             # another key refers to a broken one
-            raise ConfigErrors(self.problems.errors) from None
+        whole = OmegaConf.create(_escaped(tree, {path for path, value in leaves(tree) if path not in suspects}))
+        for path, value in suspects.items():
+            try:
+                if re.search(r"\$\{[^}]*:", str(value)):
+                    raise OmegaConfBaseException("only ${other.key} may be used, because config.yaml keeps the result")
+                found = OmegaConf.select(whole, path, throw_on_missing=True, throw_on_resolution_failure=True)
+                value = Value(OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found, path)
+            except OmegaConfBaseException as error:
+                self._add(13, f"{path}={value} has no value", doubt=[path], where=self._origin(path),
+                          why=str(error).splitlines()[0], next=f"{path}=<a plain value>")
+                value = Value(DELETE, path)
+            self._lay(tree, path, value)
+        return tree
+
+    def _is_literal(self, path: str, value: Any) -> bool:
+        """Text that was typed, or recorded by the run: `${` in it is no reference."""
+        given = self.command.values.get(path)
+        if given is not None:
+            return given.literal
+        return self.trained is not None and flatten(self.trained).get(path) == value
 
     def _unread(self, before: Tree, config: Config) -> None:
         """An error for everything that was typed and that the chosen options do not read."""
@@ -166,6 +168,8 @@ class _Finisher:
         key = self.keys[path]
         try:
             clean[name] = fit(value, key.type)
+            if key.is_path and isinstance(value, str):
+                clean[name] = expanded(value)
         except Misfit as misfit:
             choices = nearest(str(value), misfit.choices) or list(misfit.choices)
             whole = isinstance(value, float) and value.is_integer() and type_name(key.type).startswith("int")
@@ -266,6 +270,15 @@ class _Finisher:
                 shown = file.relative_to(config_dir().parent) if file.is_relative_to(config_dir()) else file
                 return f"{path} in {shown}"
         return f"{path}, at its default"
+
+
+def _escaped(tree: Any, literal: set[str], prefix: str = "") -> Any:
+    """A copy in which OmegaConf takes the leaves at these paths for plain text."""
+    if isinstance(tree, dict):
+        return {name: _escaped(value, literal, f"{prefix}.{name}" if prefix else name) for name, value in tree.items()}
+    if prefix in literal and isinstance(tree, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", tree)
+    return tree
 
 
 def _part_keys(tree: Tree) -> dict[str, Key]:

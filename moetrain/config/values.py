@@ -9,6 +9,7 @@ Used for the schema (config/schema.py) and for the arguments of parts (config/bu
 the errors a user sees, are config/compose.py.
 """
 
+import os
 import types
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -17,12 +18,17 @@ from moetrain.config.schema import Config
 
 
 class Key(NamedTuple):
-    """One key a user may set. `default` is MISSING where it must be given."""
+    """One key a user may set. `default` is MISSING where it must be given.
+
+    is_path: whether its value is a path. bounds: what a number must be, as config/bounds.py reads it.
+    """
 
     path: str
     type: Any
     default: Any
     help: str
+    is_path: bool = False
+    bounds: str = ""
 
     def __str__(self) -> str:
         default = "" if self.default is MISSING else f", default {show(self.default)}"
@@ -54,7 +60,8 @@ def schema_keys() -> dict[str, Key]:
         for field in fields(cls):
             default = field.default if field.default_factory is MISSING else field.default_factory()
             path = f"{section}.{field.name}"
-            found[path] = Key(path, hints[field.name], default, field.metadata.get("help", ""))
+            found[path] = Key(path, hints[field.name], default, field.metadata.get("help", ""),
+                              field.metadata.get("path", False))
     return found
 
 
@@ -86,6 +93,11 @@ def fit(value: Any, kind: Any) -> Any:
     if kind is type(None) and value is None or isinstance(kind, type) and type(value) is kind:
         return value
     raise Misfit(value, kind)
+
+
+def expanded(path: str) -> str:
+    """A path whose leading `~` is the home directory: a shell leaves it alone behind a `=`."""
+    return os.path.expanduser(path)
 
 
 def to_config(tree: dict[str, Any]) -> Config:

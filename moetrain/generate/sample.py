@@ -19,6 +19,8 @@ from moetrain.model.transformer import Transformer
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.routers.base import RouterContext
 
+COLDEST = 1e-6                   # logits that differ by 1e-3 are then a factor of e^1000 apart
+
 
 def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float,
                   top_p: float, seed: int, context: int, cache: bool, group: Group) -> str:
@@ -62,8 +64,8 @@ def runs_token_by_token(model: Transformer) -> bool:
 
 
 def draw(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token; temperature 0 takes the most probable."""
-    if temperature == 0:
+    """A token; temperature 0 takes the most probable, and so does one at which nothing else is left of the others."""
+    if temperature < COLDEST:
         return int(logits_V.argmax())
     return int(torch.multinomial(nucleus(logits_V / temperature, top_p), 1, generator=generator))
 

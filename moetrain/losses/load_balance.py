@@ -35,6 +35,8 @@ class LoadBalanceLoss(AuxLoss):
     normalisation: whose weight this is: one and megatron (perfect = 1), huggingface (perfect = k).
     reduction: mean or sum over routers."""
 
+    BOUNDS = {"weight": "0 or more", "drift": "in [0, 1]"}
+
     def __init__(self, *, weight: float = 0.01,
                  scope: Literal["global", "node", "micro", "sequence", "none"] = "global",
                  mode: Literal["exact", "sync", "buffer", "warm"] = "exact", drift: float = 0.3,

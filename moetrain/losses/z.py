@@ -14,6 +14,8 @@ from moetrain.routers.base import RoutingStats
 class ZLoss(AuxLoss):
     """weight: coefficient. reduction: mean or sum over routers."""
 
+    BOUNDS = {"weight": "0 or more"}
+
     pool = None
 
     def __init__(self, *, weight: float = 1e-3, reduction: Literal["mean", "sum"] = "mean") -> None:

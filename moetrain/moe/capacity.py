@@ -50,6 +50,7 @@ class _LimitedCapacity(CapacityPolicy):
     """What the policies that drop have in common; they differ in who comes first."""
 
     name = ""
+    BOUNDS = {"factor": "above 0", "eval_factor": "above 0", "min_capacity": "0 or more"}
 
     def __init__(self, *, num_experts: int, factor: float = 1.25, eval_factor: float = 2.0, min_capacity: int = 4,
                  scope: Literal["sequence", "local"] = "sequence", renorm: bool = False) -> None:

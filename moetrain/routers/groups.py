@@ -25,6 +25,8 @@ class GroupLimitedRouter(Router):
     """num_groups, topk_groups: groups there are, groups a token may use; 1 and 1 is no limit.
     group_score: how good a group is: top2, the sum of its two best scores; max, its best."""
 
+    BOUNDS = {"num_groups": "1 or more", "topk_groups": "1 or more"}
+
     def __init__(self, *, dim: int, num_experts: int, top_k: int, num_groups: int = 1, topk_groups: int = 1,
                  group_score: Literal["top2", "max"] = "top2") -> None:
         super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)

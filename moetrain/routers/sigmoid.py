@@ -43,6 +43,8 @@ class SigmoidRouter(GroupLimitedRouter):
     each update; without it, the biases are those of DeepSeek-V3's report to the bit.
     num_groups, topk_groups, group_score: GroupLimitedRouter."""
 
+    BOUNDS = {"scale": "above 0", "update_rate": "0 or more"}
+
     def __init__(self, *, dim: int, num_experts: int, top_k: int, weights: Literal["renorm", "raw"] = "renorm",
                  scale: float = 1.0, update_rate: float = 1e-3, counts: Literal["global", "micro"] = "global",
                  centre: bool = True, num_groups: int = 1,

@@ -25,6 +25,8 @@ class TopKRouter(GroupLimitedRouter):
     """weights: the gate convention: renorm, raw or softmax_of_topk. scale: factor of the gate weights.
     num_groups, topk_groups, group_score: GroupLimitedRouter."""
 
+    BOUNDS = {"scale": "above 0"}
+
     def __init__(self, *, dim: int, num_experts: int, top_k: int,
                  weights: Literal["renorm", "raw", "softmax_of_topk"] = "renorm", scale: float = 1.0,
                  num_groups: int = 1, topk_groups: int = 1, group_score: Literal["top2", "max"] = "max") -> None:

@@ -1,19 +1,9 @@
 """Rules about the balance loss and the further losses."""
 
-import math
 from collections.abc import Iterator
 
 from moetrain.config.schema import Config
-from moetrain.config.values import show
 from moetrain.errors import ConfigError
-
-
-def loss_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
-    for name, part in {"balance": config.balance, **{f"loss.{name}": part for name, part in config.loss.items()}}.items():
-        weight = part.get("weight", 0)
-        if not (math.isfinite(weight) and weight >= 0):
-            yield ConfigError(38, f"{name}.weight={show(weight)} is out of range", where=f"{name}.weight",
-                              why="a negative weight would reward what the loss is against", next=f"{name}.weight=0.01")
 
 
 RESERVED = ("ce", "total", "balance", "weighted")        # names of metrics, loss/<name>, that mean something else

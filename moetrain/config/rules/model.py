@@ -49,6 +49,19 @@ def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
                               next=f"model.{name}={show(repaired)}" if entries else f"model.{name}=<number>")
 
 
+def dense_width(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """A dense layer is top_k experts wide unless model.dense_dim says otherwise."""
+    model = config.model
+    per_layer = model.top_k if isinstance(model.top_k, list) else [model.top_k] * model.num_layers
+    for layer, top_k in enumerate(per_layer[:model.first_dense_layers]):
+        if model.dense_dim is None and top_k < 1:
+            width = max(per_layer, default=1) or 1
+            yield ConfigError(103, f"dense layer {layer} is 0 wide", where="model.dense_dim, model.top_k, model.first_dense_layers",
+                              why=f"model.dense_dim is null, so it is top_k * expert_dim wide, and its top_k is {top_k}",
+                              next=f"model.dense_dim={width * model.expert_dim}")
+            return
+
+
 def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
     for layer, num_experts, top_k in moe_layers(config):
         if num_experts < 1 or top_k < 1:

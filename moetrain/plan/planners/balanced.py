@@ -39,6 +39,7 @@ class Balanced(Planner):
     (parameter and two moments) over those of its weights on the wire: 3 in float32, 6 in bfloat16."""
 
     rule: ClassVar[Rule] = "waterfill"
+    BOUNDS = {"tolerance": "0 or more", "min_gain": "0 or more", "horizon": "1 or more", "state_ratio": "above 0"}
 
     def __init__(self, *, tolerance: float = 0.05, min_gain: float = 0.01, horizon: int = 100,
                  state_ratio: float = 3.0) -> None:

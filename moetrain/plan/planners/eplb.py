@@ -25,6 +25,7 @@ class Eplb(Planner):
     """groups: of neighbouring experts that a token's choice is limited to; 1 where there are none."""
 
     rule: ClassVar[Rule] = "local_first"
+    BOUNDS = {"groups": "1 or more; divides num_experts"}
 
     def __init__(self, *, groups: int = 1) -> None:
         self.groups = groups

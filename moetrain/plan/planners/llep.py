@@ -24,6 +24,7 @@ class LeastLoaded(Planner):
     threshold: of max / mean below which homes do (lambda; 1.3)."""
 
     rule: ClassVar[Rule] = "shares"
+    BOUNDS = {"capacity": "above 0", "min_rows": "1 or more", "threshold": "above 0"}
 
     def __init__(self, *, capacity: float = 1.1, min_rows: int = 1024, threshold: float = 1.3) -> None:
         self.capacity, self.min_rows, self.threshold = capacity, min_rows, threshold
