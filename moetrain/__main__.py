@@ -3,8 +3,9 @@
 One file a verb in cli/, imported when named. A user's mistake is printed once, without a traceback (MOETRAIN_DEBUG=1
 shows it), and its class gives the exit code:
 
-    0 done · 2 configuration · 10 preempted and saved · 11 non-finite · 12 data · 13 checkpoint · 14 disk
-    15 rendezvous · 16 peer lost or hung · 17 crash loop · 18 out of memory
+    0 done · 1 a mistake in moetrain, or in code that it was given · 2 configuration · 10 preempted and saved
+    11 non-finite · 12 data · 13 checkpoint · 14 disk · 15 rendezvous · 16 peer lost or hung · 17 crash loop
+    18 out of memory
 """
 
 import importlib
@@ -12,12 +13,15 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from moetrain import launch
 from moetrain.config.groups import group_options
 from moetrain.config.suggest import nearest
 from moetrain.config.values import schema_keys
 from moetrain.errors import ConfigError, MoETrainError, Preempted
+from moetrain.nodes.foreign import without_ranks
+from moetrain.user_code import of_user
 
 VERBS = {
     "train": "train a model, or go on with a run",
@@ -30,6 +34,7 @@ VERBS = {
     "slurm": "train in a Slurm job, checked before it is submitted",
     "version": "print the version",
 }
+OF_RANKS = ("train", "eval", "generate")         # may be one of several processes that others started
 # The keys to know first; `moetrain train --help` lists all.
 FIRST_KEYS = (
     "run.name", "run.dir", "run.nproc", "run.steps", "run.stop_at", "run.seed", "run.device", "run.dtype",
@@ -43,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except MoETrainError as error:
-        if os.environ.get("MOETRAIN_DEBUG") == "1":
-            traceback.print_exc()
-        elif launch.has_own_stderr():
-            print(error, file=sys.stderr)
+        _say(error, argv[0])
         # torchrun would restart a preempted job; status.json says 10.
         return _leave(0 if isinstance(error, Preempted) and launch.under_torchrun() else error.code)
     except SystemExit as leaving:                        # another rank failed and says why (comm/reduce.py, all_or_none)
@@ -56,6 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:                          # `moetrain train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if (theirs := of_user(error)) is None:
+            raise                                    # a mistake in moetrain, with its traceback
+        _say(theirs, argv[0])
+        return _leave(theirs.code)
+
+
+def _say(error: MoETrainError, verb: str) -> None:
+    """Print an error once. Ranks agree on it once they have met; before, each of them may be the only one that has it."""
+    distributed = sys.modules.get("torch.distributed")
+    met = distributed is not None and distributed.is_initialized()
+    if os.environ.get("MOETRAIN_DEBUG") == "1":
+        traceback.print_exc()
+    elif verb in OF_RANKS and launch.under_torchrun() and not met:
+        print(f"moetrain: rank {launch.rank()} of {os.environ.get('WORLD_SIZE', '?')}\n{error}", file=sys.stderr)
+    elif verb not in OF_RANKS or launch.has_own_stderr():
+        print(error, file=sys.stderr)
 
 
 def _leave(code: int) -> int:
@@ -79,7 +98,8 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(42, f"there is no verb {verb}", where="the command line",
                           why=f"the verbs are {', '.join(VERBS)}",
                           next=" or ".join(f"moetrain {name}" for name in near) or "moetrain --help")
-    return importlib.import_module(f"moetrain.cli.{verb}").run(rest) or 0
+    with nullcontext() if verb in OF_RANKS else without_ranks():
+        return importlib.import_module(f"moetrain.cli.{verb}").run(rest) or 0
 
 
 def _help() -> str:

@@ -1,6 +1,7 @@
 """The errors a user can cause, one class per exit code.
 
     MoETrainError
+    ├── UserCodeError     1   an exception in a part or script of somebody else
     ├── ConfigError       2   a key, a value or a combination that cannot work
     │   └── ConfigErrors      all of one command, together
     ├── Preempted        10   told to stop, and saved
@@ -39,6 +40,10 @@ class MoETrainError(Exception):
         what, where, why, next = (CONTINUED.join(map(shown, str(part).split(CONTINUED)))
                                   for part in (self.what, self.where, self.why, self.next))
         return f"{self.id}  {what}\n  where   {where}\n  why     {why}\n  try     {next}"
+
+
+class UserCodeError(MoETrainError):
+    code, area = 1, "CODE"
 
 
 class ConfigError(MoETrainError):

@@ -1,8 +1,9 @@
 """Local ranks for run.nproc, and the record of how a run ended.
 
-    start_ranks   one process per rank, as torchrun would start them on one node
-    persist       start them again when one was lost, a few times
-    ending        writes <run.dir>/status.json: code, reason, step
+    train_on_ranks   what `moetrain train run.nproc=...` does
+    start_ranks      one process per rank, as torchrun would start them on one node
+    persist          start them again when one was lost, a few times
+    ending           writes <run.dir>/status.json: code, reason, step
 
 Rank 0 keeps the terminal; the others write <run.dir>/log/rank-N.log. No torch here.
 """
@@ -18,9 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import IO
 
+from moetrain.config.compose import compose, run_dir
 from moetrain.errors import DiskError, MoETrainError
 from moetrain.train.tenancy import Tenancy
 
@@ -100,6 +103,12 @@ def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool 
     return 16 if code < 0 else code
 
 
+def train_on_ranks(overrides: Sequence[str]) -> int:
+    """`moetrain train <overrides>` on run.nproc ranks of this machine; the exit code. For Python programs, too."""
+    config = compose(overrides)
+    return persist(lambda: start_ranks(["train", *overrides], config.run.nproc, run_dir(config)), config.run.max_restarts)
+
+
 def persist(attempt: Callable[[], int], restarts: int) -> int:
     """The exit code of `attempt`, made again up to `restarts` times as long as it says that a rank was lost (16).
 
@@ -159,11 +168,24 @@ def _note(run_dir: Path, text: str) -> None:
         log.warning("%s", error)
 
 
+def program_environment() -> dict[str, str]:
+    """The environment of a process that runs `python -m moetrain`, as this one does.
+
+    PYTHONSAFEPATH, because `-m` would put the current folder first: a file random.py there would run in place of the
+    standard library's. PYTHONPATH stays, and has moetrain itself where that was only found in the current folder.
+    """
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if not any(metadata.Distribution.discover(name="moetrain", path=sys.path[1:])):
+        root = str(Path(__file__).resolve().parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
+    return environment
+
+
 def _environment(nproc: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc) if hasattr(os, "sched_getaffinity") else 1
     return {
         "OMP_NUM_THREADS": str(threads),
-        **os.environ,
+        **program_environment(),
         _LAUNCHED: str(os.getpid()),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
@@ -200,7 +222,9 @@ def _forwarding(workers: list[subprocess.Popen]) -> Iterator[list[int]]:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    before = {number: signal.getsignal(number) for number in _FORWARDED}
+    # A program may start ranks from another thread; Python lets the main thread alone handle signals.
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _FORWARDED if main}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:            # nohup stays nohup
             signal.signal(number, pass_on)

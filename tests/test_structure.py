@@ -15,6 +15,7 @@ WINGS = ("peft", "transform", "upcycle", "compress", "steer", "interop", "trace"
 ORDER = (
     ("files", "units"),
     ("errors",),
+    ("user_code",),
     ("ops", "plan", "config"),
     ("comm", "routers", "data"),
     ("losses", "moe"),

@@ -1,6 +1,6 @@
 """moetrain checkpoint verify <run or checkpoint>: read every byte of every checkpoint and compare it with its checksum.
 
-<run> is a name or a directory. One line a checkpoint; exit code 13 when one of them is damaged.
+<run> is a name or a directory, as it is or as run.name= or run.dir=. One line a checkpoint; exit code 13 when one of them is damaged.
 """
 
 import sys
@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
         given = argv[0] if argv else ""
         near = nearest(given, _SUBCOMMANDS) or list(_SUBCOMMANDS)
         raise ConfigError(42, f"there is no verb checkpoint {given}".rstrip(), where="the command line",
-                          why=f"checkpoint can {', '.join(_SUBCOMMANDS)}", next=f"moetrain checkpoint {near[0]}")
+                          why=f"checkpoint can {', '.join(_SUBCOMMANDS)}", next=f"moetrain checkpoint {near[0]} <run>")
     return verify(named(argv[1:], "checkpoint verify"))
 
 

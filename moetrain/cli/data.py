@@ -1,7 +1,7 @@
 """moetrain data prepare [key=value ...]: tokenise text into shards once, ahead of training.
 
 data.path names a file or a folder (null: the built-in corpus), data.cache where the shards go (null: <run.dir>/data).
-Training does the same by itself on its first start.
+Training does the same by itself on its first start. The name of a run that is there prepares the data of that run.
 """
 
 from moetrain.config.compose import compose, run_dir

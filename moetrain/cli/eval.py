@@ -1,6 +1,6 @@
-"""moetrain eval run.name=<name> [key=value ...]: held-out loss of a run's newest checkpoint, per domain.
+"""moetrain eval <run> [key=value ...]: held-out loss of a run's newest checkpoint, per domain.
 
-The run's own config is the base. eval.windows sets how much text; eval.ngram=3 adds n-gram models up to order 3, trained
+<run> is a name or a directory, as it is or as run.name= or run.dir=; its own config is the base. eval.windows sets how much text; eval.ngram=3 adds n-gram models up to order 3, trained
 on the same text and measured on the same windows.
 """
 
@@ -11,6 +11,7 @@ from moetrain import launch
 from moetrain.config.compose import for_run, run_dir
 from moetrain.config.schema import Config
 from moetrain.files import nearby
+from moetrain.nodes.foreign import check_ranks
 
 
 def run(argv: list[str]) -> int:
@@ -18,6 +19,7 @@ def run(argv: list[str]) -> int:
         print(str(__doc__).strip())
         return 0
     config = for_run(argv)
+    check_ranks("eval", argv, config)
     if config.run.nproc > 1 and not launch.is_worker():
         return launch.start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False)
     from moetrain.train.evaluate import evaluate_run

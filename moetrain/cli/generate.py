@@ -1,12 +1,13 @@
-"""moetrain generate run.name=<name> generate.prompt='...' [key=value ...]: continue a text.
+"""moetrain generate <run> generate.prompt='...' [key=value ...]: continue a text.
 
-By the newest checkpoint of a run. The run's own config is the base; generate.tokens, .temperature, .top_p and .seed
+By the newest checkpoint of a run, which is named as it is or as run.name= or run.dir=. Its own config is the base; generate.tokens, .temperature, .top_p and .seed
 say how to sample; generate.cache=false runs all tokens again for every new one.
 """
 
 from moetrain import launch
 from moetrain.config.compose import for_run, run_dir
 from moetrain.errors import ConfigError
+from moetrain.nodes.foreign import check_ranks
 
 
 def run(argv: list[str]) -> int:
@@ -14,6 +15,7 @@ def run(argv: list[str]) -> int:
         print(str(__doc__).strip())
         return 0
     config = for_run(argv)
+    check_ranks("generate", argv, config)
     if config.run.nproc > 1 and not launch.is_worker():
         return launch.start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False)
     if config.data.kind == "synthetic" or config.data.tokenizer == "none":

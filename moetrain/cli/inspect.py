@@ -1,6 +1,6 @@
 """moetrain inspect <run or checkpoint> [--tensors [pattern]]: what a checkpoint holds. Reads its manifest alone.
 
-<run> is a name or a directory; of a run the newest checkpoint is shown. --tensors lists every tensor with its place; a
+<run> is a name or a directory, as it is or as run.name= or run.dir=; of a run the newest checkpoint is shown. --tensors lists every tensor with its place; a
 pattern chooses some, as 'model.layers.0.*' or '*experts.7.*'. Whether the content is right: moetrain checkpoint verify.
 """
 
@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from moetrain.config.compose import find_run
+from moetrain.config.run_names import find_run, places, reference
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.train.checkpoint.manifest import NAME, checkpoints_of, is_step, read_manifest
 from moetrain.train.checkpoint.records import ITEM_BYTES, Entry, Manifest, split_expert
@@ -37,19 +37,19 @@ def run(argv: list[str]) -> int:
 
 def named(argv: list[str], verb: str) -> list[Path]:
     """The checkpoints that a command line names, oldest first: all of a run, or one by its directory."""
-    if len(argv) != 1 or argv[0].startswith("-"):
+    place = reference(argv[0]) if len(argv) == 1 else None
+    if place is None:
         raise ConfigError(53, f"{verb} takes one run or one checkpoint", where="the command line",
                           why=f"it was given {' '.join(argv) or 'nothing'}",
                           next=f"moetrain {verb} <name or directory of a run, or directory of a checkpoint>")
-    place = argv[0].removeprefix("run.name=").removeprefix("run.dir=")
     if (Path(place) / NAME).exists() or is_step(Path(place).name) and Path(place).exists():
         return [Path(place)]
-    run_dir = Path(place) if (Path(place) / "checkpoints").is_dir() else find_run(place)
+    run_dir = next((folder for folder in places(place) if (folder / "checkpoints").is_dir()), None) or find_run(place)
     found = checkpoints_of(run_dir)
     if not found:
         raise CheckpointError(
             2, "the run has no checkpoint yet", where=str(run_dir / "checkpoints"),
-            why="a run saves at its end and every checkpoint.interval steps", next="moetrain train with the same run.name",
+            why="a run saves at its end and every checkpoint.interval steps", next="the command that trains the run; it saves at run.stop_at, too",
         )
     return found
 

@@ -13,7 +13,7 @@ its time limit and when it is preempted, goes back into the queue, and goes on b
     --dry-run             print the script and submit nothing
     --<option>[=value]    any other option of sbatch, as --exclusive, --qos=long, --cpus-per-task=16
 
-    moetrain slurm --nodes 4 --gpus-per-node 8 --time 24:00:00 parallel=ep parallel.ep=8 run.name=big
+    moetrain slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 parallel=ep parallel.ep=8 run.name=big
     moetrain slurm --dry-run --nodes 2 parallel=ddp experiment=debug
 """
 

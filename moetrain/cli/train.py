@@ -1,4 +1,6 @@
-"""moetrain train [key=value ...]: train a model, or go on with a run of the same name.
+"""moetrain train [<run>] [key=value ...]: train a model, or go on with a run of the same name.
+
+A run that is there may be named as it is; its own config is the base then, and `moetrain train mine` goes on with it.
 
     --cfg job        print the resolved config and stop
     -m, --multirun   one run for each combination of comma-separated values, one after another:
@@ -10,6 +12,7 @@ What the words of banner and step lines mean: docs/reference/output.md
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +23,13 @@ from moetrain.config.build import SIZES, arguments
 from moetrain.config.compose import compose, idle_overrides, run_dir, to_yaml
 from moetrain.config.groups import config_dir, group_options
 from moetrain.config.overrides import sweep
+from moetrain.config.run_names import refuse_shared_directories
 from moetrain.config.schema import Config
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.interop.packages import check_installed
+from moetrain.nodes.foreign import check_ranks
 from moetrain.train.finished import finished, next_commands
 
 log = logging.getLogger(__name__)
@@ -41,6 +46,7 @@ def run(argv: list[str]) -> int:
     if show_config:
         print(to_yaml(config), end="")
         return 0
+    check_ranks("train", overrides, config)
     step = finished(config, run_dir(config))
     if step is not None:
         if launch.rank() == 0:
@@ -49,8 +55,7 @@ def run(argv: list[str]) -> int:
         return 0
     check_installed(config)
     if config.run.nproc > 1 and not launch.is_worker():
-        return launch.persist(lambda: launch.start_ranks(["train", *overrides], config.run.nproc, run_dir(config)),
-                              config.run.max_restarts)
+        return launch.train_on_ranks(overrides)
     launch.stay_with_launcher()
     with launch.ending(run_dir(config)):
         _train(config)
@@ -103,7 +108,7 @@ def _multirun(overrides: list[str], show_config: bool) -> int:
     """One process per job, one after another. All jobs are checked before the first starts."""
     jobs = _without_idle(sweep(overrides))
     swept = [[word for word in job if word not in overrides] for job in jobs]
-    named, errors = [], {}
+    named, directories, errors = [], [], {}
     for job, own in zip(jobs, swept):
         try:
             config = compose(job)
@@ -111,13 +116,15 @@ def _multirun(overrides: list[str], show_config: bool) -> int:
             errors |= {str(error): error for error in found.errors}
             continue
         named.append([*job, *_own_directory(config, own), *_tracker_group(config)])
+        directories.append(_directory(config, named[-1]))
     if errors:
         raise ConfigErrors(list(errors.values()))
+    refuse_shared_directories(directories)
     codes = []
     for number, job in enumerate(named, 1):
-        print(f"[{number}/{len(named)}] moetrain train {' '.join(job)}", flush=True)
+        print(f"[{number}/{len(named)}] moetrain train {shlex.join(job)}", flush=True)
         codes.append(subprocess.run([sys.executable, "-m", "moetrain", "train", *job,
-                                     *(["--cfg", "job"] if show_config else [])]).returncode)
+                                     *(["--cfg", "job"] if show_config else [])], env=launch.program_environment()).returncode)
         if codes[-1] in (10, 130) or codes[-1] < 0:  # told to stop
             break
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
@@ -136,6 +143,12 @@ def _tracker_group(config: Config) -> list[str]:
     if config.log.wandb == "off" or config.log.wandb_group or os.environ.get("WANDB_RUN_GROUP"):
         return []
     return [f"log.wandb_group={config.run.name}"]
+
+
+def _directory(config: Config, words: list[str]) -> Path:
+    """Where the job of these words goes; config: what they compose to, perhaps without the last name."""
+    typed = {key: value for key, _, value in (word.partition("=") for word in words)}
+    return Path(typed.get("run.dir") or config.run.dir or Path("runs") / typed.get("run.name", config.run.name))
 
 
 def _own_directory(config: Config, swept: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import moetrain
+from moetrain.config.schema import Config
 from moetrain.config.values import Key
 from moetrain.errors import ConfigError, MoETrainError
 
@@ -63,9 +64,7 @@ def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
 
     target = str(node.get("_target_", ""))
     if not target:
-        raise ConfigError(122, f"the config has no {family}", where=f"{family}, which is {node}",
-                          why="a Config() made by hand holds no parts: they come with the options of the groups",
-                          next="from moetrain.config.compose import compose; config = compose([])")
+        raise _not_composed(family)
     made = _resolve(target, family)
     accepted = inspect.signature(made).parameters
     for name in node:
@@ -83,6 +82,20 @@ def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
         raise ConfigError(51, f"{target} cannot be built", where=f"its arguments: {arguments or 'none'}",
                           why=f"{type(error.__cause__).__name__}: {error.__cause__}",
                           next="correct the argument; moetrain train --help lists them") from error
+
+
+def check_composed(config: Config) -> None:
+    """ConfigError for a config without parts, as `Config()` is."""
+    for family in FAMILIES:
+        node = getattr(config, family, {"_target_": ""})
+        if family != "loss" and "_target_" not in node:
+            raise _not_composed(family)
+
+
+def _not_composed(family: str) -> ConfigError:
+    return ConfigError(122, f"the config has no {family}", where=f"{family}, which names no _target_",
+                       why="a Config() made by hand holds no parts: they come with the options of the groups",
+                       next="from moetrain.config.compose import compose; config = compose(['experiment=debug'])")
 
 
 def arguments(target: str, family: str) -> dict[str, Key]:

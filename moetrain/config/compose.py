@@ -1,7 +1,7 @@
 """From yaml and command line to a `Config`, or to every mistake at once.
 
     compose(overrides)      a new run: conf/ and the command line
-    for_run(overrides)      an existing run: its own config.yaml and the command line on top
+    for_run(overrides)      an existing run to look at: its own config.yaml and the command line on top
     from_yaml, to_yaml      the resolved config of a run; recorded: from what a checkpoint says of it
     resume_conflicts        what a resumed run may not change
 
@@ -26,9 +26,9 @@ from moetrain import __version__
 from moetrain.config import tree
 from moetrain.config.groups import config_dir, section_of
 from moetrain.config.overrides import Command, Problems, read
+from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
 from moetrain.config.schema import Config, ParallelConfig
-from moetrain.config.suggest import nearest
-from moetrain.config.values import expanded, flatten, show
+from moetrain.config.values import flatten, show
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.files import read_json, shown
@@ -38,15 +38,23 @@ _FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "ru
                    "run.share_gpu", "log.", "checkpoint.", "eval.", "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.",
                    "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.loss_carrier", "train.head_chunk", "data.cache",
                    "data.overlap", "router.centre")
+_MOST_ERRORS = 20           # of a recorded config: one of another release may differ in everything
 # What evaluation and sampling may change of the model.
 _FREE_AFTER_TRAINING = ("model.top_k",)
 
 
 def compose(overrides: Sequence[str]) -> Config:
-    """The config of a new run. Raises ConfigErrors with everything that is wrong."""
+    """The config of a new run, or of one that goes on. Raises ConfigErrors with everything that is wrong.
+
+    A bare word names a run that is there: its own config.yaml is then the base, not conf/.
+    """
+    overrides, named = bare_run(overrides, known=True)
     command, problems = read(overrides)
     values, files = _compose_yaml(command.choices)
-    return tree.finish(values, command, problems, files)
+    if named is None:
+        return tree.finish(values, command, problems, files)
+    directory, trained = _trained(named, problems)
+    return _on_recorded(asdict(trained), trained, directory, values, command, problems, files)
 
 
 def idle_overrides(overrides: Sequence[str]) -> set[str]:
@@ -60,58 +68,51 @@ def idle_overrides(overrides: Sequence[str]) -> set[str]:
 
 
 def for_run(overrides: Sequence[str]) -> Config:
-    """The config of the run that run.name, run.dir or experiment names, with the other overrides on top.
+    """The config of the run that a bare word, run.name, run.dir or experiment names, with the other overrides on top.
 
     One process and no process group unless the overrides say otherwise: a checkpoint fits any number of ranks. Of
     model.* only top_k may differ from what was trained.
     """
+    overrides, named = bare_run(overrides, known=False)
     command, problems = read(overrides)
     values, files = _compose_yaml(command.choices)
     run = {"dir": None, **values["run"]}
     run |= {name: command.values[f"run.{name}"].value for name in ("name", "dir") if f"run.{name}" in command.values}
-    try:
-        directory = find_run(str(run["dir"] or run["name"]))
-        trained = from_yaml(directory / "config.yaml")
-    except ConfigError as error:
-        raise ConfigErrors([*problems.errors, *getattr(error, "errors", [error])]) from None
+    directory, trained = _trained(named or str(run["dir"] or run["name"]), problems)
     base = asdict(trained)
-    base["run"] |= {"name": run["name"], "dir": run["dir"], "nproc": 1}
+    base["run"]["nproc"] = 1
     base["parallel"] = asdict(ParallelConfig())
-    base["engine"] |= {"name": "torch"}
-    changed = {section_of(group) for group in command.choices} - {"experiment"}
-    base |= {section: values.get(section) for section in changed}
-    files = [(section, file) for section, file in files if section in changed] + [("", directory / "config.yaml")]
-    config = tree.finish(base, command, problems, files, trained=trained)
+    base["engine"]["name"] = "torch"
+    config = _on_recorded(base, trained, directory, values, command, problems, files)
     conflicts = _conflicts(trained, config, _FREE_AFTER_TRAINING)
     if of_model := [error for error in conflicts if error.where.startswith("model.")]:
         raise ConfigErrors(of_model)
     return config
 
 
+def _trained(run: str, problems: Problems) -> tuple[Path, Config]:
+    """Directory and own config of a run that is there. Raises what is wrong with it, and with the command line."""
+    try:
+        directory = find_run(run)
+        return directory, from_yaml(directory / "config.yaml")
+    except ConfigError as error:
+        raise ConfigErrors([*problems.errors, *getattr(error, "errors", [error])]) from None
+
+
+def _on_recorded(base: tree.Tree, trained: Config, directory: Path, values: tree.Tree, command: Command, problems: Problems,
+                 files: list[tuple[str, Path]]) -> Config:
+    """`base`, what is kept of a run's own config, with a command on top; values: what the command's options compose to."""
+    below_runs = directory == Path("runs") / directory.name
+    base["run"] |= {"name": directory.name, "dir": None} if below_runs else {"dir": str(directory)}
+    changed = {section_of(group) for group in command.choices} - {"experiment"}
+    base |= {section: values.get(section) for section in changed}
+    files = [(section, file) for section, file in files if section in changed] + [("", directory / "config.yaml")]
+    typed = {path: given for path, given in command.values.items() if path not in RUN_KEYS}
+    return tree.finish(base, command._replace(values=typed), problems, files, trained=trained)
+
+
 def run_dir(config: Config) -> Path:
     return Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
-
-
-def find_run(name: str) -> Path:
-    """The directory of an existing run, given its name or its path."""
-    name = expanded(name)
-    for directory in (Path("runs") / name, Path(name)):
-        if has_config(directory):
-            return directory
-    if (Path("runs") / name / "checkpoints").is_dir() or (Path(name) / "checkpoints").is_dir():
-        raise ConfigError(65, f"the run {name} has lost its config.yaml", where=name, why="it has checkpoints and no config.yaml",
-                          next="the command that trained it writes it again: moetrain train …")
-    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
-    near = nearest(name, known) or known[:8]
-    raise ConfigError(15, f"there is no run {name}", where=f"{Path('runs') / name}/config.yaml",
-                      why=f"the runs here are {', '.join(known[:8])}" if known else "there are no runs here",
-                      next=" or ".join(near) if near else "moetrain train experiment=debug starts one")
-
-
-def has_config(directory: Path) -> bool:
-    """Whether a run's config.yaml is there; an empty file is none."""
-    path = directory / "config.yaml"
-    return path.is_file() and path.stat().st_size > 0
 
 
 def to_yaml(config: Config) -> str:
@@ -138,19 +139,19 @@ def recorded(values: dict[str, Any], where: Path, wrote: object) -> Config:
     try:
         return tree.finish(values, Command({}, {}), Problems(), [], recorded=where)
     except ConfigErrors as found:
-        raise ConfigErrors([_of_another_release(error, where, wrote) for error in found.errors]) from None
+        raise ConfigErrors([_of_another_release(error, where, wrote) for error in found.errors[:_MOST_ERRORS]]) from None
 
 
 def _of_another_release(error: ConfigError, where: Path, wrote: object) -> ConfigError:
     """The same error, for something that was not typed but recorded: a key, a value or a part that is not known here."""
     release = f"moetrain {shown(wrote, 40)}" if isinstance(wrote, str) else "an unknown release of moetrain"
     if wrote == __version__:
-        why = f"{error.why}; {release}, this release, wrote the run, so it was changed since"
+        said, advice = f"{release}, this release, wrote the run, so it was changed since", "restore what was changed"
     else:
-        why = f"{error.why}; {release} wrote it, and this is moetrain {__version__}"
-    old = f"use {release} for this run" if wrote != __version__ else "restore what was changed"
-    return ConfigError(int(error.id[-3:]), error.what, where=error.where, why=why,
-                       next=f"{old}; or correct it in {where}" if where.is_file() else f"{old}; or train anew with another run.name")
+        said, advice = f"{release} wrote it, and this is moetrain {__version__}", f"use {release} for this run"
+    error.why = f"{error.why}; {said}"
+    error.next = f"{advice}; or {f'correct it in {where}' if where.is_file() else 'train anew with another run.name'}"
+    return error
 
 
 def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:

@@ -181,9 +181,10 @@ class _Finisher:
                       next=advised or f"{path}=<{type_name(key.type)}>")
 
     def _unknown(self, path: str) -> None:
-        near = [self.keys[key] for key in nearest_keys(path, self.keys)]
+        # Nobody has mistyped what a run recorded, and looking for a nearest key takes milliseconds for each of thousands.
+        near = [] if self.recorded else [self.keys[key] for key in nearest_keys(path, self.keys)]
         section, _, rest = path.partition(".")
-        groups = [] if rest else nearest(path, group_options(), count=1)
+        groups = [] if rest or self.recorded else nearest(path, group_options(), count=1)
         advised = [*(f"{group}=<option>: {advice(group)}" for group in groups), *map(str, near)]
         known = rest and section in schema_sections()
         self._add(3, f"unknown key {path}", doubt=[key.path for key in near], where=self._origin(path),
@@ -236,7 +237,7 @@ class _Finisher:
             self._fit(clean, name, key, value)
         else:
             siblings = {known: record for known, record in self.keys.items() if known.startswith(f"{path}.")}
-            near = nearest_keys(key, siblings) or nearest_keys(key, self.keys)
+            near = [] if self.recorded else nearest_keys(key, siblings) or nearest_keys(key, self.keys)
             takes = ", ".join(name for name in accepted if name not in SIZES) or "no arguments"
             self._add(9, f"unknown key {key}", doubt=near, where=self._origin(key),
                       why=f"{clean['_target_'].rpartition('.')[2]} takes {takes}",

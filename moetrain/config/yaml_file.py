@@ -5,6 +5,7 @@ events, before an object is made of them: an alias stands for as many values as 
 become a billion values. References `${...}` are plain text here.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def load(path: Path) -> dict[str, Any]:
         why = " ".join(str(error).split())
     except (OSError, ValueError) as error:
         why = reason(error)
-    raise ConfigErrors([ConfigError(17, "a yaml file cannot be read", where=shown(path), why=shown(why, 300),
+    raise ConfigErrors([ConfigError(17, "a yaml file cannot be read", where=str(path), why=shown(why, 300),
                                     next="restore the file; for a run, another run.name starts a new one")])
 
 
@@ -43,7 +44,7 @@ def parse(text: str) -> dict[str, Any]:
 
     loader = get_yaml_loader()
     _bounded(yaml.parse(text, Loader=loader))
-    tree = _plain(yaml.load(text, Loader=loader))
+    tree = plain(yaml.load(text, Loader=loader))
     if not isinstance(tree, dict):
         raise Refused("it holds no mapping")
     return tree
@@ -80,14 +81,25 @@ def _bounded(events: Any) -> None:
             raise Refused(f"it is nested more than {MOST_DEPTH} deep (line {event.start_mark.line + 1})")
 
 
-def _plain(node: Any) -> Any:
-    """A copy that shares nothing, of mappings with text as keys, lists, text, numbers, true, false and null."""
+def plain(node: Any) -> Any:
+    """A copy that shares nothing, of mappings with text as keys, lists, text, numbers, true, false and null.
+
+    Refused where it holds anything else, too much, or is nested too deep.
+    """
+    return _plain(node, iter(range(MOST_VALUES)), MOST_DEPTH)
+
+
+def _plain(node: Any, left: Iterator[int], depth: int) -> Any:
+    if depth == 0:
+        raise Refused(f"it is nested more than {MOST_DEPTH} deep")
+    if next(left, None) is None:
+        raise Refused(f"it holds more than {MOST_VALUES:,} values")
     if isinstance(node, dict):
         if wrong := [key for key in node if not isinstance(key, str)]:
             raise Refused(f"the key {shown(wrong[0], 40)} is not text")
-        return {key: _plain(value) for key, value in node.items()}
+        return {key: _plain(value, left, depth - 1) for key, value in node.items()}
     if isinstance(node, list):
-        return [_plain(value) for value in node]
+        return [_plain(value, left, depth - 1) for value in node]
     if node is not None and type(node) not in (str, int, float, bool):
         raise Refused(f"{shown(node, 40)} is a {type(node).__name__}")
     return node

@@ -179,7 +179,7 @@ def _torchrun(node: Node) -> list[str]:
 
 
 def _environment(node: Node) -> dict[str, str]:
-    environment = {"OMP_NUM_THREADS": str(max(1, cores() // node.nproc)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // node.nproc)), **launch.program_environment()}
     # Without it restarted ranks read the addresses of dead ones from the store and never connect.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if name := interface(node):

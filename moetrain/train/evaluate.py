@@ -96,7 +96,7 @@ def load_trained(config: Config) -> tuple[Transformer, Dataset, Mesh, int]:
     if newest(directory) is None:
         raise CheckpointError(
             2, "the run has no checkpoint yet", where=str(directory / "checkpoints"),
-            why="a run saves at its end and every checkpoint.interval steps", next="moetrain train with the same run.name",
+            why="a run saves at its end and every checkpoint.interval steps", next="the command that trains the run; it saves at run.stop_at, too",
         )
     mesh = join(config)
     dataset = build_dataset(config, directory, prepare_on_main(config, directory, mesh))

@@ -4,10 +4,13 @@ The command of a finished run says so and changes nothing; a command that goes o
 is about (config/compose.py lists what may change).
 """
 
+import shlex
 from pathlib import Path
 
-from moetrain.config.compose import from_yaml, has_config, recorded, resume_conflicts
+from moetrain.config.compose import from_yaml, recorded, resume_conflicts
+from moetrain.config.run_names import has_config
 from moetrain.config.schema import Config
+from moetrain.config.yaml_file import plain
 from moetrain.errors import CheckpointError, ConfigErrors
 from moetrain.train.checkpoint.manifest import checkpoints_of, read_manifest, step_of
 from moetrain.train.checkpoint.records import Manifest
@@ -41,10 +44,14 @@ def trained_config(directory: Path, checkpoint: Path) -> Config:
 
 def trained_with(manifest: Manifest, checkpoint: Path) -> Config:
     """The config of the run that wrote a checkpoint."""
-    values = manifest.facts.get("config")
-    if not isinstance(values, dict):
-        raise CheckpointError(8, "the checkpoint does not say of which run it is", where=str(checkpoint),
-                              why="its manifest holds no config", next="take it out of the folder, or start another run with run.name")
+    try:
+        values = plain(manifest.facts.get("config"))
+        why = None if isinstance(values, dict) else "its manifest holds no config"
+    except ValueError as error:
+        why = f"the config in its manifest cannot be read: {error}"
+    if why:
+        raise CheckpointError(8, "the checkpoint does not say of which run it is", where=str(checkpoint), why=why,
+                              next="take it out of the folder, or start another run with run.name")
     return recorded(values, checkpoint, manifest.facts.get("moetrain"))
 
 
@@ -55,8 +62,6 @@ def last_step(config: Config) -> int:
 
 def next_commands(config: Config) -> list[str]:
     """What a user may type when a run has ended."""
-    name = config.run.name if config.run.dir is None else config.run.dir
-    key = "run.name" if config.run.dir is None else "run.dir"
-    commands = [f"moetrain eval {key}={name}", f"moetrain report {name}"]
+    run = f"run.name={config.run.name}" if config.run.dir is None else f"run.dir={config.run.dir}"
     readable = config.data.kind != "synthetic" and config.data.tokenizer != "none"
-    return commands + ([f"moetrain generate {key}={name}"] if readable else [])
+    return [shlex.join(["moetrain", verb, run]) for verb in ("eval", "report", *(["generate"] if readable else []))]

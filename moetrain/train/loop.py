@@ -15,6 +15,7 @@ from moetrain import __version__
 from moetrain.comm.mesh import Mesh, disconnect
 from moetrain.comm.peers import peer_lost, silent_ranks
 from moetrain.comm.reduce import all_or_none, largest_over
+from moetrain.config.build import check_composed
 from moetrain.config.compose import resume_conflicts, run_dir
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
@@ -31,13 +32,15 @@ from moetrain.train.memory import choose
 from moetrain.train.out_of_memory import out_of_memory_named
 from moetrain.train.preempt import Preemption, told_early
 from moetrain.train.record import Recorder
-from moetrain.train.setup import Run, join, set_up
+from moetrain.train.setup import Run, check_alone, join, set_up
 from moetrain.train.step import Votes, train_step
 from moetrain.train.stopwatch import Unsteady
 from moetrain.train.tenancy import Tenancy
 from moetrain.train.timeline import Timeline
+from moetrain.user_code import named_in_traceback
 
 
+@named_in_traceback()
 def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
           leaving: Callable[[int, str], None] = lambda code, reason: None) -> None:
     """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run.
@@ -45,6 +48,8 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
     adopt: hands the run to another engine before a checkpoint is read (interop/deepspeed.py).
     leaving: called with exit code and reason before the process goes without ending in order (train/preempt.py).
     """
+    check_composed(config)
+    check_alone(config)
     directory = run_dir(config)
     mesh = join(config)
     with Console(rank=mesh.rank, steps=config.run.steps, last=last_step(config), interval=config.log.interval,

@@ -25,6 +25,11 @@ ECHO_S = 1.0    # Slurm signals every process of a step, and the launcher passes
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def in_main_thread() -> bool:
+    """Python lets the main thread alone handle signals. A program that trains in another one says itself what stops it."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class Early:
     """The handler of `told_early`. told: the signal, for Python passes over what is raised inside callbacks of imports or of memory."""
 
@@ -39,7 +44,7 @@ class Early:
 def told_early() -> Iterator[None]:
     """While a run starts there is nothing to save: the first signal leaves in order, by SystemExit with 128 + its number."""
     leave = Early()
-    before = {number: signal.signal(number, leave) for number in SIGNALS}
+    before = {number: signal.signal(number, leave) for number in SIGNALS if in_main_thread()}
     try:
         yield
     finally:
@@ -49,7 +54,7 @@ def told_early() -> Iterator[None]:
 
 
 class Preemption:
-    """While it is entered, signals ask for a save. Main thread only.
+    """While it is entered, signals ask for a save; in another thread than the main one they do not.
 
     grace_s: seconds between the first signal and leaving without a save; None waits as long as it takes.
     leaving: called with the code and a reason before the process goes without a save.
@@ -63,6 +68,9 @@ class Preemption:
         for handler in map(signal.getsignal, SIGNALS):
             if isinstance(handler, Early) and handler.told:
                 raise SystemExit(128 + handler.told)
+        self._entered = in_main_thread()
+        if not self._entered:
+            return self
         self._reads, self._writes = socket.socketpair()
         self._writes.setblocking(False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -71,6 +79,8 @@ class Preemption:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._entered:
+            return
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():     # another node's signal may come after the vote
             signal.signal(number, signal.SIG_IGN if kind is Preempted else handler)

@@ -79,6 +79,14 @@ def join(config: Config) -> Mesh:
     return build_mesh(mesh_sizes(config.parallel.mode, world, config.parallel.ep, config.parallel.shard), device)
 
 
+def check_alone(config: Config) -> None:
+    """ConfigError for one process of a run that wants several, and that nobody has started."""
+    if config.run.nproc > 1 and "RANK" not in os.environ and not dist.is_initialized():
+        raise ConfigError(125, f"run.nproc={config.run.nproc}, and this process is alone", where="run.nproc",
+                          why="train() is one rank and starts no others, and no launcher has set RANK",
+                          next="moetrain.launch.train_on_ranks([...]) with the same overrides; or run.nproc=1")
+
+
 def pick_device(config: Config) -> torch.device:
     name = config.run.device
     if name == "cuda" and not torch.cuda.is_available():

@@ -10,7 +10,7 @@ import yaml
 
 from moetrain import __version__
 from moetrain.config.compose import compose, for_run, from_yaml
-from moetrain.errors import ConfigErrors
+from moetrain.errors import CheckpointError, ConfigErrors
 from moetrain.train.checkpoint.records import Manifest
 from moetrain.train.finished import trained_config, trained_with
 
@@ -61,6 +61,19 @@ def test_another_release_is_named_with_the_key(change: dict, key: str, tmp_path:
         assert key in error.what and "moetrain 9.9 wrote it" in error.why, name
         assert f"this is moetrain {__version__}" in error.why and "use moetrain 9.9" in error.next
         assert ("correct it in" in error.next) == (name != "checkpoint")
+
+
+def test_thousands_of_strange_keys_and_a_bottomless_config_take_no_time(tmp_path: Path) -> None:
+    values = {**asdict(compose([])), **{f"strange{number}": number for number in range(4000)}}
+    for read in readers(tmp_path / "run", values).values():
+        with pytest.raises(ConfigErrors) as caught:
+            read()
+        assert len(caught.value.errors) == 20
+    deep: dict = {}
+    for _ in range(500):
+        deep = {"a": deep}
+    with pytest.raises(CheckpointError, match="nested more than 32 deep"):
+        trained_with(Manifest({"config": deep}, {"step": 1, "tokens": 1}, {}, block=1), tmp_path)
 
 
 def test_a_release_that_is_not_known_and_a_config_that_was_changed(tmp_path: Path) -> None:

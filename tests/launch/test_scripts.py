@@ -6,6 +6,7 @@ The scripts are the real ones, in a checkout whose .venv records how it is calle
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,7 +85,8 @@ def test_quickstart_is_about_one_run(checkout: Path, words: list[str], directory
 
 def test_quickstart_trains_evaluates_and_continues_the_run_that_is_named(
         checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    words = ["run.dir=runs/it's mine", "run.steps=2", "model.num_experts=4", "model.dim=16", "model.expert_dim=8", "parallel=single",
+    run = "runs/it's 2, (x) a=b"
+    words = [f"run.dir={run}", "run.steps=2", "model.num_experts=4", "model.dim=16", "model.expert_dim=8", "parallel=single",
              "eval.windows=1", "generate.tokens=2", "data.path=text", "log.wandb=off"]
     (tmp_path / "text").mkdir()
     for number in range(30):
@@ -94,8 +96,13 @@ def test_quickstart_trains_evaluates_and_continues_the_run_that_is_named(
         if call[0] == "moetrain":
             assert main(call[1:]) == 0
     said = capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["it's mine"]
-    assert "runs/it's mine, step 2" in said and "order 4" in said and "def main(" in said
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.removeprefix("runs/")]
+    assert f"{run}, step 2" in said and "order 4" in said and "def main(" in said
+    # What the summary says to type next is typed.
+    advised = [shlex.split(line.partition("moetrain ")[2]) for line in said.splitlines() if " moetrain " in line]
+    assert [verb for verb, *_ in advised] == ["eval", "report", "generate"]
+    for command in advised:
+        assert main(command) == 0 and command[1:] == [f"run.dir={run}"]
 
 
 def test_quickstart_refuses_flags(checkout: Path) -> None:
