@@ -1,6 +1,7 @@
 """Every word that banner and step line show is on docs/reference/output.md, and the samples on pages are the program's."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -36,9 +37,12 @@ METRICS = {"step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8, "los
 
 
 @pytest.fixture(scope="module")
-def banners() -> list[tuple[str, set[Any]]]:
+def banners(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, set[Any]]]:
     """Of every composition, with the names that are not the program's words."""
-    found = [shown(make_run(overrides)) for overrides in ONE]
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("".join(f"a sentence with the number {number}. " for number in range(400)))
+    text = ["data=text", "~data.vocab_size", f"data.path={folder / 'a.txt'}", f"data.cache={folder}"]
+    found = [shown(make_run(overrides)) for overrides in [*ONE, text]]
     with ranks_that_only_seem(4):
         found += [shown(make_run(["train.micro_batch=2", *overrides])) for overrides in MANY]
         run = make_run(["parallel=ddp", "train.micro_batch=2", "run.dtype=bfloat16"])
@@ -88,6 +92,11 @@ def test_every_word_of_a_step_line_is_defined() -> None:
     line = step_line(METRICS, 10000, 700)
     assert not output_page.undefined_in_step_line(line, ["z"])
     assert set(output_page.words(line)) - {"z"} == output_page.defined("Step line")
+
+
+def test_epochs_are_planned_steps_over_the_text(banners: list[tuple[str, set[Any]]]) -> None:
+    (tokens, epochs), = (re.search(r"  ([\d.]+) k tokens, ([\d.]+) epochs planned", text).groups() for text, _ in banners if "data      text" in text)
+    assert float(epochs) == pytest.approx(20 * 16 * 12 / (1000 * float(tokens)), rel=0.05)     # steps x sequences x their tokens
 
 
 def test_help_names_the_page(capsys: pytest.CaptureFixture) -> None:
