@@ -29,7 +29,7 @@ def limited(*arguments):
 loop.train_step = limited
 sys.exit(main(sys.argv[1:]))
 """
-BIG = ["experiment=debug", "train.global_batch=64", "train.seq_len=512", "data.vocab_size=8192", "eval.windows=1"]
+BIG = ["experiment=debug", "train.global_batch=8", "train.seq_len=512", "data.vocab_size=32768", "eval.windows=1"]
 
 
 def test_a_real_allocation_that_fails_ends_with_18_and_says_what_to_change(tmp_path: Path) -> None:
