@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The project's environment in .venv, made once and brought up to date when pyproject.toml changes. Sourced from the
 # repository's root by the scripts of launch/ and tools/, which name the extras they need:
 #

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
-ensure_environment
+ensure_environment ""           # no extras
 
 ranks=(parallel=ep run.nproc=2)            # two ranks of one thread are the fastest way to use two cores
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && ranks=()

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from tests.launch.runs import ROOT
+from tests.support import needs
 
 sys.path.append(str(ROOT / "tools"))
 import compare_balance
@@ -13,7 +14,7 @@ from compare_balance import SPLITS, TRAINERS, compare
 
 @pytest.fixture(scope="module")
 def found():
-    pytest.importorskip("transformers")
+    needs.module("transformers", extra="hf")
     return compare(seed=1)
 
 
@@ -52,7 +53,7 @@ def test_the_scale_of_others_depends_on_the_split(found):
 
 
 def test_the_page_is_written(tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
+    needs.module("transformers", extra="hf")
     monkeypatch.setattr(sys, "argv", ["compare_balance.py", "--out", str(tmp_path / "page.md")])
     compare_balance.main()
     rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| moetrain, `balance=global`")]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import oracle_logits, oracle_loss
+from tests.support import needs
 
 D, F, V, H, KV, HEAD = 16, 8, 32, 4, 2, 8
 
@@ -44,7 +45,7 @@ def make_batch(seed: int, *, batch: int = 2, length: int = 6, padding: int = 0) 
 
 @pytest.mark.parametrize("tied, gate, dense", [(False, "renorm", 0), (True, "raw", 1)])
 def test_equals_hugging_face_qwen3_moe(tied: bool, gate: str, dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
+    needs.module("transformers", extra="hf")
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     for name in ("float32", "float"):                            # it computes norms, router and rotation in float32

@@ -5,7 +5,7 @@
 #
 # Stages that are done are not repeated. Hand back the folder: *.log, parity_*/parity.json, train.json, train_alone.json, ops.json, balance_cost.md.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out="${1:-build/gpu}"
 mkdir -p "$out"
 python="${PYTHON:-python}"

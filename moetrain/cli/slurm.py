@@ -1,125 +1,129 @@
 """moetrain slurm [--nodes N] [--gpus-per-node G] [options] [key=value ...]: train in a Slurm job.
 
-Checks the config for the ranks that the job will have, writes <run.dir>/job.sbatch and submits it. The job saves before
-its time limit and when it is preempted, goes back into the queue, and goes on by itself.
+Checks the config for the ranks that the job will have, writes <run.dir>/job.sbatch
+and submits it. The job saves before its time limit and when it is preempted, goes
+back into the queue, and goes on by itself.
 
     --nodes N             nodes (1)
-    --gpus-per-node G     GPUs of each node, one rank on each; without it one rank on the CPUs
+    --gpus-per-node G     GPUs of each node, one rank on each; --gpus, --gres,
+                          --gpus-per-task and -G are understood too; without any,
+                          one rank on the CPUs
     --nproc-per-node P    ranks on each node instead of one for each GPU
-    --time T              time limit, as 24:00:00 or 2-00:00:00
+    --time T              time limit, as 2-00:00:00 (24 hours, or the partition's
+                          limit if that is shorter)
     --partition P         partition
     --account A           account
-    --lead S              seconds before the time limit at which the ranks save (300): more than a step and a save
+    --lead S              seconds before the time limit at which the ranks save
+                          (300): more than a step and a save
+    --setup FILE          shell commands that the job begins with: modules, NCCL
+                          variables; sourced by bash
+    --python PATH         interpreter that has moetrain (this one; inside a
+                          container python3)
+    --container-...=...   options of srun for containers, as
+                          --container-image=IMAGE --container-mounts=/data,/home/me
+    -m                    values separated by commas make one array job, a run for
+                          each combination
+    --at-once N           so many of them at a time
     --dry-run             print the script and submit nothing
-    --<option>[=value]    any other option of sbatch, as --exclusive, --qos=long, --cpus-per-task=16
+    --<option>[=value]    any other option of sbatch, as --exclusive, --qos=long,
+                          --cpus-per-task=16, --mem=200G; without them a job takes
+                          the share of a node's cores and memory that it takes of
+                          its GPUs
 
-    moetrain slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 parallel=ep parallel.ep=8 run.name=big
+    moetrain slurm --nodes 4 --gpus-per-node 8 parallel=ep parallel.ep=8
     moetrain slurm --dry-run --nodes 2 parallel=ddp experiment=debug
+    moetrain slurm --gpus-per-node 1 -m router=topk,sigmoid run.seed=1,2,3
 """
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import moetrain
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
+from moetrain.config.sweep import sweep_jobs
 from moetrain.errors import ConfigError, ConfigErrors, DiskError
 from moetrain.nodes.node import config_for
-
-_OURS = {"--nodes": int, "--gpus-per-node": int, "--nproc-per-node": int, "--lead": int,
-         "--time": str, "--partition": str, "--account": str}
-# What the script needs to be as it is.
-_FIXED = {"--ntasks", "--ntasks-per-node", "--signal", "--requeue", "--no-requeue", "--open-mode", "--output", "--chdir",
-          "--job-name", "--array", "--wrap"}
+from moetrain.nodes.slurm_node import node_shapes, share
+from moetrain.nodes.slurm_options import Job, parse
 
 
-@dataclass
-class Job:
-    """What the command line asks for."""
+class Submission(NamedTuple):
+    """What the script is written from. runs: the overrides of each, more than one in a sweep; of the first one's name."""
 
-    values: dict[str, str] = field(default_factory=dict)      # by our options
-    others: list[str] = field(default_factory=list)           # options of sbatch, as given
-    overrides: list[str] = field(default_factory=list)
-    dry_run: bool = False
-
-    def number(self, option: str, default: int) -> int:
-        return int(self.values.get(option, default))
+    job: Job
+    config: Config
+    runs: list[list[str]]
+    resources: list[str]
 
     @property
-    def nproc(self) -> int:
-        return self.number("--nproc-per-node", self.number("--gpus-per-node", 1))
-
-    @property
-    def ranks(self) -> int:
-        return self.number("--nodes", 1) * self.nproc
+    def directory(self) -> Path:
+        return run_dir(self.config)
 
 
 def run(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(str(__doc__).strip())
         return 0
-    job, errors = parse(argv)
-    try:
-        config = config_for(job.overrides, job.ranks)
-    except ConfigErrors as found:
-        errors += found.errors
-    if errors:
-        raise ConfigErrors(errors)
-    text = script(job, config)
-    if job.dry_run:
+    submission = prepare(argv)
+    text = script(submission)
+    if submission.job.dry_run:
         print(text, end="")
         return 0
     if shutil.which("sbatch") is None:
         raise ConfigError(47, "sbatch is not on this machine", where="PATH", why="jobs are submitted with Slurm's sbatch",
                           next="run this on a login node of the cluster; --dry-run prints the script")
-    path = write(text, run_dir(config))
-    _submit(path)
+    path = write(text, submission.directory)
+    _submit(path, len(submission.runs))
     return 0
 
 
-def parse(argv: list[str]) -> tuple[Job, list[ConfigError]]:
-    """The job, and everything that is wrong with its options."""
-    job, errors = Job(), []
-    words = iter(argv)
-    for word in words:
-        option, given, value = word.partition("=")
-        if not word.startswith("-"):
-            job.overrides.append(word)
-        elif word == "--dry-run":
-            job.dry_run = True
-        elif option in _OURS:
-            value = value if given else next(words, "")
-            if _fits(value, _OURS[option]):
-                job.values[option] = value
-            else:
-                errors.append(_wrong(f"{option} {value}".rstrip(), *_wanted(option)))
-        elif option in _FIXED or not re.fullmatch(r"--[a-z][a-z-]*", option) or "\n" in word:
-            why = ("the script sets it itself" if option in _FIXED
-                   else "options of sbatch are written --option or --option=value")
-            errors.append(_wrong(word, why, "moetrain slurm --help lists the options"))
-        else:
-            job.others.append(word)
-    return job, errors
+def prepare(argv: Sequence[str]) -> Submission:
+    """Everything that the script holds, checked. Raises ConfigErrors with all that is wrong."""
+    job, errors = parse(argv, os.environ)
+    if "--setup" in job.values and not Path(job.values["--setup"]).is_file():
+        errors.append(ConfigError(180, f"--setup {job.values['--setup']} is not there", where="the command line",
+                                  why="the job begins with the commands in that file", next="--setup <an existing file>"))
+    runs: list[list[str]] = []
+    try:
+        swept = sweep_jobs(job.overrides, lambda words: config_for(words, job.ranks)) if job.sweep else []
+        runs = [one.words for one in swept] or [job.overrides]
+        config = swept[0].config if swept else config_for(job.overrides, job.ranks)
+    except ConfigErrors as found:
+        errors += found.errors
+    if errors:
+        raise ConfigErrors(errors)
+    shapes = node_shapes(job.values.get("--partition"))
+    if not shapes and not (job.says_cpus and job.says_memory):
+        print("moetrain: sinfo does not tell what the nodes have; the job takes the cores and the memory that the cluster gives by "
+              "default. --cpus-per-task and --mem ask for more", file=sys.stderr)
+    return Submission(job, config, runs, share(job, shapes))
 
 
-def script(job: Job, config: Config) -> str:
+def script(submission: Submission) -> str:
     """The job script: the settings of this run, then launch/slurm.sbatch without its header."""
-    directory = run_dir(config)
-    options = [f"--job-name={config.run.name}", f"--nodes={job.number('--nodes', 1)}", "--ntasks-per-node=1",
-               *(f"{name}={job.values[name]}" for name in ("--gpus-per-node", "--time", "--partition", "--account")
-                 if name in job.values),
-               f"--signal=USR1@{job.number('--lead', 300)}", "--requeue", "--open-mode=append",
-               f"--chdir={Path.cwd()}", f"--output={(directory / 'log').absolute()}/slurm-%j.log", *job.others]
+    job, config, runs, resources = submission
+    sweep = job.sweep
+    log = f"--output={(submission.directory / 'log').absolute()}/slurm-{'%A_%a' if sweep else '%j'}.log"
+    options = [f"--job-name={config.run.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1",
+               *(f"{name}={job.values[name]}" for name in ("--time", "--partition", "--account") if name in job.values),
+               *resources, *([_array(job, len(runs))] if sweep else []),
+               f"--signal=USR1@{job.values.get('--lead', 300)}", "--requeue", "--open-mode=append", f"--chdir={Path.cwd()}", log, *job.others]
+    python = job.values.get("--python", "python3" if job.of_step else sys.executable)
     lines = ["#!/usr/bin/env bash", "# Written by moetrain slurm. Submit it again with sbatch to go on with the run.",
              *(f"#SBATCH {_quoted(option)}" for option in options), "",
-             f"PYTHON={shlex.quote(sys.executable)}",
+             f"PYTHON={shlex.quote(python)}",
+             *([f"SETUP={shlex.quote(str(Path(job.values['--setup']).absolute()))}"] if "--setup" in job.values else []),
              f"export NPROC={job.nproc}",
-             f"set -- {shlex.join(job.overrides)}".rstrip(), ""]
+             f"step_options=({shlex.join(job.of_step)})",
+             *(_case(runs) if sweep else [f"set -- {shlex.join(runs[0])}".rstrip()]), ""]
     return "\n".join([*lines, template().partition("\n\n")[2]])
 
 
@@ -141,31 +145,26 @@ def write(text: str, directory: Path) -> Path:
     return path
 
 
-def _submit(path: Path) -> None:
+def _submit(path: Path, runs: int) -> None:
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
         said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
         raise ConfigError(48, "Slurm refused the job", where=str(path), why="; ".join(said) or "sbatch said nothing",
                           next="correct the option of sbatch that is named, and submit again")
     number = done.stdout.strip().partition(";")[0]
-    print(f"job {number}: {path}\n  log   {path.parent}/log/slurm-{number}.log\n"
+    several = runs > 1
+    print(f"job {number}{f', {runs} runs' * several}: {path}\n  log   {path.parent}/log/slurm-{number}{'_<run>' * several}.log\n"
           f"  next  squeue --job {number}    scancel --signal=USR1 {number} saves and requeues    scancel {number} ends it")
 
 
-def _fits(value: str, kind: type) -> bool:
-    if kind is int:
-        return value.isdigit() and int(value) > 0
-    return bool(value) and not value.startswith("-") and "\n" not in value
+def _array(job: Job, runs: int) -> str:
+    at_once = job.values.get("--at-once")
+    return f"--array=0-{runs - 1}" + (f"%{at_once}" if at_once else "")
 
 
-def _wanted(option: str) -> tuple[str, str]:
-    if _OURS[option] is int:
-        return "it is a whole number from 1", f"{option} 2"
-    return "it takes a value", f"{option} <value>"
-
-
-def _wrong(what: str, why: str, next: str) -> ConfigError:
-    return ConfigError(49, what, where="the command line", why=why, next=next)
+def _case(runs: list[list[str]]) -> list[str]:
+    """Each task of the array trains the run of its number."""
+    return ['case "$SLURM_ARRAY_TASK_ID" in', *(f"{number}) set -- {shlex.join(words)} ;;" for number, words in enumerate(runs)), "esac"]
 
 
 def _quoted(option: str) -> str:

@@ -10,7 +10,6 @@ What the words of banner and step lines mean: docs/reference/output.md
 """
 
 import logging
-import os
 import re
 import shlex
 import subprocess
@@ -20,11 +19,10 @@ from typing import Literal, get_args, get_origin
 
 from moetrain import launch
 from moetrain.config.build import SIZES, arguments
-from moetrain.config.compose import compose, idle_overrides, run_dir, to_yaml
+from moetrain.config.compose import compose, run_dir, to_yaml
 from moetrain.config.groups import config_dir, group_options
-from moetrain.config.overrides import sweep
-from moetrain.config.run_names import refuse_shared_directories
 from moetrain.config.schema import Config
+from moetrain.config.sweep import sweep_jobs
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
@@ -106,20 +104,7 @@ def _flags(argv: list[str]) -> tuple[list[str], bool, bool]:
 
 def _multirun(overrides: list[str], show_config: bool) -> int:
     """One process per job, one after another. All jobs are checked before the first starts."""
-    jobs = _without_idle(sweep(overrides))
-    swept = [[word for word in job if word not in overrides] for job in jobs]
-    named, directories, errors = [], [], {}
-    for job, own in zip(jobs, swept):
-        try:
-            config = compose(job)
-        except ConfigErrors as found:
-            errors |= {str(error): error for error in found.errors}
-            continue
-        named.append([*job, *_own_directory(config, own), *_tracker_group(config)])
-        directories.append(_directory(config, named[-1]))
-    if errors:
-        raise ConfigErrors(list(errors.values()))
-    refuse_shared_directories(directories)
+    named = [job.words for job in sweep_jobs(overrides)]
     codes = []
     for number, job in enumerate(named, 1):
         print(f"[{number}/{len(named)}] moetrain train {shlex.join(job)}", flush=True)
@@ -128,38 +113,6 @@ def _multirun(overrides: list[str], show_config: bool) -> int:
         if codes[-1] in (10, 130) or codes[-1] < 0:  # told to stop
             break
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
-
-
-def _without_idle(jobs: list[list[str]]) -> list[list[str]]:
-    """The jobs without what they would not read: `-m optim=adamw,muon optim.muon_lr=0.02`. Words that no job reads stay,
-    and are an error."""
-    idle = [idle_overrides(job) for job in jobs]
-    everywhere = set.intersection(*idle)
-    return [[word for word in job if word in everywhere or word not in unread] for job, unread in zip(jobs, idle)]
-
-
-def _tracker_group(config: Config) -> list[str]:
-    """Overrides by which a tracker shows the jobs of a sweep together, unless a group is chosen already."""
-    if config.log.wandb == "off" or config.log.wandb_group or os.environ.get("WANDB_RUN_GROUP"):
-        return []
-    return [f"log.wandb_group={config.run.name}"]
-
-
-def _directory(config: Config, words: list[str]) -> Path:
-    """Where the job of these words goes; config: what they compose to, perhaps without the last name."""
-    typed = {key: value for key, _, value in (word.partition("=") for word in words)}
-    return Path(typed.get("run.dir") or config.run.dir or Path("runs") / typed.get("run.name", config.run.name))
-
-
-def _own_directory(config: Config, swept: list[str]) -> list[str]:
-    """Overrides that keep the job apart: its name ends in what is particular to it, e.g. default-lr-0.001-seed-1."""
-    if any(word.startswith(("run.name=", "run.dir=")) for word in swept) or not swept:
-        return []
-    parts = [re.sub(r"[^\w.+-]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-")
-             for key, _, value in (word.partition("=") for word in swept)]
-    suffix = "-".join(parts)
-    named = [f"run.name={config.run.name}-{suffix}"]
-    return [*named, f"run.dir={config.run.dir}-{suffix}"] if config.run.dir else named
 
 
 # --- help ---------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_a_verb_about_a_run_takes_what_the_run_reads(tmp_path, monkeypatch: pyte
 def test_a_job_of_a_sweep_leaves_out_what_it_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = sweep(["optim=adamw,muon", "optim.muon_lr=0.5"])
     assert [idle_overrides(job) for job in jobs] == [{"optim.muon_lr=0.5"}, set()]
-    from moetrain.cli.train import _without_idle
+    from moetrain.config.sweep import _without_idle
 
     assert _without_idle(jobs) == [["optim=adamw"], ["optim=muon", "optim.muon_lr=0.5"]]
     nobody = sweep(["run.seed=1,2", "optim.muon_lr=0.5"])

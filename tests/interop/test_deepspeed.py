@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("deepspeed")
+from tests.support import needs
+
+needs.module("deepspeed", extra="deepspeed")
 
 from moetrain.config.compose import compose
 from moetrain.errors import ConfigErrors

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-pytest.importorskip("deepspeed")
+from tests.support import needs
+
+needs.module("deepspeed", extra="deepspeed")
 
 from tests.interop.layers import EXPERTS, TOKENS, assert_same, our_layer, ours, theirs, tokens
 from tests.ranks import Ranks

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("megatron.core")
+from tests.support import needs
+
+needs.module("megatron.core", extra="megatron")
 
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("megatron.core")
+from tests.support import needs
+
+needs.module("megatron.core", extra="megatron")
 
 from tests.interop.layers import DIM, EXPERTS, TOKENS, assert_same, our_layer, ours, theirs
 from tests.ranks import Ranks

@@ -14,20 +14,16 @@ import pytest
 
 from tests.launch.runs import environment, until
 from tests.ranks import free_port
+from tests.support import needs
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-
-
-def missing() -> list[str]:
-    return [name for name in PROGRAMS if not shutil.which(name, path=_PATH)]
 
 
 class Cluster:
     """Jobs of a running cluster. `environment` is what its programs need."""
 
     def __init__(self, folder: Path) -> None:
-        self.environment = {**environment(), "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _PATH}
+        self.environment = {**environment(), "SLURM_CONF": str(folder / "slurm.conf"), "PATH": needs.PATH}
 
     def call(self, *command: str, **settings: str) -> str:
         done = subprocess.run(command, env={**self.environment, **settings}, text=True, capture_output=True)
@@ -54,8 +50,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    if absent := missing():
-        pytest.skip(f"Slurm is not installed: no {', '.join(absent)} (apt-get install slurm-wlm munge)")
+    needs.programs(*PROGRAMS, packages="slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     daemons = []
     try:
@@ -105,8 +100,11 @@ def _configure(folder: Path) -> None:
     (folder / "munge" / "key").chmod(0o400)
     host = socket.gethostname().partition(".")[0]
     user = subprocess.run(["id", "-un"], text=True, capture_output=True).stdout.strip()
-    nodes = "\n".join(f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=1000"
+    nodes = "\n".join(f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=1000 Gres=gpu:2"
                       for number in (1, 2))
+    for number in range(2):                              # plain files in the place of a GPU's device
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
     (folder / "slurm.conf").write_text(f"""\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -121,6 +119,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1
+GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 MpiDefault=none

@@ -48,6 +48,26 @@ def test_a_job_on_two_nodes_trains(cluster: Cluster, tmp_path: Path) -> None:
     assert "2 ranks" in log and status(run)["code"] == 0 and steps(run) == list(range(1, 7))
 
 
+def test_a_sweep_is_an_array_whose_tasks_know_their_run_and_their_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """What each task of the array starts on each node: its own run, the GPUs and cores of the node, what the prologue exported."""
+    (tmp_path / "setup.sh").write_text("set -- other arguments\nexport GREETING='good morning'\n")
+    program = tmp_path / "python"
+    program.write_text(f"""#!/bin/sh
+echo "$SLURM_NODEID $NPROC $SLURM_GPUS_ON_NODE $SLURM_CPUS_PER_TASK $GREETING: $*" >> {tmp_path}/started-$SLURM_ARRAY_TASK_ID\n""")
+    program.chmod(0o755)
+    done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "-N2", "--gpus=4", "--time=10", f"--setup={tmp_path}/setup.sh",
+                           f"--python={program}", "-m", *TINY, f"run.dir={tmp_path}/run", "run.seed=1,2"], cwd=ROOT, text=True,
+                          capture_output=True, env=cluster.environment)
+    assert done.returncode == 0 and ", 2 runs: " in done.stdout, done.stderr
+    until(lambda: not cluster.call("squeue", "--noheader"))
+    for task, seed in enumerate((1, 2)):
+        started = sorted((tmp_path / f"started-{task}").read_text().splitlines())
+        assert len(started) == 2
+        for node, line in enumerate(started):            # two GPUs are all of a node, and so are its cores
+            assert line.startswith(f"{node} 2 2 2 good morning: -m moetrain.nodes {TINY[0]}") and line.endswith(f" run.dir={tmp_path}/run-seed-{seed}")
+    assert "#SBATCH --mem=0" in (tmp_path / "run" / "job.sbatch").read_text()
+
+
 def test_a_preempted_job_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     number = submit(cluster, run, "run.steps=40")

@@ -14,9 +14,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
+
+from tests.support import needs
 
 ROOT = Path(__file__).parents[2]
 CSRC, HERE = ROOT / "csrc", Path(__file__).parent
@@ -31,7 +32,7 @@ SUFFIX = {torch.bfloat16: "bf16", torch.float32: "float", torch.float64: "double
 def library() -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("no g++: the kernels cannot be run on the host")
+        needs.missing("no g++ (apt-get install g++): the kernels cannot be run on the host")
     sources = [*sorted(CSRC.glob("*.*h")), HERE / "cuda_on_host.h", HERE / "kernels_on_host.cpp"]
     digest = hashlib.sha256(" ".join(FLAGS).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     built = ROOT / "build" / "kernels_on_host" / f"{digest}.so"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.ops.kernels_on_host import CSRC, FLAGS, HERE, ROOT
+from tests.support import needs
 
 # Not: float64 routers, which have no kernel; what looks inside the references; what demands the same bits of two formulas.
 TESTS = ("test_permute.py", "test_route_plan.py", "test_swiglu.py", "test_grouped_experts.py", "test_padded_experts.py",
@@ -35,7 +36,7 @@ sys.exit(pytest.main([*sys.argv[3:], "-q", "-p", "no:cacheprovider", "-k", sys.a
 def built() -> Path:
     compiler, folder = shutil.which("g++"), Path(torch.__file__).parent
     if compiler is None:
-        pytest.skip("no g++: the kernels cannot be run on the host")
+        needs.missing("no g++ (apt-get install g++): the kernels cannot be run on the host")
     flags = [flag for flag in FLAGS if "sanitize" not in flag] + ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
     sources = [*sorted(CSRC.glob("*.*h")), *sorted(CSRC.glob("*.cu")), HERE / "cuda_on_host.h", HERE / "bindings_on_host.cpp"]
     digest = hashlib.sha256(f"{flags} {torch.__version__}".encode() + b"".join(path.read_bytes() for path in sources))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.cli.train import _tracker_group
+from moetrain.config.sweep import _tracker_group
 from moetrain.config.compose import compose
 from moetrain.train.loggers.wandb_settings import WandbSettings, wandb_line, wandb_settings
 

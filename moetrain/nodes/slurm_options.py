@@ -1,0 +1,176 @@
+"""The command line of `moetrain slurm`: its own options, those that go to sbatch and srun, and the ranks they make.
+
+A node has one rank for each of its GPUs, however they were asked for: every way that Slurm has is read, or refused.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moetrain.errors import ConfigError
+
+# sbatch's short forms of options that are read or often typed.
+_SHORT = {"-N": "--nodes", "-G": "--gpus", "-t": "--time", "-p": "--partition", "-A": "--account", "-c": "--cpus-per-task",
+          "-q": "--qos", "-C": "--constraint", "-w": "--nodelist", "-x": "--exclude", "-d": "--dependency"}
+_NUMBERS = ("--nodes", "--nproc-per-node", "--lead", "--at-once")
+_TEXTS = ("--time", "--partition", "--account", "--setup", "--python")
+# What the script needs to be as it is.
+_FIXED = {"--ntasks", "--ntasks-per-node", "--signal", "--requeue", "--no-requeue", "--open-mode", "--output", "--chdir",
+          "--job-name", "--array", "--wrap"}
+# GPUs whose number on a node does not follow from them.
+_UNREADABLE = {"--gpus-per-socket", "--ntasks-per-gpu", "--tres-per-socket"}
+_CPUS = ("--cpus-per-task", "--cpus-per-gpu", "--exclusive")
+_MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
+
+
+@dataclass
+class Job:
+    """What the command line asks for."""
+
+    values: dict[str, str] = field(default_factory=dict)      # of the options that the script itself needs, by option
+    others: list[str] = field(default_factory=list)           # options of sbatch, as given
+    of_step: list[str] = field(default_factory=list)          # options of srun
+    gpus: int = 0                                             # of each node
+    overrides: list[str] = field(default_factory=list)
+    dry_run: bool = False
+    sweep: bool = False
+
+    @property
+    def nodes(self) -> int:
+        return int(self.values.get("--nodes", 1))
+
+    @property
+    def nproc(self) -> int:
+        return int(self.values.get("--nproc-per-node", self.gpus or 1))
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.nproc
+
+    def says(self, options: Sequence[str]) -> bool:
+        """Whether one of these options of sbatch is given."""
+        return any(word.partition("=")[0] in options for word in self.others)
+
+    @property
+    def says_cpus(self) -> bool:
+        return self.says(_CPUS)
+
+    @property
+    def says_memory(self) -> bool:
+        return self.says(_MEMORY)
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, list[ConfigError]]:
+    """The job, and everything that is wrong with its options. environ: sbatch takes SBATCH_GPUS and the like for options."""
+    job, errors = Job(), []
+    asked = {option: environ[name] for option in GPUS if environ.get(name := f"SBATCH_{option[2:].upper().replace('-', '_')}")}
+    for option, value, word in _words(argv):
+        if option is None:
+            job.overrides.append(word)
+        elif option in ("-m", "--multirun"):
+            job.sweep = True
+        elif option == "--dry-run":
+            job.dry_run = True
+        elif option in _NUMBERS or option in _TEXTS:
+            if _fits(value, option in _NUMBERS):
+                job.values[option] = value
+            else:
+                errors.append(_wrong(f"{option} {value}".rstrip(), *_wanted(option)))
+        elif option in _UNREADABLE:
+            errors.append(_wrong(word, "the number of GPUs on a node, and so of ranks, does not follow from it", "--gpus-per-node=8"))
+        elif option in _FIXED or not re.fullmatch(r"--[a-z][a-z-]*", option) or "\n" in word:
+            why = ("the script sets it itself" if option in _FIXED
+                   else "options of sbatch are written --option or --option=value")
+            errors.append(_wrong(word, why, "moetrain slurm --help lists the options"))
+        elif option.startswith("--container"):
+            job.of_step.append(word)
+        else:
+            job.others.append(f"{option}={value}" if option in GPUS else word)
+            if option in GPUS:
+                asked[option] = value
+    job.gpus = _gpus(asked, job.nodes, errors)
+    return job, errors
+
+
+def _words(argv: Sequence[str]) -> Iterator[tuple[str | None, str, str]]:
+    """(option, value, the word as sbatch takes it); an override has no option. `-N 2`, `-N2` and `--nodes 2` are `--nodes=2`."""
+    taking_value = {*_NUMBERS, *_TEXTS, *GPUS, *_SHORT.values()}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            yield None, "", word
+            continue
+        option, given, value = word.partition("=")
+        if word[:2] in _SHORT:
+            option, given, value = _SHORT[word[:2]], word[2:], word[2:].removeprefix("=")
+        if option in taking_value:
+            value = value if given else next(words, "")
+            word = f"{option}={value}"
+        yield option, value, word
+
+
+# --- GPUs of a node, by the option that asks for them
+
+
+def _of_gres(value: str, nodes: int) -> int | None:
+    """`gpu:8`, `gpu:h100:8`, `gpu:h100`, `gres/gpu=8`, beside other resources; None where it cannot be read."""
+    found = 0
+    for entry in value.split(","):
+        if not re.match(r"(gres[:/])?gpu\b", entry):
+            continue
+        parts = re.fullmatch(r"(?:gres[:/])?gpu(?::[A-Za-z][\w.-]*)?(?:[:=](\d+))?(?:\(.*\))?", entry)
+        if parts is None:
+            return None
+        found += int(parts[1] or 1)
+    return found
+
+
+def _of_node(value: str, nodes: int) -> int | None:
+    """`8`, `h100:8`, `h100:4,a100:4`."""
+    counts = [re.fullmatch(r"(?:[A-Za-z][\w.-]*:)?(\d+)", entry) for entry in value.split(",")]
+    return None if None in counts else sum(int(count[1]) for count in counts if count)
+
+
+def _of_job(value: str, nodes: int) -> int | None:
+    total = _of_node(value, nodes)
+    return None if total is None or total % nodes else total // nodes
+
+
+# A node has one task, so what a task gets is what a node gets.
+GPUS: dict[str, Callable[[str, int], int | None]] = {
+    "--gpus-per-node": _of_node, "--gpus-per-task": _of_node, "--gpus": _of_job,
+    "--gres": _of_gres, "--tres-per-node": _of_gres, "--tres-per-task": _of_gres,
+}
+
+
+def _gpus(asked: Mapping[str, str], nodes: int, errors: list[ConfigError]) -> int:
+    """The GPUs of a node that all options together ask for."""
+    found: dict[str, int] = {}
+    for option, value in asked.items():
+        count = GPUS[option](value, nodes)
+        if count is None:
+            why = (f"it is the number of GPUs of all {nodes} nodes together, the same on each" if option == "--gpus" and nodes > 1
+                   else "the number of GPUs on a node, and so of ranks, cannot be read from it")
+            errors.append(_wrong(f"{option}={value}", why, "--gpus-per-node=8, or --gpus-per-node=h100:8"))
+        elif count:
+            found[option] = count
+    if len(set(found.values())) > 1:
+        text = ", ".join(f"{option}={asked[option]} means {count}" for option, count in found.items())
+        errors.append(_wrong("the options disagree about the GPUs of a node", text, f"one of them, as --gpus-per-node={max(found.values())}"))
+    return max(found.values(), default=0)
+
+
+def _fits(value: str, number: bool) -> bool:
+    if number:
+        return value.isdigit() and int(value) > 0
+    return bool(value) and not value.startswith("-") and "\n" not in value
+
+
+def _wanted(option: str) -> tuple[str, str]:
+    if option in _NUMBERS:
+        return "it is a whole number from 1", f"{option} 2"
+    return "it takes a value", f"{option} <value>"
+
+
+def _wrong(what: str, why: str, next: str) -> ConfigError:
+    return ConfigError(49, what, where="the command line", why=why, next=next)
