@@ -47,6 +47,7 @@ from typing import NamedTuple
 
 import moetrain
 from moetrain.config.compose import run_dir
+from moetrain.config.recipes import advice
 from moetrain.config.schema import Config
 from moetrain.config.sweep import sweep_jobs
 from moetrain.errors import ConfigError, ConfigErrors, DiskError
@@ -100,6 +101,8 @@ def prepare(argv: Sequence[str]) -> Submission:
         errors += found.errors
     if errors:
         raise ConfigErrors(errors)
+    if text := advice(config):
+        print(text, file=sys.stderr)
     shapes = node_shapes(job.values.get("--partition"))
     if not shapes and not (job.says_cpus and job.says_memory):
         print("moetrain: sinfo does not tell what the nodes have; the job takes the cores and the memory that the cluster gives by "

@@ -21,11 +21,13 @@ from moetrain import launch
 from moetrain.config.build import SIZES, arguments
 from moetrain.config.compose import compose, run_dir, to_yaml
 from moetrain.config.groups import config_dir, group_options
+from moetrain.config.recipes import advice
 from moetrain.config.schema import Config
+from moetrain.config.size_check import refuse_too_large
 from moetrain.config.sweep import sweep_jobs
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
 from moetrain.config.yaml_file import load
-from moetrain.errors import ConfigError, ConfigErrors
+from moetrain.errors import ConfigError
 from moetrain.interop.packages import check_installed
 from moetrain.nodes.foreign import check_ranks
 from moetrain.train.finished import finished, next_commands
@@ -52,6 +54,11 @@ def run(argv: list[str]) -> int:
                                  *next_commands(config)]))
         return 0
     check_installed(config)
+    if not launch.is_worker():                          # ranks ask when they know their device (train/setup.py)
+        refuse_too_large(config, config.run.nproc, config.run.nproc)
+    if not launch.is_worker() or launch.under_torchrun() and launch.rank() == 0:
+        if text := advice(config):
+            print(text, file=sys.stderr)
     if config.run.nproc > 1 and not launch.is_worker():
         return launch.train_on_ranks(overrides)
     launch.stay_with_launcher()

@@ -225,6 +225,8 @@ def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigErro
     for path in dict.fromkeys([*before, *now]):
         if any(path == key or key.endswith(".") and path.startswith(key) for key in free):
             continue
+        if path == "run.dtype" and now[path] == "auto":  # the run's own (train/precision.py)
+            continue
         if before.get(path, MISSING) != now.get(path, MISSING):
             was, becomes = ("absent" if path not in values else show(values[path]) for values in (before, now))
             errors.append(ConfigError(16, f"{path} was {was} and is {becomes} now", where=path,

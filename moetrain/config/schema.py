@@ -33,7 +33,9 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA when there is one")
     share_gpu: bool = key(False, "ranks of a machine may share its GPUs, in turn; all that is collective goes over gloo: to check a "
                                  "setup on fewer GPUs than it is for, not to train (unverified)")
-    dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "dtype of the computation; parameters stay float32 or better")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
+        "auto", "dtype of the computation; parameters stay float32 or better. auto: that of the run that goes on, bfloat16 on GPUs that "
+                "compute it, else float32")
     timeout_s: int = key(300, "seconds a collective may wait for a missing rank")
     max_restarts: int = key(3, "how often run.nproc ranks are started again, all of them, after one of them was lost")
     grace_s: float | None = key(None, "seconds after SIGTERM or SIGUSR1 until the run leaves without its save; null: no limit")

@@ -26,13 +26,14 @@ from moetrain.moe.layer import MoELayer
 from moetrain.ops.grouped_gemm import takes_counts_on_device
 from moetrain.parallel.pieces import buffers, pieces
 from moetrain.plan.placement import ExpertPlacement, contiguous
+from moetrain.plan.precision import choose_dtype
 
 
 def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
     """The initialised model of this rank: the experts whose home is here; with FSDP a part of every parameter."""
     sizes = config.model
     placement, wire = plan_homes(sizes, mesh["ep"].size), wires(config.parallel.exchange, mesh, config.run.timeout_s)
-    compute = getattr(torch, config.run.dtype)
+    compute = compute_dtype(config, mesh.device)
     storage = torch.float64 if compute == torch.float64 else torch.float32
     with torch.device("meta"):
         model = Transformer(
@@ -49,6 +50,16 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
     model.to_empty(device=mesh.device)
     initialise(model, seed=config.run.seed, std=sizes.init_std, num_layers=sizes.num_layers)
     return model
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of the computation on this device; a run has settled it before (train/precision.py)."""
+    return getattr(torch, choose_dtype(config.run.dtype, device.type, computes_bfloat16=computes_bfloat16(device)))
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware does: torch emulates bfloat16 on older GPUs, slower than float32."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
@@ -122,7 +133,7 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, w
 
 def _counts_stay(config: Config, device: torch.device) -> bool:
     """Whether counts stay on the device."""
-    return takes_counts_on_device(device, getattr(torch, config.run.dtype), config.model.dim, config.model.expert_dim)
+    return takes_counts_on_device(device, compute_dtype(config, device), config.model.dim, config.model.expert_dim)
 
 
 def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, wire: Callable[[str], Exchange]) -> MoELayer:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from moetrain.config.compose import run_dir
+from moetrain.config.size_check import refuse_too_large
 from moetrain.errors import MoETrainError
 from moetrain.nodes.node import config_for, from_environment
 from moetrain.nodes.rollcall import roll_call
@@ -22,6 +23,7 @@ def main(overrides: Sequence[str]) -> int:
         node = from_environment(os.environ)
         config = config_for(overrides, node.ranks)      # mistakes once, before any rank starts
         finished(config, run_dir(config))               # and a command that contradicts its run
+        refuse_too_large(config, node.ranks, node.nproc)
         roll_call(node)
         return supervise(node, ["train", *overrides], run_dir(config), config.run.grace_s)
     except MoETrainError as error:

@@ -20,7 +20,7 @@ from moetrain.train.files import JsonlSink
 
 def finished(config: Config, directory: Path) -> int | None:
     """The step at which the run ended, if nothing is left to do; ConfigErrors when the command contradicts the run."""
-    checkpoint = next((path for path in reversed(checkpoints_of(directory)) if is_sound(path)), None)
+    checkpoint = newest_sound(directory)
     if checkpoint is None:                               # none, or none to be trusted: resuming says which
         return None
     conflicts = resume_conflicts(trained_config(directory, checkpoint), config)
@@ -33,6 +33,11 @@ def finished(config: Config, directory: Path) -> int | None:
     if config.checkpoint.verify == "full" and next(problems(checkpoint), None) is not None:
         return None                                      # resuming passes over it and goes on from an older one
     return step
+
+
+def newest_sound(directory: Path) -> Path | None:
+    """The newest checkpoint of a run whose files have their sizes; None without one."""
+    return next((path for path in reversed(checkpoints_of(directory)) if is_sound(path)), None)
 
 
 def trained_config(directory: Path, checkpoint: Path) -> Config:

@@ -30,6 +30,7 @@ from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands, trained_with
 from moetrain.train.memory import choose
 from moetrain.train.out_of_memory import out_of_memory_named
+from moetrain.train.precision import with_dtype
 from moetrain.train.preempt import Preemption, told_early
 from moetrain.train.record import Recorder
 from moetrain.train.setup import Run, check_alone, join, set_up
@@ -52,6 +53,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
     check_alone(config)
     directory = run_dir(config)
     mesh = join(config)
+    config = with_dtype(config, directory, mesh)
     with Console(rank=mesh.rank, steps=config.run.steps, last=last_step(config), interval=config.log.interval,
                  progress=config.log.progress) as console:
         recorder = Recorder(config, directory, mesh)     # on all ranks: refuses a directory that cannot be written

@@ -13,10 +13,8 @@ One graph more, because a backward pass takes about as much again; the rest of w
 memory in pieces.
 """
 
-import os
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moetrain.comm.reduce import all_or_none, largest_over
+from moetrain.machine import job_memory, machine_memory
 from moetrain.plan.memory import CopyMemory, Held, copy_memory
 from moetrain.train.passes import forward_pass
 from moetrain.train.setup import Graphs, Run
 
 SHARE = 0.8
-CGROUP = Path("/sys/fs/cgroup")
-# Of a control group: its limit, what it uses, and what of that the system takes back when asked.
-CGROUP_FILES = (("memory.max", "memory.current", "inactive_file"),
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
 
 def choose(run: Run) -> Graphs:
@@ -116,37 +111,3 @@ def free_memory(run: Run) -> int:
         sharing = -(-ranks // torch.cuda.device_count()) if run.config.run.share_gpu else 1
         return free // sharing + ours
     return min([machine_memory(), *job_memory()]) // ranks
-
-
-def machine_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that programs may still take of this machine. Where the system does not tell: all it has."""
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def job_memory(membership: Path = Path("/proc/self/cgroup"), mounted: Path = CGROUP) -> list[int]:
-    """Bytes left under every limit that a container or a batch system has set on this process's control groups."""
-    left = []
-    for line in membership.read_text().splitlines() if membership.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        group = mounted / controllers / os.path.normpath(path).lstrip("/")       # nothing above what is mounted
-        for level in (group, *group.parents):            # a limit further up holds too
-            if level.is_relative_to(mounted):
-                left += filter(None, (_left(level, *names) for names in CGROUP_FILES))
-    return left
-
-
-def _left(group: Path, limit: str, usage: str, reclaimable: str) -> int | None:
-    """None where there is no limit."""
-    try:
-        allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
-        lines = (group / "memory.stat").read_text().splitlines()
-    except OSError:
-        return None
-    cached = next((int(line.split()[1]) for line in lines if line.split()[0] == reclaimable), 0)
-    return None if allowed == "max" else max(1, int(allowed) - used + cached)

@@ -13,14 +13,16 @@ import torch
 import torch.distributed as dist
 
 from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
-from moetrain.comm.reduce import on_first
+from moetrain.comm.reduce import all_or_none, on_first
 from moetrain.config.build import build
 from moetrain.config.schema import Config
+from moetrain.config.size_check import Available, too_large
 from moetrain.data.batch import Dataset
 from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
 from moetrain.errors import ConfigError
-from moetrain.model.build import build_model, plan_homes, sliced_experts
+from moetrain.machine import total_memory
+from moetrain.model.build import build_model, compute_dtype, plan_homes, sliced_experts
 from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.model.transformer import Transformer
@@ -108,6 +110,7 @@ def pick_device(config: Config) -> torch.device:
 
 def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     """Data, model, optimizer and objective, before any checkpoint is read. Collective: rank 0 prepares the data."""
+    all_or_none(mesh["batch"], lambda: refuse_what_cannot_fit(config, mesh))
     dataset = build_dataset(config, directory, prepare_on_main(config, directory, mesh))
     model = build_model(config, dataset.vocab_size, mesh)
     optimizer = build_optimizer(model, config.optim)
@@ -133,9 +136,19 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
                peak_rate(config, dataset.vocab_size, mesh))
 
 
+def refuse_what_cannot_fit(config: Config, mesh: Mesh) -> None:
+    """ConfigError for sizes that this rank's memory cannot hold, by formula."""
+    gpu = None
+    if mesh.device.type == "cuda":
+        sharing = -(-mesh["node"].size // torch.cuda.device_count()) if config.run.share_gpu else 1
+        gpu = torch.cuda.get_device_properties(mesh.device).total_memory // sharing
+    if error := too_large(config, mesh.size, Available(total_memory() // mesh["node"].size, gpu)):
+        raise error
+
+
 def peak_rate(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     """Tokens per second of all ranks if chips did nothing but the products of training, at their peak."""
-    peak = None if config.run.share_gpu else peak_flops(mesh.device, getattr(torch, config.run.dtype))
+    peak = None if config.run.share_gpu else peak_flops(mesh.device, compute_dtype(config, mesh.device))
     return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from moetrain.comm.mesh import Group
+from moetrain.machine import job_memory, machine_memory
 from moetrain.train import memory
 from moetrain.train.banner import balance_line
-from moetrain.train.memory import choose, free_memory, graph_of_next, job_memory, machine_memory
+from moetrain.train.memory import choose, free_memory, graph_of_next
 from moetrain.train.setup import Graphs
 from moetrain.train.step import train_step
 from tests.integration.training import difference, make_run, snapshot, whole

@@ -6,8 +6,11 @@ from dataclasses import MISSING
 from moetrain.config.build import NoSuchPart, arguments
 from moetrain.config.rules.wording import choose, divisors
 from moetrain.config.schema import Config
+from moetrain.config.sizes import layer_kinds
 from moetrain.config.values import show
 from moetrain.errors import ConfigError
+
+_LONGEST_LIST = 200          # entries that advice writes out
 
 
 def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -42,11 +45,12 @@ def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
     for name in ("num_experts", "top_k"):
         entries = getattr(model, name)
         if isinstance(entries, list) and len(entries) != model.num_layers:
-            repaired = (entries + entries[-1:] * model.num_layers)[:model.num_layers]
+            repaired = (entries + entries[-1:] * _LONGEST_LIST)[:model.num_layers]
             yield ConfigError(27, f"model.{name} has {len(entries)} entries for {model.num_layers} layers",
                               where=f"model.{name}, model.num_layers",
                               why="a list has one entry per layer (those of leading dense layers are ignored)",
-                              next=f"model.{name}={show(repaired)}" if entries else f"model.{name}=<number>")
+                              next=f"model.{name}={show(repaired)}" if entries and model.num_layers <= _LONGEST_LIST else
+                                   f"model.{name}=<number>")
 
 
 def dense_width(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -101,7 +105,7 @@ def groups(config: Config, ranks: int) -> Iterator[ConfigError]:
 
     if sizes and not works(*chosen):
         most = max(n for n, _ in sizes)
-        pairs = [(number, used) for number in divisors(most) for used in range(1, number + 1) if works(number, used)]
+        pairs = [(number, used) for number in divisors(most) for used in _group_counts(number, chosen[1], sizes) if works(number, used)]
         number, used = min(pairs, key=lambda pair: (pair[0] != chosen[0], pair[1] != chosen[1], pair))
         yield ConfigError(63, "router.num_groups={} with router.topk_groups={} does not fit the experts".format(*chosen),
                           where="router.num_groups, router.topk_groups, model.num_experts, model.top_k",
@@ -109,9 +113,17 @@ def groups(config: Config, ranks: int) -> Iterator[ConfigError]:
                           next=f"router.num_groups={number} router.topk_groups={used}")
 
 
+def _group_counts(number: int, chosen: int, sizes: list[tuple[int, int]]) -> set[int]:
+    """Of `number` groups: as many as were asked for, and the fewest that hold the experts of a token."""
+    return {chosen, max(-(-k // max(1, n // number)) for n, k in sizes)}
+
+
 def moe_layers(config: Config) -> list[tuple[int, int, int]]:
-    """(layer, num_experts, top_k) of every layer with experts; lists that are too short end early."""
-    model = config.model
-    spread = [entries if isinstance(entries, list) else [entries] * model.num_layers
-              for entries in (model.num_experts, model.top_k)]
-    return [(layer, *sizes) for layer, sizes in enumerate(zip(*spread)) if layer >= model.first_dense_layers]
+    """(layer, num_experts, top_k) of the layers with experts, of those that are alike the first; lists that are too short end early."""
+    found: dict[tuple[int, int], int] = {}
+    layer = 0
+    for kind in layer_kinds(config.model):
+        if not kind.dense:
+            found.setdefault((kind.num_experts, kind.top_k), layer)
+        layer += kind.layers
+    return [(layer, *sizes) for sizes, layer in found.items()]

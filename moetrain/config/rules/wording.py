@@ -1,8 +1,15 @@
 """Phrases that several rules use in their advice."""
 
+import math
+
+
+_LARGEST_TRIED = 10**6       # so that a number of any size is answered at once
+
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0] if n > 0 else [1]
+    """In order. Of a number above _LARGEST_TRIED squared those that it has below that, and their counterparts."""
+    small = [d for d in range(1, min(math.isqrt(max(n, 0)), _LARGEST_TRIED) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)}) or [1]
 
 
 def choose(key: str, values: list[int]) -> str:

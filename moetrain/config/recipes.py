@@ -1,0 +1,63 @@
+"""Advice for a large model with the settings of a small one.
+
+The recipes of conf/experiment/ hold what a model of a size wants; `model=<name>` brings sizes alone. A model above LARGE
+parameters that would train with defaults made for a million is told so once, with the recipe next to it in size.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from moetrain.config.compose import compose
+from moetrain.config.groups import config_dir, group_options
+from moetrain.config.schema import Config, ModelConfig
+from moetrain.config.size_check import vocabulary_of
+from moetrain.config.sizes import count_parameters
+from moetrain.config.values import flatten, show
+from moetrain.config.yaml_file import load
+from moetrain.units import count
+
+LARGE = 10**9
+
+
+def advice(config: Config) -> str | None:
+    """One line that names the recipe and every setting that differs in kind; None where there is nothing to say."""
+    size = count_parameters(config.model, vocabulary_of(config)).total
+    if size < LARGE or not (small := dict(_small(config))):
+        return None
+    recipe = _nearest(size)
+    values = flatten(compose([f"experiment={recipe}"]))
+    said = [f"{text} ({_MADE.get(key) or show(values[key])})" for key, text in small.items()]
+    return (f"[warn] {count(size)} parameters, and settings for a model of one million: {', '.join(said)}. "
+            f"experiment={recipe} sets what stands in brackets, but for text and tokenizer: docs/howto/recipes.md")
+
+
+# What a recipe leaves to its user.
+_MADE = {"data.tokenizer": "a tokenizer.json", "data.path": "your own text"}
+
+
+def _small(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, setting) of what suits a model of a million parameters."""
+    run, train, data = config.run, config.train, config.data
+    if run.dtype == "float32":
+        yield "run.dtype", "run.dtype=float32"
+    if train.seq_len <= 128:
+        yield "train.seq_len", f"train.seq_len={train.seq_len}"
+    if run.steps < 1000:
+        yield "run.steps", f"run.steps={run.steps}"
+    if data.kind == "text" and data.tokenizer == "bytes":
+        yield "data.tokenizer", "data.tokenizer=bytes"
+    if data.kind == "text" and data.path is None:
+        yield "data.path", "the built-in corpus"
+
+
+def _nearest(size: int) -> str:
+    """The recipe whose model is nearest in parameters, on a scale of ratios."""
+    found = {}
+    for name in group_options()["experiment"]:
+        chosen = re.search(r"override /model: (\w+)", (config_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
+        if chosen:
+            sizes = replace(ModelConfig(), **load(config_dir() / "model" / f"{chosen[1]}.yaml"))
+            found[name] = abs(math.log(count_parameters(sizes, 50304).total / size))
+    return min(found, key=lambda name: found[name])

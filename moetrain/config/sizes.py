@@ -1,0 +1,163 @@
+"""What a config comes to by multiplication: parameters, and the bytes that one rank needs.
+
+Whole numbers and closed forms, no torch: asked before anything starts, and in no time whatever the sizes are.
+
+    state         weights, gradients, and AdamW's two moments or Muon's momentum, in float32 (float64 for that dtype);
+                  cut up as the mode says
+    activations   what backward keeps of one micro-batch of this rank, and dense matrices in the dtype of the computation
+    logits        of one micro-batch, or of train.head_chunk tokens
+    tokens        what the host keeps of this rank's part of an optimizer step
+
+Activations are those of one process on the CPU. What the formulas leave out: copies of experts under `fssdp`, whole parameters
+that FSDP2 has gathered, rows on their way, the graphs of further micro-batches that exact balance may keep, the allocator's
+reserve.
+"""
+
+from typing import NamedTuple
+
+from moetrain.config.schema import Config, ModelConfig
+
+_ITEM = {"auto": 2, "bfloat16": 2, "float32": 4, "float64": 8}      # bytes of a number in the computation; auto may be bfloat16
+
+
+class Parameters(NamedTuple):
+    """Numbers of the whole model. matrices: of attention, shared experts and dense layers. rest: embedding, head, norms, routers."""
+
+    matrices: int
+    experts: int
+    rest: int
+    active_experts: int          # of `experts`, what one token meets
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.experts + self.rest
+
+    @property
+    def active(self) -> int:
+        return self.matrices + self.active_experts + self.rest
+
+
+class Shards(NamedTuple):
+    """Ranks that hold a dense parameter, or the experts of a layer, once between them."""
+
+    dense: int
+    experts: int
+
+
+class LayerKind(NamedTuple):
+    """Layers that are alike, and how many."""
+
+    layers: int
+    num_experts: int
+    top_k: int
+    dense: bool                  # without routed experts
+
+
+class RankMemory(NamedTuple):
+    """Bytes of one rank, by what takes them."""
+
+    state: int
+    activations: int
+    logits: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def count_parameters(sizes: ModelConfig, vocab_size: int) -> Parameters:
+    width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
+    attention = width * head * (2 * sizes.num_heads + 2 * sizes.num_kv_heads)
+    norms = 2 * width + (2 * head if sizes.qk_norm else 0)
+    expert = 3 * width * sizes.expert_dim
+    matrices, rest = sizes.num_layers * attention, sizes.num_layers * norms + width
+    rest += vocab_size * width * (1 if sizes.tie_embeddings else 2)
+    experts = active = 0
+    for layers, num_experts, top_k, dense in layer_kinds(sizes):
+        if dense:
+            matrices += layers * 3 * width * (sizes.dense_dim or top_k * sizes.expert_dim)
+        else:
+            matrices += layers * sizes.num_shared_experts * expert
+            rest += layers * num_experts * width
+            experts += layers * num_experts * expert
+            active += layers * top_k * expert
+    return Parameters(matrices, experts, rest, active)
+
+
+def layer_kinds(sizes: ModelConfig) -> list[LayerKind]:
+    """Layers that are alike, in order; with sizes as lists each by itself."""
+    dense = min(sizes.first_dense_layers, sizes.num_layers)
+    if isinstance(sizes.num_experts, int) and isinstance(sizes.top_k, int):
+        kinds = [LayerKind(dense, sizes.num_experts, sizes.top_k, True),
+                 LayerKind(sizes.num_layers - dense, sizes.num_experts, sizes.top_k, False)]
+        return [kind for kind in kinds if kind.layers]
+    given = min(len(entries) for entries in (sizes.num_experts, sizes.top_k) if isinstance(entries, list))
+    spread = [entries if isinstance(entries, list) else [entries] * given for entries in (sizes.num_experts, sizes.top_k)]
+    return [LayerKind(1, *both, layer < dense) for layer, both in enumerate(zip(*spread))]
+
+
+def shards(config: Config, ranks: int) -> Shards:
+    """As comm/mesh.py cuts them."""
+    parallel = config.parallel
+    ep = (parallel.ep or ranks) if parallel.mode in ("ep", "ep_fsdp", "fssdp") else 1
+    dense = (parallel.shard or ranks) if parallel.mode in ("fsdp", "ep_fsdp", "fssdp") else 1
+    return Shards(dense, ep if parallel.mode == "fssdp" else ep * max(1, dense // ep))
+
+
+def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
+    """The memory of one rank in training."""
+    train, cut, item = config.train, shards(config, ranks), _ITEM[config.run.dtype]
+    parameters = count_parameters(config.model, vocab_size)
+    hidden = -(-parameters.matrices // cut.dense) + -(-parameters.experts // cut.experts)
+    rest = -(-parameters.rest // cut.dense)
+    state = max(4, item) * ((3 if config.optim.name == "muon" else 4) * hidden + 4 * rest)
+    tokens = train.per_forward(ranks) * train.seq_len
+    exchanged = cut.experts > 1 and config.parallel.mode != "fsdp"
+    logits = min(tokens, train.head_chunk or tokens) * vocab_size * (item + 8)   # beside themselves: in float32, and their gradient
+    return RankMemory(state, tokens * kept_per_token(config, exchanged) + _casts(config, parameters, item), logits,
+                      _on_host(config, ranks))
+
+
+def kept_per_token(config: Config, exchanged: bool) -> int:
+    """Bytes that are kept for the backward pass of one token. exchanged: rows travel to experts on other ranks."""
+    sizes, item, mode = config.model, _ITEM[config.run.dtype], config.train.activation_checkpointing
+    kinds = layer_kinds(sizes)
+    whole = {kind: _kept_by_block(sizes, kind, "none", item, exchanged) for kind in kinds}
+    ends = 2 * item * sizes.dim                                  # before the last norm and behind it
+    if mode == "none":
+        return ends + sum(kind.layers * kept for kind, kept in whole.items())
+    kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, mode, item, exchanged) for kind in kinds)
+    return kept + max(whole.values(), default=0)                 # and a block that runs again
+
+
+def _kept_by_block(sizes: ModelConfig, kind: LayerKind, mode: str, item: int, exchanged: bool) -> int:
+    """As measured on CPU in bfloat16, where it is exact to a few per cent (tests/config/test_sizes.py)."""
+    width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
+    queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
+    slots, decided = kind.top_k, 36 * kind.top_k                 # expert ids, weights and row orders
+    feed_forward = (sizes.dense_dim or slots * sizes.expert_dim) if kind.dense else sizes.num_shared_experts * sizes.expert_dim
+    rows, inside = (0, 0) if kind.dense else (slots * width, 2 * slots * sizes.expert_dim)
+    if mode == "full":
+        return item * width + decided
+    if mode == "selective":
+        shared = 2 * feed_forward + (width if feed_forward else 0)
+        return item * (2 * width + 2 * (queries + keys) + rows + inside + shared) + 4 * sizes.num_heads + decided
+    states = 4 if item >= 4 else 6                               # of width D; norms keep what they cast
+    numbers = states * width + (4 if sizes.qk_norm else 3) * (queries + keys) + inside + 4 * feed_forward + exchanged * rows
+    return item * numbers + 4 * sizes.num_heads + (0 if kind.dense else 12 * kind.num_experts) + decided
+
+
+def _casts(config: Config, parameters: Parameters, item: int) -> int:
+    """Dense matrices in the dtype of the computation, which backward keeps: of all blocks, or of the one that runs again."""
+    if item >= 4:
+        return 0
+    blocks = 1 if config.train.activation_checkpointing == "none" else config.model.num_layers
+    return item * parameters.matrices // blocks
+
+
+def _on_host(config: Config, ranks: int) -> int:
+    """Ids of this rank's part of a step: id, target and mask of every token (data/batch.py); and what generated data needs."""
+    train, data = config.train, config.data
+    made = 8 * (data.vocab_size + data.num_domains + config.eval.windows) if data.kind == "synthetic" else 0
+    return train.global_batch // ranks * train.seq_len * 17 + made
