@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import statistics
 import time
 from collections import deque
@@ -60,34 +61,51 @@ def rank_metrics(phases: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 class Unsteady:
-    """Warns once when the times of steps differ much: on a CPU mostly more threads than free cores.
+    """Warns once when steps take longer than they need: their times differ much, or other processes take the cores.
 
-    Looks at the last RECENT steps, once there are so many beyond the first, which allocate and connect.
+    The second is counted by the system: how often it took a core from a thread of this process that wanted to go on. With a
+    core for every thread that is a few times a second; threads that share cores lose them a hundred times, and all threads of
+    an operator wait for the slowest. Looks at RECENT steps, after the first ones, which allocate and connect.
     """
 
-    FIRST, RECENT, FACTOR = 5, 30, 3.0       # a step is rarely twice as long as another on a machine of one's own
+    FIRST, RECENT = 5, 30
+    FACTOR = 3.0                             # between the slow and the fast tenth of the steps
+    PREEMPTIONS = 40.0                       # a second; 80 to 130 were seen where ten processes share two cores
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seen, self.told = device, 0, False
         self.times: deque[float] = deque(maxlen=self.RECENT)
+        self.preempted: deque[int] = deque(maxlen=self.RECENT + 1)
 
     def add(self, seconds: float) -> None:
         """A step took so long."""
         self.seen += 1
-        if self.told or self.seen <= self.FIRST:
+        if self.told or self.seen < self.FIRST:
             return
-        self.times.append(seconds)
-        if len(self.times) < self.RECENT:
-            return
+        self.preempted.append(preemptions())
+        if self.seen > self.FIRST:
+            self.times.append(seconds)
+        if len(self.times) == self.RECENT and (cause := self._cause()):
+            self.told = True
+            log.warning("%s; %s. docs/howto/slow.md says how to find out more", cause, self._advice())
+
+    def _cause(self) -> str:
         tenths = statistics.quantiles(self.times, n=10)
         if tenths[-1] > self.FACTOR * tenths[0]:
-            self.told = True
-            log.warning("of the last %d steps a tenth took more than %.3g s and a tenth less than %.3g s: %s; docs/howto/slow.md says how to find the cause",
-                        self.RECENT, tenths[-1], tenths[0], self._advice())
+            return f"of the last {self.RECENT} steps a tenth took more than {tenths[-1]:.3g} s and a tenth less than {tenths[0]:.3g} s"
+        rate = (self.preempted[-1] - self.preempted[0]) / max(sum(self.times), 1e-9)
+        if rate > self.PREEMPTIONS:
+            return f"other processes took a core from this one {rate:.0f} times a second"
+        return ""
 
     def _advice(self) -> str:
         threads = torch.get_num_threads()
         if self.device.type == "cpu" and threads > 1:
-            return (f"{threads} threads wait for each other where other programs use some of the {len(os.sched_getaffinity(0))} cores; "
-                    f"stop them, or resume with OMP_NUM_THREADS={threads // 2} before the command")
-        return "another program may be using this machine"
+            return (f"its {threads} threads wait for the slowest of them: stop the others, or resume with "
+                    f"OMP_NUM_THREADS={threads // 2} before the command")
+        return f"look for other processes on the {len(os.sched_getaffinity(0))} cores that it may use"
+
+
+def preemptions() -> int:
+    """How often the system has taken a core from a thread of this process that wanted to go on."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

@@ -1,10 +1,16 @@
 """Phases of a step by rank, and the warning about steps that vary."""
 
+import itertools
 import logging
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
+from moetrain.train import stopwatch
 from moetrain.train.stopwatch import PHASES, Stopwatch, Unsteady, rank_metrics
 
 
@@ -30,8 +36,15 @@ def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
     return caplog
 
 
-@pytest.mark.parametrize("threads, advice", [(4, "OMP_NUM_THREADS=2"), (1, "another program")])
-def test_steps_that_vary_are_told_once(heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, threads: int, advice: str) -> None:
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose cores nobody else wants."""
+    monkeypatch.setattr(stopwatch, "preemptions", lambda: 7)
+
+
+@pytest.mark.parametrize("threads, advice", [(4, "OMP_NUM_THREADS=2"), (1, "look for other processes")])
+def test_steps_that_vary_are_told_once(quiet: None, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, threads: int,
+                                       advice: str) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     watched = Unsteady(torch.device("cpu"))
     for step in range(200):
@@ -39,8 +52,36 @@ def test_steps_that_vary_are_told_once(heard: pytest.LogCaptureFixture, monkeypa
     assert len(heard.records) == 1 and advice in heard.text and "0.155 s" in heard.text and "docs/howto/slow.md" in heard.text
 
 
-def test_an_ordinary_run_is_not_warned(heard: pytest.LogCaptureFixture) -> None:
+def test_an_ordinary_run_is_not_warned(quiet: None, heard: pytest.LogCaptureFixture) -> None:
     watched = Unsteady(torch.device("cpu"))
     for step in range(200):                              # a slow start, and now and then a step that waits for a save
         watched.add(2.0 if step < 5 or step % 40 == 0 else 0.02 + 0.0002 * (step % 50))
     assert not heard.records
+
+
+def test_cores_that_others_take_are_told_once(heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are slow alike: 155 ms for 20."""
+    counts = itertools.count(1000, 15)
+    monkeypatch.setattr(stopwatch, "preemptions", lambda: next(counts))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    watched = Unsteady(torch.device("cpu"))
+    for _ in range(100):
+        watched.add(0.155)
+    assert len(heard.records) == 1 and "97 times a second" in heard.text and "OMP_NUM_THREADS=1" in heard.text
+
+
+def test_preemptions_are_counted_by_the_system() -> None:
+    before = stopwatch.preemptions()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        core = min(os.sched_getaffinity(0))
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(busy.pid, {core})
+        os.sched_setaffinity(0, {core})
+        try:
+            until = time.thread_time() + 0.3
+            while time.thread_time() < until:
+                pass
+        finally:
+            os.sched_setaffinity(0, allowed)
+            busy.kill()
+    assert stopwatch.preemptions() > before + 5
