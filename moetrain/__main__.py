@@ -9,6 +9,7 @@ shows it), and its class gives the exit code:
 """
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -45,6 +46,8 @@ FIRST_KEYS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):             # a path that is not UTF-8 is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(argv)
     except MoETrainError as error:

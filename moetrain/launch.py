@@ -25,6 +25,7 @@ from typing import IO
 
 from moetrain.config.compose import compose, run_dir
 from moetrain.errors import DiskError, MoETrainError
+from moetrain.files import create, open_regular, open_to_append, parse_json, reason
 from moetrain.train.tenancy import Tenancy
 
 # Seconds the other ranks get to end on their own after one failed, and then after SIGTERM.
@@ -154,7 +155,8 @@ def write_status(run_dir: Path, code: int, reason: str) -> None:
     draft = run_dir / "status.json.tmp"
     try:
         status = {"code": code, "reason": reason, "step": _last_step(run_dir)}
-        draft.write_text(json.dumps(status) + "\n", encoding="utf-8")
+        with create(draft) as file:
+            file.write(f"{json.dumps(status)}\n".encode())
         draft.replace(run_dir / "status.json")
     except OSError as error:
         log.warning("status.json could not be written: %s", error)
@@ -205,9 +207,9 @@ def _open_log(run_dir: Path, rank: int) -> IO[bytes]:
     path = run_dir / "log" / f"rank-{rank}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab")
+        return open_to_append(path)
     except OSError as error:
-        raise DiskError(1, "the log of a rank cannot be written", where=str(path), why=str(error),
+        raise DiskError(1, "the log of a rank cannot be written", where=str(path), why=reason(error),
                         next="run.dir=<a directory that can be written>") from error
 
 
@@ -279,14 +281,14 @@ def _tell(rank: int, code: int, run_dir: Path, record: bool) -> None:
 def _last_step(run_dir: Path) -> int:
     """The last step that metrics.jsonl reports, 0 before the first."""
     try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
+        with open_regular(run_dir / "metrics.jsonl") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
             lines = file.read().splitlines()
     except OSError:
         return 0
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue                                 # a line that was cut off
+            return int(parse_json(line)["step"])
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue                                 # a line that was cut off, or is damaged
     return 0

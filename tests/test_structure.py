@@ -199,6 +199,46 @@ def offences(module: str, source: str) -> list[str]:
     return [f"{module}: {name}" for name in found]
 
 
+# Rooms that read what lies in a folder of a run or of data, where anybody may have put anything: they open it by moetrain.files.
+READERS = ("comm", "data", "generate", "interop", "launch", "nodes", "report", "runs", "train")
+# Files that no user makes: of the kernel, of installed packages, and new ones that must not exist.
+OTHER_FILES = {"moetrain.train.memory", "moetrain.nodes.supervise", "moetrain.train.tenancy", "moetrain.runs.lock", "moetrain.data.corpus",
+               "moetrain.train.checkpoint.disk"}
+
+
+def bare_opens(module: str, source: str) -> list[str]:
+    """Files opened as they come: a pipe would be waited for, a link followed anywhere."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Name(id="open"), args=[ast.Call(func=ast.Name(id="open_descriptor")), *_]):
+                pass
+            case ast.Call(func=ast.Name(id="open")):
+                found.append("open")
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="os"), attr="open")):
+                found.append("os.open")
+            case ast.Call(func=ast.Attribute(attr="open"), args=[] | [ast.Constant(), *_]):      # of a path: the mode comes first
+                found.append(".open")
+            case ast.Call(func=ast.Attribute(attr="read_text" | "read_bytes" | "write_text" | "write_bytes" | "memmap" | "fromfile"
+                                             | "safe_open" | "load_file" as name)):
+                found.append(name)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="np"), attr="load")):
+                found.append("np.load")
+    return [f"{module}: {name}" for name in found]
+
+
+def test_files_of_runs_and_data_are_opened_with_suspicion() -> None:
+    assert [found for module, source in PACKAGE.items() if room(module) in READERS and module not in OTHER_FILES
+            for found in bare_opens(module, source)] == []
+
+
+@pytest.mark.parametrize("source", ["open(p)", "open(p, 'rb')", "p.open()", "p.open('rb')", "os.open(p, 0)", "p.read_text()", "p.read_bytes()",
+                                    "np.load(p)", "np.memmap(p)", "np.fromfile(p)", "p.write_text('')", "safetensors.safe_open(p)"])
+def test_a_bare_open_is_found(source: str) -> None:
+    assert len(bare_opens("moetrain.train.loop", source)) == 1
+    assert bare_opens("moetrain.train.loop", "open_regular(p)\narchive.open(member)\nopen(open_descriptor(p, 0), 'rb')") == []
+
+
 def test_nothing_prints_unpickles_or_evaluates() -> None:
     assert [offence for module, source in PACKAGE.items() for offence in offences(module, source)] == []
 

@@ -10,6 +10,7 @@ from typing import Any
 from moetrain import launch
 from moetrain.config.compose import for_run, run_dir
 from moetrain.config.schema import Config
+from moetrain.files import shown
 from moetrain.files import nearby
 from moetrain.nodes.foreign import check_ranks
 
@@ -39,7 +40,7 @@ def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
     for domain in (name.removeprefix("loss/") for name in results if name.startswith("loss/")):
         nats = results[f"nats_per_byte/{domain}"]
         figures = [results[f"loss/{domain}"], nats / math.log(2), nats, *ngrams.get(domain, [])]
-        rows.append([domain, *(f"{figure:.4f}" for figure in figures)])
+        rows.append([shown(domain), *(f"{figure:.4f}" for figure in figures)])
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
                                for column, (cell, width) in enumerate(zip(row, widths))) for row in rows)

@@ -232,7 +232,8 @@ def _without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _domain(name: str) -> str:
     folder, slash, _ = name.partition("/")
-    return folder if slash else Path(name).suffix.removeprefix(".") or "text"
+    domain = folder if slash else Path(name).suffix.removeprefix(".") or "text"
+    return os.fsencode(domain).decode("utf-8", "backslashreplace")          # a name that is not UTF-8 has a readable one, too
 
 
 def _unreadable(path: Path, error: OSError, key: str) -> DataError:

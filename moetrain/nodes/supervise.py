@@ -6,7 +6,6 @@
     ending    the code in <run.dir>/status.json, which rank 0 writes, on whichever node.
 """
 
-import json
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moetrain import launch
+from moetrain.files import read_json
 from moetrain.nodes.agent import END, PASSED_ON
 from moetrain.nodes.node import Node, cores
 from moetrain.nodes.rollcall import interface, own_address
@@ -57,8 +57,11 @@ class Status:
     def written(self) -> dict | None:
         with suppress(OSError, ValueError):
             if self._final is None and self._identity() != self._before:
-                status = json.loads(self._path.read_text(encoding="utf-8"))
-                self._final = status if status["code"] in _FINAL else None
+                status = read_json(self._path)
+                code = status.get("code") if isinstance(status, dict) else None
+                if type(code) is not int or not 0 <= code < 256:
+                    return None                              # not what rank 0 writes
+                self._final = status if code in _FINAL else None
                 return status
         return self._final
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
+from moetrain.files import shown
 from moetrain.train.loggers.step_line import StepMeans, fold, part, step_parts
 from moetrain.units import duration
 
@@ -29,6 +30,7 @@ def banner(rows: Sequence[tuple[str, str]]) -> str:
     """Rows of label and value, aligned. The first may have no label: it says name and run. Another without one goes on
     where the row above began."""
     width = max((len(label) for label, _ in rows), default=0)
+    rows = [(label, shown(value)) for label, value in rows]
     lines = [f"{label:{width}s}  {value}".rstrip() if label or i else value for i, (label, value) in enumerate(rows)]
     assert len(lines) <= BANNER_LINES and "\n" not in "".join(lines), len(lines)
     return "\n".join(lines)
@@ -43,7 +45,7 @@ def summary(rows: Sequence[tuple[str, str]], commands: Sequence[str]) -> str:
 def eval_line(step: int, losses: Mapping[str, float]) -> str:
     """What an evaluation found, by domain; bits of the mean beside it."""
     by_domain = {name.removeprefix("nats_per_byte/"): value for name, value in losses.items() if name.startswith("nats_per_byte/")}
-    figures = "  ".join(f"{name} {value:.3f}" for name, value in by_domain.items())
+    figures = "  ".join(f"{shown(name)} {value:.3f}" for name, value in by_domain.items())
     return f"[eval] step {step}, nats per byte: {figures} ({by_domain.get('mean', 0.0) / math.log(2):.3f} bits)"
 
 
@@ -155,9 +157,10 @@ class Console:
         self.line(summary(rows, commands))
 
     def line(self, text: str) -> None:
-        """One or several lines, above the bar where there is one."""
+        """One or several lines, above the bar where there is one. What does not print is escaped."""
         if self.silent:
             return
+        text = "\n".join(map(shown, text.split("\n")))
         if not self.unicode:
             text = text.encode(_encoding(self.stream), "replace").decode(_encoding(self.stream))
         if self._bar is not None:
@@ -214,9 +217,15 @@ def connect_logging(write: Callable[[str], None] | None) -> Callable[[], None]:
 
 
 class TagFormatter(logging.Formatter):
-    """[warn] in front of warnings, [error] of errors; a message that brings its own tag keeps it."""
+    """[warn] in front of warnings, [error] of errors; a message that brings its own tag keeps it.
+
+    Paths and texts that a message is given stay on its line, whatever they hold.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):
+            record = logging.makeLogRecord({**record.__dict__, "args": tuple(
+                shown(value) if isinstance(value, (str, os.PathLike)) else value for value in record.args)})
         text = super().format(record)
         tag = "[error] " if record.levelno >= logging.ERROR else "[warn] " if record.levelno >= logging.WARNING else ""
         return text if text.startswith("[") else tag + text

@@ -66,6 +66,7 @@ class Planning:
         self.surroundings, self.outlook, self.rhythm = surroundings, outlook, rhythm
         self.placement, self.calibration = placement, calibration
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
+        self.positions = torch.zeros(1, dtype=torch.int64)       # that the homes are spread over; 0 before there is a plan
         self._check: tuple[list[Tensor], dist.Work] | None = None
         for moe in self._layers():
             homes = placement[moe.name]
@@ -97,16 +98,17 @@ class Planning:
 
     def pieces(self) -> Iterator[Piece]:
         sliced = {"sliced": self.sliced} if self.rhythm.sliced else {}
-        for name, table in {**self.outlook.tables(), "homes": self.homes, **sliced}.items():
+        for name, table in {**self.outlook.tables(), "homes": self.homes, "positions": self.positions, **sliced}.items():
             yield Piece(f"plan.{name}", tuple(table.shape), 0, table, "batch")
 
     def restored(self) -> None:
         """Forecast and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
 
-        Homes of another number of positions are left alone.
+        Homes of another number of positions are left alone: the experts stay as they are spread at the start, over all of these.
         """
         positions, sizes = self.mesh["ep"].size, list(self.model.routers.values())
-        if self.homes.min() >= 0 and self.homes.max() < positions:
+        spread = int(self.positions) or int(self.homes.max()) + 1        # checkpoints of older releases do not say
+        if spread == positions and self.homes.min() >= 0 and self.homes.max() < positions:
             self._move(ExpertPlacement(tuple(
                 (name, LayerPlacement(tuple(homes.tolist()), positions, sliced=tuple(sliced.nonzero().flatten().tolist())))
                 for name, homes, sliced in zip(self.model.routers, self.homes.split(sizes), self.sliced.split(sizes)))))
@@ -151,6 +153,7 @@ class Planning:
                              for expert in range(layer.num_experts)], dtype=torch.int64)
 
     def _plan(self) -> None:
+        self.positions.fill_(self.mesh["ep"].size)
         topology, costs, room = self.surroundings
         loads, homes, layers = self.outlook.loads(), self.placement.homes, []
         for moe in self._layers():

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moetrain.files import open_descriptor, open_regular, read_json, reason
+from moetrain.files import create, open_descriptor, open_regular, read_json, read_text, reason
 from moetrain.train.files import append, move_to_lost, replacing, written
 from moetrain.train.loggers.wandb_settings import WandbSettings
 
@@ -284,8 +284,9 @@ def _start_wandb(wandb: Any, *, dir: str, mode: str, **run: Any) -> Any:
     id_file = Path(dir) / "wandb" / "id"
     id_file.parent.mkdir(parents=True, exist_ok=True)
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    return wandb.init(**run, dir=dir, mode=mode, id=id_file.read_text(encoding="utf-8"), resume="allow",
+        with create(id_file) as file:
+            file.write(secrets.token_hex(4).encode())
+    return wandb.init(**run, dir=dir, mode=mode, id=read_text(id_file), resume="allow",
                       settings=wandb.Settings(console="off", silent=True))
 
 

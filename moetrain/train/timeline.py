@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import LogConfig
 from moetrain.errors import DiskError
+from moetrain.files import open_regular
 from moetrain.model.transformer import Transformer
 from moetrain.train.checkpoint.writer import on_all
 from moetrain.train.files import make_place
@@ -57,11 +58,21 @@ def _write(recorded: profile, path: Path, mesh: Mesh) -> None:
     part = path.with_suffix(".part")
     recorded.export_chrome_trace(str(part))
     # Where it cannot write, or only a part, the profiler does not say so, and leaves files of its own names.
-    if not part.is_file() or not part.read_bytes().rstrip().endswith(b"}"):
+    if not _is_whole(part):
         for left in path.parent.glob(f"{part.name}*"):
             left.unlink()
         raise OSError(f"torch's profiler could not write {path.name} as a whole")
     part.replace(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an object in it has ended."""
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 100))
+            return file.read().rstrip().endswith(b"}")
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Every wire moves what the flat one moves: on four ranks, two a node, rows bit for bit and gradients the way they came."""
 
 import os
+import resource
 from typing import get_args, get_type_hints
 from unittest import mock
 
@@ -9,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.comm.exchange.areas import shared_files
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.exchange.deepep import as_units, from_units
 from moetrain.comm.exchange.wires import WIRES, _package, wires
 from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
 from moetrain.config.schema import ParallelConfig
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, DiskError
 
 HERE = ["two_level", "peer", "peer_push"]                         # those that run without a GPU
 TRAFFIC = [
@@ -102,3 +104,25 @@ def test_the_bits_of_a_message_pass_through_rows_of_bfloat16():
 
 def test_the_config_knows_every_wire():
     assert set(get_args(get_type_hints(ParallelConfig)["exchange"])) == set(WIRES)
+
+
+def without_room(limit: int) -> str:
+    """What comes of sharing more memory than there is, here more than a file may have."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        shared_files(one_node()["ep"])(4 * limit)
+    except DiskError as error:
+        return f"{error.id} {error.why}"
+    except SystemExit as leaving:
+        return str(leaving.code)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "shared"
+
+
+@pytest.mark.ranks
+def test_memory_that_is_not_there_is_told_before_it_is_used(ranks):
+    """A file that merely has the size is SIGBUS once it is written to."""
+    for said in ranks(2).run(without_room, 65536):
+        assert said.startswith("E-DISK-042") and "needs 262,144 bytes" in said

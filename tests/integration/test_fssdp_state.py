@@ -95,6 +95,32 @@ def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_p
         assert all(torch.equal(loaded[tensor], truth[tensor]) for tensor in truth), name
 
 
+def experts_here(overrides: list[str], run_dir: Path) -> int:
+    run = make_run(overrides)
+    resume(run.state, run_dir, run.mesh)
+    return sum(name.endswith("gate_up") and name.startswith("model.") and ".experts." in name for name in held(run))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("says", [True, False], ids=["", "older release"])
+def test_a_run_resumed_on_more_ranks_spreads_its_homes_over_all(ranks, tmp_path, says):
+    overrides = ["parallel=fssdp", "planner=eplb", "parallel.rehome_interval=2"]
+    ranks(2).run(save_moved if says else save_without_positions, [*overrides, "run.nproc=2", "train.micro_batch=8"], tmp_path)
+    on_four = ranks(4).run(experts_here, [*overrides, "run.nproc=4", "train.micro_batch=4"], tmp_path)
+    assert on_four == [2 * 8 // 4] * 4                           # layers x experts
+
+
+def save_without_positions(overrides: list[str], run_dir: Path) -> None:
+    def pieces(planning, original=Planning.pieces):
+        yield from (piece for piece in original(planning) if piece.name != "plan.positions")
+
+    original, Planning.pieces = Planning.pieces, pieces
+    try:
+        save_moved(overrides, run_dir)
+    finally:
+        Planning.pieces = original
+
+
 def unsaved_with_copies(overrides: list[str]) -> list[str]:
     return [path for path in unsaved(run_with_copies(overrides)) if not path.endswith("planner.rule")]       # Random's own
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moetrain import launch
 from moetrain.nodes.supervise import Status, ending
+from tests.support.odd_files import ODD, make_odd
 
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
@@ -57,3 +59,29 @@ def test_a_status_that_is_cut_off_is_none(tmp_path: Path) -> None:
     status = Status(tmp_path)
     (tmp_path / "status.json").write_text('{"co')
     assert status.written() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 10_000, b'{"code": 1e400}', b'{"code": [12]}', b'{"code": "12"}',
+                                     b'{"code": -1}', b'{"code": 1e3}', b'{"code": true}', b'{"reason": "none"}', b"\xff", b" " * (2 << 20)])
+def test_a_status_that_rank_zero_did_not_write_is_none(tmp_path: Path, content: bytes) -> None:
+    status = Status(tmp_path)
+    (tmp_path / "status.json").write_bytes(content)
+    assert status.written() is None and not status.is_final()
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_status_or_record_that_is_no_file_holds_nobody_up(tmp_path: Path, kind: str) -> None:
+    status = Status(tmp_path)
+    for name in ("status.json", "status.json.tmp", "metrics.jsonl"):
+        make_odd(tmp_path / name, kind)
+    assert status.written() is None
+    launch.write_status(tmp_path, 12, "no data")
+    if kind != "folder":
+        assert json.loads((tmp_path / "status.json").read_text()) == {"code": 12, "reason": "no data", "step": 0}
+
+
+@pytest.mark.parametrize("line", ['{"step": 1e400}', "[" * 10_000, "{}", '{"step": null}', "cut off"])
+def test_the_last_step_is_that_of_the_last_whole_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7}\n' + line)
+    launch.write_status(tmp_path, 16, "lost")
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 7

@@ -13,6 +13,7 @@ would need a fence. On GPUs signals are released and acquired at system scope, o
 
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
+from moetrain.comm.reduce import all_or_none
+from moetrain.errors import DiskError
+from moetrain.files import create, reason
 from moetrain.ops.peer_memory import await_signals, put_signals
 
 Share = Callable[[int], list[Tensor]]
@@ -88,10 +92,8 @@ def shared_files(group: Group) -> Share:
         dist.broadcast_object_list(token, src=group.ranks[0], group=group.process_group)
         paths = [folder / f"{token[0]}-{position}" for position in range(group.size)]
         mine = paths[group.position]
-        with mine.open("xb") as file:
-            file.truncate(size)
         try:
-            dist.barrier(group.process_group)                # all files are there
+            all_or_none(group, lambda: _reserve(mine, size))         # all files are there
             mapped = [torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8) for path in paths]
             dist.barrier(group.process_group)                # all have opened them
         finally:
@@ -99,6 +101,19 @@ def shared_files(group: Group) -> Share:
         return mapped
 
     return share
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file whose memory is there: that of one which merely has the size is asked for when it is touched, and where there is
+    none left the answer is SIGBUS."""
+    try:
+        with create(path) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise DiskError(42, "there is no room for the memory that ranks share", where=str(path.parent),
+                        why=f"{reason(error)}: parallel.exchange=peer needs {size:,} bytes for each rank of this machine, {free:,} are "
+                            f"free now", next="enlarge it (docker: --shm-size=16g), or parallel.exchange=flat") from error
 
 
 def symmetric_memory(group: Group, device: torch.device) -> Share:
