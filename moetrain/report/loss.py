@@ -1,7 +1,7 @@
 """Training and held-out loss of a run as a picture: `<run.dir>/report/loss.png`, its values beside it as CSV.
 
-Reads metrics.jsonl, eval.jsonl and log/attempts.jsonl, so a run is drawn without its checkpoint and while it trains. A line that
-cannot be read is left out.
+Reads metrics.jsonl, eval.jsonl and log/attempts.jsonl, so a run is drawn without its checkpoint and while it
+trains. A line that cannot be read is left out.
 """
 
 import math
@@ -50,11 +50,13 @@ def read_losses(run_dir: Path) -> Losses:
     steps = _records(run_dir / "metrics.jsonl", "step", "tokens", "loss/ce")
     evaluations = _records(run_dir / "eval.jsonl", "step", "loss/mean", "nats_per_byte/mean")
     starts = [int(record["start"]) for record in _records(run_dir / "log" / "attempts.jsonl", "start")]
-    names = dict.fromkeys(name.removeprefix("loss/") for record in evaluations for name in record if name.startswith("loss/"))
+    found = (name for record in evaluations for name in record if name.startswith("loss/"))
+    names = dict.fromkeys(name.removeprefix("loss/") for name in found)
     return Losses(
         *(np.array([record[name] for record in steps], dtype=float) for name in ("step", "tokens", "loss/ce")),
         np.array([record["step"] for record in evaluations], dtype=float),
-        {name: np.array([record.get(f"loss/{name}", math.nan) for record in evaluations], dtype=float) for name in names},
+        {name: np.array([record.get(f"loss/{name}", math.nan) for record in evaluations], dtype=float)
+         for name in names},
         np.array([record["nats_per_byte/mean"] for record in evaluations], dtype=float),
         sorted({start for start in starts if steps and 0 < start < steps[-1]["step"]}))
 
@@ -72,7 +74,9 @@ def _records(path: Path, *names: str) -> list[dict[str, float]]:
                 record = parse_json(line)
             except ValueError:
                 continue
-            numbers = {name: value for name, value in record.items() if type(value) in (int, float)} if isinstance(record, dict) else {}
+            if not isinstance(record, dict):
+                continue
+            numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
             if numbers.keys() >= set(names):
                 found.append(numbers)
     return found
@@ -81,10 +85,12 @@ def _records(path: Path, *names: str) -> list[dict[str, float]]:
 def finding(found: Losses) -> str:
     """What the picture shows, in a line."""
     first, last = found.training[0], _end(found)
-    text = f"Training loss {'falls' if last < first else 'goes'} from {first:.2f} to {last:.2f} nats per token in {count(found.tokens[-1])} tokens"
+    verb = "falls" if last < first else "goes"
+    text = f"Training loss {verb} from {first:.2f} to {last:.2f} nats per token in {count(found.tokens[-1])} tokens"
     if not len(found.evaluated):
         return text
-    return f"{text}; held-out {found.heldout['mean'][-1]:.2f} ({found.nats_per_byte[-1] / math.log(2):.2f} bits per byte)"
+    bits = found.nats_per_byte[-1] / math.log(2)
+    return f"{text}; held-out {found.heldout['mean'][-1]:.2f} ({bits:.2f} bits per byte)"
 
 
 def _window(found: Losses) -> int:
@@ -103,7 +109,8 @@ def _rows(found: Losses) -> Iterator[list[object]]:
     yield ["step", "tokens", "training", *(f"held-out {shown(name)}" for name in found.heldout), "resumed"]
     for step in sorted({*trained, *evaluations, *map(float, found.resumed)}):
         tokens, loss = trained.get(step, ("", ""))
-        held = [f"{values[evaluations[step]]:.6g}" if step in evaluations else "" for values in found.heldout.values()]
+        held = [f"{values[evaluations[step]]:.6g}" if step in evaluations else ""
+                for values in found.heldout.values()]
         yield [int(step), tokens and int(tokens), loss and f"{loss:.6g}", *held, int(step in found.resumed)]
 
 
@@ -115,7 +122,8 @@ def _draw(found: Losses, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {"font.size": 10, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK}
+    inked = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+    style = {"font.size": 10, **dict.fromkeys(inked, INK)}
     with rc_context(style), Lettering(found.heldout) as lettering:
         figure = Figure(figsize=(11, 5.4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
@@ -136,10 +144,11 @@ Label = tuple[float, str, str, str]                      # where on the axis of 
 def _draw_training(axes: Any, found: Losses) -> list[Label]:
     window = _window(found)
     every = slice(None, None, -(-len(found.steps) // MOST_POINTS))
+    tokens, smooth = found.tokens[every], trailing_mean(found.training, window)[every]
     if window > 1:
-        axes.plot(found.tokens[every], found.training[every], color="0.75", linewidth=0.7, zorder=1, label="each step")
-    axes.plot(found.tokens[every], trailing_mean(found.training, window)[every], color=TRAINING, linewidth=2, zorder=3,
-              marker="o" if len(found.steps) == 1 else None, label=f"training, mean of {window} steps" if window > 1 else "training")
+        axes.plot(tokens, found.training[every], color="0.75", linewidth=0.7, zorder=1, label="each step")
+    axes.plot(tokens, smooth, color=TRAINING, linewidth=2, zorder=3, marker="o" if len(found.steps) == 1 else None,
+              label=f"training, mean of {window} steps" if window > 1 else "training")
     return [(_end(found), f"training {_end(found):.2f}", TRAINING, "bold")]
 
 
@@ -151,16 +160,20 @@ def _draw_heldout(axes: Any, found: Losses, lettering: Lettering) -> list[Label]
     domains = [name for name in found.heldout if name != "mean"]
     labels = []
     for name in domains[:MOST_DOMAINS] if len(domains) > 1 else ():
-        axes.plot(tokens, found.heldout[name], color="0.5", linewidth=0.9, linestyle=":", marker=".", markersize=5, zorder=2)
-        labels.append((found.heldout[name][-1], f"{lettering(name)} {found.heldout[name][-1]:.2f}", "0.35", "normal"))
-    axes.plot(tokens, found.heldout["mean"], color=HELDOUT, linewidth=1.6, linestyle="--", marker="D", markersize=6, markerfacecolor="white",
-              markeredgewidth=1.6, zorder=4, label="held-out" + (f", mean of {len(domains)} domains" if len(domains) > 1 else ""))
-    return [*labels, (found.heldout["mean"][-1], f"held-out {found.heldout['mean'][-1]:.2f}", HELDOUT, "bold")]
+        losses = found.heldout[name]
+        axes.plot(tokens, losses, color="0.5", linewidth=0.9, linestyle=":", marker=".", markersize=5, zorder=2)
+        labels.append((losses[-1], f"{lettering(name)} {losses[-1]:.2f}", "0.35", "normal"))
+    mean = found.heldout["mean"]
+    axes.plot(tokens, mean, color=HELDOUT, linewidth=1.6, linestyle="--", marker="D", markersize=6,
+              markerfacecolor="white", markeredgewidth=1.6, zorder=4,
+              label="held-out" + (f", mean of {len(domains)} domains" if len(domains) > 1 else ""))
+    return [*labels, (mean[-1], f"held-out {mean[-1]:.2f}", HELDOUT, "bold")]
 
 
 def _draw_resumes(axes: Any, found: Losses) -> None:
     for number, tokens in enumerate(np.interp(found.resumed, found.steps, found.tokens)):
-        axes.axvline(tokens, color="0.35", linewidth=1, linestyle=(0, (1, 2)), zorder=0, label=None if number else "resumed")
+        axes.axvline(tokens, color="0.35", linewidth=1, linestyle=(0, (1, 2)), zorder=0,
+                     label=None if number else "resumed")
 
 
 def _finish(axes: Any, found: Losses) -> None:
@@ -168,14 +181,16 @@ def _finish(axes: Any, found: Losses) -> None:
 
     end = float(max(found.tokens[-1], 1))
     smooth = trailing_mean(found.training, _window(found))
-    seen = np.concatenate([smooth[np.isfinite(smooth)], *(values[np.isfinite(values)] for values in found.heldout.values())])
+    seen = np.concatenate([smooth, *found.heldout.values()])
+    seen = seen[np.isfinite(seen)]
     if len(seen):
         room = 0.06 * (seen.max() - seen.min()) or 0.1
         axes.set_ylim(seen.min() - room, seen.max() + room)
     axes.set(xlim=(0, end), xlabel="tokens trained on", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count(tokens)))
     steps, tokens = np.concatenate([[0], found.steps]), np.concatenate([[0], found.tokens])
-    above = axes.secondary_xaxis("top", functions=(lambda x: np.interp(x, tokens, steps), lambda x: np.interp(x, steps, tokens)))
+    above = axes.secondary_xaxis("top", functions=(lambda at: np.interp(at, tokens, steps),
+                                                   lambda at: np.interp(at, steps, tokens)))
     above.set_xlabel("optimizer step")
     above.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=GREY)
@@ -195,5 +210,5 @@ def _write_labels(axes: Any, labels: list[Label]) -> None:
         down[-index - 1] = min(down[-index - 1], down[-index] - height)
     for above, below, (_, text, color, weight) in zip(up, down, labels):
         place = (above + below) / 2                      # both keep their distances, so does what lies between
-        axes.annotate(text, (1, place), xytext=(8, 0), xycoords=("axes fraction", "data"), textcoords="offset points", color=color,
-                      fontweight=weight, va="center", annotation_clip=False)
+        axes.annotate(text, (1, place), xytext=(8, 0), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", color=color, fontweight=weight, va="center", annotation_clip=False)

@@ -79,14 +79,16 @@ def table(ranks: Sequence[Sequence[list[Event]]]) -> list[Row]:
             phases = [event for event in events if event.category in PHASE_CATEGORIES]
             whole += max((e.end for e in phases), default=0.0) - min((e.begin for e in phases), default=0.0)
             own = own_times(event for event in events if event.category in OPERATOR_CATEGORIES)
-            for kind, name, lasted in [*(("phase", e.name, e.end - e.begin) for e in phases), *(("operator", *entry) for entry in own)]:
+            lasting = [("phase", event.name, event.end - event.begin) for event in phases]
+            for kind, name, lasted in [*lasting, *(("operator", *entry) for entry in own)]:
                 seconds[kind, name][rank] = seconds[kind, name].get(rank, 0.0) + lasted / len(recorded) / 1e6
                 calls[kind, name] += 1 / steps
     rows = []
     for (kind, name), by_rank in seconds.items():
         values = [by_rank.get(rank, 0.0) for rank in range(len(ranks))]
         mean = sum(values) / len(values)
-        rows.append(Row(kind, name, calls[kind, name], mean, min(values), max(values), mean * 1e6 * steps / whole if whole else 0.0))
+        share = mean * 1e6 * steps / whole if whole else 0.0
+        rows.append(Row(kind, name, calls[kind, name], mean, min(values), max(values), share))
     return sorted(rows, key=lambda row: (row.kind != "phase", -row.seconds))
 
 
@@ -112,7 +114,7 @@ def text(rows: Sequence[Row]) -> str:
     for row in [*(row for row in rows if row.kind == "phase"), *operators[:MOST_OPERATORS]]:
         if row.kind == "operator" and len(lines[-1]) > 1 and row is operators[0]:
             lines.append(["operators, without what they call", "", "", "", "", ""])
-        lines.append([shown(row.name, most=44), f"{row.calls:.0f}", *(f"{value * 1e3:.2f}" for value in row[3:6]), f"{row.share:.1%}"])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths))).rstrip()
-                     for line in lines)
+        lines.append([shown(row.name, most=44), f"{row.calls:.0f}", *(f"{value * 1e3:.2f}" for value in row[3:6]),
+                      f"{row.share:.1%}"])
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, others)]).rstrip() for name, *cells in lines)

@@ -1,7 +1,7 @@
 """Out of memory in training: what this rank holds, the largest first, and what to change.
 
-Sizes of parameters, gradients and optimizer are measured; activations are what one micro-batch was measured to keep, where that was
-done (train/memory.py), else an estimate by the formulas of `activation_bytes`.
+Sizes of parameters, gradients and optimizer are measured; activations are what one micro-batch was measured to
+keep, where that was done (train/memory.py), else an estimate by the formulas of `activation_bytes`.
 """
 
 import re
@@ -18,6 +18,7 @@ from moetrain.train.memory import most_memory
 from moetrain.train.setup import Run
 
 SHOWN = 4                                    # items that the message names
+_SAID = ("allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")     # the system, the driver, cuBLAS
 
 
 @contextmanager
@@ -32,8 +33,8 @@ def out_of_memory_named(run: Run) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The CPU allocator of torch has no class for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    """Whether an allocation failed. torch's CPU allocator and the libraries of CUDA have no class for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _SAID)
 
 
 def describe(run: Run, error: BaseException) -> OutOfMemoryError:
@@ -53,12 +54,14 @@ def describe(run: Run, error: BaseException) -> OutOfMemoryError:
 def largest_items(run: Run) -> list[tuple[str, float]]:
     """(what, bytes) on this rank, the largest first."""
     parameters = [local(parameter) for parameter in run.state.model.parameters()]
-    states = (value for state in run.state.optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    values = (value for state in run.state.optimizer.state.values() for value in state.values())
+    moments = sum(local(value).nbytes for value in values if isinstance(value, Tensor))
     weights = sum(parameter.nbytes for parameter in parameters)
     copies = most_memory(run)
-    kept = run.loader.micro_batches if run.graphs.kept and run.objective.pool is not None and run.objective.pool.mode == "exact" else 1
+    rule = run.objective.pool
+    kept = run.loader.micro_batches if run.graphs.kept and rule is not None and rule.mode == "exact" else 1
     of_one = run.graphs.graph or activation_bytes(run)
-    items = [("parameters", weights), ("gradients", weights), ("optimizer state", sum(local(state).nbytes for state in states)),
+    items = [("parameters", weights), ("gradients", weights), ("optimizer state", moments),
              (f"activations of {kept} micro-batch{'es' * (kept > 1)} about", kept * of_one),
              ("copies of experts and their gradients", copies.copies + copies.sums)]
     return sorted((item for item in items if item[1]), key=lambda item: -item[1])
@@ -72,17 +75,19 @@ def local(tensor: Tensor) -> Tensor:
 def activation_bytes(run: Run) -> float:
     """What one micro-batch keeps for backward, roughly.
 
-    A token keeps, in the dtype of the computation: in attention 8 D; for each expert that it visits 2 D and 3 F; logits and their
-    float32 probabilities V each. Whole blocks that are computed again keep only D.
+    A token keeps, in the dtype of the computation: in attention 8 D; for each expert that it visits 2 D and 3 F;
+    logits and their float32 probabilities V each. Whole blocks that are computed again keep only D.
     """
     sizes, train = run.config.model, run.config.train
     tokens = train.per_forward(run.mesh["batch"].size) * train.seq_len
     element = run.state.model.dtype.itemsize
-    visits = [block.moe.router.max_slots() + sizes.num_shared_experts if block.moe is not None else 0 for block in run.state.model.layers]
-    block = {"full": lambda visit: sizes.dim, "selective": lambda visit: 5 * sizes.dim + visit * (sizes.dim + 2 * sizes.expert_dim),
-             "none": lambda visit: 8 * sizes.dim + visit * (2 * sizes.dim + 3 * sizes.expert_dim)}[train.activation_checkpointing]
-    head = (min(tokens, train.head_chunk) if train.head_chunk else tokens) * run.dataset.vocab_size * (element + 4)
-    return tokens * element * sum(map(block, visits)) + head
+    layers = [block.moe for block in run.state.model.layers]
+    visits = sum(moe.router.max_slots() + sizes.num_shared_experts for moe in layers if moe is not None)
+    attention, in_expert, out_expert = {"none": (8, 2, 3), "selective": (5, 1, 2), "full": (1, 0, 0)}[
+        train.activation_checkpointing]
+    kept = len(layers) * attention * sizes.dim + visits * (in_expert * sizes.dim + out_expert * sizes.expert_dim)
+    at_once = min(tokens, train.head_chunk) if train.head_chunk else tokens
+    return tokens * element * kept + at_once * run.dataset.vocab_size * (element + 4)
 
 
 def advice(run: Run, largest: str) -> str:
@@ -97,6 +102,6 @@ def advice(run: Run, largest: str) -> str:
         activations.append("train.head_chunk=1024")
     elif run.graphs.kept and run.loader.micro_batches > 1 and train.count_pass is None:
         activations.append("train.count_pass=true")
-    spread = "more GPUs or machines with parallel=ep_fsdp, which cuts parameters, gradients and optimizer state up between them"
+    spread = "more GPUs or machines with parallel=ep_fsdp, which shards parameters, gradients and optimizer state"
     options = activations if largest.startswith("activations") or not activations else [*activations[:1], spread]
     return f"the same command with {' or '.join(options or [spread])}; it goes on from the newest save"

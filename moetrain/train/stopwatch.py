@@ -39,7 +39,7 @@ class Stopwatch:
         return self._now() - self.start
 
     def phases(self) -> list[float]:
-        """Of this step, as far as it has come; a phase that is still to come as it was in the step before, 0 in the first."""
+        """Of this step, as far as it has come; a phase still to come as it was in the step before, 0 in the first."""
         laps = self.before | self.laps
         return [laps.get(f"time/{phase}", 0.0) for phase in PHASES]
 
@@ -50,7 +50,7 @@ class Stopwatch:
 
 
 def rank_metrics(phases: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Fastest and slowest rank of each phase. phases: of every rank, from `Stopwatch.phases`. Nothing to say of one rank."""
+    """Fastest and slowest rank of each phase; nothing of one rank alone. phases: of every rank, `Stopwatch.phases`."""
     if len(phases) == 1:
         return {}
     metrics: dict[str, float] = {}
@@ -92,7 +92,8 @@ class Unsteady:
     def _cause(self) -> str:
         tenths = statistics.quantiles(self.times, n=10)
         if tenths[-1] > self.FACTOR * tenths[0]:
-            return f"of the last {self.RECENT} steps a tenth took more than {tenths[-1]:.3g} s and a tenth less than {tenths[0]:.3g} s"
+            return (f"of the last {self.RECENT} steps a tenth took more than {tenths[-1]:.3g} s and a tenth less than "
+                    f"{tenths[0]:.3g} s")
         rate = (self.preempted[-1] - self.preempted[0]) / max(sum(self.times), 1e-9)
         if rate > self.PREEMPTIONS:
             return f"other processes took a core from this one {rate:.0f} times a second"

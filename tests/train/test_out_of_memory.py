@@ -48,7 +48,8 @@ def test_a_real_allocation_that_fails_ends_with_18_and_says_what_to_change(tmp_p
 
 def test_the_kinds_of_failed_allocations_are_known_and_nothing_else_is() -> None:
     allocator = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 512000000 bytes.")
-    for error in (allocator, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."), MemoryError()):
+    for error in (allocator, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."), MemoryError(),
+                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")):
         assert is_out_of_memory(error)
     run = make_run([])
     assert "an allocation of 512 MB failed" in describe(run, allocator).what

@@ -1,7 +1,8 @@
 """What Weights & Biases is told of a run: keys `log.wandb*`, and the WANDB_* variables where a key is null.
 
-A key that has a value wins over its variable. `log.wandb=auto` takes the mode of WANDB_MODE (or WANDB_DISABLED), and otherwise only
-writes files. The folder is always the run's own, and so is the id that lets a resumed run continue its curve.
+A key that has a value wins over its variable. `log.wandb=auto` takes the mode of WANDB_MODE (or WANDB_DISABLED), and
+otherwise only writes files. The folder is always the run's own, and so is the id that lets a resumed run continue its
+curve.
 """
 
 from collections.abc import Mapping
