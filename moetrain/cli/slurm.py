@@ -30,7 +30,7 @@ back into the queue, and goes on by itself.
                           the share of a node's cores and memory that it takes of
                           its GPUs
 
-    moetrain slurm --nodes 4 --gpus-per-node 8 parallel=ep parallel.ep=8
+    moetrain slurm --nodes 2 --gpus-per-node 8 parallel=ep parallel.ep=8
     moetrain slurm --dry-run --nodes 2 parallel=ddp experiment=debug
     moetrain slurm --gpus-per-node 1 -m router=topk,sigmoid run.seed=1,2,3
 """
@@ -118,7 +118,8 @@ def script(submission: Submission) -> str:
     options = [f"--job-name={config.run.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1",
                *(f"{name}={job.values[name]}" for name in ("--time", "--partition", "--account") if name in job.values),
                *resources, *([_array(job, len(runs))] if sweep else []),
-               f"--signal=USR1@{job.values.get('--lead', 300)}", "--requeue", "--open-mode=append", f"--chdir={Path.cwd()}", log, *job.others]
+               f"--signal=USR1@{job.values.get('--lead', 300)}", "--requeue", "--open-mode=append", f"--chdir={Path.cwd()}", log,
+               *job.others]
     python = job.values.get("--python", "python3" if job.of_step else sys.executable)
     lines = ["#!/usr/bin/env bash", "# Written by moetrain slurm. Submit it again with sbatch to go on with the run.",
              *(f"#SBATCH {_quoted(option)}" for option in options), "",

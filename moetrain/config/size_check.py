@@ -37,7 +37,7 @@ def too_large(config: Config, ranks: int, available: Available, vocab_size: int 
     need = rank_memory(config, vocabulary, ranks)
     if _fits(need, available, SLACK):
         return None
-    there = f"a machine with {size(available.host)} of memory for it" if available.gpu is None else f"a GPU of {size(available.gpu)}"
+    there = f"a GPU of {size(available.gpu)}" if available.gpu else f"a machine with {size(available.host)} of memory for it"
     items = sorted(need._asdict().items(), key=lambda item: -item[1])
     values = flatten(config)
     return ConfigError(
@@ -72,11 +72,12 @@ def _involved(config: Config) -> dict[str, int]:
     """Default by key, of the keys that are above it."""
     values, keys = flatten(config), schema_keys()
     defaults = {key: 1 if key == "train.micro_batch" else keys[key].default for key in _SIZES}
-    return {key: default or 1 for key, default in defaults.items() if isinstance(values[key], int) and values[key] > (default or 1)}
+    return {key: default or 1 for key, default in defaults.items()
+            if isinstance(values[key], int) and values[key] > (default or 1)}
 
 
 def _advice(config: Config, ranks: int, available: Available, vocabulary: int) -> str:
-    """One smaller value that fits and breaks no rule, the largest that is its key's default times a power of two; else more ranks."""
+    """One smaller value that fits and breaks no rule, its key's default times a power of two; else more ranks."""
     involved = _involved(config)
     if config.train.per_forward(ranks) > 1:
         involved = {"train.micro_batch": 1, **involved}

@@ -21,7 +21,10 @@ _ITEM = {"auto": 2, "bfloat16": 2, "float32": 4, "float64": 8}      # bytes of a
 
 
 class Parameters(NamedTuple):
-    """Numbers of the whole model. matrices: of attention, shared experts and dense layers. rest: embedding, head, norms, routers."""
+    """Numbers of the whole model.
+
+    matrices: of attention, shared experts and dense layers. rest: embedding, head, norms, routers.
+    """
 
     matrices: int
     experts: int
@@ -114,7 +117,8 @@ def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
     state = max(4, item) * ((3 if config.optim.name == "muon" else 4) * hidden + 4 * rest)
     tokens = train.per_forward(ranks) * train.seq_len
     exchanged = cut.experts > 1 and config.parallel.mode != "fsdp"
-    logits = min(tokens, train.head_chunk or tokens) * vocab_size * (item + 8)   # beside themselves: in float32, and their gradient
+    # Beside the logits themselves: those in float32, and their gradient.
+    logits = min(tokens, train.head_chunk or tokens) * vocab_size * (item + 8)
     return RankMemory(state, tokens * kept_per_token(config, exchanged) + _casts(config, parameters, item), logits,
                       _on_host(config, ranks))
 
@@ -136,7 +140,8 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, mode: str, item: int, ex
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     slots, decided = kind.top_k, 36 * kind.top_k                 # expert ids, weights and row orders
-    feed_forward = (sizes.dense_dim or slots * sizes.expert_dim) if kind.dense else sizes.num_shared_experts * sizes.expert_dim
+    dense = sizes.dense_dim or slots * sizes.expert_dim
+    feed_forward = dense if kind.dense else sizes.num_shared_experts * sizes.expert_dim
     rows, inside = (0, 0) if kind.dense else (slots * width, 2 * slots * sizes.expert_dim)
     if mode == "full":
         return item * width + decided

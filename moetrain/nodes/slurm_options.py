@@ -77,7 +77,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, list[Co
             else:
                 errors.append(_wrong(f"{option} {value}".rstrip(), *_wanted(option)))
         elif option in _UNREADABLE:
-            errors.append(_wrong(word, "the number of GPUs on a node, and so of ranks, does not follow from it", "--gpus-per-node=8"))
+            errors.append(_wrong(word, "the number of GPUs on a node, and so of ranks, does not follow from it",
+                                 "--gpus-per-node=8"))
         elif option in _FIXED or not re.fullmatch(r"--[a-z][a-z-]*", option) or "\n" in word:
             why = ("the script sets it itself" if option in _FIXED
                    else "options of sbatch are written --option or --option=value")
@@ -156,7 +157,8 @@ def _gpus(asked: Mapping[str, str], nodes: int, errors: list[ConfigError]) -> in
             found[option] = count
     if len(set(found.values())) > 1:
         text = ", ".join(f"{option}={asked[option]} means {count}" for option, count in found.items())
-        errors.append(_wrong("the options disagree about the GPUs of a node", text, f"one of them, as --gpus-per-node={max(found.values())}"))
+        errors.append(_wrong("the options disagree about the GPUs of a node", text,
+                             f"one of them, as --gpus-per-node={max(found.values())}"))
     return max(found.values(), default=0)
 
 

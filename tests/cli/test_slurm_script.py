@@ -117,7 +117,8 @@ def test_a_job_takes_its_share_of_a_node(words: list[str], expected: list[str], 
     assert share(job, node_shapes(job.values.get("--partition"))) == expected
 
 
-def test_without_sinfo_it_is_said_that_nothing_is_known(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_sinfo_it_is_said_that_nothing_is_known(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+                                                        tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["slurm", "--dry-run", *RUN]) == 0
     said = capsys.readouterr()
@@ -128,8 +129,10 @@ def test_a_prologue_and_a_container(capsys: pytest.CaptureFixture, tmp_path: Pat
     (tmp_path / "two words.sh").write_text("export NCCL_DEBUG=INFO\n")
     text = printed(capsys, "--setup", "two words.sh", "--container-image=nvcr.io/x:1", "--container-mounts=/my data:/data", *RUN)
     settings = text.partition("python=")[0]
-    done = subprocess.run(["bash", "-euc", f"{settings}\nprintf '%s\\n' \"$SETUP\" \"$PYTHON\" \"${{step_options[@]}}\""], text=True, capture_output=True)
-    assert done.stdout.splitlines() == [f"{tmp_path}/two words.sh", "python3", "--container-image=nvcr.io/x:1", "--container-mounts=/my data:/data"]
+    shown = "printf '%s\\n' \"$SETUP\" \"$PYTHON\" \"${step_options[@]}\""
+    done = subprocess.run(["bash", "-euc", f"{settings}\n{shown}"], text=True, capture_output=True)
+    assert done.stdout.splitlines() == [f"{tmp_path}/two words.sh", "python3", "--container-image=nvcr.io/x:1",
+                                        "--container-mounts=/my data:/data"]
     assert "#SBATCH --container" not in text             # the step runs in it, not the script
     assert "PYTHON=/opt/python\n" in printed(capsys, "--python=/opt/python", "--container-image=x", *RUN)
     assert "E-CONFIG-180" in refused(capsys, "--dry-run", "--setup=none.sh", *RUN)

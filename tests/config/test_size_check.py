@@ -62,7 +62,8 @@ def test_rules_between_keys_answer_whatever_the_sizes_are() -> None:
             compose(words)
 
 
-def test_the_command_refuses_before_anything_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_refuses_before_anything_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "experiment=debug", "run.device=cpu", "model.num_layers=100000000"]) == 2
     assert "E-CONFIG-181" in capsys.readouterr().err and list(tmp_path.iterdir()) == []

@@ -36,8 +36,8 @@ def test_parameters_are_those_on_the_meta_device(words: list[str], monkeypatch: 
                                              ("ep", 4, None), ("ep_fsdp", 4, None), ("ep_fsdp", 4, 2), ("fssdp", 4, None)])
 def test_shards_are_those_of_the_mesh(mode: str, ep: int | None, shard: int | None) -> None:
     world = 1 if mode == "single" else 8
-    config = compose([f"parallel={mode}", f"run.nproc={world}", *([f"parallel.ep={ep}"] if ep else []), *([f"parallel.shard={shard}"] if shard else [])])
-    sizes = mesh_sizes(mode, world, ep, shard)
+    given = [f"parallel.{name}={value}" for name, value in (("ep", ep), ("shard", shard)) if value]
+    config, sizes = compose([f"parallel={mode}", f"run.nproc={world}", *given]), mesh_sizes(mode, world, ep, shard)
     assert shards(config, world) == (sizes["dp_shard"], sizes["ep"] * sizes["edp_shard"])
 
 

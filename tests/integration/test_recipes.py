@@ -33,9 +33,9 @@ REDUCED = ["data=synthetic", "data.vocab_size=64", "run.device=cpu", "run.nproc=
 
 def rows(heading: str) -> dict[str, list[str]]:
     """The cells of the first table below `heading`, by recipe."""
-    lines = PAGE[PAGE.index(heading):].splitlines()
-    return {cells[0].strip("`"): cells[1:] for line in lines if line.startswith("| `")
-            for cells in [[cell.strip() for cell in line.strip("|").split("|")]] if len(cells) == (8 if heading == "# Recipes" else 7)}
+    table = re.search(r"(?:^\|.*\n)+", PAGE[PAGE.index(heading):], re.MULTILINE)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[2:]]
+    return {row[0].strip("`"): row[1:] for row in cells}
 
 
 def whole(name: str) -> tuple[Config, int]:
@@ -86,7 +86,8 @@ def test_every_value_of_a_recipe_has_its_reason(name: str) -> None:
     assert saved.interval > 0
 
 
-def test_a_large_model_with_small_settings_is_told_once(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_with_small_settings_is_told_once(capsys: pytest.CaptureFixture, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     text = advice(compose(["model=qwen3_30b_a3b", "run.dtype=float32", "run.steps=100"]))
     for setting in ("run.dtype=float32 (bfloat16)", "train.seq_len=128 (4096)", "run.steps=100 (20000)", "data.tokenizer=bytes",
                     "built-in corpus", "experiment=qwen3_16xh100"):

@@ -105,7 +105,8 @@ def groups(config: Config, ranks: int) -> Iterator[ConfigError]:
 
     if sizes and not works(*chosen):
         most = max(n for n, _ in sizes)
-        pairs = [(number, used) for number in divisors(most) for used in _group_counts(number, chosen[1], sizes) if works(number, used)]
+        pairs = [(number, used) for number in divisors(most) for used in _group_counts(number, chosen[1], sizes)
+                 if works(number, used)]
         number, used = min(pairs, key=lambda pair: (pair[0] != chosen[0], pair[1] != chosen[1], pair))
         yield ConfigError(63, "router.num_groups={} with router.topk_groups={} does not fit the experts".format(*chosen),
                           where="router.num_groups, router.topk_groups, model.num_experts, model.top_k",
@@ -119,7 +120,10 @@ def _group_counts(number: int, chosen: int, sizes: list[tuple[int, int]]) -> set
 
 
 def moe_layers(config: Config) -> list[tuple[int, int, int]]:
-    """(layer, num_experts, top_k) of the layers with experts, of those that are alike the first; lists that are too short end early."""
+    """(layer, num_experts, top_k) of the layers with experts, of those that are alike the first.
+
+    Lists that are too short end early.
+    """
     found: dict[tuple[int, int], int] = {}
     layer = 0
     for kind in layer_kinds(config.model):
