@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from moetrain import launch
+from moetrain.config.field_names import verbs_meant
 from moetrain.config.groups import group_options
 from moetrain.config.suggest import nearest
 from moetrain.config.values import schema_keys
@@ -97,7 +98,8 @@ def _run(argv: list[str]) -> int:
     verb, *rest = argv
     verb = "version" if verb == "--version" else verb
     if verb not in VERBS:
-        near = nearest(verb, VERBS)
+        meant = verbs_meant(verb)
+        near = nearest(verb, VERBS) if meant is None else meant
         raise ConfigError(42, f"there is no verb {verb}", where="the command line",
                           why=f"the verbs are {', '.join(VERBS)}",
                           next=" or ".join(f"moetrain {name}" for name in near) or "moetrain --help")

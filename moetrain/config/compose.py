@@ -24,7 +24,7 @@ from typing import Any
 
 from moetrain import __version__
 from moetrain.config import tree
-from moetrain.config.groups import config_dir, section_of
+from moetrain.config.groups import broken_files, config_dir, section_of, wrong_in
 from moetrain.config.overrides import Command, Problems, read
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
 from moetrain.config.schema import Config, ParallelConfig
@@ -166,6 +166,8 @@ def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str
     where the experiment has changed that, it is composed once more without the experiment.
     """
     folder = config_dir()
+    if broken := [error for name in choices.get("loss") or [] for error in wrong_in(folder / "loss" / f"{name}.yaml")]:
+        raise ConfigErrors(broken)                           # Hydra would take a loss of any name
     values, chosen = _hydra_compose(folder, choices)
     typed = [group for group in choices if group != "experiment"]
     if chosen.get("experiment") and any(_differs(values, folder, group, choices[group]) for group in typed):
@@ -205,15 +207,17 @@ def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             composed = hydra_compose("config", list(arguments), return_hydra_config=True)
         return OmegaConf.to_container(composed, resolve=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigErrors([ConfigError(18, "the yaml files do not compose", where=str(folder),
-                                        why=str(error).splitlines()[0],
-                                        next="correct the file that is named")]) from error
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        broken = broken_files(folder)
+        raise ConfigErrors(broken or [ConfigError(18, "the yaml files do not compose", where=str(folder),
+                                                  why=str(error).splitlines()[0],
+                                                  next="correct the file that is named")]) from error
 
 
 def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigError]:
@@ -221,6 +225,8 @@ def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigErro
     if before["loss"] != now["loss"]:                    # said once; not key by key of what is there on one side alone
         before, now = ({path: value for path, value in values.items() if not path.startswith("loss.")}
                        for values in (before, now))
+    if old.run.seed == new.run.seed:                     # null and the number that it stands for are the same data
+        before["data.seed"], now["data.seed"] = old.data_seed, new.data_seed
     errors = []
     for path in dict.fromkeys([*before, *now]):
         if any(path == key or key.endswith(".") and path.startswith(key) for key in free):

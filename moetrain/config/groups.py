@@ -6,6 +6,7 @@ from typing import Any
 
 import moetrain
 from moetrain.config.yaml_file import load
+from moetrain.errors import ConfigError, ConfigErrors
 
 # Sections of the config whose group has another name.
 _GROUP_OF = {"log": "logging"}
@@ -32,6 +33,31 @@ def default_options() -> dict[str, Any]:
 def _default_options(folder: Path) -> dict[str, Any]:
     return {group: option for entry in load(folder / "config.yaml")["defaults"] if isinstance(entry, dict)
             for group, option in entry.items()}
+
+
+def broken_files(folder: Path) -> list[ConfigError]:
+    """What is wrong with the yaml files below a folder."""
+    return [error for file in sorted(folder.rglob("*.yaml")) for error in wrong_in(file)]
+
+
+def wrong_in(file: Path) -> list[ConfigError]:
+    """The error of a yaml file that cannot be read, or of a loss that is not named after its file."""
+    try:
+        tree = load(file)
+    except ConfigErrors as found:
+        return [ConfigError(107, f"{file.name} cannot be read", where=str(file), why=error.why, next="correct the line that is named")
+                for error in found.errors]
+    if file.parent.name != "loss" or set(tree) == {file.stem}:
+        return []
+    return [ConfigError(105, f"{file.name} describes {', '.join(tree) or 'nothing'}", where=f"{file}, line {_line_of(file)}",
+                        why="a loss is chosen by the name of its file and described below the same name",
+                        next=f"{file.stem}: in that line, or rename the file to {next(iter(tree), file.stem)}.yaml")]
+
+
+def _line_of(file: Path) -> int:
+    """The first line that is neither empty nor a comment."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((number for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")), 1)
 
 
 def group_of(section: str) -> str:

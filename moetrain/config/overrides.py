@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moetrain.config.field_names import values_meant
 from moetrain.config.groups import advice, group_options
 from moetrain.config.suggest import nearest, nearest_keys
 from moetrain.config.values import schema_keys, schema_sections, show, type_name
@@ -123,10 +124,11 @@ def _choose(group: str, value: Any, text: str, groups: dict, command: Command, p
     unknown = [option for option in options if option not in groups[group]]
     doubtful = (group, *schema_sections()) if group == "experiment" else (group,)
     for option in unknown:
-        near = nearest(option, groups[group])
+        meant = values_meant(group, option)
+        near = [] if meant else nearest(option, groups[group])
         problems.add(ConfigError(2, f"{group} has no option {option}", where=typed(text),
                                  why=f"the options of {group} are {', '.join(groups[group])}",
-                                 next=" or ".join(f"{group}={name}" for name in near) or advice(group)), *doubtful)
+                                 next=" or ".join([*meant, *(f"{group}={name}" for name in near)]) or advice(group)), *doubtful)
     if unknown:
         return
     if isinstance(value, list) and group not in _OPTIONAL:

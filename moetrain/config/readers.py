@@ -95,7 +95,7 @@ ALWAYS = frozenset("""
     parallel.mode schedule.kind engine.name
     train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing train.count_pass
     train.head_chunk train.loss_carrier
-    data.kind data.mask_documents
+    data.kind data.seed data.mask_documents
     optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.router_lr_scale optim.expert_lr_scale
     optim.schedule optim.warmup optim.min_lr_ratio
     eval.interval eval.windows eval.batch eval.ngram

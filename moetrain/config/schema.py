@@ -29,7 +29,7 @@ class RunConfig:
     nproc: int = key(1, "local ranks to start; ignored under torchrun")
     steps: int = key(800, "optimizer steps: the length of the schedule")
     stop_at: int | None = key(None, "stop cleanly with a save after this step")
-    seed: int = key(0, "seed of initialisation, data order and routing")
+    seed: int = key(0, "seed of initialisation and routing, and of the data where data.seed is null")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA when there is one")
     share_gpu: bool = key(False, "ranks of a machine may share its GPUs, in turn; all that is collective goes over gloo: to check a "
                                  "setup on fewer GPUs than it is for, not to train (unverified)")
@@ -140,6 +140,7 @@ class DataConfig:
     mixture: Literal["proportional", "uniform"] = key("proportional", "domains by their size, or each alike")
     weights: dict[str, float] = key({}, "how many times as often as the mixture alone has it a domain comes, 1 unless given: "
                                         "data.weights={python: 2, docs: 0.5}; 0 leaves it out of training")
+    seed: int | None = key(None, "seed of generated tokens, and of the order of samples; run.seed when null")
     mask_documents: bool = key(False, "attention stays inside a document")
     domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
     held_out: str | None = key(None, "file or folder of held-out text of your own, of which nothing is trained on; null: a share "
@@ -241,3 +242,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the data. Runs from before there was data.seed took run.seed, which null still means."""
+        return self.run.seed if self.data.seed is None else self.data.seed

@@ -12,6 +12,7 @@ from typing import Any
 
 from moetrain.config import checks, readers
 from moetrain.config.build import SIZES, NoSuchPart, arguments
+from moetrain.config.field_names import keys_meant, values_meant
 from moetrain.config.groups import advice, config_dir, group_of, group_options
 from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
 from moetrain.config.schema import Config
@@ -171,21 +172,24 @@ class _Finisher:
             if key.is_path and isinstance(value, str):
                 clean[name] = expanded(value)
         except Misfit as misfit:
-            choices = nearest(str(value), misfit.choices) or list(misfit.choices)
+            meant = values_meant(path, show(value))
+            choices = [] if meant else nearest(str(value), misfit.choices) or list(misfit.choices)
             whole = isinstance(value, float) and value.is_integer() and type_name(key.type).startswith("int")
             examples = choices or ([int(value)] if whole else [] if key.default is MISSING else [show(key.default)])
             what = "is not one of its values" if misfit.choices else f"is not {type_name(key.type)}"
-            advised = " or ".join(f"{path}={example}" for example in examples)
+            advised = " or ".join(meant or [f"{path}={example}" for example in examples])
             self._add(5 if misfit.choices else 4, f"{path}={show(value)} {what}", doubt=[path],
                       where=self._origin(path), why=f"{path} is {type_name(key.type)}: {key.help}",
                       next=advised or f"{path}=<{type_name(key.type)}>")
 
     def _unknown(self, path: str) -> None:
         # Nobody has mistyped what a run recorded, and looking for a nearest key takes milliseconds for each of thousands.
-        near = [] if self.recorded else [self.keys[key] for key in nearest_keys(path, self.keys)]
+        meant = [] if self.recorded else [name for name in keys_meant(path) if name != path]
+        near = [] if self.recorded or meant else [self.keys[key] for key in nearest_keys(path, self.keys)]
         section, _, rest = path.partition(".")
-        groups = [] if rest or self.recorded else nearest(path, group_options(), count=1)
-        advised = [*(f"{group}=<option>: {advice(group)}" for group in groups), *map(str, near)]
+        groups = [] if rest or self.recorded or meant else nearest(path, group_options(), count=1)
+        advised = [*(str(self.keys.get(name, name)) for name in meant),
+                   *(f"{group}=<option>: {advice(group)}" for group in groups), *map(str, near)]
         known = rest and section in schema_sections()
         self._add(3, f"unknown key {path}", doubt=[key.path for key in near], where=self._origin(path),
                   why=f"the section {section} has no such key" if known else "there is no such section or key",
@@ -237,11 +241,13 @@ class _Finisher:
             self._fit(clean, name, key, value)
         else:
             siblings = {known: record for known, record in self.keys.items() if known.startswith(f"{path}.")}
-            near = [] if self.recorded else nearest_keys(key, siblings) or nearest_keys(key, self.keys)
+            others = [] if self.recorded else options_with(path.partition(".")[0], name)
+            near = [] if self.recorded or others else nearest_keys(key, siblings) or nearest_keys(key, self.keys)
             takes = ", ".join(name for name in accepted if name not in SIZES) or "no arguments"
             self._add(9, f"unknown key {key}", doubt=near, where=self._origin(key),
                       why=f"{clean['_target_'].rpartition('.')[2]} takes {takes}",
-                      next=_lines([str(self.keys[known]) for known in near]) or f"leave {key} out")
+                      next=_lines([*(f"{option} {key}={show(value)}" for option in others), *(str(self.keys[known]) for known in near)])
+                      or f"leave {key} out")
 
     # --- where a value was written
 
@@ -293,6 +299,18 @@ def _part_keys(tree: Tree) -> dict[str, Key]:
         cls = str(node["_target_"]).rpartition(".")[2]
         found |= {f"{path}.{name}": Key(f"{path}.{name}", key.type, key.default, f"argument of {cls}")
                   for name, key in accepted.items() if name not in SIZES}
+    return found
+
+
+def options_with(section: str, argument: str) -> list[str]:
+    """The options of a group whose part takes an argument; none of `loss`, whose options add up."""
+    found = []
+    for option in group_options().get(section, []) if section != "loss" else []:
+        target = str(load(config_dir() / section / f"{option}.yaml").get("_target_"))
+        try:
+            found += [f"{section}={option}"] if argument in arguments(target, section) else []
+        except NoSuchPart:
+            continue
     return found
 
 

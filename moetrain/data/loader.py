@@ -46,7 +46,7 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None) -> Datas
     data, sizes = config.data, {"seq_len": config.train.seq_len, "global_batch": config.train.global_batch}
     if data.kind == "synthetic":
         return SyntheticDataset(vocab_size=data.vocab_size, num_domains=data.num_domains, min_length=data.min_length,
-                                seed=config.run.seed, mask_documents=data.mask_documents, **sizes)
+                                seed=config.data_seed, mask_documents=data.mask_documents, **sizes)
     if data.kind == "text" and prepared is None:
         raise DataError(51, "the text is not prepared", where=str(Path(data.cache) if data.cache else run_dir / "data"),
                         why="no prepared folder was handed over", next="moetrain data prepare, or start the run anew")
@@ -56,5 +56,5 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None) -> Datas
     else:
         folder = prepared if data.kind == "text" else tokens_path(data.path)
         opened = open_prepared(folder, verify=data.kind == "tokens")  # prepare has just written or verified text
-    return TokenDataset(prepared=opened, seed=config.run.seed, mixture=data.mixture, weights=data.weights,
+    return TokenDataset(prepared=opened, seed=config.data_seed, mixture=data.mixture, weights=data.weights,
                         mask_documents=data.mask_documents, **sizes)

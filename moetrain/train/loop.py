@@ -29,6 +29,7 @@ from moetrain.train.console import Console, eval_line
 from moetrain.train.evaluate import evaluate
 from moetrain.train.finished import last_step, next_commands, trained_with
 from moetrain.train.memory import choose
+from moetrain.train.optim import resumed_rate, schedule_warning
 from moetrain.train.out_of_memory import out_of_memory_named
 from moetrain.train.precision import with_dtype
 from moetrain.train.preempt import Preemption, told_early
@@ -70,6 +71,8 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
             recorder.start(run, resumed)
             console.resume_at(run.state.step)
             console.banner(banner_lines(run, resumed))
+            for note in rate_notes(run, found):
+                console.line(f"[warn] {note}")
 
             def leave(code: int, reason: str) -> None:
                 attempt(code)
@@ -83,6 +86,17 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
         rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", nearby(directory))]
         console.summary(rows, next_commands(config))
     disconnect()
+
+
+def rate_notes(run: Run, found: Resumed | None) -> Iterator[str]:
+    """What is unexpected about the learning rate of the steps that are left."""
+    steps, optim, step = run.config.run.steps, run.config.optim, run.state.step + 1
+    if warning := schedule_warning(steps, optim):
+        yield warning
+    if found and step <= last_step(run.config):
+        before = trained_with(found.manifest, found.path).run.steps
+        if changed := resumed_rate(step, before, steps, optim):
+            yield changed
 
 
 def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> None:

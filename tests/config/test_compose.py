@@ -1,5 +1,6 @@
 """Composing: every option of conf/ works, every mistake is named, and all of them together."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -224,6 +225,48 @@ def test_resume_may_change_how_but_not_what() -> None:
     assert refused.keys() == {"model.dim", "run.seed", "run.dtype", "train.global_batch", "train.seq_len", "optim.lr", "data.mixture",
                               "balance.scope", "router.weights", "loss"}
     assert "128" in refused["model.dim"].what and "64" in refused["model.dim"].what
+
+
+def test_a_sweep_over_seeds_sees_the_same_generated_data(tmp_path: Path) -> None:
+    assert [compose(["data=synthetic", f"run.seed={seed}"]).data_seed for seed in (1, 2)] == [0, 0]
+    assert compose(["run.seed=3"]).data_seed == 3 and compose(["run.seed=3", "data.seed=1"]).data_seed == 1
+    assert compose(["data=synthetic", "data.seed=null", "run.seed=3"]).data_seed == 3
+
+
+def test_a_run_from_before_there_was_a_seed_of_the_data_keeps_its_own(tmp_path: Path) -> None:
+    for seed in (0, 3):
+        now = compose(["experiment=debug", f"run.seed={seed}"])
+        tree = asdict(now)
+        del tree["data"]["seed"]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+        old = from_yaml(tmp_path / "config.yaml")
+        assert old.data_seed == seed
+        conflicts = resume_conflicts(old, now)
+        assert [error.where for error in conflicts] == ([] if seed == 0 else ["data.seed"])
+        for error in conflicts:
+            again = compose(["experiment=debug", f"run.seed={seed}", error.next.partition(",")[0]])
+            assert resume_conflicts(old, again) == []
+
+
+def conf_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> Path:
+    """A copy of conf/ with further files of losses."""
+    shutil.copytree(config_dir(), tmp_path / "conf")
+    for name, text in files.items():
+        (tmp_path / "conf" / "loss" / f"{name}.yaml").write_text(text)
+    for place in ("compose", "groups", "tree"):
+        monkeypatch.setattr(f"moetrain.config.{place}.config_dir", lambda: tmp_path / "conf")
+    return tmp_path / "conf"
+
+
+@pytest.mark.parametrize("text, line, what", [
+    ("# entropy\n\nentropy_loss:\n  _target_: moetrain.losses.z.ZLoss\n", "line 3", "entropy_loss"),
+    ("entropy:\n  _target_: moetrain.losses.z.ZLoss\n   weight: 1\n", "line 3", "cannot be read"),
+    ("entropy:\n  weight: [1\n", "line 3", "cannot be read"), ("- a\n", "entropy.yaml", "cannot be read")])
+def test_a_broken_file_of_conf_is_named_with_its_line(text: str, line: str, what: str, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    conf_with(tmp_path, monkeypatch, entropy=text)
+    error, *rest = errors_of("loss=[entropy]")
+    assert not rest and what in error.what and "loss/entropy.yaml" in error.where and line in f"{error.where} {error.why}"
 
 
 def test_a_run_is_found_and_overridden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

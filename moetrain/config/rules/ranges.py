@@ -71,7 +71,7 @@ RANGES: dict[str, list[str]] = {
         "checkpoint.max_failed_saves"],
     "2 or more": ["checkpoint.keep"],
     "0 or more": [
-        "parallel.room", "parallel.rehome_interval", "parallel.sliced", "hardware.latency_s", "run.seed", "run.max_restarts",
+        "parallel.room", "parallel.rehome_interval", "parallel.sliced", "hardware.latency_s", "run.seed", "data.seed", "run.max_restarts",
         "run.grace_s", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers", "train.clip",
         "train.head_chunk", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "log.heatmap_every", "log.timeline", "generate.temperature", "generate.seed"],
