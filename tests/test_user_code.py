@@ -88,17 +88,3 @@ def test_training_as_a_library(part, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError) as raised:
         train(compose([*words, "run.name=mine"]))
     assert raised.value.__notes__ == [f"raised by your code: {tmp_path}/noisy.py:6, in route"]
-
-
-def test_ranks_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the refusal offers, in a thread; and no rank runs what lies in the current folder."""
-    from moetrain import launch
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RANK", raising=False)
-    (tmp_path / "random.py").write_text("open('hit', 'w')\n")
-    codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(launch.start_ranks(["version"], 2, tmp_path / "run")))
-    thread.start()
-    thread.join()
-    assert codes == [0] and not (tmp_path / "hit").exists()
