@@ -3,7 +3,7 @@
 One file a verb in cli/, imported when named. A user's mistake is printed once, without a traceback (MOETRAIN_DEBUG=1
 shows it), and its class gives the exit code:
 
-    0 done · 1 a mistake in moetrain, or in code that it was given · 2 configuration · 10 preempted and saved
+    0 done · 1 a mistake in moetrain, or in code that it was given · 2 configuration · 10 told to stop, and saved
     11 non-finite · 12 data · 13 checkpoint · 14 disk · 15 rendezvous · 16 peer lost or hung · 17 crash loop
     18 out of memory
 """
@@ -13,15 +13,15 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from moetrain import launch
+from moetrain import launch, streams
 from moetrain.config.field_names import verbs_meant
 from moetrain.config.groups import group_options
 from moetrain.config.suggest import nearest
 from moetrain.config.values import schema_keys
-from moetrain.errors import ConfigError, MoETrainError, Preempted
+from moetrain.errors import ConfigError, DiskError, MoETrainError, Preempted
 from moetrain.nodes.foreign import without_ranks
 from moetrain.user_code import of_user
 
@@ -46,11 +46,17 @@ FIRST_KEYS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    done = _begin() if argv is None else lambda: None
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if isinstance(sys.stdout, io.TextIOWrapper):             # a path that is not UTF-8 is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _run(argv)
+        code = _run(argv)
+        if error := streams.lost():
+            raise DiskError(30, "what was to be printed could not be written", where="standard output", why=error.strerror,
+                            next="send it to a file or a terminal that takes it")
+        done()
+        return code
     except MoETrainError as error:
         _say(error, argv[0])
         # torchrun would restart a preempted job; status.json says 10.
@@ -59,9 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _leave(leaving.code if isinstance(leaving.code, int) else 1)
     except KeyboardInterrupt:
         return _leave(130)
-    except BrokenPipeError:                          # `moetrain train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if (theirs := of_user(error)) is None:
             raise                                    # a mistake in moetrain, with its traceback
@@ -81,6 +84,12 @@ def _say(error: MoETrainError, verb: str) -> None:
         print(error, file=sys.stderr)
 
 
+def _begin() -> Callable[[], None]:
+    """Prepare a process that is ours alone; gives what to call when its work is done."""
+    streams.keep_open()
+    return launch.become_rank()
+
+
 def _leave(code: int) -> int:
     """A rank that ends by an error goes at once: the threads of its process group would abort a clean exit."""
     distributed = sys.modules.get("torch.distributed")
@@ -92,7 +101,7 @@ def _leave(code: int) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
     verb, *rest = argv

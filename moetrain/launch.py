@@ -8,25 +8,27 @@
 Rank 0 keeps the terminal; the others write <run.dir>/log/rank-N.log. No torch here.
 """
 
+import ctypes
 import json
 import logging
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from moetrain.config.compose import compose, run_dir
-from moetrain.errors import DiskError, MoETrainError
+from moetrain.errors import ConfigError, DiskError, MoETrainError
 from moetrain.files import create, open_regular, open_to_append, parse_json, reason
-from moetrain.train.tenancy import Tenancy
+from moetrain.runs.lock import RunLock, process_state
 
 # Seconds the other ranks get to end on their own after one failed, and then after SIGTERM.
 GRACE_S = 10.0
@@ -34,22 +36,41 @@ TERM_S = 5.0
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LAUNCHED = "MOETRAIN_LAUNCHED"          # set for ranks whose stderr is a log file of their own: the process that started them
-_SAVED = 10                              # exit code of a rank that was told to stop and saved
+_DONE = "MOETRAIN_DONE"                  # descriptor of a pipe to it: a rank that has done its work says so
+_SAVED, _PEER = 10, 16                   # exit codes of a rank that was told to stop and saved, and of one that waited in vain
+_PR_SET_PDEATHSIG = 1                    # <linux/prctl.h>
+# What launchers set for a rank: a whole number.
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 log = logging.getLogger(__name__)
 
 
 def is_worker() -> bool:
-    """True in a process that torchrun or start_ranks made: it must not start ranks itself."""
-    return "RANK" in os.environ
+    """True in a process that torchrun or start_ranks made: it must not start ranks itself. ConfigError where that is not clear."""
+    if "RANK" not in os.environ:
+        return False
+    for name in _NUMBERS:
+        text = os.environ.get(name, "0")
+        if not text.isdecimal():
+            raise _wrong_environment(f"{name}={text}", f"{name}, RANK", f"RANK is set, so this would be a rank, and {name} is no number")
+    if rank() >= int(os.environ.get("WORLD_SIZE", rank() + 1)):
+        raise _wrong_environment(f"RANK={rank()} with WORLD_SIZE={os.environ['WORLD_SIZE']}", "RANK, WORLD_SIZE",
+                                 "ranks are numbered from 0 to WORLD_SIZE - 1")
+    return True
+
+
+def _wrong_environment(what: str, where: str, why: str) -> ConfigError:
+    return ConfigError(140, f"{what} in the environment", where=where, why=why,
+                       next="unset RANK, and start ranks with run.nproc, torchrun or launch/node.sh, which set all of it")
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0          # is_worker refuses it
 
 
 def under_torchrun() -> bool:
-    return is_worker() and _LAUNCHED not in os.environ
+    return "RANK" in os.environ and _LAUNCHED not in os.environ
 
 
 def has_own_stderr() -> bool:
@@ -57,11 +78,33 @@ def has_own_stderr() -> bool:
     return rank() == 0 or _LAUNCHED in os.environ
 
 
-def stay_with_launcher() -> None:
-    """A rank of `start_ranks` whose launcher is gone is told to save and leave: nobody would start it again."""
+def become_rank() -> Callable[[], None]:
+    """Prepare a process that a launcher started, before it does anything else. Returns what to call when its work is done.
+
+    Ctrl-C ends it at once until there is something to save (train/preempt.py): Python's own handler would wait for the collective
+    that the rank is in. A rank of `start_ranks` whose launcher is gone is told to save and leave: nobody would start it again.
+    """
+    if "RANK" in os.environ and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _stay_with_launcher()
+    pipe = os.environ.pop(_DONE, "")                     # not for processes that the rank starts
+    if not pipe.isdecimal() or not stat.S_ISFIFO(os.fstat(int(pipe)).st_mode):
+        return lambda: None
+    os.set_inheritable(int(pipe), False)
+
+    def done() -> None:
+        with suppress(BrokenPipeError):
+            os.write(int(pipe), f"{rank()}\n".encode())
+
+    return done
+
+
+def _stay_with_launcher() -> None:
     launcher = os.environ.get(_LAUNCHED)
     if launcher is None:
         return
+    if sys.platform == "linux":                          # a rank that is stopped goes on when its launcher dies, and sees it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
 
     def watch() -> None:
         while os.getppid() == int(launcher):
@@ -74,34 +117,42 @@ def stay_with_launcher() -> None:
 def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool = True) -> int:
     """Run `python -m moetrain <argv>` on nproc ranks and wait for them.
 
-    Returns 0, or the exit code of the rank that failed first: 16 when a signal killed it, 128 + signal when that
-    signal was passed on from here. record: status.json says so too, where rank 0 could not.
+    Returns 0, or the exit code of the rank that failed first: 16 when a signal killed it or it left without having done its
+    work, 128 + signal when that signal was passed on from here. record: status.json says so too, where rank 0 could not.
     """
     logs = [None] + [_open_log(run_dir, rank) for rank in range(1, nproc)]
-    common = _environment(nproc)
-    workers = []
+    reads, writes = os.pipe()
+    common = {**_environment(nproc), _DONE: str(writes)}
+    workers: list[subprocess.Popen] = []
     with _forwarding(workers) as passed_on:
         for rank, file in enumerate(logs):
             # A group of its own: Ctrl-C reaches a rank once, through us. It cannot read from the terminal.
             workers.append(subprocess.Popen(
                 [sys.executable, "-m", "moetrain", *argv], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, process_group=0))
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, process_group=0, pass_fds=[writes]))
             if passed_on:                # a signal came while we were starting
                 workers[-1].send_signal(passed_on[-1])
         try:
-            failed = _wait(workers)
+            failed, silent = _wait(workers)
         finally:
             _stop(workers)
+    os.close(writes)
+    with os.fdopen(reads, "rb") as pipe:
+        done = {int(line) for line in pipe}
     for file in filter(None, logs):
         file.close()
-    if failed is None:
-        return 0
-    code = workers[failed].returncode
-    if any(code in (-number, 128 + number) for number in passed_on):
-        return 128 - code if code < 0 else code
-    if code < 0 or workers[0].returncode != code:    # rank 0 has not said it itself
-        _tell(failed, code, run_dir, record)
-    return 16 if code < 0 else code
+    return _ended(workers, failed, silent, done, passed_on, run_dir if record else None)
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run `python -m moetrain <argv>`, with the signals that come here passed on to it once; its exit code, negative for a signal."""
+    workers: list[subprocess.Popen] = []
+    with _forwarding(workers) as passed_on:
+        workers.append(subprocess.Popen([sys.executable, "-m", "moetrain", *argv], stdin=subprocess.DEVNULL,
+                                        env=program_environment(), process_group=0))
+        if passed_on:
+            workers[0].send_signal(passed_on[-1])
+        return workers[0].wait()
 
 
 def train_on_ranks(overrides: Sequence[str]) -> int:
@@ -134,13 +185,12 @@ def ending(run_dir: Path) -> Iterator[None]:
         if rank() and under_torchrun():              # rank 0 alone speaks on a shared terminal
             _note(run_dir, str(error))
         raise
-    except SystemExit as leaving:
-        told = isinstance(leaving.code, int) and leaving.code > 128
-        write_status(run_dir, leaving.code, f"{signal.Signals(leaving.code - 128).name} while the run started" if told else
-                     "another rank failed; log/rank-<n>.log says why")
-        raise
-    except KeyboardInterrupt:
-        write_status(run_dir, 128 + signal.SIGINT, "interrupted")
+    except (SystemExit, KeyboardInterrupt) as leaving:
+        code = 128 + signal.SIGINT if isinstance(leaving, KeyboardInterrupt) else leaving.code
+        if isinstance(code, int) and code > 128:
+            leave_word(run_dir, code, f"{signal.Signals(code - 128).name} before there was anything new to save")
+        else:
+            write_status(run_dir, code, "another rank failed; log/rank-<n>.log says why")
         raise
     except Exception as error:
         write_status(run_dir, 1, f"{type(error).__name__}: {error}")
@@ -148,9 +198,16 @@ def ending(run_dir: Path) -> Iterator[None]:
     write_status(run_dir, 0, "done")
 
 
+def leave_word(run_dir: Path, code: int, reason: str) -> None:
+    """Say and record why the process leaves without a save."""
+    if has_own_stderr():
+        print(f"moetrain: {reason}; the same command goes on from the newest save", file=sys.stderr, flush=True)
+    write_status(run_dir, code, reason)
+
+
 def write_status(run_dir: Path, code: int, reason: str) -> None:
     """Never raises: the error that is being reported matters more. Silent where another job is at work."""
-    if rank() or not run_dir.is_dir() or Tenancy(run_dir).holder():
+    if rank() or not run_dir.is_dir() or RunLock(run_dir).holder():
         return
     draft = run_dir / "status.json.tmp"
     try:
@@ -237,8 +294,15 @@ def _forwarding(workers: list[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen]) -> int | None:
-    """The rank that failed first, or None. One that saved and left does not hurry the others: they may be saving."""
+class Waited(NamedTuple):
+    """How the ranks ended. silent: what is wrong with ranks that still ran when the time of the others was over."""
+
+    failed: int | None                       # the rank that failed first
+    silent: dict[int, str]
+
+
+def _wait(workers: list[subprocess.Popen]) -> Waited:
+    """Until all have ended, or GRACE_S after one failed. One that saved and left does not hurry the others: they may be saving."""
     first = None
     deadline = float("inf")
     running = set(range(len(workers)))
@@ -252,7 +316,36 @@ def _wait(workers: list[subprocess.Popen]) -> int | None:
                 first = rank
                 deadline = float("inf") if code == _SAVED else time.monotonic() + GRACE_S
         time.sleep(0.05)
-    return first
+    states = {rank: process_state(workers[rank].pid) for rank in running}
+    stopped = {rank: f"is stopped (process {workers[rank].pid})" for rank in running if states[rank] in ("T", "t")}
+    return Waited(first, stopped or {rank: f"does not answer (process {workers[rank].pid})" for rank in running})
+
+
+def _ended(workers: list[subprocess.Popen], failed: int | None, silent: dict[int, str], done: set[int], passed_on: list[int],
+           run_dir: Path | None) -> int:
+    """The exit code of ranks that have ended. Says what rank 0 could not say; run_dir: where status.json tells it, too."""
+    left = [rank for rank, worker in enumerate(workers) if worker.returncode == 0 and rank not in done]
+    code = workers[failed].returncode if failed is not None else _PEER if left else 0
+    told = next((number for number in passed_on if code in (-number, 128 + number)), None)
+    if told is not None:
+        if run_dir is not None and workers[0].returncode < 0:
+            _say(f"{signal.Signals(told).name} before there was anything new to save; the same command goes on", 128 + told, run_dir)
+        return 128 + told
+    reason = None
+    if code == _PEER and left:               # the others waited for it in vain, and it is the first to be blamed
+        reason = f"rank {left[0]} left with 0 before its work was done; see {_output(left[0], run_dir)}"
+    elif code == _PEER and silent:
+        rank, what = next(iter(silent.items()))
+        reason = f"rank {rank} {what}, and rank {failed} waited for it; see {_output(rank, run_dir)}"
+    elif code < 0:
+        reason = f"rank {failed} was ended by {signal.Signals(-code).name}; see {_output(failed, run_dir)}"
+    elif code and workers[0].returncode != code:         # rank 0 has not said it itself
+        reason = f"rank {failed} ended with code {code}; see {_output(failed, run_dir)}"
+    code = _PEER if code < 0 else code
+    if reason:
+        _say(reason, code, run_dir)
+    # Who told the run to stop does not want it started again.
+    return 128 + passed_on[0] if passed_on and code == _PEER else code
 
 
 def _stop(workers: list[subprocess.Popen]) -> None:
@@ -268,14 +361,16 @@ def _stop(workers: list[subprocess.Popen]) -> None:
             worker.wait()
 
 
-def _tell(rank: int, code: int, run_dir: Path, record: bool) -> None:
-    """One message about a rank whose own words are not on the terminal."""
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    place = run_dir / "log" / f"rank-{rank}.log" if rank else "the output above"
-    reason = f"rank {rank} {how}; see {place}"
+def _output(rank: int, run_dir: Path | None) -> str:
+    """Where the output of a rank is."""
+    return f"{Path(run_dir or '<run.dir>') / 'log' / f'rank-{rank}.log'}" if rank else "the output above"
+
+
+def _say(reason: str, code: int, run_dir: Path | None) -> None:
+    """One message about ranks whose own words are not on the terminal."""
     print(f"moetrain: {reason}", file=sys.stderr)
-    if record:
-        write_status(run_dir, 16 if code < 0 else code, reason)
+    if run_dir is not None:
+        write_status(run_dir, code, reason)
 
 
 def _last_step(run_dir: Path) -> int:

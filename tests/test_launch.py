@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moetrain import launch
+from moetrain.__main__ import main
 from moetrain.errors import DiskError
 
 ROOT = Path(__file__).parents[1]
+DONE = "echo $RANK >&$MOETRAIN_DONE"                     # what a rank says at its end (launch.become_rank)
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def status(tmp_path: Path) -> dict:
 
 def test_ranks_get_their_environment(ranks, tmp_path: Path) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-    assert ranks(f'for n in {names}; do echo "$n=${{!n}}" >> {tmp_path}/env-$RANK; done; echo "$@"', nproc=3) == 0
+    assert ranks(f'for n in {names}; do echo "$n=${{!n}}" >> {tmp_path}/env-$RANK; done; echo "$@"; {DONE}', nproc=3) == 0
     seen = [dict(line.split("=") for line in (tmp_path / f"env-{rank}").read_text().splitlines()) for rank in range(3)]
     assert [env["RANK"] for env in seen] == [env["LOCAL_RANK"] for env in seen] == ["0", "1", "2"]
     assert {(env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["MASTER_ADDR"], env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"])
@@ -79,6 +82,69 @@ def test_a_stubborn_rank_is_killed(ranks) -> None:
     assert time.monotonic() - started < 6
 
 
+@pytest.mark.parametrize("script, blamed", [
+    (f"[ $RANK = 1 ] && exit 0; sleep 0.3; {DONE}", "rank 1 left with 0 before its work was done"),
+    ("[ $RANK = 1 ] && exit 0; sleep 0.3; exit 16", "rank 1 left with 0 before its work was done"),       # the other waited for it
+    ("exit 0", "rank 0 left with 0 before its work was done"),
+    ("[ $RANK = 0 ] && kill -STOP $$; exit 16", "rank 0 is stopped (process "),
+    ("[ $RANK = 1 ] && kill -STOP $$; exit 16", "rank 1 is stopped (process "),
+    ("trap '' TERM; [ $RANK = 1 ] && exit 16; while true; do sleep 0.1; done", "rank 0 does not answer (process "),
+])
+def test_the_rank_to_blame_is_named_not_the_one_that_noticed(ranks, tmp_path: Path, capfd: pytest.CaptureFixture, script: str,
+                                                             blamed: str) -> None:
+    assert ranks(script) == 16
+    assert blamed in capfd.readouterr().err
+    assert status(tmp_path)["code"] == 16 and status(tmp_path)["reason"].startswith(blamed)
+
+
+def test_ranks_die_with_their_launcher_even_stopped_ones(tmp_path: Path) -> None:
+    """With what they do on SIGTERM: a rank that trains saves."""
+    rank = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from moetrain import launch; launch.become_rank(); " \
+           f"open({str(tmp_path)!r} + '/up-%d' % launch.rank(), 'w').close(); time.sleep(60)"
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/bash\nexec {sys.executable} -c "{rank}"\n')
+    fake.chmod(0o755)
+    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from moetrain import launch; "
+               f"sys.executable = {str(fake)!r}; launch.start_ranks(['train'], 2, Path({str(tmp_path)!r}))")
+    launcher = subprocess.Popen([sys.executable, "-c", program], env={name: v for name, v in os.environ.items() if name != "RANK"})
+    until(lambda: all((tmp_path / f"up-{rank}").exists() for rank in (0, 1)))
+    workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    os.kill(workers[0], signal.SIGSTOP)
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("variables, what", [
+    ({"RANK": "x"}, "RANK=x"), ({"RANK": ""}, "RANK="), ({"RANK": "-1"}, "RANK=-1"), ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0.5"}, "LOCAL_RANK=0.5"), ({"RANK": "0", "MASTER_PORT": "http"}, "MASTER_PORT=http"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2")])
+def test_a_rank_that_is_no_number_is_a_mistake_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, variables, what) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "experiment=debug", "parallel=ddp"]) == 2
+    said = capsys.readouterr().err
+    assert f"E-CONFIG-140  {what} in the environment" in said and "unset RANK" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_rank_is_a_lost_peer(ranks, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert ranks("[ $RANK = 1 ] && kill -KILL $$; exec sleep 60") == 16
     assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
@@ -91,23 +157,23 @@ def test_ranks_that_save_are_not_hurried(ranks, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number, script, code", [
-    (signal.SIGTERM, "trap 'exit 10' TERM", 10), (signal.SIGINT, "trap 'exit 130' INT", 130), (signal.SIGTERM, "", 143)])
+    (signal.SIGTERM, "trap 'exit 10' TERM", 10), (signal.SIGINT, "trap 'exit 130' INT", 130), (signal.SIGTERM, "", 143),
+    (signal.SIGHUP, "trap 'exit 10' HUP", 10), (signal.SIGHUP, "", 129),
+    (signal.SIGINT, "[ $RANK = 1 ] && trap 'kill -KILL $$' INT || trap '' INT", 130)])       # a rank is lost on the way: no restart
 def test_signals_are_passed_on(tmp_path: Path, number: int, script: str, code: int) -> None:
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/bash\n{script}\ntouch {tmp_path}/up-$RANK\nwhile true; do sleep 0.05 & wait $!; done\n")
     fake.chmod(0o755)
     # A shell starts what runs in the background with interrupts ignored, and bash cannot trap what it was told to ignore.
     program = (f"import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path.insert(0, {str(ROOT)!r}); "
-               f"from pathlib import Path; from moetrain import launch; sys.executable = {str(fake)!r}; sys.exit(launch.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")
+               f"from pathlib import Path; from moetrain import launch; launch.GRACE_S = 0.5; sys.executable = {str(fake)!r}; "
+               f"sys.exit(launch.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")
     clean = {name: value for name, value in os.environ.items() if name != "RANK"}
     launcher = subprocess.Popen([sys.executable, "-c", program], env=clean)
     try:
-        deadline = time.monotonic() + 10
-        while not all((tmp_path / f"up-{rank}").exists() for rank in (0, 1)):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: all((tmp_path / f"up-{rank}").exists() for rank in (0, 1)))
         launcher.send_signal(number)
-        assert launcher.wait(10) == code
+        assert launcher.wait(40) == code
     finally:
         launcher.kill()
 

@@ -13,11 +13,11 @@ import pytest
 WINGS = ("peft", "transform", "upcycle", "compress", "steer", "interop", "trace", "report")
 # From the ground up. A file imports from lines below its own, or from its own room.
 ORDER = (
-    ("files", "machine", "units"),
+    ("files", "locks", "machine", "streams", "units"),
     ("errors",),
     ("user_code",),
     ("ops", "plan", "config"),
-    ("comm", "routers", "data"),
+    ("comm", "routers", "data", "runs"),
     ("losses", "moe"),
     ("parallel",),
     ("model",),

@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
         return 0
     config = for_run(argv)
     check_ranks("eval", argv, config)
-    if config.run.nproc > 1 and not launch.is_worker():
+    if not launch.is_worker() and config.run.nproc > 1:
         return launch.start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False)
     from moetrain.train.evaluate import evaluate_run
 

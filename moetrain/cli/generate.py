@@ -16,7 +16,7 @@ def run(argv: list[str]) -> int:
         return 0
     config = for_run(argv)
     check_ranks("generate", argv, config)
-    if config.run.nproc > 1 and not launch.is_worker():
+    if not launch.is_worker() and config.run.nproc > 1:
         return launch.start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False)
     if config.data.kind == "synthetic" or config.data.tokenizer == "none":
         raise ConfigError(45, "the run was trained on tokens that stand for no text", where=str(run_dir(config)),

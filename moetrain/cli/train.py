@@ -12,12 +12,11 @@ What the words of banner and step lines mean: docs/reference/output.md
 import logging
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from moetrain import launch
+from moetrain import launch, streams
 from moetrain.config.build import SIZES, arguments
 from moetrain.config.compose import compose, run_dir, to_yaml
 from moetrain.config.groups import config_dir, group_options
@@ -54,26 +53,26 @@ def run(argv: list[str]) -> int:
                                  *next_commands(config)]))
         return 0
     check_installed(config)
+    streams.outlive()
     if not launch.is_worker():                          # ranks ask when they know their device (train/setup.py)
         refuse_too_large(config, config.run.nproc, config.run.nproc)
     if not launch.is_worker() or launch.under_torchrun() and launch.rank() == 0:
         if text := advice(config):
             print(text, file=sys.stderr)
-    if config.run.nproc > 1 and not launch.is_worker():
+    if not launch.is_worker() and config.run.nproc > 1:
         return launch.train_on_ranks(overrides)
-    launch.stay_with_launcher()
     with launch.ending(run_dir(config)):
-        _train(config)
+        _train(config, "the same command goes on" if launch.under_torchrun() else shlex.join(["moetrain", "train", *overrides]))
     return 0
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, again: str) -> None:
     from moetrain.train.loop import train
 
     adopt = None
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import adopt
-    train(config, adopt=adopt, leaving=lambda code, reason: launch.write_status(run_dir(config), code, reason))
+    train(config, adopt=adopt, leaving=lambda code, reason: launch.leave_word(run_dir(config), code, reason), again=again)
     if launch.rank() == 0:
         draw(run_dir(config))
 
@@ -115,9 +114,8 @@ def _multirun(overrides: list[str], show_config: bool) -> int:
     codes = []
     for number, job in enumerate(named, 1):
         print(f"[{number}/{len(named)}] moetrain train {shlex.join(job)}", flush=True)
-        codes.append(subprocess.run([sys.executable, "-m", "moetrain", "train", *job,
-                                     *(["--cfg", "job"] if show_config else [])], env=launch.program_environment()).returncode)
-        if codes[-1] in (10, 130) or codes[-1] < 0:  # told to stop
+        codes.append(launch.run_command(["train", *job, *(["--cfg", "job"] if show_config else [])]))
+        if codes[-1] == 10 or codes[-1] > 128 or codes[-1] < 0:      # told to stop
             break
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
 

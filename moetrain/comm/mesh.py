@@ -21,15 +21,21 @@ group, and every function of `comm/` is then the identity, so `single` runs with
 
 import datetime
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from math import gcd, prod
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moetrain.errors import RendezvousError
 
+T = TypeVar("T")
+
+MARGIN_S = 2.0               # for torch to find its own limit first
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "esp")
 DERIVED = {
@@ -144,10 +150,18 @@ def connect(device: torch.device, timeout_s: int, *, over_host: bool = False) ->
     they must where ranks share a GPU, which NCCL refuses."""
     backend = "nccl" if device.type == "cuda" and not over_host else "gloo"
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    limit = datetime.timedelta(seconds=timeout_s)
     try:
+        store, rank, world = within(timeout_s + MARGIN_S, lambda: next(dist.rendezvous("env://", timeout=limit)))
+        store.set_timeout(limit)
         # With its device NCCL connects now, so that a wrong fabric shows here and not in the first collective of a step.
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s),
+        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world, timeout=limit,
                                 device_id=device if backend == "nccl" else None)
+    except TimeoutError as error:
+        raise RendezvousError(
+            20, f"what answers at {where} is not the rendezvous of this run", where=f"rendezvous at {where}",
+            why=f"it takes connections and says nothing, or nothing that a torch store says, for {timeout_s} s (run.timeout_s)",
+            next="see what listens there, and set MASTER_ADDR and MASTER_PORT to rank 0's address and a free port of it") from error
     except (RuntimeError, ValueError, OSError) as error:      # DistStoreError and friends are RuntimeErrors
         raise RendezvousError(
             1,
@@ -156,6 +170,21 @@ def connect(device: torch.device, timeout_s: int, *, over_host: bool = False) ->
             why=str(error).splitlines()[0],
             next="check that all ranks were started and reach this address; run.timeout_s sets the wait",
         ) from error
+
+
+def within(limit_s: float, action: Callable[[], T]) -> T:
+    """What `action` gives; TimeoutError after a time, with `action` left behind in a thread: torch's store knows no limit of its own
+    once something has taken its connection."""
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:                       # raised where the result is asked for
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="rendezvous", daemon=True).start()
+    return done.result(limit_s)
 
 
 def disconnect() -> None:

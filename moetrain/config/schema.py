@@ -38,7 +38,7 @@ class RunConfig:
                 "compute it, else float32")
     timeout_s: int = key(300, "seconds a collective may wait for a missing rank")
     max_restarts: int = key(3, "how often run.nproc ranks are started again, all of them, after one of them was lost")
-    grace_s: float | None = key(None, "seconds after SIGTERM or SIGUSR1 until the run leaves without its save; null: no limit")
+    grace_s: float | None = key(None, "seconds after a signal to stop until the run leaves without its save; null: no limit")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,9 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    interval: int = key(0, "save every so many steps (0: only at the end)")
+    interval: int = key(0, "save every so many steps (0: none by their number)")
+    every_minutes: float | None = key(15.0, "save when the last save is so many minutes old, beside those of checkpoint.interval (0 or "
+                                            "null: none by time)")
     keep: int | None = key(2, "newest good checkpoints to keep; null keeps all")
     async_save: bool = key(True, "write while training goes on")
     verify: Literal["full", "sizes"] = key("full", "before loading compare checksums, or only sizes and headers of files")

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from moetrain import streams
 from moetrain.config.compose import run_dir
 from moetrain.config.size_check import refuse_too_large
 from moetrain.errors import MoETrainError
@@ -19,6 +20,8 @@ from moetrain.train.finished import finished
 
 
 def main(overrides: Sequence[str]) -> int:
+    streams.keep_open()
+    streams.outlive()
     try:
         node = from_environment(os.environ)
         config = config_for(overrides, node.ranks)      # mistakes once, before any rank starts

@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from moetrain import streams
+
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)    # to the ranks, by supervise.py
 END = signal.SIGUSR2                                                          # ends the agent, and the ranks with it
 
@@ -20,6 +22,8 @@ def main(argv: Sequence[str]) -> int:
     for number in PASSED_ON:
         if signal.getsignal(number) is not signal.SIG_IGN:       # nohup stays nohup
             signal.signal(number, lambda *_: None)               # ranks would inherit SIG_IGN, but not this
+    streams.keep_open()
+    streams.outlive()
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

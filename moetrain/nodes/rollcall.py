@@ -19,11 +19,15 @@ import time
 from contextlib import ExitStack, suppress
 
 from moetrain.errors import RendezvousError
+from moetrain.files import parse_json
 from moetrain.nodes.node import Node
 
 _PROTOCOL = 1
-_LONGEST = 1000            # bytes of one line
+_LONGEST = 2000            # bytes of one line
+_MOST_UNKNOWN = 256        # connections that have not said who they are
+_PARTS = ("what", "where", "why", "next")
 _RETRY_S = 0.2
+_WRITE_S = 5.0             # for a line to leave
 _SIOCGIFADDR = 0x8915      # Linux: IPv4 address of a network interface
 
 
@@ -67,33 +71,66 @@ def unreachable(where: str, why: str) -> RendezvousError:
 
 
 def _gather(node: Node, deadline: float) -> None:
+    """Hear everybody at once: who says nothing, or a byte a second, keeps nobody waiting."""
+    present: dict[int, socket.socket] = {}
+    heard: dict[socket.socket, bytes] = {}               # connections that have not said who they are, the oldest first
     with ExitStack() as stack:
         server = stack.enter_context(_listen(node))
-        present: dict[int, socket.socket] = {}
         try:
             while len(present) < node.nodes - 1:
-                if not select.select([server], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                ready = select.select([server, *heard], [], [], max(0.0, deadline - time.monotonic()))[0]
+                if not ready:
                     raise _missing(node, present)
-                connection = stack.enter_context(server.accept()[0])
-                connection.settimeout(5)
-                told = _read(connection) or {}
-                if told.get("moetrain") != _PROTOCOL or type(told.get("node")) is not int:
-                    continue                             # not one of ours: a probe, or a port scan
-                present = {rank: other for rank, other in present.items() if _connected(other)}
-                number = told.get("node")
-                theirs = told.get("nodes"), told.get("nproc")
-                if theirs != (node.nodes, node.nproc) or number in present or number not in range(1, node.nodes):
-                    present[len(present) + node.nodes] = connection          # it is told, too
-                    raise _contradiction(node, number, theirs)
-                present[number] = connection
+                for connection in ready:
+                    if connection is not server:
+                        _hear(node, connection, heard, present)
+                    elif connection := _accepted(server):
+                        heard[stack.enter_context(connection)] = b""
+                        if len(heard) > _MOST_UNKNOWN:
+                            _forget(next(iter(heard)), heard)
         except RendezvousError as error:
-            parts = {name: getattr(error, name) for name in ("what", "where", "why", "next")}
-            parts["number"] = int(error.id[-3:])
+            parts = {name: getattr(error, name) for name in _PARTS} | {"number": int(error.id[-3:])}
             for connection in present.values():
                 _write(connection, {"error": parts})
             raise
         for connection in present.values():
             _write(connection, {"go": True})
+
+
+def _accepted(server: socket.socket) -> socket.socket | None:
+    with suppress(OSError):                              # it has left already
+        connection = server.accept()[0]
+        connection.settimeout(_WRITE_S)
+        return connection
+    return None
+
+
+def _forget(connection: socket.socket, heard: dict[socket.socket, bytes]) -> None:
+    del heard[connection]
+    connection.close()
+
+
+def _hear(node: Node, connection: socket.socket, heard: dict[socket.socket, bytes], present: dict[int, socket.socket]) -> None:
+    """Take what a connection has to say; RendezvousError where it contradicts. Who is not one of ours is forgotten: a probe, a port scan."""
+    try:
+        more = connection.recv(_LONGEST)
+    except OSError:
+        more = b""
+    heard[connection] += more
+    if more and not heard[connection].endswith(b"\n") and len(heard[connection]) < _LONGEST:
+        return
+    told = _parsed(heard[connection]) or {}
+    number, theirs = told.get("node"), (told.get("nodes"), told.get("nproc"))
+    if told.get("moetrain") != _PROTOCOL or not all(type(value) is int for value in (number, *theirs)):
+        _forget(connection, heard)
+        return
+    del heard[connection]
+    for rank in [rank for rank, other in present.items() if not _connected(other)]:
+        del present[rank]
+    if theirs != (node.nodes, node.nproc) or number in present or number not in range(1, node.nodes):
+        present[len(present) + node.nodes] = connection  # it is told, too
+        raise _contradiction(node, number, theirs)
+    present[number] = connection
 
 
 def _listen(node: Node) -> socket.socket:
@@ -139,22 +176,30 @@ def _answer(node: Node, deadline: float) -> None:
         try:
             with socket.create_connection((node.head, node.port), timeout=min(left, 10)) as connection:
                 _write(connection, {"moetrain": _PROTOCOL, "node": node.rank, "nodes": node.nodes, "nproc": node.nproc})
-                connection.settimeout(node.timeout_s + 5)    # node 0 may have started later, and waits as long
-                said = _read(connection)
+                # Node 0 may have been started later, and waits as long as this one did.
+                said = _read(connection, time.monotonic() + node.timeout_s + _WRITE_S)
         except OSError as error:
             reason = str(error)
         else:
             if said and said.get("go"):
                 return
-            if said and isinstance(said.get("error"), dict):
-                raise _told(**said["error"])
+            if said and (error := _told(said.get("error"))):
+                raise error
             reason = "something answers, but it is not moetrain, or it has ended"
         time.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
     raise unreachable(where, f"{reason}; tried for {node.timeout_s} s (RDZV_TIMEOUT)")
 
 
-def _told(number: int, what: str, where: str, why: str, next: str) -> RendezvousError:
-    """The error of node 0, here."""
+def _told(parts: object) -> RendezvousError | None:
+    """The error of node 0, here; None where it is none."""
+    if not isinstance(parts, dict) or type(number := parts.get("number")) is not int or not 0 < number < 1000:
+        return None
+    if not all(isinstance(parts.get(name), str) for name in _PARTS):
+        return None
+    return _of_node_0(**{name: parts[name] for name in ("number", *_PARTS)})
+
+
+def _of_node_0(number: int, what: str, where: str, why: str, next: str) -> RendezvousError:
     return RendezvousError(number, what, where=where, why=why, next=next)
 
 
@@ -177,13 +222,21 @@ def _write(connection: socket.socket, message: dict) -> None:
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _read(connection: socket.socket) -> dict | None:
-    """One line; None when it is not one of ours."""
+def _read(connection: socket.socket, deadline: float) -> dict | None:
+    """One line that comes before the deadline, however slowly; None when none does, or it is not one of ours."""
     received = b""
-    with suppress(OSError, ValueError):
-        while not received.endswith(b"\n") and len(received) < _LONGEST and (more := connection.recv(_LONGEST)):
+    with suppress(OSError):
+        while not received.endswith(b"\n") and len(received) < _LONGEST and (left := deadline - time.monotonic()) > 0:
+            connection.settimeout(left)
+            if not (more := connection.recv(_LONGEST)):
+                break
             received += more
-        message = json.loads(received)
+    return _parsed(received)
+
+
+def _parsed(line: bytes) -> dict | None:
+    with suppress(ValueError):
+        message = parse_json(line, depth=2)
         return message if isinstance(message, dict) else None
     return None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moetrain import __version__
+from moetrain.config.schema import CheckpointConfig
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
@@ -40,7 +41,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
         ("data", data_line(run)),
         ("memory", {"none": "", "selective": "recomputes norms, activations and orders", "full": "recomputes whole blocks"}
                    [config.train.activation_checkpointing]),
-        ("saves", f"every {config.checkpoint.interval} steps and at the end" if config.checkpoint.interval else "at the end"),
+        ("saves", saves_line(config.checkpoint)),
     ]
     rows.append(("wandb", wandb_line(wandb_settings(config, os.environ), run.directory)))
     return [row for row in rows if row[1]]
@@ -62,6 +63,13 @@ def data_line(run: Run) -> str:
         return text
     epochs = run.config.run.steps * train.global_batch / dataset.windows
     return f"{text}  {human(dataset.windows * train.seq_len)} tokens, {epochs:.2g} epochs planned"
+
+
+def saves_line(config: CheckpointConfig) -> str:
+    """When the run saves."""
+    every = [f"every {config.interval} steps"] if config.interval else []
+    every += [f"every {config.every_minutes:g} minutes"] if config.every_minutes else []
+    return f"{', '.join(every)} and at the end" if every else "at the end"
 
 
 def sharding(run: Run) -> str:

@@ -12,7 +12,6 @@ Beside them the choices of every router, domain by domain: which experts serve w
 
 from collections.abc import Callable
 from itertools import islice
-from math import inf
 from typing import NamedTuple
 
 import torch
@@ -42,11 +41,11 @@ class Evaluation(NamedTuple):
 @torch.no_grad()
 def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
              stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
-    """Every domain. None once `stop` was true on a rank when a domain began. Collective."""
+    """Every domain. None once `stop` was true on a rank. Collective."""
     results: dict[str, float] = {}
     choices = []
     for index, domain in enumerate(dataset.domains):
-        sums = _domain(model, dataset, index, mesh, config, stop())
+        sums = _domain(model, dataset, index, mesh, config, stop)
         if sums is None:
             return None
         (nats, tokens, text_bytes), choices_L = sums[:3].tolist(), sums[3:].long()
@@ -61,17 +60,19 @@ def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
     return Evaluation(results, torch.stack(choices).cpu())
 
 
-def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, config: Config, stop: bool) -> Tensor | None:
+def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, config: Config,
+            stop: Callable[[], bool]) -> Tensor | None:
     """[nats, tokens, bytes, choices of all experts] over all ranks, float64; None where one says stop."""
     group = mesh["batch"]
     every = dataset.heldout(domain, windows=config.eval.windows, batch=config.eval.batch)
     mine = all_or_none(group, lambda: list(islice(every, group.position, None, group.size)))
-    rounds = largest_over(group, inf if stop else len(mine))
-    if rounds == inf:
-        return None
+    rounds = int(largest_over(group, len(mine)))
     model.eval()
     sums = torch.zeros(3 + sum(model.routers.values()), dtype=torch.float64, device=mesh.device)
-    for number in range(int(rounds)):
+    for number in range(rounds):
+        if largest_over(group, stop()):                  # a look at each other costs nothing beside a forward pass
+            model.train()
+            return None
         batch = mine[number] if number < len(mine) else _padding(config)
         batch = batch.to(mesh.device)
         output = model(batch.tokens_BS, step_context(config.run.seed, 0, batch, training=False), batch.documents_BS)

@@ -32,7 +32,7 @@ from moetrain.train.memory import choose
 from moetrain.train.optim import resumed_rate, schedule_warning
 from moetrain.train.out_of_memory import out_of_memory_named
 from moetrain.train.precision import with_dtype
-from moetrain.train.preempt import Preemption, told_early
+from moetrain.train.preempt import Preemption, cause, told_early
 from moetrain.train.record import Recorder
 from moetrain.train.setup import Run, check_alone, join, set_up
 from moetrain.train.step import Votes, train_step
@@ -44,11 +44,12 @@ from moetrain.user_code import named_in_traceback
 
 @named_in_traceback()
 def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
-          leaving: Callable[[int, str], None] = lambda code, reason: None) -> None:
+          leaving: Callable[[int, str], None] = lambda code, reason: None, again: str = "the same command goes on") -> None:
     """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run.
 
     adopt: hands the run to another engine before a checkpoint is read (interop/deepspeed.py).
     leaving: called with exit code and reason before the process goes without ending in order (train/preempt.py).
+    again: what to type to go on with a run that was told to stop.
     """
     check_composed(config)
     check_alone(config)
@@ -80,7 +81,11 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
 
             try:
                 with Preemption(grace_s=config.run.grace_s, leaving=leave) as told, out_of_memory_named(run):
-                    loop(run, recorder, console, told)
+                    if not loop(run, recorder, console, told):
+                        disconnect()                     # all ranks leave here, so none tears down what another uses
+                        raise Preempted(
+                            1, f"told to stop: saved after step {run.state.step} of {last_step(config)}", where=str(directory),
+                            why=f"{cause(told.requested) if told.requested else 'another rank'} asked for it", next=again)
             finally:
                 recorder.close()
         rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", nearby(directory))]
@@ -99,8 +104,8 @@ def rate_notes(run: Run, found: Resumed | None) -> Iterator[str]:
             yield changed
 
 
-def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> None:
-    """The steps that are left; picture, save and evaluation where they are due. Preempted once a rank was told to stop.
+def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> bool:
+    """The steps that are left; picture, save and evaluation where they are due. False, saved, once a rank was told to stop.
 
     What is due at one step is saved before it is evaluated, so that nobody who was told to stop waits for an evaluation.
     """
@@ -111,7 +116,7 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
     while run.state.step < last and not stop:
         step = run.state.step + 1
         with timeline.step(step, run.state.model):
-            result = train_step(run, step, Votes(stop=told.requested is not None, save=saver.poll()))
+            result = train_step(run, step, Votes(told.requested is not None, saver.poll(), saver.overdue()))
         with recorder.pause("save"):
             saved(saver.settle(result.votes.save), recorder, console)
         recorder.step(result)
@@ -124,7 +129,7 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
         stop = result.votes.stop > 0                     # agreed: the same on all ranks
         if stop or step == last:
             break
-        if due(step, config.checkpoint.interval):
+        if due(step, config.checkpoint.interval) or result.votes.overdue:
             with recorder.pause("save"):
                 saved(saver.begin(run.state, facts(run)), recorder, console)
         if due(step, config.eval.interval):
@@ -134,11 +139,9 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> No
     if owes_evaluation(run, recorder) and not stop:
         stop = not measure(run, recorder, console, told)
     if stop and (run.state.step < last or owes_evaluation(run, recorder)):
-        disconnect()                                     # all ranks leave here, so none tears down what another uses
-        raise Preempted(1, f"told to stop: saved after step {run.state.step} of {last}", where=str(run.directory),
-                        why=f"{told.requested.name if told.requested else 'another rank'} asked for it",
-                        next="the same command goes on")
+        return False
     recorder.finish()
+    return True
 
 
 def saved(save: Saved | None, recorder: Recorder, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Told to stop: SIGTERM and SIGUSR1 save at the next step's end and leave with code 10.
+"""Told to stop: Ctrl-C, a closed terminal, SIGTERM and SIGUSR1 save at the next step's end and leave with code 10.
 
     first signal         `requested` is set; the loop puts it to the vote of the step (train/step.py), so that all ranks save
                          and leave after the same step, whichever of them were told
@@ -8,21 +8,36 @@
 
 A thread watches: a rank that waits for others inside a collective cannot run Python's signal handlers, but the interpreter's
 C handler writes the signal's number to a pipe at any time.
+
+What a process was started to ignore stays ignored (nohup, background jobs of a script). Ctrl-C belongs to a debugger where
+there is one: at its prompt it does what the debugger says, and a handler that it has installed stays.
 """
 
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from moetrain.errors import Preempted
 
 ECHO_S = 1.0    # Slurm signals every process of a step, and the launcher passes the same signal on
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LEAVE_S = 5.0   # for the last words of a process that leaves at once, on a disk that may hang
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+CAUSES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (the terminal was closed)"}
+
+log = logging.getLogger(__name__)
+
+
+def cause(number: int) -> str:
+    """The signal as a user knows it."""
+    number = signal.Signals(number)
+    return CAUSES.get(number, number.name)
 
 
 def in_main_thread() -> bool:
@@ -44,7 +59,7 @@ class Early:
 def told_early() -> Iterator[None]:
     """While a run starts there is nothing to save: the first signal leaves in order, by SystemExit with 128 + its number."""
     leave = Early()
-    before = {number: signal.signal(number, leave) for number in SIGNALS if in_main_thread()}
+    before = {number: signal.signal(number, leave) for number in SIGNALS if in_main_thread() and _is_free(number)}
     try:
         yield
     finally:
@@ -73,7 +88,7 @@ class Preemption:
             return self
         self._reads, self._writes = socket.socketpair()
         self._writes.setblocking(False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._before = {number: signal.signal(number, _on_signal) for number in SIGNALS if _is_free(number)}
         self._wakeup = signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="preemption", daemon=True).start()
         return self
@@ -90,22 +105,62 @@ class Preemption:
         try:
             while numbers := self._reads.recv(16):
                 for number in numbers:
-                    if number in SIGNALS:
+                    if number in SIGNALS and not _is_debuggers(number):
                         self._told(signal.Signals(number))
+                self._reads.settimeout(self._left())
         except TimeoutError:
-            self._leave(f"{self.requested.name} came {self.grace_s:g} s ago and the save is not done")
+            self._leave(f"{cause(self.requested)} came {self.grace_s:g} s ago and the save is not done")
         finally:
             self._reads.close()
 
     def _told(self, number: signal.Signals) -> None:
-        if self.requested is not None and time.monotonic() < self._told_at + ECHO_S:
-            return
-        if self.requested is not None:
-            self._leave(f"{number.name} came after {self.requested.name}: left at once, without a save")
-        self.requested, self._told_at = number, time.monotonic()
-        self._reads.settimeout(None if self.grace_s is None else max(self.grace_s, 1e-3))     # 0 would not wait at all
+        if self.requested is None:
+            self.requested, self._told_at = number, time.monotonic()
+            # In a thread of its own: a terminal that takes no text must not keep this one from the next signal.
+            threading.Thread(target=log.info, daemon=True, args=(
+                "[stop] %s: saving after this step, then leaving; another one leaves at once, without a save", cause(number))).start()
+        elif number != signal.SIGHUP and time.monotonic() >= self._told_at + ECHO_S:    # the kernel and the shell both send SIGHUP
+            self._leave(f"{cause(number)} came after {cause(self.requested)}: left at once, without a save")
+
+    def _left(self) -> float | None:
+        """Seconds of the grace period that are left; None while nothing limits the wait."""
+        if self.requested is None or self.grace_s is None:
+            return None
+        return max(self._told_at + self.grace_s - time.monotonic(), 1e-3)                     # 0 would not wait at all
 
     def _leave(self, reason: str) -> None:
         code = 128 + self.requested
-        self.leaving(code, reason)
+        last_words = threading.Thread(target=self.leaving, args=(code, reason), daemon=True)
+        last_words.start()
+        last_words.join(LEAVE_S)
         os._exit(code)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    """The thread has heard of it; only at a debugger's prompt is there something to do."""
+    if number == signal.SIGINT and _is_debugging(frame):
+        raise KeyboardInterrupt
+
+
+def _is_free(number: int) -> bool:
+    """Whether the handler may be replaced: not what is ignored, nor a debugger's Ctrl-C."""
+    handler = signal.getsignal(number)
+    if number != signal.SIGINT or isinstance(handler, Early):
+        return handler is not signal.SIG_IGN
+    return handler in (signal.SIG_DFL, signal.default_int_handler) and not _is_debugging(sys._getframe())
+
+
+def _is_debuggers(number: int) -> bool:
+    """Whether a signal is meant for a debugger: pdb's `continue` installs a handler, and at its prompt its frames are on the stack."""
+    if number != signal.SIGINT:
+        return False
+    main = sys._current_frames().get(threading.main_thread().ident)
+    return signal.getsignal(number) is not _on_signal or _is_debugging(main)
+
+
+def _is_debugging(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "bdb":     # the base of pdb and of other debuggers in Python
+            return True
+        frame = frame.f_back
+    return False

@@ -33,6 +33,7 @@ class Votes(NamedTuple):
 
     stop: int = 0                            # told to save and stop (train/preempt.py)
     save: int = 0                            # how far the save under way is (train/checkpoint/writer.py, Saver.poll)
+    overdue: int = 0                         # the last save is too long ago (Saver.overdue)
 
 
 class StepResult(NamedTuple):

@@ -1,11 +1,14 @@
 """Two views of the same ranks, and groups that partition them."""
 
+import socket
+import time
 from math import prod
 
 import pytest
 import torch
 
-from moetrain.comm.mesh import DENSE_AXES, DERIVED, EXPERT_AXES, axis_groups, build_mesh, mesh_sizes, node_groups
+from moetrain.comm.mesh import DENSE_AXES, DERIVED, EXPERT_AXES, axis_groups, build_mesh, connect, mesh_sizes, node_groups
+from moetrain.errors import RendezvousError
 
 CPU = torch.device("cpu")
 MESHES = [(mode, world, ep) for world in (1, 2, 4, 8) for mode, ep in
@@ -104,3 +107,15 @@ def test_every_rank_finds_itself_in_its_groups(ranks):
         assert groups == {"batch": everywhere, "dense_grad": everywhere, "dense_replicas": everywhere, "dense_shard": alone,
                           "node": everywhere, "ep": of_pair, "expert_parts": of_pair, "expert_grad": of_strided,
                           "expert_replicas": of_strided, "expert_shard": alone, "ep_node": of_pair, "ep_rail": alone}
+
+
+def test_a_rendezvous_that_takes_connections_and_says_nothing_is_named_within_the_limit(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        began = time.monotonic()
+        with pytest.raises(RendezvousError) as caught:
+            connect(CPU, 1)
+    assert caught.value.id == "E-RENDEZVOUS-020" and f"127.0.0.1:{port}" in str(caught.value)
+    assert time.monotonic() - began < 60

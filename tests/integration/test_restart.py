@@ -16,58 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SMALL = ["model=debug", "optim=adamw", "data=synthetic", "log.wandb=off", "train.global_batch=8", "train.seq_len=32", "model.dim=32",
-         "model.expert_dim=32", "checkpoint.interval=10", "eval.windows=1", "log.interval=1000"]
-TWO = ["run.nproc=2", "parallel=ep"]
-
-
-class Job:
-    """`moetrain train` (or torchrun around it) in a process of its own."""
-
-    def __init__(self, directory: Path, *overrides: str, torchrun: int = 0, steps: int = 40) -> None:
-        self.run_dir = directory / "run"
-        words = ["-m", "moetrain", "train", *SMALL, f"run.dir={self.run_dir}", f"run.steps={steps}", *overrides]
-        agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "--max-restarts", "3"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        self.output = (directory / "output").open("ab")
-        self.process = subprocess.Popen([sys.executable, *(agent + words if torchrun else words)], cwd=directory,
-                                        env=environment, stdout=self.output, stderr=self.output)
-
-    def wait(self, limit: float = 120) -> int:
-        return self.process.wait(limit)
-
-    def wait_for(self, step: int, limit: float = 90) -> "Job":
-        deadline = time.monotonic() + limit
-        while self.steps()[-1:] < [step]:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
-            time.sleep(0.02)
-        return self
-
-    def workers(self) -> list[int]:
-        """Process ids of the ranks."""
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        return [int(pid) for pid in found]
-
-    def steps(self) -> list[int]:
-        return [int(record["step"]) for record in self.records()]
-
-    def records(self) -> list[dict]:
-        try:
-            lines = (self.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def losses(self) -> list[tuple[int, str]]:
-        return [(int(record["step"]), float(record["loss/ce"]).hex()) for record in self.records()]
-
-    def status(self) -> dict:
-        return json.loads((self.run_dir / "status.json").read_text())
-
-    def text(self) -> str:
-        return (self.run_dir.parent / "output").read_text()
+from tests.support.jobs import ROOT, SMALL, TWO, Job
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -84,7 +33,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "one rank")])
+@pytest.mark.parametrize("number, to", [(signal.SIGINT, "launcher"), (signal.SIGHUP, "one rank")])
 def test_told_to_stop_all_ranks_save_after_the_same_step_and_the_same_command_goes_on(undisturbed, tmp_path, number, to):
     job = Job(tmp_path, *TWO).wait_for(12)
     os.kill(job.process.pid if to == "launcher" else job.workers()[1], number)

@@ -1,9 +1,11 @@
 """The nodes find each other, or say who is missing: real sockets, a thread for each node."""
 
+import contextlib
 import dataclasses
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -113,21 +115,67 @@ def test_nothing_answers() -> None:
     assert error.id == "E-RENDEZVOUS-002" and "no-such-host.invalid" in str(error)
 
 
-def test_something_else_answers() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        def serve() -> None:
-            for _ in range(100):
-                try:
-                    connection, _ = other.accept()
-                except OSError:
-                    return
-                connection.recv(100)
-                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                connection.close()
+@contextlib.contextmanager
+def answering(*pieces: bytes, pause_s: float = 0.0) -> Iterator[int]:
+    """The port of a program that answers everybody with these pieces, and then says no more."""
+    taken: list[socket.socket] = []
 
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(server.accept()[0])
+                threading.Thread(target=answer, args=(taken[-1],), daemon=True).start()
+
+    def answer(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause_s)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=serve, daemon=True).start()
-        (error,) = call(node(1, timeout_s=1), port=other.getsockname()[1])
-    assert error.id == "E-RENDEZVOUS-002" and "not moetrain" in str(error)
+        yield server.getsockname()[1]
+    for connection in taken:
+        connection.close()
+
+
+@pytest.mark.parametrize("pieces, pause_s", [
+    ((), 0), ((b"x",) * 600, 0.1),                       # silent; a byte now and then
+    ((b"HTTP/1.1 400 Bad Request\r\n\r\n",), 0), ((b"[" * 1000 + b"\n",), 0), ((b'{"a":' * 300,), 0), ((b"x" * 10**6,), 0),
+    ((b'{"error": {"number": "5", "what": 1}}\n',), 0), ((b'{"error": {"number": 5, "other": "x"}}\n',), 0), ((b'{"go": false}\n',), 0),
+], ids=["silent", "slow", "HTTP", "brackets", "deep", "long", "parts", "keys", "no"])
+def test_something_else_answers(pieces: tuple[bytes, ...], pause_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the limit, which is RDZV_TIMEOUT to reach it and as long again for its word."""
+    monkeypatch.setattr("moetrain.nodes.rollcall._WRITE_S", 0.2)
+    began = time.monotonic()
+    with answering(*pieces, pause_s=pause_s) as port:
+        (error,) = call(node(1, timeout_s=1), port=port)
+    assert error.id == "E-RENDEZVOUS-002" and "not moetrain" in str(error) and f"127.0.0.1:{port}" in str(error)
+    assert time.monotonic() - began < 15
+
+
+def test_who_says_nothing_or_too_much_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetrain.nodes.rollcall._MOST_UNKNOWN", 20)
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as strangers:
+        head = pool.submit(call, node(0, nodes=2, timeout_s=60), port=port)
+        for number in range(40):
+            stranger = strangers.enter_context(reached(port))
+            with contextlib.suppress(OSError):
+                stranger.sendall((b"", b"{", b"[" * 1000 + b"\n", b"x" * 5000, b'{"moetrain": 1, "node": 1, "nodes": [], "nproc": 2}\n')[number % 5])
+        began = time.monotonic()
+        assert call(node(1, nodes=2, timeout_s=60), port=port) == [None] and head.result() == [None]
+        assert time.monotonic() - began < 30             # silent ones would have had 5 s each
+
+
+def reached(port: int) -> socket.socket:
+    until = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
 
 def test_the_address_is_that_of_the_route() -> None:

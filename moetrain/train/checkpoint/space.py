@@ -23,12 +23,14 @@ PROBE = b"moetrain"
 def check_disk(state: TrainState, run_dir: Path, mesh: Mesh, config: CheckpointConfig, steps: int) -> int:
     """Bytes of one checkpoint. DiskError on all ranks when those of the run do not fit, or cannot be written. Collective.
 
-    steps: how many the run will take; it needs room for `keep` checkpoints and the one that is being written.
+    steps: how many the run will take; it needs room for `keep` checkpoints and the one that is being written. By time any step
+    may save; how many do is not known, so with keep=null only those of the interval count.
     """
     size = estimate(state, mesh)
     saves = -(-steps // config.interval) if config.interval else min(1, steps)
-    copies = min(saves, config.keep + 1) if config.keep else saves
-    all_or_none(mesh["batch"], lambda: _check(run_dir / "checkpoints", copies, size) if mesh.is_main else None)
+    if config.keep:
+        saves = min(steps if config.every_minutes else saves, config.keep + 1)
+    all_or_none(mesh["batch"], lambda: _check(run_dir / "checkpoints", saves, size) if mesh.is_main else None)
     return size
 
 

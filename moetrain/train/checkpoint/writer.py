@@ -52,6 +52,7 @@ class Saver:
         self.failed_in_a_row, self.attempt = 0, 0
         self.job: _Job | None = None                     # the one under way
         self.failed: _Job | None = None                  # the last one, if it failed
+        self.began = time.monotonic()                    # the last save, or the run
         all_or_none(mesh["batch"], lambda: remove_leftovers(run_dir.absolute()) if mesh.is_main else None)
 
     def begin(self, state: TrainState, facts: dict[str, object], *, final: bool = False) -> Saved | None:
@@ -63,7 +64,7 @@ class Saver:
         if time.perf_counter() - began > UNNOTICED_S and self.mesh.is_main:
             log.warning("step %d was to be saved while the save of step %d was still under way; training waited %.1f s: "
                         "checkpoint.interval is short for this disk", state.step, before.step, time.perf_counter() - began)
-        self.attempt += 1
+        self.attempt, self.began = self.attempt + 1, time.monotonic()
         began = time.perf_counter()
         self.job = _Job(state.step, began, self.directory / f"step-{state.step:08d}", self.attempt,
                         {**facts, "torch": torch.__version__, "mesh": dict(self.mesh.sizes),
@@ -72,6 +73,11 @@ class Saver:
         self.job.start(lambda job: write_rank(job.temporary, self.mesh.rank, items, job.step))
         self.job.held_s = time.perf_counter() - began
         return before if self.config.async_save and not final else self.finish(required=final)
+
+    def overdue(self) -> int:
+        """1 once the last save is `checkpoint.every_minutes` old. Clocks differ: sum it over the ranks before acting on it."""
+        minutes = self.config.every_minutes
+        return int(bool(minutes) and self.job is None and time.monotonic() - self.began >= 60 * minutes)
 
     def poll(self) -> int:
         """0 while there is nothing to say. Sum it over mesh["batch"] (exactly: float64, int64) and give the sum to settle."""
