@@ -60,9 +60,11 @@ def largest_items(run: Run) -> list[tuple[str, float]]:
     copies = most_memory(run)
     rule = run.objective.pool
     kept = run.loader.micro_batches if run.graphs.kept and rule is not None and rule.mode == "exact" else 1
-    of_one = run.graphs.graph or activation_bytes(run)
+    blocks, logits = activation_bytes(run)
+    blocks = max(run.graphs.graph - logits, 0) if run.graphs.graph else blocks
+    several = f"{kept} micro-batch{'es' * (kept > 1)}"
     items = [("parameters", weights), ("gradients", weights), ("optimizer state", moments),
-             (f"activations of {kept} micro-batch{'es' * (kept > 1)} about", kept * of_one),
+             (f"activations of {several} about", kept * blocks), (f"logits of {several} about", kept * logits),
              ("copies of experts and their gradients", copies.copies + copies.sums)]
     return sorted((item for item in items if item[1]), key=lambda item: -item[1])
 
@@ -72,8 +74,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def activation_bytes(run: Run) -> float:
-    """What one micro-batch keeps for backward, roughly.
+def activation_bytes(run: Run) -> tuple[float, float]:
+    """What one micro-batch keeps for backward, roughly: of the blocks, and of the logits.
 
     A token keeps, in the dtype of the computation: in attention 8 D; for each expert that it visits 2 D and 3 F;
     logits and their float32 probabilities V each. Whole blocks that are computed again keep only D.
@@ -87,7 +89,7 @@ def activation_bytes(run: Run) -> float:
         train.activation_checkpointing]
     kept = len(layers) * attention * sizes.dim + visits * (in_expert * sizes.dim + out_expert * sizes.expert_dim)
     at_once = min(tokens, train.head_chunk) if train.head_chunk else tokens
-    return tokens * element * kept + at_once * run.dataset.vocab_size * (element + 4)
+    return tokens * element * kept, at_once * run.dataset.vocab_size * (element + 4)
 
 
 def advice(run: Run, largest: str) -> str:
@@ -96,12 +98,12 @@ def advice(run: Run, largest: str) -> str:
     mine = train.global_batch // ranks
     smaller = max((size for size in range(1, train.per_forward(ranks)) if mine % size == 0), default=None)
     activations = [f"train.micro_batch={smaller}"] if smaller else []
-    if train.activation_checkpointing != "full":
+    if largest.startswith("logits") and not train.head_chunk:
+        activations.insert(0, "train.head_chunk=1024")
+    elif train.activation_checkpointing != "full":
         activations.append("train.activation_checkpointing=full")
-    if not train.head_chunk:
-        activations.append("train.head_chunk=1024")
-    elif run.graphs.kept and run.loader.micro_batches > 1 and train.count_pass is None:
+    if run.graphs.kept and run.loader.micro_batches > 1 and not train.count_pass:
         activations.append("train.count_pass=true")
     spread = "more GPUs or machines with parallel=ep_fsdp, which shards parameters, gradients and optimizer state"
-    options = activations if largest.startswith("activations") or not activations else [*activations[:1], spread]
+    options = activations if largest.startswith(("activations", "logits")) else [*activations[:1], spread]
     return f"the same command with {' or '.join(options or [spread])}; it goes on from the newest save"
