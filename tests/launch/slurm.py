@@ -37,7 +37,7 @@ class Cluster:
     def state(self, number: str) -> str:
         return self.job(number)["JobState"]
 
-    def finished(self, number: str, limit_s: float = 120) -> dict[str, str]:
+    def finished(self, number: str, limit_s: float = 300) -> dict[str, str]:
         """The job, once it has ended for good."""
         until(lambda: self.state(number) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), limit_s)
         return self.job(number)
