@@ -13,7 +13,7 @@ ASKED = {
     "train": (["--cfg", "job"], 0, "steps: 7"), "slurm": (["--dry-run"], 0, "{run}/log"), "data prepare": ([], 2, "E-CONFIG-044"),
     "eval": ([], 13, "{run}/checkpoints"), "generate": (["data=text"], 13, "{run}/checkpoints"), "report": ([], 12, "{run}"),
     "inspect": ([], 13, "{run}/checkpoints"), "checkpoint verify": ([], 13, "{run}/checkpoints")}
-FORMS = {"runs/mine": ["mine", "run.name=mine", "runs/mine/"],
+FORMS = {"runs/mine": ["mine", "run.name=mine"],
          "far/it's mine": ["far/it's mine", "run.dir=far/it's mine"]}
 
 
