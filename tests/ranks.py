@@ -22,16 +22,17 @@ AFTER_FAILURE_S = 5
 
 
 class Ranks:
-    """lasting: one process group for all tasks, for libraries that keep groups themselves; otherwise each has its own."""
+    """lasting: one process group for all tasks, for libraries that keep groups themselves; otherwise each has its own.
+    simulated: every rank has a CUDA device in host memory, and nccl (tests/support/simulated_device.py)."""
 
-    def __init__(self, size: int, *, lasting: bool = False) -> None:
+    def __init__(self, size: int, *, lasting: bool = False, simulated: bool = False) -> None:
         self.size = size
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs, lasting), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, theirs, lasting, simulated), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -76,16 +77,29 @@ class Ranks:
         self.close()
 
 
+def _on_host(result: Any) -> Any:
+    """Tensors of a device cannot be sent."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, lambda tensor: tensor.cpu(), result)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, pipe: Any, lasting: bool) -> None:
+def _serve(rank: int, size: int, port: int, pipe: Any, lasting: bool, simulated: bool) -> None:
     import torch
     import torch.distributed as dist
 
+    if simulated:
+        from tests.support import simulated_device
+
+        simulated_device.install(devices=size)
+        torch.cuda.set_device(rank)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -93,13 +107,14 @@ def _serve(rank: int, size: int, port: int, pipe: Any, lasting: bool) -> None:
     for number in itertools.count():
         # Every task has a world of its own: a gloo group keeps a thread that wakes all the time, and tasks make many.
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=size)
+            dist.init_process_group("nccl" if simulated else "gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=size)
         task = pipe.recv()
         if task is None:
             break
         function, arguments = task
         try:
-            pipe.send(("", function(*arguments)))
+            result = function(*arguments)
+            pipe.send(("", _on_host(result) if simulated else result))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
         if not lasting:

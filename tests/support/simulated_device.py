@@ -201,7 +201,7 @@ def _refuse(op: Any, args: tuple, kwargs: dict) -> None:
     if name in ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot") and args[-1].dtype in (torch.int64, torch.int32, torch.int16):
         raise RuntimeError(f'"{name}_cuda" not implemented for integers')
     generator = kwargs.get("generator")
-    if generator is not None and getattr(generator, "made_for", torch.device("cpu")).type != "cuda":
+    if generator is not None and generator._cdata not in _OF_DEVICES:
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
 
 
@@ -572,10 +572,12 @@ def _patch_cuda(devices: int) -> None:
         "get_device_name": lambda device=None: _Properties().name,
         "get_device_properties": lambda device=None: _Properties(),
         "get_device_capability": lambda device=None: CAPABILITY,
-        "manual_seed": torch.manual_seed, "manual_seed_all": torch.manual_seed, "_sleep": lambda cycles: None,
+        "manual_seed": torch.default_generator.manual_seed, "manual_seed_all": torch.default_generator.manual_seed, "_sleep": lambda cycles: None,
     }
     for name, value in replaced.items():
         setattr(cuda, name, value)
+    torch._C._nccl_version = lambda: 2 << 32 | 27 << 16
+    torch._C._nccl_version_suffix = lambda: b""
     torch._C._cuda_getDevice = lambda: library.simulated_device()
     torch._C._cuda_getCurrentRawStream = lambda device: library.simulated_stream(device)
     torch.Tensor.record_stream = lambda tensor, stream: None
@@ -600,12 +602,16 @@ def _patch_storage() -> None:
 
 
 class _Generator(torch.Generator):
-    """A generator of the CPU that remembers which device it was made for."""
+    """A generator of the CPU; those made for a device are remembered by address."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
         made = super().__new__(cls)
-        made.made_for = torch.device(device)
+        if torch.device(device).type == "cuda":
+            _OF_DEVICES.add(made._cdata)
         return made
+
+
+_OF_DEVICES: set[int] = set()
 
 
 # --- installation

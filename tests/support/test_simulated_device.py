@@ -1,0 +1,171 @@
+"""The simulated device itself: what it refuses, what it permits, and which reads by the host it sees."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.ranks import Ranks
+from tests.support import simulated_device
+
+pytestmark = pytest.mark.skipif(bool(simulated_device.unavailable()), reason=simulated_device.unavailable() or "-")
+
+TWO_DEVICES = ("two devices", "same device", "is on cpu")
+
+
+@pytest.fixture(scope="module")
+def device():
+    with Ranks(1, simulated=True) as ranks:
+        yield ranks
+
+
+def refusals() -> dict[str, Callable[[], object]]:
+    """Operations that CUDA refuses, by name."""
+    x, host = torch.randn(4, 4, device="cuda"), torch.randn(4, 4)
+    ids, host_ids = torch.tensor([1, 2], device="cuda"), torch.tensor([1, 2])
+    b16 = torch.randn(4, 8, device="cuda", dtype=torch.bfloat16)
+    stack = torch.randn(2, 8, 8, device="cuda", dtype=torch.bfloat16)
+    return {
+        "add": lambda: x + host,
+        "add of one element": lambda: x + torch.ones(1),
+        "in place": lambda: x.add_(host),
+        "cat": lambda: torch.cat([x, host]),
+        "stack": lambda: torch.stack([host, x]),
+        "product": lambda: x @ host,
+        "linear": lambda: F.linear(x, host),
+        "addmm": lambda: torch.addmm(host, x, x),
+        "index_select": lambda: x.index_select(0, host_ids),
+        "gather": lambda: x.gather(1, torch.zeros(4, 4, dtype=torch.int64)),
+        "scatter": lambda: x.scatter(1, torch.zeros(4, 4, dtype=torch.int64, device="cuda"), host),
+        "where": lambda: torch.where(x > 0, x, host),
+        "embedding": lambda: F.embedding(host_ids, x),
+        "cross entropy": lambda: F.cross_entropy(x, torch.tensor([0, 1, 2, 3])),
+        "host by an index of the device": lambda: host[ids],
+        "grouped_mm with offsets of the host": lambda: F.grouped_mm(b16, stack, offs=torch.tensor([2, 4], dtype=torch.int32)),
+        "out of the host": lambda: torch.add(x, x, out=torch.empty(4, 4)),
+        "numpy": lambda: x.numpy(),
+        "an ordinal that is not there": lambda: torch.empty(2, device="cuda:3"),
+        "a product of integers": lambda: ids[:, None] @ ids[None],
+        "a generator of the host": lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
+    }
+
+
+def permissions() -> dict[str, Callable[[], object]]:
+    """Operations that CUDA allows although a tensor of the host takes part."""
+    x = torch.randn(4, 4, device="cuda")
+    return {
+        "a number": lambda: x * 2 + 1,
+        "a tensor without dimensions": lambda: x * torch.tensor(2.0),
+        "an index of the host": lambda: x[torch.tensor([0, 2])],
+        "a copy": lambda: x.copy_(torch.ones(4, 4)),
+        "where with a number": lambda: torch.where(x > 0, x, 0.0),
+        "masked_fill": lambda: x.masked_fill(x > 0, 0.0),
+        "a generator of the device": lambda: torch.randn(3, device="cuda", generator=torch.Generator(device="cuda")),
+    }
+
+
+def _outcomes(of: Callable[[], dict[str, Callable[[], object]]]) -> dict[str, str]:
+    found = {}
+    for name, operation in of().items():
+        try:
+            operation()
+            found[name] = ""
+        except (RuntimeError, TypeError, ValueError) as error:
+            found[name] = str(error)
+    return found
+
+
+def _refused() -> dict[str, str]:
+    return _outcomes(refusals)
+
+
+def _permitted() -> dict[str, str]:
+    return _outcomes(permissions)
+
+
+def test_what_a_gpu_refuses_is_refused(device) -> None:
+    (found,) = device.run(_refused)
+    assert {name for name, error in found.items() if not error} == set()
+    mixed = [name for name in found if name not in (
+        "numpy", "an ordinal that is not there", "a product of integers", "a generator of the host", "host by an index of the device")]
+    assert {name: found[name] for name in mixed if not any(words in found[name] for words in TWO_DEVICES)} == {}
+
+
+def test_what_a_gpu_permits_is_permitted(device) -> None:
+    (found,) = device.run(_permitted)
+    assert {name: error for name, error in found.items() if error} == {}
+
+
+def _arithmetic() -> dict[str, object]:
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+
+    def both(device: str) -> tuple:
+        a, b = x.clone().to(device).requires_grad_(), w.clone().to(device).requires_grad_()
+        loss = (a @ b).softmax(-1).square().sum() + a[:, 1:].cumsum(0).relu().mean()
+        loss.backward()
+        return loss.detach(), a.grad, b.grad
+
+    results = {"host": both("cpu"), "device": both("cuda")}
+    before = torch.cuda.memory_allocated()
+    unwritten = torch.empty(3, device="cuda")
+    view = unwritten[1:]
+    versions = view._version, (view.fill_(2.0), view._version)[1]
+    shared = unwritten.tolist()[1:]
+    kept = torch.cuda.memory_allocated() - before
+    del unwritten, view
+    return {**results, "versions": versions, "shared": shared, "kept": kept, "left": torch.cuda.memory_allocated() - before,
+            "nan": bool(torch.empty(3, device="cuda").isnan().all())}
+
+
+def test_it_computes_what_the_cpu_does_and_counts_its_memory(device) -> None:
+    (found,) = device.run(_arithmetic)
+    for ours, theirs in zip(found["device"], found["host"], strict=True):
+        assert ours.equal(theirs)
+    assert found["versions"] == (0, 1) and found["shared"] == [2.0, 2.0]         # a view shares memory and version
+    assert found["kept"] == 12 and found["left"] == 0 and found["nan"]
+
+
+def _reads() -> dict[str, dict[str, int]]:
+    x, ids = torch.randn(4, device="cuda"), torch.tensor([0, 1, 1], device="cuda")
+    pinned = torch.ones(4, pin_memory=True)
+    operations: dict[str, Callable[[], object]] = {
+        "item": lambda: x[0].item(), "tolist": lambda: x.tolist(), "bool": lambda: bool(x[0] > 0), "cpu": lambda: x.cpu(),
+        "to the device": lambda: torch.ones(4).to("cuda"), "mask": lambda: x[x > 0], "nonzero": lambda: x.nonzero(),
+        "bincount": lambda: ids.bincount(), "repeat_interleave": lambda: x[:3].repeat_interleave(ids),
+        "synchronize": lambda: torch.cuda.synchronize(), "pageable": lambda: torch.ones(4).to("cuda", non_blocking=True),
+        "pinned": lambda: pinned.to("cuda", non_blocking=True), "arithmetic": lambda: (x * 2).sum(),
+        "known size": lambda: x[:3].repeat_interleave(ids, output_size=2),
+    }
+    found = {}
+    for name, operation in operations.items():
+        simulated_device.RECORD.clear()
+        operation()
+        found[name] = {wait.kind: times for wait, times in simulated_device.RECORD.items()}
+    return found
+
+
+def test_every_read_by_the_host_is_recorded(device) -> None:
+    (found,) = device.run(_reads)
+    quiet = {"pinned", "arithmetic", "known size"}
+    assert {name for name, waits in found.items() if not waits} == quiet
+    assert set(found["pageable"]) == {"copy to the device, may wait"}
+
+
+def _mixed_collective() -> str:
+    import torch.distributed as dist
+
+    total = torch.ones(2, device="cuda")
+    dist.all_reduce(total)
+    assert total.tolist() == [1.0, 1.0] and dist.get_backend() == "nccl"
+    try:
+        dist.all_reduce(torch.ones(2))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_tensor_of_the_host_in_a_collective_over_nccl_is_refused(device) -> None:
+    (error,) = device.run(_mixed_collective)
+    assert "cpu" in error
