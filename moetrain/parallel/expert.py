@@ -21,16 +21,16 @@ def global_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: Me
 
 
 @torch.no_grad()
-def scale_gradients(parameters: list[nn.Parameter], norm: Tensor, limit: float) -> float:
+def scale_gradients(parameters: list[nn.Parameter], norm: float, limit: float) -> float:
     """Scale all gradients by limit / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_ does (0: leave them).
 
     Returns their norm afterwards.
     """
-    factor = limit / (norm.item() + 1e-6)
+    factor = limit / (norm + 1e-6)
     if not 0 < factor < 1:
-        return norm.item()
+        return norm
     torch._foreach_mul_(_gradients(parameters), factor)
-    return norm.item() * factor
+    return norm * factor
 
 
 def _square_sum(parameters: list[nn.Parameter], device: torch.device) -> Tensor:

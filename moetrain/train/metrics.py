@@ -14,12 +14,13 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
+from moetrain.ops.pinned import to_device
 from moetrain.routers.base import RoutingStats, Stack, by_stack, lean
 from moetrain.train.objective import LossShare
 
 
 class StepSums(NamedTuple):
-    """Summed over micro-batches and ranks; float64."""
+    """Summed over micro-batches and ranks; float64, on the host but for `leans`."""
 
     cross_entropy: float
     total: float                             # the loss itself: contributions of all micro-batches
@@ -29,7 +30,10 @@ class StepSums(NamedTuple):
     entropy: float                           # of the routers' probabilities, nats, over tokens and routers
     terms: dict[str, float]                  # what every auxiliary loss adds to `total`, by name
     prob_sums_L: Tensor                      # of all routers, flat
-    leans: dict[str, Tensor]                 # of routers that want them (routers/base.py), the mean over micro-batches [E]
+    counts_L: Tensor                         # of all routers, flat; int64
+    tokens: int
+    norm: float                              # of all gradients
+    leans: dict[str, Tensor]                 # of routers that want them (routers/base.py), the mean over micro-batches [E], on the device
     votes: list[float]                       # those of train/step.py, on their way with the rest
     phases: list[list[float]]                # seconds of every rank (train/stopwatch.py)
 
@@ -59,7 +63,7 @@ class SumBuffer:
                  leaning: Sequence[str] = (), losses: Sequence[str] = ()) -> None:
         """leaning: routers whose leans are wanted. losses: the auxiliary ones that are trained on."""
         self.routers, self.leaning, self.losses = routers, {router: routers[router] for router in leaning}, tuple(losses)
-        self.votes = torch.tensor(votes, dtype=torch.float64, device=device)
+        self.votes = torch.tensor(votes, dtype=torch.float64)
         self.sizes = [HEAD, len(self.losses), sum(routers.values()), sum(self.leaning.values())]
         self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
@@ -79,15 +83,27 @@ class SumBuffer:
         of = [_summed(stack.stats) for stack in stacks]
         return [sum(rest, first).double() for first, *rest in zip(*of)]
 
-    def sum_over(self, group: Group, phases: Sequence[float]) -> StepSums:
-        """phases: seconds of this rank. In a sum every rank fills a row of its own, so that all of them are known."""
-        times = self.flat.new_zeros(group.size, len(phases))
-        times[group.position] = self.flat.new_tensor(phases)
-        summed = sum_over(group, torch.cat([self.flat, self.votes, times.flatten()]))
-        head, terms, prob_sums, leans, votes, times = summed.split([*self.sizes, len(self.votes), times.numel()])
+    def sum_over(self, group: Group, phases: Sequence[float], counts_L: Tensor, tokens: Tensor, norm: Tensor) -> StepSums:
+        """The sums over the group, and what else of a step the host wants to know. Here, once a step, it waits for the device.
+
+        Args:
+            group: the ranks with different tokens.
+            phases: seconds of this rank. In a sum every rank fills a row of its own, so that all of them are known.
+            counts_L: int64, pooled over the group already; exact in float64.
+            tokens: int64 scalar, pooled too.
+            norm: scalar, of all gradients.
+        """
+        times = torch.zeros(group.size, len(phases), dtype=torch.float64)
+        times[group.position] = torch.tensor(phases, dtype=torch.float64)
+        told = to_device(torch.cat([self.votes, times.flatten()]), self.flat.device)
+        summed = sum_over(group, torch.cat([self.flat, told]))
+        read = torch.cat([summed, counts_L.double(), tokens.double().view(1), norm.double().view(1)]).cpu()
+        head, terms, prob_sums, _, votes, times, counts, (tokens, norm) = read.split(
+            [*self.sizes, len(self.votes), times.numel(), len(counts_L), 2])
         *sums, micro_batches = head.tolist()
-        return StepSums(*sums, dict(zip(self.losses, terms.tolist())), prob_sums,
-                        split_by_router(leans / micro_batches, self.leaning), votes.tolist(), times.view(group.size, -1).tolist())
+        leans = summed[sum(self.sizes[:-1]):sum(self.sizes)] / micro_batches
+        return StepSums(*sums, dict(zip(self.losses, terms.tolist())), prob_sums, counts.long(), int(tokens), float(norm),
+                        split_by_router(leans, self.leaning), votes.tolist(), times.view(group.size, -1).tolist())
 
 
 def _summed(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,19 +124,19 @@ def loss_metrics(terms: Mapping[str, float], weights: Mapping[str, float]) -> di
             **{f"loss/{name}": term / weights[name] for name, term in terms.items() if name != "balance"}}
 
 
-def balance_metrics(counts_L: Tensor, sums: StepSums, routers: Mapping[str, int], tokens: int) -> dict[str, float]:
+def balance_metrics(sums: StepSums, routers: Mapping[str, int]) -> dict[str, float]:
     """Metrics of routing from the pooled sums of the step: independent of mode, mesh and split."""
     if not routers:
         return {}
-    of = [_balance(*parts) for parts in zip(by_stack(counts_L.cpu().double(), routers), by_stack(sums.prob_sums_L.cpu(), routers))]
+    of = [_balance(*parts) for parts in zip(by_stack(sums.counts_L.double(), routers), by_stack(sums.prob_sums_L, routers))]
     balance_R, violation_R, slots_R, dead_R = (torch.cat(parts) for parts in zip(*of))
     balance, violation, slots, dead = torch.stack([balance_R, violation_R, slots_R, dead_R]).sum(-1).tolist()
     return {
-        "loss/balance": balance / len(routers) / max(1, tokens),
+        "loss/balance": balance / len(routers) / max(1, sums.tokens),
         "moe/max_violation/mean": violation / len(routers),
         "moe/max_violation/max": violation_R.max().item(),
         "moe/local_max_violation/mean": sums.violation / max(1.0, sums.violations),
-        "moe/entropy": sums.entropy / max(1, len(routers) * tokens),
+        "moe/entropy": sums.entropy / max(1, len(routers) * sums.tokens),
         "moe/dead_experts": int(dead),
         "moe/drop_fraction": sums.dropped / max(1.0, slots),
     }

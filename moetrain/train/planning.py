@@ -74,8 +74,8 @@ class Planning:
         copies.adopt(placement)
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
-        """The pooled counts of a step by router: plan the next."""
-        newest = torch.cat([counts[name] for name in self.model.routers]).cpu() // self.mesh["expert_grad"].size
+        """The pooled counts of a step by router, on the host: plan the next."""
+        newest = torch.cat([counts[name] for name in self.model.routers]) // self.mesh["expert_grad"].size
         self.outlook.observe(newest)
         if self.rhythm.rehome and step % self.rhythm.rehome == 0:
             self._rehome()

@@ -100,7 +100,7 @@ class Prior:
         """The pooled counts of a whole step."""
         for router, (now_E, before_E) in enumerate(zip(counts_L.split(self.sizes), self.counts_L.split(self.sizes))):
             moved = (shares(now_E) - shares(before_E)).abs().sum() / 2
-            self.usable_R[router] = (moved <= self.drift) if before_E.any() else True
+            self.usable_R[router] = (moved <= self.drift) | ~before_E.any()
         self.counts_L.copy_(counts_L)
         self.tokens.copy_(tokens)
 

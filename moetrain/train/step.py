@@ -9,6 +9,7 @@ votes (1), and those of the dispatcher in every MoE layer. With copies of expert
 them and take their gradients home, in the layers of which the plan has copies, and the comparison of plans (1).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from moetrain.data.batch import Batch
 from moetrain.errors import DataError, NonFiniteError
 from moetrain.parallel.expert import global_norm, scale_gradients
 from moetrain.train.metrics import (
-    SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, peak_memory, split_by_router,
+    StepSums, SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, peak_memory, split_by_router,
 )
 from moetrain.train.optim import learning_rate, set_gradient_norm, set_learning_rate
 from moetrain.train.passes import forwards
@@ -38,7 +39,7 @@ class Votes(NamedTuple):
 
 class StepResult(NamedTuple):
     metrics: dict[str, float]
-    counts: dict[str, Tensor]                # pooled, int64 [E] by router
+    counts: dict[str, Tensor]                # pooled, int64 [E] by router, on the host
     sources: list[Tensor] | None             # with log.sources, on rank 0: flat counts of every rank
     votes: Votes                             # summed over ranks
 
@@ -68,43 +69,43 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     with record_function("reduce"):
         run.parallel.reduce()
     norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
-    summed = sums.sum_over(mesh["batch"], watch.phases())
     counts_L = sum_over(mesh["batch"], local.clone()) if forward.counts_L is None else forward.counts_L
-    counts = split_by_router(counts_L, routers)
-    stop_if_not_finite(step, summed.cross_entropy, norm)
-    clipped_norm = scale_gradients([*run.parallel.dense, *run.parallel.experts], norm, config.train.clip)
+    summed = sums.sum_over(mesh["batch"], watch.phases(), counts_L, tokens, norm)
+    watch.settle()
+    stop_if_not_finite(step, summed)
+    clipped_norm = scale_gradients([*run.parallel.dense, *run.parallel.experts], summed.norm, config.train.clip)
     rate = learning_rate(step, config.run.steps, config.optim)
     set_learning_rate(run.state.optimizer, rate)
     set_gradient_norm(run.state.optimizer, clipped_norm)
     with record_function("optimizer"):
         run.state.optimizer.step()
-    model.end_of_step(counts, summed.leans)
+    model.end_of_step(split_by_router(counts_L, routers), summed.leans)
     if run.state.prior:
         run.state.prior.observe(counts_L, tokens)
+    counts = split_by_router(summed.counts_L, routers)
     if planning:
         planning.observe(step, counts)
     watch.lap("optim")
 
-    total_tokens = int(tokens)
-    run.state.step, run.state.tokens = step, run.state.tokens + total_tokens
+    run.state.step, run.state.tokens = step, run.state.tokens + summed.tokens
     seconds = watch.total()
     metrics = {
         "step": step,
         "tokens": run.state.tokens,
-        "loss/ce": summed.cross_entropy / max(1, total_tokens),
+        "loss/ce": summed.cross_entropy / max(1, summed.tokens),
         "loss/total": summed.total,
         **loss_metrics(summed.terms, weights),
-        **balance_metrics(counts_L, summed, routers, total_tokens),
+        **balance_metrics(summed, routers),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,
         **forecast_metrics(planning.outlook.errors_r if planning else []),
-        "grad_norm": norm.item(),
+        "grad_norm": summed.norm,
         "lr": rate,
         "time/step": seconds,
         **watch.laps,
         **rank_metrics(summed.phases),
-        "throughput/tokens_per_s": total_tokens / seconds,
-        **({"throughput/mfu": total_tokens / seconds / run.peak_tokens_per_s} if run.peak_tokens_per_s else {}),
+        "throughput/tokens_per_s": summed.tokens / seconds,
+        **({"throughput/mfu": summed.tokens / seconds / run.peak_tokens_per_s} if run.peak_tokens_per_s else {}),
         "memory/peak": peak_memory(mesh.device),
     }
     sources = gather_to_first(mesh["batch"], local) if config.log.sources else None
@@ -126,11 +127,11 @@ def read_batches(run: Run, step: int) -> tuple[list[Batch], Tensor]:
     return batches, tokens
 
 
-def stop_if_not_finite(step: int, cross_entropy: float, norm: Tensor) -> None:
+def stop_if_not_finite(step: int, sums: StepSums) -> None:
     """Both numbers are the same on every rank, so all stop or none; nothing has been updated yet."""
-    if not (torch.isfinite(norm) and abs(cross_entropy) < float("inf")):
+    if not (math.isfinite(sums.norm) and math.isfinite(sums.cross_entropy)):
         raise NonFiniteError(
-            1, f"step {step}: cross-entropy sum {cross_entropy}, gradient norm {norm.item()}",
+            1, f"step {step}: cross-entropy sum {sums.cross_entropy}, gradient norm {sums.norm}",
             where=f"optimizer step {step}", why="a value is not finite; the step was not applied",
             next="start another run (run.name) with a smaller optim.lr or train.clip; a resumed run may change neither",
         )

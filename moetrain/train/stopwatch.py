@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,37 +16,70 @@ log = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Seconds between laps, by name; laps of one name add up. Waits for the GPU, so that a lap is what it cost."""
+    """Seconds of the phases of a step, by name; laps of one name add up.
+
+    On a GPU a lap is what passed there between two events, and the host never waits for it: `settle` reads the events once
+    the step has read its sums. The update comes after that, so its lap is counted with the next step.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.laps: dict[str, float] = {}
+        self._marks: list[tuple[str, Mark]] = []             # since the last that were read, oldest first
+        self._now: Callable[[], Mark] = _event if device.type == "cuda" else time.perf_counter
         self.restart()
 
     def restart(self) -> None:
-        """A step begins."""
-        self.before, self.laps = self.laps, {}
-        self.start = self.last = time.perf_counter()
+        """A step begins. What passes between steps belongs to none."""
+        self.before = self.laps
+        if self.device.type != "cuda":
+            self.laps, self._marks = {}, []
+        self._mark("")
 
     def lap(self, name: str) -> None:
         """What passed since the last lap was `name`."""
-        now = self._now()
-        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self.last
-        self.last = now
+        self._mark(name)
+        if self.device.type != "cuda":
+            self._read()
+
+    def settle(self) -> None:
+        """The device has done all that was marked."""
+        if self.device.type == "cuda":
+            self.laps = {f"time/{phase}": 0.0 for phase in PHASES}
+            self._read()
 
     def total(self) -> float:
-        """Seconds since the step began."""
-        return self._now() - self.start
+        """Seconds of all phases."""
+        return sum(self.laps.values())
 
     def phases(self) -> list[float]:
-        """Of this step, as far as it has come; a phase still to come as it was in the step before, 0 in the first."""
+        """Of this step, as far as it is known; a phase that is not yet as it was in the step before, 0 in the first."""
         laps = self.before | self.laps
         return [laps.get(f"time/{phase}", 0.0) for phase in PHASES]
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _mark(self, name: str) -> None:
+        self._marks.append((name, self._now()))
+
+    def _read(self) -> None:
+        """Seconds between neighbouring marks. The last mark stays, as the beginning of what comes."""
+        for (_, begin), (name, end) in zip(self._marks, self._marks[1:]):
+            if name:
+                self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + _between(begin, end)
+        self._marks = self._marks[-1:]
+
+
+Mark = float | torch.Event
+
+
+def _event() -> torch.Event:
+    """A place in the current stream that remembers when it was reached."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begin: Mark, end: Mark) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
 
 def rank_metrics(phases: Sequence[Sequence[float]]) -> dict[str, float]:
