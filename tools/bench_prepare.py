@@ -1,0 +1,192 @@
+"""Speed of `prepare` on one core: bytes of text a second of processor time, by form of the source and tokenizer.
+
+    python tools/bench_prepare.py                      # 32 MB a source, three times each: some minutes
+    python tools/bench_prepare.py --write              # also docs/results/prepare.md
+
+The text is words drawn from a vocabulary of 50,000 by Zipf's law, so that no passage comes twice; in `repeated` every text comes
+20 times with another ending, as crawled pages do. The tokenizer.json is a byte-level BPE of 4,096 tokens, trained on
+the first megabyte. Every preparation runs in a process of its own, with one thread. Its processor time counts, not the
+clock; of the repetitions the least is what it takes on a quiet machine.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import resource
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results" / "prepare.md"
+GOAL = 8.0                      # MB/s of text without repetition, bytes as tokens
+
+
+def main() -> None:
+    options = parse()
+    if options.measure:
+        print(json.dumps(measure(*options.measure)))
+        return
+    with tempfile.TemporaryDirectory(prefix="bench_prepare-") as folder:
+        rows = list(compare(Path(folder), options))
+    result = table(rows)
+    print(result)
+    if options.write:
+        PAGE.write_text(page(result, rows, options))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=32, help="of text in a source")
+    parser.add_argument("--repeats", type=int, default=3, help="preparations of each source")
+    parser.add_argument("--only", default="", help="sources whose name contains this")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--measure", nargs=3, metavar=("PATH", "TOKENIZER", "OVERLAP"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+@cache
+def vocabulary() -> list[bytes]:
+    chance = np.random.default_rng(0)
+    letters = chance.integers(97, 123, (50_000, 10), np.uint8)
+    return [letters[number, :length].tobytes() for number, length in enumerate(chance.integers(2, 11, 50_000))]
+
+
+def text(seed: int, size: int) -> bytes:
+    """Lines of words, `size` bytes or a little more."""
+    chance, words, lines = np.random.default_rng(seed), vocabulary(), []
+    while size > 0:
+        lines.append(b" ".join([words[number] for number in (chance.zipf(1.2, 100) % 50_000).tolist()]) + b"\n")
+        size -= len(lines[-1])
+    return b"".join(lines)
+
+
+def make_files(folder: Path, size: int) -> None:
+    for number in range(size // 10_000):
+        (folder / f"{number % 5}").mkdir(exist_ok=True)
+        (folder / f"{number % 5}" / f"{number}.txt").write_bytes(text(number, 10_000))
+
+
+def make_book(folder: Path, size: int) -> None:
+    (folder / "book.txt").write_bytes(text(0, size))
+
+
+def make_repeated(folder: Path, size: int) -> None:
+    texts = [text(number, 5_000) for number in range(-(-size // 100_000))]
+    for number in range(size // 5_000):
+        (folder / f"{number}.txt").write_bytes(texts[number % len(texts)] + b"%d\n" % number)
+
+
+def lines(size: int) -> bytes:
+    return b"".join(json.dumps({"text": text(number, 2_000).decode()}).encode() + b"\n" for number in range(size // 2_000))
+
+
+def make_lines(folder: Path, size: int) -> None:
+    (folder / "texts.jsonl").write_bytes(lines(size))
+
+
+def make_gzip(folder: Path, size: int) -> None:
+    (folder / "texts.jsonl.gz").write_bytes(gzip.compress(lines(size), 6))
+
+
+def make_zstd(folder: Path, size: int) -> None:
+    from backports import zstd
+
+    (folder / "texts.jsonl.zst").write_bytes(zstd.compress(lines(size)))
+
+
+SOURCES: dict[str, tuple[str, Callable[[Path, int], None]]] = {
+    "files": ("files of 10 kB, five folders", make_files), "book": ("one file", make_book),
+    "lines": ("JSON lines of 2 kB", make_lines), "gz": ("the same, .gz", make_gzip), "zst": ("the same, .zst", make_zstd),
+    "repeated": ("files of 5 kB, repeated", make_repeated)}
+
+
+def train_tokenizer(path: Path) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.train_from_iterator([text(0, 1 << 20).decode()], trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    library.save(str(path))
+    return path
+
+
+def compare(folder: Path, options: argparse.Namespace) -> Iterator[dict]:
+    """A row for each source and tokenizer. The preparations of all of them take turns."""
+    bpe = str(train_tokenizer(folder / "tokenizer.json"))
+    cases = [(name, tokenizer, overlap) for name in SOURCES if options.only in name
+             for tokenizer, overlap in (("bytes", 1_000_000), ("bytes", 0), (bpe, 1_000_000))]
+    for name in dict.fromkeys(name for name, _, _ in cases):
+        (folder / name).mkdir()
+        SOURCES[name][1](folder / name, int(options.megabytes * 1e6))
+    found: dict[tuple, list[dict]] = {case: [] for case in cases}
+    for _ in range(options.repeats):
+        for case, runs in found.items():
+            command = [sys.executable, __file__, "--measure", str(folder / case[0]), case[1], str(case[2])]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={
+                **os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+            runs.append(json.loads(done.stdout))
+    for (name, tokenizer, overlap), runs in found.items():
+        rates = [run["bytes"] / run["seconds"] / 1e6 for run in runs]
+        yield {"source": SOURCES[name][0], "tokenizer": "BPE" if tokenizer == bpe else "bytes", "overlap": overlap,
+               "best": max(rates), "median": statistics.median(rates), "peak": max(run["peak"] for run in runs)}
+
+
+def measure(path: str, tokenizer: str, overlap: str) -> dict:
+    from moetrain.data.prepare import prepare
+    from moetrain.data.prepared import open_prepared, total
+
+    out = Path(tempfile.mkdtemp(prefix="out-", dir=Path(path).parent))
+    start = time.process_time()
+    folder = prepare(path=path, out=out, tokenizer=tokenizer, overlap=int(overlap))
+    seconds = time.process_time() - start
+    described = open_prepared(folder, verify=False).description
+    shutil.rmtree(out)
+    return {"bytes": sum(total(described[split])["bytes"] for split in ("train", "heldout")), "seconds": seconds,
+            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
+
+
+def table(rows: list[dict]) -> str:
+    head = ("source", "tokenizer", "overlap measured", "MB/s, best", "median", "peak memory, MB")
+    cells = [(row["source"], row["tokenizer"], "yes" if row["overlap"] else "no", f"{row['best']:.1f}", f"{row['median']:.1f}",
+              f"{row['peak'] / 1e6:.0f}") for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells))
+
+
+def page(result: str, rows: list[dict], options: argparse.Namespace) -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    plain = [row["best"] for row in rows if row["tokenizer"] == "bytes" and row["overlap"] and "repeated" not in row["source"]]
+    return f"""\
+# Speed of `moetrain data prepare`
+
+`tools/bench_prepare.py`: {" ".join(str(__doc__).split("Every preparation")[0].split(chr(10) * 2)[-1].split())} Every preparation
+runs in a process of its own with one thread; processor time counts, the best of {options.repeats} repetitions and their median.
+
+Machine: {os.cpu_count()} CPU cores ({platform.machine()}), load average {os.getloadavg()[0]:.1f} at the end (above 1 other programs shared the
+caches: the figures are then lower than on a quiet machine); Python {platform.python_version()}, numpy {np.__version__}, commit {commit}.
+
+    {shlex.join(["python", "tools/bench_prepare.py", *sys.argv[1:]])}
+
+{result}
+
+Text without repetition, bytes as tokens: {min(plain):.1f} to {max(plain):.1f} MB/s of text (aim: {GOAL:g}). The rest of the time with a
+tokenizer.json is the tokenizers library's own.
+"""
+
+
+if __name__ == "__main__":
+    main()
