@@ -15,12 +15,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from textwrap import wrap
 
 from moetrain import launch, streams
+from moetrain.cli.help import first_keys, page
 from moetrain.config.field_names import verbs_meant
 from moetrain.config.groups import group_options
 from moetrain.config.suggest import nearest
-from moetrain.config.values import schema_keys
 from moetrain.errors import ConfigError, DiskError, MoETrainError, Preempted
 from moetrain.nodes.foreign import without_ranks
 from moetrain.user_code import of_user
@@ -37,12 +38,6 @@ VERBS = {
     "version": "print the version",
 }
 OF_RANKS = ("train", "eval", "generate")         # may be one of several processes that others started
-# The keys to know first; `moetrain train --help` lists all.
-FIRST_KEYS = (
-    "run.name", "run.dir", "run.nproc", "run.steps", "run.stop_at", "run.seed", "run.device", "run.dtype",
-    "train.global_batch", "train.micro_batch", "train.seq_len", "optim.lr", "data.path", "parallel.ep",
-    "checkpoint.interval", "eval.interval",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,25 +108,30 @@ def _run(argv: list[str]) -> int:
                           why=f"the verbs are {', '.join(VERBS)}",
                           next=" or ".join(f"moetrain {name}" for name in near) or "moetrain --help")
     with nullcontext() if verb in OF_RANKS else without_ranks():
-        return importlib.import_module(f"moetrain.cli.{verb}").run(rest) or 0
+        module = importlib.import_module(f"moetrain.cli.{verb}")
+    if "-h" in rest or "--help" in rest:
+        print(page(verb, str(module.__doc__), rest))
+        return 0
+    return module.run(rest) or 0
 
 
 def _help() -> str:
-    keys = schema_keys()
     return "\n".join([
-        "moetrain <verb> [key=value ...]    train sparse Mixture-of-Experts language models",
+        "moetrain <verb> [key=value ...]",
+        "train sparse Mixture-of-Experts language models",
         "",
         *(f"  {verb:10s} {line}" for verb, line in VERBS.items()),
         "",
         "first steps",
-        "  moetrain train experiment=debug                a run of seconds",
-        "  moetrain train experiment=quickstart           a model that learns bytes in a minute or two",
+        "  moetrain train experiment=debug         a run of seconds",
+        "  moetrain train experiment=quickstart    a model that learns bytes in minutes",
         "  moetrain generate run.name=quickstart generate.prompt='def '",
         "",
-        "groups: " + "  ".join(f"{group}=<option>" for group in group_options()),
+        "keys to know first (moetrain train --help names the groups and all pages)",
+        *first_keys(),
         "",
-        "keys to know first (moetrain train --help lists all, and the options of the groups)",
-        *(f"  {path:22s} {keys[path].help}" for path in FIRST_KEYS),
+        "groups: moetrain train --help <group> lists options and keys",
+        *wrap(" ".join(f"{group}=" for group in group_options()), 80, initial_indent="  ", subsequent_indent="  "),
         "",
         "what the words on the screen mean: docs/reference/output.md",
     ])

@@ -12,9 +12,6 @@ _SUBCOMMANDS = ("prepare",)
 
 
 def run(argv: list[str]) -> int:
-    if "-h" in argv or "--help" in argv:
-        print(str(__doc__).strip())
-        return 0
     if not argv or argv[0] not in _SUBCOMMANDS:
         given = argv[0] if argv else ""
         near = nearest(given, _SUBCOMMANDS) or list(_SUBCOMMANDS)

@@ -16,9 +16,6 @@ from moetrain.nodes.foreign import check_ranks
 
 
 def run(argv: list[str]) -> int:
-    if "-h" in argv or "--help" in argv:
-        print(str(__doc__).strip())
-        return 0
     config = for_run(argv)
     check_ranks("eval", argv, config)
     if not launch.is_worker() and config.run.nproc > 1:

@@ -20,9 +20,6 @@ LARGEST = 5
 
 
 def run(argv: list[str]) -> int:
-    if "-h" in argv or "--help" in argv:
-        print(str(__doc__).strip())
-        return 0
     pattern = None
     if "--tensors" in argv:
         place = argv.index("--tensors")

@@ -15,9 +15,6 @@ from moetrain.files import nearby
 
 
 def run(argv: list[str]) -> int:
-    if "-h" in argv or "--help" in argv:
-        print(str(__doc__).strip())
-        return 0
     name = reference(argv[0]) if len(argv) == 1 else None
     if name is None:
         raise ConfigError(43, "report takes one run", where="the command line",

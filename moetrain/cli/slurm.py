@@ -70,9 +70,6 @@ class Submission(NamedTuple):
 
 
 def run(argv: list[str]) -> int:
-    if "-h" in argv or "--help" in argv:
-        print(str(__doc__).strip())
-        return 0
     submission = prepare(argv)
     text = script(submission)
     if submission.job.dry_run:

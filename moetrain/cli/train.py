@@ -14,18 +14,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 from moetrain import launch, streams
-from moetrain.config.build import SIZES, arguments
 from moetrain.config.compose import compose, run_dir, to_yaml
-from moetrain.config.groups import config_dir, group_options
 from moetrain.config.recipes import advice
 from moetrain.config.schema import Config
 from moetrain.config.size_check import refuse_too_large
 from moetrain.config.sweep import sweep_jobs
-from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
-from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError
 from moetrain.interop.packages import check_installed
 from moetrain.nodes.foreign import check_ranks
@@ -35,9 +30,6 @@ log = logging.getLogger(__name__)
 
 
 def run(argv: list[str]) -> int:
-    if "-h" in argv or "--help" in argv:
-        print(help_text())
-        return 0
     overrides, show_config, multirun = _flags(argv)
     if multirun:
         return _multirun(overrides, show_config)
@@ -118,45 +110,3 @@ def _multirun(overrides: list[str], show_config: bool) -> int:
         if codes[-1] == 10 or codes[-1] > 128 or codes[-1] < 0:      # told to stop
             break
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
-
-
-# --- help ---------------------------------------------------------------------------------------------------
-
-
-def help_text() -> str:
-    lines = [str(__doc__).strip(), "", "Groups"]
-    lines += [f"  {group + '=':14s} {' | '.join(options)}" for group, options in group_options().items()]
-    keys = schema_keys()
-    for section, cls in schema_sections().items():
-        inside = [key for path, key in keys.items() if path.startswith(f"{section}.")]
-        lines += ["", section, *map(_line, _part_keys(section) if cls is dict else inside)]
-    return "\n".join(lines)
-
-
-def _line(key: Key) -> str:
-    return f"  {key.path:26s} {type_name(key.type):28s} {show(key.default):14s} {key.help}".rstrip()
-
-
-def _part_keys(section: str) -> list[Key]:
-    """Arguments of every class that an option of the group names, read from the yaml files."""
-    keys = {}
-    for option in group_options()[section]:
-        text = (config_dir() / section / f"{option}.yaml").read_text(encoding="utf-8")
-        comments = dict(re.findall(r"^\s*(\w+):[^#\n]*#\s*(.+)$", text, re.MULTILINE))
-        prefix = f"loss.{option}" if section == "loss" else section
-        for target in re.findall(r"_target_:\s*([\w.]+)", text):
-            for name, key in arguments(target, section).items():
-                if section == "loss":                    # an option a section: its values are the defaults
-                    key = key._replace(default=load(config_dir() / section / f"{option}.yaml")[option].get(name, key.default))
-                if name not in SIZES:
-                    help = comments.get(name, f"argument of {target.rpartition('.')[2]}")
-                    path = f"{prefix}.{name}"
-                    keys[path] = _either(keys[path], key) if path in keys else key._replace(path=path, help=help)
-    return list(keys.values())
-
-
-def _either(first: Key, other: Key) -> Key:
-    """One argument that two classes of a group have: the choices of both."""
-    choices = dict.fromkeys([*get_args(first.type), *get_args(other.type)])
-    both = get_origin(first.type) is get_origin(other.type) is Literal
-    return first._replace(type=Literal[tuple(choices)]) if both else first

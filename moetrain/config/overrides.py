@@ -177,13 +177,13 @@ def _several(key: str, raw: str, text: str, overrides: Sequence[str]) -> ConfigE
 def _malformed(text: str, reason: str, groups: dict[str, list[str]]) -> ConfigError:
     if text.startswith("-"):
         return ConfigError(19, f"unknown flag {text}", where="the command line", why="values are set by key=value",
-                           next="moetrain train --help lists keys and flags")
+                           next="moetrain train --help lists flags, and the pages of keys")
     if "=" not in text:
         known = [f"{group}={text}" for group, options in groups.items() if text in options]
         known = known or [f"{key}=<value>" for key in nearest_keys(text, schema_keys())]
         return ConfigError(1, f"{text!r} is not an override", where=typed(text),
                            why="an override is written key=value",
-                           next=" or ".join(known) or "moetrain train --help lists every key")
+                           next=" or ".join(known) or "moetrain train --help names the pages of keys")
     key, _, value = text.partition("=")
     return ConfigError(1, f"{text!r} cannot be read", where=typed(text),
                        why=reason.splitlines()[0].partition(" expecting")[0],

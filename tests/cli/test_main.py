@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moetrain.__main__ import FIRST_KEYS, VERBS, main
+from moetrain.__main__ import VERBS, main
+from moetrain.cli.help import FIRST_KEYS, pages, section_page
 from moetrain.config.compose import compose
 from moetrain.config.values import schema_keys
 from moetrain.errors import Preempted
@@ -23,7 +25,7 @@ def moetrain(*argv: str, cwd: Path, python: tuple[str, ...] = (), **env: str) ->
                           env={**clean, "PYTHONPATH": str(ROOT), **env})
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "optim.lrr=1"], ["eval", "run.name=none"], ["version"],
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "--help", "router"], ["train", "optim.lrr=1"], ["eval", "run.name=none"], ["version"],
                                   ["train", "--cfg", "job"]])
 def test_help_and_errors_need_no_torch(argv: list[str], tmp_path: Path) -> None:
     done = moetrain(*argv, cwd=tmp_path, python=("-X", "importtime"))
@@ -44,11 +46,31 @@ def test_every_verb_has_help_or_runs(verb: str, capsys: pytest.CaptureFixture) -
 
 
 def test_train_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture) -> None:
-    assert main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
+    assert main(["train", "--help", "all"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
     for key in schema_keys().values():
-        assert key.path in text and key.help in text
+        assert f"{key.path}=" in text and " ".join(key.help.split()) in text
     assert "router.weights" in text and "loss.z.weight" in text and "quickstart" in text
+
+
+def test_every_page_of_help_fits_a_terminal(capsys: pytest.CaptureFixture) -> None:
+    for argv in ([], *([verb, "--help"] for verb in VERBS if verb != "version"), *(["train", "--help", page] for page in (*pages(), "logging"))):
+        assert main(argv) == 0
+        text = capsys.readouterr().out
+        assert text.strip() and max(map(len, text.splitlines())) <= 80, argv
+    assert main(["train", "--help", "optin"]) == 2
+    assert "moetrain train --help optim" in capsys.readouterr().err
+
+
+def test_a_broken_file_of_conf_leaves_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "conf" / "loss" / "entropy.yaml").write_text("entropy_loss:\n  _target_: moetrain.losses.z.ZLoss\n")
+    (tmp_path / "conf" / "loss" / "half.yaml").write_text("half:\n  _target_: moetrain.losses.z.ZLoss\n   weight: 1\n")
+    for place in ("config.groups", "cli.help"):
+        monkeypatch.setattr(f"moetrain.{place}.config_dir", lambda: tmp_path / "conf")
+    text = " ".join(section_page("loss").split())
+    assert "loss.z.weight=" in text and "entropy.yaml, line 1: entropy.yaml describes entropy_loss" in text
+    assert "half.yaml cannot be read" in text and "line 3" in text
 
 
 def test_config_errors_come_together_and_leave_nothing_behind(tmp_path: Path) -> None:
