@@ -47,7 +47,7 @@ def test_the_script_is_the_template_without_its_header(capsys: pytest.CaptureFix
 
 
 def test_the_script_is_valid_and_keeps_words_apart(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    words = [*RUN, "run.name='two words'", "loss=[z]", "data=text", "data.path='$(touch hit) ; touch hit'"]
+    words = [*RUN, "run.name=two words", "loss=[z]", "data=text", "data.path=$(touch hit) ; touch hit"]
     text = printed(capsys, *words)
     settings = text.partition("python=")[0]
     done = subprocess.run(["bash", "-euc", f"{settings}\nprintf '%s\\n' \"$@\""], text=True, capture_output=True, cwd=tmp_path)

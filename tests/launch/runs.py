@@ -52,7 +52,7 @@ def ended(process: subprocess.Popen, limit_s: float = 120) -> tuple[int, str]:
     return process.returncode, output
 
 
-def until(condition: Callable[[], bool], limit_s: float = 90) -> None:
+def until(condition: Callable[[], bool], limit_s: float = 180) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that in time"
