@@ -1,10 +1,12 @@
 """The tokens of a shard, read by position: a block is compared with its checksum when it is first read.
 
 Read with `pread`, not memory-mapped: a file that is cut short while it is in use is an error here and SIGBUS there. A
-block is checked again once the file's time of change has moved.
+block is checked again once the file's time of change has moved, which is looked at every second.
 """
 
 import os
+import time
+import weakref
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 from moetrain.errors import DataError
 from moetrain.files import open_descriptor, reason
 
+LOOK_S = 1.0
 MOST_OPEN = 64                       # descriptors, of all shards together: a corpus may have more shards than a process may open
 
 
@@ -35,7 +38,8 @@ class TokenBlocks:
     def __init__(self, path: Path, layout: Layout, offsets: np.ndarray, found: os.stat_result) -> None:
         self.path, self.layout, self._offsets = path, layout, offsets
         self._identity, self._seen = (found.st_dev, found.st_ino), _state(found)
-        self._size = found.st_size
+        self._size, self._looked = found.st_size, time.monotonic()
+        self._open: weakref.ref[_Descriptor] | None = None           # the cache of _opened keeps it
         self._checked = np.zeros(len(layout.checksums), np.bool_)
 
     def __len__(self) -> int:
@@ -58,10 +62,9 @@ class TokenBlocks:
 
     def _look(self) -> None:
         """Forget what was checked where somebody has written to the file since."""
-        try:
-            found = os.fstat(_opened(self.path, self._identity).number)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
+        if (now := time.monotonic()) - self._looked < LOOK_S:
+            return
+        self._looked, found = now, os.fstat(self._descriptor().number)
         if _state(found) == self._seen:
             return
         if found.st_size != self._size:
@@ -89,16 +92,26 @@ class TokenBlocks:
     def _tokens(self, begin: int, end: int) -> np.ndarray:
         width = self.layout.dtype.itemsize
         place, length = self.layout.start + begin * width, (end - begin) * width
+        descriptor = self._descriptor()
         try:
-            content = os.pread(_opened(self.path, self._identity).number, length, place)
-            while len(content) < length and (more := os.pread(_opened(self.path, self._identity).number, length - len(content),
-                                                              place + len(content))):
+            content = os.pread(descriptor.number, length, place)
+            while len(content) < length and (more := os.pread(descriptor.number, length - len(content), place + len(content))):
                 content += more
         except OSError as error:
             raise unreadable(self.path, error) from error
         if len(content) < length:
-            self._cut_short(place + len(content))
+            self._cut_short(os.fstat(descriptor.number).st_size)
         return np.frombuffer(content, self.layout.dtype)
+
+    def _descriptor(self) -> "_Descriptor":
+        descriptor = self._open and self._open()
+        if descriptor is None:
+            try:
+                descriptor = _opened(self.path, self._identity)
+            except OSError as error:
+                raise unreadable(self.path, error) from error
+            self._open = weakref.ref(descriptor)
+        return descriptor
 
     def _cut_short(self, size: int) -> None:
         raise truncated(self.path, size, self._size)
