@@ -32,7 +32,7 @@ def commands(text: str) -> list[list[str]]:
 
 def works(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the command does what it says; training, jobs and what needs a checkpoint are composed and checked alone."""
-    monkeypatch.setattr(subprocess, "run", lambda *arguments, **how: subprocess.CompletedProcess([], 0))    # jobs of a sweep
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **how: subprocess.CompletedProcess([], 0, "", ""))  # jobs of a sweep, sinfo
     verb = words[0]
     if verb == "train":
         return main([*words, *([] if "--help" in words else ["--cfg", "job"])]) == 0

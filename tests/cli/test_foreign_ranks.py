@@ -52,7 +52,7 @@ def test_verbs_of_one_process_ignore_ranks(argv: list[str], code: int, monkeypat
 
 def test_a_number_of_ranks_that_is_not_asked_for_is_said(monkeypatch, capsys) -> None:
     inside(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2"})
-    monkeypatch.setattr("moetrain.cli.train._train", lambda config: None)
+    monkeypatch.setattr("moetrain.cli.train._train", lambda *arguments: None)
     for words, said in ((["run.nproc=4"], True), (["run.nproc=2"], False), ([], False)):
         assert main(["train", "experiment=debug", "parallel=ddp", *words]) == 0
         assert ("run.nproc=4 is ignored" in capsys.readouterr().err) == said
