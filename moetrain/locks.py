@@ -17,6 +17,20 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
         return False
 
 
+def lock_folder(path: Path) -> int | None:
+    """Descriptor of a folder that is locked until it is closed; None where another one holds it. OSError where folders cannot be
+    locked, as on NFS."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if try_lock(descriptor):
+            return descriptor
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
 def is_at(descriptor: int, path: Path) -> bool:
     """Whether the path still leads to the open file: it may have been removed, or another put in its place, before it was locked."""
     try:

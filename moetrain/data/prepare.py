@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.tokens import unwritable, write_file
 from moetrain.errors import DataError, DiskError
 from moetrain.files import read_json
+from moetrain.locks import is_at, lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +215,7 @@ def _build(folder: Path, parts: Split, encoder: Tokenizer, description: dict[str
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=".preparing-", dir=folder.parent))
+        temporary, claim = _temporary(folder.parent)
     except OSError as error:
         raise unwritable(folder.parent, error) from error
     try:
@@ -225,6 +227,8 @@ def _build(folder: Path, parts: Split, encoder: Tokenizer, description: dict[str
         _rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if claim is not None:
+            os.close(claim)
 
 
 def _rename(temporary: Path, folder: Path) -> None:
@@ -308,10 +312,32 @@ def _remember(out: Path, key: str, name: str) -> None:
 
 
 def _remove_stale(out: Path) -> None:
-    """Folders that a killed preparation left behind."""
+    """Remove folders that a killed preparation left behind: nobody holds them any more, or where folders cannot be locked, they are old."""
     for folder in out.glob(".preparing-*"):
-        if time.time() - folder.stat().st_mtime > _STALE_S:
+        try:
+            claim = lock_folder(folder)
+        except OSError:
+            with suppress(OSError):
+                if time.time() - folder.lstat().st_mtime > _STALE_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+            continue
+        if claim is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(claim)
+
+
+def _temporary(out: Path) -> tuple[Path, int | None]:
+    """A folder to write a dataset in, and the lock that says that somebody does; None where folders cannot be locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".preparing-", dir=out))
+        try:
+            claim = lock_folder(folder)
+        except OSError:
+            return folder, None
+        if claim is not None and is_at(claim, folder):       # otherwise another preparation has found it unlocked and removes it
+            return folder, claim
+        if claim is not None:
+            os.close(claim)
 
 
 def _hash(content: Any) -> str:

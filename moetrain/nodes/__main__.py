@@ -25,10 +25,10 @@ def main(overrides: Sequence[str]) -> int:
     try:
         node = from_environment(os.environ)
         config = config_for(overrides, node.ranks)      # mistakes once, before any rank starts
-        finished(config, run_dir(config))               # and a command that contradicts its run
+        done = finished(config, run_dir(config))        # and a command that contradicts its run
         refuse_too_large(config, node.ranks, node.nproc)
         roll_call(node)
-        return supervise(node, ["train", *overrides], run_dir(config), config.run.grace_s)
+        return supervise(node, ["train", *overrides], run_dir(config), config.run.grace_s, was_finished=done is not None)
     except MoETrainError as error:
         if os.environ.get("MOETRAIN_DEBUG") == "1":
             traceback.print_exc()

@@ -15,6 +15,7 @@ from moetrain.config.schema import Config
 from moetrain.errors import ConfigError, ConfigErrors
 
 PORT = 29400
+_DRIVER_S = 30             # for the driver to list its GPUs
 
 
 @dataclass(frozen=True)
@@ -101,5 +102,8 @@ def _devices(environ: Mapping[str, str]) -> int:
         return max(1, len([device for device in visible.split(",") if device.strip()]))
     if not shutil.which("nvidia-smi"):
         return 1
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    return max(1, listed.stdout.count("UUID"))
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=_DRIVER_S).stdout
+    except subprocess.TimeoutExpired:                    # a driver that hangs: the ranks will say so
+        return 1
+    return max(1, listed.count("UUID"))

@@ -29,8 +29,11 @@ _POLL_S = 0.1
 _MARGIN_S = 30.0           # after run.grace_s, at which a rank leaves by itself
 
 
-def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | None) -> int:
-    """Run `python -m moetrain <argv>` on this node's ranks by torchrun; the exit code of the run. grace_s: run.grace_s."""
+def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | None, *, was_finished: bool = False) -> int:
+    """Run `python -m moetrain <argv>` on this node's ranks by torchrun; the exit code of the run.
+
+    grace_s: run.grace_s. was_finished: there is nothing to do, so the ranks will record nothing.
+    """
     status, ranks = Status(run_dir), set()
     with _catching() as signals:
         agent = subprocess.Popen([sys.executable, "-m", "moetrain.nodes.agent", *_torchrun(node), "-m", "moetrain", *argv],
@@ -40,6 +43,10 @@ def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | N
         finally:
             _end(agent, ranks)
     code = _PEER if killed else ending(agent.returncode, status.written(), signals)
+    if code == 0 and node.nodes == 1 and not was_finished and status.written() is None:       # other machines may see it late
+        print("moetrain: the ranks left with 0 before the run was done", file=sys.stderr)
+        code = _PEER
+        launch.write_status(run_dir, code, "the ranks left with 0 before the run was done")
     if code == _PEER and status.written() is None:           # rank 0 could not say it
         how = f"did not end in time after {signal.Signals(signals[0]).name}" if killed else "was lost"
         launch.write_status(run_dir, code, f"a rank of node {node.rank} {how}")
