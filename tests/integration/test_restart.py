@@ -26,8 +26,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    job = Job(tmp_path_factory.mktemp("undisturbed"), *TWO)
+    """Undisturbed too by output that goes nowhere: a reader that has left, and standard error that is closed."""
+    job = Job(tmp_path_factory.mktemp("undisturbed"), *TWO, shell="2>&- | head -1")
     assert job.wait() == 0, job.text()
+    assert len(job.text().splitlines()) == 1
     assert job.steps() == list(range(1, 41))
     return job
 

@@ -1,13 +1,9 @@
-"""Ways to end a run from outside, on real terminals and with output that goes nowhere: nothing is lost, and the way on is told."""
+"""Ways to end a run on a real terminal: nothing is lost, and the way on is told."""
 
 import os
 import pty
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest

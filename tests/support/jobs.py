@@ -48,10 +48,10 @@ class Job:
                        "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
         self.process = subprocess.Popen(words, cwd=directory, env=environment, **streams)
 
-    def wait(self, limit: float = 120) -> int:
+    def wait(self, limit: float = 300) -> int:
         return self.process.wait(limit)
 
-    def wait_for(self, step: int, limit: float = 90) -> "Job":
+    def wait_for(self, step: int, limit: float = 240) -> "Job":
         deadline = time.monotonic() + limit
         while self.steps()[-1:] < [step]:
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
