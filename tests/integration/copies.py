@@ -75,7 +75,7 @@ class EveryLayerOtherwise(Random):
 
 
 def numbers(metrics: dict[str, float]) -> dict[str, str]:
-    return {name: float(value).hex() for name, value in metrics.items() if not name.startswith(("time/", "through", "memory"))}
+    return {name: float(value).hex() for name, value in metrics.items() if not name.startswith(("time", "through", "memory"))}
 
 
 def bits(run: Run) -> dict[str, bytes]:

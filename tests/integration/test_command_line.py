@@ -37,7 +37,7 @@ def metrics(directory: Path) -> list[dict]:
 def numbers(directory: Path) -> list[tuple]:
     """What must be the same bits in a resumed run; times are not."""
     return [tuple((key, float(value).hex()) for key, value in record.items()
-                  if not key.startswith(("time/", "throughput/", "memory/"))) for record in metrics(directory)]
+                  if not key.startswith(("time", "throughput/", "memory/"))) for record in metrics(directory)]
 
 
 def weights(directory: Path) -> dict[str, int]:

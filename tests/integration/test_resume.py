@@ -16,7 +16,7 @@ from moetrain.train.step import train_step
 from tests.integration.training import make_run
 
 BEFORE, AFTER = 4, 4
-TIMED = ("time/", "throughput/", "memory/")
+TIMED = ("time", "throughput/", "memory/")
 BASE = ["run.steps=8", "optim.lr=3e-2", "data.min_length=0.4"]
 VARIANTS = {
     "adamw": [], "muon": ["optim=muon"], "sigmoid": ["router=sigmoid", "router.update_rate=0.01"],
