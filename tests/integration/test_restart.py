@@ -192,10 +192,10 @@ def test_a_config_that_cannot_be_written_stays_as_it_was_and_ends_all_ranks(tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen, named", [(1, "rank 1, which does not answer"), (0, "rank 0 or its machine")])
 def test_a_rank_that_hangs_is_named(tmp_path, frozen, named):
-    job = Job(tmp_path, *TWO, "run.timeout_s=3", "run.max_restarts=0", steps=20000).wait_for(3)
+    job = Job(tmp_path, *TWO, "run.timeout_s=10", "run.max_restarts=0", steps=20000).wait_for(3)
     os.kill(job.workers()[frozen], signal.SIGSTOP)
     assert job.wait() == 16, job.text()
-    assert job.status()["code"] == 16
+    assert job.status()["code"] == 16 and job.status()["reason"].startswith(f"rank {frozen} is stopped")
     text = "".join(path.read_text() for path in (job.run_dir / "log").glob("*.log")) + job.text()
     assert named in text and "Traceback" not in text, text
 
