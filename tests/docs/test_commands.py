@@ -8,6 +8,7 @@ named in ELSEWHERE. Pictures are drawn once, by `moetrain report`: they take lon
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,10 @@ def test_every_command_of_a_page_runs(page: Path, folder: Path, monkeypatch: pyt
 
 def check_only(words: list[str], settings: dict[str, str]) -> int:
     """The overrides of a training that starts elsewhere are a config, and its script knows the settings."""
-    for job in sweep([word for word in words if "=" in word and not word.startswith("-") and key(word) not in MESH]):
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    if not any(key(word) == "run.nproc" for word in overrides):          # a script or torchrun says how many ranks there are
+        overrides = [word for word in overrides if key(word) not in MESH]
+    for job in sweep(overrides):
         compose(job)
     for script in (word for word in words if word.startswith("launch/")):
         assert all(name in (ROOT / script).read_text(encoding="utf-8") for name in settings), (script, settings)
@@ -88,7 +92,9 @@ def check_only(words: list[str], settings: dict[str, str]) -> int:
 def in_bash(text: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """A variable that is set is there for the commands that follow, as in the shell of a reader."""
     variable = re.match(r"(\w+)=", text)
-    done = subprocess.run(["bash", "-c", f'{text}\nprintf %s "${variable[1]}"' if variable else text], stdout=subprocess.PIPE, text=True)
+    script = f'{text}\nprintf %s "${variable[1]}"' if variable else text
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path})
     if variable:
         monkeypatch.setenv(variable[1], done.stdout)
     return done.returncode

@@ -61,6 +61,6 @@ def test_sharing_is_told_to_the_process_group_and_to_torch(shared, two_gpus, mon
 @pytest.mark.parametrize("device, host, wanted", [("cuda", False, "nccl"), ("cuda", True, "gloo"), ("cpu", False, "gloo")])
 def test_ranks_that_share_a_gpu_talk_over_the_host(device, host, wanted, monkeypatch):
     asked = []
-    monkeypatch.setattr(mesh.dist, "init_process_group", lambda backend, timeout: asked.append(backend))
+    monkeypatch.setattr(mesh.dist, "init_process_group", lambda backend, timeout, device_id: asked.append((backend, device_id)))
     mesh.connect(torch.device(device), 5, over_host=host)
-    assert asked == [wanted]
+    assert asked == [(wanted, torch.device(device) if wanted == "nccl" else None)]          # NCCL connects at once
