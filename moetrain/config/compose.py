@@ -166,7 +166,7 @@ def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str
     where the experiment has changed that, it is composed once more without the experiment.
     """
     folder = config_dir()
-    if broken := [error for name in choices.get("loss") or [] for error in wrong_in(folder / "loss" / f"{name}.yaml")]:
+    if broken := [error for name in _names(choices.get("loss")) for error in wrong_in(folder / "loss" / f"{name}.yaml")]:
         raise ConfigErrors(broken)                           # Hydra would take a loss of any name
     values, chosen = _hydra_compose(folder, choices)
     typed = [group for group in choices if group != "experiment"]
@@ -178,17 +178,21 @@ def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str
         if option and (folder / group).is_dir():
             rank = 0 if group in typed else 1 if group == "experiment" else 2
             section = "" if group == "experiment" else section_of(group)
-            ranked += [(rank, section, folder / group / f"{name}.yaml")
-                       for name in (option if isinstance(option, list) else [option])]
+            ranked += [(rank, section, folder / group / f"{name}.yaml") for name in _names(option)]
     ranked.sort(key=lambda entry: entry[0])
     files = [(section, file) for _, section, file in ranked]
     return {**values, "loss": values.get("loss") or {}}, [*files, ("", folder / "config.yaml")]
 
 
+def _names(option: str | list[str] | None) -> list[str]:
+    """The options that were chosen of a group: one, several, or none."""
+    return option if isinstance(option, list) else [option] if option else []
+
+
 def _differs(values: tree.Tree, folder: Path, group: str, option: str | list[str]) -> bool:
     """Whether a section holds anything else than the files of its options."""
     written: tree.Tree = {}
-    for name in option if isinstance(option, list) else [option]:
+    for name in _names(option):
         written |= load(folder / group / f"{name}.yaml")
     return (values.get(section_of(group)) or {}) != written
 

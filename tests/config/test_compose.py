@@ -92,7 +92,7 @@ def test_a_typed_option_of_every_group_wins_over_every_experiment(experiment: st
 def test_a_typed_option_leaves_the_rest_of_the_experiment() -> None:
     config = compose(["experiment=debug", "logging=wandb"])
     assert (config.log.wandb, config.run.steps, config.data.kind) == ("online", 20, "synthetic")
-    assert compose(["logging=console", "experiment=debug"]).log.wandb == "offline"
+    assert compose(["logging=console", "experiment=debug"]).log.wandb == "auto"
     assert compose(["experiment=quickstart", "data.weights={code: 2}"]).data.mixture == "uniform"
     assert compose(["experiment=quickstart", "data=text", "data.weights={code: 2}"]).data.mixture == "proportional"
 

@@ -8,6 +8,7 @@ from moetrain.config.compose import compose
 from moetrain.errors import ConfigError
 from moetrain.train import setup
 from moetrain.train.setup import pick_device
+from tests.ranks import free_port
 
 
 @pytest.fixture
@@ -61,6 +62,9 @@ def test_sharing_is_told_to_the_process_group_and_to_torch(shared, two_gpus, mon
 @pytest.mark.parametrize("device, host, wanted", [("cuda", False, "nccl"), ("cuda", True, "gloo"), ("cpu", False, "gloo")])
 def test_ranks_that_share_a_gpu_talk_over_the_host(device, host, wanted, monkeypatch):
     asked = []
-    monkeypatch.setattr(mesh.dist, "init_process_group", lambda backend, timeout, device_id: asked.append((backend, device_id)))
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mesh.dist, "init_process_group", lambda backend, device_id, **_: asked.append((backend, device_id)))
     mesh.connect(torch.device(device), 5, over_host=host)
     assert asked == [(wanted, torch.device(device) if wanted == "nccl" else None)]          # NCCL connects at once
