@@ -109,10 +109,10 @@ def _run(argv: list[str]) -> int:
                           next=" or ".join(f"moetrain {name}" for name in near) or "moetrain --help")
     with nullcontext() if verb in OF_RANKS else without_ranks():
         module = importlib.import_module(f"moetrain.cli.{verb}")
-    if "-h" in rest or "--help" in rest:
-        print(page(verb, str(module.__doc__), rest))
-        return 0
-    return module.run(rest) or 0
+        if "-h" in rest or "--help" in rest:
+            print(page(verb, str(module.__doc__), rest))
+            return 0
+        return module.run(rest) or 0
 
 
 def _help() -> str:

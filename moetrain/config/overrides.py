@@ -183,7 +183,7 @@ def _malformed(text: str, reason: str, groups: dict[str, list[str]]) -> ConfigEr
         known = known or [f"{key}=<value>" for key in nearest_keys(text, schema_keys())]
         return ConfigError(1, f"{text!r} is not an override", where=typed(text),
                            why="an override is written key=value",
-                           next=" or ".join(known) or "moetrain train --help names the pages of keys")
+                           next=" or ".join(known) or "moetrain train --help")
     key, _, value = text.partition("=")
     return ConfigError(1, f"{text!r} cannot be read", where=typed(text),
                        why=reason.splitlines()[0].partition(" expecting")[0],

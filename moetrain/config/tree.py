@@ -193,7 +193,7 @@ class _Finisher:
         known = rest and section in schema_sections()
         self._add(3, f"unknown key {path}", doubt=[key.path for key in near], where=self._origin(path),
                   why=f"the section {section} has no such key" if known else "there is no such section or key",
-                  next=_lines(advised) or "moetrain train --help names the pages of keys")
+                  next=_lines(advised) or "moetrain train --help")
 
     # --- parts chosen by class
 

@@ -7,6 +7,7 @@ named in ELSEWHERE. Pictures are drawn once, by `moetrain report`: they take lon
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def elsewhere(command: Command) -> str | None:
 def test_every_command_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("moetrain.cli.train.draw", lambda directory: None)
+    shutil.rmtree("runs", ignore_errors=True)            # pages use the same names
     failed = {}
     for command in commands(page):
         words = [re.sub("|".join(map(re.escape, THEIRS)), lambda found: THEIRS[found[0]], word) for word in command.words]

@@ -14,7 +14,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 OF_TODAY = [page for page in PAGES if page.parent.name != "results"]
 # Where a path in backticks may begin: at the root of the repository, or, as in explanations, inside the package or the tests.
 BASES = (ROOT, ROOT / "moetrain", ROOT / "tests")
-THEIRS = {"moetrain/losses/entropy.py", "moetrain/routers/softplus.py", "conf/router/softplus.yaml", "runs/big/job.sbatch"}     # what readers make
+THEIRS = {"moetrain/losses/entropy.py", "conf/loss/entropy.yaml", "moetrain/routers/softplus.py", "conf/router/softplus.yaml",
+          "runs/big/job.sbatch"}            # what readers make
 TENSORS = re.compile(r"model\.(layers|embed|head|norm)\b")          # names in a checkpoint, not keys
 FOLDERS = {path.name for base in BASES for path in base.iterdir() if path.is_dir()}
 
