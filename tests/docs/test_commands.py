@@ -64,13 +64,16 @@ def elsewhere(command: Command) -> str | None:
 def test_every_command_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("moetrain.cli.train.draw", lambda directory: None)
-    shutil.rmtree("runs", ignore_errors=True)            # pages use the same names
-    failed = {}
+    failed, trained = {}, set()
     for command in commands(page):
         words = [re.sub("|".join(map(re.escape, THEIRS)), lambda found: THEIRS[found[0]], word) for word in command.words]
         if elsewhere(command):
             code = check_only(words, command.settings)
         elif command.words[0] == "moetrain":
+            for name in (word.removeprefix("run.name=") for word in words if word.startswith("run.name=") and words[1] == "train"):
+                if name not in trained:                  # pages use the same names
+                    shutil.rmtree(Path("runs", name), ignore_errors=True)
+                trained.add(name)
             code = run([os.path.expandvars(word) for word in words[1:]])
         else:
             code = in_bash(command.text, monkeypatch)
