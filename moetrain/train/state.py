@@ -30,6 +30,8 @@ from moetrain.train.pool import Prior
 REBUILT = {
     r"optimizer.*\.step$": "every parameter is stepped at every step, so its counter equals `step`",
     r"optimizer.*\.lr$": "the learning rate is a function of `step`, set before each update",
+    r"optimizer.*\.gradient_norm$": "the norm of the step's gradients, set before each update",
+    r"watch\.": "times of this attempt: they are reported, and nothing follows from them",
     r"planning\.(placement|_check)|dispatcher\.|bank\.((experts|sliced)\.|copies\.(?!_))":
         "where experts are follows from the homes, the loads and the planner",
     r"\.grad(\.|$)": "gradients are cleared at the start of every step",
