@@ -16,6 +16,7 @@ ZeRO's layout, which `_check_layout` verifies once: the parameters of an optimiz
 at the end, cut into equal parts, part r on rank r.
 """
 
+import io
 import logging
 import os
 import shutil
@@ -211,7 +212,7 @@ def _start_engine(run: Run, optimizer: torch.optim.AdamW) -> Any:
         "steps_per_print": None,
     }
     module = nn.ParameterList([parameter for group in optimizer.param_groups for parameter in group["params"]])
-    with redirect_stdout(sys.stderr):                # what it has compiled
+    with redirect_stdout(io.StringIO()):             # it prints what it has compiled; a failure to compile is an exception
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 

@@ -99,7 +99,7 @@ def test_the_all_reduce_of_counts_is_on_the_thread_that_carries_it(ranks, tmp_pa
 @pytest.mark.ranks
 def test_only_the_steps_that_were_asked_for_are_recorded_and_parts_of_the_model_are_named(ranks, tmp_path):
     ranks(2).run(recorded, [], tmp_path, 4)
-    ranks(2).run(recorded, ["log.timeline_start=3"], tmp_path / "later", 4)
+    ranks(2).run(recorded, ["log.timeline=1", "log.timeline_start=3"], tmp_path / "later", 4)
     assert [path.name for path in (tmp_path / "later/log/timeline").iterdir()] == ["step-00000003"]
     assert [path.name for path in (tmp_path / "log/timeline").iterdir()] == ["step-00000002"]
     names = [span.name for span in spans(tmp_path / "log/timeline/step-00000002/rank-0001.json")]

@@ -155,7 +155,7 @@ def test_the_command_ends_with_0_and_resumes(tmp_path):
     run_moetrain(*command, "run.stop_at=5", cwd=tmp_path)
     out = run_moetrain(*command, cwd=tmp_path)
     directory = tmp_path / "runs/debug"
-    assert "resumed from step 5" in out and "Traceback" not in out and "built successfully" not in out.split("moetrain 0")[1]
+    assert "resumed from step 5" in out and "Traceback" not in out and "built successfully" not in out
     assert [record["step"] for record in metrics(directory)] == list(range(1, 9))
     assert json.loads((directory / "status.json").read_text()) == {"code": 0, "reason": "done", "step": 8}
 
