@@ -16,14 +16,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = items[:] if config.getoption("--all") else [item for item in items if "full" not in item.keywords]
+    kept = items[:] if config.getoption("--all") else [item for item in items if not _marked(item, "full")]
     if config.getoption("--quick"):
-        kept = [item for item in kept if "slow" not in item.keywords]
-        beyond = set(_beyond(item for item in kept if "ranks" in item.keywords))
+        kept = [item for item in kept if not _marked(item, "slow")]
+        beyond = set(_beyond(item for item in kept if _marked(item, "ranks")))
         kept = [item for item in kept if item not in beyond]
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
+
+
+def _marked(item: pytest.Item, name: str) -> bool:
+    """item.keywords would do so for a checkout in a folder of that name."""
+    return item.get_closest_marker(name) is not None
 
 
 def _beyond(items: Iterable[pytest.Item]) -> list[pytest.Item]:
