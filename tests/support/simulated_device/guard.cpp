@@ -1,4 +1,4 @@
-// Device guard and hooks of CUDA devices that live in host memory. Loaded by simulated_device.py into a CPU build of torch.
+// Device guard and hooks of CUDA devices that live in host memory. Loaded by guard.py into a CPU build of torch.
 //
 // Streams have numbers and nothing else: work is done when it is posted. Events hold a time.
 

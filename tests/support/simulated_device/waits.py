@@ -1,0 +1,39 @@
+"""Record of what makes the host wait for the device."""
+
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+
+class Wait(NamedTuple):
+    phase: str
+    backward: bool
+    kind: str
+    operator: str
+    place: str                                       # file:function of the innermost frame in moetrain
+
+
+class Record(Counter[Wait]):
+    """How often the host waited for the device, or may have."""
+
+    phase = "setup"
+
+    def add(self, kind: str, operator: str) -> None:
+        backward = torch._C._current_graph_task_id() != -1
+        self[Wait(self.phase, backward, kind, operator, place())] += 1
+
+
+RECORD = Record()
+
+
+def place() -> str:
+    """The innermost function of moetrain on the stack that is not a dispatch mode's."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module.startswith("moetrain.") and name not in ("__torch_dispatch__", "_keep", "_give"):
+            return f"{module.removeprefix('moetrain.').replace('.', '/')}.py:{name}"
+        frame = frame.f_back
+    return ""
