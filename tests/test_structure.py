@@ -4,6 +4,7 @@ Read from source with `ast`, so imports inside functions and under TYPE_CHECKING
 """
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -202,7 +203,7 @@ def offences(module: str, source: str) -> list[str]:
 # Rooms that read what lies in a folder of a run or of data, where anybody may have put anything: they open it by moetrain.files.
 READERS = ("comm", "data", "generate", "interop", "launch", "nodes", "report", "runs", "train")
 # Files that no user makes: of the kernel, of installed packages, and new ones that must not exist.
-OTHER_FILES = {"moetrain.train.memory", "moetrain.nodes.supervise", "moetrain.train.tenancy", "moetrain.runs.lock", "moetrain.data.corpus",
+OTHER_FILES = {"moetrain.nodes.supervise", "moetrain.train.tenancy", "moetrain.runs.lock", "moetrain.data.corpus",
                "moetrain.train.checkpoint.disk"}
 
 
@@ -256,3 +257,28 @@ def test_what_looks_alike_is_none() -> None:
     assert offences("moetrain.train.loop", "model.eval()\nconsole.print(1)\nnp.load(p, allow_pickle=False)") == []
     assert offences("moetrain.cli.train", "print(1)") == []
     assert offences("moetrain.config.build", "from hydra.utils import instantiate\ninstantiate(x)") == []
+
+
+# --- devices
+
+
+MEMORY = re.compile(r"mem_get_info|(max_)?memory_(allocated|reserved)|memory_stats|reset_peak_memory_stats|get_device_properties")
+
+
+def questions_about_memory(module: str, source: str) -> list[str]:
+    """What a file asks torch about the memory of a device."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+    names += [alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return [f"{module}: {name}" for name in names if MEMORY.fullmatch(name)]
+
+
+def test_one_file_asks_about_the_memory_of_a_device() -> None:
+    asked = {module: questions_about_memory(module, source) for module, source in PACKAGE.items()}
+    assert {module for module, questions in asked.items() if questions} == {"moetrain.train.device_memory"}
+
+
+@pytest.mark.parametrize("source", ["torch.cuda.mem_get_info()", "from torch.cuda import memory_reserved", "cuda.max_memory_allocated(d)",
+                                    "torch.cuda.get_device_properties(d).total_memory", "torch.accelerator.memory_allocated()"])
+def test_a_question_about_memory_is_found(source: str) -> None:
+    assert len(questions_about_memory("moetrain.train.loop", source)) == 1

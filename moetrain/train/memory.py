@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moetrain.comm.reduce import all_or_none, largest_over
-from moetrain.machine import job_memory, machine_memory
 from moetrain.plan.memory import CopyMemory, Held, copy_memory
+from moetrain.train.device_memory import free_memory
 from moetrain.train.passes import forward_pass
 from moetrain.train.setup import Graphs, Run
 
@@ -38,7 +38,7 @@ def choose(run: Run) -> Graphs:
     if config.train.count_pass is not None or rule is None or rule.mode != "exact" or micro_batches == 1:
         return run.graphs
     everyone = run.mesh["batch"]
-    free = -largest_over(everyone, -free_memory(run))
+    free = -largest_over(everyone, -free_memory(run.mesh, share_gpu=config.run.share_gpu))
     graph = largest_over(everyone, graph_of_next(run))
     wanted = largest_over(everyone, (micro_batches + 1) * graph + still_to_come(run))
     return Graphs(kept=wanted <= SHARE * free, graph=int(graph), free=int(free))
@@ -100,14 +100,3 @@ def most_memory(run: Run) -> CopyMemory:
     return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
                        gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
                        recompute=config.train.activation_checkpointing != "none")
-
-
-def free_memory(run: Run) -> int:
-    """Bytes that this rank may still take: of its GPU, or an equal part of what its machine or its job has left."""
-    ranks = run.mesh["node"].size
-    if run.mesh.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(run.mesh.device)
-        ours = torch.cuda.memory_reserved(run.mesh.device) - torch.cuda.memory_allocated(run.mesh.device)
-        sharing = -(-ranks // torch.cuda.device_count()) if run.config.run.share_gpu else 1
-        return free // sharing + ours
-    return min([machine_memory(), *job_memory()]) // ranks

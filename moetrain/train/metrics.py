@@ -4,7 +4,6 @@ Two buffers travel: the pooled counts, int64 and exact, before the first backwar
 else (`StepSums`) after the last. Names and meanings of the metrics: docs/reference/files.md.
 """
 
-import resource
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -154,10 +153,3 @@ def forecast_metrics(errors_permille: Sequence[int]) -> dict[str, float]:
     """How far the forecasts of this step's loads were off, by router (plan/forecast.py)."""
     errors = [int(error) / 1000 for error in errors_permille] or [0.0]
     return {"moe/forecast_error/mean": sum(errors) / len(errors), "moe/forecast_error/max": max(errors)}
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most this process held on the device (CPU: resident set)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

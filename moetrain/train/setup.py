@@ -16,12 +16,11 @@ from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
 from moetrain.comm.reduce import all_or_none, on_first
 from moetrain.config.build import build
 from moetrain.config.schema import Config
-from moetrain.config.size_check import Available, too_large
+from moetrain.config.size_check import too_large
 from moetrain.data.batch import Dataset
 from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
 from moetrain.errors import ConfigError
-from moetrain.machine import total_memory
 from moetrain.model.build import build_model, compute_dtype, plan_homes, sliced_experts
 from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
@@ -29,6 +28,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.plan.calibrate import calibrated
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.forecast import Outlook, forecast_of
+from moetrain.train.device_memory import available_memory
 from moetrain.train.dump import RouterDump
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
@@ -138,11 +138,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
 
 def refuse_what_cannot_fit(config: Config, mesh: Mesh) -> None:
     """ConfigError for sizes that this rank's memory cannot hold, by formula."""
-    gpu = None
-    if mesh.device.type == "cuda":
-        sharing = -(-mesh["node"].size // torch.cuda.device_count()) if config.run.share_gpu else 1
-        gpu = torch.cuda.get_device_properties(mesh.device).total_memory // sharing
-    if error := too_large(config, mesh.size, Available(total_memory() // mesh["node"].size, gpu)):
+    if error := too_large(config, mesh.size, available_memory(mesh, share_gpu=config.run.share_gpu)):
         raise error
 
 

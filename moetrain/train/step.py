@@ -20,8 +20,9 @@ from moetrain.comm.reduce import fail_together, gather_to_first, sum_over
 from moetrain.data.batch import Batch
 from moetrain.errors import DataError, NonFiniteError
 from moetrain.parallel.expert import global_norm, scale_gradients
+from moetrain.train.device_memory import peak_memory
 from moetrain.train.metrics import (
-    StepSums, SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, peak_memory, split_by_router,
+    StepSums, SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, split_by_router,
 )
 from moetrain.train.optim import learning_rate, set_gradient_norm, set_learning_rate
 from moetrain.train.passes import forwards

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.comm.mesh import Group
 from moetrain.machine import job_memory, machine_memory
 from moetrain.train import memory
 from moetrain.train.banner import balance_line
-from moetrain.train.memory import choose, free_memory, graph_of_next
+from moetrain.train.memory import choose, graph_of_next
 from moetrain.train.setup import Graphs
 from moetrain.train.step import train_step
 from tests.integration.training import difference, make_run, snapshot, whole
@@ -54,7 +53,7 @@ def with_memory(overrides: list[str], free: list[int] | None, rank: int = 0) -> 
     run, original = make_run([*ACCUMULATED, *overrides]), memory.free_memory
     train_step(run, 1)
     if free is not None:
-        memory.free_memory = lambda run: free[run.mesh.rank]
+        memory.free_memory = lambda mesh, share_gpu: free[mesh.rank]
         try:
             run.graphs = choose(run)
         finally:
@@ -115,7 +114,7 @@ NO_CHOICE = {"kept by hand": "train.count_pass=false", "counted by hand": "train
 @pytest.mark.parametrize("case", NO_CHOICE)
 def test_nothing_runs_where_there_is_no_choice(case, monkeypatch):
     run = make_run([*ACCUMULATED, NO_CHOICE[case]])
-    monkeypatch.setattr(memory, "free_memory", lambda run: LITTLE)
+    monkeypatch.setattr(memory, "free_memory", lambda mesh, share_gpu: LITTLE)
     monkeypatch.setattr(memory, "forward_pass", lambda *arguments: pytest.fail("a forward pass"))
     assert choose(run) == Graphs(kept=case != "counted by hand")
 
@@ -174,12 +173,3 @@ def test_what_the_machine_has(tmp_path):
     meminfo.write_text("MemTotal:  900 kB\nMemFree:  10 kB\nMemAvailable:   70 kB\n")
     assert machine_memory(meminfo) == 70 * 1024
     assert machine_memory(tmp_path / "none") >= machine_memory() > 0
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_ranks_of_a_machine_share_what_is_left(monkeypatch, ranks):
-    run = make_run(ACCUMULATED)
-    monkeypatch.setattr(memory, "machine_memory", lambda: 1000)
-    monkeypatch.setattr(memory, "job_memory", lambda: [800, 900])
-    run.mesh.groups["node"] = Group("node", tuple(range(ranks)), 0)
-    assert free_memory(run) == 800 // ranks

@@ -1,0 +1,41 @@
+"""Memory of the device that a rank computes on: all of it, what is free, and the most that was in use.
+
+The only file that asks torch.cuda about memory. On the CPU it is the memory of the machine, or what a limit of the job leaves
+of it (moetrain/machine.py); in both cases ranks that share a memory have equal parts of it.
+"""
+
+import resource
+
+import torch
+
+from moetrain.comm.mesh import Mesh
+from moetrain.config.size_check import Available
+from moetrain.machine import job_memory, machine_memory, total_memory
+
+
+def available_memory(mesh: Mesh, *, share_gpu: bool) -> Available:
+    """What this rank may have in all: of the machine, and of its GPU where it computes on one."""
+    host = total_memory() // mesh["node"].size
+    if mesh.device.type != "cuda":
+        return Available(host)
+    return Available(host, torch.cuda.get_device_properties(mesh.device).total_memory // _ranks_of_a_gpu(mesh, share_gpu))
+
+
+def free_memory(mesh: Mesh, *, share_gpu: bool) -> int:
+    """Bytes of the device that this rank may still take; what torch's allocator holds in reserve is among them."""
+    if mesh.device.type != "cuda":
+        return min([machine_memory(), *job_memory()]) // mesh["node"].size
+    free, _ = torch.cuda.mem_get_info(mesh.device)
+    in_reserve = torch.cuda.memory_reserved(mesh.device) - torch.cuda.memory_allocated(mesh.device)
+    return free // _ranks_of_a_gpu(mesh, share_gpu) + in_reserve
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors of this process had on a GPU; on the CPU its largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _ranks_of_a_gpu(mesh: Mesh, share_gpu: bool) -> int:
+    return -(-mesh["node"].size // torch.cuda.device_count()) if share_gpu else 1
