@@ -13,6 +13,8 @@ not show; NCCL's rules (one order over communicators, one rank a GPU) are not lo
 kernels are the CPU's, with its dtypes and its choice of attention.
 """
 
+import warnings
+
 import torch
 
 from tests.support.simulated_device.collectives import register_collectives
@@ -31,7 +33,9 @@ def install(devices: int = 1) -> None:
         return
     library().simulated_install(devices)
     patch_cuda(devices)
-    _INSTALLED.extend([*register_operators(), register_collectives()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")       # kernels that are overridden
+        _INSTALLED.extend([*register_operators(), register_collectives()])
 
 
 _INSTALLED: list[torch.library.Library] = []

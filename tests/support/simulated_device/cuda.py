@@ -4,6 +4,8 @@ import ctypes
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler.profiler import _KinetoProfile
 
 from tests.support.simulated_device.guard import library
 from tests.support.simulated_device.memory import allocated, peak
@@ -67,6 +69,8 @@ class _Properties(NamedTuple):
     total_memory: int = 8 << 30
     multi_processor_count: int = 132
     warp_size: int = 32
+    L2_cache_size: int = 1 << 20             # less than a GPU has: benchmarks hold inputs of three times its size
+    clock_rate: int = 1_000_000              # kHz
 
 
 def patch_cuda(devices: int) -> None:
@@ -113,6 +117,17 @@ def patch_cuda(devices: int) -> None:
     torch.Tensor.record_stream = lambda tensor, stream: None
     torch.Generator = _Generator
     _patch_storage()
+    _patch_profiler()
+
+
+def _patch_profiler() -> None:
+    """A CPU build has no tracer of kernels and prints a stack for every operator where it is asked for one."""
+    init = _KinetoProfile.__init__
+
+    def of_the_host(profile: _KinetoProfile, *, activities: object = None, **options: Any) -> None:
+        init(profile, activities=[ProfilerActivity.CPU], **options)
+
+    _KinetoProfile.__init__ = of_the_host
 
 
 def _patch_storage() -> None:
