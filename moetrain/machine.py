@@ -1,6 +1,7 @@
 """What this machine has: memory of programs, limits of its control groups, memory of GPUs. Imports no torch."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -60,6 +61,17 @@ def gpu_memory() -> int | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return min((int(mebibytes) << 20 for mebibytes in listed if mebibytes.isdigit()), default=None)
+
+
+def has_gpu(device: Path = Path("/dev/nvidia0")) -> bool:
+    """Whether this machine shows its programs an NVIDIA GPU, whatever torch can do with it. Under WSL there is no device file."""
+    return device.exists() or gpu_memory() is not None
+
+
+def gpu_driver(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of the NVIDIA driver; None where the kernel does not tell."""
+    found = re.search(r"Module .*?(\d+\.\d[\d.]*)", told.read_text()) if told.exists() else None
+    return found[1] if found else None
 
 
 def _physical() -> int:

@@ -33,15 +33,24 @@ class Kernel(NamedTuple):
     spilled: int                                         # bytes stored and loaded
 
 
-def find_nvcc() -> Path:
+def nvcc_path() -> Path | None:
     places = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places += [Path(found) for found in [shutil.which("nvcc")] if found]
-    for place in [*places, USUAL_PLACE]:
-        if place.exists():
-            return place
+    return next((place for place in [*places, USUAL_PLACE] if place.exists()), None)
+
+
+def find_nvcc() -> Path:
+    if found := nvcc_path():
+        return found
     sys.exit("no nvcc: looked in CUDA_HOME, CUDA_PATH, PATH and " f"{USUAL_PLACE.parent}\n"
              "  why:  the CUDA kernels are compiled by NVIDIA's compiler; everything else of moetrain runs without them\n"
              "  next: install a CUDA toolkit (12.8 or later), or set CUDA_HOME to where it is")
+
+
+def release(nvcc: Path) -> str:
+    """Of CUDA, as 13.0."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", said)[1]
 
 
 def flags(archs: list[str]) -> list[str]:
@@ -128,13 +137,13 @@ def check(archs: list[str], jobs: int, write: bool) -> int:
 def build(archs: list[str], jobs: int) -> int:
     import torch
 
-    from moetrain.ops.extension import LIBRARY, sources_hash
+    from moetrain.ops.extension import LIBRARY, write_label
 
     objects = [built for built, _ in compile_all(archs, jobs).values()]
     libraries = Path(torch.__file__).parent / "lib"
     linked = [f"-l{name}" for name in ("torch_cpu", "torch_cuda", "c10") if (libraries / f"lib{name}.so").exists()]
     subprocess.run([find_nvcc(), "-shared", *objects, "-L", libraries, *linked, "-o", LIBRARY], check=True)
-    LIBRARY.with_suffix(".hash").write_text(sources_hash() + "\n")
+    write_label(LIBRARY, archs, release(find_nvcc()))
     print(f"{LIBRARY} ({LIBRARY.stat().st_size / 1e6:.1f} MB) for {','.join(archs)}; in use with MOETRAIN_KERNELS=1")
     return 0
 

@@ -4,6 +4,7 @@ Names are those of Hugging Face's Trainer and model configs, Megatron-LM, torcht
 entry is what to type: a key, or a whole override where an option of a group is meant.
 """
 
+import re
 from collections.abc import Sequence
 
 # By the last part of a key, without underscores and dashes.
@@ -105,6 +106,8 @@ def keys_meant(path: str) -> Sequence[str]:
 
 def values_meant(key: str, value: str) -> Sequence[str]:
     """Overrides that a value of a key, or an option of a group, stands for."""
+    if key == "run.device" and (number := re.fullmatch(r"(?:cuda|gpu):(\d+)", value.lower())):      # ranks count GPUs themselves
+        return [f"CUDA_VISIBLE_DEVICES={number[1]} before the same command with run.device=cuda"]
     return _VALUES.get(f"{key}={value.lower()}", ())
 
 

@@ -10,16 +10,19 @@ everything runs on the references, with the same results.
 
 import ctypes
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 SWITCH = "MOETRAIN_KERNELS"
-LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"        # tools/build_cuda.py writes it, and its sources' hash beside it
+LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"        # tools/build_cuda.py writes it, and a label beside it: what it was made of and for
+BUILD = "python tools/build_cuda.py makes it"
 SOURCES = Path(__file__).parents[2] / "csrc"              # of a checkout; an installed package has none
 
 _LIBRARY = torch.library.Library("moetrain", "DEF")
@@ -67,22 +70,47 @@ def load(library: Path = LIBRARY, sources: Path = SOURCES) -> str | None:
             _show_torch_cuda()
             torch.ops.load_library(str(library))
         except (OSError, RuntimeError) as error:
-            reason = f"{library.name} cannot be loaded: {error}"
+            reason = f"{library.name} cannot be loaded: {str(error).splitlines()[0]}; {BUILD}"
     if reason is not None:
         logging.getLogger(__name__).warning("no compiled kernels, plain torch runs instead: %s", reason)
     return reason
 
 
+def write_label(library: Path, archs: Iterable[str], cuda: str, sources: Path = SOURCES) -> None:
+    """Say beside a library what it was made of, for which architectures, and by which release of CUDA."""
+    label = {"sources": sources_hash(sources), "archs": list(archs), "cuda": cuda}
+    library.with_suffix(".json").write_text(json.dumps(label) + "\n")
+
+
 def _obstacle(library: Path, sources: Path) -> str | None:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
-    build = "python tools/build_cuda.py makes it"
     if not library.exists():
-        return f"there is no {library.name}; {build}"
-    stamp = library.with_suffix(".hash")
-    if sources.is_dir() and (not stamp.exists() or stamp.read_text().strip() != sources_hash(sources)):
-        return f"{library.name} was made of other sources than those in csrc/; {build}"
+        return f"there is no {library.name}; {BUILD}"
+    file = library.with_suffix(".json")
+    label = json.loads(file.read_text()) if file.exists() else {}
+    if not label or sources.is_dir() and label["sources"] != sources_hash(sources):
+        return f"{library.name} was made of other sources than those in csrc/; {BUILD}"
+    # It brings CUDA's runtime with it, which a driver that is good for torch's own may be too old for.
+    if int(label["cuda"].partition(".")[0]) > int(torch.version.cuda.partition(".")[0]):
+        return f"{library.name} was built by CUDA {label['cuda']}, and this torch by {torch.version.cuda}; with that nvcc, {BUILD}"
+    for number, (major, minor) in enumerate(_capabilities()):
+        if not any(_runs_on(arch, major, minor) for arch in label["archs"]):
+            return (f"{library.name} was built for {', '.join(label['archs'])}, and GPU {number} has compute capability {major}.{minor}; "
+                    f"python tools/build_cuda.py --archs {major}{minor}{'a' * (major >= 9)} makes it")
     return None
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Of the GPUs that this process sees."""
+    return [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether machine code for an architecture runs on a GPU: 80 on 8.0 to 8.9, 90a on 9.0 alone. There is no PTX in the library."""
+    number, own = re.fullmatch(r"(\d+)([a-z]?)", arch).groups()
+    of_major, of_minor = divmod(int(number), 10)
+    return of_major == major and (of_minor == minor if own == "a" else of_minor <= minor)
 
 
 def _show_torch_cuda() -> None:

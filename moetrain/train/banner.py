@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moetrain import __version__
+from moetrain.comm.device import unused_gpu
 from moetrain.config.schema import CheckpointConfig
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
@@ -31,6 +32,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
                   f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}{sharding(run)}"
                      f" on {run.mesh.device.type}, {config.run.dtype}   {threads_text()}"),
+        ("device", unused_gpu(config)),
         ("schedule", schedule_line(run)),
         ("batch", f"{per_step:,} tokens = {ranks} rank{'s' * (ranks > 1)} x {micro_batch} seq x {config.train.seq_len}"
                   f" x accum {accumulation}"),

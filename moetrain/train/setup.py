@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from moetrain.comm.device import pick_device, take_device
 from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
 from moetrain.comm.reduce import all_or_none, on_first
 from moetrain.config.build import build
@@ -71,8 +72,7 @@ class Run:
 def join(config: Config) -> Mesh:
     """This process's place: device, process group (unless `single`), mesh. Collective."""
     device = pick_device(config)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    take_device(device)
     if config.parallel.mode != "single" and "RANK" in os.environ and not dist.is_initialized():
         if config.run.share_gpu:
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")     # read by torch for the peer wire
@@ -87,25 +87,6 @@ def check_alone(config: Config) -> None:
         raise ConfigError(125, f"run.nproc={config.run.nproc}, and this process is alone", where="run.nproc",
                           why="train() is one rank and starts no others, and no launcher has set RANK",
                           next="moetrain.launch.train_on_ranks([...]) with the same overrides; or run.nproc=1")
-
-
-def pick_device(config: Config) -> torch.device:
-    name = config.run.device
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            90, "run.device=cuda, and torch finds no CUDA device", where="run.device",
-            why=f"torch {torch.__version__} reports that CUDA is not available", next="run.device=auto or run.device=cpu",
-        )
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if rank >= gpus and not config.run.share_gpu:
-        raise ConfigError(
-            92, f"no GPU for rank {rank} of this machine", where="run.nproc, run.share_gpu",
-            why=f"every rank has a GPU of its own, and torch sees {gpus}",
-            next=f"run.nproc={gpus} (torchrun: --nproc-per-node={gpus}), run.device=cpu, or run.share_gpu=true to check a setup, slowly",
-        )
-    return torch.device("cuda", rank % gpus)
 
 
 def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:

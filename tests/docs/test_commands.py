@@ -32,6 +32,8 @@ ELSEWHERE = {
     "engine=deepspeed": "interop/test_deepspeed.py::test_the_command_ends_with_0_and_resumes",
     "data=megatron": "interop/test_megatron.py::test_a_run_trains_evaluates_and_resumes",
     "bash tools/test.sh": "it runs this test",
+    "bash tools/check/gpu.sh": "tools/test_check_gpu.py::test_every_stage_runs_to_its_last_line_on_a_simulated_gpu",
+    "python tools/build_cuda.py": "tools/test_build_cuda.py::test_all_kernels_compile_for_hopper_without_new_spills",
     "source .venv/bin/activate": "it changes the shell that it is typed into",
     "pip install": "it needs the network",
 }

@@ -1,6 +1,7 @@
 """The build of the CUDA library: what it says without nvcc, how spills are found, and that every kernel compiles."""
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,17 @@ def test_what_stands_in_the_way_of_kernels_is_one_warning(tmp_path, monkeypatch,
     sources.mkdir()
     (sources / "op.cu").write_text("// one")
     assert "other sources" in extension.load(library, sources)
-    library.with_suffix(".hash").write_text(extension.sources_hash(sources))
-    assert "cannot be loaded" in extension.load(library, sources)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: [(9, 0), (8, 6)][number])
+    extension.write_label(library, ["90a", "80"], "13.0", sources)
+    caplog.clear()
+    said = extension.load(library, sources)
+    assert "cannot be loaded" in said and "build_cuda.py" in said and "\n" not in said and len(caplog.records) == 1
+    for archs, cuda, why in ((["90a"], "12.8", r"built for 90a, and GPU 1 has compute capability 8.6; .*build_cuda.py --archs 86 makes it"),
+                             (["80"], "12.8", r"GPU 0 has compute capability 9.0; .* --archs 90a"),
+                             (["90a", "89"], "13.0", "GPU 1"), (["90", "86"], "13.0", "cannot be loaded"),
+                             (["90a", "80"], "14.1", r"by CUDA 14.1, and this torch by 13.0; .*build_cuda.py")):
+        extension.write_label(library, archs, cuda, sources)
+        assert re.search(why, extension.load(library, sources)), (archs, cuda)
     (sources / "op.cu").write_text("// two")
     assert "other sources" in extension.load(library, sources)

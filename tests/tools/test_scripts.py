@@ -9,7 +9,7 @@ import pytest
 from tests.support import needs
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tools/**/*.sh"), ROOT / ".ci" / "run"])
 
 
 def test_shellcheck_has_nothing_to_say() -> None:

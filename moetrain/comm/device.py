@@ -1,0 +1,105 @@
+"""The device of a rank: a GPU of its own, or the CPU; and what keeps torch from a GPU that is there.
+
+torch.cuda.is_available() says yes or no. What stands in the way is told by the error of torch.cuda.init(), whose texts (of torch
+2.11 to 2.13, c10/cuda/CUDAFunctions.cpp) are read here, so that a user learns what to install or to unset.
+"""
+
+import os
+import re
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from moetrain.config.schema import Config
+from moetrain.errors import ConfigError
+from moetrain.machine import gpu_driver, has_gpu
+
+
+class Obstacle(NamedTuple):
+    """Why torch can use no GPU here, and what to do about it."""
+
+    why: str
+    advice: str
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device that the config gives this rank of its machine; ConfigError where there is none."""
+    obstacle = None if config.run.device == "cpu" else cuda_obstacle()
+    if obstacle and config.run.device == "cuda":
+        raise ConfigError(90, "run.device=cuda, and torch can use no GPU", where="run.device", why=obstacle.why,
+                          next=f"{obstacle.advice}; or run.device=cpu")
+    if obstacle or config.run.device == "cpu":
+        return torch.device("cpu")
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= gpus and not config.run.share_gpu:
+        raise ConfigError(
+            92, f"no GPU for rank {rank} of this machine", where="run.nproc, run.share_gpu",
+            why=f"every rank has a GPU of its own, and torch sees {gpus}",
+            next=f"run.nproc={gpus} (torchrun: --nproc-per-node={gpus}), run.device=cpu, or run.share_gpu=true to check a setup, slowly",
+        )
+    return torch.device("cuda", rank % gpus)
+
+
+def take_device(device: torch.device) -> None:
+    """Make a GPU the current one and compute on it once; ConfigError where it refuses, as one that is busy does.
+
+    torch makes its context at the first allocation: without this a GPU that is full, in exclusive use or too old for this torch
+    ends in a traceback from the middle of the set-up.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:                        # torch.AcceleratorError and torch.OutOfMemoryError are RuntimeErrors
+        why = str(error).splitlines()[0]
+        built = "no kernel image" in why
+        known = f"; this torch was built for {' '.join(torch.cuda.get_arch_list())}" if built else ""
+        raise ConfigError(
+            110, f"GPU {device.index} cannot be used", where="run.device", why=why + known,
+            next="a torch that was built for this GPU, or run.device=cpu" if built else
+                 "nvidia-smi names the processes on it; CUDA_VISIBLE_DEVICES=<number of another> before the same command, or run.device=cpu",
+        ) from error
+
+
+def cuda_obstacle() -> Obstacle | None:
+    """What keeps torch from every GPU; None when it sees one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # torch warns of an old driver; explained below
+        if torch.cuda.is_available():
+            return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        # Of torch's own name for the release: "+cpu" alone tells the builds apart.
+        release = torch.__version__.partition("+")[0]
+        return Obstacle(f"torch {torch.__version__} is a CPU build",
+                        f"pip install --force-reinstall torch=={release} brings one with CUDA on Linux" if has_gpu() else
+                        "a machine with an NVIDIA GPU")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return explained(str(error), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Obstacle(f"torch {torch.__version__} reports that CUDA is not available", "nvidia-smi lists what the driver sees")
+
+
+def explained(said: str, visible: str | None) -> Obstacle:
+    """The obstacle behind an error of torch.cuda.init(). visible: CUDA_VISIBLE_DEVICES."""
+    if found := re.search(r"driver on your system is too old \(found version (\d+)\)", said):
+        serves, driver = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}", gpu_driver()
+        return Obstacle(f"the NVIDIA driver{driver and f' {driver}' or ''} serves CUDA {serves}, and torch {torch.__version__} was built"
+                        f" for CUDA {torch.version.cuda}",
+                        f"a driver for CUDA {torch.version.cuda}, or a torch built for CUDA {serves} (pytorch.org/get-started/locally)")
+    if "no NVIDIA driver" in said:
+        return Obstacle("torch finds no NVIDIA driver", "nvidia-smi works where there is one; a container needs to be started with --gpus all")
+    if visible is not None and "No CUDA GPUs" in said:
+        return Obstacle(f"CUDA_VISIBLE_DEVICES={visible!r} leaves no GPU", "unset CUDA_VISIBLE_DEVICES")
+    return Obstacle(said.strip().splitlines()[0], "nvidia-smi lists what the driver sees")
+
+
+def unused_gpu(config: Config) -> str:
+    """One line about a GPU that run.device=auto left unused; empty where there is none, or where it was hidden on purpose."""
+    if config.run.device != "auto" or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return ""
+    obstacle = cuda_obstacle()
+    return f"cpu, beside a GPU: {obstacle.why}; {obstacle.advice}" if obstacle and has_gpu() else ""

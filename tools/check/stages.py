@@ -1,0 +1,222 @@
+"""Stages of a check that takes several calls: each ends in time, leaves its result at once, and is not repeated once it has passed.
+
+    results.json     every stage: passed, failed, skipped or interrupted, its time, what it says, the sources it ran on
+    <stage>.log      what its commands printed
+    summary.txt      the table that a call ends with
+    <folder>.tar.gz  all of it and the records of runs, without checkpoints: the one file to send
+
+All four are written after every stage, so that a machine that goes away takes only the stage under way with it.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+LIMIT_S = 240                              # of a stage
+END_S = 10                                 # for a command that is told to stop
+PASSED, FAILED, UNFINISHED = 0, 1, 3       # exit codes of a call; 128 + n: signal n ended it
+SENT = (".log", ".json", ".jsonl", ".md", ".txt", ".csv", ".npz", ".yaml")
+LARGEST_SENT = 4 << 20                     # bytes of a file
+SHOWN_LINES = 6
+# Lines of a log that say what went wrong: errors of moetrain, pytest's summary, arms of the parity check, the end of a traceback.
+_MATTERS = re.compile(r"^(E-[A-Z]+-\d|FAILED |ERROR |\s*not |\[\d+/\d+\].*(DIFFERS|FAILED)|WRONG|[\w.]*(Error|Exception)\b|CUDA error|no )")
+
+
+class Stage(NamedTuple):
+    """Commands that are run one after another until one fails.
+
+    usual_s: how long it should take; with less time left it is not begun. skipped: why it cannot run here, or nothing.
+    counts: pattern of what must be in the output for a stage to have tested anything. on_request: run only when it is named.
+    needed: others cannot run without it, so it comes first also when it has failed before.
+    """
+
+    name: str
+    about: str
+    commands: Sequence[Sequence[str]]
+    usual_s: int
+    skipped: Callable[[], str] = str
+    counts: str = ""
+    on_request: bool = False
+    needed: bool = False
+    environment: Mapping[str, str] = {}
+
+
+class Interrupted(Exception):
+    """A signal told this program to stop."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Check:
+    """The stages of one folder, and what became of them.
+
+    machine: what results hold for; those of another machine are dropped. sources: the version that runs now.
+    """
+
+    def __init__(self, stages: Sequence[Stage], out: Path, again: str) -> None:
+        self.stages, self.out, self.again = list(stages), out, again
+        self.file = out / "results.json"
+        self.sources = ""
+        held = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.machine: str = held.get("machine", "")
+        self.results: dict[str, dict[str, Any]] = held.get("stages", {})
+
+    def on(self, machine: str, sources: str) -> None:
+        """Say what the following stages run on."""
+        if self.machine and self.machine != machine:
+            print(f"these results are of another machine ({self.machine}): every stage runs again")
+            self.results = {}
+        self.machine, self.sources = machine, sources
+
+    def run(self, names: Sequence[str], end: float) -> int:
+        """Run what has not passed, or the stages that are named, until `end` (of time.monotonic); the exit code.
+
+        What failed before is repeated after the rest: a stage that takes long to fail keeps no other from its turn.
+        """
+        wanted = [stage for stage in self.stages if (stage.name in names if names else not stage.on_request)]
+        signals = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            for stage in sorted(wanted, key=lambda stage: self.state(stage.name) == "failed" and not stage.needed):
+                if names or not self.passed(stage.name):
+                    self.stage(stage, end)
+        except Interrupted as interrupted:
+            return 128 + interrupted.number
+        finally:
+            for number, handler in signals.items():
+                signal.signal(number, handler)
+        states = [self.state(stage.name) for stage in wanted]
+        if "failed" in states:
+            return FAILED
+        return PASSED if set(states) <= {"passed", "skipped"} else UNFINISHED
+
+    def passed(self, name: str) -> bool:
+        return self.state(name) == "passed"
+
+    def state(self, name: str) -> str:
+        return self.results.get(name, {}).get("state", "")
+
+    def stage(self, stage: Stage, end: float) -> str:
+        """Run one stage, unless it cannot run here or there is too little time for it; its state."""
+        left = end - time.monotonic()
+        if why := stage.skipped():
+            return self.record(stage, "skipped", why)
+        if left < stage.usual_s:
+            return self.state(stage.name)
+        print(f"{stage.name}: {stage.about} ...", flush=True)
+        began, log = time.monotonic(), self.out / f"{stage.name}.log"
+        self.results.pop(stage.name, None)
+        try:
+            code = _run_all(stage, log, min(began + LIMIT_S, end))
+        except Interrupted as interrupted:
+            self.record(stage, "interrupted", f"by {signal.Signals(interrupted.number).name}", began)
+            raise
+        lines = log.read_text(errors="replace").splitlines()
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        if code is None and time.monotonic() - began < LIMIT_S - 1:
+            return self.record(stage, "interrupted", "by the end of this call", began)
+        if code is None:
+            return self.record(stage, "failed", f"not finished after {LIMIT_S} s", began, matters(lines))
+        if code:
+            return self.record(stage, "failed", f"exit code {code}: {said}", began, matters(lines), code)
+        if stage.counts and not re.search(stage.counts, "\n".join(lines)):
+            return self.record(stage, "skipped", f"nothing was tested: {said}", began)
+        return self.record(stage, "passed", said, began)
+
+    def record(self, stage: Stage, state: str, note: str, began: float | None = None, lines: Sequence[str] = (),
+               code: int | None = None) -> str:
+        seconds = round(time.monotonic() - began, 1) if began else 0.0
+        self.results[stage.name] = {"state": state, "note": note, "seconds": seconds, "exit": code, "lines": list(lines),
+                                    "sources": self.sources, "commands": [" ".join(command) for command in stage.commands]}
+        print(f"  {state} after {seconds:.0f} s: {note}" if began else f"{stage.name}: {state}: {note}", flush=True)
+        self.write()
+        return state
+
+    def write(self) -> None:
+        """Results, summary and archive, each replaced at once."""
+        _replace(self.file, json.dumps({"machine": self.machine, "sources": self.sources, "stages": self.results}, indent=1) + "\n")
+        _replace(self.out / "summary.txt", self.summary() + "\n")
+        unfinished = self.archive.with_suffix(".part")
+        with tarfile.open(unfinished, "w:gz") as archive:
+            for path in sorted(self.out.rglob("*")):
+                sent = path.suffix in SENT and path.is_file() and not path.is_symlink() and path.stat().st_size <= LARGEST_SENT
+                if sent and "wandb" not in path.parts:
+                    archive.add(path, f"{self.out.name}/{path.relative_to(self.out)}")
+        unfinished.rename(self.archive)
+
+    @property
+    def archive(self) -> Path:
+        return self.out / f"{self.out.name}.tar.gz"
+
+    def summary(self) -> str:
+        """A table of the stages, what failed with the lines that matter, and what to do next."""
+        shown = [stage for stage in self.stages if stage.name in self.results or not stage.on_request]
+        width = max(len(stage.name) for stage in shown)
+        rows = []
+        for stage in shown:
+            result = self.results.get(stage.name)
+            rows.append(f"{stage.name:{width}}  " + (f"{result['state']:11}  {result['seconds']:5.0f} s  {result['note'][:100]}" if result
+                                                     else "not run yet"))
+        for stage in shown:
+            if self.state(stage.name) == "failed":
+                result = self.results[stage.name]
+                rows += ["", f"{stage.name}: {result['note']}; all of it is in {self.out / stage.name}.log"]
+                rows += [f"    {line[:160]}" for line in result["lines"]]
+        left = [stage.name for stage in shown if self.state(stage.name) not in ("passed", "skipped")]
+        failed = any(self.state(name) == "failed" for name in left)
+        rows += ["", f"on {self.machine or 'an unknown machine'}, moetrain {self.sources or 'unknown'}"]
+        rows += [f"to go on with {len(left)} of {len(shown)} stages{' (failed ones are repeated)' * failed}:  {self.again}"] if left else []
+        return "\n".join([*rows, f"to send: {self.archive}"])
+
+
+def matters(lines: Sequence[str]) -> list[str]:
+    """The last lines of a log that say what went wrong; without any, its last lines."""
+    kept = [line for line in lines if line.strip()]
+    return ([line for line in kept if _MATTERS.match(line)] or kept)[-SHOWN_LINES:]
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _run_all(stage: Stage, log: Path, end: float) -> int | None:
+    """The first exit code that is not 0; None when the time is over."""
+    with log.open("w") as output:
+        for command in stage.commands:
+            print("$", " ".join(command), file=output, flush=True)
+            code = _run(command, output, {**os.environ, **stage.environment}, end - time.monotonic())
+            if code != 0:
+                return code
+    return 0
+
+
+def _run(command: Sequence[str], output: Any, environment: Mapping[str, str], limit_s: float) -> int | None:
+    """Exit code of a command; None when it was stopped, with all processes of its group, because its time was over."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+                               start_new_session=True)
+    try:
+        return process.wait(max(limit_s, 0))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGTERM)       # runs save, and tell their ranks
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text)
+    unfinished.rename(path)
