@@ -1,7 +1,7 @@
 """The device of a rank: a GPU of its own, or the CPU; and what keeps torch from a GPU that is there.
 
-torch.cuda.is_available() says yes or no. What stands in the way is told by the error of torch.cuda.init(), whose texts (of torch
-2.11 to 2.13, c10/cuda/CUDAFunctions.cpp) are read here, so that a user learns what to install or to unset.
+torch.cuda.is_available() says yes or no. What stands in the way is told by the error of torch.cuda.init(), whose texts
+(c10/cuda/CUDAFunctions.cpp of torch 2.13) are read here, so that a user learns what to install or to unset.
 """
 
 import os
@@ -14,6 +14,9 @@ import torch
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 from moetrain.machine import gpu_driver, has_gpu
+
+
+LOOK = "nvidia-smi shows what the driver sees"
 
 
 class Obstacle(NamedTuple):
@@ -36,7 +39,8 @@ def pick_device(config: Config) -> torch.device:
         raise ConfigError(
             92, f"no GPU for rank {rank} of this machine", where="run.nproc, run.share_gpu",
             why=f"every rank has a GPU of its own, and torch sees {gpus}",
-            next=f"run.nproc={gpus} (torchrun: --nproc-per-node={gpus}), run.device=cpu, or run.share_gpu=true to check a setup, slowly",
+            next=f"run.nproc={gpus} (torchrun: --nproc-per-node={gpus}), run.device=cpu, "
+                 "or run.share_gpu=true to check a setup, slowly",
         )
     return torch.device("cuda", rank % gpus)
 
@@ -44,8 +48,8 @@ def pick_device(config: Config) -> torch.device:
 def take_device(device: torch.device) -> None:
     """Make a GPU the current one and compute on it once; ConfigError where it refuses, as one that is busy does.
 
-    torch makes its context at the first allocation: without this a GPU that is full, in exclusive use or too old for this torch
-    ends in a traceback from the middle of the set-up.
+    torch makes its context at the first allocation: without this, a GPU that is full, in exclusive use or too old for this
+    torch ends in a traceback from the middle of the set-up.
     """
     if device.type != "cuda":
         return
@@ -60,7 +64,8 @@ def take_device(device: torch.device) -> None:
         raise ConfigError(
             110, f"GPU {device.index} cannot be used", where="run.device", why=why + known,
             next="a torch that was built for this GPU, or run.device=cpu" if built else
-                 "nvidia-smi names the processes on it; CUDA_VISIBLE_DEVICES=<number of another> before the same command, or run.device=cpu",
+                 "nvidia-smi names the processes on it; CUDA_VISIBLE_DEVICES=<number of another> before the same command, "
+                 "or run.device=cpu",
         ) from error
 
 
@@ -71,30 +76,28 @@ def cuda_obstacle() -> Obstacle | None:
         if torch.cuda.is_available():
             return None
     if torch.version.cuda is None and torch.version.hip is None:
-        # Of torch's own name for the release: "+cpu" alone tells the builds apart.
-        release = torch.__version__.partition("+")[0]
-        return Obstacle(f"torch {torch.__version__} is a CPU build",
-                        f"pip install --force-reinstall torch=={release} brings one with CUDA on Linux" if has_gpu() else
-                        "a machine with an NVIDIA GPU")
+        release = torch.__version__.partition("+")[0]    # without "+cpu"
+        with_cuda = f"pip install --force-reinstall torch=={release} brings one with CUDA on Linux"
+        return Obstacle(f"torch {torch.__version__} is a CPU build", with_cuda if has_gpu() else "a machine with an NVIDIA GPU")
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return explained(str(error), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return Obstacle(f"torch {torch.__version__} reports that CUDA is not available", "nvidia-smi lists what the driver sees")
+    return Obstacle(f"torch {torch.__version__} reports that CUDA is not available", LOOK)
 
 
 def explained(said: str, visible: str | None) -> Obstacle:
     """The obstacle behind an error of torch.cuda.init(). visible: CUDA_VISIBLE_DEVICES."""
     if found := re.search(r"driver on your system is too old \(found version (\d+)\)", said):
         serves, driver = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}", gpu_driver()
-        return Obstacle(f"the NVIDIA driver{driver and f' {driver}' or ''} serves CUDA {serves}, and torch {torch.__version__} was built"
-                        f" for CUDA {torch.version.cuda}",
+        named = f"the NVIDIA driver {driver}" if driver else "the NVIDIA driver"
+        return Obstacle(f"{named} serves CUDA {serves}, and torch {torch.__version__} was built for CUDA {torch.version.cuda}",
                         f"a driver for CUDA {torch.version.cuda}, or a torch built for CUDA {serves} (pytorch.org/get-started/locally)")
     if "no NVIDIA driver" in said:
-        return Obstacle("torch finds no NVIDIA driver", "nvidia-smi works where there is one; a container needs to be started with --gpus all")
+        return Obstacle("torch finds no NVIDIA driver", "install one; a container needs to be started with --gpus all")
     if visible is not None and "No CUDA GPUs" in said:
         return Obstacle(f"CUDA_VISIBLE_DEVICES={visible!r} leaves no GPU", "unset CUDA_VISIBLE_DEVICES")
-    return Obstacle(said.strip().splitlines()[0], "nvidia-smi lists what the driver sees")
+    return Obstacle(said.strip().splitlines()[0], LOOK)
 
 
 def unused_gpu(config: Config) -> str:

@@ -47,6 +47,17 @@ def too_large(config: Config, ranks: int, available: Available, vocab_size: int 
         next=_advice(config, ranks, available, vocabulary))
 
 
+def too_full(config: Config, ranks: int, total: int, free: int) -> ConfigError | None:
+    """The error of a GPU that could hold the config and has too little free; None where it might do. Both are bytes of this rank's part."""
+    need = rank_memory(config, vocabulary_of(config), ranks)
+    if need.total - need.tokens <= SLACK * free:
+        return None
+    return ConfigError(
+        111, f"a rank would take about {size(need.total - need.tokens)}, and its GPU has {size(free)} free", where="run.device",
+        why=f"other programs hold {size(total - free)} of its {size(total)}",
+        next="end them (nvidia-smi names them), or CUDA_VISIBLE_DEVICES=<number of another GPU> before the same command")
+
+
 def refuse_too_large(config: Config, ranks: int, local_ranks: int) -> None:
     """Raise what `too_large` finds on this machine, which has local_ranks of the ranks."""
     gpu = None if config.run.device == "cpu" else gpu_memory()

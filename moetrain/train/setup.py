@@ -17,7 +17,7 @@ from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
 from moetrain.comm.reduce import all_or_none, on_first
 from moetrain.config.build import build
 from moetrain.config.schema import Config
-from moetrain.config.size_check import too_large
+from moetrain.config.size_check import too_full, too_large
 from moetrain.data.batch import Dataset
 from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
@@ -29,7 +29,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.plan.calibrate import calibrated
 from moetrain.plan.costs import Costs, Topology
 from moetrain.plan.forecast import Outlook, forecast_of
-from moetrain.train.device_memory import available_memory
+from moetrain.train.device_memory import available_memory, free_memory
 from moetrain.train.dump import RouterDump
 from moetrain.train.objective import Objective
 from moetrain.train.optim import allocate_state, build_optimizer
@@ -118,8 +118,12 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
 
 
 def refuse_what_cannot_fit(config: Config, mesh: Mesh) -> None:
-    """ConfigError for sizes that this rank's memory cannot hold, by formula."""
-    if error := too_large(config, mesh.size, available_memory(mesh, share_gpu=config.run.share_gpu)):
+    """ConfigError for sizes that this rank's memory cannot hold, by formula, or not with what other programs hold of its GPU."""
+    available = available_memory(mesh, share_gpu=config.run.share_gpu)
+    error = too_large(config, mesh.size, available)
+    if error is None and available.gpu:
+        error = too_full(config, mesh.size, available.gpu, free_memory(mesh, share_gpu=config.run.share_gpu))
+    if error:
         raise error
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from moetrain.__main__ import main
 from moetrain.config.compose import compose
-from moetrain.config.size_check import Available, too_large
+from moetrain.config.size_check import Available, too_full, too_large
 from moetrain.errors import ConfigErrors
 from moetrain.nodes.node import config_for
 
@@ -51,6 +51,14 @@ def test_a_model_for_many_gpus_is_not_for_one(words: list[str], ranks: int) -> N
     """Shards count: without sharding of the dense part each rank holds all of it."""
     error = too_large(config_for(words, ranks), ranks, Available(64 * G, 80 * G))
     assert error is not None and "GPU of 80.0G" in error.what and error.next
+
+
+def test_a_gpu_that_others_fill_is_named_with_what_is_free() -> None:
+    config = config_for(["model=olmoe_1b_7b", "run.device=cuda", "train.micro_batch=1"], 1)
+    assert too_large(config, 1, Available(200 * G, 141 * G)) is None and too_full(config, 1, 141 * G, 139 * G) is None
+    error = too_full(config, 1, 141 * G, 3 * G)
+    assert error is not None and error.id == "E-CONFIG-111" and "its GPU has 3.0G free" in error.what
+    assert error.why == "other programs hold 138G of its 141G" and "nvidia-smi" in error.next and "CUDA_VISIBLE_DEVICES" in error.next
 
 
 def test_rules_between_keys_answer_whatever_the_sizes_are() -> None:

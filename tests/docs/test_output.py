@@ -7,10 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.__main__ import main
+from moetrain.comm import device
 from moetrain.config.groups import group_options
 from moetrain.config.values import leaves
 from moetrain.train.banner import banner_lines
@@ -43,6 +45,12 @@ def banners(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, set[Any
     (folder / "a.txt").write_text("".join(f"a sentence with the number {number}. " for number in range(400)))
     text = ["data=text", "~data.vocab_size", f"data.path={folder / 'a.txt'}", f"data.cache={folder}"]
     found = [shown(make_run(overrides)) for overrides in [*ONE, text]]
+    with pytest.MonkeyPatch.context() as patch:          # a machine with a GPU, and a torch that was built without CUDA
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.version, "cuda", None)
+        patch.setattr(device, "has_gpu", lambda: True)
+        found.append(shown(make_run(["parallel=single", "run.device=auto"])))
     with ranks_that_only_seem(4):
         found += [shown(make_run(["train.micro_batch=2", *overrides])) for overrides in MANY]
         run = make_run(["parallel=ddp", "train.micro_batch=2", "run.dtype=bfloat16"])

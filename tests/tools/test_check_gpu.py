@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import simulated_device
-from tools.check import gpu, stages
+from tools.check import gpu, gpu_stages, stages
 from tools.check.stages import FAILED, PASSED, UNFINISHED, Check, Stage
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_a_signal_leaves_results_and_the_archive(tmp_path):
 
 def test_the_summary_shows_the_lines_that_matter(tmp_path):
     failed = check(tmp_path, bash("arms", "echo '[1/2] given   equal'; echo '[2/2] other   DIFFERS first steps'; for i in {1..9}; do echo $i; done; exit 1"),
-                   bash("quiet", "echo first; echo last; exit 3"), bash("tests", "echo '2 skipped in 0.1s'", counts=gpu.TESTED))
+                   bash("quiet", "echo first; echo last; exit 3"), bash("tests", "echo '2 skipped in 0.1s'", counts=gpu_stages.TESTED))
     assert failed.run([], soon()) == FAILED
     assert "    [2/2] other   DIFFERS first steps" in failed.summary() and "    9" not in failed.summary()
     assert "exit code 3: last" in failed.summary() and "    first" in failed.summary()
@@ -100,13 +100,12 @@ def test_the_summary_shows_the_lines_that_matter(tmp_path):
 
 
 def test_two_calls_are_enough_and_every_test_of_the_kernels_has_a_stage(tmp_path):
-    plan = gpu.Plan(tmp_path, tiny=False)
-    made = plan.stages()
+    made = gpu_stages.GpuStages(tmp_path, tiny=False).all()
     asked = [stage for stage in made if not stage.on_request]
     assert sum(stage.usual_s for stage in asked) <= 2 * 60 * gpu.MINUTES and all(stage.usual_s < stages.LIMIT_S for stage in made)
     assert len({stage.name for stage in made}) == len(made)
     tests = re.findall(r"^def (test_\w+)", (ROOT / "tests/ops/test_kernels_on_gpu.py").read_text(), re.MULTILINE)
-    for chosen in gpu.OPS.values():
+    for chosen in gpu_stages.OPS.values():
         assert all(any(word in name for name in tests) for word in chosen.split(" or "))
     for stage in made:                                   # files that commands name are there
         for word in (word for command in stage.commands for word in command if re.match(r"(tools|tests)/\S+\.py$", word)):
@@ -128,3 +127,25 @@ def test_without_a_gpu_it_says_so_and_ends_with_a_code_of_its_own(tmp_path):
     assert wrong.returncode == 2 and "no stage tarin-ep" in wrong.stderr and not (tmp_path / "other").exists()
     listed = run(tmp_path / "gpu", "--list")
     assert listed.returncode == 0 and re.search(r"^environment +failed", listed.stdout, re.MULTILINE)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(bool(simulated_device.unavailable()), reason=simulated_device.unavailable() or "there is one")
+def test_every_stage_runs_to_its_last_line_on_a_simulated_gpu(tmp_path):
+    devices = {"PYTHONPATH": f"{ROOT / 'tests/support/on_device'}{os.pathsep}{ROOT}", "SIMULATED_DEVICES": "1"}
+    done = run(tmp_path / "gpu", "--tiny", "--minutes", "60", **devices)
+    results = json.loads((tmp_path / "gpu" / "results.json").read_text())["stages"]
+    assert done.returncode == 0, (tmp_path / "gpu" / "summary.txt").read_text()
+    kernels = {name for name in results if name.startswith(("build", "kernels-"))} | {"train-kernels", "train-peers"}
+    assert {name for name, result in results.items() if result["state"] == "skipped"} == kernels
+    assert {name for name, result in results.items() if result["state"] == "passed"} >= {
+        "environment", "quickstart", *(f"train-{mesh}" for mesh in gpu_stages.MESHES), *(f"bench-{what}" for what in ("ops", "layer", "balance"))}
+    for mesh in gpu_stages.MESHES:
+        (result,) = json.loads((tmp_path / "gpu" / f"train-{mesh}-float32" / "parity.json").read_text()).values()
+        assert result["equal"] and result["counts"] == "the same"
+    with tarfile.open(tmp_path / "gpu" / "gpu.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert {"gpu/summary.txt", "gpu/ops.json", "gpu/train-ep-float32/given/metrics.jsonl"} <= names
+    assert not [name for name in names if name.endswith(".safetensors")]
+    again = run(tmp_path / "gpu", "--tiny", **devices)
+    assert again.returncode == 0 and "train-ep:" not in again.stdout          # nothing is left to do but the first look

@@ -68,15 +68,17 @@ def of_torch() -> dict[str, str | int | float | None]:
 
     from moetrain.machine import gpu_driver
 
-    device = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info(0)
     major, minor = torch.cuda.get_device_capability(0)
     nccl = torch.cuda.nccl.version() if torch.version.cuda else None
     return {
-        "gpu": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count(), "arch": f"{major}{minor}{'a' * (major >= 9)}",
-        "memory_gib": round(total / 2**30, 1), "free_gib": round(free / 2**30, 1), "multiprocessors": getattr(device, "multi_processor_count", None),
-        "driver": gpu_driver() or smi("driver_version"), "clock": smi("clocks.max.sm"), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, nccl)) if nccl else None, "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
+        "gpu": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count(),
+        "arch": f"{major}{minor}{'a' * (major >= 9)}",
+        "memory_gib": round(total / 2**30, 1), "free_gib": round(free / 2**30, 1),
+        "multiprocessors": getattr(torch.cuda.get_device_properties(0), "multi_processor_count", None),
+        "clock": smi("clocks.max.sm"), "driver": gpu_driver() or smi("driver_version"),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl)) if nccl else None,
+        "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
     }
 
 
@@ -88,8 +90,9 @@ def of_programs() -> dict[str, str | int | None]:
 
     nvcc = nvcc_path()
     return {
-        "nvcc": release(nvcc) if nvcc else None, "g++": shutil.which("g++"), "compute-sanitizer": shutil.which("compute-sanitizer"),
-        "transformers": installed("transformers"), "kernels": extension.absent() or "usable", "python": platform.python_version(),
+        "nvcc": release(nvcc) if nvcc else None, "g++": shutil.which("g++"),
+        "compute-sanitizer": shutil.which("compute-sanitizer"), "transformers": installed("transformers"),
+        "kernels": extension.absent() or "usable", "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)), "system": platform.platform(),
     }
 
@@ -98,8 +101,9 @@ def smi(field: str) -> str | None:
     """A field of nvidia-smi's first GPU."""
     if not shutil.which("nvidia-smi"):
         return None
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None

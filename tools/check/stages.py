@@ -1,11 +1,11 @@
-"""Stages of a check that takes several calls: each ends in time, leaves its result at once, and is not repeated once it has passed.
+"""Stages of a check that takes several calls: each ends in time, leaves its result, and is not repeated once it passed.
 
-    results.json     every stage: passed, failed, skipped or interrupted, its time, what it says, the sources it ran on
+    results.json     every stage: passed, failed, skipped or interrupted, its time, what it said, its sources
     <stage>.log      what its commands printed
     summary.txt      the table that a call ends with
     <folder>.tar.gz  all of it and the records of runs, without checkpoints: the one file to send
 
-All four are written after every stage, so that a machine that goes away takes only the stage under way with it.
+They are written after every stage: a machine that goes away takes only the stage under way with it.
 """
 
 import json
@@ -26,15 +26,15 @@ PASSED, FAILED, UNFINISHED = 0, 1, 3       # exit codes of a call; 128 + n: sign
 SENT = (".log", ".json", ".jsonl", ".md", ".txt", ".csv", ".npz", ".yaml")
 LARGEST_SENT = 4 << 20                     # bytes of a file
 SHOWN_LINES = 6
-# Lines of a log that say what went wrong: errors of moetrain, pytest's summary, arms of the parity check, the end of a traceback.
-_MATTERS = re.compile(r"^(E-[A-Z]+-\d|FAILED |ERROR |\s*not |\[\d+/\d+\].*(DIFFERS|FAILED)|WRONG|[\w.]*(Error|Exception)\b|CUDA error|no )")
+# What went wrong, in a log: errors of moetrain, pytest's summary, arms of the parity check, the end of a traceback.
+_MATTERS = re.compile(r"^(E-[A-Z]+-\d|FAILED |ERROR |\[\d+/\d+\].*(DIFFERS|FAILED)|WRONG|[\w.]*(Error|Exception)\b|CUDA error|no )")
 
 
 class Stage(NamedTuple):
     """Commands that are run one after another until one fails.
 
-    usual_s: how long it should take; with less time left it is not begun. skipped: why it cannot run here, or nothing.
-    counts: pattern of what must be in the output for a stage to have tested anything. on_request: run only when it is named.
+    usual_s: how long it should take; with less time left it is not begun. skipped: why it cannot run here, or "".
+    counts: pattern that the output must have for a stage to have tested anything. on_request: run only when named.
     needed: others cannot run without it, so it comes first also when it has failed before.
     """
 
@@ -83,23 +83,20 @@ class Check:
         What failed before is repeated after the rest: a stage that takes long to fail keeps no other from its turn.
         """
         wanted = [stage for stage in self.stages if (stage.name in names if names else not stage.on_request)]
-        signals = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             for stage in sorted(wanted, key=lambda stage: self.state(stage.name) == "failed" and not stage.needed):
-                if names or not self.passed(stage.name):
+                if names or self.state(stage.name) != "passed":
                     self.stage(stage, end)
         except Interrupted as interrupted:
             return 128 + interrupted.number
         finally:
-            for number, handler in signals.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
         states = [self.state(stage.name) for stage in wanted]
         if "failed" in states:
             return FAILED
         return PASSED if set(states) <= {"passed", "skipped"} else UNFINISHED
-
-    def passed(self, name: str) -> bool:
-        return self.state(name) == "passed"
 
     def state(self, name: str) -> str:
         return self.results.get(name, {}).get("state", "")
@@ -133,28 +130,37 @@ class Check:
 
     def record(self, stage: Stage, state: str, note: str, began: float | None = None, lines: Sequence[str] = (),
                code: int | None = None) -> str:
+        """Keep what became of a stage; its state. began: where it was run. lines: of its log, that matter. code: exit code."""
         seconds = round(time.monotonic() - began, 1) if began else 0.0
-        self.results[stage.name] = {"state": state, "note": note, "seconds": seconds, "exit": code, "lines": list(lines),
-                                    "sources": self.sources, "commands": [" ".join(command) for command in stage.commands]}
+        self.results[stage.name] = {
+            "state": state, "note": note, "seconds": seconds, "exit": code, "lines": list(lines), "sources": self.sources,
+            "commands": [" ".join(command) for command in stage.commands]}
         print(f"  {state} after {seconds:.0f} s: {note}" if began else f"{stage.name}: {state}: {note}", flush=True)
         self.write()
         return state
 
     def write(self) -> None:
         """Results, summary and archive, each replaced at once."""
-        _replace(self.file, json.dumps({"machine": self.machine, "sources": self.sources, "stages": self.results}, indent=1) + "\n")
+        results = {"machine": self.machine, "sources": self.sources, "stages": self.results}
+        _replace(self.file, json.dumps(results, indent=1) + "\n")
         _replace(self.out / "summary.txt", self.summary() + "\n")
         unfinished = self.archive.with_suffix(".part")
         with tarfile.open(unfinished, "w:gz") as archive:
-            for path in sorted(self.out.rglob("*")):
-                sent = path.suffix in SENT and path.is_file() and not path.is_symlink() and path.stat().st_size <= LARGEST_SENT
-                if sent and "wandb" not in path.parts:
+            for path in sorted(path for path in self.out.rglob("*") if path.suffix in SENT and path.is_file()):
+                if path.stat().st_size <= LARGEST_SENT:
                     archive.add(path, f"{self.out.name}/{path.relative_to(self.out)}")
         unfinished.rename(self.archive)
 
     @property
     def archive(self) -> Path:
         return self.out / f"{self.out.name}.tar.gz"
+
+    def listing(self) -> str:
+        """Every stage, what became of it and what it does."""
+        width = max(len(stage.name) for stage in self.stages)
+        states = {stage.name: self.state(stage.name) or ("only when named" if stage.on_request else "not run yet")
+                  for stage in self.stages}
+        return "\n".join(f"{stage.name:{width}}  {states[stage.name]:15}  {stage.about}" for stage in self.stages)
 
     def summary(self) -> str:
         """A table of the stages, what failed with the lines that matter, and what to do next."""
@@ -163,8 +169,8 @@ class Check:
         rows = []
         for stage in shown:
             result = self.results.get(stage.name)
-            rows.append(f"{stage.name:{width}}  " + (f"{result['state']:11}  {result['seconds']:5.0f} s  {result['note'][:100]}" if result
-                                                     else "not run yet"))
+            said = f"{result['state']:11}  {result['seconds']:5.0f} s  {result['note'][:100]}" if result else "not run yet"
+            rows.append(f"{stage.name:{width}}  {said}")
         for stage in shown:
             if self.state(stage.name) == "failed":
                 result = self.results[stage.name]
@@ -173,7 +179,9 @@ class Check:
         left = [stage.name for stage in shown if self.state(stage.name) not in ("passed", "skipped")]
         failed = any(self.state(name) == "failed" for name in left)
         rows += ["", f"on {self.machine or 'an unknown machine'}, moetrain {self.sources or 'unknown'}"]
-        rows += [f"to go on with {len(left)} of {len(shown)} stages{' (failed ones are repeated)' * failed}:  {self.again}"] if left else []
+        if left:
+            repeated = " (failed ones are repeated)" * failed
+            rows.append(f"to go on with {len(left)} of {len(shown)} stages{repeated}:  {self.again}")
         return "\n".join([*rows, f"to send: {self.archive}"])
 
 
@@ -200,8 +208,8 @@ def _run_all(stage: Stage, log: Path, end: float) -> int | None:
 
 def _run(command: Sequence[str], output: Any, environment: Mapping[str, str], limit_s: float) -> int | None:
     """Exit code of a command; None when it was stopped, with all processes of its group, because its time was over."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
-                               start_new_session=True)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                               env=environment, start_new_session=True)
     try:
         return process.wait(max(limit_s, 0))
     except subprocess.TimeoutExpired:
