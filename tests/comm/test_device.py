@@ -1,6 +1,8 @@
 """The device of a rank, and what a user is told where a GPU cannot be used. No traceback, and one thing to do."""
 
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from moetrain.comm import device as devices
 from moetrain.comm.device import Obstacle, cuda_obstacle, explained, pick_device, take_device, unused_gpu
 from moetrain.config.compose import compose
 from moetrain.errors import ConfigError
+from tests.support import device_process, simulated_device
 
 # As torch 2.13 words them (c10/cuda/CUDAFunctions.cpp, torch/csrc/cuda/Module.cpp).
 NO_DRIVER = ("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
@@ -145,3 +148,15 @@ def test_the_machine_tells_its_driver_and_whether_it_has_a_gpu(text, driver, tmp
     assert not machine.has_gpu(file)
     file.touch()
     assert machine.has_gpu(file)
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(bool(simulated_device.unavailable()), reason=simulated_device.unavailable() or "there is one")
+def test_more_ranks_than_gpus_end_with_one_error_and_kernels_that_are_not_there_with_one_warning(tmp_path: Path):
+    environment = device_process.environment() | {"MOETRAIN_KERNELS": "1"}
+    command = [sys.executable, "-m", "moetrain", "train", "experiment=debug", "parallel=ddp", "run.nproc=2", "run.device=cuda",
+               f"run.dir={tmp_path / 'run'}", "log.wandb=off"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and said.count("E-CONFIG-092") == 1 and "Traceback" not in said, said
+    assert "run.nproc=1" in said and "run.share_gpu=true" in said and said.count("no compiled kernels, plain torch runs instead") == 1

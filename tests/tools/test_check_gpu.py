@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import simulated_device
+from tests.support import device_process, simulated_device
 from tools.check import gpu, gpu_stages, stages
 from tools.check.stages import FAILED, PASSED, UNFINISHED, Check, Stage
 
@@ -24,8 +24,8 @@ def bash(name: str, script: str, **more) -> Stage:
 
 
 def check(out: Path, *of: Stage, machine: str = "H200") -> Check:
-    made = Check(of, out, "bash tools/check/gpu.sh")
-    made.on(machine, "abc123")
+    made = Check(of, out, "bash tools/check/gpu.sh", "abc123")
+    made.on(machine)
     return made
 
 
@@ -113,7 +113,8 @@ def test_two_calls_are_enough_and_every_test_of_the_kernels_has_a_stage(tmp_path
 
 
 def run(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "tools/check/gpu.sh", "--out", str(out), *arguments], cwd=ROOT, text=True, capture_output=True, timeout=1800,
+    command = ["bash", "tools/check/gpu.sh", "--out", str(out), *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=1800,
                           env={**os.environ, "PYTHON": sys.executable, **environment})
 
 
@@ -132,7 +133,7 @@ def test_without_a_gpu_it_says_so_and_ends_with_a_code_of_its_own(tmp_path):
 @pytest.mark.full
 @pytest.mark.skipif(bool(simulated_device.unavailable()), reason=simulated_device.unavailable() or "there is one")
 def test_every_stage_runs_to_its_last_line_on_a_simulated_gpu(tmp_path):
-    devices = {"PYTHONPATH": f"{ROOT / 'tests/support/on_device'}{os.pathsep}{ROOT}", "SIMULATED_DEVICES": "1"}
+    devices = device_process.environment()
     done = run(tmp_path / "gpu", "--tiny", "--minutes", "60", **devices)
     results = json.loads((tmp_path / "gpu" / "results.json").read_text())["stages"]
     assert done.returncode == 0, (tmp_path / "gpu" / "summary.txt").read_text()

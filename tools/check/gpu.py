@@ -36,7 +36,7 @@ def main() -> int:
     options = parse()
     out, again = options.out.resolve(), f"bash tools/check/gpu.sh{f' --out {options.out}' * (options.out != OUT)}"
     stages = GpuStages(out, options.tiny)
-    check = Check(stages.all(), out, again)
+    check = Check(stages.all(), out, again, sources())
     if unknown := set(options.only) - {stage.name for stage in check.stages}:
         print(f"no stage {', '.join(sorted(unknown))}; --list shows their names", file=sys.stderr)
         return 2
@@ -51,8 +51,8 @@ def main() -> int:
     if check.results.get("environment", {}).get("exit") == NO_GPU:
         return NO_GPU
     if code == 0 and options.only != ["environment"]:
-        check = Check(stages.all(), out, again)              # for the GPU that was found
-        check.on(machine(stages.found()), sources())
+        check = Check(stages.all(), out, again, check.sources)   # for the GPU that was found
+        check.on(machine(stages.found()))
         code = check.run(options.only, end)
     check.write()
     print("", check.summary(), sep="\n")

@@ -59,23 +59,22 @@ class Interrupted(Exception):
 class Check:
     """The stages of one folder, and what became of them.
 
-    machine: what results hold for; those of another machine are dropped. sources: the version that runs now.
+    again: the command that goes on. sources: the version of what runs, kept with every result.
     """
 
-    def __init__(self, stages: Sequence[Stage], out: Path, again: str) -> None:
-        self.stages, self.out, self.again = list(stages), out, again
+    def __init__(self, stages: Sequence[Stage], out: Path, again: str, sources: str) -> None:
+        self.stages, self.out, self.again, self.sources = list(stages), out, again, sources
         self.file = out / "results.json"
-        self.sources = ""
         held = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.machine: str = held.get("machine", "")
         self.results: dict[str, dict[str, Any]] = held.get("stages", {})
 
-    def on(self, machine: str, sources: str) -> None:
-        """Say what the following stages run on."""
+    def on(self, machine: str) -> None:
+        """Say what the following stages run on; results of another machine are dropped."""
         if self.machine and self.machine != machine:
             print(f"these results are of another machine ({self.machine}): every stage runs again")
             self.results = {}
-        self.machine, self.sources = machine, sources
+        self.machine = machine
 
     def run(self, names: Sequence[str], end: float) -> int:
         """Run what has not passed, or the stages that are named, until `end` (of time.monotonic); the exit code.
@@ -178,7 +177,7 @@ class Check:
                 rows += [f"    {line[:160]}" for line in result["lines"]]
         left = [stage.name for stage in shown if self.state(stage.name) not in ("passed", "skipped")]
         failed = any(self.state(name) == "failed" for name in left)
-        rows += ["", f"on {self.machine or 'an unknown machine'}, moetrain {self.sources or 'unknown'}"]
+        rows += ["", f"on {self.machine or 'no GPU'}, moetrain {self.sources}"]
         if left:
             repeated = " (failed ones are repeated)" * failed
             rows.append(f"to go on with {len(left)} of {len(shown)} stages{repeated}:  {self.again}")
