@@ -56,3 +56,22 @@ def ranks():
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """devices(n): n processes, each with a CUDA device in host memory; skips where there is a real one."""
+    from tests.support import simulated_device
+
+    pools: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if simulated_device.unavailable():
+            pytest.skip(simulated_device.unavailable())
+        if size not in pools or not all(process.is_alive() for process in pools[size].processes):
+            pools[size] = Ranks(size, simulated=True)
+        return pools[size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()

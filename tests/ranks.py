@@ -107,7 +107,8 @@ def _serve(rank: int, size: int, port: int, pipe: Any, lasting: bool, simulated:
     for number in itertools.count():
         # Every task has a world of its own: a gloo group keeps a thread that wakes all the time, and tasks make many.
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if simulated else "gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=size)
+            dist.init_process_group("nccl" if simulated else "gloo", store=dist.PrefixStore(str(number), store), rank=rank,
+                                    world_size=size, device_id=torch.device("cuda", rank) if simulated else None)
         task = pipe.recv()
         if task is None:
             break
@@ -117,7 +118,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any, lasting: bool, simulated:
             pipe.send(("", _on_host(result) if simulated else result))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
-        if not lasting:
+        if not lasting and dist.is_initialized():
             dist.destroy_process_group()
     dist.barrier()
     dist.destroy_process_group()

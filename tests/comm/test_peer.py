@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -116,6 +117,14 @@ def came_back(exchange: PeerExchange, handle, plans, number: int) -> None:
 @pytest.mark.parametrize("size, seed", [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)])
 def test_rows_of_many_exchanges_keep_apart_at_any_speed(size, seed, push, device):
     on_threads(size, many_exchanges, seed, 24, push=push, device=device)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("push", [False, True])
+@pytest.mark.parametrize("size, seed", [pytest.param(1, 0, marks=pytest.mark.full), (2, 1), pytest.param(3, 2, marks=pytest.mark.full),
+                                        pytest.param(5, 4, marks=pytest.mark.full)])
+def test_rows_of_many_exchanges_keep_apart_on_a_simulated_device(size, seed, push, devices):
+    devices(1).run(partial(on_threads, size, many_exchanges, seed, 24, push=push, device="cuda"))
 
 
 def dawdle(exchange: PeerExchange, silent: str) -> str:

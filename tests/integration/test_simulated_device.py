@@ -6,17 +6,16 @@ that is gone, until it is taken out here.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from moetrain.train.step import train_step
-from tests.integration.training import Trained, alone, difference, make_run, train_steps, union
+from tests.integration.training import Trained, alone, assert_trains_alike, make_run, train_steps, union
 from tests.ranks import Ranks
 from tests.support import simulated_device
 
-pytestmark = [pytest.mark.ranks,
-              pytest.mark.skipif(bool(simulated_device.unavailable()), reason=simulated_device.unavailable() or "there is one")]
+pytestmark = pytest.mark.ranks
 
 STEPS = 2
 LAYERS = 2                                   # of the tiny model, each with experts
@@ -40,21 +39,6 @@ BUDGET: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def devices() -> Iterator[Callable[[int], Ranks]]:
-    """devices(n): n processes, each with a simulated device."""
-    pools: dict[int, Ranks] = {}
-
-    def get(size: int) -> Ranks:
-        if size not in pools:
-            pools[size] = Ranks(size, simulated=True)
-        return pools[size]
-
-    yield get
-    for pool in pools.values():
-        pool.close()
-
-
 def on_device(overrides: list[str]) -> tuple[Trained, dict[str, int], bool]:
     """A few steps in float32; where the host waits in the third step in bfloat16; whether the model lies on a device."""
     overrides = [*overrides, "run.device=cuda"]
@@ -75,11 +59,5 @@ def test_a_device_trains_as_the_cpu_does_and_the_host_waits_where_it_must(mesh: 
     results = devices(size).run(on_device, [*overrides, f"train.micro_batch={16 // size}"])
     ours, theirs = union([trained for trained, _, _ in results]), alone(["run.dtype=float32"], STEPS)
     assert all(there for _, _, there in results)
-    for mine, other in zip(ours.counts, theirs.counts):
-        assert {name: counts.tolist() for name, counts in mine.items()} == {name: counts.tolist() for name, counts in other.items()}
-    for mine, other in zip(ours.metrics, theirs.metrics):
-        for name in ("loss/ce", "loss/total", "loss/balance", "grad_norm"):
-            assert mine[name] == pytest.approx(other[name], rel=1e-5), name
-    assert difference(ours.gradients, theirs.gradients)[0] < 2e-5
-    assert difference(ours.parameters, theirs.parameters)[0] < 1e-3              # AdamW divides what is small by what is small
+    assert_trains_alike(ours, theirs)
     assert results[0][1] == BUDGET[mesh]

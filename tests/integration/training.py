@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -122,3 +123,15 @@ def difference(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float
         error = (ours[name].double() - tensor.double()).abs().nan_to_num(nan=float("inf")).max().item()     # NaN passes no comparison
         worst = max(worst, (error / scale if scale else error, name))
     return worst
+
+
+def assert_trains_alike(ours: Trained, theirs: Trained) -> None:
+    """Training in float32 that differs by the order of sums alone: the same choices, and numbers to a few roundings."""
+    for mine, other in zip(ours.counts, theirs.counts, strict=True):
+        assert {name: counts.tolist() for name, counts in mine.items()} == {name: counts.tolist() for name, counts in other.items()}
+    for mine, other in zip(ours.metrics, theirs.metrics, strict=True):
+        for name in ("loss/ce", "loss/total", "loss/balance", "grad_norm"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-5), name
+    for what, most in (("gradients", 2e-5), ("parameters", 1e-3)):               # AdamW divides what is small by what is small
+        error, name = difference(getattr(ours, what), getattr(theirs, what))
+        assert error < most, f"{what}: {name} differs by {error:.3g} of its largest value"

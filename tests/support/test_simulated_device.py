@@ -1,23 +1,22 @@
 """The simulated device itself: what it refuses, what it permits, and which reads by the host it sees."""
 
+import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.ranks import Ranks
 from tests.support import simulated_device
-
-pytestmark = pytest.mark.skipif(bool(simulated_device.unavailable()), reason=simulated_device.unavailable() or "-")
 
 TWO_DEVICES = ("two devices", "same device", "is on cpu")
 
 
-@pytest.fixture(scope="module")
-def device():
-    with Ranks(1, simulated=True) as ranks:
-        yield ranks
+@pytest.fixture
+def device(devices):
+    return devices(1)
 
 
 def refusals() -> dict[str, Callable[[], object]]:
@@ -44,7 +43,13 @@ def refusals() -> dict[str, Callable[[], object]]:
         "host by an index of the device": lambda: host[ids],
         "grouped_mm with offsets of the host": lambda: F.grouped_mm(b16, stack, offs=torch.tensor([2, 4], dtype=torch.int32)),
         "out of the host": lambda: torch.add(x, x, out=torch.empty(4, 4)),
+        "bucketize": lambda: torch.bucketize(host, x[0]),
+        "index_add": lambda: x.index_add(0, host_ids, x[:2]),
+        "addition of a row of the host": lambda: x.add_(host[0]),
+        "embedding_bag": lambda: F.embedding_bag(ids[None], host),
+        "foreach": lambda: torch._foreach_add([x], [host]),
         "numpy": lambda: x.numpy(),
+        "asarray": lambda: np.asarray(x),
         "an ordinal that is not there": lambda: torch.empty(2, device="cuda:3"),
         "a product of integers": lambda: ids[:, None] @ ids[None],
         "a generator of the host": lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
@@ -58,6 +63,8 @@ def permissions() -> dict[str, Callable[[], object]]:
         "a number": lambda: x * 2 + 1,
         "a tensor without dimensions": lambda: x * torch.tensor(2.0),
         "an index of the host": lambda: x[torch.tensor([0, 2])],
+        "a place by an index of the host": lambda: x.index_put_((torch.tensor([1]),), torch.zeros(4, device="cuda")),
+        "a mask of the host": lambda: x[torch.tensor([True, False, True, False])],
         "a copy": lambda: x.copy_(torch.ones(4, 4)),
         "where with a number": lambda: torch.where(x > 0, x, 0.0),
         "masked_fill": lambda: x.masked_fill(x > 0, 0.0),
@@ -88,7 +95,7 @@ def test_what_a_gpu_refuses_is_refused(device) -> None:
     (found,) = device.run(_refused)
     assert {name for name, error in found.items() if not error} == set()
     mixed = [name for name in found if name not in (
-        "numpy", "an ordinal that is not there", "a product of integers", "a generator of the host", "host by an index of the device")]
+        "numpy", "asarray", "an ordinal that is not there", "a product of integers", "a generator of the host", "host by an index of the device")]
     assert {name: found[name] for name in mixed if not any(words in found[name] for words in TWO_DEVICES)} == {}
 
 
@@ -108,6 +115,9 @@ def _arithmetic() -> dict[str, object]:
         return loss.detach(), a.grad, b.grad
 
     results = {"host": both("cpu"), "device": both("cuda")}
+    leaf, threads = torch.ones(2, device="cuda", requires_grad=True), {threading.get_ident()}
+    leaf.register_hook(lambda _: threads.add(threading.get_ident()))
+    leaf.sum().backward()
     before = torch.cuda.memory_allocated()
     unwritten = torch.empty(3, device="cuda")
     view = unwritten[1:]
@@ -115,7 +125,8 @@ def _arithmetic() -> dict[str, object]:
     shared = unwritten.tolist()[1:]
     kept = torch.cuda.memory_allocated() - before
     del unwritten, view
-    return {**results, "versions": versions, "shared": shared, "kept": kept, "left": torch.cuda.memory_allocated() - before,
+    left = torch.cuda.memory_allocated() - before
+    return {**results, "threads": len(threads), "versions": versions, "shared": shared, "kept": kept, "left": left,
             "nan": bool(torch.empty(3, device="cuda").isnan().all())}
 
 
@@ -123,8 +134,16 @@ def test_it_computes_what_the_cpu_does_and_counts_its_memory(device) -> None:
     (found,) = device.run(_arithmetic)
     for ours, theirs in zip(found["device"], found["host"], strict=True):
         assert ours.equal(theirs)
+    assert found["threads"] == 2                                                 # backward runs in the device's own
     assert found["versions"] == (0, 1) and found["shared"] == [2.0, 2.0]         # a view shares memory and version
     assert found["kept"] == 12 and found["left"] == 0 and found["nan"]
+
+
+def _hooked(x: torch.Tensor) -> torch.Tensor:
+    """A tensor whose gradient the host reads."""
+    leaf = x.clone().requires_grad_()
+    leaf.register_hook(lambda gradient: gradient[0].item() and None)
+    return leaf * 2
 
 
 def _reads() -> dict[str, dict[str, int]]:
@@ -135,6 +154,15 @@ def _reads() -> dict[str, dict[str, int]]:
         "to the device": lambda: torch.ones(4).to("cuda"), "mask": lambda: x[x > 0], "nonzero": lambda: x.nonzero(),
         "bincount": lambda: ids.bincount(), "repeat_interleave": lambda: x[:3].repeat_interleave(ids),
         "synchronize": lambda: torch.cuda.synchronize(), "pageable": lambda: torch.ones(4).to("cuda", non_blocking=True),
+        "int": lambda: [1, 2, 3][ids[0]], "range": lambda: range(int(ids.max())), "format": lambda: f"{x[0]:.2f}",
+        "equal": lambda: torch.equal(x, x), "unique": lambda: ids.unique(),
+        "masked_select": lambda: x.masked_select(x > 0), "a number into a place": lambda: x.__setitem__(0, 2.0),
+        "an index of the host": lambda: x[torch.tensor([0, 1])],
+        "the host's memory back": lambda: torch.empty(4).copy_(x),
+        "event": lambda: torch.cuda.current_stream().record_event().synchronize(),
+        "accelerator": lambda: torch.accelerator.synchronize(),
+        "in backward": lambda: x.clone().requires_grad_().square().sum().backward(),
+        "read in backward": lambda: _hooked(x).sum().backward(),
         "pinned": lambda: pinned.to("cuda", non_blocking=True), "arithmetic": lambda: (x * 2).sum(),
         "known size": lambda: x[:3].repeat_interleave(ids, output_size=2),
     }
@@ -148,14 +176,12 @@ def _reads() -> dict[str, dict[str, int]]:
 
 def test_every_read_by_the_host_is_recorded(device) -> None:
     (found,) = device.run(_reads)
-    quiet = {"pinned", "arithmetic", "known size"}
+    quiet = {"pinned", "arithmetic", "known size", "in backward"}
     assert {name for name, waits in found.items() if not waits} == quiet
     assert set(found["pageable"]) == {"copy to the device, may wait"}
 
 
 def _mixed_collective() -> str:
-    import torch.distributed as dist
-
     total = torch.ones(2, device="cuda")
     dist.all_reduce(total)
     assert total.tolist() == [1.0, 1.0] and dist.get_backend() == "nccl"

@@ -9,8 +9,9 @@ on aliases of the memory and wraps what comes. Memory that nobody wrote is NaN. 
 CPU; gloo groups of the same ranks beside them move the bytes. No module of moetrain is patched.
 
 More lenient than a GPU: work is done when it is posted, so a missing wait between streams, or a missing record_stream, does
-not show; NCCL's rules (one order over communicators, one rank a GPU) are not looked at; the random numbers are the CPU's; the
-kernels are the CPU's, with its dtypes and its choice of attention.
+not show; NCCL's rule of one order over communicators is not looked at, and that of one rank a GPU only where a group is told
+its device; what a rank writes into symmetric memory its peers see at once; the random numbers are the CPU's; the kernels are
+the CPU's, with its dtypes and its choice of attention. Not there: NVSHMEM, copies by deepcopy or pickle.
 """
 
 import warnings
@@ -21,7 +22,8 @@ from tests.support.simulated_device.collectives import register_collectives
 from tests.support.simulated_device.cuda import patch_cuda
 from tests.support.simulated_device.guard import library, unavailable
 from tests.support.simulated_device.operators import register_operators
-from tests.support.simulated_device.waits import RECORD, Record, Wait
+from tests.support.simulated_device.symmetric_memory import patch_symmetric_memory
+from tests.support.simulated_device.waits import RECORD, Record, Wait, synchronized
 
 __all__ = ["RECORD", "Record", "Wait", "install", "unavailable"]
 
@@ -31,8 +33,9 @@ def install(devices: int = 1) -> None:
     assert not unavailable(), unavailable()
     if _INSTALLED:
         return
-    library().simulated_install(devices)
+    library().simulated_install(devices, synchronized)
     patch_cuda(devices)
+    patch_symmetric_memory()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")       # kernels that are overridden
         _INSTALLED.extend([*register_operators(), register_collectives()])

@@ -1,5 +1,6 @@
 """Collectives on device tensors over gloo, and groups made with `nccl` that refuse tensors of the CPU."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,11 @@ from tests.support.simulated_device.waits import RECORD
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _BESIDE: dict[str, dist.ProcessGroup] = {}           # by the name of a group: the gloo group of the same ranks
+
+
+def moves_bytes(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group over gloo that stands behind a group."""
+    return _BESIDE.get(group.group_name, group)
 
 
 def _kept_alias(tensor: Tensor) -> Tensor:
@@ -30,7 +36,7 @@ def _collective(name: str) -> Callable:
     def run(*args: Any) -> Any:
         args = list(args)
         group = dist.ProcessGroup.unbox(args[group_at])
-        beside = _BESIDE.get(group.group_name, group)
+        beside = moves_bytes(group)
         if beside is not group and any(tensor.device.type != "cuda" for tensor in tensors_of(args)):
             raise RuntimeError("No backend type associated with device type cpu")
         if name == "barrier":
@@ -43,6 +49,15 @@ def _collective(name: str) -> Callable:
         return results
 
     return run
+
+
+def _refuse_a_shared_device(group: dist.ProcessGroup, device: torch.device) -> None:
+    """NCCL connects at once where it is told the device, and finds two ranks of a machine on the same one."""
+    machine = dist.get_rank() // int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (machine, device.index), group=group)
+    if len(set(told)) < len(told):
+        raise RuntimeError(f"ncclInvalidUsage: Duplicate GPU detected: ranks of (machine, device) {told}")
 
 
 def _nested(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -63,25 +78,32 @@ def register_collectives() -> torch.library.Library:
         library.impl(name, _collective(name), allow_override=True)
     init, new_group, backend_of = dist.init_process_group, dist.new_group, dist.get_backend
 
-    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("device_id", None)
+    def init_process_group(backend: str | None = None, *args: Any, device_id: torch.device | None = None, **kwargs: Any) -> None:
+        _NCCL.clear()                                # names of groups come again
+        _BESIDE.clear()
         if backend != "nccl":
-            return init(backend, *args, **kwargs)
+            return init(backend, *args, device_id=device_id, **kwargs)
         init("cuda:gloo", *args, **kwargs)
-        _NCCL.add(dist.group.WORLD.group_name)
-        _BESIDE[dist.group.WORLD.group_name] = new_group(backend="gloo")
+        joined(dist.group.WORLD, new_group(backend="gloo"), device_id)
+        if device_id is not None:
+            _refuse_a_shared_device(moves_bytes(dist.group.WORLD), device_id)
 
     def make_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
-        world = dist.group.WORLD.group_name
-        if world not in _NCCL or kwargs.get("backend") not in (None, "nccl"):
+        world = dist.group.WORLD
+        if world.group_name not in _NCCL or kwargs.get("backend") not in (None, "nccl"):
             return new_group(ranks, *args, **kwargs)
-        kwargs["backend"] = "cuda:gloo"
-        group = new_group(ranks, *args, **kwargs)
+        device, world.bound_device_id = world.bound_device_id, None      # with it torch asks the backend to split, which gloo cannot
+        group = new_group(ranks, *args, **{**kwargs, "backend": "cuda:gloo"})
         beside = new_group(ranks, backend="gloo")
+        world.bound_device_id = device
         if isinstance(group, dist.ProcessGroup):
-            _NCCL.add(group.group_name)
-            _BESIDE[group.group_name] = beside
+            joined(group, beside, device)
         return group
+
+    def joined(group: dist.ProcessGroup, beside: dist.ProcessGroup, device: torch.device | None) -> None:
+        _NCCL.add(group.group_name)
+        _BESIDE[group.group_name] = beside
+        group.bound_device_id = device
 
     def get_backend(group: Any = None) -> str:
         name = (group or dist.group.WORLD).group_name

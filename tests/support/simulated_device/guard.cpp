@@ -25,7 +25,7 @@ int number_of_devices = 0;
 thread_local DeviceIndex current_device = 0;
 thread_local std::array<c10::StreamId, kMostDevices> current_stream{};
 std::atomic<c10::StreamId> last_stream{0};
-std::atomic<int64_t> host_waits{0};      // synchronizations that come through C++, as those of torch.Event
+void (*waited)(const char*) = nullptr;     // told of synchronizations that come through C++, as those of torch.Event
 
 std::mutex pinned_mutex;
 std::unordered_set<const void*> pinned;
@@ -70,9 +70,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const Stream&) const override { return true; }
-  void synchronizeStream(const Stream&) const override { ++host_waits; }
-  void synchronizeEvent(void*) const override { ++host_waits; }
-  void synchronizeDevice(const DeviceIndex) const override { ++host_waits; }
+  void synchronizeStream(const Stream&) const override { waited("stream"); }
+  void synchronizeEvent(void*) const override { waited("event"); }
+  void synchronizeDevice(const DeviceIndex) const override { waited("device"); }
   double elapsedTime(void* begin, void* end, const DeviceIndex) const override {
     return *static_cast<double*>(end) - *static_cast<double*>(begin);
   }
@@ -123,7 +123,7 @@ struct Hooks final : at::CUDAHooksInterface {
     static PinnedAllocator allocator;
     return &allocator;
   }
-  void deviceSynchronize(DeviceIndex) const override { ++host_waits; }
+  void deviceSynchronize(DeviceIndex) const override { waited("device"); }
 };
 
 }  // namespace
@@ -131,9 +131,10 @@ struct Hooks final : at::CUDAHooksInterface {
 extern "C" {
 
 // torch made its hooks object when it was imported, and both classes have no members: ours is constructed in its place.
-void simulated_install(int devices) {
+void simulated_install(int devices, void (*on_wait)(const char*)) {
   static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
   number_of_devices = devices;
+  waited = on_wait;
   c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)].store(new Guard());
   new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks();
 }
@@ -141,6 +142,5 @@ void simulated_install(int devices) {
 int simulated_device() { return current_device; }
 void simulated_set_device(int index) { current_device = static_cast<DeviceIndex>(index); }
 int64_t simulated_stream(int device) { return current_stream[device]; }
-int64_t simulated_host_waits() { return host_waits.load(); }
 
 }  // extern "C"

@@ -18,7 +18,6 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(built()))
     loaded.simulated_stream.restype = ctypes.c_int64
-    loaded.simulated_host_waits.restype = ctypes.c_int64
     return loaded
 
 

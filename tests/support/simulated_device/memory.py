@@ -60,9 +60,7 @@ def _from_memory(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtyp
 
 def empty(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """New memory on a device, full of NaN."""
-    index = library().simulated_device() if device is None or device.index is None else device.index
-    if not 0 <= index < torch.cuda.device_count():
-        raise RuntimeError("CUDA error: invalid device ordinal")
+    index = current(device)
     tensor = _from_memory(sizes, strides, dtype, device=index)
     storage = tensor.untyped_storage()
     size = storage.nbytes()
@@ -70,6 +68,21 @@ def empty(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtype, devi
     peak[index] = max(peak[index], allocated[index])
     weakref.finalize(storage, allocated.subtract, {index: size}).atexit = False
     return tensor
+
+
+def over(host: Tensor, index: int) -> Tensor:
+    """Memory of the host as a tensor of a device, which keeps it."""
+    tensor = _from_memory(host.shape, host.stride(), host.dtype, device=index, data=host.data_ptr())
+    tensor.untyped_storage().of_host = host.untyped_storage()
+    return tensor
+
+
+def current(device: torch.device | None) -> int:
+    """The index of a device, or of the current one where none is said."""
+    index = library().simulated_device() if device is None or device.index is None else device.index
+    if not 0 <= index < torch.cuda.device_count():
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    return index
 
 
 def alias(tensor: Tensor) -> Tensor:

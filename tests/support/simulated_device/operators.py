@@ -94,13 +94,13 @@ def _is_view(op: Any) -> bool:
 
 
 @cache
-def _takestensors_of(op: Any) -> tuple[int, ...]:
+def _takes_tensors(op: Any) -> tuple[int, ...]:
     return tuple(place for place, argument in enumerate(op._schema.arguments) if str(argument.type) == "Tensor")
 
 
-def _withtensors_of(op: Any, args: tuple) -> tuple:
+def _with_tensors(op: Any, args: tuple) -> tuple:
     """Numbers that torch had wrapped arrive as numbers where the schema says Tensor."""
-    places = [place for place in _takestensors_of(op) if place < len(args) and not isinstance(args[place], Tensor)
+    places = [place for place in _takes_tensors(op) if place < len(args) and not isinstance(args[place], Tensor)
               and isinstance(args[place], (bool, int, float))]
     if not places:
         return args
@@ -113,13 +113,13 @@ def _withtensors_of(op: Any, args: tuple) -> tuple:
     return tuple(changed)
 
 
-def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
+def fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     """What a CUDA kernel would do: check, compute on the host's aliases, wrap."""
     name = op._schema.name.partition("::")[2]
     if _is_view(op):
         return op.redispatch(_CPU, *args, **kwargs)
     device = _check_devices(op, args, kwargs)
-    args = _withtensors_of(op, args)
+    args = _with_tensors(op, args)
     _refuse(op, args, kwargs)
     if name in _WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         RECORD.add("size that depends on numbers", name)
@@ -240,7 +240,7 @@ def _fill_(tensor: Tensor, value: Any) -> Tensor:
 
 def register_operators() -> list[torch.library.Library]:
     everything = torch.library.Library("_", "IMPL")
-    everything.fallback(_fallback, "CUDA")
+    everything.fallback(fallback, "CUDA")
     named = torch.library.Library("aten", "IMPL", "CUDA")
     for name, kernel in {"empty.memory_format": _empty_memory_format, "empty_strided": _empty_strided, "copy_": _copy_,
                          "_local_scalar_dense": _local_scalar_dense, "resize_": _resize_, "_grouped_mm": _grouped_mm,

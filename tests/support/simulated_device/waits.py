@@ -1,5 +1,6 @@
 """Record of what makes the host wait for the device."""
 
+import ctypes
 import sys
 from collections import Counter
 from typing import NamedTuple
@@ -37,3 +38,9 @@ def place() -> str:
             return f"{module.removeprefix('moetrain.').replace('.', '/')}.py:{name}"
         frame = frame.f_back
     return ""
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def synchronized(what: bytes) -> None:
+    """Called by the device guard: torch synchronizes events, and what torch.accelerator names, in C++."""
+    RECORD.add("synchronize", what.decode())
