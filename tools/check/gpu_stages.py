@@ -52,7 +52,8 @@ def tool(name: str, options: str, *more: object) -> list[str]:
 
 
 def gpu_tests(files: str, chosen: str = "") -> list[str]:
-    return python("-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *files.split(), *(["-k", chosen] if chosen else []))
+    only = ["-k", chosen] if chosen else []
+    return python("-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *files.split(), *only)
 
 
 class GpuStages:
@@ -75,7 +76,7 @@ class GpuStages:
         if self.tiny:
             return SIMULATED
         question = "from moetrain.ops import extension; print(extension.absent() or '')"
-        asked = subprocess.run(python("-c", question), text=True, capture_output=True, env={**os.environ, **KERNELS}, cwd=ROOT)
+        asked = subprocess.run(python("-c", question), text=True, capture_output=True, cwd=ROOT, env={**os.environ, **KERNELS})
         return asked.stdout.strip() or ("" if asked.returncode == 0 else "moetrain cannot be imported")
 
     def environment(self) -> Stage:
@@ -111,13 +112,15 @@ class GpuStages:
     def meshes(self) -> list[Stage]:
         dtypes = ["float32"] if self.tiny else ["float64", "bfloat16"]
         return [Stage(f"train-{name}", f"training on {name} against the CPU in float64",
-                      [self.parity(f"train-{name}", dtype, mesh) for dtype in dtypes], usual_s=45) for name, mesh in MESHES.items()]
+                      [self.parity(f"train-{name}", dtype, mesh) for dtype in dtypes], usual_s=45)
+                for name, mesh in MESHES.items()]
 
     def kernels_in_training(self) -> list[Stage]:
         alone = [self.parity("train-kernels", dtype, "", kernels=True) for dtype in ("float32", "bfloat16")]
         peers = [self.parity(f"train-{name}", "float64", words, kernels=True) for name, words in EXCHANGES.items()]
-        return [Stage("train-kernels", "training with kernels against the CPU in float64", alone, usual_s=45, skipped=self.without_kernels),
-                Stage("train-peers", "the same over the memory of peers", peers, usual_s=70, skipped=self.without_kernels)]
+        made = [Stage("train-kernels", "training with kernels against the CPU in float64", alone, usual_s=45),
+                Stage("train-peers", "the same over the memory of peers", peers, usual_s=70)]
+        return [stage._replace(skipped=self.without_kernels) for stage in made]
 
     def parity(self, name: str, dtype: str, mesh: str, kernels: bool = False) -> list[str]:
         """A few steps of training on the GPU, and the same in one process on the CPU."""
@@ -148,23 +151,26 @@ class GpuStages:
         layer = "--device cuda --shapes qwen3 --tokens 16384 --rate 350e9 --latency 20e-6 --dtype bfloat16"
         balance = "--device cuda --pairs 15"
         if self.tiny:
-            size = ("--device cuda --experts 4 --top-k 2 --dim 32 --layers 1 --heads 2 --kv-heads 2 --expert-dim 32 --batch 2 --seq 16 "
-                    "--vocab 64 --rounds 1 --steps 1 --peers ")
+            size = ("--device cuda --experts 4 --top-k 2 --dim 32 --layers 1 --heads 2 --kv-heads 2 --expert-dim 32 --batch 2 "
+                    "--seq 16 --vocab 64 --rounds 1 --steps 1 --peers ")
             train, alone = size + "grouped_mm", size
             ops = "--small --shapes mixtral --only permute --repeats 1 --minutes 1"
             layer = "--device cuda --shapes olmoe --ratios 1 --tokens 16 --ep 2 --divide 64 --rate 1e9 --repeats 1"
             balance = "--device cuda --pairs 1"
-        out = {name: ("--out", self.out / name) for name in ("train.json", "alone.json", "ops.json", "layer.json", "balance_cost.md")}
+
+        def bench(name: str, options: str, file: str) -> list[list[str]]:
+            return [tool(name, options, "--out", self.out / file)]
+
         made = [
             Stage("bench-train", "a step of Qwen3-30B-A3B cut in depth, beside transformers",
-                  [tool("bench_train", train, *out["train.json"])], usual_s=90, skipped=no_transformers),
+                  bench("bench_train", train, "train.json"), usual_s=90, skipped=no_transformers),
             Stage("bench-alone", "the same with four times the tokens, ours alone",
-                  [tool("bench_train", alone, *out["alone.json"])], usual_s=60, skipped=no_transformers),
-            Stage("bench-ops", "every op beside the rates of the chip", [tool("bench_ops", ops, *out["ops.json"])], usual_s=150),
+                  bench("bench_train", alone, "alone.json"), usual_s=60, skipped=no_transformers),
+            Stage("bench-ops", "every op beside the rates of the chip", bench("bench_ops", ops, "ops.json"), usual_s=150),
             Stage("bench-layer", "an exchange hidden under experts, on an emulated link",
-                  [tool("bench_layer", layer, *out["layer.json"])], usual_s=60),
+                  bench("bench_layer", layer, "layer.json"), usual_s=60),
             Stage("bench-balance", "what statistics of routers and the balance loss cost of a step",
-                  [tool("bench_balance", balance, *out["balance_cost.md"])], usual_s=60),
+                  bench("bench_balance", balance, "balance_cost.md"), usual_s=60),
         ]
         return [stage._replace(environment=KERNELS) for stage in made]
 

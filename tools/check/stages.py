@@ -16,6 +16,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ class Check:
 
     def record(self, stage: Stage, state: str, note: str, began: float | None = None, lines: Sequence[str] = (),
                code: int | None = None) -> str:
-        """Keep what became of a stage; its state. began: where it was run. lines: of its log, that matter. code: exit code."""
+        """Keep what became of a stage; its state. began: when it was run. lines: those of its log that matter."""
         seconds = round(time.monotonic() - began, 1) if began else 0.0
         self.results[stage.name] = {
             "state": state, "note": note, "seconds": seconds, "exit": code, "lines": list(lines), "sources": self.sources,
@@ -206,7 +207,7 @@ def _run_all(stage: Stage, log: Path, end: float) -> int | None:
 
 
 def _run(command: Sequence[str], output: Any, environment: Mapping[str, str], limit_s: float) -> int | None:
-    """Exit code of a command; None when it was stopped, with all processes of its group, because its time was over."""
+    """Exit code of a command; None when it was stopped, with all that it started, because its time was over."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                env=environment, start_new_session=True)
     try:
@@ -216,11 +217,22 @@ def _run(command: Sequence[str], output: Any, environment: Mapping[str, str], li
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)       # runs save, and tell their ranks
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            for member in _session(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+            process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session. Ranks of a run have process groups of their own in it."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError):
+            if os.getsid(int(entry.name)) == leader:
+                found.append(int(entry.name))
+    return found
 
 
 def _replace(path: Path, text: str) -> None:
