@@ -43,7 +43,7 @@ from gloo_rank import connected
 from torch import Tensor
 
 import moetrain
-from moetrain.comm.exchange.base import Exchange, Handle, Splits, plain_splits
+from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.exchange.flight import travel
 from moetrain.comm.mesh import Group
@@ -105,7 +105,10 @@ class EmulatedLink:
     def counts(self, sent_P: Tensor) -> Tensor:
         return sent_P.clone()
 
-    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+    def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
+        return nothing_announced(sent_CP)
+
+    def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
         return plain_splits(sent, received)
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:

@@ -36,6 +36,7 @@ from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import Computation
 from moetrain.ops.grouped_experts import grouped_experts
+from moetrain.ops.pinned import DeviceTables
 from moetrain.parallel.fssdp import CopyManager
 from moetrain.parallel.reshard import reshard
 from moetrain.plan.costs import Costs, Topology
@@ -217,9 +218,10 @@ class Stack:
     def adopt(self, rule: str, plans: dict[str, LayerPlan]) -> None:
         self.plans, self.rules = plans, {name: rule_of(rule, plan, self.topology, self.sizes.costs)
                                          for name, plan in plans.items()}
-        self.copies.adopt(ExpertPlacement(tuple((name, plan.placement) for name, plan in plans.items())))
-        for name, plan in plans.items():
-            self.dispatchers[name].adopt(plan.placement, self.rules[name])
+        with DeviceTables(torch.device("cpu")) as tables:
+            self.copies.adopt(ExpertPlacement(tuple((name, plan.placement) for name, plan in plans.items())), tables)
+            for name, plan in plans.items():
+                self.dispatchers[name].adopt(plan.placement, tables, self.rules[name])
 
     def expected(self, n_PE: Tensor) -> Traffic:
         """Of a step with these rows."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.errors import MoETrainError
+from moetrain.ops.pinned import to_device
 
 T = TypeVar("T")
 
@@ -44,11 +45,20 @@ def sum_over_async(group: Group, tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def largest_over(group: Group, value: float) -> float:
-    """The largest value of the group's ranks."""
+    """The largest value of the group's ranks. The host waits for it."""
+    return _agreed(group, value, dist.ReduceOp.MAX)
+
+
+def total_over(group: Group, value: float) -> float:
+    """The sum of the values of the group's ranks, in float64. The host waits for it."""
+    return _agreed(group, value, dist.ReduceOp.SUM)
+
+
+def _agreed(group: Group, value: float, op: dist.ReduceOp) -> float:
     if group.process_group is None:
         return value
-    tensor = torch.tensor([value], dtype=torch.float64, device=_device(group))
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group.process_group)
+    tensor = to_device(torch.tensor([value], dtype=torch.float64), _device(group))
+    dist.all_reduce(tensor, op=op, group=group.process_group)
     return tensor.item()
 
 

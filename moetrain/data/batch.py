@@ -44,6 +44,13 @@ def _unpacked(packed: Tensor, fields: Sequence[Tensor], ends: Sequence[int]) -> 
             for field, begin in zip(fields, [0, *ends])]
 
 
+def padding(sequences: int, seq_len: int, *, mask_documents: bool) -> Batch:
+    """Sequences without a token, of the shape of others."""
+    tokens_BS = torch.zeros(sequences, seq_len, dtype=torch.int64)
+    return Batch(tokens_BS, tokens_BS - 1, tokens_BS.bool(), tokens_BS[:, 0], tokens_BS[:, 0],
+                 tokens_BS if mask_documents else None)
+
+
 class Dataset(Protocol):
     """Sequences by number. `sample_ids` says which ones a step trains on, whoever reads them."""
 

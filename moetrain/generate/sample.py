@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.reduce import sum_over
+from moetrain.comm.reduce import largest_over
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.generate.cache import KeyValueCache
 from moetrain.model.transformer import Transformer
 from moetrain.moe.capacity import CapacityPolicy
+from moetrain.ops.pinned import to_device
 from moetrain.routers.base import RouterContext
 
 COLDEST = 1e-6                   # logits that differ by 1e-3 are then a factor of e^1000 apart
@@ -29,12 +30,12 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, toke
     context: tokens the model looks at. group: ranks that write the same text together; the first one draws.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt.encode()))], device=model.embed.device)
+    ids = torch.tensor([tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt.encode()))])
     model.eval()
     reader = Reader(model, context, cache=cache)
     for _ in range(tokens):
         drawn = draw(reader.logits(ids), temperature, top_p, generator)
-        chosen = int(sum_over(group, ids.new_tensor([drawn if group.position == 0 else 0])))
+        chosen = int(largest_over(group, drawn if group.position == 0 else -1))
         if chosen == tokenizer.end_id:
             break
         ids = torch.cat([ids, ids.new_tensor([chosen])])
@@ -50,11 +51,14 @@ class Reader:
 
     @torch.no_grad()
     def logits(self, ids_S: Tensor) -> Tensor:
-        """Logits [V] of the token after these, float64 on the host. `ids_S` begin with those of the call before."""
+        """Logits [V] of the token after these, which are on the host, too; float64. `ids_S` begin with those of the call before.
+
+        Here the host waits for the device, once for every token.
+        """
         if len(ids_S) > self.context:
             self.cache = None                            # positions start anew: nothing in it holds any more
         seen = 0 if self.cache is None else self.cache.length
-        tokens_BS = ids_S[max(seen, len(ids_S) - self.context):][None]
+        tokens_BS = to_device(ids_S[max(seen, len(ids_S) - self.context):][None], self.model.embed.device)
         return self.model(tokens_BS, RouterContext(training=False), cache=self.cache).logits_BSV[0, -1].double().cpu()
 
 

@@ -24,6 +24,7 @@ from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import FeedForward, GroupedExperts
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.grouped_gemm import takes_counts_on_device
+from moetrain.ops.pinned import to_device
 from moetrain.parallel.pieces import buffers, pieces
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
@@ -103,7 +104,7 @@ def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) ->
             rows.fill_(1.0)
             continue
         scale = std / (2 * num_layers) ** 0.5 if name.endswith((".out", ".down")) else std
-        rows.copy_(normal(shape, seed=seed, name=name)[begin:begin + len(rows)] * scale)
+        rows.copy_(to_device(normal(shape, seed=seed, name=name)[begin:begin + len(rows)] * scale, rows.device))
 
 
 def normal(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:

@@ -1,8 +1,8 @@
 """Activation checkpointing that never routes twice, and the count pass.
 
 With `none` every block keeps what its backward needs. Otherwise a block keeps its input and computes the rest again in
-backward, but for what is *discrete*: the selection (`top_k`), the decision (`decide`) and the counts that ranks exchange
-are saved and replayed, so the recomputed block routes and exchanges exactly as the first one did.
+backward, but for what is *discrete*: the selection (`top_k`), the decision (`decide`), the counts that ranks exchange and what the
+host has read of them are saved and replayed, so the recomputed block routes and exchanges exactly as the first one did.
 
     full         only that                                 rows travel to the experts once more in backward
     selective    also products, attention and the rows     norms, rotation, activations and row orders are computed again
@@ -31,11 +31,13 @@ import moetrain.comm.exchange.flat  # noqa: F401  (registers the collectives tha
 import moetrain.comm.exchange.peer  # noqa: F401
 import moetrain.ops.gating  # noqa: F401
 import moetrain.ops.grouped_experts  # noqa: F401
+import moetrain.ops.host_read  # noqa: F401
 import moetrain.ops.router  # noqa: F401
 
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 # Discrete: results that must be the same the second time.
-SAVED = frozenset({torch.ops.moetrain.top_k.default, torch.ops.moetrain.decide.default, torch.ops.moetrain.router.default})
+SAVED = frozenset({torch.ops.moetrain.top_k.default, torch.ops.moetrain.decide.default, torch.ops.moetrain.router.default,
+                   torch.ops.moetrain.read_host.default})
 # What `selective` keeps besides.
 HEAVY = frozenset({
     _ALL_TO_ALL, torch.ops.moetrain.peer_start.default,

@@ -27,11 +27,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Exchange, Handle, Splits
+from moetrain.comm.exchange.base import Exchange, Handle, Splits, read_splits
 from moetrain.moe.rows import Arrived, BySlot, ByToken, Leaving, histogram, order_by_source, slot_weights
+from moetrain.ops.host_read import read_host
 from moetrain.ops.permute import Permutation, plan_permutation, unpermute, unpermute_padded, values_of_rows
 from moetrain.ops.route_plan import route_plan
-from moetrain.ops.pinned import to_device
+from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.plan.assign import Replicas, assign, replica_table, slot_table, spread
 from moetrain.plan.placement import LayerPlacement
 from moetrain.routers.base import Routing
@@ -113,14 +114,18 @@ class TokenDispatcher:
         self.rows = BySlot() if exact else ByToken()
         self.on_device = on_device
         self.remote_rows = 0                                 # sent to other positions so far, forward
-        self.adopt(placement)
+        with DeviceTables(device) as tables:
+            self.adopt(placement, tables)
 
-    def adopt(self, placement: LayerPlacement, rule: Rule | None = None,
+    def adopt(self, placement: LayerPlacement, tables: DeviceTables, rule: Rule | None = None,
               calibrate: Callable[[Tensor], None] | None = None) -> None:
         """Another placement from the next dispatch on, at all positions at once.
 
-        rule: needed where it has copies, or is calibrated. calibrate: called with the counts of all positions before rows
-        are assigned; it may have another placement adopted.
+        Args:
+            placement: the new one.
+            tables: which those of the placement are put among.
+            rule: needed where it has copies, or is calibrated.
+            calibrate: called with the counts of all positions before rows are assigned; it may have another placement adopted.
         """
         assert placement.positions == self.exchange.positions, (placement.positions, self.exchange.positions)
         assert rule is not None or not placement.copies and calibrate is None
@@ -128,9 +133,9 @@ class TokenDispatcher:
         self.looks_at_all = calibrate is not None or bool(placement.copies) and rule.looks_at_all
         self.slots = placement.slots_per_position
         self.held = len(placement.slots_of(self.exchange.position))
-        self.table_E = to_device(slot_table(placement), self.device)
+        self.table_E = tables.put(slot_table(placement))
         self.replica_table_3C = None if rule is None else replica_table(placement)
-        self.replicas = None if rule is None else Replicas(*to_device(self.replica_table_3C, self.device))
+        self.replicas = None if rule is None else Replicas(*tables.put(self.replica_table_3C))
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Sent:
         (course,) = self.prepare([routing.ids_TK])
@@ -155,10 +160,9 @@ class TokenDispatcher:
     def _courses(self, physical: list[Tensor], sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Course]:
         """Courses of all chunks from counts [P, w] of each. Here, once, the host waits for the device."""
         positions, slots = self.exchange.positions, [self.rows.computed(received_Pw) for received_Pw in received]
-        numbers = torch.stack([torch.cat([self.rows.travelling(sent_Pw), self.rows.travelling(received_Pw), received_Pe.sum(0)])
-                               for sent_Pw, received_Pw, received_Pe in zip(sent, received, slots)]).tolist()
-        counts = [chunk[2 * positions:] for chunk in numbers]
-        splits = self.exchange.splits([chunk[:positions] for chunk in numbers], [chunk[positions:2 * positions] for chunk in numbers])
+        sent_CP, received_CP = (torch.stack([self.rows.travelling(counts_Pw) for counts_Pw in way]) for way in (sent, received))
+        computed_Ce = torch.stack([received_Pe.sum(0) for received_Pe in slots])
+        splits, counts = read_splits(self.exchange, sent_CP, received_CP, computed_Ce)
         return [Course(self.rows.plan(physical_TK, positions, self.slots, sum(way.sent)), way, received_Pe, sum(counts_e),
                        received_Pe.sum(0)[:self.held] if self.on_device else counts_e[:self.held])   # others may have more slots
                 for physical_TK, way, received_Pe, counts_e in zip(physical, splits, slots, counts, strict=True)]
@@ -197,7 +201,7 @@ class TokenDispatcher:
             return [spread(ids_TK, *self.rule.split(n_E[None], self.placement, position), self.replicas)
                     for ids_TK, n_E in zip(ids, n_CE)], None
         n_PCE = self.exchange.counts(n_CE.flatten().expand(positions, -1).contiguous()).view(positions, *n_CE.shape)
-        n_PCE = n_PCE.cpu()                                  # the host waits
+        n_PCE = read_host(n_PCE)                             # the host waits
         if self.calibrate is not None:
             self.calibrate(n_PCE.sum(1))
         splits = [self.rule.split(n_PE, self.placement, 0) for n_PE in n_PCE.unbind(1)]
@@ -219,9 +223,9 @@ class TokenDispatcher:
             permutation, _ = route_plan(physical_TK, self.slots, physical_TK.numel())
             rows, counts_e = physical_TK.numel(), permutation.counts_P[:self.held]
         else:
-            permutation = plan_permutation(physical_TK, self.slots)
-            counts_e = permutation.counts_P.tolist()[:self.held]
+            counts_e = read_host(histogram(physical_TK, self.slots)).tolist()[:self.held]    # the host waits
             rows = sum(counts_e)
+            permutation = plan_permutation(physical_TK, self.slots, rows)
         return Course(Leaving(permutation, physical_TK), Splits((rows,), (rows,)), permutation.counts_P[None], rows, counts_e)
 
     def _unreduced(self, rows_RD: Tensor, ticket: Ticket) -> Tensor:
@@ -230,10 +234,11 @@ class TokenDispatcher:
         physical_TK, positions = course.leaving.physical_TK, self.exchange.positions
         permutation = course.leaving.permutation
         if order is not None:
-            sent_Pe = BySlot().counts(physical_TK, positions, self.slots)
-            permutation = BySlot().plan(physical_TK, positions, self.slots, int(sent_Pe.sum())).permutation
+            sent_1P = BySlot().counts(physical_TK, positions, self.slots).sum(1)[None]
+            received_1P = course.received_Pe.sum(1)[None]
+            (splits,), _ = read_splits(self.exchange, sent_1P, received_1P, sent_1P[:, :0])
+            permutation = BySlot().plan(physical_TK, positions, self.slots, sum(splits.sent)).permutation
             rows_RD = BySlot().back(rows_RD, order_by_source(course.received_Pe, course.rows))
-            (splits,) = self.exchange.splits([sent_Pe.sum(1).tolist()], [course.received_Pe.sum(1).tolist()])
             (rows_RD,) = self.exchange.post((rows_RD,), splits.reversed()).wait()
         slots_as_tokens = permutation._replace(rows_TK=permutation.rows_TK.view(-1, 1))
         return (unpermute_padded if self.on_device else unpermute)(rows_RD, slots_as_tokens).view(*physical_TK.shape, -1)

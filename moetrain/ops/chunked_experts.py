@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moetrain.ops.grouped_experts import Factors, forward_of, rows_backward, weights_backward
 from moetrain.ops.permute import Permutation
+from moetrain.ops.pinned import to_device
 
 
 class Part(NamedTuple):
@@ -87,5 +88,5 @@ def weights_of(parts: list[Part]) -> tuple[Tensor, Tensor]:
 
 def _labels(counts_e: list[int] | Tensor, rows: int, device: torch.device) -> Tensor:
     """The expert of every row."""
-    counts = counts_e if isinstance(counts_e, Tensor) else torch.tensor(counts_e, device=device, dtype=torch.int64)
+    counts = counts_e if isinstance(counts_e, Tensor) else to_device(torch.tensor(counts_e, dtype=torch.int64), device)
     return torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=rows)

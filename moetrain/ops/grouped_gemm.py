@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.ops.extension import define
+from moetrain.ops.pinned import to_device
 
 
 # Compute capabilities for which grouped_mm is one kernel, in bfloat16 alone (torch 2.11 to 2.13, GroupedBlas.cpp).
@@ -54,7 +55,7 @@ def takes_counts_on_device(device: torch.device, dtype: torch.dtype, *widths: in
 def make_groups(counts_e: list[int] | Tensor, device: torch.device) -> Groups:
     if isinstance(counts_e, Tensor):
         return Groups(None, counts_e.cumsum(0, dtype=torch.int32))
-    return Groups(counts_e, torch.tensor(counts_e, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device))
+    return Groups(counts_e, to_device(torch.tensor(counts_e, dtype=torch.int32).cumsum(0, dtype=torch.int32), device))
 
 
 def grouped_product(x_RI: Tensor, matrix_eIO: Tensor, groups: Groups) -> Tensor:

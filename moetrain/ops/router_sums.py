@@ -37,7 +37,7 @@ def router_sums(probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor, valid_T: Te
     """Sums over the valid tokens; ids are those decided, -1 in unused slots. offsets: int64 [S + 1], first token of every
     sequence and the end, where sums for each are wanted."""
     counts_E = count_choices(ids_TK, probs_TE.shape[1])
-    tokens = counts_E.new_tensor(probs_TE.shape[0]) if valid_T is None else valid_T.sum()
+    tokens = counts_E.new_full((), len(probs_TE)) if valid_T is None else valid_T.sum()
     if valid_T is not None:
         # Before anything is computed, and by `where`: a padding token may hold anything, and 0 times NaN is NaN.
         probs_TE = probs_TE.where(valid_T[:, None], 0)
@@ -55,5 +55,5 @@ def router_sums(probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor, valid_T: Te
 def _counts_by_sequence(ids_TK: Tensor, offsets: Tensor, experts: int) -> Tensor:
     sequences = len(offsets) - 1
     of_token_T = torch.arange(sequences, device=ids_TK.device).repeat_interleave(offsets.diff(), output_size=len(ids_TK))
-    cells_TK = (of_token_T[:, None] * experts + ids_TK).where(ids_TK >= 0, sequences * experts)      # unused: behind the end
-    return torch.bincount(cells_TK.flatten(), minlength=sequences * experts + 1)[:-1].view(sequences, experts)
+    cells_TK = (of_token_T[:, None] * experts + ids_TK).where(ids_TK >= 0, -1)
+    return count_choices(cells_TK, sequences * experts).view(sequences, experts)

@@ -43,6 +43,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank, Taken
+from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.parallel.lanes import Lanes, Leaving
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
@@ -65,10 +66,10 @@ class CopyManager:
             below = self.layers[name] = bank.copies = LayerCopies(bank, group, dtype, rematerialize, recompute, below, form,
                                                                   topology)
 
-    def adopt(self, placement: ExpertPlacement) -> None:
+    def adopt(self, placement: ExpertPlacement, tables: DeviceTables) -> None:
         """A plan for the steps to come. Between steps only: copies of the old one are gone."""
         for name, layer in placement.layers:
-            self.layers[name].adopt(layer)
+            self.layers[name].adopt(layer, tables)
 
     def begin(self, backwards: int) -> None:
         """A step with so many micro-batches begins."""
@@ -112,9 +113,9 @@ class LayerCopies:
         self._leaving: Leaving | None = None
         self._anchor = torch.zeros(0, requires_grad=True)      # so that backward comes by even if no row needs gradients
 
-    def adopt(self, placement: LayerPlacement) -> None:
+    def adopt(self, placement: LayerPlacement, tables: DeviceTables) -> None:
         self.release()
-        self.placement, self.lanes = placement, self._lanes(placement)
+        self.placement, self.lanes = placement, self._lanes(placement, tables)
 
     def begin(self, backwards: int) -> None:
         self.backwards, self.calibrated, self.added = backwards, False, 0
@@ -123,7 +124,7 @@ class LayerCopies:
     def post(self) -> None:
         """Start bringing the copies, unless they are here or on their way."""
         if self.lanes is not None and not self._waves and self._rows_cW is None:
-            self._waves = [self._gather(self.placement)]
+            self._waves = [self._gather(self.placement, self.lanes)]
 
     @torch.no_grad()
     def extend(self, placement: LayerPlacement) -> None:
@@ -132,8 +133,10 @@ class LayerCopies:
         here, self._rows_cW = self._rows_cW, None
         landed = [] if here is None else [Wave(self.placement.gathered_at(self.group.position), lambda: here)]
         added = placement.beyond(self.placement)
-        self._waves = [*landed, *self._waves, self._gather(added)]
-        self.placement, self.lanes, self.added = placement, self._lanes(placement), len(added.copies)
+        with DeviceTables(self.bank.gate_up.device) as tables:
+            lanes, lanes_of_all = self._lanes(added, tables), self._lanes(placement, tables)
+        self._waves = [*landed, *self._waves, self._gather(added, lanes)]
+        self.placement, self.lanes, self.added = placement, lanes_of_all, len(added.copies)
 
     def take(self, x_ND: Tensor) -> Taken:
         """Wait for the copies; the rows pass through."""
@@ -201,13 +204,13 @@ class LayerCopies:
         assert not self._waves and self._leaving is None, "a collective is still under way"
         self._rows_cW = self._gradients_cW = None
 
-    def _lanes(self, placement: LayerPlacement) -> Lanes | None:
+    def _lanes(self, placement: LayerPlacement, tables: DeviceTables) -> Lanes | None:
         if not placement.copies and not placement.sliced:
             return None
-        return Lanes(placement, self.bank, self.group, self.form, self.topology)
+        return Lanes(placement, self.bank, self.group, self.form, self.topology, tables)
 
-    def _gather(self, placement: LayerPlacement) -> "Wave":
-        return Wave(placement.gathered_at(self.group.position), self._lanes(placement).post_gather(self.dtype).wait)
+    def _gather(self, placement: LayerPlacement, lanes: Lanes) -> "Wave":
+        return Wave(placement.gathered_at(self.group.position), lanes.post_gather(self.dtype).wait)
 
     def _land(self) -> Tensor:
         """Rows of the copies in the order of their slots. Waits."""
@@ -216,7 +219,9 @@ class LayerCopies:
         if len(waves) == 1:
             return rows_cW[0]
         landed = [expert for wave in waves for expert in wave.experts]
-        return torch.cat(rows_cW)[[landed.index(expert) for expert in self.placement.gathered_at(self.group.position)]]
+        wanted = self.placement.gathered_at(self.group.position)
+        order_c = torch.tensor([landed.index(expert) for expert in wanted], dtype=torch.int64)
+        return torch.cat(rows_cW)[to_device(order_c, self.bank.gate_up.device)]
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Place":
         if self._rows_cW is None or not tensor.numel() or _storage(tensor) != _storage(self._rows_cW):

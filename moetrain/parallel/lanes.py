@@ -14,6 +14,7 @@ from moetrain.comm.sparse.base import Collective, Handle
 from moetrain.comm.sparse.forms import collective
 from moetrain.comm.sparse.sliced import Sliced
 from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
+from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import LayerPlacement
 
@@ -47,13 +48,14 @@ class Leaving:
 class Lanes:
     """form, topology: of the collectives from whole homes (comm/sparse/forms.py)."""
 
-    def __init__(self, placement: LayerPlacement, bank: ExpertBank, group: Group, form: str, topology: Topology) -> None:
-        self.bank, self.group, device = bank, group, bank.gate_up.device
+    def __init__(self, placement: LayerPlacement, bank: ExpertBank, group: Group, form: str, topology: Topology,
+                 tables: DeviceTables) -> None:
+        self.bank, self.group = bank, group
         self.parts: list[tuple[Collective, tuple[str, str]]] = []        # names: of the parameters that copies come from
         if placement.whole_copies:
-            self.parts.append((collective(form, placement, topology, group.position, device), MATRICES))
+            self.parts.append((collective(form, placement, topology, group.position, tables), MATRICES))
         if placement.sliced:
-            self.parts.append((Sliced(placement, bank.shapes, group.position, device), PIECES))
+            self.parts.append((Sliced(placement, bank.shapes, group.position, tables), PIECES))
         self.copies = sum(lanes.copies for lanes, _ in self.parts)
 
     def post_gather(self, dtype: torch.dtype) -> Arriving:

@@ -21,11 +21,12 @@ from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import all_or_none, largest_over, sum_over
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
-from moetrain.data.batch import Batch, Dataset
+from moetrain.data.batch import Dataset, padding
 from moetrain.data.loader import build_dataset
 from moetrain.errors import CheckpointError
 from moetrain.model.build import build_model
 from moetrain.model.transformer import Transformer
+from moetrain.ops.pinned import to_device
 from moetrain.train.checkpoint.manifest import newest
 from moetrain.train.checkpoint.reader import load_newest_model
 from moetrain.train.objective import cross_entropy_sum
@@ -57,38 +58,36 @@ def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
     for kind in ("loss", "nats_per_byte"):
         values = [value for name, value in results.items() if name.startswith(f"{kind}/")]
         results[f"{kind}/mean"] = sum(values) / max(1, len(values))
-    return Evaluation(results, torch.stack(choices).cpu())
+    return Evaluation(results, torch.stack(choices))
 
 
 def _domain(model: Transformer, dataset: Dataset, domain: int, mesh: Mesh, config: Config,
             stop: Callable[[], bool]) -> Tensor | None:
-    """[nats, tokens, bytes, choices of all experts] over all ranks, float64; None where one says stop."""
+    """[nats, tokens, bytes, choices of all experts] over all ranks, float64 on the host; None where one says stop.
+
+    The host waits for the device once, at the end, besides its looks at the other ranks.
+    """
     group = mesh["batch"]
     every = dataset.heldout(domain, windows=config.eval.windows, batch=config.eval.batch)
     mine = all_or_none(group, lambda: list(islice(every, group.position, None, group.size)))
     rounds = int(largest_over(group, len(mine)))
     model.eval()
-    sums = torch.zeros(3 + sum(model.routers.values()), dtype=torch.float64, device=mesh.device)
+    text_bytes, nothing = 0.0, padding(1, config.train.seq_len, mask_documents=config.data.mask_documents)
+    sums = torch.zeros(2 + sum(model.routers.values()), dtype=torch.float64, device=mesh.device)
     for number in range(rounds):
         if largest_over(group, stop()):                  # a look at each other costs nothing beside a forward pass
             model.train()
             return None
-        batch = mine[number] if number < len(mine) else _padding(config)
+        batch = mine[number] if number < len(mine) else nothing
+        text_bytes += dataset.bytes_of_targets(batch)        # while it is on the host
         batch = batch.to(mesh.device)
         output = model(batch.tokens_BS, step_context(config.run.seed, 0, batch, training=False), batch.documents_BS)
         nats = cross_entropy_sum(output.logits_BSV, batch.targets_BS).double()
-        text_bytes = sums.new_tensor(dataset.bytes_of_targets(batch))
-        head = torch.stack([nats, batch.valid_BS.sum().double(), text_bytes])
+        head = torch.stack([nats, batch.valid_BS.sum().double()])
         sums += torch.cat([head, *(stats.counts_E.double() for stats in output.stats.values())])
     model.train()
-    return sum_over(group, sums)
-
-
-def _padding(config: Config) -> Batch:
-    """One sequence without a token."""
-    empty = torch.zeros(1, config.train.seq_len, dtype=torch.int64)
-    documents = empty if config.data.mask_documents else None
-    return Batch(empty, empty - 1, empty.bool(), empty[:, 0], empty[:, 0], documents)
+    told = to_device(torch.tensor([text_bytes], dtype=torch.float64), mesh.device)
+    return sum_over(group, torch.cat([sums[:2], told, sums[2:]])).cpu()
 
 
 def load_trained(config: Config) -> tuple[Transformer, Dataset, Mesh, int]:

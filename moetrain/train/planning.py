@@ -27,7 +27,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.errors import PeerError
 from moetrain.model.transformer import Transformer
 from moetrain.moe.layer import MoELayer
-from moetrain.ops.pinned import to_device
+from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.parallel.fssdp import CopyManager
 from moetrain.parallel.pieces import Piece
 from moetrain.parallel.reshard import reshard
@@ -68,10 +68,11 @@ class Planning:
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self.positions = torch.zeros(1, dtype=torch.int64)       # that the homes are spread over; 0 before there is a plan
         self._check: tuple[list[Tensor], dist.Work] | None = None
-        for moe in self._layers():
-            homes = placement[moe.name]
-            self._dispatch_by(moe, LayerPlan(homes, (0,) * homes.num_experts))
-        copies.adopt(placement)
+        with DeviceTables(mesh.device) as tables:
+            for moe in self._layers():
+                homes = placement[moe.name]
+                self._dispatch_by(moe, LayerPlan(homes, (0,) * homes.num_experts), tables)
+            copies.adopt(placement, tables)
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router, on the host: plan the next."""
@@ -156,19 +157,20 @@ class Planning:
         self.positions.fill_(self.mesh["ep"].size)
         topology, costs, room = self.surroundings
         loads, homes, layers = self.outlook.loads(), self.placement.homes, []
-        for moe in self._layers():
-            plan = self.planner.plan(loads[moe.name], homes[moe.name], topology, costs, room)
-            plan = replace(plan, placement=plan.placement.with_sliced(homes[moe.name].sliced))
-            self._dispatch_by(moe, plan)
-            layers.append((moe.name, plan.placement))
-        self.placement = ExpertPlacement(tuple(layers))
-        self.copies.adopt(self.placement)
+        with DeviceTables(self.mesh.device) as tables:
+            for moe in self._layers():
+                plan = self.planner.plan(loads[moe.name], homes[moe.name], topology, costs, room)
+                plan = replace(plan, placement=plan.placement.with_sliced(homes[moe.name].sliced))
+                self._dispatch_by(moe, plan, tables)
+                layers.append((moe.name, plan.placement))
+            self.placement = ExpertPlacement(tuple(layers))
+            self.copies.adopt(self.placement, tables)
         self._compare()
 
-    def _dispatch_by(self, moe: MoELayer, plan: LayerPlan) -> None:
+    def _dispatch_by(self, moe: MoELayer, plan: LayerPlan, tables: DeviceTables) -> None:
         topology, costs, _ = self.surroundings
         calibrate = self.calibration and partial(self._calibrate, moe, plan)
-        moe.dispatcher.adopt(plan.placement, rule_of(self.planner.rule, plan, topology, costs), calibrate)
+        moe.dispatcher.adopt(plan.placement, tables, rule_of(self.planner.rule, plan, topology, costs), calibrate)
 
     def _calibrate(self, moe: MoELayer, plan: LayerPlan, n_PE: Tensor) -> None:
         """With the counts of a layer's first micro-batch in a step; they stand for those of the others. The same at all
@@ -180,7 +182,8 @@ class Planning:
         more = self.calibration(n_PE * copies.backwards, plan, self.planner, *self.surroundings)
         if more is not None:
             copies.extend(more.placement)
-            self._dispatch_by(moe, more)
+            with DeviceTables(self.mesh.device) as tables:
+                self._dispatch_by(moe, more, tables)
 
     def _compare(self) -> None:
         group = self.mesh["batch"]

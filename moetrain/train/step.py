@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import fail_together, gather_to_first, sum_over
-from moetrain.data.batch import Batch
+from moetrain.data.batch import Batch, padding
 from moetrain.errors import DataError, NonFiniteError
 from moetrain.parallel.expert import global_norm, scale_gradients
 from moetrain.train.device_memory import peak_memory
@@ -36,6 +37,7 @@ class Votes(NamedTuple):
     stop: int = 0                            # told to save and stop (train/preempt.py)
     save: int = 0                            # how far the save under way is (train/checkpoint/writer.py, Saver.poll)
     overdue: int = 0                         # the last save is too long ago (Saver.overdue)
+    unreadable: int = 0                      # data of this step (read_batches)
 
 
 class StepResult(NamedTuple):
@@ -52,12 +54,14 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     watch = run.watch
     watch.restart()
     copies = planning.agreed().num_copies if planning else 0
-    batches, tokens = read_batches(run, step)
+    batches, failure = read_batches(run, step)
+    tokens = count_tokens(batches, mesh)
     watch.lap("data")
 
     run.state.optimizer.zero_grad(set_to_none=True)
     run.parallel.begin(len(batches))
     weights = run.objective.weights
+    votes = votes._replace(unreadable=int(failure is not None))
     sums = SumBuffer(routers, mesh.device, votes, model.leaning, tuple(weights))
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
     for forward in forwards(run, step, batches, tokens):
@@ -73,6 +77,9 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     counts_L = sum_over(mesh["batch"], local.clone()) if forward.counts_L is None else forward.counts_L
     summed = sums.sum_over(mesh["batch"], watch.phases(), counts_L, tokens, norm)
     watch.settle()
+    agreed = Votes(*map(int, summed.votes))
+    if agreed.unreadable:
+        fail_together(mesh["batch"], failure)
     stop_if_not_finite(step, summed)
     clipped_norm = scale_gradients([*run.parallel.dense, *run.parallel.experts], summed.norm, config.train.clip)
     rate = learning_rate(step, config.run.steps, config.optim)
@@ -110,22 +117,26 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
         "memory/peak": peak_memory(mesh.device),
     }
     sources = gather_to_first(mesh["batch"], local) if config.log.sources else None
-    return StepResult(metrics, counts, sources, Votes(*map(int, summed.votes)))
+    return StepResult(metrics, counts, sources, agreed)
 
 
-def read_batches(run: Run, step: int) -> tuple[list[Batch], Tensor]:
-    """This rank's micro-batches, and the valid tokens of the global batch. Data that one rank cannot read ends all. Collective."""
-    mesh, batches, failure = run.mesh, [], None
+def read_batches(run: Run, step: int) -> tuple[list[Batch], DataError | None]:
+    """This rank's micro-batches. Where it cannot read them the error, and as many of padding alone.
+
+    The others learn of it from the sums of the step, which all ranks run to its end and none applies: to agree before it
+    begins, the host would have to wait for the device in every step.
+    """
     try:
-        batches = [batch.to(mesh.device) for batch in run.loader.step(step)]
+        return [batch.to(run.mesh.device) for batch in run.loader.step(step)], None
     except DataError as error:
-        failure = error
-    none = torch.zeros((), dtype=torch.int64, device=mesh.device)
-    valid = torch.stack([none, *(batch.valid_BS.sum() for batch in batches)]).sum()
-    tokens, failures = sum_over(mesh["batch"], torch.stack([valid, none + (failure is not None)]))
-    if failures:
-        fail_together(mesh["batch"], failure)
-    return batches, tokens
+        train, sequences = run.config.train, run.config.train.per_forward(run.mesh["batch"].size)
+        nothing = padding(sequences, train.seq_len, mask_documents=run.config.data.mask_documents).to(run.mesh.device)
+        return [nothing] * run.loader.micro_batches, error
+
+
+def count_tokens(batches: list[Batch], mesh: Mesh) -> Tensor:
+    """Valid tokens of the global batch, int64 scalar on the device. Collective."""
+    return sum_over(mesh["batch"], torch.stack([batch.valid_BS.sum() for batch in batches]).sum())
 
 
 def stop_if_not_finite(step: int, sums: StepSums) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.areas import Areas
+from moetrain.comm.exchange.base import Splits, read_splits
 from moetrain.comm.exchange.peer import AREAS, KINDS, PeerExchange, Peers
 from moetrain.errors import PeerError
 
@@ -57,6 +58,11 @@ class Board:
         return torch.stack([sent[self.position] for sent in self.machine.exchange(self.position, sent_P.cpu())])
 
 
+def splits_of(exchange: PeerExchange, sent: list[list[int]], received: list[list[int]]) -> list[Splits]:
+    sent_CP = torch.tensor(sent)
+    return read_splits(exchange, sent_CP, torch.tensor(received), sent_CP[:, :0])[0]
+
+
 def on_threads(size: int, function, *arguments, limit_s: float = 120.0, push: bool = False, device: str = "cpu") -> list:
     """function(exchange, *arguments) on every virtual rank; results by rank."""
     machine = Machine(size, device)
@@ -64,7 +70,7 @@ def on_threads(size: int, function, *arguments, limit_s: float = 120.0, push: bo
     def run(position: int):
         with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
             peers = Peers(machine.areas(position), limit_s, push=push)
-            return function(PeerExchange(Board(machine, position), peers, "layers.3.moe", machine.device), *arguments)
+            return function(PeerExchange(Board(machine, position), peers, "layers.3.moe"), *arguments)
 
     with ThreadPoolExecutor(size) as pool:
         return [future.result() for future in [pool.submit(run, position) for position in range(size)]]
@@ -86,11 +92,11 @@ def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
     me, draw, size = exchange.position, random.Random(f"{seed}/{exchange.position}"), exchange.positions
     plans = [traffic(size, seed + number) for number in range(count)]
     turned = [[list(row) for row in zip(*plan)] for plan in plans]
-    splits = exchange.splits([plan[me] for plan in plans], [plan[me] for plan in turned])
+    splits = splits_of(exchange, [plan[me] for plan in plans], [plan[me] for plan in turned])
 
     def send(number: int):
         message = stamped(me, number, plans[number][me], number % 3), torch.ones(sum(plans[number][me]))
-        return exchange.post(tuple(part.to(exchange.device) for part in message), splits[number])
+        return exchange.post(tuple(part.to(exchange.peers.areas.device) for part in message), splits[number])
 
     on_way, returning = send(0), None
     for number in range(count):
@@ -129,7 +135,7 @@ def test_rows_of_many_exchanges_keep_apart_on_a_simulated_device(size, seed, pus
 
 def dawdle(exchange: PeerExchange, silent: str) -> str:
     """Rank 12 takes part in the first two exchanges, and then does not send or does not take."""
-    splits, handles = exchange.splits([[1] * 3] * 8, [[1] * 3] * 8), []
+    splits, handles = splits_of(exchange, [[1] * 3] * 8, [[1] * 3] * 8), []
     message = torch.ones(3, 4)
     try:
         for number in range(8):
@@ -155,7 +161,7 @@ def test_a_rank_that_does_not_send_is_named(push):
 
 def hold(exchange: PeerExchange) -> str:
     """Rank 1 sends and never takes; rank 0 takes all and goes on sending."""
-    (splits,) = exchange.splits([[1, 1]], [[1, 1]])
+    (splits,) = splits_of(exchange, [[1, 1]], [[1, 1]])
     peers, message = exchange.peers, torch.ones(2, 4)
     try:
         for number in range(5):
@@ -176,7 +182,7 @@ def test_a_rank_that_does_not_take_is_named(push):
 
 
 def three_at_once(exchange: PeerExchange) -> None:
-    splits = exchange.splits([[1]] * 3, [[1]] * 3)
+    splits = splits_of(exchange, [[1]] * 3, [[1]] * 3)
     for number in range(3):
         exchange.post((torch.ones(1, 2),), splits[number])
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.sparse.sliced import Sliced
+from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import LayerPlacement, piece_rows
 from moetrain.plan.transfers import gather_bytes, reduce_bytes
@@ -43,7 +44,7 @@ def flat(row_W: Tensor, at: int) -> Tensor:
 def gathered(seed: int, dtype: torch.dtype) -> Tensor:
     layer, at = placement(seed), dist.get_rank()
     tensors = [torch.stack(parts) for parts in zip(*(piece(numbers(expert, torch.float32), at) for expert in layer.sliced))]
-    return Sliced(layer, SHAPES, at, CPU).post_gather(tensors, group(), dtype).wait()
+    return Sliced(layer, SHAPES, at, DeviceTables(CPU)).post_gather(tensors, group(), dtype).wait()
 
 
 @pytest.mark.ranks
@@ -65,7 +66,7 @@ def gradient(expert: int, at: int, whole: bool) -> Tensor:
 def reduced(seed: int, whole: bool, late: tuple[int, ...] = (0,) * POSITIONS) -> Tensor:
     layer, at = placement(seed), dist.get_rank()
     rows = [gradient(expert, at, whole) for expert in layer.assembled_at(at)]
-    lanes = Sliced(layer, SHAPES, at, CPU)
+    lanes = Sliced(layer, SHAPES, at, DeviceTables(CPU))
     time.sleep(late[at] / 100)
     received = lanes.post_reduce(torch.stack(rows) if rows else torch.empty(0, WIDTH), group()).wait()
     return lanes.sum_at_home(torch.zeros(len(layer.sliced), lanes.widths[at]), received)
@@ -95,7 +96,7 @@ def test_what_arrives_first_does_not_count(ranks, late):
 def both_products(seed: int) -> tuple[float, float]:
     """This position's part of <spAG(x), y> and of <x, spRS(y)>."""
     layer, at = placement(seed), dist.get_rank()
-    lanes = Sliced(layer, SHAPES, at, CPU)
+    lanes = Sliced(layer, SHAPES, at, DeviceTables(CPU))
     x = [numbers(expert, torch.float64) for expert in layer.sliced]
     copies = lanes.post_gather([torch.stack(parts) for parts in zip(*(piece(row, at) for row in x))], group()).wait()
     y = torch.randn(copies.shape, generator=torch.Generator().manual_seed(at), dtype=torch.float64)

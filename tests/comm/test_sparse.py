@@ -13,6 +13,7 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Collective
 from moetrain.comm.sparse.forms import FORMS, collective, sparse_all_gather
+from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import gather_bytes, reduce_bytes
@@ -46,7 +47,7 @@ def group() -> Group:
 
 
 def here(placement: LayerPlacement, form: str, nodes: str) -> Collective:
-    return collective(form, placement, NODES[nodes], dist.get_rank(), CPU)
+    return collective(form, placement, NODES[nodes], dist.get_rank(), DeviceTables(CPU))
 
 
 def stack(rows: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.exchange.areas import shared_files
+from moetrain.comm.exchange.base import read_splits
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.exchange.deepep import as_units, from_units
 from moetrain.comm.exchange.wires import WIRES, _package, wires
@@ -46,7 +47,8 @@ def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
     rank = dist.get_rank()
     exchange = FlatExchange(mesh()["ep"]) if name == "flat" else wire_of(name)("layers.0.moe")
     turned = [list(row) for row in zip(*traffic)]
-    plain, other = exchange.splits([traffic[rank], turned[rank]], [turned[rank], traffic[rank]])
+    sent_CP, received_CP = torch.tensor([traffic[rank], turned[rank]]), torch.tensor([turned[rank], traffic[rank]])
+    (plain, other), _ = read_splits(exchange, sent_CP, received_CP, sent_CP[:, :0])
     found = []
     sent = [rows(sum(splits.sent), 10 * number + rank) for number, splits in enumerate((plain, other))]
     on_way = [exchange.post(tensors, splits) for tensors, splits in zip(sent, (plain, other))]

@@ -54,9 +54,9 @@ def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Tr
     planning = run.state.planning
     sliced = set()
 
-    def adopt(placement, original=planning.copies.adopt):
+    def adopt(placement, tables, original=planning.copies.adopt):
         sliced.update(layer.sliced for _, layer in placement.layers)
-        original(placement)
+        original(placement, tables)
 
     planning.copies.adopt = adopt
     planning.restored()                                  # copies from the first step on

@@ -1,63 +1,72 @@
-"""Training on the simulated CUDA device: the CPU's numbers on every mesh, and a budget of host waits.
+"""Training on the simulated CUDA device: the CPU's numbers on every mesh, and a golden table of host waits.
 
-The devices compute with the CPU's kernels, so float32 differs by the order of sums alone. Waits are counted in the third step
-in bfloat16, in which counts of rows stay on the device. BUDGET is exact: a wait that is added fails the test, and so does one
-that is gone, until it is taken out here.
+The devices compute with the CPU's kernels, so float32 differs by the order of sums alone. Waits are counted in bfloat16, in which
+counts of rows stay on the device. The table is exact: a wait that is added fails the test, and so does one that is gone.
 """
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 
-from moetrain.train.step import train_step
-from tests.integration.training import Trained, alone, assert_trains_alike, make_run, train_steps, union
+from tests.integration.training import Trained, alone, assert_trains_alike, make_run, train_run, union
 from tests.ranks import Ranks
-from tests.support import simulated_device
-
-pytestmark = pytest.mark.ranks
+from tests.support import host_waits
+from tests.support.host_waits import BESIDE, CASES, MESHES, MODES, Entry
 
 STEPS = 2
-LAYERS = 2                                   # of the tiny model, each with experts
-MESHES: dict[str, tuple[int, list[str]]] = {
-    "single": (1, ["parallel=single"]),
-    "ddp": (2, ["parallel=ddp"]),
-    "ep": (2, ["parallel=ep"]),
-    "fsdp": (2, ["parallel=fsdp"]),
-    "ep_fsdp": (2, ["parallel=ep_fsdp"]),
-    "fssdp": (2, ["parallel=fssdp", "planner=shadow"]),
-}
-SUMS, VALID = "train/metrics.py:sum_over: copy to the host", "train/step.py:read_batches: read"
-SPLITS = {"moe/dispatch.py:_courses: copy to the host": LAYERS}
-BUDGET: dict[str, dict[str, int]] = {
-    "single": {SUMS: 1, VALID: 1},
-    "ddp": {SUMS: 1, VALID: 1},
-    "ep": {SUMS: 1, VALID: 1, **SPLITS},
-    "fsdp": {SUMS: 1, VALID: 1},
-    "ep_fsdp": {SUMS: 1, VALID: 1, **SPLITS},
-    "fssdp": {SUMS: 1, VALID: 1, **SPLITS, "train/planning.py:agreed: copy to the host": 1},
-}
 
 
-def on_device(overrides: list[str]) -> tuple[Trained, dict[str, int], bool]:
-    """A few steps in float32; where the host waits in the third step in bfloat16; whether the model lies on a device."""
-    overrides = [*overrides, "run.device=cuda"]
-    trained = train_steps([*overrides, "run.dtype=float32"], STEPS)
-    run = make_run([*overrides, "run.dtype=bfloat16"])
-    for step in (1, 2, 3):
-        simulated_device.RECORD.clear()
-        train_step(run, step)
-    waits: Counter[str] = Counter()
-    for wait, times in simulated_device.RECORD.items():
-        waits[f"{'backward of ' * wait.backward}{wait.place}: {wait.kind}"] += times
-    return trained, dict(waits), all(parameter.device.type == "cuda" for parameter in run.state.model.parameters())
+@cache
+def on_the_cpu() -> Trained:
+    return alone(["run.dtype=float32"], STEPS)
 
 
+def on_device(mesh: str) -> tuple[Trained, host_waits.Waits, bool]:
+    """A few steps in float32; the waits of a step in bfloat16; whether the model lies on a device."""
+    run = make_run([*MESHES[mesh].config, "run.device=cuda", "run.dtype=float32"])
+    there = all(parameter.device.type == "cuda" for parameter in run.state.model.parameters())
+    return train_run(run, STEPS), host_waits.waits_of(mesh), there
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_device_trains_as_the_cpu_does_and_the_host_waits_where_it_must(mesh: str, devices: Callable[[int], Ranks]) -> None:
-    size, overrides = MESHES[mesh]
-    results = devices(size).run(on_device, [*overrides, f"train.micro_batch={16 // size}"])
-    ours, theirs = union([trained for trained, _, _ in results]), alone(["run.dtype=float32"], STEPS)
+    results = devices(MESHES[mesh].ranks).run(on_device, mesh)
     assert all(there for _, _, there in results)
-    assert_trains_alike(ours, theirs)
-    assert results[0][1] == BUDGET[mesh]
+    assert_trains_alike(union([trained for trained, _, _ in results]), on_the_cpu())
+    assert not (changed := host_waits.difference(mesh, results[0][1], host_waits.read()[mesh])), changed
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", [BESIDE, *(pytest.param(mode, marks=pytest.mark.full) for mode in MODES)])
+def test_the_host_waits_where_the_table_says(name: str, devices: Callable[[int], Ranks]) -> None:
+    measured = devices(CASES[name].ranks).run(host_waits.waits_of, name)[0]
+    assert not (changed := host_waits.difference(name, measured, host_waits.read()[name])), changed
+
+
+SUMS = Entry("sums", "train/metrics.py:sum_over", "copy to the host")
+PLANS_AGREED = Entry("data", "train/planning.py:agreed", "copy to the host")
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.steps])
+def test_a_step_in_the_table_keeps_within_the_budget(name: str) -> None:
+    case, waits = CASES[name], host_waits.read()[name]
+    in_train = {entry: times for entry, times in waits.items() if entry.place.startswith("train/")}
+    assert in_train == {SUMS: 1, **({PLANS_AGREED: 1} if "parallel=fssdp" in case.overrides else {})}, "one read of one buffer"
+    assert not [entry for entry in waits if entry.part == "backward"], "nothing in backward"
+    assert not [entry for entry in waits if entry.kind in ("synchronize", "barrier")], "events, not synchronizing"
+    in_layers = Counter[str]()
+    for entry, times in waits.items():
+        if entry not in in_train:
+            in_layers[entry.place] += times
+    assert in_layers == case.in_layers, "one read a layer where rows travel; with one position nothing"
+
+
+def test_beside_steps_the_host_waits_once_for_a_domain_a_save_and_a_token() -> None:
+    domains, tokens = 4, 3
+    assert host_waits.read()[BESIDE] == {
+        Entry("evaluation", "train/evaluate.py:_domain", "copy to the host"): domains,
+        Entry("save", "train/checkpoint/snapshot.py:copies_on_host", "synchronize"): 1,
+        Entry("generation", "generate/sample.py:logits", "copy to the host"): tokens}

@@ -42,7 +42,7 @@ def test_no_mode_routes_a_second_time(mode):
 
 
 def ep_calls(mode: str, extra: list[str]) -> dict[str, int]:
-    """Exchanges of one step on this rank, by what travels."""
+    """Exchanges of one step on this rank, by what travels; and how often the host reads counts."""
     run = make_run([*ROUTED, "run.nproc=2", "parallel=ep", "train.micro_batch=4", *MODES[mode], *extra])
     found: dict[str, int] = {}
 
@@ -51,6 +51,7 @@ def ep_calls(mode: str, extra: list[str]) -> dict[str, int]:
             if "all_to_all_single" in str(func):
                 kind = "counts" if args[0].dtype == torch.int64 else "rows"
                 found[kind] = found.get(kind, 0) + 1
+            found["reads"] = found.get("reads", 0) + (func is torch.ops.moetrain.read_host.default)
             return func(*args, **(kwargs or {}))
 
     with Exchanges():
@@ -60,11 +61,11 @@ def ep_calls(mode: str, extra: list[str]) -> dict[str, int]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("mode, rows", [("none", 16), ("selective", 16), ("full", 20), ("count", 20), ("count-full", 24)])
-def test_counts_are_exchanged_once_and_rows_no_more_than_need_be(ranks, mode, rows):
+def test_counts_are_exchanged_and_read_once_and_rows_no_more_than_need_be(ranks, mode, rows):
     """2 micro-batches x 2 layers: counts 4; rows there and back, twice. `full` sends them there once more, a count pass
     there and back in the layers before the last."""
     for found in ranks(2).run(ep_calls, mode, []):
-        assert found == {"counts": 4, "rows": rows}
+        assert found == {"counts": 4, "reads": 4, "rows": rows}
 
 
 @pytest.mark.ranks
@@ -73,7 +74,7 @@ def test_rows_of_no_chunk_return_for_nothing(ranks, mode, rows):
     """Three chunks, and a shared expert that runs while the last one is on its way back."""
     extra = ["schedule=fixed", "schedule.chunks=3", "model.num_shared_experts=1"]
     for found in ranks(2).run(ep_calls, mode, extra):
-        assert found == {"counts": 4, "rows": rows}
+        assert found == {"counts": 4, "reads": 4, "rows": rows}
 
 
 @pytest.mark.parametrize("mode", list(MODES)[1:])

@@ -4,44 +4,75 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from moetrain.config.compose import compose
 from moetrain.data.prepare import prepare
 from moetrain.errors import DataError
+from moetrain.parallel.pieces import pieces
 from moetrain.train.evaluate import evaluate
 from moetrain.train.setup import join, set_up
 from moetrain.train.step import train_step
 from tests.integration.training import TINY
 
 
-def damage_one(folders: list[str], victim: int, split: str) -> int:
-    """Exit code of this rank when the shard that rank `victim` reads is cut short. Every rank has a copy of its own."""
-    rank = int(os.environ["RANK"])
+STEP = {
+    "ddp": ["parallel=ddp"],
+    "ep": ["parallel=ep", "train.micro_batch=4", "data.mask_documents=true"],
+}
+MORE_STEPS = {
+    "fsdp": ["parallel=fsdp", "capacity=prob"],
+    "fssdp": ["parallel=fssdp", "balance=sequence"],
+    "fssdp, calibrated": ["parallel=fssdp", "parallel.calibrate=true", "train.activation_checkpointing=full"],
+    "ep, count pass": ["parallel=ep", "train.micro_batch=2", "train.count_pass=true", "train.activation_checkpointing=selective"],
+    "ep, chunks, attached": ["parallel=ep", "schedule=fixed", "schedule.chunks=2", "train.loss_carrier=attached", "router=sigmoid"],
+    "ep, warm": ["parallel=ep", "train.micro_batch=4", "balance.mode=warm", "train.head_chunk=16"],
+}
+
+
+def damage_one(folders: list[str], victim: int, split: str, overrides: list[str]) -> tuple[int, bool]:
+    """Exit code of this rank when the shard that rank `victim` reads is cut short, and whether the model is then as before.
+
+    Every rank has a copy of the data of its own.
+    """
+    rank = int(os.environ.get("RANK", 0))
     config = compose([*(word for word in TINY if not word.startswith("data")), "data=tokens", f"data.path={folders[rank]}",
-                      "train.micro_batch=8", "parallel=ddp", "eval.windows=2", "eval.batch=1"])
+                      "train.micro_batch=8", *overrides, "eval.windows=2", "eval.batch=1"])
     run = set_up(config, Path("unused"), join(config))
     train_step(run, 1)
     evaluate(run.state.model, run.dataset, run.mesh, run.config)
     if rank == victim:
         os.truncate(Path(folders[rank]) / f"{split}-00000.tokens", 100)
+    before, code = [piece.rows.clone() for piece in pieces(run.state.model)], 0
     try:
         train_step(run, 2)
         evaluate(run.state.model, run.dataset, run.mesh, run.config)
     except DataError as error:
         assert error.id == "E-DATA-006" and rank == victim
-        return error.code
+        code = error.code
     except SystemExit as leaving:
         assert rank != victim
-        return leaving.code
-    return 0
+        code = leaving.code
+    return code, all(torch.equal(rows, piece.rows) for rows, piece in zip(before, pieces(run.state.model)))
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("split", ["train", "heldout"])
-def test_data_that_one_rank_cannot_read_ends_all_with_its_code(ranks, tmp_path: Path, split: str) -> None:
-    (tmp_path / "text").mkdir()
+@pytest.mark.parametrize("split, step", [("heldout", "ddp"), *(("train", step) for step in STEP),
+                                         *(pytest.param("train", step, marks=pytest.mark.full) for step in MORE_STEPS)])
+def test_data_that_one_rank_cannot_read_ends_all_with_its_code(ranks, tmp_path: Path, split: str, step: str) -> None:
+    """The step runs to its end on every rank, and none applies it."""
+    found = ranks(2).run(damage_one, prepared_for(2, tmp_path), 1, split, {**STEP, **MORE_STEPS}[step])
+    assert found == [(12, split == "train")] * 2
+
+
+def test_data_that_a_run_without_ranks_cannot_read_ends_it(tmp_path: Path) -> None:
+    assert damage_one(prepared_for(1, tmp_path), 0, "train", ["train.micro_batch=16"]) == (12, True)
+
+
+def prepared_for(ranks: int, folder: Path) -> list[str]:
+    """Token shards, a copy for each rank."""
+    (folder / "text").mkdir()
     for number in range(4):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} words and more " * 100)
-    folders = [str(prepare(path=str(tmp_path / "text"), out=tmp_path / f"data-{rank}", tokenizer="bytes", domain_cap=None))
-               for rank in range(2)]
-    assert ranks(2).run(damage_one, folders, 1, split) == [12, 12]
+        (folder / "text" / f"{number}.txt").write_text(f"{number} words and more " * 100)
+    return [str(prepare(path=str(folder / "text"), out=folder / f"data-{rank}", tokenizer="bytes", domain_cap=None))
+            for rank in range(ranks)]

@@ -3,12 +3,20 @@
 `post` starts an exchange and returns a handle; `handle.wait()` gives the received rows. Both are differentiable: the
 backward of an exchange is the exchange with the splits turned round, and it is issued by every rank, also by one that
 sends and receives nothing.
+
+Shapes: P positions, C exchanges that are prepared together.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from moetrain.ops.host_read import read_host
+
+
+Counts = Sequence[Sequence[int]]         # a line for each exchange
 
 
 class Way(Protocol):
@@ -42,8 +50,15 @@ class Exchange(Protocol):
         """Swap blocks of integers [positions, n]: row s of the result came from position s. Waits."""
         ...
 
-    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
-        """Of several exchanges that are to come, from the rows to and from every position in each. May be collective; waits."""
+    def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
+        """What the host must know besides of exchanges to come, int64 [C, n] on the device. May be collective; does not wait.
+
+        sent_CP, received_CP: int64, rows to and from every position.
+        """
+        ...
+
+    def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
+        """Of these exchanges, once the host knows the numbers. Not collective."""
         ...
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
@@ -55,6 +70,26 @@ class Exchange(Protocol):
         ...
 
 
-def plain_splits(sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+def nothing_announced(sent_CP: Tensor) -> Tensor:
     """Where rows travel straight, there is nothing more to know."""
+    return sent_CP.new_empty(len(sent_CP), 0)
+
+
+def plain_splits(sent: Counts, received: Counts) -> list[Splits]:
     return [Splits(tuple(there), tuple(here)) for there, here in zip(sent, received, strict=True)]
+
+
+def read_splits(exchange: Exchange, sent_CP: Tensor, received_CP: Tensor,
+                besides_Cn: Tensor) -> tuple[list[Splits], list[list[int]]]:
+    """Splits of exchanges to come, and other numbers of the device that the host wants: here, once, it waits for them.
+
+    Args:
+        exchange: the wire that is to carry them.
+        sent_CP: int64, rows to every position, a line for each exchange.
+        received_CP: the same from every position.
+        besides_Cn: int64, as many lines.
+    """
+    parts = [sent_CP, received_CP, exchange.announce(sent_CP, received_CP), besides_Cn]
+    numbers = read_host(torch.cat(parts, dim=1)).split([part.shape[1] for part in parts], dim=1)
+    *known, besides = (part.tolist() for part in numbers)
+    return exchange.splits(*known), besides

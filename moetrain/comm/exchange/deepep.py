@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Exchange, Handle, Splits
+from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.comm.exchange.flight import travel
+from moetrain.ops.pinned import to_device
 
 UNIT = 16                        # bytes that its copies move at once
 NVL_BYTES = RDMA_BYTES = 1 << 30
@@ -38,8 +39,11 @@ class DeepEPExchange:
     def counts(self, sent_P: Tensor) -> Tensor:
         return self.plain.counts(sent_P)
 
-    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
-        return self.plain.splits(sent, received)
+    def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
+        return self.plain.announce(sent_CP, received_CP)
+
+    def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
+        return self.plain.splits(sent, received, announced)
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
         return travel(self, tensors, splits, read)
@@ -47,7 +51,8 @@ class DeepEPExchange:
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
         rows = as_units(message)
         positions = torch.arange(self.positions, device=message.device)
-        to_N1 = positions.repeat_interleave(torch.tensor(splits.sent, device=message.device))[:, None]
+        sent_P = to_device(torch.tensor(splits.sent), message.device)
+        to_N1 = positions.repeat_interleave(sent_P, output_size=len(message))[:, None]
         per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(to_N1, self.positions)
         received, _, _, _, _, event = self.buffer.dispatch(
             rows, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_rdma_rank, is_token_in_rank=in_rank,

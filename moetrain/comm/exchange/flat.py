@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Handle, Splits, plain_splits
+from moetrain.comm.exchange.base import Counts, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.exchange.flight import Landed, travel
 from moetrain.comm.mesh import Group
 from moetrain.ops.extension import define
@@ -25,7 +25,10 @@ class FlatExchange:
         even = [len(sent_P) // self.positions] * self.positions
         return wait(post(sent_P, even, even, self.group.process_group))
 
-    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
+    def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
+        return nothing_announced(sent_CP)
+
+    def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
         return plain_splits(sent, received)
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:

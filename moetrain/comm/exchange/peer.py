@@ -6,7 +6,7 @@ An exchange is an *epoch* of its channel, one channel there and one back. Areas 
               parity; put `ready`. One destination after the other, or all at once (`parallel.exchange=peer_push`)
     receive   wait for `ready` of every source; copy the rows out; put `free`
 
-Where a source's rows begin in the area is known before (`splits`): every position tells the others where their rows go, how many
+Where a source's rows begin in the area is known before (`announce`): every position tells the others where their rows go, how many
 there are in all, and the same of the way back. From the largest of these totals, which all positions then know, all of them make
 areas larger at the same moment.
 
@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.areas import Areas
-from moetrain.comm.exchange.base import Exchange, Handle, Splits
+from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.comm.exchange.flight import travel
 from moetrain.errors import PeerError
 from moetrain.ops.extension import define
 from moetrain.ops.peer_memory import Late, copy_rows, push_rows
-from moetrain.ops.pinned import to_device
 
 CHANNELS = ("dispatch", "combine")
 READY, FREE = 0, 1
@@ -117,8 +116,8 @@ class Peers:
 class PeerExchange:
     """The wire of a layer. plain: for counts, which are few. name: of the router."""
 
-    def __init__(self, plain: Exchange, peers: Peers, name: str, device: torch.device) -> None:
-        self.plain, self.peers, self.name, self.device = plain, peers, name, device
+    def __init__(self, plain: Exchange, peers: Peers, name: str) -> None:
+        self.plain, self.peers, self.name = plain, peers, name
         self.key = f"{name} {next(_NUMBERS)}"
         self.positions, self.position = plain.positions, plain.position
         self.on_way: dict[int, tuple[int, int]] = {}         # (channel, epoch) by the memory that rows will come to
@@ -127,17 +126,20 @@ class PeerExchange:
     def counts(self, sent_P: Tensor) -> Tensor:
         return self.plain.counts(sent_P)
 
-    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
-        """Every position tells where rows are to begin. Waits."""
-        told = [[[begin, back, sum(theirs), sum(ours)] for begin, back in zip(accumulate(theirs, initial=0), accumulate(ours, initial=0))][:-1]
-                for ours, theirs in zip(sent, received, strict=True)]
-        told_PCn = to_device(torch.tensor(told), self.device).transpose(0, 1)
-        heard_CPn = self.plain.counts(told_PCn.flatten(1).contiguous()).view_as(told_PCn).transpose(0, 1).tolist()
+    def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
+        """Every position tells the others where their rows are to begin here, and those that come back, and the totals."""
+        rows_2CP = torch.stack([received_CP, sent_CP])
+        begins_2CP, totals_2C1 = rows_2CP.cumsum(2) - rows_2CP, rows_2CP.sum(2, keepdim=True)
+        told_P4C = torch.cat([begins_2CP, totals_2C1.expand_as(rows_2CP)]).permute(2, 0, 1)
+        heard_P4C = self.plain.counts(told_P4C.flatten(1).contiguous()).view(told_P4C.shape)
+        return heard_P4C.permute(2, 1, 0).flatten(1)
+
+    def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
         found = []
-        for ours, theirs, heard in zip(sent, received, heard_CPn):
-            there, back, total, total_back = zip(*heard)
-            places = Places(there, back, max(total), max(total_back))
-            found.append(Splits(tuple(ours), tuple(theirs), places))
+        for ours, theirs, heard in zip(sent, received, announced, strict=True):
+            kinds = range(0, len(heard), self.positions)
+            there, back, total, total_back = (tuple(heard[begin:begin + self.positions]) for begin in kinds)
+            found.append(Splits(tuple(ours), tuple(theirs), Places(there, back, max(total), max(total_back))))
         return found
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:

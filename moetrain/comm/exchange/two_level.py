@@ -10,7 +10,7 @@ nobody else. What comes back takes the same way the other way round. (The 2D all
 So what overlaps with computation is the slow leg. Backward is the same by autograd: both legs are flat exchanges. A row for two
 ranks of another node is two rows on the rail.
 
-Shapes: N nodes, L ranks per node; position = n * L + l.
+Shapes: C exchanges that are prepared together, P positions, N nodes, L ranks per node; position = n * L + l.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Handle, Splits
+from moetrain.comm.exchange.base import Counts, Handle, Splits
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.ops.permute import reorder
@@ -65,13 +65,16 @@ class TwoLevelExchange:
     def counts(self, sent_P: Tensor) -> Tensor:
         return self.flat.counts(sent_P)                  # small, and every chunk's at once
 
-    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
-        """The ranks of a node tell each other what they will send along which rail. Waits."""
+    def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
+        """The ranks of a node tell each other what they will send along which rail."""
         nodes, places = self.rail.positions, self.node.positions
-        sent_CNL = torch.tensor(sent).view(-1, nodes, places)
-        told_LX = to_device(sent_CNL.permute(2, 0, 1).flatten(1).contiguous(), self.device)
-        passing_LCN = self.node.counts(told_LX).view(places, -1, nodes).cpu()
-        return [self._splits(*each) for each in zip(sent, received, sent_CNL, passing_LCN.transpose(0, 1), strict=True)]
+        told_LX = sent_CP.view(-1, nodes, places).permute(2, 0, 1).flatten(1).contiguous()
+        return self.node.counts(told_LX).view(places, -1, nodes).transpose(0, 1).flatten(1)
+
+    def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
+        nodes, places = self.rail.positions, self.node.positions
+        sent_CNL, passing_CLN = torch.tensor(sent).view(-1, nodes, places), torch.tensor(announced).view(-1, places, nodes)
+        return [self._splits(*each) for each in zip(sent, received, sent_CNL, passing_CLN, strict=True)]
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
         legs: Legs = splits.way

@@ -6,7 +6,7 @@ reused before both sides have come by twice, which every exchange with all posit
 
 Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks alike.
 
-Shapes: P positions.
+Shapes: P positions, C exchanges that are prepared together.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Exchange, Handle, Splits
+from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.comm.exchange.flight import travel
+from moetrain.ops.pinned import to_device
 
 
 class Lane:
@@ -47,7 +48,7 @@ class Lane:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             sending[:len(bits)].copy_(bits)
-            self.splits[number].copy_(torch.tensor(splits.sent), non_blocking=True)
+            self.splits[number].copy_(to_device(torch.tensor(splits.sent), self.device))
             torch.ops.symm_mem.all_to_all_vdev(sending, receiving, self.splits[number], self.arrived[number],
                                                self.process_group.group_name)
             out = receiving[:sum(splits.received)].clone().view(message.dtype).view(-1, *message.shape[1:])
@@ -70,10 +71,13 @@ class VdevExchange:
     def counts(self, sent_P: Tensor) -> Tensor:
         return self.plain.counts(sent_P)
 
-    def splits(self, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> list[Splits]:
-        own_C = torch.tensor([max(sum(there), sum(here)) for there, here in zip(sent, received)], device=self.lane.device)
-        most_C = self.plain.counts(own_C.expand(self.positions, -1).contiguous()).amax(0).tolist()
-        return [Splits(tuple(there), tuple(here), Most(most)) for there, here, most in zip(sent, received, most_C, strict=True)]
+    def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
+        own_C = sent_CP.sum(1).maximum(received_CP.sum(1))
+        return self.plain.counts(own_C.expand(self.positions, -1).contiguous()).amax(0)[:, None]
+
+    def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
+        return [Splits(tuple(there), tuple(here), Most(most))
+                for there, here, (most,) in zip(sent, received, announced, strict=True)]
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
         return travel(self, tensors, splits, read)

@@ -43,7 +43,7 @@ def _peer(mesh: Mesh, limit_s: float, *, push: bool = False) -> Make:
                           next=f"parallel.exchange=two_level, or parallel.ep={mesh['ep_node'].size}")
     share = symmetric_memory(group, mesh.device) if mesh.device.type == "cuda" else shared_files(group)
     peers = Peers(Areas(group.position, group.ranks, AREAS, KINDS, share, mesh.device), limit_s, push=push)
-    return lambda router: PeerExchange(FlatExchange(group), peers, router, mesh.device)
+    return lambda router: PeerExchange(FlatExchange(group), peers, router)
 
 
 def _deepep(mesh: Mesh, limit_s: float) -> Make:

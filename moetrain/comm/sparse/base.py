@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.ops.pinned import to_device
+from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.transfers import Leg
 
 
@@ -65,13 +65,13 @@ class Lane(NamedTuple):
     begins: tuple[int, ...]      # first of the rows sent to each position
 
 
-def lane(leg: Leg, position: int, positions: int, rows: Sequence[int], device: torch.device) -> Lane:
+def lane(leg: Leg, position: int, positions: int, rows: Sequence[int], tables: DeviceTables) -> Lane:
     """A position's lane. rows: experts that lie here to be sent, in their order."""
     row = {expert: index for index, expert in enumerate(rows)}
     leaving = sorted((to, expert) for expert, source, to in leg if source == position)
     sent, received = Counter(to for to, _ in leaving), Counter(source for _, source, to in leg if to == position)
     sent_P = tuple(sent[at] for at in range(positions))
-    return Lane(position, to_device(torch.tensor([row[expert] for _, expert in leaving], dtype=torch.int64), device),
+    return Lane(position, tables.put(torch.tensor([row[expert] for _, expert in leaving], dtype=torch.int64)),
                 sent_P, tuple(received[at] for at in range(positions)), tuple(accumulate(sent_P, initial=0))[:-1])
 
 

@@ -11,16 +11,17 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Collective
 from moetrain.comm.sparse.packed import Packed
 from moetrain.comm.sparse.two_level import TwoLevel
+from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import LayerPlacement
 
 FORMS = {"packed": Packed, "two_level": TwoLevel}
 
 
-def collective(form: str, placement: LayerPlacement, topology: Topology, position: int, device: torch.device) -> Collective:
+def collective(form: str, placement: LayerPlacement, topology: Topology, position: int, tables: DeviceTables) -> Collective:
     """What a position sends and receives under a placement."""
     assert placement.positions == topology.positions, (placement.positions, topology.positions)
-    return FORMS[form](placement, topology, position, device)
+    return FORMS[form](placement, topology, position, tables)
 
 
 def sparse_all_gather(homes_hW: Tensor, collective: Collective, group: Group) -> Tensor:

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Flight, add_ascending, lane, message
+from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import packed
 
 
 class Packed:
-    def __init__(self, placement: LayerPlacement, topology: Topology, position: int, device: torch.device) -> None:
+    def __init__(self, placement: LayerPlacement, topology: Topology, position: int, tables: DeviceTables) -> None:
         (leg,) = packed(placement, topology)
         self.copies = len(placement.copies_at(position))
-        self.lane = lane(leg, position, placement.positions, placement.experts_of(position), device)
+        self.lane = lane(leg, position, placement.positions, placement.experts_of(position), tables)
 
     def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Flight:
         return Flight(message(homes, self.lane.index_s, dtype), self.lane.sent, self.lane.received, group)

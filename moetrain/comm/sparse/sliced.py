@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Flight, message
-from moetrain.ops.pinned import to_device
+from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.placement import LayerPlacement, piece_columns
 
 
@@ -36,14 +36,14 @@ class Sliced:
     """shapes: (rows, columns) of an expert's matrices, which lie side by side in a row of W numbers."""
 
     def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, int]], position: int,
-                 device: torch.device) -> None:
+                 tables: DeviceTables) -> None:
         positions, index = placement.positions, {expert: row for row, expert in enumerate(placement.sliced)}
         self.position, self.columns = position, [piece_columns(shapes, at, positions) for at in range(positions)]
         self.widths = [sum(part.stop - part.start for part in parts) for parts in self.columns]
         self.width = sum(rows * columns for rows, columns in shapes)
         towards = [[index[expert] for expert in placement.assembled_at(to)] for to in range(positions)]
         self.copies, self.counts = len(towards[position]), [len(rows) for rows in towards]
-        self.index_s = to_device(torch.tensor(sum(towards, []), dtype=torch.int64), device)
+        self.index_s = tables.put(torch.tensor(sum(towards, []), dtype=torch.int64))
 
     def post_gather(self, pieces: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Landing:
         """Start bringing copies: rows [m, W]. pieces: tensors [n, …] that travel side by side."""

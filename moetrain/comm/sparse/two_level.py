@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Flight, Handle, add_ascending, arrivals, lane, message
-from moetrain.ops.pinned import to_device
+from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.costs import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import two_level
@@ -41,15 +41,15 @@ class Relay:
 class TwoLevel:
     """topology: how positions lie on nodes."""
 
-    def __init__(self, placement: LayerPlacement, topology: Topology, position: int, device: torch.device) -> None:
+    def __init__(self, placement: LayerPlacement, topology: Topology, position: int, tables: DeviceTables) -> None:
         across, inside = two_level(placement, topology)
         copies, positions = placement.copies_at(position), placement.positions
         direct, passed_on = arrivals(across, position), arrivals(inside, position)
         self.topology, self.position, self.copies, self.relayed = topology, position, len(copies), bool(inside)
-        self.across = lane(across, position, positions, placement.experts_of(position), device)
-        self.inside = lane(inside, position, positions, direct, device)
-        self.slots_a = to_device(torch.tensor([copies.index(expert) for expert in direct], dtype=torch.int64), device)
-        self.slots_r = to_device(torch.tensor([copies.index(expert) for expert in passed_on], dtype=torch.int64), device)
+        self.across = lane(across, position, positions, placement.experts_of(position), tables)
+        self.inside = lane(inside, position, positions, direct, tables)
+        self.slots_a = tables.put(torch.tensor([copies.index(expert) for expert in direct], dtype=torch.int64))
+        self.slots_r = tables.put(torch.tensor([copies.index(expert) for expert in passed_on], dtype=torch.int64))
 
     def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Handle:
         first = Flight(message(homes, self.across.index_s, dtype), self.across.sent, self.across.received, group)

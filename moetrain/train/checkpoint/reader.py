@@ -21,6 +21,7 @@ from moetrain.comm.mesh import Group, Mesh
 from moetrain.comm.reduce import all_or_none, fail_together, largest_over, on_first, sum_over
 from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
+from moetrain.ops.pinned import to_device
 from moetrain.parallel.pieces import Piece
 from moetrain.train.checkpoint.commit import set_aside
 from moetrain.train.checkpoint.layout import DTYPES, NAMES, Read, reads
@@ -106,7 +107,7 @@ class Loading:
                     content = bytearray().join(self._blocks(files, piece, entry, read))
                     rows = torch.frombuffer(content, dtype=DTYPES[entry.dtype])
                     target = piece.rows[read.target:read.target + read.rows] if entry.shape else piece.rows
-                    target.copy_(rows.view(target.shape))
+                    target.copy_(to_device(rows.view(target.shape), target.device))
 
     def unwanted(self, mesh: Mesh) -> list[str]:
         """Tensors of the checkpoint that no rank has a place for. Collective."""

@@ -4,10 +4,8 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch
-
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import all_or_none, sum_over
+from moetrain.comm.reduce import all_or_none, total_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
 from moetrain.files import read_bytes
@@ -38,7 +36,7 @@ def estimate(state: TrainState, mesh: Mesh) -> int:
     """Bytes of one checkpoint: all tensors, and about 200 bytes of header and manifest for each. Collective."""
     pieces = written_here(state.pieces(), mesh)
     mine = sum(piece.rows.numel() * piece.rows.element_size() + 200 for piece in pieces)
-    return int(sum_over(mesh["batch"], torch.tensor([mine], dtype=torch.float64, device=mesh.device)).item())
+    return int(total_over(mesh["batch"], mine))
 
 
 def _check(directory: Path, copies: int, size: int) -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import LOOK_S, all_or_none, sum_over
+from moetrain.comm.reduce import LOOK_S, all_or_none, total_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.train.checkpoint import disk
@@ -108,8 +108,7 @@ class Saver:
         outcome, began = None, time.perf_counter()
         while self.job is not None:
             self.job.wait(LOOK_S)
-            poll = torch.tensor([self.poll()], dtype=torch.float64, device=self.mesh.device)
-            outcome = self.settle(int(sum_over(self.mesh["batch"], poll).item()))
+            outcome = self.settle(int(total_over(self.mesh["batch"], self.poll())))
         if required and self.failed is not None:
             self._stop(self.failed, DiskError(
                 2, "the checkpoint could not be written", where=str(self.failed.final), why=self.failed.reason(),

@@ -27,14 +27,16 @@ class Record(Counter[Wait]):
 
 
 RECORD = Record()
+_COPIES = ("moetrain.ops.pinned", "moetrain.ops.host_read")
+_MODES = ("__torch_dispatch__", "_keep", "_give")
 
 
 def place() -> str:
-    """The innermost function of moetrain on the stack that is not a dispatch mode's."""
+    """The innermost function of moetrain on the stack that is not a dispatch mode's, nor one that only copies for others."""
     frame = sys._getframe(2)
     while frame is not None:
         module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if module.startswith("moetrain.") and name not in ("__torch_dispatch__", "_keep", "_give"):
+        if module.startswith("moetrain.") and module not in _COPIES and name not in _MODES:
             return f"{module.removeprefix('moetrain.').replace('.', '/')}.py:{name}"
         frame = frame.f_back
     return ""
