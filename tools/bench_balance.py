@@ -2,7 +2,8 @@
 
     .venv/bin/python tools/bench_balance.py                        writes docs/results/balance_cost.md
     .venv/bin/python tools/bench_balance.py --pairs 8 --out /tmp/page.md
-    .venv/bin/python tools/bench_balance.py --device cuda --pairs 20 --out build/gpu/balance_cost.md       at the shape of Qwen3-30B-A3B
+    .venv/bin/python tools/bench_balance.py --device cuda --pairs 20        at the shape of Qwen3-30B-A3B; docs/results/balance_cost_gpu.md
+    ... --out /tmp/page.md model.dim=64 model.num_experts=8               every case with these overrides of moetrain train
 
 One model trains by two kinds of steps in turn in one process, the order reversed every time. One is training as it is. In the
 other no sum of a router is computed (its record is made of zeros that were there before), no loss but the cross-entropy, no
@@ -47,6 +48,10 @@ CUDA_CASES = {                                           # parts of the model: a
     f"qwen3 30b a3b, {layers} layers{text}": [*QWEN3, f"model.num_layers={layers}", *words]
     for layers, text, words in ((2, "", []), (4, "", []), (4, ", 2 micro-batches", ["train.micro_batch=1"]))
 }
+
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+PAGES = {"cpu": "balance_cost.md", "cuda": "balance_cost_gpu.md"}
 
 
 class Cost(NamedTuple):
@@ -110,7 +115,7 @@ def finished() -> float:
     return time.perf_counter()
 
 
-def page(costs: dict[str, Cost], pairs: int, device: str) -> str:
+def page(costs: dict[str, Cost], pairs: int, device: str, overrides: list[str]) -> str:
     rows = "".join(f"| {name} | {cost.with_it:.1f} | {cost.difference:.2f} ± {cost.spread:.2f} | {cost.difference / cost.with_it:.1%} |\n"
                    for name, cost in costs.items())
     on = "Milliseconds of processor time of one thread (the machine had other work)" if device == "cpu" else f"Milliseconds on {torch.cuda.get_device_name()}"
@@ -121,6 +126,8 @@ been measured on a GPU.
 """ if device == "cpu" else """
 Widths, experts and choices of the model, fewer layers; 2 sequences of 4,096 tokens a step, synthetic.
 """
+    if overrides:
+        about = f"\nSizes are not those of the names, but changed by `{' '.join(overrides)}`.\n"
     return f"""# What statistics and balance loss cost
 
 Written by `tools/bench_balance.py`. Training as it is (`balance=global`, mode `exact`) and training without any sum of a router, without
@@ -137,15 +144,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60, help="pairs of steps of each case")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *CUDA_CASES], help="of the device; all of them without it")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results" / "balance_cost.md")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="the page (docs/results/balance_cost.md; with --device cuda balance_cost_gpu.md)")
+    parser.add_argument("overrides", nargs="*", help="of moetrain train, for every case; needs --out")
+    args = parser.parse_intermixed_args()
+    if args.overrides and not args.out:
+        parser.error("overrides change what the page of the repository says it measured: --out names another")
+    args.out = args.out or RESULTS / PAGES[args.device]
     torch.set_num_threads(1)
     cases = {name: [*SMALL, *words] for name, words in CASES.items()} if args.device == "cpu" else CUDA_CASES
     costs = {}
     for name in args.cases or cases:
-        costs[name] = measure(cases[name], args.pairs)
+        costs[name] = measure([*cases[name], *args.overrides], args.pairs)
         print(f"{name}: {costs[name]}", flush=True)
-    args.out.write_text(page(costs, args.pairs, args.device))
+    args.out.write_text(page(costs, args.pairs, args.device, args.overrides))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ over its time, as fractions of those.
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -125,11 +126,17 @@ def load_of(path: Path | None, router: int) -> Callable[[int], Tensor]:
 def context(device: str) -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     chip = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
-    driver = "" if device == "cpu" else subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "chip": chip, "driver": driver, "torch": torch.__version__,
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "chip": chip, "driver": driver(device), "torch": torch.__version__,
             "cuda": torch.version.cuda, "commit": commit, "kernels": extension.absent() or "in use",
             **({"meaningless": MEANINGLESS} if device == "cpu" else {})}
+
+
+def driver(device: str) -> str:
+    """Version of the NVIDIA driver; empty on a CPU, and where its tool is not installed."""
+    if device == "cpu" or not shutil.which("nvidia-smi"):
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def write(path: Path, record: dict) -> None:

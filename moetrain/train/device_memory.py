@@ -1,7 +1,7 @@
 """Memory of the device that a rank computes on: all of it, what is free, and the most that was in use.
 
-The only file that asks torch.cuda about memory. On the CPU it is the memory of the machine, or what a limit of the job leaves
-of it (moetrain/machine.py); in both cases ranks that share a memory have equal parts of it.
+The only file that asks torch.cuda about memory. On the CPU it is the memory of the machine, or what a limit
+of the job leaves of it (moetrain/machine.py); in both cases ranks that share a memory have equal parts of it.
 """
 
 import resource
@@ -18,11 +18,12 @@ def available_memory(mesh: Mesh, *, share_gpu: bool) -> Available:
     host = total_memory() // mesh["node"].size
     if mesh.device.type != "cuda":
         return Available(host)
-    return Available(host, torch.cuda.get_device_properties(mesh.device).total_memory // _ranks_of_a_gpu(mesh, share_gpu))
+    gpu = torch.cuda.get_device_properties(mesh.device).total_memory
+    return Available(host, gpu // _ranks_of_a_gpu(mesh, share_gpu))
 
 
 def free_memory(mesh: Mesh, *, share_gpu: bool) -> int:
-    """Bytes of the device that this rank may still take; what torch's allocator holds in reserve is among them."""
+    """Bytes of the device that this rank may still take, with what torch's allocator holds in reserve."""
     if mesh.device.type != "cuda":
         return min([machine_memory(), *job_memory()]) // mesh["node"].size
     free, _ = torch.cuda.mem_get_info(mesh.device)

@@ -46,7 +46,8 @@ def _install(devices: int) -> None:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Variables with which every Python program has devices once it imports torch, and no launcher has started it."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    """Variables with which a Python program has devices once it imports torch, and no launcher around it."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
     path = os.pathsep.join(map(str, (ROOT / "tests" / "support" / "on_device", ROOT)))
     return kept | {"PYTHONPATH": path, "SIMULATED_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}

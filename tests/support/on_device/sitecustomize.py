@@ -1,8 +1,8 @@
-"""Simulated CUDA devices in every Python process that has this folder on PYTHONPATH, from its import of torch on.
+"""Simulated CUDA devices in every Python process that finds this folder on PYTHONPATH and imports torch.
 
-    PYTHONPATH=tests/support/on_device:. SIMULATED_DEVICES=2 python -m moetrain train run.device=cuda run.nproc=2
+    PYTHONPATH=tests/support/on_device:. SIMULATED_DEVICES=2 python -m moetrain train run.device=cuda
 
-Python imports a module of this name when it starts. It imports no torch: a process without torch stays without.
+Python imports a module of this name when it starts. A process that imports no torch stays without.
 """
 
 import importlib.util
