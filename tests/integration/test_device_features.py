@@ -1,7 +1,7 @@
 """Every feature of training on one simulated CUDA device: the CPU's losses, norm, counts and parameters.
 
-Together in a few runs that cover them; with --all each feature alone as well. What meshes add is in
-test_simulated_device.py, what whole runs add (saves, evaluation, generation, records) in test_device_runs.py.
+A few runs cover them together. What meshes add is in test_simulated_device.py, what whole runs add (saves,
+evaluation, generation, records) in test_device_runs.py.
 """
 
 from collections.abc import Iterator
@@ -114,8 +114,7 @@ def test_the_runs_cover_all_features() -> None:
     assert {feature for features in COVERING for feature in features} == FEATURES.keys()
 
 
-@pytest.mark.parametrize("features", [*(pytest.param(features, id=features[0]) for features in COVERING), *(
-    pytest.param((feature,), id=f"{feature} alone", marks=pytest.mark.full) for feature in FEATURES)])
+@pytest.mark.parametrize("features", COVERING, ids=lambda features: features[0])
 def test_a_device_computes_what_the_cpu_does(features: tuple[str, ...], device: DeviceProcess, text: Path,
                                              tmp_path: Path) -> None:
     words = [word for feature in features for word in FEATURES[feature]]
