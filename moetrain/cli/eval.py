@@ -1,7 +1,8 @@
 """moetrain eval <run> [key=value ...]: held-out loss of a run's newest checkpoint, per domain.
 
-<run> is a name or a directory, as it is or as run.name= or run.dir=; its own config is the base. eval.windows sets how much text; eval.ngram=3 adds n-gram models up to order 3, trained
-on the same text and measured on the same windows.
+<run> is a name or a directory, as it is or as run.name= or run.dir=; its own config is the base.
+eval.windows sets how much text; eval.ngram=3 adds n-gram models up to order 3, trained on the same text and measured on the same
+windows.
 """
 
 import math
@@ -10,8 +11,7 @@ from typing import Any
 from moetrain import launch
 from moetrain.config.compose import for_run, run_dir
 from moetrain.config.schema import Config
-from moetrain.files import shown
-from moetrain.files import nearby
+from moetrain.files import nearby, shown
 from moetrain.nodes.foreign import check_ranks
 
 

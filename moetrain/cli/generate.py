@@ -1,7 +1,7 @@
 """moetrain generate <run> generate.prompt='...' [key=value ...]: continue a text.
 
-By the newest checkpoint of a run, which is named as it is or as run.name= or run.dir=. Its own config is the base; generate.tokens, .temperature, .top_p and .seed
-say how to sample; generate.cache=false runs all tokens again for every new one.
+By the newest checkpoint of a run, which is named as it is or as run.name= or run.dir=. Its own config is the base;
+generate.tokens, .temperature, .top_p and .seed say how to sample; generate.cache=false runs all tokens again for every new one.
 """
 
 from moetrain import launch

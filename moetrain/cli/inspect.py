@@ -1,7 +1,7 @@
 """moetrain inspect <run or checkpoint> [--tensors [pattern]]: what a checkpoint holds. Reads its manifest alone.
 
-<run> is a name or a directory, as it is or as run.name= or run.dir=; of a run the newest checkpoint is shown. --tensors lists every tensor with its place; a
-pattern chooses some, as 'model.layers.0.*' or '*experts.7.*'. Whether the content is right: moetrain checkpoint verify.
+<run> is a name or a directory, as it is or as run.name= or run.dir=; of a run the newest checkpoint is shown.
+--tensors lists every tensor with its place; a pattern chooses some, as 'model.layers.0.*' or '*experts.7.*'. Whether the content is right: moetrain checkpoint verify.
 """
 
 from collections.abc import Iterator

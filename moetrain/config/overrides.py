@@ -74,13 +74,21 @@ def read(overrides: Sequence[str]) -> tuple[Command, Problems]:
             problems.add(_malformed(text, "groups are chosen by their plain name here", groups))
         elif override.is_delete():
             _delete(key, text, groups, command, problems)
-        elif override.is_sweep_override():
+        elif override.is_sweep_override() and (key in groups or _is_possible(key)):
             problems.add(_several(key, raw, text, overrides), key)
         elif key in groups and not isinstance(override.value(), dict):
             _choose(key, override.value(), text, groups, command, problems)
         else:
-            _set(key, override.value(), raw, text, command, texts)
+            value = raw if override.is_sweep_override() else override.value()
+            _set(key, value, raw, text, command, texts)
     return command, problems
+
+
+def _is_possible(key: str) -> bool:
+    """Whether there may be a key of that name: parts, and keys that hold a mapping, name their own."""
+    section, *names = key.split(".")
+    above = (".".join([section, *names[:length]]) for length in range(len(names) + 1))
+    return schema_sections().get(section) is dict or any(name in schema_keys() for name in above)
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:

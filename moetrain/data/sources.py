@@ -243,4 +243,5 @@ def _unreadable(path: Path, error: OSError, key: str) -> DataError:
 
 
 def _changed(path: Path) -> DataError:
-    return DataError(34, "a text changed while it was read", where=str(path), why="its content is not what the first pass saw", next="run again when nothing writes to the file")
+    return DataError(34, "a text changed while it was read", where=str(path), why="its content is not what the first pass saw",
+                     next="run again when nothing writes to the file")

@@ -9,9 +9,10 @@ Backward is the mirror image, C and D being the same exchanges turned round:
 
     C(n-1) C(n-2) E'(n-1) D(n-1) C(n-3) E'(n-2) D(n-2) … E'0 D0 W
 
-W being the gradients of the experts' weights, over the rows of all chunks (ops/chunked_experts.py), while the last rows return. It comes of autograd's order alone (of what may run, what was recorded last runs first), which is why a combine is waited for
-only after the next one has started. Only the first exchange and the last stay in sight, and of the others what takes longer
-than the computation. Nothing here waits on the host but for what the wire itself waits for.
+W being the gradients of the experts' weights, over the rows of all chunks (ops/chunked_experts.py), while the last rows
+return. It comes of autograd's order alone (of what may run, what was recorded last runs first), which is why a combine is waited
+for only after the next one has started. Only the first exchange and the last stay in sight, and of the others what takes longer than the computation.
+Nothing here waits on the host but for what the wire itself waits for.
 
 What is posted, and in which order, follows from the number of chunks alone: a chunk without tokens travels too. With one position
 there is nothing to hide, and a micro-batch is one chunk. Every token's outputs are summed inside its chunk; the gradients of

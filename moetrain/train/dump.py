@@ -5,7 +5,8 @@ Every rank writes log/router/step-NNNNNNNN/rank-NNNN.safetensors: for each micro
     m/<router>/logits [T, E]     m/<router>/ids [T, K], -1 in unused slots
     m/valid [T], uint8           m/samples, m/domains [B], int64
 
-T = B sequences of equal length, one after the other; the names of domains are in the file's metadata. docs/reference/files.md has a program that recomputes the balance loss.
+T = B sequences of equal length, one after the other; the names of domains are in the file's metadata.
+docs/reference/files.md has a program that recomputes the balance loss.
 """
 
 import json

@@ -87,7 +87,8 @@ def schedule_warning(steps: int, optim: OptimConfig) -> str | None:
     if optim.warmup >= steps and reached < optim.lr:
         what = f"optim.warmup={optim.warmup} is longer than run.steps={steps}"
     elif optim.warmup > steps - decay:
-        what = f"the decay of optim.decay={optim.decay:g} begins inside optim.warmup={optim.warmup}, and is shortened to {max(0, steps - optim.warmup)} steps"
+        what = (f"the decay of optim.decay={optim.decay:g} begins inside optim.warmup={optim.warmup}, and is shortened to "
+                f"{max(0, steps - optim.warmup)} steps")
     else:
         return None
     return f"{what}: the rate reaches {reached:.3g} of optim.lr={optim.lr:g}"

@@ -112,8 +112,9 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     prior = None
     if objective.pool is not None and objective.pool.mode == "warm":
         prior = Prior(model.routers, losses["balance"].drift, mesh.device)
+    dump = RouterDump(directory, mesh, dataset.domains) if config.log.router_dump else None
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
-               parallelize(model, mesh, copies), objective, Graphs(kept=not config.train.count_pass), RouterDump(directory, mesh, dataset.domains) if config.log.router_dump else None,
+               parallelize(model, mesh, copies), objective, Graphs(kept=not config.train.count_pass), dump,
                peak_rate(config, dataset.vocab_size, mesh))
 
 

@@ -131,8 +131,8 @@ class LoadsLog:
     def write_npz(self, path: Path) -> bool:
         """Build loads.npz from what was recorded, a few records at a time; False where there is nothing of that kind.
 
-        OSError where it cannot be written. Entries beyond a router's experts are 0. sources is there when any step recorded it: -1 in steps that did not, 0 for
-        ranks that a step did not have.
+        OSError where it cannot be written. Entries beyond a router's experts are 0. sources is there when any
+        step recorded it: -1 in steps that did not, 0 for ranks that a step did not have.
         """
         experts = self._routers()
         if experts is None:

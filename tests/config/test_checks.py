@@ -50,6 +50,7 @@ BROKEN = [
     (["optim=adamw", "parallel=fssdp", "parallel.sliced=2", "parallel.rehome_interval=0"], 80, "parallel.rehome_interval=100", ["parallel.rehome_interval=100"]),
     (["parallel=fssdp", "parallel.sliced=2", "optim=muon"], 81, "parallel.sliced=0", ["parallel.sliced=0"]),
     (["optim=adamw", "parallel=fssdp", "parallel.sliced=2", "parallel.calibrate=true"], 82, "parallel.calibrate=false", ["parallel.calibrate=false"]),
+    (["schedule=fixed", "schedule.chunks=1000000000"], 83, "schedule.chunks=2", ["schedule.chunks=2"]),
     (["parallel=fssdp", "run.nproc=4", "parallel.ep=3", "train.micro_batch=4"], 33, "from 1, 2, 4", ["parallel.ep=2"]),
     (["parallel=fssdp", "run.nproc=4", "parallel.shard=3", "train.micro_batch=4"], 61, "from 1, 2, 4", ["parallel.shard=2"]),
     (["parallel=fssdp", "run.nproc=2", "parallel.room=9"], 70, "parallel.room=8", ["parallel.room=8"]),

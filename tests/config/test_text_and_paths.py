@@ -85,3 +85,9 @@ def test_the_advice_about_several_values_works(words: list[str], capsys: pytest.
             assert main(typed[1:]) == 0 and len(started) == 2
         else:
             compose(typed)
+
+
+@pytest.mark.parametrize("typed, code", [("modle.dim=3,4", "E-CONFIG-003"), ("foo=1,2", "E-CONFIG-003"), ("router.bias_rate=1,2", "E-CONFIG-012"),
+                                         ("data.weights.code=1,2", "E-CONFIG-012")])
+def test_several_values_of_a_key_that_there_is_not_are_no_sweep(typed: str, code: str) -> None:
+    assert [found for found, _ in errors_of(typed)] == [code]

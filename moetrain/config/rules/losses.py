@@ -14,7 +14,8 @@ def loss_names(config: Config, ranks: int) -> Iterator[ConfigError]:
     for name in RESERVED:
         if name in config.loss:
             yield ConfigError(160, f"a further loss is called {name}", where=f"loss.{name}._target_",
-                              why=f"its metric loss/{name} would take the place of another", next=f"loss.my_{name}._target_={config.loss[name]['_target_']}")
+                              why=f"its metric loss/{name} would take the place of another",
+                              next=f"loss.my_{name}._target_={config.loss[name]['_target_']}")
 
 
 def pools(config: Config, ranks: int) -> Iterator[ConfigError]:

@@ -56,6 +56,10 @@ def schedule(config: Config, ranks: int) -> Iterator[ConfigError]:
         yield ConfigError(85, f"schedule.chunks={chunks} with schedule.kind={kind}", where="schedule.chunks, schedule.kind",
                           why="without a schedule a micro-batch is one chunk, and a schedule of one chunk hides nothing",
                           next="schedule=none schedule.chunks=1" if chunks == 1 else f"schedule=fixed schedule.chunks={chunks}")
+    tokens = config.train.per_forward(max(ranks, 1)) * config.train.seq_len
+    if chunks > tokens > 0:
+        yield ConfigError(83, f"schedule.chunks={chunks} of a micro-batch of {tokens} tokens", where="schedule.chunks, train.seq_len",
+                          why="a chunk has a token at least", next=f"schedule.chunks={min(2, tokens)}")
 
 
 def sliced(config: Config, ranks: int) -> Iterator[ConfigError]:

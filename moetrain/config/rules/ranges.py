@@ -74,7 +74,8 @@ RANGES: dict[str, list[str]] = {
         "parallel.room", "parallel.rehome_interval", "parallel.sliced", "hardware.latency_s", "run.seed", "data.seed", "run.max_restarts",
         "run.grace_s", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers", "train.clip",
         "train.head_chunk", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
-        "eval.interval", "checkpoint.interval", "checkpoint.every_minutes", "log.heatmap_every", "log.timeline", "generate.temperature", "generate.seed"],
+        "eval.interval", "checkpoint.interval", "checkpoint.every_minutes", "log.heatmap_every", "log.timeline",
+        "generate.temperature", "generate.seed"],
     "above 0": [
         "hardware.flops", "hardware.inside", "hardware.between", "optim.lr", "optim.muon_lr", "optim.eps", "model.init_std",
         "model.norm_eps", "model.rope_theta"],

@@ -1,8 +1,8 @@
 """Copies that keep rows on their node: what is left of the room and of the time that hides copies, spent on links.
 
-Once loads are level, a copy of an expert that no position of a node holds lets that node's rows for it stay there. The largest such flows get copies first, on the least loaded positions of their node, as long as no position sends or
-receives more than `budget` copies. Rows move to them, and to the copies that there are,
-only as far as the loads stay level.
+Once loads are level, a copy of an expert that no position of a node holds lets that node's rows for it stay there. The largest
+such flows get copies first, on the least loaded positions of their node, as long as no position sends or receives more than
+`budget` copies. Rows move to them, and to the copies that there are, only as far as the loads stay level.
 
 Shapes: E experts, P positions, N nodes, X copies.
 """
