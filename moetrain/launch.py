@@ -12,6 +12,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import stat
@@ -331,7 +332,7 @@ def _ended(workers: list[subprocess.Popen], failed: int | None, silent: dict[int
         if run_dir is not None and workers[0].returncode < 0:
             _say(f"{signal.Signals(told).name} before there was anything new to save; the same command goes on", 128 + told, run_dir)
         return 128 + told
-    reason = None
+    reason, error = None, ""
     if code == _PEER and left:               # the others waited for it in vain, and it is the first to be blamed
         reason = f"rank {left[0]} left with 0 before its work was done; see {_output(left[0], run_dir)}"
     elif code == _PEER and silent:
@@ -341,9 +342,12 @@ def _ended(workers: list[subprocess.Popen], failed: int | None, silent: dict[int
         reason = f"rank {failed} was ended by {signal.Signals(-code).name}; see {_output(failed, run_dir)}"
     elif code and workers[0].returncode != code:         # rank 0 has not said it itself
         reason = f"rank {failed} ended with code {code}; see {_output(failed, run_dir)}"
+        error = _error_at_the_end(Path(_output(failed, run_dir)))
     code = _PEER if code < 0 else code
     if reason:
         _say(reason, code, run_dir)
+    if error:
+        print(error, file=sys.stderr)
     # Who told the run to stop does not want it started again.
     return 128 + passed_on[0] if passed_on and code == _PEER else code
 
@@ -371,6 +375,15 @@ def _say(reason: str, code: int, run_dir: Path | None) -> None:
     print(f"moetrain: {reason}", file=sys.stderr)
     if run_dir is not None:
         write_status(run_dir, code, reason)
+
+
+def _error_at_the_end(log: Path) -> str:
+    """The error that a log ends with; empty where other words do."""
+    try:
+        found = re.search(r"^E-[A-Z]+-\d+  .*(\n  .*)*\s*\Z", log.read_text(errors="replace")[-65536:], re.MULTILINE)
+    except OSError:
+        return ""
+    return found[0].rstrip() if found else ""
 
 
 def _last_step(run_dir: Path) -> int:

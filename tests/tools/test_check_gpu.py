@@ -71,7 +71,7 @@ def gone(process: int) -> bool:
 
 
 def test_the_end_of_a_call_interrupts_and_too_little_time_begins_nothing(tmp_path):
-    late = check(tmp_path, bash("long", "sleep 60"), bash("longer", "true")._replace(usual_s=30))
+    late = check(tmp_path, bash("longer", "true")._replace(usual_s=30), bash("long", "sleep 60"))
     assert late.run([], time.monotonic() + 1.2) == UNFINISHED
     assert late.state("long") == "interrupted" and late.state("longer") == ""
     assert "to go on with 2 of 2 stages" in late.summary()
