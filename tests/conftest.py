@@ -1,9 +1,13 @@
 """Fixtures shared by all tests: ranks by world size, and the options --all (full products) and --quick."""
 
 import os
+import signal
 from collections.abc import Iterable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts what it runs in the background, and nohup, without these two; the programs under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
