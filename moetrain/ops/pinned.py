@@ -32,7 +32,7 @@ class DeviceTables:
     def put(self, table: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return table.to(self.device)
-        if table.numel() > self._free:
+        if not self._buffers or table.numel() > self._free:
             host = torch.empty(max(table.numel(), self.ROOM), dtype=torch.int64, device="cpu", pin_memory=True)
             self._buffers.append((host, torch.empty_like(host, device=self.device)))
             self._free = host.numel()

@@ -17,7 +17,7 @@ from tests.support.simulated_device import RECORD, Wait
 
 pytestmark = pytest.mark.ranks
 
-STEPS = 2                        # copies come with the second
+STEPS = 3                        # copies come with the second or the third
 CHUNKS = ["schedule=fixed", "schedule.chunks=3"]
 PEER, PUSH, TWO_LEVEL = (f"parallel.exchange={name}" for name in ("peer", "peer_push", "two_level"))
 CALIBRATED = "parallel.calibrate=true"

@@ -27,6 +27,7 @@ PASSED, FAILED, UNFINISHED = 0, 1, 3       # exit codes of a call; 128 + n: sign
 SENT = (".log", ".json", ".jsonl", ".md", ".txt", ".csv", ".npz", ".yaml")
 LARGEST_SENT = 4 << 20                     # bytes of a file
 SHOWN_LINES = 6
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What went wrong, in a log: errors of moetrain, pytest's summary, arms of the parity check, the end of a traceback.
 _MATTERS = re.compile(r"^(E-[A-Z]+-\d|FAILED |ERROR |\[\d+/\d+\].*(DIFFERS|FAILED)|WRONG|[\w.]*(Error|Exception)\b|CUDA error|no )")
 
@@ -83,7 +84,7 @@ class Check:
         What failed before is repeated after the rest: a stage that takes long to fail keeps no other from its turn.
         """
         wanted = [stage for stage in self.stages if (stage.name in names if names else not stage.on_request)]
-        handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {number: signal.signal(number, _interrupt) for number in _INTERRUPTS}
         try:
             for stage in sorted(wanted, key=lambda stage: self.state(stage.name) == "failed" and not stage.needed):
                 if names or self.state(stage.name) != "passed":
@@ -208,9 +209,15 @@ def _run_all(stage: Stage, log: Path, end: float) -> int | None:
 
 def _run(command: Sequence[str], output: Any, environment: Mapping[str, str], limit_s: float) -> int | None:
     """Exit code of a command; None when it was stopped, with all that it started, because its time was over."""
+    arrived: list[int] = []              # a signal that would be raised before `try` would leave the process behind
+    handlers = {number: signal.signal(number, lambda number, frame: arrived.append(number)) for number in _INTERRUPTS}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                env=environment, start_new_session=True)
     try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if arrived:
+            raise Interrupted(arrived[0])
         return process.wait(max(limit_s, 0))
     except subprocess.TimeoutExpired:
         return None
