@@ -12,6 +12,7 @@ import importlib
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -86,9 +87,11 @@ def _begin() -> Callable[[], None]:
 
 
 def _leave(code: int) -> int:
-    """A rank that ends by an error goes at once: the threads of its process group would abort a clean exit."""
+    """A rank that ends by an error goes at once: the threads of its process group, or of a rendezvous that was given up
+    (comm/mesh.py), would abort a clean exit."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    joins = any(thread.name == "rendezvous" for thread in threading.enumerate())
+    if joins or distributed is not None and distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

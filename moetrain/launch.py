@@ -39,6 +39,7 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LAUNCHED = "MOETRAIN_LAUNCHED"          # set for ranks whose stderr is a log file of their own: the process that started them
 _DONE = "MOETRAIN_DONE"                  # descriptor of a pipe to it: a rank that has done its work says so
 _SAVED, _PEER = 10, 16                   # exit codes of a rank that was told to stop and saved, and of one that waited in vain
+_LOG_TAIL = 1 << 16                      # bytes of a rank's log in which its last error is looked for
 _PR_SET_PDEATHSIG = 1                    # <linux/prctl.h>
 # What launchers set for a rank: a whole number.
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -379,11 +380,11 @@ def _say(reason: str, code: int, run_dir: Path | None) -> None:
 
 def _error_at_the_end(log: Path) -> str:
     """The error that a log ends with; empty where other words do."""
-    try:
-        found = re.search(r"^E-[A-Z]+-\d+  .*(\n  .*)*\s*\Z", log.read_text(errors="replace")[-65536:], re.MULTILINE)
-    except OSError:
-        return ""
-    return found[0].rstrip() if found else ""
+    with suppress(OSError), open_regular(log) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL))
+        found = re.search(r"^E-[A-Z]+-\d+  .*(\n  .*)*\s*\Z", file.read().decode(errors="replace"), re.MULTILINE)
+        return found[0].rstrip() if found else ""
+    return ""
 
 
 def _last_step(run_dir: Path) -> int:

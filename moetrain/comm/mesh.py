@@ -21,6 +21,7 @@ group, and every function of `comm/` is then the identity, so `single` runs with
 
 import datetime
 import os
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -158,18 +159,28 @@ def connect(device: torch.device, timeout_s: int, *, over_host: bool = False) ->
         dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world, timeout=limit,
                                 device_id=device if backend == "nccl" else None)
     except TimeoutError as error:
+        if not _takes_connections(timeout_s):
+            raise _nobody(where, f"no connection within {timeout_s} s") from error
         raise RendezvousError(
             20, f"what answers at {where} is not the rendezvous of this run", where=f"rendezvous at {where}",
             why=f"it takes connections and says nothing, or nothing that a torch store says, for {timeout_s} s (run.timeout_s)",
             next="see what listens there, and set MASTER_ADDR and MASTER_PORT to rank 0's address and a free port of it") from error
     except (RuntimeError, ValueError, OSError) as error:      # DistStoreError and friends are RuntimeErrors
-        raise RendezvousError(
-            1,
-            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others",
-            where=f"rendezvous at {where}",
-            why=str(error).splitlines()[0],
-            next="check that all ranks were started and reach this address; run.timeout_s sets the wait",
-        ) from error
+        raise _nobody(where, str(error).splitlines()[0]) from error
+
+
+def _nobody(where: str, why: str) -> RendezvousError:
+    return RendezvousError(
+        1, f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others", where=f"rendezvous at {where}",
+        why=why, next="check that all ranks were started and reach this address; run.timeout_s sets the wait")
+
+
+def _takes_connections(timeout_s: float) -> bool:
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout_s).close()
+    except (OSError, ValueError, LookupError):
+        return False
+    return True
 
 
 def within(limit_s: float, action: Callable[[], T]) -> T:
