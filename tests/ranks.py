@@ -99,12 +99,13 @@ def _serve(rank: int, size: int, port: int, pipe: Any, lasting: bool, simulated:
         from tests.support import simulated_device
 
         simulated_device.install(devices=size)
-        torch.cuda.set_device(rank)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     for number in itertools.count():
+        if simulated:
+            torch.cuda.set_device(rank)              # a task may have chosen another
         # Every task has a world of its own: a gloo group keeps a thread that wakes all the time, and tasks make many.
         if not dist.is_initialized():
             dist.init_process_group("nccl" if simulated else "gloo", store=dist.PrefixStore(str(number), store), rank=rank,

@@ -86,6 +86,22 @@ def test_zero_trains_as_torch_does(ranks, mode, stage):
     assert_close(ranks.run(trained, [*overrides, "engine=deepspeed", f"engine.zero_stage={stage}"]), expected)
 
 
+@pytest.fixture(scope="module")
+def lasting_devices(devices):
+    devices(1)                                                                 # skips where there can be none
+    with Ranks(2, lasting=True, simulated=True) as two:
+        yield two
+
+
+@pytest.mark.ranks
+@pytest.mark.full
+@pytest.mark.parametrize("mode, stage", [("ddp", 1), ("ep", 2)])
+def test_zero_trains_on_simulated_devices_as_torch_does(lasting_devices, mode, stage):
+    overrides = [*COMMON, f"parallel={mode}", "run.device=cuda"]
+    expected = lasting_devices.run(trained, overrides)
+    assert_close(lasting_devices.run(trained, [*overrides, "engine=deepspeed", f"engine.zero_stage={stage}"]), expected)
+
+
 def shares(overrides: list[str]) -> tuple[int, int]:
     """(numbers of dense moments that this rank keeps, dense parameters)."""
     from moetrain.interop.deepspeed import adopt

@@ -45,6 +45,25 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
+def bindings() -> Path:
+    """The library that registers the kernels for CPU tensors of torch."""
+    compiler, folder = shutil.which("g++"), Path(torch.__file__).parent
+    if compiler is None:
+        needs.missing("no g++ (apt-get install g++): the kernels cannot be run on the host")
+    flags = [flag for flag in FLAGS if "sanitize" not in flag] + ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    sources = [*sorted(CSRC.glob("*.*h")), *sorted(CSRC.glob("*.cu")), HERE / "cuda_on_host.h", HERE / "bindings_on_host.cpp"]
+    digest = hashlib.sha256(f"{flags} {torch.__version__}".encode() + b"".join(path.read_bytes() for path in sources))
+    library = ROOT / "build" / "kernels_on_host" / f"bindings-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")       # two workers may build at once
+        subprocess.run([compiler, *flags, "-I", str(CSRC), "-I", str(HERE), "-isystem", str(folder / "include"),
+                        str(HERE / "bindings_on_host.cpp"), "-L", str(folder / "lib"), "-ltorch_cpu", "-lc10",
+                        "-o", str(unfinished)], check=True)
+        unfinished.rename(library)
+    return library
+
+
 def call(name: str, *arguments: Tensor | int | None | ctypes.Structure, order: int = 0) -> None:
     """Run a launch function; what the emulation found wrong is an AssertionError."""
     function = getattr(library(), name)

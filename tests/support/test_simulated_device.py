@@ -1,7 +1,9 @@
 """The simulated device itself: what it refuses, what it permits, and which reads by the host it sees."""
 
 import threading
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,17 +183,50 @@ def test_every_read_by_the_host_is_recorded(device) -> None:
     assert set(found["pageable"]) == {"copy to the device, may wait"}
 
 
-def _mixed_collective() -> str:
-    total = torch.ones(2, device="cuda")
-    dist.all_reduce(total)
-    assert total.tolist() == [1.0, 1.0] and dist.get_backend() == "nccl"
-    try:
-        dist.all_reduce(torch.ones(2))
-    except RuntimeError as error:
-        return str(error)
-    return ""
+def _outcomes_of_two(folder: Path) -> dict[str, str]:
+    """What two ranks, each with a device, do with two devices and with groups."""
+    rank = dist.get_rank()
+    ours, its = torch.ones(2, device=f"cuda:{rank}"), torch.ones(2, device=f"cuda:{1 - rank}")
+    symmetric = torch.distributed._symmetric_memory
+    group, gloo = dist.group.WORLD, dist.new_group(backend="gloo")
+
+    def onto_one_device() -> object:
+        return symmetric.rendezvous(symmetric.empty(8, dtype=torch.uint8, device="cuda:0"), group.group_name)
+
+    def barrier_of_a_group_without_a_device() -> None:
+        bound, group.bound_device_id = group.bound_device_id, None
+        with warnings.catch_warnings(record=True, action="always") as said:
+            dist.barrier()
+        group.bound_device_id = bound
+        if said:
+            raise RuntimeError(str(said[0].message))
+
+    assert dist.get_backend() == "nccl"
+    found = _outcomes(lambda: {
+        "both devices": lambda: ours + its,
+        "cat of both": lambda: torch.cat([ours, its]),
+        "all_reduce of the host": lambda: dist.all_reduce(torch.ones(2)),
+        "all_gather of the host": lambda: dist.all_gather_into_tensor(torch.empty(4), torch.ones(2)),
+        "all_to_all of the host": lambda: dist.all_to_all_single(torch.empty(2), torch.ones(2)),
+        "broadcast of the host": lambda: dist.broadcast(torch.ones(2), 0),
+        "reduce_scatter into the host": lambda: dist.reduce_scatter_tensor(torch.empty(1), ours),
+        "symmetric memory on one device": onto_one_device,
+        "symmetric memory of torch.empty": lambda: symmetric.rendezvous(ours, group.group_name),
+        "barrier without a device": barrier_of_a_group_without_a_device,
+        "permitted: a copy to the other": lambda: its.copy_(ours),
+        "permitted: all_reduce": lambda: dist.all_reduce(ours),
+        "permitted: over gloo": lambda: dist.all_reduce(torch.ones(2), group=gloo),
+    })
+    assert ours.tolist() == [2.0, 2.0]
+    dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="Duplicate GPU"):
+        dist.init_process_group("nccl", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2,
+                                device_id=torch.device("cuda", 0))
+    return found
 
 
-def test_a_tensor_of_the_host_in_a_collective_over_nccl_is_refused(device) -> None:
-    (error,) = device.run(_mixed_collective)
-    assert "cpu" in error
+def test_two_devices_and_their_groups(devices, tmp_path: Path) -> None:
+    for rank, found in enumerate(devices(2).run(_outcomes_of_two, tmp_path)):
+        permitted = {name for name, error in found.items() if not error}
+        warned = {"barrier without a device"} if rank == 1 else set()                # torch warns on rank 0 alone
+        assert permitted == {name for name in found if name.startswith("permitted")} | warned, found

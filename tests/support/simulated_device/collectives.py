@@ -90,14 +90,15 @@ def register_collectives() -> torch.library.Library:
 
     def make_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
         world = dist.group.WORLD
-        if world.group_name not in _NCCL or kwargs.get("backend") not in (None, "nccl"):
-            return new_group(ranks, *args, **kwargs)
-        device, world.bound_device_id = world.bound_device_id, None      # with it torch asks the backend to split, which gloo cannot
-        group = new_group(ranks, *args, **{**kwargs, "backend": "cuda:gloo"})
-        beside = new_group(ranks, backend="gloo")
+        device, world.bound_device_id = world.bound_device_id, None      # with it torch wants to split, which gloo cannot
+        if world.group_name in _NCCL and kwargs.get("backend") in (None, "nccl"):
+            group = new_group(ranks, *args, **{**kwargs, "backend": "cuda:gloo"})
+            beside = new_group(ranks, backend="gloo")
+            if isinstance(group, dist.ProcessGroup):
+                joined(group, beside, device)
+        else:
+            group = new_group(ranks, *args, **kwargs)
         world.bound_device_id = device
-        if isinstance(group, dist.ProcessGroup):
-            joined(group, beside, device)
         return group
 
     def joined(group: dist.ProcessGroup, beside: dist.ProcessGroup, device: torch.device | None) -> None:
