@@ -1,12 +1,20 @@
 """Text from a trained model: temperature and nucleus (top-p) sampling.
 
-The model looks at the last `context` tokens, at positions from 0. As long as the text fits, keys and values of earlier
-tokens are kept and only the newest token runs (generate/cache.py). Beyond, the window slides: every token then has
-another position and, above the first layer, another past, so the whole window runs again for each new token. So it does,
-from the first token on, where experts have a capacity: who is dropped depends on all the tokens of a pass.
+A text begins behind the mark that ends a document, as every document of the training text does, and ends where the model
+draws that mark. The model looks at the last `context` tokens, at positions from 0. As long as the text fits, keys and
+values of earlier tokens are kept and only the newest token runs (generate/cache.py). Beyond, the window slides: every token
+then has another position and, above the first layer, another past, so the whole window runs again for each new token. So
+it does, from the first token on, where experts have a capacity: who is dropped depends on all the tokens of a pass.
 
-Routers are in evaluation mode. The same seed gives the same text, with the cache and without, up to rounding.
+Where training keeps attention inside a document (data.mask_documents), the mark at the beginning belongs to another
+document: the first token of the text is drawn from the mark alone, and no later one sees it.
+
+Routers are in evaluation mode. The same seed gives the same text, with the cache and without, up to rounding. Ids become
+characters in generate/characters.py.
 """
+
+import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +22,10 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import largest_over
 from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
+from moetrain.files import shown
 from moetrain.generate.cache import KeyValueCache
+from moetrain.generate.characters import Characters
 from moetrain.model.transformer import Transformer
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.ops.pinned import to_device
@@ -23,30 +34,78 @@ from moetrain.routers.base import RouterContext
 COLDEST = 1e-6                   # logits that differ by 1e-3 are then a factor of e^1000 apart
 
 
-def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float,
-                  top_p: float, seed: int, context: int, cache: bool, group: Group) -> str:
-    """Prompt and continuation: up to `tokens` new ones, fewer when the document ends.
+class Continuation:
+    """What follows a prompt, piece by piece: iterate over it once. Each piece is made of whole characters.
 
-    context: tokens the model looks at. group: ranks that write the same text together; the first one draws.
+    tokens: ids drawn so far. ended: whether the model has ended the document.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([tokenizer.end_id, *(int(i) for i in tokenizer.encode(prompt.encode()))])
+
+    def __init__(self, ids: Iterator[int], characters: Characters, end_id: int) -> None:
+        self._ids, self._characters, self._end_id = ids, characters, end_id
+        self.tokens, self.ended = 0, False
+
+    def __iter__(self) -> Iterator[str]:
+        for chosen in self._ids:
+            if chosen == self._end_id:
+                self.ended = True
+                break
+            self.tokens += 1
+            if piece := self._characters.add(chosen):
+                yield piece
+        if piece := self._characters.rest():
+            yield piece
+
+
+def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, top_p: float,
+                  seed: int, context: int, cache: bool, mask_documents: bool, group: Group) -> Continuation:
+    """The continuation of a prompt: up to `tokens` new ones, fewer when the document ends. It is drawn as it is read.
+
+    Args:
+        model: in evaluation mode from now on.
+        tokenizer: the one that the model was trained with.
+        prompt: text to continue; nothing begins a document.
+        tokens: how many to draw at most.
+        temperature: 0 takes the most probable token.
+        top_p: probability mass to sample from.
+        seed: of the draws.
+        context: tokens the model looks at.
+        cache: keep keys and values of earlier tokens.
+        mask_documents: training kept attention inside a document.
+        group: ranks that write the same text together; the first one draws.
+    """
+    begin = prompt_ids(tokenizer, prompt)
     model.eval()
-    reader = Reader(model, context, cache=cache)
-    for _ in range(tokens):
-        drawn = draw(reader.logits(ids), temperature, top_p, generator)
-        chosen = int(largest_over(group, drawn if group.position == 0 else -1))
-        if chosen == tokenizer.end_id:
-            break
-        ids = torch.cat([ids, ids.new_tensor([chosen])])
-    return tokenizer.decode(ids[1:].tolist())
+    reader = Reader(model, context, cache=cache, mark_apart=mask_documents)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draws() -> Iterator[int]:
+        ids = torch.tensor([tokenizer.end_id, *begin])
+        for _ in range(tokens):
+            drawn = draw(reader.logits(ids), temperature, top_p, generator)
+            chosen = int(largest_over(group, drawn if group.position == 0 else -1))
+            yield chosen
+            ids = torch.cat([ids, ids.new_tensor([chosen])])
+
+    return Continuation(draws(), Characters(tokenizer, begin), tokenizer.end_id)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt; DataError where it has none although there is text."""
+    ids = [int(id) for id in tokenizer.encode(os.fsencode(prompt))]
+    if prompt and not ids:
+        raise DataError(174, "the prompt gives no tokens", where=f"generate.prompt={shown(prompt, 60)}",
+                        why="the tokenizer of the run drops all of it", next="another generate.prompt, or none: a new document begins")
+    return ids
 
 
 class Reader:
-    """The model in front of a text that grows, token by token."""
+    """The model in front of a text that grows, token by token. The first token is the mark behind which it begins.
 
-    def __init__(self, model: Transformer, context: int, *, cache: bool) -> None:
-        self.model, self.context = model, context
+    mark_apart: the mark belongs to another document, which the text does not see.
+    """
+
+    def __init__(self, model: Transformer, context: int, *, cache: bool, mark_apart: bool = False) -> None:
+        self.model, self.context, self.mark_apart = model, context, mark_apart
         self.cache = KeyValueCache(model, context) if cache and runs_token_by_token(model) else None
 
     @torch.no_grad()
@@ -55,11 +114,19 @@ class Reader:
 
         Here the host waits for the device, once for every token.
         """
-        if len(ids_S) > self.context:
+        seen_S = ids_S[1:] if self.mark_apart and len(ids_S) > 1 else ids_S       # by the newest token
+        if len(seen_S) > self.context:
             self.cache = None                            # positions start anew: nothing in it holds any more
-        seen = 0 if self.cache is None else self.cache.length
-        tokens_BS = to_device(ids_S[max(seen, len(ids_S) - self.context):][None], self.model.embed.device)
-        return self.model(tokens_BS, RouterContext(training=False), cache=self.cache).logits_BSV[0, -1].double().cpu()
+        if self.cache is not None and (not self.mark_apart or len(ids_S) > 1):    # the mark alone is kept for nobody
+            return self._last(seen_S[self.cache.length:], cache=self.cache)
+        both = self.mark_apart and 1 < len(ids_S) <= self.context
+        return self._last(ids_S[-self.context:], documents_S=(torch.arange(len(ids_S)) > 0).long() if both else None)
+
+    def _last(self, tokens_S: Tensor, *, documents_S: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        tokens_BS, documents_BS = (None if part is None else to_device(part[None], self.model.embed.device)
+                                   for part in (tokens_S, documents_S))
+        output = self.model(tokens_BS, RouterContext(training=False), documents_BS, cache=cache)
+        return output.logits_BSV[0, -1].double().cpu()
 
 
 def runs_token_by_token(model: Transformer) -> bool:

@@ -31,15 +31,15 @@ def test_temperature_zero_takes_the_most_probable_and_a_seed_repeats():
 
 def text(overrides: list[str], **wish) -> str:
     run = make_run([*BYTES, *overrides])
-    wish = {"tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 0, "context": 12, "cache": True, **wish}
-    return continue_text(run.state.model, ByteTokenizer(), "ab", group=run.mesh["batch"], **wish)
+    wish = {"tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 0, "context": 12, "cache": True, "mask_documents": False, **wish}
+    return "".join(continue_text(run.state.model, ByteTokenizer(), "ab", group=run.mesh["batch"], **wish))
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_text_is_the_same_with_and_without_the_cache(temperature):
     """20 tokens in a window of 12: it slides."""
     first, second = (text([], temperature=temperature, cache=cache) for cache in (True, False))
-    assert first == second and first.startswith("ab") and len(first) > 12
+    assert first == second and len(first) > 12
 
 
 def test_a_prompt_longer_than_the_window_is_continued_by_its_end():

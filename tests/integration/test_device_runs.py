@@ -71,8 +71,8 @@ def looked_at(directory: Path, device: str) -> Looked:
     config = for_run([f"run.dir={directory}", f"run.device={device}"])
     model, dataset, mesh, step = load_trained(config)
     assert step == STEPS and model.embed.device.type == device
-    options = {"tokens": 12, "temperature": 0.8, "top_p": 0.95, "seed": 1, "context": 12}
-    texts = {continue_text(model, dataset.tokenizer, "ab", cache=cache, group=mesh["batch"], **options)
+    options = {"tokens": 12, "temperature": 0.8, "top_p": 0.95, "seed": 1, "context": 12, "mask_documents": False}
+    texts = {"".join(continue_text(model, dataset.tokenizer, "ab", cache=cache, group=mesh["batch"], **options))
              for cache in (True, False)}
     return Looked(evaluate(model, dataset, mesh, config).losses, texts)
 

@@ -176,8 +176,8 @@ def _beside_steps(run: Run) -> None:
     RECORD.phase = "save"
     take(run.state, run.mesh)
     RECORD.phase = "generation"
-    continue_text(run.state.model, ByteTokenizer(), "ab", tokens=3, temperature=0, top_p=1, seed=0, context=8, cache=True,
-                  group=run.mesh["batch"])
+    "".join(continue_text(run.state.model, ByteTokenizer(), "ab", tokens=3, temperature=0, top_p=1, seed=0, context=8, cache=True,
+                          mask_documents=False, group=run.mesh["batch"]))
 
 
 def read(table: Path = TABLE) -> dict[str, dict[Entry, int]]:

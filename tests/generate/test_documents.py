@@ -1,0 +1,63 @@
+"""A text is continued by the probabilities that training gave its tokens: those of a window in which documents follow each other."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.generate.sample import Reader
+from moetrain.model.transformer import Transformer
+from moetrain.routers.base import RouterContext
+from tests.integration.training import make_run
+
+CONTEXT, MARK = 16, 47
+CAPACITY = ["capacity=position", "capacity.scope=sequence", "capacity.eval_factor=0.5", "capacity.min_capacity=1"]
+
+
+def model_of(overrides: list[str]) -> Transformer:
+    return make_run(["data.mask_documents=true", "run.dtype=float64", *overrides]).state.model.eval()
+
+
+def ids(tokens: int, seed: int) -> list[int]:
+    return torch.randint(MARK, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def trained(model: Transformer, window: list[int], documents: list[int]) -> Tensor:
+    """Logits [S, V] as a training window runs: a document is that of the input."""
+    return model(torch.tensor([window]), RouterContext(training=False), torch.tensor([documents])).logits_BSV[0]
+
+
+def worst(ours: list[Tensor], truth: Tensor) -> float:
+    return max((mine - its).abs().max().item() for mine, its in zip(ours, truth, strict=True))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("prompt", [0, 1, 5])
+def test_every_token_has_the_logits_that_it_has_in_training(cache, prompt):
+    """The document before ends in the window. What the mark alone gives has no other document before it, as at the start of a window."""
+    model, before, text = model_of([]), ids(5, 0), ids(9, 1)
+    reader = Reader(model, CONTEXT, cache=cache, mark_apart=True)
+    ours = [reader.logits(torch.tensor([MARK, *text[:end]])) for end in range(prompt, len(text) + 1)]
+    window = trained(model, [*before, MARK, *text], [0] * 6 + [1] * 9)[len(before):]
+    alone = trained(model, [MARK, *text], [0] + [1] * 9)
+    assert worst(ours, torch.cat([alone[:1], window[1:]])[prompt:]) < 1e-10
+    assert (alone[1:] - trained(model, [MARK, *text], [0] * 10)[1:]).abs().max() > 1e-3        # the mark would be seen here
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_windows_that_slide_hold_the_text_alone(cache):
+    model, text = model_of([]), ids(CONTEXT + 4, 2)
+    reader = Reader(model, CONTEXT, cache=cache, mark_apart=True)
+    for end in range(1, len(text) + 1):
+        seen = text[max(end - CONTEXT, 0):end]
+        assert worst([reader.logits(torch.tensor([MARK, *text[:end]]))], trained(model, seen, [0] * len(seen))[-1:]) < 1e-10
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_mark_takes_its_place_among_the_tokens_that_a_capacity_counts(cache, apart):
+    model, text = model_of(CAPACITY), ids(9, 3)
+    reader = Reader(model, CONTEXT, cache=cache, mark_apart=apart)
+    for end in range(len(text) + 1):
+        window = trained(model, [MARK, *text[:end]], [0] + [int(apart)] * end)
+        assert worst([reader.logits(torch.tensor([MARK, *text[:end]]))], window[-1:]) < 1e-10
