@@ -39,8 +39,11 @@ def test_a_device_trains_as_the_cpu_does_and_the_host_waits_where_it_must(mesh: 
     assert not (changed := host_waits.difference(mesh, results[0][1], host_waits.read()[mesh])), changed
 
 
+ALWAYS = (BESIDE, "float32")                 # of the cases on one device; the others with --all
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", [BESIDE, *(pytest.param(mode, marks=pytest.mark.full) for mode in MODES)])
+@pytest.mark.parametrize("name", [*ALWAYS, *(pytest.param(mode, marks=pytest.mark.full) for mode in MODES if mode not in ALWAYS)])
 def test_the_host_waits_where_the_table_says(name: str, devices: Callable[[int], Ranks]) -> None:
     measured = devices(CASES[name].ranks).run(host_waits.waits_of, name)[0]
     assert not (changed := host_waits.difference(name, measured, host_waits.read()[name])), changed

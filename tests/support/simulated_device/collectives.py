@@ -105,6 +105,7 @@ def register_collectives() -> torch.library.Library:
         _NCCL.add(group.group_name)
         _BESIDE[group.group_name] = beside
         group.bound_device_id = device
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)       # otherwise it complains of a backend of type 0
 
     def get_backend(group: Any = None) -> str:
         name = (group or dist.group.WORLD).group_name
