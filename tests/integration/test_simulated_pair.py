@@ -4,7 +4,6 @@ Everything equals one process on the CPU. Where a case says so, counts of rows s
 in bfloat16 on a GPU: those branches are then held to float32's tolerance.
 """
 
-import itertools
 import os
 import warnings
 from functools import cache
@@ -35,6 +34,7 @@ from tests.integration.training import (
     union,
     whole,
 )
+from tests.ranks import free_port
 from tests.support.simulated_device import RECORD, Wait
 
 pytestmark = pytest.mark.ranks
@@ -149,15 +149,11 @@ def waits_in(results: list[Outcome], places: str) -> set[str]:
 # --- ranks that share a device; groups of nccl, as a run makes them
 
 
-ATTEMPTS = itertools.count()
-
-
-def joined_anew(overrides: list[str], attempt: int, device_of_all: int | None) -> Outcome:
+def joined_anew(overrides: list[str], port: int, device_of_all: int | None) -> Outcome:
     """Train over a group that the run makes itself. device_of_all: the index, where there is only one device."""
     dist.destroy_process_group()
-    # As torchrun does it: the store of this world is there already, and every attempt has keys of its own.
-    launched = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
-    with mock.patch.dict(os.environ, launched), pytest.MonkeyPatch.context() as patch:
+    # A store of its own: in that of the tests there are addresses of groups of the same name.
+    with mock.patch.dict(os.environ, {"MASTER_PORT": str(port)}), pytest.MonkeyPatch.context() as patch:
         if device_of_all is not None:
             patch.setattr(torch.cuda, "device_count", lambda: 1)
         run = make_run([*overrides, *ON_DEVICE, "run.nproc=2", "train.micro_batch=8"])
@@ -171,14 +167,14 @@ def joined_anew(overrides: list[str], attempt: int, device_of_all: int | None) -
 
 @pytest.mark.parametrize("overrides", [["parallel=ep", PEER], fssdp("hecate")], ids=["ep", "fssdp"])
 def test_ranks_that_share_a_device_train_as_one_process_does(overrides: list[str], devices) -> None:
-    results = devices(2).run(joined_anew, [*overrides, "run.share_gpu=true"], next(ATTEMPTS), 0)
+    results = devices(2).run(joined_anew, [*overrides, "run.share_gpu=true"], free_port(), 0)
     assert_trains_alike(union([result.trained for result in results]), on_the_cpu())
     assert "read" not in waits_in(results, "ops/grouped_gemm.py")    # in float32 the host knows the counts
 
 
 def test_a_group_of_nccl_is_told_its_device(devices) -> None:
     """Otherwise torch guesses one for a barrier, and says so at the end of every run."""
-    results = devices(2).run(joined_anew, ["parallel=ep"], next(ATTEMPTS), None)
+    results = devices(2).run(joined_anew, ["parallel=ep"], free_port(), None)
     assert_trains_alike(union([result.trained for result in results]), on_the_cpu())
 
 
