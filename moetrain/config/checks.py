@@ -46,6 +46,7 @@ RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     train.batch,
     data.data_path,
     data.domain_weights,
+    data.reading,
     optim.betas,
     losses.loss_names,
     losses.pools,

@@ -69,6 +69,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "data.domain_cap": ("data=text",),
     "data.held_out": ("data=text",),
     "data.held_out_share": ("data=text|megatron", "data.held_out=null"),
+    **dict.fromkeys((f"data.{name}" for name in ("text_key", "domain_key", "separator", "encoding")), ("data=text",)),
     "data.overlap": ("data=text",),
     "data.vocab_size": ("data=synthetic|megatron",),
     "data.num_domains": ("data=synthetic",),

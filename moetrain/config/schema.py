@@ -146,6 +146,11 @@ class DataConfig:
     held_out: str | None = key(None, "file or folder of held-out text of your own, of which nothing is trained on; null: a share "
                                      "of data.path", path=True)
     held_out_share: float = key(0.05, "share of the text to hold out, where data.held_out names none")
+    text_key: str | None = key("text", "the text in a record (JSON lines, JSON, CSV, TSV, Parquet): a key, meta.body for one in another; "
+                                       "null: everything is text as it stands")
+    domain_key: str | None = key("domain", "the domain in a record, likewise; null: records have none")
+    separator: str | None = key(None, "a line that ends a document inside a text, such as <|endoftext|>")
+    encoding: str = key("utf-8", "of texts without a byte order mark: any name that Python knows")
     overlap: int = key(1_000_000, "places of held-out text that are looked up in the training text at most, to say how much of "
                                   "it also occurs there; more are estimated from so many (0: not measured)")
     vocab_size: int = key(256, "synthetic, and megatron without a tokenizer: tokens of the vocabulary")

@@ -1,19 +1,26 @@
-"""Files as streams of bytes, decompressed where their content says so: gzip and Zstandard, whatever the name.
+"""Files as streams of bytes, decompressed where their content says so: gzip, Zstandard, xz and bzip2, whatever the name.
 
 A stream is read a block at a time, so that memory does not grow with what a file unpacks to: a file of a few kilobytes may
 unpack to gigabytes. Several members or frames in a row are one stream. What is damaged or cut off is an error that names
 the place, never an early end.
 """
 
+import bz2
 import gzip
+import io
+import lzma
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from moetrain.errors import DataError
 from moetrain.files import open_regular, reason
+
+_CHUNK = 1 << 16                    # bytes of a compressed file that are read at once
+_XZ_MEMORY = 1 << 30                # bytes that an xz file may ask for; the largest preset takes 65 MiB
 
 
 class Compression(NamedTuple):
@@ -22,6 +29,50 @@ class Compression(NamedTuple):
     suffix: str
     unpack: str                     # a command that unpacks a file
     open: Callable[[Any], Any]      # a binary file of compressed bytes -> one of what it holds
+
+
+class _Members(io.RawIOBase):
+    """What streams in a row hold. The modules bz2 and lzma take whatever follows a stream for its end; here it is damage.
+
+    padding: NUL bytes may follow a stream, as the xz format allows.
+    """
+
+    def __init__(self, file: BinaryIO, decoder: Callable[[], Any], *, padding: bool = False) -> None:
+        self._file, self._new, self._padding = file, decoder, padding
+        self._decoder = decoder()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._next(len(buffer))
+        buffer[:len(content)] = content
+        return len(content)
+
+    def _next(self, most: int) -> bytes:
+        content = b""
+        while not content:
+            given = b""
+            if self._decoder.eof:
+                given = self._behind(self._decoder.unused_data)
+                if not given:
+                    break
+                self._decoder = self._new()
+            elif self._decoder.needs_input and not (given := self._file.read(_CHUNK)):
+                raise EOFError("the file ends before its stream does")
+            content = self._decoder.decompress(given, most)
+        return content
+
+    def _behind(self, given: bytes) -> bytes:
+        """The beginning of the next stream, if there is one."""
+        while True:
+            given = given.lstrip(b"\0") if self._padding else given
+            if given or not (given := self._file.read(_CHUNK)):
+                return given
+
+
+def _buffered(decoder: Callable[[], Any], padding: bool, file: BinaryIO) -> io.BufferedReader:
+    return io.BufferedReader(_Members(file, decoder, padding=padding), _CHUNK)
 
 
 def _open_zstd(file: Any) -> Any:
@@ -36,7 +87,13 @@ def _open_zstd(file: Any) -> Any:
 COMPRESSIONS = (
     Compression("gzip", b"\x1f\x8b", ".gz", "gzip -d", lambda file: gzip.GzipFile(fileobj=file)),
     Compression("Zstandard", b"\x28\xb5\x2f\xfd", ".zst", "zstd -d --long=31", _open_zstd),    # a window of 2 GiB
+    Compression("xz", b"\xfd7zXZ\0", ".xz", "xz -d",
+                partial(_buffered, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, _XZ_MEMORY), True)),
+    # The digit is the size of its blocks; then a block begins, or an empty stream ends.
+    *(Compression("bzip2", b"BZh%d" % digit + begin, ".bz2", "bzip2 -d", partial(_buffered, bz2.BZ2Decompressor, False))
+      for digit in range(1, 10) for begin in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")),
 )
+_LONGEST_MAGIC = max(len(form.magic) for form in COMPRESSIONS)
 
 
 class ByteStream:
@@ -46,30 +103,40 @@ class ByteStream:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._read = path, 0
+        self.path, self._read, self._ahead = path, 0, b""
         self._file = open_regular(path)
-        head = self._file.read(4)
+        head = self._file.read(_LONGEST_MAGIC)
         self._file.seek(0)
         self.compression = next((form for form in COMPRESSIONS if head.startswith(form.magic)), None)
         self._content = self.compression.open(self._file) if self.compression else self._file
 
     def read(self, size: int) -> bytes:
         """The next bytes: `size` of them, fewer only at the end."""
-        return self._next(self._content.read, size)
+        if not self._ahead:
+            return self._next(size)
+        content, self._ahead = self._ahead[:size], self._ahead[size:]
+        return content if len(content) == size else content + self._next(size - len(content))
 
-    def line(self, limit: int) -> bytes:
-        """The next line with its end, or its first `limit` bytes; nothing at the end of the file."""
-        return self._next(self._content.readline, limit)
+    def peek(self, size: int) -> bytes:
+        """The next bytes, which stay the next ones: `size` of them, fewer only at the end."""
+        if len(self._ahead) < size:
+            self._ahead += self._next(size - len(self._ahead))
+        return self._ahead[:size]
+
+    @property
+    def file(self) -> BinaryIO:
+        """The file as it lies on disk."""
+        return self._file
 
     @property
     def position(self) -> int:
         """Bytes of the file that were read: a measure of progress, ahead by a buffer."""
         return self._file.tell()
 
-    def _next(self, read: Callable[[int], bytes], size: int) -> bytes:
+    def _next(self, size: int) -> bytes:
         try:
-            content = read(size)
-        except Exception as error:       # EOFError, gzip.BadGzipFile, zlib.error, ZstdError; an OSError of the system has an errno
+            content = self._content.read(size)
+        except Exception as error:       # EOFError, gzip.BadGzipFile, zlib.error, LZMAError, ZstdError; an OSError of the system has an errno
             if self.compression is None or getattr(error, "errno", None) is not None:
                 raise
             raise self._damaged(self.compression, error) from error

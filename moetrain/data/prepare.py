@@ -30,7 +30,9 @@ from moetrain.config.schema import Config, DataConfig
 from moetrain.data import corpus
 from moetrain.data.overlap import Overlap
 from moetrain.data.prepared import DESCRIPTION, Prepared, SplitWriter, lost_description, open_prepared, total, write_description
-from moetrain.data.sources import Document, SourceFile, documents, scan, text_document
+from moetrain.data.document import Document, text_document
+from moetrain.data.sources import SourceFile, documents, scan
+from moetrain.data.records import Reading
 from moetrain.data.split import FEW, LEAST_CUT, Split, cap_domains, exact, split, unique, whole, without
 from moetrain.data.spool import Spool
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +69,8 @@ def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None
         return open_prepared(tokens_path(data.path), verify=False).folder
     out = Path(data.cache) if data.cache else run_dir / "data"
     return prepare(path=data.path, out=out, tokenizer=data.tokenizer, domain_cap=data.domain_cap, held_out=data.held_out,
-                   held_out_share=data.held_out_share, overlap=data.overlap, progress=progress)
+                   held_out_share=data.held_out_share, overlap=data.overlap, progress=progress,
+                   reading=Reading(data.text_key, data.domain_key, data.separator, data.encoding))
 
 
 def tokens_path(path: str | None) -> Path:
@@ -79,7 +82,7 @@ def tokens_path(path: str | None) -> Path:
 
 def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | None = None, held_out: str | None = None,
             held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap,
-            progress: Progress | None = None) -> Path:
+            reading: Reading = Reading(), progress: Progress | None = None) -> Path:
     """The folder of the dataset that a source gives.
 
     Args:
@@ -90,17 +93,18 @@ def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | No
         held_out: file or folder of held-out text; None holds out a share of the text.
         held_out_share: that share.
         overlap: windows of held-out text to look up in the training text at most; 0 for none.
+        reading: how files are read: keys of records, separator, encoding.
         progress: called as bytes are read and written.
     """
     start = time.monotonic()
     encoder, share = load_tokenizer(tokenizer), _SHARE if held_out else exact(held_out_share)
-    source = _source(path, held_out, out, [encoder.identity, domain_cap, *_unusual(share)])
+    source = _source(path, held_out, out, [encoder.identity, domain_cap, reading, *_unusual(share)])
     known = _remembered(out).get(source.key)
     if known and _is_there(out / known):
         return _reuse(out / known)
     heldout_limit = corpus.HELDOUT_LIMIT if source.files is None and source.heldout is None else None
     with Spool(out) as spool:
-        chosen, heldout = _choose(source, spool, domain_cap, progress)
+        chosen, heldout = _choose(source, spool, domain_cap, reading, progress)
         parts = _split(chosen, heldout, source, share, heldout_limit)
         chooses = [_contents(heldout)] if heldout else _unusual(share)
         fingerprint = _hash([_FORMAT, encoder.identity, heldout_limit, _contents(chosen), *chooses])
@@ -154,8 +158,8 @@ def _files(path: str, key: str, exclude: tuple[Path, ...]) -> list[SourceFile]:
     return files
 
 
-def _listing(files: list[SourceFile]) -> list[tuple[str, int, int]]:
-    return [(file.name, file.size, file.mtime_ns) for file in files]
+def _listing(files: list[SourceFile]) -> list[tuple[str, int, int, int]]:
+    return [(file.name, file.size, file.mtime_ns, file.ctime_ns) for file in files]
 
 
 def _no_text(path: str, key: str, why: str) -> DataError:
@@ -164,20 +168,20 @@ def _no_text(path: str, key: str, why: str) -> DataError:
                      next=f"{key}=<file or folder of text>{otherwise}")
 
 
-def _choose(source: _Source, spool: Spool, domain_cap: int | None,
+def _choose(source: _Source, spool: Spool, domain_cap: int | None, reading: Reading,
             progress: Progress | None) -> tuple[list[Document], list[Document]]:
     """(documents to train on or to split, held-out documents of the user's own), unique and in order."""
     if source.files is None:
         found: Iterable[Document] = (text_document(document.domain, document.text)
                                      for document in corpus.builtin_documents(domain_cap=domain_cap))
     else:
-        found = documents(source.files, spool=spool, progress=progress and partial(progress, "reading"))
+        found = documents(source.files, spool=spool, reading=reading, progress=progress and partial(progress, "reading"))
     chosen = unique(found)
     if not chosen:
         raise _no_text(source.name, "data.path", "every text is empty")
     if source.heldout is None:
         return cap_domains(chosen, domain_cap), []
-    heldout = unique(documents(source.heldout, spool=spool, key="data.held_out",
+    heldout = unique(documents(source.heldout, spool=spool, reading=reading, key="data.held_out",
                                progress=progress and partial(progress, "reading held-out text")))
     if not heldout:
         raise _no_text("the held-out text", "data.held_out", "every text is empty")

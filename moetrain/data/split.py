@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import groupby
 from typing import NamedTuple
 
-from moetrain.data.sources import Document
+from moetrain.data.document import Document
 from moetrain.data.text import character_start
 
 FEW = 20                        # documents: from here on whole ones are held out, however small the share

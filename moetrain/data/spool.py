@@ -5,7 +5,7 @@ Nothing of it is left behind, however the process ends.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +54,18 @@ class Spool:
             return content
 
         return blocks_of(read)
+
+    def unpacked(self, read: Callable[[int], bytes]) -> BinaryIO:
+        """A file of its own, without a name, of what a function reads."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self._folder)
+            while content := read(BLOCK):
+                file.write(content)
+            file.seek(0)
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
+        return file
 
     def __enter__(self) -> "Spool":
         return self

@@ -58,6 +58,8 @@ BROKEN = [
     (["parallel=fssdp", "run.nproc=2", "parallel.room=0"], 71, "parallel.room=1, or planner=ep", ["parallel.room=1"]),
     (["parallel=fssdp", "run.nproc=2", "parallel.room=0", "planner=hecate"], 71, "planner=ep", ["planner=ep"]),
     (["parallel=fssdp", "run.nproc=2", "parallel.calibrate=true", "planner=ep"], 73, "planner=balanced", ["planner=balanced"]),
+    (["data.encoding=base64"], 130, "data.encoding=utf-8, or cp1252, utf-16, shift_jis, gb18030 …", ["data.encoding=utf-8"]),
+    (["data.separator=\t"], 131, "data.separator=null", ["data.separator=null"]),
     (["data.weights={code: 2, docs: -1}"], 170, "data.weights={code: 2,docs: 1}", ["data.weights={code: 2,docs: 1}"]),
     (["schedule=fixed", "schedule.kind=none"], 85, "schedule=fixed schedule.chunks=2", ["schedule.kind=fixed"]),
     (["schedule=fixed", "schedule.chunks=1"], 85, "schedule=none schedule.chunks=1", ["schedule=none"]),

@@ -49,6 +49,8 @@ def test_the_table_knows_every_key() -> None:
 
 def another(key: Key) -> str:
     """A value that is not the default, as it is typed."""
+    if key.path == "data.encoding":
+        return "cp1252"
     if get_origin(key.type) is dict:
         return "{code: 2}"
     if get_origin(key.type) is list:

@@ -190,7 +190,7 @@ def test_odd_files_have_defined_results(tmp_path: Path, caplog: pytest.LogCaptur
     every = texts(prepared, "train") + texts(prepared, "heldout")
     assert len(every) == 34 and b"BOM" * 300 in every and b"CRLF\r\n" * 200 in every
     assert any(b"caf\xe9" in text for text in every) and not any(b"SECRET" in text for text in every)
-    assert len([record for record in caplog.records if "left out 2 binary files" in record.message]) == 1
+    assert len([record for record in caplog.records if "left out 2 files that are no text" in record.message]) == 1
     assert run(source, source / "out").folder == prepared.folder
 
 
@@ -213,11 +213,11 @@ def test_binary_missing_and_empty_sources_are_refused(tmp_path: Path) -> None:
     refused(20, tmp_path / "bom", out, tokenizer=str(tmp_path / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"txt": "a"}', '{"text": 1}', '{"text": "a", "domain": 1}',
-                                  "[" * 9999])
-def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("line, number", [("{", 33), ("[]", 33), ("3", 33), ("[" * 9999, 33), ('{"txt": "a"}', 130),
+                                          ('{"text": 1}', 131), ('{"text": "a", "domain": 1}', 131)])
+def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str, number: int) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
-    assert "line 3, byte 18" in refused(33, tmp_path / "a.jsonl", tmp_path / "out").where
+    assert "line 3, byte 18" in refused(number, tmp_path / "a.jsonl", tmp_path / "out").where
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """Rules about what is learned."""
 
+import codecs
 import math
 from collections.abc import Iterator
 from shlex import quote
 
-from moetrain.config.schema import Config
+from moetrain.config.schema import Config, DataConfig
 from moetrain.config.values import show
 from moetrain.errors import ConfigError
 
@@ -26,3 +27,24 @@ def domain_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
                               why="a weight says how many times as often a domain comes: 0 or more",
                               next=quote(f"data.weights={show({**weights, name: 1})}"))
             return
+
+
+def reading(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """An encoding that Python has for text; a separator and keys that can be found."""
+    data = config.data
+    if not is_text_encoding(data.encoding):
+        yield ConfigError(130, f"data.encoding={show(data.encoding)} is no encoding of text", where="data.encoding",
+                          why="Python knows none of this name", next="data.encoding=utf-8, or cp1252, utf-16, shift_jis, gb18030 …")
+    for name, value in (("text_key", data.text_key), ("domain_key", data.domain_key), ("separator", data.separator)):
+        if value is not None and not (value.strip() and value.isprintable()):
+            yield ConfigError(131, f"data.{name}={show(value)} cannot be found in a file", where=f"data.{name}",
+                              why="it is blank, or has a line break or another character that does not print",
+                              next=f"data.{name}={show(getattr(DataConfig, name))}")
+
+
+def is_text_encoding(name: str) -> bool:
+    """Whether Python can read streams in it. Codecs from bytes to bytes, and those without streams, are none."""
+    try:
+        return isinstance(codecs.getincrementaldecoder(name)("replace").decode(b"ab", True), str)
+    except (LookupError, TypeError, ValueError, UnicodeError, AssertionError):
+        return False
