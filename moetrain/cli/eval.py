@@ -35,9 +35,9 @@ def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
     orders = range(max(map(len, ngrams.values()), default=0))
     rows = [["domain", "nats/token", "bits/byte", "nats/byte", *(f"order {order}" for order in orders)]]
     for domain in (name.removeprefix("loss/") for name in results if name.startswith("loss/")):
-        nats = results[f"nats_per_byte/{domain}"]
+        nats = results.get(f"nats_per_byte/{domain}", math.nan)
         figures = [results[f"loss/{domain}"], nats / math.log(2), nats, *ngrams.get(domain, [])]
-        rows.append([shown(domain), *(f"{figure:.4f}" for figure in figures)])
+        rows.append([shown(domain), *("-" if math.isnan(figure) else f"{figure:.4f}" for figure in figures)])
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
                                for column, (cell, width) in enumerate(zip(row, widths))) for row in rows)

@@ -184,7 +184,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     interval: int = key(0, "evaluate every so many steps (0: only at the end)")
-    windows: int = key(32, "held-out windows of seq_len tokens per domain")
+    windows: int = key(32, "held-out windows of seq_len tokens per domain that is named in an evaluation")
     batch: int = key(16, "windows of one forward pass")
     ngram: int = key(-1, "print n-gram models up to this order beside the result of `moetrain eval` (-1: none)")
 

@@ -3,7 +3,7 @@
 Shapes: B sequences, S positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -56,8 +56,10 @@ class Dataset(Protocol):
 
     vocab_size: int
     domains: tuple[str, ...]
+    measured: tuple[str, ...]     # what held-out text is measured as: the domains, or the largest and the rest as one
     fingerprint: str
-    windows: int | None           # training sequences of an epoch; None where they never repeat
+    tokens: int | None            # that are trained on, each once an epoch; None where they never repeat
+    windows: int | None           # training sequences that hold as many
 
     def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:
         """Ids in the slots of a step (from 1): a pure function of (seed, fingerprint, step, slot)."""
@@ -65,19 +67,23 @@ class Dataset(Protocol):
 
     def batch(self, sample_ids: np.ndarray) -> Batch: ...
 
-    def heldout(self, domain: int, *, windows: int, batch: int) -> Iterator[Batch]:
-        """Held-out sequences of a domain, the same ones every time, `batch` at once; fewer when there are fewer."""
+    def heldout_ids(self, part: int, windows: int) -> np.ndarray:
+        """Ids of at most so many held-out sequences of measured[part], the same ones every time; fewer when there are fewer."""
         ...
 
-    def bytes_of_targets(self, batch: Batch) -> int:
-        """Bytes of text that the valid targets stand for: the denominator of nats per byte."""
+    def bytes_of_targets(self, batch: Batch) -> int | None:
+        """Bytes of text that the valid targets stand for: the denominator of nats per byte. None where nobody knows."""
+        ...
+
+    def epochs(self, sequences: int) -> np.ndarray:
+        """How often so many training sequences read each domain; float64, 0 for one that is left out, NaN without an end."""
         ...
 
 
-def make_batch(rows: np.ndarray, lengths: np.ndarray, sample_ids: np.ndarray, domains: np.ndarray,
+def make_batch(inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray, sample_ids: np.ndarray, domains: np.ndarray,
                documents: np.ndarray | None) -> Batch:
-    """From rows [B, S + 1] of tokens, of which the first lengths + 1 count."""
-    tokens_BS, targets_BS = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+    """From rows [B, S] of inputs and of targets, of which the first `lengths` count."""
+    tokens_BS, targets_BS = torch.from_numpy(inputs), torch.from_numpy(targets)
     valid_BS = torch.arange(tokens_BS.shape[1]) < torch.from_numpy(lengths)[:, None]
     return Batch(tokens_BS.where(valid_BS, 0), targets_BS.where(valid_BS, -1), valid_BS,
                  torch.from_numpy(sample_ids.astype(np.int64)), torch.from_numpy(domains.astype(np.int64)),

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from moetrain.data.batch import DOMAIN_IDS, HELDOUT_IDS, Batch, make_batch
-from moetrain.data.order import philox
+from moetrain.data.measured import measured_parts
+from moetrain.data.permutation import philox
 
 _ALPHABET = 16
 _CUMULATIVE = np.array([0.7, 0.9, 0.97])
@@ -23,12 +24,14 @@ class SyntheticDataset:
     min_length: shortest sequence as a share of seq_len, in (0, 1]; the rest of a sequence is padding.
     """
 
-    windows = None
+    tokens = windows = None
 
     def __init__(self, *, vocab_size: int, num_domains: int, seq_len: int, global_batch: int, seed: int,
                  min_length: float = 1.0, mask_documents: bool = False) -> None:
         self.vocab_size = vocab_size
         self.domains = tuple(f"domain_{number}" for number in range(num_domains))
+        self._parts = measured_parts(self.domains, [0] * num_domains)
+        self.measured = tuple(part.name for part in self._parts)
         parameters = ("synthetic-1", vocab_size, num_domains, min_length, seed)
         self.fingerprint = hashlib.sha256(repr(parameters).encode()).hexdigest()
         self._seq_len, self._global_batch, self._seed = seq_len, global_batch, seed
@@ -49,16 +52,25 @@ class SyntheticDataset:
         spread = np.uint64(self._seq_len - self._shortest + 1)
         lengths = self._shortest + (draws[:, 1] % spread).astype(np.int64)
         documents = np.zeros((len(sample_ids), self._seq_len), np.int64) if self._mask_documents else None
-        return make_batch(self._walk(domains, draws[:, 2:]), lengths, sample_ids, domains, documents)
+        rows = self._walk(domains, draws[:, 2:])
+        return make_batch(rows[:, :-1], rows[:, 1:], lengths, sample_ids, domains, documents)
 
-    def heldout(self, domain: int, *, windows: int, batch: int) -> Iterator[Batch]:
-        ids = HELDOUT_IDS + domain * DOMAIN_IDS + np.arange(windows, dtype=np.int64)
+    def heldout_ids(self, part: int, windows: int) -> np.ndarray:
+        """So many ids; those of several domains as one are spread over them."""
+        numbers, domains = np.arange(windows, dtype=np.int64), np.asarray(self._parts[part].domains, np.int64)
+        return HELDOUT_IDS + domains[numbers * len(domains) // max(windows, 1)] * DOMAIN_IDS + numbers
+
+    def heldout(self, part: int, *, windows: int, batch: int) -> Iterator[Batch]:
+        """Held-out sequences of measured[part], `batch` at once."""
+        ids = self.heldout_ids(part, windows)
         for first in range(0, windows, batch):
             yield self.batch(ids[first:first + batch])
 
-    def bytes_of_targets(self, batch: Batch) -> int:
-        """Valid targets: generated tokens stand for no text."""
-        return int(batch.valid_BS.sum())
+    def bytes_of_targets(self, batch: Batch) -> None:
+        """Generated tokens stand for no text."""
+
+    def epochs(self, sequences: int) -> np.ndarray:
+        return np.full(len(self.domains), np.nan)
 
     def _walk(self, domains: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Rows [B, S + 1] of tokens: all chains a step at a time."""

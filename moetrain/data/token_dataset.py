@@ -1,30 +1,27 @@
 """Training and evaluation windows over prepared tokens.
 
-A domain's documents lie end to end, each closed by the end id. Training windows of seq_len + 1 tokens start every
-seq_len tokens, so each token but a domain's first is a target once an epoch; what is left at the end of a domain is not
-trained on. Sample id = number of the window, over all domains.
+A domain's documents lie end to end, each closed by the end id, and so do the domains. Every token is the target of a window once
+an epoch (data/windows.py, data/order.py); which domains are read together and how often: data/mixture.py. Held-out text is cut
+into windows domain by domain, or, of many domains, the largest by name and the rest as one (data/measured.py).
+
+Sample id = number of the window; that of a held-out one is HELDOUT_IDS + DOMAIN_IDS * part + its first target in that part.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
 
 import numpy as np
 
 from moetrain.config.suggest import nearest
 from moetrain.config.values import show
 from moetrain.data.batch import DOMAIN_IDS, HELDOUT_IDS, Batch, make_batch
-from moetrain.data.order import mixture_order
+from moetrain.data.measured import measured_parts
+from moetrain.data.mixture import Group, mixture_groups
+from moetrain.data.order import Order
 from moetrain.data.prepared import Prepared, TokenStream
+from moetrain.data.windows import Piece, Windows
 from moetrain.errors import DataError
-
-
-class Windows(NamedTuple):
-    """Windows of a stream: window i has inputs starts[i] … and lengths[i] targets, one token further."""
-
-    starts: np.ndarray
-    lengths: np.ndarray
 
 
 class TokenDataset:
@@ -46,91 +43,134 @@ class TokenDataset:
         self.tokenizer = prepared.tokenizer
         self.train_stream, self.heldout_stream = prepared.train, prepared.heldout
         self._seq_len, self._global_batch, self._mask_documents = seq_len, global_batch, mask_documents
-        weight = self._weights(prepared.folder, weights or {})
-        tokens = np.diff(self.train_stream.domain_bounds)
-        sizes = np.maximum(tokens - 1, 0) // seq_len
-        self._refuse_too_short(prepared.folder, tokens, sizes, mixture, weight)
-        self._first_window = np.concatenate([[0], np.cumsum(sizes)])
-        self._order = mixture_order(mixture, key=(seed, self.fingerprint), sizes=sizes.tolist(), weights=weight)
+        self._groups = self._mixture(prepared.folder, mixture, weights or {})
+        self._windows = Windows(_ranges(self.train_stream, [group.domains for group in self._groups]), seq_len=seq_len,
+                                wraps=len(self._groups) > 1)
+        self._order = Order(key=(seed, self.fingerprint), sizes=self._windows.sizes.tolist(), seq_len=seq_len,
+                            shares=[group.share for group in self._groups], global_batch=global_batch)
+        parts = measured_parts(self.domains, np.diff(self.heldout_stream.domain_bounds).tolist())
+        self.measured = tuple(part.name for part in parts)
+        self._heldout = Windows(_ranges(self.heldout_stream, [part.domains for part in parts]), seq_len=seq_len, wraps=False)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are trained on, each once."""
+        return int(self._windows.tokens.sum())
 
     @property
     def windows(self) -> int:
-        """Training windows of all domains: an epoch of the proportional mixture."""
-        return int(self._first_window[-1])
+        """Windows that hold as many targets as there are tokens to train on: an epoch of the proportional mixture."""
+        return -(-self.tokens // self._seq_len)
+
+    def epochs(self, sequences: int) -> np.ndarray:
+        rows = np.array([group.share for group in self._groups], float)
+        by_group = sequences * rows / rows.sum() * self._seq_len / self._windows.sizes
+        found = np.zeros(len(self.domains))
+        for group, epochs in zip(self._groups, by_group):
+            found[group.domains] = epochs
+        found[np.diff(self.train_stream.domain_bounds) == 0] = 0
+        return found
 
     def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:
         assert step >= 1, step
-        return self._order.windows((step - 1) * self._global_batch + np.asarray(slots, np.int64))
+        indices = (step - 1) * self._global_batch + np.asarray(slots, np.int64)
+        return self._windows.numbers(*self._order.windows(indices))
 
     def batch(self, sample_ids: np.ndarray) -> Batch:
+        """Training windows, or held-out ones."""
         sample_ids = np.asarray(sample_ids, np.int64)
-        assert ((sample_ids >= 0) & (sample_ids < self.windows)).all(), (sample_ids, self.windows)
-        domains = np.searchsorted(self._first_window, sample_ids, "right") - 1
-        starts = self.train_stream.domain_bounds[domains] + (sample_ids - self._first_window[domains]) * self._seq_len
-        windows = Windows(starts, np.full(len(starts), self._seq_len))
-        return self._read(self.train_stream, windows, sample_ids, domains)
+        return self._read(self._stream_of(sample_ids), [self.pieces(number) for number in sample_ids.tolist()], sample_ids)
 
-    def heldout(self, domain: int, *, windows: int, batch: int) -> Iterator[Batch]:
-        chosen = self.heldout_windows(domain, windows)
-        ids = HELDOUT_IDS + domain * DOMAIN_IDS + chosen.starts - self.heldout_stream.domain_range(domain)[0]
+    def pieces(self, sample_id: int) -> list[Piece]:
+        """The targets of a window, in the training or the held-out stream."""
+        if sample_id >= HELDOUT_IDS:
+            return self._heldout.pieces_at(*divmod(sample_id - HELDOUT_IDS, DOMAIN_IDS))
+        assert 0 <= sample_id < self._windows.count, (sample_id, self._windows.count)
+        return self._windows.pieces(sample_id)
+
+    def heldout_ids(self, part: int, windows: int) -> np.ndarray:
+        """At most `windows` windows that do not overlap, spread evenly; of a short part all of it, the last one not full."""
+        full, rest = divmod(int(self._heldout.tokens[part]), self._seq_len)
+        numbers = np.arange(windows) * full // max(windows, 1) if full >= windows else np.arange(full + bool(rest))
+        return HELDOUT_IDS + part * DOMAIN_IDS + numbers.astype(np.int64) * self._seq_len
+
+    def heldout(self, part: int, *, windows: int, batch: int) -> Iterator[Batch]:
+        """Held-out windows of measured[part], `batch` at once."""
+        ids = self.heldout_ids(part, windows)
         for first in range(0, len(ids), batch):
-            part = slice(first, first + batch)
-            piece = Windows(chosen.starts[part], chosen.lengths[part])
-            yield self._read(self.heldout_stream, piece, ids[part], np.full(len(ids[part]), domain))
+            yield self.batch(ids[first:first + batch])
 
-    def heldout_windows(self, domain: int, windows: int) -> Windows:
-        """At most `windows` windows that do not overlap, spread evenly; all of a short domain, the last one padded."""
-        start, end = self.heldout_stream.domain_range(domain)
-        targets = max(end - start - 1, 0)
-        full = targets // self._seq_len
-        if full >= windows:
-            numbers = np.arange(windows, dtype=np.int64) * full // max(windows, 1)
-        else:
-            numbers = np.arange(-(-targets // self._seq_len), dtype=np.int64)
-        return Windows(start + numbers * self._seq_len, np.minimum(targets - numbers * self._seq_len, self._seq_len))
-
-    def bytes_of_targets(self, batch: Batch) -> int:
-        if self.tokenizer is None:                   # ids that nobody can read: a token counts as a byte
-            return int(batch.valid_BS.sum())
+    def bytes_of_targets(self, batch: Batch) -> int | None:
+        if self.tokenizer is None:                   # ids that nobody can read
+            return None
         if self.tokenizer.identity == "bytes":
             return int((batch.valid_BS & (batch.targets_BS < 256)).sum())
         rows = (targets[valid].tolist() for targets, valid in zip(batch.targets_BS, batch.valid_BS))
         return sum(len(self.tokenizer.decode(row).encode()) for row in rows)
 
-    def _read(self, stream: TokenStream, windows: Windows, sample_ids: np.ndarray, domains: np.ndarray) -> Batch:
-        rows = np.zeros((len(windows.starts), self._seq_len + 1), np.int64)
-        for row, start, length in zip(rows, windows.starts.tolist(), windows.lengths.tolist()):
-            row[:length + 1] = stream.read(start, length + 1)
-        documents = self._documents(stream, windows.starts) if self._mask_documents else None
-        return make_batch(rows, windows.lengths, sample_ids, domains, documents)
+    def _stream_of(self, sample_ids: np.ndarray) -> TokenStream:
+        held = sample_ids >= HELDOUT_IDS
+        assert held.all() or not held.any(), sample_ids
+        return self.heldout_stream if held.any() else self.train_stream
 
-    def _documents(self, stream: TokenStream, starts: np.ndarray) -> np.ndarray:
-        positions_BS = starts[:, None] + np.arange(self._seq_len)
-        documents_BS = np.searchsorted(stream.document_starts, positions_BS, "right")
-        return documents_BS - documents_BS[:, :1]
+    def _read(self, stream: TokenStream, rows: list[list[Piece]], sample_ids: np.ndarray) -> Batch:
+        inputs, targets = (np.zeros((len(rows), self._seq_len), np.int64) for _ in range(2))
+        documents = np.zeros_like(inputs) if self._mask_documents else None
+        for number, pieces in enumerate(rows):
+            at = 0
+            for start, length in pieces:
+                tokens = _with_the_one_before(stream, start, length)
+                inputs[number, at:at + length], targets[number, at:at + length] = tokens[:-1], tokens[1:]
+                at += length
+            if documents is not None:
+                documents[number, :at] = self._documents(stream, pieces)
+        lengths = np.array([sum(length for _, length in pieces) for pieces in rows], np.int64)
+        domains = np.array([_main_domain(stream, pieces) for pieces in rows], np.int64)
+        return make_batch(inputs, targets, lengths, sample_ids, domains, documents)
 
-    def _weights(self, folder: Path, weights: Mapping[str, float]) -> list[float]:
-        """The weight of every domain."""
+    def _documents(self, stream: TokenStream, pieces: Sequence[Piece]) -> np.ndarray:
+        """Number of each input's document, from 0 on in order of appearance; what comes again behind something else is another."""
+        places = np.concatenate([np.arange(start, start + length) for start, length in pieces]) - 1
+        documents = np.searchsorted(stream.document_starts, places % stream.size, "right")
+        another = (np.diff(documents) != 0) | (np.diff(places) != 1)
+        return np.concatenate([[0], np.cumsum(another)])
+
+    def _mixture(self, folder: Path, mixture: str, weights: Mapping[str, float]) -> list[Group]:
+        """The groups that are trained on; DataError where there is none."""
         if unknown := sorted(set(weights) - set(self.domains)):
             near = nearest(unknown[0], self.domains) or list(self.domains[:8])
             renamed = {near[0] if name == unknown[0] else name: weight for name, weight in weights.items()}
             raise DataError(100, "data.weights names a domain that the data does not have", where=f"{folder} (data.weights)",
                             why=f"there is no {', '.join(unknown[:8])}; the domains are {', '.join(self.domains[:20])}",
                             next=quote(f"data.weights={show(renamed)}"))
-        return [float(weights.get(domain, 1)) for domain in self.domains]
-
-    def _refuse_too_short(self, folder: Path, tokens: np.ndarray, sizes: np.ndarray, mixture: str,
-                          weights: list[float]) -> None:
-        """Proportional needs one window somewhere, uniform one in every domain that has training text and a weight."""
-        used = (tokens > 0) & (np.array(weights) > 0)
-        if used.any() and (sizes[used].all() if mixture == "uniform" else sizes[used].any()):
-            return
-        if not used.any():
+        if not self.train_stream.size:
+            raise DataError(50, "there is nothing to train on", where=str(folder), why="its training split has no token",
+                            next="give more text (data.path)")
+        groups = mixture_groups(mixture, tokens=np.diff(self.train_stream.domain_bounds).tolist(), seq_len=self._seq_len,
+                                weights=[float(weights.get(domain, 1)) for domain in self.domains])
+        if not groups:
             raise DataError(101, "no domain is left to train on", where=f"{folder} (data.weights)",
                             why="every domain with training text has the weight 0", next="~data.weights")
-        domain = int(np.argmin(np.where(used, tokens, tokens.max())) if mixture == "uniform" else np.argmax(tokens * used))
-        limit, name = int(tokens[domain]) - 1, self.domains[domain]
-        remedy = f"train.seq_len={limit} or less" if limit > 0 else "give more text (data.path)"
-        raise DataError(50, "a sequence is longer than the training text", where=f"{folder}, domain {name}",
-                        why=f"train.seq_len={self._seq_len} needs {self._seq_len + 1:,} tokens, the domain has "
-                            f"{limit + 1:,} (data.mixture={mixture})", next=remedy)
+        return groups
+
+
+def _ranges(stream: TokenStream, groups: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
+    """Where the domains of each group lie."""
+    return [[stream.domain_range(domain) for domain in domains] for domains in groups]
+
+
+def _with_the_one_before(stream: TokenStream, start: int, length: int) -> np.ndarray:
+    if start:
+        return stream.read(start - 1, length + 1)
+    return np.concatenate([stream.read(stream.size - 1, 1), stream.read(0, length)])
+
+
+def _main_domain(stream: TokenStream, pieces: Sequence[Piece]) -> int:
+    """The domain of most of the targets; of equal ones the first in the window. 0 for no target."""
+    found: dict[int, int] = {}
+    for start, length in pieces:
+        first, last = (int(np.searchsorted(stream.domain_bounds, place, "right")) - 1 for place in (start, start + length - 1))
+        for domain in range(first, last + 1):
+            begin, end = stream.domain_range(domain)
+            found[domain] = found.get(domain, 0) + min(end, start + length) - max(begin, start)
+    return max(found, key=found.get, default=0)

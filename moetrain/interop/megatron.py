@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrain.data.order import permutation
+from moetrain.data.permutation import permutation
 from moetrain.data.split import exact
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import DataError

@@ -23,7 +23,7 @@ TRAINING, HELDOUT = "#1f4e79", "#c0392b"                 # told apart in graysca
 
 
 class Losses(NamedTuple):
-    """Nats per token, by step; held-out losses by domain, `mean` among them, and nats per byte of their mean."""
+    """Nats per token, by step; held-out losses by domain, `mean` among them, and nats per byte of their mean, NaN where they are unknown."""
 
     steps: np.ndarray
     tokens: np.ndarray
@@ -48,7 +48,7 @@ def draw_loss(run_dir: Path) -> Path | None:
 def read_losses(run_dir: Path) -> Losses:
     """What the records of a run say of its losses."""
     steps = _records(run_dir / "metrics.jsonl", "step", "tokens", "loss/ce")
-    evaluations = _records(run_dir / "eval.jsonl", "step", "loss/mean", "nats_per_byte/mean")
+    evaluations = _records(run_dir / "eval.jsonl", "step", "loss/mean")
     starts = [int(record["start"]) for record in _records(run_dir / "log" / "attempts.jsonl", "start")]
     found = (name for record in evaluations for name in record if name.startswith("loss/"))
     names = dict.fromkeys(name.removeprefix("loss/") for name in found)
@@ -57,7 +57,7 @@ def read_losses(run_dir: Path) -> Losses:
         np.array([record["step"] for record in evaluations], dtype=float),
         {name: np.array([record.get(f"loss/{name}", math.nan) for record in evaluations], dtype=float)
          for name in names},
-        np.array([record["nats_per_byte/mean"] for record in evaluations], dtype=float),
+        np.array([record.get("nats_per_byte/mean", math.nan) for record in evaluations], dtype=float),
         sorted({start for start in starts if steps and 0 < start < steps[-1]["step"]}))
 
 
@@ -90,7 +90,7 @@ def finding(found: Losses) -> str:
     if not len(found.evaluated):
         return text
     bits = found.nats_per_byte[-1] / math.log(2)
-    return f"{text}; held-out {found.heldout['mean'][-1]:.2f} ({bits:.2f} bits per byte)"
+    return f"{text}; held-out {found.heldout['mean'][-1]:.2f}" + ("" if math.isnan(bits) else f" ({bits:.2f} bits per byte)")
 
 
 def _window(found: Losses) -> int:

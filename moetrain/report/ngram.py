@@ -31,13 +31,13 @@ class Counts(NamedTuple):
 def witten_bell(dataset: TokenDataset, *, windows: int, batch: int, order: int) -> dict[str, list[float]]:
     """Nats per byte of text on the targets of the held-out windows: domain -> one figure for each order from 0 on.
 
-    A domain without held-out windows is left out. batch: windows of one forward pass, as in the network's evaluation.
+    The names are those of an evaluation. Left out is a domain without held-out windows, or of unknown bytes. batch: windows of one forward pass, as in the network's evaluation.
     """
     measured = {}
-    for domain, name in enumerate(dataset.domains):
-        size = sum(dataset.bytes_of_targets(part) for part in dataset.heldout(domain, windows=windows, batch=batch))
-        if size:
-            measured[name] = (_positions(dataset, domain, windows), size)
+    for part, name in enumerate(dataset.measured):
+        sizes = [dataset.bytes_of_targets(found) for found in dataset.heldout(part, windows=windows, batch=batch)]
+        if None not in sizes and sum(sizes):
+            measured[name] = (_positions(dataset, part, windows), sum(sizes))
     if not measured:
         return {}
     nats = _nats(dataset, np.concatenate([positions for positions, _ in measured.values()]), order)
@@ -51,11 +51,10 @@ def mean_over_domains(result: dict[str, list[float]]) -> list[float]:
     return np.mean(list(result.values()), 0).tolist() if result else []
 
 
-def _positions(dataset: TokenDataset, domain: int, windows: int) -> np.ndarray:
+def _positions(dataset: TokenDataset, part: int, windows: int) -> np.ndarray:
     """Addresses of the targets in the held-out stream."""
-    chosen = dataset.heldout_windows(domain, windows)
-    return np.concatenate([np.zeros(0, np.int64), *(np.arange(start + 1, start + length + 1)
-                                                   for start, length in zip(*chosen))])
+    pieces = (piece for number in dataset.heldout_ids(part, windows).tolist() for piece in dataset.pieces(number))
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(start, start + length) for start, length in pieces)])
 
 
 def _nats(dataset: TokenDataset, positions: np.ndarray, order: int) -> np.ndarray:

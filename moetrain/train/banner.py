@@ -61,10 +61,12 @@ def data_line(run: Run) -> str:
     names = ", ".join(dataset.domains[:6]) + ", ..." * (len(dataset.domains) > 6)
     text = (f"{run.config.data.kind} {dataset.fingerprint[:12]}  {len(dataset.domains)} domain{'s' * (len(dataset.domains) > 1)}"
             f" ({names})  vocabulary {dataset.vocab_size}")
-    if dataset.windows is None:
+    if dataset.tokens is None:
         return text
-    epochs = run.config.run.steps * train.global_batch / dataset.windows
-    return f"{text}  {human(dataset.windows * train.seq_len)} tokens, {epochs:.2g} epochs planned"
+    epochs = dataset.epochs(run.config.run.steps * train.global_batch)
+    least, most = (f"{many:.2g}" for many in (epochs[epochs > 0].min(), epochs.max()))
+    planned = f"{least} epochs" if least == most else f"{least} to {most} epochs, most of {dataset.domains[int(epochs.argmax())]},"
+    return f"{text}  {human(dataset.tokens)} tokens, {planned} planned"
 
 
 def saves_line(config: CheckpointConfig) -> str:

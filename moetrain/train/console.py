@@ -24,6 +24,7 @@ from moetrain.units import duration
 SHADES, ASCII_SHADES = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 DEAD = "x"
 BANNER_LINES = 25
+MOST_DOMAINS = 12                # of an [eval] line
 
 
 def banner(rows: Sequence[tuple[str, str]]) -> str:
@@ -43,10 +44,15 @@ def summary(rows: Sequence[tuple[str, str]], commands: Sequence[str]) -> str:
 
 
 def eval_line(step: int, losses: Mapping[str, float]) -> str:
-    """What an evaluation found, by domain; bits of the mean beside it."""
-    by_domain = {name.removeprefix("nats_per_byte/"): value for name, value in losses.items() if name.startswith("nats_per_byte/")}
-    figures = "  ".join(f"{shown(name)} {value:.3f}" for name, value in by_domain.items())
-    return f"[eval] step {step}, nats per byte: {figures} ({by_domain.get('mean', 0.0) / math.log(2):.3f} bits)"
+    """What an evaluation found, by domain; bits of the mean beside it. Nats per token where nobody knows the bytes."""
+    per_byte = "nats_per_byte/mean" in losses
+    kind = "nats_per_byte/" if per_byte else "loss/"
+    by_domain = {name.removeprefix(kind): value for name, value in losses.items() if name.startswith(kind)}
+    mean = by_domain.pop("mean", 0.0)
+    told = [f"{shown(name)} {value:.3f}" for name, value in list(by_domain.items())[:MOST_DOMAINS]]
+    more = [f"{len(by_domain) - len(told)} more in eval.jsonl"] if len(by_domain) > len(told) else []
+    bits = f" ({mean / math.log(2):.3f} bits)" if per_byte else ""
+    return f"[eval] step {step}, nats per {'byte' if per_byte else 'token'}: {'  '.join([*told, *more, f'mean {mean:.3f}'])}{bits}"
 
 
 def heatmap(counts_RE: Sequence[Sequence[float]], names: Sequence[str], width: int = 80, *,

@@ -114,9 +114,9 @@ class Recorder:
             return
         choices = [part.numpy() for part in found.choices_ML.split(list(self.routers.values()), dim=1)]
         record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses, "time/eval": seconds, "timestamp": time.time()}
-        if choices and len(run.dataset.domains) > 1:
+        if choices and len(run.dataset.measured) > 1:
             record["moe/mutual_information/mean"] = float(np.mean([mutual_information(part) for part in choices]))
-            write_specialisation(self.directory / "specialisation.npz", run.state.step, choices, self.routers, run.dataset.domains)
+            write_specialisation(self.directory / "specialisation.npz", run.state.step, choices, self.routers, run.dataset.measured)
         self.evaluations.write(record)
         if self.wandb:
             self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})

@@ -54,22 +54,24 @@ def same(first: Batch, second: Batch) -> bool:
 
 def test_every_window_comes_once_an_epoch_and_epochs_differ(prepared: Prepared) -> None:
     data = dataset(prepared)
-    assert data.windows == (507 - 1) // 10 + (105 - 1) // 10
+    assert data.windows == 62 == -(-(507 + 105) // 10) and data.tokens == 612
     drawn = np.concatenate([data.sample_ids(step, range(8)) for step in range(1, 2 + 2 * data.windows // 8)])
     first, second = drawn[:data.windows], drawn[data.windows:2 * data.windows]
     assert sorted(first) == sorted(second) == list(range(data.windows)) and first.tolist() != second.tolist()
 
 
-def test_windows_are_consecutive_tokens_of_one_domain(prepared: Prepared) -> None:
+def test_windows_are_consecutive_tokens_over_all_domains(prepared: Prepared) -> None:
+    """The input of a target is the token before it; that of the very first is the last of the stream."""
     data = dataset(prepared)
     batch = data.batch(np.arange(data.windows))
     stream = prepared.train.read(0, prepared.train.size).astype(np.int64)
-    starts = [10 * number for number in range(50)] + [507 + 10 * number for number in range(10)]
-    for row, start in enumerate(starts):
-        assert batch.tokens_BS[row].tolist() == stream[start:start + 10].tolist()
-        assert batch.targets_BS[row].tolist() == stream[start + 1:start + 11].tolist()
-    assert batch.domains_B.tolist() == [0] * 50 + [1] * 10 and batch.valid_BS.all() and batch.documents_BS is None
-    assert batch.sample_ids_B.tolist() == list(range(60))
+    for row in range(62):
+        places = np.arange(10 * row, min(10 * row + 10, 612))
+        assert batch.targets_BS[row, :len(places)].tolist() == stream[places].tolist()
+        assert batch.tokens_BS[row, :len(places)].tolist() == stream[places - 1].tolist()
+    assert batch.valid_BS.sum() == 612 and (batch.targets_BS[~batch.valid_BS] == -1).all() and batch.documents_BS is None
+    assert batch.domains_B.tolist() == [0] * 51 + [1] * 11                  # 507 … 509 of window 50 are of the second
+    assert batch.sample_ids_B.tolist() == list(range(62))
     integers = (batch.tokens_BS, batch.targets_BS, batch.sample_ids_B, batch.domains_B)
     assert {tensor.dtype for tensor in integers} == {torch.int64}
 
@@ -86,29 +88,34 @@ def test_sample_ids_are_a_pure_function_of_step_and_slot(prepared: Prepared, mix
     assert steps[1].tolist() != other.sample_ids(1, range(8)).tolist()
 
 
-def test_the_order_is_the_one_of_the_first_release(prepared: Prepared) -> None:
+def test_the_order_of_a_release_is_that_of_the_next(prepared: Prepared) -> None:
     """A resumed run must find its data where an older moetrain left it: a change here breaks every resume."""
-    assert dataset(prepared).sample_ids(3, range(8)).tolist() == [11, 13, 51, 47, 55, 12, 26, 35]
-    assert dataset(prepared, mixture="uniform").sample_ids(3, range(8)).tolist() == [48, 57, 59, 28, 1, 58, 50, 0]
+    assert dataset(prepared).sample_ids(3, range(8)).tolist() == [2, 44, 12, 21, 26, 50, 30, 4]
+    assert dataset(prepared, mixture="uniform").sample_ids(3, range(8)).tolist() == [507, 350, 513, 250, 20, 140, 520, 527]
 
 
-def test_uniform_mixture_is_balanced_in_every_block_and_in_own_epochs(prepared: Prepared) -> None:
+def test_uniform_mixture_is_balanced_in_every_step_and_in_own_epochs(prepared: Prepared) -> None:
     data = dataset(prepared, mixture="uniform")
-    ids = np.concatenate([data.sample_ids(step, range(8)) for step in range(1, 26)])       # 200 samples, 100 a domain
-    domains = data.batch(ids).domains_B.view(-1, 2)
-    assert (domains.sum(1) == 1).all() and 0 < domains[:, 0].sum() < 100                   # both orders occur
-    small = ids[ids >= 50]
-    assert all(sorted(small[start:start + 10]) == list(range(50, 60)) for start in range(0, 100, 10))
-    assert sorted(Counter(ids[ids < 50].tolist()).values()) == [2] * 50
+    batches = [data.batch(data.sample_ids(step, range(8))) for step in range(1, 26)]       # 200 samples, 100 a domain
+    domains = torch.stack([batch.domains_B for batch in batches])
+    assert (domains.sum(1) == 4).all() and len({tuple(row) for row in domains.tolist()}) > 10
+    assert all(batch.valid_BS.all() for batch in batches)
+    for domain, size in enumerate((507, 105)):
+        rows = torch.cat([batch.targets_BS[batch.domains_B == domain] for batch in batches])
+        assert len(rows) == 100 and prepared.train.domain_range(domain)[1] - prepared.train.domain_range(domain)[0] == size
+    assert data.epochs(200).tolist() == pytest.approx([1000 / 507, 1000 / 105])
 
 
 def test_weights_name_domains_and_leave_some_out(prepared: Prepared) -> None:
     data = dataset(prepared, mixture="uniform", weights={"small": 3})
-    ids = np.concatenate([data.sample_ids(step, range(8)) for step in range(1, 26)])
-    assert (ids >= 50).sum() == 150 and dataset(prepared, weights={}).sample_ids(1, range(8)).tolist() == \
+    batches = [data.batch(data.sample_ids(step, range(8))) for step in range(1, 26)]
+    assert sum(int((batch.domains_B == 1).sum()) for batch in batches) == 150
+    assert data.epochs(200).tolist() == pytest.approx([500 / 507, 1500 / 105])
+    assert dataset(prepared, weights={}).sample_ids(1, range(8)).tolist() == \
         dataset(prepared, weights={"big": 1}).sample_ids(1, range(8)).tolist()
     only = dataset(prepared, seq_len=200, mixture="uniform", weights={"small": 0})          # too short, and not needed
-    assert set(only.sample_ids(1, range(8)).tolist()) == {0, 1} and sum(len(b.tokens_BS) for b in only.heldout(1, windows=4, batch=4)) == 1
+    assert set(only.sample_ids(1, range(8)).tolist()) == {0, 1, 2} and only.tokens == 507 and only.epochs(6).tolist() == [2, 0]
+    assert sum(len(b.tokens_BS) for b in only.heldout(1, windows=4, batch=4)) == 1
     with pytest.raises(DataError, match="E-DATA-100") as caught:
         dataset(prepared, weights={"smal": 2.0})
     assert caught.value.next == "'data.weights={small: 2}'"
@@ -131,11 +138,22 @@ def test_the_number_of_ranks_decides_only_who_reads(prepared: Prepared, make, ra
 
 
 def test_documents_are_numbered_inside_a_window(prepared: Prepared) -> None:
+    """By the input: the mark that ends a document belongs to it, and so does the token after it as a target."""
     data = dataset(prepared, seq_len=50, mask_documents=True)
-    batch = data.batch(np.array([0, 6]))
-    assert batch.documents_BS[0].tolist() == [0] * 40 + [1] * 10            # document of 40 tokens, then one of 300
-    assert batch.documents_BS[1].tolist() == [0] * 40 + [1] * 7 + [2] * 3   # 300 … 340 | 347 |
-    assert batch.tokens_BS[0, 39] == 256 and batch.targets_BS[0, 39] == 40
+    batch = data.batch(np.array([0, 6, 12]))
+    assert batch.documents_BS[0].tolist() == [0] + [1] * 40 + [2] * 9       # last document, one of 40 tokens, one of 300
+    assert batch.documents_BS[1].tolist() == [0] * 41 + [1] * 7 + [2] * 2   # inputs 299 … 339 | … 346 | …
+    assert batch.tokens_BS[0, 40] == 256 and batch.targets_BS[0, 40] == 40
+    assert batch.documents_BS[2].tolist() == [0] * 13 + [0] * 37            # the last is not full
+
+
+def test_text_that_comes_again_in_a_window_is_another_document(prepared: Prepared) -> None:
+    data = dataset(prepared, seq_len=120, mixture="uniform", mask_documents=True)
+    small = next(id for id in data.sample_ids(1, range(8)) if data.batch(np.array([id])).domains_B == 1)
+    batch = data.batch(np.array([small]))
+    assert batch.valid_BS.all() and batch.targets_BS[0, :15].tolist() == batch.targets_BS[0, 105:].tolist()
+    ids = batch.documents_BS[0]
+    assert ids[0] == 0 and (ids.diff() >= 0).all() and (ids[105:] > ids[:15]).all()
 
 
 def test_heldout_windows_do_not_overlap_and_are_the_same_every_time(prepared: Prepared) -> None:
@@ -143,32 +161,27 @@ def test_heldout_windows_do_not_overlap_and_are_the_same_every_time(prepared: Pr
     batches = list(data.heldout(0, windows=6, batch=4))
     assert [len(batch.tokens_BS) for batch in batches] == [4, 2]
     assert all(same(*pair) for pair in zip(batches, data.heldout(0, windows=6, batch=4)))
-    chosen = data.heldout_windows(0, 6)
-    assert (np.diff(chosen.starts) >= 10).all() and chosen.starts[-1] >= 100 and set(chosen.lengths) == {10}
-    ids = torch.cat([batch.sample_ids_B for batch in batches])
-    assert (ids >= HELDOUT_IDS).all() and len(set(ids.tolist())) == 6
+    ids = data.heldout_ids(0, 6)
+    assert (ids >= HELDOUT_IDS).all() and ids.tolist() == torch.cat([batch.sample_ids_B for batch in batches]).tolist()
+    pieces = [data.pieces(id) for id in ids.tolist()]
+    assert all(len(piece) == 1 and piece[0].length == 10 for piece in pieces)
+    starts = np.array([piece[0].start for piece in pieces])
+    assert (np.diff(starts) >= 10).all() and starts[-1] >= 100
     stream = prepared.heldout.read(0, prepared.heldout.size)
-    assert batches[1].targets_BS[1].tolist() == stream[chosen.starts[5] + 1:chosen.starts[5] + 11].tolist()
+    assert batches[1].targets_BS[1].tolist() == stream[starts[5]:starts[5] + 10].tolist()
+    assert batches[1].tokens_BS[1].tolist() == stream[starts[5] - 1:starts[5] + 9].tolist()
 
 
-def test_a_short_domain_gives_all_it_has_with_padding(prepared: Prepared) -> None:
+def test_every_heldout_token_is_a_target_once(prepared: Prepared) -> None:
     data = dataset(prepared)
     (batch,) = data.heldout(1, windows=32, batch=16)
-    assert batch.tokens_BS.shape == (1, 10) and batch.valid_BS.sum() == 4
-    assert batch.targets_BS[0, 3:].tolist() == [256] + [-1] * 6 and (batch.tokens_BS[0, 4:] == 0).all()
-    assert data.bytes_of_targets(batch) == 3                                # the end of the document is no byte
+    assert batch.tokens_BS.shape == (1, 10) and batch.valid_BS.sum() == 5
+    assert batch.targets_BS[0].tolist() == [150, 151, 152, 153, 256] + [-1] * 5 and (batch.tokens_BS[0, 5:] == 0).all()
+    assert batch.tokens_BS[0, 0] == 256                                     # where the domain before it ends
+    assert data.bytes_of_targets(batch) == 4                                # the end of the document is no byte
     everything = list(data.heldout(0, windows=99, batch=4))
-    assert sum(int(part.valid_BS.sum()) for part in everything) == 149
-    assert sum(data.bytes_of_targets(part) for part in everything) == 149 - 2
-
-
-@pytest.mark.parametrize("mixture, seq_len, number", [("proportional", 507, "506"), ("uniform", 105, "104")])
-def test_a_sequence_longer_than_the_text_is_refused(prepared: Prepared, mixture: str, seq_len: int,
-                                                    number: str) -> None:
-    with pytest.raises(DataError) as caught:
-        dataset(prepared, seq_len=seq_len, mixture=mixture)
-    assert caught.value.id == "E-DATA-050" and f"train.seq_len={number}" in caught.value.next
-    dataset(prepared, seq_len=int(number), mixture=mixture)
+    assert sum(int(part.valid_BS.sum()) for part in everything) == 150
+    assert sum(data.bytes_of_targets(part) for part in everything) == 150 - 2
 
 
 def config(kind: str, path: Path | None = None, **data: object) -> Config:
@@ -221,7 +234,7 @@ def test_generated_lengths_domains_and_padding() -> None:
     assert lengths.min() == 16 and lengths.max() == 32
     assert (batch.valid_BS == (torch.arange(32) < lengths[:, None])).all()
     assert (batch.targets_BS[~batch.valid_BS] == -1).all() and (batch.tokens_BS[~batch.valid_BS] == 0).all()
-    assert (torch.bincount(batch.domains_B) > 60).all() and data.bytes_of_targets(batch) == lengths.sum()
+    assert (torch.bincount(batch.domains_B) > 60).all() and data.bytes_of_targets(batch) is None
     both = batch.valid_BS[:, 1:]
     assert torch.equal(batch.tokens_BS[:, 1:][both], batch.targets_BS[:, :-1][both])
     assert synthetic(min_length=1.0).batch(np.arange(9)).valid_BS.all()

@@ -92,8 +92,8 @@ def test_metrics_are_those_documented(run_dir: Path) -> None:
 def test_evaluations_are_those_documented(run_dir: Path) -> None:
     documented = names(section("files", "eval.jsonl"))
     (record,) = lines(run_dir / "eval.jsonl")
-    for name in documented:
-        assert any(pattern(name).fullmatch(key) for key in record), name
+    for name in documented:                                  # its text is generated: nobody knows bytes
+        assert any(pattern(name).fullmatch(key) for key in record) != name.startswith("nats_per_byte/"), name
     for key in record:
         assert sum(bool(pattern(name).fullmatch(key)) for name in documented) == 1, key
 

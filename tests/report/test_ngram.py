@@ -60,8 +60,8 @@ def test_fast_and_slow_models_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         first = data.heldout_stream.domain_range(domain)[0]
         batches = list(data.heldout(domain, windows=windows, batch=2))
         size = sum(data.bytes_of_targets(batch) for batch in batches)
-        targets = [at for start, length in zip(*data.heldout_windows(domain, windows))
-                   for at in range(start + 1, start + length + 1)]
+        targets = [at for number in data.heldout_ids(domain, windows).tolist() for start, length in data.pieces(number)
+                   for at in range(start, start + length)]
         assert len(targets) == sum(int(batch.valid_BS.sum()) for batch in batches)
         ids = [int(id) for batch in batches for id in batch.targets_BS[batch.valid_BS]]
         assert [heldout[at] for at in targets] == ids
