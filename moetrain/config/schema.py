@@ -145,7 +145,12 @@ class DataConfig:
     domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
     held_out: str | None = key(None, "file or folder of held-out text of your own, of which nothing is trained on; null: a share "
                                      "of data.path", path=True)
-    held_out_share: float = key(0.05, "share of the text to hold out, where data.held_out names none")
+    held_out_share: float = key(0.05, "share of the text to hold out, where data.held_out names none and no validation split is there")
+    split: Literal["respect", "merge"] = key(
+        "respect", "train, valid and test that lie side by side in data.path: valid is held out and test left alone, or all of them "
+                   "are one text")
+    allow_left_out: float = key(0.1, "share of the bytes of data.path that may be left out because they are not text; above it "
+                                     "preparing is refused")
     text_key: str | None = key("text", "the text in a record (JSON lines, JSON, CSV, TSV, Parquet): a key, meta.body for one in another; "
                                        "null: everything is text as it stands")
     domain_key: str | None = key("domain", "the domain in a record, likewise; null: records have none")

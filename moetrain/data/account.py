@@ -11,7 +11,8 @@ never opened.
 An account that is kept (`dataset.json`) is what `Account.record` gives: lists, texts and integers alone.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ TEST, VALID = "test split", "validation split"          # VALID: only where data
 HELD_OUT = "data.held_out"                              # read by that key
 NO_FILE = "no file"                                     # pipes, devices, links to nowhere: they have no bytes
 BINARY = "not text"
+UNDECODABLE = "undecodable"                             # parts of files that are read
 INTENDED = frozenset((HIDDEN, OWN, EMPTY, TEST, VALID, HELD_OUT, NO_FILE))  # everything else may be a mistake
 
 TRAINED, HELD = "trained on", "held out"                # the two sides
@@ -81,6 +83,7 @@ class FileLedger:
     def __init__(self, key: str, path: str) -> None:
         self.key, self.path = key, path
         self.entries: list[FileEntry] = []
+        self.splits: dict[str, list[FileEntry]] = {}         # that lie there, by what they are for
 
     def add(self, name: str, size: int, reason: str = "") -> FileEntry:
         entry = FileEntry(name, size, reason=reason)
@@ -95,11 +98,19 @@ class FileLedger:
     def left_out(self) -> list[FileEntry]:
         return [entry for entry in self.entries if entry.reason]
 
+    def mistakes(self) -> list[dict[str, Any]]:
+        """Sums of what may be meant to be read, the largest first."""
+        rows = _sums([entry for entry in self.left_out if entry.reason not in INTENDED], ("reason", "format"))
+        marred = [entry for entry in self.read if entry.undecodable]
+        rows += [{"reason": UNDECODABLE, "format": "", **row} for row in _sums(marred, (), _lost)]
+        return sorted(rows, key=lambda row: -row["bytes"])
+
     def record(self) -> dict[str, Any]:
         """The ledger as it is kept: sums by what files have in common, the largest first."""
-        return {"path": self.path, **_tally(entry.size for entry in self.entries),
+        splits = {role: _sums(members, ())[0] for role, members in sorted(self.splits.items())}
+        return {"path": plain(self.path), **_tally(self.entries),
                 "read": _sums(self.read, ("side", "format", "compression")),
-                "left_out": _sums(self.left_out, ("reason", "format"))}
+                "left_out": _sums(self.left_out, ("reason", "format")), "splits": splits}
 
 
 @dataclass
@@ -115,6 +126,18 @@ class Account:
         for size in sizes:
             self.text[what] = self.text.get(what, Tally()).plus(size)
 
+    def settle(self, trained: dict[str, int], held: dict[str, int], rest: str) -> None:
+        """Take the two sides as they were written. Cuts move to the start of a character: `rest` has what lies between.
+
+        trained, held: `documents` and `bytes`.
+        """
+        planned = sum(self.text.get(side, Tally()).bytes for side in (TRAINED, HELD))
+        for side, counts in ((TRAINED, trained), (HELD, held)):
+            self.text[side] = Tally(counts["documents"], counts["bytes"])
+        if moved := planned - trained["bytes"] - held["bytes"]:
+            before = self.text.get(rest, Tally())
+            self.text[rest] = Tally(before.count, before.bytes + moved)
+
     def record(self) -> dict[str, Any]:
         """The account as it is kept, checked: its sums are right or this is a bug."""
         read = [entry for ledger in self.files for entry in ledger.read]
@@ -125,33 +148,43 @@ class Account:
         marred = sorted((entry for entry in read if entry.undecodable),
                         key=lambda entry: (-entry.undecodable, entry.name))
         undecodable = {"files": len(marred), "bytes": sum(entry.undecodable for entry in marred),
-                       "first": marred[0].name if marred else ""}
+                       "first": plain(marred[0].name) if marred else ""}
         return {"files": {ledger.key: ledger.record() for ledger in self.files},
                 "text": {**held, "became": became, "empty": sum(entry.empty for entry in read),
                          "undecodable": undecodable}}
 
 
+def plain(name: str) -> str:
+    """A name as text that can be written: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def by_mistake(ledgers: Iterable[FileLedger]) -> tuple[int, int]:
-    """(bytes left out that may be meant to be read, bytes of all files that may be). Undecodable bytes are among the first."""
+    """(bytes left out that may be meant to be read, bytes of all files that may be). Undecodable bytes count."""
     entries = [entry for ledger in ledgers for entry in ledger.entries if entry.reason not in INTENDED]
-    # Of a compressed file the undecodable share: its text may be larger than the file.
-    lost = sum(entry.size if entry.reason
-               else entry.size * entry.undecodable // max(entry.text, entry.undecodable, 1) for entry in entries)
-    return lost, sum(entry.size for entry in entries)
+    return sum(map(_lost, entries)), sum(entry.size for entry in entries)
 
 
-def _sums(entries: list[FileEntry], fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def _lost(entry: FileEntry) -> int:
+    """Bytes of a file that are not read. Of a compressed one the undecodable share: its text may be larger than the file."""
+    return entry.size if entry.reason else entry.size * entry.undecodable // max(entry.text, entry.undecodable, 1)
+
+
+def _size(entry: FileEntry) -> int:
+    return entry.size
+
+
+def _sums(entries: list[FileEntry], fields: tuple[str, ...], size: Callable[[FileEntry], int] = _size) -> list[dict[str, Any]]:
     groups: dict[tuple[str, ...], list[FileEntry]] = {}
     for entry in entries:
         groups.setdefault(tuple(getattr(entry, name) for name in fields), []).append(entry)
     rows = []
     for values, members in groups.items():
         first = min(members, key=lambda entry: entry.name)
-        convert = {"convert": first.convert} if first.convert else {}
-        rows.append({**dict(zip(fields, values)), **_tally(entry.size for entry in members), "first": first.name, **convert})
+        convert = {"convert": plain(first.convert)} if first.convert else {}
+        rows.append({**dict(zip(fields, values)), **_tally(members, size), "first": plain(first.name), **convert})
     return sorted(rows, key=lambda row: (-row["bytes"], *(row[name] for name in fields)))
 
 
-def _tally(sizes: Iterable[int]) -> dict[str, int]:
-    listed = list(sizes)
-    return {"files": len(listed), "bytes": sum(listed)}
+def _tally(entries: list[FileEntry], size: Callable[[FileEntry], int] = _size) -> dict[str, int]:
+    return {"files": len(entries), "bytes": sum(map(size, entries))}

@@ -5,9 +5,9 @@
 The fingerprint is a hash of the tokenizer, of every (domain, content) and of how held-out text was chosen: it does not
 depend on where files lie or in which order they come. The folder appears whole or not at all and is never overwritten;
 one that is there is verified and used. `out/sources.json` remembers which source (paths, sizes, times of change) gave
-which fingerprint, so that an unchanged source is not read again.
+which fingerprint and account, so that an unchanged source is not read again.
 
-Reading is sources.py, the built-in texts corpus.py, the split split.py, the files prepared.py and tokens.py.
+What is read, and on which side it is: selection.py. The files: prepared.py and tokens.py.
 """
 
 import hashlib
@@ -17,23 +17,24 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from moetrain.config.schema import Config, DataConfig
 from moetrain.data import corpus
+from moetrain.data.account_text import account_lines, is_account
 from moetrain.data.overlap import Overlap
 from moetrain.data.prepared import DESCRIPTION, Prepared, SplitWriter, lost_description, open_prepared, total, write_description
-from moetrain.data.document import Document, text_document
-from moetrain.data.sources import SourceFile, documents, scan
-from moetrain.data.records import Reading
-from moetrain.data.split import FEW, LEAST_CUT, Split, cap_domains, exact, split, unique, whole, without
+from moetrain.data.document import Document
+from moetrain.data.records import Reading, reading_of
+from moetrain.data.selection import Progress, Selection, Source, find_source, select
+from moetrain.data.split import Split, exact
 from moetrain.data.spool import Spool
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.tokens import unwritable, write_file
@@ -43,22 +44,11 @@ from moetrain.locks import is_at, lock_folder
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]   # what is done ("reading", "tokenizing"), its bytes done, all of them
-
 _FORMAT = "moetrain-dataset-1"
 _NAME_LENGTH = 16                            # hexadecimal digits of the fingerprint in the folder's name
 _STALE_S = 24 * 3600
-_MOST_REMEMBERED = 16 << 20                  # bytes of sources.json: a hundred for each source
+_MOST_REMEMBERED = 16 << 20                  # bytes of sources.json: a few thousand for each source
 _SHARE = Fraction(1, 20)                     # of the text, held out; fingerprints name another one alone
-
-
-class _Source(NamedTuple):
-    """Where text comes from. key: equal as long as the source is unchanged."""
-
-    key: str
-    files: list[SourceFile] | None           # None: the built-in corpus
-    name: str
-    heldout: list[SourceFile] | None = None  # None: a share of the text
 
 
 def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None = None) -> Path:
@@ -69,8 +59,8 @@ def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None
         return open_prepared(tokens_path(data.path), verify=False).folder
     out = Path(data.cache) if data.cache else run_dir / "data"
     return prepare(path=data.path, out=out, tokenizer=data.tokenizer, domain_cap=data.domain_cap, held_out=data.held_out,
-                   held_out_share=data.held_out_share, overlap=data.overlap, progress=progress,
-                   reading=Reading(data.text_key, data.domain_key, data.separator, data.encoding))
+                   held_out_share=data.held_out_share, overlap=data.overlap, splits=data.split == "respect",
+                   allow_left_out=data.allow_left_out, reading=reading_of(data), run_dir=run_dir, progress=progress)
 
 
 def tokens_path(path: str | None) -> Path:
@@ -81,8 +71,9 @@ def tokens_path(path: str | None) -> Path:
 
 
 def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | None = None, held_out: str | None = None,
-            held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap,
-            reading: Reading = Reading(), progress: Progress | None = None) -> Path:
+            held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap, splits: bool = True,
+            allow_left_out: float = DataConfig.allow_left_out, reading: Reading = Reading(), run_dir: Path | None = None,
+            progress: Progress | None = None) -> Path:
     """The folder of the dataset that a source gives.
 
     Args:
@@ -90,33 +81,38 @@ def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | No
         out: where dataset folders lie, side by side.
         tokenizer: `bytes` or the path of a tokenizer.json.
         domain_cap: bytes of text to take from a domain at most; held-out text of the user's own is not cut.
-        held_out: file or folder of held-out text; None holds out a share of the text.
+        held_out: file or folder of held-out text; None takes the validation split that lies there, or a share of the text.
         held_out_share: that share.
         overlap: windows of held-out text to look up in the training text at most; 0 for none.
+        splits: whether a split that lies there is used; otherwise all of it is one text.
+        allow_left_out: share of the bytes that may be left out though nobody asked for it.
         reading: how files are read: keys of records, separator, encoding.
+        run_dir: the directory of a run, of which nothing is read.
         progress: called as bytes are read and written.
     """
     start = time.monotonic()
     encoder, share = load_tokenizer(tokenizer), _SHARE if held_out else exact(held_out_share)
-    source = _source(path, held_out, out, [encoder.identity, domain_cap, reading, *_unusual(share)])
-    known = _remembered(out).get(source.key)
-    if known and _is_there(out / known):
-        return _reuse(out / known)
-    heldout_limit = corpus.HELDOUT_LIMIT if source.files is None and source.heldout is None else None
+    source = find_source(path, held_out, own=(out, run_dir) if run_dir else (out,), splits=splits)
+    key = _hash([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading, source.listing()])
+    if (known := _remembered(out).get(key)) and _is_there(out / known["folder"]):
+        return _reuse(out / known["folder"], known["account"])
+    limit = corpus.HELDOUT_LIMIT if source.path is None and source.held_out is None else None
     with Spool(out) as spool:
-        chosen, heldout = _choose(source, spool, domain_cap, reading, progress)
-        parts = _split(chosen, heldout, source, share, heldout_limit)
-        chooses = [_contents(heldout)] if heldout else _unusual(share)
-        fingerprint = _hash([_FORMAT, encoder.identity, heldout_limit, _contents(chosen), *chooses])
+        selection = select(source, spool, share=share, reading=reading, domain_cap=domain_cap, allow_left_out=allow_left_out,
+                           progress=progress)
+        chooses = [_contents(selection.heldout)] if selection.heldout else _unusual(share)
+        fingerprint = _hash([_FORMAT, encoder.identity, limit, _contents(selection.chosen), *chooses])
         folder = out / fingerprint[:_NAME_LENGTH]
         if _is_there(folder):
-            _reuse(folder)
+            account = selection.record(_sides(_open_again(folder).description))
+            _say_account(account)
         else:
+            files = source.path.files if source.path else selection.chosen
             description = {"fingerprint": fingerprint, "tokenizer": encoder.identity, "vocab_size": encoder.vocab_size,
-                           "end_id": encoder.end_id, "source_files": len(source.files or chosen)}
-            _build(folder, parts, encoder, description, overlap, progress and partial(progress, "tokenizing"))
-            _log(open_prepared(folder, verify=False), source, held_out, time.monotonic() - start)
-    _remember(out, source.key, folder.name)
+                           "end_id": encoder.end_id, "source_files": len(files)}
+            _build(folder, selection, encoder, description, overlap, progress and partial(progress, "tokenizing"))
+            account = _log(open_prepared(folder, verify=False), source, held_out, time.monotonic() - start)
+    _remember(out, key, {"folder": folder.name, "account": account})
     return folder
 
 
@@ -138,82 +134,11 @@ def _unusual(share: Fraction) -> list[str]:
     return [] if share == _SHARE else [f"held out {share}"]
 
 
-def _source(path: str | None, held_out: str | None, out: Path, settings: list[Any]) -> _Source:
-    """Everything that may be read, before any of it is."""
-    named, heldout, listed = [_FORMAT, *settings], None, []
-    exclude = (out,) if held_out is None else (out, Path(held_out))
-    if held_out is not None:
-        heldout = _files(held_out, "data.held_out", (out,))
-        listed = [str(Path(held_out).resolve()), _listing(heldout)]
-    if path is None:
-        return _Source(_hash([*named, corpus.identity(), *listed]), None, "the built-in corpus", heldout)
-    files = _files(path, "data.path", exclude)
-    return _Source(_hash([*named, str(Path(path).resolve()), _listing(files), *listed]), files, path, heldout)
-
-
-def _files(path: str, key: str, exclude: tuple[Path, ...]) -> list[SourceFile]:
-    files = scan(Path(path), exclude=exclude, key=key)
-    if not any(file.size for file in files):
-        raise _no_text(path, key, "no file below it has any content (hidden files are left out)")
-    return files
-
-
-def _listing(files: list[SourceFile]) -> list[tuple[str, int, int, int]]:
-    return [(file.name, file.size, file.mtime_ns, file.ctime_ns) for file in files]
-
-
-def _no_text(path: str, key: str, why: str) -> DataError:
-    otherwise = ", or data.path=null for the built-in corpus" if key == "data.path" else ""
-    return DataError(32, "there is no text to read", where=f"{path} ({key})", why=why,
-                     next=f"{key}=<file or folder of text>{otherwise}")
-
-
-def _choose(source: _Source, spool: Spool, domain_cap: int | None, reading: Reading,
-            progress: Progress | None) -> tuple[list[Document], list[Document]]:
-    """(documents to train on or to split, held-out documents of the user's own), unique and in order."""
-    if source.files is None:
-        found: Iterable[Document] = (text_document(document.domain, document.text)
-                                     for document in corpus.builtin_documents(domain_cap=domain_cap))
-    else:
-        found = documents(source.files, spool=spool, reading=reading, progress=progress and partial(progress, "reading"))
-    chosen = unique(found)
-    if not chosen:
-        raise _no_text(source.name, "data.path", "every text is empty")
-    if source.heldout is None:
-        return cap_domains(chosen, domain_cap), []
-    heldout = unique(documents(source.heldout, spool=spool, reading=reading, key="data.held_out",
-                               progress=progress and partial(progress, "reading held-out text")))
-    if not heldout:
-        raise _no_text("the held-out text", "data.held_out", "every text is empty")
-    kept = without(chosen, heldout)
-    if not kept:
-        raise DataError(104, "no text is left to train on", where=f"{source.name} (data.path), data.held_out",
-                        why="every text of data.path is also in data.held_out, which is not trained on",
-                        next="data.held_out=<a file or folder of other text>, or data.held_out=null to hold out a share")
-    if len(kept) < len(chosen):
-        log.info("%d documents of %s are not trained on: data.held_out has them too", len(chosen) - len(kept), source.name)
-    return cap_domains(kept, domain_cap), heldout
-
-
-def _split(chosen: list[Document], heldout: list[Document], source: _Source, share: Fraction,
-           heldout_limit: int | None) -> Split:
-    if heldout:
-        return whole(chosen, heldout)
-    parts = split(chosen, share=share, heldout_limit=heldout_limit)
-    if not parts.heldout:
-        size = sum(document.size for document in chosen)
-        raise DataError(35, "there is too little text to hold some out", where=f"{source.name} (data.path)",
-                        why=f"{len(chosen)} documents with {size:,} bytes; with fewer than {FEW} documents one of them needs "
-                            f"{-(-LEAST_CUT // share)} bytes, of which {float(share):g} are held out",
-                        next="give more text: data.path=<file or folder>, or held-out text: data.held_out=<file or folder>")
-    return parts
-
-
 def _contents(chosen: list[Document]) -> list[tuple[str, str, int]]:
     return [(document.domain, document.digest.hex(), document.size) for document in chosen]
 
 
-def _build(folder: Path, parts: Split, encoder: Tokenizer, description: dict[str, Any], overlap: int,
+def _build(folder: Path, selection: Selection, encoder: Tokenizer, description: dict[str, Any], overlap: int,
            progress: Callable[[int, int], None] | None) -> None:
     """Write the dataset in a temporary folder beside its place, then rename it there."""
     try:
@@ -224,7 +149,8 @@ def _build(folder: Path, parts: Split, encoder: Tokenizer, description: dict[str
         raise unwritable(folder.parent, error) from error
     try:
         temporary.chmod(0o755)
-        description = description | _write_parts(temporary, parts, encoder, overlap, progress)
+        description = description | _write_parts(temporary, selection.parts, encoder, overlap, progress)
+        description["account"] = selection.record(_sides(description))
         if encoder.content is not None:
             write_file(temporary / "tokenizer.json", encoder.content)
         write_description(temporary, description)
@@ -241,7 +167,7 @@ def _rename(temporary: Path, folder: Path) -> None:
     except OSError as error:
         if not _is_there(folder):
             raise unwritable(folder, error) from error
-        _reuse(folder)                       # another process was faster; its dataset has the same content
+        _open_again(folder)                  # another process was faster; its dataset has the same content
 
 
 def _write_parts(folder: Path, parts: Split, encoder: Tokenizer, overlap: int,
@@ -274,13 +200,25 @@ def _write_parts(folder: Path, parts: Split, encoder: Tokenizer, overlap: int,
             "overlap_windows": share.windows if share else 0, "overlap_every": share.every if share else 0}
 
 
-def _reuse(folder: Path) -> Path:
-    prepared = open_prepared(folder, verify=True)
-    log.info("data %s: %s, prepared before", folder, _sizes(prepared))
+def _reuse(folder: Path, account: dict[str, Any]) -> Path:
+    _open_again(folder)
+    _say_account(account)
     return folder
 
 
-def _log(prepared: Prepared, source: _Source, held_out: str | None, seconds: float) -> None:
+def _open_again(folder: Path) -> Prepared:
+    prepared = open_prepared(folder, verify=True)
+    log.info("data %s: %s, prepared before", folder, _sizes(prepared))
+    return prepared
+
+
+def _sides(description: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Documents and bytes of both splits."""
+    return {split: total(description[split]) for split in ("train", "heldout")}
+
+
+def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: float) -> dict[str, Any]:
+    """Say what was made, and return its account."""
     described = prepared.description
     text = f"prepared {source.name} in {seconds:.1f} s: {_sizes(prepared)}"
     if held_out is not None:
@@ -290,6 +228,13 @@ def _log(prepared: Prepared, source: _Source, held_out: str | None, seconds: flo
     if described["overlap_every"] > 1:
         text += f" (an estimate: {described['overlap_windows']:,} places looked up, one in {described['overlap_every']})"
     log.info("%s", text)
+    _say_account(described["account"])
+    return described["account"]
+
+
+def _say_account(account: dict[str, Any]) -> None:
+    for line in account_lines(account):
+        log.info("%s", line)
 
 
 def _sizes(prepared: Prepared) -> str:
@@ -298,21 +243,25 @@ def _sizes(prepared: Prepared) -> str:
             f"{heldout['tokens']:,} held out")
 
 
-def _remembered(out: Path) -> dict[str, str]:
-    """Source key -> folder name. It only saves time: whatever is wrong with it, the source is read again."""
+def _remembered(out: Path) -> dict[str, dict[str, Any]]:
+    """Source key -> folder name and account. It only saves time: whatever is wrong with it, the source is read again."""
     try:
         known = read_json(out / "sources.json", limit=_MOST_REMEMBERED)
     except (OSError, ValueError):
         return {}
-    usable = isinstance(known, dict) and all(isinstance(name, str) and name.isalnum() for name in known.values())
-    return known if usable else {}
+    return {key: row for key, row in known.items() if _usable(row)} if isinstance(known, dict) else {}
 
 
-def _remember(out: Path, key: str, name: str) -> None:
+def _usable(row: Any) -> bool:
+    return (isinstance(row, dict) and isinstance(row.get("folder"), str) and row["folder"].isalnum()
+            and is_account(row.get("account")))
+
+
+def _remember(out: Path, key: str, row: dict[str, Any]) -> None:
     try:
-        write_file(out / "sources.json", json.dumps(_remembered(out) | {key: name}, indent=1).encode())
+        write_file(out / "sources.json", json.dumps(_remembered(out) | {key: row}, indent=1).encode())
     except DiskError as error:
-        log.warning("cannot remember what %s was made of: %s", name, error.why)
+        log.warning("cannot remember what %s was made of: %s", row["folder"], error.why)
 
 
 def _remove_stale(out: Path) -> None:

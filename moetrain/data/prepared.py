@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.data.account_text import is_account
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.token_blocks import damaged
 from moetrain.data.tokens import TokenShard, open_shard, write_file, write_shard
@@ -237,6 +238,8 @@ def _description_problem(content: Any) -> str | None:
         return "the counts of a split are missing"
     if not isinstance(content.get("heldout_overlap", ""), float | None):
         return "heldout_overlap is missing"
+    if "account" in content and not is_account(content["account"]):         # older datasets have none
+        return "its account is no account"
     shards = content.get("shards")
     if not isinstance(shards, dict) or not any(name.startswith("train-") for name in shards):
         return "it lists no training shard"

@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
+from moetrain.config.schema import DataConfig
 from moetrain.data.account import FileEntry
 from moetrain.errors import DataError
 from moetrain.files import shown
@@ -29,6 +30,10 @@ class Reading(NamedTuple):
 
 
 _DEFAULT = Reading()
+
+
+def reading_of(data: DataConfig) -> Reading:
+    return Reading(data.text_key, data.domain_key, data.separator, data.encoding)
 
 
 class Fields:

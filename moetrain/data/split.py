@@ -41,11 +41,13 @@ class Split(NamedTuple):
     heldout: list[Part]
 
 
-def unique(documents: Iterable[Document]) -> list[Document]:
-    """Sorted by domain and content, each content once: the order in which they came is forgotten."""
-    seen: set[bytes] = set()
-    ordered = sorted(documents, key=lambda document: (document.domain, document.digest))
-    return [document for document in ordered if not (document.digest in seen or seen.add(document.digest))]
+def unique(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+    """(each content once, sorted by domain and content, the others): the order in which they came is forgotten."""
+    kept, duplicates, seen = [], [], set()
+    for document in sorted(documents, key=lambda document: (document.domain, document.digest)):
+        (duplicates if document.digest in seen else kept).append(document)
+        seen.add(document.digest)
+    return kept, duplicates
 
 
 def cap_domains(documents: list[Document], cap: int | None) -> list[Document]:
@@ -90,10 +92,13 @@ def split(documents: list[Document], *, share: Fraction, heldout_limit: int | No
     return result
 
 
-def without(documents: list[Document], others: list[Document]) -> list[Document]:
-    """The documents whose content is not among the others'."""
+def without(documents: list[Document], others: list[Document]) -> tuple[list[Document], list[Document]]:
+    """(the documents whose content is not among the others', those whose is)."""
     digests = {document.digest for document in others}
-    return [document for document in documents if document.digest not in digests]
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for document in documents:
+        sides[document.digest in digests].append(document)
+    return sides
 
 
 def whole(train: list[Document], heldout: list[Document]) -> Split:

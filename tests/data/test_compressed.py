@@ -15,7 +15,8 @@ from moetrain.data import text as text_module
 from moetrain.data.compressed import ByteStream
 from moetrain.data.prepare import prepare
 from moetrain.data.prepared import open_prepared
-from moetrain.data.sources import documents, scan
+from moetrain.data.scan import scan
+from moetrain.data.sources import documents
 from moetrain.data.spool import Spool
 from moetrain.data.text import BLOCK, blocks_of, character_start, cut
 from moetrain.errors import DataError, DiskError
@@ -88,10 +89,10 @@ def test_what_unpacks_to_much_is_read_in_bounded_memory(tmp_path: Path, suffix: 
     with Spool(tmp_path) as spool:
         tracemalloc.start()
         try:
-            (document,) = documents(scan(path), spool=spool)
+            (document,) = documents(scan(path).files, spool=spool)
             assert document.size == 24_000_000 and sum(map(len, document.blocks())) == document.size
             with pytest.raises(DataError, match="E-DATA-031"):
-                list(documents(scan(tmp_path / f"zeros{suffix}"), spool=spool))
+                list(documents(scan(tmp_path / f"zeros{suffix}").files, spool=spool))
             assert tracemalloc.get_traced_memory()[1] < (16 if suffix == ".xz" else 8) << 20       # a window of 8 MiB
         finally:
             tracemalloc.stop()

@@ -1,7 +1,6 @@
 """Text to a dataset folder: real files, odd files, damage, and what must not depend on what."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from moetrain.config.schema import Config, DataConfig
-from moetrain.data import corpus, prepare as prepare_module
+from moetrain.data import corpus, prepare as prepare_module, selection as selection_module
 from moetrain.data.prepare import prepare, prepare_from_config
 from moetrain.data.prepared import Prepared, SplitWriter, open_prepared
 from moetrain.data.tokenizer import load_tokenizer
@@ -107,7 +106,7 @@ def test_an_unchanged_source_is_not_read_again_and_a_changed_one_gives_another_f
     first = run(source, tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "documents", lambda *_, **__: pytest.fail("read again"))
+        patch.setattr(selection_module, "documents", lambda *_, **__: pytest.fail("read again"))
         assert run(source, tmp_path / "out").folder == first.folder
     (tmp_path / "out" / "sources.json").write_text("{")                   # only costs time
     assert run(source, tmp_path / "out").folder == first.folder
@@ -169,7 +168,7 @@ def test_domain_cap_counts_bytes(tmp_path: Path) -> None:
         assert 5900 < counts["train"][domain]["bytes"] + counts["heldout"][domain]["bytes"] <= 6000
 
 
-def test_odd_files_have_defined_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_odd_files_have_defined_results(tmp_path: Path) -> None:
     source = corpus_folder(tmp_path / "in", documents=30)
     odd = source / "odd"
     (odd / ".hidden").mkdir(parents=True)
@@ -185,12 +184,13 @@ def test_odd_files_have_defined_results(tmp_path: Path, caplog: pytest.LogCaptur
     (odd / "loop").symlink_to(source, target_is_directory=True)
     (odd / "nowhere").symlink_to(tmp_path / "nowhere")
     os.mkfifo(odd / "pipe")
-    with caplog.at_level(logging.WARNING):
-        prepared = run(source, source / "out")                             # our own output is not input
+    prepared = run(source, source / "out")                                 # our own output is not input
     every = texts(prepared, "train") + texts(prepared, "heldout")
     assert len(every) == 34 and b"BOM" * 300 in every and b"CRLF\r\n" * 200 in every
     assert any(b"caf\xe9" in text for text in every) and not any(b"SECRET" in text for text in every)
-    assert len([record for record in caplog.records if "left out 2 files that are no text" in record.message]) == 1
+    left_out = sorted((row["reason"], row["files"], row["bytes"])
+                      for row in prepared.description["account"]["files"]["data.path"]["left_out"])
+    assert left_out == [("empty", 1, 0), ("hidden", 2, 3000), ("no file", 2, 0), ("not text", 1, 500), ("not text", 1, 1280)]
     assert run(source, source / "out").folder == prepared.folder
 
 

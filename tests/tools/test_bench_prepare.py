@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.data.sources import documents, scan
+from moetrain.data.scan import scan
+from moetrain.data.sources import documents
 from moetrain.data.spool import Spool
 from tools import bench_prepare
 
@@ -14,7 +15,7 @@ def test_a_source_has_its_size_and_is_measured(tmp_path: Path, name: str) -> Non
     (tmp_path / "in").mkdir()
     bench_prepare.SOURCES[name][1](tmp_path / "in", 60_000)
     with Spool(tmp_path) as spool:
-        sizes = [document.size for document in documents(scan(tmp_path / "in"), spool=spool)]
+        sizes = [document.size for document in documents(scan(tmp_path / "in").files, spool=spool)]
     assert 60_000 <= sum(sizes) < 80_000
     measured = bench_prepare.measure(str(tmp_path / "in"), "bytes", "1000")
     assert measured["bytes"] == sum(sizes) and measured["seconds"] > 0

@@ -1,0 +1,114 @@
+"""Splits that a corpus comes with: `train/ valid/ test/`, `ptb.train.txt ptb.valid.txt`, `train-00000-of-00010.parquet` beside
+`test-00000-of-00001.parquet`.
+
+A file or folder belongs to a split when a part of its name says so and another one beside it, at the same level, names
+the other side: what is called `test` without a `train` beside it is no split. Names go together when nothing else
+distinguishes them but numbers and suffixes, or when one of them says nothing else. Source code is never a split:
+`train.py` and `test.py` are programs.
+
+The test split wins over the validation split, and that over training, where folders are nested. `eval` means validation,
+or test where there is a validation split too.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from moetrain.data.compressed import inner_name
+
+TRAIN, VALID, TEST = "train", "valid", "test"
+_EVAL = "eval"
+_STRICTNESS = {TRAIN: 0, VALID: 1, TEST: 2}
+_WORDS = re.compile(                                     # a part of a name between characters that are no letters or digits
+    r"(?<![^\W_])(?:(?P<train>train(?:ing)?(?:set|data)?)"
+    r"|(?P<valid>valid(?:ation|ate)?(?:set)?|val|dev(?:el|elopment)?(?:set)?|held[-_]?out|holdout)"
+    r"|(?P<eval>eval(?:uation)?(?:set)?)|(?P<test>test(?:ing)?(?:set|data)?))\d*(?![^\W_])", re.IGNORECASE)
+_CODE = frozenset(
+    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .html .ini .ipynb .java .jl .js .kt .lua .m .ml "
+    ".php .pl .py .pyi .pyx .r .rb .rs .scala .sh .sql .swift .toml .ts .tsx .yaml .yml .zig".split())
+_NUMBERING = {"of", "part", "shard"}
+
+
+class Member(NamedTuple):
+    """What a split makes of a file. label: its name without the parts that name the split; the domain is told from it."""
+
+    role: str
+    label: str
+
+
+class _Word(NamedTuple):
+    role: str
+    start: int
+    end: int
+    rest: tuple[str, ...]           # the other parts of the name, without suffix and numbers
+    at_edge: bool                   # whether it comes first or last
+
+
+def find_splits(names: Iterable[str]) -> dict[str, Member]:
+    """The files that belong to a split, by their names, which are relative and written with slashes."""
+    names = list(names)
+    levels: dict[str, dict[str, _Word]] = {}
+    for name in names:
+        parts = name.split("/")
+        for depth, part in enumerate(parts):
+            if (word := _word(part, is_file=depth == len(parts) - 1)) is not None:
+                levels.setdefault("/".join(parts[:depth]), {})[part] = word
+    paired = {folder: found for folder, words in levels.items() if (found := _paired(words))}
+    return {name: member for name in names if (member := _member(name, paired)) is not None} if paired else {}
+
+
+def _word(name: str, *, is_file: bool) -> _Word | None:
+    """The part of a name that says which split it is; None where none does, or two disagree."""
+    found = list(_WORDS.finditer(name))
+    if not found or len({match.lastgroup for match in found}) > 1:
+        return None
+    first, stem = found[0], name
+    if is_file:
+        inner = inner_name(name)
+        suffix = PurePosixPath(inner).suffix
+        if suffix.lower() in _CODE:
+            return None
+        stem = inner.removesuffix(suffix) if first.end() <= len(inner) - len(suffix) else inner
+    before, after = _parts(stem[:first.start()]), _parts(stem[first.end():])
+    return _Word(str(first.lastgroup), first.start(), first.end(), (*before, *after), not before or not after)
+
+
+def _parts(text: str) -> list[str]:
+    return [part for part in re.split(r"[\W_]+", text.lower()) if part and not part.isdigit() and part not in _NUMBERING]
+
+
+def _paired(words: dict[str, _Word]) -> dict[str, _Word]:
+    """The names of one level that form a split."""
+    sides = {side: [word for word in words.values() if (word.role == TRAIN) == side] for side in (True, False)}
+    rests = {side: {word.rest for word in members} for side, members in sides.items()}
+    at_edge = {side: any(word.at_edge for word in members) for side, members in sides.items()}
+    found = {}
+    for name, word in words.items():
+        other = word.role != TRAIN
+        if word.rest in rests[other] or (not word.rest and at_edge[other]) or (word.at_edge and () in rests[other]):
+            found[name] = word
+    has_valid = any(word.role == VALID for word in found.values())
+    return {name: word._replace(role=(TEST if has_valid else VALID) if word.role == _EVAL else word.role)
+            for name, word in found.items()}
+
+
+def _member(name: str, levels: dict[str, dict[str, _Word]]) -> Member | None:
+    parts = name.split("/")
+    roles, kept = [], []
+    for depth, part in enumerate(parts):
+        word = levels.get("/".join(parts[:depth]), {}).get(part)
+        if word is not None:
+            roles.append(word.role)
+            part = _without(part, word, is_file=depth == len(parts) - 1)
+        kept += [part] if part else []
+    return Member(max(roles, key=_STRICTNESS.__getitem__), "/".join(kept)) if roles else None
+
+
+def _without(part: str, word: _Word, *, is_file: bool) -> str:
+    """The name without the word and what sets it off. A file is called `text` where nothing else is left but numbers."""
+    before, after = part[:word.start].rstrip("._- "), part[word.end:]
+    if is_file and not before and (not word.rest or after.startswith(".")):
+        _, dot, suffixes = after.partition(".")
+        return f"text{dot}{suffixes}"
+    return before + after if before else after.lstrip("._- ")

@@ -1,0 +1,179 @@
+"""What lies at a path, and which of it is read. No file's content is looked at here, but for our own.
+
+Links are followed, each folder once. Left out: hidden files and folders, what moetrain itself has written, empty files, what
+is no file, the folder of `data.held_out`, and a test split that lies beside the training text. Each of them is in the
+ledger; a folder that is left out is walked for its size.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moetrain.data.account import EMPTY, HELD, HELD_OUT, HIDDEN, NO_FILE, OWN, TEST, VALID, FileEntry, FileLedger
+from moetrain.data.given_splits import TRAIN, Member, find_splits
+from moetrain.data.given_splits import TEST as TEST_ROLE
+from moetrain.data.own_output import is_own, own_parts
+from moetrain.errors import DataError
+from moetrain.files import reason as said
+
+
+class SourceFile(NamedTuple):
+    """A file that is read. label: what its domain is told from: its name, without what names a split."""
+
+    path: Path
+    name: str                       # relative to the path the user gave
+    size: int
+    mtime_ns: int
+    ctime_ns: int                   # changes with every write, whatever the file's time of change is set to
+    label: str
+    entry: FileEntry
+
+
+class Scan(NamedTuple):
+    """files: sorted by name; those whose entry is on the side `HELD` are a validation split."""
+
+    ledger: FileLedger
+    files: list[SourceFile]
+
+    def side(self, side: str) -> list[SourceFile]:
+        return [file for file in self.files if file.entry.side == side]
+
+
+class _Found(NamedTuple):
+    path: Path
+    name: str
+    status: os.stat_result | None   # None: a link to nowhere
+    reason: str
+
+
+_Identity = tuple[int, int]
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)       # of a link
+
+
+def scan(path: Path, *, key: str = "data.path", own: tuple[Path, ...] = (), held_out: Path | None = None,
+         splits: bool = True) -> Scan:
+    """Every file at or below a path, sorted by name.
+
+    Args:
+        path: file or folder.
+        key: the key that named it.
+        own: files and folders to leave out as our own, whether or not they can be recognised yet.
+        held_out: file or folder below it that is read by `data.held_out`.
+        splits: whether a split that is there is used; otherwise it is one text.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            places = {OWN: own, HELD_OUT: (held_out,) if held_out else ()}
+            named = {_identity(place.stat()): reason for reason, group in places.items() for place in group if place.exists()}
+            named.pop(_identity(status), None)
+            found = sorted(_Walk(path.resolve(), named).files(), key=lambda file: file.name)
+        else:
+            found = [_Found(path, path.name, status, "" if status.st_size else EMPTY)]
+            splits = False
+    except OSError as error:
+        raise unreadable(Path(error.filename or path), error, key) from error
+    return _sorted_out(FileLedger(key, str(path)), found, splits, held_out is not None)
+
+
+def unreadable(path: Path, error: OSError, key: str) -> DataError:
+    otherwise = ", or data.path=null for the built-in corpus" if key == "data.path" else ""
+    return DataError(30, "the text cannot be read", where=f"{path} ({key})", why=said(error),
+                     next=f"{key}=<file or folder of text>{otherwise}")
+
+
+def _sorted_out(ledger: FileLedger, found: list[_Found], splits: bool, held_out: bool) -> Scan:
+    """Give every file its place in the ledger, and each of a split its side."""
+    members: dict[str, Member] = {}
+    if splits:      # the text of data.held_out is part of what lies there: train/ beside it is named without `train`, too
+        members = find_splits(file.name for file in found if file.reason in ("", HELD_OUT))
+    files = []
+    for path, name, status, reason in found:
+        member = members.get(name)
+        in_split = member is not None and not reason
+        if in_split and member.role == TEST_ROLE:
+            reason = TEST
+        elif in_split and member.role != TRAIN and held_out:
+            reason = VALID
+        entry = ledger.add(name, status.st_size if status and reason != NO_FILE else 0, reason)
+        if in_split:
+            ledger.splits.setdefault(member.role, []).append(entry)
+        if not reason and status is not None:
+            if member is not None and member.role != TRAIN:
+                entry.side = HELD
+            files.append(SourceFile(path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+                                    member.label if member else name, entry))
+    return Scan(ledger, files)
+
+
+class _Walk:
+    """named: why folders and files are left out that were named, by their identity."""
+
+    def __init__(self, root: Path, named: dict[_Identity, str]) -> None:
+        self._root, self._named = root, named
+        self._visited: set[_Identity] = set()
+        self._aside: list[tuple[str, str]] = []              # folders that are left out, and why
+
+    def files(self) -> Iterator[_Found]:
+        """What is left out comes last: a link that leads into it is read, and its files are counted once."""
+        for folder, folders, names in os.walk(self._root, followlinks=True, onerror=_refuse):
+            here = _identity(os.stat(folder))
+            if here in self._visited:
+                folders.clear()
+                continue
+            if reason := self._why_not(folder, here, folders, names):
+                self._aside.append((folder, reason))
+                folders.clear()
+                continue
+            self._visited.add(here)
+            own_folders, own_files = own_parts(folder, folders, names)
+            self._aside += [(os.path.join(folder, name), OWN) for name in sorted(own_folders)]
+            folders[:] = sorted(name for name in folders if name not in own_folders)
+            for name in names:
+                yield self._file(folder, name, OWN if name in own_files else "")
+        for folder, reason in self._aside:
+            yield from self._all_of(folder, reason)
+
+    def _why_not(self, folder: str, here: _Identity, folders: list[str], names: list[str]) -> str:
+        if folder == str(self._root):
+            return ""
+        if here in self._named:
+            return self._named[here]
+        if is_own(folder, folders, names):
+            return OWN
+        return HIDDEN if os.path.basename(folder).startswith(".") else ""
+
+    def _all_of(self, top: str, reason: str) -> Iterator[_Found]:
+        for folder, folders, names in os.walk(top):          # what cannot be looked into was not to be read either
+            here = _identity(os.stat(folder))
+            if here in self._visited:
+                folders.clear()
+                continue
+            self._visited.add(here)
+            for name in names:
+                yield self._file(folder, name, reason)
+
+    def _file(self, folder: str, name: str, reason: str) -> _Found:
+        path = Path(folder, name)
+        relative = path.relative_to(self._root).as_posix()
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if error.errno not in _NOWHERE and not reason:
+                raise
+            return _Found(path, relative, None, reason or NO_FILE)
+        if not stat.S_ISREG(status.st_mode):
+            return _Found(path, relative, status, NO_FILE)
+        reason = self._named.get(_identity(status), "") or reason or (HIDDEN if name.startswith(".") else "")
+        return _Found(path, relative, status, reason or ("" if status.st_size else EMPTY))
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino
+
+
+def _refuse(error: OSError) -> None:
+    raise error
