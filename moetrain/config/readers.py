@@ -70,6 +70,8 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "data.held_out": ("data=text",),
     "data.held_out_share": ("data=text|megatron", "data.held_out=null"),
     **dict.fromkeys((f"data.{name}" for name in ("text_key", "domain_key", "separator", "encoding")), ("data=text",)),
+    "data.split": ("data=text",),
+    "data.allow_left_out": ("data=text",),
     "data.overlap": ("data=text",),
     "data.vocab_size": ("data=synthetic|megatron",),
     "data.num_domains": ("data=synthetic",),

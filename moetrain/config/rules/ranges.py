@@ -84,7 +84,7 @@ RANGES: dict[str, list[str]] = {
     "from 0 to 100000000": ["data.overlap"],
     "from 1 to 99": ["optim.muon_ns_steps"],
     "in (0, 1]": ["generate.top_p", "data.min_length"],
-    "in [0, 1]": ["optim.min_lr_ratio", "optim.decay"],
+    "in [0, 1]": ["optim.min_lr_ratio", "optim.decay", "data.allow_left_out"],
     "in [0, 1)": ["optim.muon_momentum", "optim.betas"],
     "-1 or more": ["eval.ngram"],
 }
