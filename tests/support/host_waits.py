@@ -74,6 +74,7 @@ class Case(NamedTuple):
 SPLITS = "comm/exchange/base.py:read_splits"
 HOST_COUNTS = {"moe/dispatch.py:_alone": LAYERS}     # where no kernel takes the counts of rows from the device
 EP, FSSDP = ("parallel=ep",), ("parallel=fssdp", "planner=shadow")
+COPIES = ("hardware.flops=1e6", "hardware.latency_s=0", "hardware.inside=1e12", "hardware.between=1e12")      # they always pay
 MESHES = {
     "single": Case(("parallel=single",)),
     "ddp": Case(("parallel=ddp",), ranks=2),
@@ -82,6 +83,7 @@ MESHES = {
     "ep_fsdp": Case(("parallel=ep_fsdp",), ranks=2),
     "fssdp": Case(FSSDP, ranks=2),
 }
+# Not here: parallel.exchange=peer, whose ranks without kernels ask for each other's signals as often as it takes.
 MODES = {
     "accumulation": Case(micro_batches=2),
     "count pass": Case(("train.count_pass=true",), micro_batches=2),
@@ -110,6 +112,10 @@ MODES = {
     "ep, full recomputation": Case((*EP, "train.activation_checkpointing=full"), ranks=2),
     "ep, float32": Case((*EP, "run.dtype=float32"), ranks=2),
     "ep, two levels": Case((*EP, "parallel.exchange=two_level"), ranks=4, nodes=2),
+    "fssdp, gathered again": Case((*FSSDP, *COPIES, "parallel.rematerialize=true"), ranks=2),
+    "fssdp, calibrated": Case((*FSSDP, *COPIES, "parallel.calibrate=true"), ranks=2,
+                              further={"moe/dispatch.py:_assign": LAYERS}),       # the counts that it calibrates by
+    "fssdp, sliced": Case((*FSSDP, *COPIES, "parallel.sliced=1", "parallel.rehome_interval=2"), ranks=2),
 }
 BESIDE = "beside steps"
 CASES = {**MESHES, BESIDE: Case(("data.vocab_size=257", "eval.windows=4", "eval.batch=2"), steps=False), **MODES}
