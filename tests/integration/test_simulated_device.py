@@ -73,4 +73,4 @@ def test_beside_steps_the_host_waits_once_for_the_device_a_domain_a_save_and_a_t
         Entry("start", "comm/device.py:take_device", "synchronize"): 1,
         Entry("evaluation", "train/evaluate.py:_domain", "copy to the host"): domains,
         Entry("save", "train/checkpoint/snapshot.py:copies_on_host", "synchronize"): 1,
-        Entry("generation", "generate/sample.py:logits", "copy to the host"): tokens}
+        Entry("generation", "generate/sample.py:_last", "copy to the host"): tokens}
