@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(42, f"there is no verb data {given}".rstrip(), where="the command line",
                           why=f"data can {', '.join(_SUBCOMMANDS)}", next=f"moetrain data {near[0]}")
     config = compose(argv[1:])
-    if config.data.kind in ("synthetic", "megatron"):
+    if config.data.kind in ("synthetic", "megatron", "memmap"):
         raise ConfigError(44, f"data={config.data.kind} has nothing to prepare", where="data.kind",
                           why="only text is turned into tokens", next="moetrain data prepare data=text")
     from moetrain.data.prepare import prepare_from_config

@@ -132,11 +132,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    kind: Literal["text", "tokens", "megatron", "synthetic"] = key(
-        "text", "text files, prepared token shards, Megatron-Core's indexed datasets, or generated tokens")
-    path: str | None = key(None, "file or folder; null: the built-in corpus", path=True)
+    kind: Literal["text", "tokens", "megatron", "memmap", "synthetic"] = key(
+        "text", "text files, prepared token shards, Megatron-Core's indexed datasets, token files of other trainers, or generated tokens")
+    path: str | None = key(None, "file or folder; null: the built-in corpus; megatron: prefixes, with weights or without", path=True)
     cache: str | None = key(None, "where prepared tokens go; <run.dir>/data when null", path=True)
-    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json; megatron also: none", path=True)
+    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json; megatron and memmap also: none", path=True)
     mixture: Literal["proportional", "uniform"] = key("proportional", "domains by their size, or each alike")
     weights: dict[str, float] = key({}, "how many times as often as the mixture alone has it a domain comes, 1 unless given: "
                                         "data.weights={python: 2, docs: 0.5}; 0 leaves it out of training")
@@ -158,7 +158,11 @@ class DataConfig:
     encoding: str = key("utf-8", "of texts without a byte order mark: any name that Python knows")
     overlap: int = key(1_000_000, "places of held-out text that are looked up in the training text at most, to say how much of "
                                   "it also occurs there; more are estimated from so many (0: not measured)")
-    vocab_size: int = key(256, "synthetic, and megatron without a tokenizer: tokens of the vocabulary")
+    vocab_size: int = key(256, "synthetic, and megatron and memmap without a tokenizer: tokens of the vocabulary")
+    dtype: Literal["auto", "uint16", "uint32"] = key("auto", "memmap: type of ids in files without a header; auto: what the "
+                                                              "vocabulary allows")
+    end_token: str | None = key(None, "megatron, memmap: id that closes a document; null: the tokenizer's, or what almost all "
+                                      "documents of indexed data end in")
     num_domains: int = key(4, "synthetic: number of domains")
     min_length: float = key(1.0, "synthetic: shortest sequence as a share of seq_len; the rest is padding")
 

@@ -68,7 +68,7 @@ def refuse_too_large(config: Config, ranks: int, local_ranks: int) -> None:
 def vocabulary_of(config: Config) -> int:
     """The tokens of the vocabulary as far as the config tells: a tokenizer's file is not opened here."""
     data = config.data
-    if data.kind == "synthetic" or (data.kind == "megatron" and data.tokenizer == "none"):
+    if data.kind == "synthetic" or (data.kind in ("megatron", "memmap") and data.tokenizer == "none"):
         return data.vocab_size
     return 257 if data.kind == "text" and data.tokenizer == "bytes" else 0
 

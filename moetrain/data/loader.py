@@ -11,6 +11,7 @@ import numpy as np
 from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch, Dataset
+from moetrain.data.memmap import open_memmap
 from moetrain.data.prepare import tokens_path
 from moetrain.data.prepared import open_prepared
 from moetrain.data.synthetic import SyntheticDataset
@@ -50,11 +51,18 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None) -> Datas
     if data.kind == "text" and prepared is None:
         raise DataError(51, "the text is not prepared", where=str(Path(data.cache) if data.cache else run_dir / "data"),
                         why="no prepared folder was handed over", next="moetrain data prepare, or start the run anew")
-    if data.kind == "megatron":
-        opened = build({"_target_": INDEXED, "path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size,
-                        "held_out_share": data.held_out_share}, "indexed")
+    mixture, weights = data.mixture, data.weights
+    if data.kind in ("megatron", "memmap"):
+        files = {"path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size, "end_token": data.end_token,
+                 "held_out": data.held_out, "held_out_share": data.held_out_share}
+        if data.kind == "memmap":
+            opened = open_memmap(**files, dtype=data.dtype)
+        else:
+            opened = build({"_target_": INDEXED, **files, "weights": dict(data.weights)}, "indexed")
+        if opened.shares is not None:                # of the samples: each domain alike, times its weight
+            mixture, weights = "uniform", opened.shares
     else:
         folder = prepared if data.kind == "text" else tokens_path(data.path)
         opened = open_prepared(folder, verify=data.kind == "tokens")  # prepare has just written or verified text
-    return TokenDataset(prepared=opened, seed=config.data_seed, mixture=data.mixture, weights=data.weights,
+    return TokenDataset(prepared=opened, seed=config.data_seed, mixture=mixture, weights=weights,
                         mask_documents=data.mask_documents, **sizes)

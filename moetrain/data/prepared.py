@@ -21,6 +21,7 @@ import numpy as np
 from moetrain.data.account_text import is_account
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.token_blocks import damaged
+from moetrain.data.token_formats import how_to_read
 from moetrain.data.tokens import TokenShard, open_shard, write_file, write_shard
 from moetrain.errors import DataError
 from moetrain.files import parse_json, read_bytes, reason
@@ -215,13 +216,13 @@ def _no_description(path: Path, error: OSError) -> DataError:
     if isinstance(error, FileNotFoundError) and next(path.parent.glob("*.tokens"), None) is not None:
         return lost_description(path.parent)
     return DataError(10, "not a folder of prepared tokens", where=str(path), why=reason(error),
-                     next="give the folder that data=text prepared (it holds dataset.json)")
+                     next=how_to_read(path.parent) or "give the folder that data=text prepared (it holds dataset.json)")
 
 
 def lost_description(folder: Path) -> DataError:
     return DataError(121, f"a prepared dataset has lost its {DESCRIPTION}", where=str(folder),
                      why="the other files of the dataset are there; without it nobody can tell whether they are whole",
-                     next=f"restore {DESCRIPTION}, or remove the folder: data=text prepares it again")
+                     next=f"restore {DESCRIPTION}, or move the folder away: data=text prepares it again")
 
 
 def _description_problem(content: Any) -> str | None:

@@ -19,7 +19,7 @@ Errors of the room `data/` (exit code 12):
     E-DATA-005 header damaged         020 no such tokenizer            034 changed while read
     E-DATA-006 truncated or longer    021 bad tokenizer file           035 too little text to split
     E-DATA-007 altered
-    E-DATA-008 token id out of range                          070 … 074 indexed datasets (interop/megatron.py)
+    E-DATA-008 token id out of range                          070 … 074, 122, 160 … 166 files of other trainers
 """
 
 import json
@@ -33,8 +33,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moetrain.data.token_blocks import Layout, TokenBlocks, altered, damaged, truncated, unreadable
-from moetrain.errors import DiskError
+from moetrain.data.token_blocks import Layout, ShardErrors, TokenBlocks, damaged
+from moetrain.data.token_formats import how_to_read
+from moetrain.errors import DataError, DiskError
 from moetrain.files import create, open_regular, parse_json, reason, remedy
 
 MAGIC = b"MOETOKEN"
@@ -69,7 +70,7 @@ def write_shard(path: Path, *, documents: Sequence[np.ndarray], document_domains
     """Write one shard under a temporary name and rename it; an existing file is never replaced."""
     if path.exists():
         raise DiskError(11, "a token shard is already there", where=str(path), why="shards are never overwritten",
-                        next="remove it, or choose another folder (data.cache)")
+                        next="choose another folder (data.cache)")
     dtype = _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
     tokens = np.concatenate([np.zeros(0, dtype), *documents]).astype(dtype)
     offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype("<i8")
@@ -113,7 +114,7 @@ def open_shard(path: Path, *, verify: bool) -> TokenShard:
             offsets, document_domains = _read_index(path, file, found.st_size, header)
             start = file.tell()
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise ShardErrors().unreadable(path, error) from error
     layout = Layout(start, header["tokens"], _DTYPES[header["dtype"]], header["block_crc"], BLOCK, header["vocab_size"])
     tokens = TokenBlocks(path, layout, offsets, found)
     if verify:
@@ -124,10 +125,12 @@ def open_shard(path: Path, *, verify: bool) -> TokenShard:
 
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     if size == 0:
-        raise damaged(2, path, "a token shard is empty", 0, "the file has no bytes")
+        raise DataError(2, "a token shard is empty", where=f"{path}, byte 0", why="the file has no bytes",
+                        next="restore the file from a copy, or data.path=<the folder that data=text prepared>")
     prefix = file.read(_PREFIX.size)
     if not prefix.startswith(MAGIC[:len(prefix)]):
-        raise damaged(3, path, "not a token shard", 0, f"the file starts with {prefix[:8]!r}, not with {MAGIC!r}")
+        raise DataError(3, "not a token shard", where=f"{path}, byte 0", why=f"it starts with {prefix[:8]!r}, not with {MAGIC!r}",
+                        next=how_to_read(path) or "data.path=<the folder that data=text prepared>")
     if len(prefix) < _PREFIX.size:
         raise damaged(6, path, "a token shard is truncated", size, f"its start alone has {_PREFIX.size} bytes")
     _, version, length, crc = _PREFIX.unpack(prefix)
@@ -176,10 +179,10 @@ def _read_index(path: Path, file: BinaryIO, size: int, header: dict[str, Any]) -
     length = 8 * (documents + 1) + 4 * documents
     expected = start + length + tokens * _DTYPES[header["dtype"]].itemsize
     if size != expected:
-        raise truncated(path, size, expected)
+        raise ShardErrors().truncated(path, size, expected)
     raw = file.read(length)
     if zlib.crc32(raw) != header["index_crc"]:
-        raise altered(path, start, "the checksum of the document index does not match")
+        raise ShardErrors().altered(path, start, "the checksum of the document index does not match")
     offsets = np.frombuffer(raw, "<i8", documents + 1)
     document_domains = np.frombuffer(raw, "<i4", documents, 8 * (documents + 1))
     if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():

@@ -1,157 +1,175 @@
 """data=megatron: Megatron-Core's indexed datasets (<prefix>.bin, <prefix>.idx) as training data.
 
-    open_indexed(path, tokenizer, vocab_size) -> what data.token_dataset.TokenDataset reads in place of a prepared folder
+    open_indexed(path, tokenizer, vocab_size, …) -> what data.token_dataset.TokenDataset reads in place of a prepared folder
 
-A dataset is a domain; in a folder of several, each is one, by the name of its files. Documents lie end to end as the
-preprocessing wrote them: an end-of-document id is where it put one, none is added. Files are opened and read by Megatron's
-own `IndexedDataset`; windows, order and sample ids are those of data=tokens.
+A dataset is a domain; in a folder of several, each is one, by the name of its files. data.path also takes what Megatron's
+--data-path takes (`megatron_blend.py`): several prefixes, and before each the share of the samples that comes from it.
+Documents lie end to end as the preprocessing wrote them: an end-of-document id is where it put one, none is added. The index
+is read by Megatron's own `IndexedDataset`, the tokens by `data/token_files.py`; windows, order and sample ids are those of
+data=tokens.
 
-Held out is a share of the documents of each domain (one in 20), chosen by a permutation keyed by the domain's content;
-where a domain has too few documents for that, each of them gives up that share of its tokens, the last. Duplicates are not
-looked for.
+Held out is data.held_out, else what a folder calls `valid` beside `train`, else a share of the documents of each domain (one
+in 20), chosen by a permutation keyed by the domain's content; where a domain has too few documents for that, each of them
+gives up that share of its tokens, the last. Duplicates are not looked for.
 
-Every token is read once when the data is opened: the fingerprint is made of checksums, and no id may lie outside the
-vocabulary. A file that has changed since is refused: Megatron maps its files into memory, where one that was cut short is
-SIGBUS.
+What the documents end in is looked at (`data/end_token.py`): almost all of them end in the id that --append-eod wrote.
 """
 
-import hashlib
-import json
+import logging
 import os
 import struct
 import warnings
-import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moetrain.data.end_token import Endings, closing_id, open_tokenizer
+from moetrain.data.file_names import by_name
 from moetrain.data.permutation import permutation
 from moetrain.data.split import exact
-from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+from moetrain.data.token_files import SHARE, Member, TokenFile, TokenFiles, open_files, read_once, refuse_leak, token_file
 from moetrain.errors import DataError
-from moetrain.files import open_regular, reason
+from moetrain.files import open_regular, reason, shown
+from moetrain.interop.megatron_blend import parse_blend
 from moetrain.interop.packages import require
 
-_SHARE = Fraction(1, 20)             # held out; fingerprints name another one alone
-_FORMAT = "moetrain-megatron-1"
-_BLOCK = 1 << 22                     # tokens read at once by the first pass
+_FORMAT = "moetrain-megatron-2"
 _SUFFIXES = (".bin", ".idx")
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")   # magic, version, type of tokens, sequences, bounds of documents
+_MOST_LOOKED_AT = 10_000             # documents whose last ids are compared
+
+log = logging.getLogger(__name__)
 
 
-class Domain(NamedTuple):
-    """One indexed dataset. documents: number of its first sequence by document, and the number of sequences at the end."""
+class _Named(NamedTuple):
+    """A dataset to open. weight: its share of the samples; None where they come by their size."""
 
-    name: str
+    domain: str
     prefix: Path
-    dataset: Any                     # megatron.core.datasets.indexed_dataset.IndexedDataset
-    lengths: np.ndarray              # int64 tokens by sequence
-    documents: np.ndarray            # int64
-    content: str                     # hash of everything it holds
-    state: tuple[tuple[int, int], ...]   # of its files when they were read
-
-    def check(self) -> None:
-        """DataError once a file is not the one that was read."""
-        if self.state != (found := _state(self.prefix)):
-            changed = self.state[0] == found[0]
-            raise DataError(122, "an indexed dataset was changed while it was in use", where=f"{self.prefix}{_SUFFIXES[changed]}",
-                            why="its size or time of change is not what it was when the data was opened",
-                            next="restore the file; the same command goes on from the last save")
+    weight: float | None
 
 
-def _state(prefix: Path) -> tuple[tuple[int, int], ...]:
-    """(size, time of change) of both files; (-1, 0) of one that is gone."""
-    found = []
-    for suffix in _SUFFIXES:
-        try:
-            status = os.stat(f"{prefix}{suffix}")
-            found.append((status.st_size, status.st_mtime_ns))
-        except OSError:
-            found.append((-1, 0))
-    return tuple(found)
+class _Index(NamedTuple):
+    """What the .idx of a dataset says. starts: int64 [documents + 1], in tokens."""
+
+    dtype: np.dtype
+    starts: np.ndarray
 
 
-class Spans(NamedTuple):
-    """Tokens [first, first + length) of sequences, in order; document: number of the document in its domain."""
-
-    domain: np.ndarray
-    sequence: np.ndarray
-    first: np.ndarray
-    length: np.ndarray
-    document: np.ndarray
-
-
-@dataclass(frozen=True)
-class Indexed:
-    """Takes the place of data.prepared.Prepared. tokenizer: None where nobody knows what the ids stand for."""
-
-    folder: Path
-    fingerprint: str
-    vocab_size: int
-    domains: tuple[str, ...]
-    tokenizer: Tokenizer | None
-    train: "DocumentStream"
-    heldout: "DocumentStream"
-
-
-class DocumentStream:
-    """Spans of several datasets as one address space; takes the place of data.prepared.TokenStream."""
-
-    def __init__(self, domains: list[Domain], spans: Spans) -> None:
-        self._domains, self._spans = domains, spans
-        self._starts = np.concatenate([[0], np.cumsum(spans.length)])
-        self.size = int(self._starts[-1])
-        new = np.diff(spans.document, prepend=-1) | np.diff(spans.domain, prepend=-1)
-        self.document_starts = self._starts[:-1][new != 0]
-        self.domain_bounds = self._starts[np.searchsorted(spans.domain, np.arange(len(domains) + 1))]
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens start to start + length as they lie in the files."""
-        assert 0 <= start <= start + length <= self.size, (start, length, self.size)
-        pieces = [np.zeros(0, np.uint8)]
-        number = int(np.searchsorted(self._starts, start, "right")) - 1
-        while length > 0:
-            inside = start - int(self._starts[number])
-            count = min(length, int(self._spans.length[number]) - inside)
-            domain = self._domains[self._spans.domain[number]]
-            domain.check()
-            first = int(self._spans.first[number]) + inside
-            pieces.append(domain.dataset.get(int(self._spans.sequence[number]), offset=first, length=count))
-            start, length, number = start + count, length - count, number + 1
-        return pieces[-1] if len(pieces) == 2 else np.concatenate(pieces)
-
-    def domain_range(self, domain: int) -> tuple[int, int]:
-        return int(self.domain_bounds[domain]), int(self.domain_bounds[domain + 1])
-
-
-def open_indexed(*, path: str, tokenizer: str, vocab_size: int, held_out_share: float = float(_SHARE)) -> Indexed:
+def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str | None = None, held_out: str | None = None,
+                 held_out_share: float = float(SHARE), weights: Mapping[str, float] | None = None) -> TokenFiles:
     """Open indexed datasets.
 
     Args:
-        path: a prefix, or a folder of several.
+        path: a prefix, several of them with or without weights, or a folder.
         tokenizer: none, bytes or the path of a tokenizer.json, which brings its own vocabulary.
         vocab_size: the vocabulary where the tokenizer is none.
+        end_token: id that closes a document; None: what almost all documents end in.
+        held_out: what to evaluate on, in the words of `path`, without weights.
         held_out_share: of the documents of a domain.
+        weights: data.weights, which a blend with weights takes the place of.
     """
     require("megatron.core", extra="megatron", key="data=megatron")
-    encoder = None if tokenizer == "none" else load_tokenizer(tokenizer)
+    encoder, typed = open_tokenizer(tokenizer, end_token)
     vocabulary = encoder.vocab_size if encoder else vocab_size
-    domains = [_open_domain(prefix, vocabulary) for prefix in _prefixes(Path(path))]
-    share = exact(held_out_share)
-    train, heldout = zip(*(_split(number, domain, share) for number, domain in enumerate(domains)))
-    streams = [DocumentStream(domains, Spans(*map(np.concatenate, zip(*spans)))) for spans in (train, heldout)]
-    if not streams[1].size:
-        raise DataError(74, "there is too little data to hold some out", where=path,
-                        why=f"{streams[0].size:,} tokens, and no document has {-(-1 // share)}",
-                        next="data.path=<prefix of a larger dataset>")
-    described = [_FORMAT, encoder.identity if encoder else "none", [(domain.name, domain.content) for domain in domains],
-                 *([] if share == _SHARE else [f"held out {share}"])]
-    fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    return Indexed(Path(path), fingerprint, vocabulary, tuple(domain.name for domain in domains), encoder, *streams)
+    train, valid = _datasets(path, held_out)
+    shares = _shares(path, train, weights or {})
+    opened = [(one.domain, *_open(one.prefix, vocabulary)) for one in train]
+    evaluated = [(one.domain, *_open(one.prefix, vocabulary)) for one in valid]
+    refuse_leak((file for _, file, _ in opened), (file for _, file, _ in evaluated))
+    end_id = closing_id([endings for _, _, endings in opened + evaluated], typed=typed, encoder=encoder)
+    share = exact(held_out_share) if not valid else Fraction(0)
+    domains = sorted({one.domain for one in train + valid})
+    members = [*(Member(domains.index(domain), file, _trained(file, share)) for domain, file, _ in opened),
+               *(Member(domains.index(domain), file, np.zeros(len(file.starts) - 1, np.int64)) for domain, file, _ in evaluated)]
+    return open_files(Path(path), _FORMAT, sorted(members, key=lambda member: member.domain), domains, vocab_size=vocabulary,
+                      tokenizer=encoder, end_id=end_id, settings=[], shares=shares)
+
+
+# --- which datasets there are
+
+
+def _datasets(path: str, held_out: str | None) -> tuple[list[_Named], list[_Named]]:
+    """(what is trained on, what is held out; empty where a share is)."""
+    blend = parse_blend(path, "data.path")
+    if blend.weights and any(prefix.is_dir() for prefix in blend.prefixes):
+        raise DataError(164, "a blend of datasets is not understood", where=f"data.path={path}",
+                        why="a weight stands before a folder, which may hold several datasets",
+                        next="data.path='<weight> <prefix> <weight> <prefix>'")
+    valid = [] if held_out is None else _names(_every(_valid_prefixes(held_out)), held_out=True)
+    if len(blend.prefixes) == 1 and blend.prefixes[0].is_dir():
+        train, own = _in_folder(blend.prefixes[0], held_out is None)
+    else:
+        prefixes = _every(blend.prefixes)
+        train, own = _names(prefixes, held_out=held_out is not None), []
+        train = [one._replace(weight=weight) for one, weight in zip(train, blend.weights or [None] * len(train))]
+    taken = {os.path.realpath(one.prefix) for one in valid}
+    train = [one for one in train if os.path.realpath(one.prefix) not in taken]
+    if not train:
+        raise DataError(70, "there is no indexed dataset", where=f"{path} (data.path)", why="data.held_out takes all of it",
+                        next="data.path=<prefix of a .bin and .idx, without the ending, or a folder of them>")
+    return train, valid or own
+
+
+def _in_folder(folder: Path, with_valid: bool) -> tuple[list[_Named], list[_Named]]:
+    """(what is trained on, what is held out) of the datasets of a folder; what is called `test` is neither.
+
+    Args:
+        folder: of the datasets.
+        with_valid: whether what is called `valid` is held out; otherwise it is left alone too.
+    """
+    files = (prefix.relative_to(folder).with_name(f"{prefix.name}.idx") for prefix in _prefixes(folder))
+    named: dict[str, list[_Named]] = {"train": [], "valid": [], "test": []}
+    for one in by_name(files, shards=False):
+        named[one.split].append(_Named(one.domain, folder / one.path.stem, None))
+    alone = named["test"] + ([] if with_valid else named["valid"])
+    if alone:
+        log.info("left alone, as a test set is: %s", shown(", ".join(one.prefix.name for one in alone)))
+    return named["train"], named["valid"] if with_valid else []
+
+
+def _valid_prefixes(held_out: str) -> list[Path]:
+    blend = parse_blend(held_out, "data.held_out")
+    if blend.weights is not None:
+        raise DataError(164, "a blend of datasets is not understood", where=f"data.held_out={held_out}",
+                        why="it has weights, and held-out data is evaluated domain by domain, each as a whole",
+                        next=f"data.held_out='{' '.join(map(str, blend.prefixes))}'")
+    return blend.prefixes
+
+
+def _every(paths: list[Path]) -> list[Path]:
+    return [prefix for path in paths for prefix in _prefixes(path)]
+
+
+def _names(prefixes: list[Path], *, held_out: bool) -> list[_Named]:
+    """Datasets by the shortest end of their path that tells them apart. held_out: whether the name of a split is left out,
+    so that wiki_train and wiki_valid are one domain."""
+    names = [prefix.name for prefix in prefixes]
+    depth = 1
+    while len(set(names)) < len(names):
+        if len(set(map(str, prefixes))) < len(prefixes):
+            twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
+            raise DataError(164, "a blend of datasets is not understood", where=str(twice), why="it is named twice, and each is a domain of its own",
+                            next="name it once, with the sum of the weights")
+        depth += 1
+        names = ["/".join(prefix.parts[-depth:]) for prefix in prefixes]
+    if held_out:
+        names = [by_name([Path(f"{name}.idx")], shards=False, held_out=True)[0].domain for name in names]
+    return [_Named(name, prefix, None) for name, prefix in zip(names, prefixes)]
+
+
+def _shares(path: str, named: list[_Named], weights: Mapping[str, float]) -> dict[str, float] | None:
+    if named[0].weight is None:
+        return None
+    if weights:
+        raise DataError(164, "a blend of datasets is not understood", where=f"data.path={path}, data.weights",
+                        why="weights are given twice: those of data.path are shares of the samples, those of data.weights factors on them",
+                        next="~data.weights, or data.path without weights")
+    return {one.domain: one.weight for one in named if one.weight is not None}
 
 
 def _prefixes(path: Path) -> list[Path]:
@@ -169,24 +187,61 @@ def _prefixes(path: Path) -> list[Path]:
     return found
 
 
-def _open_domain(prefix: Path, vocab_size: int) -> Domain:
-    state = _state(prefix)
-    dataset = _read_index(prefix)
+# --- reading one
+
+
+def _open(prefix: Path, vocab_size: int) -> tuple[TokenFile, Endings]:
+    index, file = _read_index(prefix), Path(f"{prefix}.bin")
+    tokens, width = int(index.starts[-1]), index.dtype.itemsize
+    with open_regular(file) as opened:
+        status = os.fstat(opened.fileno())
+        if status.st_size != tokens * width:
+            raise _wrong_length(prefix, f"{status.st_size:,} bytes instead of {tokens * width:,}")
+        last, share = _last_id(opened.fileno(), index)
+        count = _Occurrences(last)
+        checksums = read_once(opened, file, start=0, tokens=tokens, dtype=index.dtype, vocab_size=vocab_size, visit=count.look)
+    made = token_file(file, status, start=0, tokens=tokens, dtype=index.dtype, checksums=checksums, vocab_size=vocab_size,
+                      starts=index.starts)
+    documents = len(index.starts) - 1
+    return made, Endings(str(prefix), documents, last, share, max(0, count.found - round(share * documents)))
+
+
+class _Occurrences:
+    """How often an id occurs."""
+
+    def __init__(self, id: int) -> None:
+        self._id, self.found = id, 0
+
+    def look(self, begin: int, block: np.ndarray) -> None:
+        self.found += int(np.count_nonzero(block == self._id))
+
+
+def _last_id(descriptor: int, index: _Index) -> tuple[int, float]:
+    """The most frequent last token of documents, and the share of them that end in it; of as many as are looked at."""
+    full = np.flatnonzero(np.diff(index.starts)) + 1
+    places = index.starts[full[::-(-len(full) // _MOST_LOOKED_AT)]] - 1
+    width = index.dtype.itemsize
+    ids = np.frombuffer(b"".join(os.pread(descriptor, width, int(place) * width) for place in places), index.dtype)
+    values, counts = np.unique(ids, return_counts=True)
+    return int(values[counts.argmax()]), float(counts.max() / len(places))
+
+
+def _read_index(prefix: Path) -> _Index:
+    dataset = _dataset(prefix)
     lengths = np.asarray(dataset.index.sequence_lengths, np.int64)
     documents = np.asarray(dataset.index.document_indices, np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    width = np.dtype(dataset.index.dtype).itemsize
-    if np.dtype(dataset.index.dtype).kind not in "iu":
-        raise _damaged(prefix, f"its tokens are {np.dtype(dataset.index.dtype)}, not integers")
-    if (lengths < 0).any() or (np.asarray(dataset.index.sequence_pointers) != starts[:-1] * width).any():
+    dtype = np.dtype(dataset.index.dtype)
+    if dtype.kind not in "iu":
+        raise _damaged(prefix, f"its tokens are {dtype}, not integers")
+    if (lengths < 0).any() or (np.asarray(dataset.index.sequence_pointers) != starts[:-1] * dtype.itemsize).any():
         raise _damaged(prefix, "its sequences do not lie end to end")
     if documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
         raise _damaged(prefix, "its documents do not cover the sequences")
-    content = _check_tokens(prefix, dataset, starts, documents, vocab_size)
-    return Domain(prefix.name, prefix, dataset, lengths, documents, content, state)
+    return _Index(dtype, starts[documents])
 
 
-def _read_index(prefix: Path) -> Any:
+def _dataset(prefix: Path) -> Any:
     _check_header(prefix)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")              # that other accelerators' packages are not installed
@@ -229,47 +284,12 @@ def _wrong_length(prefix: Path, why: str) -> DataError:
                      next="copy both files again, or preprocess the text again")
 
 
-def _check_tokens(prefix: Path, dataset: Any, starts: np.ndarray, documents: np.ndarray, vocab_size: int) -> str:
-    """One pass over the tokens: their hash, index included; DataError where one is outside the vocabulary."""
-    file, dtype = Path(f"{prefix}.bin"), np.dtype(dataset.index.dtype)
-    total, checksums = int(starts[-1]), []
-    with open_regular(file) as opened:
-        size, expected = os.fstat(opened.fileno()).st_size, total * dtype.itemsize
-        if size != expected:
-            raise _wrong_length(prefix, f"{size:,} bytes instead of {expected:,}")
-        for begin in range(0, total, _BLOCK):
-            length = min(_BLOCK, total - begin)
-            content = opened.read(length * dtype.itemsize)
-            if len(content) < length * dtype.itemsize:
-                raise _wrong_length(prefix, "it was cut short while it was read")
-            block = np.frombuffer(content, dtype)
-            checksums.append(zlib.crc32(block))
-            if block.max() >= vocab_size or block.min() < 0:
-                place = int(np.argmax((block >= vocab_size) | (block < 0)))
-                raise DataError(73, "a token id is outside the vocabulary", where=f"{file}, token {begin + place:,}",
-                                why=f"id {int(block[place])} with a vocabulary of {vocab_size:,}",
-                                next="data.tokenizer=<the tokenizer.json that made the ids>, or data.tokenizer=none with a "
-                                     "larger data.vocab_size")
-    parts = [dtype.name, checksums, zlib.crc32(starts), zlib.crc32(documents)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _split(number: int, domain: Domain, share: Fraction) -> tuple[Spans, Spans]:
-    """(training, held-out) spans of a domain. Document d is trained on up to its token cut[d] and held out from there."""
-    starts = np.concatenate([[0], np.cumsum(domain.lengths)])
-    begins, sizes = starts[domain.documents[:-1]], np.diff(starts[domain.documents])
+def _trained(file: TokenFile, share: Fraction) -> np.ndarray:
+    """How many tokens of each document are trained on, its first; the rest is held out."""
+    sizes = np.diff(file.starts)
     count = len(sizes)
     if count * share < 1:
-        cut = sizes - sizes * share.numerator // share.denominator
-    else:
-        cut = sizes.copy()
-        cut[permutation(("megatron", domain.content), count)[:int(count * share)]] = 0
-    document = np.repeat(np.arange(count), np.diff(domain.documents))
-    trained = np.clip(cut[document] - (starts[:-1] - begins[document]), 0, domain.lengths)
-    every = Spans(np.full(len(document), number), np.arange(len(document)), np.zeros_like(trained), trained, document)
-    rest = every._replace(first=trained, length=domain.lengths - trained)
-    return _without_empty(every), _without_empty(rest)
-
-
-def _without_empty(spans: Spans) -> Spans:
-    return Spans(*(column[spans.length > 0] for column in spans))
+        return sizes - sizes * share.numerator // share.denominator
+    trained = sizes.copy()
+    trained[permutation(("megatron", file.content), count)[:int(count * share)]] = 0
+    return trained

@@ -19,6 +19,7 @@ from moetrain.errors import ConfigError, ConfigErrors
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
 # What an option needs beside itself.
 COMPANIONS = {("data", "tokens"): ["data.path=shards"], ("data", "megatron"): ["data.path=prefix"],
+              ("data", "memmap"): ["data.path=train.bin"],
               ("engine", "deepspeed"): ["parallel=ep", "run.nproc=2", "optim=adamw"],
               **{(group, option): ["parallel=fssdp"] for group, option in OPTIONS if group in ("planner", "hardware")}}
 

@@ -14,7 +14,7 @@ from moetrain.config.values import Key, schema_keys
 from moetrain.errors import ConfigErrors
 
 # What makes an option of a group complete, and what stands in the way of a condition.
-COMPANIONS = {"data=tokens": ["data.path=shards"], "data=megatron": ["data.path=prefix"],
+COMPANIONS = {"data=tokens": ["data.path=shards"], "data=megatron": ["data.path=prefix"], "data=memmap": ["data.path=train.bin"],
               "engine=deepspeed": ["parallel=ep", "run.nproc=2", "optim=adamw"], "router.num_groups=2": ["router.topk_groups=1"]}
 OTHERS = {"data.mixture": "proportional"}                  # data=synthetic writes the other one itself
 PART_KEYS = {

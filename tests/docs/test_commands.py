@@ -30,6 +30,7 @@ ELSEWHERE = {
     "moetrain train -m": "cli/test_main.py::test_a_sweep_gives_each_job_its_own_run",
     "python tools/netlab.py": "test_netlab.py::test_an_exchange_is_right_and_takes_the_link_of_its_class",
     "engine=deepspeed": "interop/test_deepspeed.py::test_the_command_ends_with_0_and_resumes",
+    "data=memmap": "data/test_memmap.py::test_a_run_trains_evaluates_and_resumes",
     "data=megatron": "interop/test_megatron.py::test_a_run_trains_evaluates_and_resumes",
     "bash tools/test.sh": "it runs this test",
     "bash tools/check/gpu.sh": "tools/test_check_gpu.py::test_every_stage_runs_to_its_last_line_on_a_simulated_gpu",
