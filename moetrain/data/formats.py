@@ -30,7 +30,7 @@ CSV, TSV, PARQUET = "CSV", "TSV", "Parquet"
 _HEAD = 1 << 16                     # bytes that tell the format, as long as they hold a whole record
 _MOST_HEAD = 16 << 20               # where a record is longer, so many tell it
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
-_TABLES = {".csv": CSV, ".tsv": TSV, ".tab": TSV}
+_TABLES = {".csv": CSV, ".tsv": TSV}
 _NAME = re.compile(r"[^\W\d][\w.\-]*")
 _DECODER = json.JSONDecoder()
 
