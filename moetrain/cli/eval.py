@@ -1,33 +1,69 @@
-"""moetrain eval <run> [key=value ...]: held-out loss of a run's newest checkpoint, per domain.
+"""moetrain eval <run> [--json] [key=value ...]: held-out loss of a run's newest checkpoint, per domain.
 
-<run> is a name or a directory, as it is or as run.name= or run.dir=; its own config is the base.
-eval.windows sets how much text; eval.ngram=3 adds n-gram models up to order 3, trained on the same text and measured on the same
-windows.
+<run> is a name or a directory, as it is or as run.name= or run.dir=; its own config is the base. Measured is the text that the run
+held out, as it was prepared for it; data.path=<file or folder> measures all of another text, and says how much of that was trained on.
+eval.windows sets how much of it; eval.ngram=3 adds n-gram models up to order 3, trained on the same text and measured on the same
+windows. The result is added to eval.jsonl, too; --json prints that line in place of the table.
 """
 
+import json
 import math
-from typing import Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moetrain import launch
-from moetrain.config.compose import for_run, run_dir
+from moetrain.config.compose import for_run, run_dir, typed_keys
 from moetrain.config.schema import Config
+from moetrain.errors import DiskError
 from moetrain.files import nearby, shown
 from moetrain.nodes.foreign import check_ranks
+from moetrain.train.files import JsonlSink
+
+if TYPE_CHECKING:
+    from moetrain.train.evaluate_run import Evaluated
 
 
 def run(argv: list[str]) -> int:
-    config = for_run(argv)
-    check_ranks("eval", argv, config)
+    words = [word for word in argv if word != "--json"]
+    config = for_run(words)
+    check_ranks("eval", words, config)
     if not launch.is_worker() and config.run.nproc > 1:
         return launch.start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False)
-    from moetrain.train.evaluate import evaluate_run
+    from moetrain.train.evaluate_run import evaluate_run, record_of
 
-    results, dataset, step = evaluate_run(config)
+    found = evaluate_run(config, typed_keys(words))
     if launch.rank() == 0:
-        print(f"{nearby(run_dir(config))}, step {step}: at most {config.eval.windows} windows of {config.train.seq_len} tokens "
-              f"per domain\n")
-        print(table(results, _ngrams(config, dataset)))
+        record = record_of(found)
+        if len(words) < len(argv):
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            print(f"{heading(found, config)}\n")
+            print(table(found.losses, _ngrams(config, found)))
+        _keep(record, config)
     return 0
+
+
+def heading(found: "Evaluated", config: Config) -> str:
+    """Which checkpoint, on which text."""
+    text = (f"{nearby(run_dir(config))}, step {found.step}: at most {found.windows:,} windows of {config.train.seq_len} tokens "
+            f"per domain")
+    if found.typed is None:
+        return f"{text} of what it held out (data {found.fingerprint[:12]})"
+    if found.overlap is None:
+        said = "how much of it was trained on is not known"
+    else:
+        said = f"{found.overlap.value:.1%} of it also occurs in the text that was trained on"
+        said += f" (an estimate: {found.overlap.windows:,} places looked up)" if found.overlap.every > 1 else ""
+    return f"{text} of {nearby(Path(found.typed))} (data {found.fingerprint[:12]}), not of what it held out; {said}"
+
+
+def _keep(record: dict[str, Any], config: Config) -> None:
+    """Add the result to the records of the run, where these can be written."""
+    try:
+        JsonlSink(run_dir(config) / "eval.jsonl").write(record)
+    except DiskError as error:
+        print(f"[warn] the result is not in {nearby(run_dir(config) / 'eval.jsonl')}: {error.why}", file=sys.stderr)
 
 
 def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
@@ -35,7 +71,7 @@ def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
     orders = range(max(map(len, ngrams.values()), default=0))
     rows = [["domain", "nats/token", "bits/byte", "nats/byte", *(f"order {order}" for order in orders)]]
     for domain in (name.removeprefix("loss/") for name in results if name.startswith("loss/")):
-        nats = results.get(f"nats_per_byte/{domain}", math.nan)
+        nats = results.get(f"nats_per_byte/{domain}", math.nan)              # nobody knows the bytes that ids stand for
         figures = [results[f"loss/{domain}"], nats / math.log(2), nats, *ngrams.get(domain, [])]
         rows.append([shown(domain), *("-" if math.isnan(figure) else f"{figure:.4f}" for figure in figures)])
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
@@ -43,15 +79,17 @@ def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
                                for column, (cell, width) in enumerate(zip(row, widths))) for row in rows)
 
 
-def _ngrams(config: Config, dataset: Any) -> dict[str, list[float]]:
+def _ngrams(config: Config, found: "Evaluated") -> dict[str, list[float]]:
     """Nats per byte by domain, and for their mean; empty when not asked for."""
     if config.eval.ngram < 0:
         return {}
     from moetrain.data.token_dataset import TokenDataset
     from moetrain.report.ngram import mean_over_domains, witten_bell
 
-    if not isinstance(dataset, TokenDataset):
-        print("eval.ngram: generated tokens have no text to count; left out\n")
+    dataset = found.dataset
+    if found.typed is not None or not isinstance(dataset, TokenDataset):
+        why = "generated tokens have no text to count" if found.typed is None else "they are counted on the data that the run held out"
+        print(f"eval.ngram: {why}; left out\n")
         return {}
     measured = witten_bell(dataset, windows=config.eval.windows, batch=config.eval.batch, order=config.eval.ngram)
     return {**measured, "mean": mean_over_domains(measured)}

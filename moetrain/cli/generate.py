@@ -8,7 +8,7 @@ again for every new one. The text appears as it is drawn. --json prints one obje
 import json
 
 from moetrain import launch
-from moetrain.config.compose import for_run, run_dir
+from moetrain.config.compose import for_run, run_dir, typed_keys
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 from moetrain.nodes.foreign import check_ranks
@@ -23,24 +23,25 @@ def run(argv: list[str]) -> int:
     if config.data.kind == "synthetic" or config.data.tokenizer == "none":
         raise ConfigError(45, "the run was trained on tokens that stand for no text", where=str(run_dir(config)),
                           why="there is no tokenizer to write with", next="train with data=text, or give data.tokenizer")
-    _generate(config, as_json=len(words) < len(argv))
+    _generate(config, typed_keys(words), as_json=len(words) < len(argv))
     return 0
 
 
-def _generate(config: Config, *, as_json: bool) -> None:
+def _generate(config: Config, typed: frozenset[str], *, as_json: bool) -> None:
     from moetrain.generate.sample import continue_text
-    from moetrain.train.evaluate import load_trained
+    from moetrain.train.trained import load_trained, writing_tokenizer
 
-    model, dataset, mesh, step = load_trained(config)
+    run = load_trained(config, typed)
+    tokenizer = writing_tokenizer(run, config, typed)
     wish = config.generate
     continuation = continue_text(
-        model, dataset.tokenizer, wish.prompt, tokens=wish.tokens, temperature=wish.temperature, top_p=wish.top_p, seed=wish.seed,
-        context=config.train.seq_len, cache=wish.cache, mask_documents=config.data.mask_documents, group=mesh["batch"])
+        run.model, tokenizer, wish.prompt, tokens=wish.tokens, temperature=wish.temperature, top_p=wish.top_p, seed=wish.seed,
+        context=config.train.seq_len, cache=wish.cache, mask_documents=run.config.data.mask_documents, group=run.mesh["batch"])
     if launch.rank() != 0:
         "".join(continuation)                            # ranks write it together
     elif as_json:
         text = "".join(continuation)
-        print(json.dumps({"step": step, "prompt": wish.prompt, "text": text, "tokens": continuation.tokens,
+        print(json.dumps({"step": run.step, "prompt": wish.prompt, "text": text, "tokens": continuation.tokens,
                           "ended": continuation.ended}, ensure_ascii=False))
     else:
         print(wish.prompt, end="", flush=True)

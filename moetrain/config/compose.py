@@ -2,6 +2,7 @@
 
     compose(overrides)      a new run: conf/ and the command line
     for_run(overrides)      an existing run to look at: its own config.yaml and the command line on top
+    typed_keys(overrides)   what a command line sets
     from_yaml, to_yaml      the resolved config of a run; recorded: from what a checkpoint says of it
     resume_conflicts        what a resumed run may not change
 
@@ -16,6 +17,7 @@ constructor of its part, and runs the rules between keys (config/checks.py). No 
 """
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict
 from functools import lru_cache
@@ -26,6 +28,7 @@ from moetrain import __version__
 from moetrain.config import tree
 from moetrain.config.groups import broken_files, config_dir, section_of, wrong_in
 from moetrain.config.overrides import Command, Problems, read
+from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
 from moetrain.config.schema import Config, ParallelConfig
 from moetrain.config.values import flatten, show
@@ -38,6 +41,7 @@ _FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "ru
                    "run.share_gpu", "log.", "checkpoint.", "eval.", "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.",
                    "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.loss_carrier", "train.head_chunk", "data.cache",
                    "data.overlap", "router.centre")
+_PATHS = ("data.path", "data.held_out", "data.tokenizer")
 _MOST_ERRORS = 20           # of a recorded config: one of another release may differ in everything
 # What evaluation and sampling may change of the model.
 _FREE_AFTER_TRAINING = ("model.top_k",)
@@ -88,6 +92,12 @@ def for_run(overrides: Sequence[str]) -> Config:
     if of_model := [error for error in conflicts if error.where.startswith("model.")]:
         raise ConfigErrors(of_model)
     return config
+
+
+def typed_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """The keys that a command line sets, and the groups that it chooses options of."""
+    command, _ = read(bare_run(overrides, known=False)[0])
+    return frozenset([*command.choices, *command.values])
 
 
 def _trained(run: str, problems: Problems) -> tuple[Path, Config]:
@@ -226,6 +236,7 @@ def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
 
 def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigError]:
     before, now = ({**flatten(config), "loss": sorted(config.loss)} for config in (old, new))
+    places = [flatten(with_absolute_paths(config)) for config in (old, new)]
     if before["loss"] != now["loss"]:                    # said once; not key by key of what is there on one side alone
         before, now = ({path: value for path, value in values.items() if not path.startswith("loss.")}
                        for values in (before, now))
@@ -237,6 +248,8 @@ def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigErro
             continue
         if path == "run.dtype" and now[path] == "auto":  # the run's own (train/precision.py)
             continue
+        if path in _PATHS and _same_place(*(values.get(path) for values in places)):
+            continue
         if before.get(path, MISSING) != now.get(path, MISSING):
             was, becomes = ("absent" if path not in values else show(values[path]) for values in (before, now))
             errors.append(ConfigError(16, f"{path} was {was} and is {becomes} now", where=path,
@@ -244,3 +257,9 @@ def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigErro
                                       next=f"{path}={was}, or another run.name" if path in before else
                                            f"leave {path} out, or another run.name"))
     return errors
+
+
+def _same_place(old: str | None, new: str | None) -> bool:
+    """Whether two paths may lead to the same data: of what has moved its fingerprint decides (train/loop.py)."""
+    gone = bool(old and new) and os.path.isabs(old) and os.path.isabs(new) and not any(map(os.path.exists, (old, f"{old}.idx")))
+    return old == new or gone

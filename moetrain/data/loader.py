@@ -42,8 +42,11 @@ class Loader:
         return (number * self._ranks + self._rank) * self._micro_batch + np.arange(self._micro_batch)
 
 
-def build_dataset(config: Config, run_dir: Path, prepared: Path | None) -> Dataset:
-    """The dataset of a run. prepared: what `prepare_from_config` returned (data=text); on all ranks the same."""
+def build_dataset(config: Config, run_dir: Path, prepared: Path | None, *, trains: bool = True) -> Dataset:
+    """The dataset of a run.
+
+    prepared: what `prepare_from_config` returned (data=text); on all ranks the same. trains: whether it is to be trained on.
+    """
     data, sizes = config.data, {"seq_len": config.train.seq_len, "global_batch": config.train.global_batch}
     if data.kind == "synthetic":
         return SyntheticDataset(vocab_size=data.vocab_size, num_domains=data.num_domains, min_length=data.min_length,
@@ -65,4 +68,4 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None) -> Datas
         folder = prepared if data.kind == "text" else tokens_path(data.path)
         opened = open_prepared(folder, verify=data.kind == "tokens")  # prepare has just written or verified text
     return TokenDataset(prepared=opened, seed=config.data_seed, mixture=mixture, weights=weights,
-                        mask_documents=data.mask_documents, **sizes)
+                        mask_documents=data.mask_documents, trains=trains, **sizes)

@@ -6,13 +6,15 @@ than that, every second or third ... one is taken, and the share is an estimate.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 WINDOW, STRIDE = 32, 16
 _CHUNK = 1 << 14                # bytes whose hashes are in memory at once: they fit the cache of a core
 _GATHER = 1 << 16               # bytes of short training texts that are looked up together
+_READ = 1 << 18                 # tokens read at once
 
 
 class Share(NamedTuple):
@@ -21,6 +23,42 @@ class Share(NamedTuple):
     value: float
     windows: int
     every: int
+
+
+class Tokens(Protocol):
+    """What is needed of a stream of tokens (data.prepared.TokenStream)."""
+
+    size: int
+    document_starts: np.ndarray
+
+    def read(self, start: int, length: int) -> np.ndarray: ...
+
+
+def token_overlap(heldout: Tokens, train: Tokens, *, as_bytes: bool, limit: int) -> Share | None:
+    """The same of texts that are tokens of one tokenizer. None where there is nothing to look up.
+
+    Args:
+        heldout: what is looked up.
+        train: where it is looked up.
+        as_bytes: whether an id below 256 is a byte; otherwise a token is taken as four bytes, so a window is of eight tokens.
+        limit: windows that are looked up at most.
+    """
+    measure = Overlap(heldout_bytes=heldout.size * (1 if as_bytes else 4), limit=limit)
+    for start, end in pairwise([*heldout.document_starts.tolist(), heldout.size]):
+        _exhaust(measure.heldout(_bytes_of(heldout, start, end, as_bytes)))
+    _exhaust(measure.train(_bytes_of(train, 0, train.size, as_bytes)))
+    return measure.share()
+
+
+def _bytes_of(tokens: Tokens, start: int, end: int, as_bytes: bool) -> Iterator[bytes]:
+    """Tokens start to end. The id that ends a document becomes a byte that no text has: 256 is 0."""
+    for place in range(start, end, _READ):
+        yield tokens.read(place, min(_READ, end - place)).astype("u1" if as_bytes else "<u4").tobytes()
+
+
+def _exhaust(blocks: Iterator[bytes]) -> None:
+    for _ in blocks:
+        pass
 
 
 class Overlap:

@@ -29,6 +29,7 @@ import numpy as np
 from moetrain.config.schema import Config, DataConfig
 from moetrain.data import corpus
 from moetrain.data.account_text import account_lines, is_account
+from moetrain.data.by_fingerprint import NAME_LENGTH
 from moetrain.data.overlap import Overlap
 from moetrain.data.prepared import DESCRIPTION, Prepared, SplitWriter, lost_description, open_prepared, total, write_description
 from moetrain.data.document import Document
@@ -45,22 +46,26 @@ from moetrain.locks import is_at, lock_folder
 log = logging.getLogger(__name__)
 
 _FORMAT = "moetrain-dataset-1"
-_NAME_LENGTH = 16                            # hexadecimal digits of the fingerprint in the folder's name
 _STALE_S = 24 * 3600
 _MOST_REMEMBERED = 16 << 20                  # bytes of sources.json: a few thousand for each source
 _SHARE = Fraction(1, 20)                     # of the text, held out; fingerprints name another one alone
 
 
-def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None = None) -> Path:
-    """The dataset folder of a run with data=text or data=tokens; prepared now when it is not there yet."""
+def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None = None, *, tokenizer: Tokenizer | None = None,
+                        expected: str | None = None) -> Path:
+    """The dataset folder of a run with data=text or data=tokens; prepared now when it is not there yet.
+
+    tokenizer: in place of data.tokenizer. expected: the fingerprint that it has to have; nothing is written where it has another.
+    """
     data = config.data
     assert data.kind in ("text", "tokens"), data.kind
     if data.kind == "tokens":
         return open_prepared(tokens_path(data.path), verify=False).folder
     out = Path(data.cache) if data.cache else run_dir / "data"
-    return prepare(path=data.path, out=out, tokenizer=data.tokenizer, domain_cap=data.domain_cap, held_out=data.held_out,
+    return prepare(path=data.path, out=out, tokenizer=tokenizer or data.tokenizer, domain_cap=data.domain_cap, held_out=data.held_out,
                    held_out_share=data.held_out_share, overlap=data.overlap, splits=data.split == "respect",
-                   allow_left_out=data.allow_left_out, reading=reading_of(data), run_dir=run_dir, progress=progress)
+                   allow_left_out=data.allow_left_out, reading=reading_of(data), run_dir=run_dir, expected=expected,
+                   progress=progress)
 
 
 def tokens_path(path: str | None) -> Path:
@@ -70,31 +75,34 @@ def tokens_path(path: str | None) -> Path:
     return Path(path)
 
 
-def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | None = None, held_out: str | None = None,
+def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_cap: int | None = None, held_out: str | None = None,
             held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap, splits: bool = True,
             allow_left_out: float = DataConfig.allow_left_out, reading: Reading = Reading(), run_dir: Path | None = None,
-            progress: Progress | None = None) -> Path:
+            expected: str | None = None, progress: Progress | None = None) -> Path:
     """The folder of the dataset that a source gives.
 
     Args:
         path: file or folder of text, None for the built-in corpus.
         out: where dataset folders lie, side by side.
-        tokenizer: `bytes` or the path of a tokenizer.json.
+        tokenizer: `bytes`, the path of a tokenizer.json, or one that was loaded.
         domain_cap: bytes of text to take from a domain at most; held-out text of the user's own is not cut.
         held_out: file or folder of held-out text; None takes the validation split that lies there, or a share of the text.
-        held_out_share: that share.
+        held_out_share: that share; with 1 all of it is held out.
         overlap: windows of held-out text to look up in the training text at most; 0 for none.
         splits: whether a split that lies there is used; otherwise all of it is one text.
         allow_left_out: share of the bytes that may be left out though nobody asked for it.
         reading: how files are read: keys of records, separator, encoding.
         run_dir: the directory of a run, of which nothing is read.
+        expected: the fingerprint that it has to have; DataError before anything is written where it has another.
         progress: called as bytes are read and written.
     """
     start = time.monotonic()
-    encoder, share = load_tokenizer(tokenizer), _SHARE if held_out else exact(held_out_share)
+    encoder = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    share = _SHARE if held_out else exact(held_out_share)
     source = find_source(path, held_out, own=(out, run_dir) if run_dir else (out,), splits=splits)
     key = _hash([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading, source.listing()])
-    if (known := _remembered(out).get(key)) and _is_there(out / known["folder"]):
+    known = _remembered(out).get(key)
+    if known and (expected is None or expected.startswith(known["folder"])) and _is_there(out / known["folder"]):
         return _reuse(out / known["folder"], known["account"])
     limit = corpus.HELDOUT_LIMIT if source.path is None and source.held_out is None else None
     with Spool(out) as spool:
@@ -102,7 +110,9 @@ def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | No
                            progress=progress)
         chooses = [_contents(selection.heldout)] if selection.heldout else _unusual(share)
         fingerprint = _hash([_FORMAT, encoder.identity, limit, _contents(selection.chosen), *chooses])
-        folder = out / fingerprint[:_NAME_LENGTH]
+        if expected not in (None, fingerprint):
+            raise other_data(path, fingerprint, expected)
+        folder = out / fingerprint[:NAME_LENGTH]
         if _is_there(folder):
             account = selection.record(_sides(_open_again(folder).description))
             _say_account(account)
@@ -114,6 +124,13 @@ def prepare(*, path: str | None, out: Path, tokenizer: str, domain_cap: int | No
             account = _log(open_prepared(folder, verify=False), source, held_out, time.monotonic() - start)
     _remember(out, key, {"folder": folder.name, "account": account})
     return folder
+
+
+def other_data(path: str | None, fingerprint: str, expected: str) -> DataError:
+    return DataError(171, "the data is not what the run was trained on", where=f"{path or 'the built-in corpus'} (data.path)",
+                     why=f"its fingerprint is {fingerprint[:12]}, the checkpoint's is {expected[:12]}",
+                     next="restore the data, or data.cache=<the folder in which it was prepared>; moetrain eval measures other data "
+                          "where data.path= is typed")
 
 
 def _is_there(folder: Path) -> bool:

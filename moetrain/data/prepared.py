@@ -242,7 +242,8 @@ def _description_problem(content: Any) -> str | None:
     if "account" in content and not is_account(content["account"]):         # older datasets have none
         return "its account is no account"
     shards = content.get("shards")
-    if not isinstance(shards, dict) or not any(name.startswith("train-") for name in shards):
+    trained = any(counts["tokens"] for counts in content["train"].values())
+    if not isinstance(shards, dict) or trained and not any(name.startswith("train-") for name in shards):
         return "it lists no training shard"
     if any("/" in name or "\\" in name or not name.endswith(".tokens") for name in shards):
         return "it lists a shard outside its folder"

@@ -169,6 +169,8 @@ def _without_heldout(found: list[Document], heldout: list[Document], source: Sou
 
 
 def _split(chosen: list[Document], source: Source, share: Fraction, limit: int | None) -> Split:
+    if share == 1:
+        return whole([], chosen)
     parts = split(chosen, share=share, heldout_limit=limit)
     if not parts.heldout:
         size = sum(document.size for document in chosen)

@@ -35,19 +35,20 @@ class TokenDataset:
         mixture: `proportional` (domains by their size) or `uniform` (each alike).
         weights: how many times as often as the mixture alone has it a domain comes, 1 unless given; 0 leaves it out.
         mask_documents: number the documents inside a window.
+        trains: whether there are training windows; otherwise the held-out ones alone may be asked for.
     """
 
     def __init__(self, *, prepared: Prepared, seq_len: int, global_batch: int, seed: int, mixture: str = "proportional",
-                 weights: Mapping[str, float] | None = None, mask_documents: bool = False) -> None:
+                 weights: Mapping[str, float] | None = None, mask_documents: bool = False, trains: bool = True) -> None:
         self.vocab_size, self.domains, self.fingerprint = prepared.vocab_size, prepared.domains, prepared.fingerprint
         self.tokenizer = prepared.tokenizer
         self.train_stream, self.heldout_stream = prepared.train, prepared.heldout
         self._seq_len, self._global_batch, self._mask_documents = seq_len, global_batch, mask_documents
-        self._groups = self._mixture(prepared.folder, mixture, weights or {})
+        self._groups = self._mixture(prepared.folder, mixture, weights or {}) if trains else []
         self._windows = Windows(_ranges(self.train_stream, [group.domains for group in self._groups]), seq_len=seq_len,
                                 wraps=len(self._groups) > 1)
         self._order = Order(key=(seed, self.fingerprint), sizes=self._windows.sizes.tolist(), seq_len=seq_len,
-                            shares=[group.share for group in self._groups], global_batch=global_batch)
+                            shares=[group.share for group in self._groups], global_batch=global_batch) if trains else None
         parts = measured_parts(self.domains, np.diff(self.heldout_stream.domain_bounds).tolist())
         self.measured = tuple(part.name for part in parts)
         self._heldout = Windows(_ranges(self.heldout_stream, [part.domains for part in parts]), seq_len=seq_len, wraps=False)
@@ -72,7 +73,7 @@ class TokenDataset:
         return found
 
     def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:
-        assert step >= 1, step
+        assert step >= 1 and self._order is not None, step
         indices = (step - 1) * self._global_batch + np.asarray(slots, np.int64)
         return self._windows.numbers(*self._order.windows(indices))
 

@@ -74,7 +74,7 @@ def _records(path: Path, *names: str) -> list[dict[str, float]]:
                 record = parse_json(line)
             except ValueError:
                 continue
-            if not isinstance(record, dict):
+            if not isinstance(record, dict) or "command" in record:      # of `moetrain eval`, on whatever data
                 continue
             numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
             if numbers.keys() >= set(names):

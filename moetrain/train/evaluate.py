@@ -21,18 +21,11 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import all_or_none, largest_over, sum_over
-from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch, Dataset, padding
-from moetrain.data.loader import build_dataset
-from moetrain.errors import CheckpointError
-from moetrain.model.build import build_model
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
-from moetrain.train.checkpoint.manifest import newest
-from moetrain.train.checkpoint.reader import load_newest_model
 from moetrain.train.objective import cross_entropy_sum
-from moetrain.train.setup import join, prepare_on_main
 from moetrain.train.passes import step_context
 
 
@@ -108,24 +101,3 @@ def _stretches(parts_B: np.ndarray) -> Iterator[tuple[int, slice]]:
     borders = [0, *(np.flatnonzero(np.diff(parts_B)) + 1).tolist(), len(parts_B)]
     for first, end in pairwise(borders):
         yield int(parts_B[first]), slice(first, end)
-
-
-def load_trained(config: Config) -> tuple[Transformer, Dataset, Mesh, int]:
-    """(model, dataset, mesh, step) of a run's newest checkpoint that is good."""
-    directory = run_dir(config)
-    if newest(directory) is None:
-        raise CheckpointError(
-            2, "the run has no checkpoint yet", where=str(directory / "checkpoints"),
-            why="a run saves at its end and every checkpoint.interval steps", next="the command that trains the run; it saves at run.stop_at, too",
-        )
-    mesh = join(config)
-    dataset = build_dataset(config, directory, prepare_on_main(config, directory, mesh))
-    model = build_model(config, dataset.vocab_size, mesh)
-    found = load_newest_model(model, directory, mesh, verify=config.checkpoint.verify)
-    return model, dataset, mesh, found.manifest.values["step"]
-
-
-def evaluate_run(config: Config) -> tuple[dict[str, float], Dataset, int]:
-    """Losses of a run's newest checkpoint, its dataset and step. The caller prints."""
-    model, dataset, mesh, step = load_trained(config)
-    return evaluate(model, dataset, mesh, config).losses, dataset, step

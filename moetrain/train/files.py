@@ -31,7 +31,10 @@ def make_place(path: Path, rank: int, ranks: int) -> None:
 
 
 class JsonlSink:
-    """Appends objects with a key `step` to a file. A number that is not finite is written NaN or Infinity."""
+    """Appends objects with a key `step` to a file. A number that is not finite is written NaN or Infinity.
+
+    A record with a key `command` is of another command than `train`: kept and cut like the others, and none of the run's steps.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -68,10 +71,10 @@ class JsonlSink:
         return step in self.steps()
 
     def steps(self) -> Iterator[int]:
-        """The steps of its whole lines."""
+        """The steps of its whole lines that training wrote."""
         try:
             with open_regular(self.path) as file:
-                yield from (step for _, line in _lines(file) if (step := _step_of(line)) is not None)
+                yield from (step for _, line in _lines(file) if (step := _step_of(line, trained=True)) is not None)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -102,13 +105,13 @@ def _ranges(file: BinaryIO, step: int) -> Iterator[tuple[int, int, bool]]:
         yield begin, end, fate
 
 
-def _step_of(line: bytes) -> int | None:
-    """The step of a record; None for a line that is damaged."""
+def _step_of(line: bytes, *, trained: bool = False) -> int | None:
+    """The step of a record; None for a line that is damaged. trained: for those of other commands, too."""
     try:
         record = parse_json(line)
     except ValueError:
         return None
-    step = record.get("step") if isinstance(record, dict) else None
+    step = record.get("step") if isinstance(record, dict) and not (trained and "command" in record) else None
     return step if type(step) is int else None
 
 

@@ -17,6 +17,7 @@ from moetrain.comm.peers import peer_lost, silent_ranks
 from moetrain.comm.reduce import all_or_none, largest_over
 from moetrain.config.build import check_composed
 from moetrain.config.compose import resume_conflicts, run_dir
+from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
 from moetrain.files import nearby
@@ -211,7 +212,9 @@ def measure(run: Run, recorder: Recorder, console: Console, told: Preemption) ->
 
 def facts(run: Run) -> dict[str, object]:
     """What a checkpoint says of the run that wrote it."""
-    return {"moetrain": __version__, "data": run.dataset.fingerprint, "config": asdict(run.config)}
+    tokenizer = getattr(run.dataset, "tokenizer", None)
+    return {"moetrain": __version__, "data": run.dataset.fingerprint, "tokenizer": tokenizer and tokenizer.identity,
+            "config": asdict(with_absolute_paths(run.config))}
 
 
 def due(step: int, interval: int) -> bool:

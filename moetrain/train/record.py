@@ -21,6 +21,7 @@ from moetrain import __version__
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import all_or_none
 from moetrain.config.compose import to_yaml
+from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.files import create, reason
@@ -56,7 +57,7 @@ class Recorder:
         """Collective: a directory that cannot be written ends all ranks."""
         self.routers = run.state.model.routers
         all_or_none(run.mesh["batch"], lambda: self._look_for_lost(run.state.step if resumed else 0) if self.main else None)
-        files = {"config.yaml": to_yaml(self.config), "env.json": json.dumps(environment(run), indent=1)}
+        files = {"config.yaml": to_yaml(with_absolute_paths(self.config)), "env.json": json.dumps(environment(run), indent=1)}
         _on_all(run.mesh, self.directory, lambda: [_replace(self.directory / name, text) for name, text in files.items()])
         all_or_none(run.mesh["batch"], lambda: self._open(run, resumed) if self.main else None)
 

@@ -5,6 +5,7 @@ says who the ranks are.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.comm.device import pick_device, take_device
-from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
+from moetrain.comm.mesh import Group, Mesh, build_mesh, connect, mesh_sizes
 from moetrain.comm.reduce import all_or_none, on_first
 from moetrain.config.build import build
 from moetrain.config.schema import Config
@@ -21,6 +22,7 @@ from moetrain.config.size_check import too_full, too_large
 from moetrain.data.batch import Dataset
 from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
+from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
 from moetrain.model.build import build_model, compute_dtype, plan_homes, sliced_experts
 from moetrain.model.flops import peak_flops, training_flops
@@ -154,17 +156,25 @@ def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:
     return Surroundings(topology, costs, config.parallel.room)
 
 
-def prepare_on_main(config: Config, directory: Path, mesh: Mesh) -> Path | None:
-    """Rank 0 prepares the text; the others wait and are told where it lies, or leave with it."""
+def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: Tokenizer | None = None,
+                    expected: str | None = None) -> Path | None:
+    """Rank 0 prepares the text; the others wait and are told where it lies, or leave with it.
+
+    tokenizer, expected: see prepare_from_config.
+    """
     if config.data.kind != "text":
         return None
-    batch = mesh["batch"]
-    path = [on_first(batch, lambda: str(_prepare(config, directory)))]
+
+    def prepared() -> Path:
+        with Preparing(bar=config.log.progress) as progress:
+            return prepare_from_config(config, directory, progress, tokenizer=tokenizer, expected=expected)
+
+    return from_first(mesh["batch"], prepared)
+
+
+def from_first(batch: Group, action: Callable[[], Path | None]) -> Path | None:
+    """The path that `action` gives on the first rank, on all of them. Collective."""
+    path = [on_first(batch, lambda: (found := action()) and str(found))]
     if batch.process_group is not None:
         dist.broadcast_object_list(path, src=0)
-    return Path(path[0])
-
-
-def _prepare(config: Config, directory: Path) -> Path:
-    with Preparing(bar=config.log.progress) as progress:
-        return prepare_from_config(config, directory, progress)
+    return path[0] and Path(path[0])

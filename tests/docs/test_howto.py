@@ -20,5 +20,5 @@ def test_the_snippets_of_the_page_about_python_run_one_after_another(tmp_path: P
     for number, snippet in enumerate(snippets, 1):
         exec(compile(snippet, f"snippet {number}", "exec"), names)
     assert (tmp_path / "runs/notes/checkpoints/step-00000004").is_dir() and (tmp_path / "runs/again/report/expert_load.png").is_file()
-    assert len(names["metrics"]) == 4 and names["step"] == 4 and len(snippets) == 8
+    assert len(names["metrics"]) == 4 and names["run"].step == 4 and len(snippets) == 8
     assert capsys.readouterr().out.endswith("('txt',)\n")

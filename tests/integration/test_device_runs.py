@@ -15,11 +15,12 @@ from moetrain.config.compose import compose, for_run
 from moetrain.errors import ConfigError
 from moetrain.generate.sample import continue_text
 from moetrain.train import device_memory
-from moetrain.train.evaluate import evaluate, load_trained
+from moetrain.train.evaluate import evaluate
 from moetrain.train.loop import train
 from moetrain.train.memory import choose
 from moetrain.train.setup import join, refuse_what_cannot_fit, set_up
 from moetrain.train.step import train_step
+from moetrain.train.trained import load_trained, trained_dataset, trained_tokenizer
 from tests.support import simulated_device, small_text
 from tests.support.device_process import DeviceProcess
 from tests.support.simulated_device.memory import allocated
@@ -69,12 +70,12 @@ class Looked(NamedTuple):
 def looked_at(directory: Path, device: str) -> Looked:
     """Held-out losses and two continuations by the newest checkpoint."""
     config = for_run([f"run.dir={directory}", f"run.device={device}"])
-    model, dataset, mesh, step = load_trained(config)
-    assert step == STEPS and model.embed.device.type == device
+    run = load_trained(config)
+    assert run.step == STEPS and run.model.embed.device.type == device
     options = {"tokens": 12, "temperature": 0.8, "top_p": 0.95, "seed": 1, "context": 12, "mask_documents": False}
-    texts = {"".join(continue_text(model, dataset.tokenizer, "ab", cache=cache, group=mesh["batch"], **options))
+    texts = {"".join(continue_text(run.model, trained_tokenizer(run), "ab", cache=cache, group=run.mesh["batch"], **options))
              for cache in (True, False)}
-    return Looked(evaluate(model, dataset, mesh, config).losses, texts)
+    return Looked(evaluate(run.model, trained_dataset(run), run.mesh, config).losses, texts)
 
 
 def lines(path: Path) -> list[dict[str, float]]:

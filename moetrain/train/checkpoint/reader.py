@@ -3,6 +3,7 @@
     load                 one checkpoint into a state
     resume               the newest that is good, the same one on every rank
     load_newest_model    the same for the model alone
+    newest_manifest      the newest manifest that can be read; of the files beside it nothing is asked
 
 Nothing is written into the state before everything this rank will read has been compared with its checksums, and nothing
 is unpickled.
@@ -71,6 +72,17 @@ def resume(state: TrainState, run_dir: Path, mesh: Mesh, *, verify: str = "full"
 def load_newest_model(model: Transformer, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
     """The same for the model alone; changes nothing on the disk. Collective."""
     return _newest_good(run_dir, mesh, lambda directory: Loading(weights(model), directory, verify, MODEL), aside=False)
+
+
+def newest_manifest(run_dir: Path) -> Manifest:
+    """Of the newest checkpoint whose manifest can be read. CheckpointError where there is none."""
+    passed_over: list[tuple[Path, CheckpointError | None]] = []
+    for directory in reversed(checkpoints_of(run_dir)):
+        try:
+            return read_manifest(directory)
+        except CheckpointError as error:
+            passed_over.append((directory, error))
+    raise _none_good(passed_over)
 
 
 class Loading:
@@ -243,13 +255,16 @@ def _go_back(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Pat
 
 def _none_is_good(passed_over: list[tuple[Path, CheckpointError | None]], mesh: Mesh) -> None:
     def refuse() -> None:
-        found = [error or next(problems(path), None) for path, error in passed_over]
-        raise CheckpointError(
-            4, "no checkpoint of the run can be loaded", where=str(passed_over[0][0].parent),
-            why="; ".join(f"{error.where}: {error.why}" for error in found if error) or "another rank cannot read them",
-            next="restore the files, or start another run with run.name")
+        raise _none_good([(path, error or next(problems(path), None)) for path, error in passed_over])
 
     all_or_none(mesh["batch"], refuse)
+
+
+def _none_good(passed_over: list[tuple[Path, CheckpointError | None]]) -> CheckpointError:
+    return CheckpointError(
+        4, "no checkpoint of the run can be loaded", where=str(passed_over[0][0].parent),
+        why="; ".join(f"{error.where}: {error.why}" for _, error in passed_over if error) or "another rank cannot read them",
+        next="restore the files, or start another run with run.name")
 
 
 def _or_damaged(directory: Path, action: Callable[[], None]) -> None:
