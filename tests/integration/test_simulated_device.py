@@ -67,10 +67,10 @@ def test_a_step_in_the_table_keeps_within_the_budget(name: str) -> None:
     assert in_layers == case.in_layers, "one read a layer where rows travel; with one position nothing"
 
 
-def test_beside_steps_the_host_waits_once_for_the_device_a_domain_a_save_and_a_token() -> None:
-    domains, tokens = 4, 3
+def test_beside_steps_the_host_waits_once_for_the_device_an_evaluation_a_save_and_a_token() -> None:
+    tokens = 3
     assert host_waits.read()[BESIDE] == {
         Entry("start", "comm/device.py:take_device", "synchronize"): 1,
-        Entry("evaluation", "train/evaluate.py:_domain", "copy to the host"): domains,
+        Entry("evaluation", "train/evaluate.py:_sums", "copy to the host"): 1,
         Entry("save", "train/checkpoint/snapshot.py:copies_on_host", "synchronize"): 1,
         Entry("generation", "generate/sample.py:_last", "copy to the host"): tokens}

@@ -1,0 +1,108 @@
+"""Held-out loss: of every domain by itself, of thousands in as many passes as their windows take."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.image import imread
+
+from moetrain.config.compose import compose
+from moetrain.config.schema import Config
+from moetrain.data.measured import MOST_NAMED, OTHERS
+from moetrain.data.prepared import SplitWriter, write_description
+from moetrain.report.specialisation import draw_specialisation
+from moetrain.train.console import MOST_DOMAINS
+from moetrain.train.evaluate import evaluate
+from moetrain.train.loop import train
+from moetrain.train.setup import Run, join, set_up
+
+WORDS = ["experiment=debug", "model.num_layers=2", "run.device=cpu", "train.seq_len=16", "train.global_batch=4", "train.micro_batch=4",
+         "log.progress=false", "run.steps=2"]
+
+
+def of_domains(folder: Path, heldout: list[int]) -> Path:
+    """Tokens of so many domains, of which so much is held out."""
+    names, counts, chance = tuple(f"host-{number}.example.org" for number in range(len(heldout))), {}, np.random.default_rng(0)
+    for split, sizes in (("train", [30] * len(heldout)), ("heldout", heldout)):
+        writer = SplitWriter(folder=folder, split=split, vocab_size=257, domains=names)
+        for domain, size in enumerate(sizes):
+            writer.add(np.append(chance.integers(97, 123, size - 1), 256), domain, size - 1)
+        writer.flush()
+        counts[split] = writer.counts
+    write_description(folder, {"fingerprint": "abc", "tokenizer": "bytes", "vocab_size": 257, "domains": list(names), "end_id": 256,
+                               "heldout_overlap": 0.0, **counts})
+    return folder
+
+
+def config(folder: Path, *words: str) -> Config:
+    return compose([*WORDS, "data=tokens", f"data.path={folder}", f"run.dir={folder / 'run'}", *words])
+
+
+def made(given: Config) -> Run:
+    return set_up(given, Path(given.run.dir), join(given))
+
+
+def by_hand(run: Run, part: int, windows: int) -> tuple[float, int]:
+    """(nats, tokens) of a part, a window at a time."""
+    nats, tokens = 0.0, 0
+    for batch in run.dataset.heldout(part, windows=windows, batch=1):
+        logits = run.state.model(batch.tokens_BS, evaluation_context(run, batch)).logits_BSV
+        nats += float(F.cross_entropy(logits[0][batch.valid_BS[0]].double(), batch.targets_BS[0][batch.valid_BS[0]], reduction="sum"))
+        tokens += int(batch.valid_BS.sum())
+    return nats, tokens
+
+
+def evaluation_context(run: Run, batch: object) -> object:
+    from moetrain.train.passes import step_context
+
+    return step_context(run.config.run.seed, 0, batch, training=False)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_what_is_measured_does_not_depend_on_what_is_read_together(tmp_path: Path, batch: int) -> None:
+    run = made(config(of_domains(tmp_path, [40, 7, 90, 16]), f"eval.batch={batch}", "eval.windows=3", "run.dtype=float64"))
+    found = evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    run.state.model.eval()
+    for part, name in enumerate(run.dataset.measured):
+        with torch.no_grad():
+            nats, tokens = by_hand(run, part, 3)
+        assert tokens == min([40, 7, 90, 16][part], 3 * 16)
+        assert found.losses[f"loss/{name}"] == pytest.approx(nats / tokens, rel=1e-12)
+        ends = 1 if tokens < 48 else 0                           # the mark that ends the document is no byte; not met in 3 of 5 windows
+        assert found.losses[f"nats_per_byte/{name}"] == pytest.approx(nats / (tokens - ends), rel=1e-12)
+        assert found.choices_ML[part].sum() == tokens * run.config.model.top_k * len(run.state.model.routers)
+    names = [f"loss/{name}" for name in run.dataset.measured]
+    assert found.losses["loss/mean"] == pytest.approx(sum(found.losses[name] for name in names) / 4)
+
+
+@pytest.mark.parametrize("domains", [10, 700])
+def test_evaluation_takes_as_many_passes_as_its_windows_fill(tmp_path: Path, domains: int) -> None:
+    run = made(config(of_domains(tmp_path, [16] * domains), "eval.batch=8", "eval.windows=20"))
+    sizes: list[int] = []
+    run.state.model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    found = evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    windows = 10 if domains == 10 else MOST_NAMED + 20
+    assert sum(sizes) == windows and len(sizes) == math.ceil(windows / 8)
+    assert found.choices_ML.shape[0] == (domains if domains == 10 else MOST_NAMED + 1)
+
+
+def test_generated_tokens_have_no_nats_per_byte(tmp_path: Path) -> None:
+    run = made(compose([*WORDS, f"run.dir={tmp_path}", "data.num_domains=40", "eval.windows=4"]))
+    found = evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    assert len(found.losses) == MOST_NAMED + 2 and all(name.startswith("loss/") for name in found.losses) and f"loss/{OTHERS}" in found.losses
+
+
+def test_a_run_on_hundreds_of_domains_says_and_draws_a_bounded_amount(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = config(of_domains(tmp_path, [20] * 300), "eval.windows=2")
+    train(given)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("[eval]"))
+    assert len(line) < 600 and line.count("host-") == MOST_DOMAINS and f"{MOST_NAMED + 1 - MOST_DOMAINS} more in eval.jsonl" in line
+    (record,) = map(json.loads, (tmp_path / "run" / "eval.jsonl").read_text().splitlines())
+    assert sum(name.startswith("loss/") for name in record) == MOST_NAMED + 2
+    with np.load(tmp_path / "run" / "specialisation.npz") as file:
+        assert file["choices"].shape[0] == MOST_NAMED + 1 and file["domains"][-1] == OTHERS
+    assert imread(draw_specialisation(tmp_path / "run")).shape[0] < 3000
