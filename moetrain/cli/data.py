@@ -1,14 +1,23 @@
 """moetrain data prepare [key=value ...]: tokenise text into shards once, ahead of training.
+moetrain data inspect [PATH] [key=value ...] [--json]: what would be read, before anything is prepared.
 
 data.path names a file or a folder (null: the built-in corpus), data.cache where the shards go (null: <run.dir>/data).
-Training does the same by itself on its first start. The name of a run that is there prepares the data of that run.
+Training prepares by itself on its first start. The name of a run that is there prepares the data of that run.
+
+`inspect` writes nothing. It shows the format of each file, what is left out and why, splits that are there, domains, documents, bytes,
+the tokens to expect, epochs at run.steps, and three documents as they are trained on. A bare word is the path.
 """
 
-from moetrain.config.compose import compose, run_dir
-from moetrain.config.suggest import nearest
-from moetrain.errors import ConfigError
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
-_SUBCOMMANDS = ("prepare",)
+from moetrain.config.compose import compose, run_dir
+from moetrain.config.schema import Config
+from moetrain.config.suggest import nearest
+from moetrain.errors import ConfigError, DataError
+
+_SUBCOMMANDS = ("prepare", "inspect")
 
 
 def run(argv: list[str]) -> int:
@@ -17,10 +26,12 @@ def run(argv: list[str]) -> int:
         near = nearest(given, _SUBCOMMANDS) or list(_SUBCOMMANDS)
         raise ConfigError(42, f"there is no verb data {given}".rstrip(), where="the command line",
                           why=f"data can {', '.join(_SUBCOMMANDS)}", next=f"moetrain data {near[0]}")
-    config = compose(argv[1:])
-    if config.data.kind in ("synthetic", "megatron", "memmap"):
-        raise ConfigError(44, f"data={config.data.kind} has nothing to prepare", where="data.kind",
-                          why="only text is turned into tokens", next="moetrain data prepare data=text")
+    return prepare(compose(argv[1:])) if argv[0] == "prepare" else inspect(argv[1:])
+
+
+def prepare(config: Config) -> int:
+    if config.data.kind not in ("text", "tokens"):
+        raise _no_text(config, "prepare")
     from moetrain.data.prepare import prepare_from_config
     from moetrain.train.console import connect_logging
     from moetrain.train.preparing import Preparing
@@ -29,4 +40,34 @@ def run(argv: list[str]) -> int:
     with Preparing(bar=config.log.progress) as progress:
         folder = prepare_from_config(config, run_dir(config), progress)
     print(folder)
+    return 0
+
+
+def _no_text(config: Config, verb: str) -> ConfigError:
+    return ConfigError(44, f"data={config.data.kind} has nothing to {verb}", where="data.kind",
+                       why="only text is turned into tokens", next=f"moetrain data {verb} data=text")
+
+
+def inspect(words: Sequence[str]) -> int:
+    """DataError after what is known of the files, where the text cannot be read as it is."""
+    as_json = "--json" in words
+    config = compose([word if "=" in word or word[:1] in "-~+" else f"data.path={word}" for word in words if word != "--json"])
+    if config.data.kind != "text":
+        raise _no_text(config, "inspect")
+    from moetrain.cli.corpus_report import as_record, lines
+    from moetrain.data.inspection import inspect as inspected
+    from moetrain.train.console import connect_logging
+    from moetrain.train.preparing import Preparing
+
+    if not as_json:
+        connect_logging(print)
+    with Preparing(bar=config.log.progress and not as_json) as progress:
+        found = inspected(config, Path(run_dir(config)), progress)
+    if as_json:
+        print(json.dumps(as_record(found), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(lines(found, config)))
+    if found.found is None:
+        assert isinstance(found.error, DataError)
+        raise found.error
     return 0

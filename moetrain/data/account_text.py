@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moetrain.data.account import HELD
+from moetrain.data.account import CUT, HELD, TRAINED
 from moetrain.files import shown
 
 _MOST = 6                                    # kinds of files in a line
@@ -16,10 +16,15 @@ def account_lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"{shown(ledger['path'])} ({key}): {_files(ledger)}")
         if ledger["splits"]:
             lines.append(f"  splits    {splits_text(ledger)}")
-        lines.append(f"  read      {_files(_total(ledger['read']))}: {_cut([_format(row) for row in ledger['read']])}")
+        lines.append(f"  read      {_files(_total(ledger['read']))}: {formats_text(ledger)}")
         if ledger["left_out"]:
             lines.append(f"  left out  {_files(_total(ledger['left_out']))}: {_cut(reasons(ledger['left_out'], examples=True))}")
     return [*lines, *text_lines(record["text"])]
+
+
+def formats_text(ledger: dict[str, Any]) -> str:
+    """The files that are read, by what they are read as."""
+    return _cut([_format(row) for row in ledger["read"]])
 
 
 def text_lines(text: dict[str, Any]) -> list[str]:
@@ -57,10 +62,10 @@ def reasons(rows: list[dict[str, Any]], *, examples: bool = False) -> list[str]:
 def left_out_line(record: dict[str, Any]) -> str:
     """One line for those who do not read the account; nothing where all of the text is used."""
     parts = [f"{why}{key != 'data.path' and f' ({key})' or ''}" for key, ledger in record["files"].items()
-             for why in reasons(ledger["left_out"])]
+             for why in reasons([row for row in ledger["left_out"] if row["bytes"]])]
     became = record["text"]["became"]
     parts += [f"{what} {tally['bytes']:,} bytes" for what, tally in became.items()
-              if tally["bytes"] and what not in ("trained on", HELD)]
+              if tally["bytes"] and what not in (TRAINED, HELD, CUT)]             # CUT: of the built-in corpus alone
     if record["text"]["undecodable"]["bytes"]:
         parts.append(f"undecodable {record['text']['undecodable']['bytes']:,} bytes")
     return _cut(parts)

@@ -1,10 +1,10 @@
 """Splits that a corpus comes with: `train/ valid/ test/`, `ptb.train.txt ptb.valid.txt`, `train-00000-of-00010.parquet` beside
 `test-00000-of-00001.parquet`.
 
-A file or folder belongs to a split when a part of its name says so and another one beside it, at the same level, names
-the other side: what is called `test` without a `train` beside it is no split. Names go together when nothing else
-distinguishes them but numbers and suffixes, or when one of them says nothing else. Source code is never a split:
-`train.py` and `test.py` are programs.
+A file or folder belongs to a split when a part of its name says so and another one at the same level names the other side:
+what is called `test` without a `train` beside it is no split. The part comes first or last in the name or between dots, or
+nothing else but numbers and suffixes distinguishes the two names. Source code and documents about a program are never a
+split: `train.py` and `test.py`, `training.md` and `testing.md` are about training and testing.
 
 The test split wins over the validation split, and that over training, where folders are nested. `eval` means validation,
 or test where there is a validation split too.
@@ -20,13 +20,13 @@ from moetrain.data.compressed import inner_name
 TRAIN, VALID, TEST = "train", "valid", "test"
 _EVAL = "eval"
 _STRICTNESS = {TRAIN: 0, VALID: 1, TEST: 2}
+_MORE = r"(?:[-_ ]?(?:set|data|split|files?))?"
 _WORDS = re.compile(                                     # a part of a name between characters that are no letters or digits
-    r"(?<![^\W_])(?:(?P<train>train(?:ing)?(?:set|data)?)"
-    r"|(?P<valid>valid(?:ation|ate)?(?:set)?|val|dev(?:el|elopment)?(?:set)?|held[-_]?out|holdout)"
-    r"|(?P<eval>eval(?:uation)?(?:set)?)|(?P<test>test(?:ing)?(?:set|data)?))\d*(?![^\W_])", re.IGNORECASE)
-_CODE = frozenset(
-    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .html .ini .ipynb .java .jl .js .kt .lua .m .ml "
-    ".php .pl .py .pyi .pyx .r .rb .rs .scala .sh .sql .swift .toml .ts .tsx .yaml .yml .zig".split())
+    rf"(?<![^\W_])(?:(?P<train>train(?:ing)?{_MORE})|(?P<test>test(?:ing)?{_MORE})|(?P<eval>eval(?:uation)?{_MORE})"
+    rf"|(?P<valid>(?:valid(?:ation|ate)?|val|dev(?:el|elopment)?|held[-_]?out|holdout){_MORE}))\d*(?![^\W_])", re.IGNORECASE)
+_ABOUT = frozenset(
+    ".adoc .c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .html .ini .ipynb .java .jl .js .kt .lua .m .md .ml "
+    ".php .pl .py .pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .yaml .yml .zig".split())
 _NUMBERING = {"of", "part", "shard"}
 
 
@@ -42,7 +42,7 @@ class _Word(NamedTuple):
     start: int
     end: int
     rest: tuple[str, ...]           # the other parts of the name, without suffix and numbers
-    at_edge: bool                   # whether it comes first or last
+    stands_out: bool                # whether it comes first or last, or between dots
 
 
 def find_splits(names: Iterable[str]) -> dict[str, Member]:
@@ -67,11 +67,12 @@ def _word(name: str, *, is_file: bool) -> _Word | None:
     if is_file:
         inner = inner_name(name)
         suffix = PurePosixPath(inner).suffix
-        if suffix.lower() in _CODE:
+        if suffix.lower() in _ABOUT:
             return None
         stem = inner.removesuffix(suffix) if first.end() <= len(inner) - len(suffix) else inner
     before, after = _parts(stem[:first.start()]), _parts(stem[first.end():])
-    return _Word(str(first.lastgroup), first.start(), first.end(), (*before, *after), not before or not after)
+    between_dots = stem[:first.start()].endswith(".") and stem[first.end():].startswith(".")
+    return _Word(str(first.lastgroup), first.start(), first.end(), (*before, *after), not before or not after or between_dots)
 
 
 def _parts(text: str) -> list[str]:
@@ -82,11 +83,11 @@ def _paired(words: dict[str, _Word]) -> dict[str, _Word]:
     """The names of one level that form a split."""
     sides = {side: [word for word in words.values() if (word.role == TRAIN) == side] for side in (True, False)}
     rests = {side: {word.rest for word in members} for side, members in sides.items()}
-    at_edge = {side: any(word.at_edge for word in members) for side, members in sides.items()}
+    outstanding = {side: any(word.stands_out for word in members) for side, members in sides.items()}
     found = {}
     for name, word in words.items():
         other = word.role != TRAIN
-        if word.rest in rests[other] or (not word.rest and at_edge[other]) or (word.at_edge and () in rests[other]):
+        if word.rest in rests[other] or word.stands_out and outstanding[other]:
             found[name] = word
     has_valid = any(word.role == VALID for word in found.values())
     return {name: word._replace(role=(TEST if has_valid else VALID) if word.role == _EVAL else word.role)

@@ -34,7 +34,7 @@ from moetrain.data.overlap import Overlap
 from moetrain.data.prepared import DESCRIPTION, Prepared, SplitWriter, lost_description, open_prepared, total, write_description
 from moetrain.data.document import Document
 from moetrain.data.records import Reading, reading_of
-from moetrain.data.selection import Progress, Selection, Source, find_source, select
+from moetrain.data.selection import BUILTIN, Progress, Selection, Source, find_source, select
 from moetrain.data.split import Split, exact
 from moetrain.data.spool import Spool
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -52,10 +52,11 @@ _SHARE = Fraction(1, 20)                     # of the text, held out; fingerprin
 
 
 def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None = None, *, tokenizer: Tokenizer | None = None,
-                        expected: str | None = None) -> Path:
+                        expected: str | None = None, remind: bool = True) -> Path:
     """The dataset folder of a run with data=text or data=tokens; prepared now when it is not there yet.
 
     tokenizer: in place of data.tokenizer. expected: the fingerprint that it has to have; nothing is written where it has another.
+    remind: whether to say the account of data that is there, too.
     """
     data = config.data
     assert data.kind in ("text", "tokens"), data.kind
@@ -64,7 +65,7 @@ def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None
     out = Path(data.cache) if data.cache else run_dir / "data"
     return prepare(path=data.path, out=out, tokenizer=tokenizer or data.tokenizer, domain_cap=data.domain_cap, held_out=data.held_out,
                    held_out_share=data.held_out_share, overlap=data.overlap, splits=data.split == "respect",
-                   allow_left_out=data.allow_left_out, reading=reading_of(data), run_dir=run_dir, expected=expected,
+                   allow_left_out=data.allow_left_out, reading=reading_of(data), run_dir=run_dir, expected=expected, remind=remind,
                    progress=progress)
 
 
@@ -78,7 +79,7 @@ def tokens_path(path: str | None) -> Path:
 def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_cap: int | None = None, held_out: str | None = None,
             held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap, splits: bool = True,
             allow_left_out: float = DataConfig.allow_left_out, reading: Reading = Reading(), run_dir: Path | None = None,
-            expected: str | None = None, progress: Progress | None = None) -> Path:
+            expected: str | None = None, remind: bool = True, progress: Progress | None = None) -> Path:
     """The folder of the dataset that a source gives.
 
     Args:
@@ -94,6 +95,7 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
         reading: how files are read: keys of records, separator, encoding.
         run_dir: the directory of a run, of which nothing is read.
         expected: the fingerprint that it has to have; DataError before anything is written where it has another.
+        remind: whether to say the account of data that is there, too.
         progress: called as bytes are read and written.
     """
     start = time.monotonic()
@@ -103,7 +105,7 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
     key = _hash([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading, source.listing()])
     known = _remembered(out).get(key)
     if known and (expected is None or expected.startswith(known["folder"])) and _is_there(out / known["folder"]):
-        return _reuse(out / known["folder"], known["account"])
+        return _reuse(out / known["folder"], known["account"] if remind else None)
     limit = corpus.HELDOUT_LIMIT if source.path is None and source.held_out is None else None
     with Spool(out) as spool:
         selection = select(source, spool, share=share, reading=reading, domain_cap=domain_cap, allow_left_out=allow_left_out,
@@ -217,9 +219,10 @@ def _write_parts(folder: Path, parts: Split, encoder: Tokenizer, overlap: int,
             "overlap_windows": share.windows if share else 0, "overlap_every": share.every if share else 0}
 
 
-def _reuse(folder: Path, account: dict[str, Any]) -> Path:
+def _reuse(folder: Path, account: dict[str, Any] | None) -> Path:
     _open_again(folder)
-    _say_account(account)
+    if account is not None:
+        _say_account(account)
     return folder
 
 
@@ -250,6 +253,8 @@ def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: floa
 
 
 def _say_account(account: dict[str, Any]) -> None:
+    if all(ledger["path"] == BUILTIN for ledger in account["files"].values()):       # nobody asks what became of it
+        return
     for line in account_lines(account):
         log.info("%s", line)
 

@@ -91,6 +91,11 @@ class Prepared:
     def domains(self) -> tuple[str, ...]:
         return tuple(self.description["domains"])
 
+    @property
+    def account(self) -> dict[str, Any] | None:
+        """What lay at the source, and what became of it; datasets of before have none."""
+        return self.description.get("account")
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         bytes_alone = self.description["tokenizer"] == "bytes"

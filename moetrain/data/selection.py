@@ -83,7 +83,8 @@ def find_source(path: str | None, held_out: str | None, *, own: tuple[Path, ...]
 
 
 def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = Reading(), domain_cap: int | None = None,
-           allow_left_out: float = DataConfig.allow_left_out, progress: Progress | None = None) -> Selection:
+           allow_left_out: float = DataConfig.allow_left_out, progress: Progress | None = None,
+           watch: Callable[[Document], None] = lambda document: None) -> Selection:
     """Read a source and choose.
 
     Args:
@@ -94,12 +95,14 @@ def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = 
         domain_cap: bytes of text to take from a domain at most.
         allow_left_out: share of the bytes that may be left out by mistake.
         progress: called as bytes are read.
+        watch: called with every document as it is read.
     """
     account = Account([found.ledger for found in (source.path, source.held_out) if found])
-    found = unique(_read_all(source, account, spool, reading, domain_cap, progress))
-    heldout = unique(_read_heldout(source, spool, reading, progress))
+    found = unique(_watched(_read_all(source, account, spool, reading, domain_cap, progress), watch))
+    heldout = unique(_watched(_read_heldout(source, spool, reading, progress), watch))
     for ledger in account.files:
-        _refuse_left_out(ledger, allow_left_out)
+        if (error := left_out_error(ledger, allow_left_out)) is not None:
+            raise error
     account.note(DUPLICATES, (document.size for _, dropped in (found, heldout) for document in dropped))
     kept = _without_heldout(found[0], heldout[0], source, account)
     chosen = cap_domains(kept, domain_cap)
@@ -116,6 +119,12 @@ def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = 
 
 def _identity(file: SourceFile) -> tuple[Any, ...]:
     return file.name, file.size, file.mtime_ns, file.ctime_ns, file.label, file.entry.side
+
+
+def _watched(found: Iterable[Document], watch: Callable[[Document], None]) -> Iterator[Document]:
+    for document in found:
+        watch(document)
+        yield document
 
 
 def _read_all(source: Source, account: Account, spool: Spool, reading: Reading, domain_cap: int | None,
@@ -197,15 +206,15 @@ def _no_text(found: Scan, why: str, other: str = "") -> DataError:
                      next=f"{key}=<file or folder of text>{otherwise and f', or {otherwise}'}")
 
 
-def _refuse_left_out(ledger: FileLedger, allowed: float) -> None:
-    """DataError where more of the bytes than allowed were left out though nobody asked for it."""
+def left_out_error(ledger: FileLedger, allowed: float) -> DataError | None:
+    """What is wrong where more of the bytes than allowed were left out though nobody asked for it."""
     lost, total = by_mistake([ledger])
     if lost <= allowed * total:
-        return
+        return None
     rows = reasons(ledger.mistakes(), examples=True)
     more = [f"and {len(rows) - _MOST_NAMED} more"] * (len(rows) > _MOST_NAMED)
     needed = min(1.0, -(-lost * 1000 // total) / 1000)
-    raise DataError(140, f"{lost / total:.0%} of the bytes would be left out", where=f"{ledger.path} ({ledger.key})",
+    return DataError(140, f"{lost / total:.0%} of the bytes would be left out", where=f"{ledger.path} ({ledger.key})",
                     why=CONTINUED.join([f"{lost:,} of {total:,} bytes, more than data.allow_left_out={allowed:g} allows:",
                                         *rows[:_MOST_NAMED], *more]),
                     next=f"convert them, move them away, or data.allow_left_out={needed:g} to go on without them")

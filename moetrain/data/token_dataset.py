@@ -41,7 +41,7 @@ class TokenDataset:
     def __init__(self, *, prepared: Prepared, seq_len: int, global_batch: int, seed: int, mixture: str = "proportional",
                  weights: Mapping[str, float] | None = None, mask_documents: bool = False, trains: bool = True) -> None:
         self.vocab_size, self.domains, self.fingerprint = prepared.vocab_size, prepared.domains, prepared.fingerprint
-        self.tokenizer = prepared.tokenizer
+        self.tokenizer, self.account = prepared.tokenizer, getattr(prepared, "account", None)     # indexed data has none
         self.train_stream, self.heldout_stream = prepared.train, prepared.heldout
         self._seq_len, self._global_batch, self._mask_documents = seq_len, global_batch, mask_documents
         self._groups = self._mixture(prepared.folder, mixture, weights or {}) if trains else []

@@ -11,6 +11,7 @@ import torch
 from moetrain import __version__
 from moetrain.comm.device import unused_gpu
 from moetrain.config.schema import CheckpointConfig
+from moetrain.data.account_text import left_out_line
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
@@ -41,6 +42,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
         ("copies", copies_line(run)),
         ("capacity", capacity_line(run)),
         ("data", data_line(run)),
+        ("skipped", skipped(run)),
         ("memory", {"none": "", "selective": "recomputes norms, activations and orders", "full": "recomputes whole blocks"}
                    [config.train.activation_checkpointing]),
         ("saves", saves_line(config.checkpoint)),
@@ -53,6 +55,12 @@ def threads_text() -> str:
     """Threads of torch on this rank, and the cores that it may use."""
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     return f"{threads} thread{'s' * (threads > 1)} a rank, {cores} core{'s' * (cores > 1)}"
+
+
+def skipped(run: Run) -> str:
+    """What of the source is not trained on, and why."""
+    account = getattr(run.dataset, "account", None)
+    return left_out_line(account) if account else ""
 
 
 def data_line(run: Run) -> str:

@@ -167,7 +167,7 @@ def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: T
 
     def prepared() -> Path:
         with Preparing(bar=config.log.progress) as progress:
-            return prepare_from_config(config, directory, progress, tokenizer=tokenizer, expected=expected)
+            return prepare_from_config(config, directory, progress, tokenizer=tokenizer, expected=expected, remind=False)
 
     return from_first(mesh["batch"], prepared)
 

@@ -1,8 +1,12 @@
 """The two ledgers of a corpus: their sums, and what counts as left out by mistake."""
 
+import json
+from collections.abc import Iterator
+
 import pytest
 
 from moetrain.data.account import BINARY, DUPLICATES, HELD, HIDDEN, OWN, TEST, TRAINED, Account, FileLedger, by_mistake
+from moetrain.data.account_text import account_lines, is_account, left_out_line
 
 
 def ledger() -> FileLedger:
@@ -46,3 +50,41 @@ def test_only_what_might_have_been_meant_counts_as_a_mistake() -> None:
     assert by_mistake([files]) == (61 + 12, 211)
     files.entries[0].leave_out(BINARY)
     assert by_mistake([files]) == (161, 211) and files.entries[0].text == 0
+
+
+def test_an_account_that_was_altered_is_none() -> None:
+    """Whatever shows an account takes it as `is_account` found it."""
+    account = Account([ledger()])
+    account.note(TRAINED, [300])
+    record = json.loads(json.dumps(account.record()))
+    assert is_account(record) and account_lines(record) and left_out_line(record)
+    places = [path for path, _ in _leaves(record)]
+    for path in places:
+        altered = json.loads(json.dumps(record))
+        inner = altered
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = ["x"] if inner[path[-1]] != ["x"] else 1
+        if is_account(altered):
+            account_lines(altered), left_out_line(altered)
+    for value in (None, [], {}, {"files": {}, "text": {}}, {"files": {"data.path": 1}, "text": record["text"]}):
+        assert not is_account(value)
+
+
+def _leaves(value: object, path: tuple = ()) -> Iterator[tuple[tuple, object]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield (*path, key), child
+        yield from _leaves(child, (*path, key))
+
+
+def test_the_line_of_the_banner_says_what_is_missing_and_nothing_else() -> None:
+    files = FileLedger("data.path", "corpus")
+    entry = files.add("a.txt", 100)
+    entry.format, entry.documents, entry.text = "text", 1, 100
+    files.add("empty.txt", 0, "empty")
+    account = Account([files])
+    account.note(TRAINED, [100])
+    assert left_out_line(account.record()) == ""
+    files.add("b.png", 7).leave_out(BINARY, format="an image")
+    assert left_out_line(account.record()) == "not text, an image: 1 file, 7 bytes"

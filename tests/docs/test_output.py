@@ -42,8 +42,9 @@ METRICS = {"step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8, "los
 def banners(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, set[Any]]]:
     """Of every composition, with the names that are not the program's words."""
     folder = tmp_path_factory.mktemp("text")
+    (folder / ".hidden").write_text("not read")
     (folder / "a.txt").write_text("".join(f"a sentence with the number {number}. " for number in range(400)))
-    text = ["data=text", "~data.vocab_size", f"data.path={folder / 'a.txt'}", f"data.cache={folder}"]
+    text = ["data=text", "~data.vocab_size", f"data.path={folder}", f"data.cache={folder}"]
     found = [shown(make_run(overrides)) for overrides in [*ONE, text]]
     with pytest.MonkeyPatch.context() as patch:          # a machine with a GPU, and a torch that was built without CUDA
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -1,0 +1,103 @@
+"""What `moetrain data inspect` shows: tables for a person, or one record for a program."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from moetrain.cli.inspect import table
+from moetrain.config.schema import Config
+from moetrain.data.account import HELD, FileEntry, FileLedger, plain
+from moetrain.data.account_text import formats_text, reasons, splits_text, text_lines
+from moetrain.data.inspection import Inspection
+from moetrain.errors import CONTINUED
+from moetrain.files import shown
+from moetrain.units import count
+
+MOST_ROWS = 20                      # of a table; the largest first
+_MOST_TEXT = 300                    # characters of a document
+
+
+def as_record(found: Inspection) -> dict[str, Any]:
+    """Everything, every file included. error: what `prepare` would refuse the text for."""
+    files = {ledger.key: [_file(entry) for entry in ledger.entries] for ledger in found.ledgers}
+    error = found.error and {name: plain(str(getattr(found.error, name))) for name in ("id", "what", "where", "why", "next")}
+    return {**(found.found or {}), "files": files, "error": error}
+
+
+def lines(found: Inspection, config: Config) -> Iterator[str]:
+    """Tables of files, of what is left out and of domains; then what it amounts to."""
+    for ledger in found.ledgers:
+        yield from _files(ledger)
+    if found.found is not None:
+        yield from _domains(found.found)
+        yield from text_lines(found.found["account"]["text"])
+        yield from _amounts(found.found, config)
+        yield from _documents(found.found["documents"])
+        if found.error is not None:
+            yield f"\nprepare would refuse this ({found.error.id}): {found.error.what}"
+            yield f"  {found.error.why.replace(CONTINUED, ' ')}"
+            yield f"  try {found.error.next}"
+    else:
+        yield ""
+
+
+def _file(entry: FileEntry) -> dict[str, Any]:
+    values = {name: getattr(entry, name) for name in FileEntry.__slots__}
+    return {name: plain(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _files(ledger: FileLedger) -> Iterator[str]:
+    record = ledger.record()
+    yield f"{shown(ledger.path)} ({ledger.key})   {record['files']:,} files, {record['bytes']:,} bytes"
+    if record["splits"]:
+        yield f"  splits: {splits_text(record)}"
+    read = sorted(ledger.read, key=lambda entry: (-entry.size, entry.name))
+    rows = [[shown(entry.name, 60), _format(entry), f"{entry.documents:,}", f"{entry.text:,}", f"{entry.size:,}"]
+            for entry in read[:MOST_ROWS]]
+    yield ""
+    yield from table([["  read", "as", "documents", "bytes of text", "bytes"], *([f"  {row[0]}", *row[1:]] for row in rows)])
+    yield from _rest([entry.size for entry in read])
+    yield f"  in all: {formats_text(record)}"
+    if record["left_out"]:
+        yield ""
+        kinds = record["left_out"]
+        yield from table([["  left out", "the first", "files", "bytes"],
+                          *([f"  {reasons([row])[0].partition(':')[0]}", shown(row["first"], 60), f"{row['files']:,}", f"{row['bytes']:,}"]
+                            for row in kinds[:MOST_ROWS])])
+        yield from _rest([row["bytes"] for row in kinds])
+        yield from (f"  {shown(row['format'])}: {shown(row['convert'])}" for row in kinds if row.get("convert"))
+    yield ""
+
+
+def _format(entry: FileEntry) -> str:
+    return (shown(entry.format) + (f" in {shown(entry.compression)}" if entry.compression else "")
+            + (", held out" if entry.side == HELD else "") + (f", {entry.undecodable:,} bytes undecodable" if entry.undecodable else ""))
+
+
+def _rest(sizes: list[int]) -> Iterator[str]:
+    if len(sizes) > MOST_ROWS:
+        yield f"  and {len(sizes) - MOST_ROWS:,} more, {sum(sizes[MOST_ROWS:]):,} bytes"
+
+
+def _domains(found: dict[str, Any]) -> Iterator[str]:
+    domains = sorted(found["domains"].items(), key=lambda item: -item[1]["train"]["bytes"])
+    rows = [[f"  {shown(name, 40)}", *(f"{sides[side][what]:,}" for side in ("train", "heldout") for what in ("documents", "bytes"))]
+            for name, sides in domains[:MOST_ROWS]]
+    yield from table([["  domain", "documents", "bytes to train on", "held out", "bytes held out"], *rows])
+    yield from _rest([sides["train"]["bytes"] for _, sides in domains])
+    yield ""
+
+
+def _amounts(found: dict[str, Any], config: Config) -> Iterator[str]:
+    tokens, about = found["tokens"], "about " if found["tokens"]["estimated"] else ""
+    yield (f"  tokens    {about}{count(tokens['train'])} to train on, {about}{count(tokens['heldout'])} held out"
+           f" (data.tokenizer={shown(config.data.tokenizer)}, {tokens['bytes_per_token'] or 0:.2f} bytes a token)")
+    if found["epochs"] is not None:
+        yield f"  epochs    {found['epochs']:.2g} in run.steps={found['steps']:,} steps of {found['tokens_per_step']:,} tokens"
+
+
+def _documents(documents: list[dict[str, Any]]) -> Iterator[str]:
+    if documents:
+        yield "\ndocuments as they are trained on, by their first tokens:"
+    for document in documents:
+        yield f"  [{shown(document['domain'], 40)}] {document['bytes']:,} bytes, token {' '.join(map(str, document['tokens'][:12]))} …"
+        yield f"    {shown(document['text'], _MOST_TEXT)}{' <end>' if document['complete'] else ''}"

@@ -1,0 +1,124 @@
+"""What a corpus is, before anything is prepared: the account, its domains, an estimate of its tokens, three documents.
+
+It is read as `prepare` reads it (selection.py) and nothing is written: texts of compressed files and of records pass through
+a nameless temporary file. Tokens are counted of a sample, chosen by the hash of documents, so twice the same.
+"""
+
+import heapq
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moetrain.config.schema import Config
+from moetrain.data.account import FileLedger
+from moetrain.data.document import Document
+from moetrain.data.records import reading_of
+from moetrain.data.selection import Progress, Selection, find_source, left_out_error, select
+from moetrain.data.split import Part, exact
+from moetrain.data.spool import Spool
+from moetrain.data.text import character_start
+from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+from moetrain.errors import DataError
+
+SHOWN = 3                           # documents
+SHOWN_TOKENS = 64                   # of each
+_SAMPLE = 64                        # documents whose tokens are counted
+_SAMPLE_BYTES = 1 << 16             # of each
+_SPOOL_BYTES = 64 << 20             # that the temporary file has at most, beside one document
+
+
+class Inspection(NamedTuple):
+    """ledgers: files at data.path and data.held_out. found: None where `error` ended the reading. error: what `prepare` says."""
+
+    ledgers: list[FileLedger]
+    found: dict[str, Any] | None
+    error: DataError | None
+
+
+class _Sample:
+    """The beginnings of the documents of smallest hash."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool, self._heap = spool, []          # (−hash, hash, beginning)
+
+    def add(self, document: Document) -> None:
+        place = -int.from_bytes(document.digest)
+        if (len(self._heap) < _SAMPLE or place > self._heap[0][0]) and all(place != entry[0] for entry in self._heap):
+            entry = (place, document.digest, _beginning(document))
+            (heapq.heappush if len(self._heap) < _SAMPLE else heapq.heappushpop)(self._heap, entry)
+        if self._spool.size > _SPOOL_BYTES:
+            self._spool.cut(0)
+
+    def texts(self) -> dict[bytes, bytes]:
+        return {digest: text for _, digest, text in sorted(self._heap, reverse=True)}
+
+
+def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> Inspection:
+    """Read the text that a config names. DataError where there is nothing to read at all."""
+    data = config.data
+    assert data.kind == "text", data.kind
+    encoder = load_tokenizer(data.tokenizer)
+    out = Path(data.cache) if data.cache else run_dir / "data"
+    source = find_source(data.path, data.held_out, own=(out, run_dir), splits=data.split == "respect")
+    ledgers = [scan.ledger for scan in (source.path, source.held_out) if scan]
+    with Spool(Path(tempfile.gettempdir())) as spool:
+        sample = _Sample(spool)
+        try:
+            selection = select(source, spool, share=exact(data.held_out_share), reading=reading_of(data), domain_cap=data.domain_cap,
+                               allow_left_out=1.0, progress=progress, watch=sample.add)
+        except DataError as error:
+            return Inspection(ledgers, None, error)
+    ledgers = selection.account.files
+    error = next(filter(None, (left_out_error(ledger, data.allow_left_out) for ledger in ledgers)), None)
+    return Inspection(ledgers, _described(selection, sample.texts(), encoder, config), error)
+
+
+def _described(selection: Selection, sample: dict[bytes, bytes], encoder: Tokenizer, config: Config) -> dict[str, Any]:
+    sides = {"train": selection.parts.train, "heldout": selection.parts.heldout}
+    rate = _tokens_a_byte(sample, encoder)
+    domains: dict[str, dict[str, dict[str, int]]] = {}
+    for side, parts in sides.items():
+        for part in parts:
+            counts = domains.setdefault(part.document.domain, {name: {"documents": 0, "bytes": 0} for name in sides})[side]
+            counts["documents"] += 1
+            counts["bytes"] += part.end - part.start
+    tokens = {side: round(rate * sum(part.end - part.start for part in parts)) + len(parts) for side, parts in sides.items()}
+    a_step = config.train.global_batch * config.train.seq_len
+    return {"account": selection.account.record(), "domains": dict(sorted(domains.items())),
+            "tokens": {**tokens, "bytes_per_token": 1 / rate if rate else None, "estimated": config.data.tokenizer != "bytes"},
+            "steps": config.run.steps, "tokens_per_step": a_step,
+            "epochs": config.run.steps * a_step / tokens["train"] if tokens["train"] else None,
+            "documents": [_shown(part, sample[part.document.digest], encoder) for part in _some(sides["train"], sample)]}
+
+
+def _tokens_a_byte(sample: dict[bytes, bytes], encoder: Tokenizer) -> float:
+    return sum(len(encoder.encode(text)) for text in sample.values()) / max(sum(map(len, sample.values())), 1)
+
+
+def _some(parts: list[Part], sample: dict[bytes, bytes]) -> list[Part]:
+    """Documents of the sample that are trained on, of as many domains as there are."""
+    by_digest = {part.document.digest: part for part in parts if part.document.digest in sample}
+    found = [by_digest[digest] for digest in sample if digest in by_digest]
+    seen: dict[str, int] = {}
+    order = []
+    for part in found:
+        turn = seen[part.document.domain] = seen.get(part.document.domain, 0) + 1
+        order.append((turn, len(order), part))
+    return [part for _, _, part in sorted(order)[:SHOWN]]
+
+
+def _shown(part: Part, beginning: bytes, encoder: Tokenizer) -> dict[str, Any]:
+    """The first tokens of a document as they are trained on, and their text."""
+    ids = [int(token) for token in encoder.encode(beginning[:part.end])[:SHOWN_TOKENS]]
+    whole = part.document.size <= len(beginning) and len(ids) < SHOWN_TOKENS
+    return {"domain": part.document.domain, "bytes": part.document.size, "tokens": ids + [encoder.end_id] * whole,
+            "text": encoder.decode(ids), "complete": whole}
+
+
+def _beginning(document: Document) -> bytes:
+    text = b""
+    for block in document.blocks():
+        text += block
+        if len(text) > _SAMPLE_BYTES:
+            return text[:character_start(text, _SAMPLE_BYTES)]
+    return text
