@@ -105,6 +105,13 @@ class FileLedger:
         rows += [{"reason": UNDECODABLE, "format": "", **row} for row in _sums(marred, (), _lost)]
         return sorted(rows, key=lambda row: -row["bytes"])
 
+    def refreshed(self, kept: dict[str, Any]) -> dict[str, Any]:
+        """The kept record of files that have not changed since, with what is left out unread as it lies there now."""
+        rows = [row for row in kept["left_out"] if row["reason"] not in INTENDED]
+        rows += _sums([entry for entry in self.entries if entry.reason in INTENDED], ("reason", "format"))
+        rows.sort(key=lambda row: (-row["bytes"], row["reason"], row["format"]))
+        return {**kept, **_tally(self.entries), "left_out": rows}
+
     def record(self) -> dict[str, Any]:
         """The ledger as it is kept: sums by what files have in common, the largest first."""
         splits = {role: _sums(members, ())[0] for role, members in sorted(self.splits.items())}

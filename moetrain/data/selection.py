@@ -41,6 +41,12 @@ class Source(NamedTuple):
     path: Scan | None
     held_out: Scan | None
 
+    def refreshed(self, account: dict[str, Any]) -> dict[str, Any]:
+        """The account of a source that was read before, whose listing has not changed."""
+        found = {scan.ledger.key: scan.ledger for scan in (self.path, self.held_out) if scan}
+        return {**account, "files": {key: found[key].refreshed(kept) if key in found else kept
+                                     for key, kept in account["files"].items()}}
+
     def listing(self) -> list[Any]:
         """Equal as long as nothing that is read has changed."""
         builtin = corpus.identity() if self.path is None else None

@@ -197,6 +197,22 @@ def test_the_account_of_another_source_with_the_same_text_is_its_own(tmp_path: P
             assert any("left out" in record.message and extra in record.message for record in caplog.records)
 
 
+def test_what_is_left_out_unread_is_said_as_it_is_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "in"
+    (source / "runs/a/log").mkdir(parents=True)
+    (source / "text.txt").write_text("the same words " * 400)
+    (source / "x.bin").write_bytes(b"\0" * 20)
+    attempts = source / "runs/a/log/attempts.jsonl"
+    for size in (100, 300):
+        attempts.write_bytes(b"a" * size)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            prepare(path=str(source), out=tmp_path / "out", tokenizer="bytes")
+        said = "\n".join(record.message for record in caplog.records)
+        assert f"3 files, {6020 + size:,} bytes" in said and f"own output: 1 file, {size} bytes" in said and "20 bytes (x.bin" in said
+        assert size == 100 or "prepared before" in said
+
+
 @pytest.mark.parametrize("domains, warned", [([f"www.site{number}.com" for number in range(60)], "host"), ([str(number) for number in range(60)], "own"),
                                              (["a", "b.c", "d"] * 20, None)])
 def test_a_domain_that_looks_like_an_address_is_warned_of_once(tmp_path: Path, domains: list[str], warned: str | None,
@@ -207,3 +223,12 @@ def test_a_domain_that_looks_like_an_address_is_warned_of_once(tmp_path: Path, d
         prepare(path=str(tmp_path / "a.jsonl"), out=tmp_path / "out", tokenizer="bytes")
     found = [record.message for record in caplog.records if "data.domain_key" in record.message]
     assert len(found) == (warned is not None) and all(warned in message for message in found)
+
+
+def test_a_cap_inside_a_character_is_in_the_account(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("字" * 2000)
+    folder = prepare(path=str(tmp_path / "a.txt"), out=tmp_path / "out", tokenizer="bytes", domain_cap=1000)
+    text = json.loads((folder / "dataset.json").read_text())["account"]["text"]
+    assert {what: tally["bytes"] for what, tally in text["became"].items()} == {
+        "trained on": 948, "held out": 51, "cut by data.domain_cap": 5001}
+    assert len(tokens(folder, "train")[0]) == 948

@@ -82,6 +82,12 @@ def test_runs_and_prepared_data_are_left_out_wherever_they_lie(tmp_path: Path) -
     assert found.ledger.record()["bytes"] == on_disk(tmp_path)
 
 
+def test_what_is_named_as_our_own_is_left_out_before_it_can_be_recognised(tmp_path: Path) -> None:
+    """The directory of a run at its first start."""
+    found = scan(tree(tmp_path, "a.txt", "runs/x/lock", "cache/sources.json"), own=(tmp_path / "runs" / "x", tmp_path / "cache", tmp_path / "none"))
+    assert names(found) == ["a.txt"] and left_out(found) == {"own output": ["cache/sources.json", "runs/x/lock"]}
+
+
 def test_of_a_run_that_is_named_itself_its_own_files_are_left_out(tmp_path: Path) -> None:
     root = tree(tmp_path, "config.yaml", "log/attempts.jsonl", "metrics.jsonl", "metrics.jsonl.lost", "data/x", "text/a.txt", "b.txt")
     assert names(scan(root)) == ["b.txt", "text/a.txt"]
