@@ -119,7 +119,7 @@ def guess(sample: bytes) -> str | None:
 
     letters = sum(byte >= 0x80 for byte in sample)
     try:
-        if letters < len(sample) / 6 and all(unicodedata.category(char)[0] in "LPS" for char in
+        if letters < len(sample) / 4 and all(unicodedata.category(char)[0] in "LPS" for char in
                                              bytes(byte for byte in sample if byte >= 0x80).decode("cp1252")):
             return "cp1252"                              # Latin letters among ASCII: what languages of western Europe are in
     except UnicodeDecodeError:
