@@ -19,12 +19,13 @@ from pathlib import Path
 from moetrain.data import parquet
 from moetrain.data.account import NotText
 from moetrain.data.foreign import refuse_foreign, refuse_foreign_json
-from moetrain.data.json_records import unfinished
+from moetrain.data.json_records import BLANK, unfinished
 from moetrain.data.records import look_up
 from moetrain.data.table_records import COMMA, TAB, header_of
 from moetrain.data.text_file import TextFile
 
-TEXT, JSON_LINES, JSON_ARRAY, JSON_OBJECTS = "text", "JSON lines", "JSON array", "JSON objects"
+TEXT, TEXT_OF_JSON = "text", "JSON as text"
+JSON_LINES, JSON_ARRAY, JSON_OBJECTS = "JSON lines", "JSON array", "JSON objects"
 CSV, TSV, PARQUET = "CSV", "TSV", "Parquet"
 
 _HEAD = 1 << 16                     # bytes that tell the format, as long as they hold a whole record
@@ -33,6 +34,10 @@ _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _TABLES = {".csv": CSV, ".tsv": TSV}
 _NAME = re.compile(r"[^\W\d][\w.\-]*")
 _DECODER = json.JSONDecoder()
+
+
+def is_text(form: str) -> bool:
+    return form in (TEXT, TEXT_OF_JSON)
 
 
 def recognize(file: TextFile) -> str:
@@ -48,13 +53,14 @@ def recognize(file: TextFile) -> str:
         return TEXT
     if suffix in _LINES:
         return JSON_LINES
-    return _json(file, key) or _TABLES.get(suffix) or _table(file.beginning(_HEAD)[0], key) or TEXT
+    found = _json(file, key) or _TABLES.get(suffix) or _table(file.beginning(_HEAD)[0], key)
+    return found or (TEXT_OF_JSON if suffix == ".json" else TEXT)
 
 
 def _json(file: TextFile, key: str) -> str | None:
     size = _HEAD
     begin, whole = file.beginning(size)
-    begins = begin.lstrip()[:1]
+    begins = begin.lstrip(BLANK)[:1]
     if begins not in ("{", "["):
         return None
     while True:
@@ -72,11 +78,11 @@ _MORE = "more"                      # the beginning is too short to tell
 
 
 def _json_array(begin: str, whole: bool, key: str) -> str | None:
-    at = len(begin) - len(begin.lstrip()) + 1
+    at = len(begin) - len(begin.lstrip(BLANK)) + 1
     value, end = _value(begin, at, whole)
     if end is None:
         return _MORE
-    behind = begin[end:].lstrip()[:1]
+    behind = begin[end:].lstrip(BLANK)[:1]
     if not behind and not whole:
         return _MORE
     is_record = isinstance(value, dict) and (behind in (",", "]", "") or isinstance(look_up(value, key)[1], str))
@@ -89,7 +95,7 @@ def _json_objects(begin: str, whole: bool, key: str, file: TextFile) -> str | No
         return _MORE
     if not isinstance(value, dict):
         return None
-    behind = begin[end:].lstrip()
+    behind = begin[end:].lstrip(BLANK)
     second, second_end = _value(behind, 0, whole) if behind else (None, None)
     if not whole and second_end is None:
         return _MORE
@@ -103,13 +109,13 @@ def _json_objects(begin: str, whole: bool, key: str, file: TextFile) -> str | No
 
 
 def _one_a_line(begin: str) -> bool:
-    first = begin.lstrip().splitlines()[0]
+    first = re.split(r"[\r\n]", begin.lstrip(BLANK), maxsplit=1)[0]
     return isinstance(_value(first, 0, True)[0], dict)
 
 
 def _value(text: str, at: int, whole: bool) -> tuple[object, int | None]:
     """(value, its end); the end is None where the text is too short. A text that is no JSON is no value."""
-    at += len(text[at:]) - len(text[at:].lstrip())
+    at += len(text[at:]) - len(text[at:].lstrip(BLANK))
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:

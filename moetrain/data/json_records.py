@@ -7,7 +7,7 @@ from typing import Any
 from moetrain.data.records import LONGEST_RECORD, Fields, malformed, too_long
 from moetrain.data.text_file import TextFile
 
-_BLANK = " \t\n\r"
+BLANK = " \t\n\r"
 _DEEP = "it is nested too deep"
 
 
@@ -112,7 +112,7 @@ class _Values:
     def next_character(self) -> str:
         """The next one that is not blank, which stays the next; nothing at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at] in _BLANK:
+            while self._at < len(self._text) and self._text[self._at] in BLANK:
                 self._at += 1
             if self._at < len(self._text):
                 return self._text[self._at]

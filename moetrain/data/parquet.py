@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from moetrain.data.records import Fields, no_domain, no_text, Reading
+from moetrain.data.records import Fields, Reading, no_domain, no_text
 from moetrain.data.spool import Spool
 from moetrain.data.text_file import TextFile
 from moetrain.errors import DataError
-from moetrain.files import reason
+from moetrain.files import reason, shown
 
 MAGIC = b"PAR1"
 _BATCH = 8 << 20                    # bytes of a batch, about: of the columns before they were compressed
@@ -45,11 +45,15 @@ def _rows(file: TextFile, table: Any) -> Iterator[tuple[bytes, str]]:
         raise no_text([name for name, _ in _columns(schema)], strings[0] if strings else "", reading.text_key or "", str(file.path))
     if domain is None and reading.domain_key not in (None, Reading().domain_key):
         raise no_domain(reading.domain_key or "", list(_columns(schema)), file.path)
+    if twice := [path[0] for path in (text, domain) if path and schema.names.count(path[0]) > 1]:
+        raise DataError(133, "a table cannot be read", where=str(file.path), why=f"two of its columns are named {shown(twice[0])}",
+                        next="write it with one of them, or data.text_key=<another column>")
     fields = Fields(reading, file.entry, place)
     rows = table.metadata.num_rows
     size = sum(table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups))
     columns = [".".join(path) for path in (text, domain) if path]
     for batch in table.iter_batches(batch_size=max(_BATCH * rows // max(size, 1), 1), columns=columns, use_threads=False):
+        file.advance(file.entry.size * number // max(rows, 1))
         texts, domains = _values(batch, text), _values(batch, domain) if domain else [None] * len(batch)
         for value, own in zip(texts, domains):
             number += 1

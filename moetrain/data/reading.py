@@ -46,7 +46,7 @@ def read_file(path: Path, domain: str, entry: FileEntry, reading: Reading, spool
         file, start, taken = TextFile(path, stream, reading, entry, advance), spool.size, False
         try:
             entry.format = formats.recognize(file)
-            documents = _texts(file, domain, spool) if entry.format == formats.TEXT else _records(file, domain, spool)
+            documents = _texts(file, domain, spool) if formats.is_text(entry.format) else _records(file, domain, spool)
             for document in documents:
                 if document.size:
                     taken = True

@@ -20,14 +20,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from moetrain.data.account import BINARY, FileEntry, NotText
+from moetrain.data.account import BINARY, TRAINED, FileEntry, NotText
 from moetrain.data.compressed import inner_name
 from moetrain.data.document import Document
+from moetrain.data.formats import is_text
 from moetrain.data.reading import read_file
 from moetrain.data.records import Reading
 from moetrain.data.scan import SourceFile, unreadable
 from moetrain.data.spool import Spool
 from moetrain.errors import DataError
+from moetrain.files import shown
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,10 @@ def documents(files: list[SourceFile], *, spool: Spool, reading: Reading = Readi
             progress(done, total)
     if refused and len(refused) == len(files):
         raise _not_text(*refused[0], key)
-    _warn_of_undecodable([file.entry for file in files])
+    entries = [file.entry for file in files]
+    if key == "data.path" and all(entry.side == TRAINED for entry in entries):     # held-out text may be of another kind
+        _refuse_keys_of_nothing(entries, reading)
+    _warn_of_undecodable(entries)
 
 
 def _advance(progress: Callable[[int, int], None], before: int, size: int, total: int, position: int) -> None:
@@ -71,6 +76,19 @@ def domain_of(name: str) -> str:
         parts.pop()
     domain = folder if slash else Path(".".join(parts)).suffix.removeprefix(".") or "text"
     return os.fsencode(domain).decode("utf-8", "backslashreplace")          # a name that is not UTF-8 has a readable one, too
+
+
+def _refuse_keys_of_nothing(entries: list[FileEntry], reading: Reading) -> None:
+    """A key that was typed and finds nothing is a wrong one, or the files are not what they are taken for."""
+    read = [entry for entry in entries if not entry.reason]
+    texts = [entry for entry in read if is_text(entry.format)]
+    if reading.text_key not in (None, Reading().text_key) and read and len(texts) == len(read):
+        raise DataError(137, "no file holds records", where=f"data.text_key={shown(reading.text_key)}",
+                        why=f"all {len(read)} files, as {shown(read[0].name)}, are text: neither JSON lines, nor JSON with "
+                            "objects that have this key, nor a table",
+                        next="data.text_key=text to read them as text, or write their texts as JSON lines")
+    if reading.separator is not None and texts and all(entry.documents + entry.empty < 2 for entry in texts):
+        log.warning("no text file has a line that is data.separator=%s: each of them is one document", shown(reading.separator))
 
 
 def _warn_of_undecodable(entries: list[FileEntry]) -> None:

@@ -27,10 +27,14 @@ class TextFile:
             self.entry.undecodable += check.undecodable - counted
             counted = check.undecodable
             yield block
-            if self._advance:
-                self._advance(self.stream.position)
+            self.advance(self.stream.position)
         if check.undecodable:
             self.entry.convert = check.hint()
+
+    def advance(self, position: int) -> None:
+        """So many bytes of the file were read."""
+        if self._advance:
+            self._advance(position)
 
     def beginning(self, size: int) -> tuple[str, bool]:
         """(the text of the first `size` bytes, whether that is all of it). It is read again by `blocks`."""

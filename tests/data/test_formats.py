@@ -102,7 +102,8 @@ def test_a_format_is_told_by_content_whatever_the_name(tmp_path: Path, form: str
     ("row.txt", "text,label\nthis line is no row of two, or three, cells\n"), ("ranks.txt", "line 0\nline 1\nline 2\n" * 9)])
 def test_what_only_looks_like_records_stays_text(tmp_path: Path, name: str, text: str) -> None:
     entry = FileEntry(name, 0)
-    assert read(put(tmp_path, text, name), entry) == [("own", text)] and entry.format == "text"
+    assert read(put(tmp_path, text, name), entry) == [("own", text)]
+    assert entry.format == ("JSON as text" if name.endswith(".json") else "text")
 
 
 def test_text_key_null_reads_everything_as_it_stands(tmp_path: Path) -> None:
@@ -170,6 +171,11 @@ def test_damaged_parquet_and_absent_pyarrow_are_said(tmp_path: Path, monkeypatch
         refused(134, put(tmp_path, content))
         refused(134, put(tmp_path, gzip.compress(content)))
     refused(131, put(tmp_path, parquet([{"text": 1}])))
+    import pyarrow
+
+    twice = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "text", "n"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice")
+    assert "named text" in refused(133, tmp_path / "twice").why
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     assert "moetrain[parquet]" in refused(135, put(tmp_path, whole)).next
 

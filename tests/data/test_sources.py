@@ -1,15 +1,22 @@
 """Corpora as people have them, prepared and compared with what a reader of the test's own finds in the source."""
 
+import bz2
+import csv
 import gzip
+import io
 import json
 import logging
+import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from backports import zstd
+from hypothesis import given, settings, strategies as st
 
 from moetrain.data.prepare import prepare
-from moetrain.data.prepared import open_prepared
+from moetrain.data.prepared import TokenStream, open_prepared
 from moetrain.data.records import Reading
 from moetrain.data.sources import domain_of
 from moetrain.errors import DataError
@@ -87,6 +94,16 @@ def test_separated_stories_and_keys_of_ones_own(tmp_path: Path) -> None:
     assert found == {"web": STORIES[::2], "books": STORIES[1::2]}
 
 
+def test_keys_that_find_nothing_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"content": text} for text in STORIES]}))
+    with pytest.raises(DataError) as caught:
+        texts(tmp_path / "a.json", tmp_path / "out", text_key="content")
+    assert caught.value.id == "E-DATA-137" and "a.json" in caught.value.why
+    with caplog.at_level(logging.WARNING):
+        texts(tmp_path / "a.json", tmp_path / "out", separator="---")
+    assert sum("data.separator=---" in record.getMessage() for record in caplog.records) == 1
+
+
 @pytest.mark.parametrize("name, domain", [
     ("corpus.00", "text"), ("corpus.txt.05", "txt"), ("c4-train.00000-of-01024.json.gz", "json"), ("a.json.00003_of_00010.zst", "json"),
     ("part-00000-of-00010.parquet", "parquet"), ("wiki.00000-of-00010", "text"), ("python/a.00", "python"), ("a.tar.gz", "tar"), ("a", "text"),
@@ -122,3 +139,53 @@ def test_a_file_that_stops_being_text_behind_its_records_is_refused(tmp_path: Pa
     with pytest.raises(DataError) as caught:
         texts(tmp_path / "in", tmp_path / "out")
     assert caught.value.id == "E-DATA-136" and "data.encoding=cp1252" in caught.value.next
+
+
+def as_table(separator: str) -> Callable[[list[dict]], str]:
+    def write(records: list[dict]) -> str:
+        file = io.StringIO()
+        writer = csv.DictWriter(file, ["n", "text", "domain"], delimiter=separator, quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(records)
+        return file.getvalue()
+
+    return write
+
+
+FORMATS: dict[str, Callable[[list[dict]], str]] = {
+    "": lambda records: "---\n".join(record["text"] + "\n" for record in records),         # text with separators
+    ".jsonl": lambda records: "\n".join(json.dumps(record, ensure_ascii=False) for record in records), ".json": json.dumps,
+    ".csv": as_table(","), ".tsv": as_table("\t")}
+PACKED: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+PROSE = st.text(st.sampled_from("ab \u00fc\u5b57\U0001f600,;\"\\{}[]:\t"), min_size=1, max_size=40).map(lambda text: f"s{text}e")
+FILES = st.tuples(st.sampled_from(list(FORMATS)), st.sampled_from(list(PACKED)), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+                  st.sampled_from(["", "web/", "web/deep/"]), st.lists(st.tuples(PROSE, st.sampled_from(["", "own"])), min_size=1, max_size=4))
+
+
+@given(st.lists(FILES, min_size=1, max_size=6))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_tree_of_anything_is_the_texts_that_were_written(tmp_path_factory: pytest.TempPathFactory, files: list) -> None:
+    root, wanted = tmp_path_factory.mktemp("tree"), {}
+    (root / "valid.txt").write_text("held out\n")
+    for number, (form, packed, encoding, folder, rows) in enumerate(files):
+        records = [{"n": str(number), "text": text, "domain": domain} for text, domain in rows]
+        path = root / "in" / folder / f"part.{number:03d}{form}{packed}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(PACKED[packed](FORMATS[form](records).encode(encoding)))
+        for record in records:
+            text = record["text"] if form else record["text"] + "\n"
+            domain = (record["domain"] if form else "") or folder.partition("/")[0] or form.removeprefix(".") or "text"
+            wanted[text] = min(domain, wanted.get(text, domain))              # a duplicate stays in the first domain
+    prepared = open_prepared(prepare(path=str(root / "in"), out=root / "out", tokenizer="bytes", held_out=str(root / "valid.txt"),
+                                     reading=Reading(separator="---")), verify=True)
+    assert documents_of(prepared.train, prepared.domains) == sorted((domain, text) for text, domain in wanted.items())
+    ledger = prepared.description["account"]["files"]["data.path"]
+    assert ledger["bytes"] == sum(path.stat().st_size for path in (root / "in").rglob("*") if path.is_file())
+    assert not ledger["left_out"] and prepared.description["account"]["text"]["undecodable"]["bytes"] == 0
+
+
+def documents_of(stream: TokenStream, domains: tuple[str, ...]) -> list[tuple[str, str]]:
+    ids, found = stream.read(0, stream.size).tolist(), []
+    for start, domain in zip(stream.document_starts.tolist(), stream.document_domains.tolist()):
+        found.append((domains[domain], bytes(ids[start:ids.index(256, start)]).decode()))
+    return sorted(found)
