@@ -136,7 +136,11 @@ class DataConfig:
         "text", "text files, prepared token shards, Megatron-Core's indexed datasets, token files of other trainers, or generated tokens")
     path: str | None = key(None, "file or folder; null: the built-in corpus; megatron: prefixes, with weights or without", path=True)
     cache: str | None = key(None, "where prepared tokens go; <run.dir>/data when null", path=True)
-    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json; megatron and memmap also: none", path=True)
+    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json or of a folder that holds one; megatron and memmap also: none",
+                         path=True)
+    end_token: str | None = key(None, "the token that ends a document: its text in a tokenizer.json, an id of megatron and memmap, or "
+                                      "`new` for one more id; null: as the files of the tokenizer, or indexed data, have it")
+    parse_special: bool = key(False, "special strings inside a text, such as </s>, are the special tokens of that name")
     mixture: Literal["proportional", "uniform"] = key("proportional", "domains by their size, or each alike")
     weights: dict[str, float] = key({}, "how many times as often as the mixture alone has it a domain comes, 1 unless given: "
                                         "data.weights={python: 2, docs: 0.5}; 0 leaves it out of training")
@@ -161,8 +165,6 @@ class DataConfig:
     vocab_size: int = key(256, "synthetic, and megatron and memmap without a tokenizer: tokens of the vocabulary")
     dtype: Literal["auto", "uint16", "uint32"] = key("auto", "memmap: type of ids in files without a header; auto: what the "
                                                               "vocabulary allows")
-    end_token: str | None = key(None, "megatron, memmap: id that closes a document; null: the tokenizer's, or what almost all "
-                                      "documents of indexed data end in")
     num_domains: int = key(4, "synthetic: number of domains")
     min_length: float = key(1.0, "synthetic: shortest sequence as a share of seq_len; the rest is padding")
 

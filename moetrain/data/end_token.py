@@ -41,10 +41,11 @@ def open_tokenizer(name: str, end_token: str | None) -> tuple[Tokenizer | None, 
             raise DataError(163, "the end token does not fit the data", where=f"data.end_token={end_token}",
                             why="data.tokenizer=none knows numbers alone", next="data.end_token=<id>, or data.tokenizer=<tokenizer.json>")
         return None, end_token if end_token is None else int(end_token)
-    encoder, typed = load_tokenizer(name), end_token if end_token is None else int(end_token)
-    if typed is not None:
-        encoder.end_id = typed
-    return encoder, typed
+    if end_token is None or not end_token.isdecimal():
+        encoder = load_tokenizer(name, end_token=end_token)
+        return encoder, None if end_token is None else encoder.end_id
+    encoder = load_tokenizer(name, end_id=int(end_token))
+    return encoder, encoder.end_id
 
 
 def closing_id(found: Sequence[Endings], *, typed: int | None, encoder: Tokenizer | None) -> int | None:

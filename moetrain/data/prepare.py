@@ -24,19 +24,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moetrain.config.schema import Config, DataConfig
 from moetrain.data import corpus
 from moetrain.data.account_text import account_lines, is_account
 from moetrain.data.by_fingerprint import NAME_LENGTH
-from moetrain.data.overlap import Overlap
-from moetrain.data.prepared import DESCRIPTION, Prepared, SplitWriter, lost_description, open_prepared, total, write_description
+from moetrain.data.prepared import DESCRIPTION, Prepared, lost_description, open_prepared, total, write_description
 from moetrain.data.document import Document
 from moetrain.data.records import Reading, reading_of
 from moetrain.data.selection import BUILTIN, Progress, Selection, Source, find_source, select
 from moetrain.data.split import Split, exact
 from moetrain.data.spool import Spool
+from moetrain.data.token_writing import write_tokens
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.tokens import unwritable, write_file
 from moetrain.errors import DataError, DiskError
@@ -65,8 +63,8 @@ def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None
     out = Path(data.cache) if data.cache else run_dir / "data"
     return prepare(path=data.path, out=out, tokenizer=tokenizer or data.tokenizer, domain_cap=data.domain_cap, held_out=data.held_out,
                    held_out_share=data.held_out_share, overlap=data.overlap, splits=data.split == "respect",
-                   allow_left_out=data.allow_left_out, reading=reading_of(data), run_dir=run_dir, expected=expected, remind=remind,
-                   progress=progress)
+                   allow_left_out=data.allow_left_out, reading=reading_of(data), end_token=data.end_token,
+                   parse_special=data.parse_special, run_dir=run_dir, expected=expected, remind=remind, progress=progress)
 
 
 def tokens_path(path: str | None) -> Path:
@@ -78,14 +76,15 @@ def tokens_path(path: str | None) -> Path:
 
 def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_cap: int | None = None, held_out: str | None = None,
             held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap, splits: bool = True,
-            allow_left_out: float = DataConfig.allow_left_out, reading: Reading = Reading(), run_dir: Path | None = None,
-            expected: str | None = None, remind: bool = True, progress: Progress | None = None) -> Path:
+            allow_left_out: float = DataConfig.allow_left_out, reading: Reading = Reading(), end_token: str | None = None,
+            parse_special: bool = False, run_dir: Path | None = None, expected: str | None = None, remind: bool = True,
+            progress: Progress | None = None) -> Path:
     """The folder of the dataset that a source gives.
 
     Args:
         path: file or folder of text, None for the built-in corpus.
         out: where dataset folders lie, side by side.
-        tokenizer: `bytes`, the path of a tokenizer.json, or one that was loaded.
+        tokenizer: `bytes`, the path of a tokenizer.json or of a folder that holds one, or one that was loaded.
         domain_cap: bytes of text to take from a domain at most; held-out text of the user's own is not cut.
         held_out: file or folder of held-out text; None takes the validation split that lies there, or a share of the text.
         held_out_share: that share; with 1 all of it is held out.
@@ -93,13 +92,17 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
         splits: whether a split that lies there is used; otherwise all of it is one text.
         allow_left_out: share of the bytes that may be left out though nobody asked for it.
         reading: how files are read: keys of records, separator, encoding.
+        end_token: the token that ends a document, `new` for one more id; None takes it from the tokenizer's files.
+        parse_special: whether special strings inside a text are special tokens.
         run_dir: the directory of a run, of which nothing is read.
         expected: the fingerprint that it has to have; DataError before anything is written where it has another.
         remind: whether to say the account of data that is there, too.
         progress: called as bytes are read and written.
     """
     start = time.monotonic()
-    encoder = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    encoder = tokenizer
+    if isinstance(encoder, str):
+        encoder = load_tokenizer(encoder, end_token=end_token, parse_special=parse_special)
     share = _SHARE if held_out else exact(held_out_share)
     source = find_source(path, held_out, own=(out, run_dir) if run_dir else (out,), splits=splits)
     key = _hash([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading, source.listing()])
@@ -121,7 +124,7 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
         else:
             files = source.path.files if source.path else selection.chosen
             description = {"fingerprint": fingerprint, "tokenizer": encoder.identity, "vocab_size": encoder.vocab_size,
-                           "end_id": encoder.end_id, "source_files": len(files)}
+                           "end_id": encoder.end_id, "parse_special": encoder.parse_special, "source_files": len(files)}
             _build(folder, selection, encoder, description, overlap, progress and partial(progress, "tokenizing"))
             account = _log(open_prepared(folder, verify=False), source, held_out, time.monotonic() - start)
     _remember(out, key, {"folder": folder.name, "account": account})
@@ -168,7 +171,7 @@ def _build(folder: Path, selection: Selection, encoder: Tokenizer, description: 
         raise unwritable(folder.parent, error) from error
     try:
         temporary.chmod(0o755)
-        description = description | _write_parts(temporary, selection.parts, encoder, overlap, progress)
+        description = description | write_tokens(temporary, selection.parts, encoder, overlap, progress)
         description["account"] = selection.record(_sides(description))
         if encoder.content is not None:
             write_file(temporary / "tokenizer.json", encoder.content)
@@ -187,36 +190,6 @@ def _rename(temporary: Path, folder: Path) -> None:
         if not _is_there(folder):
             raise unwritable(folder, error) from error
         _open_again(folder)                  # another process was faster; its dataset has the same content
-
-
-def _write_parts(folder: Path, parts: Split, encoder: Tokenizer, overlap: int,
-                 progress: Callable[[int, int], None] | None) -> dict[str, Any]:
-    """Held-out text first, so that the overlap is known in one pass over the training text."""
-    domains = tuple(sorted({part.document.domain for part in parts.train + parts.heldout}))
-    sizes = [sum(part.end - part.start for part in members) for members in (parts.heldout, parts.train)]
-    measure = Overlap(heldout_bytes=sizes[0], limit=overlap) if overlap else None
-    counts, done = {}, 0
-    for name, members, note in (("heldout", parts.heldout, measure and measure.heldout),
-                                ("train", parts.train, measure and measure.train)):
-        writer = SplitWriter(folder=folder, split=name, vocab_size=encoder.vocab_size, domains=domains)
-        for part in members:
-            domain, size = domains.index(part.document.domain), 0
-            for block in note(part.blocks()) if note else part.blocks():
-                writer.extend(encoder.encode(block), domain)
-                size += len(block)
-                if progress:
-                    progress(done + size, sum(sizes))
-            writer.extend(np.array([encoder.end_id]), domain)
-            writer.end_document(domain, size)
-            done += part.end - part.start
-        writer.flush()
-        counts[name] = writer.counts
-    if progress:
-        progress(sum(sizes), sum(sizes))
-    share = measure and measure.share()
-    return {"domains": list(domains), "train": counts["train"], "heldout": counts["heldout"],
-            "heldout_overlap": share.value if share else None,
-            "overlap_windows": share.windows if share else 0, "overlap_every": share.every if share else 0}
 
 
 def _reuse(folder: Path, account: dict[str, Any] | None) -> Path:
@@ -247,6 +220,8 @@ def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: floa
         text += f"; {100 * described['heldout_overlap']:.1f} % of held-out text also occurs in the training text"
     if described["overlap_every"] > 1:
         text += f" (an estimate: {described['overlap_windows']:,} places looked up, one in {described['overlap_every']})"
+    if (special := described["special_tokens"]) is not None:
+        text += f"; {special:,} special tokens inside documents (data.parse_special)"
     log.info("%s", text)
     _say_account(described["account"])
     return described["account"]

@@ -2,7 +2,8 @@
 
     dataset.json         fingerprint, tokenizer, vocabulary, domains, counts by split, shards with their checksums
     train-00000.tokens   … heldout-00000.tokens …      documents sorted by domain, each followed by the end id
-    tokenizer.json       a copy, when the tokenizer is not `bytes`
+    heldout-00000.sizes  … the bytes of text that each held-out token covers, in the form of a shard
+    tokenizer.json       a copy, when the tokenizer is not `bytes`; then alone are there sizes
 
 `Prepared.train` and `Prepared.heldout` are `TokenStream`s: the shards of a split as one address space, in which every
 domain is one contiguous range.
@@ -26,10 +27,11 @@ from moetrain.data.tokens import TokenShard, open_shard, write_file, write_shard
 from moetrain.errors import DataError
 from moetrain.files import parse_json, read_bytes, reason
 
-DESCRIPTION = "dataset.json"
+DESCRIPTION, TOKENS, SIZES = "dataset.json", ".tokens", ".sizes"
 _MOST_BYTES = 64 << 20           # of a description: a hundred bytes for each domain and shard
 SHARD_TOKENS = 64 << 20
 _FORMAT = 1
+_LARGEST_SIZE = 1 << 32          # bytes that one token covers
 
 
 class TokenStream:
@@ -37,10 +39,17 @@ class TokenStream:
 
     domain_bounds: domain d holds tokens domain_bounds[d] to domain_bounds[d + 1].
     document_starts: address of every document's first token, ascending.
+
+    Args:
+        shards: the tokens.
+        num_domains: of the dataset; some may have no token here.
+        sizes: the bytes of text that each token covers, as a stream of the same size.
+        byte_ids: whether an id below 256 is a byte of text, and any other none.
     """
 
-    def __init__(self, *, shards: list[TokenShard], num_domains: int) -> None:
-        self._shards = shards
+    def __init__(self, *, shards: list[TokenShard], num_domains: int, sizes: "TokenStream | None" = None,
+                 byte_ids: bool = False) -> None:
+        self._shards, self._sizes, self._byte_ids = shards, sizes, byte_ids
         self._starts = np.concatenate([[0], np.cumsum([len(shard.tokens) for shard in shards], dtype=np.int64)])
         self.size = int(self._starts[-1])
         documents = [shard.offsets[:-1] + start for shard, start in zip(shards, self._starts)]
@@ -65,6 +74,12 @@ class TokenStream:
             pieces.append(piece)
             start, length, shard = start + len(piece), length - len(piece), shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
+
+    def text_bytes(self, start: int, length: int) -> int | None:
+        """Bytes of text that tokens start to start + length cover; None where nobody knows."""
+        if self._byte_ids:
+            return int(np.count_nonzero(self.read(start, length) < 256))
+        return None if self._sizes is None else int(self._sizes.read(start, length).sum(dtype=np.int64))
 
     def domain_range(self, domain: int) -> tuple[int, int]:
         return int(self.domain_bounds[domain]), int(self.domain_bounds[domain + 1])
@@ -98,17 +113,24 @@ class Prepared:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        bytes_alone = self.description["tokenizer"] == "bytes"
-        return load_tokenizer("bytes" if bytes_alone else str(self.folder / "tokenizer.json"))
+        if self.description["tokenizer"] == "bytes":
+            return load_tokenizer("bytes")
+        return load_tokenizer(str(self.folder / "tokenizer.json"), end_id=self.description["end_id"],
+                              parse_special=self.description.get("parse_special", False))
 
 
 class SplitWriter:
-    """Writes the documents of one split, domain by domain, into shards of at most SHARD_TOKENS tokens."""
+    """Writes the documents of one split, domain by domain, into shards of at most SHARD_TOKENS tokens.
+
+    sizes: whether the bytes that each token covers come with the tokens; they are written beside each shard.
+    """
 
     def __init__(self, *, folder: Path, split: str, vocab_size: int, domains: tuple[str, ...],
-                 shard_tokens: int = SHARD_TOKENS) -> None:
+                 shard_tokens: int = SHARD_TOKENS, sizes: bool = False, suffix: str = TOKENS) -> None:
         self._folder, self._split, self._vocab_size, self._domains = folder, split, vocab_size, domains
-        self._limit = shard_tokens
+        self._limit, self._suffix = shard_tokens, suffix
+        self._sizes = SplitWriter(folder=folder, split=split, vocab_size=_LARGEST_SIZE, domains=domains,
+                                  shard_tokens=shard_tokens, suffix=SIZES) if sizes else None
         self._pieces: list[np.ndarray] = []          # of the document under way, fewer tokens than a shard has
         self._size = 0
         self._documents: list[np.ndarray] = []
@@ -121,8 +143,11 @@ class SplitWriter:
         self.extend(tokens, domain)
         self.end_document(domain, text_bytes)
 
-    def extend(self, tokens: np.ndarray, domain: int) -> None:
+    def extend(self, tokens: np.ndarray, domain: int, sizes: np.ndarray | None = None) -> None:
         """Write tokens of the document that is under way. One longer than a shard is cut."""
+        if self._sizes is not None:
+            assert sizes is not None and len(sizes) == len(tokens), (sizes, tokens)
+            self._sizes.extend(sizes, domain)
         dtype = np.uint16 if self._vocab_size <= 1 << 16 else np.uint32
         self.counts[self._domains[domain]]["tokens"] += len(tokens)
         while self._size + len(tokens) > self._limit:
@@ -136,6 +161,8 @@ class SplitWriter:
             self._size += len(tokens)
 
     def end_document(self, domain: int, text_bytes: int) -> None:
+        if self._sizes is not None:
+            self._sizes.end_document(domain, text_bytes)
         if self._size:
             self._close(domain)
         self._pending_bytes += text_bytes
@@ -145,17 +172,21 @@ class SplitWriter:
     def _close(self, domain: int) -> None:
         """The pieces under way are a document of a shard: of this one, or of the next where they do not fit."""
         if self._pending + self._size > self._limit:
-            self.flush()
+            self._write()
         self._documents.append(self._pieces[0] if len(self._pieces) == 1 else np.concatenate(self._pieces))
         self._document_domains.append(domain)
         self._pending += self._size
         self._pieces, self._size = [], 0
 
     def flush(self) -> None:
-        """Write what is pending; called once more at the end."""
-        if not self._documents:
-            return
-        write_shard(self._folder / f"{self._split}-{self._shards:05d}.tokens", documents=self._documents,
+        """Write what is pending: called once, at the end."""
+        if self._sizes is not None:
+            self._sizes.flush()
+        if self._documents:
+            self._write()
+
+    def _write(self) -> None:
+        write_shard(self._folder / f"{self._split}-{self._shards:05d}{self._suffix}", documents=self._documents,
                     document_domains=self._document_domains, vocab_size=self._vocab_size, domains=self._domains,
                     text_bytes=self._pending_bytes)
         self._documents, self._document_domains = [], []
@@ -165,8 +196,9 @@ class SplitWriter:
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """Seal a folder: its shards are listed with the checksum of their header, which holds all others."""
-    shards = {path.name: open_shard(path, verify=False).header_crc for path in sorted(folder.glob("*.tokens"))}
-    content = {"format": _FORMAT, **description, "shards": shards}
+    shards, sizes = ({path.name: open_shard(path, verify=False).header_crc for path in sorted(folder.glob(f"*{suffix}"))}
+                     for suffix in (TOKENS, SIZES))
+    content = {"format": _FORMAT, **description, "shards": shards, "sizes": sizes}
     content["checksum"] = _checksum(content)
     write_file(folder / DESCRIPTION, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
@@ -178,26 +210,39 @@ def open_prepared(path: Path, *, verify: bool) -> Prepared:
             open_shard(path, verify=verify)                      # its own damage comes first
         path = path.parent
     description = _read_description(path)
-    shards = {name: _open_member(path, name, crc, description, verify) for name, crc in description["shards"].items()}
-    streams = {split: _stream(shards, split, description) for split in ("train", "heldout")}
+    vocab_size = description["vocab_size"]
+    shards = {name: _open_member(path, name, crc, description, vocab_size, verify) for name, crc in description["shards"].items()}
+    sizes = {name: _open_member(path, name, crc, description, _LARGEST_SIZE, verify)
+             for name, crc in description.get("sizes", {}).items()}
+    for name, found in sizes.items():
+        _compare(found, shards[name.removesuffix(SIZES) + TOKENS])
+    streams = {split: _stream(shards, sizes, split, description) for split in ("train", "heldout")}
     return Prepared(path, description, **streams)
 
 
-def _stream(shards: dict[str, TokenShard], split: str, description: dict[str, Any]) -> TokenStream:
-    members = [shards[name] for name in sorted(shards) if name.startswith(f"{split}-")]
-    return TokenStream(shards=members, num_domains=len(description["domains"]))
+def _stream(shards: dict[str, TokenShard], sizes: dict[str, TokenShard], split: str, description: dict[str, Any]) -> TokenStream:
+    members, beside = ([files[name] for name in sorted(files) if name.startswith(f"{split}-")] for files in (shards, sizes))
+    domains = len(description["domains"])
+    return TokenStream(shards=members, num_domains=domains, byte_ids=description["tokenizer"] == "bytes",
+                       sizes=TokenStream(shards=beside, num_domains=domains) if beside else None)
 
 
-def _open_member(folder: Path, name: str, crc: int, description: dict[str, Any], verify: bool) -> TokenShard:
+def _open_member(folder: Path, name: str, crc: int, description: dict[str, Any], vocab_size: int, verify: bool) -> TokenShard:
     path = folder / name
     shard = open_shard(path, verify=verify)
-    for what, has, expected in (("checksum", shard.header_crc, crc),
-                                ("vocab_size", shard.vocab_size, description["vocab_size"]),
+    for what, has, expected in (("checksum", shard.header_crc, crc), ("vocab_size", shard.vocab_size, vocab_size),
                                 ("domains", list(shard.domains), description["domains"])):
         if has != expected:
             raise damaged(12, path, "a token shard belongs to another dataset", 0,
                           f"its {what} is {has}, {DESCRIPTION} says {expected}")
     return shard
+
+
+def _compare(sizes: TokenShard, shard: TokenShard) -> None:
+    """Sizes have an entry for each token of the shard beside them."""
+    if not np.array_equal(sizes.offsets, shard.offsets):
+        raise damaged(12, sizes.path, "a token shard belongs to another dataset", 0,
+                      f"its documents are not those of {shard.path.name}")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -218,7 +263,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 def _no_description(path: Path, error: OSError) -> DataError:
     """A folder that holds shards has been one of prepared tokens."""
-    if isinstance(error, FileNotFoundError) and next(path.parent.glob("*.tokens"), None) is not None:
+    if isinstance(error, FileNotFoundError) and next(path.parent.glob(f"*{TOKENS}"), None) is not None:
         return lost_description(path.parent)
     return DataError(10, "not a folder of prepared tokens", where=str(path), why=reason(error),
                      next=how_to_read(path.parent) or "give the folder that data=text prepared (it holds dataset.json)")
@@ -250,8 +295,16 @@ def _description_problem(content: Any) -> str | None:
     trained = any(counts["tokens"] for counts in content["train"].values())
     if not isinstance(shards, dict) or trained and not any(name.startswith("train-") for name in shards):
         return "it lists no training shard"
-    if any("/" in name or "\\" in name or not name.endswith(".tokens") for name in shards):
+    if any("/" in name or "\\" in name or not name.endswith(TOKENS) for name in shards):
         return "it lists a shard outside its folder"
+    return _sizes_problem(content.get("sizes", {}), shards)
+
+
+def _sizes_problem(sizes: Any, shards: dict[str, Any]) -> str | None:
+    """Sizes are listed for all shards of held-out text, or for none."""
+    beside = {name.removesuffix(TOKENS) + SIZES for name in shards if name.startswith("heldout-")}
+    if not isinstance(sizes, dict) or sizes and set(sizes) != beside:
+        return "it lists sizes that do not belong to the held-out shards"
     return None
 
 

@@ -102,12 +102,10 @@ class TokenDataset:
             yield self.batch(ids[first:first + batch])
 
     def bytes_of_targets(self, batch: Batch) -> int | None:
-        if self.tokenizer is None:                   # ids that nobody can read
-            return None
-        if self.tokenizer.identity == "bytes":
-            return int((batch.valid_BS & (batch.targets_BS < 256)).sum())
-        rows = (targets[valid].tolist() for targets, valid in zip(batch.targets_BS, batch.valid_BS))
-        return sum(len(self.tokenizer.decode(row).encode()) for row in rows)
+        sample_ids = batch.sample_ids_B[batch.valid_BS.any(1)].numpy()       # not those of padding
+        stream = self._stream_of(sample_ids)
+        found = [stream.text_bytes(*piece) for number in sample_ids.tolist() for piece in self.pieces(number)]
+        return None if None in found else sum(found)
 
     def _stream_of(self, sample_ids: np.ndarray) -> TokenStream:
         held = sample_ids >= HELDOUT_IDS

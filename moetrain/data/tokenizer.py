@@ -1,36 +1,45 @@
-"""Text to token ids and back: bytes as they are, or any `tokenizer.json` of the tokenizers library.
+"""Text to token ids and back: bytes as they are, or any `tokenizer.json` of the tokenizers library (tokenizer_file.py).
 
-A tokenizer adds no marks of its own to a text; `prepare` puts `end_id` after every document.
+A tokenizer adds no marks of its own to a text; behind every document comes `end_id`.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from moetrain.data.text import cut
+from moetrain.data.long_text import Encoded
 from moetrain.errors import DataError
-from moetrain.files import read_bytes, reason, shown
-
-_END_MARKS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
-_MOST_BYTES = 256 << 20  # of a tokenizer.json; those of the largest vocabularies have 35 MB
 
 
 class Tokenizer(Protocol):
     """vocab_size: ids run from 0 to vocab_size - 1, end_id included. identity: equal for equal tokenizers. content: of the
-    file that it was made of, if there is one."""
+    file that it was made of, if there is one. parse_special: whether special strings inside a text are special tokens."""
 
     vocab_size: int
     end_id: int
     identity: str
     content: bytes | None
+    parse_special: bool
 
-    def encode(self, text: bytes) -> np.ndarray: ...
+    def encode(self, text: bytes) -> np.ndarray:
+        """The ids of a text alone."""
+        ...
+
+    def encode_document(self, blocks: Iterable[bytes]) -> Iterator[Encoded]:
+        """The ids of a document with the end id behind it, and the bytes that each covers."""
+        ...
+
+    def encode_documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
+        """The same of many documents, one after another. sizes: whether the bytes of each token are wanted."""
+        ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
+
+    def count_special(self, ids: np.ndarray) -> int:
+        """How many ids are those of special tokens."""
+        ...
 
 
 class ByteTokenizer:
@@ -40,59 +49,47 @@ class ByteTokenizer:
     end_id = 256
     identity = "bytes"
     content = None
+    parse_special = False
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8).astype(np.int64)
 
+    def encode_document(self, blocks: Iterable[bytes]) -> Iterator[Encoded]:
+        return self.encode_documents([blocks], sizes=True)
+
+    def encode_documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
+        end, nothing = np.array([self.end_id], np.int64), np.zeros(1, np.int64)
+        for blocks in documents:
+            for block in blocks:
+                ids = self.encode(block)
+                yield Encoded(ids, np.ones_like(ids) if sizes else None, len(block), False)
+            yield Encoded(end, nothing if sizes else None, 0, True)
+
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(id) for id in ids if 0 <= id < 256).decode("utf-8", "replace")
 
-
-class FileTokenizer:
-    """A `tokenizer.json`. Without a mark that ends a document it gets one more id for it."""
-
-    def __init__(self, *, path: Path) -> None:
-        from tokenizers import Tokenizer as Library
-
-        self._where = f"{path} (data.tokenizer)"
-        try:
-            self.content = read_bytes(path, limit=_MOST_BYTES)
-        except OSError as error:
-            raise DataError(20, "the tokenizer cannot be read", where=self._where, why=reason(error),
-                            next="data.tokenizer=bytes, or the path of a tokenizer.json") from error
-        with self._refused(21, "the file is not a tokenizer"):
-            self._library = Library.from_str(self.content.decode("utf-8"))
-            self._library.no_truncation()
-            self._library.no_padding()
-        vocabulary = self._library.get_vocab(with_added_tokens=True)
-        size = max(vocabulary.values(), default=-1) + 1
-        self.end_id = next((vocabulary[mark] for mark in _END_MARKS if mark in vocabulary), size)
-        self.vocab_size = max(size, self.end_id + 1)
-        self.identity = f"sha256:{hashlib.sha256(self.content).hexdigest()}"
-
-    def encode(self, text: bytes) -> np.ndarray:
-        pieces = [piece.decode("utf-8", "replace") for piece in cut(text)]
-        with self._refused(120, "the tokenizer fails on what it is given"):
-            encoded = self._library.encode_batch(pieces, add_special_tokens=False)
-        return np.concatenate([np.zeros(0, np.int64), *(np.asarray(piece.ids, np.int64) for piece in encoded)])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        with self._refused(120, "the tokenizer fails on what it is given"):
-            return self._library.decode([int(id) for id in ids if id != self.end_id], skip_special_tokens=True)
-
-    @contextmanager
-    def _refused(self, number: int, what: str) -> Iterator[None]:
-        """What the library raises in the block becomes a DataError. It is written in Rust, and raises plain Exception, or
-        for a file it did not expect a panic, which is a BaseException of a module that cannot be imported."""
-        try:
-            yield
-        except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise DataError(number, what, where=self._where, why=shown(reason(error), 200),
-                            next="data.tokenizer=bytes, or a tokenizer.json of the tokenizers library") from error
+    def count_special(self, ids: np.ndarray) -> int:
+        return int((ids >= 256).sum())
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or the path of a tokenizer.json."""
-    return ByteTokenizer() if name == "bytes" else FileTokenizer(path=Path(name))
+def load_tokenizer(name: str, *, end_token: str | None = None, end_id: int | None = None, parse_special: bool = False) -> Tokenizer:
+    """A tokenizer.
+
+    Args:
+        name: `bytes`, or the path of a tokenizer.json or of a folder that holds one.
+        end_token: the token of a tokenizer.json that ends a document, `new` for one more id; None: as its files say.
+        end_id: the id that ends a document, where that is known.
+        parse_special: whether special strings inside a text are special tokens.
+    """
+    if name != "bytes":
+        # Not before it is needed: the tokenizers library takes a while to load.
+        from moetrain.data.tokenizer_file import FileTokenizer
+
+        return FileTokenizer(path=Path(name), end_token=end_token, end_id=end_id, parse_special=parse_special)
+    if end_token is not None or parse_special:
+        key = "data.end_token" if end_token is not None else "data.parse_special"
+        raise DataError(156, f"{key} is for a tokenizer.json", where=f"data.tokenizer=bytes, {key}",
+                        why="bytes have no special tokens; 256 ends a document", next=f"~{key}, or data.tokenizer=<tokenizer.json>")
+    encoder = ByteTokenizer()
+    encoder.end_id = encoder.end_id if end_id is None else end_id
+    return encoder

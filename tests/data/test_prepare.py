@@ -258,7 +258,7 @@ def test_a_tokenizer_file_travels_with_the_dataset(tmp_path: Path) -> None:
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel()
     library.train_from_iterator([text(1)], trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["</s>"], show_progress=False))
     library.save(str(tmp_path / "tokenizer.json"))
     prepared = run(source, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").unlink()
@@ -266,6 +266,7 @@ def test_a_tokenizer_file_travels_with_the_dataset(tmp_path: Path) -> None:
     assert prepared.fingerprint != run(source, tmp_path / "out").fingerprint
     assert prepared.train.size < run(source, tmp_path / "out").train.size
     assert load_tokenizer(str(prepared.folder / "tokenizer.json")).identity == prepared.description["tokenizer"]
+    assert prepared.tokenizer.identity == prepared.description["tokenizer"]
 
 
 def test_shards_are_one_address_space(tmp_path: Path) -> None:

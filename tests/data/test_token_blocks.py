@@ -178,7 +178,7 @@ def tokenizer_file(path: Path, **changes: object) -> Path:
 ])
 def test_a_tokenizer_whose_library_panics_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     with pytest.raises(DataError) as caught:
-        load_tokenizer(str(tokenizer_file(tmp_path / "tokenizer.json", **changes)))
+        load_tokenizer(str(tokenizer_file(tmp_path / "tokenizer.json", **changes)), end_token="new")
     assert caught.value.id == "E-DATA-021" and caught.value.why
 
 
@@ -186,7 +186,7 @@ def test_a_tokenizer_whose_library_panics_is_refused(tmp_path: Path, changes: di
     {"pre_tokenizer": {"type": "FixedLength", "length": 0}}, {"model": MODEL | {"unk_token": "<missing>"}},
 ])
 def test_a_tokenizer_that_fails_on_a_text_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
-    encoder = load_tokenizer(str(tokenizer_file(tmp_path / "tokenizer.json", **changes)))
+    encoder = load_tokenizer(str(tokenizer_file(tmp_path / "tokenizer.json", **changes)), end_token="new")
     with pytest.raises(DataError) as caught:
         encoder.encode(b"hello")
     assert caught.value.id == "E-DATA-120" and str(tmp_path) in caught.value.where

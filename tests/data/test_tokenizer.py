@@ -2,26 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import DataError
+from tests.support.tokenizers import byte_level_bpe, saved
 
 TEXT = "Ein Satz, ein Wort: \u00e4\u00f6\u00fc \u4f60\u597d.\n" * 50
-
-
-def trained(path: Path, special_tokens: list[str]) -> Path:
-    """A byte-level BPE tokenizer of 300 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    library.train_from_iterator([TEXT], trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False))
-    library.save(str(path))
-    return path
 
 
 def test_bytes_come_back() -> None:
@@ -32,14 +20,43 @@ def test_bytes_come_back() -> None:
     assert tokenizer.decode([255]) == "\ufffd"
 
 
-@pytest.mark.parametrize("marks, added", [(["</s>"], 0), (["[SEP]", "<|endoftext|>"], 0), ([], 1)])
-def test_a_file_gives_text_back_and_has_an_end(tmp_path: Path, marks: list[str], added: int) -> None:
-    tokenizer = load_tokenizer(str(trained(tmp_path / "tokenizer.json", marks)))
+def test_bytes_of_documents_end_with_256() -> None:
+    found = list(load_tokenizer("bytes").encode_documents([[b"ab", b"c"], [], [b"d"]], sizes=True))
+    assert np.concatenate([encoded.ids for encoded in found]).tolist() == [97, 98, 99, 256, 256, 100, 256]
+    assert np.concatenate([encoded.sizes for encoded in found]).tolist() == [1, 1, 1, 0, 0, 1, 0]
+    assert [encoded.last for encoded in found] == [False, False, True, True, False, True]
+
+
+def test_a_file_gives_text_back(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(saved("byte-level BPE", tmp_path / "tokenizer.json")))
     ids = tokenizer.encode(TEXT.encode())
     assert len(ids) < len(TEXT.encode()) and ids.max() < tokenizer.vocab_size
     assert tokenizer.decode([*ids, tokenizer.end_id]) == TEXT
-    assert tokenizer.end_id == (tokenizer.vocab_size - 1 if added else len(marks) - 1)
     assert len(tokenizer.encode(b"")) == 0
+
+
+def test_a_new_end_token_is_one_more_id(tmp_path: Path) -> None:
+    path = saved("byte-level BPE", tmp_path / "tokenizer.json")
+    given, new = load_tokenizer(str(path)), load_tokenizer(str(path), end_token="new")
+    assert new.end_id == new.vocab_size - 1 == given.vocab_size and given.end_id < given.vocab_size
+    assert new.identity != given.identity and new.decode([new.end_id]) == ""
+
+
+def test_what_changes_the_tokens_changes_the_identity(tmp_path: Path) -> None:
+    path = str(saved("byte-level BPE", tmp_path / "tokenizer.json"))
+    made = byte_level_bpe(300)
+    made.save(str(tmp_path / "other.json"))
+    found = [load_tokenizer(path), load_tokenizer(str(tmp_path / "other.json")), load_tokenizer(path, end_token="</s>"),
+             load_tokenizer(path, parse_special=True)]
+    assert len({tokenizer.identity for tokenizer in found}) == 4
+    assert load_tokenizer(path).identity == found[0].identity
+
+
+@pytest.mark.parametrize("more", [{"end_token": "</s>"}, {"parse_special": True}])
+def test_bytes_have_no_special_tokens(more: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="E-DATA-156") as caught:
+        load_tokenizer("bytes", **more)
+    assert next(iter(more)) in caught.value.next
 
 
 def test_a_missing_or_bad_file_is_refused(tmp_path: Path) -> None:
