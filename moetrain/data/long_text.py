@@ -5,7 +5,9 @@ left piece ends, so the ids of both agree from some token to the end; it begins 
 from the start up to some token. Where both hold for LEAST tokens in a row, the pieces are joined in their middle: what stands
 left of it had its true left context, what stands right of it its true right one. For BPE this is a proof: ids are those of
 the whole text iff each two neighbors are those of their own text (Berglund and van der Merwe, 2023, "Formalizing BPE
-tokenization"), and the two that meet are neighbors in both pieces.
+tokenization"), and the two that meet are neighbors in both pieces. Unigram takes the segmentation of the highest probability
+of each word, and where several have the same one, as of a repeated letter, rounding decides, which depends on all that stands
+before it in the word: its pieces are joined between two words.
 
 Where the pieces agree nowhere, as inside one word that is longer than a zone, they are encoded as one piece, which doubles
 until it meets the next one: in the end the whole text. What comes out are ids, and the bytes that each of them covers.
@@ -52,6 +54,7 @@ class Ids(NamedTuple):
 
 # (texts, whether ends are wanted) -> one Ids for each text
 EncodeBatch = Callable[[list[str], bool], list[Ids]]
+Words = Callable[[str], np.ndarray]
 
 
 class UnjoinableError(Exception):
@@ -86,20 +89,18 @@ class LongTexts:
     Args:
         encode: what encodes a batch of texts; each by itself.
         end_id: follows every document.
-        distinct: how many different ids a stretch must have on which two pieces agree. 1 suffices where the ids left and
-            right of a boundary do not depend on each other. With Unigram a repeated letter has several segmentations of the
-            same probability, of which rounding takes one, so that agreement on these says nothing.
+        words: the number of the word that each token of a text is in, where pieces are joined only between words.
         piece: characters that are encoded at once.
         zone: characters that two pieces share.
     """
 
-    def __init__(self, encode: EncodeBatch, *, end_id: int, distinct: int = 1, piece: int = PIECE, zone: int = ZONE) -> None:
+    def __init__(self, encode: EncodeBatch, *, end_id: int, words: Words | None = None, piece: int = PIECE, zone: int = ZONE) -> None:
         assert 0 < 2 * zone <= piece, (zone, piece)
-        self._encode, self._end_id, self._distinct, self._piece, self._zone = encode, end_id, distinct, piece, zone
+        self._encode, self._end_id, self._words, self._piece, self._zone = encode, end_id, words, piece, zone
 
     def documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
         """The tokens of documents, one after another, each with the end id behind it."""
-        joint = _Joint(self._encode, self._end_id, self._distinct, self._zone, sizes)
+        joint = _Joint(self._encode, self._end_id, self._words, self._zone, sizes)
         batch: list[_Piece] = []
         waiting = 0
         for blocks in documents:
@@ -147,8 +148,8 @@ class _Joint:
     _covered: bytes of the document under the ids that were given out.
     """
 
-    def __init__(self, encode: EncodeBatch, end_id: int, distinct: int, zone: int, sizes: bool) -> None:
-        self._encode, self._end_id, self._distinct, self._zone, self._sizes = encode, end_id, distinct, zone, sizes
+    def __init__(self, encode: EncodeBatch, end_id: int, words: Words | None, zone: int, sizes: bool) -> None:
+        self._encode, self._end_id, self._words, self._zone, self._sizes = encode, end_id, words, zone, sizes
         self._left: _Piece | None = None
         self._left_ids: tuple[Ids, Ids | None] | None = None
         self._before = np.zeros(0, np.int64)
@@ -184,9 +185,13 @@ class _Joint:
         left, zone = self._left_ids[0].ids[self._taken:], self._left_ids[1].ids
         first = len(zone) - _agreement(left[::-1], zone[::-1])
         behind = _agreement(right, zone)
-        if behind - first < LEAST or len(np.unique(zone[first:behind])) < self._distinct:
+        if behind - first < LEAST:
             return None
-        return (first + behind) // 2
+        middle = (first + behind) // 2
+        if self._words is None:
+            return middle
+        between = first + 1 + np.flatnonzero(np.diff(self._words(self._left.text[-self._zone:])[first:behind]))
+        return int(between[np.argmin(np.abs(between - middle))]) if len(between) else None
 
     def _grow(self, piece: _Piece) -> None:
         """The left piece and this one become one, which is encoded anew once it is twice as long."""

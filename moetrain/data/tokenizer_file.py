@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrain.data.tokenizer_end import end_id
-from moetrain.data.long_text import Encoded, Ids, LongTexts, UnjoinableError
+from moetrain.data.long_text import Encoded, Ids, LongTexts, UnjoinableError, Words
 from moetrain.data.tokenizer_source import find_tokenizer
 from moetrain.data.tokenizer_text import plain, without_special
 from moetrain.errors import DataError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
 _VERSION = 2                 # raise it when the same text gives other ids
-_DISTINCT = 8                # of a stretch on which two pieces of a Unigram tokenizer agree: data.long_text.LongTexts
 
 
 class FileTokenizer:
@@ -63,7 +62,7 @@ class FileTokenizer:
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
         try:
-            yield from LongTexts(self._encode_batch, end_id=self.end_id, distinct=self._distinct).documents(documents, sizes=sizes)
+            yield from LongTexts(self._encode_batch, end_id=self.end_id, words=self._words).documents(documents, sizes=sizes)
         except UnjoinableError as error:
             raise DataError(154, "a text is too long for this tokenizer", where=self._where,
                             why="what it makes of the start of the text depends on its far end, so that it cannot be encoded in pieces",
@@ -101,8 +100,14 @@ class FileTokenizer:
             return _library(json.dumps(tokenizer, ensure_ascii=False).encode())
 
     @cached_property
-    def _distinct(self) -> int:
-        return _DISTINCT if type(self._library.model).__name__ == "Unigram" else 1
+    def _words(self) -> Words | None:
+        return self._word_numbers if type(self._library.model).__name__ == "Unigram" else None
+
+    def _word_numbers(self, text: str) -> np.ndarray:
+        """The number of the word that each token is in; -1 of a token that is in none."""
+        with self._refused(120, "the tokenizer fails on what it is given"):
+            words = self._encoder.encode(text, add_special_tokens=False).word_ids
+        return np.array([-1 if word is None else word for word in words], np.int64)
 
     def _encode_batch(self, texts: list[str], ends: bool) -> list[Ids]:
         encoder = self._encoder

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moetrain.data import long_text
 from moetrain.data.long_text import Encoded, Ids, LongTexts
@@ -32,7 +33,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileTokeni
 
 def in_pieces(tokenizer: FileTokenizer, documents: list[list[bytes]], sizes: bool = True) -> list[list[Encoded]]:
     """The same as the tokenizer does, with small pieces."""
-    texts = LongTexts(tokenizer._encode_batch, end_id=tokenizer.end_id, distinct=tokenizer._distinct, piece=PIECE, zone=ZONE)
+    texts = LongTexts(tokenizer._encode_batch, end_id=tokenizer.end_id, words=tokenizer._words, piece=PIECE, zone=ZONE)
     found: list[list[Encoded]] = [[]]
     for encoded in texts.documents(documents, sizes=sizes):
         found[-1].append(encoded)
@@ -99,10 +100,28 @@ def test_many_short_documents_are_encoded_together() -> None:
 
 def test_a_tokenizer_that_reads_the_end_first_is_refused() -> None:
     def encode(texts: list[str], ends: bool) -> list[Ids]:
-        """Ids of characters; of a text of three pieces and more other ones."""
-        return [Ids(np.array([ord(letter) + (len(text) > 3 * PIECE) for letter in text]), None) for text in texts]
+        """Ids of characters; those of x count on from the start, and of a text of three pieces and more they are other ones."""
+        return [Ids(np.array([1000 + place % 5 if letter == "x" else ord(letter) + (len(text) > 3 * PIECE)
+                              for place, letter in enumerate(text)]), None) for text in texts]
 
-    text = prose(3, 400)[:2 * PIECE - ZONE].encode() + b"x" * ZONE
-    odd = LongTexts(encode, end_id=0, distinct=9, piece=PIECE, zone=ZONE)
+    text = prose(3, 400)[:2 * PIECE - ZONE].replace("x", "y").encode()
+    odd = LongTexts(encode, end_id=0, piece=PIECE, zone=ZONE)
     with pytest.raises(long_text.UnjoinableError):
-        list(odd.documents([[text + b"x" * 6 * PIECE]], sizes=False))
+        list(odd.documents([[text + b"x" * 7 * PIECE]], sizes=False))
+
+
+def test_equal_probabilities_in_a_long_word_are_taken_as_in_the_whole(tmp_path: Path) -> None:
+    """Rounding decides between `aa` `a` and `a` `aa`, and depends on what stands before in the word."""
+    vocabulary = [("<unk>", 0.0), ("a", -1.1), ("aa", -1.3), ("b", -0.7), ("c", -2.9)]
+    library = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FileTokenizer(path=tmp_path / "tokenizer.json", end_token="new")
+    for seed in range(8):
+        chance = random.Random(seed)
+        text = "".join(chance.choice(["aaa", "b", "c", "aaaaa"]) for _ in range(2000)).encode()
+        check(tokenizer, text, in_pieces(tokenizer, [[text]])[0])
+        spaced = text.replace(b"cb", b" ")
+        found = in_pieces(tokenizer, [[spaced]])[0]
+        check(tokenizer, spaced, found)
+        assert len(found) > 3
