@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moetrain.config.schema import DataConfig
 from moetrain.data.long_text import Encoded
 from moetrain.errors import DataError
 
@@ -93,3 +94,8 @@ def load_tokenizer(name: str, *, end_token: str | None = None, end_id: int | Non
     encoder = ByteTokenizer()
     encoder.end_id = encoder.end_id if end_id is None else end_id
     return encoder
+
+
+def configured_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer of data.tokenizer, with what else the config says of it."""
+    return load_tokenizer(data.tokenizer, end_token=data.end_token, parse_special=data.parse_special)

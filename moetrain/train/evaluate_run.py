@@ -18,7 +18,7 @@ from moetrain.data.batch import Dataset
 from moetrain.data.loader import build_dataset
 from moetrain.data.overlap import Share, token_overlap
 from moetrain.data.token_dataset import TokenDataset
-from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+from moetrain.data.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
 from moetrain.train.evaluate import evaluate
 from moetrain.train.setup import prepare_on_main
@@ -127,7 +127,7 @@ def _refuse_unreadable(run: Trained, data: DataConfig, tokenizer: Tokenizer | No
 
 
 def _refuse_other_tokenizer(data: DataConfig, tokenizer: Tokenizer | None) -> None:
-    check_tokenizer(load_tokenizer(data.tokenizer), tokenizer.identity if tokenizer else "none", data.tokenizer)
+    check_tokenizer(configured_tokenizer(data), tokenizer.identity if tokenizer else "none", data.tokenizer)
 
 
 def _refuse_other_ids(run: Trained, dataset: Dataset, data: DataConfig) -> None:

@@ -22,7 +22,7 @@ from moetrain.data.by_fingerprint import NAME_LENGTH, find_prepared
 from moetrain.data.loader import build_dataset
 from moetrain.data.prepare import other_data
 from moetrain.data.prepared import open_prepared
-from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+from moetrain.data.tokenizer import Tokenizer, configured_tokenizer, load_tokenizer
 from moetrain.errors import CheckpointError, DataError
 from moetrain.files import nearby, shown
 from moetrain.model.build import build_model
@@ -114,7 +114,7 @@ def _tokenizer(run: Trained) -> Tokenizer | None:
     if data.kind != "text" or named is None:
         raise _missing(run, "the tokenizer lies with the data")
     try:
-        tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer = configured_tokenizer(data)
     except DataError as error:
         raise _missing(run, f"{error.what}: {error.where}") from error
     check_tokenizer(tokenizer, str(named), data.tokenizer)
@@ -132,7 +132,7 @@ def writing_tokenizer(run: Trained, config: Config, typed: frozenset[str]) -> To
                         why="a text is continued with the tokenizer that the run was trained with, and reads no data",
                         next=f"leave {' and '.join(sorted(beside))} out")
     own, path = trained_tokenizer(run), config.data.tokenizer
-    chosen = load_tokenizer(path) if "data.tokenizer" in typed and path != "none" else own
+    chosen = configured_tokenizer(config.data) if "data.tokenizer" in typed and path != "none" else own
     if chosen is None:
         raise no_text(run, "there is no tokenizer to write with", "train with data=text, or give data.tokenizer")
     if own is not None:
