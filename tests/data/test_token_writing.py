@@ -8,8 +8,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from moetrain.data import prepared as prepared_module
+from moetrain.data.batch import padding
 from moetrain.data.prepare import prepare
 from moetrain.data.prepared import Prepared, SplitWriter, open_prepared, write_description
+from moetrain.data.token_dataset import TokenDataset
 from moetrain.errors import DataError
 from tests.support.tokenizers import KINDS, prose, saved
 
@@ -52,6 +54,21 @@ def test_every_byte_of_held_out_text_is_one_tokens(tmp_path: Path, kind: str) ->
         parts = [stream.text_bytes(start, min(length, stream.size - start)) for start in range(0, stream.size, length)]
         assert sum(parts) == sum(sizes) and min(parts) >= 0
     assert (prepared.train.text_bytes(0, 1) is None) == (kind != "bytes")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bytes"])
+def test_the_targets_of_all_windows_cover_the_held_out_text(tmp_path: Path, kind: str) -> None:
+    """For every tokenizer, length of a window and batch: what nats per byte are divided by."""
+    prepared, _ = made(tmp_path, kind, held_out_share=0.3)
+    text = sum(counts["bytes"] for counts in prepared.description["heldout"].values())
+    for seq_len, batch in ((16, 5), (33, 64)):
+        data = TokenDataset(prepared=prepared, seq_len=seq_len, global_batch=2, seed=0)
+        covered = [data.bytes_of_targets(found) for part in range(len(data.measured))
+                   for found in data.heldout(part, windows=1 << 20, batch=batch)]
+        assert sum(covered) == text and len(covered) > 1
+    alone = [data.bytes_of_targets(data.batch(data.heldout_ids(part, 1 << 20)[number:number + 1])) for part in range(len(data.measured))
+             for number in range(len(data.heldout_ids(part, 1 << 20)))]
+    assert sum(alone) == text and data.bytes_of_targets(padding(3, seq_len, mask_documents=False)) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
