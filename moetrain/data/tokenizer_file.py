@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moetrain.data.tokenizer_end import end_id
+from moetrain.data.tokenizer_end import KNOWN, end_id
 from moetrain.data.long_text import Encoded, Ids, LongTexts, UnjoinableError, Words
 from moetrain.data.tokenizer_source import find_tokenizer
 from moetrain.data.tokenizer_text import plain, without_special
@@ -77,11 +77,11 @@ class FileTokenizer:
         return int(np.isin(ids, list(self._special.values())).sum())
 
     def _special_tokens(self, special: list[str], vocabulary: dict[str, int]) -> dict[str, int]:
-        """The tokens that text does not lead to. One that text is made of cannot end a document."""
+        """The tokens that text does not lead to. One that text is made of, which is no mark by its name, cannot end a document."""
         end = next((token for token, id in vocabulary.items() if id == self.end_id), None)
         if end is None or end in special:
             return {token: vocabulary[token] for token in special}
-        if end not in self._added:
+        if end not in self._added and end not in KNOWN:
             with self._refused(120, "the tokenizer fails on what it is given"):
                 found = self._library.encode(end, add_special_tokens=False).ids
             if self.end_id in found:

@@ -54,6 +54,8 @@ def test_a_word_of_the_vocabulary_that_is_special_is_not_found(tmp_path: Path) -
         content = json.loads(made.to_str())
         content["added_tokens"] = [{"id": 0, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False,
                                     "normalized": False, "special": True}]
+        path.write_text(json.dumps(content | {"added_tokens": []}))
+        assert 0 not in load_tokenizer(str(path)).encode(b"a </s> b"), model          # a known name is enough
         path.write_text(json.dumps(content))
         assert 0 not in load_tokenizer(str(path)).encode(b"a </s> b"), model
         assert 0 in load_tokenizer(str(path), parse_special=True).encode(b"a </s> b"), model
