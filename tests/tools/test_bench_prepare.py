@@ -26,3 +26,13 @@ def test_text_does_not_repeat_itself() -> None:
     text = bench_prepare.text(1, 40_000) + bench_prepare.text(2, 40_000)
     passages = [text[start:start + 32] for start in range(len(text) - 32)]
     assert len(set(passages)) > 0.99 * len(passages)
+
+
+def test_a_preparation_is_compared_with_the_library(tmp_path: Path) -> None:
+    tokenizer = str(bench_prepare.train_tokenizer(tmp_path / "tokenizer.json"))
+    for name, compared in (("book", True), ("lines", False)):
+        (tmp_path / name).mkdir()
+        bench_prepare.SOURCES[name][1](tmp_path / name, 60_000)
+        run = bench_prepare.measure(str(tmp_path / name), tokenizer, "1000")
+        assert (bench_prepare.of_library([run, run]) is not None) == compared
+    assert bench_prepare.of_library([{"library": 1.0, "seconds": 4.0}, {"library": 3.0, "seconds": 2.0}]) == 0.5
