@@ -17,7 +17,7 @@ from moetrain.data.selection import Progress, Selection, find_source, left_out_e
 from moetrain.data.split import Part, exact
 from moetrain.data.spool import Spool
 from moetrain.data.text import character_start
-from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+from moetrain.data.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
 
 SHOWN = 3                           # documents
@@ -57,7 +57,7 @@ def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> 
     """Read the text that a config names. DataError where there is nothing to read at all."""
     data = config.data
     assert data.kind == "text", data.kind
-    encoder = load_tokenizer(data.tokenizer)
+    encoder = configured_tokenizer(data)
     out = Path(data.cache) if data.cache else run_dir / "data"
     source = find_source(data.path, data.held_out, own=(out, run_dir), splits=data.split == "respect")
     ledgers = [scan.ledger for scan in (source.path, source.held_out) if scan]
