@@ -71,7 +71,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "data.held_out": ("data=text|megatron|memmap",),
     "data.held_out_share": ("data=text|megatron|memmap", "data.held_out=null"),
     **dict.fromkeys((f"data.{name}" for name in ("text_key", "domain_key", "separator", "encoding")), ("data=text",)),
-    "data.split": ("data=text",),
+    "data.split": ("data=text|megatron|memmap",),
     "data.allow_left_out": ("data=text",),
     "data.overlap": ("data=text",),
     "data.vocab_size": ("data=synthetic|megatron|memmap",),

@@ -28,12 +28,18 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _each_absolute(text: str) -> str:
-    """A blend of datasets: paths between spaces, with a number before each that weighs it, or without."""
+    """A blend of datasets: paths between spaces, with a number before each that weighs it, or without.
+
+    The name of one that is there may hold spaces (interop/megatron_blend.py).
+    """
+    if any(os.path.exists(f"{text}{suffix}") for suffix in ("", ".idx", ".bin")):
+        return os.path.abspath(text)
     try:
         words = shlex.split(text)
     except ValueError:                                   # refused when the data is opened
         return text
-    return shlex.join(word if len(words) > 1 and _is_number(word) else os.path.abspath(word) for word in words)
+    return shlex.join(word if len(words) > 1 and _is_number(word) else os.path.abspath(os.path.expanduser(word))
+                      for word in words)
 
 
 def _is_number(word: str) -> bool:

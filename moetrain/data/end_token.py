@@ -30,8 +30,8 @@ class Endings(NamedTuple):
     @property
     def closing(self) -> int | None:
         """The id that closes documents: almost all end in it, and it hardly occurs elsewhere, as the end of a line does."""
-        closes = self.documents >= FEW and self.share >= ALMOST_ALL and self.inside <= (1 - ALMOST_ALL) * self.documents
-        return self.id if closes else None
+        hardly = self.inside <= (1 - ALMOST_ALL) * self.documents
+        return self.id if self.documents >= FEW and self.share >= ALMOST_ALL and hardly else None
 
 
 def open_tokenizer(name: str, end_token: str | None) -> tuple[Tokenizer | None, int | None]:
@@ -39,7 +39,8 @@ def open_tokenizer(name: str, end_token: str | None) -> tuple[Tokenizer | None, 
     if name == "none":
         if end_token is not None and not end_token.isdecimal():
             raise DataError(163, "the end token does not fit the data", where=f"data.end_token={end_token}",
-                            why="data.tokenizer=none knows numbers alone", next="data.end_token=<id>, or data.tokenizer=<tokenizer.json>")
+                            why="data.tokenizer=none knows numbers alone",
+                            next="data.end_token=<id>, or data.tokenizer=<tokenizer.json>")
         return None, end_token if end_token is None else int(end_token)
     if end_token is None or not end_token.isdecimal():
         encoder = load_tokenizer(name, end_token=end_token)
@@ -73,7 +74,8 @@ def closing_id(found: Sequence[Endings], *, typed: int | None, encoder: Tokenize
     if unknown := [endings for endings in found if endings.closing is None and endings.documents >= FEW]:
         most = unknown[0]
         log.warning("%s: nothing marks where a document ends (the most frequent last id, %d, ends %.0f %% of %s documents): "
-                    "preprocess with --append-eod", most.where, most.id, 100 * most.share, f"{most.documents:,}")
+                    "preprocess with --append-eod",
+                    most.where, most.id, 100 * most.share, f"{most.documents:,}")
     if encoder is not None and end is not None:
         encoder.end_id = end
     return end

@@ -1,20 +1,20 @@
 """What the names of token files say: which split a file is of, which domain, and which shard comes after which.
 
-    train.bin  val.bin                              a split, one domain
-    fineweb_train_000001.bin  fineweb_val_000000.bin    shards of the domain fineweb
-    train/wiki-0.npy  valid/wiki-0.npy  test/wiki-0.npy
+    train.bin  val.bin                                     one domain, trained on and held out
+    fineweb_train_000001.bin  fineweb_val_000000.bin       shards of the domain fineweb
+    train/wiki-0.npy  valid/wiki-0.npy  test/wiki-0.npy    wiki; what is called test is neither
 
-A split is one where a name with `train` lies at the same level: a file or folder named `test` alone is data like any other.
+Which names are a split: `data/given_splits.py`.
 """
 
 import re
 from collections.abc import Iterable
-from pathlib import PurePath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
-SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
-          "eval": "valid", "test": "test", "testing": "test"}
-UNNAMED = "tokens"                       # the domain of a train.bin, whose name says nothing else
+from moetrain.data.given_splits import TRAIN, VALID, find_splits, without_split
+
+UNNAMED = "text"                         # the domain of a file whose name is a number
 # Behind a separator, or at least three digits: 000001, -00000-of-01024, part-0-00000; not gpt2 or 10B.
 _NUMBERS = re.compile(r"(?:[-_.]+(?:of[-_.]+)?\d+)+$|\d{3,}$")
 
@@ -22,34 +22,29 @@ _NUMBERS = re.compile(r"(?:[-_.]+(?:of[-_.]+)?\d+)+$|\d{3,}$")
 class Named(NamedTuple):
     """A file by what its name says. split: train, valid or test."""
 
-    path: PurePath
+    path: PurePosixPath
     domain: str
     split: str
 
 
-class _Found(NamedTuple):
-    """A part of a path that names a split. rest: folders and stem without it. level: folders above it."""
-
-    split: str
-    level: tuple[str, ...]
-    rest: tuple[str, ...]
-
-
-def by_name(paths: Iterable[PurePath], *, shards: bool = True, held_out: bool = False) -> list[Named]:
+def by_name(paths: Iterable[PurePosixPath], *, shards: bool = True, merge: bool = False,
+            apart: str | None = None) -> list[Named]:
     """Files of one folder by domain, split and number.
 
     Args:
         paths: relative to the folder.
         shards: whether files whose names differ by a number are one domain.
-        held_out: whether they are known to be a held-out set, whose names need no `train` beside them.
+        merge: whether a split that is there is left out of account.
+        apart: the split that the files are of, train or valid, where the other one lies elsewhere.
     """
-    found = [(path, _split_of(path)) for path in paths]
-    trained = {part.level for _, part in found if part and part.split == "train"}
+    paths = list(paths)
+    members = {} if merge else find_splits(map(str, paths))
     named = []
-    for path, part in found:
-        taken = part is not None and (held_out or part.level in trained)
-        rest = part.rest if part and taken else (*path.parent.parts, path.stem)
-        named.append(Named(path, _domain(rest, shards), part.split if part and taken else "train"))
+    for path in paths:
+        member = members.get(str(path))
+        split = VALID if apart == VALID else member.role if member else TRAIN
+        label = without_split(str(path)) if apart else member.label if member else str(path)
+        named.append(Named(path, _domain(PurePosixPath(label), shards), split))
     return sorted(named, key=lambda one: (one.domain, one.split, natural(str(one.path))))
 
 
@@ -58,20 +53,7 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _domain(parts: tuple[str, ...], shards: bool) -> str:
-    """The first folder, else the stem."""
-    *folders, stem = parts
-    return folders[0] if folders else (_NUMBERS.sub("", stem) if shards else stem) or UNNAMED
-
-
-def _split_of(path: PurePath) -> _Found | None:
-    folders = path.parent.parts
-    for number, folder in enumerate(folders):
-        if split := SPLITS.get(folder.lower()):
-            return _Found(split, folders[:number], (*folders[:number], *folders[number + 1:], path.stem))
-    pieces = re.split(r"([._-]+)", path.stem)
-    for number in range(len(pieces) - 1, -1, -2):
-        if split := SPLITS.get(pieces[number].lower()):
-            before, after = pieces[:max(number - 1, 0)], pieces[number + 1:] if number else pieces[2:]
-            return _Found(split, folders, (*folders, "".join(before + after)))
-    return None
+def _domain(label: PurePosixPath, shards: bool) -> str:
+    """The first folder, else the name without its suffix."""
+    folders = label.parent.parts
+    return folders[0] if folders else (_NUMBERS.sub("", label.stem) if shards else label.stem) or UNNAMED

@@ -58,6 +58,15 @@ def find_splits(names: Iterable[str]) -> dict[str, Member]:
     return {name: member for name in names if (member := _member(name, paired)) is not None} if paired else {}
 
 
+def without_split(name: str) -> str:
+    """A name without what says which split it is of, for one whose other side lies elsewhere."""
+    parts = name.split("/")
+    words = [_word(part, is_file=depth == len(parts) - 1) for depth, part in enumerate(parts)]
+    kept = [part if word is None else _without(part, word, is_file=depth == len(parts) - 1)
+            for depth, (part, word) in enumerate(zip(parts, words))]
+    return "/".join(part for part in kept if part)
+
+
 def _word(name: str, *, is_file: bool) -> _Word | None:
     """The part of a name that says which split it is; None where none does, or two disagree."""
     found = list(_WORDS.finditer(name))

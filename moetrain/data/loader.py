@@ -57,7 +57,7 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None, *, train
     mixture, weights = data.mixture, data.weights
     if data.kind in ("megatron", "memmap"):
         files = {"path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size, "end_token": data.end_token,
-                 "held_out": data.held_out, "held_out_share": data.held_out_share}
+                 "held_out": data.held_out, "held_out_share": data.held_out_share, "split": data.split}
         if data.kind == "memmap":
             opened = open_memmap(**files, dtype=data.dtype)
         else:

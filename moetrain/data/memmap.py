@@ -14,15 +14,17 @@ import logging
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path, PurePath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from moetrain.data.end_token import open_tokenizer
 from moetrain.data.file_names import Named, by_name
+from moetrain.data.given_splits import TEST, TRAIN, VALID
 from moetrain.data.split import exact
-from moetrain.data.token_files import SHARE, Member, TokenFile, TokenFiles, last_share, open_files, read_once, refuse_leak, token_file
+from moetrain.data.token_files import (SHARE, Member, TokenFile, TokenFiles, last_share, open_files, read_once,
+                                       refuse_leak, say_twice, token_file)
 from moetrain.data.token_formats import SUFFIXES, NotTokensError, token_format
 from moetrain.errors import DataError
 from moetrain.files import open_regular, reason, shown
@@ -41,7 +43,7 @@ class _Files(NamedTuple):
     train: list[Named]
     heldout: list[Named]
     test: list[Named]
-    left: list[PurePath]
+    left: list[PurePosixPath]
 
 
 class _Reading(NamedTuple):
@@ -53,7 +55,7 @@ class _Reading(NamedTuple):
 
 
 def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "auto", end_token: str | None = None,
-                held_out: str | None = None, held_out_share: float = float(SHARE)) -> TokenFiles:
+                held_out: str | None = None, held_out_share: float = float(SHARE), split: str = "respect") -> TokenFiles:
     """Open token files.
 
     Args:
@@ -64,20 +66,22 @@ def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "aut
         end_token: id that closes a document; None: the tokenizer's.
         held_out: a file, a pattern or a folder to evaluate on.
         held_out_share: of the tokens of a domain without held-out files, its last.
+        split: respect a split that is there, or merge it.
     """
     encoder, typed = open_tokenizer(tokenizer, end_token)
     end_id = typed if typed is not None else encoder.end_id if encoder else None
     reading = _Reading(dtype, encoder.vocab_size if encoder else vocab_size, end_id)
-    files, heldout = _both(path, held_out)
+    files, heldout = _both(path, held_out, merge=split == "merge")
     trained = _read_all(files.folder, files.train, reading)
     evaluated = _read_all(heldout.folder, heldout.heldout, reading)
+    say_twice(file for _, file in trained)
     refuse_leak((file for _, file in trained), (file for _, file in evaluated))
     _check_end([file for _, file in trained + evaluated], reading, typed is not None)
     domains = sorted({domain for domain, _ in trained + evaluated})
     share = exact(held_out_share) if held_out is None else Fraction(0)
     members = list(_members(domains, trained, evaluated, share))
-    opened = open_files(Path(path), _FORMAT, members, domains, vocab_size=reading.vocab_size, tokenizer=encoder, end_id=end_id,
-                        settings=[end_id])
+    opened = open_files(Path(path), _FORMAT, members, domains, vocab_size=reading.vocab_size, tokenizer=encoder,
+                        end_id=end_id, settings=[end_id])
     _say_what(files, heldout, trained + evaluated, opened)
     return opened
 
@@ -90,7 +94,8 @@ def _members(domains: list[str], trained: list[tuple[str, TokenFile]], evaluated
         files = [file for domain, file in trained if domain == name]
         cut = _last_share(files, Fraction(0) if name in own else share)
         yield from (Member(number, file, trained) for file, trained in zip(files, cut))
-        yield from (Member(number, file, np.zeros(len(file.starts) - 1, np.int64)) for domain, file in evaluated if domain == name)
+        yield from (Member(number, file, np.zeros(len(file.starts) - 1, np.int64))
+                    for domain, file in evaluated if domain == name)
 
 
 def _last_share(files: list[TokenFile], share: Fraction) -> list[np.ndarray]:
@@ -108,12 +113,12 @@ def _last_share(files: list[TokenFile], share: Fraction) -> list[np.ndarray]:
 # --- which files there are
 
 
-def _both(path: str, held_out: str | None) -> tuple[_Files, _Files]:
+def _both(path: str, held_out: str | None, *, merge: bool) -> tuple[_Files, _Files]:
     """(what is trained on, what is held out): of data.path, and of data.held_out where it is given."""
-    files = _find(path, "data.path")
+    files = _find(path, "data.path", merge=merge, apart=None if held_out is None else TRAIN)
     heldout = files
     if held_out is not None:
-        heldout = _find(held_out, "data.held_out")
+        heldout = _find(held_out, "data.held_out", merge=True, apart=VALID)
         taken = {os.path.realpath(heldout.folder / one.path) for one in heldout.heldout}
 
         def others(named: list[Named]) -> list[Named]:
@@ -127,43 +132,47 @@ def _both(path: str, held_out: str | None) -> tuple[_Files, _Files]:
     return files, heldout
 
 
-def _find(path: str, key: str) -> _Files:
-    """The files that a key names, by what they are for."""
-    held_out, given = key == "data.held_out", Path(path)
+def _find(path: str, key: str, *, merge: bool, apart: str | None) -> _Files:
+    """The files that a key names, by what they are for.
+
+    Args:
+        path: its value.
+        key: its name.
+        merge: whether a split that is there is left out of account.
+        apart: see `by_name`.
+    """
+    given, left = Path(path), []
     if given.is_dir():
-        every = [file.relative_to(given) for file in sorted(given.rglob("*")) if file.is_file()]
-        visible = [file for file in every if not any(part.startswith(".") for part in file.parts)]
-        named = by_name((file for file in visible if file.suffix in SUFFIXES), held_out=held_out)
-        chosen, left = named, [file for file in visible if file.suffix not in SUFFIXES]
         folder = given
+        every = [PurePosixPath(file.relative_to(given)) for file in sorted(given.rglob("*")) if file.is_file()]
+        visible = [file for file in every if not any(part.startswith(".") for part in file.parts)]
+        chosen = by_name((file for file in visible if file.suffix in SUFFIXES), merge=merge, apart=apart)
+        left = [file for file in visible if file.suffix not in SUFFIXES]
     else:
-        chosen_paths = [given] if given.exists() else [Path(name) for name in sorted(glob.glob(path)) if os.path.isfile(name)]
-        folder = chosen_paths[0].parent if chosen_paths else given.parent
-        if any(file.parent != folder for file in chosen_paths):
+        named = [given] if given.exists() else [Path(name) for name in sorted(glob.glob(path)) if os.path.isfile(name)]
+        folder = named[0].parent if named else given.parent
+        if any(file.parent != folder for file in named):
             raise _missing(path, key, "the pattern names files of several folders; give the folder above them")
-        chosen, left = _with_siblings(folder, chosen_paths, held_out), []
-    sides = {split: [one for one in chosen if held_out or one.split == split] for split in ("train", "valid", "test")}
-    if not sides["train"]:
-        what = "is not there" if not os.path.exists(path) else f"holds no file named {' or '.join('*' + end for end in SUFFIXES)}"
-        raise _missing(path, key, f"it {what}")
-    if held_out:
-        return _Files(folder, [], chosen, [], left)
-    return _Files(folder, sides["train"], sides["valid"], sides["test"], left)
+        chosen = _with_siblings(folder, {PurePosixPath(file.name) for file in named}, merge=merge, apart=apart)
+    by_split = {split: [one for one in chosen if one.split == split] for split in (TRAIN, VALID, TEST)}
+    if not by_split[VALID if apart == VALID else TRAIN]:
+        named = " or ".join(f"*{suffix}" for suffix in SUFFIXES)
+        raise _missing(path, key, f"it holds no file named {named}" if os.path.exists(path) else "it is not there")
+    return _Files(folder, by_split[TRAIN], by_split[VALID], by_split[TEST], left)
 
 
-def _with_siblings(folder: Path, chosen: list[Path], held_out: bool) -> list[Named]:
+def _with_siblings(folder: Path, names: set[PurePosixPath], *, merge: bool, apart: str | None) -> list[Named]:
     """Files that were named, and what lies beside them as the held-out set of their domains."""
-    names = {PurePath(file.name) for file in chosen}
-    if held_out or not names:
-        return by_name(names, held_out=held_out)
+    if apart or merge or not names:
+        return [one._replace(split=apart or TRAIN) for one in by_name(names, merge=True, apart=apart)]
     suffixes = {name.suffix for name in names}
-    beside = {PurePath(file.name) for file in folder.iterdir() if file.suffix in suffixes and file.is_file()}
+    beside = {PurePosixPath(file.name) for file in folder.iterdir() if file.suffix in suffixes and file.is_file()}
     every = by_name(names | beside)
-    trained = [one for one in every if one.path in names and one.split == "train"]
+    trained = [one for one in every if one.path in names and one.split == TRAIN]
     if len(trained) < len(names):                            # val.bin itself was named: it is what is trained on
-        return [one._replace(split="train") for one in every if one.path in names]
+        return [one._replace(split=TRAIN) for one in every if one.path in names]
     domains = {one.domain for one in trained}
-    return trained + [one for one in every if one.split == "valid" and one.domain in domains]
+    return trained + [one for one in every if one.split == VALID and one.domain in domains]
 
 
 def _missing(path: str, key: str, why: str) -> DataError:
@@ -192,7 +201,8 @@ def _read(path: Path, reading: _Reading) -> TokenFile:
             checksums = read_once(file, path, start=found.start, tokens=tokens, dtype=dtype, vocab_size=reading.vocab_size,
                                   visit=starts.look, advice=advice)
     except NotTokensError as error:
-        raise DataError(161, "a file holds no token ids", where=str(path), why=shown(error.what, 200), next=error.next) from error
+        raise DataError(161, "a file holds no token ids", where=str(path), why=shown(error.what, 200),
+                        next=error.next) from error
     except OSError as error:
         raise DataError(162, "a token file cannot be read", where=str(path), why=reason(error),
                         next="data.path=<a .bin or .npy of token ids, or a folder of them>") from error
@@ -227,8 +237,9 @@ def _width(file: BinaryIO, size: int, reading: _Reading) -> np.dtype:
 def _check_size(path: Path, size: int, expected: int, tokens: int, dtype: np.dtype, name: str) -> None:
     if tokens and size == expected:
         return
-    why = f"{size:,} bytes instead of {expected:,} for {tokens:,} ids ({dtype.name}, {name})" if tokens else "it holds no id"
-    raise DataError(162, "a token file cannot be read", where=str(path), why=why, next="copy it again, or leave it out of data.path")
+    why = f"{size:,} bytes instead of {expected:,} for {tokens:,} ids ({dtype.name}, {name})"
+    raise DataError(162, "a token file cannot be read", where=str(path), why=why if tokens else "it holds no id",
+                    next="copy it again, or leave it out of data.path")
 
 
 def _check_end(files: list[TokenFile], reading: _Reading, typed: bool) -> None:
@@ -238,7 +249,7 @@ def _check_end(files: list[TokenFile], reading: _Reading, typed: bool) -> None:
     why = f"id {reading.end_id} does not occur in {sum(int(file.starts[-1]) for file in files):,} tokens"
     if typed:
         raise DataError(163, "the end token does not fit the data", where=f"data.end_token={reading.end_id}", why=why,
-                        next="data.end_token=<the id that closes a document>; leave it out where none does: a file is a document")
+                        next="data.end_token=<the id that closes a document>; without one a file is a document")
     log.warning("the end token of data.tokenizer is not in the data: %s; every file is one document", why)
 
 
@@ -266,6 +277,6 @@ def _say_what(files: _Files, heldout: _Files, read: list[tuple[str, TokenFile]],
              f"{documents:,}", f"{opened.heldout.size:,}", held)
 
 
-def _names(paths: list[PurePath]) -> str:
+def _names(paths: list[PurePosixPath]) -> str:
     more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
     return shown(", ".join(str(path) for path in paths[:_MOST_NAMED])) + more

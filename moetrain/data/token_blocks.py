@@ -180,7 +180,8 @@ class ShardErrors:
         return damaged(6, path, f"a token shard is {state}", min(size, expected), f"{size:,} bytes instead of {expected:,}")
 
     def outside(self, path: Path, place: str, id: int, vocab_size: int) -> DataError:
-        return DataError(8, "a token id is outside the vocabulary", where=f"{path}, {place}", why=f"id {id} with vocab_size={vocab_size}",
+        return DataError(8, "a token id is outside the vocabulary", where=f"{path}, {place}",
+                         why=f"id {id} with vocab_size={vocab_size}",
                          next="prepare the text again with the tokenizer of the model (data.tokenizer)")
 
 

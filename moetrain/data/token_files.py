@@ -11,6 +11,7 @@ id may lie outside the vocabulary.
 
 import hashlib
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from moetrain.data.tokenizer import Tokenizer
 from moetrain.data.tokens import BLOCK
 from moetrain.errors import DataError
 from moetrain.files import reason
+
+log = logging.getLogger(__name__)
 
 SHARE = Fraction(1, 20)             # held out; fingerprints name another one alone
 
@@ -147,10 +150,12 @@ def open_files(path: Path, kind: str, members: Sequence[Member], domains: Sequen
     """
     files = [member.file.tokens for member in members]
     bytes_alone = tokenizer is not None and tokenizer.identity == "bytes"
-    train, heldout = (FileStream(files, spans, num_domains=len(domains), bytes_alone=bytes_alone) for spans in _sides(members))
+    train, heldout = (FileStream(files, spans, num_domains=len(domains), bytes_alone=bytes_alone)
+                      for spans in _sides(members))
     if not heldout.size:
         raise DataError(74, "there is too little data to hold some out", where=str(path),
-                        why=f"{train.size:,} tokens in all", next="data.path=<more data>, or data.held_out=<files to evaluate on>")
+                        why=f"{train.size:,} tokens in all",
+                        next="data.path=<more data>, or data.held_out=<files to evaluate on>")
     described = [kind, tokenizer.identity if tokenizer else "none",
                  [(domains[member.domain], member.file.content, zlib.crc32(member.trained)) for member in members], *settings]
     fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
@@ -222,6 +227,15 @@ def token_file(path: Path, found: os.stat_result, *, start: int, tokens: int, dt
     blocks = TokenBlocks(path, layout, starts, found, errors=FileErrors(), links=True, checked=True)
     parts = [dtype.newbyteorder("<").name, checksums, zlib.crc32(starts)]
     return TokenFile(blocks, starts, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+
+
+def say_twice(files: Iterable[TokenFile]) -> None:
+    """Warn of files that hold the same tokens."""
+    known: dict[str, TokenFile] = {}
+    for file in files:
+        first = known.setdefault(file.content, file)
+        if first is not file:
+            log.warning("%s holds the same tokens as %s: they are trained on twice", file.tokens.path, first.tokens.path)
 
 
 def refuse_leak(trained: Iterable[TokenFile], heldout: Iterable[TokenFile]) -> None:

@@ -22,15 +22,16 @@ from moetrain.files import open_regular
 SUFFIXES = (".bin", ".npy")                     # what a folder of token files holds
 LLMC_HEADER = 1024                              # bytes
 _LLMC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}    # magic: version, ids
-_LLMC_OTHERS = {20240522: "multiple-choice examples of llm.c", 20240326: "a model of llm.c", 20240327: "a training state of llm.c",
-                20240328: "a tokenizer of llm.c"}
+_LLMC_OTHERS = {20240522: "multiple-choice examples of llm.c", 20240326: "a model of llm.c",
+                20240327: "a training state of llm.c", 20240328: "a tokenizer of llm.c"}
 _INDEX_MAGIC = b"MMIDIDX\0\0"                   # of Megatron-Core's .idx
 _SHARD_MAGIC = b"MOETOKEN"
 _NPY_MAGIC = b"\x93NUMPY"
 _MAGICS = (
     (b"PK\x03\x04", "a zip archive, as .npz and torch.save write them"), (b"\x1f\x8b\x08", "compressed by gzip"),
     (b"\x28\xb5\x2f\xfd", "compressed by Zstandard"), (b"\xfd7zXZ\0", "compressed by xz"), (b"BZh", "compressed by bzip2"),
-    (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"GGUF", "a GGUF model"),
+    (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"GGUF", "a GGUF model"),
 )
 _HEAD = 4096                                    # bytes that tell what a file is
 _LEAST_TEXT = 32                                # bytes; fewer may look like text by chance
@@ -99,7 +100,8 @@ def _refuse_others(path: Path, head: bytes) -> None:
                              f"data=megatron data.path={quote(str(path.with_suffix('')))}")
     for magic, what in _MAGICS:
         if head.startswith(magic):
-            raise NotTokensError(f"it is {what}", "data.path=<a file of token ids>; one that is packed has to be unpacked first")
+            raise NotTokensError(f"it is {what}",
+                                 "data.path=<a file of token ids>; one that is packed has to be unpacked first")
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:
@@ -114,7 +116,8 @@ def _numpy(file: BinaryIO) -> TokenFormat:
     """The header of a .npy, by NumPy's own reader; without pickle."""
     elsewhere = "save the ids as one dimension of integers: numpy.save(path, ids)"
     try:
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(np.lib.format.read_magic(file), np.lib.format.read_array_header_2_0)
+        first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
     except ValueError as error:
         raise NotTokensError(f"it is a .npy file whose header cannot be read: {error}", elsewhere) from error
@@ -137,7 +140,7 @@ def _llmc(head: bytes) -> TokenFormat | None:
 
 
 def _as_text(head: bytes) -> str | None:
-    """How it begins, if these bytes are text: UTF-8 without control characters, which ids of a vocabulary are not for long."""
+    """How it begins, if these bytes are text: UTF-8 without control characters, which ids are not for long."""
     if len(head) < _LEAST_TEXT:
         return None
     for cut in range(4):                                     # the last character may be incomplete

@@ -21,16 +21,18 @@ import struct
 import warnings
 from collections.abc import Mapping
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moetrain.data.end_token import Endings, closing_id, open_tokenizer
 from moetrain.data.file_names import by_name
+from moetrain.data.given_splits import TEST, TRAIN, VALID, without_split
 from moetrain.data.permutation import permutation
 from moetrain.data.split import exact
-from moetrain.data.token_files import SHARE, Member, TokenFile, TokenFiles, open_files, read_once, refuse_leak, token_file
+from moetrain.data.token_files import (SHARE, Member, TokenFile, TokenFiles, open_files, read_once, refuse_leak,
+                                       say_twice, token_file)
 from moetrain.errors import DataError
 from moetrain.files import open_regular, reason, shown
 from moetrain.interop.megatron_blend import parse_blend
@@ -60,8 +62,9 @@ class _Index(NamedTuple):
     starts: np.ndarray
 
 
-def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str | None = None, held_out: str | None = None,
-                 held_out_share: float = float(SHARE), weights: Mapping[str, float] | None = None) -> TokenFiles:
+def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str | None = None,
+                 held_out: str | None = None, held_out_share: float = float(SHARE), split: str = "respect",
+                 weights: Mapping[str, float] | None = None) -> TokenFiles:
     """Open indexed datasets.
 
     Args:
@@ -71,41 +74,45 @@ def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str |
         end_token: id that closes a document; None: what almost all documents end in.
         held_out: what to evaluate on, in the words of `path`, without weights.
         held_out_share: of the documents of a domain.
+        split: respect a split that a folder holds, or merge it.
         weights: data.weights, which a blend with weights takes the place of.
     """
     require("megatron.core", extra="megatron", key="data=megatron")
     encoder, typed = open_tokenizer(tokenizer, end_token)
     vocabulary = encoder.vocab_size if encoder else vocab_size
-    train, valid = _datasets(path, held_out)
+    train, valid = _datasets(path, held_out, merge=split == "merge")
     shares = _shares(path, train, weights or {})
     opened = [(one.domain, *_open(one.prefix, vocabulary)) for one in train]
     evaluated = [(one.domain, *_open(one.prefix, vocabulary)) for one in valid]
+    say_twice(file for _, file, _ in opened)
     refuse_leak((file for _, file, _ in opened), (file for _, file, _ in evaluated))
     end_id = closing_id([endings for _, _, endings in opened + evaluated], typed=typed, encoder=encoder)
     share = exact(held_out_share) if not valid else Fraction(0)
     domains = sorted({one.domain for one in train + valid})
     members = [*(Member(domains.index(domain), file, _trained(file, share)) for domain, file, _ in opened),
-               *(Member(domains.index(domain), file, np.zeros(len(file.starts) - 1, np.int64)) for domain, file, _ in evaluated)]
-    return open_files(Path(path), _FORMAT, sorted(members, key=lambda member: member.domain), domains, vocab_size=vocabulary,
-                      tokenizer=encoder, end_id=end_id, settings=[], shares=shares)
+               *(Member(domains.index(domain), file, np.zeros(len(file.starts) - 1, np.int64))
+                 for domain, file, _ in evaluated)]
+    members.sort(key=lambda member: member.domain)
+    return open_files(Path(path), _FORMAT, members, domains, vocab_size=vocabulary, tokenizer=encoder, end_id=end_id,
+                      settings=[], shares=shares)
 
 
 # --- which datasets there are
 
 
-def _datasets(path: str, held_out: str | None) -> tuple[list[_Named], list[_Named]]:
+def _datasets(path: str, held_out: str | None, *, merge: bool) -> tuple[list[_Named], list[_Named]]:
     """(what is trained on, what is held out; empty where a share is)."""
     blend = parse_blend(path, "data.path")
     if blend.weights and any(prefix.is_dir() for prefix in blend.prefixes):
         raise DataError(164, "a blend of datasets is not understood", where=f"data.path={path}",
                         why="a weight stands before a folder, which may hold several datasets",
                         next="data.path='<weight> <prefix> <weight> <prefix>'")
-    valid = [] if held_out is None else _names(_every(_valid_prefixes(held_out)), held_out=True)
+    valid = [] if held_out is None else _names(_every(_valid_prefixes(held_out)), VALID)
     if len(blend.prefixes) == 1 and blend.prefixes[0].is_dir():
-        train, own = _in_folder(blend.prefixes[0], held_out is None)
+        train, own = _in_folder(blend.prefixes[0], merge=merge, apart=None if held_out is None else TRAIN)
     else:
         prefixes = _every(blend.prefixes)
-        train, own = _names(prefixes, held_out=held_out is not None), []
+        train, own = _names(prefixes, None if held_out is None else TRAIN), []
         train = [one._replace(weight=weight) for one, weight in zip(train, blend.weights or [None] * len(train))]
     taken = {os.path.realpath(one.prefix) for one in valid}
     train = [one for one in train if os.path.realpath(one.prefix) not in taken]
@@ -115,21 +122,22 @@ def _datasets(path: str, held_out: str | None) -> tuple[list[_Named], list[_Name
     return train, valid or own
 
 
-def _in_folder(folder: Path, with_valid: bool) -> tuple[list[_Named], list[_Named]]:
+def _in_folder(folder: Path, *, merge: bool, apart: str | None) -> tuple[list[_Named], list[_Named]]:
     """(what is trained on, what is held out) of the datasets of a folder; what is called `test` is neither.
 
     Args:
         folder: of the datasets.
-        with_valid: whether what is called `valid` is held out; otherwise it is left alone too.
+        merge: whether a split that is there is left out of account.
+        apart: train where data.held_out is given: what is called `valid` is left alone too.
     """
     files = (prefix.relative_to(folder).with_name(f"{prefix.name}.idx") for prefix in _prefixes(folder))
-    named: dict[str, list[_Named]] = {"train": [], "valid": [], "test": []}
-    for one in by_name(files, shards=False):
+    named: dict[str, list[_Named]] = {TRAIN: [], VALID: [], TEST: []}
+    for one in by_name(map(PurePosixPath, files), shards=False, merge=merge, apart=apart):
         named[one.split].append(_Named(one.domain, folder / one.path.stem, None))
-    alone = named["test"] + ([] if with_valid else named["valid"])
+    alone = named[TEST] + (named[VALID] if apart else [])
     if alone:
         log.info("left alone, as a test set is: %s", shown(", ".join(one.prefix.name for one in alone)))
-    return named["train"], named["valid"] if with_valid else []
+    return named[TRAIN], [] if apart else named[VALID]
 
 
 def _valid_prefixes(held_out: str) -> list[Path]:
@@ -145,20 +153,21 @@ def _every(paths: list[Path]) -> list[Path]:
     return [prefix for path in paths for prefix in _prefixes(path)]
 
 
-def _names(prefixes: list[Path], *, held_out: bool) -> list[_Named]:
-    """Datasets by the shortest end of their path that tells them apart. held_out: whether the name of a split is left out,
-    so that wiki_train and wiki_valid are one domain."""
+def _names(prefixes: list[Path], apart: str | None) -> list[_Named]:
+    """Datasets by the shortest end of their path that tells them apart. apart: the split that they are of, which is left out
+    of the name, so that wiki_train and wiki_valid are one domain."""
     names = [prefix.name for prefix in prefixes]
     depth = 1
     while len(set(names)) < len(names):
         if len(set(map(str, prefixes))) < len(prefixes):
             twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
-            raise DataError(164, "a blend of datasets is not understood", where=str(twice), why="it is named twice, and each is a domain of its own",
+            raise DataError(164, "a blend of datasets is not understood", where=str(twice),
+                            why="it is named twice, and each is a domain of its own",
                             next="name it once, with the sum of the weights")
         depth += 1
         names = ["/".join(prefix.parts[-depth:]) for prefix in prefixes]
-    if held_out:
-        names = [by_name([Path(f"{name}.idx")], shards=False, held_out=True)[0].domain for name in names]
+    if apart:
+        names = [without_split(f"{name}.idx").removesuffix(".idx") for name in names]
     return [_Named(name, prefix, None) for name, prefix in zip(names, prefixes)]
 
 
@@ -167,7 +176,8 @@ def _shares(path: str, named: list[_Named], weights: Mapping[str, float]) -> dic
         return None
     if weights:
         raise DataError(164, "a blend of datasets is not understood", where=f"data.path={path}, data.weights",
-                        why="weights are given twice: those of data.path are shares of the samples, those of data.weights factors on them",
+                        why="weights are given twice: those of data.path are shares of the samples, "
+                            "those of data.weights factors on them",
                         next="~data.weights, or data.path without weights")
     return {one.domain: one.weight for one in named if one.weight is not None}
 
@@ -199,9 +209,10 @@ def _open(prefix: Path, vocab_size: int) -> tuple[TokenFile, Endings]:
             raise _wrong_length(prefix, f"{status.st_size:,} bytes instead of {tokens * width:,}")
         last, share = _last_id(opened.fileno(), index)
         count = _Occurrences(last)
-        checksums = read_once(opened, file, start=0, tokens=tokens, dtype=index.dtype, vocab_size=vocab_size, visit=count.look)
-    made = token_file(file, status, start=0, tokens=tokens, dtype=index.dtype, checksums=checksums, vocab_size=vocab_size,
-                      starts=index.starts)
+        checksums = read_once(opened, file, start=0, tokens=tokens, dtype=index.dtype, vocab_size=vocab_size,
+                              visit=count.look)
+    made = token_file(file, status, start=0, tokens=tokens, dtype=index.dtype, checksums=checksums,
+                      vocab_size=vocab_size, starts=index.starts)
     documents = len(index.starts) - 1
     return made, Endings(str(prefix), documents, last, share, max(0, count.found - round(share * documents)))
 

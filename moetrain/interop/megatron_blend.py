@@ -45,7 +45,8 @@ def parse_blend(text: str, key: str) -> Blend:
     for weight, word, number in zip(words[::2], words[1::2], numbers[::2]):
         if number is None or not (math.isfinite(number) and number > 0):
             raise _refused(text, key, f"{weight}, before {word}, is no weight above 0")
-    return Blend([Path(os.path.expanduser(word)) for word in words[1::2]], [number for number in numbers[::2] if number is not None])
+    return Blend([Path(os.path.expanduser(word)) for word in words[1::2]],
+                 [number for number in numbers[::2] if number is not None])
 
 
 def _exists(word: str) -> bool:

@@ -35,6 +35,10 @@ def test_the_paths_of_a_blend_are_absolute_and_its_weights_stay(tmp_path: Path, 
                          ("7", [f"'{here}/7'"])):
         assert recorded("data=megatron", f"data.path={typed}").data.path == " ".join(paths)
     assert recorded("data=megatron", "data.path=a 'b").data.path == "a 'b"
+    (here / "two words.idx").touch()                                      # one dataset, whose name holds a space
+    assert recorded("data=megatron", "data.path=two words").data.path == f"{here}/two words"
+    monkeypatch.setenv("HOME", "/home/me")
+    assert recorded("data=megatron", "data.path=/a ~/b").data.path == "/a /home/me/b"
 
 
 def test_a_resumed_run_is_about_the_same_path_however_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_the_tokens_of_every_format_come_back(tmp_path: Path, name: str) -> None
     write(tmp_path / f"val{suffix}", held)
     data = dataset(tmp_path, f"data.vocab_size={vocab_size}")
     assert tokens(data.train_stream) == trained.tolist() and tokens(data.heldout_stream) == held.tolist()
-    assert data.domains == ("tokens",) and data.vocab_size == vocab_size and data.tokenizer is None
+    assert data.domains == ("text",) and data.vocab_size == vocab_size and data.tokenizer is None
     batch = data.batch(np.array([0]))
     assert torch.equal(batch.targets_BS[0, :-1], batch.tokens_BS[0, 1:])
 
@@ -69,6 +69,8 @@ def test_a_val_file_beside_the_train_file_that_is_named_is_held_out(tmp_path: Pa
     assert file.fingerprint == folder.fingerprint and tokens(file.heldout_stream) == ids(1, 100).tolist()
     assert tokens(folder.train_stream) == ids(0, 100).tolist()
     assert "left alone, as a test set is: test.bin" in caplog.text and "(3 bytes): meta.pkl" in caplog.text
+    merged = dataset(tmp_path, "data.split=merge")
+    assert merged.domains == ("test", "train", "val") and merged.train_stream.size + merged.heldout_stream.size == 300
     alone = dataset(tmp_path / "val.bin")                    # named itself, it is what is trained on
     assert tokens(alone.train_stream) + tokens(alone.heldout_stream) == ids(1, 100).tolist()
 
@@ -111,7 +113,7 @@ def test_attention_stays_inside_what_the_end_token_closes(tmp_path: Path) -> Non
     assert batch.documents_BS[0].tolist() == [0, 1, 1, 1, 1, 2, 2, 2]        # the first input is the last token of the stream
 
 
-def test_held_out_files_of_ones_own_are_not_trained_on(tmp_path: Path) -> None:
+def test_held_out_files_of_ones_own_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for seed, name in enumerate(("a", "b")):
         nanogpt(tmp_path / f"{name}.bin", ids(seed, 100))
     data = dataset(tmp_path, f"data.held_out={tmp_path / 'b.bin'}")
@@ -119,6 +121,9 @@ def test_held_out_files_of_ones_own_are_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "copy.bin").write_bytes((tmp_path / "b.bin").read_bytes())
     error = refused(tmp_path, f"data.held_out={tmp_path / 'b.bin'}")
     assert error.id == "E-DATA-166" and "copy.bin" in error.why
+    with caplog.at_level(logging.WARNING):
+        assert dataset(tmp_path).train_stream.size == 3 * 95
+    assert "copy.bin holds the same tokens as" in caplog.text
     (tmp_path / "copy.bin").unlink()
     llmc(tmp_path / "web_train_1.bin", ids(3, 50))
     llmc(tmp_path / "web_val_0.bin", ids(4, 50))             # another set is given: this one is left alone
