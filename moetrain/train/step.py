@@ -60,9 +60,8 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
 
     run.state.optimizer.zero_grad(set_to_none=True)
     run.parallel.begin(len(batches))
-    weights = run.objective.weights
     votes = votes._replace(unreadable=int(failure is not None))
-    sums = SumBuffer(routers, mesh.device, votes, model.leaning, tuple(weights))
+    sums = SumBuffer(routers, mesh.device, votes, model.leaning, tuple(run.objective.weights))
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
@@ -96,28 +95,32 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     watch.lap("optim")
 
     run.state.step, run.state.tokens = step, run.state.tokens + summed.tokens
-    seconds = watch.total()
-    metrics = {
-        "step": step,
+    sources = gather_to_first(mesh["batch"], local) if config.log.sources else None
+    return StepResult(step_metrics(run, summed, rate, copies), counts, sources, agreed)
+
+
+def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[str, float]:
+    """The record of the step that `run` has just taken, in the order of docs/reference/files.md."""
+    planning, seconds = run.state.planning, run.watch.total()
+    return {
+        "step": run.state.step,
         "tokens": run.state.tokens,
         "loss/ce": summed.cross_entropy / max(1, summed.tokens),
         "loss/total": summed.total,
-        **loss_metrics(summed.terms, weights),
-        **balance_metrics(summed, routers),
+        **loss_metrics(summed.terms, run.objective.weights),
+        **balance_metrics(summed, run.state.model.routers),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,
         **forecast_metrics(planning.outlook.errors_r if planning else []),
         "grad_norm": summed.norm,
         "lr": rate,
         "time/step": seconds,
-        **watch.laps,
+        **run.watch.laps,
         **rank_metrics(summed.phases),
         "throughput/tokens_per_s": summed.tokens / seconds,
         **({"throughput/mfu": summed.tokens / seconds / run.peak_tokens_per_s} if run.peak_tokens_per_s else {}),
-        "memory/peak": peak_memory(mesh.device),
+        "memory/peak": peak_memory(run.mesh.device),
     }
-    sources = gather_to_first(mesh["batch"], local) if config.log.sources else None
-    return StepResult(metrics, counts, sources, agreed)
 
 
 def read_batches(run: Run, step: int) -> tuple[list[Batch], DataError | None]:
