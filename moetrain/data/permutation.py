@@ -65,7 +65,6 @@ def _network(places: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndar
     for number in range(_ROUNDS):
         modulus = b if number % 2 else a
         keys = keys + _STEP                              # another function every round; wraps around
-        keys = keys + _STEP                              # wraps around
         left, right = right, (left + (_mixed(keys ^ (right * _ODD)) >> np.uint64(1))) % modulus
     return left * b + right
 
