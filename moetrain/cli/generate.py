@@ -29,13 +29,13 @@ def run(argv: list[str]) -> int:
 
 def _generate(config: Config, typed: frozenset[str], *, as_json: bool) -> None:
     from moetrain.generate.sample import continue_text
-    from moetrain.train.trained import load_trained, writing_tokenizer
+    from moetrain.train.trained import load_trained, writing
 
     run = load_trained(config, typed)
-    tokenizer = writing_tokenizer(run, config, typed)
+    tokenizer, end_id = writing(run, config, typed)
     wish = config.generate
     continuation = continue_text(
-        run.model, tokenizer, wish.prompt, tokens=wish.tokens, temperature=wish.temperature, top_p=wish.top_p, seed=wish.seed,
+        run.model, tokenizer, wish.prompt, end_id=end_id, tokens=wish.tokens, temperature=wish.temperature, top_p=wish.top_p, seed=wish.seed,
         context=config.train.seq_len, cache=wish.cache, mask_documents=run.config.data.mask_documents, group=run.mesh["batch"])
     if launch.rank() != 0:
         "".join(continuation)                            # ranks write it together

@@ -1,7 +1,7 @@
 """Text from a trained model: temperature and nucleus (top-p) sampling.
 
 A text begins behind the mark that ends a document, as every document of the training text does, and ends where the model
-draws that mark. The model looks at the last `context` tokens, at positions from 0. As long as the text fits, keys and
+draws that mark. Where training has seen no such mark, the prompt alone is the beginning, and nothing is the end. The model looks at the last `context` tokens, at positions from 0. As long as the text fits, keys and
 values of earlier tokens are kept and only the newest token runs (generate/cache.py). Beyond, the window slides: every token
 then has another position and, above the first layer, another past, so the whole window runs again for each new token. So
 it does, from the first token on, where experts have a capacity: who is dropped depends on all the tokens of a pass.
@@ -40,7 +40,7 @@ class Continuation:
     tokens: ids drawn so far. ended: whether the model has ended the document.
     """
 
-    def __init__(self, ids: Iterator[int], characters: Characters, end_id: int) -> None:
+    def __init__(self, ids: Iterator[int], characters: Characters, end_id: int | None) -> None:
         self._ids, self._characters, self._end_id = ids, characters, end_id
         self.tokens, self.ended = 0, False
 
@@ -56,14 +56,15 @@ class Continuation:
             yield piece
 
 
-def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, top_p: float,
-                  seed: int, context: int, cache: bool, mask_documents: bool, group: Group) -> Continuation:
+def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_id: int | None, tokens: int, temperature: float,
+                  top_p: float, seed: int, context: int, cache: bool, mask_documents: bool, group: Group) -> Continuation:
     """The continuation of a prompt: up to `tokens` new ones, fewer when the document ends. It is drawn as it is read.
 
     Args:
         model: in evaluation mode from now on.
         tokenizer: the one that the model was trained with.
         prompt: text to continue; nothing begins a document.
+        end_id: what ends a document, and begins the next; None where training has seen no such id.
         tokens: how many to draw at most.
         temperature: 0 takes the most probable token.
         top_p: probability mass to sample from.
@@ -74,19 +75,24 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, toke
         group: ranks that write the same text together; the first one draws.
     """
     begin = prompt_ids(tokenizer, prompt)
+    if not begin and end_id is None:
+        raise DataError(179, "there is nothing to begin a text with", where="generate.prompt",
+                        why="no document that the run was trained on ends in an end token, behind which a text could begin",
+                        next="generate.prompt=<text>")
+    first = begin if end_id is None else [end_id, *begin]
     model.eval()
-    reader = Reader(model, context, cache=cache, mark_apart=mask_documents)
+    reader = Reader(model, context, cache=cache, mark_apart=mask_documents and end_id is not None)
     generator = torch.Generator().manual_seed(seed)
 
     def draws() -> Iterator[int]:
-        ids = torch.tensor([tokenizer.end_id, *begin])
+        ids = torch.tensor(first)
         for _ in range(tokens):
             drawn = draw(reader.logits(ids), temperature, top_p, generator)
             chosen = int(largest_over(group, drawn if group.position == 0 else -1))
             yield chosen
             ids = torch.cat([ids, ids.new_tensor([chosen])])
 
-    return Continuation(draws(), Characters(tokenizer, begin), tokenizer.end_id)
+    return Continuation(draws(), Characters(tokenizer, begin), end_id)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -99,9 +105,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 class Reader:
-    """The model in front of a text that grows, token by token. The first token is the mark behind which it begins.
+    """The model in front of a text that grows, token by token.
 
-    mark_apart: the mark belongs to another document, which the text does not see.
+    mark_apart: the first token is the mark behind which the text begins, and of another document, which the text does not see.
     """
 
     def __init__(self, model: Transformer, context: int, *, cache: bool, mark_apart: bool = False) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from moetrain.comm.reduce import all_or_none, on_first
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config, DataConfig
+from moetrain.config.values import flatten
 from moetrain.data.batch import Dataset
 from moetrain.data.loader import build_dataset
 from moetrain.data.overlap import Share, token_overlap
@@ -52,9 +53,9 @@ def evaluate_run(config: Config, typed: frozenset[str] = frozenset()) -> Evaluat
     typed: the keys that were set on top of the run's own config (config/compose.py, typed_keys).
     """
     began = time.perf_counter()
-    chosen = data_keys(config, typed)
     run, name, overlap = load_trained(config, typed), None, None
     batch = run.mesh["batch"]
+    chosen = all_or_none(batch, lambda: data_keys(run.config, config, typed))
     if chosen <= {"data.tokenizer"}:
         if chosen:
             tokenizer = trained_tokenizer(run)
@@ -83,9 +84,13 @@ def record_of(found: Evaluated) -> dict[str, Any]:
     return record
 
 
-def data_keys(config: Config, typed: frozenset[str]) -> frozenset[str]:
-    """Those of the typed keys that ask for other data; DataError where they do not say which."""
-    chosen = frozenset(key for key in typed if (key == "data" or key.startswith("data.")) and key not in _BESIDE)
+def data_keys(own: Config, config: Config, typed: frozenset[str]) -> frozenset[str]:
+    """Those of the typed keys that ask for other data than the run's own; DataError where they do not say which."""
+    before, now = (flatten(with_absolute_paths(one)) for one in (own, config))
+    differ = {path for path in now if path.startswith("data.") and path not in _BESIDE and now[path] != before[path]}
+    chosen = typed & (differ | {"data.tokenizer"})                         # whose file may have changed, too
+    if "data" in typed and differ.intersection(_NAMES):                    # an option brings its section whole
+        chosen |= {"data"}
     if {"data.path", "data.held_out"} <= chosen:
         raise DataError(177, "data.path and data.held_out name two texts", where="the command line",
                         why="what is typed is measured whole, and one text at a time", next="leave one of them out")

@@ -13,12 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import all_or_none
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
 from moetrain.data.batch import Dataset
 from moetrain.data.by_fingerprint import NAME_LENGTH, find_prepared
+from moetrain.data.end_token import open_tokenizer
 from moetrain.data.loader import build_dataset
 from moetrain.data.prepare import other_data
 from moetrain.data.prepared import open_prepared
@@ -34,6 +37,8 @@ from moetrain.train.finished import trained_config
 from moetrain.train.setup import from_first, join, prepare_on_main
 
 _EMBEDDING = "model.embed"
+_PREPARED = ("text", "tokens")       # kinds of data that lie in a prepared folder
+_LOOKED_AT = 256                     # documents
 # What is wrong with a source that has moved, or is empty now.
 _GONE = ("E-DATA-010", "E-DATA-020", "E-DATA-030", "E-DATA-032")
 
@@ -100,7 +105,7 @@ def _vocabulary(directory: Path) -> int:
 
 def trained_tokenizer(run: Trained) -> Tokenizer | None:
     """The tokenizer that the model was trained with; None where its ids stand for no text. Collective."""
-    if run.config.data.kind not in ("text", "tokens"):
+    if run.config.data.kind not in _PREPARED:
         return getattr(trained_dataset(run), "tokenizer", None)
     return all_or_none(run.mesh["batch"], lambda: _tokenizer(run))
 
@@ -121,8 +126,15 @@ def _tokenizer(run: Trained) -> Tokenizer | None:
     return tokenizer
 
 
-def writing_tokenizer(run: Trained, config: Config, typed: frozenset[str]) -> Tokenizer:
-    """The tokenizer to generate with: the run's own, or for a run on ids alone one that was typed. Collective.
+class Writing(NamedTuple):
+    """What a text is written with. end_id: ends a document, and begins the next; None where the run has seen no such id."""
+
+    tokenizer: Tokenizer
+    end_id: int | None
+
+
+def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
+    """What to generate with: the run's own tokenizer, or for a run on ids alone one that was typed. Collective.
 
     DataError where there is none, or where something was typed that generation does not read.
     """
@@ -131,15 +143,30 @@ def writing_tokenizer(run: Trained, config: Config, typed: frozenset[str]) -> To
         raise DataError(178, f"{', '.join(sorted(beside))} with generate", where="the command line",
                         why="a text is continued with the tokenizer that the run was trained with, and reads no data",
                         next=f"leave {' and '.join(sorted(beside))} out")
-    own, path = trained_tokenizer(run), config.data.tokenizer
-    chosen = configured_tokenizer(config.data) if "data.tokenizer" in typed and path != "none" else own
+    data, dataset = config.data, None
+    if run.config.data.kind in _PREPARED:
+        own = chosen = trained_tokenizer(run)
+        if "data.tokenizer" in typed:
+            chosen = configured_tokenizer(data)
+    else:
+        dataset = trained_dataset(run)
+        own = chosen = getattr(dataset, "tokenizer", None)
+        if "data.tokenizer" in typed:
+            chosen, _ = open_tokenizer(data.tokenizer, data.end_token)
     if chosen is None:
         raise no_text(run, "there is no tokenizer to write with", "train with data=text, or give data.tokenizer")
     if own is not None:
-        check_tokenizer(chosen, own.identity, path)
+        check_tokenizer(chosen, own.identity, data.tokenizer)
     else:
-        refuse_more_ids(run, chosen.vocab_size, f"{shown(path)} (data.tokenizer)")
-    return chosen
+        refuse_more_ids(run, chosen.vocab_size, f"{shown(data.tokenizer)} (data.tokenizer)")
+    return Writing(chosen, chosen.end_id if dataset is None or _ends_in(dataset, chosen.end_id) else None)
+
+
+def _ends_in(dataset: Dataset, end_id: int) -> bool:
+    """Whether documents of tokens that another program wrote end in this id: some of them do not."""
+    stream = dataset.train_stream
+    ends = np.append(stream.document_starts[1:], stream.size)
+    return any(int(stream.read(int(end) - 1, 1)[0]) == end_id for end in ends[:_LOOKED_AT].tolist())
 
 
 def no_text(run: Trained, why: str, next: str) -> DataError:
@@ -166,7 +193,7 @@ def check_tokenizer(tokenizer: Tokenizer, trained: str, path: str) -> None:
 def trained_dataset(run: Trained) -> Dataset:
     """What the run was trained on, and what it held out. Collective."""
     folder = None
-    if run.config.data.kind in ("text", "tokens"):
+    if run.config.data.kind in _PREPARED:
         folder = from_first(run.mesh["batch"], lambda: _folder(run))
         if folder is None:
             folder = _prepared_again(run)
@@ -176,7 +203,7 @@ def trained_dataset(run: Trained) -> Dataset:
 def open_trained(run: Trained) -> Dataset | None:
     """The same on one rank alone; None where it is not there."""
     folder = _folder(run)
-    return None if folder is None and run.config.data.kind in ("text", "tokens") else _opened(run, folder)
+    return None if folder is None and run.config.data.kind in _PREPARED else _opened(run, folder)
 
 
 def _folder(run: Trained) -> Path | None:

@@ -182,8 +182,8 @@ def _beside_steps(run: Run) -> None:
     RECORD.phase = "save"
     take(run.state, run.mesh)
     RECORD.phase = "generation"
-    "".join(continue_text(run.state.model, ByteTokenizer(), "ab", tokens=3, temperature=0, top_p=1, seed=0, context=8, cache=True,
-                          mask_documents=False, group=run.mesh["batch"]))
+    "".join(continue_text(run.state.model, ByteTokenizer(), "ab", end_id=256, tokens=3, temperature=0, top_p=1, seed=0, context=8,
+                          cache=True, mask_documents=False, group=run.mesh["batch"]))
 
 
 def read(table: Path = TABLE) -> dict[str, dict[Entry, int]]:

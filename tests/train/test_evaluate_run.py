@@ -111,6 +111,18 @@ def test_the_mask_and_the_tokens_are_those_of_training(folder):
     assert same.typed is None and same.losses == own.losses
 
 
+def test_the_path_that_the_run_was_trained_on_is_not_other_data(folder):
+    """The words of the command that trained it may be typed again: its training text is not measured."""
+    text = (folder / "runs/mine/config.yaml").read_text()
+    (recorded,) = [line.split(": ")[1] for line in text.splitlines() if line.startswith("  path: ")]
+    (folder / "runs/mine/config.yaml").write_text(text.replace(recorded, str(folder / "corpus")))
+    own = evaluated()
+    for words in (["data.path=corpus"], ["data=text", "data.path=corpus"], ["data=text", "data.path=corpus", "data.held_out_share=0.05"]):
+        again = evaluated(*words)
+        assert again.typed is None and again.losses == own.losses, words
+    assert evaluated("data=text").typed == "the built-in corpus"
+
+
 def test_what_is_typed_has_to_say_which_data(folder, capsys):
     (folder / "tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "</s>": 1}, "unk_token": "[UNK]"}}')
     shutil.copytree("runs/mine", "runs/synthetic")

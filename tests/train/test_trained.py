@@ -4,11 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from tokenizers import ByteLevelBPETokenizer
 
 from moetrain.__main__ import main
+from moetrain.config.compose import for_run
+from moetrain.train.trained import load_trained, writing
 from tests.support.trained_run import WORDS, corpus, files, losses, records, train
 
 Folder = Path
@@ -137,6 +140,21 @@ def test_prepared_tokens_are_those_of_the_record_or_refused(trained, tmp_path, m
     (other,) = [path for path in (trained["tokenizer"] / "runs/mine/data").iterdir() if path.is_dir()]
     shutil.copytree(other, tmp_path / "tokens")
     assert "E-DATA-171" in refused(capsys, "eval", "mine")
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_text_begins_as_those_that_were_trained_on(marks, tmp_path, monkeypatch, capsys):
+    """Token files of another trainer: where no document ends in the end token, the prompt alone is the beginning."""
+    monkeypatch.chdir(tmp_path)
+    documents = [f"{number}: the cat sat on a mat ".encode() * 9 for number in range(20)]
+    np.array([id for text in documents for id in [*text, *[256] * marks]], "<u2").tofile("train.bin")
+    train(tmp_path, "data=memmap", "data.path=train.bin", "data.tokenizer=bytes", "data.dtype=uint16")
+    run = load_trained(for_run(["mine"]))
+    assert writing(run, for_run(["mine"]), frozenset()).end_id == (256 if marks else None)
+    assert main(["generate", "mine", "generate.prompt=the", "generate.tokens=4"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "mine", "generate.tokens=4"]) == (0 if marks else 12)
+    assert marks or "E-DATA-179" in capsys.readouterr().err
 
 
 def test_generation_reads_no_data_and_prints_one_object_when_asked(folder, capsys):
