@@ -9,7 +9,7 @@ import pytest
 from moetrain.__main__ import main
 from moetrain.config.compose import for_run, typed_keys
 from moetrain.report.loss import read_losses
-from moetrain.train.evaluate_run import Evaluated, evaluate_run
+from moetrain.train.evaluate_run import Evaluated, data_keys, evaluate_run
 from moetrain.train.files import JsonlSink
 from moetrain.train.trained import load_trained, trained_dataset
 from tests.support.trained_run import corpus, files, losses, records, train
@@ -103,6 +103,8 @@ def test_the_record_says_what_was_measured_and_is_no_record_of_training(folder, 
 
 def test_the_mask_and_the_tokens_are_those_of_training(folder):
     """An option of `data` that is typed brings its section whole, the mask's default among it."""
+    shutil.rmtree("corpus")
+    corpus(Path("corpus"), documents=2)
     masked, own = evaluated("data.path=corpus"), evaluated()
     assert evaluated("data=text", "data.path=corpus").losses == masked.losses
     assert evaluated("data.path=corpus", "data.mask_documents=false").losses != masked.losses
@@ -117,10 +119,11 @@ def test_the_path_that_the_run_was_trained_on_is_not_other_data(folder):
     (recorded,) = [line.split(": ")[1] for line in text.splitlines() if line.startswith("  path: ")]
     (folder / "runs/mine/config.yaml").write_text(text.replace(recorded, str(folder / "corpus")))
     own = evaluated()
-    for words in (["data.path=corpus"], ["data=text", "data.path=corpus"], ["data=text", "data.path=corpus", "data.held_out_share=0.05"]):
+    for words in (["data.path=corpus"], ["data=text", "data.path=corpus", "data.held_out_share=0.05"]):
         again = evaluated(*words)
         assert again.typed is None and again.losses == own.losses, words
-    assert evaluated("data=text").typed == "the built-in corpus"
+    words = ["mine", "data=text"]                        # without a path: the built-in corpus
+    assert data_keys(load_trained(for_run(["mine"])).config, for_run(words), typed_keys(words)) == {"data"}
 
 
 def test_what_is_typed_has_to_say_which_data(folder, capsys):

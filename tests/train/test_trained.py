@@ -46,6 +46,10 @@ def folder(request: pytest.FixtureRequest, trained: dict[str, Folder], tmp_path:
     return tmp_path / "here"
 
 
+# One of the two is enough where the tokenizer makes no difference.
+by_bytes, by_tokenizer = (pytest.mark.parametrize("folder", [name], indirect=True) for name in ("bytes", "tokenizer"))
+
+
 def evaluated(run: str = "mine", *words: str) -> dict[str, float]:
     directory = Path("runs", run) if Path("runs", run).exists() else Path(run)
     count = len(records(directory))
@@ -63,6 +67,7 @@ def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
     return capsys.readouterr().err
 
 
+@by_tokenizer
 def test_a_source_that_has_changed_is_not_looked_at(folder):
     """D8: it was prepared again, and a quarter of what was held out then had been trained on."""
     before = files(folder / "runs/mine/data")
@@ -97,6 +102,7 @@ def test_another_tokenizer_in_the_place_of_the_trained_one_is_not_read(folder, c
     assert "E-DATA-172" in refused(capsys, *words, "data.tokenizer=tokenizer.json")
 
 
+@by_bytes
 def test_data_that_was_removed_is_made_again_where_its_source_is_the_same(folder, capsys):
     held = by_training(folder / "runs/mine")
     shutil.move(folder / "runs/mine/data", folder / "kept")
@@ -157,6 +163,7 @@ def test_a_text_begins_as_those_that_were_trained_on(marks, tmp_path, monkeypatc
     assert marks or "E-DATA-179" in capsys.readouterr().err
 
 
+@by_bytes
 def test_generation_reads_no_data_and_prints_one_object_when_asked(folder, capsys):
     assert "E-DATA-178" in refused(capsys, "generate", "mine", "data.path=corpus")
     assert main(["generate", "mine", "--json", "generate.prompt=字 the ", "generate.tokens=4"]) == 0
