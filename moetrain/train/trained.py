@@ -138,7 +138,9 @@ def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
 
     DataError where there is none, or where something was typed that generation does not read.
     """
-    beside = {key for key in typed if key == "data" or key.startswith("data.")} - {"data.tokenizer", "data.cache", "data.mask_documents"}
+    read = {"data.tokenizer", "data.cache", "data.mask_documents"}
+    read |= {"data.end_token", "data.parse_special"} if "data.tokenizer" in typed else set()
+    beside = {key for key in typed if key == "data" or key.startswith("data.")} - read
     if beside:
         raise DataError(178, f"{', '.join(sorted(beside))} with generate", where="the command line",
                         why="a text is continued with the tokenizer that the run was trained with, and reads no data",

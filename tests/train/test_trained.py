@@ -163,6 +163,18 @@ def test_a_text_begins_as_those_that_were_trained_on(marks, tmp_path, monkeypatc
     assert marks or "E-DATA-179" in capsys.readouterr().err
 
 
+def test_a_run_on_ids_alone_writes_with_the_tokenizer_that_is_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.array([*b"the cat sat on a mat ", 256] * 60, "<u2").tofile("train.bin")
+    train(tmp_path, "data=memmap", "data.path=train.bin", "data.dtype=uint16", "data.vocab_size=257", "data.end_token=256")
+    assert main(["generate", "mine"]) == 2 and "E-CONFIG-045" in capsys.readouterr().err
+    assert main(["generate", "mine", "data.tokenizer=bytes", "generate.tokens=4"]) == 0
+    library = ByteLevelBPETokenizer()
+    library.train_from_iterator([" ".join(WORDS)] * 9, vocab_size=300, special_tokens=["<|endoftext|>"])
+    library.save("larger.json")
+    assert "E-DATA-175" in refused(capsys, "generate", "mine", "data.tokenizer=larger.json", "data.end_token=null")
+
+
 @by_bytes
 def test_generation_reads_no_data_and_prints_one_object_when_asked(folder, capsys):
     assert "E-DATA-178" in refused(capsys, "generate", "mine", "data.path=corpus")
