@@ -49,11 +49,15 @@ def find_splits(names: Iterable[str]) -> dict[str, Member]:
     """The files that belong to a split, by their names, which are relative and written with slashes."""
     names = list(names)
     levels: dict[str, dict[str, _Word]] = {}
+    known = {""}                                         # folders that were looked at, with those above them
     for name in names:
-        parts = name.split("/")
-        for depth, part in enumerate(parts):
-            if (word := _word(part, is_file=depth == len(parts) - 1)) is not None:
-                levels.setdefault("/".join(parts[:depth]), {})[part] = word
+        place, is_file = name, True
+        while place not in known:
+            known.add(place)
+            folder, _, part = place.rpartition("/")
+            if (word := _word(part, is_file=is_file)) is not None:
+                levels.setdefault(folder, {})[part] = word
+            place, is_file = folder, False
     paired = {folder: found for folder, words in levels.items() if (found := _paired(words))}
     return {name: member for name in names if (member := _member(name, paired)) is not None} if paired else {}
 

@@ -114,6 +114,7 @@ class _Walk:
 
     def __init__(self, root: Path, named: dict[_Identity, str]) -> None:
         self._root, self._named = root, named
+        self._prefix = len(str(root).rstrip("/")) + 1        # of the paths below it: what names do not have
         self._visited: set[_Identity] = set()
         self._aside: list[tuple[str, str]] = []              # folders that are left out, and why
 
@@ -158,7 +159,7 @@ class _Walk:
 
     def _file(self, folder: str, name: str, reason: str) -> _Found:
         path = Path(folder, name)
-        relative = path.relative_to(self._root).as_posix()
+        relative = f"{folder}/{name}"[self._prefix:]
         try:
             status = os.stat(path)
         except OSError as error:
