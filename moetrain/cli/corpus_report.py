@@ -34,8 +34,8 @@ def lines(found: Inspection, config: Config) -> Iterator[str]:
         yield from _documents(found.found["documents"])
         if found.error is not None:
             yield f"\nprepare would refuse this ({found.error.id}): {found.error.what}"
-            yield f"  {found.error.why.replace(CONTINUED, ' ')}"
-            yield f"  try {found.error.next}"
+            yield from (f"  {shown(line)}" for line in found.error.why.split(CONTINUED))
+            yield f"  try {shown(found.error.next)}"
     else:
         yield ""
 

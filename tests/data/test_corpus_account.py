@@ -232,3 +232,20 @@ def test_a_cap_inside_a_character_is_in_the_account(tmp_path: Path) -> None:
     assert {what: tally["bytes"] for what, tally in text["became"].items()} == {
         "trained on": 948, "held out": 51, "cut by data.domain_cap": 5001}
     assert len(tokens(folder, "train")[0]) == 948
+
+
+def test_held_out_text_of_ones_own_has_a_ledger_of_its_own(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for number in range(4):
+        for folder, shift in (("text", 0), ("mine", 3)):           # text/3 and mine/0 are the same
+            (source / folder).mkdir(parents=True, exist_ok=True)
+            (source / folder / f"{number}.txt").write_text(f"text {number + shift} of four " * 50)
+    (source / "mine" / "x.pdf").write_bytes(b"%PDF-1.7\n")
+    folder = prepare(path=str(source), held_out=str(source / "mine"), out=tmp_path / "out", tokenizer="bytes")
+    account = json.loads((folder / "dataset.json").read_text())["account"]
+    text, mine = account["files"]["data.path"], account["files"]["data.held_out"]
+    assert [(row["reason"], row["files"]) for row in text["left_out"]] == [("data.held_out", 5)] and text["read"][0]["files"] == 4
+    assert [(row["reason"], row["files"]) for row in mine["left_out"]] == [("not text", 1)] and mine["read"][0]["files"] == 4
+    assert sum(row["bytes"] for row in text["left_out"]) == mine["bytes"]
+    assert {what: tally["documents"] for what, tally in account["text"]["became"].items()} == {
+        "trained on": 3, "held out": 4, "also in the held-out text": 1}
