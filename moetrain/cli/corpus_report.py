@@ -60,17 +60,19 @@ def _files(ledger: FileLedger) -> Iterator[str]:
     if record["left_out"]:
         yield ""
         kinds = record["left_out"]
-        yield from table([["  left out", "the first", "files", "bytes"],
-                          *([f"  {reasons([row])[0].partition(':')[0]}", shown(row["first"], 60), f"{row['files']:,}", f"{row['bytes']:,}"]
-                            for row in kinds[:MOST_ROWS])])
+        rows = [[f"  {reasons([row])[0].partition(':')[0]}", shown(row["first"], 60), f"{row['files']:,}", f"{row['bytes']:,}"]
+                for row in kinds[:MOST_ROWS]]
+        yield from table([["  left out", "the first", "files", "bytes"], *rows])
         yield from _rest([row["bytes"] for row in kinds])
         yield from (f"  {shown(row['format'])}: {shown(row['convert'])}" for row in kinds if row.get("convert"))
     yield ""
 
 
 def _format(entry: FileEntry) -> str:
-    return (shown(entry.format) + (f" in {shown(entry.compression)}" if entry.compression else "")
-            + (", held out" if entry.side == HELD else "") + (f", {entry.undecodable:,} bytes undecodable" if entry.undecodable else ""))
+    packed = f" in {shown(entry.compression)}" if entry.compression else ""
+    side = ", held out" if entry.side == HELD else ""
+    marred = f", {entry.undecodable:,} bytes undecodable" if entry.undecodable else ""
+    return f"{shown(entry.format)}{packed}{side}{marred}"
 
 
 def _rest(sizes: list[int]) -> Iterator[str]:
@@ -80,7 +82,8 @@ def _rest(sizes: list[int]) -> Iterator[str]:
 
 def _domains(found: dict[str, Any]) -> Iterator[str]:
     domains = sorted(found["domains"].items(), key=lambda item: -item[1]["train"]["bytes"])
-    rows = [[f"  {shown(name, 40)}", *(f"{sides[side][what]:,}" for side in ("train", "heldout") for what in ("documents", "bytes"))]
+    columns = [(side, what) for side in ("train", "heldout") for what in ("documents", "bytes")]
+    rows = [[f"  {shown(name, 40)}", *(f"{sides[side][what]:,}" for side, what in columns)]
             for name, sides in domains[:MOST_ROWS]]
     yield from table([["  domain", "documents", "bytes to train on", "held out", "bytes held out"], *rows])
     yield from _rest([sides["train"]["bytes"] for _, sides in domains])
@@ -99,5 +102,6 @@ def _documents(documents: list[dict[str, Any]]) -> Iterator[str]:
     if documents:
         yield "\ndocuments as they are trained on, by their first tokens:"
     for document in documents:
-        yield f"  [{shown(document['domain'], 40)}] {document['bytes']:,} bytes, token {' '.join(map(str, document['tokens'][:12]))} …"
+        ids = " ".join(map(str, document["tokens"][:12]))
+        yield f"  [{shown(document['domain'], 40)}] {document['bytes']:,} bytes, tokens {ids} …"
         yield f"    {shown(document['text'], _MOST_TEXT)}{' <end>' if document['complete'] else ''}"

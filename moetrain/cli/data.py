@@ -4,8 +4,8 @@ moetrain data inspect [PATH] [key=value ...] [--json]: what would be read, befor
 data.path names a file or a folder (null: the built-in corpus), data.cache where the shards go (null: <run.dir>/data).
 Training prepares by itself on its first start. The name of a run that is there prepares the data of that run.
 
-`inspect` writes nothing. It shows the format of each file, what is left out and why, splits that are there, domains, documents, bytes,
-the tokens to expect, epochs at run.steps, and three documents as they are trained on. A bare word is the path.
+`inspect` writes nothing. It shows the format of each file, what is left out and why, splits that are there, domains,
+documents, bytes, the tokens to expect, epochs at run.steps, and three documents as they are trained on. A bare word is the path.
 """
 
 import json

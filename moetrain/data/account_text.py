@@ -35,7 +35,8 @@ def text_lines(text: dict[str, Any]) -> list[str]:
         lines.append(f"  empty     {_number(text['empty'], 'text')}")
     if text["undecodable"]["bytes"]:
         marred = text["undecodable"]
-        lines.append(f"  undecodable  {marred['bytes']:,} bytes in {_number(marred['files'], 'file')}, most in {shown(marred['first'])}")
+        files = _number(marred["files"], "file")
+        lines.append(f"  undecodable  {marred['bytes']:,} bytes in {files}, most in {shown(marred['first'])}")
     return lines
 
 
@@ -43,8 +44,8 @@ def splits_text(ledger: dict[str, Any]) -> str:
     """The splits that lie there, and what is done with each."""
     instead = any(row["reason"] == "validation split" for row in ledger["left_out"])
     done = _ROLES | ({"valid": "left alone, data.held_out names another"} if instead else {})
-    parts = [f"{role} {done[role]} ({_number(ledger['splits'][role]['files'], 'file')}, as {shown(ledger['splits'][role]['first'])})"
-             for role in done if role in ledger["splits"]]
+    parts = [f"{role} {done[role]} ({_number(split['files'], 'file')}, as {shown(split['first'])})"
+             for role in done if (split := ledger["splits"].get(role))]
     return f"{', '.join(parts)}; data.split=merge takes all of it as one text"
 
 

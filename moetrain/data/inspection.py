@@ -64,8 +64,8 @@ def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> 
     with Spool(Path(tempfile.gettempdir())) as spool:
         sample = _Sample(spool)
         try:
-            selection = select(source, spool, share=exact(data.held_out_share), reading=reading_of(data), domain_cap=data.domain_cap,
-                               allow_left_out=1.0, progress=progress, watch=sample.add)
+            selection = select(source, spool, share=exact(data.held_out_share), reading=reading_of(data),
+                               domain_cap=data.domain_cap, allow_left_out=1.0, progress=progress, watch=sample.add)
         except DataError as error:
             return Inspection(ledgers, None, error)
     ledgers = selection.account.files

@@ -202,7 +202,7 @@ def _refuse_empty(found: Scan) -> None:
     kept = found.ledger.record()["left_out"]
     own = [row for row in kept if row["reason"] == OWN]
     why = "no file below it has any content" + (f"; left out: {'; '.join(reasons(kept[:_MOST_NAMED]))}" if kept else "")
-    raise _no_text(found, why, "data=tokens data.path=<a folder that data=text has prepared>" if own and len(own) == len(kept) else "")
+    raise _no_text(found, why, "data=tokens data.path=<a folder that data=text has prepared>" if own and own == kept else "")
 
 
 def _no_text(found: Scan, why: str, other: str = "") -> DataError:
