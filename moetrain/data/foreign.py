@@ -28,6 +28,8 @@ _SIGNATURES = tuple(_Signature(*row) for row in (
     (rb"ARROW1\0\0", "an Arrow IPC file", "python -c \"import pyarrow as a, pyarrow.parquet as p; "
      "p.write_table(a.ipc.open_file({path!r}).read_all(), 'text.parquet')\""),
     (rb"\xff\xff\xff\xff....\x10\0\0\0", "an Arrow stream, as the datasets library keeps it", _DATASETS),
+    (rb"PK\x03\x04.{26}(?:\[Content_Types\]\.xml|_rels/|docProps/|xl/)(?=.{0,60000}?xl/w)", "an Excel workbook",
+     "libreoffice --headless --convert-to csv {path}"),
     (rb"PK\x03\x04.{26}(?:\[Content_Types\]\.xml|_rels/|docProps/|word/|xl/|ppt/)", "an Office document",
      "pandoc -t plain {path} -o text.txt, or libreoffice --headless --convert-to txt {path}"),
     (rb"PK\x03\x04.{26}mimetypeapplication/epub", "an EPUB book", "pandoc -t plain {path} -o text.txt"),
@@ -65,6 +67,11 @@ _SIGNATURES = tuple(_Signature(*row) for row in (
     (rb"\x80[\x02-\x05][\x95c}\]K(q\x8a]", "a Python pickle", "write its text as JSON lines, in the program that wrote it"),
     (rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer, which stands for a file that is not here",
      "git lfs pull, in the folder of the repository"),
+    # Their libraries write the keys in this order.
+    (rb"(?:\xef\xbb\xbf)?\s*\{\s*\"version\"\s*:\s*\"[\d.]+\"\s*,\s*\"truncation\"\s*:.{0,400}?\"padding\"\s*:.{0,400}?\"added_tokens\"",
+     "a tokenizer.json, which is a tokenizer and no text", "data.tokenizer={path}, and leave it out of the text"),
+    (rb"(?:\xef\xbb\xbf)?\s*\{\s*\"config\"\s*:\s*\{\s*\"pattern\".{0,4000}?\"default_vocab_size\"",
+     "a tekken.json, which is a tokenizer of mistral-common and no text", "data.tokenizer needs a tokenizer.json"),
     # SentencePiece: the first piece of a protobuf message.
     (rb"\n.{1,2}\n.(?:<unk>|<pad>|<s>|</s>|\[PAD\]|\[UNK\])\x15", "a SentencePiece model, which is a tokenizer and no text",
      "data.tokenizer needs a tokenizer.json: transformers writes one from it, AutoTokenizer.from_pretrained({folder!r}).save_pretrained"),
@@ -72,10 +79,6 @@ _SIGNATURES = tuple(_Signature(*row) for row in (
 _COMPILED = tuple((re.compile(row.pattern, re.DOTALL), row) for row in _SIGNATURES)
 
 _RANK = re.compile(rb"[A-Za-z0-9+/]{2}== (\d+)\r?")       # a token of one byte in base64, and its rank
-_TOKENIZERS = (  # keys of a JSON object that say what it is
-    ({"config", "vocab"}, {"pattern", "default_vocab_size", "token_bytes"}, "a tokenizer of mistral-common (tekken.json)"),
-    ({"added_tokens", "model"}, {"pre_tokenizer", "normalizer", "decoder"}, "a tokenizer.json"),
-)
 
 
 def refuse_foreign(head: bytes, path: Path, name: str) -> None:
@@ -101,22 +104,11 @@ def refuse_foreign(head: bytes, path: Path, name: str) -> None:
                         "a tokenizer is no text: leave it out; data.tokenizer needs a tokenizer.json")
 
 
-def refuse_foreign_json(value: object, path: Path) -> None:
-    """Raise NotText for the JSON object of a file that describes other files, or is a tokenizer."""
-    if not isinstance(value, dict):
-        return
-    for all_of, any_of, name in _TOKENIZERS:
-        if all_of <= value.keys() and any_of & (value.keys() | _inner(value, "config") | _inner(value, "vocab")):
-            raise _not_text(name, path, "a tokenizer is no text: leave it out, or data.tokenizer={path}")
+def refuse_foreign_json(value: dict, path: Path) -> None:
+    """Raise NotText for the JSON object of a file that describes other files."""
     shards = value.get("shards")
     if isinstance(shards, list) and shards and all(isinstance(shard, dict) and shard.get("format") == "mds" for shard in shards):
         raise _not_text("the index of MosaicML Streaming (MDS)", path, "it describes shards: see there")
-
-
-def _inner(value: dict, key: str) -> set:
-    part = value[key] if key in value else None
-    part = part[0] if isinstance(part, list) and part else part
-    return set(part) if isinstance(part, dict) else set()
 
 
 def _ranks(head: bytes) -> bool:

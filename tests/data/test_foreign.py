@@ -39,7 +39,8 @@ def zipped(*names: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("members, name", [(("a.txt",), "zip"), (("[Content_Types].xml", "word/document.xml"), "Office"), (("mimetype",), "EPUB"),
+@pytest.mark.parametrize("members, name", [(("a.txt",), "zip"), (("[Content_Types].xml", "word/document.xml"), "Office"),
+                                           (("[Content_Types].xml", "docProps/app.xml", "xl/workbook.xml"), "Excel"), (("mimetype",), "EPUB"),
                                            (("arr_0.npy",), "npz"), (("model/data.pkl",), "PyTorch")])
 def test_archives_of_zip_by_what_they_hold(tmp_path: Path, members: tuple[str, ...], name: str) -> None:
     error = named(write(tmp_path, zipped(*members)))
@@ -97,9 +98,13 @@ def test_tokenizers_are_no_text(tmp_path: Path) -> None:
     library.pre_tokenizer = pre_tokenizers.ByteLevel()
     library.save(str(tmp_path / "tokenizer.json"))
     assert "tokenizer.json" in named(tmp_path / "tokenizer.json").format
+    library.save(str(tmp_path / "one line"), pretty=False)
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "one line").read_bytes())
+    assert "tokenizer.json" in named(tmp_path / "marked").format
     ranks = b"".join(base64.b64encode(bytes([33 + rank])) + b" %d\n" % rank for rank in range(94))
     assert "tiktoken" in named(write(tmp_path, ranks)).format
-    tekken = {"config": {"pattern": "x", "default_vocab_size": 9}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}
+    tekken = {"config": {"pattern": "[^\\r\\n\\p{L}]?{1,3}", "num_vocab_tokens": 9, "default_vocab_size": 9},
+              "vocab": [{"rank": 0, "token_bytes": "AA=="}]}
     assert "tekken.json" in named(write(tmp_path, json.dumps(tekken, indent=1).encode())).format
     piece = b"\n\x05<unk>\x15\0\0\0\0\x18\2"                               # ModelProto.pieces: piece, score, type
     assert "SentencePiece" in named(write(tmp_path, b"\n" + bytes([len(piece)]) + piece + b"\n\x0a\n\x03<s>\x15\0\0\0\0\x18\3")).format
