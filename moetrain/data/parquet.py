@@ -1,9 +1,10 @@
 """Rows of Parquet files, read by pyarrow: the columns of `data.text_key` and `data.domain_key`, a batch of rows at a time."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from moetrain.data.records import Fields, Reading, no_domain, no_text
+from moetrain.data.records import Fields, Reading, missing_key, no_domain
 from moetrain.data.spool import Spool
 from moetrain.data.text_file import TextFile
 from moetrain.errors import DataError
@@ -41,8 +42,8 @@ def _rows(file: TextFile, table: Any) -> Iterator[tuple[bytes, str]]:
 
     text, domain = _column(schema, reading.text_key or ""), _column(schema, reading.domain_key or "")
     if text is None:
-        strings = [name for name, kind in _columns(schema) if str(kind) in ("string", "large_string")]
-        raise no_text([name for name, _ in _columns(schema)], strings[0] if strings else "", reading.text_key or "", str(file.path))
+        first = [row for batch in itertools.islice(table.iter_batches(batch_size=1), 1) for row in batch.to_pylist()]
+        raise missing_key(reading.text_key or "", first[0] if first else dict.fromkeys(schema.names), str(file.path), as_text=False)
     if domain is None and reading.domain_key not in (None, Reading().domain_key):
         raise no_domain(reading.domain_key or "", list(_columns(schema)), file.path)
     if twice := [path[0] for path in (text, domain) if path and schema.names.count(path[0]) > 1]:

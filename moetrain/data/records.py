@@ -114,18 +114,14 @@ def flat_keys(record: dict[str, Any], before: str = "", depth: int = 0) -> Itera
             yield f"{before}{key}", value
 
 
-def missing_key(key: str, record: dict[str, Any], place: str) -> DataError:
+def missing_key(key: str, record: dict[str, Any], place: str, *, as_text: bool = True) -> DataError:
+    """record: one that is there, without the text key. as_text: whether its file could be read as text instead."""
     keys = list(flat_keys(record))
-    texts = [(len(value), name) for name, value in keys if isinstance(value, str)]
-    return no_text([name for name, _ in keys], max(texts, default=(0, ""))[1], key, place)
-
-
-def no_text(keys: list[str], likely: str, key: str, place: str) -> DataError:
-    """The keys that are there do not have the text key. likely: one that may be meant."""
+    longest = max(((len(value), name) for name, value in keys if isinstance(value, str)), default=(0, ""))[1]
+    likely = quote(shown(longest)) if longest else "<a key of strings>"
     return DataError(130, f'a record has no "{shown(key)}"', where=place,
-                     why=f"it has {_listed(keys)}" if keys else "it is empty",
-                     next=f"{'data.text_key=' + quote(shown(likely)) if likely else 'data.text_key=<a key of strings>'}, or "
-                          "data.text_key=null to train on every file as it stands")
+                     why=f"it has {_listed([name for name, _ in keys])}" if keys else "it is empty",
+                     next=f"data.text_key={likely}" + (", or data.text_key=null to train on every file as it stands" if as_text else ""))
 
 
 def no_domain(key: str, keys: list[tuple[str, Any]], path: Path) -> DataError:

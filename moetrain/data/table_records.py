@@ -8,6 +8,7 @@ of all that follows. The separator of a `.csv` file is the one of comma, semicol
 import csv
 import io
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from moetrain.data.records import LONGEST_RECORD, Fields, missing_key, too_long
 from moetrain.data.text_file import TextFile
@@ -32,7 +33,7 @@ def table_rows(file: TextFile, separators: tuple[str, ...]) -> Iterator[tuple[by
     try:
         header = next(rows, [])
         if (file.reading.text_key or "") not in header:
-            raise missing_key(file.reading.text_key or "", dict.fromkeys(header), place())
+            raise missing_key(file.reading.text_key or "", dict(zip_longest(header, next(rows, [])[:len(header)])), place())
         if len(set(header)) < len(header):
             raise _malformed(place(), f"its header names a column twice: {', '.join(sorted({n for n in header if header.count(n) > 1}))}")
         for row in rows:
