@@ -136,7 +136,7 @@ class ByteStream:
     def _next(self, size: int) -> bytes:
         try:
             content = self._content.read(size)
-        except Exception as error:       # EOFError, gzip.BadGzipFile, zlib.error, LZMAError, ZstdError; an OSError of the system has an errno
+        except Exception as error:       # EOFError, BadGzipFile, zlib.error, LZMAError, ZstdError; an OSError of the system has an errno
             if self.compression is None or getattr(error, "errno", None) is not None:
                 raise
             raise self._damaged(self.compression, error) from error

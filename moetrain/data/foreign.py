@@ -37,7 +37,8 @@ _SIGNATURES = tuple(_Signature(*row) for row in (
     (rb"PK\x03\x04.{26}[^/\0]{1,200}\.npy", "a numpy archive (.npz)", _NPZ),
     (rb"PK\x03\x04.{26}[^/\0]{1,200}/(?:data\.pkl|byteorder|version)", "a PyTorch checkpoint", _TRANSCRIBE),
     (rb"PK(?:\x03\x04|\x05\x06|\x07\x08)", "a zip archive", _UNPACK_ZIP),
-    (rb".{257}ustar", "a tar archive (WebDataset keeps shards so)", "mkdir <folder>; tar -xf {path} -C <folder>, then data.path=<folder>"),
+    (rb".{257}ustar", "a tar archive (WebDataset keeps shards so)",
+     "mkdir <folder>; tar -xf {path} -C <folder>, then data.path=<folder>"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {path} -o<folder>, then data.path=<folder>"),
     (rb"Rar!\x1a\x07", "a RAR archive", "unrar x {path} <folder>/, then data.path=<folder>"),
     (rb"\x04\x22\x4d\x18", "a file compressed by lz4", "lz4 -d {path}"),
@@ -68,13 +69,15 @@ _SIGNATURES = tuple(_Signature(*row) for row in (
     (rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer, which stands for a file that is not here",
      "git lfs pull, in the folder of the repository"),
     # Their libraries write the keys in this order.
-    (rb"(?:\xef\xbb\xbf)?\s*\{\s*\"version\"\s*:\s*\"[\d.]+\"\s*,\s*\"truncation\"\s*:.{0,400}?\"padding\"\s*:.{0,400}?\"added_tokens\"",
+    (rb"(?:\xef\xbb\xbf)?\s*\{\s*\"version\"\s*:\s*\"[\d.]+\"\s*,\s*\"truncation\"\s*:"
+     rb".{0,400}?\"padding\"\s*:.{0,400}?\"added_tokens\"",
      "a tokenizer.json, which is a tokenizer and no text", "data.tokenizer={path}, and leave it out of the text"),
     (rb"(?:\xef\xbb\xbf)?\s*\{\s*\"config\"\s*:\s*\{\s*\"pattern\".{0,4000}?\"default_vocab_size\"",
      "a tekken.json, which is a tokenizer of mistral-common and no text", "data.tokenizer needs a tokenizer.json"),
     # SentencePiece: the first piece of a protobuf message.
     (rb"\n.{1,2}\n.(?:<unk>|<pad>|<s>|</s>|\[PAD\]|\[UNK\])\x15", "a SentencePiece model, which is a tokenizer and no text",
-     "data.tokenizer needs a tokenizer.json: transformers writes one from it, AutoTokenizer.from_pretrained({folder!r}).save_pretrained"),
+     "data.tokenizer needs a tokenizer.json: transformers writes one from it by "
+     "AutoTokenizer.from_pretrained({folder!r}).save_pretrained"),
 ))
 _COMPILED = tuple((re.compile(row.pattern, re.DOTALL), row) for row in _SIGNATURES)
 
@@ -91,8 +94,8 @@ def refuse_foreign(head: bytes, path: Path, name: str) -> None:
             raise _not_text(row.name, path, row.convert)
     suffix = Path(name).suffix.lower()
     if suffix == ".mds" and b"\0" in head[:64]:
-        raise _not_text("a shard of MosaicML Streaming (MDS)", path, "python -c \"import json, streaming; "
-                        "[print(json.dumps(dict(text=s['text']))) for s in streaming.StreamingDataset(local={folder!r})]\" > text.jsonl")
+        raise _not_text("a shard of MosaicML Streaming (MDS)", path, "python -c \"import json, streaming; [print(json.dumps("
+                        "dict(text=s['text']))) for s in streaming.StreamingDataset(local={folder!r})]\" > text.jsonl")
     if suffix == ".tfrecord" and b"\0" in head[:12]:
         raise _not_text("TFRecord", path, "write its text as JSON lines, with tensorflow")
     if suffix == ".bin" and b"\0" in head[:65536]:

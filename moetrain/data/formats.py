@@ -4,8 +4,8 @@ Whatever begins like records must go on like them, or it is text:
 
     JSON lines    the first two lines are objects; or the first is one with the text key; or the suffix says so
     JSON array    it begins with an object
-    JSON objects  one over several lines: with the text key, or not empty and with another behind it. A file of one object without the
-                  text key is text: a notebook, a package.json
+    JSON objects  one over several lines: with the text key, or not empty and with another behind it. A file of one object
+                  without the text key is text: a notebook, a package.json
     CSV, TSV      the suffix says so; or the first line is names, one of them the text key, and the next has as many cells
     Parquet       its first bytes
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from moetrain.data.records import Fields, Reading, missing_key, no_domain
 from moetrain.data.spool import Spool
@@ -43,11 +43,13 @@ def _rows(file: TextFile, table: Any) -> Iterator[tuple[bytes, str]]:
     text, domain = _column(schema, reading.text_key or ""), _column(schema, reading.domain_key or "")
     if text is None:
         first = [row for batch in itertools.islice(table.iter_batches(batch_size=1), 1) for row in batch.to_pylist()]
-        raise missing_key(reading.text_key or "", first[0] if first else dict.fromkeys(schema.names), str(file.path), as_text=False)
+        record = first[0] if first else dict.fromkeys(schema.names)
+        raise missing_key(reading.text_key or "", record, str(file.path), as_text=False)
     if domain is None and reading.domain_key not in (None, Reading().domain_key):
         raise no_domain(reading.domain_key or "", list(_columns(schema)), file.path)
     if twice := [path[0] for path in (text, domain) if path and schema.names.count(path[0]) > 1]:
-        raise DataError(133, "a table cannot be read", where=str(file.path), why=f"two of its columns are named {shown(twice[0])}",
+        raise DataError(133, "a table cannot be read", where=str(file.path),
+                        why=f"two of its columns are named {shown(twice[0])}",
                         next="write it with one of them, or data.text_key=<another column>")
     fields = Fields(reading, file.entry, place)
     rows = table.metadata.num_rows

@@ -95,8 +95,8 @@ def _warn_of_undecodable(entries: list[FileEntry]) -> None:
     marred = [entry for entry in entries if entry.undecodable]
     if marred:
         worst = max(marred, key=lambda entry: entry.undecodable)
-        log.warning("not characters in data.encoding: bytes in %d of %d files, %s in all, most of them in %s%s", len(marred), len(entries),
-                    f"{sum(entry.undecodable for entry in marred):,}", worst.name,
+        log.warning("not characters in data.encoding: bytes in %d of %d files, %s in all, most of them in %s%s",
+                    len(marred), len(entries), f"{sum(entry.undecodable for entry in marred):,}", worst.name,
                     f"; {worst.convert} may read it" if worst.convert else "")
 
 

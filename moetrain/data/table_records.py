@@ -35,7 +35,8 @@ def table_rows(file: TextFile, separators: tuple[str, ...]) -> Iterator[tuple[by
         if (file.reading.text_key or "") not in header:
             raise missing_key(file.reading.text_key or "", dict(zip_longest(header, next(rows, [])[:len(header)])), place())
         if len(set(header)) < len(header):
-            raise _malformed(place(), f"its header names a column twice: {', '.join(sorted({n for n in header if header.count(n) > 1}))}")
+            twice = sorted({name for name in header if header.count(name) > 1})
+            raise _malformed(place(), f"its header names a column twice: {', '.join(twice)}")
         for row in rows:
             if len(row) == len(header):
                 yield fields.of(dict(zip(header, row)))
@@ -84,5 +85,5 @@ def _lines(file: TextFile) -> Iterator[str]:
 
 def _malformed(place: str, why: str) -> DataError:
     return DataError(133, "a table cannot be read", where=place, why=why,
-                     next="write it with every cell that holds a separator, a quote or a line break in quotes, and quotes doubled; "
-                          "or data.text_key=null to train on every file as it stands")
+                     next="write it with every cell that holds a separator, a quote or a line break in quotes, and quotes "
+                          "doubled; or data.text_key=null to train on every file as it stands")

@@ -10,7 +10,7 @@ from moetrain.data.records import Reading
 
 
 class TextFile:
-    """name: without the suffix of a compression. mark_size: bytes of its byte order mark. in_utf8: whether it needs no decoding."""
+    """name: without the suffix of a compression. mark_size: bytes of its byte order mark. in_utf8: it needs no decoding."""
 
     def __init__(self, path: Path, stream: ByteStream, reading: Reading, entry: FileEntry,
                  advance: Callable[[int], None] | None = None) -> None:

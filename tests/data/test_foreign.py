@@ -120,7 +120,8 @@ def test_formats_by_their_first_bytes(tmp_path: Path, head: bytes, name: str) ->
     assert name in named(write(tmp_path, head if head[:2] == b"\x1f\x8b" else head + b"more of it")).format
 
 
-@pytest.mark.parametrize("text", ["ORC\nis a beast\n", "MZ is how programs begin\n", "BMW cars\n", "ID3 tags\n", "xxx ftyp\n", "RIFF and WAVE\n", "PK\n",
+@pytest.mark.parametrize("text", ["ORC\nis a beast\n", "MZ is how programs begin\n", "BMW cars\n", "ID3 tags\n",
+                                  "xxx ftyp\n", "RIFF and WAVE\n", "PK\n",
                                   "BZh91AY is how bzip2 begins\n", "LZIP\n", "\n\nOnce upon\n", "GIF87 and so on\n"])
 def test_prose_that_begins_like_a_format_is_text(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, text.encode() * 3)

@@ -96,7 +96,8 @@ def test_a_format_is_told_by_content_whatever_the_name(tmp_path: Path, form: str
 @pytest.mark.parametrize("name, text", [
     ("package.json", '{"name": "a", "version": "1"}'), ("book.ipynb", json.dumps({"cells": [{"source": ["a"]}], "metadata": {}}, indent=1)),
     ("a.c", "{\n  int text, domain;\n}\n{\n}\n"), ("list.json", '["a", "b"]'), ("numbers.json", "[1, 2]\n[3]\n"), ("a.md", "[link](to), text"),
-    ("log", "[info] {\"text\": 1}\n"), ("prose.txt", "text, code, and images\nare one, two, three\n"), ("a.py", "text, domain = split(line)\nx, y = 1, 2\n"),
+    ("log", "[info] {\"text\": 1}\n"), ("prose.txt", "text, code, and images\nare one, two, three\n"),
+    ("a.py", "text, domain = split(line)\nx, y = 1, 2\n"),
     ("set.py", "{'text': 'a'}\n{'text': 'b'}\n"), ("empty.json", "{}"), ("objects", "{} {} and more"), ("template", '{"text": "{{ value }}"'),
     ("long.txt", "{" + "word " * 40_000), ("words.txt", "text\nword\n"), ("tabs.txt", "the text\tis here\nor\tthere\n"),
     ("row.txt", "text,label\nthis line is no row of two, or three, cells\n"), ("ranks.txt", "line 0\nline 1\nline 2\n" * 9)])
@@ -158,7 +159,8 @@ def test_a_mixed_schema_is_refused_at_its_place(tmp_path: Path) -> None:
     assert "a list" in refused(131, put(tmp_path, '{"text": "a", "domain": []}\n{"text": "b"}')).why
 
 
-@pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": "b"}', '[{"text": "a"}, {"text": "b', '[{"text": "a"},', '[{"text": "a"} {"text": "b"}]',
+@pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": "b"}',
+                                     '[{"text": "a"}, {"text": "b', '[{"text": "a"},', '[{"text": "a"} {"text": "b"}]',
                                      '[{"text": "a"}] x', '[{"text": "a"},]', '{"text": "a"}\n{"text": "b"\n', '{\n"text": "a"}{\n"text": "b"'])
 def test_json_that_is_cut_off_is_refused(tmp_path: Path, content: str) -> None:
     assert str(tmp_path) in refused(33, put(tmp_path, content)).where
