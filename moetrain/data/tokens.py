@@ -13,12 +13,12 @@ file: a link may lead anywhere and is refused. Tokens are read, and compared wit
 Errors of the room `data/` (exit code 12):
 
     E-DATA-001 cannot be read         010 dataset folder incomplete    030 no such path         040 corpus too small
-    E-DATA-002 empty                  011 dataset.json damaged         031 binary file          050 seq_len too long
+    E-DATA-002 empty                  011 dataset.json damaged         031 no text              050 seq_len too long
     E-DATA-003 not a token shard      012 shard of another dataset     032 nothing to read      051 text not prepared
-    E-DATA-004 unknown version        013 documents out of order       033 bad line of .jsonl   052 data.path missing
+    E-DATA-004 unknown version        013 documents out of order       033 bad record of JSON   052 data.path missing
     E-DATA-005 header damaged         020 no such tokenizer            034 changed while read
     E-DATA-006 truncated or longer    021 bad tokenizer file           035 too little text to split
-    E-DATA-007 altered
+    E-DATA-007 altered                                        102, 103, 130 … 137 what readers refuse
     E-DATA-008 token id out of range  150 … 156 tokenizers    070 … 074, 122, 160 … 166 files of other trainers
 """
 
