@@ -53,7 +53,7 @@ class FileEntry:
 
     name: str                       # relative to the path that the user gave
     size: int                       # bytes on disk
-    side: str = TRAINED             # HELD: of a validation split that lies beside the training text
+    side: str = TRAINED             # HELD: of data.held_out, or of a validation split that lies beside the training text
     reason: str = ""
     format: str = ""                # of what was read: "text", "JSON lines", …; of what was not: what it is
     compression: str = ""           # "gzip", …

@@ -81,6 +81,8 @@ def find_source(path: str | None, held_out: str | None, *, own: tuple[Path, ...]
     if held_out is not None:
         heldout = scan(Path(held_out), key="data.held_out", own=own, splits=False)
         _refuse_empty(heldout)
+        for file in heldout.files:
+            file.entry.side = HELD
     if path is None:
         return Source(BUILTIN, None, heldout)
     found = scan(Path(path), own=own, held_out=Path(held_out) if held_out else None, splits=splits)
