@@ -101,10 +101,17 @@ class Spans(NamedTuple):
 
 
 class FileStream:
-    """Spans of several files as one address space; takes the place of data.prepared.TokenStream."""
+    """Spans of several files as one address space; takes the place of data.prepared.TokenStream.
 
-    def __init__(self, files: Sequence[TokenBlocks], spans: Spans, *, num_domains: int, bytes_alone: bool) -> None:
-        self._files, self._bytes_alone = files, bytes_alone
+    Args:
+        files: by the number that `spans` have.
+        spans: sorted by domain.
+        num_domains: of all, also those without a span here.
+        tokenizer: what the ids stand for.
+    """
+
+    def __init__(self, files: Sequence[TokenBlocks], spans: Spans, *, num_domains: int, tokenizer: Tokenizer | None) -> None:
+        self._files, self._tokenizer = files, tokenizer
         starts = np.concatenate([[0], np.cumsum(spans.length, dtype=np.int64)])
         self.size, self.document_starts = int(starts[-1]), starts[:-1]
         self.domain_bounds = starts[np.searchsorted(spans.domain, np.arange(num_domains + 1))]
@@ -129,7 +136,10 @@ class FileStream:
 
     def text_bytes(self, start: int, length: int) -> int | None:
         """Bytes of text that these tokens stand for, which only tokens that are bytes tell."""
-        return int((self.read(start, length) < 256).sum()) if self._bytes_alone else None
+        if self._tokenizer is None or self._tokenizer.identity != "bytes":
+            return None
+        ids = self.read(start, length)
+        return int(((ids < 256) & (ids != self._tokenizer.end_id)).sum())
 
 
 def open_files(path: Path, kind: str, members: Sequence[Member], domains: Sequence[str], *, vocab_size: int,
@@ -149,8 +159,7 @@ def open_files(path: Path, kind: str, members: Sequence[Member], domains: Sequen
         shares: of the samples, by domain.
     """
     files = [member.file.tokens for member in members]
-    bytes_alone = tokenizer is not None and tokenizer.identity == "bytes"
-    train, heldout = (FileStream(files, spans, num_domains=len(domains), bytes_alone=bytes_alone)
+    train, heldout = (FileStream(files, spans, num_domains=len(domains), tokenizer=tokenizer)
                       for spans in _sides(members))
     if not heldout.size:
         raise DataError(74, "there is too little data to hold some out", where=str(path),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies
+from tokenizers import ByteLevelBPETokenizer
 
 from moetrain.config.compose import compose
 from moetrain.data import token_blocks
@@ -209,6 +210,7 @@ def test_an_end_token_that_occurs_nowhere_is_refused_where_it_is_typed(tmp_path:
     assert "every file is one document" in caplog.text and data.train_stream.document_starts.tolist() == [0]
     assert data.train_stream.text_bytes(3, 20) == 20
     other = dataset(tmp_path / "a.bin", "data.tokenizer=bytes", f"data.end_token={ids(0, 300, 255)[7]}")
+    assert other.train_stream.text_bytes(3, 20) == 19            # the end token is the eighth
     assert other.tokenizer.end_id == ids(0, 300, 255)[7] and 8 in other.train_stream.document_starts.tolist()
 
 
@@ -310,3 +312,21 @@ def test_a_run_trains_evaluates_and_resumes(tmp_path: Path) -> None:
     content[0] ^= 1
     (tmp_path / "train.bin").write_bytes(content)            # other data: the run does not go on with it
     assert "E-DATA-062" in moetrain("train", *common, "run.name=broken", "run.steps=6", code=12)
+
+
+def test_a_tokenizer_json_brings_vocabulary_end_token_and_text(tmp_path: Path) -> None:
+    library = ByteLevelBPETokenizer()
+    library.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 9, vocab_size=300,
+                                special_tokens=["<pad>", "<|endoftext|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    stories = [f"the lazy dog {number} jumps" for number in range(40)]
+    nanogpt(tmp_path / "a.bin", end_of_documents([np.array(library.encode(story).ids) for story in stories], 1))
+    named = f"data.tokenizer={tmp_path / 'tokenizer.json'}"
+    data = dataset(tmp_path / "a.bin", named)
+    assert data.vocab_size == library.get_vocab_size() and data.tokenizer.end_id == 1
+    bounds = [*data.train_stream.document_starts.tolist(), data.train_stream.size]
+    read = [data.tokenizer.decode(data.train_stream.read(a, b - a).tolist()) for a, b in zip(bounds, bounds[1:])]
+    assert read == stories[:len(read)] and len(read) == 38 and data.train_stream.text_bytes(0, 9) is None
+    typed = dataset(tmp_path / "a.bin", named, "data.end_token=<|endoftext|>")
+    assert typed.fingerprint == data.fingerprint and typed.train_stream.size == data.train_stream.size
+    assert refused(tmp_path / "a.bin", named, "data.end_token=<pad>").id == "E-DATA-163"
