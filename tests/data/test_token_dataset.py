@@ -129,6 +129,14 @@ def test_the_documents_of_many_small_domains_are_all_trained_on(tmp_path: Path, 
     assert sum(length for row in rows for _, length in row) >= 0.99 * len(rows) * 300
 
 
+def test_every_repetition_of_a_single_token_is_a_document_of_its_own(tmp_path: Path) -> None:
+    data = dataset(numbered(tmp_path, [40, 1]), seq_len=8, mixture="uniform", mask_documents=True)
+    batch = data.batch(data.sample_ids(1, range(8)))
+    (alone, *_) = torch.nonzero(batch.domains_B == 1).flatten().tolist()
+    assert batch.targets_BS[alone].tolist() == [40] * 8 and batch.tokens_BS[alone].tolist() == [39] * 8
+    assert batch.documents_BS[alone].tolist() == list(range(8))
+
+
 def test_the_main_domain_of_a_window_has_most_of_its_targets(tmp_path: Path) -> None:
     data = dataset(numbered(tmp_path, [20, 0, 4, 4, 8]), seq_len=16)
     assert data.batch(np.arange(3)).domains_B.tolist() == [0, 0, 4]
