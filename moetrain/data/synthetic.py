@@ -6,7 +6,6 @@ sequence depends on (seed, sample id) alone. Held-out ones have ids that no step
 """
 
 import hashlib
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -59,12 +58,6 @@ class SyntheticDataset:
         """So many ids; those of several domains as one are spread over them."""
         numbers, domains = np.arange(windows, dtype=np.int64), np.asarray(self._parts[part].domains, np.int64)
         return HELDOUT_IDS + domains[numbers * len(domains) // max(windows, 1)] * DOMAIN_IDS + numbers
-
-    def heldout(self, part: int, *, windows: int, batch: int) -> Iterator[Batch]:
-        """Held-out sequences of measured[part], `batch` at once."""
-        ids = self.heldout_ids(part, windows)
-        for first in range(0, windows, batch):
-            yield self.batch(ids[first:first + batch])
 
     def bytes_of_targets(self, batch: Batch) -> None:
         """Generated tokens stand for no text."""

@@ -245,7 +245,7 @@ def test_generated_domains_are_predictable_and_differ() -> None:
     data = synthetic(min_length=1.0)
     alphabets = []
     for domain in range(4):
-        (batch,) = data.heldout(domain, windows=60, batch=60)
+        batch = data.batch(data.heldout_ids(domain, 60))
         assert (batch.domains_B == domain).all() and (batch.sample_ids_B >= HELDOUT_IDS).all()
         pairs = torch.zeros(64, 64).index_put_((batch.tokens_BS[:30].flatten(), batch.targets_BS[:30].flatten()),
                                                torch.ones(30 * 32), accumulate=True)
