@@ -20,12 +20,36 @@ for word in "$@"; do
 done
 run=(experiment=quickstart "$@")           # every command finds the run by the overrides that trained it
 
-moetrain train "${run[@]:0:1}" "${ranks[@]}" "${run[@]:1}"
+# Runs a command that does not outlive this script: a signal that comes here alone is passed on, and training saves. In the
+# background, because bash acts on signals while it waits by `wait`, not while a command runs.
+step() {
+    local before=-1 code=0
+    [ -z "$told" ] || exit $((128 + $(kill -l "$told")))
+    (trap - INT; exec "$@") &               # the shell would have it ignore Ctrl-C
+    started=$!
+    while [ "$before" != "$signals" ]; do   # a signal ends `wait`, not the command
+        before=$signals code=0
+        wait "$started" || code=$?
+    done
+    started=""
+    return "$code"
+}
+pass_on() {
+    told=$1 signals=$((signals + 1))
+    [ -z "$started" ] || [ "$1" = INT ] || kill -s "$1" "$started" 2>/dev/null || true      # a terminal sends INT to all of it
+}
+told="" signals=0 started=""
+for name in TERM HUP USR1 INT; do
+    # shellcheck disable=SC2064  # the name as it is now
+    trap "pass_on $name" "$name"
+done
+
+step moetrain train "${run[@]:0:1}" "${ranks[@]}" "${run[@]:1}"
 echo
-moetrain eval "${run[@]:0:1}" eval.ngram=4 "${run[@]:1}"
+step moetrain eval "${run[@]:0:1}" eval.ngram=4 "${run[@]:1}"
 echo
 # 2: the run was trained on tokens that stand for no text, and generate has said so.
-moetrain generate "${run[@]:0:1}" generate.prompt="def main(" generate.tokens=160 "${run[@]:1}" || [ $? -eq 2 ]
+step moetrain generate "${run[@]:0:1}" generate.prompt="def main(" generate.tokens=160 "${run[@]:1}" || [ $? -eq 2 ]
 
 cat <<END
 

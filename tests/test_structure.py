@@ -203,7 +203,7 @@ def offences(module: str, source: str) -> list[str]:
 # Rooms that read what lies in a folder of a run or of data, where anybody may have put anything: they open it by moetrain.files.
 READERS = ("comm", "data", "generate", "interop", "launch", "nodes", "report", "runs", "train")
 # Files that no user makes: of the kernel, of installed packages, and new ones that must not exist.
-OTHER_FILES = {"moetrain.nodes.supervise", "moetrain.train.tenancy", "moetrain.runs.lock", "moetrain.data.corpus",
+OTHER_FILES = {"moetrain.nodes.ranks", "moetrain.train.tenancy", "moetrain.runs.lock", "moetrain.data.corpus",
                "moetrain.train.checkpoint.disk"}
 
 

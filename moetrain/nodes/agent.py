@@ -1,24 +1,32 @@
-"""torchrun's agent on this node: `python -m moetrain.nodes.agent <arguments of torchrun>`, started by supervise.py.
+"""torchrun's agent on this node: `python -m moetrain.nodes.agent <supervisor> <arguments of torchrun>`, started by
+supervise.py, whose process id the first argument is.
 
-It differs from torchrun in three things: it ends with the code of the rank that failed first (128 + signal when a signal
-ended it) instead of 1; a failure is a line, not a traceback; and signals meant for the ranks do not end it, even when
-they are sent to every process of a job, as Slurm does.
+It differs from torchrun in four things: it ends with the code of the rank that failed first (128 + signal when a signal
+ended it) instead of 1; a failure is a line, not a traceback; signals meant for the ranks do not end it, even when they
+are sent to every process of a job, as Slurm does; and when its supervisor is gone, the ranks save and all of it ends.
 """
 
 import logging
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from moetrain import streams
+from moetrain.nodes.ranks import ranks_of
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)    # to the ranks, by supervise.py
 END = signal.SIGUSR2                                                          # ends the agent, and the ranks with it
 
 _OTHERS_LOST = 16
+_POLL_S = 1.0
 
 
 def main(argv: Sequence[str]) -> int:
+    supervisor, *argv = argv
     for number in PASSED_ON:
         if signal.getsignal(number) is not signal.SIG_IGN:       # nohup stays nohup
             signal.signal(number, lambda *_: None)               # ranks would inherit SIG_IGN, but not this
@@ -30,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
     from torch.distributed.run import parse_args, run
 
+    threading.Thread(target=_stay_with, args=(int(supervisor),), name="supervisor", daemon=True).start()
     logging.disable(logging.ERROR)       # a signal that arrives while torch logs is lost: logging catches what the handler raises
     try:
         run(parse_args(["--signals-to-handle", END.name, *argv]))
@@ -49,6 +58,19 @@ def main(argv: Sequence[str]) -> int:
         print(f"moetrain: the other nodes were lost: {str(error.__cause__ or error).splitlines()[0]}", file=sys.stderr)
         return _OTHERS_LOST
     return 0
+
+
+def _stay_with(supervisor: int) -> None:
+    """Once the supervisor is gone nobody would pass a signal on: the ranks are told to save and leave, then the agent ends."""
+    while os.getppid() == supervisor:
+        time.sleep(_POLL_S)
+    told = ranks_of(os.getpid())
+    for rank in told:
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGTERM)                # a rank leaves by itself when run.grace_s is over
+    while told & ranks_of(os.getpid()):
+        time.sleep(_POLL_S)
+    os.kill(os.getpid(), END)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from moetrain import launch
 from moetrain.files import read_json
 from moetrain.nodes.agent import END, PASSED_ON
 from moetrain.nodes.node import Node, cores
+from moetrain.nodes.ranks import parent_of_leader, ranks_of
 from moetrain.nodes.rollcall import interface, own_address
 
 _PREEMPTED, _PEER = 10, 16
@@ -36,8 +37,8 @@ def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | N
     """
     status, ranks = Status(run_dir), set()
     with _catching() as signals:
-        agent = subprocess.Popen([sys.executable, "-m", "moetrain.nodes.agent", *_torchrun(node), "-m", "moetrain", *argv],
-                                 env=_environment(node))
+        agent = subprocess.Popen([sys.executable, "-m", "moetrain.nodes.agent", str(os.getpid()), *_torchrun(node), "-m", "moetrain",
+                                  *argv], env=_environment(node))
         try:
             killed = _watch(agent, ranks, status, signals, math.inf if grace_s is None else grace_s + _MARGIN_S)
         finally:
@@ -90,21 +91,6 @@ def ending(returned: int, status: dict | None, signals: Sequence[int]) -> int:
     if returned and signals and status is None and (returned > 128 or returned < 0):
         return 130 if signals[0] == signal.SIGINT else _PREEMPTED             # before there was anything to save
     return _PEER if returned > 128 or returned < 0 else returned
-
-
-def ranks_of(agent: int) -> set[int]:
-    """Process ids of the ranks: children of the agent that lead a session of their own."""
-    every = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    return {process for process in every if _parent_of_leader(process) == agent}
-
-
-def _parent_of_leader(process: int) -> int | None:
-    """The parent of a process that leads a session; None when it does not, or has ended."""
-    with suppress(OSError):
-        state, parent, _, session = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[:4]
-        if int(session) == process and state != "Z":
-            return int(parent)
-    return None
 
 
 # --- while it runs
@@ -162,7 +148,7 @@ def _end(agent: subprocess.Popen, ranks: set[int]) -> None:
             with suppress(subprocess.TimeoutExpired):
                 agent.wait(10)
     deadline = time.monotonic() + 10
-    while (left := {rank for rank in ranks if _parent_of_leader(rank) is not None}) and time.monotonic() < deadline:
+    while (left := {rank for rank in ranks if parent_of_leader(rank) is not None}) and time.monotonic() < deadline:
         _signal(left, signal.SIGKILL)
         time.sleep(_POLL_S)
 

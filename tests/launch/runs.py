@@ -92,3 +92,10 @@ def children(parent: int) -> list[int]:
             if int((entry / "stat").read_text().rpartition(") ")[2].split()[1]) == parent:
                 found.append(int(entry.name))
     return found
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(process) / "stat").read_text().rpartition(") ")[2][0] != "Z"
+    return False

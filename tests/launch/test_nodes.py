@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import TINY, children, ended, ranks, started, status, steps, two_nodes, until
+from tests.launch.runs import TINY, children, ended, is_alive, ranks, started, status, steps, two_nodes, until
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.ranks
@@ -64,6 +64,17 @@ def test_no_rank_outlives_its_agent(tmp_path: Path) -> None:
         node.wait(60)
         assert not ranks(run)
         assert ended(node)[0] == 16
+
+
+@pytest.mark.slow
+def test_a_run_whose_supervisor_is_killed_saves_and_ends(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started("node.sh", *TINY, "run.steps=100000", f"run.dir={run}", NPROC=1) as node:
+        until(lambda: len(steps(run)) > 1)
+        left = [*children(node.pid), *ranks(run)]
+        node.kill()
+        until(lambda: not any(map(is_alive, left)), limit_s=60)
+    assert status(run)["code"] == 10 and (run / "checkpoints" / f"step-{steps(run)[-1]:08d}").is_dir()
 
 
 @pytest.mark.slow

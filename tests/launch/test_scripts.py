@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from moetrain.__main__ import main
 from moetrain.config.compose import compose, run_dir
+from tests.launch.runs import until
 
 ROOT = Path(__file__).parents[2]
 # Blanks, quotes, a comma, brackets, a glob and what a shell would run.
@@ -25,6 +27,23 @@ import json, os, sys
 with open(os.environ["RECORD"], "a") as record:
     record.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 sys.exit(sys.argv[1] == "-c")       # quickstart.sh asks for a GPU: there is none
+"""
+# In place of a verb: it saves when it is told to stop, which takes a while.
+WAITER = """#!{python}
+import os, signal, sys, time
+def note(word):
+    with open(os.environ["RECORD"], "a") as record:
+        record.write(word + "\\n")
+def save(number, frame):
+    time.sleep(0.3)
+    note(str(number))
+    sys.exit(10)
+for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"):
+    if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+        signal.signal(getattr(signal, name), save)
+note(sys.argv[1])
+note("ready")
+time.sleep(60)
 """
 
 
@@ -103,6 +122,22 @@ def test_quickstart_trains_evaluates_and_continues_the_run_that_is_named(
     assert [verb for verb, *_ in advised] == ["eval", "report", "generate"]
     for command in advised:
         assert main(command) == 0 and command[1:] == [f"run.dir={run}"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_quickstart_alone_reaches_what_it_runs(checkout: Path, number: int) -> None:
+    """It is no orphan: it saves, with code 10, and the script ends with that and runs nothing else."""
+    (checkout / ".venv" / "bin" / "moetrain").write_text(WAITER.format(python=sys.executable))
+    record = checkout / "record"
+    script = subprocess.Popen(["bash", str(checkout / "launch" / "quickstart.sh")], text=True, start_new_session=True,
+                              env={**os.environ, "RECORD": str(record), "PYTHON": sys.executable})
+    until(lambda: record.exists() and "ready" in record.read_text(), limit_s=60)
+    if number == signal.SIGINT:                          # Ctrl-C: a terminal sends it to all of them
+        os.killpg(script.pid, number)
+    else:
+        script.send_signal(number)
+    assert script.wait(60) == 10
+    assert record.read_text().split()[-3:] == ["train", "ready", str(int(number))]
 
 
 def test_quickstart_refuses_flags(checkout: Path) -> None:
