@@ -3,6 +3,7 @@
 #
 #   bash launch/debug.sh                          the run
 #   bash launch/debug.sh run.steps=5 loss=[z]     with overrides
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

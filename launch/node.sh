@@ -6,6 +6,7 @@
 #   RESTARTS=0 bash launch/node.sh ...                        no restart after a failure (3 without it)
 #
 # Ends with the exit code of the run. SIGTERM and SIGUSR1 reach the ranks: they save, and it ends with 10.
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

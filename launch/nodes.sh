@@ -11,6 +11,7 @@
 #
 # The nodes share the run's directory. Nothing is encrypted or authenticated: on a trusted network only.
 # Ends with the exit code of the run on every node, and with 15 when the nodes do not find each other.
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -4,6 +4,7 @@
 # Makes .venv, prepares the built-in corpus, trains 0.95 M parameters (two CPU ranks that share the experts, or one GPU),
 # evaluates beside n-gram models, draws the expert load, writes some text. Run it again: it goes on, or says it is done.
 # All of it is about the run that the overrides name: run.name=mine, experiment=debug, model.num_experts=16, ...
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

@@ -99,10 +99,12 @@ def _leave(code: int) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if argv[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
     verb, *rest = argv
+    if verb in ("-h", "--help", "help"):
+        if not rest:
+            print(_help())
+            return 0
+        verb, *rest = *rest, "--help"
     verb = "version" if verb == "--version" else verb
     if verb not in VERBS:
         meant = verbs_meant(verb)

@@ -54,7 +54,7 @@ def is_worker() -> bool:
     for name in _NUMBERS:
         text = os.environ.get(name, "0")
         if not text.isdecimal():
-            raise _wrong_environment(f"{name}={text}", f"{name}, RANK", f"RANK is set, so this would be a rank, and {name} is no number")
+            raise _wrong_environment(f"{name}={text}", ", ".join(dict.fromkeys([name, "RANK"])), f"RANK is set, so this would be a rank, and {name} is no number")
     if rank() >= int(os.environ.get("WORLD_SIZE", rank() + 1)):
         raise _wrong_environment(f"RANK={rank()} with WORLD_SIZE={os.environ['WORLD_SIZE']}", "RANK, WORLD_SIZE",
                                  "ranks are numbered from 0 to WORLD_SIZE - 1")

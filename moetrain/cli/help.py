@@ -2,6 +2,7 @@
 
     moetrain train --help          what it does, the keys to know first, the groups
     moetrain train --help optim    the options of a group and the keys of its section
+    moetrain train --help optim.lr a key; overrides beside --help are left aside
     moetrain train --help all      every page
 """
 
@@ -31,9 +32,11 @@ FIRST_KEYS = (
 
 def page(verb: str, doc: str, words: Sequence[str]) -> str:
     """What `moetrain <verb> --help <words>` prints."""
-    names = [word for word in words if not word.startswith("-")]
     if verb != "train":
         return refilled(doc)
+    asked = min(words.index(flag) for flag in ("-h", "--help") if flag in words)
+    known = {*pages(), *group_options(), "all"}              # a word before --help may be a run
+    names = [word for place, word in enumerate(words) if word[:1] != "-" and "=" not in word and (place > asked or word in known)]
     if not names:
         return "\n".join([refilled(doc), *overview()])
     if names == ["all"]:
@@ -65,9 +68,11 @@ def first_keys() -> Iterator[str]:
 
 
 def section_page(name: str) -> str:
-    """Options of the group and keys of the section; files of the group that cannot be read, by line."""
+    """Options of the group and keys of the section, or one key; files of the group that cannot be read, by line."""
+    if key := next((key for key in keys_of(section_of(name.partition(".")[0])) if key.path == name), None) if "." in name else None:
+        return "\n".join(described(key))
     if name not in {*pages(), *group_options()}:
-        near = nearest(name, [*pages(), *group_options()])
+        near = nearest(name, [*pages(), *group_options(), *schema_keys()])
         raise ConfigError(106, f"there is no page {name}", where="the command line", why=f"the pages are {', '.join(pages())}",
                           next=" or ".join(f"moetrain train --help {page}" for page in near) or "moetrain train --help")
     section = section_of(name)
@@ -83,8 +88,13 @@ def section_page(name: str) -> str:
     if keys := keys_of(section):
         lines += ["", f"{section}.<key>"] if lines else [f"{section}.<key>"]
         for key in keys:
-            lines += [_hanging("  ", f"{key.path}={show(key.default)}"), *_indented(key.help), *_indented(f"[{details(key)}]")]
+            lines += described(key)
     return "\n".join(lines)
+
+
+def described(key: Key) -> list[str]:
+    """A key with its default, what it does, and what it takes."""
+    return [_hanging("  ", f"{key.path}={show(key.default)}"), *_indented(key.help), *_indented(f"[{details(key)}]")]
 
 
 def details(key: Key) -> str:

@@ -45,6 +45,8 @@ _PATHS = ("data.path", "data.held_out", "data.tokenizer")
 _MOST_ERRORS = 20           # of a recorded config: one of another release may differ in everything
 # What evaluation and sampling may change of the model.
 _FREE_AFTER_TRAINING = ("model.top_k",)
+# What is in the checkpoint, or of training alone.
+_OF_TRAINING = ("model.", "optim.", "balance.", "loss")
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -75,7 +77,7 @@ def for_run(overrides: Sequence[str]) -> Config:
     """The config of the run that a bare word, run.name, run.dir or experiment names, with the other overrides on top.
 
     One process and no process group unless the overrides say otherwise: a checkpoint fits any number of ranks. Of
-    model.* only top_k may differ from what was trained.
+    model.* only top_k may differ from what was trained, and nothing of what training alone reads: it would have no effect.
     """
     overrides, named = bare_run(overrides, known=False)
     command, problems = read(overrides)
@@ -89,8 +91,11 @@ def for_run(overrides: Sequence[str]) -> Config:
     base["engine"]["name"] = "torch"
     config = _on_recorded(base, trained, directory, values, command, problems, files)
     conflicts = _conflicts(trained, config, _FREE_AFTER_TRAINING)
-    if of_model := [error for error in conflicts if error.where.startswith("model.")]:
-        raise ConfigErrors(of_model)
+    if of_training := [error for error in conflicts if error.where.startswith(_OF_TRAINING)]:
+        for error in of_training:
+            error.why = "the run was trained with the first value, and this command does not train"
+            error.next = f"leave {error.where} out"
+        raise ConfigErrors(of_training)
     return config
 
 
@@ -223,6 +228,12 @@ def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    try:
+        os.getcwd()
+    except OSError as error:                                 # Hydra asks too
+        raise ConfigErrors([ConfigError(141, "the current folder is gone", where=os.environ.get("PWD", "."),
+                                        why="it was removed or renamed while this shell stood in it; runs/ and relative paths are looked "
+                                            "for there", next="cd <a folder that is there>")]) from error
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             composed = hydra_compose("config", list(arguments), return_hydra_config=True)

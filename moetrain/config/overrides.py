@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from moetrain.config.field_names import values_meant
 from moetrain.config.groups import advice, group_options
+from moetrain.config.run_names import runs_here
 from moetrain.config.suggest import nearest, nearest_keys
 from moetrain.config.values import schema_keys, schema_sections, show, type_name
 from moetrain.errors import ConfigError
@@ -182,16 +183,26 @@ def _several(key: str, raw: str, text: str, overrides: Sequence[str]) -> ConfigE
                        next="\n          or ".join([*swept, *a_list]))
 
 
+def _meant(word: str, groups: dict[str, list[str]]) -> list[str]:
+    """What a word without = may stand for: a group, an option, a section, a run, a key."""
+    if word in groups:
+        return [advice(word)]
+    if word in schema_sections():
+        return [f"{word}.<key>=<value>"]
+    chosen = [f"{group}={word}" for group, options in groups.items() if word in options]
+    return chosen or nearest(word, runs_here()) or [f"{key}=<value>" for key in nearest_keys(word, schema_keys())]
+
+
 def _malformed(text: str, reason: str, groups: dict[str, list[str]]) -> ConfigError:
     if text.startswith("-"):
+        without = text.lstrip("-")
         return ConfigError(19, f"unknown flag {text}", where="the command line", why="values are set by key=value",
-                           next="moetrain train --help lists flags, and the pages of keys")
+                           next=shlex.quote(without) if _is_possible(without.partition("=")[0]) and "=" in without else
+                           "moetrain train --help lists flags, and the pages of keys")
     if "=" not in text:
-        known = [f"{group}={text}" for group, options in groups.items() if text in options]
-        known = known or [f"{key}=<value>" for key in nearest_keys(text, schema_keys())]
         return ConfigError(1, f"{text!r} is not an override", where=typed(text),
-                           why="an override is written key=value",
-                           next=" or ".join(known) or "moetrain train --help")
+                           why="an override is written key=value, and no run here has that name",
+                           next=" or ".join(_meant(text, groups)) or "moetrain train --help")
     key, _, value = text.partition("=")
     return ConfigError(1, f"{text!r} cannot be read", where=typed(text),
                        why=reason.splitlines()[0].partition(" expecting")[0],

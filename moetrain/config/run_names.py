@@ -53,11 +53,16 @@ def find_run(name: str) -> Path:
     if is_run(name):
         raise ConfigError(65, f"the run {name} has lost its config.yaml", where=name, why="it has checkpoints and no config.yaml",
                           next="the command that trained it writes it again: moetrain train …")
-    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
+    known = runs_here()
     near = nearest(name, known) or known[:8]
     raise ConfigError(15, f"there is no run {name}", where=f"{Path('runs') / name}/config.yaml",
                       why=f"the runs here are {', '.join(known[:8])}" if known else "there are no runs here",
                       next=" or ".join(near) if near else "moetrain train experiment=debug starts one")
+
+
+def runs_here() -> list[str]:
+    """The names of the runs below runs/."""
+    return sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
 
 
 def has_config(directory: Path) -> bool:

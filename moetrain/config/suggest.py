@@ -30,6 +30,8 @@ def nearest_keys(path: str, keys: Mapping[str, Any], count: int = 3) -> list[str
     if scored:
         return [key for _, key in sorted(scored)][:count]
     words = set(leaf.split("_")) - {""}
+    if any(len(word) < 3 or word.isdecimal() for word in words):         # letters and numbers stand in many of them
+        return []
     return [key for key, record in keys.items() if words and words <= _words(record.help)][:count]
 
 

@@ -132,18 +132,30 @@ class _Finisher:
         """An error for everything that was typed and that the chosen options do not read."""
         values, others = flatten(config), flatten(self.trained) if self.trained else None
         for found in readers.unread(self.command, before, values):
-            if self.problems.doubt([found.key]) or others is not None and not readers.unmet(found.key, others):
+            if self.problems.doubt([found.key]) or others is not None and self._is_the_runs(found.key, values, others):
                 continue
             kinds = [readers.key_of(condition) for condition in found.unmet]
             if self.problems.doubt(kinds):
                 continue
             self.problems.unread.append(found.text)
-            here = " and ".join(f"{kind} is {show(values[kind])} ({self._origin_of_rule([kind])})" for kind in kinds)
+            here = " and ".join(f"{kind} is {show(values[kind])} ({self._origin_of_kind(kind, values, others)})" for kind in kinds)
             needed = " and ".join(map(readers.in_words, found.unmet))
             again = shlex.quote(found.text)
             self._add(100, f"{found.text} has no effect", where=typed(found.text), doubt=[found.key],
                       why=f"{found.key} is read with {needed}; here {here}",
                       next=f"{' '.join(map(readers.to_type, found.unmet))} {again}, or leave {again} out")
+
+    def _is_the_runs(self, name: str, values: Tree, others: Tree) -> bool:
+        """Whether a key, or every key of a group that is typed, is what the run reads and was trained with."""
+        if readers.unmet(name, others):
+            return False
+        return all(values.get(key) == others.get(key) for key in {*values, *others} if _covers(name, key))
+
+    def _origin_of_kind(self, kind: str, values: Tree, others: Tree | None) -> str:
+        """Where the option of a group is from. A command about a run that does not train it has one process of its own."""
+        if others is None or values[kind] == others[kind] or self._override(kind) or group_of(kind.partition(".")[0]) in self.command.choices:
+            return self._origin_of_rule([kind])
+        return f"unless it is typed; {show(others[kind])} trained the run"
 
     # --- sections of the schema
 
@@ -154,7 +166,8 @@ class _Finisher:
             has_group = group_of(section) in group_options()
             self._add(6, f"{section} is a section, not a value", doubt=[section],
                       where=self._origin(section), why=f"it holds {inside}",
-                      next=advice(group_of(section)) if has_group else f"{section}.<key>=<value>")
+                      next=advice(group_of(section)) if has_group else
+                      f"run.name={show(values)}" if section == "run" else f"{section}.<key>=<value>")
             return clean
         for name, value in (values or {}).items():
             path = f"{section}.{name}"
@@ -174,11 +187,12 @@ class _Finisher:
         except Misfit as misfit:
             meant = values_meant(path, show(value))
             choices = [] if meant else nearest(str(value), misfit.choices) or list(misfit.choices)
-            whole = isinstance(value, float) and value.is_integer() and type_name(key.type).startswith("int")
-            examples = choices or ([int(value)] if whole else [] if key.default is MISSING else [show(key.default)])
+            number = _whole_number(value) if type_name(key.type).startswith("int") else None
+            examples = choices or ([number] if number is not None else [] if key.default is MISSING else [show(key.default)])
             what = "is not one of its values" if misfit.choices else f"is not {type_name(key.type)}"
             advised = " or ".join(meant or [f"{path}={example}" for example in examples])
-            self._add(5 if misfit.choices else 4, f"{path}={show(value)} {what}", doubt=[path],
+            given = self.command.values.get(path)            # as typed: 1e3 is shown as 1000, which would be one
+            self._add(5 if misfit.choices else 4, f"{given.text if given else f'{path}={show(value)}'} {what}", doubt=[path],
                       where=self._origin(path), why=f"{path} is {type_name(key.type)}: {key.help}",
                       next=advised or f"{path}=<{type_name(key.type)}>")
 
@@ -277,6 +291,13 @@ class _Finisher:
                 shown = file.relative_to(config_dir().parent) if file.is_relative_to(config_dir()) else file
                 return f"{path} in {shown}"
         return f"{path}, at its default"
+
+
+def _whole_number(value: Any) -> int | None:
+    """The number that 1e3 and '1000' mean."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, str) and value.isdecimal() else None
 
 
 def _escaped(tree: Any, literal: set[str], prefix: str = "") -> Any:

@@ -62,6 +62,32 @@ def test_every_page_of_help_fits_a_terminal(capsys: pytest.CaptureFixture) -> No
     assert "moetrain train --help optim" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv, text", [
+    (["train", "experiment=debug", "optim.lr=1", "--help"], "Keys to know first"), (["train", "mine", "--help", "loss=[z]"], "Keys to know first"),
+    (["train", "optim", "-h"], "optim=muon"), (["train", "--help", "optim.lr"], "peak learning rate"), (["help", "train"], "Keys to know first"),
+    (["help"], "first steps"), (["--help", "train", "optim"], "optim=muon"), (["train", "--help", "loss.z.weight"], "loss.z.weight=")])
+def test_help_is_given_wherever_it_is_asked_for(argv: list[str], text: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(argv) == 0
+    assert text in capsys.readouterr().out
+
+
+def test_a_page_that_is_not_there_leads_to_the_key(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--help", "optim.lrr"]) == 2
+    assert "moetrain train --help optim.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["train"], ["train", "-m", "run.seed=1,2"], ["eval", "mine"], ["generate", "mine"], ["data", "prepare"],
+                                  ["slurm", "--dry-run"]])
+def test_a_folder_that_is_gone_is_named(verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(verb) == 2
+    assert "E-CONFIG-141  the current folder is gone" in capsys.readouterr().err
+
+
 def test_a_broken_file_of_conf_leaves_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     (tmp_path / "conf" / "loss" / "entropy.yaml").write_text("entropy_loss:\n  _target_: moetrain.losses.z.ZLoss\n")
@@ -92,7 +118,10 @@ def test_an_error_is_printed_once_and_debug_shows_the_traceback(tmp_path: Path) 
     (["trian"], "moetrain train"), (["data"], "moetrain data prepare"), (["data", "prepar"], "moetrain data prepare"),
     (["report"], "moetrain report <"), (["report", "none"], "experiment=debug"), (["train", "--cfg", "hydra"], "--cfg job"),
     (["generate", "run.name=none"], "experiment=debug"), (["data", "prepare", "data.pth=x"], "data.path"),
-    (["data", "prepare", "data=synthetic"], "data=text"),
+    (["data", "prepare", "data=synthetic"], "data=text"), (["train", "model"], "choose model from"), (["train", "run"], "run.<key>=<value>"),
+    (["train", "run=mine"], "run.name=mine"), (["train", "run.steps=1e3"], "run.steps=1e3 is not int"),
+    (["train", "run.steps='7'"], "try     run.steps=7"), (["train", "5"], "try     moetrain train --help"),
+    (["train", "--optim.lr=1"], "try     optim.lr=1"), (["train", "x"], "try     moetrain train --help"),
     (["train", "-m", "run.seed=1,2", "optim.lrr=1"], "optim.lr")])
 def test_wrong_commands_say_what_to_type(argv: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture) -> None:

@@ -119,13 +119,28 @@ def test_one_mistake_is_said_once() -> None:
 
 def test_a_verb_about_a_run_takes_what_the_run_reads(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "optim=muon", "optim.schedule=cosine"])
+    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.room=3", "optim=muon", "optim.muon_lr=0.5",
+                       "optim.schedule=cosine"])
     run_dir(trained).mkdir(parents=True)
     (run_dir(trained) / "config.yaml").write_text(to_yaml(trained))
-    for_run(["run.name=demo", "parallel.room=3", "planner=eplb", "optim.muon_lr=0.5", "data=synthetic", "data.num_domains=2"])
+    for_run(["run.name=demo", "parallel.room=3", "planner=hecate", "optim.muon_lr=0.5", "data=synthetic", "data.num_domains=2"])
     with pytest.raises(ConfigErrors) as caught:
         for_run(["run.name=demo", "data.num_domains=2", "optim.decay=0.25"])
     assert [error.what for error in caught.value.errors] == ["data.num_domains=2 has no effect", "optim.decay=0.25 has no effect"]
+
+
+@pytest.mark.parametrize("typed", ["parallel.room=4", "parallel.ep=2", "planner=eplb", "optim.lr=5", "optim.muon_lr=0.25", "balance.weight=0.5",
+                                   "balance=micro", "loss=[z]", "model.dim=32"])
+def test_a_verb_about_a_run_refuses_what_it_reads_only_in_training(typed: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another value than the run's would change nothing, in silence."""
+    monkeypatch.chdir(tmp_path)
+    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.room=3", "optim=muon", "optim.muon_lr=0.5"])
+    run_dir(trained).mkdir(parents=True)
+    (run_dir(trained) / "config.yaml").write_text(to_yaml(trained))
+    with pytest.raises(ConfigErrors) as caught:
+        for_run(["demo", typed])
+    assert {error.id for error in caught.value.errors} <= {"E-CONFIG-016", "E-CONFIG-100"}
+    assert all(word in str(caught.value.errors[0]) for word in ("leave", "trained"))
 
 
 def test_a_job_of_a_sweep_leaves_out_what_it_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_text_arrives_as_it_was_typed(text: str, tmp_path: Path, monkeypatch: py
     run_dir(config).mkdir(parents=True)
     (run_dir(config) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert from_yaml(run_dir(config) / "config.yaml") == config
-    assert for_run(["run.name=default", "optim.lr=${train.clip}"]).generate.prompt == text
+    assert for_run(["run.name=default", "eval.windows=${eval.batch}"]).generate.prompt == text
 
 
 def test_null_is_none_where_a_key_may_be_none() -> None:
