@@ -91,6 +91,13 @@ def test_every_script_hands_its_words_on(checkout: Path, script: str, command: l
     assert ran == [[*command, *AWKWARD]]
 
 
+@pytest.mark.parametrize("script", ["debug", "node", "nodes", "quickstart"])
+def test_every_script_says_how_it_is_called(checkout: Path, script: str) -> None:
+    done = subprocess.run(["bash", f"launch/{script}.sh", "--help"], cwd=checkout, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0 and f"bash launch/{script}.sh" in done.stdout and "set -" not in done.stdout
+    assert not (checkout / "record").exists()
+
+
 @pytest.mark.parametrize("words, directory", [
     ([], "runs/quickstart"), (["run.name=qs16", "run.steps=4"], "runs/qs16"), (AWKWARD, "runs/it's a 2, (x) run"),
     (["experiment=debug"], "runs/debug"), (["run.nproc=4"], "runs/quickstart"),
