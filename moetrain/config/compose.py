@@ -214,6 +214,12 @@ def _differs(values: tree.Tree, folder: Path, group: str, option: str | list[str
 
 def _hydra_compose(folder: Path, choices: Mapping[str, Any]) -> tuple[tree.Tree, dict[str, Any]]:
     """The composed tree, references left as they are, and the option of each group."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigErrors([ConfigError(141, "the current folder is gone", where=os.environ.get("PWD", "."),
+                                        why="it was removed or renamed while this shell stood in it; runs/ and relative paths are looked "
+                                            "for there", next="cd <a folder that is there>")]) from error
     values = copy.deepcopy(_composed(folder, tuple(f"{group}={show(option)}" for group, option in choices.items())))
     return values, values.pop("hydra")["runtime"]["choices"]
 
@@ -228,12 +234,6 @@ def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    try:
-        os.getcwd()
-    except OSError as error:                                 # Hydra asks too
-        raise ConfigErrors([ConfigError(141, "the current folder is gone", where=os.environ.get("PWD", "."),
-                                        why="it was removed or renamed while this shell stood in it; runs/ and relative paths are looked "
-                                            "for there", next="cd <a folder that is there>")]) from error
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             composed = hydra_compose("config", list(arguments), return_hydra_config=True)
