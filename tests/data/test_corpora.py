@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from moetrain.__main__ import main
 from moetrain.cli import data
 from tests.data.prepared_reader import StoredDataset, read_dataset
 from tests.support.corpus_files import REPLACED, SourceFile
@@ -237,6 +238,26 @@ def check_inspection(found: dict[str, Any], dataset: StoredDataset) -> None:
     for document in found["documents"]:
         begin = document["text"].removesuffix(REPLACED).encode()
         assert any(text.startswith(begin) for domain, text in trained if domain == document["domain"])
+
+
+@pytest.mark.full
+def test_runs_in_the_folder_that_they_read_are_own_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          capfd: pytest.CaptureFixture) -> None:
+    """A run begins, goes on and is followed by another where its text lies: none reads a file of the others."""
+    write(tmp_path, [SourceFile(f"texts/{number}.txt", f"text {number} and words {number ** 2}".encode()) for number in range(40)])
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "experiment=debug", "data=text", "data.path=.", "data.cache=null"]
+    for name, steps in (("a", 1), ("a", 2), ("b", 1)):
+        assert main([*words, f"run.name={name}", f"run.steps={steps}"]) == 0, capfd.readouterr().err
+    first, second = (read_dataset(next((tmp_path / "runs" / name / "data").glob("*/dataset.json")).parent) for name in ("a", "b"))
+    assert first.texts("train") == second.texts("train") and first.texts("heldout") == second.texts("heldout")
+    files = second.description["account"]["files"]["data.path"]
+    assert [(row["files"], row["format"]) for row in files["read"]] == [(40, "text")]
+    assert {row["reason"] for row in files["left_out"]} == {"own output"}
+    found = inspected("data.path=.")
+    _check_ledger(found["account"]["files"]["data.path"], tmp_path, [
+        ("trained on", SourceFile(str(path), path.read_bytes(), format="text"), "" if "texts" in path.parts else "own output")
+        for path in tmp_path.rglob("*") if path.is_file()])
 
 
 @settings(max_examples=18, **PROFILE)

@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moetrain.cli import data
 from tests.data.prepared_reader import StoredDataset, read_dataset
@@ -88,3 +89,26 @@ def test_a_huge_document_is_whole(tmp_path: Path, million: int) -> None:
     text = ("\u5b57 and so on, \U0001f600\r\n" * (million * 1_000_000 // 23)).encode() + b"end"
     dataset = prepared(tmp_path, {"book.txt": text, "book.txt.gz": COMPRESS["gzip"](b"another" + text), "one.txt": b"x"})
     assert trained_on(dataset) == sorted([text, b"another" + text, b"x"]) and said_bytes(dataset) == 2 * len(text) + 8
+
+
+def byte_level() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.train_from_iterator(["plain words and so on \u5b57\u5178 \u00fcber\n\n" * 9 + "x" * 40], trainers.BpeTrainer(
+        vocab_size=330, special_tokens=[SEPARATOR], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return made
+
+
+def test_tokens_of_long_and_odd_texts_decode_to_them(tmp_path: Path) -> None:
+    """By the copy of the tokenizer that lies beside the tokens, special strings inside text included."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    chance = random.Random(1)
+    pieces = ["plain words ", "\u5b57", "x", "\n\n", f" {SEPARATOR} ", "\U0001f600", "  ", "\ufeff", "\r\n", "\x0b", "e\u0301"]
+    texts = ["".join(chance.choice(pieces) for _ in range(size)) + str(size) for size in (1, 2, 50, 3_000, 100_000)]
+    texts += ["\u5b57" * 360_000, "x" * 1_100_001, SEPARATOR, f"{SEPARATOR}\n", " "]
+    files = {f"{number}.txt": text.encode() for number, text in enumerate(texts)}
+    dataset = prepared(tmp_path, files, f"data.tokenizer={tmp_path / 'tokenizer.json'}")
+    (copy,) = (tmp_path / "out").glob("*/tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(copy))
+    decoded = [tokenizer.decode(document.ids.tolist(), skip_special_tokens=False).encode() for document in dataset.train]
+    assert sorted(decoded) == sorted(text.encode() for text in texts) and said_bytes(dataset) == sum(map(len, decoded))
