@@ -28,6 +28,7 @@ _ABOUT = frozenset(
     ".adoc .c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .html .ini .ipynb .java .jl .js .kt .lua .m .md .ml "
     ".php .pl .py .pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .yaml .yml .zig".split())
 _NUMBERING = {"of", "part", "shard"}
+_HASH = re.compile(r"(?=.*\d)[0-9a-f]{8,}")              # of a shard: news-train-00000-of-00001-2f6c2d1a9f7a2d4b.parquet
 
 
 class Member(NamedTuple):
@@ -41,7 +42,7 @@ class _Word(NamedTuple):
     role: str
     start: int
     end: int
-    rest: tuple[str, ...]           # the other parts of the name, without suffix and numbers
+    rest: tuple[str, ...]           # the other parts of the name, without suffix, numbers and hashes
     stands_out: bool                # whether it comes first or last, or between dots
 
 
@@ -89,7 +90,8 @@ def _word(name: str, *, is_file: bool) -> _Word | None:
 
 
 def _parts(text: str) -> list[str]:
-    return [part for part in re.split(r"[\W_]+", text.lower()) if part and not part.isdigit() and part not in _NUMBERING]
+    return [part for part in re.split(r"[\W_]+", text.lower())
+            if part and not part.isdigit() and part not in _NUMBERING and not _HASH.fullmatch(part)]
 
 
 def _paired(words: dict[str, _Word]) -> dict[str, _Word]:

@@ -27,6 +27,8 @@ def roles(*names: str) -> dict[str, list[str]]:
     ("x/train_books.txt", "x/valid_news.txt", "x/test.txt"),
     ("train/code/x.py", "held_out/code/y.py", "test/code/z.py"),
     ("train/a", "dev/a", "eval/a"),
+    ("ag_news-train-00000-of-00002-2f6c2d1a9f7a2d4b.parquet", "ag_news-validation-00000-of-00001-17e5b0e6ac1d3f4b.parquet",
+     "ag_news-test-00000-of-00001-0a0b0e6ac1d3f4b1.parquet"),
 ])
 def test_a_split_is_found_by_folders_parts_and_prefixes(train: str, valid: str, test: str) -> None:
     assert roles(train, valid, test) == {"train": [train], "valid": [valid], "test": [test]}

@@ -28,7 +28,7 @@ LOOKS_LIKE = ('{"a": 1}\n', '{"name": "x",\n "values": [1]}\n', "[1, 2, 3]", '["
 NAMES = (("a{}.txt", "txt"), ("b{}.md", "md"), ("README{}", "text"), ("x{}.py", "py"), ("corpus{}.00", "text"),
          ("corpus{}.01", "text"),
          ("c4-{}.00000-of-01024.json", "json"), ("a b {}.TXT", "TXT"), ("\u00fcber{}.rst", "rst"),
-         ("config{}.yaml", "yaml"), ("metrics{}.jsonl.txt", "txt"))
+         ("config{}.yaml", "yaml"), ("metrics{}.txt", "txt"))
 FOLDERS = ("", "", "", "py/", "py/deep/er/", "docs/", "a b/", "\u00fcb\u00e4r/x=y,z/", "runs/", "data/log/")
 DOMAINS = ("web", "py", "a/b", "\u00fcber", "0", " spaces ", "x" * 120, "txt", None, None, "")
 NO_SPLIT = ("md", "py", "rst", "yaml", "csv", "tsv")    # a program called train.py and a page about tests are no split
