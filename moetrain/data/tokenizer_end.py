@@ -49,7 +49,7 @@ def end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special: Sequ
     raise DataError(151, "nothing says which token ends a document", where=f"{source.path} (data.end_token=null)",
                     why=f"no tokenizer_config.json beside it names an eos_token, and none of its tokens has a name that is known; "
                         f"{_list(special)}",
-                    next=f"{_type(special)}, or data.end_token={NEW} for an id of its own behind the vocabulary")
+                    next=f"data.end_token=<one of its tokens>, or data.end_token={NEW} for an id of its own behind the vocabulary")
 
 
 def _first(value: Any) -> int | None:
@@ -58,16 +58,12 @@ def _first(value: Any) -> int | None:
 
 
 def _missing(source: TokenizerSource, token: str, said_by: str, special: Sequence[str]) -> DataError:
-    near = nearest(token, special) or list(special)
+    near = nearest(token, special)
     return DataError(152, "the token that ends a document is not in the vocabulary", where=f"{source.path} ({said_by})",
                      why=f"{said_by} says {token!r}; {_list(special)}",
-                     next=f"{_type(near)}, or data.end_token={NEW} for an id of its own behind the vocabulary")
+                     next=f"{quote(f'data.end_token={show(near[0])}') if near else 'data.end_token=<one of its tokens>'}, or data.end_token={NEW} for an id of its own behind the vocabulary")
 
 
 def _list(special: Sequence[str]) -> str:
     more = f" and {len(special) - 12} more" if len(special) > 12 else ""
     return f"its special tokens are {', '.join(special[:12])}{more}" if special else "it has no special tokens"
-
-
-def _type(tokens: Sequence[str]) -> str:
-    return quote(f"data.end_token={show(tokens[0])}") if tokens else "data.end_token=<a token>"

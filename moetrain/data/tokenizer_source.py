@@ -6,6 +6,7 @@ Tokenizers in other formats are recognised by their content, and named with the 
 import base64
 import binascii
 import codecs
+import json
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -138,11 +139,11 @@ def _unreadable(path: Path, why: str) -> DataError:
 def _other_format(path: Path, other: Other) -> DataError:
     folder = path.parent
     out = folder / "converted"
-    script = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(out)!r})"
-    copy = ""
+    source, copy = folder, ""
     if other.usual not in (None, path.name):
-        script = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(out)!r}).save_pretrained({str(out)!r})"
-        copy = f"mkdir -p {quote(str(out))} && cp {quote(str(path))} {quote(str(out / (other.usual or '')))} && "
+        source, copy = out, f"mkdir -p {quote(str(out))} && cp {quote(str(path))} {quote(str(out / (other.usual or '')))} && "
+    script = ("from transformers import AutoTokenizer; "
+              f"AutoTokenizer.from_pretrained({json.dumps(str(source))}).save_pretrained({json.dumps(str(out))})")
     package = f"transformers {other.package}".strip()
     return DataError(150, f"{other.name}, not a {FILE}", where=f"{path} (data.tokenizer)",
                      why="only the format of the tokenizers library is read",
