@@ -26,7 +26,7 @@ from typing import Any
 
 from moetrain import __version__
 from moetrain.config import tree
-from moetrain.config.groups import broken_files, config_dir, section_of, wrong_in
+from moetrain.config.groups import broken_files, config_dir, group_of, section_of, wrong_in
 from moetrain.config.overrides import Command, Problems, read
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
@@ -94,7 +94,9 @@ def for_run(overrides: Sequence[str]) -> Config:
     if of_training := [error for error in conflicts if error.where.startswith(_OF_TRAINING)]:
         for error in of_training:
             error.why = "the run was trained with the first value, and this command does not train"
-            error.next = f"leave {error.where} out"
+            group = group_of(error.where.partition(".")[0])
+            option = group in command.choices and error.where not in command.values
+            error.next = f"leave {group if option else error.where} out"
         raise ConfigErrors(of_training)
     return config
 

@@ -282,7 +282,7 @@ def test_a_run_is_found_and_overridden(tmp_path: Path, monkeypatch: pytest.Monke
     assert run_dir(for_run([f"run.dir={tmp_path}/runs/demo"])) == tmp_path / "runs/demo"
 
     for overrides, id, text in [(["run.name=dmeo"], "015", "demo"), (["run.name=demo", "generate.tokns=5"], "003", "generate.tokens"),
-                                (["run.name=demo", "model.dim=64"], "016", "leave model.dim out"), (["run.name=demo", "model=debug"], "016", "128")]:
+                                (["run.name=demo", "model.dim=64"], "016", "leave model.dim out"), (["run.name=demo", "model=debug"], "016", "leave model out")]:
         with pytest.raises(ConfigErrors) as caught:
             for_run(overrides)
         assert caught.value.id == f"E-CONFIG-{id}" and text in caught.value.errors[0].next
