@@ -11,7 +11,7 @@ or test where there is a validation split too.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -61,6 +61,18 @@ def find_splits(names: Iterable[str]) -> dict[str, Member]:
             place, is_file = folder, False
     paired = {folder: found for folder, words in levels.items() if (found := _paired(words))}
     return {name: member for name in names if (member := _member(name, paired)) is not None} if paired else {}
+
+
+def unpaired(names: Iterable[str], members: Collection[str]) -> list[str]:
+    """Names that say validation or test and belong to no split, where others say training: they may be meant as one."""
+    named: dict[bool, list[str]] = {True: [], False: []}
+    for name in names:
+        parts = name.split("/")
+        words = [_word(part, is_file=depth == len(parts) - 1) for depth, part in enumerate(parts)]
+        roles = {word.role for word in words if word is not None}
+        if roles:
+            named[roles == {TRAIN}].append(name)
+    return [name for name in named[False] if name not in members] if named[True] else []
 
 
 def without_split(name: str) -> str:

@@ -6,6 +6,7 @@ ledger; a folder that is left out is walked for its size.
 """
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moetrain.data.account import EMPTY, HELD, HELD_OUT, HIDDEN, NO_FILE, OWN, TEST, VALID, FileEntry, FileLedger
-from moetrain.data.given_splits import TRAIN, Member, find_splits
+from moetrain.data.given_splits import TRAIN, Member, find_splits, unpaired
 from moetrain.data.given_splits import TEST as TEST_ROLE
 from moetrain.data.own_output import is_own, own_parts
 from moetrain.errors import DataError
 from moetrain.files import reason as said
+from moetrain.files import shown
+
+log = logging.getLogger(__name__)
 
 
 class SourceFile(NamedTuple):
@@ -89,7 +93,12 @@ def _sorted_out(ledger: FileLedger, found: list[_Found], splits: bool, held_out:
     """Give every file its place in the ledger, and each of a split its side."""
     members: dict[str, Member] = {}
     if splits:      # the text of data.held_out is part of what lies there: train/ beside it is named without `train`, too
-        members = find_splits(file.name for file in found if file.reason in ("", HELD_OUT))
+        candidates = [file.name for file in found if file.reason in ("", HELD_OUT)]
+        members = find_splits(candidates)
+        if alone := unpaired(candidates, members):
+            log.warning("%s is read as any other text, though its name says validation or test%s: no name beside it says "
+                        "training in the same way. data.held_out= names held-out text", shown(alone[0]),
+                        f" (as do those of {len(alone) - 1} more)" if len(alone) > 1 else "")
     files = []
     for path, name, status, reason in found:
         member = members.get(name)

@@ -1,8 +1,11 @@
 """Splits that a corpus comes with: what is one, what is none, and how their domains are called."""
 
+from pathlib import Path
+
 import pytest
 
-from moetrain.data.given_splits import find_splits
+from moetrain.data.given_splits import find_splits, unpaired
+from moetrain.data.scan import scan
 
 
 def roles(*names: str) -> dict[str, list[str]]:
@@ -59,3 +62,26 @@ def test_labels_have_all_of_a_name_but_the_split() -> None:
              "ptb.train.txt": "ptb.txt", "ptb.test.txt": "ptb.txt", "wiki_train/x": "wiki/x", "wiki_test/x": "wiki/x",
              "a/train-0-of-2.jsonl.gz": "a/text.jsonl.gz", "a/test-0-of-2.jsonl.gz": "a/text.jsonl.gz"}
     assert {name: member.label for name, member in find_splits(names).items()} == names
+
+
+@pytest.mark.parametrize("names, alone", [
+    (("wiki-train_p90.txt", "wiki-valid_p91.txt"), ["wiki-valid_p91.txt"]),
+    (("wiki-train-00004.txt", "wiki-val-00001.jsonl.txt.gz"), ["wiki-val-00001.jsonl.txt.gz"]),
+    (("train/a.txt", "news/test/b.txt"), ["news/test/b.txt"]),
+    (("train/a.txt", "test/b.txt"), []),
+    (("books/a.txt", "test/b.txt"), []),                 # nothing says training: a test of something
+    (("train.py", "test.py"), []),
+])
+def test_a_name_that_joins_no_split_though_another_says_training_is_told(names: tuple[str, ...], alone: list[str]) -> None:
+    assert unpaired(names, find_splits(names)) == alone
+
+
+def test_it_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("wiki-train_p90.txt", "wiki-valid_p91.txt", "wiki-test_p92.txt"):
+        (tmp_path / name).write_text(name)
+    scan(tmp_path)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "wiki-test_p92.txt" in said and "1 more" in said
+    caplog.clear()
+    scan(tmp_path, splits=False)
+    assert not caplog.records
