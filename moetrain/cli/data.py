@@ -9,7 +9,8 @@ documents, bytes, the tokens to expect, epochs at run.steps, and three documents
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from moetrain.config.compose import compose, run_dir
@@ -33,14 +34,24 @@ def prepare(config: Config) -> int:
     if config.data.kind not in ("text", "tokens"):
         raise _no_text(config, "prepare")
     from moetrain.data.prepare import prepare_from_config
-    from moetrain.train.console import connect_logging
     from moetrain.train.preparing import Preparing
 
-    connect_logging(print)                               # what was found, and how much of it is held out
-    with Preparing(bar=config.log.progress) as progress:
+    with _logged(), Preparing(bar=config.log.progress) as progress:     # what was found, and how much of it is held out
         folder = prepare_from_config(config, run_dir(config), progress)
     print(folder)
     return 0
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """What is logged is printed."""
+    from moetrain.train.console import connect_logging
+
+    restore = connect_logging(print)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _no_text(config: Config, verb: str) -> ConfigError:
@@ -56,12 +67,9 @@ def inspect(words: Sequence[str]) -> int:
         raise _no_text(config, "inspect")
     from moetrain.cli.corpus_report import as_record, lines
     from moetrain.data.inspection import inspect as inspected
-    from moetrain.train.console import connect_logging
     from moetrain.train.preparing import Preparing
 
-    if not as_json:
-        connect_logging(print)
-    with Preparing(bar=config.log.progress and not as_json) as progress:
+    with nullcontext() if as_json else _logged(), Preparing(bar=config.log.progress and not as_json) as progress:
         found = inspected(config, Path(run_dir(config)), progress)
     if as_json:
         print(json.dumps(as_record(found), indent=1, ensure_ascii=False))

@@ -38,7 +38,7 @@ from moetrain.data.token_writing import write_tokens
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.tokens import unwritable, write_file
 from moetrain.errors import DataError, DiskError
-from moetrain.files import read_json
+from moetrain.files import read_json, shown
 from moetrain.locks import is_at, lock_folder
 
 log = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def _reuse(folder: Path, account: dict[str, Any] | None) -> Path:
 
 def _open_again(folder: Path) -> Prepared:
     prepared = open_prepared(folder, verify=True)
-    log.info("data %s: %s, prepared before", folder, _sizes(prepared))
+    log.info("data %s: %s, prepared before", shown(folder), _sizes(prepared))
     return prepared
 
 
@@ -213,9 +213,9 @@ def _sides(description: dict[str, Any]) -> dict[str, dict[str, int]]:
 def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: float) -> dict[str, Any]:
     """Say what was made, and return its account."""
     described = prepared.description
-    text = f"prepared {source.name} in {seconds:.1f} s: {_sizes(prepared)}"
+    text = f"prepared {shown(source.name)} in {seconds:.1f} s: {_sizes(prepared)}"
     if held_out is not None:
-        text += f" ({held_out})"
+        text += f" ({shown(held_out)})"
     if described["heldout_overlap"] is not None:
         text += f"; {100 * described['heldout_overlap']:.1f} % of held-out text also occurs in the training text"
     if described["overlap_every"] > 1:
