@@ -22,7 +22,7 @@ from moetrain.train.step import train_step
 from tests.integration.copies import CALIBRATE, bits, run_with_copies, train_with_copies
 from tests.integration.training import FORCED, Trained, alone, difference, make_run, train_run, union
 
-STEPS = 20
+STEPS = 12
 
 
 @cache
