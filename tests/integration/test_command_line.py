@@ -54,7 +54,7 @@ def files(directory: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("mesh", [["train.micro_batch=2"], pytest.param([*EP2, "train.micro_batch=2"], marks=pytest.mark.slow)],
+@pytest.mark.parametrize("mesh", [["train.micro_batch=2"], pytest.param([*EP2, "train.micro_batch=2"], marks=pytest.mark.full)],
                          ids=["single", "ep2"])
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, mesh):
     moetrain("train", *DEBUG, *mesh, "run.name=whole", cwd=tmp_path)
@@ -101,7 +101,7 @@ def test_the_command_of_a_finished_run_says_so_and_changes_nothing(tmp_path):
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
+@pytest.mark.full                        # without the command line: test_parity.py
 def test_meshes_agree_through_the_command_line(tmp_path):
     common = [*DEBUG, "run.dtype=float64", "data.min_length=0.4", "balance.weight=0.1"]
     moetrain("train", *common, "run.name=one", cwd=tmp_path)

@@ -21,7 +21,7 @@ from tests.support.jobs import ROOT, SMALL, TWO, Job
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", range(10 if metafunc.config.getoption("--all") else 2))
+        metafunc.parametrize("seed", range(10 if metafunc.config.getoption("--all") else 1))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, to", [(signal.SIGINT, "launcher"), (signal.SIGHUP, "one rank")])
+@pytest.mark.parametrize("number, to", [(signal.SIGINT, "launcher"), pytest.param(signal.SIGHUP, "one rank", marks=pytest.mark.full)])
 def test_told_to_stop_all_ranks_save_after_the_same_step_and_the_same_command_goes_on(undisturbed, tmp_path, number, to):
     job = Job(tmp_path, *TWO).wait_for(12)
     os.kill(job.process.pid if to == "launcher" else job.workers()[1], number)
@@ -95,7 +95,7 @@ def test_torchrun_restarts_its_ranks_over_gloo(undisturbed, tmp_path):
     assert job.losses() == undisturbed.losses() and job.status()["code"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full                        # tests/launch/test_nodes.py stops torchrun, too
 def test_torchrun_told_to_stop_leaves_the_code_in_status_json(tmp_path):
     job = Job(tmp_path, "parallel=ep", torchrun=2, steps=20000).wait_for(12)
     os.kill(job.workers()[1], signal.SIGUSR1)
@@ -190,7 +190,7 @@ def test_a_config_that_cannot_be_written_stays_as_it_was_and_ends_all_ranks(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen, named", [(1, "rank 1, which does not answer"), (0, "rank 0 or its machine")])
+@pytest.mark.parametrize("frozen, named", [pytest.param(1, "rank 1, which does not answer", marks=pytest.mark.full), (0, "rank 0 or its machine")])
 def test_a_rank_that_hangs_is_named(tmp_path, frozen, named):
     job = Job(tmp_path, *TWO, "run.timeout_s=10", "run.max_restarts=0", steps=20000).wait_for(3)
     os.kill(job.workers()[frozen], signal.SIGSTOP)
@@ -200,7 +200,7 @@ def test_a_rank_that_hangs_is_named(tmp_path, frozen, named):
     assert named in text and "Traceback" not in text, text
 
 
-@pytest.mark.slow
+@pytest.mark.full                        # one that is put off is made good above
 def test_told_to_stop_in_the_last_evaluation_the_run_has_saved_and_evaluates_when_it_goes_on(tmp_path):
     words = ("eval.windows=400", "eval.batch=1", "data.num_domains=4")
     job = Job(tmp_path, *words, steps=3)

@@ -43,7 +43,7 @@ def test_a_killed_rank_comes_back_and_the_run_goes_on(tmp_path: Path) -> None:
     assert status(run)["code"] == 0 and steps(run) == list(range(1, 41))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_lost_rank_without_restarts_is_a_lost_peer(tmp_path: Path) -> None:
     """The last rank to be restarted, rank 0: nobody else can write status.json."""
     run = tmp_path / "run"
@@ -87,7 +87,7 @@ def test_what_would_only_fail_again_is_not_restarted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGUSR1, True)], ids=["script", "every process"])
+@pytest.mark.parametrize("number, everyone", [pytest.param(signal.SIGTERM, False, marks=pytest.mark.full), (signal.SIGUSR1, True)], ids=["script", "every process"])
 def test_a_signal_saves_and_ends_with_10(tmp_path: Path, number: int, everyone: bool) -> None:
     """Slurm signals every process of a step where it tracks them by cgroups: the ranks then get the same signal twice."""
     run = tmp_path / "run"

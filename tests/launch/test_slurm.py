@@ -95,6 +95,7 @@ def test_a_lost_rank_requeues_the_job_so_often(cluster: Cluster, tmp_path: Path)
     assert "MAX_REQUEUES" in log and status(run)["code"] == 16
 
 
+@pytest.mark.full
 def test_a_job_that_cannot_go_better_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     number = submit(cluster, tmp_path / "run", "data=tokens", f"data.path={tmp_path}/none")
     job = cluster.finished(number)
