@@ -18,6 +18,7 @@ import numpy as np
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import all_or_none
 from moetrain.config.compose import run_dir
+from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
 from moetrain.data.batch import Dataset
 from moetrain.data.by_fingerprint import NAME_LENGTH, find_prepared
@@ -136,11 +137,14 @@ class Writing(NamedTuple):
 def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
     """What to generate with: the run's own tokenizer, or for a run on ids alone one that was typed. Collective.
 
-    DataError where there is none, or where something was typed that generation does not read.
+    DataError where there is none, or where something was typed that generation does not read and that is not the run's own.
     """
     read = {"data.tokenizer", "data.cache", "data.mask_documents"}
     read |= {"data.end_token", "data.parse_special"} if "data.tokenizer" in typed else set()
     beside = {key for key in typed if key == "data" or key.startswith("data.")} - read
+    asked, own_data = (with_absolute_paths(one).data for one in (config, run.config))
+    fields = {key: key.split(".")[1] if "." in key else "kind" for key in beside}
+    beside = {key for key, field in fields.items() if getattr(asked, field) != getattr(own_data, field)}
     if beside:
         raise DataError(178, f"{', '.join(sorted(beside))} with generate", where="the command line",
                         why="a text is continued with the tokenizer that the run was trained with, and reads no data",

@@ -124,6 +124,6 @@ def test_the_sample_of_a_page_is_what_the_program_prints(page: str, monkeypatch:
         run = make_run(["~loss.z", "parallel=ep", "run.nproc=2", "train.micro_batch=8", "log.wandb=auto"])
     ours = banner(banner_lines(run, None))
     assert output_page.labels(text) == output_page.labels(ours)
-    assert not output_page.undefined_in_banner(text, ["runs/quickstart", "cpu ep float32", "691e22f2245c text cpp docs notices python stubs"])
+    assert not output_page.undefined_in_banner(text, ["runs/quickstart", "cpu ep float32", "0d3aefe1df68 text cpp docs notices python stubs"])
     metrics = {name: value for name, value in METRICS.items() if name not in ("loss/z", "throughput/mfu")}
     assert lines and all(output_page.words(line) == output_page.words(step_line(metrics, 800, 0.0)) for line in lines)

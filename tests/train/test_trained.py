@@ -177,7 +177,7 @@ def test_a_run_on_ids_alone_writes_with_the_tokenizer_that_is_typed(tmp_path, mo
 
 @by_bytes
 def test_generation_reads_no_data_and_prints_one_object_when_asked(folder, capsys):
-    assert "E-DATA-178" in refused(capsys, "generate", "mine", "data.path=corpus")
+    assert "E-DATA-178" in refused(capsys, "generate", "mine", "data.path=another")
     assert main(["generate", "mine", "--json", "generate.prompt=字 the ", "generate.tokens=4"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["prompt"] == "字 the " and found["step"] == 3 and (found["tokens"] == 4 or found["ended"])
