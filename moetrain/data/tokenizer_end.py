@@ -18,7 +18,7 @@ KNOWN = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<ï½
 _BY_NAME, _BY_ID = ("tokenizer_config.json", "special_tokens_map.json"), ("generation_config.json", "config.json")
 
 
-def end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special: Sequence[str], wanted: str | None) -> int:
+def find_end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special: Sequence[str], wanted: str | None) -> int:
     """The id that ends a document; one behind the vocabulary where `wanted` is NEW.
 
     Args:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moetrain.data.tokenizer_end import KNOWN, end_id
 from moetrain.data.long_text import Encoded, Ids, LongTexts, UnjoinableError, Words
+from moetrain.data.tokenizer_end import KNOWN, find_end_id
 from moetrain.data.tokenizer_source import find_tokenizer
 from moetrain.data.tokenizer_text import plain, without_special
 from moetrain.errors import DataError
@@ -46,7 +46,7 @@ class FileTokenizer:
             self._added = {token.content: token.special for token in self._library.get_added_tokens_decoder().values()}
         special = [token for token, is_special in self._added.items() if is_special]
         size = max(vocabulary.values(), default=-1) + 1
-        self.end_id = _end_id(source, vocabulary, special, end_token) if end_id is None else end_id
+        self.end_id = find_end_id(source, vocabulary, special, end_token) if end_id is None else end_id
         self.vocab_size = max(size, self.end_id + 1)
         self.parse_special = parse_special
         self._special = self._special_tokens(special, vocabulary)
@@ -130,8 +130,6 @@ class FileTokenizer:
             raise DataError(number, what, where=self._where, why=shown(reason(error), 200),
                             next="data.tokenizer=bytes, or a tokenizer.json of the tokenizers library") from error
 
-
-_end_id = end_id             # the constructor has an argument of this name
 
 
 def _library(content: bytes) -> "Library":
