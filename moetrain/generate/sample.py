@@ -1,10 +1,12 @@
 """Text from a trained model: temperature and nucleus (top-p) sampling.
 
 A text begins behind the mark that ends a document, as every document of the training text does, and ends where the model
-draws that mark. Where training has seen no such mark, the prompt alone is the beginning, and nothing is the end. The model looks at the last `context` tokens, at positions from 0. As long as the text fits, keys and
-values of earlier tokens are kept and only the newest token runs (generate/cache.py). Beyond, the window slides: every token
-then has another position and, above the first layer, another past, so the whole window runs again for each new token. So
-it does, from the first token on, where experts have a capacity: who is dropped depends on all the tokens of a pass.
+draws that mark. Where training has seen no such mark, the prompt alone is the beginning, and nothing is the end.
+
+The model looks at the last `context` tokens, at positions from 0. As long as the text fits, keys and values of earlier
+tokens are kept and only the newest token runs (generate/cache.py). Beyond, the window slides: every token then has another
+position and, above the first layer, another past, so the whole window runs again for each new token. So it does, from the
+first token on, where experts have a capacity: who is dropped depends on all the tokens of a pass.
 
 Where training keeps attention inside a document (data.mask_documents), the mark at the beginning belongs to another
 document: the first token of the text is drawn from the mark alone, and no later one sees it.

@@ -28,7 +28,6 @@ from moetrain.ops.pinned import to_device
 from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.passes import step_context
 
-
 _FIGURES = 4                                 # of a part: nats, tokens, bytes, and whether nobody knows these
 
 
