@@ -59,7 +59,6 @@ class Dataset(Protocol):
     measured: tuple[str, ...]     # what held-out text is measured as: the domains, or the largest and the rest as one
     fingerprint: str
     tokens: int | None            # that are trained on, each once an epoch; None where they never repeat
-    windows: int | None           # training sequences that hold as many
 
     def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:
         """Ids in the slots of a step (from 1): a pure function of (seed, fingerprint, step, slot)."""

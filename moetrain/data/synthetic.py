@@ -23,7 +23,7 @@ class SyntheticDataset:
     min_length: shortest sequence as a share of seq_len, in (0, 1]; the rest of a sequence is padding.
     """
 
-    tokens = windows = None
+    tokens = None
 
     def __init__(self, *, vocab_size: int, num_domains: int, seq_len: int, global_batch: int, seed: int,
                  min_length: float = 1.0, mask_documents: bool = False) -> None:

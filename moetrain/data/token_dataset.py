@@ -58,11 +58,6 @@ class TokenDataset:
         """Tokens that are trained on, each once."""
         return int(self._windows.tokens.sum())
 
-    @property
-    def windows(self) -> int:
-        """Windows that hold as many targets as there are tokens to train on: an epoch of the proportional mixture."""
-        return -(-self.tokens // self._seq_len)
-
     def epochs(self, sequences: int) -> np.ndarray:
         rows = np.array([group.share for group in self._groups], float)
         by_group = sequences * rows / rows.sum() * self._seq_len / self._windows.sizes

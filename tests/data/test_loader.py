@@ -54,16 +54,17 @@ def same(first: Batch, second: Batch) -> bool:
 
 def test_every_window_comes_once_an_epoch_and_epochs_differ(prepared: Prepared) -> None:
     data = dataset(prepared)
-    assert data.windows == 62 == -(-(507 + 105) // 10) and data.tokens == 612
-    drawn = np.concatenate([data.sample_ids(step, range(8)) for step in range(1, 2 + 2 * data.windows // 8)])
-    first, second = drawn[:data.windows], drawn[data.windows:2 * data.windows]
-    assert sorted(first) == sorted(second) == list(range(data.windows)) and first.tolist() != second.tolist()
+    windows = -(-data.tokens // 10)
+    assert windows == 62 and data.tokens == 507 + 105
+    drawn = np.concatenate([data.sample_ids(step, range(8)) for step in range(1, 2 + 2 * windows // 8)])
+    first, second = drawn[:windows], drawn[windows:2 * windows]
+    assert sorted(first) == sorted(second) == list(range(windows)) and first.tolist() != second.tolist()
 
 
 def test_windows_are_consecutive_tokens_over_all_domains(prepared: Prepared) -> None:
     """The input of a target is the token before it; that of the very first is the last of the stream."""
     data = dataset(prepared)
-    batch = data.batch(np.arange(data.windows))
+    batch = data.batch(np.arange(62))
     stream = prepared.train.read(0, prepared.train.size).astype(np.int64)
     for row in range(62):
         places = np.arange(10 * row, min(10 * row + 10, 612))

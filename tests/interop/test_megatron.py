@@ -89,7 +89,7 @@ def test_a_window_holds_the_tokens_that_were_written(tmp_path):
     assert len(trained) == 38 * 50 and set(trained) | set(read_all(data.heldout_stream)) == set(range(2000))
     kept = [tokens for tokens in whole if tokens[0] in set(trained.tolist())]
     assert (trained == np.concatenate(kept)).all()                   # in the builder's order
-    ids = np.array([0, 7, data.windows - 1])
+    ids = np.array([0, 7, -(-data.tokens // SEQ) - 1])
     batch = data.batch(ids)
     for row, target, window in zip(batch.tokens_BS, batch.targets_BS, ids.tolist()):
         places = np.arange(window * SEQ, min(window * SEQ + SEQ, len(trained)))
