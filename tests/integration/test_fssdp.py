@@ -22,12 +22,17 @@ from moetrain.train.step import train_step
 from tests.integration.copies import CALIBRATE, bits, run_with_copies, train_with_copies
 from tests.integration.training import FORCED, Trained, alone, difference, make_run, train_run, union
 
-STEPS = 12
+STEPS, MANY_STEPS = 12, 20
+
+
+@pytest.fixture(scope="module")
+def steps(request: pytest.FixtureRequest) -> int:
+    return MANY_STEPS if request.config.getoption("--all") else STEPS
 
 
 @cache
-def truth(extra: tuple[str, ...], forced: bool) -> Trained:
-    return alone([*extra, "run.dtype=float64"], STEPS, FORCED if forced else None)
+def truth(extra: tuple[str, ...], forced: bool, steps: int) -> Trained:
+    return alone([*extra, "run.dtype=float64"], steps, FORCED if forced else None)
 
 
 CHUNKS = ["schedule=fixed", "schedule.chunks=3"]
@@ -86,15 +91,15 @@ def but_full(cases: Iterable[str], full: Container[str]) -> list:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("case", but_full(CASES, FULL))
-def test_copies_change_nothing(ranks, case):
+def test_copies_change_nothing(ranks, case, steps):
     world, overrides, accumulation, forced, extra = CASES[case]
     overrides = ["parallel=fssdp", *overrides, *extra, "run.dtype=float64", f"run.nproc={world}",
                  f"train.micro_batch={16 // world // accumulation}"]
-    results = ranks(world).run(train_with_copies, overrides, STEPS, FORCED if forced else None, len(case))
+    results = ranks(world).run(train_with_copies, overrides, steps, FORCED if forced else None, len(case))
     ours, added = union(results), [[step["moe/added_copies"] for step in result.metrics] for result in results]
     assert any(added[0]) == (CALIBRATE in overrides)
     assert (added[0] != added[-1]) == (CALIBRATE in overrides and "parallel.ep=2" in overrides)      # groups decide by themselves
-    expected = truth(tuple(e for e in extra if e.startswith(("model", "optim"))), forced)
+    expected = truth(tuple(e for e in extra if e.startswith(("model", "optim"))), forced, steps)
     for what in ("gradients", "parameters"):
         error, name = difference(getattr(ours, what), getattr(expected, what))
         assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
@@ -123,7 +128,7 @@ def test_first_gradients_in_float32_with_the_choices_fixed(ranks, case):
 FAST_LINKS = ["hardware.flops=1e6", "hardware.latency_s=0", "hardware.inside=1e12", "hardware.between=1e12"]     # copies always pay
 
 
-def planned(overrides: list[str]) -> tuple[Trained, list[int]]:
+def planned(overrides: list[str], steps: int) -> tuple[Trained, list[int]]:
     """Training as planned, two ranks a node; and how many copies were in force at each step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -131,18 +136,18 @@ def planned(overrides: list[str]) -> tuple[Trained, list[int]]:
     copies = []
     run.state.planning.copies.begin, original = (
         lambda *given: (copies.append(run.state.planning.placement.num_copies), original(*given))[1]), run.state.planning.copies.begin
-    return train_run(run, STEPS), copies
+    return train_run(run, steps), copies
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("planner", but_full(["ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced"], ["ep", "eplb", "shadow", "laer"]))
-def test_no_planner_changes_anything(ranks, planner):
+def test_no_planner_changes_anything(ranks, planner, steps):
     overrides = ["parallel=fssdp", f"planner={planner}", *FAST_LINKS, "run.dtype=float64", "run.nproc=4", "train.micro_batch=2",
                  "parallel.rehome_interval=6", "parallel.sliced=1", *["planner.min_rows=1"] * (planner == "llep")]
-    results = ranks(4).run(planned, overrides)
+    results = ranks(4).run(planned, overrides, steps)
     ours, copies = union([trained for trained, _ in results]), [counts for _, counts in results]
     assert all(mine == copies[0] for mine in copies) and (max(copies[0]) > 0) == (planner != "ep")
-    expected = truth((), False)
+    expected = truth((), False, steps)
     for what in ("gradients", "parameters"):
         error, name = difference(getattr(ours, what), getattr(expected, what))
         assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
