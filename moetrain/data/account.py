@@ -12,9 +12,11 @@ An account that is kept (`dataset.json`) is what `Account.record` gives: lists, 
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 # Why a file is left out. A format is named beside `BINARY`.
 HIDDEN, OWN, EMPTY = "hidden", "own output", "empty"
@@ -73,9 +75,6 @@ class Tally(NamedTuple):
     count: int = 0
     bytes: int = 0
 
-    def plus(self, size: int) -> "Tally":
-        return Tally(self.count + 1, self.bytes + size)
-
 
 class FileLedger:
     """Every file at the path of one key, in the order in which they were added."""
@@ -127,11 +126,12 @@ class Account:
     files: list[FileLedger] = field(default_factory=list)
     text: dict[str, Tally] = field(default_factory=dict)
 
-    def note(self, what: str, sizes: Iterable[int]) -> None:
-        """Documents, or parts of documents, of which the same became. what: one of `TEXT`."""
+    def note(self, what: str, sizes: Sequence[int] | np.ndarray) -> None:
+        """Documents, or parts of documents, of which the same became. what: one of `TEXT`; sizes: bytes of each."""
         assert what in TEXT, what
-        for size in sizes:
-            self.text[what] = self.text.get(what, Tally()).plus(size)
+        if len(sizes):
+            before = self.text.get(what, Tally())
+            self.text[what] = Tally(before.count + len(sizes), before.bytes + int(np.sum(sizes)))
 
     def settle(self, trained: dict[str, int], held: dict[str, int], rest: str) -> None:
         """Take the two sides as they were written. Cuts move to the start of a character: `rest` has what lies between.

@@ -9,12 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from moetrain.config.schema import Config
 from moetrain.data.account import FileLedger
-from moetrain.data.document import Document
+from moetrain.data.documents import Document, Part, Parts
 from moetrain.data.records import reading_of
 from moetrain.data.selection import Progress, Selection, find_source, left_out_error, select
-from moetrain.data.split import Part, exact
+from moetrain.data.split import exact
 from moetrain.data.spool import Spool
 from moetrain.data.text import character_start
 from moetrain.data.tokenizer import Tokenizer, configured_tokenizer
@@ -44,7 +46,7 @@ class _Sample:
     def add(self, document: Document) -> None:
         place = -int.from_bytes(document.digest)
         if (len(self._heap) < _SAMPLE or place > self._heap[0][0]) and all(place != entry[0] for entry in self._heap):
-            entry = (place, document.digest, _beginning(document))
+            entry = (place, document.digest, _beginning(document, self._spool))
             (heapq.heappush if len(self._heap) < _SAMPLE else heapq.heappushpop)(self._heap, entry)
         if self._spool.size > _SPOOL_BYTES:
             self._spool.cut(0)
@@ -76,15 +78,13 @@ def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> 
 def _described(selection: Selection, sample: dict[bytes, bytes], encoder: Tokenizer, config: Config) -> dict[str, Any]:
     sides = {"train": selection.parts.train, "heldout": selection.parts.heldout}
     rate = _tokens_a_byte(sample, encoder)
-    domains: dict[str, dict[str, dict[str, int]]] = {}
-    for side, parts in sides.items():
-        for part in parts:
-            counts = domains.setdefault(part.document.domain, {name: {"documents": 0, "bytes": 0} for name in sides})[side]
-            counts["documents"] += 1
-            counts["bytes"] += part.end - part.start
-    tokens = {side: round(rate * sum(part.end - part.start for part in parts)) + len(parts) for side, parts in sides.items()}
+    by_domain = {side: parts.by_domain() for side, parts in sides.items()}
+    names = sorted({name for found in by_domain.values() for name in found})
+    domains = {name: {side: dict(zip(("documents", "bytes"), found.get(name, (0, 0)))) for side, found in by_domain.items()}
+               for name in names}
+    tokens = {side: round(rate * parts.bytes) + len(parts) for side, parts in sides.items()}
     a_step = config.train.global_batch * config.train.seq_len
-    return {"account": selection.account.record(), "domains": dict(sorted(domains.items())),
+    return {"account": selection.account.record(), "domains": domains,
             "tokens": {**tokens, "bytes_per_token": 1 / rate if rate else None, "estimated": config.data.tokenizer != "bytes"},
             "steps": config.run.steps, "tokens_per_step": a_step,
             "epochs": config.run.steps * a_step / tokens["train"] if tokens["train"] else None,
@@ -95,16 +95,17 @@ def _tokens_a_byte(sample: dict[bytes, bytes], encoder: Tokenizer) -> float:
     return sum(len(encoder.encode(text)) for text in sample.values()) / max(sum(map(len, sample.values())), 1)
 
 
-def _some(parts: list[Part], sample: dict[bytes, bytes]) -> list[Part]:
+def _some(parts: Parts, sample: dict[bytes, bytes]) -> list[Part]:
     """Documents of the sample that are trained on, of as many domains as there are."""
-    by_digest = {part.document.digest: part for part in parts if part.document.digest in sample}
+    members = parts.at(np.isin(parts.digests, np.array(list(sample), "S32")))
+    by_digest = {part.document.digest: part for part in members}
     found = [by_digest[digest] for digest in sample if digest in by_digest]
     seen: dict[str, int] = {}
     order = []
     for part in found:
         turn = seen[part.document.domain] = seen.get(part.document.domain, 0) + 1
         order.append((turn, len(order), part))
-    return [part for _, _, part in sorted(order)[:SHOWN]]
+    return [part for _, _, part in sorted(order, key=lambda place: place[:2])[:SHOWN]]
 
 
 def _shown(part: Part, beginning: bytes, encoder: Tokenizer) -> dict[str, Any]:
@@ -115,9 +116,9 @@ def _shown(part: Part, beginning: bytes, encoder: Tokenizer) -> dict[str, Any]:
             "text": encoder.decode(ids), "complete": whole}
 
 
-def _beginning(document: Document) -> bytes:
+def _beginning(document: Document, spool: Spool) -> bytes:
     text = b""
-    for block in document.blocks():
+    for block in document.blocks(spool):
         text += block
         if len(text) > _SAMPLE_BYTES:
             return text[:character_start(text, _SAMPLE_BYTES)]

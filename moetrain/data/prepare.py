@@ -3,8 +3,8 @@
     prepare(path=None, out=Path("data"), tokenizer="bytes")  ->  data/<fingerprint>/
 
 The fingerprint is a hash of the tokenizer, of every (domain, content) and of how held-out text was chosen: it does not
-depend on where files lie or in which order they come. The folder appears whole or not at all and is never overwritten;
-one that is there is verified and used. `out/sources.json` remembers which source (paths, sizes, times of change) gave
+depend on where files lie or in which order they come. The folder appears whole or not at all and is never overwritten
+(dataset_folder.py); one that is there is verified and used. `out/sources.json` remembers which source (paths, sizes, times of change) gave
 which fingerprint and account, so that an unchanged source is not read again.
 
 What is read, and on which side it is: selection.py. The files: prepared.py and tokens.py.
@@ -14,11 +14,8 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -28,8 +25,9 @@ from moetrain.config.schema import Config, DataConfig
 from moetrain.data import corpus
 from moetrain.data.account_text import account_lines, is_account
 from moetrain.data.by_fingerprint import NAME_LENGTH
+from moetrain.data.dataset_folder import unfinished
 from moetrain.data.prepared import DESCRIPTION, Prepared, lost_description, open_prepared, total, write_description
-from moetrain.data.document import Document
+from moetrain.data.documents import Parts
 from moetrain.data.records import Reading, reading_of
 from moetrain.data.selection import BUILTIN, Progress, Selection, Source, find_source, select
 from moetrain.data.split import Split, exact
@@ -39,12 +37,10 @@ from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.tokens import unwritable, write_file
 from moetrain.errors import DataError, DiskError
 from moetrain.files import read_json, shown
-from moetrain.locks import is_at, lock_folder
 
 log = logging.getLogger(__name__)
 
 _FORMAT = "moetrain-dataset-1"
-_STALE_S = 24 * 3600
 _MOST_REMEMBERED = 16 << 20                  # bytes of sources.json: a few thousand for each source
 _SHARE = Fraction(1, 20)                     # of the text, held out; fingerprints name another one alone
 
@@ -113,8 +109,8 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
     with Spool(out) as spool:
         selection = select(source, spool, share=share, reading=reading, domain_cap=domain_cap, allow_left_out=allow_left_out,
                            progress=progress)
-        chooses = [_contents(selection.heldout)] if selection.heldout else _unusual(share)
-        fingerprint = _hash([_FORMAT, encoder.identity, limit, _contents(selection.chosen), *chooses])
+        chooses = [selection.heldout] if selection.heldout else _unusual(share)
+        fingerprint = _hash([_FORMAT, encoder.identity, limit, selection.chosen, *chooses])
         if expected not in (None, fingerprint):
             raise other_data(path, fingerprint, expected)
         folder = out / fingerprint[:NAME_LENGTH]
@@ -156,31 +152,15 @@ def _unusual(share: Fraction) -> list[str]:
     return [] if share == _SHARE else [f"held out {share}"]
 
 
-def _contents(chosen: list[Document]) -> list[tuple[str, str, int]]:
-    return [(document.domain, document.digest.hex(), document.size) for document in chosen]
-
-
 def _build(folder: Path, selection: Selection, encoder: Tokenizer, description: dict[str, Any], overlap: int,
            progress: Callable[[int, int], None] | None) -> None:
-    """Write the dataset in a temporary folder beside its place, then rename it there."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder.parent)
-        temporary, claim = _temporary(folder.parent)
-    except OSError as error:
-        raise unwritable(folder.parent, error) from error
-    try:
-        temporary.chmod(0o755)
+    with unfinished(folder) as temporary:
         description = description | write_tokens(temporary, selection.parts, encoder, overlap, progress)
         description["account"] = selection.record(_sides(description))
         if encoder.content is not None:
             write_file(temporary / "tokenizer.json", encoder.content)
         write_description(temporary, description)
         _rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if claim is not None:
-            os.close(claim)
 
 
 def _rename(temporary: Path, folder: Path) -> None:
@@ -261,34 +241,22 @@ def _remember(out: Path, key: str, row: dict[str, Any]) -> None:
         log.warning("cannot remember what %s was made of: %s", row["folder"], error.why)
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove folders that a killed preparation left behind: nobody holds them any more, or where folders cannot be locked, they are old."""
-    for folder in out.glob(".preparing-*"):
-        try:
-            claim = lock_folder(folder)
-        except OSError:
-            with suppress(OSError):
-                if time.time() - folder.lstat().st_mtime > _STALE_S:
-                    shutil.rmtree(folder, ignore_errors=True)
-            continue
-        if claim is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(claim)
+def _hash(content: list[Any]) -> str:
+    """A hash of values, as JSON has them. Documents are their domains, digests and sizes."""
+    found = hashlib.sha256()
+    for number, value in enumerate(content):
+        found.update(b", " if number else b"[")
+        for piece in _rows(value) if isinstance(value, Parts) else (json.dumps(value),):
+            found.update(piece.encode())
+    found.update(b"]")
+    return found.hexdigest()
 
 
-def _temporary(out: Path) -> tuple[Path, int | None]:
-    """A folder to write a dataset in, and the lock that says that somebody does; None where folders cannot be locked."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=".preparing-", dir=out))
-        try:
-            claim = lock_folder(folder)
-        except OSError:
-            return folder, None
-        if claim is not None and is_at(claim, folder):       # otherwise another preparation has found it unlocked and removes it
-            return folder, claim
-        if claim is not None:
-            os.close(claim)
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _rows(parts: Parts) -> Iterator[str]:
+    """A JSON list of [domain, digest, size], a row at a time: a list of millions of them would not fit in memory."""
+    names = [json.dumps(name) for name in parts.documents.names]
+    before = "["
+    for part, domain in zip(parts, parts.domains.tolist()):
+        yield f'{before}[{names[domain]}, "{part.document.digest.hex()}", {part.end}]'
+        before = ", "
+    yield "]" if len(parts) else "[]"

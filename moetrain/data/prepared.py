@@ -23,15 +23,14 @@ from moetrain.data.account_text import is_account
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.token_blocks import damaged
 from moetrain.data.token_formats import how_to_read
-from moetrain.data.tokens import TokenShard, open_shard, write_file, write_shard
+from moetrain.data.tokens import TokenShard, open_shard, write_file
 from moetrain.errors import DataError
 from moetrain.files import parse_json, read_bytes, reason
 
 DESCRIPTION, TOKENS, SIZES = "dataset.json", ".tokens", ".sizes"
 _MOST_BYTES = 64 << 20           # of a description: a hundred bytes for each domain and shard
-SHARD_TOKENS = 64 << 20
 _FORMAT = 1
-_LARGEST_SIZE = 1 << 32          # bytes that one token covers
+LARGEST_SIZE = 1 << 32           # bytes that one token covers
 
 
 class TokenStream:
@@ -119,81 +118,6 @@ class Prepared:
                               parse_special=self.description.get("parse_special", False))
 
 
-class SplitWriter:
-    """Writes the documents of one split, domain by domain, into shards of at most SHARD_TOKENS tokens.
-
-    sizes: whether the bytes that each token covers come with the tokens; they are written beside each shard.
-    """
-
-    def __init__(self, *, folder: Path, split: str, vocab_size: int, domains: tuple[str, ...],
-                 shard_tokens: int = SHARD_TOKENS, sizes: bool = False, suffix: str = TOKENS) -> None:
-        self._folder, self._split, self._vocab_size, self._domains = folder, split, vocab_size, domains
-        self._limit, self._suffix = shard_tokens, suffix
-        self._sizes = SplitWriter(folder=folder, split=split, vocab_size=_LARGEST_SIZE, domains=domains,
-                                  shard_tokens=shard_tokens, suffix=SIZES) if sizes else None
-        self._pieces: list[np.ndarray] = []          # of the document under way, fewer tokens than a shard has
-        self._size = 0
-        self._documents: list[np.ndarray] = []
-        self._document_domains: list[int] = []
-        self._pending = self._pending_bytes = self._shards = 0
-        self.counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in domains}
-
-    def add(self, tokens: np.ndarray, domain: int, text_bytes: int) -> None:
-        """Write a document."""
-        self.extend(tokens, domain)
-        self.end_document(domain, text_bytes)
-
-    def extend(self, tokens: np.ndarray, domain: int, sizes: np.ndarray | None = None) -> None:
-        """Write tokens of the document that is under way. One longer than a shard is cut."""
-        if self._sizes is not None:
-            assert sizes is not None and len(sizes) == len(tokens), (sizes, tokens)
-            self._sizes.extend(sizes, domain)
-        dtype = np.uint16 if self._vocab_size <= 1 << 16 else np.uint32
-        self.counts[self._domains[domain]]["tokens"] += len(tokens)
-        while self._size + len(tokens) > self._limit:
-            rest = self._limit - self._size
-            self._pieces.append(tokens[:rest].astype(dtype))
-            self._size = self._limit
-            tokens = tokens[rest:]
-            self._close(domain)
-        if len(tokens):
-            self._pieces.append(tokens.astype(dtype))
-            self._size += len(tokens)
-
-    def end_document(self, domain: int, text_bytes: int) -> None:
-        if self._sizes is not None:
-            self._sizes.end_document(domain, text_bytes)
-        if self._size:
-            self._close(domain)
-        self._pending_bytes += text_bytes
-        self.counts[self._domains[domain]]["documents"] += 1
-        self.counts[self._domains[domain]]["bytes"] += text_bytes
-
-    def _close(self, domain: int) -> None:
-        """The pieces under way are a document of a shard: of this one, or of the next where they do not fit."""
-        if self._pending + self._size > self._limit:
-            self._write()
-        self._documents.append(self._pieces[0] if len(self._pieces) == 1 else np.concatenate(self._pieces))
-        self._document_domains.append(domain)
-        self._pending += self._size
-        self._pieces, self._size = [], 0
-
-    def flush(self) -> None:
-        """Write what is pending: called once, at the end."""
-        if self._sizes is not None:
-            self._sizes.flush()
-        if self._documents:
-            self._write()
-
-    def _write(self) -> None:
-        write_shard(self._folder / f"{self._split}-{self._shards:05d}{self._suffix}", documents=self._documents,
-                    document_domains=self._document_domains, vocab_size=self._vocab_size, domains=self._domains,
-                    text_bytes=self._pending_bytes)
-        self._documents, self._document_domains = [], []
-        self._pending = self._pending_bytes = 0
-        self._shards += 1
-
-
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """Seal a folder: its shards are listed with the checksum of their header, which holds all others."""
     shards, sizes = ({path.name: open_shard(path, verify=False).header_crc for path in sorted(folder.glob(f"*{suffix}"))}
@@ -212,7 +136,7 @@ def open_prepared(path: Path, *, verify: bool) -> Prepared:
     description = _read_description(path)
     vocab_size = description["vocab_size"]
     shards = {name: _open_member(path, name, crc, description, vocab_size, verify) for name, crc in description["shards"].items()}
-    sizes = {name: _open_member(path, name, crc, description, _LARGEST_SIZE, verify)
+    sizes = {name: _open_member(path, name, crc, description, LARGEST_SIZE, verify)
              for name, crc in description.get("sizes", {}).items()}
     for name, found in sizes.items():
         _compare(found, shards[name.removesuffix(SIZES) + TOKENS])
@@ -285,7 +209,7 @@ def _description_problem(content: Any) -> str | None:
     vocab_size = content.get("vocab_size")
     if type(vocab_size) is not int or vocab_size < 1 or not _strings(content.get("domains")):
         return "vocab_size or domains is missing"
-    if not all(_counts(content.get(split), content["domains"]) for split in ("train", "heldout")):
+    if not all(are_counts(content.get(split), content["domains"]) for split in ("train", "heldout")):
         return "the counts of a split are missing"
     if not isinstance(content.get("heldout_overlap", ""), float | None):
         return "heldout_overlap is missing"
@@ -312,7 +236,7 @@ def _strings(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
-def _counts(value: Any, domains: list[str]) -> bool:
+def are_counts(value: Any, domains: list[str]) -> bool:
     """Documents, tokens and bytes of every domain, as SplitWriter counts them."""
     return isinstance(value, dict) and list(value) == domains and all(
         isinstance(counts, dict) and list(counts) == ["documents", "tokens", "bytes"]

@@ -5,26 +5,22 @@ a `Spool` keeps what is not: records, which would have to be parsed again, and t
 can be looked up, or in another encoding.
 """
 
-import codecs
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from moetrain.data import formats
 from moetrain.data.account import FileEntry, NotText
 from moetrain.data.compressed import ByteStream
-from moetrain.data.document import Document, spooled_document
+from moetrain.data.documents import Document, spooled_document
 from moetrain.data.json_records import json_lines, json_objects
 from moetrain.data.parquet import parquet_rows
 from moetrain.data.records import Reading
 from moetrain.data.spool import Spool
 from moetrain.data.table_records import COMMA, SEMICOLON, TAB, table_rows
-from moetrain.data.text import blocks_of
 from moetrain.data.text_file import TextFile
 from moetrain.errors import DataError
-from moetrain.files import open_regular
 
 Advance = Callable[[int], None]     # told how many bytes of a file were read
 
@@ -86,7 +82,7 @@ def _texts(file: TextFile, domain: str, spool: Spool) -> Iterator[Document]:
     digest, size, start = hashlib.sha256(), 0, spool.size
     for piece in _pieces(file.blocks(), separator):
         if piece is None:
-            yield Document(domain, digest.digest(), size, partial(spool.blocks, start, size))
+            yield Document(domain, digest.digest(), size, None, start)
             digest, size, start = hashlib.sha256(), 0, spool.size
             continue
         digest.update(piece)
@@ -94,9 +90,7 @@ def _texts(file: TextFile, domain: str, spool: Spool) -> Iterator[Document]:
         if not from_file:
             spool.append(piece)
     if size or separator is None:
-        found = digest.digest()
-        again = partial(_file_again, file.path, found) if from_file else partial(spool.blocks, start, size)
-        yield Document(domain, found, size, again)
+        yield Document(domain, digest.digest(), size, file.path if from_file else None, start)
 
 
 def _pieces(blocks: Iterator[bytes], separator: str | None) -> Iterator[bytes | None]:
@@ -117,26 +111,6 @@ def _pieces(blocks: Iterator[bytes], separator: str | None) -> Iterator[bytes | 
         if at < len(block):
             yield block[at:]
         begins = block.endswith(b"\n")
-
-
-def _file_again(path: Path, digest: bytes) -> Iterator[bytes]:
-    found = hashlib.sha256()
-    try:
-        with open_regular(path) as file:
-            for number, block in enumerate(blocks_of(file.read)):
-                block = block if number else block.removeprefix(codecs.BOM_UTF8)
-                if block:
-                    found.update(block)
-                    yield block
-    except OSError as error:
-        raise _changed(path) from error
-    if found.digest() != digest:
-        raise _changed(path)
-
-
-def _changed(path: Path) -> DataError:
-    return DataError(34, "a text changed while it was read", where=str(path), why="its content is not what the first pass saw",
-                     next="run again when nothing writes to the file")
 
 
 def _marred(path: Path, error: NotText) -> DataError:

@@ -12,15 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from moetrain.config.schema import DataConfig
 from moetrain.data import corpus
 from moetrain.data.account import (ALSO_HELD_OUT, CAPPED, CUT, DUPLICATES, HELD, OWN, TRAINED, Account, FileLedger, by_mistake)
 from moetrain.data.account_text import reasons
-from moetrain.data.document import Document, text_document
+from moetrain.data.documents import Document, Documents, Parts, spooled_document
 from moetrain.data.records import Reading
 from moetrain.data.scan import Scan, SourceFile, scan
 from moetrain.data.sources import documents
-from moetrain.data.split import FEW, LEAST_CUT, Split, cap_domains, split, unique, whole, without
+from moetrain.data.split import FEW, LEAST_CUT, Split, cap_domains, split, unique, without
 from moetrain.data.spool import Spool
 from moetrain.errors import CONTINUED, DataError
 
@@ -57,8 +59,8 @@ class Selection(NamedTuple):
     """parts: what is trained on and held out. chosen: the documents to train on or to split; heldout: those held out whole."""
 
     parts: Split
-    chosen: list[Document]
-    heldout: list[Document]
+    chosen: Parts
+    heldout: Parts
     account: Account
     rest: str                                # what of the account's text takes the bytes that cuts move by
 
@@ -106,21 +108,21 @@ def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = 
         watch: called with every document as it is read.
     """
     account = Account([found.ledger for found in (source.path, source.held_out) if found])
-    found = unique(_watched(_read_all(source, account, spool, reading, domain_cap, progress), watch))
-    heldout = unique(_watched(_read_heldout(source, spool, reading, progress), watch))
+    found = unique(_kept(_read_all(source, account, spool, reading, domain_cap, progress), spool, watch))
+    heldout = unique(_kept(_read_heldout(source, spool, reading, progress), spool, watch))
     for ledger in account.files:
         if (error := left_out_error(ledger, allow_left_out)) is not None:
             raise error
-    account.note(DUPLICATES, (document.size for _, dropped in (found, heldout) for document in dropped))
+    account.note(DUPLICATES, np.concatenate([dropped.sizes for _, dropped in (found, heldout)]))
     kept = _without_heldout(found[0], heldout[0], source, account)
     chosen = cap_domains(kept, domain_cap)
-    capped = {document.digest: document.size for document in chosen}
-    account.note(CAPPED, (cut for document in kept if (cut := document.size - capped.get(document.digest, 0))))
+    account.note(CAPPED, _positive(_ends(kept) - _ends(chosen)))
     limit = corpus.HELDOUT_LIMIT if source.path is None and not heldout[0] else None
-    parts = whole(chosen, heldout[0]) if heldout[0] else _split(chosen, source, share, limit)
-    for side, members in ((TRAINED, parts.train), (HELD, parts.heldout)):
-        account.note(side, (part.end - part.start for part in members))
-    account.note(CUT, (part.document.size - part.end for part in parts.heldout if part.end < part.document.size))
+    parts = Split(chosen, heldout[0]) if heldout[0] else _split(chosen, source, share, limit)
+    account.note(TRAINED, parts.train.sizes)
+    account.note(HELD, parts.heldout.sizes)
+    if not heldout[0]:
+        account.note(CUT, _positive(_ends(chosen)[parts.heldout.rows] - parts.heldout.ends))
     _warn_of_domains(chosen)
     return Selection(parts, chosen, heldout[0], account, CAPPED if domain_cap is not None and source.path else CUT)
 
@@ -129,10 +131,23 @@ def _identity(file: SourceFile) -> tuple[Any, ...]:
     return file.name, file.size, file.mtime_ns, file.ctime_ns, file.label, file.entry.side
 
 
-def _watched(found: Iterable[Document], watch: Callable[[Document], None]) -> Iterator[Document]:
+def _kept(found: Iterable[Document], spool: Spool, watch: Callable[[Document], None]) -> Documents:
+    documents = Documents(spool)
     for document in found:
         watch(document)
-        yield document
+        documents.append(document)
+    return documents
+
+
+def _ends(parts: Parts) -> np.ndarray:
+    """Where the part of each document ends; 0 for those of which there is none."""
+    ends = np.zeros(len(parts.documents), np.int64)
+    ends[parts.rows] = parts.ends
+    return ends
+
+
+def _positive(sizes: np.ndarray) -> np.ndarray:
+    return sizes[sizes > 0]
 
 
 def _read_all(source: Source, account: Account, spool: Spool, reading: Reading, domain_cap: int | None,
@@ -145,7 +160,7 @@ def _read_all(source: Source, account: Account, spool: Spool, reading: Reading, 
                                    for found in corpus.builtin_documents(domain_cap=domain_cap)):
             entry = ledger.add(name, len(text))
             entry.format, entry.documents, entry.text = "text", 1, len(text)
-            yield text_document(domain, text)
+            yield spooled_document(domain, text, spool)
     else:
         files = source.path.side(TRAINED)
         some = False
@@ -171,7 +186,7 @@ def _read_heldout(source: Source, spool: Spool, reading: Reading, progress: Prog
         raise _no_text(found, "every text is empty" if source.held_out else "every text of its validation split is empty")
 
 
-def _without_heldout(found: list[Document], heldout: list[Document], source: Source, account: Account) -> list[Document]:
+def _without_heldout(found: Parts, heldout: Parts, source: Source, account: Account) -> Parts:
     kept, also = without(found, heldout)
     where = "data.held_out" if source.held_out else "the validation split"
     if not kept:
@@ -181,18 +196,17 @@ def _without_heldout(found: list[Document], heldout: list[Document], source: Sou
                         if source.held_out else "data.split=merge takes the text without its splits")
     if also:
         log.info("%d documents of %s are not trained on: %s has them too", len(also), source.name, where)
-    account.note(ALSO_HELD_OUT, (document.size for document in also))
+    account.note(ALSO_HELD_OUT, also.sizes)
     return kept
 
 
-def _split(chosen: list[Document], source: Source, share: Fraction, limit: int | None) -> Split:
+def _split(chosen: Parts, source: Source, share: Fraction, limit: int | None) -> Split:
     if share == 1:
-        return whole([], chosen)
+        return Split(chosen.at(np.zeros(0, np.int64)), chosen)
     parts = split(chosen, share=share, heldout_limit=limit)
     if not parts.heldout:
-        size = sum(document.size for document in chosen)
         raise DataError(35, "there is too little text to hold some out", where=f"{source.name} (data.path)",
-                        why=f"{len(chosen)} documents with {size:,} bytes; with fewer than {FEW} documents one of them needs "
+                        why=f"{len(chosen)} documents with {chosen.bytes:,} bytes; with fewer than {FEW} documents one of them needs "
                             f"{-(-LEAST_CUT // share)} bytes, of which {float(share):g} are held out",
                         next="give more text: data.path=<file or folder>, or held-out text: data.held_out=<file or folder>")
     return parts
@@ -228,18 +242,16 @@ def left_out_error(ledger: FileLedger, allowed: float) -> DataError | None:
                     next=f"convert them, move them away, or data.allow_left_out={needed:g} to go on without them")
 
 
-def _warn_of_domains(chosen: Iterable[Document]) -> None:
+def _warn_of_domains(chosen: Parts) -> None:
     """A domain is what losses are told by. A host name or an address for each document is none."""
-    names: dict[str, int] = {}
-    for document in chosen:
-        names[document.domain] = names.get(document.domain, 0) + 1
+    names = list(chosen.by_domain())
     if len(names) < _MANY_DOMAINS:
         return
     if 2 * sum(map(bool, map(_HOST.match, names))) > len(names):
         problem = "most look like the name of a host"
-    elif sum(names.values()) < 2 * len(names):
+    elif len(chosen) < 2 * len(names):
         problem = "nearly every document has one of its own"
     else:
         return
     log.warning("%d domains for %d documents, and %s: data.domain_key=<key of a few kinds of text>, or data.domain_key=null "
-                "for none, says what losses are told by", len(names), sum(names.values()), problem)
+                "for none, says what losses are told by", len(names), len(chosen), problem)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from moetrain.data.account import BINARY, TRAINED, FileEntry, NotText
 from moetrain.data.compressed import inner_name
-from moetrain.data.document import Document
+from moetrain.data.documents import Document
 from moetrain.data.formats import is_text
 from moetrain.data.reading import read_file
 from moetrain.data.records import Reading

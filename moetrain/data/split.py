@@ -8,59 +8,46 @@ smallest hash, or the last twentieth of its only one.
 Held-out text of the user's own stays whole: what of it also occurs among the training documents is taken out there.
 """
 
-from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from itertools import groupby
 from typing import NamedTuple
 
-from moetrain.data.document import Document
-from moetrain.data.text import character_start
+import numpy as np
+
+from moetrain.data.documents import Documents, Parts
 
 FEW = 20                        # documents: from here on whole ones are held out, however small the share
 LEAST_CUT = 32                  # bytes; a document that would give up less is not cut
 
 
-class Part(NamedTuple):
-    """Bytes start to end of a document, each moved back to the start of a character."""
-
-    document: Document
-    start: int
-    end: int
-
-    def blocks(self) -> Iterator[bytes]:
-        place = 0
-        for block in self.document.blocks():
-            first, last = (character_start(block, min(max(cut - place, 0), len(block))) for cut in (self.start, self.end))
-            if first < last:
-                yield block[first:last]
-            place += len(block)
-
-
 class Split(NamedTuple):
-    train: list[Part]
-    heldout: list[Part]
+    train: Parts
+    heldout: Parts
 
 
-def unique(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+def unique(documents: Documents) -> tuple[Parts, Parts]:
     """(each content once, sorted by domain and content, the others): the order in which they came is forgotten."""
-    kept, duplicates, seen = [], [], set()
-    for document in sorted(documents, key=lambda document: (document.domain, document.digest)):
-        (duplicates if document.digest in seen else kept).append(document)
-        seen.add(document.digest)
-    return kept, duplicates
+    ranks = np.argsort(sorted(range(len(documents.names)), key=documents.names.__getitem__)).astype(np.int32)
+    order = np.lexsort((documents.digests, ranks[documents.domains]))
+    _, first = np.unique(documents.digests[order], return_index=True)
+    kept = np.zeros(len(order), bool)
+    kept[first] = True
+    return documents.whole(order[kept]), documents.whole(order[~kept])
 
 
-def cap_domains(documents: list[Document], cap: int | None) -> list[Document]:
-    """The first `cap` bytes of each domain; the last document taken is cut."""
-    if cap is None:
-        return documents
-    taken, sizes = [], dict.fromkeys((document.domain for document in documents), 0)
-    for document in documents:
-        size = min(document.size, cap - sizes[document.domain])
-        if size > 0:
-            taken.append(document._replace(size=size))
-            sizes[document.domain] += size
-    return taken
+def cap_domains(parts: Parts, cap: int | None) -> Parts:
+    """The first `cap` bytes of each domain; the last document taken is cut.
+
+    Args:
+        parts: whole documents, sorted by domain.
+        cap: None for all.
+    """
+    if cap is None or not len(parts):
+        return parts
+    starts = _domain_starts(parts)
+    before = np.cumsum(parts.ends) - parts.ends
+    before -= np.repeat(before[starts], np.diff([*starts, len(parts)]))
+    ends = np.minimum(parts.ends, cap - before)
+    return Parts(parts.documents, parts.rows, parts.starts, ends).at(ends > 0)
 
 
 def exact(share: float) -> Fraction:
@@ -68,56 +55,42 @@ def exact(share: float) -> Fraction:
     return Fraction(share).limit_denominator(10_000)
 
 
-def split(documents: list[Document], *, share: Fraction, heldout_limit: int | None = None) -> Split:
-    """Parts in the order of the documents.
+def split(parts: Parts, *, share: Fraction, heldout_limit: int | None = None) -> Split:
+    """Both sides, in the order of the documents.
 
     Args:
-        documents: unique and sorted by domain.
+        parts: unique documents from their start on, sorted by domain and content.
         share: of the documents, to be held out.
         heldout_limit: bytes of a held-out document that are used.
     """
-    result = Split([], [])
-    few = len(documents) < min(FEW, 1 / share)
-    for _, group in groupby(documents, key=lambda document: document.domain):
-        members = list(group)
-        if few or len(members) == 1:
-            _cut_each(members, share, result)
-            continue
-        chosen = _held_out(members, share)
-        for document in members:
-            if document.digest in chosen:
-                result.heldout.append(Part(document, 0, min(document.size, heldout_limit or document.size)))
-            else:
-                result.train.append(Part(document, 0, document.size))
-    return result
+    starts = _domain_starts(parts)
+    sizes = np.diff([*starts, len(parts)])
+    few = len(parts) < min(FEW, 1 / share)
+    each = np.repeat(few | (sizes == 1), sizes)                     # gives up its end
+    given = np.where(each, parts.ends * share.numerator // share.denominator, 0)
+    given[given < LEAST_CUT] = 0
+    whole = _held_out(parts, share, starts, starts + sizes - 1) & ~each
+    train = Parts(parts.documents, parts.rows, parts.starts, parts.ends - given).at(~whole)
+    ends = parts.ends if heldout_limit is None else np.where(whole, np.minimum(parts.ends, heldout_limit), parts.ends)
+    heldout = Parts(parts.documents, parts.rows, np.where(whole, 0, parts.ends - given), ends).at(whole | (given > 0))
+    return Split(train, heldout)
 
 
-def without(documents: list[Document], others: list[Document]) -> tuple[list[Document], list[Document]]:
+def without(parts: Parts, others: Parts) -> tuple[Parts, Parts]:
     """(the documents whose content is not among the others', those whose is)."""
-    digests = {document.digest for document in others}
-    sides: tuple[list[Document], list[Document]] = ([], [])
-    for document in documents:
-        sides[document.digest in digests].append(document)
-    return sides
+    also = np.isin(parts.digests, others.digests)
+    return parts.at(~also), parts.at(also)
 
 
-def whole(train: list[Document], heldout: list[Document]) -> Split:
-    """All of the documents, as far as they are not capped."""
-    return Split(*([Part(document, 0, document.size) for document in side] for side in (train, heldout)))
+def _domain_starts(parts: Parts) -> np.ndarray:
+    """The places at which another domain begins."""
+    return np.flatnonzero(np.diff(parts.domains, prepend=-1))
 
 
-def _held_out(members: list[Document], share: Fraction) -> set[bytes]:
-    """Digests of the held-out documents of a domain: never none, never all."""
-    by_hash = sorted(document.digest for document in members)
-    chosen = {digest for digest in by_hash if int.from_bytes(digest[:8]) % share.denominator < share.numerator}
-    chosen = chosen or {by_hash[0]}
-    return chosen - {by_hash[-1]} if len(chosen) == len(members) else chosen
-
-
-def _cut_each(members: list[Document], share: Fraction, result: Split) -> None:
-    for document in members:
-        held = document.size * share.numerator // share.denominator
-        held = held if held >= LEAST_CUT else 0
-        result.train.append(Part(document, 0, document.size - held))
-        if held:
-            result.heldout.append(Part(document, document.size - held, document.size))
+def _held_out(parts: Parts, share: Fraction, firsts: np.ndarray, lasts: np.ndarray) -> np.ndarray:
+    """Which documents are held out, of every domain some and not all. firsts, lasts: their smallest and their largest hash."""
+    numbers = parts.digests.view(">u8")[::4]
+    chosen = numbers % share.denominator < share.numerator
+    chosen[firsts[~np.logical_or.reduceat(chosen, firsts)]] = True
+    chosen[lasts[np.logical_and.reduceat(chosen, firsts)]] = False
+    return chosen

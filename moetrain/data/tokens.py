@@ -65,19 +65,28 @@ class TokenShard:
         return len(self.document_domains)
 
 
-def write_shard(path: Path, *, documents: Sequence[np.ndarray], document_domains: Sequence[int], vocab_size: int,
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How ids of a vocabulary are stored."""
+    return _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
+
+
+def write_shard(path: Path, *, tokens: np.ndarray, offsets: Sequence[int], document_domains: Sequence[int], vocab_size: int,
                 domains: Sequence[str], text_bytes: int) -> None:
-    """Write one shard under a temporary name and rename it; an existing file is never replaced."""
+    """Write one shard under a temporary name and rename it; an existing file is never replaced.
+
+    Args:
+        tokens: of all documents, as `token_dtype` says.
+        offsets: where each document begins, and the number of tokens behind the last one.
+    """
     if path.exists():
         raise DiskError(11, "a token shard is already there", where=str(path), why="shards are never overwritten",
                         next="choose another folder (data.cache)")
-    dtype = _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
-    tokens = np.concatenate([np.zeros(0, dtype), *documents]).astype(dtype)
-    offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype("<i8")
-    index = offsets.tobytes() + np.asarray(document_domains, "<i4").tobytes()
+    dtype = token_dtype(vocab_size)
+    assert tokens.dtype == dtype and offsets[-1] == len(tokens), (tokens.dtype, dtype, offsets[-1], len(tokens))
+    index = np.asarray(offsets, "<i8").tobytes() + np.asarray(document_domains, "<i4").tobytes()
     blocks = [zlib.crc32(tokens[start:start + BLOCK]) for start in range(0, len(tokens), BLOCK)]
     header = json.dumps({
-        "dtype": dtype.name, "tokens": len(tokens), "documents": len(documents), "vocab_size": vocab_size,
+        "dtype": dtype.name, "tokens": len(tokens), "documents": len(document_domains), "vocab_size": vocab_size,
         "domains": list(domains), "text_bytes": text_bytes, "index_crc": zlib.crc32(index), "block_crc": blocks,
     }).encode()
     header += b" " * (-(len(header) + _PREFIX.size) % 64)        # the index starts aligned

@@ -90,7 +90,7 @@ def test_what_unpacks_to_much_is_read_in_bounded_memory(tmp_path: Path, suffix: 
         tracemalloc.start()
         try:
             (document,) = documents(scan(path).files, spool=spool)
-            assert document.size == 24_000_000 and sum(map(len, document.blocks())) == document.size
+            assert document.size == 24_000_000 and sum(map(len, document.blocks(spool))) == document.size
             with pytest.raises(DataError, match="E-DATA-031"):
                 list(documents(scan(tmp_path / f"zeros{suffix}").files, spool=spool))
             assert tracemalloc.get_traced_memory()[1] < (16 if suffix == ".xz" else 8) << 20       # a window of 8 MiB

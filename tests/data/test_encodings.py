@@ -26,7 +26,7 @@ def read(tmp_path: Path, content: bytes, entry: FileEntry | None = None, **readi
     path.write_bytes(content)
     with Spool(tmp_path) as spool:
         (document,) = read_file(path, "own", entry or FileEntry("a.txt", 0), Reading(**reading), spool)
-        return b"".join(document.blocks())
+        return b"".join(document.blocks(spool))
 
 
 def refused(tmp_path: Path, content: bytes, **reading: str) -> NotText:
@@ -119,7 +119,7 @@ def test_any_bytes_are_text_or_refused(tmp_path_factory: pytest.TempPathFactory,
             documents = list(read_file(tmp_path / "a", "own", entry, Reading(text_key=None, encoding=encoding), spool))
         except (NotText, DataError):                    # DataError: it begins like a compressed file
             return
-        text = b"".join(block for document in documents for block in document.blocks())
+        text = b"".join(block for document in documents for block in document.blocks(spool))
     if encoding == "utf-8":
         assert text == content.removeprefix(b"\xef\xbb\xbf") or content[:2] in (b"\xff\xfe", b"\xfe\xff")
     elif not content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):

@@ -88,7 +88,7 @@ def test_arrow_of_the_datasets_library(tmp_path: Path) -> None:
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, cwd=tmp_path)            # the advice works
     with Spool(tmp_path) as spool:
         documents = list(read_file(tmp_path / "text.parquet", "own", FileEntry("a", 0), Reading(), spool))
-        assert [b"".join(document.blocks()) for document in documents] == [b"a", b"b"]
+        assert [b"".join(document.blocks(spool)) for document in documents] == [b"a", b"b"]
 
 
 def test_tokenizers_are_no_text(tmp_path: Path) -> None:
@@ -127,4 +127,4 @@ def test_prose_that_begins_like_a_format_is_text(tmp_path: Path, text: str) -> N
     path = write(tmp_path, text.encode() * 3)
     with Spool(tmp_path) as spool:
         (document,) = read_file(path, "own", FileEntry("a", 0), Reading(), spool)
-        assert b"".join(document.blocks()) == text.encode() * 3
+        assert b"".join(document.blocks(spool)) == text.encode() * 3

@@ -62,7 +62,7 @@ def read(path: Path, entry: FileEntry | None = None, **reading: str | None) -> l
     """(domain, text) of the documents of a file, whose digests and sizes are right."""
     with Spool(path.parent) as spool:
         found = list(read_file(path, "own", entry or FileEntry(path.name, 0), Reading(**reading), spool))
-        texts = [b"".join(document.blocks()) for document in found]
+        texts = [b"".join(document.blocks(spool)) for document in found]
     assert [document.size for document in found] == list(map(len, texts))
     return [(document.domain, text.decode("utf-8", "surrogateescape")) for document, text in zip(found, texts)]
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,11 @@ import pytest
 from moetrain.config.schema import Config, DataConfig
 from moetrain.data import corpus, prepare as prepare_module, selection as selection_module
 from moetrain.data.prepare import prepare, prepare_from_config
-from moetrain.data.prepared import Prepared, SplitWriter, open_prepared
+from moetrain.data.prepared import Prepared, open_prepared
+from moetrain.data.split_writer import SplitWriter
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.errors import DataError, DiskError
 
-ROOT = Path(__file__).parents[2]
 WORDS = ("router", "expert", "token", "weight", "shard", "layer", "gate", "\u00fcber", "slot")
 
 
@@ -305,22 +303,3 @@ def test_the_builtin_corpus_has_five_domains_and_is_the_same_twice(tmp_path: Pat
 def test_too_small_a_builtin_corpus_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "DISTRIBUTIONS", ("numpy",))
     assert "notices" in refused(40, None, tmp_path).why
-
-
-def test_what_a_killed_preparation_leaves_is_removed_by_the_next_and_what_another_one_writes_is_not(tmp_path):
-    """At once, not after a day: the kernel lets go of the lock of a process that is gone."""
-    script = "import sys, time; from pathlib import Path; from moetrain.data.prepare import _temporary; " \
-             "print(_temporary(Path(sys.argv[1]))[0], flush=True); time.sleep(60)"
-    (tmp_path / "out").mkdir()
-    killed, alive = (subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True,
-                                      env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(2))
-    try:
-        left, written = (Path(process.stdout.readline().strip()) for process in (killed, alive))
-        (left / "train-00000.tokens").write_bytes(b"half of it")
-        killed.kill()
-        killed.wait()
-        prepare(path=str(corpus_folder(tmp_path / "text")), out=tmp_path / "out", tokenizer="bytes", domain_cap=None)
-        assert not left.exists() and written.is_dir()
-    finally:
-        alive.kill()
-        alive.wait()

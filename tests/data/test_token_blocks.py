@@ -12,10 +12,11 @@ from moetrain.data import token_blocks, tokens as tokens_module
 from moetrain.data.prepare import prepare
 from moetrain.data.prepared import Prepared, open_prepared
 from moetrain.data.tokenizer import load_tokenizer
-from moetrain.data.tokens import TokenShard, open_shard, write_shard
+from moetrain.data.tokens import TokenShard, open_shard
 from moetrain.errors import DataError
 from tests.data.test_tokens import with_header
 from tests.support.odd_files import ODD, make_odd
+from tests.support.shards import write_documents
 
 BLOCK, TOKENS = 64, 1000
 
@@ -23,7 +24,7 @@ BLOCK, TOKENS = 64, 1000
 @pytest.fixture
 def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenShard:
     monkeypatch.setattr(tokens_module, "BLOCK", BLOCK)
-    write_shard(tmp_path / "s.tokens", documents=[np.arange(TOKENS) % 257], document_domains=[0], vocab_size=257, domains=["a"],
+    write_documents(tmp_path / "s.tokens", [np.arange(TOKENS) % 257], document_domains=[0], vocab_size=257, domains=["a"],
                 text_bytes=TOKENS)
     return open_shard(tmp_path / "s.tokens", verify=False)
 
@@ -66,7 +67,7 @@ def test_a_block_altered_after_it_was_read_is_refused_too(shard: TokenShard, mon
 
 
 def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    write_shard(tmp_path / "s.tokens", documents=[np.arange(5), np.array([3, 256])], document_domains=[0, 0], vocab_size=257,
+    write_documents(tmp_path / "s.tokens", [np.arange(5), np.array([3, 256])], document_domains=[0, 0], vocab_size=257,
                 domains=["a"], text_bytes=7)
     shard = open_shard(with_header(tmp_path / "s.tokens", vocab_size=256), verify=False)
     error = refused(shard, 0, 1)
@@ -93,7 +94,7 @@ def test_a_file_that_another_took_the_place_of_is_not_mixed_with_it(shard: Token
 
 
 def write_other(path: Path, tokens: int) -> Path:
-    write_shard(path, documents=[np.full(tokens, 7)], document_domains=[0], vocab_size=257, domains=["a"], text_bytes=tokens)
+    write_documents(path, [np.full(tokens, 7)], document_domains=[0], vocab_size=257, domains=["a"], text_bytes=tokens)
     return path
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from moetrain.data.batch import DOMAIN_IDS, HELDOUT_IDS, Batch
 from moetrain.data.loader import Loader, TokenDataset
 from moetrain.data.measured import MOST_NAMED, OTHERS
-from moetrain.data.prepared import Prepared, SplitWriter, open_prepared, write_description
+from moetrain.data.prepared import Prepared, open_prepared, write_description
+from moetrain.data.split_writer import SplitWriter
 from moetrain.errors import DataError
 
 PROPERTIES = settings(max_examples=25, deadline=None, derandomize=True)

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from moetrain.data import prepared as prepared_module
 from moetrain.data.batch import padding
 from moetrain.data.prepare import prepare
-from moetrain.data.prepared import Prepared, SplitWriter, open_prepared, write_description
+from moetrain.data.prepared import Prepared, open_prepared, write_description
+from moetrain.data.split_writer import SplitWriter
 from moetrain.data.token_dataset import TokenDataset
 from moetrain.errors import DataError
 from tests.support.tokenizers import KINDS, prose, saved

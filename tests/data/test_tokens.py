@@ -11,14 +11,15 @@ import pytest
 
 from moetrain.data import tokens as tokens_module
 from moetrain.data.token_blocks import TokenBlocks
-from moetrain.data.tokens import TokenShard, open_shard, write_shard
+from moetrain.data.tokens import TokenShard, open_shard
 from moetrain.errors import DataError, DiskError, MoETrainError
+from tests.support.shards import write_documents
 
 DOCUMENTS = [np.arange(5), np.zeros(0, np.int64), np.array([256, 7, 7]), np.arange(100)]
 
 
 def written(path: Path, vocab_size: int = 257) -> Path:
-    write_shard(path, documents=DOCUMENTS, document_domains=[0, 0, 1, 1], vocab_size=vocab_size,
+    write_documents(path, DOCUMENTS, document_domains=[0, 0, 1, 1], vocab_size=vocab_size,
                 domains=["a", "b"], text_bytes=107)
     return path
 
@@ -51,7 +52,7 @@ def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, dtype: str) ->
 
 
 def test_a_shard_without_documents_is_read(tmp_path: Path) -> None:
-    write_shard(tmp_path / "s", documents=[], document_domains=[], vocab_size=9, domains=[], text_bytes=0)
+    write_documents(tmp_path / "s", [], document_domains=[], vocab_size=9, domains=[], text_bytes=0)
     assert len(open_shard(tmp_path / "s", verify=True).tokens) == 0
 
 

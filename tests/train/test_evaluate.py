@@ -13,7 +13,8 @@ from matplotlib.image import imread
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
 from moetrain.data.measured import MOST_NAMED, OTHERS
-from moetrain.data.prepared import SplitWriter, write_description
+from moetrain.data.prepared import write_description
+from moetrain.data.split_writer import SplitWriter
 from moetrain.report.specialisation import draw_specialisation
 from moetrain.train.console import MOST_DOMAINS
 from moetrain.train.evaluate import evaluate
