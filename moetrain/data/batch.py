@@ -58,6 +58,7 @@ class Dataset(Protocol):
     domains: tuple[str, ...]
     measured: tuple[str, ...]     # what held-out text is measured as: the domains, or the largest and the rest as one
     fingerprint: str
+    order: str                    # which rule says what a step trains on: another release may have another one
     tokens: int | None            # that are trained on, each once an epoch; None where they never repeat
 
     def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:

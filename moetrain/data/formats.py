@@ -2,8 +2,9 @@
 
 Whatever begins like records must go on like them, or it is text:
 
-    JSON lines    the first two lines are objects; or the first is one with the text key; or the suffix says so
-    JSON array    it begins with an object
+    JSON lines    the first two lines are objects; or the first is one with the text key; or the suffix says so, and it is
+                  none of the next two
+    JSON array    it begins with an object, or with a string of several words
     JSON objects  one over several lines: with the text key, or not empty and with another behind it. A file of one object
                   without the text key is text: a notebook, a package.json
     CSV, TSV      the suffix says so; or the first line is names, one of them the text key, and the next has as many cells
@@ -52,7 +53,8 @@ def recognize(file: TextFile) -> str:
     if key is None:
         return TEXT
     if suffix in _LINES:
-        return JSON_LINES
+        found = _json(file, key)
+        return found if found == JSON_ARRAY or found == JSON_OBJECTS and not _one_a_line(file.beginning(_HEAD)[0]) else JSON_LINES
     found = _json(file, key) or _TABLES.get(suffix) or _table(file.beginning(_HEAD)[0], key)
     return found or (TEXT_OF_JSON if suffix == ".json" else TEXT)
 
@@ -86,6 +88,7 @@ def _json_array(begin: str, whole: bool, key: str) -> str | None:
     if not behind and not whole:
         return _MORE
     is_record = isinstance(value, dict) and (behind in (",", "]", "") or isinstance(look_up(value, key)[1], str))
+    is_record |= isinstance(value, str) and " " in value.strip() and behind in (",", "]", "")
     return JSON_ARRAY if is_record else None
 
 

@@ -24,9 +24,10 @@ _MORE = r"(?:[-_ ]?(?:set|data|split|files?))?"
 _WORDS = re.compile(                                     # a part of a name between characters that are no letters or digits
     rf"(?<![^\W_])(?:(?P<train>train(?:ing)?{_MORE})|(?P<test>test(?:ing)?{_MORE})|(?P<eval>eval(?:uation)?{_MORE})"
     rf"|(?P<valid>(?:valid(?:ation|ate)?|val|dev(?:el|elopment)?|held[-_]?out|holdout){_MORE}))\d*(?![^\W_])", re.IGNORECASE)
-_ABOUT = frozenset(
-    ".adoc .c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .html .ini .ipynb .java .jl .js .kt .lua .m .md .ml "
-    ".php .pl .py .pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .yaml .yml .zig".split())
+_PROSE = frozenset(".adoc .html .md .rst .tex".split())
+_ABOUT = _PROSE | frozenset(
+    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .ini .ipynb .java .jl .js .kt .lua .m .ml "
+    ".php .pl .py .pyi .pyx .r .rb .rs .scala .sh .sql .swift .toml .ts .tsx .yaml .yml .zig".split())
 _NUMBERING = {"of", "part", "shard"}
 _HASH = re.compile(r"(?=.*\d)[0-9a-f]{8,}")              # of a shard: news-train-00000-of-00001-2f6c2d1a9f7a2d4b.parquet
 
@@ -64,12 +65,15 @@ def find_splits(names: Iterable[str]) -> dict[str, Member]:
 
 
 def unpaired(names: Iterable[str], members: Collection[str]) -> list[str]:
-    """Names that say validation or test and belong to no split, where others say training: they may be meant as one."""
+    """Names that say validation or test and belong to no split, where others say training: they may be meant as one.
+
+    `ptb.test.md` may be, beside `ptb.train.txt`: documents, unlike source code, are text with another suffix.
+    """
     named: dict[bool, list[str]] = {True: [], False: []}
     for name in names:
         parts = name.split("/")
-        words = [_word(part, is_file=depth == len(parts) - 1) for depth, part in enumerate(parts)]
-        roles = {word.role for word in words if word is not None}
+        words = [_word(part, is_file=depth == len(parts) - 1, about=_ABOUT - _PROSE) for depth, part in enumerate(parts)]
+        roles = {word.role for word in words if word is not None and (word.rest or PurePosixPath(name).suffix not in _PROSE)}
         if roles:
             named[roles == {TRAIN}].append(name)
     return [name for name in named[False] if name not in members] if named[True] else []
@@ -84,8 +88,8 @@ def without_split(name: str) -> str:
     return "/".join(part for part in kept if part)
 
 
-def _word(name: str, *, is_file: bool) -> _Word | None:
-    """The part of a name that says which split it is; None where none does, or two disagree."""
+def _word(name: str, *, is_file: bool, about: frozenset[str] = _ABOUT) -> _Word | None:
+    """The part of a name that says which split it is; None where none does, or two disagree, or the suffix is one of `about`."""
     found = list(_WORDS.finditer(name))
     if not found or len({match.lastgroup for match in found}) > 1:
         return None
@@ -93,7 +97,7 @@ def _word(name: str, *, is_file: bool) -> _Word | None:
     if is_file:
         inner = inner_name(name)
         suffix = PurePosixPath(inner).suffix
-        if suffix.lower() in _ABOUT:
+        if suffix.lower() in about:
             return None
         stem = inner.removesuffix(suffix) if first.end() <= len(inner) - len(suffix) else inner
     before, after = _parts(stem[:first.start()]), _parts(stem[first.end():])

@@ -30,8 +30,8 @@ def json_lines(file: TextFile) -> Iterator[tuple[bytes, str]]:
 
 
 def json_objects(file: TextFile, *, array: bool) -> Iterator[tuple[bytes, str]]:
-    """(text, own domain) of the objects of an array, or of objects one behind another."""
-    number, values = 0, _Values(file.blocks())
+    """(text, own domain) of the objects or strings of an array, or of objects one behind another."""
+    number, values, kind = 0, _Values(file.blocks()), dict
 
     def place() -> str:
         return f"{file.path}, record {number}, line {values.line}"
@@ -48,8 +48,10 @@ def json_objects(file: TextFile, *, array: bool) -> Iterator[tuple[bytes, str]]:
             value = values.value()
         except ValueError as error:
             raise too_long(place()) if values.full else malformed(place(), f"it is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise malformed(place(), "it is not an object")
+        if array and number == 1 and isinstance(value, str):
+            kind = str
+        if not isinstance(value, kind):
+            raise malformed(place(), "it is not an object" if kind is dict else "it is not a string, as those before it are")
         yield fields.of(value)
         if not array:
             more = values.next_character() != ""

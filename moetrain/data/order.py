@@ -21,6 +21,7 @@ import numpy as np
 
 from moetrain.data.permutation import key_of, permuted, subkeys
 
+ORDER = "windows-2"            # raise it when the same index gives another window
 _SIMPLE = 10_000                # shares whose ratio is one of small numbers are kept to the letter
 _FINEST = 1 << 30               # what other shares are rounded to parts of; its square fits an int64
 

@@ -49,8 +49,10 @@ class Fields:
         self._domains = self._records = 0
         self._last: dict[str, Any] = {}
 
-    def of(self, record: dict[str, Any]) -> tuple[bytes, str]:
-        """(text as UTF-8, own domain or nothing)."""
+    def of(self, record: dict[str, Any] | str) -> tuple[bytes, str]:
+        """(text as UTF-8, own domain or nothing). A string is the text itself."""
+        if isinstance(record, str):
+            return self.text(record), ""
         found, text = look_up(record, self._text_key)
         if not found:
             raise missing_key(self._text_key, record, self._place())

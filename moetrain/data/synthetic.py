@@ -24,6 +24,7 @@ class SyntheticDataset:
     """
 
     tokens = None
+    order = "numbers-1"
 
     def __init__(self, *, vocab_size: int, num_domains: int, seq_len: int, global_batch: int, seed: int,
                  min_length: float = 1.0, mask_documents: bool = False) -> None:

@@ -18,7 +18,7 @@ from moetrain.config.values import show
 from moetrain.data.batch import DOMAIN_IDS, HELDOUT_IDS, Batch, make_batch
 from moetrain.data.measured import measured_parts
 from moetrain.data.mixture import Group, mixture_groups
-from moetrain.data.order import Order
+from moetrain.data.order import ORDER, Order
 from moetrain.data.prepared import Prepared, TokenStream
 from moetrain.data.windows import Piece, Windows
 from moetrain.errors import DataError
@@ -37,6 +37,8 @@ class TokenDataset:
         mask_documents: number the documents inside a window.
         trains: whether there are training windows; otherwise the held-out ones alone may be asked for.
     """
+
+    order = ORDER
 
     def __init__(self, *, prepared: Prepared, seq_len: int, global_batch: int, seed: int, mixture: str = "proportional",
                  weights: Mapping[str, float] | None = None, mask_documents: bool = False, trains: bool = True) -> None:

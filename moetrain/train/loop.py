@@ -73,7 +73,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
             recorder.start(run, resumed)
             console.resume_at(run.state.step)
             console.banner(banner_lines(run, resumed))
-            for note in rate_notes(run, found):
+            for note in notes(run, found):
                 console.line(f"[warn] {note}")
 
             def leave(code: int, reason: str) -> None:
@@ -94,8 +94,8 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
     disconnect()
 
 
-def rate_notes(run: Run, found: Resumed | None) -> Iterator[str]:
-    """What is unexpected about the learning rate of the steps that are left."""
+def notes(run: Run, found: Resumed | None) -> Iterator[str]:
+    """What is unexpected about the learning rate and the order of the steps that are left."""
     steps, optim, step = run.config.run.steps, run.config.optim, run.state.step + 1
     if warning := schedule_warning(steps, optim):
         yield warning
@@ -103,6 +103,9 @@ def rate_notes(run: Run, found: Resumed | None) -> Iterator[str]:
         before = trained_with(found.manifest, found.path).run.steps
         if changed := resumed_rate(step, before, steps, optim):
             yield changed
+    if found and found.manifest.facts.get("order") != run.dataset.order:
+        yield (f"the steps up to {run.state.step} have read the data in the order of another release: from here on some of it "
+               "comes again before the rest has come once")
 
 
 def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> bool:
@@ -213,7 +216,7 @@ def measure(run: Run, recorder: Recorder, console: Console, told: Preemption) ->
 def facts(run: Run) -> dict[str, object]:
     """What a checkpoint says of the run that wrote it."""
     tokenizer = getattr(run.dataset, "tokenizer", None)
-    return {"moetrain": __version__, "data": run.dataset.fingerprint, "tokenizer": tokenizer and tokenizer.identity,
+    return {"moetrain": __version__, "data": run.dataset.fingerprint, "order": run.dataset.order, "tokenizer": tokenizer and tokenizer.identity,
             "config": asdict(with_absolute_paths(run.config))}
 
 

@@ -84,7 +84,7 @@ def refused(number: int, path: Path, **reading: str | None) -> DataError:
 @pytest.mark.parametrize("form", WRITE)
 @pytest.mark.parametrize("name", ["c4-train.00000-of-01024.json", "a.ndjson", "no suffix", "a.txt"])
 def test_a_format_is_told_by_content_whatever_the_name(tmp_path: Path, form: str, compression: str, name: str) -> None:
-    if form not in ("JSON lines", "Parquet") and name == "a.ndjson":
+    if form in ("CSV", "TSV") and name == "a.ndjson":
         return                                                   # its suffix says that it is lines
     records = [{"id": str(number), "domain": ("a", "b")[number % 2], "text": story} for number, story in enumerate(STORIES)]
     entry = FileEntry(name, 0)
@@ -120,6 +120,17 @@ def test_one_object_with_the_text_key_is_a_record(tmp_path: Path) -> None:
         assert read(put(tmp_path, content)) == [("own", "a story")]
     assert read(put(tmp_path, '{"body": {"de": "Geschichte"}}'), text_key="body.de") == [("own", "Geschichte")]
     assert read(put(tmp_path, json.dumps({"id": 1, "text": "y" * (17 << 20)}))) == [("own", "y" * (17 << 20))]       # longer than what is looked at
+
+
+def test_an_array_of_texts_is_so_many_documents_and_of_words_is_text(tmp_path: Path) -> None:
+    texts = ["one\ntwo \"three\"", "word", "\ud800 x", ""]
+    entry = FileEntry("a", 0)
+    assert read(put(tmp_path, json.dumps(texts)), entry) == [("own", text) for text in (texts[0], "word", "\ufffd x")]
+    assert (entry.format, entry.empty, entry.undecodable) == ("JSON array", 1, 3)
+    for words in ('["a", "b"]', '["a b" and more', '[["a b"]]'):
+        assert read(put(tmp_path, words, "a.json")) == [("own", words)]
+    for rest in ("3", '{"text": "c"}', "null"):
+        assert "not a string, as those before it are" in refused(33, put(tmp_path, f'["a b", {rest}]')).why
 
 
 @pytest.mark.parametrize("form", WRITE)

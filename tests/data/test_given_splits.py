@@ -71,6 +71,8 @@ def test_labels_have_all_of_a_name_but_the_split() -> None:
     (("train/a.txt", "test/b.txt"), []),
     (("books/a.txt", "test/b.txt"), []),                 # nothing says training: a test of something
     (("train.py", "test.py"), []),
+    (("ptb.train.txt", "ptb.test.md"), ["ptb.test.md"]),
+    (("train.txt", "testing.md", "conv_train.py", "conv_test.py"), []),
 ])
 def test_a_name_that_joins_no_split_though_another_says_training_is_told(names: tuple[str, ...], alone: list[str]) -> None:
     assert unpaired(names, find_splits(names)) == alone

@@ -1,4 +1,4 @@
-"""What is said about the learning rate: a warm-up that is too long, and a schedule that another run.steps stretches."""
+"""What is said about the steps that are left: a warm-up that is too long, a schedule that another run.steps stretches, another order."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from moetrain.__main__ import main
 from moetrain.config.schema import OptimConfig
+from moetrain.data.synthetic import SyntheticDataset
 from moetrain.train.optim import learning_rate, resumed_rate, schedule_warning
 
 COSINE = OptimConfig(schedule="cosine", lr=1e-3, warmup=10, min_lr_ratio=0.1)
@@ -40,4 +41,8 @@ def test_a_run_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     first = capsys.readouterr().out
     assert first.count("[warn] optim.warmup=5 is longer than run.steps=2") == 1 and "run.steps was" not in first
     assert main(["train", *TINY, "run.steps=8", "optim.warmup=5"]) == 0
-    assert "run.steps was 2 and is 8" in capsys.readouterr().out
+    resumed = capsys.readouterr().out
+    assert "run.steps was 2 and is 8" in resumed and "order" not in resumed
+    monkeypatch.setattr(SyntheticDataset, "order", "numbers-0")
+    assert main(["train", *TINY, "run.steps=9", "optim.warmup=5"]) == 0
+    assert capsys.readouterr().out.count("[warn] the steps up to 8 have read the data in the order of another release") == 1
