@@ -34,9 +34,10 @@ def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("forget, more", [
-    ("", []), ("plan.loads", []), ("plan.homes", []), ("", SLICED), ("plan.sliced", SLICED),
-    ("", ["parallel.forecast=trend", "parallel.fallback=30", CALIBRATE]),
-    ("plan.slope", ["parallel.forecast=trend"]), ("plan.errors", ["parallel.fallback=30"])])
+    ("", SLICED), ("", ["parallel.forecast=trend", "parallel.fallback=30", CALIBRATE]), ("plan.homes", []),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        ("", []), ("plan.loads", []), ("plan.sliced", SLICED), ("plan.slope", ["parallel.forecast=trend"]),
+        ("plan.errors", ["parallel.fallback=30"])))])
 def test_resuming_gives_the_same_bits_and_needs_forecast_and_homes(ranks, tmp_path, forget, more):
     overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32", *more]
     for unbroken, again in ranks(4).run(resumed_without, overrides, tmp_path, forget):

@@ -68,6 +68,7 @@ def assert_close(ours: list, expected: list) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.full                        # that ZeRO saves and restores: below
 def test_what_warm_balance_remembers_is_kept(ranks):
     overrides = [*COMMON, "parallel=ep", "balance.mode=warm", "train.micro_batch=2"]
     expected = ranks.run(trained, overrides)

@@ -1,0 +1,36 @@
+"""Pages of results: a tool writes its section, with the machine, the commit and the command that gave the figures."""
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_section(page: Path, title: str, text: str) -> None:
+    """Put a section `## title` into a page, in place of the one that is there or at its end."""
+    before = page.read_text() if page.exists() else ""
+    section = f"## {title}\n\n{text.strip()}\n"
+    found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", before, re.MULTILINE | re.DOTALL)
+    if found is None:
+        after = before.rstrip("\n") + "\n\n" + section
+    else:
+        rest = before[found.end():]
+        after = before[:found.start()] + section + ("\n" + rest if rest else "")
+    page.write_text(after)
+
+
+def provenance() -> str:
+    """Machine, load, versions, commit and command."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    shared = "; other programs shared cores and caches" if load > cores else ""
+    command = shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return (f"{cores} CPU cores ({platform.machine()}), load average {load:.1f} at the end{shared}; Python {platform.python_version()}, "
+            f"numpy {np.__version__}, commit {commit}.\n\n    {command}")
