@@ -26,8 +26,10 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-from bench_prepare import text
-from result_page import ROOT, provenance, write_section
+sys.path.insert(0, str(Path(__file__).parents[1]))            # also where it is started as a script
+
+from tools.bench_prepare import text
+from tools.result_page import ROOT, provenance, write_section
 
 PAGE = ROOT / "docs" / "results" / "data.md"
 PASSAGES, PASSAGE = 2_000, 2_000                     # how many, and bytes of each

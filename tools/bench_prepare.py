@@ -1,7 +1,7 @@
 """Speed of `prepare` on one core: bytes of text a second of processor time, by form of the source and tokenizer.
 
     python tools/bench_prepare.py                      # 32 MB a source, three times each: some minutes
-    python tools/bench_prepare.py --write              # also docs/results/prepare.md
+    python tools/bench_prepare.py --write              # also its section of docs/results/data.md
 
 The text is words drawn from a vocabulary of 50,000 by Zipf's law, so that no passage comes twice; in `repeated` every text comes
 20 times with another ending, as crawled pages do. The tokenizer.json is a byte-level BPE of 4,096 tokens, trained on
@@ -14,8 +14,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -28,8 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "results" / "prepare.md"
+sys.path.insert(0, str(Path(__file__).parents[1]))            # also where it is started as a script
+
+from tools.result_page import ROOT, provenance, write_section
+
+PAGE = ROOT / "docs" / "results" / "data.md"
 GOAL_OF_LIBRARY = 0.8
 GOAL = 8.0                      # MB/s of text without repetition, bytes as tokens
 
@@ -44,7 +45,7 @@ def main() -> None:
     result = table(rows)
     print(result)
     if options.write:
-        PAGE.write_text(page(result, rows, options))
+        write_section(PAGE, "Preparing", section(result, rows, options))
 
 
 def parse() -> argparse.Namespace:
@@ -187,30 +188,22 @@ def table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells))
 
 
-def page(result: str, rows: list[dict], options: argparse.Namespace) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def section(result: str, rows: list[dict], options: argparse.Namespace) -> str:
     encoded = [row["of_library"] for row in rows if row["of_library"] is not None]
     plain = [row["best"] for row in rows if row["tokenizer"] == "bytes" and row["overlap"] and "repeated" not in row["source"]]
     return f"""\
-# Speed of `moetrain data prepare`
-
-`tools/bench_prepare.py`: words drawn from a vocabulary of 50,000 by Zipf's law, so that passages do not come twice; in the
+`moetrain data prepare` of words drawn from a vocabulary of 50,000 by Zipf's law, so that passages do not come twice; in the
 repeated source every text comes 20 times with another ending. BPE: a byte-level tokenizer.json of 4,096 tokens. Every
 preparation runs in a process of its own with one thread. MB/s are bytes of text by processor time: the best of {options.repeats}
 repetitions, and their median.
-
-Machine: {os.cpu_count()} CPU cores ({platform.machine()}), load average {os.getloadavg()[0]:.1f} at the end (above {os.cpu_count()}, other programs shared
-cores and caches, and the figures are lower than on a quiet machine); Python {platform.python_version()}, numpy {np.__version__},
-commit {commit}.
-
-    {shlex.join(["python", "tools/bench_prepare.py", *sys.argv[1:]])}
 
 {result}
 
 Text without repetition, bytes as tokens, overlap measured: {min(plain):.1f} to {max(plain):.1f} MB/s (aim: {GOAL:g}). With a tokenizer.json
 {min(encoded):.2f} to {max(encoded):.2f} of the speed at which the tokenizers library encodes all texts in one batch (aim: {GOAL_OF_LIBRARY:g}), reading, removal of
 duplicates, overlap and writing included: texts are encoded a batch at a time, without offsets where none are needed.
-"""
+
+{provenance()}"""
 
 
 if __name__ == "__main__":

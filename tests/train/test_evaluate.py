@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
 from moetrain.data.measured import MOST_NAMED, OTHERS
+from moetrain.data.prepare import prepare
 from moetrain.data.prepared import write_description
 from moetrain.data.split_writer import SplitWriter
 from moetrain.report.specialisation import draw_specialisation
@@ -107,3 +108,41 @@ def test_a_run_on_hundreds_of_domains_says_and_draws_a_bounded_amount(tmp_path: 
     with np.load(tmp_path / "run" / "specialisation.npz") as file:
         assert file["choices"].shape[0] == MOST_NAMED + 1 and file["domains"][-1] == OTHERS
     assert imread(draw_specialisation(tmp_path / "run")).shape[0] < 3000
+
+
+def chinese(folder: Path) -> Path:
+    """Text of three bytes a character, as tokens of a byte-level BPE that cuts characters and joins them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    (folder / "in").mkdir()
+    for number in range(40):
+        domain = "ab"[number % 2]
+        (folder / "in" / domain).mkdir(exist_ok=True)
+        (folder / "in" / domain / f"{number}.txt").write_text(f"\u7b2c{number}\u7bc7\u6587\u7ae0\uff1a" + "\u5b57\u8bcd\u53e5\u6bb5\u843d" * (number % 5 + 3))
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.train_from_iterator(["\u5b57\u8bcd\u53e5\u6587\u7ae0"] * 3, trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    library.save(str(folder / "tokenizer.json"))
+    return prepare(path=str(folder / "in"), out=folder / "data", tokenizer=str(folder / "tokenizer.json"), held_out_share=0.4)
+
+
+def losses(words: list[str]) -> dict[str, float]:
+    run = made(compose(words))
+    return evaluate(run.state.model, run.dataset, run.mesh, run.config).losses
+
+
+@pytest.mark.ranks
+def test_nats_per_byte_are_those_of_the_source_on_any_mesh_and_in_any_batch(ranks, tmp_path: Path) -> None:
+    prepared = chinese(tmp_path)
+    words = [*WORDS, "data=tokens", f"data.path={prepared}", f"run.dir={tmp_path / 'run'}", "run.dtype=float64", "eval.windows=1000"]
+    alone = losses([*words, "eval.batch=3"])
+    described = json.loads((prepared / "dataset.json").read_text())
+    for domain, counts in described["heldout"].items():
+        assert alone[f"nats_per_byte/{domain}"] == pytest.approx(alone[f"loss/{domain}"] * counts["tokens"] / counts["bytes"], rel=1e-12)
+        assert counts["bytes"] > 1.3 * counts["tokens"] > 100
+    for mesh in (["parallel=ep", "parallel.ep=2"], ["parallel=fssdp"]):
+        spread = [*words, "run.nproc=2", "train.micro_batch=2", "eval.batch=5", *mesh]
+        for found in ranks(2).run(losses, spread):
+            assert found.keys() == alone.keys()
+            assert all(found[name] == pytest.approx(alone[name], rel=1e-11) for name in alone)
