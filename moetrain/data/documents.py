@@ -50,7 +50,7 @@ class Documents:
         self.spool = spool
         self.names: list[str] = []                           # of domains, in the order in which they came
         self._numbers: dict[str, int] = {}
-        self._files: list[Path] = []
+        self._files: list[str] = []
         self._domains, self._digests, self._sizes = array("i"), bytearray(), array("q")
         self._places = array("q")                            # in the spool, or −1 − the number of a file
 
@@ -62,7 +62,7 @@ class Documents:
         self._digests += document.digest
         self._sizes.append(document.size)
         if document.file is not None:
-            self._files.append(document.file)
+            self._files.append(str(document.file))
         self._places.append(document.start if document.file is None else -len(self._files))
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Documents:
     def __getitem__(self, row: int) -> Document:
         place = self._places[row]
         return Document(self.names[self._domains[row]], bytes(self._digests[32 * row:32 * row + 32]), self._sizes[row],
-                        self._files[-1 - place] if place < 0 else None, max(place, 0))
+                        Path(self._files[-1 - place]) if place < 0 else None, max(place, 0))
 
     @cached_property
     def domains(self) -> np.ndarray:

@@ -15,9 +15,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
         encoder = load_tokenizer(encoder, end_token=end_token, parse_special=parse_special)
     share = _SHARE if held_out else exact(held_out_share)
     source = find_source(path, held_out, own=(out, run_dir) if run_dir else (out,), splits=splits)
-    key = _hash([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading, source.listing()])
+    key = _hash(chain([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading], source.listing()))
     known = _remembered(out).get(key)
     if known and (expected is None or expected.startswith(known["folder"])) and _is_there(out / known["folder"]):
         return _reuse(out / known["folder"], source.refreshed(known["account"]) if remind else None)
@@ -241,7 +242,7 @@ def _remember(out: Path, key: str, row: dict[str, Any]) -> None:
         log.warning("cannot remember what %s was made of: %s", row["folder"], error.why)
 
 
-def _hash(content: list[Any]) -> str:
+def _hash(content: Iterable[Any]) -> str:
     """A hash of values, as JSON has them. Documents are their domains, digests and sizes."""
     found = hashlib.sha256()
     for number, value in enumerate(content):

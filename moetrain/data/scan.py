@@ -25,15 +25,21 @@ log = logging.getLogger(__name__)
 
 
 class SourceFile(NamedTuple):
-    """A file that is read. label: what its domain is told from: its name, without what names a split."""
+    """A file that is read. There may be a million: what others have of it is not kept again.
 
-    path: Path
-    name: str                       # relative to the path the user gave
-    size: int
+    folder: the path that the user gave, or the folder of the file that it names. label: what its domain is told from: its name,
+    without what names a split.
+    """
+
+    folder: str
+    entry: FileEntry
     mtime_ns: int
     ctime_ns: int                   # changes with every write, whatever the file's time of change is set to
     label: str
-    entry: FileEntry
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder, self.entry.name)
 
 
 class Scan(NamedTuple):
@@ -47,9 +53,10 @@ class Scan(NamedTuple):
 
 
 class _Found(NamedTuple):
-    path: Path
-    name: str
-    status: os.stat_result | None   # None: a link to nowhere
+    name: str                       # relative to the path the user gave
+    size: int
+    mtime_ns: int
+    ctime_ns: int
     reason: str
 
 
@@ -74,13 +81,14 @@ def scan(path: Path, *, key: str = "data.path", own: tuple[Path, ...] = (), held
             places = {OWN: own, HELD_OUT: (held_out,) if held_out else ()}
             named = {_identity(place.stat()): reason for reason, group in places.items() for place in group if place.exists()}
             named.pop(_identity(status), None)
-            found = sorted(_Walk(path.resolve(), named).files(), key=lambda file: file.name)
+            folder = path.resolve()
+            found = sorted(_Walk(folder, named).files(), key=lambda file: file.name)
         else:
-            found = [_Found(path, path.name, status, "" if status.st_size else EMPTY)]
-            splits = False
+            folder, splits = path.parent, False
+            found = [_found(path.name, status, "" if status.st_size else EMPTY)]
     except OSError as error:
         raise unreadable(Path(error.filename or path), error, key) from error
-    return _sorted_out(FileLedger(key, str(path)), found, splits, held_out is not None)
+    return _sorted_out(FileLedger(key, str(path)), str(folder), found, splits, held_out is not None)
 
 
 def unreadable(path: Path, error: OSError, key: str) -> DataError:
@@ -89,7 +97,7 @@ def unreadable(path: Path, error: OSError, key: str) -> DataError:
                      next=f"{key}=<file or folder of text>{otherwise}")
 
 
-def _sorted_out(ledger: FileLedger, found: list[_Found], splits: bool, held_out: bool) -> Scan:
+def _sorted_out(ledger: FileLedger, folder: str, found: list[_Found], splits: bool, held_out: bool) -> Scan:
     """Give every file its place in the ledger, and each of a split its side."""
     members: dict[str, Member] = {}
     if splits:      # the text of data.held_out is part of what lies there: train/ beside it is named without `train`, too
@@ -100,21 +108,20 @@ def _sorted_out(ledger: FileLedger, found: list[_Found], splits: bool, held_out:
                         "training in the same way. data.held_out= names held-out text", shown(alone[0]),
                         f" (as do those of {len(alone) - 1} more)" if len(alone) > 1 else "")
     files = []
-    for path, name, status, reason in found:
+    for name, size, mtime_ns, ctime_ns, reason in found:
         member = members.get(name)
         in_split = member is not None and not reason
         if in_split and member.role == TEST_ROLE:
             reason = TEST
         elif in_split and member.role != TRAIN and held_out:
             reason = VALID
-        entry = ledger.add(name, status.st_size if status and reason != NO_FILE else 0, reason)
+        entry = ledger.add(name, size, reason)
         if in_split:
             ledger.splits.setdefault(member.role, []).append(entry)
-        if not reason and status is not None:
+        if not reason:
             if member is not None and member.role != TRAIN:
                 entry.side = HELD
-            files.append(SourceFile(path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
-                                    member.label if member else name, entry))
+            files.append(SourceFile(folder, entry, mtime_ns, ctime_ns, member.label if member else name))
     return Scan(ledger, files)
 
 
@@ -167,18 +174,22 @@ class _Walk:
                 yield self._file(folder, name, reason)
 
     def _file(self, folder: str, name: str, reason: str) -> _Found:
-        path = Path(folder, name)
-        relative = f"{folder}/{name}"[self._prefix:]
+        path = f"{folder}/{name}"
+        relative = path[self._prefix:]
         try:
             status = os.stat(path)
         except OSError as error:
             if error.errno not in _NOWHERE and not reason:
                 raise
-            return _Found(path, relative, None, reason or NO_FILE)
+            return _Found(relative, 0, 0, 0, reason or NO_FILE)
         if not stat.S_ISREG(status.st_mode):
-            return _Found(path, relative, status, NO_FILE)
+            return _Found(relative, 0, 0, 0, NO_FILE)
         reason = self._named.get(_identity(status), "") or reason or (HIDDEN if name.startswith(".") else "")
-        return _Found(path, relative, status, reason or ("" if status.st_size else EMPTY))
+        return _found(relative, status, reason or ("" if status.st_size else EMPTY))
+
+
+def _found(name: str, status: os.stat_result, reason: str) -> _Found:
+    return _Found(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, reason)
 
 
 def _identity(status: os.stat_result) -> _Identity:

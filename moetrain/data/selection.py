@@ -49,10 +49,13 @@ class Source(NamedTuple):
         return {**account, "files": {key: found[key].refreshed(kept) if key in found else kept
                                      for key, kept in account["files"].items()}}
 
-    def listing(self) -> list[Any]:
+    def listing(self) -> Iterator[Any]:
         """Equal as long as nothing that is read has changed."""
-        builtin = corpus.identity() if self.path is None else None
-        return [builtin, *([found.ledger.path, *map(_identity, found.files)] for found in (self.path, self.held_out) if found)]
+        yield corpus.identity() if self.path is None else None
+        for found in (self.path, self.held_out):
+            if found:
+                yield found.ledger.path, len(found.files)
+                yield from map(_identity, found.files)
 
 
 class Selection(NamedTuple):
@@ -128,7 +131,7 @@ def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = 
 
 
 def _identity(file: SourceFile) -> tuple[Any, ...]:
-    return file.name, file.size, file.mtime_ns, file.ctime_ns, file.label, file.entry.side
+    return file.entry.name, file.entry.size, file.mtime_ns, file.ctime_ns, file.label, file.entry.side
 
 
 def _kept(found: Iterable[Document], spool: Spool, watch: Callable[[Document], None]) -> Documents:
@@ -213,7 +216,7 @@ def _split(chosen: Parts, source: Source, share: Fraction, limit: int | None) ->
 
 
 def _refuse_empty(found: Scan) -> None:
-    if any(file.size for file in found.files if file.entry.side == TRAINED):
+    if any(file.entry.size for file in found.files if file.entry.side == TRAINED):
         return
     kept = found.ledger.record()["left_out"]
     own = [row for row in kept if row["reason"] == OWN]

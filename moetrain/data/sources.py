@@ -39,10 +39,10 @@ _SHARD = re.compile(r"\d+(?:[-_]of[-_]\d+)?")              # of a suffix: 00, 00
 def documents(files: list[SourceFile], *, spool: Spool, reading: Reading = Reading(), key: str = "data.path",
               progress: Callable[[int, int], None] | None = None) -> Iterator[Document]:
     """Every text of the files, duplicates included; files that are no text as the module says."""
-    total, done = sum(file.size for file in files), 0
+    total, done = sum(file.entry.size for file in files), 0
     refused: list[tuple[SourceFile, NotText]] = []
     for file in files:
-        advance = partial(_advance, progress, done, file.size, total) if progress else None
+        advance = partial(_advance, progress, done, file.entry.size, total) if progress else None
         try:
             for document in read_file(file.path, domain_of(file.label), file.entry, reading, spool, advance):
                 file.entry.documents += 1
@@ -53,7 +53,7 @@ def documents(files: list[SourceFile], *, spool: Spool, reading: Reading = Readi
             refused.append((file, error))
         except OSError as error:
             raise unreadable(file.path, error, key) from error
-        done += file.size
+        done += file.entry.size
         if progress:
             progress(done, total)
     if refused and len(refused) == len(files):

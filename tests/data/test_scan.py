@@ -26,7 +26,7 @@ def tree(root: Path, *names: str) -> Path:
 
 
 def names(found: Scan, side: str = TRAINED) -> list[str]:
-    return [file.name for file in found.side(side)]
+    return [file.entry.name for file in found.side(side)]
 
 
 def left_out(found: Scan) -> dict[str, list[str]]:
@@ -134,7 +134,7 @@ def test_held_out_text_that_is_named_wins_over_a_validation_split(tmp_path: Path
     assert left_out(found) == {"test split": ["test/c.txt"], "validation split": ["valid/b.txt"], "data.held_out": ["mine/code/d.py"]}
     prepared = open_prepared(prepare(path=str(root), held_out=str(root / "mine"), out=tmp_path / "out", tokenizer="bytes"), verify=True)
     assert prepared.domains == ("code", "txt")
-    assert [file.label for file in scan(root, held_out=root / "valid").files if file.name == "train/a.txt"] == ["a.txt"]
+    assert [file.label for file in scan(root, held_out=root / "valid").files if file.entry.name == "train/a.txt"] == ["a.txt"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
