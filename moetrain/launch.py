@@ -83,7 +83,7 @@ def has_own_stderr() -> bool:
 def become_rank() -> Callable[[], None]:
     """Prepare a process that a launcher started, before it does anything else. Returns what to call when its work is done.
 
-    Ctrl-C ends it at once until there is something to save (train/preempt.py): Python's own handler would wait for the collective
+    Ctrl-C ends it at once until there is something to save (train/preemption.py): Python's own handler would wait for the collective
     that the rank is in. A rank of `start_ranks` whose launcher is gone is told to save and leave: nobody would start it again.
     """
     if "RANK" in os.environ and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -166,7 +166,7 @@ def train_on_ranks(overrides: Sequence[str]) -> int:
 def persist(attempt: Callable[[], int], restarts: int) -> int:
     """The exit code of `attempt`, made again up to `restarts` times as long as it says that a rank was lost (16).
 
-    Every attempt resumes from the newest checkpoint; train/tenancy.py ends a run that gets no further.
+    Every attempt resumes from the newest checkpoint; runs/attempts.py ends a run that gets no further.
     """
     code = attempt()
     for number in range(1, restarts + 1):

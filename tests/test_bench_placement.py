@@ -11,7 +11,7 @@ import torch
 
 from moetrain.config.build import build
 from moetrain.config.compose import compose
-from moetrain.plan.loads import generate
+from moetrain.plan.loads.synthetic import generate
 from moetrain.plan.placement import ExpertPlacement
 from tests.launch.runs import ROOT
 

@@ -13,7 +13,7 @@ from moetrain.config.rules.run import run_name
 from moetrain.data.prepare import prepare
 from moetrain.data.prepared import open_prepared
 from moetrain.errors import ConfigErrors
-from moetrain.train.console import Console, connect_logging, eval_line
+from moetrain.train.loggers.console import Console, connect_logging, eval_line
 from moetrain.train.loop import train
 from tests.integration.training import TINY
 from tests.train.checkpoint.saved import SMALL

@@ -203,8 +203,8 @@ def offences(module: str, source: str) -> list[str]:
 # Rooms that read what lies in a folder of a run or of data, where anybody may have put anything: they open it by moetrain.files.
 READERS = ("comm", "data", "generate", "interop", "launch", "nodes", "report", "runs", "train")
 # Files that no user makes: of the kernel, of installed packages, and new ones that must not exist.
-OTHER_FILES = {"moetrain.nodes.ranks", "moetrain.train.tenancy", "moetrain.runs.lock", "moetrain.data.corpus",
-               "moetrain.train.checkpoint.disk"}
+OTHER_FILES = {"moetrain.nodes.ranks", "moetrain.runs.attempts", "moetrain.runs.lock", "moetrain.data.corpus",
+               "moetrain.checkpoint.disk"}
 
 
 def bare_opens(module: str, source: str) -> list[str]:
@@ -275,7 +275,7 @@ def questions_about_memory(module: str, source: str) -> list[str]:
 
 def test_one_file_asks_about_the_memory_of_a_device() -> None:
     asked = {module: questions_about_memory(module, source) for module, source in PACKAGE.items()}
-    assert {module for module, questions in asked.items() if questions} == {"moetrain.train.device_memory"}
+    assert {module for module, questions in asked.items() if questions} == {"moetrain.train.memory.device_memory"}
 
 
 @pytest.mark.parametrize("source", ["torch.cuda.mem_get_info()", "from torch.cuda import memory_reserved", "cuda.max_memory_allocated(d)",

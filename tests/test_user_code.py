@@ -17,7 +17,7 @@ class Part:
         return json.loads("{")
 
     def wrong_call(self):
-        from moetrain.plan.split import no_such_name
+        from moetrain.plan.splitting.split import no_such_name
 '''
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrain.train.specialisation import mutual_information
+from moetrain.runs.specialization import mutual_information
 
 FIGURES = (("violation", 2), ("local_violation", 2), ("information", 3))      # columns of both stages, and their digits
 LAST = 50                        # steps at the end over which violations are averaged

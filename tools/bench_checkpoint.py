@@ -28,14 +28,14 @@ import torch
 
 from moetrain import __version__
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.parallel.pieces import Piece
-from moetrain.train.checkpoint.commit import commit, write_rank
+from moetrain.parallel.state_shards import Piece
+from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.train.checkpoint.layout import NAMES, written_here
-from moetrain.train.checkpoint.manifest import read_manifest
-from moetrain.train.checkpoint.payload import Item
-from moetrain.train.checkpoint.reader import Loading
+from moetrain.checkpoint.manifest import read_manifest
+from moetrain.checkpoint.payload import Item
+from moetrain.train.checkpoint.load import Loading
 from moetrain.train.checkpoint.snapshot import as_bytes
-from moetrain.train.checkpoint.verify import problems
+from moetrain.checkpoint.verify import problems
 
 ROOT = Path(__file__).parents[1]
 LAYERS, EXPERTS, RANKS = 60, 256, 4

@@ -45,12 +45,12 @@ from torch import Tensor
 import moetrain
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.exchange.flat import FlatExchange
-from moetrain.comm.exchange.flight import travel
+from moetrain.comm.exchange.async_exchange import travel
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import Sent, TokenDispatcher
 from moetrain.moe.experts import Computation
-from moetrain.moe.pipeline import Pipeline
+from moetrain.moe.overlap import Pipeline
 from moetrain.plan.placement import contiguous
 
 

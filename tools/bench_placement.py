@@ -4,7 +4,7 @@
     python tools/bench_placement.py --loads synthetic a/loads.npz b/loads.npz --oracle --out placement.json --write
 
 A trace is the rows of every source rank for every expert, step by step: of a loads.npz recorded with log.sources=true, or
-its totals dealt out evenly; or the seeded family of plan/loads.py. Every rank replays them through the real dispatcher,
+its totals dealt out evenly; or the seeded family of plan/loads/synthetic.py. Every rank replays them through the real dispatcher,
 copies and collectives, forward and backward, over two layers, in its own emulated network (tools/netlab.py). Computing is
 paced (tools/placement_ranks.py); a few unpaced steps stand beside it. What each rank hands to its collectives is counted at
 every step, and must be what follows from rows, plan and sizes.
@@ -35,7 +35,7 @@ from gloo_rank import connected
 from netlab_measure import measure
 
 import moetrain
-from moetrain.plan.loads import NAMES, generate
+from moetrain.plan.loads.synthetic import NAMES, generate
 from placement_ranks import WINDOW, work
 from placement_result import table, write
 

@@ -27,11 +27,11 @@ import torch
 
 from moetrain.config.build import build
 from moetrain.config.compose import compose
-from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.loads import generate
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.loads.synthetic import generate
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.plan.planners.base import Planner
-from moetrain.plan.split import waterfill
+from moetrain.plan.splitting.split import waterfill
 
 PLANNERS = ("ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced")
 POSITIONS = (64, 256, 1024, 4096, 16384)

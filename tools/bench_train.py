@@ -51,7 +51,7 @@ from moetrain.data.batch import Batch
 from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.transformer import Transformer
 from moetrain.ops import extension
-from moetrain.train.passes import step_context
+from moetrain.train.micro_batches import step_context
 
 SIZES = (                                                # of the model, unless --model names one
     ("dim", 256, "model width"), ("layers", 4, "blocks"), ("heads", 8, "attention heads"), ("kv-heads", 4, "key-value heads"),

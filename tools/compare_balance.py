@@ -29,7 +29,7 @@ from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.ops.gating import top_k
 from moetrain.ops.router_slopes import router_slopes
 from moetrain.ops.router_sums import router_sums
-from moetrain.train.pool import Known
+from moetrain.train.count_pool import Known
 
 SEQUENCES, LENGTH, DOMAINS, DIM, EXPERTS, SLOTS, ROUTERS = 16, 32, 4, 16, 16, 2, 2
 SPLITS = [(ranks, turns) for ranks in (1, 2, 4) for turns in (1, 4)]

@@ -37,12 +37,12 @@ from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import Computation
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.pinned import DeviceTables
-from moetrain.parallel.fssdp import CopyManager
-from moetrain.parallel.reshard import reshard
-from moetrain.plan.costs import Costs, Topology
+from moetrain.parallel.fssdp.copies import CopyManager
+from moetrain.parallel.fssdp.rehoming import reshard
+from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, contiguous, piece_columns
 from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, totals
-from moetrain.plan.rules import rule_of
+from moetrain.plan.splitting.rules import rule_of
 from moetrain.routers.base import Routing
 
 LAYERS, WINDOW, CEILING = 2, 5, "ceiling"

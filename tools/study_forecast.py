@@ -1,9 +1,9 @@
-"""What forecasts and calibration are worth: forecast error and modelled step over the cases of plan/loads.py.
+"""What forecasts and calibration are worth: forecast error and modelled step over the cases of plan/loads/synthetic.py.
 
     python tools/study_forecast.py --out forecast.json
 
 One layer of 64 experts on two nodes of four positions, with the sizes and links of `hardware=h100` and a planner. For every step
-of a case the loads are forecast from those before it, copies planned, and the step is timed by plan/modelled.py with the
+of a case the loads are forecast from those before it, copies planned, and the step is timed by plan/cost/step_time.py with the
 rows it really has. `ideal` plans from the step's own loads, `none` has no copies. Nothing is measured.
 """
 
@@ -16,14 +16,14 @@ import torch
 
 from moetrain.config.build import build
 from moetrain.config.compose import compose
-from moetrain.plan.calibrate import calibrated
-from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.forecast import Outlook, forecast_of
-from moetrain.plan.loads import NAMES, generate
-from moetrain.plan.modelled import gathering_s, modelled
+from moetrain.plan.calibration import calibrated
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.loads.forecast import Outlook, forecast_of
+from moetrain.plan.loads.synthetic import NAMES, generate
+from moetrain.plan.cost.step_time import gathering_s, modelled
 from moetrain.plan.placement import contiguous
 from moetrain.plan.planners.base import LayerPlan
-from moetrain.plan.rules import rule_of
+from moetrain.plan.splitting.rules import rule_of
 
 POSITIONS, EXPERTS, STEPS, FIRST, ROOM = 8, 64, 48, 8, 2
 DIM, WIDTH, TOKENS, TOP_K, LENGTH = 2048, 1408, 8192, 6, 4096

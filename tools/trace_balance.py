@@ -57,7 +57,7 @@ def spans(path: Path) -> list[Span]:
 
 
 def pooled(found: list[Span]) -> list[Pooled]:
-    """Every all-reduce of counts of a step. Each is awaited before the next is posted (train/passes.py)."""
+    """Every all-reduce of counts of a step. Each is awaited before the next is posted (train/micro_batches.py)."""
     posts, waits = ([span for span in found if span.name == name] for name in ("counts: post", "counts: wait"))
     assert len(posts) == len(waits), f"{len(posts)} were posted and {len(waits)} awaited"
     result = []

@@ -17,7 +17,7 @@ from moetrain.model.build import build_model, head_width
 from moetrain.model.transformer import Transformer
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy
 from moetrain.train.objective import cross_entropy_sum
-from moetrain.train.passes import step_context
+from moetrain.train.micro_batches import step_context
 
 GATHERED_GB = 4.0
 SIZES = {"dim": "dim", "layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads", "head_dim": "head_dim",

@@ -12,7 +12,7 @@ from pathlib import Path
 from moetrain.cli.inspect import human, named
 from moetrain.config.suggest import nearest
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.train.checkpoint.verify import problems
+from moetrain.checkpoint.verify import problems
 
 _SUBCOMMANDS = ("verify",)
 

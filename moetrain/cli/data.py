@@ -34,7 +34,7 @@ def prepare(config: Config) -> int:
     if config.data.kind not in ("text", "tokens"):
         raise _no_text(config, "prepare")
     from moetrain.data.prepare import prepare_from_config
-    from moetrain.train.preparing import Preparing
+    from moetrain.train.loggers.prepare_progress import Preparing
 
     with _logged(), Preparing(bar=config.log.progress) as progress:     # what was found, and how much of it is held out
         folder = prepare_from_config(config, run_dir(config), progress)
@@ -45,7 +45,7 @@ def prepare(config: Config) -> int:
 @contextmanager
 def _logged() -> Iterator[None]:
     """What is logged is printed."""
-    from moetrain.train.console import connect_logging
+    from moetrain.train.loggers.console import connect_logging
 
     restore = connect_logging(print)
     try:
@@ -67,7 +67,7 @@ def inspect(words: Sequence[str]) -> int:
         raise _no_text(config, "inspect")
     from moetrain.cli.corpus_report import as_record, lines
     from moetrain.data.inspection import inspect as inspected
-    from moetrain.train.preparing import Preparing
+    from moetrain.train.loggers.prepare_progress import Preparing
 
     with nullcontext() if as_json else _logged(), Preparing(bar=config.log.progress and not as_json) as progress:
         found = inspected(config, Path(run_dir(config)), progress)

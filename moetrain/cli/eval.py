@@ -18,10 +18,10 @@ from moetrain.config.schema import Config
 from moetrain.errors import DiskError
 from moetrain.files import nearby, shown
 from moetrain.nodes.foreign import check_ranks
-from moetrain.train.files import JsonlSink
+from moetrain.runs.files import JsonlSink
 
 if TYPE_CHECKING:
-    from moetrain.train.evaluate_run import Evaluated
+    from moetrain.train.evaluation.evaluate_run import Evaluated
 
 
 def run(argv: list[str]) -> int:
@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
     check_ranks("eval", words, config)
     if not launch.is_worker() and config.run.nproc > 1:
         return launch.start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False)
-    from moetrain.train.evaluate_run import evaluate_run, record_of
+    from moetrain.train.evaluation.evaluate_run import evaluate_run, record_of
 
     found = evaluate_run(config, typed_keys(words))
     if launch.rank() == 0:

@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
 
 def _generate(config: Config, typed: frozenset[str], *, as_json: bool) -> None:
     from moetrain.generate.sample import continue_text
-    from moetrain.train.trained import load_trained, writing
+    from moetrain.train.evaluation.trained import load_trained, writing
 
     run = load_trained(config, typed)
     tokenizer, end_id = writing(run, config, typed)

@@ -13,8 +13,8 @@ from typing import Any
 
 from moetrain.config.run_names import find_run, places, reference
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.train.checkpoint.manifest import NAME, checkpoints_of, is_step, read_manifest
-from moetrain.train.checkpoint.records import ITEM_BYTES, Entry, Manifest, split_expert
+from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_step, read_manifest
+from moetrain.checkpoint.records import ITEM_BYTES, Entry, Manifest, split_expert
 
 LARGEST = 5
 

@@ -24,7 +24,7 @@ from moetrain.config.sweep import sweep_jobs
 from moetrain.errors import ConfigError
 from moetrain.interop.packages import check_installed
 from moetrain.nodes.foreign import check_ranks
-from moetrain.train.finished import finished, next_commands
+from moetrain.runs.completion import finished, next_commands
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from moetrain.comm.mesh import Group
 from moetrain.parallel.data_parallel import BUCKET_BYTES, GradientReducer
-from moetrain.parallel.pieces import Piece
-from moetrain.train.optim import allocate_state, restore_steps
+from moetrain.parallel.state_shards import Piece
+from moetrain.train.optim.optimizer import allocate_state, restore_steps
 from moetrain.train.setup import Run
 from moetrain.train.state import TrainState
 

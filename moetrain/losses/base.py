@@ -3,7 +3,7 @@
 `AuxLoss.value(stats, pooled)` is one micro-batch's *contribution* to the loss of the step, of every router of a stack
 (routers/base.py), or of one router whose sums have no R in front. Contributions carry global denominators, so adding them over
 micro-batches and ranks gives the loss, whatever the split. The pooled counts are an argument: a loss says what it wants them
-pooled over and never communicates (comm/reduce.py does, train/pool.py decides when).
+pooled over and never communicates (comm/reduce.py does, train/count_pool.py decides when).
 
 Two carriers bring the same definition to backward: `returned`, the value is added to the objective, and `attached`
 (losses/attached.py), the slopes are injected by an identity node.

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.base import Exchange
-from moetrain.comm.exchange.wires import wires
+from moetrain.comm.exchange.backends import wires
 from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.model.attention import Attention
 from moetrain.model.parallelize import shard_parameters
-from moetrain.model.recompute import recomputed
+from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
@@ -25,7 +25,7 @@ from moetrain.moe.experts import FeedForward, GroupedExperts
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.grouped_gemm import takes_counts_on_device
 from moetrain.ops.pinned import to_device
-from moetrain.parallel.pieces import buffers, pieces
+from moetrain.parallel.state_shards import buffers, pieces
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
 

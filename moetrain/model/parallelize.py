@@ -10,8 +10,8 @@ from moetrain.moe.bank import is_expert_parameter
 from moetrain.moe.experts import GroupedExperts
 from moetrain.parallel.data_parallel import GradientReducer
 from moetrain.parallel.fsdp import shard
-from moetrain.parallel.fssdp import CopyManager
-from moetrain.plan.costs import Topology
+from moetrain.parallel.fssdp.copies import CopyManager
+from moetrain.plan.cost.machine import Topology
 
 
 class Parallel(NamedTuple):

@@ -35,7 +35,7 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)). Holds either `moe` or `ffn`.
 
-    recompute: how to run when gradients are wanted (model/recompute.py); None keeps everything for backward.
+    recompute: how to run when gradients are wanted (model/activation_checkpointing.py); None keeps everything for backward.
     """
 
     def __init__(self, *, attention: Attention, feed_forward: MoELayer | FeedForward, dim: int, eps: float,

@@ -2,10 +2,10 @@
 
 `ExpertBank` owns the expert parameters of one layer, those whose home is here. The layer sees two seams: `post` at the
 block's start, before attention, and `take` between dispatch and experts. Under plain expert parallelism both do nothing.
-Where experts are copied to other positions (parallel/fssdp.py), `copies` starts bringing them here in the first and waits
+Where experts are copied to other positions (parallel/fssdp/copies.py), `copies` starts bringing them here in the first and waits
 in the second; the bank itself knows of none.
 
-How the bank stores its experts (one stacked Parameter per matrix, and one of pieces) concerns parallel/pieces.py alone, which names every
+How the bank stores its experts (one stacked Parameter per matrix, and one of pieces) concerns parallel/state_shards.py alone, which names every
 tensor as it is initialised and saved: by layer, expert id and matrix. A position may own no expert.
 
 Shapes: e experts on this rank, c copies, D model width, F expert width, G = 2F, N rows.

@@ -1,15 +1,15 @@
 """Tokens to the experts that hold them, and back: assign, permute, exchange put together.
 
     prepare     routed slots -> physical slots (plan/assign) -> which rows leave for where; counts are exchanged
-    send        rows, in the order of their destinations (moe/rows.py), leave over the wire (comm/exchange)
+    send        rows, in the order of their destinations (moe/row_packing.py), leave over the wire (comm/exchange)
     send_back   the same way back; every token's rows are summed
 
-`prepare` is done once for a micro-batch, for all of its chunks (moe/pipeline.py); rows travel chunk by chunk. `dispatch` and
+`prepare` is done once for a micro-batch, for all of its chunks (moe/overlap.py); rows travel chunk by chunk. `dispatch` and
 `combine` are the same for a micro-batch in one piece.
 
-Where experts have copies, a rule (plan/split.py) says how many of the rows go to which, for every chunk by itself. Of two kinds:
+Where experts have copies, a rule (plan/splitting/split.py) says how many of the rows go to which, for every chunk by itself. Of two kinds:
 one that looks at what this position sends alone, and one that looks at the counts of all positions, which are then exchanged
-before that. Calibration (plan/calibrate.py) looks at all, too: it may answer with another placement, in force from these rows on.
+before that. Calibration (plan/calibration.py) looks at all, too: it may answer with another placement, in force from these rows on.
 
 The gate weights travel with the rows, so that an expert's output is already weighted and combining is a plain sum. The
 experts read arrived rows through an order (ops/grouped_experts.py): rows in expert order are never laid out and kept. With
@@ -18,7 +18,7 @@ many rows as slots, the used ones first (ops/route_plan.py), and counts stay on 
 micro-batch, for how many rows travel. (Never run on a GPU; a CPU keeps lists, which are faster there.)
 
 Shapes: T tokens, K slots per token, D width, N rows that travel, R rows computed, P positions, E experts, C replicas,
-e slots per position, w counts for a position (moe/rows.py).
+e slots per position, w counts for a position (moe/row_packing.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.base import Exchange, Handle, Splits, read_splits
-from moetrain.moe.rows import Arrived, BySlot, ByToken, Leaving, histogram, order_by_source, slot_weights
+from moetrain.moe.row_packing import Arrived, BySlot, ByToken, Leaving, histogram, order_by_source, slot_weights
 from moetrain.ops.host_read import read_host
 from moetrain.ops.permute import Permutation, plan_permutation, unpermute, unpermute_padded, values_of_rows
 from moetrain.ops.route_plan import route_plan
@@ -104,7 +104,7 @@ class TokenDispatcher:
     counts of all and travel by token; and for every chunk one of rows, one back.
 
     exact: a row travels for every slot, and sums do not depend on who holds an expert; otherwise one for every position where
-    a token has slots (moe/rows.py). on_device: counts that the host need not know stay on the device (ops/grouped_experts.py says
+    a token has slots (moe/row_packing.py). on_device: counts that the host need not know stay on the device (ops/grouped_experts.py says
     what that asks of dtype and widths).
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import Sent
-from moetrain.moe.pipeline import Output, Pipeline
+from moetrain.moe.overlap import Output, Pipeline
 from moetrain.ops.chunked_experts import ChunkedExperts
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.swiglu import swiglu

@@ -1,6 +1,6 @@
 """The sparse layer: route, drop what is beyond capacity, dispatch, experts, combine, shared expert.
 
-Dispatch, experts and combine run chunk by chunk (moe/pipeline.py); the shared expert runs while the last chunk is on its way back.
+Dispatch, experts and combine run chunk by chunk (moe/overlap.py); the shared expert runs while the last chunk is on its way back.
 
 `forward` is the list of steps; each step's file says how. The layer knows neither who holds an expert (dispatch, bank)
 nor what a loss does with the statistics it returns (losses/).
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import FeedForward, GroupedExperts
-from moetrain.moe.pipeline import Pipeline
+from moetrain.moe.overlap import Pipeline
 from moetrain.routers.base import Router, RouterContext, RoutingStats
 
 

@@ -16,7 +16,7 @@ from moetrain.errors import MoETrainError
 from moetrain.nodes.node import config_for, from_environment
 from moetrain.nodes.rollcall import roll_call
 from moetrain.nodes.supervise import supervise
-from moetrain.train.finished import finished
+from moetrain.runs.completion import finished
 
 
 def main(overrides: Sequence[str]) -> int:

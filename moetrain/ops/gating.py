@@ -2,7 +2,7 @@
 
 `top_k` is the stable selection (score descending, then expert id ascending) that routers use; `torch.topk` promises no
 order between ties, and CPU and CUDA disagree there. `decide` is the one op through which every decision passes: the
-identity, which activation checkpointing saves and replays (model/recompute.py), so that a choice is never made twice in a
+identity, which activation checkpointing saves and replays (model/activation_checkpointing.py), so that a choice is never made twice in a
 step. It saves what `top_k` found too, so that not even the sorting is done again.
 `gather_weights` takes the gate weights at the *decided* ids, so they keep their graph.
 

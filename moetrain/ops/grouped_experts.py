@@ -8,7 +8,7 @@ expert output is kept). Parameters are float32 or better and cast where they are
 Every product over rows is a grouped one, and sums over a token's rows run in slot order: the result is the same to the
 last bit from run to run. An expert without rows gets gradients of zeros, never none.
 
-The experts may lie in two places, those at home here and copies of others (parallel/fssdp.py). They are laid side by side
+The experts may lie in two places, those at home here and copies of others (parallel/fssdp/copies.py). They are laid side by side
 for the products and not kept so: what is kept of the weights is what the caller holds anyway.
 
 Counts may be on the host or, as a tensor, on the device: then nothing waits for the host, R is a static bound, and rows behind

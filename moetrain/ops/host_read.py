@@ -1,6 +1,6 @@
 """Numbers of a device on the host: how a layer asks for counts, and waits for the device.
 
-An operator of its own, so that activation checkpointing and count passes keep what it found (model/recompute.py): what was read
+An operator of its own, so that activation checkpointing and count passes keep what it found (model/activation_checkpointing.py): what was read
 once in a step is not read again in backward.
 """
 

@@ -1,7 +1,7 @@
 """Routed slots to physical slot ids: integer arithmetic on the device, once per micro-batch.
 
     assign    without copies an expert has one slot, at its home: a look-up
-    spread    with copies, by quotas (plan/split.py): the slots that chose an expert go to its replicas in order, so many to
+    spread    with copies, by quotas (plan/splitting/split.py): the slots that chose an expert go to its replicas in order, so many to
               the first, so many to the next
 
 Nothing after this file knows what an expert is.

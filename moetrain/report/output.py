@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from moetrain.errors import DiskError
 from moetrain.files import reason, remedy, shown
-from moetrain.train.files import replacing
+from moetrain.runs.files import replacing
 
 _FONTS = logging.getLogger("matplotlib.font_manager")
 MOST_LETTERS = 28                # of a name in a picture

@@ -6,7 +6,7 @@ from moetrain.report.loads import draw_loads
 from moetrain.report.loss import draw_loss
 from moetrain.report.output import unwritable
 from moetrain.report.specialisation import draw_specialisation
-from moetrain.train.sinks import LoadsLog
+from moetrain.runs.expert_loads import LoadsLog
 
 
 def draw(run_dir: Path) -> list[Path]:

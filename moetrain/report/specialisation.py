@@ -14,7 +14,7 @@ from moetrain.errors import DataError
 from moetrain.report.arrays import Form, read_arrays
 from moetrain.report.loads import COLOURS, GREY
 from moetrain.report.output import Lettering, report_file
-from moetrain.train.specialisation import mutual_information
+from moetrain.runs.specialization import mutual_information
 
 OCTAVES = 2.0                                            # colours end at 4 times the mean share, and at a quarter of it
 MOST = 8                                                 # routers that are drawn, evenly spaced over the layers

@@ -1,4 +1,4 @@
-"""Where the time of recorded steps went: a table of phases and operators from log/timeline (train/timeline.py).
+"""Where the time of recorded steps went: a table of phases and operators from log/timeline (train/loggers/timeline.py).
 
     phase       a named range of the step, with all that runs inside it: forward, backward, layers.0.moe, ...
     operator    its own time: without the operators that it calls. Those of other threads, such as gloo's, count as well

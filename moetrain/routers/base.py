@@ -46,7 +46,7 @@ class RouterContext(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a router saw and chose, for records (train/dump.py)."""
+    """What a router saw and chose, for records (train/loggers/router_dump.py)."""
 
     router: str
     logits_TE: Tensor

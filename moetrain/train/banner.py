@@ -15,7 +15,7 @@ from moetrain.data.account_text import left_out_line
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
-from moetrain.train.memory import most_memory
+from moetrain.train.memory.graph_memory import most_memory
 from moetrain.train.setup import Graphs, Run
 
 

@@ -2,7 +2,7 @@
 
     train(config) -> join the ranks -> set_up -> resume -> for each step: train_step, log, evaluate, save
 
-One step is train/step.py. The same command resumes a run (what it may change: train/finished.py).
+One step is train/step.py. The same command resumes a run (what it may change: runs/completion.py).
 """
 
 import time
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moetrain import __version__
 from moetrain.comm.mesh import Mesh, disconnect
-from moetrain.comm.peers import peer_lost, silent_ranks
+from moetrain.comm.failures import peer_lost, silent_ranks
 from moetrain.comm.reduce import all_or_none, largest_over
 from moetrain.config.build import check_composed
 from moetrain.config.compose import resume_conflicts, run_dir
@@ -22,24 +22,24 @@ from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
 from moetrain.files import nearby
 from moetrain.train.banner import banner_lines
-from moetrain.train.checkpoint.manifest import newest, step_of
-from moetrain.train.checkpoint.reader import Resumed, resume
-from moetrain.train.checkpoint.space import check_disk
-from moetrain.train.checkpoint.writer import Saved, Saver
-from moetrain.train.console import Console, eval_line
-from moetrain.train.evaluate import evaluate
-from moetrain.train.finished import last_step, next_commands, trained_with
-from moetrain.train.memory import choose
-from moetrain.train.optim import resumed_rate, schedule_warning
-from moetrain.train.out_of_memory import out_of_memory_named
+from moetrain.checkpoint.manifest import newest, step_of
+from moetrain.train.checkpoint.load import Resumed, resume
+from moetrain.train.checkpoint.disk_space import check_disk
+from moetrain.train.checkpoint.save import Saved, Saver
+from moetrain.train.loggers.console import Console, eval_line
+from moetrain.train.evaluation.evaluate import evaluate
+from moetrain.runs.completion import last_step, next_commands, trained_with
+from moetrain.train.memory.graph_memory import choose
+from moetrain.train.optim.lr_schedule import resumed_rate, schedule_warning
+from moetrain.train.memory.out_of_memory import out_of_memory_named
 from moetrain.train.precision import with_dtype
-from moetrain.train.preempt import Preemption, cause, told_early
-from moetrain.train.record import Recorder
+from moetrain.train.preemption import Preemption, cause, told_early
+from moetrain.train.recorder import Recorder
 from moetrain.train.setup import Run, check_alone, join, set_up
 from moetrain.train.step import Votes, train_step
 from moetrain.train.stopwatch import Unsteady
-from moetrain.train.tenancy import Tenancy
-from moetrain.train.timeline import Timeline
+from moetrain.runs.attempts import Tenancy
+from moetrain.train.loggers.timeline import Timeline
 from moetrain.user_code import named_in_traceback
 
 
@@ -49,7 +49,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
     """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run.
 
     adopt: hands the run to another engine before a checkpoint is read (interop/deepspeed.py).
-    leaving: called with exit code and reason before the process goes without ending in order (train/preempt.py).
+    leaving: called with exit code and reason before the process goes without ending in order (train/preemption.py).
     again: what to type to go on with a run that was told to stop.
     """
     check_composed(config)

@@ -150,6 +150,6 @@ def _balance(counts_RE: Tensor, prob_sums_RE: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def forecast_metrics(errors_permille: Sequence[int]) -> dict[str, float]:
-    """How far the forecasts of this step's loads were off, by router (plan/forecast.py)."""
+    """How far the forecasts of this step's loads were off, by router (plan/loads/forecast.py)."""
     errors = [int(error) / 1000 for error in errors_permille] or [0.0]
     return {"moe/forecast_error/mean": sum(errors) / len(errors), "moe/forecast_error/max": max(errors)}

@@ -8,7 +8,7 @@ from moetrain.comm.reduce import largest_over
 from moetrain.config.schema import Config
 from moetrain.model.build import computes_bfloat16
 from moetrain.plan.precision import choose_dtype
-from moetrain.train.finished import newest_sound, trained_config
+from moetrain.runs.completion import newest_sound, trained_config
 
 
 def with_dtype(config: Config, directory: Path, mesh: Mesh) -> Config:

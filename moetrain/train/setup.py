@@ -28,25 +28,25 @@ from moetrain.model.build import build_model, compute_dtype, plan_homes, sliced_
 from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.parallelize import Parallel, copy_experts, parallelize
 from moetrain.model.transformer import Transformer
-from moetrain.plan.calibrate import calibrated
-from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.forecast import Outlook, forecast_of
-from moetrain.train.device_memory import available_memory, free_memory
-from moetrain.train.dump import RouterDump
+from moetrain.plan.calibration import calibrated
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.loads.forecast import Outlook, forecast_of
+from moetrain.train.memory.device_memory import available_memory, free_memory
+from moetrain.train.loggers.router_dump import RouterDump
 from moetrain.train.objective import Objective
-from moetrain.train.optim import allocate_state, build_optimizer
-from moetrain.train.planning import Planning, Rhythm, Surroundings
-from moetrain.train.pool import Prior
-from moetrain.train.preparing import Preparing
+from moetrain.train.optim.optimizer import allocate_state, build_optimizer
+from moetrain.parallel.fssdp.replanner import Planning, Rhythm, Surroundings
+from moetrain.train.count_pool import Prior
+from moetrain.train.loggers.prepare_progress import Preparing
 from moetrain.train.state import TrainState
 from moetrain.train.stopwatch import Stopwatch
 
 
 class Graphs(NamedTuple):
-    """How exact balance comes by the counts of a step (train/passes.py)."""
+    """How exact balance comes by the counts of a step (train/micro_batches.py)."""
 
     kept: bool                               # of all micro-batches of a step; otherwise a pass that only counts comes first
-    graph: int | None = None                 # bytes of one, the most of all ranks, where memory has decided (train/memory.py)
+    graph: int | None = None                 # bytes of one, the most of all ranks, where memory has decided (train/memory/graph_memory.py)
     free: int | None = None                  # bytes, the least of all ranks
 
 

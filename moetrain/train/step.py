@@ -2,10 +2,10 @@
 
     forward of the micro-batches -> counts pooled over ranks -> loss, backward -> gradients summed -> clip -> update
 
-How the forward passes come by the pooled counts: train/passes.py.
+How the forward passes come by the pooled counts: train/micro_batches.py.
 
 Collectives of a step, whatever the data: tokens (1), counts (1), gradients (fixed buckets, or FSDP2's), norm (2), sums and
-votes (1), and those of the dispatcher in every MoE layer. With copies of experts (parallel/fssdp.py) also those that bring
+votes (1), and those of the dispatcher in every MoE layer. With copies of experts (parallel/fssdp/copies.py) also those that bring
 them and take their gradients home, in the layers of which the plan has copies, and the comparison of plans (1).
 """
 
@@ -20,13 +20,14 @@ from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import fail_together, gather_to_first, sum_over
 from moetrain.data.batch import Batch, padding
 from moetrain.errors import DataError, NonFiniteError
-from moetrain.parallel.expert import global_norm, scale_gradients
-from moetrain.train.device_memory import peak_memory
+from moetrain.parallel.grad_norm import global_norm, scale_gradients
+from moetrain.train.memory.device_memory import peak_memory
 from moetrain.train.metrics import (
     StepSums, SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, split_by_router,
 )
-from moetrain.train.optim import learning_rate, set_gradient_norm, set_learning_rate
-from moetrain.train.passes import forwards
+from moetrain.train.optim.lr_schedule import learning_rate
+from moetrain.train.optim.optimizer import set_gradient_norm, set_learning_rate
+from moetrain.train.micro_batches import forwards
 from moetrain.train.setup import Run
 from moetrain.train.stopwatch import rank_metrics
 
@@ -34,8 +35,8 @@ from moetrain.train.stopwatch import rank_metrics
 class Votes(NamedTuple):
     """What each rank says, and after the step the sum of what all said: agreed without a collective of its own."""
 
-    stop: int = 0                            # told to save and stop (train/preempt.py)
-    save: int = 0                            # how far the save under way is (train/checkpoint/writer.py, Saver.poll)
+    stop: int = 0                            # told to save and stop (train/preemption.py)
+    save: int = 0                            # how far the save under way is (train/checkpoint/save.py, Saver.poll)
     overdue: int = 0                         # the last save is too long ago (Saver.overdue)
     unreadable: int = 0                      # data of this step (read_batches)
 

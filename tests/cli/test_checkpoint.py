@@ -81,7 +81,7 @@ def test_neither_needs_torch(run_dir):
 
 def test_foreign_facts_do_not_stop_inspect(run_dir, capsys):
     """facts are free: other versions write other ones."""
-    from moetrain.train.checkpoint.manifest import NAME, read_manifest
+    from moetrain.checkpoint.manifest import NAME, read_manifest
 
     directory = run_dir / "checkpoints/step-00000003"
     manifest = read_manifest(directory)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.areas import Areas
+from moetrain.comm.exchange.shared_buffers import Areas
 from moetrain.comm.exchange.base import Splits, read_splits
 from moetrain.comm.exchange.peer import AREAS, KINDS, PeerExchange, Peers
 from moetrain.errors import PeerError

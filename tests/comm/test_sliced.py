@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetrain.comm.sparse.sliced import Sliced
 from moetrain.ops.pinned import DeviceTables
-from moetrain.plan.costs import Topology
+from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement, piece_rows
 from moetrain.plan.transfers import gather_bytes, reduce_bytes
 from tests.comm.test_sparse import CPU, POSITIONS, SEEDS, group, placement_of

@@ -14,7 +14,7 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Collective
 from moetrain.comm.sparse.forms import FORMS, collective, sparse_all_gather
 from moetrain.ops.pinned import DeviceTables
-from moetrain.plan.costs import Topology
+from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import gather_bytes, reduce_bytes
 

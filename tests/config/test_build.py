@@ -42,7 +42,7 @@ def test_build_refuses(node: dict[str, Any], number: int, text: str) -> None:
 FOREIGN = [
     ("router", "os.system", "outside moetrain.routers"),
     ("router", "moetrain.__main__.main", "outside moetrain.routers"),
-    ("capacity", "moetrain.comm.exchange.wires._package", "outside moetrain.moe"),
+    ("capacity", "moetrain.comm.exchange.backends._package", "outside moetrain.moe"),
     ("capacity", "moetrain.moe.capacity._LimitedCapacity", "descend from"),
     ("capacity", "moetrain.moe.capacity.used_first", "descend from"),
     ("router", "moetrain.routers.topk.Tensor", "defines no Tensor"),
@@ -59,7 +59,7 @@ FOREIGN = [
     ("loss", "moetrain.losses.base.AuxLoss", "does not define"),
     ("balance", "moetrain.losses.z.ZLoss", "descend from"),
     ("planner", "moetrain.plan.planners.base.Planner", "does not define"),
-    ("planner", "moetrain.plan.planners.pour.Pool", "descend from"),
+    ("planner", "moetrain.plan.leveling.overflow.Pool", "descend from"),
     ("indexed", "moetrain.interop.megatron._open", "descend from"),
 ]
 

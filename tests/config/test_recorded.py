@@ -11,10 +11,10 @@ import yaml
 from moetrain import __version__
 from moetrain.config.compose import compose, for_run, from_yaml
 from moetrain.errors import CheckpointError, ConfigErrors
-from moetrain.train.checkpoint.records import Manifest
-from moetrain.train.finished import trained_config, trained_with
+from moetrain.checkpoint.records import Manifest
+from moetrain.runs.completion import trained_config, trained_with
 
-EVIL = [("capacity", {"_target_": "moetrain.comm.exchange.wires._package", "package": "evilmod", "name": "x"}),
+EVIL = [("capacity", {"_target_": "moetrain.comm.exchange.backends._package", "package": "evilmod", "name": "x"}),
         ("router", {"_target_": "moetrain.__main__.main", "argv": ["version"]}), ("loss", {"z": {"_target_": "os.system", "command": "touch hit"}})]
 
 

@@ -11,7 +11,7 @@ from moetrain.config.compose import compose
 from moetrain.config.schema import Config
 from moetrain.config.sizes import count_parameters, rank_memory, shards
 from moetrain.model import build
-from moetrain.train.memory import graph_of_next
+from moetrain.train.memory.graph_memory import graph_of_next
 from moetrain.train.setup import join, set_up
 
 MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"], ["model=deepseek_v3", "model.num_layers=5"],

@@ -16,7 +16,7 @@ from moetrain.comm import device
 from moetrain.config.groups import group_options
 from moetrain.config.values import leaves
 from moetrain.train.banner import banner_lines
-from moetrain.train.console import banner
+from moetrain.train.loggers.console import banner
 from moetrain.train.loggers.step_line import step_line
 from moetrain.train.setup import Graphs, Run
 from tests.integration.training import make_run

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from moetrain.plan.calibrate import extended
-from moetrain.plan.costs import Topology
+from moetrain.plan.calibration import extended
+from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
 from moetrain.train.setup import Run

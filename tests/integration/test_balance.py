@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.train.checkpoint.reader import load
-from moetrain.train.checkpoint.writer import save
+from moetrain.train.checkpoint.load import load
+from moetrain.train.checkpoint.save import save
 from moetrain.train.metrics import SumBuffer
-from moetrain.train.passes import forwards
-from moetrain.train.pool import Prior
+from moetrain.train.micro_batches import forwards
+from moetrain.train.count_pool import Prior
 from moetrain.train.step import train_step
 from tests.integration.training import difference, make_run, snapshot, whole
 from tests.oracle import oracle_loss

@@ -16,7 +16,7 @@ from moetrain.config.compose import compose
 from moetrain.data.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.model.attention import Attention, rotary_table
-from moetrain.train import passes
+from moetrain.train import micro_batches as passes
 from moetrain.train.setup import Run, set_up
 from moetrain.train.step import train_step
 from tests.integration.test_balance import BASE

@@ -25,8 +25,8 @@ from moetrain.model.attention import rotary_table
 from moetrain.routers.base import stacks
 from moetrain.train.metrics import pool
 from moetrain.train.objective import cross_entropy_sum
-from moetrain.train.passes import step_context
-from moetrain.train.pool import Known, Pooling
+from moetrain.train.micro_batches import step_context
+from moetrain.train.count_pool import Known, Pooling
 from moetrain.train.setup import Run, set_up
 from tests.integration.training import TINY, difference, make_run, snapshot, whole
 from tests.oracle import oracle_loss

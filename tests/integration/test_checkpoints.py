@@ -19,11 +19,11 @@ from torch import Tensor
 from moetrain.comm.reduce import sum_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
-from moetrain.train.checkpoint import disk
-from moetrain.train.checkpoint.manifest import checkpoints_of, read_manifest
-from moetrain.train.checkpoint.reader import resume
-from moetrain.train.checkpoint.verify import problems
-from moetrain.train.checkpoint.writer import Saver, save
+from moetrain.checkpoint import disk
+from moetrain.checkpoint.manifest import checkpoints_of, read_manifest
+from moetrain.train.checkpoint.load import resume
+from moetrain.checkpoint.verify import problems
+from moetrain.train.checkpoint.save import Saver, save
 from moetrain.train.setup import Run
 from moetrain.train.state import OPTIONAL
 from moetrain.train.step import train_step

@@ -20,10 +20,10 @@ SERIAL = ["run.dtype=float64", "data.min_length=0.3", "balance.weight=1.0"]
 
 def with_bug(bug: str, steps: int) -> Trained:
     """Training with one of the bugs below put back, on this rank."""
-    from moetrain.parallel import expert
+    from moetrain.parallel import grad_norm as expert
     from moetrain.routers import base
-    from moetrain.train import passes
-    from moetrain.train import pool as pool_module
+    from moetrain.train import micro_batches as passes
+    from moetrain.train import count_pool as pool_module
     from moetrain.train import step as step_module
 
     def experts_repeated(reduce):

@@ -6,9 +6,9 @@ import pytest
 from torch.distributed.tensor import DTensor
 
 from moetrain.model.transformer import BlockOutput
-from moetrain.parallel.pieces import pieces
-from moetrain.train import passes
-from moetrain.train.evaluate import evaluate
+from moetrain.parallel.state_shards import pieces
+from moetrain.train import micro_batches as passes
+from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
 from tests.integration.training import difference, make_run, snapshot, train_steps, union, whole
 

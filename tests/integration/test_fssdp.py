@@ -17,7 +17,7 @@ import torch
 from moetrain.errors import PeerError
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
-from moetrain.train.evaluate import evaluate
+from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
 from tests.integration.copies import CALIBRATE, bits, run_with_copies, train_with_copies
 from tests.integration.training import FORCED, Trained, alone, difference, make_run, train_run, union

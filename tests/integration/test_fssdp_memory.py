@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from moetrain.comm.sparse.packed import Packed
 from moetrain.moe.bank import MATRICES, PIECES
 from moetrain.ops import grouped_experts
-from moetrain.plan.memory import CopyMemory, copy_memory, held_at
+from moetrain.plan.cost.memory import CopyMemory, copy_memory, held_at
 from moetrain.train.step import train_step
 from tests.integration.copies import EveryLayerOtherwise, run_with_copies
 

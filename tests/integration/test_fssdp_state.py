@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.train.checkpoint.reader import load, resume
-from moetrain.train.checkpoint.writer import save
-from moetrain.train.planning import Planning
+from moetrain.train.checkpoint.load import load, resume
+from moetrain.train.checkpoint.save import save
+from moetrain.parallel.fssdp.replanner import Planning
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.integration.copies import CALIBRATE, bits, numbers, run_with_copies

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.train.optim import learning_rate
+from moetrain.train.optim.lr_schedule import learning_rate
 from tests.integration.training import FORCED, Trained, alone, difference, make_run, snapshot, train_steps, union, whole
 from tests.oracle import oracle_loss
 

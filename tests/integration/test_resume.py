@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.train.checkpoint.reader import load
-from moetrain.train.checkpoint.writer import save
+from moetrain.train.checkpoint.load import load
+from moetrain.train.checkpoint.save import save
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.integration.training import make_run

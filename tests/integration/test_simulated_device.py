@@ -50,7 +50,7 @@ def test_the_host_waits_where_the_table_says(name: str, devices: Callable[[int],
 
 
 SUMS = Entry("sums", "train/metrics.py:sum_over", "copy to the host")
-PLANS_AGREED = Entry("data", "train/planning.py:agreed", "copy to the host")
+PLANS_AGREED = Entry("data", "parallel/fssdp/replanner.py:agreed", "copy to the host")
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.steps])
@@ -71,6 +71,6 @@ def test_beside_steps_the_host_waits_once_for_the_device_an_evaluation_a_save_an
     tokens = 3
     assert host_waits.read()[BESIDE] == {
         Entry("start", "comm/device.py:take_device", "synchronize"): 1,
-        Entry("evaluation", "train/evaluate.py:_sums", "copy to the host"): 1,
+        Entry("evaluation", "train/evaluation/evaluate.py:_sums", "copy to the host"): 1,
         Entry("save", "train/checkpoint/snapshot.py:copies_on_host", "synchronize"): 1,
         Entry("generation", "generate/sample.py:_last", "copy to the host"): tokens}

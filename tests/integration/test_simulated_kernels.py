@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moetrain.ops import extension
-from moetrain.train.record import environment
+from moetrain.train.recorder import environment
 from tests.integration.training import Trained, alone, assert_trains_alike, make_run, train_run, union
 from tests.ops.kernels_on_host import bindings
 from tests.ranks import Ranks

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from moetrain.comm.mesh import disconnect
 from moetrain.model import build
 from moetrain.ops import grouped_gemm
-from moetrain.train.checkpoint.reader import resume
-from moetrain.train.checkpoint.writer import save
+from moetrain.train.checkpoint.load import resume
+from moetrain.train.checkpoint.save import save
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.integration.training import (

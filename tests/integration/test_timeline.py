@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from moetrain.errors import DiskError
-from moetrain.train.pool import Pooling
+from moetrain.train.count_pool import Pooling
 from moetrain.train.step import train_step
-from moetrain.train.timeline import Timeline
+from moetrain.train.loggers.timeline import Timeline
 from tests.integration.training import make_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))

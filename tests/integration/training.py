@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.compose import compose
-from moetrain.parallel.pieces import pieces
+from moetrain.parallel.state_shards import pieces
 from moetrain.routers.base import Router, drop_padding
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import train_step

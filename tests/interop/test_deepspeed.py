@@ -129,8 +129,8 @@ def run_moetrain(*words: str, cwd: Path, code: int = 0) -> str:
 
 def interrupted(overrides: list[str], engines: tuple[str, str], directory: Path):
     """What `trained` gives for a run that was saved after half of its steps and taken up by another."""
-    from moetrain.train.checkpoint.reader import resume
-    from moetrain.train.checkpoint.writer import Saver
+    from moetrain.train.checkpoint.load import resume
+    from moetrain.train.checkpoint.save import Saver
 
     first = started([*overrides, f"engine={engines[0]}"])
     found = steps(first, 1, STEPS // 2)

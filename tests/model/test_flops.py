@@ -10,7 +10,7 @@ from moetrain.data.batch import Batch
 from moetrain.model.build import build_model
 from moetrain.model.flops import named_peak, training_flops
 from moetrain.train import setup
-from moetrain.train.passes import step_context
+from moetrain.train.micro_batches import step_context
 from tests.integration.training import make_run, train_run
 
 SHAPES = {

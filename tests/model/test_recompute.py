@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 
-from moetrain.model.recompute import Kept, recomputed
+from moetrain.model.activation_checkpointing import Kept, recomputed
 from moetrain.ops.gating import decide, top_k
-from moetrain.train.passes import step_context
+from moetrain.train.micro_batches import step_context
 from moetrain.train.step import train_step
 from tests.integration.training import difference, make_run, train_steps, whole
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.compose import compose
-from moetrain.model.recompute import recomputed
+from moetrain.model.activation_checkpointing import recomputed
 from moetrain.moe.capacity import CapacityPolicy, PositionCapacity, ProbCapacity, place_in_queue, used_first
 from moetrain.ops.gating import count_choices
 from moetrain.ops.router_sums import router_sums

@@ -11,7 +11,7 @@ from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import Sent, TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
-from moetrain.moe.pipeline import Pipeline
+from moetrain.moe.overlap import Pipeline
 from moetrain.ops.permute import gather_padded, permute
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.routers.base import Routing

@@ -11,7 +11,7 @@ from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import GroupedExperts
-from moetrain.moe.pipeline import Pipeline, chunk_sizes
+from moetrain.moe.overlap import Pipeline, chunk_sizes
 from moetrain.plan.placement import contiguous
 
 EXPERTS, WIDTH, TOKENS = 4, 8, 11

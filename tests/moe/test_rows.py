@@ -5,7 +5,7 @@ from math import comb
 import pytest
 import torch
 
-from moetrain.moe.rows import BySlot, ByToken, first_of_kind
+from moetrain.moe.row_packing import BySlot, ByToken, first_of_kind
 
 
 @pytest.mark.parametrize("experts, positions, top_k, expected", [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.model.recompute import recomputed
+from moetrain.model.activation_checkpointing import recomputed
 from moetrain.ops.router import RouterRule, kernel_takes, route_tokens
 from moetrain.ops.router_slopes import router_slopes
 from moetrain.routers.base import RouterContext

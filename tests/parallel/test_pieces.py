@@ -6,7 +6,7 @@ from torch import nn
 
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.experts import GroupedExperts
-from moetrain.parallel.pieces import Piece, buffers, pieces, shard_of
+from moetrain.parallel.state_shards import Piece, buffers, pieces, shard_of
 
 
 class Layer(nn.Module):

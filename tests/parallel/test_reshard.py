@@ -10,10 +10,10 @@ from torch import nn
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.experts import GroupedExperts
-from moetrain.parallel.pieces import pieces
-from moetrain.parallel.reshard import cut, reshard, together
+from moetrain.parallel.state_shards import pieces
+from moetrain.parallel.fssdp.rehoming import cut, reshard, together
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.train.optim import allocate_state
+from moetrain.train.optim.optimizer import allocate_state
 from tests.integration.training import whole
 
 POSITIONS, DIM, EXPERT_DIM = 4, 3, 5         # of the three rows of down one position has none

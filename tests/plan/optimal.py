@@ -9,13 +9,13 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.modelled import EXCHANGES
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.cost.step_time import EXCHANGES
 from moetrain.plan.placement import LayerPlacement
 
 
 def shortest_time(n_PE: np.ndarray, placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
-    """Smallest modelled time of computing and of the rows' exchanges, seconds: compute_s + link_s of plan/modelled.py."""
+    """Smallest modelled time of computing and of the rows' exchanges, seconds: compute_s + link_s of plan/cost/step_time.py."""
     positions, replicas = placement.positions, [(expert, at) for expert, at, _ in placement.replicas]
     compute, link = positions * len(replicas), positions * len(replicas) + 1     # variables behind rows [P, C]
     busy: dict[tuple, list[tuple[int, float]]] = {}                              # sums that must stay below one of the two

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from moetrain.plan.burden import burden
-from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.modelled import gathering_s
+from moetrain.plan.cost.link_traffic import burden
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.cost.step_time import gathering_s
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import LEGS, pieces
 from tests.plan.test_transfers import drawn

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from moetrain.plan.calibrate import calibrated, extended
-from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.loads import NAMES, generate
-from moetrain.plan.modelled import modelled
+from moetrain.plan.calibration import calibrated, extended
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.loads.synthetic import NAMES, generate
+from moetrain.plan.cost.step_time import modelled
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.plan.planners.balanced import Balanced
 from moetrain.plan.planners.base import LayerPlan
 from moetrain.plan.planners.hecate import Hecate
 from moetrain.plan.planners.llep import LeastLoaded
-from moetrain.plan.rules import rule_of
+from moetrain.plan.splitting.rules import rule_of
 
 TOPOLOGY = Topology(4, 2)
 COSTS = Costs(row_s=1e-6, row_bytes=256, expert_bytes=1e5, inside=1e9, between=5e8, latency_s=1e-5, hidden_s=1e-3)

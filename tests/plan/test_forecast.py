@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moetrain.plan.forecast import MeanForecast, Outlook, TrendForecast, misplaced_permille
-from moetrain.plan.loads import DOZEN, LASTS, NAMES, TURN, generate
+from moetrain.plan.loads.forecast import MeanForecast, Outlook, TrendForecast, misplaced_permille
+from moetrain.plan.loads.synthetic import DOZEN, LASTS, NAMES, TURN, generate
 
 FORECASTS = [lambda size: MeanForecast(size), lambda size: MeanForecast(size, window=1), lambda size: TrendForecast(size),
              lambda size: TrendForecast(size, 0.3, 0.0)]

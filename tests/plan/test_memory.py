@@ -2,7 +2,7 @@
 
 import pytest
 
-from moetrain.plan.memory import CopyMemory, Held, copy_memory, held_at
+from moetrain.plan.cost.memory import CopyMemory, Held, copy_memory, held_at
 from moetrain.plan.placement import LayerPlacement
 
 LAYERS = [Held(2, 1, 0), Held(2, 3, 4), Held(1, 0, 2), Held(0, 4, 0)]

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.plan.calibrate import calibrated
-from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.modelled import modelled
+from moetrain.plan.calibration import calibrated
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.cost.step_time import modelled
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.balanced import Balanced
 from moetrain.plan.planners.base import Planner, Rehomes, Slices, by_node
@@ -23,7 +23,7 @@ from moetrain.plan.planners.hecate import Hecate
 from moetrain.plan.planners.laer import Laer
 from moetrain.plan.planners.llep import LeastLoaded
 from moetrain.plan.planners.shadow import Shadow
-from moetrain.plan.rules import rule_of
+from moetrain.plan.splitting.rules import rule_of
 
 PLANNERS = [ExpertParallel(), Hecate(), Eplb(), Shadow(), LeastLoaded(min_rows=1, threshold=1.0, capacity=1.0), Laer(),
             Balanced(tolerance=0.0, min_gain=0.0)]

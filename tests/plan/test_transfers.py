@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from moetrain.plan.costs import Topology
+from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import LEGS, Transfer, gather_bytes, reduce_bytes, two_level
 

@@ -12,7 +12,7 @@ import pytest
 from moetrain.errors import DataError, DiskError
 from moetrain.report.loads import draw_loads, finding, last_steps, read_loads, snapshots
 from moetrain.report.run import draw
-from moetrain.train.sinks import LoadsLog
+from moetrain.runs.expert_loads import LoadsLog
 from tests.support.odd_files import ODD, make_odd
 
 

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from moetrain.errors import DataError
 from moetrain.report.output import Lettering
 from moetrain.report.specialisation import draw_specialisation, finding, lift, read_specialisation
-from moetrain.train.specialisation import mutual_information, write_specialisation
+from moetrain.runs.specialization import mutual_information, write_specialisation
 
 
 def test_domains_that_use_experts_alike_tell_nothing_and_those_apart_tell_all():

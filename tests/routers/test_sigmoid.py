@@ -8,7 +8,7 @@ from moetrain.ops.gating import count_choices, gather_weights
 from moetrain.routers.base import RouterContext
 from moetrain.routers.base import lean
 from moetrain.routers.sigmoid import SigmoidRouter
-from moetrain.train.evaluate import evaluate
+from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
 from tests.integration.training import Trained, difference, make_run, snapshot, union, whole
 from tests.oracle import oracle_loss

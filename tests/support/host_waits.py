@@ -22,7 +22,7 @@ from unittest import mock
 from moetrain.data.tokenizer import ByteTokenizer
 from moetrain.generate.sample import continue_text
 from moetrain.train.checkpoint.snapshot import take
-from moetrain.train.evaluate import evaluate
+from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from moetrain.train.stopwatch import Stopwatch

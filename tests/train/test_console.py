@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from moetrain.train.console import BANNER_LINES, Console, Eta, banner, connect_logging, eval_line, heatmap, summary
+from moetrain.train.loggers.console import BANNER_LINES, Console, Eta, banner, connect_logging, eval_line, heatmap, summary
 
 METRICS = {
     "step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8123, "loss/balance": 1.0213,

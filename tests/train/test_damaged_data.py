@@ -9,8 +9,8 @@ import torch
 from moetrain.config.compose import compose
 from moetrain.data.prepare import prepare
 from moetrain.errors import DataError
-from moetrain.parallel.pieces import pieces
-from moetrain.train.evaluate import evaluate
+from moetrain.parallel.state_shards import pieces
+from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.setup import join, set_up
 from moetrain.train.step import train_step
 from tests.integration.training import TINY

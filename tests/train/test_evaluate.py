@@ -17,8 +17,8 @@ from moetrain.data.prepare import prepare
 from moetrain.data.prepared import write_description
 from moetrain.data.split_writer import SplitWriter
 from moetrain.report.specialisation import draw_specialisation
-from moetrain.train.console import MOST_DOMAINS
-from moetrain.train.evaluate import evaluate
+from moetrain.train.loggers.console import MOST_DOMAINS
+from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.loop import train
 from moetrain.train.setup import Run, join, set_up
 
@@ -59,7 +59,7 @@ def by_hand(run: Run, part: int, windows: int) -> tuple[float, int]:
 
 
 def evaluation_context(run: Run, batch: object) -> object:
-    from moetrain.train.passes import step_context
+    from moetrain.train.micro_batches import step_context
 
     return step_context(run.config.run.seed, 0, batch, training=False)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moetrain.errors import DiskError
-from moetrain.train import files
-from moetrain.train.files import JsonlSink, make_place
+from moetrain.runs import files
+from moetrain.runs.files import JsonlSink, make_place
 from tests.support.odd_files import ODD, make_odd
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moetrain.config.compose import compose, to_yaml
-from moetrain.train.finished import finished
+from moetrain.runs.completion import finished
 from tests.train.checkpoint.saved import SMALL, flip, payload, saved, trained
 
 

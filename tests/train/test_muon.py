@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.train.checkpoint.reader import load
-from moetrain.train.checkpoint.writer import save
-from moetrain.train.muon import matrix_rows, orthogonalize
+from moetrain.train.checkpoint.load import load
+from moetrain.train.checkpoint.save import save
+from moetrain.train.optim.muon import matrix_rows, orthogonalize
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.integration.training import Trained, alone, difference, make_run, train_steps, union

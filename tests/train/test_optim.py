@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from moetrain.config.schema import OptimConfig
-from moetrain.train.optim import allocate_state, build_optimizer, learning_rate, set_learning_rate
+from moetrain.train.optim.lr_schedule import learning_rate
+from moetrain.train.optim.optimizer import allocate_state, build_optimizer, set_learning_rate
 from tests.integration.training import make_run
 
 OPTIM = OptimConfig(name="adamw", lr=2.0, warmup=4, min_lr_ratio=0.1, schedule="cosine")

@@ -11,7 +11,7 @@ import torch
 
 from moetrain.config.compose import compose
 from moetrain.errors import OutOfMemoryError
-from moetrain.train.out_of_memory import describe, is_out_of_memory, largest_items, out_of_memory_named
+from moetrain.train.memory.out_of_memory import describe, is_out_of_memory, largest_items, out_of_memory_named
 from tests.integration.training import make_run
 
 ROOT = Path(__file__).parents[2]

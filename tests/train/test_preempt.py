@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from moetrain.train.preempt import SIGNALS, Preemption, told_early
+from moetrain.train.preemption import SIGNALS, Preemption, told_early
 
 
 class Signals:
@@ -83,7 +83,7 @@ def test_the_second_one_leaves_at_once_but_a_terminal_closes_once(numbers, code)
     """The kernel and the shell both tell of a terminal that is closed."""
     script = f"""
 import os, signal, time
-from moetrain.train import preempt
+from moetrain.train import preemption as preempt
 preempt.ECHO_S = 0
 with preempt.Preemption(grace_s=None, leaving=lambda code, reason: print(code, reason, flush=True)):
     for name in "{numbers}".split():

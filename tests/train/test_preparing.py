@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from moetrain.train import preparing
-from moetrain.train.preparing import Preparing, progress_line
+from moetrain.train.loggers import prepare_progress as preparing
+from moetrain.train.loggers.prepare_progress import Preparing, progress_line
 
 
 def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ import pytest
 from moetrain.config.compose import compose
 from moetrain.config.schema import CheckpointConfig
 from moetrain.train.banner import saves_line
-from moetrain.train.checkpoint.writer import Saver
+from moetrain.train.checkpoint.save import Saver
 from moetrain.train.loop import train
 from moetrain.train.step import Votes, train_step
 from tests.integration.training import TINY, make_run

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrain.train import sinks
+from moetrain.train.loggers import wandb_sink as sinks
 from moetrain.train.loggers.wandb_settings import WandbSettings
-from moetrain.train.sinks import LoadsLog, WandbSink
+from moetrain.runs.expert_loads import LoadsLog
+from moetrain.train.loggers.wandb_sink import WandbSink
 from tests.support.odd_files import ODD, make_odd
 
 
@@ -199,7 +200,7 @@ import logging, sys, time
 from pathlib import Path
 logging.basicConfig(format="[warn] %(message)s", level=logging.WARNING, stream=sys.stdout)
 from moetrain.train.loggers.wandb_settings import WandbSettings
-from moetrain.train.sinks import WandbSink
+from moetrain.train.loggers.wandb_sink import WandbSink
 started = time.monotonic()
 sink = WandbSink(WandbSettings("offline", "p", "n", None, None, (), None), dir=Path(sys.argv[1]), close_s=0.5, queue_size=4)
 sink.write({"step": 1, "loss/ce": 2.0})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from moetrain.parallel.pieces import local
+from moetrain.parallel.state_shards import local
 from moetrain.train.setup import Run
 from moetrain.train.state import REBUILT
 from moetrain.train.step import train_step

@@ -3,7 +3,7 @@
 import pytest
 
 from moetrain.errors import CrashLoopError
-from moetrain.train.tenancy import CRASHES, Tenancy
+from moetrain.runs.attempts import CRASHES, Tenancy
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe", b'{"end": "x"}', b"null", b'{"start": 0', b"[]"])

@@ -11,7 +11,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from moetrain.__main__ import main
 from moetrain.config.compose import for_run
-from moetrain.train.trained import load_trained, writing
+from moetrain.train.evaluation.trained import load_trained, writing
 from tests.support.trained_run import WORDS, corpus, files, losses, records, train
 
 Folder = Path

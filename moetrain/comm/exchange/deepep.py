@@ -2,7 +2,7 @@
 
 A message is handed to DeepEP's dispatch as rows of bfloat16 that go to one rank each. They are moved and not computed with, so
 that bits of any dtype pass; that rows arrive by source rank, and of one in their order, is what its kernels do and this relies on.
-That a token goes to a rank once has been seen to before (moe/rows.py). DeepEP learns on the host how many rows will arrive.
+That a token goes to a rank once has been seen to before (moe/row_packing.py). DeepEP learns on the host how many rows will arrive.
 
 Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks alike.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
-from moetrain.comm.exchange.flight import travel
+from moetrain.comm.exchange.async_exchange import travel
 from moetrain.ops.pinned import to_device
 
 UNIT = 16                        # bytes that its copies move at once

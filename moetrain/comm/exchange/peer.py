@@ -11,7 +11,7 @@ there are in all, and the same of the way back. From the largest of these totals
 areas larger at the same moment.
 
 On a channel two exchanges may be under way and not three: the third would wait for what its own position has not taken yet.
-Pipelines (moe/pipeline.py) need no more. Waiting has a limit: a peer that does not come is named, with the rank, the router and the
+Pipelines (moe/overlap.py) need no more. Waiting has a limit: a peer that does not come is named, with the rank, the router and the
 epoch. No barrier anywhere but for growing.
 
 Recomputation finds the exchange as an operator (`peer_start`), whose result is kept and not fetched a second time.
@@ -25,9 +25,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.areas import Areas
+from moetrain.comm.exchange.shared_buffers import Areas
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
-from moetrain.comm.exchange.flight import travel
+from moetrain.comm.exchange.async_exchange import travel
 from moetrain.errors import PeerError
 from moetrain.ops.extension import define
 from moetrain.ops.peer_memory import Late, copy_rows, push_rows

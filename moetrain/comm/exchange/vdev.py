@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
-from moetrain.comm.exchange.flight import travel
+from moetrain.comm.exchange.async_exchange import travel
 from moetrain.ops.pinned import to_device
 
 

@@ -1,7 +1,7 @@
 """The forms of the sparse collectives, by name, and the differentiable pair.
 
 `sparse_all_gather` is the pair as mathematics has it: the reference, and the oracle of tests. A training run posts early and
-waits late instead (parallel/fssdp.py).
+waits late instead (parallel/fssdp/copies.py).
 """
 
 import torch
@@ -12,7 +12,7 @@ from moetrain.comm.sparse.base import Collective
 from moetrain.comm.sparse.packed import Packed
 from moetrain.comm.sparse.two_level import TwoLevel
 from moetrain.ops.pinned import DeviceTables
-from moetrain.plan.costs import Topology
+from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 
 FORMS = {"packed": Packed, "two_level": TwoLevel}

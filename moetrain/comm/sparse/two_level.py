@@ -21,7 +21,7 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Flight, Handle, add_ascending, arrivals, lane, message
 from moetrain.ops.pinned import DeviceTables
-from moetrain.plan.costs import Topology
+from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import two_level
 

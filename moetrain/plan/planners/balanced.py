@@ -1,16 +1,16 @@
 """moetrain's own planner: the fewest copies that level the loads as far as levelling pays.
 
 For a handful of levels between the mean load and the largest, what lies above the level is poured from the full positions
-into those below it (plan/planners/pour.py): cut to measure, or whole where they fit; and at the best level once more with
+into those below it (plan/leveling/overflow.py): cut to measure, or whole where they fit; and at the best level once more with
 copies on the nodes that the rows come from first. To the best of these come copies that keep rows on their node, as many as
-hide, or twice that, or as there is room for (plan/planners/near.py). Every such plan is timed by the model of
-plan/modelled.py, in which copies cost nothing while they hide and their links' time beyond that, and the shortest is taken.
+hide, or twice that, or as there is room for (plan/leveling/locality.py). Every such plan is timed by the model of
+plan/cost/step_time.py, in which copies cost nothing while they hide and their links' time beyond that, and the shortest is taken.
 Rows are then split by `waterfill`.
 
 Nothing is done where nothing is to be gained: below an imbalance of 1 + `tolerance`, or where the model promises less than
 `min_gain` of the step.
 
-Homes: plan/planners/resettle.py. They are cut up where that is modelled to pay: copies of experts in pieces are sent by all
+Homes: plan/leveling/rehoming.py. They are cut up where that is modelled to pay: copies of experts in pieces are sent by all
 positions, and the model knows it, here and when copies are planned.
 """
 
@@ -20,14 +20,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from moetrain.plan.burden import Crossing, burden
-from moetrain.plan.costs import Costs, Topology
-from moetrain.plan.modelled import Modelled, step_time
+from moetrain.plan.cost.link_traffic import Crossing, burden
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.cost.step_time import Modelled, step_time
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan, Planner, Rule, by_node, copies_each, fits_behind, hottest_first, totals
-from moetrain.plan.planners.near import Flows, keep_near
-from moetrain.plan.planners.pour import Field, Pool, Poured, sums
-from moetrain.plan.planners.resettle import resettle
+from moetrain.plan.leveling.locality import Flows, keep_near
+from moetrain.plan.leveling.overflow import Field, Pool, Poured, sums
+from moetrain.plan.leveling.rehoming import resettle
 
 # Levels tried, in 1/64 of the way from the mean to the largest load.
 LEVELS = (0, 3, 12)
@@ -114,7 +114,7 @@ class Balanced(Planner):
 
 
 def estimate(poured: Poured, field: Field, costs: Costs) -> Modelled:
-    """The model of plan/modelled.py before sources are known: a node's rows are spread evenly over its positions, and go
+    """The model of plan/cost/step_time.py before sources are known: a node's rows are spread evenly over its positions, and go
     to replicas on the node first."""
     loads_NE, home_E, topology = field.loads_NE, field.home_E, field.topology
     experts, nodes, per_node = len(home_E), topology.nodes, topology.per_node

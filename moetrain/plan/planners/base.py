@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 
 Rule = Literal["local_first", "waterfill", "shares"]
@@ -30,7 +30,7 @@ class LayerPlan:
 
 
 class Planner(Protocol):
-    """rule: the function of plan/split.py that splits rows over the copies."""
+    """rule: the function of plan/splitting/split.py that splits rows over the copies."""
 
     rule: ClassVar[Rule]
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moetrain.plan.costs import Costs, Topology
+from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.planners.base import LayerPlan, Planner, Rule, by_node, copies_each
 

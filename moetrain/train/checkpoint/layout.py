@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from moetrain.comm.mesh import Mesh
-from moetrain.parallel.pieces import Piece
-from moetrain.train.checkpoint.records import Chunk, Entry, row_count
+from moetrain.parallel.state_shards import Piece
+from moetrain.checkpoint.records import Chunk, Entry, row_count
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Mesh
-from moetrain.parallel.pieces import Piece
+from moetrain.parallel.state_shards import Piece
 from moetrain.train.checkpoint.layout import NAMES, written_here
-from moetrain.train.checkpoint.payload import Item
+from moetrain.checkpoint.payload import Item
 from moetrain.train.state import TrainState
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moetrain.train.checkpoint.writer import save
+from moetrain.train.checkpoint.save import save
 from moetrain.train.setup import Run
 from moetrain.train.state import TrainState
 from moetrain.train.step import train_step

@@ -13,12 +13,12 @@ import pytest
 
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint import disk
-from moetrain.train.checkpoint.commit import commit, merge, remove_leftovers, retire, write_rank
-from moetrain.train.checkpoint.manifest import checkpoints_of, read_manifest, step_of
-from moetrain.train.checkpoint.payload import Item
-from moetrain.train.checkpoint.verify import problems
-from moetrain.train.checkpoint.writer import Saver
+from moetrain.checkpoint import disk
+from moetrain.checkpoint.commit import commit, merge, remove_leftovers, retire, write_rank
+from moetrain.checkpoint.manifest import checkpoints_of, read_manifest, step_of
+from moetrain.checkpoint.payload import Item
+from moetrain.checkpoint.verify import problems
+from moetrain.train.checkpoint.save import Saver
 from tests.integration.training import make_run
 from tests.train.checkpoint.saved import SMALL, flip, payload, saved
 

@@ -9,9 +9,9 @@ import torch
 from torch.distributed.checkpoint import planner_helpers
 
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.parallel.pieces import Piece
+from moetrain.parallel.state_shards import Piece
 from moetrain.train.checkpoint.layout import reads, written_here
-from moetrain.train.checkpoint.records import Chunk, Entry
+from moetrain.checkpoint.records import Chunk, Entry
 
 
 def meshes(size: int) -> list[Mesh]:

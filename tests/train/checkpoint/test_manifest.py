@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.manifest import NAME, checkpoints_of, is_damage, newest, read_manifest, step_of
-from moetrain.train.checkpoint.records import split_expert
+from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_damage, newest, read_manifest, step_of
+from moetrain.checkpoint.records import split_expert
 from tests.support.odd_files import ODD, make_odd
 from tests.train.checkpoint.saved import SMALL, saved, trained
 

@@ -12,13 +12,14 @@ from unittest.mock import patch
 import torch
 from torch.distributed.checkpoint import metadata, planner_helpers
 
-from moetrain.parallel.pieces import Piece
-from moetrain.train.checkpoint import disk, records
-from moetrain.train.checkpoint.commit import commit, write_rank
+from moetrain.parallel.state_shards import Piece
+from moetrain.checkpoint import disk
+from moetrain.checkpoint import records
+from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.train.checkpoint.layout import NAMES
-from moetrain.train.checkpoint.manifest import NAME, read_manifest
-from moetrain.train.checkpoint.payload import Item
-from moetrain.train.checkpoint.reader import Loading
+from moetrain.checkpoint.manifest import NAME, read_manifest
+from moetrain.checkpoint.payload import Item
+from moetrain.train.checkpoint.load import Loading
 from moetrain.train.checkpoint.snapshot import as_bytes
 
 LAYERS, EXPERTS, RANKS = 60, 256, 4

@@ -15,14 +15,14 @@ import safetensors.torch
 import torch
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.commit import commit, write_rank
+from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.train.checkpoint.layout import DTYPES, NAMES
-from moetrain.train.checkpoint.manifest import NAME, read_manifest
-from moetrain.train.checkpoint.payload import Item, Payload, header, metadata, write_payload
-from moetrain.train.checkpoint.reader import load, resume
-from moetrain.train.checkpoint.records import BLOCK, ITEM_BYTES, Part
+from moetrain.checkpoint.manifest import NAME, read_manifest
+from moetrain.checkpoint.payload import Item, Payload, header, metadata, write_payload
+from moetrain.train.checkpoint.load import load, resume
+from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, Part
 from moetrain.train.checkpoint.snapshot import as_bytes
-from moetrain.train.checkpoint.verify import is_sound, problems
+from moetrain.checkpoint.verify import is_sound, problems
 from tests.integration.training import make_run
 from tests.train.checkpoint.saved import SIZES, SMALL, flip, payload, saved, tensors, trained
 
@@ -231,8 +231,8 @@ watched = ("pickle.find_class", "os.system")
 sys.addaudithook(lambda event, arguments: seen.append((event, arguments)) if event in watched else None)
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.reader import load, resume
-from moetrain.train.checkpoint.verify import problems
+from moetrain.train.checkpoint.load import load, resume
+from moetrain.checkpoint.verify import problems
 from tests.integration.training import make_run
 from tests.train.checkpoint.saved import SMALL
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint import reader
-from moetrain.train.checkpoint.manifest import checkpoints_of, read_manifest
-from moetrain.train.checkpoint.reader import load, load_newest_model, resume
+from moetrain.train.checkpoint import load as reader
+from moetrain.checkpoint.manifest import checkpoints_of, read_manifest
+from moetrain.train.checkpoint.load import load, load_newest_model, resume
 from moetrain.train.step import train_step
 from tests.integration.training import make_run
 from tests.train.checkpoint.saved import SIZES, flip, payload, saved, tensors, trained

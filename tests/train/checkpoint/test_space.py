@@ -9,8 +9,8 @@ import pytest
 
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
-from moetrain.train.checkpoint import disk
-from moetrain.train.checkpoint.space import check_disk, estimate
+from moetrain.checkpoint import disk
+from moetrain.train.checkpoint.disk_space import check_disk, estimate
 from tests.integration.training import make_run
 from tests.train.checkpoint.saved import SIZES, saved
 

@@ -13,11 +13,12 @@ import torch
 
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
-from moetrain.train.checkpoint import disk, writer
-from moetrain.train.checkpoint.manifest import checkpoints_of
-from moetrain.train.checkpoint.reader import load, resume
-from moetrain.train.checkpoint.verify import problems
-from moetrain.train.checkpoint.writer import DONE, FAILED, Saver, save
+from moetrain.checkpoint import disk
+from moetrain.train.checkpoint import save as writer
+from moetrain.checkpoint.manifest import checkpoints_of
+from moetrain.train.checkpoint.load import load, resume
+from moetrain.checkpoint.verify import problems
+from moetrain.train.checkpoint.save import DONE, FAILED, Saver, save
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.integration.training import make_run

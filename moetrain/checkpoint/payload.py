@@ -1,0 +1,146 @@
+"""A payload file: safetensors, so that any tool can read it. Written with checksums, read by the manifest alone. No torch.
+
+    8 bytes     length of the header, little-endian
+    header      JSON {"__metadata__": {...}, key: {"dtype", "shape", "data_offsets"}}, padded with spaces to 8 bytes
+    content     the tensors, one behind the other
+
+A key is the tensor's name, or `name@<first row>` where the file holds some of its rows. The header is for other tools:
+it follows from the manifest to the last byte (step and rank included, so that files of two steps differ) and is compared,
+never parsed.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moetrain.files import open_descriptor, reason
+from moetrain.checkpoint.disk import new_file
+from moetrain.checkpoint.manifest import damaged
+from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, File, Part, row_count
+
+
+class Item(NamedTuple):
+    """Rows [first, first + rows) of a logical tensor of `shape`, as bytes in memory."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    first: int
+    rows: int
+    content: memoryview
+
+
+def write_payload(path: Path, items: list[Item], step: int, block: int = BLOCK) -> tuple[File, list[list[Any]]]:
+    """Write tensors one behind the other, those with the largest elements first so that all lie aligned.
+
+    Gives the record of the file, and a row for each item: [name, dtype, shape, begin, first row, rows, crc, ...].
+    """
+    items = sorted(items, key=lambda item: (-ITEM_BYTES[item.dtype], item.name, item.first))
+    head = header(map(_part, items), metadata(path.name, step))
+    rows, begin = [], len(head)
+    with new_file(path) as append:
+        append(head)
+        for item in items:
+            crcs = []
+            for start in range(0, len(item.content), block):
+                piece = item.content[start:start + block]
+                crcs.append(zlib.crc32(piece))
+                append(piece)
+            rows.append([item.name, item.dtype, item.shape, begin, item.first, item.rows, *crcs])
+            begin += len(item.content)
+    return File(begin, len(head), zlib.crc32(head)), rows
+
+
+def _part(item: Item) -> Part:
+    whole = item.rows == row_count(item.shape)
+    return Part(0, len(item.content), item.name if whole else f"{item.name}@{item.first}", item.dtype,
+                item.shape if whole else (item.rows, *item.shape[1:]), ())
+
+
+def header(parts: Iterable[Part], metadata: dict[str, str]) -> bytes:
+    """The bytes before the content."""
+    record: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for part in parts:
+        record[part.key] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [offset, offset + part.length]}
+        offset += part.length
+    text = json.dumps(record, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def payload_name(rank: int) -> str:
+    return f"rank-{rank:04d}.safetensors"
+
+
+def metadata(name: str, step: int) -> dict[str, str]:
+    """What the header says beside the tensors."""
+    return {"format": "pt", "step": str(step), "file": name}
+
+
+class Payload:
+    """A payload file open for reading; every way in which it is not what the manifest says is a CheckpointError."""
+
+    def __init__(self, path: Path, file: File) -> None:
+        self.path, self.file = path, file
+        try:
+            self.descriptor = open_descriptor(path, os.O_RDONLY, links=False)
+        except FileNotFoundError:
+            raise damaged(path, "the file is missing") from None
+        except OSError as error:
+            raise damaged(path, f"it cannot be opened: {reason(error)}") from error
+        size = os.fstat(self.descriptor).st_size
+        if size != file.size:
+            self.close()
+            raise damaged(path, f"{size} bytes long, {file.size} when it was written")
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def __enter__(self) -> "Payload":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_header(self) -> bytes:
+        head = self._read(0, self.file.header)
+        if zlib.crc32(head) != self.file.crc:
+            raise damaged(self.path, "its header does not match its checksum: it is altered, or of another step")
+        return head
+
+    def check_keys(self, parts: list[Part], step: int) -> None:
+        """The header says to other tools what the manifest says to us."""
+        if self.check_header() != header(parts, metadata(self.path.name, step)):
+            raise damaged(self.path, "its header does not list the tensors of the manifest")
+
+    def blocks(self, part: Part, block: int, begin: int, end: int, check: bool = True) -> Iterator[memoryview]:
+        """Bytes [begin, end) of a part, block by block; each block they touch is read whole and compared with its checksum.
+
+        check=False reads these bytes alone and believes them.
+        """
+        for number in range(begin // block, -(-end // block)):
+            start, stop = number * block, min((number + 1) * block, part.length)
+            if not check:
+                start, stop = max(start, begin), min(stop, end)
+            content = self._read(part.begin + start, stop - start)
+            if check and zlib.crc32(content) != part.crcs[number]:
+                place = f"bytes {part.begin + start} to {part.begin + stop}"
+                raise damaged(self.path, f"{part.key} ({place}) does not match its checksum")
+            yield memoryview(content)[max(0, begin - start):min(end, stop) - start]
+
+    def _read(self, begin: int, length: int) -> bytearray:
+        content = bytearray(length)
+        view, got = memoryview(content), 0
+        while got < length:
+            try:
+                count = os.preadv(self.descriptor, [view[got:]], begin + got)
+            except OSError as error:
+                raise damaged(self.path, f"it cannot be read: {error.strerror or error}") from error
+            if not count:
+                raise damaged(self.path, f"it ends at byte {begin + got}")
+            got += count
+        return content

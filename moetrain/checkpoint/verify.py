@@ -1,0 +1,69 @@
+"""Is a checkpoint what was written? Two depths:
+
+    sizes    the manifest, the size and header of every file, and that nothing else lies in the directory
+    full     also every checksum: every byte is read
+
+No torch here: `moetrain checkpoint verify` and the retention of old checkpoints ask this too.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from moetrain.errors import CheckpointError
+from moetrain.checkpoint.manifest import NAME, damaged, read_manifest
+from moetrain.checkpoint.payload import Payload
+from moetrain.checkpoint.records import Manifest
+
+log = logging.getLogger(__name__)
+
+
+def is_sound(directory: Path) -> bool:
+    """By sizes: whether a directory can be counted on, without reading all of it."""
+    try:
+        check_files(directory, read_manifest(directory))
+    except CheckpointError:
+        return False
+    return True
+
+
+def check_files(directory: Path, manifest: Manifest, but: Collection[str] = ()) -> None:
+    """By sizes. CheckpointError names the first file that is wrong; `but` names files that may be there too."""
+    for name, file in manifest.files.items():
+        with Payload(directory / name, file) as payload:
+            payload.check_header()
+    for error in strangers(directory, manifest, but):
+        raise error
+
+
+def strangers(directory: Path, manifest: Manifest, but: Collection[str] = ()) -> Iterator[CheckpointError]:
+    """Files that no save wrote. Hidden ones are left alone and never read: file systems and file managers make them."""
+    for path in sorted(directory.iterdir()):
+        if path.name not in (NAME, *manifest.files, *but):
+            if path.name.startswith("."):
+                log.warning("%s does not belong to the checkpoint; it is ignored", path)
+            else:
+                yield damaged(path, "it does not belong to the checkpoint")
+
+
+def problems(directory: Path, progress: Callable[[int], None] = lambda count: None) -> Iterator[CheckpointError]:
+    """Everything that is wrong with a checkpoint, one error a file, after reading every byte.
+
+    progress: called with the bytes read since the last call.
+    """
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        yield error
+        return
+    parts = manifest.parts()
+    for name, file in manifest.files.items():
+        try:
+            with Payload(directory / name, file) as payload:
+                payload.check_keys(parts[name], manifest.values["step"])
+                for part in parts[name]:
+                    for block in payload.blocks(part, manifest.block, 0, part.length):
+                        progress(len(block))
+        except CheckpointError as error:
+            yield error
+    yield from strangers(directory, manifest)

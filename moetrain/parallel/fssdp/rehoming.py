@@ -1,0 +1,165 @@
+"""Homes that move: experts, with their moments, from position to position; and homes that are cut up, or put together again.
+
+The only step that moves optimizer state, and a rare one. A Parameter keeps its identity and gets other rows, so whoever
+holds it (optimizer, reducer, hooks) need not hear of it; the moments are stored like their parameter and move alike. Step
+counters are one number for all parameters (train/optim/optimizer.py) and stay. What is moved is moved bit by bit: the state gathered by
+name is the same before and after.
+
+Whole experts travel by one exchange, rows of equal width. Where experts are sliced, or no longer (plan/placement.py), pieces
+travel by a second one, in numbers.
+
+Shapes: h experts here, s experts sent, W numbers of an expert with its moments, w of this position's piece of one.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from moetrain.comm.mesh import Group
+from moetrain.comm.sparse.base import Flight
+from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement, piece_columns
+
+Rows = dict[tuple[str, int], Tensor]         # everything of an expert, or of a piece of it, by router and id
+Shapes = list[tuple[int, int]]               # of the tensors that lie side by side in a row: rows and columns
+
+
+@torch.no_grad()
+def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, before: ExpertPlacement,
+            after: ExpertPlacement, group: Group) -> int:
+    """Bring every expert to where `after` has it; how many have moved. Between steps, on every position of the group.
+
+    All banks hold experts of one size. Gradients must have been cleared or be of no more use: they are dropped.
+    """
+    if before.homes == after.homes:
+        return 0
+    whole: Rows = {}
+    parts: Rows = {}
+    for name, bank in banks.items():
+        whole.update({(name, expert): row for expert, row in zip(bank.experts, _rows(bank, MATRICES, optimizer))})
+        if bank.cut is not None:
+            parts.update({(name, expert): row for expert, row in zip(bank.sliced, _rows(bank, PIECES, optimizer))})
+    any_bank = next(iter(banks.values()))
+    shapes = [tuple(parameter.shape[1:]) for parameter, _ in _tensors(any_bank, MATRICES, optimizer)]
+    _move(whole, sum(rows * columns for rows, columns in shapes), any_bank.gate_up, before, after, group)
+    _recut(whole, parts, shapes, any_bank.gate_up, before, after, group)
+    for name, layer in after.layers:
+        bank, bank_experts = banks[name], layer.experts_of(group.position)
+        _refill(bank, MATRICES, optimizer, [whole[name, expert] for expert in bank_experts])
+        bank.experts = bank_experts
+        if bank.cut is not None:
+            _refill(bank, PIECES, optimizer, [parts[name, expert] for expert in layer.sliced])
+            bank.sliced = layer.sliced
+    return sum(_moved(before[name], layer) for name, layer in after.layers)
+
+
+def _move(whole: Rows, width: int, like: Tensor, before: ExpertPlacement, after: ExpertPlacement, group: Group) -> None:
+    """Add the experts that come here, of those that are whole before and after. Waits."""
+    leaving: list[list[tuple[str, int]]] = [[] for _ in range(group.size)]
+    coming: list[list[tuple[str, int]]] = [[] for _ in range(group.size)]
+    for name, expert, old, new in _places(before, after):
+        if old is not None and new is not None and old != new:
+            if old == group.position:
+                leaving[new].append((name, expert))
+            if new == group.position:
+                coming[old].append((name, expert))
+    sent = [whole[move] for moves in leaving for move in moves]
+    message_sW = torch.stack(sent) if sent else like.new_empty(0, width)
+    received = Flight(message_sW, tuple(map(len, leaving)), tuple(map(len, coming)), group).wait()
+    whole.update(zip([move for moves in coming for move in moves], received))
+
+
+def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: ExpertPlacement, after: ExpertPlacement,
+           group: Group) -> None:
+    """Add the pieces of experts that are now sliced, and the experts that are put together here. Waits."""
+    position, positions = group.position, group.size
+    changed = [place for place in _places(before, after) if (place[2] is None) != (place[3] is None)]
+    if not changed:
+        return
+    leaving: list[list[Tensor]] = [[] for _ in range(positions)]
+    coming: list[list[int]] = [[] for _ in range(positions)]                 # numbers of each piece that comes
+    widths = [sum(part.stop - part.start for part in piece_columns(shapes, at, positions)) for at in range(positions)]
+    for name, expert, old, new in changed:
+        if old is None:                                                      # put together at `new`
+            leaving[new].append(parts[name, expert])
+            if new == position:
+                for at in range(positions):
+                    coming[at].append(widths[at])
+        else:
+            coming[old].append(widths[position])
+            if old == position:
+                for at in range(positions):
+                    leaving[at].append(cut(whole[name, expert], shapes, at, positions))
+    numbers = torch.cat([like.new_empty(0), *(part for moves in leaving for part in moves)])
+    sent, received = tuple(sum(map(len, moves)) for moves in leaving), tuple(map(sum, coming))
+    flat = Flight(numbers[:, None], sent, received, group).wait().flatten()
+    arrived = [list(block.split(lengths)) if lengths else [] for block, lengths in zip(flat.split(received), coming)]
+    for name, expert, old, new in changed:
+        if old is not None:
+            parts[name, expert] = arrived[old].pop(0)
+        elif new == position:
+            whole[name, expert] = together([pieces.pop(0) for pieces in arrived], shapes)
+
+
+def _places(before: ExpertPlacement, after: ExpertPlacement) -> Iterator[tuple[str, int, int | None, int | None]]:
+    """(router, expert, where it lies whole before, and after): None where it is sliced. By layer, then by expert."""
+    for name, layer in after.layers:
+        old = before[name]
+        for expert in range(layer.num_experts):
+            yield (name, expert, None if expert in old.sliced else old.home[expert],
+                   None if expert in layer.sliced else layer.home[expert])
+
+
+def cut(row_W: Tensor, shapes: Shapes, position: int, positions: int) -> Tensor:
+    """A position's piece of an expert: some rows of each tensor, flat."""
+    return torch.cat([row_W[part] for part in piece_columns(shapes, position, positions)])
+
+
+def together(pieces: list[Tensor], shapes: Shapes) -> Tensor:
+    """The expert whose pieces these are, by position."""
+    row_W = pieces[0].new_empty(sum(rows * columns for rows, columns in shapes))
+    for position, piece in enumerate(pieces):
+        parts = piece_columns(shapes, position, len(pieces))
+        for part, numbers in zip(parts, piece.split([part.stop - part.start for part in parts])):
+            row_W[part] = numbers
+    return row_W
+
+
+def _moved(before: LayerPlacement, after: LayerPlacement) -> int:
+    """Experts whose parameters lie elsewhere, or otherwise."""
+    return sum(old != new or (expert in before.sliced) != (expert in after.sliced)
+               for expert, (old, new) in enumerate(zip(before.home, after.home))
+               if not (expert in before.sliced and expert in after.sliced))
+
+
+def _tensors(bank: ExpertBank, names: tuple[str, ...],
+             optimizer: torch.optim.Optimizer) -> list[tuple[torch.nn.Parameter, str | None]]:
+    """Parameters of a bank and their moments, in one order everywhere; None stands for the parameter itself."""
+    found: list[tuple[torch.nn.Parameter, str | None]] = []
+    for matrix in names:
+        parameter = getattr(bank, matrix)
+        moments = sorted(name for name in optimizer.state[parameter] if name != "step")
+        found += [(parameter, None), *((parameter, name) for name in moments)]
+    return found
+
+
+def _rows(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Optimizer) -> Tensor:
+    """Everything of each expert here, side by side: [h, W], or of its piece: [h, w]."""
+    return torch.cat([(parameter.data if moment is None else optimizer.state[parameter][moment]).flatten(1)
+                      for parameter, moment in _tensors(bank, names, optimizer)], dim=1)
+
+
+def _refill(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Optimizer, rows: list[Tensor]) -> None:
+    """Parameters and moments of other experts: rows as `_rows` lays them out."""
+    tensors = _tensors(bank, names, optimizer)
+    shapes = [parameter.shape[1:] for parameter, _ in tensors]
+    widths = [shape.numel() for shape in shapes]
+    stacked = torch.stack(rows) if rows else getattr(bank, names[0]).new_empty(0, sum(widths))
+    for (parameter, moment), part, shape in zip(tensors, stacked.split(widths, dim=1), shapes):
+        full = part.reshape(len(rows), *shape).clone(memory_format=torch.contiguous_format)
+        if moment is None:
+            parameter.grad = None
+            parameter.data = full
+        else:
+            optimizer.state[parameter][moment] = full

@@ -1,0 +1,200 @@
+"""Tokens per expert of every router, one record a step.
+
+    log/loads/*.i32    appended every step; loads.npz is built from it
+    log/loads/routers.json
+
+A resumed run cuts its records to the restored step; what is cut goes to <file>.lost and is never deleted.
+"""
+
+import json
+import logging
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moetrain.files import open_descriptor, open_regular, read_json, reason
+from moetrain.runs.files import append, move_to_lost, replacing, written
+
+log = logging.getLogger(__name__)
+
+ROUTERS = "routers.json"
+BLOCK_BYTES = 16 << 20       # of records that are read at once
+
+
+class Block(NamedTuple):
+    """Records in memory, int64."""
+
+    steps: np.ndarray                                            # [n]
+    loads: np.ndarray                                            # [n, routers, E_max]
+    sources: np.ndarray                                          # [n, routers, ranks, E_max]
+
+
+class Chunk(NamedTuple):
+    """A file of equal int32 records: the step, then loads [routers, E_max], then sources [routers, ranks, E_max].
+
+    Records are those of consecutive steps, from `first` on.
+    """
+
+    path: Path
+    first: int
+    routers: int
+    experts: int
+    ranks: int                                                   # 0: sources were not recorded
+
+    @property
+    def record_bytes(self) -> int:
+        return 4 * (1 + (1 + self.ranks) * self.routers * self.experts)
+
+    def records(self) -> int:
+        """Whole records that are there now."""
+        return self.path.stat().st_size // self.record_bytes
+
+    def blocks(self, records: int) -> Iterator[Block]:
+        """The first `records` of them, a few at a time, without those that were altered."""
+        cells, many = self.routers * self.experts, max(1, BLOCK_BYTES // self.record_bytes)
+        with open_regular(self.path, links=False) as file:
+            for begin in range(0, records, many):
+                count = min(many, records - begin)
+                rows = np.frombuffer(file.read(count * self.record_bytes), "<i4").reshape(count, -1).astype(np.int64)
+                rows = rows[(rows[:, 0] == np.arange(count) + self.first + begin) & (rows >= 0).all(1)]
+                yield Block(rows[:, 0], rows[:, 1:1 + cells].reshape(len(rows), self.routers, self.experts),
+                            rows[:, 1 + cells:].reshape(len(rows), self.routers, self.ranks, self.experts))
+
+
+class LoadsLog:
+    """Tokens per expert of every router below `dir`, one record a step, and the names of the routers.
+
+    A run that starts or resumes opens a new chunk, because the number of ranks may have changed. A step adds its own record
+    and nothing else; loads.npz, which holds them all, is built when somebody wants it.
+    """
+
+    def __init__(self, dir: Path) -> None:
+        self.dir = Path(dir)
+        self._chunk: Chunk | None = None
+
+    def name_routers(self, experts: Mapping[str, int]) -> None:
+        """Keep what the records do not say: the routers in layer order, and how many experts each has."""
+        path = self.dir / ROUTERS
+        with written(path):
+            self.dir.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(json.dumps(experts).encode())
+
+    def write(self, step: int, loads: Sequence[ArrayLike], sources: Sequence[ArrayLike] | None = None) -> None:
+        """loads: per router [E]. sources: per router [ranks, E], the same tokens by the rank they came from."""
+        loads = [np.asarray(load)[None] for load in loads]
+        blocks = loads + [np.asarray(source) for source in ([] if sources is None else sources)]
+        widest = max((block.shape[1] for block in blocks), default=0)
+        padded = [np.pad(block, ((0, 0), (0, widest - block.shape[1]))) for block in blocks]
+        record = np.concatenate([np.array([step]), *(block.ravel() for block in padded)])
+        assert record.max() < 2**31 and record.min() >= 0, (step, record.max(), record.min())
+        ranks = len(padded[-1]) if len(padded) > len(loads) else 0
+        if self._chunk is None:
+            name = f"{step:08d}-{len(loads)}x{widest}-{ranks}.i32"
+            self._chunk = Chunk(self.dir / name, step, len(loads), widest, ranks)
+        assert 4 * record.size == self._chunk.record_bytes, "the routers and ranks of a run do not change"
+        with written(self.dir):
+            self.dir.mkdir(parents=True, exist_ok=True)
+        append(self._chunk.path, record.astype("<i4").tobytes())
+
+    def cut_to(self, step: int) -> None:
+        """Keep the records up to this step. Call it before the first write of a run, with step 0 when there is none."""
+        self._chunk = None
+        for chunk in self._chunks():
+            with written(chunk.path), open(open_descriptor(chunk.path, os.O_RDWR, links=False), "r+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                kept = min(max(0, step + 1 - chunk.first), size // chunk.record_bytes) * chunk.record_bytes
+                if kept < size:
+                    move_to_lost(chunk.path, file, [(kept, size)])
+                    file.truncate(kept)
+            if not kept:
+                chunk.path.unlink()
+
+    def write_npz(self, path: Path) -> bool:
+        """Build loads.npz from what was recorded, a few records at a time; False where there is nothing of that kind.
+
+        OSError where it cannot be written. Entries beyond a router's experts are 0. sources is there when any
+        step recorded it: -1 in steps that did not, 0 for ranks that a step did not have.
+        """
+        experts = self._routers()
+        if experts is None:
+            return False
+        shape = (len(experts), max(experts.values(), default=0))
+        chunks = {chunk: chunk.records() for chunk in self._chunks() if (chunk.routers, chunk.experts) == shape}
+        ranks = max((chunk.ranks for chunk in chunks), default=0)
+        steps = np.concatenate([np.zeros(0, np.int64), *(block.steps for _, block in _in_order(chunks))])
+        if len(steps) < sum(chunks.values()):
+            log.warning("%s: %d records are damaged and left out", self.dir, sum(chunks.values()) - len(steps))
+        with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            _add(archive, "loads", (len(steps), *shape), (block.loads for _, block in _in_order(chunks)))
+            if ranks:
+                _add(archive, "sources", (len(steps), shape[0], ranks, shape[1]),
+                     (_by_rank(block.sources, chunk, ranks) for chunk, block in _in_order(chunks)))
+            for name, array in (("experts", np.array(list(experts.values()), np.int64)),
+                                ("routers", np.array(list(experts), np.str_)), ("steps", steps)):
+                _add(archive, name, array.shape, [array], array.dtype)
+        return True
+
+    def is_built(self, path: Path) -> bool:
+        """Whether loads.npz is there and nothing was recorded after it was built."""
+        newest = max((chunk.path.stat().st_mtime_ns for chunk in self._chunks()), default=0)
+        return path.is_file() and path.stat().st_mtime_ns >= newest
+
+    def _routers(self) -> dict[str, int] | None:
+        """Experts by router; None where nobody has kept that, as in runs of older releases."""
+        path = self.dir / ROUTERS
+        try:
+            found = read_json(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be read (%s); loads.npz stays as it is", path, reason(error))
+            return None
+        fits = isinstance(found, dict) and all(type(number) is int and 0 < number < 1 << 20 for number in found.values())
+        return found if fits else None
+
+    def _chunks(self) -> list[Chunk]:
+        found = [(path, re.fullmatch(r"(\d{8,12})-(\d{1,6})x(\d{1,6})-(\d{1,6})\.i32", path.name)) for path in self.dir.glob("*.i32")]
+        return sorted((Chunk(path, *map(int, match.groups())) for path, match in found if match and _is_plain(path)),
+                      key=lambda chunk: chunk.first)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is a file that can be ours: no folder or pipe, and no link, which would be written to elsewhere."""
+    plain = stat.S_ISREG(path.lstat().st_mode)
+    if not plain:
+        log.warning("%s is not a file of the run; it is left alone", path)
+    return plain
+
+
+def _in_order(chunks: Mapping[Chunk, int]) -> Iterator[tuple[Chunk, Block]]:
+    """The records of all chunks, of which so many are read, each step once."""
+    last = -1
+    for chunk, records in chunks.items():
+        for block in chunk.blocks(records):
+            block = Block(*(array[block.steps > last] for array in block))
+            last = max([last, *block.steps[-1:].tolist()])
+            yield chunk, block
+
+
+def _add(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], blocks: Iterable[np.ndarray],
+         dtype: np.dtype = np.dtype("<i8")) -> None:
+    """An array of the archive, from blocks of its rows: never more of it in memory than one of them."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        for block in blocks:
+            member.write(np.ascontiguousarray(block, dtype).tobytes())
+
+
+def _by_rank(sources: np.ndarray, chunk: Chunk, ranks: int) -> np.ndarray:
+    """[steps, routers, ranks, E_max] of records of a chunk."""
+    if not chunk.ranks:
+        return np.full((len(sources), chunk.routers, ranks, chunk.experts), -1, dtype=np.int64)
+    return np.pad(sources, ((0, 0), (0, 0), (0, ranks - chunk.ranks), (0, 0)))

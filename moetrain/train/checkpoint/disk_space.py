@@ -1,0 +1,74 @@
+"""Before the first step: is there room for the checkpoints of this run, and can they be written?"""
+
+import logging
+import shutil
+from pathlib import Path
+
+from moetrain.comm.mesh import Mesh
+from moetrain.comm.reduce import all_or_none, total_over
+from moetrain.config.schema import CheckpointConfig
+from moetrain.errors import DiskError
+from moetrain.files import read_bytes
+from moetrain.checkpoint import disk
+from moetrain.train.checkpoint.layout import written_here
+from moetrain.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+PROBE = b"moetrain"
+
+
+def check_disk(state: TrainState, run_dir: Path, mesh: Mesh, config: CheckpointConfig, steps: int) -> int:
+    """Bytes of one checkpoint. DiskError on all ranks when those of the run do not fit, or cannot be written. Collective.
+
+    steps: how many the run will take; it needs room for `keep` checkpoints and the one that is being written. By time any step
+    may save; how many do is not known, so with keep=null only those of the interval count.
+    """
+    size = estimate(state, mesh)
+    saves = -(-steps // config.interval) if config.interval else min(1, steps)
+    if config.keep:
+        saves = min(steps if config.every_minutes else saves, config.keep + 1)
+    all_or_none(mesh["batch"], lambda: _check(run_dir / "checkpoints", saves, size) if mesh.is_main else None)
+    return size
+
+
+def estimate(state: TrainState, mesh: Mesh) -> int:
+    """Bytes of one checkpoint: all tensors, and about 200 bytes of header and manifest for each. Collective."""
+    pieces = written_here(state.pieces(), mesh)
+    mine = sum(piece.rows.numel() * piece.rows.element_size() + 200 for piece in pieces)
+    return int(total_over(mesh["batch"], mine))
+
+
+def _check(directory: Path, copies: int, size: int) -> None:
+    try:
+        _probe(directory)
+        free = shutil.disk_usage(directory).free
+        there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    except OSError as error:
+        raise DiskError(4, "checkpoints cannot be written", where=str(directory), why=str(error.strerror or error),
+                        next="make it writable, or choose another place with run.dir") from error
+    if free + there < copies * size:
+        raise DiskError(6, "there is no room for the checkpoints of the run", where=str(directory),
+                        why=f"{copies} of {human(size)} each need {human(copies * size)}; {human(free + there)} are free or "
+                            f"taken by its older ones",
+                        next="free space, choose another place with run.dir, or lower checkpoint.keep")
+
+
+def _probe(directory: Path) -> None:
+    """Write a tiny file and read it back."""
+    disk.make_directory(directory)
+    path = directory / ".probe"
+    path.unlink(missing_ok=True)
+    with disk.new_file(path) as append:
+        append(PROBE)
+    if read_bytes(path, limit=len(PROBE), links=False) != PROBE:
+        raise OSError("a file that was written reads differently")
+    disk.remove(path)
+
+
+def human(size: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

@@ -1,0 +1,275 @@
+"""Loading: every rank reads the rows it holds, by name, from whatever mesh wrote them.
+
+    load                 one checkpoint into a state
+    resume               the newest that is good, the same one on every rank
+    load_newest_model    the same for the model alone
+    newest_manifest      the newest manifest that can be read; of the files beside it nothing is asked
+
+Nothing is written into the state before everything this rank will read has been compared with its checksums, and nothing
+is unpickled.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moetrain.comm.mesh import Group, Mesh
+from moetrain.comm.reduce import all_or_none, fail_together, largest_over, on_first, sum_over
+from moetrain.errors import CheckpointError
+from moetrain.model.transformer import Transformer
+from moetrain.ops.pinned import to_device
+from moetrain.parallel.state_shards import Piece
+from moetrain.checkpoint.commit import set_aside
+from moetrain.train.checkpoint.layout import DTYPES, NAMES, Read, reads
+from moetrain.checkpoint.manifest import NAME, checkpoints_of, damaged, is_damage, read_manifest, step_of
+from moetrain.checkpoint.payload import Payload
+from moetrain.checkpoint.records import Entry, Manifest, Part, row_bytes
+from moetrain.checkpoint.verify import check_files, problems
+from moetrain.train.state import OPTIONAL, TrainState, weights
+
+log = logging.getLogger(__name__)
+
+MODEL = ("model.", "buffer.")
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that was loaded; lost: steps of newer ones that were damaged."""
+
+    path: Path
+    manifest: Manifest
+    lost: int
+
+
+def load(state: TrainState, directory: Path, *, verify: str = "full", mesh: Mesh | None = None) -> Manifest:
+    """Fill the state, optimizer included. verify: `full` compares checksums, `sizes` only sizes and headers.
+
+    mesh: whether the model has a place for every tensor of the checkpoint is a question to all its ranks; without a mesh it
+    is not asked. Collective with a mesh.
+    """
+    loading = Loading(state.pieces(), directory, verify)
+    _load(loading, mesh)
+    state.restore(loading.manifest.values)
+    return loading.manifest
+
+
+def resume(state: TrainState, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
+    """Fill the state from the newest good checkpoint of a run; None where there is none. Collective.
+
+    Damage that one rank finds makes all of them take the next older one; rank 0 says what was lost and takes the damaged
+    checkpoint out of the way. CheckpointError where none is good, or where they are of another model.
+    """
+    found = _newest_good(run_dir, mesh, lambda directory: Loading(state.pieces(), directory, verify), aside=True)
+    if found is not None:
+        state.restore(found.manifest.values)
+    return found
+
+
+def load_newest_model(model: Transformer, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
+    """The same for the model alone; changes nothing on the disk. Collective."""
+    return _newest_good(run_dir, mesh, lambda directory: Loading(weights(model), directory, verify, MODEL), aside=False)
+
+
+def newest_manifest(run_dir: Path) -> Manifest:
+    """Of the newest checkpoint whose manifest can be read. CheckpointError where there is none."""
+    passed_over: list[tuple[Path, CheckpointError | None]] = []
+    for directory in reversed(checkpoints_of(run_dir)):
+        try:
+            return read_manifest(directory)
+        except CheckpointError as error:
+            passed_over.append((directory, error))
+    raise _none_good(passed_over)
+
+
+class Loading:
+    """What of a checkpoint goes where on this rank: planned when it is made, then verified, then filled in."""
+
+    def __init__(self, pieces: Iterable[Piece], directory: Path, verify: str, only: tuple[str, ...] = ("",)) -> None:
+        self.directory, self.check = directory, verify == "full"
+        self.manifest = read_manifest(directory)
+        self.only = only
+        _or_damaged(directory, lambda: check_files(directory, self.manifest))
+        self.wanted = self._plan(list(pieces))
+
+    def verify(self) -> None:
+        """Compare everything that will be read with its checksums, and the files' headers with the manifest."""
+        if not self.check:
+            return
+        with ExitStack() as stack:
+            files = self._open(stack)
+            parts = self.manifest.parts()
+            for name, payload in files.items():
+                payload.check_keys(parts[name], self.manifest.values["step"])
+            for piece, entry, plan in self.wanted:
+                for read in plan:
+                    for _ in self._blocks(files, piece, entry, read):
+                        pass
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Write into the pieces."""
+        with ExitStack() as stack:
+            files = self._open(stack)
+            for piece, entry, plan in self.wanted:
+                for read in plan:
+                    content = bytearray().join(self._blocks(files, piece, entry, read))
+                    rows = torch.frombuffer(content, dtype=DTYPES[entry.dtype])
+                    target = piece.rows[read.target:read.target + read.rows] if entry.shape else piece.rows
+                    target.copy_(to_device(rows.view(target.shape), target.device))
+
+    def unwanted(self, mesh: Mesh) -> list[str]:
+        """Tensors of the checkpoint that no rank has a place for. Collective."""
+        names = [name for name in self.manifest.names() if name.startswith(self.only) and not name.startswith(OPTIONAL)]
+        mine = {piece.name for piece, _, _ in self.wanted}
+        counts = torch.tensor([name in mine for name in names], dtype=torch.int32, device=mesh.device)
+        return [name for name, count in zip(names, sum_over(mesh["batch"], counts).tolist()) if not count]
+
+    def _plan(self, pieces: list[Piece]) -> list[tuple[Piece, Entry, list[Read]]]:
+        """Every piece with its entry and what to read, in the order of the files; CheckpointError names what does not fit."""
+        wanted, differ = [], []
+        for piece in pieces:
+            entry = self.manifest.entry(piece.name)
+            if piece.name.startswith(OPTIONAL) and (entry is None or entry.shape != tuple(piece.shape)):
+                continue
+            if entry is None:
+                differ.append(f"{piece.name} is not in the checkpoint")
+            elif entry.shape != tuple(piece.shape) or entry.dtype != NAMES.get(piece.rows.dtype):
+                differ.append(f"{piece.name} is {entry.dtype} {list(entry.shape)} in the checkpoint, "
+                              f"{NAMES.get(piece.rows.dtype)} {list(piece.shape)} here")
+            elif piece.rows.numel():
+                rows = len(piece.rows) if piece.shape else 1
+                wanted.append((piece, entry, reads(piece.name, entry, piece.begin, rows)))
+        if differ:
+            raise other_model(self.directory, differ)
+        return sorted(wanted, key=lambda want: (want[2][0].chunk.file, want[2][0].chunk.begin))
+
+    def _open(self, stack: ExitStack) -> dict[str, Payload]:
+        names = {read.chunk.file for _, _, plan in self.wanted for read in plan}
+        return {name: stack.enter_context(Payload(self.directory / name, self.manifest.files[name]))
+                for name in sorted(names)}
+
+    def _blocks(self, files: dict[str, Payload], piece: Piece, entry: Entry, read: Read) -> Iterable[memoryview]:
+        width, chunk = row_bytes(entry), read.chunk
+        part = Part(chunk.begin, chunk.rows * width, piece.name, entry.dtype, entry.shape, chunk.crcs)
+        begin = read.source * width
+        return files[chunk.file].blocks(part, self.manifest.block, begin, begin + read.rows * width, self.check)
+
+
+def other_model(directory: Path, differ: list[str]) -> CheckpointError:
+    more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return CheckpointError(3, "the checkpoint is of another model", where=str(directory), why="; ".join(differ[:3]) + more,
+                           next="set back model.*, optim.name and run.dtype, or start another run with run.name")
+
+
+def _load(loading: Loading, mesh: Mesh | None) -> None:
+    loading.verify()
+    if mesh is not None:
+        _nothing_left(mesh, loading)
+    loading.fill()
+
+
+# --- the same on every rank
+
+
+def _newest_good(run_dir: Path, mesh: Mesh, read: Callable[[Path], Loading], *, aside: bool) -> Resumed | None:
+    batch, passed_over, below = mesh["batch"], [], None
+    while (directory := _newest_of_all(run_dir, batch, below)) is not None:
+        loading, error = _attempt(lambda: read(directory))
+        if error is None:
+            _, error = _attempt(loading.verify)
+        if _agreed(batch, error):
+            _same_everywhere(batch, loading)
+            _nothing_left(mesh, loading)
+            _, error = _attempt(loading.fill)
+            if _agreed(batch, error):
+                return Resumed(directory, loading.manifest, _go_back(passed_over, directory, mesh, aside))
+        passed_over.append((directory, error))
+        below = step_of(directory)
+    if passed_over:
+        _none_is_good(passed_over, mesh)
+    return None
+
+
+def _newest_of_all(run_dir: Path, batch: Group, below: int | None) -> Path | None:
+    """The newest checkpoint that any rank sees."""
+    steps = [step_of(path) for path in checkpoints_of(run_dir)]
+    step = int(largest_over(batch, max((step for step in steps if below is None or step < below), default=-1)))
+    return None if step < 0 else run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def _attempt(action: Callable[[], Loading | None]) -> tuple[Loading | None, CheckpointError | None]:
+    try:
+        return action(), None
+    except CheckpointError as error:
+        return None, error
+
+
+def _agreed(batch: Group, error: CheckpointError | None) -> bool:
+    """True when no rank has an error, False when one found damage; another error ends all ranks."""
+    worst = largest_over(batch, 0 if error is None else 1 if is_damage(error) else 2)
+    if worst == 2:
+        fail_together(batch, error if error is not None and not is_damage(error) else None)
+    return worst == 0
+
+
+def _same_everywhere(batch: Group, loading: Loading) -> None:
+    """Ranks on disks of their own would each go on from another state."""
+    crc = zlib.crc32(loading.manifest.encode())
+    largest, smallest = largest_over(batch, crc), -largest_over(batch, -crc)
+    if largest != smallest:
+        raise CheckpointError(6, "ranks see different checkpoints", where=str(loading.directory),
+                              why="their manifests differ", next="put run.dir where every rank sees the same files")
+
+
+def _nothing_left(mesh: Mesh, loading: Loading) -> None:
+    left = loading.unwanted(mesh)                       # the same on all ranks: all raise, or none
+    if left:
+        raise other_model(loading.directory, [f"{name} is in the checkpoint alone" for name in left])
+
+
+def _go_back(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Path, mesh: Mesh, aside: bool) -> int:
+    """Say what was lost, on rank 0."""
+    if not passed_over:
+        return 0
+    lost = step_of(passed_over[0][0]) - step_of(loaded)
+
+    def report() -> None:
+        for path, error in passed_over:
+            error = error or next(problems(path), None)          # reads all of it
+            what = f"{error.where}: {error.why}" if error else f"{path}: another rank cannot read it"
+            log.warning("%s is damaged (%s)", path.name, what)
+            if aside:
+                try:
+                    set_aside(path)
+                except OSError as failure:
+                    log.warning("%s could not be moved aside: %s", path, failure)
+        log.warning("going on from %s: %d steps are lost", loaded.name, lost)
+
+    on_first(mesh["batch"], report)
+    return lost
+
+
+def _none_is_good(passed_over: list[tuple[Path, CheckpointError | None]], mesh: Mesh) -> None:
+    def refuse() -> None:
+        raise _none_good([(path, error or next(problems(path), None)) for path, error in passed_over])
+
+    all_or_none(mesh["batch"], refuse)
+
+
+def _none_good(passed_over: list[tuple[Path, CheckpointError | None]]) -> CheckpointError:
+    return CheckpointError(
+        4, "no checkpoint of the run can be loaded", where=str(passed_over[0][0].parent),
+        why="; ".join(f"{error.where}: {error.why}" for _, error in passed_over if error) or "another rank cannot read them",
+        next="restore the files, or start another run with run.name")
+
+
+def _or_damaged(directory: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise damaged(directory / NAME, f"the directory cannot be read: {error.strerror or error}") from error
+

@@ -1,0 +1,217 @@
+"""Saving while training goes on.
+
+    begin     copy what this rank writes (snapshot.py), start writing in a thread, go on
+    poll      where this rank's thread is; summed over ranks by a reduction that happens anyway
+    settle    the sum, on every rank: when all have written, rank 0 commits in its thread; when that is done too, or one has
+              failed, every rank knows in the same step
+    finish    wait for it: before another save, and at the end
+
+The thread communicates with nobody. A failed save leaves the run and the older checkpoints as they were: every rank removes
+at once what it has written, the failure is reported, and the next save tries again; `checkpoint.max_failed_saves` in a row
+end the run. At most one save is under way.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moetrain.comm.mesh import Mesh
+from moetrain.comm.reduce import LOOK_S, all_or_none, total_over
+from moetrain.config.schema import CheckpointConfig
+from moetrain.errors import CheckpointError, DiskError
+from moetrain.checkpoint import disk
+from moetrain.checkpoint.commit import commit, remove_leftovers, write_rank
+from moetrain.train.checkpoint.snapshot import take
+from moetrain.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+DONE, FAILED = 1, (1 << 20) + 1          # what poll adds to the sum; a rank that failed has ended too
+UNNOTICED_S = 1.0                        # a wait that is not worth a warning
+
+
+class Saved(NamedTuple):
+    """How a save ended. path: the checkpoint, None when there is none; held_s: seconds in which training stood still."""
+
+    step: int
+    path: Path | None
+    seconds: float
+    held_s: float
+
+
+class Saver:
+    """Saves of one run. Making it is collective: rank 0 removes what killed saves left behind."""
+
+    def __init__(self, run_dir: Path, mesh: Mesh, config: CheckpointConfig) -> None:
+        self.directory, self.mesh, self.config = (run_dir / "checkpoints").absolute(), mesh, config
+        self.failed_in_a_row, self.attempt = 0, 0
+        self.job: _Job | None = None                     # the one under way
+        self.failed: _Job | None = None                  # the last one, if it failed
+        self.began = time.monotonic()                    # the last save, or the run
+        all_or_none(mesh["batch"], lambda: remove_leftovers(run_dir.absolute()) if mesh.is_main else None)
+
+    def begin(self, state: TrainState, facts: dict[str, object], *, final: bool = False) -> Saved | None:
+        """Save this step. Gives the outcome of a save that was waited for: of the one before, if it was still under way; of
+        this one, with async_save=false or `final` (which raises DiskError on all ranks when it fails). Collective where it
+        waits, on all ranks or on none."""
+        began = time.perf_counter()
+        before = self.finish()
+        if time.perf_counter() - began > UNNOTICED_S and self.mesh.is_main:
+            log.warning("step %d was to be saved while the save of step %d was still under way; training waited %.1f s: "
+                        "checkpoint.interval is short for this disk", state.step, before.step, time.perf_counter() - began)
+        self.attempt, self.began = self.attempt + 1, time.monotonic()
+        began = time.perf_counter()
+        self.job = _Job(state.step, began, self.directory / f"step-{state.step:08d}", self.attempt,
+                        {**facts, "torch": torch.__version__, "mesh": dict(self.mesh.sizes),
+                         "ranks": self.mesh["batch"].size, "time": time.time()}, state.values())
+        items = take(state, self.mesh)
+        self.job.start(lambda job: write_rank(job.temporary, self.mesh.rank, items, job.step))
+        self.job.held_s = time.perf_counter() - began
+        return before if self.config.async_save and not final else self.finish(required=final)
+
+    def overdue(self) -> int:
+        """1 once the last save is `checkpoint.every_minutes` old. Clocks differ: sum it over the ranks before acting on it."""
+        minutes = self.config.every_minutes
+        return int(bool(minutes) and self.job is None and time.monotonic() - self.began >= 60 * minutes)
+
+    def poll(self) -> int:
+        """0 while there is nothing to say. Sum it over mesh["batch"] (exactly: float64, int64) and give the sum to settle."""
+        if self.job is None or self.job.running():
+            return 0
+        return DONE if self.job.error is None else FAILED
+
+    def settle(self, total: int) -> Saved | None:
+        """What follows from the sum of all ranks' polls, on every rank alike; the outcome once a save has ended.
+
+        Each sum is settled once, before the next poll. DiskError on all ranks when too many have failed in a row.
+        """
+        ranks = self.mesh["batch"].size
+        if self.job is None or total % (1 << 20) < ranks:
+            return None
+        if total > ranks:
+            return self._failed()
+        if not self.job.committing:
+            self.job.committing = True
+            if self.mesh.is_main:
+                self.job.start(self._commit)
+            return None
+        self.failed_in_a_row, self.failed = 0, None
+        return self._ended(self.job.final)
+
+    def finish(self, *, required: bool = False) -> Saved | None:
+        """Wait for the save under way, if there is one; collective. required: DiskError on all ranks if the last failed."""
+        outcome, began = None, time.perf_counter()
+        while self.job is not None:
+            self.job.wait(LOOK_S)
+            outcome = self.settle(int(total_over(self.mesh["batch"], self.poll())))
+        if required and self.failed is not None:
+            self._stop(self.failed, DiskError(
+                2, "the checkpoint could not be written", where=str(self.failed.final), why=self.failed.reason(),
+                next="free space or make the directory writable, then run the same command again"))
+        return outcome and outcome._replace(held_s=outcome.held_s + time.perf_counter() - began)
+
+    def _commit(self, job: "_Job") -> None:
+        try:
+            commit(job.temporary, job.final, ranks=self.mesh["batch"].size, facts=job.facts, values=job.values,
+                   keep=self.config.keep)
+        except (OSError, CheckpointError):
+            _clear(job.temporary)
+            raise
+
+    def _failed(self) -> Saved:
+        """Every rank has ended, one of them badly. Rank 0 clears away what was written."""
+        job = self.failed = self.job
+        self.failed_in_a_row += 1
+        if self.mesh.is_main:
+            _clear(job.temporary)
+        most = self.config.max_failed_saves
+        if job.error is not None or self.mesh.is_main:
+            log.warning("the save of step %d failed (%d of %d in a row): %s; the older checkpoints are as they were",
+                        job.step, self.failed_in_a_row, most, job.reason())
+        outcome = self._ended(None)
+        if self.failed_in_a_row >= most:
+            self._stop(job, DiskError(5, f"{self.failed_in_a_row} saves in a row have failed", where=str(self.directory),
+                                      why=job.reason(), next="free space or make the directory writable, then run the same "
+                                                             "command again; checkpoint.max_failed_saves sets the patience"))
+        return outcome
+
+    def _ended(self, path: Path | None) -> Saved:
+        job, self.job = self.job, None
+        return Saved(job.step, path, time.perf_counter() - job.began, job.held_s)
+
+    def _stop(self, job: "_Job", error: DiskError) -> None:
+        """Raise on the ranks that know the reason, rank 0 among them; the others leave with the code."""
+        def stop() -> None:
+            if job.error is not None or self.mesh.is_main:
+                raise error
+
+        all_or_none(self.mesh["batch"], stop)
+
+
+class _Job:
+    """One save of this rank: its thread, twice on rank 0."""
+
+    def __init__(self, step: int, began: float, final: Path, attempt: int, facts: dict[str, object],
+                 values: dict[str, int]) -> None:
+        self.step, self.began, self.held_s = step, began, 0.0
+        self.final, self.temporary = final, final.with_name(f"{final.name}.tmp-{attempt}")
+        self.facts, self.values = facts, values
+        self.committing = False
+        self.error: Exception | None = None
+        self.thread: threading.Thread | None = None
+
+    def start(self, work: Callable[["_Job"], None]) -> None:
+        self.thread = threading.Thread(target=self._run, args=(work,), name=f"save-{self.step}", daemon=True)
+        self.thread.start()
+
+    def _run(self, work: Callable[["_Job"], None]) -> None:
+        try:
+            work(self)
+        except Exception as error:                       # nobody else would hear of it
+            self.error = error
+            if not isinstance(error, (OSError, CheckpointError)):
+                log.exception("the save of step %d failed by a mistake in moetrain", self.step)
+
+    def running(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        if self.thread is not None:
+            self.thread.join(seconds)
+
+    def reason(self) -> str:
+        if self.error is None:
+            return "another rank could not write; log/rank-<n>.log of the run says why"
+        return str(getattr(self.error, "why", None) or getattr(self.error, "strerror", None) or self.error)
+
+
+def _clear(temporary: Path) -> None:
+    """Give back the space of a save that failed: others wait for it (runs/files.py)."""
+    try:
+        disk.remove_tree(temporary)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", temporary, error)
+
+
+def save(state: TrainState, run_dir: Path, mesh: Mesh, facts: dict[str, object]) -> Path:
+    """One checkpoint of this step, waited for; removes no older one. Collective. DiskError on all ranks when it fails."""
+    saver = Saver(run_dir, mesh, CheckpointConfig(keep=None, max_failed_saves=2))
+    saver.begin(state, facts)
+    return saver.finish(required=True).path
+
+
+def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskError]) -> None:
+    """Run `write` on every rank; an OSError becomes the DiskError that `failed` makes of its reason, and ends all ranks."""
+
+    def written() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise failed(str(error.strerror or error)) from error
+
+    all_or_none(mesh["batch"], written)

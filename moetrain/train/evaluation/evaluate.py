@@ -1,0 +1,102 @@
+"""Held-out loss, domain by domain; of many domains the largest by name, the rest as one (data/measured.py).
+
+Windows of all of them are read together, `eval.batch` at once, and spread over the ranks of `batch`; every rank runs the same
+number of forward passes (with padding where it has no window left), so expert parallelism never waits for a rank that has
+finished. Nothing of a run's state is touched.
+
+    loss/<domain>            nats per token
+    nats_per_byte/<domain>   nats per byte of text: comparable across tokenizers; absent where nobody knows the bytes
+    …/mean                   plain mean over domains
+
+Beside them the choices of every router, domain by domain: which experts serve which text.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetrain.comm.mesh import Mesh
+from moetrain.comm.reduce import all_or_none, largest_over, sum_over
+from moetrain.config.schema import Config
+from moetrain.data.batch import Batch, Dataset, padding
+from moetrain.model.transformer import Transformer
+from moetrain.ops.pinned import to_device
+from moetrain.train.objective import cross_entropy_sum
+from moetrain.train.micro_batches import step_context
+
+_FIGURES = 4                                 # of a part: nats, tokens, bytes, and whether nobody knows these
+
+
+class Evaluation(NamedTuple):
+    losses: dict[str, float]
+    choices_ML: Tensor                       # int64: used slots by Dataset.measured, and by expert of all routers in layer order
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
+             stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+    """Everything that is measured. None once `stop` was true on a rank. Collective."""
+    sums = _sums(model, dataset, mesh, config, stop)
+    if sums is None:
+        return None
+    results: dict[str, float] = {}
+    for domain, (nats, tokens, text_bytes, unknown) in zip(dataset.measured, sums[:, :_FIGURES].tolist()):
+        name = "mean (domain)" if domain == "mean" else domain           # `mean` is the mean over domains
+        if tokens:
+            results[f"loss/{name}"] = nats / tokens
+            if not unknown:
+                results[f"nats_per_byte/{name}"] = nats / max(1.0, text_bytes)
+    for kind in ("loss", "nats_per_byte"):
+        values = [value for name, value in results.items() if name.startswith(f"{kind}/")]
+        if values or kind == "loss":
+            results[f"{kind}/mean"] = sum(values) / max(1, len(values))
+    return Evaluation(results, sums[:, _FIGURES:].long())
+
+
+def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config, stop: Callable[[], bool]) -> Tensor | None:
+    """[M, figures and choices of all experts] over all ranks, float64 on the host; None where one says stop.
+
+    The host waits for the device once, at the end, besides its looks at the other ranks.
+    """
+    group, size = mesh["batch"], config.eval.batch
+    ids, parts = _windows(dataset, config.eval.windows)
+    firsts = range(group.position * size, len(ids), group.size * size)
+    mine = all_or_none(group, lambda: [(dataset.batch(ids[at:at + size]), parts[at:at + size]) for at in firsts])
+    nothing = padding(1, config.train.seq_len, mask_documents=config.data.mask_documents), np.zeros(1, np.int64)
+    text = torch.zeros(len(dataset.measured), 2, dtype=torch.float64)
+    sums = torch.zeros(len(dataset.measured), 2 + sum(model.routers.values()), dtype=torch.float64, device=mesh.device)
+    model.eval()
+    for number in range(-(-len(ids) // (group.size * size))):
+        if largest_over(group, stop()):                  # a look at each other costs nothing beside a forward pass
+            model.train()
+            return None
+        batch, parts_B = mine[number] if number < len(mine) else nothing
+        for part, rows in _stretches(parts_B):               # while it is on the host
+            known = dataset.bytes_of_targets(Batch(*(field if field is None else field[rows] for field in batch)))
+            text[part] += torch.tensor([known or 0, known is None])
+        batch = batch.to(mesh.device)
+        context = step_context(config.run.seed, 0, batch, training=False, per_sequence=True)
+        output = model(batch.tokens_BS, context, batch.documents_BS)
+        for part, rows in _stretches(parts_B):
+            nats = cross_entropy_sum(output.logits_BSV[rows], batch.targets_BS[rows]).double()
+            head = torch.stack([nats, batch.valid_BS[rows].sum().double()])
+            sums[part] += torch.cat([head, *(stats.counts_SE[rows].sum(0).double() for stats in output.stats.values())])
+    model.train()
+    return sum_over(group, torch.cat([sums[:, :2], to_device(text, mesh.device), sums[:, 2:]], 1)).cpu()
+
+
+def _windows(dataset: Dataset, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sample id, index in Dataset.measured) of every window, part by part."""
+    ids = [dataset.heldout_ids(part, most) for part in range(len(dataset.measured))]
+    return np.concatenate(ids), np.repeat(np.arange(len(ids)), [len(part) for part in ids])
+
+
+def _stretches(parts_B: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """The parts of a batch, and the rows of each: they lie side by side."""
+    borders = [0, *(np.flatnonzero(np.diff(parts_B)) + 1).tolist(), len(parts_B)]
+    for first, end in pairwise(borders):
+        yield int(parts_B[first]), slice(first, end)

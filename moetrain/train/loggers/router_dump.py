@@ -1,0 +1,66 @@
+"""What routers decided in a few steps, for others to count again (log.router_dump).
+
+Every rank writes log/router/step-NNNNNNNN/rank-NNNN.safetensors: for each micro-batch `m` and router
+
+    m/<router>/logits [T, E]     m/<router>/ids [T, K], -1 in unused slots
+    m/valid [T], uint8           m/samples, m/domains [B], int64
+
+T = B sequences of equal length, one after the other; the names of domains are in the file's metadata.
+docs/reference/files.md has a program that recomputes the balance loss.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, uint8
+
+from moetrain.comm.mesh import Mesh
+from moetrain.data.batch import Batch
+from moetrain.errors import DiskError
+from moetrain.routers.base import Decision
+from moetrain.train.checkpoint.save import on_all
+from moetrain.runs.files import make_place, replacing
+
+STEPS = 3                    # of every attempt
+
+
+class RouterDump:
+    """Collects the decisions of a step on this rank, then writes them; after STEPS steps it does nothing more."""
+
+    def __init__(self, run_dir: Path, mesh: Mesh, domains: Sequence[str]) -> None:
+        self.directory, self.mesh, self.domains = run_dir / "log" / "router", mesh, list(domains)
+        self.left, self.tensors, self.micro_batches = STEPS, {}, 0
+
+    @property
+    def wanted(self) -> bool:
+        return self.left > 0
+
+    def add(self, batch: Batch, decisions: list[Decision]) -> None:
+        """A micro-batch has been routed."""
+        number, self.micro_batches = self.micro_batches, self.micro_batches + 1
+        for router, logits_TE, ids_TK in decisions:
+            self.tensors |= {f"{number}/{router}/logits": _copy(logits_TE), f"{number}/{router}/ids": _copy(ids_TK)}
+        self.tensors |= {f"{number}/valid": _copy(batch.valid_BS.flatten().to(uint8)), f"{number}/samples": _copy(batch.sample_ids_B),
+                         f"{number}/domains": _copy(batch.domains_B)}
+
+    def write(self, step: int) -> None:
+        """Collective: a directory that cannot be written ends all ranks."""
+        if not self.wanted:
+            return
+        path = self.directory / f"step-{step:08d}" / f"rank-{self.mesh.rank:04d}.safetensors"
+        on_all(self.mesh, lambda: self._save(path, step), lambda why: DiskError(
+            20, "a record of the run cannot be written", where=str(path), why=why,
+            next="free space there, or log.router_dump=false; the same command resumes"))
+        self.left, self.tensors, self.micro_batches = self.left - 1, {}, 0
+
+    def _save(self, path: Path, step: int) -> None:
+        from safetensors.torch import save
+
+        make_place(path, self.mesh.rank, self.mesh.size)
+        with replacing(path) as file:
+            file.write(save(self.tensors, {"step": str(step), "ranks": str(self.mesh.size), "domains": json.dumps(self.domains)}))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()

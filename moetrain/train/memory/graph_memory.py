@@ -1,0 +1,102 @@
+"""How exact balance comes by the counts of a step under accumulation: chosen by memory, before the first step.
+
+    keep the graphs of all micro-batches      where they fit: nothing runs twice
+    count in a pass of its own                where they do not: the memory of one micro-batch (train/micro_batches.py)
+
+Both give the same numbers, so the choice may depend on the machine; `train.count_pass` makes it by hand. What a graph takes
+is measured, not modelled: one micro-batch of the next step runs forward, with its real routing, and what it leaves behind is
+counted. That is then compared with what is free, the tightest rank deciding for all:
+
+    (micro-batches + 1) graphs + the gradients that are yet to come  <=  SHARE of the free memory
+
+One graph more, because a backward pass takes about as much again; the rest of what is free is for loads that drift and for
+memory in pieces.
+"""
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moetrain.comm.reduce import all_or_none, largest_over
+from moetrain.plan.cost.memory import CopyMemory, Held, copy_memory
+from moetrain.train.memory.device_memory import free_memory
+from moetrain.train.micro_batches import forward_pass
+from moetrain.train.setup import Graphs, Run
+
+SHARE = 0.8
+
+
+def choose(run: Run) -> Graphs:
+    """Which of the two, where there is a choice; otherwise what the run has. Between steps; collective."""
+    config, rule = run.config, run.objective.pool
+    micro_batches = run.loader.micro_batches
+    if config.train.count_pass is not None or rule is None or rule.mode != "exact" or micro_batches == 1:
+        return run.graphs
+    everyone = run.mesh["batch"]
+    free = -largest_over(everyone, -free_memory(run.mesh, share_gpu=config.run.share_gpu))
+    graph = largest_over(everyone, graph_of_next(run))
+    wanted = largest_over(everyone, (micro_batches + 1) * graph + still_to_come(run))
+    return Graphs(kept=wanted <= SHARE * free, graph=int(graph), free=int(free))
+
+
+def graph_of_next(run: Run) -> int:
+    """Bytes that one micro-batch of the next step keeps for its backward on this rank. Leaves no trace; collective."""
+    step = run.state.step + 1
+    batch = all_or_none(run.mesh["batch"], lambda: run.loader.step(step)[0]).to(run.mesh.device)
+    unrecorded = replace(run, dump=None)
+    with torch.no_grad():                                # brings what stays for a step, such as copies of experts
+        forward_pass(unrecorded, step, batch, lambda found: [])
+    with Born() as born:
+        forward = forward_pass(unrecorded, step, batch, lambda found: [])
+        kept = born.alive(run.mesh.device)
+    del forward
+    if run.parallel.copies is not None:
+        run.parallel.copies.release()
+    return kept
+
+
+class Born(TorchDispatchMode):
+    """The memory that operators ask for, as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in given:
+                storage = leaf.untyped_storage()
+                self.storages[id(storage)] = weakref.ref(storage)
+        return result
+
+    def alive(self, device: torch.device) -> int:
+        """Bytes on a device; of what was resized, those it has now."""
+        held = (born() for born in self.storages.values())
+        return sum(storage.nbytes() for storage in held if storage is not None and storage.device.type == device.type)
+
+
+def still_to_come(run: Run) -> int:
+    """Bytes of this rank's gradients, with those of copies of experts."""
+    own = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in run.state.model.parameters())
+    copies = most_memory(run)
+    return sum(parameter.nbytes for parameter in own) + copies.sums + copies.returned
+
+
+def most_memory(run: Run) -> CopyMemory:
+    """What copies take on this rank when every layer has as many as there is room for."""
+    config, ep, model = run.config, run.mesh["ep"], run.state.model
+    layers = []
+    for moe in (block.moe for block in model.layers if block.moe is not None and run.state.planning is not None):
+        homes = len(moe.experts.bank.experts)
+        room = min(config.parallel.room, moe.router.num_experts - homes) + min(config.parallel.sliced, homes)
+        layers.append(Held(homes, room, (ep.size - 1) * min(config.parallel.room, homes)))
+    return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
+                       gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
+                       recompute=config.train.activation_checkpointing != "none")

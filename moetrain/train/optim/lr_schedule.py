@@ -1,0 +1,59 @@
+"""Learning rate as a pure function of the step: nothing of the schedule is state. Imports no torch."""
+
+import math
+
+from moetrain.config.schema import OptimConfig
+
+
+def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
+    """Rate of optimizer step `step` (from 1): a linear warm-up to lr, then down to lr * min_lr_ratio at `steps`.
+
+    cosine   falls from the end of the warm-up
+    wsd      warm-up, stable, decay: stays at lr and falls over the last `decay` share of the steps. Only these depend on
+             `steps`, so a run that stopped before them and goes on with more steps is the longer run from its start.
+    """
+    if step <= optim.warmup:
+        return optim.lr * step / optim.warmup
+    begin = _begin(steps, optim)
+    progress = min(1.0, max(0, step - begin) / max(1, steps - begin))
+    shape = "cosine" if optim.schedule == "cosine" else optim.decay_shape
+    floor = optim.lr * optim.min_lr_ratio
+    return floor + (optim.lr - floor) * _FALL[shape](progress)
+
+
+def _begin(steps: int, optim: OptimConfig) -> int:
+    """The step after which the rate falls."""
+    return optim.warmup if optim.schedule == "cosine" else max(optim.warmup, steps - round(optim.decay * steps))
+
+
+def schedule_warning(steps: int, optim: OptimConfig) -> str | None:
+    """One line where warm-up and schedule get into each other's way, with the largest rate that is reached."""
+    reached = max(learning_rate(step, steps, optim) for step in {1, min(steps, max(1, optim.warmup))})
+    decay = round(optim.decay * steps) if optim.schedule == "wsd" else 0
+    if optim.warmup >= steps and reached < optim.lr:
+        what = f"optim.warmup={optim.warmup} is longer than run.steps={steps}"
+    elif optim.warmup > steps - decay:
+        what = (f"the decay of optim.decay={optim.decay:g} begins inside optim.warmup={optim.warmup}, and is shortened to "
+                f"{max(0, steps - optim.warmup)} steps")
+    else:
+        return None
+    return f"{what}: the rate reaches {reached:.3g} of optim.lr={optim.lr:g}"
+
+
+def resumed_rate(step: int, before: int, now: int, optim: OptimConfig) -> str | None:
+    """One line where another run.steps changes the rate of the steps that are left; step: the first of them."""
+    bends = {step, *(_begin(steps, optim) + 1 for steps in (before, now)), before, before + 1, now}
+    for changed in sorted(bend for bend in bends if step <= bend <= now):
+        was, becomes = learning_rate(changed, before, optim), learning_rate(changed, now, optim)
+        if not math.isclose(was, becomes, rel_tol=1e-9):
+            return (f"run.steps was {before} and is {now}, and optim.schedule={optim.schedule} goes by it: the rate of step {changed} "
+                    f"is {becomes:.3g}, where it was {was:.3g}")
+    return None
+
+
+# From 1 to 0 as the progress goes from 0 to 1.
+_FALL = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "sqrt": lambda progress: 1 - math.sqrt(progress),            # Hägele et al., 2024
+}

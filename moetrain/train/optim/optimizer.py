@@ -1,0 +1,95 @@
+"""The optimizer and its parameter groups.
+
+    adamw    AdamW for every parameter
+    muon     Muon for the matrices of hidden layers (attention, feed-forward networks, experts), AdamW for embedding, head,
+             norms and routers (train/optim/muon.py)
+
+Groups: dense, router, expert; norms, embeddings and routers are not decayed. Their learning rate: lr_schedule.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moetrain.config.schema import OptimConfig
+from moetrain.moe.bank import is_expert_parameter
+from moetrain.routers.base import Router
+from moetrain.train.optim.muon import MuonAdamW, Settings
+
+HIDDEN = ("dense", "expert")                 # kinds that hold matrices of hidden layers, and nothing else
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """An optimizer over every parameter; each group knows its `name` and its `lr_scale`."""
+    groups = [_group(kind, parameters, optim) for kind, parameters in sort_parameters(model).items() if parameters]
+    adamw = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps, "fused": True}
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, **adamw)
+    hidden, rest = ([group for group in groups if (group["name"] in HIDDEN) == chosen] for chosen in (True, False))
+    for group in hidden:
+        group["lr_scale"] *= (optim.muon_lr or optim.lr) / optim.lr
+    muon = Settings(optim.muon_momentum, optim.muon_adjust, optim.muon_ns_steps, optim.muon_precision == "bfloat16")
+    return MuonAdamW(model, hidden, rest, muon=muon, adamw=adamw)
+
+
+def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Every parameter by its kind: dense (matrices of hidden layers), undecayed, router, expert."""
+    is_expert = is_expert_parameter(model)
+    routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
+    kinds: dict[str, list[nn.Parameter]] = {"dense": [], "undecayed": [], "router": [], "expert": []}
+    for name, parameter in model.named_parameters():
+        if is_expert(parameter):
+            kind = "expert"
+        elif id(parameter) in routers:
+            kind = "router"
+        elif parameter.ndim == 1 or name in ("embed", "head"):
+            kind = "undecayed"
+        else:
+            kind = "dense"
+        kinds[kind].append(parameter)
+    return kinds
+
+
+def _group(kind: str, parameters: list[nn.Parameter], optim: OptimConfig) -> dict[str, Any]:
+    decay = {"dense": optim.weight_decay, "expert": optim.weight_decay}
+    scale = {"router": optim.router_lr_scale, "expert": optim.expert_lr_scale}
+    return {"params": parameters, "name": kind, "weight_decay": decay.get(kind, 0.0), "lr_scale": scale.get(kind, 1.0)}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def set_gradient_norm(optimizer: torch.optim.Optimizer, norm: float) -> None:
+    """Give every group the norm of all gradients as they are now, clipped: Muon tells rounding from gradients by it."""
+    for group in optimizer.param_groups:
+        group["gradient_norm"] = norm
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create AdamW's moments and step counters as zeros, as its first step would, without taking a step.
+
+    Muon's momentum is there from the start.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for parameters, in the shape of the parameter; not each has all."""
+    return tuple(sorted({name for state in optimizer.state.values() for name in state} - {"step"}))
+
+
+def restore_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the step counters: every parameter is stepped at every step, so one number serves."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(step)
