@@ -1,4 +1,4 @@
-"""The house keeps its order: imports run downwards only, and nothing in it can be made to run foreign code.
+"""Order of the package: imports run downwards only, and nothing in it can be made to run foreign code.
 
 Read from source with `ast`, so imports inside functions and under TYPE_CHECKING count as well.
 """
@@ -11,25 +11,25 @@ from pathlib import Path
 import pytest
 
 # Each for one purpose, imported by cli/ alone.
-WINGS = ("peft", "transform", "upcycle", "compress", "steer", "interop", "trace", "report")
-# From the ground up. A file imports from lines below its own, or from its own room.
+APPLICATIONS = ("upcycle", "peft", "compress", "interop", "analysis", "profiling", "report", "doctor")
+# From the ground up. A module imports from lines above its own, or from its own package.
 ORDER = (
     ("files", "locks", "machine", "streams", "units"),
     ("errors",),
     ("user_code",),
-    ("ops", "plan", "config"),
+    ("ops", "plan", "config", "checkpoint"),
     ("comm", "routers", "data", "runs"),
     ("losses", "moe"),
     ("parallel",),
     ("model",),
-    ("generate", "train"),
-    WINGS,
+    ("generate", "train", "transform"),
+    APPLICATIONS,
     ("launch",),
     ("nodes",),
     ("cli",),
     ("__main__",),
 )
-LEVEL = {room: level for level, line in enumerate(ORDER) for room in line}
+LEVEL = {name: level for level, line in enumerate(ORDER) for name in line}
 # launch and nodes speak when ranks cannot: before there is a console, or when one was killed.
 MAY_PRINT = ("cli", "__main__", "launch", "nodes")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -77,16 +77,16 @@ def resolve(target: str, sources: Mapping[str, str]) -> str | None:
     raise AssertionError(f"{target} is imported and not there")
 
 
-def room(module: str) -> str:
-    """moetrain.ops.gating -> ops; the package itself, which imports nothing, has no room."""
+def package(module: str) -> str:
+    """moetrain.ops.gating -> ops; moetrain itself, which imports nothing, has none."""
     name = module.split(".")[1]
     return "" if name == "__init__" else name
 
 
 def upward(sources: Mapping[str, str]) -> list[str]:
     return sorted({f"{module} imports {target}" for module, target in imports(sources)
-                   if room(target) and room(target) != room(module)
-                   and LEVEL[room(target)] >= LEVEL.get(room(module), -1)})
+                   if package(target) and package(target) != package(module)
+                   and LEVEL[package(target)] >= LEVEL.get(package(module), -1)})
 
 
 def loop(sources: Mapping[str, str]) -> list[str] | None:
@@ -110,8 +110,8 @@ def loop(sources: Mapping[str, str]) -> list[str] | None:
     return next((found for module in sorted(edges) if (found := visit(module, []))), None)
 
 
-def test_every_room_has_its_line() -> None:
-    assert {room(module) for module in PACKAGE} - {""} <= set(LEVEL)
+def test_every_package_has_its_line() -> None:
+    assert {package(module) for module in PACKAGE} - {""} <= set(LEVEL)
 
 
 def test_imports_only_go_down() -> None:
@@ -122,9 +122,9 @@ def test_there_are_no_import_loops() -> None:
     assert loop(PACKAGE) is None
 
 
-def test_wings_are_imported_by_cli_alone() -> None:
+def test_applications_are_imported_by_cli_alone() -> None:
     assert [f"{module} imports {target}" for module, target in imports(PACKAGE)
-            if room(target) in WINGS and room(module) not in ("cli", room(target))] == []
+            if package(target) in APPLICATIONS and package(module) not in ("cli", package(target))] == []
 
 
 @pytest.mark.parametrize("source", [
@@ -134,17 +134,17 @@ def test_wings_are_imported_by_cli_alone() -> None:
     "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import moetrain.train.loop as loop",
 ])
 def test_an_import_upwards_is_found_however_it_is_written(source: str) -> None:
-    house = {"moetrain.__init__": "", "moetrain.train.__init__": "", "moetrain.train.loop": "",
+    sources = {"moetrain.__init__": "", "moetrain.train.__init__": "", "moetrain.train.loop": "",
              "moetrain.ops.gating": source}
-    assert len(upward(house)) == 1
+    assert len(upward(sources)) == 1
 
 
 def test_an_import_of_a_neighbour_and_a_loop_are_found() -> None:
     assert upward({"moetrain.ops.a": "import moetrain.plan.b", "moetrain.plan.b": ""})
-    house = {"moetrain.ops.a": "from moetrain.ops import b", "moetrain.ops.b": "def f():\n    from . import c",
+    sources = {"moetrain.ops.a": "from moetrain.ops import b", "moetrain.ops.b": "def f():\n    from . import c",
              "moetrain.ops.c": "from .a import x", "moetrain.ops.__init__": ""}
-    assert upward(house) == []
-    assert loop(house) == ["moetrain.ops.a", "moetrain.ops.b", "moetrain.ops.c", "moetrain.ops.a"]
+    assert upward(sources) == []
+    assert loop(sources) == ["moetrain.ops.a", "moetrain.ops.b", "moetrain.ops.c", "moetrain.ops.a"]
 
 
 # --- files
@@ -179,7 +179,7 @@ def offences(module: str, source: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(source)):
         match node:
-            case ast.Call(func=ast.Name(id="print")) if room(module) not in MAY_PRINT:
+            case ast.Call(func=ast.Name(id="print")) if package(module) not in MAY_PRINT:
                 found.append("print")
             case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
                 found.append(name)
@@ -200,8 +200,8 @@ def offences(module: str, source: str) -> list[str]:
     return [f"{module}: {name}" for name in found]
 
 
-# Rooms that read what lies in a folder of a run or of data, where anybody may have put anything: they open it by moetrain.files.
-READERS = ("comm", "data", "generate", "interop", "launch", "nodes", "report", "runs", "train")
+# Packages that read what lies in a folder of a run or of data, where anybody may have put anything: they open it by moetrain.files.
+READERS = ("checkpoint", "comm", "data", "generate", "interop", "launch", "nodes", "report", "runs", "train")
 # Files that no user makes: of the kernel, of installed packages, and new ones that must not exist.
 OTHER_FILES = {"moetrain.nodes.ranks", "moetrain.runs.attempts", "moetrain.runs.lock", "moetrain.data.corpus",
                "moetrain.checkpoint.disk"}
@@ -229,7 +229,7 @@ def bare_opens(module: str, source: str) -> list[str]:
 
 
 def test_files_of_runs_and_data_are_opened_with_suspicion() -> None:
-    assert [found for module, source in PACKAGE.items() if room(module) in READERS and module not in OTHER_FILES
+    assert [found for module, source in PACKAGE.items() if package(module) in READERS and module not in OTHER_FILES
             for found in bare_opens(module, source)] == []
 
 

@@ -13,7 +13,6 @@ every document is found, hashed and, where it cannot be read again from its file
 import argparse
 import csv
 import gzip
-import io
 import json
 import os
 import statistics

@@ -10,7 +10,6 @@ What the words of banner and step lines mean: docs/reference/output.md
 """
 
 import logging
-import re
 import shlex
 import sys
 from pathlib import Path

@@ -31,7 +31,7 @@ from moetrain.data.prepared import DESCRIPTION, Prepared, lost_description, open
 from moetrain.data.documents import Parts
 from moetrain.data.records import Reading, reading_of
 from moetrain.data.selection import BUILTIN, Progress, Selection, Source, find_source, select
-from moetrain.data.split import Split, exact
+from moetrain.data.split import exact
 from moetrain.data.spool import Spool
 from moetrain.data.token_writing import write_tokens
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer

@@ -81,20 +81,24 @@ class Transformer(nn.Module):
         self.head = None if tie_embeddings else nn.Parameter(torch.empty(vocab_size, dim))
 
     @property
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """MoE layers by the name of their router, in layer order."""
+        return {block.moe.name: block.moe for block in self.layers if block.moe is not None}
+
+    @property
     def routers(self) -> dict[str, int]:
         """Number of experts by router name, in layer order."""
-        return {block.moe.name: block.moe.router.num_experts for block in self.layers if block.moe is not None}
+        return {name: moe.router.num_experts for name, moe in self.moe_layers.items()}
 
     @property
     def leaning(self) -> list[str]:
         """Routers that want to know how each micro-batch leans (routers/base.py)."""
-        return [block.moe.name for block in self.layers if block.moe is not None and block.moe.router.wants_leans]
+        return [name for name, moe in self.moe_layers.items() if moe.router.wants_leans]
 
     def end_of_step(self, counts: Mapping[str, Tensor], leans: Mapping[str, Tensor]) -> None:
         """Hand every router the counts of its experts, pooled over the optimizer step: selection biases move."""
-        for block in self.layers:
-            if block.moe is not None:
-                block.moe.router.end_of_step(counts[block.moe.name], leans.get(block.moe.name))
+        for name, moe in self.moe_layers.items():
+            moe.router.end_of_step(counts[name], leans.get(name))
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,

@@ -15,7 +15,6 @@ Pieces are views: writing into one changes the parameter (or the gradient, or th
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 

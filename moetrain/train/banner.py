@@ -92,7 +92,7 @@ def sharding(run: Run) -> str:
 
 def schedule_line(run: Run) -> str:
     """How rows travel to experts and back, where they do."""
-    layers = [block.moe for block in run.state.model.layers if block.moe is not None]
+    layers = list(run.state.model.moe_layers.values())
     if not layers or run.mesh["ep"].size == 1:
         return ""
     chunks = layers[0].pipeline.chunks

@@ -14,7 +14,8 @@ from pathlib import Path
 from moetrain import __version__
 from moetrain.comm.mesh import Mesh, disconnect
 from moetrain.comm.failures import peer_lost, silent_ranks
-from moetrain.comm.reduce import all_or_none, largest_over
+from moetrain.comm.agreement import all_or_none
+from moetrain.comm.reduce import largest_over
 from moetrain.config.build import check_composed
 from moetrain.config.compose import resume_conflicts, run_dir
 from moetrain.config.recorded_paths import with_absolute_paths

@@ -19,14 +19,15 @@ import torch
 
 from moetrain import __version__
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import all_or_none
+from moetrain.comm.agreement import all_or_none
 from moetrain.config.compose import to_yaml
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.files import create, reason
 from moetrain.ops import extension
-from moetrain.train.checkpoint.save import Saved, on_all
+from moetrain.comm.agreement import on_all
+from moetrain.train.checkpoint.save import Saved
 from moetrain.train.evaluation.evaluate import Evaluation
 from moetrain.runs.files import JsonlSink, replacing
 from moetrain.train.loggers.wandb_settings import wandb_settings

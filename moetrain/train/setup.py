@@ -5,17 +5,15 @@ says who the ranks are.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from moetrain.comm.device import pick_device, take_device
-from moetrain.comm.mesh import Group, Mesh, build_mesh, connect, mesh_sizes
-from moetrain.comm.reduce import all_or_none, on_first
+from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
+from moetrain.comm.agreement import all_or_none, from_first
 from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.config.size_check import too_full, too_large
@@ -24,19 +22,15 @@ from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.prepare import prepare_from_config
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.errors import ConfigError
-from moetrain.model.build import build_model, compute_dtype, plan_homes, sliced_experts
+from moetrain.model.build import build_model, compute_dtype
 from moetrain.model.flops import peak_flops, training_flops
-from moetrain.model.parallelize import Parallel, copy_experts, parallelize
-from moetrain.model.transformer import Transformer
-from moetrain.plan.calibration import calibrated
-from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.loads.forecast import Outlook, forecast_of
+from moetrain.model.parallelize import Parallel, parallelize
 from moetrain.train.memory.device_memory import available_memory, free_memory
 from moetrain.train.loggers.router_dump import RouterDump
 from moetrain.train.objective import Objective
 from moetrain.train.optim.optimizer import allocate_state, build_optimizer
-from moetrain.parallel.fssdp.replanner import Planning, Rhythm, Surroundings
 from moetrain.train.count_pool import Prior
+from moetrain.train.fssdp_setup import build_fssdp
 from moetrain.train.loggers.prepare_progress import Preparing
 from moetrain.train.state import TrainState
 from moetrain.train.stopwatch import Stopwatch
@@ -101,14 +95,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     batch = mesh["batch"]
     loader = Loader(dataset, global_batch=config.train.global_batch, micro_batch=config.train.per_forward(batch.size),
                     rank=batch.position, ranks=batch.size)
-    copies = planning = None
-    if config.parallel.mode == "fssdp":
-        surroundings = survey(config, model, mesh)
-        copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize, form=config.parallel.collective,
-                              topology=surroundings.topology)
-        rhythm = Rhythm(config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
-        planning = Planning(model, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size), build(config.planner, "planner"),
-                            surroundings, look_ahead(config, model), rhythm, calibrated if config.parallel.calibrate else None)
+    copies, planning = build_fssdp(config, model, optimizer, mesh) if config.parallel.mode == "fssdp" else (None, None)
     losses = {"balance": build(config.balance, "balance"), **{name: build(node, "loss") for name, node in config.loss.items()}}
     objective = Objective(losses, len(model.routers), attached=config.train.loss_carrier == "attached")
     prior = None
@@ -136,26 +123,6 @@ def peak_rate(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)
 
 
-def look_ahead(config: Config, model: Transformer) -> Outlook:
-    """How the loads of the next step are forecast."""
-    parallel = config.parallel
-    forecast = forecast_of(parallel.forecast, sum(model.routers.values()), parallel.window)
-    return Outlook(forecast, model.routers, parallel.fallback)
-
-
-def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:
-    """What planners are told of the machine. All of it from the config: ranks plan alike."""
-    hardware, sizes = config.hardware, config.model
-    topology = Topology(mesh["ep"].size, min(mesh["node"].size, mesh["ep"].size))
-    numbers, element = 3 * sizes.dim * sizes.expert_dim, model.dtype.itemsize
-    tokens = config.train.global_batch * config.train.seq_len / mesh["batch"].size
-    attention = 2 * tokens * (4 * sizes.dim ** 2 + 2 * config.train.seq_len * sizes.dim)      # operations, forward, roughly
-    costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element, expert_bytes=numbers * element,
-                  inside=hardware.inside, between=hardware.between, latency_s=hardware.latency_s,
-                  hidden_s=attention / hardware.flops, collective=config.parallel.collective)
-    return Surroundings(topology, costs, config.parallel.room)
-
-
 def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: Tokenizer | None = None,
                     expected: str | None = None) -> Path | None:
     """Rank 0 prepares the text; the others wait and are told where it lies, or leave with it.
@@ -170,11 +137,3 @@ def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: T
             return prepare_from_config(config, directory, progress, tokenizer=tokenizer, expected=expected, remind=False)
 
     return from_first(mesh["batch"], prepared)
-
-
-def from_first(batch: Group, action: Callable[[], Path | None]) -> Path | None:
-    """The path that `action` gives on the first rank, on all of them. Collective."""
-    path = [on_first(batch, lambda: (found := action()) and str(found))]
-    if batch.process_group is not None:
-        dist.broadcast_object_list(path, src=0)
-    return path[0] and Path(path[0])

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import fail_together, gather_to_first, sum_over
+from moetrain.comm.agreement import fail_together
+from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.data.batch import Batch, padding
 from moetrain.errors import DataError, NonFiniteError
 from moetrain.parallel.grad_norm import global_norm, scale_gradients

@@ -12,7 +12,7 @@ import torch
 from moetrain import machine
 from moetrain.__main__ import main
 from moetrain.comm import device as devices
-from moetrain.comm.device import Obstacle, cuda_obstacle, explained, pick_device, take_device, unused_gpu
+from moetrain.comm.device import cuda_obstacle, explained, pick_device, take_device, unused_gpu
 from moetrain.config.compose import compose
 from moetrain.errors import ConfigError
 from tests.support import device_process, simulated_device

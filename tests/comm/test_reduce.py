@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.reduce import on_first, sum_over_async
+from moetrain.comm.agreement import on_first
+from moetrain.comm.reduce import sum_over_async
 from moetrain.errors import DataError
 
 PATIENCE_S, WORK_S = 2, 4

@@ -1,7 +1,6 @@
 """Batches: pure functions of (step, slot), the same for any number of ranks; held-out windows; generated data."""
 
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moetrain.config.schema import Config, DataConfig
-from moetrain.data import corpus, prepare as prepare_module, selection as selection_module
+from moetrain.data import corpus, selection as selection_module
 from moetrain.data.prepare import prepare, prepare_from_config
 from moetrain.data.prepared import Prepared, open_prepared
 from moetrain.data.split_writer import SplitWriter

@@ -1,6 +1,5 @@
 """Shell scripts: shellcheck has nothing to say, and .ci/run installs what tests need or says what is missing."""
 
-import os
 import subprocess
 from pathlib import Path
 

@@ -7,7 +7,6 @@ That a token goes to a rank once has been seen to before (moe/row_packing.py). D
 Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks alike.
 """
 
-from collections.abc import Sequence
 from math import ceil
 from typing import Any
 

@@ -9,7 +9,6 @@ Activation checkpointing sees no operator here: what runs again in backward send
 Shapes: P positions, C exchanges that are prepared together.
 """
 
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist

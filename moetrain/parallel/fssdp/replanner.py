@@ -25,7 +25,6 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Mesh
 from moetrain.errors import PeerError
-from moetrain.model.transformer import Transformer
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.parallel.fssdp.copies import CopyManager
@@ -56,27 +55,27 @@ class Rhythm(NamedTuple):
 
 
 class Planning:
-    """placement: the one in force, without copies at first. outlook: for the routers of the model. calibration: what decides
-    on more copies after the gate; None: nothing does."""
+    """layers: by the name of their router, in the order of the model. placement: the one in force, without copies at first.
+    outlook: for the same routers. calibration: what decides on more copies after the gate; None: nothing does."""
 
-    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
+    def __init__(self, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
                  placement: ExpertPlacement, planner: Planner, surroundings: Surroundings, outlook: Outlook,
                  rhythm: Rhythm, calibration: Callable[..., LayerPlan | None] | None) -> None:
-        self.model, self.optimizer, self.mesh, self.copies, self.planner = model, optimizer, mesh, copies, planner
+        self.layers, self.optimizer, self.mesh, self.copies, self.planner = layers, optimizer, mesh, copies, planner
         self.surroundings, self.outlook, self.rhythm = surroundings, outlook, rhythm
         self.placement, self.calibration = placement, calibration
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self.positions = torch.zeros(1, dtype=torch.int64)       # that the homes are spread over; 0 before there is a plan
         self._check: tuple[list[Tensor], dist.Work] | None = None
         with DeviceTables(mesh.device) as tables:
-            for moe in self._layers():
-                homes = placement[moe.name]
+            for name, moe in layers.items():
+                homes = placement[name]
                 self._dispatch_by(moe, LayerPlan(homes, (0,) * homes.num_experts), tables)
             copies.adopt(placement, tables)
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router, on the host: plan the next."""
-        newest = torch.cat([counts[name] for name in self.model.routers]) // self.mesh["expert_grad"].size
+        newest = torch.cat([counts[name] for name in self.layers]) // self.mesh["expert_grad"].size
         self.outlook.observe(newest)
         if self.rhythm.rehome and step % self.rhythm.rehome == 0:
             self._rehome()
@@ -107,12 +106,12 @@ class Planning:
 
         Homes of another number of positions are left alone: the experts stay as they are spread at the start, over all of these.
         """
-        positions, sizes = self.mesh["ep"].size, list(self.model.routers.values())
+        positions, sizes = self.mesh["ep"].size, [self.placement[name].num_experts for name in self.layers]
         spread = int(self.positions) or int(self.homes.max()) + 1        # checkpoints of older releases do not say
         if spread == positions and self.homes.min() >= 0 and self.homes.max() < positions:
             self._move(ExpertPlacement(tuple(
                 (name, LayerPlacement(tuple(homes.tolist()), positions, sliced=tuple(sliced.nonzero().flatten().tolist())))
-                for name, homes, sliced in zip(self.model.routers, self.homes.split(sizes), self.sliced.split(sizes)))))
+                for name, homes, sliced in zip(self.layers, self.homes.split(sizes), self.sliced.split(sizes)))))
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self._plan()
 
@@ -136,14 +135,11 @@ class Planning:
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Every expert to its home in a placement. Waits."""
-        banks = {moe.name: moe.experts.bank for moe in self._layers()}
+        banks = {name: moe.experts.bank for name, moe in self.layers.items()}
         self.copies.release()
         reshard(banks, self.optimizer, self.placement, placement, self.mesh["ep"])
         self.placement = placement
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
-
-    def _layers(self) -> list[MoELayer]:
-        return [block.moe for block in self.model.layers if block.moe is not None]
 
     def _flat_homes(self) -> Tensor:
         return torch.tensor([home for _, layer in self.placement.layers for home in layer.home], dtype=torch.int64)
@@ -158,11 +154,11 @@ class Planning:
         topology, costs, room = self.surroundings
         loads, homes, layers = self.outlook.loads(), self.placement.homes, []
         with DeviceTables(self.mesh.device) as tables:
-            for moe in self._layers():
-                plan = self.planner.plan(loads[moe.name], homes[moe.name], topology, costs, room)
-                plan = replace(plan, placement=plan.placement.with_sliced(homes[moe.name].sliced))
+            for name, moe in self.layers.items():
+                plan = self.planner.plan(loads[name], homes[name], topology, costs, room)
+                plan = replace(plan, placement=plan.placement.with_sliced(homes[name].sliced))
                 self._dispatch_by(moe, plan, tables)
-                layers.append((moe.name, plan.placement))
+                layers.append((name, plan.placement))
             self.placement = ExpertPlacement(tuple(layers))
             self.copies.adopt(self.placement, tables)
         self._compare()

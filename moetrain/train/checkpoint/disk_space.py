@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import all_or_none, total_over
+from moetrain.comm.agreement import all_or_none
+from moetrain.comm.reduce import total_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
 from moetrain.files import read_bytes

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.comm.reduce import all_or_none, fail_together, largest_over, on_first, sum_over
+from moetrain.comm.agreement import all_or_none, fail_together, on_first
+from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import LOOK_S, all_or_none, total_over
+from moetrain.comm.agreement import LOOK_S, all_or_none
+from moetrain.comm.reduce import total_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.checkpoint import disk
@@ -203,15 +204,3 @@ def save(state: TrainState, run_dir: Path, mesh: Mesh, facts: dict[str, object])
     saver = Saver(run_dir, mesh, CheckpointConfig(keep=None, max_failed_saves=2))
     saver.begin(state, facts)
     return saver.finish(required=True).path
-
-
-def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskError]) -> None:
-    """Run `write` on every rank; an OSError becomes the DiskError that `failed` makes of its reason, and ends all ranks."""
-
-    def written() -> None:
-        try:
-            write()
-        except OSError as error:
-            raise failed(str(error.strerror or error)) from error
-
-    all_or_none(mesh["batch"], written)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import all_or_none, largest_over, sum_over
+from moetrain.comm.agreement import all_or_none
+from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch, Dataset, padding
 from moetrain.model.transformer import Transformer

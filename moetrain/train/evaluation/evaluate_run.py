@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from moetrain.comm.reduce import all_or_none, on_first
+from moetrain.comm.agreement import all_or_none, on_first
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config, DataConfig
 from moetrain.config.values import flatten

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.reduce import all_or_none
+from moetrain.comm.agreement import all_or_none
 from moetrain.config.compose import run_dir
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
@@ -35,7 +35,8 @@ from moetrain.checkpoint.manifest import newest
 from moetrain.train.checkpoint.load import load_newest_model, newest_manifest, other_model
 from moetrain.checkpoint.records import Manifest
 from moetrain.runs.completion import trained_config
-from moetrain.train.setup import from_first, join, prepare_on_main
+from moetrain.comm.agreement import from_first
+from moetrain.train.setup import join, prepare_on_main
 
 _EMBEDDING = "model.embed"
 _PREPARED = ("text", "tokens")       # kinds of data that lie in a prepared folder

@@ -19,7 +19,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.data.batch import Batch
 from moetrain.errors import DiskError
 from moetrain.routers.base import Decision
-from moetrain.train.checkpoint.save import on_all
+from moetrain.comm.agreement import on_all
 from moetrain.runs.files import make_place, replacing
 
 STEPS = 3                    # of every attempt

@@ -24,7 +24,7 @@ from moetrain.config.schema import LogConfig
 from moetrain.errors import DiskError
 from moetrain.files import open_regular
 from moetrain.model.transformer import Transformer
-from moetrain.train.checkpoint.save import on_all
+from moetrain.comm.agreement import on_all
 from moetrain.runs.files import make_place
 
 

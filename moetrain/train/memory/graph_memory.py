@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moetrain.comm.reduce import all_or_none, largest_over
+from moetrain.comm.agreement import all_or_none
+from moetrain.comm.reduce import largest_over
 from moetrain.plan.cost.memory import CopyMemory, Held, copy_memory
 from moetrain.train.memory.device_memory import free_memory
 from moetrain.train.micro_batches import forward_pass
@@ -93,7 +94,7 @@ def most_memory(run: Run) -> CopyMemory:
     """What copies take on this rank when every layer has as many as there is room for."""
     config, ep, model = run.config, run.mesh["ep"], run.state.model
     layers = []
-    for moe in (block.moe for block in model.layers if block.moe is not None and run.state.planning is not None):
+    for moe in model.moe_layers.values() if run.state.planning is not None else ():
         homes = len(moe.experts.bank.experts)
         room = min(config.parallel.room, moe.router.num_experts - homes) + min(config.parallel.sliced, homes)
         layers.append(Held(homes, room, (ep.size - 1) * min(config.parallel.room, homes)))

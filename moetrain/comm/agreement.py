@@ -1,0 +1,94 @@
+"""Agreement between ranks: an action succeeds on all of them, or all of them leave with the same exit code.
+
+Without a process group every function calls its action.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from moetrain.comm.mesh import Group, Mesh
+from moetrain.comm.reduce import largest_over
+from moetrain.errors import DiskError, MoETrainError
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.5                 # between two looks at each other while one works alone, so that nobody times out
+
+
+def all_or_none(group: Group, action: Callable[[], T]) -> T:
+    """What `action` gives, once it has succeeded on every rank of the group; waits.
+
+    Where it fails with a MoETrainError on one rank, no rank goes on: that one raises it, the others leave with its code.
+    """
+    failure, result = None, None
+    try:
+        result = action()
+    except MoETrainError as error:
+        failure = error
+    fail_together(group, failure)
+    return result
+
+
+def fail_together(group: Group, failure: MoETrainError | None) -> None:
+    """Return where no rank of the group has a failure. Otherwise a rank that has one raises it, the others leave with its code."""
+    code = int(largest_over(group, failure.code if failure else 0))
+    if failure is not None:
+        raise failure
+    if code:
+        logger.error("another rank cannot go on; log/rank-<n>.log of the run says why")
+        raise SystemExit(code)
+
+
+def on_first(group: Group, action: Callable[[], T]) -> T | None:
+    """What `action` gives on the group's first rank, None on the others; waits, however long it takes there.
+
+    It works in a thread of its own while all ranks look at each other, so no collective waits longer than for one look.
+    A MoETrainError ends all ranks, as in `all_or_none`.
+    """
+    if group.process_group is None:
+        return action()
+    work: Future[T] | None = None
+    if group.position == 0:
+        work = Future()
+        threading.Thread(target=_into, args=(work, action), name="alone", daemon=True).start()
+    working = True
+    while working:
+        if work is not None:
+            wait([work], timeout=LOOK_S)
+        working = bool(largest_over(group, work is not None and not work.done()))
+    return all_or_none(group, lambda: None if work is None else work.result())
+
+
+def _into(work: Future, action: Callable[[], object]) -> None:
+    try:
+        work.set_result(action())
+    except BaseException as error:                       # raised where the result is asked for
+        work.set_exception(error)
+
+
+def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskError]) -> None:
+    """Run `write` on every rank; an OSError becomes the DiskError that `failed` makes of its reason, and ends all ranks."""
+
+    def written() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise failed(str(error.strerror or error)) from error
+
+    all_or_none(mesh["batch"], written)
+
+
+def from_first(batch: Group, action: Callable[[], Path | None]) -> Path | None:
+    """The path that `action` gives on the first rank, on all of them. Collective."""
+    path = [on_first(batch, lambda: (found := action()) and str(found))]
+    if batch.process_group is not None:
+        dist.broadcast_object_list(path, src=0)
+    return path[0] and Path(path[0])

@@ -1,0 +1,47 @@
+"""Copies of experts and the replanner that decides on them, from a config (parallel=fssdp)."""
+
+import torch
+
+from moetrain.comm.mesh import Mesh
+from moetrain.config.build import build
+from moetrain.config.schema import Config
+from moetrain.model.build import plan_homes, sliced_experts
+from moetrain.model.parallelize import copy_experts
+from moetrain.model.transformer import Transformer
+from moetrain.parallel.fssdp.copies import CopyManager
+from moetrain.parallel.fssdp.replanner import Planning, Rhythm, Surroundings
+from moetrain.plan.calibration import calibrated
+from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.loads.forecast import Outlook, forecast_of
+
+
+def build_fssdp(config: Config, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> tuple[CopyManager, Planning]:
+    """Copies of all layers and their replanner, with every expert at its home."""
+    surroundings = survey(config, model, mesh)
+    copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize, form=config.parallel.collective,
+                          topology=surroundings.topology)
+    rhythm = Rhythm(config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
+    planning = Planning(model.moe_layers, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size),
+                        build(config.planner, "planner"), surroundings, look_ahead(config, model), rhythm,
+                        calibrated if config.parallel.calibrate else None)
+    return copies, planning
+
+
+def look_ahead(config: Config, model: Transformer) -> Outlook:
+    """How the loads of the next step are forecast."""
+    parallel = config.parallel
+    forecast = forecast_of(parallel.forecast, sum(model.routers.values()), parallel.window)
+    return Outlook(forecast, model.routers, parallel.fallback)
+
+
+def survey(config: Config, model: Transformer, mesh: Mesh) -> Surroundings:
+    """What planners are told of the machine. All of it from the config: ranks plan alike."""
+    hardware, sizes = config.hardware, config.model
+    topology = Topology(mesh["ep"].size, min(mesh["node"].size, mesh["ep"].size))
+    numbers, element = 3 * sizes.dim * sizes.expert_dim, model.dtype.itemsize
+    tokens = config.train.global_batch * config.train.seq_len / mesh["batch"].size
+    attention = 2 * tokens * (4 * sizes.dim ** 2 + 2 * config.train.seq_len * sizes.dim)      # operations, forward, roughly
+    costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element, expert_bytes=numbers * element,
+                  inside=hardware.inside, between=hardware.between, latency_s=hardware.latency_s,
+                  hidden_s=attention / hardware.flops, collective=config.parallel.collective)
+    return Surroundings(topology, costs, config.parallel.room)
