@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from moetrain.config.compose import compose, for_run
 from moetrain.errors import ConfigError
 from moetrain.generate.sample import continue_text
-from moetrain.train.memory.graph_memory import device_memory
+from moetrain.train.memory import device_memory
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.loop import train
 from moetrain.train.memory.graph_memory import choose

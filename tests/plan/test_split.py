@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.plan.loads.synthetic import synthetic as loads
+from moetrain.plan.loads import synthetic as loads
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.splitting.water_filling import fill
 from moetrain.plan.cost.step_time import modelled

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moetrain.comm.mesh import Group, build_mesh, mesh_sizes
-from moetrain.train.memory.graph_memory import device_memory
+from moetrain.train.memory import device_memory
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
