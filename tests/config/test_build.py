@@ -59,7 +59,7 @@ FOREIGN = [
     ("loss", "moetrain.losses.base.AuxLoss", "does not define"),
     ("balance", "moetrain.losses.z.ZLoss", "descend from"),
     ("planner", "moetrain.plan.planners.base.Planner", "does not define"),
-    ("planner", "moetrain.plan.leveling.overflow.Pool", "descend from"),
+    ("planner", "moetrain.plan.planners.base.LayerPlan", "descend from"),
     ("indexed", "moetrain.interop.megatron._open", "descend from"),
 ]
 
