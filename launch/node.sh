@@ -14,4 +14,4 @@ python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python
 
 export NODES=1 NODE_RANK=0
-exec "$python" -m moetrain.nodes "$@"
+exec "$python" -m moetrain.launch "$@"

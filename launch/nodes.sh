@@ -18,4 +18,4 @@ cd "$(dirname "$0")/.."
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python
 
-exec "$python" -m moetrain.nodes "$@"
+exec "$python" -m moetrain.launch "$@"

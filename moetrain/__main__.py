@@ -18,13 +18,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from textwrap import wrap
 
-from moetrain import launch, streams
+from moetrain import streams
+from moetrain.launch.rank import become_rank, has_own_stderr, rank, under_torchrun
 from moetrain.cli.help import first_keys, page
 from moetrain.config.field_names import verbs_meant
 from moetrain.config.groups import group_options
 from moetrain.config.suggest import nearest
 from moetrain.errors import ConfigError, DiskError, MoETrainError, Preempted
-from moetrain.nodes.foreign import without_ranks
+from moetrain.launch.foreign_ranks import without_ranks
 from moetrain.user_code import of_user
 
 VERBS = {
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoETrainError as error:
         _say(error, argv[0])
         # torchrun would restart a preempted job; status.json says 10.
-        return _leave(0 if isinstance(error, Preempted) and launch.under_torchrun() else error.code)
+        return _leave(0 if isinstance(error, Preempted) and under_torchrun() else error.code)
     except SystemExit as leaving:                        # another rank failed and says why (comm/reduce.py, all_or_none)
         return _leave(leaving.code if isinstance(leaving.code, int) else 1)
     except KeyboardInterrupt:
@@ -74,16 +75,16 @@ def _say(error: MoETrainError, verb: str) -> None:
     met = distributed is not None and distributed.is_initialized()
     if os.environ.get("MOETRAIN_DEBUG") == "1":
         traceback.print_exc()
-    elif verb in OF_RANKS and launch.under_torchrun() and not met:
-        print(f"moetrain: rank {launch.rank()} of {os.environ.get('WORLD_SIZE', '?')}\n{error}", file=sys.stderr)
-    elif verb not in OF_RANKS or launch.has_own_stderr():
+    elif verb in OF_RANKS and under_torchrun() and not met:
+        print(f"moetrain: rank {rank()} of {os.environ.get('WORLD_SIZE', '?')}\n{error}", file=sys.stderr)
+    elif verb not in OF_RANKS or has_own_stderr():
         print(error, file=sys.stderr)
 
 
 def _begin() -> Callable[[], None]:
     """Prepare a process that is ours alone; gives what to call when its work is done."""
     streams.keep_open()
-    return launch.become_rank()
+    return become_rank()
 
 
 def _leave(code: int) -> int:

@@ -11,19 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from moetrain import launch
+from moetrain.launch import local
+from moetrain.launch.local import start_ranks
+from moetrain.launch.rank import has_own_stderr, is_worker, under_torchrun
+from moetrain.launch.status import ending
 from moetrain.__main__ import main
 from moetrain.errors import DiskError
 
 ROOT = Path(__file__).parents[1]
-DONE = "echo $RANK >&$MOETRAIN_DONE"                     # what a rank says at its end (launch.become_rank)
+DONE = "echo $RANK >&$MOETRAIN_DONE"                     # what a rank says at its end (become_rank)
 
 
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """start(script): start_ranks with a shell script in place of `python -m moetrain`."""
-    monkeypatch.setattr(launch, "GRACE_S", 0.5)
-    monkeypatch.setattr(launch, "TERM_S", 0.5)
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
+    monkeypatch.setattr(local, "TERM_S", 0.5)
     for name in ("RANK", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -31,8 +34,8 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         fake = tmp_path / "python"
         fake.write_text(f"#!/bin/bash\n{script}\n")
         fake.chmod(0o755)
-        monkeypatch.setattr(launch.sys, "executable", str(fake))
-        return launch.start_ranks(["train"], nproc, tmp_path / "run")
+        monkeypatch.setattr(local.sys, "executable", str(fake))
+        return start_ranks(["train"], nproc, tmp_path / "run")
 
     return start
 
@@ -55,10 +58,10 @@ def test_ranks_get_their_environment(ranks, tmp_path: Path) -> None:
 
 def test_the_real_program_runs_on_ranks(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert launch.start_ranks(["version"], 2, tmp_path) == 0
+    assert start_ranks(["version"], 2, tmp_path) == 0
     assert capfd.readouterr().out.count("moetrain 0.") == 1
     assert "moetrain 0." in (tmp_path / "log" / "rank-1.log").read_text()
-    assert launch.start_ranks(["train", "optim.lrr=1", "parallel=ddp", "train.micro_batch=8"], 2, tmp_path) == 2
+    assert start_ranks(["train", "optim.lrr=1", "parallel=ddp", "train.micro_batch=8"], 2, tmp_path) == 2
     assert capfd.readouterr().err.count("E-CONFIG") == 1
     assert "E-CONFIG-003" in (tmp_path / "log" / "rank-1.log").read_text()
 
@@ -99,13 +102,13 @@ def test_the_rank_to_blame_is_named_not_the_one_that_noticed(ranks, tmp_path: Pa
 
 def test_ranks_die_with_their_launcher_even_stopped_ones(tmp_path: Path) -> None:
     """With what they do on SIGTERM: a rank that trains saves."""
-    rank = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from moetrain import launch; launch.become_rank(); " \
-           f"open({str(tmp_path)!r} + '/up-%d' % launch.rank(), 'w').close(); time.sleep(60)"
+    rank = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from moetrain.launch.rank import become_rank, rank; become_rank(); " \
+           f"open({str(tmp_path)!r} + '/up-%d' % rank(), 'w').close(); time.sleep(60)"
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/bash\nexec {sys.executable} -c "{rank}"\n')
     fake.chmod(0o755)
-    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from moetrain import launch; "
-               f"sys.executable = {str(fake)!r}; launch.start_ranks(['train'], 2, Path({str(tmp_path)!r}))")
+    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from moetrain.launch.local import start_ranks; "
+               f"sys.executable = {str(fake)!r}; start_ranks(['train'], 2, Path({str(tmp_path)!r}))")
     launcher = subprocess.Popen([sys.executable, "-c", program], env={name: v for name, v in os.environ.items() if name != "RANK"})
     until(lambda: all((tmp_path / f"up-{rank}").exists() for rank in (0, 1)))
     workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
@@ -166,8 +169,8 @@ def test_signals_are_passed_on(tmp_path: Path, number: int, script: str, code: i
     fake.chmod(0o755)
     # A shell starts what runs in the background with interrupts ignored, and bash cannot trap what it was told to ignore.
     program = (f"import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path.insert(0, {str(ROOT)!r}); "
-               f"from pathlib import Path; from moetrain import launch; launch.GRACE_S = 0.5; sys.executable = {str(fake)!r}; "
-               f"sys.exit(launch.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")
+               f"from pathlib import Path; from moetrain.launch import local; local.GRACE_S = 0.5; sys.executable = {str(fake)!r}; "
+               f"sys.exit(local.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")
     clean = {name: value for name, value in os.environ.items() if name != "RANK"}
     launcher = subprocess.Popen([sys.executable, "-c", program], env=clean)
     try:
@@ -181,21 +184,21 @@ def test_signals_are_passed_on(tmp_path: Path, number: int, script: str, code: i
 def test_a_log_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file, not a directory")
     with pytest.raises(DiskError) as caught:
-        launch.start_ranks(["version"], 2, tmp_path / "run")
+        start_ranks(["version"], 2, tmp_path / "run")
     assert caught.value.code == 14 and "rank-1.log" in str(caught.value)
 
 
 def test_a_worker_does_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert not launch.is_worker()
+    assert not is_worker()
     monkeypatch.setenv("RANK", "1")
-    assert launch.is_worker() and launch.under_torchrun() and not launch.has_own_stderr()
+    assert is_worker() and under_torchrun() and not has_own_stderr()
     monkeypatch.setenv("MOETRAIN_LAUNCHED", "1")
-    assert not launch.under_torchrun() and launch.has_own_stderr()
+    assert not under_torchrun() and has_own_stderr()
 
 
 def test_a_rank_of_torchrun_leaves_its_error_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(DiskError), launch.ending(tmp_path):
+    with pytest.raises(DiskError), ending(tmp_path):
         raise DiskError(9, "full", where="here", why="no space", next="make some")
     assert "E-DISK-009" in (tmp_path / "log" / "rank-3.log").read_text() and not (tmp_path / "status.json").exists()

@@ -25,13 +25,12 @@ ORDER = (
     ("generate", "train", "transform"),
     APPLICATIONS,
     ("launch",),
-    ("nodes",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line}
-# launch and nodes speak when ranks cannot: before there is a console, or when one was killed.
-MAY_PRINT = ("cli", "__main__", "launch", "nodes")
+# launch speaks when ranks cannot: before there is a console, or when one was killed.
+MAY_PRINT = ("cli", "__main__", "launch")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -201,9 +200,9 @@ def offences(module: str, source: str) -> list[str]:
 
 
 # Packages that read what lies in a folder of a run or of data, where anybody may have put anything: they open it by moetrain.files.
-READERS = ("checkpoint", "comm", "data", "generate", "interop", "launch", "nodes", "report", "runs", "train")
+READERS = ("checkpoint", "comm", "data", "generate", "interop", "launch", "report", "runs", "train")
 # Files that no user makes: of the kernel, of installed packages, and new ones that must not exist.
-OTHER_FILES = {"moetrain.nodes.ranks", "moetrain.runs.attempts", "moetrain.runs.lock", "moetrain.data.corpus",
+OTHER_FILES = {"moetrain.launch.ranks_of_agent", "moetrain.runs.attempts", "moetrain.runs.lock", "moetrain.data.corpus",
                "moetrain.checkpoint.disk"}
 
 

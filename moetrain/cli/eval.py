@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain import launch
+from moetrain.launch.local import start_ranks
+from moetrain.launch.rank import is_worker, rank
 from moetrain.config.compose import for_run, run_dir, typed_keys
 from moetrain.config.schema import Config
 from moetrain.errors import DiskError
 from moetrain.files import nearby, shown
-from moetrain.nodes.foreign import check_ranks
+from moetrain.launch.foreign_ranks import check_ranks
 from moetrain.runs.files import JsonlSink
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ def run(argv: list[str]) -> int:
     words = [word for word in argv if word != "--json"]
     config = for_run(words)
     check_ranks("eval", words, config)
-    if not launch.is_worker() and config.run.nproc > 1:
-        return launch.start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False)
+    if not is_worker() and config.run.nproc > 1:
+        return start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False)
     from moetrain.train.evaluation.evaluate_run import evaluate_run, record_of
 
     found = evaluate_run(config, typed_keys(words))
-    if launch.rank() == 0:
+    if rank() == 0:
         record = record_of(found)
         if len(words) < len(argv):
             print(json.dumps(record, ensure_ascii=False))

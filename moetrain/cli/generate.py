@@ -7,19 +7,20 @@ again for every new one. The text appears as it is drawn. --json prints one obje
 
 import json
 
-from moetrain import launch
+from moetrain.launch.local import start_ranks
+from moetrain.launch.rank import is_worker, rank
 from moetrain.config.compose import for_run, run_dir, typed_keys
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
-from moetrain.nodes.foreign import check_ranks
+from moetrain.launch.foreign_ranks import check_ranks
 
 
 def run(argv: list[str]) -> int:
     words = [word for word in argv if word != "--json"]
     config = for_run(words)
     check_ranks("generate", argv, config)
-    if not launch.is_worker() and config.run.nproc > 1:
-        return launch.start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False)
+    if not is_worker() and config.run.nproc > 1:
+        return start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False)
     if config.data.kind == "synthetic" or config.data.tokenizer == "none":
         raise ConfigError(45, "the run was trained on tokens that stand for no text", where=str(run_dir(config)),
                           why="there is no tokenizer to write with", next="train with data=text, or give data.tokenizer")
@@ -37,7 +38,7 @@ def _generate(config: Config, typed: frozenset[str], *, as_json: bool) -> None:
     continuation = continue_text(
         run.model, tokenizer, wish.prompt, end_id=end_id, tokens=wish.tokens, temperature=wish.temperature, top_p=wish.top_p, seed=wish.seed,
         context=config.train.seq_len, cache=wish.cache, mask_documents=run.config.data.mask_documents, group=run.mesh["batch"])
-    if launch.rank() != 0:
+    if rank() != 0:
         "".join(continuation)                            # ranks write it together
     elif as_json:
         text = "".join(continuation)

@@ -51,9 +51,9 @@ from moetrain.config.recipes import advice
 from moetrain.config.schema import Config
 from moetrain.config.sweep import sweep_jobs
 from moetrain.errors import ConfigError, ConfigErrors, DiskError
-from moetrain.nodes.node import config_for
-from moetrain.nodes.slurm_node import node_shapes, share
-from moetrain.nodes.slurm_options import Job, parse
+from moetrain.launch.node import config_for
+from moetrain.launch.slurm_node import node_shapes, share
+from moetrain.launch.slurm_options import Job, parse
 
 
 class Submission(NamedTuple):

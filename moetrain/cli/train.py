@@ -14,7 +14,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from moetrain import launch, streams
+from moetrain import streams
+from moetrain.launch.local import run_command, train_on_ranks
+from moetrain.launch.rank import is_worker, rank, under_torchrun
+from moetrain.launch.status import ending, leave_word
 from moetrain.config.compose import compose, run_dir, to_yaml
 from moetrain.config.recipes import advice
 from moetrain.config.schema import Config
@@ -22,7 +25,7 @@ from moetrain.config.size_check import refuse_too_large
 from moetrain.config.sweep import sweep_jobs
 from moetrain.errors import ConfigError
 from moetrain.interop.packages import check_installed
-from moetrain.nodes.foreign import check_ranks
+from moetrain.launch.foreign_ranks import check_ranks
 from moetrain.runs.completion import finished, next_commands
 
 log = logging.getLogger(__name__)
@@ -39,21 +42,21 @@ def run(argv: list[str]) -> int:
     check_ranks("train", overrides, config)
     step = finished(config, run_dir(config))
     if step is not None:
-        if launch.rank() == 0:
+        if rank() == 0:
             print("\n  ".join([f"run {run_dir(config)} is finished: step {step}. Nothing was changed. Next:",
                                  *next_commands(config)]))
         return 0
     check_installed(config)
     streams.outlive()
-    if not launch.is_worker():                          # ranks ask when they know their device (train/setup.py)
+    if not is_worker():                          # ranks ask when they know their device (train/setup.py)
         refuse_too_large(config, config.run.nproc, config.run.nproc)
-    if not launch.is_worker() or launch.under_torchrun() and launch.rank() == 0:
+    if not is_worker() or under_torchrun() and rank() == 0:
         if text := advice(config):
             print(text, file=sys.stderr)
-    if not launch.is_worker() and config.run.nproc > 1:
-        return launch.train_on_ranks(overrides)
-    with launch.ending(run_dir(config)):
-        _train(config, "the same command goes on" if launch.under_torchrun() else shlex.join(["moetrain", "train", *overrides]))
+    if not is_worker() and config.run.nproc > 1:
+        return train_on_ranks(overrides)
+    with ending(run_dir(config)):
+        _train(config, "the same command goes on" if under_torchrun() else shlex.join(["moetrain", "train", *overrides]))
     return 0
 
 
@@ -63,8 +66,8 @@ def _train(config: Config, again: str) -> None:
     adopt = None
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import adopt
-    train(config, adopt=adopt, leaving=lambda code, reason: launch.leave_word(run_dir(config), code, reason), again=again)
-    if launch.rank() == 0:
+    train(config, adopt=adopt, leaving=lambda code, reason: leave_word(run_dir(config), code, reason), again=again)
+    if rank() == 0:
         draw(run_dir(config))
 
 
@@ -105,7 +108,7 @@ def _multirun(overrides: list[str], show_config: bool) -> int:
     codes = []
     for number, job in enumerate(named, 1):
         print(f"[{number}/{len(named)}] moetrain train {shlex.join(job)}", flush=True)
-        codes.append(launch.run_command(["train", *job, *(["--cfg", "job"] if show_config else [])]))
+        codes.append(run_command(["train", *job, *(["--cfg", "job"] if show_config else [])]))
         if codes[-1] == 10 or codes[-1] > 128 or codes[-1] < 0:      # told to stop
             break
     return next((code if code > 0 else 128 - code for code in codes if code), 0)

@@ -147,7 +147,7 @@ def mesh_sizes(mode: str, world: int, ep: int | None, shard: int | None = None) 
 
 
 def connect(device: torch.device, timeout_s: int, *, over_host: bool = False) -> None:
-    """Join the process group that the environment (torchrun, launch.py) describes. over_host: tensors of GPUs go over the host, too, as
+    """Join the process group that the environment (torchrun, launch/local.py) describes. over_host: tensors of GPUs go over the host, too, as
     they must where ranks share a GPU, which NCCL refuses."""
     backend = "nccl" if device.type == "cuda" and not over_host else "gloo"
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -1,6 +1,6 @@
 """From a config to everything a training step needs, on this rank.
 
-`single` has no process group at all, nor has a run that nobody launched; otherwise the environment (torchrun, launch.py)
+`single` has no process group at all, nor has a run that nobody launched; otherwise the environment (torchrun, launch/local.py)
 says who the ranks are.
 """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.__main__ import main
-from moetrain.nodes.foreign import several_processes
+from moetrain.launch.foreign_ranks import several_processes
 
 POD = {"RANK": "1", "WORLD_SIZE": "2"}
 SRUN = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2"}
@@ -85,7 +85,7 @@ def test_one_process_is_left_alone(environment: dict) -> None:
 
 def test_a_batch_script_may_start_ranks_of_its_own(monkeypatch, capsys) -> None:
     inside(monkeypatch, SRUN)
-    monkeypatch.setattr("moetrain.launch.start_ranks", lambda *arguments, **how: 0)
+    monkeypatch.setattr("moetrain.cli.eval.start_ranks", lambda *arguments, **how: 0)
     assert main(["train", "experiment=debug", "parallel=ep", "run.nproc=2"]) == 0
     monkeypatch.setenv("SLURM_STEP_ID", "0")             # each task of a step would
     assert main(["train", "experiment=debug", "parallel=ep", "run.nproc=2"]) == 2

@@ -9,8 +9,8 @@ import pytest
 
 from moetrain.__main__ import main
 from moetrain.cli import slurm
-from moetrain.nodes.slurm_node import node_shapes, share
-from moetrain.nodes.slurm_options import parse
+from moetrain.launch.slurm_node import node_shapes, share
+from moetrain.launch.slurm_options import parse
 
 RUN = ["parallel=ep", "experiment=debug"]
 

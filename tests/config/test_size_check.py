@@ -8,7 +8,7 @@ from moetrain.__main__ import main
 from moetrain.config.compose import compose
 from moetrain.config.size_check import Available, too_full, too_large
 from moetrain.errors import ConfigErrors
-from moetrain.nodes.node import config_for
+from moetrain.launch.node import config_for
 
 G = 2**30
 LAPTOP = Available(24 * G)

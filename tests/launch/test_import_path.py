@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import moetrain
-from moetrain import launch
-from moetrain.nodes.node import Node
-from moetrain.nodes.supervise import supervise
+from moetrain.launch.local import program_environment, start_ranks
+from moetrain.launch.node import Node
+from moetrain.launch.supervisor import supervise
 
 ROOT = Path(moetrain.__file__).parents[1]
 
@@ -27,7 +27,7 @@ def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_local_ranks_from_a_thread_of_a_program(trapped: Path) -> None:
     codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(launch.start_ranks(["version"], 2, trapped / "run")))
+    thread = threading.Thread(target=lambda: codes.append(start_ranks(["version"], 2, trapped / "run")))
     thread.start()
     thread.join()
     assert codes == [0] and not (trapped / "hit").exists()
@@ -42,9 +42,9 @@ def test_ranks_of_torchrun(trapped: Path) -> None:
 
 def test_what_is_on_the_path_stays_and_moetrain_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/a:/b")
-    assert launch.program_environment()["PYTHONPATH"].split(os.pathsep)[:2] == ["/a", "/b"]
+    assert program_environment()["PYTHONPATH"].split(os.pathsep)[:2] == ["/a", "/b"]
     monkeypatch.setattr(sys, "path", ["", str(tmp_path)])        # a checkout that is not installed, run from its root
-    environment = launch.program_environment()
+    environment = program_environment()
     assert environment["PYTHONPATH"].split(os.pathsep) == ["/a", "/b", str(ROOT)] and environment["PYTHONSAFEPATH"] == "1"
     monkeypatch.delenv("PYTHONPATH")
-    assert launch.program_environment()["PYTHONPATH"] == str(ROOT)       # no empty entry: that would be the current folder
+    assert program_environment()["PYTHONPATH"] == str(ROOT)       # no empty entry: that would be the current folder

@@ -79,9 +79,9 @@ def called(checkout: Path, script: str, *words: str, **settings: str) -> list[li
 
 @pytest.mark.parametrize("script, command, settings", [
     ("launch/debug.sh", ["python", "-m", "moetrain", "train", "experiment=debug"], {}),
-    ("launch/node.sh", ["python", "-m", "moetrain.nodes"], {}),
-    ("launch/nodes.sh", ["python", "-m", "moetrain.nodes"], {}),
-    ("launch/slurm.sbatch", ["python", "-m", "moetrain.nodes"], {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"}),
+    ("launch/node.sh", ["python", "-m", "moetrain.launch"], {}),
+    ("launch/nodes.sh", ["python", "-m", "moetrain.launch"], {}),
+    ("launch/slurm.sbatch", ["python", "-m", "moetrain.launch"], {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"}),
     ("tools/test.sh", ["python", "-m", "pytest", "tests", "-n", "2", "--dist", "loadfile"], {})])
 def test_every_script_hands_its_words_on(checkout: Path, script: str, command: list[str], settings: dict[str, str]) -> None:
     settings = {**settings, "PATH": f"{checkout / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}

@@ -64,7 +64,7 @@ echo "$SLURM_NODEID $NPROC $SLURM_GPUS_ON_NODE $SLURM_CPUS_PER_TASK $GREETING: $
         started = sorted((tmp_path / f"started-{task}").read_text().splitlines())
         assert len(started) == 2
         for node, line in enumerate(started):            # two GPUs are all of a node, and so are its cores
-            assert line.startswith(f"{node} 2 2 2 good morning: -m moetrain.nodes {TINY[0]}") and line.endswith(f" run.dir={tmp_path}/run-seed-{seed}")
+            assert line.startswith(f"{node} 2 2 2 good morning: -m moetrain.launch {TINY[0]}") and line.endswith(f" run.dir={tmp_path}/run-seed-{seed}")
     assert "#SBATCH --mem=0" in (tmp_path / "run" / "job.sbatch").read_text()
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from moetrain.errors import ConfigErrors
-from moetrain.nodes.node import Node, config_for, from_environment
+from moetrain.launch.node import Node, config_for, from_environment
 
 TWO = {"NODES": "2", "NODE_RANK": "1", "HEAD": "a", "NPROC": "4"}
 

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from moetrain.errors import RendezvousError
-from moetrain.nodes.node import Node
-from moetrain.nodes.rollcall import interface, own_address, roll_call
+from moetrain.launch.node import Node
+from moetrain.launch.rendezvous import interface, own_address, roll_call
 from tests.ranks import free_port
 
 
@@ -146,7 +146,7 @@ def answering(*pieces: bytes, pause_s: float = 0.0) -> Iterator[int]:
 ], ids=["silent", "slow", "HTTP", "brackets", "deep", "long", "parts", "keys", "no"])
 def test_something_else_answers(pieces: tuple[bytes, ...], pause_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the limit, which is RDZV_TIMEOUT to reach it and as long again for its word."""
-    monkeypatch.setattr("moetrain.nodes.rollcall._WRITE_S", 0.2)
+    monkeypatch.setattr("moetrain.launch.rendezvous._WRITE_S", 0.2)
     began = time.monotonic()
     with answering(*pieces, pause_s=pause_s) as port:
         (error,) = call(node(1, timeout_s=1), port=port)
@@ -155,7 +155,7 @@ def test_something_else_answers(pieces: tuple[bytes, ...], pause_s: float, monke
 
 
 def test_who_says_nothing_or_too_much_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moetrain.nodes.rollcall._MOST_UNKNOWN", 20)
+    monkeypatch.setattr("moetrain.launch.rendezvous._MOST_UNKNOWN", 20)
     port = free_port()
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as strangers:
         head = pool.submit(call, node(0, nodes=2, timeout_s=60), port=port)

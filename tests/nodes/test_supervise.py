@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain import launch
-from moetrain.nodes.supervise import Status, ending
+from moetrain.launch.status import write_status
+from moetrain.launch.supervisor import Status, ending
 from tests.support.odd_files import ODD, make_odd
 
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
@@ -75,7 +75,7 @@ def test_a_status_or_record_that_is_no_file_holds_nobody_up(tmp_path: Path, kind
     for name in ("status.json", "status.json.tmp", "metrics.jsonl"):
         make_odd(tmp_path / name, kind)
     assert status.written() is None
-    launch.write_status(tmp_path, 12, "no data")
+    write_status(tmp_path, 12, "no data")
     if kind != "folder":
         assert json.loads((tmp_path / "status.json").read_text()) == {"code": 12, "reason": "no data", "step": 0}
 
@@ -83,5 +83,5 @@ def test_a_status_or_record_that_is_no_file_holds_nobody_up(tmp_path: Path, kind
 @pytest.mark.parametrize("line", ['{"step": 1e400}', "[" * 10_000, "{}", '{"step": null}', "cut off"])
 def test_the_last_step_is_that_of_the_last_whole_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7}\n' + line)
-    launch.write_status(tmp_path, 16, "lost")
+    write_status(tmp_path, 16, "lost")
     assert json.loads((tmp_path / "status.json").read_text())["step"] == 7

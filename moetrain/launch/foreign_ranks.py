@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from moetrain import launch
+from moetrain.launch.rank import rank, under_torchrun
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 
@@ -32,7 +32,7 @@ def check_ranks(verb: str, overrides: Sequence[str], config: Config, environ: Ma
     """Refuse to be one of several processes that do not know of each other; say which number of ranks counts."""
     if "RANK" in environ:
         world = environ.get("WORLD_SIZE", "")
-        if launch.under_torchrun() and launch.rank() == 0 and config.run.nproc > 1 and world != str(config.run.nproc):
+        if under_torchrun() and rank() == 0 and config.run.nproc > 1 and world != str(config.run.nproc):
             print(f"moetrain: run.nproc={config.run.nproc} is ignored: RANK is set, so others have started the ranks (WORLD_SIZE={world})",
                   file=sys.stderr)
         return

@@ -1,21 +1,16 @@
-"""Local ranks for run.nproc, and the record of how a run ended.
+"""Start the ranks of a run on this machine (run.nproc) and wait for them.
 
     train_on_ranks   what `moetrain train run.nproc=...` does
     start_ranks      one process per rank, as torchrun would start them on one node
     persist          start them again when one was lost, a few times
-    ending           writes <run.dir>/status.json: code, reason, step
 
 Rank 0 keeps the terminal; the others write <run.dir>/log/rank-N.log. No torch here.
 """
 
-import ctypes
-import json
-import logging
 import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -24,96 +19,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from moetrain.config.compose import compose, run_dir
-from moetrain.errors import ConfigError, DiskError, MoETrainError
-from moetrain.files import create, open_regular, open_to_append, parse_json, reason
-from moetrain.runs.lock import RunLock, process_state
+from moetrain.files import open_regular
+from moetrain.launch.rank import DONE, LAUNCHED
+from moetrain.launch.status import open_log, write_status
+from moetrain.runs.lock import process_state
 
 # Seconds the other ranks get to end on their own after one failed, and then after SIGTERM.
 GRACE_S = 10.0
 TERM_S = 5.0
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_LAUNCHED = "MOETRAIN_LAUNCHED"          # set for ranks whose stderr is a log file of their own: the process that started them
-_DONE = "MOETRAIN_DONE"                  # descriptor of a pipe to it: a rank that has done its work says so
 _SAVED, _PEER = 10, 16                   # exit codes of a rank that was told to stop and saved, and of one that waited in vain
 _LOG_TAIL = 1 << 16                      # bytes of a rank's log in which its last error is looked for
-_PR_SET_PDEATHSIG = 1                    # <linux/prctl.h>
-# What launchers set for a rank: a whole number.
-_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-
-log = logging.getLogger(__name__)
-
-
-def is_worker() -> bool:
-    """True in a process that torchrun or start_ranks made: it must not start ranks itself. ConfigError where that is not clear."""
-    if "RANK" not in os.environ:
-        return False
-    for name in _NUMBERS:
-        text = os.environ.get(name, "0")
-        if not text.isdecimal():
-            raise _wrong_environment(f"{name}={text}", ", ".join(dict.fromkeys([name, "RANK"])), f"RANK is set, so this would be a rank, and {name} is no number")
-    if rank() >= int(os.environ.get("WORLD_SIZE", rank() + 1)):
-        raise _wrong_environment(f"RANK={rank()} with WORLD_SIZE={os.environ['WORLD_SIZE']}", "RANK, WORLD_SIZE",
-                                 "ranks are numbered from 0 to WORLD_SIZE - 1")
-    return True
-
-
-def _wrong_environment(what: str, where: str, why: str) -> ConfigError:
-    return ConfigError(140, f"{what} in the environment", where=where, why=why,
-                       next="unset RANK, and start ranks with run.nproc, torchrun or launch/node.sh, which set all of it")
-
-
-def rank() -> int:
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isdecimal() else 0          # is_worker refuses it
-
-
-def under_torchrun() -> bool:
-    return "RANK" in os.environ and _LAUNCHED not in os.environ
-
-
-def has_own_stderr() -> bool:
-    """True where an error message disturbs nobody: rank 0, and ranks that write a log file."""
-    return rank() == 0 or _LAUNCHED in os.environ
-
-
-def become_rank() -> Callable[[], None]:
-    """Prepare a process that a launcher started, before it does anything else. Returns what to call when its work is done.
-
-    Ctrl-C ends it at once until there is something to save (train/preemption.py): Python's own handler would wait for the collective
-    that the rank is in. A rank of `start_ranks` whose launcher is gone is told to save and leave: nobody would start it again.
-    """
-    if "RANK" in os.environ and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _stay_with_launcher()
-    pipe = os.environ.pop(_DONE, "")                     # not for processes that the rank starts
-    if not pipe.isdecimal() or not stat.S_ISFIFO(os.fstat(int(pipe)).st_mode):
-        return lambda: None
-    os.set_inheritable(int(pipe), False)
-
-    def done() -> None:
-        with suppress(BrokenPipeError):
-            os.write(int(pipe), f"{rank()}\n".encode())
-
-    return done
-
-
-def _stay_with_launcher() -> None:
-    launcher = os.environ.get(_LAUNCHED)
-    if launcher is None:
-        return
-    if sys.platform == "linux":                          # a rank that is stopped goes on when its launcher dies, and sees it
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
-
-    def watch() -> None:
-        while os.getppid() == int(launcher):
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool = True) -> int:
@@ -122,9 +42,9 @@ def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool 
     Returns 0, or the exit code of the rank that failed first: 16 when a signal killed it or it left without having done its
     work, 128 + signal when that signal was passed on from here. record: status.json says so too, where rank 0 could not.
     """
-    logs = [None] + [_open_log(run_dir, rank) for rank in range(1, nproc)]
+    logs = [None] + [open_log(run_dir, rank) for rank in range(1, nproc)]
     reads, writes = os.pipe()
-    common = {**_environment(nproc), _DONE: str(writes)}
+    common = {**_environment(nproc), DONE: str(writes)}
     workers: list[subprocess.Popen] = []
     with _forwarding(workers) as passed_on:
         for rank, file in enumerate(logs):
@@ -177,58 +97,6 @@ def persist(attempt: Callable[[], int], restarts: int) -> int:
     return code
 
 
-@contextmanager
-def ending(run_dir: Path) -> Iterator[None]:
-    """Write status.json when the block ends, on rank 0; a directory that does not exist is not made."""
-    try:
-        yield
-    except MoETrainError as error:
-        write_status(run_dir, error.code, str(error).splitlines()[0])
-        if rank() and under_torchrun():              # rank 0 alone speaks on a shared terminal
-            _note(run_dir, str(error))
-        raise
-    except (SystemExit, KeyboardInterrupt) as leaving:
-        code = 128 + signal.SIGINT if isinstance(leaving, KeyboardInterrupt) else leaving.code
-        if isinstance(code, int) and code > 128:
-            leave_word(run_dir, code, f"{signal.Signals(code - 128).name} before there was anything new to save")
-        else:
-            write_status(run_dir, code, "another rank failed; log/rank-<n>.log says why")
-        raise
-    except Exception as error:
-        write_status(run_dir, 1, f"{type(error).__name__}: {error}")
-        raise
-    write_status(run_dir, 0, "done")
-
-
-def leave_word(run_dir: Path, code: int, reason: str) -> None:
-    """Say and record why the process leaves without a save."""
-    if has_own_stderr():
-        print(f"moetrain: {reason}; the same command goes on from the newest save", file=sys.stderr, flush=True)
-    write_status(run_dir, code, reason)
-
-
-def write_status(run_dir: Path, code: int, reason: str) -> None:
-    """Never raises: the error that is being reported matters more. Silent where another job is at work."""
-    if rank() or not run_dir.is_dir() or RunLock(run_dir).holder():
-        return
-    draft = run_dir / "status.json.tmp"
-    try:
-        status = {"code": code, "reason": reason, "step": _last_step(run_dir)}
-        with create(draft) as file:
-            file.write(f"{json.dumps(status)}\n".encode())
-        draft.replace(run_dir / "status.json")
-    except OSError as error:
-        log.warning("status.json could not be written: %s", error)
-
-
-def _note(run_dir: Path, text: str) -> None:
-    try:
-        with _open_log(run_dir, rank()) as file:
-            file.write(f"{text}\n".encode())
-    except DiskError as error:
-        log.warning("%s", error)
-
-
 def program_environment() -> dict[str, str]:
     """The environment of a process that runs `python -m moetrain`, as this one does.
 
@@ -237,7 +105,7 @@ def program_environment() -> dict[str, str]:
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if not any(metadata.Distribution.discover(name="moetrain", path=sys.path[1:])):
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
     return environment
 
@@ -247,7 +115,7 @@ def _environment(nproc: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         **program_environment(),
-        _LAUNCHED: str(os.getpid()),
+        LAUNCHED: str(os.getpid()),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
@@ -260,16 +128,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _open_log(run_dir: Path, rank: int) -> IO[bytes]:
-    path = run_dir / "log" / f"rank-{rank}.log"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open_to_append(path)
-    except OSError as error:
-        raise DiskError(1, "the log of a rank cannot be written", where=str(path), why=reason(error),
-                        next="run.dir=<a directory that can be written>") from error
 
 
 @contextmanager
@@ -387,17 +245,3 @@ def _error_at_the_end(log: Path) -> str:
     return ""
 
 
-def _last_step(run_dir: Path) -> int:
-    """The last step that metrics.jsonl reports, 0 before the first."""
-    try:
-        with open_regular(run_dir / "metrics.jsonl") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(parse_json(line)["step"])
-        except (ValueError, KeyError, TypeError, OverflowError):
-            continue                                 # a line that was cut off, or is damaged
-    return 0

@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 
 from moetrain.errors import RendezvousError
 from moetrain.files import parse_json
-from moetrain.nodes.node import Node
+from moetrain.launch.node import Node
 
 _PROTOCOL = 1
 _LONGEST = 2000            # bytes of one line

@@ -1,5 +1,5 @@
-"""torchrun's agent on this node: `python -m moetrain.nodes.agent <supervisor> <arguments of torchrun>`, started by
-supervise.py, whose process id the first argument is.
+"""torchrun's agent on this node: `python -m moetrain.launch.agent <supervisor> <arguments of torchrun>`, started by
+supervisor.py, whose process id the first argument is.
 
 It differs from torchrun in four things: it ends with the code of the rank that failed first (128 + signal when a signal
 ended it) instead of 1; a failure is a line, not a traceback; signals meant for the ranks do not end it, even when they
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from moetrain import streams
-from moetrain.nodes.ranks import ranks_of
+from moetrain.launch.ranks_of_agent import ranks_of
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)    # to the ranks, by supervise.py
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)    # to the ranks, by supervisor.py
 END = signal.SIGUSR2                                                          # ends the agent, and the ranks with it
 
 _OTHERS_LOST = 16

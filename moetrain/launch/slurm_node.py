@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moetrain.nodes.slurm_options import GPUS, Job
+from moetrain.launch.slurm_options import GPUS, Job
 
 DEFAULT_TIME = "24:00:00"
 

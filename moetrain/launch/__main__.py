@@ -1,4 +1,4 @@
-"""python -m moetrain.nodes [key=value ...]: train on the ranks of this node, one of NODES.
+"""python -m moetrain.launch [key=value ...]: train on the ranks of this node, one of NODES.
 
 The script that runs it on every node is launch/nodes.sh; node.py has the settings. The overrides are those of
 `moetrain train`. Exit codes: those of the run (moetrain/__main__.py), on every node.
@@ -13,9 +13,9 @@ from moetrain import streams
 from moetrain.config.compose import run_dir
 from moetrain.config.size_check import refuse_too_large
 from moetrain.errors import MoETrainError
-from moetrain.nodes.node import config_for, from_environment
-from moetrain.nodes.rollcall import roll_call
-from moetrain.nodes.supervise import supervise
+from moetrain.launch.node import config_for, from_environment
+from moetrain.launch.rendezvous import roll_call
+from moetrain.launch.supervisor import supervise
 from moetrain.runs.completion import finished
 
 

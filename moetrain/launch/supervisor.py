@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moetrain import launch
+from moetrain.launch.local import program_environment
+from moetrain.launch.status import write_status
 from moetrain.files import read_json
-from moetrain.nodes.agent import END, PASSED_ON
-from moetrain.nodes.node import Node, cores
-from moetrain.nodes.ranks import parent_of_leader, ranks_of
-from moetrain.nodes.rollcall import interface, own_address
+from moetrain.launch.agent import END, PASSED_ON
+from moetrain.launch.node import Node, cores
+from moetrain.launch.ranks_of_agent import parent_of_leader, ranks_of
+from moetrain.launch.rendezvous import interface, own_address
 
 _PREEMPTED, _PEER = 10, 16
 # Configuration, numbers, data, checkpoint, disk, crash loop: the next attempt would fail alike.
@@ -37,7 +38,7 @@ def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | N
     """
     status, ranks = Status(run_dir), set()
     with _catching() as signals:
-        agent = subprocess.Popen([sys.executable, "-m", "moetrain.nodes.agent", str(os.getpid()), *_torchrun(node), "-m", "moetrain",
+        agent = subprocess.Popen([sys.executable, "-m", "moetrain.launch.agent", str(os.getpid()), *_torchrun(node), "-m", "moetrain",
                                   *argv], env=_environment(node))
         try:
             killed = _watch(agent, ranks, status, signals, math.inf if grace_s is None else grace_s + _MARGIN_S)
@@ -47,10 +48,10 @@ def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | N
     if code == 0 and node.nodes == 1 and not was_finished and status.written() is None:       # other machines may see it late
         print("moetrain: the ranks left with 0 before the run was done", file=sys.stderr)
         code = _PEER
-        launch.write_status(run_dir, code, "the ranks left with 0 before the run was done")
+        write_status(run_dir, code, "the ranks left with 0 before the run was done")
     if code == _PEER and status.written() is None:           # rank 0 could not say it
         how = f"did not end in time after {signal.Signals(signals[0]).name}" if killed else "was lost"
-        launch.write_status(run_dir, code, f"a rank of node {node.rank} {how}")
+        write_status(run_dir, code, f"a rank of node {node.rank} {how}")
     return code
 
 
@@ -175,7 +176,7 @@ def _torchrun(node: Node) -> list[str]:
 
 
 def _environment(node: Node) -> dict[str, str]:
-    environment = {"OMP_NUM_THREADS": str(max(1, cores() // node.nproc)), **launch.program_environment()}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // node.nproc)), **program_environment()}
     # Without it restarted ranks read the addresses of dead ones from the store and never connect.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if name := interface(node):

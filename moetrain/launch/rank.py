@@ -1,0 +1,88 @@
+"""What a process knows of itself as a rank: whether a launcher made it, its number, and where its error messages go."""
+
+import ctypes
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from moetrain.errors import ConfigError
+
+LAUNCHED = "MOETRAIN_LAUNCHED"           # set for ranks whose stderr is a log file of their own: the process that started them
+DONE = "MOETRAIN_DONE"                   # descriptor of a pipe to it: a rank that has done its work says so
+_PR_SET_PDEATHSIG = 1                    # <linux/prctl.h>
+# What launchers set for a rank: a whole number.
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
+
+def is_worker() -> bool:
+    """True in a process that torchrun or start_ranks made: it must not start ranks itself. ConfigError where that is not clear."""
+    if "RANK" not in os.environ:
+        return False
+    for name in _NUMBERS:
+        text = os.environ.get(name, "0")
+        if not text.isdecimal():
+            raise _wrong_environment(f"{name}={text}", ", ".join(dict.fromkeys([name, "RANK"])), f"RANK is set, so this would be a rank, and {name} is no number")
+    if rank() >= int(os.environ.get("WORLD_SIZE", rank() + 1)):
+        raise _wrong_environment(f"RANK={rank()} with WORLD_SIZE={os.environ['WORLD_SIZE']}", "RANK, WORLD_SIZE",
+                                 "ranks are numbered from 0 to WORLD_SIZE - 1")
+    return True
+
+
+def _wrong_environment(what: str, where: str, why: str) -> ConfigError:
+    return ConfigError(140, f"{what} in the environment", where=where, why=why,
+                       next="unset RANK, and start ranks with run.nproc, torchrun or launch/node.sh, which set all of it")
+
+
+def rank() -> int:
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0          # is_worker refuses it
+
+
+def under_torchrun() -> bool:
+    return "RANK" in os.environ and LAUNCHED not in os.environ
+
+
+def has_own_stderr() -> bool:
+    """True where an error message disturbs nobody: rank 0, and ranks that write a log file."""
+    return rank() == 0 or LAUNCHED in os.environ
+
+
+def become_rank() -> Callable[[], None]:
+    """Prepare a process that a launcher started, before it does anything else. Returns what to call when its work is done.
+
+    Ctrl-C ends it at once until there is something to save (train/preemption.py): Python's own handler would wait for the collective
+    that the rank is in. A rank of `start_ranks` whose launcher is gone is told to save and leave: nobody would start it again.
+    """
+    if "RANK" in os.environ and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _stay_with_launcher()
+    pipe = os.environ.pop(DONE, "")                     # not for processes that the rank starts
+    if not pipe.isdecimal() or not stat.S_ISFIFO(os.fstat(int(pipe)).st_mode):
+        return lambda: None
+    os.set_inheritable(int(pipe), False)
+
+    def done() -> None:
+        with suppress(BrokenPipeError):
+            os.write(int(pipe), f"{rank()}\n".encode())
+
+    return done
+
+
+def _stay_with_launcher() -> None:
+    launcher = os.environ.get(LAUNCHED)
+    if launcher is None:
+        return
+    if sys.platform == "linux":                          # a rank that is stopped goes on when its launcher dies, and sees it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == int(launcher):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()

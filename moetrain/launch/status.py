@@ -1,0 +1,96 @@
+"""How a run ended: <run.dir>/status.json, written by rank 0, and the logs of the other ranks. Imports no torch."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from moetrain.errors import DiskError, MoETrainError
+from moetrain.files import create, open_regular, open_to_append, parse_json, reason
+from moetrain.launch.rank import has_own_stderr, rank, under_torchrun
+from moetrain.runs.lock import RunLock
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def ending(run_dir: Path) -> Iterator[None]:
+    """Write status.json when the block ends, on rank 0; a directory that does not exist is not made."""
+    try:
+        yield
+    except MoETrainError as error:
+        write_status(run_dir, error.code, str(error).splitlines()[0])
+        if rank() and under_torchrun():              # rank 0 alone speaks on a shared terminal
+            _note(run_dir, str(error))
+        raise
+    except (SystemExit, KeyboardInterrupt) as leaving:
+        code = 128 + signal.SIGINT if isinstance(leaving, KeyboardInterrupt) else leaving.code
+        if isinstance(code, int) and code > 128:
+            leave_word(run_dir, code, f"{signal.Signals(code - 128).name} before there was anything new to save")
+        else:
+            write_status(run_dir, code, "another rank failed; log/rank-<n>.log says why")
+        raise
+    except Exception as error:
+        write_status(run_dir, 1, f"{type(error).__name__}: {error}")
+        raise
+    write_status(run_dir, 0, "done")
+
+
+def leave_word(run_dir: Path, code: int, reason: str) -> None:
+    """Say and record why the process leaves without a save."""
+    if has_own_stderr():
+        print(f"moetrain: {reason}; the same command goes on from the newest save", file=sys.stderr, flush=True)
+    write_status(run_dir, code, reason)
+
+
+def write_status(run_dir: Path, code: int, reason: str) -> None:
+    """Never raises: the error that is being reported matters more. Silent where another job is at work."""
+    if rank() or not run_dir.is_dir() or RunLock(run_dir).holder():
+        return
+    draft = run_dir / "status.json.tmp"
+    try:
+        status = {"code": code, "reason": reason, "step": last_step(run_dir)}
+        with create(draft) as file:
+            file.write(f"{json.dumps(status)}\n".encode())
+        draft.replace(run_dir / "status.json")
+    except OSError as error:
+        log.warning("status.json could not be written: %s", error)
+
+
+def _note(run_dir: Path, text: str) -> None:
+    try:
+        with open_log(run_dir, rank()) as file:
+            file.write(f"{text}\n".encode())
+    except DiskError as error:
+        log.warning("%s", error)
+
+
+def open_log(run_dir: Path, rank: int) -> IO[bytes]:
+    path = run_dir / "log" / f"rank-{rank}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open_to_append(path)
+    except OSError as error:
+        raise DiskError(1, "the log of a rank cannot be written", where=str(path), why=reason(error),
+                        next="run.dir=<a directory that can be written>") from error
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that metrics.jsonl reports, 0 before the first."""
+    try:
+        with open_regular(run_dir / "metrics.jsonl") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(parse_json(line)["step"])
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue                                 # a line that was cut off, or is damaged
+    return 0
