@@ -11,7 +11,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,7 @@ import pytest
 from moetrain.__main__ import main
 from moetrain.cli.inspect import kind
 from tests.cli.test_main import moetrain
-from tests.train.checkpoint.saved import flip, payload, saved, trained
+from tests.support.checkpoints import flip, payload, saved, trained
 
 
 @pytest.fixture

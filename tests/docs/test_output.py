@@ -18,7 +18,7 @@ from moetrain.train.banner import banner_lines
 from moetrain.train.loggers.console import banner
 from moetrain.train.loggers.step_line import step_line
 from moetrain.train.setup import Graphs, Run
-from tests.integration.training import make_run
+from tests.support.training import make_run
 from tests.support import output_page
 
 MANY = [                                                 # of four ranks

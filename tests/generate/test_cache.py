@@ -8,7 +8,7 @@ from moetrain.generate.cache import KeyValueCache
 from moetrain.generate.sample import Reader
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import RouterContext
-from tests.integration.training import make_run
+from tests.support.training import make_run
 
 CONTEXT = 16
 EVALUATION = RouterContext(training=False)

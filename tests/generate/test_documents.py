@@ -7,7 +7,7 @@ from torch import Tensor
 from moetrain.generate.sample import Reader
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import RouterContext
-from tests.integration.training import make_run
+from tests.support.training import make_run
 
 CONTEXT, MARK = 16, 47
 CAPACITY = ["capacity=position", "capacity.scope=sequence", "capacity.eval_factor=0.5", "capacity.min_capacity=1"]

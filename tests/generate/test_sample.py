@@ -5,7 +5,7 @@ import torch
 
 from moetrain.data.tokenizer import ByteTokenizer
 from moetrain.generate.sample import continue_text, draw, nucleus
-from tests.integration.training import make_run
+from tests.support.training import make_run
 
 BYTES = ["data.vocab_size=257", "model.init_std=0.3"]
 

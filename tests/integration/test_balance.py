@@ -16,8 +16,8 @@ from moetrain.train.metrics import SumBuffer
 from moetrain.train.micro_batches import forwards
 from moetrain.train.count_pool import Prior
 from moetrain.train.step import train_step
-from tests.integration.training import difference, make_run, snapshot, whole
-from tests.oracle import oracle_loss
+from tests.support.training import difference, make_run, snapshot, whole
+from tests.support.oracle import oracle_loss
 
 STEPS, TURNS = 3, 4
 BASE = ["run.dtype=float64", "balance.weight=0.3", "data.min_length=0.2", "train.clip=0"]

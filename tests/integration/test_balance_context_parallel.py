@@ -20,7 +20,7 @@ from moetrain.train import micro_batches as passes
 from moetrain.train.setup import Run, set_up
 from moetrain.train.step import train_step
 from tests.integration.test_balance import BASE
-from tests.integration.training import TINY, difference, make_run, snapshot, whole
+from tests.support.training import TINY, difference, make_run, snapshot, whole
 
 STEPS, LENGTH = 3, 12
 MESHES = {2: {"cp": 2, "ep": 2}, 4: {"dp_replicate": 2, "cp": 2, "edp_replicate": 2, "ep": 2}}

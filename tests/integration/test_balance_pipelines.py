@@ -28,8 +28,8 @@ from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.micro_batches import step_context
 from moetrain.train.count_pool import Known, Pooling
 from moetrain.train.setup import Run, set_up
-from tests.integration.training import TINY, difference, make_run, snapshot, whole
-from tests.oracle import oracle_loss
+from tests.support.training import TINY, difference, make_run, snapshot, whole
+from tests.support.oracle import oracle_loss
 
 STAGES, MICRO_BATCHES, LAYERS = 2, 4, 4
 BASE = ["run.dtype=float64", "balance.weight=0.3", "loss.z.weight=0", "data.min_length=0.2", f"model.num_layers={LAYERS}",

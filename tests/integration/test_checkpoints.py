@@ -27,8 +27,8 @@ from moetrain.train.checkpoint.save import Saver, save
 from moetrain.train.setup import Run
 from moetrain.train.state import OPTIONAL
 from moetrain.train.step import train_step
-from tests.integration.training import Held, difference, make_run, snapshot, whole
-from tests.train.checkpoint.saved import flip
+from tests.support.training import Held, difference, make_run, snapshot, whole
+from tests.support.checkpoints import flip
 
 SIZES = ["run.dtype=float64", "data.vocab_size=50", "model.qk_norm=true", "model.num_shared_experts=1", "balance.weight=0.1",
          "train.micro_batch=4"]

@@ -12,7 +12,7 @@ import torch
 
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
-from tests.integration.training import Trained, alone, difference, train_steps, union
+from tests.support.training import Trained, alone, difference, train_steps, union
 
 EP2 = ["run.dtype=float64", "run.nproc=2", "parallel=ep", "train.micro_batch=4", "data.min_length=0.3", "balance.weight=1.0"]
 SERIAL = ["run.dtype=float64", "data.min_length=0.3", "balance.weight=1.0"]

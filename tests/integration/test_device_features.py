@@ -14,7 +14,7 @@ from torch import Tensor
 from moetrain.config.compose import compose
 from moetrain.train.setup import join, set_up
 from moetrain.train.step import train_step
-from tests.integration.training import difference, snapshot, whole
+from tests.support.training import difference, snapshot, whole
 from tests.support import simulated_device, small_text
 from tests.support.device_process import DeviceProcess
 

@@ -10,7 +10,7 @@ from moetrain.parallel.state_shards import pieces
 from moetrain.train import micro_batches as passes
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
-from tests.integration.training import difference, make_run, snapshot, train_steps, union, whole
+from tests.support.training import difference, make_run, snapshot, train_steps, union, whole
 
 FSDP = ["run.dtype=float64", "run.nproc=2", "parallel=fsdp", "train.micro_batch=4"]
 

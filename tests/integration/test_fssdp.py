@@ -19,8 +19,8 @@ from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
-from tests.integration.copies import CALIBRATE, bits, run_with_copies, train_with_copies
-from tests.integration.training import FORCED, Trained, alone, difference, make_run, train_run, union
+from tests.support.random_copies import CALIBRATE, bits, run_with_copies, train_with_copies
+from tests.support.training import FORCED, Trained, alone, difference, make_run, train_run, union
 
 STEPS, MANY_STEPS = 12, 20
 

@@ -11,7 +11,7 @@ from moetrain.moe.bank import MATRICES, PIECES
 from moetrain.ops import grouped_experts
 from moetrain.plan.cost.memory import CopyMemory, copy_memory, held_at
 from moetrain.train.step import train_step
-from tests.integration.copies import EveryLayerOtherwise, run_with_copies
+from tests.support.random_copies import EveryLayerOtherwise, run_with_copies
 
 
 class Live(NamedTuple):

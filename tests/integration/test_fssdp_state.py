@@ -10,8 +10,8 @@ from moetrain.train.checkpoint.save import save
 from moetrain.parallel.fssdp.replanner import Planning
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
-from tests.integration.copies import CALIBRATE, bits, numbers, run_with_copies
-from tests.integration.training import make_run, whole
+from tests.support.random_copies import CALIBRATE, bits, numbers, run_with_copies
+from tests.support.training import make_run, whole
 from tests.train.test_state import unsaved
 
 

@@ -2,7 +2,7 @@
 
 Factors: mesh, accumulation, shared experts, unequal padding, a forced router that leaves experts and whole ranks without
 tokens, and how the forward passes are run (activation checkpointing, count pass). Pairs of factors here, the full product
-with --all. float64 to 1e-10 against tests/oracle.py: first gradients, clipped; norm; counts exactly; parameters after 8 steps
+with --all. float64 to 1e-10 against tests/support/oracle.py: first gradients, clipped; norm; counts exactly; parameters after 8 steps
 of AdamW (20 with --all). float32, every third case, through the path that ships: first gradients at 1e-5 with the choices fixed, loss curves within 1e-3.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moetrain.train.optim.lr_schedule import learning_rate
-from tests.integration.training import FORCED, Trained, alone, difference, make_run, snapshot, train_steps, union, whole
-from tests.oracle import oracle_loss
+from tests.support.training import FORCED, Trained, alone, difference, make_run, snapshot, train_steps, union, whole
+from tests.support.oracle import oracle_loss
 
 STEPS, MANY_STEPS = 8, 20
 MESHES = {

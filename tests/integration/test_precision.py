@@ -4,7 +4,7 @@ same bits every time."""
 import pytest
 import torch
 
-from tests.integration.training import alone, difference, make_run, train_steps, union
+from tests.support.training import alone, difference, make_run, train_steps, union
 
 BF16 = ["run.dtype=bfloat16", "train.micro_batch=4", "optim.lr=3e-3", "model.dim=32", "model.expert_dim=32"]
 MESHES = {

@@ -18,7 +18,7 @@ from moetrain.model import build
 from moetrain.train.setup import join, set_up
 from moetrain.train.step import train_step
 from moetrain.units import size
-from tests.launch.runs import ROOT
+from tests.support.runs import ROOT
 
 PAGE = (ROOT / "docs" / "howto" / "recipes.md").read_text()
 RECIPES = [name for name in group_options()["experiment"] if name not in ("debug", "quickstart")]

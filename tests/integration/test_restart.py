@@ -177,7 +177,7 @@ def test_an_evaluation_that_a_signal_put_off_is_made_good(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.full                        # that a failed write changes nothing: tests/train/checkpoint/test_commit.py
+@pytest.mark.full                        # that a failed write changes nothing: tests/checkpoint/test_commit.py
 def test_a_config_that_cannot_be_written_stays_as_it_was_and_ends_all_ranks(tmp_path):
     assert Job(tmp_path, *TWO, steps=2).wait() == 0
     config = tmp_path / "run" / "config.yaml"

@@ -13,7 +13,7 @@ from moetrain.train.checkpoint.load import load
 from moetrain.train.checkpoint.save import save
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
-from tests.integration.training import make_run
+from tests.support.training import make_run
 
 BEFORE, AFTER = 4, 4
 TIMED = ("time", "throughput/", "memory/")

@@ -10,8 +10,8 @@ from functools import cache
 
 import pytest
 
-from tests.integration.training import Trained, alone, assert_trains_alike, make_run, train_run, union
-from tests.ranks import Ranks
+from tests.support.training import Trained, alone, assert_trains_alike, make_run, train_run, union
+from tests.support.ranks import Ranks
 from tests.support import host_waits
 from tests.support.host_waits import BESIDE, CASES, MESHES, MODES, Entry
 

@@ -22,7 +22,7 @@ from moetrain.train.checkpoint.load import resume
 from moetrain.train.checkpoint.save import save
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
-from tests.integration.training import (
+from tests.support.training import (
     Held,
     Trained,
     alone,
@@ -34,7 +34,7 @@ from tests.integration.training import (
     union,
     whole,
 )
-from tests.ranks import free_port
+from tests.support.ranks import free_port
 from tests.support.simulated_device import RECORD, Wait
 
 pytestmark = pytest.mark.ranks

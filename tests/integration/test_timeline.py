@@ -11,7 +11,7 @@ from moetrain.errors import DiskError
 from moetrain.train.count_pool import Pooling
 from moetrain.train.step import train_step
 from moetrain.train.loggers.timeline import Timeline
-from tests.integration.training import make_run
+from tests.support.training import make_run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 

@@ -10,7 +10,7 @@ from moetrain.losses.base import Pooled
 from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.moe.layer import MoELayer
 from moetrain.routers.base import RouterContext
-from tests.integration.training import make_run
+from tests.support.training import make_run
 
 TOKENS, DIM, EXPERTS = 24, 16, 8         # on each rank; experts in all
 

@@ -16,7 +16,7 @@ from tests.support import needs
 needs.module("deepspeed", extra="deepspeed")
 
 from tests.interop.layers import EXPERTS, TOKENS, assert_same, our_layer, ours, theirs, tokens
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

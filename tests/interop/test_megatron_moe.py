@@ -17,7 +17,7 @@ from tests.support import needs
 needs.module("megatron.core", extra="megatron")
 
 from tests.interop.layers import DIM, EXPERTS, TOKENS, assert_same, our_layer, ours, theirs
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import TINY, children, ended, is_alive, ranks, started, status, steps, two_nodes, until
-from tests.ranks import free_port
+from tests.support.runs import TINY, children, ended, is_alive, ranks, started, status, steps, two_nodes, until
+from tests.support.ranks import free_port
 
 pytestmark = pytest.mark.ranks
 

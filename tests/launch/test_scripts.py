@@ -17,7 +17,7 @@ import pytest
 
 from moetrain.__main__ import main
 from moetrain.config.compose import compose, run_dir
-from tests.launch.runs import until
+from tests.support.runs import until
 
 ROOT = Path(__file__).parents[2]
 # Blanks, quotes, a comma, brackets, a glob and what a shell would run.

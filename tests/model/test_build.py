@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moetrain.model.build import normal
-from tests.integration.training import Held, alone, make_run, snapshot, whole
+from tests.support.training import Held, alone, make_run, snapshot, whole
 
 
 def held(overrides: list[str]) -> Held:

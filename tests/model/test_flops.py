@@ -11,7 +11,7 @@ from moetrain.model.build import build_model
 from moetrain.model.flops import named_peak, training_flops
 from moetrain.train import setup
 from moetrain.train.micro_batches import step_context
-from tests.integration.training import make_run, train_run
+from tests.support.training import make_run, train_run
 
 SHAPES = {
     "experts": ["model.num_experts=8", "model.top_k=3"],

@@ -10,8 +10,8 @@ from moetrain.routers.base import lean
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
-from tests.integration.training import Trained, difference, make_run, snapshot, union, whole
-from tests.oracle import oracle_loss
+from tests.support.training import Trained, difference, make_run, snapshot, union, whole
+from tests.support.oracle import oracle_loss
 
 CONTEXT = RouterContext()
 OVERRIDES = ["router=sigmoid", "router.scale=2.5", "router.update_rate=0.05", "balance.weight=0.01", "run.dtype=float64",

@@ -26,8 +26,8 @@ from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from moetrain.train.stopwatch import Stopwatch
-from tests.integration.training import make_run
-from tests.ranks import Ranks
+from tests.support.training import make_run
+from tests.support.ranks import Ranks
 from tests.support.simulated_device import RECORD
 
 TABLE = Path(__file__).parents[1] / "integration" / "host_waits.md"

@@ -13,7 +13,7 @@ from moetrain.parallel.state_shards import pieces
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.setup import join, set_up
 from moetrain.train.step import train_step
-from tests.integration.training import TINY
+from tests.support.training import TINY
 
 
 STEP = {

@@ -11,7 +11,7 @@ from moetrain.train.banner import saves_line
 from moetrain.train.checkpoint.save import Saver
 from moetrain.train.loop import train
 from moetrain.train.step import Votes, train_step
-from tests.integration.training import TINY, make_run
+from tests.support.training import TINY, make_run
 
 
 @pytest.mark.parametrize("minutes, interval, steps", [("1e-9", 2, [1, 2, 3, 4, 5]), ("0", 2, [2, 4, 5]), ("null", 0, [5]), ("15", 0, [5])])

@@ -9,7 +9,7 @@ from moetrain.config.compose import compose
 from moetrain.config.size_check import Available
 from moetrain.errors import ConfigError
 from moetrain.train import setup
-from tests.ranks import free_port
+from tests.support.ranks import free_port
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -16,7 +16,7 @@ from moetrain.parallel.state_shards import local
 from moetrain.train.setup import Run
 from moetrain.train.state import REBUILT
 from moetrain.train.step import train_step
-from tests.integration.training import make_run
+from tests.support.training import make_run
 
 ATOMS = (int, float, bool, str, bytes, type(None))
 CLOSED = (torch.device, torch.dtype, torch.Size, type, pathlib.Path, types.ModuleType)

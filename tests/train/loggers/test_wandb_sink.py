@@ -77,7 +77,7 @@ def run_with_fake(kind: str, tmp_path: Path, pause: float) -> str:
     """Standard output of a training process that finds this fake as `wandb`."""
     (tmp_path / "wandb.py").write_text(FAKE[kind])
     (tmp_path / "script.py").write_text(SCRIPT)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     started = time.monotonic()
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(pause)]
     done = subprocess.run(command, cwd=root, env={"PYTHONPATH": f"{tmp_path}:{root}"}, timeout=60,

@@ -1,0 +1,3 @@
+"""A run of two steps and its checkpoint."""
+
+from tests.support.checkpoints import checkpoint as checkpoint, two_steps as two_steps

@@ -1,0 +1,99 @@
+"""Homes that move, are cut up and put together: what is held, by name, is the same to the bit, moments included."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moetrain.comm.mesh import Group
+from moetrain.moe.bank import ExpertBank
+from moetrain.moe.experts import GroupedExperts
+from moetrain.parallel.state_shards import pieces
+from moetrain.parallel.fssdp.rehoming import cut, reshard, together
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+from moetrain.train.optim.optimizer import allocate_state
+from tests.support.training import whole
+
+POSITIONS, DIM, EXPERT_DIM = 4, 3, 5         # of the three rows of down one position has none
+SIZES = {"layers.0.moe": 6, "layers.1.moe": 3}
+
+
+class Model(nn.Module):
+    """Modules whose paths look like the model's."""
+
+    def __init__(self, placement: ExpertPlacement, at: int) -> None:
+        super().__init__()
+        banks = [ExpertBank(experts=layer.experts_of(at), dim=DIM, expert_dim=EXPERT_DIM, cut=(at, POSITIONS))
+                 for _, layer in placement.layers]
+        self.layers = nn.ModuleList(nn.ModuleDict({"moe": nn.ModuleDict({"experts": GroupedExperts(bank)})}) for bank in banks)
+
+    @property
+    def banks(self) -> dict[str, ExpertBank]:
+        return {f"layers.{index}.moe": layer["moe"]["experts"].bank for index, layer in enumerate(self.layers)}
+
+
+def drawn(seed: int, slices: bool = True) -> ExpertPlacement:
+    draw = random.Random(seed)
+    return ExpertPlacement(tuple(
+        (name, LayerPlacement(tuple(draw.randrange(POSITIONS) for _ in range(size)), POSITIONS, (),
+                              tuple(draw.sample(range(size), draw.randint(0, size) if slices else 0))))
+        for name, size in SIZES.items()))
+
+
+def held(model: Model, optimizer: torch.optim.Optimizer) -> dict:
+    found = {}
+    for kind in ("parameter", "exp_avg", "exp_avg_sq"):
+        of = lambda parameter: parameter.data if kind == "parameter" else optimizer.state[parameter][kind]  # noqa: E731, B023
+        found.update({f"{kind} {piece.name}": (piece.shape, piece.begin, piece.rows.clone()) for piece in pieces(model, of)})
+    return found
+
+
+def moved(seeds: list[int]) -> tuple[list[dict], list[int]]:
+    """What this position holds after each of the placements of the seeds, starting from whole homes; how many moved."""
+    at, placement = dist.get_rank(), drawn(99, slices=False)
+    group = Group("ep", tuple(range(POSITIONS)), at, dist.group.WORLD)
+    model = Model(placement, at)
+    optimizer = torch.optim.AdamW(model.parameters())
+    allocate_state(optimizer)
+    for kind, scale in (("parameter", 1), ("exp_avg", 2), ("exp_avg_sq", 3)):
+        of = lambda parameter: parameter.data if kind == "parameter" else optimizer.state[parameter][kind]  # noqa: E731, B023
+        for piece in pieces(model, of):
+            generator = torch.Generator().manual_seed(sum(map(ord, piece.name)) * scale)
+            piece.rows.copy_(torch.randn(piece.shape, generator=generator))
+    found, counts = [held(model, optimizer)], []
+    for seed in seeds:
+        counts.append(reshard(model.banks, optimizer, placement, drawn(seed), group))
+        placement = drawn(seed)
+        assert all(bank.experts == placement[name].experts_of(at) and bank.sliced == placement[name].sliced
+                   for name, bank in model.banks.items())
+        found.append(held(model, optimizer))
+    return found, counts
+
+
+@pytest.mark.ranks
+def test_the_state_by_name_is_the_same_before_and_after(ranks):
+    results = ranks(POSITIONS).run(moved, list(range(12)))
+    found = [whole([result[0][index] for result in results]) for index in range(13)]
+    assert len(found[0]) == 3 * 2 * sum(SIZES.values())
+    for after in found[1:]:
+        assert after.keys() == found[0].keys() and all(torch.equal(after[name], found[0][name]) for name in after)
+    assert all(result[1] == results[0][1] for result in results) and all(results[0][1])
+
+
+@pytest.mark.ranks
+def test_each_row_of_a_sliced_expert_is_held_once(ranks):
+    results = ranks(POSITIONS).run(moved, [3])
+    sliced = {f"{name}.experts.{expert}.gate_up" for name, layer in drawn(3).layers for expert in layer.sliced}
+    assert sliced
+    for name in sliced:
+        rows = [len(result[0][1][f"parameter {name}"][2]) for result in results]
+        assert rows == [2, 3, 2, 3]
+
+
+def test_pieces_put_together_are_the_expert():
+    shapes = [(5, 2), (1, 3), (4, 1)]
+    row = torch.arange(17.)
+    for positions in (1, 2, 3, 7):
+        assert together([cut(row, shapes, at, positions) for at in range(positions)], shapes).equal(row)

@@ -1,0 +1,82 @@
+"""What the tests of FSSDP run on every rank: training with other random copies at every step."""
+
+import random
+
+import pytest
+import torch
+
+from moetrain.plan.calibration import extended
+from moetrain.plan.cost.machine import Topology
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+from moetrain.plan.planners.base import LayerPlan
+from moetrain.train.setup import Run
+from tests.support.training import Trained, make_run, train_run
+
+CALIBRATE = "parallel.calibrate=true"
+
+
+class Random:
+    """A planner that copies and moves homes at random, by the loads it is given."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+        draw = random.Random(f"{self.seed}/{loads.tolist()}")
+        pairs = [(expert, at) for expert, home in enumerate(homes.home) for at in range(homes.positions) if at != home]
+        copies = draw.sample(pairs, draw.choice([0, 1, len(pairs) // 3, len(pairs)]))
+        placement = LayerPlacement(homes.home, homes.positions, tuple(copies))
+        self.rule = draw.choice(["local_first", "waterfill", "shares"])
+        return LayerPlan(placement, tuple(draw.choice([0, 1, 7]) for _ in placement.replicas))
+
+    def rehome(self, loads, placement, topology, costs) -> ExpertPlacement:
+        """Any home for every expert."""
+        draw = random.Random(f"{self.seed}/{[layer.tolist() for layer in loads.values()]}")
+        return ExpertPlacement(tuple((name, LayerPlacement(tuple(draw.randrange(layer.positions) for _ in layer.home),
+                                                           layer.positions)) for name, layer in placement.layers))
+
+
+def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
+    """Two ranks a node."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        run = make_run(overrides, forced)
+    planning = run.state.planning
+    assert planning.surroundings.topology == Topology(run.mesh["ep"].size, 2)
+    planning.planner = Random(seed)
+    planning.surroundings = planning.surroundings._replace(room=8)
+    planning.calibration = planning.calibration and extended         # every missing copy, never mind the price
+    return run
+
+
+def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Trained:
+    run = run_with_copies(overrides, forced, seed)
+    planning = run.state.planning
+    sliced = set()
+
+    def adopt(placement, tables, original=planning.copies.adopt):
+        sliced.update(layer.sliced for _, layer in placement.layers)
+        original(placement, tables)
+
+    planning.copies.adopt = adopt
+    planning.restored()                                  # copies from the first step on
+    trained = train_run(run, steps)
+    if run.config.parallel.sliced and not forced:
+        assert len(sliced) > 2, sliced                   # other experts lie in pieces in mid-run
+    return trained
+
+
+class EveryLayerOtherwise(Random):
+    asked = 0
+
+    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+        self.asked += 1
+        return super().plan(loads + self.asked, homes, topology, costs, room)
+
+
+def numbers(metrics: dict[str, float]) -> dict[str, str]:
+    return {name: float(value).hex() for name, value in metrics.items() if not name.startswith(("time", "through", "memory"))}
+
+
+def bits(run: Run) -> dict[str, bytes]:
+    return {piece.name: piece.rows.detach().contiguous().view(torch.uint8).numpy().tobytes() for piece in run.state.pieces()}
