@@ -146,6 +146,21 @@ def test_an_import_of_a_neighbour_and_a_loop_are_found() -> None:
     assert loop(sources) == ["moetrain.ops.a", "moetrain.ops.b", "moetrain.ops.c", "moetrain.ops.a"]
 
 
+# --- tests
+
+
+def test_no_test_imports_a_test() -> None:
+    """What tests share is in tests/support."""
+    root = Path(__file__).parents[1]
+    found = []
+    for path in sorted((root / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else [])
+            found += [f"{path.relative_to(root)}: {name}" for name in names if re.search(r"(^|\.)test_", name)]
+    assert found == []
+
+
 # --- files
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from moetrain.__main__ import main
 from moetrain.cli.inspect import kind
-from tests.cli.test_main import moetrain
+from tests.support.captured_command import moetrain
 from tests.support.checkpoints import flip, payload, saved, trained
 
 

@@ -1,9 +1,7 @@
 """The command line as a user meets it: real processes."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,14 +13,7 @@ from moetrain.cli.help import FIRST_KEYS, pages, section_page
 from moetrain.config.compose import compose
 from moetrain.config.values import schema_keys
 from moetrain.errors import Preempted
-
-ROOT = Path(__file__).parents[2]
-
-
-def moetrain(*argv: str, cwd: Path, python: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MOETRAIN_DEBUG")}
-    return subprocess.run([sys.executable, *python, "-m", "moetrain", *argv], cwd=cwd, capture_output=True, text=True, timeout=60,
-                          env={**clean, "PYTHONPATH": str(ROOT), **env})
+from tests.support.captured_command import ROOT, moetrain
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "--help", "router"], ["train", "optim.lrr=1"], ["eval", "run.name=none"], ["version"],

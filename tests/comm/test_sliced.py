@@ -15,7 +15,7 @@ from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement, piece_rows
 from moetrain.plan.transfers import gather_bytes, reduce_bytes
-from tests.comm.test_sparse import CPU, POSITIONS, SEEDS, group, placement_of
+from tests.support.copied_experts import CPU, POSITIONS, SEEDS, group, placement_of
 
 SHAPES = [(5, 3), (2, 4)]                    # rows that do not divide; of the second two positions have none
 WIDTH = 5 * 3 + 2 * 4

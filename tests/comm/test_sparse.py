@@ -1,6 +1,5 @@
 """The sparse pair over random placements, in every form: copies are the home's bits, gradients come home as the sum."""
 
-import random
 import time
 from functools import reduce as fold
 from operator import add
@@ -10,17 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Collective
 from moetrain.comm.sparse.forms import FORMS, collective, sparse_all_gather
 from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import gather_bytes, reduce_bytes
+from tests.support.copied_experts import CPU, POSITIONS, SEEDS, WIDTH, group, placement_of
 
-POSITIONS, WIDTH = 4, 6
-SEEDS = (0, 1, 2, 3, 4, 5, 8, 12)      # no copies, one, everywhere; one home for all; three copies on a node that has no home
-CPU = torch.device("cpu")
 NODES = {"one node": Topology(4, 4), "two nodes": Topology(4, 2), "uneven nodes": Topology(4, 3), "four nodes": Topology(4, 1)}
 WIRES = [("packed", "one node"), *(("two_level", nodes) for nodes in NODES)]
 
@@ -30,20 +26,8 @@ def wires(test):
     return pytest.mark.parametrize("form, nodes", WIRES, ids=["packed", *(f"two_level, {nodes}" for nodes in NODES)])(test)
 
 
-def placement_of(seed: int) -> LayerPlacement:
-    """Any homes (a position may own none or all), any copies (none, some, everywhere)."""
-    draw = random.Random(seed)
-    home = tuple(draw.choice([[draw.randrange(POSITIONS) for _ in range(7)], [draw.randrange(POSITIONS)] * 7]))
-    pairs = [(expert, at) for expert in range(7) for at in range(POSITIONS) if at != home[expert]]
-    return LayerPlacement(home, POSITIONS, tuple(draw.sample(pairs, draw.choice([0, 1, 5, 8, 12, len(pairs)]))))
-
-
 def weight(expert: int) -> Tensor:
     return torch.randn(WIDTH, generator=torch.Generator().manual_seed(expert), dtype=torch.float64)
-
-
-def group() -> Group:
-    return Group("ep", tuple(range(POSITIONS)), dist.get_rank(), dist.group.WORLD)
 
 
 def here(placement: LayerPlacement, form: str, nodes: str) -> Collective:

@@ -19,7 +19,7 @@ from moetrain.data import token_blocks
 from moetrain.data.loader import build_dataset
 from moetrain.data.token_dataset import TokenDataset
 from moetrain.errors import DataError
-from tests.integration.test_command_line import DEBUG, environment, numbers
+from tests.support.command_line import DEBUG, environment, numbers
 from tests.support.token_writers import LLAMA_3, WRITERS, end_of_documents, llmc, nanogpt, olmo
 
 EOT, GPT2, LLAMA = 50256, 50257, 128_256

@@ -14,7 +14,7 @@ from moetrain.data.prepared import Prepared, open_prepared
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.data.tokens import TokenShard, open_shard
 from moetrain.errors import DataError
-from tests.data.test_tokens import with_header
+from tests.support.shards import with_header
 from tests.support.odd_files import ODD, make_odd
 from tests.support.shards import write_documents
 

@@ -1,6 +1,5 @@
 """Token shards: what is written is read, and whatever happens to a file on disk is refused by name."""
 
-import json
 import random
 import struct
 import zlib
@@ -14,6 +13,7 @@ from moetrain.data.token_blocks import TokenBlocks
 from moetrain.data.tokens import TokenShard, open_shard
 from moetrain.errors import DataError, DiskError, MoETrainError
 from tests.support.shards import write_documents
+from tests.support.shards import with_header
 
 DOCUMENTS = [np.arange(5), np.zeros(0, np.int64), np.array([256, 7, 7]), np.arange(100)]
 
@@ -30,16 +30,6 @@ def refused(path: Path) -> DataError:
     assert str(path) in caught.value.where and caught.value.code == 12
     assert caught.value.what and caught.value.why and caught.value.next
     return caught.value
-
-
-def with_header(path: Path, **changes: object) -> Path:
-    """The shard with changed header entries and a right checksum: what a hostile file looks like."""
-    raw = path.read_bytes()
-    length = struct.unpack_from("<I", raw, 12)[0]
-    header = json.loads(raw[20:20 + length]) | changes
-    encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<8sIII", raw[:8], 1, len(encoded), zlib.crc32(encoded)) + encoded + raw[20 + length:])
-    return path
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(257, "uint16"), (65536, "uint16"), (65537, "uint32")])

@@ -19,7 +19,7 @@ from moetrain.model.attention import Attention, rotary_table
 from moetrain.train import micro_batches as passes
 from moetrain.train.setup import Run, set_up
 from moetrain.train.step import train_step
-from tests.integration.test_balance import BASE
+from tests.support.balance_oracle import BASE
 from tests.support.training import TINY, difference, make_run, snapshot, whole
 
 STEPS, LENGTH = 3, 12

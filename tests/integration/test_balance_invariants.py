@@ -22,7 +22,7 @@ from moetrain.train.metrics import pool
 from moetrain.train.micro_batches import step_context
 from moetrain.train.count_pool import Known, Pooling, Prior
 from moetrain.train.step import train_step
-from tests.integration.test_balance import BASE, WORLDS, steps, truth
+from tests.support.balance_oracle import BASE, WORLDS, steps, truth
 from tests.support.training import FORCED, difference, make_run, snapshot, whole
 
 GLOBAL = [*BASE, "loss.z.weight=0"]

@@ -12,7 +12,7 @@ from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.support.random_copies import CALIBRATE, bits, numbers, run_with_copies
 from tests.support.training import make_run, whole
-from tests.train.test_state import unsaved
+from tests.support.unsaved_state import unsaved
 
 
 SLICED = ["planner=eplb", "parallel.sliced=3", "parallel.collective=two_level"]      # which groups sums otherwise than pieces do

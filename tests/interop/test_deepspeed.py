@@ -16,7 +16,7 @@ from moetrain.config.compose import compose
 from moetrain.errors import ConfigErrors
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
-from tests.integration.test_command_line import DEBUG, environment, metrics
+from tests.support.command_line import DEBUG, environment, metrics
 from tests.support.training import difference, make_run, whole
 from tests.support.ranks import Ranks
 

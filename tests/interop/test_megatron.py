@@ -22,7 +22,7 @@ from moetrain.data.loader import Loader, build_dataset
 from moetrain.data.token_dataset import TokenDataset
 from moetrain.data.tokenizer import ByteTokenizer
 from moetrain.errors import DataError
-from tests.integration.test_command_line import DEBUG, environment, numbers, weights
+from tests.support.command_line import DEBUG, environment, numbers, weights
 from tests.support.indexed_data import build, numbered
 
 SEQ = 32

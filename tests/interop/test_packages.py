@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.integration.test_command_line import DEBUG, environment
+from tests.support.command_line import DEBUG, environment
 
 HIDE = """import sys, importlib.util as util
 found = util.find_spec

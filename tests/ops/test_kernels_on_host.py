@@ -19,7 +19,7 @@ from moetrain.ops.permute import plan_permutation
 from moetrain.ops.route_plan import route_plan
 from moetrain.ops.router import RouterRule
 from tests.ops.kernels_on_host import ORDERS, SUFFIX, arithmetic, call, check_guards, library, poisoned, unaligned
-from tests.ops.test_peer_memory import CASES
+from tests.support.peer_rows import CASES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float64: 1e-12}

@@ -1,21 +1,12 @@
 """Legs of sparse collectives: everybody gets what the placement says, over links that are used no more than needed."""
 
-import random
 
 import pytest
 
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import LEGS, Transfer, gather_bytes, reduce_bytes, two_level
-
-
-def drawn(seed: int) -> tuple[LayerPlacement, Topology]:
-    draw = random.Random(seed)
-    positions, experts = draw.randint(1, 9), draw.randint(1, 9)
-    home = tuple(draw.randrange(positions) for _ in range(experts))
-    pairs = [(expert, at) for expert in range(experts) for at in range(positions) if at != home[expert]]
-    copies = draw.sample(pairs, draw.randint(0, len(pairs)))
-    return LayerPlacement(home, positions, tuple(copies)), Topology(positions, draw.randint(1, positions))
+from tests.support.random_placements import drawn
 
 
 @pytest.mark.parametrize("form", LEGS)

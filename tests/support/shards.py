@@ -1,5 +1,8 @@
-"""Token shards of documents that are at hand."""
+"""Token shards of documents that are at hand, and shards whose header was changed."""
 
+import json
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,3 +17,13 @@ def write_documents(path: Path, documents: Sequence[np.ndarray], *, vocab_size: 
     offsets = np.cumsum([0, *map(len, documents)])
     write_shard(path, tokens=np.concatenate([np.zeros(0, dtype), *documents]).astype(dtype), offsets=offsets, vocab_size=vocab_size,
                 **rest)
+
+
+def with_header(path: Path, **changes: object) -> Path:
+    """The shard with changed header entries and a right checksum: what a hostile file looks like."""
+    raw = path.read_bytes()
+    length = struct.unpack_from("<I", raw, 12)[0]
+    header = json.loads(raw[20:20 + length]) | changes
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<8sIII", raw[:8], 1, len(encoded), zlib.crc32(encoded)) + encoded + raw[20 + length:])
+    return path

@@ -10,7 +10,7 @@ from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import gathering_s
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import LEGS, pieces
-from tests.plan.test_transfers import drawn
+from tests.support.random_placements import drawn
 
 
 def busiest(moved: list[tuple[int, int, float]], topology: Topology) -> tuple[float, float]:

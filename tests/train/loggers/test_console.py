@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from moetrain.train.loggers.console import BANNER_LINES, Console, Eta, banner, connect_logging, eval_line, heatmap, summary
+from tests.support.text_file import File
 
 METRICS = {
     "step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8123, "loss/balance": 1.0213,
@@ -19,10 +20,6 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-class File(io.StringIO):
-    encoding = "utf-8"
 
 
 def test_banner_and_summary_are_aligned() -> None:
