@@ -6,7 +6,7 @@
 // weights and the rounding. Here one block owns one 64 x 64 tile of one expert's gradient and adds to it once, so nothing
 // is atomic; an expert without rows is left alone. bfloat16 goes through the tensor cores (wmma), float32 through plain
 // multiply-adds, without tf32. Simple and right before fast: no pipelining of loads. Which of the two ways is faster is for
-// a measurement to say (tools/bench_ops.py).
+// a measurement to say (tools/bench/ops.py).
 #pragma once
 
 #include "common.cuh"

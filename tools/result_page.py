@@ -31,6 +31,6 @@ def provenance() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     shared = "; other programs shared cores and caches" if load > cores else ""
-    command = shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", ".".join(Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").parts), *sys.argv[1:]])
     return (f"{cores} CPU cores ({platform.machine()}), load average {load:.1f} at the end{shared}; Python {platform.python_version()}, "
             f"numpy {np.__version__}, commit {commit}.\n\n    {command}")

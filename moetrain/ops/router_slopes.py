@@ -12,7 +12,7 @@ For the loss E sum_i f_i P_i / N that is E/N p (f - <p, f>), with f a constant.
 The routers (routers/topk.py, routers/sigmoid.py) do not call it. Their probabilities also make the gate weights, so one softmax
 backward serves both; with this op instead, scores, weights, sums and backward of 2,048 tokens and 64 experts took 3 times as long on
 a CPU. It is the second form against which autograd's gradient, and a kernel that takes slopes, are held, and what
-tools/compare_balance.py takes for exact.
+tools/study/balance_gradients.py takes for exact.
 
 Shapes: T tokens, E experts.
 """

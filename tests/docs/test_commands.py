@@ -28,7 +28,7 @@ ELSEWHERE = {
     "bash launch/nodes.sh": "launch/test_nodes.py::test_two_nodes_train",
     "sbatch": "launch/test_slurm.py::test_a_job_on_two_nodes_trains",
     "moetrain train -m": "cli/test_main.py::test_a_sweep_gives_each_job_its_own_run",
-    "python tools/netlab.py": "test_netlab.py::test_an_exchange_is_right_and_takes_the_link_of_its_class",
+    "python -m tools.netlab": "tools/test_netlab.py::test_an_exchange_is_right_and_takes_the_link_of_its_class",
     "engine=deepspeed": "interop/test_deepspeed.py::test_the_command_ends_with_0_and_resumes",
     "data=memmap": "data/test_memmap.py::test_a_run_trains_evaluates_and_resumes",
     "data=megatron": "interop/test_megatron.py::test_a_run_trains_evaluates_and_resumes",

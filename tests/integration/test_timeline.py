@@ -1,7 +1,6 @@
 """Recorded timelines: what ran when. Counts are on their way while the head runs, and nobody waits for them before the loss."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from moetrain.train.step import train_step
 from moetrain.train.loggers.timeline import Timeline
 from tests.support.training import make_run
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from trace_balance import pooled, spans  # noqa: E402
+from tools.study.balance_trace import pooled, spans  # noqa: E402
 
 ACCUMULATED = ["parallel=ep", "run.nproc=2", "train.micro_batch=2"]                  # four micro-batches a step
 MODES = {"exact": [], "counted first": ["train.count_pass=true"], "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"],

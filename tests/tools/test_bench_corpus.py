@@ -1,4 +1,4 @@
-"""What tools/bench_corpus.py measures is what it says: the same documents in every format, a process of its own, a page by sections."""
+"""What tools/bench/corpus.py measures is what it says: the same documents in every format, a process of its own, a page by sections."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from moetrain.data.selection import find_source, select
 from moetrain.data.spool import Spool
-from tools import bench_corpus
+from tools.bench import corpus as bench_corpus
 from tools.result_page import write_section
 
 SIZE = 40_000                                        # bytes: 20 documents

@@ -13,11 +13,10 @@ import torch
 
 from tests.support.runs import ROOT, children, ended
 
-sys.path.insert(0, str(ROOT / "tools"))
 
-import bench_layer
-import netlab
-from bench_layer import Clock, EmulatedLink, Layer, Shape, predicted, summary, table
+from tools.bench import layer as bench_layer
+from tools.netlab import lab as netlab
+from tools.bench.layer import Clock, EmulatedLink, Layer, Shape, predicted, summary, table
 from moetrain.comm.exchange.base import Splits
 
 CPU = torch.device("cpu")
@@ -90,7 +89,7 @@ def between(tmp_path):
 
     def between(*words: str) -> subprocess.Popen:
         started.append(subprocess.Popen(
-            [sys.executable, str(ROOT / "tools/bench_layer.py"), "--out", str(tmp_path / "layer.json"), "--between", "400mbit", "--shapes",
+            [sys.executable, "-m", "tools.bench.layer", "--out", str(tmp_path / "layer.json"), "--between", "400mbit", "--shapes",
              "mixtral", "--divide", "64", "--tokens", "64", "--ratios", "1", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True))
         return started[0]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tools import bench_ops
-from tools.ops_under_test import CASES, SMALL, case_of
+from tools.bench import ops as bench_ops
+from tools.bench.op_cases import CASES, SMALL, case_of
 
 CHIP = {"C": 1e9, "R": 1e9}
 

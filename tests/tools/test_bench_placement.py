@@ -1,4 +1,4 @@
-"""tools/bench_placement.py and its parts: what is counted is what must be sent, and what is printed follows from the steps."""
+"""tools/bench/placement.py and its parts: what is counted is what must be sent, and what is printed follows from the steps."""
 
 import json
 import subprocess
@@ -13,14 +13,12 @@ from moetrain.config.build import build
 from moetrain.config.compose import compose
 from moetrain.plan.loads.synthetic import generate
 from moetrain.plan.placement import ExpertPlacement
-from tests.support.runs import ROOT
 
-sys.path.append(str(ROOT / "tools"))                     # here, so that the ranks have it too
-import bench_placement
-import bench_planner
-import netlab
-import placement_ranks
-import placement_result
+from tools.bench import placement as bench_placement
+from tools.bench import planner as bench_planner
+from tools.netlab import lab as netlab
+from tools.bench import placement_ranks
+from tools.bench import placement_report as placement_result
 
 PLANNERS = bench_placement.PLANNERS
 SIZES = placement_ranks.Sizes(dim=8, expert_dim=4, row_s=1e-4, hidden_s=1e-3, inside=1e8, between=1e7)
@@ -163,7 +161,7 @@ def test_a_study_runs_over_emulated_links(tmp_path: Path):
     except netlab.LabError as error:
         pytest.skip(str(error))
     out = tmp_path / "result.json"
-    command = [sys.executable, bench_placement.__file__, "--loads", "synthetic", "--traces", "hot_rank", "--planners", "ep", "balanced",
+    command = [sys.executable, "-m", "tools.bench.placement", "--loads", "synthetic", "--traces", "hot_rank", "--planners", "ep", "balanced",
                "--oracle", "--steps", "2", "--real-steps", "1", "--rows", "64", "--between", "900mbit", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import pytest
 from moetrain.data.scan import scan
 from moetrain.data.sources import documents
 from moetrain.data.spool import Spool
-from tools import bench_prepare
+from tools.bench import prepare as bench_prepare
 
 
 @pytest.mark.parametrize("name", bench_prepare.SOURCES)

@@ -16,7 +16,7 @@ ONCE = ["--rounds", "1", "--steps", "1", "--threads", "1"]
 @pytest.fixture
 def bench(tmp_path):
     def run(*arguments: str) -> dict:
-        command = [sys.executable, "tools/bench_train.py", *arguments, *ONCE, "--out", str(tmp_path / "train.json")]
+        command = [sys.executable, "-m", "tools.bench.train", *arguments, *ONCE, "--out", str(tmp_path / "train.json")]
         subprocess.run(command, cwd=ROOT, check=True, timeout=240, capture_output=True)
         return json.loads((tmp_path / "train.json").read_text())
 
@@ -43,8 +43,7 @@ def test_a_model_of_the_configuration_cut_in_depth_ours_alone(bench):
 
 
 def test_tokens_follow_the_law_that_is_asked_for():
-    sys.path.append(str(ROOT / "tools"))
-    from training_sides import random_batch
+    from tools.bench.train_baselines import random_batch
 
     share = {zipf: (random_batch(Namespace(vocab=1000, batch=8, seq=1000, zipf=zipf), 0, torch.device("cpu")).tokens_BS == 0).double().mean()
              for zipf in (0.0, 1.0)}
@@ -52,6 +51,6 @@ def test_tokens_follow_the_law_that_is_asked_for():
 
 
 def test_what_has_no_counterpart_is_refused_beside_transformers():
-    command = [sys.executable, "tools/bench_train.py", "--model=deepseek_v2_lite", "--layers=2", "--peers", "eager"]
+    command = [sys.executable, "-m", "tools.bench.train", "--model=deepseek_v2_lite", "--layers=2", "--peers", "eager"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "no shared experts" in done.stderr and "Traceback" not in done.stderr

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from moetrain.config.compose import from_yaml
-from tools import check_parity
+from tools.check import parity as check_parity
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = ["router=sigmoid", "router.update_rate=0.05", "train.micro_batch=8", "run.steps=8"]
 
 
 def check(out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/check_parity.py", "--out", str(out), *overrides]
+    command = [sys.executable, "-m", "tools.check.parity", "--out", str(out), *overrides]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

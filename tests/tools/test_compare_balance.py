@@ -1,15 +1,13 @@
-"""tools/compare_balance.py: ours is the gradient of the whole batch, and the known defects of others show where they should."""
+"""tools/study/balance_gradients.py: ours is the gradient of the whole batch, and the known defects of others show where they should."""
 
 import sys
 
 import pytest
 
-from tests.support.runs import ROOT
 from tests.support import needs
 
-sys.path.append(str(ROOT / "tools"))
-import compare_balance
-from compare_balance import SPLITS, TRAINERS, compare
+from tools.study import balance_gradients as compare_balance
+from tools.study.balance_gradients import SPLITS, TRAINERS, compare
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def test_the_scale_of_others_depends_on_the_split(found):
 
 def test_the_page_is_written(tmp_path, monkeypatch):
     needs.module("transformers", extra="hf")
-    monkeypatch.setattr(sys, "argv", ["compare_balance.py", "--out", str(tmp_path / "page.md")])
+    monkeypatch.setattr(sys, "argv", ["balance_gradients", "--out", str(tmp_path / "page.md")])
     compare_balance.main()
     rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| moetrain, `balance=global`")]
     assert len(rows) == 3 and all(row.count("0 (1)") == len(SPLITS) for row in rows)

@@ -1,4 +1,4 @@
-"""tools/netlab.py: ranks in networks of their own, with limited links."""
+"""tools/netlab/lab.py: ranks in networks of their own, with limited links."""
 
 import json
 import os
@@ -14,13 +14,12 @@ import pytest
 
 from tests.support.runs import ROOT, children, until
 
-sys.path.append(str(ROOT / "tools"))
 
-import netlab
-import netlab_measure
-import netlab_processes
+from tools.netlab import lab as netlab
+from tools.netlab import measure as netlab_measure
+from tools.netlab import processes as netlab_processes
 
-TOOL = str(ROOT / "tools" / "netlab.py")
+TOOL = ("-m", "tools.netlab")
 TWO_BY_TWO = {"nodes": 2, "per_node": 2}
 SLOW_LINKS = {"inside": "180mbit", "between": "20mbit"}
 
@@ -54,7 +53,7 @@ FAILING = """
 import time
 import torch
 import torch.distributed as dist
-from gloo_rank import connected
+from tools.netlab.rank import connected
 
 with connected(100):
     dist.barrier()
@@ -80,7 +79,7 @@ def start() -> Callable[..., subprocess.Popen]:
     started = []
 
     def start(*command: str) -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, TOOL, "--nodes", "2", "--per-node", "1", "--between", "1gbit", "--", *command],
+        process = subprocess.Popen([sys.executable, *TOOL, "--nodes", "2", "--per-node", "1", "--between", "1gbit", "--", *command],
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(process)
         while "ready" not in (line := process.stdout.readline()):
@@ -257,7 +256,7 @@ def test_a_stream_that_does_not_come_is_not_waited_for(monkeypatch: pytest.Monke
 
 
 def refused(*words: str, prefix: tuple[str, ...] = (), **environment: str) -> str:
-    done = subprocess.run([*prefix, sys.executable, TOOL, *words], env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run([*prefix, sys.executable, *TOOL, *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
     return done.stderr
 

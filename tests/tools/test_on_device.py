@@ -19,7 +19,7 @@ SMALL_OPS = ["--small", "--repeats=1"]
 
 def tool(name: str, *words: str) -> str:
     """What it printed, both streams."""
-    done = subprocess.run([sys.executable, f"tools/{name}.py", *words], cwd=ROOT, text=True, timeout=500,
+    done = subprocess.run([sys.executable, "-m", f"tools.{name}", *words], cwd=ROOT, text=True, timeout=500,
                           env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stdout[-4000:]}"
     return done.stdout
@@ -28,7 +28,7 @@ def tool(name: str, *words: str) -> str:
 def test_times_of_ops_are_written_with_the_name_of_the_device(tmp_path: Path) -> None:
     """Also where nvidia-smi is not installed, as in most containers."""
     out = tmp_path / "ops.json"
-    said = tool("bench_ops", "--out", str(out), *SMALL_OPS, "--only=permute,swiglu", "--shapes=mixtral")
+    said = tool("bench.ops", "--out", str(out), *SMALL_OPS, "--only=permute,swiglu", "--shapes=mixtral")
     record = json.loads(out.read_text())
     (process,) = record["processes"]
     assert process["chip"] == "Simulated CUDA device" and "meaningless" not in process

@@ -1,6 +1,6 @@
 """What a machine has for moetrain on a GPU: printed as a table, and written to a file for the stages that depend on it.
 
-    python tools/check/environment.py --out environment.json
+    python -m tools.check.environment --out environment.json
 
 Exit code 0: torch computes on a GPU. 4: there is none that torch can use; one line says why. 1: moetrain cannot be imported.
 """
@@ -19,7 +19,6 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 NO_GPU = 4
 
 

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 from tools.check.environment import NO_GPU  # noqa: E402
 from tools.check.gpu_stages import GpuStages  # noqa: E402
 from tools.check.stages import Check  # noqa: E402

@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-}"                       # .venv, where launch/quickstart.sh made one; else the Python that has torch
 [ -n "$python" ] || { [ -x .venv/bin/python ] && python=.venv/bin/python; } || python=python3
-exec "$python" tools/check/gpu.py "$@"
+exec "$python" -m tools.check.gpu "$@"

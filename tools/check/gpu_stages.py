@@ -48,7 +48,7 @@ def python(*words: object) -> list[str]:
 
 
 def tool(name: str, options: str, *more: object) -> list[str]:
-    return python(f"tools/{name}.py", *shlex.split(options), *more)
+    return python("-m", f"tools.{name}", *shlex.split(options), *more)
 
 
 def gpu_tests(files: str, chosen: str = "") -> list[str]:
@@ -81,7 +81,7 @@ class GpuStages:
 
     def environment(self) -> Stage:
         return Stage("environment", "GPU, driver, torch, NCCL, compilers",
-                     [python("tools/check/environment.py", "--out", self.out / "environment.json")], usual_s=5, needed=True)
+                     [python("-m", "tools.check.environment", "--out", self.out / "environment.json")], usual_s=5, needed=True)
 
     def build(self) -> Stage:
         found = self.found()
@@ -126,7 +126,7 @@ class GpuStages:
         """A few steps of training on the GPU, and the same in one process on the CPU."""
         ranks = f"run.share_gpu=true run.nproc={2 if self.tiny else 4}" if mesh else "parallel=single run.nproc=1"
         steps = f"run.device=cuda run.dtype={dtype} run.steps={2 if self.tiny else 8}"
-        return tool("check_parity", "--device cuda --only kernels" if kernels else "", "--out", self.out / f"{name}-{dtype}",
+        return tool("check.parity", "--device cuda --only kernels" if kernels else "", "--out", self.out / f"{name}-{dtype}",
                     *shlex.split(f"{steps} {ranks} {mesh}"))
 
     def quickstart(self) -> Stage:
@@ -163,14 +163,14 @@ class GpuStages:
 
         made = [
             Stage("bench-train", "a step of Qwen3-30B-A3B cut in depth, beside transformers",
-                  bench("bench_train", train, "train.json"), usual_s=90, skipped=no_transformers),
+                  bench("bench.train", train, "train.json"), usual_s=90, skipped=no_transformers),
             Stage("bench-alone", "the same with four times the tokens, ours alone",
-                  bench("bench_train", alone, "alone.json"), usual_s=60, skipped=no_transformers),
-            Stage("bench-ops", "every op beside the rates of the chip", bench("bench_ops", ops, "ops.json"), usual_s=150),
+                  bench("bench.train", alone, "alone.json"), usual_s=60, skipped=no_transformers),
+            Stage("bench-ops", "every op beside the rates of the chip", bench("bench.ops", ops, "ops.json"), usual_s=150),
             Stage("bench-layer", "an exchange hidden under experts, on an emulated link",
-                  bench("bench_layer", layer, "layer.json"), usual_s=60),
+                  bench("bench.layer", layer, "layer.json"), usual_s=60),
             Stage("bench-balance", "what statistics of routers and the balance loss cost of a step",
-                  bench("bench_balance", balance, "balance_cost.md"), usual_s=60),
+                  bench("bench.balance", balance, "balance_cost.md"), usual_s=60),
         ]
         return [stage._replace(environment=KERNELS) for stage in made]
 

@@ -1,7 +1,7 @@
 """Our training step beside transformers' Qwen3-MoE: tokens per second and activation memory, measured side by side.
 
-    .venv/bin/python tools/bench_train.py                                   64 experts, float32
-    .venv/bin/python tools/bench_train.py --experts 8 --top-k 2 --dim 128 --layers 2 --heads 4 --kv-heads 2 --expert-dim 128
+    python -m tools.bench.train                                   64 experts, float32
+    python -m tools.bench.train --experts 8 --top-k 2 --dim 128 --layers 2 --heads 4 --kv-heads 2 --expert-dim 128
     ... --profile       where our time goes, by operator
     ... --device cuda --dtype bfloat16      transformers runs under autocast: both hold float32 parameters
     ... --device cuda --dtype bfloat16 --model qwen3_30b_a3b --layers 4 --vocab 151936 --batch 4 --seq 4096 --head-chunk 2048 --zipf 1
@@ -42,8 +42,8 @@ import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench_ops import seconds_of
-from training_sides import (
+from tools.bench.ops import seconds_of
+from tools.bench.train_baselines import (
     Side, configured, copy_weights, implementations, make_ours, make_theirs, our_side, random_batch, their_side, too_large, why_not,
 )
 
@@ -200,7 +200,7 @@ def make_clock(args: argparse.Namespace, device: torch.device) -> Callable[[], f
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """R: operations a second of a square product, 8192 a side on a GPU as in tools/bench_ops.py, 2048 on a CPU."""
+    """R: operations a second of a square product, 8192 a side on a GPU as in tools/bench/ops.py, 2048 on a CPU."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     return 2 * side**3 / seconds_of(lambda _: a @ b, device.type, 20 if device.type == "cuda" else 5)

@@ -1,9 +1,9 @@
 """The same training however it is run: ranks, wires and kernels against one process on the CPU in float64.
 
-    python tools/check_parity.py --out build/parity                     two ranks on the CPU
-    python tools/check_parity.py --out build/parity --device cuda       one GPU: without kernels and with them, alone and shared by four ranks
+    python -m tools.check.parity --out build/parity                     two ranks on the CPU
+    python -m tools.check.parity --out build/parity --device cuda       one GPU: without kernels and with them, alone and shared by four ranks
     ... --only peer         arms whose name contains this
-    python tools/check_parity.py --out build/parity router=sigmoid parallel=ep run.nproc=2
+    python -m tools.check.parity --out build/parity router=sigmoid parallel=ep run.nproc=2
                             the training that these overrides of `moetrain train` describe, and no other
 
 Every arm is `moetrain train` of a tiny model on synthetic tokens, with uneven padding, balance and z losses, micro-batches, clipping and

@@ -1,7 +1,7 @@
 """Emulated nodes on one machine: every rank gets a network of its own, with limited links to the others.
 
-    python tools/netlab.py --nodes 2 --per-node 2 --inside 900mbit --between 100mbit -- moetrain train parallel=ep run.steps=20
-    python tools/netlab.py --nodes 2 --per-node 2 --inside 900mbit --between 100mbit --measure
+    python -m tools.netlab --nodes 2 --per-node 2 --inside 900mbit --between 100mbit -- moetrain train parallel=ep run.steps=20
+    python -m tools.netlab --nodes 2 --per-node 2 --inside 900mbit --between 100mbit --measure
 
 A rank has two full-duplex links, as a GPU has in a cluster: `inside` to the ranks of its own emulated node and `between` to all
 others. Every rank is a network namespace with one veth device a link, and the routing table picks the device by address:
@@ -17,7 +17,7 @@ Nothing has a name outside of the namespaces, and when this process ends, in wha
 So a killed run leaves nothing behind, labs do not meet, and the bridges are out of reach of the machine's firewall. Needs Linux with
 veth, bridge and tbf or htb, and either root or user namespaces. docs/howto/emulated_links.md is the guide.
 
-tools/netlab_processes.py waits for the ranks, tools/netlab_measure.py is --measure.
+tools/netlab/processes.py waits for the ranks, tools/netlab/measure.py is --measure.
 """
 
 import argparse
@@ -31,13 +31,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
-from netlab_measure import measure
-from netlab_processes import LabError, end, together
+from tools.netlab.measure import measure
+from tools.netlab.processes import LabError, end, together
 
 PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 LINKS = ("inside", "between")
+ROOT = Path(__file__).parents[2]
 PORT = 29500                   # free in a new network
 MTU = 9000
 SETUP_S = 120.0                # for each program that makes the networks; an idle machine needs well under one
@@ -121,7 +123,9 @@ class Lab:
         command = [sys.executable, *command] if command[0].endswith(".py") else list(command)
         path = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"      # python and moetrain of this environment
         # c10d warns of every address that has no host name, and here none has.
-        variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PATH": path, **(env or {}), **self.environment(rank)}
+        variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PATH": path,
+                     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), **(env or {}),
+                     **self.environment(rank)}
         return subprocess.Popen([*self._inside_of(self._holders[rank + 1]), "sh", "-c", RANK, str(os.getpid()), *command],
                                 stdin=subprocess.DEVNULL, env=variables, process_group=0, **popen)
 
@@ -276,7 +280,7 @@ def main(argv: list[str]) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="netlab.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m tools.netlab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2, help="emulated nodes")
     parser.add_argument("--per-node", type=int, default=2, help="ranks of each")
     parser.add_argument("--inside", default="none", metavar="RATE", help="link of a rank to its node, as 900mbit or 1.5gbit; none: no limit")
@@ -285,11 +289,3 @@ def _options(argv: list[str]) -> argparse.Namespace:
                         help="ranks that still run then are named and stopped")
     parser.add_argument("--measure", action="store_true", help="print what the links carry and what moving bytes costs the cores")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except LabError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

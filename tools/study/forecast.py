@@ -1,6 +1,6 @@
 """What forecasts and calibration are worth: forecast error and modelled step over the cases of plan/loads/synthetic.py.
 
-    python tools/study_forecast.py --out forecast.json
+    python -m tools.study.forecast --out forecast.json
 
 One layer of 64 experts on two nodes of four positions, with the sizes and links of `hardware=h100` and a planner. For every step
 of a case the loads are forecast from those before it, copies planned, and the step is timed by plan/cost/step_time.py with the

@@ -1,6 +1,6 @@
 """How long a killed rank costs: from SIGKILL to the first step that is trained again.
 
-    python tools/bench_restart.py [--trials 10] [--launcher nproc|torchrun]
+    python -m tools.bench.restart [--trials 10] [--launcher nproc|torchrun]
 
 The tiny model of the tests on two ranks (gloo), a save every 10 steps. Each trial kills a random rank at a random step and
 waits for the next line of metrics.jsonl that a new process wrote. Prints every trial, median and 95th percentile, and writes
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ["model=debug", "optim=adamw", "data=synthetic", "log.wandb=off", "train.global_batch=8", "train.seq_len=32", "model.dim=32",
         "model.expert_dim=32", "checkpoint.interval=10", "log.interval=1000", "run.steps=100000", "parallel=ep"]
 
@@ -105,7 +105,7 @@ def report(seconds: list[float], launcher: str) -> str:
         f"| {statistics.median(ordered):.1f} s | {p95:.1f} s | {ordered[-1]:.1f} s |", "",
         f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, commit {commit},"
         f" {time.strftime('%Y-%m-%d')}. Most of it is importing torch again.",
-        f"Repeat: `python tools/bench_restart.py --trials {len(seconds)} --launcher {launcher}`.", "",
+        f"Repeat: `python -m tools.bench.restart --trials {len(seconds)} --launcher {launcher}`.", "",
     ])
 
 

@@ -1,10 +1,10 @@
 """Time of every op of a MoE layer on one GPU: checked against float64 first, then timed, as a ratio to the chip's own rates.
 
     python tools/build_cuda.py
-    MOETRAIN_KERNELS=1 python tools/bench_ops.py --out ops.json                 minutes; goes on where it was stopped
+    MOETRAIN_KERNELS=1 python -m tools.bench.ops --out ops.json                 minutes; goes on where it was stopped
     ... --only router,permute --shapes qwen3 --tokens 16384                     some cells
     ... --loads runs/x/loads.npz                                                routing as a run recorded it, not balanced
-    python tools/bench_ops.py --out ops.json --device cpu --small               the logic alone: these times mean nothing
+    python -m tools.bench.ops --out ops.json --device cpu --small               the logic alone: these times mean nothing
 
 A cell is an op, a shape, a number of tokens, a routing and a candidate; its result is written as soon as it is there. Inputs
 rotate over more copies than the L2 cache holds. In the same process, before the cells: C, the rate of a device copy (bytes
@@ -28,11 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+ROOT = Path(__file__).resolve().parents[2]
 from moetrain.ops import extension  # noqa: E402
-from tools.ops_under_test import CASES, SHAPES, SMALL, Case, case_of  # noqa: E402
+from tools.bench.op_cases import CASES, SHAPES, SMALL, Case, case_of  # noqa: E402
 
 TOKENS, SMALL_TOKENS = (8192, 16384, 32768), (32,)
 MEANINGLESS = "times of a CPU, which say nothing about a GPU"

@@ -1,4 +1,4 @@
-"""The sides of tools/bench_train.py: our model and transformers' Qwen3-MoE of the same shape, with the same weights."""
+"""The sides of tools/bench/train.py: our model and transformers' Qwen3-MoE of the same shape, with the same weights."""
 
 from argparse import Namespace
 from collections.abc import Callable

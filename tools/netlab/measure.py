@@ -1,4 +1,4 @@
-"""What the links of a lab carry, and what moving bytes costs the cores: `tools/netlab.py --measure`.
+"""What the links of a lab carry, and what moving bytes costs the cores: `tools/netlab/lab.py --measure`.
 
 The streams and products are processes of this file, in the networks of ranks.
 """
@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from netlab_processes import LabError
+from tools.netlab.processes import LabError
 
 PORT = 29600                   # and the ones behind it, one for each sender; not that of a rendezvous
 START_S = 60.0                 # for Python to start, and a stream's other end to be there
 
 
 class Lab(Protocol):
-    """What is needed of the lab of tools/netlab.py."""
+    """What is needed of the lab of tools/netlab/lab.py."""
 
     nodes: int
     per_node: int
@@ -56,8 +56,8 @@ def measure(lab: Lab, seconds: float = 2.0) -> list[str]:
 def transfer(lab: Lab, source: int, target: int, seconds: float) -> Callable[[], float]:
     """Starts a stream from one rank to another; the function returned waits for it and gives bits per second."""
     port = str(PORT + source)
-    receiver = lab.start(target, [__file__, "receive", port, str(START_S)], stdout=subprocess.PIPE, text=True)
-    sender = lab.start(source, [__file__, "send", lab.address(target), port, str(seconds), str(START_S)], stdout=subprocess.PIPE, text=True)
+    receiver = lab.start(target, [sys.executable, "-m", "tools.netlab.measure", "receive", port, str(START_S)], stdout=subprocess.PIPE, text=True)
+    sender = lab.start(source, [sys.executable, "-m", "tools.netlab.measure", "send", lab.address(target), port, str(seconds), str(START_S)], stdout=subprocess.PIPE, text=True)
 
     def wait() -> float:
         _answer(sender, f"rank {source}, which sends to rank {target},", seconds)
@@ -68,7 +68,7 @@ def transfer(lab: Lab, source: int, target: int, seconds: float) -> Callable[[],
 
 def _products(lab: Lab, ranks: Sequence[int], seconds: float) -> float:
     """Milliseconds of a product, the mean over ranks that compute at the same time."""
-    started = [lab.start(rank, [__file__, "multiply", str(seconds)], stdout=subprocess.PIPE, text=True) for rank in ranks]
+    started = [lab.start(rank, [sys.executable, "-m", "tools.netlab.measure", "multiply", str(seconds)], stdout=subprocess.PIPE, text=True) for rank in ranks]
     return statistics.mean(float(_answer(process, f"rank {rank}", seconds)) for rank, process in zip(ranks, started))
 
 

@@ -1,4 +1,4 @@
-"""What tools/bench_ops.py measures: for each op and shape the candidates, their inputs, the truth and the floor.
+"""What tools/bench/ops.py measures: for each op and shape the candidates, their inputs, the truth and the floor.
 
 A candidate is a function of tensors; the truth is computed in float64 on the same inputs, or for whole layers on a sample of
 tokens and one expert. Floors are bytes that must move and products that must be formed (docs/explanation/kernels.md).

@@ -1,7 +1,7 @@
 """Speed of `prepare` on one core: bytes of text a second of processor time, by form of the source and tokenizer.
 
-    python tools/bench_prepare.py                      # 32 MB a source, three times each: some minutes
-    python tools/bench_prepare.py --write              # also its section of docs/results/data.md
+    python -m tools.bench.prepare                      # 32 MB a source, three times each: some minutes
+    python -m tools.bench.prepare --write              # also its section of docs/results/data.md
 
 The text is words drawn from a vocabulary of 50,000 by Zipf's law, so that no passage comes twice; in `repeated` every text comes
 20 times with another ending, as crawled pages do. The tokenizer.json is a byte-level BPE of 4,096 tokens, trained on
@@ -25,8 +25,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))            # also where it is started as a script
 
 from tools.result_page import ROOT, provenance, write_section
 
@@ -138,7 +136,7 @@ def compare(folder: Path, options: argparse.Namespace) -> Iterator[dict]:
     found: dict[tuple, list[dict]] = {case: [] for case in cases}
     for _ in range(options.repeats):
         for case, runs in found.items():
-            command = [sys.executable, __file__, "--measure", str(folder / case[0]), case[1], str(case[2])]
+            command = [sys.executable, "-m", "tools.bench.prepare", "--measure", str(folder / case[0]), case[1], str(case[2])]
             done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={
                 **os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
             runs.append(json.loads(done.stdout))

@@ -1,9 +1,9 @@
 """How much of a layer's exchange its experts hide, by number of chunks: forward and backward of one MoE layer.
 
-    python tools/bench_layer.py --out layer.json                                  one process, an emulated link
-    python tools/bench_layer.py --out layer.json --only qwen3/1.0                 cells whose name contains this
-    python tools/bench_layer.py --out ranks.json --between 400mbit --ratios 1     real ranks over links limited by tools/netlab.py
-    python tools/bench_layer.py --device cuda --tokens 16384 --rate 350e9 --latency 20e-6 --out gpu.json
+    python -m tools.bench.layer --out layer.json                                  one process, an emulated link
+    python -m tools.bench.layer --out layer.json --only qwen3/1.0                 cells whose name contains this
+    python -m tools.bench.layer --out ranks.json --between 400mbit --ratios 1     real ranks over links limited by tools/netlab/lab.py
+    python -m tools.bench.layer --device cuda --tokens 16384 --rate 350e9 --latency 20e-6 --out gpu.json
 
 **Emulated link** (the default): one process is one rank of `--ep`, and receives from every other rank what it sends there. A message
 occupies the link for latency + bytes / rate, one message after the other, and is there when that time is over. Time is processor time plus these waits
@@ -35,10 +35,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import netlab
+from tools.netlab import lab as netlab
 import torch
 import torch.distributed as dist
-from gloo_rank import connected
+from tools.netlab.rank import connected
 from torch import Tensor
 
 import moetrain
@@ -359,7 +359,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu",
                         help="of the emulated link on CPUs: processor time and emulated waits, or the clock on the wall")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--between", help="rate of the links of two real ranks, as 400mbit; see tools/netlab.py")
+    parser.add_argument("--between", help="rate of the links of two real ranks, as 400mbit; see tools/netlab/lab.py")
     parser.add_argument("--wait", type=int, default=300, help="seconds that a rank waits for the other")
     parser.add_argument("--limit", type=float, default=4 * 3600.0, help="seconds of the whole run between ranks")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -379,7 +379,7 @@ def main() -> None:
         return
     environment = {"PYTHONPATH": os.pathsep.join([str(Path(moetrain.__file__).parents[1]), *sys.path[1:]])}
     with netlab.Lab(nodes=2, per_node=1, between=options.between) as lab:
-        raise SystemExit(lab.run([str(Path(__file__).resolve()), *sys.argv[1:], "--worker"], environment, options.limit))
+        raise SystemExit(lab.run([sys.executable, "-m", "tools.bench.layer", *sys.argv[1:], "--worker"], environment, options.limit))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Step time of every planner on given loads, over emulated links: who gets copies of which experts, and what it saves.
 
-    python tools/bench_placement.py --loads runs/mine/loads.npz --out placement.json
-    python tools/bench_placement.py --loads synthetic a/loads.npz b/loads.npz --oracle --out placement.json --write
+    python -m tools.bench.placement --loads runs/mine/loads.npz --out placement.json
+    python -m tools.bench.placement --loads synthetic a/loads.npz b/loads.npz --oracle --out placement.json --write
 
 A trace is the rows of every source rank for every expert, step by step: of a loads.npz recorded with log.sources=true, or
 its totals dealt out evenly; or the seeded family of plan/loads/synthetic.py. Every rank replays them through the real dispatcher,
-copies and collectives, forward and backward, over two layers, in its own emulated network (tools/netlab.py). Computing is
-paced (tools/placement_ranks.py); a few unpaced steps stand beside it. What each rank hands to its collectives is counted at
+copies and collectives, forward and backward, over two layers, in its own emulated network (tools/netlab/lab.py). Computing is
+paced (tools/bench/placement_ranks.py); a few unpaced steps stand beside it. What each rank hands to its collectives is counted at
 every step, and must be what follows from rows, plan and sizes.
 
 Planners get the same forecasts (mean of the last steps), room and figures of the links, and take turns at every step. Two
@@ -28,20 +28,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import netlab
+from tools.netlab import lab as netlab
 import numpy as np
 import torch
-from gloo_rank import connected
-from netlab_measure import measure
+from tools.netlab.rank import connected
+from tools.netlab.measure import measure
 
 import moetrain
 from moetrain.plan.loads.synthetic import NAMES, generate
-from placement_ranks import WINDOW, work
-from placement_result import table, write
+from tools.bench.placement_ranks import WINDOW, work
+from tools.bench.placement_report import table, write
 
 PLANNERS = ("ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced")
 SEEDS = {"tuning": (0, 1, 2, 3), "judged": (101, 102, 103, 104)}
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WAIT_S = 600                   # of a rank for another, which may be planning
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     with netlab.Lab(nodes=options.nodes, per_node=options.per_node, inside=options.inside, between=options.between) as lab:
         links = measure(lab) if options.measure or options.write is not None else []
         before = {link: sum(lab.sent(rank)[link] for rank in range(lab.world)) for link in netlab.LINKS}
-        code = lab.run([str(Path(__file__).resolve()), *sys.argv[1:], "--planners", *arms(options), "--worker", str(spec)], environment)
+        code = lab.run([sys.executable, "-m", "tools.bench.placement", *sys.argv[1:], "--planners", *arms(options), "--worker", str(spec)], environment)
         wire = {link: sum(lab.sent(rank)[link] for rank in range(lab.world)) - before[link] for link in netlab.LINKS}
     spec.unlink()
     if code:
@@ -156,7 +156,7 @@ def facts() -> dict[str, object]:
     changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True).stdout.strip()
     return {"machine": f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})", "torch": torch.__version__,
             "commit": commit + (" with changes" if changed else ""),
-            "command": shlex.join(["python", "tools/bench_placement.py", *sys.argv[1:]])}
+            "command": shlex.join(["python", "-m", "tools.bench.placement", *sys.argv[1:]])}
 
 
 # --- traces

@@ -1,4 +1,4 @@
-"""The result of tools/bench_placement.py: ratios with their intervals, a table, a page and a picture."""
+"""The result of tools/bench/placement.py: ratios with their intervals, a table, a page and a picture."""
 
 import statistics
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Time of one layer's plan, on one core: every planner, from 64 to 16,384 positions, loads by expert and by node.
 
-    python tools/bench_planner.py --out planner_speed.json
-    python tools/bench_planner.py --write                     # also docs/results/planner_speed.md and .png
+    python -m tools.bench.planner --out planner_speed.json
+    python -m tools.bench.planner --write                     # also docs/results/planner_speed.md and .png
 
 Loads are log-normal (sigma 1), of each node anew; nodes of 8 positions; equal blocks of homes, or where there are fewer experts than
 positions, homes at even distances. The figures of the links are those of a GPU cluster, so that copies pay and planners
@@ -37,7 +37,7 @@ PLANNERS = ("ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced")
 POSITIONS = (64, 256, 1024, 4096, 16384)
 PER_NODE, AIM_MS, WATERFILL_AIM_MS = 8, 10.0, 1.0
 COSTS = Costs(row_s=1e-6, row_bytes=4096.0, expert_bytes=12e6, inside=200e9, between=40e9, latency_s=2e-5, hidden_s=5e-3)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ def facts(options: argparse.Namespace) -> dict[str, object]:
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {"machine": f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), one used", "load": os.getloadavg()[0],
             "numpy": np.__version__, "torch": torch.__version__, "commit": commit,
-            "command": shlex.join(["python", "tools/bench_planner.py", *sys.argv[1:]])}
+            "command": shlex.join(["python", "-m", "tools.bench.planner", *sys.argv[1:]])}
 
 
 def table(rows: list[dict]) -> str:

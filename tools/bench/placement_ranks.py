@@ -1,4 +1,4 @@
-"""What every rank of tools/bench_placement.py runs: layers with experts and no routers, timed and metered under each plan.
+"""What every rank of tools/bench/placement.py runs: layers with experts and no routers, timed and metered under each plan.
 
     Stack     two layers through the real dispatcher, copies and collectives, forward and backward, on given rows
     Meter     bytes that this rank hands to its collectives, by destination, and how many it calls
@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import netlab
+from tools.netlab import lab as netlab
 import numpy as np
 import torch
 import torch.distributed as dist

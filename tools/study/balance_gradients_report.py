@@ -1,4 +1,4 @@
-"""The page of tools/compare_balance.py: docs/results/balance_gradients.md."""
+"""The page of tools/study/balance_gradients.py: docs/results/balance_gradients.md."""
 
 import transformers
 
@@ -35,7 +35,7 @@ def page(found: Found, trainers: list[str], splits: list[tuple[int, int]]) -> st
     sources = "\n".join(f"| {name} | {files} | {commit} |" for name, files, commit in SOURCES)
     return f"""# The balance loss's gradient, as trainers compute it
 
-Written by `tools/compare_balance.py`. One optimizer step on one global batch of 16 sequences from 4 domains, 2 routers,
+Written by `tools/study/balance_gradients.py`. One optimizer step on one global batch of 16 sequences from 4 domains, 2 routers,
 16 experts, top 2; the same batch split over *ranks × accumulation*. A cell is the relative L2 error of the gradient at the router
 weights against that of E Σ f P over the batch in one piece, and in brackets its length over that gradient's. Neighbouring sequences
 share a domain, so micro-batches are unlike each other. Conventions are taken out: everyone's perfect is 1, and the loss is the mean

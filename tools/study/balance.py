@@ -1,9 +1,9 @@
 """What balancing over the global batch buys: many small runs, restartable, one table and pictures.
 
-    python tools/study_balance.py --stage 1                # all arms at three weights, two seeds, short
-    python tools/study_balance.py --stage 2                # the arms that matter, at equal balance, five seeds
-    python tools/study_balance.py --report                 # docs/results/balance.md from whatever has finished
-    python tools/study_balance.py --size gpu --stage 1     # a larger model on one GPU; its own pages, docs/results/balance_gpu.*
+    python -m tools.study.balance --stage 1                # all arms at three weights, two seeds, short
+    python -m tools.study.balance --stage 2                # the arms that matter, at equal balance, five seeds
+    python -m tools.study.balance --report                 # docs/results/balance.md from whatever has finished
+    python -m tools.study.balance --size gpu --stage 1     # a larger model on one GPU; its own pages, docs/results/balance_gpu.*
 
 A model of 4 layers of 32 experts, top-4, width 128, on the built-in corpus (five domains, each alike), trained by two ranks in
 turns of micro-batches of two sequences: a global batch of 32 sequences is eight micro-batches of each rank. So a balance loss
@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from balance_result import Arm, Trained, interpolated, read, write_page
+from tools.study.balance_report import Arm, Trained, interpolated, read, write_page
 
 ARMS = {
     "micro": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=micro",)),
@@ -46,7 +46,7 @@ FINAL = ("micro", "exact", "warm", "bias, global counts")
 STAGES = {1: (200, (1, 2)), 2: (800, (11, 12, 13, 14, 15))}       # optimizer steps, seeds
 COMMON = ("experiment=quickstart", "train.micro_batch=2", "eval.windows=128", "eval.interval=0", "log.wandb=off", "log.interval=50",
           "checkpoint.interval=100")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Size(NamedTuple):

@@ -1,9 +1,9 @@
 """A corpus of any size: memory of `prepare`, speed of reading by format, time of evaluation by the number of domains.
 
-    python tools/bench_corpus.py reading            # seconds
-    python tools/bench_corpus.py domains            # two minutes
-    python tools/bench_corpus.py memory             # 5 GB, four times: half an hour, and 40 GB of disk
-    python tools/bench_corpus.py memory --write     # also its section of docs/results/data.md
+    python -m tools.bench.corpus reading            # seconds
+    python -m tools.bench.corpus domains            # two minutes
+    python -m tools.bench.corpus memory             # 5 GB, four times: half an hour, and 40 GB of disk
+    python -m tools.bench.corpus memory --write     # also its section of docs/results/data.md
 
 Text is words drawn from a vocabulary of 50,000 by Zipf's law; of a large corpus 2,000 passages of 2 kB come again and again, each time
 behind another number. Memory is the largest resident set of the process, which `wait4` tells. Reading is what `data inspect` does:
@@ -25,9 +25,7 @@ from fractions import Fraction
 from itertools import count, islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))            # also where it is started as a script
-
-from tools.bench_prepare import text
+from tools.bench.prepare import text
 from tools.result_page import ROOT, provenance, write_section
 
 PAGE = ROOT / "docs" / "results" / "data.md"

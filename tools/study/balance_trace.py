@@ -1,7 +1,7 @@
 """Where a step waits for the counts of its balance loss: from recorded timelines of real ranks.
 
-    python tools/trace_balance.py                                writes docs/results/balance_trace.md and .png
-    python tools/trace_balance.py --between 100mbit              ranks on emulated links (tools/netlab.py; Linux, root or user namespaces)
+    python -m tools.study.balance_trace                                writes docs/results/balance_trace.md and .png
+    python -m tools.study.balance_trace --between 100mbit              ranks on emulated links (tools/netlab/lab.py; Linux, root or user namespaces)
 
 Two ranks train a few steps in each mode with log.timeline. In every step the all-reduce of the counts is found on the thread of gloo
 that carries it, and beside it on the rank's own thread: where it was posted, what ran until somebody waited for it, and how long that took.
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUN = ["experiment=quickstart", "data=synthetic", "data.vocab_size=257", "model.num_experts=64", "model.top_k=8", "model.expert_dim=32",
        "parallel=ep", "run.nproc=2", "train.micro_batch=2", "run.device=cpu", "log.wandb=off", "log.progress=false", "eval.windows=1"]
 MODES = {
@@ -72,7 +72,7 @@ def pooled(found: list[Span]) -> list[Pooled]:
 
 def record(words: list[str], folder: Path, steps: int, between: str | None) -> list[list[list[Span]]]:
     """Of every step that counts, of every rank: its spans."""
-    lab = [] if between is None else [sys.executable, str(ROOT / "tools/netlab.py"), "--nodes", "2", "--per-node", "1", "--inside", between,
+    lab = [] if between is None else [sys.executable, "-m", "tools.netlab", "--nodes", "2", "--per-node", "1", "--inside", between,
                                       "--between", between, "--"]
     command = [*lab, sys.executable, "-m", "moetrain", "train", *RUN, *words, f"run.dir={folder}", f"run.steps={steps + 2}",
                f"log.timeline={steps + 1}"]
@@ -109,7 +109,7 @@ def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: 
 
     text = [
         "# Where a step waits for the counts of its balance loss", "",
-        f"`python tools/trace_balance.py{words}`, commit {commit}; two ranks on one machine, gloo, one thread each ({platform.machine()}, "
+        f"`python -m tools.study.balance_trace{words}`, commit {commit}; two ranks on one machine, gloo, one thread each ({platform.machine()}, "
         f"{os.cpu_count()} cores, torch {torch.__version__}); quickstart with 64 experts, four micro-batches a step, {steps} steps a mode, by "
         "`log.timeline`. Times in microseconds, medians over steps and ranks, recorded, so everything is slower than it is otherwise.", "",
         "| | |", "|---|---|", "| all-reduces | of counts, in a step |", "| head behind it | of these, how often the head ran between posting and waiting |",

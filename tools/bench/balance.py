@@ -1,8 +1,8 @@
 """What the statistics of routers and the balance loss cost of a training step.
 
-    .venv/bin/python tools/bench_balance.py                        writes docs/results/balance_cost.md
-    .venv/bin/python tools/bench_balance.py --pairs 8 --out /tmp/page.md
-    .venv/bin/python tools/bench_balance.py --device cuda --pairs 20        at the shape of Qwen3-30B-A3B; docs/results/balance_cost_gpu.md
+    python -m tools.bench.balance                        writes docs/results/balance_cost.md
+    python -m tools.bench.balance --pairs 8 --out /tmp/page.md
+    python -m tools.bench.balance --device cuda --pairs 20        at the shape of Qwen3-30B-A3B; docs/results/balance_cost_gpu.md
     ... --out /tmp/page.md model.dim=64 model.num_experts=8               every case with these overrides of moetrain train
 
 One model trains by two kinds of steps in turn in one process, the order reversed every time. One is training as it is. In the
@@ -51,7 +51,7 @@ CUDA_CASES = {                                           # parts of the model: a
 }
 
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 PAGES = {"cpu": "balance_cost.md", "cuda": "balance_cost_gpu.md"}
 
 
@@ -131,7 +131,7 @@ Widths, experts and choices of the model, fewer layers; 2 sequences of 4,096 tok
         about = f"\nSizes are not those of the names, but changed by `{' '.join(overrides)}`.\n"
     return f"""# What statistics and balance loss cost
 
-Written by `tools/bench_balance.py`. Training as it is (`balance=global`, mode `exact`) and training without any sum of a router, without
+Written by `tools/bench/balance.py`. Training as it is (`balance=global`, mode `exact`) and training without any sum of a router, without
 balance loss and without what the metrics add up, in turn in one process: {pairs} pairs of steps. {on}, torch
 {torch.__version__}, {platform.machine()}. Medians, of the differences of neighbours in the third column.
 

@@ -5,7 +5,7 @@
     a rank ended well      the others have LATE_S, so that one that hangs behind the last barrier is found
     limit_s                the whole run, where the caller sets it
 
-Then SIGTERM, TERM_S later SIGKILL. What a rank left behind goes with its network (tools/netlab.py).
+Then SIGTERM, TERM_S later SIGKILL. What a rank left behind goes with its network (tools/netlab/lab.py).
 """
 
 import math

@@ -1,6 +1,6 @@
 """What checkpoints cost: how long training waits for a save, and what many experts cost beside their bytes.
 
-    python tools/bench_checkpoint.py [--steps 200] [--write]
+    python -m tools.bench.checkpoint [--steps 200] [--write]
 
 1. The quickstart's model on two ranks with a save every 50 steps, written while training goes on and waited for, in turn, in
    one run of this script: seconds that training waited, against the steps of the same run.
@@ -37,7 +37,7 @@ from moetrain.train.checkpoint.load import Loading
 from moetrain.train.checkpoint.snapshot import as_bytes
 from moetrain.checkpoint.verify import problems
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAYERS, EXPERTS, RANKS = 60, 256, 4
 INTERVAL = 50
 
@@ -133,7 +133,7 @@ def page(steps: int, runs: dict[str, dict[str, float]], many: dict[str, float]) 
     load, size = os.getloadavg()[1], background["bytes"] / 1e6
     return f"""# Checkpoints, measured
 
-`python tools/bench_checkpoint.py --steps {steps} --write`, {date.today():%d %B %Y}, commit {head}; moetrain {__version__},
+`python -m tools.bench.checkpoint --steps {steps} --write`, {date.today():%d %B %Y}, commit {head}; moetrain {__version__},
 torch {torch.__version__}, Python {platform.python_version()}; 2 CPU cores, AVX-512, load average {load:.1f} over the last five
 minutes: with other work beside it, ratios within a column are what to read.
 

@@ -1,6 +1,6 @@
 """The gradient of the balance loss at the router weights, as five trainers compute it, beside that of the whole batch.
 
-    .venv/bin/python tools/compare_balance.py                                writes docs/results/balance_gradients.md
+    python -m tools.study.balance_gradients                                writes docs/results/balance_gradients.md
 
 One global batch of one optimizer step, 16 sequences of four domains, goes through two routers. It is split over ranks and
 accumulation in every way of a table, with and without padding, and once with all sequences equal; each split and trainer gives a
@@ -10,7 +10,7 @@ tokens, sums over ranks are sums, and gradients are averaged over ranks where a 
 but for the parts that transformers computes in float32.
 
 Ours is what the package computes: LoadBalanceLoss of the pooled counts for the slopes, and router_slopes for the gradient at the
-logits. transformers is asked itself. The others are written anew from their published formulas; tools/balance_gradients.py names the
+logits. transformers is asked itself. The others are written anew from their published formulas; tools/study/balance_gradients_report.py names the
 files, and writes the page.
 
 Shapes: T tokens, D width, E experts, K slots.
@@ -221,10 +221,10 @@ def cut(x: Tensor, valid: Tensor, weights: list[Tensor], ranks: int, turns: int)
 
 
 def main() -> None:
-    from balance_gradients import page
+    from tools.study.balance_gradients_report import page
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results" / "balance_gradients.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "results" / "balance_gradients.md")
     out = parser.parse_args().out
     out.write_text(page(compare(), list(TRAINERS), SPLITS))
     print(f"wrote {out}")

@@ -1,4 +1,4 @@
-"""What tools/study_balance.py found: numbers of a run, weights of equal balance, comparisons in pairs, the page and its pictures."""
+"""What tools/study/balance.py found: numbers of a run, weights of equal balance, comparisons in pairs, the page and its pictures."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +95,7 @@ def write_page(runs: list[Trained], arms: Mapping[str, Arm], final: Sequence[str
     first, second = ([run for run in runs if run.stage == stage] for stage in (1, 2))
     planned = len(stages[1][1]) * sum(len(arm.strengths) for arm in arms.values()), len(stages[2][1]) * len(final)
     lines = ["# What balancing over the global batch buys", "",
-             "`python tools/study_balance.py --stage 1`, then `--stage 2`; its opening text says what is trained and compared. "
+             "`python -m tools.study.balance --stage 1`, then `--stage 2`; its opening text says what is trained and compared. "
              f"{where}. Losses are held-out nats per byte, the plain mean over five domains. Violation: the largest load of an "
              f"expert over the mean, less one, mean over routers and the last {LAST} steps; *global* of a whole step, *local* inside the "
              "micro-batches of a rank. Information: nats that the choice of an expert says about the domain (at most ln 5 = 1.61). Made with "

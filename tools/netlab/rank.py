@@ -3,7 +3,7 @@
     with connected(300):
         ...                    # torch.distributed, gloo
 
-What names a rank that others wait for: `dist.monitored_barrier`, and tools/netlab_processes.py when it still runs in the end.
+What names a rank that others wait for: `dist.monitored_barrier`, and tools/netlab/processes.py when it still runs in the end.
 """
 
 import os
