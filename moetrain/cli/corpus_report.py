@@ -1,6 +1,7 @@
 """What `moetrain data inspect` shows: tables for a person, or one record for a program."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from moetrain.cli.inspect import table
@@ -13,12 +14,17 @@ from moetrain.files import shown
 from moetrain.units import count
 
 MOST_ROWS = 20                      # of a table; the largest first
-_MOST_TEXT = 300                    # characters of a document
+MOST_TEXT = 300                    # characters of a document
 
 
 def as_record(found: Inspection) -> dict[str, Any]:
     """Everything, every file included. error: what `prepare` would refuse the text for."""
-    files = {ledger.key: [_file(entry) for entry in ledger.entries] for ledger in found.ledgers}
+    return record_of(found, tuple(field.name for field in fields(FileEntry)))
+
+
+def record_of(found: Inspection, names: Sequence[str]) -> dict[str, Any]:
+    """An inspection as one object. names: what is said of each file."""
+    files = {ledger.key: [_file(entry, names) for entry in ledger.entries] for ledger in found.ledgers}
     error = found.error and {name: plain(str(getattr(found.error, name))) for name in ("id", "what", "where", "why", "next")}
     return {**(found.found or {}), "files": files, "error": error}
 
@@ -40,8 +46,8 @@ def lines(found: Inspection, config: Config) -> Iterator[str]:
         yield ""
 
 
-def _file(entry: FileEntry) -> dict[str, Any]:
-    values = {name: getattr(entry, name) for name in FileEntry.__slots__}
+def _file(entry: FileEntry, names: Sequence[str]) -> dict[str, Any]:
+    values = {name: getattr(entry, name) for name in names}
     return {name: plain(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
@@ -55,17 +61,22 @@ def _files(ledger: FileLedger) -> Iterator[str]:
             for entry in read[:MOST_ROWS]]
     yield ""
     yield from table([["  read", "as", "documents", "bytes of text", "bytes"], *([f"  {row[0]}", *row[1:]] for row in rows)])
-    yield from _rest([entry.size for entry in read])
+    yield from rest([entry.size for entry in read])
     yield f"  in all: {formats_text(record)}"
+    yield from left_out(record)
+    yield ""
+
+
+def left_out(record: dict[str, Any]) -> Iterator[str]:
+    """The files of a ledger that are left out, by reason and format."""
     if record["left_out"]:
         yield ""
         kinds = record["left_out"]
         rows = [[f"  {reasons([row])[0].partition(':')[0]}", shown(row["first"], 60), f"{row['files']:,}", f"{row['bytes']:,}"]
                 for row in kinds[:MOST_ROWS]]
         yield from table([["  left out", "the first", "files", "bytes"], *rows])
-        yield from _rest([row["bytes"] for row in kinds])
+        yield from rest([row["bytes"] for row in kinds])
         yield from (f"  {shown(row['format'])}: {shown(row['convert'])}" for row in kinds if row.get("convert"))
-    yield ""
 
 
 def _format(entry: FileEntry) -> str:
@@ -75,7 +86,8 @@ def _format(entry: FileEntry) -> str:
     return f"{shown(entry.format)}{packed}{side}{marred}"
 
 
-def _rest(sizes: list[int]) -> Iterator[str]:
+def rest(sizes: list[int]) -> Iterator[str]:
+    """What a table does not show."""
     if len(sizes) > MOST_ROWS:
         yield f"  and {len(sizes) - MOST_ROWS:,} more, {sum(sizes[MOST_ROWS:]):,} bytes"
 
@@ -86,7 +98,7 @@ def _domains(found: dict[str, Any]) -> Iterator[str]:
     rows = [[f"  {shown(name, 40)}", *(f"{sides[side][what]:,}" for side, what in columns)]
             for name, sides in domains[:MOST_ROWS]]
     yield from table([["  domain", "documents", "bytes to train on", "held out", "bytes held out"], *rows])
-    yield from _rest([sides["train"]["bytes"] for _, sides in domains])
+    yield from rest([sides["train"]["bytes"] for _, sides in domains])
     yield ""
 
 
@@ -104,4 +116,4 @@ def _documents(documents: list[dict[str, Any]]) -> Iterator[str]:
     for document in documents:
         ids = " ".join(map(str, document["tokens"][:12]))
         yield f"  [{shown(document['domain'], 40)}] {document['bytes']:,} bytes, tokens {ids} …"
-        yield f"    {shown(document['text'], _MOST_TEXT)}{' <end>' if document['complete'] else ''}"
+        yield f"    {shown(document['text'], MOST_TEXT)}{' <end>' if document['complete'] else ''}"

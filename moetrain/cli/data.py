@@ -6,6 +6,7 @@ Training prepares by itself on its first start. The name of a run that is there 
 
 `inspect` writes nothing. It shows the format of each file, what is left out and why, splits that are there, domains,
 documents, bytes, the tokens to expect, epochs at run.steps, and three documents as they are trained on. A bare word is the path.
+With data=memmap, data=megatron or data=tokens it opens token files as training does, and shows tokens, end token and weights too.
 """
 
 import json
@@ -32,7 +33,7 @@ def run(argv: list[str]) -> int:
 
 def prepare(config: Config) -> int:
     if config.data.kind not in ("text", "tokens"):
-        raise _no_text(config, "prepare")
+        raise _nothing_to(config, "prepare", "only text is turned into tokens")
     from moetrain.data.prepare import prepare_from_config
     from moetrain.train.loggers.prepare_progress import Preparing
 
@@ -54,19 +55,23 @@ def _logged() -> Iterator[None]:
         restore()
 
 
-def _no_text(config: Config, verb: str) -> ConfigError:
-    return ConfigError(44, f"data={config.data.kind} has nothing to {verb}", where="data.kind",
-                       why="only text is turned into tokens", next=f"moetrain data {verb} data=text")
+def _nothing_to(config: Config, verb: str, why: str) -> ConfigError:
+    return ConfigError(44, f"data={config.data.kind} has nothing to {verb}", where="data.kind", why=why,
+                       next=f"moetrain data {verb} data=text")
 
 
 def inspect(words: Sequence[str]) -> int:
-    """DataError after what is known of the files, where the text cannot be read as it is."""
+    """DataError after what is known of the files, where they cannot be read as they are."""
     as_json = "--json" in words
     config = compose([word if "=" in word or word[:1] in "-~+" else f"data.path={word}" for word in words if word != "--json"])
-    if config.data.kind != "text":
-        raise _no_text(config, "inspect")
-    from moetrain.cli.corpus_report import as_record, lines
-    from moetrain.data.inspection import inspect as inspected
+    if config.data.kind == "synthetic":
+        raise _nothing_to(config, "inspect", "generated tokens lie in no file")
+    if config.data.kind == "text":
+        from moetrain.cli.corpus_report import as_record, lines
+        from moetrain.data.inspection import inspect as inspected
+    else:
+        from moetrain.cli.token_report import as_record, lines
+        from moetrain.data.token_inspection import inspect_tokens as inspected
     from moetrain.train.loggers.prepare_progress import Preparing
 
     with nullcontext() if as_json else _logged(), Preparing(bar=config.log.progress and not as_json) as progress:

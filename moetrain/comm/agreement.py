@@ -88,7 +88,13 @@ def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskEr
 
 def from_first(batch: Group, action: Callable[[], Path | None]) -> Path | None:
     """The path that `action` gives on the first rank, on all of them. Collective."""
-    path = [on_first(batch, lambda: (found := action()) and str(found))]
+    path = told_by_first(batch, on_first(batch, lambda: (found := action()) and str(found)))
+    return Path(path) if path else None
+
+
+def told_by_first(batch: Group, text: str | None) -> str | None:
+    """What the first rank says, on all of them. Collective."""
+    said = [text]
     if batch.process_group is not None:
-        dist.broadcast_object_list(path, src=0)
-    return path[0] and Path(path[0])
+        dist.broadcast_object_list(said, src=0)
+    return said[0]

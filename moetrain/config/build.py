@@ -65,7 +65,7 @@ def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
     target = str(node.get("_target_", ""))
     if not target:
         raise _not_composed(family)
-    made = _resolve(target, family)
+    made = part(target, family)
     accepted = inspect.signature(made).parameters
     for name in node:
         if name != "_target_" and (name not in accepted or name in sizes):
@@ -151,8 +151,11 @@ def _bounds(cls: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
     return {}
 
 
-def _resolve(target: str, family: str) -> Any:
-    """The class itself. The source was asked first, so nothing is imported but a module of the family's package."""
+def part(target: str, family: str) -> Any:
+    """The class or function that a `_target_` names, to be called with what cannot stand in a config.
+
+    The source is asked first, so nothing is imported but a module of the family's package. ConfigError where it names no part of it.
+    """
     try:
         _part(target, family)
         made, base = _imported(target), _imported(FAMILIES[family].base)

@@ -62,7 +62,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "loss.*.mode": ("loss.*.scope=global|node",),
     "loss.*.drift": ("loss.*.scope=global|node", "loss.*.mode=warm"),
     "data.path": ("data=text|tokens|megatron|memmap",),
-    "data.cache": ("data=text",),
+    "data.cache": ("data=text|megatron|memmap",),
     "data.tokenizer": ("data=text|megatron|memmap",),
     "data.parse_special": ("data=text",),
     "data.mixture": ("data=text|tokens|megatron|memmap",),

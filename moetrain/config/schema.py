@@ -135,7 +135,7 @@ class DataConfig:
     kind: Literal["text", "tokens", "megatron", "memmap", "synthetic"] = key(
         "text", "text files, prepared token shards, Megatron-Core's indexed datasets, token files of other trainers, or generated tokens")
     path: str | None = key(None, "file or folder; null: the built-in corpus; megatron: prefixes, with weights or without", path=True)
-    cache: str | None = key(None, "where prepared tokens go; <run.dir>/data when null", path=True)
+    cache: str | None = key(None, "where prepared tokens go, and indexes of token files; <run.dir>/data when null", path=True)
     tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json or of a folder that holds one; megatron and memmap also: none",
                          path=True)
     end_token: str | None = key(None, "the token that ends a document: its text in a tokenizer.json, an id of megatron and memmap, or "

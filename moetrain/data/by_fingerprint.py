@@ -6,10 +6,16 @@ A prepared folder is named by the fingerprint of what is in it, so it is the sam
 from collections.abc import Iterable
 from pathlib import Path
 
+from moetrain.config.schema import DataConfig
 from moetrain.data.prepared import DESCRIPTION, Prepared, open_prepared
 from moetrain.errors import DataError
 
 NAME_LENGTH = 16                 # hexadecimal digits of the fingerprint in the folder's name
+
+
+def prepared_place(data: DataConfig, run_dir: Path) -> Path:
+    """The folder in which a run keeps prepared datasets, and indexes of token files."""
+    return Path(data.cache) if data.cache else run_dir / "data"
 
 
 def find_prepared(fingerprint: str, places: Iterable[Path]) -> Prepared | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from moetrain.config.schema import Config
 from moetrain.data.account import FileLedger
+from moetrain.data.by_fingerprint import prepared_place
 from moetrain.data.documents import Document, Part, Parts
 from moetrain.data.records import reading_of
 from moetrain.data.selection import Progress, Selection, find_source, left_out_error, select
@@ -60,7 +61,7 @@ def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> 
     data = config.data
     assert data.kind == "text", data.kind
     encoder = configured_tokenizer(data)
-    out = Path(data.cache) if data.cache else run_dir / "data"
+    out = prepared_place(data, run_dir)
     source = find_source(data.path, data.held_out, own=(out, run_dir), splits=data.split == "respect")
     ledgers = [scan.ledger for scan in (source.path, source.held_out) if scan]
     with Spool(Path(tempfile.gettempdir())) as spool:

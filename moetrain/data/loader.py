@@ -8,20 +8,25 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.config.build import build
-from moetrain.config.schema import Config
+from moetrain.config.build import part
+from moetrain.config.schema import Config, DataConfig
 from moetrain.data.batch import Batch, Dataset
+from moetrain.data.by_fingerprint import prepared_place
 from moetrain.data.memmap import open_memmap
 from moetrain.data.prepare import tokens_path
-from moetrain.data.prepared import open_prepared
+from moetrain.data.prepared import Prepared, open_prepared
 from moetrain.data.synthetic import SyntheticDataset
+from moetrain.data.token_account import TokenAccount
 from moetrain.data.token_dataset import TokenDataset
+from moetrain.data.token_files import TokenFiles
+from moetrain.data.token_indexes import TokenIndexes
 from moetrain.errors import DataError
 
-__all__ = ["Batch", "Dataset", "Loader", "SyntheticDataset", "TokenDataset", "build_dataset"]
+__all__ = ["Batch", "Dataset", "Loader", "SyntheticDataset", "TokenDataset", "build_dataset", "open_tokens", "token_dataset"]
 
 # Of a room above this one: found by name, so that nothing here imports Megatron-Core.
 INDEXED = "moetrain.interop.megatron.open_indexed"
+TOKEN_FILES = ("megatron", "memmap")         # kinds of data that lie in files of other programs
 
 
 class Loader:
@@ -42,30 +47,50 @@ class Loader:
         return (number * self._ranks + self._rank) * self._micro_batch + np.arange(self._micro_batch)
 
 
-def build_dataset(config: Config, run_dir: Path, prepared: Path | None, *, trains: bool = True) -> Dataset:
+def build_dataset(config: Config, run_dir: Path, prepared: Path | None, *, trains: bool = True,
+                  indexes: TokenIndexes = TokenIndexes()) -> Dataset:
     """The dataset of a run.
 
-    prepared: what `prepare_from_config` returned (data=text); on all ranks the same. trains: whether it is to be trained on.
+    Args:
+        config: of the run.
+        run_dir: its directory, to name in errors.
+        prepared: what `prepare_from_config` returned (data=text); on all ranks the same.
+        trains: whether it is to be trained on.
+        indexes: what is known of token files that another program wrote, and where to keep what is found in them.
     """
-    data, sizes = config.data, {"seq_len": config.train.seq_len, "global_batch": config.train.global_batch}
+    data = config.data
     if data.kind == "synthetic":
         return SyntheticDataset(vocab_size=data.vocab_size, num_domains=data.num_domains, min_length=data.min_length,
-                                seed=config.data_seed, mask_documents=data.mask_documents, **sizes)
+                                seed=config.data_seed, mask_documents=data.mask_documents, **_sizes(config))
     if data.kind == "text" and prepared is None:
-        raise DataError(51, "the text is not prepared", where=str(Path(data.cache) if data.cache else run_dir / "data"),
+        raise DataError(51, "the text is not prepared", where=str(prepared_place(data, run_dir)),
                         why="no prepared folder was handed over", next="moetrain data prepare, or start the run anew")
+    if data.kind == "text":                                  # prepare has just written or verified it
+        return token_dataset(config, open_prepared(prepared, verify=False), trains=trains)
+    return token_dataset(config, open_tokens(data, indexes), trains=trains)
+
+
+def open_tokens(data: DataConfig, indexes: TokenIndexes, account: TokenAccount | None = None) -> Prepared | TokenFiles:
+    """What data=tokens, data=megatron or data=memmap names. account: is told what becomes of every file of another program."""
+    if data.kind == "tokens":
+        return open_prepared(tokens_path(data.path), verify=True)
+    files = {"path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size, "end_token": data.end_token,
+             "held_out": data.held_out, "held_out_share": data.held_out_share, "split": data.split, "indexes": indexes,
+             "account": account}
+    if data.kind == "memmap":
+        return open_memmap(**files, dtype=data.dtype)
+    return part(INDEXED, "indexed")(**files, weights=dict(data.weights))
+
+
+def token_dataset(config: Config, opened: Prepared | TokenFiles, *, trains: bool = True) -> TokenDataset:
+    """Tokens that are open, as windows in the order of training."""
+    data = config.data
     mixture, weights = data.mixture, data.weights
-    if data.kind in ("megatron", "memmap"):
-        files = {"path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size, "end_token": data.end_token,
-                 "held_out": data.held_out, "held_out_share": data.held_out_share, "split": data.split}
-        if data.kind == "memmap":
-            opened = open_memmap(**files, dtype=data.dtype)
-        else:
-            opened = build({"_target_": INDEXED, **files, "weights": dict(data.weights)}, "indexed")
-        if opened.shares is not None:                # of the samples: each domain alike, times its weight
-            mixture, weights = "uniform", opened.shares
-    else:
-        folder = prepared if data.kind == "text" else tokens_path(data.path)
-        opened = open_prepared(folder, verify=data.kind == "tokens")  # prepare has just written or verified text
+    if isinstance(opened, TokenFiles) and opened.shares is not None:     # of the samples: each domain alike, times its weight
+        mixture, weights = "uniform", opened.shares
     return TokenDataset(prepared=opened, seed=config.data_seed, mixture=mixture, weights=weights,
-                        mask_documents=data.mask_documents, trains=trains, **sizes)
+                        mask_documents=data.mask_documents, trains=trains, **_sizes(config))
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    return {"seq_len": config.train.seq_len, "global_batch": config.train.global_batch}

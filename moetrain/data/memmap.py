@@ -2,48 +2,40 @@
 
     open_memmap(path, tokenizer, vocab_size, …) -> what data.token_dataset.TokenDataset reads in place of a prepared folder
 
-data.path is a file, a pattern of files or a folder; `data/token_formats.py` says which formats there are and `data/file_names.py`
-what names tell. A file ends a document, as does every end token, if one is known (data.end_token, or the tokenizer's). Held out
-is data.held_out, else what lies beside `train` as `val`, else the last share of each domain's tokens.
+data.path is a file, a pattern of files or a folder; `data/memmap_files.py` finds the files, `data/token_formats.py` says which
+formats there are and `data/file_names.py` what names tell. A file ends a document, as does every end token, if one is known
+(data.end_token, or the tokenizer's). Held out is data.held_out, else what lies beside `train` as `val`, else the last share of
+each domain's tokens.
 
-Files are read with `pread` (`data/token_files.py`): memory maps are how the others read them.
+Files are read with `pread` (`data/token_blocks.py`): memory maps are how the others read them. Each is read whole once, and
+known by its index from then on (`data/token_indexes.py`).
 """
 
-import glob
 import logging
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from moetrain.data.end_token import open_tokenizer
-from moetrain.data.file_names import Named, by_name
-from moetrain.data.given_splits import TEST, TRAIN, VALID
+from moetrain.data.file_names import Named
+from moetrain.data.memmap_files import MemmapFiles, find_files, names_text, tell_account
 from moetrain.data.split import exact
-from moetrain.data.token_files import (SHARE, Member, TokenFile, TokenFiles, last_share, open_files, read_once,
-                                       refuse_leak, say_twice, token_file)
-from moetrain.data.token_formats import SUFFIXES, NotTokensError, token_format
+from moetrain.data.token_account import TokenAccount
+from moetrain.data.token_files import SHARE, Member, TokenFile, TokenFiles, last_share, open_files, refuse_leak, say_twice
+from moetrain.data.token_formats import NotTokensError, token_format
+from moetrain.data.token_index import Ending, Report, TokenIndex, read_once
+from moetrain.data.token_indexes import TokenIndexes, Wanted
 from moetrain.errors import DataError
 from moetrain.files import open_regular, reason, shown
 
 _FORMAT = "moetrain-memmap-1"
 _WIDTH_HEAD = 4 << 20                # bytes of raw ids that are compared with the vocabulary to tell their width
-_MOST_NAMED = 5                      # files that a line of the log names
 
 log = logging.getLogger(__name__)
-
-
-class _Files(NamedTuple):
-    """Files below a folder by what they are for; left: what is no token file."""
-
-    folder: Path
-    train: list[Named]
-    heldout: list[Named]
-    test: list[Named]
-    left: list[PurePosixPath]
 
 
 class _Reading(NamedTuple):
@@ -55,7 +47,8 @@ class _Reading(NamedTuple):
 
 
 def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "auto", end_token: str | None = None,
-                held_out: str | None = None, held_out_share: float = float(SHARE), split: str = "respect") -> TokenFiles:
+                held_out: str | None = None, held_out_share: float = float(SHARE), split: str = "respect",
+                indexes: TokenIndexes = TokenIndexes(), account: TokenAccount | None = None) -> TokenFiles:
     """Open token files.
 
     Args:
@@ -67,13 +60,16 @@ def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "aut
         held_out: a file, a pattern or a folder to evaluate on.
         held_out_share: of the tokens of a domain without held-out files, its last.
         split: respect a split that is there, or merge it.
+        indexes: what is known of the files, and where to keep what is found.
+        account: is told what becomes of every file.
     """
     encoder, typed = open_tokenizer(tokenizer, end_token)
     end_id = typed if typed is not None else encoder.end_id if encoder else None
     reading = _Reading(dtype, encoder.vocab_size if encoder else vocab_size, end_id)
-    files, heldout = _both(path, held_out, merge=split == "merge")
-    trained = _read_all(files.folder, files.train, reading)
-    evaluated = _read_all(heldout.folder, heldout.heldout, reading)
+    files, heldout = find_files(path, held_out, merge=split == "merge")
+    if account is not None:
+        tell_account(account, path, held_out, files, heldout)
+    trained, evaluated = _open([(files.folder, files.train), (heldout.folder, heldout.heldout)], reading, indexes)
     say_twice(file for _, file in trained)
     refuse_leak((file for _, file in trained), (file for _, file in evaluated))
     _check_end([file for _, file in trained + evaluated], reading, typed is not None)
@@ -110,84 +106,19 @@ def _last_share(files: list[TokenFile], share: Fraction) -> list[np.ndarray]:
     return found[::-1]
 
 
-# --- which files there are
-
-
-def _both(path: str, held_out: str | None, *, merge: bool) -> tuple[_Files, _Files]:
-    """(what is trained on, what is held out): of data.path, and of data.held_out where it is given."""
-    files = _find(path, "data.path", merge=merge, apart=None if held_out is None else TRAIN)
-    heldout = files
-    if held_out is not None:
-        heldout = _find(held_out, "data.held_out", merge=True, apart=VALID)
-        taken = {os.path.realpath(heldout.folder / one.path) for one in heldout.heldout}
-
-        def others(named: list[Named]) -> list[Named]:
-            return [one for one in named if os.path.realpath(files.folder / one.path) not in taken]
-
-        files = files._replace(train=others(files.train), test=others(files.test + files.heldout))
-        if not files.train:
-            raise _missing(path, "data.path", "data.held_out takes all of it")
-        _say_left(heldout)
-    _say_left(files)
-    return files, heldout
-
-
-def _find(path: str, key: str, *, merge: bool, apart: str | None) -> _Files:
-    """The files that a key names, by what they are for.
-
-    Args:
-        path: its value.
-        key: its name.
-        merge: whether a split that is there is left out of account.
-        apart: see `by_name`.
-    """
-    given, left = Path(path), []
-    if given.is_dir():
-        folder = given
-        every = [PurePosixPath(file.relative_to(given)) for file in sorted(given.rglob("*")) if file.is_file()]
-        visible = [file for file in every if not any(part.startswith(".") for part in file.parts)]
-        chosen = by_name((file for file in visible if file.suffix in SUFFIXES), merge=merge, apart=apart)
-        left = [file for file in visible if file.suffix not in SUFFIXES]
-    else:
-        named = [given] if given.exists() else [Path(name) for name in sorted(glob.glob(path)) if os.path.isfile(name)]
-        folder = named[0].parent if named else given.parent
-        if any(file.parent != folder for file in named):
-            raise _missing(path, key, "the pattern names files of several folders; give the folder above them")
-        chosen = _with_siblings(folder, {PurePosixPath(file.name) for file in named}, merge=merge, apart=apart)
-    by_split = {split: [one for one in chosen if one.split == split] for split in (TRAIN, VALID, TEST)}
-    if not by_split[VALID if apart == VALID else TRAIN]:
-        named = " or ".join(f"*{suffix}" for suffix in SUFFIXES)
-        raise _missing(path, key, f"it holds no file named {named}" if os.path.exists(path) else "it is not there")
-    return _Files(folder, by_split[TRAIN], by_split[VALID], by_split[TEST], left)
-
-
-def _with_siblings(folder: Path, names: set[PurePosixPath], *, merge: bool, apart: str | None) -> list[Named]:
-    """Files that were named, and what lies beside them as the held-out set of their domains."""
-    if apart or merge or not names:
-        return [one._replace(split=apart or TRAIN) for one in by_name(names, merge=True, apart=apart)]
-    suffixes = {name.suffix for name in names}
-    beside = {PurePosixPath(file.name) for file in folder.iterdir() if file.suffix in suffixes and file.is_file()}
-    every = by_name(names | beside)
-    trained = [one for one in every if one.path in names and one.split == TRAIN]
-    if len(trained) < len(names):                            # val.bin itself was named: it is what is trained on
-        return [one._replace(split=TRAIN) for one in every if one.path in names]
-    domains = {one.domain for one in trained}
-    return trained + [one for one in every if one.split == VALID and one.domain in domains]
-
-
-def _missing(path: str, key: str, why: str) -> DataError:
-    return DataError(160, "there are no token files", where=f"{path} ({key})", why=why,
-                     next=f"{key}=<a .bin or .npy of token ids, or a folder of them>")
-
-
 # --- reading one
 
 
-def _read_all(folder: Path, files: list[Named], reading: _Reading) -> list[tuple[str, TokenFile]]:
-    return [(one.domain, _read(folder / one.path, reading)) for one in files]
+def _open(sides: list[tuple[Path, list[Named]]], reading: _Reading, indexes: TokenIndexes) -> list[list[tuple[str, TokenFile]]]:
+    """(domain, file) of the files of each side."""
+    files = indexes.open([Wanted(folder / one.path) for folder, named in sides for one in named],
+                         settings=["memmap", reading.dtype, reading.end_id], vocab_size=reading.vocab_size,
+                         read=lambda path, report: _read(path, reading, report))
+    rest = iter(files)
+    return [[(one.domain, next(rest)) for one in named] for _, named in sides]
 
 
-def _read(path: Path, reading: _Reading) -> TokenFile:
+def _read(path: Path, reading: _Reading, report: Report) -> TokenIndex:
     try:
         found = token_format(path)
         with open_regular(path) as file:
@@ -199,15 +130,14 @@ def _read(path: Path, reading: _Reading) -> TokenFile:
             other = "uint16" if dtype.itemsize == 4 else "uint32"
             advice = f"; data.dtype={other} where they are not {dtype.name}" if found.dtype is None else ""
             checksums = read_once(file, path, start=found.start, tokens=tokens, dtype=dtype, vocab_size=reading.vocab_size,
-                                  visit=starts.look, advice=advice)
+                                  visit=starts.look, report=report, advice=advice)
     except NotTokensError as error:
         raise DataError(161, "a file holds no token ids", where=str(path), why=shown(error.what, 200),
                         next=error.next) from error
     except OSError as error:
         raise DataError(162, "a token file cannot be read", where=str(path), why=reason(error),
                         next="data.path=<a .bin or .npy of token ids, or a folder of them>") from error
-    return token_file(path, status, start=found.start, tokens=tokens, dtype=dtype, checksums=checksums,
-                      vocab_size=reading.vocab_size, starts=starts.of(tokens))
+    return TokenIndex(found.shown(path), found.start, dtype, checksums, starts.of(tokens), starts.ending(tokens))
 
 
 class _Starts:
@@ -223,6 +153,14 @@ class _Starts:
     def of(self, tokens: int) -> np.ndarray:
         starts = np.concatenate(self._found)
         return np.append(starts[starts < tokens], tokens)
+
+    def ending(self, tokens: int) -> Ending | None:
+        """All documents end in the end token, but for the last one of a file that does not."""
+        if self._end_id is None:
+            return None
+        found = np.concatenate(self._found)
+        documents, closed = int((found < tokens).sum()), len(found) - 1
+        return Ending(self._end_id, closed / documents, 0)
 
 
 def _width(file: BinaryIO, size: int, reading: _Reading) -> np.dtype:
@@ -244,7 +182,7 @@ def _check_size(path: Path, size: int, expected: int, tokens: int, dtype: np.dty
 
 def _check_end(files: list[TokenFile], reading: _Reading, typed: bool) -> None:
     """The end token occurs in the tokens; otherwise every file is one document."""
-    if reading.end_id is None or any(_ends(file, reading.end_id) for file in files):
+    if reading.end_id is None or any(file.index.ending and file.index.ending.share for file in files):
         return
     why = f"id {reading.end_id} does not occur in {sum(int(file.starts[-1]) for file in files):,} tokens"
     if typed:
@@ -253,30 +191,12 @@ def _check_end(files: list[TokenFile], reading: _Reading, typed: bool) -> None:
     log.warning("the end token of data.tokenizer is not in the data: %s; every file is one document", why)
 
 
-def _ends(file: TokenFile, end_id: int) -> bool:
-    size = int(file.starts[-1])
-    return len(file.starts) > 2 or int(file.tokens.read(size - 1, size)[0]) == end_id
-
-
 # --- what is said
 
 
-def _say_left(files: _Files) -> None:
-    if files.left:
-        size = sum((files.folder / path).stat().st_size for path in files.left)
-        log.info("left out %d files that are no token files (%s bytes): %s", len(files.left), f"{size:,}", _names(files.left))
-    if files.test:
-        log.info("left alone, as a test set is: %s", _names([one.path for one in files.test]))
-
-
-def _say_what(files: _Files, heldout: _Files, read: list[tuple[str, TokenFile]], opened: TokenFiles) -> None:
+def _say_what(files: MemmapFiles, heldout: MemmapFiles, read: list[tuple[str, TokenFile]], opened: TokenFiles) -> None:
     documents = sum(len(file.starts) - 1 for _, file in read)
-    held = _names([one.path for one in heldout.heldout]) or "the end of each domain"
+    held = names_text([one.path for one in heldout.heldout]) or "the end of each domain"
     log.info("%d token files of %s: %s tokens in %s documents; %s held out: %s", len(read),
              f"{len(opened.domains)} domain{'s' * (len(opened.domains) > 1)}", f"{opened.train.size + opened.heldout.size:,}",
              f"{documents:,}", f"{opened.heldout.size:,}", held)
-
-
-def _names(paths: list[PurePosixPath]) -> str:
-    more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
-    return shown(", ".join(str(path) for path in paths[:_MOST_NAMED])) + more

@@ -1,4 +1,4 @@
-"""What moetrain itself has written, recognised by its files: runs, prepared data and preparations that were killed.
+"""What moetrain itself has written, recognised by its files: runs, prepared data, indexes of token files, killed preparations.
 
 A folder with text is a fine place to work in: `data.path=.` must not read the runs that lie below it.
 """
@@ -9,12 +9,14 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from moetrain.data import token_index_file
 from moetrain.data.tokens import MAGIC
 from moetrain.files import open_regular
 
 _SHARD = re.compile(r"(train|heldout)-\d{5}\.(tokens|sizes)")
 _STEP = re.compile(r"step-\d{8}")
 _DATASET = re.compile(r"[0-9a-f]{16}")
+_INDEX = re.compile(rf"[0-9a-f]{{16}}\{token_index_file.SUFFIX}")
 _JOB_LOG = re.compile(r"moetrain-\d+\.log")              # launch/slurm.sbatch writes it where the job was submitted
 _RUN_FILES = frozenset(("config.yaml", "env.json", "eval.jsonl", "loads.npz", "lock", "metrics.jsonl", "specialisation.npz",
                         "status.json"))
@@ -35,6 +37,7 @@ def own_parts(folder: str, folders: Collection[str], names: Collection[str]) -> 
         own_files |= {name for name in names if name in _RUN_FILES or name.endswith(".lost")}
     if _is_dataset(folder, names):
         own_files |= {name for name in names if name in _DATASET_FILES or _SHARD.fullmatch(name)}
+    own_files |= {name for name in names if _INDEX.fullmatch(name) and _starts_with(folder, name, token_index_file.MAGIC)}
     if "sources.json" in names and any(os.path.isfile(os.path.join(folder, name, "dataset.json"))
                                        for name in folders if _DATASET.fullmatch(name)):
         own_files.add("sources.json")
@@ -53,10 +56,12 @@ def _is_run(folder: str, folders: Collection[str], names: Collection[str]) -> bo
 
 def _is_dataset(folder: str, names: Collection[str]) -> bool:
     shard = next((name for name in names if _SHARD.fullmatch(name) and name.endswith(".tokens")), None)
-    if shard is None:
-        return False
-    with suppress(OSError), open_regular(Path(folder, shard)) as file:
-        return file.read(len(MAGIC)) == MAGIC
+    return shard is not None and _starts_with(folder, shard, MAGIC)
+
+
+def _starts_with(folder: str, name: str, magic: bytes) -> bool:
+    with suppress(OSError), open_regular(Path(folder, name)) as file:
+        return file.read(len(magic)) == magic
     return False
 
 

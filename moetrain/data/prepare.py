@@ -25,7 +25,7 @@ from typing import Any
 from moetrain.config.schema import Config, DataConfig
 from moetrain.data import corpus
 from moetrain.data.account_text import account_lines, is_account
-from moetrain.data.by_fingerprint import NAME_LENGTH
+from moetrain.data.by_fingerprint import NAME_LENGTH, prepared_place
 from moetrain.data.dataset_folder import unfinished
 from moetrain.data.prepared import DESCRIPTION, Prepared, lost_description, open_prepared, total, write_description
 from moetrain.data.documents import Parts
@@ -57,7 +57,7 @@ def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None
     assert data.kind in ("text", "tokens"), data.kind
     if data.kind == "tokens":
         return open_prepared(tokens_path(data.path), verify=False).folder
-    out = Path(data.cache) if data.cache else run_dir / "data"
+    out = prepared_place(data, run_dir)
     return prepare(path=data.path, out=out, tokenizer=tokenizer or data.tokenizer, domain_cap=data.domain_cap, held_out=data.held_out,
                    held_out_share=data.held_out_share, overlap=data.overlap, splits=data.split == "respect",
                    allow_left_out=data.allow_left_out, reading=reading_of(data), end_token=data.end_token,

@@ -1,12 +1,11 @@
 """Token files that another program wrote, as training data: the streams of data=memmap and data=megatron.
 
-    TokenFile      a file that was read once: its tokens, where its documents begin, a hash of what it holds
+    TokenFile      a file, by what was found when it was read once (data/token_index.py)
     Member         a file in a domain, and how much of each of its documents is trained on; the rest is held out
     TokenFiles     what data.token_dataset.TokenDataset reads in place of a prepared folder
 
 Files are read with `pread` by token_blocks.py, never mapped into memory: one that is cut short while it is in use is an
-error here and SIGBUS there. They are read once when the data is opened: the fingerprint is made of their checksums, and no
-id may lie outside the vocabulary.
+error here and SIGBUS there. The fingerprint is made of their checksums.
 """
 
 import hashlib
@@ -14,54 +13,36 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from moetrain.data.token_blocks import Layout, TokenBlocks
+from moetrain.data.token_index import FileErrors, TokenIndex
 from moetrain.data.tokenizer import Tokenizer
 from moetrain.data.tokens import BLOCK
 from moetrain.errors import DataError
-from moetrain.files import reason
 
 log = logging.getLogger(__name__)
 
 SHARE = Fraction(1, 20)             # held out; fingerprints name another one alone
 
 
-class FileErrors:
-    """A file is as it was when the data was opened, or it is refused."""
-
-    def unreadable(self, path: Path, error: OSError) -> DataError:
-        return self._changed(path, reason(error))
-
-    def altered(self, path: Path, offset: int, why: str) -> DataError:
-        return self._changed(path, f"from byte {offset:,} on: {why}")
-
-    def truncated(self, path: Path, size: int, expected: int) -> DataError:
-        return self._changed(path, f"{size:,} bytes instead of {expected:,}")
-
-    def outside(self, path: Path, place: str, id: int, vocab_size: int, advice: str = "") -> DataError:
-        return DataError(73, "a token id is outside the vocabulary", where=f"{path}, {place}",
-                         why=f"id {id} with a vocabulary of {vocab_size:,}",
-                         next="data.tokenizer=<the tokenizer.json that made the ids>, or data.tokenizer=none with a larger "
-                              f"data.vocab_size{advice}")
-
-    def _changed(self, path: Path, why: str) -> DataError:
-        return DataError(122, "a token file was changed while it was in use", where=str(path), why=why,
-                         next="restore the file; the same command goes on from the last save")
-
-
 class TokenFile(NamedTuple):
-    """A file of tokens. starts: int64 [documents + 1], first token of every document, and the end."""
+    """A file of tokens. content: a hash of what it holds."""
 
     tokens: TokenBlocks
-    starts: np.ndarray
+    index: TokenIndex
     content: str
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 [documents + 1], first token of every document, and the end."""
+        return self.index.starts
 
 
 class Member(NamedTuple):
@@ -77,7 +58,7 @@ class TokenFiles:
     """Takes the place of data.prepared.Prepared.
 
     tokenizer: None where nobody knows what the ids stand for. end_id: what closes a document, as far as that is known.
-    shares: of the samples, by domain, where the data says so itself.
+    shares: of the samples, by domain, where the data says so itself. members: what the streams are made of.
     """
 
     folder: Path
@@ -88,7 +69,8 @@ class TokenFiles:
     end_id: int | None
     train: "FileStream"
     heldout: "FileStream"
-    shares: Mapping[str, float] | None = None
+    shares: Mapping[str, float] | None
+    members: tuple[Member, ...]
 
 
 class Spans(NamedTuple):
@@ -168,7 +150,7 @@ def open_files(path: Path, kind: str, members: Sequence[Member], domains: Sequen
     described = [kind, tokenizer.identity if tokenizer else "none",
                  [(domains[member.domain], member.file.content, zlib.crc32(member.trained)) for member in members], *settings]
     fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    return TokenFiles(path, fingerprint, vocab_size, tuple(domains), tokenizer, end_id, train, heldout, shares)
+    return TokenFiles(path, fingerprint, vocab_size, tuple(domains), tokenizer, end_id, train, heldout, shares, tuple(members))
 
 
 def _sides(members: Sequence[Member]) -> Iterator[Spans]:
@@ -199,43 +181,20 @@ def last_share(file: TokenFile, share: Fraction) -> np.ndarray:
     return np.clip(size - held - file.starts[:-1], 0, np.diff(file.starts))
 
 
-def read_once(file: BinaryIO, path: Path, *, start: int, tokens: int, dtype: np.dtype, vocab_size: int,
-              visit: Callable[[int, np.ndarray], None] | None = None, advice: str = "") -> list[int]:
-    """Checksums of the blocks of a file; DataError where an id is outside the vocabulary.
+def token_file(path: Path, found: os.stat_result, index: TokenIndex, *, vocab_size: int, checked: bool) -> TokenFile:
+    """A file by its index.
 
     Args:
-        file: open for reading.
         path: its name.
-        start: first byte of the tokens.
-        tokens: how many there are; the file was seen to have them.
-        dtype: of an id.
+        found: the file as it lies there.
+        index: what is known of it.
         vocab_size: ids that there are.
-        visit: called with every block and the number of its first token.
-        advice: what else may help against an id outside the vocabulary.
+        checked: whether the index was made just now, so that no block has to be compared with its checksum.
     """
-    checksums = []
-    for begin in range(0, tokens, BLOCK):
-        length = min(BLOCK, tokens - begin) * dtype.itemsize
-        content = os.pread(file.fileno(), length, start + begin * dtype.itemsize)
-        if len(content) < length:
-            raise FileErrors().truncated(path, os.fstat(file.fileno()).st_size, start + tokens * dtype.itemsize)
-        block = np.frombuffer(content, dtype)
-        checksums.append(zlib.crc32(block))
-        if int(block.max()) >= vocab_size or int(block.min()) < 0:
-            place = int(np.argmax((block >= vocab_size) | (block < 0)))
-            raise FileErrors().outside(path, f"token {begin + place:,}", int(block[place]), vocab_size, advice)
-        if visit:
-            visit(begin, block)
-    return checksums
-
-
-def token_file(path: Path, found: os.stat_result, *, start: int, tokens: int, dtype: np.dtype, checksums: list[int],
-               vocab_size: int, starts: np.ndarray) -> TokenFile:
-    """What `read_once` has read."""
-    layout = Layout(start, tokens, dtype, checksums, BLOCK, vocab_size)
-    blocks = TokenBlocks(path, layout, starts, found, errors=FileErrors(), links=True, checked=True)
-    parts = [dtype.newbyteorder("<").name, checksums, zlib.crc32(starts)]
-    return TokenFile(blocks, starts, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+    layout = Layout(index.start, index.tokens, index.dtype, index.checksums, BLOCK, vocab_size)
+    blocks = TokenBlocks(path, layout, index.starts, found, errors=FileErrors(), links=True, checked=checked)
+    parts = [index.dtype.newbyteorder("<").name, index.checksums, zlib.crc32(index.starts)]
+    return TokenFile(blocks, index, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
 def say_twice(files: Iterable[TokenFile]) -> None:

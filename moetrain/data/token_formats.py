@@ -34,6 +34,8 @@ _MAGICS = (
     (b"GGUF", "a GGUF model"),
 )
 _HEAD = 4096                                    # bytes that tell what a file is
+_RAW = "raw"
+_RAW_BY_SUFFIX = {".bin": "nanoGPT", ".npy": "OLMo"}
 _LEAST_TEXT = 32                                # bytes; fewer may look like text by chance
 
 
@@ -44,6 +46,10 @@ class TokenFormat(NamedTuple):
     start: int
     dtype: np.dtype | None
     tokens: int | None
+
+    def shown(self, path: Path) -> str:
+        """The format for a person. Of raw ids the suffix alone tells who writes them so."""
+        return self.name if self.name != _RAW else _RAW_BY_SUFFIX.get(path.suffix, "raw ids")
 
 
 class NotTokensError(ValueError):
@@ -66,7 +72,7 @@ def token_format(path: Path) -> TokenFormat:
         return found
     if text := _as_text(head):
         raise NotTokensError(f"it is text, and begins with {text!r}", f"data=text data.path={quote(str(path))}")
-    return TokenFormat("raw", 0, None, None)
+    return TokenFormat(_RAW, 0, None, None)
 
 
 def how_to_read(path: Path) -> str | None:
@@ -81,7 +87,7 @@ def how_to_read(path: Path) -> str | None:
         return error.next
     except OSError:
         return None
-    return f"data=memmap data.path={shown}" if found.name != "raw" or path.suffix in SUFFIXES else None
+    return f"data=memmap data.path={shown}" if found.name != _RAW or path.suffix in SUFFIXES else None
 
 
 def _is_memmap(path: Path) -> bool:
@@ -123,7 +129,7 @@ def _numpy(file: BinaryIO) -> TokenFormat:
         raise NotTokensError(f"it is a .npy file whose header cannot be read: {error}", elsewhere) from error
     if len(shape) != 1 or dtype.kind not in "iu":
         raise NotTokensError(f"it is a .npy file of {dtype} in {len(shape)} dimensions", elsewhere)
-    return TokenFormat("numpy", file.tell(), dtype, shape[0])
+    return TokenFormat("NumPy .npy", file.tell(), dtype, shape[0])
 
 
 def _llmc(head: bytes) -> TokenFormat | None:
@@ -136,7 +142,7 @@ def _llmc(head: bytes) -> TokenFormat | None:
     if version != known or tokens < 0:
         raise NotTokensError(f"it has the header of llm.c with version {version} (known: {known}) and {tokens:,} tokens",
                              "write the file again with llm.c's dev/data scripts")
-    return TokenFormat("llm.c", LLMC_HEADER, dtype, tokens)
+    return TokenFormat(f"llm.c version {version}", LLMC_HEADER, dtype, tokens)
 
 
 def _as_text(head: bytes) -> str | None:

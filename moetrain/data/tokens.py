@@ -19,7 +19,7 @@ Errors of the room `data/` (exit code 12):
     E-DATA-005 header damaged         020 no such tokenizer            034 changed while read
     E-DATA-006 truncated or longer    021 bad tokenizer file           035 too little text to split
     E-DATA-007 altered                                        102, 103, 130 … 137 what readers refuse
-    E-DATA-008 token id out of range  150 … 156 tokenizers    070 … 074, 122, 160 … 166 files of other trainers
+    E-DATA-008 token id out of range  150 … 156 tokenizers    070 … 074, 122, 160 … 167 files of other trainers
 """
 
 import json

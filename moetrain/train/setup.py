@@ -13,14 +13,12 @@ import torch.distributed as dist
 
 from moetrain.comm.device import pick_device, take_device
 from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
-from moetrain.comm.agreement import all_or_none, from_first
+from moetrain.comm.agreement import all_or_none
 from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.config.size_check import too_full, too_large
 from moetrain.data.batch import Dataset
-from moetrain.data.loader import Loader, build_dataset
-from moetrain.data.prepare import prepare_from_config
-from moetrain.data.tokenizer import Tokenizer
+from moetrain.data.loader import Loader
 from moetrain.errors import ConfigError
 from moetrain.model.build import build_model, compute_dtype
 from moetrain.model.flops import peak_flops, training_flops
@@ -30,8 +28,8 @@ from moetrain.train.loggers.router_dump import RouterDump
 from moetrain.train.objective import Objective
 from moetrain.train.optim.optimizer import allocate_state, build_optimizer
 from moetrain.train.count_pool import Prior
+from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.fssdp_setup import build_fssdp
-from moetrain.train.loggers.prepare_progress import Preparing
 from moetrain.train.state import TrainState
 from moetrain.train.stopwatch import Stopwatch
 
@@ -88,7 +86,7 @@ def check_alone(config: Config) -> None:
 def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     """Data, model, optimizer and objective, before any checkpoint is read. Collective: rank 0 prepares the data."""
     all_or_none(mesh["batch"], lambda: refuse_what_cannot_fit(config, mesh))
-    dataset = build_dataset(config, directory, prepare_on_main(config, directory, mesh))
+    dataset = open_on_ranks(config, directory, mesh, prepare_on_main(config, directory, mesh))
     model = build_model(config, dataset.vocab_size, mesh)
     optimizer = build_optimizer(model, config.optim)
     allocate_state(optimizer)
@@ -121,19 +119,3 @@ def peak_rate(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
     """Tokens per second of all ranks if chips did nothing but the products of training, at their peak."""
     peak = None if config.run.share_gpu else peak_flops(mesh.device, compute_dtype(config, mesh.device))
     return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)
-
-
-def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: Tokenizer | None = None,
-                    expected: str | None = None) -> Path | None:
-    """Rank 0 prepares the text; the others wait and are told where it lies, or leave with it.
-
-    tokenizer, expected: see prepare_from_config.
-    """
-    if config.data.kind != "text":
-        return None
-
-    def prepared() -> Path:
-        with Preparing(bar=config.log.progress) as progress:
-            return prepare_from_config(config, directory, progress, tokenizer=tokenizer, expected=expected, remind=False)
-
-    return from_first(mesh["batch"], prepared)

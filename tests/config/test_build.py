@@ -60,7 +60,7 @@ FOREIGN = [
     ("balance", "moetrain.losses.z.ZLoss", "descend from"),
     ("planner", "moetrain.plan.planners.base.Planner", "does not define"),
     ("planner", "moetrain.plan.planners.base.LayerPlan", "descend from"),
-    ("indexed", "moetrain.interop.megatron._open", "descend from"),
+    ("indexed", "moetrain.interop.megatron._trained", "descend from"),
 ]
 
 

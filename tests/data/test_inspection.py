@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.__main__ import main
+from tests.support.tree_content import everything
 
 
 def corpus(root: Path) -> Path:
@@ -19,10 +20,6 @@ def corpus(root: Path) -> Path:
     (root / "x.tar").write_bytes((b"x" * 257 + b"ustar").ljust(600))
     (root / ".hidden").write_text("x")
     return root
-
-
-def everything(root: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def test_it_says_what_prepare_does_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -186,6 +186,15 @@ def test_a_bad_dataset_is_named(tmp_path, how, number):
         assert "token 239" in error.where and "id 239" in error.why
 
 
+def test_the_fingerprint_is_that_of_all_versions(tmp_path):
+    """Runs of before go on with their data, and `eval` finds it, by it."""
+    for name, count in (("a", 30), ("b", 3), ("c", 40)):
+        build(tmp_path / name, numbered(count), np.int32)
+    ids = ("data.tokenizer=none", "data.vocab_size=2000")
+    assert dataset(tmp_path, *ids).fingerprint == "6a8596c778278c11babdb988690a41ed2fdb8b9e17d6e58fdd1c3b7d698b4e10"
+    assert dataset(tmp_path / "a", *ids, f"data.held_out={tmp_path / 'c'}").fingerprint == "b5b5d87251ea34fdf49029489f856f7e34cc36cec7b11b2d77a4391eb921718e"
+
+
 def test_an_altered_token_is_other_data(tmp_path):
     build(tmp_path / "a", numbered(30, 8))
     before = dataset(tmp_path / "a", "data.tokenizer=none").fingerprint

@@ -16,13 +16,12 @@ from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config, DataConfig
 from moetrain.config.values import flatten
 from moetrain.data.batch import Dataset
-from moetrain.data.loader import build_dataset
 from moetrain.data.overlap import Share, token_overlap
 from moetrain.data.token_dataset import TokenDataset
 from moetrain.data.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
 from moetrain.train.evaluation.evaluate import evaluate
-from moetrain.train.setup import prepare_on_main
+from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.evaluation.trained import (Trained, check_tokenizer, load_trained, no_text, open_trained, refuse_more_ids, trained_dataset,
                                     trained_tokenizer)
 
@@ -112,7 +111,7 @@ def _other_dataset(run: Trained, data: DataConfig, chosen: frozenset[str]) -> tu
         data = measured_whole(data, chosen)
     config = replace(run.config, data=data)
     folder = prepare_on_main(config, run.directory, run.mesh, tokenizer=tokenizer)
-    dataset = all_or_none(batch, lambda: build_dataset(config, run.directory, folder, trains=False))
+    dataset = open_on_ranks(config, run.directory, run.mesh, folder, trains=False)
     all_or_none(batch, lambda: _refuse_other_ids(run, dataset, data))
     return dataset, with_absolute_paths(config).data.path or ("the built-in corpus" if data.kind == "text" else data.kind)
 

@@ -21,11 +21,12 @@ from moetrain.config.compose import run_dir
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
 from moetrain.data.batch import Dataset
-from moetrain.data.by_fingerprint import NAME_LENGTH, find_prepared
+from moetrain.data.by_fingerprint import NAME_LENGTH, find_prepared, prepared_place
 from moetrain.data.end_token import open_tokenizer
 from moetrain.data.loader import build_dataset
 from moetrain.data.prepare import other_data
 from moetrain.data.prepared import open_prepared
+from moetrain.data.token_indexes import TokenIndexes
 from moetrain.data.tokenizer import Tokenizer, configured_tokenizer, load_tokenizer
 from moetrain.errors import CheckpointError, DataError
 from moetrain.files import nearby, shown
@@ -36,7 +37,8 @@ from moetrain.train.checkpoint.load import load_newest_model, newest_manifest, o
 from moetrain.checkpoint.records import Manifest
 from moetrain.runs.completion import trained_config
 from moetrain.comm.agreement import from_first
-from moetrain.train.setup import join, prepare_on_main
+from moetrain.train.data_setup import open_on_ranks, prepare_on_main
+from moetrain.train.setup import join
 
 _EMBEDDING = "model.embed"
 _PREPARED = ("text", "tokens")       # kinds of data that lie in a prepared folder
@@ -94,7 +96,7 @@ def load_trained(config: Config, typed: frozenset[str] = frozenset()) -> Trained
 def as_trained(config: Config, trained: Config, typed: frozenset[str]) -> Config:
     """A config with the data of another, the run's own. Of `data` it keeps the place of prepared data, and a mask that was typed."""
     mask = trained.data.mask_documents if "data" in typed and "data.mask_documents" not in typed else config.data.mask_documents
-    data = replace(trained.data, mask_documents=mask, overlap=config.data.overlap)
+    data = replace(trained.data, mask_documents=mask, overlap=config.data.overlap, cache=config.data.cache or trained.data.cache)
     return replace(config, data=data, run=replace(config.run, seed=trained.run.seed))
 
 
@@ -204,13 +206,17 @@ def trained_dataset(run: Trained) -> Dataset:
         folder = from_first(run.mesh["batch"], lambda: _folder(run))
         if folder is None:
             folder = _prepared_again(run)
-    return all_or_none(run.mesh["batch"], lambda: _opened(run, folder))
+    dataset = open_on_ranks(_with_path(run.config, folder), run.directory, run.mesh, folder)
+    return all_or_none(run.mesh["batch"], lambda: _as_trained(run, dataset))
 
 
 def open_trained(run: Trained) -> Dataset | None:
     """The same on one rank alone; None where it is not there."""
     folder = _folder(run)
-    return None if folder is None and run.config.data.kind in _PREPARED else _opened(run, folder)
+    if folder is None and run.config.data.kind in _PREPARED:
+        return None
+    indexes = TokenIndexes(prepared_place(run.config.data, run.directory), use="keep")
+    return _as_trained(run, build_dataset(_with_path(run.config, folder), run.directory, folder, indexes=indexes))
 
 
 def _folder(run: Trained) -> Path | None:
@@ -236,11 +242,12 @@ def _missing(run: Trained, why: str) -> DataError:
                      next=f"data.cache=<the folder that holds {run.fingerprint[:NAME_LENGTH]}>, or restore what the run was trained on")
 
 
-def _opened(run: Trained, folder: Path | None) -> Dataset:
-    config = run.config
-    if config.data.kind == "tokens":
-        config = replace(config, data=replace(config.data, path=str(folder)))
-    dataset = build_dataset(config, run.directory, folder)
+def _with_path(config: Config, folder: Path | None) -> Config:
+    """Prepared tokens are where they were found now."""
+    return replace(config, data=replace(config.data, path=str(folder))) if config.data.kind == "tokens" else config
+
+
+def _as_trained(run: Trained, dataset: Dataset) -> Dataset:
     if dataset.fingerprint != run.fingerprint:
-        raise other_data(config.data.path, dataset.fingerprint, run.fingerprint)
+        raise other_data(run.config.data.path, dataset.fingerprint, run.fingerprint)
     return dataset

@@ -1,0 +1,81 @@
+"""What `moetrain data inspect` shows of data that is tokens already: tables for a person, or one record for a program."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from moetrain.cli.corpus_report import MOST_ROWS, MOST_TEXT, left_out, record_of, rest
+from moetrain.cli.inspect import table
+from moetrain.config.schema import Config
+from moetrain.data.account import HELD, FileLedger
+from moetrain.data.inspection import Inspection
+from moetrain.data.token_account import TokenEntry
+from moetrain.files import shown
+from moetrain.units import count
+
+# What is said of each file: that of text as far as tokens have it, and what only they have.
+_FILE = ("name", "size", "side", "reason", "format", "convert", "documents", "domain", "tokens", "heldout", "end_id", "end_share")
+
+
+def as_record(found: Inspection) -> dict[str, Any]:
+    """Everything, every file included. error: what training would refuse the tokens for."""
+    return record_of(found, _FILE)
+
+
+def lines(found: Inspection, config: Config) -> Iterator[str]:
+    """Tables of files, of what is left alone and of domains; then what it amounts to."""
+    for ledger in found.ledgers:
+        yield from _files(ledger)
+    if found.found is not None:
+        yield from _domains(found.found)
+        yield from _amounts(found.found)
+        yield from _documents(found.found["documents"])
+
+
+def _files(ledger: FileLedger) -> Iterator[str]:
+    record = ledger.record()
+    yield f"{shown(ledger.path)} ({ledger.key})   {record['files']:,} files, {record['bytes']:,} bytes"
+    yield ""
+    read = sorted((entry for entry in ledger.read if isinstance(entry, TokenEntry)), key=lambda entry: (-entry.size, entry.name))
+    rows = [[f"  {shown(entry.name, 60)}", _format(entry), f"{entry.documents:,}", f"{entry.tokens:,}", f"{entry.heldout:,}",
+             f"{entry.size:,}"] for entry in read[:MOST_ROWS]]
+    yield from table([["  read", "as", "documents", "tokens", "held out", "bytes"], *rows])
+    yield from rest([entry.size for entry in read])
+    yield from left_out(record)
+    yield ""
+
+
+def _format(entry: TokenEntry) -> str:
+    return f"{shown(entry.format)}{', held out' if entry.side == HELD else ''}"
+
+
+def _domains(found: dict[str, Any]) -> Iterator[str]:
+    domains = sorted(found["domains"].items(), key=lambda item: -item[1]["train"]["tokens"])
+    rows = [[f"  {shown(name, 40)}", *(f"{row[side][what]:,}" for side in ("train", "heldout") for what in ("documents", "tokens")),
+             f"{row['share']:.1%}", f"{row['epochs']:.2g}"] for name, row in domains[:MOST_ROWS]]
+    yield from table([["  domain", "documents", "tokens to train on", "held out", "tokens held out", "share", "epochs"], *rows])
+    yield from rest([row["train"]["tokens"] for _, row in domains])
+    yield ""
+
+
+def _amounts(found: dict[str, Any]) -> Iterator[str]:
+    tokens, end = found["tokens"], found["end_token"]
+    yield f"  tokens     {count(tokens['train'])} to train on, {count(tokens['heldout'])} held out"
+    yield f"  tokenizer  {shown(found['tokenizer'])}, {found['vocab_size']:,} ids"
+    closes = "none is known: a file, or what an index calls a document, is one" if end["id"] is None else (
+        f"id {end['id']}, in which {end['share']:.1%} of the documents are seen to end")
+    yield f"  end token  {closes}"
+    if found["weights"]:
+        weights = ", ".join(f"{shown(name, 40)} {weight:g}" for name, weight in list(found["weights"].items())[:MOST_ROWS])
+        yield f"  weights    {weights}{' (of the blend: shares of the samples)' if found['mixture'] is None else ''}"
+    yield f"  epochs     {found['epochs']:.2g} in run.steps={found['steps']:,} steps of {found['tokens_per_step']:,} tokens"
+
+
+def _documents(documents: list[dict[str, Any]]) -> Iterator[str]:
+    if documents:
+        yield "\ndocuments as they are trained on, by their first tokens:"
+    for document in documents:
+        ids = " ".join(map(str, document["tokens"][:12]))
+        more = " …" * (document["length"] > 12)
+        yield f"  [{shown(document['domain'], 40)}] {document['length']:,} tokens: {ids}{more}"
+        if document["text"] is not None:
+            yield f"    {shown(document['text'], MOST_TEXT)}{' <end>' if document['ended'] else ''}"

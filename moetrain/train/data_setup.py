@@ -1,0 +1,64 @@
+"""The dataset of a run on all ranks: rank 0 prepares text and reads token files, the others take what it has found."""
+
+from pathlib import Path
+
+from moetrain.comm.agreement import all_or_none, from_first, on_first, told_by_first
+from moetrain.comm.mesh import Mesh
+from moetrain.config.schema import Config
+from moetrain.data.batch import Dataset
+from moetrain.data.by_fingerprint import prepared_place
+from moetrain.data.loader import TOKEN_FILES, build_dataset
+from moetrain.data.prepare import prepare_from_config
+from moetrain.data.token_indexes import TokenIndexes
+from moetrain.data.tokenizer import Tokenizer
+from moetrain.errors import DataError
+from moetrain.train.loggers.prepare_progress import Preparing
+
+
+def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: Tokenizer | None = None,
+                    expected: str | None = None) -> Path | None:
+    """Rank 0 prepares the text; the others wait and are told where it lies, or leave with it.
+
+    tokenizer, expected: see prepare_from_config.
+    """
+    if config.data.kind != "text":
+        return None
+
+    def prepared() -> Path:
+        with Preparing(bar=config.log.progress) as progress:
+            return prepare_from_config(config, directory, progress, tokenizer=tokenizer, expected=expected, remind=False)
+
+    return from_first(mesh["batch"], prepared)
+
+
+def open_on_ranks(config: Config, directory: Path, mesh: Mesh, prepared: Path | None, *, trains: bool = True) -> Dataset:
+    """The dataset of a config, on all ranks or on none. Collective.
+
+    Files of another program are read whole by rank 0 alone; the others wait, and take what it has found (data/token_indexes.py).
+
+    prepared, trains: see build_dataset.
+    """
+    batch = mesh["batch"]
+
+    def opened(indexes: TokenIndexes) -> Dataset:
+        return build_dataset(config, directory, prepared, trains=trains, indexes=indexes)
+
+    if config.data.kind not in TOKEN_FILES:
+        return all_or_none(batch, lambda: opened(TokenIndexes()))
+    folder = prepared_place(config.data, directory)
+
+    def read() -> Dataset:
+        with Preparing(bar=config.log.progress) as progress:
+            return opened(TokenIndexes(folder, use="keep" if batch.size == 1 else "share", progress=progress))
+
+    first = on_first(batch, read)
+    fingerprint = told_by_first(batch, first and first.fingerprint)
+    return all_or_none(batch, lambda: first or _same(opened(TokenIndexes(folder, use="take")), fingerprint, folder))
+
+
+def _same(dataset: Dataset, fingerprint: str | None, folder: Path) -> Dataset:
+    if dataset.fingerprint != fingerprint:
+        raise DataError(122, "a token file was changed while it was in use", where=str(folder),
+                        why="its index was made again after rank 0 had read it",
+                        next="the same command, when nothing writes to the data")
+    return dataset
