@@ -19,13 +19,13 @@ from contextlib import nullcontext
 from textwrap import wrap
 
 from moetrain import streams
-from moetrain.launch.rank import become_rank, has_own_stderr, rank, under_torchrun
 from moetrain.cli.help import first_keys, page
 from moetrain.config.field_names import verbs_meant
 from moetrain.config.groups import group_options
 from moetrain.config.suggest import nearest
 from moetrain.errors import ConfigError, DiskError, MoETrainError, Preempted
 from moetrain.launch.foreign_ranks import without_ranks
+from moetrain.launch.rank import become_rank, has_own_stderr, rank, under_torchrun
 from moetrain.user_code import of_user
 
 VERBS = {

@@ -8,9 +8,21 @@ import pytest
 
 from moetrain.errors import DataError
 from moetrain.files import (
-    NotAFileError, create, nearby, open_descriptor, open_to_append, parse_json, read_bytes, read_json, read_text, reason, remedy, shown,
+    NotAFileError,
+    create,
+    nearby,
+    open_descriptor,
+    open_to_append,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    reason,
+    remedy,
+    shown,
 )
 from tests.support.odd_files import ODD, make_odd
+
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY | os.O_APPEND | os.O_CREAT, os.O_RDWR | os.O_CREAT])

@@ -15,9 +15,9 @@ from moetrain.data.prepared import open_prepared
 from moetrain.errors import ConfigErrors
 from moetrain.train.loggers.console import Console, connect_logging, eval_line
 from moetrain.train.loop import train
-from tests.support.training import TINY
 from tests.support.checkpoints import SMALL
 from tests.support.text_file import File
+from tests.support.training import TINY
 
 NAMES = [b"caf\xe9", b"line\nbreak", b"\x1b[31mred", "中文".encode(), b"n" * 255]
 DOMAINS = ["\x1b[31mred", "caf\\xe9", "line\nbreak", "n" * 255, "中文"]

@@ -19,7 +19,14 @@ from moetrain.checkpoint import disk
 from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_step, read_checked, read_manifest
 from moetrain.checkpoint.payload import Item, payload_name, write_payload
 from moetrain.checkpoint.records import (
-    Chunk, Entry, File, Manifest, Table, row_count, split_expert, with_checksum,
+    Chunk,
+    Entry,
+    File,
+    Manifest,
+    Table,
+    row_count,
+    split_expert,
+    with_checksum,
 )
 from moetrain.checkpoint.verify import check_files, is_sound, problems
 

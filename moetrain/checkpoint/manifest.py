@@ -21,11 +21,20 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moetrain.checkpoint.records import (
+    ITEM_BYTES,
+    VERSION,
+    Chunk,
+    Entry,
+    File,
+    Manifest,
+    Table,
+    row_bytes,
+    row_count,
+    split_expert,
+)
 from moetrain.errors import CheckpointError
 from moetrain.files import read_bytes, reason
-from moetrain.checkpoint.records import (
-    ITEM_BYTES, VERSION, Chunk, Entry, File, Manifest, Table, row_bytes, row_count, split_expert,
-)
 
 NAME = "manifest.json"
 MOST_BYTES = 100 << 20                   # of a manifest, and of the header of a payload file

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moetrain.files import open_descriptor, reason
 from moetrain.checkpoint.disk import new_file
 from moetrain.checkpoint.manifest import damaged
 from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, File, Part, row_count
+from moetrain.files import open_descriptor, reason
 
 
 class Item(NamedTuple):

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from moetrain.errors import CheckpointError
 from moetrain.checkpoint.manifest import NAME, damaged, read_manifest
 from moetrain.checkpoint.payload import Payload
 from moetrain.checkpoint.records import Manifest
+from moetrain.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

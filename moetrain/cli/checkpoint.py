@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moetrain.checkpoint.verify import problems
 from moetrain.cli.inspect import human, named
 from moetrain.config.suggest import nearest
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.checkpoint.verify import problems
 
 _SUBCOMMANDS = ("verify",)
 

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.launch.local import start_ranks
-from moetrain.launch.rank import is_worker, rank
 from moetrain.config.compose import for_run, run_dir, typed_keys
 from moetrain.config.schema import Config
 from moetrain.errors import DiskError
 from moetrain.files import nearby, shown
 from moetrain.launch.foreign_ranks import check_ranks
+from moetrain.launch.local import start_ranks
+from moetrain.launch.rank import is_worker, rank
 from moetrain.runs.files import JsonlSink
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ again for every new one. The text appears as it is drawn. --json prints one obje
 
 import json
 
-from moetrain.launch.local import start_ranks
-from moetrain.launch.rank import is_worker, rank
 from moetrain.config.compose import for_run, run_dir, typed_keys
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 from moetrain.launch.foreign_ranks import check_ranks
+from moetrain.launch.local import start_ranks
+from moetrain.launch.rank import is_worker, rank
 
 
 def run(argv: list[str]) -> int:

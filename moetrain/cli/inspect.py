@@ -11,10 +11,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from moetrain.config.run_names import find_run, places, reference
-from moetrain.errors import CheckpointError, ConfigError
 from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_step, read_manifest
 from moetrain.checkpoint.records import ITEM_BYTES, Entry, Manifest, split_expert
+from moetrain.config.run_names import find_run, places, reference
+from moetrain.errors import CheckpointError, ConfigError
 
 LARGEST = 5
 

@@ -15,9 +15,6 @@ import sys
 from pathlib import Path
 
 from moetrain import streams
-from moetrain.launch.local import run_command, train_on_ranks
-from moetrain.launch.rank import is_worker, rank, under_torchrun
-from moetrain.launch.status import ending, leave_word
 from moetrain.config.compose import compose, run_dir, to_yaml
 from moetrain.config.recipes import advice
 from moetrain.config.schema import Config
@@ -26,6 +23,9 @@ from moetrain.config.sweep import sweep_jobs
 from moetrain.errors import ConfigError
 from moetrain.interop.packages import check_installed
 from moetrain.launch.foreign_ranks import check_ranks
+from moetrain.launch.local import run_command, train_on_ranks
+from moetrain.launch.rank import is_worker, rank, under_torchrun
+from moetrain.launch.status import ending, leave_word
 from moetrain.runs.completion import finished, next_commands
 
 log = logging.getLogger(__name__)

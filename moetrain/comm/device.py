@@ -15,7 +15,6 @@ from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 from moetrain.machine import gpu_driver, has_gpu
 
-
 LOOK = "nvidia-smi shows what the driver sees"
 
 

@@ -229,8 +229,7 @@ def _hydra_compose(folder: Path, choices: Mapping[str, Any]) -> tuple[tree.Tree,
 @lru_cache(maxsize=256)
 def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
     """Hydra takes a quarter of a second for what the jobs of a sweep ask for again and again."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+    from hydra import compose as hydra_compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

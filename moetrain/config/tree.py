@@ -17,8 +17,19 @@ from moetrain.config.groups import advice, config_dir, group_of, group_options
 from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
 from moetrain.config.schema import Config
 from moetrain.config.suggest import nearest, nearest_keys
-from moetrain.config.values import (Key, Misfit, expanded, fit, flatten, leaves, schema_keys, schema_sections, show, to_config,
-                                    type_name)
+from moetrain.config.values import (
+    Key,
+    Misfit,
+    expanded,
+    fit,
+    flatten,
+    leaves,
+    schema_keys,
+    schema_sections,
+    show,
+    to_config,
+    type_name,
+)
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 

@@ -39,8 +39,9 @@ def load(path: Path) -> dict[str, Any]:
 def parse(text: str) -> dict[str, Any]:
     """The mapping in a yaml text. Raises YAMLError, or ValueError with a reason."""
     import yaml
+
     # Private, and the only way to read a file exactly as Hydra does: 1e-3 is a number, a date is text, no key twice.
-    from omegaconf._utils import get_yaml_loader             # seen in omegaconf 2.3
+    from omegaconf._utils import get_yaml_loader  # seen in omegaconf 2.3
 
     loader = get_yaml_loader()
     _bounded(yaml.parse(text, Loader=loader))

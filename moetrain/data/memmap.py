@@ -25,7 +25,16 @@ from moetrain.data.file_names import Named
 from moetrain.data.memmap_files import MemmapFiles, find_files, names_text, tell_account
 from moetrain.data.split import exact
 from moetrain.data.token_account import TokenAccount
-from moetrain.data.token_files import SHARE, Member, TokenFile, TokenFiles, last_share, open_files, refuse_leak, say_twice
+from moetrain.data.token_files import (
+    SHARE,
+    Member,
+    TokenFile,
+    TokenFiles,
+    last_share,
+    open_files,
+    refuse_leak,
+    say_twice,
+)
 from moetrain.data.token_formats import NotTokensError, token_format
 from moetrain.data.token_index import Ending, Report, TokenIndex, read_once
 from moetrain.data.token_indexes import TokenIndexes, Wanted

@@ -27,8 +27,15 @@ from moetrain.data import corpus
 from moetrain.data.account_text import account_lines, is_account
 from moetrain.data.by_fingerprint import NAME_LENGTH, prepared_place
 from moetrain.data.dataset_folder import unfinished
-from moetrain.data.prepared import DESCRIPTION, Prepared, lost_description, open_prepared, total, write_description
 from moetrain.data.documents import Parts
+from moetrain.data.prepared import (
+    DESCRIPTION,
+    Prepared,
+    lost_description,
+    open_prepared,
+    total,
+    write_description,
+)
 from moetrain.data.records import Reading, reading_of
 from moetrain.data.selection import BUILTIN, Progress, Selection, Source, find_source, select
 from moetrain.data.split import exact

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from moetrain.data.account_text import is_account
-from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.token_blocks import damaged
 from moetrain.data.token_formats import how_to_read
+from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.data.tokens import TokenShard, open_shard, write_file
 from moetrain.errors import DataError
 from moetrain.files import parse_json, read_bytes, reason

@@ -13,13 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moetrain.data.account import EMPTY, HELD, HELD_OUT, HIDDEN, NO_FILE, OWN, TEST, VALID, FileEntry, FileLedger
-from moetrain.data.given_splits import TRAIN, Member, find_splits, unpaired
-from moetrain.data.given_splits import TEST as TEST_ROLE
+from moetrain.data.account import (
+    EMPTY,
+    HELD,
+    HELD_OUT,
+    HIDDEN,
+    NO_FILE,
+    OWN,
+    TEST,
+    VALID,
+    FileEntry,
+    FileLedger,
+)
+from moetrain.data.given_splits import TEST as TEST_ROLE, TRAIN, Member, find_splits, unpaired
 from moetrain.data.own_output import is_own, own_parts
 from moetrain.errors import DataError
-from moetrain.files import reason as said
-from moetrain.files import shown
+from moetrain.files import reason as said, shown
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,18 @@ import numpy as np
 
 from moetrain.config.schema import DataConfig
 from moetrain.data import corpus
-from moetrain.data.account import (ALSO_HELD_OUT, CAPPED, CUT, DUPLICATES, HELD, OWN, TRAINED, Account, FileLedger, by_mistake)
+from moetrain.data.account import (
+    ALSO_HELD_OUT,
+    CAPPED,
+    CUT,
+    DUPLICATES,
+    HELD,
+    OWN,
+    TRAINED,
+    Account,
+    FileLedger,
+    by_mistake,
+)
 from moetrain.data.account_text import reasons
 from moetrain.data.documents import Document, Documents, Parts, spooled_document
 from moetrain.data.records import Reading

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from moetrain.launch.rank import rank, under_torchrun
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
+from moetrain.launch.rank import rank, under_torchrun
 
 # Set by whoever starts ranks, for each of them.
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moetrain.launch.local import program_environment
-from moetrain.launch.status import write_status
 from moetrain.files import read_json
 from moetrain.launch.agent import END, PASSED_ON
+from moetrain.launch.local import program_environment
 from moetrain.launch.node import Node, cores
 from moetrain.launch.ranks_of_agent import parent_of_leader, ranks_of
 from moetrain.launch.rendezvous import interface, own_address
+from moetrain.launch.status import write_status
 
 _PREEMPTED, _PEER = 10, 16
 # Configuration, numbers, data, checkpoint, disk, crash loop: the next attempt would fail alike.

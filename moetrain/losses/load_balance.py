@@ -28,6 +28,7 @@ from torch import Tensor
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.routers.base import RoutingStats
 
+
 class LoadBalanceLoss(AuxLoss):
     """weight: coefficient; 0 only reports. scope: see above, or none, which only reports whatever the weight.
     mode: how f is pooled under accumulation (losses/base.py PoolRule); means nothing for micro and sequence. drift: with warm,

@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Exchange
 from moetrain.comm.exchange.backends import wires
+from moetrain.comm.exchange.base import Exchange
 from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
+from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.attention import Attention
 from moetrain.model.parallelize import shard_parameters
-from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher

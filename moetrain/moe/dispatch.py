@@ -28,11 +28,19 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.base import Exchange, Handle, Splits, read_splits
-from moetrain.moe.row_packing import Arrived, BySlot, ByToken, Leaving, histogram, order_by_source, slot_weights
+from moetrain.moe.row_packing import (
+    Arrived,
+    BySlot,
+    ByToken,
+    Leaving,
+    histogram,
+    order_by_source,
+    slot_weights,
+)
 from moetrain.ops.host_read import read_host
 from moetrain.ops.permute import Permutation, plan_permutation, unpermute, unpermute_padded, values_of_rows
-from moetrain.ops.route_plan import route_plan
 from moetrain.ops.pinned import DeviceTables, to_device
+from moetrain.ops.route_plan import route_plan
 from moetrain.plan.assign import Replicas, assign, replica_table, slot_table, spread
 from moetrain.plan.placement import LayerPlacement
 from moetrain.routers.base import Routing

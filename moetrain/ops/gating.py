@@ -15,7 +15,6 @@ from torch import Tensor
 from moetrain.ops.extension import define
 
 
-
 def _sorted_first(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     sorted_TE, ids_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
     return sorted_TE[:, :k].contiguous(), ids_TE[:, :k].contiguous()

@@ -23,7 +23,6 @@ from torch import Tensor
 from moetrain.ops.extension import define
 from moetrain.ops.pinned import to_device
 
-
 # Compute capabilities for which grouped_mm is one kernel, in bfloat16 alone (torch 2.11 to 2.13, GroupedBlas.cpp).
 ONE_KERNEL = ((9, 0), (10, 0))
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from moetrain.ops.extension import define
 from moetrain.ops.permute import Permutation
 
-
 MAX_PHYSICAL = 12288             # of the kernel: one warp's counters in shared memory (csrc/launch.h)
 
 

@@ -12,9 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moetrain import __version__
-from moetrain.comm.mesh import Mesh, disconnect
-from moetrain.comm.failures import peer_lost, silent_ranks
+from moetrain.checkpoint.manifest import newest, step_of
 from moetrain.comm.agreement import all_or_none
+from moetrain.comm.failures import peer_lost, silent_ranks
+from moetrain.comm.mesh import Mesh, disconnect
 from moetrain.comm.reduce import largest_over
 from moetrain.config.build import check_composed
 from moetrain.config.compose import resume_conflicts, run_dir
@@ -22,25 +23,24 @@ from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
 from moetrain.files import nearby
-from moetrain.train.banner import banner_lines
-from moetrain.checkpoint.manifest import newest, step_of
-from moetrain.train.checkpoint.load import Resumed, resume
-from moetrain.train.checkpoint.disk_space import check_disk
-from moetrain.train.checkpoint.save import Saved, Saver
-from moetrain.train.loggers.console import Console, eval_line
-from moetrain.train.evaluation.evaluate import evaluate
+from moetrain.runs.attempts import Tenancy
 from moetrain.runs.completion import last_step, next_commands, trained_with
+from moetrain.train.banner import banner_lines
+from moetrain.train.checkpoint.disk_space import check_disk
+from moetrain.train.checkpoint.load import Resumed, resume
+from moetrain.train.checkpoint.save import Saved, Saver
+from moetrain.train.evaluation.evaluate import evaluate
+from moetrain.train.loggers.console import Console, eval_line
+from moetrain.train.loggers.timeline import Timeline
 from moetrain.train.memory.graph_memory import choose
-from moetrain.train.optim.lr_schedule import resumed_rate, schedule_warning
 from moetrain.train.memory.out_of_memory import out_of_memory_named
+from moetrain.train.optim.lr_schedule import resumed_rate, schedule_warning
 from moetrain.train.precision import with_dtype
 from moetrain.train.preemption import Preemption, cause, told_early
 from moetrain.train.recorder import Recorder
 from moetrain.train.setup import Run, check_alone, join, set_up
 from moetrain.train.step import Votes, train_step
 from moetrain.train.stopwatch import Unsteady
-from moetrain.runs.attempts import Tenancy
-from moetrain.train.loggers.timeline import Timeline
 from moetrain.user_code import named_in_traceback
 
 

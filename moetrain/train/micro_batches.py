@@ -27,9 +27,9 @@ from moetrain.losses.base import Pooled, PoolRule
 from moetrain.model.activation_checkpointing import Kept
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy
 from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
+from moetrain.train.count_pool import Known, Pooling, group_of
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.objective import cross_entropy_sum
-from moetrain.train.count_pool import Known, Pooling, group_of
 from moetrain.train.setup import Run
 
 Counted = Callable[[str, Tensor], None]      # RouterContext.counted

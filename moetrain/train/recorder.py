@@ -18,25 +18,23 @@ import numpy as np
 import torch
 
 from moetrain import __version__
+from moetrain.comm.agreement import all_or_none, on_all
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.agreement import all_or_none
 from moetrain.config.compose import to_yaml
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.files import create, reason
 from moetrain.ops import extension
-from moetrain.comm.agreement import on_all
+from moetrain.runs.expert_loads import LoadsLog
+from moetrain.runs.files import JsonlSink, replacing
+from moetrain.runs.specialization import mutual_information, write_specialisation
 from moetrain.train.checkpoint.save import Saved
 from moetrain.train.evaluation.evaluate import Evaluation
-from moetrain.runs.files import JsonlSink, replacing
 from moetrain.train.loggers.wandb_settings import wandb_settings
-from moetrain.train.setup import Run
-from moetrain.runs.expert_loads import LoadsLog
 from moetrain.train.loggers.wandb_sink import WandbSink
-from moetrain.runs.specialization import mutual_information, write_specialisation
+from moetrain.train.setup import Run
 from moetrain.train.step import StepResult
-
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from moetrain.comm.agreement import all_or_none
 from moetrain.comm.device import pick_device, take_device
 from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
-from moetrain.comm.agreement import all_or_none
 from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.config.size_check import too_full, too_large
@@ -23,13 +23,13 @@ from moetrain.errors import ConfigError
 from moetrain.model.build import build_model, compute_dtype
 from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.parallelize import Parallel, parallelize
-from moetrain.train.memory.device_memory import available_memory, free_memory
-from moetrain.train.loggers.router_dump import RouterDump
-from moetrain.train.objective import Objective
-from moetrain.train.optim.optimizer import allocate_state, build_optimizer
 from moetrain.train.count_pool import Prior
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.fssdp_setup import build_fssdp
+from moetrain.train.loggers.router_dump import RouterDump
+from moetrain.train.memory.device_memory import available_memory, free_memory
+from moetrain.train.objective import Objective
+from moetrain.train.optim.optimizer import allocate_state, build_optimizer
 from moetrain.train.state import TrainState
 from moetrain.train.stopwatch import Stopwatch
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 
 from moetrain.model.transformer import Transformer
-from moetrain.parallel.state_shards import Piece, buffers, pieces
-from moetrain.train.optim.optimizer import moments, restore_steps
 from moetrain.parallel.fssdp.replanner import Planning
+from moetrain.parallel.state_shards import Piece, buffers, pieces
 from moetrain.train.count_pool import Prior
+from moetrain.train.optim.optimizer import moments, restore_steps
 
 # What changes from step to step and is not saved, because it follows from what is: a pattern of its path in the run, and why.
 REBUILT = {

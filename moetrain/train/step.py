@@ -16,19 +16,25 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from moetrain.comm.mesh import Mesh
 from moetrain.comm.agreement import fail_together
+from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.data.batch import Batch, padding
 from moetrain.errors import DataError, NonFiniteError
 from moetrain.parallel.grad_norm import global_norm, scale_gradients
 from moetrain.train.memory.device_memory import peak_memory
 from moetrain.train.metrics import (
-    StepSums, SumBuffer, balance_metrics, flat_counts, forecast_metrics, loss_metrics, split_by_router,
+    StepSums,
+    SumBuffer,
+    balance_metrics,
+    flat_counts,
+    forecast_metrics,
+    loss_metrics,
+    split_by_router,
 )
+from moetrain.train.micro_batches import forwards
 from moetrain.train.optim.lr_schedule import learning_rate
 from moetrain.train.optim.optimizer import set_gradient_norm, set_learning_rate
-from moetrain.train.micro_batches import forwards
 from moetrain.train.setup import Run
 from moetrain.train.stopwatch import rank_metrics
 

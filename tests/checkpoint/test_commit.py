@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.config.schema import CheckpointConfig
-from moetrain.errors import CheckpointError
 from moetrain.checkpoint import disk
 from moetrain.checkpoint.commit import commit, merge, remove_leftovers, retire, write_rank
 from moetrain.checkpoint.manifest import checkpoints_of, read_manifest, step_of
 from moetrain.checkpoint.payload import Item
 from moetrain.checkpoint.verify import problems
+from moetrain.config.schema import CheckpointConfig
+from moetrain.errors import CheckpointError
 from moetrain.train.checkpoint.save import Saver
-from tests.support.training import make_run
 from tests.support.checkpoints import SMALL, flip, payload, saved
+from tests.support.training import make_run
 
 VALUES = {"step": 7, "tokens": 70}
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from moetrain.errors import CheckpointError
 from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_damage, newest, read_manifest, step_of
 from moetrain.checkpoint.records import split_expert
-from tests.support.odd_files import ODD, make_odd
+from moetrain.errors import CheckpointError
 from tests.support.checkpoints import SMALL, saved, trained
+from tests.support.odd_files import ODD, make_odd
 
 EMBED, EXPERTS = "model.embed", "model.layers.0.moe.experts.*.gate_up"
 

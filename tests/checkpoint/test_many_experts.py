@@ -12,13 +12,12 @@ from unittest.mock import patch
 import torch
 from torch.distributed.checkpoint import metadata, planner_helpers
 
-from moetrain.parallel.state_shards import Piece
-from moetrain.checkpoint import disk
-from moetrain.checkpoint import records
+from moetrain.checkpoint import disk, records
 from moetrain.checkpoint.commit import commit, write_rank
-from moetrain.train.checkpoint.layout import NAMES
 from moetrain.checkpoint.manifest import NAME, read_manifest
 from moetrain.checkpoint.payload import Item
+from moetrain.parallel.state_shards import Piece
+from moetrain.train.checkpoint.layout import NAMES
 from moetrain.train.checkpoint.load import Loading
 from moetrain.train.checkpoint.snapshot import as_bytes
 

@@ -14,17 +14,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from moetrain.errors import CheckpointError
 from moetrain.checkpoint.commit import commit, write_rank
-from moetrain.train.checkpoint.layout import DTYPES, NAMES
 from moetrain.checkpoint.manifest import NAME, read_manifest
 from moetrain.checkpoint.payload import Item, Payload, header, metadata, write_payload
-from moetrain.train.checkpoint.load import load, resume
 from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, Part
-from moetrain.train.checkpoint.snapshot import as_bytes
 from moetrain.checkpoint.verify import is_sound, problems
-from tests.support.training import make_run
+from moetrain.errors import CheckpointError
+from moetrain.train.checkpoint.layout import DTYPES, NAMES
+from moetrain.train.checkpoint.load import load, resume
+from moetrain.train.checkpoint.snapshot import as_bytes
 from tests.support.checkpoints import SIZES, SMALL, flip, payload, saved, tensors, trained
+from tests.support.training import make_run
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.comm.exchange.async_exchange import pack, unpack
 from moetrain.comm.exchange.base import Splits
 from moetrain.comm.exchange.flat import FlatExchange
-from moetrain.comm.exchange.async_exchange import pack, unpack
 from moetrain.comm.mesh import Group
 
 # Rows from each position to each position; in the first of each size the last rank neither sends nor receives.

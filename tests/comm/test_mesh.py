@@ -7,7 +7,16 @@ from math import prod
 import pytest
 import torch
 
-from moetrain.comm.mesh import DENSE_AXES, DERIVED, EXPERT_AXES, axis_groups, build_mesh, connect, mesh_sizes, node_groups
+from moetrain.comm.mesh import (
+    DENSE_AXES,
+    DERIVED,
+    EXPERT_AXES,
+    axis_groups,
+    build_mesh,
+    connect,
+    mesh_sizes,
+    node_groups,
+)
 from moetrain.errors import RendezvousError
 
 CPU = torch.device("cpu")

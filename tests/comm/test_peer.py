@@ -15,11 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.shared_buffers import Areas
 from moetrain.comm.exchange.base import Splits, read_splits
 from moetrain.comm.exchange.peer import AREAS, KINDS, PeerExchange, Peers
+from moetrain.comm.exchange.shared_buffers import Areas
 from moetrain.errors import PeerError
-
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
@@ -135,7 +134,7 @@ def test_rows_of_many_exchanges_keep_apart_on_a_simulated_device(size, seed, pus
 
 def dawdle(exchange: PeerExchange, silent: str) -> str:
     """Rank 12 takes part in the first two exchanges, and then does not send or does not take."""
-    splits, handles = splits_of(exchange, [[1] * 3] * 8, [[1] * 3] * 8), []
+    splits = splits_of(exchange, [[1] * 3] * 8, [[1] * 3] * 8)
     message = torch.ones(3, 4)
     try:
         for number in range(8):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moetrain.comm.mesh import Group
 from moetrain.comm.agreement import on_first
+from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over_async
 from moetrain.errors import DataError
 

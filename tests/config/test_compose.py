@@ -8,7 +8,15 @@ import pytest
 import yaml
 
 from moetrain.config import compose as module
-from moetrain.config.compose import compose, config_dir, for_run, from_yaml, resume_conflicts, run_dir, to_yaml
+from moetrain.config.compose import (
+    compose,
+    config_dir,
+    for_run,
+    from_yaml,
+    resume_conflicts,
+    run_dir,
+    to_yaml,
+)
 from moetrain.config.groups import group_options, section_of
 from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from moetrain import __version__
+from moetrain.checkpoint.records import Manifest
 from moetrain.config.compose import compose, for_run, from_yaml
 from moetrain.errors import CheckpointError, ConfigErrors
-from moetrain.checkpoint.records import Manifest
 from moetrain.runs.completion import trained_config, trained_with
 
 EVIL = [("capacity", {"_target_": "moetrain.comm.exchange.backends._package", "package": "evilmod", "name": "x"}),

@@ -5,7 +5,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from moetrain.data.account import BINARY, DUPLICATES, HELD, HIDDEN, OWN, TEST, TRAINED, Account, FileLedger, by_mistake
+from moetrain.data.account import (
+    BINARY,
+    DUPLICATES,
+    HELD,
+    HIDDEN,
+    OWN,
+    TEST,
+    TRAINED,
+    Account,
+    FileLedger,
+    by_mistake,
+)
 from moetrain.data.account_text import account_lines, is_account, left_out_line
 
 

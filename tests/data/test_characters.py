@@ -1,7 +1,6 @@
 """UTF-8 in blocks: the same characters as of the whole, and every byte counted once."""
 
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from moetrain.data.characters import Decoder
 

@@ -46,10 +46,8 @@ def table(delimiter: str) -> Callable[[list[dict]], bytes]:
 
 def parquet(records: list[dict]) -> bytes:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file, row_group_size=2)
+    form, file = pytest.importorskip("pyarrow.parquet"), io.BytesIO()
+    form.write_table(pyarrow.Table.from_pylist(records), file, row_group_size=2)
     return file.getvalue()
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moetrain.data.documents import Documents, Parts, spooled_document
 from moetrain.data.split import FEW, LEAST_CUT, cap_domains, split, unique, without

@@ -14,9 +14,8 @@ from moetrain.data.prepared import Prepared, open_prepared
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.data.tokens import TokenShard, open_shard
 from moetrain.errors import DataError
-from tests.support.shards import with_header
 from tests.support.odd_files import ODD, make_odd
-from tests.support.shards import write_documents
+from tests.support.shards import with_header, write_documents
 
 BLOCK, TOKENS = 64, 1000
 

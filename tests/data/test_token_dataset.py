@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moetrain.data.batch import DOMAIN_IDS, HELDOUT_IDS, Batch
 from moetrain.data.loader import Loader, TokenDataset

@@ -12,11 +12,11 @@ from moetrain.config.compose import compose
 from moetrain.data.loader import TokenDataset, build_dataset
 from moetrain.data.prepare import prepare
 from moetrain.data.token_indexes import TokenIndexes
-from tests.support.tree_content import everything
 from tests.support import needs
 from tests.support.indexed_data import build
 from tests.support.opened_files import opened_files
 from tests.support.token_writers import WRITERS, end_of_documents, llmc, nanogpt
+from tests.support.tree_content import everything
 
 FORMATS = {"nanoGPT": "nanoGPT, uint16", "llm.c GPT-2": "llm.c version 1, uint16", "llm.c Llama 3": "llm.c version 7, uint32",
            "OLMo": "OLMo, uint16", "OLMo 2": "OLMo, uint32", "numpy": "NumPy .npy, uint16", "numpy int64": "NumPy .npy, int64"}

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from moetrain.data.tokenizer import load_tokenizer
-from moetrain.data.tokenizer_source import SENTENCEPIECE, SETTING, TEKKEN, TIKTOKEN, VOCABULARY, Other, recognise
+from moetrain.data.tokenizer_source import (
+    SENTENCEPIECE,
+    SETTING,
+    TEKKEN,
+    TIKTOKEN,
+    VOCABULARY,
+    Other,
+    recognise,
+)
 from moetrain.errors import DataError
 from tests.support.tokenizers import saved
 

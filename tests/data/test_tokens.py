@@ -12,8 +12,7 @@ from moetrain.data import tokens as tokens_module
 from moetrain.data.token_blocks import TokenBlocks
 from moetrain.data.tokens import TokenShard, open_shard
 from moetrain.errors import DataError, DiskError, MoETrainError
-from tests.support.shards import write_documents
-from tests.support.shards import with_header
+from tests.support.shards import with_header, write_documents
 
 DOCUMENTS = [np.arange(5), np.zeros(0, np.int64), np.array([256, 7, 7]), np.arange(100)]
 

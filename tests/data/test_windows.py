@@ -1,8 +1,7 @@
 """Windows over ranges: pieces in order, one number for each, nothing lost and nothing twice."""
 
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moetrain.data.windows import Piece, Windows
 

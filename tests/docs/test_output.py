@@ -18,8 +18,8 @@ from moetrain.train.banner import banner_lines
 from moetrain.train.loggers.console import banner
 from moetrain.train.loggers.step_line import step_line
 from moetrain.train.setup import Graphs, Run
-from tests.support.training import make_run
 from tests.support import output_page
+from tests.support.training import make_run
 
 MANY = [                                                 # of four ranks
     ["parallel=ddp", "balance=node", "balance.mode=sync", "loss=[z,micro_balance]", "optim=muon"],

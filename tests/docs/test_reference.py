@@ -18,11 +18,11 @@ import pytest
 
 from moetrain import errors
 from moetrain.__main__ import VERBS
+from moetrain.checkpoint.manifest import read_manifest
 from moetrain.cli.help import keys_of
 from moetrain.comm.mesh import DENSE_AXES, DERIVED, EXPERT_AXES, build_mesh, mesh_sizes
 from moetrain.config.groups import group_options
 from moetrain.config.values import schema_keys, schema_sections
-from moetrain.checkpoint.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")}

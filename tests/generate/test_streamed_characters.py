@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer as Library, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moetrain.data.tokenizer import Tokenizer, load_tokenizer
 from moetrain.generate.characters import REPLACEMENT, Characters

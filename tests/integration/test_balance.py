@@ -11,12 +11,12 @@ from torch import Tensor
 
 from moetrain.train.checkpoint.load import load
 from moetrain.train.checkpoint.save import save
+from moetrain.train.count_pool import Prior
 from moetrain.train.metrics import SumBuffer
 from moetrain.train.micro_batches import forwards
-from moetrain.train.count_pool import Prior
 from moetrain.train.step import train_step
-from tests.support.training import difference, make_run, snapshot, whole
 from tests.support.balance_oracle import BASE, STEPS, WORLDS, steps, truth
+from tests.support.training import difference, make_run, snapshot, whole
 
 # mode or scope: what of it is chosen, and for one of the batches (one sequence each, 4 a turn) those that give its f
 POOLS: dict[str, tuple[list[str], Callable[[int], list[int]]]] = {

@@ -17,10 +17,10 @@ from moetrain.data.loader import Loader
 from moetrain.errors import NonFiniteError
 from moetrain.routers import base
 from moetrain.routers.base import RouterContext, stacks
+from moetrain.train.count_pool import Known, Pooling, Prior
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.metrics import pool
 from moetrain.train.micro_batches import step_context
-from moetrain.train.count_pool import Known, Pooling, Prior
 from moetrain.train.step import train_step
 from tests.support.balance_oracle import BASE, WORLDS, steps, truth
 from tests.support.training import FORCED, difference, make_run, snapshot, whole

@@ -15,7 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
 
 from moetrain.comm.mesh import DENSE_AXES, axis_groups, build_mesh
 from moetrain.comm.reduce import sum_over
@@ -23,13 +29,13 @@ from moetrain.config.compose import compose
 from moetrain.losses.attached import attach
 from moetrain.model.attention import rotary_table
 from moetrain.routers.base import stacks
-from moetrain.train.metrics import pool
-from moetrain.train.objective import cross_entropy_sum
-from moetrain.train.micro_batches import step_context
 from moetrain.train.count_pool import Known, Pooling
+from moetrain.train.metrics import pool
+from moetrain.train.micro_batches import step_context
+from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.setup import Run, set_up
-from tests.support.training import TINY, difference, make_run, snapshot, whole
 from tests.support.oracle import oracle_loss
+from tests.support.training import TINY, difference, make_run, snapshot, whole
 
 STAGES, MICRO_BATCHES, LAYERS = 2, 4, 4
 BASE = ["run.dtype=float64", "balance.weight=0.3", "loss.z.weight=0", "data.min_length=0.2", f"model.num_layers={LAYERS}",

@@ -16,19 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint import disk
+from moetrain.checkpoint.manifest import checkpoints_of, read_manifest
+from moetrain.checkpoint.verify import problems
 from moetrain.comm.reduce import sum_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
-from moetrain.checkpoint import disk
-from moetrain.checkpoint.manifest import checkpoints_of, read_manifest
 from moetrain.train.checkpoint.load import resume
-from moetrain.checkpoint.verify import problems
 from moetrain.train.checkpoint.save import Saver, save
 from moetrain.train.setup import Run
 from moetrain.train.state import OPTIONAL
 from moetrain.train.step import train_step
-from tests.support.training import Held, difference, make_run, snapshot, whole
 from tests.support.checkpoints import flip
+from tests.support.training import Held, difference, make_run, snapshot, whole
 
 SIZES = ["run.dtype=float64", "data.vocab_size=50", "model.qk_norm=true", "model.num_shared_experts=1", "balance.weight=0.1",
          "train.micro_batch=4"]

@@ -22,9 +22,7 @@ def with_bug(bug: str, steps: int) -> Trained:
     """Training with one of the bugs below put back, on this rank."""
     from moetrain.parallel import grad_norm as expert
     from moetrain.routers import base
-    from moetrain.train import micro_batches as passes
-    from moetrain.train import count_pool as pool_module
-    from moetrain.train import step as step_module
+    from moetrain.train import count_pool as pool_module, micro_batches as passes, step as step_module
 
     def experts_repeated(reduce):
         def wrong(self):

@@ -9,7 +9,18 @@ import time
 
 import numpy as np
 import pytest
-from tests.support.command_line import DEBUG, EP2, ROOT, environment, files, metrics, moetrain, numbers, weights
+
+from tests.support.command_line import (
+    DEBUG,
+    EP2,
+    ROOT,
+    environment,
+    files,
+    metrics,
+    moetrain,
+    numbers,
+    weights,
+)
 
 
 @pytest.mark.slow

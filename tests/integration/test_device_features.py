@@ -14,9 +14,9 @@ from torch import Tensor
 from moetrain.config.compose import compose
 from moetrain.train.setup import join, set_up
 from moetrain.train.step import train_step
-from tests.support.training import difference, snapshot, whole
 from tests.support import simulated_device, small_text
 from tests.support.device_process import DeviceProcess
+from tests.support.training import difference, snapshot, whole
 
 UNAVAILABLE = simulated_device.unavailable()
 pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "there is one")

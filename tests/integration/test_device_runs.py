@@ -14,13 +14,13 @@ from safetensors.numpy import load_file
 from moetrain.config.compose import compose, for_run
 from moetrain.errors import ConfigError
 from moetrain.generate.sample import continue_text
-from moetrain.train.memory import device_memory
 from moetrain.train.evaluation.evaluate import evaluate
+from moetrain.train.evaluation.trained import load_trained, trained_dataset, trained_tokenizer
 from moetrain.train.loop import train
+from moetrain.train.memory import device_memory
 from moetrain.train.memory.graph_memory import choose
 from moetrain.train.setup import join, refuse_what_cannot_fit, set_up
 from moetrain.train.step import train_step
-from moetrain.train.evaluation.trained import load_trained, trained_dataset, trained_tokenizer
 from tests.support import simulated_device, small_text
 from tests.support.device_process import DeviceProcess
 from tests.support.simulated_device.memory import allocated

@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.parallel.fssdp.replanner import Planning
 from moetrain.train.checkpoint.load import load, resume
 from moetrain.train.checkpoint.save import save
-from moetrain.parallel.fssdp.replanner import Planning
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.support.random_copies import CALIBRATE, bits, numbers, run_with_copies
 from tests.support.training import make_run, whole
 from tests.support.unsaved_state import unsaved
-
 
 SLICED = ["planner=eplb", "parallel.sliced=3", "parallel.collective=two_level"]      # which groups sums otherwise than pieces do
 

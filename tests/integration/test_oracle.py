@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.oracle import oracle_logits, oracle_loss
 from tests.support import needs
+from tests.support.oracle import oracle_logits, oracle_loss
 
 D, F, V, H, KV, HEAD = 16, 8, 32, 4, 2, 8
 

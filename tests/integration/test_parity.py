@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 from moetrain.train.optim.lr_schedule import learning_rate
-from tests.support.training import FORCED, Trained, alone, difference, make_run, snapshot, train_steps, union, whole
 from tests.support.oracle import oracle_loss
+from tests.support.training import (
+    FORCED,
+    Trained,
+    alone,
+    difference,
+    make_run,
+    snapshot,
+    train_steps,
+    union,
+    whole,
+)
 
 STEPS, MANY_STEPS = 8, 20
 MESHES = {

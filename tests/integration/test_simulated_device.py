@@ -10,10 +10,10 @@ from functools import cache
 
 import pytest
 
-from tests.support.training import Trained, alone, assert_trains_alike, make_run, train_run, union
-from tests.support.ranks import Ranks
 from tests.support import host_waits
 from tests.support.host_waits import BESIDE, CASES, MESHES, MODES, Entry
+from tests.support.ranks import Ranks
+from tests.support.training import Trained, alone, assert_trains_alike, make_run, train_run, union
 
 STEPS = 2
 

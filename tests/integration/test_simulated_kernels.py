@@ -11,10 +11,10 @@ import torch
 
 from moetrain.ops import extension
 from moetrain.train.recorder import environment
-from tests.support.training import Trained, alone, assert_trains_alike, make_run, train_run, union
 from tests.ops.kernels_on_host import bindings
 from tests.support.ranks import Ranks
 from tests.support.simulated_device.operators import fallback
+from tests.support.training import Trained, alone, assert_trains_alike, make_run, train_run, union
 
 pytestmark = [pytest.mark.ranks, pytest.mark.full]
 

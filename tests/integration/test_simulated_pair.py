@@ -22,6 +22,8 @@ from moetrain.train.checkpoint.load import resume
 from moetrain.train.checkpoint.save import save
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
+from tests.support.ranks import free_port
+from tests.support.simulated_device import RECORD, Wait
 from tests.support.training import (
     Held,
     Trained,
@@ -34,8 +36,6 @@ from tests.support.training import (
     union,
     whole,
 )
-from tests.support.ranks import free_port
-from tests.support.simulated_device import RECORD, Wait
 
 pytestmark = pytest.mark.ranks
 

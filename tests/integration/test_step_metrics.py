@@ -5,8 +5,8 @@ import time
 import pytest
 
 from moetrain.train.stopwatch import PHASES
-from tests.support.training import make_run, snapshot, train_run, train_steps, whole
 from tests.support.oracle import oracle_loss
+from tests.support.training import make_run, snapshot, train_run, train_steps, whole
 
 ACCUMULATED = ["run.dtype=float64", "train.micro_batch=4", "data.min_length=0.2", "loss=[z,micro_balance]", "loss.micro_balance.weight=0"]
 TERMS = {"loss/weighted/balance", "loss/weighted/z"}

@@ -8,11 +8,9 @@ import pytest
 
 from moetrain.errors import DiskError
 from moetrain.train.count_pool import Pooling
-from moetrain.train.step import train_step
 from moetrain.train.loggers.timeline import Timeline
+from moetrain.train.step import train_step
 from tests.support.training import make_run
-
-
 from tools.study.balance_trace import pooled, spans  # noqa: E402
 
 ACCUMULATED = ["parallel=ep", "run.nproc=2", "train.micro_batch=2"]                  # four micro-batches a step

@@ -17,8 +17,8 @@ from moetrain.errors import ConfigErrors
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from tests.support.command_line import DEBUG, environment, metrics
-from tests.support.training import difference, make_run, whole
 from tests.support.ranks import Ranks
+from tests.support.training import difference, make_run, whole
 
 STEPS = 6
 # Two micro-batches a step, and a limit that clips every gradient.

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.__main__ import main
+from moetrain.errors import DiskError
 from moetrain.launch import local
 from moetrain.launch.local import start_ranks
 from moetrain.launch.rank import has_own_stderr, is_worker, under_torchrun
 from moetrain.launch.status import ending
-from moetrain.__main__ import main
-from moetrain.errors import DiskError
 
 ROOT = Path(__file__).parents[2]
 DONE = "echo $RANK >&$MOETRAIN_DONE"                     # what a rank says at its end (become_rank)

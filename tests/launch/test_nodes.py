@@ -10,8 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import TINY, children, ended, is_alive, ranks, started, status, steps, two_nodes, until
 from tests.support.ranks import free_port
+from tests.support.runs import (
+    TINY,
+    children,
+    ended,
+    is_alive,
+    ranks,
+    started,
+    status,
+    steps,
+    two_nodes,
+    until,
+)
 
 pytestmark = pytest.mark.ranks
 

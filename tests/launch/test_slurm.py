@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import free_port
 from tests.support.runs import ROOT, TINY, ranks, status, steps, until
 from tests.support.slurm_cluster import Cluster, running_cluster
-from tests.support.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 

@@ -13,8 +13,8 @@ from moetrain.ops.gating import count_choices
 from moetrain.ops.router_sums import router_sums
 from moetrain.routers.base import RouterContext, Routing
 from moetrain.train.step import train_step
-from tests.support.training import Trained, alone, difference, make_run, snapshot, train_steps, union, whole
 from tests.support.oracle import oracle_logits, oracle_loss
+from tests.support.training import Trained, alone, difference, make_run, snapshot, train_steps, union, whole
 
 E, K, S = 4, 2, 9
 POLICIES = {

@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.ops import extension
-from moetrain.ops import router as router_ops
-from moetrain.ops import swiglu as swiglu_ops
+from moetrain.ops import extension, router as router_ops, swiglu as swiglu_ops
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.grouped_gemm import grouped_wgrad_
 from moetrain.ops.permute import permute_padded, unpermute_padded, values_of_rows
-from moetrain.ops.route_plan import _reference as plan_reference
-from moetrain.ops.route_plan import route_plan
+from moetrain.ops.route_plan import _reference as plan_reference, route_plan
 from moetrain.ops.router import RouterRule, route_tokens
 
 REASON = "no CUDA device" if not torch.cuda.is_available() else extension.absent()

@@ -10,15 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.ops import permute as rows_ops
-from moetrain.ops import route_plan as plan_ops
-from moetrain.ops import router as router_ops
-from moetrain.ops import swiglu as swiglu_ops
+from moetrain.ops import (
+    permute as rows_ops,
+    route_plan as plan_ops,
+    router as router_ops,
+    swiglu as swiglu_ops,
+)
 from moetrain.ops.grouped_gemm import grouped_wgrad_
 from moetrain.ops.permute import plan_permutation
 from moetrain.ops.route_plan import route_plan
 from moetrain.ops.router import RouterRule
-from tests.ops.kernels_on_host import ORDERS, SUFFIX, arithmetic, call, check_guards, library, poisoned, unaligned
+from tests.ops.kernels_on_host import (
+    ORDERS,
+    SUFFIX,
+    arithmetic,
+    call,
+    check_guards,
+    library,
+    poisoned,
+    unaligned,
+)
 from tests.support.peer_rows import CASES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -99,9 +99,7 @@ def test_a_routed_layer_and_its_backward_never_wait_for_the_host():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_references_under_the_ops_never_wait_for_the_host_either(dtype):
-    from moetrain.ops import grouped_experts as experts
-    from moetrain.ops import permute, router
-    from moetrain.ops import route_plan as plans
+    from moetrain.ops import grouped_experts as experts, permute, route_plan as plans, router
 
     x_TD, logits_TE, (gate_up, down) = torch.randn(6, DIM, dtype=dtype), torch.randn(6, EXPERTS), parameters()
     with torch.no_grad(), NoHost():

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.ops.permute import Permutation, permute_padded, plan_permutation, unpermute_padded, values_of_rows
+from moetrain.ops.permute import (
+    Permutation,
+    permute_padded,
+    plan_permutation,
+    unpermute_padded,
+    values_of_rows,
+)
 from moetrain.ops.route_plan import route_plan
 
 CASES = {

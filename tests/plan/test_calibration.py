@@ -6,8 +6,8 @@ import torch
 
 from moetrain.plan.calibration import calibrated, extended
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.cost.step_time import modelled
+from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.plan.planners.balanced import Balanced
 from moetrain.plan.planners.base import LayerPlan

@@ -8,8 +8,7 @@ import warnings
 
 import numpy as np
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moetrain.plan.calibration import calibrated
 from moetrain.plan.cost.machine import Costs, Topology

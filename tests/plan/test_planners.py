@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.cost.step_time import modelled
+from moetrain.plan.leveling.overflow import Field, Pool, overlaps
+from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement, contiguous
 from moetrain.plan.planners import eplb, laer, llep, shadow
 from moetrain.plan.planners.balanced import Balanced
 from moetrain.plan.planners.base import Rehomes, by_node, copies_each, fits_behind
 from moetrain.plan.planners.ep import ExpertParallel
 from moetrain.plan.planners.hecate import Hecate
-from moetrain.plan.leveling.overflow import Field, Pool, overlaps
 from moetrain.plan.splitting.split import local_first, shares, waterfill
 
 PLANNERS = [ExpertParallel(), Hecate(), eplb.Eplb(), eplb.Eplb(groups=8), shadow.Shadow(), llep.LeastLoaded(min_rows=8),

@@ -5,13 +5,12 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.gating import count_choices, gather_weights
-from moetrain.routers.base import RouterContext
-from moetrain.routers.base import lean
+from moetrain.routers.base import RouterContext, lean
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
-from tests.support.training import Trained, difference, make_run, snapshot, union, whole
 from tests.support.oracle import oracle_loss
+from tests.support.training import Trained, difference, make_run, snapshot, union, whole
 
 CONTEXT = RouterContext()
 OVERRIDES = ["router=sigmoid", "router.scale=2.5", "router.update_rate=0.05", "balance.weight=0.01", "run.dtype=float64",

@@ -1,13 +1,14 @@
 """Training steps and what the oracle says of their balance loss."""
 
 import os
-import torch
 from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
 from moetrain.train.step import train_step
 from tests.support.oracle import oracle_loss
 from tests.support.training import make_run, snapshot
-from torch import Tensor
-
 
 STEPS, TURNS = 3, 4
 BASE = ["run.dtype=float64", "balance.weight=0.3", "data.min_length=0.2", "train.clip=0"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 ROOT = Path(__file__).parents[2]
 DEBUG = ["experiment=debug", "run.steps=8", "run.device=cpu", "model.dim=32", "train.seq_len=16"]
 EP2 = ["parallel=ep", "run.nproc=2"]

@@ -1,11 +1,12 @@
 """Random homes and copies of experts over four ranks."""
 
 import random
+
 import torch
 import torch.distributed as dist
+
 from moetrain.comm.mesh import Group
 from moetrain.plan.placement import LayerPlacement
-
 
 POSITIONS, WIDTH = 4, 6
 SEEDS = (0, 1, 2, 3, 4, 5, 8, 12)      # no copies, one, everywhere; one home for all; three copies on a node that has no home

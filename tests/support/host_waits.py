@@ -26,9 +26,9 @@ from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
 from moetrain.train.stopwatch import Stopwatch
-from tests.support.training import make_run
 from tests.support.ranks import Ranks
 from tests.support.simulated_device import RECORD
+from tests.support.training import make_run
 
 TABLE = Path(__file__).parents[1] / "integration" / "host_waits.md"
 COLUMNS = ("case", "part", "place", "kind", "times")

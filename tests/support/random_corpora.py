@@ -6,8 +6,21 @@ from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
-from tests.support.corpus_files import (COMPRESS, ENDINGS, MARKS, NO_TEXT, SURROGATE, Keys, Record, SourceFile, expected,
-                                        json_file, no_text, parquet_file, table_file)
+from tests.support.corpus_files import (
+    COMPRESS,
+    ENDINGS,
+    MARKS,
+    NO_TEXT,
+    SURROGATE,
+    Keys,
+    Record,
+    SourceFile,
+    expected,
+    json_file,
+    no_text,
+    parquet_file,
+    table_file,
+)
 
 SEPARATOR = "<|endoftext|>"
 RECORDS = ("JSON", "JSON", "CSV", "TSV", *(("Parquet",) if importlib.util.find_spec("pyarrow") else ()))

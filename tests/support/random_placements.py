@@ -1,6 +1,7 @@
 """Random placements of experts."""
 
 import random
+
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 

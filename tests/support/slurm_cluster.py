@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import environment, until
-from tests.support.ranks import free_port
 from tests.support import needs
+from tests.support.ranks import free_port
+from tests.support.runs import environment, until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 

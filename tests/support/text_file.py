@@ -3,6 +3,5 @@
 import io
 
 
-
 class File(io.StringIO):
     encoding = "utf-8"

@@ -4,7 +4,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 WORDS = ("router expert token weight shard layer gate \u00fcber Stra\u00dfe caf\u00e9 na\u00efve 2026 12345 0.5 don't (see) x=y; "
          "\u4f60\u597d \u4e16\u754c \u6a21\u578b \u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627").split()

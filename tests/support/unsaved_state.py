@@ -1,19 +1,20 @@
 """Find what steps change and a checkpoint would lose."""
 
-import numpy as np
 import pathlib
 import random
 import re
-import torch
 import types
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
 from moetrain.parallel.state_shards import local
 from moetrain.train.setup import Run
 from moetrain.train.state import REBUILT
 from moetrain.train.step import train_step
-from torch import nn
-from typing import Any
-
 
 ATOMS = (int, float, bool, str, bytes, type(None))
 CLOSED = (torch.device, torch.dtype, torch.Size, type, pathlib.Path, types.ModuleType)

@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.runs import ROOT, children, ended
-
-
-from tools.bench import layer as bench_layer
-from tools.netlab import lab as netlab
-from tools.bench.layer import Clock, EmulatedLink, Layer, Shape, predicted, summary, table
 from moetrain.comm.exchange.base import Splits
+from tests.support.runs import ROOT, children, ended
+from tools.bench import layer as bench_layer
+from tools.bench.layer import Clock, EmulatedLink, Layer, Shape, predicted, summary, table
+from tools.netlab import lab as netlab
 
 CPU = torch.device("cpu")
 

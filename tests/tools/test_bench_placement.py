@@ -13,12 +13,13 @@ from moetrain.config.build import build
 from moetrain.config.compose import compose
 from moetrain.plan.loads.synthetic import generate
 from moetrain.plan.placement import ExpertPlacement
-
-from tools.bench import placement as bench_placement
-from tools.bench import planner as bench_planner
+from tools.bench import (
+    placement as bench_placement,
+    placement_ranks,
+    placement_report as placement_result,
+    planner as bench_planner,
+)
 from tools.netlab import lab as netlab
-from tools.bench import placement_ranks
-from tools.bench import placement_report as placement_result
 
 PLANNERS = bench_placement.PLANNERS
 SIZES = placement_ranks.Sizes(dim=8, expert_dim=4, row_s=1e-4, hidden_s=1e-3, inside=1e8, between=1e7)

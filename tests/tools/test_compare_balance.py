@@ -5,7 +5,6 @@ import sys
 import pytest
 
 from tests.support import needs
-
 from tools.study import balance_gradients as compare_balance
 from tools.study.balance_gradients import SPLITS, TRAINERS, compare
 

@@ -13,11 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import ROOT, children, until
-
-
-from tools.netlab import lab as netlab
-from tools.netlab import measure as netlab_measure
-from tools.netlab import processes as netlab_processes
+from tools.netlab import lab as netlab, measure as netlab_measure, processes as netlab_processes
 
 TOOL = ("-m", "tools.netlab")
 TWO_BY_TWO = {"nodes": 2, "per_node": 2}

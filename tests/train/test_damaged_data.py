@@ -15,7 +15,6 @@ from moetrain.train.setup import join, set_up
 from moetrain.train.step import train_step
 from tests.support.training import TINY
 
-
 STEP = {
     "ddp": ["parallel=ddp"],
     "ep": ["parallel=ep", "train.micro_batch=4", "data.mask_documents=true"],

@@ -19,12 +19,12 @@ from moetrain.errors import MoETrainError
 from moetrain.train import data_setup
 from moetrain.train.data_setup import open_on_ranks
 from moetrain.train.setup import join
-from tests.support.command_line import DEBUG, environment
-from tests.support.training import TINY
 from tests.support import needs
+from tests.support.command_line import DEBUG, environment
 from tests.support.indexed_data import build
 from tests.support.opened_files import opened_files
 from tests.support.token_writers import llmc, nanogpt
+from tests.support.training import TINY
 
 VOCAB = 300
 

@@ -10,8 +10,8 @@ from moetrain.cli import checkpoint as cli
 from moetrain.config.compose import compose
 from moetrain.errors import CheckpointError
 from moetrain.train.loop import train
-from tests.support.training import TINY
 from tests.support.checkpoints import SMALL
+from tests.support.training import TINY
 
 
 @pytest.fixture(scope="module")

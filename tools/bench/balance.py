@@ -26,8 +26,7 @@ import torch
 from moetrain.config.compose import compose
 from moetrain.ops.router_sums import RouterSums
 from moetrain.routers import base
-from moetrain.train import step
-from moetrain.train import micro_batches as passes
+from moetrain.train import micro_batches as passes, step
 from moetrain.train.metrics import SumBuffer
 from moetrain.train.objective import LossShare
 from moetrain.train.setup import Run, join, set_up

@@ -27,15 +27,15 @@ from pathlib import Path
 import torch
 
 from moetrain import __version__
-from moetrain.comm.mesh import Group, Mesh
-from moetrain.parallel.state_shards import Piece
 from moetrain.checkpoint.commit import commit, write_rank
-from moetrain.train.checkpoint.layout import NAMES, written_here
 from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checkpoint.payload import Item
+from moetrain.checkpoint.verify import problems
+from moetrain.comm.mesh import Group, Mesh
+from moetrain.parallel.state_shards import Piece
+from moetrain.train.checkpoint.layout import NAMES, written_here
 from moetrain.train.checkpoint.load import Loading
 from moetrain.train.checkpoint.snapshot import as_bytes
-from moetrain.checkpoint.verify import problems
 
 ROOT = Path(__file__).parents[2]
 LAYERS, EXPERTS, RANKS = 60, 256, 4
@@ -100,6 +100,7 @@ def bookkeeping() -> dict[str, float]:
         results["tensors"] = len(list(read_manifest(final).names()))
         results["read the manifest"] = time.perf_counter() - began
         pieces = list(expert_pieces(meshes()[1]))
+        loading = None
         for name, action in (("plan a load", lambda: Loading(pieces, final, "full")), ("verify", lambda: loading.verify()),
                              ("fill", lambda: loading.fill())):
             began = time.perf_counter()

@@ -35,22 +35,22 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.netlab import lab as netlab
 import torch
 import torch.distributed as dist
-from tools.netlab.rank import connected
 from torch import Tensor
 
 import moetrain
+from moetrain.comm.exchange.async_exchange import travel
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.exchange.flat import FlatExchange
-from moetrain.comm.exchange.async_exchange import travel
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import Sent, TokenDispatcher
 from moetrain.moe.experts import Computation
 from moetrain.moe.overlap import Pipeline
 from moetrain.plan.placement import contiguous
+from tools.netlab import lab as netlab
+from tools.netlab.rank import connected
 
 
 class Shape(NamedTuple):

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.ops import extension
-from moetrain.ops import grouped_gemm, permute, route_plan, router, swiglu
+from moetrain.ops import extension, grouped_gemm, permute, route_plan, router, swiglu
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.router import RouterRule
 

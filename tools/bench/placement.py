@@ -28,16 +28,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.netlab import lab as netlab
 import numpy as np
 import torch
-from tools.netlab.rank import connected
-from tools.netlab.measure import measure
 
 import moetrain
 from moetrain.plan.loads.synthetic import NAMES, generate
 from tools.bench.placement_ranks import WINDOW, work
 from tools.bench.placement_report import table, write
+from tools.netlab import lab as netlab
+from tools.netlab.measure import measure
+from tools.netlab.rank import connected
 
 PLANNERS = ("ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced")
 SEEDS = {"tuning": (0, 1, 2, 3), "judged": (101, 102, 103, 104)}

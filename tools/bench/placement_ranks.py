@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.netlab import lab as netlab
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -44,6 +43,7 @@ from moetrain.plan.placement import ExpertPlacement, contiguous, piece_columns
 from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, totals
 from moetrain.plan.splitting.rules import rule_of
 from moetrain.routers.base import Routing
+from tools.netlab import lab as netlab
 
 LAYERS, WINDOW, CEILING = 2, 5, "ceiling"
 CUT = 4                                          # experts of a layer that may be cut up under `+cut`

@@ -42,16 +42,25 @@ import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from tools.bench.ops import seconds_of
-from tools.bench.train_baselines import (
-    Side, configured, copy_weights, implementations, make_ours, make_theirs, our_side, random_batch, their_side, too_large, why_not,
-)
-
 from moetrain.data.batch import Batch
 from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.transformer import Transformer
 from moetrain.ops import extension
 from moetrain.train.micro_batches import step_context
+from tools.bench.ops import seconds_of
+from tools.bench.train_baselines import (
+    Side,
+    configured,
+    copy_weights,
+    implementations,
+    make_ours,
+    make_theirs,
+    our_side,
+    random_batch,
+    their_side,
+    too_large,
+    why_not,
+)
 
 SIZES = (                                                # of the model, unless --model names one
     ("dim", 256, "model width"), ("layers", 4, "blocks"), ("heads", 8, "attention heads"), ("kv-heads", 4, "key-value heads"),

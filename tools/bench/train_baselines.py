@@ -16,8 +16,8 @@ from moetrain.data.batch import Batch
 from moetrain.model.build import build_model, head_width
 from moetrain.model.transformer import Transformer
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy
-from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.micro_batches import step_context
+from moetrain.train.objective import cross_entropy_sum
 
 GATHERED_GB = 4.0
 SIZES = {"dim": "dim", "layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads", "head_dim": "head_dim",

@@ -18,9 +18,9 @@ from moetrain.config.build import build
 from moetrain.config.compose import compose
 from moetrain.plan.calibration import calibrated
 from moetrain.plan.cost.machine import Costs, Topology
+from moetrain.plan.cost.step_time import gathering_s, modelled
 from moetrain.plan.loads.forecast import Outlook, forecast_of
 from moetrain.plan.loads.synthetic import NAMES, generate
-from moetrain.plan.cost.step_time import gathering_s, modelled
 from moetrain.plan.placement import contiguous
 from moetrain.plan.planners.base import LayerPlan
 from moetrain.plan.splitting.rules import rule_of

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from moetrain.comm.exchange.shared_buffers import Areas, shared_files, symmetric_memory
 from moetrain.comm.exchange.base import Exchange
 from moetrain.comm.exchange.deepep import DeepEPExchange, buffer
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.exchange.peer import AREAS, KINDS, PeerExchange, Peers
+from moetrain.comm.exchange.shared_buffers import Areas, shared_files, symmetric_memory
 from moetrain.comm.exchange.two_level import TwoLevelExchange
 from moetrain.comm.exchange.vdev import Lane, VdevExchange
 from moetrain.comm.mesh import Mesh

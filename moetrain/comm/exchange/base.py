@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moetrain.ops.host_read import read_host
 
-
 Counts = Sequence[Sequence[int]]         # a line for each exchange
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.comm.exchange.async_exchange import travel
+from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.ops.pinned import to_device
 
 UNIT = 16                        # bytes that its copies move at once

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Counts, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.exchange.async_exchange import Landed, travel
+from moetrain.comm.exchange.base import Counts, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.mesh import Group
 from moetrain.ops.extension import define
 

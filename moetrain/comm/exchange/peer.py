@@ -25,9 +25,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.shared_buffers import Areas
-from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.comm.exchange.async_exchange import travel
+from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
+from moetrain.comm.exchange.shared_buffers import Areas
 from moetrain.errors import PeerError
 from moetrain.ops.extension import define
 from moetrain.ops.peer_memory import Late, copy_rows, push_rows

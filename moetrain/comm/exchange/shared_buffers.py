@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.mesh import Group
 from moetrain.comm.agreement import all_or_none
+from moetrain.comm.mesh import Group
 from moetrain.errors import DiskError
 from moetrain.files import create, reason
 from moetrain.ops.peer_memory import await_signals, put_signals

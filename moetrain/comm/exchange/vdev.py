@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.comm.exchange.async_exchange import travel
+from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.ops.pinned import to_device
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 
-
 RESERVED = ("ce", "total", "balance", "weighted")        # names of metrics, loss/<name>, that mean something else
 
 

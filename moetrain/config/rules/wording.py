@@ -2,7 +2,6 @@
 
 import math
 
-
 _LARGEST_TRIED = 10**6       # so that a number of any size is answered at once
 
 

@@ -28,8 +28,8 @@ from moetrain.errors import PeerError
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.parallel.fssdp.copies import CopyManager
-from moetrain.parallel.state_shards import Piece
 from moetrain.parallel.fssdp.rehoming import reshard
+from moetrain.parallel.state_shards import Piece
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.loads.forecast import Outlook
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement

@@ -23,11 +23,20 @@ import numpy as np
 from moetrain.plan.cost.link_traffic import Crossing, burden
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import Modelled, step_time
-from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Planner, Rule, by_node, copies_each, fits_behind, hottest_first, totals
 from moetrain.plan.leveling.locality import Flows, keep_near
 from moetrain.plan.leveling.overflow import Field, Pool, Poured, sums
 from moetrain.plan.leveling.rehoming import resettle
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement
+from moetrain.plan.planners.base import (
+    LayerPlan,
+    Planner,
+    Rule,
+    by_node,
+    copies_each,
+    fits_behind,
+    hottest_first,
+    totals,
+)
 
 # Levels tried, in 1/64 of the way from the mean to the largest load.
 LEVELS = (0, 3, 12)

@@ -19,7 +19,15 @@ import numpy as np
 
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_each, fits_behind, hottest_first, totals
+from moetrain.plan.planners.base import (
+    LayerPlan,
+    Planner,
+    Rule,
+    copies_each,
+    fits_behind,
+    hottest_first,
+    totals,
+)
 
 
 class Hecate(Planner):

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.splitting.water_filling import Freedom, freedom, level, relieved
 from moetrain.plan.cost.step_time import modelled, modelled_each
 from moetrain.plan.placement import LayerPlacement
+from moetrain.plan.splitting.water_filling import Freedom, freedom, level, relieved
 
 SWEEPS = 12         # at most, over all groups of rows; loads settle sooner, except along chains of copies
 ENOUGH = 64         # local_first stands where its largest load is that close to the mean: no more is to be won

@@ -4,13 +4,13 @@ import logging
 import shutil
 from pathlib import Path
 
-from moetrain.comm.mesh import Mesh
+from moetrain.checkpoint import disk
 from moetrain.comm.agreement import all_or_none
+from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import total_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
 from moetrain.files import read_bytes
-from moetrain.checkpoint import disk
 from moetrain.train.checkpoint.layout import written_here
 from moetrain.train.state import TrainState
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from moetrain.checkpoint.records import Chunk, Entry, row_count
 from moetrain.comm.mesh import Mesh
 from moetrain.parallel.state_shards import Piece
-from moetrain.checkpoint.records import Chunk, Entry, row_count
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -62,7 +62,11 @@ def reads(name: str, entry: Entry, first: int, rows: int) -> list[Read]:
 
 def _overlaps(name: str, entry: Entry, first: int, rows: int) -> list[Read]:
     # Imported here: it takes as long as all of moetrain, and only sharded tensors need it.
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
     from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
     def box(begin: int, count: int) -> ChunkStorageMetadata:

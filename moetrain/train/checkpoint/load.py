@@ -18,19 +18,19 @@ from typing import NamedTuple
 
 import torch
 
-from moetrain.comm.mesh import Group, Mesh
+from moetrain.checkpoint.commit import set_aside
+from moetrain.checkpoint.manifest import NAME, checkpoints_of, damaged, is_damage, read_manifest, step_of
+from moetrain.checkpoint.payload import Payload
+from moetrain.checkpoint.records import Entry, Manifest, Part, row_bytes
+from moetrain.checkpoint.verify import check_files, problems
 from moetrain.comm.agreement import all_or_none, fail_together, on_first
+from moetrain.comm.mesh import Group, Mesh
 from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
 from moetrain.parallel.state_shards import Piece
-from moetrain.checkpoint.commit import set_aside
 from moetrain.train.checkpoint.layout import DTYPES, NAMES, Read, reads
-from moetrain.checkpoint.manifest import NAME, checkpoints_of, damaged, is_damage, read_manifest, step_of
-from moetrain.checkpoint.payload import Payload
-from moetrain.checkpoint.records import Entry, Manifest, Part, row_bytes
-from moetrain.checkpoint.verify import check_files, problems
 from moetrain.train.state import OPTIONAL, TrainState, weights
 
 log = logging.getLogger(__name__)

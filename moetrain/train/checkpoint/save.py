@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import torch
 
-from moetrain.comm.mesh import Mesh
+from moetrain.checkpoint import disk
+from moetrain.checkpoint.commit import commit, remove_leftovers, write_rank
 from moetrain.comm.agreement import LOOK_S, all_or_none
+from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import total_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
-from moetrain.checkpoint import disk
-from moetrain.checkpoint.commit import commit, remove_leftovers, write_rank
 from moetrain.train.checkpoint.snapshot import take
 from moetrain.train.state import TrainState
 

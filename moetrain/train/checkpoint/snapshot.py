@@ -8,10 +8,10 @@ are done when `take` returns. The memory is that of the pieces this rank writes,
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint.payload import Item
 from moetrain.comm.mesh import Mesh
 from moetrain.parallel.state_shards import Piece
 from moetrain.train.checkpoint.layout import NAMES, written_here
-from moetrain.checkpoint.payload import Item
 from moetrain.train.state import TrainState
 
 

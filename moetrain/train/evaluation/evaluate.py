@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.comm.mesh import Mesh
 from moetrain.comm.agreement import all_or_none
+from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.config.schema import Config
 from moetrain.data.batch import Batch, Dataset, padding
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
-from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.micro_batches import step_context
+from moetrain.train.objective import cross_entropy_sum
 
 _FIGURES = 4                                 # of a part: nats, tokens, bytes, and whether nobody knows these
 

@@ -20,10 +20,18 @@ from moetrain.data.overlap import Share, token_overlap
 from moetrain.data.token_dataset import TokenDataset
 from moetrain.data.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
-from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
-from moetrain.train.evaluation.trained import (Trained, check_tokenizer, load_trained, no_text, open_trained, refuse_more_ids, trained_dataset,
-                                    trained_tokenizer)
+from moetrain.train.evaluation.evaluate import evaluate
+from moetrain.train.evaluation.trained import (
+    Trained,
+    check_tokenizer,
+    load_trained,
+    no_text,
+    open_trained,
+    refuse_more_ids,
+    trained_dataset,
+    trained_tokenizer,
+)
 
 # Keys that say where data lies or how it comes, not what it is.
 _BESIDE = ("data.cache", "data.mixture", "data.weights", "data.mask_documents", "data.overlap")

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moetrain.checkpoint.manifest import newest
+from moetrain.checkpoint.records import Manifest
+from moetrain.comm.agreement import all_or_none, from_first
 from moetrain.comm.mesh import Mesh
-from moetrain.comm.agreement import all_or_none
 from moetrain.config.compose import run_dir
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
@@ -32,11 +34,8 @@ from moetrain.errors import CheckpointError, DataError
 from moetrain.files import nearby, shown
 from moetrain.model.build import build_model
 from moetrain.model.transformer import Transformer
-from moetrain.checkpoint.manifest import newest
-from moetrain.train.checkpoint.load import load_newest_model, newest_manifest, other_model
-from moetrain.checkpoint.records import Manifest
 from moetrain.runs.completion import trained_config
-from moetrain.comm.agreement import from_first
+from moetrain.train.checkpoint.load import load_newest_model, newest_manifest, other_model
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.setup import join
 

@@ -264,7 +264,14 @@ def _encoding(stream: TextIO) -> str:
 def _make_bar(stream: TextIO) -> Any:
     """A progress bar that leaves no trace; rich honours NO_COLOR itself."""
     import rich.console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     columns = (TextColumn("train"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))

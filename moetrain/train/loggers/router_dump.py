@@ -15,11 +15,11 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
+from moetrain.comm.agreement import on_all
 from moetrain.comm.mesh import Mesh
 from moetrain.data.batch import Batch
 from moetrain.errors import DiskError
 from moetrain.routers.base import Decision
-from moetrain.comm.agreement import on_all
 from moetrain.runs.files import make_place, replacing
 
 STEPS = 3                    # of every attempt

@@ -19,12 +19,12 @@ from pathlib import Path
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from moetrain.comm.agreement import on_all
 from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import LogConfig
 from moetrain.errors import DiskError
 from moetrain.files import open_regular
 from moetrain.model.transformer import Transformer
-from moetrain.comm.agreement import on_all
 from moetrain.runs.files import make_place
 
 

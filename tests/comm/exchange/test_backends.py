@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.shared_buffers import shared_files
-from moetrain.comm.exchange.base import read_splits
-from moetrain.comm.exchange.flat import FlatExchange
-from moetrain.comm.exchange.deepep import as_units, from_units
 from moetrain.comm.exchange.backends import WIRES, _package, wires
+from moetrain.comm.exchange.base import read_splits
+from moetrain.comm.exchange.deepep import as_units, from_units
+from moetrain.comm.exchange.flat import FlatExchange
+from moetrain.comm.exchange.shared_buffers import shared_files
 from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
 from moetrain.config.schema import ParallelConfig
 from moetrain.errors import ConfigError, DiskError

@@ -10,8 +10,8 @@ from torch import nn
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.experts import GroupedExperts
-from moetrain.parallel.state_shards import pieces
 from moetrain.parallel.fssdp.rehoming import cut, reshard, together
+from moetrain.parallel.state_shards import pieces
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.train.optim.optimizer import allocate_state
 from tests.support.training import whole

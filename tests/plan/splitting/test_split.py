@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.plan.loads import synthetic as loads
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.splitting.water_filling import fill
 from moetrain.plan.cost.step_time import modelled
+from moetrain.plan.loads import synthetic as loads
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.plan.planners.balanced import Balanced
 from moetrain.plan.splitting.split import local_first, shares, waterfill
+from moetrain.plan.splitting.water_filling import fill
 from tests.support.optimal_split import shortest_time, smallest_largest_load
 
 LINKED = Costs(row_s=1e-6, row_bytes=512.0, expert_bytes=1e6, inside=9e9, between=1e9, latency_s=1e-5, hidden_s=1e-3)

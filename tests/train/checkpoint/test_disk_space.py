@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from moetrain.checkpoint import disk
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
-from moetrain.checkpoint import disk
 from moetrain.train.checkpoint.disk_space import check_disk, estimate
-from tests.support.training import make_run
 from tests.support.checkpoints import SIZES, saved
+from tests.support.training import make_run
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint import planner_helpers
 
+from moetrain.checkpoint.records import Chunk, Entry
 from moetrain.comm.mesh import Group, Mesh
 from moetrain.parallel.state_shards import Piece
 from moetrain.train.checkpoint.layout import reads, written_here
-from moetrain.checkpoint.records import Chunk, Entry
 
 
 def meshes(size: int) -> list[Mesh]:

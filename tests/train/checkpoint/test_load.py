@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.checkpoint.manifest import checkpoints_of, read_manifest
 from moetrain.errors import CheckpointError
 from moetrain.train.checkpoint import load as reader
-from moetrain.checkpoint.manifest import checkpoints_of, read_manifest
 from moetrain.train.checkpoint.load import load, load_newest_model, resume
 from moetrain.train.step import train_step
-from tests.support.training import make_run
 from tests.support.checkpoints import SIZES, flip, payload, saved, tensors, trained
+from tests.support.training import make_run
 
 
 def test_what_is_saved_is_restored_to_the_bit(two_steps):

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from moetrain.checkpoint import disk
+from moetrain.checkpoint.manifest import checkpoints_of
+from moetrain.checkpoint.verify import problems
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
-from moetrain.checkpoint import disk
 from moetrain.train.checkpoint import save as writer
-from moetrain.checkpoint.manifest import checkpoints_of
 from moetrain.train.checkpoint.load import load, resume
-from moetrain.checkpoint.verify import problems
 from moetrain.train.checkpoint.save import DONE, FAILED, Saver, save
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
-from tests.support.training import make_run
 from tests.support.checkpoints import SIZES, tensors, trained
+from tests.support.training import make_run
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from moetrain.data.prepare import prepare
 from moetrain.data.prepared import write_description
 from moetrain.data.split_writer import SplitWriter
 from moetrain.report.specialisation import draw_specialisation
-from moetrain.train.loggers.console import MOST_DOMAINS
 from moetrain.train.evaluation.evaluate import evaluate
+from moetrain.train.loggers.console import MOST_DOMAINS
 from moetrain.train.loop import train
 from moetrain.train.setup import Run, join, set_up
 

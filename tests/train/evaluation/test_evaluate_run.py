@@ -9,8 +9,8 @@ import pytest
 from moetrain.__main__ import main
 from moetrain.config.compose import for_run, typed_keys
 from moetrain.report.loss import read_losses
-from moetrain.train.evaluation.evaluate_run import Evaluated, data_keys, evaluate_run
 from moetrain.runs.files import JsonlSink
+from moetrain.train.evaluation.evaluate_run import Evaluated, data_keys, evaluate_run
 from moetrain.train.evaluation.trained import load_trained, trained_dataset
 from tests.support.trained_run import corpus, files, losses, records, train
 

@@ -5,7 +5,16 @@ import logging
 
 import pytest
 
-from moetrain.train.loggers.console import BANNER_LINES, Console, Eta, banner, connect_logging, eval_line, heatmap, summary
+from moetrain.train.loggers.console import (
+    BANNER_LINES,
+    Console,
+    Eta,
+    banner,
+    connect_logging,
+    eval_line,
+    heatmap,
+    summary,
+)
 from tests.support.text_file import File
 
 METRICS = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.config.sweep import _tracker_group
 from moetrain.config.compose import compose
+from moetrain.config.sweep import _tracker_group
 from moetrain.train.loggers.wandb_settings import WandbSettings, wandb_line, wandb_settings
 
 ENVIRONMENT = {"WANDB_MODE": "online", "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team", "WANDB_NAME": "night", "WANDB_RUN_GROUP": "sweep",

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moetrain.machine import job_memory, machine_memory
-from moetrain.train.memory import graph_memory as memory
 from moetrain.train.banner import balance_line
+from moetrain.train.memory import graph_memory as memory
 from moetrain.train.memory.graph_memory import choose, graph_of_next
 from moetrain.train.setup import Graphs
 from moetrain.train.step import train_step
