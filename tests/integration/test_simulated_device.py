@@ -56,13 +56,13 @@ PLANS_AGREED = Entry("data", "parallel/fssdp/replanner.py:agreed", "copy to the 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.steps])
 def test_a_step_in_the_table_keeps_within_the_budget(name: str) -> None:
     case, waits = CASES[name], host_waits.read()[name]
-    in_train = {entry: times for entry, times in waits.items() if entry.place.startswith("train/")}
-    assert in_train == {SUMS: 1, **({PLANS_AGREED: 1} if "parallel=fssdp" in case.overrides else {})}, "one read of one buffer"
+    outside = {entry: times for entry, times in waits.items() if entry.place.startswith(("train/", "parallel/fssdp/replanner.py"))}
+    assert outside == {SUMS: 1, **({PLANS_AGREED: 1} if "parallel=fssdp" in case.overrides else {})}, "one read of one buffer"
     assert not [entry for entry in waits if entry.part == "backward"], "nothing in backward"
     assert not [entry for entry in waits if entry.kind in ("synchronize", "barrier")], "events, not synchronizing"
     in_layers = Counter[str]()
     for entry, times in waits.items():
-        if entry not in in_train:
+        if entry not in outside:
             in_layers[entry.place] += times
     assert in_layers == case.in_layers, "one read a layer where rows travel; with one position nothing"
 
