@@ -15,7 +15,8 @@ from tests.support.ranks import free_port
 @pytest.mark.parametrize("shared", [False, True])
 def test_sharing_is_told_to_the_process_group_and_to_torch(shared, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", raising=False)
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "")       # so that what `join` sets is gone after the test
+    monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES")
     monkeypatch.setattr(setup, "pick_device", lambda config: torch.device("cuda", 1))
     monkeypatch.setattr(setup, "take_device", lambda device: None)
     told = []
