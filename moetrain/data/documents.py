@@ -123,9 +123,9 @@ class Parts:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Part]:
-        return self.behind(0)
+        return self.starting_at(0)
 
-    def behind(self, first: int) -> Iterator[Part]:
+    def starting_at(self, first: int) -> Iterator[Part]:
         """Those from number `first` on."""
         for row in range(first, len(self)):
             yield Part(self.documents[self.rows[row]], int(self.starts[row]), int(self.ends[row]), self.documents.spool)

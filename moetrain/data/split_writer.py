@@ -15,7 +15,7 @@ import numpy as np
 from moetrain.data.prepared import LARGEST_SIZE, SIZES, TOKENS, are_counts, total
 from moetrain.data.tokens import TokenShard, open_shard, token_dtype, write_file, write_shard
 from moetrain.errors import DataError
-from moetrain.files import read_json
+from moetrain.files import read_json, reason
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class SplitWriter:
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            log.warning("a preparation begins anew: what an earlier one has left cannot be read (%s)", error)
+            log.warning("a preparation begins anew: what an earlier one has left cannot be read (%s)", reason(error))
             return
         if not isinstance(found, dict) or not are_counts(found.get("counts"), list(self._domains)) or not self._whole(found.get("shards")):
             log.warning("a preparation begins anew: the shards that an earlier one has left are damaged")

@@ -93,15 +93,15 @@ def _recognize(entry: TokenEntry, file: Path) -> None:
     else:
         try:
             if file.suffix == SUFFIX and _begins(file) == MAGIC:
-                return entry.leave_out(OWN)
-            token_format(file)
-            entry.leave_out(NO_TOKENS)
+                entry.leave_out(OWN)
+            else:
+                token_format(file)
+                entry.leave_out(NO_TOKENS)
         except NotTokensError as error:
             what = error.what.removeprefix("it is ").removeprefix("it holds ").partition(", ")[0]
             entry.leave_out(NO_TOKENS, format=what, convert=error.next)
         except OSError as error:
             entry.leave_out(NO_TOKENS, format=str(error))
-    return None
 
 
 def _begins(file: Path) -> bytes:

@@ -83,8 +83,8 @@ def _write(writer: SplitWriter, members: Parts, note: Note | None, encoder: Toke
            advance: Callable[[int], None]) -> int:
     """Write what is not written yet, and return how many special tokens are in it."""
     numbers = {domain: number for number, domain in enumerate(writer.counts)}
-    owners, domain, size, special = members.behind(writer.written), None, 0, 0
-    for encoded in encoder.encode_documents(_blocks(members.behind(writer.written), note), sizes=sizes):
+    owners, domain, size, special = members.starting_at(writer.written), None, 0, 0
+    for encoded in encoder.encode_documents(_blocks(members.starting_at(writer.written), note), sizes=sizes):
         if domain is None:
             domain = numbers[next(owners).document.domain]
         writer.extend(encoded.ids, domain, encoded.sizes)

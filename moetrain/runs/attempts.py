@@ -19,7 +19,7 @@ CRASHES = 3
 ORDERLY = {0, 2, 10, 11, 12, 13, 14, 15, 18}
 
 
-class Tenancy:
+class RunAttempts:
     """Holds the lock of a run's directory while entered, and keeps the record of attempts."""
 
     def __init__(self, directory: Path) -> None:
@@ -27,7 +27,7 @@ class Tenancy:
         self.attempts = directory / "log" / "attempts.jsonl"
         self.status = directory / "status.json"
 
-    def __enter__(self) -> "Tenancy":
+    def __enter__(self) -> "RunAttempts":
         self.lock.__enter__()
         return self
 

@@ -23,7 +23,7 @@ from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
 from moetrain.files import nearby
-from moetrain.runs.attempts import Tenancy
+from moetrain.runs.attempts import RunAttempts
 from moetrain.runs.completion import last_step, next_commands, trained_with
 from moetrain.train.banner import banner_lines
 from moetrain.train.checkpoint.disk_space import check_disk
@@ -74,7 +74,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
             recorder.start(run, resumed)
             console.resume_at(run.state.step)
             console.banner(banner_lines(run, resumed))
-            for note in notes(run, found):
+            for note in start_warnings(run, found):
                 console.line(f"[warn] {note}")
 
             def leave(code: int, reason: str) -> None:
@@ -95,7 +95,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
     disconnect()
 
 
-def notes(run: Run, found: Resumed | None) -> Iterator[str]:
+def start_warnings(run: Run, found: Resumed | None) -> Iterator[str]:
     """What is unexpected about the learning rate and the order of the steps that are left."""
     steps, optim, step = run.config.run.steps, run.config.optim, run.state.step + 1
     if warning := schedule_warning(steps, optim):
@@ -151,7 +151,7 @@ def loop(run: Run, recorder: Recorder, console: Console, told: Preemption) -> bo
 
 def saved(save: Saved | None, recorder: Recorder, console: Console) -> None:
     """Say how a save ended, if one has."""
-    if save is None or save.path is None:                # a failed one has been reported (checkpoint/writer.py)
+    if save is None or save.path is None:                # a failed one has been reported (checkpoint/save.py)
         return
     recorder.saved(save)
     console.line(f"[save] step {save.step}: {nearby(save.path)} in {save.seconds:.2f} s, training waited {save.held_s:.2f} s")
@@ -161,15 +161,15 @@ def saved(save: Saved | None, recorder: Recorder, console: Console) -> None:
 def at_work(directory: Path, mesh: Mesh) -> Iterator[Callable[[int], None]]:
     """The run's directory is ours: locked, this attempt noted, its end too. Yields a function that notes an end."""
     with ExitStack() as stack:
-        tenancy = Tenancy(directory) if mesh.is_main else None
-        end = tenancy.end if tenancy else lambda code: None
+        run_attempts = RunAttempts(directory) if mesh.is_main else None
+        end = run_attempts.end if run_attempts else lambda code: None
 
         def enter() -> None:
-            if tenancy:
+            if run_attempts:
                 stack.enter_context(told_early())        # the ranks that keep no record may go as they are
-                stack.enter_context(tenancy)
+                stack.enter_context(run_attempts)
                 checkpoint = newest(directory)
-                tenancy.begin(step_of(checkpoint) if checkpoint else 0)
+                run_attempts.begin(step_of(checkpoint) if checkpoint else 0)
 
         all_or_none(mesh["batch"], enter)
         try:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from moetrain.model.transformer import Transformer
-from moetrain.parallel.fssdp.replanner import Planning
+from moetrain.parallel.fssdp.replanner import Replanner
 from moetrain.parallel.state_shards import Piece, buffers, pieces
 from moetrain.train.count_pool import Prior
 from moetrain.train.optim.optimizer import moments, restore_steps
@@ -48,7 +48,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     tokens: int = 0
-    planning: Planning | None = None
+    planning: Replanner | None = None
     prior: Prior | None = None
 
     def pieces(self) -> Iterator[Piece]:

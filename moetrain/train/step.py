@@ -119,7 +119,7 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
         **balance_metrics(summed, run.state.model.routers),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,
-        **forecast_metrics(planning.outlook.errors_r if planning else []),
+        **forecast_metrics(planning.forecaster.errors_r if planning else []),
         "grad_norm": summed.norm,
         "lr": rate,
         "time/step": seconds,

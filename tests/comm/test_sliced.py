@@ -66,10 +66,10 @@ def gradient(expert: int, at: int, whole: bool) -> Tensor:
 def reduced(seed: int, whole: bool, late: tuple[int, ...] = (0,) * POSITIONS) -> Tensor:
     layer, at = placement(seed), dist.get_rank()
     rows = [gradient(expert, at, whole) for expert in layer.assembled_at(at)]
-    lanes = Sliced(layer, SHAPES, at, DeviceTables(CPU))
+    collective = Sliced(layer, SHAPES, at, DeviceTables(CPU))
     time.sleep(late[at] / 100)
-    received = lanes.post_reduce(torch.stack(rows) if rows else torch.empty(0, WIDTH), group()).wait()
-    return lanes.sum_at_home(torch.zeros(len(layer.sliced), lanes.widths[at]), received)
+    received = collective.post_reduce(torch.stack(rows) if rows else torch.empty(0, WIDTH), group()).wait()
+    return collective.sum_at_home(torch.zeros(len(layer.sliced), collective.widths[at]), received)
 
 
 def assert_sums(results: list[Tensor], seed: int, whole: bool) -> None:
@@ -96,12 +96,12 @@ def test_what_arrives_first_does_not_count(ranks, late):
 def both_products(seed: int) -> tuple[float, float]:
     """This position's part of <spAG(x), y> and of <x, spRS(y)>."""
     layer, at = placement(seed), dist.get_rank()
-    lanes = Sliced(layer, SHAPES, at, DeviceTables(CPU))
+    collective = Sliced(layer, SHAPES, at, DeviceTables(CPU))
     x = [numbers(expert, torch.float64) for expert in layer.sliced]
-    copies = lanes.post_gather([torch.stack(parts) for parts in zip(*(piece(row, at) for row in x))], group()).wait()
+    copies = collective.post_gather([torch.stack(parts) for parts in zip(*(piece(row, at) for row in x))], group()).wait()
     y = torch.randn(copies.shape, generator=torch.Generator().manual_seed(at), dtype=torch.float64)
     mine = torch.stack([flat(row, at) for row in x])
-    sums = lanes.sum_at_home(torch.zeros_like(mine), lanes.post_reduce(y, group()).wait())
+    sums = collective.sum_at_home(torch.zeros_like(mine), collective.post_reduce(y, group()).wait())
     return (copies * y).sum().item(), (mine * sums).sum().item()
 
 

@@ -66,11 +66,11 @@ def reduced(seed: int, whole: bool, form: str, nodes: str, late: tuple[int, ...]
     placement, at = placement_of(seed), dist.get_rank()
     own = stack([gradient(expert, at, whole) for expert in placement.experts_of(at)], torch.float32)
     copies = stack([gradient(expert, at, whole) for expert in placement.copies_at(at)], torch.float32)
-    lanes = here(placement, form, nodes)
+    sparse = here(placement, form, nodes)
     time.sleep(late[at] / 100 if late else 0)
-    handle = lanes.post_reduce(copies, group())
+    handle = sparse.post_reduce(copies, group())
     time.sleep(late[at - 1] / 100 if late else 0)
-    return lanes.sum_at_home(own, handle.wait())
+    return sparse.sum_at_home(own, handle.wait())
 
 
 def expected_sum(expert: int, placement: LayerPlacement, whole: bool, form: str, nodes: str) -> Tensor:
@@ -144,11 +144,11 @@ def handed_over(seed: int, form: str, nodes: str) -> list[list[int]]:
             handed[to] += rows * message.shape[1] * message.element_size()
         return original(output, message, received, sent, **rest)
 
-    lanes, found = here(placement, form, nodes), []
+    sparse, found = here(placement, form, nodes), []
     dist.all_to_all_single = counted
     try:
-        for post, rows in ((lambda rows: lanes.post_gather([rows], group()), placement.experts_of(at)),
-                           (lambda rows: lanes.post_reduce(rows, group()), placement.copies_at(at))):
+        for post, rows in ((lambda rows: sparse.post_gather([rows], group()), placement.experts_of(at)),
+                           (lambda rows: sparse.post_reduce(rows, group()), placement.copies_at(at))):
             handed[:] = [0] * POSITIONS
             post(stack([weight(expert) for expert in rows], torch.float32)).wait()
             found.append(list(handed))

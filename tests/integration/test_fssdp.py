@@ -197,7 +197,7 @@ def added_where_it_pays(overrides: list[str], forced, seconds: float) -> list[in
     """Copies added in two steps by the model of time, where every row takes so long to compute."""
     run = make_run(overrides, forced)
     planning = run.state.planning
-    planning.surroundings = planning.surroundings._replace(costs=replace(planning.surroundings.costs, row_s=seconds))
+    planning.planning_inputs = planning.planning_inputs._replace(costs=replace(planning.planning_inputs.costs, row_s=seconds))
     counts = []
     for step in (1, 2):
         counts.append(int(train_step(run, step).metrics["moe/added_copies"]))
@@ -223,7 +223,7 @@ def with_corrupted_loads(overrides: list[str]) -> tuple[str, int]:
     run = run_with_copies(overrides)
     train_step(run, 1)
     if run.mesh.rank == 1:
-        run.state.planning.outlook.forecast.loads_wL += 1
+        run.state.planning.forecaster.forecast.loads_wL += 1
     run.state.planning._plan()
     posted = []
     for layer in run.parallel.copies.layers.values():

@@ -52,7 +52,7 @@ def live(overrides: list[str]) -> Live:
         layer.matrices = watched(layer.matrices, layer)
     run.objective.share = share
     rows = 3 * run.config.model.dim * run.config.model.expert_dim * 8
-    by_layer = [layer.lanes.copies * rows if layer.lanes else 0 for layer in layers]
+    by_layer = [layer.transfers.copies * rows if layer.transfers else 0 for layer in layers]
     train_step(run, 1)
     return Live(seen["forward"], seen["most"], alive(), by_layer)
 
@@ -78,7 +78,7 @@ def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, i
     train_step(run, 1)
     train_step(run, 2)
     banks = [block.moe.experts.bank for block in run.state.model.layers]
-    for bank, loads_E in zip(banks, run.state.planning.outlook.loads().values()):
+    for bank, loads_E in zip(banks, run.state.planning.forecaster.loads().values()):
         assert bank.sliced == tuple(sorted(sorted(range(8), key=lambda expert: (-int(loads_E[expert]), expert))[:3]))  # noqa: B023
     train_step(run, 3)
 
@@ -124,13 +124,13 @@ def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
     run.state.planning.restored()
     seen, gather, reduce, cast, position = Seen(), Packed.post_gather, Packed.post_reduce, grouped_experts._cast, run.mesh["ep"].position
 
-    def gathered(lanes, *arguments):
-        flight = gather(lanes, *arguments)
+    def gathered(transfers, *arguments):
+        flight = gather(transfers, *arguments)
         seen.add("copies", flight.result), seen.add("sending", flight.message)
         return flight
 
-    def reduced(lanes, gradients_cW, *arguments):
-        flight = reduce(lanes, gradients_cW, *arguments)
+    def reduced(transfers, gradients_cW, *arguments):
+        flight = reduce(transfers, gradients_cW, *arguments)
         seen.add("sums", gradients_cW), seen.add("returned", flight.result)
         return flight
 

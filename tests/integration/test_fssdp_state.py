@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetrain.parallel.fssdp.replanner import Planning
+from moetrain.parallel.fssdp.replanner import Replanner
 from moetrain.train.checkpoint.load import load, resume
 from moetrain.train.checkpoint.save import save
 from moetrain.train.setup import Run
@@ -44,14 +44,14 @@ def test_resuming_gives_the_same_bits_and_needs_forecast_and_homes(ranks, tmp_pa
 
 
 def resumed_without(overrides: list[str], directory: Path, forget: str) -> tuple[list, list]:
-    def pieces(planning, original=Planning.pieces):
+    def pieces(planning, original=Replanner.pieces):
         yield from (piece for piece in original(planning) if piece.name != forget)
 
-    original, Planning.pieces = Planning.pieces, pieces
+    original, Replanner.pieces = Replanner.pieces, pieces
     try:
         return resumed(overrides, directory)
     finally:
-        Planning.pieces = original
+        Replanner.pieces = original
 
 
 def save_moved(overrides: list[str], run_dir: Path) -> dict:
@@ -111,14 +111,14 @@ def test_a_run_resumed_on_more_ranks_spreads_its_homes_over_all(ranks, tmp_path,
 
 
 def save_without_positions(overrides: list[str], run_dir: Path) -> None:
-    def pieces(planning, original=Planning.pieces):
+    def pieces(planning, original=Replanner.pieces):
         yield from (piece for piece in original(planning) if piece.name != "plan.positions")
 
-    original, Planning.pieces = Planning.pieces, pieces
+    original, Replanner.pieces = Replanner.pieces, pieces
     try:
         save_moved(overrides, run_dir)
     finally:
-        Planning.pieces = original
+        Replanner.pieces = original
 
 
 def unsaved_with_copies(overrides: list[str]) -> list[str]:

@@ -7,22 +7,9 @@ from torch import nn
 
 from moetrain.moe.bank import ExpertBank, Taken, is_expert_parameter
 from moetrain.moe.dispatch import Sent
-from moetrain.moe.experts import Computation, GroupedExperts
+from moetrain.moe.experts import Computation
 from moetrain.ops.permute import Permutation
-
-
-class Layer(nn.Module):
-    """A module whose paths look like the model's: layers.0.moe.experts.bank."""
-
-    def __init__(self, experts: tuple[int, ...]) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(2))
-        self.layers = nn.ModuleList([nn.ModuleDict({"moe": nn.ModuleDict({
-            "experts": GroupedExperts(ExpertBank(experts=experts, dim=3, expert_dim=2))})})])
-
-    @property
-    def bank(self) -> ExpertBank:
-        return self.layers[0]["moe"]["experts"].bank
+from tests.support.bank_layer import Layer
 
 
 def test_a_position_without_experts_still_runs():

@@ -5,22 +5,8 @@ import torch
 from torch import nn
 
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.experts import GroupedExperts
 from moetrain.parallel.state_shards import Piece, buffers, pieces, shard_of
-
-
-class Layer(nn.Module):
-    """A module whose paths look like the model's: layers.0.moe.experts.bank."""
-
-    def __init__(self, experts: tuple[int, ...]) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(2))
-        self.layers = nn.ModuleList([nn.ModuleDict({"moe": nn.ModuleDict({
-            "experts": GroupedExperts(ExpertBank(experts=experts, dim=3, expert_dim=2))})})])
-
-    @property
-    def bank(self) -> ExpertBank:
-        return self.layers[0]["moe"]["experts"].bank
+from tests.support.bank_layer import Layer
 
 
 def named(model: nn.Module, of=lambda parameter: parameter.data) -> dict[str, Piece]:

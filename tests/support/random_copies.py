@@ -42,9 +42,9 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         run = make_run(overrides, forced)
     planning = run.state.planning
-    assert planning.surroundings.topology == Topology(run.mesh["ep"].size, 2)
+    assert planning.planning_inputs.topology == Topology(run.mesh["ep"].size, 2)
     planning.planner = Random(seed)
-    planning.surroundings = planning.surroundings._replace(room=8)
+    planning.planning_inputs = planning.planning_inputs._replace(room=8)
     planning.calibration = planning.calibration and extended         # every missing copy, never mind the price
     return run
 

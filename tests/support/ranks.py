@@ -23,7 +23,7 @@ AFTER_FAILURE_S = 5
 
 class Ranks:
     """lasting: one process group for all tasks, for libraries that keep groups themselves; otherwise each has its own.
-    simulated: every rank has a CUDA device in host memory, and nccl (tests/support/simulated_device.py)."""
+    simulated: every rank has a CUDA device in host memory, and nccl (tests/support/simulated_device)."""
 
     def __init__(self, size: int, *, lasting: bool = False, simulated: bool = False) -> None:
         self.size = size

@@ -39,7 +39,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import moetrain
 from moetrain.comm.exchange.async_exchange import travel
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.exchange.flat import FlatExchange
@@ -377,9 +376,8 @@ def main() -> None:
     if options.between is None:
         work(options)
         return
-    environment = {"PYTHONPATH": os.pathsep.join([str(Path(moetrain.__file__).parents[1]), *sys.path[1:]])}
     with netlab.Lab(nodes=2, per_node=1, between=options.between) as lab:
-        raise SystemExit(lab.run([sys.executable, "-m", "tools.bench.layer", *sys.argv[1:], "--worker"], environment, options.limit))
+        raise SystemExit(lab.run([sys.executable, "-m", "tools.bench.layer", *sys.argv[1:], "--worker"], limit_s=options.limit))
 
 
 if __name__ == "__main__":

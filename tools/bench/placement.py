@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import moetrain
 from moetrain.plan.loads.synthetic import NAMES, generate
 from tools.bench.placement_ranks import WINDOW, work
 from tools.bench.placement_report import table, write
@@ -61,12 +60,11 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     spec = out.with_suffix(".traces.npz")
     np.savez(spec, **traces)
-    environment = {"PYTHONPATH": os.pathsep.join([str(Path(moetrain.__file__).parents[1]), *sys.path[1:]])}
     busy = [os.getloadavg()[0]]
     with netlab.Lab(nodes=options.nodes, per_node=options.per_node, inside=options.inside, between=options.between) as lab:
         links = measure(lab) if options.measure or options.write is not None else []
         before = {link: sum(lab.sent(rank)[link] for rank in range(lab.world)) for link in netlab.LINKS}
-        code = lab.run([sys.executable, "-m", "tools.bench.placement", *sys.argv[1:], "--planners", *arms(options), "--worker", str(spec)], environment)
+        code = lab.run([sys.executable, "-m", "tools.bench.placement", *sys.argv[1:], "--planners", *arms(options), "--worker", str(spec)])
         wire = {link: sum(lab.sent(rank)[link] for rank in range(lab.world)) - before[link] for link in netlab.LINKS}
     spec.unlink()
     if code:

@@ -19,7 +19,7 @@ from moetrain.config.compose import compose
 from moetrain.plan.calibration import calibrated
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import gathering_s, modelled
-from moetrain.plan.loads.forecast import Outlook, forecast_of
+from moetrain.plan.loads.forecast import LoadForecaster, forecast_of
 from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.placement import contiguous
 from moetrain.plan.planners.base import LayerPlan
@@ -79,11 +79,11 @@ def costs_of(hardware) -> Costs:
 
 def replay(trace: torch.Tensor, way: tuple[str, int, int], planner, costs: Costs) -> Iterator[Step]:
     kind, window, fallback = way
-    outlook = Outlook(forecast_of(kind, EXPERTS, window), {"layer": EXPERTS}, fallback)
+    forecaster = LoadForecaster(forecast_of(kind, EXPERTS, window), {"layer": EXPERTS}, fallback)
     for number, n_PE in enumerate(trace):
-        fell_back = int(outlook.errors_r) > fallback
-        plan = planned(planner, outlook.loads()["layer"], costs)
-        outlook.observe(n_PE.sum(0))
+        fell_back = int(forecaster.errors_r) > fallback
+        plan = planned(planner, forecaster.loads()["layer"], costs)
+        forecaster.observe(n_PE.sum(0))
         if number < FIRST:
             continue
         seconds, more = total_s(n_PE, plan, planner.rule, costs), calibrated(n_PE, plan, planner, TOPOLOGY, costs, ROOM)
@@ -94,7 +94,7 @@ def replay(trace: torch.Tensor, way: tuple[str, int, int], planner, costs: Costs
             after_s = total_s(n_PE, more, planner.rule, costs) + gathering_s(missing, TOPOLOGY, costs)
             after_s -= max(0.0, both_s - costs.hidden_s) - max(0.0, plan_s - costs.hidden_s)
             added = len(missing.copies)
-        yield Step(seconds, after_s, added, int(outlook.errors_r), fell_back)
+        yield Step(seconds, after_s, added, int(forecaster.errors_r), fell_back)
 
 
 def planned(planner, loads_E, costs: Costs) -> LayerPlan:

@@ -3,7 +3,7 @@
 An iteration, for every layer with experts:
 
     plan        known before the step: which positions get copies of which experts            plan/planners/
-    post        at the block's start: the sparse all-gather starts, attention hides it        lanes.py, comm/sparse/
+    post        at the block's start: the sparse all-gather starts, attention hides it        transfers.py, comm/sparse/
     extend      once a step, after the gate: copies that the plan lacks start too             plan/calibration.py
     take        between dispatch and experts: wait; the rows pass through
     use         one grouped product over homes and copies                                     ops/grouped_experts.py
@@ -44,7 +44,7 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank, Taken
 from moetrain.ops.pinned import DeviceTables, to_device
-from moetrain.parallel.fssdp.transfers import Lanes, Leaving
+from moetrain.parallel.fssdp.transfers import CopyTransfers, Leaving
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 
@@ -103,7 +103,7 @@ class LayerCopies:
         self.rematerialize = rematerialize
         self.hooked = rematerialize and not recompute    # a recomputed block keeps nothing that hooks would have to drop
         self.placement: LayerPlacement | None = None     # in force; None before the first plan
-        self.lanes: Lanes | None = None                  # of its copies; None: no position has one
+        self.transfers: CopyTransfers | None = None         # of its copies; None: no position has one
         self.backwards = 0                               # of this step, still to come
         self.calibrated = True                           # nothing more may be added in this step
         self.added = 0
@@ -115,7 +115,7 @@ class LayerCopies:
 
     def adopt(self, placement: LayerPlacement, tables: DeviceTables) -> None:
         self.release()
-        self.placement, self.lanes = placement, self._lanes(placement, tables)
+        self.placement, self.transfers = placement, self._transfers(placement, tables)
 
     def begin(self, backwards: int) -> None:
         self.backwards, self.calibrated, self.added = backwards, False, 0
@@ -123,8 +123,8 @@ class LayerCopies:
     @torch.no_grad()
     def post(self) -> None:
         """Start bringing the copies, unless they are here or on their way."""
-        if self.lanes is not None and not self._waves and self._rows_cW is None:
-            self._waves = [self._gather(self.placement, self.lanes)]
+        if self.transfers is not None and not self._waves and self._rows_cW is None:
+            self._waves = [self._gather(self.placement, self.transfers)]
 
     @torch.no_grad()
     def extend(self, placement: LayerPlacement) -> None:
@@ -134,13 +134,13 @@ class LayerCopies:
         landed = [] if here is None else [Wave(self.placement.gathered_at(self.group.position), lambda: here)]
         added = placement.beyond(self.placement)
         with DeviceTables(self.bank.gate_up.device) as tables:
-            lanes, lanes_of_all = self._lanes(added, tables), self._lanes(placement, tables)
-        self._waves = [*landed, *self._waves, self._gather(added, lanes)]
-        self.placement, self.lanes, self.added = placement, lanes_of_all, len(added.copies)
+            transfers, transfers_of_all = self._transfers(added, tables), self._transfers(placement, tables)
+        self._waves = [*landed, *self._waves, self._gather(added, transfers)]
+        self.placement, self.transfers, self.added = placement, transfers_of_all, len(added.copies)
 
     def take(self, x_ND: Tensor) -> Taken:
         """Wait for the copies; the rows pass through."""
-        if self.lanes is None:
+        if self.transfers is None:
             return Taken(x_ND, None)
         x_ND, gate_up_cGD, down_cDF = _Take.apply(x_ND, self._anchor, self)
         return Taken(x_ND, (gate_up_cGD, down_cDF))
@@ -148,7 +148,7 @@ class LayerCopies:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """What is saved of copies is where they lay, not the copies, if backward is to gather them again."""
-        if self.lanes is None or not self.hooked:
+        if self.transfers is None or not self.hooked:
             yield
             return
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -156,7 +156,7 @@ class LayerCopies:
 
     def leave(self, rows_RD: Tensor) -> Tensor:
         """Drop copies that backward will gather again; backward begins to do so here."""
-        if self.lanes is None or not self.rematerialize:
+        if self.transfers is None or not self.rematerialize:
             return rows_RD
         self._rows_cW = None
         return _Leave.apply(rows_RD, self) if self.hooked else rows_RD
@@ -173,13 +173,13 @@ class LayerCopies:
     def depart(self, x_TD: Tensor) -> Tensor:
         """Tokens on their way to dispatch. In backward the gradients of copies start for home here, behind attention: posted
         as soon as they are there, they would hold up those of the rows, for which attention waits."""
-        return x_TD if self.lanes is None and self.calibrated else _Depart.apply(x_TD, self._anchor, self)
+        return x_TD if self.transfers is None and self.calibrated else _Depart.apply(x_TD, self._anchor, self)
 
     @torch.no_grad()
     def reduce(self) -> None:
         """After the last micro-batch: start sending the gradients of copies home."""
         if self.backwards == 0 and self._gradients_cW is not None:
-            self._leaving, self._gradients_cW = self.lanes.post_reduce(self._gradients_cW), None
+            self._leaving, self._gradients_cW = self.transfers.post_reduce(self._gradients_cW), None
 
     @torch.no_grad()
     def add(self, gate_up_cGD: Tensor, down_cDF: Tensor) -> None:
@@ -194,7 +194,7 @@ class LayerCopies:
 
     def finish(self) -> None:
         """The gradients of the homes, with those of all copies. Waits."""
-        if self.lanes is None:
+        if self.transfers is None:
             return
         assert self._leaving is not None, f"{self.backwards} backward passes of this step did not come by"
         self._leaving.finish()
@@ -204,13 +204,13 @@ class LayerCopies:
         assert not self._waves and self._leaving is None, "a collective is still under way"
         self._rows_cW = self._gradients_cW = None
 
-    def _lanes(self, placement: LayerPlacement, tables: DeviceTables) -> Lanes | None:
+    def _transfers(self, placement: LayerPlacement, tables: DeviceTables) -> CopyTransfers | None:
         if not placement.copies and not placement.sliced:
             return None
-        return Lanes(placement, self.bank, self.group, self.form, self.topology, tables)
+        return CopyTransfers(placement, self.bank, self.group, self.form, self.topology, tables)
 
-    def _gather(self, placement: LayerPlacement, lanes: Lanes) -> "Wave":
-        return Wave(placement.gathered_at(self.group.position), lanes.post_gather(self.dtype).wait)
+    def _gather(self, placement: LayerPlacement, transfers: CopyTransfers) -> "Wave":
+        return Wave(placement.gathered_at(self.group.position), transfers.post_gather(self.dtype).wait)
 
     def _land(self) -> Tensor:
         """Rows of the copies in the order of their slots. Waits."""

@@ -31,13 +31,13 @@ from moetrain.parallel.fssdp.copies import CopyManager
 from moetrain.parallel.fssdp.rehoming import reshard
 from moetrain.parallel.state_shards import Piece
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.loads.forecast import Outlook
+from moetrain.plan.loads.forecast import LoadForecaster
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, Slices, hottest_first
 from moetrain.plan.splitting.rules import rule_of
 
 
-class Surroundings(NamedTuple):
+class PlanningInputs(NamedTuple):
     """What planners are told besides loads. Experts of all layers are of one size. room: copies a position may hold in a
     layer."""
 
@@ -46,7 +46,7 @@ class Surroundings(NamedTuple):
     room: int
 
 
-class Rhythm(NamedTuple):
+class ReplanIntervals(NamedTuple):
     """rehome: steps between looks at the homes; 0 leaves them. sliced: experts of a layer, of the hottest of the forecast,
     whose homes may then be cut up."""
 
@@ -54,15 +54,15 @@ class Rhythm(NamedTuple):
     sliced: int = 0
 
 
-class Planning:
+class Replanner:
     """layers: by the name of their router, in the order of the model. placement: the one in force, without copies at first.
-    outlook: for the same routers. calibration: what decides on more copies after the gate; None: nothing does."""
+    forecaster: for the same routers. calibration: what decides on more copies after the gate; None: nothing does."""
 
     def __init__(self, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
-                 placement: ExpertPlacement, planner: Planner, surroundings: Surroundings, outlook: Outlook,
-                 rhythm: Rhythm, calibration: Callable[..., LayerPlan | None] | None) -> None:
+                 placement: ExpertPlacement, planner: Planner, planning_inputs: PlanningInputs, forecaster: LoadForecaster,
+                 intervals: ReplanIntervals, calibration: Callable[..., LayerPlan | None] | None) -> None:
         self.layers, self.optimizer, self.mesh, self.copies, self.planner = layers, optimizer, mesh, copies, planner
-        self.surroundings, self.outlook, self.rhythm = surroundings, outlook, rhythm
+        self.planning_inputs, self.forecaster, self.intervals = planning_inputs, forecaster, intervals
         self.placement, self.calibration = placement, calibration
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self.positions = torch.zeros(1, dtype=torch.int64)       # that the homes are spread over; 0 before there is a plan
@@ -76,8 +76,8 @@ class Planning:
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router, on the host: plan the next."""
         newest = torch.cat([counts[name] for name in self.layers]) // self.mesh["expert_grad"].size
-        self.outlook.observe(newest)
-        if self.rhythm.rehome and step % self.rhythm.rehome == 0:
+        self.forecaster.observe(newest)
+        if self.intervals.rehome and step % self.intervals.rehome == 0:
             self._rehome()
         self._plan()
 
@@ -97,8 +97,8 @@ class Planning:
         return self.placement
 
     def pieces(self) -> Iterator[Piece]:
-        sliced = {"sliced": self.sliced} if self.rhythm.sliced else {}
-        for name, table in {**self.outlook.tables(), "homes": self.homes, "positions": self.positions, **sliced}.items():
+        sliced = {"sliced": self.sliced} if self.intervals.sliced else {}
+        for name, table in {**self.forecaster.tables(), "homes": self.homes, "positions": self.positions, **sliced}.items():
             yield Piece(f"plan.{name}", tuple(table.shape), 0, table, "batch")
 
     def restored(self) -> None:
@@ -117,10 +117,10 @@ class Planning:
 
     def _rehome(self) -> None:
         """Other homes, if the planner has any; and experts in pieces. Waits."""
-        if not isinstance(self.planner, Rehomes) and not self.rhythm.sliced:
+        if not isinstance(self.planner, Rehomes) and not self.intervals.sliced:
             return
-        topology, costs, _ = self.surroundings
-        loads, homes = self.outlook.loads(), self.placement.homes.whole
+        topology, costs, _ = self.planning_inputs
+        loads, homes = self.forecaster.loads(), self.placement.homes.whole
         if isinstance(self.planner, Rehomes):
             homes = self.planner.rehome(loads, homes, topology, costs)
         self._move(ExpertPlacement(tuple((name, layer.with_sliced(self._sliced_of(name, loads[name], layer)))
@@ -128,10 +128,10 @@ class Planning:
 
     def _sliced_of(self, name: str, loads_E: np.ndarray, homes: LayerPlacement) -> tuple[int, ...]:
         """Experts of a layer to be cut up: as the planner decides, or the hottest."""
-        if not self.rhythm.sliced or not isinstance(self.planner, Slices):
-            return tuple(hottest_first(loads_E)[:self.rhythm.sliced].tolist())
+        if not self.intervals.sliced or not isinstance(self.planner, Slices):
+            return tuple(hottest_first(loads_E)[:self.intervals.sliced].tolist())
         homes = homes.with_sliced(self.placement[name].sliced)
-        return self.planner.cut_up(loads_E, homes, *self.surroundings, self.rhythm.sliced)
+        return self.planner.cut_up(loads_E, homes, *self.planning_inputs, self.intervals.sliced)
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Every expert to its home in a placement. Waits."""
@@ -151,8 +151,8 @@ class Planning:
 
     def _plan(self) -> None:
         self.positions.fill_(self.mesh["ep"].size)
-        topology, costs, room = self.surroundings
-        loads, homes, layers = self.outlook.loads(), self.placement.homes, []
+        topology, costs, room = self.planning_inputs
+        loads, homes, layers = self.forecaster.loads(), self.placement.homes, []
         with DeviceTables(self.mesh.device) as tables:
             for name, moe in self.layers.items():
                 plan = self.planner.plan(loads[name], homes[name], topology, costs, room)
@@ -164,7 +164,7 @@ class Planning:
         self._compare()
 
     def _dispatch_by(self, moe: MoELayer, plan: LayerPlan, tables: DeviceTables) -> None:
-        topology, costs, _ = self.surroundings
+        topology, costs, _ = self.planning_inputs
         calibrate = self.calibration and partial(self._calibrate, moe, plan)
         moe.dispatcher.adopt(plan.placement, tables, rule_of(self.planner.rule, plan, topology, costs), calibrate)
 
@@ -175,7 +175,7 @@ class Planning:
         if copies.calibrated:
             return
         copies.calibrated = True
-        more = self.calibration(n_PE * copies.backwards, plan, self.planner, *self.surroundings)
+        more = self.calibration(n_PE * copies.backwards, plan, self.planner, *self.planning_inputs)
         if more is not None:
             copies.extend(more.placement)
             with DeviceTables(self.mesh.device) as tables:

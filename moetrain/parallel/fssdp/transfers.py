@@ -37,15 +37,15 @@ class Leaving:
         self.bank, self.parts = bank, parts
 
     def finish(self) -> None:
-        for lanes, names, handle in self.parts:
+        for part, names, handle in self.parts:
             matrices = [getattr(self.bank, name) for name in names]
             widths = [matrix.shape[1:].numel() for matrix in matrices]
             for matrix, part_sW in zip(matrices, handle.wait().split(widths, dim=1)):
                 own = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
-                matrix.grad = lanes.sum_at_home(own.flatten(1), part_sW).view_as(matrix)
+                matrix.grad = part.sum_at_home(own.flatten(1), part_sW).view_as(matrix)
 
 
-class Lanes:
+class CopyTransfers:
     """form, topology: of the collectives from whole homes (comm/sparse/forms.py)."""
 
     def __init__(self, placement: LayerPlacement, bank: ExpertBank, group: Group, form: str, topology: Topology,
@@ -56,15 +56,15 @@ class Lanes:
             self.parts.append((collective(form, placement, topology, group.position, tables), MATRICES))
         if placement.sliced:
             self.parts.append((Sliced(placement, bank.shapes, group.position, tables), PIECES))
-        self.copies = sum(lanes.copies for lanes, _ in self.parts)
+        self.copies = sum(part.copies for part, _ in self.parts)
 
     def post_gather(self, dtype: torch.dtype) -> Arriving:
         """Start bringing the copies. dtype: on the wire."""
-        return Arriving([lanes.post_gather([getattr(self.bank, name) for name in names], self.group, dtype)
-                         for lanes, names in self.parts])
+        return Arriving([part.post_gather([getattr(self.bank, name) for name in names], self.group, dtype)
+                         for part, names in self.parts])
 
     def post_reduce(self, gradients_cW: Tensor) -> Leaving:
         """Start sending the gradients of the copies home."""
-        rows = gradients_cW.split([lanes.copies for lanes, _ in self.parts])
-        return Leaving(self.bank, [(lanes, names, lanes.post_reduce(each, self.group))
-                                   for (lanes, names), each in zip(self.parts, rows)])
+        rows = gradients_cW.split([part.copies for part, _ in self.parts])
+        return Leaving(self.bank, [(part, names, part.post_reduce(each, self.group))
+                                   for (part, names), each in zip(self.parts, rows)])

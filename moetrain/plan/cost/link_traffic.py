@@ -18,7 +18,7 @@ import numpy as np
 from moetrain.plan.cost.machine import Costs, Topology
 
 
-class Crossing(NamedTuple):
+class LinkLoad(NamedTuple):
     """What the busiest position sends or receives: to its own node, and to others."""
 
     inside: float
@@ -28,16 +28,16 @@ class Crossing(NamedTuple):
         return max(self.inside * unit_bytes / costs.inside, self.between * unit_bytes / costs.between)
 
 
-class Burden(NamedTuple):
+class CopyTraffic(NamedTuple):
     """messages: collectives that leave first."""
 
-    first: Crossing
-    second: Crossing
+    first: LinkLoad
+    second: LinkLoad
     messages: int
 
 
-def burden(expert_X: np.ndarray, position_X: np.ndarray, home_E: np.ndarray, sliced: Sequence[int], topology: Topology,
-           collective: str) -> Burden:
+def copy_traffic(expert_X: np.ndarray, position_X: np.ndarray, home_E: np.ndarray, sliced: Sequence[int], topology: Topology,
+           collective: str) -> CopyTraffic:
     """Of copies of these experts at these positions. collective: packed or two_level."""
     first, second, messages = _Links(topology), _Links(topology), int(bool(len(sliced)))
     if sliced:
@@ -53,7 +53,7 @@ def burden(expert_X: np.ndarray, position_X: np.ndarray, home_E: np.ndarray, sli
             second.add(leader_X[leader_X != position_X], position_X[leader_X != position_X])
             source_X, position_X = source_X[leader_X == position_X], position_X[leader_X == position_X]
         first.add(source_X, position_X)
-    return Burden(first.busiest(), second.busiest(), messages)
+    return CopyTraffic(first.busiest(), second.busiest(), messages)
 
 
 class _Links:
@@ -68,9 +68,9 @@ class _Links:
             for offset, end_X in enumerate((source_X, to_X)):
                 self.load_4P[row + offset] += np.bincount(end_X[mask_X], minlength=self.topology.positions)
 
-    def busiest(self) -> Crossing:
+    def busiest(self) -> LinkLoad:
         inside, between = self.load_4P.reshape(2, -1).max(1).tolist()
-        return Crossing(inside, between)
+        return LinkLoad(inside, between)
 
 
 def _add_pieces(links: _Links, holder_H: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from moetrain.plan.cost.link_traffic import Burden, Crossing, burden
+from moetrain.plan.cost.link_traffic import CopyTraffic, LinkLoad, copy_traffic
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
 
@@ -56,7 +56,7 @@ def modelled_each(split_KPC: np.ndarray, placement: LayerPlacement, topology: To
     return [step_time(load, rows, copies, costs) for load, rows in zip(loads, _crossings(to_KPP, topology), strict=True)]
 
 
-def step_time(load: int, rows: Crossing, copies: Burden, costs: Costs) -> Modelled:
+def step_time(load: int, rows: LinkLoad, copies: CopyTraffic, costs: Costs) -> Modelled:
     """load: rows of the fullest position. rows: how many cross the busiest links."""
     compute_s = costs.row_s * load
     link_s = EXCHANGES * (costs.latency_s + rows.seconds(costs.row_bytes, costs))
@@ -70,28 +70,28 @@ def gathering_s(placement: LayerPlacement, topology: Topology, costs: Costs) -> 
     return sum(_bringing_s(_where(placement, topology, costs.collective)[1], costs))
 
 
-def _bringing_s(copies: Burden, costs: Costs) -> tuple[float, float]:
+def _bringing_s(copies: CopyTraffic, costs: Costs) -> tuple[float, float]:
     """What leaves first, and what leaders pass on."""
     return (copies.messages * costs.latency_s + copies.first.seconds(costs.expert_bytes, costs),
             costs.latency_s + copies.second.seconds(costs.expert_bytes, costs) if any(copies.second) else 0.0)
 
 
 @lru_cache(maxsize=256)
-def _where(placement: LayerPlacement, topology: Topology, collective: str) -> tuple[ByPosition, Burden]:
+def _where(placement: LayerPlacement, topology: Topology, collective: str) -> tuple[ByPosition, CopyTraffic]:
     """Where a placement's replicas are, and what its copies put on links."""
     position_C = np.array([position for _, position, _ in placement.replicas])
     order = np.argsort(position_C, kind="stable")
     present, start = np.unique(position_C[order], return_index=True)
     expert_X, position_X = np.array(placement.copies, dtype=np.int64).reshape(-1, 2).T
-    return ByPosition(order, start, present), burden(expert_X, position_X, np.array(placement.home), placement.sliced,
+    return ByPosition(order, start, present), copy_traffic(expert_X, position_X, np.array(placement.home), placement.sliced,
                                                      topology, collective)
 
 
-def _crossings(to_KPP: np.ndarray, topology: Topology) -> list[Crossing]:
+def _crossings(to_KPP: np.ndarray, topology: Topology) -> list[LinkLoad]:
     """to_KPP: what each position sends to each, K times."""
     busiest = [np.maximum(flow_KPP.sum(1), flow_KPP.sum(2)).max(1).tolist()
                for flow_KPP in (to_KPP * links_PP for links_PP in _links(topology))]
-    return [Crossing(inside, between) for inside, between in zip(*busiest, strict=True)]
+    return [LinkLoad(inside, between) for inside, between in zip(*busiest, strict=True)]
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Rows above a level, poured from full positions into those below it: which copies that takes, and how many rows each.
+"""Rows above a level, moved from full positions to those below it: which copies that takes, and how many rows each.
 
 What full positions must shed, hottest expert first, and what the others can take are laid end to end, both in descending
 order; where two pieces overlap there is a copy. That needs at most as many copies as there are pieces on both sides, and
@@ -20,7 +20,7 @@ SLIVER = 32          # what is less than this part of the level is not worth a c
 NEARBY_SLIVER = 8    # nor, where the copy only serves its node, what is less than this part
 
 
-class Poured(NamedTuple):
+class OverflowPlan(NamedTuple):
     """kept_E: rows that stay at home. expert_X, position_X, rows_X: copies, none twice."""
 
     kept_E: np.ndarray
@@ -29,9 +29,9 @@ class Poured(NamedTuple):
     rows_X: np.ndarray
 
     @staticmethod
-    def nothing(loads_E: np.ndarray) -> "Poured":
+    def nothing(loads_E: np.ndarray) -> "OverflowPlan":
         none = np.zeros(0, dtype=np.int64)
-        return Poured(loads_E.copy(), none, none, none)
+        return OverflowPlan(loads_E.copy(), none, none, none)
 
 
 class Field:
@@ -85,12 +85,12 @@ class Pool:
                 break
         return self
 
-    def result(self) -> Poured:
+    def result(self) -> OverflowPlan:
         if not self.moved:
-            return Poured.nothing(self.kept_E)
+            return OverflowPlan.nothing(self.kept_E)
         expert_X, position_X, rows_X = self.copies()
         key_X, merged_X = np.unique(expert_X * len(self.load_P) + position_X, return_inverse=True)
-        return Poured(self.kept_E, *np.divmod(key_X, len(self.load_P)), sums(merged_X, rows_X, len(key_X)))
+        return OverflowPlan(self.kept_E, *np.divmod(key_X, len(self.load_P)), sums(merged_X, rows_X, len(key_X)))
 
     def copies(self) -> np.ndarray:
         """Expert, position and rows of what was moved so far, int64 [3, X]; a copy may come twice."""

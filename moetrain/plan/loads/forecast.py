@@ -2,7 +2,7 @@
 
     MeanForecast    mean of the last steps (Hecate: five)
     TrendForecast   exponential moving average with a trend (Holt), in fixed point
-    Outlook         one of them, watched: a layer that it got wrong is planned from the last step's loads alone
+    LoadForecaster         one of them, watched: a layer that it got wrong is planned from the last step's loads alone
 
 Loads are those of all routers in one flat int64 buffer, as they are counted. What a checkpoint keeps of a forecast are its
 `tables`, written to in place: reading into them restores it.
@@ -94,7 +94,7 @@ def forecast_of(kind: str, size: int, window: int) -> Forecast:
     return TrendForecast(size) if kind == "trend" else MeanForecast(size, window)
 
 
-class Outlook:
+class LoadForecaster:
     """What planners are told to expect, and how far the forecast was off.
 
     sizes: experts by router. fallback: thousandths of a router's rows (`misplaced_permille`) above which its forecast counts

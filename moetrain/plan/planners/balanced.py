@@ -1,6 +1,6 @@
 """moetrain's own planner: the fewest copies that level the loads as far as levelling pays.
 
-For a handful of levels between the mean load and the largest, what lies above the level is poured from the full positions
+For a handful of levels between the mean load and the largest, what lies above the level moves from the full positions
 into those below it (plan/leveling/overflow.py): cut to measure, or whole where they fit; and at the best level once more with
 copies on the nodes that the rows come from first. To the best of these come copies that keep rows on their node, as many as
 hide, or twice that, or as there is room for (plan/leveling/locality.py). Every such plan is timed by the model of
@@ -20,11 +20,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from moetrain.plan.cost.link_traffic import Crossing, burden
+from moetrain.plan.cost.link_traffic import LinkLoad, copy_traffic
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import Modelled, step_time
 from moetrain.plan.leveling.locality import Flows, keep_near
-from moetrain.plan.leveling.overflow import Field, Pool, Poured, sums
+from moetrain.plan.leveling.overflow import Field, OverflowPlan, Pool, sums
 from moetrain.plan.leveling.rehoming import resettle
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import (
@@ -55,18 +55,18 @@ class Balanced(Planner):
         self.tolerance, self.min_gain, self.horizon, self.state_ratio = tolerance, min_gain, horizon, state_ratio
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        poured, _ = self._timed(loads, homes, topology, costs, room)
+        overflow, _ = self._timed(loads, homes, topology, costs, room)
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
-            zip(poured.expert_X.tolist(), poured.position_X.tolist(), strict=True))))
+            zip(overflow.expert_X.tolist(), overflow.position_X.tolist(), strict=True))))
 
     def _timed(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-               room: int) -> tuple[Poured, float]:
+               room: int) -> tuple[OverflowPlan, float]:
         """The plan, and the time that the model gives it."""
         if topology.nodes == 1:        # one kind of link: every position is a node of its own, and rows are best kept there
             topology, costs, loads = Topology(topology.positions, 1), replace(costs, between=costs.inside), totals(loads)
         field = Field(by_node(loads, topology), np.asarray(homes.home), topology, homes.sliced)
         total, highest = int(field.loads_E.sum()), int(field.load_P.max())
-        nothing = Poured.nothing(field.loads_E)
+        nothing = OverflowPlan.nothing(field.loads_E)
         nothing_s = estimate(nothing, field, costs).total_s
         if highest * topology.positions <= (1 + self.tolerance) * total or room == 0:
             return nothing, nothing_s
@@ -74,7 +74,7 @@ class Balanced(Planner):
         return (best, least_s) if least_s < (1 - self.min_gain) * nothing_s else (nothing, nothing_s)
 
     @staticmethod
-    def _search(field: Field, costs: Costs, room: int, mean: int, highest: int) -> tuple[Poured, float]:
+    def _search(field: Field, costs: Costs, room: int, mean: int, highest: int) -> tuple[OverflowPlan, float]:
         """The shortest plan and its modelled time; ties go to the first tried."""
         tried: list[tuple[float, int, Pool]] = []
 
@@ -122,14 +122,14 @@ class Balanced(Planner):
         return min([now, (), *(tuple(sorted(hottest[:size])) for size in sorted(sizes))], key=seconds)
 
 
-def estimate(poured: Poured, field: Field, costs: Costs) -> Modelled:
+def estimate(overflow: OverflowPlan, field: Field, costs: Costs) -> Modelled:
     """The model of plan/cost/step_time.py before sources are known: a node's rows are spread evenly over its positions, and go
     to replicas on the node first."""
     loads_NE, home_E, topology = field.loads_NE, field.home_E, field.topology
     experts, nodes, per_node = len(home_E), topology.nodes, topology.per_node
-    expert_C = np.concatenate([np.arange(experts), poured.expert_X])
-    position_C = np.concatenate([home_E, poured.position_X])
-    rows_C = np.concatenate([poured.kept_E, poured.rows_X])
+    expert_C = np.concatenate([np.arange(experts), overflow.expert_X])
+    position_C = np.concatenate([home_E, overflow.position_X])
+    rows_C = np.concatenate([overflow.kept_E, overflow.rows_X])
     load_P = sums(position_C, rows_C, topology.positions)
     size_N = np.bincount(np.arange(topology.positions) // per_node, minlength=nodes)
 
@@ -142,5 +142,5 @@ def estimate(poured: Poured, field: Field, costs: Costs) -> Modelled:
                  int((local_N * (size_N - 1) // size_N**2).max()))
     between = max(int((load_P - local_P).max()), int(((loads_NE.sum(1) - local_N) // size_N).max()))
 
-    copies = burden(poured.expert_X, poured.position_X, home_E, field.sliced, topology, costs.collective)
-    return step_time(int(load_P.max()), Crossing(inside, between), copies, costs)
+    copies = copy_traffic(overflow.expert_X, overflow.position_X, home_E, field.sliced, topology, costs.collective)
+    return step_time(int(load_P.max()), LinkLoad(inside, between), copies, costs)

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from moetrain.plan.cost.link_traffic import burden
+from moetrain.plan.cost.link_traffic import copy_traffic
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import gathering_s
 from moetrain.plan.placement import LayerPlacement
@@ -32,7 +32,7 @@ def test_a_burden_is_what_the_busiest_link_carries(form, cut):
             draw = random.Random(seed)
             placement = placement.with_sliced(tuple(draw.sample(range(placement.num_experts), draw.randint(1, placement.num_experts))))
         expert_X, position_X = np.array(placement.copies, dtype=np.int64).reshape(-1, 2).T
-        found = burden(expert_X, position_X, np.array(placement.home), placement.sliced, topology, form)
+        found = copy_traffic(expert_X, position_X, np.array(placement.home), placement.sliced, topology, form)
         legs = [[(source, to, 1) for _, source, to in leg] for leg in LEGS[form](placement, topology)]
         legs[0] += [(source, to, 1 / placement.positions) for _, source, to in pieces(placement)]
         assert found.first == pytest.approx(busiest(legs[0], topology)), seed

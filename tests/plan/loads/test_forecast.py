@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moetrain.plan.loads.forecast import MeanForecast, Outlook, TrendForecast, misplaced_permille
+from moetrain.plan.loads.forecast import LoadForecaster, MeanForecast, TrendForecast, misplaced_permille
 from moetrain.plan.loads.synthetic import DOZEN, LASTS, NAMES, TURN, generate
 
 FORECASTS = [lambda size: MeanForecast(size), lambda size: MeanForecast(size, window=1), lambda size: TrendForecast(size),
@@ -56,21 +56,21 @@ def seen(name: str, steps: int) -> torch.Tensor:
     return torch.from_numpy(generate(name, 0, steps, 2, 8, 1000).sum(1))
 
 
-def resumed(outlook: Outlook, again: Outlook) -> Outlook:
+def resumed(forecaster: LoadForecaster, again: LoadForecaster) -> LoadForecaster:
     for name, table in again.tables().items():
-        table.copy_(outlook.tables()[name])
+        table.copy_(forecaster.tables()[name])
     return again
 
 
 @pytest.mark.parametrize("make", FORECASTS, ids=IDS)
 def test_a_resumed_outlook_goes_on_as_if_nothing_had_happened(make):
-    def fresh() -> Outlook:
-        return Outlook(make(8), {"a": 3, "b": 5}, 150)
+    def fresh() -> LoadForecaster:
+        return LoadForecaster(make(8), {"a": 3, "b": 5}, 150)
 
     whole, again, fell_back = fresh(), fresh(), 0
     for at, loads_L in enumerate(seen("lognormal_1", 12)):
-        for outlook in (whole, again):
-            outlook.observe(loads_L)
+        for forecaster in (whole, again):
+            forecaster.observe(loads_L)
         fell_back += int((whole.errors_r > 150).sum())
         again = resumed(again, fresh()) if at in (0, 1, 6, 9) else again
         for name, loads in whole.loads().items():
@@ -86,27 +86,27 @@ def test_what_was_observed_may_be_written_over():
 
 
 def test_a_layer_falls_back_to_the_last_step_where_its_own_forecast_erred():
-    outlook = Outlook(MeanForecast(4), {"a": 2, "b": 2}, 200)
+    forecaster = LoadForecaster(MeanForecast(4), {"a": 2, "b": 2}, 200)
     for loads in ([10, 10, 10, 10], [10, 10, 0, 20]):
-        outlook.observe(torch.tensor(loads))
-    assert outlook.errors_r.tolist() == [0, 500]
-    assert {name: loads.tolist() for name, loads in outlook.loads().items()} == {"a": [10, 10], "b": [0, 20]}
+        forecaster.observe(torch.tensor(loads))
+    assert forecaster.errors_r.tolist() == [0, 500]
+    assert {name: loads.tolist() for name, loads in forecaster.loads().items()} == {"a": [10, 10], "b": [0, 20]}
     for _ in range(3):                                              # what lasted long enough is forecast again
-        outlook.observe(torch.tensor([10, 10, 0, 20]))
-    assert outlook.errors_r.tolist() == [0, 142] and outlook.loads()["b"].tolist() == [2, 18]
+        forecaster.observe(torch.tensor([10, 10, 0, 20]))
+    assert forecaster.errors_r.tolist() == [0, 142] and forecaster.loads()["b"].tolist() == [2, 18]
 
 
 def test_an_outlook_that_never_falls_back_keeps_to_its_forecast():
-    outlook = Outlook(MeanForecast(2), {"a": 2}, 1000)
+    forecaster = LoadForecaster(MeanForecast(2), {"a": 2}, 1000)
     for loads in ([10, 0], [0, 10]):
-        outlook.observe(torch.tensor(loads))
-    assert outlook.errors_r.tolist() == [1000] and outlook.loads()["a"].tolist() == [5, 5]
+        forecaster.observe(torch.tensor(loads))
+    assert forecaster.errors_r.tolist() == [1000] and forecaster.loads()["a"].tolist() == [5, 5]
 
 
 def test_there_is_no_error_before_there_was_a_forecast():
-    outlook = Outlook(TrendForecast(2), {"a": 2}, 0)
-    outlook.observe(torch.tensor([3, 9]))
-    assert outlook.errors_r.tolist() == [0] and outlook.loads()["a"].tolist() == [3, 9]
+    forecaster = LoadForecaster(TrendForecast(2), {"a": 2}, 0)
+    forecaster.observe(torch.tensor([3, 9]))
+    assert forecaster.errors_r.tolist() == [0] and forecaster.loads()["a"].tolist() == [3, 9]
 
 
 def test_the_error_is_the_share_of_rows_that_went_elsewhere():
