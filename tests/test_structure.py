@@ -146,6 +146,36 @@ def test_an_import_of_a_neighbour_and_a_loop_are_found() -> None:
     assert loop(sources) == ["moetrain.ops.a", "moetrain.ops.b", "moetrain.ops.c", "moetrain.ops.a"]
 
 
+# Whose packages know no torch, so that verbs which only look at files start at once.
+NO_TORCH = ("checkpoint", "runs", "config")
+
+
+def imports_torch(source: str) -> bool:
+    """Whether a module imports torch, wherever in the file."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    return any(name.split(".")[0] == "torch" for name in names)
+
+
+def with_torch(sources: Mapping[str, str]) -> set[str]:
+    """Modules that import torch, themselves or by what they import."""
+    found = {module for module, source in sources.items() if imports_torch(source)}
+    edges = [(module, target) for module, target in imports(sources) if module != target]
+    while more := {module for module, target in edges if target in found} - found:
+        found |= more
+    return found
+
+
+def test_the_format_of_saves_and_the_files_of_runs_need_no_torch() -> None:
+    assert [module for module in sorted(with_torch(PACKAGE)) if package(module) in NO_TORCH] == []
+
+
+def test_an_import_of_torch_is_found_where_it_hides() -> None:
+    sources = {"moetrain.runs.a": "from moetrain.ops import b", "moetrain.ops.b": "def f():\n    from torch import nn", "moetrain.runs.c": ""}
+    assert with_torch(sources) == {"moetrain.runs.a", "moetrain.ops.b"}
+
+
 # --- tests
 
 
