@@ -17,8 +17,8 @@ from contextlib import suppress
 
 from moetrain import streams
 from moetrain.launch.ranks_of_agent import ranks_of
+from moetrain.launch.signals import FORWARDED
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)    # to the ranks, by supervisor.py
 END = signal.SIGUSR2                                                          # ends the agent, and the ranks with it
 
 _OTHERS_LOST = 16
@@ -27,7 +27,7 @@ _POLL_S = 1.0
 
 def main(argv: Sequence[str]) -> int:
     supervisor, *argv = argv
-    for number in PASSED_ON:
+    for number in FORWARDED:
         if signal.getsignal(number) is not signal.SIG_IGN:       # nohup stays nohup
             signal.signal(number, lambda *_: None)               # ranks would inherit SIG_IGN, but not this
     streams.keep_open()

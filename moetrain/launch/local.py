@@ -13,10 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from typing import NamedTuple
 from moetrain.config.compose import compose, run_dir
 from moetrain.files import open_regular
 from moetrain.launch.rank import DONE, LAUNCHED
+from moetrain.launch.signals import forward_signals
 from moetrain.launch.status import open_log, write_status
 from moetrain.runs.lock import process_state
 
@@ -31,7 +31,6 @@ from moetrain.runs.lock import process_state
 GRACE_S = 10.0
 TERM_S = 5.0
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SAVED, _PEER = 10, 16                   # exit codes of a rank that was told to stop and saved, and of one that waited in vain
 _LOG_TAIL = 1 << 16                      # bytes of a rank's log in which its last error is looked for
 
@@ -130,28 +129,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextmanager
-def _forwarding(workers: list[subprocess.Popen]) -> Iterator[list[int]]:
-    """Pass signals on to the workers; yields the numbers of those that came."""
-    passed_on: list[int] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        passed_on.append(number)
+def _forwarding(workers: list[subprocess.Popen]) -> AbstractContextManager[list[int]]:
+    """Forward signals to the workers that still run; yields the numbers of those that came."""
+    def send(number: int) -> None:
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    # A program may start ranks from another thread; Python lets the main thread alone handle signals.
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in _FORWARDED if main}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:            # nohup stays nohup
-            signal.signal(number, pass_on)
-    try:
-        yield passed_on
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return forward_signals(send)
 
 
 class Waited(NamedTuple):

@@ -12,16 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from moetrain.files import read_json
-from moetrain.launch.agent import END, PASSED_ON
+from moetrain.launch.agent import END
 from moetrain.launch.local import program_environment
 from moetrain.launch.node import Node, cores
 from moetrain.launch.ranks_of_agent import parent_of_leader, ranks_of
 from moetrain.launch.rendezvous import interface, own_address
+from moetrain.launch.signals import forward_signals
 from moetrain.launch.status import write_status
 
 _PREEMPTED, _PEER = 10, 16
@@ -37,7 +38,7 @@ def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | N
     grace_s: run.grace_s. was_finished: there is nothing to do, so the ranks will record nothing.
     """
     status, ranks = Status(run_dir), set()
-    with _catching() as signals:
+    with forward_signals() as signals:
         agent = subprocess.Popen([sys.executable, "-m", "moetrain.launch.agent", str(os.getpid()), *_torchrun(node), "-m", "moetrain",
                                   *argv], env=_environment(node))
         try:
@@ -95,21 +96,6 @@ def ending(returned: int, status: dict | None, signals: Sequence[int]) -> int:
 
 
 # --- while it runs
-
-
-@contextmanager
-def _catching() -> Iterator[list[int]]:
-    """Keep signals for _watch; yields the numbers of those that came."""
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in PASSED_ON}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:                        # nohup stays nohup
-            signal.signal(number, lambda number, _: came.append(number))
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _watch(agent: subprocess.Popen, latest: set[int], status: Status, signals: list[int], grace_s: float) -> bool:

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from moetrain.launch.signals import forward_signals
+
 GRACE_S, SAVE_S, LATE_S = 10.0, 120.0, 300.0
 TERM_S, KILL_S = 5.0, 5.0
 TIMED_OUT = 124                # as of timeout(1)
@@ -121,22 +123,14 @@ def _forwarding(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
     """Signals to us go to the ranks; we end after them. Yields the numbers of those that ask for the end."""
     asked: list[int] = []
 
-    def pass_on(number: int, frame: object) -> None:
+    def send(number: int) -> None:
         if number != signal.SIGUSR1:
             asked.append(number)
         for rank in ranks:
             _signal(rank, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, pass_on)
-    try:
+    with forward_signals(send):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _show(rank: int, process: subprocess.Popen) -> None:
