@@ -104,7 +104,7 @@ class GpuStages:
             Stage("kernels-rows", "rows, SwiGLU and products against float64", [gpu_tests(file, OPS["rows"])], usual_s=45),
             Stage("kernels-layer", "a whole layer, in a graph, beyond int32", [gpu_tests(file, rest)], usual_s=45),
             Stage("kernels-peers", "rows through the memory of peers, virtual ranks on one GPU",
-                  [gpu_tests("tests/comm/test_peer.py tests/ops/test_peer_memory.py")], usual_s=60),
+                  [gpu_tests("tests/comm/exchange/test_peer.py tests/ops/test_peer_memory.py")], usual_s=60),
         ]
         return [stage._replace(environment=VIRTUAL_RANKS if stage.name == "kernels-peers" else KERNELS,
                                skipped=self.without_kernels, counts=TESTED) for stage in made]

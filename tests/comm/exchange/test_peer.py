@@ -1,7 +1,7 @@
 """The peer wire among virtual ranks: threads of this process with real areas and real pads.
 
 Ordering, parity, places, growth and time limits of the protocol; that it moves what the flat wire moves, between processes:
-exchange/test_backends.py.
+test_backends.py.
 """
 
 import random
