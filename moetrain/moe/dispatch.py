@@ -33,10 +33,10 @@ from moetrain.moe.row_packing import (
     BySlot,
     ByToken,
     Leaving,
-    histogram,
     order_by_source,
     slot_weights,
 )
+from moetrain.ops.counts import count_ids
 from moetrain.ops.host_read import read_host
 from moetrain.ops.permute import Permutation, plan_permutation, unpermute, unpermute_padded, values_of_rows
 from moetrain.ops.pinned import DeviceTables, to_device
@@ -204,7 +204,7 @@ class TokenDispatcher:
         if not self.placement.copies and not self.looks_at_all:
             return [assign(ids_TK, self.table_E) for ids_TK in ids], None
         position, positions = self.exchange.position, self.exchange.positions
-        n_CE = torch.stack([histogram(ids_TK, self.placement.num_experts) for ids_TK in ids])
+        n_CE = torch.stack([count_ids(ids_TK, self.placement.num_experts) for ids_TK in ids])
         if not self.looks_at_all:
             return [spread(ids_TK, *self.rule.split(n_E[None], self.placement, position), self.replicas)
                     for ids_TK, n_E in zip(ids, n_CE)], None
@@ -231,7 +231,7 @@ class TokenDispatcher:
             permutation, _ = route_plan(physical_TK, self.slots, physical_TK.numel())
             rows, counts_e = physical_TK.numel(), permutation.counts_P[:self.held]
         else:
-            counts_e = read_host(histogram(physical_TK, self.slots)).tolist()[:self.held]    # the host waits
+            counts_e = read_host(count_ids(physical_TK, self.slots)).tolist()[:self.held]    # the host waits
             rows = sum(counts_e)
             permutation = plan_permutation(physical_TK, self.slots, rows)
         return Course(Leaving(permutation, physical_TK), Splits((rows,), (rows,)), permutation.counts_P[None], rows, counts_e)

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moetrain.ops.counts import count_ids
 from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder, unpermute
 from moetrain.ops.route_plan import route_plan
 
@@ -51,7 +52,7 @@ class BySlot:
     """A row for every slot."""
 
     def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
-        return histogram(physical_TK, positions * slots).view(positions, slots)
+        return count_ids(physical_TK, positions * slots).view(positions, slots)
 
     def plan(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> Leaving:
         return Leaving(ordered(physical_TK, positions * slots, rows), physical_TK)
@@ -78,8 +79,8 @@ class ByToken:
     """A row for every position where a token has slots."""
 
     def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
-        rows_P1 = histogram(destinations(physical_TK, slots), positions)[:, None]
-        return torch.cat([rows_P1, histogram(physical_TK, positions * slots).view(positions, slots)], dim=1)
+        rows_P1 = count_ids(destinations(physical_TK, slots), positions)[:, None]
+        return torch.cat([rows_P1, count_ids(physical_TK, positions * slots).view(positions, slots)], dim=1)
 
     def plan(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> Leaving:
         return Leaving(ordered(destinations(physical_TK, slots), positions, rows), physical_TK)
@@ -113,12 +114,6 @@ def ordered(physical_TK: Tensor, num_physical: int, rows: int) -> Permutation:
     if physical_TK.device.type == "cuda":
         return route_plan(physical_TK, num_physical, rows).permutation
     return plan_permutation(physical_TK, num_physical, rows)
-
-
-def histogram(ids_TK: Tensor, number: int) -> Tensor:
-    """How often each id occurs, int64; -1 counts nowhere. (bincount would ask a device for its size.)"""
-    found = torch.zeros(number + 1, dtype=torch.int64, device=ids_TK.device)
-    return found.scatter_add_(0, ids_TK.flatten() + 1, torch.ones_like(ids_TK.flatten()))[1:]
 
 
 def destinations(physical_TK: Tensor, slots: int) -> Tensor:

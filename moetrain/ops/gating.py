@@ -62,9 +62,3 @@ def scatter_weights(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Ten
     """Weights by expert [T, E], 0 where an expert was not chosen: the inverse of `gather_weights`; differentiable."""
     columns_TK = ids_TK.where(ids_TK >= 0, num_experts)              # one more column takes the unused slots
     return weights_TK.new_zeros(len(ids_TK), num_experts + 1).scatter(1, columns_TK, weights_TK)[:, :num_experts]
-
-
-def count_choices(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Tokens per expert, int64 [E]; unused slots count nowhere. (bincount would ask the device for the largest id.)"""
-    columns_N = (ids_TK + 1).flatten()
-    return columns_N.new_zeros(num_experts + 1).scatter_add_(0, columns_N, torch.ones_like(columns_N))[1:]

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.ops.counts import count_ids
 from moetrain.ops.extension import define, kernels_for
-from moetrain.ops.gating import count_choices
 
 
 class Permutation(NamedTuple):
@@ -40,7 +40,7 @@ def plan_permutation(physical_TK: Tensor, num_physical: int, rows: int | None = 
     physical_TK: int64, -1 in unused slots. rows: the number of used slots when it is known (saves a synchronisation).
     """
     flat_N = physical_TK.flatten()
-    counts_P = count_choices(physical_TK, num_physical)
+    counts_P = count_ids(physical_TK, num_physical)
     rows = int(counts_P.sum()) if rows is None else rows
     slots_R = flat_N.where(flat_N >= 0, num_physical).argsort(stable=True)[:rows]
     rows_N = torch.full_like(flat_N, -1)

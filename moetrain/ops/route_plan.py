@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moetrain.ops.counts import count_ids
 from moetrain.ops.extension import define
 from moetrain.ops.permute import Permutation
 
@@ -30,8 +31,7 @@ class RoutePlan(NamedTuple):
 def _reference(physical_TK: Tensor, num_physical: int, max_rows: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat_N = physical_TK.flatten()
     id_N = flat_N.where((flat_N >= 0) & (flat_N < num_physical), num_physical)       # unused slots: behind all ids
-    counts_Q = torch.zeros(num_physical + 1, dtype=torch.int64, device=flat_N.device)
-    counts_Q = counts_Q.scatter_add(0, id_N, torch.ones_like(id_N))      # bincount would ask the device for its size
+    counts_Q = count_ids(id_N, num_physical + 1)
     aligned_Q = (counts_Q + alignment - 1) // alignment * alignment
     ends_Q = aligned_Q.cumsum(0)
     begins_Q = ends_Q - aligned_Q

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.ops.gating import count_choices
+from moetrain.ops.counts import count_ids
 
 
 class RouterSums(NamedTuple):
@@ -36,7 +36,7 @@ def router_sums(probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor, valid_T: Te
                 offsets: Tensor | None = None) -> RouterSums:
     """Sums over the valid tokens; ids are those decided, -1 in unused slots. offsets: int64 [S + 1], first token of every
     sequence and the end, where sums for each are wanted."""
-    counts_E = count_choices(ids_TK, probs_TE.shape[1])
+    counts_E = count_ids(ids_TK, probs_TE.shape[1])
     tokens = counts_E.new_full((), len(probs_TE)) if valid_T is None else valid_T.sum()
     if valid_T is not None:
         # Before anything is computed, and by `where`: a padding token may hold anything, and 0 times NaN is NaN.
@@ -56,4 +56,4 @@ def _counts_by_sequence(ids_TK: Tensor, offsets: Tensor, experts: int) -> Tensor
     sequences = len(offsets) - 1
     of_token_T = torch.arange(sequences, device=ids_TK.device).repeat_interleave(offsets.diff(), output_size=len(ids_TK))
     cells_TK = (of_token_T[:, None] * experts + ids_TK).where(ids_TK >= 0, -1)
-    return count_choices(cells_TK, sequences * experts).view(sequences, experts)
+    return count_ids(cells_TK, sequences * experts).view(sequences, experts)

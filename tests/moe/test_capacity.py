@@ -9,7 +9,7 @@ from torch import Tensor
 from moetrain.config.compose import compose
 from moetrain.model.activation_checkpointing import recomputed
 from moetrain.moe.capacity import CapacityPolicy, PositionCapacity, ProbCapacity, place_in_queue, used_first
-from moetrain.ops.gating import count_choices
+from moetrain.ops.counts import count_ids
 from moetrain.ops.router_sums import router_sums
 from moetrain.routers.base import RouterContext, Routing
 from moetrain.train.step import train_step
@@ -97,7 +97,7 @@ def test_no_expert_takes_more_than_its_capacity_in_any_sequence(policy):
     routing, context = routed(6 * S)
     limited = POLICIES[policy](factor=1.0, min_capacity=0).apply(routing, context)
     for ids_SK in limited.ids_TK.split(S):
-        assert count_choices(ids_SK, E).max() == (S - 1) * K / E              # its mean load, and some expert is full
+        assert count_ids(ids_SK, E).max() == (S - 1) * K / E              # its mean load, and some expert is full
 
 
 @pytest.mark.parametrize("policy", POLICIES)

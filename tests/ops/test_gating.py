@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetrain.ops.gating import count_choices, decide, gather_weights, scatter_weights, top_k
+from moetrain.ops.gating import decide, gather_weights, scatter_weights, top_k
 
 
 def sorted_by_hand(row: list[float], k: int) -> list[int]:
@@ -60,20 +60,6 @@ def test_weights_of_no_tokens_are_no_weights():
     weights_TK = gather_weights(probs_TE, torch.zeros(0, 2, dtype=torch.int64))
     weights_TK.sum().backward()
     assert weights_TK.shape == (0, 2) and probs_TE.grad.shape == (0, 5)
-
-
-@pytest.mark.parametrize("ids, expected", [
-    ([[0, 2], [2, -1], [-1, -1]], [1, 0, 2, 0]),
-    ([[3], [3], [3]], [0, 0, 0, 3]),
-    ([[-1, -1]], [0, 0, 0, 0]),
-])
-def test_counts_used_slots_of_every_expert(ids, expected):
-    counts_E = count_choices(torch.tensor(ids), 4)
-    assert counts_E.tolist() == expected and counts_E.dtype == torch.int64
-
-
-def test_no_tokens_count_zero_for_every_expert():
-    assert count_choices(torch.zeros(0, 2, dtype=torch.int64), 3).tolist() == [0, 0, 0]
 
 
 def test_scattered_weights_come_back_at_any_ids():

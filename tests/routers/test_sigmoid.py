@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.ops.gating import count_choices, gather_weights
+from moetrain.ops.counts import count_ids
+from moetrain.ops.gating import gather_weights
 from moetrain.routers.base import RouterContext, lean
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.train.evaluation.evaluate import evaluate
@@ -160,7 +161,7 @@ def test_skewed_scores_are_evened_out_over_updates(groups):
     scores_TE = (torch.randn(512, 16, dtype=torch.float64, generator=generator) + torch.linspace(-2, 2, 16)).sigmoid()
     ratios = []
     for _ in range(200):
-        counts_E = count_choices(router.choose(scores_TE + router.bias, CONTEXT), 16)
+        counts_E = count_ids(router.choose(scores_TE + router.bias, CONTEXT), 16)
         ratios.append((counts_E.max() / counts_E.double().mean()).item())
         router.end_of_step(counts_E)
     means = torch.tensor(ratios).view(5, 40).mean(1)

@@ -1,0 +1,20 @@
+"""Occurrences of each id: used slots alone, and zero for an id that does not occur."""
+
+import pytest
+import torch
+
+from moetrain.ops.counts import count_ids
+
+
+@pytest.mark.parametrize("ids, expected", [
+    ([[0, 2], [2, -1], [-1, -1]], [1, 0, 2, 0]),
+    ([[3], [3], [3]], [0, 0, 0, 3]),
+    ([[-1, -1]], [0, 0, 0, 0]),
+])
+def test_counts_used_slots_of_every_expert(ids, expected):
+    counts_E = count_ids(torch.tensor(ids), 4)
+    assert counts_E.tolist() == expected and counts_E.dtype == torch.int64
+
+
+def test_no_tokens_count_zero_for_every_expert():
+    assert count_ids(torch.zeros(0, 2, dtype=torch.int64), 3).tolist() == [0, 0, 0]
