@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.losses.base import Pooled
+from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.model.activation_checkpointing import recomputed
+from moetrain.ops.gating import top_k
 from moetrain.ops.router import RouterRule, kernel_takes, route_tokens
-from moetrain.ops.router_slopes import router_slopes
 from moetrain.routers.base import RouterContext
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.routers.topk import TopKRouter
@@ -61,8 +63,99 @@ def test_one_op_is_the_chain_of_operators(name, tokens, padded, dtype):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+# --- the gradient of a balance loss at the logits
+
+
+SCORES = pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+PADDING = pytest.mark.parametrize("valid", [None, [True, True, False, True, False, True]], ids=["all valid", "padding"])
+
+
+def logits_of(tokens: int = 6, experts: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(tokens, experts, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def mask(valid: list[bool] | None) -> Tensor | None:
+    return None if valid is None else torch.tensor(valid)
+
+
+def slopes_backward(logits_TE: Tensor, slopes_E: Tensor, valid_T: Tensor | None = None, *,
+                    sigmoid: bool = False) -> Tensor:
+    """The op's gradient at the logits, where nothing comes through weights, lse² or entropy."""
+    ids_TK = torch.zeros(len(logits_TE), 1, dtype=torch.int64)
+    lse_T = logits_TE.logsumexp(-1)
+    return torch.ops.moetrain.router_backward(None, slopes_E, None, None, logits_TE, ids_TK, lse_T, valid_T, sigmoid,
+                                              True, 1.0)
+
+
+@SCORES
+@PADDING
+@pytest.mark.parametrize("scope", ["global", "micro", "sequence"])
+def test_slopes_give_what_autograd_makes_of_a_balance_loss_in_float64(sigmoid, valid, scope):
+    valid_T = mask(valid)
+    router = (SigmoidRouter if sigmoid else TopKRouter)(dim=5, num_experts=5, top_k=2)
+    router.weight.data = torch.eye(5, dtype=torch.float64)                  # so x is the logits
+    logits_TE = logits_of()
+    offsets = torch.tensor([0, 2, 6]) if scope == "sequence" else None
+    stats = router.route(logits_TE, RouterContext(valid_T=valid_T, seq_offsets=offsets)).stats
+    loss, pooled = LoadBalanceLoss(scope=scope), Pooled(torch.tensor([40, 0, 9, 30, 1]), torch.tensor(40))
+    (truth_TE,) = torch.autograd.grad(loss.value(stats, pooled), logits_TE)
+    (slopes,) = loss.slopes(stats, pooled).values()
+    cuts = [slice(0, 2), slice(2, 6)] if scope == "sequence" else [slice(0, 6)]
+    ours_TE = torch.cat([
+        slopes_backward(logits_TE.detach()[cut], slopes_E, None if valid_T is None else valid_T[cut], sigmoid=sigmoid)
+        for cut, slopes_E in zip(cuts, slopes.view(-1, 5), strict=True)])
+    assert truth_TE.abs().max() > 1e-4
+    torch.testing.assert_close(ours_TE, truth_TE, rtol=0, atol=1e-15)
+
+
+@SCORES
+@PADDING
+def test_probability_sums_pass_gradcheck_in_float64(sigmoid, valid):
+    def prob_sum(logits_TE: Tensor) -> Tensor:
+        return route_tokens(logits_TE, RouterRule(2, sigmoid=sigmoid), valid_T=mask(valid)).sums.prob_sum_E
+
+    assert torch.autograd.gradcheck(prob_sum, logits_of())
+
+
+def test_the_gradient_of_a_token_sums_to_zero_over_experts_in_float64():
+    logits_TE, slopes_E = logits_of().detach(), torch.rand(5, dtype=torch.float64)
+    ours_TE = slopes_backward(logits_TE, slopes_E)
+    by_score_TE = slopes_backward(logits_TE, slopes_E, sigmoid=True) / (1 - logits_TE.sigmoid())
+    for grad_TE in (ours_TE, by_score_TE):               # a common factor of all sigmoid scores changes nothing
+        assert grad_TE.abs().max() > 1e-2 and grad_TE.sum(1).abs().max() < 1e-15
+
+
+@SCORES
+def test_equal_slopes_pull_at_nothing_in_float64(sigmoid):
+    """A perfectly even f gives every expert the same slope."""
+    slopes_E = torch.full((5,), 0.7, dtype=torch.float64)
+    assert slopes_backward(logits_of().detach(), slopes_E, sigmoid=sigmoid).abs().max() < 1e-15
+
+
+@SCORES
+def test_padding_gets_nothing_whatever_it_holds_in_float64(sigmoid):
+    logits_TE, slopes_E = logits_of().detach(), torch.rand(5, dtype=torch.float64)
+    valid_T = torch.tensor([True, False, True, True, True, True])
+    expected_TE = slopes_backward(logits_TE[valid_T], slopes_E, sigmoid=sigmoid)
+    logits_TE[1] = torch.nan
+    ours_TE = slopes_backward(logits_TE, slopes_E, valid_T, sigmoid=sigmoid)
+    assert ours_TE[valid_T].equal(expected_TE) and not ours_TE[1].any()
+    sums = route_tokens(logits_TE, RouterRule(2, sigmoid=sigmoid), valid_T=valid_T).sums
+    assert sums.prob_sum_E.isfinite().all()
+
+
+def test_slopes_give_the_formula_of_the_loss_in_float64():
+    """dLBL/dz = w E p (f - <p, f>), w = 1 / N."""
+    logits_TE = logits_of().detach()
+    counts_E = torch.bincount(top_k(logits_TE, 2)[1].flatten(), minlength=5).double()
+    f_E, p_TE = counts_E / counts_E.sum(), logits_TE.softmax(-1)
+    truth_TE = 5 / 6 * p_TE * (f_E - (p_TE * f_E).sum(1, keepdim=True))
+    torch.testing.assert_close(slopes_backward(logits_TE, 5 * f_E / 6), truth_TE)
+
+
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@SCORES
 def test_slopes_alone_give_the_closed_form(sigmoid, padded):
     """Of a balance loss, with nothing through weights, lse² or entropy: whatever was chosen."""
     generator = torch.Generator().manual_seed(3)
@@ -71,7 +164,15 @@ def test_slopes_alone_give_the_closed_form(sigmoid, padded):
     ids_TK = torch.randint(40, (9, 2), generator=generator)
     got = torch.ops.moetrain.router_backward(None, slopes_E, None, None, logits_TE, ids_TK, logits_TE.logsumexp(-1), valid_T,
                                              sigmoid, True, 2.0)
-    torch.testing.assert_close(got, router_slopes(logits_TE, slopes_E, valid_T, sigmoid=sigmoid), rtol=1e-4, atol=1e-7)
+    scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+    total_T1 = scores_TE.sum(-1, keepdim=True)
+    pull_TE = slopes_E - (scores_TE / total_T1 * slopes_E).sum(-1, keepdim=True)
+    truth_TE = (scores_TE * (1 - scores_TE) / total_T1 if sigmoid else scores_TE) * pull_TE
+    truth_TE = truth_TE if valid_T is None else truth_TE.where(valid_T[:, None], 0)
+    torch.testing.assert_close(got, truth_TE, rtol=1e-4, atol=1e-7)
+
+
+# --- decisions, and the op itself
 
 
 def test_given_ids_nothing_is_chosen():

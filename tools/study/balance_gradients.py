@@ -9,8 +9,8 @@ first, so that everyone's perfect is 1 and the loss the mean over routers. Ranks
 tokens, sums over ranks are sums, and gradients are averaged over ranks where a trainer does so, which is all but ours. float64,
 but for the parts that transformers computes in float32.
 
-Ours is what the package computes: LoadBalanceLoss of the pooled counts for the slopes, and router_slopes for the gradient at the
-logits. transformers is asked itself. The others are written anew from their published formulas; tools/study/balance_gradients_report.py names the
+Ours is what the package computes: LoadBalanceLoss of the pooled counts for the slopes; `at_logits` has the closed form of the
+gradient at the logits. transformers is asked itself. The others are written anew from their published formulas; tools/study/balance_gradients_report.py names the
 files, and writes the page.
 
 Shapes: T tokens, D width, E experts, K slots.
@@ -27,7 +27,6 @@ from torch import Tensor
 from moetrain.losses.base import Pooled
 from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.ops.gating import top_k
-from moetrain.ops.router_slopes import router_slopes
 from moetrain.ops.router_sums import router_sums
 from moetrain.train.count_pool import Known
 
@@ -148,6 +147,12 @@ def by_autograd(loss: Callable[[Split], Tensor]) -> Callable[[Split, list[Tensor
     return gradient
 
 
+def at_logits(logits_TE: Tensor, slope_E: Tensor, valid_T: Tensor) -> Tensor:
+    """Gradient at the logits from that at each expert's probability sum: p (a - <p, a>), 0 in padding."""
+    probs_TE = logits_TE.softmax(-1).where(valid_T[:, None], 0)
+    return probs_TE * (slope_E - (probs_TE * slope_E).sum(-1, keepdim=True))
+
+
 def ours(scope: str, mode: str = "exact") -> Callable[[Split, list[Tensor]], Tensor]:
     """The package's loss and its closed form: nothing here is differentiated."""
     loss = LoadBalanceLoss(scope=scope, mode=mode)
@@ -164,7 +169,7 @@ def ours(scope: str, mode: str = "exact") -> Callable[[Split, list[Tensor]], Ten
                 counts_E = sum(counts) if mode == "exact" else known.add(counts[number - 1], last=number == len(turns))
                 for part, stats in turn:
                     (slope_E,) = loss.slopes(stats, Pooled(counts_E, tokens)).values()
-                    grad_ED += router_slopes(part.logits[router].detach(), slope_E, part.valid_T).T @ part.x_TD / ROUTERS
+                    grad_ED += at_logits(part.logits[router].detach(), slope_E, part.valid_T).T @ part.x_TD / ROUTERS
             grads.append(grad_ED.flatten())
         return torch.cat(grads).detach()
     return gradient
