@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import moetrain
+from moetrain.config.bounds import parse
 from moetrain.config.schema import Config
 from moetrain.config.values import Key
 from moetrain.errors import ConfigError, MoETrainError
@@ -101,18 +102,21 @@ def _not_composed(family: str) -> ConfigError:
 def arguments(target: str, family: str) -> dict[str, Key]:
     """The arguments a part may be given in yaml, sizes included, read from source without importing it.
 
-    Raises NoSuchPart with the reason. A constructor with **kwargs accepts only what it names.
+    Raises NoSuchPart with the reason, and ConfigError for a BOUNDS that cannot be read. A constructor with **kwargs
+    accepts only what it names.
     """
     found = _part(target, family)
-    if isinstance(found[0], ast.FunctionDef):
-        return _parameters(found[0])
-    accepted = next((_parameters(method) for cls in found if (method := _own(cls, "__init__"))), {})
-    bounds = {name: text for cls in reversed(found) for name, text in _bounds(cls).items()}     # the class's own come last
-    return {name: key._replace(bounds=bounds.get(name, "")) for name, key in accepted.items()}
+    definitions = list(found.values())
+    if isinstance(definitions[0], ast.FunctionDef):
+        return _parameters(definitions[0])
+    bounds: dict[str, str] = {}
+    for place, (path, cls) in reversed([*enumerate(found.items())]):               # the class's own come last
+        bounds |= _bounds(path, cls, _accepted(definitions[place:]))
+    return {name: key._replace(bounds=bounds.get(name, "")) for name, key in _accepted(definitions).items()}
 
 
-def _part(target: str, family: str) -> list[ast.ClassDef | ast.FunctionDef]:
-    """Definition of a part of the family, then those of its ancestors in moetrain; NoSuchPart if it is none."""
+def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """Definition of a part of the family, then those of its ancestors in moetrain, by dotted name; NoSuchPart if it is none."""
     package, base, method = FAMILIES[family]
     module, _, name = target.rpartition(".")
     if not all(part.isidentifier() for part in target.split(".")) or not f"{module}.".startswith(f"{package}."):
@@ -124,7 +128,7 @@ def _part(target: str, family: str) -> list[ast.ClassDef | ast.FunctionDef]:
         raise NoSuchPart(f"{target} is no {family}: those descend from {base}")
     if method and not any(_own(definitions[path], method) for path in definitions if path != base):
         raise NoSuchPart(f"{target} does not define {method}, as every {family} does")
-    return list(definitions.values())
+    return definitions
 
 
 def _ancestry(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef]]:
@@ -143,12 +147,46 @@ def _own(cls: ast.ClassDef | ast.FunctionDef, method: str) -> ast.FunctionDef | 
     return next((node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == method), None)
 
 
-def _bounds(cls: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
-    """The literal that the class assigns to BOUNDS."""
-    for node in cls.body:
-        if isinstance(node, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "BOUNDS" for name in node.targets):
-            return ast.literal_eval(node.value)
-    return {}
+def _accepted(definitions: list[ast.ClassDef | ast.FunctionDef]) -> dict[str, Key]:
+    """The parameters of the constructor that the first of these classes has or inherits."""
+    return next((_parameters(method) for cls in definitions if (method := _own(cls, "__init__"))), {})
+
+
+def _bounds(path: str, cls: ast.ClassDef | ast.FunctionDef, accepted: dict[str, Key]) -> dict[str, str]:
+    """The literal that a class itself assigns to BOUNDS; ConfigError unless each entry bounds a number that it takes."""
+    declared = next((node for node in cls.body if _assigns(node, "BOUNDS")), None)
+    if declared is None:
+        return {}
+    try:
+        bounds = ast.literal_eval(declared.value)
+        for name, text in bounds.items():
+            if name not in accepted:
+                raise ValueError(f"the constructor has no argument {name!r}")
+            if not _is_number(accepted[name].type):
+                raise ValueError(f"{name} is not annotated as a number")
+            parse(text)
+    except (ValueError, TypeError, AttributeError) as error:
+        module, _, name = path.rpartition(".")
+        said = "it is computed, not a literal" if "malformed node" in str(error) else str(error)
+        example = next((name for name, key in accepted.items() if name not in SIZES and _is_number(key.type)), "<argument>")
+        raise ConfigError(
+            54, f"BOUNDS of {name} cannot be read", where=f"{module.replace('.', '/')}.py, line {declared.lineno}",
+            why=f"{said}; it is read from source, as a dict of literals",
+            next=f'BOUNDS = {{"{example}": "in (0, 1]"}}; moetrain/config/bounds.py lists the phrases. Those of a base class are '
+                 f"inherited") from error
+    return bounds
+
+
+def _assigns(node: ast.stmt, name: str) -> bool:
+    """Whether a statement assigns to a name, with or without an annotation."""
+    annotated = isinstance(node, ast.AnnAssign) and node.value is not None
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if annotated else []
+    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+
+
+def _is_number(kind: Any) -> bool:
+    """Whether a declared type takes numbers, or lists of them."""
+    return not {int, float, list[int], list[float]}.isdisjoint({kind, *get_args(kind)})
 
 
 def part(target: str, family: str) -> Any:

@@ -1,9 +1,11 @@
 """Every number has bounds, of the schema and of the parts."""
 
 import math
+import re
 from typing import get_args
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from moetrain.config.bounds import parse
 from moetrain.config.build import FAMILIES, SIZES, arguments
@@ -70,6 +72,58 @@ def test_phrases_mean_what_they_say(text: str, inside: list[float], outside: lis
     assert bounds.hold(bounds.example(None, whole=False)) and (bounds.high <= 1 or bounds.hold(bounds.example(None, whole=True)))
 
 
-def test_a_phrase_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        parse("at least 1")
+@pytest.mark.parametrize("text, why", [
+    ("at least 1", "at least 1"), ("", "is no bounds"), ("1 or more;", "is no bounds"), ("1.2.3 or more", "1.2.3"),
+    ("from 9 to 1", "no number is from 9 to 1"), ("in [1, 1)", "no number"), ("in (0, 1)", "is no bounds"),
+    ("1 or more; dvides num_experts", "no relation"), ("1 or more; divides dim", "divides num_experts, divides top_k")])
+def test_a_phrase_that_is_none_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        parse(text)
+
+
+# Each form with what it means of a number, written out.
+FORMS = {
+    "{low:g} or more": lambda low, high, x: x >= low,
+    "above {low:g}": lambda low, high, x: x > low,
+    "from {low:g} to {high:g}": lambda low, high, x: low <= x <= high,
+    "in ({low:g}, {high:g}]": lambda low, high, x: low < x <= high,
+    "in [{low:g}, {high:g})": lambda low, high, x: low <= x < high,
+    "in [{low:g}, {high:g}]": lambda low, high, x: low <= x <= high,
+}
+NUMBERS = st.integers(-10**5, 10**5).map(lambda number: number / 1000) | st.sampled_from([0, 1e-6, 1e5, -1e5])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(form=st.sampled_from(sorted(FORMS)), ends=st.tuples(NUMBERS, NUMBERS).filter(lambda ends: ends[0] < ends[1]),
+       value=NUMBERS | st.integers(), relation=st.sampled_from(["", "; divides num_experts", "; divides top_k"]))
+def test_a_phrase_holds_for_the_numbers_that_it_describes(form: str, ends: tuple, value: float, relation: str) -> None:
+    phrase = form.format(low=ends[0], high=ends[1])
+    bounds = parse(phrase + relation)
+    assert bounds.text == phrase and bounds.divides == relation.removeprefix("; divides ")
+    for number in (value, *ends):
+        assert bounds.hold(number) == (FORMS[form](*ends, number) and abs(number) < 2**63)
+    assert bounds.hold(bounds.example(value, whole=False))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text() | st.text("0123456789.-e ()[],;ormabvftin", max_size=30))
+def test_any_other_text_is_refused_with_a_reason(text: str) -> None:
+    try:
+        bounds = parse(text)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert bounds.text == text and bounds.low <= bounds.high
+
+
+@pytest.mark.parametrize("path, key, phrase", [
+    ("router=topk", "router.scale=-1", "above 0"), ("router=sigmoid", "router.update_rate=-1", "0 or more"),
+    ("capacity=prob", "capacity.min_capacity=-1", "0 or more"), ("balance=global", "balance.weight=-1", "0 or more"),
+    ("loss=[z]", "loss.z.weight=-1", "0 or more"), ("parallel=fssdp planner=llep", "planner.min_rows=0", "1 or more")])
+def test_a_part_outside_its_bounds_is_refused_with_key_value_and_bound(path: str, key: str, phrase: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        compose([*path.split(), key])
+    (error,) = caught.value.errors
+    assert error.id == "E-CONFIG-064" and error.what == f"{key} is out of range"
+    assert error.why == f"it must be {phrase}" and key in error.where
+    assert error.next.startswith(f"{key.partition('=')[0]}=")

@@ -129,6 +129,32 @@ def test_arguments_are_read_without_import(tmp_path: Path, monkeypatch: pytest.M
     assert refused(*(f"~router.{name}" for name in of_topk), "router.a=x", "router.c=y") == ["004 router.a=x is not int", "005 router.c=y is not one of its values"]
 
 
+@pytest.mark.parametrize("declared, why", [
+    ('{"p": "in (0, 1]"}', ""), ("dict(p='above 0')", "computed, not a literal"), ("{**Base.BOUNDS}", "computed, not a literal"),
+    ("['p']", "no attribute 'items'"), ('{"q": "above 0"}', "no argument 'q'"), ('{"p": "positive"}', "'positive' is no bounds"),
+    ('{"p": 3}', "int"), ('{"kind": "above 0"}', "kind is not annotated as a number"), ('{"p": "above 0; halves top_k"}', "is no relation"),
+])
+@pytest.mark.parametrize("assigns", ["BOUNDS = ", "BOUNDS: dict[str, str] = "])
+def test_bounds_that_cannot_be_read_are_an_error_with_the_line(
+        declared: str, why: str, assigns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subclass adds to the bounds of its base, and need not take all of its arguments."""
+    (tmp_path / "parts.py").write_text(
+        f"class Base:\n    BOUNDS = {{'n': '1 or more'}}\n    def __init__(self, n: int = 1): ...\n"
+        f"class Part(Base):\n    {assigns}{declared}\n    def __init__(self, p: float = 0.5, kind: Literal['a', 'b'] = 'a'): ...\n"
+        f"class Same(Base):\n    BOUNDS = {{'n': '2 or more'}}\n")
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "FAMILIES", {**FAMILIES, "router": Family("moetrain.parts", "moetrain.parts.Base")})
+    assert arguments("moetrain.parts.Base", "router")["n"].bounds == "1 or more"
+    assert arguments("moetrain.parts.Same", "router")["n"].bounds == "2 or more"
+    if not why:
+        assert [key.bounds for key in arguments("moetrain.parts.Part", "router").values()] == ["in (0, 1]", ""]
+        return
+    with pytest.raises(ConfigError) as caught:
+        arguments("moetrain.parts.Part", "router")
+    assert caught.value.id == "E-CONFIG-054" and why in caught.value.why and caught.value.what == "BOUNDS of Part cannot be read"
+    assert caught.value.where == "moetrain/parts.py, line 5" and 'BOUNDS = {"p"' in caught.value.next
+
+
 @pytest.mark.parametrize("value, kind, result", [
     (1, float, 1.0), (1, int, 1), ("x", str, "x"), (5, str, "5"), (None, int | None, None), ([1, 2], list[float], [1.0, 2.0]),
     (3, int | list[int], 3), ([3], int | list[int], [3]), (False, Literal["off", "on"], "off"), (True, bool, True)])
