@@ -52,7 +52,7 @@ from moetrain.config.schema import Config
 from moetrain.config.sweep import sweep_jobs
 from moetrain.errors import ConfigError, ConfigErrors, DiskError
 from moetrain.launch.node import config_for
-from moetrain.launch.slurm_node import node_shapes, share
+from moetrain.launch.slurm_node import node_shapes, resource_options
 from moetrain.launch.slurm_options import Job, parse
 
 
@@ -101,10 +101,10 @@ def prepare(argv: Sequence[str]) -> Submission:
     if text := advice(config):
         print(text, file=sys.stderr)
     shapes = node_shapes(job.values.get("--partition"))
-    if not shapes and not (job.says_cpus and job.says_memory):
+    if not shapes and not (job.sets_cpus and job.sets_memory):
         print("moetrain: sinfo does not tell what the nodes have; the job takes the cores and the memory that the cluster gives by "
               "default. --cpus-per-task and --mem ask for more", file=sys.stderr)
-    return Submission(job, config, runs, share(job, shapes))
+    return Submission(job, config, runs, resource_options(job, shapes))
 
 
 def script(submission: Submission) -> str:
@@ -116,14 +116,14 @@ def script(submission: Submission) -> str:
                *(f"{name}={job.values[name]}" for name in ("--time", "--partition", "--account") if name in job.values),
                *resources, *([_array(job, len(runs))] if sweep else []),
                f"--signal=USR1@{job.values.get('--lead', 300)}", "--requeue", "--open-mode=append", f"--chdir={Path.cwd()}", log,
-               *job.others]
-    python = job.values.get("--python", "python3" if job.of_step else sys.executable)
+               *job.sbatch_options]
+    python = job.values.get("--python", "python3" if job.srun_options else sys.executable)
     lines = ["#!/usr/bin/env bash", "# Written by moetrain slurm. Submit it again with sbatch to go on with the run.",
              *(f"#SBATCH {_quoted(option)}" for option in options), "",
              f"PYTHON={shlex.quote(python)}",
              *([f"SETUP={shlex.quote(str(Path(job.values['--setup']).absolute()))}"] if "--setup" in job.values else []),
              f"export NPROC={job.nproc}",
-             f"step_options=({shlex.join(job.of_step)})",
+             f"step_options=({shlex.join(job.srun_options)})",
              *(_case(runs) if sweep else [f"set -- {shlex.join(runs[0])}".rstrip()]), ""]
     return "\n".join([*lines, template().partition("\n\n")[2]])
 

@@ -25,7 +25,7 @@ from moetrain.interop.packages import check_installed
 from moetrain.launch.foreign_ranks import check_ranks
 from moetrain.launch.local import run_command, train_on_ranks
 from moetrain.launch.rank import is_worker, rank, under_torchrun
-from moetrain.launch.status import ending, leave_word
+from moetrain.launch.status import record_early_exit, record_ending
 from moetrain.runs.completion import finished, next_commands
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
             print(text, file=sys.stderr)
     if not is_worker() and config.run.nproc > 1:
         return train_on_ranks(overrides)
-    with ending(run_dir(config)):
+    with record_ending(run_dir(config)):
         _train(config, "the same command goes on" if under_torchrun() else shlex.join(["moetrain", "train", *overrides]))
     return 0
 
@@ -66,7 +66,7 @@ def _train(config: Config, again: str) -> None:
     adopt = None
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import adopt
-    train(config, adopt=adopt, leaving=lambda code, reason: leave_word(run_dir(config), code, reason), again=again)
+    train(config, adopt=adopt, leaving=lambda code, reason: record_early_exit(run_dir(config), code, reason), again=again)
     if rank() == 0:
         draw(run_dir(config))
 

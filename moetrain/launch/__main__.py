@@ -14,7 +14,7 @@ from moetrain.config.compose import run_dir
 from moetrain.config.size_check import refuse_too_large
 from moetrain.errors import MoETrainError
 from moetrain.launch.node import config_for, from_environment
-from moetrain.launch.rendezvous import roll_call
+from moetrain.launch.rendezvous import wait_for_nodes
 from moetrain.launch.supervisor import supervise
 from moetrain.runs.completion import finished
 
@@ -27,7 +27,7 @@ def main(overrides: Sequence[str]) -> int:
         config = config_for(overrides, node.ranks)      # mistakes once, before any rank starts
         done = finished(config, run_dir(config))        # and a command that contradicts its run
         refuse_too_large(config, node.ranks, node.nproc)
-        roll_call(node)
+        wait_for_nodes(node)
         return supervise(node, ["train", *overrides], run_dir(config), config.run.grace_s, was_finished=done is not None)
     except MoETrainError as error:
         if os.environ.get("MOETRAIN_DEBUG") == "1":

@@ -21,7 +21,7 @@ from moetrain.launch.signals import FORWARDED
 
 END = signal.SIGUSR2                                                          # ends the agent, and the ranks with it
 
-_OTHERS_LOST = 16
+_PEER = 16
 _POLL_S = 1.0
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
     from torch.distributed.run import parse_args, run
 
-    threading.Thread(target=_stay_with, args=(int(supervisor),), name="supervisor", daemon=True).start()
+    threading.Thread(target=_end_with_supervisor, args=(int(supervisor),), name="supervisor", daemon=True).start()
     logging.disable(logging.ERROR)       # a signal that arrives while torch logs is lost: logging catches what the handler raises
     try:
         run(parse_args(["--signals-to-handle", END.name, *argv]))
@@ -53,22 +53,22 @@ def main(argv: Sequence[str]) -> int:
         return 128 + ended.sigval
     except RendezvousClosedError:
         print("moetrain: another node has ended the run", file=sys.stderr)
-        return _OTHERS_LOST
+        return _PEER
     except (RendezvousError, dist.DistStoreError, dist.DistNetworkError) as error:
         print(f"moetrain: the other nodes were lost: {str(error.__cause__ or error).splitlines()[0]}", file=sys.stderr)
-        return _OTHERS_LOST
+        return _PEER
     return 0
 
 
-def _stay_with(supervisor: int) -> None:
+def _end_with_supervisor(supervisor: int) -> None:
     """Once the supervisor is gone nobody would pass a signal on: the ranks are told to save and leave, then the agent ends."""
     while os.getppid() == supervisor:
         time.sleep(_POLL_S)
-    told = ranks_of(os.getpid())
-    for rank in told:
+    signaled = ranks_of(os.getpid())
+    for rank in signaled:
         with suppress(ProcessLookupError):
             os.kill(rank, signal.SIGTERM)                # a rank leaves by itself when run.grace_s is over
-    while told & ranks_of(os.getpid()):
+    while signaled & ranks_of(os.getpid()):
         time.sleep(_POLL_S)
     os.kill(os.getpid(), END)
 

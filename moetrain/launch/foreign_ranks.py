@@ -16,10 +16,10 @@ from moetrain.errors import ConfigError
 from moetrain.launch.rank import rank, under_torchrun
 
 # Set by whoever starts ranks, for each of them.
-_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-class Started(NamedTuple):
+class ForeignLaunch(NamedTuple):
     """Several processes of one command. nodes: machines they are on."""
 
     by: str
@@ -53,7 +53,7 @@ def check_ranks(verb: str, overrides: Sequence[str], config: Config, environ: Ma
                       next=advice)
 
 
-def several_processes(environ: Mapping[str, str]) -> Started | None:
+def several_processes(environ: Mapping[str, str]) -> ForeignLaunch | None:
     """Who started this process as one of several, where that is not torchrun or moetrain.
 
     A step of Slurm says how many tasks it has; a job does too, and its shell (salloc) has no number of its own.
@@ -61,17 +61,17 @@ def several_processes(environ: Mapping[str, str]) -> Started | None:
     in_step = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     nodes = _number(environ, "SLURM_STEP_NUM_NODES") or _number(environ, "SLURM_JOB_NUM_NODES") or 1
     if "SLURM_PROCID" in environ and _number(environ, in_step) > 1:
-        return Started("Slurm", in_step, _number(environ, in_step), nodes)
+        return ForeignLaunch("Slurm", in_step, _number(environ, in_step), nodes)
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if _number(environ, variable) > 1:
-            return Started("mpirun", variable, _number(environ, variable), 1)
+            return ForeignLaunch("mpirun", variable, _number(environ, variable), 1)
     return None
 
 
 @contextmanager
 def without_ranks() -> Iterator[None]:
     """For verbs of one process: whoever set RANK, as job controllers do for every pod, meant another command."""
-    before = {name: os.environ.pop(name) for name in _OF_A_RANK if name in os.environ}
+    before = {name: os.environ.pop(name) for name in _RANK_VARIABLES if name in os.environ}
     try:
         yield
     finally:

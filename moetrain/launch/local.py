@@ -45,16 +45,16 @@ def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool 
     reads, writes = os.pipe()
     common = {**_environment(nproc), DONE: str(writes)}
     workers: list[subprocess.Popen] = []
-    with _forwarding(workers) as passed_on:
+    with _forwarding(workers) as forwarded:
         for rank, file in enumerate(logs):
             # A group of its own: Ctrl-C reaches a rank once, through us. It cannot read from the terminal.
             workers.append(subprocess.Popen(
                 [sys.executable, "-m", "moetrain", *argv], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                 env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, process_group=0, pass_fds=[writes]))
-            if passed_on:                # a signal came while we were starting
-                workers[-1].send_signal(passed_on[-1])
+            if forwarded:                # a signal came while we were starting
+                workers[-1].send_signal(forwarded[-1])
         try:
-            failed, silent = _wait(workers)
+            failed, unresponsive = _wait(workers)
         finally:
             _stop(workers)
     os.close(writes)
@@ -62,27 +62,27 @@ def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool 
         done = {int(line) for line in pipe}
     for file in filter(None, logs):
         file.close()
-    return _ended(workers, failed, silent, done, passed_on, run_dir if record else None)
+    return _exit_code(workers, failed, unresponsive, done, forwarded, run_dir if record else None)
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Run `python -m moetrain <argv>`, with the signals that come here passed on to it once; its exit code, negative for a signal."""
     workers: list[subprocess.Popen] = []
-    with _forwarding(workers) as passed_on:
+    with _forwarding(workers) as forwarded:
         workers.append(subprocess.Popen([sys.executable, "-m", "moetrain", *argv], stdin=subprocess.DEVNULL,
                                         env=program_environment(), process_group=0))
-        if passed_on:
-            workers[0].send_signal(passed_on[-1])
+        if forwarded:
+            workers[0].send_signal(forwarded[-1])
         return workers[0].wait()
 
 
 def train_on_ranks(overrides: Sequence[str]) -> int:
     """`moetrain train <overrides>` on run.nproc ranks of this machine; the exit code. For Python programs, too."""
     config = compose(overrides)
-    return persist(lambda: start_ranks(["train", *overrides], config.run.nproc, run_dir(config)), config.run.max_restarts)
+    return with_restarts(lambda: start_ranks(["train", *overrides], config.run.nproc, run_dir(config)), config.run.max_restarts)
 
 
-def persist(attempt: Callable[[], int], restarts: int) -> int:
+def with_restarts(attempt: Callable[[], int], restarts: int) -> int:
     """The exit code of `attempt`, made again up to `restarts` times as long as it says that a rank was lost (16).
 
     Every attempt resumes from the newest checkpoint; runs/attempts.py ends a run that gets no further.
@@ -139,14 +139,14 @@ def _forwarding(workers: list[subprocess.Popen]) -> AbstractContextManager[list[
     return forward_signals(send)
 
 
-class Waited(NamedTuple):
+class WaitResult(NamedTuple):
     """How the ranks ended. silent: what is wrong with ranks that still ran when the time of the others was over."""
 
     failed: int | None                       # the rank that failed first
-    silent: dict[int, str]
+    unresponsive: dict[int, str]
 
 
-def _wait(workers: list[subprocess.Popen]) -> Waited:
+def _wait(workers: list[subprocess.Popen]) -> WaitResult:
     """Until all have ended, or GRACE_S after one failed. One that saved and left does not hurry the others: they may be saving."""
     first = None
     deadline = float("inf")
@@ -163,37 +163,37 @@ def _wait(workers: list[subprocess.Popen]) -> Waited:
         time.sleep(0.05)
     states = {rank: process_state(workers[rank].pid) for rank in running}
     stopped = {rank: f"is stopped (process {workers[rank].pid})" for rank in running if states[rank] in ("T", "t")}
-    return Waited(first, stopped or {rank: f"does not answer (process {workers[rank].pid})" for rank in running})
+    return WaitResult(first, stopped or {rank: f"does not answer (process {workers[rank].pid})" for rank in running})
 
 
-def _ended(workers: list[subprocess.Popen], failed: int | None, silent: dict[int, str], done: set[int], passed_on: list[int],
+def _exit_code(workers: list[subprocess.Popen], failed: int | None, unresponsive: dict[int, str], done: set[int], forwarded: list[int],
            run_dir: Path | None) -> int:
     """The exit code of ranks that have ended. Says what rank 0 could not say; run_dir: where status.json tells it, too."""
     left = [rank for rank, worker in enumerate(workers) if worker.returncode == 0 and rank not in done]
     code = workers[failed].returncode if failed is not None else _PEER if left else 0
-    told = next((number for number in passed_on if code in (-number, 128 + number)), None)
+    told = next((number for number in forwarded if code in (-number, 128 + number)), None)
     if told is not None:
         if run_dir is not None and workers[0].returncode < 0:
-            _say(f"{signal.Signals(told).name} before there was anything new to save; the same command goes on", 128 + told, run_dir)
+            _report(f"{signal.Signals(told).name} before there was anything new to save; the same command goes on", 128 + told, run_dir)
         return 128 + told
     reason, error = None, ""
     if code == _PEER and left:               # the others waited for it in vain, and it is the first to be blamed
-        reason = f"rank {left[0]} left with 0 before its work was done; see {_output(left[0], run_dir)}"
-    elif code == _PEER and silent:
-        rank, what = next(iter(silent.items()))
-        reason = f"rank {rank} {what}, and rank {failed} waited for it; see {_output(rank, run_dir)}"
+        reason = f"rank {left[0]} left with 0 before its work was done; see {_output_of(left[0], run_dir)}"
+    elif code == _PEER and unresponsive:
+        rank, what = next(iter(unresponsive.items()))
+        reason = f"rank {rank} {what}, and rank {failed} waited for it; see {_output_of(rank, run_dir)}"
     elif code < 0:
-        reason = f"rank {failed} was ended by {signal.Signals(-code).name}; see {_output(failed, run_dir)}"
+        reason = f"rank {failed} was ended by {signal.Signals(-code).name}; see {_output_of(failed, run_dir)}"
     elif code and workers[0].returncode != code:         # rank 0 has not said it itself
-        reason = f"rank {failed} ended with code {code}; see {_output(failed, run_dir)}"
-        error = _error_at_the_end(Path(_output(failed, run_dir)))
+        reason = f"rank {failed} ended with code {code}; see {_output_of(failed, run_dir)}"
+        error = _last_error(Path(_output_of(failed, run_dir)))
     code = _PEER if code < 0 else code
     if reason:
-        _say(reason, code, run_dir)
+        _report(reason, code, run_dir)
     if error:
         print(error, file=sys.stderr)
     # Who told the run to stop does not want it started again.
-    return 128 + passed_on[0] if passed_on and code == _PEER else code
+    return 128 + forwarded[0] if forwarded and code == _PEER else code
 
 
 def _stop(workers: list[subprocess.Popen]) -> None:
@@ -209,19 +209,19 @@ def _stop(workers: list[subprocess.Popen]) -> None:
             worker.wait()
 
 
-def _output(rank: int, run_dir: Path | None) -> str:
+def _output_of(rank: int, run_dir: Path | None) -> str:
     """Where the output of a rank is."""
     return f"{Path(run_dir or '<run.dir>') / 'log' / f'rank-{rank}.log'}" if rank else "the output above"
 
 
-def _say(reason: str, code: int, run_dir: Path | None) -> None:
+def _report(reason: str, code: int, run_dir: Path | None) -> None:
     """One message about ranks whose own words are not on the terminal."""
     print(f"moetrain: {reason}", file=sys.stderr)
     if run_dir is not None:
         write_status(run_dir, code, reason)
 
 
-def _error_at_the_end(log: Path) -> str:
+def _last_error(log: Path) -> str:
     """The error that a log ends with; empty where other words do."""
     with suppress(OSError), open_regular(log) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL))

@@ -16,14 +16,14 @@ LAUNCHED = "MOETRAIN_LAUNCHED"           # set for ranks whose stderr is a log f
 DONE = "MOETRAIN_DONE"                   # descriptor of a pipe to it: a rank that has done its work says so
 _PR_SET_PDEATHSIG = 1                    # <linux/prctl.h>
 # What launchers set for a rank: a whole number.
-_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
 def is_worker() -> bool:
     """True in a process that torchrun or start_ranks made: it must not start ranks itself. ConfigError where that is not clear."""
     if "RANK" not in os.environ:
         return False
-    for name in _NUMBERS:
+    for name in _RANK_VARIABLES:
         text = os.environ.get(name, "0")
         if not text.isdecimal():
             raise _wrong_environment(f"{name}={text}", ", ".join(dict.fromkeys([name, "RANK"])), f"RANK is set, so this would be a rank, and {name} is no number")
@@ -60,7 +60,7 @@ def become_rank() -> Callable[[], None]:
     """
     if "RANK" in os.environ and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _stay_with_launcher()
+    _end_with_launcher()
     pipe = os.environ.pop(DONE, "")                     # not for processes that the rank starts
     if not pipe.isdecimal() or not stat.S_ISFIFO(os.fstat(int(pipe)).st_mode):
         return lambda: None
@@ -73,7 +73,7 @@ def become_rank() -> Callable[[], None]:
     return done
 
 
-def _stay_with_launcher() -> None:
+def _end_with_launcher() -> None:
     launcher = os.environ.get(LAUNCHED)
     if launcher is None:
         return

@@ -23,8 +23,8 @@ from moetrain.files import parse_json
 from moetrain.launch.node import Node
 
 _PROTOCOL = 1
-_LONGEST = 2000            # bytes of one line
-_MOST_UNKNOWN = 256        # connections that have not said who they are
+_MAX_LINE = 2000            # bytes of one line
+_MAX_UNIDENTIFIED = 256        # connections that have not said who they are
 _PARTS = ("what", "where", "why", "next")
 _RETRY_S = 0.2
 _WRITE_S = 5.0             # for a line to leave
@@ -35,12 +35,12 @@ def own_address(node: Node) -> str:
     """The address of this node that the others reach it at: on the head HEAD itself, elsewhere that of the route to it."""
     if node.rank == 0:
         return node.head
-    return _source(node) or socket.gethostname()
+    return _local_address(node) or socket.gethostname()
 
 
 def interface(node: Node) -> str | None:
     """The network interface of the route to the other nodes; None where it cannot be told (IPv6, not Linux)."""
-    address = _source(node)
+    address = _local_address(node)
     if address is None or node.nodes > 1 and address.startswith("127."):   # the head may know its own name as loopback
         return None
     for _, name in socket.if_nameindex():
@@ -51,15 +51,15 @@ def interface(node: Node) -> str | None:
     return None
 
 
-def roll_call(node: Node) -> None:
+def wait_for_nodes(node: Node) -> None:
     """Wait until all nodes are there. Raises RendezvousError on every node that can be told."""
     if node.nodes == 1:
         return
     deadline = time.monotonic() + node.timeout_s
     if node.rank == 0:
-        _gather(node, deadline)
+        _collect_nodes(node, deadline)
     else:
-        _answer(node, deadline)
+        _report_to_head(node, deadline)
 
 
 def unreachable(where: str, why: str) -> RendezvousError:
@@ -70,24 +70,24 @@ def unreachable(where: str, why: str) -> RendezvousError:
 # --- node 0
 
 
-def _gather(node: Node, deadline: float) -> None:
+def _collect_nodes(node: Node, deadline: float) -> None:
     """Hear everybody at once: who says nothing, or a byte a second, keeps nobody waiting."""
     present: dict[int, socket.socket] = {}
-    heard: dict[socket.socket, bytes] = {}               # connections that have not said who they are, the oldest first
+    unidentified: dict[socket.socket, bytes] = {}               # connections that have not said who they are, the oldest first
     with ExitStack() as stack:
         server = stack.enter_context(_listen(node))
         try:
             while len(present) < node.nodes - 1:
-                ready = select.select([server, *heard], [], [], max(0.0, deadline - time.monotonic()))[0]
+                ready = select.select([server, *unidentified], [], [], max(0.0, deadline - time.monotonic()))[0]
                 if not ready:
                     raise _missing(node, present)
                 for connection in ready:
                     if connection is not server:
-                        _hear(node, connection, heard, present)
-                    elif connection := _accepted(server):
-                        heard[stack.enter_context(connection)] = b""
-                        if len(heard) > _MOST_UNKNOWN:
-                            _forget(next(iter(heard)), heard)
+                        _read_announcement(node, connection, unidentified, present)
+                    elif connection := _accept(server):
+                        unidentified[stack.enter_context(connection)] = b""
+                        if len(unidentified) > _MAX_UNIDENTIFIED:
+                            _drop(next(iter(unidentified)), unidentified)
         except RendezvousError as error:
             parts = {name: getattr(error, name) for name in _PARTS} | {"number": int(error.id[-3:])}
             for connection in present.values():
@@ -97,7 +97,7 @@ def _gather(node: Node, deadline: float) -> None:
             _write(connection, {"go": True})
 
 
-def _accepted(server: socket.socket) -> socket.socket | None:
+def _accept(server: socket.socket) -> socket.socket | None:
     with suppress(OSError):                              # it has left already
         connection = server.accept()[0]
         connection.settimeout(_WRITE_S)
@@ -105,31 +105,31 @@ def _accepted(server: socket.socket) -> socket.socket | None:
     return None
 
 
-def _forget(connection: socket.socket, heard: dict[socket.socket, bytes]) -> None:
-    del heard[connection]
+def _drop(connection: socket.socket, unidentified: dict[socket.socket, bytes]) -> None:
+    del unidentified[connection]
     connection.close()
 
 
-def _hear(node: Node, connection: socket.socket, heard: dict[socket.socket, bytes], present: dict[int, socket.socket]) -> None:
+def _read_announcement(node: Node, connection: socket.socket, unidentified: dict[socket.socket, bytes], present: dict[int, socket.socket]) -> None:
     """Take what a connection has to say; RendezvousError where it contradicts. Who is not one of ours is forgotten: a probe, a port scan."""
     try:
-        more = connection.recv(_LONGEST)
+        more = connection.recv(_MAX_LINE)
     except OSError:
         more = b""
-    heard[connection] += more
-    if more and not heard[connection].endswith(b"\n") and len(heard[connection]) < _LONGEST:
+    unidentified[connection] += more
+    if more and not unidentified[connection].endswith(b"\n") and len(unidentified[connection]) < _MAX_LINE:
         return
-    told = _parsed(heard[connection]) or {}
-    number, theirs = told.get("node"), (told.get("nodes"), told.get("nproc"))
-    if told.get("moetrain") != _PROTOCOL or not all(type(value) is int for value in (number, *theirs)):
-        _forget(connection, heard)
+    announced = _parsed(unidentified[connection]) or {}
+    number, announced_sizes = announced.get("node"), (announced.get("nodes"), announced.get("nproc"))
+    if announced.get("moetrain") != _PROTOCOL or not all(type(value) is int for value in (number, *announced_sizes)):
+        _drop(connection, unidentified)
         return
-    del heard[connection]
-    for rank in [rank for rank, other in present.items() if not _connected(other)]:
+    del unidentified[connection]
+    for rank in [rank for rank, other in present.items() if not _is_connected(other)]:
         del present[rank]
-    if theirs != (node.nodes, node.nproc) or number in present or number not in range(1, node.nodes):
+    if announced_sizes != (node.nodes, node.nproc) or number in present or number not in range(1, node.nodes):
         present[len(present) + node.nodes] = connection  # it is told, too
-        raise _contradiction(node, number, theirs)
+        raise _contradiction(node, number, announced_sizes)
     present[number] = connection
 
 
@@ -154,13 +154,13 @@ def _missing(node: Node, present: dict[int, socket.socket]) -> RendezvousError:
         next="start every node, with NODE_RANK from 1 and the same HEAD and PORT; RDZV_TIMEOUT=<seconds> waits longer")
 
 
-def _contradiction(node: Node, number: int, theirs: tuple[object, object]) -> RendezvousError:
-    if theirs == (node.nodes, node.nproc):
+def _contradiction(node: Node, number: int, announced_sizes: tuple[object, object]) -> RendezvousError:
+    if announced_sizes == (node.nodes, node.nproc):
         known = number in range(1, node.nodes)
         why = f"two nodes were started as NODE_RANK={number}" if known else f"there is no node {number}"
         advice = "a NODE_RANK of its own for every node"
     else:
-        why = f"node 0 was told NODES={node.nodes} NPROC={node.nproc}, node {number} NODES={theirs[0]} NPROC={theirs[1]}"
+        why = f"node 0 was told NODES={node.nodes} NPROC={node.nproc}, node {number} NODES={announced_sizes[0]} NPROC={announced_sizes[1]}"
         advice = "the same NODES and NPROC on every node"
     return RendezvousError(5, "the nodes contradict each other", where=f"{node.head}:{node.port}", why=why, next=advice)
 
@@ -168,7 +168,7 @@ def _contradiction(node: Node, number: int, theirs: tuple[object, object]) -> Re
 # --- the other nodes
 
 
-def _answer(node: Node, deadline: float) -> None:
+def _report_to_head(node: Node, deadline: float) -> None:
     """Say who this is, and wait for node 0's word."""
     where = f"{node.head}:{node.port}"
     reason = "nothing answers"
@@ -183,27 +183,27 @@ def _answer(node: Node, deadline: float) -> None:
         else:
             if said and said.get("go"):
                 return
-            if said and (error := _told(said.get("error"))):
+            if said and (error := _error_from_head(said.get("error"))):
                 raise error
             reason = "something answers, but it is not moetrain, or it has ended"
         time.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
     raise unreachable(where, f"{reason}; tried for {node.timeout_s} s (RDZV_TIMEOUT)")
 
 
-def _told(parts: object) -> RendezvousError | None:
+def _error_from_head(parts: object) -> RendezvousError | None:
     """The error of node 0, here; None where it is none."""
     if not isinstance(parts, dict) or type(number := parts.get("number")) is not int or not 0 < number < 1000:
         return None
     if not all(isinstance(parts.get(name), str) for name in _PARTS):
         return None
-    return _of_node_0(**{name: parts[name] for name in ("number", *_PARTS)})
+    return _rebuilt_error(**{name: parts[name] for name in ("number", *_PARTS)})
 
 
-def _of_node_0(number: int, what: str, where: str, why: str, next: str) -> RendezvousError:
+def _rebuilt_error(number: int, what: str, where: str, why: str, next: str) -> RendezvousError:
     return RendezvousError(number, what, where=where, why=why, next=next)
 
 
-def _source(node: Node) -> str | None:
+def _local_address(node: Node) -> str | None:
     """Own address of the route to the head. No packet is sent: connecting a datagram socket only chooses a route."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(node.head, node.port, type=socket.SOCK_DGRAM)[0]
@@ -226,9 +226,9 @@ def _read(connection: socket.socket, deadline: float) -> dict | None:
     """One line that comes before the deadline, however slowly; None when none does, or it is not one of ours."""
     received = b""
     with suppress(OSError):
-        while not received.endswith(b"\n") and len(received) < _LONGEST and (left := deadline - time.monotonic()) > 0:
+        while not received.endswith(b"\n") and len(received) < _MAX_LINE and (left := deadline - time.monotonic()) > 0:
             connection.settimeout(left)
-            if not (more := connection.recv(_LONGEST)):
+            if not (more := connection.recv(_MAX_LINE)):
                 break
             received += more
     return _parsed(received)
@@ -241,6 +241,6 @@ def _parsed(line: bytes) -> dict | None:
     return None
 
 
-def _connected(connection: socket.socket) -> bool:
+def _is_connected(connection: socket.socket) -> bool:
     """False once the other side has left: a node that was started again comes twice."""
     return not select.select([connection], [], [], 0)[0]

@@ -36,15 +36,15 @@ def node_shapes(partition: str | None) -> list[NodeShape]:
             if (name.rstrip("*") in partition.split(",") if partition else name.endswith("*")) and cpus.isdigit() and memory.isdigit()]
 
 
-def share(job: Job, shapes: Sequence[NodeShape]) -> list[str]:
+def resource_options(job: Job, shapes: Sequence[NodeShape]) -> list[str]:
     """Options of sbatch for cores and memory, and the time limit, where the command line has none."""
     fitting = [shape for shape in shapes if shape.gpus >= job.gpus and shape.cpus >= (0 if job.gpus else job.nproc)]
     options = []
-    if fitting and not job.says_cpus:
-        options.append(f"--cpus-per-task={min(_part(job, shape, shape.cpus) for shape in fitting)}")
-    if fitting and not job.says_memory:
-        whole = all(_part(job, shape, shape.cpus) == shape.cpus for shape in fitting)
-        options.append("--mem=0" if whole else f"--mem={min(_part(job, shape, shape.memory_mb) for shape in fitting)}M")
+    if fitting and not job.sets_cpus:
+        options.append(f"--cpus-per-task={min(_share(job, shape, shape.cpus) for shape in fitting)}")
+    if fitting and not job.sets_memory:
+        whole = all(_share(job, shape, shape.cpus) == shape.cpus for shape in fitting)
+        options.append("--mem=0" if whole else f"--mem={min(_share(job, shape, shape.memory_mb) for shape in fitting)}M")
     if "--time" not in job.values:
         limits = [shape.time_limit for shape in fitting if 0 < minutes(shape.time_limit) < minutes(DEFAULT_TIME)]
         options.append(f"--time={min(limits, key=minutes, default=DEFAULT_TIME)}")
@@ -60,6 +60,6 @@ def minutes(limit: str) -> float:
     return ((days * 24 + hours) * 60 + mins) + seconds / 60
 
 
-def _part(job: Job, shape: NodeShape, of: int) -> int:
+def _share(job: Job, shape: NodeShape, of: int) -> int:
     """The job's share of what a node has."""
     return max(1, of * job.gpus // shape.gpus if job.gpus else of * job.nproc // shape.cpus)

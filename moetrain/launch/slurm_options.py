@@ -13,14 +13,14 @@ from moetrain.errors import ConfigError
 _SHORT = {"-N": "--nodes", "-G": "--gpus", "-t": "--time", "-p": "--partition", "-A": "--account", "-c": "--cpus-per-task",
           "-q": "--qos", "-C": "--constraint", "-w": "--nodelist", "-x": "--exclude", "-d": "--dependency"}
 _NUMBERS = ("--nodes", "--nproc-per-node", "--lead", "--at-once")
-_TEXTS = ("--time", "--partition", "--account", "--setup", "--python")
+_STRINGS = ("--time", "--partition", "--account", "--setup", "--python")
 # What the script needs to be as it is.
 _FIXED = {"--ntasks", "--ntasks-per-node", "--signal", "--requeue", "--no-requeue", "--open-mode", "--output", "--chdir",
           "--job-name", "--array", "--wrap"}
 # GPUs whose number on a node does not follow from them.
 _UNREADABLE = {"--gpus-per-socket", "--ntasks-per-gpu", "--tres-per-socket"}
-_CPUS = ("--cpus-per-task", "--cpus-per-gpu", "--exclusive")
-_MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
+_CPU_OPTIONS = ("--cpus-per-task", "--cpus-per-gpu", "--exclusive")
+_MEMORY_OPTIONS = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Job:
     """What the command line asks for."""
 
     values: dict[str, str] = field(default_factory=dict)      # of the options that the script itself needs, by option
-    others: list[str] = field(default_factory=list)           # options of sbatch, as given
-    of_step: list[str] = field(default_factory=list)          # options of srun
+    sbatch_options: list[str] = field(default_factory=list)           # options of sbatch, as given
+    srun_options: list[str] = field(default_factory=list)          # options of srun
     gpus: int = 0                                             # of each node
     overrides: list[str] = field(default_factory=list)
     dry_run: bool = False
@@ -47,35 +47,35 @@ class Job:
     def ranks(self) -> int:
         return self.nodes * self.nproc
 
-    def says(self, options: Sequence[str]) -> bool:
+    def has_option(self, options: Sequence[str]) -> bool:
         """Whether one of these options of sbatch is given."""
-        return any(word.partition("=")[0] in options for word in self.others)
+        return any(word.partition("=")[0] in options for word in self.sbatch_options)
 
     @property
-    def says_cpus(self) -> bool:
-        return self.says(_CPUS)
+    def sets_cpus(self) -> bool:
+        return self.has_option(_CPU_OPTIONS)
 
     @property
-    def says_memory(self) -> bool:
-        return self.says(_MEMORY)
+    def sets_memory(self) -> bool:
+        return self.has_option(_MEMORY_OPTIONS)
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, list[ConfigError]]:
     """The job, and everything that is wrong with its options. environ: sbatch takes SBATCH_GPUS and the like for options."""
     job, errors = Job(), []
-    asked = {option: environ[name] for option in GPUS if environ.get(name := f"SBATCH_{option[2:].upper().replace('-', '_')}")}
-    for option, value, word in _words(argv):
+    requested = {option: environ[name] for option in GPUS if environ.get(name := f"SBATCH_{option[2:].upper().replace('-', '_')}")}
+    for option, value, word in _split_options(argv):
         if option is None:
             job.overrides.append(word)
         elif option in ("-m", "--multirun"):
             job.sweep = True
         elif option == "--dry-run":
             job.dry_run = True
-        elif option in _NUMBERS or option in _TEXTS:
+        elif option in _NUMBERS or option in _STRINGS:
             if _fits(value, option in _NUMBERS):
                 job.values[option] = value
             else:
-                errors.append(_wrong(f"{option} {value}".rstrip(), *_wanted(option)))
+                errors.append(_wrong(f"{option} {value}".rstrip(), *_expectation(option)))
         elif option in _UNREADABLE:
             errors.append(_wrong(word, "the number of GPUs on a node, and so of ranks, does not follow from it",
                                  "--gpus-per-node=8"))
@@ -84,18 +84,18 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, list[Co
                    else "options of sbatch are written --option or --option=value")
             errors.append(_wrong(word, why, "moetrain slurm --help lists the options"))
         elif option.startswith("--container"):
-            job.of_step.append(word)
+            job.srun_options.append(word)
         else:
-            job.others.append(f"{option}={value}" if option in GPUS else word)
+            job.sbatch_options.append(f"{option}={value}" if option in GPUS else word)
             if option in GPUS:
-                asked[option] = value
-    job.gpus = _gpus(asked, job.nodes, errors)
+                requested[option] = value
+    job.gpus = _gpus(requested, job.nodes, errors)
     return job, errors
 
 
-def _words(argv: Sequence[str]) -> Iterator[tuple[str | None, str, str]]:
+def _split_options(argv: Sequence[str]) -> Iterator[tuple[str | None, str, str]]:
     """(option, value, the word as sbatch takes it); an override has no option. `-N 2`, `-N2` and `--nodes 2` are `--nodes=2`."""
-    taking_value = {*_NUMBERS, *_TEXTS, *GPUS, *_SHORT.values()}
+    taking_value = {*_NUMBERS, *_STRINGS, *GPUS, *_SHORT.values()}
     words = iter(argv)
     for word in words:
         if not word.startswith("-"):
@@ -113,7 +113,7 @@ def _words(argv: Sequence[str]) -> Iterator[tuple[str | None, str, str]]:
 # --- GPUs of a node, by the option that asks for them
 
 
-def _of_gres(value: str, nodes: int) -> int | None:
+def _gpus_of_gres(value: str, nodes: int) -> int | None:
     """`gpu:8`, `gpu:h100:8`, `gpu:h100`, `gres/gpu=8`, beside other resources; None where it cannot be read."""
     found = 0
     for entry in value.split(","):
@@ -126,28 +126,28 @@ def _of_gres(value: str, nodes: int) -> int | None:
     return found
 
 
-def _of_node(value: str, nodes: int) -> int | None:
+def _gpus_per_node(value: str, nodes: int) -> int | None:
     """`8`, `h100:8`, `h100:4,a100:4`."""
     counts = [re.fullmatch(r"(?:[A-Za-z][\w.-]*:)?(\d+)", entry) for entry in value.split(",")]
     return None if None in counts else sum(int(count[1]) for count in counts if count)
 
 
-def _of_job(value: str, nodes: int) -> int | None:
-    total = _of_node(value, nodes)
+def _gpus_of_job(value: str, nodes: int) -> int | None:
+    total = _gpus_per_node(value, nodes)
     return None if total is None or total % nodes else total // nodes
 
 
 # A node has one task, so what a task gets is what a node gets.
 GPUS: dict[str, Callable[[str, int], int | None]] = {
-    "--gpus-per-node": _of_node, "--gpus-per-task": _of_node, "--gpus": _of_job,
-    "--gres": _of_gres, "--tres-per-node": _of_gres, "--tres-per-task": _of_gres,
+    "--gpus-per-node": _gpus_per_node, "--gpus-per-task": _gpus_per_node, "--gpus": _gpus_of_job,
+    "--gres": _gpus_of_gres, "--tres-per-node": _gpus_of_gres, "--tres-per-task": _gpus_of_gres,
 }
 
 
-def _gpus(asked: Mapping[str, str], nodes: int, errors: list[ConfigError]) -> int:
+def _gpus(requested: Mapping[str, str], nodes: int, errors: list[ConfigError]) -> int:
     """The GPUs of a node that all options together ask for."""
     found: dict[str, int] = {}
-    for option, value in asked.items():
+    for option, value in requested.items():
         count = GPUS[option](value, nodes)
         if count is None:
             why = (f"it is the number of GPUs of all {nodes} nodes together, the same on each" if option == "--gpus" and nodes > 1
@@ -156,7 +156,7 @@ def _gpus(asked: Mapping[str, str], nodes: int, errors: list[ConfigError]) -> in
         elif count:
             found[option] = count
     if len(set(found.values())) > 1:
-        text = ", ".join(f"{option}={asked[option]} means {count}" for option, count in found.items())
+        text = ", ".join(f"{option}={requested[option]} means {count}" for option, count in found.items())
         errors.append(_wrong("the options disagree about the GPUs of a node", text,
                              f"one of them, as --gpus-per-node={max(found.values())}"))
     return max(found.values(), default=0)
@@ -168,7 +168,7 @@ def _fits(value: str, number: bool) -> bool:
     return bool(value) and not value.startswith("-") and "\n" not in value
 
 
-def _wanted(option: str) -> tuple[str, str]:
+def _expectation(option: str) -> tuple[str, str]:
     if option in _NUMBERS:
         return "it is a whole number from 1", f"{option} 2"
     return "it takes a value", f"{option} <value>"

@@ -19,19 +19,19 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def ending(run_dir: Path) -> Iterator[None]:
+def record_ending(run_dir: Path) -> Iterator[None]:
     """Write status.json when the block ends, on rank 0; a directory that does not exist is not made."""
     try:
         yield
     except MoETrainError as error:
         write_status(run_dir, error.code, str(error).splitlines()[0])
         if rank() and under_torchrun():              # rank 0 alone speaks on a shared terminal
-            _note(run_dir, str(error))
+            _append_to_log(run_dir, str(error))
         raise
     except (SystemExit, KeyboardInterrupt) as leaving:
         code = 128 + signal.SIGINT if isinstance(leaving, KeyboardInterrupt) else leaving.code
         if isinstance(code, int) and code > 128:
-            leave_word(run_dir, code, f"{signal.Signals(code - 128).name} before there was anything new to save")
+            record_early_exit(run_dir, code, f"{signal.Signals(code - 128).name} before there was anything new to save")
         else:
             write_status(run_dir, code, "another rank failed; log/rank-<n>.log says why")
         raise
@@ -41,7 +41,7 @@ def ending(run_dir: Path) -> Iterator[None]:
     write_status(run_dir, 0, "done")
 
 
-def leave_word(run_dir: Path, code: int, reason: str) -> None:
+def record_early_exit(run_dir: Path, code: int, reason: str) -> None:
     """Say and record why the process leaves without a save."""
     if has_own_stderr():
         print(f"moetrain: {reason}; the same command goes on from the newest save", file=sys.stderr, flush=True)
@@ -62,7 +62,7 @@ def write_status(run_dir: Path, code: int, reason: str) -> None:
         log.warning("status.json could not be written: %s", error)
 
 
-def _note(run_dir: Path, text: str) -> None:
+def _append_to_log(run_dir: Path, text: str) -> None:
     try:
         with open_log(run_dir, rank()) as file:
             file.write(f"{text}\n".encode())

@@ -29,7 +29,7 @@ _PREEMPTED, _PEER = 10, 16
 # Configuration, numbers, data, checkpoint, disk, crash loop: the next attempt would fail alike.
 _FINAL = {2, 11, 12, 13, 14, 17, 18}
 _POLL_S = 0.1
-_MARGIN_S = 30.0           # after run.grace_s, at which a rank leaves by itself
+_EXIT_MARGIN_S = 30.0           # after run.grace_s, at which a rank leaves by itself
 
 
 def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | None, *, was_finished: bool = False) -> int:
@@ -37,15 +37,15 @@ def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | N
 
     grace_s: run.grace_s. was_finished: there is nothing to do, so the ranks will record nothing.
     """
-    status, ranks = Status(run_dir), set()
+    status, ranks = StatusFile(run_dir), set()
     with forward_signals() as signals:
-        agent = subprocess.Popen([sys.executable, "-m", "moetrain.launch.agent", str(os.getpid()), *_torchrun(node), "-m", "moetrain",
+        agent = subprocess.Popen([sys.executable, "-m", "moetrain.launch.agent", str(os.getpid()), *_torchrun_options(node), "-m", "moetrain",
                                   *argv], env=_environment(node))
         try:
-            killed = _watch(agent, ranks, status, signals, math.inf if grace_s is None else grace_s + _MARGIN_S)
+            killed = _watch(agent, ranks, status, signals, math.inf if grace_s is None else grace_s + _EXIT_MARGIN_S)
         finally:
             _end(agent, ranks)
-    code = _PEER if killed else ending(agent.returncode, status.written(), signals)
+    code = _PEER if killed else run_exit_code(agent.returncode, status.written(), signals)
     if code == 0 and node.nodes == 1 and not was_finished and status.written() is None:       # other machines may see it late
         print("moetrain: the ranks left with 0 before the run was done", file=sys.stderr)
         code = _PEER
@@ -56,7 +56,7 @@ def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | N
     return code
 
 
-class Status:
+class StatusFile:
     """status.json, as far as the run that is supervised has written it. The next attempt removes it."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -86,7 +86,7 @@ class Status:
         return None
 
 
-def ending(returned: int, status: dict | None, signals: Sequence[int]) -> int:
+def run_exit_code(returned: int, status: dict | None, signals: Sequence[int]) -> int:
     """The exit code of the run, from that of the agent, what rank 0 wrote, and the signals that were passed on."""
     if status is not None and (returned or status["code"] == _PREEMPTED):     # a preempted rank exits 0 under torchrun
         return status["code"] or returned
@@ -98,20 +98,20 @@ def ending(returned: int, status: dict | None, signals: Sequence[int]) -> int:
 # --- while it runs
 
 
-def _watch(agent: subprocess.Popen, latest: set[int], status: Status, signals: list[int], grace_s: float) -> bool:
+def _watch(agent: subprocess.Popen, latest: set[int], status: StatusFile, signals: list[int], grace_s: float) -> bool:
     """Until the agent ends, or is to be ended. True where ranks had to be killed.
 
     latest: receives the ranks of the newest attempt.
     """
-    passed_on, told, deadline = 0, set(), math.inf
+    forwarded, signaled, deadline = 0, set(), math.inf
     while agent.poll() is None:
         ranks = ranks_of(agent.pid)
-        if len(signals) > passed_on:
+        if len(signals) > forwarded:
             deadline = min(deadline, time.monotonic() + grace_s)
-            for number in signals[passed_on:]:
+            for number in signals[forwarded:]:
                 _signal(ranks, number)
-            passed_on, told = len(signals), told | ranks
-        if signals and (ranks - told or not told):               # restarted, or not even started, when the signal came
+            forwarded, signaled = len(signals), signaled | ranks
+        if signals and (ranks - signaled or not signaled):               # restarted, or not even started, when the signal came
             return False
         if time.monotonic() > deadline:
             _signal(ranks, signal.SIGKILL)
@@ -149,7 +149,7 @@ def _signal(ranks: set[int], number: int) -> None:
 # --- what is started
 
 
-def _torchrun(node: Node) -> list[str]:
+def _torchrun_options(node: Node) -> list[str]:
     several = node.nodes > 1
     return [
         "--nnodes", str(node.nodes), "--nproc-per-node", str(node.nproc), "--max-restarts", str(node.restarts),

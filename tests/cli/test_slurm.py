@@ -9,7 +9,7 @@ import pytest
 
 from moetrain.__main__ import main
 from moetrain.cli import slurm
-from moetrain.launch.slurm_node import node_shapes, share
+from moetrain.launch.slurm_node import node_shapes, resource_options
 from moetrain.launch.slurm_options import parse
 
 RUN = ["parallel=ep", "experiment=debug"]
@@ -76,7 +76,7 @@ def test_ranks_are_those_of_the_nodes(capsys: pytest.CaptureFixture) -> None:
 def test_ranks_follow_from_every_way_to_ask_for_gpus(words: list[str]) -> None:
     job, errors = parse([*words, "-N", "2"], {})
     assert (job.nproc, job.ranks, errors) == (8, 16, [])
-    assert len(job.others) == sum(word.startswith("-") for word in words)        # Slurm gets them too
+    assert len(job.sbatch_options) == sum(word.startswith("-") for word in words)        # Slurm gets them too
 
 
 def test_the_config_is_checked_for_gpus_asked_for_by_gres(capsys: pytest.CaptureFixture) -> None:
@@ -114,7 +114,7 @@ NODES = "gpu*|64|512000|gpu:h100:8(S:0-1)|2-00:00:00\ngpu*|96|1000000|gpu:h100:8
 def test_a_job_takes_its_share_of_a_node(words: list[str], expected: list[str], sinfo: Path) -> None:
     """By the smallest node that has the GPUs; what is typed stays. A job's time fits into its partition."""
     job = parse(words, {})[0]
-    assert share(job, node_shapes(job.values.get("--partition"))) == expected
+    assert resource_options(job, node_shapes(job.values.get("--partition"))) == expected
 
 
 def test_without_sinfo_it_is_said_that_nothing_is_known(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,

@@ -16,7 +16,7 @@ from moetrain.errors import DiskError
 from moetrain.launch import local
 from moetrain.launch.local import start_ranks
 from moetrain.launch.rank import has_own_stderr, is_worker, under_torchrun
-from moetrain.launch.status import ending
+from moetrain.launch.status import record_ending
 
 ROOT = Path(__file__).parents[2]
 DONE = "echo $RANK >&$MOETRAIN_DONE"                     # what a rank says at its end (become_rank)
@@ -199,6 +199,6 @@ def test_a_worker_does_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_of_torchrun_leaves_its_error_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(DiskError), ending(tmp_path):
+    with pytest.raises(DiskError), record_ending(tmp_path):
         raise DiskError(9, "full", where="here", why="no space", next="make some")
     assert "E-DISK-009" in (tmp_path / "log" / "rank-3.log").read_text() and not (tmp_path / "status.json").exists()

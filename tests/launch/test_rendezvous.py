@@ -12,7 +12,7 @@ import pytest
 
 from moetrain.errors import RendezvousError
 from moetrain.launch.node import Node
-from moetrain.launch.rendezvous import interface, own_address, roll_call
+from moetrain.launch.rendezvous import interface, own_address, wait_for_nodes
 from tests.support.ranks import free_port
 
 
@@ -27,7 +27,7 @@ def call(*nodes: Node, port: int | None = None) -> list[RendezvousError | None]:
 
     def one(place: Node) -> RendezvousError | None:
         try:
-            roll_call(dataclasses.replace(place, port=port))
+            wait_for_nodes(dataclasses.replace(place, port=port))
         except RendezvousError as error:
             return error
         return None
@@ -155,7 +155,7 @@ def test_something_else_answers(pieces: tuple[bytes, ...], pause_s: float, monke
 
 
 def test_who_says_nothing_or_too_much_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moetrain.launch.rendezvous._MOST_UNKNOWN", 20)
+    monkeypatch.setattr("moetrain.launch.rendezvous._MAX_UNIDENTIFIED", 20)
     port = free_port()
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as strangers:
         head = pool.submit(call, node(0, nodes=2, timeout_s=60), port=port)

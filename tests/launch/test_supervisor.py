@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.launch.status import write_status
-from moetrain.launch.supervisor import Status, ending
+from moetrain.launch.supervisor import StatusFile, run_exit_code
 from tests.support.odd_files import ODD, make_odd
 
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
@@ -27,7 +27,7 @@ TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
     (143, 143, [TERM, TERM], 143),                       # left without a save
 ])
 def test_exit_codes(returned: int, status: int | None, signals: list[int], code: int) -> None:
-    assert ending(returned, None if status is None else {"code": status}, signals) == code
+    assert run_exit_code(returned, None if status is None else {"code": status}, signals) == code
 
 
 def write(run: Path, code: int) -> None:
@@ -37,16 +37,16 @@ def write(run: Path, code: int) -> None:
 
 
 def test_the_status_of_an_earlier_run_says_nothing(tmp_path: Path) -> None:
-    assert Status(tmp_path / "none").written() is None
+    assert StatusFile(tmp_path / "none").written() is None
     write(tmp_path, 11)
-    status = Status(tmp_path)
+    status = StatusFile(tmp_path)
     assert status.written() is None and not status.is_final()
     os.utime(tmp_path / "status.json", ns=(1, 1))
     assert status.written() == {"code": 11}
 
 
 def test_a_final_status_stays_when_the_next_attempt_removes_it(tmp_path: Path) -> None:
-    status = Status(tmp_path)
+    status = StatusFile(tmp_path)
     write(tmp_path, 1)
     assert status.written() == {"code": 1} and not status.is_final()
     write(tmp_path, 12)
@@ -56,7 +56,7 @@ def test_a_final_status_stays_when_the_next_attempt_removes_it(tmp_path: Path) -
 
 
 def test_a_status_that_is_cut_off_is_none(tmp_path: Path) -> None:
-    status = Status(tmp_path)
+    status = StatusFile(tmp_path)
     (tmp_path / "status.json").write_text('{"co')
     assert status.written() is None
 
@@ -64,14 +64,14 @@ def test_a_status_that_is_cut_off_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 10_000, b'{"code": 1e400}', b'{"code": [12]}', b'{"code": "12"}',
                                      b'{"code": -1}', b'{"code": 1e3}', b'{"code": true}', b'{"reason": "none"}', b"\xff", b" " * (2 << 20)])
 def test_a_status_that_rank_zero_did_not_write_is_none(tmp_path: Path, content: bytes) -> None:
-    status = Status(tmp_path)
+    status = StatusFile(tmp_path)
     (tmp_path / "status.json").write_bytes(content)
     assert status.written() is None and not status.is_final()
 
 
 @pytest.mark.parametrize("kind", ODD)
 def test_a_status_or_record_that_is_no_file_holds_nobody_up(tmp_path: Path, kind: str) -> None:
-    status = Status(tmp_path)
+    status = StatusFile(tmp_path)
     for name in ("status.json", "status.json.tmp", "metrics.jsonl"):
         make_odd(tmp_path / name, kind)
     assert status.written() is None
