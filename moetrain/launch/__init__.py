@@ -1,17 +1,21 @@
-"""Start the ranks of a run, on this machine and on several. `train_on_ranks` is for Python programs.
+"""Start the ranks of a run, on one machine or on several. Python programs call `train_on_ranks`.
 
-    rank          what a process knows of itself as a rank
-    status        how a run ended: status.json, logs of ranks
-    local         ranks of this machine: run.nproc
-    __main__      python -m moetrain.launch key=value ...: one launcher on each node; launch/node.sh, launch/nodes.sh, launch/slurm.sbatch
-    node          which of how many nodes this is, from the environment
-    rendezvous    the nodes find each other before anything is started, or say who is missing
-    supervisor    starts torchrun, passes signals on to the ranks, and gives the exit code of the run
-    agent         torchrun itself: its agent, without its tracebacks
-    slurm_options the command line of `moetrain slurm`, and the ranks that follow from it
-    slurm_node    what nodes of a partition have, and the share of it that a job takes
+    rank            a process as a rank: whether a launcher started it, its number, its error output
+    foreign_ranks   processes that srun or mpirun started without saying which rank each is
+    signals         signals forwarded to the ranks
+    status          status.json, which says how a run ended, and the log files of ranks
+    local           the ranks of this machine (run.nproc)
+    __main__        one launcher on each node: launch/node.sh, launch/nodes.sh and launch/slurm.sbatch run it
+    node            which of how many nodes this is, from environment variables
+    rendezvous      the nodes find each other before any rank starts, or name the one that is missing
+    supervisor      runs torchrun on one node, forwards signals to its ranks, decides the run's exit code
+    agent           torchrun's own agent, without its tracebacks
+    ranks_of_agent  process ids of the ranks that an agent started
+    slurm_options   the command line of `moetrain slurm`, and the number of ranks that follows from it
+    slurm_node      the hardware of a partition's nodes, and the share of it that a job requests
 
-Sockets here have no authentication, as those of torch.distributed: on a trusted network only. No torch but in agent.
+The sockets have no authentication, like those of torch.distributed: use them on a trusted network only. No
+file but agent imports torch.
 """
 
 from moetrain.launch.local import train_on_ranks as train_on_ranks

@@ -1,7 +1,8 @@
-"""python -m moetrain.launch [key=value ...]: train on the ranks of this node, one of NODES.
+"""Command-line launcher of one node: `python -m moetrain.launch [key=value ...]`.
 
-The script that runs it on every node is launch/nodes.sh; node.py has the settings. The overrides are those of
-`moetrain train`. Exit codes: those of the run (moetrain/__main__.py), on every node.
+launch/nodes.sh runs it on every node. Environment variables place the node among the others (node.py); the
+arguments are the overrides of `moetrain train`. On every node it ends with the exit code of the run
+(moetrain/__main__.py lists them).
 """
 
 import os
@@ -20,15 +21,18 @@ from moetrain.runs.completion import finished
 
 
 def main(overrides: Sequence[str]) -> int:
+    """Check the config, wait for the other nodes, train on the ranks of this one. Returns the exit code."""
     streams.keep_open()
     streams.outlive()
     try:
         node = from_environment(os.environ)
-        config = config_for(overrides, node.ranks)      # mistakes once, before any rank starts
-        done = finished(config, run_dir(config))        # and a command that contradicts its run
+        # Report a mistake once, before any rank starts: in the config, or a command that contradicts its run.
+        config = config_for(overrides, node.ranks)
+        done = finished(config, run_dir(config))
         refuse_too_large(config, node.ranks, node.nproc)
         wait_for_nodes(node)
-        return supervise(node, ["train", *overrides], run_dir(config), config.run.grace_s, was_finished=done is not None)
+        return supervise(node, ["train", *overrides], run_dir(config), config.run.grace_s,
+                         was_finished=done is not None)
     except MoETrainError as error:
         if os.environ.get("MOETRAIN_DEBUG") == "1":
             traceback.print_exc()

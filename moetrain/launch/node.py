@@ -1,7 +1,7 @@
-"""Which of how many nodes this is.
+"""Place of this machine among the nodes of a run, from environment variables.
 
-NODES, NODE_RANK, HEAD, PORT, NPROC, RESTARTS and RDZV_TIMEOUT come from the environment: one command line then
-serves all nodes, and the command line is the run's.
+NODES, NODE_RANK, HEAD, PORT, NPROC, RESTARTS and RDZV_TIMEOUT are environment variables, so that the command
+line holds the overrides of the run alone and is the same on all nodes.
 """
 
 import os
@@ -15,28 +15,29 @@ from moetrain.config.schema import Config
 from moetrain.errors import ConfigError, ConfigErrors
 
 PORT = 29400
-_DRIVER_S = 30             # for the driver to list its GPUs
+_DRIVER_S = 30             # time limit of nvidia-smi
 
 
 @dataclass(frozen=True)
 class Node:
     """The place of this machine among those of the run."""
 
-    nodes: int         # machines
-    rank: int          # this one, 0 to nodes - 1; node 0 is the head
-    head: str          # name or address of node 0, as the others reach it
-    port: int          # of the head; unused with one node
+    nodes: int         # number of machines
+    rank: int          # number of this one, 0 to nodes - 1; node 0 is the head
+    head: str          # name or address at which the others reach node 0
+    port: int          # port of the head; unused with one node
     nproc: int         # ranks on each node
-    restarts: int      # of all ranks after a failure
-    timeout_s: int     # how long the nodes wait for each other
+    restarts: int      # how often all ranks are started again after a failure
+    timeout_s: int     # seconds that the nodes wait for each other
 
     @property
     def ranks(self) -> int:
+        """Number of ranks of the run."""
         return self.nodes * self.nproc
 
 
 def from_environment(environ: Mapping[str, str]) -> Node:
-    """Raises ConfigErrors with everything that is wrong."""
+    """Read and check the environment variables; raises ConfigErrors with everything that is wrong."""
     errors: list[ConfigError] = []
 
     def number(name: str, default: int | Callable[[], int], least: int) -> int:
@@ -50,15 +51,18 @@ def from_environment(environ: Mapping[str, str]) -> Node:
         return default() if callable(default) else default
 
     nodes = number("NODES", 1, 1)
-    in_step = environ.get("SLURM_NODEID", "")            # Slurm says it to each task of a step
+    in_step = environ.get("SLURM_NODEID", "")  # Slurm sets it for each task of a step
     rank = number("NODE_RANK", int(in_step) if nodes > 1 and in_step.isdigit() else 0, 0)
-    node = Node(nodes, rank, environ.get("HEAD", ""), number("PORT", PORT, 1), number("NPROC", lambda: _devices(environ), 1),
-                number("RESTARTS", 3, 0), number("RDZV_TIMEOUT", 60, 1))
+    node = Node(nodes, rank, environ.get("HEAD", ""), number("PORT", PORT, 1),
+                number("NPROC", lambda: _devices(environ), 1), number("RESTARTS", 3, 0),
+                number("RDZV_TIMEOUT", 60, 1))
     if nodes > 1 and "NODE_RANK" not in environ and not in_step:
-        errors.append(_wrong(f"NODES={nodes} without NODE_RANK", "NODE_RANK", "each node needs a number of its own",
+        errors.append(_wrong(f"NODES={nodes} without NODE_RANK", "NODE_RANK",
+                             "each node needs a number of its own",
                              f"NODE_RANK=0 on the first node, up to NODE_RANK={nodes - 1}"))
     if rank >= nodes and not errors:
-        errors.append(_wrong(f"NODE_RANK={rank} with NODES={nodes}", "NODE_RANK", f"the nodes are numbered 0 to {nodes - 1}",
+        errors.append(_wrong(f"NODE_RANK={rank} with NODES={nodes}", "NODE_RANK",
+                             f"the nodes are numbered 0 to {nodes - 1}",
                              f"NODE_RANK={nodes - 1} or NODES={rank + 1}"))
     if nodes > 1 and not node.head:
         errors.append(_wrong(f"NODES={nodes} without HEAD", "HEAD", "the nodes meet at node 0",
@@ -71,7 +75,10 @@ def from_environment(environ: Mapping[str, str]) -> Node:
 
 
 def config_for(overrides: Sequence[str], ranks: int) -> Config:
-    """The config, checked for as many ranks as torchrun will start: what RANK and WORLD_SIZE will say to them."""
+    """Compose the config, checked for as many ranks as torchrun will start.
+
+    RANK and WORLD_SIZE are set meanwhile, as they will be for the ranks.
+    """
     before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks)}
     try:
@@ -85,7 +92,7 @@ def config_for(overrides: Sequence[str], ranks: int) -> Config:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -94,7 +101,7 @@ def _wrong(what: str, where: str, why: str, next: str) -> ConfigError:
 
 
 def _devices(environ: Mapping[str, str]) -> int:
-    """GPUs of this machine that the run may use; 1 without any."""
+    """Number of GPUs of this machine that the run may use; 1 without any."""
     visible, of_slurm = environ.get("CUDA_VISIBLE_DEVICES"), environ.get("SLURM_GPUS_ON_NODE", "")
     if of_slurm.isdigit():
         return max(1, int(of_slurm))
@@ -103,7 +110,8 @@ def _devices(environ: Mapping[str, str]) -> int:
     if not shutil.which("nvidia-smi"):
         return 1
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=_DRIVER_S).stdout
-    except subprocess.TimeoutExpired:                    # a driver that hangs: the ranks will say so
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True,
+                                timeout=_DRIVER_S).stdout
+    except subprocess.TimeoutExpired:  # the driver hangs: the ranks will fail and report it
         return 1
     return max(1, listed.count("UUID"))

@@ -1,4 +1,4 @@
-"""The ranks of an agent, as /proc has them: torchrun does not tell their process ids."""
+"""Find the ranks of a torchrun agent in /proc: torchrun does not publish their process ids."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Forwarding of the signals that end or save a run to the processes that do the work.
 
-A launcher outlives its ranks: it handles these signals itself, hands each to the ranks once, and then waits for them.
+A launcher outlives its ranks: it handles these signals itself, hands each to the ranks once, and then waits
+for them.
 """
 
 import signal
@@ -15,11 +16,12 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 def forward_signals(send: Callable[[int], None] = lambda number: None) -> Iterator[list[int]]:
     """Handle `FORWARDED` while the block runs, and yield the list of the signals received so far.
 
-    A signal that was ignored before stays ignored, so `nohup` keeps its meaning. In a thread other than the main one
-    nothing is handled, because Python runs signal handlers in the main thread only.
+    A signal that was ignored before stays ignored, so `nohup` keeps its meaning. In a thread other than the
+    main one nothing is handled, because Python runs signal handlers in the main thread only.
 
     Args:
-        send: called with the number of each signal, from the signal handler, after the number was added to the list.
+        send: called with the number of each signal, from the signal handler, after the number was added to
+            the list.
     """
     received: list[int] = []
 

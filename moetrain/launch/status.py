@@ -1,4 +1,7 @@
-"""How a run ended: <run.dir>/status.json, written by rank 0, and the logs of the other ranks. Imports no torch."""
+"""Record of how a run ended: <run.dir>/status.json, written by rank 0, and the log files of the other ranks.
+
+This file imports no torch.
+"""
 
 import json
 import logging
@@ -20,18 +23,19 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def record_ending(run_dir: Path) -> Iterator[None]:
-    """Write status.json when the block ends, on rank 0; a directory that does not exist is not made."""
+    """Write status.json on rank 0 when the block ends. Does nothing where the run has no directory."""
     try:
         yield
     except MoETrainError as error:
         write_status(run_dir, error.code, str(error).splitlines()[0])
-        if rank() and under_torchrun():              # rank 0 alone speaks on a shared terminal
+        if rank() and under_torchrun():  # ranks share the terminal, so only rank 0 prints on it
             _append_to_log(run_dir, str(error))
         raise
     except (SystemExit, KeyboardInterrupt) as leaving:
         code = 128 + signal.SIGINT if isinstance(leaving, KeyboardInterrupt) else leaving.code
         if isinstance(code, int) and code > 128:
-            record_early_exit(run_dir, code, f"{signal.Signals(code - 128).name} before there was anything new to save")
+            record_early_exit(
+                run_dir, code, f"{signal.Signals(code - 128).name} before there was anything new to save")
         else:
             write_status(run_dir, code, "another rank failed; log/rank-<n>.log says why")
         raise
@@ -42,14 +46,29 @@ def record_ending(run_dir: Path) -> Iterator[None]:
 
 
 def record_early_exit(run_dir: Path, code: int, reason: str) -> None:
-    """Say and record why the process leaves without a save."""
+    """Print and record why the process leaves without a save.
+
+    Args:
+        run_dir: directory of the run.
+        code: exit code of the process.
+        reason: one line for the terminal and status.json.
+    """
     if has_own_stderr():
-        print(f"moetrain: {reason}; the same command goes on from the newest save", file=sys.stderr, flush=True)
+        print(f"moetrain: {reason}; the same command goes on from the newest save",
+              file=sys.stderr, flush=True)
     write_status(run_dir, code, reason)
 
 
 def write_status(run_dir: Path, code: int, reason: str) -> None:
-    """Never raises: the error that is being reported matters more. Silent where another job is at work."""
+    """Write status.json on rank 0, unless another job holds the run's lock.
+
+    Never raises: the error that is being reported matters more.
+
+    Args:
+        run_dir: directory of the run.
+        code: exit code of the run.
+        reason: one line that says why.
+    """
     if rank() or not run_dir.is_dir() or RunLock(run_dir).holder():
         return
     draft = run_dir / "status.json.tmp"
@@ -71,6 +90,7 @@ def _append_to_log(run_dir: Path, text: str) -> None:
 
 
 def open_log(run_dir: Path, rank: int) -> IO[bytes]:
+    """Open the log file of a rank, log/rank-N.log, to append to it."""
     path = run_dir / "log" / f"rank-{rank}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +101,7 @@ def open_log(run_dir: Path, rank: int) -> IO[bytes]:
 
 
 def last_step(run_dir: Path) -> int:
-    """The last step that metrics.jsonl reports, 0 before the first."""
+    """Number of the last step that metrics.jsonl records; 0 before the first."""
     try:
         with open_regular(run_dir / "metrics.jsonl") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
@@ -92,5 +112,5 @@ def last_step(run_dir: Path) -> int:
         try:
             return int(parse_json(line)["step"])
         except (ValueError, KeyError, TypeError, OverflowError):
-            continue                                 # a line that was cut off, or is damaged
+            continue  # the line was cut off or is damaged
     return 0
