@@ -1,6 +1,17 @@
 """Numbers as short text: counts, sizes, durations."""
 
 
+def decimal(value: float, unit: str = "", digits: int = 3) -> str:
+    """41.2 MB, 412 k: significant digits and a decimal prefix."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            break
+        value /= 1000
+    else:
+        prefix = "T"
+    return f"{value:.{digits}g} {prefix}{unit}".rstrip()
+
+
 def scientific(value: float) -> str:
     """2.9e-4"""
     mantissa, exponent = f"{value:.1e}".split("e") if value == value else ("nan", "0")

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moetrain.checkpoint.verify import problems
-from moetrain.cli.inspect import human, named
+from moetrain.cli.inspect import named
 from moetrain.config.suggest import nearest
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.units import decimal
 
 _SUBCOMMANDS = ("verify",)
 
@@ -37,7 +38,7 @@ def verify(checkpoints: list[Path]) -> int:
             found = list(problems(directory, advance))
             damaged += bool(found)
             harm += found
-            print(f"{'damaged' if found else 'good':8s} {directory}   {human(size)} in {time.perf_counter() - began:.1f} s")
+            print(f"{'damaged' if found else 'good':8s} {directory}   {decimal(size, 'B', 4)} in {time.perf_counter() - began:.1f} s")
             for error in found:
                 print(f"         {Path(error.where).name}: {error.why}")
     if harm:

@@ -1,6 +1,6 @@
 """What `moetrain data inspect` shows: tables for a person, or one record for a program."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -37,7 +37,7 @@ def lines(found: Inspection, config: Config) -> Iterator[str]:
         yield from _domains(found.found)
         yield from text_lines(found.found["account"]["text"])
         yield from _amounts(found.found, config)
-        yield from _documents(found.found["documents"])
+        yield from document_lines(found.found["documents"], "complete", _described)
         if found.error is not None:
             yield f"\nprepare would refuse this ({found.error.id}): {found.error.what}"
             yield from (f"  {shown(line)}" for line in found.error.why.split(CONTINUED))
@@ -110,10 +110,22 @@ def _amounts(found: dict[str, Any], config: Config) -> Iterator[str]:
         yield f"  epochs    {found['epochs']:.2g} in run.steps={found['steps']:,} steps of {found['tokens_per_step']:,} tokens"
 
 
-def _documents(documents: list[dict[str, Any]]) -> Iterator[str]:
+def document_lines(documents: list[dict[str, Any]], ended: str, describe: Callable[[dict, str], str]) -> Iterator[str]:
+    """Samples of documents, two lines each: domain, size and first tokens, then the text where it is known.
+
+    Args:
+        documents: records of an inspection.
+        ended: key of the flag that says whether the text is the whole document.
+        describe: size and tokens as text, from the record and its first ids.
+    """
     if documents:
         yield "\ndocuments as they are trained on, by their first tokens:"
     for document in documents:
         ids = " ".join(map(str, document["tokens"][:12]))
-        yield f"  [{shown(document['domain'], 40)}] {document['bytes']:,} bytes, tokens {ids} …"
-        yield f"    {shown(document['text'], MOST_TEXT)}{' <end>' if document['complete'] else ''}"
+        yield f"  [{shown(document['domain'], 40)}] {describe(document, ids)}"
+        if document["text"] is not None:
+            yield f"    {shown(document['text'], MOST_TEXT)}{' <end>' if document[ended] else ''}"
+
+
+def _described(document: dict[str, Any], ids: str) -> str:
+    return f"{document['bytes']:,} bytes, tokens {ids} …"

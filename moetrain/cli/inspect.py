@@ -15,6 +15,7 @@ from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_step, read_man
 from moetrain.checkpoint.records import ITEM_BYTES, Entry, Manifest, split_expert
 from moetrain.config.run_names import find_run, places, reference
 from moetrain.errors import CheckpointError, ConfigError
+from moetrain.units import decimal
 
 LARGEST = 5
 
@@ -69,16 +70,16 @@ def summary(directory: Path, manifest: Manifest, checkpoints: list[Path]) -> Ite
             total[index] += amount
     kinds["all"] = [sum(column) for column in zip(*kinds.values())]
     yield from table([["kind", "tensors", "values", "bytes"],
-                      *([name, f"{count:,}", f"{numbers:,}", human(amount)] for name, (count, numbers, amount) in kinds.items())])
+                      *([name, f"{count:,}", f"{numbers:,}", decimal(amount, "B", 4)] for name, (count, numbers, amount) in kinds.items())])
     yield ""
     parts = manifest.parts()
     yield from table([["file", "tensors", "bytes"],
-                      [NAME, "", human((directory / NAME).stat().st_size)],
-                      *([name, f"{len(parts[name]):,}", human(file.size)] for name, file in manifest.files.items())])
+                      [NAME, "", decimal((directory / NAME).stat().st_size, "B", 4)],
+                      *([name, f"{len(parts[name]):,}", decimal(file.size, "B", 4)] for name, file in manifest.files.items())])
     yield ""
     largest = sorted(entries, key=lambda name: -size(entries[name]))[:LARGEST]
     yield from table([["largest", "dtype", "shape", "bytes"],
-                      *([name, entries[name].dtype, shape(entries[name]), human(size(entries[name]))] for name in largest)])
+                      *([name, entries[name].dtype, shape(entries[name]), decimal(size(entries[name]), "B", 4)] for name in largest)])
 
 
 def tensors(manifest: Manifest, pattern: str) -> Iterator[str]:
@@ -138,11 +139,3 @@ def table(rows: list[list[str]]) -> Iterator[str]:
     for row in rows:
         yield "  ".join(cell.ljust(width) if left[column] else cell.rjust(width)
                         for column, (cell, width) in enumerate(zip(row, widths))).rstrip()
-
-
-def human(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.4g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from moetrain.cli.corpus_report import MOST_ROWS, MOST_TEXT, left_out, record_of, rest
+from moetrain.cli.corpus_report import MOST_ROWS, document_lines, left_out, record_of, rest
 from moetrain.cli.inspect import table
 from moetrain.config.schema import Config
 from moetrain.data.account import HELD, FileLedger
@@ -28,7 +28,7 @@ def lines(found: Inspection, config: Config) -> Iterator[str]:
     if found.found is not None:
         yield from _domains(found.found)
         yield from _amounts(found.found)
-        yield from _documents(found.found["documents"])
+        yield from document_lines(found.found["documents"], "ended", _described)
 
 
 def _files(ledger: FileLedger) -> Iterator[str]:
@@ -70,12 +70,5 @@ def _amounts(found: dict[str, Any]) -> Iterator[str]:
     yield f"  epochs     {found['epochs']:.2g} in run.steps={found['steps']:,} steps of {found['tokens_per_step']:,} tokens"
 
 
-def _documents(documents: list[dict[str, Any]]) -> Iterator[str]:
-    if documents:
-        yield "\ndocuments as they are trained on, by their first tokens:"
-    for document in documents:
-        ids = " ".join(map(str, document["tokens"][:12]))
-        more = " …" * (document["length"] > 12)
-        yield f"  [{shown(document['domain'], 40)}] {document['length']:,} tokens: {ids}{more}"
-        if document["text"] is not None:
-            yield f"    {shown(document['text'], MOST_TEXT)}{' <end>' if document['ended'] else ''}"
+def _described(document: dict[str, Any], ids: str) -> str:
+    return f"{document['length']:,} tokens: {ids}{' …' * (document['length'] > 12)}"

@@ -17,6 +17,7 @@ from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
 from moetrain.train.memory.graph_memory import most_memory
 from moetrain.train.setup import Graphs, Run
+from moetrain.units import decimal
 
 
 def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
@@ -30,7 +31,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
     rows = [
         ("", f"moetrain {__version__} | run {nearby(run.directory)} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
         ("model", f"{sizes.num_layers} layers  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
-                  f" + {sizes.num_shared_experts} shared   total {human(total)}   active {human(active)}"),
+                  f" + {sizes.num_shared_experts} shared   total {decimal(total)}   active {decimal(active)}"),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}{sharding(run)}"
                      f" on {run.mesh.device.type}, {config.run.dtype}   {threads_text()}"),
         ("device", unused_gpu(config)),
@@ -74,7 +75,7 @@ def data_line(run: Run) -> str:
     epochs = dataset.epochs(run.config.run.steps * train.global_batch)
     least, most = (f"{many:.2g}" for many in (epochs[epochs > 0].min(), epochs.max()))
     planned = f"{least} epochs" if least == most else f"{least} to {most} epochs, most of {dataset.domains[int(epochs.argmax())]},"
-    return f"{text}  {human(dataset.tokens)} tokens, {planned} planned"
+    return f"{text}  {decimal(dataset.tokens)} tokens, {planned} planned"
 
 
 def saves_line(config: CheckpointConfig) -> str:
@@ -113,8 +114,8 @@ def copies_line(run: Run) -> str:
     memory = most_memory(run)
     return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, up to {parallel.room} a rank"
             f" and layer{', passed on inside nodes' * (parallel.collective == 'two_level')}"
-            f"{', gathered again for backward' * parallel.rematerialize}: at most {human(memory.copies)}B of copies and "
-            f"{human(memory.sums)}B of their gradients; {homes}"
+            f"{', gathered again for backward' * parallel.rematerialize}: at most {decimal(memory.copies, 'B')} of copies and "
+            f"{decimal(memory.sums, 'B')} of their gradients; {homes}"
             f"{f', up to {parallel.sliced} of the hottest of a layer cut up' * bool(parallel.sliced)}")
 
 
@@ -150,7 +151,7 @@ def _graphs_text(graphs: Graphs, accumulation: int) -> str:
     """Which way exact balance goes, and why."""
     if graphs.graph is None:
         return f"keeps the graphs of {accumulation} micro-batches" if graphs.kept else "counts in a pass of its own"
-    sizes = f"{accumulation} x {human(graphs.graph)}B, {human(graphs.free)}B free"
+    sizes = f"{accumulation} x {decimal(graphs.graph, 'B')}, {decimal(graphs.free, 'B')} free"
     return (f"keeps the graphs of {accumulation} micro-batches ({sizes})" if graphs.kept else
             f"counts in a pass of its own (graphs would take {sizes})")
 
@@ -164,11 +165,3 @@ def parameter_counts(run: Run) -> tuple[int, int]:
     one = 3 * sizes.dim * sizes.expert_dim
     active = sum(block.moe.router.max_slots() for block in model.layers if block.moe is not None)
     return dense + experts * one, dense + active * one
-
-
-def human(number: float) -> str:
-    for unit in ("", " k", " M", " G"):
-        if number < 1000:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g} T"

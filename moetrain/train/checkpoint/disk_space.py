@@ -13,6 +13,7 @@ from moetrain.errors import DiskError
 from moetrain.files import read_bytes
 from moetrain.train.checkpoint.layout import written_here
 from moetrain.train.state import TrainState
+from moetrain.units import decimal
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ def _check(directory: Path, copies: int, size: int) -> None:
                         next="make it writable, or choose another place with run.dir") from error
     if free + there < copies * size:
         raise DiskError(6, "there is no room for the checkpoints of the run", where=str(directory),
-                        why=f"{copies} of {human(size)} each need {human(copies * size)}; {human(free + there)} are free or "
-                            f"taken by its older ones",
+                        why=f"{copies} of {decimal(size, 'B')} each need {decimal(copies * size, 'B')}; "
+                            f"{decimal(free + there, 'B')} are free or taken by its older ones",
                         next="free space, choose another place with run.dir, or lower checkpoint.keep")
 
 
@@ -65,11 +66,3 @@ def _probe(directory: Path) -> None:
     if read_bytes(path, limit=len(PROBE), links=False) != PROBE:
         raise OSError("a file that was written reads differently")
     disk.remove(path)
-
-
-def human(size: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.errors import OutOfMemoryError
-from moetrain.train.banner import human
 from moetrain.train.memory.graph_memory import most_memory
 from moetrain.train.setup import Run
+from moetrain.units import decimal
 
 SHOWN = 4                                    # items that the message names
 _SAID = ("allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")     # the system, the driver, cuBLAS
@@ -43,8 +43,8 @@ def describe(run: Run, error: BaseException) -> OutOfMemoryError:
     wanted = re.search(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
     size = f" of {wanted[1]} {wanted[2]}" if wanted else ""
     if wanted and wanted[2] == "bytes":
-        size = f" of {human(float(wanted[1]))}B"
-    held = ", ".join(f"{name} {human(amount)}B" for name, amount in items[:SHOWN])
+        size = f" of {decimal(float(wanted[1]), 'B')}"
+    held = ", ".join(f"{name} {decimal(amount, 'B')}" for name, amount in items[:SHOWN])
     return OutOfMemoryError(
         1, f"out of memory on {run.mesh.device.type} in step {run.state.step + 1}: an allocation{size} failed",
         where=f"rank {run.mesh.rank} of {run.mesh.size}",
