@@ -51,7 +51,7 @@ def banners(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, set[Any
         patch.setattr(torch.version, "cuda", None)
         patch.setattr(device, "has_gpu", lambda: True)
         found.append(shown(make_run(["parallel=single", "run.device=auto"])))
-    with ranks_that_only_seem(4):
+    with FakeRanks(4):
         found += [shown(make_run(["train.micro_batch=2", *overrides])) for overrides in MANY]
         run = make_run(["parallel=ddp", "train.micro_batch=2", "run.dtype=bfloat16"])
         for kept in (True, False):                       # as decided by memory
@@ -67,7 +67,7 @@ def shown(run: Run) -> tuple[str, set[Any]]:
     return banner(banner_lines(run, resumed)), names | {option for options in group_options().values() for option in options}
 
 
-class ranks_that_only_seem:
+class FakeRanks:
     """A process group whose collectives do nothing: enough to lay out a run of several ranks and say so."""
 
     def __init__(self, size: int) -> None:
@@ -119,7 +119,7 @@ def test_the_sample_of_a_page_is_what_the_program_prints(page: str, monkeypatch:
     for name in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     text, lines = output_page.sample((output_page.ROOT / page).read_text(encoding="utf-8"))
-    with ranks_that_only_seem(2):
+    with FakeRanks(2):
         run = make_run(["~loss.z", "parallel=ep", "run.nproc=2", "train.micro_batch=8", "log.wandb=auto"])
     ours = banner(banner_lines(run, None))
     assert output_page.labels(text) == output_page.labels(ours)
