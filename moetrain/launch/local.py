@@ -206,12 +206,12 @@ def _exit_code(workers: list[subprocess.Popen], failed: int | None, unresponsive
     """
     left = [rank for rank, worker in enumerate(workers) if worker.returncode == 0 and rank not in done]
     code = workers[failed].returncode if failed is not None else _PEER if left else 0
-    told = next((number for number in forwarded if code in (-number, 128 + number)), None)
-    if told is not None:
+    ending_signal = next((number for number in forwarded if code in (-number, 128 + number)), None)
+    if ending_signal is not None:
         if run_dir is not None and workers[0].returncode < 0:
-            _report(f"{signal.Signals(told).name} before there was anything new to save; "
-                    "the same command goes on", 128 + told, run_dir)
-        return 128 + told
+            _report(f"{signal.Signals(ending_signal).name} before there was anything new to save; "
+                    "the same command goes on", 128 + ending_signal, run_dir)
+        return 128 + ending_signal
     reason, error = None, ""
     if code == _PEER and left:  # the others failed because they waited for this rank
         reason = f"rank {left[0]} left with 0 before its work was done; see {_output_of(left[0], run_dir)}"

@@ -36,7 +36,7 @@ class Block(NamedTuple):
     sources: np.ndarray                                          # [n, routers, ranks, E_max]
 
 
-class Chunk(NamedTuple):
+class RecordFile(NamedTuple):
     """A file of equal int32 records: the step, then loads [routers, E_max], then sources [routers, ranks, E_max].
 
     Records are those of consecutive steps, from `first` on.
@@ -77,7 +77,7 @@ class LoadsLog:
 
     def __init__(self, dir: Path) -> None:
         self.dir = Path(dir)
-        self._chunk: Chunk | None = None
+        self._current: RecordFile | None = None
 
     def name_routers(self, experts: Mapping[str, int]) -> None:
         """Keep what the records do not say: the routers in layer order, and how many experts each has."""
@@ -96,26 +96,26 @@ class LoadsLog:
         record = np.concatenate([np.array([step]), *(block.ravel() for block in padded)])
         assert record.max() < 2**31 and record.min() >= 0, (step, record.max(), record.min())
         ranks = len(padded[-1]) if len(padded) > len(loads) else 0
-        if self._chunk is None:
+        if self._current is None:
             name = f"{step:08d}-{len(loads)}x{widest}-{ranks}.i32"
-            self._chunk = Chunk(self.dir / name, step, len(loads), widest, ranks)
-        assert 4 * record.size == self._chunk.record_bytes, "the routers and ranks of a run do not change"
+            self._current = RecordFile(self.dir / name, step, len(loads), widest, ranks)
+        assert 4 * record.size == self._current.record_bytes, "the routers and ranks of a run do not change"
         with written(self.dir):
             self.dir.mkdir(parents=True, exist_ok=True)
-        append(self._chunk.path, record.astype("<i4").tobytes())
+        append(self._current.path, record.astype("<i4").tobytes())
 
     def cut_to(self, step: int) -> None:
         """Keep the records up to this step. Call it before the first write of a run, with step 0 when there is none."""
-        self._chunk = None
-        for chunk in self._chunks():
-            with written(chunk.path), open(open_descriptor(chunk.path, os.O_RDWR, links=False), "r+b") as file:
+        self._current = None
+        for record_file in self._record_files():
+            with written(record_file.path), open(open_descriptor(record_file.path, os.O_RDWR, links=False), "r+b") as file:
                 size = file.seek(0, os.SEEK_END)
-                kept = min(max(0, step + 1 - chunk.first), size // chunk.record_bytes) * chunk.record_bytes
+                kept = min(max(0, step + 1 - record_file.first), size // record_file.record_bytes) * record_file.record_bytes
                 if kept < size:
-                    move_to_lost(chunk.path, file, [(kept, size)])
+                    move_to_lost(record_file.path, file, [(kept, size)])
                     file.truncate(kept)
             if not kept:
-                chunk.path.unlink()
+                record_file.path.unlink()
 
     def write_npz(self, path: Path) -> bool:
         """Build loads.npz from what was recorded, a few records at a time; False where there is nothing of that kind.
@@ -127,24 +127,24 @@ class LoadsLog:
         if experts is None:
             return False
         shape = (len(experts), max(experts.values(), default=0))
-        chunks = {chunk: chunk.records() for chunk in self._chunks() if (chunk.routers, chunk.experts) == shape}
-        ranks = max((chunk.ranks for chunk in chunks), default=0)
-        steps = np.concatenate([np.zeros(0, np.int64), *(block.steps for _, block in _in_order(chunks))])
-        if len(steps) < sum(chunks.values()):
-            log.warning("%s: %d records are damaged and left out", self.dir, sum(chunks.values()) - len(steps))
+        record_files = {record_file: record_file.records() for record_file in self._record_files() if (record_file.routers, record_file.experts) == shape}
+        ranks = max((record_file.ranks for record_file in record_files), default=0)
+        steps = np.concatenate([np.zeros(0, np.int64), *(block.steps for _, block in _blocks_in_order(record_files))])
+        if len(steps) < sum(record_files.values()):
+            log.warning("%s: %d records are damaged and left out", self.dir, sum(record_files.values()) - len(steps))
         with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-            _add(archive, "loads", (len(steps), *shape), (block.loads for _, block in _in_order(chunks)))
+            _add_array(archive, "loads", (len(steps), *shape), (block.loads for _, block in _blocks_in_order(record_files)))
             if ranks:
-                _add(archive, "sources", (len(steps), shape[0], ranks, shape[1]),
-                     (_by_rank(block.sources, chunk, ranks) for chunk, block in _in_order(chunks)))
+                _add_array(archive, "sources", (len(steps), shape[0], ranks, shape[1]),
+                     (_pad_ranks(block.sources, record_file, ranks) for record_file, block in _blocks_in_order(record_files)))
             for name, array in (("experts", np.array(list(experts.values()), np.int64)),
                                 ("routers", np.array(list(experts), np.str_)), ("steps", steps)):
-                _add(archive, name, array.shape, [array], array.dtype)
+                _add_array(archive, name, array.shape, [array], array.dtype)
         return True
 
     def is_built(self, path: Path) -> bool:
         """Whether loads.npz is there and nothing was recorded after it was built."""
-        newest = max((chunk.path.stat().st_mtime_ns for chunk in self._chunks()), default=0)
+        newest = max((record_file.path.stat().st_mtime_ns for record_file in self._record_files()), default=0)
         return path.is_file() and path.stat().st_mtime_ns >= newest
 
     def _routers(self) -> dict[str, int] | None:
@@ -160,10 +160,10 @@ class LoadsLog:
         fits = isinstance(found, dict) and all(type(number) is int and 0 < number < 1 << 20 for number in found.values())
         return found if fits else None
 
-    def _chunks(self) -> list[Chunk]:
+    def _record_files(self) -> list[RecordFile]:
         found = [(path, re.fullmatch(r"(\d{8,12})-(\d{1,6})x(\d{1,6})-(\d{1,6})\.i32", path.name)) for path in self.dir.glob("*.i32")]
-        return sorted((Chunk(path, *map(int, match.groups())) for path, match in found if match and _is_plain(path)),
-                      key=lambda chunk: chunk.first)
+        return sorted((RecordFile(path, *map(int, match.groups())) for path, match in found if match and _is_plain(path)),
+                      key=lambda record_file: record_file.first)
 
 
 def _is_plain(path: Path) -> bool:
@@ -174,17 +174,17 @@ def _is_plain(path: Path) -> bool:
     return plain
 
 
-def _in_order(chunks: Mapping[Chunk, int]) -> Iterator[tuple[Chunk, Block]]:
+def _blocks_in_order(record_files: Mapping[RecordFile, int]) -> Iterator[tuple[RecordFile, Block]]:
     """The records of all chunks, of which so many are read, each step once."""
     last = -1
-    for chunk, records in chunks.items():
-        for block in chunk.blocks(records):
+    for record_file, records in record_files.items():
+        for block in record_file.blocks(records):
             block = Block(*(array[block.steps > last] for array in block))
             last = max([last, *block.steps[-1:].tolist()])
-            yield chunk, block
+            yield record_file, block
 
 
-def _add(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], blocks: Iterable[np.ndarray],
+def _add_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], blocks: Iterable[np.ndarray],
          dtype: np.dtype = np.dtype("<i8")) -> None:
     """An array of the archive, from blocks of its rows: never more of it in memory than one of them."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -193,8 +193,8 @@ def _add(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], blocks: It
             member.write(np.ascontiguousarray(block, dtype).tobytes())
 
 
-def _by_rank(sources: np.ndarray, chunk: Chunk, ranks: int) -> np.ndarray:
+def _pad_ranks(sources: np.ndarray, record_file: RecordFile, ranks: int) -> np.ndarray:
     """[steps, routers, ranks, E_max] of records of a chunk."""
-    if not chunk.ranks:
-        return np.full((len(sources), chunk.routers, ranks, chunk.experts), -1, dtype=np.int64)
-    return np.pad(sources, ((0, 0), (0, 0), (0, ranks - chunk.ranks), (0, 0)))
+    if not record_file.ranks:
+        return np.full((len(sources), record_file.routers, ranks, record_file.experts), -1, dtype=np.int64)
+    return np.pad(sources, ((0, 0), (0, 0), (0, ranks - record_file.ranks), (0, 0)))

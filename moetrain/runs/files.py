@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 from moetrain.errors import DiskError
 from moetrain.files import create, open_regular, open_to_append, parse_json, reason, remedy
 
-FULL_S = 10.0            # that a record waits for space
-MOST_LINE = 16 << 20     # bytes of a line; a line of metrics has about two thousand
+FULL_DISK_S = 10.0            # that a record waits for space
+MAX_LINE = 16 << 20     # bytes of a line; a line of metrics has about two thousand
 
 
 def make_place(path: Path, rank: int, ranks: int) -> None:
@@ -56,14 +56,14 @@ class JsonlSink:
             with file:
                 ranges = list(_ranges(file, step))
                 end = file.seek(0, os.SEEK_END)
-                whole = not end or _byte(file, end - 1) == b"\n"
+                whole = not end or _byte_at(file, end - 1) == b"\n"
                 if whole and all(kept for _, _, kept in ranges):
                     return
                 move_to_lost(self.path, file, [(begin, end) for begin, end, kept in ranges if not kept])
                 with replacing(self.path) as draft:
                     kept = [(begin, end) for begin, end, kept in ranges if kept]
                     _copy(file, draft, kept)
-                    if kept and _byte(file, kept[-1][1] - 1) != b"\n":
+                    if kept and _byte_at(file, kept[-1][1] - 1) != b"\n":
                         draft.write(b"\n")
 
     def has(self, step: int) -> bool:
@@ -83,9 +83,9 @@ class JsonlSink:
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """(bytes, content) of every line; one that is longer than any record comes as nothing."""
-    while line := file.readline(MOST_LINE):
+    while line := file.readline(MAX_LINE):
         length = len(line)
-        while not line.endswith(b"\n") and (more := file.readline(MOST_LINE)):
+        while not line.endswith(b"\n") and (more := file.readline(MAX_LINE)):
             length, line = length + len(more), more
         yield length, line if length == len(line) else b""
 
@@ -93,16 +93,16 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _ranges(file: BinaryIO, step: int) -> Iterator[tuple[int, int, bool]]:
     """(first byte, end, whether its lines are kept) of neighbouring lines with one fate."""
     begin = end = 0
-    fate = True
+    keeping = True
     for length, line in _lines(file):
         found = _step_of(line)
         kept = found is not None and found <= step
-        if kept != fate and end > begin:
-            yield begin, end, fate
+        if kept != keeping and end > begin:
+            yield begin, end, keeping
             begin = end
-        fate, end = kept, end + length
+        keeping, end = kept, end + length
     if end > begin:
-        yield begin, end, fate
+        yield begin, end, keeping
 
 
 def _step_of(line: bytes, *, trained: bool = False) -> int | None:
@@ -118,12 +118,12 @@ def _step_of(line: bytes, *, trained: bool = False) -> int | None:
 def _copy(file: BinaryIO, target: BinaryIO, ranges: list[tuple[int, int]]) -> None:
     for begin, end in ranges:
         file.seek(begin)
-        while begin < end and (content := file.read(min(MOST_LINE, end - begin))):
+        while begin < end and (content := file.read(min(MAX_LINE, end - begin))):
             target.write(content)
             begin += len(content)
 
 
-def _byte(file: BinaryIO, place: int) -> bytes:
+def _byte_at(file: BinaryIO, place: int) -> bytes:
     file.seek(place)
     return file.read(1)
 
@@ -144,7 +144,7 @@ def unreadable(path: Path, error: OSError) -> DiskError:
 
 def append(path: Path, data: bytes) -> None:
     """All of it in one go, or over a few seconds where the disk is full: a save that did not fit gives its space back."""
-    rest, until = memoryview(data), time.monotonic() + FULL_S
+    rest, until = memoryview(data), time.monotonic() + FULL_DISK_S
     with written(path), open_to_append(path) as file:
         while rest:
             try:

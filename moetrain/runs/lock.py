@@ -29,10 +29,10 @@ from moetrain.errors import ConfigError, DiskError
 from moetrain.files import open_descriptor, open_regular, parse_json, read_bytes, reason
 from moetrain.locks import is_at, try_lock
 
-BEAT_S = 5.0
+RENEW_S = 5.0
 STALE_S = 45.0
-PATIENCE_S = 1.0             # for who only looks whether it is held
-_LONGEST = 4096              # bytes of a record
+RETRY_S = 1.0             # for who only looks whether it is held
+_MAX_RECORD = 4096              # bytes of a record
 
 
 class Holder(NamedTuple):
@@ -56,19 +56,19 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         """ConfigError when another job is at work here: at once on this machine, else after up to STALE_S of looking for signs of life."""
-        self._descriptor, decides = self._locked()
+        self._descriptor, is_locked = self._open_locked()
         try:
             before = self._record()
-            if before and (before.machine != _machine() or not decides) and self._is_renewed():
-                raise _refused(self.path, before)
-            us = Holder(_machine(), socket.gethostname(), os.getpid(), _shortened(sys.orig_argv), _now(), self._token)
-            length = os.pwrite(self._descriptor, json.dumps(us._asdict()).encode(), 0)
+            if before and (before.machine != _boot_id() or not is_locked) and self._is_renewed():
+                raise _held_error(self.path, before)
+            own = Holder(_boot_id(), socket.gethostname(), os.getpid(), _shortened(sys.orig_argv), _now(), self._token)
+            length = os.pwrite(self._descriptor, json.dumps(own._asdict()).encode(), 0)
             os.ftruncate(self._descriptor, length)
         except BaseException:
             os.close(self._descriptor)
             raise
-        _OURS.add(self._token)
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        _OWN_TOKENS.add(self._token)
+        threading.Thread(target=self._renew, name="lock", daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -76,7 +76,7 @@ class RunLock:
         with suppress(OSError):
             self.path.unlink()                           # while it is held: who locks it next sees that it is gone (is_at)
         os.close(self._descriptor)
-        _OURS.discard(self._token)
+        _OWN_TOKENS.discard(self._token)
 
     def holder(self) -> Holder | None:
         """Who works here now, if it is another process."""
@@ -84,22 +84,22 @@ class RunLock:
             held, descriptor = self._record(), open_descriptor(self.path, os.O_RDONLY)
         except OSError:
             return None
-        if held is None or held.token in _OURS:
+        if held is None or held.token in _OWN_TOKENS:
             os.close(descriptor)
             return None
         try:
             if not try_lock(descriptor, shared=True):
                 return held
-            is_gone = held.machine == _machine()
+            is_gone = held.machine == _boot_id()
         except OSError:                                  # no locks here
             is_gone = False
         finally:
             os.close(descriptor)
         return None if is_gone or not 0 <= self._age_s() <= STALE_S else held
 
-    def _locked(self) -> tuple[int, bool]:
+    def _open_locked(self) -> tuple[int, bool]:
         """The open file, and whether it is locked: False where the file system has no locks."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + RETRY_S
         while True:
             try:
                 descriptor = open_descriptor(self.path, os.O_RDWR | os.O_CREAT)
@@ -114,33 +114,33 @@ class RunLock:
                 return descriptor, True
             os.close(descriptor)
             if not held and time.monotonic() > deadline:
-                raise _refused(self.path, self._record() or Holder())
+                raise _held_error(self.path, self._record() or Holder())
             time.sleep(0.02)
 
     def _is_renewed(self) -> bool:
         """Whether somebody renews the record within STALE_S; not even looked for where it is older than that."""
-        before, until = self._seen(), time.monotonic() + STALE_S
+        before, until = self._last_renewal(), time.monotonic() + STALE_S
         while self._age_s() <= STALE_S and time.monotonic() < until:
-            time.sleep(BEAT_S / 5)
-            if self._seen() != before:
+            time.sleep(RENEW_S / 5)
+            if self._last_renewal() != before:
                 return True
         return False
 
     def _record(self) -> Holder | None:
         """What the file says; None where it says nothing. What is no record names nobody."""
         try:
-            text = read_bytes(self.path, limit=_LONGEST)
-            said = parse_json(text) if text.strip() else None
+            text = read_bytes(self.path, limit=_MAX_RECORD)
+            content = parse_json(text) if text.strip() else None
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
             return Holder()
-        if said is None:
+        if content is None:
             return None
-        fits = isinstance(said, dict) and all(type(said.get(name)) is type(value) for name, value in Holder()._asdict().items())
-        return Holder(**{name: said[name] for name in Holder._fields}) if fits else Holder()
+        fits = isinstance(content, dict) and all(type(content.get(name)) is type(value) for name, value in Holder()._asdict().items())
+        return Holder(**{name: content[name] for name in Holder._fields}) if fits else Holder()
 
-    def _seen(self) -> tuple[Holder | None, int]:
+    def _last_renewal(self) -> tuple[Holder | None, int]:
         """The record and when it was renewed. Opened anew: NFS then asks the server instead of its own memory."""
         try:
             with open_regular(self.path) as file:
@@ -153,23 +153,23 @@ class RunLock:
         probe = self.path.with_name(f"lock.{self._token}")
         try:
             probe.touch()
-            return (probe.stat().st_mtime_ns - self._seen()[1]) / 1e9
+            return (probe.stat().st_mtime_ns - self._last_renewal()[1]) / 1e9
         except OSError:
             return 0.0
         finally:
             probe.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
-        while not self._leaving.wait(BEAT_S):
+    def _renew(self) -> None:
+        while not self._leaving.wait(RENEW_S):
             with suppress(OSError):                      # the folder is gone or full: the save will say so
                 os.utime(self.path)
 
 
-_OURS: set[str] = set()      # tokens of the locks that this process holds
+_OWN_TOKENS: set[str] = set()      # tokens of the locks that this process holds
 
 
-def _refused(path: Path, held: Holder) -> ConfigError:
-    here = held.machine == _machine()
+def _held_error(path: Path, held: Holder) -> ConfigError:
+    here = held.machine == _boot_id()
     state = ", and is stopped" if here and _is_stopped(held) else ""
     return ConfigError(
         91, f"another job is at work in {path.parent}", where=str(path),
@@ -192,7 +192,7 @@ def process_state(pid: int) -> str:
     return ""
 
 
-def _machine() -> str:
+def _boot_id() -> str:
     """One boot of one kernel, whatever its hosts and containers are called; without /proc the host's name."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -54,7 +54,7 @@ def test_a_line_that_a_kill_cut_off_is_not_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [b"", b"{", b"null", b"[" * 20_000, b'{"step": 1e400}', b'{"step": "2"}', b'{"step": NaN}', b"\xff\xfe",
                                  b'{"step": [2]}', b"x" * 100])
 def test_a_damaged_line_costs_that_line(tmp_path: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MOST_LINE", 64)
+    monkeypatch.setattr(files, "MAX_LINE", 64)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 2}\n{"step": 3}\n')
     sink = JsonlSink(path)

@@ -44,8 +44,8 @@ def record(directory: Path, **changes: object) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "STALE_S", 1.0)
-    monkeypatch.setattr(lock, "BEAT_S", 0.1)
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
+    monkeypatch.setattr(lock, "RETRY_S", 0.1)
 
 
 def test_a_second_process_is_refused_and_the_first_may_be_killed_or_stopped(tmp_path: Path, quick: None) -> None:
@@ -89,9 +89,9 @@ import os, sys
 from pathlib import Path
 from moetrain.errors import ConfigError
 from moetrain.runs import lock
-lock.PATIENCE_S = 0.0                                    # who is not the first is refused
+lock.RETRY_S = 0.0                                    # who is not the first is refused
 directory, rounds, processes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-stale = lock.Holder(lock._machine(), "here", 1, "gone", "long ago", "0")._asdict()
+stale = lock.Holder(lock._boot_id(), "here", 1, "gone", "long ago", "0")._asdict()
 
 def contend(go, done):
     while os.read(go, 1) == b"g":
@@ -174,7 +174,7 @@ def test_without_locks_of_the_file_system_the_record_decides(tmp_path: Path, qui
     monkeypatch.setattr(lock, "try_lock", none)
     with RunLock(tmp_path), pytest.raises(ConfigError, match="E-CONFIG-091"), RunLock(tmp_path):
         pytest.fail("two jobs")
-    record(tmp_path, machine=lock._machine())
+    record(tmp_path, machine=lock._boot_id())
     with RunLock(tmp_path):
         pass
 
