@@ -1,12 +1,14 @@
-"""From files that every rank has written to a checkpoint that counts, and which older ones may go.
+"""Commit of a checkpoint: files that all ranks have written become one that counts, and old ones are removed.
 
     step-00000100.tmp-3/rank-0000.safetensors, index-0000.json, ...    every rank, fsync
-    step-00000100.tmp-3/manifest.json                                  rank 0, from the indexes; fsync, also of the directory
+    step-00000100.tmp-3/manifest.json                                  rank 0, from the indexes; fsync, and
+                                                                       fsync of the directory
     step-00000100/                                                     rename, fsync of the parent
     the oldest                                                         renamed to .tmp, then removed
 
-Before the rename there is no new checkpoint, after it there is a complete one; at no point are there fewer than before.
-There is no pointer to the newest: names say it, and cannot say something else than what is there. No torch here.
+Before the rename there is no new checkpoint, after it there is a complete one; at no time are there fewer
+than before. No pointer names the newest checkpoint: the names of the directories order them, and always match
+what is there. This file imports no torch.
 """
 
 import logging
@@ -34,7 +36,16 @@ log = logging.getLogger(__name__)
 
 
 def write_rank(directory: Path, rank: int, items: list[Item], step: int) -> None:
-    """This rank's payload, if it has one, and its index. OSError when it cannot be written; nothing is left of it then."""
+    """Write the payload of a rank, if it has one, and its index.
+
+    Raises OSError when it cannot be written, and leaves nothing behind then.
+
+    Args:
+        directory: temporary directory of the save.
+        rank: this rank.
+        items: rows of tensors that it writes.
+        step: step of the checkpoint.
+    """
     payload, index = directory / payload_name(rank), _index(directory, rank)
     file, rows = None, []
     try:
@@ -52,9 +63,17 @@ def write_rank(directory: Path, rank: int, items: list[Item], step: int) -> None
 
 def commit(temporary: Path, final: Path, *, ranks: int, facts: dict[str, Any], values: dict[str, Any],
            keep: int | None = None) -> None:
-    """Make a checkpoint of what all ranks have written; keep: how many to leave, all when None. For rank 0.
+    """Make a checkpoint of what all ranks have written; rank 0 calls it.
 
-    OSError or CheckpointError when it cannot be made; nothing else has changed then.
+    Raises OSError or CheckpointError when that fails, and has changed nothing else then.
+
+    Args:
+        temporary: directory of the save.
+        final: directory of the checkpoint.
+        ranks: number of ranks that have written.
+        facts: how the checkpoint was made, for the manifest.
+        values: state that is no tensor, for the manifest.
+        keep: number of checkpoints to keep; None keeps all.
     """
     manifest = merge({rank: read_checked(_index(temporary, rank)) for rank in range(ranks)}, facts, values)
     with disk.new_file(temporary / NAME) as append:
@@ -70,12 +89,18 @@ def commit(temporary: Path, final: Path, *, ranks: int, facts: dict[str, Any], v
         disk.sync_directory(final.parent)
     try:
         retire(final.parents[1], keep)
-    except OSError as error:                             # the checkpoint is there: the save has succeeded
+    except OSError as error:  # the new checkpoint exists, so the save has succeeded
         log.warning("old checkpoints could not be removed: %s", error)
 
 
 def merge(indexes: dict[int, Any], facts: dict[str, Any], values: dict[str, Any]) -> Manifest:
-    """The manifest of what all ranks have written."""
+    """Merge the indexes of all ranks into a manifest.
+
+    Args:
+        indexes: content of the index file of each rank.
+        facts: how the checkpoint was made.
+        values: state that is no tensor.
+    """
     manifest = Manifest(facts=facts, values=values)
     experts: dict[str, dict[int, tuple[str, tuple[int, ...], list[int]]]] = {}
     found: dict[str, tuple[str, tuple[int, ...], list[Chunk]]] = {}
@@ -89,15 +114,18 @@ def merge(indexes: dict[int, Any], facts: dict[str, Any], values: dict[str, Any]
                 experts.setdefault(kind[0], {})[kind[1]] = (dtype, tuple(shape), [number, begin, *crcs])
                 continue
             entry = found.setdefault(name, (dtype, tuple(shape), []))
-            assert entry[:2] == (dtype, tuple(shape)), f"{name} is {dtype} {shape} on rank {rank}, {entry[:2]} elsewhere"
+            assert entry[:2] == (dtype, tuple(shape)), (
+                f"{name} is {dtype} {shape} on rank {rank}, {entry[:2]} elsewhere")
             entry[2].append(Chunk(name_of_file, begin, first, rows, tuple(crcs)))
     files = list(manifest.files)
     for pattern, by_id in experts.items():
         kinds = {(dtype, shape) for dtype, shape, _ in by_id.values()}
         if len(kinds) == 1 and by_id.keys() == set(range(len(by_id))):
-            manifest.experts[pattern] = Table(*kinds.pop(), [by_id[expert][2] for expert in range(len(by_id))])
+            manifest.experts[pattern] = Table(
+                *kinds.pop(), [by_id[expert][2] for expert in range(len(by_id))])
             continue
-        for expert, (dtype, shape, (number, begin, *crcs)) in by_id.items():     # some of the experts: one by one
+        # Experts of different shapes, or only some of a layer's, are recorded one by one.
+        for expert, (dtype, shape, (number, begin, *crcs)) in by_id.items():
             chunks = found.setdefault(pattern.replace("*", str(expert)), (dtype, shape, []))[2]
             chunks.append(Chunk(files[number], begin, 0, row_count(shape), tuple(crcs)))
     manifest.tensors = {name: Entry(dtype, shape, tuple(sorted(chunks, key=lambda chunk: chunk.first)))
@@ -106,16 +134,16 @@ def merge(indexes: dict[int, Any], facts: dict[str, Any], values: dict[str, Any]
 
 
 def check_written(directory: Path, ranks: int) -> None:
-    """Read back what will count, by the rules a reader has: every row of every tensor once, every byte in its place."""
+    """Read the new checkpoint back with the checks of a reader, before it is renamed into place."""
     hidden = {_index(directory, rank).name for rank in range(ranks)}
     manifest = read_manifest(directory)
     check_files(directory, manifest, but=hidden)
 
 
 def retire(run_dir: Path, keep: int | None) -> list[Path]:
-    """Remove checkpoints older than the newest `keep` sound ones, and damaged ones set aside; returns what was removed.
+    """Remove checkpoints older than the newest `keep` sound ones, and damaged ones that were set aside.
 
-    keep None removes nothing. Directories of other names are somebody's own.
+    With `keep` None nothing is removed. Directories of other names are not touched. Returns what was removed.
     """
     sound = [path for path in reversed(checkpoints_of(run_dir)) if is_sound(path)] if keep else []
     if not keep or len(sound) < keep:
@@ -124,7 +152,8 @@ def retire(run_dir: Path, keep: int | None) -> list[Path]:
     old = [path for path in oldest.parent.glob("step-*")
            if is_step(path.name.removesuffix(".damaged")) and path.name[:13] < oldest.name]
     for path in sorted(old):
-        grave = path.with_name(f"{path.name}.tmp-0")     # one step: never a checkpoint that lacks some of its files
+        # Renamed before it is removed, so that no checkpoint ever lacks some of its files.
+        grave = path.with_name(f"{path.name}.tmp-0")
         disk.remove_tree(grave)
         disk.rename(path, grave)
         disk.remove_tree(grave)
@@ -132,21 +161,21 @@ def retire(run_dir: Path, keep: int | None) -> list[Path]:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """What saves left behind that were killed. Only while nobody saves in this directory."""
+    """Remove what killed saves left behind. No save may be under way in this directory."""
     for path in (run_dir / "checkpoints").glob("step-*.tmp*"):
         with suppress(OSError):
             disk.remove_tree(path)
 
 
 def set_aside(path: Path) -> None:
-    """Take a damaged checkpoint out of the way, for whoever wants to look into it."""
+    """Rename a damaged checkpoint to <name>.damaged, so that it can be examined."""
     aside = path.with_name(f"{path.name}.damaged")
     disk.remove_tree(aside)
     disk.rename(path, aside)
 
 
 def _make_way(final: Path) -> bool:
-    """False where a checkpoint of this step is there already and good; a damaged one goes aside."""
+    """Set a damaged checkpoint of this step aside. Returns False where there is a sound one already."""
     if next(problems(final), None) is None:
         log.info("%s is there already", final)
         return False

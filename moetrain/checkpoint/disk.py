@@ -1,6 +1,7 @@
-"""Every change that a save makes to the disk goes through here: create, write, fsync, rename, remove.
+"""Disk operations of a save: create, write, fsync, rename, remove.
 
-One place, so that a test can look on, stop a save before or after each of them, or fill the disk. No torch here.
+Every change that a save makes goes through this file, so that a test can observe it, stop a save before or
+after it, or fill the disk. This file imports no torch.
 """
 
 import os
@@ -10,14 +11,15 @@ from pathlib import Path
 
 BUFFER = 1 << 20
 
-# (before or after, what, path, bytes). What an observer raises happens in place of the change.
+# Called with ("before" or "after", operation, path, bytes). An exception that it raises before
+# takes the place of the change.
 Observer = Callable[[str, str, Path, int], None]
 _observers: list[Observer] = []
 
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Call `observer` around every change while the block runs, on all threads of this process."""
+    """Call `observer` around every change while the block runs, in all threads of this process."""
     _observers.append(observer)
     try:
         yield
@@ -27,7 +29,10 @@ def observed(observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
-    """Create a file that must not exist; gives a function that appends. Its content is on the disk when the block ends."""
+    """Create a file that must not exist yet, and yield a function that appends to it.
+
+    The content is on the disk (fsync) when the block ends.
+    """
     with _change("create", path):
         file = path.open("xb", buffering=BUFFER)
     with file:
@@ -42,12 +47,13 @@ def new_file(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
 
 
 def make_directory(path: Path) -> None:
+    """Create a directory and its parents, as far as they do not exist."""
     with _change("create", path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def sync_directory(path: Path) -> None:
-    """The names in a directory are on the disk too."""
+    """Bring the names in a directory to the disk (fsync)."""
     with _change("fsync", path):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -57,17 +63,19 @@ def sync_directory(path: Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
+    """Rename a file or directory."""
     with _change("rename", old):
         old.rename(new)
 
 
 def remove(path: Path) -> None:
+    """Remove a file or a link."""
     with _change("remove", path):
         path.unlink()
 
 
 def remove_tree(path: Path) -> None:
-    """A checkpoint's directory and what lies in it; fine when it is not there. A link goes, what it leads to stays."""
+    """Remove a directory and its content, if it exists. Links are removed, their targets are not."""
     if path.is_symlink():
         remove(path)
         return

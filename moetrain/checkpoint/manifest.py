@@ -1,4 +1,6 @@
-"""The manifest of a checkpoint: which rows of which tensor lie where, with checksums. JSON, no pickle, no torch.
+"""Reading of a checkpoint's manifest: which rows of which tensor lie where, with checksums.
+
+It is JSON, never a pickle, and this file imports no torch.
 
     line 1      CRC-32 of the rest, eight hexadecimal digits
     the rest    {"version", "facts", "values", "block",
@@ -6,12 +8,14 @@
                  "tensors": {name: [dtype, shape, [[file, begin, first row, rows, crc, ...], ...]]},
                  "experts": {name with * for the expert: [dtype, shape, [[file, begin, crc, ...], ...]]}}
 
-`file` counts the entries of `files`, `begin` and `header` are bytes. A chunk is a range of rows; its length follows from
-dtype, shape and rows. It has one CRC-32 for every `block` bytes. Experts that lie whole in one chunk share a table, their id
-is the place in it. Headers and chunks cover every byte of every file, and chunks every row of every tensor, exactly once.
+`file` is an index into `files`; `begin` and `header` are bytes. A chunk is a range of rows, whose length in
+bytes follows from dtype, shape and rows, with one CRC-32 for every `block` bytes. Experts that lie whole in
+one chunk share a table, in which the row is the expert's id. Headers and chunks cover every byte of every
+file exactly once, and chunks every row of every tensor.
 
-A manifest is taken for hostile: whatever this file hands out has passed all the checks in it. Saves are renamed into place as
-a whole, so a step's directory without a manifest is a damaged checkpoint, and so is a link.
+A manifest is treated as hostile input: everything that this file returns has passed all of its
+checks. Saves are renamed into place as a whole, so a step's directory without a manifest is a
+damaged checkpoint, and so is a link.
 """
 
 import json
@@ -37,14 +41,17 @@ from moetrain.errors import CheckpointError
 from moetrain.files import read_bytes, reason
 
 NAME = "manifest.json"
-MOST_BYTES = 100 << 20                   # of a manifest, and of the header of a payload file
-MOST = 1 << 62          # steps or tokens: there is room to go on
+MOST_BYTES = 100 << 20  # size limit of a manifest, and of the header of a payload file
+MOST = 1 << 62          # limit of steps and tokens, so that int64 can count on from there
 _FILE = re.compile(r"rank-[0-9]{4,6}\.safetensors")
 _STEP = re.compile(r"step-[0-9]{8}")
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint directory; CheckpointError names the file when it cannot be trusted."""
+    """Read and check the manifest of a checkpoint's directory.
+
+    Raises CheckpointError, which names the file, when the manifest is missing, damaged or invalid.
+    """
     path = directory / NAME
     if is_step(directory.name) and directory.is_symlink():
         raise damaged(directory, "it is a link, not a directory of the run")
@@ -65,7 +72,10 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_checked(path: Path) -> Any:
-    """The JSON below a checksum; ValueError or OSError when it cannot be trusted."""
+    """Read JSON below a line with its checksum, as `with_checksum` writes it.
+
+    Raises ValueError or OSError when the file is damaged or cannot be read.
+    """
     content = read_bytes(path, limit=MOST_BYTES, links=False)
     head, _, body = content.partition(b"\n")
     _require(head == b"%08x" % zlib.crc32(body), "its checksum does not match: it is truncated or altered")
@@ -73,12 +83,12 @@ def read_checked(path: Path) -> Any:
 
 
 def is_step(name: str) -> bool:
-    """Whether a directory of this name is a checkpoint of ours."""
+    """Whether a directory of this name is a checkpoint: `step-` and eight digits."""
     return _STEP.fullmatch(name) is not None
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first, whether they are good or damaged."""
+    """List the checkpoints of a run, sound or damaged, oldest first."""
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if is_step(path.name))
 
 
@@ -88,10 +98,12 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def step_of(directory: Path) -> int:
+    """Step of a checkpoint, from the name of its directory."""
     return int(directory.name.removeprefix("step-"))
 
 
 def damaged(path: Path, why: str) -> CheckpointError:
+    """Return the error of a damaged checkpoint file."""
     return CheckpointError(
         1, "a checkpoint file is damaged or foreign", where=str(path), why=why,
         next="restore the file, or move this step's directory away to continue from an older one",
@@ -99,15 +111,15 @@ def damaged(path: Path, why: str) -> CheckpointError:
 
 
 def is_damage(error: CheckpointError) -> bool:
-    """True where an older checkpoint may help."""
+    """Whether an error says that a checkpoint is damaged, so that an older one may be loaded instead."""
     return error.id == "E-CHECKPOINT-001"
 
 
-# --- what a manifest must fulfil
+# --- rules that a manifest must obey
 
 
 class _Wrong(ValueError):
-    """A rule that a manifest breaks."""
+    """Violation of a rule by a manifest."""
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -129,7 +141,8 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
     _require(type(raw["block"]) is int and raw["block"] > 0, "its block size is not a positive number")
     for part in ("facts", "values", "files", "tensors", "experts"):
         _require(isinstance(raw[part], dict), f"{part} is not an object")
-    _require(all(_natural(raw["values"].get(key)) and raw["values"][key] < MOST for key in ("step", "tokens")),
+    _require(all(_natural(raw["values"].get(key)) and raw["values"][key] < MOST
+                 for key in ("step", "tokens")),
              "step or tokens is no number, or too large")
     files = {name: _file(name, record) for name, record in raw["files"].items()}
     manifest = Manifest(raw["facts"], raw["values"], files, block=raw["block"])
@@ -164,12 +177,15 @@ def _file(name: str, record: Any) -> File:
 def _tensor(name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...]]:
     _require(0 < len(name) <= 512 and name.isprintable(), f"{name[:64]!r} is no name of a tensor")
     _require(isinstance(dtype, str) and dtype in ITEM_BYTES, f"{name} has an unknown dtype {dtype!r}")
-    _require(isinstance(shape, list) and len(shape) <= 8 and all(map(_natural, shape)), f"{name} has an impossible shape")
-    _require(_natural(prod(max(1, size) for size in shape) * ITEM_BYTES[dtype]), f"{name} is larger than any disk")
+    _require(isinstance(shape, list) and len(shape) <= 8 and all(map(_natural, shape)),
+             f"{name} has an impossible shape")
+    _require(_natural(prod(max(1, size) for size in shape) * ITEM_BYTES[dtype]),
+             f"{name} is larger than any disk")
     return dtype, tuple(shape)
 
 
-def _entry(name: str, record: Any, files: list[str], block: int, used: list[list[tuple[int, int]]]) -> Entry:
+def _entry(name: str, record: Any, files: list[str], block: int,
+           used: list[list[tuple[int, int]]]) -> Entry:
     dtype, shape, rows = record
     dtype, shape = _tensor(name, dtype, shape)
     entry, next_row = Entry(dtype, shape, ()), 0
@@ -177,11 +193,13 @@ def _entry(name: str, record: Any, files: list[str], block: int, used: list[list
     for row in rows:
         _require(_numbers(row) and len(row) >= 4, f"a chunk of {name} is not made of numbers")
         file, begin, first, count, *crcs = row
-        _require(first == next_row and count > 0, f"rows {next_row} to {first} of {name} are missing or there twice")
+        _require(first == next_row and count > 0,
+                 f"rows {next_row} to {first} of {name} are missing or there twice")
         _place(name, file, begin, count * width, crcs, block, used)
         chunks.append(Chunk(files[file], begin, first, count, tuple(crcs)))
         next_row = first + count
-    _require(next_row == (row_count(shape) if width else 0), f"{name} has {next_row} rows of {row_count(shape)}")
+    _require(next_row == (row_count(shape) if width else 0),
+             f"{name} has {next_row} rows of {row_count(shape)}")
     return entry._replace(chunks=tuple(chunks))
 
 
@@ -200,6 +218,7 @@ def _table(pattern: str, record: Any, block: int, used: list[list[tuple[int, int
 
 def _place(name: str, file: int, begin: int, length: int, crcs: list[int], block: int,
            used: list[list[tuple[int, int]]]) -> None:
+    """Check the place of a chunk and add its range of bytes to `used`."""
     _require(file < len(used), f"{name} lies in a file that is not listed")
     _require(length > 0 and len(crcs) == -(-length // block) and max(crcs) < 1 << 32,
              f"{name} has the wrong number of checksums")
@@ -214,10 +233,11 @@ def _no_name_twice(manifest: Manifest) -> None:
 
 
 def _covers(name: str, file: File, ranges: list[tuple[int, int]]) -> None:
-    """Nothing lies between the chunks of a file, before or behind them, and no byte belongs to two."""
+    """Require that header and chunks cover every byte of a file exactly once."""
     end = file.header
     for begin, length in sorted(ranges):
         _require(begin == end,
-                 f"bytes {min(begin, end)} to {max(begin, end)} of {name} belong to nothing, or to two tensors")
+                 f"bytes {min(begin, end)} to {max(begin, end)} of {name} "
+                 "belong to nothing, or to two tensors")
         end = begin + length
     _require(end == file.size, f"{name} should be {end} bytes long, not {file.size}")

@@ -1,12 +1,14 @@
-"""A payload file: safetensors, so that any tool can read it. Written with checksums, read by the manifest alone. No torch.
+"""Payload files of a checkpoint: safetensors for other tools, with checksums in the manifest.
 
     8 bytes     length of the header, little-endian
-    header      JSON {"__metadata__": {...}, key: {"dtype", "shape", "data_offsets"}}, padded with spaces to 8 bytes
-    content     the tensors, one behind the other
+    header      JSON {"__metadata__": {...}, key: {"dtype", "shape", "data_offsets"}}, padded with spaces
+                to 8 bytes
+    content     the tensors, one after the other
 
-A key is the tensor's name, or `name@<first row>` where the file holds some of its rows. The header is for other tools:
-it follows from the manifest to the last byte (step and rank included, so that files of two steps differ) and is compared,
-never parsed.
+A key is the tensor's name, or `name@<first row>` where the file holds only some of its rows. The
+header is for other tools. Reading relies on the manifest alone, from which every byte of the header
+follows: the header is compared, never parsed. It includes step and rank, so that files of two steps
+differ. This file imports no torch.
 """
 
 import json
@@ -23,7 +25,7 @@ from moetrain.files import open_descriptor, reason
 
 
 class Item(NamedTuple):
-    """Rows [first, first + rows) of a logical tensor of `shape`, as bytes in memory."""
+    """Rows [first, first + rows) of a tensor, as bytes in memory; `shape` is the whole tensor's."""
 
     name: str
     dtype: str
@@ -33,10 +35,19 @@ class Item(NamedTuple):
     content: memoryview
 
 
-def write_payload(path: Path, items: list[Item], step: int, block: int = BLOCK) -> tuple[File, list[list[Any]]]:
-    """Write tensors one behind the other, those with the largest elements first so that all lie aligned.
+def write_payload(path: Path, items: list[Item], step: int,
+                  block: int = BLOCK) -> tuple[File, list[list[Any]]]:
+    """Write tensors one after the other, those with the largest elements first, so that all lie aligned.
 
-    Gives the record of the file, and a row for each item: [name, dtype, shape, begin, first row, rows, crc, ...].
+    Args:
+        path: the file, which must not exist.
+        items: what to write.
+        step: step of the checkpoint.
+        block: bytes under one checksum.
+
+    Returns:
+        The record of the file, and for each item a row
+        [name, dtype, shape, begin, first row, rows, crc, ...].
     """
     items = sorted(items, key=lambda item: (-ITEM_BYTES[item.dtype], item.name, item.first))
     head = header(map(_part, items), metadata(path.name, step))
@@ -61,11 +72,12 @@ def _part(item: Item) -> Part:
 
 
 def header(parts: Iterable[Part], metadata: dict[str, str]) -> bytes:
-    """The bytes before the content."""
+    """Encode the header of a payload file, including its length."""
     record: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for part in parts:
-        record[part.key] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [offset, offset + part.length]}
+        record[part.key] = {"dtype": part.dtype, "shape": part.shape,
+                            "data_offsets": [offset, offset + part.length]}
         offset += part.length
     text = json.dumps(record, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -73,16 +85,22 @@ def header(parts: Iterable[Part], metadata: dict[str, str]) -> bytes:
 
 
 def payload_name(rank: int) -> str:
+    """Name of the payload file of a rank."""
     return f"rank-{rank:04d}.safetensors"
 
 
 def metadata(name: str, step: int) -> dict[str, str]:
-    """What the header says beside the tensors."""
+    """Entry `__metadata__` of the header."""
     return {"format": "pt", "step": str(step), "file": name}
 
 
 class Payload:
-    """A payload file open for reading; every way in which it is not what the manifest says is a CheckpointError."""
+    """Payload file open for reading. Any difference from the manifest raises CheckpointError.
+
+    Args:
+        path: the file.
+        file: its record in the manifest.
+    """
 
     def __init__(self, path: Path, file: File) -> None:
         self.path, self.file = path, file
@@ -98,6 +116,7 @@ class Payload:
             raise damaged(path, f"{size} bytes long, {file.size} when it was written")
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self.descriptor)
 
     def __enter__(self) -> "Payload":
@@ -107,20 +126,29 @@ class Payload:
         self.close()
 
     def check_header(self) -> bytes:
+        """Compare the header with its checksum; returns its bytes."""
         head = self._read(0, self.file.header)
         if zlib.crc32(head) != self.file.crc:
-            raise damaged(self.path, "its header does not match its checksum: it is altered, or of another step")
+            raise damaged(
+                self.path, "its header does not match its checksum: it is altered, or of another step")
         return head
 
     def check_keys(self, parts: list[Part], step: int) -> None:
-        """The header says to other tools what the manifest says to us."""
+        """Check that the header lists exactly the tensors of the manifest."""
         if self.check_header() != header(parts, metadata(self.path.name, step)):
             raise damaged(self.path, "its header does not list the tensors of the manifest")
 
-    def blocks(self, part: Part, block: int, begin: int, end: int, check: bool = True) -> Iterator[memoryview]:
-        """Bytes [begin, end) of a part, block by block; each block they touch is read whole and compared with its checksum.
+    def blocks(self, part: Part, block: int, begin: int, end: int,
+               check: bool = True) -> Iterator[memoryview]:
+        """Read bytes [begin, end) of a part, block by block.
 
-        check=False reads these bytes alone and believes them.
+        Args:
+            part: a range of bytes in this file.
+            block: bytes under one checksum.
+            begin: first byte, from the beginning of the part.
+            end: end of the bytes, from the beginning of the part.
+            check: read every block that they touch whole and compare it with its
+                checksum, instead of these bytes alone.
         """
         for number in range(begin // block, -(-end // block)):
             start, stop = number * block, min((number + 1) * block, part.length)

@@ -1,4 +1,7 @@
-"""What a manifest is made of: files, tensors, chunks, and tables of experts. JSON out; in: manifest.py. No torch."""
+"""Records of a checkpoint's manifest: files, tensors, chunks, and tables of experts.
+
+This file writes them as JSON; manifest.py reads and checks them. It imports no torch.
+"""
 
 import json
 import re
@@ -9,32 +12,32 @@ from math import prod
 from typing import Any, NamedTuple
 
 VERSION = 2
-BLOCK = 64 << 20                         # bytes under one checksum
+BLOCK = 64 << 20  # bytes under one checksum
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
               "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _EXPERT = re.compile(r"(.+\.experts\.)(0|[1-9][0-9]{0,6})(\..+)")
 
 
 class File(NamedTuple):
-    """size, and of it the header's part (with its 8 bytes of length), in bytes."""
+    """A payload file."""
 
-    size: int
-    header: int
-    crc: int
+    size: int    # bytes
+    header: int  # bytes of its header, with the 8 bytes that give the header's length
+    crc: int     # CRC-32 of the header
 
 
 class Chunk(NamedTuple):
-    """Rows [first, first + rows) of a tensor, from byte `begin` of a file."""
+    """Rows [first, first + rows) of a tensor, stored from byte `begin` of a file on."""
 
     file: str
     begin: int
     first: int
     rows: int
-    crcs: tuple[int, ...]
+    crcs: tuple[int, ...]  # CRC-32 of every block of bytes
 
 
 class Entry(NamedTuple):
-    """A tensor; chunks in the order of their rows, none for a tensor without elements."""
+    """A tensor and its chunks in the order of their rows; a tensor without elements has none."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +45,7 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """One matrix of all experts of a layer; a row is [file, begin, crc, ...]."""
+    """One matrix of every expert of a layer; the row of an expert is [file, begin, crc, ...]."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,7 +53,7 @@ class Table(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What lies in one place of a file: its key there, and the shape of these rows."""
+    """A range of bytes in a file: its key there, and the shape of its rows."""
 
     begin: int
     length: int
@@ -62,6 +65,17 @@ class Part(NamedTuple):
 
 @dataclass
 class Manifest:
+    """Content of a checkpoint.
+
+    Args:
+        facts: how the checkpoint was made: config, data, versions, mesh.
+        values: state that is no tensor, with at least step and tokens.
+        files: payload files by name.
+        tensors: tensors by name, except those in `experts`.
+        experts: matrices of experts, by tensor name with * for the expert.
+        block: bytes under one checksum.
+    """
+
     facts: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     files: dict[str, File] = field(default_factory=dict)
@@ -70,14 +84,14 @@ class Manifest:
     block: int = BLOCK
 
     def names(self) -> Iterator[str]:
-        """Every logical tensor, in an order that is the same wherever the manifest is read."""
+        """Names of all tensors, in an order that every reader of the manifest shares."""
         yield from self.tensors
         for pattern, table in self.experts.items():
             before, _, after = pattern.partition("*")
             yield from (f"{before}{expert}{after}" for expert in range(len(table.rows)))
 
     def entry(self, name: str) -> Entry | None:
-        """Where a tensor lies; None when it is not here."""
+        """Record of a tensor; None where the checkpoint has none of that name."""
         if name in self.tensors:
             return self.tensors[name]
         found = split_expert(name)
@@ -89,7 +103,7 @@ class Manifest:
         return Entry(table.dtype, table.shape, (chunk,))
 
     def parts(self) -> dict[str, list[Part]]:
-        """The content of every file, in the order of its bytes."""
+        """Content of every file, in the order of its bytes."""
         names = list(self.files)
         found: dict[str, list[Part]] = {name: [] for name in names}
         for name, entry in self.tensors.items():
@@ -102,36 +116,41 @@ class Manifest:
             before, _, after = pattern.partition("*")
             length = row_count(table.shape) * row_bytes(table)
             for expert, (file, begin, *crcs) in enumerate(table.rows):
-                found[names[file]].append(Part(begin, length, f"{before}{expert}{after}", table.dtype, table.shape,
-                                               tuple(crcs)))
+                found[names[file]].append(Part(
+                    begin, length, f"{before}{expert}{after}", table.dtype, table.shape, tuple(crcs)))
         for parts in found.values():
             parts.sort()
         return found
 
     def encode(self) -> bytes:
+        """Content of the manifest's file."""
         place = {name: number for number, name in enumerate(self.files)}
         tensors = {name: [entry.dtype, entry.shape,
-                          [[place[chunk.file], chunk.begin, chunk.first, chunk.rows, *chunk.crcs] for chunk in entry.chunks]]
+                          [[place[chunk.file], chunk.begin, chunk.first, chunk.rows, *chunk.crcs]
+                           for chunk in entry.chunks]]
                    for name, entry in self.tensors.items()}
-        return with_checksum({"version": VERSION, "facts": self.facts, "values": self.values, "block": self.block,
-                              "files": self.files, "tensors": tensors, "experts": self.experts})
+        return with_checksum({
+            "version": VERSION, "facts": self.facts, "values": self.values, "block": self.block,
+            "files": self.files, "tensors": tensors, "experts": self.experts})
 
 
 def row_count(shape: tuple[int, ...]) -> int:
-    """Rows are indices of dim 0; a scalar is one row."""
+    """Number of rows of a tensor: its size in dim 0, and 1 for a scalar."""
     return shape[0] if shape else 1
 
 
 def row_bytes(of: Entry | Table) -> int:
+    """Bytes of one row of a tensor."""
     return prod(of.shape[1:]) * ITEM_BYTES[of.dtype]
 
 
 def split_expert(name: str) -> tuple[str, int] | None:
-    """(name with * for the expert, expert) of a tensor that belongs to an expert."""
+    """Split the name of an expert's tensor into (name with * for the expert, expert); None for others."""
     found = _EXPERT.fullmatch(name)
     return (f"{found[1]}*{found[3]}", int(found[2])) if found else None
 
 
 def with_checksum(record: dict[str, Any]) -> bytes:
+    """Encode a record as JSON below a line with its CRC-32; `read_checked` reads it."""
     body = json.dumps(record, allow_nan=False, separators=(",", ":")).encode()
     return b"%08x\n%b" % (zlib.crc32(body), body)

@@ -1,9 +1,9 @@
-"""Is a checkpoint what was written? Two depths:
+"""Verification that a checkpoint is what was written, at two depths.
 
     sizes    the manifest, the size and header of every file, and that nothing else lies in the directory
     full     also every checksum: every byte is read
 
-No torch here: `moetrain checkpoint verify` and the retention of old checkpoints ask this too.
+`moetrain checkpoint verify` and the retention of old checkpoints use it, too. This file imports no torch.
 """
 
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def is_sound(directory: Path) -> bool:
-    """By sizes: whether a directory can be counted on, without reading all of it."""
+    """Whether a checkpoint passes the verification by sizes."""
     try:
         check_files(directory, read_manifest(directory))
     except CheckpointError:
@@ -28,7 +28,13 @@ def is_sound(directory: Path) -> bool:
 
 
 def check_files(directory: Path, manifest: Manifest, but: Collection[str] = ()) -> None:
-    """By sizes. CheckpointError names the first file that is wrong; `but` names files that may be there too."""
+    """Verify a checkpoint by sizes; CheckpointError names the first file that is wrong.
+
+    Args:
+        directory: of the checkpoint.
+        manifest: what it should contain.
+        but: names of other files that may be there.
+    """
     for name, file in manifest.files.items():
         with Payload(directory / name, file) as payload:
             payload.check_header()
@@ -37,7 +43,15 @@ def check_files(directory: Path, manifest: Manifest, but: Collection[str] = ()) 
 
 
 def strangers(directory: Path, manifest: Manifest, but: Collection[str] = ()) -> Iterator[CheckpointError]:
-    """Files that no save wrote. Hidden ones are left alone and never read: file systems and file managers make them."""
+    """Yield an error for every file that no save wrote.
+
+    Hidden files are allowed and never read: file systems and file managers create them.
+
+    Args:
+        directory: of the checkpoint.
+        manifest: what it should contain.
+        but: names of other files that may be there.
+    """
     for path in sorted(directory.iterdir()):
         if path.name not in (NAME, *manifest.files, *but):
             if path.name.startswith("."):
@@ -46,10 +60,13 @@ def strangers(directory: Path, manifest: Manifest, but: Collection[str] = ()) ->
                 yield damaged(path, "it does not belong to the checkpoint")
 
 
-def problems(directory: Path, progress: Callable[[int], None] = lambda count: None) -> Iterator[CheckpointError]:
-    """Everything that is wrong with a checkpoint, one error a file, after reading every byte.
+def problems(directory: Path,
+             progress: Callable[[int], None] = lambda count: None) -> Iterator[CheckpointError]:
+    """Verify a checkpoint in full and yield one error for every file that is wrong.
 
-    progress: called with the bytes read since the last call.
+    Args:
+        directory: of the checkpoint.
+        progress: called with the number of bytes read since the last call.
     """
     try:
         manifest = read_manifest(directory)

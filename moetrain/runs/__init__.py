@@ -1,1 +1,1 @@
-"""Files of a run's directory, as far as they are nobody else's: no torch, no loop."""
+"""Files of a run's directory, shared by training, launchers and reports. Imports no torch."""

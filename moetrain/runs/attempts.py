@@ -1,7 +1,8 @@
-"""Who works on a run's directory, and how often they failed there: rank 0's business.
+"""Attempts at a run: rank 0 holds the run's lock and records every start and end.
 
-    lock                  <run.dir>/lock: a second job is refused (runs/lock.py)
-    log/attempts.jsonl    one line a start, one line an end: a run that crashes again and again at one step is stopped (17)
+    lock                  <run.dir>/lock refuses a second job (runs/lock.py)
+    log/attempts.jsonl    one line for each start and each end; a run that crashes repeatedly at one step is
+                          refused with exit code 17
 """
 
 import json
@@ -15,12 +16,12 @@ from moetrain.errors import CrashLoopError
 from moetrain.runs.lock import RunLock
 
 CRASHES = 3
-# Ends that say nothing against a further attempt: done, preempted, a user's mistake, told to stop. The rest are crashes.
+# Exit codes that are no crash: done, preempted, a user's mistake, told to stop.
 ORDERLY = {0, 2, 10, 11, 12, 13, 14, 15, 18}
 
 
 class RunAttempts:
-    """Holds the lock of a run's directory while entered, and keeps the record of attempts."""
+    """Lock of a run's directory, held while entered, and the record of its attempts."""
 
     def __init__(self, directory: Path) -> None:
         self.lock = RunLock(directory)
@@ -35,22 +36,28 @@ class RunAttempts:
         self.lock.__exit__(kind, error, trace)
 
     def begin(self, step: int) -> None:
-        """An attempt starts from this step. CrashLoopError after CRASHES attempts that crashed without getting further."""
+        """Record that an attempt starts from this step.
+
+        Raises CrashLoopError after CRASHES attempts in a row that crashed without reaching the next save.
+        """
         crashed = self._crashed(step)
         if crashed >= CRASHES:
             raise CrashLoopError(
-                1, f"the run crashed {crashed} times in a row after step {step} without reaching the next save",
-                where=str(self.attempts), why="the same would happen again; log/rank-<n>.log and status.json say what it was",
+                1,
+                f"the run crashed {crashed} times in a row after step {step} without reaching the next save",
+                where=str(self.attempts),
+                why="the same would happen again; log/rank-<n>.log and status.json say what it was",
                 next=f"mend the cause, then remove {self.attempts} and run the same command",
             )
-        self.status.unlink(missing_ok=True)              # how an earlier attempt ended says nothing now
+        self.status.unlink(missing_ok=True)  # it tells how an earlier attempt ended
         self._note({"start": step, "pid": os.getpid(), "host": socket.gethostname(), "time": _now()})
 
     def end(self, code: int) -> None:
+        """Record the exit code with which the attempt ends."""
         self._note({"end": code, "time": _now()})
 
     def _crashed(self, step: int) -> int:
-        """Attempts in a row, the newest last, that started from this step and did not end orderly."""
+        """Number of the newest attempts in a row that started from this step and did not end in order."""
         count, orderly = 0, False
         for line in reversed(_lines(self.attempts)):
             if "end" in line:
@@ -77,7 +84,7 @@ def _lines(path: Path) -> list[dict]:
         try:
             found.append(json.loads(line))
         except ValueError:
-            continue                                     # a line that was cut off
+            continue  # the line was cut off
     return [line for line in found if isinstance(line, dict)]
 
 

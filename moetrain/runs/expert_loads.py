@@ -1,9 +1,10 @@
-"""Tokens per expert of every router, one record a step.
+"""Expert loads of a run: tokens per expert of every router, one record a step.
 
-    log/loads/*.i32    appended every step; loads.npz is built from it
-    log/loads/routers.json
+    log/loads/*.i32           appended every step; loads.npz is built from them
+    log/loads/routers.json    names of the routers, and the number of experts of each
 
-A resumed run cuts its records to the restored step; what is cut goes to <file>.lost and is never deleted.
+A resumed run cuts its records back to the restored step; what is cut goes to
+<file>.lost and is never deleted.
 """
 
 import json
@@ -25,54 +26,56 @@ from moetrain.runs.files import append, move_to_lost, replacing, written
 log = logging.getLogger(__name__)
 
 ROUTERS = "routers.json"
-BLOCK_BYTES = 16 << 20       # of records that are read at once
+BLOCK_BYTES = 16 << 20  # records read at once
 
 
 class Block(NamedTuple):
-    """Records in memory, int64."""
+    """Records in memory; all arrays are int64."""
 
-    steps: np.ndarray                                            # [n]
-    loads: np.ndarray                                            # [n, routers, E_max]
-    sources: np.ndarray                                          # [n, routers, ranks, E_max]
+    steps: np.ndarray    # [n]
+    loads: np.ndarray    # [n, routers, E_max]
+    sources: np.ndarray  # [n, routers, ranks, E_max]
 
 
 class RecordFile(NamedTuple):
-    """A file of equal int32 records: the step, then loads [routers, E_max], then sources [routers, ranks, E_max].
+    """File of equally long int32 records of consecutive steps.
 
-    Records are those of consecutive steps, from `first` on.
+    A record is the step, then loads [routers, E_max], then sources [routers, ranks, E_max].
     """
 
     path: Path
-    first: int
+    first: int    # step of the first record
     routers: int
-    experts: int
-    ranks: int                                                   # 0: sources were not recorded
+    experts: int  # E_max
+    ranks: int    # 0 where sources were not recorded
 
     @property
     def record_bytes(self) -> int:
+        """Length of a record."""
         return 4 * (1 + (1 + self.ranks) * self.routers * self.experts)
 
     def records(self) -> int:
-        """Whole records that are there now."""
+        """Number of whole records in the file now."""
         return self.path.stat().st_size // self.record_bytes
 
     def blocks(self, records: int) -> Iterator[Block]:
-        """The first `records` of them, a few at a time, without those that were altered."""
+        """Read the first `records` records, a few at a time, and leave out those that were altered."""
         cells, many = self.routers * self.experts, max(1, BLOCK_BYTES // self.record_bytes)
         with open_regular(self.path, links=False) as file:
             for begin in range(0, records, many):
                 count = min(many, records - begin)
-                rows = np.frombuffer(file.read(count * self.record_bytes), "<i4").reshape(count, -1).astype(np.int64)
+                rows = np.frombuffer(
+                    file.read(count * self.record_bytes), "<i4").reshape(count, -1).astype(np.int64)
                 rows = rows[(rows[:, 0] == np.arange(count) + self.first + begin) & (rows >= 0).all(1)]
                 yield Block(rows[:, 0], rows[:, 1:1 + cells].reshape(len(rows), self.routers, self.experts),
                             rows[:, 1 + cells:].reshape(len(rows), self.routers, self.ranks, self.experts))
 
 
 class LoadsLog:
-    """Tokens per expert of every router below `dir`, one record a step, and the names of the routers.
+    """The records below `dir`, and the names of the routers.
 
-    A run that starts or resumes opens a new chunk, because the number of ranks may have changed. A step adds its own record
-    and nothing else; loads.npz, which holds them all, is built when somebody wants it.
+    A run that starts or resumes opens a new file, because the number of ranks may have changed. A step
+    appends its own record and nothing else; loads.npz, which holds them all, is built on demand.
     """
 
     def __init__(self, dir: Path) -> None:
@@ -80,15 +83,22 @@ class LoadsLog:
         self._current: RecordFile | None = None
 
     def name_routers(self, experts: Mapping[str, int]) -> None:
-        """Keep what the records do not say: the routers in layer order, and how many experts each has."""
+        """Write routers.json: the routers in layer order, and the number of experts of each."""
         path = self.dir / ROUTERS
         with written(path):
             self.dir.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.write(json.dumps(experts).encode())
 
-    def write(self, step: int, loads: Sequence[ArrayLike], sources: Sequence[ArrayLike] | None = None) -> None:
-        """loads: per router [E]. sources: per router [ranks, E], the same tokens by the rank they came from."""
+    def write(self, step: int, loads: Sequence[ArrayLike],
+              sources: Sequence[ArrayLike] | None = None) -> None:
+        """Append the record of a step.
+
+        Args:
+            step: number of the step.
+            loads: [E] for each router, tokens per expert.
+            sources: [ranks, E] for each router, the same tokens by the rank that they came from.
+        """
         loads = [np.asarray(load)[None] for load in loads]
         blocks = loads + [np.asarray(source) for source in ([] if sources is None else sources)]
         widest = max((block.shape[1] for block in blocks), default=0)
@@ -105,12 +115,17 @@ class LoadsLog:
         append(self._current.path, record.astype("<i4").tobytes())
 
     def cut_to(self, step: int) -> None:
-        """Keep the records up to this step. Call it before the first write of a run, with step 0 when there is none."""
+        """Cut the files back to the records up to this step.
+
+        Call it before the first write of a run, with step 0 for a new run.
+        """
         self._current = None
         for record_file in self._record_files():
-            with written(record_file.path), open(open_descriptor(record_file.path, os.O_RDWR, links=False), "r+b") as file:
+            with (written(record_file.path),
+                  open(open_descriptor(record_file.path, os.O_RDWR, links=False), "r+b") as file):
                 size = file.seek(0, os.SEEK_END)
-                kept = min(max(0, step + 1 - record_file.first), size // record_file.record_bytes) * record_file.record_bytes
+                kept = (min(max(0, step + 1 - record_file.first), size // record_file.record_bytes)
+                        * record_file.record_bytes)
                 if kept < size:
                     move_to_lost(record_file.path, file, [(kept, size)])
                     file.truncate(kept)
@@ -118,37 +133,46 @@ class LoadsLog:
                 record_file.path.unlink()
 
     def write_npz(self, path: Path) -> bool:
-        """Build loads.npz from what was recorded, a few records at a time; False where there is nothing of that kind.
+        """Build loads.npz from the records, a few at a time.
 
-        OSError where it cannot be written. Entries beyond a router's experts are 0. sources is there when any
-        step recorded it: -1 in steps that did not, 0 for ranks that a step did not have.
+        Entries beyond a router's experts are 0. The array `sources` exists where any step recorded
+        it: it is -1 in steps that did not, and 0 for ranks that a step did not have. Raises OSError
+        where the file cannot be written.
+
+        Returns:
+            False where the routers are not recorded; nothing is written then.
         """
         experts = self._routers()
         if experts is None:
             return False
         shape = (len(experts), max(experts.values(), default=0))
-        record_files = {record_file: record_file.records() for record_file in self._record_files() if (record_file.routers, record_file.experts) == shape}
+        record_files = {record_file: record_file.records() for record_file in self._record_files()
+                        if (record_file.routers, record_file.experts) == shape}
         ranks = max((record_file.ranks for record_file in record_files), default=0)
-        steps = np.concatenate([np.zeros(0, np.int64), *(block.steps for _, block in _blocks_in_order(record_files))])
+        steps = np.concatenate(
+            [np.zeros(0, np.int64), *(block.steps for _, block in _blocks_in_order(record_files))])
         if len(steps) < sum(record_files.values()):
-            log.warning("%s: %d records are damaged and left out", self.dir, sum(record_files.values()) - len(steps))
+            log.warning("%s: %d records are damaged and left out",
+                        self.dir, sum(record_files.values()) - len(steps))
         with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-            _add_array(archive, "loads", (len(steps), *shape), (block.loads for _, block in _blocks_in_order(record_files)))
+            _add_array(archive, "loads", (len(steps), *shape),
+                       (block.loads for _, block in _blocks_in_order(record_files)))
             if ranks:
                 _add_array(archive, "sources", (len(steps), shape[0], ranks, shape[1]),
-                     (_pad_ranks(block.sources, record_file, ranks) for record_file, block in _blocks_in_order(record_files)))
+                           (_pad_ranks(block.sources, record_file, ranks)
+                            for record_file, block in _blocks_in_order(record_files)))
             for name, array in (("experts", np.array(list(experts.values()), np.int64)),
                                 ("routers", np.array(list(experts), np.str_)), ("steps", steps)):
                 _add_array(archive, name, array.shape, [array], array.dtype)
         return True
 
     def is_built(self, path: Path) -> bool:
-        """Whether loads.npz is there and nothing was recorded after it was built."""
+        """Whether loads.npz exists and no step was recorded after it was built."""
         newest = max((record_file.path.stat().st_mtime_ns for record_file in self._record_files()), default=0)
         return path.is_file() and path.stat().st_mtime_ns >= newest
 
     def _routers(self) -> dict[str, int] | None:
-        """Experts by router; None where nobody has kept that, as in runs of older releases."""
+        """Number of experts of each router; None where it is not recorded, as in runs of older releases."""
         path = self.dir / ROUTERS
         try:
             found = read_json(path)
@@ -157,17 +181,20 @@ class LoadsLog:
         except (OSError, ValueError) as error:
             log.warning("%s cannot be read (%s); loads.npz stays as it is", path, reason(error))
             return None
-        fits = isinstance(found, dict) and all(type(number) is int and 0 < number < 1 << 20 for number in found.values())
+        fits = isinstance(found, dict) and all(
+            type(number) is int and 0 < number < 1 << 20 for number in found.values())
         return found if fits else None
 
     def _record_files(self) -> list[RecordFile]:
-        found = [(path, re.fullmatch(r"(\d{8,12})-(\d{1,6})x(\d{1,6})-(\d{1,6})\.i32", path.name)) for path in self.dir.glob("*.i32")]
-        return sorted((RecordFile(path, *map(int, match.groups())) for path, match in found if match and _is_plain(path)),
+        found = [(path, re.fullmatch(r"(\d{8,12})-(\d{1,6})x(\d{1,6})-(\d{1,6})\.i32", path.name))
+                 for path in self.dir.glob("*.i32")]
+        return sorted((RecordFile(path, *map(int, match.groups()))
+                       for path, match in found if match and _is_plain(path)),
                       key=lambda record_file: record_file.first)
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether it is a file that can be ours: no folder or pipe, and no link, which would be written to elsewhere."""
+    """Whether a path is a regular file: no folder or pipe, and no link, which would lead out of the run."""
     plain = stat.S_ISREG(path.lstat().st_mode)
     if not plain:
         log.warning("%s is not a file of the run; it is left alone", path)
@@ -175,7 +202,7 @@ def _is_plain(path: Path) -> bool:
 
 
 def _blocks_in_order(record_files: Mapping[RecordFile, int]) -> Iterator[tuple[RecordFile, Block]]:
-    """The records of all chunks, of which so many are read, each step once."""
+    """Yield the records of all files, each step once. The mapping gives the records to read of each file."""
     last = -1
     for record_file, records in record_files.items():
         for block in record_file.blocks(records):
@@ -186,15 +213,24 @@ def _blocks_in_order(record_files: Mapping[RecordFile, int]) -> Iterator[tuple[R
 
 def _add_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], blocks: Iterable[np.ndarray],
          dtype: np.dtype = np.dtype("<i8")) -> None:
-    """An array of the archive, from blocks of its rows: never more of it in memory than one of them."""
+    """Write an array into the archive block by block, with one block in memory at a time.
+
+    Args:
+        archive: the .npz file, open for writing.
+        name: of the array.
+        shape: of the whole array.
+        blocks: its rows, in order.
+        dtype: type to store.
+    """
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-        np.lib.format.write_array_header_1_0(member, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(
+            member, {"descr": dtype.str, "fortran_order": False, "shape": shape})
         for block in blocks:
             member.write(np.ascontiguousarray(block, dtype).tobytes())
 
 
 def _pad_ranks(sources: np.ndarray, record_file: RecordFile, ranks: int) -> np.ndarray:
-    """[steps, routers, ranks, E_max] of records of a chunk."""
+    """Pad the sources of a file's records to [steps, routers, ranks, E_max]."""
     if not record_file.ranks:
         return np.full((len(sources), record_file.routers, ranks, record_file.experts), -1, dtype=np.int64)
     return np.pad(sources, ((0, 0), (0, 0), (0, ranks - record_file.ranks), (0, 0)))

@@ -1,6 +1,7 @@
-"""How the records of a run are written: appended line by line, cut back on resume, replaced whole. No torch, no numpy here.
+"""Writing of a run's record files: appended line by line, cut back on resume, or replaced atomically.
 
-A resumed run cuts its files to the restored step; what is cut goes to <file>.lost and is never deleted.
+A resumed run cuts its files back to the restored step; what is cut goes to <file>.lost and is never deleted.
+This file imports neither torch nor numpy.
 """
 
 import contextlib
@@ -16,13 +17,20 @@ from typing import Any, BinaryIO
 from moetrain.errors import DiskError
 from moetrain.files import create, open_regular, open_to_append, parse_json, reason, remedy
 
-FULL_DISK_S = 10.0            # that a record waits for space
+FULL_DISK_S = 10.0      # how long a record waits for space on a full disk
 MAX_LINE = 16 << 20     # bytes of a line; a line of metrics has about two thousand
 
 
 def make_place(path: Path, rank: int, ranks: int) -> None:
-    """The directory of a record of which every rank writes a file, rank-NNNN.*: made, and without those that an attempt with more ranks
-    has left there."""
+    """Prepare the directory of a record of which every rank writes a file, rank-NNNN.*.
+
+    Rank 0 removes the files of ranks that only an earlier attempt with more ranks had.
+
+    Args:
+        path: this rank's file.
+        rank: this rank.
+        ranks: number of ranks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.iterdir() if rank == 0 else ():
         number = re.fullmatch(r"rank-(\d+)\..*", left.name)
@@ -31,22 +39,23 @@ def make_place(path: Path, rank: int, ranks: int) -> None:
 
 
 class JsonlSink:
-    """Appends objects with a key `step` to a file. A number that is not finite is written NaN or Infinity.
+    """JSON-lines file of records with a key `step`.
 
-    A record with a key `command` is of another command than `train`: kept and cut like the others, and none of the run's steps.
+    Numbers that are not finite are written as NaN or Infinity. A record with a key `command` was written by
+    another command than `train`. It is cut like the others, but is none of the run's steps.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One write and one flush: a killed run leaves whole lines, but for the last."""
+        """Append a record in one write, so that a killed run leaves whole lines, except perhaps the last."""
         append(self.path, json.dumps(record).encode() + b"\n")
 
     def cut_to(self, step: int) -> None:
-        """Keep the lines up to this step. Call it before the first write of a run, with step 0 when there is none.
+        """Cut the file back to the lines up to this step; damaged lines go, too.
 
-        A line that is damaged goes where the cut ones go; the others do not depend on it.
+        Call it before the first write of a run, with step 0 for a new run.
         """
         with written(self.path):
             try:
@@ -67,14 +76,15 @@ class JsonlSink:
                         draft.write(b"\n")
 
     def has(self, step: int) -> bool:
-        """Whether a whole line of this step is there."""
+        """Whether training wrote a whole line of this step."""
         return step in self.steps()
 
     def steps(self) -> Iterator[int]:
-        """The steps of its whole lines that training wrote."""
+        """Steps of the whole lines that training wrote, in file order."""
         try:
             with open_regular(self.path) as file:
-                yield from (step for _, line in _lines(file) if (step := _step_of(line, trained=True)) is not None)
+                yield from (step for _, line in _lines(file)
+                            if (step := _step_of(line, trained=True)) is not None)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -82,7 +92,7 @@ class JsonlSink:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(bytes, content) of every line; one that is longer than any record comes as nothing."""
+    """Yield (length in bytes, content) of every line; the content of a line above MAX_LINE is empty."""
     while line := file.readline(MAX_LINE):
         length = len(line)
         while not line.endswith(b"\n") and (more := file.readline(MAX_LINE)):
@@ -91,7 +101,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _ranges(file: BinaryIO, step: int) -> Iterator[tuple[int, int, bool]]:
-    """(first byte, end, whether its lines are kept) of neighbouring lines with one fate."""
+    """Yield (first byte, end, whether its lines are kept) of runs of lines that are all kept or all cut."""
     begin = end = 0
     keeping = True
     for length, line in _lines(file):
@@ -106,7 +116,7 @@ def _ranges(file: BinaryIO, step: int) -> Iterator[tuple[int, int, bool]]:
 
 
 def _step_of(line: bytes, *, trained: bool = False) -> int | None:
-    """The step of a record; None for a line that is damaged. trained: for those of other commands, too."""
+    """Step of a record; None for a damaged line and, with `trained`, for one of another command."""
     try:
         record = parse_json(line)
     except ValueError:
@@ -130,20 +140,26 @@ def _byte_at(file: BinaryIO, place: int) -> bytes:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a DiskError that names the record."""
     try:
         yield
     except OSError as error:
         raise DiskError(20, "a record of the run cannot be written", where=str(path), why=reason(error),
-                        next=f"{remedy(error)}, or run.dir=<another directory>; the same command resumes") from error
+                        next=f"{remedy(error)}, or run.dir=<another directory>; the same command resumes"
+                        ) from error
 
 
 def unreadable(path: Path, error: OSError) -> DiskError:
+    """Return the error of a record that cannot be read."""
     return DiskError(40, "a record of the run cannot be read", where=str(path), why=reason(error),
                      next="move it away; the run goes on without it")
 
 
 def append(path: Path, data: bytes) -> None:
-    """All of it in one go, or over a few seconds where the disk is full: a save that did not fit gives its space back."""
+    """Append bytes to a file, retrying for FULL_DISK_S while the disk is full.
+
+    A save that did not fit frees its space within that time.
+    """
     rest, until = memoryview(data), time.monotonic() + FULL_DISK_S
     with written(path), open_to_append(path) as file:
         while rest:
@@ -156,7 +172,13 @@ def append(path: Path, data: bytes) -> None:
 
 
 def move_to_lost(path: Path, file: BinaryIO, ranges: list[tuple[int, int]]) -> None:
-    """Append bytes of an open file to <path>.lost; the caller takes them away."""
+    """Append ranges of an open file to <path>.lost.
+
+    Args:
+        path: the file.
+        file: the same, open for reading.
+        ranges: (first byte, end) of each range. The caller removes them from the file.
+    """
     place = path.with_name(path.name + ".lost")
     with written(place), open_to_append(place) as lost:
         _copy(file, lost, ranges)
@@ -165,7 +187,7 @@ def move_to_lost(path: Path, file: BinaryIO, ranges: list[tuple[int, int]]) -> N
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """A file to write that takes the place of `path` only when it is complete."""
+    """Open a new file for writing that replaces `path` atomically when the block ends without an error."""
     draft = path.with_name(path.name + ".tmp")
     with create(draft) as file:
         yield file

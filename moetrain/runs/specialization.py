@@ -1,4 +1,6 @@
-"""Which experts serve which domain, from the choices of an evaluation: specialisation.npz, and one number.
+"""Specialization of experts by domain, from the routing choices of an evaluation.
+
+One number, the mutual information of expert and domain, and the file specialisation.npz, which report/ draws.
 
 Shapes: M domains, E experts of a router.
 """
@@ -12,8 +14,11 @@ from moetrain.runs.files import replacing, written
 
 
 def mutual_information(choices_ME: np.ndarray) -> float:
-    """Nats that a choice says about the domain of its token, every domain weighing the same: between 0, all domains use the
-    experts alike, and log M, no expert serves two."""
+    """Mutual information, in nats, between the expert of a choice and the domain of its token.
+
+    Every domain has the same weight. The value lies between 0, where all domains use the experts alike, and
+    log M, where no expert serves two domains.
+    """
     used = choices_ME.sum(1) > 0
     if not used.any():
         return 0.0
@@ -25,9 +30,18 @@ def mutual_information(choices_ME: np.ndarray) -> float:
 
 def write_specialisation(path: Path, step: int, choices: Sequence[np.ndarray], routers: Mapping[str, int],
                          domains: Sequence[str]) -> None:
-    """choices: int64 [M, E] by router. Entries beyond a router's experts are 0."""
+    """Write specialisation.npz. Routers with fewer experts than others are padded with 0.
+
+    Args:
+        path: the file.
+        step: step of the evaluation.
+        choices: int64 [M, E] for each router, tokens of a domain that chose an expert.
+        routers: number of experts E of each router, in the order of `choices`.
+        domains: their names.
+    """
     widest = max(routers.values())
     padded = np.stack([np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in choices], axis=1)
     with written(path), replacing(path) as file:
-        np.savez(file, choices=padded, domains=np.array(domains, dtype=np.str_), routers=np.array(list(routers), dtype=np.str_),
+        np.savez(file, choices=padded, domains=np.array(domains, dtype=np.str_),
+                 routers=np.array(list(routers), dtype=np.str_),
                  experts=np.array(list(routers.values()), dtype=np.int64), step=np.int64(step))
