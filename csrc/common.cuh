@@ -1,8 +1,9 @@
-// What three or more kernels need: launching, element types, 16-byte packs, sums over a warp.
+// Shared by all kernels: launches, element types, 16-byte packs, reductions over a warp.
 //
-// A kernel file (<op>.cuh) knows pointers and sizes alone; <op>.cu registers it with torch. The same kernel file compiles
-// under a host compiler with MOETRAIN_ON_HOST, where tests/ops/cuda_on_host.h plays blocks, warps and barriers: that is how
-// kernels are executed and checked without a GPU. So all shared memory is dynamic, and every launch goes through LAUNCH.
+// A kernel file (<op>.cuh) works on pointers and sizes; <op>.cu registers it with torch. The same kernel file
+// compiles under a host compiler with MOETRAIN_ON_HOST, where tests/ops/cuda_on_host.h emulates blocks, warps
+// and barriers. That runs and checks the kernels without a GPU. It is why all shared memory is dynamic and
+// every launch goes through LAUNCH.
 #pragma once
 
 #include <cmath>
@@ -26,7 +27,7 @@ namespace moetrain {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- element types: what is stored, and what it is added up in ----
+// ---- element types, and the types that they are summed in ----
 
 struct bf16 {
   uint16_t bits;
@@ -56,7 +57,7 @@ __device__ __forceinline__ bf16 narrow<bf16>(float value) {
 #ifdef MOETRAIN_ON_HOST
   const uint32_t bits = __float_as_uint(value);
   if (value != value) return {uint16_t(0x7fff)};
-  return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};       // to the nearest, ties to even
+  return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};  // round to nearest, ties to even
 #else
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
 #endif
@@ -65,7 +66,7 @@ __device__ __forceinline__ bf16 narrow<bf16>(float value) {
 __device__ __forceinline__ float exponential(float value) { return expf(value); }
 __device__ __forceinline__ double exponential(double value) { return exp(value); }
 
-// Good to 2 ulp, and 0 for what overflowed.
+// Reciprocal, to 2 ulp in float32; 0 for infinity.
 __device__ __forceinline__ float reciprocal(float value) {
 #ifdef MOETRAIN_ON_HOST
   return 1.0f / value;
@@ -75,7 +76,7 @@ __device__ __forceinline__ float reciprocal(float value) {
 }
 __device__ __forceinline__ double reciprocal(double value) { return 1.0 / value; }
 
-// ---- packs: what a lane loads and stores at once ----
+// ---- packs: the elements that a lane loads or stores with one instruction ----
 
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
@@ -85,16 +86,20 @@ struct alignas(sizeof(T) * N) Pack {
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);
 
-inline bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool aligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 // ---- warps ----
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_in_block() { return int(threadIdx.x) / kWarp; }
-__device__ __forceinline__ int64_t warp_id() { return int64_t(blockIdx.x) * (blockDim.x / kWarp) + warp_in_block(); }
+__device__ __forceinline__ int64_t warp_id() {
+  return int64_t(blockIdx.x) * (blockDim.x / kWarp) + warp_in_block();
+}
 __device__ __forceinline__ int64_t warp_count() { return int64_t(gridDim.x) * (blockDim.x / kWarp); }
 
-// The same tree every time, and the same sum in every lane.
+// Sum over the lanes, in a fixed order; every lane gets the same bits.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -104,7 +109,8 @@ __device__ __forceinline__ T warp_sum(T value) {
 
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
+  for (int step = kWarp / 2; step > 0; step /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
 

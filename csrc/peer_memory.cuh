@@ -1,10 +1,12 @@
-// Rows into the memory of peers, and signals (moetrain/ops/peer_memory.py).
+// Copies of rows into the memory of peers, and signals (moetrain/ops/peer_memory.py).
 //
-//   push     a few blocks write rows to all destinations; every block begins with another one, so that all links carry
-//   put      epoch into a place of each pad: release, at system scope
-//   wait     until all places hold that epoch: acquire, at system scope; too late is printed and traps
+//   push     a few blocks write rows to all destinations; each begins with another one, to keep all links busy
+//   put      stores an epoch at one place of each pad, with release semantics at system scope
+//   wait     loads, with acquire semantics at system scope, until all places hold that epoch; past the limit,
+//            prints who waited for whom, and traps
 //
-// Whoever waits spins: its block must not keep the one from running that it waits for (other device, or other stream with room).
+// Whoever waits spins: its block must not keep the one from running that it waits for (other device, or other
+// stream with room).
 #pragma once
 
 #include "common.cuh"
@@ -17,8 +19,8 @@ namespace moetrain {
 
 struct PushTo {
   uint8_t* area[kMaxPeers];
-  int64_t begin[kMaxPeers + 1];                                // rows of each destination
-  int64_t shift[kMaxPeers];                                    // from a row's number to its place there
+  int64_t begin[kMaxPeers + 1];                                // first row of each destination, and the end
+  int64_t shift[kMaxPeers];                                    // from the number of a row to its place there
 };
 
 struct PutTo {
@@ -27,11 +29,11 @@ struct PutTo {
 
 struct WaitFor {
   int32_t place[kMaxPeers];
-  int32_t rank[kMaxPeers + 1];                                 // the last one waits
+  int32_t rank[kMaxPeers + 1];                                 // of each peer; last, the rank that waits
   char what[128];
 };
 
-// ---- what reaches beyond the device ----
+// ---- memory order and time beyond the device ----
 
 __device__ __forceinline__ void store_release(int64_t* at, int64_t value) {
 #ifdef MOETRAIN_ON_HOST
@@ -61,14 +63,16 @@ __device__ __forceinline__ uint64_t nanoseconds() {
 #endif
 }
 
-__device__ __forceinline__ void came_not(const WaitFor& waits, int peer, int peers, int64_t epoch, int64_t limit_ms) {
+__device__ __forceinline__ void report_timeout(const WaitFor& waits, int peer, int peers, int64_t epoch,
+                                               int64_t limit_ms) {
 #ifdef MOETRAIN_ON_HOST
-  on_host::fail("rank " + std::to_string(waits.rank[peers]) + " waited " + std::to_string(limit_ms) + " ms for rank " +
-                std::to_string(waits.rank[peer]) + ": " + waits.what + ", epoch " + std::to_string(epoch));
+  on_host::fail("rank " + std::to_string(waits.rank[peers]) + " waited " + std::to_string(limit_ms) +
+                " ms for rank " + std::to_string(waits.rank[peer]) + ": " + waits.what + ", epoch " +
+                std::to_string(epoch));
 #else
-  printf("moetrain: rank %d waited %lld ms for rank %d: %s, epoch %lld\n", waits.rank[peers], static_cast<long long>(limit_ms),
-         waits.rank[peer], waits.what, static_cast<long long>(epoch));
-  __nanosleep(1000000);                                        // others who are late may print, too
+  printf("moetrain: rank %d waited %lld ms for rank %d: %s, epoch %lld\n", waits.rank[peers],
+         static_cast<long long>(limit_ms), waits.rank[peer], waits.what, static_cast<long long>(epoch));
+  __nanosleep(1000000);                                        // lets other threads print their timeouts
   __trap();
 #endif
 }
@@ -104,26 +108,28 @@ __global__ inline void put_kernel(const PutTo to, int peers, int64_t epoch) {
   if (int(threadIdx.x) < peers) store_release(to.at[threadIdx.x], epoch);
 }
 
-__global__ inline void wait_kernel(const int64_t* pad, const WaitFor waits, int peers, int64_t epoch, int64_t limit_ms) {
+__global__ inline void wait_kernel(const int64_t* pad, const WaitFor waits, int peers, int64_t epoch,
+                                   int64_t limit_ms) {
   const int peer = int(threadIdx.x);
   if (peer >= peers) return;
   const uint64_t begin = nanoseconds(), limit = uint64_t(limit_ms) * 1000000u;
   while (load_acquire(pad + waits.place[peer]) < epoch) {
-    if (nanoseconds() - begin > limit) return came_not(waits, peer, peers, epoch, limit_ms);
+    if (nanoseconds() - begin > limit) return report_timeout(waits, peer, peers, epoch, limit_ms);
   }
 }
 
 // ---- launches ----
 
 template <typename Unit>
-void launch_push_units(const void* rows, const PushTo& to, int peers, int first, int64_t row_bytes, cudaStream_t stream) {
-  LAUNCH(push_kernel<Unit>, kPushBlocks, kThreads, 0, stream, static_cast<const Unit*>(rows), to, peers, first,
-         row_bytes / int64_t(sizeof(Unit)));
+void launch_push_units(const void* rows, const PushTo& to, int peers, int first, int64_t row_bytes,
+                       cudaStream_t stream) {
+  LAUNCH(push_kernel<Unit>, kPushBlocks, kThreads, 0, stream, static_cast<const Unit*>(rows), to, peers,
+         first, row_bytes / int64_t(sizeof(Unit)));
 }
 
-// sent: rows of each destination; there: where they begin in its area.
-inline void launch_push(const void* rows, uint8_t* const* areas, const int64_t* sent, const int64_t* there, int peers, int first,
-                        int64_t row_bytes, cudaStream_t stream) {
+// sent: number of rows of each destination. there: the row of its area at which they begin.
+inline void launch_push(const void* rows, uint8_t* const* areas, const int64_t* sent, const int64_t* there,
+                        int peers, int first, int64_t row_bytes, cudaStream_t stream) {
   PushTo to{};
   bool wide = row_bytes % 16 == 0 && aligned(rows, 16), words = row_bytes % 4 == 0 && aligned(rows, 4);
   for (int peer = 0; peer < peers; peer++) {
@@ -133,7 +139,9 @@ inline void launch_push(const void* rows, uint8_t* const* areas, const int64_t* 
     wide &= aligned(areas[peer], 16), words &= aligned(areas[peer], 4);
   }
   if (to.begin[peers] == 0 || row_bytes == 0) return;
-  const auto launch = wide ? launch_push_units<Pack<uint32_t, 4>> : words ? launch_push_units<uint32_t> : launch_push_units<uint8_t>;
+  const auto launch = wide    ? launch_push_units<Pack<uint32_t, 4>>
+                      : words ? launch_push_units<uint32_t>
+                              : launch_push_units<uint8_t>;
   launch(rows, to, peers, first, row_bytes, stream);
 }
 
@@ -143,7 +151,8 @@ inline void launch_put(int64_t* const* pads, int64_t place, int64_t epoch, int p
   LAUNCH(put_kernel, 1, kMaxPeers, 0, stream, to, peers, epoch);
 }
 
-inline void launch_wait(const int64_t* pad, const WaitFor& waits, int peers, int64_t epoch, int64_t limit_ms, cudaStream_t stream) {
+inline void launch_wait(const int64_t* pad, const WaitFor& waits, int peers, int64_t epoch, int64_t limit_ms,
+                        cudaStream_t stream) {
   LAUNCH(wait_kernel, 1, kMaxPeers, 0, stream, pad, waits, peers, epoch, limit_ms);
 }
 

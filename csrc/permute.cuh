@@ -1,21 +1,23 @@
-// Rows into slot order and back (moetrain/ops/permute.py).
+// Permute and unpermute (moetrain/ops/permute.py).
 //
-//   permute     out[rows[t, k]] = x[t]            a token is read once and written to each of its rows
-//   unpermute   out[t] = sum over k of in[rows[t, k]], in the order of the slots, in float32 or better
+//   permute     out[rows[t, k]] = x[t]            a token is read once, and written to each of its rows
+//   unpermute   out[t] = sum over k of in[rows[t, k]], in slot order, in float32 or better
 //
-// One warp a token. A row of the plan that no slot points to (the tail of a static bound, a gap of alignment) is set to
-// zero by permute, so that its output is never uninitialised; unpermute never reads it.
+// One warp per token. A row of the plan that no slot points to (the tail behind the used rows, a gap of
+// alignment) is set to zero by permute, so that its output is never uninitialised; unpermute never reads it.
 #pragma once
 
 #include "common.cuh"
 
 namespace moetrain {
 
-// Unit: what a lane moves at once; `units` of them make a row. Any type of element is moved: only bytes are.
+// Unit: the bytes that a lane moves with one instruction; a row has `units` of them. The element type does
+// not matter.
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads)
-    permute_kernel(const Unit* __restrict__ x, const int64_t* __restrict__ slots, const int64_t* __restrict__ rows,
-                   Unit* __restrict__ out, int64_t tokens, int64_t slots_per_token, int64_t num_rows, int64_t units) {
+    permute_kernel(const Unit* __restrict__ x, const int64_t* __restrict__ slots,
+                   const int64_t* __restrict__ rows, Unit* __restrict__ out, int64_t tokens,
+                   int64_t slots_per_token, int64_t num_rows, int64_t units) {
   constexpr int kAtOnce = 4;
   const int lane = lane_id();
   const int64_t row_groups = ceil_div(num_rows, kWarp);
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       continue;
     }
-    // Rows that no slot points to: 32 are looked at together, and the warp clears those it finds.
+    // Rows that no slot points to: the lanes look at 32 rows, and the warp sets those without a slot to zero.
     const int64_t row = (item - tokens) * kWarp + lane;
     bool empty = false;
     if (row < num_rows) {
@@ -59,9 +61,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
-    unpermute_kernel(const T* __restrict__ in, const int64_t* __restrict__ rows, T* __restrict__ out, int64_t tokens,
-                     int64_t slots_per_token, int64_t num_rows, int64_t width) {
-  constexpr int kAtOnce = 4;                                   // slots whose loads are under way together
+    unpermute_kernel(const T* __restrict__ in, const int64_t* __restrict__ rows, T* __restrict__ out,
+                     int64_t tokens, int64_t slots_per_token, int64_t num_rows, int64_t width) {
+  constexpr int kAtOnce = 4;                                   // slots whose loads are in flight together
   using Packed = Pack<T, N>;
   const int64_t packs = width / N;
   for (int64_t token = warp_id(); token < tokens; token += warp_count()) {
@@ -100,10 +102,13 @@ void launch_permute_units(const void* x, const int64_t* slots, const int64_t* ro
          row_bytes / int64_t(sizeof(Unit)));
 }
 
-inline void launch_permute(const void* x, const int64_t* slots, const int64_t* rows, void* out, int64_t tokens,
-                           int64_t slots_per_token, int64_t num_rows, int64_t row_bytes, cudaStream_t stream) {
+inline void launch_permute(const void* x, const int64_t* slots, const int64_t* rows, void* out,
+                           int64_t tokens, int64_t slots_per_token, int64_t num_rows, int64_t row_bytes,
+                           cudaStream_t stream) {
   if (num_rows == 0 || row_bytes == 0) return;
-  const auto fits = [&](int bytes) { return row_bytes % bytes == 0 && aligned(x, bytes) && aligned(out, bytes); };
+  const auto fits = [&](int bytes) {
+    return row_bytes % bytes == 0 && aligned(x, bytes) && aligned(out, bytes);
+  };
   const auto launch = fits(16)  ? launch_permute_units<Pack<uint32_t, 4>>
                       : fits(4) ? launch_permute_units<uint32_t>
                       : fits(2) ? launch_permute_units<uint16_t>
@@ -112,15 +117,15 @@ inline void launch_permute(const void* x, const int64_t* slots, const int64_t* r
 }
 
 template <typename T>
-void launch_unpermute(const T* in, const int64_t* rows, T* out, int64_t tokens, int64_t slots_per_token, int64_t num_rows,
-                      int64_t width, cudaStream_t stream) {
+void launch_unpermute(const T* in, const int64_t* rows, T* out, int64_t tokens, int64_t slots_per_token,
+                      int64_t num_rows, int64_t width, cudaStream_t stream) {
   if (tokens == 0 || width == 0) return;
   if (width % kPack<T> == 0 && aligned(in, 16) && aligned(out, 16)) {
     LAUNCH((unpermute_kernel<T, kPack<T>>), warp_blocks(tokens), kThreads, 0, stream, in, rows, out, tokens,
            slots_per_token, num_rows, width);
   } else {
-    LAUNCH((unpermute_kernel<T, 1>), warp_blocks(tokens), kThreads, 0, stream, in, rows, out, tokens, slots_per_token,
-           num_rows, width);
+    LAUNCH((unpermute_kernel<T, 1>), warp_blocks(tokens), kThreads, 0, stream, in, rows, out, tokens,
+           slots_per_token, num_rows, width);
   }
 }
 

@@ -1,9 +1,9 @@
-// Scores, choice, weights, counts and sums of a router in one pass over the logits, and their backward in another
-// (moetrain/ops/router.py has the formulas).
+// Scores, choice, gate weights, counts and sums of a router in one pass over the logits, and their backward
+// in another (moetrain/ops/router.py has the formulas).
 //
-// One warp a token: lane l holds the logits of experts l, 32 + l, 64 + l, ... in registers. Sums over tokens run in two
-// stages of fixed shape: a warp over its tokens, a block over its warps, then one warp over the blocks of each expert.
-// Nothing is added atomically but whole numbers.
+// One warp per token: lane l holds the logits of experts l, 32 + l, 64 + l, ... in registers. Sums over
+// tokens run in two stages of fixed shape: a warp over its tokens, a block over its warps, then one warp over
+// the blocks of each expert. Only integers are added atomically.
 #pragma once
 
 #include "common.cuh"
@@ -13,20 +13,20 @@ namespace moetrain {
 enum Score : int { kSoftmax = 0, kSigmoid = 1 };
 
 struct RouterRule {
-  int experts, slots;                                          // slots a token, at most 32
+  int experts, slots;                                          // slots per token, at most 32
   int score;
   bool renormalised;
   float scale;
-  int groups, kept_groups;                                     // groups: at most 32, 1 is no limit
-  bool top2;                                                   // how good a group is: its two best scores, or its best
+  int groups, kept_groups;                                     // at most 32 groups; 1 means no limit
+  bool top2;                                                   // group score: its two best, or its best
 };
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kSoftmaxFloor = 1e-30f;                        // routers/topk.py
 constexpr float kSigmoidTiny = 1e-20f;                         // routers/sigmoid.py
 
-// A whole number that orders like the score: NaN above everything as torch sorts it, -0 equal to +0, never 0, which marks
-// what cannot be chosen (any more).
+// Integer key that sorts like the score: NaN above everything, as torch sorts it, and -0 equal to +0. It is
+// never 0, which marks experts that do not exist or have been chosen.
 __device__ __forceinline__ uint32_t order_of(float score) {
   if (score != score) return 0xffffffffu;
   const uint32_t bits = __float_as_uint(score + 0.0f);
@@ -37,7 +37,7 @@ __device__ __forceinline__ float score_of(uint32_t order) {
   return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
 }
 
-// The best of what the lanes hold among experts begin .. end: its order and its id; the lower id of equals.
+// Best expert in [begin, end): returns its id, the lowest of equals, and sets `best` to its order.
 template <int V>
 __device__ __forceinline__ int best_of(const uint32_t (&order)[V], int begin, int end, uint32_t& best) {
   uint32_t mine = 0;
@@ -62,11 +62,12 @@ __device__ __forceinline__ void take(uint32_t (&order)[V], int id) {
   }
 }
 
-// Scores outside the best groups become -inf: chosen last, not never, as in ops/gating.py.
+// Gives experts outside the best groups the order of -inf. They are chosen last, not never, as in
+// ops/gating.py.
 template <int V>
 __device__ __forceinline__ void keep_best_groups(uint32_t (&order)[V], const RouterRule& rule) {
   const int size = rule.experts / rule.groups;
-  uint32_t of_group = 0;                                       // lane g: how good group g is
+  uint32_t of_group = 0;                                       // in lane g: order of the score of group g
   for (int group = 0; group < rule.groups; group++) {
     const int begin = group * size, end = begin + size;
     uint32_t best;
@@ -97,9 +98,10 @@ __device__ __forceinline__ void keep_best_groups(uint32_t (&order)[V], const Rou
   }
 }
 
-// Logits of a token (-inf where there is no expert) and their log-sum-exp.
+// Loads the logits of a token; -inf where there is no expert.
 template <int V>
-__device__ __forceinline__ void load_logits(const float* __restrict__ logits, int experts, float (&values)[V]) {
+__device__ __forceinline__ void load_logits(const float* __restrict__ logits, int experts,
+                                            float (&values)[V]) {
 #pragma unroll
   for (int v = 0; v < V; v++) {
     const int id = v * kWarp + lane_id();
@@ -107,7 +109,7 @@ __device__ __forceinline__ void load_logits(const float* __restrict__ logits, in
   }
 }
 
-// 0 where there is no expert: its logit is -inf.
+// The logit of a missing expert is -inf: its sigmoid is 0.
 __device__ __forceinline__ float sigmoid(float logit) { return 1.0f / (1.0f + expf(-logit)); }
 
 template <int V>
@@ -120,9 +122,9 @@ __device__ __forceinline__ float sum_of(const float (&values)[V]) {
 
 struct RouterInput {
   const float* logits;                                         // [T, E]
-  const float* bias;                                           // [E], only for the choice; or null
-  const int64_t* ids;                                          // [T, K] decided before; null: choose
-  const bool* valid;                                           // [T]; null: all are
+  const float* bias;                                           // [E], for the choice alone; or null
+  const int64_t* ids;                                          // [T, K] decided earlier; null: choose here
+  const bool* valid;                                           // [T]; null: all tokens are
   int64_t tokens;
 };
 
@@ -130,16 +132,17 @@ struct RouterOutput {
   int64_t* ids;                                                // [T, K]
   float* weights;                                              // [T, K]
   float* lse;                                                  // [T]
-  float* sums;                                                 // [E + 2, blocks]: probabilities, lse^2, entropy
+  float* sums;                                                 // [E + 2, blocks]: probs, lse^2, entropy
   int32_t* counts;                                             // [E + 2, blocks]: slots, tokens, used slots
 };
 
 template <int V>
-__global__ void __launch_bounds__(kThreads) router_kernel(RouterInput in, RouterOutput out, RouterRule rule, RouterGrid grid) {
+__global__ void __launch_bounds__(kThreads)
+    router_kernel(RouterInput in, RouterOutput out, RouterRule rule, RouterGrid grid) {
   DYNAMIC_SHARED(shared);
   constexpr int kHeld = V * kWarp;
   float* sums = reinterpret_cast<float*>(shared);                                  // [warps][kHeld]
-  int32_t* counts = reinterpret_cast<int32_t*>(sums + kWarpsPerBlock * kHeld);     // [experts], rounded up to 4
+  int32_t* counts = reinterpret_cast<int32_t*>(sums + kWarpsPerBlock * kHeld);     // [E, rounded up to 4]
   float* lse2s = reinterpret_cast<float*>(counts + round_up(rule.experts, 4));     // each [warps]
   float* entropies = lse2s + kWarpsPerBlock;
   int32_t* valids = reinterpret_cast<int32_t*>(entropies + kWarpsPerBlock);
@@ -154,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) router_kernel(RouterInput in, Router
   int32_t valid_tokens = 0, used_slots = 0;
   const Range range = grid.tokens_of(blockIdx.x, in.tokens);
   for (int64_t token = range.begin + warp; token < range.end; token += kWarpsPerBlock) {
-    if (in.valid != nullptr && !in.valid[token]) {             // the same for all lanes
+    if (in.valid != nullptr && !in.valid[token]) {             // the same in all lanes
       if (lane < rule.slots) {
         out.ids[token * rule.slots + lane] = -1;
         out.weights[token * rule.slots + lane] = 0;
@@ -169,7 +172,8 @@ __global__ void __launch_bounds__(kThreads) router_kernel(RouterInput in, Router
     for (int v = 0; v < V; v++) highest = fmaxf(highest, logits[v]);
     highest = warp_max(highest);
 #pragma unroll
-    for (int v = 0; v < V; v++) scores[v] = v * kWarp + lane < rule.experts ? expf(logits[v] - highest) : 0.0f;
+    for (int v = 0; v < V; v++)
+      scores[v] = v * kWarp + lane < rule.experts ? expf(logits[v] - highest) : 0.0f;
     const float total_exp = sum_of(scores);
     const float lse = highest + logf(total_exp);
     if (rule.score == kSoftmax) {
@@ -180,16 +184,17 @@ __global__ void __launch_bounds__(kThreads) router_kernel(RouterInput in, Router
       for (int v = 0; v < V; v++) scores[v] = sigmoid(logits[v]);
     }
 
-    int my_id = -1;                                            // lane k: the expert of slot k
+    int my_id = -1;                                            // in lane k: the expert of slot k
     if (in.ids != nullptr) {
       if (lane < rule.slots) my_id = int(in.ids[token * rule.slots + lane]);
-      if (my_id >= rule.experts) my_id = -1;                   // nothing outside the counters, whatever is handed in
+      if (my_id >= rule.experts) my_id = -1;                   // given ids never index outside `counts`
     } else {
       uint32_t order[V];
 #pragma unroll
       for (int v = 0; v < V; v++) {
         const int id = v * kWarp + lane;
-        order[v] = id < rule.experts ? order_of(in.bias == nullptr ? scores[v] : scores[v] + in.bias[id]) : 0u;
+        order[v] =
+            id < rule.experts ? order_of(in.bias == nullptr ? scores[v] : scores[v] + in.bias[id]) : 0u;
       }
       if (rule.kept_groups < rule.groups) keep_best_groups(order, rule);
       for (int slot = 0; slot < rule.slots; slot++) {
@@ -200,13 +205,14 @@ __global__ void __launch_bounds__(kThreads) router_kernel(RouterInput in, Router
       }
     }
 
-    float my_weight = 0, total = 0;                            // the score again, from a logit that is still in cache
+    float my_weight = 0, total = 0;                            // recomputed from the logit, still in cache
     if (my_id >= 0) {
       const float logit = in.logits[token * rule.experts + my_id];
       my_weight = rule.score == kSoftmax ? expf(logit - highest) / total_exp : sigmoid(logit);
     }
     for (int slot = 0; slot < rule.slots; slot++) total += __shfl_sync(kAllLanes, my_weight, slot);
-    if (rule.renormalised) my_weight /= rule.score == kSoftmax ? fmaxf(total, kSoftmaxFloor) : total + kSigmoidTiny;
+    if (rule.renormalised)
+      my_weight /= rule.score == kSoftmax ? fmaxf(total, kSoftmaxFloor) : total + kSigmoidTiny;
     if (lane < rule.slots) {
       out.ids[token * rule.slots + lane] = my_id;
       out.weights[token * rule.slots + lane] = rule.scale * my_weight;
@@ -222,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) router_kernel(RouterInput in, Router
     for (int v = 0; v < V; v++) {
       const float prob = rule.score == kSoftmax ? scores[v] : scores[v] / scores_sum;
       prob_sums[v] += prob;
-      if (prob != 0.0f) entropy -= prob * logf(prob);          // NaN goes through
+      if (prob != 0.0f) entropy -= prob * logf(prob);          // a NaN stays NaN
     }
   }
 
@@ -251,13 +257,13 @@ __global__ void __launch_bounds__(kThreads) router_kernel(RouterInput in, Router
 
 struct RouterSums {
   float *prob, *lse2, *entropy;                                // [E], and two scalars
-  int64_t *counts, *tokens, *used;                             // the same: used slots
+  int64_t *counts, *tokens, *used;                             // [E], and two scalars; used: used slots
 };
 
-// Second stage: row after row over the blocks.
+// Second stage: one warp sums a row over the blocks.
 __global__ void __launch_bounds__(kThreads)
-    router_reduce_kernel(const float* __restrict__ sums, const int32_t* __restrict__ counts, RouterSums out, int experts,
-                         int64_t blocks) {
+    router_reduce_kernel(const float* __restrict__ sums, const int32_t* __restrict__ counts, RouterSums out,
+                         int experts, int64_t blocks) {
   for (int64_t row = warp_id(); row < experts + 2; row += warp_count()) {
     float sum = 0;
     int64_t count = 0;
@@ -273,18 +279,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct RouterGrads {                                           // null: nothing asked for it
+struct RouterGrads {                                           // null where the output has no gradient
   const float* weights;                                        // [T, K]
-  const float* prob_sum;                                       // [E]: the slopes of a balance loss
+  const float* prob_sum;                                       // [E]: slopes of a balance loss
   const float* lse2;                                           // scalar
   const float* entropy;                                        // scalar
 };
 
 template <int V>
 __global__ void __launch_bounds__(kThreads)
-    router_backward_kernel(RouterGrads grads, const float* __restrict__ all_logits, const int64_t* __restrict__ ids,
-                           const float* __restrict__ lses, const bool* __restrict__ valid, float* __restrict__ d_logits,
-                           int64_t tokens, RouterRule rule) {
+    router_backward_kernel(RouterGrads grads, const float* __restrict__ all_logits,
+                           const int64_t* __restrict__ ids, const float* __restrict__ lses,
+                           const bool* __restrict__ valid, float* __restrict__ d_logits, int64_t tokens,
+                           RouterRule rule) {
   const int lane = lane_id();
   const float d_lse2 = grads.lse2 == nullptr ? 0.0f : *grads.lse2;
   const float d_entropy = grads.entropy == nullptr ? 0.0f : *grads.entropy;
@@ -295,7 +302,7 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
     const float lse = lses[token];
-    float logits[V], scores[V], direct[V] = {};                // direct: gradient of the scores through the weights
+    float logits[V], scores[V], direct[V] = {};                // direct: of the scores through the weights
     load_logits(all_logits + token * rule.experts, rule.experts, logits);
     if (rule.score == kSoftmax) {
 #pragma unroll
@@ -313,7 +320,7 @@ __global__ void __launch_bounds__(kThreads)
         const float logit = all_logits[token * rule.experts + my_id];
         my_score = rule.score == kSoftmax ? expf(logit - lse) : sigmoid(logit);
       }
-      for (int slot = 0; slot < rule.slots; slot++) {          // in the order of the slots
+      for (int slot = 0; slot < rule.slots; slot++) {          // in slot order
         total += __shfl_sync(kAllLanes, my_score, slot);
         dot += __shfl_sync(kAllLanes, my_score * my_grad, slot);
       }
@@ -334,7 +341,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
 
-    // Through the probabilities: those of a softmax are the scores, those of a sigmoid the scores over their sum.
+    // Through the probabilities: the scores of a softmax; for a sigmoid, the scores over their sum.
     const float scores_sum = rule.score == kSoftmax ? 1.0f : sum_of(scores) + kSigmoidTiny;
     float weighted = 0;
     float through[V];
@@ -366,7 +373,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Calls `action` with the number of experts a lane holds, as a type.
+// Calls `action` with the number of experts per lane as a type.
 template <int V>
 struct Held {
   static constexpr int value = V;
@@ -384,23 +391,24 @@ void with_experts_per_lane(int64_t experts, Action action) {
   }
 }
 
-inline void launch_router(RouterInput in, RouterOutput out, RouterRule rule, RouterSums sums, cudaStream_t stream) {
+inline void launch_router(RouterInput in, RouterOutput out, RouterRule rule, RouterSums sums,
+                          cudaStream_t stream) {
   const RouterGrid grid = router_grid(in.tokens);
   with_experts_per_lane(rule.experts, [&](auto held) {
-    LAUNCH(router_kernel<decltype(held)::value>, grid.blocks, kThreads, router_shared_bytes(rule.experts), stream, in, out,
-           rule, grid);
+    LAUNCH(router_kernel<decltype(held)::value>, grid.blocks, kThreads, router_shared_bytes(rule.experts),
+           stream, in, out, rule, grid);
   });
-  LAUNCH(router_reduce_kernel, warp_blocks(rule.experts + 2), kThreads, 0, stream, out.sums, out.counts, sums, rule.experts,
-         grid.blocks);
+  LAUNCH(router_reduce_kernel, warp_blocks(rule.experts + 2), kThreads, 0, stream, out.sums, out.counts, sums,
+         rule.experts, grid.blocks);
 }
 
-inline void launch_router_backward(RouterGrads grads, const float* logits, const int64_t* ids, const float* lse,
-                                   const bool* valid, float* d_logits, int64_t tokens, RouterRule rule,
-                                   cudaStream_t stream) {
+inline void launch_router_backward(RouterGrads grads, const float* logits, const int64_t* ids,
+                                   const float* lse, const bool* valid, float* d_logits, int64_t tokens,
+                                   RouterRule rule, cudaStream_t stream) {
   if (tokens == 0) return;
   with_experts_per_lane(rule.experts, [&](auto held) {
-    LAUNCH(router_backward_kernel<decltype(held)::value>, warp_blocks(tokens), kThreads, 0, stream, grads, logits, ids, lse,
-           valid, d_logits, tokens, rule);
+    LAUNCH(router_backward_kernel<decltype(held)::value>, warp_blocks(tokens), kThreads, 0, stream, grads,
+           logits, ids, lse, valid, d_logits, tokens, rule);
   });
 }
 

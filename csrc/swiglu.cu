@@ -1,4 +1,4 @@
-// moetrain/ops/swiglu.py: swiglu, swiglu_backward.
+// CUDA implementations of swiglu and swiglu_backward (moetrain/ops/swiglu.py).
 #include "swiglu.cuh"
 #include "tensors.cuh"
 
@@ -12,22 +12,24 @@ static void check(const Tensor& gate_up, const Tensor& weights, const std::optio
 }
 
 static Tensor swiglu(const Tensor& gate_up_in, const Tensor& weights_in, const std::optional<Tensor>& used) {
-  const On on(gate_up_in);
+  const DeviceScope scope(gate_up_in);
   const Tensor gate_up = dense(gate_up_in), weights = dense(weights_in);
   check(gate_up, weights, used);
   const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
   const Tensor hidden = empty(gate_up, {rows, width}, gate_up.scalar_type());
   with_type(gate_up, [&](auto type) {
     using T = decltype(type);
-    launch_swiglu<T>(in<T>(gate_up), in<Wide<T>>(weights), in<int32_t>(used), out<T>(hidden), rows, width, on.stream);
+    launch_swiglu<T>(in<T>(gate_up), in<Wide<T>>(weights), in<int32_t>(used), out<T>(hidden), rows, width,
+                     scope.stream);
   });
   check_launch();
   return hidden;
 }
 
 static std::tuple<Tensor, Tensor, Tensor> swiglu_backward(const Tensor& grad_in, const Tensor& gate_up_in,
-                                                          const Tensor& weights_in, const std::optional<Tensor>& used) {
-  const On on(gate_up_in);
+                                                          const Tensor& weights_in,
+                                                          const std::optional<Tensor>& used) {
+  const DeviceScope scope(gate_up_in);
   const Tensor grad = dense(grad_in), gate_up = dense(gate_up_in), weights = dense(weights_in);
   check(gate_up, weights, used);
   const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
@@ -38,8 +40,9 @@ static std::tuple<Tensor, Tensor, Tensor> swiglu_backward(const Tensor& grad_in,
   const Tensor d_weights = empty(weights, {rows}, weights.scalar_type());
   with_type(gate_up, [&](auto type) {
     using T = decltype(type);
-    launch_swiglu_backward<T>(in<T>(grad), in<T>(gate_up), in<Wide<T>>(weights), in<int32_t>(used), out<T>(hidden),
-                              out<T>(d_gate_up), out<Wide<T>>(d_weights), rows, width, on.stream);
+    launch_swiglu_backward<T>(in<T>(grad), in<T>(gate_up), in<Wide<T>>(weights), in<int32_t>(used),
+                              out<T>(hidden), out<T>(d_gate_up), out<Wide<T>>(d_weights), rows, width,
+                              scope.stream);
   });
   check_launch();
   return {hidden, d_gate_up, d_weights};

@@ -1,10 +1,10 @@
 // SwiGLU with the routing weight folded in, and its backward in one pass (moetrain/ops/swiglu.py).
 //
-//   forward    a = silu(g) * u * w                       h = [g | u], one weight w a row
-//   backward   from d = gradient of a:   dw = <d, silu(g) u>,   du = d w silu(g),   dg = d w u silu'(g);   a is made again
+//   forward    a = silu(g) * u * w                       h = [g | u], one weight w per row
+//   backward   from d = dL/da:  dw = <d, silu(g) u>,   du = d w silu(g),   dg = d w u silu'(g); recomputes a
 //
-// One warp a row; arithmetic in float32 (float64 for float64), rounded once. Rows at and after *used* hold whatever the
-// matrix product before left there: they are not read, and their results are zeros.
+// One warp per row; arithmetic in float32 (float64 for float64), rounded once. Rows from *used* on hold what
+// the matrix product before left there: they are not read, and their results are zeros.
 #pragma once
 
 #include "common.cuh"
@@ -24,8 +24,8 @@ struct Swiglu {
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
-    swiglu_kernel(const T* __restrict__ gate_up, const Wide<T>* __restrict__ weights, const int32_t* __restrict__ used,
-                  T* __restrict__ hidden, int64_t rows, int64_t width) {
+    swiglu_kernel(const T* __restrict__ gate_up, const Wide<T>* __restrict__ weights,
+                  const int32_t* __restrict__ used, T* __restrict__ hidden, int64_t rows, int64_t width) {
   using Packed = Pack<T, N>;
   const int64_t packs = width / N, live = used == nullptr ? rows : *used;
   for (int64_t row = warp_id(); row < rows; row += warp_count()) {
@@ -52,9 +52,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
-    swiglu_backward_kernel(const T* __restrict__ grad, const T* __restrict__ gate_up, const Wide<T>* __restrict__ weights,
-                           const int32_t* __restrict__ used, T* __restrict__ hidden, T* __restrict__ d_gate_up,
-                           Wide<T>* __restrict__ d_weights, int64_t rows, int64_t width) {
+    swiglu_backward_kernel(const T* __restrict__ grad, const T* __restrict__ gate_up,
+                           const Wide<T>* __restrict__ weights, const int32_t* __restrict__ used,
+                           T* __restrict__ hidden, T* __restrict__ d_gate_up, Wide<T>* __restrict__ d_weights,
+                           int64_t rows, int64_t width) {
   using Packed = Pack<T, N>;
   const int64_t packs = width / N, live = used == nullptr ? rows : *used;
   for (int64_t row = warp_id(); row < rows; row += warp_count()) {
@@ -62,7 +63,8 @@ __global__ void __launch_bounds__(kThreads)
     Packed* d_gates = reinterpret_cast<Packed*>(d_gate_up + row * 2 * width);
     Packed* d_ups = reinterpret_cast<Packed*>(d_gate_up + (row * 2 + 1) * width);
     if (row >= live) {
-      for (int64_t pack = lane_id(); pack < packs; pack += kWarp) out[pack] = d_gates[pack] = d_ups[pack] = Packed{};
+      for (int64_t pack = lane_id(); pack < packs; pack += kWarp)
+        out[pack] = d_gates[pack] = d_ups[pack] = Packed{};
       if (lane_id() == 0) d_weights[row] = 0;
       continue;
     }
@@ -93,8 +95,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-void launch_swiglu(const T* gate_up, const Wide<T>* weights, const int32_t* used, T* hidden, int64_t rows, int64_t width,
-                   cudaStream_t stream) {
+void launch_swiglu(const T* gate_up, const Wide<T>* weights, const int32_t* used, T* hidden, int64_t rows,
+                   int64_t width, cudaStream_t stream) {
   if (rows == 0 || width == 0) return;
   const bool packed = width % kPack<T> == 0 && aligned(gate_up, 16) && aligned(hidden, 16);
   const auto launch = [&](auto kernel) {
@@ -104,14 +106,15 @@ void launch_swiglu(const T* gate_up, const Wide<T>* weights, const int32_t* used
 }
 
 template <typename T>
-void launch_swiglu_backward(const T* grad, const T* gate_up, const Wide<T>* weights, const int32_t* used, T* hidden,
-                            T* d_gate_up, Wide<T>* d_weights, int64_t rows, int64_t width, cudaStream_t stream) {
+void launch_swiglu_backward(const T* grad, const T* gate_up, const Wide<T>* weights, const int32_t* used,
+                            T* hidden, T* d_gate_up, Wide<T>* d_weights, int64_t rows, int64_t width,
+                            cudaStream_t stream) {
   if (rows == 0) return;                               // a width of 0 still has gradients of weights: zeros
-  const bool packed = width % kPack<T> == 0 && aligned(grad, 16) && aligned(gate_up, 16) && aligned(hidden, 16) &&
-                      aligned(d_gate_up, 16);
+  const bool packed = width % kPack<T> == 0 && aligned(grad, 16) && aligned(gate_up, 16) &&
+                      aligned(hidden, 16) && aligned(d_gate_up, 16);
   const auto launch = [&](auto kernel) {
-    LAUNCH(kernel, warp_blocks(rows), kThreads, 0, stream, grad, gate_up, weights, used, hidden, d_gate_up, d_weights,
-           rows, width);
+    LAUNCH(kernel, warp_blocks(rows), kThreads, 0, stream, grad, gate_up, weights, used, hidden, d_gate_up,
+           d_weights, rows, width);
   };
   packed ? launch(swiglu_backward_kernel<T, kPack<T>>) : launch(swiglu_backward_kernel<T, 1>);
 }

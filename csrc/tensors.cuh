@@ -1,7 +1,8 @@
-// What every <op>.cu needs to register its kernels: torch's stable ABI (2.11 and later) and nothing else of torch.
+// Access to tensors for the registrations in <op>.cu, through torch's stable ABI (2.11 and later) alone.
 //
-// Schemas, fakes and gradients are Python's (moetrain/ops/<op>.py). Here a tensor becomes a pointer and sizes. On the host the
-// same registrations serve the CPU (tests/ops/bindings_on_host.cpp), so that they are run too.
+// Schemas, fakes and gradients are defined in Python (moetrain/ops/<op>.py); here a tensor becomes a pointer
+// and sizes. With MOETRAIN_ON_HOST the same registrations serve CPU tensors (tests/ops/bindings_on_host.cpp),
+// so that tests run them too.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -20,12 +21,12 @@ namespace moetrain {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The device of a tensor, current while this lives, and its stream.
+// Makes the device of a tensor current for its lifetime, and holds that device's current stream.
 #ifdef MOETRAIN_ON_HOST
-struct On {
+struct DeviceScope {
   cudaStream_t stream = nullptr;
 
-  explicit On(const Tensor&) {}
+  explicit DeviceScope(const Tensor&) {}
 };
 inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 inline void check_launch() {
@@ -34,11 +35,11 @@ inline void check_launch() {
 }
 #define REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(moetrain, CPU, library)
 #else
-struct On {
+struct DeviceScope {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
 
-  explicit On(const Tensor& tensor) : guard(tensor.get_device_index()) {
+  explicit DeviceScope(const Tensor& tensor) : guard(tensor.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
@@ -79,7 +80,7 @@ inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t
   if (tensor.has_value()) expect(*tensor, type, dims, name);
 }
 
-// Calls `action` with a value of the element type.
+// Calls `action` with a value of the tensor's element type.
 template <typename Action>
 void with_type(const Tensor& tensor, Action action) {
   switch (tensor.scalar_type()) {
@@ -90,7 +91,7 @@ void with_type(const Tensor& tensor, Action action) {
   }
 }
 
-// The type that elements are added up in.
+// The type that elements of the tensor are summed in.
 inline ScalarType wide(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

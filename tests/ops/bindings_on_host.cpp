@@ -1,4 +1,5 @@
-// csrc/*.cu, registered for CPU tensors: torch calls the emulated kernels through their schemas (test_bindings_on_host.py).
+// Registers csrc/*.cu for CPU tensors: torch calls the emulated kernels through their schemas
+// (test_bindings_on_host.py).
 #include <initializer_list>
 #include <limits>
 

@@ -1,14 +1,15 @@
-// CUDA for a host compiler: enough of it to run the kernels of csrc/ without a GPU, and to find what a GPU would hide.
+// Emulation of CUDA for a host compiler: runs the kernels of csrc/ without a GPU and finds what a GPU would hide.
 //
-// A block's threads are fibers on one operating system thread. A fiber runs until its next barrier (of the block or of its
-// warp), so nothing is atomic or racy by chance: the order in which fibers run is the `order` of the run, and results that
-// differ between orders are a missing barrier. In order 0 the first warp runs as far as it can before the second begins, in
-// order 1 the last warp does; otherwise all threads go step by step, shuffled. What else is found:
+// A block's threads are fibers on one operating system thread. A fiber runs until its next barrier, of the
+// block or of its warp, so nothing is atomic or racy by chance: fibers run in the `order` of the run, and
+// results that differ between orders show a missing barrier. In order 0 the first warp runs as far as it can
+// before the second begins, in order 1 the last warp does; in any other, all threads advance step by step,
+// shuffled. It also finds:
 //
 //   barriers that not all threads reach, or reach at different lines     "divergent"
 //   writes behind the shared memory that was asked for                   "shared memory overrun"
 //   reads of shared memory before it is written                          it holds NaN and -1
-//   loads and stores off their alignment, overflow of signed numbers     -fsanitize=undefined (tests/ops/kernels_on_host.py)
+//   loads and stores off their alignment, signed overflow                -fsanitize=undefined
 //
 // It says nothing about speed, registers, caches or memory ordering beyond barriers.
 #pragma once
@@ -57,8 +58,8 @@ struct Fiber {
   bool started = false, finished = false, waits = false;
 };
 
-// A meeting of a warp or of a block: complete when all have come. Two sets of values: those who are late still read the
-// last meeting's while the first write the next one's.
+// Barrier of a warp or of a block, with the values that a shuffle exchanges. There are two sets of values:
+// late threads still read those of the last barrier while early ones write those of the next.
 struct Meeting {
   int members = 0, come = 0;
   uint64_t number = 0;
@@ -84,7 +85,8 @@ inline void fail(const std::string& what) {
   if (failure.empty()) failure = what;
 }
 
-inline uint64_t nanoseconds() {                        // a clock that goes on by a millisecond whenever it is read
+// A clock that advances by a millisecond whenever it is read.
+inline uint64_t nanoseconds() {
   static uint64_t now = 0;
   return now += 1000000;
 }
@@ -94,15 +96,17 @@ inline void to_scheduler() {
   if (_setjmp(fiber.at) == 0) _longjmp(block->scheduler, 1);
 }
 
-// Comes to the meeting and goes on when all have come; returns its number.
+// Waits at the barrier until all its threads have come; returns the number of the meeting.
 inline uint64_t meet(Meeting& meeting, int line, const char* what) {
   const uint64_t number = meeting.number;
   if (meeting.come == 0) meeting.line = line;
-  if (meeting.line != line) fail(std::string("divergent ") + what + ": lines " + std::to_string(meeting.line) + " and " + std::to_string(line));
+  if (meeting.line != line)
+    fail(std::string("divergent ") + what + ": lines " + std::to_string(meeting.line) + " and " +
+         std::to_string(line));
   if (++meeting.come == meeting.members) {
     meeting.come = 0;
     meeting.number++;
-    to_scheduler();                                    // those who wait may go first: any order is allowed
+    to_scheduler();                                    // the others may go first: any order is allowed
     return number;
   }
   block->fibers[block->running].waits = true;
@@ -131,7 +135,7 @@ inline void switch_to(unsigned thread) {
   setcontext(&fiber.context);
 }
 
-// Each of these threads once, up to its next barrier; whether one got anywhere.
+// Runs each of these threads once, up to its next barrier; returns whether any advanced.
 inline bool step(Block& state, const std::vector<unsigned>& turn, size_t begin, size_t end) {
   bool progress = false;
   for (size_t i = begin; i < end; i++) {
@@ -159,7 +163,7 @@ inline void run_block(Block& state, unsigned threads, size_t shared_bytes) {
   std::vector<unsigned> turn(threads);
   std::iota(turn.begin(), turn.end(), 0u);
   if (order == 1) std::reverse(turn.begin(), turn.end());
-  const size_t together = order > 1 ? threads : kLanes;        // who goes on before the next ones begin
+  const size_t together = order > 1 ? threads : kLanes;        // threads that advance before others begin
   std::mt19937 random{unsigned(order)};
   for (bool progress = true; progress && failure.empty();) {
     if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
@@ -167,7 +171,7 @@ inline void run_block(Block& state, unsigned threads, size_t shared_bytes) {
     for (size_t first = 0; first < threads; first += together) {
       while (step(state, turn, first, std::min<size_t>(first + together, threads)) && failure.empty()) {
         progress = true;
-        if (order > 1) break;                                  // to be shuffled again
+        if (order > 1) break;                                  // shuffle again
       }
     }
   }
@@ -176,7 +180,7 @@ inline void run_block(Block& state, unsigned threads, size_t shared_bytes) {
   }
 }
 
-inline unsigned char* shared_memory() {                // aligned as DYNAMIC_SHARED says on the device
+inline unsigned char* shared_memory() {                // alignment of DYNAMIC_SHARED on a device
   const auto at = reinterpret_cast<uintptr_t>(block->shared.data());
   return block->shared.data() + (128 - at % 128) % 128;
 }
@@ -184,7 +188,8 @@ inline unsigned char* shared_memory() {                // aligned as DYNAMIC_SHA
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, uint64_t blocks, unsigned threads, size_t shared_bytes, Arguments... arguments) {
   static Block state;
-  if (blocks == 0 || blocks >= uint64_t(1) << 31 || threads == 0 || threads > 1024) return fail("no such grid");
+  if (blocks == 0 || blocks >= uint64_t(1) << 31 || threads == 0 || threads > 1024)
+    return fail("no such grid");
   if (shared_bytes > 48 * 1024) return fail("more shared memory than a block may have");
   state.body = [=] { kernel(arguments...); };
   blockDim.x = threads;
@@ -192,7 +197,8 @@ void launch(Kernel kernel, uint64_t blocks, unsigned threads, size_t shared_byte
   for (uint64_t i = 0; i < blocks && failure.empty(); i++) {
     blockIdx.x = unsigned(order == 1 ? blocks - 1 - i : i);
     run_block(state, threads, shared_bytes);
-    for (unsigned char* at = shared_memory() + shared_bytes; at < state.shared.data() + state.shared.size(); at++) {
+    for (unsigned char* at = shared_memory() + shared_bytes; at < state.shared.data() + state.shared.size();
+         at++) {
       if (*at != 0xff) return fail("shared memory overrun");
     }
   }
@@ -249,14 +255,18 @@ inline unsigned reduce(unsigned value, int line, const std::function<unsigned(un
 }  // namespace on_host
 
 #define LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
-  ((void)(stream), on_host::launch(kernel, uint64_t(blocks), unsigned(threads), size_t(shared_bytes), __VA_ARGS__))
+  ((void)(stream),                                                 \
+   on_host::launch(kernel, uint64_t(blocks), unsigned(threads), size_t(shared_bytes), __VA_ARGS__))
 #define DYNAMIC_SHARED(name) unsigned char* name = on_host::shared_memory()
 
 #define __syncthreads() on_host::meet(on_host::block->all, __LINE__, "__syncthreads")
-#define __syncwarp() on_host::meet(on_host::block->warps[on_host::block->running / 32], __LINE__, "__syncwarp")
+#define __syncwarp() \
+  on_host::meet(on_host::block->warps[on_host::block->running / 32], __LINE__, "__syncwarp")
 #define __shfl_sync(mask, value, lane_) on_host::shuffle((value), __LINE__, [=](int) { return int(lane_); })
-#define __shfl_xor_sync(mask, value, bits) on_host::shuffle((value), __LINE__, [=](int lane__) { return lane__ ^ int(bits); })
-#define __shfl_up_sync(mask, value, by) on_host::shuffle((value), __LINE__, [=](int lane__) { return lane__ - int(by); })
+#define __shfl_xor_sync(mask, value, bits) \
+  on_host::shuffle((value), __LINE__, [=](int lane__) { return lane__ ^ int(bits); })
+#define __shfl_up_sync(mask, value, by) \
+  on_host::shuffle((value), __LINE__, [=](int lane__) { return lane__ - int(by); })
 #define __ballot_sync(mask, holds) \
   on_host::vote((holds) ? 1 : 0, __LINE__, [](const uint64_t* values, int) { \
     return on_host::lanes_where([&](int lane) { return values[lane] != 0; }); \
@@ -265,8 +275,10 @@ inline unsigned reduce(unsigned value, int line, const std::function<unsigned(un
   on_host::vote(uint64_t(int64_t(value)), __LINE__, [](const uint64_t* values, int mine) { \
     return on_host::lanes_where([&](int lane) { return values[lane] == values[mine]; }); \
   })
-#define __reduce_max_sync(mask, value) on_host::reduce((value), __LINE__, [](unsigned a, unsigned b) { return a > b ? a : b; })
-#define __reduce_min_sync(mask, value) on_host::reduce((value), __LINE__, [](unsigned a, unsigned b) { return a < b ? a : b; })
+#define __reduce_max_sync(mask, value) \
+  on_host::reduce((value), __LINE__, [](unsigned a, unsigned b) { return a > b ? a : b; })
+#define __reduce_min_sync(mask, value) \
+  on_host::reduce((value), __LINE__, [](unsigned a, unsigned b) { return a < b ? a : b; })
 
 inline int32_t atomicAdd(int32_t* at, int32_t value) { return std::exchange(*at, *at + value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
@@ -307,8 +319,10 @@ void fill_fragment(fragment<Use, 16, 16, 16, T, Layout>& matrix, float value) {
 }
 
 template <typename Use, typename Layout>
-void load_matrix_sync(fragment<Use, 16, 16, 16, __nv_bfloat16, Layout>& matrix, const __nv_bfloat16* from, unsigned pitch) {
-  if (reinterpret_cast<uintptr_t>(from) % 32 != 0 || pitch % 8 != 0) on_host::fail("wmma: pointer or pitch off its alignment");
+void load_matrix_sync(fragment<Use, 16, 16, 16, __nv_bfloat16, Layout>& matrix, const __nv_bfloat16* from,
+                      unsigned pitch) {
+  if (reinterpret_cast<uintptr_t>(from) % 32 != 0 || pitch % 8 != 0)
+    on_host::fail("wmma: pointer or pitch off its alignment");
   if (!first_lane()) return;
   constexpr bool across = std::is_same_v<Layout, row_major>;
   for (int i = 0; i < 16; i++)
@@ -329,8 +343,10 @@ void mma_sync(C& out, const A& a, const B& b, const C& c) {
 }
 
 template <typename T>
-void store_matrix_sync(float* into, const fragment<accumulator, 16, 16, 16, T>& matrix, unsigned pitch, layout_t) {
-  if (reinterpret_cast<uintptr_t>(into) % 32 != 0 || pitch % 4 != 0) on_host::fail("wmma: pointer or pitch off its alignment");
+void store_matrix_sync(float* into, const fragment<accumulator, 16, 16, 16, T>& matrix, unsigned pitch,
+                       layout_t) {
+  if (reinterpret_cast<uintptr_t>(into) % 32 != 0 || pitch % 4 != 0)
+    on_host::fail("wmma: pointer or pitch off its alignment");
   if (!first_lane()) return;
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) into[i * pitch + j] = matrix.at[i][j];
