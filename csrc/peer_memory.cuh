@@ -1,6 +1,6 @@
 // Copies of rows into the memory of peers, and signals (moetrain/ops/peer_memory.py).
 //
-//   push     a few blocks write rows to all destinations; each begins with another one, to keep all links busy
+//   push     a few blocks write rows to all destinations; each begins with another, to keep all links busy
 //   put      stores an epoch at one place of each pad, with release semantics at system scope
 //   wait     loads, with acquire semantics at system scope, until all places hold that epoch; past the limit,
 //            prints who waited for whom, and traps

@@ -37,8 +37,8 @@ static Routed router(const Tensor& logits_in, const std::optional<Tensor>& bias_
   const Tensor counts = empty(logits, {experts}, whole), prob_sum = empty(logits, {experts}, real);
   const Tensor lse2 = empty(logits, {}, real), entropy = empty(logits, {}, real);
   const Tensor valid_tokens = empty(logits, {}, whole), used = empty(logits, {}, whole);
-  const RouterRule rule{int(experts), int(slots), is_sigmoid ? kSigmoid : kSoftmax, renormalised, float(scale),
-                        int(groups), int(kept_groups), top2};
+  const RouterRule rule{int(experts), int(slots), is_sigmoid ? kSigmoid : kSoftmax, renormalised,
+                        float(scale), int(groups), int(kept_groups), top2};
   launch_router({in<float>(logits), in<float>(bias), in<int64_t>(given), in<bool>(valid), tokens},
                 {out<int64_t>(ids), out<float>(weights), out<float>(lse), out<float>(block_sums),
                  out<int32_t>(block_counts)},

@@ -1,11 +1,12 @@
-"""The library that holds the schemas of our ops, and the compiled kernels when there are any.
+"""Definition of the package's torch ops, and loading of their CUDA kernels.
 
-Every op is defined here by schema (`define`), so that it exists without a compiler; its file in `ops/` adds the
-plain-torch reference, the fake and the gradient. A compiled `csrc/<op>.cu` only adds a CUDA implementation to the same op.
+`define` registers an op by its schema, so that it exists without a compiler. The op's file in `ops/` gives
+the reference in plain torch, the fake and the gradient. A compiled `csrc/<op>.cu` only adds a CUDA
+implementation to the same op.
 
-The kernels have never run on a GPU. They are off unless the environment says MOETRAIN_KERNELS=1, and are then loaded from
-the library that tools/build_cuda.py made, on a torch with CUDA alone. Whatever stands in the way is one warning, and
-everything runs on the references, with the same results.
+The kernels have never run on a GPU. They are off unless MOETRAIN_KERNELS=1 is set, and are then loaded from
+the library that tools/build_cuda.py builds, on a torch with CUDA. If anything prevents that, one warning says
+what, and every op runs its reference, with the same results.
 """
 
 import ctypes
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 SWITCH = "MOETRAIN_KERNELS"
-LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"        # tools/build_cuda.py writes it, and a label beside it: what it was made of and for
+# Written by tools/build_cuda.py, with a label beside it: hash of the sources, architectures, release of CUDA.
+LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"
 BUILD = "python tools/build_cuda.py makes it"
-SOURCES = Path(__file__).parents[2] / "csrc"              # of a checkout; an installed package has none
+SOURCES = Path(__file__).parents[2] / "csrc"              # in a checkout; an installed package has none
 
 _LIBRARY = torch.library.Library("moetrain", "DEF")
 
@@ -38,8 +40,16 @@ def define(
 ) -> Callable:
     """Define the op `moetrain::<schema>` and return it.
 
-    reference: plain torch, on any device. fake: shapes alone (the reference itself when it is free of data-dependent
-    sizes). backward, setup_context: as in `torch.library.register_autograd`; absent for ops without gradient.
+    Args:
+        schema: name, arguments and results of the op, in the language of `torch.library`.
+        reference: implementation in plain torch, for any device.
+        fake: shapes and dtypes of the results without data. Without it, the reference serves, which must then
+            have no data-dependent sizes.
+        backward: gradient, as in `torch.library.register_autograd`; None for an op without gradient.
+        setup_context: what backward keeps, as in `torch.library.register_autograd`.
+
+    Returns:
+        The op's default overload.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -53,7 +63,7 @@ def define(
 
 
 def sources_hash(folder: Path = SOURCES) -> str:
-    """What the kernels are made of: names and contents of the files in csrc/."""
+    """Hash the names and contents of the kernel sources in csrc/."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.cu"), *folder.glob("*.cuh"), *folder.glob("*.h")]):
         digest.update(f"{path.name}\n".encode() + path.read_bytes())
@@ -61,7 +71,7 @@ def sources_hash(folder: Path = SOURCES) -> str:
 
 
 def load(library: Path = LIBRARY, sources: Path = SOURCES) -> str | None:
-    """Load the compiled kernels; why they are not in use, or None when they are."""
+    """Load the compiled kernels; return why they are not in use, or None when they are."""
     if os.environ.get(SWITCH, "0") in ("", "0"):
         return f"{SWITCH} is not set: the kernels have never run on a GPU and are off"
     reason = _obstacle(library, sources)
@@ -77,12 +87,20 @@ def load(library: Path = LIBRARY, sources: Path = SOURCES) -> str | None:
 
 
 def write_label(library: Path, archs: Iterable[str], cuda: str, sources: Path = SOURCES) -> None:
-    """Say beside a library what it was made of, for which architectures, and by which release of CUDA."""
+    """Write the label of a library beside it: what `load` needs to decide whether it fits.
+
+    Args:
+        library: path of the library; the label has its name with the suffix .json.
+        archs: compute capabilities that it has machine code for, such as 80 or 90a.
+        cuda: release of the CUDA toolkit that compiled it, such as 13.0.
+        sources: folder of the kernel sources, whose hash is stored.
+    """
     label = {"sources": sources_hash(sources), "archs": list(archs), "cuda": cuda}
     library.with_suffix(".json").write_text(json.dumps(label) + "\n")
 
 
 def _obstacle(library: Path, sources: Path) -> str | None:
+    """What prevents the library from being used with this torch and these GPUs; None if nothing does."""
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not library.exists():
@@ -91,30 +109,39 @@ def _obstacle(library: Path, sources: Path) -> str | None:
     label = json.loads(file.read_text()) if file.exists() else {}
     if not label or sources.is_dir() and label["sources"] != sources_hash(sources):
         return f"{library.name} was made of other sources than those in csrc/; {BUILD}"
-    # It brings CUDA's runtime with it, which a driver that is good for torch's own may be too old for.
+    # The library is linked to its own CUDA runtime. A driver that is new enough for torch's may be too old
+    # for it.
     if int(label["cuda"].partition(".")[0]) > int(torch.version.cuda.partition(".")[0]):
-        return f"{library.name} was built by CUDA {label['cuda']}, and this torch by {torch.version.cuda}; with that nvcc, {BUILD}"
+        return (f"{library.name} was built by CUDA {label['cuda']}, and this torch by {torch.version.cuda}; "
+                f"with that nvcc, {BUILD}")
     for number, (major, minor) in enumerate(_capabilities()):
         if not any(_runs_on(arch, major, minor) for arch in label["archs"]):
-            return (f"{library.name} was built for {', '.join(label['archs'])}, and GPU {number} has compute capability {major}.{minor}; "
+            return (f"{library.name} was built for {', '.join(label['archs'])}, "
+                    f"and GPU {number} has compute capability {major}.{minor}; "
                     f"python tools/build_cuda.py --archs {major}{minor}{'a' * (major >= 9)} makes it")
     return None
 
 
 def _capabilities() -> list[tuple[int, int]]:
-    """Of the GPUs that this process sees."""
+    """Compute capabilities of the GPUs that this process sees."""
     return [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
 
 
 def _runs_on(arch: str, major: int, minor: int) -> bool:
-    """Whether machine code for an architecture runs on a GPU: 80 on 8.0 to 8.9, 90a on 9.0 alone. There is no PTX in the library."""
+    """Whether machine code for an architecture runs on a GPU: 80 on 8.0 to 8.9, 90a on 9.0 alone.
+
+    The library holds no PTX that a driver could compile for another GPU.
+    """
     number, own = re.fullmatch(r"(\d+)([a-z]?)", arch).groups()
     of_major, of_minor = divmod(int(number), 10)
     return of_major == major and (of_minor == minor if own == "a" else of_minor <= minor)
 
 
 def _show_torch_cuda() -> None:
-    """A library that was linked against torch's CPU wheel does not name libtorch_cuda: let it find the symbols all the same."""
+    """Make the symbols of libtorch_cuda visible to a library that was linked against torch's CPU wheel.
+
+    Such a library does not name libtorch_cuda as a dependency.
+    """
     torch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
     if torch_cuda.exists():
         ctypes.CDLL(str(torch_cuda), mode=ctypes.RTLD_GLOBAL)
@@ -124,10 +151,10 @@ _REASON, _DEVICE = load(), "cuda"
 
 
 def absent() -> str | None:
-    """Why no compiled kernel is in use; None when they are."""
+    """Why the compiled kernels are not in use; None when they are."""
     return _REASON
 
 
 def kernels_for(tensor: Tensor) -> bool:
-    """Whether compiled kernels take what lies where this tensor does."""
+    """Whether compiled kernels are in use for the device of this tensor."""
     return _REASON is None and tensor.device.type == _DEVICE

@@ -1,10 +1,14 @@
-"""The discrete part of routing: choosing experts.
+"""The discrete part of routing: which experts a token chooses.
 
-`top_k` is the stable selection (score descending, then expert id ascending) that routers use; `torch.topk` promises no
-order between ties, and CPU and CUDA disagree there. `decide` is the one op through which every decision passes: the
-identity, which activation checkpointing saves and replays (model/activation_checkpointing.py), so that a choice is never made twice in a
-step. It saves what `top_k` found too, so that not even the sorting is done again.
-`gather_weights` takes the gate weights at the *decided* ids, so they keep their graph.
+    top_k             a token's k largest scores, stably ordered: score descending, then expert id ascending
+    decide            identity through which every decision passes, so that it is made once in a step
+    keep_best_groups  scores outside a token's best groups of experts become -inf
+    gather_weights    gate weights at the decided ids
+
+`torch.topk` promises no order between ties, and CPU and CUDA disagree there; so `top_k` sorts. Activation
+checkpointing saves the results of the ops `decide` and `top_k` and replays them in recomputation
+(model/activation_checkpointing.py): a choice is never made twice in a step, and scores are not even sorted
+again. `gather_weights` reads the probabilities at the decided ids, so that gate weights keep their graph.
 
 Shapes: T tokens, E experts, K slots. An unused slot has id -1 and weight 0.
 """
@@ -25,20 +29,30 @@ _decide = define("decide(Tensor ids_TK) -> Tensor", reference=lambda ids_TK: ids
 
 
 def decide(ids_TK: Tensor) -> Tensor:
-    """The decided expert ids [T, K]: what comes after this op never changes within a step."""
+    """Fix the expert ids [T, K] for this step: recomputation replays them."""
     return _decide(ids_TK)
 
 
 def top_k(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Largest k scores of each row and their ids, both [T, k]; ties go to the lower id. No gradient."""
+    """Find the k largest scores of each row and their ids, [T, k]; ties go to the lower id. No gradient."""
     return _top_k(scores_TE.detach(), k)
 
 
 def keep_best_groups(scores_TE: Tensor, num_groups: int, topk_groups: int, group_score: str) -> Tensor:
-    """The scores with -inf outside each token's `topk_groups` best groups of consecutive experts. No gradient.
+    """Set the scores outside each token's best groups of experts to -inf. No gradient.
 
-    group_score: top2, the sum of a group's two best scores (DeepSeek-V3); max, its best (DeepSeek-V2). Of equal groups
-    the first counts as better. The mask is -inf and not 0: biased scores may be negative, and a 0 would outrank them.
+    Of equal groups the first counts as better. The mask is -inf and not 0, because biased scores may be
+    negative, and a 0 would outrank them.
+
+    Args:
+        scores_TE: scores [T, E], float32 or better; a group is E / num_groups consecutive experts.
+        num_groups: number of groups.
+        topk_groups: number of groups that a token keeps.
+        group_score: "top2", the sum of a group's two best scores (DeepSeek-V3), or "max", its best
+            (DeepSeek-V2).
+
+    Returns:
+        Scores [T, E] of the same dtype.
     """
     assert group_score in ("top2", "max"), group_score
     scores_TE = scores_TE.detach()
@@ -53,12 +67,22 @@ def keep_best_groups(scores_TE: Tensor, num_groups: int, topk_groups: int, group
 
 
 def gather_weights(probs_TE: Tensor, ids_TK: Tensor) -> Tensor:
-    """Entries of probs at the ids [T, K], 0 in unused slots; differentiable in probs."""
+    """Gather probabilities at the ids [T, K]; 0 in unused slots. Differentiable in the probabilities."""
     used_TK = ids_TK >= 0
     return probs_TE.gather(1, ids_TK.clamp(min=0)).where(used_TK, probs_TE.new_zeros(()))
 
 
 def scatter_weights(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Weights by expert [T, E], 0 where an expert was not chosen: the inverse of `gather_weights`; differentiable."""
-    columns_TK = ids_TK.where(ids_TK >= 0, num_experts)              # one more column takes the unused slots
-    return weights_TK.new_zeros(len(ids_TK), num_experts + 1).scatter(1, columns_TK, weights_TK)[:, :num_experts]
+    """Scatter gate weights to their experts: the inverse of `gather_weights`. Differentiable in the weights.
+
+    Args:
+        weights_TK: gate weights [T, K].
+        ids_TK: int64 [T, K], expert of each slot; -1 is unused.
+        num_experts: E.
+
+    Returns:
+        Weights [T, E]; 0 where an expert was not chosen.
+    """
+    columns_TK = ids_TK.where(ids_TK >= 0, num_experts)              # an extra column takes the unused slots
+    empty_TE = weights_TK.new_zeros(len(ids_TK), num_experts + 1)
+    return empty_TE.scatter(1, columns_TK, weights_TK)[:, :num_experts]

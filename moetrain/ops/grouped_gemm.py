@@ -1,15 +1,17 @@
-"""One matrix product per expert over ragged rows.
+"""Grouped matrix products: one product per expert over its rows.
 
     grouped_product   out[rows of e] = x[rows of e] @ matrix[e]
-    grouped_outer     out[e] = a[rows of e].T @ b[rows of e]          the gradient of a weight
+    grouped_outer     out[e] = a[rows of e].T @ b[rows of e]          the gradient of an expert's matrix
     grouped_wgrad_    acc[e] += the same, products and sums in float32: for gradients that are kept in float32
 
-Plain products without autograd: the ops that use them (ops/grouped_experts.py) bring their gradients. float32 and bfloat16
-go through `torch.nn.functional.grouped_mm`, which wants row strides that are multiples of 16 bytes and leaves rows past the
-last offset uninitialised (there are none where counts are on the host; where they are on the device nobody reads them).
-float64, which it refuses, and odd widths go through the loop, which is also the reference. So do, on a GPU, the dtypes and
-chips for which grouped_mm itself is a loop that reads the offsets back, six times a layer and micro-batch: the host knows the
-counts already.
+They have no autograd: the op that uses them (ops/grouped_experts.py) has its own backward. float32
+and bfloat16 go through `torch.nn.functional.grouped_mm`. It requires row strides that are multiples of 16
+bytes, and leaves rows past the last offset uninitialised: with counts on the host there are none, and with
+counts on the device nothing reads them.
+
+A loop of products, which is also the reference, computes what grouped_mm does not: float64, which it refuses,
+and other widths. On a GPU the loop also replaces it for the dtypes and chips where grouped_mm is itself a
+loop that reads the offsets back, six times per layer and micro-batch: the host knows the counts already.
 
 Shapes: R rows ordered by expert, e experts on this rank, I and O widths.
 """
@@ -23,42 +25,54 @@ from torch import Tensor
 from moetrain.ops.extension import define
 from moetrain.ops.pinned import to_device
 
-# Compute capabilities for which grouped_mm is one kernel, in bfloat16 alone (torch 2.11 to 2.13, GroupedBlas.cpp).
+# Compute capabilities on which grouped_mm is one kernel, in bfloat16 alone (torch 2.11 to 2.13,
+# GroupedBlas.cpp).
 ONE_KERNEL = ((9, 0), (10, 0))
 
 
 class Groups(NamedTuple):
-    """Rows of each expert. Counts on the host sum to R; without them the rows behind the last offset are padding."""
+    """Rows of each expert. If the counts are not on the host, rows behind the last offset are padding."""
 
-    counts_e: list[int] | None   # on the host
-    offsets_e: Tensor            # int32: where each expert's rows end, on the device of the rows
+    counts_e: list[int] | None   # on the host, sum to R; None: known to the device alone
+    offsets_e: Tensor            # int32, on the device of the rows: where the rows of each expert end
 
     @property
     def used(self) -> Tensor | None:
-        """How many rows are not padding, int32 [1] on the device; None where all are not."""
+        """Number of rows that are not padding, int32 [1] on the device; None if there is no padding."""
         return self.offsets_e[-1:] if self.counts_e is None else None
 
 
 def takes_counts_on_device(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
-    """Whether grouped_mm computes with offsets that only the device knows: one kernel, without a wait of the host.
+    """Whether grouped_mm is one kernel for these, and so never makes the host wait for the offsets.
 
     Args:
-        device: of the rows.
-        dtype: of rows and matrices.
-        widths: of all matrices.
+        device: device of the rows.
+        dtype: dtype of rows and matrices.
+        widths: both widths of every matrix.
     """
-    return (device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) in ONE_KERNEL
-            and _aligned(dtype, *widths))
+    return (device.type == "cuda" and dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(device) in ONE_KERNEL and _aligned(dtype, *widths))
 
 
 def make_groups(counts_e: list[int] | Tensor, device: torch.device) -> Groups:
+    """Make the groups from counts on the host (a list) or on the device (a tensor)."""
     if isinstance(counts_e, Tensor):
         return Groups(None, counts_e.cumsum(0, dtype=torch.int32))
-    return Groups(counts_e, to_device(torch.tensor(counts_e, dtype=torch.int32).cumsum(0, dtype=torch.int32), device))
+    offsets_e = torch.tensor(counts_e, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Groups(counts_e, to_device(offsets_e, device))
 
 
 def grouped_product(x_RI: Tensor, matrix_eIO: Tensor, groups: Groups) -> Tensor:
-    """x @ matrix[e], expert by expert: [R, O]. The matrix may be a transposed view."""
+    """Multiply the rows of each expert by its matrix.
+
+    Args:
+        x_RI: rows [R, I], ordered by expert.
+        matrix_eIO: matrices [e, I, O] of the same dtype; may be a transposed view.
+        groups: rows of each expert.
+
+    Returns:
+        Rows [R, O] of the same dtype.
+    """
     if _grouped_mm_takes(groups, x_RI, *matrix_eIO.shape[1:]):
         return F.grouped_mm(x_RI, matrix_eIO, offs=groups.offsets_e)
     if x_RI.shape[0] == 0:
@@ -71,7 +85,16 @@ def grouped_product(x_RI: Tensor, matrix_eIO: Tensor, groups: Groups) -> Tensor:
 
 
 def grouped_outer(a_RI: Tensor, b_RO: Tensor, groups: Groups) -> Tensor:
-    """a.T @ b over the rows of each expert: [e, I, O]; zeros for an expert without rows."""
+    """Compute a.T @ b over the rows of each expert.
+
+    Args:
+        a_RI: rows [R, I], ordered by expert.
+        b_RO: rows [R, O] of the same dtype, in the same order.
+        groups: rows of each expert.
+
+    Returns:
+        Matrices [e, I, O] of the same dtype; zeros for an expert without rows.
+    """
     if _grouped_mm_takes(groups, a_RI, a_RI.shape[1], b_RO.shape[1]):
         return F.grouped_mm(a_RI.T, b_RO, offs=groups.offsets_e)
     if a_RI.shape[0] == 0:
@@ -85,15 +108,17 @@ def grouped_outer(a_RI: Tensor, b_RO: Tensor, groups: Groups) -> Tensor:
 
 def _needs_the_host(groups: Groups, rows: Tensor) -> None:
     assert groups.counts_e is not None, (
-        f"counts on the device need float32 or bfloat16 and widths of 16 bytes, not {rows.dtype} {tuple(rows.shape)}")
+        "counts on the device need float32 or bfloat16 and widths of 16 bytes, "
+        f"not {rows.dtype} {tuple(rows.shape)}")
 
 
 def _grouped_mm_takes(groups: Groups, x_RI: Tensor, *widths: int) -> bool:
-    """Whether grouped_mm computes it (it refuses no rows at all), and no slower than the loop."""
-    if x_RI.dtype not in (torch.float32, torch.bfloat16) or x_RI.shape[0] == 0 or not _aligned(x_RI.dtype, *widths):
+    """Whether grouped_mm accepts the operands, and is not itself a loop. It refuses an input without rows."""
+    dtype, device = x_RI.dtype, x_RI.device
+    if dtype not in (torch.float32, torch.bfloat16) or x_RI.shape[0] == 0 or not _aligned(dtype, *widths):
         return False
     counts_known = groups.counts_e is not None
-    return not (counts_known and x_RI.device.type == "cuda") or takes_counts_on_device(x_RI.device, x_RI.dtype, *widths)
+    return not (counts_known and device.type == "cuda") or takes_counts_on_device(device, dtype, *widths)
 
 
 def _aligned(dtype: torch.dtype, *widths: int) -> bool:
@@ -113,9 +138,15 @@ _wgrad = define(
 
 
 def grouped_wgrad_(a_RI: Tensor, b_RO: Tensor, offsets_e: Tensor, acc_eIO: Tensor) -> None:
-    """acc[e] += a.T @ b over the rows of each expert, in float32, in place. offsets_e: int32, where each expert's rows end.
+    """Add a.T @ b over the rows of each expert to its matrix, in float32 and in place.
 
-    Widths are multiples of 16 bytes. An expert without rows leaves its matrix as it was. Nothing of the model calls this
-    yet: whether it beats grouped_mm and an addition is for a GPU to say (docs/explanation/kernels.md).
+    The model does not call this yet: whether it is faster than grouped_mm and an addition has to be measured
+    on a GPU (docs/explanation/kernels.md).
+
+    Args:
+        a_RI: rows [R, I], bfloat16 or float32, ordered by expert; I is a multiple of 16 bytes.
+        b_RO: rows [R, O] of the same dtype, in the same order; O is a multiple of 16 bytes.
+        offsets_e: int32 [e], where the rows of each expert end.
+        acc_eIO: float32 [e, I, O], changed in place; the matrix of an expert without rows stays as it is.
     """
     _wgrad(a_RI, b_RO, offsets_e, acc_eIO)

@@ -1,7 +1,7 @@
-"""Numbers of a device on the host: how a layer asks for counts, and waits for the device.
+"""Copy of a device's numbers to the host, for which the host waits: how a layer reads its counts.
 
-An operator of its own, so that activation checkpointing and count passes keep what it found (model/activation_checkpointing.py): what was read
-once in a step is not read again in backward.
+This is an op of its own, so that activation checkpointing and count passes can save its result
+(model/activation_checkpointing.py): numbers that were read once in a step are not read again in backward.
 """
 
 from torch import Tensor
@@ -18,5 +18,5 @@ _read_host = define("read_host(Tensor numbers) -> Tensor", reference=_read,
 
 
 def read_host(numbers: Tensor) -> Tensor:
-    """A copy on the host. No gradient."""
+    """Copy a tensor to the host and wait for it. No gradient."""
     return _read_host(numbers)

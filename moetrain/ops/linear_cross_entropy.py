@@ -1,11 +1,14 @@
-"""The head and the cross-entropy as one, without the logits of all tokens in memory.
+"""Output head and cross-entropy as one op, without the logits of all tokens in memory.
 
     sum over rows with a target of  log sum_v exp(x_r . h_v) - x_r . h_target
 
-Rows are taken so many at a time: their logits are made, reduced and forgotten, forward and again backward. Nothing is kept but x and
-the head, at the price of one more product: 2 R D V operations of the head's 6 (the other way, gradients made in forward as
-Liger's kernel does, keeps one of the head's size for every micro-batch whose graph is kept). Logits are made in the dtype of x and reduced in
-float32 or better, as without this; the gradient of the head is summed over chunks in the head's own dtype.
+Rows are processed in chunks, whose logits are computed, reduced and freed, in forward and again in backward.
+Backward keeps only x and the head, at the price of one more product: 2 R D V operations beside the head's 6 R
+D V. The alternative, gradients computed in forward as in Liger's kernel, keeps a tensor of the head's size
+for every micro-batch whose graph is alive.
+
+Logits are computed in the dtype of x and reduced in float32 or better, as without this op; the gradient of
+the head is summed over chunks in the head's own dtype.
 
 Shapes: R rows, D width, V vocabulary, C rows of a chunk.
 """
@@ -16,7 +19,17 @@ from torch import Tensor
 
 
 def linear_cross_entropy(x_RD: Tensor, head_VD: Tensor, targets_R: Tensor, chunk: int) -> Tensor:
-    """Sum in nats over targets that are not -1; float32, or float64 of float64. chunk: rows of logits at a time."""
+    """Sum the cross-entropies, in nats, of the rows that have a target.
+
+    Args:
+        x_RD: rows [R, D] before the head.
+        head_VD: head [V, D]; cast to the dtype of x.
+        targets_R: int64 [R]; -1 is no target.
+        chunk: number of rows whose logits are in memory at a time.
+
+    Returns:
+        Scalar, float32, or float64 for float64 rows.
+    """
     assert chunk > 0, chunk
     return _LinearCrossEntropy.apply(x_RD, head_VD, targets_R, chunk)
 
@@ -57,7 +70,7 @@ def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 def _gradient(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Of the sum of cross-entropies with respect to logits, whose memory it uses; zero in rows without a target."""
+    """Gradient of the summed cross-entropies at the logits, whose memory it reuses; zero without a target."""
     has_C1 = (targets_C >= 0)[:, None]
     probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
     probs_CV.scatter_add_(1, targets_C.clamp(min=0)[:, None], torch.full_like(probs_CV[:, :1], -1.0))
@@ -65,4 +78,5 @@ def _gradient(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
 
 
 def _better(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float32 or better."""
     return dtype if dtype == torch.float64 else torch.float32

@@ -1,16 +1,16 @@
-"""Rows into slot order and back.
+"""Permute and unpermute: rows in the order of their physical ids, and back to tokens.
 
-    plan_permutation   physical slot ids [T, K]  ->  Permutation (integers only, made once per micro-batch)
-    permute            rows[r] = x[r's token]
-    unpermute          out[t] = sum of t's rows: the adjoint of permute
+    plan_permutation   physical ids [T, K]  ->  Permutation (integers alone, planned once per micro-batch)
+    permute            rows[r] = x[token of r]
+    unpermute          out[t] = sum of the rows of t: the adjoint of permute
     reorder            rows[i] = x[index[i]] for a permutation `index`
-    permute_padded, unpermute_padded    the same two where some rows have no slot (ops/route_plan.py)
+    permute_padded, unpermute_padded    the first two where some rows have no slot (ops/route_plan.py)
 
-The differentiable ops are gathers forward and backward: no atomics, the sum over a token's slots runs in slot
-order. Where a slot id is -1 the slot has no row.
+The ops are gathers in forward and in backward: they use no atomics, and the sum over a token's slots runs in
+slot order. A slot with id -1 has no row.
 
-The padded pair never asks how many rows are used: a row without a slot is zeros in permute_padded, and what it holds
-(whatever that be) reaches nothing through unpermute_padded.
+The padded pair never needs the number of used rows. permute_padded fills a row without a slot with zeros;
+unpermute_padded does not read it, whatever it holds.
 
 Shapes: T tokens, K slots per token, R rows (used slots), D width.
 """
@@ -27,17 +27,23 @@ from moetrain.ops.extension import define, kernels_for
 
 
 class Permutation(NamedTuple):
-    """Where every used slot goes."""
+    """Row of each used slot, and slot of each row."""
 
-    slots_R: Tensor          # int64: the flat slot index t*K + k of each row, rows ordered by physical id
-    rows_TK: Tensor          # int64: the row of each slot; -1 where the slot is unused
-    counts_P: Tensor         # int64: rows per physical slot id
+    slots_R: Tensor          # int64: flat slot index t*K + k of each row, rows ordered by physical id
+    rows_TK: Tensor          # int64: row of each slot; -1 where the slot is unused
+    counts_P: Tensor         # int64: rows per physical id
 
 
 def plan_permutation(physical_TK: Tensor, num_physical: int, rows: int | None = None) -> Permutation:
     """Order used slots by physical id, then by token, then by slot.
 
-    physical_TK: int64, -1 in unused slots. rows: the number of used slots when it is known (saves a synchronisation).
+    Args:
+        physical_TK: int64 [T, K], physical id of each slot; -1 is unused.
+        num_physical: P, number of physical ids.
+        rows: number of used slots, if it is known; otherwise the host waits for it.
+
+    Returns:
+        Permutation without padding.
     """
     flat_N = physical_TK.flatten()
     counts_P = count_ids(physical_TK, num_physical)
@@ -49,7 +55,7 @@ def plan_permutation(physical_TK: Tensor, num_physical: int, rows: int | None = 
 
 
 def gather_tokens(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """What `permute` computes, without its gradient: for the inside of other ops."""
+    """Compute `permute` without autograd, for use inside other ops."""
     if kernels_for(x_TD):
         return _permute(x_TD, slots_R, rows_TK)
     return _gather(x_TD, slots_R, rows_TK)
@@ -60,7 +66,7 @@ def _gather(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
 
 
 def sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """What `unpermute` computes, without its gradient. The picked rows are never laid out side by side."""
+    """Compute `unpermute` without autograd. The rows of all slots are never gathered into one tensor."""
     if kernels_for(rows_RD):
         return _unpermute(rows_RD, slots_R, rows_TK)
     return _sum(rows_RD, slots_R, rows_TK)
@@ -68,19 +74,21 @@ def sum_slots(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
 
 def _sum(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
     tokens, slots = rows_TK.shape
-    if rows_RD.device.type == "cuda":                  # picking the used slots would make the host wait for their number
+    if rows_RD.device.type == "cuda":                  # below, the host would wait for a number
         return sum_padded(rows_RD, slots_R, rows_TK)
     if slots_R.numel() == 0:
         return rows_RD.new_zeros(tokens, rows_RD.shape[1])
-    if slots_R.numel() == tokens * slots:              # every slot used
-        return rows_RD.index_select(0, rows_TK[:, 0]) if slots == 1 else F.embedding_bag(rows_TK, rows_RD, mode="sum")
+    if slots_R.numel() == tokens * slots:              # every slot is used
+        if slots == 1:
+            return rows_RD.index_select(0, rows_TK[:, 0])
+        return F.embedding_bag(rows_TK, rows_RD, mode="sum")
     used_TK = rows_TK >= 0
     used_T = used_TK.sum(1)
     return F.embedding_bag(rows_TK[used_TK], rows_RD, used_T.cumsum(0) - used_T, mode="sum")
 
 
 def gather_padded(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """What `permute_padded` computes, without its gradient."""
+    """Compute `permute_padded` without autograd."""
     if kernels_for(x_TD):
         return _permute(x_TD, slots_R, rows_TK)
     if x_TD.shape[0] == 0:
@@ -90,7 +98,7 @@ def gather_padded(x_TD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
 
 
 def sum_padded(rows_RD: Tensor, slots_R: Tensor, rows_TK: Tensor) -> Tensor:
-    """What `unpermute_padded` computes, without its gradient: slot after slot, in float32 or better."""
+    """Compute `unpermute_padded` without autograd: slot after slot, in float32 or better."""
     if kernels_for(rows_RD):
         return _unpermute(rows_RD, slots_R, rows_TK)
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
@@ -106,13 +114,19 @@ def _save_indices(ctx, inputs, output) -> None:
 
 
 def _hold_indices(ctx, inputs, output) -> None:
-    """Held, not saved: a layer that is recomputed for what backward saved then stops before its rows travel back."""
+    """Keep the indices on `ctx` instead of `save_for_backward`.
+
+    Recomputation stops at the last saved tensor, so the combine is not exchanged again.
+    """
     ctx.indices = inputs[1:]
 
 
 _INDICES = "Tensor slots_R, Tensor rows_TK"
-def _define_pair(suffix: str, gather: Callable[..., Tensor], add: Callable[..., Tensor]) -> tuple[Callable, Callable]:
-    """Two ops, each the adjoint of the other."""
+
+
+def _define_pair(suffix: str, gather: Callable[..., Tensor],
+                 add: Callable[..., Tensor]) -> tuple[Callable, Callable]:
+    """Define two ops, each the adjoint of the other."""
     permuted = define(
         f"permute{suffix}(Tensor x_TD, {_INDICES}) -> Tensor",
         reference=gather,
@@ -142,31 +156,43 @@ _reorder = define(
 
 
 def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
-    """Rows [R, D] in the order of the permutation: one copy of a token for each of its used slots."""
+    """Copy each token x [T, D] to the rows [R, D] of its used slots."""
     return _permute(x_TD, permutation.slots_R, permutation.rows_TK)
 
 
 def unpermute(rows_RD: Tensor, permutation: Permutation) -> Tensor:
-    """Sum of each token's rows [T, D]; zero for a token without rows."""
+    """Sum the rows [R, D] of each token: [T, D]; zeros for a token without rows."""
     return _unpermute(rows_RD, permutation.slots_R, permutation.rows_TK)
 
 
 def permute_padded(x_TD: Tensor, permutation: Permutation) -> Tensor:
-    """`permute` where some rows have no slot: they are zeros."""
+    """Copy each token to the rows of its used slots; rows without a slot are zeros."""
     return _permute_padded(x_TD, permutation.slots_R, permutation.rows_TK)
 
 
 def unpermute_padded(rows_RD: Tensor, permutation: Permutation) -> Tensor:
-    """`unpermute` where some rows have no slot: they are not read."""
+    """Sum the rows of each token; rows without a slot are not read."""
     return _unpermute_padded(rows_RD, permutation.slots_R, permutation.rows_TK)
 
 
 def values_of_rows(values_TK: Tensor, permutation: Permutation) -> Tensor:
-    """What each row's slot holds, [R], 0 for a row without one; differentiable, and a gather backward too."""
+    """Values [T, K] of slots in the order of the rows: [R], 0 for a row without a slot.
+
+    Differentiable; its backward is a gather, too.
+    """
     each_slot = permutation._replace(rows_TK=permutation.rows_TK.view(-1, 1))
     return permute_padded(values_TK.reshape(-1, 1), each_slot).flatten()
 
 
 def reorder(x_RD: Tensor, index_R: Tensor, inverse_R: Tensor) -> Tensor:
-    """x[index], where `inverse` is the inverse permutation of `index`; its gradient is a gather too."""
+    """Reorder rows: x[index]. Its backward is a gather, too.
+
+    Args:
+        x_RD: rows [R, D].
+        index_R: int64 [R], a permutation.
+        inverse_R: int64 [R], its inverse.
+
+    Returns:
+        Rows [R, D].
+    """
     return _reorder(x_RD, index_R, inverse_R)

@@ -1,11 +1,12 @@
-"""Root-mean-square normalisation as one op.
+"""Root-mean-square normalization as one op.
 
     y = x / rms(x) * w,   rms(x) = sqrt(mean of x^2 over the last dim + eps)
 
 Backward, with r = 1 / rms and g = dy * w:   dx = r (g - x r^2 mean(g x)),   dw = sum over rows of dy x r
 
-Kept for backward: x, w and one number a row. torch's own rms_norm on the CPU is a chain of operators that keeps four
-tensors of the size of x. Computed in the weight's dtype, float32 or better, and rounded to that of x.
+Backward keeps x, w and one number per row. torch's own rms_norm is a chain of operators on the CPU, which
+keeps four tensors of the size of x. The op computes in the weight's dtype, float32 or better, and rounds to
+that of x.
 """
 
 import torch
@@ -53,5 +54,14 @@ _forward = define(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dim, in the dtype of x. weight: [last dim], float32 or better."""
+    """Normalize x over its last dim and scale it.
+
+    Args:
+        x: [..., D], any float dtype.
+        weight: [D], float32 or better.
+        eps: added to the mean square.
+
+    Returns:
+        [..., D], in the dtype of x.
+    """
     return _forward(x, weight, eps)[0]

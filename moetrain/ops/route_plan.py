@@ -1,11 +1,12 @@
-"""The row of every used slot, ordered by physical id, with sizes that depend on shapes alone.
+"""Permutation of used slots by physical id on a device, with sizes that depend on shapes alone.
 
-What `plan_permutation` (ops/permute.py) answers, for devices: nothing waits for the host, so the number of rows is a
-static bound and what is used of it stays on the device. Rows of an id may begin at a multiple of `alignment`.
+This is `plan_permutation` (ops/permute.py) without a wait of the host: the number of rows is a static bound,
+and how many of them are used stays on the device. The rows of each id may begin at a multiple of `alignment`,
+for a grouped product.
 
-    slots_R    the slot of each of `max_rows` rows; -1 in gaps of the alignment and behind the last row
-    rows_TK    the row of each slot; -1 where it is unused, or its row would lie beyond max_rows
-    counts_P   rows of each physical id, gaps not counted
+    slots_R    slot of each of `max_rows` rows; -1 in alignment gaps and behind the last row
+    rows_TK    row of each slot; -1 where the slot is unused or its row would lie beyond max_rows
+    counts_P   rows of each physical id, without gaps
     ends_P     int32: where the rows of each id end, its gap included: the offsets of a grouped product
 
 Shapes: T tokens, K slots per token, R = max_rows, P physical ids.
@@ -20,22 +21,26 @@ from moetrain.ops.counts import count_ids
 from moetrain.ops.extension import define
 from moetrain.ops.permute import Permutation
 
-MAX_PHYSICAL = 12288             # of the kernel: one warp's counters in shared memory (csrc/launch.h)
+MAX_PHYSICAL = 12288             # of the kernel: one warp's counters fill shared memory (csrc/launch.h)
 
 
 class RoutePlan(NamedTuple):
+    """Permutation with a static number of rows, and where the rows of each id end."""
+
     permutation: Permutation     # padded: slots_R has rows without a slot
-    ends_P: Tensor
+    ends_P: Tensor               # int32
 
 
-def _reference(physical_TK: Tensor, num_physical: int, max_rows: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _reference(physical_TK: Tensor, num_physical: int, max_rows: int,
+               alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat_N = physical_TK.flatten()
-    id_N = flat_N.where((flat_N >= 0) & (flat_N < num_physical), num_physical)       # unused slots: behind all ids
+    used_N = (flat_N >= 0) & (flat_N < num_physical)
+    id_N = flat_N.where(used_N, num_physical)                            # unused slots sort behind all ids
     counts_Q = count_ids(id_N, num_physical + 1)
     aligned_Q = (counts_Q + alignment - 1) // alignment * alignment
     ends_Q = aligned_Q.cumsum(0)
     begins_Q = ends_Q - aligned_Q
-    first_Q = counts_Q.cumsum(0) - counts_Q                              # where an id begins among the sorted slots
+    first_Q = counts_Q.cumsum(0) - counts_Q                              # of each id among the sorted slots
 
     slots_N = id_N.argsort(stable=True)
     sorted_N = id_N[slots_N]
@@ -48,21 +53,31 @@ def _reference(physical_TK: Tensor, num_physical: int, max_rows: int, alignment:
 
 
 def _fake(physical_TK, num_physical, max_rows, alignment):
-    return (physical_TK.new_empty(max_rows), torch.empty_like(physical_TK, memory_format=torch.contiguous_format),
-            physical_TK.new_empty(num_physical), physical_TK.new_empty(num_physical, dtype=torch.int32))
+    rows_TK = torch.empty_like(physical_TK, memory_format=torch.contiguous_format)
+    ends_P = physical_TK.new_empty(num_physical, dtype=torch.int32)
+    return physical_TK.new_empty(max_rows), rows_TK, physical_TK.new_empty(num_physical), ends_P
 
 
 _route_plan = define(
-    "route_plan(Tensor physical_TK, int num_physical, int max_rows, int alignment) -> (Tensor, Tensor, Tensor, Tensor)",
+    "route_plan(Tensor physical_TK, int num_physical, int max_rows, int alignment)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
 )
 
 
 def route_plan(physical_TK: Tensor, num_physical: int, max_rows: int, alignment: int = 1) -> RoutePlan:
-    """Order used slots by physical id, then by token, then by slot. physical_TK: int64, -1 in unused slots.
+    """Order used slots by physical id, then by token, then by slot.
 
-    max_rows: with alignment a, used slots + (a - 1) for every id that may have rows is always enough.
+    Args:
+        physical_TK: int64 [T, K], physical id of each slot; -1 is unused.
+        num_physical: P, number of physical ids.
+        max_rows: R. With alignment a, the number of used slots plus a - 1 for every id that may have rows
+            always suffices.
+        alignment: the rows of each id begin at a multiple of this.
+
+    Returns:
+        Padded permutation of R rows, and the ends of the ids.
     """
     plan = _route_plan if num_physical <= MAX_PHYSICAL else _reference
     *permutation, ends_P = plan(physical_TK, num_physical, max_rows, alignment)

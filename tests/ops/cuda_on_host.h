@@ -1,4 +1,4 @@
-// Emulation of CUDA for a host compiler: runs the kernels of csrc/ without a GPU and finds what a GPU would hide.
+// Emulation of CUDA for a host compiler: runs the kernels of csrc/ without a GPU, and finds what one hides.
 //
 // A block's threads are fibers on one operating system thread. A fiber runs until its next barrier, of the
 // block or of its warp, so nothing is atomic or racy by chance: fibers run in the `order` of the run, and
