@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from moetrain.plan.placement import piece_rows
+from moetrain.plan.placement import slice_rows
 
 MATRICES = ("gate_up", "down")
 PIECES = ("gate_up_pieces", "down_pieces")   # of the same, where experts may be sliced
@@ -64,8 +64,8 @@ class ExpertBank(nn.Module):
         self.down = nn.Parameter(torch.empty(len(experts), dim, expert_dim))
         self.cut, self.sliced = cut, ()
         if cut is not None:
-            self.gate_up_pieces = nn.Parameter(torch.empty(0, len(piece_rows(2 * expert_dim, *cut)), dim))
-            self.down_pieces = nn.Parameter(torch.empty(0, len(piece_rows(dim, *cut)), expert_dim))
+            self.gate_up_pieces = nn.Parameter(torch.empty(0, len(slice_rows(2 * expert_dim, *cut)), dim))
+            self.down_pieces = nn.Parameter(torch.empty(0, len(slice_rows(dim, *cut)), expert_dim))
         self.copies: Copies | None = None
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
-from moetrain.plan.placement import piece_rows
+from moetrain.plan.placement import slice_rows
 
 Of = Callable[[nn.Parameter], Tensor | None]
 
@@ -50,7 +50,7 @@ def pieces(model: nn.Module, of: Of = lambda parameter: parameter.data) -> Itera
                 yield from _of_experts(f"{layer}.experts", matrix, module.experts, of(getattr(module, matrix)))
             if module.cut is not None:
                 for matrix, stacked, shape in zip(MATRICES, PIECES, module.shapes):
-                    begin = piece_rows(shape[0], *module.cut).start
+                    begin = slice_rows(shape[0], *module.cut).start
                     yield from _of_sliced(f"{layer}.experts", matrix, module.sliced, shape, begin, of(getattr(module, stacked)))
         else:
             for name, parameter in module.named_parameters(path, recurse=False):

@@ -169,15 +169,15 @@ class ExpertPlacement:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def piece_rows(rows: int, position: int, positions: int) -> range:
+def slice_rows(rows: int, position: int, positions: int) -> range:
     """Which rows of a matrix are a position's piece of it: as equal as they can be; none where there are fewer rows."""
     return range(rows * position // positions, rows * (position + 1) // positions)
 
 
-def piece_columns(shapes: Sequence[tuple[int, int]], position: int, positions: int) -> list[slice]:
+def slice_columns(shapes: Sequence[tuple[int, int]], position: int, positions: int) -> list[slice]:
     """Where a position's piece lies in a row of numbers of an expert, whose tensors of these (rows, columns) lie side by side."""
     begins = accumulate((rows * columns for rows, columns in shapes), initial=0)
-    held = [piece_rows(rows, position, positions) for rows, _ in shapes]
+    held = [slice_rows(rows, position, positions) for rows, _ in shapes]
     return [slice(begin + rows.start * columns, begin + rows.stop * columns)
             for begin, rows, (_, columns) in zip(begins, held, shapes)]
 

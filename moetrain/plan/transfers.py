@@ -65,25 +65,25 @@ def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
 LEGS: dict[str, Callable[[LayerPlacement, Topology], tuple[Leg, ...]]] = {"packed": packed, "two_level": two_level}
 
 
-def pieces(placement: LayerPlacement) -> Leg:
+def slice_transfers(placement: LayerPlacement) -> Leg:
     """Of every sliced expert the piece of each position, to all who compute it."""
     return tuple(Transfer(expert, source, to) for to in range(placement.positions) for expert in placement.assembled_at(to)
                  for source in range(placement.positions) if source != to)
 
 
 def gather_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int,
-                 piece_bytes: Sequence[int] = ()) -> Traffic:
+                 slice_bytes: Sequence[int] = ()) -> Traffic:
     """What bringing the copies sends. expert_bytes: of one expert's weights on the wire; piece_bytes: of each position's
     piece of them, where experts are sliced."""
     sent = [(source, to, expert_bytes) for _, source, to in chain(*LEGS[form](placement, topology))]
-    return _traffic(sent + [(source, to, piece_bytes[source]) for _, source, to in pieces(placement)], topology)
+    return _traffic(sent + [(source, to, slice_bytes[source]) for _, source, to in slice_transfers(placement)], topology)
 
 
 def reduce_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int,
-                 piece_bytes: Sequence[int] = ()) -> Traffic:
+                 slice_bytes: Sequence[int] = ()) -> Traffic:
     """What taking the gradients home sends; the same of gradients."""
     sent = [(to, source, expert_bytes) for _, source, to in chain(*LEGS[form](placement, topology))]
-    return _traffic(sent + [(to, source, piece_bytes[source]) for _, source, to in pieces(placement)], topology)
+    return _traffic(sent + [(to, source, slice_bytes[source]) for _, source, to in slice_transfers(placement)], topology)
 
 
 def _traffic(sent: Iterable[tuple[int, int, int]], topology: Topology) -> Traffic:

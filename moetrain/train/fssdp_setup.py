@@ -10,7 +10,7 @@ from moetrain.model.parallelize import copy_experts
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.fssdp.copies import CopyManager
 from moetrain.parallel.fssdp.replanner import PlanningInputs, ReplanIntervals, Replanner
-from moetrain.plan.calibration import calibrated
+from moetrain.plan.calibration import calibrate
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.loads.forecast import LoadForecaster, forecast_of
 
@@ -23,7 +23,7 @@ def build_fssdp(config: Config, model: Transformer, optimizer: torch.optim.Optim
     intervals = ReplanIntervals(config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
     planning = Replanner(model.moe_layers, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size),
                         build(config.planner, "planner"), planning_inputs, look_ahead(config, model), intervals,
-                        calibrated if config.parallel.calibrate else None)
+                        calibrate if config.parallel.calibrate else None)
     return copies, planning
 
 

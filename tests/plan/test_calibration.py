@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from moetrain.plan.calibration import calibrated, extended
+from moetrain.plan.calibration import add_missing_copies, calibrate
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.cost.step_time import modelled
+from moetrain.plan.cost.step_time import step_time
 from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.plan.planners.balanced import Balanced
@@ -32,7 +32,7 @@ def planned(planner, loads_E: np.ndarray, room: int) -> LayerPlan:
 def seconds(planner, plan: LayerPlan, n_PE: torch.Tensor) -> float:
     split_PC = rule_of(planner.rule, plan, TOPOLOGY, COSTS).split(n_PE, plan.placement, 0)
     assert (split_PC >= 0).all() and int(split_PC.sum()) == int(n_PE.sum())
-    times = modelled(split_PC, plan.placement, TOPOLOGY, COSTS)
+    times = step_time(split_PC, plan.placement, TOPOLOGY, COSTS)
     return times.compute_s + times.link_s
 
 
@@ -41,21 +41,21 @@ def seconds(planner, plan: LayerPlan, n_PE: torch.Tensor) -> float:
 def test_the_plan_stays_and_no_position_gets_more_than_its_room(planner, name):
     n_PE, plan = counts(name), planned(planner, counts("lognormal_1.5").sum(0).numpy(), 2)
     for room in (2, 3):
-        more = extended(n_PE, plan, planner, TOPOLOGY, COSTS, room)
-        if more is not None:
-            assert more.placement.home == plan.placement.home
-            assert set(more.placement.copies) > set(plan.placement.copies)
-            assert max(len(more.placement.copies_at(position)) for position in range(4)) <= room
-            seconds(planner, more, n_PE)                             # every row finds a replica, whatever the rule
+        extended = add_missing_copies(n_PE, plan, planner, TOPOLOGY, COSTS, room)
+        if extended is not None:
+            assert extended.placement.home == plan.placement.home
+            assert set(extended.placement.copies) > set(plan.placement.copies)
+            assert max(len(extended.placement.copies_at(position)) for position in range(4)) <= room
+            seconds(planner, extended, n_PE)                             # every row finds a replica, whatever the rule
 
 
 @pytest.mark.parametrize("planner", PLANNERS, ids=IDS)
 def test_a_hot_expert_that_was_not_expected_is_copied(planner):
     n_PE, plan = counts("hot_expert"), planned(planner, counts("balanced").sum(0).numpy(), 1)
-    more = calibrated(n_PE, LayerPlan(contiguous(16, 4), (0,) * 16), planner, TOPOLOGY, COSTS, 2)
+    extended = calibrate(n_PE, LayerPlan(contiguous(16, 4), (0,) * 16), planner, TOPOLOGY, COSTS, 2)
     hottest = int(n_PE.sum(0).argmax())
-    assert more is not None and hottest in {expert for expert, _ in more.placement.copies}
-    assert seconds(planner, more, n_PE) < seconds(planner, plan, n_PE)
+    assert extended is not None and hottest in {expert for expert, _ in extended.placement.copies}
+    assert seconds(planner, extended, n_PE) < seconds(planner, plan, n_PE)
 
 
 class Wants:
@@ -74,20 +74,20 @@ def test_the_price_is_a_gathering_that_nothing_hides_and_what_its_gradients_expo
     """Half of 100 rows leave the full position: 50 s. Backward hides twice as much as forward could."""
     costs = Costs(row_s=1.0, row_bytes=0.0, expert_bytes=travel_s, inside=1.0, between=1.0, latency_s=0.0, hidden_s=hidden_s)
     n_PE = torch.tensor([[50, 0], [50, 0]])
-    more = calibrated(n_PE, LayerPlan(LayerPlacement((0, 1), 2)), Wants(((0, 1),)), Topology(2, 2), costs, 1)
-    assert (more is not None) == pays
+    extended = calibrate(n_PE, LayerPlan(LayerPlacement((0, 1), 2)), Wants(((0, 1),)), Topology(2, 2), costs, 1)
+    assert (extended is not None) == pays
 
 
 def test_what_is_planned_already_is_not_added():
     n_PE = counts("lognormal_1")
     by_node_NE = torch.stack([n_PE[:2].sum(0), n_PE[2:].sum(0)]).numpy()
     plan = planned(Balanced(), by_node_NE, 2)
-    assert plan.placement.copies and extended(n_PE, plan, Balanced(), TOPOLOGY, COSTS, 2) is None
+    assert plan.placement.copies and add_missing_copies(n_PE, plan, Balanced(), TOPOLOGY, COSTS, 2) is None
 
 
 def test_equal_counts_give_equal_plans_wherever_they_were_counted():
     n_PE, plan = counts("lognormal_1.5"), LayerPlan(contiguous(16, 4))
-    first, second = (calibrated(n_PE.clone(), plan, Balanced(), TOPOLOGY, COSTS, 2) for _ in range(2))
+    first, second = (calibrate(n_PE.clone(), plan, Balanced(), TOPOLOGY, COSTS, 2) for _ in range(2))
     assert first is not None and first == second
 
 
@@ -96,7 +96,7 @@ def test_quotas_follow_the_replicas_that_there_are():
     plan = LayerPlan(LayerPlacement(contiguous(16, 4).home, 4, ((15, 2),)), (0,) * 17)
     n_PE = torch.zeros(4, 16, dtype=torch.int64)
     n_PE[:, 0], n_PE[:, 4] = 10, 20
-    more = extended(n_PE, plan, wanted, TOPOLOGY, COSTS, 2)         # one more at position 2: expert 4 is the hotter
-    assert more.placement.copies == ((0, 1), (4, 2), (15, 2))
-    quotas = {(expert, at): quota for (expert, at, _), quota in zip(more.placement.replicas, more.quotas_C, strict=True)}
+    extended = add_missing_copies(n_PE, plan, wanted, TOPOLOGY, COSTS, 2)         # one more at position 2: expert 4 is the hotter
+    assert extended.placement.copies == ((0, 1), (4, 2), (15, 2))
+    quotas = {(expert, at): quota for (expert, at, _), quota in zip(extended.placement.replicas, extended.quotas_C, strict=True)}
     assert quotas[0, 0] == 5 + 11 and quotas[0, 1] == 7 and quotas[4, 1] == 3 and quotas[4, 2] == 13 and quotas[15, 2] == 0

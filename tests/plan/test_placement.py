@@ -2,7 +2,7 @@
 
 import pytest
 
-from moetrain.plan.placement import ExpertPlacement, LayerPlacement, contiguous, piece_rows
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement, contiguous, slice_rows
 
 PLACEMENTS = [contiguous(8, 1), contiguous(8, 4), contiguous(3, 3), LayerPlacement((1, 0, 1, 1), 2),
               LayerPlacement((2, 2, 0), 4), LayerPlacement((0,), 1)]
@@ -85,13 +85,13 @@ def test_sliced_experts_lie_nowhere_whole_and_are_computed_last():
     assert placement.whole == LayerPlacement((1, 0, 1, 2), 3, placement.copies)
 
 
-def test_a_placement_with_pieces_is_another_one():
+def test_a_placement_with_sliced_experts_is_another_one():
     one, other = (ExpertPlacement((("a", LayerPlacement((0, 1), 2, (), sliced)),)) for sliced in ((), (1,)))
     assert one != other and one.homes != other.homes and one.digest != other.digest and one == other.whole
 
 
 @pytest.mark.parametrize("rows, positions", [(8, 4), (7, 3), (2, 5), (1, 1), (1000, 7)])
-def test_pieces_are_all_rows_once_and_as_equal_as_can_be(rows, positions):
-    held = [piece_rows(rows, at, positions) for at in range(positions)]
+def test_slices_are_all_rows_once_and_as_equal_as_can_be(rows, positions):
+    held = [slice_rows(rows, at, positions) for at in range(positions)]
     assert [row for part in held for row in part] == list(range(rows))
     assert max(map(len, held)) - min(map(len, held)) <= 1

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from hypothesis import given, settings, strategies as st
 
-from moetrain.plan.calibration import calibrated
+from moetrain.plan.calibration import calibrate
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.cost.step_time import modelled
+from moetrain.plan.cost.step_time import step_time
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.balanced import Balanced
-from moetrain.plan.planners.base import Planner, Rehomes, Slices, by_node
+from moetrain.plan.planners.base import Planner, SupportsRehoming, SupportsSlicing, loads_by_node
 from moetrain.plan.planners.ep import ExpertParallel
 from moetrain.plan.planners.eplb import Eplb
 from moetrain.plan.planners.hecate import Hecate
@@ -52,7 +52,7 @@ def test_plans_are_legal_whatever_the_loads_homes_and_budgets(situation, nodes_k
     loads_NE = np.stack([n_PE[node_P == node].sum(0) for node in range(topology.nodes)])
     with warnings.catch_warnings(), np.errstate(all="raise"):
         warnings.simplefilter("error")
-        assert by_node(n_PE.sum(0), topology).sum(0).tolist() == n_PE.sum(0).tolist()
+        assert loads_by_node(n_PE.sum(0), topology).sum(0).tolist() == n_PE.sum(0).tolist()
         for planner in PLANNERS:
             plan = planner.plan(loads_NE if nodes_known else n_PE.sum(0), homes, topology, costs, room)
             check(planner, plan, n_PE, homes, topology, costs, room)
@@ -68,15 +68,15 @@ def check(planner: Planner, plan, n_PE: np.ndarray, homes: LayerPlacement, topol
     of_expert_PE = torch.zeros(n_PE.shape, dtype=torch.int64).index_add_(
         1, torch.tensor([expert for expert, _, _ in plan.placement.replicas]), split_PC)
     assert split_PC.min() >= 0 and np.array_equal(of_expert_PE.numpy(), n_PE), planner
-    assert not any(math.isnan(seconds) for seconds in modelled(split_PC, placement, topology, costs))
+    assert not any(math.isnan(seconds) for seconds in step_time(split_PC, placement, topology, costs))
     if room:
-        more = calibrated(torch.from_numpy(n_PE), plan, planner, topology, costs, room)
+        more = calibrate(torch.from_numpy(n_PE), plan, planner, topology, costs, room)
         assert more is None or set(more.placement.copies) > set(plan.placement.copies)
 
 
 def check_homes(planner: Planner, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> None:
-    if isinstance(planner, Rehomes):
+    if isinstance(planner, SupportsRehoming):
         moved = planner.rehome({"layer": loads_E}, ExpertPlacement((("layer", homes.whole),)), topology, costs)["layer"]
         assert not moved.copies and moved.num_experts == homes.num_experts
-    if isinstance(planner, Slices):
-        assert len(planner.cut_up(loads_E, homes, topology, costs, room, 2)) <= 2
+    if isinstance(planner, SupportsSlicing):
+        assert len(planner.choose_sliced(loads_E, homes, topology, costs, room, 2)) <= 2

@@ -12,13 +12,18 @@ import pytest
 import torch
 
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.cost.step_time import modelled
-from moetrain.plan.leveling.overflow import Field, Pool, overlaps
+from moetrain.plan.cost.step_time import step_time
+from moetrain.plan.leveling.overflow import LoadSnapshot, OverflowState, overlaps
 from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement, contiguous
 from moetrain.plan.planners import eplb, laer, llep, shadow
 from moetrain.plan.planners.balanced import Balanced
-from moetrain.plan.planners.base import Rehomes, by_node, copies_each, fits_behind
+from moetrain.plan.planners.base import (
+    SupportsRehoming,
+    copies_per_position,
+    loads_by_node,
+    max_hidden_copies,
+)
 from moetrain.plan.planners.ep import ExpertParallel
 from moetrain.plan.planners.hecate import Hecate
 from moetrain.plan.splitting.split import local_first, shares, waterfill
@@ -60,7 +65,7 @@ def split(planner, plan, n_PE: np.ndarray, topology: Topology, costs: Costs) -> 
 
 def seconds(planner, homes, n_PE, topology, costs, room: int) -> float:
     plan = planner.plan(node_loads(n_PE, topology), homes, topology, costs, room)
-    return modelled(split(planner, plan, n_PE, topology, costs), plan.placement, topology, costs).total_s
+    return step_time(split(planner, plan, n_PE, topology, costs), plan.placement, topology, costs).total_s
 
 
 # --- every planner
@@ -104,7 +109,7 @@ def test_no_rows_at_all_are_no_trouble(planner):
     assert split(planner, plan, np.zeros((4, 8), dtype=np.int64), Topology(4, 2), CHEAP).sum() == 0
 
 
-@pytest.mark.parametrize("planner", [planner for planner in PLANNERS if isinstance(planner, Rehomes)],
+@pytest.mark.parametrize("planner", [planner for planner in PLANNERS if isinstance(planner, SupportsRehoming)],
                          ids=lambda planner: type(planner).__name__)
 def test_moved_homes_are_as_many_everywhere(planner):
     for name in ("lognormal_1.5", "hot_rank"):
@@ -122,17 +127,17 @@ def test_moved_homes_are_as_many_everywhere(planner):
 
 
 def test_what_fits_behind_other_work_is_counted_in_whole_experts():
-    assert fits_behind(Topology(8, 4), CHEAP, 64) == 6                          # 0.3 s at 1e9 between nodes
-    assert fits_behind(Topology(8, 8), CHEAP, 64) == 54                         # and at 9e9 inside
-    assert fits_behind(Topology(8, 8), CHEAP, 32) == 32
-    assert fits_behind(Topology(8, 4), BARE, 64) == 0
-    assert fits_behind(Topology(8, 4), Costs(1.0, 1.0, 0.0, 1.0, 1.0), 64) == 64
-    assert fits_behind(Topology(8, 4), Costs(1.0, 1.0, 1.0, float("inf"), float("inf")), 64) == 64
-    assert copies_each(4, Topology(8, 4), CHEAP, 64) == 4 and copies_each(9, Topology(8, 4), CHEAP, 64) == 6
+    assert max_hidden_copies(Topology(8, 4), CHEAP, 64) == 6                          # 0.3 s at 1e9 between nodes
+    assert max_hidden_copies(Topology(8, 8), CHEAP, 64) == 54                         # and at 9e9 inside
+    assert max_hidden_copies(Topology(8, 8), CHEAP, 32) == 32
+    assert max_hidden_copies(Topology(8, 4), BARE, 64) == 0
+    assert max_hidden_copies(Topology(8, 4), Costs(1.0, 1.0, 0.0, 1.0, 1.0), 64) == 64
+    assert max_hidden_copies(Topology(8, 4), Costs(1.0, 1.0, 1.0, float("inf"), float("inf")), 64) == 64
+    assert copies_per_position(4, Topology(8, 4), CHEAP, 64) == 4 and copies_per_position(9, Topology(8, 4), CHEAP, 64) == 6
 
 
 def test_loads_without_nodes_are_divided_by_their_sizes():
-    loads_NE = by_node(np.array([10, 7]), Topology(5, 2))
+    loads_NE = loads_by_node(np.array([10, 7]), Topology(5, 2))
     assert loads_NE.sum(0).tolist() == [10, 7] and loads_NE[:, 0].tolist() == [4, 4, 2]
 
 
@@ -148,13 +153,13 @@ def test_eplb_places_as_published(case):
 @pytest.mark.parametrize("case", golden("llep"), ids=str)
 def test_llep_cuts_as_published(case):
     homes = contiguous(len(case["loads"]), case["positions"])
-    pieces = llep.spill(np.array(case["loads"]), homes, case["capacity"], case["min_rows"], room=len(case["loads"]))
-    assert [list(piece) for piece in pieces] == case["pieces"]
+    assignments = llep.spill(np.array(case["loads"]), homes, case["capacity"], case["min_rows"], room=len(case["loads"]))
+    assert [list(piece) for piece in assignments] == case["pieces"]
 
 
 @pytest.mark.parametrize("case", golden("shadow"), ids=str)
 def test_shadow_chooses_as_published(case):
-    chosen = shadow.shadowed(np.array(case["loads"]), case["row_s"], case["send_row_s"], case["send_expert_s"])
+    chosen = shadow.choose_shadowed(np.array(case["loads"]), case["row_s"], case["send_row_s"], case["send_expert_s"])
     assert sorted(chosen) == case["shadowed"]
 
 
@@ -163,8 +168,8 @@ def test_laer_counts_and_places_as_published(case):
     half = np.array(case["loads"]) // 2
     loads_NE, slots_P, topology = np.stack([half, half]), np.full(16, case["each"]), Topology(16, 8)
     costs = Costs(case["row_s"], case["row_bytes"], 0.0, case["inside"], case["between"])
-    queued = laer.place(laer.queued_counts(loads_NE.sum(0), int(slots_P.sum()), 2), loads_NE.sum(0), slots_P, topology, None)
-    for held_EP, held in ((queued, case["queued"]), (laer.best(loads_NE, slots_P, topology, costs), case["held"])):
+    queued = laer.place_replicas(laer.queued_counts(loads_NE.sum(0), int(slots_P.sum()), 2), loads_NE.sum(0), slots_P, topology, None)
+    for held_EP, held in ((queued, case["queued"]), (laer.best_replicas(loads_NE, slots_P, topology, costs), case["held"])):
         assert [np.repeat(np.arange(16), held_P).tolist() for held_P in held_EP.T] == held
 
 
@@ -204,7 +209,7 @@ def test_hecate_copies_as_its_algorithm_reads(name):
         loads_E = generate(name, seed, 1, positions, experts, 300)[0].sum(0)
         for room in (1, 2, 20):
             plan = Hecate().plan(loads_E, homes, topology, CHEAP, room)
-            t = fits_behind(topology, CHEAP, experts)
+            t = max_hidden_copies(topology, CHEAP, experts)
             assert set(plan.placement.copies) == read_hecate(loads_E.tolist(), homes, topology, t, min(room, t))
 
 
@@ -219,9 +224,9 @@ def test_hecates_homes_balance_what_cannot_be_copied():
 
 
 def test_shadowing_stops_where_sending_costs_more_than_it_saves():
-    assert shadow.shadowed(np.array([100, 50, 40, 10]), 1.0, 0.0, 20.0) == [0]
-    assert shadow.shadowed(np.array([100, 50, 40, 10]), 1.0, 0.0, 5.0) == [0, 1, 2]
-    assert shadow.shadowed(np.array([100, 50, 40, 10]), 1.0, 0.0, 60.0) == []
+    assert shadow.choose_shadowed(np.array([100, 50, 40, 10]), 1.0, 0.0, 20.0) == [0]
+    assert shadow.choose_shadowed(np.array([100, 50, 40, 10]), 1.0, 0.0, 5.0) == [0, 1, 2]
+    assert shadow.choose_shadowed(np.array([100, 50, 40, 10]), 1.0, 0.0, 60.0) == []
 
 
 def test_llep_does_nothing_below_its_threshold_and_heeds_room():
@@ -235,24 +240,24 @@ def test_llep_does_nothing_below_its_threshold_and_heeds_room():
 # --- ours
 
 
-def test_pieces_overlap_group_by_group():
+def test_intervals_overlap_group_by_group():
     item, taker, rows = overlaps(np.array([5, 2, 4]), np.array([0, 0, 1]), np.array([3, 1, 6]), np.array([0, 0, 1]))
     assert list(zip(item.tolist(), taker.tolist(), rows.tolist(), strict=True)) == [(0, 0, 3), (0, 1, 1), (2, 2, 4)]
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_pouring_moves_rows_and_loses_none(whole):
+def test_placing_overflow_loses_no_rows(whole):
     for seed, (positions, per_node, experts) in enumerate(SHAPES[1:] * 3):
         topology, homes = Topology(positions, per_node), homes_for(seed, positions, experts)
         loads_NE = node_loads(generate("lognormal_1.5", seed, 1, positions, experts, 400)[0], topology)
         level = -(-int(loads_NE.sum()) // positions)
-        pool = Pool(Field(loads_NE, np.array(homes.home), topology), level, 3).pour(nearby=bool(seed % 2), whole=whole)
-        overflow = pool.result()
+        state = OverflowState(LoadSnapshot(loads_NE, np.array(homes.home), topology), level, 3).place_overflow(on_source_nodes=bool(seed % 2), whole=whole)
+        overflow = state.result()
         assert int(overflow.kept_E.min()) >= 0 and (len(overflow.rows_X) == 0 or int(overflow.rows_X.min()) >= 1)
         whole_E = overflow.kept_E + np.bincount(overflow.expert_X, weights=overflow.rows_X, minlength=experts).astype(int)
         assert whole_E.tolist() == loads_NE.sum(0).tolist()
         load_P = np.bincount(np.r_[homes.home, overflow.position_X], np.r_[overflow.kept_E, overflow.rows_X], positions)
-        assert load_P.tolist() == pool.load_P.tolist()
+        assert load_P.tolist() == state.load_P.tolist()
         before_P = np.bincount(homes.home, loads_NE.sum(0), positions)
         assert (load_P <= np.maximum(before_P, level)).all()
 
@@ -265,7 +270,7 @@ def test_ours_levels_a_hot_rank_with_few_copies(positions, per_node):
     plan = Balanced().plan(node_loads(n_PE, topology), homes, topology, costs, 3)
     split_PC = waterfill(torch.tensor(n_PE), plan.placement, topology, costs)
     mean = n_PE.sum() / positions
-    assert modelled(split_PC, plan.placement, topology, costs).compute_s * ROWS <= 1.1 * mean
+    assert step_time(split_PC, plan.placement, topology, costs).compute_s * ROWS <= 1.1 * mean
     assert len(plan.placement.copies) <= 2 * positions
 
 
@@ -310,8 +315,8 @@ def test_ours_splits_better_than_llep_on_its_own_copies():
         n_PE = generate(name, 2, 1, 8, 32, ROWS)[0]
         planner = llep.LeastLoaded(min_rows=32)
         plan = planner.plan(n_PE.sum(0), homes, topology, CHEAP, 4)
-        theirs = modelled(split(planner, plan, n_PE, topology, CHEAP), plan.placement, topology, CHEAP)
-        ours = modelled(waterfill(torch.tensor(n_PE), plan.placement, topology, CHEAP), plan.placement, topology, CHEAP)
+        theirs = step_time(split(planner, plan, n_PE, topology, CHEAP), plan.placement, topology, CHEAP)
+        ours = step_time(waterfill(torch.tensor(n_PE), plan.placement, topology, CHEAP), plan.placement, topology, CHEAP)
         assert ours.total_s <= theirs.total_s * 1.001, name
 
 
@@ -322,22 +327,22 @@ def everybodys_expert(positions: int) -> np.ndarray:
     return loads_E
 
 
-def test_homes_are_cut_up_where_their_copies_are_late_and_only_there():
+def test_experts_are_sliced_where_their_copies_are_late_and_only_there():
     topology, homes, loads_E = Topology(8, 8), contiguous(32, 8), everybodys_expert(8)
     late = Costs(1 / ROWS, 0.0, expert_bytes=0.05e9, inside=1e9, between=1e9)           # 50 ms a copy, from one home
     planner = Balanced()
-    assert planner.cut_up(loads_E, homes, topology, late, 2, 0) == ()
-    cut = planner.cut_up(loads_E, homes, topology, late, 2, 4)
+    assert planner.choose_sliced(loads_E, homes, topology, late, 2, 0) == ()
+    cut = planner.choose_sliced(loads_E, homes, topology, late, 2, 4)
     assert 5 in cut
-    in_pieces, whole = (planner.plan(loads_E, layer, topology, late, 2) for layer in (homes.with_sliced(cut), homes))
-    took = [planner._timed(loads_E, layer, topology, late, 2)[1] for layer in (homes.with_sliced(cut), homes)]
-    assert took[0] < took[1] and len(in_pieces.placement.copies) >= len(whole.placement.copies)
+    sliced, whole = (planner.plan(loads_E, layer, topology, late, 2) for layer in (homes.with_sliced(cut), homes))
+    took = [planner._plan_and_time(loads_E, layer, topology, late, 2)[1] for layer in (homes.with_sliced(cut), homes)]
+    assert took[0] < took[1] and len(sliced.placement.copies) >= len(whole.placement.copies)
     hidden = replace(late, hidden_s=1.0)
-    assert planner.cut_up(loads_E, homes, topology, hidden, 2, 4) == ()
-    assert Balanced(horizon=0).cut_up(loads_E, homes, topology, late, 2, 4) == ()
-    assert planner.cut_up(np.full(32, 100), homes, topology, late, 2, 4) == ()
-    assert planner.cut_up(np.full(32, 100), homes.with_sliced((5,)), topology, late, 2, 4) == ()        # put together again
-    assert Balanced(horizon=0).cut_up(loads_E, homes.with_sliced((5, 7)), topology, late, 2, 4) == (5, 7)
+    assert planner.choose_sliced(loads_E, homes, topology, hidden, 2, 4) == ()
+    assert Balanced(horizon=0).choose_sliced(loads_E, homes, topology, late, 2, 4) == ()
+    assert planner.choose_sliced(np.full(32, 100), homes, topology, late, 2, 4) == ()
+    assert planner.choose_sliced(np.full(32, 100), homes.with_sliced((5,)), topology, late, 2, 4) == ()        # put together again
+    assert Balanced(horizon=0).choose_sliced(loads_E, homes.with_sliced((5, 7)), topology, late, 2, 4) == (5, 7)
 
 
 def test_homes_move_only_where_that_pays():

@@ -26,10 +26,10 @@ def shortest_time(n_PE: np.ndarray, placement: LayerPlacement, topology: Topolog
             given.setdefault((source, expert), []).append(row)
             busy.setdefault((compute, at), []).append((row, costs.row_s))
             if source != at:
-                near = topology.node_of(source) == topology.node_of(at)
-                seconds = EXCHANGES * costs.row_bytes / (costs.inside if near else costs.between)
-                busy.setdefault((link, near, "sends", source), []).append((row, seconds))
-                busy.setdefault((link, near, "receives", at), []).append((row, seconds))
+                same_node = topology.node_of(source) == topology.node_of(at)
+                seconds = EXCHANGES * costs.row_bytes / (costs.inside if same_node else costs.between)
+                busy.setdefault((link, same_node, "sends", source), []).append((row, seconds))
+                busy.setdefault((link, same_node, "receives", at), []).append((row, seconds))
     bounds = [[*terms, (key[0], -1.0)] for key, terms in busy.items()]
     found = linprog(np.eye(link + 1)[compute:].sum(0), A_ub=_matrix(bounds, link + 1), b_ub=np.zeros(len(bounds)),
                     A_eq=_matrix([[(row, 1.0) for row in rows] for rows in given.values()], link + 1),

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from moetrain.plan.calibration import extended
+from moetrain.plan.calibration import add_missing_copies
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
@@ -45,7 +45,7 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
     assert planning.planning_inputs.topology == Topology(run.mesh["ep"].size, 2)
     planning.planner = Random(seed)
     planning.planning_inputs = planning.planning_inputs._replace(room=8)
-    planning.calibration = planning.calibration and extended         # every missing copy, never mind the price
+    planning.calibration = planning.calibration and add_missing_copies         # every missing copy, never mind the price
     return run
 
 

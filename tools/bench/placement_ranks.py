@@ -39,8 +39,8 @@ from moetrain.ops.pinned import DeviceTables
 from moetrain.parallel.fssdp.copies import CopyManager
 from moetrain.parallel.fssdp.rehoming import reshard
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.placement import ExpertPlacement, contiguous, piece_columns
-from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, totals
+from moetrain.plan.placement import ExpertPlacement, contiguous, slice_columns
+from moetrain.plan.planners.base import LayerPlan, Planner, SupportsRehoming, loads_by_expert
 from moetrain.plan.splitting.rules import rule_of
 from moetrain.routers.base import Routing
 from tools.netlab import lab as netlab
@@ -135,7 +135,7 @@ def traffic(n_PE: Tensor, plan: LayerPlan, rule: object, shapes: list[tuple[int,
     for expert, at in placement.whole_copies:
         numbers_PP[placement.home[expert], at] += sum(rows * columns for rows, columns in shapes)
     for source in range(positions):
-        piece = sum(part.stop - part.start for part in piece_columns(shapes, source, positions))
+        piece = sum(part.stop - part.start for part in slice_columns(shapes, source, positions))
         for at in range(positions):
             numbers_PP[source, at] += piece * len(placement.assembled_at(at))
     counted = placement.num_experts if looks else placement.slots_per_position
@@ -298,12 +298,12 @@ def replay(options: argparse.Namespace, sizes: Sizes, group: Group, trace: np.nd
                 for name, arm in arms.items()}
     stacks = {name: Stack(sizes, experts, group, per_node, paced=paced) for name in [*arms, CEILING]}
     for name, planner in planners.items():
-        if isinstance(planner, Rehomes):
+        if isinstance(planner, SupportsRehoming):
             seen, stack = arms[name]._replace(oracle=False).loads(trace, WINDOW, per_node), stacks[name]
             homes = planner.rehome({router: seen for router, _ in stack.homes.layers}, stack.homes, stack.topology, sizes.costs)
             if arms[name].cut:
-                homes = ExpertPlacement(tuple((router, layer.with_sliced(planner.cut_up(
-                    totals(seen), layer, stack.topology, sizes.costs, options.room, CUT))) for router, layer in homes.layers))
+                homes = ExpertPlacement(tuple((router, layer.with_sliced(planner.choose_sliced(
+                    loads_by_expert(seen), layer, stack.topology, sizes.costs, options.room, CUT))) for router, layer in homes.layers))
             stack.start(homes)
     used = trace[WINDOW:WINDOW + steps + 1]
     even = np.full(experts, round(used.sum() / used.shape[0] / used.shape[1] / experts))

@@ -16,9 +16,9 @@ import torch
 
 from moetrain.config.build import build
 from moetrain.config.compose import compose
-from moetrain.plan.calibration import calibrated
+from moetrain.plan.calibration import calibrate
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.cost.step_time import gathering_s, modelled
+from moetrain.plan.cost.step_time import gather_seconds, step_time
 from moetrain.plan.loads.forecast import LoadForecaster, forecast_of
 from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.placement import contiguous
@@ -86,12 +86,12 @@ def replay(trace: torch.Tensor, way: tuple[str, int, int], planner, costs: Costs
         forecaster.observe(n_PE.sum(0))
         if number < FIRST:
             continue
-        seconds, more = total_s(n_PE, plan, planner.rule, costs), calibrated(n_PE, plan, planner, TOPOLOGY, costs, ROOM)
+        seconds, more = total_s(n_PE, plan, planner.rule, costs), calibrate(n_PE, plan, planner, TOPOLOGY, costs, ROOM)
         added, after_s = 0, seconds
         if more is not None:
             missing = more.placement.beyond(plan.placement)              # forward they travel by themselves, and in sight
-            both_s, plan_s = (gathering_s(placement, TOPOLOGY, costs) for placement in (more.placement, plan.placement))
-            after_s = total_s(n_PE, more, planner.rule, costs) + gathering_s(missing, TOPOLOGY, costs)
+            both_s, plan_s = (gather_seconds(placement, TOPOLOGY, costs) for placement in (more.placement, plan.placement))
+            after_s = total_s(n_PE, more, planner.rule, costs) + gather_seconds(missing, TOPOLOGY, costs)
             after_s -= max(0.0, both_s - costs.hidden_s) - max(0.0, plan_s - costs.hidden_s)
             added = len(missing.copies)
         yield Step(seconds, after_s, added, int(forecaster.errors_r), fell_back)
@@ -103,7 +103,7 @@ def planned(planner, loads_E, costs: Costs) -> LayerPlan:
 
 def total_s(n_PE: torch.Tensor, plan: LayerPlan, rule: str, costs: Costs) -> float:
     split_PC = rule_of(rule, plan, TOPOLOGY, costs).split(n_PE, plan.placement, 0)
-    return modelled(split_PC, plan.placement, TOPOLOGY, costs).total_s
+    return step_time(split_PC, plan.placement, TOPOLOGY, costs).total_s
 
 
 def mean(values) -> float:

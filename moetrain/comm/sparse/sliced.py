@@ -19,7 +19,7 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Flight, message
 from moetrain.ops.pinned import DeviceTables
-from moetrain.plan.placement import LayerPlacement, piece_columns
+from moetrain.plan.placement import LayerPlacement, slice_columns
 
 
 class Landing:
@@ -38,7 +38,7 @@ class Sliced:
     def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, int]], position: int,
                  tables: DeviceTables) -> None:
         positions, index = placement.positions, {expert: row for row, expert in enumerate(placement.sliced)}
-        self.position, self.columns = position, [piece_columns(shapes, at, positions) for at in range(positions)]
+        self.position, self.columns = position, [slice_columns(shapes, at, positions) for at in range(positions)]
         self.widths = [sum(part.stop - part.start for part in parts) for parts in self.columns]
         self.width = sum(rows * columns for rows, columns in shapes)
         towards = [[index[expert] for expert in placement.assembled_at(to)] for to in range(positions)]

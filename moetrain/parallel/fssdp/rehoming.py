@@ -19,7 +19,7 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Flight
 from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
-from moetrain.plan.placement import ExpertPlacement, LayerPlacement, piece_columns
+from moetrain.plan.placement import ExpertPlacement, LayerPlacement, slice_columns
 
 Rows = dict[tuple[str, int], Tensor]         # everything of an expert, or of a piece of it, by router and id
 Shapes = list[tuple[int, int]]               # of the tensors that lie side by side in a row: rows and columns
@@ -79,7 +79,7 @@ def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: Exper
         return
     leaving: list[list[Tensor]] = [[] for _ in range(positions)]
     coming: list[list[int]] = [[] for _ in range(positions)]                 # numbers of each piece that comes
-    widths = [sum(part.stop - part.start for part in piece_columns(shapes, at, positions)) for at in range(positions)]
+    widths = [sum(part.stop - part.start for part in slice_columns(shapes, at, positions)) for at in range(positions)]
     for name, expert, old, new in changed:
         if old is None:                                                      # put together at `new`
             leaving[new].append(parts[name, expert])
@@ -113,14 +113,14 @@ def _places(before: ExpertPlacement, after: ExpertPlacement) -> Iterator[tuple[s
 
 def cut(row_W: Tensor, shapes: Shapes, position: int, positions: int) -> Tensor:
     """A position's piece of an expert: some rows of each tensor, flat."""
-    return torch.cat([row_W[part] for part in piece_columns(shapes, position, positions)])
+    return torch.cat([row_W[part] for part in slice_columns(shapes, position, positions)])
 
 
 def together(pieces: list[Tensor], shapes: Shapes) -> Tensor:
     """The expert whose pieces these are, by position."""
     row_W = pieces[0].new_empty(sum(rows * columns for rows, columns in shapes))
     for position, piece in enumerate(pieces):
-        parts = piece_columns(shapes, position, len(pieces))
+        parts = slice_columns(shapes, position, len(pieces))
         for part, numbers in zip(parts, piece.split([part.stop - part.start for part in parts])):
             row_W[part] = numbers
     return row_W

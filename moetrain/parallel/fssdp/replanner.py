@@ -33,7 +33,7 @@ from moetrain.parallel.state_shards import Piece
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.loads.forecast import LoadForecaster
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Planner, Rehomes, Slices, hottest_first
+from moetrain.plan.planners.base import LayerPlan, Planner, SupportsRehoming, SupportsSlicing, hottest_first
 from moetrain.plan.splitting.rules import rule_of
 
 
@@ -117,21 +117,21 @@ class Replanner:
 
     def _rehome(self) -> None:
         """Other homes, if the planner has any; and experts in pieces. Waits."""
-        if not isinstance(self.planner, Rehomes) and not self.intervals.sliced:
+        if not isinstance(self.planner, SupportsRehoming) and not self.intervals.sliced:
             return
         topology, costs, _ = self.planning_inputs
         loads, homes = self.forecaster.loads(), self.placement.homes.whole
-        if isinstance(self.planner, Rehomes):
+        if isinstance(self.planner, SupportsRehoming):
             homes = self.planner.rehome(loads, homes, topology, costs)
         self._move(ExpertPlacement(tuple((name, layer.with_sliced(self._sliced_of(name, loads[name], layer)))
                                          for name, layer in homes.layers)))
 
     def _sliced_of(self, name: str, loads_E: np.ndarray, homes: LayerPlacement) -> tuple[int, ...]:
         """Experts of a layer to be cut up: as the planner decides, or the hottest."""
-        if not self.intervals.sliced or not isinstance(self.planner, Slices):
+        if not self.intervals.sliced or not isinstance(self.planner, SupportsSlicing):
             return tuple(hottest_first(loads_E)[:self.intervals.sliced].tolist())
         homes = homes.with_sliced(self.placement[name].sliced)
-        return self.planner.cut_up(loads_E, homes, *self.planning_inputs, self.intervals.sliced)
+        return self.planner.choose_sliced(loads_E, homes, *self.planning_inputs, self.intervals.sliced)
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Every expert to its home in a placement. Waits."""

@@ -39,10 +39,10 @@ class CopyTraffic(NamedTuple):
 def copy_traffic(expert_X: np.ndarray, position_X: np.ndarray, home_E: np.ndarray, sliced: Sequence[int], topology: Topology,
            collective: str) -> CopyTraffic:
     """Of copies of these experts at these positions. collective: packed or two_level."""
-    first, second, messages = _Links(topology), _Links(topology), int(bool(len(sliced)))
+    first, second, messages = _PositionLinks(topology), _PositionLinks(topology), int(bool(len(sliced)))
     if sliced:
         for expert in sliced:
-            _add_pieces(first, np.append(position_X[expert_X == expert], home_E[expert]))
+            _add_slices(first, np.append(position_X[expert_X == expert], home_E[expert]))
         whole_X = ~np.isin(expert_X, sliced)
         expert_X, position_X = expert_X[whole_X], position_X[whole_X]
     if len(expert_X):
@@ -56,15 +56,15 @@ def copy_traffic(expert_X: np.ndarray, position_X: np.ndarray, home_E: np.ndarra
     return CopyTraffic(first.busiest(), second.busiest(), messages)
 
 
-class _Links:
+class _PositionLinks:
     """Sent and received by each position, inside its node and between nodes, [4, P]."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology, self.load_4P = topology, np.zeros((4, topology.positions))
 
     def add(self, source_X: np.ndarray, to_X: np.ndarray) -> None:
-        near_X = source_X // self.topology.per_node == to_X // self.topology.per_node
-        for row, mask_X in ((0, near_X), (2, ~near_X)):
+        same_node_X = source_X // self.topology.per_node == to_X // self.topology.per_node
+        for row, mask_X in ((0, same_node_X), (2, ~same_node_X)):
             for offset, end_X in enumerate((source_X, to_X)):
                 self.load_4P[row + offset] += np.bincount(end_X[mask_X], minlength=self.topology.positions)
 
@@ -73,14 +73,14 @@ class _Links:
         return LinkLoad(inside, between)
 
 
-def _add_pieces(links: _Links, holder_H: np.ndarray) -> None:
+def _add_slices(links: _PositionLinks, holder_H: np.ndarray) -> None:
     """An expert in equal pieces, from all positions to those that compute it."""
     positions, per_node = links.topology.positions, links.topology.per_node
     node_P = np.arange(positions) // per_node
     size_P, holds_P = np.bincount(node_P)[node_P], np.bincount(holder_H, minlength=positions)
-    beside_P = np.bincount(node_P, holds_P)[node_P]
-    links.load_4P += np.stack([beside_P - holds_P, (size_P - 1) * holds_P,
-                               len(holder_H) - beside_P, (positions - size_P) * holds_P]) / positions
+    on_node_P = np.bincount(node_P, holds_P)[node_P]
+    links.load_4P += np.stack([on_node_P - holds_P, (size_P - 1) * holds_P,
+                               len(holder_H) - on_node_P, (positions - size_P) * holds_P]) / positions
 
 
 def _leaders(expert_X: np.ndarray, position_X: np.ndarray, source_X: np.ndarray, topology: Topology) -> np.ndarray:
@@ -88,7 +88,7 @@ def _leaders(expert_X: np.ndarray, position_X: np.ndarray, source_X: np.ndarray,
     order = np.lexsort((position_X, expert_X))
     key_X = (expert_X * topology.nodes + position_X // topology.per_node)[order]
     _, start_G, group_X, size_G = np.unique(key_X, return_index=True, return_inverse=True, return_counts=True)
-    at_X = np.empty_like(position_X)
-    at_X[order] = position_X[order][start_G[group_X] + expert_X[order] % size_G[group_X]]
-    near_X = source_X // topology.per_node == position_X // topology.per_node
-    return np.where(near_X, position_X, at_X)
+    first_stop_X = np.empty_like(position_X)
+    first_stop_X[order] = position_X[order][start_G[group_X] + expert_X[order] % size_G[group_X]]
+    same_node_X = source_X // topology.per_node == position_X // topology.per_node
+    return np.where(same_node_X, position_X, first_stop_X)

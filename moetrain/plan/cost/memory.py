@@ -18,7 +18,7 @@ from typing import NamedTuple
 from moetrain.plan.placement import LayerPlacement
 
 
-class Held(NamedTuple):
+class HeldExperts(NamedTuple):
     """Experts of one layer on one position. sent: homes that leave from here, once for each copy."""
 
     homes: int
@@ -31,29 +31,29 @@ class CopyMemory(NamedTuple):
 
     copies: int
     sending: int
-    sums: int
+    sum_by_index: int
     returned: int
     beside: int
 
 
-def held_at(placement: LayerPlacement, position: int) -> Held:
+def held_at(placement: LayerPlacement, position: int) -> HeldExperts:
     """What a position holds of a layer under a placement."""
     sent = sum(placement.home[expert] == position for expert, _ in placement.copies)
-    return Held(len(placement.experts_of(position)), len(placement.copies_at(position)), sent)
+    return HeldExperts(len(placement.experts_of(position)), len(placement.copies_at(position)), sent)
 
 
-def copy_memory(layers: Sequence[Held], numbers: int, *, weight: int, gradient: int, rematerialize: bool,
+def copy_memory(layers: Sequence[HeldExperts], numbers: int, *, weight: int, gradient: int, rematerialize: bool,
                 recompute: bool) -> CopyMemory:
     """layers: in order. numbers: of an expert. weight, gradient: bytes of one number, in the dtype of the computation and of
     the parameters. rematerialize: copies are gathered again for backward. recompute: activation checkpointing."""
     copies, sent = [layer.copies for layer in layers], [layer.sent for layer in layers]
-    together = 2 if rematerialize and not recompute else 1
-    here = _most(copies, together) if rematerialize else sum(copies)
+    layers_at_once = 2 if rematerialize and not recompute else 1
+    copies_here = _largest_sum(copies, layers_at_once) if rematerialize else sum(copies)
     side_by_side = max((layer.homes + layer.copies for layer in layers if layer.copies), default=0)
-    return CopyMemory(here * numbers * weight, _most(sent, together) * numbers * weight, sum(copies) * numbers * gradient,
+    return CopyMemory(copies_here * numbers * weight, _largest_sum(sent, layers_at_once) * numbers * weight, sum(copies) * numbers * gradient,
                       sum(sent) * numbers * gradient, side_by_side * (numbers * 2 // 3) * weight)
 
 
-def _most(experts: list[int], together: int) -> int:
+def _largest_sum(experts: list[int], layers_at_once: int) -> int:
     """The largest sum over so many neighbouring layers."""
-    return max((sum(experts[first:first + together]) for first in range(len(experts))), default=0)
+    return max((sum(experts[first:first + layers_at_once]) for first in range(len(experts))), default=0)

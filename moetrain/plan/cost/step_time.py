@@ -25,7 +25,7 @@ from moetrain.plan.placement import LayerPlacement
 EXCHANGES = 4
 
 
-class Modelled(NamedTuple):
+class StepTime(NamedTuple):
     """Seconds of one layer, forward and backward."""
 
     compute_s: float
@@ -42,42 +42,42 @@ class ByPosition(NamedTuple):
     present: np.ndarray
 
 
-def modelled(split_PC: np.ndarray | Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> Modelled:
+def step_time(split_PC: np.ndarray | Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> StepTime:
     """The model above for rows [sources, replicas] of all sources (plan/splitting/split.py), on the host."""
-    return modelled_each(np.asarray(split_PC)[None], placement, topology, costs)[0]
+    return step_times(np.asarray(split_PC)[None], placement, topology, costs)[0]
 
 
-def modelled_each(split_KPC: np.ndarray, placement: LayerPlacement, topology: Topology, costs: Costs) -> list[Modelled]:
+def step_times(split_KPC: np.ndarray, placement: LayerPlacement, topology: Topology, costs: Costs) -> list[StepTime]:
     """The same for K splits over the same replicas."""
-    by_position, copies = _where(placement, topology, costs.collective)
+    by_position, copies = _layout(placement, topology, costs.collective)
     to_KPP = np.zeros((*split_KPC.shape[:2], topology.positions), dtype=np.int64)
     to_KPP[..., by_position.present] = np.add.reduceat(split_KPC[..., by_position.order], by_position.start, axis=2)
     loads = to_KPP.sum(1).max(1).tolist()
-    return [step_time(load, rows, copies, costs) for load, rows in zip(loads, _crossings(to_KPP, topology), strict=True)]
+    return [step_time_from_loads(load, rows, copies, costs) for load, rows in zip(loads, _crossings(to_KPP, topology), strict=True)]
 
 
-def step_time(load: int, rows: LinkLoad, copies: CopyTraffic, costs: Costs) -> Modelled:
+def step_time_from_loads(load: int, rows: LinkLoad, copies: CopyTraffic, costs: Costs) -> StepTime:
     """load: rows of the fullest position. rows: how many cross the busiest links."""
     compute_s = costs.row_s * load
     link_s = EXCHANGES * (costs.latency_s + rows.seconds(costs.row_bytes, costs))
-    first_s, second_s = _bringing_s(copies, costs)
+    first_s, second_s = _stage_seconds(copies, costs)
     copy_s = max(0.0, first_s - costs.hidden_s) + max(0.0, first_s - 2 * costs.hidden_s) + 2 * second_s
-    return Modelled(compute_s, link_s, copy_s, compute_s + link_s + copy_s)
+    return StepTime(compute_s, link_s, copy_s, compute_s + link_s + copy_s)
 
 
-def gathering_s(placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
+def gather_seconds(placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
     """Bringing a placement's copies once, hidden or not; their gradients take as long."""
-    return sum(_bringing_s(_where(placement, topology, costs.collective)[1], costs))
+    return sum(_stage_seconds(_layout(placement, topology, costs.collective)[1], costs))
 
 
-def _bringing_s(copies: CopyTraffic, costs: Costs) -> tuple[float, float]:
+def _stage_seconds(copies: CopyTraffic, costs: Costs) -> tuple[float, float]:
     """What leaves first, and what leaders pass on."""
     return (copies.messages * costs.latency_s + copies.first.seconds(costs.expert_bytes, costs),
             costs.latency_s + copies.second.seconds(costs.expert_bytes, costs) if any(copies.second) else 0.0)
 
 
 @lru_cache(maxsize=256)
-def _where(placement: LayerPlacement, topology: Topology, collective: str) -> tuple[ByPosition, CopyTraffic]:
+def _layout(placement: LayerPlacement, topology: Topology, collective: str) -> tuple[ByPosition, CopyTraffic]:
     """Where a placement's replicas are, and what its copies put on links."""
     position_C = np.array([position for _, position, _ in placement.replicas])
     order = np.argsort(position_C, kind="stable")
@@ -98,5 +98,5 @@ def _crossings(to_KPP: np.ndarray, topology: Topology) -> list[LinkLoad]:
 def _links(topology: Topology) -> tuple[np.ndarray, np.ndarray]:
     """Which pairs of positions [P, P] are on one node, and which are not; nobody sends to itself."""
     node_P = np.arange(topology.positions) // topology.per_node
-    near_PP = node_P[:, None] == node_P
-    return near_PP & ~np.eye(topology.positions, dtype=bool), ~near_PP
+    same_node_PP = node_P[:, None] == node_P
+    return same_node_PP & ~np.eye(topology.positions, dtype=bool), ~same_node_PP

@@ -18,23 +18,23 @@ import numpy as np
 
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 
-CHECKS = 2           # a layer's time is asked for after 1, 2, 4, 8, ... exchanges, and after the last
+CHECK_GROWTH = 2           # a layer's time is asked for after 1, 2, 4, 8, ... exchanges, and after the last
 
 
-def resettle(loads: dict[str, np.ndarray], placement: ExpertPlacement, seconds: Callable[[str, LayerPlacement], float], *,
+def exchange_homes(loads: dict[str, np.ndarray], placement: ExpertPlacement, seconds: Callable[[str, LayerPlacement], float], *,
              horizon: int, move_s: float, tolerance: float) -> ExpertPlacement:
     """loads: rows a step, int64 [E] by router. seconds: a layer's modelled step time with these homes. horizon: steps for
     which loads are expected to last. move_s: seconds that moving one expert takes. tolerance: of max / mean - 1, left alone.
     """
-    homes = [_Homes(loads[name], layer) for name, layer in placement.layers]
+    homes = [_LayerHomes(loads[name], layer) for name, layer in placement.layers]
     for index in sorted(range(len(homes)), key=lambda index: (-homes[index].imbalance(), index)):
         if homes[index].imbalance() > 1 + tolerance:
-            _level(homes, index, partial(seconds, placement.layers[index][0]), horizon, move_s)
+            _level_layer(homes, index, partial(seconds, placement.layers[index][0]), horizon, move_s)
     return ExpertPlacement(tuple((name, layer.placement())
                                  for (name, _), layer in zip(placement.layers, homes, strict=True)))
 
 
-class _Homes:
+class _LayerHomes:
     """One layer's loads and homes. origin_E: homes before anything moved."""
 
     def __init__(self, loads_E: np.ndarray, layer: LayerPlacement) -> None:
@@ -54,18 +54,18 @@ class _Homes:
         self.home_E[expert] = position
 
 
-def _level(homes: list[_Homes], index: int, seconds: Callable[[LayerPlacement], float], horizon: int, move_s: float) -> None:
+def _level_layer(homes: list[_LayerHomes], index: int, seconds: Callable[[LayerPlacement], float], horizon: int, move_s: float) -> None:
     """Exchange until nothing helps; then go back to the state that gained most."""
     layer = homes[index]
-    before_s, moved_before = seconds(layer.placement()), _moved(homes)
-    log: list[tuple[_Homes, int, int, int]] = []                     # (layer, expert, from, to)
+    before_s, moved_before = seconds(layer.placement()), _num_moved(homes)
+    log: list[tuple[_LayerHomes, int, int, int]] = []                     # (layer, expert, from, to)
     best_gain, keep, check = 0.0, 0, 1
     settled: set[int] = set()
     while True:
-        exchanged = _exchange(homes, index, settled, log)
+        exchanged = _exchange_once(homes, index, settled, log)
         if not exchanged or len(log) // 2 == check:
-            check *= CHECKS
-            gain = horizon * (before_s - seconds(layer.placement())) - (_moved(homes) - moved_before) * move_s
+            check *= CHECK_GROWTH
+            gain = horizon * (before_s - seconds(layer.placement())) - (_num_moved(homes) - moved_before) * move_s
             if gain > best_gain:
                 best_gain, keep = gain, len(log)
         if not exchanged or len(log) > 2 * len(layer.home_E):
@@ -74,11 +74,11 @@ def _level(homes: list[_Homes], index: int, seconds: Callable[[LayerPlacement], 
         other.move(expert, origin)
 
 
-def _moved(homes: list[_Homes]) -> int:
+def _num_moved(homes: list[_LayerHomes]) -> int:
     return sum(int((layer.home_E != layer.origin_E).sum()) for layer in homes)
 
 
-def _exchange(homes: list[_Homes], index: int, settled: set[int], log: list[tuple[_Homes, int, int, int]]) -> bool:
+def _exchange_once(homes: list[_LayerHomes], index: int, settled: set[int], log: list[tuple[_LayerHomes, int, int, int]]) -> bool:
     """Relieve the fullest position that can be: settled are those that cannot. Whether anything moved."""
     layer = homes[index]
     empty = int(layer.load_P.argmin())
@@ -88,38 +88,38 @@ def _exchange(homes: list[_Homes], index: int, settled: set[int], log: list[tupl
             return False
         if full in settled:
             continue
-        pair = _from_another(homes, index, full, empty, gap) or _within(layer, full, empty, gap)
-        if pair:
-            expert, other, back = pair
-            log += [(layer, expert, full, empty), (other, back, empty, full)]
+        exchange = _exchange_with_other_layer(homes, index, full, empty, gap) or _exchange_within_layer(layer, full, empty, gap)
+        if exchange:
+            expert, other, returning = exchange
+            log += [(layer, expert, full, empty), (other, returning, empty, full)]
             layer.move(expert, empty)
-            other.move(back, full)
+            other.move(returning, full)
             return True
         settled.add(full)
     return False
 
 
-def _from_another(homes: list[_Homes], index: int, full: int, empty: int, gap: int) -> tuple[int, _Homes, int] | None:
+def _exchange_with_other_layer(homes: list[_LayerHomes], index: int, full: int, empty: int, gap: int) -> tuple[int, _LayerHomes, int] | None:
     """(expert to go, layer and expert to come back): what comes is of a layer where it lifts nothing above the mean."""
     layer = homes[index]
-    there = np.flatnonzero((layer.home_E == full) & (layer.loads_E > 0) & (layer.loads_E < gap))
-    if not len(there):
+    on_full = np.flatnonzero((layer.home_E == full) & (layer.loads_E > 0) & (layer.loads_E < gap))
+    if not len(on_full):
         return None
-    expert = int(there[np.abs(2 * layer.loads_E[there] - gap).argmin()])         # afterwards both are as alike as can be
+    expert = int(on_full[np.abs(2 * layer.loads_E[on_full] - gap).argmin()])         # afterwards both are as alike as can be
     for other in homes[index + 1:] + homes[:index]:
         mean = int(other.load_P.sum()) // len(other.load_P)
-        back = np.flatnonzero((other.home_E == empty) & (other.load_P[full] + other.loads_E <= mean))
-        if len(back):
-            return expert, other, int(back[other.loads_E[back].argmin()])
+        returning = np.flatnonzero((other.home_E == empty) & (other.load_P[full] + other.loads_E <= mean))
+        if len(returning):
+            return expert, other, int(returning[other.loads_E[returning].argmin()])
     return None
 
 
-def _within(layer: _Homes, full: int, empty: int, gap: int) -> tuple[int, _Homes, int] | None:
+def _exchange_within_layer(layer: _LayerHomes, full: int, empty: int, gap: int) -> tuple[int, _LayerHomes, int] | None:
     """The pair of this layer whose difference is nearest to half the gap."""
-    there, here = np.flatnonzero(layer.home_E == full), np.flatnonzero(layer.home_E == empty)
-    if not len(here):
+    on_full, on_empty = np.flatnonzero(layer.home_E == full), np.flatnonzero(layer.home_E == empty)
+    if not len(on_empty):
         return None
-    less_XY = layer.loads_E[there][:, None] - layer.loads_E[here]
+    less_XY = layer.loads_E[on_full][:, None] - layer.loads_E[on_empty]
     miss_XY = np.where((less_XY > 0) & (less_XY < gap), np.abs(2 * less_XY - gap), gap)
-    x, y = divmod(int(miss_XY.argmin()), len(here))
-    return (int(there[x]), layer, int(here[y])) if miss_XY[x, y] < gap else None
+    x, y = divmod(int(miss_XY.argmin()), len(on_empty))
+    return (int(on_full[x]), layer, int(on_empty[y])) if miss_XY[x, y] < gap else None

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POINT = 8                # bits behind the point of a trend forecast's level and slope
-ONE = 1 << POINT
+FRACTION_BITS = 8                # bits behind the point of a trend forecast's level and slope
+ONE = 1 << FRACTION_BITS
 
 
 class Forecast(Protocol):
@@ -74,13 +74,13 @@ class TrendForecast:
         if not self.level_L.any():                                           # nothing was seen
             self.level_L.copy_(now_L)
         expected_L = self.level_L + self.slope_L
-        level_L = expected_L + (self.level * (now_L - expected_L) >> POINT)
-        self.slope_L += self.trend * (level_L - self.level_L - self.slope_L) >> POINT
+        level_L = expected_L + (self.level * (now_L - expected_L) >> FRACTION_BITS)
+        self.slope_L += self.trend * (level_L - self.level_L - self.slope_L) >> FRACTION_BITS
         self.level_L.copy_(level_L)
         self.loads_1L.copy_(loads_L[None])
 
     def expected(self) -> Tensor:
-        return ((self.level_L + self.slope_L + ONE // 2) >> POINT).clamp(min=0)
+        return ((self.level_L + self.slope_L + ONE // 2) >> FRACTION_BITS).clamp(min=0)
 
     def last(self) -> Tensor:
         return self.loads_1L[0]

@@ -21,8 +21,8 @@ NAMES = ("balanced", "lognormal_0.5", "lognormal_1", "lognormal_1.5", "hot_exper
 
 MEMORY = 0.95        # of log-popularity from one step to the next (AR(1)): a half is forgotten in 14 steps
 SOURCE_SIGMA = 0.3   # how much a source's taste differs from the common one
-TURN = 10            # steps for which a rotating expert stays hot
-DOZEN, LASTS = 12, 3 # a burst every so many steps, for so many
+ROTATION_STEPS = 10            # steps for which a rotating expert stays hot
+BURST_PERIOD, BURST_STEPS = 12, 3 # a burst every so many steps, for so many
 
 
 def generate(name: str, seed: int, steps: int, positions: int, experts: int, rows: int) -> np.ndarray:
@@ -31,49 +31,49 @@ def generate(name: str, seed: int, steps: int, positions: int, experts: int, row
     rows: that a source sends in a step (tokens times top k); for `ragged` their mean over sources.
     """
     assert name in NAMES, (name, NAMES)
-    draw = np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed]))
-    chances_tPE = _tastes(_popularity(name, draw, steps, positions, experts), _source_sigma(name), draw, positions)
+    rng = np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed]))
+    chances_tPE = _source_chances(_popularity(name, rng, steps, positions, experts), _source_sigma(name), rng, positions)
     rows_P = np.full(positions, rows)
     if name == "ragged":
         rows_P = np.round(np.linspace(0.1, 1.9, positions) * rows).astype(np.int64) if positions > 1 else rows_P
-        rows_P = draw.permutation(rows_P)
+        rows_P = rng.permutation(rows_P)
     if name == "empty":
-        rows_P[draw.integers(positions)] = 0
-    return draw.multinomial(rows_P[None, :], chances_tPE).astype(np.int64)
+        rows_P[rng.integers(positions)] = 0
+    return rng.multinomial(rows_P[None, :], chances_tPE).astype(np.int64)
 
 
-def _popularity(name: str, draw: np.random.Generator, steps: int, positions: int, experts: int) -> np.ndarray:
+def _popularity(name: str, rng: np.random.Generator, steps: int, positions: int, experts: int) -> np.ndarray:
     """Weights of the experts at every step, float64 [steps, experts]; every step sums to 1."""
     sigma = {"lognormal_0.5": 0.5, "lognormal_1": 1.0, "lognormal_1.5": 1.5, "ragged": 1.0, "empty": 1.0}.get(name, 0.0)
-    weights_tE = np.exp(sigma * _drift(draw, steps, experts)) if sigma else np.ones((steps, experts))
+    weights_tE = np.exp(sigma * _drift(rng, steps, experts)) if sigma else np.ones((steps, experts))
     if name == "empty":
-        weights_tE[:, draw.integers(experts)] = 0.0
-    first = int(draw.integers(experts))
+        weights_tE[:, rng.integers(experts)] = 0.0
+    first = int(rng.integers(experts))
     for step in range(steps):
         match name:
             case "hot_expert":
-                _take(weights_tE[step], [first], 1 / 3)
+                _set_share(weights_tE[step], [first], 1 / 3)
             case "hot_rank":
                 block = -(-experts // positions)
                 start = first // block * block
-                _take(weights_tE[step], range(start, min(start + block, experts)), 1 / 2)
+                _set_share(weights_tE[step], range(start, min(start + block, experts)), 1 / 2)
             case "rotating":
-                _take(weights_tE[step], [(first + step // TURN * 7) % experts], 1 / 3)
-            case "burst" if step % DOZEN >= DOZEN - LASTS:
+                _set_share(weights_tE[step], [(first + step // ROTATION_STEPS * 7) % experts], 1 / 3)
+            case "burst" if step % BURST_PERIOD >= BURST_PERIOD - BURST_STEPS:
                 few = max(1, experts // 16)
-                _take(weights_tE[step], [(first + step // DOZEN + i) % experts for i in range(few)], 1 / 2)
+                _set_share(weights_tE[step], [(first + step // BURST_PERIOD + i) % experts for i in range(few)], 1 / 2)
     return weights_tE / weights_tE.sum(1, keepdims=True)
 
 
-def _drift(draw: np.random.Generator, steps: int, experts: int) -> np.ndarray:
+def _drift(rng: np.random.Generator, steps: int, experts: int) -> np.ndarray:
     """A stationary AR(1) of unit variance, [steps, experts]."""
-    noise_tE = draw.standard_normal((steps, experts))
+    noise_tE = rng.standard_normal((steps, experts))
     for step in range(1, steps):
         noise_tE[step] = MEMORY * noise_tE[step - 1] + np.sqrt(1 - MEMORY**2) * noise_tE[step]
     return noise_tE
 
 
-def _take(weights_E: np.ndarray, chosen: list[int] | range, share: float) -> None:
+def _set_share(weights_E: np.ndarray, chosen: list[int] | range, share: float) -> None:
     """Let the chosen ones have that share of the sum together, equally; all of it where there is nobody else."""
     others = weights_E.sum() - weights_E[list(chosen)].sum()
     weights_E[list(chosen)] = (others * share / (1 - share) if others else 1.0) / len(chosen)
@@ -83,8 +83,8 @@ def _source_sigma(name: str) -> float:
     return 0.0 if name in ("balanced", "burst", "hot_expert", "hot_rank", "rotating") else SOURCE_SIGMA
 
 
-def _tastes(weights_tE: np.ndarray, sigma: float, draw: np.random.Generator, positions: int) -> np.ndarray:
+def _source_chances(weights_tE: np.ndarray, sigma: float, rng: np.random.Generator, positions: int) -> np.ndarray:
     """Chances [steps, positions, experts]: every source's own, which it keeps, times the common ones."""
-    own_PE = np.exp(sigma * draw.standard_normal((positions, weights_tE.shape[1])))
+    own_PE = np.exp(sigma * rng.standard_normal((positions, weights_tE.shape[1])))
     chances_tPE = weights_tE[:, None] * own_PE
     return chances_tPE / chances_tPE.sum(2, keepdims=True)

@@ -22,20 +22,20 @@ import numpy as np
 
 from moetrain.plan.cost.link_traffic import LinkLoad, copy_traffic
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.cost.step_time import Modelled, step_time
-from moetrain.plan.leveling.locality import Flows, keep_near
-from moetrain.plan.leveling.overflow import Field, OverflowPlan, Pool, sums
-from moetrain.plan.leveling.rehoming import resettle
+from moetrain.plan.cost.step_time import StepTime, step_time_from_loads
+from moetrain.plan.leveling.locality import NodeFlows, add_local_copies
+from moetrain.plan.leveling.overflow import LoadSnapshot, OverflowPlan, OverflowState, sum_by_index
+from moetrain.plan.leveling.rehoming import exchange_homes
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import (
     LayerPlan,
     Planner,
     Rule,
-    by_node,
-    copies_each,
-    fits_behind,
+    copies_per_position,
     hottest_first,
-    totals,
+    loads_by_expert,
+    loads_by_node,
+    max_hidden_copies,
 )
 
 # Levels tried, in 1/64 of the way from the mean to the largest load.
@@ -55,58 +55,58 @@ class Balanced(Planner):
         self.tolerance, self.min_gain, self.horizon, self.state_ratio = tolerance, min_gain, horizon, state_ratio
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        overflow, _ = self._timed(loads, homes, topology, costs, room)
+        overflow, _ = self._plan_and_time(loads, homes, topology, costs, room)
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
             zip(overflow.expert_X.tolist(), overflow.position_X.tolist(), strict=True))))
 
-    def _timed(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+    def _plan_and_time(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
                room: int) -> tuple[OverflowPlan, float]:
         """The plan, and the time that the model gives it."""
         if topology.nodes == 1:        # one kind of link: every position is a node of its own, and rows are best kept there
-            topology, costs, loads = Topology(topology.positions, 1), replace(costs, between=costs.inside), totals(loads)
-        field = Field(by_node(loads, topology), np.asarray(homes.home), topology, homes.sliced)
-        total, highest = int(field.loads_E.sum()), int(field.load_P.max())
-        nothing = OverflowPlan.nothing(field.loads_E)
-        nothing_s = estimate(nothing, field, costs).total_s
+            topology, costs, loads = Topology(topology.positions, 1), replace(costs, between=costs.inside), loads_by_expert(loads)
+        snapshot = LoadSnapshot(loads_by_node(loads, topology), np.asarray(homes.home), topology, homes.sliced)
+        total, highest = int(snapshot.loads_E.sum()), int(snapshot.load_P.max())
+        no_copies = OverflowPlan.empty(snapshot.loads_E)
+        no_copies_s = estimate(no_copies, snapshot, costs).total_s
         if highest * topology.positions <= (1 + self.tolerance) * total or room == 0:
-            return nothing, nothing_s
-        best, least_s = self._search(field, costs, room, -(-total // topology.positions), highest)
-        return (best, least_s) if least_s < (1 - self.min_gain) * nothing_s else (nothing, nothing_s)
+            return no_copies, no_copies_s
+        best, least_s = self._search(snapshot, costs, room, -(-total // topology.positions), highest)
+        return (best, least_s) if least_s < (1 - self.min_gain) * no_copies_s else (no_copies, no_copies_s)
 
     @staticmethod
-    def _search(field: Field, costs: Costs, room: int, mean: int, highest: int) -> tuple[OverflowPlan, float]:
+    def _search(snapshot: LoadSnapshot, costs: Costs, room: int, mean: int, highest: int) -> tuple[OverflowPlan, float]:
         """The shortest plan and its modelled time; ties go to the first tried."""
-        tried: list[tuple[float, int, Pool]] = []
+        tried: list[tuple[float, int, OverflowState]] = []
 
-        def time(pool: Pool) -> None:
-            tried.append((estimate(pool.result(), field, costs).total_s, len(tried), pool))
+        def try_state(state: OverflowState) -> None:
+            tried.append((estimate(state.result(), snapshot, costs).total_s, len(tried), state))
 
         for step in LEVELS:
             for whole in (False, True):
-                time(Pool(field, mean + (highest - mean) * step // 64, room).pour(whole=whole))
+                try_state(OverflowState(snapshot, mean + (highest - mean) * step // 64, room).place_overflow(whole=whole))
         level = min(tried)[2].level
-        time(Pool(field, level, room).pour(nearby=True, whole=False))
-        base, flows, hidden = min(tried)[2], Flows(field, room), fits_behind(field.topology, costs, len(field.home_E))
-        for budget in sorted({max(1, hidden), max(1, 2 * hidden), len(field.load_P) * room}):
-            time(keep_near(base, flows, budget))
-        least_s, _, pool = min(tried)
-        return pool.result(), least_s
+        try_state(OverflowState(snapshot, level, room).place_overflow(on_source_nodes=True, whole=False))
+        base, flows, hidden = min(tried)[2], NodeFlows(snapshot, room), max_hidden_copies(snapshot.topology, costs, len(snapshot.home_E))
+        for budget in sorted({max(1, hidden), max(1, 2 * hidden), len(snapshot.load_P) * room}):
+            try_state(add_local_copies(base, flows, budget))
+        least_s, _, state = min(tried)
+        return state.result(), least_s
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
                costs: Costs) -> ExpertPlacement:
         """Timed with as many copies as hide, but not more than a position has homes, whatever the memory: homes should be
         good without copies that might not fit or be late."""
-        by_router = {name: totals(loads[name]) for name, _ in placement.layers}
+        by_router = {name: loads_by_expert(loads[name]) for name, _ in placement.layers}
         rate = costs.between if topology.nodes > 1 else costs.inside
 
         def seconds(name: str, homes: LayerPlacement) -> float:
-            room = copies_each(-(-homes.num_experts // homes.positions), topology, costs, homes.num_experts)
-            return self._timed(by_router[name], homes, topology, costs, room)[1]
+            room = copies_per_position(-(-homes.num_experts // homes.positions), topology, costs, homes.num_experts)
+            return self._plan_and_time(by_router[name], homes, topology, costs, room)[1]
 
-        return resettle(by_router, placement, seconds, horizon=self.horizon, tolerance=self.tolerance,
+        return exchange_homes(by_router, placement, seconds, horizon=self.horizon, tolerance=self.tolerance,
                         move_s=costs.expert_bytes * self.state_ratio / rate)
 
-    def cut_up(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int,
+    def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int,
                most: int) -> tuple[int, ...]:
         """None, or the 1, 2, 4, ... hottest, or what is cut up now: whichever is the shortest over the horizon, with what
         cutting up and putting together costs."""
@@ -115,32 +115,32 @@ class Balanced(Planner):
 
         def seconds(sliced: tuple[int, ...]) -> float:
             changed = len(set(sliced) ^ set(now))
-            step_s = self._timed(loads_E, homes.with_sliced(sliced), topology, costs, room)[1]
+            step_s = self._plan_and_time(loads_E, homes.with_sliced(sliced), topology, costs, room)[1]
             return self.horizon * step_s + changed * costs.expert_bytes * self.state_ratio / rate
 
         sizes = {min(2**power, most) for power in range(most.bit_length() + 1)}
         return min([now, (), *(tuple(sorted(hottest[:size])) for size in sorted(sizes))], key=seconds)
 
 
-def estimate(overflow: OverflowPlan, field: Field, costs: Costs) -> Modelled:
+def estimate(overflow: OverflowPlan, snapshot: LoadSnapshot, costs: Costs) -> StepTime:
     """The model of plan/cost/step_time.py before sources are known: a node's rows are spread evenly over its positions, and go
     to replicas on the node first."""
-    loads_NE, home_E, topology = field.loads_NE, field.home_E, field.topology
+    loads_NE, home_E, topology = snapshot.loads_NE, snapshot.home_E, snapshot.topology
     experts, nodes, per_node = len(home_E), topology.nodes, topology.per_node
     expert_C = np.concatenate([np.arange(experts), overflow.expert_X])
     position_C = np.concatenate([home_E, overflow.position_X])
     rows_C = np.concatenate([overflow.kept_E, overflow.rows_X])
-    load_P = sums(position_C, rows_C, topology.positions)
+    load_P = sum_by_index(position_C, rows_C, topology.positions)
     size_N = np.bincount(np.arange(topology.positions) // per_node, minlength=nodes)
 
     cell_C = position_C // per_node * experts + expert_C
-    supply_C = sums(cell_C, rows_C, nodes * experts)[cell_C]
+    supply_C = sum_by_index(cell_C, rows_C, nodes * experts)[cell_C]
     local_C = np.minimum(loads_NE.reshape(-1)[cell_C], supply_C) * rows_C // np.maximum(supply_C, 1)
-    local_P = sums(position_C, local_C, topology.positions)
+    local_P = sum_by_index(position_C, local_C, topology.positions)
     local_N = np.add.reduceat(local_P, np.arange(nodes) * per_node)
     inside = max(int((local_P * (size_N - 1).repeat(size_N) // size_N.repeat(size_N)).max()),
                  int((local_N * (size_N - 1) // size_N**2).max()))
     between = max(int((load_P - local_P).max()), int(((loads_NE.sum(1) - local_N) // size_N).max()))
 
-    copies = copy_traffic(overflow.expert_X, overflow.position_X, home_E, field.sliced, topology, costs.collective)
-    return step_time(int(load_P.max()), LinkLoad(inside, between), copies, costs)
+    copies = copy_traffic(overflow.expert_X, overflow.position_X, home_E, snapshot.sliced, topology, costs.collective)
+    return step_time_from_loads(int(load_P.max()), LinkLoad(inside, between), copies, costs)

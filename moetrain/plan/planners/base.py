@@ -2,7 +2,7 @@
 
 A planner is a pure function of integers that all ranks share and of configured numbers: equal loads give equal plans. It
 gets the same forecast, memory and bandwidth as every other. Two numbers follow from these for all of them (Hecate, arXiv
-2502.02581, section 3; fits_behind and copies_each below).
+2502.02581, section 3; max_hidden_copies and copies_per_position below).
 
 Shapes: E experts, P positions, N nodes, C replicas.
 """
@@ -44,7 +44,7 @@ class Planner(Protocol):
 
 
 @runtime_checkable
-class Rehomes(Protocol):
+class SupportsRehoming(Protocol):
     """A planner that also moves homes, rarely: the only thing that moves optimizer state."""
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
@@ -54,16 +54,16 @@ class Rehomes(Protocol):
 
 
 @runtime_checkable
-class Slices(Protocol):
+class SupportsSlicing(Protocol):
     """A planner that decides whose homes are cut up, when homes are looked at. Without one it is all that may be."""
 
-    def cut_up(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int,
+    def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int,
                most: int) -> tuple[int, ...]:
         """Experts of one layer to lie in pieces: at most so many, of the hottest. homes: with those that do now."""
         ...
 
 
-def fits_behind(topology: Topology, costs: Costs, num_experts: int) -> int:
+def max_hidden_copies(topology: Topology, costs: Costs, num_experts: int) -> int:
     """t: experts whose weights one link brings while other work hides it."""
     rate = costs.between if topology.nodes > 1 else costs.inside
     if math.isinf(rate) or costs.expert_bytes * num_experts <= costs.hidden_s * rate:
@@ -71,18 +71,18 @@ def fits_behind(topology: Topology, costs: Costs, num_experts: int) -> int:
     return int(costs.hidden_s * rate // costs.expert_bytes)
 
 
-def copies_each(room: int, topology: Topology, costs: Costs, num_experts: int) -> int:
+def copies_per_position(room: int, topology: Topology, costs: Costs, num_experts: int) -> int:
     """m: copies that a position may take: what its memory has room for and the link brings in time."""
-    return min(room, fits_behind(topology, costs, num_experts))
+    return min(room, max_hidden_copies(topology, costs, num_experts))
 
 
-def totals(loads: np.ndarray) -> np.ndarray:
+def loads_by_expert(loads: np.ndarray) -> np.ndarray:
     """Loads by expert, int64 [E]."""
     loads = np.asarray(loads, dtype=np.int64)
     return loads if loads.ndim == 1 else loads.sum(0)
 
 
-def by_node(loads: np.ndarray, topology: Topology) -> np.ndarray:
+def loads_by_node(loads: np.ndarray, topology: Topology) -> np.ndarray:
     """Loads by node, int64 [N, E]; where no node is known, as if all positions had equal parts."""
     loads = np.asarray(loads, dtype=np.int64)
     if loads.ndim == 2:

@@ -17,7 +17,7 @@ import numpy as np
 
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_each, totals
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_per_position, loads_by_expert
 from moetrain.plan.planners.hecate import replica_counts
 
 
@@ -31,11 +31,11 @@ class Eplb(Planner):
         self.groups = groups
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        loads_E = totals(loads)
-        most = copies_each(room, topology, costs, len(loads_E))
+        loads_E = loads_by_expert(loads)
+        per_position = copies_per_position(room, topology, costs, len(loads_E))
         nodes = topology.nodes if self._by_node(topology) else 1
-        cells = [topology.positions_of(node) for node in range(nodes)] if nodes > 1 else [range(topology.positions)]
-        copies = [pair for cell in cells for pair in _copies(loads_E, homes, cell, most)]
+        ranges = [topology.positions_of(node) for node in range(nodes)] if nodes > 1 else [range(topology.positions)]
+        copies = [pair for positions in ranges for pair in _copies(loads_E, homes, positions, per_position)]
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
@@ -46,7 +46,7 @@ class Eplb(Planner):
             if layer.num_experts % topology.positions:
                 moved.append((name, layer.without_copies()))       # bins of equal size are all that it knows
                 continue
-            held = rebalance(totals(loads[name]), layer.num_experts, self.groups, nodes, topology.positions)
+            held = rebalance(loads_by_expert(loads[name]), layer.num_experts, self.groups, nodes, topology.positions)
             home = {expert: at for at, experts in enumerate(held) for expert in experts}
             moved.append((name, LayerPlacement(tuple(home[e] for e in range(layer.num_experts)), topology.positions)))
         return ExpertPlacement(tuple(moved))
@@ -89,10 +89,10 @@ def pack(loads: Sequence[float], items: Sequence[int], free: list[int], filled: 
         return [[item] for item in items]            # one a bin: published so, in their own order
     filled = list(filled or [0] * len(free))
     for i in sorted(range(len(items)), key=lambda i: -loads[i]):
-        able = [at for at in range(len(free)) if len(bins[at]) < free[at] and not (holds and items[i] in holds[at])]
-        if not able:
+        candidates = [at for at in range(len(free)) if len(bins[at]) < free[at] and not (holds and items[i] in holds[at])]
+        if not candidates:
             continue
-        at = min(able, key=filled.__getitem__)
+        at = min(candidates, key=filled.__getitem__)
         bins[at].append(items[i])
         filled[at] += loads[i]
         if holds:
@@ -100,13 +100,13 @@ def pack(loads: Sequence[float], items: Sequence[int], free: list[int], filled: 
     return bins
 
 
-def _copies(loads_E: np.ndarray, homes: LayerPlacement, cell: range, most: int) -> list[tuple[int, int]]:
+def _copies(loads_E: np.ndarray, homes: LayerPlacement, positions: range, per_position: int) -> list[tuple[int, int]]:
     """Copies (expert, position) of the experts at home in these positions, to these positions."""
-    experts = [expert for at in cell for expert in homes.experts_of(at)]
-    counts = replica_counts(loads_E, sorted(experts), len(cell) * most, len(cell))
+    experts = [expert for at in positions for expert in homes.experts_of(at)]
+    counts = replica_counts(loads_E, sorted(experts), len(positions) * per_position, len(positions))
     load = {expert: int(loads_E[expert]) / counts[expert] for expert in experts}
     items = [expert for expert in sorted(experts) for _ in range(counts[expert] - 1)]
-    holds = [set(homes.experts_of(at)) for at in cell]
-    packed = pack([load[expert] for expert in items], items, [most] * len(cell),
-                  [sum(load[expert] for expert in homes.experts_of(at)) for at in cell], holds)
-    return [(expert, at) for at, added in zip(cell, packed, strict=True) for expert in added]
+    holds = [set(homes.experts_of(at)) for at in positions]
+    packed = pack([load[expert] for expert in items], items, [per_position] * len(positions),
+                  [sum(load[expert] for expert in homes.experts_of(at)) for at in positions], holds)
+    return [(expert, at) for at, added in zip(positions, packed, strict=True) for expert in added]

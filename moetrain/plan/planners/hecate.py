@@ -23,10 +23,10 @@ from moetrain.plan.planners.base import (
     LayerPlan,
     Planner,
     Rule,
-    copies_each,
-    fits_behind,
+    copies_per_position,
     hottest_first,
-    totals,
+    loads_by_expert,
+    max_hidden_copies,
 )
 
 
@@ -36,67 +36,67 @@ class Hecate(Planner):
     rule: ClassVar[Rule] = "local_first"
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        loads_E = totals(loads)
-        most = copies_each(room, topology, costs, len(loads_E))
-        hot = hottest_first(loads_E)[:fits_behind(topology, costs, len(loads_E))].tolist()
-        if len(hot) <= most:
+        loads_E = loads_by_expert(loads)
+        per_position = copies_per_position(room, topology, costs, len(loads_E))
+        hot = hottest_first(loads_E)[:max_hidden_copies(topology, costs, len(loads_E))].tolist()
+        if len(hot) <= per_position:
             everywhere = [(expert, at) for expert in hot for at in range(homes.positions) if at != homes.home[expert]]
             return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(everywhere)))
-        counts = replica_counts(loads_E, hot, homes.positions * most, homes.positions)
-        free_P = np.full(homes.positions, most, dtype=np.int64)
-        copies = [pair for expert in hot for pair in _spread(expert, counts[expert] - 1, homes, topology, free_P)]
+        counts = replica_counts(loads_E, hot, homes.positions * per_position, homes.positions)
+        free_P = np.full(homes.positions, per_position, dtype=np.int64)
+        copies = [pair for expert in hot for pair in _place_copies(expert, counts[expert] - 1, homes, topology, free_P)]
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
                costs: Costs) -> ExpertPlacement:
-        loads_E = {name: totals(loads[name]) for name, _ in placement.layers}
-        hot = {name: set(hottest_first(loads_E[name])[:fits_behind(topology, costs, layer.num_experts)].tolist())
+        loads_E = {name: loads_by_expert(loads[name]) for name, _ in placement.layers}
+        hot = {name: set(hottest_first(loads_E[name])[:max_hidden_copies(topology, costs, layer.num_experts)].tolist())
                for name, layer in placement.layers}
-        slots = _Slots(sum(layer.num_experts for _, layer in placement.layers), topology)
+        free_homes = _FreeHomes(sum(layer.num_experts for _, layer in placement.layers), topology)
         homes = {name: np.zeros(layer.num_experts, dtype=np.int64) for name, layer in placement.layers}
         for name in sorted(homes, key=lambda name: -_heaviest(loads_E[name], hot[name])):
             load_P = np.zeros(topology.positions, dtype=np.int64)
             for expert in hottest_first(loads_E[name]).tolist():
                 if expert not in hot[name]:
-                    at = slots.take(load_P)
+                    at = free_homes.take(load_P)
                     homes[name][expert] = at
                     load_P[at] += loads_E[name][expert]
         for name in homes:
             for expert in sorted(hot[name]):
-                homes[name][expert] = slots.take_any()
+                homes[name][expert] = free_homes.take_any()
         return ExpertPlacement(tuple((name, LayerPlacement(tuple(homes[name].tolist()), topology.positions))
                                      for name, _ in placement.layers))
 
 
-def replica_counts(loads_E: np.ndarray, experts: list[int], places: int, most: int) -> dict[int, int]:
-    """Replicas of each of these experts, homes included, when `places` more are given out; none has more than `most`."""
+def replica_counts(loads_E: np.ndarray, experts: list[int], places: int, max_replicas: int) -> dict[int, int]:
+    """Replicas of each of these experts, homes included, when `places` more are given out; none has more than `max_replicas`."""
     counts = dict.fromkeys(experts, 1)
-    queue = [(-int(loads_E[expert]) / 1, expert) for expert in experts if most > 1]
+    queue = [(-int(loads_E[expert]) / 1, expert) for expert in experts if max_replicas > 1]
     heapq.heapify(queue)
     while places and queue:
         _, expert = heapq.heappop(queue)
         counts[expert] += 1
         places -= 1
-        if counts[expert] < most:
+        if counts[expert] < max_replicas:
             heapq.heappush(queue, (-int(loads_E[expert]) / counts[expert], expert))
     return counts
 
 
-def _spread(expert: int, many: int, homes: LayerPlacement, topology: Topology, free_P: np.ndarray) -> list[tuple[int, int]]:
+def _place_copies(expert: int, count: int, homes: LayerPlacement, topology: Topology, free_P: np.ndarray) -> list[tuple[int, int]]:
     """Copies (expert, position); takes their places from free_P. Fewer than asked for when no position can hold another."""
     node_P = np.arange(homes.positions) // topology.per_node
     holds_P = np.zeros(homes.positions, dtype=bool)
     holds_P[homes.home[expert]] = True
     copies = []
-    for _ in range(many):
-        open_P = (free_P > 0) & ~holds_P
-        if not open_P.any():
+    for _ in range(count):
+        candidate_P = (free_P > 0) & ~holds_P
+        if not candidate_P.any():
             break
         has_N = np.bincount(node_P, weights=holds_P, minlength=topology.nodes) > 0
         free_N = np.bincount(node_P, weights=free_P, minlength=topology.nodes).astype(np.int64)
-        able = np.flatnonzero(np.bincount(node_P, weights=open_P, minlength=topology.nodes))
-        node = min(able.tolist(), key=lambda node: (has_N[node], -free_N[node], node))
-        at = min((at for at in topology.positions_of(node) if open_P[at]), key=lambda at: (-free_P[at], at))
+        candidate_nodes = np.flatnonzero(np.bincount(node_P, weights=candidate_P, minlength=topology.nodes))
+        node = min(candidate_nodes.tolist(), key=lambda node: (has_N[node], -free_N[node], node))
+        at = min((at for at in topology.positions_of(node) if candidate_P[at]), key=lambda at: (-free_P[at], at))
         holds_P[at] = True
         free_P[at] -= 1
         copies.append((expert, at))
@@ -107,7 +107,7 @@ def _heaviest(loads_E: np.ndarray, hot: set[int]) -> int:
     return max((int(load) for expert, load in enumerate(loads_E) if expert not in hot), default=-1)
 
 
-class _Slots:
+class _FreeHomes:
     """Homes that positions can still take, over all layers; equal numbers, the first positions one more if they must."""
 
     def __init__(self, experts: int, topology: Topology) -> None:

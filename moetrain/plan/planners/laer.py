@@ -19,7 +19,7 @@ import numpy as np
 
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Planner, Rule, by_node, copies_each
+from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_per_position, loads_by_node
 
 
 class Laer(Planner):
@@ -28,21 +28,21 @@ class Laer(Planner):
     rule: ClassVar[Rule] = "local_first"
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        most = copies_each(room, topology, costs, homes.num_experts)
-        loads_NE = by_node(loads, topology)
-        slots_P = np.bincount(homes.home, minlength=homes.positions) + most       # homes in pieces take a slot as others do
-        held_EP = best(loads_NE, slots_P, topology, costs, homes)
+        per_position = copies_per_position(room, topology, costs, homes.num_experts)
+        loads_NE = loads_by_node(loads, topology)
+        slots_P = np.bincount(homes.home, minlength=homes.positions) + per_position       # homes in pieces take a slot as others do
+        held_EP = best_replicas(loads_NE, slots_P, topology, costs, homes)
         copies = [(expert, at) for expert, at in np.argwhere(held_EP).tolist() if at != homes.home[expert]]
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
 
 
-def best(loads_NE: np.ndarray, slots_P: np.ndarray, topology: Topology, costs: Costs,
+def best_replicas(loads_NE: np.ndarray, slots_P: np.ndarray, topology: Topology, costs: Costs,
          homes: LayerPlacement | None = None) -> np.ndarray:
     """Replicas of each expert at each position, int64 [E, P]. homes: None as published."""
     loads_E, slots = loads_NE.sum(0), int(slots_P.sum())
     candidates = [np.full(len(loads_E), slots // len(loads_E))] if slots % len(loads_E) == 0 else []
     candidates.append(queued_counts(loads_E, slots, topology.nodes))
-    placed = [place(counts_E, loads_E, slots_P, topology, homes) for counts_E in candidates]
+    placed = [place_replicas(counts_E, loads_E, slots_P, topology, homes) for counts_E in candidates]
     return min(placed, key=lambda held_EP: _seconds(held_EP, loads_NE, topology, costs))       # ties: the first
 
 
@@ -63,7 +63,7 @@ def queued_counts(loads_E: np.ndarray, slots: int, nodes: int) -> np.ndarray:
     return counts_E
 
 
-def place(counts_E: np.ndarray, loads_E: np.ndarray, slots_P: np.ndarray, topology: Topology,
+def place_replicas(counts_E: np.ndarray, loads_E: np.ndarray, slots_P: np.ndarray, topology: Topology,
           homes: LayerPlacement | None) -> np.ndarray:
     """Replicas of each expert at each position, int64 [E, P]."""
     positions = topology.positions
@@ -78,13 +78,13 @@ def place(counts_E: np.ndarray, loads_E: np.ndarray, slots_P: np.ndarray, topolo
     load_P = np.bincount(homes.home, weights=share_E, minlength=positions) if homes else np.zeros(positions)
     for expert in np.argsort(-share_E, kind="stable").tolist():
         for _ in range(int(left_E[expert])):
-            able_P = (free_P > 0) if homes is None else (free_P > 0) & (held_EP[expert] == 0)
-            if not able_P.any():
+            candidate_P = (free_P > 0) if homes is None else (free_P > 0) & (held_EP[expert] == 0)
+            if not candidate_P.any():
                 break
             held_N = np.bincount(node_P, weights=held_EP[expert], minlength=topology.nodes)
-            fewest_P = able_P & (held_N == held_N.min())[node_P]
-            able = np.flatnonzero(fewest_P if fewest_P.any() else able_P)
-            at = able[np.argmin(load_P[able])]
+            fewest_P = candidate_P & (held_N == held_N.min())[node_P]
+            candidates = np.flatnonzero(fewest_P if fewest_P.any() else candidate_P)
+            at = candidates[np.argmin(load_P[candidates])]
             held_EP[expert, at] += 1
             load_P[at] += share_E[expert]
             free_P[at] -= 1
@@ -97,11 +97,11 @@ def _seconds(held_EP: np.ndarray, loads_NE: np.ndarray, topology: Topology, cost
     size_N = np.bincount(node_P, minlength=topology.nodes)
     sent_s, load_P = 0.0, np.zeros(topology.positions)
     for node in range(topology.nodes):
-        near_P = node_P == node
-        here_EP = held_EP * near_P
+        on_node_P = node_P == node
+        here_EP = held_EP * on_node_P
         chosen_EP = np.where(here_EP.any(1, keepdims=True), here_EP, held_EP)
         rows_EP = loads_NE[node][:, None] * chosen_EP / chosen_EP.sum(1, keepdims=True).clip(1)
         load_P += rows_EP.sum(0)
-        inside = rows_EP[:, near_P].sum() * (1 - 1 / size_N[node])
-        sent_s += (inside / costs.inside + rows_EP[:, ~near_P].sum() / costs.between) * costs.row_bytes
+        inside = rows_EP[:, on_node_P].sum() * (1 - 1 / size_N[node])
+        sent_s += (inside / costs.inside + rows_EP[:, ~on_node_P].sum() / costs.between) * costs.row_bytes
     return float(4 * sent_s + costs.row_s * load_P.max())

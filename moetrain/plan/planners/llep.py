@@ -16,7 +16,14 @@ import numpy as np
 
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_each, hottest_first, totals
+from moetrain.plan.planners.base import (
+    LayerPlan,
+    Planner,
+    Rule,
+    copies_per_position,
+    hottest_first,
+    loads_by_expert,
+)
 
 
 class LeastLoaded(Planner):
@@ -30,25 +37,25 @@ class LeastLoaded(Planner):
         self.capacity, self.min_rows, self.threshold = capacity, min_rows, threshold
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        loads_E = totals(loads)
+        loads_E = loads_by_expert(loads)
         native_P = np.zeros(homes.positions, dtype=np.int64)
         np.add.at(native_P, np.asarray(homes.home), loads_E)
         total = int(loads_E.sum())
         if int(native_P.max()) * homes.positions < self.threshold * total or total == 0:
-            pieces = [(expert, at, int(rows)) for expert, (at, rows) in enumerate(zip(homes.home, loads_E, strict=True))]
+            assignments = [(expert, at, int(rows)) for expert, (at, rows) in enumerate(zip(homes.home, loads_E, strict=True))]
         else:
-            room = copies_each(room, topology, costs, len(loads_E))
-            pieces = spill(loads_E, homes, self.capacity, self.min_rows, room)
+            room = copies_per_position(room, topology, costs, len(loads_E))
+            assignments = spill(loads_E, homes, self.capacity, self.min_rows, room)
         placement = LayerPlacement(homes.home, homes.positions, tuple(
-            {(expert, at) for expert, at, _ in pieces if at != homes.home[expert]}))
+            {(expert, at) for expert, at, _ in assignments if at != homes.home[expert]}))
         rows_of: dict[tuple[int, int], int] = {}
-        for expert, at, rows in pieces:
+        for expert, at, rows in assignments:
             rows_of[expert, at] = rows_of.get((expert, at), 0) + rows
         return LayerPlan(placement, tuple(rows_of.get((expert, at), 0) for expert, at, _ in placement.replicas))
 
 
 @dataclass
-class _Ledger:
+class _Loads:
     """Loads while pieces are given out. free: copies each position can still take; copied: (expert, position) so far."""
 
     effective: list[int]
@@ -57,11 +64,11 @@ class _Ledger:
 
     def helpers(self, expert: int, home: int) -> list[int]:
         """Positions that can hold the expert, least loaded first."""
-        able = [at for at in range(len(self.effective))
+        candidates = [at for at in range(len(self.effective))
                 if at != home and (self.free[at] or (expert, at) in self.copied)]
-        return sorted(able, key=self.effective.__getitem__)
+        return sorted(candidates, key=self.effective.__getitem__)
 
-    def give(self, expert: int, at: int, rows: int, home: int) -> tuple[int, int, int]:
+    def assign(self, expert: int, at: int, rows: int, home: int) -> tuple[int, int, int]:
         self.effective[at] += rows
         if at != home and (expert, at) not in self.copied:
             self.copied.add((expert, at))
@@ -74,42 +81,42 @@ def spill(loads_E: np.ndarray, homes: LayerPlacement, capacity: float, min_rows:
     """Pieces (expert, position, rows), in the order in which they are cut."""
     mean = int(loads_E.sum()) // homes.positions
     limit = max(1, int(capacity * mean) if mean else int(loads_E.sum()))
-    ledger = _Ledger([0] * homes.positions, [room] * homes.positions, set())
+    loads = _Loads([0] * homes.positions, [room] * homes.positions, set())
     for expert, home in enumerate(homes.home):
-        ledger.effective[home] += int(loads_E[expert])
-    pieces = []
+        loads.effective[home] += int(loads_E[expert])
+    assignments = []
     for expert in hottest_first(loads_E).tolist():
         home, rows = homes.home[expert], int(loads_E[expert])
-        ledger.effective[home] -= rows
-        own = min(rows, max(0, limit - ledger.effective[home]))
+        loads.effective[home] -= rows
+        own = min(rows, max(0, limit - loads.effective[home]))
         if own:
-            pieces.append(ledger.give(expert, home, own, home))
-        pieces += _spill_rest(ledger, expert, home, rows - own, limit, min_rows, reconsider=own > 0)
-    return pieces
+            assignments.append(loads.assign(expert, home, own, home))
+        assignments += _spill_rest(loads, expert, home, rows - own, limit, min_rows, reconsider=own > 0)
+    return assignments
 
 
-def _spill_rest(ledger: _Ledger, expert: int, home: int, rest: int, limit: int, min_rows: int, *,
+def _spill_rest(loads: _Loads, expert: int, home: int, rest: int, limit: int, min_rows: int, *,
                 reconsider: bool) -> list[tuple[int, int, int]]:
     """reconsider: positions are sorted anew after every piece; as published, only where the home took a part."""
-    pieces = []
-    order = helpers = ledger.helpers(expert, home) if rest else []
-    while rest and (found := _next(ledger, order, rest, limit, min_rows)):
+    assignments = []
+    order = helpers = loads.helpers(expert, home) if rest else []
+    while rest and (found := _next(loads, order, rest, limit, min_rows)):
         at, rows = found
-        pieces.append(ledger.give(expert, at, rows, home))
+        assignments.append(loads.assign(expert, at, rows, home))
         rest -= rows
         if reconsider:
-            order = helpers = ledger.helpers(expert, home)
+            order = helpers = loads.helpers(expert, home)
         else:
             order = order[order.index(at) + 1:]
     if rest:
-        pieces.append(ledger.give(expert, helpers[0] if helpers else home, rest, home))
-    return pieces
+        assignments.append(loads.assign(expert, helpers[0] if helpers else home, rest, home))
+    return assignments
 
 
-def _next(ledger: _Ledger, order: list[int], rest: int, limit: int, min_rows: int) -> tuple[int, int] | None:
+def _next(loads: _Loads, order: list[int], rest: int, limit: int, min_rows: int) -> tuple[int, int] | None:
     """The first position with capacity for a piece that is large enough, or for all that is left."""
     for at in order:
-        rows = min(rest, limit - ledger.effective[at])
+        rows = min(rest, limit - loads.effective[at])
         if rows > 0 and (rows >= min_rows or rows == rest):
             return at, rows
     return None

@@ -14,7 +14,14 @@ import numpy as np
 
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_each, hottest_first, totals
+from moetrain.plan.planners.base import (
+    LayerPlan,
+    Planner,
+    Rule,
+    copies_per_position,
+    hottest_first,
+    loads_by_expert,
+)
 
 
 class Shadow(Planner):
@@ -23,16 +30,16 @@ class Shadow(Planner):
     rule: ClassVar[Rule] = "local_first"
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        loads_E = totals(loads)
-        most = copies_each(room, topology, costs, len(loads_E))
+        loads_E = loads_by_expert(loads)
+        per_position = copies_per_position(room, topology, costs, len(loads_E))
         rate = costs.between if topology.nodes > 1 else costs.inside
-        chosen = shadowed(loads_E, costs.row_s, costs.row_bytes / rate, costs.expert_bytes / rate)[:most]
+        chosen = choose_shadowed(loads_E, costs.row_s, costs.row_bytes / rate, costs.expert_bytes / rate)[:per_position]
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
             (expert, position) for expert in chosen for position in range(homes.positions)
             if position != homes.home[expert])))
 
 
-def shadowed(loads_E: np.ndarray, row_s: float, send_row_s: float, send_expert_s: float) -> list[int]:
+def choose_shadowed(loads_E: np.ndarray, row_s: float, send_row_s: float, send_expert_s: float) -> list[int]:
     """Experts worth shadowing, hottest first; never all of them."""
     order = hottest_first(loads_E).tolist()
     a_row_s = row_s + 4 * send_row_s

@@ -12,82 +12,82 @@ import numpy as np
 
 from moetrain.plan.cost.machine import Topology
 
-CALM = 64           # done when a sweep moved less than this part of the mean load, or the largest is that close to it
+CONVERGED = 64           # done when a sweep moved less than this part of the mean load, or the largest is that close to it
 CAPS = (24, 8, 0)   # of `relieved`, in 1/64 of the way from the mean to the largest load once nodes are levelled inside
 
-Choice = tuple[int, tuple[int, ...], tuple[int, ...]]         # line of rows, replicas, and their positions
-Choices = tuple[Choice, ...]
+ReplicaGroup = tuple[int, tuple[int, ...], tuple[int, ...]]         # line of rows, replicas, and their positions
+ReplicaGroups = tuple[ReplicaGroup, ...]
 
 
-class Freedom(NamedTuple):
+class SplitChoices(NamedTuple):
     """What may be split how under a placement."""
 
-    near: Choices                # where rows of each node (a line each) may be computed while they stay on it wherever it holds
-    anywhere: Choices            # their expert; and if they may go anywhere
-    beside: Choices              # replicas of one expert on one node: among them no row crosses
-    across: tuple[tuple[int, ...], ...]      # replicas of an expert that is on several nodes
+    on_node: ReplicaGroups                # where rows of each node (a line each) may be computed while they stay on it wherever it holds
+    anywhere: ReplicaGroups            # their expert; and if they may go anywhere
+    within_node: ReplicaGroups              # replicas of one expert on one node: among them no row crosses
+    across_nodes: tuple[tuple[int, ...], ...]      # replicas of an expert that is on several nodes
 
 
-def freedom(expert_C: np.ndarray, position_C: np.ndarray, topology: Topology) -> Freedom:
-    position, of_expert, of_cell = position_C.tolist(), {}, {}
+def split_choices(expert_C: np.ndarray, position_C: np.ndarray, topology: Topology) -> SplitChoices:
+    position, by_expert, by_cell = position_C.tolist(), {}, {}
     for c, (expert, at) in enumerate(zip(expert_C.tolist(), position, strict=True)):
-        of_expert.setdefault(expert, []).append(c)
-        of_cell.setdefault((expert, at // topology.per_node), []).append(c)
-    spread = [(expert, members) for expert, members in of_expert.items() if len(members) > 1]
+        by_expert.setdefault(expert, []).append(c)
+        by_cell.setdefault((expert, at // topology.per_node), []).append(c)
+    spread = [(expert, members) for expert, members in by_expert.items() if len(members) > 1]
 
-    def choice(line: int, members: list[int]) -> Choice:
+    def choice(line: int, members: list[int]) -> ReplicaGroup:
         return line, tuple(members), tuple(position[c] for c in members)
 
-    near = [(line, of_cell.get((expert, line), members)) for line in range(topology.nodes) for expert, members in spread]
-    return Freedom(tuple(choice(line, members) for line, members in near if len(members) > 1),       # others have no choice
+    on_node = [(line, by_cell.get((expert, line), members)) for line in range(topology.nodes) for expert, members in spread]
+    return SplitChoices(tuple(choice(line, members) for line, members in on_node if len(members) > 1),       # others have no choice
                    tuple(choice(0, members) for _, members in spread),
-                   tuple(choice(0, members) for members in of_cell.values() if len(members) > 1),
+                   tuple(choice(0, members) for members in by_cell.values() if len(members) > 1),
                    tuple(tuple(members) for _, members in spread
                          if len({position[c] // topology.per_node for c in members}) > 1))
 
 
-def level(rows_NC: np.ndarray, position: list[int], choices: Choices, positions: int, sweeps: int) -> np.ndarray:
+def level_quotas(rows_NC: np.ndarray, position: list[int], choices: ReplicaGroups, positions: int, sweeps: int) -> np.ndarray:
     """Quotas [C] with the sums per expert that the rows have and a largest load near the smallest possible.
 
     rows_NC: where rows go at the start, a line for each of `choices`' lines.
     """
     lines = rows_NC.tolist()
     load = _loads([sum(rows) for rows in zip(*lines)], position, positions)
-    _settle([_Group(members, at, lines[line]) for line, members, at in choices], load, sweeps)
+    _level_groups([_RowGroup(members, at, lines[line]) for line, members, at in choices], load, sweeps)
     return np.array(lines, dtype=np.int64).sum(0)
 
 
-def relieved(quotas_C: np.ndarray, position: list[int], freedom: Freedom, topology: Topology, sweeps: int) -> np.ndarray:
+def shed_between_nodes(quotas_C: np.ndarray, position: list[int], split_choices: SplitChoices, topology: Topology, sweeps: int) -> np.ndarray:
     """Quotas [K, C]: levelled inside nodes, and then for ever lower caps with what is above them on other nodes."""
     rows = quotas_C.tolist()
     load = _loads(rows, position, topology.positions)
-    groups = [_Group(members, at, rows) for _, members, at in freedom.beside]
-    _settle(groups, load, sweeps)
-    even, highest, found = -(-sum(load) // len(load)), max(load), [rows[:]]
+    groups = [_RowGroup(members, at, rows) for _, members, at in split_choices.within_node]
+    _level_groups(groups, load, sweeps)
+    mean, highest, quotas_K = -(-sum(load) // len(load)), max(load), [rows[:]]
     for part in CAPS:
-        if _shed(rows, load, position, freedom.across, topology, even + (highest - even) * part // 64):
-            _settle(groups, load, sweeps)
-        found.append(rows[:])
-    return np.array(found, dtype=np.int64)
+        if _move_excess(rows, load, position, split_choices.across_nodes, topology, mean + (highest - mean) * part // 64):
+            _level_groups(groups, load, sweeps)
+        quotas_K.append(rows[:])
+    return np.array(quotas_K, dtype=np.int64)
 
 
-def _shed(rows: list[int], load: list[int], position: list[int], across: tuple[tuple[int, ...], ...], topology: Topology,
+def _move_excess(rows: list[int], load: list[int], position: list[int], across_nodes: tuple[tuple[int, ...], ...], topology: Topology,
           cap: int) -> bool:
     """Move rows from positions above the cap to those below it on other nodes, by the room that they have. Whether any did."""
     moved = False
-    for members in across:
+    for members in across_nodes:
         for c in members:
             out = min(load[position[c]] - cap, rows[c])
             if out <= 0:
                 continue
             node = topology.node_of(position[c])
-            room = [max(0, cap - load[position[other]]) if topology.node_of(position[other]) != node else 0 for other in members]
-            out, end, begin = min(out, sum(room)), 0, 0
+            space = [max(0, cap - load[position[other]]) if topology.node_of(position[other]) != node else 0 for other in members]
+            out, end, begin = min(out, sum(space)), 0, 0
             if out == 0:
                 continue
-            for other, gap in zip(members, room):
+            for other, gap in zip(members, space):
                 begin, end = end, end + gap
-                taken = end * out // sum(room) - begin * out // sum(room)
+                taken = end * out // sum(space) - begin * out // sum(space)
                 rows[other] += taken
                 load[position[other]] += taken
             rows[c] -= out
@@ -103,13 +103,13 @@ def _loads(quotas: list[int], position: list[int], positions: int) -> list[int]:
     return load
 
 
-def _settle(groups: list["_Group"], load: list[int], sweeps: int) -> None:
+def _level_groups(groups: list["_RowGroup"], load: list[int], sweeps: int) -> None:
     groups = sorted((group for group in groups if group.total), key=lambda group: -group.total)      # large ones first; stable
-    even = -(-sum(load) // len(load))
+    mean = -(-sum(load) // len(load))
     for sweep in range(sweeps):
         # There and back, so that rows are passed on along a chain of copies whichever way it runs.
-        moved = [group.settle(load) for group in (reversed(groups) if sweep % 2 else groups)]
-        if sum(moved) * CALM <= even or max(load) * CALM <= even * (CALM + 1):
+        moved = [group.refill(load) for group in (reversed(groups) if sweep % 2 else groups)]
+        if sum(moved) * CONVERGED <= mean or max(load) * CONVERGED <= mean * (CONVERGED + 1):
             break
 
 
@@ -127,7 +127,7 @@ def fill(rows: int, bases: list[int]) -> list[int]:
     return added
 
 
-class _Group:
+class _RowGroup:
     """Rows of one expert (from one node, or from all) that may go to any of its members. rows: of all replicas, shared."""
 
     def __init__(self, members: tuple[int, ...], positions: tuple[int, ...], rows: list[int]) -> None:
@@ -137,7 +137,7 @@ class _Group:
     def total(self) -> int:
         return sum(self.rows[c] for c in self.members)
 
-    def settle(self, load: list[int]) -> int:
+    def refill(self, load: list[int]) -> int:
         """Fill anew what this group has, given the other loads; how many rows that moved."""
         had = [self.rows[c] for c in self.members]
         has = fill(sum(had), [load[at] - rows for at, rows in zip(self.positions, had)])

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from moetrain.comm.agreement import all_or_none
 from moetrain.comm.reduce import largest_over
-from moetrain.plan.cost.memory import CopyMemory, Held, copy_memory
+from moetrain.plan.cost.memory import CopyMemory, HeldExperts, copy_memory
 from moetrain.train.memory.device_memory import free_memory
 from moetrain.train.micro_batches import forward_pass
 from moetrain.train.setup import Graphs, Run
@@ -97,7 +97,7 @@ def most_memory(run: Run) -> CopyMemory:
     for moe in model.moe_layers.values() if run.state.planning is not None else ():
         homes = len(moe.experts.bank.experts)
         room = min(config.parallel.room, moe.router.num_experts - homes) + min(config.parallel.sliced, homes)
-        layers.append(Held(homes, room, (ep.size - 1) * min(config.parallel.room, homes)))
+        layers.append(HeldExperts(homes, room, (ep.size - 1) * min(config.parallel.room, homes)))
     return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
                        gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
                        recompute=config.train.activation_checkpointing != "none")

@@ -13,7 +13,7 @@ from torch import Tensor
 from moetrain.comm.sparse.sliced import Sliced
 from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.cost.machine import Topology
-from moetrain.plan.placement import LayerPlacement, piece_rows
+from moetrain.plan.placement import LayerPlacement, slice_rows
 from moetrain.plan.transfers import gather_bytes, reduce_bytes
 from tests.support.copied_experts import CPU, POSITIONS, SEEDS, group, placement_of
 
@@ -33,7 +33,7 @@ def numbers(key: int, dtype: torch.dtype) -> Tensor:
 def piece(row_W: Tensor, at: int) -> list[Tensor]:
     """A position's rows of each matrix."""
     matrices = [part.view(shape) for part, shape in zip(row_W.split([15, 8]), SHAPES)]
-    held = [piece_rows(rows, at, POSITIONS) for rows, _ in SHAPES]
+    held = [slice_rows(rows, at, POSITIONS) for rows, _ in SHAPES]
     return [matrix[rows.start:rows.stop] for matrix, rows in zip(matrices, held)]
 
 

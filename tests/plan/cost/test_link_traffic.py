@@ -7,9 +7,9 @@ import pytest
 
 from moetrain.plan.cost.link_traffic import copy_traffic
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.cost.step_time import gathering_s
+from moetrain.plan.cost.step_time import gather_seconds
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.transfers import LEGS, pieces
+from moetrain.plan.transfers import LEGS, slice_transfers
 from tests.support.random_placements import drawn
 
 
@@ -17,32 +17,32 @@ def busiest(moved: list[tuple[int, int, float]], topology: Topology) -> tuple[fl
     """Largest sum that a position sends or receives, inside nodes and between, read one transfer at a time."""
     loads: dict[tuple[bool, str, int], float] = {}
     for source, to, size in moved:
-        near = topology.node_of(source) == topology.node_of(to)
+        same_node = topology.node_of(source) == topology.node_of(to)
         for end in (("sent", source), ("received", to)):
-            loads[near, *end] = loads.get((near, *end), 0) + size
-    return tuple(max((size for (where, *_), size in loads.items() if where == near), default=0) for near in (True, False))
+            loads[same_node, *end] = loads.get((same_node, *end), 0) + size
+    return tuple(max((size for (where, *_), size in loads.items() if where == same_node), default=0) for same_node in (True, False))
 
 
 @pytest.mark.parametrize("form", LEGS)
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_burden_is_what_the_busiest_link_carries(form, cut):
+@pytest.mark.parametrize("sliced", [False, True])
+def test_copy_traffic_is_what_the_busiest_link_carries(form, sliced):
     for seed in range(200):
         placement, topology = drawn(seed)
-        if cut:
+        if sliced:
             draw = random.Random(seed)
             placement = placement.with_sliced(tuple(draw.sample(range(placement.num_experts), draw.randint(1, placement.num_experts))))
         expert_X, position_X = np.array(placement.copies, dtype=np.int64).reshape(-1, 2).T
         found = copy_traffic(expert_X, position_X, np.array(placement.home), placement.sliced, topology, form)
         legs = [[(source, to, 1) for _, source, to in leg] for leg in LEGS[form](placement, topology)]
-        legs[0] += [(source, to, 1 / placement.positions) for _, source, to in pieces(placement)]
+        legs[0] += [(source, to, 1 / placement.positions) for _, source, to in slice_transfers(placement)]
         assert found.first == pytest.approx(busiest(legs[0], topology)), seed
         assert found.second == pytest.approx(busiest(legs[1] if len(legs) > 1 else [], topology)), seed
         assert found.messages == bool(placement.whole_copies) + bool(placement.sliced), seed
 
 
-def test_pieces_relieve_a_home_that_everybody_asks():
+def test_slices_relieve_a_home_that_every_position_copies():
     everywhere = LayerPlacement((0,), 8, tuple((0, at) for at in range(1, 8)))
     costs = Costs(1.0, 1.0, 100.0, inside=10.0, between=10.0)
     topology = Topology(8, 8)
-    assert gathering_s(everywhere, topology, costs) == 7 * 10
-    assert gathering_s(everywhere.with_sliced((0,)), topology, costs) == 7 / 8 * 10
+    assert gather_seconds(everywhere, topology, costs) == 7 * 10
+    assert gather_seconds(everywhere.with_sliced((0,)), topology, costs) == 7 / 8 * 10

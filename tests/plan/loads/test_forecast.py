@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moetrain.plan.loads.forecast import LoadForecaster, MeanForecast, TrendForecast, misplaced_permille
-from moetrain.plan.loads.synthetic import DOZEN, LASTS, NAMES, TURN, generate
+from moetrain.plan.loads.synthetic import BURST_PERIOD, BURST_STEPS, NAMES, ROTATION_STEPS, generate
 
 FORECASTS = [lambda size: MeanForecast(size), lambda size: MeanForecast(size, window=1), lambda size: TrendForecast(size),
              lambda size: TrendForecast(size, 0.3, 0.0)]
@@ -63,7 +63,7 @@ def resumed(forecaster: LoadForecaster, again: LoadForecaster) -> LoadForecaster
 
 
 @pytest.mark.parametrize("make", FORECASTS, ids=IDS)
-def test_a_resumed_outlook_goes_on_as_if_nothing_had_happened(make):
+def test_a_resumed_forecaster_goes_on_as_if_nothing_had_happened(make):
     def fresh() -> LoadForecaster:
         return LoadForecaster(make(8), {"a": 3, "b": 5}, 150)
 
@@ -96,7 +96,7 @@ def test_a_layer_falls_back_to_the_last_step_where_its_own_forecast_erred():
     assert forecaster.errors_r.tolist() == [0, 142] and forecaster.loads()["b"].tolist() == [2, 18]
 
 
-def test_an_outlook_that_never_falls_back_keeps_to_its_forecast():
+def test_a_forecaster_that_never_falls_back_keeps_to_its_forecast():
     forecaster = LoadForecaster(MeanForecast(2), {"a": 2}, 1000)
     for loads in ([10, 0], [0, 10]):
         forecaster.observe(torch.tensor(loads))
@@ -136,7 +136,7 @@ def imbalance(loads_tPE: np.ndarray) -> np.ndarray:
 
 
 def test_cases_are_what_they_are_called():
-    made = {name: generate(name, 0, 2 * DOZEN, 8, 32, 4000) for name in NAMES}
+    made = {name: generate(name, 0, 2 * BURST_PERIOD, 8, 32, 4000) for name in NAMES}
     assert imbalance(made["balanced"]).max() < 1.15
     widths = [imbalance(generate(f"lognormal_{sigma}", 0, 60, 4, 64, 4000)).mean() for sigma in ("0.5", "1", "1.5")]
     assert widths == sorted(widths) and widths[0] > 2
@@ -146,7 +146,7 @@ def test_cases_are_what_they_are_called():
     sources = made["ragged"].sum((0, 2))
     assert sources.max() > 10 * sources.min() > 0
     hottest = made["rotating"].sum(1).argmax(1)
-    assert len(set(hottest[:TURN])) == 1 and len(set(hottest)) == 3
+    assert len(set(hottest[:ROTATION_STEPS])) == 1 and len(set(hottest)) == 3
     assert [step for step, wide in enumerate(imbalance(made["burst"]) > 2) if wide] == [
-        start + step for start in (0, DOZEN) for step in range(DOZEN - LASTS, DOZEN)]
+        start + step for start in (0, BURST_PERIOD) for step in range(BURST_PERIOD - BURST_STEPS, BURST_PERIOD)]
     assert 0 in made["empty"].sum((0, 1)) and 0 in made["empty"].sum((0, 2))

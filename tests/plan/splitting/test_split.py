@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moetrain.plan.cost.machine import Costs, Topology
-from moetrain.plan.cost.step_time import modelled
+from moetrain.plan.cost.step_time import step_time
 from moetrain.plan.loads import synthetic as loads
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.plan.planners.balanced import Balanced
@@ -92,8 +92,8 @@ def test_a_split_is_the_same_wherever_it_is_computed():
 def plain_local_first(rows: int, source: int, expert: int, placement: LayerPlacement, topology: Topology) -> dict[int, int]:
     """Rows by position, read from the rule one row at a time."""
     holders = placement.holders(expert)
-    near = [at for at in holders if topology.node_of(at) == topology.node_of(source)]
-    chosen = [source] if source in holders else near or list(holders)
+    on_node = [at for at in holders if topology.node_of(at) == topology.node_of(source)]
+    chosen = [source] if source in holders else on_node or list(holders)
     taken = dict.fromkeys(chosen, 0)
     for row in range(rows):
         taken[chosen[(source + expert + row) % len(chosen)]] += 1
@@ -130,7 +130,7 @@ def test_waterfill_is_never_worse_than_local_first():
     for n_PE, placement, topology in cases():
         for costs in (LINKED, FREE, Costs(1e-9, 512.0, 1e6, 9e9, 1e9)):
             ours_PC, papers_PC = waterfill(n_PE, placement, topology, costs), local_first(n_PE, placement, topology)
-            ours, papers = (modelled(split_PC, placement, topology, costs) for split_PC in (ours_PC, papers_PC))
+            ours, papers = (step_time(split_PC, placement, topology, costs) for split_PC in (ours_PC, papers_PC))
             assert ours.total_s <= papers.total_s
             assert loads_of(ours_PC, placement).max() <= loads_of(papers_PC, placement).max()
             better += ours.total_s < papers.total_s
@@ -158,8 +158,8 @@ def test_waterfill_is_within_ten_percent_of_the_optimum_of_the_model(name, costs
         topology, trace = Topology(positions, per_node), loads.generate(name, seed, 3, positions, experts, 256)
         planned = Balanced().plan(trace[:2].sum((0, 1)) // 2, contiguous(experts, positions), topology, costs, 2).placement
         for placement in (planned, random_placement(seed + 20, positions, experts)):
-            took = modelled(waterfill(torch.tensor(trace[2]), placement, topology, costs), placement, topology, costs)
-            assert took.compute_s + took.link_s <= 1.1 * shortest_time(trace[2], placement, topology, costs), seed
+            times = step_time(waterfill(torch.tensor(trace[2]), placement, topology, costs), placement, topology, costs)
+            assert times.compute_s + times.link_s <= 1.1 * shortest_time(trace[2], placement, topology, costs), seed
 
 
 @pytest.mark.parametrize(("nodes", "per_node", "worst"), [(1, 8, 1.1), (2, 2, 1.1), (2, 4, 1.25)])
@@ -176,8 +176,8 @@ def test_waterfill_is_near_the_optimum_on_recorded_loads(nodes, per_node, worst)
             placement = Balanced().plan(before_PE.sum(0), contiguous(n_PE.shape[1], topology.positions), topology, costs, 2).placement
             largest = int(loads_of(waterfill(torch.tensor(n_PE), placement, topology, FREE), placement).max())
             assert largest * 10 <= smallest_largest_load(n_PE.sum(0).tolist(), placement) * 11
-            took = modelled(waterfill(torch.tensor(n_PE), placement, topology, costs), placement, topology, costs)
-            ratios.append((took.compute_s + took.link_s) / shortest_time(n_PE, placement, topology, costs))
+            times = step_time(waterfill(torch.tensor(n_PE), placement, topology, costs), placement, topology, costs)
+            ratios.append((times.compute_s + times.link_s) / shortest_time(n_PE, placement, topology, costs))
     assert max(ratios) <= worst and sum(ratios) / len(ratios) <= 1.1, ratios
 
 
@@ -216,7 +216,7 @@ def test_rows_with_a_replica_at_home_stay_when_loads_allow():
     placement = LayerPlacement((0, 1), 2, ((0, 1), (1, 0)))
     n_PE = torch.tensor([[70, 30], [30, 70]])
     split_PC = waterfill(n_PE, placement, Topology(2, 2), LINKED)
-    assert modelled(split_PC, placement, Topology(2, 2), LINKED).link_s == 4 * LINKED.latency_s
+    assert step_time(split_PC, placement, Topology(2, 2), LINKED).link_s == 4 * LINKED.latency_s
 
 
 @pytest.mark.parametrize(("rows", "bases", "added"), [
@@ -254,19 +254,19 @@ def test_the_model_on_a_case_computed_by_hand():
     placement = LayerPlacement((0, 2), 4, ((0, 1), (0, 3)))
     topology, costs = Topology(4, 2), Costs(0.5, 10.0, 100.0, 20.0, 5.0, 1.0, 8.0)
     split_PC = torch.tensor([[3, 4, 0, 1], [0, 2, 0, 0], [0, 0, 6, 5], [1, 0, 0, 0]])    # (0,0) (0,1) (0,3) (1,2)
-    took = modelled(split_PC, placement, topology, costs)
-    assert took.compute_s == 0.5 * 6                           # positions get 4, 6, 6, 6
+    times = step_time(split_PC, placement, topology, costs)
+    assert times.compute_s == 0.5 * 6                           # positions get 4, 6, 6, 6
     # inside 0->1: 4, 2->3: 6; between 0->2: 1, 3->0: 1
-    assert took.link_s == 4 * (1.0 + max(6 * 10 / 20, 1 * 10 / 5))
+    assert times.link_s == 4 * (1.0 + max(6 * 10 / 20, 1 * 10 / 5))
     # one copy inside the node (5 s), one between (20 s), each by its own link: 21 s, hidden 8 forward and 16 backward
-    assert took.copy_s == (21 - 8) + (21 - 16)
-    assert took.total_s == took.compute_s + took.link_s + took.copy_s
+    assert times.copy_s == (21 - 8) + (21 - 16)
+    assert times.total_s == times.compute_s + times.link_s + times.copy_s
 
 
 def test_copies_that_hide_cost_nothing_and_none_costs_no_message():
     n_PE = torch.tensor([[5, 5], [5, 5]])
     costs = Costs(1.0, 1.0, 10.0, 10.0, 10.0, latency_s=0.5, hidden_s=1.5)
     placement = LayerPlacement((0, 1), 2, ((0, 1),))
-    assert modelled(local_first(n_PE, placement, Topology(2, 2)), placement, Topology(2, 2), costs).copy_s == 0
+    assert step_time(local_first(n_PE, placement, Topology(2, 2)), placement, Topology(2, 2), costs).copy_s == 0
     bare = Costs(1.0, 1.0, 10.0, 10.0, 10.0, latency_s=0.5)
-    assert modelled(n_PE, contiguous(2, 2), Topology(2, 2), bare).copy_s == 0
+    assert step_time(n_PE, contiguous(2, 2), Topology(2, 2), bare).copy_s == 0
