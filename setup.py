@@ -1,6 +1,6 @@
-"""Package list: moetrain and its rooms; conf/, which a wheel carries as moetrain.conf, and the job script of launch/.
+"""List of packages: moetrain, conf/ as moetrain.conf, and the job script of launch/ as moetrain.scripts.
 
-Everything else is in pyproject.toml. No compiler runs here; tools/build_cuda.py will build the CUDA library.
+Everything else is in pyproject.toml. No compiler runs here: tools/build_cuda.py builds the CUDA kernels.
 """
 
 from setuptools import find_namespace_packages, find_packages, setup

@@ -1,8 +1,9 @@
-"""The carrier `attached`: an identity node on the activations that hands auxiliary gradients to the routers in backward.
+"""Auxiliary losses injected in backward, by an identity node on the activations.
 
-A loss that is returned has to be added where the cross-entropy is; a pipeline stage has no such place. So the same slopes
-(AuxLoss.slopes) can be injected instead: forward passes x through, backward gives x its gradient and every sum of the
-statistics its slope. The slopes are asked for in backward, as late as counts that are still travelling can be awaited.
+A loss that is added to the objective needs the place where the cross-entropy is computed, which a pipeline
+stage does not have. So the slopes of the same losses (`AuxLoss.slopes`) can be injected instead: forward
+passes x through; backward gives x its gradient, and every sum of the statistics its slope. The slopes are
+computed in backward, which is as late as an all-reduce of counts can be awaited.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,22 @@ from torch import Tensor
 
 from moetrain.routers.base import Stack
 
-Slopes = Sequence[Mapping[str, Tensor]]                  # of every stack, by field of RoutingStats
+Slopes = Sequence[Mapping[str, Tensor]]                  # of each stack, by field of RoutingStats
 
 
 def attach(x: Tensor, stacks: Sequence[Stack], slopes: Callable[[], Slopes]) -> Tensor:
-    """x, with a backward that also gives the statistics what `slopes` says then."""
-    sums = {(index, field): tensor for index, stack in enumerate(stacks) for field, tensor in stack.stats._asdict().items()
-            if tensor is not None and tensor.requires_grad}
+    """Attach the gradients of auxiliary losses to activations.
+
+    Args:
+        x: activations of any shape, through which backward passes.
+        stacks: statistics of routers, whose sums get the gradients.
+        slopes: called once in backward; gradients of the losses with respect to the sums.
+
+    Returns:
+        x, as a view.
+    """
+    sums = {(index, field): tensor for index, stack in enumerate(stacks)
+            for field, tensor in stack.stats._asdict().items() if tensor is not None and tensor.requires_grad}
     return _Attach.apply(x, slopes, tuple(sums), *sums.values()) if sums else x
 
 

@@ -1,12 +1,15 @@
-"""Auxiliary losses: defined once, from sums over tokens.
+"""Interface of auxiliary losses, which are defined from sums over tokens.
 
-`AuxLoss.value(stats, pooled)` is one micro-batch's *contribution* to the loss of the step, of every router of a stack
-(routers/base.py), or of one router whose sums have no R in front. Contributions carry global denominators, so adding them over
-micro-batches and ranks gives the loss, whatever the split. The pooled counts are an argument: a loss says what it wants them
-pooled over and never communicates (comm/reduce.py does, train/count_pool.py decides when).
+`AuxLoss.value(stats, pooled)` is one micro-batch's *contribution* to the loss of the step, for every router
+of a stack (routers/base.py), or for one router whose sums have no leading R. Contributions have global
+denominators, so their sum over micro-batches and ranks is the loss, however the batch is split. The pooled
+counts are an argument: a loss says over what they are pooled, and never communicates (comm/reduce.py does;
+train/count_pool.py decides when).
 
-Two carriers bring the same definition to backward: `returned`, the value is added to the objective, and `attached`
-(losses/attached.py), the slopes are injected by an identity node.
+The same definition reaches backward in one of two ways (`train.loss_carrier`): the value is added to the loss
+(`returned`), or the slopes are injected in backward by an identity node (`attached`, losses/attached.py).
+
+Shapes: E experts, R routers of a stack.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -17,33 +20,33 @@ from moetrain.routers.base import RoutingStats
 
 
 class PoolRule(NamedTuple):
-    """Which counts a loss wants.
+    """What the counts of a loss are summed over."""
 
-    scope: of all ranks (global) or of those of a machine (node).
-    mode, under accumulation: of the whole step before its first backward (exact); of the ranks' micro-batches of this turn
-    (sync); of the step so far (buffer); the same, and for what is still to come the shares of the step before (warm).
-    """
-
+    # All ranks, or the ranks of a machine.
     scope: Literal["global", "node"]
+    # Under accumulation: the whole step, before its first backward (exact); the micro-batches of this turn
+    # (sync); the step so far (buffer); the step so far, and the previous step's shares for the rest (warm).
     mode: Literal["exact", "sync", "buffer", "warm"]
 
 
 class Pooled(NamedTuple):
-    """A stack's sums over the pool, as far as they are known before the backward."""
+    """Pooled counts of a stack, as far as they are known before the backward."""
 
-    counts_E: Tensor         # int64 [R, E]; float64 where the shares of another step stand for what is to come
-    tokens: Tensor           # valid tokens of the whole global batch: the denominator of every loss
+    counts_E: Tensor         # int64 [R, E]; float64 if shares of the previous step stand in for the rest
+    tokens: Tensor           # valid tokens of the global batch: the denominator of every loss
 
 
 class AuxLoss(Protocol):
-    weight: float
+    """An auxiliary loss of routers. It must be linear in the sums that have a gradient."""
+
+    weight: float            # coefficient in the objective
     reduction: str           # over routers: mean or sum
-    pool: PoolRule | None    # None: the counts of the micro-batch will do
+    pool: PoolRule | None    # None: the counts of the micro-batch suffice
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
-        """[R]"""
+        """Contribution of a micro-batch to the loss of each router, [R], with gradient."""
         ...
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
-        """Gradient of `value` with respect to the sums it is linear in, by field of RoutingStats."""
+        """Gradient of `value` at the sums in which it is linear, by field of RoutingStats."""
         ...

@@ -1,23 +1,27 @@
 """Load-balancing loss over a scope ("Demons in the Detail", arXiv 2501.11873).
 
-    LBL = E * sum_i f_i P_i        f_i = n_i / sum n  share of the slots,  P_i  mean probability;  perfect = 1
+    LBL = E * sum_i f_i P_i        f_i = n_i / sum n, share of the slots;  P_i, mean probability
 
-`f` is a constant for autograd; all gradient flows through P. What f is counted over is the scope:
+It is 1 for perfect balance. f is a constant for autograd: all gradient flows through P. The scope is what f
+is counted over:
 
     global      all ranks and accumulation steps of the optimizer step
     node        those of the ranks of one machine
     micro       one micro-batch on one rank
     sequence    one sequence
 
-Whatever it is, a micro-batch contributes
+In every scope a micro-batch contributes
 
     E * sum_i f_i * (sum_t p_ti) / N        N = valid tokens of the global batch
 
-so that the sum over micro-batches and ranks is the loss, and the weight of a token never depends on split and padding. With
-`sequence` the inner sum is one for each sequence.
+so that the sum over micro-batches and ranks is the loss, and the weight of a token depends on neither split
+nor padding. With `sequence` there is such a sum for each sequence.
 
-Others normalise otherwise, and coefficients do not carry over without the factor: Switch, Megatron and OLMo-core are 1 when
-perfect too; Hugging Face's counts slots per token, k for each, and is k when perfect.
+Normalizations differ between frameworks, and coefficients carry over only with the factor. The losses of
+Switch, Megatron and OLMo-core are 1 for perfect balance, too. Hugging Face's counts slots per token, k for
+each, and is k.
+
+Shapes: E experts, R routers, S sequences.
 """
 
 from typing import Literal
@@ -30,11 +34,19 @@ from moetrain.routers.base import RoutingStats
 
 
 class LoadBalanceLoss(AuxLoss):
-    """weight: coefficient; 0 only reports. scope: see above, or none, which only reports whatever the weight.
-    mode: how f is pooled under accumulation (losses/base.py PoolRule); means nothing for micro and sequence. drift: with warm,
-    how far shares may move from one step to the next (total variation) for the step before to say anything.
-    normalisation: whose weight this is: one and megatron (perfect = 1), huggingface (perfect = k).
-    reduction: mean or sum over routers."""
+    """Load-balancing loss with a choice of scope and normalization.
+
+    Args:
+        weight: coefficient in the objective; with 0 the loss is only reported.
+        scope: what f is counted over; with none, the loss is only reported, whatever the weight.
+        mode: how f is pooled under accumulation (`PoolRule` in losses/base.py); unused with scope micro and
+            sequence.
+        drift: with mode warm, how far shares may move from one step to the next (total variation) before the
+            previous step's are not used.
+        normalisation: whose convention `weight` follows: one and megatron (perfect balance is 1), huggingface
+            (k).
+        reduction: mean or sum over routers.
+    """
 
     BOUNDS = {"weight": "0 or more", "drift": "in [0, 1]"}
 
@@ -49,33 +61,48 @@ class LoadBalanceLoss(AuxLoss):
 
     @property
     def pool(self) -> PoolRule | None:
-        return PoolRule(self.scope, self.mode) if self.scope in ("global", "node") and self.weight > 0 else None
+        """What counts are pooled over; None if the counts of the micro-batch suffice."""
+        if self.scope in ("global", "node") and self.weight > 0:
+            return PoolRule(self.scope, self.mode)
+        return None
 
     @property
     def per_sequence(self) -> bool:
+        """Whether routers must also sum over each sequence."""
         return self.scope == "sequence" and self.weight > 0
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
+        """Contribution of a micro-batch to the loss of each router, [R], with gradient."""
         ((field, slope),) = self.slopes(stats, pooled).items()
         return (slope * getattr(stats, field)).sum((-2, -1) if field == "prob_sum_SE" else -1)
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
+        """Gradient of `value` at the probability sums: [R, E], or [R, S, E] with scope sequence."""
         dtype = stats.prob_sum_E.dtype
         if self.scope == "sequence":
-            return {"prob_sum_SE": self._factor(stats, 2) * balance_slope(stats.counts_SE, pooled.tokens, dtype)}
+            slope_SE = balance_slope(stats.counts_SE, pooled.tokens, dtype)
+            return {"prob_sum_SE": self._factor(stats, 2) * slope_SE}
         counts_E = stats.counts_E if self.scope == "micro" else pooled.counts_E
         return {"prob_sum_E": self._factor(stats, 1) * balance_slope(counts_E, pooled.tokens, dtype)}
 
-    def _factor(self, stats: RoutingStats, behind: int) -> Tensor | float:
-        """Of this normalisation over ours: slots per token. behind: dimensions that the sums have behind R."""
+    def _factor(self, stats: RoutingStats, trailing: int) -> Tensor | float:
+        """Factor of this normalization over ours, with as many trailing dims as the sums have behind R."""
         if self.normalisation != "huggingface":
             return 1.0
-        return (stats.active_sum / stats.tokens.clamp(min=1))[(..., *(None,) * behind)]
+        return (stats.active_sum / stats.tokens.clamp(min=1))[(..., *(None,) * trailing)]
 
 
 def balance_slope(counts_E: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """E * f / N: the gradient of the loss with respect to each expert's probability sum. Finite when nothing is routed.
-    counts [..., E]: one f for each row."""
+    """Compute E * f / N, the gradient of the loss at each expert's probability sum; 0 if nothing is routed.
+
+    Args:
+        counts_E: slots per expert [..., E]; one f for each row.
+        tokens: N, valid tokens of the global batch.
+        dtype: dtype of the result.
+
+    Returns:
+        Slopes [..., E].
+    """
     total = counts_E.sum(-1, keepdim=True)
     total = total.where(total > 0, 1).to(dtype)
     return counts_E.to(dtype) * (counts_E.shape[-1] / total / tokens.clamp(min=1).to(dtype))

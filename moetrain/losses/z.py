@@ -1,6 +1,6 @@
-"""Router z-loss (ST-MoE): the mean over tokens of logsumexp(logits)^2 keeps logits small.
+"""Router z-loss (ST-MoE): the mean over tokens of logsumexp(logits)^2, which keeps logits small.
 
-A micro-batch contributes its sum over the valid tokens of the global batch.
+A micro-batch contributes the sum over its valid tokens, divided by the valid tokens of the global batch.
 """
 
 from typing import Literal
@@ -12,7 +12,12 @@ from moetrain.routers.base import RoutingStats
 
 
 class ZLoss(AuxLoss):
-    """weight: coefficient. reduction: mean or sum over routers."""
+    """Router z-loss.
+
+    Args:
+        weight: coefficient in the objective; a loss of weight 0 is not computed.
+        reduction: mean or sum over routers.
+    """
 
     BOUNDS = {"weight": "0 or more"}
 
@@ -22,7 +27,9 @@ class ZLoss(AuxLoss):
         self.weight, self.reduction = weight, reduction
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
+        """Contribution of a micro-batch to the loss of each router, [R], with gradient."""
         return self.slopes(stats, pooled)["lse2_sum"] * stats.lse2_sum
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
+        """Gradient of `value` at the sum of squared log-sum-exps: one number for all routers."""
         return {"lse2_sum": 1 / pooled.tokens.clamp(min=1).to(stats.lse2_sum.dtype)}
