@@ -41,7 +41,8 @@ def test_certainty_spread_evenly_gives_one():
 
 def test_it_can_be_below_one():
     # f = (2/3, 1/3), P = (1.03, 1.97) / 3
-    assert loss_of([[.51, .49], [.51, .49], [.01, .99]]) == pytest.approx(2 * (2 * 1.03 + 1.97) / 9) == pytest.approx(.8956, abs=1e-4)
+    loss = loss_of([[.51, .49], [.51, .49], [.01, .99]])
+    assert loss == pytest.approx(2 * (2 * 1.03 + 1.97) / 9) == pytest.approx(.8956, abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", [GLOBAL, MICRO], ids=["global", "micro"])
@@ -79,7 +80,8 @@ def test_slopes_are_the_gradient_of_the_value(loss):
     pooled = Pooled(torch.tensor([5, 0, 9, 1]), torch.tensor(11))
     (truth_E,) = torch.autograd.grad(loss.value(stats, pooled), stats.prob_sum_E)
     slopes = loss.slopes(stats, pooled)
-    assert set(slopes) == {"prob_sum_E"} and slopes["prob_sum_E"].equal(truth_E) and not slopes["prob_sum_E"].requires_grad
+    assert set(slopes) == {"prob_sum_E"}
+    assert slopes["prob_sum_E"].equal(truth_E) and not slopes["prob_sum_E"].requires_grad
 
 
 def test_counts_get_no_gradient():
@@ -104,7 +106,8 @@ def test_counts_beyond_float32_keep_their_share():
 
 def test_only_a_weighted_loss_over_ranks_wants_counts_pooled():
     wants = [LoadBalanceLoss(weight=w, scope=s, mode=m).pool for w, s, m in (
-        (1, "global", "exact"), (1, "node", "buffer"), (0, "global", "exact"), (1, "micro", "exact"), (1, "sequence", "exact"))]
+        (1, "global", "exact"), (1, "node", "buffer"), (0, "global", "exact"), (1, "micro", "exact"),
+        (1, "sequence", "exact"))]
     assert wants == [("global", "exact"), ("node", "buffer"), None, None, None]
 
 
@@ -123,9 +126,11 @@ def test_a_sequence_is_balanced_by_itself_whatever_it_travels_with(lengths):
     probs_TE = logits_TE.softmax(-1)
     loss, tokens = LoadBalanceLoss(scope="sequence"), torch.tensor(9)
     value = loss.value(by_sequence(probs_TE, lengths), Pooled(torch.zeros(4), tokens))
-    alone = [MICRO.value(stats_of(part, 2), Pooled(torch.zeros(4), tokens)) for part in probs_TE.split(lengths)]
+    alone = [MICRO.value(stats_of(part, 2), Pooled(torch.zeros(4), tokens))
+             for part in probs_TE.split(lengths)]
     torch.testing.assert_close(value, sum(alone))
-    torch.testing.assert_close(*(torch.autograd.grad(v, logits_TE, retain_graph=True) for v in (value, sum(alone))))
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits_TE, retain_graph=True)
+                                 for v in (value, sum(alone))))
 
 
 def test_padding_and_unused_slots_count_in_no_sequence():
@@ -133,7 +138,8 @@ def test_padding_and_unused_slots_count_in_no_sequence():
     ids_TK = torch.tensor([[0, 1], [2, -1], [-1, -1], [3, 0], [1, 2], [-1, -1]])
     valid_T = torch.tensor([True, True, False, True, True, False])
     stats = router_sums(probs_TE, probs_TE.log(), ids_TK, valid_T, torch.tensor([0, 3, 6]))
-    assert stats.counts_SE.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]] and stats.counts_SE.sum(0).equal(stats.counts_E)
+    assert stats.counts_SE.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert stats.counts_SE.sum(0).equal(stats.counts_E)
     torch.testing.assert_close(stats.prob_sum_SE, torch.stack([probs_TE[:2].sum(0), probs_TE[3:5].sum(0)]))
 
 
@@ -146,4 +152,5 @@ def test_conventions_of_others_differ_by_their_factor():
     hugging_face = 8 * (chosen_TE.mean(0) * probs_TE.mean(0)).sum()
     for name, truth in (("one", megatron), ("megatron", megatron), ("huggingface", hugging_face)):
         for scope in ("global", "micro"):
-            torch.testing.assert_close(LoadBalanceLoss(scope=scope, normalisation=name).value(stats, pool(stats)), truth)
+            loss = LoadBalanceLoss(scope=scope, normalisation=name)
+            torch.testing.assert_close(loss.value(stats, pool(stats)), truth)

@@ -9,7 +9,8 @@ from moetrain.ops.router_sums import router_sums
 
 
 def stats_of(logits_TE, valid_T=None):
-    return router_sums(logits_TE.softmax(-1), logits_TE, torch.zeros(len(logits_TE), 1, dtype=torch.int64), valid_T)
+    return router_sums(logits_TE.softmax(-1), logits_TE, torch.zeros(len(logits_TE), 1, dtype=torch.int64),
+                       valid_T)
 
 
 def pooled(tokens: int) -> Pooled:
@@ -17,7 +18,8 @@ def pooled(tokens: int) -> Pooled:
 
 
 def test_equal_logits_of_zero_give_the_squared_log_of_the_number_of_experts():
-    assert ZLoss().value(stats_of(torch.zeros(3, 4)), pooled(3)).item() == pytest.approx(torch.tensor(4.0).log().item() ** 2)
+    value = ZLoss().value(stats_of(torch.zeros(3, 4)), pooled(3)).item()
+    assert value == pytest.approx(torch.tensor(4.0).log().item() ** 2)
 
 
 def test_the_gradient_is_twice_the_log_sum_exp_times_the_probabilities():

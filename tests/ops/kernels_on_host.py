@@ -2,8 +2,8 @@
 
     call("permute", x, slots, rows, out, tokens, slots_per_token, num_rows, row_bytes, order=0)
 
-`order` is the order in which the threads of a block run (cuda_on_host.h). `poisoned` makes an output that holds NaN and
-lies between guards that `check_guards` looks at.
+`order` is the order in which the threads of a block run (cuda_on_host.h). `poisoned` makes an output that
+holds NaN and lies between guards that `check_guards` looks at.
 """
 
 import ctypes
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 CSRC, HERE = ROOT / "csrc", Path(__file__).parent
 ORDERS = (0, 1, 7)
 GUARD = 64                                               # elements before and behind an output
-FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-DMOETRAIN_ON_HOST", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas",
+FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-DMOETRAIN_ON_HOST", "-U_FORTIFY_SOURCE",
+         "-Wno-unknown-pragmas",
          "-fsanitize=undefined", "-fno-sanitize-recover", "-fsanitize-undefined-trap-on-error"]
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "float", torch.float64: "double"}
 
@@ -34,7 +35,8 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         needs.missing("no g++ (apt-get install g++): the kernels cannot be run on the host")
     sources = [*sorted(CSRC.glob("*.*h")), HERE / "cuda_on_host.h", HERE / "kernels_on_host.cpp"]
-    digest = hashlib.sha256(" ".join(FLAGS).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    contents = b"".join(path.read_bytes() for path in sources)
+    digest = hashlib.sha256(" ".join(FLAGS).encode() + contents).hexdigest()[:16]
     built = ROOT / "build" / "kernels_on_host" / f"{digest}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
@@ -51,13 +53,16 @@ def bindings() -> Path:
     if compiler is None:
         needs.missing("no g++ (apt-get install g++): the kernels cannot be run on the host")
     flags = [flag for flag in FLAGS if "sanitize" not in flag] + ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    sources = [*sorted(CSRC.glob("*.*h")), *sorted(CSRC.glob("*.cu")), HERE / "cuda_on_host.h", HERE / "bindings_on_host.cpp"]
-    digest = hashlib.sha256(f"{flags} {torch.__version__}".encode() + b"".join(path.read_bytes() for path in sources))
-    library = ROOT / "build" / "kernels_on_host" / f"bindings-{digest.hexdigest()[:16]}.so"
+    sources = [*sorted(CSRC.glob("*.*h")), *sorted(CSRC.glob("*.cu")), HERE / "cuda_on_host.h",
+               HERE / "bindings_on_host.cpp"]
+    contents = b"".join(path.read_bytes() for path in sources)
+    digest = hashlib.sha256(f"{flags} {torch.__version__}".encode() + contents).hexdigest()[:16]
+    library = ROOT / "build" / "kernels_on_host" / f"bindings-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")       # two workers may build at once
-        subprocess.run([compiler, *flags, "-I", str(CSRC), "-I", str(HERE), "-isystem", str(folder / "include"),
+        subprocess.run([compiler, *flags, "-I", str(CSRC), "-I", str(HERE),
+                        "-isystem", str(folder / "include"),
                         str(HERE / "bindings_on_host.cpp"), "-L", str(folder / "lib"), "-ltorch_cpu", "-lc10",
                         "-o", str(unfinished)], check=True)
         unfinished.rename(library)
@@ -102,7 +107,8 @@ def check_guards(*outputs: Tensor) -> None:
         whole = torch.empty(0, dtype=output.dtype).set_(output.untyped_storage())
         guards = torch.cat([whole[:GUARD], whole[GUARD + output.numel():]])
         assert len(guards) == 2 * GUARD
-        assert guards.isnan().all() if output.is_floating_point() else (guards == -77).all(), "written outside"
+        untouched = guards.isnan() if output.is_floating_point() else guards == -77
+        assert untouched.all(), "written outside"
 
 
 def unaligned(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Experts chunk by chunk equal experts over all rows: outputs and every gradient, copies among them, in one product for the weights."""
+"""Experts chunk by chunk are experts over all rows: outputs, every gradient, one product for the matrices."""
 
 import pytest
 import torch
@@ -24,10 +24,12 @@ def inputs(ids: list[list[list[int]]], dtype: torch.dtype) -> tuple[list[Tensor]
     weights = [torch.rand(len(chunk), SLOTS, generator=generator).requires_grad_() for chunk in ids]
     shapes = [(2, 2 * HIDDEN, WIDTH), (2, WIDTH, HIDDEN), (1, 2 * HIDDEN, WIDTH), (1, WIDTH, HIDDEN)]
     storage = torch.float64 if dtype == torch.float64 else torch.float32
-    return xs, weights, [torch.randn(shape, generator=generator).to(storage).requires_grad_() for shape in shapes]
+    return xs, weights, [torch.randn(shape, generator=generator).to(storage).requires_grad_()
+                         for shape in shapes]
 
 
-def outcome(chunked: bool, ids: list[list[list[int]]], copied: bool, dtype: torch.dtype, on_device: bool = False) -> list[Tensor]:
+def outcome(chunked: bool, ids: list[list[list[int]]], copied: bool, dtype: torch.dtype,
+            on_device: bool = False) -> list[Tensor]:
     xs, weights, matrices = inputs(ids, dtype)
     homes, copies = ([torch.cat([matrices[0], matrices[2]]), torch.cat([matrices[1], matrices[3]])], None)
     if copied:
@@ -41,20 +43,25 @@ def outcome(chunked: bool, ids: list[list[list[int]]], copied: bool, dtype: torc
         outs.append(experts(x_TD, weights_R, counts, order) if chunked else
                     grouped_experts(x_TD, weights_R, *homes, counts, order, copies))
     torch.stack([(out.double() ** 2).sum() for out in outs]).sum().backward()
-    return [*(out.detach() for out in outs), *(x.grad for x in xs), *(w.grad for w in weights), *(m.grad for m in matrices)]
+    return [*(out.detach() for out in outs), *(x.grad for x in xs), *(w.grad for w in weights),
+            *(m.grad for m in matrices)]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("ids", CHUNKS.values(), ids=CHUNKS.keys())
 def test_chunks_give_what_each_gives_by_itself(ids, copied, dtype, tolerance):
-    for ours, theirs in zip(*(outcome(chunked, ids, copied, dtype) for chunked in (True, False)), strict=True):
+    for ours, theirs in zip(*(outcome(chunked, ids, copied, dtype) for chunked in (True, False)),
+                            strict=True):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * max(1.0, theirs.abs().max().item() if theirs.numel() else 0))
+        scale = max(1.0, theirs.abs().max().item() if theirs.numel() else 0)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
 
 
 def test_counts_may_stay_on_the_device():
-    ours, theirs = (outcome(True, CHUNKS["one without rows"], True, torch.float32, on_device) for on_device in (True, False))
+    ours, theirs = (outcome(True, CHUNKS["one without rows"], True, torch.float32, on_device)
+                    for on_device in (True, False))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The routed experts as one op, against a loop over rows in float64: forward, every gradient, and what it keeps."""
+"""The routed experts as one op, against a loop over rows in float64: outputs, gradients, what is kept."""
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 def make_order(choice: str) -> Permutation:
     ids = CHOICES[choice]
-    return plan_permutation(torch.tensor(ids, dtype=torch.int64).view(len(ids), len(ids[0]) if ids else 2), EXPERTS)
+    ids_TK = torch.tensor(ids, dtype=torch.int64).view(len(ids), len(ids[0]) if ids else 2)
+    return plan_permutation(ids_TK, EXPERTS)
 
 
 def make_inputs(order: Permutation, widths: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
@@ -39,13 +40,15 @@ def make_inputs(order: Permutation, widths: tuple[int, int], dtype: torch.dtype)
     return [x_ND.requires_grad_(), *(tensor.to(storage).requires_grad_() for tensor in others)]
 
 
-def by_loop(x_ND: Tensor, weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, order: Permutation) -> Tensor:
+def by_loop(x_ND: Tensor, weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor,
+            order: Permutation) -> Tensor:
     expert_R = torch.repeat_interleave(torch.arange(EXPERTS), order.counts_P).tolist()
     outputs = []
     for row, slot in enumerate(order.slots_R.tolist()):
         gate, up = (gate_up_eGD[expert_R[row]] @ x_ND[slot // order.rows_TK.shape[1]]).chunk(2)
         outputs.append(down_eDF[expert_R[row]] @ (F.silu(gate) * up) * weights_R[row])
-    every = sum(tensor.sum() for tensor in (x_ND, weights_R, gate_up_eGD, down_eDF)) * 0      # zeros for what has no row
+    # zeros for what has no row
+    every = sum(tensor.sum() for tensor in (x_ND, weights_R, gate_up_eGD, down_eDF)) * 0
     return torch.stack(outputs) + every if outputs else x_ND.new_zeros(0, x_ND.shape[1]) + every
 
 
@@ -76,7 +79,8 @@ def test_gradients_pass_gradcheck():
     for choice in ("all used", "unused slots"):
         order = make_order(choice)
         inputs = make_inputs(order, (3, 2), torch.float64)
-        assert torch.autograd.gradcheck(lambda *tensors: grouped_experts(*tensors, order.counts_P.tolist(), order), inputs)
+        assert torch.autograd.gradcheck(
+            lambda *tensors: grouped_experts(*tensors, order.counts_P.tolist(), order), inputs)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -85,10 +89,12 @@ def test_rows_already_in_order_need_none(dtype):
     x_ND, *others = make_inputs(order, (16, 8), dtype)
     rows_RD = x_ND.detach()[order.slots_R // 2].requires_grad_()
     counts_e = order.counts_P.tolist()
-    through, direct = grouped_experts(x_ND, *others, counts_e, order), grouped_experts(rows_RD, *others, counts_e)
+    through = grouped_experts(x_ND, *others, counts_e, order)
+    direct = grouped_experts(rows_RD, *others, counts_e)
     assert through.equal(direct)
     grad_RD = torch.randn_like(direct)
-    (d_x_ND,), (d_rows_RD,) = torch.autograd.grad(through, x_ND, grad_RD), torch.autograd.grad(direct, rows_RD, grad_RD)
+    (d_x_ND,) = torch.autograd.grad(through, x_ND, grad_RD)
+    (d_rows_RD,) = torch.autograd.grad(direct, rows_RD, grad_RD)
     assert_near(d_x_ND, d_rows_RD.double()[order.rows_TK].sum(1), TOLERANCE[dtype])
 
 
@@ -96,7 +102,8 @@ def test_rows_already_in_order_need_none(dtype):
 def test_strides_do_not_matter(dtype):
     order = make_order("all used")
     inputs = make_inputs(order, (16, 8), dtype)
-    strided = [torch.stack([tensor.detach(), tensor.detach()], -1)[..., 0].requires_grad_() for tensor in inputs]
+    strided = [torch.stack([tensor.detach(), tensor.detach()], -1)[..., 0].requires_grad_()
+               for tensor in inputs]
     counts_e = order.counts_P.tolist()
     for x, others in ((inputs[0], inputs[1:]), (strided[0], strided[1:])):
         assert x.is_contiguous() == (x is inputs[0])
@@ -154,10 +161,13 @@ def test_the_op_is_well_formed():
     for dtype in (torch.float32, torch.bfloat16):
         inputs = make_inputs(order, (16, 8), dtype)
         ends = (None, None, order.counts_P.tolist())
-        torch.library.opcheck(torch.ops.moetrain.grouped_experts, (inputs[0], order.slots_R, order.rows_TK, *inputs[1:], *ends))
+        torch.library.opcheck(torch.ops.moetrain.grouped_experts,
+                              (inputs[0], order.slots_R, order.rows_TK, *inputs[1:], *ends))
         x_ND, weights_R, *matrices = inputs              # one at home, the others copies
-        split = [matrix.detach()[:1].requires_grad_() for matrix in matrices], [m.detach()[1:].requires_grad_() for m in matrices]
-        torch.library.opcheck(torch.ops.moetrain.grouped_experts, (x_ND, order.slots_R, order.rows_TK, weights_R, *split[0],
+        split = [[matrix.detach()[cut].requires_grad_() for matrix in matrices]
+                 for cut in (slice(1), slice(1, None))]
+        torch.library.opcheck(torch.ops.moetrain.grouped_experts,
+                              (x_ND, order.slots_R, order.rows_TK, weights_R, *split[0],
                                                                   *split[1], ends[-1]))
 
 
@@ -169,8 +179,10 @@ def test_homes_and_copies_are_the_experts_in_two_places(choice, homes):
     whole = (x_ND, weights_R, gate_up, down)
     out = grouped_experts(*whole, order.counts_P.tolist(), order)
     expected = torch.autograd.grad(out.square().sum(), whole)
-    parts = [[matrix.detach()[cut].requires_grad_() for matrix in (gate_up, down)] for cut in (slice(homes), slice(homes, None))]
-    split = grouped_experts(x_ND, weights_R, *parts[0], order.counts_P.tolist(), order, copies=tuple(parts[1]))
+    parts = [[matrix.detach()[cut].requires_grad_() for matrix in (gate_up, down)]
+             for cut in (slice(homes), slice(homes, None))]
+    split = grouped_experts(x_ND, weights_R, *parts[0], order.counts_P.tolist(), order,
+                            copies=tuple(parts[1]))
     assert split.equal(out)
     d_x, d_weights, *d = torch.autograd.grad(split.square().sum(), (x_ND, weights_R, *parts[0], *parts[1]))
     assert d_x.equal(expected[0]) and d_weights.equal(expected[1])

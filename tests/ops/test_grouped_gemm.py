@@ -34,7 +34,8 @@ def assert_near(ours: Tensor, truth: Tensor) -> None:
 def test_products_are_those_of_a_masked_dense_product(dtype, widths, counts_e):
     inner, outer = widths
     x_RI = rows(counts_e, inner, dtype, 0)
-    matrix_eIO = torch.randn(len(counts_e), inner, outer, generator=torch.Generator().manual_seed(1)).to(dtype)
+    matrix_eIO = torch.randn(len(counts_e), inner, outer,
+                             generator=torch.Generator().manual_seed(1)).to(dtype)
     groups = make_groups(counts_e, x_RI.device)
     truth = torch.einsum("ri,eio,re->ro", x_RI.double(), matrix_eIO.double(), one_hot(counts_e))
     assert_near(grouped_product(x_RI, matrix_eIO, groups), truth)

@@ -1,8 +1,9 @@
-"""The kernels on a GPU: against float64, with poisoned outputs, twice, in a graph, beyond 2^31 elements, without the host.
+"""The kernels on a GPU: against float64, on poisoned outputs, twice, in a graph, beyond 2^31, with no wait.
 
     python tools/build_cuda.py && MOETRAIN_KERNELS=1 python -m pytest -m gpu tests/ops
 
-Skipped without a GPU, and where the kernels are not in use. None of this has been run yet (docs/explanation/kernels.md).
+Skipped without a GPU, and where the kernels are not in use. None of this has been run yet
+(docs/explanation/kernels.md).
 """
 
 import pytest
@@ -19,7 +20,8 @@ from moetrain.ops.router import RouterRule, route_tokens
 REASON = "no CUDA device" if not torch.cuda.is_available() else extension.absent()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-ROUTERS = {"mixtral": (RouterRule(2), 8), "olmoe": (RouterRule(8, renormalised=False), 64), "qwen3": (RouterRule(8), 128),
+ROUTERS = {"mixtral": (RouterRule(2), 8), "olmoe": (RouterRule(8, renormalised=False), 64),
+           "qwen3": (RouterRule(8), 128),
            "deepseek v3": (RouterRule(8, sigmoid=True, scale=2.5, groups=8, kept_groups=4, top2=True), 256),
            "largest": (RouterRule(16), 1024)}
 
@@ -33,7 +35,8 @@ def full_precision():
 def poisoned_memory():
     """What the allocator hands out next holds NaN, or -1 as whole numbers."""
     if REASON is None:
-        held = [torch.full((size,), -1, dtype=torch.int64, device="cuda") for size in (64, 1024, 2**17, 2**20, 2**24)]
+        held = [torch.full((size,), -1, dtype=torch.int64, device="cuda")
+                for size in (64, 1024, 2**17, 2**20, 2**24)]
         del held
 
 
@@ -52,7 +55,9 @@ def twice(function) -> tuple[Tensor, ...]:
 
 def logits_of(tokens: int, experts: int) -> Tensor:
     """Logits in steps, so that rounding decides nothing; two columns are equal."""
-    logits_TE = torch.stack([torch.randperm(experts) for _ in range(tokens)]) * (8.0 / experts) - 4 if tokens else torch.zeros(0, experts)
+    logits_TE = torch.zeros(0, experts)
+    if tokens:
+        logits_TE = torch.stack([torch.randperm(experts) for _ in range(tokens)]) * (8.0 / experts) - 4
     logits_TE[:, experts // 2] = logits_TE[:, 0]
     return logits_TE.float()
 
@@ -76,13 +81,16 @@ def test_router(name, tokens):
     replayed = router_ops._forward(dirty_TE, None, got[5], valid_T.cuda(), *rule)
     assert all(a.equal(b) for a, b in zip(replayed, got))
     grads = (torch.randn(tokens, rule.slots), torch.randn(experts), torch.tensor(0.1), torch.tensor(-0.1))
-    truth = router_ops._reference_backward(*[g.double() for g in grads], logits_TE.double(), truth[5], truth[1], valid_T, *rule[1:4])
-    (d_logits,) = twice(lambda: router_ops._backward(*[g.cuda() for g in grads], dirty_TE, got[5], got[1], valid_T.cuda(), *rule[1:4]))
+    truth = router_ops._reference_backward(*[g.double() for g in grads], logits_TE.double(), truth[5],
+                                           truth[1], valid_T, *rule[1:4])
+    (d_logits,) = twice(lambda: router_ops._backward(*[g.cuda() for g in grads], dirty_TE, got[5], got[1],
+                                                     valid_T.cuda(), *rule[1:4]))
     assert_close(d_logits, truth, 1e-5)
 
 
 @pytest.mark.parametrize("alignment", [1, 16, 128])
-@pytest.mark.parametrize("tokens, slots, ids", [(0, 2, 4), (1, 1, 1), (1000, 8, 128), (16384, 8, 256), (5000, 2, 3000)])
+@pytest.mark.parametrize("tokens, slots, ids",
+                         [(0, 2, 4), (1, 1, 1), (1000, 8, 128), (16384, 8, 256), (5000, 2, 3000)])
 def test_route_plan(tokens, slots, ids, alignment):
     physical_TK = physical_ids(tokens, slots, ids)
     most = physical_TK.numel() + alignment * ids
@@ -107,7 +115,8 @@ def test_rows(tokens, slots, width, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows, width", [(1, 8), (1000, 768), (333, 14336), (65, 7)])
 def test_swiglu(rows, width, dtype):
-    h, grad, weights = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype), torch.rand(rows)
+    h, grad = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    weights = torch.rand(rows)
     used = torch.tensor([rows - rows // 3], dtype=torch.int32)
     truth = swiglu_ops._reference_backward(grad.double(), h.double(), weights.double(), used)
     on_gpu = [tensor.cuda() for tensor in (grad, h, weights, used)]
@@ -119,11 +128,13 @@ def test_swiglu(rows, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("counts, rows, columns", [([0, 300, 1, 0, 77], 2048, 768), ([5], 8, 136), ([0, 0], 64, 64)])
+@pytest.mark.parametrize("counts, rows, columns",
+                         [([0, 300, 1, 0, 77], 2048, 768), ([5], 8, 136), ([0, 0], 64, 64)])
 def test_weight_gradients(counts, rows, columns, dtype):
     a, b = torch.randn(sum(counts) + 3, rows).to(dtype), torch.randn(sum(counts) + 3, columns).to(dtype)
     a[sum(counts):] = torch.nan
-    truth = torch.stack([x.double().T @ y.double() for x, y in zip(a[:sum(counts)].split(counts), b[:sum(counts)].split(counts))]) + 1
+    parts = zip(a[:sum(counts)].split(counts), b[:sum(counts)].split(counts))
+    truth = torch.stack([x.double().T @ y.double() for x, y in parts]) + 1
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).cuda()
 
     def added() -> Tensor:
@@ -135,17 +146,21 @@ def test_weight_gradients(counts, rows, columns, dtype):
     assert_close(acc, truth, 1e-5)
 
 
-def layer_leaves(dtype: torch.dtype, tokens: int = 512, dim: int = 256, hidden: int = 128, experts: int = 16) -> list[Tensor]:
+def layer_leaves(dtype: torch.dtype, tokens: int = 512, dim: int = 256, hidden: int = 128,
+                 experts: int = 16) -> list[Tensor]:
     shapes = ((tokens, dim), (tokens, experts), (experts, 2 * hidden, dim), (experts, dim, hidden))
-    x, logits, gate_up, down = (torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) == 3 else 1) for shape in shapes)
-    return [leaf.requires_grad_() for leaf in (x.to(dtype).cuda(), logits.cuda(), gate_up.cuda(), down.cuda())]
+    x, logits, gate_up, down = (torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) == 3 else 1)
+                                for shape in shapes)
+    leaves = x.to(dtype).cuda(), logits.cuda(), gate_up.cuda(), down.cuda()
+    return [leaf.requires_grad_() for leaf in leaves]
 
 
 def layer(x_TD: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     routed = route_tokens(logits_TE, RouterRule(4))
     plan = route_plan(routed.ids_TK, logits_TE.shape[1], routed.ids_TK.numel())
     weights_R = values_of_rows(routed.weights_TK, plan.permutation)
-    return unpermute_padded(grouped_experts(x_TD, weights_R, gate_up, down, plan.permutation.counts_P, plan.permutation),
+    return unpermute_padded(grouped_experts(x_TD, weights_R, gate_up, down, plan.permutation.counts_P,
+                                            plan.permutation),
                             plan.permutation)
 
 
@@ -160,7 +175,8 @@ def test_a_layer_and_every_gradient(dtype):
     truth = torch.einsum("tkf,tkdf,tk->td", torch.nn.functional.silu(gate) * up, exact[3][ids_TK], weights_TK)
     got = twice(lambda: (lambda out: [out, *torch.autograd.grad(out, leaves, grad)])(layer(*leaves)))
     for mine, theirs in zip(got, [truth, *torch.autograd.grad(truth, exact, grad.double().cpu())]):
-        assert_close(mine, theirs, 2e-5 if dtype == torch.float32 else 2e-2)      # several roundings to bfloat16 in a row
+        # several roundings to bfloat16 in a row
+        assert_close(mine, theirs, 2e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_a_layer_never_waits_for_the_host_and_replays_in_a_graph():
@@ -221,9 +237,11 @@ def test_more_elements_than_int32_counts():
     assert unpermute_padded(rows_RD, plan)[-5:].equal(x_TD[-5:])
     del rows_RD
     hidden = torch.ops.moetrain.swiglu(x_TD, torch.ones(tokens, device="cuda"), None)
-    assert_close(hidden[-3:], swiglu_ops._reference(x_TD[-3:].double(), torch.ones(3, device="cuda").double(), None), 4e-3)
+    truth = swiglu_ops._reference(x_TD[-3:].double(), torch.ones(3, device="cuda").double(), None)
+    assert_close(hidden[-3:], truth, 4e-3)
 
 
 def test_it_compiles():
     leaves = layer_leaves(torch.bfloat16)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*leaves), layer(*leaves), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*leaves), layer(*leaves), rtol=2e-2,
+                               atol=2e-2)

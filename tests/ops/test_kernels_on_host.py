@@ -1,7 +1,7 @@
-"""The CUDA kernels, executed thread by thread on the CPU (cuda_on_host.h), against the references of moetrain/ops.
+"""The CUDA kernels, run thread by thread on the CPU (cuda_on_host.h), against the references of moetrain/ops.
 
-No GPU is involved: this is about indices, masks, barriers and arithmetic. Every case runs in several orders of the threads,
-and the bits must agree: what differs is a missing barrier.
+No GPU is involved: this is about indices, masks, barriers and arithmetic. Every case runs in several orders
+of the threads, and the bits must agree: what differs is a missing barrier.
 """
 
 import ctypes
@@ -70,7 +70,8 @@ def test_the_emulation_finds_what_is_wrong_with_a_kernel(which, found):
 def test_a_missing_barrier_shows_in_the_order_of_threads():
     def run(order: int) -> Tensor:
         into = torch.zeros(64, dtype=torch.int32)
-        assert library().wrong(ctypes.c_int(order), ctypes.c_int(0), ctypes.c_void_p(into.data_ptr())) in (None, 0)
+        assert library().wrong(ctypes.c_int(order), ctypes.c_int(0),
+                               ctypes.c_void_p(into.data_ptr())) in (None, 0)
         return into
     assert not run(0).equal(run(1))
 
@@ -108,7 +109,8 @@ def test_route_plan(case, alignment):
         got = in_all_orders(
             lambda: [poisoned(max_rows, dtype=torch.int64), poisoned(*ids_TK.shape, dtype=torch.int64),
                      poisoned(physical, dtype=torch.int64), poisoned(physical, dtype=torch.int32)],
-            lambda out, order: call("route_plan", ids_TK, *out, scratch, ids_TK.numel(), physical, max_rows, alignment,
+            lambda out, order: call("route_plan", ids_TK, *out, scratch, ids_TK.numel(), physical, max_rows,
+                                    alignment,
                                     order=order))
         check_guards(scratch)
         assert all(a.equal(b) for a, b in zip(got, expected))
@@ -139,10 +141,12 @@ def test_permute_and_unpermute(case, width, dtype):
     y_RD[slots_R < 0] = torch.nan                        # must not reach anything
     for x_TD, y_RD in ((x_TD, y_RD), (unaligned(x_TD), unaligned(y_RD))):
         (got,) = in_all_orders(lambda: [poisoned(len(slots_R), width, dtype=dtype)], lambda out, order: call(
-            "permute", x_TD, slots_R, rows_TK, *out, tokens, slots, len(slots_R), width * dtype.itemsize, order=order))
+            "permute", x_TD, slots_R, rows_TK, *out, tokens, slots, len(slots_R), width * dtype.itemsize,
+            order=order))
         assert got.equal(rows_ops.gather_padded(x_TD, slots_R, rows_TK))
         (got,) = in_all_orders(lambda: [poisoned(tokens, width, dtype=dtype)], lambda out, order: call(
-            f"unpermute_{SUFFIX[dtype]}", y_RD, rows_TK, *out, tokens, slots, len(slots_R), width, order=order))
+            f"unpermute_{SUFFIX[dtype]}", y_RD, rows_TK, *out, tokens, slots, len(slots_R), width,
+            order=order))
         assert got.equal(rows_ops.sum_padded(y_RD, slots_R, rows_TK))       # the same order of additions
 
 
@@ -156,9 +160,11 @@ def test_push(case, shift):
 
     def push(areas: list[Tensor], order: int) -> None:
         pointers = torch.tensor([area.data_ptr() + shift for area in areas])
-        call("push", rows_NB, pointers, torch.tensor(sent), torch.tensor(there), len(sent), len(sent) - 1, width, order=order)
+        call("push", rows_NB, pointers, torch.tensor(sent), torch.tensor(there), len(sent), len(sent) - 1,
+             width, order=order)
 
-    got = in_all_orders(lambda: [poisoned((begin + many + 1) * width + shift, dtype=torch.uint8) for begin, many in zip(there, sent)], push)
+    got = in_all_orders(lambda: [poisoned((begin + many + 1) * width + shift, dtype=torch.uint8)
+                                 for begin, many in zip(there, sent)], push)
     for area, rows, begin in zip(got, rows_NB.split(sent), there):
         expected = torch.full_like(area, -77)
         expected[shift + begin * width:shift + (begin + len(rows)) * width] = rows.flatten()
@@ -168,7 +174,8 @@ def test_push(case, shift):
 # ---- SwiGLU ----
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, width, used", [(0, 8, None), (1, 1, None), (5, 7, 3), (9, 8, 0), (9, 24, 9), (3, 520, 2)])
+@pytest.mark.parametrize("rows, width, used", [(0, 8, None), (1, 1, None), (5, 7, 3), (9, 8, 0), (9, 24, 9),
+                                               (3, 520, 2)])
 def test_swiglu_and_its_backward(rows, width, used, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     h, grad = (torch.randn(rows, w, dtype=torch.float64).to(dtype) for w in (2 * width, width))
@@ -183,8 +190,10 @@ def test_swiglu_and_its_backward(rows, width, used, dtype):
             f"swiglu_{SUFFIX[dtype]}", h, weights, ends, *out, rows, width, order=order))
         assert close(got, hidden, TOLERANCE[dtype])
         got = in_all_orders(
-            lambda: [poisoned(rows, width, dtype=dtype), poisoned(rows, 2 * width, dtype=dtype), poisoned(rows, dtype=wide)],
-            lambda out, order: call(f"swiglu_backward_{SUFFIX[dtype]}", grad, h, weights, ends, *out, rows, width, order=order))
+            lambda: [poisoned(rows, width, dtype=dtype), poisoned(rows, 2 * width, dtype=dtype),
+                     poisoned(rows, dtype=wide)],
+            lambda out, order: call(f"swiglu_backward_{SUFFIX[dtype]}", grad, h, weights, ends, *out, rows,
+                                    width, order=order))
         for mine, theirs in zip(got, (hidden, *expected)):
             assert close(mine, theirs, TOLERANCE[dtype])
             assert used is None or not mine[used:].any()
@@ -209,7 +218,8 @@ def test_grouped_wgrad(counts, rows, columns, padding, dtype):
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
     before = torch.randn(len(counts), rows, columns)
     expected = before.double()
-    for e, (x, y) in enumerate(zip(a[:sum(counts)].double().split(counts), b[:sum(counts)].double().split(counts))):
+    for e, (x, y) in enumerate(zip(a[:sum(counts)].double().split(counts),
+                                   b[:sum(counts)].double().split(counts))):
         expected[e] += x.T @ y
 
     def start() -> list[Tensor]:
@@ -231,8 +241,9 @@ def test_grouped_wgrad(counts, rows, columns, padding, dtype):
 class Rule(ctypes.Structure):
     """RouterRule of csrc/router.cuh."""
 
-    _fields_ = [("experts", ctypes.c_int), ("slots", ctypes.c_int), ("score", ctypes.c_int), ("renormalised", ctypes.c_bool),
-                ("scale", ctypes.c_float), ("groups", ctypes.c_int), ("kept_groups", ctypes.c_int), ("top2", ctypes.c_bool)]
+    _fields_ = [("experts", ctypes.c_int), ("slots", ctypes.c_int), ("score", ctypes.c_int),
+                ("renormalised", ctypes.c_bool), ("scale", ctypes.c_float), ("groups", ctypes.c_int),
+                ("kept_groups", ctypes.c_int), ("top2", ctypes.c_bool)]
 
 
 RULES = {
@@ -252,23 +263,28 @@ RULES = {
 def logits_of(tokens: int, experts: int) -> Tensor:
     """Far enough apart that rounding decides nothing, but for columns that are exactly equal."""
     generator = torch.Generator().manual_seed(tokens + experts)
-    steps = torch.stack([torch.randperm(experts, generator=generator) for _ in range(tokens)]) if tokens else torch.zeros(0, experts)
+    steps = torch.zeros(0, experts)
+    if tokens:
+        steps = torch.stack([torch.randperm(experts, generator=generator) for _ in range(tokens)])
     logits_TE = steps * (8.0 / experts) - 4.0
     logits_TE[:, experts // 2] = logits_TE[:, 0]
     return logits_TE.float()
 
 
 def c_rule(rule: RouterRule, experts: int) -> Rule:
-    return Rule(experts, rule.slots, int(rule.sigmoid), rule.renormalised, rule.scale, rule.groups, rule.kept_groups, rule.top2)
+    return Rule(experts, rule.slots, int(rule.sigmoid), rule.renormalised, rule.scale, rule.groups,
+                rule.kept_groups, rule.top2)
 
 
-def router_on_host(logits_TE: Tensor, rule: RouterRule, bias_E=None, ids_TK=None, valid_T=None) -> list[Tensor]:
+def router_on_host(logits_TE: Tensor, rule: RouterRule, bias_E=None, ids_TK=None,
+                   valid_T=None) -> list[Tensor]:
     """ids, weights, lse, sums [E + 2], counts [E + 2]."""
     tokens, experts = logits_TE.shape
     blocks = arithmetic("router_blocks", tokens)
 
     def outputs() -> list[Tensor]:
-        return [poisoned(tokens, rule.slots, dtype=torch.int64), poisoned(tokens, rule.slots, dtype=torch.float32),
+        return [poisoned(tokens, rule.slots, dtype=torch.int64),
+                poisoned(tokens, rule.slots, dtype=torch.float32),
                 poisoned(tokens, dtype=torch.float32), poisoned(experts + 2, blocks, dtype=torch.float32),
                 poisoned(experts + 2, blocks, dtype=torch.int32), poisoned(experts + 2, dtype=torch.float32),
                 poisoned(experts + 2, dtype=torch.int64)]
@@ -284,14 +300,16 @@ def test_router(name, tokens):
     rule, experts = RULES[name]
     logits_TE = logits_of(tokens, experts)
     valid_T = torch.arange(tokens) % 5 != 3
-    bias_E = torch.linspace(0, 0.3, experts)[torch.randperm(experts, generator=torch.Generator().manual_seed(3))]
+    order_E = torch.randperm(experts, generator=torch.Generator().manual_seed(3))
+    bias_E = torch.linspace(0, 0.3, experts)[order_E]
     for bias_E, valid_T in ((None, None), (bias_E if rule.sigmoid else None, valid_T)):
         inputs = logits_TE.clone()
         if valid_T is not None:
             inputs[~valid_T] = torch.nan
         expected = router_ops._reference(inputs, bias_E, None, valid_T, *rule)
         ids, weights, lse, sums, counts = router_on_host(inputs, rule, bias_E, None, valid_T)
-        their_weights, their_lse, their_probs, *their_sums, their_ids, their_counts, their_tokens, their_used = expected
+        (their_weights, their_lse, their_probs, *their_sums, their_ids, their_counts, their_tokens,
+         their_used) = expected
         assert ids.equal(their_ids)
         assert close(weights, their_weights, 1e-5) and close(lse, their_lse, 1e-5)
         assert counts.tolist() == [*their_counts.tolist(), their_tokens, their_used]
@@ -303,11 +321,13 @@ def test_router(name, tokens):
 @pytest.mark.parametrize("top2", [False, True])
 def test_the_choice_orders_nan_infinities_zeros_and_equals_as_torch_does(top2):
     inf, nan = torch.inf, torch.nan
-    scores_TE = torch.tensor([[0.0, -0.0, 1.0, 1.0, -1.0, 0.0], [inf, -inf, 2.0, inf, nan, 0.5], [-inf] * 6, [3.0] * 6,
+    scores_TE = torch.tensor([[0.0, -0.0, 1.0, 1.0, -1.0, 0.0], [inf, -inf, 2.0, inf, nan, 0.5], [-inf] * 6,
+                              [3.0] * 6,
                               [nan, nan, 1.0, -inf, inf, inf], [-1.0, -1.0, 5.0, -inf, 4.0, 3.0],
                               [-0.0, 0.0, -0.0, 0.0, -0.0, 0.0]])
     rule = RouterRule(4, sigmoid=True, renormalised=False, groups=3, kept_groups=2, top2=top2)
-    zeros_TE = torch.zeros(1, 6)                         # a bias to zeros: sigmoid(0) = 0.5 moves all scores alike
+    # a bias to zeros: sigmoid(0) = 0.5 moves all scores alike
+    zeros_TE = torch.zeros(1, 6)
     for row in scores_TE:
         expected = router_ops._reference(zeros_TE, row - 0.5, None, None, *rule)[5]
         assert router_on_host(zeros_TE, rule, row - 0.5)[0].equal(expected), row
@@ -325,8 +345,11 @@ def test_router_backward(name):
     everything = (d_weights, slopes, torch.tensor(0.3), torch.tensor(-0.2))
     for grads in (everything, (None, slopes, None, None), (d_weights, None, None, None)):
         exact = [None if g is None else g.double() for g in grads]
-        expected = router_ops._reference_backward(*exact, logits_TE.double(), ids, lse.double(), valid_T, *rule[1:4])
-        (got,) = in_all_orders(lambda: [poisoned(tokens, experts, dtype=torch.float32)], lambda out, order: call(
-            "router_backward", *grads, logits_TE, ids, lse, valid_T, *out, tokens, c_rule(rule, experts), order=order))
+        expected = router_ops._reference_backward(*exact, logits_TE.double(), ids, lse.double(), valid_T,
+                                                  *rule[1:4])
+        (got,) = in_all_orders(
+            lambda: [poisoned(tokens, experts, dtype=torch.float32)],
+            lambda out, order: call("router_backward", *grads, logits_TE, ids, lse, valid_T, *out, tokens,
+                                    c_rule(rule, experts), order=order))
         assert close(got, expected, 1e-5) or experts == 1 and got.abs().max() < 1e-5
         assert not got[~valid_T].any()

@@ -1,4 +1,4 @@
-"""csrc/launch.h, compiled by the host compiler: every token, slot and tile has exactly one owner, whatever the shape."""
+"""csrc/launch.h under a host compiler: every token, slot and tile has exactly one owner in every shape."""
 
 import pytest
 import torch
@@ -39,7 +39,8 @@ def test_more_physical_ids_than_counters_find_room_for_have_no_plan():
     assert arithmetic("plan", 10, 12289, answers=4)[1] == 0
 
 
-@pytest.mark.parametrize("experts, rows, columns", [(1, 1, 1), (3, 64, 64), (2, 65, 130), (5, 8, 200), (1, 1000, 72)])
+@pytest.mark.parametrize("experts, rows, columns",
+                         [(1, 1, 1), (3, 64, 64), (2, 65, 130), (5, 8, 200), (1, 1000, 72)])
 def test_tiles_of_a_weight_gradient_cover_every_element_once(experts, rows, columns):
     covered = torch.zeros(experts, rows, columns, dtype=torch.int32)
     for block in range(arithmetic("grad_tiles", experts, rows, columns)):
@@ -53,7 +54,8 @@ def test_a_tile_of_the_largest_matrix_has_an_index_beyond_int32():
     rows, columns = 2 * 14336, 4096
     last = arithmetic("grad_tiles", 64, rows, columns) - 1
     expert, row, column = arithmetic("grad_tile", last, rows, columns, answers=3)
-    assert (expert, row, column) == (63, rows - 64, columns - 64) and expert * rows * columns + row * columns > 2**31
+    assert (expert, row, column) == (63, rows - 64, columns - 64)
+    assert expert * rows * columns + row * columns > 2**31
 
 
 def test_rows_of_an_expert_lie_between_two_ends():

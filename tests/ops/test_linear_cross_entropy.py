@@ -32,7 +32,8 @@ def plain(x_RD: Tensor, head_VD: Tensor, targets_R: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets_R, ignore_index=-1, reduction="sum")
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("chunk", [1, 4, 13, 50])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_value_and_gradients_are_those_of_the_plain_path(targets, chunk, dtype, tolerance):
@@ -69,8 +70,9 @@ import torch.nn.functional as F
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
 
-x, head, targets = torch.randn(2048, 32, requires_grad=True), torch.randn(16384, 32, requires_grad=True), torch.arange(2048)
-Path("/proc/self/clear_refs").write_text("5")            # the peak so far is that of whoever started this process
+x, head = torch.randn(2048, 32, requires_grad=True), torch.randn(16384, 32, requires_grad=True)
+targets = torch.arange(2048)
+Path("/proc/self/clear_refs").write_text("5")            # resets the peak, which the parent process handed on
 before = peak()
 if int(sys.argv[1]):
     linear_cross_entropy(x, head, targets, int(sys.argv[1])).backward()
@@ -82,7 +84,8 @@ print(peak() - before)
 
 def peak_kib(chunk: int) -> int:
     """What the peak of a process grows by."""
-    return int(subprocess.run([sys.executable, "-c", PEAK, str(chunk)], capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, "-c", PEAK, str(chunk)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Experts with counts on the device: the same numbers as with counts on the host, and nothing that waits for the host."""
+"""Experts with counts on the device: the numbers of counts on the host, and nothing waits for the host."""
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ CHOICES = {
     "one token": [[3, -1]],
     "no rows": [[-1, -1], [-1, -1]],
 }
-NEEDS_THE_HOST = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "repeat_interleave", "is_nonzero")
+NEEDS_THE_HOST = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique",
+                  "repeat_interleave", "is_nonzero")
 
 
 class NoHost(TorchDispatchMode):
@@ -40,7 +41,8 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 def padded_layer(x_TD: Tensor, weights_TK: Tensor, plan: RoutePlan, gate_up: Tensor, down: Tensor) -> Tensor:
     counts = plan.ends_P.diff(prepend=plan.ends_P.new_zeros(1))
-    rows_RD = grouped_experts(x_TD, values_of_rows(weights_TK, plan.permutation), gate_up, down, counts, plan.permutation)
+    rows_RD = grouped_experts(x_TD, values_of_rows(weights_TK, plan.permutation), gate_up, down, counts,
+                              plan.permutation)
     return unpermute_padded(rows_RD, plan.permutation)
 
 
@@ -55,10 +57,12 @@ def test_values_and_every_gradient_are_those_of_counts_on_the_host(choice, align
     exact = plan_permutation(ids_TK, EXPERTS)
     weights_R = weights_TK.flatten().index_select(0, exact.slots_R)
     expected = unpermute(grouped_experts(x_TD, weights_R, *leaves[2:], exact.counts_P.tolist(), exact), exact)
-    got = padded_layer(x_TD, weights_TK, route_plan(ids_TK, EXPERTS, ids_TK.numel() + 70, alignment), *leaves[2:])
+    got = padded_layer(x_TD, weights_TK, route_plan(ids_TK, EXPERTS, ids_TK.numel() + 70, alignment),
+                       *leaves[2:])
     torch.testing.assert_close(got, expected)
     grad_TD = torch.randn(x_TD.shape, generator=generator)
-    for ours, theirs in zip(torch.autograd.grad(got, leaves, grad_TD), torch.autograd.grad(expected, leaves, grad_TD)):
+    for ours, theirs in zip(torch.autograd.grad(got, leaves, grad_TD),
+                            torch.autograd.grad(expected, leaves, grad_TD)):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -89,7 +93,8 @@ def routed_layer(x_TD: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor)
 
 
 def test_a_routed_layer_and_its_backward_never_wait_for_the_host():
-    leaves = [torch.randn(6, DIM, requires_grad=True), torch.randn(6, EXPERTS, requires_grad=True), *parameters()]
+    leaves = [torch.randn(6, DIM, requires_grad=True), torch.randn(6, EXPERTS, requires_grad=True),
+              *parameters()]
     with pytest.raises(AssertionError, match="waits for the host"), NoHost():
         plan_permutation(torch.tensor([[0], [1]]), 2)    # the guard sees what it should
     with FakeTensorMode(allow_non_fake_inputs=False) as fakes:
@@ -103,23 +108,28 @@ def test_the_references_under_the_ops_never_wait_for_the_host_either(dtype):
 
     x_TD, logits_TE, (gate_up, down) = torch.randn(6, DIM, dtype=dtype), torch.randn(6, EXPERTS), parameters()
     with torch.no_grad(), NoHost():
-        weights_TK, lse_T, _, _, _, ids_TK, *_ = router._reference(logits_TE, None, None, None, *RouterRule(SLOTS, groups=2))
-        router._reference_backward(weights_TK, logits_TE[0], lse_T[0], None, logits_TE, ids_TK, lse_T, None, False, True, 1.0)
+        weights_TK, lse_T, _, _, _, ids_TK, *_ = router._reference(logits_TE, None, None, None,
+                                                                   *RouterRule(SLOTS, groups=2))
+        router._reference_backward(weights_TK, logits_TE[0], lse_T[0], None, logits_TE, ids_TK, lse_T, None,
+                                   False, True, 1.0)
         slots_R, rows_TK, counts_e, _ = plans._reference(ids_TK, EXPERTS, 14, 1)
         weights_R = torch.rand(14)
         inputs = (x_TD, slots_R, rows_TK, weights_R, gate_up, down, None, None)
         out_RD, gate_up_RG = experts._reference(*inputs, counts_e)
         permute.sum_padded(out_RD, slots_R, rows_TK)
-        experts._reference_backward(permute.gather_padded(x_TD, slots_R, rows_TK), *inputs, gate_up_RG, counts_e)
+        experts._reference_backward(permute.gather_padded(x_TD, slots_R, rows_TK), *inputs, gate_up_RG,
+                                    counts_e)
 
 
 def test_only_x_h_weights_and_indices_are_kept():
-    leaves = [torch.randn(6, DIM, requires_grad=True), torch.rand(6, SLOTS, requires_grad=True), *parameters()]
+    leaves = [torch.randn(6, DIM, requires_grad=True), torch.rand(6, SLOTS, requires_grad=True),
+              *parameters()]
     ids_TK = torch.tensor([[0, 1], [2, 3], [3, 0], [1, 2], [0, 2], [3, 1]])
     plan = route_plan(ids_TK, EXPERTS, 12)
     weights_R = values_of_rows(leaves[1], plan.permutation).detach().requires_grad_()
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor,
+                                                  lambda tensor: tensor):
         grouped_experts(leaves[0], weights_R, *leaves[2:], plan.permutation.counts_P, plan.permutation)
     real = sorted(tuple(tensor.shape) for tensor in kept if tensor.is_floating_point())
     assert real == sorted([(6, DIM), (12, 2 * HIDDEN), (12,), *(tuple(leaf.shape) for leaf in leaves[2:])])
@@ -132,7 +142,8 @@ def test_counts_on_the_device_want_a_grouped_product():
 
 
 def test_used_rows_alone_get_an_activation():
-    h, grad, weights, used = torch.randn(5, 6), torch.randn(5, 3), torch.rand(5), torch.tensor([3], dtype=torch.int32)
+    h, grad, weights = torch.randn(5, 6), torch.randn(5, 3), torch.rand(5)
+    used = torch.tensor([3], dtype=torch.int32)
     expected = [swiglu_forward(h[:3], weights[:3]), *swiglu_backward(grad[:3].clone(), h[:3], weights[:3])]
     h[3:] = grad[3:] = torch.nan
     got = [swiglu_forward(h, weights, used), *swiglu_backward(grad.clone(), h, weights, used)]
@@ -146,12 +157,14 @@ def test_a_weight_gradient_is_added_in_float32():
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     acc = torch.ones(3, 8, 16)
     grouped_wgrad_(a, b, ends, acc)
-    expected = torch.stack([a[:2].float().T @ b[:2].float(), torch.zeros(8, 16), a[2:].float().T @ b[2:].float()]) + 1
+    expected = torch.stack([a[:2].float().T @ b[:2].float(), torch.zeros(8, 16),
+                            a[2:].float().T @ b[2:].float()]) + 1
     torch.testing.assert_close(acc, expected)
 
 
 def test_it_is_traced_as_one_graph():
-    leaves = [torch.randn(6, DIM, requires_grad=True), torch.randn(6, EXPERTS, requires_grad=True), *parameters()]
+    leaves = [torch.randn(6, DIM, requires_grad=True), torch.randn(6, EXPERTS, requires_grad=True),
+              *parameters()]
     expected = torch.autograd.grad(routed_layer(*leaves), leaves)
     compiled = torch.compile(routed_layer, backend="aot_eager", fullgraph=True)
     for mine, truth in zip(torch.autograd.grad(compiled(*leaves), leaves), expected):
@@ -163,10 +176,12 @@ def test_the_ops_are_well_formed():
     plan = route_plan(torch.tensor(CHOICES["all used"]), EXPERTS, 12)
     x_TD, weights_R = torch.randn(5, DIM, requires_grad=True), torch.rand(12, requires_grad=True)
     inputs = (x_TD, *plan.permutation[:2], weights_R, gate_up, down, None, None)
-    # test_utils: an uninitialised row behind the last may be anything, so values cannot be compared with those of a second run
+    # test_utils: rows behind the last are uninitialised, so values cannot be compared with a second run
     torch.library.opcheck(ops.grouped_experts_padded, (*inputs, plan.permutation.counts_P),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    torch.library.opcheck(ops.swiglu, (torch.randn(5, 6), torch.rand(5), torch.tensor([3], dtype=torch.int32)))
+    used = torch.tensor([3], dtype=torch.int32)
+    torch.library.opcheck(ops.swiglu, (torch.randn(5, 6), torch.rand(5), used))
     torch.library.opcheck(ops.swiglu_backward, (torch.randn(5, 3), torch.randn(5, 6), torch.rand(5), None))
-    torch.library.opcheck(ops.grouped_wgrad_, (torch.randn(5, 8), torch.randn(5, 16), torch.tensor([2, 5], dtype=torch.int32),
+    torch.library.opcheck(ops.grouped_wgrad_, (torch.randn(5, 8), torch.randn(5, 16),
+                                               torch.tensor([2, 5], dtype=torch.int32),
                                                torch.zeros(2, 8, 16)))

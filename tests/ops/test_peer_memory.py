@@ -1,4 +1,7 @@
-"""Rows into peers' memory and signals: places, limits, schemas. The same on the kernels: test_bindings_on_host.py and pytest -m gpu."""
+"""Rows into the memory of peers, and signals: places, limits, schemas.
+
+The kernels pass the same tests: test_bindings_on_host.py, and pytest -m gpu.
+"""
 
 import threading
 import time
@@ -12,17 +15,20 @@ from moetrain.ops.peer_memory import Late, await_signals, copy_rows, push_rows, 
 from tests.support.peer_rows import CASES
 
 
-def areas_after(move, sent: list[int], there: list[int], width: int, shift: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """The rows, and the areas that they were moved to, with room behind; shift: off the alignment by so many bytes."""
+def areas_after(move, sent: list[int], there: list[int], width: int,
+                shift: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """The rows, and the areas that they were moved to, with room behind; shift: bytes off the alignment."""
     torch.manual_seed(sum(sent) + width)
     rows_NB = torch.randint(0, 250, (sum(sent), width), dtype=torch.uint8)
-    areas = [torch.full(((begin + many + 2) * width + shift,), 255, dtype=torch.uint8)[shift:] for many, begin in zip(sent, there)]
+    areas = [torch.full(((begin + many + 2) * width + shift,), 255, dtype=torch.uint8)[shift:]
+             for many, begin in zip(sent, there)]
     move(rows_NB, areas, sent, there)
     return rows_NB, areas
 
 
 @pytest.mark.parametrize("shift", [0, 4, 1])
-@pytest.mark.parametrize("move", [copy_rows, push_rows, lambda *parts: push_rows(*parts, first=len(parts[2]) - 1)])
+@pytest.mark.parametrize("move", [copy_rows, push_rows,
+                                  lambda *parts: push_rows(*parts, first=len(parts[2]) - 1)])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_come_to_their_places_and_nothing_else_is_written(case, move, shift):
     sent, there, width = CASES[case]
@@ -37,7 +43,8 @@ def test_signals_reach_every_pad_at_one_place():
     pads = [torch.zeros(6, dtype=torch.int64) for _ in range(3)]
     put_signals(pads, 4, 7)
     put_signals(pads[1:], 0, 2**40)
-    assert [pad.tolist() for pad in pads] == [[0, 0, 0, 0, 7, 0], [2**40, 0, 0, 0, 7, 0], [2**40, 0, 0, 0, 7, 0]]
+    assert [pad.tolist() for pad in pads] == [
+        [0, 0, 0, 0, 7, 0], [2**40, 0, 0, 0, 7, 0], [2**40, 0, 0, 0, 7, 0]]
 
 
 def test_it_ends_when_all_places_have_come_so_far():
@@ -60,13 +67,15 @@ def test_who_does_not_come_is_named():
     with pytest.raises((Late, RuntimeError)) as raised:
         await_signals(pad, [2, 1], 3, 0.05, [12, 11, 10], "its rows, dispatch 3 of this run, in layers.3.moe")
     if kernels_for(pad):
-        assert "rank 10 waited 50 ms for rank 11: its rows, dispatch 3 of this run, in layers.3.moe, epoch 3" in str(raised.value)
+        assert ("rank 10 waited 50 ms for rank 11: its rows, dispatch 3 of this run, in layers.3.moe, epoch 3"
+                in str(raised.value))
     else:
         assert raised.value.index == 1
 
 
 @pytest.mark.parametrize("name, arguments", [
-    ("push_rows_", (torch.ones(3, 8, dtype=torch.uint8), [torch.zeros(40, dtype=torch.uint8) for _ in range(2)], [1, 2], [0, 1], 0)),
+    ("push_rows_", (torch.ones(3, 8, dtype=torch.uint8),
+                    [torch.zeros(40, dtype=torch.uint8) for _ in range(2)], [1, 2], [0, 1], 0)),
     ("put_signals_", ([torch.zeros(3, dtype=torch.int64) for _ in range(2)], 1, 5)),
     ("await_signals_", (torch.full((3,), 5), [0, 2], 5, 1000, [1, 2, 0], "rows")),
 ], ids=["rows", "put", "signals"])

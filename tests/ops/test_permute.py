@@ -20,7 +20,8 @@ CASES = {
 def dense(physical_TK: Tensor) -> Tensor:
     """The matrix [R, T] of permute, from a plain loop: by physical id, then token, then slot."""
     tokens, slots = physical_TK.shape
-    rows = sorted((int(physical_TK[t, k]), t, k) for t in range(tokens) for k in range(slots) if physical_TK[t, k] >= 0)
+    rows = sorted((int(physical_TK[t, k]), t, k) for t in range(tokens) for k in range(slots)
+                  if physical_TK[t, k] >= 0)
     matrix = torch.zeros(len(rows), tokens, dtype=torch.float64)
     for row, (_, token, _) in enumerate(rows):
         matrix[row, token] = 1

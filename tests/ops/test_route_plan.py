@@ -1,4 +1,4 @@
-"""The plan of static size: without alignment what `plan_permutation` says, with it every id begins at a multiple."""
+"""The plan of static size: without alignment that of `plan_permutation`; with it, ids begin at multiples."""
 
 import pytest
 import torch
@@ -57,7 +57,8 @@ def test_every_id_begins_at_a_multiple_of_the_alignment(physical_TK, alignment):
 
 def test_rows_beyond_the_bound_have_no_place():
     plan = route_plan(torch.tensor([[0], [1], [0]]), 2, 2).permutation
-    assert plan.slots_R.tolist() == [0, 2] and plan.rows_TK.tolist() == [[0], [-1], [1]] and plan.counts_P.tolist() == [2, 1]
+    assert plan.slots_R.tolist() == [0, 2] and plan.rows_TK.tolist() == [[0], [-1], [1]]
+    assert plan.counts_P.tolist() == [2, 1]
 
 
 def test_padded_rows_and_their_gradients_are_a_matrix_and_its_transpose(physical_TK):
@@ -83,7 +84,8 @@ def test_values_of_rows_are_those_of_their_slots(physical_TK):
     values_TK = torch.randn(physical_TK.shape, requires_grad=True)
     values_R = values_of_rows(values_TK, permutation)
     live_R = permutation.slots_R >= 0
-    assert values_R[live_R].equal(values_TK.flatten()[permutation.slots_R[live_R]]) and not values_R[~live_R].any()
+    assert values_R[live_R].equal(values_TK.flatten()[permutation.slots_R[live_R]])
+    assert not values_R[~live_R].any()
     (grad_TK,) = torch.autograd.grad((values_R ** 2).sum(), values_TK)
     torch.testing.assert_close(grad_TK, 2 * values_TK.detach().where(physical_TK >= 0, 0))
 

@@ -1,4 +1,4 @@
-"""The router as one op against the routers' own chain of operators: choice, weights, sums, and every gradient."""
+"""The router as one op, against the routers' own chains of operators: choice, weights, sums, gradients."""
 
 import pytest
 import torch
@@ -16,10 +16,12 @@ from moetrain.routers.topk import TopKRouter
 SUMS = ("prob_sum_E", "lse2_sum", "entropy_sum")
 ROUTERS = {
     "renorm": lambda: TopKRouter(dim=4, num_experts=6, top_k=2),
-    "raw, groups": lambda: TopKRouter(dim=4, num_experts=8, top_k=3, weights="raw", scale=4.0, num_groups=4, topk_groups=2),
+    "raw, groups": lambda: TopKRouter(dim=4, num_experts=8, top_k=3, weights="raw", scale=4.0, num_groups=4,
+                                      topk_groups=2),
     "one expert": lambda: TopKRouter(dim=4, num_experts=1, top_k=1, weights="raw"),
     "sigmoid": lambda: SigmoidRouter(dim=4, num_experts=6, top_k=2, scale=2.5),
-    "sigmoid, groups": lambda: SigmoidRouter(dim=4, num_experts=8, top_k=2, weights="raw", num_groups=2, topk_groups=1),
+    "sigmoid, groups": lambda: SigmoidRouter(dim=4, num_experts=8, top_k=2, weights="raw", num_groups=2,
+                                             topk_groups=1),
 }
 
 
@@ -58,7 +60,8 @@ def test_one_op_is_the_chain_of_operators(name, tokens, padded, dtype):
 
     grads = [torch.randn(value.shape, dtype=dtype, generator=generator) for value in everything(expected)]
     for chosen in (slice(None), slice(0, 1), slice(1, 2), slice(3, 4)):
-        ours, theirs = (torch.autograd.grad(everything(routing)[chosen], router.weight, grads[chosen], retain_graph=True,
+        ours, theirs = (torch.autograd.grad(everything(routing)[chosen], router.weight, grads[chosen],
+                                            retain_graph=True,
                                             allow_unused=True)[0] for routing in (got, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -67,7 +70,8 @@ def test_one_op_is_the_chain_of_operators(name, tokens, padded, dtype):
 
 
 SCORES = pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
-PADDING = pytest.mark.parametrize("valid", [None, [True, True, False, True, False, True]], ids=["all valid", "padding"])
+PADDING = pytest.mark.parametrize("valid", [None, [True, True, False, True, False, True]],
+                                  ids=["all valid", "padding"])
 
 
 def logits_of(tokens: int = 6, experts: int = 5) -> Tensor:
@@ -84,8 +88,8 @@ def slopes_backward(logits_TE: Tensor, slopes_E: Tensor, valid_T: Tensor | None 
     """The op's gradient at the logits, where nothing comes through weights, lse² or entropy."""
     ids_TK = torch.zeros(len(logits_TE), 1, dtype=torch.int64)
     lse_T = logits_TE.logsumexp(-1)
-    return torch.ops.moetrain.router_backward(None, slopes_E, None, None, logits_TE, ids_TK, lse_T, valid_T, sigmoid,
-                                              True, 1.0)
+    return torch.ops.moetrain.router_backward(None, slopes_E, None, None, logits_TE, ids_TK, lse_T, valid_T,
+                                              sigmoid, True, 1.0)
 
 
 @SCORES
@@ -103,7 +107,8 @@ def test_slopes_give_what_autograd_makes_of_a_balance_loss_in_float64(sigmoid, v
     (slopes,) = loss.slopes(stats, pooled).values()
     cuts = [slice(0, 2), slice(2, 6)] if scope == "sequence" else [slice(0, 6)]
     ours_TE = torch.cat([
-        slopes_backward(logits_TE.detach()[cut], slopes_E, None if valid_T is None else valid_T[cut], sigmoid=sigmoid)
+        slopes_backward(logits_TE.detach()[cut], slopes_E, None if valid_T is None else valid_T[cut],
+                        sigmoid=sigmoid)
         for cut, slopes_E in zip(cuts, slopes.view(-1, 5), strict=True)])
     assert truth_TE.abs().max() > 1e-4
     torch.testing.assert_close(ours_TE, truth_TE, rtol=0, atol=1e-15)
@@ -122,7 +127,8 @@ def test_the_gradient_of_a_token_sums_to_zero_over_experts_in_float64():
     logits_TE, slopes_E = logits_of().detach(), torch.rand(5, dtype=torch.float64)
     ours_TE = slopes_backward(logits_TE, slopes_E)
     by_score_TE = slopes_backward(logits_TE, slopes_E, sigmoid=True) / (1 - logits_TE.sigmoid())
-    for grad_TE in (ours_TE, by_score_TE):               # a common factor of all sigmoid scores changes nothing
+    # A common factor of all sigmoid scores changes nothing.
+    for grad_TE in (ours_TE, by_score_TE):
         assert grad_TE.abs().max() > 1e-2 and grad_TE.sum(1).abs().max() < 1e-15
 
 
@@ -162,7 +168,8 @@ def test_slopes_alone_give_the_closed_form(sigmoid, padded):
     logits_TE, slopes_E = torch.randn(9, 40, generator=generator) * 3, torch.rand(40, generator=generator)
     valid_T = torch.arange(9) % 4 != 2 if padded else None
     ids_TK = torch.randint(40, (9, 2), generator=generator)
-    got = torch.ops.moetrain.router_backward(None, slopes_E, None, None, logits_TE, ids_TK, logits_TE.logsumexp(-1), valid_T,
+    got = torch.ops.moetrain.router_backward(None, slopes_E, None, None, logits_TE, ids_TK,
+                                             logits_TE.logsumexp(-1), valid_T,
                                              sigmoid, True, 2.0)
     scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     total_T1 = scores_TE.sum(-1, keepdim=True)
@@ -193,7 +200,8 @@ def test_a_recomputed_block_keeps_the_choice_it_made():
 
     logits_TE = torch.tensor([[3.0, 1.0, 0.0]], requires_grad=True)
     recomputed("full")(block, logits_TE).sum().backward()
-    (expected,) = torch.autograd.grad(logits_TE[:, [1, 0, 2]].softmax(-1)[0, 0], logits_TE)     # expert 0 of the swapped logits
+    # Expert 0 of the swapped logits.
+    (expected,) = torch.autograd.grad(logits_TE[:, [1, 0, 2]].softmax(-1)[0, 0], logits_TE)
     torch.testing.assert_close(logits_TE.grad, expected)
 
 
@@ -202,13 +210,16 @@ def test_no_kernel_is_asked_for_on_the_cpu_or_beyond_its_bounds():
 
     logits_TE = torch.zeros(2, 4)
     assert kernel_takes(logits_TE, RouterRule(2)) == (extension.absent() is None)
-    assert not kernel_takes(torch.zeros(2, 1025), RouterRule(2)) and not kernel_takes(logits_TE.double(), RouterRule(2))
+    assert not kernel_takes(torch.zeros(2, 1025), RouterRule(2))
+    assert not kernel_takes(logits_TE.double(), RouterRule(2))
 
 
 def test_the_op_is_well_formed():
     valid_T = torch.tensor([True, False, True])
-    for bias, ids, valid in ((None, None, None), (torch.randn(6), None, valid_T), (None, torch.tensor([[0], [1], [-1]]), None)):
-        arguments = (torch.randn(3, 6, requires_grad=True), bias, ids, valid, 1, bias is not None, True, 1.0, 2, 1, True)
+    for bias, ids, valid in ((None, None, None), (torch.randn(6), None, valid_T),
+                             (None, torch.tensor([[0], [1], [-1]]), None)):
+        arguments = (torch.randn(3, 6, requires_grad=True), bias, ids, valid, 1, bias is not None, True, 1.0,
+                     2, 1, True)
         torch.library.opcheck(torch.ops.moetrain.router, arguments)
     ids = torch.tensor([[0, 2], [1, -1], [5, 4]])
     torch.library.opcheck(torch.ops.moetrain.router_backward,
@@ -223,5 +234,6 @@ def test_it_is_traced_as_one_graph():
 
     logits_TE = torch.randn(5, 6, requires_grad=True)
     (expected,) = torch.autograd.grad(loss(logits_TE), logits_TE)
-    (got,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(logits_TE), logits_TE)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(logits_TE), logits_TE)
     torch.testing.assert_close(got, expected)

@@ -9,7 +9,8 @@ from moetrain.ops.router_sums import router_sums
 DIFFERENTIABLE = ("prob_sum_E", "lse2_sum", "entropy_sum")
 
 
-def routed(tokens: int, experts: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def routed(tokens: int, experts: int = 5,
+           dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     logits_TE = torch.randn(tokens, experts, dtype=dtype, generator=torch.Generator().manual_seed(1))
     probs_TE = logits_TE.softmax(-1)
     return probs_TE, logits_TE, probs_TE.argsort(dim=1, descending=True)[:, :2].contiguous()
@@ -42,10 +43,10 @@ def test_shards_add_up_to_the_whole():
     valid_T = torch.tensor([True, True, False, True, True, True, False, False, True])
     ids_TK = ids_TK.where(valid_T[:, None], -1)
     whole = router_sums(probs_TE, logits_TE, ids_TK, valid_T)
-    cuts = [slice(0, 2), slice(2, 2), slice(2, 3), slice(3, 9)]                # one is empty, one is padding alone
+    cuts = [slice(0, 2), slice(2, 2), slice(2, 3), slice(3, 9)]      # one is empty, one is padding alone
     parts = [router_sums(probs_TE[cut], logits_TE[cut], ids_TK[cut], valid_T[cut]) for cut in cuts]
     for name, value in whole._asdict().items():
-        if value is None:                                # sums for every sequence: tests/losses/test_load_balance.py
+        if value is None:                                # of each sequence: tests/losses/test_load_balance.py
             continue
         total = sum(getattr(part, name) for part in parts)
         torch.testing.assert_close(total, value)

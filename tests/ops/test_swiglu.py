@@ -18,7 +18,8 @@ def test_value_and_every_gradient_follow_the_formula(rows, hidden):
     gate, up, w = gate_up.detach()[:, :hidden], gate_up.detach()[:, hidden:], weights_R.detach()[:, None]
     s = 1 / (1 + torch.exp(-gate))
     torch.testing.assert_close(out, gate * s * up * w)
-    torch.testing.assert_close(d_gate_up, torch.cat([grad * up * w * (s + gate * s * (1 - s)), grad * gate * s * w], 1))
+    d_gate, d_up = grad * up * w * (s + gate * s * (1 - s)), grad * gate * s * w
+    torch.testing.assert_close(d_gate_up, torch.cat([d_gate, d_up], 1))
     torch.testing.assert_close(d_weights, (grad * gate * s * up).sum(1))
 
 
@@ -41,14 +42,16 @@ def test_a_float32_weight_is_not_rounded_before_it_is_applied():
     weights_R = torch.rand(64, generator=torch.Generator().manual_seed(1))
     hidden = swiglu(gate_up)
     assert torch.equal(swiglu(gate_up, weights_R), (hidden.float() * weights_R[:, None]).bfloat16())
-    assert not torch.equal(swiglu(gate_up, weights_R), hidden * weights_R.bfloat16()[:, None])    # the input can tell
+    # The input can tell the two apart.
+    assert not torch.equal(swiglu(gate_up, weights_R), hidden * weights_R.bfloat16()[:, None])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_without_autograd_it_is_the_same(dtype):
     generator = torch.Generator().manual_seed(0)
     gate_up = torch.randn(6, 10, generator=generator).to(dtype).requires_grad_()
-    weights_R = torch.rand(6, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    weights_R = torch.rand(6, generator=generator,
+                           dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     weights_R.requires_grad_()
     grad = torch.randn(6, 5, generator=generator).to(dtype)
     out = swiglu(gate_up, weights_R)

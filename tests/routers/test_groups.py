@@ -1,4 +1,4 @@
-"""A token stays inside its best groups of experts, whatever router asks and however negative the scores are."""
+"""A token stays inside its best groups of experts, with any router and however negative the scores are."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CONTEXT = RouterContext()
 
 
 def chosen_by_hand(row: list[float], k: int, num_groups: int, topk_groups: int, summed: int) -> list[int]:
-    """Loops over Python lists: the best groups by the sum of their best scores, then the best experts in them."""
+    """Loop over Python lists: the best groups by the sum of their best scores, then their best experts."""
     size = len(row) // num_groups
     worth = [sum(sorted(row[g * size:(g + 1) * size])[-summed:]) for g in range(num_groups)]
     kept = sorted(range(num_groups), key=lambda g: (-worth[g], g))[:topk_groups]
@@ -31,8 +31,8 @@ def test_the_choice_is_that_of_a_loop(experts, k, num_groups, topk_groups, score
     generator = torch.Generator().manual_seed(experts)
     scores_TE = torch.randn(50, experts, dtype=torch.float64, generator=generator)
     scores_TE = (scores_TE * 2).round() if ties else scores_TE
-    router = GroupLimitedRouter(dim=1, num_experts=experts, top_k=k, num_groups=num_groups, topk_groups=topk_groups,
-                                group_score=score)
+    router = GroupLimitedRouter(dim=1, num_experts=experts, top_k=k, num_groups=num_groups,
+                                topk_groups=topk_groups, group_score=score)
     expected = [chosen_by_hand(row, k, num_groups, topk_groups, summed) for row in scores_TE.tolist()]
     assert router.choose(scores_TE, CONTEXT).tolist() == expected
     assert router.choose(scores_TE[:0], CONTEXT).shape == (0, k)
@@ -45,7 +45,7 @@ def span(ids_TK: Tensor, size: int) -> int:
 @pytest.mark.parametrize("shift", [0.0, -3.0])
 @pytest.mark.parametrize("score", ["top2", "max"])
 def test_no_token_leaves_its_groups(score, shift):
-    """DeepSeek-V3's shape. Where the biased scores are negative, a mask of 0 instead of -inf would win over all of them."""
+    """DeepSeek-V3's shape. Where biased scores are negative, a mask of 0 would outrank them."""
     router = SigmoidRouter(dim=4, num_experts=256, top_k=8, num_groups=8, topk_groups=4, group_score=score)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -68,8 +68,9 @@ def test_a_limit_is_felt():
 
 
 def test_softmax_weights_of_deepseek_v2():
-    """160 experts in 8 groups, 3 of them, 6 experts; raw probabilities times 16; the statistics know no groups."""
-    router = TopKRouter(dim=5, num_experts=160, top_k=6, weights="raw", scale=16.0, num_groups=8, topk_groups=3).double()
+    """6 of 160 experts in 3 of 8 groups; raw probabilities times 16; the statistics know no groups."""
+    router = TopKRouter(dim=5, num_experts=160, top_k=6, weights="raw", scale=16.0, num_groups=8,
+                        topk_groups=3).double()
     generator = torch.Generator().manual_seed(0)
     torch.nn.init.normal_(router.weight, generator=generator)
     x_TD = torch.randn(40, 5, dtype=torch.float64, generator=generator).requires_grad_()
@@ -86,7 +87,8 @@ def test_softmax_weights_of_deepseek_v2():
 
 @pytest.mark.parametrize("model", ["deepseek_v2", "deepseek_v2_lite", "deepseek_v3"])
 def test_the_router_that_a_model_names_fits_it(model):
-    (line,) = [line for line in (config_dir() / "model" / f"{model}.yaml").read_text().splitlines() if "Its router:" in line]
+    (line,) = [line for line in (config_dir() / "model" / f"{model}.yaml").read_text().splitlines()
+               if "Its router:" in line]
     config = compose([f"model={model}", *line.partition("Its router: ")[2].rstrip(".").split()])
     groups = config.router["num_groups"], config.router["topk_groups"]
     assert groups == {"deepseek_v2": (8, 3), "deepseek_v2_lite": (1, 1), "deepseek_v3": (8, 4)}[model]

@@ -33,7 +33,8 @@ def tokens(count: int, seed: int = 1) -> Tensor:
 
 def context(count: int, first: int = 0, **fields) -> RouterContext:
     numbers_T = torch.arange(first, first + count)
-    return RouterContext(step=1, router="layers.0.moe", sample_ids_T=numbers_T // 4, positions_T=numbers_T % 4, **fields)
+    return RouterContext(step=1, router="layers.0.moe", sample_ids_T=numbers_T // 4,
+                         positions_T=numbers_T % 4, **fields)
 
 
 @every_router
@@ -43,12 +44,14 @@ def test_a_decision_is_well_formed(option, overrides):
         routing = router.route(tokens(count), context(count))
         ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
         assert ids_TK.shape == weights_TK.shape == (count, router.max_slots()) and ids_TK.dtype == torch.int64
-        assert ((ids_TK >= -1) & (ids_TK < E)).all() and weights_TK.isfinite().all() and weights_TK.dtype == torch.float64
+        assert ((ids_TK >= -1) & (ids_TK < E)).all()
+        assert weights_TK.isfinite().all() and weights_TK.dtype == torch.float64
         assert not weights_TK[ids_TK < 0].any() and (ids_TK >= 0).sum() <= routing.max_rows
         for row in ids_TK.tolist():
             used = [expert for expert in row if expert >= 0]
             assert row[:len(used)] == used and len(set(used)) == len(used)
-        assert routing.stats.counts_E.sum() == routing.stats.active_sum == (ids_TK >= 0).sum() and routing.stats.dropped == 0
+        assert routing.stats.counts_E.sum() == routing.stats.active_sum == (ids_TK >= 0).sum()
+        assert routing.stats.dropped == 0
 
 
 @every_router
@@ -61,7 +64,8 @@ def test_a_token_alone_decides_as_in_a_batch_and_sums_add_up(option, overrides):
     for pieces in (parts, singles):
         assert torch.cat([piece.ids_TK for piece in pieces]).equal(together.ids_TK)
         torch.testing.assert_close(torch.cat([piece.weights_TK for piece in pieces]), together.weights_TK)
-        for name, total in ((name, total) for name, total in together.stats._asdict().items() if total is not None):
+        totals = {name: total for name, total in together.stats._asdict().items() if total is not None}
+        for name, total in totals.items():
             torch.testing.assert_close(sum(getattr(piece.stats, name) for piece in pieces), total, msg=name)
 
 
@@ -83,7 +87,8 @@ def test_experts_may_be_named_in_any_order(option):
     router, renamed = router_of(option, []), router_of(option, [])
     order = torch.randperm(E, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for ours, its in zip((*renamed.parameters(), *renamed.buffers()), (*router.parameters(), *router.buffers())):
+        for ours, its in zip((*renamed.parameters(), *renamed.buffers()),
+                             (*router.parameters(), *router.buffers())):
             ours.copy_(its[order])
     ours, its = renamed.route(tokens(20), context(20)), router.route(tokens(20), context(20))
     assert order[ours.ids_TK].equal(its.ids_TK)

@@ -1,4 +1,4 @@
-"""Sigmoid routing: the bias chooses and nothing else, follows the load of whole steps, and is the same everywhere."""
+"""Sigmoid routing: the bias only chooses, follows the load of whole steps, and is the same everywhere."""
 
 import pytest
 import torch
@@ -14,12 +14,14 @@ from tests.support.oracle import oracle_loss
 from tests.support.training import Trained, difference, make_run, snapshot, union, whole
 
 CONTEXT = RouterContext()
-OVERRIDES = ["router=sigmoid", "router.scale=2.5", "router.update_rate=0.05", "balance.weight=0.01", "run.dtype=float64",
+OVERRIDES = ["router=sigmoid", "router.scale=2.5", "router.update_rate=0.05", "balance.weight=0.01",
+             "run.dtype=float64",
              "data.min_length=0.2"]
 GROUPED = ["router.num_groups=4", "router.topk_groups=2"]
 
 
-def router_of(*, experts: int = 6, k: int = 2, dtype: torch.dtype = torch.float64, **arguments) -> SigmoidRouter:
+def router_of(*, experts: int = 6, k: int = 2, dtype: torch.dtype = torch.float64,
+              **arguments) -> SigmoidRouter:
     router = SigmoidRouter(dim=3, num_experts=experts, top_k=k, **arguments).to(dtype)
     with torch.no_grad():
         router.weight.copy_(torch.randn(experts, 3, generator=torch.Generator().manual_seed(0)))
@@ -51,7 +53,8 @@ def test_weights_and_their_gradients_follow_the_convention(weights, count):
     torch.testing.assert_close(routing.weights_TK, weights_TK)
     torch.testing.assert_close(routing.stats.prob_sum_E, (scores_TE / scores_TE.sum(1, keepdim=True)).sum(0))
     scale_TK = torch.randn(count, 2, dtype=torch.float64)
-    ours, truth = (torch.autograd.grad(w, (x_TD, router.weight), scale_TK) for w in (routing.weights_TK, weights_TK))
+    ours, truth = (torch.autograd.grad(w, (x_TD, router.weight), scale_TK)
+                   for w in (routing.weights_TK, weights_TK))
     torch.testing.assert_close(ours, truth)
 
 
@@ -63,9 +66,11 @@ def test_a_bias_changes_who_is_chosen_and_not_the_weights_of_a_choice():
     scores_TE = plain.logits(x_TD).sigmoid()
     same_T = (before.ids_TK.sort(1).values == after.ids_TK.sort(1).values).all(1)
     assert 0 < same_T.sum() < 40
-    gates = [torch.zeros(40, 6, dtype=torch.float64).scatter(1, r.ids_TK, r.weights_TK) for r in (before, after)]
+    gates = [torch.zeros(40, 6, dtype=torch.float64).scatter(1, r.ids_TK, r.weights_TK)
+             for r in (before, after)]
     torch.testing.assert_close(gates[1][same_T], gates[0][same_T])
-    raw_TK = gather_weights(scores_TE, after.ids_TK)                 # and where the choice differs, the scores weigh it
+    # Where the choice differs, the scores weigh it.
+    raw_TK = gather_weights(scores_TE, after.ids_TK)
     torch.testing.assert_close(after.weights_TK, 2.5 * raw_TK / raw_TK.sum(1, keepdim=True))
 
 
@@ -87,7 +92,8 @@ def test_padding_chooses_nothing_and_leaves_no_trace(dtype):
     assert (routing.ids_TK[~valid_T] == -1).all() and not routing.weights_TK[~valid_T].any()
     for ours, its in zip(routing.stats, alone_.stats):
         torch.testing.assert_close(ours, its)
-    (gradient_TD,) = torch.autograd.grad((routing.weights_TK * 1e6).square().sum() + routing.stats.prob_sum_E[0], x_TD)
+    value = (routing.weights_TK * 1e6).square().sum() + routing.stats.prob_sum_E[0]
+    (gradient_TD,) = torch.autograd.grad(value, x_TD)
     assert gradient_TD.isfinite().all() and not gradient_TD[~valid_T].any()
 
 
@@ -117,33 +123,39 @@ def test_an_update_moves_every_bias_by_the_rate_against_its_load():
 def test_a_bias_of_micro_batches_moves_by_the_mean_of_their_leans():
     router = router_of(experts=4, update_rate=0.25, counts="micro", centre=False)
     assert router.wants_leans and not router_of(experts=4).wants_leans
-    leans_E = torch.stack([lean(torch.tensor(counts)) for counts in ([3, 1, 2, 2], [0, 0, 0, 8])]).double().mean(0)
+    leans_E = torch.stack([lean(torch.tensor(counts))
+                           for counts in ([3, 1, 2, 2], [0, 0, 0, 8])]).double().mean(0)
     assert leans_E.tolist() == [0.0, 1.0, 0.5, -0.5]
     router.end_of_step(torch.tensor([3, 1, 2, 10]), leans_E)
     assert router.bias.tolist() == [0.0, 0.25, 0.125, -0.125]
 
 
 def test_a_centred_bias_has_mean_zero_and_makes_the_same_choices():
-    plain, centred = router_of(experts=4, update_rate=0.25, centre=False), router_of(experts=4, update_rate=0.25)
+    plain = router_of(experts=4, update_rate=0.25, centre=False)
+    centred = router_of(experts=4, update_rate=0.25)
     for counts in ([9, 1, 1, 1], [1, 9, 1, 1], [9, 1, 1, 1]):
         for router in (plain, centred):
             router.end_of_step(torch.tensor(counts))
-    assert plain.bias.tolist() == [-0.25, 0.25, 0.75, 0.75] and centred.bias.tolist() == [-0.625, -0.125, 0.375, 0.375]
+    assert plain.bias.tolist() == [-0.25, 0.25, 0.75, 0.75]
+    assert centred.bias.tolist() == [-0.625, -0.125, 0.375, 0.375]
     assert plain.route(tokens(50), CONTEXT).ids_TK.equal(centred.route(tokens(50), CONTEXT).ids_TK)
 
 
 def test_biases_that_drift_together_cost_no_choice_in_float32():
-    """Updates, each with another expert overloaded, move all biases beyond 140, where float32 has steps of 1.5e-5."""
+    """Each update overloads another expert: all biases move beyond 140, where float32 has steps of 1.5e-5."""
     exact = router_of(experts=16, update_rate=0.25, centre=False)
-    drifting, ours = (router_of(experts=16, update_rate=0.25, dtype=torch.float32, **given) for given in ({"centre": False}, {}))
+    drifting, ours = (router_of(experts=16, update_rate=0.25, dtype=torch.float32, **given)
+                      for given in ({"centre": False}, {}))
     for update in range(645):
         counts_E = torch.ones(16, dtype=torch.int64)
         counts_E[update % 16] = 100
         for router in (exact, drifting, ours):
             router.end_of_step(counts_E)
-    assert exact.bias.mean() > 140 and drifting.bias.double().equal(exact.bias) and ours.bias.mean().abs() < 1e-6
+    assert exact.bias.mean() > 140 and drifting.bias.double().equal(exact.bias)
+    assert ours.bias.mean().abs() < 1e-6
     scores_TE = torch.rand(100_000, 16, generator=torch.Generator().manual_seed(3))
-    truth_TK, of_drifting_TK, of_ours_TK = (router.choose(scores_TE + router.bias, CONTEXT) for router in (exact, drifting, ours))
+    truth_TK, of_drifting_TK, of_ours_TK = (router.choose(scores_TE + router.bias, CONTEXT)
+                                            for router in (exact, drifting, ours))
     assert (of_drifting_TK != truth_TK).any() and of_ours_TK.equal(truth_TK)
 
 
@@ -158,7 +170,8 @@ def test_a_rate_of_zero_and_a_loss_leave_the_bias_alone():
 def test_skewed_scores_are_evened_out_over_updates(groups):
     router = router_of(experts=16, k=2, update_rate=0.002, **groups)
     generator = torch.Generator().manual_seed(5)
-    scores_TE = (torch.randn(512, 16, dtype=torch.float64, generator=generator) + torch.linspace(-2, 2, 16)).sigmoid()
+    logits_TE = torch.randn(512, 16, dtype=torch.float64, generator=generator) + torch.linspace(-2, 2, 16)
+    scores_TE = logits_TE.sigmoid()
     ratios = []
     for _ in range(200):
         counts_E = count_ids(router.choose(scores_TE + router.bias, CONTEXT), 16)
@@ -170,18 +183,21 @@ def test_skewed_scores_are_evened_out_over_updates(groups):
 
 
 def test_the_bias_is_as_wide_as_the_router():
-    for dtype, stored in (("float32", torch.float32), ("bfloat16", torch.float32), ("float64", torch.float64)):
+    for dtype, stored in (("float32", torch.float32), ("bfloat16", torch.float32),
+                          ("float64", torch.float64)):
         run = make_run(["router=sigmoid", f"run.dtype={dtype}"])
         found = biases_of(run)
         assert set(found) == {"layers.0.moe", "layers.1.moe"}
-        assert all(bias.dtype == stored and not bias.any() for bias in found.values())     # memory is given later: zeroed
+        # Memory is allocated after construction, and zeroed then.
+        assert all(bias.dtype == stored and not bias.any() for bias in found.values())
 
 
 # --- training
 
 
 def biases_of(run) -> dict[str, Tensor]:
-    return {block.moe.name: block.moe.router.bias.clone() for block in run.state.model.layers if block.moe is not None}
+    return {block.moe.name: block.moe.router.bias.clone() for block in run.state.model.layers
+            if block.moe is not None}
 
 
 def train(overrides: list[str], steps: int) -> tuple[Trained, list[dict[str, Tensor]]]:
@@ -207,12 +223,15 @@ def test_a_step_gives_what_the_oracle_gives(groups, oracle, gate):
     params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in start.items()}
     batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)]
     total, ce, balance, counts = oracle_loss(
-        params, batches, balance_weight=0.01, z_weight=0.01, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, top_k=2,
-        num_experts=8, sigmoid=True, scale=2.5, gate=gate, groups=oracle, bias={0: biases(8, 0.1), 1: biases(8, 1.1)})
+        params, batches, balance_weight=0.01, z_weight=0.01, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=4, top_k=2, num_experts=8, sigmoid=True, scale=2.5, gate=gate, groups=oracle,
+        bias={0: biases(8, 0.1), 1: biases(8, 1.1)})
     total.backward()
     result = train_step(run, 1)
-    ours = {name.removesuffix(".weight"): gradient for name, gradient in whole([snapshot(run, lambda p: p.grad)]).items()}
-    error, name = difference(ours, {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()})
+    ours = {name.removesuffix(".weight"): gradient
+            for name, gradient in whole([snapshot(run, lambda p: p.grad)]).items()}
+    theirs = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()}
+    error, name = difference(ours, theirs)
     assert error < 1e-10, (name, error)
     for key, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):
         assert abs(result.metrics[key] - value.item()) < 1e-10, key

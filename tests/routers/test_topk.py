@@ -10,7 +10,8 @@ from moetrain.routers.topk import TopKRouter
 CONTEXT = RouterContext()
 
 
-def router_of(weights: str = "renorm", *, experts: int = 6, k: int = 2, dtype: torch.dtype = torch.float64) -> TopKRouter:
+def router_of(weights: str = "renorm", *, experts: int = 6, k: int = 2,
+              dtype: torch.dtype = torch.float64) -> TopKRouter:
     router = TopKRouter(dim=3, num_experts=experts, top_k=k, weights=weights).to(dtype)
     with torch.no_grad():
         router.weight.copy_(torch.randn(experts, 3, generator=torch.Generator().manual_seed(0)))
@@ -39,7 +40,8 @@ def test_weights_and_their_gradients_follow_the_convention(weights, count):
     assert routing.ids_TK.equal(ids_TK) and routing.max_rows == 2 * count
     torch.testing.assert_close(routing.weights_TK, weights_TK)
     scale_TK = torch.randn(count, 2, dtype=torch.float64)
-    ours, truth = (torch.autograd.grad(w, (x_TD, router.weight), scale_TK) for w in (routing.weights_TK, weights_TK))
+    ours, truth = (torch.autograd.grad(w, (x_TD, router.weight), scale_TK)
+                   for w in (routing.weights_TK, weights_TK))
     torch.testing.assert_close(ours, truth)
 
 
@@ -73,7 +75,8 @@ def test_padding_chooses_nothing_and_leaves_no_trace(weights, dtype):
         torch.testing.assert_close(ours, its)
     # The gradient that reaches a padding slot is not zero here, and yet goes nowhere.
     scale_TK = torch.randn(5, 2, dtype=dtype)
-    ours, its = (torch.autograd.grad((r.weights_TK * s).sum() + r.stats.prob_sum_E[0] + r.stats.lse2_sum, (x_TD, router.weight))
+    ours, its = (torch.autograd.grad((r.weights_TK * s).sum() + r.stats.prob_sum_E[0] + r.stats.lse2_sum,
+                                     (x_TD, router.weight))
                  for r, s in ((routing, scale_TK), (alone, scale_TK[valid_T])))
     assert not ours[0][~valid_T].any() and ours[0].isfinite().all()
     torch.testing.assert_close(ours, its)
