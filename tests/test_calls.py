@@ -77,7 +77,7 @@ def test_what_looks_alike_is_allowed(module: str, source: str) -> None:
 READERS = ("checkpoint", "comm", "data", "generate", "interop", "launch", "report", "runs", "train")
 # Files that no user makes: of the kernel, of installed packages, and new ones that must not exist.
 OTHER_FILES = {"moetrain.launch.ranks_of_agent", "moetrain.runs.attempts", "moetrain.runs.lock",
-               "moetrain.data.corpus", "moetrain.checkpoint.disk"}
+               "moetrain.data.corpus.builtin", "moetrain.checkpoint.disk"}
 OPENERS = {"read_text", "read_bytes", "write_text", "write_bytes",
            "memmap", "fromfile", "safe_open", "load_file"}
 

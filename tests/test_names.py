@@ -10,8 +10,8 @@ import pytest
 
 from moetrain.config.compose import compose
 from moetrain.config.rules.run import run_name
-from moetrain.data.prepare import prepare
-from moetrain.data.prepared import open_prepared
+from moetrain.data.preparation.prepare import prepare
+from moetrain.data.preparation.prepared_dataset import open_prepared
 from moetrain.errors import ConfigErrors
 from moetrain.train.loggers.console import Console, connect_logging, eval_line
 from moetrain.train.loop import train

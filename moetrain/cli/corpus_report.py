@@ -6,8 +6,8 @@ from typing import Any
 
 from moetrain.cli.inspect import table
 from moetrain.config.schema import Config
-from moetrain.data.account import HELD, FileEntry, FileLedger, plain
-from moetrain.data.account_text import formats_text, reasons, splits_text, text_lines
+from moetrain.data.account.ledgers import HELD, FileEntry, FileLedger, plain
+from moetrain.data.account.text import formats_text, reasons, splits_text, text_lines
 from moetrain.data.inspection import Inspection
 from moetrain.errors import CONTINUED
 from moetrain.files import shown

@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
 def prepare(config: Config) -> int:
     if config.data.kind not in ("text", "tokens"):
         raise _nothing_to(config, "prepare", "only text is turned into tokens")
-    from moetrain.data.prepare import prepare_from_config
+    from moetrain.data.preparation.prepare import prepare_from_config
     from moetrain.train.loggers.prepare_progress import Preparing
 
     with _logged(), Preparing(bar=config.log.progress) as progress:     # what was found, and how much of it is held out

@@ -84,7 +84,7 @@ def _ngrams(config: Config, found: "Evaluated") -> dict[str, list[float]]:
     """Nats per byte by domain, and for their mean; empty when not asked for."""
     if config.eval.ngram < 0:
         return {}
-    from moetrain.data.token_dataset import TokenDataset
+    from moetrain.data.batches.token_dataset import TokenDataset
     from moetrain.report.ngram import mean_over_domains, witten_bell
 
     dataset = found.dataset

@@ -6,9 +6,9 @@ from typing import Any
 from moetrain.cli.corpus_report import MOST_ROWS, document_lines, left_out, record_of, rest
 from moetrain.cli.inspect import table
 from moetrain.config.schema import Config
-from moetrain.data.account import HELD, FileLedger
+from moetrain.data.account.ledgers import HELD, FileLedger
 from moetrain.data.inspection import Inspection
-from moetrain.data.token_account import TokenEntry
+from moetrain.data.pretokenized.account import TokenEntry
 from moetrain.files import shown
 from moetrain.units import count
 

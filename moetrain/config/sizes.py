@@ -162,7 +162,7 @@ def _casts(config: Config, parameters: Parameters, item: int) -> int:
 
 
 def _on_host(config: Config, ranks: int) -> int:
-    """Ids of this rank's part of a step: id, target and mask of every token (data/batch.py); and what generated data needs."""
+    """Ids of this rank's part of a step: id, target and mask of every token (data/batches/batch.py); and what generated data needs."""
     train, data = config.train, config.data
     made = 8 * (data.vocab_size + data.num_domains + config.eval.windows) if data.kind == "synthetic" else 0
     return train.global_batch // ranks * train.seq_len * 17 + made

@@ -1,6 +1,6 @@
 """What a corpus is, before anything is prepared: the account, its domains, an estimate of its tokens, three documents.
 
-It is read as `prepare` reads it (selection.py) and nothing is written: texts of compressed files and of records pass through
+It is read as `prepare` reads it (data/corpus/selection.py) and nothing is written: texts of compressed files and of records pass through
 a nameless temporary file. Tokens are counted of a sample, chosen by the hash of documents, so twice the same.
 """
 
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrain.config.schema import Config
-from moetrain.data.account import FileLedger
-from moetrain.data.by_fingerprint import prepared_place
-from moetrain.data.documents import Document, Part, Parts
-from moetrain.data.records import reading_of
-from moetrain.data.selection import Progress, Selection, find_source, left_out_error, select
-from moetrain.data.split import exact
-from moetrain.data.spool import Spool
-from moetrain.data.text import character_start
-from moetrain.data.tokenizer import Tokenizer, configured_tokenizer
+from moetrain.data.account.ledgers import FileLedger
+from moetrain.data.corpus.selection import Progress, Selection, find_source, left_out_error, select
+from moetrain.data.corpus.split import exact
+from moetrain.data.preparation.by_fingerprint import prepared_place
+from moetrain.data.reading.documents import Document, Part, Parts
+from moetrain.data.reading.records import reading_of
+from moetrain.data.reading.spool import Spool
+from moetrain.data.reading.text_blocks import character_start
+from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
 
 SHOWN = 3                           # documents

@@ -10,16 +10,16 @@ import numpy as np
 
 from moetrain.config.build import part
 from moetrain.config.schema import Config, DataConfig
-from moetrain.data.batch import Batch, Dataset
-from moetrain.data.by_fingerprint import prepared_place
-from moetrain.data.memmap import open_memmap
-from moetrain.data.prepare import tokens_path
-from moetrain.data.prepared import Prepared, open_prepared
-from moetrain.data.synthetic import SyntheticDataset
-from moetrain.data.token_account import TokenAccount
-from moetrain.data.token_dataset import TokenDataset
-from moetrain.data.token_files import TokenFiles
-from moetrain.data.token_indexes import TokenIndexes
+from moetrain.data.batches.batch import Batch, Dataset
+from moetrain.data.batches.synthetic import SyntheticDataset
+from moetrain.data.batches.token_dataset import TokenDataset
+from moetrain.data.preparation.by_fingerprint import prepared_place
+from moetrain.data.preparation.prepare import tokens_path
+from moetrain.data.preparation.prepared_dataset import Prepared, open_prepared
+from moetrain.data.pretokenized.account import TokenAccount
+from moetrain.data.pretokenized.memmap import open_memmap
+from moetrain.data.pretokenized.token_files import TokenFiles
+from moetrain.data.pretokenized.token_indexes import TokenIndexes
 from moetrain.errors import DataError
 
 __all__ = ["Batch", "Dataset", "Loader", "SyntheticDataset", "TokenDataset", "build_dataset", "open_tokens", "token_dataset"]

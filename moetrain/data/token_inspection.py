@@ -1,7 +1,7 @@
 """What data that is tokens already holds, before anything is trained on it: the account of data/inspection.py, of token files.
 
 The files are opened as training opens them, so that every error is one of training. Nothing is written; indexes that an earlier
-start has kept are used (data/token_indexes.py).
+start has kept are used (data/pretokenized/token_indexes.py).
 """
 
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from moetrain.config.schema import Config
-from moetrain.data.account import HELD, TRAINED
-from moetrain.data.by_fingerprint import prepared_place
+from moetrain.data.account.ledgers import HELD, TRAINED
+from moetrain.data.batches.token_dataset import TokenDataset
+from moetrain.data.corpus.selection import Progress
 from moetrain.data.inspection import SHOWN, SHOWN_TOKENS, Inspection
 from moetrain.data.loader import open_tokens, token_dataset
-from moetrain.data.prepared import DESCRIPTION, Prepared, TokenStream, total
-from moetrain.data.selection import Progress
-from moetrain.data.token_account import TokenAccount
-from moetrain.data.token_dataset import TokenDataset
-from moetrain.data.token_files import FileStream, TokenFiles
-from moetrain.data.token_indexes import TokenIndexes
-from moetrain.data.tokenizer import Tokenizer
-from moetrain.data.tokens import open_shard
+from moetrain.data.preparation.by_fingerprint import prepared_place
+from moetrain.data.preparation.prepared_dataset import DESCRIPTION, Prepared, TokenStream, total
+from moetrain.data.pretokenized.account import TokenAccount
+from moetrain.data.pretokenized.token_files import FileStream, TokenFiles
+from moetrain.data.pretokenized.token_indexes import TokenIndexes
+from moetrain.data.tokenizers.tokenizer import Tokenizer
+from moetrain.data.tokens.shards import open_shard
 from moetrain.errors import DataError
 
 Stream = TokenStream | FileStream

@@ -9,7 +9,7 @@ The prompt is decoded for its end alone: it is never part of what is given out.
 import codecs
 from collections.abc import Sequence
 
-from moetrain.data.tokenizer import Tokenizer
+from moetrain.data.tokenizers.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

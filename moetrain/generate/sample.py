@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import largest_over
-from moetrain.data.tokenizer import Tokenizer
+from moetrain.data.tokenizers.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.files import shown
 from moetrain.generate.cache import KeyValueCache

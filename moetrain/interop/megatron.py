@@ -5,15 +5,15 @@
 A dataset is a domain; in a folder of several, each is one, by the name of its files. data.path also takes what Megatron's
 --data-path takes (`megatron_blend.py`): several prefixes, and before each the share of the samples that comes from it.
 Documents lie end to end as the preprocessing wrote them: an end-of-document id is where it put one, none is added. The index
-is read by Megatron's own `IndexedDataset` (`megatron_index.py`), the tokens by `data/token_blocks.py`; windows, order and sample
+is read by Megatron's own `IndexedDataset` (`megatron_index.py`), the tokens by `data/tokens/blocks.py`; windows, order and sample
 ids are those of data=tokens. Both files of a dataset are read whole once, and known by an index of our own from then on
-(`data/token_indexes.py`).
+(`data/pretokenized/token_indexes.py`).
 
 Held out is data.held_out, else what a folder calls `valid` beside `train`, else a share of the documents of each domain (one
 in 20), chosen by a permutation keyed by the domain's content; where a domain has too few documents for that, each of them
 gives up that share of its tokens, the last. Duplicates are not looked for.
 
-What the documents end in is looked at (`data/end_token.py`): almost all of them end in the id that --append-eod wrote.
+What the documents end in is looked at (`data/pretokenized/end_token.py`): almost all of them end in the id that --append-eod wrote.
 """
 
 import logging
@@ -25,15 +25,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrain.data.account import HELD, HELD_OUT, TRAINED
-from moetrain.data.end_token import Endings, closing_id, open_tokenizer
-from moetrain.data.file_names import by_name
-from moetrain.data.given_splits import TEST, TRAIN, VALID, without_split
-from moetrain.data.permutation import permutation
-from moetrain.data.split import exact
-from moetrain.data.token_account import TokenAccount, split_reason
-from moetrain.data.token_files import SHARE, Member, TokenFile, TokenFiles, open_files, refuse_leak, say_twice
-from moetrain.data.token_indexes import TokenIndexes, Wanted
+from moetrain.data.account.ledgers import HELD, HELD_OUT, TRAINED
+from moetrain.data.batches.permutation import permutation
+from moetrain.data.corpus.given_splits import TEST, TRAIN, VALID, without_split
+from moetrain.data.corpus.split import exact
+from moetrain.data.pretokenized.account import TokenAccount, split_reason
+from moetrain.data.pretokenized.end_token import Endings, closing_id, open_tokenizer
+from moetrain.data.pretokenized.file_names import by_name
+from moetrain.data.pretokenized.token_files import (
+    SHARE,
+    Member,
+    TokenFile,
+    TokenFiles,
+    open_files,
+    refuse_leak,
+    say_twice,
+)
+from moetrain.data.pretokenized.token_indexes import TokenIndexes, Wanted
 from moetrain.errors import DataError
 from moetrain.files import shown
 from moetrain.interop.megatron_blend import parse_blend

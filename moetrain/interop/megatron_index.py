@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetrain.data.token_index import Ending, Report, TokenIndex, read_once
+from moetrain.data.tokens.index import Ending, Report, TokenIndex, read_once
 from moetrain.errors import DataError
 from moetrain.files import open_regular, reason
 

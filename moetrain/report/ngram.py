@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrain.data.prepared import TokenStream
-from moetrain.data.token_dataset import TokenDataset
+from moetrain.data.batches.token_dataset import TokenDataset
+from moetrain.data.preparation.prepared_dataset import TokenStream
 
 _CHUNK = 1 << 22
 _LARGEST = (1 << 63) - 1

@@ -11,7 +11,7 @@ import torch
 from moetrain import __version__
 from moetrain.comm.device import unused_gpu
 from moetrain.config.schema import CheckpointConfig
-from moetrain.data.account_text import left_out_line
+from moetrain.data.account.text import left_out_line
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings

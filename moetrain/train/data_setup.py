@@ -5,12 +5,12 @@ from pathlib import Path
 from moetrain.comm.agreement import all_or_none, from_first, on_first, told_by_first
 from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import Config
-from moetrain.data.batch import Dataset
-from moetrain.data.by_fingerprint import prepared_place
+from moetrain.data.batches.batch import Dataset
 from moetrain.data.loader import TOKEN_FILES, build_dataset
-from moetrain.data.prepare import prepare_from_config
-from moetrain.data.token_indexes import TokenIndexes
-from moetrain.data.tokenizer import Tokenizer
+from moetrain.data.preparation.by_fingerprint import prepared_place
+from moetrain.data.preparation.prepare import prepare_from_config
+from moetrain.data.pretokenized.token_indexes import TokenIndexes
+from moetrain.data.tokenizers.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.train.loggers.prepare_progress import Preparing
 
@@ -34,7 +34,7 @@ def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: T
 def open_on_ranks(config: Config, directory: Path, mesh: Mesh, prepared: Path | None, *, trains: bool = True) -> Dataset:
     """The dataset of a config, on all ranks or on none. Collective.
 
-    Files of another program are read whole by rank 0 alone; the others wait, and take what it has found (data/token_indexes.py).
+    Files of another program are read whole by rank 0 alone; the others wait, and take what it has found (data/pretokenized/token_indexes.py).
 
     prepared, trains: see build_dataset.
     """

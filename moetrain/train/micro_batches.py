@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
 from moetrain.model.activation_checkpointing import Kept

@@ -17,7 +17,7 @@ from moetrain.comm.mesh import Mesh, build_mesh, connect, mesh_sizes
 from moetrain.config.build import build
 from moetrain.config.schema import Config
 from moetrain.config.size_check import too_full, too_large
-from moetrain.data.batch import Dataset
+from moetrain.data.batches.batch import Dataset
 from moetrain.data.loader import Loader
 from moetrain.errors import ConfigError
 from moetrain.model.build import build_model, compute_dtype

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from moetrain.comm.agreement import fail_together
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import gather_to_first, sum_over
-from moetrain.data.batch import Batch, padding
+from moetrain.data.batches.batch import Batch, padding
 from moetrain.errors import DataError, NonFiniteError
 from moetrain.parallel.grad_norm import global_norm, scale_gradients
 from moetrain.train.memory.device_memory import peak_memory

@@ -2,7 +2,7 @@
 
 hypothesis draws trees (tests/support/random_corpora.py): formats, compressions, encodings, byte order marks, keys of records,
 separators, duplicates, splits that are there, data.held_out, hidden files, what moetrain wrote itself, what is no text. They are
-prepared through the command, decoded by tests/data/prepared_reader.py, and compared with what was written.
+prepared through the command, decoded by tests/support/prepared_reader.py, and compared with what was written.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 
 from moetrain.__main__ import main
 from moetrain.cli import data
-from tests.data.prepared_reader import StoredDataset, read_dataset
 from tests.support.corpus_files import REPLACED, SourceFile
+from tests.support.prepared_reader import StoredDataset, read_dataset
 from tests.support.random_corpora import Corpus, corpora
 
 FORMATS = {"JSON as text": "text", "JSON lines": "JSON", "JSON array": "JSON", "JSON objects": "JSON"}

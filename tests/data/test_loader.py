@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from moetrain.config.schema import Config, DataConfig, RunConfig, TrainConfig
-from moetrain.data.batch import HELDOUT_IDS
+from moetrain.data.batches.batch import HELDOUT_IDS
 from moetrain.data.loader import Batch, Dataset, Loader, SyntheticDataset, TokenDataset, build_dataset
-from moetrain.data.prepared import Prepared, open_prepared, write_description
-from moetrain.data.split_writer import SplitWriter
+from moetrain.data.preparation.prepared_dataset import Prepared, open_prepared, write_description
+from moetrain.data.preparation.split_writer import SplitWriter
 from moetrain.errors import DataError
 
 DOMAINS = ("big", "small")

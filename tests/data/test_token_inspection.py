@@ -10,8 +10,8 @@ from tokenizers import ByteLevelBPETokenizer
 from moetrain.__main__ import main
 from moetrain.config.compose import compose
 from moetrain.data.loader import TokenDataset, build_dataset
-from moetrain.data.prepare import prepare
-from moetrain.data.token_indexes import TokenIndexes
+from moetrain.data.preparation.prepare import prepare
+from moetrain.data.pretokenized.token_indexes import TokenIndexes
 from tests.support import needs
 from tests.support.indexed_data import build
 from tests.support.opened_files import opened_files

@@ -144,7 +144,7 @@ def test_checkpoints_are_as_documented(run_dir: Path) -> None:
 
 
 def test_prepared_data_is_as_documented(tmp_path: Path) -> None:
-    from moetrain.data.prepare import prepare
+    from moetrain.data.preparation.prepare import prepare
 
     (tmp_path / "text").mkdir()
     for number in range(3):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as Library, decoders, models, normalizers, pre_tokenizers, trainers
 
-from moetrain.data.tokenizer import Tokenizer, load_tokenizer
+from moetrain.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from moetrain.generate.characters import REPLACEMENT, Characters
 
 TEXT = ["the cat sat on the mat, and the dog ran after the cat. ", "über Straße fährt ein Wagen. "] * 30

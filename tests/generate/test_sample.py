@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetrain.data.tokenizer import ByteTokenizer
+from moetrain.data.tokenizers.tokenizer import ByteTokenizer
 from moetrain.generate.sample import continue_text, draw, nucleus
 from tests.support.training import make_run
 

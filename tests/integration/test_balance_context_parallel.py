@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moetrain.comm.mesh import Group, build_mesh
 from moetrain.config.compose import compose
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.model.attention import Attention, rotary_table
 from moetrain.train import micro_batches as passes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.reduce import sum_over
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.errors import NonFiniteError
 from moetrain.routers import base

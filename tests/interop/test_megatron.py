@@ -16,11 +16,11 @@ needs.module("megatron.core", extra="megatron")
 
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
-from moetrain.data.batch import HELDOUT_IDS
-from moetrain.data.corpus import builtin_documents
+from moetrain.data.batches.batch import HELDOUT_IDS
+from moetrain.data.batches.token_dataset import TokenDataset
+from moetrain.data.corpus.builtin import builtin_documents
 from moetrain.data.loader import Loader, build_dataset
-from moetrain.data.token_dataset import TokenDataset
-from moetrain.data.tokenizer import ByteTokenizer
+from moetrain.data.tokenizers.tokenizer import ByteTokenizer
 from moetrain.errors import DataError
 from tests.support.command_line import DEBUG, environment, numbers, weights
 from tests.support.indexed_data import build, numbered

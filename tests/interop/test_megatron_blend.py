@@ -11,8 +11,8 @@ from tests.support import needs
 needs.module("megatron.core", extra="megatron")
 
 from moetrain.config.compose import compose
+from moetrain.data.batches.token_dataset import TokenDataset
 from moetrain.data.loader import build_dataset
-from moetrain.data.token_dataset import TokenDataset
 from moetrain.errors import DataError
 from moetrain.interop.megatron_blend import parse_blend
 from tests.support.indexed_data import build, numbered

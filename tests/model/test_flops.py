@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
 from moetrain.config.compose import compose
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.model.build import build_model
 from moetrain.model.flops import named_peak, training_flops
 from moetrain.train import setup

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrain.data.prepared import open_prepared, write_description
-from moetrain.data.split_writer import SplitWriter
-from moetrain.data.token_dataset import TokenDataset
+from moetrain.data.batches.token_dataset import TokenDataset
+from moetrain.data.preparation.prepared_dataset import open_prepared, write_description
+from moetrain.data.preparation.split_writer import SplitWriter
 from moetrain.report import ngram
 from moetrain.report.ngram import mean_over_domains, witten_bell
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-from moetrain.data.tokenizer import ByteTokenizer
+from moetrain.data.tokenizers.tokenizer import ByteTokenizer
 from moetrain.generate.sample import continue_text
 from moetrain.train.checkpoint.snapshot import take
 from moetrain.train.evaluation.evaluate import evaluate

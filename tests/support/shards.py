@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.data.tokens import token_dtype, write_shard
+from moetrain.data.tokens.shards import token_dtype, write_shard
 
 
 def write_documents(path: Path, documents: Sequence[np.ndarray], *, vocab_size: int, **rest: object) -> None:

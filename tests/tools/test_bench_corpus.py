@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.data.selection import find_source, select
-from moetrain.data.spool import Spool
+from moetrain.data.corpus.selection import find_source, select
+from moetrain.data.reading.spool import Spool
 from tools.bench import corpus as bench_corpus
 from tools.result_page import write_section
 

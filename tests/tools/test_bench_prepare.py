@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.data.scan import scan
-from moetrain.data.sources import documents
-from moetrain.data.spool import Spool
+from moetrain.data.corpus.scan import scan
+from moetrain.data.corpus.sources import documents
+from moetrain.data.reading.spool import Spool
 from tools.bench import prepare as bench_prepare
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moetrain.config.compose import compose
-from moetrain.data.prepare import prepare
+from moetrain.data.preparation.prepare import prepare
 from moetrain.errors import DataError
 from moetrain.parallel.state_shards import pieces
 from moetrain.train.evaluation.evaluate import evaluate

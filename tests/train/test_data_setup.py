@@ -14,7 +14,7 @@ import pytest
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
 from moetrain.data.loader import build_dataset
-from moetrain.data.token_indexes import TokenIndexes
+from moetrain.data.pretokenized.token_indexes import TokenIndexes
 from moetrain.errors import MoETrainError
 from moetrain.train import data_setup
 from moetrain.train.data_setup import open_on_ranks

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from moetrain.config.compose import compose
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.train.loop import train
 from moetrain.train.setup import Run

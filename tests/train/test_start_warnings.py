@@ -7,7 +7,7 @@ import pytest
 
 from moetrain.__main__ import main
 from moetrain.config.schema import OptimConfig
-from moetrain.data.synthetic import SyntheticDataset
+from moetrain.data.batches.synthetic import SyntheticDataset
 from moetrain.train.optim.lr_schedule import learning_rate, resumed_rate, schedule_warning
 
 COSINE = OptimConfig(schedule="cosine", lr=1e-3, warmup=10, min_lr_ratio=0.1)

@@ -113,8 +113,8 @@ FORMATS: dict[str, Callable[[Path, float], None]] = {
 
 
 def reading(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
-    from moetrain.data.selection import find_source, select
-    from moetrain.data.spool import Spool
+    from moetrain.data.corpus.selection import find_source, select
+    from moetrain.data.reading.spool import Spool
 
     rows = []
     for number, (name, make) in enumerate(FORMATS.items()):
@@ -206,8 +206,8 @@ def measured(folder: Path, windows: int) -> int:
     """How many windows an evaluation of the run reads."""
     import yaml
 
-    from moetrain.data.prepared import open_prepared
-    from moetrain.data.token_dataset import TokenDataset
+    from moetrain.data.batches.token_dataset import TokenDataset
+    from moetrain.data.preparation.prepared_dataset import open_prepared
 
     config = yaml.safe_load((folder / "runs" / "bench" / "config.yaml").read_text())
     (prepared,) = (path.parent for path in folder.glob("runs/bench/data/*/dataset.json"))

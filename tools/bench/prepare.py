@@ -154,8 +154,8 @@ def of_library(runs: list[dict]) -> float | None:
 
 
 def measure(path: str, tokenizer: str, overlap: str) -> dict:
-    from moetrain.data.prepare import prepare
-    from moetrain.data.prepared import open_prepared, total
+    from moetrain.data.preparation.prepare import prepare
+    from moetrain.data.preparation.prepared_dataset import open_prepared, total
 
     library = library_seconds(Path(path), tokenizer)
     out = Path(tempfile.mkdtemp(prefix="out-", dir=Path(path).parent))

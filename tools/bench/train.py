@@ -42,7 +42,7 @@ import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.transformer import Transformer
 from moetrain.ops import extension

@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moetrain.comm.mesh import build_mesh, mesh_sizes
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.model.build import build_model, head_width
 from moetrain.model.transformer import Transformer
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy

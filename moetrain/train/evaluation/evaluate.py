@@ -1,4 +1,4 @@
-"""Held-out loss, domain by domain; of many domains the largest by name, the rest as one (data/measured.py).
+"""Held-out loss, domain by domain; of many domains the largest by name, the rest as one (data/batches/evaluated_domains.py).
 
 Windows of all of them are read together, `eval.batch` at once, and spread over the ranks of `batch`; every rank runs the same
 number of forward passes (with padding where it has no window left), so expert parallelism never waits for a rank that has
@@ -23,7 +23,7 @@ from moetrain.comm.agreement import all_or_none
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.config.schema import Config
-from moetrain.data.batch import Batch, Dataset, padding
+from moetrain.data.batches.batch import Batch, Dataset, padding
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
 from moetrain.train.micro_batches import step_context

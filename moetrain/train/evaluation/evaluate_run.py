@@ -3,7 +3,7 @@
 Measured is what the run held out, from the prepared folder that its checkpoint names. Other data is measured where it was typed,
 and all of it: nothing of data.path=<text> is trained on, so all of it may be measured, and a split that lies there is not asked for.
 Prepared and indexed tokens say themselves what is held out, and only that is measured. The run's own tokenizer reads text, and its
-own mask applies. How much of the measured text also occurs in what the run was trained on is counted (data/overlap.py), because a
+own mask applies. How much of the measured text also occurs in what the run was trained on is counted (data/corpus/overlap.py), because a
 loss on text that was trained on means nothing.
 """
 
@@ -15,10 +15,10 @@ from moetrain.comm.agreement import all_or_none, on_first
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config, DataConfig
 from moetrain.config.values import flatten
-from moetrain.data.batch import Dataset
-from moetrain.data.overlap import Share, token_overlap
-from moetrain.data.token_dataset import TokenDataset
-from moetrain.data.tokenizer import Tokenizer, configured_tokenizer
+from moetrain.data.batches.batch import Dataset
+from moetrain.data.batches.token_dataset import TokenDataset
+from moetrain.data.corpus.overlap import Share, token_overlap
+from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.evaluation.evaluate import evaluate

@@ -22,14 +22,14 @@ from moetrain.comm.mesh import Mesh
 from moetrain.config.compose import run_dir
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
-from moetrain.data.batch import Dataset
-from moetrain.data.by_fingerprint import NAME_LENGTH, find_prepared, prepared_place
-from moetrain.data.end_token import open_tokenizer
+from moetrain.data.batches.batch import Dataset
 from moetrain.data.loader import build_dataset
-from moetrain.data.prepare import other_data
-from moetrain.data.prepared import open_prepared
-from moetrain.data.token_indexes import TokenIndexes
-from moetrain.data.tokenizer import Tokenizer, configured_tokenizer, load_tokenizer
+from moetrain.data.preparation.by_fingerprint import NAME_LENGTH, find_prepared, prepared_place
+from moetrain.data.preparation.prepare import other_data
+from moetrain.data.preparation.prepared_dataset import open_prepared
+from moetrain.data.pretokenized.end_token import open_tokenizer
+from moetrain.data.pretokenized.token_indexes import TokenIndexes
+from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer, load_tokenizer
 from moetrain.errors import CheckpointError, DataError
 from moetrain.files import nearby, shown
 from moetrain.model.build import build_model

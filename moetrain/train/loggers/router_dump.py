@@ -17,7 +17,7 @@ from torch import Tensor, uint8
 
 from moetrain.comm.agreement import on_all
 from moetrain.comm.mesh import Mesh
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.errors import DiskError
 from moetrain.routers.base import Decision
 from moetrain.runs.files import make_place, replacing

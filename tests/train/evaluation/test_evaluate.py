@@ -12,10 +12,10 @@ from matplotlib.image import imread
 
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
-from moetrain.data.measured import MOST_NAMED, OTHERS
-from moetrain.data.prepare import prepare
-from moetrain.data.prepared import write_description
-from moetrain.data.split_writer import SplitWriter
+from moetrain.data.batches.evaluated_domains import MOST_NAMED, OTHERS
+from moetrain.data.preparation.prepare import prepare
+from moetrain.data.preparation.prepared_dataset import write_description
+from moetrain.data.preparation.split_writer import SplitWriter
 from moetrain.report.specialisation import draw_specialisation
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.loggers.console import MOST_DOMAINS

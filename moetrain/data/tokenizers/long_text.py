@@ -1,0 +1,228 @@
+"""Texts of any length to token ids that are those of the whole text, in bounded memory.
+
+A long text is encoded in pieces that overlap by ZONE characters. Every zone is encoded by itself as well. It ends where the
+left piece ends, so the ids of both agree from some token to the end; it begins where the right piece begins, so those agree
+from the start up to some token. Where both hold for LEAST tokens in a row, the pieces are joined in their middle: what stands
+left of it had its true left context, what stands right of it its true right one. For BPE this is a proof: ids are those of
+the whole text iff each two neighbors are those of their own text (Berglund and van der Merwe, 2023, "Formalizing BPE
+tokenization"), and the two that meet are neighbors in both pieces. Unigram takes the segmentation of the highest probability
+of each word, and where several have the same one, as of a repeated letter, rounding decides, which depends on all that stands
+before it in the word: its pieces are joined between two words.
+
+Where the pieces agree nowhere, as inside one word that is longer than a zone, they are encoded as one piece, which doubles
+until it meets the next one: in the end the whole text. What comes out are ids, and the bytes that each of them covers.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrain.data.tokenizers.utf8_decoder import Decoder
+
+PIECE = 1 << 17                      # characters that are encoded at once
+ZONE = 1 << 12                       # characters that two pieces share
+LEAST = 32                           # tokens in a row on which both pieces have to agree
+# Bytes of a batch: some pieces for every core; more would take memory (150 bytes a token) and save no time.
+BATCH = PIECE * min(max(os.cpu_count() or 1, 8), 32)
+
+
+class Encoded(NamedTuple):
+    """Some tokens of a document.
+
+    sizes: int64 bytes of the text that each token covers, from the end of all earlier tokens to its own; what the tokenizer
+        drops counts with the next token, at the end of a document with the end token. They add up to the bytes of the
+        document. None where they were not asked for.
+    text_bytes: how many bytes of the text were read for them; these add up to the bytes of the document, too.
+    last: whether the document ends here; its last id is the end id.
+    """
+
+    ids: np.ndarray
+    sizes: np.ndarray | None
+    text_bytes: int
+    last: bool
+
+
+class Ids(NamedTuple):
+    """What an encoder makes of a text. ends: for each id the character behind its last one; None where not asked for."""
+
+    ids: np.ndarray
+    ends: np.ndarray | None
+
+
+# (texts, whether ends are wanted) -> one Ids for each text
+EncodeBatch = Callable[[list[str], bool], list[Ids]]
+Words = Callable[[str], np.ndarray]
+
+
+class UnjoinableError(Exception):
+    """What a tokenizer makes of the start of a text depends on its far end."""
+
+
+@dataclass
+class _Piece:
+    """Characters of a document.
+
+    overlap: how many of them the piece before has too; 0 for the first piece.
+    start: bytes of the document before the first character.
+    """
+
+    text: str
+    widths: np.ndarray
+    overlap: int
+    start: int
+    text_bytes: int
+    last: bool
+
+    def append(self, other: "_Piece") -> None:
+        self.text += other.text[other.overlap:]
+        self.widths = np.concatenate([self.widths, other.widths[other.overlap:]])
+        self.text_bytes += other.text_bytes
+        self.last = other.last
+
+
+class LongTexts:
+    """Encode documents, many short ones or a part of a long one at a time.
+
+    Args:
+        encode: what encodes a batch of texts; each by itself.
+        end_id: follows every document.
+        words: the number of the word that each token of a text is in, where pieces are joined only between words.
+        piece: characters that are encoded at once.
+        zone: characters that two pieces share.
+    """
+
+    def __init__(self, encode: EncodeBatch, *, end_id: int, words: Words | None = None, piece: int = PIECE, zone: int = ZONE) -> None:
+        assert 0 < 2 * zone <= piece, (zone, piece)
+        self._encode, self._end_id, self._words, self._piece, self._zone = encode, end_id, words, piece, zone
+
+    def documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
+        """The tokens of documents, one after another, each with the end id behind it."""
+        joint = _Joint(self._encode, self._end_id, self._words, self._zone, sizes)
+        batch: list[_Piece] = []
+        waiting = 0
+        for blocks in documents:
+            for piece in _pieces(blocks, self._piece, self._zone):
+                batch.append(piece)
+                waiting += piece.text_bytes
+                if waiting >= BATCH:
+                    yield from joint.add(batch)
+                    batch, waiting = [], 0
+        yield from joint.add(batch)
+
+
+def _pieces(blocks: Iterable[bytes], size: int, zone: int) -> Iterator[_Piece]:
+    """At least one piece; all but the last have `size` characters, and the last one more than what it shares."""
+    decoder, text, widths = Decoder(), "", np.zeros(0, np.uint8)
+    overlap = start = unreported = 0
+    for block, last in _with_last(blocks):
+        more, more_widths = decoder.add(block, last=last)
+        text, widths, unreported = text + more, np.concatenate([widths, more_widths]), unreported + len(block)
+        place = 0
+        while len(text) - place > size + zone:
+            piece_widths = widths[place:place + size]
+            yield _Piece(text[place:place + size], piece_widths, overlap, start, unreported, False)
+            start += int(piece_widths[:size - zone].sum(dtype=np.int64))
+            place, overlap, unreported = place + size - zone, zone, 0
+        text, widths = text[place:], widths[place:]
+    yield _Piece(text, widths, overlap, start, unreported, True)
+
+
+def _with_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Every block, and whether it is the last one; an empty last one where there is none."""
+    held = b""
+    for block in blocks:
+        if held:
+            yield held, False
+        held = block
+    yield held, True
+
+
+class _Joint:
+    """Joins pieces in the order in which they come.
+
+    _left: the piece whose last ids are not given out, because the next one decides where they end. _left_ids: its ids and
+    those of its zone; None while it grows, up to `_grown` characters. _taken: ids at its start that the piece before gave.
+    _covered: bytes of the document under the ids that were given out.
+    """
+
+    def __init__(self, encode: EncodeBatch, end_id: int, words: Words | None, zone: int, sizes: bool) -> None:
+        self._encode, self._end_id, self._words, self._zone, self._sizes = encode, end_id, words, zone, sizes
+        self._left: _Piece | None = None
+        self._left_ids: tuple[Ids, Ids | None] | None = None
+        self._before = np.zeros(0, np.int64)
+        self._taken = self._covered = self._grown = 0
+
+    def add(self, batch: list[_Piece]) -> Iterator[Encoded]:
+        zones = [piece.text[-self._zone:] for piece in batch if not piece.last]
+        encoded = self._encode([piece.text for piece in batch] + zones, self._sizes)
+        of_zones = iter(encoded[len(batch):])
+        for piece, ids in zip(batch, encoded):
+            yield from self._join(piece, (ids, None if piece.last else next(of_zones)))
+
+    def _join(self, piece: _Piece, ids: tuple[Ids, Ids | None]) -> Iterator[Encoded]:
+        if not piece.overlap:
+            self._begin(piece, ids, 0)
+            self._covered = 0
+        elif self._left_ids is not None and (place := self._meeting(ids[0].ids)) is not None:
+            zone_ids = self._left_ids[1].ids
+            yield self._given(len(self._left_ids[0].ids) - (len(zone_ids) - place))
+            self._begin(piece, ids, place)
+        else:
+            self._grow(piece)
+        if self._left.last:
+            yield self._given(len(self._left_ids[0].ids))
+            self._left = self._left_ids = None
+
+    def _begin(self, piece: _Piece, ids: tuple[Ids, Ids | None], taken: int) -> None:
+        self._left, self._left_ids, self._taken, self._grown = piece, ids, taken, 0
+        self._before = ids[0].ids[:taken]
+
+    def _meeting(self, right: np.ndarray) -> int | None:
+        """The id of the zone before which both pieces are cut; None where they do not agree for long enough."""
+        left, zone = self._left_ids[0].ids[self._taken:], self._left_ids[1].ids
+        first = len(zone) - _agreement(left[::-1], zone[::-1])
+        behind = _agreement(right, zone)
+        if behind - first < LEAST:
+            return None
+        middle = (first + behind) // 2
+        if self._words is None:
+            return middle
+        between = first + 1 + np.flatnonzero(np.diff(self._words(self._left.text[-self._zone:])[first:behind]))
+        return int(between[np.argmin(np.abs(between - middle))]) if len(between) else None
+
+    def _grow(self, piece: _Piece) -> None:
+        """The left piece and this one become one, which is encoded anew once it is twice as long."""
+        if self._left_ids is not None:
+            self._grown, self._left_ids = 2 * len(self._left.text), None
+        self._left.append(piece)
+        if len(self._left.text) < self._grown and not piece.last:
+            return
+        texts = [self._left.text] if piece.last else [self._left.text, self._left.text[-self._zone:]]
+        ids = self._encode(texts, self._sizes)
+        if not np.array_equal(ids[0].ids[:self._taken], self._before):
+            raise UnjoinableError
+        self._left_ids = (ids[0], None if piece.last else ids[1])
+
+    def _given(self, end: int) -> Encoded:
+        """The ids of the left piece up to `end`; with what closes the document, where it ends there."""
+        piece, ids = self._left, self._left_ids[0]
+        chosen, sizes = ids.ids[self._taken:end], None
+        if self._sizes:
+            ends = piece.start + np.concatenate([[0], np.cumsum(piece.widths, dtype=np.int64)])[ids.ends[self._taken:end]]
+        if piece.last:
+            chosen = np.append(chosen, self._end_id)
+        if self._sizes:
+            whole = piece.start + int(piece.widths.sum(dtype=np.int64))
+            ends = np.maximum.accumulate(np.concatenate([[self._covered], ends, [whole] if piece.last else []])).astype(np.int64)
+            sizes, self._covered = np.diff(ends), int(ends[-1])
+        return Encoded(chosen, sizes, piece.text_bytes, piece.last)
+
+
+def _agreement(first: np.ndarray, second: np.ndarray) -> int:
+    """How many leading ids are the same."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
