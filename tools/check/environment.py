@@ -1,8 +1,9 @@
-"""What a machine has for moetrain on a GPU: printed as a table, and written to a file for the stages that depend on it.
+"""Report the GPU, libraries and compilers of a machine, as a table and as JSON for the stages of a check.
 
     python -m tools.check.environment --out environment.json
 
-Exit code 0: torch computes on a GPU. 4: there is none that torch can use; one line says why. 1: moetrain cannot be imported.
+Exit code 0: torch computes on a GPU. 4: there is none that torch can use, and one line says why. 1: a package
+that moetrain requires is missing.
 """
 
 import argparse
@@ -23,11 +24,13 @@ NO_GPU = 4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write what was found to this JSON file")
     options = parser.parse_args()
     if lacking := missing_packages():
-        print(f"Python packages are missing: {', '.join(lacking)}\n  try: {sys.executable} -m pip install -e {ROOT}")
+        print(f"Python packages are missing: {', '.join(lacking)}\n"
+              f"  try: {sys.executable} -m pip install -e {ROOT}")
         return 1
     from moetrain.comm.device import cuda_obstacle
 
@@ -39,22 +42,23 @@ def main() -> int:
         print(f"{name:18} {'not found' if value in (None, '') else value}")
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{found['gpu']}, driver {found['driver'] or 'unknown'}; torch {found['torch']}, NCCL {found['nccl'] or 'none'}; "
+    print(f"{found['gpu']}, driver {found['driver'] or 'unknown'}; "
+          f"torch {found['torch']}, NCCL {found['nccl'] or 'none'}; "
           f"nvcc {found['nvcc'] or 'none'}; kernels: {found['kernels']}")
     return 0
 
 
 def missing_packages() -> list[str]:
-    """Requirements of moetrain, as pyproject.toml has them, that are not installed; and pytest."""
+    """Requirements of moetrain in pyproject.toml that are not installed, and pytest where it is missing."""
     required = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    if sys.version_info >= (3, 14):
-        required = [line for line in required if "python_version" not in line]       # the one marker there: up to 3.13
+    if sys.version_info >= (3, 14):                      # the only marker in the list ends before 3.14
+        required = [line for line in required if "python_version" not in line]
     names = [re.match(r"[\w.-]+", line)[0] for line in [*required, "pytest"]]
     return [name for name in names if not installed(name)]
 
 
 def installed(name: str) -> str:
-    """Version of a package; empty without it."""
+    """Version of an installed package, or an empty string."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -62,7 +66,7 @@ def installed(name: str) -> str:
 
 
 def of_torch() -> dict[str, str | int | float | None]:
-    """The GPU and its libraries, as torch sees them."""
+    """The GPU and its libraries as torch sees them."""
     import torch
 
     from moetrain.machine import gpu_driver
@@ -76,7 +80,8 @@ def of_torch() -> dict[str, str | int | float | None]:
         "memory_gib": round(total / 2**30, 1), "free_gib": round(free / 2**30, 1),
         "multiprocessors": getattr(torch.cuda.get_device_properties(0), "multi_processor_count", None),
         "clock": smi("clocks.max.sm"), "driver": gpu_driver() or smi("driver_version"),
-        "torch": torch.__version__, "cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl)) if nccl else None,
+        "torch": torch.__version__, "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, nccl)) if nccl else None,
         "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
     }
 
@@ -97,7 +102,7 @@ def of_programs() -> dict[str, str | int | None]:
 
 
 def smi(field: str) -> str | None:
-    """A field of nvidia-smi's first GPU."""
+    """One field of nvidia-smi for the first GPU, or None where nvidia-smi does not answer."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]

@@ -5,12 +5,12 @@
     bash tools/check/gpu.sh --only train-ep build    these alone, also where they have passed
     bash tools/check/gpu.sh --out /elsewhere         results in another folder than build/gpu
 
-Every stage ends within four minutes and writes its result at once, so that nothing is lost when the machine goes
-away; two calls are enough for all of them. A call ends with a table, the lines that matter of what failed, and the one
-file to send. docs/howto/first_gpu.md says what to expect.
+Every stage ends within four minutes and writes its result at once, so that nothing is lost when the machine
+goes away; two calls are enough for all of them. A call ends with a table, the lines that matter of what
+failed, and the one file to send. docs/howto/first_gpu.md says what to expect.
 
-Exit codes: 0 everything has passed, or was skipped with a reason; 1 a stage failed; 2 a mistake on the command line;
-3 not finished, call it again; 4 no GPU that torch can use; 128 + n stopped by signal n.
+Exit codes: 0 everything has passed, or was skipped with a reason; 1 a stage failed; 2 a mistake on the
+command line; 3 not finished, call it again; 4 no GPU that torch can use; 128 + n stopped by signal n.
 """
 
 import argparse
@@ -32,7 +32,8 @@ OUT = Path("build/gpu")
 
 def main() -> int:
     options = parse()
-    out, again = options.out.resolve(), f"bash tools/check/gpu.sh{f' --out {options.out}' * (options.out != OUT)}"
+    out = options.out.resolve()
+    again = f"bash tools/check/gpu.sh{f' --out {options.out}' * (options.out != OUT)}"
     stages = GpuStages(out, options.tiny)
     check = Check(stages.all(), out, again, sources())
     if unknown := set(options.only) - {stage.name for stage in check.stages}:
@@ -58,12 +59,12 @@ def main() -> int:
 
 
 def machine(found: dict[str, Any]) -> str:
-    """What results hold for."""
+    """Name the GPU and the torch that results hold for."""
     return f"{found['gpu']}, torch {found['torch']}"
 
 
 def sources() -> str:
-    """The commit, and whether files differ from it."""
+    """Commit of the checkout, and whether files differ from it."""
     def git(*words: str) -> str:
         try:
             return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -78,10 +79,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, prog="bash tools/check/gpu.sh",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="show the stages and stop")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="these alone, also where they have passed")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE",
+                        help="these alone, also where they have passed")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the results ({OUT})")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of this call ({MINUTES})")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a simulated GPU, where figures mean nothing")
+    parser.add_argument("--tiny", action="store_true",
+                        help="sizes for a simulated GPU, where figures mean nothing")
     return parser.parse_args()
 
 

@@ -1,26 +1,31 @@
-"""The same training however it is run: ranks, wires and kernels against one process on the CPU in float64.
+"""Compare training on any mesh, exchange backend or kernels with one process on the CPU in float64.
 
     python -m tools.check.parity --out build/parity                     two ranks on the CPU
-    python -m tools.check.parity --out build/parity --device cuda       one GPU: without kernels and with them, alone and shared by four ranks
+    python -m tools.check.parity --out build/parity --device cuda       one GPU, without kernels and with
+    them,
+                                                                        alone and shared by four ranks
     ... --only peer         arms whose name contains this
     python -m tools.check.parity --out build/parity router=sigmoid parallel=ep run.nproc=2
                             the training that these overrides of `moetrain train` describe, and no other
 
-Every arm is `moetrain train` of a tiny model on synthetic tokens, with uneven padding, balance and z losses, micro-batches, clipping and
-AdamW, 20 steps, trained anew at every call. Overrides change that model, or with `experiment=` take its place; the reference gets those
-that say what is trained and none of those that say how it is spread. Without `run.dtype` they are tried in float64. What depends on the
-split by choice (`balance=micro` and the like) differs, and is found to.
+Every arm is `moetrain train` of a tiny model on synthetic tokens, with uneven padding, balance and z losses,
+micro-batches, clipping and AdamW, 20 steps, trained anew at every call. Overrides change that model, or with
+`experiment=` take its place; the reference gets those that say what is trained and none of those that say how
+it is spread. Without `run.dtype` they are tried in float64. What depends on the split by choice
+(`balance=micro` and the like) differs, and is reported so.
 
-Compared are metrics.jsonl (cross-entropy, balance, gradient norm) and the counts of all experts in loads.npz, as relative differences:
+Compared are metrics.jsonl (cross-entropy, balance, gradient norm) and the counts of all experts in loads.npz,
+as relative differences:
 
     float64     all numbers of all steps to 1e-9, counts exactly
     float32     all numbers of the first two steps to 1e-4, the loss of all to 1e-3
     bfloat16    all numbers of the first two steps and the loss of all to 2e-2: this sees gross errors alone
 
-With --device cuda and kernels (MOETRAIN_KERNELS=1 is set for those arms alone) tools/build_cuda.py must have run; an arm whose env.json
-says another device, or that kernels were not as asked, has failed. (Routers have a kernel for float32 alone, which the float32 and bfloat16
-arms reach.) Arms of several ranks share the GPU (run.share_gpu): rows travel through symmetric memory with `peer` and `peer_push`, all
-else over gloo. Exit code 1 when an arm differs or does not run; the results are in <out>/parity.json.
+With --device cuda and kernels (MOETRAIN_KERNELS=1 is set for those arms alone) tools/build_cuda.py must have
+run; an arm whose env.json names another device, or kernels that were not as asked, has failed. (Routers have
+a kernel for float32 alone, which the float32 and bfloat16 arms reach.) Arms of several ranks share the GPU
+(run.share_gpu): rows travel through symmetric memory with `peer` and `peer_push`, all else over gloo. Exit
+code 1 when an arm differs or does not run; the results are in <out>/parity.json.
 """
 
 import argparse
@@ -39,24 +44,31 @@ from moetrain.config.compose import compose
 from moetrain.errors import ConfigErrors
 
 COMMON = (
-    "data=synthetic", "data.vocab_size=48", "data.min_length=0.4", "train.seq_len=32", "train.global_batch=16", "train.micro_batch=2",
-    "model.dim=32", "model.num_layers=2", "model.expert_dim=32", "model.num_experts=8", "model.num_shared_experts=1",
-    "model.init_std=0.2", "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01", "train.clip=0.5", "optim=adamw", "optim.lr=1e-2", "optim.warmup=2",
-    "run.steps=20",
+    "data=synthetic", "data.vocab_size=48", "data.min_length=0.4",
+    "train.seq_len=32", "train.global_batch=16", "train.micro_batch=2", "train.clip=0.5",
+    "model.dim=32", "model.num_layers=2", "model.expert_dim=32", "model.num_experts=8",
+    "model.num_shared_experts=1", "model.init_std=0.2",
+    "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01",
+    "optim=adamw", "optim.lr=1e-2", "optim.warmup=2", "run.steps=20",
 )
 EVERY_RUN = ("run.timeout_s=120", "run.max_restarts=0", "log.wandb=off")
-ALONE = ("run.device=cpu", "run.nproc=1", "parallel=single", "schedule=none", "engine=torch")      # the reference
-# What overrides say of how a training is spread and computed: the reference has its own.
-HOW = ("parallel", "planner", "hardware", "schedule", "engine", "run.device", "run.nproc", "run.share_gpu", "run.dtype", "run.dir", "run.name",
-       "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.loss_carrier", "train.head_chunk")
+# How the reference is spread.
+ALONE = ("run.device=cpu", "run.nproc=1", "parallel=single", "schedule=none", "engine=torch")
+# Overrides that say how a training is spread and computed: the reference has its own.
+HOW = ("parallel", "planner", "hardware", "schedule", "engine",
+       "run.device", "run.nproc", "run.share_gpu", "run.dtype", "run.dir", "run.name",
+       "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.loss_carrier",
+       "train.head_chunk")
 NUMBERS = ("loss/ce", "loss/balance", "grad_norm")
-TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-3), "bfloat16": (2e-2, 2e-2)}      # of the first steps, of the loss curve
+# Largest relative difference: of all numbers of the first steps, and of the loss curve.
+TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-3), "bfloat16": (2e-2, 2e-2)}
 FIRST = {"float64": None, "float32": 2, "bfloat16": 2}   # steps of which all numbers are compared; None: all
 WAYS = {                                                 # of several ranks
     "flat": ["parallel=ep"],
     "peer": ["parallel=ep", "parallel.exchange=peer"],
     "peer_push": ["parallel=ep", "parallel.exchange=peer_push"],
-    "peer_push in chunks": ["parallel=ep", "parallel.exchange=peer_push", "schedule=fixed", "schedule.chunks=2"],
+    "peer_push in chunks": ["parallel=ep", "parallel.exchange=peer_push", "schedule=fixed",
+                            "schedule.chunks=2"],
     "sharded": ["parallel=ep_fsdp"],
     "fssdp over peer": ["parallel=fssdp", "parallel.exchange=peer"],
 }
@@ -65,7 +77,14 @@ REFERENCE = "reference"
 
 
 class Arm(NamedTuple):
-    """overrides: all of them, but for the dtype and the folder."""
+    """One training that is compared with the reference.
+
+    Args:
+        name: name in the output and of the run's folder.
+        dtype: its run.dtype.
+        overrides: all overrides except those of dtype and folder.
+        kernels: whether it trains with kernels.
+    """
 
     name: str
     dtype: str
@@ -93,36 +112,40 @@ def main() -> int:
         print(shown(found[arm.name]), flush=True)
         (args.out / "parity.json").write_text(json.dumps(found, indent=1) + "\n")
     wrong = [name for name, result in found.items() if not result.get("equal")]
-    print(f"{len(arms) - len(wrong)} of {len(arms)} arms are the reference" + "".join(f"\n  not {name}" for name in wrong))
+    print(f"{len(arms) - len(wrong)} of {len(arms)} arms are the reference"
+          + "".join(f"\n  not {name}" for name in wrong))
     return 1 if wrong or not arms else 0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of parity.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, choices=(2, 4, 8), help="of arms with several (cpu: 2, cuda: 4)")
     parser.add_argument("--only", default="", help="arms whose name contains this")
-    parser.add_argument("overrides", nargs="*", help="of moetrain train: the one training that is compared with one process in float64")
+    parser.add_argument("overrides", nargs="*",
+                        help="of moetrain train: the one training that is compared with the reference")
     args = parser.parse_intermixed_args()
     args.ranks = args.ranks or (4 if args.device == "cuda" else 2)
     return args
 
 
 def reference(overrides: list[str]) -> Arm:
-    """One process that trains in float64, on whole batches, what the overrides describe."""
+    """One process that trains what the overrides describe, in float64 and on whole batches."""
     kept = [*described(override for override in overrides if not is_how(override)), *ALONE]
     return Arm(REFERENCE, "float64", [*kept, f"train.micro_batch={compose(kept).train.global_batch}"])
 
 
 def described(overrides: Iterable[str]) -> list[str]:
-    """The tiny model with these changes; with an experiment that takes its place."""
+    """Overrides of the tiny model with these changes, or of an experiment that takes its place."""
     overrides = list(overrides)
     base = () if any(key_of(override) == "experiment" for override in overrides) else COMMON
     return [*base, *EVERY_RUN, *overrides]
 
 
 def is_how(override: str) -> bool:
+    """Whether an override says how a training is spread rather than what is trained."""
     return any(key_of(override) == key or key_of(override).startswith(f"{key}.") for key in HOW)
 
 
@@ -131,6 +154,7 @@ def key_of(override: str) -> str:
 
 
 def chosen_arms(args: argparse.Namespace) -> list[Arm]:
+    """The arms that the command line asks for: of the overrides, of a GPU, or of the CPU."""
     if args.overrides:
         arms = [given_arm(args.overrides, args.device)]
     elif args.device == "cuda":
@@ -142,35 +166,41 @@ def chosen_arms(args: argparse.Namespace) -> list[Arm]:
 
 
 def given_arm(overrides: list[str], device: str) -> Arm:
-    """The training that the overrides describe, in float64 unless they say otherwise."""
+    """Arm of the training that the overrides describe, in float64 unless they name a dtype."""
     typed = {key_of(override) for override in overrides}
     given = [override for override in overrides if key_of(override) not in ("run.dir", "run.name")]
     dtype = compose(described(given)).run.dtype if "run.dtype" in typed else "float64"
-    return Arm("given", dtype, [*described(given), *([] if "run.device" in typed else [f"run.device={device}"])])
+    device_override = [] if "run.device" in typed else [f"run.device={device}"]
+    return Arm("given", dtype, [*described(given), *device_override])
 
 
 def cpu_arms(ranks: int) -> list[Arm]:
     alone = [Arm(f"alone, {dtype}", dtype, described(["run.device=cpu"])) for dtype in TOLERANCE]
-    return [*alone, *(Arm(f"{ranks} ranks, {way}", "float64", described(["run.device=cpu", f"run.nproc={ranks}", *overrides]))
+    shared = ["run.device=cpu", f"run.nproc={ranks}"]
+    return [*alone, *(Arm(f"{ranks} ranks, {way}", "float64", described([*shared, *overrides]))
                       for way, overrides in WAYS.items())]
 
 
 def gpu_arms(ranks: int) -> list[Arm]:
     arms = [Arm(f"alone, {dtype}", dtype, described(["run.device=cuda"])) for dtype in TOLERANCE]
     shared = ["run.device=cuda", "run.share_gpu=true", f"run.nproc={ranks}"]
-    arms += [Arm(f"{ranks} ranks, {way}", "float64", described([*shared, *overrides])) for way, overrides in WAYS.items()]
-    return [*arms, Arm(f"{ranks} ranks, peer_push, bfloat16", "bfloat16", described([*shared, *WAYS["peer_push"]]))]
+    arms += [Arm(f"{ranks} ranks, {way}", "float64", described([*shared, *overrides]))
+             for way, overrides in WAYS.items()]
+    rounded = described([*shared, *WAYS["peer_push"]])
+    return [*arms, Arm(f"{ranks} ranks, peer_push, bfloat16", "bfloat16", rounded)]
 
 
 def train(arm: Arm, out: Path) -> str | None:
-    """What went wrong."""
+    """Train an arm, and return what went wrong or None."""
     directory = folder(out, arm.name)
     shutil.rmtree(directory, ignore_errors=True)
-    command = [sys.executable, "-m", "moetrain", "train", *arm.overrides, f"run.dtype={arm.dtype}", f"run.dir={directory}"]
+    command = [sys.executable, "-m", "moetrain", "train", *arm.overrides, f"run.dtype={arm.dtype}",
+               f"run.dir={directory}"]
     environment = {key: value for key, value in os.environ.items() if key != "MOETRAIN_KERNELS"}
     environment |= {"OMP_NUM_THREADS": "1"} | ({"MOETRAIN_KERNELS": "1"} if arm.kernels else {})
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment,
+                              stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return f"not finished after {LIMIT_S} s, {directory}/log"
     if done.returncode:
@@ -180,30 +210,33 @@ def train(arm: Arm, out: Path) -> str | None:
 
 
 def astray(arm: Arm, environment: dict) -> str | None:
-    """Whether the run was not what the arm is."""
+    """How a run differs from its arm: another device, or kernels not as asked. None if it does not."""
     device = "cuda" if "run.device=cuda" in arm.overrides else "cpu"
     if not environment["device"].startswith(device):
         return f"ran on {environment['device']}, not {device}"
     used = environment["kernels"] == "in use"
-    return None if used == arm.kernels else f"kernels were {'' if used else 'not '}in use: {environment['kernels']}"
+    if used == arm.kernels:
+        return None
+    return f"kernels were {'' if used else 'not '}in use: {environment['kernels']}"
 
 
 def compare(out: Path, arm: Arm) -> dict:
-    """Largest relative differences: of the numbers of the first steps, and of the losses of all."""
+    """Largest relative differences of an arm in all numbers of the first steps and in all losses."""
     truth, ours = numbers(folder(out, REFERENCE)), numbers(folder(out, arm.name))
     if truth.shape != ours.shape:
         return {"failed": f"{len(ours)} steps, the reference has {len(truth)}"}
-    differences = np.abs(ours - truth) / np.maximum(np.abs(truth), np.finfo(np.float64).tiny)      # a loss may be exactly 0
+    smallest = np.finfo(np.float64).tiny                 # a loss may be exactly 0
+    differences = np.abs(ours - truth) / np.maximum(np.abs(truth), smallest)
     first, curve = float(differences[:FIRST[arm.dtype]].max()), float(differences[:, 0].max())
     counts = [np.load(folder(out, of) / "loads.npz")["loads"] for of in (REFERENCE, arm.name)]
     same = np.array_equal(*counts)
     within = first <= TOLERANCE[arm.dtype][0] and curve <= TOLERANCE[arm.dtype][1]
-    return {"first": first, "curve": curve, "tolerance": TOLERANCE[arm.dtype], "counts": "the same" if same else "others",
-            "equal": within and (same or arm.dtype != "float64")}
+    return {"first": first, "curve": curve, "tolerance": TOLERANCE[arm.dtype],
+            "counts": "the same" if same else "others", "equal": within and (same or arm.dtype != "float64")}
 
 
 def numbers(directory: Path) -> np.ndarray:
-    """[steps, numbers], the loss first."""
+    """Numbers of a run's metrics.jsonl, float64 [steps, NUMBERS], the loss first."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return np.array([[line[name] for name in NUMBERS] for line in lines])
 
@@ -216,7 +249,8 @@ def shown(result: dict) -> str:
     if "failed" in result:
         return f"FAILED  {result['failed']}"
     first, curve = result["tolerance"]
-    return (f"{'equal' if result['equal'] else 'DIFFERS':8}first steps {result['first']:.1e} (at most {first:.0e}), "
+    return (f"{'equal' if result['equal'] else 'DIFFERS':8}"
+            f"first steps {result['first']:.1e} (at most {first:.0e}), "
             f"losses {result['curve']:.1e} ({curve:.0e}), counts {result['counts']}")
 
 

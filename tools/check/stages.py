@@ -1,4 +1,4 @@
-"""Stages of a check that takes several calls: each ends in time, leaves its result, and is not repeated once it passed.
+"""Stages of a check that takes several calls: each has a time limit and is not repeated once it passed.
 
     results.json     every stage: passed, failed, skipped or interrupted, its time, what it said, its sources
     <stage>.log      what its commands printed
@@ -28,16 +28,25 @@ SENT = (".log", ".json", ".jsonl", ".md", ".txt", ".csv", ".npz", ".yaml")
 LARGEST_SENT = 4 << 20                     # bytes of a file
 SHOWN_LINES = 6
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What went wrong, in a log: errors of moetrain, pytest's summary, arms of the parity check, the end of a traceback.
-_MATTERS = re.compile(r"^(E-[A-Z]+-\d|FAILED |ERROR |\[\d+/\d+\].*(DIFFERS|FAILED)|WRONG|[\w.]*(Error|Exception)\b|CUDA error|no )")
+# Lines of a log that say what went wrong: errors of moetrain, pytest's summary, runs of the parity check that
+# differ, the end of a traceback.
+_MATTERS = re.compile(r"^(E-[A-Z]+-\d|FAILED |ERROR |\[\d+/\d+\].*(DIFFERS|FAILED)|WRONG|"
+                      r"[\w.]*(Error|Exception)\b|CUDA error|no )")
 
 
 class Stage(NamedTuple):
-    """Commands that are run one after another until one fails.
+    """Commands that run one after another until one fails.
 
-    usual_s: how long it should take; with less time left it is not begun. skipped: why it cannot run here, or "".
-    counts: pattern that the output must have for a stage to have tested anything. on_request: run only when named.
-    needed: others cannot run without it, so it comes first also when it has failed before.
+    Args:
+        name: word of the command line and name of the log.
+        about: what the stage does, for the table.
+        commands: the commands, each as its words.
+        usual_s: seconds that the stage usually takes; with less time left it is not begun.
+        skipped: returns the reason why the stage cannot run here, or an empty string.
+        counts: pattern that the output must contain for the stage to have tested anything.
+        on_request: run the stage only when it is named.
+        needed: others cannot run without the stage, so it comes first even when it failed before.
+        environment: variables set for the commands.
     """
 
     name: str
@@ -59,9 +68,13 @@ class Interrupted(Exception):
 
 
 class Check:
-    """The stages of one folder, and what became of them.
+    """The stages of one folder of results, and what became of each.
 
-    again: the command that goes on. sources: the version of what runs, kept with every result.
+    Args:
+        stages: all stages, in order.
+        out: folder of results.json, the logs, the summary and the archive.
+        again: command that continues the check.
+        sources: version of the code under test, kept with every result.
     """
 
     def __init__(self, stages: Sequence[Stage], out: Path, again: str, sources: str) -> None:
@@ -72,21 +85,23 @@ class Check:
         self.results: dict[str, dict[str, Any]] = held.get("stages", {})
 
     def on(self, machine: str) -> None:
-        """Say what the following stages run on; results of another machine are dropped."""
+        """Name the machine that the following stages run on, and drop results of another one."""
         if self.machine and self.machine != machine:
             print(f"these results are of another machine ({self.machine}): every stage runs again")
             self.results = {}
         self.machine = machine
 
     def run(self, names: Sequence[str], end: float) -> int:
-        """Run what has not passed, or the stages that are named, until `end` (of time.monotonic); the exit code.
+        """Run the stages that have not passed, or those that are named, until `end` of time.monotonic().
 
-        What failed before is repeated after the rest: a stage that takes long to fail keeps no other from its turn.
+        What failed before is repeated last, so that a stage that takes long to fail keeps no other from its
+        turn. Returns the exit code of the call.
         """
         wanted = [stage for stage in self.stages if (stage.name in names if names else not stage.on_request)]
         handlers = {number: signal.signal(number, _interrupt) for number in _INTERRUPTS}
         try:
-            for stage in sorted(wanted, key=lambda stage: self.state(stage.name) == "failed" and not stage.needed):
+            last = {stage.name: self.state(stage.name) == "failed" and not stage.needed for stage in wanted}
+            for stage in sorted(wanted, key=lambda stage: last[stage.name]):
                 if names or self.state(stage.name) != "passed":
                     self.stage(stage, end)
         except Interrupted as interrupted:
@@ -100,10 +115,11 @@ class Check:
         return PASSED if set(states) <= {"passed", "skipped"} else UNFINISHED
 
     def state(self, name: str) -> str:
+        """State of a stage: passed, failed, skipped or interrupted; empty before it ran."""
         return self.results.get(name, {}).get("state", "")
 
     def stage(self, stage: Stage, end: float) -> str:
-        """Run one stage, unless it cannot run here or there is too little time for it; its state."""
+        """Run one stage, unless it cannot run here or too little time is left, and return its state."""
         left = end - time.monotonic()
         if why := stage.skipped():
             return self.record(stage, "skipped", why)
@@ -129,25 +145,38 @@ class Check:
             return self.record(stage, "skipped", f"nothing was tested: {said}", began)
         return self.record(stage, "passed", said, began)
 
-    def record(self, stage: Stage, state: str, note: str, began: float | None = None, lines: Sequence[str] = (),
-               code: int | None = None) -> str:
-        """Keep what became of a stage; its state. began: when it was run. lines: those of its log that matter."""
+    def record(self, stage: Stage, state: str, note: str, began: float | None = None,
+               lines: Sequence[str] = (), code: int | None = None) -> str:
+        """Keep the result of a stage and return its state.
+
+        Args:
+            stage: the stage.
+            state: passed, failed, skipped or interrupted.
+            note: one line for the table.
+            began: time.monotonic() at the start, or None if the stage did not run.
+            lines: the lines of its log that matter.
+            code: exit code of the command that failed.
+        """
         seconds = round(time.monotonic() - began, 1) if began else 0.0
         self.results[stage.name] = {
-            "state": state, "note": note, "seconds": seconds, "exit": code, "lines": list(lines), "sources": self.sources,
+            "state": state, "note": note, "seconds": seconds, "exit": code, "lines": list(lines),
+            "sources": self.sources,
             "commands": [" ".join(command) for command in stage.commands]}
-        print(f"  {state} after {seconds:.0f} s: {note}" if began else f"{stage.name}: {state}: {note}", flush=True)
+        after = f"  {state} after {seconds:.0f} s: {note}"
+        print(after if began else f"{stage.name}: {state}: {note}", flush=True)
         self.write()
         return state
 
     def write(self) -> None:
-        """Results, summary and archive, each replaced at once."""
+        """Replace results, summary and archive, each atomically."""
         results = {"machine": self.machine, "sources": self.sources, "stages": self.results}
         _replace(self.file, json.dumps(results, indent=1) + "\n")
         _replace(self.out / "summary.txt", self.summary() + "\n")
         unfinished = self.archive.with_suffix(".part")
         with tarfile.open(unfinished, "w:gz") as archive:
-            for path in sorted(path for path in self.out.rglob("*") if path.suffix in SENT and path.is_file()):
+            for path in sorted(path for path in self.out.rglob("*") if path.suffix in SENT):
+                if not path.is_file():
+                    continue
                 if path.stat().st_size <= LARGEST_SENT:
                     archive.add(path, f"{self.out.name}/{path.relative_to(self.out)}")
         unfinished.rename(self.archive)
@@ -157,20 +186,23 @@ class Check:
         return self.out / f"{self.out.name}.tar.gz"
 
     def listing(self) -> str:
-        """Every stage, what became of it and what it does."""
+        """Lines with the name of every stage, its state and what it does."""
         width = max(len(stage.name) for stage in self.stages)
-        states = {stage.name: self.state(stage.name) or ("only when named" if stage.on_request else "not run yet")
-                  for stage in self.stages}
-        return "\n".join(f"{stage.name:{width}}  {states[stage.name]:15}  {stage.about}" for stage in self.stages)
+        states = {stage.name: self.state(stage.name)
+                  or ("only when named" if stage.on_request else "not run yet") for stage in self.stages}
+        return "\n".join(f"{stage.name:{width}}  {states[stage.name]:15}  {stage.about}"
+                         for stage in self.stages)
 
     def summary(self) -> str:
-        """A table of the stages, what failed with the lines that matter, and what to do next."""
+        """Table of the stages, the lines that matter of those that failed, and the command to continue."""
         shown = [stage for stage in self.stages if stage.name in self.results or not stage.on_request]
         width = max(len(stage.name) for stage in shown)
         rows = []
         for stage in shown:
             result = self.results.get(stage.name)
-            said = f"{result['state']:11}  {result['seconds']:5.0f} s  {result['note'][:100]}" if result else "not run yet"
+            said = "not run yet"
+            if result:
+                said = f"{result['state']:11}  {result['seconds']:5.0f} s  {result['note'][:100]}"
             rows.append(f"{stage.name:{width}}  {said}")
         for stage in shown:
             if self.state(stage.name) == "failed":
@@ -197,7 +229,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _run_all(stage: Stage, log: Path, end: float) -> int | None:
-    """The first exit code that is not 0; None when the time is over."""
+    """First exit code of a stage that is not 0, or None when its time is over."""
     with log.open("w") as output:
         for command in stage.commands:
             print("$", " ".join(command), file=output, flush=True)
@@ -208,9 +240,11 @@ def _run_all(stage: Stage, log: Path, end: float) -> int | None:
 
 
 def _run(command: Sequence[str], output: Any, environment: Mapping[str, str], limit_s: float) -> int | None:
-    """Exit code of a command; None when it was stopped, with all that it started, because its time was over."""
-    arrived: list[int] = []              # a signal that would be raised before `try` would leave the process behind
-    handlers = {number: signal.signal(number, lambda number, frame: arrived.append(number)) for number in _INTERRUPTS}
+    """Exit code of a command, or None when it was stopped with its children because its time was over."""
+    # A signal that raised before `try` would leave the process behind, so it is only noted until then.
+    arrived: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, frame: arrived.append(number))
+                for number in _INTERRUPTS}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                env=environment, start_new_session=True)
     try:
@@ -233,7 +267,7 @@ def _run(command: Sequence[str], output: Any, environment: Mapping[str, str], li
 
 
 def _session(leader: int) -> list[int]:
-    """The processes of a session. Ranks of a run have process groups of their own in it."""
+    """Processes of a session. The ranks of a run have process groups of their own in it."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(ProcessLookupError):

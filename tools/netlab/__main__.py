@@ -1,4 +1,4 @@
-"""python -m tools.netlab [options] -- command: run a command on every rank of an emulated network (lab.py)."""
+"""Run a command on every rank of an emulated network: python -m tools.netlab [options] -- command."""
 
 import sys
 

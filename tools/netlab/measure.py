@@ -1,6 +1,6 @@
-"""What the links of a lab carry, and what moving bytes costs the cores: `tools/netlab/lab.py --measure`.
+"""Measure the links of a lab, and what moving bytes costs the cores: `python -m tools.netlab --measure`.
 
-The streams and products are processes of this file, in the networks of ranks.
+Senders, receivers and matrix products are processes of this file, in the networks of ranks.
 """
 
 import os
@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from tools.netlab.processes import LabError
 
-PORT = 29600                   # and the ones behind it, one for each sender; not that of a rendezvous
-START_S = 60.0                 # for Python to start, and a stream's other end to be there
+PORT = 29600                   # and those above it, one for each sender; not the port of a rendezvous
+START_S = 60.0                 # for Python to start, and for the other end of a stream to be there
 
 
 class Lab(Protocol):
-    """What is needed of the lab of tools/netlab/lab.py."""
+    """Part of the lab (tools/netlab/lab.py) that a measurement needs."""
 
     nodes: int
     per_node: int
@@ -31,10 +31,12 @@ class Lab(Protocol):
 
 
 def measure(lab: Lab, seconds: float = 2.0) -> list[str]:
-    """Lines of a table: the rates of one TCP stream, and the time of a matrix product alone and while bytes move."""
+    """Table of the rate of a TCP stream, and the time of a matrix product alone and while bytes move."""
     pairs = {"inside": (0, 1), "between": (0, lab.per_node)}
-    pairs = {link: pair for link, pair in pairs.items() if (lab.per_node if link == "inside" else lab.nodes) > 1}
-    lines = [f"emulated links, {lab.nodes} nodes x {lab.per_node} ranks; rates per rank and direction, one TCP stream"]
+    pairs = {link: pair for link, pair in pairs.items()
+             if (lab.per_node if link == "inside" else lab.nodes) > 1}
+    lines = [f"emulated links, {lab.nodes} nodes x {lab.per_node} ranks; "
+             "rates per rank and direction, one TCP stream"]
     for link, (source, target) in pairs.items():
         measured = transfer(lab, source, target, seconds)()
         asked = lab.rates[link]
@@ -48,16 +50,28 @@ def measure(lab: Lab, seconds: float = 2.0) -> list[str]:
         moving = [transfer(lab, *direction, 2 * seconds) for direction in (pair, pair[::-1])]
         busy = _products(lab, pair, seconds)
         rates = " and ".join(f"{wait() / 1e6:.0f}" for wait in moving)
-        lines += [f"  ranks {pair[0]} and {pair[1]}, nothing moves         {both:7.2f} ms   {both / alone:.2f} x",
-                  f"  both, and {link:7} both ways          {busy:7.2f} ms   {busy / both:.2f} x that   (moved {rates} mbit/s)"]
+        lines += [f"  ranks {pair[0]} and {pair[1]}, nothing moves         {both:7.2f} ms   "
+                  f"{both / alone:.2f} x",
+                  f"  both, and {link:7} both ways          {busy:7.2f} ms   "
+                  f"{busy / both:.2f} x that   (moved {rates} mbit/s)"]
     return lines
 
 
 def transfer(lab: Lab, source: int, target: int, seconds: float) -> Callable[[], float]:
-    """Starts a stream from one rank to another; the function returned waits for it and gives bits per second."""
+    """Start a stream from one rank to another.
+
+    Args:
+        lab: the lab.
+        source: rank that sends.
+        target: rank that receives.
+        seconds: length of the stream.
+
+    Returns:
+        A function that waits for the end of the stream and returns bits per second.
+    """
     port = str(PORT + source)
-    receiver = lab.start(target, [sys.executable, "-m", "tools.netlab.measure", "receive", port, str(START_S)], stdout=subprocess.PIPE, text=True)
-    sender = lab.start(source, [sys.executable, "-m", "tools.netlab.measure", "send", lab.address(target), port, str(seconds), str(START_S)], stdout=subprocess.PIPE, text=True)
+    receiver = _start(lab, target, "receive", port, START_S)
+    sender = _start(lab, source, "send", lab.address(target), port, seconds, START_S)
 
     def wait() -> float:
         _answer(sender, f"rank {source}, which sends to rank {target},", seconds)
@@ -67,24 +81,32 @@ def transfer(lab: Lab, source: int, target: int, seconds: float) -> Callable[[],
 
 
 def _products(lab: Lab, ranks: Sequence[int], seconds: float) -> float:
-    """Milliseconds of a product, the mean over ranks that compute at the same time."""
-    started = [lab.start(rank, [sys.executable, "-m", "tools.netlab.measure", "multiply", str(seconds)], stdout=subprocess.PIPE, text=True) for rank in ranks]
-    return statistics.mean(float(_answer(process, f"rank {rank}", seconds)) for rank, process in zip(ranks, started))
+    """Milliseconds of a matrix product, the mean over ranks that compute at the same time."""
+    started = [_start(lab, rank, "multiply", seconds) for rank in ranks]
+    return statistics.mean(float(_answer(process, f"rank {rank}", seconds))
+                           for rank, process in zip(ranks, started))
+
+
+def _start(lab: Lab, rank: int, *words: object) -> subprocess.Popen:
+    """Start a part of this file in the network of a rank."""
+    command = [sys.executable, "-m", "tools.netlab.measure", *map(str, words)]
+    return lab.start(rank, command, stdout=subprocess.PIPE, text=True)
 
 
 def _answer(process: subprocess.Popen, who: str, seconds: float) -> str:
-    """What it printed. The rest of a failed measurement ends with the lab."""
+    """Output of a process. The rest of a failed measurement ends with the lab."""
     try:
         text, _ = process.communicate(timeout=seconds + 2 * START_S)
     except subprocess.TimeoutExpired:
-        raise LabError(f"{who} did not end", why=f"it had {seconds + 2 * START_S:g} s", next="a machine that is less busy") from None
+        raise LabError(f"{who} did not end", why=f"it had {seconds + 2 * START_S:g} s",
+                       next="a machine that is less busy") from None
     if process.returncode:
         raise LabError(f"{who} failed", why="see above", next="look at the devices with nsenter and ip")
     return text
 
 
 def _receive(port: str, within_s: str) -> None:
-    """Silence for `within_s` is the end, before the stream and in it."""
+    """Print the rate of a stream in bits per second. Silence of `within_s` ends it."""
     with socket.create_server(("", int(port))) as server:
         server.settimeout(float(within_s))
         stream, _ = server.accept()
@@ -93,7 +115,7 @@ def _receive(port: str, within_s: str) -> None:
         buffer, total, began = memoryview(bytearray(1 << 20)), 0, None
         while count := stream.recv_into(buffer):
             now = time.monotonic()
-            began = began or now + 0.2                   # after the first burst, and TCP's slow start
+            began = began or now + 0.2                   # leaves out the first burst and TCP's slow start
             total += count if now > began else 0
         print(total * 8 / (now - began))
 

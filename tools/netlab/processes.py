@@ -1,4 +1,4 @@
-"""The processes of ranks, seen from outside: started, waited for, stopped. Every wait ends, and says who was missing.
+"""Start, wait for and stop the processes of ranks. Every wait ends, and names the ranks that are missing.
 
     any failure            the others have GRACE_S to end on their own
     a signal to this tool  it is passed on; the ranks have SAVE_S to end or save in their own way
@@ -22,29 +22,41 @@ from moetrain.launch.signals import forward_signals
 
 GRACE_S, SAVE_S, LATE_S = 10.0, 120.0, 300.0
 TERM_S, KILL_S = 5.0, 5.0
-TIMED_OUT = 124                # as of timeout(1)
+TIMED_OUT = 124                # exit code, as timeout(1) uses it
 
 
 class LabError(Exception):
-    """What this machine lacks or the call asks for wrongly; one message for the terminal."""
+    """What this machine lacks, or what is wrong with the call, as one message for the terminal."""
 
     def __init__(self, what: str, *, why: str, next: str) -> None:
         super().__init__(f"netlab: {what}\n  why     {why}\n  try     {next}")
 
 
 def together(start: Callable[..., subprocess.Popen], world: int, limit_s: float = math.inf) -> int:
-    """Ranks until they have ended: 0, the exit code of the rank that failed first (128 + signal), TIMED_OUT or 128 + signal to us.
+    """Start all ranks and wait until they have ended.
 
-    start(rank, **popen): the rank's process. Rank 0 writes to this terminal, the others to stderr behind their number.
+    Rank 0 writes to this terminal, the others to stderr behind their number.
+
+    Args:
+        start: start(rank, **popen) returns the process of a rank.
+        world: number of ranks.
+        limit_s: seconds after which ranks that still run are named and stopped.
+
+    Returns:
+        0; or the exit code of the rank that failed first, 128 + n for signal n; or TIMED_OUT; or 128 + n for
+        the
+        signal n that this program was sent.
     """
     ranks: list[subprocess.Popen] = []
     readers = []
     with _forwarding(ranks) as asked:
         try:
             for rank in range(world):
-                own = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"} if rank else {}
+                piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+                         "errors": "replace"}
+                own = piped if rank else {}
                 ranks.append(start(rank, **own))
-                if asked:                                # while we were starting
+                if asked:                                # a signal came while ranks were starting
                     _signal(ranks[rank], asked[-1])
                 if rank:
                     readers.append(threading.Thread(target=_show, args=(rank, ranks[rank]), daemon=True))
@@ -65,8 +77,14 @@ def together(start: Callable[..., subprocess.Popen], world: int, limit_s: float 
     return 128 - code if code < 0 else code
 
 
-def _wait(ranks: list[subprocess.Popen], asked: list[int], limit_s: float) -> tuple[int | None, dict[int, str], str]:
-    """Until all have ended or a limit is over: the rank that failed first; the states of those that still run, and since what."""
+def _wait(
+    ranks: list[subprocess.Popen], asked: list[int], limit_s: float,
+) -> tuple[int | None, dict[int, str], str]:
+    """Wait until all have ended or a limit is over.
+
+    Returns:
+        The rank that failed first; the states of the ranks that still run; since when they should have ended.
+    """
     began, failed, running = time.monotonic(), None, set(range(len(ranks)))
     limits = {f"{limit_s:g} s after the start": began + limit_s}
     while running and time.monotonic() < min(limits.values()):
@@ -81,13 +99,14 @@ def _wait(ranks: list[subprocess.Popen], asked: list[int], limit_s: float) -> tu
             elif not code:
                 limits.setdefault(f"{LATE_S:g} s after others had ended", time.monotonic() + LATE_S)
         if asked:
-            limits.setdefault(f"{SAVE_S:g} s after {signal.Signals(asked[0]).name}", time.monotonic() + SAVE_S)
+            saving = f"{SAVE_S:g} s after {signal.Signals(asked[0]).name}"
+            limits.setdefault(saving, time.monotonic() + SAVE_S)
         time.sleep(0.02)
     return failed, {rank: _state(ranks[rank].pid) for rank in sorted(running)}, min(limits, key=limits.get)
 
 
 def _state(process: int) -> str:
-    """As the kernel calls it: running, sleeping, stopped, disk sleep."""
+    """State of a process as the kernel calls it: running, sleeping, stopped, disk sleep."""
     with suppress(OSError), open(f"/proc/{process}/status") as rows:
         return next(row for row in rows if row.startswith("State")).split("(")[1].rstrip(")\n")
     return "gone"
@@ -100,19 +119,19 @@ def _stop(ranks: list[subprocess.Popen]) -> None:
 
 
 def end(processes: list[subprocess.Popen], within_s: float) -> None:
-    """Wait for all of them, then SIGKILL to the rest, with their children."""
+    """Wait for all processes, then send SIGKILL to the rest and their children."""
     deadline = time.monotonic() + within_s
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
         _signal(process, signal.SIGKILL)
     for process in processes:
-        with suppress(subprocess.TimeoutExpired):        # one that the kernel does not let go of: no wait helps
+        with suppress(subprocess.TimeoutExpired):        # the kernel does not let go of it: no wait helps
             process.wait(KILL_S)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
-    """To one that still runs, with its children."""
+    """Send a signal to a process that still runs, and to its children."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -120,7 +139,7 @@ def _signal(process: subprocess.Popen, number: int) -> None:
 
 @contextmanager
 def _forwarding(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
-    """Signals to us go to the ranks; we end after them. Yields the numbers of those that ask for the end."""
+    """Pass signals on to the ranks and end after them. Yields the numbers of those that ask for the end."""
     asked: list[int] = []
 
     def send(number: int) -> None:

@@ -1,9 +1,10 @@
-"""A rank of a tool, under gloo: it waits for the others with a limit, and goes at once when it fails.
+"""Process group of a tool's rank under gloo: every wait has a limit, and a rank that fails leaves at once.
 
     with connected(300):
         ...                    # torch.distributed, gloo
 
-What names a rank that others wait for: `dist.monitored_barrier`, and tools/netlab/processes.py when it still runs in the end.
+A rank that others wait for is named by `dist.monitored_barrier`, and by tools/netlab/processes.py when it
+still runs in the end.
 """
 
 import os
@@ -19,7 +20,11 @@ from moetrain.comm.mesh import connect, disconnect
 
 @contextmanager
 def connected(wait_s: int) -> Iterator[None]:
-    """The process group that the environment describes, until the block ends. wait_s: of every wait for another rank."""
+    """Open the process group that the environment describes until the block ends.
+
+    Args:
+        wait_s: limit of every wait for another rank, in seconds.
+    """
     try:
         connect(torch.device("cpu"), wait_s)
         yield
@@ -28,5 +33,6 @@ def connected(wait_s: int) -> Iterator[None]:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        # A clean exit waits for exchanges under way, in which the others take no part when they wait for something else of us.
+        # A clean exit waits for exchanges under way, and the other ranks take no part in them once they wait
+        # for something else of this rank.
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
