@@ -1,14 +1,18 @@
-"""What the statistics of routers and the balance loss cost of a training step.
+"""Cost of the routers' statistics and of the balance loss, as a share of a training step.
 
     python -m tools.bench.balance                        writes docs/results/balance_cost.md
     python -m tools.bench.balance --pairs 8 --out /tmp/page.md
-    python -m tools.bench.balance --device cuda --pairs 20        at the shape of Qwen3-30B-A3B; docs/results/balance_cost_gpu.md
-    ... --out /tmp/page.md model.dim=64 model.num_experts=8               every case with these overrides of moetrain train
+    python -m tools.bench.balance --device cuda --pairs 20
+                        at the shape of Qwen3-30B-A3B; docs/results/balance_cost_gpu.md
+    ... --out /tmp/page.md model.dim=64 model.num_experts=8
+                        every case with these overrides of moetrain train
 
-One model trains by two kinds of steps in turn in one process, the order reversed every time. One is training as it is. In the
-other no sum of a router is computed (its record is made of zeros that were there before), no loss but the cross-entropy, no
-sums of routers for the metrics, no counts: forward and backward of all that is what is missed. Choice and gate weights stay. On the CPU
-processor time of one thread, on a GPU seconds until it has finished; medians of the steps; the difference is that of neighbours.
+One model trains by two kinds of steps in turn in one process, the order reversed every time. One is training
+as it is. In the other no sum of a router is computed (its record is made of zeros that were there before), no
+loss but the cross-entropy, no sums of routers for the metrics, no counts: forward and backward of all that is
+what is missing. Choice and gate weights stay. On the CPU the clock is the processor time of one thread, on a
+GPU the seconds until it has finished; the results are medians of the steps, and the difference is that of
+neighboring steps.
 """
 
 import argparse
@@ -34,17 +38,19 @@ from moetrain.train.step import train_step
 
 COMMON = ["data=synthetic", "log.wandb=off", "run.steps=100000"]
 SMALL = ["data.vocab_size=257", "run.device=cpu"]
-QWEN3 = ["model=qwen3_30b_a3b", "optim=adamw", "data.vocab_size=151936", "run.device=cuda", "run.dtype=bfloat16", "train.seq_len=4096", "train.head_chunk=2048",
-         "train.global_batch=2"]
+QWEN3 = ["model=qwen3_30b_a3b", "optim=adamw", "data.vocab_size=151936", "run.device=cuda",
+         "run.dtype=bfloat16", "train.seq_len=4096", "train.head_chunk=2048", "train.global_batch=2"]
 CASES = {
     "debug": ["experiment=debug"],
-    "four layers": ["experiment=debug", "model.dim=128", "model.num_layers=4", "model.num_kv_heads=4", "model.expert_dim=128",
-                    "train.global_batch=16", "train.seq_len=256"],
+    "four layers": ["experiment=debug", "model.dim=128", "model.num_layers=4", "model.num_kv_heads=4",
+                    "model.expert_dim=128", "train.global_batch=16", "train.seq_len=256"],
     "quickstart": ["experiment=quickstart"],
     "quickstart, accumulation 4": ["experiment=quickstart", "train.micro_batch=4"],
-    "quickstart, 64 experts, top 8": ["experiment=quickstart", "model.num_experts=64", "model.top_k=8", "model.expert_dim=32"],
+    "quickstart, 64 experts, top 8": ["experiment=quickstart", "model.num_experts=64", "model.top_k=8",
+                                      "model.expert_dim=32"],
 }
-CUDA_CASES = {                                           # parts of the model: all of its layers are more than one GPU holds in training
+# Parts of the model: training all of its layers takes more memory than one GPU has.
+CUDA_CASES = {
     f"qwen3 30b a3b, {layers} layers{text}": [*QWEN3, f"model.num_layers={layers}", *words]
     for layers, text, words in ((2, "", []), (4, "", []), (4, ", 2 micro-batches", ["train.micro_batch=1"]))
 }
@@ -55,19 +61,20 @@ PAGES = {"cpu": "balance_cost.md", "cuda": "balance_cost_gpu.md"}
 
 
 class Cost(NamedTuple):
-    """Of a step, medians, in milliseconds: on the CPU of processor time."""
+    """Milliseconds of a step, medians; on the CPU of processor time."""
 
     with_it: float
     without: float
     difference: float
-    spread: float                            # half the distance between the quartiles of the difference, over the root of their number
+    spread: float                            # half the interquartile range of the difference, over root n
 
 
 @contextlib.contextmanager
 def nothing_counted(run: Run) -> Iterator[None]:
-    """No statistics, and no loss made of them."""
+    """Patch a run so that it takes no statistics, and no loss made of them."""
     routers, device = run.state.model.routers, run.mesh.device
-    zero, zeros_E = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((), next(iter(routers.values()))))
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    zeros_E = torch.zeros(next(iter(routers.values())), dtype=torch.int64, device=device)
     sums = RouterSums(zero, zeros_E, zeros_E.float(), zero.float(), zero.float(), zero, zero)
 
     def add(self: SumBuffer, cross_entropy: torch.Tensor, share: LossShare, stacks: object) -> None:
@@ -78,9 +85,11 @@ def nothing_counted(run: Run) -> Iterator[None]:
         return torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
 
     with (patch.object(base, "router_sums", lambda *arguments: sums), patch.object(SumBuffer, "add", add),
-          patch.object(passes, "stacks", lambda stats: []), patch.object(passes, "pool", lambda *arguments: []),
+          patch.object(passes, "stacks", lambda stats: []),
+          patch.object(passes, "pool", lambda *arguments: []),
           patch.object(passes, "flat_counts", flat), patch.object(step, "flat_counts", flat),
-          patch.object(step, "balance_metrics", lambda *arguments: {}), patch.object(run.objective, "losses", {})):
+          patch.object(step, "balance_metrics", lambda *arguments: {}),
+          patch.object(run.objective, "losses", {})):
         yield
 
 
@@ -90,6 +99,7 @@ def make_run(words: list[str]) -> Run:
 
 
 def measure(words: list[str], pairs: int) -> Cost:
+    """Cost of the statistics for one case, from steps with them and without in turn."""
     run = make_run(words)
     clock = time.process_time if run.mesh.device.type == "cpu" else finished
 
@@ -110,19 +120,21 @@ def measure(words: list[str], pairs: int) -> Cost:
 
 
 def finished() -> float:
-    """Seconds, once the GPU has done what it was told."""
+    """Seconds on the clock once the GPU has finished its work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def page(costs: dict[str, Cost], pairs: int, device: str, overrides: list[str]) -> str:
-    rows = "".join(f"| {name} | {cost.with_it:.1f} | {cost.difference:.2f} ± {cost.spread:.2f} | {cost.difference / cost.with_it:.1%} |\n"
+    rows = "".join(f"| {name} | {cost.with_it:.1f} | {cost.difference:.2f} ± {cost.spread:.2f} "
+                   f"| {cost.difference / cost.with_it:.1%} |\n"
                    for name, cost in costs.items())
-    on = "Milliseconds of processor time of one thread (the machine had other work)" if device == "cpu" else f"Milliseconds on {torch.cuda.get_device_name()}"
+    on = f"Milliseconds on {torch.cuda.get_device_name()}" if device == "cuda" else (
+        "Milliseconds of processor time of one thread (the machine had other work)")
     about = """
-The models are tiny: `debug` has two layers of width 64 and 512 tokens a step, `quickstart` two of width 128 and 2,048, the one of four
-layers width 128, 8 experts, top 2, and 4,096. At such sizes the cost is that of calling operators, not of what they compute. It has not
-been measured on a GPU.
+The models are tiny: `debug` has two layers of width 64 and 512 tokens a step, `quickstart` two of width 128
+and 2,048, the one of four layers width 128, 8 experts, top 2, and 4,096. At such sizes the cost is that of
+calling operators, not of what they compute. It has not been measured on a GPU.
 """ if device == "cpu" else """
 Widths, experts and choices of the model, fewer layers; 2 sequences of 4,096 tokens a step, synthetic.
 """
@@ -130,9 +142,10 @@ Widths, experts and choices of the model, fewer layers; 2 sequences of 4,096 tok
         about = f"\nSizes are not those of the names, but changed by `{' '.join(overrides)}`.\n"
     return f"""# What statistics and balance loss cost
 
-Written by `tools/bench/balance.py`. Training as it is (`balance=global`, mode `exact`) and training without any sum of a router, without
-balance loss and without what the metrics add up, in turn in one process: {pairs} pairs of steps. {on}, torch
-{torch.__version__}, {platform.machine()}. Medians, of the differences of neighbours in the third column.
+Written by `tools/bench/balance.py`. Training as it is (`balance=global`, mode `exact`) and training without
+any sum of a router, without balance loss and without what the metrics add up, in turn in one process: {pairs}
+pairs of steps. {on}, torch {torch.__version__}, {platform.machine()}. Medians, of the differences of
+neighbors in the third column.
 
 | | ms a step | of it, statistics and loss | share |
 |---|---|---|---|
@@ -143,8 +156,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=60, help="pairs of steps of each case")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, *CUDA_CASES], help="of the device; all of them without it")
-    parser.add_argument("--out", type=Path, help="the page (docs/results/balance_cost.md; with --device cuda balance_cost_gpu.md)")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *CUDA_CASES],
+                        help="of the device; all of them without it")
+    parser.add_argument("--out", type=Path, help="the page (docs/results/balance_cost.md; "
+                                                 "with --device cuda balance_cost_gpu.md)")
     parser.add_argument("overrides", nargs="*", help="of moetrain train, for every case; needs --out")
     args = parser.parse_intermixed_args()
     if args.overrides and not args.out:

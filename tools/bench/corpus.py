@@ -1,13 +1,14 @@
-"""A corpus of any size: memory of `prepare`, speed of reading by format, time of evaluation by the number of domains.
+"""Costs of a corpus of any size: memory of `prepare`, speed of reading, time of evaluation by domains.
 
     python -m tools.bench.corpus reading            # seconds
     python -m tools.bench.corpus domains            # two minutes
     python -m tools.bench.corpus memory             # 5 GB, three times: half an hour, and 70 GB of disk
     python -m tools.bench.corpus memory --write     # also its section of docs/results/data.md
 
-Text is words drawn from a vocabulary of 50,000 by Zipf's law; of a large corpus 2,000 passages of 2 kB come again and again, each time
-behind another number. Memory is the largest resident set of the process, which `wait4` tells. Reading is what `data inspect` does:
-every document is found, hashed and, where it cannot be read again from its file, kept in a temporary file.
+Text is words drawn from a vocabulary of 50,000 by Zipf's law; of a large corpus 2,000 passages of 2 kB come
+again and again, each time behind another number. Memory is the largest resident set of the process, which
+`wait4` tells. Reading is what `data inspect` does: every document is found, hashed and, where it cannot be
+read again from its file, kept in a temporary file.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from tools.result_page import ROOT, provenance, write_section
 PAGE = ROOT / "docs" / "results" / "data.md"
 PASSAGES, PASSAGE = 2_000, 2_000                     # how many, and bytes of each
 # A process of its own between, because the kernel counts what the parent had at the fork.
-RESIDENT = "import os, subprocess, sys; done = os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0); print(done[2].ru_maxrss); sys.exit(done[1] != 0)"
+RESIDENT = ("import os, subprocess, sys; done = os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0); "
+            "print(done[2].ru_maxrss); sys.exit(done[1] != 0)")
 AIM_GB = 1.0                                         # resident
 AIM_DOMAINS = 1.5                                    # times as long for 2,000 domains as for 10
 
@@ -40,14 +42,16 @@ AIM_DOMAINS = 1.5                                    # times as long for 2,000 d
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory(prefix="bench_corpus-", dir=options.folder) as folder:
-        title, result = {"reading": reading, "memory": memory, "domains": domains}[options.what](Path(folder), options)
+        measure = {"reading": reading, "memory": memory, "domains": domains}[options.what]
+        title, result = measure(Path(folder), options)
     print(result)
     if options.write:
         write_section(PAGE, title, result)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["reading", "memory", "domains"])
     parser.add_argument("--gigabytes", type=float, default=5, help="of text, for memory")
     parser.add_argument("--megabytes", type=float, default=100, help="of text, for reading")
@@ -98,7 +102,7 @@ def make_parquet(folder: Path, size: float) -> None:
 
 
 def make_files(folder: Path, size: float) -> None:
-    """Of five documents each."""
+    """Write files of five documents each."""
     found = documents(size)
     for number in count():
         if not (some := "".join(islice(found, 5))):
@@ -109,10 +113,12 @@ def make_files(folder: Path, size: float) -> None:
 
 
 FORMATS: dict[str, Callable[[Path, float], None]] = {
-    "one file of text": make_text, "JSON lines of 2 kB": make_lines, "the same, .gz": make_gzip, "CSV": make_csv, "Parquet": make_parquet}
+    "one file of text": make_text, "JSON lines of 2 kB": make_lines, "the same, .gz": make_gzip,
+    "CSV": make_csv, "Parquet": make_parquet}
 
 
 def reading(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
+    """Measure the speed of reading by format; title and text of the section."""
     from moetrain.data.corpus.selection import find_source, select
     from moetrain.data.reading.spool import Spool
 
@@ -132,8 +138,9 @@ def reading(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
             rates[-1] /= 1e6 * (time.process_time() - start)
         rows.append((name, f"{max(rates):.0f}", f"{statistics.median(rates):.0f}"))
     return "Reading", f"""\
-MB of text a second of processor time of one core, the best of {options.repeats} repetitions and their median: every document found, decoded, hashed, \
-chosen, and where it is no plain text, kept in a temporary file for the second pass.
+MB of text a second of processor time of one core, the best of {options.repeats} repetitions and their \
+median: every document found, decoded, hashed, chosen, and where it is no plain text, kept in a temporary \
+file for the second pass.
 
 {table(("format", "MB/s, best", "median"), rows)}
 
@@ -141,16 +148,21 @@ chosen, and where it is no plain text, kept in a temporary file for the second p
 
 
 def memory(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
+    """Measure the resident memory of preparations; title and text of the section."""
     cases = {"JSON lines of 2 kB": make_lines, "one file of text": make_text, "files of 10 kB": make_files}
     chosen = {name: make for name, make in cases.items() if options.only in name}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:                 # each in a process of its own: memory is not shared
-        rows = list(pool.map(lambda name: prepared(folder / name, name, chosen[name], options.gigabytes * 1e9), chosen))
-    cells = [(row["name"], f"{row['documents']:,}", f"{row['bytes'] / 1e9:.2f}", f"{row['resident'] / 1e9:.2f}", f"{row['seconds']:.0f}")
-             for row in rows]
+    # Each in a process of its own: memory is not shared.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(
+            lambda name: prepared(folder / name, name, chosen[name], options.gigabytes * 1e9), chosen))
+    cells = [(row["name"], f"{row['documents']:,}", f"{row['bytes'] / 1e9:.2f}",
+              f"{row['resident'] / 1e9:.2f}", f"{row['seconds']:.0f}") for row in rows]
     largest = max(row["resident"] for row in rows) / 1e9
     return "Memory", f"""\
-`moetrain data prepare` with bytes as tokens and the overlap measured: the largest resident set of the process, at most {largest:.2f} GB (aim: below \
-{AIM_GB:g}). Preparations run at once, one a core. What grows with the corpus is what is known of each document, 150 to 200 bytes while they are sorted, and of each file, 600 bytes.
+`moetrain data prepare` with bytes as tokens and the overlap measured: the largest resident set of the \
+process, at most {largest:.2f} GB (aim: below {AIM_GB:g}). Preparations run at once, one a core. What grows \
+with the corpus is what is known of each document, 150 to 200 bytes while they are sorted, and of each file, \
+600 bytes.
 
 {table(("source", "documents", "GB of text", "GB resident", "s"), cells)}
 
@@ -158,32 +170,45 @@ def memory(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
 
 
 def prepared(place: Path, name: str, make: Callable[[Path, float], None], size: float) -> dict:
+    """Prepare one source in a process of its own, and return what it took.
+
+    Args:
+        place: folder of source and result, removed afterwards.
+        name: name of the row.
+        make: writes the source into a folder.
+        size: bytes of text.
+    """
     (place / "in").mkdir(parents=True)
     make(place / "in", size)
-    command = [sys.executable, "-m", "moetrain", "data", "prepare", f"data.path={place / 'in'}", f"data.cache={place / 'out'}",
-               "data.tokenizer=bytes", "log.progress=false"]
+    command = [sys.executable, "-m", "moetrain", "data", "prepare", f"data.path={place / 'in'}",
+               f"data.cache={place / 'out'}", "data.tokenizer=bytes", "log.progress=false"]
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", RESIDENT, *command], cwd=place, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", RESIDENT, *command], cwd=place, stdout=subprocess.PIPE,
+                          text=True, env=environment)
     assert done.returncode == 0, done.stdout
     described = json.loads(next((place / "out").glob("*/dataset.json")).read_text())
     became = described["account"]["text"]
     subprocess.run(["rm", "-rf", place], check=True)
-    row = {"name": name, "documents": became["documents"], "bytes": became["bytes"], "resident": int(done.stdout.split()[-1]) * 1024,
-           "seconds": time.perf_counter() - start}
+    row = {"name": name, "documents": became["documents"], "bytes": became["bytes"],
+           "resident": int(done.stdout.split()[-1]) * 1024, "seconds": time.perf_counter() - start}
     print(row, file=sys.stderr)
     return row
 
 
 def domains(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
-    """The same text, as 10 domains and as 2,000, evaluated in turns. Windows a part are chosen so that both have as many in all."""
+    """Evaluate the same text as 10 domains and as 2,000, in turns; title and text of the section.
+
+    The windows of a part are chosen so that both evaluations have as many in all.
+    """
     size, asked, seconds = 2_000, {10: 200, 2_000: 2_000}, {10: [], 2_000: []}
     for number in seconds:
         for document in range(size):
             place = folder / str(number) / "in" / f"d{document % number:04d}"
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{document}.txt").write_bytes(text(document, 1_500))
-        run(folder / str(number), "train", "experiment=quickstart", "data.path=in", "data.held_out_share=0.5", "run.steps=1", "eval.windows=1")
+        run(folder / str(number), "train", "experiment=quickstart", "data.path=in",
+            "data.held_out_share=0.5", "run.steps=1", "eval.windows=1")
     for _ in range(options.repeats):
         for number, found in seconds.items():
             run(folder / str(number), "eval", f"eval.windows={asked[number]}")
@@ -194,8 +219,9 @@ def domains(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
     ratio = rows[1][3] / rows[0][3]
     cells = [(*row[:3], f"{row[3]:.2f}") for row in rows]
     return "Evaluation of many domains", f"""\
-`moetrain eval` of the quickstart's model on 2,000 documents of 1.5 kB, half of each held out, as 10 and as 2,000 domains; the best of \
-{options.repeats}. A window takes {ratio:.2f} times as long with 2,000 domains as with 10 (aim: at most {AIM_DOMAINS:g}).
+`moetrain eval` of the quickstart's model on 2,000 documents of 1.5 kB, half of each held out, as 10 and as \
+2,000 domains; the best of {options.repeats}. A window takes {ratio:.2f} times as long with 2,000 domains as \
+with 10 (aim: at most {AIM_DOMAINS:g}).
 
 {table(("domains", "windows", "s", "ms a window"), cells)}
 
@@ -203,7 +229,7 @@ def domains(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
 
 
 def measured(folder: Path, windows: int) -> int:
-    """How many windows an evaluation of the run reads."""
+    """Number of windows that an evaluation of the run reads."""
     import yaml
 
     from moetrain.data.batches.token_dataset import TokenDataset
@@ -211,14 +237,15 @@ def measured(folder: Path, windows: int) -> int:
 
     config = yaml.safe_load((folder / "runs" / "bench" / "config.yaml").read_text())
     (prepared,) = (path.parent for path in folder.glob("runs/bench/data/*/dataset.json"))
-    dataset = TokenDataset(prepared=open_prepared(prepared, verify=False), seq_len=config["train"]["seq_len"], global_batch=1, seed=0,
-                           trains=False)
+    dataset = TokenDataset(prepared=open_prepared(prepared, verify=False),
+                           seq_len=config["train"]["seq_len"], global_batch=1, seed=0, trains=False)
     return sum(len(dataset.heldout_ids(part, windows)) for part in range(len(dataset.measured)))
 
 
 def run(folder: Path, verb: str, *words: str) -> None:
     command = [sys.executable, "-m", "moetrain", verb, "run.name=bench", "log.progress=false", *words]
-    subprocess.run(command, cwd=folder, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=folder, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                   stdout=subprocess.DEVNULL)
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:

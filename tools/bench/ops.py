@@ -1,15 +1,15 @@
-"""Time of every op of a MoE layer on one GPU: checked against float64 first, then timed, as a ratio to the chip's own rates.
+"""Time every op of a MoE layer on one GPU, after a check against float64, as a ratio to the chip's own rates.
 
     python tools/build_cuda.py
-    MOETRAIN_KERNELS=1 python -m tools.bench.ops --out ops.json                 minutes; goes on where it was stopped
+    MOETRAIN_KERNELS=1 python -m tools.bench.ops --out ops.json                 goes on where it was stopped
     ... --only router,permute --shapes qwen3 --tokens 16384                     some cells
-    ... --loads runs/x/loads.npz                                                routing as a run recorded it, not balanced
-    python -m tools.bench.ops --out ops.json --device cpu --small               the logic alone: these times mean nothing
+    ... --loads runs/x/loads.npz                                                routing as a run recorded it
+    python -m tools.bench.ops --out ops.json --device cpu --small               the logic alone, not the times
 
-A cell is an op, a shape, a number of tokens, a routing and a candidate; its result is written as soon as it is there. Inputs
-rotate over more copies than the L2 cache holds. In the same process, before the cells: C, the rate of a device copy (bytes
-read and written), and R, the rate of an 8192-cubed bfloat16 product. `of_c` and `of_r` are the cell's floor (bytes, products)
-over its time, as fractions of those.
+A cell is an op, a shape, a number of tokens, a routing and a candidate; its result is written as soon as it
+is there. Inputs rotate over more copies than the L2 cache holds. In the same process, before the cells: C,
+the rate of a device copy (bytes read and written), and R, the rate of an 8192-cubed bfloat16 product. `of_c`
+and `of_r` are the cell's floor (bytes, products) over its time, as fractions of those.
 """
 
 import argparse
@@ -37,7 +37,13 @@ MEANINGLESS = "times of a CPU, which say nothing about a GPU"
 
 
 def seconds_of(function: Callable[[int], object], device: str, repeats: int) -> float:
-    """Median time of a call; `function` gets the number of the call, to pick its copy of the inputs."""
+    """Median seconds of a call.
+
+    Args:
+        function: gets the number of the call, to pick its copy of the inputs.
+        device: cuda or cpu.
+        repeats: number of timed calls.
+    """
     for i in range(2 if device == "cpu" else 5):         # warm up: autotuners, allocator
         function(i)
     times = []
@@ -59,7 +65,7 @@ def seconds_of(function: Callable[[int], object], device: str, repeats: int) -> 
 
 
 def rates(device: str, small: bool) -> dict[str, float]:
-    """C in bytes a second and R in products and sums a second, of this process."""
+    """C in bytes a second and R in products and sums a second, measured in this process."""
     elements, side = (2**20, 256) if small else (2**29, 8192)
     source = torch.randn(elements, device=device).bfloat16()
     target = torch.empty_like(source)
@@ -70,6 +76,7 @@ def rates(device: str, small: bool) -> dict[str, float]:
 
 
 def copies_beyond_cache(inputs: list[Tensor], device: str) -> int:
+    """Number of copies of the inputs that together exceed the L2 cache three times."""
     size = sum(tensor.nbytes for tensor in inputs)
     if device == "cpu" or size == 0:
         return 2
@@ -79,7 +86,14 @@ def copies_beyond_cache(inputs: list[Tensor], device: str) -> int:
 
 
 def error_of(case: Case, run: Callable, seed: int, device: str) -> float:
-    """Largest |error| / |truth| of the results, with the memory that they get poisoned before; NaN is infinite."""
+    """Largest |error| / |truth| of the results. Free memory is poisoned before, and NaN counts as infinite.
+
+    Args:
+        case: the case.
+        run: the candidate.
+        seed: seed of the inputs.
+        device: cuda or cpu.
+    """
     inputs = case.make(seed)
     fresh = [tensor.clone() if i in case.in_place else tensor for i, tensor in enumerate(inputs)]
     if device != "cpu":
@@ -97,6 +111,15 @@ def error_of(case: Case, run: Callable, seed: int, device: str) -> float:
 
 
 def measure(case: Case, run: Callable, chip: dict[str, float], device: str, repeats: int) -> dict:
+    """Check a candidate, then time it.
+
+    Args:
+        case: the case.
+        run: the candidate.
+        chip: C and R of this process.
+        device: cuda or cpu.
+        repeats: number of timed calls.
+    """
     error = error_of(case, run, 0, device)
     if not error <= case.tolerance:
         return {"error": error, "wrong": f"|error| / |truth| is above {case.tolerance}: not timed"}
@@ -105,7 +128,8 @@ def measure(case: Case, run: Callable, chip: dict[str, float], device: str, repe
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_of(lambda i: run(*copies[i % len(copies)]), device, repeats)
-    result = {"error": error, "seconds": seconds, "copies": len(copies), "of_c": case.bytes / seconds / chip["C"]}
+    result = {"error": error, "seconds": seconds, "copies": len(copies),
+              "of_c": case.bytes / seconds / chip["C"]}
     if case.flops:
         result["of_r"] = case.flops / seconds / chip["R"]
     if device != "cpu":
@@ -114,7 +138,7 @@ def measure(case: Case, run: Callable, chip: dict[str, float], device: str, repe
 
 
 def load_of(path: Path | None, router: int) -> Callable[[int], Tensor]:
-    """Loads of the experts: equal, or those of the last recorded step, repeated or cut to the number asked for."""
+    """Loads of the experts: equal, or of the last recorded step, repeated or cut to the number of experts."""
     if path is None:
         return lambda experts: torch.ones(experts)
     loads = np.load(path)["loads"][-1, router].astype(np.float64)
@@ -122,10 +146,13 @@ def load_of(path: Path | None, router: int) -> Callable[[int], Tensor]:
 
 
 def context(device: str) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """Date, chip, versions and commit of a process."""
+    head = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     chip = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "chip": chip, "driver": driver(device), "torch": torch.__version__,
-            "cuda": torch.version.cuda, "commit": commit, "kernels": extension.absent() or "in use",
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "chip": chip, "driver": driver(device),
+            "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit,
+            "kernels": extension.absent() or "in use",
             **({"meaningless": MEANINGLESS} if device == "cpu" else {})}
 
 
@@ -138,13 +165,14 @@ def driver(device: str) -> str:
 
 
 def write(path: Path, record: dict) -> None:
+    """Replace the file of results atomically."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(path)
 
 
 def attempt(case: Case, run: Callable, chip: dict[str, float], device: str, repeats: int) -> dict:
-    """A cell's result; what a candidate cannot do here is a result, too, and so is how it fails."""
+    """Result of a cell; what a candidate cannot do here is a result, too, and so is how it fails."""
     try:
         return measure(case, run, chip, device, repeats)
     except ImportError as missing:
@@ -157,7 +185,8 @@ def attempt(case: Case, run: Callable, chip: dict[str, float], device: str, repe
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="results; cells that are in it are not measured again")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="results; cells that are in it are not measured again")
     parser.add_argument("--only", default=",".join(CASES), help="ops")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", help="numbers of tokens")
@@ -171,7 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device; --device cpu --small runs the logic alone")
     shapes = SMALL if options.small else SHAPES
-    tokens = [int(n) for n in options.tokens.split(",")] if options.tokens else SMALL_TOKENS if options.small else TOKENS
+    tokens = SMALL_TOKENS if options.small else TOKENS
+    if options.tokens:
+        tokens = [int(n) for n in options.tokens.split(",")]
     record = json.loads(options.out.read_text()) if options.out.exists() else {"cells": {}, "processes": []}
     chip, started = rates(options.device, options.small), time.monotonic()
     record["processes"].append(context(options.device) | chip)
@@ -179,7 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
     load = load_of(options.loads, options.router)
     if options.device == "cpu":
         print(MEANINGLESS)
-    print(f"C {chip['C'] / 1e9:.0f} GB/s   R {chip['R'] / 1e12:.1f} TFLOP/s   kernels: {extension.absent() or 'in use'}")
+    print(f"C {chip['C'] / 1e9:.0f} GB/s   R {chip['R'] / 1e12:.1f} TFLOP/s   "
+          f"kernels: {extension.absent() or 'in use'}")
     for count in tokens:
         for name in options.shapes.split(","):
             for op in options.only.split(","):
@@ -193,7 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
                     write(options.out, record)
                     if "CUDA error" in result.get("wrong", ""):
                         sys.exit(f"{key}: {result['wrong']}; the device is lost to this process, start again")
-                    print(key, {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in result.items()}, flush=True)
+                    rounded = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in result.items()}
+                    print(key, rounded, flush=True)
     wrong = [key for key, result in record["cells"].items() if "wrong" in result]
     print(f"{len(record['cells'])} cells" + (f", WRONG: {', '.join(wrong)}" if wrong else ""))
     return 1 if wrong else 0

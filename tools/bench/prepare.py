@@ -1,13 +1,14 @@
-"""Speed of `prepare` on one core: bytes of text a second of processor time, by form of the source and tokenizer.
+"""Speed of `prepare` on one core: text a second of processor time, by form of the source and tokenizer.
 
     python -m tools.bench.prepare                      # 32 MB a source, three times each: some minutes
     python -m tools.bench.prepare --write              # also its section of docs/results/data.md
 
-The text is words drawn from a vocabulary of 50,000 by Zipf's law, so that no passage comes twice; in `repeated` every text comes
-20 times with another ending, as crawled pages do. The tokenizer.json is a byte-level BPE of 4,096 tokens, trained on
-the first megabyte. Every preparation runs in a process of its own, with one thread. Its processor time counts, not the
-clock; of the repetitions the least is what it takes on a quiet machine. Before it the same process lets the tokenizers library
-encode the texts of plain files in one batch, which is what a preparation with a tokenizer.json is compared with.
+The text is words drawn from a vocabulary of 50,000 by Zipf's law, so that no passage comes twice; in
+`repeated` every text comes 20 times with another ending, as crawled pages do. The tokenizer.json is a
+byte-level BPE of 4,096 tokens, trained on the first megabyte. Every preparation runs in a process of its own,
+with one thread. Its processor time counts, not the clock; of the repetitions the least is what it takes on a
+quiet machine. Before it the same process lets the tokenizers library encode the texts of plain files in one
+batch, which is what a preparation with a tokenizer.json is compared with.
 """
 
 import argparse
@@ -47,27 +48,32 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=32, help="of text in a source")
     parser.add_argument("--repeats", type=int, default=3, help="preparations of each source")
     parser.add_argument("--only", default="", help="sources whose name contains this")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
-    parser.add_argument("--measure", nargs=3, metavar=("PATH", "TOKENIZER", "OVERLAP"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, metavar=("PATH", "TOKENIZER", "OVERLAP"),
+                        help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 @cache
 def vocabulary() -> list[bytes]:
+    """The 50,000 words, of 2 to 10 letters."""
     chance = np.random.default_rng(0)
     letters = chance.integers(97, 123, (50_000, 10), np.uint8)
-    return [letters[number, :length].tobytes() for number, length in enumerate(chance.integers(2, 11, 50_000))]
+    lengths = chance.integers(2, 11, 50_000)
+    return [letters[number, :length].tobytes() for number, length in enumerate(lengths)]
 
 
 def text(seed: int, size: int) -> bytes:
-    """Lines of words, `size` bytes or a little more."""
+    """Lines of random words, `size` bytes or a little more."""
     chance, words, lines = np.random.default_rng(seed), vocabulary(), []
     while size > 0:
-        lines.append(b" ".join([words[number] for number in (chance.zipf(1.2, 100) % 50_000).tolist()]) + b"\n")
+        numbers = (chance.zipf(1.2, 100) % 50_000).tolist()
+        lines.append(b" ".join([words[number] for number in numbers]) + b"\n")
         size -= len(lines[-1])
     return b"".join(lines)
 
@@ -89,7 +95,8 @@ def make_repeated(folder: Path, size: int) -> None:
 
 
 def lines(size: int) -> bytes:
-    return b"".join(json.dumps({"text": text(number, 2_000).decode()}).encode() + b"\n" for number in range(size // 2_000))
+    return b"".join(json.dumps({"text": text(number, 2_000).decode()}).encode() + b"\n"
+                    for number in range(size // 2_000))
 
 
 def make_lines(folder: Path, size: int) -> None:
@@ -108,8 +115,8 @@ def make_zstd(folder: Path, size: int) -> None:
 
 SOURCES: dict[str, tuple[str, Callable[[Path, int], None]]] = {
     "files": ("files of 10 kB, five folders", make_files), "book": ("one file", make_book),
-    "lines": ("JSON lines of 2 kB", make_lines), "gz": ("the same, .gz", make_gzip), "zst": ("the same, .zst", make_zstd),
-    "repeated": ("files of 5 kB, repeated", make_repeated)}
+    "lines": ("JSON lines of 2 kB", make_lines), "gz": ("the same, .gz", make_gzip),
+    "zst": ("the same, .zst", make_zstd), "repeated": ("files of 5 kB, repeated", make_repeated)}
 
 
 def train_tokenizer(path: Path) -> Path:
@@ -126,7 +133,7 @@ def train_tokenizer(path: Path) -> Path:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> Iterator[dict]:
-    """A row for each source and tokenizer. The preparations of all of them take turns."""
+    """Rows of results, one for each source and tokenizer. The preparations of all of them take turns."""
     bpe = str(train_tokenizer(folder / "tokenizer.json"))
     cases = [(name, tokenizer, overlap) for name in SOURCES if options.only in name
              for tokenizer, overlap in (("bytes", 1_000_000), ("bytes", 0), (bpe, 1_000_000))]
@@ -136,14 +143,16 @@ def compare(folder: Path, options: argparse.Namespace) -> Iterator[dict]:
     found: dict[tuple, list[dict]] = {case: [] for case in cases}
     for _ in range(options.repeats):
         for case, runs in found.items():
-            command = [sys.executable, "-m", "tools.bench.prepare", "--measure", str(folder / case[0]), case[1], str(case[2])]
+            command = [sys.executable, "-m", "tools.bench.prepare", "--measure", str(folder / case[0]),
+                       case[1], str(case[2])]
             done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={
                 **os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
             runs.append(json.loads(done.stdout))
     for (name, tokenizer, overlap), runs in found.items():
         rates = [run["bytes"] / run["seconds"] / 1e6 for run in runs]
-        yield {"source": SOURCES[name][0], "tokenizer": "BPE" if tokenizer == bpe else "bytes", "overlap": overlap,
-               "best": max(rates), "median": statistics.median(rates), "of_library": of_library(runs)}
+        yield {"source": SOURCES[name][0], "tokenizer": "BPE" if tokenizer == bpe else "bytes",
+               "overlap": overlap, "best": max(rates), "median": statistics.median(rates),
+               "of_library": of_library(runs)}
 
 
 def of_library(runs: list[dict]) -> float | None:
@@ -154,6 +163,13 @@ def of_library(runs: list[dict]) -> float | None:
 
 
 def measure(path: str, tokenizer: str, overlap: str) -> dict:
+    """Prepare one source in this process, and return bytes, seconds and the library's seconds.
+
+    Args:
+        path: folder of the source.
+        tokenizer: `bytes` or a tokenizer.json.
+        overlap: places of held-out text that are looked up.
+    """
     from moetrain.data.preparation.prepare import prepare
     from moetrain.data.preparation.prepared_dataset import open_prepared, total
 
@@ -164,16 +180,18 @@ def measure(path: str, tokenizer: str, overlap: str) -> dict:
     seconds = time.process_time() - start
     described = open_prepared(folder, verify=False).description
     shutil.rmtree(out)
-    return {"bytes": sum(total(described[split])["bytes"] for split in ("train", "heldout")), "seconds": seconds, "library": library}
+    size = sum(total(described[split])["bytes"] for split in ("train", "heldout"))
+    return {"bytes": size, "seconds": seconds, "library": library}
 
 
 def library_seconds(path: Path, tokenizer: str) -> float | None:
-    """What the library's own batch encoding of all texts takes; None for bytes, and for files that hold several texts."""
+    """Seconds of the library's own batch encoding; None for bytes, and for files that hold several texts."""
     if tokenizer == "bytes" or any(".jsonl" in file.name for file in path.iterdir()):
         return None
     from tokenizers import Tokenizer
 
-    texts, library = [file.read_text() for file in sorted(path.rglob("*.txt"))], Tokenizer.from_file(tokenizer)
+    texts = [file.read_text() for file in sorted(path.rglob("*.txt"))]
+    library = Tokenizer.from_file(tokenizer)
     start = time.process_time()
     sum(len(encoded.ids) for encoded in library.encode_batch(texts, add_special_tokens=False))
     return time.process_time() - start
@@ -182,24 +200,27 @@ def library_seconds(path: Path, tokenizer: str) -> float | None:
 def table(rows: list[dict]) -> str:
     head = ("source", "tokenizer", "overlap measured", "MB/s, best", "median", "of the library's")
     cells = [(row["source"], row["tokenizer"], "yes" if row["overlap"] else "no", f"{row['best']:.1f}",
-              f"{row['median']:.1f}", "" if row["of_library"] is None else f"{row['of_library']:.2f}") for row in rows]
+              f"{row['median']:.1f}", "" if row["of_library"] is None else f"{row['of_library']:.2f}")
+             for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells))
 
 
 def section(result: str, rows: list[dict], options: argparse.Namespace) -> str:
     encoded = [row["of_library"] for row in rows if row["of_library"] is not None]
-    plain = [row["best"] for row in rows if row["tokenizer"] == "bytes" and row["overlap"] and "repeated" not in row["source"]]
+    plain = [row["best"] for row in rows
+             if row["tokenizer"] == "bytes" and row["overlap"] and "repeated" not in row["source"]]
     return f"""\
-`moetrain data prepare` of words drawn from a vocabulary of 50,000 by Zipf's law, so that passages do not come twice; in the
-repeated source every text comes 20 times with another ending. BPE: a byte-level tokenizer.json of 4,096 tokens. Every
-preparation runs in a process of its own with one thread. MB/s are bytes of text by processor time: the best of {options.repeats}
-repetitions, and their median.
+`moetrain data prepare` of words drawn from a vocabulary of 50,000 by Zipf's law, so that passages do not come
+twice; in the repeated source every text comes 20 times with another ending. BPE: a byte-level tokenizer.json
+of 4,096 tokens. Every preparation runs in a process of its own with one thread. MB/s are bytes of text by
+processor time: the best of {options.repeats} repetitions, and their median.
 
 {result}
 
-Text without repetition, bytes as tokens, overlap measured: {min(plain):.1f} to {max(plain):.1f} MB/s (aim: {GOAL:g}). With a tokenizer.json
-{min(encoded):.2f} to {max(encoded):.2f} of the speed at which the tokenizers library encodes all texts in one batch (aim: {GOAL_OF_LIBRARY:g}), reading, removal of
-duplicates, overlap and writing included: texts are encoded a batch at a time, without offsets where none are needed.
+Text without repetition, bytes as tokens, overlap measured: {min(plain):.1f} to {max(plain):.1f} MB/s (aim:
+{GOAL:g}). With a tokenizer.json {min(encoded):.2f} to {max(encoded):.2f} of the speed at which the tokenizers
+library encodes all texts in one batch (aim: {GOAL_OF_LIBRARY:g}), reading, removal of duplicates, overlap and
+writing included: texts are encoded a batch at a time, without offsets where none are needed.
 
 {provenance()}"""
 

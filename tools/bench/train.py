@@ -1,52 +1,49 @@
-"""Our training step beside transformers' Qwen3-MoE: tokens per second and activation memory, measured side by side.
+"""Compare a training step with that of transformers' Qwen3-MoE: tokens per second and activation memory.
 
     python -m tools.bench.train                                   64 experts, float32
-    python -m tools.bench.train --experts 8 --top-k 2 --dim 128 --layers 2 --heads 4 --kv-heads 2 --expert-dim 128
-    ... --profile       where our time goes, by operator
+    python -m tools.bench.train --experts 8 --top-k 2 --dim 128 --layers 2 --heads 4 --kv-heads 2
+    ... --profile       where the time of ours goes, by operator
     ... --device cuda --dtype bfloat16      transformers runs under autocast: both hold float32 parameters
-    ... --device cuda --dtype bfloat16 --model qwen3_30b_a3b --layers 4 --vocab 151936 --batch 4 --seq 4096 --head-chunk 2048 --zipf 1
-                        a model of conf/model/ cut in depth, on one GPU; MOETRAIN_KERNELS=1 for ours with kernels
+    ... --device cuda --dtype bfloat16 --model qwen3_30b_a3b --layers 4 --vocab 151936 --batch 4 --seq 4096
+        --head-chunk 2048 --zipf 1
+                        a model of conf/model/ cut in depth, on one GPU; MOETRAIN_KERNELS=1: ours with kernels
 
-Models of conf/model/ lend their sizes alone: norms on queries and keys, softmax routing with renormalised weights for both sides.
+Models of conf/model/ lend their sizes alone: both sides have norms on queries and keys, and softmax routing
+with renormalized weights.
 
 Both sides: the same weights, token sequences, dtype, threads, torch's scaled dot product attention, float32
-cross-entropy, fused AdamW with one group. transformers runs with every experts implementation that it offers and that
-runs here. Ours computes the sums of its routers for losses and metrics as in training; neither side has a balance loss,
-and neither clips. Losses must agree before the clock starts.
+cross-entropy, fused AdamW with one group. transformers runs with every experts implementation that it offers
+and that runs here. Ours computes the sums of its routers for losses and metrics as in training; neither side
+has a balance loss, and neither clips. Losses must agree before the clock starts.
 
-Time: turns of a few steps, the order reversed every round; the lower quintile of the steps counts, and with a median more
-than 1.3 times that the machine was busy and there is no verdict. `step` is forward, backward, AdamW, gradients set to
-none; `fb` is forward and backward alone. `--clock cpu` counts the processor time of one thread instead of seconds on the
-wall: what is left of a busy machine's noise is its caches.
+Time: turns of a few steps, the order reversed every round; the lower quintile of the steps counts, and with a
+median more than 1.3 times that the machine was busy and there is no verdict. `step` is forward, backward,
+AdamW, gradients set to none; `fb` is forward and backward alone. `--clock cpu` counts the processor time of
+one thread instead of seconds on the wall: what is left of a busy machine's noise is its caches.
 
-Beside tokens per second: MFU, the operations of training by formula (moetrain/model/flops.py) over those of the chip's data sheet, and
-the same over R, the rate of a matrix product of that dtype in this process (a CPU has no other).
+Beside tokens per second: MFU, the operations of training by formula (moetrain/model/flops.py) over those of
+the chip's data sheet, and the same over R, the rate of a matrix product of that dtype in this process (a CPU
+has no other).
 
-Memory, by the same meters for all: `kept` is the storages that autograd holds at the end of the forward pass, each
-counted once, without parameters and inputs; `peak` is the allocator's highest point in forward and backward above its start,
-with gradients already allocated (CPU: torch.profiler's allocation events; CUDA: max_memory_allocated).
+Memory, by the same meters for all: `kept` is the storages that autograd holds at the end of the forward pass,
+each counted once, without parameters and inputs; `peak` is the allocator's highest point in forward and
+backward above its start, with gradients already allocated (CPU: torch.profiler's allocation events; CUDA:
+max_memory_allocated).
 """
 
 import argparse
 import json
-import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from moetrain.data.batches.batch import Batch
 from moetrain.model.flops import peak_flops, training_flops
-from moetrain.model.transformer import Transformer
-from moetrain.ops import extension
-from moetrain.train.micro_batches import step_context
 from tools.bench.ops import seconds_of
 from tools.bench.train_baselines import (
     Side,
@@ -61,20 +58,25 @@ from tools.bench.train_baselines import (
     too_large,
     why_not,
 )
+from tools.bench.train_report import (
+    Seconds,
+    figures,
+    imbalance,
+    lower_quintile,
+    machine,
+    ratios,
+    shares,
+    show,
+)
 
 SIZES = (                                                # of the model, unless --model names one
-    ("dim", 256, "model width"), ("layers", 4, "blocks"), ("heads", 8, "attention heads"), ("kv-heads", 4, "key-value heads"),
+    ("dim", 256, "model width"), ("layers", 4, "blocks"),
+    ("heads", 8, "attention heads"), ("kv-heads", 4, "key-value heads"),
     ("head-dim", None, "width of a head; dim / heads without it"), ("experts", 64, "routed experts a layer"),
     ("top-k", 8, "experts a token"), ("expert-dim", 64, "hidden width of an expert"),
 )
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}          # of the first loss, relative
-BUSY = 1.3                                               # median over lower quintile
-HOPELESS = 4.0                                           # an implementation this much slower than the best sits out
-
-
-class Seconds(NamedTuple):
-    step: list[float]
-    fb: list[float]
+HOPELESS = 4.0                                           # an implementation slower by this factor sits out
 
 
 def main() -> None:
@@ -96,13 +98,15 @@ def main() -> None:
     memory = {side.name: {"kept": kept_bytes(side, batches[0]), "peak": peak_bytes(side, batches[0], device)}
               for side in sides}
     seconds, slow = measure(sides, batches, args, make_clock(args, device))
-    rates = {"mfu": peak_flops(device, getattr(torch, args.dtype)), "of_r": product_rate(device, getattr(torch, args.dtype))}
+    dtype = getattr(torch, args.dtype)
+    rates = {"mfu": peak_flops(device, dtype), "of_r": product_rate(device, dtype)}
     flops = training_flops(config.model, args.vocab, args.seq)
     report = {
-        "shape": vars(args), "machine": machine(device), "left_out": large | left_out | slow, "flops_per_token": flops, "rates": rates,
+        "shape": vars(args), "machine": machine(device), "left_out": large | left_out | slow,
+        "flops_per_token": flops, "rates": rates,
         "imbalance": imbalance(model, batches[0]),
         "sides": {name: figures(seconds[name], memory[name], args)
-                  | {key: rate and flops * args.batch * args.seq / lower_quintile(seconds[name].step) / rate for key, rate in rates.items()}
+                  | shares(rates, flops * args.batch * args.seq / lower_quintile(seconds[name].step))
                   for name in seconds},
     }
     report["ratios"] = ratios(report["sides"])
@@ -120,18 +124,22 @@ def parse() -> argparse.Namespace:
     for name, default, help in SIZES:
         parser.add_argument(f"--{name}", type=int, help=f"{help} ({default})" if default else help)
     for name, default, help in (
-        ("vocab", 256, "tokens of the vocabulary"), ("batch", 16, "sequences"), ("seq", 128, "tokens of a sequence"),
-        ("threads", 2, "threads of torch on the CPU"), ("rounds", 8, "turns of every side"), ("steps", 3, "steps of a turn"),
+        ("vocab", 256, "tokens of the vocabulary"), ("batch", 16, "sequences"),
+        ("seq", 128, "tokens of a sequence"), ("threads", 2, "threads of torch on the CPU"),
+        ("rounds", 8, "turns of every side"), ("steps", 3, "steps of a turn"),
         ("head-chunk", 0, "ours: train.head_chunk, tokens whose logits are in memory at once"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} ({default})")
-    parser.add_argument("--zipf", type=float, default=0.0, help="exponent of the law of tokens (0: all as often)")
+    parser.add_argument("--zipf", type=float, default=0.0,
+                        help="exponent of the law of tokens (0: all as often)")
     parser.add_argument("--peers", nargs="*", default=implementations(),
                         help="experts implementations of transformers (all); with none, ours alone")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, with --threads 1")
-    parser.add_argument("--profile", action="store_true", help="print time by operator, of ours and of the best peer")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
+                        help="cpu: processor time, with --threads 1")
+    parser.add_argument("--profile", action="store_true",
+                        help="print time by operator, of ours and of the best peer")
     parser.add_argument("--out", help="write everything to this JSON file")
     args = parser.parse_args()
     if args.clock == "cpu" and (args.threads, args.device) != (1, "cpu"):
@@ -148,7 +156,16 @@ def parse() -> argparse.Namespace:
 
 
 def check(sides: list[Side], batch: Batch, tolerance: float) -> tuple[list[Side], dict[str, str]]:
-    """The sides that run here, after comparing their first losses and gradient norms with ours; why the others do not."""
+    """Run every side once, and compare its first loss with that of the first side.
+
+    Args:
+        sides: ours first.
+        batch: the batch.
+        tolerance: largest relative difference of the losses.
+
+    Returns:
+        The sides that run here, and why the others do not.
+    """
     kept, left_out, truth = [], {}, None
     for side in sides:
         try:
@@ -173,10 +190,21 @@ def check(sides: list[Side], batch: Batch, tolerance: float) -> tuple[list[Side]
 
 def measure(sides: list[Side], batches: list[Batch], args: argparse.Namespace,
             clock: Callable[[], float]) -> tuple[dict[str, Seconds], dict[str, str]]:
-    """Seconds of every step, after one turn that does not count; hopeless implementations sit out after it."""
+    """Time every step, after one turn that does not count; hopeless implementations sit out after it.
+
+    Args:
+        sides: the sides, which take turns.
+        batches: batches of the steps.
+        args: the options.
+        clock: returns seconds.
+
+    Returns:
+        Seconds by side, and why sides were left out.
+    """
     warm = {side.name: min(one_step(side, batch, clock)[0] for batch in batches[:2]) for side in sides}
     limit = HOPELESS * min(warm.values())
-    slow = {name: f"{seconds * 1e3:.0f} ms a step in the warm-up" for name, seconds in warm.items() if seconds > limit}
+    slow = {name: f"{seconds * 1e3:.0f} ms a step in the warm-up"
+            for name, seconds in warm.items() if seconds > limit}
     running = [side for side in sides if side.name not in slow]
     seconds = {side.name: Seconds([], []) for side in running}
     for round in range(args.rounds):
@@ -189,7 +217,7 @@ def measure(sides: list[Side], batches: list[Batch], args: argparse.Namespace,
 
 
 def one_step(side: Side, batch: Batch, clock: Callable[[], float]) -> tuple[float, float]:
-    """(seconds of the step, of forward and backward in it)."""
+    """Seconds of a step, and of forward and backward in it."""
     start = clock()
     side.loss(batch).backward()
     middle = clock()
@@ -199,6 +227,7 @@ def one_step(side: Side, batch: Batch, clock: Callable[[], float]) -> tuple[floa
 
 
 def make_clock(args: argparse.Namespace, device: torch.device) -> Callable[[], float]:
+    """The clock that `--clock` and the device ask for."""
     def after_the_gpu() -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -209,15 +238,16 @@ def make_clock(args: argparse.Namespace, device: torch.device) -> Callable[[], f
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """R: operations a second of a square product, 8192 a side on a GPU as in tools/bench/ops.py, 2048 on a CPU."""
+    """R: operations a second of a square product, 8192 a side on a GPU (as tools/bench/ops.py) or 2048."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     return 2 * side**3 / seconds_of(lambda _: a @ b, device.type, 20 if device.type == "cuda" else 5)
 
 
 def kept_bytes(side: Side, batch: Batch) -> int:
-    """Bytes of storages that backward needs, beyond parameters and inputs."""
-    others = {tensor.untyped_storage().data_ptr() for tensor in (*side.parameters, *batch) if tensor is not None}
+    """Bytes of the storages that backward needs, beyond parameters and inputs."""
+    others = {tensor.untyped_storage().data_ptr()
+              for tensor in (*side.parameters, *batch) if tensor is not None}
     storages: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -226,12 +256,14 @@ def kept_bytes(side: Side, batch: Batch) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = side.loss(batch)
-    total = sum(tensor.untyped_storage().nbytes() for address, tensor in storages.items() if address not in others)
+    total = sum(tensor.untyped_storage().nbytes()
+                for address, tensor in storages.items() if address not in others)
     del loss
     return total
 
 
 def peak_bytes(side: Side, batch: Batch, device: torch.device) -> int:
+    """Highest point of the allocator in forward and backward above its start, with gradients allocated."""
     for parameter in side.parameters:
         parameter.grad = torch.zeros_like(parameter)
     if device.type == "cuda":
@@ -249,11 +281,12 @@ def peak_bytes(side: Side, batch: Batch, device: torch.device) -> int:
 
 
 def highest(recorded: profile) -> int:
-    """The highest sum of allocations minus frees, from the trace's memory events in order of time."""
+    """Highest sum of allocations minus frees, from the trace's memory events in order of time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
-        events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+        events = [event for event in json.loads(path.read_text())["traceEvents"]
+                  if event.get("name") == "[memory]"]
     live, peak = 0, 0
     for event in sorted(events, key=lambda event: event["ts"]):
         live += event["args"]["Bytes"]
@@ -261,55 +294,8 @@ def highest(recorded: profile) -> int:
     return peak
 
 
-# --- reporting
-
-
-def figures(seconds: Seconds, memory: dict[str, int], args: argparse.Namespace) -> dict[str, float]:
-    tokens = args.batch * args.seq
-    step, fb = lower_quintile(seconds.step), lower_quintile(seconds.fb)
-    return {"step_ms": step * 1e3, "fb_ms": fb * 1e3, "median_ms": median(seconds.step) * 1e3, "tokens_per_s": tokens / step,
-            "kept_mb": memory["kept"] / 1e6, "peak_mb": memory["peak"] / 1e6,
-            "busy": median(seconds.step) / step, "steps": len(seconds.step)}
-
-
-def ratios(sides: dict[str, dict[str, float]]) -> dict[str, float | str]:
-    """Ours against the peer with the fastest step; memory against that one, and against the leanest of them."""
-    ours, peers = sides["moetrain"], {name: side for name, side in sides.items() if name != "moetrain"}
-    worst_busy = max(side["busy"] for side in sides.values())
-    steadiness = {"busy": worst_busy, "verdict": "machine busy, no verdict" if worst_busy > BUSY else "steady"}
-    if not peers:
-        return steadiness
-    best = min(peers, key=lambda name: peers[name]["step_ms"])
-    return {
-        "best_peer": best,
-        "speed_step": peers[best]["step_ms"] / ours["step_ms"],
-        "speed_fb": min(side["fb_ms"] for side in peers.values()) / ours["fb_ms"],
-        "speed_median": min(side["median_ms"] for side in peers.values()) / ours["median_ms"],
-        "kept": ours["kept_mb"] / peers[best]["kept_mb"],
-        "peak": ours["peak_mb"] / peers[best]["peak_mb"],
-        "peak_of_leanest": ours["peak_mb"] / min(side["peak_mb"] for side in peers.values()),
-        **steadiness,
-    }
-
-
-def show(report: dict) -> None:
-    print(f"\n{'':26} {'step ms':>9} {'median':>9} {'fb ms':>9} {'tokens/s':>9} {'MFU':>6} {'of R':>6} {'kept MB':>9} {'peak MB':>9}")
-    for name, side in report["sides"].items():
-        print(f"{name:26}" + "".join(f" {side[key]:9.1f}" for key in ("step_ms", "median_ms", "fb_ms"))
-              + f" {side['tokens_per_s']:9.0f}" + "".join(f" {side[key]:6.1%}" if side[key] else f" {'-':>6}" for key in ("mfu", "of_r"))
-              + f" {side['kept_mb']:9.1f} {side['peak_mb']:9.1f}")
-    for name, reason in report["left_out"].items():
-        print(f"{name:26} left out: {reason}")
-    ratio = report["ratios"]
-    if "best_peer" in ratio:
-        print(f"\nours against {ratio['best_peer']}: {ratio['speed_step']:.3f}x a step, {ratio['speed_fb']:.3f}x forward and "
-              f"backward, {ratio['speed_median']:.3f}x by medians; kept {ratio['kept']:.2f}, peak {ratio['peak']:.2f} "
-              f"({ratio['peak_of_leanest']:.2f} of the leanest)")
-    print(f"heaviest expert over the mean {report['imbalance']:.2f}; median over lower quintile {ratio['busy']:.2f}: "
-          f"{ratio['verdict']}; {report['machine']}")
-
-
 def show_profile(sides: list[Side], batches: list[Batch], best_peer: str | None) -> None:
+    """Print the CPU time by operator of ours and of the best peer."""
     for side in sides:
         if side.name not in ("moetrain", best_peer):
             continue
@@ -323,30 +309,8 @@ def show_profile(sides: list[Side], batches: list[Batch], best_peer: str | None)
         print(f"\n{side.name}: self CPU time by operator, {total / len(batches) / 1e3:.1f} ms a step")
         for event in averages[:28]:
             print(f"  {event.key[:54]:54} {event.self_cpu_time_total / total:6.1%} "
-                  f"{event.self_cpu_time_total / len(batches) / 1e3:8.2f} ms {event.count // len(batches):6} calls")
-
-
-@torch.no_grad()
-def imbalance(model: Transformer, batch: Batch) -> float:
-    """Rows of the heaviest expert over the mean, the largest over layers."""
-    stats = model(batch.tokens_BS, step_context(0, 1, batch)).stats
-    return max(((sums.counts_E.max() / sums.counts_E.double().mean()).item() for sums in stats.values()), default=1.0)
-
-
-def machine(device: torch.device) -> dict[str, str | int | float]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__,
-            "kernels": extension.absent() or "in use", "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1), "commit": commit.stdout.strip()}
-
-
-def lower_quintile(values: list[float]) -> float:
-    return sorted(values)[len(values) // 5]
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+                  f"{event.self_cpu_time_total / len(batches) / 1e3:8.2f} ms "
+                  f"{event.count // len(batches):6} calls")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sides of tools/bench/train.py: our model and transformers' Qwen3-MoE of the same shape, with the same weights."""
+"""Sides of tools/bench/train.py: our model and transformers' Qwen3-MoE of the same shape and weights."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from moetrain.train.micro_batches import step_context
 from moetrain.train.objective import cross_entropy_sum
 
 GATHERED_GB = 4.0
-SIZES = {"dim": "dim", "layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads", "head_dim": "head_dim",
-         "experts": "num_experts", "top_k": "top_k", "expert_dim": "expert_dim"}
+SIZES = {"dim": "dim", "layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads",
+         "head_dim": "head_dim", "experts": "num_experts", "top_k": "top_k", "expert_dim": "expert_dim"}
 
 
 class Side(NamedTuple):
-    """One programme: its loss on a batch, and the parameters that are trained."""
+    """One program of the comparison: its loss on a batch, and the parameters that are trained."""
 
     name: str
     loss: Callable[[Batch], Tensor]
@@ -34,17 +34,20 @@ class Side(NamedTuple):
 
 
 def configured(args: Namespace) -> Config:
-    """The sizes of --model, and of them those that were given."""
-    given = [f"model.{key}={getattr(args, name)}" for name, key in SIZES.items() if getattr(args, name) is not None]
-    return compose([f"model={args.model}", *given, "model.qk_norm=true", "model.init_std=0.05", f"run.dtype={args.dtype}"])
+    """Config with the sizes of --model, and those that were given in their place."""
+    given = [f"model.{key}={getattr(args, name)}" for name, key in SIZES.items()
+             if getattr(args, name) is not None]
+    return compose([f"model={args.model}", *given, "model.qk_norm=true", "model.init_std=0.05",
+                    f"run.dtype={args.dtype}"])
 
 
 def why_not(config: Config, args: Namespace) -> str | None:
-    """What Qwen3-MoE has not, and so cannot be compared."""
+    """Reason why Qwen3-MoE cannot have this model's shape, or None."""
     sizes = config.model
-    if args.peers and (sizes.num_shared_experts or sizes.first_dense_layers or not isinstance(sizes.num_experts, int)
-                       or not isinstance(sizes.top_k, int)):
-        return "transformers' Qwen3-MoE has no shared experts, no dense layers and one size for all layers: --peers without a name, for ours alone"
+    uneven = not isinstance(sizes.num_experts, int) or not isinstance(sizes.top_k, int)
+    if args.peers and (sizes.num_shared_experts or sizes.first_dense_layers or uneven):
+        return ("transformers' Qwen3-MoE has no shared experts, no dense layers and one size for all layers: "
+                "--peers without a name, for ours alone")
     return None
 
 
@@ -53,22 +56,26 @@ def make_ours(config: Config, args: Namespace, device: torch.device) -> Transfor
 
 
 def make_theirs(config: Config, args: Namespace, device: torch.device) -> Qwen3MoeForCausalLM:
+    """Qwen3-MoE of transformers with the sizes of the config."""
     sizes = config.model
     with device:
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(
-            vocab_size=args.vocab, hidden_size=sizes.dim, intermediate_size=sizes.expert_dim, num_hidden_layers=sizes.num_layers,
-            moe_intermediate_size=sizes.expert_dim, num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads,
-            head_dim=head_width(sizes), num_experts=sizes.num_experts, num_experts_per_tok=sizes.top_k, norm_topk_prob=True,
-            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta}, rms_norm_eps=sizes.norm_eps,
-            tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False)).train()
+            vocab_size=args.vocab, hidden_size=sizes.dim, intermediate_size=sizes.expert_dim,
+            num_hidden_layers=sizes.num_layers, moe_intermediate_size=sizes.expert_dim,
+            num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads,
+            head_dim=head_width(sizes), num_experts=sizes.num_experts, num_experts_per_tok=sizes.top_k,
+            norm_topk_prob=True, rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+            rms_norm_eps=sizes.norm_eps, tie_word_embeddings=False, attn_implementation="sdpa",
+            use_cache=False)).train()
 
 
 def implementations() -> list[str]:
+    """Names of the experts implementations that transformers offers."""
     return ["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())]
 
 
 def too_large(config: Config, args: Namespace) -> dict[str, str]:
-    """`batched_mm` gathers the matrices of its expert for every row, and autograd keeps them."""
+    """Implementations that need too much memory: `batched_mm` gathers an expert's matrices for every row."""
     sizes = config.model
     if not args.peers:
         return {}
@@ -81,12 +88,13 @@ def too_large(config: Config, args: Namespace) -> dict[str, str]:
 
 @torch.no_grad()
 def copy_weights(model: Transformer, peer: Qwen3MoeForCausalLM) -> None:
-    """Ours into theirs; every parameter of theirs is filled."""
+    """Copy our weights into theirs; every parameter of theirs is filled."""
     pairs = [(model.embed, peer.model.embed_tokens.weight), (model.norm.weight, peer.model.norm.weight),
              (model.head, peer.lm_head.weight)]
     for ours, theirs in zip(model.layers, peer.model.layers):
         attention, peer_attention, moe = ours.attention, theirs.self_attn, ours.moe
-        projections = [peer_attention.q_proj.weight, peer_attention.k_proj.weight, peer_attention.v_proj.weight]
+        attended = (peer_attention.q_proj, peer_attention.k_proj, peer_attention.v_proj)
+        projections = [projection.weight for projection in attended]
         pairs += zip(attention.qkv.split([len(weight) for weight in projections]), projections)
         pairs += [(ours.attention_norm.weight, theirs.input_layernorm.weight),
                   (ours.ffn_norm.weight, theirs.post_attention_layernorm.weight),
@@ -101,6 +109,7 @@ def copy_weights(model: Transformer, peer: Qwen3MoeForCausalLM) -> None:
 
 
 def our_side(model: Transformer, head_chunk: int) -> Side:
+    """Our model as a side; `head_chunk` is train.head_chunk."""
     def loss(batch: Batch) -> Tensor:
         def by_chunks(x_BSD: Tensor, head_VD: Tensor) -> Tensor:
             return linear_cross_entropy(x_BSD.flatten(0, 1), head_VD, batch.targets_BS.flatten(), head_chunk)
@@ -113,25 +122,29 @@ def our_side(model: Transformer, head_chunk: int) -> Side:
 
 
 def their_side(peer: Qwen3MoeForCausalLM, implementation: str, args: Namespace) -> Side:
+    """Qwen3-MoE as a side, with one of its experts implementations."""
     def loss(batch: Batch) -> Tensor:
         peer.config._experts_implementation = implementation
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return peer(batch.tokens_BS, labels=batch.targets_BS, shift_labels=batch.targets_BS, use_cache=False).loss
+            return peer(batch.tokens_BS, labels=batch.targets_BS, shift_labels=batch.targets_BS,
+                        use_cache=False).loss
 
     return Side(f"transformers {implementation}", loss, *trained(peer))
 
 
 def trained(model: nn.Module) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    """A small rate: routing stays what it is while the clock runs."""
+    """Parameters and optimizer of a side. The rate is small, so that routing stays as it is."""
     parameters = list(model.parameters())
     return parameters, torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
 
 def random_batch(args: Namespace, seed: int, device: torch.device) -> Batch:
-    """Tokens of Zipf's law with --zipf: a router that was never trained sends equal tokens alike, so loads are uneven."""
+    """Random tokens, by Zipf's law with --zipf; loads are uneven then, as equal tokens are routed alike."""
     share_V = torch.arange(1, args.vocab + 1).double().pow(-args.zipf)
-    drawn = share_V.multinomial(args.batch * (args.seq + 1), replacement=True, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = share_V.multinomial(args.batch * (args.seq + 1), replacement=True, generator=generator)
     rows_BS = drawn.view(args.batch, args.seq + 1).to(device)
     tokens_BS, targets_BS = rows_BS[:, :-1].contiguous(), rows_BS[:, 1:].contiguous()
     ids_B = torch.arange(args.batch, device=device)
-    return Batch(tokens_BS, targets_BS, torch.ones_like(tokens_BS, dtype=torch.bool), ids_B, torch.zeros_like(ids_B), None)
+    valid_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
+    return Batch(tokens_BS, targets_BS, valid_BS, ids_B, torch.zeros_like(ids_B), None)
