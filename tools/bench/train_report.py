@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from moetrain.data.batch import Batch
+from moetrain.data.batches.batch import Batch
 from moetrain.model.transformer import Transformer
 from moetrain.ops import extension
 from moetrain.train.micro_batches import step_context
