@@ -31,7 +31,7 @@ class CopyMemory(NamedTuple):
 
     copies: int
     sending: int
-    sum_by_index: int
+    sums: int
     returned: int
     beside: int
 
