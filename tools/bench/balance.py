@@ -132,22 +132,22 @@ def page(costs: dict[str, Cost], pairs: int, device: str, overrides: list[str]) 
     on = f"Milliseconds on {torch.cuda.get_device_name()}" if device == "cuda" else (
         "Milliseconds of processor time of one thread (the machine had other work)")
     about = """
-The models are tiny: `debug` has two layers of width 64 and 512 tokens a step, `quickstart` two of width 128
-and 2,048, the one of four layers width 128, 8 experts, top 2, and 4,096. At such sizes the cost is that of
-calling operators, not of what they compute. It has not been measured on a GPU.
+The models are tiny: `debug` has two layers of width 64 and 512 tokens per step, `quickstart` two layers of
+width 128 and 2,048 tokens, `four layers` has width 128, 8 experts, top 2, and 4,096 tokens. At such sizes the
+cost is that of calling operators, not of their computation. It has not been measured on a GPU.
 """ if device == "cpu" else """
 Widths, experts and choices of the model, fewer layers; 2 sequences of 4,096 tokens a step, synthetic.
 """
     if overrides:
         about = f"\nSizes are not those of the names, but changed by `{' '.join(overrides)}`.\n"
-    return f"""# What statistics and balance loss cost
+    return f"""# Cost of router statistics and balance loss
 
-Written by `tools/bench/balance.py`. Training as it is (`balance=global`, mode `exact`) and training without
-any sum of a router, without balance loss and without what the metrics add up, in turn in one process: {pairs}
-pairs of steps. {on}, torch {torch.__version__}, {platform.machine()}. Medians, of the differences of
-neighbors in the third column.
+Written by `tools/bench/balance.py`. Two trainings alternate in one process for {pairs} pairs of steps: the
+usual one (`balance=global`, mode `exact`), and one without the routers' sums, the balance loss and the sums
+of the metrics. {on}, torch {torch.__version__}, {platform.machine()}. Numbers are
+medians; the third column is the median difference of neighboring steps.
 
-| | ms a step | of it, statistics and loss | share |
+| | ms per step | of it, statistics and loss | share |
 |---|---|---|---|
 {rows}{about}"""
 

@@ -132,31 +132,31 @@ def page(steps: int, runs: dict[str, dict[str, float]], many: dict[str, float]) 
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     background, waited = runs["true"], runs["false"]
     load, size = os.getloadavg()[1], background["bytes"] / 1e6
-    return f"""# Checkpoints, measured
+    return f"""# Time of saves and loads
 
 `python -m tools.bench.checkpoint --steps {steps} --write`, {date.today():%d %B %Y}, commit {head}; moetrain {__version__},
 torch {torch.__version__}, Python {platform.python_version()}; 2 CPU cores, AVX-512, load average {load:.1f} over the last five
-minutes: with other work beside it, ratios within a column are what to read.
+minutes. Other programs ran at the same time, so compare ratios within a column only.
 
 ## How long training waits
 
-The quickstart's model on two ranks (expert parallelism), {INTERVAL} steps between saves, {size:.0f} MB a checkpoint. Medians over
-{background["saves"]:.0f} saves, that of the end left out; the two columns are two runs, one after the other. A wait is
-known to 0.01 s.
+The quickstart's model trains on two ranks (expert parallelism), with {INTERVAL} steps between saves and {size:.0f} MB per checkpoint.
+Numbers are medians over {background["saves"]:.0f} saves, without the one at the end. The columns are two runs, one after the other. Waits
+are recorded to 0.01 s.
 
 | seconds | `async_save=true` | `async_save=false` |
 |---|---|---|
 | a step with no save under way | {background["step"]:.3f} | {waited["step"]:.3f} |
-| a step among the three after a save began | {background["during"]:.3f} | {waited["during"]:.3f} |
+| one of the three steps after a save began | {background["during"]:.3f} | {waited["during"]:.3f} |
 | training waits for a save | {background["wait"]:.2f} | {waited["wait"]:.2f} |
 | wait over a step | {background["wait"] / background["step"]:.2f} | {waited["wait"] / waited["step"]:.2f} |
-| from the begin of a save until all ranks know it is there | {background["save"]:.2f} | {waited["save"]:.2f} |
+| from the start of a save until all ranks know that it is complete | {background["save"]:.2f} | {waited["save"]:.2f} |
 
 ## What many experts cost
 
-{LAYERS} layers of {EXPERTS} experts with two matrices and two moments each: {many["tensors"]:,} tensors of 16 numbers,
-{RANKS} ranks with expert parallelism, played one after another by one process. {many["checkpoint"]:.1f} MB in all, of it
-{many["manifest"]:.2f} MB manifest.
+{LAYERS} layers of {EXPERTS} experts with two matrices and two moments each give {many["tensors"]:,} tensors of 16 numbers. One process
+plays {RANKS} ranks of expert parallelism, one after another. The checkpoint has {many["checkpoint"]:.1f} MB, of which
+{many["manifest"]:.2f} MB are the manifest.
 
 | | s |
 |---|---|
@@ -168,8 +168,8 @@ known to 0.01 s.
 | a rank: read it into the state | {many["fill"]:.2f} |
 | `moetrain checkpoint verify` of everything | {many["verify all"]:.2f} |
 
-For scale, from a trial before this was written: torch's `dcp.save` and `dcp.load` took 25 s and 29 s for 138,240 such chunks
-on four ranks of a machine of this kind, most of it the exchange of plans, with a manifest of 6 MB.
+For comparison, in an earlier trial torch's `dcp.save` and `dcp.load` took 25 s and 29 s for 138,240 such chunks on four
+ranks of a similar machine, mostly for the exchange of plans, with a manifest of 6 MB.
 """
 
 

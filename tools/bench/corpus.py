@@ -138,9 +138,9 @@ def reading(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
             rates[-1] /= 1e6 * (time.process_time() - start)
         rows.append((name, f"{max(rates):.0f}", f"{statistics.median(rates):.0f}"))
     return "Reading", f"""\
-MB of text a second of processor time of one core, the best of {options.repeats} repetitions and their \
-median: every document found, decoded, hashed, chosen, and where it is no plain text, kept in a temporary \
-file for the second pass.
+MB of text per second of processor time of one core, the best of {options.repeats} repetitions and their \
+median. Reading finds, decodes, hashes and selects every document; documents that are not in plain-text \
+files are stored in a temporary file for the second pass.
 
 {table(("format", "MB/s, best", "median"), rows)}
 
@@ -159,10 +159,10 @@ def memory(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
               f"{row['resident'] / 1e9:.2f}", f"{row['seconds']:.0f}") for row in rows]
     largest = max(row["resident"] for row in rows) / 1e9
     return "Memory", f"""\
-`moetrain data prepare` with bytes as tokens and the overlap measured: the largest resident set of the \
-process, at most {largest:.2f} GB (aim: below {AIM_GB:g}). Preparations run at once, one a core. What grows \
-with the corpus is what is known of each document, 150 to 200 bytes while they are sorted, and of each file, \
-600 bytes.
+The largest resident set of `moetrain data prepare` with bytes as tokens and the overlap measured: at most \
+{largest:.2f} GB (target: below {AIM_GB:g}). One preparation runs on each core at the same time. Only the \
+records of documents, 150 to 200 bytes each while they are sorted, and of files, 600 bytes each, grow with \
+the corpus.
 
 {table(("source", "documents", "GB of text", "GB resident", "s"), cells)}
 
@@ -219,9 +219,9 @@ def domains(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
     ratio = rows[1][3] / rows[0][3]
     cells = [(*row[:3], f"{row[3]:.2f}") for row in rows]
     return "Evaluation of many domains", f"""\
-`moetrain eval` of the quickstart's model on 2,000 documents of 1.5 kB, half of each held out, as 10 and as \
-2,000 domains; the best of {options.repeats}. A window takes {ratio:.2f} times as long with 2,000 domains as \
-with 10 (aim: at most {AIM_DOMAINS:g}).
+Time of `moetrain eval` for the quickstart's model on 2,000 documents of 1.5 kB, half of each held out, \
+divided into 10 and into 2,000 domains; the best of {options.repeats}. A window takes {ratio:.2f} times as \
+long with 2,000 domains as with 10 (target: at most {AIM_DOMAINS:g}).
 
 {table(("domains", "windows", "s", "ms a window"), cells)}
 

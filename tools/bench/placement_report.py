@@ -185,20 +185,23 @@ def text(result: dict, picture: str) -> str:
 node and {options["between"]} between nodes, per rank and direction. Machine: {facts["machine"]}, load \
 average {facts["load average"][0]} to {facts["load average"][1]} (the ranks' own included); torch \
 {facts["torch"]}, commit {facts["commit"]}. A load well above the number of cores means that other programs \
-ran: intervals are wide then, and differences of a few percent mean nothing.
+ran. Intervals are then wide, and differences of a few percent mean nothing.
 
     {facts["command"]}
 
 ![Speed-up over expert parallelism]({picture})
 
-Times are of two layers, forward and backward; computing is paced ({options["row_us"]:.0f} us a row, \
-attention {options["hidden_ms"]:.0f} ms forward and twice that backward), everything else is real. \
-{options["rows"]} rows a rank and layer on average, room for {options["room"]} copies a rank and layer. \
-`1.43x [1.40, 1.46] 87%`: the time of `ep` over that of the planner, the median of {options["steps"]} steps \
-in pairs; the middle 95 % over resampled steps; the share of the time between `ep` and the ceiling \
-(force-balanced routing) that is won back, where the ceiling is {1 + GAP:.1f}x or more. `rank load`: largest \
-load of a rank over the mean under `ep`. `+oracle`: told the loads of the step itself instead of a forecast; \
-`+nodes`: told loads by node. `+cut`: homes may be cut up where the planner decides so (parallel.sliced=4).
+Times are those of two layers, forward and backward. The computation is replaced by sleeps \
+({options["row_us"]:.0f} us per row; attention {options["hidden_ms"]:.0f} ms forward and twice that \
+backward); everything else is real. A rank has {options["rows"]} rows per layer on average, and at most \
+{options["room"]} copies per layer.
+
+A cell such as `1.43x [1.40, 1.46] 87%` gives the time of `ep` over that of the planner (the median of \
+{options["steps"]} paired steps), the middle 95 % over resampled steps, and the recovered share of the time \
+between `ep` and the ceiling (force-balanced routing), if the ceiling is {1 + GAP:.1f}x or more. `rank load` \
+is the largest load of a rank over the mean under `ep`. A planner with `+oracle` knows the loads of the step \
+itself instead of a forecast, one with `+nodes` knows loads by node, and one with `+cut` may slice experts \
+(`parallel.sliced=4`).
 
 {left_out}{times(result)}
 
@@ -210,17 +213,17 @@ load of a rank over the mean under `ep`. `+oracle`: told the loads of the step i
 
 ## Bytes and calls of a step
 
-Counted at what each rank hands to its collectives, and equal at every step to what follows from rows, plan \
-and sizes. Over the whole run the links carried {wire / handed:.3f} times the bytes handed over (headers, \
-acknowledgements, barriers).
+The bytes are those that the ranks pass to their collectives. At every step they equal the number that \
+follows from rows, plan and sizes. Over the whole run the links carried {wire / handed:.3f} times these bytes \
+(headers, acknowledgements, barriers).
 
 {sent(result)}
 
 ## Unpaced
 
-The same traces with experts computed for real ({result["unpaced_row_us"]:.0f} us a row with all ranks at \
-work, of which planners are told) and no attention: ranks share the cores, so computing hardly depends on \
-who does it. {options["real_steps"]} steps a trace.
+The same traces with real computation of the experts ({result["unpaced_row_us"]:.0f} us per row with all \
+ranks at work, which the planners know) and without attention. The ranks share the cores, so the time of the \
+computation hardly depends on its placement. Steps per trace: {options["real_steps"]}.
 
 {unpaced(result) if options["real_steps"] else "Not measured."}
 

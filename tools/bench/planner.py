@@ -176,26 +176,27 @@ def text(result: dict) -> str:
     ours = {row["loads"]: row["least_ms"] for row in result["plans"]
             if row["planner"] == "balanced" and row["positions"] == 1024}
     split = ", ".join(f"{name} {ms:.2f}" for name, ms in result["waterfill"].items())
-    return f"""# How long planning takes
+    return f"""# Planning time
 
 Machine: {facts["machine"]}, load average {facts["load"]:.1f} at the end; numpy {facts["numpy"]}, torch \
 {facts["torch"]}, commit {facts["commit"]}.
 
     {facts["command"]}
 
-One layer, {options["experts"]} experts, room for {options["room"]} copies a position, nodes of {PER_NODE}, \
-log-normal loads. Milliseconds by number of positions: the least of {options["repeats"]} repetitions, in \
-brackets their median; `-`: not asked, a smaller size took longer than {options["limit"]:g} s. The others \
-are their authors' rules in plain Python and numpy.
+Milliseconds to plan one layer of {options["experts"]} experts with at most {options["room"]} copies per \
+position, nodes of {PER_NODE} and log-normal loads, by number of positions: the least of \
+{options["repeats"]} repetitions, in brackets their median. `-`: not measured, because a smaller size took \
+longer than {options["limit"]:g} s. All planners but `balanced` follow their authors' rules in plain Python \
+and numpy.
 
 {table(result["plans"])}
 
 ![Growth](planner_speed.png)
 
 `balanced` at {options["experts"]} experts over 1,024 positions: {ours.get("by expert", float("nan")):.1f} \
-ms with loads by expert, {ours.get("by node", float("nan")):.1f} ms by node (aim: below {AIM_MS:.0f} ms).
+ms with loads by expert, {ours.get("by node", float("nan")):.1f} ms by node (target: below {AIM_MS:.0f} ms).
 
-`waterfill` (64 experts, 8 positions, two nodes), milliseconds: {split} (aim: {WATERFILL_AIM_MS:.0f} ms).
+`waterfill` (64 experts, 8 positions, two nodes), milliseconds: {split} (target: {WATERFILL_AIM_MS:.0f} ms).
 """
 
 

@@ -210,17 +210,18 @@ def section(result: str, rows: list[dict], options: argparse.Namespace) -> str:
     plain = [row["best"] for row in rows
              if row["tokenizer"] == "bytes" and row["overlap"] and "repeated" not in row["source"]]
     return f"""\
-`moetrain data prepare` of words drawn from a vocabulary of 50,000 by Zipf's law, so that passages do not come
-twice; in the repeated source every text comes 20 times with another ending. BPE: a byte-level tokenizer.json
-of 4,096 tokens. Every preparation runs in a process of its own with one thread. MB/s are bytes of text by
-processor time: the best of {options.repeats} repetitions, and their median.
+`moetrain data prepare` on words drawn from a vocabulary of 50,000 by Zipf's law, so that passages do not
+repeat. In the repeated source every text appears 20 times with different endings. BPE is a byte-level
+tokenizer.json of 4,096 tokens. Every preparation runs in a process of its own with one thread. MB/s are bytes
+of text per second of processor time: the best of {options.repeats} repetitions, and their median.
 
 {result}
 
-Text without repetition, bytes as tokens, overlap measured: {min(plain):.1f} to {max(plain):.1f} MB/s (aim:
-{GOAL:g}). With a tokenizer.json {min(encoded):.2f} to {max(encoded):.2f} of the speed at which the tokenizers
-library encodes all texts in one batch (aim: {GOAL_OF_LIBRARY:g}), reading, removal of duplicates, overlap and
-writing included: texts are encoded a batch at a time, without offsets where none are needed.
+Text without repetition is prepared at {min(plain):.1f} to {max(plain):.1f} MB/s with bytes as tokens and the
+overlap measured (target: {GOAL:g}). With a tokenizer.json the speed is {min(encoded):.2f} to
+{max(encoded):.2f} of that at which the tokenizers library encodes all texts in one batch (target:
+{GOAL_OF_LIBRARY:g}), although it includes reading, removal of duplicates, overlap and writing. The reason is
+that texts are encoded in batches, without offsets where these are not needed.
 
 {provenance()}"""
 

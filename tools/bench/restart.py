@@ -109,14 +109,14 @@ def report(seconds: list[float], launcher: str) -> str:
     p95 = ordered[min(len(ordered) - 1, -(-95 * len(ordered) // 100) - 1)]
     return "\n".join([
         "# Restart after a killed rank", "",
-        "From SIGKILL of a random rank at a random step to the first step that is trained again: "
-        f"{len(seconds)} trials, two ranks over gloo,",
-        f"the tests' tiny model, started by {'run.nproc=2' if launcher == 'nproc' else 'torchrun'}.", "",
+        "Time from SIGKILL of a random rank at a random step to the first step that is trained again, in "
+        f"{len(seconds)} trials with two ranks over gloo",
+        f"and the tests' tiny model, started by {'run.nproc=2' if launcher == 'nproc' else 'torchrun'}.", "",
         "| median | 95th percentile | longest |", "|---|---|---|",
         f"| {statistics.median(ordered):.1f} s | {p95:.1f} s | {ordered[-1]:.1f} s |", "",
         f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, commit {commit},"
-        f" {time.strftime('%Y-%m-%d')}. Most of it is importing torch again.",
-        f"Repeat: `python -m tools.bench.restart --trials {len(seconds)} --launcher {launcher}`.", "",
+        f" {time.strftime('%Y-%m-%d')}. Most of this time is the import of torch.",
+        f"To repeat it: `python -m tools.bench.restart --trials {len(seconds)} --launcher {launcher}`.", "",
     ])
 
 
