@@ -89,7 +89,7 @@ def test_the_all_reduce_of_counts_is_on_the_thread_that_carries_it(ranks, tmp_pa
     ranks(2).run(recorded, MODES["warm"], tmp_path, 2)
     for path in (tmp_path / "log/timeline/step-00000002").iterdir():
         for one in pooled(spans(path)):
-            assert one.post.begin <= one.wire.begin < one.wire.end and one.wire.begin < one.wait.end
+            assert one.post.begin <= one.transfer.begin < one.transfer.end and one.transfer.begin < one.wait.end
 
 
 @pytest.mark.ranks

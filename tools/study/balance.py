@@ -1,25 +1,28 @@
-"""What balancing over the global batch buys: many small runs, restartable, one table and pictures.
+"""Study of what balancing over the global batch buys: many small runs, restartable, one table and pictures.
 
     python -m tools.study.balance --stage 1                # all arms at three weights, two seeds, short
-    python -m tools.study.balance --stage 2                # the arms that matter, at equal balance, five seeds
-    python -m tools.study.balance --report                 # docs/results/balance.md from whatever has finished
-    python -m tools.study.balance --size gpu --stage 1     # a larger model on one GPU; its own pages, docs/results/balance_gpu.*
+    python -m tools.study.balance --stage 2                # the chosen arms, at equal balance, five seeds
+    python -m tools.study.balance --report                 # docs/results/balance.md from what has finished
+    python -m tools.study.balance --size gpu --stage 1     # a larger model on a GPU; results/balance_gpu.*
 
-A model of 4 layers of 32 experts, top-4, width 128, on the built-in corpus (five domains, each alike), trained by two ranks in
-turns of micro-batches of two sequences: a global batch of 32 sequences is eight micro-batches of each rank. So a balance loss
-sees 2 sequences (micro), 4 (sync), 4 to 32 (buffer), about 32 (warm) or 32 (exact). Runs of a seed have equal initial weights
-and equal batches in equal order: arms are compared in pairs.
+A model of 4 layers of 32 experts, top-4, width 128, on the built-in corpus (five domains, each alike),
+trained by two ranks in turns of micro-batches of two sequences: a global batch of 32 sequences is eight
+micro-batches of each rank. So a balance loss sees 2 sequences (micro), 4 (sync), 4 to 32 (buffer), about 32
+(warm) or 32 (exact). Runs of a seed have equal initial weights and equal batches in equal order: arms are
+compared in pairs.
 
-On a GPU: 8 layers of 64 fine-grained experts, top-8, width 256, one rank in 32 turns of two sequences. Without other ranks, sync is
-micro, and left out.
+On a GPU: 8 layers of 64 fine-grained experts, top-8, width 256, one rank in 32 turns of two sequences.
+Without other ranks, sync is micro, and left out.
 
-The second stage takes each arm at the weight where the first stage gives it the global max violation of the target: the
-tightest balance that every arm reached. Weights are interpolated in the logarithms of both. (Before stage 2 began, the target
-was looser, 1.2 where it is 0.5 now: there, stage 1 found arms alike, so that equal balance would have told nothing of them.)
+The second stage takes each arm at the weight where the first stage gives it the global max violation of the
+target: the tightest balance that every arm reached. Weights are interpolated in the logarithms of both.
+(Before stage 2 began, the target was looser, 1.2 where it is 0.5 now: there, stage 1 found arms alike, so
+that equal balance would have told nothing of them.)
 
-Every run is `moetrain train` with its own directory under --out, which resumes by itself: a study that was stopped goes on with
-the same command. What has finished is also in docs/results/balance_runs.jsonl, so that it goes on on another machine, where the
-corpus must be the same (the built-in one is made of installed packages). Runs take both cores; `nice` does not change what comes out.
+Every run is `moetrain train` with its own directory under --out, which resumes by itself: a study that was
+stopped goes on with the same command. What has finished is also in docs/results/balance_runs.jsonl, so that
+it goes on on another machine, where the corpus must be the same (the built-in one is made of installed
+packages). Runs take both cores; `nice` does not change what comes out.
 """
 
 import argparse
@@ -39,18 +42,27 @@ ARMS = {
     "buffer": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=global", "balance.mode=buffer")),
     "warm": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=global", "balance.mode=warm")),
     "exact": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=global", "balance.mode=exact")),
-    "bias, micro counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2), ("router=sigmoid", "balance=none", "router.counts=micro")),
-    "bias, global counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2), ("router=sigmoid", "balance=none", "router.counts=global")),
+    "bias, micro counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2),
+                              ("router=sigmoid", "balance=none", "router.counts=micro")),
+    "bias, global counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2),
+                               ("router=sigmoid", "balance=none", "router.counts=global")),
 }
 FINAL = ("micro", "exact", "warm", "bias, global counts")
 STAGES = {1: (200, (1, 2)), 2: (800, (11, 12, 13, 14, 15))}       # optimizer steps, seeds
-COMMON = ("experiment=quickstart", "train.micro_batch=2", "eval.windows=128", "eval.interval=0", "log.wandb=off", "log.interval=50",
-          "checkpoint.interval=100")
+COMMON = ("experiment=quickstart", "train.micro_batch=2", "eval.windows=128", "eval.interval=0",
+          "log.wandb=off", "log.interval=50", "checkpoint.interval=100")
 ROOT = Path(__file__).parents[2]
 
 
 class Size(NamedTuple):
-    """results: where pages and records are, without suffix."""
+    """Size of a study.
+
+    Args:
+        words: overrides of every run.
+        where: the machine, for the page.
+        arms: names of the arms.
+        results: path of page and records, without suffix.
+    """
 
     words: tuple[str, ...]
     where: str
@@ -63,16 +75,21 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cpu": Size(("run.device=cpu", "parallel=ddp", "run.nproc=2", "model.num_layers=4", "model.num_experts=32", "model.top_k=4",
-                 "model.expert_dim=32", "train.global_batch=32", "train.seq_len=128"),
+    "cpu": Size(("run.device=cpu", "parallel=ddp", "run.nproc=2", "model.num_layers=4",
+                 "model.num_experts=32", "model.top_k=4", "model.expert_dim=32", "train.global_batch=32",
+                 "train.seq_len=128"),
                 "Two ranks on two CPU cores, gloo", tuple(ARMS), ROOT / "docs/results/balance"),
-    "gpu": Size(("run.device=cuda", "run.dtype=bfloat16", "parallel=single", "run.nproc=1", "model.dim=256", "model.num_layers=8",
-                 "model.num_experts=64", "model.top_k=8", "model.expert_dim=64", "train.global_batch=64", "train.seq_len=256"),
-                "One GPU, bfloat16", tuple(arm for arm in ARMS if arm != "sync"), ROOT / "docs/results/balance_gpu"),
+    "gpu": Size(("run.device=cuda", "run.dtype=bfloat16", "parallel=single", "run.nproc=1", "model.dim=256",
+                 "model.num_layers=8", "model.num_experts=64", "model.top_k=8", "model.expert_dim=64",
+                 "train.global_batch=64", "train.seq_len=256"),
+                "One GPU, bfloat16", tuple(arm for arm in ARMS if arm != "sync"),
+                ROOT / "docs/results/balance_gpu"),
 }
 
 
 class Job(NamedTuple):
+    """One run of the study."""
+
     stage: int
     arm: str
     strength: float              # weight of the loss, or what the bias moves
@@ -84,39 +101,46 @@ class Job(NamedTuple):
 
     def command(self, out: Path, size: Size) -> list[str]:
         arm, steps = ARMS[self.arm], STAGES[self.stage][0]
-        return [sys.executable, "-m", "moetrain", "train", *COMMON, *size.words, *arm.overrides, f"{arm.key}={self.strength:.4g}",
-                f"run.steps={steps}", f"run.seed={self.seed}", f"run.name={self.name}", f"run.dir={out / self.name}",
-                f"data.cache={out / 'data'}"]
+        return [sys.executable, "-m", "moetrain", "train", *COMMON, *size.words, *arm.overrides,
+                f"{arm.key}={self.strength:.4g}", f"run.steps={steps}", f"run.seed={self.seed}",
+                f"run.name={self.name}", f"run.dir={out / self.name}", f"data.cache={out / 'data'}"]
 
 
 def main() -> None:
     options = parse()
-    size, out = SIZES[options.size], Path(options.out or f"runs/study_{SIZES[options.size].results.name}").resolve()
+    size = SIZES[options.size]
+    out = Path(options.out or f"runs/study_{size.results.name}").resolve()
     finished = read_all(out, size.record)
     if not options.report:
         run(jobs(options, finished), out, size, options.minutes)
         finished = read_all(out, size.record)
     size.record.write_text("".join(json.dumps(run._asdict()) + "\n" for run in finished))
-    page = write_page(finished, {arm: ARMS[arm] for arm in size.arms}, FINAL, STAGES, size.where, size.results.with_suffix(".md"))
+    arms = {arm: ARMS[arm] for arm in size.arms}
+    page = write_page(finished, arms, FINAL, STAGES, size.where, size.results.with_suffix(".md"))
     print(f"{len(finished)} runs have finished; {page}")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--stage", type=int, choices=STAGES, default=1)
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these")
-    parser.add_argument("--out", help="where the runs are (runs/study_balance; with --size gpu runs/study_balance_gpu)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after so many minutes")
-    parser.add_argument("--report", action="store_true", help="train nothing; write the page from what has finished")
+    parser.add_argument("--out", help="where the runs are (runs/study_balance; "
+                                      "with --size gpu runs/study_balance_gpu)")
+    parser.add_argument("--minutes", type=float, default=float("inf"),
+                        help="start no further run after so many minutes")
+    parser.add_argument("--report", action="store_true",
+                        help="train nothing; write the page from what has finished")
     return parser.parse_args()
 
 
 def jobs(options: argparse.Namespace, finished: list[Trained]) -> list[Job]:
-    """By seed and strength, the middle one first, so that a study which is cut short has whole comparisons."""
+    """Runs of a stage, by seed and strength; the middle strength first, so that a few compare all arms."""
     arms = options.arms or (SIZES[options.size].arms if options.stage == 1 else FINAL)
     if options.stage == 1:
-        return [Job(1, arm, ARMS[arm].strengths[place], seed) for seed in STAGES[1][1] for place in (1, 2, 0) for arm in arms]
+        return [Job(1, arm, ARMS[arm].strengths[place], seed)
+                for seed in STAGES[1][1] for place in (1, 2, 0) for arm in arms]
     strength = interpolated(finished, ARMS)
     missing = [arm for arm in arms if arm not in strength]
     if missing:
@@ -125,11 +149,19 @@ def jobs(options: argparse.Namespace, finished: list[Trained]) -> list[Job]:
 
 
 def run(planned: list[Job], out: Path, size: Size, minutes: float) -> None:
-    """What has not finished, one after the other."""
+    """Train what has not finished, one run after the other.
+
+    Args:
+        planned: the runs.
+        out: folder of the runs.
+        size: size of the study.
+        minutes: no run is started after so many.
+    """
     finished = {run[:4] for run in read_all(out, size.record)}
     left = [job for job in planned if job not in finished]
     print(f"{len(planned) - len(left)} of {len(planned)} runs have finished; {len(left)} to go")
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     began, done = time.monotonic(), 0
     for job in left:
         if time.monotonic() - began > 60 * minutes:
@@ -146,17 +178,19 @@ def run(planned: list[Job], out: Path, size: Size, minutes: float) -> None:
         (directory / "result.json").write_text(json.dumps(result._asdict()))
         done += 1
         each = (time.monotonic() - began) / done
-        print(f"{job.name}: loss {result.losses['mean']:.4f}, violation {result.violation:.2f} global {result.local_violation:.2f} "
-              f"local, {time.monotonic() - start:.0f} s; {len(left) - done} to go, about {each * (len(left) - done) / 60:.0f} min",
-              flush=True)
+        print(f"{job.name}: loss {result.losses['mean']:.4f}, violation {result.violation:.2f} global "
+              f"{result.local_violation:.2f} local, {time.monotonic() - start:.0f} s; "
+              f"{len(left) - done} to go, about {each * (len(left) - done) / 60:.0f} min", flush=True)
 
 
 def read_all(out: Path, record: Path) -> list[Trained]:
-    """Of this machine, and of the record."""
+    """Finished runs of this machine and of the record."""
     lines = record.read_text().splitlines() if record.exists() else []
-    runs = [Trained(**json.loads(text)) for text in [*lines, *(file.read_text() for file in sorted(out.glob("*/result.json")))]]
+    here = [file.read_text() for file in sorted(out.glob("*/result.json"))]
+    runs = [Trained(**json.loads(text)) for text in [*lines, *here]]
     if len({run.corpus for run in runs}) > 1:
-        raise SystemExit(f"runs on different corpora cannot be compared: move {record} away, or install the versions that it was made with")
+        raise SystemExit(f"runs on different corpora cannot be compared: move {record} away, "
+                         "or install the versions that it was made with")
     return sorted({run[:4]: run for run in runs}.values(), key=lambda run: run[:4])
 
 
