@@ -1,9 +1,9 @@
 """The command line: `moetrain <verb> [overrides...]`, the same as `python -m moetrain <verb>`.
 
-One file a verb in cli/, imported when named. A user's mistake is printed once, without a traceback (MOETRAIN_DEBUG=1
-shows it), and its class gives the exit code:
+Each verb has a file in cli/, imported when it is named. An error that a user can cause is printed once,
+without traceback (MOETRAIN_DEBUG=1 shows it). Its class gives the exit code:
 
-    0 done · 1 a mistake in moetrain, or in code that it was given · 2 configuration · 10 told to stop, and saved
+    0 done · 1 a bug in moetrain, or in a part of somebody else · 2 configuration · 10 told to stop, and saved
     11 non-finite · 12 data · 13 checkpoint · 14 disk · 15 rendezvous · 16 peer lost or hung · 17 crash loop
     18 out of memory
 """
@@ -39,38 +39,46 @@ VERBS = {
     "slurm": "train in a Slurm job, checked before it is submitted",
     "version": "print the version",
 }
-OF_RANKS = ("train", "eval", "generate")         # may be one of several processes that others started
+# Verbs that may run as one of several processes that something else started.
+OF_RANKS = ("train", "eval", "generate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; `argv` None takes the words of this process."""
     done = _begin() if argv is None else lambda: None
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if isinstance(sys.stdout, io.TextIOWrapper):             # a path that is not UTF-8 is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(argv)
         if error := streams.lost():
-            raise DiskError(30, "what was to be printed could not be written", where="standard output", why=error.strerror,
-                            next="send it to a file or a terminal that takes it")
+            raise DiskError(
+                30, "what was to be printed could not be written", where="standard output",
+                why=error.strerror,
+                next="send it to a file or a terminal that takes it")
         done()
         return code
     except MoETrainError as error:
         _say(error, argv[0])
         # torchrun would restart a preempted job; status.json says 10.
         return _leave(0 if isinstance(error, Preempted) and under_torchrun() else error.code)
-    except SystemExit as leaving:                        # another rank failed and says why (comm/reduce.py, all_or_none)
+    except SystemExit as leaving:  # another rank failed and prints why (comm/agreement.py, all_or_none)
         return _leave(leaving.code if isinstance(leaving.code, int) else 1)
     except KeyboardInterrupt:
         return _leave(130)
     except Exception as error:
         if (theirs := of_user(error)) is None:
-            raise                                    # a mistake in moetrain, with its traceback
+            raise  # a bug in moetrain, with its traceback
         _say(theirs, argv[0])
         return _leave(theirs.code)
 
 
 def _say(error: MoETrainError, verb: str) -> None:
-    """Print an error once. Ranks agree on it once they have met; before, each of them may be the only one that has it."""
+    """Print an error once.
+
+    After the rendezvous all ranks raise the same error and one prints it. Before, a rank may be the only one
+    that has it, so each prints its own.
+    """
     distributed = sys.modules.get("torch.distributed")
     met = distributed is not None and distributed.is_initialized()
     if os.environ.get("MOETRAIN_DEBUG") == "1":
@@ -82,14 +90,16 @@ def _say(error: MoETrainError, verb: str) -> None:
 
 
 def _begin() -> Callable[[], None]:
-    """Prepare a process that is ours alone; gives what to call when its work is done."""
+    """Prepare a process that runs nothing but moetrain; returns what to call when its work is done."""
     streams.keep_open()
     return become_rank()
 
 
 def _leave(code: int) -> int:
-    """A rank that ends by an error goes at once: the threads of its process group, or of a rendezvous that was given up
-    (comm/mesh.py), would abort a clean exit."""
+    """Return the exit code, or end a rank with a process group at once.
+
+    Threads of the process group, or of an abandoned rendezvous (comm/mesh.py), would abort a clean exit.
+    """
     distributed = sys.modules.get("torch.distributed")
     joins = any(thread.name == "rendezvous" for thread in threading.enumerate())
     if joins or distributed is not None and distributed.is_initialized():
@@ -137,7 +147,8 @@ def _help() -> str:
         *first_keys(),
         "",
         "groups: moetrain train --help <group> lists options and keys",
-        *wrap(" ".join(f"{group}=" for group in group_options()), 80, initial_indent="  ", subsequent_indent="  "),
+        *wrap(" ".join(f"{group}=" for group in group_options()), 80, initial_indent="  ",
+              subsequent_indent="  "),
         "",
         "what the words on the screen mean: docs/reference/output.md",
     ])

@@ -1,8 +1,8 @@
-"""Numbers as short text: counts, sizes, durations."""
+"""Numbers as short text: counts, sizes and durations."""
 
 
 def decimal(value: float, unit: str = "", digits: int = 3) -> str:
-    """41.2 MB, 412 k: significant digits and a decimal prefix."""
+    """Write a number as 41.2 MB or 412 k, with significant digits and a decimal prefix."""
     for prefix in ("", "k", "M", "G"):
         if value < 1000:
             break
@@ -13,13 +13,13 @@ def decimal(value: float, unit: str = "", digits: int = 3) -> str:
 
 
 def scientific(value: float) -> str:
-    """2.9e-4"""
+    """Write a number as 2.9e-4."""
     mantissa, exponent = f"{value:.1e}".split("e") if value == value else ("nan", "0")
     return f"{mantissa}e{int(exponent)}"
 
 
 def count(value: float) -> str:
-    """412k"""
+    """Write a count as 412k."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.{0 if value >= 100 * scale else 1}f}{unit}"
@@ -27,7 +27,7 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """33.1G, in binary units"""
+    """Write bytes as 33.1G, in binary units."""
     for unit, scale in (("T", 2**40), ("G", 2**30), ("M", 2**20)):
         if value >= scale:
             return f"{value / scale:.{0 if value >= 100 * scale else 1}f}{unit}"
@@ -35,7 +35,7 @@ def size(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1.27s, 45s, 12m05, 3h06, 2d04h"""
+    """Write seconds as 1.27s, 45s, 12m05, 3h06 or 2d04h."""
     if seconds < 9.995:
         return f"{seconds:.2f}s"
     whole = round(seconds)

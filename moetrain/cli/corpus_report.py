@@ -1,4 +1,4 @@
-"""What `moetrain data inspect` shows: tables for a person, or one record for a program."""
+"""Report of `moetrain data inspect` on text: tables for a person, or one record for a program."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -13,24 +13,28 @@ from moetrain.errors import CONTINUED
 from moetrain.files import shown
 from moetrain.units import count
 
-MOST_ROWS = 20                      # of a table; the largest first
-MOST_TEXT = 300                    # characters of a document
+MOST_ROWS = 20    # of a table; the largest first
+MOST_TEXT = 300   # characters of a document
 
 
 def as_record(found: Inspection) -> dict[str, Any]:
-    """Everything, every file included. error: what `prepare` would refuse the text for."""
+    """Write an inspection as one object, every file included.
+
+    Its `error` is what `prepare` would refuse the text for.
+    """
     return record_of(found, tuple(field.name for field in fields(FileEntry)))
 
 
 def record_of(found: Inspection, names: Sequence[str]) -> dict[str, Any]:
-    """An inspection as one object. names: what is said of each file."""
+    """Write an inspection as one object; `names` are the attributes that it has of each file."""
     files = {ledger.key: [_file(entry, names) for entry in ledger.entries] for ledger in found.ledgers}
-    error = found.error and {name: plain(str(getattr(found.error, name))) for name in ("id", "what", "where", "why", "next")}
+    said = ("id", "what", "where", "why", "next")
+    error = found.error and {name: plain(str(getattr(found.error, name))) for name in said}
     return {**(found.found or {}), "files": files, "error": error}
 
 
 def lines(found: Inspection, config: Config) -> Iterator[str]:
-    """Tables of files, of what is left out and of domains; then what it amounts to."""
+    """Yield tables of files, of what is left out and of domains, then totals and sample documents."""
     for ledger in found.ledgers:
         yield from _files(ledger)
     if found.found is not None:
@@ -57,10 +61,10 @@ def _files(ledger: FileLedger) -> Iterator[str]:
     if record["splits"]:
         yield f"  splits: {splits_text(record)}"
     read = sorted(ledger.read, key=lambda entry: (-entry.size, entry.name))
-    rows = [[shown(entry.name, 60), _format(entry), f"{entry.documents:,}", f"{entry.text:,}", f"{entry.size:,}"]
-            for entry in read[:MOST_ROWS]]
+    rows = [[f"  {shown(entry.name, 60)}", _format(entry), f"{entry.documents:,}", f"{entry.text:,}",
+             f"{entry.size:,}"] for entry in read[:MOST_ROWS]]
     yield ""
-    yield from table([["  read", "as", "documents", "bytes of text", "bytes"], *([f"  {row[0]}", *row[1:]] for row in rows)])
+    yield from table([["  read", "as", "documents", "bytes of text", "bytes"], *rows])
     yield from rest([entry.size for entry in read])
     yield f"  in all: {formats_text(record)}"
     yield from left_out(record)
@@ -68,15 +72,16 @@ def _files(ledger: FileLedger) -> Iterator[str]:
 
 
 def left_out(record: dict[str, Any]) -> Iterator[str]:
-    """The files of a ledger that are left out, by reason and format."""
+    """Yield a table of the files that are left out, by reason and format."""
     if record["left_out"]:
         yield ""
         kinds = record["left_out"]
-        rows = [[f"  {reasons([row])[0].partition(':')[0]}", shown(row["first"], 60), f"{row['files']:,}", f"{row['bytes']:,}"]
-                for row in kinds[:MOST_ROWS]]
+        rows = [[f"  {reasons([row])[0].partition(':')[0]}", shown(row["first"], 60), f"{row['files']:,}",
+                 f"{row['bytes']:,}"] for row in kinds[:MOST_ROWS]]
         yield from table([["  left out", "the first", "files", "bytes"], *rows])
         yield from rest([row["bytes"] for row in kinds])
-        yield from (f"  {shown(row['format'])}: {shown(row['convert'])}" for row in kinds if row.get("convert"))
+        yield from (f"  {shown(row['format'])}: {shown(row['convert'])}"
+                    for row in kinds if row.get("convert"))
 
 
 def _format(entry: FileEntry) -> str:
@@ -87,7 +92,7 @@ def _format(entry: FileEntry) -> str:
 
 
 def rest(sizes: list[int]) -> Iterator[str]:
-    """What a table does not show."""
+    """Yield the totals of the rows that a table does not show."""
     if len(sizes) > MOST_ROWS:
         yield f"  and {len(sizes) - MOST_ROWS:,} more, {sum(sizes[MOST_ROWS:]):,} bytes"
 
@@ -104,14 +109,17 @@ def _domains(found: dict[str, Any]) -> Iterator[str]:
 
 def _amounts(found: dict[str, Any], config: Config) -> Iterator[str]:
     tokens, about = found["tokens"], "about " if found["tokens"]["estimated"] else ""
-    yield (f"  tokens    {about}{count(tokens['train'])} to train on, {about}{count(tokens['heldout'])} held out"
-           f" (data.tokenizer={shown(config.data.tokenizer)}, {tokens['bytes_per_token'] or 0:.2f} bytes a token)")
+    yield (f"  tokens    {about}{count(tokens['train'])} to train on, "
+           f"{about}{count(tokens['heldout'])} held out (data.tokenizer={shown(config.data.tokenizer)}, "
+           f"{tokens['bytes_per_token'] or 0:.2f} bytes a token)")
     if found["epochs"] is not None:
-        yield f"  epochs    {found['epochs']:.2g} in run.steps={found['steps']:,} steps of {found['tokens_per_step']:,} tokens"
+        yield (f"  epochs    {found['epochs']:.2g} in run.steps={found['steps']:,} steps of "
+               f"{found['tokens_per_step']:,} tokens")
 
 
-def document_lines(documents: list[dict[str, Any]], ended: str, describe: Callable[[dict, str], str]) -> Iterator[str]:
-    """Samples of documents, two lines each: domain, size and first tokens, then the text where it is known.
+def document_lines(documents: list[dict[str, Any]], ended: str,
+                   describe: Callable[[dict, str], str]) -> Iterator[str]:
+    """Yield two lines for each sample: domain, size and first tokens, then the text where it is known.
 
     Args:
         documents: records of an inspection.

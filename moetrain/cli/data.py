@@ -1,12 +1,16 @@
-"""moetrain data prepare [key=value ...]: tokenise text into shards once, ahead of training.
-moetrain data inspect [PATH] [key=value ...] [--json]: what would be read, before anything is prepared.
+"""moetrain data prepare|inspect [key=value ...]: tokenize text ahead of training, or show what it holds.
 
-data.path names a file or a folder (null: the built-in corpus), data.cache where the shards go (null: <run.dir>/data).
-Training prepares by itself on its first start. The name of a run that is there prepares the data of that run.
+    moetrain data prepare                  tokenize text into shards, once
+    moetrain data inspect [PATH] [--json]  show what would be read; writes nothing
 
-`inspect` writes nothing. It shows the format of each file, what is left out and why, splits that are there, domains,
-documents, bytes, the tokens to expect, epochs at run.steps, and three documents as they are trained on. A bare word is the path.
-With data=memmap, data=megatron or data=tokens it opens token files as training does, and shows tokens, end token and weights too.
+data.path names a file or a folder (null: the built-in corpus), data.cache where the shards go (null:
+<run.dir>/data). Training prepares by itself on its first start. The name of an existing run prepares the data
+of that run.
+
+`inspect` takes the path as a bare word too. It shows the format of each file, what is left out and why,
+splits, domains, documents, bytes, the tokens to expect, epochs at run.steps, and three documents as they are
+trained on. With data=memmap, data=megatron or data=tokens it opens token files as training does, and also
+shows tokens, end token and weights.
 """
 
 import json
@@ -23,6 +27,7 @@ _SUBCOMMANDS = ("prepare", "inspect")
 
 
 def run(argv: list[str]) -> int:
+    """Run the verb on the words that follow it; returns the exit code."""
     if not argv or argv[0] not in _SUBCOMMANDS:
         given = argv[0] if argv else ""
         near = nearest(given, _SUBCOMMANDS) or list(_SUBCOMMANDS)
@@ -32,12 +37,13 @@ def run(argv: list[str]) -> int:
 
 
 def prepare(config: Config) -> int:
+    """Tokenize the text of a config and print the folder of the shards."""
     if config.data.kind not in ("text", "tokens"):
         raise _nothing_to(config, "prepare", "only text is turned into tokens")
     from moetrain.data.preparation.prepare import prepare_from_config
     from moetrain.train.loggers.prepare_progress import Preparing
 
-    with _logged(), Preparing(bar=config.log.progress) as progress:     # what was found, and how much of it is held out
+    with _logged(), Preparing(bar=config.log.progress) as progress:
         folder = prepare_from_config(config, run_dir(config), progress)
     print(folder)
     return 0
@@ -45,7 +51,7 @@ def prepare(config: Config) -> int:
 
 @contextmanager
 def _logged() -> Iterator[None]:
-    """What is logged is printed."""
+    """Print log messages, which say what was found and how much of it is held out."""
     from moetrain.train.loggers.console import connect_logging
 
     restore = connect_logging(print)
@@ -61,9 +67,10 @@ def _nothing_to(config: Config, verb: str, why: str) -> ConfigError:
 
 
 def inspect(words: Sequence[str]) -> int:
-    """DataError after what is known of the files, where they cannot be read as they are."""
+    """Print an inspection, then raise DataError where training could not read the files."""
     as_json = "--json" in words
-    config = compose([word if "=" in word or word[:1] in "-~+" else f"data.path={word}" for word in words if word != "--json"])
+    config = compose([word if "=" in word or word[:1] in "-~+" else f"data.path={word}"
+                      for word in words if word != "--json"])
     if config.data.kind == "synthetic":
         raise _nothing_to(config, "inspect", "generated tokens lie in no file")
     if config.data.kind == "text":
@@ -74,7 +81,8 @@ def inspect(words: Sequence[str]) -> int:
         from moetrain.data.token_inspection import inspect_tokens as inspected
     from moetrain.train.loggers.prepare_progress import Preparing
 
-    with nullcontext() if as_json else _logged(), Preparing(bar=config.log.progress and not as_json) as progress:
+    bar = config.log.progress and not as_json
+    with nullcontext() if as_json else _logged(), Preparing(bar=bar) as progress:
         found = inspected(config, Path(run_dir(config)), progress)
     if as_json:
         print(json.dumps(as_record(found), indent=1, ensure_ascii=False))

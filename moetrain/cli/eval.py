@@ -1,9 +1,10 @@
 """moetrain eval <run> [--json] [key=value ...]: held-out loss of a run's newest checkpoint, per domain.
 
-<run> is a name or a directory, as it is or as run.name= or run.dir=; its own config is the base. Measured is the text that the run
-held out, as it was prepared for it; data.path=<file or folder> measures all of another text, and says how much of that was trained on.
-eval.windows sets how much of it; eval.ngram=3 adds n-gram models up to order 3, trained on the same text and measured on the same
-windows. The result is added to eval.jsonl, too; --json prints that line in place of the table.
+<run> is a name or a directory, as it is or as run.name= or run.dir=; its own config is the base. It is
+evaluated on the text that it held out, as it was prepared. data.path=<file or folder> evaluates on all of
+another text and says how much of that was trained on. eval.windows limits the text; eval.ngram=3 adds n-gram
+models up to order 3, trained on the same text and evaluated on the same windows. The result is also added to
+eval.jsonl; --json prints that line instead of the table.
 """
 
 import json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str]) -> int:
+    """Run the verb on the words that follow it; returns the exit code."""
     words = [word for word in argv if word != "--json"]
     config = for_run(words)
     check_ranks("eval", words, config)
@@ -46,33 +48,36 @@ def run(argv: list[str]) -> int:
 
 
 def heading(found: "Evaluated", config: Config) -> str:
-    """Which checkpoint, on which text."""
-    text = (f"{nearby(run_dir(config))}, step {found.step}: at most {found.windows:,} windows of {config.train.seq_len} tokens "
-            f"per domain")
+    """Say which checkpoint was evaluated on which text."""
+    text = (f"{nearby(run_dir(config))}, step {found.step}: at most {found.windows:,} windows of "
+            f"{config.train.seq_len} tokens per domain")
     if found.typed is None:
         return f"{text} of what it held out (data {found.fingerprint[:12]})"
     if found.overlap is None:
         said = "how much of it was trained on is not known"
     else:
         said = f"{found.overlap.value:.1%} of it also occurs in the text that was trained on"
-        said += f" (an estimate: {found.overlap.windows:,} places looked up)" if found.overlap.every > 1 else ""
-    return f"{text} of {nearby(Path(found.typed))} (data {found.fingerprint[:12]}), not of what it held out; {said}"
+        if found.overlap.every > 1:
+            said += f" (an estimate: {found.overlap.windows:,} places looked up)"
+    data = f"{nearby(Path(found.typed))} (data {found.fingerprint[:12]})"
+    return f"{text} of {data}, not of what it held out; {said}"
 
 
 def _keep(record: dict[str, Any], config: Config) -> None:
-    """Add the result to the records of the run, where these can be written."""
+    """Add the result to eval.jsonl of the run; warn where that cannot be written."""
+    path = run_dir(config) / "eval.jsonl"
     try:
-        JsonlSink(run_dir(config) / "eval.jsonl").write(record)
+        JsonlSink(path).write(record)
     except DiskError as error:
-        print(f"[warn] the result is not in {nearby(run_dir(config) / 'eval.jsonl')}: {error.why}", file=sys.stderr)
+        print(f"[warn] the result is not in {nearby(path)}: {error.why}", file=sys.stderr)
 
 
 def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
-    """Domains down, their mean last; the n-gram columns are nats per byte like the one beside them."""
+    """Draw a table: one row a domain, their mean last. The n-gram columns are in nats per byte."""
     orders = range(max(map(len, ngrams.values()), default=0))
     rows = [["domain", "nats/token", "bits/byte", "nats/byte", *(f"order {order}" for order in orders)]]
     for domain in (name.removeprefix("loss/") for name in results if name.startswith("loss/")):
-        nats = results.get(f"nats_per_byte/{domain}", math.nan)              # nobody knows the bytes that ids stand for
+        nats = results.get(f"nats_per_byte/{domain}", math.nan)  # absent where tokens have no known bytes
         figures = [results[f"loss/{domain}"], nats / math.log(2), nats, *ngrams.get(domain, [])]
         rows.append([shown(domain), *("-" if math.isnan(figure) else f"{figure:.4f}" for figure in figures)])
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
@@ -81,7 +86,7 @@ def table(results: dict[str, float], ngrams: dict[str, list[float]]) -> str:
 
 
 def _ngrams(config: Config, found: "Evaluated") -> dict[str, list[float]]:
-    """Nats per byte by domain, and for their mean; empty when not asked for."""
+    """Train n-gram models and return nats per byte by domain, of each order; empty unless asked for."""
     if config.eval.ngram < 0:
         return {}
     from moetrain.data.batches.token_dataset import TokenDataset
@@ -89,8 +94,10 @@ def _ngrams(config: Config, found: "Evaluated") -> dict[str, list[float]]:
 
     dataset = found.dataset
     if found.typed is not None or not isinstance(dataset, TokenDataset):
-        why = "generated tokens have no text to count" if found.typed is None else "they are counted on the data that the run held out"
+        why = ("generated tokens have no text to count" if found.typed is None else
+               "they are counted on the data that the run held out")
         print(f"eval.ngram: {why}; left out\n")
         return {}
-    measured = witten_bell(dataset, windows=config.eval.windows, batch=config.eval.batch, order=config.eval.ngram)
+    wanted = config.eval
+    measured = witten_bell(dataset, windows=wanted.windows, batch=wanted.batch, order=wanted.ngram)
     return {**measured, "mean": mean_over_domains(measured)}

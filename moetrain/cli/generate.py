@@ -1,8 +1,9 @@
 """moetrain generate <run> generate.prompt='...' [--json] [key=value ...]: continue a text.
 
-By the newest checkpoint of a run, which is named as it is or as run.name= or run.dir=. Its own config is the base, and its own
-tokenizer reads and writes; generate.tokens, .temperature, .top_p and .seed say how to sample; generate.cache=false runs all tokens
-again for every new one. The text appears as it is drawn. --json prints one object when it is finished: prompt, text, tokens, ended.
+<run> is a name or a directory, as it is or as run.name= or run.dir=. Its newest checkpoint continues the
+text, its own config is the base, and its own tokenizer reads and writes. generate.tokens, .temperature,
+.top_p and .seed say how to sample; generate.cache=false runs all tokens again for every new one. The text
+appears as it is sampled. --json prints one object at the end: prompt, text, tokens, ended.
 """
 
 import json
@@ -16,14 +17,17 @@ from moetrain.launch.rank import is_worker, rank
 
 
 def run(argv: list[str]) -> int:
+    """Run the verb on the words that follow it; returns the exit code."""
     words = [word for word in argv if word != "--json"]
     config = for_run(words)
     check_ranks("generate", argv, config)
     if not is_worker() and config.run.nproc > 1:
         return start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False)
     if config.data.kind == "synthetic" or config.data.tokenizer == "none":
-        raise ConfigError(45, "the run was trained on tokens that stand for no text", where=str(run_dir(config)),
-                          why="there is no tokenizer to write with", next="train with data=text, or give data.tokenizer")
+        raise ConfigError(
+            45, "the run was trained on tokens that stand for no text", where=str(run_dir(config)),
+            why="there is no tokenizer to write with",
+            next="train with data=text, or give data.tokenizer")
     _generate(config, typed_keys(words), as_json=len(words) < len(argv))
     return 0
 
@@ -34,20 +38,22 @@ def _generate(config: Config, typed: frozenset[str], *, as_json: bool) -> None:
 
     run = load_trained(config, typed)
     tokenizer, end_id = writing(run, config, typed)
-    wish = config.generate
+    wanted = config.generate
     continuation = continue_text(
-        run.model, tokenizer, wish.prompt, end_id=end_id, tokens=wish.tokens, temperature=wish.temperature, top_p=wish.top_p, seed=wish.seed,
-        context=config.train.seq_len, cache=wish.cache, mask_documents=run.config.data.mask_documents, group=run.mesh["batch"])
+        run.model, tokenizer, wanted.prompt, end_id=end_id, tokens=wanted.tokens,
+        temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed, context=config.train.seq_len,
+        cache=wanted.cache, mask_documents=run.config.data.mask_documents, group=run.mesh["batch"])
     if rank() != 0:
-        "".join(continuation)                            # ranks write it together
+        "".join(continuation)  # all ranks sample it together
     elif as_json:
         text = "".join(continuation)
-        print(json.dumps({"step": run.step, "prompt": wish.prompt, "text": text, "tokens": continuation.tokens,
-                          "ended": continuation.ended}, ensure_ascii=False))
+        record = {"step": run.step, "prompt": wanted.prompt, "text": text, "tokens": continuation.tokens,
+                  "ended": continuation.ended}
+        print(json.dumps(record, ensure_ascii=False))
     else:
-        print(wish.prompt, end="", flush=True)
+        print(wanted.prompt, end="", flush=True)
         try:
             for piece in continuation:
                 print(piece, end="", flush=True)
-        finally:                                         # Ctrl-C, too: the shell begins a line of its own
+        finally:  # after Ctrl-C too, so that the shell begins a new line
             print(flush=True)

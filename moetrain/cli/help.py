@@ -1,9 +1,9 @@
-"""Pages of `--help`, 80 columns wide: a verb's docstring, and for `train` the groups and keys. Imports no torch.
+"""Pages of `--help`, 80 columns wide: the docstring of a verb, and for `train` groups and keys. No torch.
 
-    moetrain train --help          what it does, the keys to know first, the groups
-    moetrain train --help optim    the options of a group and the keys of its section
-    moetrain train --help optim.lr a key; overrides beside --help are left aside
-    moetrain train --help all      every page
+    moetrain train --help            what it does, the keys to know first, the groups
+    moetrain train --help optim      the options of a group and the keys of its section
+    moetrain train --help optim.lr   a key; overrides beside --help are ignored
+    moetrain train --help all        every page
 """
 
 import re
@@ -22,7 +22,7 @@ from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError
 
 WIDTH = 80
-# The keys to know first; every other is on the page of its section.
+# The keys to know first; all others are on the page of their section.
 FIRST_KEYS = (
     "run.name", "run.dir", "run.nproc", "run.steps", "run.stop_at", "run.seed", "run.device", "run.dtype",
     "train.global_batch", "train.micro_batch", "train.seq_len", "optim.lr", "data.path", "parallel.ep",
@@ -31,12 +31,13 @@ FIRST_KEYS = (
 
 
 def page(verb: str, doc: str, words: Sequence[str]) -> str:
-    """What `moetrain <verb> --help <words>` prints."""
+    """Write what `moetrain <verb> --help <words>` prints."""
     if verb != "train":
         return refilled(doc)
     asked = min(words.index(flag) for flag in ("-h", "--help") if flag in words)
-    known = {*pages(), *group_options(), "all"}              # a word before --help may be a run
-    names = [word for place, word in enumerate(words) if word[:1] != "-" and "=" not in word and (place > asked or word in known)]
+    known = {*pages(), *group_options(), "all"}  # another word before --help may be a run
+    names = [word for place, word in enumerate(words)
+             if word[:1] != "-" and "=" not in word and (place > asked or word in known)]
     if not names:
         return "\n".join([refilled(doc), *overview()])
     if names == ["all"]:
@@ -45,13 +46,13 @@ def page(verb: str, doc: str, words: Sequence[str]) -> str:
 
 
 def pages() -> list[str]:
-    """The names of the pages of `train`: sections, and groups that have none."""
+    """List the pages of `train`: sections, and groups without a section."""
     sections = list(schema_sections())
     return sections + [group for group in group_options() if section_of(group) not in sections]
 
 
 def overview() -> Iterator[str]:
-    """The keys to know first, the groups, and where the rest is."""
+    """Yield the keys to know first, the groups, and where the rest is."""
     yield "\nKeys to know first"
     yield from first_keys()
     yield "\nGroups: <group>=<option>"
@@ -62,19 +63,26 @@ def overview() -> Iterator[str]:
 
 
 def first_keys() -> Iterator[str]:
+    """Yield a line for each of the keys to know first."""
     keys = schema_keys()
     for path in FIRST_KEYS:
         yield _hanging(f"  {path:20s} ", keys[path].help)
 
 
 def section_page(name: str) -> str:
-    """Options of the group and keys of the section, or one key; files of the group that cannot be read, by line."""
-    if key := next((key for key in keys_of(section_of(name.partition(".")[0])) if key.path == name), None) if "." in name else None:
-        return "\n".join(described(key))
+    """Write the options of a group and the keys of its section, or one key.
+
+    Files of the group that cannot be read are listed with their error.
+    """
+    for key in keys_of(section_of(name.partition(".")[0])) if "." in name else ():
+        if key.path == name:
+            return "\n".join(described(key))
     if name not in {*pages(), *group_options()}:
         near = nearest(name, [*pages(), *group_options(), *schema_keys()])
-        raise ConfigError(106, f"there is no page {name}", where="the command line", why=f"the pages are {', '.join(pages())}",
-                          next=" or ".join(f"moetrain train --help {page}" for page in near) or "moetrain train --help")
+        raise ConfigError(
+            106, f"there is no page {name}", where="the command line",
+            why=f"the pages are {', '.join(pages())}",
+            next=" or ".join(f"moetrain train --help {page}" for page in near) or "moetrain train --help")
     section = section_of(name)
     group, folder = group_of(section), config_dir() / group_of(section)
     lines = []
@@ -93,12 +101,13 @@ def section_page(name: str) -> str:
 
 
 def described(key: Key) -> list[str]:
-    """A key with its default, what it does, and what it takes."""
-    return [_hanging("  ", f"{key.path}={show(key.default)}"), *_indented(key.help), *_indented(f"[{details(key)}]")]
+    """Write a key with its default, what it does, and what it takes."""
+    first = _hanging("  ", f"{key.path}={show(key.default)}")
+    return [first, *_indented(key.help), *_indented(f"[{details(key)}]")]
 
 
 def details(key: Key) -> str:
-    """Type, bounds, and what a key is read with."""
+    """Write the type and bounds of a key, and the options that read it."""
     bounds = key.bounds or next((text for text, paths in RANGES.items() if key.path in paths), "")
     needed = [readers.in_words(condition) for condition in readers.conditions(key.path)]
     text = ", ".join([type_name(key.type).replace("|", " | "), *([bounds] if bounds else [])])
@@ -106,7 +115,7 @@ def details(key: Key) -> str:
 
 
 def keys_of(section: str) -> list[Key]:
-    """The keys of a section: of the schema, or the arguments of every part that an option of the group names."""
+    """List the keys of a section: those of the schema, or the arguments of every part of the group."""
     if schema_sections().get(section) is not dict:
         return [key for path, key in schema_keys().items() if path.startswith(f"{section}.")]
     keys: dict[str, Key] = {}
@@ -118,7 +127,7 @@ def keys_of(section: str) -> list[Key]:
 
 
 def comment(file: Path) -> str:
-    """The comment at the head of a yaml file."""
+    """Read the comment at the head of a yaml file."""
     words = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -129,7 +138,7 @@ def comment(file: Path) -> str:
 
 
 def refilled(doc: str) -> str:
-    """A docstring at 80 columns: paragraphs filled, columns of indented lines kept."""
+    """Fill the paragraphs of a docstring at 80 columns; the columns of indented lines stay."""
     lines = []
     for paragraph in doc.strip().split("\n\n"):
         indented = any(line.startswith(" ") for line in paragraph.splitlines())
@@ -141,7 +150,7 @@ def refilled(doc: str) -> str:
 
 
 def _option_keys(section: str, option: str, text: str, file: Path) -> Iterator[Key]:
-    """Arguments of the class that an option names, read from its text, so that a broken file still has a page."""
+    """Read the arguments behind an option from the text of its file, so that a broken file has a page too."""
     comments = dict(re.findall(r"^\s*(\w+):[^#\n]*#\s*(.+)$", text, re.MULTILINE))
     prefix = f"loss.{option}" if section == "loss" else section
     for target in re.findall(r"_target_:\s*([\w.]+)", text):
@@ -149,7 +158,8 @@ def _option_keys(section: str, option: str, text: str, file: Path) -> Iterator[K
             accepted = arguments(target, section)
         except NoSuchPart:
             continue
-        written = _written(file, option) if section == "loss" else {}      # an option a section: its values are the defaults
+        # Losses add up, so the values in the file are the defaults of the keys.
+        written = _written(file, option) if section == "loss" else {}
         for name, key in accepted.items():
             if name not in SIZES:
                 help = comments.get(name, f"argument of {target.rpartition('.')[2]}")
@@ -159,24 +169,25 @@ def _option_keys(section: str, option: str, text: str, file: Path) -> Iterator[K
 def _written(file: Path, option: str) -> dict[str, object]:
     try:
         node = load(file).get(option)
-    except ConfigError:                                      # broken_files says it
+    except ConfigError:  # broken_files reports it
         return {}
     return node if isinstance(node, dict) else {}
 
 
 def _either(first: Key, other: Key) -> Key:
-    """One argument that two classes of a group have: the choices of both."""
+    """Merge an argument that two classes of a group have: the choices of both."""
     choices = dict.fromkeys([*get_args(first.type), *get_args(other.type)])
     both = get_origin(first.type) is get_origin(other.type) is Literal
     return first._replace(type=Literal[tuple(choices)]) if both else first
 
 
 def _hanging(head: str, text: str) -> str:
-    """Text behind a head, wrapped below its own beginning."""
+    """Wrap text after a head, below its own beginning."""
     indent = " " * min(len(head), 28)
     return "\n".join(wrap(text, WIDTH, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False,
                           break_long_words=False)) or head.rstrip()
 
 
 def _indented(text: str) -> list[str]:
-    return wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False, break_long_words=False)
+    return wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False,
+                break_long_words=False)

@@ -1,7 +1,8 @@
-"""moetrain inspect <run or checkpoint> [--tensors [pattern]]: what a checkpoint holds. Reads its manifest alone.
+"""moetrain inspect <run or checkpoint> [--tensors [pattern]]: show what a checkpoint holds.
 
 <run> is a name or a directory, as it is or as run.name= or run.dir=; of a run the newest checkpoint is shown.
---tensors lists every tensor with its place; a pattern chooses some, as 'model.layers.0.*' or '*experts.7.*'. Whether the content is right: moetrain checkpoint verify.
+--tensors lists every tensor with its place; a pattern chooses some, as 'model.layers.0.*' or '*experts.7.*'.
+Only the manifest is read; moetrain checkpoint verify reads the content.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ LARGEST = 5
 
 
 def run(argv: list[str]) -> int:
+    """Run the verb on the words that follow it; returns the exit code."""
     pattern = None
     if "--tensors" in argv:
         place = argv.index("--tensors")
@@ -34,7 +36,7 @@ def run(argv: list[str]) -> int:
 
 
 def named(argv: list[str], verb: str) -> list[Path]:
-    """The checkpoints that a command line names, oldest first: all of a run, or one by its directory."""
+    """Find the checkpoints that a command line names, oldest first: all of a run, or one by its directory."""
     place = reference(argv[0]) if len(argv) == 1 else None
     if place is None:
         raise ConfigError(53, f"{verb} takes one run or one checkpoint", where="the command line",
@@ -42,24 +44,26 @@ def named(argv: list[str], verb: str) -> list[Path]:
                           next=f"moetrain {verb} <name or directory of a run, or directory of a checkpoint>")
     if (Path(place) / NAME).exists() or is_step(Path(place).name) and Path(place).exists():
         return [Path(place)]
-    run_dir = next((folder for folder in places(place) if (folder / "checkpoints").is_dir()), None) or find_run(place)
+    saved = (folder for folder in places(place) if (folder / "checkpoints").is_dir())
+    run_dir = next(saved, None) or find_run(place)
     found = checkpoints_of(run_dir)
     if not found:
         raise CheckpointError(
             2, "the run has no checkpoint yet", where=str(run_dir / "checkpoints"),
-            why="a run saves at its end and every checkpoint.interval steps", next="the command that trains the run; it saves at run.stop_at, too",
-        )
+            why="a run saves at its end and every checkpoint.interval steps",
+            next="the command that trains the run; it saves at run.stop_at, too")
     return found
 
 
 def summary(directory: Path, manifest: Manifest, checkpoints: list[Path]) -> Iterator[str]:
-    """Step, model, who wrote it, sizes."""
+    """Yield step, author, model, mesh and data of a checkpoint, then tables of its sizes."""
     facts, values = manifest.facts, manifest.values
     yield f"{directory}"
     rows = [("step", f"{values['step']:,}   {values['tokens']:,} tokens"), ("written", written(facts)),
             ("model", model(facts)), ("mesh", mesh(facts)), ("data", str(facts.get("data", "unknown"))[:16])]
     if len(checkpoints) > 1:
-        rows.append(("others", ", ".join(str(int(path.name.removeprefix("step-"))) for path in checkpoints[:-1])))
+        steps = [int(path.name.removeprefix("step-")) for path in checkpoints[:-1]]
+        rows.append(("others", ", ".join(map(str, steps))))
     yield from (f"  {label:8s} {text}" for label, text in rows)
     yield ""
     entries = {name: manifest.entry(name) for name in manifest.names()}
@@ -69,21 +73,27 @@ def summary(directory: Path, manifest: Manifest, checkpoints: list[Path]) -> Ite
         for index, amount in enumerate((1, prod(entry.shape), size(entry))):
             total[index] += amount
     kinds["all"] = [sum(column) for column in zip(*kinds.values())]
-    yield from table([["kind", "tensors", "values", "bytes"],
-                      *([name, f"{count:,}", f"{numbers:,}", decimal(amount, "B", 4)] for name, (count, numbers, amount) in kinds.items())])
+    yield from table([
+        ["kind", "tensors", "values", "bytes"],
+        *([name, f"{count:,}", f"{numbers:,}", decimal(amount, "B", 4)]
+          for name, (count, numbers, amount) in kinds.items())])
     yield ""
     parts = manifest.parts()
-    yield from table([["file", "tensors", "bytes"],
-                      [NAME, "", decimal((directory / NAME).stat().st_size, "B", 4)],
-                      *([name, f"{len(parts[name]):,}", decimal(file.size, "B", 4)] for name, file in manifest.files.items())])
+    yield from table([
+        ["file", "tensors", "bytes"],
+        [NAME, "", decimal((directory / NAME).stat().st_size, "B", 4)],
+        *([name, f"{len(parts[name]):,}", decimal(file.size, "B", 4)]
+          for name, file in manifest.files.items())])
     yield ""
     largest = sorted(entries, key=lambda name: -size(entries[name]))[:LARGEST]
-    yield from table([["largest", "dtype", "shape", "bytes"],
-                      *([name, entries[name].dtype, shape(entries[name]), decimal(size(entries[name]), "B", 4)] for name in largest)])
+    yield from table([
+        ["largest", "dtype", "shape", "bytes"],
+        *([name, entries[name].dtype, shape(entries[name]), decimal(size(entries[name]), "B", 4)]
+          for name in largest)])
 
 
 def tensors(manifest: Manifest, pattern: str) -> Iterator[str]:
-    """A row a chunk: name, dtype, shape, rows, file, first byte."""
+    """Yield a row for each chunk of the matching tensors: name, dtype, shape, rows, file, first byte."""
     rows = [["tensor", "dtype", "shape", "rows", "file", "begin"]]
     for name in sorted(manifest.names()):
         if fnmatch(name, pattern):
@@ -94,28 +104,31 @@ def tensors(manifest: Manifest, pattern: str) -> Iterator[str]:
 
 
 def kind(name: str) -> str:
-    """What a tensor is, by its name: `model, experts`, `optim exp_avg, dense`."""
+    """Classify a tensor by its name: `model, experts`, `optim exp_avg, dense`."""
     first, _, rest = name.partition(".")
     part = "experts" if split_expert(name) else "dense"
     return f"{first} {rest.rpartition('.')[2]}, {part}" if first == "optim" else f"{first}, {part}"
 
 
 def written(facts: dict[str, Any]) -> str:
-    when = facts.get("time")
-    date = datetime.fromtimestamp(when).isoformat(" ", "seconds") if isinstance(when, (int, float)) else "at an unknown time"
+    """Say when and by which versions a checkpoint was written."""
+    when, date = facts.get("time"), "at an unknown time"
+    if isinstance(when, (int, float)):
+        date = datetime.fromtimestamp(when).isoformat(" ", "seconds")
     return f"{date} by moetrain {facts.get('moetrain', '?')}, torch {facts.get('torch', '?')}"
 
 
 def model(facts: dict[str, Any]) -> str:
+    """Describe the sizes of the model."""
     config = facts.get("config")
     sizes = config.get("model", {}) if isinstance(config, dict) else {}
-    named = {"num_layers": "layers", "dim": "wide", "num_experts": "experts", "top_k": "a token", "expert_dim": "wide each",
-             "num_shared_experts": "shared"}
-    return ", ".join(f"{sizes[key]} {word}" for key, word in named.items() if key in sizes) or "unknown"
+    words = {"num_layers": "layers", "dim": "wide", "num_experts": "experts", "top_k": "a token",
+             "expert_dim": "wide each", "num_shared_experts": "shared"}
+    return ", ".join(f"{sizes[key]} {word}" for key, word in words.items() if key in sizes) or "unknown"
 
 
 def mesh(facts: dict[str, Any]) -> str:
-    """Axes longer than one, of both views of the ranks."""
+    """List the axes longer than one, of both views of the ranks."""
     axes = facts["mesh"] if isinstance(facts.get("mesh"), dict) else {}
     long = [(axis, f"{axis} {count}") for axis, count in axes.items() if count != 1]
     views = {"dense": [text for axis, text in long if not axis.startswith("e")],
@@ -125,15 +138,17 @@ def mesh(facts: dict[str, Any]) -> str:
 
 
 def size(entry: Entry) -> int:
+    """Return the bytes of a tensor."""
     return prod(entry.shape) * ITEM_BYTES[entry.dtype]
 
 
 def shape(entry: Entry) -> str:
+    """Write the shape of a tensor."""
     return "[" + ", ".join(map(str, entry.shape)) + "]"
 
 
 def table(rows: list[list[str]]) -> Iterator[str]:
-    """Columns of equal width; numbers to the right."""
+    """Yield the lines of a table: columns of equal width, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     left = [column == 0 or not rows[-1][column][:1].isdigit() for column in range(len(widths))]
     for row in rows:

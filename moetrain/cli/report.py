@@ -1,10 +1,11 @@
-"""moetrain report <run>: draw what a run recorded into <run.dir>/report.
+"""moetrain report <run>: draw the records of a run into <run.dir>/report.
 
     loss.png             training and held-out loss over tokens and steps
     expert_load.png      tokens per expert
     specialisation.png   experts by domain, after an evaluation on two domains or more
 
-Numbers are beside each picture as CSV. Steps that log.timeline recorded are summed up in a table: phases and operators.
+Numbers are beside each picture as CSV. Steps that log.timeline recorded are summed up in a table: phases and
+operators.
 
 <run> is a name or a directory, as it is or as run.name= or run.dir=.
 """
@@ -15,6 +16,7 @@ from moetrain.files import nearby
 
 
 def run(argv: list[str]) -> int:
+    """Run the verb on the words that follow it; returns the exit code."""
     name = reference(argv[0]) if len(argv) == 1 else None
     if name is None:
         raise ConfigError(43, "report takes one run", where="the command line",

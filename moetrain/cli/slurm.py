@@ -57,38 +57,44 @@ from moetrain.launch.slurm_options import Job, parse
 
 
 class Submission(NamedTuple):
-    """What the script is written from. runs: the overrides of each, more than one in a sweep; of the first one's name."""
+    """Everything that goes into a job script."""
 
     job: Job
-    config: Config
-    runs: list[list[str]]
-    resources: list[str]
+    config: Config              # of the first run, which names the job
+    runs: list[list[str]]       # the overrides of each run, several in a sweep
+    resources: list[str]        # options of sbatch for cores and memory
 
     @property
     def directory(self) -> Path:
+        """The directory that gets the script and the logs of Slurm."""
         return run_dir(self.config)
 
 
 def run(argv: list[str]) -> int:
+    """Run the verb on the words that follow it; returns the exit code."""
     submission = prepare(argv)
     text = script(submission)
     if submission.job.dry_run:
         print(text, end="")
         return 0
     if shutil.which("sbatch") is None:
-        raise ConfigError(47, "sbatch is not on this machine", where="PATH", why="jobs are submitted with Slurm's sbatch",
-                          next="run this on a login node of the cluster; --dry-run prints the script")
+        raise ConfigError(
+            47, "sbatch is not on this machine", where="PATH",
+            why="jobs are submitted with Slurm's sbatch",
+            next="run this on a login node of the cluster; --dry-run prints the script")
     path = write(text, submission.directory)
     _submit(path, len(submission.runs))
     return 0
 
 
 def prepare(argv: Sequence[str]) -> Submission:
-    """Everything that the script holds, checked. Raises ConfigErrors with all that is wrong."""
+    """Read and check a command line. Raises ConfigErrors with everything that is wrong."""
     job, errors = parse(argv, os.environ)
     if "--setup" in job.values and not Path(job.values["--setup"]).is_file():
-        errors.append(ConfigError(180, f"--setup {job.values['--setup']} is not there", where="the command line",
-                                  why="the job begins with the commands in that file", next="--setup <an existing file>"))
+        errors.append(ConfigError(
+            180, f"--setup {job.values['--setup']} is not there", where="the command line",
+            why="the job begins with the commands in that file",
+            next="--setup <an existing file>"))
     runs: list[list[str]] = []
     try:
         swept = sweep_jobs(job.overrides, lambda words: config_for(words, job.ranks)) if job.sweep else []
@@ -102,26 +108,30 @@ def prepare(argv: Sequence[str]) -> Submission:
         print(text, file=sys.stderr)
     shapes = node_shapes(job.values.get("--partition"))
     if not shapes and not (job.sets_cpus and job.sets_memory):
-        print("moetrain: sinfo does not tell what the nodes have; the job takes the cores and the memory that the cluster gives by "
-              "default. --cpus-per-task and --mem ask for more", file=sys.stderr)
+        print("moetrain: sinfo does not tell what the nodes have; the job takes the cores and memory "
+              "that the cluster gives by default. --cpus-per-task and --mem ask for more", file=sys.stderr)
     return Submission(job, config, runs, resource_options(job, shapes))
 
 
 def script(submission: Submission) -> str:
-    """The job script: the settings of this run, then launch/slurm.sbatch without its header."""
+    """Write the job script: the settings of this run, then launch/slurm.sbatch without its header."""
     job, config, runs, resources = submission
     sweep = job.sweep
     log = f"--output={(submission.directory / 'log').absolute()}/slurm-{'%A_%a' if sweep else '%j'}.log"
     options = [f"--job-name={config.run.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1",
-               *(f"{name}={job.values[name]}" for name in ("--time", "--partition", "--account") if name in job.values),
+               *(f"{name}={job.values[name]}" for name in ("--time", "--partition", "--account")
+                 if name in job.values),
                *resources, *([_array(job, len(runs))] if sweep else []),
-               f"--signal=USR1@{job.values.get('--lead', 300)}", "--requeue", "--open-mode=append", f"--chdir={Path.cwd()}", log,
+               f"--signal=USR1@{job.values.get('--lead', 300)}", "--requeue", "--open-mode=append",
+               f"--chdir={Path.cwd()}", log,
                *job.sbatch_options]
     python = job.values.get("--python", "python3" if job.srun_options else sys.executable)
-    lines = ["#!/usr/bin/env bash", "# Written by moetrain slurm. Submit it again with sbatch to go on with the run.",
+    setup = [str(Path(job.values["--setup"]).absolute())] if "--setup" in job.values else []
+    lines = ["#!/usr/bin/env bash",
+             "# Written by moetrain slurm. Submit it again with sbatch to go on with the run.",
              *(f"#SBATCH {_quoted(option)}" for option in options), "",
              f"PYTHON={shlex.quote(python)}",
-             *([f"SETUP={shlex.quote(str(Path(job.values['--setup']).absolute()))}"] if "--setup" in job.values else []),
+             *(f"SETUP={shlex.quote(path)}" for path in setup),
              f"export NPROC={job.nproc}",
              f"step_options=({shlex.join(job.srun_options)})",
              *(_case(runs) if sweep else [f"set -- {shlex.join(runs[0])}".rstrip()]), ""]
@@ -129,16 +139,17 @@ def script(submission: Submission) -> str:
 
 
 def template() -> str:
-    """launch/slurm.sbatch: inside the package in a wheel, beside it in a checkout."""
+    """Read launch/slurm.sbatch: inside the package in a wheel, beside it in a checkout."""
     package = Path(moetrain.__file__).resolve().parent
-    inside = package / "scripts" / "slurm.sbatch"
-    return (inside if inside.is_file() else package.parent / "launch" / "slurm.sbatch").read_text(encoding="utf-8")
+    inside, beside = package / "scripts" / "slurm.sbatch", package.parent / "launch" / "slurm.sbatch"
+    return (inside if inside.is_file() else beside).read_text(encoding="utf-8")
 
 
 def write(text: str, directory: Path) -> Path:
+    """Write the job script, and make the folder of logs, which Slurm does not."""
     path = directory / "job.sbatch"
     try:
-        (directory / "log").mkdir(parents=True, exist_ok=True)       # Slurm does not make it
+        (directory / "log").mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DiskError(21, "the job script cannot be written", where=str(path), why=str(error),
@@ -149,13 +160,18 @@ def write(text: str, directory: Path) -> Path:
 def _submit(path: Path, runs: int) -> None:
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
-        said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
-        raise ConfigError(48, "Slurm refused the job", where=str(path), why="; ".join(said) or "sbatch said nothing",
-                          next="correct the option of sbatch that is named, and submit again")
+        said = [line.removeprefix("sbatch: ").removeprefix("error: ")
+                for line in done.stderr.splitlines() if line.strip()]
+        raise ConfigError(
+            48, "Slurm refused the job", where=str(path),
+            why="; ".join(said) or "sbatch said nothing",
+            next="correct the option of sbatch that is named, and submit again")
     number = done.stdout.strip().partition(";")[0]
     several = runs > 1
-    print(f"job {number}{f', {runs} runs' * several}: {path}\n  log   {path.parent}/log/slurm-{number}{'_<run>' * several}.log\n"
-          f"  next  squeue --job {number}    scancel --signal=USR1 {number} saves and requeues    scancel {number} ends it")
+    print(f"job {number}{f', {runs} runs' * several}: {path}\n"
+          f"  log   {path.parent}/log/slurm-{number}{'_<run>' * several}.log\n"
+          f"  next  squeue --job {number}    scancel --signal=USR1 {number} saves and requeues    "
+          f"scancel {number} ends it")
 
 
 def _array(job: Job, runs: int) -> str:
@@ -164,12 +180,13 @@ def _array(job: Job, runs: int) -> str:
 
 
 def _case(runs: list[list[str]]) -> list[str]:
-    """Each task of the array trains the run of its number."""
-    return ['case "$SLURM_ARRAY_TASK_ID" in', *(f"{number}) set -- {shlex.join(words)} ;;" for number, words in enumerate(runs)), "esac"]
+    """Write the lines by which each task of the array trains the run of its number."""
+    cases = [f"{number}) set -- {shlex.join(words)} ;;" for number, words in enumerate(runs)]
+    return ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
 
 
 def _quoted(option: str) -> str:
-    """For a line of #SBATCH, which knows double quotes."""
+    """Quote an option for a line of #SBATCH, which knows double quotes only."""
     name, given, value = option.partition("=")
     escaped = re.sub(r'(["\\])', r"\\\1", value)
     return option if not re.search(r"[\s\"\\]", value) else f'{name}{given}"{escaped}"'

@@ -1,4 +1,4 @@
-"""What `moetrain data inspect` shows of data that is tokens already: tables for a person, or one record for a program."""
+"""Report of `moetrain data inspect` on token files: tables for a person, or one record for a program."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,17 +12,21 @@ from moetrain.data.pretokenized.account import TokenEntry
 from moetrain.files import shown
 from moetrain.units import count
 
-# What is said of each file: that of text as far as tokens have it, and what only they have.
-_FILE = ("name", "size", "side", "reason", "format", "convert", "documents", "domain", "tokens", "heldout", "end_id", "end_share")
+# Attributes of each file in the record: those of text that apply to tokens, and those that only tokens have.
+_FILE = ("name", "size", "side", "reason", "format", "convert", "documents", "domain", "tokens", "heldout",
+         "end_id", "end_share")
 
 
 def as_record(found: Inspection) -> dict[str, Any]:
-    """Everything, every file included. error: what training would refuse the tokens for."""
+    """Write an inspection as one object, every file included.
+
+    Its `error` is what training would refuse the tokens for.
+    """
     return record_of(found, _FILE)
 
 
 def lines(found: Inspection, config: Config) -> Iterator[str]:
-    """Tables of files, of what is left alone and of domains; then what it amounts to."""
+    """Yield tables of files, of what is left out and of domains, then totals and sample documents."""
     for ledger in found.ledgers:
         yield from _files(ledger)
     if found.found is not None:
@@ -35,9 +39,10 @@ def _files(ledger: FileLedger) -> Iterator[str]:
     record = ledger.record()
     yield f"{shown(ledger.path)} ({ledger.key})   {record['files']:,} files, {record['bytes']:,} bytes"
     yield ""
-    read = sorted((entry for entry in ledger.read if isinstance(entry, TokenEntry)), key=lambda entry: (-entry.size, entry.name))
-    rows = [[f"  {shown(entry.name, 60)}", _format(entry), f"{entry.documents:,}", f"{entry.tokens:,}", f"{entry.heldout:,}",
-             f"{entry.size:,}"] for entry in read[:MOST_ROWS]]
+    entries = (entry for entry in ledger.read if isinstance(entry, TokenEntry))
+    read = sorted(entries, key=lambda entry: (-entry.size, entry.name))
+    rows = [[f"  {shown(entry.name, 60)}", _format(entry), f"{entry.documents:,}", f"{entry.tokens:,}",
+             f"{entry.heldout:,}", f"{entry.size:,}"] for entry in read[:MOST_ROWS]]
     yield from table([["  read", "as", "documents", "tokens", "held out", "bytes"], *rows])
     yield from rest([entry.size for entry in read])
     yield from left_out(record)
@@ -50,9 +55,11 @@ def _format(entry: TokenEntry) -> str:
 
 def _domains(found: dict[str, Any]) -> Iterator[str]:
     domains = sorted(found["domains"].items(), key=lambda item: -item[1]["train"]["tokens"])
-    rows = [[f"  {shown(name, 40)}", *(f"{row[side][what]:,}" for side in ("train", "heldout") for what in ("documents", "tokens")),
+    columns = [(side, what) for side in ("train", "heldout") for what in ("documents", "tokens")]
+    rows = [[f"  {shown(name, 40)}", *(f"{row[side][what]:,}" for side, what in columns),
              f"{row['share']:.1%}", f"{row['epochs']:.2g}"] for name, row in domains[:MOST_ROWS]]
-    yield from table([["  domain", "documents", "tokens to train on", "held out", "tokens held out", "share", "epochs"], *rows])
+    heads = ["  domain", "documents", "tokens to train on", "held out", "tokens held out", "share", "epochs"]
+    yield from table([heads, *rows])
     yield from rest([row["train"]["tokens"] for _, row in domains])
     yield ""
 
@@ -65,9 +72,12 @@ def _amounts(found: dict[str, Any]) -> Iterator[str]:
         f"id {end['id']}, in which {end['share']:.1%} of the documents are seen to end")
     yield f"  end token  {closes}"
     if found["weights"]:
-        weights = ", ".join(f"{shown(name, 40)} {weight:g}" for name, weight in list(found["weights"].items())[:MOST_ROWS])
-        yield f"  weights    {weights}{' (of the blend: shares of the samples)' if found['mixture'] is None else ''}"
-    yield f"  epochs     {found['epochs']:.2g} in run.steps={found['steps']:,} steps of {found['tokens_per_step']:,} tokens"
+        first = list(found["weights"].items())[:MOST_ROWS]
+        weights = ", ".join(f"{shown(name, 40)} {weight:g}" for name, weight in first)
+        blend = " (of the blend: shares of the samples)" if found["mixture"] is None else ""
+        yield f"  weights    {weights}{blend}"
+    yield (f"  epochs     {found['epochs']:.2g} in run.steps={found['steps']:,} steps of "
+           f"{found['tokens_per_step']:,} tokens")
 
 
 def _described(document: dict[str, Any], ids: str) -> str:

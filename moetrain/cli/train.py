@@ -1,6 +1,7 @@
 """moetrain train [<run>] [key=value ...]: train a model, or go on with a run of the same name.
 
-A run that is there may be named as it is; its own config is the base then, and `moetrain train mine` goes on with it.
+An existing run may be named as it is; its own config is then the base, and `moetrain train mine` goes on with
+it.
 
     --cfg job        print the resolved config and stop
     -m, --multirun   one run for each combination of comma-separated values, one after another:
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def run(argv: list[str]) -> int:
+    """Run the verb on the words that follow it; returns the exit code."""
     overrides, show_config, multirun = _flags(argv)
     if multirun:
         return _multirun(overrides, show_config)
@@ -48,7 +50,7 @@ def run(argv: list[str]) -> int:
         return 0
     check_installed(config)
     streams.outlive()
-    if not is_worker():                          # ranks ask when they know their device (train/setup.py)
+    if not is_worker():  # ranks check when they know their device (train/setup.py)
         refuse_too_large(config, config.run.nproc, config.run.nproc)
     if not is_worker() or under_torchrun() and rank() == 0:
         if text := advice(config):
@@ -56,7 +58,8 @@ def run(argv: list[str]) -> int:
     if not is_worker() and config.run.nproc > 1:
         return train_on_ranks(overrides)
     with record_ending(run_dir(config)):
-        _train(config, "the same command goes on" if under_torchrun() else shlex.join(["moetrain", "train", *overrides]))
+        command = shlex.join(["moetrain", "train", *overrides])
+        _train(config, "the same command goes on" if under_torchrun() else command)
     return 0
 
 
@@ -66,13 +69,14 @@ def _train(config: Config, again: str) -> None:
     adopt = None
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import adopt
-    train(config, adopt=adopt, leaving=lambda code, reason: record_early_exit(run_dir(config), code, reason), again=again)
+    train(config, adopt=adopt, leaving=lambda code, reason: record_early_exit(run_dir(config), code, reason),
+          again=again)
     if rank() == 0:
         draw(run_dir(config))
 
 
 def draw(directory: Path) -> None:
-    """The pictures of the run. It is not worth less without them, so failing only warns."""
+    """Draw the pictures of the run. Failing only warns, because the run is complete without them."""
     try:
         from moetrain.report import run
 
@@ -82,7 +86,7 @@ def draw(directory: Path) -> None:
 
 
 def _flags(argv: list[str]) -> tuple[list[str], bool, bool]:
-    """(overrides, --cfg job, --multirun)"""
+    """Split the words into overrides, whether --cfg job is among them, and whether --multirun is."""
     overrides, show_config, multirun = [], False, False
     rest = iter(argv)
     for word in rest:
@@ -94,21 +98,18 @@ def _flags(argv: list[str]) -> tuple[list[str], bool, bool]:
                 raise ConfigError(19, f"--cfg {what}".rstrip(), where="the command line",
                                   why="there is one config to print", next="--cfg job")
             show_config = True
-        elif word != "--resolve":                    # references are always filled in
+        elif word != "--resolve":  # Hydra's flag; references are always resolved here
             overrides.append(word)
     return overrides, show_config, multirun
 
 
-# --- several runs -------------------------------------------------------------------------------------------
-
-
 def _multirun(overrides: list[str], show_config: bool) -> int:
-    """One process per job, one after another. All jobs are checked before the first starts."""
+    """Train the runs of a sweep, a process each, one after another, once all of them are checked."""
     named = [job.words for job in sweep_jobs(overrides)]
     codes = []
     for number, job in enumerate(named, 1):
         print(f"[{number}/{len(named)}] moetrain train {shlex.join(job)}", flush=True)
         codes.append(run_command(["train", *job, *(["--cfg", "job"] if show_config else [])]))
-        if codes[-1] == 10 or codes[-1] > 128 or codes[-1] < 0:      # told to stop
+        if codes[-1] == 10 or codes[-1] > 128 or codes[-1] < 0:  # told to stop
             break
     return next((code if code > 0 else 128 - code for code in codes if code), 0)

@@ -2,8 +2,8 @@
 
     1 or more      above 0      from 1 to 99      in (0, 1]      in [0, 1)      in [0, 1]
 
-A part declares the bounds of its arguments as literals beside its constructor, so that config/build.py reads them
-from source without importing the part:
+A part declares the bounds of its arguments as literals beside its constructor, so that config/build.py reads
+them from source without importing the part:
 
     BOUNDS = {"p": "in (0, 1]", "groups": "1 or more; divides num_experts"}
 
@@ -32,7 +32,10 @@ _RELATION = re.compile(rf"divides ({'|'.join(DIVIDED)})")
 
 
 class Bounds(NamedTuple):
-    """An interval: its ends, whether each belongs to it, and the size of the model that the number divides, if any."""
+    """An interval, and the size of the model that the number has to divide, if any.
+
+    `closed_low` and `closed_high` say whether an end belongs to the interval.
+    """
 
     text: str
     low: float
@@ -64,11 +67,13 @@ def parse(text: str) -> Bounds:
     phrase, semicolon, relation = text.partition("; ")
     divided = _RELATION.fullmatch(relation)
     if semicolon and not divided:
-        raise ValueError(f"{relation!r} is no relation; known are {', '.join(f'divides {size}' for size in DIVIDED)}")
+        known = ", ".join(f"divides {size}" for size in DIVIDED)
+        raise ValueError(f"{relation!r} is no relation; known are {known}")
     for form, ends in _FORMS:
         if found := form.fullmatch(phrase):
             bounds = Bounds(phrase, *ends(*map(float, found.groups())), divides=divided[1] if divided else "")
-            if bounds.low > bounds.high or bounds.low == bounds.high and not (bounds.closed_low and bounds.closed_high):
+            point = bounds.closed_low and bounds.closed_high
+            if bounds.low > bounds.high or bounds.low == bounds.high and not point:
                 raise ValueError(f"no number is {phrase}")
             return bounds
     raise ValueError(f"{text!r} is no bounds")

@@ -1,17 +1,18 @@
 """Parts chosen by class: what a `_target_` accepts, and the only caller of Hydra's `instantiate`.
 
     _target_: moetrain.routers.topk.TopKRouter     a class of the family that the section holds
-    weights: renorm                                its arguments, but for the sizes (dim, num_experts, top_k)
+    weights: renorm                                its arguments, except the sizes (dim, num_experts, top_k)
 
-A config is data that may come from somebody else, with a run or a checkpoint. So a `_target_` chooses among the classes of
-one family and names no code. `arguments` finds class and constructor in the source, before torch is imported; `build`
-asks it again, imports, and compares the class itself.
+A config is data and may come from a stranger, with a run or a checkpoint. So a `_target_` chooses among the
+classes of one family and cannot name other code. `arguments` finds the class, its constructor and its BOUNDS
+in the source, before torch is imported. `build` makes the same check, imports the module, and checks the
+imported class as well.
 """
 
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
@@ -25,9 +26,9 @@ from moetrain.errors import ConfigError, MoETrainError
 
 
 class Family(NamedTuple):
-    """Parts that may stand in for each other: `base`, and what descends from it, in a module of `package`.
+    """Interchangeable parts: `base` and the classes that descend from it, in modules of `package`.
 
-    method: what a part has to define because the base does not. None: the base is a part itself.
+    `method` is what a part has to define because the base does not; None where the base is a part itself.
     """
 
     package: str
@@ -35,16 +36,16 @@ class Family(NamedTuple):
     method: str | None = None
 
 
-# By the section of the config that holds the part.
+# By the section of the config that holds the part. `indexed` is used by data=megatron and named in no yaml.
 FAMILIES = {
     "router": Family("moetrain.routers", "moetrain.routers.base.Router", "route"),
     "capacity": Family("moetrain.moe", "moetrain.moe.capacity.CapacityPolicy"),
     "balance": Family("moetrain.losses", "moetrain.losses.load_balance.LoadBalanceLoss"),
     "loss": Family("moetrain.losses", "moetrain.losses.base.AuxLoss", "value"),
     "planner": Family("moetrain.plan.planners", "moetrain.plan.planners.base.Planner", "plan"),
-    "indexed": Family("moetrain.interop.megatron", "moetrain.interop.megatron.open_indexed"),    # by data=megatron, in no yaml
+    "indexed": Family("moetrain.interop.megatron", "moetrain.interop.megatron.open_indexed"),
 }
-# Handed over at build time from model.*, never written in a part's yaml.
+# Taken from model.* at build time, never written in a part's yaml.
 SIZES = ("dim", "num_experts", "top_k")
 
 _PACKAGE = Path(moetrain.__file__).parent
@@ -52,13 +53,19 @@ _TYPES = {"bool": bool, "float": float, "int": int, "str": str}
 
 
 class NoSuchPart(ValueError):
-    """The `_target_` names no part of the family."""
+    """A `_target_` that names no part of the family."""
 
 
 def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
-    """The object that a part's mapping describes; of `sizes` it gets those that its constructor takes.
+    """Build the object that a part's mapping describes.
 
-    family: a name of FAMILIES. Raises ConfigError for anything else than a part of it, and for wrong arguments.
+    Args:
+        node: `_target_` and the arguments from the config.
+        family: a key of FAMILIES.
+        **sizes: dim, num_experts, top_k; the constructor gets those that it takes.
+
+    Raises:
+        ConfigError: for a `_target_` outside the family, and for wrong arguments.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -71,8 +78,10 @@ def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
     for name in node:
         if name != "_target_" and (name not in accepted or name in sizes):
             reason = "comes from model.*" if name in accepted else "is not an argument of it"
-            raise ConfigError(50, f"{target} cannot be given {name}", where=f"key {name} beside _target_: {target}",
-                              why=f"{name} {reason}", next=f"remove {name}; it takes {_listed(accepted, sizes)}")
+            raise ConfigError(
+                50, f"{target} cannot be given {name}", where=f"key {name} beside _target_: {target}",
+                why=f"{name} {reason}",
+                next=f"remove {name}; it takes {_listed(accepted, sizes)}")
     given = {name: size for name, size in sizes.items() if name in accepted}
     try:
         return instantiate({**node, **given}, _convert_="all", _recursive_=False)
@@ -86,7 +95,7 @@ def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
 
 
 def check_composed(config: Config) -> None:
-    """ConfigError for a config without parts, as `Config()` is."""
+    """Raise ConfigError for a config without parts, such as a bare `Config()`."""
     for family in FAMILIES:
         node = getattr(config, family, {"_target_": ""})
         if family != "loss" and "_target_" not in node:
@@ -94,32 +103,37 @@ def check_composed(config: Config) -> None:
 
 
 def _not_composed(family: str) -> ConfigError:
-    return ConfigError(122, f"the config has no {family}", where=f"{family}, which names no _target_",
-                       why="a Config() made by hand holds no parts: they come with the options of the groups",
-                       next="from moetrain.config.compose import compose; config = compose(['experiment=debug'])")
+    return ConfigError(
+        122, f"the config has no {family}", where=f"{family}, which names no _target_",
+        why="a Config() made by hand holds no parts: they come with the options of the groups",
+        next="from moetrain.config.compose import compose; config = compose(['experiment=debug'])")
 
 
 def arguments(target: str, family: str) -> dict[str, Key]:
-    """The arguments a part may be given in yaml, sizes included, read from source without importing it.
+    """Read the arguments of a part from its source, sizes included, without importing it.
 
-    Raises NoSuchPart with the reason, and ConfigError for a BOUNDS that cannot be read. A constructor with **kwargs
-    accepts only what it names.
+    Of a constructor with **kwargs only the named parameters count. Raises NoSuchPart with the reason, and
+    ConfigError for a BOUNDS that cannot be read.
     """
     found = _part(target, family)
     definitions = list(found.values())
     if isinstance(definitions[0], ast.FunctionDef):
         return _parameters(definitions[0])
     bounds: dict[str, str] = {}
-    for place, (path, cls) in reversed([*enumerate(found.items())]):               # the class's own come last
+    for place, (path, cls) in reversed([*enumerate(found.items())]):  # those of the class itself last
         bounds |= _bounds(path, cls, _accepted(definitions[place:]))
     return {name: key._replace(bounds=bounds.get(name, "")) for name, key in _accepted(definitions).items()}
 
 
 def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
-    """Definition of a part of the family, then those of its ancestors in moetrain, by dotted name; NoSuchPart if it is none."""
+    """Find the definition of a part and those of its ancestors in moetrain, by dotted name.
+
+    Raises NoSuchPart where the target is no part of the family.
+    """
     package, base, method = FAMILIES[family]
     module, _, name = target.rpartition(".")
-    if not all(part.isidentifier() for part in target.split(".")) or not f"{module}.".startswith(f"{package}."):
+    dotted = all(part.isidentifier() for part in target.split("."))
+    if not dotted or not f"{module}.".startswith(f"{package}."):
         raise NoSuchPart(f"{target or 'nothing'} is outside {package}, where every {family} is defined")
     definitions = dict(_ancestry(module, name))
     if not definitions:
@@ -132,7 +146,7 @@ def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]
 
 
 def _ancestry(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef]]:
-    """(dotted name, definition) of what moetrain defines by that name, and of its bases, nearest first."""
+    """Yield (dotted name, definition) of a definition, then of its bases in moetrain, nearest first."""
     tree = _source(module)
     for statement in tree.body if tree else ():
         if isinstance(statement, (ast.ClassDef, ast.FunctionDef)) and statement.name == name:
@@ -143,17 +157,22 @@ def _ancestry(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | ast.
 
 
 def _own(cls: ast.ClassDef | ast.FunctionDef, method: str) -> ast.FunctionDef | None:
-    """The method as the class itself defines it."""
-    return next((node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == method), None)
+    """Find a method that the class itself defines; None where it is inherited or absent."""
+    methods = (node for node in cls.body if isinstance(node, ast.FunctionDef))
+    return next((node for node in methods if node.name == method), None)
 
 
 def _accepted(definitions: list[ast.ClassDef | ast.FunctionDef]) -> dict[str, Key]:
-    """The parameters of the constructor that the first of these classes has or inherits."""
+    """Read the parameters of the constructor that the first of these classes defines or inherits."""
     return next((_parameters(method) for cls in definitions if (method := _own(cls, "__init__"))), {})
 
 
 def _bounds(path: str, cls: ast.ClassDef | ast.FunctionDef, accepted: dict[str, Key]) -> dict[str, str]:
-    """The literal that a class itself assigns to BOUNDS; ConfigError unless each entry bounds a number that it takes."""
+    """Read the literal that a class itself assigns to BOUNDS.
+
+    Raises ConfigError unless every entry is a phrase of config/bounds.py for a numeric argument of the
+    constructor.
+    """
     declared = next((node for node in cls.body if _assigns(node, "BOUNDS")), None)
     if declared is None:
         return {}
@@ -168,40 +187,47 @@ def _bounds(path: str, cls: ast.ClassDef | ast.FunctionDef, accepted: dict[str, 
     except (ValueError, TypeError, AttributeError) as error:
         module, _, name = path.rpartition(".")
         said = "it is computed, not a literal" if "malformed node" in str(error) else str(error)
-        example = next((name for name, key in accepted.items() if name not in SIZES and _is_number(key.type)), "<argument>")
+        numbers = [name for name, key in accepted.items() if name not in SIZES and _is_number(key.type)]
         raise ConfigError(
-            54, f"BOUNDS of {name} cannot be read", where=f"{module.replace('.', '/')}.py, line {declared.lineno}",
+            54, f"BOUNDS of {name} cannot be read",
+            where=f"{module.replace('.', '/')}.py, line {declared.lineno}",
             why=f"{said}; it is read from source, as a dict of literals",
-            next=f'BOUNDS = {{"{example}": "in (0, 1]"}}; moetrain/config/bounds.py lists the phrases. Those of a base class are '
-                 f"inherited") from error
+            next=f'BOUNDS = {{"{[*numbers, "<argument>"][0]}": "in (0, 1]"}}; moetrain/config/bounds.py '
+                 'lists the '
+                 f"phrases. Those of a base class are inherited") from error
     return bounds
 
 
 def _assigns(node: ast.stmt, name: str) -> bool:
-    """Whether a statement assigns to a name, with or without an annotation."""
+    """Check whether a statement assigns to a name, with or without an annotation."""
     annotated = isinstance(node, ast.AnnAssign) and node.value is not None
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if annotated else []
     return any(isinstance(target, ast.Name) and target.id == name for target in targets)
 
 
 def _is_number(kind: Any) -> bool:
-    """Whether a declared type takes numbers, or lists of them."""
+    """Check whether a declared type takes numbers, or lists of numbers."""
     return not {int, float, list[int], list[float]}.isdisjoint({kind, *get_args(kind)})
 
 
 def part(target: str, family: str) -> Any:
-    """The class or function that a `_target_` names, to be called with what cannot stand in a config.
+    """Import the class or function that a `_target_` names.
 
-    The source is asked first, so nothing is imported but a module of the family's package. ConfigError where it names no part of it.
+    `build` calls it with arguments of the config; data/loader.py calls it with objects that no config can
+    hold. The source is checked before the import, so only modules of the family's package are ever imported.
+    Raises ConfigError where the target is no part of the family.
     """
     try:
         _part(target, family)
         made, base = _imported(target), _imported(FAMILIES[family].base)
-        if base not in getattr(made, "__mro__", (made,)) or f"{made.__module__}.{made.__qualname__}" != target:
+        descends = base in getattr(made, "__mro__", (made,))
+        if not descends or f"{made.__module__}.{made.__qualname__}" != target:
             raise NoSuchPart(f"{target} is no {family} once it is imported")
     except (NoSuchPart, ImportError, AttributeError) as error:
-        raise ConfigError(52, f"_target_ {target!r} is not a {family}", where=f"_target_: {target}", why=str(error),
-                          next="choose an option of the group; moetrain train --help lists them") from error
+        raise ConfigError(
+            52, f"_target_ {target!r} is not a {family}", where=f"_target_: {target}",
+            why=str(error),
+            next="choose an option of the group; moetrain train --help lists them") from error
     return made
 
 
@@ -211,7 +237,7 @@ def _imported(target: str) -> Any:
 
 
 def _source(module: str) -> ast.Module | None:
-    """None where moetrain has no such module."""
+    """Parse a module of moetrain; None where there is none of that name."""
     package, *parts = module.split(".")
     path = _PACKAGE.joinpath(*parts)
     file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
@@ -224,10 +250,11 @@ def _parsed(file: Path) -> ast.Module:
 
 
 def _home(tree: ast.Module, name: str) -> str | None:
-    """The module that `name` is imported from."""
+    """Find the module that `name` is imported from."""
     for statement in tree.body:
-        if isinstance(statement, ast.ImportFrom) and any((a.asname or a.name) == name for a in statement.names):
-            return statement.module
+        if isinstance(statement, ast.ImportFrom):
+            if any((alias.asname or alias.name) == name for alias in statement.names):
+                return statement.module
     return None
 
 
@@ -241,7 +268,7 @@ def _parameters(function: ast.FunctionDef) -> dict[str, Key]:
 
 
 def _type(annotation: ast.expr | None) -> Any:
-    """The annotation when it is made of plain types; Any otherwise, which checks nothing."""
+    """Turn an annotation of plain types into the type; Any, which checks nothing, for other annotations."""
     match annotation:
         case ast.Name(id=name):
             return _TYPES.get(name, Any)
@@ -265,5 +292,5 @@ def _value(default: ast.expr | None) -> Any:
         return ast.unparse(default)
 
 
-def _listed(accepted: Any, sizes: dict[str, Any]) -> str:
+def _listed(accepted: Iterable[str], sizes: dict[str, Any]) -> str:
     return ", ".join(name for name in accepted if name not in sizes) or "no arguments"

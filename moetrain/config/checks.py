@@ -1,8 +1,11 @@
 """Every rule between keys, in one list, and the check that runs them.
 
-A rule is a pure function in config/rules/, which has one file for each subject. It yields a ConfigError for every
-contradiction it finds. `where` names the keys involved, separated by ", ", the one to change first; config/compose.py
-turns them into the override or the yaml file they came from.
+A rule is a pure function in config/rules/, which has one file per subject. It yields a ConfigError for every
+contradiction that it finds. `where` names the keys involved, separated by ", ", the one to change first;
+config/tree.py replaces them by the override or the yaml file that set them.
+
+Ranges of numbers are no rules of their own: those of the schema stand in config/rules/ranges.py, those of a
+part in the BOUNDS of its class.
 """
 
 import os
@@ -14,17 +17,17 @@ from moetrain.errors import ConfigError
 
 
 def world_size(config: Config) -> int:
-    """Ranks of the run: what torchrun (or our launcher) says, else run.nproc."""
+    """Return the number of ranks: WORLD_SIZE under torchrun or moetrain's own launcher, else run.nproc."""
     world = os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else ""
     return int(world) if world.isdigit() and int(world) > 0 else config.run.nproc
 
 
 def check(config: Config, ranks: int) -> list[ConfigError]:
-    """Every contradiction of a config. When a value is out of its range, only that is said."""
+    """List every contradiction of a config. Where a value is out of range, only the ranges are reported."""
     return list(RULES[0](config, ranks)) or [error for rule in RULES[1:] for error in rule(config, ranks)]
 
 
-# In the order in which their errors are shown. The first one alone decides whether the others are asked.
+# In the order in which their errors are shown. The first one decides whether the others run at all.
 RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     ranges.ranges,
     paths.empty_paths,

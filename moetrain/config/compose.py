@@ -1,19 +1,20 @@
-"""From yaml and command line to a `Config`, or to every mistake at once.
+"""Compose yaml files and command line into a `Config`, or report every mistake at once.
 
-    compose(overrides)      a new run: conf/ and the command line
-    for_run(overrides)      an existing run to look at: its own config.yaml and the command line on top
-    typed_keys(overrides)   what a command line sets
-    from_yaml, to_yaml      the resolved config of a run; recorded: from what a checkpoint says of it
-    resume_conflicts        what a resumed run may not change
+    compose(overrides)      config of a new run: conf/ and the command line
+    for_run(overrides)      config to look at an existing run: its own config.yaml, the command line on top
+    typed_keys(overrides)   keys and groups that a command line sets
+    from_yaml, to_yaml      the resolved config of a run, in its config.yaml
+    recorded                the same from the manifest of a checkpoint
+    resume_conflicts        keys that differ although a resumed run may not change them
 
-Order of precedence, the last one counts: defaults of the schema, conf/config.yaml, the options of the groups, experiments,
-options that were typed, values that were typed. A typed option brings its section whole, so `logging=wandb` beside an
-experiment turns off all that the experiment says of logging. The place on the command line does not matter, except that
-of two values of one key the later one counts.
+Precedence, the last one wins: defaults of the schema, conf/config.yaml, options of the groups, experiments,
+options on the command line, values on the command line. An option on the command line replaces its whole
+section, so `logging=wandb` beside an experiment turns off everything that the experiment sets for logging.
+The order on the command line does not matter, except that of two values of one key the later one wins.
 
-How: config/overrides.py reads the command line with Hydra's parser and checks choices against the files of conf/; Hydra
-composes the valid ones; config/tree.py lays the values on top, compares every leaf with the schema or with the
-constructor of its part, and runs the rules between keys (config/checks.py). No torch here.
+config/overrides.py reads the command line with Hydra's parser and checks choices against the files of conf/.
+Hydra composes the valid choices. config/tree.py lays the values on top, checks every leaf against the schema
+or the constructor of its part, and runs the rules between keys (config/checks.py). No torch here.
 """
 
 import copy
@@ -36,23 +37,26 @@ from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.files import read_json, shown
 
-# What a resumed run may change; a trailing dot means the whole section.
-_FREE_ON_RESUME = ("run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name", "run.dir", "run.device",
-                   "run.share_gpu", "log.", "checkpoint.", "eval.", "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.",
-                   "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.loss_carrier", "train.head_chunk", "data.cache",
-                   "data.overlap", "router.centre")
+# Keys that a resumed run may change; a trailing dot means the whole section.
+_FREE_ON_RESUME = (
+    "run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name",
+    "run.dir", "run.device", "run.share_gpu", "log.", "checkpoint.", "eval.", "generate.", "parallel.",
+    "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch", "train.count_pass",
+    "train.activation_checkpointing", "train.loss_carrier", "train.head_chunk", "data.cache", "data.overlap",
+    "router.centre")
 _PATHS = ("data.path", "data.held_out", "data.tokenizer")
-_MOST_ERRORS = 20           # of a recorded config: one of another release may differ in everything
-# What evaluation and sampling may change of the model.
+# Errors shown of a recorded config: one of another release may differ in every key.
+_MOST_ERRORS = 20
+# Keys of the model that evaluation and sampling may change.
 _FREE_AFTER_TRAINING = ("model.top_k",)
-# What is in the checkpoint, or of training alone.
+# Sections and keys that the checkpoint fixes, or that training alone reads.
 _OF_TRAINING = ("model.", "optim.", "balance.", "loss")
 
 
 def compose(overrides: Sequence[str]) -> Config:
-    """The config of a new run, or of one that goes on. Raises ConfigErrors with everything that is wrong.
+    """Compose the config of a run that starts or resumes. Raises ConfigErrors with everything that is wrong.
 
-    A bare word names a run that is there: its own config.yaml is then the base, not conf/.
+    A bare word names an existing run; its config.yaml is then the base instead of conf/.
     """
     overrides, named = bare_run(overrides, known=True)
     command, problems = read(overrides)
@@ -64,26 +68,31 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def idle_overrides(overrides: Sequence[str]) -> set[str]:
-    """Those that the chosen options do not read: an error of one run, not of a sweep in which another job reads them."""
+    """Find overrides that the chosen options do not read.
+
+    That is an error in a single run, but not in a sweep where another job reads them.
+    """
     command, problems = read(overrides)
     try:
         tree.finish(_compose_yaml(command.choices)[0], command, problems, [])
-    except ConfigErrors:                                     # compose() says them
+    except ConfigErrors:  # compose() reports them
         pass
     return set(problems.unread)
 
 
 def for_run(overrides: Sequence[str]) -> Config:
-    """The config of the run that a bare word, run.name, run.dir or experiment names, with the other overrides on top.
+    """Compose the config to look at an existing run: its own config with the overrides on top.
 
-    One process and no process group unless the overrides say otherwise: a checkpoint fits any number of ranks. Of
-    model.* only top_k may differ from what was trained, and nothing of what training alone reads: it would have no effect.
+    A bare word, run.name, run.dir or experiment names the run. It is read in one process without process
+    group unless the overrides say otherwise, because a checkpoint loads on any number of ranks. Of model.*
+    only top_k may differ from the trained value. Keys that only training reads may not differ: they would
+    have no effect.
     """
     overrides, named = bare_run(overrides, known=False)
     command, problems = read(overrides)
     values, files = _compose_yaml(command.choices)
     run = {"dir": None, **values["run"]}
-    run |= {name: command.values[f"run.{name}"].value for name in ("name", "dir") if f"run.{name}" in command.values}
+    run |= {key.removeprefix("run."): command.values[key].value for key in RUN_KEYS if key in command.values}
     directory, trained = _trained(named or str(run["dir"] or run["name"]), problems)
     base = asdict(trained)
     base["run"]["nproc"] = 1
@@ -102,13 +111,16 @@ def for_run(overrides: Sequence[str]) -> Config:
 
 
 def typed_keys(overrides: Sequence[str]) -> frozenset[str]:
-    """The keys that a command line sets, and the groups that it chooses options of."""
+    """List the keys that a command line sets and the groups that it chooses options of."""
     command, _ = read(bare_run(overrides, known=False)[0])
     return frozenset([*command.choices, *command.values])
 
 
 def _trained(run: str, problems: Problems) -> tuple[Path, Config]:
-    """Directory and own config of a run that is there. Raises what is wrong with it, and with the command line."""
+    """Find the directory and the config of an existing run.
+
+    Its errors are raised together with those of the command line.
+    """
     try:
         directory = find_run(run)
         return directory, from_yaml(directory / "config.yaml")
@@ -116,30 +128,45 @@ def _trained(run: str, problems: Problems) -> tuple[Path, Config]:
         raise ConfigErrors([*problems.errors, *getattr(error, "errors", [error])]) from None
 
 
-def _on_recorded(base: tree.Tree, trained: Config, directory: Path, values: tree.Tree, command: Command, problems: Problems,
-                 files: list[tuple[str, Path]]) -> Config:
-    """`base`, what is kept of a run's own config, with a command on top; values: what the command's options compose to."""
+def _on_recorded(base: tree.Tree, trained: Config, directory: Path, values: tree.Tree, command: Command,
+                 problems: Problems, files: list[tuple[str, Path]]) -> Config:
+    """Lay a command line over the recorded config of a run.
+
+    Args:
+        base: the part of the run's config that is kept.
+        trained: the run's own config.
+        directory: the run's directory.
+        values: what the options of the command compose to; they replace their sections of `base`.
+        command: the command line.
+        problems: its mistakes so far.
+        files: yaml files of the options, as tree.finish takes them.
+    """
     below_runs = directory == Path("runs") / directory.name
     base["run"] |= {"name": directory.name, "dir": None} if below_runs else {"dir": str(directory)}
     changed = {section_of(group) for group in command.choices} - {"experiment"}
     base |= {section: values.get(section) for section in changed}
-    files = [(section, file) for section, file in files if section in changed] + [("", directory / "config.yaml")]
+    files = [*(entry for entry in files if entry[0] in changed), ("", directory / "config.yaml")]
     typed = {path: given for path, given in command.values.items() if path not in RUN_KEYS}
     return tree.finish(base, command._replace(values=typed), problems, files, trained=trained)
 
 
 def run_dir(config: Config) -> Path:
+    """Return the directory of a run."""
     return Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
 
 
 def to_yaml(config: Config) -> str:
+    """Write a resolved config as the text of a config.yaml."""
     import yaml
 
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(path: Path | str) -> Config:
-    """The config in a run's config.yaml, checked key by key; no rules between keys, because the mesh may differ."""
+    """Read a run's config.yaml, checked key by key.
+
+    The rules between keys are skipped, because the mesh may differ.
+    """
     path = Path(path)
     try:
         wrote = read_json(path.with_name("env.json"))["moetrain"]
@@ -149,49 +176,61 @@ def from_yaml(path: Path | str) -> Config:
 
 
 def recorded(values: dict[str, Any], where: Path, wrote: object) -> Config:
-    """The same from values that were read already.
+    """Check the values of a recorded config, like `from_yaml`, and make a Config of them.
 
-    where: the file or checkpoint that they are from. wrote: the release of moetrain that it names.
+    Args:
+        values: the recorded tree.
+        where: the file or checkpoint that holds it.
+        wrote: the release of moetrain that the record names.
     """
     try:
         return tree.finish(values, Command({}, {}), Problems(), [], recorded=where)
     except ConfigErrors as found:
-        raise ConfigErrors([_of_another_release(error, where, wrote) for error in found.errors[:_MOST_ERRORS]]) from None
+        errors = [_of_another_release(error, where, wrote) for error in found.errors[:_MOST_ERRORS]]
+        raise ConfigErrors(errors) from None
 
 
 def _of_another_release(error: ConfigError, where: Path, wrote: object) -> ConfigError:
-    """The same error, for something that was not typed but recorded: a key, a value or a part that is not known here."""
+    """Reword an error about a key, value or part that was recorded, not typed, and is unknown here."""
     release = f"moetrain {shown(wrote, 40)}" if isinstance(wrote, str) else "an unknown release of moetrain"
     if wrote == __version__:
-        said, advice = f"{release}, this release, wrote the run, so it was changed since", "restore what was changed"
+        said = f"{release}, this release, wrote the run, so it was changed since"
+        advice = "restore what was changed"
     else:
-        said, advice = f"{release} wrote it, and this is moetrain {__version__}", f"use {release} for this run"
+        said = f"{release} wrote it, and this is moetrain {__version__}"
+        advice = f"use {release} for this run"
     error.why = f"{error.why}; {said}"
-    error.next = f"{advice}; or {f'correct it in {where}' if where.is_file() else 'train anew with another run.name'}"
+    otherwise = f"correct it in {where}" if where.is_file() else "train anew with another run.name"
+    error.next = f"{advice}; or {otherwise}"
     return error
 
 
 def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:
-    """One error for each key that a resumed run may not change and that differs. `old` is the run's own config."""
+    """List an error for each key that differs although a resumed run may not change it.
+
+    `old` is the run's own config.
+    """
     return _conflicts(old, new, _FREE_ON_RESUME)
 
 
 def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str, Path]]]:
-    """The tree of conf/ with these choices, and its files, the strongest first (see tree.finish).
+    """Compose conf/ with these choices: the tree, and its files, the strongest first (see tree.finish).
 
-    Hydra lays the values of an experiment over those of every option. An option that was typed brings its section whole:
-    where the experiment has changed that, it is composed once more without the experiment.
+    Hydra lays the values of an experiment over those of every option. An option on the command line replaces
+    its whole section, so where the experiment has changed that section, it is composed once more without the
+    experiment.
     """
     folder = config_dir()
-    if broken := [error for name in _names(choices.get("loss")) for error in wrong_in(folder / "loss" / f"{name}.yaml")]:
-        raise ConfigErrors(broken)                           # Hydra would take a loss of any name
+    losses = [folder / "loss" / f"{name}.yaml" for name in _names(choices.get("loss"))]
+    if broken := [error for file in losses for error in wrong_in(file)]:
+        raise ConfigErrors(broken)  # Hydra would accept a loss of any name
     values, chosen = _hydra_compose(folder, choices)
     typed = [group for group in choices if group != "experiment"]
     if chosen.get("experiment") and any(_differs(values, folder, group, choices[group]) for group in typed):
         alone, _ = _hydra_compose(folder, {**choices, "experiment": []})
         values |= {section_of(group): alone.get(section_of(group)) for group in typed}
     ranked: list[tuple[int, str, Path]] = []
-    for group, option in chosen.items():                     # Hydra lists them last applied first
+    for group, option in chosen.items():  # Hydra lists the last applied first
         if option and (folder / group).is_dir():
             rank = 0 if group in typed else 1 if group == "experiment" else 2
             section = "" if group == "experiment" else section_of(group)
@@ -202,12 +241,12 @@ def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str
 
 
 def _names(option: str | list[str] | None) -> list[str]:
-    """The options that were chosen of a group: one, several, or none."""
+    """List the chosen options of a group: one, several or none."""
     return option if isinstance(option, list) else [option] if option else []
 
 
 def _differs(values: tree.Tree, folder: Path, group: str, option: str | list[str]) -> bool:
-    """Whether a section holds anything else than the files of its options."""
+    """Check whether a section differs from the files of its options."""
     written: tree.Tree = {}
     for name in _names(option):
         written |= load(folder / group / f"{name}.yaml")
@@ -215,20 +254,23 @@ def _differs(values: tree.Tree, folder: Path, group: str, option: str | list[str
 
 
 def _hydra_compose(folder: Path, choices: Mapping[str, Any]) -> tuple[tree.Tree, dict[str, Any]]:
-    """The composed tree, references left as they are, and the option of each group."""
+    """Let Hydra compose: the tree with unresolved references, and the option of each group."""
     try:
         os.getcwd()
     except OSError as error:
-        raise ConfigErrors([ConfigError(141, "the current folder is gone", where=os.environ.get("PWD", "."),
-                                        why="it was removed or renamed while this shell stood in it; runs/ and relative paths are looked "
-                                            "for there", next="cd <a folder that is there>")]) from error
-    values = copy.deepcopy(_composed(folder, tuple(f"{group}={show(option)}" for group, option in choices.items())))
+        raise ConfigErrors([ConfigError(
+            141, "the current folder is gone", where=os.environ.get("PWD", "."),
+            why="it was removed or renamed while this shell stood in it; runs/ and relative paths are "
+                "looked for there",
+            next="cd <a folder that is there>")]) from error
+    arguments = tuple(f"{group}={show(option)}" for group, option in choices.items())
+    values = copy.deepcopy(_composed(folder, arguments))
     return values, values.pop("hydra")["runtime"]["choices"]
 
 
 @lru_cache(maxsize=256)
 def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
-    """Hydra takes a quarter of a second for what the jobs of a sweep ask for again and again."""
+    """Compose, cached: Hydra takes a quarter of a second, and the jobs of a sweep repeat their choices."""
     from hydra import compose as hydra_compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -247,31 +289,38 @@ def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
 
 
 def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigError]:
+    """List an error for each key that differs and is not among `free`."""
     before, now = ({**flatten(config), "loss": sorted(config.loss)} for config in (old, new))
     places = [flatten(with_absolute_paths(config)) for config in (old, new)]
-    if before["loss"] != now["loss"]:                    # said once; not key by key of what is there on one side alone
+    if before["loss"] != now["loss"]:  # reported once, not for every key of a loss that one side alone has
         before, now = ({path: value for path, value in values.items() if not path.startswith("loss.")}
                        for values in (before, now))
-    if old.run.seed == new.run.seed:                     # null and the number that it stands for are the same data
+    if old.run.seed == new.run.seed:  # null and the number that it stands for are the same data
         before["data.seed"], now["data.seed"] = old.data_seed, new.data_seed
     errors = []
     for path in dict.fromkeys([*before, *now]):
         if any(path == key or key.endswith(".") and path.startswith(key) for key in free):
             continue
-        if path == "run.dtype" and now[path] == "auto":  # the run's own (train/precision.py)
+        if path == "run.dtype" and now[path] == "auto":  # resolves to that of the run (train/precision.py)
             continue
         if path in _PATHS and _same_place(*(values.get(path) for values in places)):
             continue
         if before.get(path, MISSING) != now.get(path, MISSING):
-            was, becomes = ("absent" if path not in values else show(values[path]) for values in (before, now))
-            errors.append(ConfigError(16, f"{path} was {was} and is {becomes} now", where=path,
-                                      why="the run was trained with the first value and cannot go on with another",
-                                      next=f"{path}={was}, or another run.name" if path in before else
-                                           f"leave {path} out, or another run.name"))
+            was, becomes = (show(values[path]) if path in values else "absent" for values in (before, now))
+            errors.append(ConfigError(
+                16, f"{path} was {was} and is {becomes} now", where=path,
+                why="the run was trained with the first value and cannot go on with another",
+                next=f"{path}={was}, or another run.name" if path in before else
+                     f"leave {path} out, or another run.name"))
     return errors
 
 
 def _same_place(old: str | None, new: str | None) -> bool:
-    """Whether two paths may lead to the same data: of what has moved its fingerprint decides (train/loop.py)."""
-    gone = bool(old and new) and os.path.isabs(old) and os.path.isabs(new) and not any(map(os.path.exists, (old, f"{old}.idx")))
-    return old == new or gone
+    """Check whether two paths may lead to the same data.
+
+    Where the data has moved, its fingerprint decides later (train/loop.py).
+    """
+    if old == new:
+        return True
+    absolute = bool(old and new) and os.path.isabs(old) and os.path.isabs(new)
+    return absolute and not any(map(os.path.exists, (old, f"{old}.idx")))

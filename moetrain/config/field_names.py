@@ -1,7 +1,7 @@
-"""What the field calls things, and what they are called here: for suggestions, before letters are compared.
+"""Names that other projects give to keys, options and verbs, for suggestions beyond edit distance.
 
-Names are those of Hugging Face's Trainer and model configs, Megatron-LM, torchtitan, nanoGPT, Lightning and DeepSpeed. An
-entry is what to type: a key, or a whole override where an option of a group is meant.
+They come from Hugging Face's Trainer and model configs, Megatron-LM, torchtitan, nanoGPT, Lightning and
+DeepSpeed. An entry is what to type here: a key, or a whole override where an option of a group is meant.
 """
 
 import re
@@ -10,15 +10,20 @@ from collections.abc import Sequence
 # By the last part of a key, without underscores and dashes.
 _KEYS: dict[str, str] = {
     "train.global_batch train.micro_batch": "batch batchsize globalbatchsize trainbatchsize",
-    "train.micro_batch train.global_batch": "microbatchsize perdevicetrainbatchsize perdevicebatchsize trainmicrobatchsizepergpu "
-                                            "gradientaccumulationsteps gradaccumsteps accumulategradbatches accumulation",
-    "train.seq_len": "seqlength sequencelength seqlen maxlength maxseqlen maxseqlength maxpositionembeddings contextlength context "
-                     "ctx blocksize blocklength",
-    "train.clip": "gradclip gradientclip maxgradnorm maxnorm clipgrad clipgradnorm gradientclipval gradientclipping",
-    "train.activation_checkpointing": "gradientcheckpointing recompute recomputeactivations recomputegranularity "
-                                      "checkpointactivations activationcheckpoint",
-    "run.steps": "epochs epoch numepochs numtrainepochs maxepochs maxsteps trainsteps trainingsteps numsteps iterations iters "
-                 "trainiters maxiters",
+    "train.micro_batch train.global_batch":
+        "microbatchsize perdevicetrainbatchsize perdevicebatchsize trainmicrobatchsizepergpu "
+        "gradientaccumulationsteps gradaccumsteps accumulategradbatches accumulation",
+    "train.seq_len":
+        "seqlength sequencelength seqlen maxlength maxseqlen maxseqlength maxpositionembeddings "
+        "contextlength context ctx blocksize blocklength",
+    "train.clip":
+        "gradclip gradientclip maxgradnorm maxnorm clipgrad clipgradnorm gradientclipval gradientclipping",
+    "train.activation_checkpointing":
+        "gradientcheckpointing recompute recomputeactivations recomputegranularity checkpointactivations "
+        "activationcheckpoint",
+    "run.steps":
+        "epochs epoch numepochs numtrainepochs maxepochs maxsteps trainsteps trainingsteps numsteps "
+        "iterations iters trainiters maxiters",
     "run.nproc": "gpus numgpus ngpus ngpu devices numdevices nprocpernode worldsize numprocesses",
     "run.dir": "outputdir outdir savedir logdir output save checkpointdir ckptdir",
     "run.name": "experimentname expname runname resume resumefromcheckpoint",
@@ -41,22 +46,28 @@ _KEYS: dict[str, str] = {
     "model.tie_embeddings": "tiewordembeddings tieweights",
     "optim.lr": "learningrate maxlr peaklr baselr",
     "optim.min_lr_ratio": "minlr lrmin endlr",
-    "optim.warmup": "warmupsteps numwarmupsteps warmupratio lrwarmupsteps lrwarmupiters warmupiters warmupfraction",
+    "optim.warmup":
+        "warmupsteps numwarmupsteps warmupratio lrwarmupsteps lrwarmupiters warmupiters warmupfraction",
     "optim.schedule": "lrscheduler lrschedulertype scheduler lrschedule lrdecaystyle",
     "optim.decay": "decaysteps lrdecaysteps lrdecayiters decayratio",
     "optim.weight_decay": "wd",
     "optim.betas": "beta1 beta2 adambeta1 adambeta2",
     "optim.eps": "adamepsilon epsilon adameps",
     "optim=adamw optim=muon": "optimizer optimizertype",
-    "balance.weight": "auxlosscoef auxlosscoeff routerauxlosscoef moeauxlosscoeff auxlossweight loadbalancingloss balanceloss auxloss",
+    "balance.weight":
+        "auxlosscoef auxlosscoeff routerauxlosscoef moeauxlosscoeff auxlossweight loadbalancingloss "
+        "balanceloss auxloss",
     "loss=[z] loss.z.weight": "zloss routerzlosscoef moezlosscoeff zlossweight zlosscoef",
-    "capacity=position capacity.factor": "capacityfactor moecapacityfactor moeexpertcapacityfactor expertcapacity",
-    "parallel=ep parallel.ep": "expertparallel expertparallelsize epsize epdegree expertparalleldegree expertmodelparallelsize",
+    "capacity=position capacity.factor":
+        "capacityfactor moecapacityfactor moeexpertcapacityfactor expertcapacity",
+    "parallel=ep parallel.ep":
+        "expertparallel expertparallelsize epsize epdegree expertparalleldegree expertmodelparallelsize",
     "parallel=fsdp parallel.shard": "fsdpsize shardsize dpshard dataparallelsharddegree zero",
     "engine=deepspeed engine.zero_stage": "deepspeed stage zerostage",
     "data.path": "dataset datasetname trainfile traindata datadir datapath corpus dataprefix text trainfiles",
     "data.tokenizer": "tokenizerpath tokenizername tokenizermodel tokenizertype vocabfile vocab",
-    "checkpoint.interval": "savesteps saveinterval saveevery checkpointinterval ckptinterval checkpointevery saveevery savefreq",
+    "checkpoint.interval":
+        "savesteps saveinterval saveevery checkpointinterval ckptinterval checkpointevery saveevery savefreq",
     "checkpoint.keep": "savetotallimit keeplast maxcheckpoints keeplatestk",
     "eval.interval": "evalsteps evalinterval evalevery valcheckinterval validationinterval",
     "log.interval": "loggingsteps loginterval logevery logfreq logeverynsteps printevery",
@@ -72,45 +83,54 @@ _BY_NAME = {name.replace("_", ""): ours.split() for ours, names in _KEYS.items()
 
 # Values of a key or options of a group: as typed -> what to type.
 _VALUES = {
-    "schedule=wsd": ["optim.schedule=wsd"], "schedule=cosine": ["optim.schedule=cosine"], "schedule=linear": ["optim.schedule=wsd"],
+    "schedule=wsd": ["optim.schedule=wsd"], "schedule=cosine": ["optim.schedule=cosine"],
+    "schedule=linear": ["optim.schedule=wsd"],
     "optim=adam": ["optim=adamw"], "optim=sgd": ["optim=adamw"], "optim.name=adam": ["optim=adamw"],
-    "optim.schedule=linear": ["optim.schedule=wsd"], "optim.schedule=constant": ["optim.schedule=wsd optim.decay=0"],
+    "optim.schedule=linear": ["optim.schedule=wsd"],
+    "optim.schedule=constant": ["optim.schedule=wsd optim.decay=0"],
     "parallel=dp": ["parallel=ddp"], "parallel=zero": ["parallel=fsdp"], "parallel=zero3": ["parallel=fsdp"],
     "parallel=none": ["parallel=single"], "parallel=moe": ["parallel=ep"],
-    "run.dtype=bf16": ["run.dtype=bfloat16"], "run.dtype=fp32": ["run.dtype=float32"], "run.dtype=float": ["run.dtype=float32"],
-    "run.dtype=fp64": ["run.dtype=float64"], "run.dtype=double": ["run.dtype=float64"], "run.dtype=fp16": ["run.dtype=bfloat16"],
+    "run.dtype=bf16": ["run.dtype=bfloat16"], "run.dtype=fp32": ["run.dtype=float32"],
+    "run.dtype=float": ["run.dtype=float32"], "run.dtype=fp64": ["run.dtype=float64"],
+    "run.dtype=double": ["run.dtype=float64"], "run.dtype=fp16": ["run.dtype=bfloat16"],
     "run.dtype=float16": ["run.dtype=bfloat16"], "run.dtype=half": ["run.dtype=bfloat16"],
     "run.device=gpu": ["run.device=cuda"],
-    "router=softmax": ["router=topk"], "router=switch": ["router=topk"], "router=deepseek": ["router=sigmoid"],
-    "capacity=dropless": ["capacity=none"], "balance=batch": ["balance=global"], "balance=off": ["balance=none"],
+    "router=softmax": ["router=topk"], "router=switch": ["router=topk"],
+    "router=deepseek": ["router=sigmoid"], "capacity=dropless": ["capacity=none"],
+    "balance=batch": ["balance=global"], "balance=off": ["balance=none"],
     "data=fake": ["data=synthetic"], "data=random": ["data=synthetic"], "data=dummy": ["data=synthetic"],
-    "logging=tensorboard": ["logging=wandb"], "log.wandb=true": ["log.wandb=online"], "log.wandb=on": ["log.wandb=online"],
-    "log.wandb=disabled": ["log.wandb=off"], "train.activation_checkpointing=true": ["train.activation_checkpointing=full"],
+    "logging=tensorboard": ["logging=wandb"], "log.wandb=true": ["log.wandb=online"],
+    "log.wandb=on": ["log.wandb=online"], "log.wandb=disabled": ["log.wandb=off"],
+    "train.activation_checkpointing=true": ["train.activation_checkpointing=full"],
 }
 
-# An empty answer: the field has it, and it is not here.
+# An empty answer: other projects have such a verb, and moetrain has none.
 _VERBS = {
-    "evaluate": ["eval"], "test": ["eval"], "validate": ["eval"], "sample": ["generate"], "infer": ["generate"],
-    "inference": ["generate"], "predict": ["generate"], "chat": ["generate"], "prepare": ["data prepare"],
-    "preprocess": ["data prepare"], "tokenize": ["data prepare"], "plot": ["report"], "draw": ["report"], "show": ["inspect"],
-    "info": ["inspect"], "verify": ["checkpoint verify"], "fit": ["train"], "run": ["train"], "resume": ["train"],
-    "pretrain": ["train"], "sweep": ["train --multirun"], "submit": ["slurm"], "sbatch": ["slurm"], "export": [], "convert": [],
-    "import": [], "finetune": [],
+    "evaluate": ["eval"], "test": ["eval"], "validate": ["eval"],
+    "sample": ["generate"], "infer": ["generate"], "inference": ["generate"], "predict": ["generate"],
+    "chat": ["generate"],
+    "prepare": ["data prepare"], "preprocess": ["data prepare"], "tokenize": ["data prepare"],
+    "plot": ["report"], "draw": ["report"], "show": ["inspect"], "info": ["inspect"],
+    "verify": ["checkpoint verify"],
+    "fit": ["train"], "run": ["train"], "resume": ["train"], "pretrain": ["train"],
+    "sweep": ["train --multirun"], "submit": ["slurm"], "sbatch": ["slurm"],
+    "export": [], "convert": [], "import": [], "finetune": [],
 }
 
 
 def keys_meant(path: str) -> Sequence[str]:
-    """Keys and overrides that the field's name for them stands for; the section that was typed does not matter."""
+    """Look up the keys and overrides behind a foreign name of a key, whatever section was typed."""
     return _BY_NAME.get(path.rpartition(".")[2].lower().replace("_", "").replace("-", ""), ())
 
 
 def values_meant(key: str, value: str) -> Sequence[str]:
-    """Overrides that a value of a key, or an option of a group, stands for."""
-    if key == "run.device" and (number := re.fullmatch(r"(?:cuda|gpu):(\d+)", value.lower())):      # ranks count GPUs themselves
+    """Look up the overrides behind a foreign value of a key, or a foreign option of a group."""
+    # Ranks count the GPUs themselves, so a single one is chosen by what the process sees.
+    if key == "run.device" and (number := re.fullmatch(r"(?:cuda|gpu):(\d+)", value.lower())):
         return [f"CUDA_VISIBLE_DEVICES={number[1]} before the same command with run.device=cuda"]
     return _VALUES.get(f"{key}={value.lower()}", ())
 
 
 def verbs_meant(word: str) -> Sequence[str] | None:
-    """Verbs that a word stands for; None where the table does not know it."""
+    """Look up the verbs behind a foreign verb; None where the table does not have it."""
     return _VERBS.get(word.lower())

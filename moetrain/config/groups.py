@@ -1,4 +1,4 @@
-"""conf/: where it is, and the groups and options it offers."""
+"""The folder conf/: where it lies, and the groups and options that it offers."""
 
 from functools import cache
 from pathlib import Path
@@ -8,24 +8,24 @@ import moetrain
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
-# Sections of the config whose group has another name.
+# Sections of the config whose group has a different name.
 _GROUP_OF = {"log": "logging"}
 
 
 def config_dir() -> Path:
-    """The folder of yaml files: inside the package in a wheel, beside it in a checkout."""
+    """Find conf/: inside the package in a wheel, beside it in a checkout."""
     package = Path(moetrain.__file__).resolve().parent
     return package / "conf" if (package / "conf" / "config.yaml").is_file() else package.parent / "conf"
 
 
 def group_options() -> dict[str, list[str]]:
-    """Every group with its options."""
+    """List every group with its options."""
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
             for folder in sorted(config_dir().iterdir()) if any(folder.glob("*.yaml"))}
 
 
 def default_options() -> dict[str, Any]:
-    """The option of each group where none is chosen; None or an empty list for groups that may be empty."""
+    """List the default option of each group; None or an empty list for groups that may be empty."""
     return dict(_default_options(config_dir()))
 
 
@@ -36,39 +36,42 @@ def _default_options(folder: Path) -> dict[str, Any]:
 
 
 def broken_files(folder: Path) -> list[ConfigError]:
-    """What is wrong with the yaml files below a folder."""
+    """List the errors of all yaml files below a folder."""
     return [error for file in sorted(folder.rglob("*.yaml")) for error in wrong_in(file)]
 
 
 def wrong_in(file: Path) -> list[ConfigError]:
-    """The error of a yaml file that cannot be read, or of a loss that is not named after its file."""
+    """List the errors of one yaml file: unreadable, or a loss under another name than the file's."""
     try:
         tree = load(file)
     except ConfigErrors as found:
-        return [ConfigError(107, f"{file.name} cannot be read", where=str(file), why=error.why, next="correct the line that is named")
-                for error in found.errors]
+        return [ConfigError(107, f"{file.name} cannot be read", where=str(file), why=error.why,
+                            next="correct the line that is named") for error in found.errors]
     if file.parent.name != "loss" or set(tree) == {file.stem}:
         return []
-    return [ConfigError(105, f"{file.name} describes {', '.join(tree) or 'nothing'}", where=f"{file}, line {_line_of(file)}",
-                        why="a loss is chosen by the name of its file and described below the same name",
-                        next=f"{file.stem}: in that line, or rename the file to {next(iter(tree), file.stem)}.yaml")]
+    return [ConfigError(
+        105, f"{file.name} describes {', '.join(tree) or 'nothing'}", where=f"{file}, line {_line_of(file)}",
+        why="a loss is chosen by the name of its file and described below the same name",
+        next=f"{file.stem}: in that line, or rename the file to {next(iter(tree), file.stem)}.yaml")]
 
 
 def _line_of(file: Path) -> int:
-    """The first line that is neither empty nor a comment."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return next((number for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")), 1)
+    """Find the first line that is neither empty nor a comment."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return next((number for number, line in enumerate(lines, 1) if line and not line.startswith("#")), 1)
 
 
 def group_of(section: str) -> str:
+    """Return the group whose options fill a section."""
     return _GROUP_OF.get(section, section)
 
 
 def section_of(group: str) -> str:
+    """Return the section that the options of a group fill."""
     return next((section for section, name in _GROUP_OF.items() if name == group), group)
 
 
 def advice(group: str) -> str:
-    """What to type to choose an option."""
+    """Say what to type to choose an option."""
     options = group_options().get(group, [])
     return f"{group}={options[0]}" if len(options) == 1 else f"choose {group} from {', '.join(options)}"

@@ -1,11 +1,11 @@
-"""The command line: Hydra's grammar, one record of what was chosen and set, and every mistake in it.
+"""Read overrides from the command line with Hydra's grammar, into one record and a list of mistakes.
 
     model=debug           an option of a group of conf/; loss=[z] takes several
     optim.lr=3e-4         a value
-    run.dir=a b, "c"      text (prompt, paths, names): as the shell hands it over; no grammar, no quotes to take off
+    run.dir=a b, "c"      text (prompt, paths, names): as the shell hands it over; quotes are kept
     ~optim.lr             back to the default
     +key=..., ++key=...   the same as key=...
-    run.seed=1,2          several runs, only with --multirun (`sweep`), which splits text as well: quotes keep a comma
+    run.seed=1,2          several runs, only with --multirun (`sweep`); in text, quotes keep a comma
 """
 
 import shlex
@@ -24,18 +24,22 @@ _OPTIONAL = ("loss", "experiment")
 
 
 class Value(NamedTuple):
+    """A value from the command line."""
+
     value: Any                    # DELETE: back to the default
     text: str                     # the override as typed
     literal: bool = False         # text as the shell handed it over: `${` in it is no reference
 
 
 class Command(NamedTuple):
+    """A command line: chosen options and set values."""
+
     choices: dict[str, Any]       # group -> option, or a list of options, which may be empty
     values: dict[str, Value]      # path -> value
 
 
 class Problems:
-    """Errors so far, and the keys they leave in doubt: no rule between keys is judged by those."""
+    """Errors so far, and the keys whose value they leave in doubt: rules between keys skip those."""
 
     def __init__(self) -> None:
         self.errors: list[ConfigError] = []
@@ -43,10 +47,12 @@ class Problems:
         self._doubtful: set[str] = set()
 
     def add(self, error: ConfigError, *doubtful: str) -> None:
+        """Add an error and the keys that it leaves in doubt."""
         self.errors.append(error)
         self._doubtful.update(doubtful)
 
     def doubt(self, keys: Sequence[str]) -> bool:
+        """Check whether one of the keys, or a section that holds it, is in doubt."""
         return any(key == doubt or key.startswith(f"{doubt}.") for key in keys for doubt in self._doubtful)
 
 
@@ -54,6 +60,7 @@ DELETE = object()
 
 
 def read(overrides: Sequence[str]) -> tuple[Command, Problems]:
+    """Read overrides; what cannot be read becomes a problem, and the rest is still read."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -86,14 +93,14 @@ def read(overrides: Sequence[str]) -> tuple[Command, Problems]:
 
 
 def _is_possible(key: str) -> bool:
-    """Whether there may be a key of that name: parts, and keys that hold a mapping, name their own."""
+    """Check whether a key of that name may exist: parts and mappings have names of their own."""
     section, *names = key.split(".")
     above = (".".join([section, *names[:length]]) for length in range(len(names) + 1))
     return schema_sections().get(section) is dict or any(name in schema_keys() for name in above)
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The override lists of all jobs of --multirun, split by Hydra's basic sweeper: `a=1,2 b=3,4` gives four."""
+    """Split overrides into the jobs of --multirun like Hydra's basic sweeper: `a=1,2 b=3,4` gives four."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -109,23 +116,25 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
             if parsed.key_or_group in texts and (swept or quoted):
                 choices = [_plain(choice, parser) for choice in choices]
         except HydraException:
-            pass                                   # `read` reports it, with the others
+            pass  # `read` reports it, with the others
         jobs = [[*job, choice] for job in jobs for choice in choices]
     return jobs
 
 
 def _plain(text: str, parser: Any) -> str:
-    """Without the quotes and backslashes of the grammar: `read` takes text as it stands."""
+    """Remove the quotes and backslashes of the grammar, because `read` takes text as it stands."""
     value = parser.parse_override(text).value()
     return f"{text.partition('=')[0]}={value}" if isinstance(value, str) else text
 
 
 def typed(*texts: str) -> str:
+    """Name overrides as the place of an error."""
     quoted = ", ".join(f'"{text}"' for text in texts)
     return f"override{'s' if len(texts) > 1 else ''} {quoted} on the command line"
 
 
 def _choose(group: str, value: Any, text: str, groups: dict, command: Command, problems: Problems) -> None:
+    """Record the chosen option of a group, or the problem with it."""
     if group in _OPTIONAL and value in (None, []):
         command.choices[group] = []
         return
@@ -135,9 +144,10 @@ def _choose(group: str, value: Any, text: str, groups: dict, command: Command, p
     for option in unknown:
         meant = values_meant(group, option)
         near = [] if meant else nearest(option, groups[group])
-        problems.add(ConfigError(2, f"{group} has no option {option}", where=typed(text),
-                                 why=f"the options of {group} are {', '.join(groups[group])}",
-                                 next=" or ".join([*meant, *(f"{group}={name}" for name in near)]) or advice(group)), *doubtful)
+        problems.add(ConfigError(
+            2, f"{group} has no option {option}", where=typed(text),
+            why=f"the options of {group} are {', '.join(groups[group])}",
+            next=" or ".join([*meant, *(f"{group}={name}" for name in near)]) or advice(group)), *doubtful)
     if unknown:
         return
     if isinstance(value, list) and group not in _OPTIONAL:
@@ -164,41 +174,44 @@ def _set(path: str, value: Any, raw: str, text: str, command: Command, texts: di
         return
     if path in texts and not isinstance(value, str) and not (value is None and texts[path]):
         value = raw
-    command.values.pop(path, None)                 # the last one counts, and comes last
+    command.values.pop(path, None)  # the last one counts, and comes last
     command.values[path] = Value(value, text)
 
 
 def _text_keys() -> dict[str, bool]:
-    """Keys whose value is free text; true where it may be null."""
+    """List the keys whose value is free text; true where it may be null."""
     return {path: key.type != str for path, key in schema_keys().items() if key.type in (str, str | None)}
 
 
 def _several(key: str, raw: str, text: str, overrides: Sequence[str]) -> ConfigError:
-    """The advice is a whole command, so that it can be typed: a list only where the key takes one."""
+    """Refuse several values for one run; advise a sweep, and a list where the key takes one."""
     kind = type_name(schema_keys()[key].type) if key in schema_keys() else ""
     a_list = [shlex.quote(f"{key}=[{raw}]")] if key == "loss" or "list" in kind else []
-    swept = [] if kind.startswith("list") else [f"moetrain train --multirun {' '.join(map(shlex.quote, overrides))}"]
+    swept = [] if kind.startswith("list") else [f"moetrain train --multirun {shlex.join(overrides)}"]
     return ConfigError(12, f"several values for {key}", where=typed(text),
                        why="one run has one value" + "; a list is written in brackets" * bool(a_list),
                        next="\n          or ".join([*swept, *a_list]))
 
 
 def _meant(word: str, groups: dict[str, list[str]]) -> list[str]:
-    """What a word without = may stand for: a group, an option, a section, a run, a key."""
+    """Guess what a word without = stands for: a group, an option, a section, a run or a key."""
     if word in groups:
         return [advice(word)]
     if word in schema_sections():
         return [f"{word}.<key>=<value>"]
     chosen = [f"{group}={word}" for group, options in groups.items() if word in options]
-    return chosen or nearest(word, runs_here()) or [f"{key}=<value>" for key in nearest_keys(word, schema_keys())]
+    keys = [f"{key}=<value>" for key in nearest_keys(word, schema_keys())]
+    return chosen or nearest(word, runs_here()) or keys
 
 
 def _malformed(text: str, reason: str, groups: dict[str, list[str]]) -> ConfigError:
     if text.startswith("-"):
         without = text.lstrip("-")
-        return ConfigError(19, f"unknown flag {text}", where="the command line", why="values are set by key=value",
-                           next=shlex.quote(without) if _is_possible(without.partition("=")[0]) and "=" in without else
-                           "moetrain train --help lists flags, and the pages of keys")
+        return ConfigError(
+            19, f"unknown flag {text}", where="the command line",
+            why="values are set by key=value",
+            next=shlex.quote(without) if _is_possible(without.partition("=")[0]) and "=" in without else
+                 "moetrain train --help lists flags, and the pages of keys")
     if "=" not in text:
         return ConfigError(1, f"{text!r} is not an override", where=typed(text),
                            why="an override is written key=value, and no run here has that name",

@@ -1,10 +1,11 @@
-"""Which options read a key: one table, and the check of what was typed against it.
+"""Table of the options that read each key, and the check of a command line against it.
 
-A key that is typed and that the chosen options do not read is an error, because its writer expects an effect. What an
-experiment or the yaml file of an option sets may be without effect: nobody typed it for this command. A typed value
-passes too where it changes nothing (`parallel.ep=null`) or says what holds anyway (NEUTRAL: `parallel.ep=1`).
+A key on the command line that the chosen options do not read is an error, because its writer expects an
+effect. What an experiment or the yaml file of an option sets may have no effect: nobody typed it for this
+command. A typed value also passes where it changes nothing (`parallel.ep=null`) or states what holds anyway
+(NEUTRAL: `parallel.ep=1`).
 
-Arguments of a part are read by the class that accepts them; the table has what else they need.
+Arguments of a part are read by the class that accepts them; the table lists what else they need.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,15 +16,16 @@ from moetrain.config.groups import default_options
 from moetrain.config.overrides import DELETE, Command
 from moetrain.config.values import show
 
-# The key that tells which option of a group is in force. Their values are the names of the options.
-KIND = {"parallel": "parallel.mode", "schedule": "schedule.kind", "engine": "engine.name", "data": "data.kind",
-        "optim": "optim.name", "balance": "balance.scope"}
+# The key whose value is the name of the chosen option of a group.
+KIND = {"parallel": "parallel.mode", "schedule": "schedule.kind", "engine": "engine.name",
+        "data": "data.kind", "optim": "optim.name", "balance": "balance.scope"}
 
-_EXPERT_PARALLEL, _SHARDED, _FSSDP = "parallel=ep|ep_fsdp|fssdp", "parallel=fsdp|ep_fsdp|fssdp", "parallel=fssdp"
+_FSSDP = "parallel=fssdp"
+_EXPERT_PARALLEL, _SHARDED = "parallel=ep|ep_fsdp|fssdp", "parallel=fsdp|ep_fsdp|fssdp"
 _MUON, _POOLED = "optim=muon", "balance=global|node"
 
-# Key, or the name of a group -> what must all hold for it to be read: `group=option|option`, `key=value|value` or
-# `key>number`. A star stands for the same name on both sides.
+# Key or group -> the conditions under which it is read, all of them: `group=option|option`, `key=value|value`
+# or `key>number`. A star stands for the same name on both sides.
 READ_WITH: dict[str, tuple[str, ...]] = {
     "model.dense_dim": ("model.first_dense_layers>0",),
     "router.topk_groups": ("router.num_groups>1",),
@@ -70,7 +72,8 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "data.domain_cap": ("data=text",),
     "data.held_out": ("data=text|megatron|memmap",),
     "data.held_out_share": ("data=text|megatron|memmap", "data.held_out=null"),
-    **dict.fromkeys((f"data.{name}" for name in ("text_key", "domain_key", "separator", "encoding")), ("data=text",)),
+    **dict.fromkeys((f"data.{name}" for name in ("text_key", "domain_key", "separator", "encoding")),
+                    ("data=text",)),
     "data.split": ("data=text|megatron|memmap",),
     "data.allow_left_out": ("data=text",),
     "data.overlap": ("data=text",),
@@ -91,40 +94,41 @@ READ_WITH: dict[str, tuple[str, ...]] = {
                     ("log.wandb=auto|offline|online",)),
 }
 
-# Keys of the schema that are read whatever is chosen, or that are recorded for a later command, as generate.* is.
+# Keys of the schema that are read whatever is chosen, or recorded for a later command, as generate.* is.
 ALWAYS = frozenset("""
     run.name run.dir run.nproc run.steps run.stop_at run.seed run.device run.share_gpu run.dtype run.timeout_s
     run.max_restarts run.grace_s
-    model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm model.rope_theta
-    model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim model.num_shared_experts
-    model.first_dense_layers model.init_std
+    model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm
+    model.rope_theta model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
+    model.num_shared_experts model.first_dense_layers model.init_std
     parallel.mode schedule.kind engine.name
-    train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing train.count_pass
-    train.head_chunk train.loss_carrier
+    train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing
+    train.count_pass train.head_chunk train.loss_carrier
     data.kind data.seed data.mask_documents
     optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.router_lr_scale optim.expert_lr_scale
     optim.schedule optim.warmup optim.min_lr_ratio
     eval.interval eval.windows eval.batch eval.ngram
-    checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.async_save checkpoint.verify checkpoint.max_failed_saves
+    checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.async_save checkpoint.verify
+    checkpoint.max_failed_saves
     log.interval log.heatmap_every log.progress log.sources log.router_dump log.timeline log.wandb
     generate.prompt generate.tokens generate.temperature generate.top_p generate.seed generate.cache
 """.split())
 
-# What is true of options that read nothing of the kind: no split, no copies, no moves, no weight.
-NEUTRAL = {"parallel.ep": 1, "parallel.shard": 1, "parallel.room": 0, "parallel.rehome_interval": 0, "planner": "ep",
-           "router.topk_groups": 1, "balance.weight": 0}
+# Values that describe an option that does not read the key: no split, no copies, no moves, no weight.
+NEUTRAL = {"parallel.ep": 1, "parallel.shard": 1, "parallel.room": 0, "parallel.rehome_interval": 0,
+           "planner": "ep", "router.topk_groups": 1, "balance.weight": 0}
 
 
 class Unread(NamedTuple):
-    """Something typed without effect. `unmet`: conditions of READ_WITH that do not hold, stars filled in."""
+    """An override without effect."""
 
     key: str                      # or a group
     text: str                     # as typed
-    unmet: tuple[str, ...]
+    unmet: tuple[str, ...]        # conditions of READ_WITH that do not hold, stars filled in
 
 
 def unread(command: Command, before: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Unread]:
-    """What was typed and is not read.
+    """Find overrides that nothing reads.
 
     Args:
         command: the command line.
@@ -142,12 +146,12 @@ def unread(command: Command, before: Mapping[str, Any], values: Mapping[str, Any
 
 
 def _at(key: str, values: Mapping[str, Any]) -> Any:
-    """The value of a key; of one that holds names, the values by path."""
+    """Look up the value of a key; of a key that holds a mapping, the values by path."""
     return values.get(key, {path: value for path, value in values.items() if path.startswith(f"{key}.")})
 
 
 def conditions(key: str) -> tuple[str, ...]:
-    """What must hold for a key to be read: the first entry of the table that fits."""
+    """List the conditions under which a key is read: the first entry of the table that matches."""
     for pattern, needed in READ_WITH.items():
         if fnmatchcase(key, pattern):
             return tuple(condition.replace("loss.*", ".".join(key.split(".")[:2])) for condition in needed)
@@ -155,12 +159,12 @@ def conditions(key: str) -> tuple[str, ...]:
 
 
 def unmet(key: str, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The conditions of a key that do not hold."""
+    """List the conditions of a key that do not hold."""
     return tuple(condition for condition in conditions(key) if not holds(condition, values))
 
 
 def holds(condition: str, values: Mapping[str, Any]) -> bool:
-    """Whether a condition holds; where no option has the key that it asks for, it asks nothing."""
+    """Check a condition. It holds where no chosen option has the key that it asks for."""
     _, sign, wanted = parts(condition)
     key = key_of(condition)
     if key not in values:
@@ -169,19 +173,19 @@ def holds(condition: str, values: Mapping[str, Any]) -> bool:
 
 
 def to_type(condition: str) -> str:
-    """An override that meets the condition: with the first of its values."""
+    """Give an override that meets the condition, with the first of its values."""
     name, sign, wanted = parts(condition)
     return f"{name}={wanted.partition('|')[0]}" if sign == "=" else f"{name}={int(wanted) + 1}"
 
 
 def key_of(condition: str) -> str:
-    """The key whose value decides."""
+    """Return the key whose value decides the condition."""
     name, _, _ = parts(condition)
     return KIND.get(name, name)
 
 
 def in_words(condition: str) -> str:
-    """A condition for a message: `data=text, data=tokens or data=megatron`."""
+    """Word a condition for a message: `data=text, data=tokens or data=megatron`."""
     name, sign, wanted = parts(condition)
     if sign == ">":
         return f"{name} above {wanted}"
@@ -190,5 +194,5 @@ def in_words(condition: str) -> str:
 
 
 def parts(condition: str) -> tuple[str, str, str]:
-    """Key or group, sign and value of a condition."""
+    """Split a condition into key or group, sign and value."""
     return condition.partition(">" if ">" in condition else "=")

@@ -1,7 +1,8 @@
-"""Advice for a large model with the settings of a small one.
+"""Advice for a large model that would train with the defaults of a small one.
 
-The recipes of conf/experiment/ hold what a model of a size wants; `model=<name>` brings sizes alone. A model above LARGE
-parameters that would train with defaults made for a million is told so once, with the recipe next to it in size.
+The recipes in conf/experiment/ hold the settings that suit a model of their size; `model=<name>` sets sizes
+alone. For a model above LARGE parameters with defaults made for a million parameters, `advice` names the
+nearest recipe once.
 """
 
 import math
@@ -19,26 +20,25 @@ from moetrain.config.yaml_file import load
 from moetrain.units import count
 
 LARGE = 10**9
+# Keys that a recipe leaves to its user -> what to set them to.
+_LEFT_TO_USER = {"data.tokenizer": "a tokenizer.json", "data.path": "your own text"}
 
 
 def advice(config: Config) -> str | None:
-    """One line that names the recipe and every setting that differs in kind; None where there is nothing to say."""
+    """Name on one line the recipe, and the settings that suit only a small model; None without any."""
     size = count_parameters(config.model, vocabulary_of(config)).total
     if size < LARGE or not (small := dict(_small(config))):
         return None
     recipe = _nearest(size)
     values = flatten(compose([f"experiment={recipe}"]))
-    said = [f"{text} ({_MADE.get(key) or show(values[key])})" for key, text in small.items()]
+    said = [f"{text} ({_LEFT_TO_USER.get(key) or show(values[key])})" for key, text in small.items()]
     return (f"[warn] {count(size)} parameters, and settings for a model of one million: {', '.join(said)}. "
-            f"experiment={recipe} sets what stands in brackets, but for text and tokenizer: docs/howto/recipes.md")
-
-
-# What a recipe leaves to its user.
-_MADE = {"data.tokenizer": "a tokenizer.json", "data.path": "your own text"}
+            f"experiment={recipe} sets what stands in brackets, but for text and tokenizer: "
+            "docs/howto/recipes.md")
 
 
 def _small(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, setting) of what suits a model of a million parameters."""
+    """Yield (key, setting) for each setting that suits only a model of about a million parameters."""
     run, train, data = config.run, config.train, config.data
     if run.dtype == "float32":
         yield "run.dtype", "run.dtype=float32"
@@ -53,11 +53,11 @@ def _small(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _nearest(size: int) -> str:
-    """The recipe whose model is nearest in parameters, on a scale of ratios."""
+    """Find the recipe whose model is nearest in parameters, by the logarithm of their ratio."""
     found = {}
     for name in group_options()["experiment"]:
-        chosen = re.search(r"override /model: (\w+)", (config_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
-        if chosen:
+        text = (config_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+        if chosen := re.search(r"override /model: (\w+)", text):
             sizes = replace(ModelConfig(), **load(config_dir() / "model" / f"{chosen[1]}.yaml"))
             found[name] = abs(math.log(count_parameters(sizes, 50304).total / size))
     return min(found, key=lambda name: found[name])

@@ -1,8 +1,8 @@
-"""The typed record of a run: every key a user may set, with its type, its default and one line of meaning.
+"""The typed config of a run: every key that a user may set, with its type, its default and one line of help.
 
-`conf/` holds the same keys as yaml, in Hydra groups; `config/compose.py` turns yaml and command line into a `Config`
-and refuses what does not fit. Parts that are chosen by class (`router`, `capacity`, `balance`, `planner`, `loss.<name>`) are mappings
-with a `_target_`; `config/build.py` makes the object.
+`conf/` holds the same keys as yaml, in Hydra groups. `config/compose.py` turns yaml and command line into a
+`Config` and refuses what does not fit. Parts that are chosen by class (`router`, `capacity`, `balance`,
+`planner`, `loss.<name>`) are mappings with a `_target_`; `config/build.py` makes the object.
 
 No torch here: `moetrain --help` and every configuration error come before torch is imported.
 """
@@ -12,9 +12,12 @@ from typing import Any, Literal
 
 
 def key(default: Any, help: str, *, path: bool = False) -> Any:
-    """A field with a default and the one line that `--help` and the reference page show.
+    """Declare a field.
 
-    path: whether the text is the path of a file or folder: never empty, and `~` is the home directory.
+    Args:
+        default: its default; a list or dict is copied for every instance.
+        help: the line that `--help` and the reference page show.
+        path: whether the text is the path of a file or folder: never empty, and `~` is the home directory.
     """
     about = {"help": help, "path": path}
     if isinstance(default, (list, dict)):
@@ -24,6 +27,8 @@ def key(default: Any, help: str, *, path: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Name, length, devices and limits of the run."""
+
     name: str = key("default", "name of the run; its directory is runs/<name>")
     dir: str | None = key(None, "directory of the run, instead of runs/<name>", path=True)
     nproc: int = key(1, "local ranks to start; ignored under torchrun")
@@ -31,18 +36,25 @@ class RunConfig:
     stop_at: int | None = key(None, "stop cleanly with a save after this step")
     seed: int = key(0, "seed of initialisation and routing, and of the data where data.seed is null")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA when there is one")
-    share_gpu: bool = key(False, "ranks of a machine may share its GPUs, in turn; all that is collective goes over gloo: to check a "
-                                 "setup on fewer GPUs than it is for, not to train (unverified)")
+    share_gpu: bool = key(
+        False,
+        "ranks of a machine may share its GPUs, in turn; all that is collective goes over gloo: to check a "
+        "setup on fewer GPUs than it is for, not to train (unverified)")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
-        "auto", "dtype of the computation; parameters stay float32 or better. auto: that of the run that goes on, bfloat16 on GPUs that "
-                "compute it, else float32")
+        "auto",
+        "dtype of the computation; parameters stay float32 or better. auto: that of the run that goes on, "
+        "bfloat16 on GPUs that compute it, else float32")
     timeout_s: int = key(300, "seconds a collective may wait for a missing rank")
-    max_restarts: int = key(3, "how often run.nproc ranks are started again, all of them, after one of them was lost")
-    grace_s: float | None = key(None, "seconds after a signal to stop until the run leaves without its save; null: no limit")
+    max_restarts: int = key(
+        3, "how often run.nproc ranks are started again, all of them, after one of them was lost")
+    grace_s: float | None = key(
+        None, "seconds after a signal to stop until the run leaves without its save; null: no limit")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Sizes of the transformer."""
+
     dim: int = key(128, "width D")
     num_layers: int = key(2, "transformer blocks")
     num_heads: int = key(4, "attention heads")
@@ -63,42 +75,70 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    mode: Literal["single", "ddp", "fsdp", "ep", "ep_fsdp", "fssdp"] = key("single", "single: one process, no process group")
-    ep: int | None = key(None, "ranks that share the experts of a layer; all ranks when null (modes ep, ep_fsdp, fssdp)")
-    shard: int | None = key(None, "ranks that hold every parameter once between them; all ranks when null (modes fsdp, "
-                                  "ep_fsdp, fssdp: the dense part)")
+    """How the work is split over ranks, and how `fssdp` copies experts."""
+
+    mode: Literal["single", "ddp", "fsdp", "ep", "ep_fsdp", "fssdp"] = key(
+        "single", "single: one process, no process group")
+    ep: int | None = key(
+        None, "ranks that share the experts of a layer; all ranks when null (modes ep, ep_fsdp, fssdp)")
+    shard: int | None = key(
+        None,
+        "ranks that hold every parameter once between them; all ranks when null (modes fsdp, ep_fsdp, "
+        "fssdp: the dense part)")
     exchange: Literal["flat", "two_level", "peer", "peer_push", "deepep", "vdev"] = key(
-        "flat", "how tokens travel to experts: one all-to-all; inside nodes first and then between them; into the memory of ranks on "
-                "the same machine, by copies or by a kernel; by DeepEP; by torch's all-to-all over NVSHMEM (the last two, and peer "
-                "on GPUs, have never run)")
-    exact_combine: bool = key(False, "a row travels for every expert of a token, so that sums do not depend on who holds an expert, "
-                                     "instead of one for every rank with experts of it")
+        "flat",
+        "how tokens travel to experts: one all-to-all; inside nodes first and then between them; into the "
+        "memory of ranks on the same machine, by copies or by a kernel; by DeepEP; by torch's all-to-all "
+        "over NVSHMEM (the last two, and peer on GPUs, have never run)")
+    exact_combine: bool = key(
+        False,
+        "a row travels for every expert of a token, so that sums do not depend on who holds an expert, "
+        "instead of one for every rank with experts of it")
     room: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")
-    rematerialize: bool = key(False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
-    collective: Literal["packed", "two_level"] = key("packed", "fssdp: how copies travel: from their homes straight to every rank, "
-                                                               "or over one rank of each other node")
-    forecast: Literal["mean", "trend"] = key("mean", "fssdp: loads of the next step: the mean of the last ones, or a moving average "
-                                                     "that follows their trend")
+    rematerialize: bool = key(
+        False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
+    collective: Literal["packed", "two_level"] = key(
+        "packed",
+        "fssdp: how copies travel: from their homes straight to every rank, or over one rank of each other "
+        "node")
+    forecast: Literal["mean", "trend"] = key(
+        "mean",
+        "fssdp: loads of the next step: the mean of the last ones, or a moving average that follows their "
+        "trend")
     window: int = key(5, "fssdp: steps of the mean")
-    fallback: int = key(150, "fssdp: thousandths of a layer's rows; if its forecast misplaced more in the last step, that step's "
-                              "loads are expected again (1000: never)")
-    calibrate: bool = key(False, "fssdp: once a layer has routed, more copies than were planned, where the model of time says that "
-                                 "it pays")
-    rehome_interval: int = key(100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
-    sliced: int = key(0, "fssdp: at most so many of a layer's experts, the hottest, have their parameters cut up between the ranks: "
-                         "where that pays by the model of time with planner=balanced, all of them with others; chosen when homes "
-                         "are looked at")
+    fallback: int = key(
+        150,
+        "fssdp: thousandths of a layer's rows; if its forecast misplaced more in the last step, that "
+        "step's loads are expected again (1000: never)")
+    calibrate: bool = key(
+        False,
+        "fssdp: once a layer has routed, more copies than were planned, where the model of time says that "
+        "it pays")
+    rehome_interval: int = key(
+        100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
+    sliced: int = key(
+        0,
+        "fssdp: at most so many of a layer's experts, the hottest, have their parameters cut up between "
+        "the ranks: where that pays by the model of time with planner=balanced, all of them with others; "
+        "chosen when homes are looked at")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    kind: Literal["none", "fixed"] = key("none", "none: a micro-batch travels to the experts of a layer in one piece; fixed: in a "
-                                                 "number of chunks, the same for all layers")
-    chunks: int = key(1, "fixed: chunks of a micro-batch; while the experts compute one, its neighbours are on their way")
+    """How a micro-batch is cut into chunks, so that exchange and computation overlap."""
+
+    kind: Literal["none", "fixed"] = key(
+        "none",
+        "none: a micro-batch travels to the experts of a layer in one piece; fixed: in a number of chunks, "
+        "the same for all layers")
+    chunks: int = key(
+        1, "fixed: chunks of a micro-batch; while the experts compute one, its neighbours are on their way")
 
 
 @dataclass(frozen=True)
 class HardwareConfig:
+    """Rates of the machine, for the cost model of the planners."""
+
     flops: float = key(5e10, "operations per second that a rank reaches in matrix products")
     inside: float = key(1e9, "bytes per second from a rank to others on its node")
     between: float = key(1e9, "bytes per second from a rank to other nodes")
@@ -107,23 +147,34 @@ class HardwareConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    name: Literal["torch", "deepspeed"] = key("torch", "who sums gradients and steps the dense part: torch, or DeepSpeed's ZeRO")
-    zero_stage: Literal[1, 2] = key(1, "deepspeed: what ZeRO shards over ranks; 1: moments, 2: summed gradients too")
+    """The engine of the dense part's gradients and optimizer."""
+
+    name: Literal["torch", "deepspeed"] = key(
+        "torch", "who sums gradients and steps the dense part: torch, or DeepSpeed's ZeRO")
+    zero_stage: Literal[1, 2] = key(
+        1, "deepspeed: what ZeRO shards over ranks; 1: moments, 2: summed gradients too")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Batch, sequence length and memory of a training step."""
+
     global_batch: int = key(16, "sequences of one optimizer step, over all ranks")
-    micro_batch: int | None = key(None, "sequences of one forward pass on one rank; global_batch / ranks when null")
+    micro_batch: int | None = key(
+        None, "sequences of one forward pass on one rank; global_batch / ranks when null")
     seq_len: int = key(128, "tokens of a sequence")
     clip: float = key(1.0, "largest global gradient norm; 0 does not clip")
     activation_checkpointing: Literal["none", "selective", "full"] = key(
         "none", "what backward computes again: nothing, cheap operations, or whole blocks; routing never")
-    count_pass: bool | None = key(None, "exact balance under accumulation by a forward pass that only counts, instead of keeping "
-                                        "the graphs of all micro-batches; where these would not fit when null")
-    head_chunk: int = key(0, "tokens whose logits are in memory at once, made again in backward (0: all of a micro-batch)")
+    count_pass: bool | None = key(
+        None,
+        "exact balance under accumulation by a forward pass that only counts, instead of keeping the "
+        "graphs of all micro-batches; where these would not fit when null")
+    head_chunk: int = key(
+        0, "tokens whose logits are in memory at once, made again in backward (0: all of a micro-batch)")
     loss_carrier: Literal["returned", "attached"] = key(
-        "returned", "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")
+        "returned",
+        "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")
 
     def per_forward(self, ranks: int) -> int:
         """Sequences of one forward pass on one of `ranks` ranks."""
@@ -132,46 +183,75 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Where tokens come from, and how text becomes tokens."""
+
     kind: Literal["text", "tokens", "megatron", "memmap", "synthetic"] = key(
-        "text", "text files, prepared token shards, Megatron-Core's indexed datasets, token files of other trainers, or generated tokens")
-    path: str | None = key(None, "file or folder; null: the built-in corpus; megatron: prefixes, with weights or without", path=True)
-    cache: str | None = key(None, "where prepared tokens go, and indexes of token files; <run.dir>/data when null", path=True)
-    tokenizer: str = key("bytes", "bytes, or the path of a tokenizer.json or of a folder that holds one; megatron and memmap also: none",
-                         path=True)
-    end_token: str | None = key(None, "the token that ends a document: its text in a tokenizer.json, an id of megatron and memmap, or "
-                                      "`new` for one more id; null: as the files of the tokenizer, or indexed data, have it")
-    parse_special: bool = key(False, "special strings inside a text, such as </s>, are the special tokens of that name")
+        "text",
+        "text files, prepared token shards, Megatron-Core's indexed datasets, token files of other "
+        "trainers, or generated tokens")
+    path: str | None = key(
+        None,
+        "file or folder; null: the built-in corpus; megatron: prefixes, with weights or without", path=True)
+    cache: str | None = key(
+        None, "where prepared tokens go, and indexes of token files; <run.dir>/data when null", path=True)
+    tokenizer: str = key(
+        "bytes",
+        "bytes, or the path of a tokenizer.json or of a folder that holds one; megatron and "
+        "memmap also: none", path=True)
+    end_token: str | None = key(
+        None,
+        "the token that ends a document: its text in a tokenizer.json, an id of megatron and memmap, or "
+        "`new` for one more id; null: as the files of the tokenizer, or indexed data, have it")
+    parse_special: bool = key(
+        False, "special strings inside a text, such as </s>, are the special tokens of that name")
     mixture: Literal["proportional", "uniform"] = key("proportional", "domains by their size, or each alike")
-    weights: dict[str, float] = key({}, "how many times as often as the mixture alone has it a domain comes, 1 unless given: "
-                                        "data.weights={python: 2, docs: 0.5}; 0 leaves it out of training")
+    weights: dict[str, float] = key(
+        {},
+        "how many times as often as the mixture alone has it a domain comes, 1 unless given: "
+        "data.weights={python: 2, docs: 0.5}; 0 leaves it out of training")
     seed: int | None = key(None, "seed of generated tokens, and of the order of samples; run.seed when null")
     mask_documents: bool = key(False, "attention stays inside a document")
     domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
-    held_out: str | None = key(None, "file or folder of held-out text of your own, of which nothing is trained on; null: a share "
-                                     "of data.path", path=True)
-    held_out_share: float = key(0.05, "share of the text to hold out, where data.held_out names none and no validation split is there")
+    held_out: str | None = key(
+        None,
+        "file or folder of held-out text of your own, of which nothing is trained on; null: a "
+        "share of data.path", path=True)
+    held_out_share: float = key(
+        0.05,
+        "share of the text to hold out, where data.held_out names none and no validation split is there")
     split: Literal["respect", "merge"] = key(
-        "respect", "train, valid and test that lie side by side in data.path: valid is held out and test left alone, or all of them "
-                   "are one text")
-    allow_left_out: float = key(0.1, "share of the bytes of data.path that may be left out because they are not text; above it "
-                                     "preparing is refused")
-    text_key: str | None = key("text", "the text in a record (JSON lines, JSON, CSV, TSV, Parquet): a key, meta.body for one in another; "
-                                       "null: everything is text as it stands")
+        "respect",
+        "train, valid and test that lie side by side in data.path: valid is held out and test left alone, "
+        "or all of them are one text")
+    allow_left_out: float = key(
+        0.1,
+        "share of the bytes of data.path that may be left out because they are not text; above it "
+        "preparing is refused")
+    text_key: str | None = key(
+        "text",
+        "the text in a record (JSON lines, JSON, CSV, TSV, Parquet): a key, meta.body for one in another; "
+        "null: everything is text as it stands")
     domain_key: str | None = key("domain", "the domain in a record, likewise; null: records have none")
     separator: str | None = key(None, "a line that ends a document inside a text, such as <|endoftext|>")
     encoding: str = key("utf-8", "of texts without a byte order mark: any name that Python knows")
-    overlap: int = key(1_000_000, "places of held-out text that are looked up in the training text at most, to say how much of "
-                                  "it also occurs there; more are estimated from so many (0: not measured)")
-    vocab_size: int = key(256, "synthetic, and megatron and memmap without a tokenizer: tokens of the vocabulary")
-    dtype: Literal["auto", "uint16", "uint32"] = key("auto", "memmap: type of ids in files without a header; auto: what the "
-                                                              "vocabulary allows")
+    overlap: int = key(
+        1_000_000,
+        "places of held-out text that are looked up in the training text at most, to say how much of it "
+        "also occurs there; more are estimated from so many (0: not measured)")
+    vocab_size: int = key(
+        256, "synthetic, and megatron and memmap without a tokenizer: tokens of the vocabulary")
+    dtype: Literal["auto", "uint16", "uint32"] = key(
+        "auto", "memmap: type of ids in files without a header; auto: what the vocabulary allows")
     num_domains: int = key(4, "synthetic: number of domains")
     min_length: float = key(1.0, "synthetic: shortest sequence as a share of seq_len; the rest is padding")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw", "muon"] = key("muon", "muon: Muon for the matrices of hidden layers, AdamW for the rest")
+    """Optimizer and learning rate schedule."""
+
+    name: Literal["adamw", "muon"] = key(
+        "muon", "muon: Muon for the matrices of hidden layers, AdamW for the rest")
     lr: float = key(3e-3, "peak learning rate of AdamW")
     betas: list[float] = key([0.9, 0.95], "AdamW's moment decays")
     eps: float = key(1e-8, "AdamW's epsilon")
@@ -181,10 +261,13 @@ class OptimConfig:
     muon_lr: float | None = key(6e-3, "muon: peak learning rate of hidden matrices; optim.lr when null")
     muon_momentum: float = key(0.95, "muon: decay of the momentum (Nesterov)")
     muon_adjust: Literal["match_rms_adamw", "original"] = key(
-        "match_rms_adamw", "muon: factor on muon_lr for an A x B matrix: 0.2 sqrt(max(A, B)), or sqrt(max(1, A / B))")
+        "match_rms_adamw",
+        "muon: factor on muon_lr for an A x B matrix: 0.2 sqrt(max(A, B)), or sqrt(max(1, A / B))")
     muon_ns_steps: int = key(5, "muon: Newton-Schulz iterations")
     muon_precision: Literal["full", "bfloat16"] = key(
-        "full", "muon: full iterates in the precision of the parameters; bfloat16 is faster and rounds otherwise on another mesh")
+        "full",
+        "muon: full iterates in the precision of the parameters; bfloat16 is faster and rounds otherwise "
+        "on another mesh")
     schedule: Literal["cosine", "wsd"] = key("wsd", "wsd: warm-up, stable, decay over the last steps")
     warmup: int = key(50, "steps of linear warm-up")
     decay: float = key(0.5, "wsd: share of the steps over which the rate decays")
@@ -194,54 +277,78 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Evaluation on held-out text."""
+
     interval: int = key(0, "evaluate every so many steps (0: only at the end)")
     windows: int = key(32, "held-out windows of seq_len tokens per domain that is named in an evaluation")
     batch: int = key(16, "windows of one forward pass")
-    ngram: int = key(-1, "print n-gram models up to this order beside the result of `moetrain eval` (-1: none)")
+    ngram: int = key(
+        -1, "print n-gram models up to this order beside the result of `moetrain eval` (-1: none)")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When to save, and how many checkpoints to keep."""
+
     interval: int = key(0, "save every so many steps (0: none by their number)")
-    every_minutes: float | None = key(15.0, "save when the last save is so many minutes old, beside those of checkpoint.interval (0 or "
-                                            "null: none by time)")
+    every_minutes: float | None = key(
+        15.0,
+        "save when the last save is so many minutes old, beside those of checkpoint.interval (0 or null: "
+        "none by time)")
     keep: int | None = key(2, "newest good checkpoints to keep; null keeps all")
     async_save: bool = key(True, "write while training goes on")
-    verify: Literal["full", "sizes"] = key("full", "before loading compare checksums, or only sizes and headers of files")
-    max_failed_saves: int = key(3, "stop after so many failed saves in a row; the one at the end must succeed")
+    verify: Literal["full", "sizes"] = key(
+        "full", "before loading compare checksums, or only sizes and headers of files")
+    max_failed_saves: int = key(
+        3, "stop after so many failed saves in a row; the one at the end must succeed")
 
 
 @dataclass(frozen=True)
 class LogConfig:
+    """What a run prints and records."""
+
     interval: int = key(1, "print a step line every so many steps")
-    heatmap_every: int = key(0, "draw tokens per expert in the terminal every so many steps (0: only at the end)")
+    heatmap_every: int = key(
+        0, "draw tokens per expert in the terminal every so many steps (0: only at the end)")
     progress: bool = key(True, "progress bar on a terminal")
     sources: bool = key(False, "also record tokens per expert by source rank in loads.npz")
-    router_dump: bool = key(False, "write what all routers decided in the first three steps, logits included, to log/router")
-    timeline: int = key(0, "steps of which every operator and its times are written to log/timeline, for Perfetto and moetrain report")
+    router_dump: bool = key(
+        False, "write what all routers decided in the first three steps, logits included, to log/router")
+    timeline: int = key(
+        0,
+        "steps of which every operator and its times are written to log/timeline, for Perfetto and "
+        "moetrain report")
     timeline_start: int = key(2, "first of these steps; never the first step of a command")
     wandb: Literal["auto", "off", "offline", "online"] = key(
-        "auto", "Weights & Biases, which never stops or slows a run; auto: as WANDB_MODE says, offline without it")
-    wandb_project: str | None = key(None, "project of Weights & Biases; WANDB_PROJECT, else moetrain, when null")
+        "auto",
+        "Weights & Biases, which never stops or slows a run; auto: as WANDB_MODE says, offline without it")
+    wandb_project: str | None = key(
+        None, "project of Weights & Biases; WANDB_PROJECT, else moetrain, when null")
     wandb_entity: str | None = key(None, "its user or team; WANDB_ENTITY when null")
     wandb_name: str | None = key(None, "name of the run there; WANDB_NAME, else run.name, when null")
-    wandb_group: str | None = key(None, "group of the run there; a sweep sets it to run.name; WANDB_RUN_GROUP when null")
+    wandb_group: str | None = key(
+        None, "group of the run there; a sweep sets it to run.name; WANDB_RUN_GROUP when null")
     wandb_tags: list[str] = key([], "tags there; WANDB_TAGS when empty")
     wandb_notes: str | None = key(None, "notes there; WANDB_NOTES when null")
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
+    """Sampling, for `moetrain generate`."""
+
     prompt: str = key("", "text to continue")
     tokens: int = key(128, "tokens to generate")
     temperature: float = key(0.8, "0 takes the most probable token")
     top_p: float = key(0.95, "probability mass to sample from, in (0, 1]")
     seed: int = key(0, "seed of sampling")
-    cache: bool = key(True, "keep keys and values of earlier tokens; false runs all of them again for every token")
+    cache: bool = key(
+        True, "keep keys and values of earlier tokens; false runs all of them again for every token")
 
 
 @dataclass(frozen=True)
 class Config:
+    """The whole config of a run, by section."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     router: dict[str, Any] = key({}, "the routing function: _target_ and its arguments")
@@ -263,5 +370,5 @@ class Config:
 
     @property
     def data_seed(self) -> int:
-        """The seed of the data. Runs from before there was data.seed took run.seed, which null still means."""
+        """The seed of the data: data.seed, or run.seed where it is null, as in runs older than data.seed."""
         return self.run.seed if self.data.seed is None else self.data.seed

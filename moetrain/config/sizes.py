@@ -1,35 +1,34 @@
-"""What a config comes to by multiplication: parameters, and the bytes that one rank needs.
+"""Closed forms for the parameters of a config and the bytes that one rank needs.
 
-Whole numbers and closed forms, no torch: asked before anything starts, and in no time whatever the sizes are.
+Integers and no torch, so the answer comes before anything starts, and at once for any size.
 
-    state         weights, gradients, and AdamW's two moments or Muon's momentum, in float32 (float64 for that dtype);
-                  cut up as the mode says
-    activations   what backward keeps of one micro-batch of this rank, and dense matrices in the dtype of the computation
+    state         weights, gradients, and AdamW's two moments or Muon's momentum, in float32 (float64 for that
+                  dtype), sharded as the mode says
+    activations   what backward keeps of one micro-batch of this rank, and the dense matrices cast to the
+                  dtype of the computation
     logits        of one micro-batch, or of train.head_chunk tokens
     tokens        what the host keeps of this rank's part of an optimizer step
 
-Activations are those of one process on the CPU. What the formulas leave out: copies of experts under `fssdp`, whole parameters
-that FSDP2 has gathered, rows on their way, the graphs of further micro-batches that exact balance may keep, the allocator's
-reserve.
+Activations are those of one process on the CPU. The formulas leave out copies of experts under `fssdp`, whole
+parameters that FSDP2 has gathered, rows under way between ranks, the graphs of further micro-batches that
+exact balance may keep, and the allocator's reserve.
 """
 
 from typing import NamedTuple
 
 from moetrain.config.schema import Config, ModelConfig
 
-_ITEM = {"auto": 2, "bfloat16": 2, "float32": 4, "float64": 8}      # bytes of a number in the computation; auto may be bfloat16
+# Bytes of a number in the computation; auto may be bfloat16.
+_ITEM = {"auto": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Parameters(NamedTuple):
-    """Numbers of the whole model.
+    """Numbers of parameters of the whole model, by kind."""
 
-    matrices: of attention, shared experts and dense layers. rest: embedding, head, norms, routers.
-    """
-
-    matrices: int
-    experts: int
-    rest: int
-    active_experts: int          # of `experts`, what one token meets
+    matrices: int                # attention, shared experts and dense layers
+    experts: int                 # routed experts
+    rest: int                    # embedding, head, norms, routers
+    active_experts: int          # of `experts`, those that one token visits
 
     @property
     def total(self) -> int:
@@ -41,14 +40,14 @@ class Parameters(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """Ranks that hold a dense parameter, or the experts of a layer, once between them."""
+    """Numbers of ranks that hold a dense parameter, or the experts of a layer, once between them."""
 
     dense: int
     experts: int
 
 
 class LayerKind(NamedTuple):
-    """Layers that are alike, and how many."""
+    """Equal layers, and how many there are."""
 
     layers: int
     num_experts: int
@@ -57,7 +56,7 @@ class LayerKind(NamedTuple):
 
 
 class RankMemory(NamedTuple):
-    """Bytes of one rank, by what takes them."""
+    """Bytes that one rank needs, by purpose."""
 
     state: int
     activations: int
@@ -70,6 +69,7 @@ class RankMemory(NamedTuple):
 
 
 def count_parameters(sizes: ModelConfig, vocab_size: int) -> Parameters:
+    """Count the parameters of a model."""
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     attention = width * head * (2 * sizes.num_heads + 2 * sizes.num_kv_heads)
     norms = 2 * width + (2 * head if sizes.qk_norm else 0)
@@ -89,19 +89,20 @@ def count_parameters(sizes: ModelConfig, vocab_size: int) -> Parameters:
 
 
 def layer_kinds(sizes: ModelConfig) -> list[LayerKind]:
-    """Layers that are alike, in order; with sizes as lists each by itself."""
+    """Group equal layers, in order; where sizes are lists, every layer stands alone."""
     dense = min(sizes.first_dense_layers, sizes.num_layers)
     if isinstance(sizes.num_experts, int) and isinstance(sizes.top_k, int):
         kinds = [LayerKind(dense, sizes.num_experts, sizes.top_k, True),
                  LayerKind(sizes.num_layers - dense, sizes.num_experts, sizes.top_k, False)]
         return [kind for kind in kinds if kind.layers]
     given = min(len(entries) for entries in (sizes.num_experts, sizes.top_k) if isinstance(entries, list))
-    spread = [entries if isinstance(entries, list) else [entries] * given for entries in (sizes.num_experts, sizes.top_k)]
+    spread = [entries if isinstance(entries, list) else [entries] * given
+              for entries in (sizes.num_experts, sizes.top_k)]
     return [LayerKind(1, *both, layer < dense) for layer, both in enumerate(zip(*spread))]
 
 
 def shards(config: Config, ranks: int) -> Shards:
-    """As comm/mesh.py cuts them."""
+    """Count the ranks that shard a dense parameter and the experts of a layer, as comm/mesh.py does."""
     parallel = config.parallel
     ep = (parallel.ep or ranks) if parallel.mode in ("ep", "ep_fsdp", "fssdp") else 1
     dense = (parallel.shard or ranks) if parallel.mode in ("fsdp", "ep_fsdp", "fssdp") else 1
@@ -109,7 +110,7 @@ def shards(config: Config, ranks: int) -> Shards:
 
 
 def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
-    """The memory of one rank in training."""
+    """Estimate the memory of one rank in training."""
     train, cut, item = config.train, shards(config, ranks), _ITEM[config.run.dtype]
     parameters = count_parameters(config.model, vocab_size)
     hidden = -(-parameters.matrices // cut.dense) + -(-parameters.experts // cut.experts)
@@ -119,24 +120,30 @@ def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
     exchanged = cut.experts > 1 and config.parallel.mode != "fsdp"
     # Beside the logits themselves: those in float32, and their gradient.
     logits = min(tokens, train.head_chunk or tokens) * vocab_size * (item + 8)
-    return RankMemory(state, tokens * kept_per_token(config, exchanged) + _casts(config, parameters, item), logits,
-                      _on_host(config, ranks))
+    activations = tokens * kept_per_token(config, exchanged) + _casts(config, parameters, item)
+    return RankMemory(state, activations, logits, _on_host(config, ranks))
 
 
 def kept_per_token(config: Config, exchanged: bool) -> int:
-    """Bytes that are kept for the backward pass of one token. exchanged: rows travel to experts on other ranks."""
+    """Count the bytes that backward keeps of one token.
+
+    `exchanged` says that rows travel to experts on other ranks.
+    """
     sizes, item, mode = config.model, _ITEM[config.run.dtype], config.train.activation_checkpointing
     kinds = layer_kinds(sizes)
     whole = {kind: _kept_by_block(sizes, kind, "none", item, exchanged) for kind in kinds}
-    ends = 2 * item * sizes.dim                                  # before the last norm and behind it
+    ends = 2 * item * sizes.dim  # before and after the last norm
     if mode == "none":
         return ends + sum(kind.layers * kept for kind, kept in whole.items())
     kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, mode, item, exchanged) for kind in kinds)
-    return kept + max(whole.values(), default=0)                 # and a block that runs again
+    return kept + max(whole.values(), default=0)  # and one block that is recomputed
 
 
 def _kept_by_block(sizes: ModelConfig, kind: LayerKind, mode: str, item: int, exchanged: bool) -> int:
-    """As measured on CPU in bfloat16, where it is exact to a few per cent (tests/config/test_sizes.py)."""
+    """Count the bytes that backward keeps of one token in one block.
+
+    Fitted to measurements on the CPU, in bfloat16 exact to a few per cent (tests/config/test_sizes.py).
+    """
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     slots, decided = kind.top_k, 36 * kind.top_k                 # expert ids, weights and row orders
@@ -147,14 +154,19 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, mode: str, item: int, ex
         return item * width + decided
     if mode == "selective":
         shared = 2 * feed_forward + (width if feed_forward else 0)
-        return item * (2 * width + 2 * (queries + keys) + rows + inside + shared) + 4 * sizes.num_heads + decided
-    states = 4 if item >= 4 else 6                               # of width D; norms keep what they cast
-    numbers = states * width + (4 if sizes.qk_norm else 3) * (queries + keys) + inside + 4 * feed_forward + exchanged * rows
+        numbers = 2 * width + 2 * (queries + keys) + rows + inside + shared
+        return item * numbers + 4 * sizes.num_heads + decided
+    states = 4 if item >= 4 else 6  # of width D; norms keep what they cast
+    projections = (4 if sizes.qk_norm else 3) * (queries + keys)
+    numbers = states * width + projections + inside + 4 * feed_forward + exchanged * rows
     return item * numbers + 4 * sizes.num_heads + (0 if kind.dense else 12 * kind.num_experts) + decided
 
 
 def _casts(config: Config, parameters: Parameters, item: int) -> int:
-    """Dense matrices in the dtype of the computation, which backward keeps: of all blocks, or of the one that runs again."""
+    """Count the bytes of dense matrices cast to the dtype of the computation, which backward keeps.
+
+    They are those of all blocks, or of the one that is recomputed.
+    """
     if item >= 4:
         return 0
     blocks = 1 if config.train.activation_checkpointing == "none" else config.model.num_layers
@@ -162,7 +174,11 @@ def _casts(config: Config, parameters: Parameters, item: int) -> int:
 
 
 def _on_host(config: Config, ranks: int) -> int:
-    """Ids of this rank's part of a step: id, target and mask of every token (data/batches/batch.py); and what generated data needs."""
+    """Count the bytes on the host of one rank.
+
+    They are id, target and mask of every token of its part of a step (data/batches/batch.py), and the tables
+    of generated data.
+    """
     train, data = config.train, config.data
     made = 8 * (data.vocab_size + data.num_domains + config.eval.windows) if data.kind == "synthetic" else 0
     return train.global_batch // ranks * train.seq_len * 17 + made

@@ -1,6 +1,7 @@
 """Nearest names: what the user probably meant.
 
-Distance is Damerau-Levenshtein (optimal string alignment): insert, drop, change or swap of neighbours cost 1 each.
+The distance is Damerau-Levenshtein (optimal string alignment): to insert, drop or change a letter, or to swap
+neighbours, costs 1 each.
 """
 
 import re
@@ -9,15 +10,16 @@ from typing import Any
 
 
 def nearest(word: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """At most `count` of the names that are close to the word, nearest first; empty when none is."""
+    """List at most `count` of the names that are close to the word, nearest first."""
     scored = [(distance(word.lower(), name.lower()), name) for name in names]
     return [name for score, name in sorted(scored) if score <= _limit(name)][:count]
 
 
 def nearest_keys(path: str, keys: Mapping[str, Any], count: int = 3) -> list[str]:
-    """Like `nearest`, for dotted keys: the section may be wrong or forgotten (`lr` finds `optim.lr`).
+    """List close keys like `nearest`; the section may be wrong or missing (`lr` finds `optim.lr`).
 
-    keys: path to a record with `help`; when no name is close, keys whose help line has all the words typed.
+    Args: path: the key that was typed. keys: path to a record with `help`. Where no name is close, keys whose
+        help has all the typed words count. count: at most so many.
     """
     head, _, leaf = path.lower().rpartition(".")
     scored = []
@@ -30,12 +32,13 @@ def nearest_keys(path: str, keys: Mapping[str, Any], count: int = 3) -> list[str
     if scored:
         return [key for _, key in sorted(scored)][:count]
     words = set(leaf.split("_")) - {""}
-    if any(len(word) < 3 or word.isdecimal() for word in words):         # letters and numbers stand in many of them
+    if any(len(word) < 3 or word.isdecimal() for word in words):  # they stand in many helps
         return []
     return [key for key, record in keys.items() if words and words <= _words(record.help)][:count]
 
 
 def distance(a: str, b: str) -> int:
+    """Return the edit distance of two words."""
     before, row = [], list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, last, row = row, before, [i]

@@ -1,4 +1,4 @@
-"""The runs of a sweep: one for each combination of the values that overrides list, each in a directory of its own."""
+"""Runs of a sweep: one for each combination of the listed values, each in a directory of its own."""
 
 import os
 import re
@@ -14,14 +14,15 @@ from moetrain.errors import ConfigErrors
 
 
 class SweptRun(NamedTuple):
-    """words: the overrides of one run, its own name among them. config: what they compose to without that name."""
+    """One run of a sweep."""
 
-    words: list[str]
-    config: Config
+    words: list[str]             # its overrides, its own name among them
+    config: Config               # what they compose to without that name
 
 
-def sweep_jobs(overrides: Sequence[str], composed: Callable[[Sequence[str]], Config] = compose) -> list[SweptRun]:
-    """All runs, checked before any starts. Raises ConfigErrors with everything that is wrong, each mistake once."""
+def sweep_jobs(overrides: Sequence[str],
+               composed: Callable[[Sequence[str]], Config] = compose) -> list[SweptRun]:
+    """Compose all runs of a sweep, before any starts. Raises ConfigErrors with each mistake once."""
     found, errors = [], {}
     for words in _without_idle(sweep(overrides)):
         try:
@@ -29,8 +30,8 @@ def sweep_jobs(overrides: Sequence[str], composed: Callable[[Sequence[str]], Con
         except ConfigErrors as caught:
             errors |= {str(error): error for error in caught.errors}
             continue
-        found.append(SweptRun([*words, *_own_directory(config, [word for word in words if word not in overrides]),
-                               *_tracker_group(config)], config))
+        swept = [word for word in words if word not in overrides]
+        found.append(SweptRun([*words, *_own_directory(config, swept), *_tracker_group(config)], config))
     if errors:
         raise ConfigErrors(list(errors.values()))
     refuse_shared_directories([_directory(run) for run in found])
@@ -38,28 +39,33 @@ def sweep_jobs(overrides: Sequence[str], composed: Callable[[Sequence[str]], Con
 
 
 def _without_idle(jobs: list[list[str]]) -> list[list[str]]:
-    """The jobs without what they would not read: `-m optim=adamw,muon optim.muon_lr=0.02`. Words that no job reads stay,
-    and are an error."""
+    """Remove from each job the overrides that it would not read.
+
+    One is optim.muon_lr in `-m optim=adamw,muon optim.muon_lr=0.02`. Overrides that no job reads stay and
+    are an error.
+    """
     idle = [idle_overrides(job) for job in jobs]
     everywhere = set.intersection(*idle)
-    return [[word for word in job if word in everywhere or word not in unread] for job, unread in zip(jobs, idle)]
+    return [[word for word in job if word in everywhere or word not in unread]
+            for job, unread in zip(jobs, idle)]
 
 
 def _tracker_group(config: Config) -> list[str]:
-    """Overrides by which a tracker shows the jobs of a sweep together, unless a group is chosen already."""
+    """Give the override that groups the jobs of a sweep in a tracker, unless a group is chosen already."""
     if config.log.wandb == "off" or config.log.wandb_group or os.environ.get("WANDB_RUN_GROUP"):
         return []
     return [f"log.wandb_group={config.run.name}"]
 
 
 def _directory(run: SweptRun) -> Path:
-    """Where a run goes: its config is without the name of its own."""
+    """Return the directory of a run, whose config does not have the run's own name yet."""
     typed = {key: value for key, _, value in (word.partition("=") for word in run.words)}
-    return Path(typed.get("run.dir") or run.config.run.dir or Path("runs") / typed.get("run.name", run.config.run.name))
+    folder = typed.get("run.dir") or run.config.run.dir
+    return Path(folder or Path("runs") / typed.get("run.name", run.config.run.name))
 
 
 def _own_directory(config: Config, swept: list[str]) -> list[str]:
-    """Overrides that keep a run apart: its name ends in what is particular to it, e.g. default-lr-0.001-seed-1."""
+    """Give the overrides that name a run after the values that are its own, as default-lr-0.001-seed-1."""
     if any(word.startswith(("run.name=", "run.dir=")) for word in swept) or not swept:
         return []
     parts = [re.sub(r"[^\w.+-]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-")

@@ -1,6 +1,7 @@
-"""A plain tree against the schema: lay values over it, fill in references, check every leaf and every part.
+"""Check a tree of values against the schema, with the command line applied and references resolved.
 
-`finish` ends in a Config or in ConfigErrors with everything that was found, the command line's mistakes included.
+`finish` returns a Config or raises ConfigErrors with everything that was found, the command line's mistakes
+included.
 """
 
 import re
@@ -38,30 +39,29 @@ Tree = dict[str, Any]
 
 def finish(tree: Tree, command: Command, problems: Problems, files: list[tuple[str, Path]],
            recorded: Path | None = None, trained: Config | None = None) -> Config:
-    """The config of a tree with the command line on top, checked.
+    """Apply the command line to a tree, check it and make a Config of it.
 
-    Args:
-        tree: nested values of the yaml files.
-        command: what was typed.
-        problems: mistakes so far; those that are found are added.
-        files: (section, file) of every yaml file in the tree, "" for a file of whole runs; the strongest first.
-        recorded: where the whole tree was recorded, which a run does when everything has been filled in: `${` is text
-            there, and no rule between keys is judged, because ranks may differ.
-        trained: the run's own config, where the command is about a run that exists. What it reads may be typed.
+    Args: tree: nested values of the yaml files. command: the command line. problems: mistakes so far; those
+        that are found are added. files: (section, file) of every yaml file in the tree, "" for a file of
+        whole runs; the strongest first. recorded: the record that the whole tree comes from, if any. A run
+        records resolved values, so `${` is
+            text there. Rules between keys are skipped, because ranks may differ.
+        trained: the run's own config, where the command is about an existing run. What it reads may be typed.
     """
     return _Finisher(command, problems, files, recorded, trained).run(tree)
 
 
 class _Finisher:
-    """What the checks of one tree share: the command line, the files, the keys that may be set, the errors."""
+    """Shared state of the checks of one tree: command line, files, keys that may be set, and errors."""
 
-    def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]], recorded: Path | None,
-                 trained: Config | None) -> None:
-        self.command, self.problems, self.files, self.recorded, self.trained = command, problems, files, recorded, trained
+    def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]],
+                 recorded: Path | None, trained: Config | None) -> None:
+        self.command, self.problems, self.files = command, problems, files
+        self.recorded, self.trained = recorded, trained
         self.keys: dict[str, Key] = {}
 
     def run(self, tree: Tree) -> Config:
-        for path, key in schema_keys().items():    # so that ${other.key} finds every key
+        for path, key in schema_keys().items():  # so that ${other.key} finds every key
             section, _, name = path.partition(".")
             if isinstance(tree.setdefault(section, {}), dict):
                 tree[section].setdefault(name, key.default)
@@ -85,8 +85,9 @@ class _Finisher:
             raise ConfigErrors(self.problems.errors)
         return config
 
-    def _add(self, number: int, what: str, *, where: str, why: str, next: str, doubt: Sequence[str] = ()) -> None:
-        """doubt: the keys whose value is not known now."""
+    def _add(self, number: int, what: str, *, where: str, why: str, next: str,
+             doubt: Sequence[str] = ()) -> None:
+        """Add an error; `doubt` lists the keys whose value it leaves unknown."""
         self.problems.add(ConfigError(number, what, where=where, why=why, next=next), *doubt)
 
     # --- values over the tree
@@ -105,12 +106,12 @@ class _Finisher:
         if given.value is not DELETE:
             node[leaf] = given.value
         elif path in keys or leaf not in node:
-            node[leaf] = keys[path].default if path in keys else None     # the latter is reported as unknown
+            node[leaf] = keys[path].default if path in keys else None  # the latter is reported as unknown
         else:
             del node[leaf]
 
     def _resolve(self, tree: Tree) -> Tree:
-        """Fill in ${other.key}. Resolvers such as ${oc.env:NAME} are refused: config.yaml would keep the result."""
+        """Resolve ${other.key}; refuse resolvers like ${oc.env:NAME}, whose result config.yaml would keep."""
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
@@ -118,13 +119,17 @@ class _Finisher:
                     if ("${" in str(value) or value == "???") and not self._is_literal(path, value)}
         if not suspects:
             return tree
-        whole = OmegaConf.create(_escaped(tree, {path for path, value in leaves(tree) if path not in suspects}))
+        plain = {path for path, _ in leaves(tree) if path not in suspects}
+        whole = OmegaConf.create(_escaped(tree, plain))
         for path, value in suspects.items():
             try:
                 if re.search(r"\$\{[^}]*:", str(value)):
-                    raise OmegaConfBaseException("only ${other.key} may be used, because config.yaml keeps the result")
+                    raise OmegaConfBaseException(
+                        "only ${other.key} may be used, because config.yaml keeps the result")
                 found = OmegaConf.select(whole, path, throw_on_missing=True, throw_on_resolution_failure=True)
-                value = Value(OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found, path)
+                if OmegaConf.is_config(found):
+                    found = OmegaConf.to_container(found, resolve=True)
+                value = Value(found, path)
             except OmegaConfBaseException as error:
                 self._add(13, f"{path}={value} has no value", doubt=[path], where=self._origin(path),
                           why=str(error).splitlines()[0], next=f"{path}=<a plain value>")
@@ -133,38 +138,43 @@ class _Finisher:
         return tree
 
     def _is_literal(self, path: str, value: Any) -> bool:
-        """Text that was typed, or recorded by the run: `${` in it is no reference."""
+        """Check whether text was typed or recorded by the run: `${` in it is no reference."""
         given = self.command.values.get(path)
         if given is not None:
             return given.literal
         return self.trained is not None and flatten(self.trained).get(path) == value
 
     def _unread(self, before: Tree, config: Config) -> None:
-        """An error for everything that was typed and that the chosen options do not read."""
+        """Add an error for every override that the chosen options do not read."""
         values, others = flatten(config), flatten(self.trained) if self.trained else None
         for found in readers.unread(self.command, before, values):
-            if self.problems.doubt([found.key]) or others is not None and self._is_the_runs(found.key, values, others):
+            if self.problems.doubt([found.key]):
+                continue
+            if others is not None and self._is_of_the_run(found.key, values, others):
                 continue
             kinds = [readers.key_of(condition) for condition in found.unmet]
             if self.problems.doubt(kinds):
                 continue
             self.problems.unread.append(found.text)
-            here = " and ".join(f"{kind} is {show(values[kind])} ({self._origin_of_kind(kind, values, others)})" for kind in kinds)
+            here = " and ".join(
+                f"{kind} is {show(values[kind])} ({self._origin_of_kind(kind, values, others)})"
+                for kind in kinds)
             needed = " and ".join(map(readers.in_words, found.unmet))
             again = shlex.quote(found.text)
             self._add(100, f"{found.text} has no effect", where=typed(found.text), doubt=[found.key],
                       why=f"{found.key} is read with {needed}; here {here}",
                       next=f"{' '.join(map(readers.to_type, found.unmet))} {again}, or leave {again} out")
 
-    def _is_the_runs(self, name: str, values: Tree, others: Tree) -> bool:
-        """Whether a key, or every key of a group that is typed, is what the run reads and was trained with."""
+    def _is_of_the_run(self, name: str, values: Tree, others: Tree) -> bool:
+        """Check whether the run reads a key, or all keys of a group, and was trained with these values."""
         if readers.unmet(name, others):
             return False
         return all(values.get(key) == others.get(key) for key in {*values, *others} if _covers(name, key))
 
     def _origin_of_kind(self, kind: str, values: Tree, others: Tree | None) -> str:
-        """Where the option of a group is from. A command about a run that does not train it has one process of its own."""
-        if others is None or values[kind] == others[kind] or self._override(kind) or group_of(kind.partition(".")[0]) in self.command.choices:
+        """Name the origin of a group's option; commands that only look at a run have one of their own."""
+        chosen = self._override(kind) or group_of(kind.partition(".")[0]) in self.command.choices
+        if others is None or values[kind] == others[kind] or chosen:
             return self._origin_of_rule([kind])
         return f"unless it is typed; {show(others[kind])} trained the run"
 
@@ -199,16 +209,22 @@ class _Finisher:
             meant = values_meant(path, show(value))
             choices = [] if meant else nearest(str(value), misfit.choices) or list(misfit.choices)
             number = _whole_number(value) if type_name(key.type).startswith("int") else None
-            examples = choices or ([number] if number is not None else [] if key.default is MISSING else [show(key.default)])
+            default = [] if key.default is MISSING else [show(key.default)]
+            examples = choices or ([number] if number is not None else default)
             what = "is not one of its values" if misfit.choices else f"is not {type_name(key.type)}"
             advised = " or ".join(meant or [f"{path}={example}" for example in examples])
-            given = self.command.values.get(path)            # as typed: 1e3 is shown as 1000, which would be one
-            self._add(5 if misfit.choices else 4, f"{given.text if given else f'{path}={show(value)}'} {what}", doubt=[path],
-                      where=self._origin(path), why=f"{path} is {type_name(key.type)}: {key.help}",
-                      next=advised or f"{path}=<{type_name(key.type)}>")
+            given = self.command.values.get(path)  # shown as typed: 1e3 would be shown as 1000, which fits
+            text = given.text if given else f"{path}={show(value)}"
+            self._add(
+                5 if misfit.choices else 4, f"{text} {what}",
+                doubt=[path],
+                where=self._origin(path),
+                why=f"{path} is {type_name(key.type)}: {key.help}",
+                next=advised or f"{path}=<{type_name(key.type)}>")
 
     def _unknown(self, path: str) -> None:
-        # Nobody has mistyped what a run recorded, and looking for a nearest key takes milliseconds for each of thousands.
+        # A run does not mistype, and the search for a near key takes milliseconds for each of thousands of
+        # keys.
         meant = [] if self.recorded else [name for name in keys_meant(path) if name != path]
         near = [] if self.recorded or meant else [self.keys[key] for key in nearest_keys(path, self.keys)]
         section, _, rest = path.partition(".")
@@ -216,9 +232,12 @@ class _Finisher:
         advised = [*(str(self.keys.get(name, name)) for name in meant),
                    *(f"{group}=<option>: {advice(group)}" for group in groups), *map(str, near)]
         known = rest and section in schema_sections()
-        self._add(3, f"unknown key {path}", doubt=[key.path for key in near], where=self._origin(path),
-                  why=f"the section {section} has no such key" if known else "there is no such section or key",
-                  next=_lines(advised) or "moetrain train --help")
+        self._add(
+            3, f"unknown key {path}",
+            doubt=[key.path for key in near],
+            where=self._origin(path),
+            why=f"the section {section} has no such key" if known else "there is no such section or key",
+            next=_lines(advised) or "moetrain train --help")
 
     # --- parts chosen by class
 
@@ -253,26 +272,39 @@ class _Finisher:
                 self._argument(clean, path, name, value, accepted)
         for name, key in accepted.items():
             if key.default is MISSING and name not in node and name not in SIZES:
-                self._add(11, f"{path}.{name} is missing", doubt=[path], where=self._origin(f"{path}._target_"),
-                          why=f"{target} needs it", next=f"{path}.{name}=<{type_name(key.type)}>")
+                self._add(
+                    11, f"{path}.{name} is missing",
+                    doubt=[path],
+                    where=self._origin(f"{path}._target_"),
+                    why=f"{target} needs it",
+                    next=f"{path}.{name}=<{type_name(key.type)}>")
         return clean
 
     def _argument(self, clean: Tree, path: str, name: str, value: Any, accepted: dict[str, Key]) -> None:
         key = f"{path}.{name}"
         if name in accepted and name in SIZES:
-            self._add(10, f"{key} is set by model.{name}", doubt=[key], where=self._origin(key),
-                      why="a size that several parts share is written once", next=f"model.{name}={show(value)}")
+            self._add(
+                10, f"{key} is set by model.{name}",
+                doubt=[key],
+                where=self._origin(key),
+                why="a size that several parts share is written once",
+                next=f"model.{name}={show(value)}")
         elif name in accepted:
             self._fit(clean, name, key, value)
         else:
             siblings = {known: record for known, record in self.keys.items() if known.startswith(f"{path}.")}
             others = [] if self.recorded else options_with(path.partition(".")[0], name)
-            near = [] if self.recorded or others else nearest_keys(key, siblings) or nearest_keys(key, self.keys)
+            near = []
+            if not self.recorded and not others:
+                near = nearest_keys(key, siblings) or nearest_keys(key, self.keys)
             takes = ", ".join(name for name in accepted if name not in SIZES) or "no arguments"
-            self._add(9, f"unknown key {key}", doubt=near, where=self._origin(key),
-                      why=f"{clean['_target_'].rpartition('.')[2]} takes {takes}",
-                      next=_lines([*(f"{option} {key}={show(value)}" for option in others), *(str(self.keys[known]) for known in near)])
-                      or f"leave {key} out")
+            self._add(
+                9, f"unknown key {key}",
+                doubt=near,
+                where=self._origin(key),
+                why=f"{clean['_target_'].rpartition('.')[2]} takes {takes}",
+                next=_lines([*(f"{option} {key}={show(value)}" for option in others),
+                             *(str(self.keys[known]) for known in near)]) or f"leave {key} out")
 
     # --- where a value was written
 
@@ -280,7 +312,7 @@ class _Finisher:
         return self._override(path) or self._file(path)
 
     def _origin_of_rule(self, paths: Sequence[str]) -> str:
-        """All overrides that take part; without one, where the first key was written."""
+        """Name all overrides that take part; without any, the file that sets the first key."""
         choices, values = self.command
         texts = [given.text for path in paths for key, given in values.items() if _covers(key, path)]
         for path in paths:
@@ -305,23 +337,24 @@ class _Finisher:
 
 
 def _whole_number(value: Any) -> int | None:
-    """The number that 1e3 and '1000' mean."""
+    """Return the integer that 1e3 and '1000' mean."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return int(value) if isinstance(value, str) and value.isdecimal() else None
 
 
 def _escaped(tree: Any, literal: set[str], prefix: str = "") -> Any:
-    """A copy in which OmegaConf takes the leaves at these paths for plain text."""
+    """Copy a tree so that OmegaConf takes the leaves at these paths for plain text."""
     if isinstance(tree, dict):
-        return {name: _escaped(value, literal, f"{prefix}.{name}" if prefix else name) for name, value in tree.items()}
+        return {name: _escaped(value, literal, f"{prefix}.{name}" if prefix else name)
+                for name, value in tree.items()}
     if prefix in literal and isinstance(tree, str):
         return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", tree)
     return tree
 
 
 def _part_keys(tree: Tree) -> dict[str, Key]:
-    """The arguments of the parts that are chosen, by path."""
+    """List the arguments of the chosen parts by path."""
     found = {}
     for path, node in _part_nodes(tree):
         try:
@@ -335,7 +368,7 @@ def _part_keys(tree: Tree) -> dict[str, Key]:
 
 
 def options_with(section: str, argument: str) -> list[str]:
-    """The options of a group whose part takes an argument; none of `loss`, whose options add up."""
+    """List the options of a group whose part takes an argument; none of `loss`, whose options add up."""
     found = []
     for option in group_options().get(section, []) if section != "loss" else []:
         target = str(load(config_dir() / section / f"{option}.yaml").get("_target_"))
@@ -350,7 +383,8 @@ def _part_nodes(tree: Tree) -> Iterator[tuple[str, Tree]]:
     for section, cls in schema_sections().items():
         node = tree.get(section)
         if cls is dict and isinstance(node, dict):
-            nodes = {section: node} if section != "loss" else {f"loss.{name}": part for name, part in node.items()}
+            losses = {f"loss.{name}": part for name, part in node.items()}
+            nodes = losses if section == "loss" else {section: node}
             yield from ((path, part) for path, part in nodes.items() if isinstance(part, dict))
 
 

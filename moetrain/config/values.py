@@ -1,12 +1,15 @@
-"""Plain values against declared types: the keys of the schema, what fits them, and the way into the dataclasses.
+"""Values and declared types: keys of the schema, values that fit them, and the conversion to dataclasses.
 
-    int      a whole number; True is not one        float    any number
-    str      text; a number in yaml is text too     list[x]  every entry fits x
-    dict[str, x]  names, and a value that fits x for each: one key, whose names are the user's
-    x | None null or x                              Literal  one of the values; yaml's `off` is "off" where that is one
+    int             a whole number; True is not one
+    float           any number
+    str             text; a number in yaml is text too
+    list[x]         every entry fits x
+    dict[str, x]    one key with names of the user's, and a value that fits x for each
+    x | None        null or x
+    Literal         one of the values; yaml's `off` is "off" where that is one of them
 
-Used for the schema (config/schema.py) and for the arguments of parts (config/build.py). Where values come from, and
-the errors a user sees, are config/compose.py.
+Used for the schema (config/schema.py) and for the arguments of parts (config/build.py). config/compose.py
+says where values come from; config/tree.py words the errors that a user sees.
 """
 
 import os
@@ -18,17 +21,14 @@ from moetrain.config.schema import Config
 
 
 class Key(NamedTuple):
-    """One key a user may set. `default` is MISSING where it must be given.
-
-    is_path: whether its value is a path. bounds: what a number must be, as config/bounds.py reads it.
-    """
+    """One key that a user may set."""
 
     path: str
     type: Any
-    default: Any
+    default: Any                 # MISSING where it must be given
     help: str
-    is_path: bool = False
-    bounds: str = ""
+    is_path: bool = False        # whether its value is a path
+    bounds: str = ""             # of a number, as a phrase of config/bounds.py
 
     def __str__(self) -> str:
         default = "" if self.default is MISSING else f", default {show(self.default)}"
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 class Misfit(ValueError):
-    """A value that does not fit; `choices` when it had the right type but is not one of the allowed values."""
+    """A value that does not fit its type; `choices` has the allowed values where only the value is wrong."""
 
     def __init__(self, value: Any, type: Any, choices: tuple = ()) -> None:
         self.choices = choices
@@ -45,13 +45,17 @@ class Misfit(ValueError):
 
 
 def schema_sections() -> dict[str, type]:
-    """Name to dataclass, or `dict` for the sections that hold parts (`router`, `capacity`, `balance`, `planner`, `loss`)."""
+    """List the sections with their dataclass, or `dict` where a section holds parts.
+
+    Those are `router`, `capacity`, `balance`, `planner` and `loss`.
+    """
     hints = get_type_hints(Config)
-    return {field.name: hints[field.name] if is_dataclass(hints[field.name]) else dict for field in fields(Config)}
+    kinds = {field.name: hints[field.name] for field in fields(Config)}
+    return {name: kind if is_dataclass(kind) else dict for name, kind in kinds.items()}
 
 
 def schema_keys() -> dict[str, Key]:
-    """Every key of the schema by path, in the order of the schema. Arguments of parts are not among them."""
+    """List every key of the schema by path, in its order. Arguments of parts are not among them."""
     found = {}
     for section, cls in schema_sections().items():
         if cls is dict:
@@ -66,7 +70,7 @@ def schema_keys() -> dict[str, Key]:
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """The value as `kind`, or Misfit. Only loss-free conversions: whole number to float, a number to text."""
+    """Convert a value to `kind` without loss, as an integer to float or a number to text; or raise Misfit."""
     origin = get_origin(kind)
     if kind is Any:
         return value
@@ -96,12 +100,12 @@ def fit(value: Any, kind: Any) -> Any:
 
 
 def expanded(path: str) -> str:
-    """A path whose leading `~` is the home directory: a shell leaves it alone behind a `=`."""
+    """Expand a leading `~` to the home directory, which a shell does not do after a `=`."""
     return os.path.expanduser(path)
 
 
 def to_config(tree: dict[str, Any]) -> Config:
-    """The dataclasses of a tree that holds known keys and fitting values only."""
+    """Make the dataclasses of a tree that holds only known keys and fitting values."""
     parts = {}
     for section, cls in schema_sections().items():
         if section in tree:
@@ -110,12 +114,12 @@ def to_config(tree: dict[str, Any]) -> Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every leaf of a config by path. A list is a leaf."""
+    """List every leaf of a config by path. A list is a leaf."""
     return dict(leaves(asdict(config)))
 
 
 def leaves(tree: Any, prefix: str = "") -> Any:
-    """(path, value) of every leaf of nested mappings; an empty mapping is a leaf."""
+    """Yield (path, value) of every leaf of nested mappings; an empty mapping is a leaf."""
     for name, value in tree.items():
         path = f"{prefix}.{name}" if prefix else str(name)
         if isinstance(value, dict) and value:
@@ -125,7 +129,7 @@ def leaves(tree: Any, prefix: str = "") -> Any:
 
 
 def type_name(kind: Any) -> str:
-    """A type in the user's words: `int or null`, `list of float`, `off|offline|online`."""
+    """Name a type in a user's words: `int or null`, `list of float`, `off|offline|online`."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(member) for member in get_args(kind))
@@ -141,7 +145,7 @@ def type_name(kind: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """Write a value as it is typed on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

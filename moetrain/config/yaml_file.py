@@ -1,8 +1,8 @@
-"""Read a yaml file whose author is unknown: a run's config.yaml may have come with somebody else's checkpoint.
+"""Read a yaml file of unknown origin: a run's config.yaml may have come with a stranger's checkpoint.
 
-`load` is the only reader of yaml besides Hydra, which reads conf/. Size, depth and aliases are counted on the parser's
-events, before an object is made of them: an alias stands for as many values as what it names, so that nine lines cannot
-become a billion values. References `${...}` are plain text here.
+`load` is the only reader of yaml besides Hydra, which reads conf/. Size, depth and aliases are counted on the
+parser's events, before objects exist. An alias counts as many values as its anchor holds, so that nine lines
+cannot become a billion values. References `${...}` are plain text here.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from typing import Any
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.files import read_text, reason, shown
 
-# A resolved config has about 6 kB, 200 values, and is 3 deep.
+# A resolved config has about 6 kB and 200 values, 3 deep.
 MOST_BYTES = 1 << 16
 MOST_VALUES = 20_000
 MOST_DEPTH = 32
 
 
 class Refused(ValueError):
-    """What keeps a text from being a config."""
+    """Reason why a text is no config."""
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The mapping that a yaml file holds, made of plain values; ConfigErrors when it holds anything else."""
+    """Read the mapping of plain values in a yaml file; ConfigErrors where it holds anything else."""
     from yaml import YAMLError
 
     try:
@@ -37,11 +37,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The mapping in a yaml text. Raises YAMLError, or ValueError with a reason."""
+    """Read the mapping in a yaml text. Raises YAMLError, or ValueError with a reason."""
     import yaml
 
-    # Private, and the only way to read a file exactly as Hydra does: 1e-3 is a number, a date is text, no key twice.
-    from omegaconf._utils import get_yaml_loader  # seen in omegaconf 2.3
+    # A private name of omegaconf 2.3, and the only way to read a file exactly as Hydra does: 1e-3 is a
+    # number, a date is text, and no key occurs twice.
+    from omegaconf._utils import get_yaml_loader
 
     loader = get_yaml_loader()
     _bounded(yaml.parse(text, Loader=loader))
@@ -52,7 +53,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def _bounded(events: Any) -> None:
-    """Refuse what would take too long, or never end, once aliases are filled in."""
+    """Refuse a document that is too large or endless once its aliases are expanded."""
     from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
 
     named: dict[str, list[int]] = {}                         # anchor -> [values, depth]
@@ -60,8 +61,9 @@ def _bounded(events: Any) -> None:
     for event in events:
         if isinstance(event, AliasEvent):
             if any(event.anchor == anchor for anchor, _ in unfinished):
-                raise Refused(f"{shown(event.anchor, 40)} refers to itself (line {event.start_mark.line + 1})")
-            node = named.get(event.anchor, [1, 0])           # the composer reports one that is not defined
+                line = event.start_mark.line + 1
+                raise Refused(f"{shown(event.anchor, 40)} refers to itself (line {line})")
+            node = named.get(event.anchor, [1, 0])  # the composer reports an undefined anchor
         elif isinstance(event, CollectionStartEvent):
             unfinished.append((event.anchor, [1, 0]))
             node = None
@@ -83,9 +85,9 @@ def _bounded(events: Any) -> None:
 
 
 def plain(node: Any) -> Any:
-    """A copy that shares nothing, of mappings with text as keys, lists, text, numbers, true, false and null.
+    """Copy mappings with text as keys, lists, text, numbers, true, false and null; the copy shares nothing.
 
-    Refused where it holds anything else, too much, or is nested too deep.
+    Raises Refused where the node holds anything else, too much, or is nested too deep.
     """
     return _plain(node, iter(range(MOST_VALUES)), MOST_DEPTH)
 

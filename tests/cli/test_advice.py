@@ -32,7 +32,8 @@ def commands(text: str) -> list[list[str]]:
 
 def works(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the command does what it says; training, jobs and what needs a checkpoint are composed and checked alone."""
-    monkeypatch.setattr(subprocess, "run", lambda *arguments, **how: subprocess.CompletedProcess([], 0, "", ""))  # jobs of a sweep, sinfo
+    monkeypatch.setattr(subprocess, "run", lambda *arguments,
+                        **how: subprocess.CompletedProcess([], 0, "", ""))  # jobs of a sweep, sinfo
     verb = words[0]
     if verb == "train":
         return main([*words, *([] if "--help" in words else ["--cfg", "job"])]) == 0
@@ -42,17 +43,21 @@ def works(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
 
 
 @pytest.mark.parametrize("page", ["", *VERBS])
-def test_examples_of_the_help_pages(page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_examples_of_the_help_pages(page: str, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture) -> None:
     assert main([*([page] if page else []), "--help"]) == 0
-    found = commands("\n".join(re.findall(r"^ {2,}(moetrain [a-z].*)$", capsys.readouterr().out, re.MULTILINE)))
+    found = commands("\n".join(re.findall(r"^ {2,}(moetrain [a-z].*)$", capsys.readouterr().out,
+                                          re.MULTILINE)))
     assert found or page not in ("", "train", "slurm")
     for words in found:
         assert works(words, monkeypatch), (words, capsys.readouterr())
 
 
 @pytest.mark.parametrize("argv, least", [
-    (["trian"], 1), (["data", "prepar"], 1), (["train", "--nope"], 1), (["eval", "none", "run.nmae=x"], 0), (["report", "none"], 0),
-    (["train", "optim.lrr=1"], 0), (["train", "router._target_=x"], 0), (["slurm", "--nodes=x"], 0), (["train", "zzzzzz=1"], 1)])
+    (["trian"], 1), (["data", "prepar"], 1), (["train", "--nope"], 1), (["eval", "none", "run.nmae=x"], 0),
+    (["report", "none"], 0),
+    (["train", "optim.lrr=1"], 0), (["train", "router._target_=x"], 0), (["slurm", "--nodes=x"], 0),
+    (["train", "zzzzzz=1"], 1)])
 def test_commands_in_the_last_line_of_errors(argv: list[str], least: int, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture) -> None:
     assert main(argv) == 2

@@ -57,8 +57,10 @@ def test_verify_names_every_damaged_file_and_leaves_with_13(run_dir, capsys):
 
 
 @pytest.mark.parametrize("argv, code", [
-    (["inspect"], "E-CONFIG-053"), (["inspect", "a", "b"], "E-CONFIG-053"), (["inspect", "--tensors"], "E-CONFIG-053"),
-    (["checkpoint", "verify"], "E-CONFIG-053"), (["checkpoint"], "E-CONFIG-042"), (["checkpoint", "verfy", "x"], "E-CONFIG-042"),
+    (["inspect"], "E-CONFIG-053"), (["inspect", "a", "b"], "E-CONFIG-053"),
+    (["inspect", "--tensors"], "E-CONFIG-053"),
+    (["checkpoint", "verify"], "E-CONFIG-053"), (["checkpoint"], "E-CONFIG-042"),
+    (["checkpoint", "verfy", "x"], "E-CONFIG-042"),
     (["inspect", "no-such-run"], "E-CONFIG-015"), (["checkpoint", "verify", "no-such-run"], "E-CONFIG-015"),
 ])
 def test_mistakes_are_named(argv, code, capsys):
@@ -85,7 +87,8 @@ def test_foreign_facts_do_not_stop_inspect(run_dir, capsys):
 
     directory = run_dir / "checkpoints/step-00000003"
     manifest = read_manifest(directory)
-    for facts in ({}, {"time": "x", "mesh": 3, "config": []}, json.loads('{"config": {"model": {"dim": 5}}}')):
+    for facts in ({}, {"time": "x", "mesh": 3, "config": []},
+                  json.loads('{"config": {"model": {"dim": 5}}}')):
         manifest.facts = facts
         (directory / NAME).write_bytes(manifest.encode())
         assert main(["inspect", str(directory)]) == 0

@@ -16,7 +16,9 @@ from moetrain.errors import Preempted
 from tests.support.captured_command import ROOT, moetrain
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "--help", "router"], ["train", "optim.lrr=1"], ["eval", "run.name=none"], ["version"],
+@pytest.mark.parametrize("argv",
+                         [["--help"], ["train", "--help"], ["train", "--help", "router"],
+                          ["train", "optim.lrr=1"], ["eval", "run.name=none"], ["version"],
                                   ["train", "--cfg", "job"]])
 def test_help_and_errors_need_no_torch(argv: list[str], tmp_path: Path) -> None:
     done = moetrain(*argv, cwd=tmp_path, python=("-X", "importtime"))
@@ -27,7 +29,8 @@ def test_help_and_errors_need_no_torch(argv: list[str], tmp_path: Path) -> None:
 
 def test_help_lists_verbs_and_promised_keys(tmp_path: Path) -> None:
     done = moetrain("--help", cwd=tmp_path)
-    assert done.returncode == 0 and all(word in done.stdout for word in (*VERBS, *FIRST_KEYS, "model=", "experiment="))
+    assert done.returncode == 0 and all(word in done.stdout
+                                        for word in (*VERBS, *FIRST_KEYS, "model=", "experiment="))
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -45,7 +48,8 @@ def test_train_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixtu
 
 
 def test_every_page_of_help_fits_a_terminal(capsys: pytest.CaptureFixture) -> None:
-    for argv in ([], *([verb, "--help"] for verb in VERBS if verb != "version"), *(["train", "--help", page] for page in (*pages(), "logging"))):
+    for argv in ([], *([verb, "--help"] for verb in VERBS if verb != "version"),
+                 *(["train", "--help", page] for page in (*pages(), "logging"))):
         assert main(argv) == 0
         text = capsys.readouterr().out
         assert text.strip() and max(map(len, text.splitlines())) <= 80, argv
@@ -54,10 +58,14 @@ def test_every_page_of_help_fits_a_terminal(capsys: pytest.CaptureFixture) -> No
 
 
 @pytest.mark.parametrize("argv, text", [
-    (["train", "experiment=debug", "optim.lr=1", "--help"], "Keys to know first"), (["train", "mine", "--help", "loss=[z]"], "Keys to know first"),
-    (["train", "optim", "-h"], "optim=muon"), (["train", "--help", "optim.lr"], "peak learning rate"), (["help", "train"], "Keys to know first"),
-    (["help"], "first steps"), (["--help", "train", "optim"], "optim=muon"), (["train", "--help", "loss.z.weight"], "loss.z.weight=")])
-def test_help_is_given_wherever_it_is_asked_for(argv: list[str], text: str, capsys: pytest.CaptureFixture) -> None:
+    (["train", "experiment=debug", "optim.lr=1", "--help"], "Keys to know first"),
+    (["train", "mine", "--help", "loss=[z]"], "Keys to know first"),
+    (["train", "optim", "-h"], "optim=muon"), (["train", "--help", "optim.lr"], "peak learning rate"),
+    (["help", "train"], "Keys to know first"),
+    (["help"], "first steps"), (["--help", "train", "optim"], "optim=muon"),
+    (["train", "--help", "loss.z.weight"], "loss.z.weight=")])
+def test_help_is_given_wherever_it_is_asked_for(argv: list[str], text: str,
+                                                capsys: pytest.CaptureFixture) -> None:
     assert main(argv) == 0
     assert text in capsys.readouterr().out
 
@@ -67,7 +75,9 @@ def test_a_page_that_is_not_there_leads_to_the_key(capsys: pytest.CaptureFixture
     assert "moetrain train --help optim.lr" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [["train"], ["train", "-m", "run.seed=1,2"], ["eval", "mine"], ["generate", "mine"], ["data", "prepare"],
+@pytest.mark.parametrize("verb",
+                         [["train"], ["train", "-m", "run.seed=1,2"], ["eval", "mine"], ["generate", "mine"],
+                          ["data", "prepare"],
                                   ["slurm", "--dry-run"]])
 def test_a_folder_that_is_gone_is_named(verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         capsys: pytest.CaptureFixture) -> None:
@@ -91,7 +101,8 @@ def test_a_broken_file_of_conf_leaves_help(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_config_errors_come_together_and_leave_nothing_behind(tmp_path: Path) -> None:
-    done = moetrain("train", "optim.lrr=1", "run.steps=abc", "model=deubg", "parallel=ep", "run.nproc=3", cwd=tmp_path)
+    done = moetrain("train", "optim.lrr=1", "run.steps=abc", "model=deubg", "parallel=ep", "run.nproc=3",
+                    cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert [line[:12] for line in done.stderr.splitlines() if line.startswith("E-")] == [
         "E-CONFIG-002", "E-CONFIG-004", "E-CONFIG-003", "E-CONFIG-035"]
@@ -106,15 +117,19 @@ def test_an_error_is_printed_once_and_debug_shows_the_traceback(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("argv, text", [
-    (["trian"], "moetrain train"), (["data"], "moetrain data prepare"), (["data", "prepar"], "moetrain data prepare"),
-    (["report"], "moetrain report <"), (["report", "none"], "experiment=debug"), (["train", "--cfg", "hydra"], "--cfg job"),
+    (["trian"], "moetrain train"), (["data"], "moetrain data prepare"),
+    (["data", "prepar"], "moetrain data prepare"),
+    (["report"], "moetrain report <"), (["report", "none"], "experiment=debug"),
+    (["train", "--cfg", "hydra"], "--cfg job"),
     (["generate", "run.name=none"], "experiment=debug"), (["data", "prepare", "data.pth=x"], "data.path"),
-    (["data", "prepare", "data=synthetic"], "data=text"), (["train", "model"], "choose model from"), (["train", "run"], "run.<key>=<value>"),
+    (["data", "prepare", "data=synthetic"], "data=text"), (["train", "model"], "choose model from"),
+    (["train", "run"], "run.<key>=<value>"),
     (["train", "run=mine"], "run.name=mine"), (["train", "run.steps=1e3"], "run.steps=1e3 is not int"),
     (["train", "run.steps='7'"], "try     run.steps=7"), (["train", "5"], "try     moetrain train --help"),
     (["train", "--optim.lr=1"], "try     optim.lr=1"), (["train", "x"], "try     moetrain train --help"),
     (["train", "-m", "run.seed=1,2", "optim.lrr=1"], "optim.lr")])
-def test_wrong_commands_say_what_to_type(argv: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_wrong_commands_say_what_to_type(argv: list[str], text: str, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
@@ -160,7 +175,8 @@ def test_status_says_how_training_ended(tmp_path: Path, monkeypatch: pytest.Monk
             raise Preempted(1, "stopped", where="step 7", why="SIGTERM", next="the same command")
 
     monkeypatch.chdir(tmp_path)
-    for name, member in (("train.loop", types.SimpleNamespace(train=train)), ("report.loads", types.SimpleNamespace(draw_loads=print))):
+    for name, member in (("train.loop", types.SimpleNamespace(train=train)),
+                         ("report.loads", types.SimpleNamespace(draw_loads=print))):
         monkeypatch.setitem(sys.modules, f"moetrain.{name}", member)
     for seed, code in ((0, 0), (1, 10)):
         assert main(["train", "experiment=debug", f"run.seed={seed}"]) == code

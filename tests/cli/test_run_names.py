@@ -10,8 +10,10 @@ from moetrain.errors import ConfigErrors
 
 # What each verb does with a run that has a config and nothing else; {run} is its directory, as the verb says it.
 ASKED = {
-    "train": (["--cfg", "job"], 0, "steps: 7"), "slurm": (["--dry-run"], 0, "{run}/log"), "data prepare": ([], 2, "E-CONFIG-044"),
-    "eval": ([], 13, "{run}/checkpoints"), "generate": (["data=text"], 13, "{run}/checkpoints"), "report": ([], 12, "{run}"),
+    "train": (["--cfg", "job"], 0, "steps: 7"), "slurm": (["--dry-run"], 0, "{run}/log"),
+    "data prepare": ([], 2, "E-CONFIG-044"),
+    "eval": ([], 13, "{run}/checkpoints"), "generate": (["data=text"], 13, "{run}/checkpoints"),
+    "report": ([], 12, "{run}"),
     "inspect": ([], 13, "{run}/checkpoints"), "checkpoint verify": ([], 13, "{run}/checkpoints")}
 FORMS = {"runs/mine": ["mine", "run.name=mine"],
          "far/it's mine": ["far/it's mine", "run.dir=far/it's mine"]}
@@ -27,11 +29,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("place, form", [(place, form) for place, forms in FORMS.items() for form in forms])
-def test_every_verb_takes_every_form(place: str, form: str, here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_every_verb_takes_every_form(place: str, form: str, here: Path,
+                                     capsys: pytest.CaptureFixture) -> None:
     assert {verb.split()[0] for verb in ASKED} == set(VERBS) - {"version"}
     for verb, (more, code, said) in ASKED.items():
         # As a key, train and its like begin a run of that name: the options are typed again.
-        again = ["experiment=debug", "run.steps=7"] if "=" in form and verb in ("train", "slurm", "data prepare") else []
+        again = ["experiment=debug",
+                 "run.steps=7"] if "=" in form and verb in ("train", "slurm", "data prepare") else []
         assert main([*verb.split(), *again, form, *more]) == code, (verb, capsys.readouterr())
         out, err = capsys.readouterr()
         assert said.format(run=place) in (out + err).replace("'\"'\"'", "'"), (verb, out, err)
@@ -64,7 +68,8 @@ def test_one_command_is_about_one_run(words: list[str], here: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [
-    ["run.steps=1,2", "run.dir=x", "run.name=a,b"], ["run.name=a,a"], ["run.dir=x,./x/"], ["run.name=a,b", "run.dir=runs/a,runs/b"]])
+    ["run.steps=1,2", "run.dir=x", "run.name=a,b"], ["run.name=a,a"], ["run.dir=x,./x/"],
+    ["run.name=a,b", "run.dir=runs/a,runs/b"]])
 def test_two_runs_of_a_sweep_with_one_directory_are_refused_before_the_first(words: list[str], here: Path,
                                                                             capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "-m", "experiment=debug", *words]) == 2

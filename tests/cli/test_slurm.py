@@ -31,12 +31,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_script_holds_the_settings(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    text = printed(capsys, "--nodes", "2", "--gpus-per-node=4", "--time", "1-00:00:00", "--partition=gpu", "--account", "me", "--lead=120",
+    text = printed(capsys, "--nodes", "2", "--gpus-per-node=4", "--time", "1-00:00:00", "--partition=gpu",
+                   "--account", "me", "--lead=120",
                    "--exclusive", "--qos=long", *RUN)
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
-    assert options == ["--job-name=debug", "--nodes=2", "--ntasks-per-node=1", "--time=1-00:00:00", "--partition=gpu",
-                       "--account=me", "--signal=USR1@120", "--requeue", "--open-mode=append", f"--chdir={tmp_path}",
-                       f"--output={tmp_path}/runs/debug/log/slurm-%j.log", "--gpus-per-node=4", "--exclusive", "--qos=long"]
+    assert options == ["--job-name=debug", "--nodes=2", "--ntasks-per-node=1", "--time=1-00:00:00",
+                       "--partition=gpu",
+                       "--account=me", "--signal=USR1@120", "--requeue", "--open-mode=append",
+                       f"--chdir={tmp_path}",
+                       f"--output={tmp_path}/runs/debug/log/slurm-%j.log", "--gpus-per-node=4", "--exclusive",
+                       "--qos=long"]
     assert "export NPROC=4\n" in text and "scontrol requeue" in text and "srun" in text
     assert list(tmp_path.iterdir()) == []                # nothing is written
 
@@ -50,17 +54,21 @@ def test_the_script_is_valid_and_keeps_words_apart(capsys: pytest.CaptureFixture
     words = [*RUN, "run.name=two words", "loss=[z]", "data=text", "data.path=$(touch hit) ; touch hit"]
     text = printed(capsys, *words)
     settings = text.partition("python=")[0]
-    done = subprocess.run(["bash", "-euc", f"{settings}\nprintf '%s\\n' \"$@\""], text=True, capture_output=True, cwd=tmp_path)
+    done = subprocess.run(["bash", "-euc", f"{settings}\nprintf '%s\\n' \"$@\""], text=True,
+                          capture_output=True, cwd=tmp_path)
     assert done.stdout.splitlines() == words and not (tmp_path / "hit").exists()
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert f'#SBATCH --output="{tmp_path}/runs/two words/log/slurm-%j.log"' in text and '#SBATCH --job-name="two words"' in text
 
 
-def test_the_config_is_checked_for_the_ranks_of_the_job(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    error = refused(capsys, "--nodes=3", "--gpus-per-node=8", "--lead=soon", "--nproc-per-node", *RUN, "optim.lrr=1")
+def test_the_config_is_checked_for_the_ranks_of_the_job(capsys: pytest.CaptureFixture,
+                                                        tmp_path: Path) -> None:
+    error = refused(capsys, "--nodes=3", "--gpus-per-node=8", "--lead=soon", "--nproc-per-node", *RUN,
+                    "optim.lrr=1")
     assert "24 ranks" in error and "E-CONFIG-003" in error and error.count("E-CONFIG-049") == 2
     assert list(tmp_path.iterdir()) == []
-    assert "#SBATCH --nodes=3" in printed(capsys, "--nodes=3", "parallel=ddp", "experiment=debug", "train.global_batch=9")
+    assert "#SBATCH --nodes=3" in printed(capsys, "--nodes=3", "parallel=ddp", "experiment=debug",
+                                          "train.global_batch=9")
 
 
 def test_ranks_are_those_of_the_nodes(capsys: pytest.CaptureFixture) -> None:
@@ -70,9 +78,12 @@ def test_ranks_are_those_of_the_nodes(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("words", [
-    ["--gpus-per-node=8"], ["--gpus-per-node=h100:8"], ["--gres=gpu:8"], ["--gres=gpu:h100:8"], ["--gres", "nvme:1,gpu:h100:8"],
-    ["--gres=gres/gpu:8"], ["--gpus=16"], ["--gpus", "h100:16"], ["-G", "16"], ["-G16"], ["--gpus-per-task=8"],
-    ["--tres-per-task=cpu=64,gres/gpu=8"], ["--tres-per-node=gres/gpu:h100:8"], ["--gpus=16", "--gpus-per-node=8"]], ids=" ".join)
+    ["--gpus-per-node=8"], ["--gpus-per-node=h100:8"], ["--gres=gpu:8"], ["--gres=gpu:h100:8"],
+    ["--gres", "nvme:1,gpu:h100:8"],
+    ["--gres=gres/gpu:8"], ["--gpus=16"], ["--gpus", "h100:16"], ["-G", "16"], ["-G16"],
+    ["--gpus-per-task=8"],
+    ["--tres-per-task=cpu=64,gres/gpu=8"], ["--tres-per-node=gres/gpu:h100:8"],
+    ["--gpus=16", "--gpus-per-node=8"]], ids=" ".join)
 def test_ranks_follow_from_every_way_to_ask_for_gpus(words: list[str]) -> None:
     job, errors = parse([*words, "-N", "2"], {})
     assert (job.nproc, job.ranks, errors) == (8, 16, [])
@@ -88,12 +99,15 @@ def test_the_config_is_checked_for_gpus_asked_for_by_gres(capsys: pytest.Capture
 
 def test_gpus_that_the_environment_asks_for_are_counted() -> None:
     assert parse([], {"SBATCH_GRES": "gpu:4"})[0].nproc == 4
-    assert parse(["--gres=gpu:2"], {"SBATCH_GRES": "gpu:4"})[0].nproc == 2          # what is typed wins, as in sbatch
+    assert parse(["--gres=gpu:2"],
+                 {"SBATCH_GRES": "gpu:4"})[0].nproc == 2          # what is typed wins, as in sbatch
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--gpus=15", "--nodes=2"], "all 2 nodes"), (["--gpus-per-socket=4"], "does not follow"), (["--ntasks-per-gpu=1"], "does not follow"),
-    (["--gres=gpu:8", "--gpus-per-node=4"], "--gres=gpu:8 means 8"), (["--gres=gpu:many"], None), (["--gpus=8k"], "cannot be read")])
+    (["--gpus=15", "--nodes=2"], "all 2 nodes"), (["--gpus-per-socket=4"], "does not follow"),
+    (["--ntasks-per-gpu=1"], "does not follow"),
+    (["--gres=gpu:8", "--gpus-per-node=4"], "--gres=gpu:8 means 8"), (["--gres=gpu:many"], None),
+    (["--gpus=8k"], "cannot be read")])
 def test_gpus_that_make_no_number_of_ranks_are_refused(words: list[str], said: str | None) -> None:
     job, errors = parse(words, {})
     assert [error.id for error in errors] == (["E-CONFIG-049"] if said else [])
@@ -117,7 +131,8 @@ def test_a_job_takes_its_share_of_a_node(words: list[str], expected: list[str], 
     assert resource_options(job, node_shapes(job.values.get("--partition"))) == expected
 
 
-def test_without_sinfo_it_is_said_that_nothing_is_known(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+def test_without_sinfo_it_is_said_that_nothing_is_known(capsys: pytest.CaptureFixture,
+                                                        monkeypatch: pytest.MonkeyPatch,
                                                         tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["slurm", "--dry-run", *RUN]) == 0
@@ -127,11 +142,13 @@ def test_without_sinfo_it_is_said_that_nothing_is_known(capsys: pytest.CaptureFi
 
 def test_a_prologue_and_a_container(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     (tmp_path / "two words.sh").write_text("export NCCL_DEBUG=INFO\n")
-    text = printed(capsys, "--setup", "two words.sh", "--container-image=nvcr.io/x:1", "--container-mounts=/my data:/data", *RUN)
+    text = printed(capsys, "--setup", "two words.sh", "--container-image=nvcr.io/x:1",
+                   "--container-mounts=/my data:/data", *RUN)
     settings = text.partition("python=")[0]
     shown = "printf '%s\\n' \"$SETUP\" \"$PYTHON\" \"${step_options[@]}\""
     done = subprocess.run(["bash", "-euc", f"{settings}\n{shown}"], text=True, capture_output=True)
-    assert done.stdout.splitlines() == [f"{tmp_path}/two words.sh", "python3", "--container-image=nvcr.io/x:1",
+    assert done.stdout.splitlines() == [f"{tmp_path}/two words.sh", "python3",
+                                        "--container-image=nvcr.io/x:1",
                                         "--container-mounts=/my data:/data"]
     assert "#SBATCH --container" not in text             # the step runs in it, not the script
     assert "PYTHON=/opt/python\n" in printed(capsys, "--python=/opt/python", "--container-image=x", *RUN)
@@ -143,24 +160,29 @@ def test_a_sweep_is_one_array_job(capsys: pytest.CaptureFixture, tmp_path: Path)
     assert "#SBATCH --array=0-3%2\n" in text and "slurm-%A_%a.log" in text and "#SBATCH --job-name=debug\n" in text
     settings, found = text.partition("python=")[0], []
     for task in range(4):
-        done = subprocess.run(["bash", "-euc", f"{settings}\nprintf '%s\\n' \"$@\""], text=True, capture_output=True,
+        done = subprocess.run(["bash", "-euc", f"{settings}\nprintf '%s\\n' \"$@\""], text=True,
+                              capture_output=True,
                               env={**os.environ, "SLURM_ARRAY_TASK_ID": str(task)})
         found.append(done.stdout.splitlines()[len(RUN):])
-    assert found == [[f"run.seed={seed}", f"optim.lr={lr}", f"run.name=debug-seed-{seed}-lr-{lr}"] for seed in (1, 2) for lr in (0.001, 0.002)]
+    assert found == [[f"run.seed={seed}", f"optim.lr={lr}",
+                      f"run.name=debug-seed-{seed}-lr-{lr}"] for seed in (1, 2) for lr in (0.001, 0.002)]
     assert refused(capsys, "-m", *RUN, "run.seed=1,2", "optim.lrr=1").count("E-CONFIG-003") == 1
     assert "E-CONFIG-012" in refused(capsys, *RUN, "run.seed=1,2")
 
 
 @pytest.mark.parametrize("word, said", [
-    ("-n2", "--option"), ("--ntasks=4", "the script sets it itself"), ("--signal=TERM@5", "the script sets it itself"),
-    ("--nodes=0", "whole number"), ("--nodes=x", "whole number"), ("--time", "takes a value"), ("--exclusive\n#SBATCH --uid=0", "--option"),
+    ("-n2", "--option"), ("--ntasks=4", "the script sets it itself"),
+    ("--signal=TERM@5", "the script sets it itself"),
+    ("--nodes=0", "whole number"), ("--nodes=x", "whole number"), ("--time", "takes a value"),
+    ("--exclusive\n#SBATCH --uid=0", "--option"),
     ("--time=1\n#SBATCH --uid=0", "takes a value")])
 def test_options_that_cannot_be(word: str, said: str, capsys: pytest.CaptureFixture) -> None:
     error = refused(capsys, *RUN, word)
     assert error.count("E-CONFIG-049") == 1 and said in error
 
 
-def test_without_slurm(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_slurm(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+                       tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     error = refused(capsys, *RUN)
     assert "E-CONFIG-047" in error and "--dry-run" in error and list(tmp_path.iterdir()) == []
@@ -185,7 +207,8 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "sbatch"
 
 
-def test_a_directory_that_cannot_be_written(capsys: pytest.CaptureFixture, sbatch: Path, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written(capsys: pytest.CaptureFixture, sbatch: Path,
+                                            tmp_path: Path) -> None:
     sbatch.write_text(f"#!/bin/sh\ntouch {shlex.quote(str(tmp_path))}/submitted\n")
     sbatch.chmod(0o755)
     (tmp_path / "file").write_text("")

@@ -21,7 +21,9 @@ IN_RANGES = [path for paths in RANGES.values() for path in paths]
 
 def numeric(key: Key) -> bool:
     kinds = {key.type, *get_args(key.type)}
-    return bool(kinds & {int, float, list[int], list[float]}) and not any(getattr(kind, "__origin__", None) is dict for kind in kinds)
+    return bool(kinds & {int, float, list[int],
+                         list[float]}) and not any(getattr(kind, "__origin__", None) is dict
+                                                   for kind in kinds)
 
 
 def parts() -> dict[str, dict[str, Key]]:
@@ -37,7 +39,8 @@ def parts() -> dict[str, dict[str, Key]]:
 
 def test_every_number_of_the_schema_has_bounds_and_its_default_is_inside() -> None:
     keys = schema_keys()
-    assert sorted(IN_RANGES) == sorted(path for path, key in keys.items() if numeric(key)), "write the key in config/rules/ranges.py"
+    assert sorted(IN_RANGES) == sorted(path for path,
+                                       key in keys.items() if numeric(key)), "write the key in config/rules/ranges.py"
     for text, paths in RANGES.items():
         for path in paths:
             default = keys[path].default if isinstance(keys[path].default, list) else [keys[path].default]
@@ -63,19 +66,25 @@ def test_no_key_takes_what_no_machine_holds(path: str) -> None:
 
 
 @pytest.mark.parametrize("text, inside, outside", [
-    ("1 or more", [1, 2**62], [0, math.nan, math.inf, 2**63]), ("-1 or more", [-1], [-2]), ("above 0", [1e-300, 5], [0, -1]),
-    ("from 1 to 99", [1, 99], [0, 100]), ("in (0, 1]", [0.5, 1], [0, 1.1]), ("in [0, 1)", [0, 0.9], [1, -0.1]),
+    ("1 or more", [1, 2**62], [0, math.nan, math.inf, 2**63]), ("-1 or more", [-1], [-2]),
+    ("above 0", [1e-300, 5], [0, -1]),
+    ("from 1 to 99", [1, 99], [0, 100]), ("in (0, 1]", [0.5, 1], [0, 1.1]),
+    ("in [0, 1)", [0, 0.9], [1, -0.1]),
     ("in [0, 1]", [0, 1], [1.01]), ("1 or more; divides num_experts", [1, 8], [0])])
 def test_phrases_mean_what_they_say(text: str, inside: list[float], outside: list[float]) -> None:
     bounds = parse(text)
     assert all(map(bounds.hold, inside)) and not any(map(bounds.hold, outside))
-    assert bounds.hold(bounds.example(None, whole=False)) and (bounds.high <= 1 or bounds.hold(bounds.example(None, whole=True)))
+    assert bounds.hold(bounds.example(None,
+                                      whole=False)) and (bounds.high <= 1
+                                                         or bounds.hold(bounds.example(None, whole=True)))
 
 
 @pytest.mark.parametrize("text, why", [
-    ("at least 1", "at least 1"), ("", "is no bounds"), ("1 or more;", "is no bounds"), ("1.2.3 or more", "1.2.3"),
+    ("at least 1", "at least 1"), ("", "is no bounds"), ("1 or more;", "is no bounds"),
+    ("1.2.3 or more", "1.2.3"),
     ("from 9 to 1", "no number is from 9 to 1"), ("in [1, 1)", "no number"), ("in (0, 1)", "is no bounds"),
-    ("1 or more; dvides num_experts", "no relation"), ("1 or more; divides dim", "divides num_experts, divides top_k")])
+    ("1 or more; dvides num_experts", "no relation"),
+    ("1 or more; divides dim", "divides num_experts, divides top_k")])
 def test_a_phrase_that_is_none_is_refused(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=re.escape(why)):
         parse(text)
@@ -94,9 +103,12 @@ NUMBERS = st.integers(-10**5, 10**5).map(lambda number: number / 1000) | st.samp
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(form=st.sampled_from(sorted(FORMS)), ends=st.tuples(NUMBERS, NUMBERS).filter(lambda ends: ends[0] < ends[1]),
-       value=NUMBERS | st.integers(), relation=st.sampled_from(["", "; divides num_experts", "; divides top_k"]))
-def test_a_phrase_holds_for_the_numbers_that_it_describes(form: str, ends: tuple, value: float, relation: str) -> None:
+@given(form=st.sampled_from(sorted(FORMS)),
+       ends=st.tuples(NUMBERS, NUMBERS).filter(lambda ends: ends[0] < ends[1]),
+       value=NUMBERS | st.integers(),
+       relation=st.sampled_from(["", "; divides num_experts", "; divides top_k"]))
+def test_a_phrase_holds_for_the_numbers_that_it_describes(form: str, ends: tuple, value: float,
+                                                          relation: str) -> None:
     phrase = form.format(low=ends[0], high=ends[1])
     bounds = parse(phrase + relation)
     assert bounds.text == phrase and bounds.divides == relation.removeprefix("; divides ")
@@ -118,8 +130,10 @@ def test_any_other_text_is_refused_with_a_reason(text: str) -> None:
 
 @pytest.mark.parametrize("path, key, phrase", [
     ("router=topk", "router.scale=-1", "above 0"), ("router=sigmoid", "router.update_rate=-1", "0 or more"),
-    ("capacity=prob", "capacity.min_capacity=-1", "0 or more"), ("balance=global", "balance.weight=-1", "0 or more"),
-    ("loss=[z]", "loss.z.weight=-1", "0 or more"), ("parallel=fssdp planner=llep", "planner.min_rows=0", "1 or more")])
+    ("capacity=prob", "capacity.min_capacity=-1", "0 or more"),
+    ("balance=global", "balance.weight=-1", "0 or more"),
+    ("loss=[z]", "loss.z.weight=-1", "0 or more"),
+    ("parallel=fssdp planner=llep", "planner.min_rows=0", "1 or more")])
 def test_a_part_outside_its_bounds_is_refused_with_key_value_and_bound(path: str, key: str, phrase: str) -> None:
     with pytest.raises(ConfigErrors) as caught:
         compose([*path.split(), key])

@@ -109,30 +109,40 @@ def test_arguments_are_read_without_import(tmp_path: Path, monkeypatch: pytest.M
         "import no_such_package\nfrom moetrain.base import Base\nclass Child(Base):\n    pass\nclass Free: ...\ndef make(size: int = 3): ...\n")
     of_topk = [name for name in compose([]).router if name != "_target_"]
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(module, "FAMILIES", {**FAMILIES, "router": Family("moetrain.parts", "moetrain.base.Base"),
-                                             "free": Family("moetrain.parts", "moetrain.parts.Free"), "make": Family("moetrain.parts", "moetrain.parts.make")})
+    monkeypatch.setattr(module, "FAMILIES",
+                        {**FAMILIES, "router": Family("moetrain.parts", "moetrain.base.Base"),
+                                             "free": Family("moetrain.parts", "moetrain.parts.Free"),
+                         "make": Family("moetrain.parts", "moetrain.parts.make")})
     found = arguments("moetrain.parts.Child", "router")
     assert {name: (key.type, key.default) for name, key in found.items()} == {
-        "a": (int, MISSING), "b": (float | None, None), "c": (Literal["x", "off"], "x"), "d": (list[int], [1]),
+        "a": (int, MISSING), "b": (float | None, None), "c": (Literal["x", "off"], "x"),
+        "d": (list[int], [1]),
         "e": (Any, None), "f": (Any, 2)}
-    assert list(arguments("moetrain.parts.make", "make")) == ["size"] and arguments("moetrain.parts.Free", "free") == {}
-    for target in ("moetrain.parts.Base", "moetrain.parts.no_such_package", "moetrain.none.X", "os.system", "X", ""):
+    assert list(arguments("moetrain.parts.make",
+                          "make")) == ["size"] and arguments("moetrain.parts.Free", "free") == {}
+    for target in ("moetrain.parts.Base", "moetrain.parts.no_such_package", "moetrain.none.X", "os.system",
+                   "X", ""):
         with pytest.raises(NoSuchPart):
             arguments(target, "router")
 
     def refused(*more: str) -> list[str]:
         with pytest.raises(ConfigErrors) as caught:
             compose(["router._target_=moetrain.parts.Child", *more])
-        return [error.id[-3:] + " " + error.what for error in caught.value.errors if error.what.startswith(("router", "unknown key r"))]
+        return [error.id[-3:] + " " + error.what for error in caught.value.errors
+                if error.what.startswith(("router", "unknown key r"))]
 
     assert refused() == [*(f"009 unknown key router.{name}" for name in of_topk), "011 router.a is missing"]
-    assert refused(*(f"~router.{name}" for name in of_topk), "router.a=x", "router.c=y") == ["004 router.a=x is not int", "005 router.c=y is not one of its values"]
+    assert refused(*(f"~router.{name}" for name in of_topk), "router.a=x",
+                   "router.c=y") == ["004 router.a=x is not int", "005 router.c=y is not one of its values"]
 
 
 @pytest.mark.parametrize("declared, why", [
-    ('{"p": "in (0, 1]"}', ""), ("dict(p='above 0')", "computed, not a literal"), ("{**Base.BOUNDS}", "computed, not a literal"),
-    ("['p']", "no attribute 'items'"), ('{"q": "above 0"}', "no argument 'q'"), ('{"p": "positive"}', "'positive' is no bounds"),
-    ('{"p": 3}', "int"), ('{"kind": "above 0"}', "kind is not annotated as a number"), ('{"p": "above 0; halves top_k"}', "is no relation"),
+    ('{"p": "in (0, 1]"}', ""), ("dict(p='above 0')", "computed, not a literal"),
+    ("{**Base.BOUNDS}", "computed, not a literal"),
+    ("['p']", "no attribute 'items'"), ('{"q": "above 0"}', "no argument 'q'"),
+    ('{"p": "positive"}', "'positive' is no bounds"),
+    ('{"p": 3}', "int"), ('{"kind": "above 0"}', "kind is not annotated as a number"),
+    ('{"p": "above 0; halves top_k"}', "is no relation"),
 ])
 @pytest.mark.parametrize("assigns", ["BOUNDS = ", "BOUNDS: dict[str, str] = "])
 def test_bounds_that_cannot_be_read_are_an_error_with_the_line(
@@ -143,11 +153,13 @@ def test_bounds_that_cannot_be_read_are_an_error_with_the_line(
         f"class Part(Base):\n    {assigns}{declared}\n    def __init__(self, p: float = 0.5, kind: Literal['a', 'b'] = 'a'): ...\n"
         f"class Same(Base):\n    BOUNDS = {{'n': '2 or more'}}\n")
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(module, "FAMILIES", {**FAMILIES, "router": Family("moetrain.parts", "moetrain.parts.Base")})
+    monkeypatch.setattr(module, "FAMILIES",
+                        {**FAMILIES, "router": Family("moetrain.parts", "moetrain.parts.Base")})
     assert arguments("moetrain.parts.Base", "router")["n"].bounds == "1 or more"
     assert arguments("moetrain.parts.Same", "router")["n"].bounds == "2 or more"
     if not why:
-        assert [key.bounds for key in arguments("moetrain.parts.Part", "router").values()] == ["in (0, 1]", ""]
+        assert [key.bounds for key in arguments("moetrain.parts.Part",
+                                                "router").values()] == ["in (0, 1]", ""]
         return
     with pytest.raises(ConfigError) as caught:
         arguments("moetrain.parts.Part", "router")
@@ -156,14 +168,17 @@ def test_bounds_that_cannot_be_read_are_an_error_with_the_line(
 
 
 @pytest.mark.parametrize("value, kind, result", [
-    (1, float, 1.0), (1, int, 1), ("x", str, "x"), (5, str, "5"), (None, int | None, None), ([1, 2], list[float], [1.0, 2.0]),
-    (3, int | list[int], 3), ([3], int | list[int], [3]), (False, Literal["off", "on"], "off"), (True, bool, True)])
+    (1, float, 1.0), (1, int, 1), ("x", str, "x"), (5, str, "5"), (None, int | None, None),
+    ([1, 2], list[float], [1.0, 2.0]),
+    (3, int | list[int], 3), ([3], int | list[int], [3]), (False, Literal["off", "on"], "off"),
+    (True, bool, True)])
 def test_what_fits(value: Any, kind: Any, result: Any) -> None:
     assert fit(value, kind) == result and type(fit(value, kind)) is type(result)
 
 
 @pytest.mark.parametrize("value, kind", [
-    (True, int), (False, float), (1.0, int), ("1", int), (None, int), (1, bool), ("true", bool), ([1.5], list[int]), (1, list[int]),
+    (True, int), (False, float), (1.0, int), ("1", int), (None, int), (1, bool), ("true", bool),
+    ([1.5], list[int]), (1, list[int]),
     (["a"], int | list[int]), ("c", Literal["a", "b"]), (True, Literal["off"]), (None, str), ({}, str)])
 def test_what_does_not_fit(value: Any, kind: Any) -> None:
     with pytest.raises(Misfit):

@@ -29,7 +29,8 @@ OPTIONS = [(group, option) for group, options in group_options().items() for opt
 COMPANIONS = {("data", "tokens"): ["data.path=shards"], ("data", "megatron"): ["data.path=prefix"],
               ("data", "memmap"): ["data.path=train.bin"],
               ("engine", "deepspeed"): ["parallel=ep", "run.nproc=2", "optim=adamw"],
-              **{(group, option): ["parallel=fssdp"] for group, option in OPTIONS if group in ("planner", "hardware")}}
+              **{(group, option): ["parallel=fssdp"] for group,
+                 option in OPTIONS if group in ("planner", "hardware")}}
 
 
 def errors_of(*overrides: str) -> list[ConfigError]:
@@ -64,9 +65,11 @@ def test_yaml_and_schema_have_the_same_defaults() -> None:
 
 def test_quickstart_is_the_measured_setting() -> None:
     config = compose(["experiment=quickstart"])
-    assert (config.run.name, config.run.steps, config.train.global_batch, config.train.seq_len) == ("quickstart", 800, 16, 128)
+    assert (config.run.name, config.run.steps, config.train.global_batch,
+            config.train.seq_len) == ("quickstart", 800, 16, 128)
     assert (config.model.dim, config.model.expert_dim, config.model.num_experts) == (128, 128, 8)
-    assert (config.optim.name, config.optim.schedule, config.optim.lr, config.optim.muon_lr) == ("muon", "wsd", 3e-3, 6e-3)
+    assert (config.optim.name, config.optim.schedule, config.optim.lr,
+            config.optim.muon_lr) == ("muon", "wsd", 3e-3, 6e-3)
     assert (config.data.mixture, config.eval.interval) == ("uniform", 500)
     compose(["experiment=quickstart", "parallel=ep", "run.nproc=2"])
 
@@ -75,7 +78,8 @@ def test_ones_own_text_is_trained_with_the_measured_setting() -> None:
     """By default: what is learned is all that differs from the quickstart."""
     own, measured = (flatten(compose(words)) for words in (["data.path=/my/text"], ["experiment=quickstart"]))
     different = {path for path in own if own[path] != measured[path]}
-    assert different == {"run.name", "data.path", "data.mixture", "eval.interval", "eval.windows", "log.interval"}
+    assert different == {"run.name", "data.path", "data.mixture", "eval.interval", "eval.windows",
+                         "log.interval"}
 
 
 def test_debug_stays_tiny() -> None:
@@ -85,7 +89,8 @@ def test_debug_stays_tiny() -> None:
 
 def test_the_command_line_wins_over_an_experiment() -> None:
     config = compose(["model=quickstart", "run.steps=7", "experiment=debug"])
-    assert (config.model.dim, config.run.steps, config.data.kind, config.log.wandb) == (128, 7, "synthetic", "off")
+    assert (config.model.dim, config.run.steps, config.data.kind,
+            config.log.wandb) == (128, 7, "synthetic", "off")
 
 
 @pytest.mark.parametrize("experiment", group_options()["experiment"])
@@ -103,7 +108,8 @@ def test_a_typed_option_leaves_the_rest_of_the_experiment() -> None:
     assert (config.log.wandb, config.run.steps, config.data.kind) == ("online", 20, "synthetic")
     assert compose(["logging=console", "experiment=debug"]).log.wandb == "auto"
     assert compose(["experiment=quickstart", "data.weights={code: 2}"]).data.mixture == "uniform"
-    assert compose(["experiment=quickstart", "data=text", "data.weights={code: 2}"]).data.mixture == "proportional"
+    assert compose(["experiment=quickstart", "data=text",
+                    "data.weights={code: 2}"]).data.mixture == "proportional"
 
 
 @pytest.mark.parametrize("group", group_options())
@@ -117,12 +123,15 @@ def test_nothing_is_no_option_but_for_groups_that_may_be_empty(group: str) -> No
 
 
 def test_every_default_may_be_typed() -> None:
-    assert compose([f"{path}={show(key.default) if key.default != '' else ''}" for path, key in schema_keys().items()]) == compose([])
+    assert compose([f"{path}={show(key.default) if key.default != '' else ''}" for path,
+                    key in schema_keys().items()]) == compose([])
 
 
 def test_values_of_every_kind() -> None:
-    config = compose(["optim.lr=1", "model.num_experts=[8,4]", "model.top_k=[2,1]", "router.weights=raw", "run.dir=null",
-                      "~optim.warmup", "+eval.batch=4", "++eval.windows=5", "model={dim: 96}", "optim.eps=${model.norm_eps}",
+    config = compose(["optim.lr=1", "model.num_experts=[8,4]", "model.top_k=[2,1]", "router.weights=raw",
+                      "run.dir=null",
+                      "~optim.warmup", "+eval.batch=4", "++eval.windows=5", "model={dim: 96}",
+                      "optim.eps=${model.norm_eps}",
                       "log.wandb=off", "loss=[z]", "loss.z.weight=0.5"])
     assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
     assert config.model.num_experts == [8, 4] and config.model.dim == 96
@@ -131,15 +140,18 @@ def test_values_of_every_kind() -> None:
     assert config.loss["z"]["weight"] == 0.5 and config.log.wandb == "off" and config.run.dir is None
 
 
-@pytest.mark.parametrize("text", ["Hello, world", "f(x) = {y: [", "007", "1e3", "null", "", "it's \"quoted\""])
+@pytest.mark.parametrize("text",
+                         ["Hello, world", "f(x) = {y: [", "007", "1e3", "null", "", "it's \"quoted\""])
 def test_free_text_needs_no_quotes(text: str) -> None:
     assert compose([f"generate.prompt={text}"]).generate.prompt == text
 
 
 def test_all_mistakes_are_reported_together() -> None:
-    found = errors_of("optim.lrr=1", "model=deubg", "run.steps=abc", "run.dtype=float16", "debug", "balance.wieght=1",
+    found = errors_of("optim.lrr=1", "model=deubg", "run.steps=abc", "run.dtype=float16", "debug",
+                      "balance.wieght=1",
                       "router._target_=os.system", "parallel=ep", "run.nproc=3", "train.micro_batch=5")
-    assert sorted(error.id[-3:] for error in found) == ["001", "002", "003", "004", "005", "008", "009", "035"]
+    assert sorted(error.id[-3:] for error in found) == ["001", "002", "003", "004", "005", "008", "009",
+                                                        "035"]
     for error in found:
         assert all([error.what, error.where, error.why, error.next])
 
@@ -206,12 +218,15 @@ def test_a_wrong_key_does_not_bring_a_wrong_rule() -> None:
 
 
 def test_a_config_survives_its_yaml(tmp_path: Path) -> None:
-    config = compose(["experiment=quickstart", "loss=[z]", "optim.eps=1e-12", "model.num_experts=[4,8]", "generate.prompt=ä: #1"])
+    config = compose(["experiment=quickstart", "loss=[z]", "optim.eps=1e-12", "model.num_experts=[4,8]",
+                      "generate.prompt=ä: #1"])
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert from_yaml(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("text, id", [("[1, 2]", "017"), ("a: [", "017"), ("run: {nmae: x}", "003"), ("run: {steps: many}", "004"),
+@pytest.mark.parametrize("text, id",
+                         [("[1, 2]", "017"), ("a: [", "017"), ("run: {nmae: x}", "003"),
+                          ("run: {steps: many}", "004"),
                                       ("!!python/object/apply:os.getcwd []", "017")])
 def test_a_damaged_config_of_a_run_is_a_config_error(tmp_path: Path, text: str, id: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
@@ -222,16 +237,23 @@ def test_a_damaged_config_of_a_run_is_a_config_error(tmp_path: Path, text: str, 
 
 def test_resume_may_change_how_but_not_what() -> None:
     old = compose(["experiment=quickstart"])
-    free = compose(["experiment=quickstart", "run.steps=2000", "run.stop_at=1500", "run.nproc=2", "parallel=ep", "log.interval=5",
-                    "checkpoint.interval=7", "eval.interval=1", "run.timeout_s=9", "train.micro_batch=2", "data.cache=x",
+    free = compose(["experiment=quickstart", "run.steps=2000", "run.stop_at=1500", "run.nproc=2",
+                    "parallel=ep", "log.interval=5",
+                    "checkpoint.interval=7", "eval.interval=1", "run.timeout_s=9", "train.micro_batch=2",
+                    "data.cache=x",
                     "generate.tokens=3", "run.device=cpu", "run.dir=elsewhere"])
     assert resume_conflicts(old, free) == []
-    centred, as_it_was = (compose(["router=sigmoid", *more]) for more in ([], ["router.centre=false"]))    # the default has changed
+    centred, as_it_was = (compose(["router=sigmoid",
+                                   *more]) for more in ([],
+                                                        ["router.centre=false"]))    # the default has changed
     assert centred.router["centre"] and resume_conflicts(as_it_was, centred) == []
-    new = compose(["experiment=quickstart", "model.dim=64", "run.seed=1", "run.dtype=float64", "train.global_batch=8",
-                   "train.seq_len=64", "optim.lr=1", "data.mixture=proportional", "balance=micro", "router.weights=raw", "loss=[z]"])
+    new = compose(["experiment=quickstart", "model.dim=64", "run.seed=1", "run.dtype=float64",
+                   "train.global_batch=8",
+                   "train.seq_len=64", "optim.lr=1", "data.mixture=proportional", "balance=micro",
+                   "router.weights=raw", "loss=[z]"])
     refused = {error.where: error for error in resume_conflicts(old, new)}
-    assert refused.keys() == {"model.dim", "run.seed", "run.dtype", "train.global_batch", "train.seq_len", "optim.lr", "data.mixture",
+    assert refused.keys() == {"model.dim", "run.seed", "run.dtype", "train.global_batch", "train.seq_len",
+                              "optim.lr", "data.mixture",
                               "balance.scope", "router.weights", "loss"}
     assert "128" in refused["model.dim"].what and "64" in refused["model.dim"].what
 
@@ -280,7 +302,8 @@ def test_a_broken_file_of_conf_is_named_with_its_line(text: str, line: str, what
 
 def test_a_run_is_found_and_overridden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    trained = compose(["run.name=demo", "model=quickstart", "parallel=ep", "run.nproc=2", "train.micro_batch=8"])
+    trained = compose(["run.name=demo", "model=quickstart", "parallel=ep", "run.nproc=2",
+                       "train.micro_batch=8"])
     run_dir(trained).mkdir(parents=True)
     (run_dir(trained) / "config.yaml").write_text(to_yaml(trained))
 
@@ -289,8 +312,10 @@ def test_a_run_is_found_and_overridden(tmp_path: Path, monkeypatch: pytest.Monke
     assert (config.run.nproc, config.parallel.mode, run_dir(config)) == (1, "single", Path("runs/demo"))
     assert run_dir(for_run([f"run.dir={tmp_path}/runs/demo"])) == tmp_path / "runs/demo"
 
-    for overrides, id, text in [(["run.name=dmeo"], "015", "demo"), (["run.name=demo", "generate.tokns=5"], "003", "generate.tokens"),
-                                (["run.name=demo", "model.dim=64"], "016", "leave model.dim out"), (["run.name=demo", "model=debug"], "016", "leave model out")]:
+    for overrides, id, text in [(["run.name=dmeo"], "015", "demo"),
+                                (["run.name=demo", "generate.tokns=5"], "003", "generate.tokens"),
+                                (["run.name=demo", "model.dim=64"], "016", "leave model.dim out"),
+                                (["run.name=demo", "model=debug"], "016", "leave model out")]:
         with pytest.raises(ConfigErrors) as caught:
             for_run(overrides)
         assert caught.value.id == f"E-CONFIG-{id}" and text in caught.value.errors[0].next
@@ -314,7 +339,8 @@ def test_conf_is_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config_dir().name == "conf" and module.config_dir is config_dir
     (tmp_path / "moetrain" / "conf").mkdir(parents=True)
     (tmp_path / "moetrain" / "conf" / "config.yaml").touch()
-    monkeypatch.setattr("moetrain.config.groups.moetrain.__file__", str(tmp_path / "moetrain" / "__init__.py"))
+    monkeypatch.setattr("moetrain.config.groups.moetrain.__file__",
+                        str(tmp_path / "moetrain" / "__init__.py"))
     assert config_dir() == tmp_path / "moetrain" / "conf"
 
 

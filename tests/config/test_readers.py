@@ -14,16 +14,21 @@ from moetrain.config.values import Key, schema_keys
 from moetrain.errors import ConfigErrors
 
 # What makes an option of a group complete, and what stands in the way of a condition.
-COMPANIONS = {"data=tokens": ["data.path=shards"], "data=megatron": ["data.path=prefix"], "data=memmap": ["data.path=train.bin"],
-              "engine=deepspeed": ["parallel=ep", "run.nproc=2", "optim=adamw"], "router.num_groups=2": ["router.topk_groups=1"]}
+COMPANIONS = {"data=tokens": ["data.path=shards"], "data=megatron": ["data.path=prefix"],
+              "data=memmap": ["data.path=train.bin"],
+              "engine=deepspeed": ["parallel=ep", "run.nproc=2", "optim=adamw"],
+              "router.num_groups=2": ["router.topk_groups=1"]}
 OTHERS = {"data.mixture": "proportional"}                  # data=synthetic writes the other one itself
 PART_KEYS = {
-    "router.topk_groups": "2", "router.group_score": "top2", "router.counts": "micro", "router.centre": "false",
-    "planner": "hecate", "planner.horizon": "7", "planner.state_ratio": "6", "planner.tolerance": "0.5", "hardware": "h100",
+    "router.topk_groups": "2", "router.group_score": "top2", "router.counts": "micro",
+    "router.centre": "false",
+    "planner": "hecate", "planner.horizon": "7", "planner.state_ratio": "6", "planner.tolerance": "0.5",
+    "hardware": "h100",
     "balance.weight": "0.5", "balance.mode": "sync", "balance.drift": "0.5", "balance.reduction": "sum",
     "loss.micro_balance.mode": "sync", "loss.micro_balance.drift": "0.5",
 }
-BESIDE_ADVICE = {"parallel.ep": ["run.nproc=2"], "parallel.shard": ["run.nproc=2"], "parallel.sliced": ["optim=adamw"]}
+BESIDE_ADVICE = {"parallel.ep": ["run.nproc=2"], "parallel.shard": ["run.nproc=2"],
+                 "parallel.sliced": ["optim=adamw"]}
 BESIDE = {"router.counts": ["router=sigmoid"], "router.centre": ["router=sigmoid"],
           "loss.micro_balance.mode": ["loss=[micro_balance]", "balance=none"],
           "loss.micro_balance.drift": ["loss=[micro_balance]", "balance=none"]}
@@ -59,7 +64,8 @@ def another(key: Key) -> str:
         if get_origin(key.type) is not Literal else key.type
     if get_origin(kind) is Literal:
         return str(next(choice for choice in get_args(kind) if choice != key.default))
-    values: dict[Any, Any] = {bool: str(not key.default).lower(), str: "elsewhere", int: 2 + (key.default == 2),
+    values: dict[Any, Any] = {bool: str(not key.default).lower(), str: "elsewhere",
+                              int: 2 + (key.default == 2),
                               float: 0.5 + 0.25 * (key.default == 0.5)}
     return str(values[kind])
 
@@ -69,8 +75,10 @@ def preventing(condition: str) -> str:
     name, sign, wanted = readers.parts(condition)
     if sign == ">":
         return f"{name}={wanted}"
-    others = {"balance": "none", "data": "synthetic" if "synthetic" not in wanted else "text", "log.wandb": "off",
-              "parallel": "single", "schedule": "none", "engine": "torch", "optim": "adamw", "optim.schedule": "cosine",
+    others = {"balance": "none", "data": "synthetic" if "synthetic" not in wanted else "text",
+              "log.wandb": "off",
+              "parallel": "single", "schedule": "none", "engine": "torch", "optim": "adamw",
+              "optim.schedule": "cosine",
               "parallel.forecast": "trend"}
     return f"{name}={others.get(name, 'exact' if name.endswith('.mode') else 'micro')}"
 
@@ -80,7 +88,8 @@ def meeting(condition: str) -> list[str]:
     return [typed, *COMPANIONS.get(typed, [])]
 
 
-CASES = [(key, OTHERS.get(key) or another(record)) for key, record in schema_keys().items() if key in READ_WITH] + list(PART_KEYS.items())
+CASES = [(key, OTHERS.get(key) or another(record)) for key,
+         record in schema_keys().items() if key in READ_WITH] + list(PART_KEYS.items())
 
 
 @pytest.mark.parametrize("key, value", CASES)
@@ -97,44 +106,55 @@ def test_every_key_that_is_not_read_is_refused_and_the_advice_works(key: str, va
         error = next(error for error in caught.value.errors if f'"{typed}"' in error.where)
         assert readers.key_of(unmet) in error.why
         advised = shlex.split(error.next.partition(", or leave")[0])
-        compose([*command, *advised, *BESIDE_ADVICE.get(key, []), *(word for condition in conditions for word in meeting(condition)[1:])])
+        compose([*command, *advised, *BESIDE_ADVICE.get(key, []),
+                 *(word for condition in conditions for word in meeting(condition)[1:])])
 
 
 def test_what_nobody_typed_is_not_refused() -> None:
     compose(["experiment=quickstart", "data=synthetic"])
-    compose(["experiment=quickstart", "optim.name=adamw"])         # conf/optim/muon.yaml's muon_lr has no reader now
+    compose(["experiment=quickstart",
+             "optim.name=adamw"])         # conf/optim/muon.yaml's muon_lr has no reader now
 
 
-@pytest.mark.parametrize("override", ["parallel.ep=null", "parallel.room=2", "planner=balanced", "balance.scope=none", "~optim.muon_lr",
-                                      "data.path=null", "hardware=cpu", "data.num_domains=4", "parallel.ep=1", "parallel.room=0", "planner=ep"])
+@pytest.mark.parametrize("override",
+                         ["parallel.ep=null", "parallel.room=2", "planner=balanced", "balance.scope=none",
+                          "~optim.muon_lr",
+                                      "data.path=null", "hardware=cpu", "data.num_domains=4", "parallel.ep=1",
+                          "parallel.room=0", "planner=ep"])
 def test_what_changes_nothing_may_be_typed(override: str) -> None:
     compose([override])
 
 
 def test_one_mistake_is_said_once() -> None:
     assert refused("parallel.rematerialize=true", "optim.lrr=1") == [
-        'E-CONFIG-003 override "optim.lrr=1" on the command line', 'E-CONFIG-100 override "parallel.rematerialize=true" on the command line']
+        'E-CONFIG-003 override "optim.lrr=1" on the command line',
+        'E-CONFIG-100 override "parallel.rematerialize=true" on the command line']
     assert [line[:12] for line in refused("parallel=fsddp", "parallel.room=3")] == ["E-CONFIG-002"]
 
 
 def test_a_verb_about_a_run_takes_what_the_run_reads(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.room=3", "optim=muon", "optim.muon_lr=0.5",
+    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.room=3", "optim=muon",
+                       "optim.muon_lr=0.5",
                        "optim.schedule=cosine"])
     run_dir(trained).mkdir(parents=True)
     (run_dir(trained) / "config.yaml").write_text(to_yaml(trained))
-    for_run(["run.name=demo", "parallel.room=3", "planner=hecate", "optim.muon_lr=0.5", "data=synthetic", "data.num_domains=2"])
+    for_run(["run.name=demo", "parallel.room=3", "planner=hecate", "optim.muon_lr=0.5", "data=synthetic",
+             "data.num_domains=2"])
     with pytest.raises(ConfigErrors) as caught:
         for_run(["run.name=demo", "data.num_domains=2", "optim.decay=0.25"])
     assert [error.what for error in caught.value.errors] == ["data.num_domains=2 has no effect", "optim.decay=0.25 has no effect"]
 
 
-@pytest.mark.parametrize("typed", ["parallel.room=4", "parallel.ep=2", "planner=eplb", "optim.lr=5", "optim.muon_lr=0.25", "balance.weight=0.5",
+@pytest.mark.parametrize("typed",
+                         ["parallel.room=4", "parallel.ep=2", "planner=eplb", "optim.lr=5",
+                          "optim.muon_lr=0.25", "balance.weight=0.5",
                                    "balance=micro", "loss=[z]", "model.dim=32"])
 def test_a_verb_about_a_run_refuses_what_it_reads_only_in_training(typed: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another value than the run's would change nothing, in silence."""
     monkeypatch.chdir(tmp_path)
-    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.room=3", "optim=muon", "optim.muon_lr=0.5"])
+    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.room=3", "optim=muon",
+                       "optim.muon_lr=0.5"])
     run_dir(trained).mkdir(parents=True)
     (run_dir(trained) / "config.yaml").write_text(to_yaml(trained))
     with pytest.raises(ConfigErrors) as caught:

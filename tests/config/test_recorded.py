@@ -14,8 +14,10 @@ from moetrain.config.compose import compose, for_run, from_yaml
 from moetrain.errors import CheckpointError, ConfigErrors
 from moetrain.runs.completion import trained_config, trained_with
 
-EVIL = [("capacity", {"_target_": "moetrain.comm.exchange.backends._package", "package": "evilmod", "name": "x"}),
-        ("router", {"_target_": "moetrain.__main__.main", "argv": ["version"]}), ("loss", {"z": {"_target_": "os.system", "command": "touch hit"}})]
+EVIL = [("capacity", {"_target_": "moetrain.comm.exchange.backends._package", "package": "evilmod",
+                      "name": "x"}),
+        ("router", {"_target_": "moetrain.__main__.main", "argv": ["version"]}),
+        ("loss", {"z": {"_target_": "os.system", "command": "touch hit"}})]
 
 
 def record(folder: Path, values: dict[str, Any], wrote: str = "9.9") -> Path:
@@ -29,13 +31,15 @@ def readers(folder: Path, values: dict[str, Any], wrote: str = "9.9") -> dict[st
     """Everything that reads a recorded config, by what it reads."""
     record(folder, values, wrote)
     manifest = Manifest({"config": values, "moetrain": wrote}, {"step": 1, "tokens": 1}, {}, block=1)
-    return {"config.yaml": lambda: from_yaml(folder / "config.yaml"), "run": lambda: for_run([f"run.dir={folder}"]),
+    return {"config.yaml": lambda: from_yaml(folder / "config.yaml"),
+            "run": lambda: for_run([f"run.dir={folder}"]),
             "resumed": lambda: trained_config(folder, folder / "checkpoints"),
             "checkpoint": lambda: trained_with(manifest, folder / "checkpoints" / "step-00000001")}
 
 
 @pytest.mark.parametrize("section, part", EVIL)
-def test_a_recorded_part_chooses_and_runs_nothing(section: str, part: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_part_chooses_and_runs_nothing(section: str, part: dict, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evilmod.py").write_text("open('hit', 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -48,8 +52,10 @@ def test_a_recorded_part_chooses_and_runs_nothing(section: str, part: dict, tmp_
 
 
 @pytest.mark.parametrize("change, key", [
-    ({"optim": {"sharpness": 1}}, "optim.sharpness"), ({"telescope": {"x": 1}}, "telescope.x"), ({"run": {"dtype": "fp4"}}, "run.dtype"),
-    ({"router": {"p": 0.4}}, "router.p"), ({"router": {"_target_": "moetrain.routers.top_p.TopPRouter"}}, "router._target_")])
+    ({"optim": {"sharpness": 1}}, "optim.sharpness"), ({"telescope": {"x": 1}}, "telescope.x"),
+    ({"run": {"dtype": "fp4"}}, "run.dtype"),
+    ({"router": {"p": 0.4}}, "router.p"),
+    ({"router": {"_target_": "moetrain.routers.top_p.TopPRouter"}}, "router._target_")])
 def test_another_release_is_named_with_the_key(change: dict, key: str, tmp_path: Path) -> None:
     values = asdict(compose([]))
     for section, keys in change.items():

@@ -7,7 +7,8 @@ import pytest
 from moetrain.config.compose import compose, resume_conflicts
 from moetrain.config.recorded_paths import with_absolute_paths
 
-TEXT = ["data=text", "data.path=corpus", "data.held_out=valid", "data.cache=kept/prepared", "data.tokenizer=tokenizer.json"]
+TEXT = ["data=text", "data.path=corpus", "data.held_out=valid", "data.cache=kept/prepared",
+        "data.tokenizer=tokenizer.json"]
 
 
 def recorded(*overrides: str):
@@ -31,7 +32,8 @@ def test_the_paths_of_a_blend_are_absolute_and_its_weights_stay(tmp_path: Path, 
     (tmp_path / "my data").mkdir()
     monkeypatch.chdir(tmp_path / "my data")
     here = tmp_path / "my data"
-    for typed, paths in (("0.7 a 0.3 b/c", ["0.7", f"'{here}/a'", "0.3", f"'{here}/b/c'"]), ("a '/far off/b'", [f"'{here}/a'", "'/far off/b'"]),
+    for typed, paths in (("0.7 a 0.3 b/c", ["0.7", f"'{here}/a'", "0.3", f"'{here}/b/c'"]),
+                         ("a '/far off/b'", [f"'{here}/a'", "'/far off/b'"]),
                          ("7", [f"'{here}/7'"])):
         assert recorded("data=megatron", f"data.path={typed}").data.path == " ".join(paths)
     assert recorded("data=megatron", "data.path=a 'b").data.path == "a 'b"
@@ -46,7 +48,8 @@ def test_a_resumed_run_is_about_the_same_path_however_it_is_typed(tmp_path: Path
     (tmp_path / "corpus").mkdir()
     monkeypatch.chdir(tmp_path)
     old = recorded("data=text", "data.path=corpus")
-    same = lambda *words: [error.where for error in resume_conflicts(old, compose(["data=text", *words]))]  # noqa: E731
+    same = lambda *words: [error.where
+                           for error in resume_conflicts(old, compose(["data=text", *words]))]  # noqa: E731
     assert same("data.path=corpus") == same(f"data.path={tmp_path}/corpus") == same("data.path=other/../corpus") == []
     assert same("data.path=other") == same() == ["data.path"]
     assert same("data.path=corpus", "data.tokenizer=tokenizer.json") == ["data.tokenizer"]

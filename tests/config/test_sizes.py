@@ -14,40 +14,54 @@ from moetrain.model import build
 from moetrain.train.memory.graph_memory import graph_of_next
 from moetrain.train.setup import join, set_up
 
-MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"], ["model=deepseek_v3", "model.num_layers=5"],
-          ["model.num_layers=3", "model.num_experts=[0,4,8]", "model.top_k=[3,2,1]", "model.first_dense_layers=1", "router.weights=raw",
+MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
+          ["model=deepseek_v3", "model.num_layers=5"],
+          ["model.num_layers=3", "model.num_experts=[0,4,8]", "model.top_k=[3,2,1]",
+           "model.first_dense_layers=1", "router.weights=raw",
            "model.num_shared_experts=2", "model.tie_embeddings=true", "model.dense_dim=32"]]
 
 
 @pytest.mark.parametrize("words", MODELS, ids=lambda words: words[0])
 def test_parameters_are_those_on_the_meta_device(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "initialise", lambda *arguments, **options: None)      # nothing there to initialise
+    monkeypatch.setattr(build, "initialise", lambda *arguments,
+                        **options: None)      # nothing there to initialise
     config = compose(words)
     model = build.build_model(config, 1000, build_mesh(mesh_sizes("single", 1, None), torch.device("meta")))
     counted = count_parameters(config.model, 1000)
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".bank." in name)
-    assert (counted.total, counted.experts) == (sum(parameter.numel() for parameter in model.parameters()), experts)
+    assert (counted.total, counted.experts) == (sum(parameter.numel() for parameter in model.parameters()),
+                                                experts)
     one = 3 * config.model.dim * config.model.expert_dim
     slots = sum(block.moe.router.max_slots() for block in model.layers if block.moe is not None)
     assert counted.active == counted.total - experts + slots * one
 
 
-@pytest.mark.parametrize("mode, ep, shard", [("single", None, None), ("ddp", None, None), ("fsdp", None, None), ("fsdp", None, 4),
-                                             ("ep", 4, None), ("ep_fsdp", 4, None), ("ep_fsdp", 4, 2), ("fssdp", 4, None)])
+@pytest.mark.parametrize("mode, ep, shard",
+                         [("single", None, None), ("ddp", None, None), ("fsdp", None, None),
+                          ("fsdp", None, 4),
+                                             ("ep", 4, None), ("ep_fsdp", 4, None), ("ep_fsdp", 4, 2),
+                          ("fssdp", 4, None)])
 def test_shards_are_those_of_the_mesh(mode: str, ep: int | None, shard: int | None) -> None:
     world = 1 if mode == "single" else 8
     given = [f"parallel.{name}={value}" for name, value in (("ep", ep), ("shard", shard)) if value]
-    config, sizes = compose([f"parallel={mode}", f"run.nproc={world}", *given]), mesh_sizes(mode, world, ep, shard)
+    config, sizes = compose([f"parallel={mode}", f"run.nproc={world}",
+                             *given]), mesh_sizes(mode, world, ep, shard)
     assert shards(config, world) == (sizes["dp_shard"], sizes["ep"] * sizes["edp_shard"])
 
 
-SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_batch=2", "run.device=cpu", "log.wandb=off", "model.dim=256",
-         "model.num_layers=4", "model.num_heads=8", "model.num_experts=16", "model.expert_dim=64", "train.head_chunk=64"]
+SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_batch=2", "run.device=cpu",
+         "log.wandb=off", "model.dim=256",
+         "model.num_layers=4", "model.num_heads=8", "model.num_experts=16", "model.expert_dim=64",
+         "train.head_chunk=64"]
 
 
-@pytest.mark.parametrize("words", [["run.dtype=bfloat16"], ["run.dtype=bfloat16", "model.qk_norm=true", "model.num_shared_experts=1"],
-                                   ["run.dtype=float32"], ["run.dtype=bfloat16", "train.activation_checkpointing=selective"],
-                                   ["run.dtype=bfloat16", "train.activation_checkpointing=full"]], ids=lambda words: " ".join(words[:2]))
+@pytest.mark.parametrize("words",
+                         [["run.dtype=bfloat16"],
+                          ["run.dtype=bfloat16", "model.qk_norm=true", "model.num_shared_experts=1"],
+                                   ["run.dtype=float32"],
+                          ["run.dtype=bfloat16", "train.activation_checkpointing=selective"],
+                                   ["run.dtype=bfloat16", "train.activation_checkpointing=full"]],
+                         ids=lambda words: " ".join(words[:2]))
 def test_activations_are_what_a_run_keeps(words: list[str]) -> None:
     """Of one micro-batch, without the block that is computed again: that one is alive in backward alone."""
     config = compose([*SMALL, *words])
@@ -60,5 +74,7 @@ def _again(config: Config) -> int:
     """Bytes of the block that is computed again: those of a model of one block, but for what lies before and behind it."""
     if config.train.activation_checkpointing == "none":
         return 0
-    one = replace(config, model=replace(config.model, num_layers=1), train=replace(config.train, activation_checkpointing="none"))
-    return rank_memory(one, 300, 1).activations - 2 * 2 * config.model.dim * config.train.global_batch * config.train.seq_len
+    one = replace(config, model=replace(config.model, num_layers=1),
+                  train=replace(config.train, activation_checkpointing="none"))
+    return rank_memory(one, 300,
+                       1).activations - 2 * 2 * config.model.dim * config.train.global_batch * config.train.seq_len

@@ -33,7 +33,8 @@ def test_one_letter_typos_find_the_key() -> None:
 
 
 def test_distance_counts_a_swap_once() -> None:
-    assert [distance("model", word) for word in ("model", "mdoel", "modl", "modell", "nodel", "mdl")] == [0, 1, 1, 1, 1, 2]
+    assert [distance("model", word) for word in ("model", "mdoel", "modl", "modell", "nodel",
+                                                 "mdl")] == [0, 1, 1, 1, 1, 2]
     assert distance("", "abc") == 3
 
 

@@ -12,7 +12,8 @@ from moetrain.config.overrides import sweep
 from moetrain.config.values import schema_keys
 from moetrain.errors import ConfigErrors
 
-TEXTS = ["import ", "str(x)", "cost ${USD}", ' "quoted" ', "a, b", "f(x) = {y: [", "???", r"\${x}", r"a\\${b}", "", "a=b", "~", "é: #1"]
+TEXTS = ["import ", "str(x)", "cost ${USD}", ' "quoted" ', "a, b", "f(x) = {y: [", "???", r"\${x}",
+         r"a\\${b}", "", "a=b", "~", "é: #1"]
 PATHS = [path for path, key in schema_keys().items() if key.is_path]
 
 
@@ -72,9 +73,12 @@ def test_a_run_in_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytes
     assert run_dir(for_run(["run.dir=~/r"])) == tmp_path / "r"
 
 
-@pytest.mark.parametrize("words", [["run.seed=1,2", "run.name=a b"], ["optim.betas=0.9,0.95"], ["loss=z,micro_balance"],
+@pytest.mark.parametrize("words",
+                         [["run.seed=1,2", "run.name=a b"], ["optim.betas=0.9,0.95"],
+                          ["loss=z,micro_balance"],
                                    ["router=topk,sigmoid"], ["model.top_k=2,4"]])
-def test_the_advice_about_several_values_works(words: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_advice_about_several_values_works(words: list[str], capsys: pytest.CaptureFixture,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     (code, advice), *rest = errors_of("experiment=debug", *words)
     assert (code, rest) == ("E-CONFIG-012", [])
     started: list[list[str]] = []
@@ -87,7 +91,9 @@ def test_the_advice_about_several_values_works(words: list[str], capsys: pytest.
             compose(typed)
 
 
-@pytest.mark.parametrize("typed, code", [("modle.dim=3,4", "E-CONFIG-003"), ("foo=1,2", "E-CONFIG-003"), ("router.bias_rate=1,2", "E-CONFIG-012"),
+@pytest.mark.parametrize("typed, code",
+                         [("modle.dim=3,4", "E-CONFIG-003"), ("foo=1,2", "E-CONFIG-003"),
+                          ("router.bias_rate=1,2", "E-CONFIG-012"),
                                          ("data.weights.code=1,2", "E-CONFIG-012")])
 def test_several_values_of_a_key_that_there_is_not_are_no_sweep(typed: str, code: str) -> None:
     assert [found for found, _ in errors_of(typed)] == [code]

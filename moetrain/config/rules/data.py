@@ -1,4 +1,4 @@
-"""Rules about what is learned."""
+"""Rules about the text and tokens to train on."""
 
 import codecs
 import math
@@ -11,40 +11,48 @@ from moetrain.errors import ConfigError
 
 
 def data_path(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Require data.path where no data is built in."""
     place = {"tokens": "<folder written by moetrain data prepare>",
              "megatron": "<prefix of a .bin and .idx, or a folder of them>",
              "memmap": "<a .bin or .npy of token ids, or a folder of them>"}.get(config.data.kind)
     if place and not config.data.path:
-        yield ConfigError(36, f"data={config.data.kind} without data.path", where="data.path, data.kind",
-                          why="only text and generated tokens are built in", next=f"data.path={place}, or data=text")
+        yield ConfigError(
+            36, f"data={config.data.kind} without data.path", where="data.path, data.kind",
+            why="only text and generated tokens are built in",
+            next=f"data.path={place}, or data=text")
 
 
 def domain_weights(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """Weights are factors: finite, and not negative."""
+    """Refuse weights of domains that are negative or not finite."""
     weights = config.data.weights
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            yield ConfigError(170, f"data.weights gives {name} the weight {show(weight)}", where="data.weights",
-                              why="a weight says how many times as often a domain comes: 0 or more",
-                              next=quote(f"data.weights={show({**weights, name: 1})}"))
+            yield ConfigError(
+                170, f"data.weights gives {name} the weight {show(weight)}", where="data.weights",
+                why="a weight says how many times as often a domain comes: 0 or more",
+                next=quote(f"data.weights={show({**weights, name: 1})}"))
             return
 
 
 def reading(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """An encoding that Python has for text; a separator and keys that can be found."""
+    """Refuse an encoding that Python has not, and a separator or keys that no line can hold."""
     data = config.data
     if not is_text_encoding(data.encoding):
-        yield ConfigError(130, f"data.encoding={show(data.encoding)} is no encoding of text", where="data.encoding",
-                          why="Python knows none of this name", next="data.encoding=utf-8, or cp1252, utf-16, shift_jis, gb18030 …")
-    for name, value in (("text_key", data.text_key), ("domain_key", data.domain_key), ("separator", data.separator)):
+        yield ConfigError(
+            130, f"data.encoding={show(data.encoding)} is no encoding of text", where="data.encoding",
+            why="Python knows none of this name",
+            next="data.encoding=utf-8, or cp1252, utf-16, shift_jis, gb18030 …")
+    for name in ("text_key", "domain_key", "separator"):
+        value = getattr(data, name)
         if value is not None and not (value.strip() and value.isprintable()):
-            yield ConfigError(131, f"data.{name}={show(value)} cannot be found in a file", where=f"data.{name}",
-                              why="it is blank, or has a line break or another character that does not print",
-                              next=f"data.{name}={show(getattr(DataConfig, name))}")
+            yield ConfigError(
+                131, f"data.{name}={show(value)} cannot be found in a file", where=f"data.{name}",
+                why="it is blank, or has a line break or another character that does not print",
+                next=f"data.{name}={show(getattr(DataConfig, name))}")
 
 
 def is_text_encoding(name: str) -> bool:
-    """Whether Python can read streams in it. Codecs from bytes to bytes, and those without streams, are none."""
+    """Check whether Python can decode a stream of text in it. Codecs from bytes to bytes cannot."""
     try:
         return isinstance(codecs.getincrementaldecoder(name)("replace").decode(b"ab", True), str)
     except (LookupError, TypeError, ValueError, UnicodeError, AssertionError):

@@ -1,4 +1,4 @@
-"""Rules about the sizes of the network and about routers, which depend on them."""
+"""Rules about the sizes of the model, and about routers, which depend on them."""
 
 from collections.abc import Iterator
 from dataclasses import MISSING
@@ -14,6 +14,7 @@ _LONGEST_LIST = 200          # entries that advice writes out
 
 
 def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check that heads divide evenly and have an even width."""
     model = config.model
     if model.num_heads % model.num_kv_heads:
         yield ConfigError(23, f"model.num_kv_heads={model.num_kv_heads} does not divide "
@@ -29,12 +30,15 @@ def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
         return
     head_dim = model.head_dim or model.dim // model.num_heads
     if head_dim % 2:
-        yield ConfigError(25, f"a head is {head_dim} wide, an odd number",
-                          where="model.head_dim" if model.head_dim else "model.dim, model.num_heads",
-                          why="the rotary embedding turns pairs of numbers", next=f"model.head_dim={head_dim + 1}")
+        yield ConfigError(
+            25, f"a head is {head_dim} wide, an odd number",
+            where="model.head_dim" if model.head_dim else "model.dim, model.num_heads",
+            why="the rotary embedding turns pairs of numbers",
+            next=f"model.head_dim={head_dim + 1}")
 
 
 def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check counts of layers and the lengths of lists with one entry a layer."""
     model = config.model
     if model.first_dense_layers > model.num_layers:
         yield ConfigError(26, f"model.first_dense_layers={model.first_dense_layers} is more than "
@@ -46,27 +50,31 @@ def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
         entries = getattr(model, name)
         if isinstance(entries, list) and len(entries) != model.num_layers:
             repaired = (entries + entries[-1:] * _LONGEST_LIST)[:model.num_layers]
-            yield ConfigError(27, f"model.{name} has {len(entries)} entries for {model.num_layers} layers",
-                              where=f"model.{name}, model.num_layers",
-                              why="a list has one entry per layer (those of leading dense layers are ignored)",
-                              next=f"model.{name}={show(repaired)}" if entries and model.num_layers <= _LONGEST_LIST else
-                                   f"model.{name}=<number>")
+            yield ConfigError(
+                27, f"model.{name} has {len(entries)} entries for {model.num_layers} layers",
+                where=f"model.{name}, model.num_layers",
+                why="a list has one entry per layer (those of leading dense layers are ignored)",
+                next=f"model.{name}={show(repaired)}" if entries and model.num_layers <= _LONGEST_LIST else
+                     f"model.{name}=<number>")
 
 
 def dense_width(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """A dense layer is top_k experts wide unless model.dense_dim says otherwise."""
+    """Refuse dense layers without width: one is top_k experts wide unless model.dense_dim is set."""
     model = config.model
     per_layer = model.top_k if isinstance(model.top_k, list) else [model.top_k] * model.num_layers
     for layer, top_k in enumerate(per_layer[:model.first_dense_layers]):
         if model.dense_dim is None and top_k < 1:
             width = max(per_layer, default=1) or 1
-            yield ConfigError(103, f"dense layer {layer} is 0 wide", where="model.dense_dim, model.top_k, model.first_dense_layers",
-                              why=f"model.dense_dim is null, so it is top_k * expert_dim wide, and its top_k is {top_k}",
-                              next=f"model.dense_dim={width * model.expert_dim}")
+            yield ConfigError(
+                103, f"dense layer {layer} is 0 wide",
+                where="model.dense_dim, model.top_k, model.first_dense_layers",
+                why=f"model.dense_dim is null, so it is top_k * expert_dim wide, and its top_k is {top_k}",
+                next=f"model.dense_dim={width * model.expert_dim}")
             return
 
 
 def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check that every layer with experts has at least top_k of them."""
     for layer, num_experts, top_k in moe_layers(config):
         if num_experts < 1 or top_k < 1:
             yield ConfigError(28, f"layer {layer} has num_experts={num_experts} and top_k={top_k}",
@@ -74,53 +82,59 @@ def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
                               why="a layer with experts needs at least one of each",
                               next="model.first_dense_layers=<n> for leading layers without experts")
         elif top_k > num_experts:
-            yield ConfigError(29, f"model.top_k={top_k} is more than model.num_experts={num_experts} (layer {layer})",
-                              where="model.top_k, model.num_experts", why="a token takes each expert at most once",
-                              next=f"model.top_k={num_experts} or model.num_experts={top_k}")
+            yield ConfigError(
+                29, f"model.top_k={top_k} is more than model.num_experts={num_experts} (layer {layer})",
+                where="model.top_k, model.num_experts",
+                why="a token takes each expert at most once",
+                next=f"model.top_k={num_experts} or model.num_experts={top_k}")
         else:
             continue
-        return   # one layer shows it
+        return  # one layer is enough of an example
 
 
 def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse normalized gate weights with one expert a token: the weight is always 1, without gradient."""
     weights = config.router.get("weights")
     try:
         weights = weights or arguments(str(config.router.get("_target_", "")), "router")["weights"].default
     except (NoSuchPart, KeyError):
         return
     if weights not in (MISSING, "raw") and any(top_k == 1 for _, _, top_k in moe_layers(config)):
-        yield ConfigError(30, f"model.top_k=1 with router.weights={weights} cannot train the router",
-                          where="model.top_k, router.weights",
-                          why="the renormalised weight of one expert is always 1: the task gives the router no gradient",
-                          next="router.weights=raw")
+        yield ConfigError(
+            30, f"model.top_k=1 with router.weights={weights} cannot train the router",
+            where="model.top_k, router.weights",
+            why="the renormalized weight of one expert is always 1: the task gives the router no gradient",
+            next="router.weights=raw")
 
 
 def groups(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """Groups of experts are equal, and those that a token may use hold enough experts, in every layer."""
+    """Check in every layer that groups of experts are equal and that those of a token hold top_k experts."""
     chosen = config.router.get("num_groups", 1), config.router.get("topk_groups", 1)
-    sizes = [(num_experts, top_k) for _, num_experts, top_k in moe_layers(config) if 1 <= top_k <= num_experts]
+    sizes = [(num_experts, top_k) for _, num_experts, top_k in moe_layers(config)
+             if 1 <= top_k <= num_experts]
 
     def works(number: int, used: int) -> bool:
         return 1 <= used <= number and all(n % number == 0 and used * (n // number) >= k for n, k in sizes)
 
     if sizes and not works(*chosen):
         most = max(n for n, _ in sizes)
-        pairs = [(number, used) for number in divisors(most) for used in _group_counts(number, chosen[1], sizes)
-                 if works(number, used)]
+        pairs = [(number, used) for number in divisors(most)
+                 for used in _group_counts(number, chosen[1], sizes) if works(number, used)]
         number, used = min(pairs, key=lambda pair: (pair[0] != chosen[0], pair[1] != chosen[1], pair))
-        yield ConfigError(63, "router.num_groups={} with router.topk_groups={} does not fit the experts".format(*chosen),
-                          where="router.num_groups, router.topk_groups, model.num_experts, model.top_k",
-                          why="num_groups divides model.num_experts; topk_groups groups hold model.top_k experts or more",
-                          next=f"router.num_groups={number} router.topk_groups={used}")
+        yield ConfigError(
+            63, "router.num_groups={} with router.topk_groups={} does not fit the experts".format(*chosen),
+            where="router.num_groups, router.topk_groups, model.num_experts, model.top_k",
+            why="num_groups divides model.num_experts; topk_groups groups hold model.top_k experts or more",
+            next=f"router.num_groups={number} router.topk_groups={used}")
 
 
 def _group_counts(number: int, chosen: int, sizes: list[tuple[int, int]]) -> set[int]:
-    """Of `number` groups: as many as were asked for, and the fewest that hold the experts of a token."""
+    """Propose how many of `number` groups a token uses: as configured, or the fewest that are enough."""
     return {chosen, max(-(-k // max(1, n // number)) for n, k in sizes)}
 
 
 def moe_layers(config: Config) -> list[tuple[int, int, int]]:
-    """(layer, num_experts, top_k) of the layers with experts, of those that are alike the first.
+    """List (layer, num_experts, top_k) of the first layer of each kind with experts.
 
     Lists that are too short end early.
     """

@@ -1,4 +1,4 @@
-"""What a number must be: keys of the schema here, arguments of parts by the BOUNDS of their class."""
+"""Ranges of numbers: those of the schema stand here, those of a part in the BOUNDS of its class."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from moetrain.errors import ConfigError
 
 
 def ranges(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """Every number within its bounds; null is always fine."""
+    """Check that every number is within its bounds; null always passes."""
     values, keys = flatten(config), schema_keys()
     for text, paths in RANGES.items():
         for path in paths:
@@ -23,7 +23,7 @@ def ranges(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 def divisions(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """Arguments of parts that divide a size of the model, in every layer with experts."""
+    """Check arguments of parts that have to divide a size of the model, in every layer with experts."""
     values = flatten(config)
     for path, key in part_keys(config).items():
         size = parse(key.bounds).divides if key.bounds else ""
@@ -31,54 +31,63 @@ def divisions(config: Config, ranks: int) -> Iterator[ConfigError]:
         for layer, num_experts, top_k in moe_layers(config) if size else ():
             whole = {"num_experts": num_experts, "top_k": top_k}[size]
             if whole % number:
-                yield ConfigError(104, f"{path}={number} does not divide model.{size}={whole} (layer {layer})",
-                                  where=f"{path}, model.{size}", why="it divides their number in every layer with experts",
-                                  next=choose(path, divisors(whole)))
+                yield ConfigError(
+                    104, f"{path}={number} does not divide model.{size}={whole} (layer {layer})",
+                    where=f"{path}, model.{size}",
+                    why="it divides their number in every layer with experts",
+                    next=choose(path, divisors(whole)))
                 break
 
 
 def part_keys(config: Config) -> dict[str, Key]:
-    """The arguments of the chosen parts, by path."""
-    parts = {section: (section, getattr(config, section)) for section in ("router", "capacity", "balance", "planner")}
+    """List the arguments of the chosen parts by path."""
+    sections = ("router", "capacity", "balance", "planner")
+    parts = {section: (section, getattr(config, section)) for section in sections}
     parts |= {f"loss.{name}": ("loss", part) for name, part in config.loss.items()}
     found = {}
     for path, (family, part) in parts.items():
         try:
-            found |= {f"{path}.{name}": key for name, key in arguments(str(part.get("_target_", "")), family).items()}
-        except NoSuchPart:                                   # said where the part is checked
+            accepted = arguments(str(part.get("_target_", "")), family)
+        except NoSuchPart:  # reported where the part is checked
             continue
+        found |= {f"{path}.{name}": key for name, key in accepted.items()}
     return found
 
 
 def _outside(number: int, key: Key, text: str, value: object) -> list[ConfigError]:
+    """List the error of a value, or of a list with an entry, that is outside the bounds `text`."""
     bounds, entries = parse(text), value if isinstance(value, list) else [value]
     if all(entry is None or bounds.hold(entry) for entry in entries):
         return []
-    example = key.default if isinstance(value, list) else bounds.example(key.default, type_name(key.type).startswith("int"))
+    whole = type_name(key.type).startswith("int")
+    example = key.default if isinstance(value, list) else bounds.example(key.default, whole)
     large = any(isinstance(entry, int) and abs(entry) >= 2**63 for entry in entries)
-    return [ConfigError(number, f"{key.path}={show(value)} is out of range", where=key.path,
-                        why=f"it must be {bounds.text}" + ", and fit in 64 bits" * large, next=f"{key.path}={show(example)}")]
+    return [ConfigError(
+        number, f"{key.path}={show(value)} is out of range", where=key.path,
+        why=f"it must be {bounds.text}" + ", and fit in 64 bits" * large,
+        next=f"{key.path}={show(example)}")]
 
 
-# By the phrase of config/bounds.py: every numeric key of the schema.
+# Every numeric key of the schema, by the phrase of its bounds (config/bounds.py).
 RANGES: dict[str, list[str]] = {
     "1 or more": [
-        "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers", "model.num_heads",
-        "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim", "parallel.ep", "parallel.shard",
-        "parallel.window", "schedule.chunks", "train.global_batch", "train.micro_batch", "train.seq_len", "data.domain_cap",
-        "data.vocab_size", "data.num_domains", "eval.windows", "eval.batch", "log.interval", "log.timeline_start",
-        "generate.tokens",
+        "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers",
+        "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim",
+        "parallel.ep", "parallel.shard", "parallel.window", "schedule.chunks", "train.global_batch",
+        "train.micro_batch", "train.seq_len", "data.domain_cap", "data.vocab_size", "data.num_domains",
+        "eval.windows", "eval.batch", "log.interval", "log.timeline_start", "generate.tokens",
         "checkpoint.max_failed_saves"],
     "2 or more": ["checkpoint.keep"],
     "0 or more": [
-        "parallel.room", "parallel.rehome_interval", "parallel.sliced", "hardware.latency_s", "run.seed", "data.seed", "run.max_restarts",
-        "run.grace_s", "model.num_experts", "model.top_k", "model.num_shared_experts", "model.first_dense_layers", "train.clip",
-        "train.head_chunk", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
-        "eval.interval", "checkpoint.interval", "checkpoint.every_minutes", "log.heatmap_every", "log.timeline",
-        "generate.temperature", "generate.seed"],
+        "parallel.room", "parallel.rehome_interval", "parallel.sliced", "hardware.latency_s", "run.seed",
+        "data.seed", "run.max_restarts", "run.grace_s", "model.num_experts", "model.top_k",
+        "model.num_shared_experts", "model.first_dense_layers", "train.clip", "train.head_chunk",
+        "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
+        "eval.interval", "checkpoint.interval", "checkpoint.every_minutes", "log.heatmap_every",
+        "log.timeline", "generate.temperature", "generate.seed"],
     "above 0": [
-        "hardware.flops", "hardware.inside", "hardware.between", "optim.lr", "optim.muon_lr", "optim.eps", "model.init_std",
-        "model.norm_eps", "model.rope_theta"],
+        "hardware.flops", "hardware.inside", "hardware.between", "optim.lr", "optim.muon_lr", "optim.eps",
+        "model.init_std", "model.norm_eps", "model.rope_theta"],
     "from 0 to 1000": ["parallel.fallback"],
     "from 0.0001 to 0.9": ["data.held_out_share"],
     "from 0 to 100000000": ["data.overlap"],
