@@ -184,7 +184,7 @@ COVERS = {
     "comm/test_reduce": "comm/agreement",
     "config/test_bounds": "config/rules/ranges",
     "config/test_checks": "config/rules/{data,losses,model,optim,parallel,paths,run,train,wording}",
-    "config/test_compose": "config/{groups,schema,tree,values} errors",
+    "config/test_compose": "config/{groups,origins,schema,tree,values} errors",
     "config/test_readers": "config/{overrides,sweep}",
     "data/account/test_ledgers": "data/account/text",
     "data/corpus/test_scan": "data/corpus/own_output",

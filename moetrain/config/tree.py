@@ -15,6 +15,7 @@ from moetrain.config import checks, readers
 from moetrain.config.build import SIZES, NoSuchPart, arguments
 from moetrain.config.field_names import keys_meant, values_meant
 from moetrain.config.groups import advice, config_dir, group_of, group_options
+from moetrain.config.origins import Origins, covers
 from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
 from moetrain.config.schema import Config
 from moetrain.config.suggest import nearest, nearest_keys
@@ -56,8 +57,9 @@ class _Finisher:
 
     def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]],
                  recorded: Path | None, trained: Config | None) -> None:
-        self.command, self.problems, self.files = command, problems, files
+        self.command, self.problems = command, problems
         self.recorded, self.trained = recorded, trained
+        self.origins = Origins(command, files, recorded)
         self.keys: dict[str, Key] = {}
 
     def run(self, tree: Tree) -> Config:
@@ -79,7 +81,7 @@ class _Finisher:
         for error in [] if self.recorded else checks.check(config, checks.world_size(config)):
             involved = error.where.split(", ")
             if not self.problems.doubt(involved):
-                error.where = self._origin_of_rule(involved)
+                error.where = self.origins.of_rule(involved)
                 self.problems.add(error)
         if self.problems.errors:
             raise ConfigErrors(self.problems.errors)
@@ -131,7 +133,7 @@ class _Finisher:
                     found = OmegaConf.to_container(found, resolve=True)
                 value = Value(found, path)
             except OmegaConfBaseException as error:
-                self._add(13, f"{path}={value} has no value", doubt=[path], where=self._origin(path),
+                self._add(13, f"{path}={value} has no value", doubt=[path], where=self.origins.of(path),
                           why=str(error).splitlines()[0], next=f"{path}=<a plain value>")
                 value = Value(DELETE, path)
             self._lay(tree, path, value)
@@ -169,13 +171,13 @@ class _Finisher:
         """Check whether the run reads a key, or all keys of a group, and was trained with these values."""
         if readers.unmet(name, others):
             return False
-        return all(values.get(key) == others.get(key) for key in {*values, *others} if _covers(name, key))
+        return all(values.get(key) == others.get(key) for key in {*values, *others} if covers(name, key))
 
     def _origin_of_kind(self, kind: str, values: Tree, others: Tree | None) -> str:
         """Name the origin of a group's option; commands that only look at a run have one of their own."""
-        chosen = self._override(kind) or group_of(kind.partition(".")[0]) in self.command.choices
+        chosen = self.origins.override(kind) or group_of(kind.partition(".")[0]) in self.command.choices
         if others is None or values[kind] == others[kind] or chosen:
-            return self._origin_of_rule([kind])
+            return self.origins.of_rule([kind])
         return f"unless it is typed; {show(others[kind])} trained the run"
 
     # --- sections of the schema
@@ -186,7 +188,7 @@ class _Finisher:
             inside = ", ".join(path for path in self.keys if path.startswith(f"{section}."))
             has_group = group_of(section) in group_options()
             self._add(6, f"{section} is a section, not a value", doubt=[section],
-                      where=self._origin(section), why=f"it holds {inside}",
+                      where=self.origins.of(section), why=f"it holds {inside}",
                       next=advice(group_of(section)) if has_group else
                       f"run.name={show(values)}" if section == "run" else f"{section}.<key>=<value>")
             return clean
@@ -218,7 +220,7 @@ class _Finisher:
             self._add(
                 5 if misfit.choices else 4, f"{text} {what}",
                 doubt=[path],
-                where=self._origin(path),
+                where=self.origins.of(path),
                 why=f"{path} is {type_name(key.type)}: {key.help}",
                 next=advised or f"{path}=<{type_name(key.type)}>")
 
@@ -235,7 +237,7 @@ class _Finisher:
         self._add(
             3, f"unknown key {path}",
             doubt=[key.path for key in near],
-            where=self._origin(path),
+            where=self.origins.of(path),
             why=f"the section {section} has no such key" if known else "there is no such section or key",
             next=_lines(advised) or "moetrain train --help")
 
@@ -244,8 +246,9 @@ class _Finisher:
     def _parts(self, section: str, node: Any) -> Tree:
         node = {} if node is None else node
         if not isinstance(node, dict):
-            self._add(6, f"{section} is a section, not a value", doubt=[section], where=self._origin(section),
-                      why="it holds a part: _target_ and its arguments", next=advice(section))
+            self._add(6, f"{section} is a section, not a value", doubt=[section],
+                      where=self.origins.of(section), why="it holds a part: _target_ and its arguments",
+                      next=advice(section))
             return {}
         if section != "loss":
             return self._part(section, node)
@@ -256,7 +259,7 @@ class _Finisher:
         target = node.get("_target_") if isinstance(node, dict) else None
         if not isinstance(target, str):
             first = next(leaves(node, path))[0] if isinstance(node, dict) and node else path
-            self._add(7, f"{path} names no class", doubt=[path], where=self._origin(first),
+            self._add(7, f"{path} names no class", doubt=[path], where=self.origins.of(first),
                       why="a part is a mapping with _target_, which an option of the group brings",
                       next=f"loss=[{name}]" if name in group_options()["loss"] else advice(section))
             return {}
@@ -264,7 +267,7 @@ class _Finisher:
             accepted = arguments(target, section)
         except NoSuchPart as error:
             self._add(8, f"{path}._target_={target} is not a part of moetrain", doubt=[path],
-                      where=self._origin(f"{path}._target_"), why=str(error), next=advice(section))
+                      where=self.origins.of(f"{path}._target_"), why=str(error), next=advice(section))
             return {}
         clean = {"_target_": target}
         for name, value in node.items():
@@ -275,7 +278,7 @@ class _Finisher:
                 self._add(
                     11, f"{path}.{name} is missing",
                     doubt=[path],
-                    where=self._origin(f"{path}._target_"),
+                    where=self.origins.of(f"{path}._target_"),
                     why=f"{target} needs it",
                     next=f"{path}.{name}=<{type_name(key.type)}>")
         return clean
@@ -286,7 +289,7 @@ class _Finisher:
             self._add(
                 10, f"{key} is set by model.{name}",
                 doubt=[key],
-                where=self._origin(key),
+                where=self.origins.of(key),
                 why="a size that several parts share is written once",
                 next=f"model.{name}={show(value)}")
         elif name in accepted:
@@ -301,39 +304,10 @@ class _Finisher:
             self._add(
                 9, f"unknown key {key}",
                 doubt=near,
-                where=self._origin(key),
+                where=self.origins.of(key),
                 why=f"{clean['_target_'].rpartition('.')[2]} takes {takes}",
                 next=_lines([*(f"{option} {key}={show(value)}" for option in others),
                              *(str(self.keys[known]) for known in near)]) or f"leave {key} out")
-
-    # --- where a value was written
-
-    def _origin(self, path: str) -> str:
-        return self._override(path) or self._file(path)
-
-    def _origin_of_rule(self, paths: Sequence[str]) -> str:
-        """Name all overrides that take part; without any, the file that sets the first key."""
-        choices, values = self.command
-        texts = [given.text for path in paths for key, given in values.items() if _covers(key, path)]
-        for path in paths:
-            group = group_of(path.partition(".")[0])
-            if group in choices and not self._override(path):
-                texts.append(f"{group}={show(choices[group])}")
-        return typed(*dict.fromkeys(texts)) if texts else self._file(paths[0])
-
-    def _override(self, path: str) -> str | None:
-        values = self.command.values
-        return next((typed(given.text) for key, given in values.items() if _covers(key, path)), None)
-
-    def _file(self, path: str) -> str:
-        if self.recorded:
-            return f"{path} in {self.recorded}"
-        for section, file in self.files:
-            inside = path.removeprefix(f"{section}.") if section else path
-            if (not section or inside != path) and _holds(load(file), inside.split(".")):
-                shown = file.relative_to(config_dir().parent) if file.is_relative_to(config_dir()) else file
-                return f"{path} in {shown}"
-        return f"{path}, at its default"
 
 
 def _whole_number(value: Any) -> int | None:
@@ -386,18 +360,6 @@ def _part_nodes(tree: Tree) -> Iterator[tuple[str, Tree]]:
             losses = {f"loss.{name}": part for name, part in node.items()}
             nodes = losses if section == "loss" else {section: node}
             yield from ((path, part) for path, part in nodes.items() if isinstance(part, dict))
-
-
-def _covers(key: str, path: str) -> bool:
-    return path == key or path.startswith(f"{key}.")
-
-
-def _holds(tree: Any, path: list[str]) -> bool:
-    for name in path:
-        if not isinstance(tree, dict) or name not in tree:
-            return False
-        tree = tree[name]
-    return True
 
 
 def _lines(entries: list[str]) -> str:
