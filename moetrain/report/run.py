@@ -5,7 +5,7 @@ from pathlib import Path
 from moetrain.report.loads import draw_loads
 from moetrain.report.loss import draw_loss
 from moetrain.report.output import unwritable
-from moetrain.report.specialisation import draw_specialisation
+from moetrain.report.specialization import draw_specialisation
 from moetrain.runs.expert_loads import LoadsLog
 
 

@@ -16,7 +16,7 @@ from moetrain.data.batches.evaluated_domains import MOST_NAMED, OTHERS
 from moetrain.data.preparation.prepare import prepare
 from moetrain.data.preparation.prepared_dataset import write_description
 from moetrain.data.preparation.split_writer import SplitWriter
-from moetrain.report.specialisation import draw_specialisation
+from moetrain.report.specialization import draw_specialisation
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.loggers.console import MOST_DOMAINS
 from moetrain.train.loop import train

@@ -8,7 +8,7 @@ from matplotlib.image import imread
 
 from moetrain.errors import DataError
 from moetrain.report.output import Lettering
-from moetrain.report.specialisation import draw_specialisation, finding, lift, read_specialisation
+from moetrain.report.specialization import draw_specialisation, finding, lift, read_specialisation
 from moetrain.runs.specialization import mutual_information, write_specialisation
 
 
