@@ -227,7 +227,7 @@ COVERS = {
     "plan/test_planners": "plan/leveling/{locality,overflow,rehoming} "
                           "plan/planners/{balanced,base,ep,eplb,hecate,laer,llep,shadow}",
     "report/test_loads": "report/{arrays,run}",
-    "report/test_specialisation": "report/output runs/specialization",
+    "report/test_specialization": "report/output runs/specialization",
     "routers/test_properties": "routers/base",
     "runs/test_lock": "locks",
     "tools/test_build_cuda": "ops/extension",

@@ -21,8 +21,8 @@ from moetrain.report.output import Lettering, report_file, write_csv
 LAST_STEPS = 100
 SNAPSHOTS = 5
 # Diverging around the mean; red and blue are told apart in every common form of colour blindness.
-COLOURS, SCALE = "RdBu_r", (0.0, 2.0)
-GREY, INK = "0.88", "0.2"
+COLOR_MAP, SCALE = "RdBu_r", (0.0, 2.0)
+GRAY, INK = "0.88", "0.2"
 
 
 class Loads(NamedTuple):
@@ -91,7 +91,7 @@ def snapshots(steps: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(edges)]
 
 
-def finding(loads: Loads, end: slice) -> str:
+def headline(loads: Loads, end: slice) -> str:
     """What the picture shows, in a line."""
     load = loads.load(end)
     dead, total = int((load == 0).sum()), int(loads.experts.sum())
@@ -137,7 +137,7 @@ def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
         figure = Figure(figsize=(11, top + middle + (2.1 if middle else 1.3) + 3.2), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(h_pad=0.09, w_pad=0.06)
-        figure.suptitle(finding(loads, end), fontsize=14, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(headline(loads, end), fontsize=14, fontweight="bold", x=0.01, ha="left")
         above, below = figure.subfigures(2, 1, height_ratios=[top + middle + (1.9 if middle else 1.1), 2.8])
         _over_experts(above, loads, end, times if middle else [], [top, middle])
         _over_steps(below.add_subplot(), loads, end)
@@ -165,8 +165,8 @@ def _heatmap(axes: Any, load: np.ndarray, *, large: bool) -> Any:
     """large: cells apart, dead experts marked, and figures in the cells where there is room."""
     routers, experts = load.shape
     apart = large and experts <= 96
-    axes.set_facecolor(GREY)                                     # where a router has no such expert
-    image = axes.pcolormesh(np.ma.masked_invalid(load), cmap=COLOURS, vmin=SCALE[0], vmax=SCALE[1],
+    axes.set_facecolor(GRAY)                                     # where a router has no such expert
+    image = axes.pcolormesh(np.ma.masked_invalid(load), cmap=COLOR_MAP, vmin=SCALE[0], vmax=SCALE[1],
                             edgecolors="white" if apart else "none", linewidth=0.6 if apart else 0, rasterized=True)
     if large:
         r, e = np.nonzero(load == 0)
@@ -194,12 +194,12 @@ def _over_steps(axes: Any, loads: Loads, end: slice) -> None:
     from matplotlib.ticker import MaxNLocator
 
     violation = loads.violation()
-    colours = colormaps["viridis"](np.linspace(0, 0.9, len(loads.routers)))
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(loads.routers)))
     window = max(1, len(loads.steps) // 40)
-    for name, values, colour in zip(loads.routers, violation.T, colours):
+    for name, values, color in zip(loads.routers, violation.T, colors):
         if window > 1:
-            axes.plot(loads.steps, values, color=colour, linewidth=0.6, alpha=0.25)
-        axes.plot(loads.steps, trailing_mean(values, window), color=colour, linewidth=1.6, label=name,
+            axes.plot(loads.steps, values, color=color, linewidth=0.6, alpha=0.25)
+        axes.plot(loads.steps, trailing_mean(values, window), color=color, linewidth=1.6, label=name,
                   marker="o" if len(loads.steps) == 1 else None, clip_on=False)
     begin = slice(0, end.stop - end.start)
     before, after = violation[begin].mean(), violation[end].mean()

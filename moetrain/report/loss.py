@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrain.files import open_regular, parse_json, shown
-from moetrain.report.loads import GREY, INK, trailing_mean
+from moetrain.report.loads import GRAY, INK, trailing_mean
 from moetrain.report.output import Lettering, report_file, write_csv
 from moetrain.units import count
 
-LINE_BYTES = 1 << 20                                     # of a record; a longer line is not one
-MOST_POINTS = 4000                                       # of single steps that are drawn, evenly spaced
-MOST_DOMAINS = 8                                         # that are drawn by name
+MAX_LINE = 1 << 20                                     # of a record; a longer line is not one
+MAX_POINTS = 4000                                       # of single steps that are drawn, evenly spaced
+MAX_DOMAINS = 8                                         # that are drawn by name
 TRAINING, HELDOUT = "#1f4e79", "#c0392b"                 # told apart in grayscale by line and marker, too
 
 
@@ -36,12 +36,12 @@ class Losses(NamedTuple):
 
 def draw_loss(run_dir: Path) -> Path | None:
     """Draw the picture and return its path; None where no step is recorded."""
-    found = read_losses(run_dir)
-    if not len(found.steps):
+    losses = read_losses(run_dir)
+    if not len(losses.steps):
         return None
     folder = run_dir / "report"
-    write_csv(folder / "loss.csv", _rows(found))
-    _draw(found, folder / "loss.png")
+    write_csv(folder / "loss.csv", _rows(losses))
+    _draw(losses, folder / "loss.png")
     return folder / "loss.png"
 
 
@@ -50,8 +50,8 @@ def read_losses(run_dir: Path) -> Losses:
     steps = _records(run_dir / "metrics.jsonl", "step", "tokens", "loss/ce")
     evaluations = _records(run_dir / "eval.jsonl", "step", "loss/mean")
     starts = [int(record["start"]) for record in _records(run_dir / "log" / "attempts.jsonl", "start")]
-    found = (name for record in evaluations for name in record if name.startswith("loss/"))
-    names = dict.fromkeys(name.removeprefix("loss/") for name in found)
+    keys = (name for record in evaluations for name in record if name.startswith("loss/"))
+    names = dict.fromkeys(name.removeprefix("loss/") for name in keys)
     return Losses(
         *(np.array([record[name] for record in steps], dtype=float) for name in ("step", "tokens", "loss/ce")),
         np.array([record["step"] for record in evaluations], dtype=float),
@@ -63,13 +63,13 @@ def read_losses(run_dir: Path) -> Losses:
 
 def _records(path: Path, *names: str) -> list[dict[str, float]]:
     """The numbers of every record that has all of `names`; nothing where there is no file."""
-    found = []
+    records = []
     try:
         file = open_regular(path)
     except OSError:
         return []
     with file:
-        while line := file.readline(LINE_BYTES):
+        while line := file.readline(MAX_LINE):
             try:
                 record = parse_json(line)
             except ValueError:
@@ -78,60 +78,60 @@ def _records(path: Path, *names: str) -> list[dict[str, float]]:
                 continue
             numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
             if numbers.keys() >= set(names):
-                found.append(numbers)
-    return found
+                records.append(numbers)
+    return records
 
 
-def finding(found: Losses) -> str:
+def headline(losses: Losses) -> str:
     """What the picture shows, in a line."""
-    first, last = found.training[0], _end(found)
+    first, last = losses.training[0], _end(losses)
     verb = "falls" if last < first else "goes"
-    text = f"Training loss {verb} from {first:.2f} to {last:.2f} nats per token in {count(found.tokens[-1])} tokens"
-    if not len(found.evaluated):
+    text = f"Training loss {verb} from {first:.2f} to {last:.2f} nats per token in {count(losses.tokens[-1])} tokens"
+    if not len(losses.evaluated):
         return text
-    bits = found.nats_per_byte[-1] / math.log(2)
-    return f"{text}; held-out {found.heldout['mean'][-1]:.2f}" + ("" if math.isnan(bits) else f" ({bits:.2f} bits per byte)")
+    bits = losses.nats_per_byte[-1] / math.log(2)
+    return f"{text}; held-out {losses.heldout['mean'][-1]:.2f}" + ("" if math.isnan(bits) else f" ({bits:.2f} bits per byte)")
 
 
-def _window(found: Losses) -> int:
-    return max(1, len(found.steps) // 50)
+def _window(losses: Losses) -> int:
+    return max(1, len(losses.steps) // 50)
 
 
-def _end(found: Losses) -> float:
+def _end(losses: Losses) -> float:
     """Training loss at the end: the mean of the last window."""
-    return float(np.mean(found.training[-_window(found):]))
+    return float(np.mean(losses.training[-_window(losses):]))
 
 
-def _rows(found: Losses) -> Iterator[list[object]]:
+def _rows(losses: Losses) -> Iterator[list[object]]:
     """Of the CSV: every step, and its evaluation where there was one."""
-    evaluations = {step: index for index, step in enumerate(found.evaluated)}
-    trained = dict(zip(found.steps, zip(found.tokens, found.training)))
-    yield ["step", "tokens", "training", *(f"held-out {shown(name)}" for name in found.heldout), "resumed"]
-    for step in sorted({*trained, *evaluations, *map(float, found.resumed)}):
+    evaluations = {step: index for index, step in enumerate(losses.evaluated)}
+    trained = dict(zip(losses.steps, zip(losses.tokens, losses.training)))
+    yield ["step", "tokens", "training", *(f"held-out {shown(name)}" for name in losses.heldout), "resumed"]
+    for step in sorted({*trained, *evaluations, *map(float, losses.resumed)}):
         tokens, loss = trained.get(step, ("", ""))
         held = [f"{values[evaluations[step]]:.6g}" if step in evaluations else ""
-                for values in found.heldout.values()]
-        yield [int(step), tokens and int(tokens), loss and f"{loss:.6g}", *held, int(step in found.resumed)]
+                for values in losses.heldout.values()]
+        yield [int(step), tokens and int(tokens), loss and f"{loss:.6g}", *held, int(step in losses.resumed)]
 
 
 # --- the picture ----------------------------------------------------------------------------------------------------
 
 
-def _draw(found: Losses, path: Path) -> None:
+def _draw(losses: Losses, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     inked = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
     style = {"font.size": 10, **dict.fromkeys(inked, INK)}
-    with rc_context(style), Lettering(found.heldout) as lettering:
+    with rc_context(style), Lettering(losses.heldout) as lettering:
         figure = Figure(figsize=(11, 5.4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.suptitle(finding(found), fontsize=12, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(headline(losses), fontsize=12, fontweight="bold", x=0.01, ha="left")
         axes = figure.add_subplot()
-        labels = [*_draw_training(axes, found), *_draw_heldout(axes, found, lettering)]
-        _draw_resumes(axes, found)
-        _finish(axes, found)
+        labels = [*_draw_training(axes, losses), *_draw_heldout(axes, losses, lettering)]
+        _draw_resumes(axes, losses)
+        _finish(axes, losses)
         figure.draw_without_rendering()                  # so that the axes know their height
         _write_labels(axes, labels)
         with report_file(path) as file:
@@ -141,59 +141,59 @@ def _draw(found: Losses, path: Path) -> None:
 Label = tuple[float, str, str, str]                      # where on the axis of losses, text, color, weight
 
 
-def _draw_training(axes: Any, found: Losses) -> list[Label]:
-    window = _window(found)
-    every = slice(None, None, -(-len(found.steps) // MOST_POINTS))
-    tokens, smooth = found.tokens[every], trailing_mean(found.training, window)[every]
+def _draw_training(axes: Any, losses: Losses) -> list[Label]:
+    window = _window(losses)
+    every = slice(None, None, -(-len(losses.steps) // MAX_POINTS))
+    tokens, smooth = losses.tokens[every], trailing_mean(losses.training, window)[every]
     if window > 1:
-        axes.plot(tokens, found.training[every], color="0.75", linewidth=0.7, zorder=1, label="each step")
-    axes.plot(tokens, smooth, color=TRAINING, linewidth=2, zorder=3, marker="o" if len(found.steps) == 1 else None,
+        axes.plot(tokens, losses.training[every], color="0.75", linewidth=0.7, zorder=1, label="each step")
+    axes.plot(tokens, smooth, color=TRAINING, linewidth=2, zorder=3, marker="o" if len(losses.steps) == 1 else None,
               label=f"training, mean of {window} steps" if window > 1 else "training")
-    return [(_end(found), f"training {_end(found):.2f}", TRAINING, "bold")]
+    return [(_end(losses), f"training {_end(losses):.2f}", TRAINING, "bold")]
 
 
-def _draw_heldout(axes: Any, found: Losses, lettering: Lettering) -> list[Label]:
+def _draw_heldout(axes: Any, losses: Losses, lettering: Lettering) -> list[Label]:
     """The mean over domains, and behind it the domains by name where there are two or more."""
-    if not len(found.evaluated):
+    if not len(losses.evaluated):
         return []
-    tokens = np.interp(found.evaluated, found.steps, found.tokens)
-    domains = [name for name in found.heldout if name != "mean"]
+    tokens = np.interp(losses.evaluated, losses.steps, losses.tokens)
+    domains = [name for name in losses.heldout if name != "mean"]
     labels = []
-    for name in domains[:MOST_DOMAINS] if len(domains) > 1 else ():
-        losses = found.heldout[name]
-        axes.plot(tokens, losses, color="0.5", linewidth=0.9, linestyle=":", marker=".", markersize=5, zorder=2)
-        labels.append((losses[-1], f"{lettering(name)} {losses[-1]:.2f}", "0.35", "normal"))
-    mean = found.heldout["mean"]
+    for name in domains[:MAX_DOMAINS] if len(domains) > 1 else ():
+        values = losses.heldout[name]
+        axes.plot(tokens, values, color="0.5", linewidth=0.9, linestyle=":", marker=".", markersize=5, zorder=2)
+        labels.append((values[-1], f"{lettering(name)} {values[-1]:.2f}", "0.35", "normal"))
+    mean = losses.heldout["mean"]
     axes.plot(tokens, mean, color=HELDOUT, linewidth=1.6, linestyle="--", marker="D", markersize=6,
               markerfacecolor="white", markeredgewidth=1.6, zorder=4,
               label="held-out" + (f", mean of {len(domains)} domains" if len(domains) > 1 else ""))
     return [*labels, (mean[-1], f"held-out {mean[-1]:.2f}", HELDOUT, "bold")]
 
 
-def _draw_resumes(axes: Any, found: Losses) -> None:
-    for number, tokens in enumerate(np.interp(found.resumed, found.steps, found.tokens)):
+def _draw_resumes(axes: Any, losses: Losses) -> None:
+    for number, tokens in enumerate(np.interp(losses.resumed, losses.steps, losses.tokens)):
         axes.axvline(tokens, color="0.35", linewidth=1, linestyle=(0, (1, 2)), zorder=0,
                      label=None if number else "resumed")
 
 
-def _finish(axes: Any, found: Losses) -> None:
+def _finish(axes: Any, losses: Losses) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    end = float(max(found.tokens[-1], 1))
-    smooth = trailing_mean(found.training, _window(found))
-    seen = np.concatenate([smooth, *found.heldout.values()])
+    end = float(max(losses.tokens[-1], 1))
+    smooth = trailing_mean(losses.training, _window(losses))
+    seen = np.concatenate([smooth, *losses.heldout.values()])
     seen = seen[np.isfinite(seen)]
     if len(seen):
         room = 0.06 * (seen.max() - seen.min()) or 0.1
         axes.set_ylim(seen.min() - room, seen.max() + room)
     axes.set(xlim=(0, end), xlabel="tokens trained on", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count(tokens)))
-    steps, tokens = np.concatenate([[0], found.steps]), np.concatenate([[0], found.tokens])
+    steps, tokens = np.concatenate([[0], losses.steps]), np.concatenate([[0], losses.tokens])
     above = axes.secondary_xaxis("top", functions=(lambda at: np.interp(at, tokens, steps),
                                                    lambda at: np.interp(at, steps, tokens)))
     above.set_xlabel("optimizer step")
     above.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color=GREY)
+    axes.grid(axis="y", color=GRAY)
     axes.set_axisbelow(True)
     axes.spines["right"].set_visible(False)
     axes.legend(loc="best", frameon=False)

@@ -18,7 +18,7 @@ from moetrain.data.batches.token_dataset import TokenDataset
 from moetrain.data.preparation.prepared_dataset import TokenStream
 
 _CHUNK = 1 << 22
-_LARGEST = (1 << 63) - 1
+_INT64_MAX = (1 << 63) - 1
 
 
 class Counts(NamedTuple):
@@ -106,14 +106,14 @@ def _merge(codes: np.ndarray, counts: np.ndarray, found: np.ndarray) -> tuple[np
         return found[first], new_counts
     merged = np.concatenate([codes, found[first]])
     by_code = np.argsort(merged, kind="stable")
-    merged, amounts = merged[by_code], np.concatenate([counts, new_counts])[by_code]
+    merged, summed = merged[by_code], np.concatenate([counts, new_counts])[by_code]
     first = np.flatnonzero(np.concatenate([[True], merged[1:] != merged[:-1]]))
-    return merged[first], np.add.reduceat(amounts, first)
+    return merged[first], np.add.reduceat(summed, first)
 
 
 def _contexts(columns: list[np.ndarray] | np.ndarray, vocab: int, length: int | None = None) -> np.ndarray:
     """A number for each context, below 2^63 / vocab: exact while vocab^k fits, a hash of 2^63 / vocab values above."""
-    space = _LARGEST // vocab
+    space = _INT64_MAX // vocab
     size = length if length is not None else columns.shape[1]
     if vocab ** len(columns) <= space:
         context = np.zeros(size, np.int64)

@@ -14,7 +14,7 @@ from moetrain.files import reason, remedy, shown
 from moetrain.runs.files import replacing
 
 _FONTS = logging.getLogger("matplotlib.font_manager")
-MOST_LETTERS = 28                # of a name in a picture
+MAX_NAME_LENGTH = 28                # of a name in a picture
 
 
 @contextmanager
@@ -55,7 +55,7 @@ class Lettering:
 
     def __call__(self, name: str) -> str:
         safe = "".join(char.encode("unicode_escape").decode() if char in self._missing else char for char in shown(name))
-        return shown(safe, MOST_LETTERS)
+        return shown(safe, MAX_NAME_LENGTH)
 
     def __enter__(self) -> "Lettering":
         from matplotlib import rc_context

@@ -5,7 +5,7 @@ from pathlib import Path
 from moetrain.report.loads import draw_loads
 from moetrain.report.loss import draw_loss
 from moetrain.report.output import unwritable
-from moetrain.report.specialization import draw_specialisation
+from moetrain.report.specialization import draw_specialization
 from moetrain.runs.expert_loads import LoadsLog
 
 
@@ -19,7 +19,7 @@ def draw(run_dir: Path) -> list[Path]:
     if recorded.exists() or built.exists() or not drawn:     # a model without routers has neither
         drawn.append(_draw_loads(LoadsLog(recorded), run_dir, built))
     if (run_dir / "specialisation.npz").exists():
-        drawn.append(draw_specialisation(run_dir))
+        drawn.append(draw_specialization(run_dir))
     return drawn
 
 

@@ -12,15 +12,15 @@ import numpy as np
 
 from moetrain.errors import DataError
 from moetrain.report.arrays import Form, read_arrays
-from moetrain.report.loads import COLOURS, GREY
+from moetrain.report.loads import COLOR_MAP, GRAY
 from moetrain.report.output import Lettering, report_file
 from moetrain.runs.specialization import mutual_information
 
 OCTAVES = 2.0                                            # colours end at 4 times the mean share, and at a quarter of it
-MOST = 8                                                 # routers that are drawn, evenly spaced over the layers
+MAX_ROUTERS = 8                                                 # routers that are drawn, evenly spaced over the layers
 
 
-class Specialisation(NamedTuple):
+class Specialization(NamedTuple):
     """choices: int64 [M, E] by router."""
 
     choices: dict[str, np.ndarray]
@@ -32,7 +32,7 @@ FORMS = {"choices": Form("integers", ("domains", "routers", "experts of the larg
          "routers": Form("text", ("routers",)), "experts": Form("integers", ("routers",)), "step": Form("integers", ())}
 
 
-def read_specialisation(path: Path) -> Specialisation:
+def read_specialization(path: Path) -> Specialization:
     try:
         arrays = read_arrays(path, FORMS)
         choices, experts = arrays["choices"], arrays["experts"]
@@ -43,13 +43,13 @@ def read_specialisation(path: Path) -> Specialisation:
     except ValueError as error:
         raise DataError(63, "experts by domain cannot be read", where=str(path), why=str(error),
                         next="move it away: it is written at every evaluation on two domains or more") from error
-    return Specialisation({str(name): choices[:, index, :experts[index]] for index, name in enumerate(arrays["routers"])},
+    return Specialization({str(name): choices[:, index, :experts[index]] for index, name in enumerate(arrays["routers"])},
                           [str(name) for name in arrays["domains"]], int(arrays["step"]))
 
 
-def draw_specialisation(run_dir: Path) -> Path:
+def draw_specialization(run_dir: Path) -> Path:
     """Draw the picture and return its path."""
-    found = read_specialisation(Path(run_dir) / "specialisation.npz")
+    found = read_specialization(Path(run_dir) / "specialisation.npz")
     path = Path(run_dir) / "report" / "specialisation.png"
     _draw(found, path)
     return path
@@ -62,32 +62,32 @@ def lift(choices_ME: np.ndarray) -> np.ndarray:
     return np.divide(shares_ME, mean_E, out=np.full_like(shares_ME, np.nan), where=mean_E > 0)
 
 
-def finding(found: Specialisation) -> str:
+def headline(found: Specialization) -> str:
     """What the picture shows, in a line."""
-    nats = {name: mutual_information(part) for name, part in found.choices.items()}
+    nats = {name: mutual_information(choices_ME) for name, choices_ME in found.choices.items()}
     most = max(nats, key=nats.get)
     share = nats[most] / np.log(max(2, len(found.domains)))
     return (f"A choice tells {share:.0%} of what there is to know of its domain in {most}; "
             f"{np.mean(list(nats.values())):.2f} nats on average")
 
 
-def _draw(found: Specialisation, path: Path) -> None:
+def _draw(found: Specialization, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(found.choices)
-    shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(MOST, len(names))).round().astype(int))]
+    shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(MAX_ROUTERS, len(names))).round().astype(int))]
     height = 0.28 * len(found.domains) + 0.75
     with Lettering([*found.domains, *names]) as lettering:
         figure = Figure(figsize=(11, 1.0 + height * len(shown)), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.suptitle(finding(found), fontsize=13, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(headline(found), fontsize=13, fontweight="bold", x=0.01, ha="left")
         panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
         for panel, name in zip(panels, shown):
             image = _panel(panel, found.choices[name], [lettering(domain) for domain in found.domains])
             panel.set_title(f"{lettering(name)}, {mutual_information(found.choices[name]):.2f} nats", loc="left", fontsize=10)
-        nobodys = any((found.choices[name].sum(0) == 0).any() for name in shown)
-        panels[-1].set_xlabel("experts, sorted by the domain that they serve most" + "; grey: chosen by no domain" * nobodys)
+        any_unused = any((found.choices[name].sum(0) == 0).any() for name in shown)
+        panels[-1].set_xlabel("experts, sorted by the domain that they serve most" + "; grey: chosen by no domain" * any_unused)
         bar = figure.colorbar(image, ax=list(panels), extend="both", pad=0.015, aspect=30)
         bar.set_label("share in the domain / mean over domains")
         bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
@@ -101,8 +101,8 @@ def _panel(axes: Any, choices_ME: np.ndarray, domains: list[str]) -> Any:
                                                                  -float(np.nan_to_num(ratio_ME[:, e]).max()), e))
     with np.errstate(divide="ignore"):
         octaves = np.log2(ratio_ME[:, order_E]).clip(-2 * OCTAVES)       # a domain without a choice is below the scale
-    axes.set_facecolor(GREY)
-    image = axes.pcolormesh(np.ma.masked_array(octaves, np.isnan(octaves)), cmap=COLOURS, vmin=-OCTAVES, vmax=OCTAVES,
+    axes.set_facecolor(GRAY)
+    image = axes.pcolormesh(np.ma.masked_array(octaves, np.isnan(octaves)), cmap=COLOR_MAP, vmin=-OCTAVES, vmax=OCTAVES,
                             edgecolors="white", linewidth=0.4)
     axes.set(ylim=(len(domains), 0))
     axes.set_yticks(np.arange(len(domains)) + 0.5, labels=domains)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from moetrain.files import nearby, read_json, reason, shown
 from moetrain.report.output import write_csv
 
-MOST_BYTES = 1 << 30                                     # of the record of one rank and step
+MAX_BYTES = 1 << 30                                     # of the record of one rank and step
 PHASE_CATEGORIES = ("user_annotation", "gpu_user_annotation")
 OPERATOR_CATEGORIES = ("cpu_op", "kernel", "gpu_memcpy", "gpu_memset")
-MOST_OPERATORS = 20
+MAX_OPERATORS = 20
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def read_events(path: Path) -> list[Event]:
     """Complete events of one rank's record."""
     return [Event(str(event.get("cat")), str(event["name"]), (event.get("pid"), event.get("tid")), float(event["ts"]),
                   float(event["ts"]) + float(event["dur"]))
-            for event in read_json(path, limit=MOST_BYTES)["traceEvents"] if event.get("ph") == "X"]
+            for event in read_json(path, limit=MAX_BYTES)["traceEvents"] if event.get("ph") == "X"]
 
 
 def table(ranks: Sequence[Sequence[list[Event]]]) -> list[Row]:
@@ -79,9 +79,9 @@ def table(ranks: Sequence[Sequence[list[Event]]]) -> list[Row]:
             phases = [event for event in events if event.category in PHASE_CATEGORIES]
             whole += max((e.end for e in phases), default=0.0) - min((e.begin for e in phases), default=0.0)
             own = own_times(event for event in events if event.category in OPERATOR_CATEGORIES)
-            lasting = [("phase", event.name, event.end - event.begin) for event in phases]
-            for kind, name, lasted in [*lasting, *(("operator", *entry) for entry in own)]:
-                seconds[kind, name][rank] = seconds[kind, name].get(rank, 0.0) + lasted / len(recorded) / 1e6
+            phase_times = [("phase", event.name, event.end - event.begin) for event in phases]
+            for kind, name, duration in [*phase_times, *(("operator", *entry) for entry in own)]:
+                seconds[kind, name][rank] = seconds[kind, name].get(rank, 0.0) + duration / len(recorded) / 1e6
                 calls[kind, name] += 1 / steps
     rows = []
     for (kind, name), by_rank in seconds.items():
@@ -104,14 +104,14 @@ def own_times(events: Iterable[Event]) -> list[tuple[str, float]]:
             found[stack[-1][1]][1] -= event.end - event.begin
         stack.append((event.end, len(found)))
         found.append([event.name, event.end - event.begin])
-    return [(name, lasted) for name, lasted in found]
+    return [(name, duration) for name, duration in found]
 
 
 def text(rows: Sequence[Row]) -> str:
     """The table for a terminal: all phases, and the operators that take most."""
     operators = [row for row in rows if row.kind == "operator"]
     lines = [["of a recorded step", "calls", "ms", "fastest", "slowest", "share"]]
-    for row in [*(row for row in rows if row.kind == "phase"), *operators[:MOST_OPERATORS]]:
+    for row in [*(row for row in rows if row.kind == "phase"), *operators[:MAX_OPERATORS]]:
         if row.kind == "operator" and len(lines[-1]) > 1 and row is operators[0]:
             lines.append(["operators, without what they call", "", "", "", "", ""])
         lines.append([shown(row.name, most=44), f"{row.calls:.0f}", *(f"{value * 1e3:.2f}" for value in row[3:6]),

@@ -28,7 +28,7 @@ def mutual_information(choices_ME: np.ndarray) -> float:
     return float((shares_ME * np.log(ratios_ME)).sum(1).mean())
 
 
-def write_specialisation(path: Path, step: int, choices: Sequence[np.ndarray], routers: Mapping[str, int],
+def write_specialization(path: Path, step: int, choices: Sequence[np.ndarray], routers: Mapping[str, int],
                          domains: Sequence[str]) -> None:
     """Write specialisation.npz. Routers with fewer experts than others are padded with 0.
 

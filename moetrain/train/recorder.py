@@ -28,7 +28,7 @@ from moetrain.files import create, reason
 from moetrain.ops import extension
 from moetrain.runs.expert_loads import LoadsLog
 from moetrain.runs.files import JsonlSink, replacing
-from moetrain.runs.specialization import mutual_information, write_specialisation
+from moetrain.runs.specialization import mutual_information, write_specialization
 from moetrain.train.checkpoint.save import Saved
 from moetrain.train.evaluation.evaluate import Evaluation
 from moetrain.train.loggers.wandb_settings import wandb_settings
@@ -117,7 +117,7 @@ class Recorder:
         record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses, "time/eval": seconds, "timestamp": time.time()}
         if choices and len(run.dataset.measured) > 1:
             record["moe/mutual_information/mean"] = float(np.mean([mutual_information(part) for part in choices]))
-            write_specialisation(self.directory / "specialisation.npz", run.state.step, choices, self.routers, run.dataset.measured)
+            write_specialization(self.directory / "specialisation.npz", run.state.step, choices, self.routers, run.dataset.measured)
         self.evaluations.write(record)
         if self.wandb:
             self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})

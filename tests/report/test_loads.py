@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moetrain.errors import DataError, DiskError
-from moetrain.report.loads import draw_loads, finding, last_steps, read_loads, snapshots
+from moetrain.report.loads import draw_loads, headline, last_steps, read_loads, snapshots
 from moetrain.report.run import draw
 from moetrain.runs.expert_loads import LoadsLog
 from tests.support.odd_files import ODD, make_odd
@@ -47,9 +47,9 @@ def test_draws_a_picture_with_its_values_beside_it(tmp_path: Path) -> None:
 
 def test_the_title_states_the_finding(tmp_path: Path) -> None:
     loads = read_loads(write(tmp_path / "a", [[[10, 30, 0, 0]]], [4]) / "loads.npz")
-    assert finding(loads, slice(0, 1)) == "Heaviest expert carries 3.0x the mean; 2 of 4 experts are dead"
+    assert headline(loads, slice(0, 1)) == "Heaviest expert carries 3.0x the mean; 2 of 4 experts are dead"
     loads = read_loads(write(tmp_path / "b", [[[10, 14, 6], [5, 5]]], [3, 2]) / "loads.npz")
-    assert finding(loads, slice(0, 1)) == (
+    assert headline(loads, slice(0, 1)) == (
         "Heaviest expert carries 1.4x the mean (layers.0.moe, expert 1); no dead experts")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrain.report.loss import draw_loss, finding, read_losses
+from moetrain.report.loss import draw_loss, headline, read_losses
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_it_is_drawn_with_its_values_beside_it(run_dir: Path) -> None:
 
 def test_its_title_says_what_it_shows(run_dir: Path) -> None:
     found = read_losses(run_dir)
-    assert finding(found) == ("Training loss falls from 5.00 to 1.02 nats per token in 20.0k tokens; held-out 1.50 (2.00 bits per byte)")
+    assert headline(found) == ("Training loss falls from 5.00 to 1.02 nats per token in 20.0k tokens; held-out 1.50 (2.00 bits per byte)")
     assert found.resumed == [50] and len(found.steps) == 200
 
 

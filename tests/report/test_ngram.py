@@ -74,7 +74,7 @@ def test_fast_and_slow_models_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_hashed_contexts_count_like_exact_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tiny(tmp_path, 257, seq_len=7)
     exact = witten_bell(data, windows=99, batch=2, order=4)
-    monkeypatch.setattr(ngram, "_LARGEST", 1 << 39)       # 257 ** 5 does not fit: contexts of order 4 on are hashed
+    monkeypatch.setattr(ngram, "_INT64_MAX", 1 << 39)       # 257 ** 5 does not fit: contexts of order 4 on are hashed
     hashed = witten_bell(data, windows=99, batch=2, order=6)
     for name in exact:
         assert hashed[name][:5] == pytest.approx(exact[name], rel=1e-9)

@@ -8,8 +8,8 @@ from matplotlib.image import imread
 
 from moetrain.errors import DataError
 from moetrain.report.output import Lettering
-from moetrain.report.specialization import draw_specialisation, finding, lift, read_specialisation
-from moetrain.runs.specialization import mutual_information, write_specialisation
+from moetrain.report.specialization import draw_specialization, headline, lift, read_specialization
+from moetrain.runs.specialization import mutual_information, write_specialization
 
 
 def test_domains_that_use_experts_alike_tell_nothing_and_those_apart_tell_all():
@@ -36,12 +36,12 @@ def test_what_was_written_is_drawn(tmp_path: Path, experts: list[int]) -> None:
     draw = np.random.default_rng(0)
     choices = [draw.integers(0, 50, (3, size)) for size in experts]
     routers = {f"layers.{i}.moe": size for i, size in enumerate(experts)}
-    write_specialisation(tmp_path / "specialisation.npz", 7, choices, routers, ["code", "prose", "tables"])
-    found = read_specialisation(tmp_path / "specialisation.npz")
+    write_specialization(tmp_path / "specialisation.npz", 7, choices, routers, ["code", "prose", "tables"])
+    found = read_specialization(tmp_path / "specialisation.npz")
     assert found.step == 7 and found.domains == ["code", "prose", "tables"]
     assert all((part == choices[i]).all() for i, part in enumerate(found.choices.values()))
-    assert "nats on average" in finding(found)
-    picture = imread(draw_specialisation(tmp_path))
+    assert "nats on average" in headline(found)
+    picture = imread(draw_specialization(tmp_path))
     assert picture.shape[1] == 11 * 120 and picture[..., :3].std() > 0.05
 
 
@@ -49,8 +49,8 @@ def test_what_was_written_is_drawn(tmp_path: Path, experts: list[int]) -> None:
 def test_any_name_of_a_domain_is_drawn_without_a_word(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder,
                                                       caplog: pytest.LogCaptureFixture) -> None:
     shown = name.encode("utf-8", "replace").decode()             # what a file can hold
-    write_specialisation(tmp_path / "specialisation.npz", 7, [np.array([[4, 1], [0, 6]])], {"layers.0.moe": 2}, [shown, "plain"])
-    picture = imread(draw_specialisation(tmp_path))
+    write_specialization(tmp_path / "specialisation.npz", 7, [np.array([[4, 1], [0, 6]])], {"layers.0.moe": 2}, [shown, "plain"])
+    picture = imread(draw_specialization(tmp_path))
     assert picture.shape[1] == 11 * 120 and not recwarn.list and not caplog.records
     with Lettering([name]) as lettering:
         assert len(lettering(name)) <= 28 and lettering(name).isprintable()
@@ -65,17 +65,17 @@ def test_arrays_of_another_form_are_refused(tmp_path: Path, form: dict[str, obje
     good = {"choices": np.ones((2, 1, 2), int), "experts": np.array([2]), "domains": np.array(["a", "b"]), "routers": np.array(["r"]),
             "step": np.int64(3)}
     np.savez(tmp_path / "specialisation.npz", **good)
-    assert read_specialisation(tmp_path / "specialisation.npz").step == 3
+    assert read_specialization(tmp_path / "specialisation.npz").step == 3
     np.savez(tmp_path / "specialisation.npz", **{name: array for name, array in (good | form).items() if array is not None})
     with pytest.raises(DataError, match="E-DATA-063") as refused:
-        read_specialisation(tmp_path / "specialisation.npz")
+        read_specialization(tmp_path / "specialisation.npz")
     assert refused.value.code == 12
 
 
 def test_a_file_that_is_not_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "specialisation.npz").write_bytes(b"PK nothing")
     with pytest.raises(DataError, match="E-DATA-063"):
-        read_specialisation(tmp_path / "specialisation.npz")
+        read_specialization(tmp_path / "specialisation.npz")
 
 
 def test_a_character_that_another_font_has_is_drawn_by_it_and_one_that_none_has_is_escaped() -> None:

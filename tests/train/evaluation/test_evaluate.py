@@ -16,7 +16,7 @@ from moetrain.data.batches.evaluated_domains import MOST_NAMED, OTHERS
 from moetrain.data.preparation.prepare import prepare
 from moetrain.data.preparation.prepared_dataset import write_description
 from moetrain.data.preparation.split_writer import SplitWriter
-from moetrain.report.specialization import draw_specialisation
+from moetrain.report.specialization import draw_specialization
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.loggers.console import MOST_DOMAINS
 from moetrain.train.loop import train
@@ -107,7 +107,7 @@ def test_a_run_on_hundreds_of_domains_says_and_draws_a_bounded_amount(tmp_path: 
     assert sum(name.startswith("loss/") for name in record) == MOST_NAMED + 2
     with np.load(tmp_path / "run" / "specialisation.npz") as file:
         assert file["choices"].shape[0] == MOST_NAMED + 1 and file["domains"][-1] == OTHERS
-    assert imread(draw_specialisation(tmp_path / "run")).shape[0] < 3000
+    assert imread(draw_specialization(tmp_path / "run")).shape[0] < 3000
 
 
 def chinese(folder: Path) -> Path:
