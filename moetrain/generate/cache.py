@@ -1,7 +1,8 @@
-"""Keys and values of the tokens so far, so that a new token runs alone through the model.
+"""Key-value cache, with which a new token runs alone through the model.
 
-One buffer a layer and kind, as long as the context, filled from the front. Keys are kept rotated by their positions, so
-what is kept holds as long as positions do: when the window has to slide, everything is run again (generate/sample.py).
+Every layer has one buffer for keys and one for values, as long as the context and filled from the front. Keys
+are stored with their rotary positions applied, so they are valid as long as the positions are: when the
+window slides, the whole window runs again (generate/sample.py).
 
 Shapes: B sequences, H key-value heads, S positions, h head width.
 """
@@ -13,15 +14,19 @@ from moetrain.model.transformer import Transformer
 
 
 class KeyValues:
-    """Of one layer."""
+    """Keys and values of one layer.
+
+    Args:
+        k_BHSh: empty buffer of keys; its S is the number of positions that fit.
+        v_BHSh: empty buffer of values.
+    """
 
     def __init__(self, k_BHSh: Tensor, v_BHSh: Tensor) -> None:
-        """Both empty, for as many positions as they have."""
         self.k_BHSh, self.v_BHSh = k_BHSh, v_BHSh
         self.length = 0
 
     def extend(self, k_BHSh: Tensor, v_BHSh: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep these behind those that are here; views of all."""
+        """Append keys and values; returns views of all that are stored."""
         begin, self.length = self.length, self.length + k_BHSh.shape[2]
         assert self.length <= self.k_BHSh.shape[2], (self.length, self.k_BHSh.shape)
         self.k_BHSh[:, :, begin:self.length] = k_BHSh
@@ -30,7 +35,7 @@ class KeyValues:
 
 
 class KeyValueCache:
-    """Of all layers of a model, for one sequence of up to `context` tokens."""
+    """Keys and values of all layers of a model, for one sequence of up to `context` tokens."""
 
     def __init__(self, model: Transformer, context: int) -> None:
         self.layers = []
@@ -41,5 +46,5 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        """Tokens that are in it."""
+        """Number of tokens stored."""
         return self.layers[0].length

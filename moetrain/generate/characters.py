@@ -1,9 +1,10 @@
-"""Ids that are drawn one by one, as text: whole characters as soon as they are whole.
+"""Streaming decoder from token ids to text: each character is returned as soon as it is complete.
 
-A character may be several tokens (bytes, byte fallback, byte-level BPE), and what a token stands for may depend on the one
-before it (spaces). So a token is decoded together with the last ones that gave text, and what these give alone is taken off.
-While the result ends in U+FFFD, a character is not whole yet and nothing is given out. What is not whole at the end is left out.
-The prompt is decoded for its end alone: it is never part of what is given out.
+A character may consist of several tokens (bytes, byte fallback, byte-level BPE), and the text of a token may
+depend on the token before it (spaces). A token is therefore decoded together with the last ones that gave
+text, and the text of these alone is removed from the result. While the result ends in U+FFFD, its last
+character is incomplete and nothing is returned. A character that is incomplete at the end is dropped. The
+prompt serves as such context, too; its own text is never returned.
 """
 
 import codecs
@@ -15,20 +16,22 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Characters:
-    """Takes ids, gives text.
+    """Decoder of one text.
 
     Args:
-        tokenizer: what the ids belong to.
-        before: ids of the text that they continue.
+        tokenizer: tokenizer of the ids.
+        before: ids of the prompt that the text continues.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids, self._shown = list(before), len(before)       # ids that are kept, and how many of them have been given out
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.identity == "bytes" else None
+        # Ids that are kept as context or are not returned yet, and how many of them are context.
+        self._ids, self._shown = list(before), len(before)
+        self._bytes = (
+            codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.identity == "bytes" else None)
 
     def add(self, id: int) -> str:
-        """What the next id completes."""
+        """Add the next id; returns the characters that it completes."""
         if self._bytes is not None:
             return self._bytes.decode(bytes([id]))
         self._ids.append(id)
@@ -39,10 +42,10 @@ class Characters:
         return text
 
     def rest(self) -> str:
-        """What is whole of the rest, at the end."""
+        """Return the complete characters that are left at the end."""
         return "" if self._bytes is not None else self._new().rstrip(REPLACEMENT)
 
     def _new(self) -> str:
-        """What the ids give beyond those that have been given out."""
+        """Text of the ids that are not returned yet."""
         known = self._tokenizer.decode(self._ids[:self._shown])
         return self._tokenizer.decode(self._ids)[len(known):]

@@ -1,18 +1,20 @@
-"""Text from a trained model: temperature and nucleus (top-p) sampling.
+"""Text generation with a trained model, by temperature and nucleus (top-p) sampling.
 
-A text begins behind the mark that ends a document, as every document of the training text does, and ends where the model
-draws that mark. Where training has seen no such mark, the prompt alone is the beginning, and nothing is the end.
+A text begins after an end-of-document token, as every document of the training text does, and ends where the
+model draws that token. Where training has seen no such token, the text begins with the prompt and has no end.
 
-The model looks at the last `context` tokens, at positions from 0. As long as the text fits, keys and values of earlier
-tokens are kept and only the newest token runs (generate/cache.py). Beyond, the window slides: every token then has another
-position and, above the first layer, another past, so the whole window runs again for each new token. So it does, from the
-first token on, where experts have a capacity: who is dropped depends on all the tokens of a pass.
+The model attends to the last `context` tokens, at positions from 0. As long as the text fits, keys and values
+of earlier tokens are cached and only the newest token runs (generate/cache.py). Beyond that the window
+slides: every token then has another position and, above the first layer, another past, so the whole window
+runs again for each new token. It also runs whole from the first token on where experts have a capacity,
+because which tokens are dropped depends on all tokens of a pass.
 
-Where training keeps attention inside a document (data.mask_documents), the mark at the beginning belongs to another
-document: the first token of the text is drawn from the mark alone, and no later one sees it.
+Where training keeps attention inside a document (data.mask_documents), the end-of-document token
+at the beginning belongs to another document: the first token of the text is drawn from it alone,
+and no later one attends to it.
 
-Routers are in evaluation mode. The same seed gives the same text, with the cache and without, up to rounding. Ids become
-characters in generate/characters.py.
+Routers are in evaluation mode. The same seed gives the same text with the cache and without, up to rounding.
+generate/characters.py decodes the ids.
 """
 
 import os
@@ -33,13 +35,21 @@ from moetrain.moe.capacity import CapacityPolicy
 from moetrain.ops.pinned import to_device
 from moetrain.routers.base import RouterContext
 
-COLDEST = 1e-6                   # logits that differ by 1e-3 are then a factor of e^1000 apart
+# Below this temperature the most probable token is taken: logits that differ by 1e-3
+# are a factor of e^1000 apart.
+COLDEST = 1e-6
 
 
 class Continuation:
-    """What follows a prompt, piece by piece: iterate over it once. Each piece is made of whole characters.
+    """Continuation of a prompt: an iterator over pieces of text, to be used once.
 
-    tokens: ids drawn so far. ended: whether the model has ended the document.
+    Each piece has whole characters. The attributes `tokens`, the ids drawn so far, and `ended`, whether the
+    model has ended the document, change meanwhile.
+
+    Args:
+        ids: draws the ids.
+        characters: decodes them.
+        end_id: id at which the text ends.
     """
 
     def __init__(self, ids: Iterator[int], characters: Characters, end_id: int | None) -> None:
@@ -58,28 +68,35 @@ class Continuation:
             yield piece
 
 
-def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_id: int | None, tokens: int, temperature: float,
-                  top_p: float, seed: int, context: int, cache: bool, mask_documents: bool, group: Group) -> Continuation:
-    """The continuation of a prompt: up to `tokens` new ones, fewer when the document ends. It is drawn as it is read.
+def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_id: int | None, tokens: int,
+                  temperature: float, top_p: float, seed: int, context: int, cache: bool,
+                  mask_documents: bool, group: Group) -> Continuation:
+    """Continue a prompt by up to `tokens` tokens, or to the end of the document.
+
+    Tokens are drawn as the result is read.
 
     Args:
-        model: in evaluation mode from now on.
+        model: the model; it stays in evaluation mode.
         tokenizer: the one that the model was trained with.
-        prompt: text to continue; nothing begins a document.
-        end_id: what ends a document, and begins the next; None where training has seen no such id.
-        tokens: how many to draw at most.
-        temperature: 0 takes the most probable token.
+        prompt: text to continue; an empty one begins a document.
+        end_id: id of the end-of-document token; None where training has seen none.
+        tokens: most tokens to draw.
+        temperature: temperature of the distribution; 0 takes the most probable token.
         top_p: probability mass to sample from.
-        seed: of the draws.
-        context: tokens the model looks at.
-        cache: keep keys and values of earlier tokens.
-        mask_documents: training kept attention inside a document.
-        group: ranks that write the same text together; the first one draws.
+        seed: seed of the draws.
+        context: number of tokens that the model attends to.
+        cache: whether to cache keys and values of earlier tokens.
+        mask_documents: whether training kept attention inside a document.
+        group: ranks that generate one text together; the first one draws.
+
+    Returns:
+        The continuation, not drawn yet.
     """
     begin = prompt_ids(tokenizer, prompt)
     if not begin and end_id is None:
         raise DataError(179, "there is nothing to begin a text with", where="generate.prompt",
-                        why="no document that the run was trained on ends in an end token, behind which a text could begin",
+                        why="no document that the run was trained on ends in an end token, "
+                            "behind which a text could begin",
                         next="generate.prompt=<text>")
     first = begin if end_id is None else [end_id, *begin]
     model.eval()
@@ -98,18 +115,23 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt; DataError where it has none although there is text."""
+    """Encode a prompt; DataError where a text gives no tokens."""
     ids = [int(id) for id in tokenizer.encode(os.fsencode(prompt))]
     if prompt and not ids:
         raise DataError(174, "the prompt gives no tokens", where=f"generate.prompt={shown(prompt, 60)}",
-                        why="the tokenizer of the run drops all of it", next="another generate.prompt, or none: a new document begins")
+                        why="the tokenizer of the run drops all of it",
+                        next="another generate.prompt, or none: a new document begins")
     return ids
 
 
 class Reader:
-    """The model in front of a text that grows, token by token.
+    """Next-token logits of a text that grows token by token.
 
-    mark_apart: the first token is the mark behind which the text begins, and of another document, which the text does not see.
+    Args:
+        model: the model, in evaluation mode.
+        context: number of tokens that it attends to.
+        cache: whether to cache keys and values, where the model runs token by token.
+        mark_apart: whether the first token is the end of another document, to which the text does not attend.
     """
 
     def __init__(self, model: Transformer, context: int, *, cache: bool, mark_apart: bool = False) -> None:
@@ -118,19 +140,27 @@ class Reader:
 
     @torch.no_grad()
     def logits(self, ids_S: Tensor) -> Tensor:
-        """Logits [V] of the token after these, which are on the host, too; float64. `ids_S` begin with those of the call before.
+        """Compute the logits of the next token. The host waits for the device here, once for every token.
 
-        Here the host waits for the device, once for every token.
+        Args:
+            ids_S: int64 [S] on the host, the whole text; it begins with that of the call before.
+
+        Returns:
+            float64 [V], on the host.
         """
-        seen_S = ids_S[1:] if self.mark_apart and len(ids_S) > 1 else ids_S       # by the newest token
+        # What the newest token attends to.
+        seen_S = ids_S[1:] if self.mark_apart and len(ids_S) > 1 else ids_S
         if len(seen_S) > self.context:
-            self.cache = None                            # positions start anew: nothing in it holds any more
-        if self.cache is not None and (not self.mark_apart or len(ids_S) > 1):    # the mark alone is kept for nobody
+            self.cache = None  # the window slides, so all positions change and the cache is invalid
+        # The mark alone is not cached: no later token attends to it.
+        if self.cache is not None and (not self.mark_apart or len(ids_S) > 1):
             return self._last(seen_S[self.cache.length:], cache=self.cache)
         both = self.mark_apart and 1 < len(ids_S) <= self.context
-        return self._last(ids_S[-self.context:], documents_S=(torch.arange(len(ids_S)) > 0).long() if both else None)
+        return self._last(ids_S[-self.context:],
+                          documents_S=(torch.arange(len(ids_S)) > 0).long() if both else None)
 
-    def _last(self, tokens_S: Tensor, *, documents_S: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def _last(self, tokens_S: Tensor, *, documents_S: Tensor | None = None,
+              cache: KeyValueCache | None = None) -> Tensor:
         tokens_BS, documents_BS = (None if part is None else to_device(part[None], self.model.embed.device)
                                    for part in (tokens_S, documents_S))
         output = self.model(tokens_BS, RouterContext(training=False), documents_BS, cache=cache)
@@ -138,19 +168,26 @@ class Reader:
 
 
 def runs_token_by_token(model: Transformer) -> bool:
-    """Whether attention is all that a token sees of the others; a capacity counts them."""
+    """Whether tokens depend on each other through attention only; a capacity of experts counts all tokens."""
     return all(type(block.moe.capacity) is CapacityPolicy for block in model.layers if block.moe is not None)
 
 
 def draw(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token; temperature 0 takes the most probable, and so does one at which nothing else is left of the others."""
+    """Draw a token; a temperature below COLDEST takes the most probable one.
+
+    Args:
+        logits_V: float [V], on the host.
+        temperature: divides the logits.
+        top_p: probability mass to sample from.
+        generator: source of randomness.
+    """
     if temperature < COLDEST:
         return int(logits_V.argmax())
     return int(torch.multinomial(nucleus(logits_V / temperature, top_p), 1, generator=generator))
 
 
 def nucleus(logits_V: Tensor, top_p: float) -> Tensor:
-    """Probabilities of the smallest set of tokens, most probable first, whose mass reaches top_p; the rest is 0."""
+    """Probabilities of the smallest set of most probable tokens whose mass reaches top_p; the rest is 0."""
     probs, order = logits_V.softmax(-1).sort(descending=True, stable=True)
     kept = probs.where(probs.cumsum(-1) - probs < top_p, 0.0)
     return torch.zeros_like(probs).scatter(0, order, kept / kept.sum())

@@ -1,19 +1,23 @@
-"""engine=deepspeed: DeepSpeed's ZeRO sums the gradients of the dense part and steps it, in shards.
+"""DeepSpeed engine (engine=deepspeed): ZeRO sums the gradients of the dense parameters and shards their update.
 
     adopt(run) -> the same run with two parts changed
 
-    run.parallel   reducer: ZeRO sums dense gradients; each rank keeps the part it will step (experts: ours, as before)
-                   dense: that part, as tensors with a `grad`, so that norm and clipping stay ours
-    run.state      optimizer: ZeRO's AdamW for the dense part, torch's AdamW for the experts
-                   pieces: moments whole and by parameter, so that any engine and any number of ranks reads the checkpoint
+    run.parallel   reducer: ZeRO sums dense gradients, and each rank keeps the shard that it will update;
+                   expert gradients are summed as before
+                   dense: that shard, as tensors with a `grad`, so that norm and clipping stay in moetrain
+    run.state      optimizer: ZeRO's AdamW for the dense parameters, torch's AdamW for the experts
+                   pieces: whole moments by parameter, so that a checkpoint can
+                       be read with any engine and any
+                   number of ranks
 
-The training step, its metrics, checkpoints, resume and exit codes are those of engine=torch. DeepSpeed would average
-gradients; ours carry global denominators, so its `gradient_allreduce_op` is `sum` and nothing has to be undone. It neither
-clips nor computes a norm. One reduction a step, whatever the accumulation: all backward passes run inside
-`coalesce_grad_reduction`, so gradients are whole until the last of them.
+The training step, its metrics, checkpoints, resume and exit codes are those of engine=torch. DeepSpeed
+averages gradients by default. Here the denominators of the losses are global already, so its
+`gradient_allreduce_op` is `sum`. It neither clips nor computes a norm. There is one reduction a step,
+whatever the gradient accumulation: all backward passes run inside `coalesce_grad_reduction`, so gradients
+are whole until the last of them.
 
-ZeRO's layout, which `_check_layout` verifies once: the parameters of an optimizer group end to end in their order, padded
-at the end, cut into equal parts, part r on rank r.
+ZeRO's layout: the parameters of an optimizer group lie end to end in their order, padded at the end, and are
+cut into equal parts, part r on rank r. `_check_layout` verifies that once.
 """
 
 import io
@@ -42,20 +46,26 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adopt(run: Run) -> Run:
-    """Hand the dense part of a run to ZeRO, before any checkpoint is read. Collective."""
+    """Hand the dense parameters of a run to ZeRO, before a checkpoint is read. Collective."""
     group = run.mesh["dense_grad"]
     assert group.size == dist.get_world_size(), "config/rules/parallel.py: ZeRO shards over all ranks"
     experts, dense = _split(run.state.optimizer)
     zero = Zero(_start_engine(run, dense), group)
     reducer = ZeroReducer(zero, GradientReducer([(run.parallel.experts, run.mesh["expert_grad"])]))
     parallel = run.parallel._replace(dense=zero.parts, reducer=reducer)
-    mesh = replace(run.mesh, groups={**run.mesh.groups, "dense_shard": group})      # norm: dense gradients are cut up
+    # The gradient norm sums over this group, because dense gradients are sharded now.
+    mesh = replace(run.mesh, groups={**run.mesh.groups, "dense_shard": group})
     state = ZeroState(run.state.model, ZeroOptimizer(zero, experts), prior=run.state.prior)
     return replace(run, mesh=mesh, parallel=parallel, state=state)
 
 
 class Zero:
-    """ZeRO's engine over the dense parameters, seen as groups of parameters and this rank's part of each."""
+    """ZeRO over the dense parameters: the parameters of each optimizer group, and this rank's part of them.
+
+    Args:
+        engine: DeepSpeed's engine.
+        group: the ranks over which it shards.
+    """
 
     def __init__(self, engine: Any, group: Group) -> None:
         self.engine, self.group = engine, group
@@ -68,12 +78,12 @@ class Zero:
         self._accumulating = ExitStack()
 
     def accumulate(self) -> None:
-        """From here on gradients add up locally; `reduce` ends it."""
+        """Clear the gradients, and let them accumulate locally until `reduce`."""
         self.engine.optimizer.zero_grad(set_to_none=True)
         self._accumulating.enter_context(self.engine.coalesce_grad_reduction())
 
     def reduce(self) -> None:
-        """Sum over the ranks; `grad` of each part is this rank's, padded with zeros."""
+        """Sum the gradients over the ranks; `grad` of each part becomes this rank's, padded with zeros."""
         for parameter in (parameter for some in self.parameters for parameter in some):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -84,10 +94,10 @@ class Zero:
             found = torch.cat([gradient.flatten() for gradient in averaged[index]])
             part.grad = flat
             flat[:found.numel()].copy_(found)
-            averaged[index] = [flat]                 # ZeRO steps with what is clipped in place
+            averaged[index] = [flat]  # ZeRO updates with this tensor, which is clipped in place
 
     def whole(self, moment: str) -> dict[nn.Parameter, Tensor]:
-        """A moment of every dense parameter, put together from all ranks. Collective."""
+        """Gather a moment of every dense parameter from all ranks. Collective."""
         found = {}
         for parameters, part in zip(self.parameters, self.parts):
             mine = self.inner.state[part][moment]
@@ -97,7 +107,7 @@ class Zero:
         return found
 
     def take(self, whole: dict[str, dict[nn.Parameter, Tensor]]) -> None:
-        """Keep this rank's part of moments, and of the parameters as they are in the model now."""
+        """Copy this rank's part of whole moments, and of the model's parameters as they are now."""
         for parameters, part in zip(self.parameters, self.parts):
             part.data.copy_(self._mine(parameters, part))
             for moment, tensors in whole.items():
@@ -112,61 +122,73 @@ class Zero:
 
     def _check_layout(self) -> None:
         for parameters, part in zip(self.parameters, self.parts):
-            assert torch.equal(self._mine(parameters, part), part), "this DeepSpeed lays ZeRO's parts out in another way"
+            assert torch.equal(self._mine(parameters, part), part), (
+                "this DeepSpeed lays ZeRO's parts out in another way")
 
 
 class ZeroReducer:
-    """Takes the place of parallel.data_parallel.GradientReducer."""
+    """Reducer of all gradients, in place of parallel.data_parallel.GradientReducer."""
 
     def __init__(self, zero: Zero, experts: GradientReducer) -> None:
         self.zero, self.experts = zero, experts
 
     def reduce(self) -> None:
+        """Sum the gradients of the experts and of the dense parameters."""
         self.experts.reduce()
         self.zero.reduce()
 
 
 class ZeroOptimizer:
-    """ZeRO's AdamW for the dense part and torch's for the experts, as one: what the training step asks of an optimizer.
+    """One optimizer of two: ZeRO's AdamW for the dense parameters, torch's AdamW for the experts.
 
-    `state` holds the moments of experts by parameter; those of the dense part join it while a ZeroState shows them.
+    `state` holds the moments of the experts by parameter; `ZeroState` adds those of the
+    dense parameters for a moment.
     """
 
     def __init__(self, zero: Zero, experts: torch.optim.AdamW) -> None:
         self.zero, self.experts = zero, experts
         self.state: dict[nn.Parameter, dict[str, Tensor]] = dict(experts.state)
         self.param_groups = [*zero.param_groups, *experts.param_groups]
-        self.to_fill: dict[str, dict[nn.Parameter, Tensor]] = {}     # moments that a checkpoint is being read into
+        # Whole moments of dense parameters, into which a checkpoint is read.
+        self.to_fill: dict[str, dict[nn.Parameter, Tensor]] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, and let ZeRO accumulate from here on."""
         self.experts.zero_grad(set_to_none=set_to_none)
         self.zero.accumulate()
 
     def step(self) -> None:
+        """Update all parameters."""
         self.to_fill = {}
         self.zero.engine.step()
         self.experts.step()
 
 
 class ZeroState(TrainState):
-    """The state of a run whose dense moments lie in parts: shown whole, taken over in parts."""
+    """Training state whose dense moments are sharded by ZeRO: saved whole, restored in parts."""
 
     optimizer: ZeroOptimizer
 
     def pieces(self) -> Iterator[Piece]:
-        """Collective once a step was taken; before that, when a checkpoint is read into the pieces, it is not."""
+        """Yield all pieces, with whole moments of dense parameters.
+
+        Collective once a step was taken, because the moments are gathered. Before the first step a checkpoint
+        is read into the pieces, which are then empty and need no communication.
+        """
         zero, state = self.optimizer.zero, self.optimizer.state
         dense = [parameter for parameters in zero.parameters for parameter in parameters]
         if self.step:
             whole = {moment: zero.whole(moment) for moment in MOMENTS}
         else:
-            whole = self.optimizer.to_fill = {moment: {p: torch.zeros_like(p) for p in dense} for moment in MOMENTS}
+            whole = self.optimizer.to_fill = {
+                moment: {p: torch.zeros_like(p) for p in dense} for moment in MOMENTS}
         state |= {parameter: {moment: whole[moment][parameter] for moment in MOMENTS} for parameter in dense}
         yield from super().pieces()
         for parameter in dense:
             del state[parameter]
 
     def restore(self, values: dict[str, int]) -> None:
+        """Restore the counters, and this rank's part of the moments that were read."""
         super().restore(values)
         self.optimizer.zero.take(self.optimizer.to_fill)
         restore_steps(self.optimizer.zero.inner, self.step)
@@ -174,13 +196,13 @@ class ZeroState(TrainState):
 
 
 def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """The beginning of `flat` as tensors of these shapes, end to end."""
+    """Views of a flat tensor with the shapes of `tensors`, end to end from its beginning."""
     sizes = [tensor.numel() for tensor in tensors]
     return [view.view(tensor.shape) for view, tensor in zip(flat[:sum(sizes)].split(sizes), tensors)]
 
 
 def _split(optimizer: torch.optim.AdamW) -> tuple[torch.optim.AdamW, torch.optim.AdamW]:
-    """(the same optimizer with the experts' groups alone, a new one with the others)."""
+    """Split an optimizer into itself, with the groups of experts alone, and a new one with all others."""
     assert type(optimizer) is torch.optim.AdamW, type(optimizer)
     groups = optimizer.param_groups
     dense = [group for group in groups if group["name"] != "expert"]
@@ -191,7 +213,7 @@ def _split(optimizer: torch.optim.AdamW) -> tuple[torch.optim.AdamW, torch.optim
 
 
 def _start_engine(run: Run, optimizer: torch.optim.AdamW) -> Any:
-    """A DeepSpeed engine whose module is the dense parameters alone: it is never called forward."""
+    """Start a DeepSpeed engine over the dense parameters alone; its forward is never called."""
     os.environ.setdefault("DS_ACCELERATOR", run.mesh.device.type)
     put_ninja_on_path()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -199,10 +221,10 @@ def _start_engine(run: Run, optimizer: torch.optim.AdamW) -> Any:
 
     config = {
         "train_micro_batch_size_per_gpu": run.config.train.per_forward(run.mesh["batch"].size),
-        "gradient_accumulation_steps": 1,            # ours: the engine sees one backward phase a step
+        "gradient_accumulation_steps": 1,  # moetrain accumulates: the engine sees one backward phase a step
         "gradient_allreduce_op": "sum",
         "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,       # torch's AdamW: the update of engine=torch, nothing to compile
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, as with engine=torch: nothing to compile
         "zero_optimization": {
             "stage": run.config.engine.zero_stage,
             "overlap_comm": False,
@@ -211,14 +233,17 @@ def _start_engine(run: Run, optimizer: torch.optim.AdamW) -> Any:
         },
         "steps_per_print": None,
     }
-    module = nn.ParameterList([parameter for group in optimizer.param_groups for parameter in group["params"]])
-    with redirect_stdout(io.StringIO()):             # it prints what it has compiled; a failure to compile is an exception
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    module = nn.ParameterList(
+        [parameter for group in optimizer.param_groups for parameter in group["params"]])
+    # DeepSpeed prints what it compiles. A failure to compile raises an exception.
+    with redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config,
+                                          dist_init_required=False)
     return engine
 
 
 def put_ninja_on_path() -> None:
-    """Beside the interpreter when the environment is not activated."""
+    """Put ninja on PATH where it lies beside the interpreter: the environment may not be activated."""
     beside = Path(sys.executable).parent
     if shutil.which("ninja") is None and (beside / "ninja").exists():
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"

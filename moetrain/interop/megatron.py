@@ -1,19 +1,21 @@
-"""data=megatron: Megatron-Core's indexed datasets (<prefix>.bin, <prefix>.idx) as training data.
+"""Megatron-Core's indexed datasets (<prefix>.bin, <prefix>.idx) as training data: data=megatron.
 
-    open_indexed(path, tokenizer, vocab_size, …) -> what data.token_dataset.TokenDataset reads in place of a prepared folder
+    open_indexed(path, tokenizer, vocab_size, …) -> TokenFiles, which data.batches.token_dataset.TokenDataset reads
+                                                    in place of a prepared folder
 
-A dataset is a domain; in a folder of several, each is one, by the name of its files. data.path also takes what Megatron's
---data-path takes (`megatron_blend.py`): several prefixes, and before each the share of the samples that comes from it.
-Documents lie end to end as the preprocessing wrote them: an end-of-document id is where it put one, none is added. The index
-is read by Megatron's own `IndexedDataset` (`megatron_index.py`), the tokens by `data/tokens/blocks.py`; windows, order and sample
-ids are those of data=tokens. Both files of a dataset are read whole once, and known by an index of our own from then on
-(`data/pretokenized/token_indexes.py`).
+A dataset is a domain; in a folder of several, each dataset is one, named like its files. data.path takes the
+syntax of Megatron's --data-path, too (`megatron_blend.py`): several prefixes, each with the share of the
+samples that comes from it. Documents lie end to end as the preprocessing wrote them, and no end-of-document
+id is added. Megatron's own `IndexedDataset` reads the index (`megatron_index.py`), `data/tokens/blocks.py` the
+tokens; windows, order and sample ids are those of data=tokens. Both files of a dataset are read whole once,
+and an index of moetrain describes them from then on (`data/pretokenized/token_indexes.py`).
 
-Held out is data.held_out, else what a folder calls `valid` beside `train`, else a share of the documents of each domain (one
-in 20), chosen by a permutation keyed by the domain's content; where a domain has too few documents for that, each of them
-gives up that share of its tokens, the last. Duplicates are not looked for.
+Held-out data is data.held_out. Without it, it is what a folder calls `valid` beside `train`, or else a share
+of the documents of each domain (one in 20), chosen by a permutation keyed by the domain's content. Where a
+domain has too few documents for that, the last tokens of each document are held out, by the same share.
+Duplicates are not searched for.
 
-What the documents end in is looked at (`data/pretokenized/end_token.py`): almost all of them end in the id that --append-eod wrote.
+`data/pretokenized/end_token.py` finds the end-of-document id: almost all documents end in the id that --append-eod wrote.
 """
 
 import logging
@@ -55,11 +57,11 @@ log = logging.getLogger(__name__)
 
 
 class _Named(NamedTuple):
-    """A dataset to open. weight: its share of the samples; None where they come by their size."""
+    """A dataset to open."""
 
     domain: str
     prefix: Path
-    weight: float | None
+    weight: float | None  # share of the samples; None where it follows from the size
 
 
 def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str | None = None,
@@ -70,15 +72,18 @@ def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str |
 
     Args:
         path: a prefix, several of them with or without weights, or a folder.
-        tokenizer: none, bytes or the path of a tokenizer.json, which brings its own vocabulary.
-        vocab_size: the vocabulary where the tokenizer is none.
-        end_token: id that closes a document; None: what almost all documents end in.
-        held_out: what to evaluate on, in the words of `path`, without weights.
-        held_out_share: of the documents of a domain.
-        split: respect a split that a folder holds, or merge it.
-        weights: data.weights, which a blend with weights takes the place of.
-        indexes: what is known of the files, and where to keep what is found.
-        account: is told what becomes of every file.
+        tokenizer: `none`, `bytes` or the path of a tokenizer.json, which defines its own vocabulary.
+        vocab_size: size of the vocabulary where the tokenizer is `none`.
+        end_token: id that ends a document; None takes the one that almost all documents end in.
+        held_out: datasets to evaluate on, in the syntax of `path`, without weights.
+        held_out_share: share of a domain's documents to hold out.
+        split: `respect` a split that a folder holds, or `merge` it.
+        weights: data.weights; must be empty where `path` has weights.
+        indexes: indexes of files that were read before, and where to store new ones.
+        account: records what becomes of every file.
+
+    Returns:
+        The opened files, split into training and held-out tokens.
     """
     require("megatron.core", extra="megatron", key="data=megatron")
     encoder, typed = open_tokenizer(tokenizer, end_token)
@@ -93,21 +98,27 @@ def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str |
     opened, evaluated = list(zip(train, files)), list(zip(valid, files[len(train):]))
     say_twice(file for _, file in opened)
     refuse_leak((file for _, file in opened), (file for _, file in evaluated))
-    end_id = closing_id([_endings(one, file) for one, file in opened + evaluated], typed=typed, encoder=encoder)
+    end_id = closing_id([_endings(one, file) for one, file in opened + evaluated],
+                        typed=typed, encoder=encoder)
     share = exact(held_out_share) if not valid else Fraction(0)
     domains = sorted({one.domain for one in train + valid})
     members = [*(Member(domains.index(one.domain), file, _trained(file, share)) for one, file in opened),
-               *(Member(domains.index(one.domain), file, np.zeros(len(file.starts) - 1, np.int64)) for one, file in evaluated)]
+               *(Member(domains.index(one.domain), file, np.zeros(len(file.starts) - 1, np.int64))
+                 for one, file in evaluated)]
     members.sort(key=lambda member: member.domain)
-    return open_files(Path(path), _FORMAT, members, domains, vocab_size=vocabulary, tokenizer=encoder, end_id=end_id,
-                      settings=[], shares=shares)
+    return open_files(Path(path), _FORMAT, members, domains, vocab_size=vocabulary, tokenizer=encoder,
+                      end_id=end_id, settings=[], shares=shares)
 
 
 # --- which datasets there are
 
 
-def _datasets(path: str, held_out: str | None, *, merge: bool) -> tuple[list[_Named], list[_Named], list[tuple[_Named, str]]]:
-    """(what is trained on, what is held out; empty where a share is, what is left alone and why)."""
+def _datasets(path: str, held_out: str | None, *,
+              merge: bool) -> tuple[list[_Named], list[_Named], list[tuple[_Named, str]]]:
+    """Sort all datasets into those to train on, those to hold out, and those to leave alone, with the reason.
+
+    None is held out where a share of the documents is.
+    """
     blend = parse_blend(path, "data.path")
     if blend.weights and any(prefix.is_dir() for prefix in blend.prefixes):
         raise DataError(164, "a blend of datasets is not understood", where=f"data.path={path}",
@@ -115,28 +126,32 @@ def _datasets(path: str, held_out: str | None, *, merge: bool) -> tuple[list[_Na
                         next="data.path='<weight> <prefix> <weight> <prefix>'")
     valid = [] if held_out is None else _names(_every(_valid_prefixes(held_out)), VALID)
     if len(blend.prefixes) == 1 and blend.prefixes[0].is_dir():
-        train, own, alone = _in_folder(blend.prefixes[0], merge=merge, apart=None if held_out is None else TRAIN)
+        train, own, alone = _in_folder(
+            blend.prefixes[0], merge=merge, apart=None if held_out is None else TRAIN)
     else:
         prefixes = _every(blend.prefixes)
         train, own, alone = _names(prefixes, None if held_out is None else TRAIN), [], []
-        train = [one._replace(weight=weight) for one, weight in zip(train, blend.weights or [None] * len(train))]
+        train = [one._replace(weight=weight)
+                 for one, weight in zip(train, blend.weights or [None] * len(train))]
     taken = {os.path.realpath(one.prefix) for one in valid}
     alone = [(one, why) for one, why in alone if os.path.realpath(one.prefix) not in taken]
     alone += [(one, HELD_OUT) for one in train if os.path.realpath(one.prefix) in taken]
     train = [one for one in train if os.path.realpath(one.prefix) not in taken]
     if not train:
-        raise DataError(70, "there is no indexed dataset", where=f"{path} (data.path)", why="data.held_out takes all of it",
+        raise DataError(70, "there is no indexed dataset", where=f"{path} (data.path)",
+                        why="data.held_out takes all of it",
                         next="data.path=<prefix of a .bin and .idx, without the ending, or a folder of them>")
     return train, valid or own, alone
 
 
-def _in_folder(folder: Path, *, merge: bool, apart: str | None) -> tuple[list[_Named], list[_Named], list[tuple[_Named, str]]]:
-    """(what is trained on, what is held out, what is left alone and why) of the datasets of a folder.
+def _in_folder(folder: Path, *, merge: bool,
+               apart: str | None) -> tuple[list[_Named], list[_Named], list[tuple[_Named, str]]]:
+    """Sort the datasets of a folder into those to train on, to hold out, and to leave alone, with the reason.
 
     Args:
-        folder: of the datasets.
-        merge: whether a split that is there is left out of account.
-        apart: train where data.held_out is given: what is called `valid` is left alone too.
+        folder: the folder.
+        merge: whether to ignore a split that the names give.
+        apart: `train` where data.held_out is given: datasets called `valid` are then left alone, too.
     """
     files = (prefix.relative_to(folder).with_name(f"{prefix.name}.idx") for prefix in _prefixes(folder))
     named: dict[str, list[_Named]] = {TRAIN: [], VALID: [], TEST: []}
@@ -145,17 +160,19 @@ def _in_folder(folder: Path, *, merge: bool, apart: str | None) -> tuple[list[_N
     alone = named[TEST] + (named[VALID] if apart else [])
     if alone:
         log.info("left alone, as a test set is: %s", shown(", ".join(one.prefix.name for one in alone)))
-    reasons = [(one, split_reason(split)) for split in (TEST, VALID) if split == TEST or apart for one in named[split]]
+    reasons = [(one, split_reason(split)) for split in (TEST, VALID) if split == TEST or apart
+               for one in named[split]]
     return named[TRAIN], [] if apart else named[VALID], reasons
 
 
 def _tell(account: TokenAccount, path: str, held_out: str | None, train: list[_Named], valid: list[_Named],
           alone: list[tuple[_Named, str]]) -> None:
-    """Every file, by what becomes of it."""
+    """Record in the account what becomes of every file."""
     def files(named: list[_Named], side: str) -> list[tuple[Path, str]]:
         return [(file, side) for one in named for file in _files(one)]
 
-    account.add("data.path", path, read=files(train, TRAINED) + (files(valid, HELD) if held_out is None else []),
+    account.add("data.path", path,
+                read=files(train, TRAINED) + (files(valid, HELD) if held_out is None else []),
                 alone=[(file, why) for one, why in alone for file in _files(one)])
     if held_out is not None:
         account.add("data.held_out", held_out, read=files(valid, HELD))
@@ -171,7 +188,8 @@ def _valid_prefixes(held_out: str) -> list[Path]:
     blend = parse_blend(held_out, "data.held_out")
     if blend.weights is not None:
         raise DataError(164, "a blend of datasets is not understood", where=f"data.held_out={held_out}",
-                        why="it has weights, and held-out data is evaluated domain by domain, each as a whole",
+                        why="it has weights, and held-out data is evaluated domain by domain, "
+                            "each as a whole",
                         next=f"data.held_out='{' '.join(map(str, blend.prefixes))}'")
     return blend.prefixes
 
@@ -181,8 +199,11 @@ def _every(paths: list[Path]) -> list[Path]:
 
 
 def _names(prefixes: list[Path], apart: str | None) -> list[_Named]:
-    """Datasets by the shortest end of their path that tells them apart. apart: the split that they are of, which is left out
-    of the name, so that wiki_train and wiki_valid are one domain."""
+    """Name every dataset by the shortest end of its path that distinguishes it.
+
+    `apart` is the split that the datasets belong to. It is left out of the names, so that wiki_train
+    and wiki_valid are one domain.
+    """
     names = [prefix.name for prefix in prefixes]
     depth = 1
     while len(set(names)) < len(names):
@@ -210,7 +231,7 @@ def _shares(path: str, named: list[_Named], weights: Mapping[str, float]) -> dic
 
 
 def _prefixes(path: Path) -> list[Path]:
-    """The datasets below a path, by name."""
+    """Prefixes of the datasets in a folder, or the one that a path names."""
     if path.is_dir():
         found = sorted({file.with_suffix("") for suffix in ("*.idx", "*.bin") for file in path.glob(suffix)})
     else:
@@ -219,8 +240,10 @@ def _prefixes(path: Path) -> list[Path]:
         for suffix in _SUFFIXES:
             file = Path(f"{prefix}{suffix}")
             if not file.is_file():
-                raise DataError(70, "there is no indexed dataset", where=f"{path} (data.path)", why=f"{file} is not there",
-                                next="data.path=<prefix of a .bin and .idx, without the ending, or a folder of them>")
+                raise DataError(
+                    70, "there is no indexed dataset", where=f"{path} (data.path)",
+                    why=f"{file} is not there",
+                    next="data.path=<prefix of a .bin and .idx, without the ending, or a folder of them>")
     return found
 
 
@@ -230,7 +253,7 @@ def _endings(dataset: _Named, file: TokenFile) -> Endings:
 
 
 def _trained(file: TokenFile, share: Fraction) -> np.ndarray:
-    """How many tokens of each document are trained on, its first; the rest is held out."""
+    """Number of tokens at the beginning of each document to train on; the rest is held out."""
     sizes = np.diff(file.starts)
     count = len(sizes)
     if count * share < 1:

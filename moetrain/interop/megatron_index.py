@@ -1,4 +1,4 @@
-"""One indexed dataset of Megatron-Core: its .idx by Megatron's own reader, its .bin block by block."""
+"""Reading of a Megatron-Core indexed dataset: its .idx by Megatron's own reader, its .bin block by block."""
 
 import os
 import struct
@@ -18,18 +18,18 @@ _MOST_LOOKED_AT = 10_000             # documents whose last ids are compared
 
 
 class _Index(NamedTuple):
-    """What the .idx of a dataset says. starts: int64 [documents + 1], in tokens."""
+    """Content of a dataset's .idx."""
 
-    dtype: np.dtype
-    starts: np.ndarray
+    dtype: np.dtype     # of the tokens
+    starts: np.ndarray  # int64 [documents + 1], first token of each document, and the end
 
 
 def read_dataset(prefix: Path, vocab_size: int, report: Report) -> TokenIndex:
-    """What is found in a dataset when it is read whole; DataError where its files contradict each other.
+    """Read a dataset whole and index it; DataError where its files contradict each other.
 
     Args:
-        prefix: of its two files.
-        vocab_size: ids that there are.
+        prefix: path of the two files, without .bin and .idx.
+        vocab_size: number of token ids.
         report: called as blocks are read.
     """
     index, file = _read_index(prefix), Path(f"{prefix}.bin")
@@ -48,7 +48,7 @@ def read_dataset(prefix: Path, vocab_size: int, report: Report) -> TokenIndex:
 
 
 class _Occurrences:
-    """How often an id occurs."""
+    """Counter of one token id."""
 
     def __init__(self, id: int) -> None:
         self._id, self.found = id, 0
@@ -58,11 +58,15 @@ class _Occurrences:
 
 
 def _last_id(descriptor: int, index: _Index) -> tuple[int, float]:
-    """The most frequent last token of documents, and the share of them that end in it; of as many as are looked at."""
+    """The most frequent last token of documents, and the share of documents that end in it.
+
+    At most _MOST_LOOKED_AT documents are sampled, evenly spaced.
+    """
     full = np.flatnonzero(np.diff(index.starts)) + 1
     places = index.starts[full[::-(-len(full) // _MOST_LOOKED_AT)]] - 1
     width = index.dtype.itemsize
-    ids = np.frombuffer(b"".join(os.pread(descriptor, width, int(place) * width) for place in places), index.dtype)
+    ids = np.frombuffer(
+        b"".join(os.pread(descriptor, width, int(place) * width) for place in places), index.dtype)
     values, counts = np.unique(ids, return_counts=True)
     return int(values[counts.argmax()]), float(counts.max() / len(places))
 
@@ -75,7 +79,8 @@ def _read_index(prefix: Path) -> _Index:
     dtype = np.dtype(dataset.index.dtype)
     if dtype.kind not in "iu":
         raise _damaged(prefix, f"its tokens are {dtype}, not integers")
-    if (lengths < 0).any() or (np.asarray(dataset.index.sequence_pointers) != starts[:-1] * dtype.itemsize).any():
+    if ((lengths < 0).any()
+            or (np.asarray(dataset.index.sequence_pointers) != starts[:-1] * dtype.itemsize).any()):
         raise _damaged(prefix, "its sequences do not lie end to end")
     if documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
         raise _damaged(prefix, "its documents do not cover the sequences")
@@ -85,17 +90,21 @@ def _read_index(prefix: Path) -> _Index:
 def _dataset(prefix: Path) -> Any:
     _check_header(prefix)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")              # that other accelerators' packages are not installed
+        warnings.simplefilter("ignore")  # Megatron warns about missing packages of other accelerators
         from megatron.core.datasets.indexed_dataset import IndexedDataset
     try:
         return IndexedDataset(str(prefix), multimodal=False, mmap=True)
     except (AssertionError, ValueError, OSError) as error:
-        raise _damaged(prefix, f"Megatron's reader refuses it: {type(error).__name__} {error}".rstrip()) from error
+        raise _damaged(
+            prefix, f"Megatron's reader refuses it: {type(error).__name__} {error}".rstrip()) from error
 
 
 def _check_header(prefix: Path) -> None:
-    """The counts against the files, before anything is mapped: a reader that fails half-way leaves an object behind whose
-    removal raises, at any later time."""
+    """Compare the counts in the header with the sizes of the files, before Megatron maps them.
+
+    When Megatron's reader fails half-way, its object stays behind, and its
+    finalizer raises at any later time.
+    """
     index = Path(f"{prefix}.idx")
     try:
         with open_regular(index) as file:

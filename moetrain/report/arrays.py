@@ -1,6 +1,7 @@
-"""Read the arrays of an .npz file that anybody may have written: each of the kind and shape that is asked for, or a ValueError.
+"""Reading of arrays of given kinds and shapes from an untrusted .npz file.
 
-The size that an array claims is compared with what the file holds before memory is asked for. Nothing is unpickled.
+The size that an array claims is compared with the size of its file before memory is
+allocated. Nothing is unpickled.
 """
 
 import zipfile
@@ -16,20 +17,23 @@ _KINDS = {"integers": "iu", "text": "U"}
 
 
 class Form(NamedTuple):
-    """What an array has to be. kind: integers or text; axes: a name for each, equal names being equal lengths."""
+    """Required kind and shape of an array."""
 
-    kind: str
-    axes: tuple[str, ...]
+    kind: str              # integers or text
+    axes: tuple[str, ...]  # a name for each axis; axes of one name must have one length
 
 
 def read_arrays(path: Path, forms: Mapping[str, Form]) -> dict[str, np.ndarray]:
-    """The arrays named in `forms`; ValueError says why where the file cannot be read, or one is not what its form says."""
+    """Read the arrays named in `forms`.
+
+    Raises ValueError where the file cannot be read, or an array does not have its form.
+    """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             arrays = {name: _read(archive, name, form) for name, form in forms.items()}
         _same_lengths(arrays, forms)
         return arrays
-    except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for what they cannot read
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds of error for damaged files
         raise ValueError(reason(error)) from error
 
 
@@ -40,7 +44,8 @@ def _read(archive: zipfile.ZipFile, name: str, form: Form) -> np.ndarray:
         raise ValueError(f"it has no array {name}") from None
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        header = {(1, 0): np.lib.format.read_array_header_1_0,
+                  (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran_order, dtype = header(file)
         if dtype.hasobject or dtype.kind not in _KINDS[form.kind]:
             raise ValueError(f"{name} is {dtype}, not {form.kind}")
@@ -48,7 +53,8 @@ def _read(archive: zipfile.ZipFile, name: str, form: Form) -> np.ndarray:
             raise ValueError(f"{name} has the shape {list(shape)}, not {list(form.axes)}")
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if size != member.file_size - file.tell():
-            raise ValueError(f"{name} of shape {list(shape)} would have {size:,} bytes, {member.file_size - file.tell():,} are there")
+            raise ValueError(f"{name} of shape {list(shape)} would have {size:,} bytes, "
+                             f"{member.file_size - file.tell():,} are there")
         content = file.read()
     if len(content) != size:
         raise ValueError(f"{name} ends early")

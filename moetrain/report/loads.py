@@ -1,10 +1,10 @@
-"""Tokens per expert of a run as a picture: `<run.dir>/report/expert_load.png`, its values beside it as CSV.
+"""Picture of a run's expert loads: `<run.dir>/report/expert_load.png`, with its values as CSV beside it.
 
-    load of an expert = its tokens / mean over the experts of its router      1 is perfect, 2 is twice the mean
-    max violation     = max load - 1                                         of one step
+    load of an expert = its tokens / mean over the experts of its router    1 is perfect, 2 is twice the mean
+    max violation     = max load - 1                                        of one step
 
-Three panels: the load at the end, router by expert; the same over time, on the same scale; max violation of every
-router over steps. Reads loads.npz and nothing else, so a run is drawn without its checkpoint.
+It has three panels: the load at the end, router by expert; the same over time, on the same scale; and the max
+violation of every router over steps. Only loads.npz is read, so a run can be drawn without its checkpoint.
 """
 
 from itertools import pairwise
@@ -20,34 +20,35 @@ from moetrain.report.output import Lettering, report_file, write_csv
 # The end of a run: its last tenth, but no more than this many steps.
 LAST_STEPS = 100
 SNAPSHOTS = 5
-# Diverging around the mean; red and blue are told apart in every common form of colour blindness.
+# Diverging around the mean; red and blue differ in every common form of color blindness.
 COLOR_MAP, SCALE = "RdBu_r", (0.0, 2.0)
 GRAY, INK = "0.88", "0.2"
 
 
 class Loads(NamedTuple):
-    """counts: [steps, routers, E_max], NaN beyond a router's experts."""
+    """Recorded tokens per expert."""
 
-    counts: np.ndarray
-    steps: np.ndarray
+    counts: np.ndarray   # [steps, routers, E_max], NaN beyond a router's experts
+    steps: np.ndarray    # [steps], ascending
     routers: list[str]
-    experts: np.ndarray
+    experts: np.ndarray  # [routers], number of experts
 
     def load(self, window: slice) -> np.ndarray:
-        """[routers, E_max]: tokens of the window per expert, in units of the router's mean."""
+        """Tokens per expert in a window of steps over the router's mean: [routers, E_max]."""
         return _over_mean(self.counts[window].sum(0))
 
     def violation(self) -> np.ndarray:
-        """[steps, routers]; 0 where nothing was routed."""
+        """Max violation: [steps, routers]; 0 where nothing was routed."""
         return np.maximum(np.nanmax(_over_mean(self.counts), axis=-1) - 1, 0)
 
     def span(self, window: slice) -> str:
+        """First and last step of a window, as text."""
         first, last = self.steps[window][[0, -1]]
         return f"step {first}" if first == last else f"steps {first}–{last}"
 
 
 def draw_loads(run_dir: Path) -> Path:
-    """Draw the picture and return its path. CSV beside it: expert_load.csv, max_violation.csv."""
+    """Draw the picture and return its path; writes expert_load.csv and max_violation.csv beside it."""
     loads = read_loads(Path(run_dir) / "loads.npz")
     folder = Path(run_dir) / "report"
     end, times = last_steps(len(loads.steps)), snapshots(len(loads.steps))
@@ -56,11 +57,13 @@ def draw_loads(run_dir: Path) -> Path:
     return folder / "expert_load.png"
 
 
-FORMS = {"loads": Form("integers", ("steps", "routers", "experts of the largest router")), "experts": Form("integers", ("routers",)),
-         "routers": Form("text", ("routers",)), "steps": Form("integers", ("steps",))}
+FORMS = {"loads": Form("integers", ("steps", "routers", "experts of the largest router")),
+         "experts": Form("integers", ("routers",)), "routers": Form("text", ("routers",)),
+         "steps": Form("integers", ("steps",))}
 
 
 def read_loads(path: Path) -> Loads:
+    """Read loads.npz; DataError where it is damaged or empty."""
     try:
         arrays = read_arrays(path, FORMS)
         counts, experts, names, steps = arrays["loads"], arrays["experts"], arrays["routers"], arrays["steps"]
@@ -70,29 +73,30 @@ def read_loads(path: Path) -> Loads:
             raise ValueError("a count of tokens is negative, or the steps are not in order")
     except ValueError as error:
         raise DataError(60, "tokens per expert cannot be read", where=str(path), why=str(error),
-                        next="train the run for a step or more; a damaged file can be moved away: `moetrain report` builds it "
-                             "again") from error
+                        next="train the run for a step or more; a damaged file can be moved away: "
+                             "`moetrain report` builds it again") from error
     if not counts.size:
         raise DataError(61, "there are no tokens per expert to draw", where=str(path),
                         why=f"{len(steps)} steps and {len(names)} routers are recorded",
                         next="a model with experts (model.num_experts), trained for a step or more")
     beyond = np.arange(counts.shape[-1]) >= experts[:, None]
-    return Loads(np.where(beyond, np.nan, counts.astype(np.float64)), steps, [str(name) for name in names], experts)
+    return Loads(np.where(beyond, np.nan, counts.astype(np.float64)), steps, [str(name) for name in names],
+                 experts)
 
 
 def last_steps(steps: int) -> slice:
-    """The records that count as the end of a run."""
+    """The window of steps that counts as the end of a run."""
     return slice(steps - max(1, min(LAST_STEPS, steps // 10)), steps)
 
 
 def snapshots(steps: int) -> list[slice]:
-    """Windows of equal length over the run, as far as rounding allows."""
+    """Up to SNAPSHOTS windows over the run, of equal length as far as rounding allows."""
     edges = np.linspace(0, steps, min(SNAPSHOTS, steps) + 1).round().astype(int).tolist()
     return [slice(first, last) for first, last in pairwise(edges)]
 
 
 def headline(loads: Loads, end: slice) -> str:
-    """What the picture shows, in a line."""
+    """Sum up the picture in a line."""
     load = loads.load(end)
     dead, total = int((load == 0).sum()), int(loads.experts.sum())
     heaviest = np.unravel_index(np.nanargmax(load), load.shape)
@@ -106,7 +110,7 @@ def _over_mean(counts: np.ndarray) -> np.ndarray:
     return counts / np.where(mean > 0, mean, 1)
 
 
-# --- CSV ------------------------------------------------------------------------------------------------------------
+# --- CSV
 
 
 def _write_csv(loads: Loads, end: slice, times: list[slice], folder: Path) -> None:
@@ -116,12 +120,13 @@ def _write_csv(loads: Loads, end: slice, times: list[slice], folder: Path) -> No
     per_step = loads.counts[end].mean(0)
     experts = [[name, e, f"{per_step[r, e]:.6g}", *(f"{load[r, e]:.6g}" for load in columns.values())]
                for r, (name, count) in enumerate(zip(loads.routers, loads.experts)) for e in range(count)]
-    write_csv(folder / "expert_load.csv", [["router", "expert", "tokens per step at the end", *columns], *experts])
+    write_csv(folder / "expert_load.csv",
+              [["router", "expert", "tokens per step at the end", *columns], *experts])
     steps = ([step, *(f"{value:.6g}" for value in row)] for step, row in zip(loads.steps, loads.violation()))
     write_csv(folder / "max_violation.csv", [["step", *loads.routers], *steps])
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------
+# --- the picture
 
 
 def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
@@ -131,10 +136,11 @@ def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
 
     top = float(np.clip(0.3 * len(loads.routers), 1.2, 6.0))
     middle = float(np.clip(0.14 * len(loads.routers), 0.7, 2.6)) if len(times) > 1 else 0.0
-    style = {"font.size": 10, "axes.titlesize": 11, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
-             "xtick.color": INK, "ytick.color": INK}
+    style = {"font.size": 10, "axes.titlesize": 11, "axes.edgecolor": INK, "axes.labelcolor": INK,
+             "text.color": INK, "xtick.color": INK, "ytick.color": INK}
     with Lettering(loads.routers), rc_context(style):
-        figure = Figure(figsize=(11, top + middle + (2.1 if middle else 1.3) + 3.2), dpi=120, layout="constrained")
+        figure = Figure(figsize=(11, top + middle + (2.1 if middle else 1.3) + 3.2), dpi=120,
+                        layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(h_pad=0.09, w_pad=0.06)
         figure.suptitle(headline(loads, end), fontsize=14, fontweight="bold", x=0.01, ha="left")
@@ -146,7 +152,8 @@ def _draw(loads: Loads, end: slice, times: list[slice], path: Path) -> None:
 
 
 def _over_experts(figure: Any, loads: Loads, end: slice, times: list[slice], heights: list[float]) -> None:
-    grid = figure.add_gridspec(2 if times else 1, max(1, len(times)), height_ratios=heights[:2 if times else 1])
+    grid = figure.add_gridspec(2 if times else 1, max(1, len(times)),
+                               height_ratios=heights[:2 if times else 1])
     final = figure.add_subplot(grid[0, :])
     image = _heatmap(final, loads.load(end), large=True)
     final.set_title(f"Load at the end ({loads.span(end)})", loc="left")
@@ -162,12 +169,13 @@ def _over_experts(figure: Any, loads: Loads, end: slice, times: list[slice], hei
 
 
 def _heatmap(axes: Any, load: np.ndarray, *, large: bool) -> Any:
-    """large: cells apart, dead experts marked, and figures in the cells where there is room."""
+    """Draw loads as cells; a large panel marks dead experts and has figures in its cells where they fit."""
     routers, experts = load.shape
     apart = large and experts <= 96
-    axes.set_facecolor(GRAY)                                     # where a router has no such expert
+    axes.set_facecolor(GRAY)  # shows where a router has no such expert
     image = axes.pcolormesh(np.ma.masked_invalid(load), cmap=COLOR_MAP, vmin=SCALE[0], vmax=SCALE[1],
-                            edgecolors="white" if apart else "none", linewidth=0.6 if apart else 0, rasterized=True)
+                            edgecolors="white" if apart else "none", linewidth=0.6 if apart else 0,
+                            rasterized=True)
     if large:
         r, e = np.nonzero(load == 0)
         axes.scatter(e + 0.5, r + 0.5, marker="x", color="white", s=22, linewidth=1.3)
@@ -177,7 +185,7 @@ def _heatmap(axes: Any, load: np.ndarray, *, large: bool) -> Any:
                       color="white" if abs(load[r, e] - 1) > 0.65 else INK)
     axes.set(xlim=(0, experts), ylim=(routers, 0), xlabel="expert")
     most = (32 if experts < 100 else 16) if large else 4
-    step = 1 << max(0, (-(-experts // most) - 1).bit_length())   # a power of two that leaves `most` ticks or fewer
+    step = 1 << max(0, (-(-experts // most) - 1).bit_length())  # a power of two: `most` ticks or fewer
     axes.set_xticks(np.arange(0, experts, step) + 0.5, labels=[str(e) for e in range(0, experts, step)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -215,13 +223,13 @@ def _over_steps(axes: Any, loads: Loads, end: slice) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     shown = np.unique(np.linspace(0, len(handles) - 1, min(8, len(handles))).round().astype(int))
-    axes.legend([handles[i] for i in shown], [labels[i] for i in shown], loc="center left", bbox_to_anchor=(1.01, 0.5),
-                frameon=False, fontsize=9, alignment="left",
+    axes.legend([handles[i] for i in shown], [labels[i] for i in shown], loc="center left",
+                bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, alignment="left",
                 title="router" if len(shown) == len(handles) else "router (some)")
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last `window` steps, over what there is at the start."""
+    """Mean over the last `window` steps, over fewer at the start."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     last = np.arange(1, len(total))
     first = np.maximum(last - window, 0)

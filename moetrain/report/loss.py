@@ -1,7 +1,7 @@
-"""Training and held-out loss of a run as a picture: `<run.dir>/report/loss.png`, its values beside it as CSV.
+"""Picture of a run's training and held-out loss: `<run.dir>/report/loss.png`, its values as CSV beside it.
 
-Reads metrics.jsonl, eval.jsonl and log/attempts.jsonl, so a run is drawn without its checkpoint and while it
-trains. A line that cannot be read is left out.
+It reads metrics.jsonl, eval.jsonl and log/attempts.jsonl, so a run can be drawn without its checkpoint and
+while it trains. Damaged lines are left out.
 """
 
 import math
@@ -16,22 +16,22 @@ from moetrain.report.loads import GRAY, INK, trailing_mean
 from moetrain.report.output import Lettering, report_file, write_csv
 from moetrain.units import count
 
-MAX_LINE = 1 << 20                                     # of a record; a longer line is not one
-MAX_POINTS = 4000                                       # of single steps that are drawn, evenly spaced
-MAX_DOMAINS = 8                                         # that are drawn by name
-TRAINING, HELDOUT = "#1f4e79", "#c0392b"                 # told apart in grayscale by line and marker, too
+MAX_LINE = 1 << 20  # bytes; a longer line is no record
+MAX_POINTS = 4000   # single steps drawn, evenly spaced
+MAX_DOMAINS = 8     # domains drawn by name
+TRAINING, HELDOUT = "#1f4e79", "#c0392b"  # they differ by line and marker, too, for grayscale
 
 
 class Losses(NamedTuple):
-    """Nats per token, by step; held-out losses by domain, `mean` among them, and nats per byte of their mean, NaN where they are unknown."""
+    """Losses of a run, in nats per token."""
 
-    steps: np.ndarray
-    tokens: np.ndarray
-    training: np.ndarray
-    evaluated: np.ndarray                                # steps of the evaluations
-    heldout: dict[str, np.ndarray]
-    nats_per_byte: np.ndarray
-    resumed: list[int]                                   # steps from which a later attempt went on
+    steps: np.ndarray               # of training
+    tokens: np.ndarray              # trained on, at each of the steps
+    training: np.ndarray            # at each of the steps
+    evaluated: np.ndarray           # steps of the evaluations
+    heldout: dict[str, np.ndarray]  # at each evaluation, by domain and as `mean`; NaN where unknown
+    nats_per_byte: np.ndarray       # mean over domains at each evaluation; NaN where unknown
+    resumed: list[int]              # steps from which a later attempt resumed
 
 
 def draw_loss(run_dir: Path) -> Path | None:
@@ -46,14 +46,15 @@ def draw_loss(run_dir: Path) -> Path | None:
 
 
 def read_losses(run_dir: Path) -> Losses:
-    """What the records of a run say of its losses."""
+    """Read the losses from the records of a run."""
     steps = _records(run_dir / "metrics.jsonl", "step", "tokens", "loss/ce")
     evaluations = _records(run_dir / "eval.jsonl", "step", "loss/mean")
     starts = [int(record["start"]) for record in _records(run_dir / "log" / "attempts.jsonl", "start")]
     keys = (name for record in evaluations for name in record if name.startswith("loss/"))
     names = dict.fromkeys(name.removeprefix("loss/") for name in keys)
     return Losses(
-        *(np.array([record[name] for record in steps], dtype=float) for name in ("step", "tokens", "loss/ce")),
+        *(np.array([record[name] for record in steps], dtype=float)
+          for name in ("step", "tokens", "loss/ce")),
         np.array([record["step"] for record in evaluations], dtype=float),
         {name: np.array([record.get(f"loss/{name}", math.nan) for record in evaluations], dtype=float)
          for name in names},
@@ -62,7 +63,7 @@ def read_losses(run_dir: Path) -> Losses:
 
 
 def _records(path: Path, *names: str) -> list[dict[str, float]]:
-    """The numbers of every record that has all of `names`; nothing where there is no file."""
+    """Read the numbers of every record that has all of `names`; empty where there is no file."""
     records = []
     try:
         file = open_regular(path)
@@ -74,7 +75,8 @@ def _records(path: Path, *names: str) -> list[dict[str, float]]:
                 record = parse_json(line)
             except ValueError:
                 continue
-            if not isinstance(record, dict) or "command" in record:      # of `moetrain eval`, on whatever data
+            # A record with a command is of `moetrain eval`, possibly on other data.
+            if not isinstance(record, dict) or "command" in record:
                 continue
             numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
             if numbers.keys() >= set(names):
@@ -83,27 +85,30 @@ def _records(path: Path, *names: str) -> list[dict[str, float]]:
 
 
 def headline(losses: Losses) -> str:
-    """What the picture shows, in a line."""
+    """Sum up the picture in a line."""
     first, last = losses.training[0], _end(losses)
     verb = "falls" if last < first else "goes"
-    text = f"Training loss {verb} from {first:.2f} to {last:.2f} nats per token in {count(losses.tokens[-1])} tokens"
+    text = (f"Training loss {verb} from {first:.2f} to {last:.2f} nats per token "
+            f"in {count(losses.tokens[-1])} tokens")
     if not len(losses.evaluated):
         return text
     bits = losses.nats_per_byte[-1] / math.log(2)
-    return f"{text}; held-out {losses.heldout['mean'][-1]:.2f}" + ("" if math.isnan(bits) else f" ({bits:.2f} bits per byte)")
+    return (f"{text}; held-out {losses.heldout['mean'][-1]:.2f}"
+            + ("" if math.isnan(bits) else f" ({bits:.2f} bits per byte)"))
 
 
 def _window(losses: Losses) -> int:
+    """Number of steps over which the training loss is smoothed."""
     return max(1, len(losses.steps) // 50)
 
 
 def _end(losses: Losses) -> float:
-    """Training loss at the end: the mean of the last window."""
+    """Training loss at the end: mean of the last window."""
     return float(np.mean(losses.training[-_window(losses):]))
 
 
 def _rows(losses: Losses) -> Iterator[list[object]]:
-    """Of the CSV: every step, and its evaluation where there was one."""
+    """Rows of the CSV: every step, and its evaluation where there was one."""
     evaluations = {step: index for index, step in enumerate(losses.evaluated)}
     trained = dict(zip(losses.steps, zip(losses.tokens, losses.training)))
     yield ["step", "tokens", "training", *(f"held-out {shown(name)}" for name in losses.heldout), "resumed"]
@@ -114,7 +119,7 @@ def _rows(losses: Losses) -> Iterator[list[object]]:
         yield [int(step), tokens and int(tokens), loss and f"{loss:.6g}", *held, int(step in losses.resumed)]
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------
+# --- the picture
 
 
 def _draw(losses: Losses, path: Path) -> None:
@@ -132,13 +137,13 @@ def _draw(losses: Losses, path: Path) -> None:
         labels = [*_draw_training(axes, losses), *_draw_heldout(axes, losses, lettering)]
         _draw_resumes(axes, losses)
         _finish(axes, losses)
-        figure.draw_without_rendering()                  # so that the axes know their height
+        figure.draw_without_rendering()  # the height of the axes is known only afterwards
         _write_labels(axes, labels)
         with report_file(path) as file:
             figure.savefig(file, format="png")
 
 
-Label = tuple[float, str, str, str]                      # where on the axis of losses, text, color, weight
+Label = tuple[float, str, str, str]  # place on the axis of losses, text, color, weight
 
 
 def _draw_training(axes: Any, losses: Losses) -> list[Label]:
@@ -147,13 +152,14 @@ def _draw_training(axes: Any, losses: Losses) -> list[Label]:
     tokens, smooth = losses.tokens[every], trailing_mean(losses.training, window)[every]
     if window > 1:
         axes.plot(tokens, losses.training[every], color="0.75", linewidth=0.7, zorder=1, label="each step")
-    axes.plot(tokens, smooth, color=TRAINING, linewidth=2, zorder=3, marker="o" if len(losses.steps) == 1 else None,
+    axes.plot(tokens, smooth, color=TRAINING, linewidth=2, zorder=3,
+              marker="o" if len(losses.steps) == 1 else None,
               label=f"training, mean of {window} steps" if window > 1 else "training")
     return [(_end(losses), f"training {_end(losses):.2f}", TRAINING, "bold")]
 
 
 def _draw_heldout(axes: Any, losses: Losses, lettering: Lettering) -> list[Label]:
-    """The mean over domains, and behind it the domains by name where there are two or more."""
+    """Draw the mean over domains, and behind it each domain where there are two or more."""
     if not len(losses.evaluated):
         return []
     tokens = np.interp(losses.evaluated, losses.steps, losses.tokens)
@@ -161,7 +167,8 @@ def _draw_heldout(axes: Any, losses: Losses, lettering: Lettering) -> list[Label
     labels = []
     for name in domains[:MAX_DOMAINS] if len(domains) > 1 else ():
         values = losses.heldout[name]
-        axes.plot(tokens, values, color="0.5", linewidth=0.9, linestyle=":", marker=".", markersize=5, zorder=2)
+        axes.plot(tokens, values, color="0.5", linewidth=0.9, linestyle=":", marker=".", markersize=5,
+                  zorder=2)
         labels.append((values[-1], f"{lettering(name)} {values[-1]:.2f}", "0.35", "normal"))
     mean = losses.heldout["mean"]
     axes.plot(tokens, mean, color=HELDOUT, linewidth=1.6, linestyle="--", marker="D", markersize=6,
@@ -200,7 +207,7 @@ def _finish(axes: Any, losses: Losses) -> None:
 
 
 def _write_labels(axes: Any, labels: list[Label]) -> None:
-    """At the right end of the lines, moved apart where they would lie on each other."""
+    """Write a label at the right end of each line, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     height = (high - low) * 15 / axes.get_window_extent().height * axes.figure.dpi / 72
     labels = sorted((label for label in labels if math.isfinite(label[0])), key=lambda label: label[0])
@@ -209,6 +216,7 @@ def _write_labels(axes: Any, labels: list[Label]) -> None:
         up[index] = max(up[index], up[index - 1] + height)
         down[-index - 1] = min(down[-index - 1], down[-index] - height)
     for above, below, (_, text, color, weight) in zip(up, down, labels):
-        place = (above + below) / 2                      # both keep their distances, so does what lies between
+        place = (above + below) / 2  # labels keep their distance in both lists, and so in the mean
         axes.annotate(text, (1, place), xytext=(8, 0), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", color=color, fontweight=weight, va="center", annotation_clip=False)
+                      textcoords="offset points", color=color, fontweight=weight, va="center",
+                      annotation_clip=False)

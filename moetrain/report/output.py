@@ -1,4 +1,4 @@
-"""Files of a report, and text in its pictures: written whole or not at all; names from outside are drawn, and are no markup."""
+"""Files of a report, replaced atomically, and names in its pictures, drawn as plain text without markup."""
 
 import csv
 import logging
@@ -14,12 +14,12 @@ from moetrain.files import reason, remedy, shown
 from moetrain.runs.files import replacing
 
 _FONTS = logging.getLogger("matplotlib.font_manager")
-MAX_NAME_LENGTH = 28                # of a name in a picture
+MAX_NAME_LENGTH = 28  # letters of a name in a picture
 
 
 @contextmanager
 def report_file(path: Path) -> Iterator[BinaryIO]:
-    """A file of the report, to write. It takes the place of `path` when it is complete."""
+    """Open a file of the report for writing; it replaces `path` when the block ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -29,6 +29,7 @@ def report_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file of the report."""
     text = StringIO(newline="")
     csv.writer(text).writerows(rows)
     with report_file(path) as file:
@@ -36,17 +37,20 @@ def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> DiskError:
+    """Return the error of a report file that cannot be written."""
     return DiskError(41, "the report cannot be written", where=str(path), why=reason(error),
-                     next=f"{remedy(error)}, or copy the run and report the copy: moetrain report <directory>")
+                     next=f"{remedy(error)}, or copy the run and report the copy: "
+                          "moetrain report <directory>")
 
 
 class Lettering:
-    """Names as a picture can show them: cut, and with fonts of this machine that have their characters.
+    """Names as a picture can show them: shortened, in fonts of this machine that have their characters.
 
-    A character that no font has is escaped. A context manager: while it is entered, text of pictures is no markup, and
-    matplotlib's warnings about fonts and layouts stay off the screen.
+    Characters that no font has are escaped. While the context manager is entered, matplotlib takes no text
+    for markup and prints no warnings about fonts and layouts.
 
-    names: all that the picture will show.
+    Args:
+        names: all names that the picture will show.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -54,13 +58,15 @@ class Lettering:
         self._open: list[Any] = []
 
     def __call__(self, name: str) -> str:
-        safe = "".join(char.encode("unicode_escape").decode() if char in self._missing else char for char in shown(name))
+        safe = "".join(char.encode("unicode_escape").decode() if char in self._missing else char
+                       for char in shown(name))
         return shown(safe, MAX_NAME_LENGTH)
 
     def __enter__(self) -> "Lettering":
         from matplotlib import rc_context
 
-        self._open = [warnings.catch_warnings(), rc_context({"font.family": self._families, "text.parse_math": False})]
+        self._open = [warnings.catch_warnings(),
+                      rc_context({"font.family": self._families, "text.parse_math": False})]
         for context in self._open:
             context.__enter__()
         warnings.simplefilter("ignore")
@@ -75,17 +81,22 @@ class Lettering:
 
 
 def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
-    """(families that have the characters together, the usual one first; the characters that none has)"""
+    """Choose fonts for a set of characters.
+
+    Returns:
+        Font families that have the characters together, matplotlib's own first; the characters that none has.
+    """
     from matplotlib import rcParams
     from matplotlib.font_manager import FontProperties, findfont, fontManager
 
     families = list(rcParams["font.family"])
     usual = findfont(FontProperties(family=families))
     missing = {char for char in characters if not _has(usual, char)}
-    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.style != "normal", entry.weight != 400, entry.name)):
+    for entry in sorted(fontManager.ttflist,
+                        key=lambda entry: (entry.style != "normal", entry.weight != 400, entry.name)):
         if not missing:
             break
-        if entry.name.startswith("Last Resort"):             # has every character, and draws a box for each
+        if entry.name.startswith("Last Resort"):  # it has every character, but draws a box for each
             continue
         if found := {char for char in missing if _has(entry.fname, char)}:
             families.append(entry.name)
@@ -99,5 +110,5 @@ def _has(file: str, char: str) -> bool:
     try:
         font = get_font(file)
         return bool(font.scalable and font.get_char_index(ord(char)))
-    except (OSError, RuntimeError):                          # a font that this build of FreeType cannot read
+    except (OSError, RuntimeError):  # this build of FreeType cannot read the font
         return False

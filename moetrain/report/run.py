@@ -1,4 +1,4 @@
-"""All pictures of a run, into <run.dir>/report."""
+"""Draw all pictures of a run into <run.dir>/report."""
 
 from pathlib import Path
 
@@ -10,13 +10,14 @@ from moetrain.runs.expert_loads import LoadsLog
 
 
 def draw(run_dir: Path) -> list[Path]:
-    """Loss; tokens per expert; experts by domain, where the run has been evaluated on two domains or more. Returns what was drawn.
+    """Draw the loss, the expert loads and the experts by domain, as far as the run has recorded them.
 
+    Experts by domain need an evaluation on two domains or more. Returns the paths of the pictures. Raises
     DataError where the run has recorded nothing that can be drawn.
     """
     drawn = [path for path in [draw_loss(run_dir)] if path]
     recorded, built = run_dir / "log" / "loads", run_dir / "loads.npz"
-    if recorded.exists() or built.exists() or not drawn:     # a model without routers has neither
+    if recorded.exists() or built.exists() or not drawn:  # a model without routers has neither
         drawn.append(_draw_loads(LoadsLog(recorded), run_dir, built))
     if (run_dir / "specialisation.npz").exists():
         drawn.append(draw_specialization(run_dir))
@@ -25,7 +26,7 @@ def draw(run_dir: Path) -> list[Path]:
 
 def _draw_loads(log: LoadsLog, run_dir: Path, built: Path) -> Path:
     try:
-        if not log.is_built(built):                          # the run was stopped, or goes on
+        if not log.is_built(built):  # the run was stopped, or is still training
             log.write_npz(built)
     except OSError as error:
         raise unwritable(built, error) from error
