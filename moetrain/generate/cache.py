@@ -13,7 +13,7 @@ from torch import Tensor
 from moetrain.model.transformer import Transformer
 
 
-class KeyValues:
+class LayerKeyValues:
     """Keys and values of one layer.
 
     Args:
@@ -42,7 +42,7 @@ class KeyValueCache:
         for block in model.layers:
             shape = (1, block.attention.num_kv_heads, context, block.attention.head_dim)
             empty = [torch.empty(shape, dtype=model.dtype, device=model.embed.device) for _ in range(2)]
-            self.layers.append(KeyValues(*empty))
+            self.layers.append(LayerKeyValues(*empty))
 
     @property
     def length(self) -> int:

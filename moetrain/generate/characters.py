@@ -15,8 +15,8 @@ from moetrain.data.tokenizers.tokenizer import Tokenizer
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-class Characters:
-    """Decoder of one text.
+class StreamingDecoder:
+    """Decoder of the ids of one text.
 
     Args:
         tokenizer: tokenizer of the ids.
@@ -26,7 +26,7 @@ class Characters:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # Ids that are kept as context or are not returned yet, and how many of them are context.
-        self._ids, self._shown = list(before), len(before)
+        self._ids, self._num_context = list(before), len(before)
         self._bytes = (
             codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.identity == "bytes" else None)
 
@@ -35,17 +35,17 @@ class Characters:
         if self._bytes is not None:
             return self._bytes.decode(bytes([id]))
         self._ids.append(id)
-        text = self._new()
+        text = self._new_text()
         if not text or text.endswith(REPLACEMENT):
             return ""
-        self._ids, self._shown = self._ids[self._shown:], len(self._ids) - self._shown
+        self._ids, self._num_context = self._ids[self._num_context:], len(self._ids) - self._num_context
         return text
 
     def rest(self) -> str:
         """Return the complete characters that are left at the end."""
-        return "" if self._bytes is not None else self._new().rstrip(REPLACEMENT)
+        return "" if self._bytes is not None else self._new_text().rstrip(REPLACEMENT)
 
-    def _new(self) -> str:
+    def _new_text(self) -> str:
         """Text of the ids that are not returned yet."""
-        known = self._tokenizer.decode(self._ids[:self._shown])
+        known = self._tokenizer.decode(self._ids[:self._num_context])
         return self._tokenizer.decode(self._ids)[len(known):]

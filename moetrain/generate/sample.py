@@ -29,7 +29,7 @@ from moetrain.data.tokenizers.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.files import shown
 from moetrain.generate.cache import KeyValueCache
-from moetrain.generate.characters import Characters
+from moetrain.generate.characters import StreamingDecoder
 from moetrain.model.transformer import Transformer
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.ops.pinned import to_device
@@ -37,7 +37,7 @@ from moetrain.routers.base import RouterContext
 
 # Below this temperature the most probable token is taken: logits that differ by 1e-3
 # are a factor of e^1000 apart.
-COLDEST = 1e-6
+MIN_TEMPERATURE = 1e-6
 
 
 class Continuation:
@@ -48,12 +48,12 @@ class Continuation:
 
     Args:
         ids: draws the ids.
-        characters: decodes them.
+        decoder: decodes them.
         end_id: id at which the text ends.
     """
 
-    def __init__(self, ids: Iterator[int], characters: Characters, end_id: int | None) -> None:
-        self._ids, self._characters, self._end_id = ids, characters, end_id
+    def __init__(self, ids: Iterator[int], decoder: StreamingDecoder, end_id: int | None) -> None:
+        self._ids, self._decoder, self._end_id = ids, decoder, end_id
         self.tokens, self.ended = 0, False
 
     def __iter__(self) -> Iterator[str]:
@@ -62,9 +62,9 @@ class Continuation:
                 self.ended = True
                 break
             self.tokens += 1
-            if piece := self._characters.add(chosen):
+            if piece := self._decoder.add(chosen):
                 yield piece
-        if piece := self._characters.rest():
+        if piece := self._decoder.rest():
             yield piece
 
 
@@ -100,18 +100,19 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_
                         next="generate.prompt=<text>")
     first = begin if end_id is None else [end_id, *begin]
     model.eval()
-    reader = Reader(model, context, cache=cache, mark_apart=mask_documents and end_id is not None)
+    incremental = IncrementalModel(
+        model, context, cache=cache, separate_first=mask_documents and end_id is not None)
     generator = torch.Generator().manual_seed(seed)
 
     def draws() -> Iterator[int]:
         ids = torch.tensor(first)
         for _ in range(tokens):
-            drawn = draw(reader.logits(ids), temperature, top_p, generator)
+            drawn = draw(incremental.logits(ids), temperature, top_p, generator)
             chosen = int(largest_over(group, drawn if group.position == 0 else -1))
             yield chosen
             ids = torch.cat([ids, ids.new_tensor([chosen])])
 
-    return Continuation(draws(), Characters(tokenizer, begin), end_id)
+    return Continuation(draws(), StreamingDecoder(tokenizer, begin), end_id)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -124,18 +125,20 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-class Reader:
+class IncrementalModel:
     """Next-token logits of a text that grows token by token.
 
     Args:
         model: the model, in evaluation mode.
         context: number of tokens that it attends to.
         cache: whether to cache keys and values, where the model runs token by token.
-        mark_apart: whether the first token is the end of another document, to which the text does not attend.
+        separate_first: whether the first token is the end of another document, to
+            which the text does not attend.
     """
 
-    def __init__(self, model: Transformer, context: int, *, cache: bool, mark_apart: bool = False) -> None:
-        self.model, self.context, self.mark_apart = model, context, mark_apart
+    def __init__(self, model: Transformer, context: int, *, cache: bool,
+                 separate_first: bool = False) -> None:
+        self.model, self.context, self.separate_first = model, context, separate_first
         self.cache = KeyValueCache(model, context) if cache and runs_token_by_token(model) else None
 
     @torch.no_grad()
@@ -149,13 +152,13 @@ class Reader:
             float64 [V], on the host.
         """
         # What the newest token attends to.
-        seen_S = ids_S[1:] if self.mark_apart and len(ids_S) > 1 else ids_S
+        seen_S = ids_S[1:] if self.separate_first and len(ids_S) > 1 else ids_S
         if len(seen_S) > self.context:
             self.cache = None  # the window slides, so all positions change and the cache is invalid
-        # The mark alone is not cached: no later token attends to it.
-        if self.cache is not None and (not self.mark_apart or len(ids_S) > 1):
+        # A separate first token is not cached: no later token attends to it.
+        if self.cache is not None and (not self.separate_first or len(ids_S) > 1):
             return self._last(seen_S[self.cache.length:], cache=self.cache)
-        both = self.mark_apart and 1 < len(ids_S) <= self.context
+        both = self.separate_first and 1 < len(ids_S) <= self.context
         return self._last(ids_S[-self.context:],
                           documents_S=(torch.arange(len(ids_S)) > 0).long() if both else None)
 
@@ -173,7 +176,7 @@ def runs_token_by_token(model: Transformer) -> bool:
 
 
 def draw(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draw a token; a temperature below COLDEST takes the most probable one.
+    """Draw a token; a temperature below MIN_TEMPERATURE takes the most probable one.
 
     Args:
         logits_V: float [V], on the host.
@@ -181,7 +184,7 @@ def draw(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Ge
         top_p: probability mass to sample from.
         generator: source of randomness.
     """
-    if temperature < COLDEST:
+    if temperature < MIN_TEMPERATURE:
         return int(logits_V.argmax())
     return int(torch.multinomial(nucleus(logits_V / temperature, top_p), 1, generator=generator))
 

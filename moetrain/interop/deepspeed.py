@@ -1,4 +1,4 @@
-"""DeepSpeed engine (engine=deepspeed): ZeRO sums the gradients of the dense parameters and shards their update.
+"""DeepSpeed engine (engine=deepspeed): ZeRO sums the dense gradients and shards the update of the parameters.
 
     adopt(run) -> the same run with two parts changed
 
@@ -100,21 +100,21 @@ class Zero:
         """Gather a moment of every dense parameter from all ranks. Collective."""
         found = {}
         for parameters, part in zip(self.parameters, self.parts):
-            mine = self.inner.state[part][moment]
-            flat = mine.new_empty(mine.numel() * self.group.size)
-            dist.all_gather(list(flat.chunk(self.group.size)), mine, group=self.group.process_group)
+            own = self.inner.state[part][moment]
+            flat = own.new_empty(own.numel() * self.group.size)
+            dist.all_gather(list(flat.chunk(self.group.size)), own, group=self.group.process_group)
             found |= dict(zip(parameters, _views(flat, parameters)))
         return found
 
     def take(self, whole: dict[str, dict[nn.Parameter, Tensor]]) -> None:
         """Copy this rank's part of whole moments, and of the model's parameters as they are now."""
         for parameters, part in zip(self.parameters, self.parts):
-            part.data.copy_(self._mine(parameters, part))
+            part.data.copy_(self._own_part(parameters, part))
             for moment, tensors in whole.items():
-                self.inner.state[part][moment].copy_(self._mine([tensors[p] for p in parameters], part))
+                self.inner.state[part][moment].copy_(self._own_part([tensors[p] for p in parameters], part))
 
     @torch.no_grad()
-    def _mine(self, tensors: list[Tensor], part: Tensor) -> Tensor:
+    def _own_part(self, tensors: list[Tensor], part: Tensor) -> Tensor:
         flat = part.new_zeros(part.numel() * self.group.size)
         for view, tensor in zip(_views(flat, tensors), tensors):
             view.copy_(tensor)
@@ -122,7 +122,7 @@ class Zero:
 
     def _check_layout(self) -> None:
         for parameters, part in zip(self.parameters, self.parts):
-            assert torch.equal(self._mine(parameters, part), part), (
+            assert torch.equal(self._own_part(parameters, part), part), (
                 "this DeepSpeed lays ZeRO's parts out in another way")
 
 

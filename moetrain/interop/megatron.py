@@ -56,7 +56,7 @@ _SUFFIXES = (".bin", ".idx")
 log = logging.getLogger(__name__)
 
 
-class _Named(NamedTuple):
+class _Dataset(NamedTuple):
     """A dataset to open."""
 
     domain: str
@@ -88,9 +88,9 @@ def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str |
     require("megatron.core", extra="megatron", key="data=megatron")
     encoder, typed = open_tokenizer(tokenizer, end_token)
     vocabulary = encoder.vocab_size if encoder else vocab_size
-    train, valid, alone = _datasets(path, held_out, merge=split == "merge")
+    train, valid, ignored = _datasets(path, held_out, merge=split == "merge")
     if account is not None:
-        _tell(account, path, held_out, train, valid, alone)
+        _record(account, path, held_out, train, valid, ignored)
     shares = _shares(path, train, weights or {})
     files = indexes.open([Wanted(tokens, (index,)) for tokens, index in map(_files, train + valid)],
                          settings=["megatron"], vocab_size=vocabulary,
@@ -98,13 +98,14 @@ def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str |
     opened, evaluated = list(zip(train, files)), list(zip(valid, files[len(train):]))
     say_twice(file for _, file in opened)
     refuse_leak((file for _, file in opened), (file for _, file in evaluated))
-    end_id = closing_id([_endings(one, file) for one, file in opened + evaluated],
+    end_id = closing_id([_endings(dataset, file) for dataset, file in opened + evaluated],
                         typed=typed, encoder=encoder)
     share = exact(held_out_share) if not valid else Fraction(0)
-    domains = sorted({one.domain for one in train + valid})
-    members = [*(Member(domains.index(one.domain), file, _trained(file, share)) for one, file in opened),
-               *(Member(domains.index(one.domain), file, np.zeros(len(file.starts) - 1, np.int64))
-                 for one, file in evaluated)]
+    domains = sorted({dataset.domain for dataset in train + valid})
+    members = [*(Member(domains.index(dataset.domain), file, _trained(file, share))
+                 for dataset, file in opened),
+               *(Member(domains.index(dataset.domain), file, np.zeros(len(file.starts) - 1, np.int64))
+                 for dataset, file in evaluated)]
     members.sort(key=lambda member: member.domain)
     return open_files(Path(path), _FORMAT, members, domains, vocab_size=vocabulary, tokenizer=encoder,
                       end_id=end_id, settings=[], shares=shares)
@@ -114,7 +115,7 @@ def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str |
 
 
 def _datasets(path: str, held_out: str | None, *,
-              merge: bool) -> tuple[list[_Named], list[_Named], list[tuple[_Named, str]]]:
+              merge: bool) -> tuple[list[_Dataset], list[_Dataset], list[tuple[_Dataset, str]]]:
     """Sort all datasets into those to train on, those to hold out, and those to leave alone, with the reason.
 
     None is held out where a share of the documents is.
@@ -124,28 +125,28 @@ def _datasets(path: str, held_out: str | None, *,
         raise DataError(164, "a blend of datasets is not understood", where=f"data.path={path}",
                         why="a weight stands before a folder, which may hold several datasets",
                         next="data.path='<weight> <prefix> <weight> <prefix>'")
-    valid = [] if held_out is None else _names(_every(_valid_prefixes(held_out)), VALID)
+    valid = [] if held_out is None else _name_datasets(_expand(_valid_prefixes(held_out)), VALID)
     if len(blend.prefixes) == 1 and blend.prefixes[0].is_dir():
-        train, own, alone = _in_folder(
+        train, own, ignored = _in_folder(
             blend.prefixes[0], merge=merge, apart=None if held_out is None else TRAIN)
     else:
-        prefixes = _every(blend.prefixes)
-        train, own, alone = _names(prefixes, None if held_out is None else TRAIN), [], []
-        train = [one._replace(weight=weight)
-                 for one, weight in zip(train, blend.weights or [None] * len(train))]
-    taken = {os.path.realpath(one.prefix) for one in valid}
-    alone = [(one, why) for one, why in alone if os.path.realpath(one.prefix) not in taken]
-    alone += [(one, HELD_OUT) for one in train if os.path.realpath(one.prefix) in taken]
-    train = [one for one in train if os.path.realpath(one.prefix) not in taken]
+        prefixes = _expand(blend.prefixes)
+        train, own, ignored = _name_datasets(prefixes, None if held_out is None else TRAIN), [], []
+        train = [dataset._replace(weight=weight)
+                 for dataset, weight in zip(train, blend.weights or [None] * len(train))]
+    taken = {os.path.realpath(dataset.prefix) for dataset in valid}
+    ignored = [(dataset, why) for dataset, why in ignored if os.path.realpath(dataset.prefix) not in taken]
+    ignored += [(dataset, HELD_OUT) for dataset in train if os.path.realpath(dataset.prefix) in taken]
+    train = [dataset for dataset in train if os.path.realpath(dataset.prefix) not in taken]
     if not train:
         raise DataError(70, "there is no indexed dataset", where=f"{path} (data.path)",
                         why="data.held_out takes all of it",
                         next="data.path=<prefix of a .bin and .idx, without the ending, or a folder of them>")
-    return train, valid or own, alone
+    return train, valid or own, ignored
 
 
 def _in_folder(folder: Path, *, merge: bool,
-               apart: str | None) -> tuple[list[_Named], list[_Named], list[tuple[_Named, str]]]:
+               apart: str | None) -> tuple[list[_Dataset], list[_Dataset], list[tuple[_Dataset, str]]]:
     """Sort the datasets of a folder into those to train on, to hold out, and to leave alone, with the reason.
 
     Args:
@@ -154,34 +155,35 @@ def _in_folder(folder: Path, *, merge: bool,
         apart: `train` where data.held_out is given: datasets called `valid` are then left alone, too.
     """
     files = (prefix.relative_to(folder).with_name(f"{prefix.name}.idx") for prefix in _prefixes(folder))
-    named: dict[str, list[_Named]] = {TRAIN: [], VALID: [], TEST: []}
-    for one in by_name(map(PurePosixPath, files), shards=False, merge=merge, apart=apart):
-        named[one.split].append(_Named(one.domain, folder / one.path.stem, None))
-    alone = named[TEST] + (named[VALID] if apart else [])
-    if alone:
-        log.info("left alone, as a test set is: %s", shown(", ".join(one.prefix.name for one in alone)))
-    reasons = [(one, split_reason(split)) for split in (TEST, VALID) if split == TEST or apart
-               for one in named[split]]
+    named: dict[str, list[_Dataset]] = {TRAIN: [], VALID: [], TEST: []}
+    for entry in by_name(map(PurePosixPath, files), shards=False, merge=merge, apart=apart):
+        named[entry.split].append(_Dataset(entry.domain, folder / entry.path.stem, None))
+    ignored = named[TEST] + (named[VALID] if apart else [])
+    if ignored:
+        log.info("left alone, as a test set is: %s",
+                 shown(", ".join(dataset.prefix.name for dataset in ignored)))
+    reasons = [(dataset, split_reason(split)) for split in (TEST, VALID) if split == TEST or apart
+               for dataset in named[split]]
     return named[TRAIN], [] if apart else named[VALID], reasons
 
 
-def _tell(account: TokenAccount, path: str, held_out: str | None, train: list[_Named], valid: list[_Named],
-          alone: list[tuple[_Named, str]]) -> None:
+def _record(account: TokenAccount, path: str, held_out: str | None, train: list[_Dataset],
+            valid: list[_Dataset], ignored: list[tuple[_Dataset, str]]) -> None:
     """Record in the account what becomes of every file."""
-    def files(named: list[_Named], side: str) -> list[tuple[Path, str]]:
-        return [(file, side) for one in named for file in _files(one)]
+    def files(named: list[_Dataset], side: str) -> list[tuple[Path, str]]:
+        return [(file, side) for dataset in named for file in _files(dataset)]
 
     account.add("data.path", path,
                 read=files(train, TRAINED) + (files(valid, HELD) if held_out is None else []),
-                alone=[(file, why) for one, why in alone for file in _files(one)])
+                alone=[(file, why) for dataset, why in ignored for file in _files(dataset)])
     if held_out is not None:
         account.add("data.held_out", held_out, read=files(valid, HELD))
     for tokens, index in map(_files, train + valid):
         account.note(index, f"index of {tokens.name}")
 
 
-def _files(one: _Named) -> tuple[Path, Path]:
-    return Path(f"{one.prefix}.bin"), Path(f"{one.prefix}.idx")
+def _files(dataset: _Dataset) -> tuple[Path, Path]:
+    return Path(f"{dataset.prefix}.bin"), Path(f"{dataset.prefix}.idx")
 
 
 def _valid_prefixes(held_out: str) -> list[Path]:
@@ -194,11 +196,11 @@ def _valid_prefixes(held_out: str) -> list[Path]:
     return blend.prefixes
 
 
-def _every(paths: list[Path]) -> list[Path]:
+def _expand(paths: list[Path]) -> list[Path]:
     return [prefix for path in paths for prefix in _prefixes(path)]
 
 
-def _names(prefixes: list[Path], apart: str | None) -> list[_Named]:
+def _name_datasets(prefixes: list[Path], apart: str | None) -> list[_Dataset]:
     """Name every dataset by the shortest end of its path that distinguishes it.
 
     `apart` is the split that the datasets belong to. It is left out of the names, so that wiki_train
@@ -216,10 +218,10 @@ def _names(prefixes: list[Path], apart: str | None) -> list[_Named]:
         names = ["/".join(prefix.parts[-depth:]) for prefix in prefixes]
     if apart:
         names = [without_split(f"{name}.idx").removesuffix(".idx") for name in names]
-    return [_Named(name, prefix, None) for name, prefix in zip(names, prefixes)]
+    return [_Dataset(name, prefix, None) for name, prefix in zip(names, prefixes)]
 
 
-def _shares(path: str, named: list[_Named], weights: Mapping[str, float]) -> dict[str, float] | None:
+def _shares(path: str, named: list[_Dataset], weights: Mapping[str, float]) -> dict[str, float] | None:
     if named[0].weight is None:
         return None
     if weights:
@@ -227,7 +229,7 @@ def _shares(path: str, named: list[_Named], weights: Mapping[str, float]) -> dic
                         why="weights are given twice: those of data.path are shares of the samples, "
                             "those of data.weights factors on them",
                         next="~data.weights, or data.path without weights")
-    return {one.domain: one.weight for one in named if one.weight is not None}
+    return {dataset.domain: dataset.weight for dataset in named if dataset.weight is not None}
 
 
 def _prefixes(path: Path) -> list[Path]:
@@ -247,7 +249,7 @@ def _prefixes(path: Path) -> list[Path]:
     return found
 
 
-def _endings(dataset: _Named, file: TokenFile) -> Endings:
+def _endings(dataset: _Dataset, file: TokenFile) -> Endings:
     assert file.index.ending is not None, dataset
     return Endings(str(dataset.prefix), file.index.documents, *file.index.ending)
 

@@ -14,7 +14,7 @@ from moetrain.files import open_regular, reason
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")   # magic, version, type of tokens, sequences, bounds of documents
-_MOST_LOOKED_AT = 10_000             # documents whose last ids are compared
+_MAX_SAMPLED = 10_000             # documents whose last ids are compared
 
 
 class _Index(NamedTuple):
@@ -39,7 +39,7 @@ def read_dataset(prefix: Path, vocab_size: int, report: Report) -> TokenIndex:
         if size != tokens * width:
             raise _wrong_length(prefix, f"{size:,} bytes instead of {tokens * width:,}")
         last, share = _last_id(opened.fileno(), index)
-        count = _Occurrences(last)
+        count = _Counter(last)
         checksums = read_once(opened, file, start=0, tokens=tokens, dtype=index.dtype, vocab_size=vocab_size,
                               visit=count.look, report=report)
     documents = len(index.starts) - 1
@@ -47,7 +47,7 @@ def read_dataset(prefix: Path, vocab_size: int, report: Report) -> TokenIndex:
     return TokenIndex("Megatron indexed", 0, index.dtype, checksums, index.starts, ending)
 
 
-class _Occurrences:
+class _Counter:
     """Counter of one token id."""
 
     def __init__(self, id: int) -> None:
@@ -63,12 +63,12 @@ def _last_id(descriptor: int, index: _Index) -> tuple[int, float]:
     At most _MOST_LOOKED_AT documents are sampled, evenly spaced.
     """
     full = np.flatnonzero(np.diff(index.starts)) + 1
-    places = index.starts[full[::-(-len(full) // _MOST_LOOKED_AT)]] - 1
+    positions = index.starts[full[::-(-len(full) // _MAX_SAMPLED)]] - 1
     width = index.dtype.itemsize
     ids = np.frombuffer(
-        b"".join(os.pread(descriptor, width, int(place) * width) for place in places), index.dtype)
+        b"".join(os.pread(descriptor, width, int(position) * width) for position in positions), index.dtype)
     values, counts = np.unique(ids, return_counts=True)
-    return int(values[counts.argmax()]), float(counts.max() / len(places))
+    return int(values[counts.argmax()]), float(counts.max() / len(positions))
 
 
 def _read_index(prefix: Path) -> _Index:

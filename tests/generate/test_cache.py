@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moetrain.generate.cache import KeyValueCache
-from moetrain.generate.sample import Reader
+from moetrain.generate.sample import IncrementalModel
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import RouterContext
 from tests.support.training import make_run
@@ -31,7 +31,7 @@ def text(tokens: int) -> Tensor:
 
 def differences(model: Transformer, prompt: int, tokens: int) -> list[float]:
     """Largest difference of the logits after each prefix, from `prompt` tokens on, over their largest value."""
-    readers = [Reader(model, CONTEXT, cache=cache) for cache in (True, False)]
+    readers = [IncrementalModel(model, CONTEXT, cache=cache) for cache in (True, False)]
     found = []
     for end in range(prompt, tokens + 1):
         ours, truth = (reader.logits(text(tokens)[:end]) for reader in readers)
@@ -55,7 +55,7 @@ def test_prompts_of_every_length_are_read(prompt):
 def test_only_new_tokens_run_until_the_window_slides():
     model, lengths = model_of([], "float32"), []
     model.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1]))
-    reader = Reader(model, CONTEXT, cache=True)
+    reader = IncrementalModel(model, CONTEXT, cache=True)
     for end in range(CONTEXT - 3, CONTEXT + 3):
         reader.logits(text(30)[:end])
     assert lengths == [CONTEXT - 3, 1, 1, 1, CONTEXT, CONTEXT]

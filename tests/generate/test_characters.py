@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as Library, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moetrain.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from moetrain.generate.characters import REPLACEMENT, Characters
+from moetrain.generate.characters import REPLACEMENT, StreamingDecoder
 
 TEXT = ["the cat sat on the mat, and the dog ran after the cat. ", "über Straße fährt ein Wagen. "] * 30
 ALPHABET = st.text(st.sampled_from("abc the,.é字漢🙂👩‍👧ا \n"), max_size=24)
@@ -54,7 +54,7 @@ KINDS = ("bytes", "byte_level", "byte_fallback")
 
 
 def pieces(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> list[str]:
-    characters = Characters(tokenizer, before)
+    characters = StreamingDecoder(tokenizer, before)
     return [*(characters.add(id) for id in ids), characters.rest()]
 
 

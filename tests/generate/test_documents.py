@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.generate.sample import Reader
+from moetrain.generate.sample import IncrementalModel
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import RouterContext
 from tests.support.training import make_run
@@ -36,7 +36,7 @@ def worst(ours: list[Tensor], truth: Tensor) -> float:
 def test_every_token_has_the_logits_that_it_has_in_training(cache, prompt):
     """The document before ends in the window. What the mark alone gives has no other document before it, as at the start of a window."""
     model, before, text = model_of([]), ids(5, 0), ids(9, 1)
-    reader = Reader(model, CONTEXT, cache=cache, mark_apart=True)
+    reader = IncrementalModel(model, CONTEXT, cache=cache, separate_first=True)
     ours = [reader.logits(torch.tensor([MARK, *text[:end]])) for end in range(prompt, len(text) + 1)]
     window = trained(model, [*before, MARK, *text], [0] * 6 + [1] * 9)[len(before):]
     alone = trained(model, [MARK, *text], [0] + [1] * 9)
@@ -47,7 +47,7 @@ def test_every_token_has_the_logits_that_it_has_in_training(cache, prompt):
 @pytest.mark.parametrize("cache", [True, False])
 def test_windows_that_slide_hold_the_text_alone(cache):
     model, text = model_of([]), ids(CONTEXT + 4, 2)
-    reader = Reader(model, CONTEXT, cache=cache, mark_apart=True)
+    reader = IncrementalModel(model, CONTEXT, cache=cache, separate_first=True)
     for end in range(1, len(text) + 1):
         seen = text[max(end - CONTEXT, 0):end]
         assert worst([reader.logits(torch.tensor([MARK, *text[:end]]))], trained(model, seen, [0] * len(seen))[-1:]) < 1e-10
@@ -57,7 +57,7 @@ def test_windows_that_slide_hold_the_text_alone(cache):
 @pytest.mark.parametrize("apart", [True, False])
 def test_the_mark_takes_its_place_among_the_tokens_that_a_capacity_counts(cache, apart):
     model, text = model_of(CAPACITY), ids(9, 3)
-    reader = Reader(model, CONTEXT, cache=cache, mark_apart=apart)
+    reader = IncrementalModel(model, CONTEXT, cache=cache, separate_first=apart)
     for end in range(len(text) + 1):
         window = trained(model, [MARK, *text[:end]], [0] + [int(apart)] * end)
         assert worst([reader.logits(torch.tensor([MARK, *text[:end]]))], window[-1:]) < 1e-10
