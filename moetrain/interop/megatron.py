@@ -1,21 +1,22 @@
 """Megatron-Core's indexed datasets (<prefix>.bin, <prefix>.idx) as training data: data=megatron.
 
-    open_indexed(path, tokenizer, vocab_size, …) -> TokenFiles, which data.batches.token_dataset.TokenDataset reads
-                                                    in place of a prepared folder
+    open_indexed(path, tokenizer, vocab_size, …) -> TokenFiles, which data.batches.token_dataset.TokenDataset
+                                                    reads in place of a prepared folder
 
 A dataset is a domain; in a folder of several, each dataset is one, named like its files. data.path takes the
 syntax of Megatron's --data-path, too (`megatron_blend.py`): several prefixes, each with the share of the
 samples that comes from it. Documents lie end to end as the preprocessing wrote them, and no end-of-document
-id is added. Megatron's own `IndexedDataset` reads the index (`megatron_index.py`), `data/tokens/blocks.py` the
-tokens; windows, order and sample ids are those of data=tokens. Both files of a dataset are read whole once,
-and an index of moetrain describes them from then on (`data/pretokenized/token_indexes.py`).
+id is added. Megatron's own `IndexedDataset` reads the index (`megatron_index.py`), `data/tokens/blocks.py`
+the tokens; windows, order and sample ids are those of data=tokens. Both files of a dataset are read whole
+once, and an index of moetrain describes them from then on (`data/pretokenized/token_indexes.py`).
 
 Held-out data is data.held_out. Without it, it is what a folder calls `valid` beside `train`, or else a share
 of the documents of each domain (one in 20), chosen by a permutation keyed by the domain's content. Where a
 domain has too few documents for that, the last tokens of each document are held out, by the same share.
 Duplicates are not searched for.
 
-`data/pretokenized/end_token.py` finds the end-of-document id: almost all documents end in the id that --append-eod wrote.
+`data/pretokenized/end_token.py` finds the end-of-document id: almost all documents end in
+the id that --append-eod wrote.
 """
 
 import logging
