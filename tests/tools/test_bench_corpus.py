@@ -1,4 +1,4 @@
-"""What tools/bench/corpus.py measures is what it says: the same documents in every format, a process of its own, a page by sections."""
+"""The bench of a corpus: the same documents in every format, a process of its own, a page by sections."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +26,8 @@ def test_a_source_holds_the_documents(tmp_path: Path, name: str, monkeypatch: py
         assert len(texts) >= 20 and sum(map(len, texts)) == sum(map(len, bench_corpus.documents(SIZE)))
 
 
-def test_a_preparation_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preparation_is_measured_in_a_process_of_its_own(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_corpus, "PASSAGES", 5)
     row = bench_corpus.prepared(tmp_path / "made", "files", bench_corpus.make_files, SIZE)
     assert row["documents"] == 4 and row["bytes"] == sum(map(len, bench_corpus.documents(SIZE)))

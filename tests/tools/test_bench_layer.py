@@ -1,4 +1,4 @@
-"""The bench of a layer: its emulated link keeps time, its cells are resumed, and a layer behind it is a layer."""
+"""The bench of a layer: its emulated link keeps time, its cells are resumed, its layer is a layer."""
 
 import argparse
 import json
@@ -28,19 +28,21 @@ class Still(Clock):
 
 
 def options(out: Path, *, only: str = "") -> argparse.Namespace:
-    return argparse.Namespace(out=str(out), shapes=["mixtral", "olmoe"], only=only, ratios=[1.0], chunks=[1, 2], tokens=16, ep=4,
-                              divide=256, rate=None, latency=0.0, repeats=1, device="cpu", dtype="float32", threads=1, between=None,
-                              clock="cpu", worker=False)
+    return argparse.Namespace(
+        out=str(out), shapes=["mixtral", "olmoe"], only=only, ratios=[1.0], chunks=[1, 2], tokens=16, ep=4,
+        divide=256, rate=None, latency=0.0, repeats=1, device="cpu", dtype="float32", threads=1,
+        between=None, clock="cpu", worker=False)
 
 
 def test_messages_occupy_the_link_one_after_the_other():
     clock = Still()
     link = EmulatedLink(2, 100.0, 0.5, CPU, clock)
-    message, splits = torch.zeros(3, 25), Splits((1, 2), (1, 2))             # two rows of 100 bytes leave: 0.5 + 2 s
+    # Two rows of 100 bytes leave: 0.5 + 2 s.
+    message, splits = torch.zeros(3, 25), Splits((1, 2), (1, 2))
     first, second = (link.start(message, splits, returning=False, read=True) for _ in range(2))
     link.finish(first)
     assert clock.now() == pytest.approx(2.5)
-    clock.waited += 1.0                                                      # a second of work under the second message
+    clock.waited += 1.0                                  # a second of work under the second message
     link.finish(second)
     assert clock.now() == pytest.approx(5.0)
     assert (link.bytes, link.messages) == (400, 2)
@@ -52,7 +54,7 @@ def test_chunks_do_not_change_what_a_layer_sends():
         link = EmulatedLink(4, float("inf"), 0.0, CPU, Clock())
         Layer(Shape(8, 8, 8, 2), 24, link, CPU, torch.float32, Clock()).step(chunks, exact=False)
         bytes_of[chunks] = link.bytes
-        assert link.messages == 4 * chunks                                   # there and back, forward and backward
+        assert link.messages == 4 * chunks               # there and back, forward and backward
     assert bytes_of[1] == bytes_of[3] > 0
 
 
@@ -62,7 +64,12 @@ def test_cells_are_measured_once(tmp_path, monkeypatch):
     assert list(json.loads(out.read_text())["cells"]) == ["mixtral/1.0"]
     measured = []
     whole = bench_layer.emulated
-    monkeypatch.setattr(bench_layer, "emulated", lambda given, shape, ratio: measured.append(shape) or whole(given, shape, ratio))
+
+    def noted(given: argparse.Namespace, shape: Shape, ratio: float) -> dict:
+        measured.append(shape)
+        return whole(given, shape, ratio)
+
+    monkeypatch.setattr(bench_layer, "emulated", noted)
     bench_layer.work(options(out))
     assert list(json.loads(out.read_text())["cells"]) == ["mixtral/1.0", "olmoe/1.0"] and len(measured) == 1
     assert table(json.loads(out.read_text())).count("\n") == 1 + 2 * 4
@@ -87,8 +94,9 @@ def between(tmp_path):
 
     def between(*words: str) -> subprocess.Popen:
         started.append(subprocess.Popen(
-            [sys.executable, "-m", "tools.bench.layer", "--out", str(tmp_path / "layer.json"), "--between", "400mbit", "--shapes",
-             "mixtral", "--divide", "64", "--tokens", "64", "--ratios", "1", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "tools.bench.layer", "--out", str(tmp_path / "layer.json"),
+             "--between", "400mbit", "--shapes", "mixtral", "--divide", "64", "--tokens", "64",
+             "--ratios", "1", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True))
         return started[0]
 
@@ -111,7 +119,8 @@ def test_a_rank_that_stands_still_ends_the_run_and_is_named(between):
     process = between("--repeats", "100000", "--wait", "3")
     while "mixtral/1.0" not in (line := process.stdout.readline()):
         assert line, "it ended before it measured"
-    rank = next(child for child in children(process.pid) if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"))
+    rank = next(child for child in children(process.pid)
+                if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"))
     os.kill(rank, signal.SIGSTOP)
     code, output = ended(process, 90)
     assert code == 1 and "netlab: rank 1 (stopped) still ran 10 s after rank 0 failed" in output, output

@@ -14,7 +14,8 @@ CHIP = {"C": 1e9, "R": 1e9}
 
 
 def run(out: Path, *arguments: str) -> None:
-    assert bench_ops.main(["--out", str(out), "--device", "cpu", "--small", "--repeats", "1", "--shapes", "mixtral", *arguments]) == 0
+    words = ["--out", str(out), "--device", "cpu", "--small", "--repeats", "1", "--shapes", "mixtral"]
+    assert bench_ops.main([*words, *arguments]) == 0
 
 
 def test_cells_are_written_once_and_say_that_a_cpu_means_nothing(tmp_path, capsys):
@@ -22,12 +23,14 @@ def test_cells_are_written_once_and_say_that_a_cpu_means_nothing(tmp_path, capsy
     run(out, "--only", "permute,wgrad")
     assert bench_ops.MEANINGLESS in capsys.readouterr().out
     first = json.loads(out.read_text())
-    assert {key.split()[0] for key in first["cells"]} == {"permute", "wgrad"} and first["processes"][0]["meaningless"]
+    assert {key.split()[0] for key in first["cells"]} == {"permute", "wgrad"}
+    assert first["processes"][0]["meaningless"]
     np.savez(tmp_path / "loads.npz", loads=np.arange(16).reshape(2, 1, 8))
     run(out, "--only", "permute,wgrad,route_plan", "--loads", str(tmp_path / "loads.npz"))
     run(out, "--only", "permute")                        # nothing left to measure
     last = json.loads(out.read_text())
-    assert all(last["cells"][key] == cell for key, cell in first["cells"].items()) and len(last["processes"]) == 2
+    assert all(last["cells"][key] == cell for key, cell in first["cells"].items())
+    assert len(last["processes"]) == 2
     assert sum("recorded" in key for key in last["cells"]) == 3 == len(last["cells"]) - len(first["cells"])
 
 
@@ -43,5 +46,6 @@ def test_every_candidate_is_right_in_every_op(op):
 @pytest.mark.parametrize("broken", [lambda x: x * 1.01, lambda x: x * torch.nan, lambda x: x[:-1]])
 def test_what_is_wrong_is_not_timed(broken):
     case = case_of("swiglu", SMALL["olmoe"], 24, lambda experts: torch.ones(experts), "cpu")
-    result = bench_ops.attempt(case, lambda *inputs: (broken(case.candidates["plain torch"](*inputs)[0]),), CHIP, "cpu", 1)
+    plain = case.candidates["plain torch"]
+    result = bench_ops.attempt(case, lambda *inputs: (broken(plain(*inputs)[0]),), CHIP, "cpu", 1)
     assert "wrong" in result and "seconds" not in result

@@ -35,4 +35,5 @@ def test_a_preparation_is_compared_with_the_library(tmp_path: Path) -> None:
         bench_prepare.SOURCES[name][1](tmp_path / name, 60_000)
         run = bench_prepare.measure(str(tmp_path / name), tokenizer, "1000")
         assert (bench_prepare.of_library([run, run]) is not None) == compared
-    assert bench_prepare.of_library([{"library": 1.0, "seconds": 4.0}, {"library": 3.0, "seconds": 2.0}]) == 0.5
+    runs = [{"library": 1.0, "seconds": 4.0}, {"library": 3.0, "seconds": 2.0}]
+    assert bench_prepare.of_library(runs) == 0.5

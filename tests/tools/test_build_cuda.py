@@ -1,4 +1,4 @@
-"""The build of the CUDA library: what it says without nvcc, how spills are found, and that every kernel compiles."""
+"""The build of the CUDA library: messages without nvcc, spills in ptxas's output, every kernel compiles."""
 
 import logging
 import re
@@ -58,8 +58,8 @@ def test_without_nvcc_the_build_says_what_is_missing(tmp_path, monkeypatch):
 def test_all_kernels_compile_for_hopper_without_new_spills():
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    done = subprocess.run([sys.executable, "tools/build_cuda.py", "--check", "--jobs", "2"], cwd=ROOT, capture_output=True,
-                          text=True)
+    command = [sys.executable, "tools/build_cuda.py", "--check", "--jobs", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 bytes spilled in all" in done.stdout
 
@@ -88,11 +88,14 @@ def test_what_stands_in_the_way_of_kernels_is_one_warning(tmp_path, monkeypatch,
     extension.write_label(library, ["90a", "80"], "13.0", sources)
     caplog.clear()
     said = extension.load(library, sources)
-    assert "cannot be loaded" in said and "build_cuda.py" in said and "\n" not in said and len(caplog.records) == 1
-    for archs, cuda, why in ((["90a"], "12.8", r"built for 90a, and GPU 1 has compute capability 8.6; .*build_cuda.py --archs 86 makes it"),
+    assert "cannot be loaded" in said and "build_cuda.py" in said and "\n" not in said
+    assert len(caplog.records) == 1
+    eighty_six = r"built for 90a, and GPU 1 has compute capability 8.6; .*build_cuda.py --archs 86 makes it"
+    for archs, cuda, why in ((["90a"], "12.8", eighty_six),
                              (["80"], "12.8", r"GPU 0 has compute capability 9.0; .* --archs 90a"),
                              (["90a", "89"], "13.0", "GPU 1"), (["90", "86"], "13.0", "cannot be loaded"),
-                             (["90a", "80"], "14.1", r"by CUDA 14.1, and this torch by 13.0; .*build_cuda.py")):
+                             (["90a", "80"], "14.1",
+                              r"by CUDA 14.1, and this torch by 13.0; .*build_cuda.py")):
         extension.write_label(library, archs, cuda, sources)
         assert re.search(why, extension.load(library, sources)), (archs, cuda)
     (sources / "op.cu").write_text("// two")

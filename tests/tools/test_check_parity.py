@@ -31,15 +31,18 @@ def checked(tmp_path_factory) -> Path:
 
 def test_micro_batches_are_the_whole_batch(checked):
     ((name, result),) = json.loads((checked / "parity.json").read_text()).items()
-    assert name == "given" and result["equal"] and result["counts"] == "the same" and 0 <= result["first"] < 1e-12
+    assert name == "given" and result["equal"] and result["counts"] == "the same"
+    assert 0 <= result["first"] < 1e-12
 
 
 def test_the_reference_is_what_the_overrides_describe_and_not_how(checked):
     trained = {name: from_yaml(checked / name / "config.yaml") for name in ("given", "reference")}
-    assert all(config.router["update_rate"] == 0.05 and config.run.dtype == "float64" for config in trained.values())
-    assert {name: config.train.micro_batch for name, config in trained.items()} == {"given": 8, "reference": 16}
-    overrides = ["experiment=quickstart", "parallel=fssdp", "parallel.room=1", "+planner=laer", "run.dtype=bfloat16",
-                 "run.steps=3", "train.global_batch=6"]
+    assert all(config.router["update_rate"] == 0.05 and config.run.dtype == "float64"
+               for config in trained.values())
+    micro_batches = {name: config.train.micro_batch for name, config in trained.items()}
+    assert micro_batches == {"given": 8, "reference": 16}
+    overrides = ["experiment=quickstart", "parallel=fssdp", "parallel.room=1", "+planner=laer",
+                 "run.dtype=bfloat16", "run.steps=3", "train.global_batch=6"]
     kept = check_parity.reference(overrides).overrides
     assert {"experiment=quickstart", "run.steps=3", "parallel=single", "train.micro_batch=6"} < set(kept)
     assert not {*check_parity.COMMON, *overrides[1:5]} & set(kept)
@@ -52,10 +55,12 @@ def test_overrides_that_are_wrong_are_answered_before_anything_starts(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, step, name, factor, equal", [
-    ("float64", -1, "grad_norm", 1 + 1e-8, False), ("float64", -1, "grad_norm", 1 + 1e-10, True), ("float64", 5, "loss/ce", float("nan"), False),
-    ("float32", 1, "grad_norm", 1 + 2e-4, False), ("float32", -1, "grad_norm", 1.1, True), ("float32", -1, "loss/ce", 1.01, False),
+    ("float64", -1, "grad_norm", 1 + 1e-8, False), ("float64", -1, "grad_norm", 1 + 1e-10, True),
+    ("float64", 5, "loss/ce", float("nan"), False), ("float32", 1, "grad_norm", 1 + 2e-4, False),
+    ("float32", -1, "grad_norm", 1.1, True), ("float32", -1, "loss/ce", 1.01, False),
 ])
-def test_numbers_are_compared_as_closely_as_their_dtype_allows(checked, dtype, step, name, factor, equal, monkeypatch):
+def test_numbers_are_compared_as_closely_as_their_dtype_allows(
+        checked, dtype, step, name, factor, equal, monkeypatch):
     arm, numbers = check_parity.Arm("given", dtype, []), check_parity.numbers
 
     def changed(directory: Path) -> np.ndarray:

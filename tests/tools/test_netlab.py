@@ -32,7 +32,8 @@ mesh = build_mesh(mesh_sizes("ep", world, None), torch.device("cpu"))
 found = {"node": mesh["node"].ranks}
 for link, peer in (("inside", rank ^ 1), ("between", rank ^ 2)):
     splits = [size if other == peer else 0 for other in range(world)]
-    sent, received, times = torch.full((size,), rank, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8), []
+    sent, received = torch.full((size,), rank, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+    times = []
     for _ in range(3):
         dist.barrier()
         began = time.perf_counter()
@@ -75,7 +76,8 @@ def start() -> Callable[..., subprocess.Popen]:
     started = []
 
     def start(*command: str) -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, *TOOL, "--nodes", "2", "--per-node", "1", "--between", "1gbit", "--", *command],
+        words = ["--nodes", "2", "--per-node", "1", "--between", "1gbit", "--", *command]
+        process = subprocess.Popen([sys.executable, *TOOL, *words],
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(process)
         while "ready" not in (line := process.stdout.readline()):
@@ -90,7 +92,8 @@ def start() -> Callable[..., subprocess.Popen]:
 
 def networks(processes: list[int]) -> set[str]:
     """The network namespaces in which these processes are, this one's left out."""
-    return {os.readlink(f"/proc/{process}/ns/net") for process in processes} - {os.readlink("/proc/self/ns/net")}
+    own = os.readlink("/proc/self/ns/net")
+    return {os.readlink(f"/proc/{process}/ns/net") for process in processes} - {own}
 
 
 def in_use(those: set[str]) -> bool:
@@ -121,11 +124,12 @@ def test_an_exchange_is_right_and_takes_the_link_of_its_class(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("end, code", [("exit 7", 7), ("kill -9 $$", 137)], ids=["fails", "is killed"])
-def test_the_first_failure_is_the_exit_code_and_ends_the_rest(end: str, code: int, monkeypatch: pytest.MonkeyPatch,
-                                                              capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_failure_is_the_exit_code_and_ends_the_rest(
+        end: str, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(netlab_processes, "GRACE_S", 0.2)
     before = children(os.getpid())
-    script = f"echo here $LOCAL_RANK/$LOCAL_WORLD_SIZE; if [ $RANK = 2 ]; then sleep 0.3; {end}; fi; exec sleep 1000"
+    script = ("echo here $LOCAL_RANK/$LOCAL_WORLD_SIZE; "
+              f"if [ $RANK = 2 ]; then sleep 0.3; {end}; fi; exec sleep 1000")
     assert netlab.run(["sh", "-c", script], **TWO_BY_TWO, **SLOW_LINKS) == code
     assert children(os.getpid()) == before
     output, errors = capfd.readouterr()
@@ -143,17 +147,24 @@ until [ -e $HERE/ready ]; do sleep 0.05; done
 
 
 @pytest.mark.parametrize("limit, script, limit_s, code, said", [
-    ("GRACE_S", "[ $RANK = 0 ] && sleep 1 && exit 3; kill -STOP $$", 60, 3, "netlab: rank 1 (stopped) still ran 0.3 s after rank 0 failed"),
-    ("LATE_S", "[ $RANK = 0 ] && exit 0; exec sleep 1000", 60, 124, "netlab: rank 1 (sleeping) still ran 0.3 s after others had ended"),
-    ("SAVE_S", TO_THE_TOOL + "exec sleep 1000", 60, 143, "netlab: rank 1 (sleeping) still ran 0.3 s after SIGTERM"),
-    ("TERM_S", "trap '' TERM; exec sleep 1000", 0.5, 124, "netlab: rank 1 (sleeping) still ran 0.5 s after the start"),
+    ("GRACE_S", "[ $RANK = 0 ] && sleep 1 && exit 3; kill -STOP $$", 60, 3,
+     "netlab: rank 1 (stopped) still ran 0.3 s after rank 0 failed"),
+    ("LATE_S", "[ $RANK = 0 ] && exit 0; exec sleep 1000", 60, 124,
+     "netlab: rank 1 (sleeping) still ran 0.3 s after others had ended"),
+    ("SAVE_S", TO_THE_TOOL + "exec sleep 1000", 60, 143,
+     "netlab: rank 1 (sleeping) still ran 0.3 s after SIGTERM"),
+    ("TERM_S", "trap '' TERM; exec sleep 1000", 0.5, 124,
+     "netlab: rank 1 (sleeping) still ran 0.5 s after the start"),
 ], ids=["one is stopped", "one does not end", "a signal is ignored", "all are too slow"])
-def test_every_wait_ends_and_says_who_was_missing(limit: str, script: str, limit_s: float, code: int, said: str, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_wait_ends_and_says_who_was_missing(
+        limit: str, script: str, limit_s: float, code: int, said: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(netlab_processes, "TERM_S", 0.3)
     monkeypatch.setattr(netlab_processes, limit, 0.3)
     before, began = children(os.getpid()), time.monotonic()
-    assert netlab.run(["sh", "-c", script], nodes=2, per_node=1, env={"HERE": str(tmp_path)}, limit_s=limit_s) == code
+    ended = netlab.run(["sh", "-c", script], nodes=2, per_node=1, env={"HERE": str(tmp_path)},
+                       limit_s=limit_s)
+    assert ended == code
     assert time.monotonic() - began < 30
     assert children(os.getpid()) == before
     assert said in capfd.readouterr().err
@@ -161,11 +172,13 @@ def test_every_wait_ends_and_says_who_was_missing(limit: str, script: str, limit
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_a_rank_that_fails_goes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_that_fails_goes_at_once(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(netlab_processes, "GRACE_S", 0.2)
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
-    assert netlab.run([str(script)], nodes=2, per_node=1, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}, limit_s=60) == 1
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}
+    assert netlab.run([str(script)], nodes=2, per_node=1, env=path, limit_s=60) == 1
     errors = capfd.readouterr().err
     assert "ValueError: an error of its own" in errors and "netlab: rank 1 ended with code 1" in errors
 
@@ -190,7 +203,8 @@ def test_what_a_rank_started_ends_with_its_network() -> None:
 def test_a_rank_that_comes_up_after_the_tool_is_gone_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with netlab.Lab(nodes=1, per_node=1) as lab:
         with monkeypatch.context() as patched:
-            patched.setattr(netlab.os, "getpid", lambda: 1)        # its parent is another than the one that started it
+            # Its parent is another than the one that started it.
+            patched.setattr(netlab.os, "getpid", lambda: 1)
             late = lab.start(0, ["echo", "started"], stdout=subprocess.PIPE, text=True)
         assert (late.communicate(timeout=30)[0], late.returncode) == ("", 1)
 
@@ -204,7 +218,8 @@ def test_nothing_is_left_when_the_tool_itself_is_killed(start: Callable[..., sub
     until(lambda: not in_use(those), limit_s=20)
 
 
-def test_a_signal_reaches_the_ranks_and_they_end_in_their_own_way(start: Callable[..., subprocess.Popen]) -> None:
+def test_a_signal_reaches_the_ranks_and_they_end_in_their_own_way(
+        start: Callable[..., subprocess.Popen]) -> None:
     process = start("sh", "-c", "trap 'exit 10' TERM; echo ready; while :; do sleep 0.05; done")
     those = networks(children(process.pid))
     process.send_signal(signal.SIGTERM)
@@ -218,9 +233,11 @@ def test_two_labs_at_once_do_not_disturb_each_other() -> None:
 
 
 def test_a_kernel_without_tbf_gets_htb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netlab, "SHAPERS", {"none": ("qdisc add dev {device} root nosuchthing",), "htb": netlab.SHAPERS["htb"]})
+    absent = ("qdisc add dev {device} root nosuchthing",)
+    monkeypatch.setattr(netlab, "SHAPERS", {"none": absent, "htb": netlab.SHAPERS["htb"]})
     with netlab.Lab(nodes=1, per_node=2, inside="180mbit", between="20mbit") as lab:
-        shown, _ = lab.start(1, ["tc", "class", "show", "dev", "between"], stdout=subprocess.PIPE, text=True).communicate()
+        showing = lab.start(1, ["tc", "class", "show", "dev", "between"], stdout=subprocess.PIPE, text=True)
+        shown, _ = showing.communicate()
         carried = netlab_measure.transfer(lab, 0, 1, 0.7)()
     assert "htb" in shown and "rate 20Mbit" in shown
     assert carried < 190e6
@@ -235,7 +252,8 @@ def test_measure_shows_both_links_and_the_cost_of_moving_bytes() -> None:
     assert table.count("both ways") == 2
 
 
-def test_a_stream_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stream_that_does_not_come_is_not_waited_for(
+        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(netlab_measure, "START_S", 1.5)
     with netlab.Lab(nodes=1, per_node=2) as lab:
         monkeypatch.setattr(lab, "address", lambda rank: "10.99.0.1")                  # no route
@@ -252,7 +270,8 @@ def test_a_stream_that_does_not_come_is_not_waited_for(monkeypatch: pytest.Monke
 
 
 def refused(*words: str, prefix: tuple[str, ...] = (), **environment: str) -> str:
-    done = subprocess.run([*prefix, sys.executable, *TOOL, *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run([*prefix, sys.executable, *TOOL, *words], cwd=ROOT,
+                          env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
     return done.stderr
 
@@ -267,7 +286,8 @@ def test_a_missing_program_is_named_with_its_package(tmp_path: Path) -> None:
 
 def test_a_user_who_may_not_make_networks_hears_what_would_help() -> None:
     """A user namespace of its own, in which no further network is allowed."""
-    prefix = ("unshare", "--user", "--map-root-user", "sh", "-c", 'echo 0 >/proc/sys/user/max_net_namespaces && exec "$@"', "sh")
+    prefix = ("unshare", "--user", "--map-root-user", "sh", "-c",
+              'echo 0 >/proc/sys/user/max_net_namespaces && exec "$@"', "sh")
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("no user namespaces here")
     message = refused("--", "true", prefix=prefix)

@@ -80,7 +80,8 @@ def program(folder: Path, name: str, text: str) -> None:
 def test_ci_installs_what_tests_need_or_says_what_is_missing(ci: Path, apt: str | None, said: str) -> None:
     if apt:
         program(ci, "apt-get", apt.format(bin=ci / "bin"))
-    done = subprocess.run([ci / "bin" / "bash", ci / ".ci" / "run"], text=True, capture_output=True, timeout=30,
+    command = [ci / "bin" / "bash", ci / ".ci" / "run"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=30,
                           env={"PATH": str(ci / "bin"), "APT_LIMIT_S": "1"})
     assert done.returncode == 0 and said in done.stdout, done
     end = "suite: 1\n" if said == "suite: 1" else "are skipped\nsuite: 0\n"
