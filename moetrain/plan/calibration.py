@@ -1,15 +1,18 @@
-"""Calibration after the gate: copies that the plan lacks, by the loads that there really are (Hecate, arXiv 2502.02581).
+"""Calibration after the gate: add copies that the plan lacks, by the loads that this step really has.
+
+From Hecate (arXiv 2502.02581). The decision for one layer:
 
     wanted    the planner's answer to the true loads
-    added     of its copies those that are missing, of the hottest experts first, as far as there is room
-    gain      what they save of computing and of the rows' exchanges, by the model of plan/cost/step_time.py
-    price     their weights travel now, and nothing hides that; and what their gradients expose on their way home
+    added     missing copies of it, those of the hottest experts first, as many as memory has room for
+    gain      time that they save in computing and in exchanges of rows, by the model of cost/step_time.py
+    price     time to send their matrices now, when nothing hides it, and the exposed time of their gradients
 
-They are added if the gain is larger than the price. The counts are those of a layer's first micro-batch in a step, scaled to
-the step, whose later micro-batches have these copies too. A pure function of integers that all positions have exchanged:
-they decide alike without another message.
+The copies are added if the gain exceeds the price. The counts are those of a layer's first micro-batch in a
+step, scaled to the step, since the later micro-batches have these copies too. All functions here are pure
+functions of integers that all positions have exchanged, so all positions decide alike without another
+message.
 
-Shapes: P positions, N nodes, E experts.
+Shapes: P positions, N nodes, E experts, C replicas.
 """
 
 from dataclasses import replace
@@ -26,22 +29,43 @@ from moetrain.plan.splitting.rules import rule_of
 
 
 def calibrate(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs,
-               room: int) -> LayerPlan | None:
-    """The plan with more copies, or None where more would not pay.
+              room: int) -> LayerPlan | None:
+    """Add copies to a plan if that pays.
 
-    n_PE: rows of the step from every position for every expert, on the host. room: copies that a position has memory for, those of the
-    plan included.
+    Args:
+        n_PE: int64 [P, E], rows of the step from every position for every expert, on the host.
+        plan: the plan of this step, made from a forecast.
+        planner: the planner that made it.
+        topology: positions and nodes.
+        costs: what a row, an expert and a link cost.
+        room: copies that a position has memory for, including those of the plan.
+
+    Returns:
+        The plan with more copies, or None where more would not pay.
     """
     extended = add_missing_copies(n_PE, plan, planner, topology, costs, room)
     if extended is None:
         return None
-    gain_s = _rows_seconds(n_PE, plan, planner, topology, costs) - _rows_seconds(n_PE, extended, planner, topology, costs)
+    gain_s = (_rows_seconds(n_PE, plan, planner, topology, costs)
+              - _rows_seconds(n_PE, extended, planner, topology, costs))
     return extended if gain_s > _copies_price_s(plan.placement, extended.placement, topology, costs) else None
 
 
 def add_missing_copies(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan | None:
-    """The plan with all missing copies that there is room for; None if there are none."""
+                       room: int) -> LayerPlan | None:
+    """Add all missing copies that memory has room for, whether or not they pay.
+
+    Args:
+        n_PE: int64 [P, E], rows of the step from every position for every expert, on the host.
+        plan: the plan of this step, made from a forecast.
+        planner: the planner that made it.
+        topology: positions and nodes.
+        costs: what a row, an expert and a link cost.
+        room: copies that a position has memory for, including those of the plan.
+
+    Returns:
+        The plan with more copies, or None if none can be added.
+    """
     by_node_NE = n_PE.new_zeros(topology.nodes, n_PE.shape[1])
     by_node_NE.index_add_(0, torch.arange(topology.positions) // topology.per_node, n_PE)
     wanted = planner.plan(by_node_NE.numpy(), plan.placement.without_copies(), topology, costs, room)
@@ -54,18 +78,19 @@ def add_missing_copies(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology
 
 
 def _hottest_that_fit(missing: tuple[tuple[int, int], ...], placement: LayerPlacement, loads_E: np.ndarray,
-              room: int) -> list[tuple[int, int]]:
-    free_copies = [room - len(placement.copies_at(position)) for position in range(placement.positions)]
+                      room: int) -> list[tuple[int, int]]:
+    """Of the missing copies those that positions have room for, the hottest experts first."""
+    copies_left = [room - len(placement.copies_at(position)) for position in range(placement.positions)]
     added = []
     for expert, position in sorted(missing, key=lambda copy: (-int(loads_E[copy[0]]), copy)):
-        if free_copies[position] > 0:
-            free_copies[position] -= 1
+        if copies_left[position] > 0:
+            copies_left[position] -= 1
             added.append((expert, position))
     return added
 
 
 def _quotas(wanted: LayerPlan, placement: LayerPlacement) -> tuple[int, ...]:
-    """The wanted quotas by the replicas that there are; those of copies that found no room go to the homes."""
+    """The wanted quotas by the replicas that exist; those of copies that found no room go to the home."""
     rows = dict.fromkeys(((expert, position) for expert, position, _ in placement.replicas), 0)
     for (expert, position, _), quota in zip(wanted.placement.replicas, wanted.quotas_C, strict=True):
         rows[(expert, position) if (expert, position) in rows else (expert, placement.home[expert])] += quota
@@ -73,12 +98,15 @@ def _quotas(wanted: LayerPlan, placement: LayerPlacement) -> tuple[int, ...]:
 
 
 def _rows_seconds(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs) -> float:
+    """Time of computing and exchanging rows under a plan. The gain is a difference of two such times."""
     split_PC = rule_of(planner.rule, plan, topology, costs).split(n_PE, plan.placement, 0)
     times = step_time(split_PC, plan.placement, topology, costs)
     return times.compute_s + times.link_s
 
 
-def _copies_price_s(planned: LayerPlacement, placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
+def _copies_price_s(planned: LayerPlacement, placement: LayerPlacement, topology: Topology,
+                    costs: Costs) -> float:
+    """Time to bring the added copies, none of it hidden, and the additional exposed time of gradients."""
     home_s, planned_s = (max(0.0, gather_seconds(copies, topology, costs) - 2 * costs.hidden_s)
                          for copies in (placement, planned))
     return gather_seconds(placement.beyond(planned), topology, costs) + home_s - planned_s

@@ -1,16 +1,17 @@
-"""Who holds what: the record that expert parallelism, replication and sharded experts have in common.
+"""Placement of experts: one record of homes, copies and sliced experts for all forms of expert parallelism.
 
-`ExpertPlacement` gives every expert of every layer a home: a *position* on the `ep` axis, never a rank; and, where a plan
-says so, copies on further positions. Plain expert parallelism is the placement without copies that never changes
-(`contiguous`). Pure data: hashable, comparable.
+`ExpertPlacement` gives every expert of every layer a home, and copies on further positions where a plan says
+so. A home is a *position* on the `ep` axis, never a rank. Plain expert parallelism is a placement without
+copies that never changes (`contiguous`). Placements are pure data: hashable and comparable.
 
-A position's *slots* are the experts it can compute, in the order of its weights: its homes by id, then its copies by the
-position they come from and by id, which is the order in which they arrive (comm/sparse/). Physical slot id = position *
-slots_per_position + slot.
+The *physical slots* of a position are the experts that it can compute, in the order in which its matrices are
+stacked: its homes by id, then its copies by the position they come from and by id, which is the order in
+which they arrive (comm/sparse/). The id of a physical slot is position * slots_per_position + index of the
+slot.
 
-The parameters of a *sliced* expert lie nowhere whole: every position has a piece, rows of each of its matrices. Its home is
-the position that always computes it, with a copy put together from all pieces, as those on further positions are. These
-copies come last in the order of slots, by id.
+The parameters of a *sliced* expert are nowhere whole: every position has a slice, rows of each of its
+matrices. Its home is the position that always computes it, with a copy assembled from all slices; its copies
+on further positions are assembled in the same way. Assembled copies come last in the order of slots, by id.
 """
 
 import hashlib
@@ -22,11 +23,13 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """One layer's experts.
+    """Homes, copies and sliced experts of one layer.
 
-    home: position of each expert, by global id. positions: size of the `ep` axis.
-    copies: pairs (expert, position) beside the homes, in any order; kept sorted.
-    sliced: experts whose parameters lie in pieces, in any order; kept sorted.
+    Args:
+        home: position of each expert, by global id.
+        positions: size of the `ep` axis.
+        copies: pairs (expert, position) beside the homes, in any order; kept sorted.
+        sliced: experts whose parameters lie in slices, in any order; kept sorted.
     """
 
     home: tuple[int, ...]
@@ -50,19 +53,19 @@ class LayerPlacement:
         return len(self.home)
 
     def experts_of(self, position: int) -> tuple[int, ...]:
-        """Global ids of the experts that lie here whole, ascending; may be empty."""
+        """Global ids of the experts whose parameters are here, whole, ascending; may be empty."""
         return self._homes[position]
 
     def copies_at(self, position: int) -> tuple[int, ...]:
-        """Global ids of the experts copied to this position, by their home and then by id; not the sliced ones."""
+        """Global ids of the experts copied whole to this position, by their home and then by id."""
         return self._copies[position]
 
     def assembled_at(self, position: int) -> tuple[int, ...]:
-        """Global ids of the sliced experts that this position computes, as their home or as a copy, ascending."""
+        """Global ids of the sliced experts that this position computes, as home or as copy, ascending."""
         return self._assembled[position]
 
     def gathered_at(self, position: int) -> tuple[int, ...]:
-        """Global ids of all experts that are brought to this position, in the order of their slots."""
+        """Global ids of all experts that are gathered to this position, in the order of their slots."""
         return self._copies[position] + self._assembled[position]
 
     def slots_of(self, position: int) -> tuple[int, ...]:
@@ -70,7 +73,7 @@ class LayerPlacement:
         return self._homes[position] + self.gathered_at(position)
 
     def holders(self, expert: int) -> tuple[int, ...]:
-        """Positions that hold an expert, ascending."""
+        """Positions that compute an expert, its home and its copies, ascending."""
         return tuple(sorted((self.home[expert], *(at for copied, at in self.copies if copied == expert))))
 
     @cached_property
@@ -79,32 +82,33 @@ class LayerPlacement:
 
     @cached_property
     def physical(self) -> tuple[int, ...]:
-        """Physical slot id of every expert at its home, by global id."""
+        """Physical slot of every expert at its home, by global id."""
         ids = {(expert, position): physical for expert, position, physical in self.replicas}
         return tuple(ids[expert, home] for expert, home in enumerate(self.home))
 
     @cached_property
     def replicas(self) -> tuple[tuple[int, int, int], ...]:
-        """(expert, position, physical slot id) of every home and copy, by expert and then by position."""
+        """(expert, position, physical slot) of every home and copy, by expert and then by position."""
         return tuple(sorted(
             (expert, position, position * self.slots_per_position + slot)
             for position in range(self.positions) for slot, expert in enumerate(self.slots_of(position))))
 
     @cached_property
     def whole_copies(self) -> tuple[tuple[int, int], ...]:
-        """The copies of experts that are not sliced: they come from their homes."""
+        """Copies of the experts that are not sliced. These come from their homes."""
         return tuple((expert, position) for expert, position in self.copies if expert not in self._sliced)
 
     def without_copies(self) -> "LayerPlacement":
+        """The same homes and sliced experts, and no copies."""
         return LayerPlacement(self.home, self.positions, sliced=self.sliced)
 
     @property
     def whole(self) -> "LayerPlacement":
-        """The same with no expert in pieces."""
+        """The same homes and copies, and no sliced experts."""
         return self.with_sliced(())
 
     def with_sliced(self, sliced: tuple[int, ...]) -> "LayerPlacement":
-        """The same homes and copies, and these experts in pieces."""
+        """The same homes and copies, with these experts sliced."""
         return LayerPlacement(self.home, self.positions, self.copies, sliced)
 
     @cached_property
@@ -112,7 +116,7 @@ class LayerPlacement:
         return frozenset(self.sliced)
 
     def beyond(self, other: "LayerPlacement") -> "LayerPlacement":
-        """The same with only those copies that another one does not have."""
+        """The same homes, with only those copies that the other placement does not have."""
         return replace(self, copies=tuple(set(self.copies) - set(other.copies)))
 
     @cached_property
@@ -128,7 +132,8 @@ class LayerPlacement:
         held: list[list[int]] = [[] for _ in range(self.positions)]
         for expert, position in self.whole_copies:
             held[position].append(expert)
-        return tuple(tuple(sorted(experts, key=lambda expert: (self.home[expert], expert))) for experts in held)
+        return tuple(tuple(sorted(experts, key=lambda expert: (self.home[expert], expert)))
+                     for experts in held)
 
     @cached_property
     def _assembled(self) -> tuple[tuple[int, ...], ...]:
@@ -141,7 +146,7 @@ class LayerPlacement:
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The placements of all layers with experts, by router name; layers may differ in size."""
+    """Placements of all layers with experts, by router name. Layers may differ in their number of experts."""
 
     layers: tuple[tuple[str, LayerPlacement], ...]
 
@@ -150,12 +155,12 @@ class ExpertPlacement:
 
     @property
     def homes(self) -> "ExpertPlacement":
-        """The same without copies."""
+        """The same placements without copies."""
         return ExpertPlacement(tuple((name, layer.without_copies()) for name, layer in self.layers))
 
     @property
     def whole(self) -> "ExpertPlacement":
-        """The same with no expert in pieces."""
+        """The same placements without sliced experts."""
         return ExpertPlacement(tuple((name, layer.whole) for name, layer in self.layers))
 
     @property
@@ -164,18 +169,36 @@ class ExpertPlacement:
 
     @cached_property
     def digest(self) -> int:
-        """63 bits that ranks compare before they act on it."""
-        text = repr(tuple((name, layer.home, layer.positions, layer.copies, layer.sliced) for name, layer in self.layers))
+        """63-bit hash that ranks compare before they act on a placement."""
+        text = repr(tuple((name, layer.home, layer.positions, layer.copies, layer.sliced)
+                          for name, layer in self.layers))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def slice_rows(rows: int, position: int, positions: int) -> range:
-    """Which rows of a matrix are a position's piece of it: as equal as they can be; none where there are fewer rows."""
+    """Rows of a matrix that make up a position's slice of it.
+
+    Slices are as equal as they can be, and empty at some positions where there are fewer rows than positions.
+
+    Args:
+        rows: rows of the whole matrix.
+        position: position that holds the slice.
+        positions: size of the `ep` axis.
+    """
     return range(rows * position // positions, rows * (position + 1) // positions)
 
 
 def slice_columns(shapes: Sequence[tuple[int, int]], position: int, positions: int) -> list[slice]:
-    """Where a position's piece lies in a row of numbers of an expert, whose tensors of these (rows, columns) lie side by side."""
+    """Where a position's slice lies in the flattened parameters of an expert.
+
+    Args:
+        shapes: (rows, columns) of the expert's matrices, which lie side by side in one row of numbers.
+        position: position that holds the slice.
+        positions: size of the `ep` axis.
+
+    Returns:
+        One `slice` of that row for each matrix.
+    """
     begins = accumulate((rows * columns for rows, columns in shapes), initial=0)
     held = [slice_rows(rows, position, positions) for rows, _ in shapes]
     return [slice(begin + rows.start * columns, begin + rows.stop * columns)
@@ -183,5 +206,6 @@ def slice_columns(shapes: Sequence[tuple[int, int]], position: int, positions: i
 
 
 def contiguous(num_experts: int, positions: int) -> LayerPlacement:
-    """Plain expert parallelism: blocks of neighbouring experts, equal, or longer by one where they cannot be."""
-    return LayerPlacement(tuple(expert * positions // num_experts for expert in range(num_experts)), positions)
+    """Plain expert parallelism: blocks of neighboring experts whose sizes differ by one at most."""
+    home = tuple(expert * positions // num_experts for expert in range(num_experts))
+    return LayerPlacement(home, positions)

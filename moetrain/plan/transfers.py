@@ -1,17 +1,22 @@
-"""Which expert travels from where to where when copies are brought, and what that sends: the legs of a sparse collective.
+"""Transfers of expert copies: which expert goes from where to where, and the bytes that this sends.
 
-A *leg* is one exchange between all positions; a transfer in it is the weights of one expert from one position to another.
+A *leg* is one exchange between all positions. A transfer in it is one expert's matrices from one position to
+another.
 
     packed      one leg: from the home to every copy
-    two_level   two: from the home to the copies on its node, and to one copy on each other node, the leader; then from
-                leaders to the other copies on their node. What crosses between nodes crosses once for each node
+    two_level   two legs: from the home to the copies on its node, and to one copy on each other node, the
+                leader; then from leaders to the other copies on their node. What crosses between nodes
+                crosses once for each node
 
-Leaders rotate by expert id among the positions of a node that hold a copy, so none needs memory for another's sake.
+Leaders rotate by expert id among the positions of a node that hold a copy, so no position needs memory for a
+copy that it does not compute.
 
-Sliced experts travel by themselves in either form, every piece straight to all who compute the expert (comm/sparse/sliced.py).
+Sliced experts travel apart from these in either form: every slice goes straight to all positions that compute
+the expert (comm/sparse/sliced.py).
 
-Gradients take the same legs the other way, the last leg first: what a position sends of them is what it would receive of
-weights. Pure functions of a placement: all positions derive the same legs, comm/sparse/ carries them out.
+Gradients take the same legs in the other direction, the last leg first: a position sends as many bytes of
+gradients as it receives of matrices. All functions here are pure functions of a placement. So all positions
+derive the same legs; comm/sparse/ carries them out.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +28,7 @@ from moetrain.plan.placement import LayerPlacement
 
 
 class Transfer(NamedTuple):
-    """One expert on its way between two positions."""
+    """One expert, or one slice of it, sent from position `source` to position `to`."""
 
     expert: int
     source: int
@@ -34,20 +39,25 @@ Leg = tuple[Transfer, ...]
 
 
 class Traffic(NamedTuple):
-    """Bytes that each position sends, by position: to others on its node, and to other nodes."""
+    """Bytes that each position sends, by position.
+
+    Attributes:
+        inside: to other positions of its node.
+        between: to other nodes.
+    """
 
     inside: tuple[int, ...]
     between: tuple[int, ...]
 
 
 def packed(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
-    """Straight from the homes."""
+    """One leg: every copy straight from its home."""
     return (tuple(Transfer(expert, placement.home[expert], to) for expert, to in placement.whole_copies),)
 
 
 def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
-    """To leaders, and from them. The second leg is empty where no leader has anybody to pass an expert on to."""
-    groups: dict[tuple[int, int], list[int]] = {}            # (expert, node) -> copies, ascending
+    """Two legs: to leaders, and from them. The second is empty where no leader has a copy to pass on to."""
+    groups: dict[tuple[int, int], list[int]] = {}       # (expert, node) -> positions of its copies, ascending
     for expert, to in placement.whole_copies:
         groups.setdefault((expert, topology.node_of(to)), []).append(to)
     first, second = [], []
@@ -62,34 +72,53 @@ def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
     return tuple(first), tuple(second)
 
 
-LEGS: dict[str, Callable[[LayerPlacement, Topology], tuple[Leg, ...]]] = {"packed": packed, "two_level": two_level}
+Form = Callable[[LayerPlacement, Topology], tuple[Leg, ...]]
+LEGS: dict[str, Form] = {"packed": packed, "two_level": two_level}
 
 
 def slice_transfers(placement: LayerPlacement) -> Leg:
-    """Of every sliced expert the piece of each position, to all who compute it."""
-    return tuple(Transfer(expert, source, to) for to in range(placement.positions) for expert in placement.assembled_at(to)
+    """One leg: the slice of every position to all positions that compute a sliced expert."""
+    return tuple(Transfer(expert, source, to)
+                 for to in range(placement.positions) for expert in placement.assembled_at(to)
                  for source in range(placement.positions) if source != to)
 
 
 def gather_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int,
                  slice_bytes: Sequence[int] = ()) -> Traffic:
-    """What bringing the copies sends. expert_bytes: of one expert's weights on the wire; piece_bytes: of each position's
-    piece of them, where experts are sliced."""
+    """Bytes that bringing the copies sends.
+
+    Args:
+        form: `packed` or `two_level`.
+        placement: homes and copies.
+        topology: positions and nodes.
+        expert_bytes: bytes of one expert's matrices as they are sent.
+        slice_bytes: bytes of each position's slice of an expert, where experts are sliced.
+    """
     sent = [(source, to, expert_bytes) for _, source, to in chain(*LEGS[form](placement, topology))]
-    return _traffic(sent + [(source, to, slice_bytes[source]) for _, source, to in slice_transfers(placement)], topology)
+    slices = [(source, to, slice_bytes[source]) for _, source, to in slice_transfers(placement)]
+    return _traffic(sent + slices, topology)
 
 
 def reduce_bytes(form: str, placement: LayerPlacement, topology: Topology, expert_bytes: int,
                  slice_bytes: Sequence[int] = ()) -> Traffic:
-    """What taking the gradients home sends; the same of gradients."""
+    """Bytes that bringing the gradients of copies home sends.
+
+    Args:
+        form: `packed` or `two_level`.
+        placement: homes and copies.
+        topology: positions and nodes.
+        expert_bytes: bytes of one expert's gradients as they are sent.
+        slice_bytes: bytes of the gradients of each position's slice of an expert, where experts are sliced.
+    """
     sent = [(to, source, expert_bytes) for _, source, to in chain(*LEGS[form](placement, topology))]
-    return _traffic(sent + [(to, source, slice_bytes[source]) for _, source, to in slice_transfers(placement)], topology)
+    slices = [(to, source, slice_bytes[source]) for _, source, to in slice_transfers(placement)]
+    return _traffic(sent + slices, topology)
 
 
 def _traffic(sent: Iterable[tuple[int, int, int]], topology: Topology) -> Traffic:
-    """Of (source, destination, bytes)."""
+    """Sum (source, destination, bytes) by source and kind of link."""
     inside, between = [0] * topology.positions, [0] * topology.positions
     for source, to, nbytes in sent:
-        same = topology.node_of(source) == topology.node_of(to)
-        (inside if same else between)[source] += nbytes
+        same_node = topology.node_of(source) == topology.node_of(to)
+        (inside if same_node else between)[source] += nbytes
     return Traffic(tuple(inside), tuple(between))

@@ -1,13 +1,17 @@
-"""What bringing copies puts on the busiest links, in experts: what the model of time (plan/cost/step_time.py) knows of copies.
+"""Load that copies of experts put on the busiest links, in experts: what the time model knows of copies.
 
-    first     leaves at the block's start, and hides behind other work: copies from whole homes and pieces of sliced experts;
-              under `two_level` only to leaders, where the home is on another node
-    second    from leaders to the others on their node, once a layer waits for its copies: nothing hides it
+    first     sent at the start of the block, hidden by other work: copies of whole experts from their homes,
+              and slices of sliced experts. Under `two_level` what goes to another node goes to one position
+              of it only, the leader
+    second    sent from leaders to the other copies on their node, once a layer waits for its copies: nothing
+              hides it
 
-Gradients put the same on the same links, the other way round. These are the transfers of plan/transfers.py, added up from
-arrays, because planners weigh thousands of copies many times.
+Gradients put the same load on the same links in the other direction. These are the transfers of
+plan/transfers.py, but summed with array operations, because planners weigh thousands of copies many times.
+The times are in cost/step_time.py.
 
-Shapes: E experts, P positions, X copies, S sliced experts.
+Shapes: E experts, P positions, X copies, S sliced experts, H holders of one expert, G groups of copies of one
+expert on one node.
 """
 
 from collections.abc import Sequence
@@ -19,26 +23,50 @@ from moetrain.plan.cost.machine import Costs, Topology
 
 
 class LinkLoad(NamedTuple):
-    """What the busiest position sends or receives: to its own node, and to others."""
+    """Load of the busiest position, the larger of what it sends and what it receives.
+
+    Attributes:
+        inside: to or from positions of its own node.
+        between: to or from other nodes.
+    """
 
     inside: float
     between: float
 
     def seconds(self, unit_bytes: float, costs: Costs) -> float:
+        """Seconds that this load takes, where a unit of it has `unit_bytes`. Both links work at once."""
         return max(self.inside * unit_bytes / costs.inside, self.between * unit_bytes / costs.between)
 
 
 class CopyTraffic(NamedTuple):
-    """messages: collectives that leave first."""
+    """Loads of bringing one layer's copies, in experts.
+
+    Attributes:
+        first: load at the start of the block.
+        second: load from leaders to the other copies on their node.
+        messages: collectives that `first` takes.
+    """
 
     first: LinkLoad
     second: LinkLoad
     messages: int
 
 
-def copy_traffic(expert_X: np.ndarray, position_X: np.ndarray, home_E: np.ndarray, sliced: Sequence[int], topology: Topology,
-           collective: str) -> CopyTraffic:
-    """Of copies of these experts at these positions. collective: packed or two_level."""
+def copy_traffic(expert_X: np.ndarray, position_X: np.ndarray, home_E: np.ndarray, sliced: Sequence[int],
+                 topology: Topology, collective: str) -> CopyTraffic:
+    """Link loads of bringing these copies.
+
+    Args:
+        expert_X: int64 [X], expert of each copy.
+        position_X: int64 [X], position of each copy.
+        home_E: int64 [E], home of each expert.
+        sliced: experts whose parameters lie in slices over all positions. Their home needs a copy too.
+        topology: positions and nodes.
+        collective: `packed` or `two_level`, for the copies of whole experts.
+
+    Returns:
+        Loads of both stages, in experts.
+    """
     first, second, messages = _PositionLinks(topology), _PositionLinks(topology), int(bool(len(sliced)))
     if sliced:
         for expert in sliced:
@@ -57,12 +85,16 @@ def copy_traffic(expert_X: np.ndarray, position_X: np.ndarray, home_E: np.ndarra
 
 
 class _PositionLinks:
-    """Sent and received by each position, inside its node and between nodes, [4, P]."""
+    """Load of the links of every position, float64 [4, P].
+
+    Rows 0 and 1 are what a position sends and receives inside its node, rows 2 and 3 between nodes.
+    """
 
     def __init__(self, topology: Topology) -> None:
         self.topology, self.load_4P = topology, np.zeros((4, topology.positions))
 
     def add(self, source_X: np.ndarray, to_X: np.ndarray) -> None:
+        """Add one expert from each source to its destination."""
         same_node_X = source_X // self.topology.per_node == to_X // self.topology.per_node
         for row, mask_X in ((0, same_node_X), (2, ~same_node_X)):
             for offset, end_X in enumerate((source_X, to_X)):
@@ -74,7 +106,7 @@ class _PositionLinks:
 
 
 def _add_slices(links: _PositionLinks, holder_H: np.ndarray) -> None:
-    """An expert in equal pieces, from all positions to those that compute it."""
+    """Add one expert in equal slices, from all positions to those that compute it."""
     positions, per_node = links.topology.positions, links.topology.per_node
     node_P = np.arange(positions) // per_node
     size_P, holds_P = np.bincount(node_P)[node_P], np.bincount(holder_H, minlength=positions)
@@ -83,12 +115,16 @@ def _add_slices(links: _PositionLinks, holder_H: np.ndarray) -> None:
                                len(holder_H) - on_node_P, (positions - size_P) * holds_P]) / positions
 
 
-def _leaders(expert_X: np.ndarray, position_X: np.ndarray, source_X: np.ndarray, topology: Topology) -> np.ndarray:
-    """The position on its node to which each copy's expert is sent: on the home's node the copy's own, elsewhere the leader's."""
+def _leaders(expert_X: np.ndarray, position_X: np.ndarray, source_X: np.ndarray,
+             topology: Topology) -> np.ndarray:
+    """Position that receives each copy's expert from its home, int64 [X].
+
+    On the node of the home that is the copy itself, on other nodes the leader of the copies there.
+    """
     order = np.lexsort((position_X, expert_X))
     key_X = (expert_X * topology.nodes + position_X // topology.per_node)[order]
     _, start_G, group_X, size_G = np.unique(key_X, return_index=True, return_inverse=True, return_counts=True)
-    first_stop_X = np.empty_like(position_X)
-    first_stop_X[order] = position_X[order][start_G[group_X] + expert_X[order] % size_G[group_X]]
+    leader_X = np.empty_like(position_X)
+    leader_X[order] = position_X[order][start_G[group_X] + expert_X[order] % size_G[group_X]]
     same_node_X = source_X // topology.per_node == position_X // topology.per_node
-    return np.where(same_node_X, position_X, first_stop_X)
+    return np.where(same_node_X, position_X, leader_X)

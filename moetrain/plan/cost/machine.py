@@ -1,6 +1,6 @@
-"""What planners know of the machine: how positions lie on nodes, and what computing and sending cost.
+"""Machine model of the planners: how positions lie on nodes, and what computing and sending cost.
 
-All planners get the same numbers. A position is a place on the `ep` axis; neighbours fill a node.
+All planners get the same numbers. A position is an index on the `ep` axis; neighboring positions fill a node.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topology:
-    """positions: size of the `ep` axis. per_node: how many of them share a node; the last node may have fewer."""
+    """Positions of the `ep` axis and the nodes that they lie on.
+
+    Args:
+        positions: size of the `ep` axis.
+        per_node: positions that share a node; the last node may have fewer.
+    """
 
     positions: int
     per_node: int
@@ -29,14 +34,17 @@ class Topology:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one layer.
+    """What one layer's work costs.
 
-    row_s: seconds that an expert computes on one row, forward and backward together.
-    row_bytes: bytes of a row on the wire, one way. expert_bytes: bytes of an expert's weights on the wire.
-    inside, between: bytes per second of a position's link to others on its node, and to other nodes.
-    latency_s: seconds of a message that carries nothing.
-    hidden_s: seconds of other work (attention) behind which weights travel unseen, forward; backward has twice that.
-    collective: the form in which they travel (plan/transfers.py).
+    Args:
+        row_s: seconds that an expert computes on one row, forward and backward together.
+        row_bytes: bytes of a row as it is sent, one way.
+        expert_bytes: bytes of an expert's matrices as they are sent.
+        inside: bytes per second of a position's link to the other positions of its node.
+        between: bytes per second of a position's link to other nodes.
+        latency_s: seconds of a message that carries nothing.
+        hidden_s: seconds of other work (attention) that hide copies in forward; backward has twice that.
+        collective: form in which copies travel, `packed` or `two_level` (plan/transfers.py).
     """
 
     row_s: float

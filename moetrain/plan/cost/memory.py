@@ -1,15 +1,21 @@
-"""Bytes that copies of experts take on a position at their peak, by formulas for what parallel/fssdp/copies.py allocates.
+"""Peak bytes that copies of experts take on one position.
 
-    copies     weights of the copies that are here. Kept: those of all layers. Gathered again: those of the layer that
-               computes; where its graph was kept, backward has also begun to gather the layer below
-    sending    weights of homes on their way to copies, until they have arrived: those of one layer, or of these two
-    sums       gradients of copies over all micro-batches: all layers, from a layer's first backward of a step to its end
-    returned   what homes receive of them at the end of a step, all layers
-    beside     homes and copies side by side while a layer computes, one matrix at a time: the larger has two thirds of an
-               expert's numbers
+These are formulas for what parallel/fssdp/copies.py allocates:
 
-For `packed` collectives of whole homes. Beside these a layer's copies are there once more for a moment where they are laid in the
-order of slots (`two_level`) or put together from pieces, and twice more where calibration had them come in two waves.
+    copies     matrices of the copies on this position. Where they are kept for backward: those of all
+               layers. Where they are gathered again: those of the layer that computes; if its graph was kept,
+               backward has also begun to gather the layer below
+    sending    matrices of homes on their way to copies, until they have arrived: those of one layer, or of
+               these two
+    sums       gradients of copies over all micro-batches: all layers, from a layer's first backward of a step
+               to its end
+    returned   gradients that homes receive at the end of a step, all layers
+    beside     homes and copies side by side while a layer computes, one matrix at a time: the larger matrix
+               has two thirds of an expert's numbers
+
+They hold for `packed` collectives of whole homes. `two_level` lays a layer's copies in the order of physical
+slots, and sliced experts are put together from their slices: either takes the layer's copies once more for a
+moment, and twice more where calibration brought them in two gathers.
 """
 
 from collections.abc import Sequence
@@ -19,7 +25,13 @@ from moetrain.plan.placement import LayerPlacement
 
 
 class HeldExperts(NamedTuple):
-    """Experts of one layer on one position. sent: homes that leave from here, once for each copy."""
+    """Experts of one layer on one position.
+
+    Attributes:
+        homes: experts at home here.
+        copies: copies here.
+        sent: experts sent from here, counted once for each copy.
+    """
 
     homes: int
     copies: int
@@ -27,7 +39,7 @@ class HeldExperts(NamedTuple):
 
 
 class CopyMemory(NamedTuple):
-    """Bytes; each at its own peak."""
+    """Bytes, each at its own peak; the module's docstring says what each is."""
 
     copies: int
     sending: int
@@ -37,23 +49,34 @@ class CopyMemory(NamedTuple):
 
 
 def held_at(placement: LayerPlacement, position: int) -> HeldExperts:
-    """What a position holds of a layer under a placement."""
+    """Experts that a position holds of a layer under a placement."""
     sent = sum(placement.home[expert] == position for expert, _ in placement.copies)
     return HeldExperts(len(placement.experts_of(position)), len(placement.copies_at(position)), sent)
 
 
-def copy_memory(layers: Sequence[HeldExperts], numbers: int, *, weight: int, gradient: int, rematerialize: bool,
-                recompute: bool) -> CopyMemory:
-    """layers: in order. numbers: of an expert. weight, gradient: bytes of one number, in the dtype of the computation and of
-    the parameters. rematerialize: copies are gathered again for backward. recompute: activation checkpointing."""
+def copy_memory(layers: Sequence[HeldExperts], numbers: int, *, weight: int, gradient: int,
+                rematerialize: bool, recompute: bool) -> CopyMemory:
+    """Peak bytes of copies on one position.
+
+    Args:
+        layers: experts that the position holds, in the order of layers.
+        numbers: parameters of one expert.
+        weight: bytes of one number in the dtype of the computation.
+        gradient: bytes of one number in the dtype of the parameters.
+        rematerialize: copies are gathered again for backward.
+        recompute: layers are under activation checkpointing.
+    """
     copies, sent = [layer.copies for layer in layers], [layer.sent for layer in layers]
-    layers_at_once = 2 if rematerialize and not recompute else 1
-    copies_here = _largest_sum(copies, layers_at_once) if rematerialize else sum(copies)
+    at_once = 2 if rematerialize and not recompute else 1
+    copies_here = _largest_sum(copies, at_once) if rematerialize else sum(copies)
     side_by_side = max((layer.homes + layer.copies for layer in layers if layer.copies), default=0)
-    return CopyMemory(copies_here * numbers * weight, _largest_sum(sent, layers_at_once) * numbers * weight, sum(copies) * numbers * gradient,
-                      sum(sent) * numbers * gradient, side_by_side * (numbers * 2 // 3) * weight)
+    return CopyMemory(copies=copies_here * numbers * weight,
+                      sending=_largest_sum(sent, at_once) * numbers * weight,
+                      sums=sum(copies) * numbers * gradient,
+                      returned=sum(sent) * numbers * gradient,
+                      beside=side_by_side * (numbers * 2 // 3) * weight)
 
 
-def _largest_sum(experts: list[int], layers_at_once: int) -> int:
-    """The largest sum over so many neighbouring layers."""
-    return max((sum(experts[first:first + layers_at_once]) for first in range(len(experts))), default=0)
+def _largest_sum(experts: list[int], layers: int) -> int:
+    """Largest sum over so many neighboring layers."""
+    return max((sum(experts[first:first + layers]) for first in range(len(experts))), default=0)

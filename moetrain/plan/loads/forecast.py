@@ -1,13 +1,13 @@
-"""What loads to expect next: forecasts in integers, so that ranks that saw the same loads expect the same.
+"""Forecasts of expert loads, in integers, so that ranks that saw the same loads expect the same.
 
-    MeanForecast    mean of the last steps (Hecate: five)
-    TrendForecast   exponential moving average with a trend (Holt), in fixed point
-    LoadForecaster         one of them, watched: a layer that it got wrong is planned from the last step's loads alone
+    MeanForecast     mean of the last steps (Hecate: five)
+    TrendForecast    exponential moving average with a trend (Holt), in fixed point
+    LoadForecaster   one of them, checked: a layer that it got wrong is planned from the last step's loads
 
-Loads are those of all routers in one flat int64 buffer, as they are counted. What a checkpoint keeps of a forecast are its
-`tables`, written to in place: reading into them restores it.
+Loads are those of all routers in one flat int64 buffer, as they are counted. What a checkpoint keeps of a
+forecast are its `tables`. They are written in place, so reading into them restores the forecast.
 
-Shapes: L experts of all routers together, w steps of a window, r routers.
+Shapes: L experts of all routers together, w steps of a window, r routers, E experts of one router.
 """
 
 from collections.abc import Mapping
@@ -17,37 +17,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FRACTION_BITS = 8                # bits behind the point of a trend forecast's level and slope
+FRACTION_BITS = 8        # bits after the binary point of a trend forecast's level and slope
 ONE = 1 << FRACTION_BITS
 
 
 class Forecast(Protocol):
-    """Its tables begin as zeros, and are zeros until something was seen."""
+    """Predictor of the next step's loads. Its tables are zeros until it has observed a step."""
 
     def observe(self, loads_L: Tensor) -> None:
-        """The loads of a step."""
+        """Take in the loads of a step, int64 [L]. The caller may overwrite them afterwards."""
 
     def expected(self) -> Tensor:
-        """Those of the next, int64 [L], never negative."""
+        """Loads expected of the next step, int64 [L], never negative."""
 
     def last(self) -> Tensor:
-        """Those of the step observed last."""
+        """Loads of the step observed last, int64 [L]."""
 
     def tables(self) -> dict[str, Tensor]:
-        """Its state by name, int64."""
+        """State of the forecast by name, int64."""
 
 
 class MeanForecast:
-    """size: L. window: steps that count."""
+    """Mean of the last steps.
+
+    Args:
+        size: L, experts of all routers.
+        window: steps that count.
+    """
 
     def __init__(self, size: int, window: int = 5) -> None:
-        self.loads_wL = torch.zeros(window, size, dtype=torch.int64)         # newest last; steps of zeros are none
+        # Newest step last. A step of zeros is one that has not been observed yet.
+        self.loads_wL = torch.zeros(window, size, dtype=torch.int64)
 
     def observe(self, loads_L: Tensor) -> None:
         self.loads_wL.copy_(torch.cat([self.loads_wL[1:], loads_L[None]]))
 
     def expected(self) -> Tensor:
-        """Rounded to the nearest."""
+        """Mean of the steps observed, rounded to the nearest integer, int64 [L]."""
         steps = max(1, int(self.loads_wL.any(1).sum()))
         return (2 * self.loads_wL.sum(0) + steps) // (2 * steps)
 
@@ -59,19 +65,25 @@ class MeanForecast:
 
 
 class TrendForecast:
-    """size: L. level, trend: weights of what is new, in (0, 1] and [0, 1]; kept to 1/256. With trend 0 a plain moving
-    average."""
+    """Exponential moving average with a trend (Holt's linear method).
+
+    Args:
+        size: L, experts of all routers.
+        level: weight of a new observation in the level, in (0, 1]; rounded to 1/256.
+        trend: weight of a new slope in the trend, in [0, 1]; rounded to 1/256. With 0 this is a plain moving
+            average.
+    """
 
     def __init__(self, size: int, level: float = 0.5, trend: float = 0.1) -> None:
         assert 0 < level <= 1 and 0 <= trend <= 1, (level, trend)
         self.level, self.trend = max(1, round(level * ONE)), round(trend * ONE)
         self.loads_1L = torch.zeros(1, size, dtype=torch.int64)
         self.level_L = torch.zeros(size, dtype=torch.int64)                  # loads * 256
-        self.slope_L = torch.zeros(size, dtype=torch.int64)                  # loads a step * 256
+        self.slope_L = torch.zeros(size, dtype=torch.int64)                  # change of loads in a step * 256
 
     def observe(self, loads_L: Tensor) -> None:
         now_L = loads_L * ONE
-        if not self.level_L.any():                                           # nothing was seen
+        if not self.level_L.any():                                           # the first observation
             self.level_L.copy_(now_L)
         expected_L = self.level_L + self.slope_L
         level_L = expected_L + (self.level * (now_L - expected_L) >> FRACTION_BITS)
@@ -90,25 +102,37 @@ class TrendForecast:
 
 
 def forecast_of(kind: str, size: int, window: int) -> Forecast:
-    """The forecast that a config names."""
+    """Make the forecast that a config names.
+
+    Args:
+        kind: `mean` or `trend`.
+        size: L, experts of all routers.
+        window: steps that a mean is over.
+    """
     return TrendForecast(size) if kind == "trend" else MeanForecast(size, window)
 
 
 class LoadForecaster:
-    """What planners are told to expect, and how far the forecast was off.
+    """Loads that planners plan for: a forecast, or the last step's loads where the forecast was wrong.
 
-    sizes: experts by router. fallback: thousandths of a router's rows (`misplaced_permille`) above which its forecast counts
-    as wrong, and the last step's loads stand for the next; 1000 never happens.
+    Args:
+        forecast: forecast of the loads of all routers.
+        sizes: number of experts by router.
+        fallback: share of a router's rows, in thousandths (`misplaced_permille`), above which its forecast
+            counts as wrong, so that the last step's loads stand for the next. 1000 never falls back.
     """
 
     def __init__(self, forecast: Forecast, sizes: Mapping[str, int], fallback: int) -> None:
         self.forecast, self.sizes, self.fallback = forecast, sizes, fallback
-        self.errors_r = torch.zeros(len(sizes), dtype=torch.int64)           # of the last step; 0 before the first forecast
+        # Error of each router's forecast of the last step; 0 before there was a forecast.
+        self.errors_r = torch.zeros(len(sizes), dtype=torch.int64)
 
     def observe(self, loads_L: Tensor) -> None:
+        """Compare the loads of a step with the forecast of them, then add them to it."""
         if self.forecast.expected().any():
             pairs = zip(self._by_router(self.forecast.expected()), self._by_router(loads_L))
-            self.errors_r.copy_(torch.tensor([misplaced_permille(expected, seen) for expected, seen in pairs]))
+            errors = [misplaced_permille(expected, seen) for expected, seen in pairs]
+            self.errors_r.copy_(torch.tensor(errors))
         self.forecast.observe(loads_L)
 
     def loads(self) -> dict[str, np.ndarray]:
@@ -118,6 +142,7 @@ class LoadForecaster:
                 for index, (name, error) in enumerate(zip(self.sizes, self.errors_r.tolist()))}
 
     def tables(self) -> dict[str, Tensor]:
+        """State of the forecast and its errors by name, int64: what a checkpoint keeps."""
         return {**self.forecast.tables(), "errors": self.errors_r}
 
     def _by_router(self, flat_L: Tensor) -> list[np.ndarray]:
@@ -125,12 +150,14 @@ class LoadForecaster:
 
 
 def misplaced_permille(expected_L: np.ndarray, seen_L: np.ndarray) -> int:
-    """How far a forecast was off: thousandths of all rows that went to other experts than expected, whatever their number.
+    """Error of a forecast: thousandths of the rows that went to other experts than expected.
 
-    0 when the shares agree, 1000 when no expert that was expected got any. An integer, so that ranks agree on a fall-back.
+    Only shares count, whatever the totals: 0 where they agree, 1000 where no expert that was expected got any
+    row. It is an integer, so that ranks agree on whether to fall back.
     """
     expected, seen = int(expected_L.sum()), int(seen_L.sum())
     if expected == 0 or seen == 0:
         return 0 if expected == seen else 1000
-    surplus_L = np.maximum(seen_L.astype(object) * expected - expected_L.astype(object) * seen, 0)    # exact at any size
+    # Python integers instead of int64: products of counts are exact at any size.
+    surplus_L = np.maximum(seen_L.astype(object) * expected - expected_L.astype(object) * seen, 0)
     return int(surplus_L.sum()) * 1000 // (expected * seen)

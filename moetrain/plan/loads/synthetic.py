@@ -1,41 +1,56 @@
-"""Loads that no model was needed for: a seeded family of cases that planners are compared on, beside recorded ones.
+"""Synthetic expert loads: a seeded family of cases that planners are compared on, beside recorded loads.
 
-    balanced                        experts equally popular, tokens drawn at random
-    lognormal_0.5, _1, _1.5         popularity log-normal of that sigma, drifting from step to step, another at every source
-    hot_expert                      one expert takes a third of all rows
-    hot_rank                        the experts of one position (in equal blocks) take half of all rows
-    ragged                          log-normal of sigma 1, and sources between a tenth and nearly twice the rows of the mean
-    rotating                        the hot expert is another one every few steps
-    burst                           balanced, but for a few steps in each dozen a few experts take half
-    empty                           log-normal of sigma 1; one expert gets no rows and one source sends none
+    balanced                  experts equally popular, tokens drawn at random
+    lognormal_0.5, _1, _1.5   popularity log-normal with that sigma, drifting from step to step, different at
+                              every source
+    hot_expert                one expert takes a third of all rows
+    hot_rank                  the experts of one position (in equal blocks) take half of all rows
+    ragged                    log-normal with sigma 1; sources send between a tenth and nearly twice the mean
+                              number of rows
+    rotating                  as hot_expert, with another expert every few steps
+    burst                     balanced, but in the last steps of every dozen a few experts take half
+    empty                     log-normal with sigma 1; one expert gets no rows, and one source sends none
 
-Numbers are drawn by numpy's PCG64 from (case, seed), so a case is the same wherever that is.
+Numbers are drawn by numpy's PCG64 from (case, seed), so a case is the same on every machine.
+
+Shapes: t steps, P positions (sources), E experts.
 """
 
 import zlib
 
 import numpy as np
 
-NAMES = ("balanced", "lognormal_0.5", "lognormal_1", "lognormal_1.5", "hot_expert", "hot_rank", "ragged", "rotating",
-         "burst", "empty")
+NAMES = ("balanced", "lognormal_0.5", "lognormal_1", "lognormal_1.5", "hot_expert", "hot_rank", "ragged",
+         "rotating", "burst", "empty")
 
-MEMORY = 0.95        # of log-popularity from one step to the next (AR(1)): a half is forgotten in 14 steps
-SOURCE_SIGMA = 0.3   # how much a source's taste differs from the common one
-ROTATION_STEPS = 10            # steps for which a rotating expert stays hot
-BURST_PERIOD, BURST_STEPS = 12, 3 # a burst every so many steps, for so many
+MEMORY = 0.95                       # of log-popularity over a step (AR(1)): half is forgotten in 14 steps
+SOURCE_SIGMA = 0.3                  # how much the popularity at one source differs from the common one
+ROTATION_STEPS = 10                 # steps for which a rotating expert stays hot
+BURST_PERIOD, BURST_STEPS = 12, 3   # a burst every so many steps, for so many
 
 
 def generate(name: str, seed: int, steps: int, positions: int, experts: int, rows: int) -> np.ndarray:
-    """Rows that each source sends to each expert, int64 [steps, positions, experts].
+    """Draw the rows that each source sends to each expert.
 
-    rows: that a source sends in a step (tokens times top k); for `ragged` their mean over sources.
+    Args:
+        name: a case of `NAMES`.
+        seed: other loads of the same case.
+        steps: number of steps.
+        positions: number of sources.
+        experts: number of experts.
+        rows: rows that a source sends in a step (tokens times top-k); for `ragged` their mean over sources.
+
+    Returns:
+        int64 [steps, positions, experts].
     """
     assert name in NAMES, (name, NAMES)
     rng = np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed]))
-    chances_tPE = _source_chances(_popularity(name, rng, steps, positions, experts), _source_sigma(name), rng, positions)
+    popularity_tE = _popularity(name, rng, steps, positions, experts)
+    chances_tPE = _source_chances(popularity_tE, _source_sigma(name), rng, positions)
     rows_P = np.full(positions, rows)
     if name == "ragged":
-        rows_P = np.round(np.linspace(0.1, 1.9, positions) * rows).astype(np.int64) if positions > 1 else rows_P
+        if positions > 1:
+            rows_P = np.round(np.linspace(0.1, 1.9, positions) * rows).astype(np.int64)
         rows_P = rng.permutation(rows_P)
     if name == "empty":
         rows_P[rng.integers(positions)] = 0
@@ -43,8 +58,9 @@ def generate(name: str, seed: int, steps: int, positions: int, experts: int, row
 
 
 def _popularity(name: str, rng: np.random.Generator, steps: int, positions: int, experts: int) -> np.ndarray:
-    """Weights of the experts at every step, float64 [steps, experts]; every step sums to 1."""
-    sigma = {"lognormal_0.5": 0.5, "lognormal_1": 1.0, "lognormal_1.5": 1.5, "ragged": 1.0, "empty": 1.0}.get(name, 0.0)
+    """Popularity of the experts at every step, float64 [steps, experts]; every step sums to 1."""
+    sigmas = {"lognormal_0.5": 0.5, "lognormal_1": 1.0, "lognormal_1.5": 1.5, "ragged": 1.0, "empty": 1.0}
+    sigma = sigmas.get(name, 0.0)
     weights_tE = np.exp(sigma * _drift(rng, steps, experts)) if sigma else np.ones((steps, experts))
     if name == "empty":
         weights_tE[:, rng.integers(experts)] = 0.0
@@ -61,12 +77,13 @@ def _popularity(name: str, rng: np.random.Generator, steps: int, positions: int,
                 _set_share(weights_tE[step], [(first + step // ROTATION_STEPS * 7) % experts], 1 / 3)
             case "burst" if step % BURST_PERIOD >= BURST_PERIOD - BURST_STEPS:
                 few = max(1, experts // 16)
-                _set_share(weights_tE[step], [(first + step // BURST_PERIOD + i) % experts for i in range(few)], 1 / 2)
+                hot = [(first + step // BURST_PERIOD + i) % experts for i in range(few)]
+                _set_share(weights_tE[step], hot, 1 / 2)
     return weights_tE / weights_tE.sum(1, keepdims=True)
 
 
 def _drift(rng: np.random.Generator, steps: int, experts: int) -> np.ndarray:
-    """A stationary AR(1) of unit variance, [steps, experts]."""
+    """Stationary AR(1) process of unit variance, float64 [steps, experts]."""
     noise_tE = rng.standard_normal((steps, experts))
     for step in range(1, steps):
         noise_tE[step] = MEMORY * noise_tE[step - 1] + np.sqrt(1 - MEMORY**2) * noise_tE[step]
@@ -74,7 +91,10 @@ def _drift(rng: np.random.Generator, steps: int, experts: int) -> np.ndarray:
 
 
 def _set_share(weights_E: np.ndarray, chosen: list[int] | range, share: float) -> None:
-    """Let the chosen ones have that share of the sum together, equally; all of it where there is nobody else."""
+    """Give the chosen experts that share of the sum together, equally; all of it where there are no others.
+
+    In place.
+    """
     others = weights_E.sum() - weights_E[list(chosen)].sum()
     weights_E[list(chosen)] = (others * share / (1 - share) if others else 1.0) / len(chosen)
 
@@ -83,8 +103,12 @@ def _source_sigma(name: str) -> float:
     return 0.0 if name in ("balanced", "burst", "hot_expert", "hot_rank", "rotating") else SOURCE_SIGMA
 
 
-def _source_chances(weights_tE: np.ndarray, sigma: float, rng: np.random.Generator, positions: int) -> np.ndarray:
-    """Chances [steps, positions, experts]: every source's own, which it keeps, times the common ones."""
-    own_PE = np.exp(sigma * rng.standard_normal((positions, weights_tE.shape[1])))
-    chances_tPE = weights_tE[:, None] * own_PE
+def _source_chances(popularity_tE: np.ndarray, sigma: float, rng: np.random.Generator,
+                    positions: int) -> np.ndarray:
+    """Chance of each expert at each source, float64 [steps, positions, experts].
+
+    The common popularity times a factor of the source's own, which it keeps for all steps.
+    """
+    own_PE = np.exp(sigma * rng.standard_normal((positions, popularity_tE.shape[1])))
+    chances_tPE = popularity_tE[:, None] * own_PE
     return chances_tPE / chances_tPE.sum(2, keepdims=True)

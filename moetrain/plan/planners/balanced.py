@@ -1,17 +1,21 @@
-"""moetrain's own planner: the fewest copies that level the loads as far as levelling pays.
+"""moetrain's own planner: the fewest copies that level the loads, as far as leveling pays.
 
-For a handful of levels between the mean load and the largest, what lies above the level moves from the full positions
-into those below it (plan/leveling/overflow.py): cut to measure, or whole where they fit; and at the best level once more with
-copies on the nodes that the rows come from first. To the best of these come copies that keep rows on their node, as many as
-hide, or twice that, or as there is room for (plan/leveling/locality.py). Every such plan is timed by the model of
-plan/cost/step_time.py, in which copies cost nothing while they hide and their links' time beyond that, and the shortest is taken.
-Rows are then split by `waterfill`.
+The planner tries a handful of levels between the mean load and the largest. Rows above a level move from the
+full positions into those below it (plan/leveling/overflow.py), divided to measure or whole where they fit. At
+the best level it tries once more with copies first on the nodes that rows come from. To the best of these it
+adds copies that keep rows on their node: as many as are hidden, twice that, or as many as there is room for
+(plan/leveling/locality.py). Every such plan is timed by the model of plan/cost/step_time.py, in which copies
+cost nothing while they are hidden, and the time of their links beyond that. The shortest is taken. Its rows
+are then split by `waterfill`.
 
-Nothing is done where nothing is to be gained: below an imbalance of 1 + `tolerance`, or where the model promises less than
-`min_gain` of the step.
+Nothing is done where little is to be gained: below an imbalance of 1 + `tolerance`, or where the model
+promises less than `min_gain` of the step.
 
-Homes: plan/leveling/rehoming.py. They are cut up where that is modelled to pay: copies of experts in pieces are sent by all
-positions, and the model knows it, here and when copies are planned.
+Homes are chosen by plan/leveling/rehoming.py. Experts are sliced where that is modeled to pay: copies of
+sliced experts are sent by all positions instead of one, and the model counts with it, here and when copies
+are planned.
+
+Shapes: E experts, P positions, N nodes, X copies, C replicas (homes, then copies).
 """
 
 from collections.abc import Mapping
@@ -43,28 +47,41 @@ LEVELS = (0, 3, 12)
 
 
 class Balanced(Planner):
-    """tolerance: largest position load over the mean, less one, that is left alone. min_gain: share of the modelled time
-    that copies must save. horizon: steps for which homes are expected to stay; state_ratio: bytes of an expert's state
-    (parameter and two moments) over those of its weights on the wire: 3 in float32, 6 in bfloat16."""
+    """Planner that adds copies while the modeled step becomes shorter.
+
+    Args:
+        tolerance: excess of the largest position load over the mean, as a fraction, that is left alone.
+        min_gain: share of the modeled time that copies must save.
+        horizon: steps for which homes are expected to stay.
+        state_ratio: bytes of an expert's state (parameter and two moments) over those of its matrices as they
+            are sent: 3 in float32, 6 in bfloat16.
+    """
 
     rule: ClassVar[Rule] = "waterfill"
-    BOUNDS = {"tolerance": "0 or more", "min_gain": "0 or more", "horizon": "1 or more", "state_ratio": "above 0"}
+    BOUNDS = {"tolerance": "0 or more", "min_gain": "0 or more", "horizon": "1 or more",
+              "state_ratio": "above 0"}
 
     def __init__(self, *, tolerance: float = 0.05, min_gain: float = 0.01, horizon: int = 100,
                  state_ratio: float = 3.0) -> None:
-        self.tolerance, self.min_gain, self.horizon, self.state_ratio = tolerance, min_gain, horizon, state_ratio
+        self.tolerance, self.min_gain = tolerance, min_gain
+        self.horizon, self.state_ratio = horizon, state_ratio
 
-    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+             room: int) -> LayerPlan:
         overflow, _ = self._plan_and_time(loads, homes, topology, costs, room)
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
             zip(overflow.expert_X.tolist(), overflow.position_X.tolist(), strict=True))))
 
     def _plan_and_time(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-               room: int) -> tuple[OverflowPlan, float]:
-        """The plan, and the time that the model gives it."""
-        if topology.nodes == 1:        # one kind of link: every position is a node of its own, and rows are best kept there
-            topology, costs, loads = Topology(topology.positions, 1), replace(costs, between=costs.inside), loads_by_expert(loads)
-        snapshot = LoadSnapshot(loads_by_node(loads, topology), np.asarray(homes.home), topology, homes.sliced)
+                       room: int) -> tuple[OverflowPlan, float]:
+        """Plan the copies of a layer; also return the modeled seconds of the plan."""
+        if topology.nodes == 1:
+            # There is one kind of link. Every position counts as a node, and rows are best kept at their
+            # position.
+            topology, costs = Topology(topology.positions, 1), replace(costs, between=costs.inside)
+            loads = loads_by_expert(loads)
+        loads_NE, home_E = loads_by_node(loads, topology), np.asarray(homes.home)
+        snapshot = LoadSnapshot(loads_NE, home_E, topology, homes.sliced)
         total, highest = int(snapshot.loads_E.sum()), int(snapshot.load_P.max())
         no_copies = OverflowPlan.empty(snapshot.loads_E)
         no_copies_s = estimate(no_copies, snapshot, costs).total_s
@@ -74,42 +91,55 @@ class Balanced(Planner):
         return (best, least_s) if least_s < (1 - self.min_gain) * no_copies_s else (no_copies, no_copies_s)
 
     @staticmethod
-    def _search(snapshot: LoadSnapshot, costs: Costs, room: int, mean: int, highest: int) -> tuple[OverflowPlan, float]:
-        """The shortest plan and its modelled time; ties go to the first tried."""
+    def _search(snapshot: LoadSnapshot, costs: Costs, room: int, mean: int,
+                highest: int) -> tuple[OverflowPlan, float]:
+        """Find the plan with the least modeled time, and return both.
+
+        A tie goes to the first that was tried.
+        """
         tried: list[tuple[float, int, OverflowState]] = []
 
-        def try_state(state: OverflowState) -> None:
+        def consider(state: OverflowState) -> None:
             tried.append((estimate(state.result(), snapshot, costs).total_s, len(tried), state))
 
         for step in LEVELS:
             for whole in (False, True):
-                try_state(OverflowState(snapshot, mean + (highest - mean) * step // 64, room).place_overflow(whole=whole))
-        level = min(tried)[2].level
-        try_state(OverflowState(snapshot, level, room).place_overflow(on_source_nodes=True, whole=False))
-        base, flows, hidden = min(tried)[2], NodeFlows(snapshot, room), max_hidden_copies(snapshot.topology, costs, len(snapshot.home_E))
+                level = mean + (highest - mean) * step // 64
+                consider(OverflowState(snapshot, level, room).place_overflow(whole=whole))
+        best_level = min(tried)[2].level
+        consider(OverflowState(snapshot, best_level, room).place_overflow(on_source_nodes=True, whole=False))
+        base, flows = min(tried)[2], NodeFlows(snapshot, room)
+        hidden = max_hidden_copies(snapshot.topology, costs, len(snapshot.home_E))
         for budget in sorted({max(1, hidden), max(1, 2 * hidden), len(snapshot.load_P) * room}):
-            try_state(add_local_copies(base, flows, budget))
+            consider(add_local_copies(base, flows, budget))
         least_s, _, state = min(tried)
         return state.result(), least_s
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
                costs: Costs) -> ExpertPlacement:
-        """Timed with as many copies as hide, but not more than a position has homes, whatever the memory: homes should be
-        good without copies that might not fit or be late."""
+        """Exchange homes where that pays over the horizon.
+
+        Layers are timed with as many copies as are hidden, but with no more than a position has homes,
+        whatever its memory: homes should be good without copies that might not fit or might be late.
+        """
         by_router = {name: loads_by_expert(loads[name]) for name, _ in placement.layers}
         rate = costs.between if topology.nodes > 1 else costs.inside
 
         def seconds(name: str, homes: LayerPlacement) -> float:
-            room = copies_per_position(-(-homes.num_experts // homes.positions), topology, costs, homes.num_experts)
+            homes_each = -(-homes.num_experts // homes.positions)
+            room = copies_per_position(homes_each, topology, costs, homes.num_experts)
             return self._plan_and_time(by_router[name], homes, topology, costs, room)[1]
 
         return exchange_homes(by_router, placement, seconds, horizon=self.horizon, tolerance=self.tolerance,
-                        move_s=costs.expert_bytes * self.state_ratio / rate)
+                              move_s=costs.expert_bytes * self.state_ratio / rate)
 
-    def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int,
-               most: int) -> tuple[int, ...]:
-        """None, or the 1, 2, 4, ... hottest, or what is cut up now: whichever is the shortest over the horizon, with what
-        cutting up and putting together costs."""
+    def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+                      room: int, most: int) -> tuple[int, ...]:
+        """Slice no expert, the 1, 2, 4, ... hottest, or those that are sliced now.
+
+        The choice is the shortest over the horizon, with the time to slice experts and to put them together
+        again.
+        """
         rate = costs.between if topology.nodes > 1 else costs.inside
         hottest, now = hottest_first(loads_E)[:most].tolist(), homes.sliced[:most]
 
@@ -123,8 +153,15 @@ class Balanced(Planner):
 
 
 def estimate(overflow: OverflowPlan, snapshot: LoadSnapshot, costs: Costs) -> StepTime:
-    """The model of plan/cost/step_time.py before sources are known: a node's rows are spread evenly over its positions, and go
-    to replicas on the node first."""
+    """Modeled time of a plan before the sources of rows are known (plan/cost/step_time.py).
+
+    The rows of a node count as spread evenly over its positions, and as going to replicas on the node first.
+
+    Args:
+        overflow: copies and their rows.
+        snapshot: loads and homes of the layer.
+        costs: what a row, an expert and a link cost.
+    """
     loads_NE, home_E, topology = snapshot.loads_NE, snapshot.home_E, snapshot.topology
     experts, nodes, per_node = len(home_E), topology.nodes, topology.per_node
     expert_C = np.concatenate([np.arange(experts), overflow.expert_X])
@@ -133,7 +170,7 @@ def estimate(overflow: OverflowPlan, snapshot: LoadSnapshot, costs: Costs) -> St
     load_P = sum_by_index(position_C, rows_C, topology.positions)
     size_N = np.bincount(np.arange(topology.positions) // per_node, minlength=nodes)
 
-    cell_C = position_C // per_node * experts + expert_C
+    cell_C = position_C // per_node * experts + expert_C                 # (node, expert) of each replica
     supply_C = sum_by_index(cell_C, rows_C, nodes * experts)[cell_C]
     local_C = np.minimum(loads_NE.reshape(-1)[cell_C], supply_C) * rows_C // np.maximum(supply_C, 1)
     local_P = sum_by_index(position_C, local_C, topology.positions)
@@ -142,5 +179,6 @@ def estimate(overflow: OverflowPlan, snapshot: LoadSnapshot, costs: Costs) -> St
                  int((local_N * (size_N - 1) // size_N**2).max()))
     between = max(int((load_P - local_P).max()), int(((loads_NE.sum(1) - local_N) // size_N).max()))
 
-    copies = copy_traffic(overflow.expert_X, overflow.position_X, home_E, snapshot.sliced, topology, costs.collective)
+    copies = copy_traffic(overflow.expert_X, overflow.position_X, home_E, snapshot.sliced, topology,
+                          costs.collective)
     return step_time_from_loads(int(load_P.max()), LinkLoad(inside, between), copies, costs)

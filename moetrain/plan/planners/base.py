@@ -1,8 +1,8 @@
-"""What a planner is: loads and homes in, copies out. One file each, so that all can be compared on equal terms.
+"""Interface of the planners: loads and homes in, copies out.
 
-A planner is a pure function of integers that all ranks share and of configured numbers: equal loads give equal plans. It
-gets the same forecast, memory and bandwidth as every other. Two numbers follow from these for all of them (Hecate, arXiv
-2502.02581, section 3; max_hidden_copies and copies_per_position below).
+A planner is a pure function of integers that all ranks share and of configured numbers: equal loads give
+equal plans. It gets the same forecast, memory and bandwidth as every other. Two numbers follow from these for
+all planners (Hecate, arXiv 2502.02581, section 3): `max_hidden_copies` and `copies_per_position` below.
 
 Shapes: E experts, P positions, N nodes, C replicas.
 """
@@ -22,49 +22,83 @@ Rule = Literal["local_first", "waterfill", "shares"]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """placement: the homes that were given, and copies. quotas_C: rows per replica, in the order of
-    `placement.replicas`; of planners whose rule is `shares` alone."""
+    """Plan of one layer for a step.
+
+    Args:
+        placement: the given homes, and copies.
+        quotas_C: rows for each replica, in the order of `placement.replicas`; only if the rule is `shares`.
+    """
 
     placement: LayerPlacement
     quotas_C: tuple[int, ...] | None = None
 
 
 class Planner(Protocol):
-    """rule: the function of plan/splitting/split.py that splits rows over the copies."""
+    """Planner of copies.
+
+    `rule` names the function of plan/splitting/split.py that splits rows over its copies.
+    """
 
     rule: ClassVar[Rule]
 
-    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        """Copies for one layer.
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+             room: int) -> LayerPlan:
+        """Plan the copies of one layer.
 
-        loads: rows expected of each expert, int64 [E], or of each expert from each node, [N, E].
-        room: copies that a position has memory for.
+        Args:
+            loads: rows expected of each expert, int64 [E], or of each expert from each node, int64 [N, E].
+            homes: homes and sliced experts of the layer.
+            topology: positions and nodes.
+            costs: what a row, an expert and a link cost.
+            room: copies that a position has memory for.
         """
         ...
 
 
 @runtime_checkable
 class SupportsRehoming(Protocol):
-    """A planner that also moves homes, rarely: the only thing that moves optimizer state."""
+    """Planner that also moves homes, now and then: the only change that moves optimizer state."""
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
                costs: Costs) -> ExpertPlacement:
-        """The same homes or better ones, without copies; loads [E] by router."""
+        """Choose homes for all layers together.
+
+        Args:
+            loads: rows expected of each expert, int64 [E] by router.
+            placement: homes of all layers.
+            topology: positions and nodes.
+            costs: what a row, an expert and a link cost.
+
+        Returns:
+            The same homes or better ones, without copies.
+        """
         ...
 
 
 @runtime_checkable
 class SupportsSlicing(Protocol):
-    """A planner that decides whose homes are cut up, when homes are looked at. Without one it is all that may be."""
+    """Planner that decides which experts are sliced, whenever homes are chosen.
 
-    def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int,
-               most: int) -> tuple[int, ...]:
-        """Experts of one layer to lie in pieces: at most so many, of the hottest. homes: with those that do now."""
+    Under other planners the hottest are.
+    """
+
+    def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+                      room: int, most: int) -> tuple[int, ...]:
+        """Choose the experts of one layer whose parameters lie in slices over all positions.
+
+        Args:
+            loads_E: rows expected of each expert, int64 [E].
+            homes: homes of the layer, with the experts that are sliced now.
+            topology: positions and nodes.
+            costs: what a row, an expert and a link cost.
+            room: copies that a position has memory for.
+            most: experts that may be sliced.
+        """
         ...
 
 
 def max_hidden_copies(topology: Topology, costs: Costs, num_experts: int) -> int:
-    """t: experts whose weights one link brings while other work hides it."""
+    """Experts whose matrices one link brings while other work hides it; t in the paper."""
     rate = costs.between if topology.nodes > 1 else costs.inside
     if math.isinf(rate) or costs.expert_bytes * num_experts <= costs.hidden_s * rate:
         return num_experts
@@ -72,18 +106,31 @@ def max_hidden_copies(topology: Topology, costs: Costs, num_experts: int) -> int
 
 
 def copies_per_position(room: int, topology: Topology, costs: Costs, num_experts: int) -> int:
-    """m: copies that a position may take: what its memory has room for and the link brings in time."""
+    """Copies that a position may take; m in the paper.
+
+    Args:
+        room: copies that its memory has room for.
+        topology: positions and nodes.
+        costs: what an expert and a link cost.
+        num_experts: experts of the layer.
+
+    Returns:
+        The smaller of `room` and what a link brings in time.
+    """
     return min(room, max_hidden_copies(topology, costs, num_experts))
 
 
 def loads_by_expert(loads: np.ndarray) -> np.ndarray:
-    """Loads by expert, int64 [E]."""
+    """Loads of the experts, int64 [E], from such loads or from loads by node [N, E]."""
     loads = np.asarray(loads, dtype=np.int64)
     return loads if loads.ndim == 1 else loads.sum(0)
 
 
 def loads_by_node(loads: np.ndarray, topology: Topology) -> np.ndarray:
-    """Loads by node, int64 [N, E]; where no node is known, as if all positions had equal parts."""
+    """Loads of the experts by node, int64 [N, E].
+
+    Where nodes are not known, all positions count as equal sources.
+    """
     loads = np.asarray(loads, dtype=np.int64)
     if loads.ndim == 2:
         assert len(loads) == topology.nodes, (loads.shape, topology)

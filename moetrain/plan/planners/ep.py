@@ -1,4 +1,4 @@
-"""Plain expert parallelism: no copies. What every other planner is measured against."""
+"""Plain expert parallelism: no copies. The baseline that every other planner is measured against."""
 
 from typing import ClassVar
 
@@ -10,9 +10,10 @@ from moetrain.plan.planners.base import LayerPlan, Planner, Rule
 
 
 class ExpertParallel(Planner):
-    """The homes as they are."""
+    """Planner that leaves the homes as they are and adds no copies."""
 
     rule: ClassVar[Rule] = "local_first"
 
-    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+             room: int) -> LayerPlan:
         return LayerPlan(homes.without_copies())

@@ -1,14 +1,18 @@
 """Hecate's planner (arXiv 2502.02581), Algorithms 1 and 2.
 
-Copies (Algorithm 1). Of the t experts with the largest load, t being what fits behind other work: if a position has room
-for all, all go everywhere. Else the P * m places are shared out in proportion to load, and each expert's, hottest first,
-are spread over nodes (those without it before others, then those with more free places), then over the positions of a node.
-The paper leaves the rounding open: here the next place always goes to the largest load per replica, ties to the lowest id,
-which makes the largest load per replica as small as it can be.
+Copies (Algorithm 1). Consider the t experts with the largest load, t being the number that other work hides.
+If a position has room for all of them, all go everywhere. Otherwise the P * m free places are shared out in
+proportion to load. The copies of each expert, the hottest first, are spread over nodes (those without it
+before others, then those with more free places), and then over the positions of a node. The paper leaves the
+rounding open. Here the next place always goes to the largest load per replica, ties to the lowest id, which
+makes the largest load per replica as small as it can be.
 
-Homes (Algorithm 2). All positions own equally many experts over all layers together, a layer's own may be unevenly spread.
-Layers by their heaviest expert that cannot be copied, descending; in a layer such experts by load, each to the least loaded
-node and the least loaded position in it (ties: fewer free slots); what can be copied fills the slots that are left.
+Homes (Algorithm 2). All positions own equally many experts over all layers together; those of one layer may
+be spread unevenly. Layers are visited by their heaviest expert that cannot be copied, descending. In a layer
+such experts are visited by load, and each goes to the least loaded node and there to the least loaded
+position (ties: fewer free slots). Experts that can be copied fill the slots that are left.
+
+Shapes: E experts, P positions, N nodes.
 """
 
 import heapq
@@ -31,27 +35,34 @@ from moetrain.plan.planners.base import (
 
 
 class Hecate(Planner):
-    """Copies and homes as published."""
+    """Planner with copies and homes as published."""
 
     rule: ClassVar[Rule] = "local_first"
 
-    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+             room: int) -> LayerPlan:
+        """Algorithm 1: copies of the hottest experts."""
         loads_E = loads_by_expert(loads)
-        per_position = copies_per_position(room, topology, costs, len(loads_E))
+        most = copies_per_position(room, topology, costs, len(loads_E))
         hot = hottest_first(loads_E)[:max_hidden_copies(topology, costs, len(loads_E))].tolist()
-        if len(hot) <= per_position:
-            everywhere = [(expert, at) for expert in hot for at in range(homes.positions) if at != homes.home[expert]]
+        if len(hot) <= most:
+            everywhere = [(expert, at) for expert in hot for at in range(homes.positions)
+                          if at != homes.home[expert]]
             return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(everywhere)))
-        counts = replica_counts(loads_E, hot, homes.positions * per_position, homes.positions)
-        free_P = np.full(homes.positions, per_position, dtype=np.int64)
-        copies = [pair for expert in hot for pair in _place_copies(expert, counts[expert] - 1, homes, topology, free_P)]
+        counts = replica_counts(loads_E, hot, homes.positions * most, homes.positions)
+        free_P = np.full(homes.positions, most, dtype=np.int64)
+        copies = [copy for expert in hot
+                  for copy in _place_copies(expert, counts[expert] - 1, homes, topology, free_P)]
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
                costs: Costs) -> ExpertPlacement:
+        """Algorithm 2: homes that balance the experts that cannot be copied."""
         loads_E = {name: loads_by_expert(loads[name]) for name, _ in placement.layers}
-        hot = {name: set(hottest_first(loads_E[name])[:max_hidden_copies(topology, costs, layer.num_experts)].tolist())
-               for name, layer in placement.layers}
+        hot = {}
+        for name, layer in placement.layers:
+            hidden = max_hidden_copies(topology, costs, layer.num_experts)
+            hot[name] = set(hottest_first(loads_E[name])[:hidden].tolist())
         free_homes = _FreeHomes(sum(layer.num_experts for _, layer in placement.layers), topology)
         homes = {name: np.zeros(layer.num_experts, dtype=np.int64) for name, layer in placement.layers}
         for name in sorted(homes, key=lambda name: -_heaviest(loads_E[name], hot[name])):
@@ -69,7 +80,17 @@ class Hecate(Planner):
 
 
 def replica_counts(loads_E: np.ndarray, experts: list[int], places: int, max_replicas: int) -> dict[int, int]:
-    """Replicas of each of these experts, homes included, when `places` more are given out; none has more than `max_replicas`."""
+    """Share out places for copies, each to the expert with the largest load per replica.
+
+    Args:
+        loads_E: rows of each expert, int64 [E].
+        experts: experts that may be copied; each has one replica, its home.
+        places: replicas to add.
+        max_replicas: replicas that an expert may have.
+
+    Returns:
+        Replicas of each of these experts, homes included.
+    """
     counts = dict.fromkeys(experts, 1)
     queue = [(-int(loads_E[expert]) / 1, expert) for expert in experts if max_replicas > 1]
     heapq.heapify(queue)
@@ -82,8 +103,13 @@ def replica_counts(loads_E: np.ndarray, experts: list[int], places: int, max_rep
     return counts
 
 
-def _place_copies(expert: int, count: int, homes: LayerPlacement, topology: Topology, free_P: np.ndarray) -> list[tuple[int, int]]:
-    """Copies (expert, position); takes their places from free_P. Fewer than asked for when no position can hold another."""
+def _place_copies(expert: int, count: int, homes: LayerPlacement, topology: Topology,
+                  free_P: np.ndarray) -> list[tuple[int, int]]:
+    """Place copies of an expert, and take their places from free_P.
+
+    Returns:
+        Expert and position of each copy: `count`, or fewer where no position can hold another.
+    """
     node_P = np.arange(homes.positions) // topology.per_node
     holds_P = np.zeros(homes.positions, dtype=bool)
     holds_P[homes.home[expert]] = True
@@ -96,7 +122,8 @@ def _place_copies(expert: int, count: int, homes: LayerPlacement, topology: Topo
         free_N = np.bincount(node_P, weights=free_P, minlength=topology.nodes).astype(np.int64)
         candidate_nodes = np.flatnonzero(np.bincount(node_P, weights=candidate_P, minlength=topology.nodes))
         node = min(candidate_nodes.tolist(), key=lambda node: (has_N[node], -free_N[node], node))
-        at = min((at for at in topology.positions_of(node) if candidate_P[at]), key=lambda at: (-free_P[at], at))
+        at = min((at for at in topology.positions_of(node) if candidate_P[at]),
+                 key=lambda at: (-free_P[at], at))
         holds_P[at] = True
         free_P[at] -= 1
         copies.append((expert, at))
@@ -104,11 +131,15 @@ def _place_copies(expert: int, count: int, homes: LayerPlacement, topology: Topo
 
 
 def _heaviest(loads_E: np.ndarray, hot: set[int]) -> int:
+    """Largest load of an expert that is not hot; -1 if all are."""
     return max((int(load) for expert, load in enumerate(loads_E) if expert not in hot), default=-1)
 
 
 class _FreeHomes:
-    """Homes that positions can still take, over all layers; equal numbers, the first positions one more if they must."""
+    """Homes that positions can still take, over all layers together.
+
+    All positions take equally many; the first ones take one more where the number does not divide evenly.
+    """
 
     def __init__(self, experts: int, topology: Topology) -> None:
         each, more = divmod(experts, topology.positions)
@@ -117,7 +148,10 @@ class _FreeHomes:
         self.topology = topology
 
     def take(self, load_P: np.ndarray) -> int:
-        """In the least loaded node the least loaded position; ties to fewer free slots, then to the lowest id."""
+        """Take a home on the least loaded node, at its least loaded position, and return the position.
+
+        Ties go to the node or position with fewer free homes, then to the lowest id.
+        """
         node_P = np.arange(len(load_P)) // self.topology.per_node
         load_N = np.bincount(node_P, weights=load_P, minlength=self.topology.nodes)
         free_N = np.bincount(node_P, weights=self.free_P, minlength=self.topology.nodes)
@@ -128,6 +162,7 @@ class _FreeHomes:
         return at
 
     def take_any(self) -> int:
+        """Take a home at the first position that has one left."""
         at = int(np.flatnonzero(self.free_P)[0])
         self.free_P[at] -= 1
         return at

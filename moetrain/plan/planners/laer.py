@@ -1,15 +1,19 @@
-"""LAER-MoE's planner (FSEP): two ways to count replicas, one greedy placement, the better by its own time model.
+"""LAER-MoE's planner (FSEP): two ways to count replicas, one greedy placement, the better of the two results.
 
 Rules from `PKU-DAIR/Hetu-Galvatron`, branch laer-moe, csrc/greedy_balancer.cpp.
 
-    counts   even: the same for all, where slots divide; and by queue: the largest load per replica gets one more, or one
-             more on every node once it has as many as there are nodes (everyone starts with one per node if slots allow)
-    place    replicas by load, descending, each to the least loaded position of the nodes with the fewest replicas of its
-             expert, else to the least loaded that has a slot
+    counts   even: the same for all experts, where that divides the slots; and by queue: the largest load per
+             replica gets one more, or one more on every node once it has as many replicas as there are nodes
+             (every expert starts with one on each node if the slots allow)
+    place    replicas by load, descending, each to the least loaded position of the nodes with the fewest
+             replicas of its expert; if none of these has a free slot, to the least loaded position with one
     choose   the counts with the least 4 * (sum of all row traffic) + 3 * (largest computing)
 
-Published without homes, every position's slots filled anew. A plan has homes: they are placed before the greedy starts, and
-a position holds an expert once. Rows are split as its router does: evenly over replicas on their node, else over all.
+Published without homes: the slots of every position are filled anew. A plan has homes, so they are placed
+before the greedy placement starts, and a position holds an expert once. Rows are split as LAER's router does:
+evenly over replicas on their node, otherwise over all replicas.
+
+Shapes: E experts, P positions, N nodes.
 """
 
 import heapq
@@ -23,31 +27,53 @@ from moetrain.plan.planners.base import LayerPlan, Planner, Rule, copies_per_pos
 
 
 class Laer(Planner):
-    """Fills all room, always."""
+    """Planner that always fills all places for copies."""
 
     rule: ClassVar[Rule] = "local_first"
 
-    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
-        per_position = copies_per_position(room, topology, costs, homes.num_experts)
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+             room: int) -> LayerPlan:
+        most = copies_per_position(room, topology, costs, homes.num_experts)
         loads_NE = loads_by_node(loads, topology)
-        slots_P = np.bincount(homes.home, minlength=homes.positions) + per_position       # homes in pieces take a slot as others do
+        # Homes of sliced experts take a slot as others do.
+        slots_P = np.bincount(homes.home, minlength=homes.positions) + most
         held_EP = best_replicas(loads_NE, slots_P, topology, costs, homes)
         copies = [(expert, at) for expert, at in np.argwhere(held_EP).tolist() if at != homes.home[expert]]
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
 
 
 def best_replicas(loads_NE: np.ndarray, slots_P: np.ndarray, topology: Topology, costs: Costs,
-         homes: LayerPlacement | None = None) -> np.ndarray:
-    """Replicas of each expert at each position, int64 [E, P]. homes: None as published."""
+                  homes: LayerPlacement | None = None) -> np.ndarray:
+    """Choose the better of even and queued replica counts, placed greedily; even counts win a tie.
+
+    Args:
+        loads_NE: rows of each expert from each node, int64 [N, E].
+        slots_P: physical slots of each position, int64 [P].
+        topology: positions and nodes.
+        costs: what a row and a link cost.
+        homes: homes that are placed first; None places all replicas, as published.
+
+    Returns:
+        Replicas of each expert at each position, int64 [E, P].
+    """
     loads_E, slots = loads_NE.sum(0), int(slots_P.sum())
     candidates = [np.full(len(loads_E), slots // len(loads_E))] if slots % len(loads_E) == 0 else []
     candidates.append(queued_counts(loads_E, slots, topology.nodes))
     placed = [place_replicas(counts_E, loads_E, slots_P, topology, homes) for counts_E in candidates]
-    return min(placed, key=lambda held_EP: _seconds(held_EP, loads_NE, topology, costs))       # ties: the first
+    return min(placed, key=lambda held_EP: _seconds(held_EP, loads_NE, topology, costs))
 
 
 def queued_counts(loads_E: np.ndarray, slots: int, nodes: int) -> np.ndarray:
-    """Replicas of each expert, int64 [E]."""
+    """Count replicas by a queue of the largest load per replica.
+
+    Args:
+        loads_E: rows of each expert, int64 [E].
+        slots: physical slots of all positions together.
+        nodes: number of nodes.
+
+    Returns:
+        Replicas of each expert, int64 [E].
+    """
     start = nodes if nodes * len(loads_E) <= slots else 1
     counts_E = np.full(len(loads_E), start, dtype=np.int64)
     left = slots - start * len(loads_E)
@@ -64,8 +90,19 @@ def queued_counts(loads_E: np.ndarray, slots: int, nodes: int) -> np.ndarray:
 
 
 def place_replicas(counts_E: np.ndarray, loads_E: np.ndarray, slots_P: np.ndarray, topology: Topology,
-          homes: LayerPlacement | None) -> np.ndarray:
-    """Replicas of each expert at each position, int64 [E, P]."""
+                   homes: LayerPlacement | None) -> np.ndarray:
+    """Place replicas greedily, by load per replica, descending.
+
+    Args:
+        counts_E: replicas of each expert, int64 [E].
+        loads_E: rows of each expert, int64 [E].
+        slots_P: physical slots of each position, int64 [P].
+        topology: positions and nodes.
+        homes: homes that are placed first; None places all replicas, as published.
+
+    Returns:
+        Replicas of each expert at each position, int64 [E, P].
+    """
     positions = topology.positions
     node_P = np.arange(positions) // topology.per_node
     held_EP = np.zeros((len(loads_E), positions), dtype=np.int64)
@@ -92,7 +129,10 @@ def place_replicas(counts_E: np.ndarray, loads_E: np.ndarray, slots_P: np.ndarra
 
 
 def _seconds(held_EP: np.ndarray, loads_NE: np.ndarray, topology: Topology, costs: Costs) -> float:
-    """Its own model: everybody's traffic in sum, the largest computing; a row that stays where it is costs nothing."""
+    """Seconds by LAER's own time model: the traffic of all nodes in sum, and the largest computing.
+
+    A row that stays at its position costs nothing.
+    """
     node_P = np.arange(topology.positions) // topology.per_node
     size_N = np.bincount(node_P, minlength=topology.nodes)
     sent_s, load_P = 0.0, np.zeros(topology.positions)

@@ -1,11 +1,16 @@
-"""FasterMoE's shadowing: the hottest experts are copied everywhere and computed where their tokens are.
+"""FasterMoE's shadowing: the hottest experts are copied to all positions and computed where their tokens are.
 
-PPoPP 2022; rules from `laekov/fastmoe`, fmoe/fastermoe/shadow_policy.py. Walking down the experts by load, shadowing one
-more costs the sending of its weights and lowers the bottleneck to the next expert's load B; it goes on while
+PPoPP 2022; rules from `laekov/fastmoe`, fmoe/fastermoe/shadow_policy.py. Experts are visited by load,
+descending. To shadow one more costs the sending of its matrices, and lowers the bottleneck to the load B of
+the next expert. This goes on while
 
-    B * (forward and backward computing of a row) + 4 * B * (sending of a row) + weights sent so far
+    B * (forward and backward computing of a row) + 4 * B * (sending of a row) + sending of the matrices so
+    far
 
-falls. The bottleneck is an expert's load, not a position's, as published. Here memory ends the walk as well.
+falls. The bottleneck is an expert's load, not a position's, as published. Unlike there, memory also ends the
+walk.
+
+Shapes: E experts.
 """
 
 from typing import ClassVar
@@ -25,28 +30,40 @@ from moetrain.plan.planners.base import (
 
 
 class Shadow(Planner):
-    """Copies of the hottest experts at all positions."""
+    """Planner that copies the hottest experts to all positions."""
 
     rule: ClassVar[Rule] = "local_first"
 
-    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> LayerPlan:
+    def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
+             room: int) -> LayerPlan:
         loads_E = loads_by_expert(loads)
-        per_position = copies_per_position(room, topology, costs, len(loads_E))
+        most = copies_per_position(room, topology, costs, len(loads_E))
         rate = costs.between if topology.nodes > 1 else costs.inside
-        chosen = choose_shadowed(loads_E, costs.row_s, costs.row_bytes / rate, costs.expert_bytes / rate)[:per_position]
+        chosen = choose_shadowed(loads_E, costs.row_s, send_row_s=costs.row_bytes / rate,
+                                 send_expert_s=costs.expert_bytes / rate)[:most]
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
             (expert, position) for expert in chosen for position in range(homes.positions)
             if position != homes.home[expert])))
 
 
 def choose_shadowed(loads_E: np.ndarray, row_s: float, send_row_s: float, send_expert_s: float) -> list[int]:
-    """Experts worth shadowing, hottest first; never all of them."""
+    """Choose the experts that are worth shadowing.
+
+    Args:
+        loads_E: rows of each expert, int64 [E].
+        row_s: seconds that a row is computed on, forward and backward.
+        send_row_s: seconds that a row is sent, one way.
+        send_expert_s: seconds that an expert's matrices are sent.
+
+    Returns:
+        Expert ids, the hottest first; never all experts.
+    """
     order = hottest_first(loads_E).tolist()
-    a_row_s = row_s + 4 * send_row_s
-    best_s = a_row_s * int(loads_E[order[0]])
+    bottleneck_row_s = row_s + 4 * send_row_s
+    best_s = bottleneck_row_s * int(loads_E[order[0]])
     chosen: list[int] = []
     for expert, following in zip(order, order[1:], strict=False):
-        with_it_s = a_row_s * int(loads_E[following]) + send_expert_s * (len(chosen) + 1)
+        with_it_s = bottleneck_row_s * int(loads_E[following]) + send_expert_s * (len(chosen) + 1)
         if with_it_s >= best_s:
             break
         best_s = with_it_s

@@ -1,7 +1,16 @@
-"""The rules of plan/splitting/split.py as the dispatcher takes them: how the rows of an expert are divided among its replicas.
+"""Split rules as the dispatcher uses them: how the rows of an expert are divided among its replicas.
 
-`looks_at_all` says whether a rule must see the counts of all positions, which costs no further exchange but a larger one.
-Such a rule wants them on the host and answers there; the other works where its counts are.
+A rule is an object with two members:
+
+    split(n_PE, placement, first)   rows for each replica, int64 [P, C], from the counts n_PE of consecutive
+                                    sources, int64 [P, E], the first of them at position `first`
+    looks_at_all                    whether the rule needs the counts of all positions; that takes no further
+                                    exchange, only a larger one
+
+A rule that needs all counts takes them on the host and answers there. The other works on the device of its
+counts. The arithmetic is in plan/splitting/split.py.
+
+Shapes: P sources, E experts, C replicas.
 """
 
 import torch
@@ -13,15 +22,23 @@ from moetrain.plan.planners.base import LayerPlan, Rule
 from moetrain.plan.splitting.split import local_first, shares, waterfill
 
 
-def rule_of(rule: Rule, plan: LayerPlan, topology: Topology, costs: Costs) -> "LocalFirst | Waterfill | Shares":
-    """What divides rows under a plan whose planner has this rule."""
+def rule_of(rule: Rule, plan: LayerPlan, topology: Topology,
+            costs: Costs) -> "LocalFirst | Waterfill | Shares":
+    """Make the split rule of a plan.
+
+    Args:
+        rule: the rule of the planner that made it.
+        plan: its quotas are what `shares` follows.
+        topology: positions and nodes.
+        costs: what a row, an expert and a link cost; for `waterfill`.
+    """
     if rule == "shares":
         return Shares(topology, plan.quotas_C)
     return Waterfill(topology, costs) if rule == "waterfill" else LocalFirst(topology)
 
 
 class LocalFirst:
-    """Own replica, then those on the node, then all."""
+    """Split rows over the replica at their source, else over those on its node, else over all."""
 
     looks_at_all = False
 
@@ -33,7 +50,7 @@ class LocalFirst:
 
 
 class Waterfill:
-    """The least-loaded replica, off the node only where that pays."""
+    """Split rows so that loads are level, with rows leaving their node only where that pays."""
 
     looks_at_all = True
 
@@ -45,7 +62,7 @@ class Waterfill:
 
 
 class Shares:
-    """By quotas that the planner has set, by replica."""
+    """Split rows by the quotas that the planner has set for each replica."""
 
     looks_at_all = True
 

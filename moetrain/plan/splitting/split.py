@@ -1,18 +1,23 @@
-"""How many rows of each source go to which replica of their expert: rules over counts, before any row moves.
+"""Split the rows of each source over the replicas of their experts: rules over counts, before any row moves.
 
-A *replica* is a home or a copy; `LayerPlacement.replicas` lists all of a layer's by (expert, position), and S_PC counts the
-rows that source p sends to replica c, the sum over an expert's replicas being what the source has for that expert.
+A *replica* is a home or a copy; `LayerPlacement.replicas` lists all of a layer's by (expert, position). A
+split S_PC counts the rows that source p sends to replica c. Summed over an expert's replicas, it is what the
+source has for that expert.
 
-    local_first   own replica, else evenly over those on the source's node, else evenly over all (Hecate, arXiv 2502.02581):
-                  a source's row depends on itself alone, so a rank needs nobody's counts
-    waterfill     fills the least-loaded replica, and lets rows leave their node only while that pays: needs all counts
-    shares        a planner's own quotas, by global offset (LLEP), blind to where rows are
+    local_first   the replica at the source, else evenly over those on its node, else evenly over all (Hecate,
+                  arXiv 2502.02581). The rows of a source depend on its own counts alone, so a rank needs no
+                  others
+    waterfill     fills the least loaded replicas, and lets rows leave their node only while that pays. Needs
+                  all counts
+    shares        quotas that the planner has set, by global offset (LLEP), wherever rows are. Needs all
+                  counts
 
-Everything is int64 and exact; where modelled times decide (`waterfill`), every rank computes them from the same integers
-in the same way, so that ranks with equal counts choose equally. The rules that look at all counts run on the host, where the
-exchange needs these counts anyway, in numpy: on arrays this small an operation of torch costs three times as much.
+Everything is int64 and exact. Where modeled times decide (`waterfill`), every rank computes them from the
+same integers in the same way, so ranks with equal counts choose equally. The rules that need all counts run
+on the host, where the exchange needs these counts anyway. They use numpy: on arrays this small an operation
+of torch takes three times as long.
 
-Shapes: P sources (= positions), E experts, C replicas, N nodes, K candidates.
+Shapes: P sources (= positions), E experts, C replicas, N nodes, K candidates, X cells (node, expert).
 """
 
 from functools import lru_cache
@@ -32,72 +37,112 @@ from moetrain.plan.splitting.water_filling import (
     split_choices,
 )
 
-SWEEPS = 12         # at most, over all groups of rows; loads settle sooner, except along chains of copies
-BALANCED_WITHIN = 64         # local_first stands where its largest load is that close to the mean: no more is to be won
+# At most, over all groups of rows. Loads converge sooner, except along chains of copies.
+SWEEPS = 12
+# local_first stands where its largest load is that close to the mean (1/64 above it): little is left to gain.
+BALANCED_WITHIN = 64
 
 
 class ReplicaIndex(NamedTuple):
-    """Where a placement's replicas are to sources, all int64."""
+    """Tables of a placement's replicas, all int64.
+
+    Attributes:
+        expert_C: expert of each replica.
+        position_C: its position.
+        node_C: its node.
+        first_C: index of the first replica of the same expert.
+        node_first_C: index of the first replica of the same expert on the same node.
+        cell_C: index of its (node, expert) in a flattened [N, E].
+        choices: groups of replicas that rows may be split over.
+    """
 
     expert_C: np.ndarray
     position_C: np.ndarray
     node_C: np.ndarray
-    first_C: np.ndarray    # index of the first replica of the same expert
-    node_first_C: np.ndarray   # index of the first replica of the same expert on the same node
-    cell_C: np.ndarray     # index into [N, E] flattened
-    split_choices: SplitChoices
+    first_C: np.ndarray
+    node_first_C: np.ndarray
+    cell_C: np.ndarray
+    choices: SplitChoices
 
 
 @lru_cache(maxsize=256)
 def replica_index(placement: LayerPlacement, topology: Topology) -> ReplicaIndex:
-    """Tables of a placement; kept, because a plan lives for many micro-batches. Not to be written to."""
+    """Index the replicas of a placement.
+
+    Cached, because a plan lives for many micro-batches; do not write to it.
+    """
     assert placement.positions == topology.positions, (placement.positions, topology)
     expert_C, position_C, _ = np.array(placement.replicas, dtype=np.int64).T
     node_C = position_C // topology.per_node
     by_node_C = expert_C * topology.nodes + node_C
-    return ReplicaIndex(expert_C, position_C, node_C, np.searchsorted(expert_C, expert_C), np.searchsorted(by_node_C, by_node_C),
-                 node_C * placement.num_experts + expert_C, split_choices(expert_C, position_C, _within_nodes(topology)))
+    return ReplicaIndex(expert_C, position_C, node_C,
+                        first_C=np.searchsorted(expert_C, expert_C),
+                        node_first_C=np.searchsorted(by_node_C, by_node_C),
+                        cell_C=node_C * placement.num_experts + expert_C,
+                        choices=split_choices(expert_C, position_C, _within_nodes(topology)))
 
 
 @lru_cache(maxsize=256)
-def _tables(placement: LayerPlacement, topology: Topology, device: torch.device) -> tuple[Tensor, ...]:
-    """expert_C, position_C, node_C, first_C on the device."""
+def _device_tables(placement: LayerPlacement, topology: Topology, device: torch.device) -> tuple[Tensor, ...]:
+    """expert_C, position_C, node_C and first_C of the index, on the device."""
     tables_4C = torch.from_numpy(np.stack(replica_index(placement, topology)[:4]))
     if device.type == "cuda":
-        tables_4C = tables_4C.pin_memory().to(device, non_blocking=True)                     # nobody waits for it
+        # From pinned memory the copy is asynchronous: the host does not wait for the device.
+        tables_4C = tables_4C.pin_memory().to(device, non_blocking=True)
     return tables_4C.unbind()
 
 
 def local_first(n_PE: Tensor, placement: LayerPlacement, topology: Topology, first_source: int = 0) -> Tensor:
-    """Rows that go to each replica, int64 [P, C], by the paper's rule. On the device of n_PE.
+    """Split rows over the nearest replicas: at the source, else on its node, else all.
 
-    n_PE: any block of consecutive sources, the first of them at position `first_source`. What does not divide evenly starts
-    at a replica that depends on source and expert, so that not all sources favour the same one.
+    Runs on the device of the counts. Rows that do not divide evenly start at a replica that depends on source
+    and expert, so that sources do not all favor the same one.
+
+    Args:
+        n_PE: int64 [P, E], rows of consecutive sources; any block of them.
+        placement: homes and copies.
+        topology: positions and nodes.
+        first_source: position of the first source of `n_PE`.
+
+    Returns:
+        Rows for each replica, int64 [P, C].
     """
-    expert_C, position_C, node_C, first_C = _tables(placement, topology, n_PE.device)
+    expert_C, position_C, node_C, first_C = _device_tables(placement, topology, n_PE.device)
     source_P1 = torch.arange(first_source, first_source + len(n_PE), device=n_PE.device)[:, None]
-    distance_PC = torch.where(position_C == source_P1, 0, torch.where(node_C == source_P1 // topology.per_node, 1, 2))
-    nearest_PE = torch.full_like(n_PE, 2).scatter_reduce(1, expert_C.expand_as(distance_PC), distance_PC, "amin")
+    same_node_PC = node_C == source_P1 // topology.per_node
+    distance_PC = torch.where(position_C == source_P1, 0, torch.where(same_node_PC, 1, 2))
+    nearest_PE = torch.full_like(n_PE, 2)
+    nearest_PE = nearest_PE.scatter_reduce(1, expert_C.expand_as(distance_PC), distance_PC, "amin")
     eligible_PC = (distance_PC == nearest_PE[:, expert_C]).long()
     before_PC = eligible_PC.cumsum(1) - eligible_PC
-    offset_PC = before_PC - before_PC[:, first_C] - source_P1 - expert_C
-    num_eligible_PC = torch.zeros_like(n_PE).index_add_(1, expert_C, eligible_PC)[:, expert_C]
+    turn_PC = before_PC - before_PC[:, first_C] - source_P1 - expert_C
+    count_PC = torch.zeros_like(n_PE).index_add_(1, expert_C, eligible_PC)[:, expert_C]
     rows_PC = n_PE[:, expert_C]
-    return (rows_PC // num_eligible_PC + (offset_PC % num_eligible_PC < rows_PC % num_eligible_PC)) * eligible_PC
+    return (rows_PC // count_PC + (turn_PC % count_PC < rows_PC % count_PC)) * eligible_PC
 
 
 def waterfill(n_PE: Tensor, placement: LayerPlacement, topology: Topology, costs: Costs) -> Tensor:
-    """Rows that go to each replica, int64 [P, C]: never a larger load nor a longer modelled time than `local_first`.
+    """Split rows by leveled quotas, with no larger load and no longer modeled time than `local_first`.
 
-    n_PE: the counts of all sources. Quotas per replica are levelled with rows kept on their node wherever it holds their
-    expert, freely, and in between (plan/splitting/water_filling.py). All are matched to sources and timed by the model; the shortest is taken.
-    Runs on the host, n_PE and the result are there.
+    Candidates are quotas leveled with rows kept on their node wherever it holds their expert, quotas leveled
+    freely, and steps between the two (plan/splitting/water_filling.py). All are matched to sources and timed
+    by the model, and the shortest is taken.
+
+    Args:
+        n_PE: int64 [P, E], rows of all sources, on the host.
+        placement: homes and copies.
+        topology: positions and nodes.
+        costs: what a row, an expert and a link cost.
+
+    Returns:
+        Rows for each replica, int64 [P, C], on the host.
     """
     index, rows_PE = replica_index(placement, topology), n_PE.numpy()
     local_PC = local_first(n_PE, placement, topology)
     best_PC = local_PC.numpy()
-    highest = int(_loads(best_PC, index, topology).max())
-    if len(index.expert_C) == placement.num_experts or highest * topology.positions * BALANCED_WITHIN <= int(rows_PE.sum()) * (BALANCED_WITHIN + 1):
+    highest, total = int(_loads(best_PC, index, topology).max()), int(rows_PE.sum())
+    balanced = highest * topology.positions * BALANCED_WITHIN <= total * (BALANCED_WITHIN + 1)
+    if len(index.expert_C) == placement.num_experts or balanced:
         return local_PC
     split_KPC = match_sources(rows_PE, _candidate_quotas(best_PC, index, topology), index, topology)
     load_K = _loads(split_KPC, index, topology).max(1).tolist()
@@ -110,26 +155,46 @@ def waterfill(n_PE: Tensor, placement: LayerPlacement, topology: Topology, costs
 
 
 def shares(n_PE: Tensor, quotas_C: Tensor, placement: LayerPlacement, topology: Topology) -> Tensor:
-    """Rows that go to each replica, int64 [P, C], in proportion to quotas planned for other counts.
+    """Split rows in proportion to quotas that were planned for other counts.
 
-    n_PE: the counts of all sources. An expert's rows, in the order of their sources, are cut where the quotas' running sums
-    say; rows of an expert without any quota go to its home. On the host.
+    The rows of an expert, in the order of their sources, are cut where the running sums of its quotas say.
+    Rows of an expert without any quota go to its home.
+
+    Args:
+        n_PE: int64 [P, E], rows of all sources, on the host.
+        quotas_C: int64 [C], planned rows for each replica.
+        placement: homes and copies.
+        topology: positions and nodes.
+
+    Returns:
+        Rows for each replica, int64 [P, C], on the host.
     """
     index, rows_PE, quotas_C = replica_index(placement, topology), n_PE.numpy(), quotas_C.numpy()
     home_E = np.asarray(placement.home)
     planned_C = _sum_over(index.expert_C, quotas_C, placement.num_experts)[index.expert_C]
     quotas_C = np.where((planned_C == 0) & (index.position_C == home_E[index.expert_C]), 1, quotas_C)
-    cut_C = _proportional_parts(_running_sums(quotas_C, index.first_C), quotas_C, rows_PE.sum(0)[index.expert_C], np.maximum(planned_C, 1), 0)
+    cut_C = _portions(_running_sums(quotas_C, index.first_C), quotas_C, rows_PE.sum(0)[index.expert_C],
+                      np.maximum(planned_C, 1), 0)
     split_PC = _overlap(rows_PE, cut_C, index, np.zeros(len(rows_PE), dtype=np.int64), index.first_C)
     return torch.from_numpy(split_PC)
 
 
-def match_sources(n_PE: np.ndarray, quotas_KC: np.ndarray, index: ReplicaIndex, topology: Topology) -> np.ndarray:
-    """Sources to quotas, int64 [K, P, C]. quotas_KC: K times quotas whose sum is every expert's rows.
+def match_sources(n_PE: np.ndarray, quotas_KC: np.ndarray, index: ReplicaIndex,
+                  topology: Topology) -> np.ndarray:
+    """Match the rows of sources to quotas, so that no link carries much more than others.
 
-    As many rows stay on their node as it has quotas for. Where a node has more rows than that, each of its sources sends
-    away an equal part of what it has; where it has more quotas, each of its replicas takes in an equal part of its own:
-    no link carries much more than others. Rows that stay go to their own position first.
+    As many rows stay on their node as it has quotas for. Where a node has more rows than quotas, each of its
+    sources sends away an equal part of what it has; where it has more quotas than rows, each of its replicas
+    takes in an equal part of its own. Rows that stay go to their own position first.
+
+    Args:
+        n_PE: int64 [P, E], rows of all sources.
+        quotas_KC: int64 [K, C], K times quotas; those of an expert sum to its rows.
+        index: the replicas.
+        topology: positions and nodes.
+
+    Returns:
+        Rows for each replica, int64 [K, P, C].
     """
     sources, experts = n_PE.shape
     node_P, replicas = np.arange(sources) // topology.per_node, np.arange(quotas_KC.shape[1])
@@ -140,42 +205,67 @@ def match_sources(n_PE: np.ndarray, quotas_KC: np.ndarray, index: ReplicaIndex, 
 
     end_PE = n_PE.cumsum(0)
     end_PE = end_PE - (end_PE - n_PE)[first_P]
-    stay_KPE = _proportional_parts(end_PE, n_PE, staying_KX.reshape(-1, *wanted_NE.shape)[:, node_P], np.maximum(wanted_NE, 1)[node_P],
-                     np.arange(experts))
-    keep_KC = _proportional_parts(_running_sums(quotas_KC, index.node_first_C), quotas_KC, staying_KX[:, index.cell_C],
-                    np.maximum(offered_KX, 1)[:, index.cell_C], index.expert_C)
+    stay_KPE = _portions(end_PE, n_PE, staying_KX.reshape(-1, *wanted_NE.shape)[:, node_P],
+                         np.maximum(wanted_NE, 1)[node_P], np.arange(experts))
+    keep_KC = _portions(_running_sums(quotas_KC, index.node_first_C), quotas_KC, staying_KX[:, index.cell_C],
+                        np.maximum(offered_KX, 1)[:, index.cell_C], index.expert_C)
     away_KPE, take_KC = n_PE - stay_KPE, quotas_KC - keep_KC
 
     own_KC = np.minimum(stay_KPE[:, index.position_C, index.expert_C], keep_KC)
-    stay_KPE[:, index.position_C, index.expert_C] -= own_KC                # no pair comes twice
-    split_KPC = _overlap(stay_KPE, keep_KC - own_KC, index, first_P, index.node_first_C) * (node_P[:, None] == index.node_C)
+    stay_KPE[:, index.position_C, index.expert_C] -= own_KC          # safe: no (position, expert) comes twice
+    split_KPC = (_overlap(stay_KPE, keep_KC - own_KC, index, first_P, index.node_first_C)
+                 * (node_P[:, None] == index.node_C))
     split_KPC[:, index.position_C, replicas] += own_KC
     return split_KPC + _overlap(away_KPE, take_KC, index, np.zeros_like(node_P), index.first_C)
 
 
 def _candidate_quotas(split_PC: np.ndarray, index: ReplicaIndex, topology: Topology) -> np.ndarray:
-    """Quotas [K, C], better balanced than those of `local_first`."""
+    """Quotas that are better balanced than those of `local_first`, int64 [K, C]."""
     position, quotas_C, topology = index.position_C.tolist(), split_PC.sum(0), _within_nodes(topology)
     by_node_NC = np.add.reduceat(split_PC, np.arange(topology.nodes) * topology.per_node)
-    on_node_C = level_quotas(by_node_NC, position, index.split_choices.on_node, topology.positions, SWEEPS)
-    anywhere_C = level_quotas(on_node_C[None], position, index.split_choices.anywhere, topology.positions, SWEEPS)
-    return np.concatenate([[on_node_C, anywhere_C], shed_between_nodes(quotas_C, position, index.split_choices, topology, SWEEPS)])
+    on_node_C = level_quotas(by_node_NC, position, index.choices.on_node, topology.positions, SWEEPS)
+    anywhere_C = level_quotas(on_node_C[None], position, index.choices.anywhere, topology.positions, SWEEPS)
+    shed_KC = shed_between_nodes(quotas_C, position, index.choices, topology, SWEEPS)
+    return np.concatenate([[on_node_C, anywhere_C], shed_KC])
 
 
 def _within_nodes(topology: Topology) -> Topology:
-    """With one node every position is one: rows are best kept where they are."""
+    """Topology whose nodes rows are best kept on. With a single node, every position counts as one."""
     return topology if topology.nodes > 1 else Topology(topology.positions, 1)
 
 
-def _proportional_parts(end: np.ndarray, rows: np.ndarray, share: np.ndarray, whole: np.ndarray, offset: np.ndarray | int) -> np.ndarray:
-    """part / whole of rows laid end to end (`end`: their running sums, of which each group sums to `whole`), in integers
-    that sum to `part`. turn: which of a group come out larger where it does not divide evenly."""
-    shift = offset % whole
-    return (end * share + shift) // whole - ((end - rows) * share + shift) // whole
+def _portions(end: np.ndarray, rows: np.ndarray, part: np.ndarray, whole: np.ndarray,
+              turn: np.ndarray | int) -> np.ndarray:
+    """Portions part / whole of the rows, in integers whose sum over each group is exactly `part`.
+
+    Args:
+        end: running sums of the rows, starting anew in every group.
+        rows: rows that are laid end to end; those of a group sum to `whole`.
+        part: rows to take of each group.
+        whole: rows of each group.
+        turn: shifts which members of a group get the larger portions where it does not divide evenly.
+
+    Returns:
+        int64, of the broadcast shape of the arguments.
+    """
+    shift = turn % whole
+    return (end * part + shift) // whole - ((end - rows) * part + shift) // whole
 
 
-def _overlap(left_PE: np.ndarray, left_C: np.ndarray, index: ReplicaIndex, first_P: np.ndarray, first_C: np.ndarray) -> np.ndarray:
-    """[…, P, C]: sources laid end to end against replicas laid end to end, from a first source and a first replica on."""
+def _overlap(left_PE: np.ndarray, left_C: np.ndarray, index: ReplicaIndex, first_P: np.ndarray,
+             first_C: np.ndarray) -> np.ndarray:
+    """Overlap of sources laid end to end with replicas laid end to end.
+
+    Args:
+        left_PE: int64 […, P, E], rows of each source that are not split yet.
+        left_C: int64 […, C], rows that each replica still takes.
+        index: the replicas.
+        first_P: source at which the rows of each source's group start.
+        first_C: replica at which the rows of each replica's group start.
+
+    Returns:
+        Rows of each source for each replica, int64 […, P, C].
+    """
     end_PE = left_PE.cumsum(-2)
     end_PE = end_PE - (end_PE - left_PE)[..., first_P, :]
     end_C = _running_sums(left_C, first_C)
@@ -191,13 +281,16 @@ def _running_sums(rows_C: np.ndarray, first_C: np.ndarray) -> np.ndarray:
 
 
 def _loads(split_PC: np.ndarray, index: ReplicaIndex, topology: Topology) -> np.ndarray:
-    """Rows by position, […, P]."""
+    """Rows by position, int64 […, P]."""
     return _sum_over(index.position_C, split_PC.sum(-2), topology.positions)
 
 
 def _sum_over(index_C: np.ndarray, rows_C: np.ndarray, size: int) -> np.ndarray:
-    """Sums of rows […, C] by index, […, size]."""
-    lines = rows_C.reshape(-1, len(index_C))
-    cell = np.arange(len(lines))[:, None] * size + index_C
-    total = np.bincount(cell.ravel(), lines.ravel(), len(lines) * size)          # float64: exact far beyond any count of rows
+    """Sums of rows […, C] by index, int64 […, size].
+
+    `bincount` adds in float64: exact far beyond any count of rows.
+    """
+    table_KC = rows_C.reshape(-1, len(index_C))
+    cell_KC = np.arange(len(table_KC))[:, None] * size + index_C
+    total = np.bincount(cell_KC.ravel(), table_KC.ravel(), len(table_KC) * size)
     return total.astype(np.int64).reshape(*rows_C.shape[:-1], size)
