@@ -6,7 +6,7 @@
                    expert gradients are summed as before
                    dense: that shard, as tensors with a `grad`, so that norm and clipping stay in moetrain
     run.state      optimizer: ZeRO's AdamW for the dense parameters, torch's AdamW for the experts
-                   pieces: whole moments by parameter, so that a checkpoint can
+                   state_shards: whole moments by parameter, so that a checkpoint can
                        be read with any engine and any
                    number of ranks
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from moetrain.comm.mesh import Group
 from moetrain.parallel.data_parallel import BUCKET_BYTES, GradientReducer
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.state_shards import StateShard
 from moetrain.train.optim.optimizer import allocate_state, restore_steps
 from moetrain.train.setup import Run
 from moetrain.train.state import TrainState
@@ -169,7 +169,7 @@ class ZeroState(TrainState):
 
     optimizer: ZeroOptimizer
 
-    def pieces(self) -> Iterator[Piece]:
+    def state_shards(self) -> Iterator[StateShard]:
         """Yield all pieces, with whole moments of dense parameters.
 
         Collective once a step was taken, because the moments are gathered. Before the first step a checkpoint
@@ -183,7 +183,7 @@ class ZeroState(TrainState):
             whole = self.optimizer.to_fill = {
                 moment: {p: torch.zeros_like(p) for p in dense} for moment in MOMENTS}
         state |= {parameter: {moment: whole[moment][parameter] for moment in MOMENTS} for parameter in dense}
-        yield from super().pieces()
+        yield from super().state_shards()
         for parameter in dense:
             del state[parameter]
 

@@ -66,7 +66,7 @@ def recomputed(mode: str) -> Callable[..., Any] | None:
     heavy = HEAVY if mode == "selective" else frozenset()
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        kept = Kept(heavy)
+        kept = OpRecord(heavy)
         # Recomputing stops at the last tensor that backward needs.
         return kept.record(), kept.replay(whole=False, for_backward=True)
 
@@ -77,7 +77,7 @@ def recomputed(mode: str) -> Callable[..., Any] | None:
     return call
 
 
-class Kept:
+class OpRecord:
     """Results of the discrete operators of one pass, and of the operators in `heavy`: recorded once, replayed once."""
 
     def __init__(self, heavy: frozenset = frozenset()) -> None:

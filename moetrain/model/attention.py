@@ -84,7 +84,7 @@ def rotary_table(positions: int, head_dim: int, theta: float, *, dtype: torch.dt
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the channels of x [..., S, h] by their positions."""
+    """Rotate the channels of x [..., S, h] by their positions."""
     return _Rotate.apply(x, *rotary)
 
 

@@ -5,13 +5,11 @@ any number of ranks start from the same numbers.
 """
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.backends import wires
-from moetrain.comm.exchange.base import Exchange
+from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
@@ -21,11 +19,11 @@ from moetrain.model.parallelize import shard_parameters
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
-from moetrain.moe.experts import FeedForward, GroupedExperts
+from moetrain.moe.experts import FeedForward, RoutedExperts
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.grouped_gemm import takes_counts_on_device
 from moetrain.ops.pinned import to_device
-from moetrain.parallel.state_shards import buffers, pieces
+from moetrain.parallel.state_shards import buffers, state_shards
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
 
@@ -33,14 +31,14 @@ from moetrain.plan.precision import choose_dtype
 def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
     """The initialised model of this rank: the experts whose home is here; with FSDP a part of every parameter."""
     sizes = config.model
-    placement, wire = plan_homes(sizes, mesh["ep"].size), wires(config.parallel.exchange, mesh, config.run.timeout_s)
+    placement, exchange_of = plan_homes(sizes, mesh["ep"].size), exchange_factory(config.parallel.exchange, mesh, config.run.timeout_s)
     compute = compute_dtype(config, mesh.device)
     storage = torch.float64 if compute == torch.float64 else torch.float32
     with torch.device("meta"):
         model = Transformer(
             vocab_size=vocab_size,
             dim=sizes.dim,
-            layers=[_block(config, layer, placement, mesh, wire) for layer in range(sizes.num_layers)],
+            layers=[_block(config, layer, placement, mesh, exchange_of) for layer in range(sizes.num_layers)],
             head_dim=head_width(sizes),
             rope_theta=sizes.rope_theta,
             eps=sizes.norm_eps,
@@ -97,9 +95,9 @@ def dense_width(sizes: ModelConfig, layer: int) -> int:
 @torch.no_grad()
 def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) -> None:
     """Norms 1; matrices normal with `std`, those that write to the residual stream smaller by sqrt(2 * layers)."""
-    for piece in buffers(model):
-        piece.rows.zero_()
-    for name, shape, begin, rows, _ in pieces(model):
+    for shard in buffers(model):
+        shard.rows.zero_()
+    for name, shape, begin, rows, _ in state_shards(model):
         if name.endswith("norm.weight"):
             rows.fill_(1.0)
             continue
@@ -114,7 +112,7 @@ def normal(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, wire: Callable[[str], Exchange]) -> Block:
+def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, exchange_of: ExchangeFactory) -> Block:
     sizes = config.model
     attention = Attention(
         dim=sizes.dim,
@@ -127,7 +125,7 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, w
     if layer < sizes.first_dense_layers:
         feed_forward = FeedForward(dim=sizes.dim, hidden_dim=dense_width(sizes, layer))
     else:
-        feed_forward = _moe_layer(config, layer, placement, mesh, wire)
+        feed_forward = _moe_layer(config, layer, placement, mesh, exchange_of)
     return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
                  recompute=recomputed(config.train.activation_checkpointing))
 
@@ -137,7 +135,7 @@ def _counts_stay(config: Config, device: torch.device) -> bool:
     return takes_counts_on_device(device, compute_dtype(config, device), config.model.dim, config.model.expert_dim)
 
 
-def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, wire: Callable[[str], Exchange]) -> MoELayer:
+def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, exchange_of: ExchangeFactory) -> MoELayer:
     sizes, name = config.model, router_name(layer)
     homes = placement[name]
     router = build(
@@ -145,14 +143,13 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     )
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
     bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim, expert_dim=sizes.expert_dim, cut=cut)
+    dispatcher = TokenDispatcher(homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
+                                 on_device=_counts_stay(config, mesh.device))
     shared_dim = sizes.num_shared_experts * sizes.expert_dim
     return MoELayer(
         name=name,
         router=router,
-        dispatcher=TokenDispatcher(homes, wire(name), mesh.device, exact=config.parallel.exact_combine,
-                                   on_device=_counts_stay(config, mesh.device)),
-        experts=GroupedExperts(bank),
+        experts=RoutedExperts(bank, dispatcher, config.schedule.chunks),
         shared=FeedForward(dim=sizes.dim, hidden_dim=shared_dim) if shared_dim else None,
         capacity=build(config.capacity, "capacity", num_experts=homes.num_experts),
-        chunks=config.schedule.chunks,
     )

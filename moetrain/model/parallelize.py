@@ -7,7 +7,7 @@ from torch import nn
 from moetrain.comm.mesh import Mesh
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import is_expert_parameter
-from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.experts import RoutedExperts
 from moetrain.parallel.data_parallel import GradientReducer
 from moetrain.parallel.fsdp import shard
 from moetrain.parallel.fssdp.copies import CopyManager
@@ -41,7 +41,7 @@ def shard_parameters(model: Transformer, mesh: Mesh) -> None:
     is_expert = is_expert_parameter(model)
     experts = {parameter for parameter in model.parameters() if is_expert(parameter)}
     if mesh["expert_shard"].size > 1:
-        shard([module for module in model.modules() if isinstance(module, GroupedExperts)],
+        shard([module for module in model.modules() if isinstance(module, RoutedExperts)],
               over=mesh["expert_shard"], replicated=mesh["expert_replicas"], device=mesh.device)
     shard([*model.layers, model], over=mesh["dense_shard"], replicated=mesh["dense_replicas"], device=mesh.device,
           ignore=experts)

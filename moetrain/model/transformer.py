@@ -59,7 +59,7 @@ class Block(nn.Module):
     def run(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, context: RouterContext,
             route_only: bool = False, earlier: Earlier | None = None) -> BlockOutput:
         if self.moe is not None:
-            self.moe.post()
+            self.moe.prefetch()
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask, earlier)
         normed = self.ffn_norm(x_BSD)
         if self.moe is None:

@@ -1,19 +1,30 @@
-"""The memory of the experts that this position holds.
+"""The experts whose home is this position, and the five hooks through which copies of other experts join.
 
-`ExpertBank` owns the expert parameters of one layer, those whose home is here. The layer sees two seams: `post` at the
-block's start, before attention, and `take` between dispatch and experts. Under plain expert parallelism both do nothing.
-Where experts are copied to other positions (parallel/fssdp/copies.py), `copies` starts bringing them here in the first and waits
-in the second; the bank itself knows of none.
+`ExpertBank` owns the expert parameters of one layer. Under expert parallelism (`ep`) its hooks do nothing.
+Under `fssdp`, parallel/fssdp/copies.py sets `copies`, and the hooks delegate to it:
 
-How the bank stores its experts (one stacked Parameter per matrix, and one of pieces) concerns parallel/state_shards.py alone, which names every
-tensor as it is initialised and saved: by layer, expert id and matrix. A position may own no expert.
+    prefetch                    model/transformer.py, before attention
+                                start the sparse all-gather of copies
+    reduce_grads_in_backward    moe/layer.py, on tokens before dispatch
+                                in backward, start the sparse reduce-scatter of their gradients
+    wait                        moe/experts.py, before the grouped product
+                                wait for copies; in backward, add up their gradients
+    regather_in_backward        moe/experts.py, around the grouped product
+                                save where a copy lay instead of the copy
+    release_after_forward       moe/experts.py, after the grouped product
+                                drop copies; in backward, start to gather them again
 
-Shapes: e experts on this rank, c copies, D model width, F expert width, G = 2F, N rows.
+The bank itself knows of no other position. It stores one stacked Parameter for each matrix, and with sliced
+experts a second one for this position's slices. parallel/state_shards.py alone maps these to the names under
+which tensors are initialized and saved: layer, expert id and matrix. A position may own no expert.
+
+Shapes: e experts on this rank, c copies, D model width, F expert width, G = 2F, N rows that arrived,
+R rows ordered by expert.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,43 +32,32 @@ from torch import Tensor, nn
 from moetrain.plan.placement import slice_rows
 
 MATRICES = ("gate_up", "down")
-PIECES = ("gate_up_pieces", "down_pieces")   # of the same, where experts may be sliced
+PIECES = ("gate_up_pieces", "down_pieces")   # this position's slices of them, where experts may be sliced
 
-
-class Taken(NamedTuple):
-    """The rows passed through, and the copies that are here for them."""
-
-    x_ND: Tensor
-    copies: tuple[Tensor, Tensor] | None     # gate_up [c, G, D], down [c, D, F]
+CopiedMatrices = tuple[Tensor, Tensor]       # gate_up [c, G, D], down [c, D, F]
 
 
 class Copies(Protocol):
-    """Experts of other positions, for one layer."""
+    """Copies of experts of other positions, for one layer. The methods are the hooks of the bank."""
 
-    def post(self) -> None:
-        """Start bringing them."""
-
-    def take(self, x_ND: Tensor) -> Taken:
-        """Wait for them. The rows pass through, so that backward comes by here on every rank."""
-
-    def saving(self) -> AbstractContextManager[None]:
-        """Around the computation with them: how they are kept for backward."""
-
-    def leave(self, rows_RD: Tensor) -> Tensor:
-        """The outputs pass through: where backward begins to need them."""
-
-    def depart(self, x_TD: Tensor) -> Tensor:
-        """The tokens pass through on their way to dispatch: where backward is done with the layer's own exchanges."""
+    def prefetch(self) -> None: ...
+    def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedMatrices | None]: ...
+    def regather_in_backward(self) -> AbstractContextManager[None]: ...
+    def release_after_forward(self, out_RD: Tensor) -> Tensor: ...
+    def reduce_grads_in_backward(self, x_TD: Tensor) -> Tensor: ...
 
 
 class ExpertBank(nn.Module):
-    """experts: global ids of the experts held here whole, ascending.
+    """Parameters of the experts of one layer that are held here.
 
-    cut: (position, positions) where experts may be sliced: this position then has rows of both matrices of all those in
-    `sliced`, at first none (plan/placement.py).
+    Args: experts: global ids of the experts held here whole, ascending. dim: model width D. expert_dim:
+        expert width F. cut: (position, positions) where experts may be sliced: this position then holds rows
+        of both matrices of every expert
+            in `sliced`, at first none (plan/placement.py).
     """
 
-    def __init__(self, *, experts: tuple[int, ...], dim: int, expert_dim: int, cut: tuple[int, int] | None = None) -> None:
+    def __init__(self, *, experts: tuple[int, ...], dim: int, expert_dim: int,
+                 cut: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.experts = experts
         self.gate_up = nn.Parameter(torch.empty(len(experts), 2 * expert_dim, dim))
@@ -73,17 +73,37 @@ class ExpertBank(nn.Module):
         """Rows and columns of an expert's matrices."""
         return [tuple(getattr(self, matrix).shape[1:]) for matrix in MATRICES]
 
-    def post(self) -> None:
-        """Start bringing copies here. Plain expert parallelism has none."""
+    def prefetch(self) -> None:
+        """Start gathering copies."""
         if self.copies is not None:
-            self.copies.post()
+            self.copies.prefetch()
 
-    def depart(self, x_TD: Tensor) -> Tensor:
-        """Tokens on their way to dispatch: in backward, gradients of copies leave after theirs have arrived."""
-        return x_TD if self.copies is None else self.copies.depart(x_TD)
+    def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedMatrices | None]:
+        """Wait for copies.
+
+        The rows pass through an autograd node, so that its backward runs on every rank.
+        """
+        return (x_ND, None) if self.copies is None else self.copies.wait(x_ND)
+
+    def regather_in_backward(self) -> AbstractContextManager[None]:
+        """Make autograd save where a copy lay instead of the copy, if copies are gathered again in backward."""
+        return nullcontext() if self.copies is None else self.copies.regather_in_backward()
+
+    def release_after_forward(self, out_RD: Tensor) -> Tensor:
+        """Drop copies that are gathered again in backward.
+
+        The outputs pass through, so that backward starts to gather here.
+        """
+        return out_RD if self.copies is None else self.copies.release_after_forward(out_RD)
+
+    def reduce_grads_in_backward(self, x_TD: Tensor) -> Tensor:
+        """Pass tokens through on their way to dispatch. In backward the gradients of copies leave for their
+        homes here, after the gradients of all rows have arrived.
+        """
+        return x_TD if self.copies is None else self.copies.reduce_grads_in_backward(x_TD)
 
 
 def is_expert_parameter(model: nn.Module) -> Callable[[nn.Parameter], bool]:
-    """Whether a parameter of the model belongs to routed experts."""
+    """Return a predicate that tells parameters of routed experts from the others of the model."""
     owned = {id(p) for m in model.modules() if isinstance(m, ExpertBank) for p in m.parameters()}
     return lambda parameter: id(parameter) in owned

@@ -1,10 +1,12 @@
-"""Feed-forward networks: routed experts over ragged rows, and the dense one for shared experts and dense layers.
+"""Feed-forward networks: routed experts over ragged rows, and the dense one for shared experts and dense
+layers.
 
-    expert(x) = down( silu(gate x) * (up x) * w )        w: the routing weight of the row (1 without routing)
+    expert(x) = down( silu(gate x) * (up x) * w )        w: the gate weight of the row (1 without routing)
 
 Parameters are float32 (or float64) and cast where they are used.
 
-Shapes: T tokens, K slots per token, R rows ordered by expert, N rows as they arrived, D model width, F hidden width.
+Shapes: T tokens, K slots per token, R rows ordered by expert, N rows as they arrived, D model width, F hidden
+width.
 """
 
 import torch
@@ -12,63 +14,87 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.dispatch import Sent
-from moetrain.moe.overlap import Output, Pipeline
+from moetrain.moe.dispatch import DispatchedRows, PendingCombine, TokenDispatcher
+from moetrain.moe.overlap import overlapped_forward
 from moetrain.ops.chunked_experts import ChunkedExperts
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.swiglu import swiglu
 
 
-class GroupedExperts(nn.Module):
-    """The routed experts of one layer, over the bank that holds their weights."""
+class RoutedExperts(nn.Module):
+    """The routed experts of one layer: a bank, which holds their matrices, and the dispatcher that brings
+    rows to them.
 
-    def __init__(self, bank: ExpertBank) -> None:
-        super().__init__()
-        self.bank = bank
+    One module owns both, so FSDP2 gathers the matrices once a pass, whatever the number of chunks.
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, pipeline: Pipeline) -> Output:
-        """Tokens to their experts and back. All of it is inside this module: where the bank is sharded (FSDP2), its weights are
-        gathered once, whatever the number of chunks."""
-        return pipeline.run(x_TD, ids_TK, weights_TK, Computation(self.bank, pipeline.chunks))
-
-
-class Computation:
-    """A bank's experts over a micro-batch, called once for every chunk.
-
-    Copies of experts are for all chunks: they are waited for before the first, and the last lets go of them.
+    Args: bank: the experts of this position. dispatcher: moves rows between positions. num_chunks: parts of a
+        micro-batch whose exchanges hide under each other's computation. With one position nothing
+            travels, and the micro-batch is one chunk.
     """
 
-    def __init__(self, bank: ExpertBank, chunks: int = 1) -> None:
-        self.bank, self.left, self.whole = bank, chunks, chunks == 1
-        self.chunked: ChunkedExperts | None = None
+    def __init__(self, bank: ExpertBank, dispatcher: TokenDispatcher, num_chunks: int = 1) -> None:
+        super().__init__()
+        self.bank, self.dispatcher = bank, dispatcher
+        self.num_chunks = num_chunks if dispatcher.exchange.positions > 1 else 1
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingCombine:
+        """Dispatch tokens, run the experts, start the combine.
+
+        Takes the decision in two tensors instead of a `Routing`: FSDP2 puts every tensor of an argument
+        through an autograd node of its own, also the statistics that no expert reads.
+
+        Args:
+            x_TD: [T, D], tokens.
+            ids_TK: int64 [T, K], global expert ids; -1 is unused.
+            weights_TK: [T, K], gate weights.
+
+        Returns:
+            The combine under way; `wait` gives [T, D].
+        """
+        if self.num_chunks > 1:
+            computation = ChunkedComputation(self.bank, self.num_chunks)
+            return overlapped_forward(self.dispatcher, x_TD, ids_TK, weights_TK, computation, self.num_chunks)
+        dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        out_RD = self.compute(dispatched)
+        return self.dispatcher.combine_async(out_RD, dispatched.metadata)
+
+    def compute(self, rows: DispatchedRows) -> Tensor:
+        """Weighted outputs [R, D], ordered by expert. Waits for copies of experts."""
+        bank = self.bank
+        x_ND, copies = bank.wait(rows.x_ND)
+        with bank.regather_in_backward():
+            out_RD = grouped_experts(x_ND, rows.weights_R, bank.gate_up, bank.down, rows.counts_e, rows.order, copies)
+        return bank.release_after_forward(out_RD)
+
+
+class ChunkedComputation:
+    """The experts of a bank over the chunks of one micro-batch, in their order.
+
+    Copies of experts serve all chunks: the first waits for them, the last releases them.
+    """
+
+    def __init__(self, bank: ExpertBank, num_chunks: int) -> None:
+        self.bank, self.chunks_left = bank, num_chunks
 
     def begin(self) -> None:
-        """The first chunks are on their way. Of several, backward makes the gradients of weights here: when those of all rows have
-        started to return."""
-        if self.whole:
-            return
-        bank, copies = self.bank, None
-        if bank.copies is not None:
-            _, copies = bank.copies.take(bank.gate_up.new_empty(0))
-        self.chunked = ChunkedExperts(bank.gate_up, bank.down, copies)
+        """Wait for copies. Called while the first chunks travel.
 
-    def __call__(self, sent: Sent) -> Tensor:
-        """Weighted outputs [R, D] ordered by slot."""
-        bank, (x_ND, order, weights_R, counts_e, _), copies = self.bank, sent, None
-        self.left -= 1
-        if bank.copies is None:
-            if self.whole:
-                return grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order)
-            return self.chunked(x_ND, weights_R, counts_e, order)
-        if self.whole:
-            x_ND, copies = bank.copies.take(x_ND)
-        with bank.copies.saving():
-            rows_RD = (grouped_experts(x_ND, weights_R, bank.gate_up, bank.down, counts_e, order, copies) if self.whole else
-                       self.chunked(x_ND, weights_R, counts_e, order))
-        if self.left:
-            return rows_RD
-        self.chunked = None
-        return bank.copies.leave(rows_RD)
+        Autograd runs nodes in reverse of their recording: the gradients of all matrices are computed by the
+        node that is recorded here, when the gradients of all rows are on their way back
+        (ops/chunked_experts.py).
+        """
+        _, copies = self.bank.wait(self.bank.gate_up.new_empty(0))
+        self.experts = ChunkedExperts(self.bank.gate_up, self.bank.down, copies)
+
+    def __call__(self, rows: DispatchedRows) -> Tensor:
+        """Weighted outputs [R, D] of the next chunk, ordered by expert."""
+        self.chunks_left -= 1
+        with self.bank.regather_in_backward():
+            out_RD = self.experts(rows.x_ND, rows.weights_R, rows.counts_e, rows.order)
+        if self.chunks_left:
+            return out_RD
+        del self.experts
+        return self.bank.release_after_forward(out_RD)
 
 
 class FeedForward(nn.Module):
@@ -80,4 +106,5 @@ class FeedForward(nn.Module):
         self.down = nn.Parameter(torch.empty(dim, hidden_dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D] to [..., D]."""
         return F.linear(swiglu(F.linear(x, self.gate_up.to(x.dtype))), self.down.to(x.dtype))

@@ -1,9 +1,14 @@
-"""The sparse layer: route, drop what is beyond capacity, dispatch, experts, combine, shared expert.
+"""The sparse feed-forward layer: route, apply capacity, dispatch, experts, combine, shared expert.
 
-Dispatch, experts and combine run chunk by chunk (moe/overlap.py); the shared expert runs while the last chunk is on its way back.
+`MoELayer.forward` is the list of steps; the file of each step says how it works:
 
-`forward` is the list of steps; each step's file says how. The layer knows neither who holds an expert (dispatch, bank)
-nor what a loss does with the statistics it returns (losses/).
+    route       routers/        which experts a token takes, with which gate weights
+    capacity    capacity.py     which choices are dropped
+    experts     experts.py      dispatch, compute, start the combine
+    shared      experts.py      the shared expert, computed while the last chunk of the combine travels
+
+The layer knows neither which rank holds an expert (dispatch.py, bank.py) nor what a loss does with the
+statistics that it returns (losses/).
 
 Shapes: T tokens on this rank, D model width.
 """
@@ -13,44 +18,61 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moetrain.moe.capacity import CapacityPolicy
-from moetrain.moe.dispatch import TokenDispatcher
-from moetrain.moe.experts import FeedForward, GroupedExperts
-from moetrain.moe.overlap import Pipeline
+from moetrain.moe.experts import FeedForward, RoutedExperts
 from moetrain.routers.base import Router, RouterContext, RoutingStats
 
 
 class MoEOutput(NamedTuple):
+    """Output of a layer, the statistics of its router, and what its router hands to the next layer's."""
+
     out_TD: Tensor
     stats: RoutingStats
     carry: Tensor | None
 
 
 class MoELayer(nn.Module):
-    """name: the router's name, key of its statistics, loads and randomness. capacity: dropless unless given. chunks: of a
-    micro-batch, on its way to the experts and back."""
+    """Sparse layer of one block.
 
-    def __init__(self, *, name: str, router: Router, dispatcher: TokenDispatcher, experts: GroupedExperts,
-                 shared: FeedForward | None = None, capacity: CapacityPolicy | None = None, chunks: int = 1) -> None:
+    Args:
+        name: the router's name, key of its statistics, loads and randomness.
+        router: chooses experts and gate weights.
+        experts: the routed experts, with their dispatcher.
+        shared: an expert that every token takes; None: there is none.
+        capacity: drops choices beyond a limit; None drops nothing.
+    """
+
+    def __init__(self, *, name: str, router: Router, experts: RoutedExperts, shared: FeedForward | None = None,
+                 capacity: CapacityPolicy | None = None) -> None:
         super().__init__()
         self.name = name
         self.router, self.experts, self.shared = router, experts, shared
-        self.dispatcher, self.pipeline = dispatcher, Pipeline(dispatcher, chunks)
         self.capacity = capacity or CapacityPolicy()
 
-    def post(self) -> None:
-        """The bank's first seam: called at the block's start, before attention."""
-        self.experts.bank.post()
+    def prefetch(self) -> None:
+        """Start gathering copies of experts. The block calls it before attention, which hides the gather."""
+        self.experts.bank.prefetch()
 
     def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
-        """route_only: decide and count, and hand x back."""
+        """Send tokens to their experts and add up what comes back.
+
+        Args:
+            x_TD: [T, D], normalized hidden states.
+            context: what routers may know of the micro-batch.
+            route_only: decide and count, and return x unchanged (the count pass of `balance.mode=exact`).
+
+        Returns:
+            The sum of each token's experts and shared expert, with the statistics of the routing.
+        """
         context = context._replace(router=self.name)
         routing = self.router.route(x_TD, context)
-        if context.counted is not None:
-            context.counted(self.name, routing.stats.counts_E)
+        assert routing.residual_T is None, f"{self.name}: identity experts (residual_T) are not implemented"
+        if context.on_counts is not None:
+            context.on_counts(self.name, routing.stats.counts_E)
         routing = self.capacity.apply(routing, context)
         if route_only:
             return MoEOutput(x_TD, routing.stats, routing.carry)
-        output = self.experts(self.experts.bank.depart(x_TD), routing.ids_TK, routing.weights_TK, self.pipeline)
+        to_experts_TD = self.experts.bank.reduce_grads_in_backward(x_TD)
+        combining = self.experts(to_experts_TD, routing.ids_TK, routing.weights_TK)
         shared_TD = None if self.shared is None else self.shared(x_TD)
-        out_TD = output.wait()
+        out_TD = combining.wait()
         return MoEOutput(out_TD if shared_TD is None else out_TD + shared_TD, routing.stats, routing.carry)

@@ -1,87 +1,82 @@
-"""Dispatch, experts, combine, chunk by chunk, so that rows travel while others are computed.
+"""Dispatch, experts and combine, chunk by chunk, so that rows of one chunk travel while those of another are
+computed.
 
-A micro-batch's tokens are cut into chunks of consecutive ones. With n chunks, forward:
+A micro-batch is cut into chunks of consecutive tokens. With n chunks, forward:
 
     d0 d1 E0 c0 d2 E1 c1 … E(n-1) c(n-1)         d: dispatch starts, E: experts, c: combine starts
 
-so under E(i) chunk i+1 is on its way to its experts and chunk i-1 on its way back; the shared expert runs under the last combine.
-Backward is the mirror image, C and D being the same exchanges turned round:
+so under E(i) chunk i+1 travels to its experts and chunk i-1 travels back; the shared expert runs under the
+last combine. Backward is the mirror image, with C and D the same exchanges in reverse and W the gradients of
+the experts' matrices over the rows of all chunks (ops/chunked_experts.py), which are computed while the last
+rows return:
 
     C(n-1) C(n-2) E'(n-1) D(n-1) C(n-3) E'(n-2) D(n-2) … E'0 D0 W
 
-W being the gradients of the experts' weights, over the rows of all chunks (ops/chunked_experts.py), while the last rows
-return. It comes of autograd's order alone (of what may run, what was recorded last runs first), which is why a combine is waited
-for only after the next one has started. Only the first exchange and the last stay in sight, and of the others what takes longer than the computation.
-Nothing here waits on the host but for what the wire itself waits for.
+Nothing schedules backward. Its order follows from a property of autograd: of the nodes that are ready it runs
+the one that was recorded last (seen on torch 2.13; tests/moe/test_overlap.py records the order).
+Therefore a combine is waited for only after the next one has started. Exposed are the first exchange, the
+last one, and what takes longer than the computation. The host waits only where the exchange backend itself
+waits.
 
-What is posted, and in which order, follows from the number of chunks alone: a chunk without tokens travels too. With one position
-there is nothing to hide, and a micro-batch is one chunk. Every token's outputs are summed inside its chunk; the gradients of
-expert weights are sums over rows in the order of their chunks, so that another number of chunks rounds otherwise.
+Which exchanges are posted, and in which order, follows from the number of chunks alone: a chunk without
+tokens is exchanged too. The outputs of a token are summed inside its chunk; gradients of matrices are sums
+over rows in the order of the chunks, so another number of chunks rounds differently.
 
-A number of chunks that is planned (from profiles, for every layer) has its place in `Pipeline.chunks`.
-
-Shapes: T tokens, K slots per token, D width.
+Shapes: T tokens, K slots per token, R rows ordered by expert, D width.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from moetrain.moe.dispatch import Returning, Sent, TokenDispatcher
+from moetrain.moe.dispatch import DispatchedRows, PendingCombine, TokenDispatcher
 
 
-class Output(NamedTuple):
-    """Chunks that are back, and the last one, which is still on its way. FSDP2 looks for tensors in what leaves a module."""
-
-    done: tuple[Tensor, ...]
-    last: Returning
-
-    def wait(self) -> Tensor:
-        """[T, D], every token's sum over its experts."""
-        last_TD = self.last.wait()
-        return torch.cat([*self.done, last_TD]) if self.done else last_TD
-
-
-class Experts(Protocol):
-    """What is computed."""
+class ChunkComputation(Protocol):
+    """What is computed on dispatched rows."""
 
     def begin(self) -> None:
-        """Before the first chunk, while it is on its way."""
+        """Prepare, while the first chunks travel."""
 
-    def __call__(self, sent: Sent) -> Tensor:
-        """Of a chunk, one after the other."""
+    def __call__(self, rows: DispatchedRows) -> Tensor:
+        """Outputs [R, D] of the next chunk."""
         ...
 
 
-class Pipeline:
-    """chunks: of a micro-batch, where rows travel."""
+def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor,
+                       computation: ChunkComputation, num_chunks: int) -> PendingCombine:
+    """Run a micro-batch through the experts in chunks.
 
-    def __init__(self, dispatcher: TokenDispatcher, chunks: int = 1) -> None:
-        self.dispatcher = dispatcher
-        self.chunks = chunks if dispatcher.exchange.positions > 1 else 1
+    Args:
+        dispatcher: moves rows between positions.
+        x_TD: [T, D], tokens.
+        ids_TK: int64 [T, K], global expert ids; -1 is unused.
+        weights_TK: [T, K], gate weights.
+        computation: called once for every chunk, in order.
+        num_chunks: 1 or more.
 
-    def run(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Output:
-        """Rows to the experts and on their way back."""
-        sizes = chunk_sizes(len(x_TD), self.chunks)
-        courses = self.dispatcher.prepare(list(ids_TK.split(sizes)))
-        parts = list(zip(x_TD.split(sizes), weights_TK.split(sizes), courses, strict=True))
-        arriving, returning, done = self.dispatcher.send(*parts[0]), None, []
-        for chunk in range(self.chunks):
-            here = arriving
-            if chunk + 1 < self.chunks:
-                arriving = self.dispatcher.send(*parts[chunk + 1])
-            if chunk == 0:
-                experts.begin()
-            sent = here.wait()
-            leaving = self.dispatcher.send_back(experts(sent), sent.ticket)
-            if returning is not None:
-                done.append(returning.wait())
-            returning = leaving
-        return Output(tuple(done), returning)
+    Returns:
+        The finished chunks and the combine of the last one, which is under way.
+    """
+    sizes = chunk_sizes(len(x_TD), num_chunks)
+    plans = dispatcher.plan(list(ids_TK.split(sizes)))
+    chunks = list(zip(x_TD.split(sizes), weights_TK.split(sizes), plans, strict=True))
+    dispatching, combining, finished = dispatcher.dispatch_async(*chunks[0]), None, []
+    for chunk in range(num_chunks):
+        current = dispatching
+        if chunk + 1 < num_chunks:
+            dispatching = dispatcher.dispatch_async(*chunks[chunk + 1])
+        if chunk == 0:
+            computation.begin()
+        rows = current.wait()
+        started = dispatcher.combine_async(computation(rows), rows.metadata)
+        if combining is not None:
+            finished.append(combining.wait())
+        combining = started
+    return combining._replace(finished=tuple(finished))
 
 
 def chunk_sizes(tokens: int, chunks: int) -> list[int]:
-    """Tokens of each chunk: as equal as may be, the same however they are spread; 0 where there are too few."""
+    """Tokens of each chunk, as equal as possible; a function of the two numbers alone. 0 where tokens are too few."""
     cuts = [tokens * chunk // chunks for chunk in range(chunks + 1)]
     return [end - begin for begin, end in zip(cuts, cuts[1:])]

@@ -1,14 +1,16 @@
-"""What travels for a token whose slots lie at several positions, and how it is taken apart there and put together again.
+"""Row layouts for dispatch: one row per slot, or one row per destination position (deduplicated).
 
-    BySlot    a row for every slot, there and back; the token adds its rows up in the order of its slots
-    ByToken   a row for every *position* where the token has slots, with what they are (ids, gate weights) beside it. It is
-              expanded there, and one row comes back, the sum of its slots there
+    RowPerSlot    a row for every slot, there and back; a token sums its rows in the order of its slots
+    RowPerRank    a row for every *position* where a token has slots, with their ids and gate weights beside it. The position
+                  expands it for its experts and returns one row, the sum over the slots there
 
-The second sends less, k rows of a token to P positions being k (P-1)/P remote ones against (P-1) (1 - (1-1/P)^k): 4.6 for 7.0 at
-k = P = 8. It groups sums by position: those of outputs forward, those of gradients backward. Equal to the first to rounding.
-In the second form, a position that receives rows is where one that is alone is: its tokens, their ids, their weights.
+The second layout sends less: the k rows of a token over P positions are k (P-1)/P remote rows, against (P-1)
+(1 - (1-1/P)^k) with one row per position; 7.0 against 4.6 at k = P = 8. It groups sums by position, of
+outputs in forward and of gradients in backward, so the two layouts agree up to rounding. A position that
+receives deduplicated rows computes as one that is alone: it has tokens, with their ids and weights.
 
-Shapes: T tokens here, K slots per token, P positions, e slots per position, N rows that travel, R rows computed, D width.
+Shapes: T tokens here, K slots per token, P positions, e physical slots per position, N rows that travel, R
+rows computed, D width, w = e counts sent to a position (RowPerSlot) or 1 + e (RowPerRank: rows, then slots).
 """
 
 from typing import NamedTuple, Protocol
@@ -21,14 +23,14 @@ from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder
 from moetrain.ops.route_plan import route_plan
 
 
-class Leaving(NamedTuple):
-    """Which rows leave for where."""
+class SentRows(NamedTuple):
+    """The rows that leave, ordered by destination."""
 
-    permutation: Permutation     # slots of the tokens here into rows, by destination
-    physical_TK: Tensor
+    permutation: Permutation     # slots of the tokens here into rows
+    physical_TK: Tensor          # int64, physical slot of every routed slot; -1 is unused
 
 
-class Arrived(NamedTuple):
+class ReceivedRows(NamedTuple):
     """Rows as they arrived, and how the experts read them."""
 
     x_ND: Tensor
@@ -36,94 +38,113 @@ class Arrived(NamedTuple):
     weights_R: Tensor            # in expert order
 
 
-class Rows(Protocol):
-    """One of the two forms. counts_Pw: what one position sends to each other, or the same of what it receives."""
+class RowLayout(Protocol):
+    """One of the two layouts. counts_Pw: what this position sends to each other one, or receives from it."""
 
-    def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor: ...     # [rows,] slots by local slot id: [P, w]
-    def plan(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> Leaving: ...
-    def travelling(self, counts_Pw: Tensor) -> Tensor: ...       # rows, [P]
-    def computed(self, counts_Pw: Tensor) -> Tensor: ...         # slots, [P, e]
-    def load(self, x_TD: Tensor, weights_TK: Tensor, leaving: Leaving, slots: int) -> tuple[Tensor, ...]: ...
-    def unload(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> Arrived: ...
-    def back(self, rows_RD: Tensor, order: Permutation) -> Tensor: ...
+    def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
+        """Counts to send, int64 [P, w]."""
+
+    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> SentRows:
+        """Order of the rows that leave, `rows` of them."""
+
+    def num_rows(self, counts_Pw: Tensor) -> Tensor:
+        """Rows that travel, [P]."""
+
+    def num_slots(self, counts_Pw: Tensor) -> Tensor:
+        """Slots to compute, [P, e]."""
+
+    def pack(self, x_TD: Tensor, weights_TK: Tensor, sent: SentRows, slots: int) -> tuple[Tensor, ...]:
+        """Tensors that travel side by side, [N, …] each."""
+
+    def unpack(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> ReceivedRows:
+        """What `pack` of all positions sent here, for the experts."""
+
+    def pack_outputs(self, out_RD: Tensor, order: Permutation) -> Tensor:
+        """Outputs [N, D] in the order in which their rows arrived."""
 
 
-class BySlot:
-    """A row for every slot."""
+class RowPerSlot:
+    """One row per slot."""
 
     def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
         return count_ids(physical_TK, positions * slots).view(positions, slots)
 
-    def plan(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> Leaving:
-        return Leaving(ordered(physical_TK, positions * slots, rows), physical_TK)
+    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> SentRows:
+        return SentRows(ordered(physical_TK, positions * slots, rows), physical_TK)
 
-    def travelling(self, counts_Pw: Tensor) -> Tensor:
+    def num_rows(self, counts_Pw: Tensor) -> Tensor:
         return counts_Pw.sum(1)
 
-    def computed(self, counts_Pw: Tensor) -> Tensor:
+    def num_slots(self, counts_Pw: Tensor) -> Tensor:
         return counts_Pw
 
-    def load(self, x_TD: Tensor, weights_TK: Tensor, leaving: Leaving, slots: int) -> tuple[Tensor, ...]:
-        return permute(x_TD, leaving.permutation), slot_weights(weights_TK, leaving.permutation)
+    def pack(self, x_TD: Tensor, weights_TK: Tensor, sent: SentRows, slots: int) -> tuple[Tensor, ...]:
+        return permute(x_TD, sent.permutation), slot_weights(weights_TK, sent.permutation)
 
-    def unload(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> Arrived:
+    def unpack(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> ReceivedRows:
         x_ND, weights_N = tensors
         order = order_by_source(received_Pe, rows)
-        return Arrived(x_ND, order, reorder(weights_N, order.slots_R, order.rows_TK.flatten()))
+        return ReceivedRows(x_ND, order, reorder(weights_N, order.slots_R, order.rows_TK.flatten()))
 
-    def back(self, rows_RD: Tensor, order: Permutation) -> Tensor:
-        return reorder(rows_RD, order.rows_TK.flatten(), order.slots_R)
+    def pack_outputs(self, out_RD: Tensor, order: Permutation) -> Tensor:
+        return reorder(out_RD, order.rows_TK.flatten(), order.slots_R)
 
 
-class ByToken:
-    """A row for every position where a token has slots."""
+class RowPerRank:
+    """One row per position where a token has slots."""
 
     def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
         rows_P1 = count_ids(destinations(physical_TK, slots), positions)[:, None]
         return torch.cat([rows_P1, count_ids(physical_TK, positions * slots).view(positions, slots)], dim=1)
 
-    def plan(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> Leaving:
-        return Leaving(ordered(destinations(physical_TK, slots), positions, rows), physical_TK)
+    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> SentRows:
+        return SentRows(ordered(destinations(physical_TK, slots), positions, rows), physical_TK)
 
-    def travelling(self, counts_Pw: Tensor) -> Tensor:
+    def num_rows(self, counts_Pw: Tensor) -> Tensor:
         return counts_Pw[:, 0]
 
-    def computed(self, counts_Pw: Tensor) -> Tensor:
+    def num_slots(self, counts_Pw: Tensor) -> Tensor:
         return counts_Pw[:, 1:]
 
-    def load(self, x_TD: Tensor, weights_TK: Tensor, leaving: Leaving, slots: int) -> tuple[Tensor, ...]:
-        permutation, physical_TK = leaving
+    def pack(self, x_TD: Tensor, weights_TK: Tensor, sent: SentRows, slots: int) -> tuple[Tensor, ...]:
+        permutation, physical_TK = sent
         physical_NK = physical_TK.index_select(0, permutation.slots_R // physical_TK.shape[1])
-        first_N = physical_TK.flatten()[permutation.slots_R]                 # of the slots that brought the row there
+        first_N = physical_TK.flatten()[permutation.slots_R]                 # slot for which the row was sent
         begin_N1 = (first_N - first_N % slots)[:, None]
         local_NK = (physical_NK - begin_N1).to(torch.int32)
         local_NK = local_NK.where((local_NK >= 0) & (local_NK < slots), -1)
         return permute(x_TD, permutation), local_NK, permute(weights_TK, permutation)
 
-    def unload(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> Arrived:
+    def unpack(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> ReceivedRows:
         x_ND, local_NK, weights_NK = tensors
         order = ordered(local_NK.long(), received_Pe.shape[1], rows)
-        return Arrived(x_ND, order, slot_weights(weights_NK, order))
+        return ReceivedRows(x_ND, order, slot_weights(weights_NK, order))
 
-    def back(self, rows_RD: Tensor, order: Permutation) -> Tensor:
-        return unpermute(rows_RD, order)
+    def pack_outputs(self, out_RD: Tensor, order: Permutation) -> Tensor:
+        return unpermute(out_RD, order)
 
 
 def ordered(physical_TK: Tensor, num_physical: int, rows: int) -> Permutation:
-    """Used slots, of which there are `rows`, by id, by token, by slot. On a GPU nothing waits for it."""
+    """Sort used slots by id, then token, then slot.
+
+    rows: their number; given, so that a GPU need not be asked.
+    """
     if physical_TK.device.type == "cuda":
         return route_plan(physical_TK, num_physical, rows).permutation
     return plan_permutation(physical_TK, num_physical, rows)
 
 
 def destinations(physical_TK: Tensor, slots: int) -> Tensor:
-    """The position of a slot, where it is the token's first there; else -1."""
+    """The position of each slot that is its token's first there, int64 [T, K]; -1 for the others."""
     to_TK = physical_TK.div(slots, rounding_mode="floor")                    # -1 stays -1
     return to_TK.where(first_of_kind(to_TK), -1)
 
 
 def order_by_source(received_Pe: Tensor, rows: int) -> Permutation:
-    """Rows that lie by source and then by slot, into expert order: it follows from the counts."""
+    """Permutation of rows that lie by source, then slot, into expert order.
+
+    It follows from the counts alone.
+    """
     slots = torch.arange(received_Pe.shape[1], device=received_Pe.device).repeat(received_Pe.shape[0])
     index_R = slots.repeat_interleave(received_Pe.flatten(), output_size=rows).argsort(stable=True)
     inverse_R = torch.empty_like(index_R)
@@ -132,7 +153,7 @@ def order_by_source(received_Pe: Tensor, rows: int) -> Permutation:
 
 
 def slot_weights(weights_TK: Tensor, permutation: Permutation) -> Tensor:
-    """The weights of the used slots, in the order of the permutation."""
+    """Weights of the used slots, [R], in the order of the permutation."""
     return weights_TK.flatten().index_select(0, permutation.slots_R)
 
 

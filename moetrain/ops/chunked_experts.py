@@ -36,16 +36,16 @@ class ChunkedExperts:
     def __init__(self, gate_up_eGD: Tensor, down_eDF: Tensor, copies: tuple[Tensor, Tensor] | None = None) -> None:
         self.matrices = gate_up_eGD, down_eDF, *(copies or (None, None))
         self.parts: list[Part] = []
-        self.turnstile = _Weights.apply(self.parts, *self.matrices)          # every chunk passes by, backward before it
+        self.weight_grad_barrier = _Weights.apply(self.parts, *self.matrices)          # every chunk passes by, backward before it
 
     def __call__(self, x_ND: Tensor, weights_R: Tensor, counts_e: list[int] | Tensor, order: Permutation) -> Tensor:
         """Weighted outputs of a chunk, [R, D] ordered by expert."""
-        return _Chunk.apply(self.parts, self.turnstile, x_ND, order.slots_R, order.rows_TK, weights_R, *self.matrices, counts_e)
+        return _Chunk.apply(self.parts, self.weight_grad_barrier, x_ND, order.slots_R, order.rows_TK, weights_R, *self.matrices, counts_e)
 
 
 class _Chunk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, turnstile, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, counts_e):
+    def forward(ctx, parts, weight_grad_barrier, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, counts_e):
         tensors = x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF
         out_RD, gate_up_RG = forward_of(counts_e)(*tensors, counts_e)
         ctx.parts, ctx.counts_e = parts, counts_e

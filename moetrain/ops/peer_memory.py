@@ -4,7 +4,7 @@
     put_signals     an epoch into the pads of several positions: what was written before it is seen by whoever sees it
     await_signals   until the places of a pad hold that epoch or a later one; whoever does not come in time is named
 
-Areas and pads are mapped here and lie at the peers: memory of this device, of others, or of other processes. A pad is int64, and
+Buffers and pads are mapped here and lie at the peers: memory of this device, of others, or of other processes. A pad is int64, and
 what is in it only grows. Without kernels `await_signals` looks at the pad from the host. A kernel takes up to 64 positions.
 
 Shapes: N rows, B bytes of a row, P positions written to.
@@ -20,7 +20,7 @@ from moetrain.ops.extension import define, kernels_for
 _POLL_S = 20e-6
 
 
-class Late(TimeoutError):
+class SignalTimeout(TimeoutError):
     """index: of the place that did not come in time."""
 
     def __init__(self, index: int) -> None:
@@ -50,7 +50,7 @@ def put_signals(pads: Sequence[Tensor], place: int, epoch: int) -> None:
 def await_signals(pad: Tensor, places: Sequence[int], epoch: int, limit_s: float, ranks: Sequence[int], what: str) -> None:
     """Until pad[place] >= epoch at all places. ranks: who puts each, and last the one that waits; what: is waited for.
 
-    Raises Late. A kernel cannot: it prints who waited for whom and for what, and traps, which ends the process."""
+    Raises SignalTimeout. A kernel cannot: it prints who waited for whom and for what, and traps, which ends the process."""
     if kernels_for(pad):
         _await_signals(pad, list(places), epoch, int(limit_s * 1e3), list(ranks), what)
     else:
@@ -63,7 +63,7 @@ def _poll(pad: Tensor, places: Sequence[int], epoch: int, limit_s: float) -> Non
     for index, place in enumerate(places):
         while seen[place] < epoch:
             if time.monotonic() > until:
-                raise Late(index)
+                raise SignalTimeout(index)
             time.sleep(_POLL_S)
 
 

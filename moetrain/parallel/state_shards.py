@@ -1,10 +1,10 @@
 """What of the model this rank holds, in names that say nothing of the mesh.
 
 A *logical tensor* is one matrix of the model: `layers.0.attention.qkv`, or one matrix of one expert,
-`layers.0.moe.experts.5.gate_up` (gate rows, then up rows) and `….down`. A *piece* is a range of its rows, the whole of it
+`layers.0.moe.experts.5.gate_up` (gate rows, then up rows) and `….down`. A *shard* is a range of its rows, the whole of it
 unless parameters are sharded. Initialisation, checkpoints and tests know nothing else of how parameters are stored:
 
-    stacked experts of a bank       a piece per expert and matrix
+    stacked experts of a bank       a shard per expert and matrix
     sliced experts of a bank        a range of rows per expert and matrix
     FSDP2, Shard(0)                 a range of rows; of stacked experts: some of the experts
     FSDP2, Shard(1) of a stack      a range of rows of every expert of the bank
@@ -24,10 +24,10 @@ from moetrain.plan.placement import slice_rows
 Of = Callable[[nn.Parameter], Tensor | None]
 
 
-class Piece(NamedTuple):
+class StateShard(NamedTuple):
     """Rows [begin, begin + len(rows)) of the logical tensor `name`, whose full shape is `shape`.
 
-    held_by: name of the mesh group whose ranks all hold this very piece (comm/mesh.py).
+    held_by: name of the mesh group whose ranks all hold this very shard (comm/mesh.py).
     """
 
     name: str
@@ -37,8 +37,8 @@ class Piece(NamedTuple):
     held_by: str
 
 
-def pieces(model: nn.Module, of: Of = lambda parameter: parameter.data) -> Iterator[Piece]:
-    """Every piece of the parameters on this rank; none for what it holds nothing of.
+def state_shards(model: nn.Module, of: Of = lambda parameter: parameter.data) -> Iterator[StateShard]:
+    """Every shard of the parameters on this rank; none for what it holds nothing of.
 
     of: what to look at for each parameter, for example its gradient or an optimizer moment, stored like the parameter;
     None passes it over.
@@ -57,12 +57,12 @@ def pieces(model: nn.Module, of: Of = lambda parameter: parameter.data) -> Itera
                 yield from _of_dense(name, of(parameter))
 
 
-def buffers(model: nn.Module) -> Iterator[Piece]:
+def buffers(model: nn.Module) -> Iterator[StateShard]:
     """Persistent buffers, whole and the same on every rank: selection biases of routers."""
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield Piece(name, tuple(buffer.shape), 0, buffer, "batch")
+                yield StateShard(name, tuple(buffer.shape), 0, buffer, "batch")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _of_dense(name: str, tensor: Tensor | None) -> Iterator[Piece]:
+def _of_dense(name: str, tensor: Tensor | None) -> Iterator[StateShard]:
     if tensor is None:
         return
     dim, begin = shard_of(tensor)
@@ -78,10 +78,10 @@ def _of_dense(name: str, tensor: Tensor | None) -> Iterator[Piece]:
     rows = local(tensor)
     if len(rows):
         sharded = isinstance(tensor, DTensor)
-        yield Piece(name, tuple(tensor.shape), begin, rows, "dense_replicas" if sharded else "dense_grad")
+        yield StateShard(name, tuple(tensor.shape), begin, rows, "dense_replicas" if sharded else "dense_grad")
 
 
-def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...], stacked: Tensor | None) -> Iterator[Piece]:
+def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...], stacked: Tensor | None) -> Iterator[StateShard]:
     if stacked is None:
         return
     dim, begin = shard_of(stacked)
@@ -89,15 +89,15 @@ def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...], stacked: Ten
     held_by = "expert_replicas" if isinstance(stacked, DTensor) else "expert_grad"
     for index, rows in enumerate(local(stacked)):
         if len(rows):
-            yield Piece(f"{prefix}.{experts[first + index]}.{matrix}", tuple(stacked.shape[1:]), row, rows, held_by)
+            yield StateShard(f"{prefix}.{experts[first + index]}.{matrix}", tuple(stacked.shape[1:]), row, rows, held_by)
 
 
 def _of_sliced(prefix: str, matrix: str, experts: tuple[int, ...], shape: tuple[int, ...], begin: int,
-               stacked: Tensor | None) -> Iterator[Piece]:
+               stacked: Tensor | None) -> Iterator[StateShard]:
     if stacked is None or not stacked.shape[1]:          # fewer rows than positions
         return
     for expert, rows in zip(experts, stacked, strict=True):
-        yield Piece(f"{prefix}.{expert}.{matrix}", shape, begin, rows, "expert_grad")
+        yield StateShard(f"{prefix}.{expert}.{matrix}", shape, begin, rows, "expert_grad")
 
 
 def shard_of(tensor: Tensor) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class RouterContext(NamedTuple):
     token_ids_T: Tensor | None = None
     seq_offsets: Tensor | None = None
     carry: Tensor | None = None
-    counted: Callable[[str, Tensor], None] | None = None    # told by every layer its router's name and counts [E], before tokens travel
+    on_counts: Callable[[str, Tensor], None] | None = None    # told by every layer its router's name and counts [E], before tokens travel
     decisions: list["Decision"] | None = None    # where every router adds its own, if somebody wants to see them
 
 

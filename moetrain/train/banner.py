@@ -96,7 +96,7 @@ def schedule_line(run: Run) -> str:
     layers = list(run.state.model.moe_layers.values())
     if not layers or run.mesh["ep"].size == 1:
         return ""
-    chunks = layers[0].pipeline.chunks
+    chunks = layers[0].experts.num_chunks
     pieces = "in one piece" if chunks == 1 else f"in {chunks} chunks"
     rows = "a row for every expert of a token" if run.config.parallel.exact_combine else "a row for every rank with experts of a token"
     exchange = run.config.parallel.exchange

@@ -1,9 +1,9 @@
 """The counts that a balance loss wants: when they are summed over ranks, and what is known of the step at each backward.
 
-    Pooling    counts of one or more micro-batches on their way: posted when the last router has decided, before its tokens
+    CountAllReduce    counts of one or more micro-batches on their way: posted when the last router has decided, before its tokens
                travel, and awaited when a loss is formed, or in backward
-    Known      what of the step is known so far, by the mode (losses/base.py PoolRule)
-    Prior      the counts of the step before, which stand for what is still to come in mode warm; part of a run's state
+    AccumulatedCounts      what of the step is known so far, by the mode (losses/base.py PoolRule)
+    PreviousStepCounts the counts of the step before, which stand for what is still to come in mode warm; part of a run's state
 
 One all-reduce of all routers' counts, one a step in mode exact and one a micro-batch in the others.
 
@@ -19,14 +19,14 @@ from torch.profiler import record_function
 from moetrain.comm.mesh import Group, Mesh
 from moetrain.comm.reduce import sum_over_async
 from moetrain.losses.base import PoolRule
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.state_shards import StateShard
 
 
 def group_of(rule: PoolRule, mesh: Mesh) -> Group:
     return mesh["node"] if rule.scope == "node" else mesh["batch"]
 
 
-class Pooling:
+class CountAllReduce:
     """parts: micro-batches whose counts travel together."""
 
     def __init__(self, group: Group, routers: Mapping[str, int], device: torch.device, parts: int = 1) -> None:
@@ -35,17 +35,17 @@ class Pooling:
         self.wait: Callable[[], Tensor] = self._missing if routers else lambda: self.counts_L
 
     def micro_batch(self) -> Callable[[str, Tensor], None]:
-        """What the routers of a micro-batch tell their counts (RouterContext.counted), all of them; a block that runs again in backward
+        """What the routers of a micro-batch tell their counts (RouterContext.on_counts), all of them; a block that runs again in backward
         says nothing new."""
         told: dict[str, Tensor] = {}
 
-        def counted(router: str, counts_E: Tensor) -> None:
+        def on_counts(router: str, counts_E: Tensor) -> None:
             if router not in told:
                 told[router] = counts_E
                 if len(told) == len(self.routers):
                     self._add(torch.cat([told[router] for router in self.routers]))
 
-        return counted
+        return on_counts
 
     def _add(self, counts_L: Tensor) -> None:
         assert self.parts > 0, "more micro-batches than were expected"
@@ -60,10 +60,10 @@ class Pooling:
         raise AssertionError(f"{self.parts} micro-batches have not been counted")
 
 
-class Known:
+class AccumulatedCounts:
     """mode: sync, buffer or warm. tokens: valid tokens of the global batch."""
 
-    def __init__(self, mode: str, routers: Mapping[str, int], tokens: Tensor, prior: "Prior | None") -> None:
+    def __init__(self, mode: str, routers: Mapping[str, int], tokens: Tensor, prior: "PreviousStepCounts | None") -> None:
         self.mode, self.tokens, self.prior = mode, tokens, prior
         self.total_L = torch.zeros(sum(routers.values()), dtype=torch.int64, device=tokens.device)
 
@@ -77,7 +77,7 @@ class Known:
         return self.prior.complete(self.total_L, self.tokens)
 
 
-class Prior:
+class PreviousStepCounts:
     """counts_L, tokens: of the step before; 0 where there is none. drift: a router whose shares have moved by more than this
     (total variation, 0 to 1) from one step to the next has none."""
 
@@ -104,9 +104,9 @@ class Prior:
         self.counts_L.copy_(counts_L)
         self.tokens.copy_(tokens)
 
-    def pieces(self) -> Iterator[Piece]:
+    def state_shards(self) -> Iterator[StateShard]:
         for name, tensor in (("counts", self.counts_L), ("usable", self.usable_R), ("tokens", self.tokens)):
-            yield Piece(f"prior.{name}", tuple(tensor.shape), 0, tensor, "batch")
+            yield StateShard(f"prior.{name}", tuple(tensor.shape), 0, tensor, "batch")
 
 
 def shares(counts_E: Tensor) -> Tensor:

@@ -24,16 +24,16 @@ from torch.profiler import record_function
 from moetrain.data.batches.batch import Batch
 from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
-from moetrain.model.activation_checkpointing import Kept
+from moetrain.model.activation_checkpointing import OpRecord
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy
 from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
-from moetrain.train.count_pool import Known, Pooling, group_of
+from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, group_of
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.setup import Run
 
-Counted = Callable[[str, Tensor], None]      # RouterContext.counted
-Pool = Callable[[Sequence[Stack]], list[Pooled]]     # of a micro-batch's stacks, by the losses' rule; waits where counts are on their way
+OnCounts = Callable[[str, Tensor], None]      # RouterContext.on_counts
+PoolCounts = Callable[[Sequence[Stack]], list[Pooled]]     # of a micro-batch's stacks, by the losses' rule; waits where counts are on their way
 
 
 class Forward(NamedTuple):
@@ -41,7 +41,7 @@ class Forward(NamedTuple):
 
     cross_entropy: Tensor                    # sum in nats, with graph
     stacks: list[Stack]
-    pooled: Callable[[], list[Pooled]]       # of every stack, by Pool; counts of this micro-batch where no loss asks for more
+    pooled: Callable[[], list[Pooled]]       # of every stack, by PoolCounts; counts of this micro-batch where no loss asks for more
     counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where the losses want these; once `pooled` was asked
 
 
@@ -59,11 +59,11 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
 
 def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
     routers = run.state.model.routers
-    known = Known(rule.mode, routers, tokens, run.state.prior)
+    known = AccumulatedCounts(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
-        pooling, last = Pooling(group_of(rule, run.mesh), routers, tokens.device), number == len(batches)
+        pooling, last = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device), number == len(batches)
 
-        def pooled(found: Sequence[Stack], pooling: Pooling = pooling, last: bool = last) -> list[Pooled]:
+        def pooled(found: Sequence[Stack], pooling: CountAllReduce = pooling, last: bool = last) -> list[Pooled]:
             return pool(known.add(pooling.wait(), last=last), routers, tokens)
 
         forward = forward_pass(run, step, batch, pooled, pooling.micro_batch())
@@ -72,13 +72,13 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rul
 
 def _whole_step(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
     routers = run.state.model.routers
-    pooling = Pooling(group_of(rule, run.mesh), routers, tokens.device, len(batches))
+    pooling = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device, len(batches))
     pooled = cache(lambda: pool(pooling.wait(), routers, tokens))
     for forward in (_graphs_kept if run.graphs.kept else _counted_first)(run, step, batches, pooling, lambda found: pooled()):
         yield forward._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
 
 
-def _counted_first(run: Run, step: int, batches: list[Batch], pooling: Pooling, pooled: Pool) -> Iterator[Forward]:
+def _counted_first(run: Run, step: int, batches: list[Batch], pooling: CountAllReduce, pooled: PoolCounts) -> Iterator[Forward]:
     choices = [_count(run, step, batch, pooling.micro_batch()) for batch in batches]
     for batch, chosen in zip(batches, choices):
         with chosen.replay(whole=False):                 # the last layer exchanges its counts only now
@@ -86,7 +86,7 @@ def _counted_first(run: Run, step: int, batches: list[Batch], pooling: Pooling, 
         yield forward
 
 
-def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: Pooling, pooled: Pool) -> Iterator[Forward]:
+def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: CountAllReduce, pooled: PoolCounts) -> Iterator[Forward]:
     kept = [forward_pass(run, step, batch, pooled, pooling.micro_batch()) for batch in batches]
     while kept:                                          # each graph is freed once it has run backward
         yield kept.pop(0)
@@ -108,7 +108,7 @@ def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, p
     )
 
 
-def forward_pass(run: Run, step: int, batch: Batch, pooled: Pool, counted: Counted | None = None) -> Forward:
+def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts, on_counts: OnCounts | None = None) -> Forward:
     """pooled: asked once. counted: told the counts of every router as soon as it has decided."""
     found: list[Stack] = []
     asked = cache(lambda: pooled(found))
@@ -120,7 +120,7 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: Pool, counted: Count
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
     with record_function("forward"):
-        output = run.state.model(batch.tokens_BS, context._replace(counted=counted, decisions=decisions), batch.documents_BS, routed=routed,
+        output = run.state.model(batch.tokens_BS, context._replace(on_counts=on_counts, decisions=decisions), batch.documents_BS, routed=routed,
                                  score=_by_chunks(batch, run.config.train.head_chunk))
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
@@ -136,8 +136,8 @@ def _by_chunks(batch: Batch, chunk: int) -> Callable[[Tensor, Tensor], Tensor] |
 
 
 @torch.no_grad()
-def _count(run: Run, step: int, batch: Batch, counted: Counted) -> Kept:
-    choices, context = Kept(), step_context(run.config.run.seed, step, batch)._replace(counted=counted)
+def _count(run: Run, step: int, batch: Batch, on_counts: OnCounts) -> OpRecord:
+    choices, context = OpRecord(), step_context(run.config.run.seed, step, batch)._replace(on_counts=on_counts)
     with choices.record(), record_function("count"):
         run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True)
     return choices

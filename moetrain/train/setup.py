@@ -23,7 +23,7 @@ from moetrain.errors import ConfigError
 from moetrain.model.build import build_model, compute_dtype
 from moetrain.model.flops import peak_flops, training_flops
 from moetrain.model.parallelize import Parallel, parallelize
-from moetrain.train.count_pool import Prior
+from moetrain.train.count_pool import PreviousStepCounts
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.fssdp_setup import build_fssdp
 from moetrain.train.loggers.router_dump import RouterDump
@@ -98,7 +98,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
     objective = Objective(losses, len(model.routers), attached=config.train.loss_carrier == "attached")
     prior = None
     if objective.pool is not None and objective.pool.mode == "warm":
-        prior = Prior(model.routers, losses["balance"].drift, mesh.device)
+        prior = PreviousStepCounts(model.routers, losses["balance"].drift, mesh.device)
     dump = RouterDump(directory, mesh, dataset.domains) if config.log.router_dump else None
     return Run(config, directory, mesh, dataset, loader, TrainState(model, optimizer, planning=planning, prior=prior),
                parallelize(model, mesh, copies), objective, Graphs(kept=not config.train.count_pass), dump,

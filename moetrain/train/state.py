@@ -22,8 +22,8 @@ import torch
 
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.fssdp.replanner import Replanner
-from moetrain.parallel.state_shards import Piece, buffers, pieces
-from moetrain.train.count_pool import Prior
+from moetrain.parallel.state_shards import StateShard, buffers, state_shards
+from moetrain.train.count_pool import PreviousStepCounts
 from moetrain.train.optim.optimizer import moments, restore_steps
 
 # What changes from step to step and is not saved, because it follows from what is: a pattern of its path in the run, and why.
@@ -49,19 +49,19 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     planning: Replanner | None = None
-    prior: Prior | None = None
+    prior: PreviousStepCounts | None = None
 
-    def pieces(self) -> Iterator[Piece]:
-        """All tensor state this rank holds, by global name; writing into a piece's rows restores it."""
+    def state_shards(self) -> Iterator[StateShard]:
+        """All tensor state this rank holds, by global name; writing into a shard's rows restores it."""
         yield from self.weights()
         for moment in moments(self.optimizer):
             of = lambda parameter: self.optimizer.state[parameter].get(moment)  # noqa: E731, B023 (used at once)
-            yield from (p._replace(name=f"optim.{p.name}.{moment}") for p in pieces(self.model, of))
+            yield from (p._replace(name=f"optim.{p.name}.{moment}") for p in state_shards(self.model, of))
         for part in (self.planning, self.prior):
             if part is not None:
-                yield from part.pieces()
+                yield from part.state_shards()
 
-    def weights(self) -> Iterator[Piece]:
+    def weights(self) -> Iterator[StateShard]:
         """What evaluation and sampling need of it."""
         return weights(self.model)
 
@@ -77,7 +77,7 @@ class TrainState:
             self.planning.restored()
 
 
-def weights(model: Transformer) -> Iterator[Piece]:
+def weights(model: Transformer) -> Iterator[StateShard]:
     """Parameters and persistent buffers of a model, by the names they are saved under."""
-    yield from (piece._replace(name=f"model.{piece.name}") for piece in pieces(model))
-    yield from (piece._replace(name=f"buffer.{piece.name}") for piece in buffers(model))
+    yield from (shard._replace(name=f"model.{shard.name}") for shard in state_shards(model))
+    yield from (shard._replace(name=f"buffer.{shard.name}") for shard in buffers(model))

@@ -16,7 +16,7 @@ from moetrain.checkpoint import disk, records
 from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.checkpoint.manifest import NAME, read_manifest
 from moetrain.checkpoint.payload import Item
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.state_shards import StateShard
 from moetrain.train.checkpoint.layout import NAMES
 from moetrain.train.checkpoint.load import Loading
 from moetrain.train.checkpoint.snapshot import as_bytes
@@ -24,12 +24,12 @@ from moetrain.train.checkpoint.snapshot import as_bytes
 LAYERS, EXPERTS, RANKS = 60, 256, 4
 
 
-def held(rank: int, fill: float | None = None) -> Iterator[Piece]:
+def held(rank: int, fill: float | None = None) -> Iterator[StateShard]:
     """The experts of one rank of four; each is full of its own number."""
     for layer in range(LAYERS):
         for expert in range(rank, EXPERTS, RANKS):
             rows = torch.full((2, 2), float(layer * EXPERTS + expert) if fill is None else fill)
-            yield Piece(f"model.layers.{layer}.moe.experts.{expert}.down", (2, 2), 0, rows, "expert_grad")
+            yield StateShard(f"model.layers.{layer}.moe.experts.{expert}.down", (2, 2), 0, rows, "expert_grad")
 
 
 def counting(counts: Counter, name: str, original):
@@ -55,18 +55,18 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
     found = read_manifest(final)
     assert not found.tensors and len(found.experts) == LAYERS and len(list(found.names())) == LAYERS * EXPERTS
 
-    pieces = list(held(1, fill=-1.0))
+    state_shards = list(held(1, fill=-1.0))
     with patch.object(records, "Entry", counting(counts, "Entry", records.Entry)), \
             patch.object(os, "preadv", counting(counts, "preadv", os.preadv)):
         for torch_part in torchs:
             torch_part.start()
-        loading = Loading(pieces, final, "full")
+        loading = Loading(state_shards, final, "full")
         assert counts["preadv"] == RANKS                 # headers
         loading.verify()
         loading.fill()
         patch.stopall()
     each = LAYERS * EXPERTS // RANKS
     assert counts == {"Entry": each, "preadv": RANKS + 1 + 2 * each}
-    for piece, truth in zip(pieces, held(1)):
-        assert torch.equal(piece.rows, truth.rows), piece.name
+    for shard, truth in zip(state_shards, held(1)):
+        assert torch.equal(shard.rows, truth.rows), shard.name
     assert (final / NAME).stat().st_size < 40 * LAYERS * EXPERTS

@@ -284,7 +284,7 @@ def test_the_records_of_a_checkpoint_are_json(two_steps):
 def test_one_run_does_not_load_into_another_of_equal_names(two_steps):
     """The state that is loaded over is gone to the last tensor: what the file does not hold would show."""
     other = make_run([*SIZES, "run.seed=5"])
-    for piece in other.state.pieces():
-        piece.rows.fill_(float("nan"))
+    for shard in other.state.state_shards():
+        shard.rows.fill_(float("nan"))
     load(other.state, two_steps[1])
-    assert all(torch.isfinite(piece.rows).all() for piece in other.state.pieces())
+    assert all(torch.isfinite(shard.rows).all() for shard in other.state.state_shards())

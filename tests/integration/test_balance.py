@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moetrain.train.checkpoint.load import load
 from moetrain.train.checkpoint.save import save
-from moetrain.train.count_pool import Prior
+from moetrain.train.count_pool import PreviousStepCounts
 from moetrain.train.metrics import SumBuffer
 from moetrain.train.micro_batches import forwards
 from moetrain.train.step import train_step
@@ -114,13 +114,13 @@ def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
 @pytest.mark.parametrize("forget", [False, True])
 def test_the_step_before_is_part_of_the_state(tmp_path, monkeypatch, forget):
     if forget:
-        monkeypatch.setattr(Prior, "pieces", lambda self: iter(()))
+        monkeypatch.setattr(PreviousStepCounts, "pieces", lambda self: iter(()))
     first, again = resumed([*BASE, "balance.mode=warm", "balance.drift=1", "train.micro_batch=4"], tmp_path)
     assert (first == again) == (not forget)
 
 
 def test_shares_that_have_moved_far_stand_for_nothing():
-    prior = Prior({"a": 2, "b": 2}, 0.3, torch.device("cpu"))
+    prior = PreviousStepCounts({"a": 2, "b": 2}, 0.3, torch.device("cpu"))
     known_L, tokens = torch.tensor([3, 1, 3, 1]), torch.tensor(8)
     assert prior.complete(known_L, tokens).tolist() == [3, 1, 3, 1]                      # nothing known of a step before
     prior.observe(torch.tensor([4, 4, 4, 4]), torch.tensor(8))

@@ -17,7 +17,7 @@ from moetrain.data.loader import Loader
 from moetrain.errors import NonFiniteError
 from moetrain.routers import base
 from moetrain.routers.base import RouterContext, stacks
-from moetrain.train.count_pool import Known, Pooling, Prior
+from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, PreviousStepCounts
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.metrics import pool
 from moetrain.train.micro_batches import step_context
@@ -120,10 +120,10 @@ def test_where_micro_batches_are_alike_every_scope_and_mode_is_the_same(ranks):
 
 def test_where_turns_have_the_shares_of_the_step_before_all_modes_are_one():
     share_E, turns, tokens = torch.tensor([5, 1, 0, 2]), 4, torch.tensor(16)
-    prior = Prior({"": 4}, 0.3, torch.device("cpu"))
+    prior = PreviousStepCounts({"": 4}, 0.3, torch.device("cpu"))
     prior.observe(4 * share_E, tokens)
     for mode in ("sync", "buffer", "warm"):
-        known = Known(mode, {"": 4}, tokens, prior)
+        known = AccumulatedCounts(mode, {"": 4}, tokens, prior)
         for turn in range(1, turns + 1):
             f_E = known.add(share_E.clone(), last=turn == turns).double()
             torch.testing.assert_close(f_E / f_E.sum(), share_E.double() / 8, rtol=0, atol=1e-15)
@@ -182,7 +182,7 @@ def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor],
     here = torch.arange(12).chunk(world)[group.position]
     x_TD, valid_T = x_BSD[:, here].flatten(0, 1).requires_grad_(), valid_BS[:, here].flatten()
     stats = {moe.name: moe.router.route(x_TD, RouterContext(valid_T=valid_T)).stats for moe in moes}
-    pooling, tokens, found = Pooling(group, run.state.model.routers, run.mesh.device), valid_BS.sum(), stacks(stats)
+    pooling, tokens, found = CountAllReduce(group, run.state.model.routers, run.mesh.device), valid_BS.sum(), stacks(stats)
     counted = pooling.micro_batch()
     for router, of_router in stats.items():
         counted(router, of_router.counts_E)
@@ -246,12 +246,12 @@ def test_blocks_that_run_again_say_their_counts_once(mode):
 
 def left_behind(overrides: list[str]) -> list[bool]:
     """Which of the sums of a step are still there after it."""
-    run, micro_batch, found = make_run(overrides), Pooling.micro_batch, []
-    Pooling.micro_batch = lambda self: found.append(weakref.ref(self)) or micro_batch(self)
+    run, micro_batch, found = make_run(overrides), CountAllReduce.micro_batch, []
+    CountAllReduce.micro_batch = lambda self: found.append(weakref.ref(self)) or micro_batch(self)
     try:
         train_step(run, 1)
     finally:
-        Pooling.micro_batch = micro_batch
+        CountAllReduce.micro_batch = micro_batch
     gc.collect()
     return [pooling() is not None for pooling in found]
 
@@ -298,11 +298,11 @@ class Saved:
         self.held: dict[int, int] = {}
         self.bytes = self.most = 0
 
-    def pack(self, tensor: Tensor) -> "Kept":
-        return Kept(self, tensor)
+    def pack(self, tensor: Tensor) -> "OpRecord":
+        return OpRecord(self, tensor)
 
 
-class Kept:
+class OpRecord:
     def __init__(self, saved: Saved, tensor: Tensor) -> None:
         self.saved, self.tensor, storage = saved, tensor, tensor.untyped_storage()
         self.place = storage.data_ptr()

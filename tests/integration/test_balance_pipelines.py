@@ -29,7 +29,7 @@ from moetrain.config.compose import compose
 from moetrain.losses.attached import attach
 from moetrain.model.attention import rotary_table
 from moetrain.routers.base import stacks
-from moetrain.train.count_pool import Known, Pooling
+from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce
 from moetrain.train.metrics import pool
 from moetrain.train.micro_batches import step_context
 from moetrain.train.objective import cross_entropy_sum
@@ -55,8 +55,8 @@ class Chunk(nn.Module):
         self.run, self.layers, self.tokens, self.defect, self.batches = run, layers, tokens, defect, run.loader.step(1)
         self.blocks = nn.ModuleList(run.state.model.layers[layer] for layer in layers)
         self.routers = {block.moe.name: block.moe.router.num_experts for block in self.blocks}
-        self.known = Known("buffer", self.routers, tokens, None)
-        self.travelling: deque[Pooling] = deque()
+        self.known = AccumulatedCounts("buffer", self.routers, tokens, None)
+        self.travelling: deque[CountAllReduce] = deque()
         self.order: list[tuple[str, int]] = []
 
     @property
@@ -66,8 +66,8 @@ class Chunk(nn.Module):
         return ends + tuple(f"layers.{layer}." for layer in self.layers)
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        model, stats, pooling = self.run.state.model, {}, Pooling(self.run.mesh["batch"], self.routers, x.device)
-        context = step_context(0, 1, self.batches[int(number)])._replace(counted=pooling.micro_batch())
+        model, stats, pooling = self.run.state.model, {}, CountAllReduce(self.run.mesh["batch"], self.routers, x.device)
+        context = step_context(0, 1, self.batches[int(number)])._replace(on_counts=pooling.micro_batch())
         if self.layers.start == 0:
             x = F.embedding(x, model.embed)
         rotary = rotary_table(x.shape[1], model.head_dim, model.rope_theta, dtype=x.dtype, device=x.device)

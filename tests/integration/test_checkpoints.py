@@ -71,8 +71,8 @@ def on(ranks, layout: str, function, experts: str, *arguments) -> list:
 
 def held(run: Run) -> Held:
     """All state of this rank that every mesh has."""
-    return {piece.name: (tuple(piece.shape), piece.begin, piece.rows.detach().clone()) for piece in run.state.pieces()
-            if not piece.name.startswith(OPTIONAL)}
+    return {shard.name: (tuple(shard.shape), shard.begin, shard.rows.detach().clone()) for shard in run.state.state_shards()
+            if not shard.name.startswith(OPTIONAL)}
 
 
 def save_on(overrides: list[str], run_dir: Path) -> Held:
@@ -82,9 +82,9 @@ def save_on(overrides: list[str], run_dir: Path) -> Held:
         train_step(run, step)
     state = held(run)
     save(run.state, run_dir / "trained", run.mesh, {})
-    for piece in run.state.pieces():
-        if not piece.name.startswith(OPTIONAL):
-            piece.rows.fill_(number_of(piece.name))
+    for shard in run.state.state_shards():
+        if not shard.name.startswith(OPTIONAL):
+            shard.rows.fill_(number_of(shard.name))
     save(run.state, run_dir / "numbered", run.mesh, {})
     return state
 
@@ -92,8 +92,8 @@ def save_on(overrides: list[str], run_dir: Path) -> Held:
 def load_on(overrides: list[str], run_dir: Path) -> tuple[Held, Held, list[dict], list[Tensor], Held]:
     """(numbered state, loaded state, metrics of steps 3 and 4, their counts, parameters after them)."""
     run = make_run(overrides)
-    for piece in run.state.pieces():
-        piece.rows.fill_(float("nan") if piece.rows.is_floating_point() else -1)
+    for shard in run.state.state_shards():
+        shard.rows.fill_(float("nan") if shard.rows.is_floating_point() else -1)
     assert resume(run.state, run_dir / "numbered", run.mesh).path.name == "step-00000002"
     numbered = held(run)
     assert resume(run.state, run_dir / "trained", run.mesh).lost == 0

@@ -6,7 +6,7 @@ import pytest
 from torch.distributed.tensor import DTensor
 
 from moetrain.model.transformer import BlockOutput
-from moetrain.parallel.state_shards import pieces
+from moetrain.parallel.state_shards import state_shards
 from moetrain.train import micro_batches as passes
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
@@ -55,8 +55,8 @@ def held_bytes(overrides: list[str]) -> tuple[int, int, bool]:
     train_step(run, 1)
     evaluate(run.state.model, run.dataset, run.mesh, run.config)
     parameters = list(run.state.model.parameters())
-    held = sum(piece.rows.nbytes for piece in pieces(run.state.model))
-    moments = sum(piece.rows.nbytes for piece in run.state.pieces()) - held
+    held = sum(shard.rows.nbytes for shard in state_shards(run.state.model))
+    moments = sum(shard.rows.nbytes for shard in run.state.state_shards()) - held
     return held, moments, all(isinstance(parameter, DTensor) for parameter in parameters)
 
 

@@ -44,14 +44,14 @@ def test_resuming_gives_the_same_bits_and_needs_forecast_and_homes(ranks, tmp_pa
 
 
 def resumed_without(overrides: list[str], directory: Path, forget: str) -> tuple[list, list]:
-    def pieces(planning, original=Replanner.pieces):
-        yield from (piece for piece in original(planning) if piece.name != forget)
+    def state_shards(planning, original=Replanner.state_shards):
+        yield from (shard for shard in original(planning) if shard.name != forget)
 
-    original, Replanner.pieces = Replanner.pieces, pieces
+    original, Replanner.state_shards = Replanner.state_shards, state_shards
     try:
         return resumed(overrides, directory)
     finally:
-        Replanner.pieces = original
+        Replanner.state_shards = original
 
 
 def save_moved(overrides: list[str], run_dir: Path) -> dict:
@@ -69,8 +69,8 @@ def load_elsewhere(overrides: list[str], run_dir: Path) -> dict:
 
 
 def held(run: Run) -> dict:
-    return {piece.name: (tuple(piece.shape), piece.begin, piece.rows.detach().clone()) for piece in run.state.pieces()
-            if not piece.name.startswith("plan.")}
+    return {shard.name: (tuple(shard.shape), shard.begin, shard.rows.detach().clone()) for shard in run.state.state_shards()
+            if not shard.name.startswith("plan.")}
 
 
 SLICED4 = (4, ["parallel=fssdp", "planner=eplb", "parallel.sliced=3", "parallel.rehome_interval=2"])
@@ -111,14 +111,14 @@ def test_a_run_resumed_on_more_ranks_spreads_its_homes_over_all(ranks, tmp_path,
 
 
 def save_without_positions(overrides: list[str], run_dir: Path) -> None:
-    def pieces(planning, original=Replanner.pieces):
-        yield from (piece for piece in original(planning) if piece.name != "plan.positions")
+    def state_shards(planning, original=Replanner.state_shards):
+        yield from (shard for shard in original(planning) if shard.name != "plan.positions")
 
-    original, Replanner.pieces = Replanner.pieces, pieces
+    original, Replanner.state_shards = Replanner.state_shards, state_shards
     try:
         save_moved(overrides, run_dir)
     finally:
-        Replanner.pieces = original
+        Replanner.state_shards = original
 
 
 def unsaved_with_copies(overrides: list[str]) -> list[str]:

@@ -46,5 +46,5 @@ def test_what_is_kept_is_float32():
     train_step(run, 1)
     hook.remove()
     assert seen and set(seen) == {torch.bfloat16}
-    assert {piece.rows.dtype for piece in run.state.pieces()} == {torch.float32}
+    assert {shard.rows.dtype for shard in run.state.state_shards()} == {torch.float32}
     assert {parameter.grad.dtype for parameter in run.state.model.parameters()} == {torch.float32}

@@ -24,7 +24,7 @@ VARIANTS = {
     "accumulated": ["train.micro_batch=4", "train.count_pass=true", "train.activation_checkpointing=full"],
     "wsd": ["optim.schedule=wsd"], "shared": ["model.num_shared_experts=1", "loss=[z]"],
 }
-# What is forgotten -> the variant that must notice: a pattern of names in TrainState.pieces, or a counter.
+# What is forgotten -> the variant that must notice: a pattern of names in TrainState.state_shards, or a counter.
 FORGOTTEN = {
     "model.embed": "adamw", "model.layers.0.attention.qkv": "adamw", "model.layers.1.moe.router.weight": "adamw",
     "model.layers.1.moe.experts.5.down": "adamw", "model.norm.weight": "adamw", "model.layers.0.moe.shared.down": "shared",
@@ -43,7 +43,7 @@ def steps(run: Run, first: int, last: int) -> list[dict]:
 
 
 def end(run: Run) -> dict[str, bytes]:
-    return {piece.name: piece.rows.detach().contiguous().view(torch.uint8).numpy().tobytes() for piece in run.state.pieces()}
+    return {shard.name: shard.rows.detach().contiguous().view(torch.uint8).numpy().tobytes() for shard in run.state.state_shards()}
 
 
 def resumed(overrides: list[str], directory: Path, forget: str = "") -> tuple[list[dict], dict[str, bytes]]:
@@ -52,10 +52,10 @@ def resumed(overrides: list[str], directory: Path, forget: str = "") -> tuple[li
     path = save(run.state, directory, run.mesh, {"data": run.dataset.fingerprint})
     again, fresh = make_run(overrides), make_run(overrides)
     load(again.state, path)
-    for piece, untouched in zip(again.state.pieces(), fresh.state.pieces()):
-        if forget and (piece.name == forget or piece.name.endswith(forget)):
-            assert not torch.equal(piece.rows, untouched.rows), f"{piece.name} has not changed in training"
-            piece.rows.copy_(untouched.rows)
+    for shard, untouched in zip(again.state.state_shards(), fresh.state.state_shards()):
+        if forget and (shard.name == forget or shard.name.endswith(forget)):
+            assert not torch.equal(shard.rows, untouched.rows), f"{shard.name} has not changed in training"
+            shard.rows.copy_(untouched.rows)
     if forget == "optimizer step":
         for state in again.state.optimizer.state.values():
             state["step"].fill_(1)                       # what torch's own helpers leave behind

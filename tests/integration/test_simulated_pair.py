@@ -187,8 +187,8 @@ def saved_after(steps: int, overrides: list[str], resumed: Path | None,
     run = make_run([*overrides, "run.dtype=float32"])
     first = 1
     if resumed is not None:
-        for piece in run.state.pieces():
-            piece.rows.fill_(float("nan") if piece.rows.is_floating_point() else -1)
+        for shard in run.state.state_shards():
+            shard.rows.fill_(float("nan") if shard.rows.is_floating_point() else -1)
         first += int(resume(run.state, resumed, run.mesh).path.name.removeprefix("step-"))
     loaded = snapshot(run, lambda parameter: parameter.data)
     metrics = [train_step(run, step).metrics for step in range(first, steps + 1)]
@@ -196,7 +196,7 @@ def saved_after(steps: int, overrides: list[str], resumed: Path | None,
     save(run.state, target, run.mesh, {})
     snapshot_py = "train/checkpoint/snapshot.py"
     waits = {wait.kind: times for wait, times in RECORD.items() if wait.place.startswith(snapshot_py)}
-    assert run.mesh.device.type == "cpu" or waits == {"synchronize": 1}, waits          # not one a piece
+    assert run.mesh.device.type == "cpu" or waits == {"synchronize": 1}, waits          # not one a shard
     return loaded, snapshot(run, lambda parameter: parameter.data), metrics
 
 

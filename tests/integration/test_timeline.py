@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.errors import DiskError
-from moetrain.train.count_pool import Pooling
+from moetrain.train.count_pool import CountAllReduce
 from moetrain.train.loggers.timeline import Timeline
 from moetrain.train.step import train_step
 from tests.support.training import make_run
@@ -20,7 +20,7 @@ MODES = {"exact": [], "counted first": ["train.count_pass=true"], "sync": ["bala
 
 def recorded(overrides: list[str], directory: Path, steps: int, at_once: bool = False) -> None:
     """at_once: the defect, counts are awaited where they are posted."""
-    run, original = make_run([*ACCUMULATED, *overrides]), Pooling._add
+    run, original = make_run([*ACCUMULATED, *overrides]), CountAllReduce._add
     timeline = Timeline(directory, run.mesh, replace(run.config.log, timeline=1))
 
     def add(self, counts_L) -> None:
@@ -29,13 +29,13 @@ def recorded(overrides: list[str], directory: Path, steps: int, at_once: bool = 
             counts_L = self.wait()
             self.wait = lambda: counts_L
 
-    Pooling._add = add if at_once else original
+    CountAllReduce._add = add if at_once else original
     try:
         for step in range(1, steps + 1):
             with timeline.step(step, run.state.model):
                 train_step(run, step)
     finally:
-        Pooling._add = original
+        CountAllReduce._add = original
 
 
 def hidden(directory: Path) -> list[list[bool]]:

@@ -48,7 +48,7 @@ def steps(run: Run, first: int, last: int) -> list[list[float]]:
 
 def held(run: Run) -> dict:
     """Everything a checkpoint would hold, on this rank."""
-    return {piece.name: (piece.shape, piece.begin, piece.rows.detach().clone()) for piece in run.state.pieces()}
+    return {shard.name: (shard.shape, shard.begin, shard.rows.detach().clone()) for shard in run.state.state_shards()}
 
 
 def trained(overrides: list[str]) -> tuple[dict, list[list[float]]]:

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from moetrain.model.activation_checkpointing import Kept, recomputed
+from moetrain.model.activation_checkpointing import OpRecord, recomputed
 from moetrain.ops.gating import decide, top_k
 from moetrain.train.micro_batches import step_context
 from moetrain.train.step import train_step
@@ -111,7 +111,7 @@ def alive() -> dict[int, int]:
 
 
 def test_a_record_gives_back_what_was_decided_even_if_it_would_be_decided_otherwise_now():
-    kept = Kept()
+    kept = OpRecord()
     scores_TE = torch.randn(5, 4)
     with kept.record():
         ids_TK = decide(top_k(scores_TE, 2)[1])
@@ -120,7 +120,7 @@ def test_a_record_gives_back_what_was_decided_even_if_it_would_be_decided_otherw
 
 
 def test_a_record_that_is_not_used_up_is_noticed():
-    kept = Kept()
+    kept = OpRecord()
     with kept.record():
         decide(top_k(torch.randn(5, 4), 2)[1])
     with pytest.raises(AssertionError, match="not asked for again"), kept.replay(whole=True):

@@ -13,9 +13,8 @@ from torch._subclasses.fake_tensor import (
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.dispatch import Sent, TokenDispatcher
-from moetrain.moe.experts import GroupedExperts
-from moetrain.moe.overlap import Pipeline
+from moetrain.moe.dispatch import DispatchedRows, TokenDispatcher
+from moetrain.moe.experts import RoutedExperts
 from moetrain.ops.permute import gather_padded, permute
 from moetrain.plan.placement import LayerPlacement, contiguous
 from moetrain.routers.base import Routing
@@ -50,12 +49,12 @@ def group(positions: int) -> Group:
     return Group("ep", (0,), 0) if positions == 1 else Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)
 
 
-def rows_of(sent: Sent) -> Tensor:
+def rows_of(sent: DispatchedRows) -> Tensor:
     """The rows as the experts read them, in expert order."""
     return permute(sent.x_ND, sent.order)
 
 
-def experts(sent: Sent, ids: tuple[int, ...]) -> Tensor:
+def experts(sent: DispatchedRows, ids: tuple[int, ...]) -> Tensor:
     """Expert e cubes a row, times e + 1, times the row's weight: neither linear nor the same for two experts."""
     assert sum(sent.counts_e) == len(rows_of(sent)) == len(sent.weights_R)
     assert not any(sent.counts_e[len(ids):])                       # slots without an expert get no rows
@@ -66,10 +65,10 @@ def experts(sent: Sent, ids: tuple[int, ...]) -> Tensor:
 def through(placement: LayerPlacement, ids: list[list[int]], rank: int, exact: bool = False) -> tuple[Tensor, ...]:
     """Output, and the gradients of tokens and weights."""
     x_TD, routing = routed(ids, seed=rank)
-    wire = dispatcher(placement, exact)
-    sent = wire.dispatch(x_TD, routing)
-    held = placement.experts_of(wire.exchange.group.position)
-    out_TD = wire.combine(experts(sent, held), sent.ticket)
+    moves = dispatcher(placement, exact)
+    sent = moves.dispatch(x_TD, routing.ids_TK, routing.weights_TK)
+    held = placement.experts_of(moves.exchange.group.position)
+    out_TD = moves.combine(experts(sent, held), sent.metadata)
     (out_TD * torch.arange(1.0, WIDTH + 1)).sum().backward()
     return out_TD.detach(), x_TD.grad, routing.weights_TK.grad
 
@@ -88,9 +87,9 @@ def through_on_rank(placement: LayerPlacement, ids: list[list[list[int]]], exact
 
 def slots_on_rank(ids: list[list[list[int]]], exact: bool) -> Tensor:
     x_TD, routing = routed(ids[dist.get_rank()], seed=dist.get_rank())
-    wire = dispatcher(HOMES[2], exact)
-    sent = wire.dispatch(x_TD, routing)
-    return wire.combine(rows_of(sent), sent.ticket, reduce=False).detach()
+    moves = dispatcher(HOMES[2], exact)
+    sent = moves.dispatch(x_TD, routing.ids_TK, routing.weights_TK)
+    return moves.combine(rows_of(sent), sent.metadata, reduce=False).detach()
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
@@ -111,13 +110,13 @@ def test_two_positions_give_what_one_gives(ranks, ids, placement, exact):
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 def test_rows_come_in_expert_order_and_unreduced_slots_undo_the_dispatch(ids):
     x_TD, routing = routed(ids[0], seed=0)
-    wire = dispatcher(HOMES[1])
-    sent = wire.dispatch(x_TD, routing)
+    moves = dispatcher(HOMES[1])
+    sent = moves.dispatch(x_TD, routing.ids_TK, routing.weights_TK)
     used = sorted((id, token, slot) for token, row in enumerate(ids[0]) for slot, id in enumerate(row) if id >= 0)
     assert sent.counts_e == [sum(id == expert for id, _, _ in used) for expert in range(EXPERTS)]
     assert rows_of(sent).tolist() == [x_TD[token].tolist() for _, token, _ in used]
     assert sent.weights_R.tolist() == [routing.weights_TK[token, slot].item() for _, token, slot in used]
-    slots_TKD = wire.combine(rows_of(sent), sent.ticket, reduce=False)
+    slots_TKD = moves.combine(rows_of(sent), sent.metadata, reduce=False)
     assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])
 
 
@@ -148,8 +147,8 @@ def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]
     bank = ExpertBank(experts=placement.experts_of(rank), dim=8, expert_dim=16)
     for matrix in bank.parameters():
         torch.nn.init.normal_(matrix, generator=generator)
-    wire = TokenDispatcher(placement, FlatExchange(group(positions)), CPU, exact=exact, on_device=on_device)
-    out_TD = GroupedExperts(bank)(x_TD, ids_TK, weights_TK.where(ids_TK >= 0, 0), Pipeline(wire)).wait()
+    dispatcher = TokenDispatcher(placement, FlatExchange(group(positions)), CPU, exact=exact, on_device=on_device)
+    out_TD = RoutedExperts(bank, dispatcher)(x_TD, ids_TK, weights_TK.where(ids_TK >= 0, 0)).wait()
     (out_TD ** 2).sum().backward()
     return out_TD.detach(), x_TD.grad, weights_TK.grad, bank.gate_up.grad, bank.down.grad
 
@@ -176,9 +175,9 @@ def test_nothing_asks_the_device_for_a_number(on_device):
         ids_TK = torch.zeros(5, 2, dtype=torch.int64)
         x_TD, weights_TK = torch.randn(5, 8).requires_grad_(), torch.rand(5, 2).requires_grad_()
         bank = ExpertBank(experts=tuple(range(EXPERTS)), dim=8, expert_dim=16)
-        wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=on_device)
+        dispatcher = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=on_device)
         try:
-            GroupedExperts(bank)(x_TD, ids_TK, weights_TK, Pipeline(wire)).wait().sum().backward()
+            RoutedExperts(bank, dispatcher)(x_TD, ids_TK, weights_TK).wait().sum().backward()
         except (DataDependentOutputException, DynamicOutputShapeException):
             assert not on_device
         else:
@@ -188,7 +187,7 @@ def test_nothing_asks_the_device_for_a_number(on_device):
 def test_unreduced_slots_of_padded_rows_undo_the_dispatch():
     x_TD, routing = routed(IDS["mixed"][0], seed=0)
     x_TD, routing = x_TD.float(), routing._replace(weights_TK=routing.weights_TK.float())
-    wire = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=True)
-    sent = wire.dispatch(x_TD, routing)
-    slots_TKD = wire.combine(gather_padded(sent.x_ND, *sent.order[:2]), sent.ticket, reduce=False)
+    moves = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=True)
+    sent = moves.dispatch(x_TD, routing.ids_TK, routing.weights_TK)
+    slots_TKD = moves.combine(gather_padded(sent.x_ND, *sent.order[:2]), sent.metadata, reduce=False)
     assert slots_TKD.equal(x_TD[:, None] * (routing.ids_TK >= 0)[..., None])

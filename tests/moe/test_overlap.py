@@ -1,4 +1,4 @@
-"""The pipeline: what is on its way while experts compute, both ways, and that chunks change nothing."""
+"""Overlap: what is on its way while experts compute, both ways, and that chunks change nothing."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
-from moetrain.moe.experts import GroupedExperts
-from moetrain.moe.overlap import Pipeline, chunk_sizes
+from moetrain.moe.experts import RoutedExperts
+from moetrain.moe.overlap import chunk_sizes
 from moetrain.plan.placement import contiguous
 
 EXPERTS, WIDTH, TOKENS = 4, 8, 11
@@ -35,14 +35,14 @@ class Trace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def layer(chunks: int, exact: bool) -> tuple[GroupedExperts, Pipeline]:
+def layer(chunks: int, exact: bool) -> RoutedExperts:
     group = Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)
     placement = contiguous(EXPERTS, 2)
     bank = ExpertBank(experts=placement.experts_of(group.position), dim=WIDTH, expert_dim=WIDTH).double()
     for matrix in bank.parameters():
         torch.nn.init.normal_(matrix, generator=torch.Generator().manual_seed(group.position))
     dispatcher = TokenDispatcher(placement, FlatExchange(group), torch.device("cpu"), exact=exact)
-    return GroupedExperts(bank), Pipeline(dispatcher, chunks)
+    return RoutedExperts(bank, dispatcher, chunks)
 
 
 def tokens(number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,30 +53,30 @@ def tokens(number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def traced(chunks: int) -> tuple[list[str], list[str]]:
-    experts, pipeline = layer(chunks, exact=False)
+    experts = layer(chunks, exact=False)
     x_TD, ids_TK, weights_TK = tokens(TOKENS)
     with Trace() as forward:
-        out_TD = experts(x_TD, ids_TK, weights_TK, pipeline).wait()
+        out_TD = experts(x_TD, ids_TK, weights_TK).wait()
     with Trace() as backward:
         out_TD.sum().backward()
     return [event for event in forward.events if event != "weights"], backward.events
 
 
 def outcome(chunks: int, exact: bool, tokens_here: tuple[int, int]) -> list[Tensor]:
-    experts, pipeline = layer(chunks, exact)
+    experts = layer(chunks, exact)
     x_TD, ids_TK, weights_TK = tokens(tokens_here[dist.get_rank()])
-    out_TD = experts(x_TD, ids_TK, weights_TK, pipeline).wait()
+    out_TD = experts(x_TD, ids_TK, weights_TK).wait()
     (out_TD ** 2).sum().backward()
     return [out_TD.detach(), x_TD.grad, weights_TK.grad, *(parameter.grad for parameter in experts.parameters())]
 
 
 def remote_rows(chunks: int, exact: bool) -> tuple[int, int]:
     """(sent, expected) of one forward pass."""
-    experts, pipeline = layer(chunks, exact)
+    experts = layer(chunks, exact)
     x_TD, ids_TK, weights_TK = tokens(TOKENS)
-    experts(x_TD, ids_TK, weights_TK, pipeline).wait()
+    experts(x_TD, ids_TK, weights_TK).wait()
     away_TK = ids_TK // (EXPERTS // 2) != dist.get_rank()
-    return pipeline.dispatcher.remote_rows, int(away_TK.sum() if exact else away_TK.any(1).sum())
+    return experts.dispatcher.remote_rows, int(away_TK.sum() if exact else away_TK.any(1).sum())
 
 
 @pytest.mark.ranks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.extension import kernels_for
-from moetrain.ops.peer_memory import Late, await_signals, copy_rows, push_rows, put_signals
+from moetrain.ops.peer_memory import SignalTimeout, await_signals, copy_rows, push_rows, put_signals
 from tests.support.peer_rows import CASES
 
 
@@ -64,7 +64,7 @@ def test_it_ends_when_all_places_have_come_so_far():
 
 def test_who_does_not_come_is_named():
     pad = torch.tensor([3, 2, 5])
-    with pytest.raises((Late, RuntimeError)) as raised:
+    with pytest.raises((SignalTimeout, RuntimeError)) as raised:
         await_signals(pad, [2, 1], 3, 0.05, [12, 11, 10], "its rows, dispatch 3 of this run, in layers.3.moe")
     if kernels_for(pad):
         assert ("rank 10 waited 50 ms for rank 11: its rows, dispatch 3 of this run, in layers.3.moe, epoch 3"

@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 from moetrain.moe.bank import ExpertBank
-from moetrain.parallel.state_shards import Piece, buffers, pieces, shard_of
+from moetrain.parallel.state_shards import StateShard, buffers, shard_of, state_shards
 from tests.support.bank_layer import Layer
 
 
-def named(model: nn.Module, of=lambda parameter: parameter.data) -> dict[str, Piece]:
-    return {piece.name: piece for piece in pieces(model, of)}
+def named(model: nn.Module, of=lambda parameter: parameter.data) -> dict[str, StateShard]:
+    return {shard.name: shard for shard in state_shards(model, of)}
 
 
 def test_every_expert_has_its_global_id_in_its_names():
-    assert {name: (piece.shape, piece.begin, piece.held_by) for name, piece in named(Layer((4, 7))).items()} == {
+    assert {name: (shard.shape, shard.begin, shard.held_by) for name, shard in named(Layer((4, 7))).items()} == {
         "scale": ((2,), 0, "dense_grad"),
         "layers.0.moe.experts.4.gate_up": ((4, 3), 0, "expert_grad"), "layers.0.moe.experts.7.gate_up": ((4, 3), 0, "expert_grad"),
         "layers.0.moe.experts.4.down": ((3, 2), 0, "expert_grad"), "layers.0.moe.experts.7.down": ((3, 2), 0, "expert_grad"),
@@ -36,9 +36,9 @@ def test_a_sliced_expert_is_rows_of_the_same_tensors():
         bank.sliced = (7,)
         for parameter in (bank.gate_up_pieces, bank.down_pieces):
             parameter.data = torch.zeros(1, *parameter.shape[1:])
-        held = {name: piece for name, piece in named(model).items() if ".7." in name}
-        assert {name.rpartition(".")[2]: piece.begin for name, piece in held.items()} == rows
-        assert all(piece.held_by == "expert_grad" and len(piece.rows) == 1 for piece in held.values())
+        held = {name: shard for name, shard in named(model).items() if ".7." in name}
+        assert {name.rpartition(".")[2]: shard.begin for name, shard in held.items()} == rows
+        assert all(shard.held_by == "expert_grad" and len(shard.rows) == 1 for shard in held.values())
         assert held["layers.0.moe.experts.7.gate_up"].shape == (4, 3)
         held["layers.0.moe.experts.7.gate_up"].rows.fill_(5)
         assert (bank.gate_up_pieces == 5).all()
@@ -63,7 +63,7 @@ def test_buffers_are_pieces_unless_they_are_not_persistent():
     model = Layer((4,))
     model.register_buffer("bias", torch.ones(3))
     model.register_buffer("cache", torch.ones(3), persistent=False)
-    assert [(piece.name, piece.held_by) for piece in buffers(model)] == [("bias", "batch")]
+    assert [(shard.name, shard.held_by) for shard in buffers(model)] == [("bias", "batch")]
 
 
 def rows_held(sizes: list[tuple[int, ...]], dims: list[int]) -> list[tuple[int, int, int]]:

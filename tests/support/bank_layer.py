@@ -3,8 +3,12 @@
 import torch
 from torch import nn
 
+from moetrain.comm.exchange.flat import FlatExchange
+from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.experts import RoutedExperts
+from moetrain.plan.placement import contiguous
 
 
 class Layer(nn.Module):
@@ -14,8 +18,13 @@ class Layer(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(2))
         self.layers = nn.ModuleList([nn.ModuleDict({"moe": nn.ModuleDict({
-            "experts": GroupedExperts(ExpertBank(experts=experts, dim=3, expert_dim=2))})})])
+            "experts": RoutedExperts(ExpertBank(experts=experts, dim=3, expert_dim=2), alone(max(experts, default=0) + 1))})})])
 
     @property
     def bank(self) -> ExpertBank:
         return self.layers[0]["moe"]["experts"].bank
+
+
+def alone(num_experts: int) -> TokenDispatcher:
+    """Dispatch without other positions."""
+    return TokenDispatcher(contiguous(num_experts, 1), FlatExchange(Group("ep", (0,), 0)), torch.device("cpu"))

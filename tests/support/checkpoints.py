@@ -32,7 +32,7 @@ def saved(run: Run, run_dir: Path, step: int | None = None) -> Path:
 
 def tensors(state: TrainState) -> dict[str, Tensor]:
     """Copies of all the state that this one process holds."""
-    return {piece.name: piece.rows.clone() for piece in state.pieces()}
+    return {shard.name: shard.rows.clone() for shard in state.state_shards()}
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:

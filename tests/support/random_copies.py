@@ -54,11 +54,11 @@ def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Tr
     planning = run.state.planning
     sliced = set()
 
-    def adopt(placement, tables, original=planning.copies.adopt):
+    def set_placement(placement, tables, original=planning.copies.set_placement):
         sliced.update(layer.sliced for _, layer in placement.layers)
         original(placement, tables)
 
-    planning.copies.adopt = adopt
+    planning.copies.set_placement = set_placement
     planning.restored()                                  # copies from the first step on
     trained = train_run(run, steps)
     if run.config.parallel.sliced and not forced:
@@ -79,4 +79,4 @@ def numbers(metrics: dict[str, float]) -> dict[str, str]:
 
 
 def bits(run: Run) -> dict[str, bytes]:
-    return {piece.name: piece.rows.detach().contiguous().view(torch.uint8).numpy().tobytes() for piece in run.state.pieces()}
+    return {shard.name: shard.rows.detach().contiguous().view(torch.uint8).numpy().tobytes() for shard in run.state.state_shards()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.compose import compose
-from moetrain.parallel.state_shards import pieces
+from moetrain.parallel.state_shards import state_shards
 from moetrain.routers.base import Router, drop_padding
 from moetrain.train.setup import Run, join, set_up
 from moetrain.train.step import train_step
@@ -84,8 +84,8 @@ def train_run(run: Run, steps: int) -> Trained:
 
 
 def snapshot(run: Run, of) -> Held:
-    """Copies of the pieces this rank holds: name -> (full shape, first row, rows)."""
-    return {piece.name: (piece.shape, piece.begin, piece.rows.detach().clone()) for piece in pieces(run.state.model, of)}
+    """Copies of the shards this rank holds: name -> (full shape, first row, rows)."""
+    return {shard.name: (shard.shape, shard.begin, shard.rows.detach().clone()) for shard in state_shards(run.state.model, of)}
 
 
 def union(results: list[Trained]) -> Trained:
@@ -99,7 +99,7 @@ def union(results: list[Trained]) -> Trained:
 
 
 def whole(held: list[Held]) -> dict[str, Tensor]:
-    """Every logical tensor from the pieces of all ranks; each row must be there."""
+    """Every logical tensor from the shards of all ranks; each row must be there."""
     found: dict[str, Tensor] = {}
     known: dict[str, Tensor] = {}
     for pieces_of_rank in held:

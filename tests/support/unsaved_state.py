@@ -72,7 +72,7 @@ def unsaved(run: Run) -> list[str]:
     before = {path: frozen(value) for path, value in walk(run, "run", set())}
     train_step(run, 2)
     train_step(run, 3)
-    saved = {piece.rows.untyped_storage().data_ptr() for piece in run.state.pieces()}
+    saved = {shard.rows.untyped_storage().data_ptr() for shard in run.state.state_shards()}
     counters = {f"run.state.{name}" for name in run.state.values()}
     lost = []
     for path, value in walk(run, "run", set()):

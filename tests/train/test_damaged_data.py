@@ -9,7 +9,7 @@ import torch
 from moetrain.config.compose import compose
 from moetrain.data.preparation.prepare import prepare
 from moetrain.errors import DataError
-from moetrain.parallel.state_shards import pieces
+from moetrain.parallel.state_shards import state_shards
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.setup import join, set_up
 from moetrain.train.step import train_step
@@ -42,7 +42,7 @@ def damage_one(folders: list[str], victim: int, split: str, overrides: list[str]
     evaluate(run.state.model, run.dataset, run.mesh, run.config)
     if rank == victim:
         os.truncate(Path(folders[rank]) / f"{split}-00000.tokens", 100)
-    before, code = [piece.rows.clone() for piece in pieces(run.state.model)], 0
+    before, code = [shard.rows.clone() for shard in state_shards(run.state.model)], 0
     try:
         train_step(run, 2)
         evaluate(run.state.model, run.dataset, run.mesh, run.config)
@@ -52,7 +52,7 @@ def damage_one(folders: list[str], victim: int, split: str, overrides: list[str]
     except SystemExit as leaving:
         assert rank != victim
         code = leaving.code
-    return code, all(torch.equal(rows, piece.rows) for rows, piece in zip(before, pieces(run.state.model)))
+    return code, all(torch.equal(rows, shard.rows) for rows, shard in zip(before, state_shards(run.state.model)))
 
 
 @pytest.mark.ranks

@@ -32,7 +32,7 @@ from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checkpoint.payload import Item
 from moetrain.checkpoint.verify import problems
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.shards import StateShard
 from moetrain.train.checkpoint.layout import NAMES, written_here
 from moetrain.train.checkpoint.load import Loading
 from moetrain.train.checkpoint.snapshot import as_bytes
@@ -84,10 +84,10 @@ def bookkeeping() -> dict[str, float]:
         temporary, final = Path(folder) / "checkpoints/step-00000001.tmp-1", Path(folder) / "checkpoints/step-00000001"
         writing = []
         for mesh in meshes():
-            pieces = list(expert_pieces(mesh))
+            shards = list(expert_pieces(mesh))
             began = time.perf_counter()
             items = [Item(p.name, NAMES[p.rows.dtype], p.shape, 0, len(p.rows), as_bytes(p.rows))
-                     for p in written_here(pieces, mesh)]
+                     for p in written_here(shards, mesh)]
             write_rank(temporary, mesh.rank, items, 1)
             writing.append(time.perf_counter() - began)
         results["write a rank"] = max(writing)
@@ -99,9 +99,9 @@ def bookkeeping() -> dict[str, float]:
         began = time.perf_counter()
         results["tensors"] = len(list(read_manifest(final).names()))
         results["read the manifest"] = time.perf_counter() - began
-        pieces = list(expert_pieces(meshes()[1]))
+        shards = list(expert_pieces(meshes()[1]))
         loading = None
-        for name, action in (("plan a load", lambda: Loading(pieces, final, "full")), ("verify", lambda: loading.verify()),
+        for name, action in (("plan a load", lambda: Loading(shards, final, "full")), ("verify", lambda: loading.verify()),
                              ("fill", lambda: loading.fill())):
             began = time.perf_counter()
             loading = action() or loading
@@ -117,7 +117,7 @@ def meshes() -> list[Mesh]:
             for rank in range(RANKS)]
 
 
-def expert_pieces(mesh: Mesh) -> Iterator[Piece]:
+def expert_pieces(mesh: Mesh) -> Iterator[StateShard]:
     """What expert parallelism over four ranks leaves on one."""
     own = range(mesh.rank * EXPERTS // RANKS, (mesh.rank + 1) * EXPERTS // RANKS)
     for layer in range(LAYERS):
@@ -125,7 +125,7 @@ def expert_pieces(mesh: Mesh) -> Iterator[Piece]:
             for expert in own:
                 name = f"layers.{layer}.moe.experts.{expert}.{matrix}"
                 for full in (f"model.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
-                    yield Piece(full, (4, 4), 0, torch.full((4, 4), float(expert)), "expert_grad")
+                    yield StateShard(full, (4, 4), 0, torch.full((4, 4), float(expert)), "expert_grad")
 
 
 def page(steps: int, runs: dict[str, dict[str, float]], many: dict[str, float]) -> str:

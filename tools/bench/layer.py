@@ -39,14 +39,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.async_exchange import travel
+from moetrain.comm.exchange.async_exchange import exchange_async
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.dispatch import Sent, TokenDispatcher
-from moetrain.moe.experts import Computation
-from moetrain.moe.overlap import Pipeline
+from moetrain.moe.dispatch import DispatchedRows, TokenDispatcher
+from moetrain.moe.experts import RoutedExperts
+from moetrain.moe.overlap import overlapped_forward
 from moetrain.plan.placement import contiguous
 from tools.netlab import lab as netlab
 from tools.netlab.rank import connected
@@ -92,7 +92,7 @@ class WallClock(Clock):
 
 
 class EmulatedLink:
-    """A wire of one process that is position 0: what comes from a position is what goes there, a little later."""
+    """An exchange backend of one process that is position 0: what comes from a position is what goes there, a little later."""
 
     def __init__(self, positions: int, rate: float, latency_s: float, device: torch.device, clock: "Clock") -> None:
         self.positions, self.position, self.rate, self.latency_s, self.device = positions, 0, rate, latency_s, device
@@ -110,7 +110,7 @@ class EmulatedLink:
         return plain_splits(sent, received)
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        return travel(self, tensors, splits, read)
+        return exchange_async(self, tensors, splits, read)
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
         leaving = (len(message) - splits.sent[0]) * message.shape[1:].numel() * message.dtype.itemsize
@@ -148,7 +148,7 @@ class Pace(torch.autograd.Function):
     """Waits as long as computing a chunk would take, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x_RD, turnstile, seconds):
+    def forward(ctx, x_RD, weight_grad_barrier, seconds):
         ctx.seconds = seconds
         time.sleep(seconds)
         return x_RD.view_as(x_RD)
@@ -174,7 +174,7 @@ class PacedWeights(torch.autograd.Function):
 
 
 class Layer:
-    """Experts of one position with inputs, and a pipeline for every arm. paced: no weights, which may be more than the memory holds."""
+    """Experts of one position with inputs, and routed experts for every arm. paced: no weights, which may be more than the memory holds."""
 
     def __init__(self, shape: Shape, tokens: int, exchange: Exchange, device: torch.device, dtype: torch.dtype, clock: Clock, *,
                  paced: bool = False) -> None:
@@ -191,13 +191,15 @@ class Layer:
 
     def step(self, chunks: int, exact: bool, row_s: float | None = None) -> float:
         """Seconds of a forward and a backward pass. row_s: paced, instead of computed."""
-        pipeline = Pipeline(TokenDispatcher(self.placement, self.exchange, self.device, exact=exact), chunks)
-        computation = Computation(self.bank, chunks)
+        dispatcher = TokenDispatcher(self.placement, self.exchange, self.device, exact=exact)
+        experts = RoutedExperts(self.bank, dispatcher, chunks)
+        routed = self.x_TD, self.ids_TK, self.weights_TK
         for tensor in (self.x_TD, self.weights_TK, *self.bank.parameters()):
             tensor.grad = None
         begin = self._now()
-        output = pipeline.run(self.x_TD, self.ids_TK, self.weights_TK, computation if row_s is None else Paced(row_s))
-        output.wait().sum().backward()
+        combining = (experts(*routed) if row_s is None else
+                     overlapped_forward(dispatcher, *routed, Paced(row_s), experts.num_chunks))
+        combining.wait().sum().backward()
         return self._now() - begin
 
     def _now(self) -> float:
@@ -214,12 +216,12 @@ class Paced:
         self.row_s, self.rows = row_s, []
 
     def begin(self) -> None:
-        self.turnstile = PacedWeights.apply(torch.zeros(1, requires_grad=True), self.row_s, self.rows)
+        self.weight_grad_barrier = PacedWeights.apply(torch.zeros(1, requires_grad=True), self.row_s, self.rows)
 
-    def __call__(self, sent: Sent) -> Tensor:
+    def __call__(self, sent: DispatchedRows) -> Tensor:
         rows_RD = sent.x_ND.index_select(0, sent.order.slots_R // sent.order.rows_TK.shape[1]) * sent.weights_R[:, None]
         self.rows.append(sum(sent.counts_e))
-        return Pace.apply(rows_RD, self.turnstile, self.row_s * self.rows[-1])
+        return Pace.apply(rows_RD, self.weight_grad_barrier, self.row_s * self.rows[-1])
 
 
 def emulated(options: argparse.Namespace, shape: Shape, ratio: float) -> dict:

@@ -33,7 +33,7 @@ from moetrain.config.build import build
 from moetrain.config.compose import compose
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
-from moetrain.moe.experts import Computation
+from moetrain.moe.experts import RoutedExperts
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.pinned import DeviceTables
 from moetrain.parallel.fssdp.copies import CopyManager
@@ -42,7 +42,6 @@ from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.placement import ExpertPlacement, contiguous, slice_columns
 from moetrain.plan.planners.base import LayerPlan, Planner, SupportsRehoming, loads_by_expert
 from moetrain.plan.splitting.rules import rule_of
-from moetrain.routers.base import Routing
 from tools.netlab import lab as netlab
 
 LAYERS, WINDOW, CEILING = 2, 5, "ceiling"
@@ -125,7 +124,7 @@ def traffic(n_PE: Tensor, plan: LayerPlan, rule: object, shapes: list[tuple[int,
     rule looks at all positions. shapes: of an expert's matrices.
     """
     dim = shapes[0][1]
-    placement, looks = plan.placement, bool(plan.placement.copies) and rule.looks_at_all
+    placement, looks = plan.placement, bool(plan.placement.copies) and rule.needs_all_counts
     positions = placement.positions
     split_PC = rule.split(n_PE, placement, 0) if placement.copies else n_PE
     rows_PP = np.zeros((positions, positions), dtype=np.int64)
@@ -219,9 +218,9 @@ class Stack:
         self.plans, self.rules = plans, {name: rule_of(rule, plan, self.topology, self.sizes.costs)
                                          for name, plan in plans.items()}
         with DeviceTables(torch.device("cpu")) as tables:
-            self.copies.adopt(ExpertPlacement(tuple((name, plan.placement) for name, plan in plans.items())), tables)
+            self.copies.set_placement(ExpertPlacement(tuple((name, plan.placement) for name, plan in plans.items())), tables)
             for name, plan in plans.items():
-                self.dispatchers[name].adopt(plan.placement, tables, self.rules[name])
+                self.dispatchers[name].set_placement(plan.placement, tables, self.rules[name])
 
     def expected(self, n_PE: Tensor) -> Traffic:
         """Of a step with these rows."""
@@ -231,17 +230,18 @@ class Stack:
     def step(self, n_E: Tensor) -> None:
         """Forward and backward of all layers with these rows from here."""
         ids_T1 = torch.arange(self.experts).repeat_interleave(n_E)[:, None]
-        routing = Routing(ids_T1, torch.ones(ids_T1.shape), len(ids_T1), None)
+        weights_T1 = torch.ones(ids_T1.shape)
         x_TD = torch.ones(len(ids_T1), self.sizes.dim, requires_grad=True)
         hidden_s, row_s = (self.sizes.hidden_s, self.sizes.row_s) if self.paced else (0.0, 0.0)
         self.copies.begin(1)
         for name, bank in self.banks.items():
-            bank.post()
+            bank.prefetch()
             x_TD = Pace.apply(x_TD, hidden_s, 2 * hidden_s)
-            sent = self.dispatchers[name].dispatch(bank.depart(x_TD), routing)
-            rows_RD = Computation(bank)(sent)
-            seconds = row_s * sum(sent.counts_e)
-            x_TD = x_TD + self.dispatchers[name].combine(Pace.apply(rows_RD, seconds / 3, seconds * 2 / 3), sent.ticket)
+            dispatcher = self.dispatchers[name]
+            rows = dispatcher.dispatch(bank.reduce_grads_in_backward(x_TD), ids_T1, weights_T1)
+            out_RD = RoutedExperts(bank, dispatcher).compute(rows)
+            seconds = row_s * sum(rows.counts_e)
+            x_TD = x_TD + dispatcher.combine(Pace.apply(out_RD, seconds / 3, seconds * 2 / 3), rows.metadata)
         x_TD.sum().backward()
         self.copies.finish()
         self.copies.release()

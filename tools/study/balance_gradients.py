@@ -29,7 +29,7 @@ from moetrain.losses.base import Pooled
 from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.ops.gating import top_k
 from moetrain.ops.router_sums import RouterSums, router_sums
-from moetrain.train.count_pool import Known
+from moetrain.train.count_pool import AccumulatedCounts
 
 SEQUENCES, LENGTH, DOMAINS, DIM, EXPERTS, SLOTS, ROUTERS = 16, 32, 4, 16, 16, 2, 2
 SPLITS = [(ranks, turns) for ranks in (1, 2, 4) for turns in (1, 4)]
@@ -188,7 +188,7 @@ def ours(scope: str, mode: str = "exact") -> Callable[[Split, list[Tensor]], Ten
         for router, weight in enumerate(weights):
             turns = [[(part, _sums(part, router)) for part in turn] for turn in zip(*split)]
             counts = [sum(stats.counts_E for _, stats in turn) for turn in turns]
-            known, grad_ED = Known(mode, {"": EXPERTS}, tokens, None), torch.zeros_like(weight)
+            known, grad_ED = AccumulatedCounts(mode, {"": EXPERTS}, tokens, None), torch.zeros_like(weight)
             for number, turn in enumerate(turns, 1):
                 last = number == len(turns)
                 counts_E = sum(counts) if mode == "exact" else known.add(counts[number - 1], last=last)

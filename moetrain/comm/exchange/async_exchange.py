@@ -1,7 +1,7 @@
 """An exchange under way, for every wire that moves one message: rows of several tensors side by side, forward and backward.
 
-Forward, `travel` starts the exchange and the handle's `wait` finishes it; backward it is the other way round: the gradient of
-`wait` starts the reverse exchange, the gradient of `travel` waits for it. Work between the two overlaps in both directions.
+Forward, `exchange_async` starts the exchange and the handle's `wait` finishes it; backward it is the other way round: the gradient of
+`wait` starts the reverse exchange, the gradient of `exchange_async` waits for it. Work between the two overlaps in both directions.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from moetrain.comm.exchange.base import Handle, Splits
 
 
-class Wire(Protocol):
+class MessageTransport(Protocol):
     """Moves a message. `start` gives a tensor that may be read after `finish`; as the result of an operator it can be kept by
     activation checkpointing (model/activation_checkpointing.py), and `finish` then has nothing to wait for."""
 
@@ -25,14 +25,14 @@ class Wire(Protocol):
     def finish(self, message: Tensor) -> Tensor: ...
 
 
-def travel(wire: Wire, tensors: tuple[Tensor, ...], splits: Splits, read: bool) -> Handle:
+def exchange_async(transport: MessageTransport, tensors: tuple[Tensor, ...], splits: Splits, read: bool) -> Handle:
     """Start sending rows over a wire."""
-    flight = _Flight(wire, splits, [tensor.is_floating_point() for tensor in tensors], read)
-    posted = _Post.apply(flight, *tensors)
-    return _Pending(posted if isinstance(posted, tuple) else (posted,), flight)
+    state = _ExchangeState(transport, splits, [tensor.is_floating_point() for tensor in tensors], read)
+    posted = _Post.apply(state, *tensors)
+    return _Pending(posted if isinstance(posted, tuple) else (posted,), state)
 
 
-class Landed(NamedTuple):
+class ReadyRows(NamedTuple):
     """Rows that need not travel, as a handle."""
 
     tensors: tuple[Tensor, ...]
@@ -43,18 +43,18 @@ class Landed(NamedTuple):
 
 class _Pending(NamedTuple):
     posted: tuple[Tensor, ...]
-    flight: "_Flight"
+    state: "_ExchangeState"
 
     def wait(self) -> tuple[Tensor, ...]:
-        received = _Wait.apply(self.flight, *self.posted)
+        received = _Wait.apply(self.state, *self.posted)
         return received if isinstance(received, tuple) else (received,)
 
 
-class _Flight:
+class _ExchangeState:
     """One exchange under way, forward or backward. Several tensors travel as one message, row by row, as bytes."""
 
-    def __init__(self, wire: Wire, splits: Splits, floating: list[bool], read: bool) -> None:
-        self.wire, self.splits, self.floating, self.read = wire, splits, floating, read
+    def __init__(self, transport: MessageTransport, splits: Splits, floating: list[bool], read: bool) -> None:
+        self.transport, self.splits, self.floating, self.read = transport, splits, floating, read
         self.sending: Tensor | None = None
         self.receiving: Tensor | None = None
 
@@ -62,10 +62,10 @@ class _Flight:
         """Post the exchange."""
         self.like = [(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
         self.sending = pack(tensors)                     # both kept alive until `finish`
-        self.receiving = self.wire.start(self.sending, splits, returning=not self.read, read=read)
+        self.receiving = self.transport.start(self.sending, splits, returning=not self.read, read=read)
 
     def finish(self) -> tuple[Tensor, ...]:
-        received = unpack(self.wire.finish(self.receiving), self.like)
+        received = unpack(self.transport.finish(self.receiving), self.like)
         self.sending = self.receiving = None
         return received
 
@@ -97,27 +97,27 @@ class _Post(torch.autograd.Function):
     """Start the exchange. The outputs stand for the rows on their way: only `_Wait` may take them."""
 
     @staticmethod
-    def forward(ctx, flight, *tensors):
-        ctx.flight = flight
-        flight.start(tensors, flight.splits, read=flight.read)
+    def forward(ctx, state, *tensors):
+        ctx.state = state
+        state.start(tensors, state.splits, read=state.read)
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx, *grads):                           # placeholders: the gradients are on their way
-        back = iter(ctx.flight.finish())
-        return None, *(next(back) if floating else None for floating in ctx.flight.floating)
+        back = iter(ctx.state.finish())
+        return None, *(next(back) if floating else None for floating in ctx.state.floating)
 
 
 class _Wait(torch.autograd.Function):
     """Finish the exchange."""
 
     @staticmethod
-    def forward(ctx, flight, *posted):
-        ctx.flight, ctx.rows = flight, posted[0].shape[0]
-        return flight.finish()
+    def forward(ctx, state, *posted):
+        ctx.state, ctx.rows = state, posted[0].shape[0]
+        return state.finish()
 
     @staticmethod
     def backward(ctx, *grads):
-        back = [grad if floating else None for grad, floating in zip(grads, ctx.flight.floating)]     # integers have no gradient
-        ctx.flight.start([grad for grad in back if grad is not None], ctx.flight.splits.reversed())
+        back = [grad if floating else None for grad, floating in zip(grads, ctx.state.floating)]     # integers have no gradient
+        ctx.state.start([grad for grad in back if grad is not None], ctx.state.splits.reversed())
         return None, *(None if grad is None else grad.new_empty(1).expand(ctx.rows, *grad.shape[1:]) for grad in back)

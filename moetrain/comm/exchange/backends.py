@@ -1,4 +1,4 @@
-"""The wires by name: `parallel.exchange`.
+"""The exchange_factory by name: `parallel.exchange`.
 
 Every entry says what makes the wire of a layer, by its router's name; what layers share is made once. With one position nothing
 travels, and the wire is the flat one.
@@ -12,53 +12,53 @@ from typing import Any
 from moetrain.comm.exchange.base import Exchange
 from moetrain.comm.exchange.deepep import DeepEPExchange, buffer
 from moetrain.comm.exchange.flat import FlatExchange
-from moetrain.comm.exchange.peer import AREAS, KINDS, PeerExchange, Peers
-from moetrain.comm.exchange.shared_buffers import Areas, shared_files, symmetric_memory
+from moetrain.comm.exchange.peer import NUM_BUFFERS, NUM_SIGNALS, PeerChannels, PeerExchange
+from moetrain.comm.exchange.shared_buffers import SharedBuffers, shared_files, symmetric_memory
 from moetrain.comm.exchange.two_level import TwoLevelExchange
-from moetrain.comm.exchange.vdev import Lane, VdevExchange
+from moetrain.comm.exchange.vdev import SymmetricWorkspace, VdevExchange
 from moetrain.comm.mesh import Mesh
 from moetrain.errors import ConfigError
 
-Make = Callable[[str], Exchange]
+ExchangeFactory = Callable[[str], Exchange]
 
 
-def wires(name: str, mesh: Mesh, limit_s: float) -> Make:
+def exchange_factory(name: str, mesh: Mesh, limit_s: float) -> ExchangeFactory:
     """limit_s: how long a rank may wait for another, where the wire itself sees to it. Collective."""
-    return (WIRES[name] if mesh["ep"].size > 1 else _flat)(mesh, limit_s)
+    return (BACKENDS[name] if mesh["ep"].size > 1 else _flat)(mesh, limit_s)
 
 
-def _flat(mesh: Mesh, limit_s: float) -> Make:
+def _flat(mesh: Mesh, limit_s: float) -> ExchangeFactory:
     return lambda router: FlatExchange(mesh["ep"])
 
 
-def _two_level(mesh: Mesh, limit_s: float) -> Make:
+def _two_level(mesh: Mesh, limit_s: float) -> ExchangeFactory:
     return lambda router: TwoLevelExchange(mesh["ep"], mesh["ep_node"], mesh["ep_rail"], mesh.device)
 
 
-def _peer(mesh: Mesh, limit_s: float, *, push: bool = False) -> Make:
+def _peer(mesh: Mesh, limit_s: float, *, push: bool = False) -> ExchangeFactory:
     group = mesh["ep"]
     if mesh["ep_node"].size < group.size:
         raise ConfigError(86, f"parallel.exchange=peer{'_push' * push}, and the {group.size} ranks that share experts are on several machines",
                           where="parallel.exchange, parallel.ep", why="the peer wire writes into the memory of ranks of one machine",
                           next=f"parallel.exchange=two_level, or parallel.ep={mesh['ep_node'].size}")
     share = symmetric_memory(group, mesh.device) if mesh.device.type == "cuda" else shared_files(group)
-    peers = Peers(Areas(group.position, group.ranks, AREAS, KINDS, share, mesh.device), limit_s, push=push)
-    return lambda router: PeerExchange(FlatExchange(group), peers, router)
+    channels = PeerChannels(SharedBuffers(group.position, group.ranks, NUM_BUFFERS, NUM_SIGNALS, share, mesh.device), limit_s, push=push)
+    return lambda router: PeerExchange(FlatExchange(group), channels, router)
 
 
-def _deepep(mesh: Mesh, limit_s: float) -> Make:
+def _deepep(mesh: Mesh, limit_s: float) -> ExchangeFactory:
     _need_cuda("deepep", mesh)
     made = buffer(_package("deep_ep", "deepep"), mesh["ep"].process_group, mesh["ep_rail"].size)
     return lambda router: DeepEPExchange(FlatExchange(mesh["ep"]), made)
 
 
-def _vdev(mesh: Mesh, limit_s: float) -> Make:
+def _vdev(mesh: Mesh, limit_s: float) -> ExchangeFactory:
     _need_cuda("vdev", mesh)
-    lane = Lane(mesh["ep"].process_group, mesh["ep"].size, mesh.device)
-    return lambda router: VdevExchange(FlatExchange(mesh["ep"]), lane)
+    workspace = SymmetricWorkspace(mesh["ep"].process_group, mesh["ep"].size, mesh.device)
+    return lambda router: VdevExchange(FlatExchange(mesh["ep"]), workspace)
 
 
-WIRES: dict[str, Callable[[Mesh, float], Make]] = {
+BACKENDS: dict[str, Callable[[Mesh, float], ExchangeFactory]] = {
     "flat": _flat, "two_level": _two_level, "peer": _peer, "peer_push": partial(_peer, push=True), "deepep": _deepep, "vdev": _vdev,
 }
 

@@ -18,10 +18,10 @@ from moetrain.ops.host_read import read_host
 Counts = Sequence[Sequence[int]]         # a line for each exchange
 
 
-class Way(Protocol):
+class BackendPlan(Protocol):
     """What a wire knows of an exchange besides how many rows travel."""
 
-    def reversed(self) -> "Way": ...
+    def reversed(self) -> "BackendPlan": ...
 
 
 class Splits(NamedTuple):
@@ -29,10 +29,10 @@ class Splits(NamedTuple):
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
-    way: Way | None = None
+    backend_plan: BackendPlan | None = None
 
     def reversed(self) -> "Splits":
-        return Splits(self.received, self.sent, self.way and self.way.reversed())
+        return Splits(self.received, self.sent, self.backend_plan and self.backend_plan.reversed())
 
 
 class Handle(Protocol):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.comm.exchange.async_exchange import travel
+from moetrain.comm.exchange.async_exchange import exchange_async
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.ops.pinned import to_device
 
@@ -28,24 +28,24 @@ def buffer(package: Any, process_group: Any, nodes: int) -> Any:
 
 
 class DeepEPExchange:
-    """plain: for counts."""
+    """flat: for counts."""
 
-    def __init__(self, plain: Exchange, buffer: Any) -> None:
-        self.plain, self.buffer = plain, buffer
-        self.positions, self.position = plain.positions, plain.position
+    def __init__(self, flat: Exchange, buffer: Any) -> None:
+        self.flat, self.buffer = flat, buffer
+        self.positions, self.position = flat.positions, flat.position
         self.on_way: dict[int, tuple[Any, torch.dtype, torch.Size]] = {}
 
     def counts(self, sent_P: Tensor) -> Tensor:
-        return self.plain.counts(sent_P)
+        return self.flat.counts(sent_P)
 
     def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
-        return self.plain.announce(sent_CP, received_CP)
+        return self.flat.announce(sent_CP, received_CP)
 
     def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
-        return self.plain.splits(sent, received, announced)
+        return self.flat.splits(sent, received, announced)
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        return travel(self, tensors, splits, read)
+        return exchange_async(self, tensors, splits, read)
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
         rows = as_units(message)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.async_exchange import Landed, travel
+from moetrain.comm.exchange.async_exchange import ReadyRows, exchange_async
 from moetrain.comm.exchange.base import Counts, Handle, Splits, nothing_announced, plain_splits
 from moetrain.comm.mesh import Group
 from moetrain.ops.extension import define
@@ -32,7 +32,7 @@ class FlatExchange:
         return plain_splits(sent, received)
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        return Landed(tensors) if self.group.process_group is None else travel(self, tensors, splits, read)
+        return ReadyRows(tensors) if self.group.process_group is None else exchange_async(self, tensors, splits, read)
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
         return post(message, splits.received, splits.sent, self.group.process_group, read=read)

@@ -1,14 +1,14 @@
-"""The peer wire: rows are written straight into the memory of the position they go to. Inside a node.
+"""The peer exchange: rows are written straight into the memory of the position they go to. Inside a node.
 
-An exchange is an *epoch* of its channel, one channel there and one back. Areas are double-buffered by the parity of the epoch:
+An exchange is an *epoch* of its channel, one channel there and one back. Buffers are double-buffered by the parity of the epoch:
 
-    send      wait until the destination is done with the epoch before last; copy its rows to their place in its area of this
+    send      wait until the destination is done with the epoch before last; copy its rows to their place in its buffer of this
               parity; put `ready`. One destination after the other, or all at once (`parallel.exchange=peer_push`)
     receive   wait for `ready` of every source; copy the rows out; put `free`
 
-Where a source's rows begin in the area is known before (`announce`): every position tells the others where their rows go, how many
+Where a source's rows begin in the buffer is known before (`announce`): every position tells the others where their rows go, how many
 there are in all, and the same of the way back. From the largest of these totals, which all positions then know, all of them make
-areas larger at the same moment.
+buffers larger at the same moment.
 
 On a channel two exchanges may be under way and not three: the third would wait for what its own position has not taken yet.
 Pipelines (moe/overlap.py) need no more. Waiting has a limit: a peer that does not come is named, with the rank, the router and the
@@ -25,85 +25,85 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from moetrain.comm.exchange.async_exchange import travel
+from moetrain.comm.exchange.async_exchange import exchange_async
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
-from moetrain.comm.exchange.shared_buffers import Areas
+from moetrain.comm.exchange.shared_buffers import SharedBuffers
 from moetrain.errors import PeerError
 from moetrain.ops.extension import define
-from moetrain.ops.peer_memory import Late, copy_rows, push_rows
+from moetrain.ops.peer_memory import SignalTimeout, copy_rows, push_rows
 
 CHANNELS = ("dispatch", "combine")
 READY, FREE = 0, 1
-AREAS, KINDS = 2 * len(CHANNELS), 2 * len(CHANNELS)
+NUM_BUFFERS, NUM_SIGNALS = 2 * len(CHANNELS), 2 * len(CHANNELS)
 
 
-class Places(NamedTuple):
+class RowOffsets(NamedTuple):
     """Where the rows sent begin at each destination, and those that come back from there; the largest totals anywhere."""
 
     there: tuple[int, ...]
     back: tuple[int, ...]
-    most_there: int
-    most_back: int
+    max_rows_there: int
+    max_rows_back: int
 
-    def reversed(self) -> "Places":
-        return Places(self.back, self.there, self.most_back, self.most_there)
+    def reversed(self) -> "RowOffsets":
+        return RowOffsets(self.back, self.there, self.max_rows_back, self.max_rows_there)
 
 
-class Peers:
-    """The areas of a group, and the epochs of their channels; shared by all layers.
+class PeerChannels:
+    """The buffers of a group, and the epochs of their channels; shared by all layers.
 
     push: rows are written by one kernel to all destinations at once, on a GPU; otherwise copied to one after the other, which is
     the copy engine's work and leaves the multiprocessors alone.
     """
 
-    def __init__(self, areas: Areas, limit_s: float, *, push: bool = False) -> None:
-        self.areas, self.limit_s, self.push = areas, limit_s, push
+    def __init__(self, buffers: SharedBuffers, limit_s: float, *, push: bool = False) -> None:
+        self.buffers, self.limit_s, self.push = buffers, limit_s, push
         self.begun, self.taken = [0] * len(CHANNELS), [0] * len(CHANNELS)
-        turn = [(areas.position + step) % areas.positions for step in range(areas.positions)]     # each begins with another
-        self.together = [sorted(turn)] if push else [[to] for to in turn]
+        turn = [(buffers.position + step) % buffers.positions for step in range(buffers.positions)]     # each begins with another
+        self.send_groups = [sorted(turn)] if push else [[to] for to in turn]
 
-    def send(self, message: Tensor, sent: Sequence[int], there: Sequence[int], most: int, channel: int, router: str) -> int:
+    def send(self, message: Tensor, sent: Sequence[int], there: Sequence[int], max_rows: int, channel: int, router: str) -> int:
         """Start an exchange; its epoch."""
         self.begun[channel] += 1
-        epoch, areas, row = self.begun[channel], self.areas, _row_bytes(message)
+        epoch, buffers, row = self.begun[channel], self.buffers, _row_bytes(message)
         assert epoch - self.taken[channel] <= 2, f"{epoch - self.taken[channel]} exchanges of {router} under way on a channel"
-        area = 2 * channel + epoch % 2
-        areas.grow(area, most * row)
+        buffer = 2 * channel + epoch % 2
+        buffers.grow(buffer, max_rows * row)
         begins = list(accumulate(sent, initial=0))
-        with areas.leaving(message):
+        with buffers.on_send_stream(message):
             rows_NB = _as_bytes(message, row)
-            for to in self.together:
+            for to in self.send_groups:
                 if epoch > 2:
                     self._wait(to, channel, FREE, epoch - 2, router)
-                part = rows_NB[begins[to[0]]:begins[to[-1] + 1]], [areas.area(p, area) for p in to], [sent[p] for p in to], [there[p] for p in to]
+                part = rows_NB[begins[to[0]]:begins[to[-1] + 1]], [buffers.buffer(p, buffer) for p in to], [sent[p] for p in to], [there[p] for p in to]
                 if self.push:
-                    push_rows(*part, first=areas.position)
+                    push_rows(*part, first=buffers.position)
                 else:
                     copy_rows(*part)
-                areas.put(to, 2 * channel + READY, epoch)
+                buffers.put(to, 2 * channel + READY, epoch)
         return epoch
 
     @torch.no_grad()
     def receive(self, out: Tensor, channel: int, epoch: int, router: str) -> None:
         """Rows of an exchange into `out`. Exchanges of a channel are taken in order."""
-        areas, everyone = self.areas, range(self.areas.positions)
+        buffers, everyone = self.buffers, range(self.buffers.positions)
         assert epoch == self.taken[channel] + 1, (epoch, self.taken)
-        with areas.arriving():
+        with buffers.on_receive_stream():
             self._wait(everyone, channel, READY, epoch, router)
             if out.numel():
                 rows = out.view(-1).view(torch.uint8)
-                rows.copy_(areas.area(areas.position, 2 * channel + epoch % 2)[:len(rows)])
-            areas.put(everyone, 2 * channel + FREE, epoch)
-        areas.landed()
+                rows.copy_(buffers.buffer(buffers.position, 2 * channel + epoch % 2)[:len(rows)])
+            buffers.put(everyone, 2 * channel + FREE, epoch)
+        buffers.wait_received()
         self.taken[channel] = epoch
 
     def _wait(self, positions: Sequence[int], channel: int, kind: int, epoch: int, router: str) -> None:
         where = f"{CHANNELS[channel]} {epoch} of this run, in {router}"
         try:
-            self.areas.wait(positions, 2 * channel + kind, epoch, self.limit_s,
+            self.buffers.wait(positions, 2 * channel + kind, epoch, self.limit_s,
                             f"{'its rows' if kind == READY else 'that it takes rows'}, {where}")
-        except Late as late:
-            rank, other = self.areas.ranks[self.areas.position], self.areas.ranks[positions[late.index]]
+        except SignalTimeout as late:
+            rank, other = self.buffers.ranks[self.buffers.position], self.buffers.ranks[positions[late.index]]
             if kind == READY:
                 raise PeerError(3, f"rank {rank} waited {self.limit_s:g} s for the rows of rank {other}", where=where,
                                 why="that rank is gone, or hangs before it sends them",
@@ -114,24 +114,24 @@ class Peers:
 
 
 class PeerExchange:
-    """The wire of a layer. plain: for counts, which are few. name: of the router."""
+    """The exchange of a layer. flat: for counts, which are few. name: of the router."""
 
-    def __init__(self, plain: Exchange, peers: Peers, name: str) -> None:
-        self.plain, self.peers, self.name = plain, peers, name
+    def __init__(self, flat: Exchange, peers: PeerChannels, name: str) -> None:
+        self.flat, self.peers, self.name = flat, peers, name
         self.key = f"{name} {next(_NUMBERS)}"
-        self.positions, self.position = plain.positions, plain.position
+        self.positions, self.position = flat.positions, flat.position
         self.on_way: dict[int, tuple[int, int]] = {}         # (channel, epoch) by the memory that rows will come to
-        _WIRES[self.key] = self
+        _EXCHANGES[self.key] = self
 
     def counts(self, sent_P: Tensor) -> Tensor:
-        return self.plain.counts(sent_P)
+        return self.flat.counts(sent_P)
 
     def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
         """Every position tells the others where their rows are to begin here, and those that come back, and the totals."""
         rows_2CP = torch.stack([received_CP, sent_CP])
         begins_2CP, totals_2C1 = rows_2CP.cumsum(2) - rows_2CP, rows_2CP.sum(2, keepdim=True)
         told_P4C = torch.cat([begins_2CP, totals_2C1.expand_as(rows_2CP)]).permute(2, 0, 1)
-        heard_P4C = self.plain.counts(told_P4C.flatten(1).contiguous()).view(told_P4C.shape)
+        heard_P4C = self.flat.counts(told_P4C.flatten(1).contiguous()).view(told_P4C.shape)
         return heard_P4C.permute(2, 1, 0).flatten(1)
 
     def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
@@ -139,40 +139,40 @@ class PeerExchange:
         for ours, theirs, heard in zip(sent, received, announced, strict=True):
             kinds = range(0, len(heard), self.positions)
             there, back, total, total_back = (tuple(heard[begin:begin + self.positions]) for begin in kinds)
-            found.append(Splits(tuple(ours), tuple(theirs), Places(there, back, max(total), max(total_back))))
+            found.append(Splits(tuple(ours), tuple(theirs), RowOffsets(there, back, max(total), max(total_back))))
         return found
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        return travel(self, tensors, splits, read)
+        return exchange_async(self, tensors, splits, read)
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
         begin = _peer_start if read else _peer_start_unread
-        places: Places = splits.way
-        return begin(message, list(splits.received), list(splits.sent), list(places.there), places.most_there, int(returning), self.key)
+        offsets: RowOffsets = splits.backend_plan
+        return begin(message, list(splits.received), list(splits.sent), list(offsets.there), offsets.max_rows_there, int(returning), self.key)
 
     def finish(self, message: Tensor) -> Tensor:
         """A result that was kept by a record has come already."""
-        found = self.on_way.pop(_place(message), None)
+        found = self.on_way.pop(_address(message), None)
         if found is not None:
             with torch.autograd._unsafe_preserve_version_counter(message):
                 self.peers.receive(message, *found, self.name)
         return message
 
-    def launch(self, message: Tensor, received: Sequence[int], sent: Sequence[int], there: Sequence[int], most: int,
+    def launch(self, message: Tensor, received: Sequence[int], sent: Sequence[int], there: Sequence[int], max_rows: int,
                channel: int) -> Tensor:
         rows = sum(received)
         memory = message.new_empty(max(1, rows), *message.shape[1:])              # an address, even for no rows
-        self.on_way[_place(memory)] = channel, self.peers.send(message, sent, there, most, channel, self.name)
+        self.on_way[_address(memory)] = channel, self.peers.send(message, sent, there, max_rows, channel, self.name)
         return memory[:rows]
 
 
 _NUMBERS = count()
-_WIRES: WeakValueDictionary[str, PeerExchange] = WeakValueDictionary()
-_SCHEMA = "(Tensor message, SymInt[] received, SymInt[] sent, SymInt[] there, SymInt most, SymInt channel, str wire) -> Tensor"
+_EXCHANGES: WeakValueDictionary[str, PeerExchange] = WeakValueDictionary()
+_SCHEMA = "(Tensor message, SymInt[] received, SymInt[] sent, SymInt[] there, SymInt max_rows, SymInt channel, str exchange) -> Tensor"
 
 
-def _start(message: Tensor, received: list[int], sent: list[int], there: list[int], most: int, channel: int, wire: str) -> Tensor:
-    return _WIRES[wire].launch(message, received, sent, there, most, channel)
+def _start(message: Tensor, received: list[int], sent: list[int], there: list[int], max_rows: int, channel: int, exchange: str) -> Tensor:
+    return _EXCHANGES[exchange].launch(message, received, sent, there, max_rows, channel)
 
 
 def _fake(message: Tensor, received: list[int], *_) -> Tensor:
@@ -183,7 +183,7 @@ _peer_start = define(f"peer_start{_SCHEMA}", reference=_start, fake=_fake)
 _peer_start_unread = define(f"peer_start_unread{_SCHEMA}", reference=_start, fake=_fake)       # as in flat.py
 
 
-def _place(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

@@ -1,6 +1,6 @@
 """Memory that the positions of a group write into directly, with signals: what the peer wire is made of.
 
-Every position has a few receive *areas*, which all others map, and a pad of signals, one number for every kind and every
+Every position has a few receive *buffers*, which all others map, and a pad of signals, one number for every kind and every
 peer. A signal is an *epoch*, which only grows: whoever puts one has written, or read, everything before it.
 
 Where the memory comes from is a function `share`: `shared_files` for the processes of one machine, `symmetric_memory` for its
@@ -32,37 +32,37 @@ from moetrain.ops.peer_memory import await_signals, put_signals
 Share = Callable[[int], list[Tensor]]
 
 
-class Areas:
-    """share: allocates so many bytes, zeros, at every position and gives all of them, as mapped here. Collective. numbers: of areas;
+class SharedBuffers:
+    """share: allocates so many bytes, zeros, at every position and gives all of them, as mapped here. Collective. numbers: of buffers;
     kinds: of signals; ranks: of the positions."""
 
     def __init__(self, position: int, ranks: Sequence[int], numbers: int, kinds: int, share: Share, device: torch.device) -> None:
         self.position, self.ranks, self.positions, self.share, self.device = position, tuple(ranks), len(ranks), share, device
         self.pads = [pad.view(torch.int64) for pad in share(8 * kinds * self.positions)]
-        self.areas = [[torch.empty(0, dtype=torch.uint8, device=device)] * self.positions for _ in range(numbers)]
+        self.buffers = [[torch.empty(0, dtype=torch.uint8, device=device)] * self.positions for _ in range(numbers)]
         self.streams = [torch.cuda.Stream(device, priority=-1) for _ in range(2)] if device.type == "cuda" else None
 
-    def area(self, position: int, number: int) -> Tensor:
-        """A position's receive area, uint8, as it is mapped here."""
-        return self.areas[number][position]
+    def buffer(self, position: int, number: int) -> Tensor:
+        """A position's receive buffer, uint8, as it is mapped here."""
+        return self.buffers[number][position]
 
     def grow(self, number: int, size: int) -> None:
-        """Make an area at least so large, at all positions. Collective; what lay in it is gone. Rare: sizes double."""
-        if len(self.areas[number][self.position]) < size:
+        """ExchangeFactory an buffer at least so large, at all positions. Collective; what lay in it is gone. Rare: sizes double."""
+        if len(self.buffers[number][self.position]) < size:
             for stream in self.streams or ():                # what this position still moves
                 stream.synchronize()
-            self.areas[number] = self.share(1 << (size - 1).bit_length())
+            self.buffers[number] = self.share(1 << (size - 1).bit_length())
 
     def put(self, positions: Sequence[int], kind: int, epoch: int) -> None:
         """Tell positions that this one is done with an epoch."""
         put_signals([self.pads[position] for position in positions], kind * self.positions + self.position, epoch)
 
     def wait(self, positions: Sequence[int], kind: int, epoch: int, limit_s: float, what: str) -> None:
-        """Until all of these have put that epoch or a later one. Raises Late, or traps on a GPU (ops/peer_memory.py)."""
+        """Until all of these have put that epoch or a later one. Raises SignalTimeout, or traps on a GPU (ops/peer_memory.py)."""
         await_signals(self.pads[self.position], [kind * self.positions + position for position in positions], epoch, limit_s,
                       [*(self.ranks[position] for position in positions), self.ranks[self.position]], what)
 
-    def leaving(self, message: Tensor) -> AbstractContextManager:
+    def on_send_stream(self, message: Tensor) -> AbstractContextManager:
         """Round what sends it."""
         if not self.streams:
             return nullcontext()
@@ -70,14 +70,14 @@ class Areas:
         message.record_stream(self.streams[0])               # its memory is not given away before it has been copied
         return torch.cuda.stream(self.streams[0])
 
-    def arriving(self) -> AbstractContextManager:
+    def on_receive_stream(self) -> AbstractContextManager:
         """Round what receives."""
         if not self.streams:
             return nullcontext()
         self.streams[1].wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.streams[1])
 
-    def landed(self) -> None:
+    def wait_received(self) -> None:
         """Before what was received is read."""
         if self.streams:
             torch.cuda.current_stream(self.device).wait_stream(self.streams[1])
@@ -104,7 +104,7 @@ def shared_files(group: Group) -> Share:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make a file whose memory is there: that of one which merely has the size is asked for when it is touched, and where there is
+    """ExchangeFactory a file whose memory is there: that of one which merely has the size is asked for when it is touched, and where there is
     none left the answer is SIGBUS."""
     try:
         with create(path) as file:

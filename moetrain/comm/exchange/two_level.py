@@ -2,12 +2,12 @@
 
 Rank l of node n sends a row for (n', l') to (n, l'), the rank of its own node that has the destination's place, and that one
 sends it on to (n', l'): every rank exchanges with the others of its node and with those of its own place elsewhere, and with
-nobody else. What comes back takes the same way the other way round. (The 2D all-to-all of DeepSpeed-MoE and DeepEP.)
+nobody else. What comes back takes the same way in reverse. (The 2D all-to-all of DeepSpeed-MoE and DeepEP.)
 
     there    node exchange, done at once | rail exchange, on its way until it is waited for
     back     rail exchange, on its way until it is waited for | node exchange, done at once
 
-So what overlaps with computation is the slow leg. Backward is the same by autograd: both legs are flat exchanges. A row for two
+So what overlaps with computation is the slow leg. Backward is the same by autograd: both stages are flat exchanges. A row for two
 ranks of another node is two rows on the rail.
 
 Shapes: C exchanges that are prepared together, P positions, N nodes, L ranks per node; position = n * L + l.
@@ -26,32 +26,32 @@ from moetrain.ops.permute import reorder
 from moetrain.ops.pinned import to_device
 
 
-class Turn(NamedTuple):
+class RowReorder(NamedTuple):
     """A change of the order of rows, and its inverse; int64 [R] each."""
 
     index_R: Tensor
     inverse_R: Tensor
 
-    def reversed(self) -> "Turn":
-        return Turn(self.inverse_R, self.index_R)
+    def reversed(self) -> "RowReorder":
+        return RowReorder(self.inverse_R, self.index_R)
 
     def of(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(reorder(tensor, *self) if tensor.is_floating_point() else tensor[self.index_R] for tensor in tensors)
 
 
-class Legs(NamedTuple):
-    """Both legs, with the orders before the first and between the two."""
+class TwoStagePlan(NamedTuple):
+    """Both stages, with the orders before the first and between the two."""
 
     first: Splits
     second: Splits
-    before: Turn | None
-    between: Turn
-    after: Turn | None
+    before: RowReorder | None
+    between: RowReorder
+    after: RowReorder | None
     returning: bool = False
 
-    def reversed(self) -> "Legs":
+    def reversed(self) -> "TwoStagePlan":
         before, after = (turn and turn.reversed() for turn in (self.before, self.after))
-        return Legs(self.second.reversed(), self.first.reversed(), after, self.between.reversed(), before, not self.returning)
+        return TwoStagePlan(self.second.reversed(), self.first.reversed(), after, self.between.reversed(), before, not self.returning)
 
 
 class TwoLevelExchange:
@@ -77,28 +77,28 @@ class TwoLevelExchange:
         return [self._splits(*each) for each in zip(sent, received, sent_CNL, passing_CLN, strict=True)]
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        legs: Legs = splits.way
-        if legs.before is not None:
-            tensors = legs.before.of(tensors)
-        if legs.returning:
-            return _Later(self.rail.post(tensors, legs.first, read=read), lambda rows: self._close(rows, legs, read))
-        passing = self.node.post(tensors, legs.first, read=read).wait()
-        return self.rail.post(legs.between.of(passing), legs.second, read=read)
+        stages: TwoStagePlan = splits.backend_plan
+        if stages.before is not None:
+            tensors = stages.before.of(tensors)
+        if stages.returning:
+            return _TwoStageHandle(self.rail.post(tensors, stages.first, read=read), lambda rows: self._close(rows, stages, read))
+        passing = self.node.post(tensors, stages.first, read=read).wait()
+        return self.rail.post(stages.between.of(passing), stages.second, read=read)
 
-    def _close(self, rows: tuple[Tensor, ...], legs: Legs, read: bool) -> tuple[Tensor, ...]:
-        rows = self.node.post(legs.between.of(rows), legs.second, read=read).wait()
-        return legs.after.of(rows)
+    def _close(self, rows: tuple[Tensor, ...], stages: TwoStagePlan, read: bool) -> tuple[Tensor, ...]:
+        rows = self.node.post(stages.between.of(rows), stages.second, read=read).wait()
+        return stages.after.of(rows)
 
     def _splits(self, sent: Sequence[int], received: Sequence[int], sent_NL: Tensor, passing_LN: Tensor) -> Splits:
         """passing_LN: rows of this node's ranks for other nodes that pass here."""
         received_NL = torch.tensor(received).view_as(sent_NL)
         first = Splits(tuple(sent_NL.sum(0).tolist()), tuple(passing_LN.sum(1).tolist()))
         second = Splits(tuple(passing_LN.sum(0).tolist()), tuple(received_NL.sum(1).tolist()))
-        legs = Legs(first, second, turned(sent_NL, self.device), turned(passing_LN, self.device), None)
-        return Splits(tuple(sent), tuple(received), legs)
+        stages = TwoStagePlan(first, second, transposition(sent_NL, self.device), transposition(passing_LN, self.device), None)
+        return Splits(tuple(sent), tuple(received), stages)
 
 
-class _Later(NamedTuple):
+class _TwoStageHandle(NamedTuple):
     """An exchange of which something is left to do once it has landed."""
 
     handle: Handle
@@ -108,10 +108,10 @@ class _Later(NamedTuple):
         return self.then(self.handle.wait())
 
 
-def turned(counts_AB: Tensor, device: torch.device) -> Turn:
+def transposition(counts_AB: Tensor, device: torch.device) -> RowReorder:
     """Rows that lie by a and then by b, to lie by b and then by a."""
     label_R = torch.arange(counts_AB.shape[1]).repeat(counts_AB.shape[0]).repeat_interleave(counts_AB.flatten())
     index_R = label_R.argsort(stable=True)
     inverse_R = torch.empty_like(index_R)
     inverse_R[index_R] = torch.arange(len(index_R))
-    return Turn(*to_device(torch.stack([index_R, inverse_R]), device))
+    return RowReorder(*to_device(torch.stack([index_R, inverse_R]), device))

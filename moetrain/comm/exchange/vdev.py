@@ -1,7 +1,7 @@
 """torch's all-to-all with splits on the device (`torch.ops.symm_mem.all_to_all_vdev`, over NVSHMEM) as a wire. Unverified: it
 has never run here.
 
-Messages are copied into symmetric memory and out of it, in areas for two exchanges each way, like the peer wire's (areas are not
+Messages are copied into symmetric memory and out of it, in buffers for two exchanges each way, like the peer wire's (buffers are not
 reused before both sides have come by twice, which every exchange with all positions sees to).
 
 Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks alike.
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.async_exchange import travel
+from moetrain.comm.exchange.async_exchange import exchange_async
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.ops.pinned import to_device
 
 
-class Lane:
+class SymmetricWorkspace:
     """Symmetric memory and the stream of a group; shared by all layers."""
 
     def __init__(self, process_group: dist.ProcessGroup, positions: int, device: torch.device) -> None:
@@ -30,20 +30,20 @@ class Lane:
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.splits = [self._share(positions, torch.int64) for _ in range(4)]
         self.arrived = [self._share(2 * positions, torch.int64).view(2, positions) for _ in range(4)]
-        self.areas: list[tuple[Tensor, Tensor]] = [(torch.empty(0, device=device), torch.empty(0, device=device))] * 4
+        self.buffers: list[tuple[Tensor, Tensor]] = [(torch.empty(0, device=device), torch.empty(0, device=device))] * 4
         self.begun = [0, 0]
 
-    def send(self, message: Tensor, splits: Splits, most: int, channel: int) -> Tensor:
-        """A view of the area that rows come to, to be read on the lane's stream."""
+    def send(self, message: Tensor, splits: Splits, max_rows: int, channel: int) -> Tensor:
+        """A view of the buffer that rows come to, to be read on the workspace's stream."""
         row = message.shape[1:].numel() * message.dtype.itemsize
         self.begun[channel] += 1
         number = 2 * channel + self.begun[channel] % 2
-        if len(self.areas[number][0]) < most * row:
+        if len(self.buffers[number][0]) < max_rows * row:
             torch.cuda.synchronize(self.device)
-            size = 1 << (most * row - 1).bit_length()
-            self.areas[number] = self._share(size, torch.uint8), self._share(size, torch.uint8)
+            size = 1 << (max_rows * row - 1).bit_length()
+            self.buffers[number] = self._share(size, torch.uint8), self._share(size, torch.uint8)
         bits = message.reshape(len(message), -1).view(torch.uint8) if message.numel() else message.new_empty(0, row, dtype=torch.uint8)
-        sending, receiving = (area[:len(area) // row * row].view(-1, row) for area in self.areas[number])
+        sending, receiving = (buffer[:len(buffer) // row * row].view(-1, row) for buffer in self.buffers[number])
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             sending[:len(bits)].copy_(bits)
@@ -61,37 +61,37 @@ class Lane:
 
 
 class VdevExchange:
-    """plain: for counts, and for the largest number of rows of any position."""
+    """flat: for counts, and for the largest number of rows of any position."""
 
-    def __init__(self, plain: Exchange, lane: Lane) -> None:
-        self.plain, self.lane = plain, lane
-        self.positions, self.position = plain.positions, plain.position
+    def __init__(self, flat: Exchange, workspace: SymmetricWorkspace) -> None:
+        self.flat, self.workspace = flat, workspace
+        self.positions, self.position = flat.positions, flat.position
 
     def counts(self, sent_P: Tensor) -> Tensor:
-        return self.plain.counts(sent_P)
+        return self.flat.counts(sent_P)
 
     def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
         own_C = sent_CP.sum(1).maximum(received_CP.sum(1))
-        return self.plain.counts(own_C.expand(self.positions, -1).contiguous()).amax(0)[:, None]
+        return self.flat.counts(own_C.expand(self.positions, -1).contiguous()).amax(0)[:, None]
 
     def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
-        return [Splits(tuple(there), tuple(here), Most(most))
-                for there, here, (most,) in zip(sent, received, announced, strict=True)]
+        return [Splits(tuple(there), tuple(here), MaxRows(max_rows))
+                for there, here, (max_rows,) in zip(sent, received, announced, strict=True)]
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        return travel(self, tensors, splits, read)
+        return exchange_async(self, tensors, splits, read)
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
-        return self.lane.send(message, splits, splits.way, int(returning))
+        return self.workspace.send(message, splits, splits.backend_plan, int(returning))
 
     def finish(self, message: Tensor) -> Tensor:
-        torch.cuda.current_stream(self.lane.device).wait_stream(self.lane.stream)
-        message.record_stream(torch.cuda.current_stream(self.lane.device))
+        torch.cuda.current_stream(self.workspace.device).wait_stream(self.workspace.stream)
+        message.record_stream(torch.cuda.current_stream(self.workspace.device))
         return message
 
 
-class Most(int):
-    """The most rows that any position sends or receives, there or back."""
+class MaxRows(int):
+    """The max_rows rows that any position sends or receives, there or back."""
 
-    def reversed(self) -> "Most":
+    def reversed(self) -> "MaxRows":
         return self

@@ -55,8 +55,8 @@ class Collective(Protocol):
         ...
 
 
-class Lane(NamedTuple):
-    """What one position sends and receives in a leg. Gradients take the same lane the other way."""
+class SendPlan(NamedTuple):
+    """What one position sends and receives in a leg. Gradients take the same send_plan the other way."""
 
     position: int
     index_s: Tensor              # int64: which row here is sent, by destination and then by expert
@@ -65,13 +65,13 @@ class Lane(NamedTuple):
     begins: tuple[int, ...]      # first of the rows sent to each position
 
 
-def lane(leg: Leg, position: int, positions: int, rows: Sequence[int], tables: DeviceTables) -> Lane:
-    """A position's lane. rows: experts that lie here to be sent, in their order."""
+def send_plan(leg: Leg, position: int, positions: int, rows: Sequence[int], tables: DeviceTables) -> SendPlan:
+    """A position's send_plan. rows: experts that lie here to be sent, in their order."""
     row = {expert: index for index, expert in enumerate(rows)}
     leaving = sorted((to, expert) for expert, source, to in leg if source == position)
     sent, received = Counter(to for to, _ in leaving), Counter(source for _, source, to in leg if to == position)
     sent_P = tuple(sent[at] for at in range(positions))
-    return Lane(position, tables.put(torch.tensor([row[expert] for _, expert in leaving], dtype=torch.int64)),
+    return SendPlan(position, tables.put(torch.tensor([row[expert] for _, expert in leaving], dtype=torch.int64)),
                 sent_P, tuple(received[at] for at in range(positions)), tuple(accumulate(sent_P, initial=0))[:-1])
 
 
@@ -80,7 +80,7 @@ def arrivals(leg: Leg, position: int) -> list[int]:
     return [expert for _, expert in sorted((source, expert) for expert, source, to in leg if to == position)]
 
 
-class Flight:
+class AsyncAllToAll:
     """One all-to-all under way. `wait` gives the rows received, once."""
 
     def __init__(self, message: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: Group) -> None:
@@ -102,11 +102,11 @@ def message(homes: Sequence[Tensor], index_s: Tensor, dtype: torch.dtype | None)
     return rows_sW if dtype is None else rows_sW.to(dtype)
 
 
-def add_ascending(total_hW: Tensor, own_hW: Tensor, received_sW: Tensor, lane: Lane, positions: Iterable[int]) -> None:
+def add_ascending(total_hW: Tensor, own_hW: Tensor, received_sW: Tensor, send_plan: SendPlan, positions: Iterable[int]) -> None:
     """Add what came from some positions, one after the other, and the own part in its place."""
     for position in positions:
-        if position == lane.position:
+        if position == send_plan.position:
             total_hW += own_hW
-        elif lane.sent[position]:                        # an expert goes to a position once: no two rows of one index
-            rows = slice(lane.begins[position], lane.begins[position] + lane.sent[position])
-            total_hW.index_add_(0, lane.index_s[rows], received_sW[rows])
+        elif send_plan.sent[position]:                        # an expert goes to a position once: no two rows of one index
+            rows = slice(send_plan.begins[position], send_plan.begins[position] + send_plan.sent[position])
+            total_hW.index_add_(0, send_plan.index_s[rows], received_sW[rows])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.sparse.base import Flight, add_ascending, lane, message
+from moetrain.comm.sparse.base import AsyncAllToAll, add_ascending, message, send_plan
 from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
@@ -26,15 +26,15 @@ class Packed:
     def __init__(self, placement: LayerPlacement, topology: Topology, position: int, tables: DeviceTables) -> None:
         (leg,) = packed(placement, topology)
         self.copies = len(placement.copies_at(position))
-        self.lane = lane(leg, position, placement.positions, placement.experts_of(position), tables)
+        self.send_plan = send_plan(leg, position, placement.positions, placement.experts_of(position), tables)
 
-    def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Flight:
-        return Flight(message(homes, self.lane.index_s, dtype), self.lane.sent, self.lane.received, group)
+    def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> AsyncAllToAll:
+        return AsyncAllToAll(message(homes, self.send_plan.index_s, dtype), self.send_plan.sent, self.send_plan.received, group)
 
-    def post_reduce(self, gradients_cW: Tensor, group: Group) -> Flight:
-        return Flight(gradients_cW, self.lane.received, self.lane.sent, group)
+    def post_reduce(self, gradients_cW: Tensor, group: Group) -> AsyncAllToAll:
+        return AsyncAllToAll(gradients_cW, self.send_plan.received, self.send_plan.sent, group)
 
     def sum_at_home(self, own_hW: Tensor, received_sW: Tensor) -> Tensor:
         total_hW = torch.zeros_like(own_hW)
-        add_ascending(total_hW, own_hW, received_sW, self.lane, range(len(self.lane.sent)))
+        add_ascending(total_hW, own_hW, received_sW, self.send_plan, range(len(self.send_plan.sent)))
         return total_hW

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.sparse.base import Flight, message
+from moetrain.comm.sparse.base import AsyncAllToAll, message
 from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.placement import LayerPlacement, slice_columns
 
 
-class Landing:
-    """A flight of numbers, and how what it brings is laid out. `wait` gives that, once."""
+class PendingLayout:
+    """A exchange of numbers, and how what it brings is laid out. `wait` gives that, once."""
 
-    def __init__(self, flight: Flight, lay_out: Callable[[Tensor], Tensor]) -> None:
-        self.flight, self.lay_out = flight, lay_out
+    def __init__(self, exchange: AsyncAllToAll, lay_out: Callable[[Tensor], Tensor]) -> None:
+        self.exchange, self.lay_out = exchange, lay_out
 
     def wait(self) -> Tensor:
-        return self.lay_out(self.flight.wait().flatten())
+        return self.lay_out(self.exchange.wait().flatten())
 
 
 class Sliced:
@@ -45,16 +45,16 @@ class Sliced:
         self.copies, self.counts = len(towards[position]), [len(rows) for rows in towards]
         self.index_s = tables.put(torch.tensor(sum(towards, []), dtype=torch.int64))
 
-    def post_gather(self, pieces: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Landing:
+    def post_gather(self, pieces: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> PendingLayout:
         """Start bringing copies: rows [m, W]. pieces: tensors [n, …] that travel side by side."""
         sent, received = self._numbers()
-        return Landing(_fly(message(pieces, self.index_s, dtype), sent, received, group), self._assemble)
+        return PendingLayout(_all_to_all(message(pieces, self.index_s, dtype), sent, received, group), self._assemble)
 
-    def post_reduce(self, gradients_mW: Tensor, group: Group) -> Landing:
+    def post_reduce(self, gradients_mW: Tensor, group: Group) -> PendingLayout:
         """Start sending the gradients of copies to the pieces: rows [s, w], for `sum_at_home`."""
         sent, received = self._numbers()
         pieces = (torch.cat([gradients_mW[:, part] for part in parts], dim=1) for parts in self.columns)
-        return Landing(_fly(torch.cat([piece.flatten() for piece in pieces]), received, sent, group),
+        return PendingLayout(_all_to_all(torch.cat([piece.flatten() for piece in pieces]), received, sent, group),
                        lambda flat: flat.view(len(self.index_s), self.widths[self.position]))
 
     def sum_at_home(self, own_nw: Tensor, received_sw: Tensor) -> Tensor:
@@ -79,5 +79,5 @@ class Sliced:
         return rows_mW
 
 
-def _fly(numbers: Tensor, sent: list[int], received: list[int], group: Group) -> Flight:
-    return Flight(numbers.reshape(-1, 1), tuple(sent), tuple(received), group)
+def _all_to_all(numbers: Tensor, sent: list[int], received: list[int], group: Group) -> AsyncAllToAll:
+    return AsyncAllToAll(numbers.reshape(-1, 1), tuple(sent), tuple(received), group)

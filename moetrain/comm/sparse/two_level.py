@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.sparse.base import Flight, Handle, add_ascending, arrivals, lane, message
+from moetrain.comm.sparse.base import AsyncAllToAll, Handle, add_ascending, arrivals, message, send_plan
 from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import two_level
 
 
-class Relay:
+class TwoStageAllToAll:
     """Two flights under way. `wait` gives the rows that the second brings, once."""
 
-    def __init__(self, first: Flight, carry_on: Callable[[Tensor], Flight],
+    def __init__(self, first: AsyncAllToAll, carry_on: Callable[[Tensor], AsyncAllToAll],
                  together: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.first, self.carry_on, self.together = first, carry_on, together
 
@@ -46,23 +46,23 @@ class TwoLevel:
         copies, positions = placement.copies_at(position), placement.positions
         direct, passed_on = arrivals(across, position), arrivals(inside, position)
         self.topology, self.position, self.copies, self.relayed = topology, position, len(copies), bool(inside)
-        self.across = lane(across, position, positions, placement.experts_of(position), tables)
-        self.inside = lane(inside, position, positions, direct, tables)
+        self.across = send_plan(across, position, positions, placement.experts_of(position), tables)
+        self.inside = send_plan(inside, position, positions, direct, tables)
         self.slots_a = tables.put(torch.tensor([copies.index(expert) for expert in direct], dtype=torch.int64))
         self.slots_r = tables.put(torch.tensor([copies.index(expert) for expert in passed_on], dtype=torch.int64))
 
     def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Handle:
-        first = Flight(message(homes, self.across.index_s, dtype), self.across.sent, self.across.received, group)
+        first = AsyncAllToAll(message(homes, self.across.index_s, dtype), self.across.sent, self.across.received, group)
         if not self.relayed:                             # all come from their homes: in the order of slots
             return first
-        return Relay(first, lambda rows_aW: self._pass_on(rows_aW, group), self._in_slots)
+        return TwoStageAllToAll(first, lambda rows_aW: self._pass_on(rows_aW, group), self._in_slots)
 
     def post_reduce(self, gradients_cW: Tensor, group: Group) -> Handle:
         if not self.relayed:
             return self._homewards(gradients_cW, group)
         own_aW = gradients_cW[self.slots_a]
-        first = Flight(gradients_cW[self.slots_r], self.inside.received, self.inside.sent, group)
-        return Relay(first, lambda received: self._homewards(self._sum_at_leader(own_aW, received), group),
+        first = AsyncAllToAll(gradients_cW[self.slots_r], self.inside.received, self.inside.sent, group)
+        return TwoStageAllToAll(first, lambda received: self._homewards(self._sum_at_leader(own_aW, received), group),
                      lambda _, received_sW: received_sW)
 
     def sum_at_home(self, own_hW: Tensor, received_sW: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ class TwoLevel:
                 total_hW += node_hW
         return total_hW
 
-    def _pass_on(self, rows_aW: Tensor, group: Group) -> Flight:
-        return Flight(rows_aW[self.inside.index_s], self.inside.sent, self.inside.received, group)
+    def _pass_on(self, rows_aW: Tensor, group: Group) -> AsyncAllToAll:
+        return AsyncAllToAll(rows_aW[self.inside.index_s], self.inside.sent, self.inside.received, group)
 
     def _in_slots(self, rows_aW: Tensor, rows_rW: Tensor) -> Tensor:
         rows_cW = rows_aW.new_empty(self.copies, rows_aW.shape[1])
@@ -89,5 +89,5 @@ class TwoLevel:
         add_ascending(total_aW, own_aW, received_W, self.inside, range(self.topology.positions))
         return total_aW
 
-    def _homewards(self, rows_aW: Tensor, group: Group) -> Flight:
-        return Flight(rows_aW, self.across.received, self.across.sent, group)
+    def _homewards(self, rows_aW: Tensor, group: Group) -> AsyncAllToAll:
+        return AsyncAllToAll(rows_aW, self.across.received, self.across.sent, group)

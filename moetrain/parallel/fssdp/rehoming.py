@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.comm.sparse.base import Flight
+from moetrain.comm.sparse.base import AsyncAllToAll
 from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement, slice_columns
 
@@ -66,7 +66,7 @@ def _move(whole: Rows, width: int, like: Tensor, before: ExpertPlacement, after:
                 coming[old].append((name, expert))
     sent = [whole[move] for moves in leaving for move in moves]
     message_sW = torch.stack(sent) if sent else like.new_empty(0, width)
-    received = Flight(message_sW, tuple(map(len, leaving)), tuple(map(len, coming)), group).wait()
+    received = AsyncAllToAll(message_sW, tuple(map(len, leaving)), tuple(map(len, coming)), group).wait()
     whole.update(zip([move for moves in coming for move in moves], received))
 
 
@@ -93,7 +93,7 @@ def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: Exper
                     leaving[at].append(cut(whole[name, expert], shapes, at, positions))
     numbers = torch.cat([like.new_empty(0), *(part for moves in leaving for part in moves)])
     sent, received = tuple(sum(map(len, moves)) for moves in leaving), tuple(map(sum, coming))
-    flat = Flight(numbers[:, None], sent, received, group).wait().flatten()
+    flat = AsyncAllToAll(numbers[:, None], sent, received, group).wait().flatten()
     arrived = [list(block.split(lengths)) if lengths else [] for block, lengths in zip(flat.split(received), coming)]
     for name, expert, old, new in changed:
         if old is not None:

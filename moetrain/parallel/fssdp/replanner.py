@@ -29,7 +29,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.parallel.fssdp.copies import CopyManager
 from moetrain.parallel.fssdp.rehoming import reshard
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.state_shards import StateShard
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.loads.forecast import LoadForecaster
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
@@ -71,7 +71,7 @@ class Replanner:
             for name, moe in layers.items():
                 homes = placement[name]
                 self._dispatch_by(moe, LayerPlan(homes, (0,) * homes.num_experts), tables)
-            copies.adopt(placement, tables)
+            copies.set_placement(placement, tables)
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
         """The pooled counts of a step by router, on the host: plan the next."""
@@ -96,10 +96,10 @@ class Replanner:
                             next="the same command resumes from the last checkpoint; if it happens again, check that machine")
         return self.placement
 
-    def pieces(self) -> Iterator[Piece]:
+    def state_shards(self) -> Iterator[StateShard]:
         sliced = {"sliced": self.sliced} if self.intervals.sliced else {}
         for name, table in {**self.forecaster.tables(), "homes": self.homes, "positions": self.positions, **sliced}.items():
-            yield Piece(f"plan.{name}", tuple(table.shape), 0, table, "batch")
+            yield StateShard(f"plan.{name}", tuple(table.shape), 0, table, "batch")
 
     def restored(self) -> None:
         """Forecast and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
@@ -160,13 +160,13 @@ class Replanner:
                 self._dispatch_by(moe, plan, tables)
                 layers.append((name, plan.placement))
             self.placement = ExpertPlacement(tuple(layers))
-            self.copies.adopt(self.placement, tables)
+            self.copies.set_placement(self.placement, tables)
         self._compare()
 
     def _dispatch_by(self, moe: MoELayer, plan: LayerPlan, tables: DeviceTables) -> None:
         topology, costs, _ = self.planning_inputs
         calibrate = self.calibration and partial(self._calibrate, moe, plan)
-        moe.dispatcher.adopt(plan.placement, tables, rule_of(self.planner.rule, plan, topology, costs), calibrate)
+        moe.experts.dispatcher.set_placement(plan.placement, tables, rule_of(self.planner.rule, plan, topology, costs), calibrate)
 
     def _calibrate(self, moe: MoELayer, plan: LayerPlan, n_PE: Tensor) -> None:
         """With the counts of a layer's first micro-batch in a step; they stand for those of the others. The same at all
@@ -177,7 +177,7 @@ class Replanner:
         copies.calibrated = True
         more = self.calibration(n_PE * copies.backwards, plan, self.planner, *self.planning_inputs)
         if more is not None:
-            copies.extend(more.placement)
+            copies.add_copies(more.placement)
             with DeviceTables(self.mesh.device) as tables:
                 self._dispatch_by(moe, more, tables)
 

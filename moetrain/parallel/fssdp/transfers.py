@@ -19,7 +19,7 @@ from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 
 
-class Arriving:
+class PendingDispatch:
     """Copies on their way. `wait` gives their rows [c, W], once."""
 
     def __init__(self, handles: list[Handle]) -> None:
@@ -30,7 +30,7 @@ class Arriving:
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-class Leaving:
+class PendingGradReduction:
     """Gradients on their way home. `finish` adds them to those of the parameters there, once."""
 
     def __init__(self, bank: ExpertBank, parts: list[tuple[Collective, tuple[str, str], Handle]]) -> None:
@@ -58,13 +58,13 @@ class CopyTransfers:
             self.parts.append((Sliced(placement, bank.shapes, group.position, tables), PIECES))
         self.copies = sum(part.copies for part, _ in self.parts)
 
-    def post_gather(self, dtype: torch.dtype) -> Arriving:
+    def post_gather(self, dtype: torch.dtype) -> PendingDispatch:
         """Start bringing the copies. dtype: on the wire."""
-        return Arriving([part.post_gather([getattr(self.bank, name) for name in names], self.group, dtype)
+        return PendingDispatch([part.post_gather([getattr(self.bank, name) for name in names], self.group, dtype)
                          for part, names in self.parts])
 
-    def post_reduce(self, gradients_cW: Tensor) -> Leaving:
+    def post_reduce(self, gradients_cW: Tensor) -> PendingGradReduction:
         """Start sending the gradients of the copies home."""
         rows = gradients_cW.split([part.copies for part, _ in self.parts])
-        return Leaving(self.bank, [(part, names, part.post_reduce(each, self.group))
+        return PendingGradReduction(self.bank, [(part, names, part.post_reduce(each, self.group))
                                    for (part, names), each in zip(self.parts, rows)])

@@ -4,7 +4,7 @@ A rule is an object with two members:
 
     split(n_PE, placement, first)   rows for each replica, int64 [P, C], from the counts n_PE of consecutive
                                     sources, int64 [P, E], the first of them at position `first`
-    looks_at_all                    whether the rule needs the counts of all positions; that takes no further
+    needs_all_counts                whether the rule needs the counts of all positions; that takes no further
                                     exchange, only a larger one
 
 A rule that needs all counts takes them on the host and answers there. The other works on the device of its
@@ -40,7 +40,7 @@ def rule_of(rule: Rule, plan: LayerPlan, topology: Topology,
 class LocalFirst:
     """Split rows over the replica at their source, else over those on its node, else over all."""
 
-    looks_at_all = False
+    needs_all_counts = False
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
@@ -52,7 +52,7 @@ class LocalFirst:
 class Waterfill:
     """Split rows so that loads are level, with rows leaving their node only where that pays."""
 
-    looks_at_all = True
+    needs_all_counts = True
 
     def __init__(self, topology: Topology, costs: Costs) -> None:
         self.topology, self.costs = topology, costs
@@ -64,7 +64,7 @@ class Waterfill:
 class Shares:
     """Split rows by the quotas that the planner has set for each replica."""
 
-    looks_at_all = True
+    needs_all_counts = True
 
     def __init__(self, topology: Topology, quotas_C: tuple[int, ...]) -> None:
         self.topology, self.quotas_C = topology, torch.tensor(quotas_C, dtype=torch.int64)

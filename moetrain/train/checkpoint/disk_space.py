@@ -36,8 +36,8 @@ def check_disk(state: TrainState, run_dir: Path, mesh: Mesh, config: CheckpointC
 
 def estimate(state: TrainState, mesh: Mesh) -> int:
     """Bytes of one checkpoint: all tensors, and about 200 bytes of header and manifest for each. Collective."""
-    pieces = written_here(state.pieces(), mesh)
-    mine = sum(piece.rows.numel() * piece.rows.element_size() + 200 for piece in pieces)
+    state_shards = written_here(state.state_shards(), mesh)
+    mine = sum(shard.rows.numel() * shard.rows.element_size() + 200 for shard in state_shards)
     return int(total_over(mesh["batch"], mine))
 
 

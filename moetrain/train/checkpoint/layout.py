@@ -1,6 +1,6 @@
-"""Between what a rank holds and what lies in files: which pieces it writes, and which rows it reads from where.
+"""Between what a rank holds and what lies in files: which shards it writes, and which rows it reads from where.
 
-Chunks and pieces are ranges of rows. Where a tensor lies in several chunks the overlap is computed by the pure function of
+Chunks and shards are ranges of rows. Where a tensor lies in several chunks the overlap is computed by the pure function of
 torch's distributed checkpoint (DCP), on boxes of one dimension: its sweep goes along the longest dimension, which for boxes
 with columns is seldom the rows and then compares everything with everything. Whole tensors, all experts among them, need no
 object of DCP.
@@ -14,7 +14,7 @@ import torch
 
 from moetrain.checkpoint.records import Chunk, Entry, row_count
 from moetrain.comm.mesh import Mesh
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.state_shards import StateShard
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -24,7 +24,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Read(NamedTuple):
-    """`rows` rows of a chunk, from its row `source`, go to the piece's row `target`."""
+    """`rows` rows of a chunk, from its row `source`, go to the shard's row `target`."""
 
     chunk: Chunk
     source: int
@@ -32,22 +32,22 @@ class Read(NamedTuple):
     rows: int
 
 
-def written_here(pieces: Iterable[Piece], mesh: Mesh) -> list[Piece]:
-    """The pieces that this rank writes: of ranks that hold the same piece one does, the one with the fewest bytes so far.
+def written_here(shards: Iterable[StateShard], mesh: Mesh) -> list[StateShard]:
+    """The shards that this rank writes: of ranks that hold the same shard one does, the one with the fewest bytes so far.
 
-    Nobody is asked: ranks that hold the same pieces see them in the same order. A disagreement would show in the commit.
+    Nobody is asked: ranks that hold the same shards see them in the same order. A disagreement would show in the commit.
     """
     loads: dict[str, list[tuple[int, int]]] = {}
     mine = []
-    for piece in pieces:
-        if not piece.rows.numel():
+    for shard in shards:
+        if not shard.rows.numel():
             continue
-        group = mesh[piece.held_by]
+        group = mesh[shard.held_by]
         load = loads.setdefault(group.name, [(0, position) for position in range(group.size)])
         size, position = load[0]
-        heapq.heapreplace(load, (size + piece.rows.numel() * piece.rows.element_size(), position))
+        heapq.heapreplace(load, (size + shard.rows.numel() * shard.rows.element_size(), position))
         if position == group.position:
-            mine.append(piece)
+            mine.append(shard)
     return mine
 
 

@@ -29,7 +29,7 @@ from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.state_shards import StateShard
 from moetrain.train.checkpoint.layout import DTYPES, NAMES, Read, reads
 from moetrain.train.state import OPTIONAL, TrainState, weights
 
@@ -52,7 +52,7 @@ def load(state: TrainState, directory: Path, *, verify: str = "full", mesh: Mesh
     mesh: whether the model has a place for every tensor of the checkpoint is a question to all its ranks; without a mesh it
     is not asked. Collective with a mesh.
     """
-    loading = Loading(state.pieces(), directory, verify)
+    loading = Loading(state.state_shards(), directory, verify)
     _load(loading, mesh)
     state.restore(loading.manifest.values)
     return loading.manifest
@@ -64,7 +64,7 @@ def resume(state: TrainState, run_dir: Path, mesh: Mesh, *, verify: str = "full"
     Damage that one rank finds makes all of them take the next older one; rank 0 says what was lost and takes the damaged
     checkpoint out of the way. CheckpointError where none is good, or where they are of another model.
     """
-    found = _newest_good(run_dir, mesh, lambda directory: Loading(state.pieces(), directory, verify), aside=True)
+    found = _newest_good(run_dir, mesh, lambda directory: Loading(state.state_shards(), directory, verify), aside=True)
     if found is not None:
         state.restore(found.manifest.values)
     return found
@@ -89,12 +89,12 @@ def newest_manifest(run_dir: Path) -> Manifest:
 class Loading:
     """What of a checkpoint goes where on this rank: planned when it is made, then verified, then filled in."""
 
-    def __init__(self, pieces: Iterable[Piece], directory: Path, verify: str, only: tuple[str, ...] = ("",)) -> None:
+    def __init__(self, shards: Iterable[StateShard], directory: Path, verify: str, only: tuple[str, ...] = ("",)) -> None:
         self.directory, self.check = directory, verify == "full"
         self.manifest = read_manifest(directory)
         self.only = only
         _or_damaged(directory, lambda: check_files(directory, self.manifest))
-        self.wanted = self._plan(list(pieces))
+        self.wanted = self._plan(list(shards))
 
     def verify(self) -> None:
         """Compare everything that will be read with its checksums, and the files' headers with the manifest."""
@@ -105,45 +105,45 @@ class Loading:
             parts = self.manifest.parts()
             for name, payload in files.items():
                 payload.check_keys(parts[name], self.manifest.values["step"])
-            for piece, entry, plan in self.wanted:
+            for shard, entry, plan in self.wanted:
                 for read in plan:
-                    for _ in self._blocks(files, piece, entry, read):
+                    for _ in self._blocks(files, shard, entry, read):
                         pass
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write into the pieces."""
+        """Write into the shards."""
         with ExitStack() as stack:
             files = self._open(stack)
-            for piece, entry, plan in self.wanted:
+            for shard, entry, plan in self.wanted:
                 for read in plan:
-                    content = bytearray().join(self._blocks(files, piece, entry, read))
+                    content = bytearray().join(self._blocks(files, shard, entry, read))
                     rows = torch.frombuffer(content, dtype=DTYPES[entry.dtype])
-                    target = piece.rows[read.target:read.target + read.rows] if entry.shape else piece.rows
+                    target = shard.rows[read.target:read.target + read.rows] if entry.shape else shard.rows
                     target.copy_(to_device(rows.view(target.shape), target.device))
 
     def unwanted(self, mesh: Mesh) -> list[str]:
         """Tensors of the checkpoint that no rank has a place for. Collective."""
         names = [name for name in self.manifest.names() if name.startswith(self.only) and not name.startswith(OPTIONAL)]
-        mine = {piece.name for piece, _, _ in self.wanted}
+        mine = {shard.name for shard, _, _ in self.wanted}
         counts = torch.tensor([name in mine for name in names], dtype=torch.int32, device=mesh.device)
         return [name for name, count in zip(names, sum_over(mesh["batch"], counts).tolist()) if not count]
 
-    def _plan(self, pieces: list[Piece]) -> list[tuple[Piece, Entry, list[Read]]]:
-        """Every piece with its entry and what to read, in the order of the files; CheckpointError names what does not fit."""
+    def _plan(self, shards: list[StateShard]) -> list[tuple[StateShard, Entry, list[Read]]]:
+        """Every shard with its entry and what to read, in the order of the files; CheckpointError names what does not fit."""
         wanted, differ = [], []
-        for piece in pieces:
-            entry = self.manifest.entry(piece.name)
-            if piece.name.startswith(OPTIONAL) and (entry is None or entry.shape != tuple(piece.shape)):
+        for shard in shards:
+            entry = self.manifest.entry(shard.name)
+            if shard.name.startswith(OPTIONAL) and (entry is None or entry.shape != tuple(shard.shape)):
                 continue
             if entry is None:
-                differ.append(f"{piece.name} is not in the checkpoint")
-            elif entry.shape != tuple(piece.shape) or entry.dtype != NAMES.get(piece.rows.dtype):
-                differ.append(f"{piece.name} is {entry.dtype} {list(entry.shape)} in the checkpoint, "
-                              f"{NAMES.get(piece.rows.dtype)} {list(piece.shape)} here")
-            elif piece.rows.numel():
-                rows = len(piece.rows) if piece.shape else 1
-                wanted.append((piece, entry, reads(piece.name, entry, piece.begin, rows)))
+                differ.append(f"{shard.name} is not in the checkpoint")
+            elif entry.shape != tuple(shard.shape) or entry.dtype != NAMES.get(shard.rows.dtype):
+                differ.append(f"{shard.name} is {entry.dtype} {list(entry.shape)} in the checkpoint, "
+                              f"{NAMES.get(shard.rows.dtype)} {list(shard.shape)} here")
+            elif shard.rows.numel():
+                rows = len(shard.rows) if shard.shape else 1
+                wanted.append((shard, entry, reads(shard.name, entry, shard.begin, rows)))
         if differ:
             raise other_model(self.directory, differ)
         return sorted(wanted, key=lambda want: (want[2][0].chunk.file, want[2][0].chunk.begin))
@@ -153,9 +153,9 @@ class Loading:
         return {name: stack.enter_context(Payload(self.directory / name, self.manifest.files[name]))
                 for name in sorted(names)}
 
-    def _blocks(self, files: dict[str, Payload], piece: Piece, entry: Entry, read: Read) -> Iterable[memoryview]:
+    def _blocks(self, files: dict[str, Payload], shard: StateShard, entry: Entry, read: Read) -> Iterable[memoryview]:
         width, chunk = row_bytes(entry), read.chunk
-        part = Part(chunk.begin, chunk.rows * width, piece.name, entry.dtype, entry.shape, chunk.crcs)
+        part = Part(chunk.begin, chunk.rows * width, shard.name, entry.dtype, entry.shape, chunk.crcs)
         begin = read.source * width
         return files[chunk.file].blocks(part, self.manifest.block, begin, begin + read.rows * width, self.check)
 

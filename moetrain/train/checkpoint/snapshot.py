@@ -1,8 +1,8 @@
 """A copy of what a rank will write, taken before the next step changes it.
 
-On the CPU a clone of every piece. On a GPU one copy into pinned memory for each stretch of memory that pieces share (the
-experts of a layer lie in one tensor), all under way at once, and one wait: a copy a piece would be thousands of waits. Both
-are done when `take` returns. The memory is that of the pieces this rank writes, until they are written.
+On the CPU a clone of every shard. On a GPU one copy into pinned memory for each stretch of memory that shards share (the
+experts of a layer lie in one tensor), all under way at once, and one wait: a copy a shard would be thousands of waits. Both
+are done when `take` returns. The memory is that of the shards this rank writes, until they are written.
 """
 
 import torch
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from moetrain.checkpoint.payload import Item
 from moetrain.comm.mesh import Mesh
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.state_shards import StateShard
 from moetrain.train.checkpoint.layout import NAMES, written_here
 from moetrain.train.state import TrainState
 
 
 @torch.no_grad()
 def take(state: TrainState, mesh: Mesh) -> list[Item]:
-    """Copies of the pieces that this rank writes. No collective."""
-    pieces = written_here(state.pieces(), mesh)
-    return [_item(piece, copy) for piece, copy in zip(pieces, copies_on_host([piece.rows.detach() for piece in pieces]))]
+    """Copies of the shards that this rank writes. No collective."""
+    state_shards = written_here(state.state_shards(), mesh)
+    return [_item(shard, copy) for shard, copy in zip(state_shards, copies_on_host([shard.rows.detach() for shard in state_shards]))]
 
 
 def copies_on_host(tensors: list[Tensor]) -> list[Tensor]:
@@ -40,9 +40,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _item(piece: Piece, copy: Tensor) -> Item:
-    rows = len(piece.rows) if piece.shape else 1
-    return Item(piece.name, NAMES[copy.dtype], tuple(piece.shape), piece.begin, rows, as_bytes(copy))
+def _item(shard: StateShard, copy: Tensor) -> Item:
+    rows = len(shard.rows) if shard.shape else 1
+    return Item(shard.name, NAMES[copy.dtype], tuple(shard.shape), shard.begin, rows, as_bytes(copy))
 
 
 def _storage(tensor: Tensor) -> int:

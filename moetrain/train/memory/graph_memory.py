@@ -52,7 +52,7 @@ def graph_of_next(run: Run) -> int:
     unrecorded = replace(run, dump=None)
     with torch.no_grad():                                # brings what stays for a step, such as copies of experts
         forward_pass(unrecorded, step, batch, lambda found: [])
-    with Born() as born:
+    with AllocationTracker() as born:
         forward = forward_pass(unrecorded, step, batch, lambda found: [])
         kept = born.alive(run.mesh.device)
     del forward
@@ -61,7 +61,7 @@ def graph_of_next(run: Run) -> int:
     return kept
 
 
-class Born(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """The memory that operators ask for, as long as somebody holds it."""
 
     def __init__(self) -> None:

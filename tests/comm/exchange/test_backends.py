@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.backends import WIRES, _package, wires
+from moetrain.comm.exchange.backends import BACKENDS, _package, exchange_factory
 from moetrain.comm.exchange.base import read_splits
 from moetrain.comm.exchange.deepep import as_units, from_units
 from moetrain.comm.exchange.flat import FlatExchange
@@ -46,8 +46,8 @@ def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
     """Rows sent, changed where they arrived, and sent back, on two exchanges that overlap; and the gradients of all."""
     rank = dist.get_rank()
     exchange = FlatExchange(mesh()["ep"]) if name == "flat" else wire_of(name)("layers.0.moe")
-    turned = [list(row) for row in zip(*traffic)]
-    sent_CP, received_CP = torch.tensor([traffic[rank], turned[rank]]), torch.tensor([turned[rank], traffic[rank]])
+    transposition = [list(row) for row in zip(*traffic)]
+    sent_CP, received_CP = torch.tensor([traffic[rank], transposition[rank]]), torch.tensor([transposition[rank], traffic[rank]])
     (plain, other), _ = read_splits(exchange, sent_CP, received_CP, sent_CP[:, :0])
     found = []
     sent = [rows(sum(splits.sent), 10 * number + rank) for number, splits in enumerate((plain, other))]
@@ -65,7 +65,7 @@ def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
 
 def wire_of(name: str):
     layout = one_node() if name.startswith("peer") else mesh()
-    return wires(name, layout, 60)
+    return exchange_factory(name, layout, 60)
 
 
 @pytest.mark.ranks
@@ -80,7 +80,7 @@ def test_a_wire_moves_what_the_flat_one_moves(ranks, name, traffic):
 
 def refused(name: str, across: bool) -> str:
     try:
-        wires(name, mesh() if across else one_node(), 60)
+        exchange_factory(name, mesh() if across else one_node(), 60)
     except ConfigError as error:
         return error.id
     return ""
@@ -105,7 +105,7 @@ def test_the_bits_of_a_message_pass_through_rows_of_bfloat16():
 
 
 def test_the_config_knows_every_wire():
-    assert set(get_args(get_type_hints(ParallelConfig)["exchange"])) == set(WIRES)
+    assert set(get_args(get_type_hints(ParallelConfig)["exchange"])) == set(BACKENDS)
 
 
 def without_room(limit: int) -> str:
@@ -116,8 +116,8 @@ def without_room(limit: int) -> str:
         shared_files(one_node()["ep"])(4 * limit)
     except DiskError as error:
         return f"{error.id} {error.why}"
-    except SystemExit as leaving:
-        return str(leaving.code)
+    except SystemExit as on_send_stream:
+        return str(on_send_stream.code)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return "shared"

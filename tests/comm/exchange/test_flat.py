@@ -61,7 +61,7 @@ def rows_arrive_by_source(traffic: list[list[int]]) -> None:
 
 
 def gradients_go_back(traffic: list[list[int]]) -> None:
-    """The gradient of what came from a rank is sent to it: the exchange with the splits turned round."""
+    """The gradient of what came from a rank is sent to it: the exchange with the splits transposition round."""
     rank = dist.get_rank()
 
     def gradient(receiver: int) -> Tensor:
@@ -72,8 +72,8 @@ def gradients_go_back(traffic: list[list[int]]) -> None:
     x_RD, weights_R = x_RD.float().requires_grad_(), weights_R.requires_grad_()
     got_RD, got_R = wire().post((x_RD, weights_R), splits_of(traffic, rank)).wait()
     torch.autograd.backward((got_RD, got_R), (gradient(rank), gradient(rank)[:, 0].clone(memory_format=torch.contiguous_format)))
-    turned = [list(row) for row in zip(*traffic)]
-    truth = expected_at(rank, turned, gradient)
+    transposition = [list(row) for row in zip(*traffic)]
+    truth = expected_at(rank, transposition, gradient)
     assert torch.equal(x_RD.grad, truth) and torch.equal(weights_R.grad, truth[:, 0])
 
 

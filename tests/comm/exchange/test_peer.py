@@ -1,6 +1,6 @@
-"""The peer wire among virtual ranks: threads of this process with real areas and real pads.
+"""The peer exchange among virtual ranks: threads of this process with real buffers and real pads.
 
-Ordering, parity, places, growth and time limits of the protocol; that it moves what the flat wire moves, between processes:
+Ordering, parity, offsets, growth and time limits of the protocol; that it moves what the flat exchange moves, between processes:
 test_backends.py.
 """
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.base import Splits, read_splits
-from moetrain.comm.exchange.peer import AREAS, KINDS, PeerExchange, Peers
-from moetrain.comm.exchange.shared_buffers import Areas
+from moetrain.comm.exchange.peer import NUM_BUFFERS, NUM_SIGNALS, PeerChannels, PeerExchange
+from moetrain.comm.exchange.shared_buffers import SharedBuffers
 from moetrain.errors import PeerError
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -37,8 +37,8 @@ class Machine:
         self.barrier.wait()
         return all_of_them
 
-    def areas(self, position: int) -> Areas:
-        return Areas(position, [10 + p for p in range(self.size)], AREAS, KINDS, lambda size: self.share(position, size), self.device)
+    def buffers(self, position: int) -> SharedBuffers:
+        return SharedBuffers(position, [10 + p for p in range(self.size)], NUM_BUFFERS, NUM_SIGNALS, lambda size: self.share(position, size), self.device)
 
     def share(self, position: int, size: int) -> list[Tensor]:
         mine = torch.zeros(size, dtype=torch.uint8, device=self.device)
@@ -48,7 +48,7 @@ class Machine:
 
 
 class Board:
-    """The wire for counts."""
+    """The exchange for counts."""
 
     def __init__(self, machine: Machine, position: int) -> None:
         self.machine, self.positions, self.position = machine, machine.size, position
@@ -68,7 +68,7 @@ def on_threads(size: int, function, *arguments, limit_s: float = 120.0, push: bo
 
     def run(position: int):
         with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
-            peers = Peers(machine.areas(position), limit_s, push=push)
+            peers = PeerChannels(machine.buffers(position), limit_s, push=push)
             return function(PeerExchange(Board(machine, position), peers, "layers.3.moe"), *arguments)
 
     with ThreadPoolExecutor(size) as pool:
@@ -90,12 +90,12 @@ def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
     """There and back, two of each under way as in a pipeline, at random speeds; sizes that grow and shrink."""
     me, draw, size = exchange.position, random.Random(f"{seed}/{exchange.position}"), exchange.positions
     plans = [traffic(size, seed + number) for number in range(count)]
-    turned = [[list(row) for row in zip(*plan)] for plan in plans]
-    splits = splits_of(exchange, [plan[me] for plan in plans], [plan[me] for plan in turned])
+    transposition = [[list(row) for row in zip(*plan)] for plan in plans]
+    splits = splits_of(exchange, [plan[me] for plan in plans], [plan[me] for plan in transposition])
 
     def send(number: int):
         message = stamped(me, number, plans[number][me], number % 3), torch.ones(sum(plans[number][me]))
-        return exchange.post(tuple(part.to(exchange.peers.areas.device) for part in message), splits[number])
+        return exchange.post(tuple(part.to(exchange.peers.buffers.device) for part in message), splits[number])
 
     on_way, returning = send(0), None
     for number in range(count):
@@ -105,10 +105,10 @@ def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
         assert rows.cpu().equal(torch.cat([stamped(source, number, plans[number][source], number % 3).split(plans[number][source])[me]
                                      for source in range(size)])), number
         assert ones.cpu().equal(torch.ones(len(rows)))
-        leaving = exchange.post((rows,), splits[number].reversed(), read=False)
+        on_send_stream = exchange.post((rows,), splits[number].reversed(), read=False)
         if returning is not None:
             came_back(exchange, returning, plans, number - 1)
-        on_way, returning = following, leaving
+        on_way, returning = following, on_send_stream
     came_back(exchange, returning, plans, count - 1)
 
 
@@ -164,7 +164,7 @@ def hold(exchange: PeerExchange) -> str:
     peers, message = exchange.peers, torch.ones(2, 4)
     try:
         for number in range(5):
-            epoch = peers.send(message, splits.sent, splits.way.there, splits.way.most_there, 0, exchange.name)
+            epoch = peers.send(message, splits.sent, splits.backend_plan.there, splits.backend_plan.max_rows_there, 0, exchange.name)
             if exchange.position == 1 and number == 1:
                 return ""
             if exchange.position == 0 and number < 2:

@@ -9,11 +9,12 @@ from torch import nn
 
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.experts import GroupedExperts
+from moetrain.moe.experts import RoutedExperts
 from moetrain.parallel.fssdp.rehoming import cut, reshard, together
-from moetrain.parallel.state_shards import pieces
+from moetrain.parallel.state_shards import state_shards
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.train.optim.optimizer import allocate_state
+from tests.support.bank_layer import alone
 from tests.support.training import whole
 
 POSITIONS, DIM, EXPERT_DIM = 4, 3, 5         # of the three rows of down one position has none
@@ -27,7 +28,8 @@ class Model(nn.Module):
         super().__init__()
         banks = [ExpertBank(experts=layer.experts_of(at), dim=DIM, expert_dim=EXPERT_DIM, cut=(at, POSITIONS))
                  for _, layer in placement.layers]
-        self.layers = nn.ModuleList(nn.ModuleDict({"moe": nn.ModuleDict({"experts": GroupedExperts(bank)})}) for bank in banks)
+        experts = [RoutedExperts(bank, alone(SIZES[name])) for bank, (name, _) in zip(banks, placement.layers)]
+        self.layers = nn.ModuleList(nn.ModuleDict({"moe": nn.ModuleDict({"experts": each})}) for each in experts)
 
     @property
     def banks(self) -> dict[str, ExpertBank]:
@@ -46,7 +48,7 @@ def held(model: Model, optimizer: torch.optim.Optimizer) -> dict:
     found = {}
     for kind in ("parameter", "exp_avg", "exp_avg_sq"):
         of = lambda parameter: parameter.data if kind == "parameter" else optimizer.state[parameter][kind]  # noqa: E731, B023
-        found.update({f"{kind} {piece.name}": (piece.shape, piece.begin, piece.rows.clone()) for piece in pieces(model, of)})
+        found.update({f"{kind} {shard.name}": (shard.shape, shard.begin, shard.rows.clone()) for shard in state_shards(model, of)})
     return found
 
 
@@ -59,9 +61,9 @@ def moved(seeds: list[int]) -> tuple[list[dict], list[int]]:
     allocate_state(optimizer)
     for kind, scale in (("parameter", 1), ("exp_avg", 2), ("exp_avg_sq", 3)):
         of = lambda parameter: parameter.data if kind == "parameter" else optimizer.state[parameter][kind]  # noqa: E731, B023
-        for piece in pieces(model, of):
-            generator = torch.Generator().manual_seed(sum(map(ord, piece.name)) * scale)
-            piece.rows.copy_(torch.randn(piece.shape, generator=generator))
+        for shard in state_shards(model, of):
+            generator = torch.Generator().manual_seed(sum(map(ord, shard.name)) * scale)
+            shard.rows.copy_(torch.randn(shard.shape, generator=generator))
     found, counts = [held(model, optimizer)], []
     for seed in seeds:
         counts.append(reshard(model.banks, optimizer, placement, drawn(seed), group))

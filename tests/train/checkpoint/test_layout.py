@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import planner_helpers
 
 from moetrain.checkpoint.records import Chunk, Entry
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.parallel.state_shards import Piece
+from moetrain.parallel.shards import StateShard
 from moetrain.train.checkpoint.layout import reads, written_here
 
 
@@ -20,36 +20,36 @@ def meshes(size: int) -> list[Mesh]:
             for rank in range(size)]
 
 
-def piece(name: str, rows: int = 4, held_by: str = "dense_grad") -> Piece:
-    return Piece(name, (rows, 2), 0, torch.zeros(rows, 2), held_by)
+def shard(name: str, rows: int = 4, held_by: str = "dense_grad") -> StateShard:
+    return StateShard(name, (rows, 2), 0, torch.zeros(rows, 2), held_by)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_of_ranks_that_hold_the_same_piece_exactly_one_writes_and_the_bytes_are_spread(size):
     draw = random.Random(size)
-    pieces = [piece(f"{index}", draw.choice([1, 10, 10, 100])) for index in range(200)]
-    written = [written_here(iter(pieces), mesh) for mesh in meshes(size)]
-    assert sorted(piece.name for part in written for piece in part) == sorted(piece.name for piece in pieces)
-    sizes = [sum(piece.rows.numel() for piece in part) for part in written]
-    assert max(sizes) - min(sizes) <= 200                # one piece
+    shards = [shard(f"{index}", draw.choice([1, 10, 10, 100])) for index in range(200)]
+    written = [written_here(iter(shards), mesh) for mesh in meshes(size)]
+    assert sorted(shard.name for part in written for shard in part) == sorted(shard.name for shard in shards)
+    sizes = [sum(shard.rows.numel() for shard in part) for part in written]
+    assert max(sizes) - min(sizes) <= 200                # one shard
 
 
 def test_pieces_of_another_group_do_not_change_who_writes():
-    """An expert is held by other ranks than a norm: only those who hold a piece count it."""
-    alone = [piece("a", 5), piece("b", 1), piece("c", 3)]
+    """An expert is held by other ranks than a norm: only those who hold a shard count it."""
+    alone = [shard("a", 5), shard("b", 1), shard("c", 3)]
     for mesh in meshes(2):
         mesh.groups["expert_grad"] = Group("expert_grad", (mesh.rank,), 0)
-        mixed = [alone[0], piece("x", 50, "expert_grad"), alone[1], alone[2]] if mesh.rank else alone
+        mixed = [alone[0], shard("x", 50, "expert_grad"), alone[1], alone[2]] if mesh.rank else alone
         assert [p.name for p in written_here(mixed, mesh) if p.name != "x"] == [p.name for p in written_here(alone, mesh)]
 
 
 def test_a_piece_without_elements_is_not_written():
-    assert written_here([piece("a", 0), piece("b")], meshes(1)[0])[0].name == "b"
+    assert written_here([shard("a", 0), shard("b")], meshes(1)[0])[0].name == "b"
 
 
-def cut(rows: int, pieces: int, draw: random.Random) -> Entry:
+def cut(rows: int, shards: int, draw: random.Random) -> Entry:
     """A tensor of `rows` rows in chunks of random lengths."""
-    ends = sorted(draw.sample(range(1, rows), pieces - 1)) + [rows]
+    ends = sorted(draw.sample(range(1, rows), shards - 1)) + [rows]
     return Entry("F32", (rows, 1000), tuple(Chunk(f"rank-{index:04d}.safetensors", 0, first, end - first, (0,))
                                             for index, (first, end) in enumerate(zip([0, *ends], ends))))
 

@@ -87,7 +87,7 @@ def test_an_expert_too_many_in_the_checkpoint_is_refused(two_steps, tmp_path):
     run = make_run(SIZES)
     manifest = read_manifest(two_steps[1])
     assert manifest.entry("model.layers.0.moe.experts.7.down") and not manifest.entry("model.layers.0.moe.experts.8.down")
-    loading = reader.Loading((p for p in run.state.pieces() if ".experts.7." not in p.name), two_steps[1], "full")
+    loading = reader.Loading((p for p in run.state.state_shards() if ".experts.7." not in p.name), two_steps[1], "full")
     left = loading.unwanted(run.mesh)
     assert len(left) == 2 * 2 * 3 and all(".experts.7." in name for name in left)
 
