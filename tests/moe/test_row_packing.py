@@ -17,7 +17,7 @@ def test_uniform_routing_sends_as_many_remote_rows_as_the_formula_says(experts, 
     tokens, slots = 4000, experts // positions
     ids_TK = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).argsort(dim=1)[:, :top_k]
     for form, remote in ((RowPerRank(), formula), (RowPerSlot(), top_k * (positions - 1) / positions)):
-        counts = form.travelling(form.counts(ids_TK, positions, slots))
+        counts = form.num_rows(form.counts(ids_TK, positions, slots))
         assert int(counts[1:].sum()) / tokens == pytest.approx(remote, rel=0.03)        # seen from position 0
 
 
@@ -25,15 +25,15 @@ def test_both_forms_count_the_slots_of_every_position():
     physical_TK = torch.tensor([[0, 5, 1], [3, -1, -1], [-1, -1, -1], [4, 5, 3]])
     for form, rows in ((RowPerSlot(), [2, 2, 3]), (RowPerRank(), [1, 2, 2])):
         counts_Pw = form.counts(physical_TK, 3, 2)
-        assert form.computed(counts_Pw).tolist() == [[1, 1], [0, 2], [1, 2]]
-        assert form.travelling(counts_Pw).tolist() == rows
+        assert form.num_slots(counts_Pw).tolist() == [[1, 1], [0, 2], [1, 2]]
+        assert form.num_rows(counts_Pw).tolist() == rows
 
 
 def test_a_row_by_position_brings_the_slots_that_are_there():
     physical_TK = torch.tensor([[0, 5, 1], [3, -1, -1]])
     x_TD, weights_TK = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]])
     form = RowPerRank()
-    x_ND, local_NK, weights_NK = form.load(x_TD, weights_TK, form.plan(physical_TK, 3, 2, rows=3), 2)
+    x_ND, local_NK, weights_NK = form.pack(x_TD, weights_TK, form.order(physical_TK, 3, 2, rows=3), 2)
     assert x_ND.tolist() == [[1], [2], [1]]
     assert local_NK.tolist() == [[0, -1, 1], [1, -1, -1], [-1, 1, -1]]
     assert weights_NK.equal(weights_TK[[0, 1, 0]])
