@@ -1,15 +1,16 @@
-"""The routed experts over the chunks of a pipeline: gradients of their weights once, after those of all rows.
+"""Routed experts over the chunks of a micro-batch, with the gradients of their matrices computed once.
 
-What ops/grouped_experts.py computes, chunk by chunk. Backward a chunk makes the gradients of its rows alone, which can be on their
-way at once, and leaves what the gradients of weights are made of; when the last chunk has been by, they are made over the rows of all
-chunks together:
+The forward is that of ops/grouped_experts.py, chunk by chunk. In backward, a chunk computes only the
+gradients of its rows, which can be sent back at once, and keeps the operands of the matrix gradients. After
+the last chunk, these are computed over the rows of all chunks together:
 
     dW_e = sum over chunks of  a_chunk^T b_chunk  =  a^T b        rows of all chunks ordered by expert
 
-So products with weights' shape are not added up chunk by chunk, and something is left to compute while the last rows return. Meanwhile
-the gradients of the experts' outputs, of the hidden rows and of the gate and up halves are kept: D + 3F numbers a row.
+So tensors of the matrices' shape are not added up chunk by chunk, and there is work left to hide the exchange
+of the last rows. Until then the gradients of the experts' outputs, the hidden rows and the gradients of the
+gate and up halves are kept: D + 3F numbers per row beside its x.
 
-Shapes: as in ops/grouped_experts.py; c chunks.
+Shapes: as in ops/grouped_experts.py.
 """
 
 from typing import NamedTuple
@@ -17,76 +18,107 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.ops.grouped_experts import Factors, forward_of, rows_backward, weights_backward
+from moetrain.ops.grouped_experts import MatrixGradOperands, forward_of, matrix_grads, rows_backward
 from moetrain.ops.permute import Permutation
 from moetrain.ops.pinned import to_device
 
 
-class Part(NamedTuple):
-    """What a chunk leaves."""
+class ChunkOperands(NamedTuple):
+    """What a chunk's backward keeps for the matrix gradients."""
 
-    factors: Factors
-    counts_e: list[int] | Tensor
+    operands: MatrixGradOperands
+    counts_e: list[int] | Tensor     # rows of each expert in the chunk
 
 
 class ChunkedExperts:
-    """The experts of a micro-batch. Made where, backward, the gradients of weights are to be made: what is recorded after it runs
-    before. copies: as for `grouped_experts`."""
+    """Experts of one micro-batch, called once for each chunk.
 
-    def __init__(self, gate_up_eGD: Tensor, down_eDF: Tensor, copies: tuple[Tensor, Tensor] | None = None) -> None:
+    Of the nodes that are ready, autograd runs the one that was recorded last (moe/overlap.py). So the
+    constructor is called at that point of forward where backward shall compute the matrix gradients: the
+    backward of everything recorded after it runs before them. `weight_grad_barrier` is an input of every
+    chunk, so that they also wait for the backward of all chunks.
+
+    Args:
+        gate_up_eGD: gate and up matrices of the experts at home here, [e, 2F, D].
+        down_eDF: their down matrices, [e, D, F].
+        copies: both matrices of copies of other experts, which come after these.
+    """
+
+    def __init__(self, gate_up_eGD: Tensor, down_eDF: Tensor,
+                 copies: tuple[Tensor, Tensor] | None = None) -> None:
         self.matrices = gate_up_eGD, down_eDF, *(copies or (None, None))
-        self.parts: list[Part] = []
-        self.weight_grad_barrier = _Weights.apply(self.parts, *self.matrices)          # every chunk passes by, backward before it
+        self.chunks: list[ChunkOperands] = []
+        self.weight_grad_barrier = _MatrixGrads.apply(self.chunks, *self.matrices)
 
-    def __call__(self, x_ND: Tensor, weights_R: Tensor, counts_e: list[int] | Tensor, order: Permutation) -> Tensor:
-        """Weighted outputs of a chunk, [R, D] ordered by expert."""
-        return _Chunk.apply(self.parts, self.weight_grad_barrier, x_ND, order.slots_R, order.rows_TK, weights_R, *self.matrices, counts_e)
+    def __call__(self, x_ND: Tensor, weights_R: Tensor, counts_e: list[int] | Tensor,
+                 order: Permutation) -> Tensor:
+        """Compute the weighted outputs of a chunk.
+
+        Args:
+            x_ND: rows as they arrived, [N, D].
+            weights_R: gate weights [R] in the order of the output, float32 or better.
+            counts_e: rows of each expert, copies included; on the host, or int64 on the device.
+            order: which arrived row is which expert's row.
+
+        Returns:
+            Rows [R, D], ordered by expert.
+        """
+        return _Chunk.apply(self.chunks, self.weight_grad_barrier, x_ND, order.slots_R, order.rows_TK,
+                            weights_R, *self.matrices, counts_e)
 
 
 class _Chunk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, weight_grad_barrier, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, counts_e):
+    def forward(ctx, chunks, weight_grad_barrier, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF,
+                gate_up_cGD, down_cDF, counts_e):
         tensors = x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF
         out_RD, gate_up_RG = forward_of(counts_e)(*tensors, counts_e)
-        ctx.parts, ctx.counts_e = parts, counts_e
+        ctx.chunks, ctx.counts_e = chunks, counts_e
         ctx.save_for_backward(*tensors, gate_up_RG)
         return out_RD
 
     @staticmethod
     def backward(ctx, grad_RD):
         rows = rows_backward(grad_RD, *ctx.saved_tensors, ctx.counts_e)
-        ctx.parts.append(Part(rows.factors, ctx.counts_e))
+        ctx.chunks.append(ChunkOperands(rows.operands, ctx.counts_e))
         return None, grad_RD.new_zeros(1), rows.x_ND, None, None, rows.weights_R, None, None, None, None, None
 
 
-class _Weights(torch.autograd.Function):
+class _MatrixGrads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF):
-        ctx.parts, ctx.homes, ctx.copied = parts, len(gate_up_eGD), gate_up_cGD is not None
+    def forward(ctx, chunks, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF):
+        ctx.chunks, ctx.homes, ctx.copied = chunks, len(gate_up_eGD), gate_up_cGD is not None
         ctx.dtypes = gate_up_eGD.dtype, down_eDF.dtype
         return gate_up_eGD.new_zeros(1)
 
     @staticmethod
     def backward(ctx, _):
-        d_gate_up_eGD, d_down_eDF = (grad.to(dtype) for grad, dtype in zip(weights_of(ctx.parts), ctx.dtypes))
-        ctx.parts.clear()
+        grads = matrix_grads_of(ctx.chunks)
+        d_gate_up_eGD, d_down_eDF = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes))
+        ctx.chunks.clear()
         homes = ctx.homes
         copies = (d_gate_up_eGD[homes:], d_down_eDF[homes:]) if ctx.copied else (None, None)
         return None, d_gate_up_eGD[:homes], d_down_eDF[:homes], *copies
 
 
-def weights_of(parts: list[Part]) -> tuple[Tensor, Tensor]:
-    """Gradients of both matrices of all experts over the rows of all chunks."""
-    parts = parts[::-1]                                  # backward came by the last chunk first
-    counts = [part.counts_e for part in parts]
+def matrix_grads_of(chunks: list[ChunkOperands]) -> tuple[Tensor, Tensor]:
+    """Gradients of both matrices of all experts over the rows of all chunks, in the dtype of the rows.
+
+    `chunks` is in the order of backward, which runs the last chunk first.
+    """
+    chunks = chunks[::-1]
+    operands, counts = [chunk.operands for chunk in chunks], [chunk.counts_e for chunk in chunks]
+    experts = [_expert_of_rows(chunk.counts_e, chunk.operands.grad_RD) for chunk in chunks]
+    order_R = torch.cat(experts).argsort(stable=True)
+    together = MatrixGradOperands(*(torch.cat(rows).index_select(0, order_R) for rows in zip(*operands)))
     on_device = isinstance(counts[0], Tensor)
-    labels = [_labels(part.counts_e, len(part.factors.grad_RD), part.factors.grad_RD.device) for part in parts]
-    order_R = torch.cat(labels).argsort(stable=True)
-    together = Factors(*(torch.cat(chunks).index_select(0, order_R) for chunks in zip(*(part.factors for part in parts))))
-    return weights_backward(together, torch.stack(counts).sum(0) if on_device else [sum(each) for each in zip(*counts)])
+    counts_e = torch.stack(counts).sum(0) if on_device else [sum(each) for each in zip(*counts)]
+    return matrix_grads(together, counts_e)
 
 
-def _labels(counts_e: list[int] | Tensor, rows: int, device: torch.device) -> Tensor:
-    """The expert of every row."""
-    counts = counts_e if isinstance(counts_e, Tensor) else to_device(torch.tensor(counts_e, dtype=torch.int64), device)
-    return torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=rows)
+def _expert_of_rows(counts_e: list[int] | Tensor, rows_RD: Tensor) -> Tensor:
+    """Expert of each row, int64 [R] on the device of the rows."""
+    device = rows_RD.device
+    if not isinstance(counts_e, Tensor):
+        counts_e = to_device(torch.tensor(counts_e, dtype=torch.int64), device)
+    return torch.arange(len(counts_e), device=device).repeat_interleave(counts_e, output_size=len(rows_RD))

@@ -1,22 +1,25 @@
-"""The routed experts of a layer as one op: gather, gate and up, SwiGLU, down.
+"""Routed experts of a layer as one op: gather, gate and up, SwiGLU, down.
 
     rows = x[order];   h = rows gate_up_e^T;   a = silu(h_gate) * h_up * w;   out = a down_e^T
 
-Backward it keeps x, the weights and h, nothing else: the ordered rows are gathered again and `a` is made again from h
-(SonicMoE and Megatron's memory-efficient permutation read the gradient of w off a and its gradient too, so that no
-expert output is kept). Parameters are float32 or better and cast where they are used; the cast copy is not kept either.
-Every product over rows is a grouped one, and sums over a token's rows run in slot order: the result is the same to the
-last bit from run to run. An expert without rows gets gradients of zeros, never none.
+Backward keeps x, the gate weights w and h, nothing else. It gathers the ordered rows again and recomputes `a`
+from h. The gradient of w is a product of `a` and its gradient, as in SonicMoE and in Megatron's
+memory-efficient permutation, so that no expert output is kept. Parameters are float32 or better and cast
+where they are used; the cast is not kept either. Every product over rows is a grouped one, and sums over a
+token's rows run in slot order: the result has the same bits in every run. An expert without rows gets
+gradients of zeros, never None.
 
-The experts may lie in two places, those at home here and copies of others (parallel/fssdp/copies.py). They are laid side by side
-for the products and not kept so: what is kept of the weights is what the caller holds anyway.
+The experts may be in two tensors: those at home here, and copies of others (parallel/fssdp/copies.py). They
+are concatenated for the products, and the concatenation is not kept: of the matrices, backward keeps only the
+caller's tensors.
 
-Counts may be on the host or, as a tensor, on the device: then nothing waits for the host, R is a static bound, and rows behind
-the last expert's are padding. Padding may hold anything, NaN included, and reaches no result but padding of the output, which
-nobody may read; its weights get gradients of zero. (On the device only: float32 and bfloat16.)
+Counts are on the host or, as a tensor, on the device. On the device the host waits for nothing, R is a static
+bound, and rows behind those of the last expert are padding. Padding may hold anything, NaN included. It
+affects no result but the padding of the output, which must not be read; its weights get zero gradients.
+Counts on the device need float32 or bfloat16.
 
-Shapes: R rows ordered by expert, N rows as they arrived, K rows per arrived row, e experts on this rank, of them c copies,
-D model width, F hidden width, G = 2F.
+Shapes: R rows ordered by expert, N rows as they arrived, K rows per arrived row, e experts on this rank, of
+them c copies, D model width, F hidden width, G = 2F.
 """
 
 from collections.abc import Callable
@@ -31,8 +34,8 @@ from moetrain.ops.permute import Permutation, gather_padded, gather_tokens, sum_
 from moetrain.ops.swiglu import only_used, swiglu_backward, swiglu_forward
 
 
-def _reference(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor, gate_up_eGD: Tensor,
-               down_eDF: Tensor, gate_up_cGD: Tensor | None, down_cDF: Tensor | None,
+def _reference(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor,
+               gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_cGD: Tensor | None, down_cDF: Tensor | None,
                counts_e: list[int] | Tensor) -> tuple[Tensor, Tensor]:
     groups = make_groups(counts_e, x_ND.device)
     rows_RD = _ordered(x_ND, slots_R, rows_NK, groups)
@@ -46,56 +49,78 @@ def _fake(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD,
     return x_ND.new_empty(rows, x_ND.shape[1]), x_ND.new_empty(rows, gate_up_eGD.shape[1])
 
 
-def _reference_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor,
-                        gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_cGD: Tensor | None, down_cDF: Tensor | None,
-                        gate_up_RG: Tensor, counts_e: list[int] | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the weights, and both matrices of all experts, copies after homes."""
-    rows = rows_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, gate_up_RG,
-                         counts_e)
-    d_gate_up_eGD, d_down_eDF = weights_backward(rows.factors, counts_e)
+def _reference_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None,
+                        weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_cGD: Tensor | None,
+                        down_cDF: Tensor | None, gate_up_RG: Tensor,
+                        counts_e: list[int] | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of the gate weights, and of both matrices of all experts, copies after homes."""
+    rows = rows_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD,
+                         down_cDF, gate_up_RG, counts_e)
+    d_gate_up_eGD, d_down_eDF = matrix_grads(rows.operands, counts_e)
     return rows.x_ND, rows.weights_R, d_gate_up_eGD.to(gate_up_eGD.dtype), d_down_eDF.to(down_eDF.dtype)
 
 
-class Factors(NamedTuple):
-    """Rows whose products are the gradients of the matrices."""
+class MatrixGradOperands(NamedTuple):
+    """Rows, ordered by expert, whose products are the gradients of the matrices."""
 
-    grad_RD: Tensor
-    hidden_RF: Tensor
-    gate_up_RG: Tensor           # gradient
-    x_RD: Tensor
+    grad_RD: Tensor              # gradient of the outputs
+    hidden_RF: Tensor            # weighted hidden rows
+    gate_up_RG: Tensor           # gradient of the gate and up halves
+    x_RD: Tensor                 # inputs
 
 
 class RowsBackward(NamedTuple):
+    """Gradients of the rows of the experts' inputs, and the operands of the matrix gradients."""
+
     x_ND: Tensor
     weights_R: Tensor
-    factors: Factors
+    operands: MatrixGradOperands
 
 
-def rows_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, weights_R: Tensor,
-                  gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_cGD: Tensor | None, down_cDF: Tensor | None, gate_up_RG: Tensor,
-                  counts_e: list[int] | Tensor) -> RowsBackward:
-    """Gradients of x and of the weights of rows, and what those of the matrices are made of."""
+def rows_backward(grad_RD: Tensor, x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None,
+                  weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, gate_up_cGD: Tensor | None,
+                  down_cDF: Tensor | None, gate_up_RG: Tensor, counts_e: list[int] | Tensor) -> RowsBackward:
+    """Compute the gradients of x and of the gate weights.
+
+    Args:
+        grad_RD: gradient of the outputs, [R, D].
+        x_ND: rows as they arrived, [N, D].
+        slots_R: int64 [R], arrived slot of each expert row; None: x is ordered by expert.
+        rows_NK: int64 [N, K], expert rows of each arrived row; None: x is ordered by expert.
+        weights_R: gate weights [R].
+        gate_up_eGD: gate and up matrices at home here, [e, 2F, D].
+        down_eDF: down matrices at home here, [e, D, F].
+        gate_up_cGD: gate and up matrices of copies, or None.
+        down_cDF: down matrices of copies, or None.
+        gate_up_RG: gate and up halves that forward kept, [R, 2F].
+        counts_e: rows of each expert, copies included.
+
+    Returns:
+        The gradients, and the operands of the matrix gradients.
+    """
     groups = make_groups(counts_e, x_ND.device)
-    grad_RD = grad_RD.contiguous()                       # a sum hands in an expanded one, which grouped_mm refuses
+    grad_RD = grad_RD.contiguous()                       # that of a sum is expanded: grouped_mm refuses it
     d_hidden_RF = grouped_product(grad_RD, _cast(down_eDF, down_cDF, x_ND.dtype), groups)
     hidden = swiglu_backward(d_hidden_RF, gate_up_RG, weights_R, groups.used)
     d_rows_RD = grouped_product(hidden.gate_up_RG, _cast(gate_up_eGD, gate_up_cGD, x_ND.dtype), groups)
-    factors = Factors(grad_RD, hidden.hidden_RF, hidden.gate_up_RG, _ordered(x_ND, slots_R, rows_NK, groups))
+    x_RD = _ordered(x_ND, slots_R, rows_NK, groups)
+    operands = MatrixGradOperands(grad_RD, hidden.hidden_RF, hidden.gate_up_RG, x_RD)
     if slots_R is not None:
         d_rows_RD = (sum_slots if groups.used is None else sum_padded)(d_rows_RD, slots_R, rows_NK)
     elif groups.used is not None:
         d_rows_RD = only_used(d_rows_RD, groups.used)    # padding of x gets no gradient
-    return RowsBackward(d_rows_RD, hidden.weights_R, factors)
+    return RowsBackward(d_rows_RD, hidden.weights_R, operands)
 
 
-def weights_backward(factors: Factors, counts_e: list[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of both matrices of all experts, in the dtype of the rows."""
-    groups = make_groups(counts_e, factors.x_RD.device)
-    return grouped_outer(factors.gate_up_RG, factors.x_RD, groups), grouped_outer(factors.grad_RD, factors.hidden_RF, groups)
+def matrix_grads(operands: MatrixGradOperands, counts_e: list[int] | Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of both matrices of all experts, in the dtype of the rows."""
+    grad_RD, hidden_RF, d_gate_up_RG, x_RD = operands
+    groups = make_groups(counts_e, x_RD.device)
+    return grouped_outer(d_gate_up_RG, x_RD, groups), grouped_outer(grad_RD, hidden_RF, groups)
 
 
-def _fake_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, gate_up_RG,
-                   counts_e):
+def _fake_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF,
+                   gate_up_RG, counts_e):
     def all_experts(homes: Tensor) -> Tensor:
         return homes.new_empty(len(counts_e), *homes.shape[1:])
 
@@ -104,12 +129,14 @@ def _fake_backward(grad_RD, x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down
 
 
 def _ordered(x_ND: Tensor, slots_R: Tensor | None, rows_NK: Tensor | None, groups: Groups) -> Tensor:
+    """Rows of x ordered by expert."""
     if slots_R is None:
         return x_ND.contiguous()
     return (gather_tokens if groups.used is None else gather_padded)(x_ND, slots_R, rows_NK)
 
 
 def _cast(homes: Tensor, copies: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Matrices of homes, then of copies, in the dtype of the rows."""
     if copies is None or not len(copies):
         return homes.to(dtype).contiguous()
     return torch.cat([homes.to(dtype), copies.to(dtype)])
@@ -119,7 +146,7 @@ def _save(ctx, inputs, output) -> None:
     *tensors, counts_e = inputs
     _, gate_up_RG = output
     ctx.mark_non_differentiable(gate_up_RG)
-    ctx.set_materialize_grads(False)                     # no zeros for gate_up_RG
+    ctx.set_materialize_grads(False)                     # no zeros for the gradient of gate_up_RG
     on_device = isinstance(counts_e, Tensor)
     ctx.counts_e = None if on_device else counts_e
     ctx.save_for_backward(*tensors, gate_up_RG, *([counts_e] if on_device else []))
@@ -141,11 +168,12 @@ def _gradients(ctx, grad_RD: Tensor | None, _):
             d_down_eDF[homes:], None)
 
 
-_INPUTS = ("Tensor x_ND, Tensor? slots_R, Tensor? rows_NK, Tensor weights_R, Tensor gate_up_eGD, Tensor down_eDF, "
-           "Tensor? gate_up_cGD, Tensor? down_cDF")
+_INPUTS = ("Tensor x_ND, Tensor? slots_R, Tensor? rows_NK, Tensor weights_R, Tensor gate_up_eGD, "
+           "Tensor down_eDF, Tensor? gate_up_cGD, Tensor? down_cDF")
 
 
 def _define(suffix: str, counts: str) -> tuple[Callable, Callable]:
+    """Define the op and its backward for one form of counts."""
     backward = define(
         f"grouped_experts{suffix}_backward(Tensor grad_RD, {_INPUTS}, Tensor gate_up_RG, {counts})"
         " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -167,20 +195,31 @@ _forward_padded, _backward_padded = _define("_padded", "Tensor counts_e")
 
 
 def forward_of(counts_e: list[int] | Tensor) -> Callable:
-    """The op: outputs, and the gate and up halves that backward keeps."""
+    """Choose the op for this form of counts. It returns outputs, and the gate and up halves for backward."""
     return _forward_padded if isinstance(counts_e, Tensor) else _forward
 
 
-def grouped_experts(x_ND: Tensor, weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, counts_e: list[int] | Tensor,
-                    order: Permutation | None = None, copies: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Weighted outputs of the experts, [R, D] ordered by expert.
+def grouped_experts(x_ND: Tensor, weights_R: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor,
+                    counts_e: list[int] | Tensor, order: Permutation | None = None,
+                    copies: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Compute the weighted outputs of the experts. Differentiable in rows, weights and matrices.
 
-    counts_e: rows of each expert. On the host they sum to R; on the device, as a tensor of whole numbers, to R or less.
-    order: which arrived row is which expert's row; without it x holds the rows ordered by expert already (N = R); with counts
-    on the device it may be padded (ops/route_plan.py). weights_R: in the order of the output, float32 or better.
-    copies: both matrices of experts that come after these; counts_e and rows then go on with theirs.
+    Args:
+        x_ND: rows as they arrived, [N, D].
+        weights_R: gate weights [R] in the order of the output, float32 or better.
+        gate_up_eGD: gate and up matrices [e, 2F, D], float32 or better.
+        down_eDF: down matrices [e, D, F], float32 or better.
+        counts_e: rows of each expert, copies included. On the host, as a list, they sum to R; on the device,
+            as an int64 tensor, to R or less.
+        order: which arrived row is which expert's row. Without it, x holds the rows ordered by expert already
+            (N = R). With counts on the device it may be padded (ops/route_plan.py).
+        copies: both matrices of experts that come after these.
+
+    Returns:
+        Rows [R, D] in the dtype of x, ordered by expert.
     """
     slots_R, rows_NK = (None, None) if order is None else (order.slots_R, order.rows_TK)
     gate_up_cGD, down_cDF = copies or (None, None)
-    out_RD, _ = forward_of(counts_e)(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF, counts_e)
+    out_RD, _ = forward_of(counts_e)(x_ND, slots_R, rows_NK, weights_R, gate_up_eGD, down_eDF, gate_up_cGD,
+                                     down_cDF, counts_e)
     return out_RD
