@@ -1,4 +1,4 @@
-"""At every moment of a save there is a checkpoint that loads, and it is never older than the one before.
+"""At every moment of a save a checkpoint exists that loads, and it is never older than the one before.
 
 Saves are killed for real: in a child process, by SIGKILL, at each change to the disk.
 """
@@ -36,7 +36,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def two(run, tmp_path_factory):
-    """The directory of a run with checkpoints of steps 1 and 2."""
+    """Directory of a run with checkpoints of steps 1 and 2."""
     run_dir = tmp_path_factory.mktemp("two")
     for step in (1, 2):
         save_step(run, run_dir, step)
@@ -51,7 +51,7 @@ def save_step(run, run_dir: Path, step: int) -> None:
 
 
 def killed_at(run, run_dir: Path, number: int) -> str | None:
-    """Save step 3 in a child that kills itself at its change `number`; which change that was, None where it ended first."""
+    """Save step 3 in a child that kills itself at change `number`; returns that change, if it came to it."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -90,7 +90,7 @@ def assert_survives(run, two: Path, run_dir: Path, number: int) -> str | None:
 
 @pytest.mark.slow
 def test_a_save_may_be_killed_at_any_kind_of_change(run, two, tmp_path):
-    """T05: the first time of each kind of change to each file, before and after it."""
+    """Kills before and after the first change of each kind to each file."""
     shutil.copytree(two, tmp_path / "look")
     events: list[str] = []
     with disk.observed(lambda when, what, path, length: events.append(f"{when} {what} {path.name}")):
@@ -109,7 +109,7 @@ def test_a_save_may_be_killed_at_every_change(run, two, tmp_path):
 
 
 def test_files_are_on_the_disk_before_they_count(run, two, tmp_path):
-    """A power failure keeps only what was synced, which SIGKILL does not show: the order of the changes is what there is."""
+    """A power failure keeps only synced data. SIGKILL cannot show that, so check the order of changes."""
     shutil.copytree(two, tmp_path / "run")
     events: list[str] = []
 
@@ -124,8 +124,8 @@ def test_files_are_on_the_disk_before_they_count(run, two, tmp_path):
     assert events == [
         "create step-00000003.tmp-1", "create rank-0000.safetensors", "fsync rank-0000.safetensors",
         "create index-0000.json", "fsync index-0000.json", "create manifest.json", "fsync manifest.json",
-        "remove index-0000.json", "fsync step-00000003.tmp-1", "rename step-00000003.tmp-1", "fsync checkpoints",
-        "rename step-00000001", *grave, "remove step-00000001.tmp-0"]
+        "remove index-0000.json", "fsync step-00000003.tmp-1", "rename step-00000003.tmp-1",
+        "fsync checkpoints", "rename step-00000001", *grave, "remove step-00000001.tmp-0"]
 
 
 # --- what is kept
@@ -154,7 +154,8 @@ def save_all(run, run_dir: Path, step: int) -> None:
 
 
 def test_leftovers_of_killed_saves_are_removed_and_nothing_else(tmp_path):
-    for name in ("step-00000003.tmp-1", "step-00000003.tmp-7", "step-00000001.tmp-0", "step-00000002.damaged", "notes"):
+    for name in ("step-00000003.tmp-1", "step-00000003.tmp-7", "step-00000001.tmp-0", "step-00000002.damaged",
+                 "notes"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "index-0007.json").write_text("rubbish")
     remove_leftovers(tmp_path)
@@ -169,7 +170,7 @@ def item(name: str, content: bytes, shape: tuple[int, ...], first: int = 0, rows
 
 
 def write(directory: Path, *ranks: list[Item]) -> Path:
-    """A checkpoint of step 7 written by some ranks."""
+    """Write a checkpoint of step 7 from the items of some ranks."""
     temporary, final = directory / "checkpoints/step-00000007.tmp-1", directory / "checkpoints/step-00000007"
     for rank, items in enumerate(ranks):
         write_rank(temporary, rank, items, 7)
@@ -185,7 +186,7 @@ def test_a_tensor_in_pieces_of_several_ranks_is_one_tensor(tmp_path):
 
 
 def test_two_pieces_of_a_tensor_on_one_rank_are_both_there(tmp_path):
-    """Section 2: torch's Hugging Face storage keeps the last of them and reports success."""
+    """torch's Hugging Face storage keeps only the last of them and reports success."""
     manifest = read_manifest(write(tmp_path, [item("a", b"ab", (3, 2), 0, 1), item("a", b"ef", (3, 2), 2, 1)],
                                    [item("a", b"cd", (3, 2), 1, 1)]))
     assert [chunk.first for chunk in manifest.entry("a").chunks] == [0, 1, 2]
@@ -193,9 +194,12 @@ def test_two_pieces_of_a_tensor_on_one_rank_are_both_there(tmp_path):
 
 
 @pytest.mark.parametrize("ranks, why", [
-    (([item("a", b"abcd", (2, 2))], [item("a", b"efgh", (2, 2))]), "missing or there twice"),                 # trap 3
-    (([item("x.experts.0.up", b"abcd", (2, 2))], [item("x.experts.0.up", b"efgh", (2, 2))]), "or there twice"),
-    (([item("a", b"ab", (3, 2), 0, 1)], [item("a", b"ef", (3, 2), 2, 1)]), "rows 1 to 2 of a are missing"),   # trap 4
+    # A tensor that two ranks have written.
+    (([item("a", b"abcd", (2, 2))], [item("a", b"efgh", (2, 2))]), "missing or there twice"),
+    (([item("x.experts.0.up", b"abcd", (2, 2))], [item("x.experts.0.up", b"efgh", (2, 2))]),
+     "or there twice"),
+    # Rows that no rank has written.
+    (([item("a", b"ab", (3, 2), 0, 1)], [item("a", b"ef", (3, 2), 2, 1)]), "rows 1 to 2 of a are missing"),
     (([item("a", b"ab", (3, 2), 0, 1)], [item("a", b"cd", (3, 2), 1, 1)]), "a has 2 rows of 3"),
     (([item("a", b"abcd", (3, 2), 0, 2)], [item("a", b"cdef", (3, 2), 1, 2)]), "missing or there twice"),
 ])
@@ -228,8 +232,10 @@ def test_whole_experts_share_a_table_and_others_do_not(tmp_path):
            item("z.experts.1.up", b"cd", (2, 2), 1, 1)]
     ragged = [item("r.experts.0.up", content, (2, 2)), item("r.experts.1.up", b"ab", (1, 2))]
     manifest = read_manifest(write(tmp_path, whole, some, cut, ragged))
-    assert {name: len(table.rows) for name, table in manifest.experts.items()} == {"x.experts.*.up": 3, "z.experts.*.up": 1}
-    assert set(manifest.tensors) == {"y.experts.0.up", "y.experts.2.up", "z.experts.1.up", "r.experts.0.up", "r.experts.1.up"}
+    assert ({name: len(table.rows) for name, table in manifest.experts.items()}
+            == {"x.experts.*.up": 3, "z.experts.*.up": 1})
+    assert set(manifest.tensors) == {"y.experts.0.up", "y.experts.2.up", "z.experts.1.up", "r.experts.0.up",
+                                     "r.experts.1.up"}
     assert len(list(manifest.names())) == 9 and all(manifest.entry(name) for name in manifest.names())
 
 
@@ -245,7 +251,8 @@ def test_a_checkpoint_of_the_same_step_is_replaced_only_if_it_is_damaged(tmp_pat
     assert payload(directory).read_bytes().endswith(b"ab")
     flip(payload(directory), -1 + payload(directory).stat().st_size)
     write(tmp_path, [item("a", b"cd", (2,))])
-    assert payload(directory).read_bytes().endswith(b"cd") and tree(tmp_path) == ["step-00000007", "step-00000007.damaged"]
+    assert payload(directory).read_bytes().endswith(b"cd")
+    assert tree(tmp_path) == ["step-00000007", "step-00000007.damaged"]
 
 
 def test_a_link_is_removed_and_what_it_leads_to_stays(run, tmp_path):

@@ -1,6 +1,6 @@
-"""Whatever stands in a manifest, reading it gives one that keeps every rule, or a CheckpointError that says why not.
+"""Reading any manifest returns a valid one or raises a CheckpointError that names the violated rule.
 
-The hostile ones here have a right checksum: somebody made them so.
+The hostile manifests here have a correct checksum, as an attacker would write it.
 """
 
 import json
@@ -31,7 +31,7 @@ def record(directory: Path) -> dict[str, Any]:
 
 
 def read_as(tmp_path: Path, body: bytes) -> CheckpointError:
-    """The refusal of a manifest with this body and a right checksum."""
+    """Read a manifest with this body and a correct checksum; returns the error."""
     (tmp_path / NAME).write_bytes(b"%08x\n%b" % (zlib.crc32(body), body))
     with pytest.raises(CheckpointError) as caught:
         read_manifest(tmp_path)
@@ -43,8 +43,10 @@ def test_what_is_written_is_what_is_read(original):
     manifest = read_manifest(original)
     assert manifest.encode() == (original / NAME).read_bytes()
     assert manifest.values["step"] == 1 and manifest.entry(EMBED).shape == (16, 8)
-    assert manifest.entry(EXPERTS.replace("*", "1")).shape == (16, 8) and manifest.entry(EXPERTS.replace("*", "2")) is None
-    assert len(list(manifest.names())) == len(set(manifest.names())) == sum(map(len, manifest.parts().values()))
+    assert manifest.entry(EXPERTS.replace("*", "1")).shape == (16, 8)
+    assert manifest.entry(EXPERTS.replace("*", "2")) is None
+    assert (len(list(manifest.names())) == len(set(manifest.names()))
+            == sum(map(len, manifest.parts().values())))
 
 
 def put(*path: str | int, value: Any) -> Callable[[dict], None]:
@@ -68,7 +70,8 @@ HOSTILE = {
     "no tokens": (lambda raw: raw["values"].pop("tokens"), "step or tokens"),
     "block of zero": (put("block", value=0), "block size"),
     "tiny block": (put("block", value=1), "wrong number of checksums"),
-    "file outside": (lambda raw: raw["files"].update({"../rank-0000.safetensors": [100, 50, 0]}), "no save writes"),
+    "file outside": (lambda raw: raw["files"].update({"../rank-0000.safetensors": [100, 50, 0]}),
+                     "no save writes"),
     "absolute file": (lambda raw: raw["files"].update({"/etc/passwd": [100, 50, 0]}), "no save writes"),
     "hidden file": (lambda raw: raw["files"].update({".metadata": [100, 50, 0]}), "no save writes"),
     "pickle file": (lambda raw: raw["files"].update({"rank-0000.pt": [100, 50, 0]}), "no save writes"),
@@ -84,7 +87,8 @@ HOSTILE = {
     "dtype is a list": (put("tensors", EMBED, 0, value=["F32"]), "unknown dtype"),
     "wider dtype": (put("tensors", EMBED, 0, value="F64"), "belong to"),
     "dims overflow": (put("tensors", EMBED, 1, value=[1 << 40, 1 << 40]), "larger than any disk"),
-    "dims overflow through zero": (put("tensors", EMBED, 1, value=[1 << 62, 0, 1 << 62]), "larger than any disk"),
+    "dims overflow through zero": (put("tensors", EMBED, 1, value=[1 << 62, 0, 1 << 62]),
+                                   "larger than any disk"),
     "negative dim": (put("tensors", EMBED, 1, value=[-16, -8]), "impossible shape"),
     "many dims": (put("tensors", EMBED, 1, value=[1] * 100), "impossible shape"),
     "fewer rows": (put("tensors", EMBED, 1, value=[15, 8]), "model.embed has 16 rows of 15"),
@@ -105,17 +109,24 @@ HOSTILE = {
     "tensor is a number": (put("tensors", EMBED, value=3), "TypeError"),
     "tensor dropped": (lambda raw: raw["tensors"].pop(EMBED), "belong to nothing"),
     "expert dropped": (lambda raw: raw["experts"][EXPERTS][2].pop(), "belong to nothing"),
-    "expert twice": (lambda raw: raw["experts"][EXPERTS][2].append(raw["experts"][EXPERTS][2][0]), "two tensors"),
-    "expert also alone": (lambda raw: raw["tensors"].update({EXPERTS.replace("*", "0"): ["F32", [16, 8], [[0, 0, 0, 16, 0]]]}),
+    "expert twice": (lambda raw: raw["experts"][EXPERTS][2].append(raw["experts"][EXPERTS][2][0]),
+                     "two tensors"),
+    "expert also alone": (
+        lambda raw: raw["tensors"].update({EXPERTS.replace("*", "0"): ["F32", [16, 8], [[0, 0, 0, 16, 0]]]}),
                           "there twice"),
-    "experts of nothing": (lambda raw: raw["experts"].update({"x.experts.*.up": ["F32", [0], [[0, 0]]]}), "no content"),
-    "experts without star": (lambda raw: raw["experts"].update({"model.x": ["F32", [2], [[0, 0, 0]]]}), "names no experts"),
-    "experts with two stars": (lambda raw: raw["experts"].update({"*.experts.*.up": ["F32", [2], [[0, 0, 0]]]}),
+    "experts of nothing": (lambda raw: raw["experts"].update({"x.experts.*.up": ["F32", [0], [[0, 0]]]}),
+                           "no content"),
+    "experts without star": (lambda raw: raw["experts"].update({"model.x": ["F32", [2], [[0, 0, 0]]]}),
+                             "names no experts"),
+    "experts with two stars": (
+        lambda raw: raw["experts"].update({"*.experts.*.up": ["F32", [2], [[0, 0, 0]]]}),
                                "names no experts"),
     "an expert is no list": (put("experts", EXPERTS, 2, 0, value=7), "not made of numbers"),
     "experts are an object": (put("experts", EXPERTS, 2, value={"0": 1}), "no content"),
-    "name too long": (lambda raw: raw["tensors"].update({"x" * 600: ["F32", [0], []]}), "no name of a tensor"),
-    "name with control characters": (lambda raw: raw["tensors"].update({"\x1b[2J": ["F32", [0], []]}), "no name of a tensor"),
+    "name too long": (lambda raw: raw["tensors"].update({"x" * 600: ["F32", [0], []]}),
+                      "no name of a tensor"),
+    "name with control characters": (lambda raw: raw["tensors"].update({"\x1b[2J": ["F32", [0], []]}),
+                                     "no name of a tensor"),
 }
 
 
@@ -128,7 +139,8 @@ def test_a_manifest_that_lies_is_refused(original, tmp_path, case):
 
 
 @pytest.mark.parametrize("body, why", [
-    (b"", "not a manifest"), (b"[]", "not a JSON object"), (b"{", "not a manifest"), (b"\xff\xfe", "not a manifest"),
+    (b"", "not a manifest"), (b"[]", "not a JSON object"), (b"{", "not a manifest"),
+    (b"\xff\xfe", "not a manifest"),
     (b"[" * 200_000, "not a manifest"), (b'{"a":' * 200_000, "not a manifest"),
     (b'{"version":2,"version":2}', "names something twice"),
     (b'{"version":NaN}', "NaN is not a number"), (b'{"version":-Infinity}', "is not a number"),
@@ -161,14 +173,14 @@ def test_a_manifest_longer_than_any_is_not_read(tmp_path):
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.symlink_to("/etc/passwd"),
                                   lambda path: __import__("os").mkfifo(path), lambda path: None])
 def test_a_manifest_that_is_no_ordinary_file_is_refused(tmp_path, make):
-    """A pipe would be waited for, a link leads elsewhere."""
+    """Reading a pipe would wait forever, and a link leads out of the run."""
     make(tmp_path / NAME)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_manifest(tmp_path)
 
 
 def test_mutated_manifests_are_right_or_refused(original, tmp_path):
-    """500 changes of bytes and of values, all with a right checksum: never another kind of exception."""
+    """After 500 changes of bytes and values, all with a correct checksum, no other exception is raised."""
     body = (original / NAME).read_bytes().partition(b"\n")[2]
     draw, read = random.Random(0), 0
     for _ in range(500):
@@ -186,7 +198,8 @@ def test_mutated_manifests_are_right_or_refused(original, tmp_path):
                 assert part.begin == end
                 end += part.length
             assert end == manifest.files[name].size
-    assert 0 < read < 400                                # checksums and facts may change unseen here, places may not
+    # Changed checksums and facts pass unnoticed here; changed places do not.
+    assert 0 < read < 400
 
 
 def mutate(body: bytes, draw: random.Random) -> bytes:
@@ -198,7 +211,8 @@ def mutate(body: bytes, draw: random.Random) -> bytes:
         case 1:
             del content[place:place + draw.randrange(1, 40)]
         case 2:
-            content[place:place] = draw.choice([b"0", b"-1", b"[", b"}", b",", b'"', b"null", b"1e9", b"\x00"])
+            content[place:place] = draw.choice(
+                [b"0", b"-1", b"[", b"}", b",", b'"', b"null", b"1e9", b"\x00"])
         case 3:
             other = draw.randrange(len(body))
             content[place:place + 20] = body[other:other + 20]
@@ -209,16 +223,19 @@ def mutate(body: bytes, draw: random.Random) -> bytes:
 
 
 def test_what_has_the_name_of_a_step_counts(tmp_path):
-    for name in ("step-00000007", "step-00000011", "step-00000020.tmp-1", "step-00000030.damaged", "step-5", "other"):
+    for name in ("step-00000007", "step-00000011", "step-00000020.tmp-1", "step-00000030.damaged", "step-5",
+                 "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-00000007", "step-00000011"] and step_of(newest(tmp_path)) == 11
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-00000007", "step-00000011"]
+    assert step_of(newest(tmp_path)) == 11
     assert newest(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("name, expected", [
     ("model.layers.0.moe.experts.5.gate_up", ("model.layers.0.moe.experts.*.gate_up", 5)),
     ("optim.layers.10.moe.experts.255.down.exp_avg", ("optim.layers.10.moe.experts.*.down.exp_avg", 255)),
-    ("model.layers.0.moe.shared.down", None), ("model.layers.0.moe.experts.05.down", None), ("experts.5.down", None),
+    ("model.layers.0.moe.shared.down", None), ("model.layers.0.moe.experts.05.down", None),
+    ("experts.5.down", None),
 ])
 def test_experts_are_known_by_name(name, expected):
     assert split_expert(name) == expected

@@ -1,4 +1,4 @@
-"""60 layers of 256 experts: what grows with the number of experts is a row of numbers each, nothing else.
+"""With 60 layers of 256 experts, each expert adds one row of numbers to a checkpoint and nothing else.
 
 Counted, not timed: objects of torch's planner, entries, syncs, files, reads.
 """
@@ -25,7 +25,7 @@ LAYERS, EXPERTS, RANKS = 60, 256, 4
 
 
 def held(rank: int, fill: float | None = None) -> Iterator[StateShard]:
-    """The experts of one rank of four; each is full of its own number."""
+    """Experts of one rank of four; each is filled with its own number."""
     for layer in range(LAYERS):
         for expert in range(rank, EXPERTS, RANKS):
             rows = torch.full((2, 2), float(layer * EXPERTS + expert) if fill is None else fill)
@@ -50,7 +50,8 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
             items = [Item(p.name, NAMES[p.rows.dtype], p.shape, 0, 2, as_bytes(p.rows)) for p in held(rank)]
             write_rank(temporary, rank, items, 1)
         commit(temporary, final, ranks=RANKS, facts={}, values={"step": 1, "tokens": 1})
-    assert changes["fsync"] == 2 * RANKS + 3             # payload and index of a rank; manifest, directory, parent
+    # Payload and index of each rank; manifest, directory and parent.
+    assert changes["fsync"] == 2 * RANKS + 3
     assert changes["write"] == LAYERS * EXPERTS + 2 * RANKS + 1
     found = read_manifest(final)
     assert not found.tensors and len(found.experts) == LAYERS and len(list(found.names())) == LAYERS * EXPERTS

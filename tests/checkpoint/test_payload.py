@@ -1,4 +1,4 @@
-"""Payload files: readable by any tool, every byte under a checksum, and nothing in them can do anything but be refused."""
+"""Payload files: other tools read them, a checksum covers every byte, and no content can do harm."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ from tests.support.training import make_run
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run with checkpoints of steps 1 and 2, as small as a model can be."""
+    """Directory of a run with checkpoints of steps 1 and 2, of the smallest model."""
     run_dir, run = tmp_path_factory.mktemp("small"), trained(1, SMALL)
     saved(run, run_dir, 1)
     run.state.model.embed.data += 1
@@ -50,7 +50,8 @@ def test_any_tool_can_read_the_files(two_steps):
     run, directory = two_steps
     found = safetensors.torch.load_file(payload(directory))
     truth = tensors(run.state)
-    assert found.keys() == truth.keys() and all(torch.equal(found[name], tensor) for name, tensor in truth.items())
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in truth.items())
     with safetensors.safe_open(payload(directory), "pt") as file:
         assert file.metadata() == {"format": "pt", "step": "2", "file": "rank-0000.safetensors"}
 
@@ -58,7 +59,7 @@ def test_any_tool_can_read_the_files(two_steps):
 @pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (5, 3), (2, 1, 3)])
 def test_every_dtype_and_shape_round_trips(tmp_path, dtype, shape):
-    """Also scalars, bfloat16, float8 and bool; and a tensor that is not contiguous (section 2)."""
+    """Scalars, bfloat16, float8, bool and a tensor that is not contiguous included."""
     tensor = (torch.randn(shape) * 10).to(dtype) if shape != (5, 3) else (torch.randn(3, 5) * 10).to(dtype).T
     item = Item("x", NAMES[dtype], shape, 0, shape[0] if shape else 1, as_bytes(tensor.contiguous()))
     directory = tmp_path / "checkpoints/step-00000001"
@@ -89,16 +90,18 @@ def test_a_long_tensor_has_a_checksum_for_every_block_and_rows_are_read_alone(tm
                 assert b"".join(opened.blocks(part, 64, begin, end, check)) == content[begin:end]
     flip(tmp_path / "rank-0000.safetensors", part.begin + 130)
     with Payload(tmp_path / "rank-0000.safetensors", file) as opened:
-        assert b"".join(opened.blocks(part, 64, 0, 128)) == content[:128]              # blocks 0 and 1 are good
+        # Blocks 0 and 1 are sound.
+        assert b"".join(opened.blocks(part, 64, 0, 128)) == content[:128]
         with pytest.raises(CheckpointError, match="does not match its checksum"):
-            list(opened.blocks(part, 64, 191, 192))                                    # block 2 is not, wherever in it
+            # Block 2 is damaged, so none of its bytes is returned.
+            list(opened.blocks(part, 64, 191, 192))
 
 
-# --- T09: bits
+# --- changed bits
 
 
 def places(directory: Path, draw: random.Random, number: int) -> list[tuple[str, int]]:
-    """Random bytes of the content, of header and padding, and of the manifest."""
+    """Choose random bytes of the content, of header and padding, and of the manifest."""
     head = read_manifest(directory).files["rank-0000.safetensors"].header
     size, manifest = payload(directory).stat().st_size, (directory / NAME).stat().st_size
     spaces = [index for index, byte in enumerate(payload(directory).read_bytes()[:head]) if byte == 0x20]
@@ -135,11 +138,11 @@ def test_the_tensor_with_the_flipped_bit_is_named(run_dir):
         flip(payload(directory), part.begin + part.length - 1)
 
 
-# --- T10: files
+# --- exchanged and missing files
 
 
 def swap(run_dir: Path) -> None:
-    """The files of two steps: same names, same sizes, each good in itself."""
+    """Exchange the files of two steps, which have equal names and sizes and are sound by themselves."""
     one, two = (payload(run_dir / f"checkpoints/step-0000000{step}") for step in (1, 2))
     assert one.stat().st_size == two.stat().st_size
     one.rename(one.with_name("x")), two.rename(one), one.with_name("x").rename(two)
@@ -152,8 +155,8 @@ HARM = {
     "missing": (lambda d: payload(d).unlink(), "missing"),
     "zeros": (lambda d: payload(d).write_bytes(bytes(payload(d).stat().st_size)), "header"),
     "a directory": (lambda d: (payload(d).unlink(), payload(d).mkdir()), "a folder, not a file"),
-    "a link": (lambda d: payload(d).rename(d.parent / "elsewhere") and payload(d).symlink_to(d.parent / "elsewhere"),
-               "cannot be opened"),
+    "a link": (lambda d: payload(d).rename(d.parent / "elsewhere")
+               and payload(d).symlink_to(d.parent / "elsewhere"), "cannot be opened"),
     "a pipe": (lambda d: (payload(d).unlink(), os.mkfifo(payload(d))), "a named pipe, not a file"),
     "extra shard": (lambda d: shutil.copy(payload(d), d / "rank-0001.safetensors"), "does not belong"),
     "extra file": (lambda d: (d / "optimizer.pt").write_bytes(b"\x80"), "does not belong"),
@@ -180,7 +183,7 @@ def test_harm_to_files_is_found_by_sizes_alone_named_and_passed_over(run_dir, ca
 
 
 def test_hidden_files_are_left_alone_and_named(run_dir, caplog):
-    """A file system or file manager makes them; they are never opened."""
+    """File systems and file managers create them; they are never opened."""
     (newest_of(run_dir) / ".nfs0001").write_bytes(b"\x80\x04.")
     run = make_run(SMALL)
     with caplog.at_level(logging.WARNING):
@@ -189,7 +192,7 @@ def test_hidden_files_are_left_alone_and_named(run_dir, caplog):
 
 
 def test_a_header_that_tells_other_tools_something_else_is_refused(run_dir):
-    """Right checksums everywhere, and two tensors of one size with their names exchanged in the header."""
+    """All checksums are correct, but the header exchanges the names of two tensors of one size."""
     directory = newest_of(run_dir)
     manifest = read_manifest(directory)
     parts = manifest.parts()["rank-0000.safetensors"]
@@ -209,7 +212,7 @@ def test_a_header_that_tells_other_tools_something_else_is_refused(run_dir):
         load(make_run(SMALL).state, directory)
 
 
-# --- T12: pickles
+# --- pickles
 
 CANARY = """
 import os, pickle, sys
@@ -245,7 +248,8 @@ for name in names:
     path = directory / name
     before = path.read_bytes() if path.exists() else None
     for bomb in bombs:
-        # As a whole file; behind a right checksum; and in the place of a tensor's bytes, the file's size kept.
+        # As a whole file; below a correct checksum; and in place of a tensor's bytes, so that
+        # the file keeps its size.
         import zlib
         tail = (before or b"")[:max(0, len(before or b"") - len(bomb))] + bomb
         for content in (bomb, b"%08x\\n" % zlib.crc32(bomb) + bomb, tail):
@@ -267,9 +271,10 @@ print(refused)
 
 @pytest.mark.slow
 def test_nothing_is_unpickled_whatever_lies_in_a_checkpoint(run_dir, tmp_path):
-    """Traps 1 and 2: a live pickle in every file, as a whole file, as a manifest's body and as a tensor's bytes."""
+    """A live pickle stands in every file: as the whole file, as the manifest's body, as a tensor's bytes."""
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", CANARY, newest_of(run_dir), tmp_path / "canary"], cwd=tmp_path, text=True,
+    done = subprocess.run([sys.executable, "-c", CANARY, newest_of(run_dir), tmp_path / "canary"],
+                          cwd=tmp_path, text=True,
                           env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 4 * 6                     # all but the hidden file, which is ignored unread
@@ -282,7 +287,7 @@ def test_the_records_of_a_checkpoint_are_json(two_steps):
 
 
 def test_one_run_does_not_load_into_another_of_equal_names(two_steps):
-    """The state that is loaded over is gone to the last tensor: what the file does not hold would show."""
+    """The state is erased before it is loaded, so a tensor that the file does not hold would be noticed."""
     other = make_run([*SIZES, "run.seed=5"])
     for shard in other.state.state_shards():
         shard.rows.fill_(float("nan"))

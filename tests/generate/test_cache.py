@@ -1,4 +1,4 @@
-"""A text read token by token, with what is kept of the earlier ones, gives what reading all of it again gives."""
+"""With the key-value cache the logits equal those of running the whole text again."""
 
 import pytest
 import torch
@@ -14,9 +14,11 @@ CONTEXT = 16
 EVALUATION = RouterContext(training=False)
 MODELS = {
     "sparse": [],
-    "grouped-norm-shared": ["model.qk_norm=true", "model.num_heads=4", "model.num_kv_heads=1", "model.num_shared_experts=1"],
+    "grouped-norm-shared": ["model.qk_norm=true", "model.num_heads=4", "model.num_kv_heads=1",
+                            "model.num_shared_experts=1"],
     "dense-first": ["model.num_layers=3", "model.first_dense_layers=1"],
-    "tied-one-expert": ["model.tie_embeddings=true", "model.num_experts=1", "model.top_k=1", "router.weights=raw"],
+    "tied-one-expert": ["model.tie_embeddings=true", "model.num_experts=1", "model.top_k=1",
+                        "router.weights=raw"],
     "documents": ["data.mask_documents=true"],
 }
 
@@ -30,7 +32,7 @@ def text(tokens: int) -> Tensor:
 
 
 def differences(model: Transformer, prompt: int, tokens: int) -> list[float]:
-    """Largest difference of the logits after each prefix, from `prompt` tokens on, over their largest value."""
+    """Largest relative difference of the logits after each prefix, from `prompt` tokens on."""
     readers = [IncrementalModel(model, CONTEXT, cache=cache) for cache in (True, False)]
     found = []
     for end in range(prompt, tokens + 1):
@@ -42,7 +44,7 @@ def differences(model: Transformer, prompt: int, tokens: int) -> list[float]:
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
 def test_logits_are_those_of_the_whole_window(overrides, dtype, tolerance):
-    """A prompt at once, then token by token to the end of the window, and five beyond, where it slides."""
+    """Run a prompt at once, then single tokens to the end of the window and five beyond, where it slides."""
     model = model_of(overrides, dtype)
     assert max(differences(model, 7, CONTEXT + 5)) <= tolerance
 
@@ -63,8 +65,9 @@ def test_only_new_tokens_run_until_the_window_slides():
 
 @pytest.mark.parametrize("scope", ["sequence", "local"])
 def test_experts_with_a_capacity_read_the_whole_text(scope):
-    """Who is dropped depends on the other tokens of the pass: a token alone would never be."""
-    model = model_of(["capacity=position", f"capacity.scope={scope}", "capacity.eval_factor=0.3", "capacity.min_capacity=1"],
+    """Which tokens are dropped depends on all tokens of the pass: a token alone would never be dropped."""
+    model = model_of(["capacity=position", f"capacity.scope={scope}", "capacity.eval_factor=0.3",
+                      "capacity.min_capacity=1"],
                      "float64")
     assert max(differences(model, 3, CONTEXT)) == 0.0
     alone, together = model_of([], "float64"), model

@@ -1,4 +1,4 @@
-"""Drawn ids become text as soon as characters are whole; nothing half appears, and nothing that was typed is decoded."""
+"""Streaming decoder: complete characters only, and nothing of the prompt."""
 
 from pathlib import Path
 
@@ -15,19 +15,23 @@ ALPHABET = st.text(st.sampled_from("abc the,.é字漢🙂👩‍👧ا \n"), max
 
 def byte_level() -> Library:
     library = Library(models.BPE())
-    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    library.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                                          special_tokens=["<|endoftext|>"], show_progress=False))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.train_from_iterator(TEXT, trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"], show_progress=False))
     return library
 
 
 def byte_fallback() -> Library:
-    """As Llama's: a space before the text, spaces as a letter, characters that it does not know as bytes."""
+    """Tokenizer like Llama's: a leading space, a letter for spaces, bytes for unknown characters."""
     library = Library(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    library.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=marks, show_progress=False))
+    library.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=marks, show_progress=False))
     library.add_special_tokens(["<unk>", "<s>", "</s>"])
     return _without_special_bytes(library)
 
@@ -36,7 +40,8 @@ def _without_special_bytes(library: Library) -> Library:
     import json
 
     content = json.loads(library.to_str())
-    content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
+    content["added_tokens"] = [token for token in content["added_tokens"]
+                               if not token["content"].startswith("<0x")]
     return Library.from_str(json.dumps(content))
 
 
@@ -62,7 +67,7 @@ def pieces(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> list[str]
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(prompt=ALPHABET, text=ALPHABET)
 def test_pieces_of_whole_characters_add_up_to_the_text(tokenizers, kind, prompt, text):
-    """Wherever the prompt ends: what follows is what the ids of all of it stand for."""
+    """Wherever the prompt ends, the pieces equal the decoded whole without the prompt."""
     tokenizer = tokenizers[kind]
     ids = [int(id) for id in tokenizer.encode((prompt + text).encode())]
     before = [int(id) for id in tokenizer.encode(prompt.encode())]
@@ -94,6 +99,7 @@ def test_a_character_appears_with_its_last_token(tokenizers):
 
 
 def test_bytes_that_are_no_character_are_shown_and_do_not_hold_up_the_next(tokenizers):
-    assert "".join(pieces(tokenizers["bytes"], [], [0xFF, 0x61, 0xC3, 0x62])) == f"{REPLACEMENT}a{REPLACEMENT}b"
+    assert ("".join(pieces(tokenizers["bytes"], [], [0xFF, 0x61, 0xC3, 0x62]))
+            == f"{REPLACEMENT}a{REPLACEMENT}b")
     bad, good = (tokenizers["byte_fallback"]._library.token_to_id(token) for token in ("<0xFF>", "a"))
     assert "".join(pieces(tokenizers["byte_fallback"], [], [bad, good])) == f"{REPLACEMENT}a"

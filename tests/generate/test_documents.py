@@ -1,4 +1,4 @@
-"""A text is continued by the probabilities that training gave its tokens: those of a window in which documents follow each other."""
+"""Generation uses the probabilities of training, where a window holds several documents."""
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from moetrain.routers.base import RouterContext
 from tests.support.training import make_run
 
 CONTEXT, MARK = 16, 47
-CAPACITY = ["capacity=position", "capacity.scope=sequence", "capacity.eval_factor=0.5", "capacity.min_capacity=1"]
+CAPACITY = ["capacity=position", "capacity.scope=sequence", "capacity.eval_factor=0.5",
+            "capacity.min_capacity=1"]
 
 
 def model_of(overrides: list[str]) -> Transformer:
@@ -23,8 +24,9 @@ def ids(tokens: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def trained(model: Transformer, window: list[int], documents: list[int]) -> Tensor:
-    """Logits [S, V] as a training window runs: a document is that of the input."""
-    return model(torch.tensor([window]), RouterContext(training=False), torch.tensor([documents])).logits_BSV[0]
+    """Logits [S, V] of a training window; a token belongs to the document of the input."""
+    return model(torch.tensor([window]), RouterContext(training=False),
+                 torch.tensor([documents])).logits_BSV[0]
 
 
 def worst(ours: list[Tensor], truth: Tensor) -> float:
@@ -34,14 +36,15 @@ def worst(ours: list[Tensor], truth: Tensor) -> float:
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("prompt", [0, 1, 5])
 def test_every_token_has_the_logits_that_it_has_in_training(cache, prompt):
-    """The document before ends in the window. What the mark alone gives has no other document before it, as at the start of a window."""
+    """The window begins with the end of another document, and that token alone with no document before it."""
     model, before, text = model_of([]), ids(5, 0), ids(9, 1)
     reader = IncrementalModel(model, CONTEXT, cache=cache, separate_first=True)
     ours = [reader.logits(torch.tensor([MARK, *text[:end]])) for end in range(prompt, len(text) + 1)]
     window = trained(model, [*before, MARK, *text], [0] * 6 + [1] * 9)[len(before):]
     alone = trained(model, [MARK, *text], [0] + [1] * 9)
     assert worst(ours, torch.cat([alone[:1], window[1:]])[prompt:]) < 1e-10
-    assert (alone[1:] - trained(model, [MARK, *text], [0] * 10)[1:]).abs().max() > 1e-3        # the mark would be seen here
+    # Here the text attends to the end of the other document.
+    assert (alone[1:] - trained(model, [MARK, *text], [0] * 10)[1:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -50,7 +53,8 @@ def test_windows_that_slide_hold_the_text_alone(cache):
     reader = IncrementalModel(model, CONTEXT, cache=cache, separate_first=True)
     for end in range(1, len(text) + 1):
         seen = text[max(end - CONTEXT, 0):end]
-        assert worst([reader.logits(torch.tensor([MARK, *text[:end]]))], trained(model, seen, [0] * len(seen))[-1:]) < 1e-10
+        assert worst([reader.logits(torch.tensor([MARK, *text[:end]]))],
+                     trained(model, seen, [0] * len(seen))[-1:]) < 1e-10
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -1,4 +1,4 @@
-"""Sampling: what top-p keeps, what temperature 0 takes, that a seed gives a text, with several ranks too."""
+"""Sampling: top-p, temperature 0, and one text for one seed, on several ranks, too."""
 
 import pytest
 import torch
@@ -24,20 +24,24 @@ def test_the_nucleus_reaches_its_mass_and_no_smaller_set_does(top_p):
 def test_temperature_zero_takes_the_most_probable_and_a_seed_repeats():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = lambda temperature, seed: [  # noqa: E731
-        draw(logits, temperature, 0.9, generator) for generator in [torch.Generator().manual_seed(seed)] for _ in range(20)]
-    assert set(drawn(0, 1)) == set(drawn(1e-310, 1)) == {int(logits.argmax())}           # logits / 1e-310 is not a number
+        draw(logits, temperature, 0.9, generator) for generator in [torch.Generator().manual_seed(seed)]
+        for _ in range(20)]
+    # logits / 1e-310 is not a number.
+    assert set(drawn(0, 1)) == set(drawn(1e-310, 1)) == {int(logits.argmax())}
     assert drawn(1.0, 3) == drawn(1.0, 3) and len(set(drawn(1.0, 3))) > 1
 
 
 def text(overrides: list[str], **wish) -> str:
     run = make_run([*BYTES, *overrides])
-    wish = {"tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 0, "context": 12, "cache": True, "mask_documents": False, **wish}
-    return "".join(continue_text(run.state.model, ByteTokenizer(), "ab", end_id=256, group=run.mesh["batch"], **wish))
+    wish = {"tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 0, "context": 12, "cache": True,
+            "mask_documents": False, **wish}
+    return "".join(
+        continue_text(run.state.model, ByteTokenizer(), "ab", end_id=256, group=run.mesh["batch"], **wish))
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_text_is_the_same_with_and_without_the_cache(temperature):
-    """20 tokens in a window of 12: it slides."""
+    """20 tokens in a window of 12 make it slide."""
     first, second = (text([], temperature=temperature, cache=cache) for cache in (True, False))
     assert first == second and len(first) > 12
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles at its first use (half a minute) is kept in the environment, for all tests and the next session."""
+"""Keep what DeepSpeed compiles at its first use (half a minute) in the environment, for all test runs."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Our sparse layer beside that of another library: the same weights, the same tokens, what comes out and every gradient."""
+"""Comparison of the MoE layer with another library's: same weights and tokens; outputs and all gradients."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ TOKENS, DIM, EXPERTS = 24, 16, 8         # on each rank; experts in all
 
 
 class Seen(NamedTuple):
-    """One rank's view. experts: (gradient of gate_up, of down) by local expert."""
+    """Results on one rank; experts has (gradient of gate_up, gradient of down) by local expert."""
 
     out_TD: Tensor
     balance: Tensor
@@ -26,7 +26,7 @@ class Seen(NamedTuple):
 
 
 def our_layer(*overrides: str) -> MoELayer:
-    """The first layer of a tiny model on two ranks that share its experts; routers far from uniform."""
+    """First layer of a tiny model on two ranks that share its experts, with routers far from uniform."""
     run = make_run(["parallel=ep", "run.nproc=2", "train.micro_batch=8", "run.dtype=float32", *overrides])
     layer = run.state.model.layers[0].moe
     with torch.no_grad():
@@ -35,13 +35,13 @@ def our_layer(*overrides: str) -> MoELayer:
 
 
 def tokens(rank: int) -> tuple[Tensor, Tensor]:
-    """(x [T, D], gradient of the output [T, D]) of a rank."""
+    """Draw (x [T, D], gradient of the output [T, D]) of a rank."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(TOKENS, DIM, generator=generator), torch.randn(TOKENS, DIM, generator=generator)
 
 
 def ours(layer: MoELayer, rank: int, weight: float) -> Seen:
-    """weight: of the balance loss over this rank's tokens."""
+    """Run moetrain's layer; `weight` is that of the balance loss over this rank's tokens."""
     x, slope = tokens(rank)
     x.requires_grad_()
     output = layer(x, RouterContext(valid_T=torch.ones(TOKENS, dtype=torch.bool)))
@@ -55,18 +55,19 @@ def ours(layer: MoELayer, rank: int, weight: float) -> Seen:
 
 def theirs(forward: Callable[[Tensor], tuple[Tensor, Tensor]], router: nn.Parameter,
            experts: list[tuple[nn.Parameter, nn.Parameter]], rank: int, weight: float) -> Seen:
-    """forward: x to (output, balance loss unweighted)."""
+    """Run the other library's layer; `forward` maps x to (output, unweighted balance loss)."""
     x, slope = tokens(rank)
     x.requires_grad_()
     out, balance = forward(x)
     ((out * slope).sum() + weight * balance).backward()
-    return Seen(out.detach(), balance.detach(), x.grad, router.grad, [(gate_up.grad, down.grad) for gate_up, down in experts])
+    return Seen(out.detach(), balance.detach(), x.grad, router.grad,
+                [(gate_up.grad, down.grad) for gate_up, down in experts])
 
 
 def assert_same(mine: Seen, other: Seen, tolerance: float = 1e-5) -> None:
-    """Every tensor to `tolerance` of its largest value."""
-    named = [("output", mine.out_TD, other.out_TD), ("balance", mine.balance, other.balance), ("x", mine.x_grad, other.x_grad),
-             ("router", mine.router_grad, other.router_grad)]
+    """Compare every tensor, to `tolerance` of its largest value."""
+    named = [("output", mine.out_TD, other.out_TD), ("balance", mine.balance, other.balance),
+             ("x", mine.x_grad, other.x_grad), ("router", mine.router_grad, other.router_grad)]
     for expert, (our, its) in enumerate(zip(mine.experts, other.experts, strict=True)):
         named += [(f"gate_up {expert}", our[0], its[0]), (f"down {expert}", our[1], its[1])]
     for name, our, its in named:

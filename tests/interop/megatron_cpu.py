@@ -1,7 +1,7 @@
-"""Megatron-Core 0.16 without a GPU: what its MoE layer asks of CUDA, answered for the CPU.
+"""Megatron-Core 0.16 without a GPU: replacements for what its MoE layer calls of CUDA.
 
-It changes torch for the whole process: only for processes that do nothing else. Streams are not there to be waited for, the
-CPU is the current device, and a count that the dispatcher wants on the host is there already.
+It changes torch for the whole process, so it is for processes that do nothing else. Streams need no waiting,
+the CPU is the current device, and counts that the dispatcher copies to the host are there already.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import torch
 
 
 class Stream:
-    """Stands for a stream and for an event: everything has happened when it is asked."""
+    """Stand-in for a stream and for an event: all work is finished whenever it is queried."""
 
     def __getattr__(self, name: str):
         return lambda *arguments, **named: self
@@ -33,6 +33,7 @@ def pretend() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
-    moe_utils.te_general_gemm = None                 # bound only where Transformer Engine is installed, used everywhere
+    # Defined only where Transformer Engine is installed, but used everywhere.
+    moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor)

@@ -1,4 +1,4 @@
-"""engine=deepspeed gives what engine=torch gives: losses, norms, parameters, moments, checkpoints, exit codes."""
+"""engine=deepspeed equals engine=torch: losses, norms, parameters, moments, checkpoints and exit codes."""
 
 import json
 import subprocess
@@ -41,14 +41,16 @@ def started(overrides: list[str]) -> Run:
 
 
 def steps(run: Run, first: int, last: int) -> list[list[float]]:
-    """The numbers of these steps."""
+    """Metrics of these steps."""
     keys = ("loss/ce", "loss/total", "loss/balance", "grad_norm", "lr", "tokens")
-    return [[result.metrics[key] for key in keys] for result in (train_step(run, step) for step in range(first, last + 1))]
+    return [[result.metrics[key] for key in keys]
+            for result in (train_step(run, step) for step in range(first, last + 1))]
 
 
 def held(run: Run) -> dict:
-    """Everything a checkpoint would hold, on this rank."""
-    return {shard.name: (shard.shape, shard.begin, shard.rows.detach().clone()) for shard in run.state.state_shards()}
+    """Everything that a checkpoint would hold of this rank."""
+    return {shard.name: (shard.shape, shard.begin, shard.rows.detach().clone())
+            for shard in run.state.state_shards()}
 
 
 def trained(overrides: list[str]) -> tuple[dict, list[list[float]]]:
@@ -58,7 +60,7 @@ def trained(overrides: list[str]) -> tuple[dict, list[list[float]]]:
 
 
 def assert_close(ours: list, expected: list) -> None:
-    """Results of all ranks: numbers to 1e-5, parameters and moments to 1e-4 of their largest value."""
+    """Compare the results of all ranks: metrics to 1e-5, parameters and moments to 1e-4 of their maximum."""
     assert ours[0][1] == ours[1][1]                                            # ranks agree to the last bit
     for mine, its in zip(ours[0][1], expected[0][1], strict=True):
         assert mine == pytest.approx(its, rel=1e-5)
@@ -78,8 +80,9 @@ def test_what_warm_balance_remembers_is_kept(ranks):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, stage", [("ddp", 1), ("ep", 2), *(pytest.param(mode, stage, marks=pytest.mark.full)
-                                                                  for mode, stage in (("ddp", 2), ("ep", 1)))])
+@pytest.mark.parametrize("mode, stage", [
+    ("ddp", 1), ("ep", 2),
+    *(pytest.param(mode, stage, marks=pytest.mark.full) for mode, stage in (("ddp", 2), ("ep", 1)))])
 def test_zero_trains_as_torch_does(ranks, mode, stage):
     overrides = [*COMMON, f"parallel={mode}"]
     expected = ranks.run(trained, overrides)
@@ -100,11 +103,12 @@ def lasting_devices(devices):
 def test_zero_trains_on_simulated_devices_as_torch_does(lasting_devices, mode, stage):
     overrides = [*COMMON, f"parallel={mode}", "run.device=cuda"]
     expected = lasting_devices.run(trained, overrides)
-    assert_close(lasting_devices.run(trained, [*overrides, "engine=deepspeed", f"engine.zero_stage={stage}"]), expected)
+    assert_close(lasting_devices.run(trained, [*overrides, "engine=deepspeed", f"engine.zero_stage={stage}"]),
+                 expected)
 
 
 def shares(overrides: list[str]) -> tuple[int, int]:
-    """(numbers of dense moments that this rank keeps, dense parameters)."""
+    """Number of moments of dense parameters on this rank, and number of dense parameters."""
     from moetrain.interop.deepspeed import adopt
 
     run = adopt(make_run(overrides))
@@ -121,14 +125,14 @@ def test_a_rank_keeps_half_of_the_dense_moments(ranks):
 
 
 def run_moetrain(*words: str, cwd: Path, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, "-m", "moetrain", *words], cwd=cwd, text=True, timeout=240, env=environment(),
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([sys.executable, "-m", "moetrain", *words], cwd=cwd, text=True, timeout=240,
+                          env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == code, f"{words} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 
 
 def interrupted(overrides: list[str], engines: tuple[str, str], directory: Path):
-    """What `trained` gives for a run that was saved after half of its steps and taken up by another."""
+    """Result of `trained` for a run that was saved after half of its steps and resumed by another engine."""
     from moetrain.train.checkpoint.load import resume
     from moetrain.train.checkpoint.save import Saver
 
@@ -180,13 +184,14 @@ def test_the_command_ends_with_0_and_resumes(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_ends_as_under_torch(tmp_path):
-    out = run_moetrain("train", *DEBUG, "parallel=ddp", "run.nproc=2", "log.wandb=off", "engine=deepspeed", "optim.lr=1e30",
-                       "optim.warmup=0", cwd=tmp_path, code=11)
+    out = run_moetrain("train", *DEBUG, "parallel=ddp", "run.nproc=2", "log.wandb=off", "engine=deepspeed",
+                       "optim.lr=1e30", "optim.warmup=0", cwd=tmp_path, code=11)
     assert "E-NONFINITE-001" in out
     assert json.loads((tmp_path / "runs/debug/status.json").read_text())["code"] == 11
 
 
-@pytest.mark.parametrize("overrides, number", [(["optim=adamw", "parallel=single"], 67), (["parallel=ep", "run.nproc=2", "optim=muon"], 68)])
+@pytest.mark.parametrize("overrides, number", [(["optim=adamw", "parallel=single"], 67),
+                                               (["parallel=ep", "run.nproc=2", "optim=muon"], 68)])
 def test_what_zero_cannot_do_is_refused(overrides, number):
     with pytest.raises(ConfigErrors) as caught:
         compose(["engine=deepspeed", *overrides])

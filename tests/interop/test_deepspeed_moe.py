@@ -1,7 +1,7 @@
-"""DeepSpeed's MoE layer as an oracle: two ranks share eight experts; outputs, gradients and balance loss agree.
+"""DeepSpeed's MoE layer as an oracle: on two ranks outputs, gradients and balance loss agree.
 
-Its conventions: top-1 weighs by the raw probability (`router.weights=raw`), top-2 by the two probabilities over their sum
-(`renorm`); its balance loss counts first choices only, which for top-1 are all choices.
+Its conventions: top-1 weighs by the raw probability (`router.weights=raw`), top-2 by the two probabilities
+over their sum (`renorm`); its balance loss counts first choices only, which for top-1 are all choices.
 """
 
 import os
@@ -29,7 +29,8 @@ def ranks():
 class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up, self.down = nn.Parameter(torch.empty(2 * hidden, dim)), nn.Parameter(torch.empty(dim, hidden))
+        self.gate_up = nn.Parameter(torch.empty(2 * hidden, dim))
+        self.down = nn.Parameter(torch.empty(dim, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up).chunk(2, -1)
@@ -49,8 +50,8 @@ def compare(top_k: int, weights: str, weight: float) -> None:
     layer = our_layer(f"model.top_k={top_k}", f"router.weights={weights}")
     bank = layer.experts.bank
     dim, hidden = bank.down.shape[1:]
-    other = MoE(dim, SwiGLU(dim, hidden), num_experts=EXPERTS, ep_size=2, k=top_k, drop_tokens=False, use_rts=False,
-                top2_2nd_expert_sampling=False)
+    other = MoE(dim, SwiGLU(dim, hidden), num_experts=EXPERTS, ep_size=2, k=top_k, drop_tokens=False,
+                use_rts=False, top2_2nd_expert_sampling=False)
     other.set_deepspeed_parallelism()
     gate, experts = other.deepspeed_moe.gate.wg.weight, list(other.deepspeed_moe.experts.deepspeed_experts)
     assert len(experts) == len(bank.experts) == EXPERTS // 2
@@ -84,6 +85,6 @@ def test_the_layer_gives_what_deepspeeds_gives(ranks, top_k, weights, weight):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_another_gate_convention_is_seen(ranks):
-    """The comparison can fail: top-2 without the sum."""
+    """The comparison can fail, as with top-2 without the division by the sum."""
     with pytest.raises(AssertionError, match="output differs"):
         ranks.run(compare, 2, "raw", 0.0)

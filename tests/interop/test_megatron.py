@@ -1,4 +1,4 @@
-"""data=megatron: a window holds what Megatron-Core's builder wrote; the order is a pure function; bad files are named."""
+"""Megatron-Core's indexed datasets: windows hold what its builder wrote, and damaged files are named."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SEQ = 32
 
 
 def corpus(domain: str) -> list[list[np.ndarray]]:
-    """The built-in texts of a domain as bytes and an end, every third document in two sequences."""
+    """Built-in texts of a domain as bytes and an end token; every third document has two sequences."""
     encoder, found = ByteTokenizer(), []
     for number, document in enumerate(d for d in builtin_documents(domain_cap=20_000) if d.domain == domain):
         tokens = np.append(encoder.encode(document.text), encoder.end_id)
@@ -51,7 +51,8 @@ def folder(tmp_path_factory, domains) -> Path:
 
 
 def config(path: Path, *overrides: str) -> Config:
-    return compose(["data=megatron", f"data.path={path}", f"train.seq_len={SEQ}", "data.tokenizer=bytes", *overrides])
+    return compose(
+        ["data=megatron", f"data.path={path}", f"train.seq_len={SEQ}", "data.tokenizer=bytes", *overrides])
 
 
 def dataset(path: Path, *overrides: str) -> TokenDataset:
@@ -92,9 +93,11 @@ def test_a_window_holds_the_tokens_that_were_written(tmp_path):
     batch = data.batch(ids)
     for row, target, window in zip(batch.tokens_BS, batch.targets_BS, ids.tolist()):
         places = np.arange(window * SEQ, min(window * SEQ + SEQ, len(trained)))
-        assert row[:len(places)].tolist() == trained[places - 1].tolist() and target[:len(places)].tolist() == trained[places].tolist()
+        assert row[:len(places)].tolist() == trained[places - 1].tolist()
+        assert target[:len(places)].tolist() == trained[places].tolist()
     (held,) = data.heldout(0, windows=8, batch=8)
-    assert (held.sample_ids_B >= HELDOUT_IDS).all() and not set(held.tokens_BS[held.valid_BS].tolist()) & set(trained.tolist())
+    assert (held.sample_ids_B >= HELDOUT_IDS).all()
+    assert not set(held.tokens_BS[held.valid_BS].tolist()) & set(trained.tolist())
 
 
 def test_few_documents_give_up_their_last_twentieth_each(tmp_path):
@@ -104,7 +107,8 @@ def test_few_documents_give_up_their_last_twentieth_each(tmp_path):
     assert read_all(data.heldout_stream).tolist() == [*range(380, 400), *range(780, 800)]
     assert data.train_stream.document_starts.tolist() == [0, 380]    # two sequences, one document
     window = data.batch(np.array([380 // SEQ])).documents_BS[0]
-    assert window.tolist() == [0] * (380 % SEQ + 1) + [1] * (SEQ - 380 % SEQ - 1)       # inputs, of which the first is 380 - 380 % SEQ - 1
+    # Of the inputs, the first of which is at 380 - 380 % SEQ - 1.
+    assert window.tolist() == [0] * (380 % SEQ + 1) + [1] * (SEQ - 380 % SEQ - 1)
 
 
 def test_the_share_that_is_held_out_can_be_chosen(tmp_path):
@@ -112,7 +116,8 @@ def test_the_share_that_is_held_out_can_be_chosen(tmp_path):
     ids = ("data.tokenizer=none", "data.vocab_size=2000")
     usual, more = dataset(tmp_path / "a", *ids), dataset(tmp_path / "a", *ids, "data.held_out_share=0.25")
     assert (usual.heldout_stream.size, more.heldout_stream.size) == (2 * 50, 10 * 50)
-    assert set(read_all(usual.heldout_stream)) < set(read_all(more.heldout_stream)) and usual.fingerprint != more.fingerprint
+    assert set(read_all(usual.heldout_stream)) < set(read_all(more.heldout_stream))
+    assert usual.fingerprint != more.fingerprint
     assert dataset(tmp_path / "a", *ids, "data.held_out_share=0.05").fingerprint == usual.fingerprint
 
 
@@ -170,9 +175,10 @@ def damage(prefix: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how, number", [
-    ("no bin", 70), ("no idx", 70), ("other magic", 71), ("short index", 71), ("lengths", 71), ("count", 71), ("documents", 71),
-    ("pointers", 71), ("version", 71), ("short bin", 72), ("long bin", 72), ("empty bin", 72), ("vocabulary", 73),
-    ("nothing held out", 74),
+    ("no bin", 70), ("no idx", 70), ("other magic", 71), ("short index", 71), ("lengths", 71), ("count", 71),
+    ("documents", 71),
+    ("pointers", 71), ("version", 71), ("short bin", 72), ("long bin", 72), ("empty bin", 72),
+    ("vocabulary", 73), ("nothing held out", 74),
 ])
 def test_a_bad_dataset_is_named(tmp_path, how, number):
     prefix = tmp_path / "bad"
@@ -187,12 +193,14 @@ def test_a_bad_dataset_is_named(tmp_path, how, number):
 
 
 def test_the_fingerprint_is_that_of_all_versions(tmp_path):
-    """Runs of before go on with their data, and `eval` finds it, by it."""
+    """By the fingerprint older runs resume with their data, and `eval` finds it."""
     for name, count in (("a", 30), ("b", 3), ("c", 40)):
         build(tmp_path / name, numbered(count), np.int32)
     ids = ("data.tokenizer=none", "data.vocab_size=2000")
-    assert dataset(tmp_path, *ids).fingerprint == "6a8596c778278c11babdb988690a41ed2fdb8b9e17d6e58fdd1c3b7d698b4e10"
-    assert dataset(tmp_path / "a", *ids, f"data.held_out={tmp_path / 'c'}").fingerprint == "b5b5d87251ea34fdf49029489f856f7e34cc36cec7b11b2d77a4391eb921718e"
+    assert (dataset(tmp_path, *ids).fingerprint
+            == "6a8596c778278c11babdb988690a41ed2fdb8b9e17d6e58fdd1c3b7d698b4e10")
+    assert (dataset(tmp_path / "a", *ids, f"data.held_out={tmp_path / 'c'}").fingerprint
+            == "b5b5d87251ea34fdf49029489f856f7e34cc36cec7b11b2d77a4391eb921718e")
 
 
 def test_an_altered_token_is_other_data(tmp_path):
@@ -213,11 +221,12 @@ def test_a_missing_path_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_evaluates_and_resumes(folder, domains, tmp_path):
-    common = [*DEBUG, "data=megatron", f"data.path={folder}", "data.tokenizer=bytes", "run.steps=5", "log.wandb=off"]
+    common = [*DEBUG, "data=megatron", f"data.path={folder}", "data.tokenizer=bytes", "run.steps=5",
+              "log.wandb=off"]
 
     def moetrain(*words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, env=environment(), text=True,
-                              timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, env=environment(),
+                              text=True, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == code, done.stdout
         return done.stdout
 

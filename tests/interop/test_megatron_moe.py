@@ -1,8 +1,8 @@
-"""Megatron-Core's MoE layer as an oracle: two ranks share eight experts; outputs, gradients and balance loss agree.
+"""Megatron-Core's MoE layer as an oracle: on two ranks outputs, gradients and balance loss agree.
 
-Its conventions: `moe_router_pre_softmax` is our `router.weights=raw`, without it ours is `renorm`; its `aux_loss` is our
-balance loss over one micro-batch of one rank (share of the slots times mean probability, perfect = 1), attached to the
-activations in the layer instead of added to the loss.
+Its conventions: `moe_router_pre_softmax` is our `router.weights=raw`, without it ours is `renorm`; its
+`aux_loss` is our balance loss over one micro-batch of one rank (share of the slots times mean probability,
+perfect = 1), attached to the activations in the layer instead of added to the loss.
 """
 
 import warnings
@@ -43,9 +43,12 @@ def megatron_layer(top_k: int, pre_softmax: bool, dispatcher: str, weight: float
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
     config = TransformerConfig(
-        num_layers=1, hidden_size=DIM, num_attention_heads=2, ffn_hidden_size=hidden, moe_ffn_hidden_size=hidden,
-        num_moe_experts=EXPERTS, moe_router_topk=top_k, moe_router_pre_softmax=pre_softmax, expert_model_parallel_size=2,
-        moe_token_dispatcher_type=dispatcher, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=weight,
+        num_layers=1, hidden_size=DIM, num_attention_heads=2, ffn_hidden_size=hidden,
+        moe_ffn_hidden_size=hidden,
+        num_moe_experts=EXPERTS, moe_router_topk=top_k, moe_router_pre_softmax=pre_softmax,
+        expert_model_parallel_size=2,
+        moe_token_dispatcher_type=dispatcher, moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=weight,
         gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, use_cpu_initialization=True,
         gradient_accumulation_fusion=False, bias_activation_fusion=False,
     )
@@ -90,6 +93,6 @@ def test_the_layer_gives_what_megatrons_gives(ranks, top_k, weights, weight, dis
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_another_gate_convention_is_seen(ranks):
-    """The comparison can fail: probabilities before the sum on their side, after it on ours."""
+    """The comparison can fail, as with softmax before top-k in one layer and after it in the other."""
     with pytest.raises(AssertionError, match="output differs"):
         ranks.run(compare, 2, "renorm", "alltoall", 0.0, True)

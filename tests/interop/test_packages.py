@@ -1,4 +1,4 @@
-"""A package that is not there is said before a process or a file exists."""
+"""A missing package is reported before a process or a file exists."""
 
 import subprocess
 import sys
@@ -21,8 +21,8 @@ sys.exit(main(sys.argv[2:]))
     ("megatron.core", "megatron", ["data=megatron", "data.path=nowhere"]),
 ])
 def test_a_missing_package_says_what_to_install(tmp_path, package, extra, overrides):
-    done = subprocess.run([sys.executable, "-c", HIDE, package, "train", *DEBUG, *overrides], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HIDE, package, "train", *DEBUG, *overrides], cwd=tmp_path,
+                          env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "E-CONFIG-069" in done.stderr, done.stderr
     assert package in done.stderr and f"[{extra}]" in done.stderr
     assert not (tmp_path / "runs").exists()

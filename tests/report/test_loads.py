@@ -1,4 +1,4 @@
-"""The picture of tokens per expert says what the numbers say."""
+"""Picture of expert loads: its headline, its tables, and damaged input."""
 
 import csv
 import os
@@ -17,7 +17,7 @@ from tests.support.odd_files import ODD, make_odd
 
 
 def write(run_dir: Path, counts: list, experts: list[int]) -> Path:
-    """A run with these counts [steps][routers][E]."""
+    """Write a run with these counts, [steps][routers][E]."""
     log = LoadsLog(run_dir / "log" / "loads")
     for step, loads in enumerate(counts, 1):
         log.write(step, loads)
@@ -42,7 +42,8 @@ def test_draws_a_picture_with_its_values_beside_it(tmp_path: Path) -> None:
     assert end == [0, 2, 1, 1, 1.5, 0.5] and table[1]["tokens per step at the end"] == "20"
     assert float(table[0]["load, steps 1-4"]) == 1
     violation = rows(tmp_path / "report" / "max_violation.csv")
-    assert violation[-1] == {"step": "20", "layers.0.moe": "1", "layers.1.moe": "0.5"} and len(violation) == 20
+    assert violation[-1] == {"step": "20", "layers.0.moe": "1", "layers.1.moe": "0.5"}
+    assert len(violation) == 20
 
 
 def test_the_title_states_the_finding(tmp_path: Path) -> None:
@@ -71,23 +72,31 @@ def test_windows_cover_the_run() -> None:
         assert all(a.stop == b.start for a, b in zip(windows, windows[1:]))
 
 
-GOOD = {"loads": np.arange(1, 13).reshape(2, 2, 3), "experts": np.array([3, 2]), "routers": np.array(["a", "b"]), "steps": np.array([1, 2])}
+GOOD = {"loads": np.arange(1, 13).reshape(2, 2, 3), "experts": np.array([3, 2]),
+        "routers": np.array(["a", "b"]), "steps": np.array([1, 2])}
 FORMS = [
     *({name: None} for name in GOOD),                            # missing
     *({name: np.array(GOOD[name].tolist(), dtype=object)} for name in GOOD),
-    *({name: GOOD[name].astype(str)} for name in ("loads", "experts", "steps")), {"routers": np.array([1, 2])},
-    {"loads": GOOD["loads"].astype(float)}, {"loads": np.full((2, 2, 3), np.nan)}, {"loads": np.zeros((2, 2, 3), complex)},
-    {"loads": GOOD["loads"][0]}, {"loads": np.int64(3)}, {"loads": GOOD["loads"][:1]}, {"loads": GOOD["loads"][:, :1]},
+    *({name: GOOD[name].astype(str)} for name in ("loads", "experts", "steps")),
+    {"routers": np.array([1, 2])},
+    {"loads": GOOD["loads"].astype(float)}, {"loads": np.full((2, 2, 3), np.nan)},
+    {"loads": np.zeros((2, 2, 3), complex)},
+    {"loads": GOOD["loads"][0]}, {"loads": np.int64(3)}, {"loads": GOOD["loads"][:1]},
+    {"loads": GOOD["loads"][:, :1]},
     {"loads": np.zeros((2, 2, 0), int)}, {"loads": np.zeros((0, 2, 3), int)}, {"loads": -GOOD["loads"]},
-    {"loads": np.asfortranarray(GOOD["loads"])}, {"loads": np.zeros((2, 2, 3), [("a", int)])}, {"loads": np.zeros((2, 2, 3), bool)},
-    {"experts": np.array([4, 2])}, {"experts": np.array([0, 2])}, {"experts": np.array([-1, 2])}, {"experts": np.array([3, 2, 1])},
-    {"experts": np.array([3.0, 2.0])}, {"experts": np.array([[3], [2]])}, {"routers": np.array(["a"])}, {"routers": np.array([b"a", b"b"])},
-    {"steps": np.array([2, 1])}, {"steps": np.array([1, 1])}, {"steps": np.array([1])}, {"steps": np.array([1.0, np.nan])},
-    {"steps": np.array(["2020-01-01", "2021-01-01"], "datetime64[D]")},
+    {"loads": np.asfortranarray(GOOD["loads"])}, {"loads": np.zeros((2, 2, 3), [("a", int)])},
+    {"loads": np.zeros((2, 2, 3), bool)},
+    {"experts": np.array([4, 2])}, {"experts": np.array([0, 2])}, {"experts": np.array([-1, 2])},
+    {"experts": np.array([3, 2, 1])},
+    {"experts": np.array([3.0, 2.0])}, {"experts": np.array([[3], [2]])}, {"routers": np.array(["a"])},
+    {"routers": np.array([b"a", b"b"])},
+    {"steps": np.array([2, 1])}, {"steps": np.array([1, 1])}, {"steps": np.array([1])},
+    {"steps": np.array([1.0, np.nan])}, {"steps": np.array(["2020-01-01", "2021-01-01"], "datetime64[D]")},
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{next(iter(form))}-{getattr(next(iter(form.values())), 'dtype', None)}")
+@pytest.mark.parametrize(
+    "form", FORMS, ids=lambda form: f"{next(iter(form))}-{getattr(next(iter(form.values())), 'dtype', None)}")
 def test_arrays_of_another_form_are_refused(tmp_path: Path, form: dict[str, object]) -> None:
     arrays = {name: array for name, array in (GOOD | form).items() if array is not None}
     np.savez(tmp_path / "loads.npz", **arrays)
@@ -97,7 +106,7 @@ def test_arrays_of_another_form_are_refused(tmp_path: Path, form: dict[str, obje
 
 
 def npy(shape: tuple[int, ...], content: bytes = b"") -> bytes:
-    """An array that claims this shape."""
+    """Encode an array whose header claims this shape."""
     file = BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
     return file.getvalue() + content
@@ -121,7 +130,8 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
             read_loads(path)
         except DataError as refused:
             assert refused.code == 12
-    for member in (npy((1 << 40, 2, 3)), npy((2, 2, 3)), npy((-2, 2, 3)), b"", b"\x93NUMPY\x09\x00" + bytes(20)):
+    for member in (npy((1 << 40, 2, 3)), npy((2, 2, 3)), npy((-2, 2, 3)), b"",
+                   b"\x93NUMPY\x09\x00" + bytes(20)):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("loads.npy", member)
         with pytest.raises(DataError, match="E-DATA-060"):       # before memory is asked for
@@ -155,7 +165,8 @@ def test_the_report_of_a_run_that_goes_on_has_its_newest_step(tmp_path: Path) ->
     assert read_loads(tmp_path / "loads.npz").steps.tolist() == [1]
     os.utime(tmp_path / "loads.npz", (0, 0))
     draw(tmp_path)
-    assert read_loads(tmp_path / "loads.npz").steps.tolist() == [1, 2] and log.is_built(tmp_path / "loads.npz")
+    assert read_loads(tmp_path / "loads.npz").steps.tolist() == [1, 2]
+    assert log.is_built(tmp_path / "loads.npz")
 
 
 def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Witten-Bell models against a slow twin of dictionaries, and against what must hold for any of them."""
+"""Witten-Bell models equal a slow implementation with dictionaries, and have the properties of any model."""
 
 import math
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ DOMAINS = ("a", "b", "nothing")
 
 
 def slow(train: list[int], context: list[int], token: int, vocab: int) -> float:
-    """P(token | context) by the formula, counting anew."""
+    """Compute P(token | context) by the formula, counting every time."""
     probability = 1 / vocab
     for k in range(len(context) + 1):
         history = tuple(context[len(context) - k:])
@@ -29,12 +29,13 @@ def slow(train: list[int], context: list[int], token: int, vocab: int) -> float:
 
 
 def tiny(folder: Path, vocab_size: int, seq_len: int) -> TokenDataset:
-    """Two domains of noisy repetition, a third without held-out text; ids spread over the vocabulary."""
+    """Prepare two domains of noisy repetition and one without held-out text; ids span the vocabulary."""
     chance = np.random.default_rng(0)
     spread = np.append(np.sort(chance.choice(vocab_size - 1, 8, replace=False)), vocab_size - 1)
     counts = {}
     for split, lengths in (("train", ((150, 60), (90,), (30,))), ("heldout", ((40, 20), (23,), ()))):
-        writer = SplitWriter(folder=folder, split=split, vocab_size=vocab_size, domains=DOMAINS, shard_tokens=64)
+        writer = SplitWriter(folder=folder, split=split, vocab_size=vocab_size, domains=DOMAINS,
+                             shard_tokens=64)
         for domain, sizes in enumerate(lengths):
             for size in sizes:
                 regular, noise = np.arange(size) * (domain + 1) % 5, chance.integers(0, 8, size)
@@ -49,8 +50,8 @@ def tiny(folder: Path, vocab_size: int, seq_len: int) -> TokenDataset:
 
 
 @pytest.mark.parametrize("vocab_size, chunk, windows", [(257, 1 << 22, 3), (257, 37, 99), (9, 50, 99)])
-def test_fast_and_slow_models_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int, chunk: int,
-                                    windows: int) -> None:
+def test_fast_and_slow_models_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int,
+                                    chunk: int, windows: int) -> None:
     monkeypatch.setattr(ngram, "_CHUNK", chunk)
     data = tiny(tmp_path, vocab_size, seq_len=7)
     result = witten_bell(data, windows=windows, batch=2, order=4)
@@ -61,20 +62,23 @@ def test_fast_and_slow_models_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         first = data.heldout_stream.domain_range(domain)[0]
         batches = list(data.heldout(domain, windows=windows, batch=2))
         size = sum(data.bytes_of_targets(batch) for batch in batches)
-        targets = [at for number in data.heldout_ids(domain, windows).tolist() for start, length in data.pieces(number)
+        targets = [at for number in data.heldout_ids(domain, windows).tolist()
+                   for start, length in data.pieces(number)
                    for at in range(start, start + length)]
         assert len(targets) == sum(int(batch.valid_BS.sum()) for batch in batches)
         ids = [int(id) for batch in batches for id in batch.targets_BS[batch.valid_BS]]
         assert [heldout[at] for at in targets] == ids
         for order in range(5):
-            chances = [slow(train, heldout[max(first, at - order):at], heldout[at], vocab_size) for at in targets]
+            chances = [slow(train, heldout[max(first, at - order):at], heldout[at], vocab_size)
+                       for at in targets]
             assert result[name][order] == pytest.approx(-sum(map(math.log, chances)) / size, rel=1e-9)
 
 
 def test_hashed_contexts_count_like_exact_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tiny(tmp_path, 257, seq_len=7)
     exact = witten_bell(data, windows=99, batch=2, order=4)
-    monkeypatch.setattr(ngram, "_INT64_MAX", 1 << 39)       # 257 ** 5 does not fit: contexts of order 4 on are hashed
+    # 257 ** 5 does not fit, so contexts are hashed from order 4 on.
+    monkeypatch.setattr(ngram, "_INT64_MAX", 1 << 39)
     hashed = witten_bell(data, windows=99, batch=2, order=6)
     for name in exact:
         assert hashed[name][:5] == pytest.approx(exact[name], rel=1e-9)
@@ -97,7 +101,8 @@ def test_probabilities_of_all_tokens_add_up_to_one(tmp_path: Path) -> None:
     tokens = data.train_stream.read(0, data.train_stream.size).astype(np.int64)
     contexts = np.repeat(tokens[20:26] * 9 + tokens[21:27], 9)
     every = np.tile(np.arange(9), 6)
-    probability = ngram.interpolate(ngram.count(data.train_stream, 2, 9), contexts, every, np.full(54, 1 / 9), 9)
+    probability = ngram.interpolate(ngram.count(data.train_stream, 2, 9), contexts, every, np.full(54, 1 / 9),
+                                    9)
     assert probability.reshape(6, 9).sum(1) == pytest.approx(np.ones(6))
 
 

@@ -1,4 +1,4 @@
-"""Experts by domain: the number against known cases, and a picture that says what was found."""
+"""Specialization of experts: mutual information of known cases, and the picture."""
 
 from pathlib import Path
 
@@ -23,7 +23,8 @@ def test_it_is_the_mutual_information_of_domain_and_expert():
     joint = choices / choices.sum(1, keepdims=True) / 2
     apart = joint.sum(1, keepdims=True) * joint.sum(0)
     seen = joint > 0
-    assert mutual_information(choices) == pytest.approx((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
+    assert (mutual_information(choices)
+            == pytest.approx((joint[seen] * np.log(joint[seen] / apart[seen])).sum()))
 
 
 def test_an_expert_nobody_chose_has_no_lift():
@@ -45,11 +46,14 @@ def test_what_was_written_is_drawn(tmp_path: Path, experts: list[int]) -> None:
     assert picture.shape[1] == 11 * 120 and picture[..., :3].std() > 0.05
 
 
-@pytest.mark.parametrize("name", ["\u4e2d\u6587\u6570\u636e", "x" * 300, "a\x1b[31m\nb", "$\\frac$", "$x^2$", "\udce9", "\U0010ffff", "_{}^"])
-def test_any_name_of_a_domain_is_drawn_without_a_word(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder,
+@pytest.mark.parametrize("name", ["\u4e2d\u6587\u6570\u636e", "x" * 300, "a\x1b[31m\nb", "$\\frac$", "$x^2$",
+                                  "\udce9", "\U0010ffff", "_{}^"])
+def test_any_name_of_a_domain_is_drawn_without_a_word(tmp_path: Path, name: str,
+                                                      recwarn: pytest.WarningsRecorder,
                                                       caplog: pytest.LogCaptureFixture) -> None:
     shown = name.encode("utf-8", "replace").decode()             # what a file can hold
-    write_specialization(tmp_path / "specialisation.npz", 7, [np.array([[4, 1], [0, 6]])], {"layers.0.moe": 2}, [shown, "plain"])
+    write_specialization(tmp_path / "specialisation.npz", 7, [np.array([[4, 1], [0, 6]])],
+                         {"layers.0.moe": 2}, [shown, "plain"])
     picture = imread(draw_specialization(tmp_path))
     assert picture.shape[1] == 11 * 120 and not recwarn.list and not caplog.records
     with Lettering([name]) as lettering:
@@ -57,16 +61,20 @@ def test_any_name_of_a_domain_is_drawn_without_a_word(tmp_path: Path, name: str,
 
 
 @pytest.mark.parametrize("form", [
-    {"choices": None}, {"choices": np.zeros((2, 1, 2))}, {"choices": np.full((2, 1, 2), -1)}, {"choices": np.zeros((0, 1, 2), int)},
-    {"choices": np.ones((2, 2), int)}, {"experts": np.array([3])}, {"experts": np.array([2, 2])}, {"domains": np.array(["a"])},
-    {"domains": np.array([1, 2])}, {"routers": np.array([None])}, {"step": np.array([1])}, {"step": np.float64(1)},
+    {"choices": None}, {"choices": np.zeros((2, 1, 2))}, {"choices": np.full((2, 1, 2), -1)},
+    {"choices": np.zeros((0, 1, 2), int)},
+    {"choices": np.ones((2, 2), int)}, {"experts": np.array([3])}, {"experts": np.array([2, 2])},
+    {"domains": np.array(["a"])},
+    {"domains": np.array([1, 2])}, {"routers": np.array([None])}, {"step": np.array([1])},
+    {"step": np.float64(1)},
 ], ids=lambda form: next(iter(form)))
 def test_arrays_of_another_form_are_refused(tmp_path: Path, form: dict[str, object]) -> None:
-    good = {"choices": np.ones((2, 1, 2), int), "experts": np.array([2]), "domains": np.array(["a", "b"]), "routers": np.array(["r"]),
-            "step": np.int64(3)}
+    good = {"choices": np.ones((2, 1, 2), int), "experts": np.array([2]), "domains": np.array(["a", "b"]),
+            "routers": np.array(["r"]), "step": np.int64(3)}
     np.savez(tmp_path / "specialisation.npz", **good)
     assert read_specialization(tmp_path / "specialisation.npz").step == 3
-    np.savez(tmp_path / "specialisation.npz", **{name: array for name, array in (good | form).items() if array is not None})
+    np.savez(tmp_path / "specialisation.npz",
+             **{name: array for name, array in (good | form).items() if array is not None})
     with pytest.raises(DataError, match="E-DATA-063") as refused:
         read_specialization(tmp_path / "specialisation.npz")
     assert refused.value.code == 12
@@ -81,7 +89,8 @@ def test_a_file_that_is_not_one_is_refused(tmp_path: Path) -> None:
 def test_a_character_that_another_font_has_is_drawn_by_it_and_one_that_none_has_is_escaped() -> None:
     import matplotlib
 
-    with Lettering(["a\u1d8e", "\U0010fffe"]) as lettering:      # STIX, which comes with matplotlib, has the first
+    # STIX, a font that comes with matplotlib, has the first character.
+    with Lettering(["a\u1d8e", "\U0010fffe"]) as lettering:
         assert any("STIX" in family for family in matplotlib.rcParams["font.family"])
         assert lettering("a\u1d8e") == "a\u1d8e" and lettering("\U0010fffe") == "\\U0010fffe"
     assert not any("STIX" in family for family in matplotlib.rcParams["font.family"])

@@ -1,4 +1,4 @@
-"""The record of attempts, whatever stands in its file. The lock: tests/runs/test_lock.py."""
+"""The record of attempts is read from any file. The lock has its own tests (tests/runs/test_lock.py)."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Whether anything is left to do: a last checkpoint that is damaged does not end a run."""
+"""A run is complete only with a sound last checkpoint and its evaluation."""
 
 from dataclasses import replace
 

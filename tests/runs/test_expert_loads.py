@@ -1,4 +1,4 @@
-"""Tokens per expert survive cuts, kills and damage."""
+"""Recorded expert loads survive cuts, kills and damage."""
 
 import logging
 from pathlib import Path
@@ -107,8 +107,8 @@ def test_a_damaged_record_costs_that_record(tmp_path: Path, damage: str, caplog:
     assert read(again)["steps"][-1] == 4
 
 
-@pytest.mark.parametrize("name", ["00000001-9x9-0.i32", "00000002-2x3-0.i32", "00000000-0x0-0.i32", "1-2x3-0.i32", "mine.i32",
-                                  "99999999-999999x999999-999999.i32"])
+@pytest.mark.parametrize("name", ["00000001-9x9-0.i32", "00000002-2x3-0.i32", "00000000-0x0-0.i32",
+                                  "1-2x3-0.i32", "mine.i32", "99999999-999999x999999-999999.i32"])
 def test_a_stray_file_changes_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / "loads").mkdir()
     (tmp_path / "loads" / name).write_bytes(b"\1\0\0\0" * 70)
@@ -137,7 +137,8 @@ def test_what_is_no_file_of_the_log_is_left_alone(tmp_path: Path, kind: str) -> 
     assert kind != "link" or (tmp_path / "elsewhere").read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1e400}', '{"a": -1}', '{"a": []}', "[" * 10_000, "null"])
+@pytest.mark.parametrize("content",
+                         ["", "[]", "{", '{"a": 1e400}', '{"a": -1}', '{"a": []}', "[" * 10_000, "null"])
 def test_damaged_names_of_routers_leave_the_old_file(tmp_path: Path, content: str) -> None:
     log = LoadsLog(tmp_path / "loads")
     log.write(1, load(1))
@@ -157,7 +158,8 @@ def test_building_holds_a_few_records_at_a_time(tmp_path: Path, monkeypatch: pyt
             log = LoadsLog(tmp_path / "loads")
             log.write(step, load(step), by_rank(step, 2))
     arrays = read(log)
-    assert arrays["steps"].tolist() == list(range(1, 8)) and arrays["loads"][:, 1, 0].tolist() == [10 * s for s in range(1, 8)]
+    assert arrays["steps"].tolist() == list(range(1, 8))
+    assert arrays["loads"][:, 1, 0].tolist() == [10 * s for s in range(1, 8)]
     assert (arrays["sources"][:4] == -1).all() and arrays["sources"][4:, 0, 0, 0].tolist() == [5, 6, 7]
 
 

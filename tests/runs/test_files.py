@@ -1,4 +1,4 @@
-"""Lines survive cuts, kills and full disks (the last: tests/integration/test_restart.py)."""
+"""Lines of a record survive cuts and kills; full disks are in tests/integration/test_restart.py."""
 
 import json
 from pathlib import Path
@@ -51,8 +51,8 @@ def test_a_line_that_a_kill_cut_off_is_not_continued(tmp_path: Path) -> None:
     assert steps_in(path) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("bad", [b"", b"{", b"null", b"[" * 20_000, b'{"step": 1e400}', b'{"step": "2"}', b'{"step": NaN}', b"\xff\xfe",
-                                 b'{"step": [2]}', b"x" * 100])
+@pytest.mark.parametrize("bad", [b"", b"{", b"null", b"[" * 20_000, b'{"step": 1e400}', b'{"step": "2"}',
+                                 b'{"step": NaN}', b"\xff\xfe", b'{"step": [2]}', b"x" * 100])
 def test_a_damaged_line_costs_that_line(tmp_path: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_LINE", 64)
     path = tmp_path / "metrics.jsonl"
@@ -88,11 +88,13 @@ def test_a_file_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
 def test_files_of_ranks_that_are_gone_make_room_and_nothing_else_does(tmp_path):
     step = tmp_path / "step-00000001"
     step.mkdir()
-    for name in ("rank-0000.json", "rank-0001.json", "rank-0002.json", "rank-0003.part", "rank-0002-copy.json", "rank-0007 (1).json", "notes"):
+    for name in ("rank-0000.json", "rank-0001.json", "rank-0002.json", "rank-0003.part",
+                 "rank-0002-copy.json", "rank-0007 (1).json", "notes"):
         (step / name).write_text("")
     (step / "rank-0009.d").mkdir()
     make_place(step / "rank-0001.json", 1, 2)
     assert len(list(step.iterdir())) == 8
     make_place(step / "rank-0000.json", 0, 2)
     assert sorted(file.name for file in step.iterdir()) == [
-        "notes", "rank-0000.json", "rank-0001.json", "rank-0002-copy.json", "rank-0007 (1).json", "rank-0009.d"]
+        "notes", "rank-0000.json", "rank-0001.json", "rank-0002-copy.json", "rank-0007 (1).json",
+        "rank-0009.d"]

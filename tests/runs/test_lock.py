@@ -1,4 +1,4 @@
-"""One job in a run's directory: real processes, in name spaces of their own where this machine allows them. No torch."""
+"""Lock of a run's directory, with real processes, in their own namespaces where the machine allows it."""
 
 import json
 import os
@@ -32,13 +32,15 @@ except ConfigError as error:
 
 
 def keeper(directory: Path, *prefix: str) -> subprocess.Popen:
-    return subprocess.Popen([*prefix, sys.executable, "-c", KEEPER, str(directory)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    return subprocess.Popen([*prefix, sys.executable, "-c", KEEPER, str(directory)], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def record(directory: Path, **changes: object) -> None:
-    """The lock of a job on another machine, renewed this moment."""
-    (directory / "lock").write_text(json.dumps(Holder("another boot", "node-b", 7, "moetrain train", "today", "1")._asdict() | changes))
+    """Write the lock of a job on another machine, just renewed."""
+    (directory / "lock").write_text(
+        json.dumps(Holder("another boot", "node-b", 7, "moetrain train", "today", "1")._asdict() | changes))
 
 
 @pytest.fixture
@@ -48,7 +50,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "RETRY_S", 0.1)
 
 
-def test_a_second_process_is_refused_and_the_first_may_be_killed_or_stopped(tmp_path: Path, quick: None) -> None:
+def test_a_second_process_is_refused_and_the_first_may_be_killed_or_stopped(tmp_path: Path,
+                                                                            quick: None) -> None:
     first = keeper(tmp_path)
     assert first.stdout.readline() == "held\n"
     os.kill(first.pid, signal.SIGSTOP)
@@ -56,19 +59,22 @@ def test_a_second_process_is_refused_and_the_first_may_be_killed_or_stopped(tmp_
     with pytest.raises(ConfigError) as refused, RunLock(tmp_path):
         pytest.fail("two jobs")
     assert refused.value.id == "E-CONFIG-091" and RunLock(tmp_path).holder().pid == first.pid
-    assert f"process {first.pid} on " in refused.value.why and "-c" in refused.value.why and "is stopped" in refused.value.why
+    assert f"process {first.pid} on " in refused.value.why
+    assert "-c" in refused.value.why
+    assert "is stopped" in refused.value.why
     assert f"kill -KILL {first.pid}" in refused.value.next
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert RunLock(tmp_path).holder() is None
     with RunLock(tmp_path) as ours:                      # at once, though the file is still there
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-        assert ours.holder() is None and RunLock(tmp_path).holder() is None              # another process is meant
+        # `holder` names another process only.
+        assert ours.holder() is None and RunLock(tmp_path).holder() is None
     assert not list(tmp_path.iterdir())
 
 
 def test_containers_on_one_machine_are_told_apart(tmp_path: Path) -> None:
-    """Process ids and host names of containers may be equal; the kernel is one."""
+    """Containers may share process ids and host names; the kernel's locks still tell them apart."""
     prefix = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--uts", "--mount-proc"]
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("this machine allows no name spaces")
@@ -126,33 +132,40 @@ for go, _ in pipes: os.write(go, b"x")
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_of_several_that_take_over_one_wins(tmp_path: Path, processes: int) -> None:
-    done = subprocess.run([sys.executable, "-c", ROUNDS, str(tmp_path), "100", str(processes)], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-c", ROUNDS, str(tmp_path), "100", str(processes)],
+                          capture_output=True, text=True, timeout=300,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout == "0\n", done.stderr
 
 
-@pytest.mark.parametrize("content", ["null", "{}", "[]", "5", '{"host": 1, "pid": "x"}', "\xff", "{", "[" * 3000, "x" * 9000,
-                                     '{"host": "a", "pid": 1, "born": "2", "since": "3"}'])
-def test_a_lock_that_does_not_say_whose_it_is_is_watched_and_then_taken_over(tmp_path: Path, quick: None, content: str) -> None:
+@pytest.mark.parametrize("content", [
+    "null", "{}", "[]", "5", '{"host": 1, "pid": "x"}', "\xff", "{", "[" * 3000, "x" * 9000,
+    '{"host": "a", "pid": 1, "born": "2", "since": "3"}'])
+def test_a_lock_that_does_not_say_whose_it_is_is_watched_and_then_taken_over(tmp_path: Path, quick: None,
+                                                                             content: str) -> None:
     (tmp_path / "lock").write_bytes(content.encode("latin-1"))
-    assert content == "null" or RunLock(tmp_path).holder().host == "?"                   # as long as it may be another machine's
+    # It may be another machine's, so it counts.
+    assert content == "null" or RunLock(tmp_path).holder().host == "?"
     with RunLock(tmp_path):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("age_s", [0, -86400], ids=["fresh", "dated ahead"])
-def test_another_machine_is_believed_for_as_long_as_it_renews_its_record(tmp_path: Path, quick: None, age_s: int) -> None:
+def test_another_machine_is_believed_for_as_long_as_it_renews_its_record(tmp_path: Path, quick: None,
+                                                                         age_s: int) -> None:
     record(tmp_path)
     date = time.time() - age_s
     os.utime(tmp_path / "lock", (date, date))
     with RunLock(tmp_path):                              # nothing came for STALE_S
         pass
     record(tmp_path)
-    renewing = subprocess.Popen(["bash", "-c", 'while sleep 0.05; do [ -e "$0" ] && touch "$0"; done', str(tmp_path / "lock")])
+    renewing = subprocess.Popen(
+        ["bash", "-c", 'while sleep 0.05; do [ -e "$0" ] && touch "$0"; done', str(tmp_path / "lock")])
     try:
         with pytest.raises(ConfigError, match="E-CONFIG-091") as refused, RunLock(tmp_path):
             pytest.fail("two jobs")
-        assert "process 7 on node-b (moetrain train)" in refused.value.why and "kill 7 on node-b" in refused.value.next
+        assert "process 7 on node-b (moetrain train)" in refused.value.why
+        assert "kill 7 on node-b" in refused.value.next
         assert RunLock(tmp_path).holder().host == "node-b"
     finally:
         renewing.kill()
@@ -167,7 +180,8 @@ def test_an_old_record_of_another_machine_is_not_waited_for(tmp_path: Path) -> N
         assert time.monotonic() - began < lock.STALE_S / 2
 
 
-def test_without_locks_of_the_file_system_the_record_decides(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_of_the_file_system_the_record_decides(tmp_path: Path, quick: None,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     def none(descriptor: int, *, shared: bool = False) -> bool:
         raise OSError("no locks available")
 
