@@ -6,9 +6,8 @@
                    expert gradients are summed as before
                    dense: that shard, as tensors with a `grad`, so that norm and clipping stay in moetrain
     run.state      optimizer: ZeRO's AdamW for the dense parameters, torch's AdamW for the experts
-                   state_shards: whole moments by parameter, so that a checkpoint can
-                       be read with any engine and any
-                   number of ranks
+                   state_shards: whole moments by parameter, so that any engine and any number of ranks can
+                   read a checkpoint
 
 The training step, its metrics, checkpoints, resume and exit codes are those of engine=torch. DeepSpeed
 averages gradients by default. Here the denominators of the losses are global already, so its
@@ -170,10 +169,10 @@ class ZeroState(TrainState):
     optimizer: ZeroOptimizer
 
     def state_shards(self) -> Iterator[StateShard]:
-        """Yield all pieces, with whole moments of dense parameters.
+        """Yield all shards of the state, with whole moments of dense parameters.
 
         Collective once a step was taken, because the moments are gathered. Before the first step a checkpoint
-        is read into the pieces, which are then empty and need no communication.
+        is read into the moments, which are empty then and need no communication.
         """
         zero, state = self.optimizer.zero, self.optimizer.state
         dense = [parameter for parameters in zero.parameters for parameter in parameters]

@@ -29,7 +29,8 @@ def held(rank: int, fill: float | None = None) -> Iterator[StateShard]:
     for layer in range(LAYERS):
         for expert in range(rank, EXPERTS, RANKS):
             rows = torch.full((2, 2), float(layer * EXPERTS + expert) if fill is None else fill)
-            yield StateShard(f"model.layers.{layer}.moe.experts.{expert}.down", (2, 2), 0, rows, "expert_grad")
+            yield StateShard(f"model.layers.{layer}.moe.experts.{expert}.down", (2, 2), 0, rows,
+                             "expert_grad")
 
 
 def counting(counts: Counter, name: str, original):
