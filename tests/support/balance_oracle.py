@@ -1,4 +1,4 @@
-"""Training steps and what the oracle says of their balance loss."""
+"""Training steps, and the balance loss and gradients that the oracle computes for them."""
 
 import os
 from collections.abc import Callable
@@ -25,19 +25,22 @@ def steps(overrides: list[str], per_node: int) -> list[tuple[dict, dict, float, 
     for step in range(1, STEPS + 1):
         parameters = snapshot(run, lambda p: p.data)
         result = train_step(run, step)
-        found.append((snapshot(run, lambda p: p.grad), {name: count.clone() for name, count in result.counts.items()},
-                      result.metrics["loss/balance"], parameters))
+        counts = {name: count.clone() for name, count in result.counts.items()}
+        found.append((snapshot(run, lambda p: p.grad), counts, result.metrics["loss/balance"], parameters))
     return found
 
 
 def truth(parameters: dict[str, Tensor], step: int, pools: Callable, prior: list[Tensor] | None):
     """(gradients, counts, balance of the whole step) from these parameters."""
     run = make_run([*BASE, "train.micro_batch=1"])
-    params = {name.removesuffix(".weight"): tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+    params = {name.removesuffix(".weight"): tensor.clone().requires_grad_()
+              for name, tensor in parameters.items()}
     batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(step)]
     total, _, balance, counts = oracle_loss(
-        params, batches, balance_weight=0.3, balance_pools=pools, balance_prior=prior, z_weight=0.01, num_layers=2, num_heads=4,
-        num_kv_heads=2, head_dim=4, top_k=2, num_experts=8, norm_eps=run.config.model.norm_eps)
+        params, batches, balance_weight=0.3, balance_pools=pools, balance_prior=prior, z_weight=0.01,
+        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, top_k=2, num_experts=8,
+        norm_eps=run.config.model.norm_eps)
     total.backward()
     grads = {name: params[name.removesuffix(".weight")].grad for name in parameters}
-    return {name: torch.zeros_like(parameters[name]) if g is None else g for name, g in grads.items()}, counts, balance.item()
+    zeros = {name: torch.zeros_like(parameters[name]) for name, grad in grads.items() if grad is None}
+    return {**grads, **zeros}, counts, balance.item()

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a small run with a checkpoint, and ways to harm one."""
+"""A small run with a checkpoint, and ways to harm one."""
 
 import shutil
 from pathlib import Path
@@ -13,8 +13,8 @@ from moetrain.train.step import train_step
 from tests.support.training import make_run
 
 SIZES = ["model.num_shared_experts=1"]
-SMALL = ["model.num_layers=1", "model.num_experts=2", "model.dim=8", "model.num_heads=2", "model.num_kv_heads=1",
-         "model.expert_dim=8", "data.vocab_size=16"]
+SMALL = ["model.num_layers=1", "model.num_experts=2", "model.dim=8", "model.num_heads=2",
+         "model.num_kv_heads=1", "model.expert_dim=8", "data.vocab_size=16"]
 
 
 def trained(steps: int, overrides: list[str] = SIZES) -> Run:

@@ -13,14 +13,16 @@ EP2 = ["parallel=ep", "run.nproc=2"]
 
 
 def moetrain(*words: str, cwd: Path, code: int = 0, launcher: tuple[str, ...] = ()) -> str:
-    done = subprocess.run([sys.executable, *(launcher or ("-m", "moetrain")), *words], cwd=cwd, text=True, timeout=180,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    command = [sys.executable, *(launcher or ("-m", "moetrain")), *words]
+    done = subprocess.run(command, cwd=cwd, text=True, timeout=180, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=environment())
     assert done.returncode == code, f"{words} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 
 
 def environment(root: Path = ROOT) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    clean = {name: value for name, value in os.environ.items()
+             if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**clean, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
@@ -29,7 +31,7 @@ def metrics(directory: Path) -> list[dict]:
 
 
 def numbers(directory: Path) -> list[tuple]:
-    """What must be the same bits in a resumed run; times are not."""
+    """Numbers that must be the same bits in a resumed run; times are not."""
     return [tuple((key, float(value).hex()) for key, value in record.items()
                   if not key.startswith(("time", "throughput/", "memory/"))) for record in metrics(directory)]
 

@@ -1,7 +1,7 @@
-"""Files in the shape in which people have text, with what is in them: the writing side, from the formats' own definitions.
+"""Files in the shapes in which people have text, with their contents, written from the formats' definitions.
 
-A `SourceFile` knows its content on disk and the documents that a reader must find in it. Writers are the standard library's,
-pyarrow's and the tests' own; nothing here comes from the package.
+A `SourceFile` knows its content on disk and the documents that a reader must find in it. Writers are the
+standard library's, pyarrow's and the tests' own; nothing here comes from the package.
 """
 
 import bz2
@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from backports import zstd
 
-COMPRESS = {"": bytes, "gzip": gzip.compress, "Zstandard": zstd.compress, "xz": lzma.compress, "bzip2": bz2.compress}
+COMPRESS = {"": bytes, "gzip": gzip.compress, "Zstandard": zstd.compress, "xz": lzma.compress,
+            "bzip2": bz2.compress}
 ENDINGS = {"": "", "gzip": ".gz", "Zstandard": ".zst", "xz": ".xz", "bzip2": ".bz2"}
-MARKS = {"utf-8": b"\xef\xbb\xbf", "utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff", "utf-32-le": b"\xff\xfe\0\0",
-         "utf-32-be": b"\0\0\xfe\xff"}
+MARKS = {"utf-8": b"\xef\xbb\xbf", "utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff",
+         "utf-32-le": b"\xff\xfe\0\0", "utf-32-be": b"\0\0\xfe\xff"}
 SURROGATE, REPLACED = "\ud83d", "\ufffd"
 
 
@@ -38,7 +39,7 @@ class SourceFile:
         reason: why it is left out; empty where it is read.
         format: how it is read, one of text, JSON, CSV, TSV and Parquet.
         compression: as the account names it.
-        suffix: the domain of documents that name none, where no folder does; empty once the file has its place.
+        suffix: the domain of documents that name none, where no folder does; empty once the file is placed.
         documents: (domain, text as UTF-8) of those that are not empty; domain None: that of the file.
         empty: documents without a byte.
         undecodable: bytes that are no characters.
@@ -67,17 +68,24 @@ class Record:
 
 @dataclass(frozen=True)
 class Keys:
-    """Where text and domain stand in records. nested: a dotted key is a path, else it is written as it is."""
+    """Where text and domain stand in records.
+
+    Args:
+        text: key of the text, or None.
+        domain: key of the domain, or None.
+        nested: a dotted key is a path, else it is written as it is.
+    """
 
     text: str | None = "text"
     domain: str | None = "domain"
     nested: bool = True
 
     def object(self, record: Record, chance: random.Random) -> dict[str, Any]:
-        """The record as an object of JSON, with other keys around it."""
+        """Write a record as an object of JSON, with other keys around it."""
         made: dict[str, Any] = {}
         values = [(self.text or "text", record.text), (self.domain or "domain", record.domain)]
-        others: list[tuple[str, Any]] = [("id", 7), ("url", "http://x/{y}"), ("nothing", None), ("list", [1, {"text": "not this"}])]
+        others: list[tuple[str, Any]] = [("id", 7), ("url", "http://x/{y}"), ("nothing", None),
+                                         ("list", [1, {"text": "not this"}])]
         if self.text not in (None, "text"):
             others.append(("text", "a key that nobody named"))
         chosen = values + chance.sample(others, chance.randint(0, 3))
@@ -94,7 +102,7 @@ class Keys:
 
 
 def json_file(records: Sequence[Record], keys: Keys, chance: random.Random) -> tuple[str, bool]:
-    """JSON lines, an array or objects over several lines; and whether everything in it is ASCII, with escapes."""
+    """JSON lines, an array or objects over several lines; and whether all of it is ASCII, with escapes."""
     ascii_only = chance.random() < 0.5 or any(SURROGATE in (record.text or "") for record in records)
     objects = [keys.object(record, chance) for record in records]
     kind = chance.choice(["lines", "lines", "array", "objects"])
@@ -145,18 +153,23 @@ def parquet_file(records: Sequence[Record], keys: Keys, chance: random.Random) -
         else:
             columns[key] = pyarrow.array(column, kind)
     for first, fields in structs.items():
-        columns[first] = pyarrow.array([dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)])
+        rows = zip(*fields.values(), strict=True)
+        columns[first] = pyarrow.array([dict(zip(fields, row, strict=True)) for row in rows])
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=2, use_dictionary=chance.random() < 0.5,
-                                compression=chance.choice(["none", "snappy", "zstd"]))
+    pyarrow.parquet.write_table(
+        pyarrow.table(columns), file, row_group_size=2, use_dictionary=chance.random() < 0.5,
+        compression=chance.choice(["none", "snappy", "zstd"]))
     return file.getvalue()
 
 
-def expected(records: Sequence[Record], keys: Keys) -> tuple[tuple[tuple[str | None, bytes], ...], int, int]:
+def expected(records: Sequence[Record],
+             keys: Keys) -> tuple[tuple[tuple[str | None, bytes], ...], int, int]:
     """Documents, empty ones and undecodable bytes that a reader must find in records."""
-    documents = tuple(((keys.domain and record.domain) or None, record.text.replace(SURROGATE, REPLACED).encode())
+    documents = tuple(((keys.domain and record.domain) or None,
+                       record.text.replace(SURROGATE, REPLACED).encode())
                       for record in records if record.text)
-    return documents, len(records) - len(documents), sum(3 * (record.text or "").count(SURROGATE) for record in records)
+    undecodable = sum(3 * (record.text or "").count(SURROGATE) for record in records)
+    return documents, len(records) - len(documents), undecodable
 
 
 def no_text(kind: str) -> bytes:

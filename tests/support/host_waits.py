@@ -5,10 +5,11 @@
     read, written    the table, tests/integration/host_waits.md
     difference       lines that tell what was added, and what is gone
 
-`python -m tests.support.host_waits` measures all cases, or those that are named after it, and writes the table anew.
+`python -m tests.support.host_waits` measures all cases, or those that are named after it, and writes the
+table anew.
 
-The parts of a step are those that its stopwatch tells apart (train/stopwatch.py), with one more name for what runs in backward,
-wherever it is called from.
+The parts of a step are those that its stopwatch tells apart (train/stopwatch.py), with one more name for what
+runs in backward, wherever it is called from.
 """
 
 import os
@@ -34,9 +35,10 @@ TABLE = Path(__file__).parents[1] / "integration" / "host_waits.md"
 COLUMNS = ("case", "part", "place", "kind", "times")
 HEAD = """# Where the host waits in a training step
 
-Reads of the device, copies, sizes that depend on numbers of the device: all of the third step of the tiny model, and of what is
-done beside steps, on rank 0 of a simulated device. The cases: tests/support/host_waits.py. A wait that is added, or one that is
-gone, fails tests/integration/test_simulated_device.py. After a change that is meant:
+Reads of the device, copies, sizes that depend on numbers of the device: all of the third step of the tiny
+model, and of what is done beside steps, on rank 0 of a simulated device. The cases:
+tests/support/host_waits.py. A wait that is added, or one that is gone, fails
+tests/integration/test_simulated_device.py. After a change that is meant:
 
     python -m tests.support.host_waits
 
@@ -48,8 +50,13 @@ LAYERS = 2                                   # of the tiny model, each with expe
 class Case(NamedTuple):
     """One training step, or what is done beside steps.
 
-    ranks: processes, each with a device. micro_batches: of a step. nodes: that the ranks lie on. further: waits in layers, by
-    place, beside the one for the rows that travel. steps: whether it is a step.
+    Args:
+        overrides: of the tiny model.
+        ranks: processes, each with a device.
+        micro_batches: of a step.
+        nodes: nodes that the ranks lie on.
+        further: waits in layers, by place, beside the one for the rows that travel.
+        steps: whether it is a step.
     """
 
     overrides: tuple[str, ...] = ()
@@ -72,9 +79,10 @@ class Case(NamedTuple):
 
 
 SPLITS = "comm/exchange/base.py:read_splits"
-HOST_COUNTS = {"moe/dispatch.py:_alone": LAYERS}     # where no kernel takes the counts of rows from the device
+HOST_COUNTS = {"moe/dispatch.py:_alone": LAYERS}     # no kernel takes the counts of rows from the device
 EP, FSSDP = ("parallel=ep",), ("parallel=fssdp", "planner=shadow")
-COPIES = ("hardware.flops=1e6", "hardware.latency_s=0", "hardware.inside=1e12", "hardware.between=1e12")      # they always pay
+# Copies always pay.
+COPIES = ("hardware.flops=1e6", "hardware.latency_s=0", "hardware.inside=1e12", "hardware.between=1e12")
 MESHES = {
     "single": Case(("parallel=single",)),
     "ddp": Case(("parallel=ddp",), ranks=2),
@@ -83,7 +91,7 @@ MESHES = {
     "ep_fsdp": Case(("parallel=ep_fsdp",), ranks=2),
     "fssdp": Case(FSSDP, ranks=2),
 }
-# Not here: parallel.exchange=peer, whose ranks without kernels ask for each other's signals as often as it takes.
+# Not here: parallel.exchange=peer, whose ranks without kernels ask for each other's signals in a loop.
 MODES = {
     "accumulation": Case(micro_batches=2),
     "count pass": Case(("train.count_pass=true",), micro_batches=2),
@@ -97,7 +105,8 @@ MODES = {
     "capacity by probability": Case(("capacity=prob",)),
     "selective recomputation": Case(("train.activation_checkpointing=selective",)),
     "full recomputation": Case(("train.activation_checkpointing=full",)),
-    "full recomputation in float32": Case(("train.activation_checkpointing=full", "run.dtype=float32"), further=HOST_COUNTS),
+    "full recomputation in float32": Case(("train.activation_checkpointing=full", "run.dtype=float32"),
+                                          further=HOST_COUNTS),
     "muon": Case(("optim=muon",)),
     "head in chunks": Case(("train.head_chunk=32",)),
     "documents": Case(("data.mask_documents=true",)),
@@ -114,11 +123,12 @@ MODES = {
     "ep, two levels": Case((*EP, "parallel.exchange=two_level"), ranks=4, nodes=2),
     "fssdp, gathered again": Case((*FSSDP, *COPIES, "parallel.rematerialize=true"), ranks=2),
     "fssdp, calibrated": Case((*FSSDP, *COPIES, "parallel.calibrate=true"), ranks=2,
-                              further={"moe/dispatch.py:_assign": LAYERS}),       # the counts that it calibrates by
+                              further={"moe/dispatch.py:_assign": LAYERS}),     # counts to calibrate by
     "fssdp, sliced": Case((*FSSDP, *COPIES, "parallel.sliced=1", "parallel.rehome_interval=2"), ranks=2),
 }
 BESIDE = "beside steps"
-CASES = {**MESHES, BESIDE: Case(("data.vocab_size=257", "eval.windows=4", "eval.batch=2"), steps=False), **MODES}
+CASES = {**MESHES, BESIDE: Case(("data.vocab_size=257", "eval.windows=4", "eval.batch=2"), steps=False),
+         **MODES}
 
 
 class Entry(NamedTuple):
@@ -146,7 +156,8 @@ class _Parts(Stopwatch):
     def lap(self, name: str) -> None:
         super().lap(name)
         self.left -= name == "backward"
-        following = {"data": "forward", "forward": "loss", "backward": "forward" if self.left else "sums", "optim": "metrics"}
+        following = {"data": "forward", "forward": "loss",
+                     "backward": "forward" if self.left else "sums", "optim": "metrics"}
         RECORD.phase = following[name]
 
     def settle(self) -> None:
@@ -155,7 +166,7 @@ class _Parts(Stopwatch):
 
 
 def waits_of(name: str) -> dict[Entry, int]:
-    """What the host waited for in a case on this rank. Collective."""
+    """Waits of the host in a case on this rank. Collective."""
     case = CASES[name]
     RECORD.clear()
     RECORD.phase = "start"
@@ -182,8 +193,9 @@ def _beside_steps(run: Run) -> None:
     RECORD.phase = "save"
     take(run.state, run.mesh)
     RECORD.phase = "generation"
-    "".join(continue_text(run.state.model, ByteTokenizer(), "ab", end_id=256, tokens=3, temperature=0, top_p=1, seed=0, context=8,
-                          cache=True, mask_documents=False, group=run.mesh["batch"]))
+    "".join(continue_text(run.state.model, ByteTokenizer(), "ab", end_id=256, tokens=3, temperature=0,
+                          top_p=1, seed=0, context=8, cache=True, mask_documents=False,
+                          group=run.mesh["batch"]))
 
 
 def read(table: Path = TABLE) -> dict[str, dict[Entry, int]]:
@@ -197,10 +209,12 @@ def read(table: Path = TABLE) -> dict[str, dict[Entry, int]]:
 
 
 def written(cases: Mapping[str, Waits]) -> str:
-    """The text of a table."""
-    rows = [(case, *entry, str(times)) for case, waits in cases.items() for entry, times in sorted(waits.items())]
+    """The table as Markdown."""
+    rows = [(case, *entry, str(times)) for case, waits in cases.items()
+            for entry, times in sorted(waits.items())]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows)]
-    lines = [_line(COLUMNS, widths), _line(["-" * width for width in widths], widths), *(_line(row, widths) for row in rows)]
+    rule = ["-" * width for width in widths]
+    lines = [_line(row, widths) for row in (COLUMNS, rule, *rows)]
     return HEAD + "\n".join(lines) + "\n"
 
 
@@ -209,12 +223,13 @@ def _line(cells: Iterable[str], widths: Iterable[int]) -> str:
 
 
 def difference(case: str, measured: Waits, golden: Waits) -> str:
-    """How a step differs from the table, line by line; empty where it does not."""
+    """Lines that tell how the waits of a case differ from the table; empty where they do not."""
     lines = []
     for entry in sorted({*measured, *golden}):
         now, then = measured.get(entry, 0), golden.get(entry, 0)
         if now != then:
-            lines.append(f"{case}: {entry.place} in the part {entry.part}: {entry.kind}, {now} times; {then} in {TABLE.name}")
+            lines.append(f"{case}: {entry.place} in the part {entry.part}: {entry.kind}, {now} times; "
+                         f"{then} in {TABLE.name}")
     return "\n".join(lines)
 
 
@@ -222,7 +237,8 @@ def main(names: Sequence[str]) -> None:
     """Measure these cases, or all, and write them to the table."""
     table = read()
     for ranks in sorted({case.ranks for case in CASES.values()}):
-        wanted = [name for name, case in CASES.items() if case.ranks == ranks and (name in names or not names)]
+        wanted = [name for name, case in CASES.items()
+                  if case.ranks == ranks and (name in names or not names)]
         if not wanted:
             continue
         with Ranks(ranks, simulated=True) as pool:

@@ -12,21 +12,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["model=debug", "optim=adamw", "data=synthetic", "log.wandb=off", "train.global_batch=8", "train.seq_len=32", "model.dim=32",
-         "model.expert_dim=32", "checkpoint.interval=10", "eval.windows=1", "log.interval=1000"]
+SMALL = ["model=debug", "optim=adamw", "data=synthetic", "log.wandb=off", "train.global_batch=8",
+         "train.seq_len=32", "model.dim=32", "model.expert_dim=32", "checkpoint.interval=10",
+         "eval.windows=1", "log.interval=1000"]
 TWO = ["run.nproc=2", "parallel=ep"]
 
 
 class Job:
     """`moetrain train` (or torchrun around it) in a process of its own."""
 
-    def __init__(self, directory: Path, *overrides: str, torchrun: int = 0, steps: int = 40, command: Sequence[str] = (),
-                 shell: str = "", terminal: int | None = None, path: Path | None = None) -> None:
+    def __init__(self, directory: Path, *overrides: str, torchrun: int = 0, steps: int = 40,
+                 command: Sequence[str] = (), shell: str = "", terminal: int | None = None,
+                 path: Path | None = None) -> None:
         """Start it.
 
         Args:
             directory: the run is `run` in it; what is said goes to the file `output`.
+            *overrides: of the run, after SMALL.
             torchrun: ranks that torchrun starts.
+            steps: run.steps.
             command: words after `moetrain`, instead of those that train SMALL.
             shell: redirections and pipes of a shell behind the command, as "| head -1".
             terminal: descriptor of a terminal that the process has for its own, and writes to.
@@ -34,12 +38,15 @@ class Job:
         """
         self.run_dir = directory / "run"
         words = command or ["train", *SMALL, f"run.dir={self.run_dir}", f"run.steps={steps}", *overrides]
-        agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "--max-restarts", "3"]
+        agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun),
+                 "--max-restarts", "3"]
         words = [sys.executable, *(agent if torchrun else []), "-m", "moetrain", *words]
         if shell:
             words = ["bash", "-c", f"set -o pipefail; {shlex.join(words)} {shell}"]
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment |= {"PYTHONPATH": os.pathsep.join(map(str, filter(None, (path, ROOT)))), "OMP_NUM_THREADS": "1",
+        environment = {name: value for name, value in os.environ.items()
+                       if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        folders = map(str, filter(None, (path, ROOT)))
+        environment |= {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1",
                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.output = (directory / "output").open("ab")
         streams = {"stdout": self.output, "stderr": self.output}
@@ -60,7 +67,8 @@ class Job:
 
     def workers(self) -> list[int]:
         """Process ids of the ranks."""
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        pgrep = ["pgrep", "-P", str(self.process.pid)]
+        found = subprocess.run(pgrep, capture_output=True, text=True).stdout.split()
         return [int(pid) for pid in found]
 
     def steps(self) -> list[int]:

@@ -1,6 +1,7 @@
-"""What a test needs beside the package: without it the test is skipped, or fails where CI has installed all of it.
+"""Programs and packages that a test needs beside moetrain. Without them it is skipped, or fails in CI.
 
-.ci/run installs the programs and sets MOETRAIN_TESTS_NEED_ALL=1 once they are there: a skip would then hide a missing part.
+.ci/run installs the programs and sets MOETRAIN_TESTS_NEED_ALL=1 once they are there: a skip would then hide a
+missing part.
 """
 
 import os
@@ -10,17 +11,18 @@ from typing import NoReturn
 
 import pytest
 
-PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])       # daemons are often not on a user's path
+# Daemons are often not on a user's path.
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
 def programs(*names: str, packages: str) -> None:
-    """Skip unless all programs are installed. packages: of Debian and Ubuntu, which bring them."""
+    """Skip unless all programs are installed; `packages` are those of Debian and Ubuntu that bring them."""
     if absent := [name for name in names if not shutil.which(name, path=PATH)]:
         missing(f"not installed: {', '.join(absent)} (apt-get install {packages})")
 
 
 def module(name: str, extra: str) -> ModuleType:
-    """An optional Python package, once imported. extra: of pyproject.toml."""
+    """Import an optional Python package, or skip; `extra` is its name in pyproject.toml."""
     if os.environ.get("MOETRAIN_TESTS_NEED_ALL") == "1":
         return __import__(name)
     return pytest.importorskip(name, reason=f"not installed: {name} (pip install -e '.[{extra}]')")

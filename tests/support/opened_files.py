@@ -1,4 +1,4 @@
-"""Which files this process opens, however it does: the interpreter tells an audit hook."""
+"""Record which files this process opens, by an audit hook of the interpreter."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ sys.addaudithook(_hook)                      # it cannot be taken away again
 
 @contextmanager
 def opened_files(folder: Path) -> Iterator[list[str]]:
-    """The names of files below a folder that are there and are opened inside the block, sorted; filled in at its end."""
+    """Names of existing files below a folder that the block opens, sorted; filled in at its end."""
     paths: list[str] = []
     found: list[str] = []
     _lists.append(paths)
@@ -29,4 +29,5 @@ def opened_files(folder: Path) -> Iterator[list[str]]:
     finally:
         _lists.remove(paths)
         root = os.path.abspath(folder) + os.sep
-        found += sorted({path.removeprefix(root) for path in paths if path.startswith(root) and os.path.exists(path)})
+        found += sorted({path.removeprefix(root) for path in paths
+                         if path.startswith(root) and os.path.exists(path)})

@@ -1,7 +1,8 @@
-"""The best splits there are (`lp`), that `waterfill` is held against: with links that are free, and by the whole model.
+"""Optimal splits of rows over replicas, with which `waterfill` is compared.
 
-With free links the smallest largest load is a flow problem with integer capacities: bisection over the load, a maximum flow
-each time. With links it is a linear program over rows that may be divided, so its optimum is no larger than that of rows.
+With free links the smallest largest load is a flow problem with integer capacities: bisection over the load,
+a maximum flow each time. With links it is a linear program over rows that may be divided, so its optimum is
+no larger than that of rows.
 """
 
 import networkx
@@ -15,10 +16,12 @@ from moetrain.plan.placement import LayerPlacement
 
 
 def shortest_time(n_PE: np.ndarray, placement: LayerPlacement, topology: Topology, costs: Costs) -> float:
-    """Smallest modelled time of computing and of the rows' exchanges, seconds: compute_s + link_s of plan/cost/step_time.py."""
+    """Smallest compute_s + link_s (plan/cost/step_time.py) in seconds: computing, and exchanges of rows."""
     positions, replicas = placement.positions, [(expert, at) for expert, at, _ in placement.replicas]
-    compute, link = positions * len(replicas), positions * len(replicas) + 1     # variables behind rows [P, C]
-    busy: dict[tuple, list[tuple[int, float]]] = {}                              # sums that must stay below one of the two
+    # Variables behind rows [P, C].
+    compute, link = positions * len(replicas), positions * len(replicas) + 1
+    # Sums that must stay below one of the two.
+    busy: dict[tuple, list[tuple[int, float]]] = {}
     given: dict[tuple[int, int], list[int]] = {}
     for source in range(positions):
         for c, (expert, at) in enumerate(replicas):
@@ -31,8 +34,10 @@ def shortest_time(n_PE: np.ndarray, placement: LayerPlacement, topology: Topolog
                 busy.setdefault((link, same_node, "sends", source), []).append((row, seconds))
                 busy.setdefault((link, same_node, "receives", at), []).append((row, seconds))
     bounds = [[*terms, (key[0], -1.0)] for key, terms in busy.items()]
-    found = linprog(np.eye(link + 1)[compute:].sum(0), A_ub=_matrix(bounds, link + 1), b_ub=np.zeros(len(bounds)),
-                    A_eq=_matrix([[(row, 1.0) for row in rows] for rows in given.values()], link + 1),
+    rows_of_each = [[(row, 1.0) for row in rows] for rows in given.values()]
+    found = linprog(np.eye(link + 1)[compute:].sum(0),
+                    A_ub=_matrix(bounds, link + 1), b_ub=np.zeros(len(bounds)),
+                    A_eq=_matrix(rows_of_each, link + 1),
                     b_eq=[n_PE[source, expert] for source, expert in given], method="highs")
     assert found.success, found.message
     return found.fun + EXCHANGES * costs.latency_s
@@ -40,7 +45,8 @@ def shortest_time(n_PE: np.ndarray, placement: LayerPlacement, topology: Topolog
 
 def _matrix(lines: list[list[tuple[int, float]]], columns: int) -> coo_array:
     at = [(row, column) for row, line in enumerate(lines) for column, _ in line]
-    return coo_array(([value for line in lines for _, value in line], tuple(zip(*at))), shape=(len(lines), columns))
+    values = [value for line in lines for _, value in line]
+    return coo_array((values, tuple(zip(*at))), shape=(len(lines), columns))
 
 
 def smallest_largest_load(rows_E: list[int], placement: LayerPlacement) -> int:

@@ -1,11 +1,11 @@
-"""A mixture-of-experts transformer written a second time, to be compared with: it imports nothing of moetrain.
+"""A mixture-of-experts transformer written a second time, to compare with; it imports nothing of moetrain.
 
 Every expert computes every token, and a gate matrix [T, E] with zeros for what was not chosen adds them up:
 
     y_t = sum_e g_te W_down_e (silu(W_gate_e x_t) * W_up_e x_t)
 
-No dispatch, no grouped matmul, no hand-written gradient. `oracle_loss` is the loss of one optimizer step over the
-micro-batches of all ranks, so one process says what any mesh must give.
+No dispatch, no grouped matmul, no hand-written gradient. `oracle_loss` is the loss of one optimizer step over
+the micro-batches of all ranks, so one process says what any mesh must give.
 
 Parameters are [out, in]; `qkv` stacks q, k and v rows, `gate_up` gate and up rows.
 Shapes: B sequences, S positions, T = B * S, D width, H heads, h width of a head, E experts, F hidden width.
@@ -36,12 +36,25 @@ def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, T
                 balance_weight: float = 0.0, balance_scope: str = "global", z_weight: float = 0.0,
                 balance_pools: Pools | list[Pools] | None = None, balance_prior: list[Tensor] | None = None,
                 **model) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(total, cross-entropy, balance, tokens per expert of each MoE layer) of a step over (tokens, targets, valid).
+    """Loss of one optimizer step over all micro-batches of all ranks.
 
-    Cross-entropy is a mean over all valid tokens of the step; `balance` is the global one, unweighted, perfect = 1.
-    balance_pools: for the number of a batch, those whose counts give its f, in all routers or by router; it takes the place of
-    the scope. balance_prior: counts of another step by router, whose shares stand for the tokens that such a pool lacks.
-    `model` is handed to `oracle_logits`.
+    Args:
+        params: parameters by name.
+        batches: tokens, targets and valid positions of each micro-batch, [B, S] each.
+        balance_weight: factor of the balance loss.
+        balance_scope: global, micro or none.
+        z_weight: factor of the z-loss.
+        balance_pools: for the number of a batch, those whose counts give its f, in all routers or by router;
+            it takes
+            the place of the scope.
+        balance_prior: counts of another step by router, whose shares stand for the tokens that such a pool
+            lacks.
+        **model: as for `oracle_logits`.
+
+    Returns:
+        The total; the cross-entropy, a mean over all valid tokens of the step; the global balance loss,
+        unweighted,
+        perfect = 1; the tokens per expert of each MoE layer.
     """
     tokens = sum(int(valid_BS.sum()) for _, _, valid_BS in batches)
     ce_sum, routed = 0.0, []
@@ -60,8 +73,9 @@ def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, T
     scoped = {"global": balance, "micro": micro, "none": zero}[balance_scope]
     if balance_pools is not None:
         pools = balance_pools if isinstance(balance_pools, list) else [balance_pools] * len(per_router)
+        priors = balance_prior or [None] * len(per_router)
         scoped = sum(_pooled(router, of_router, tokens, prior) / len(per_router)
-                     for router, of_router, prior in zip(per_router, pools, balance_prior or [None] * len(per_router), strict=True))
+                     for router, of_router, prior in zip(per_router, pools, priors, strict=True))
     counts = [sum(part.chosen_TE.sum(0) for part in router) for router in per_router]
     return ce + balance_weight * scoped + z_weight * z, ce, balance, counts
 
@@ -82,34 +96,37 @@ def _pooled(router: tuple[Routed, ...], pools: Pools, tokens: int, prior_E: Tens
 def _balance(routed: Routed) -> Tensor:
     """E sum_i f_i P_i over the tokens given; f is a constant."""
     counts_E = routed.chosen_TE.sum(0)
-    share_E = counts_E.to(routed.probs_TE.dtype) / counts_E.sum().clamp(min=1)      # int / int would be float32
+    # int / int would be float32
+    share_E = counts_E.to(routed.probs_TE.dtype) / counts_E.sum().clamp(min=1)
     return len(counts_E) * (share_E * routed.probs_TE.sum(0)).sum() / max(len(routed.probs_TE), 1)
 
 
-def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor, *, num_layers: int, num_heads: int,
-                  num_kv_heads: int, head_dim: int, top_k: int | list[int], num_experts: int | list[int],
-                  num_shared_experts: int = 0, first_dense_layers: int = 0, qk_norm: bool = False,
-                  rope_theta: float = 10000.0, norm_eps: float = 1e-6, tie_embeddings: bool = False,
-                  gate: str = "renorm", forced: Forced | None = None, bias: dict[int, Tensor] | None = None,
-                  **routing) -> tuple[Tensor, list[Routed]]:
+def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor, *, num_layers: int,
+                  num_heads: int, num_kv_heads: int, head_dim: int, top_k: int | list[int],
+                  num_experts: int | list[int], num_shared_experts: int = 0, first_dense_layers: int = 0,
+                  qk_norm: bool = False, rope_theta: float = 10000.0, norm_eps: float = 1e-6,
+                  tie_embeddings: bool = False, gate: str = "renorm", forced: Forced | None = None,
+                  bias: dict[int, Tensor] | None = None, **routing) -> tuple[Tensor, list[Routed]]:
     """Logits [B, S, V] of one micro-batch and what each MoE layer's router decided.
 
-    gate: renorm, weights sum to one over the chosen; raw, the probabilities themselves. forced: layer -> the expert
-    ids every token takes ([K] or [T, K]), or a function of the probabilities [T, E] that gives them. bias: layer -> what is
-    added to the scores to choose. routing: see `_moe`.
+    Sizes and switches are named as in the config. `gate` is renorm (weights sum to one over the chosen) or
+    raw (the probabilities themselves). `forced` gives the expert ids of a layer for every token, [K] or [T,
+    K], or a function of the probabilities [T, E] that returns them. `bias` is what a layer adds to the scores
+    to choose. `routing` is handed to `_moe`.
     """
     x_BSD, layers = params["embed"][tokens_BS], []
     for layer in range(num_layers):
         prefix = f"layers.{layer}."
         own = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
         normed_BSD = _rms_norm(x_BSD, own["attention_norm"], norm_eps)
-        x_BSD = x_BSD + _attention(own, normed_BSD, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta, norm_eps)
+        x_BSD = x_BSD + _attention(own, normed_BSD, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta,
+                                   norm_eps)
         normed_TD = _rms_norm(x_BSD, own["ffn_norm"], norm_eps).flatten(0, 1)
         if layer < first_dense_layers:
             out_TD = _swiglu(normed_TD, own["ffn.gate_up"], own["ffn.down"])
         else:
-            out_TD, routed = _moe(own, normed_TD, valid_BS, _entry(num_experts, layer), _entry(top_k, layer), gate,
-                                  (forced or {}).get(layer), (bias or {}).get(layer, 0.0), **routing)
+            out_TD, routed = _moe(own, normed_TD, valid_BS, _entry(num_experts, layer), _entry(top_k, layer),
+                                  gate, (forced or {}).get(layer), (bias or {}).get(layer, 0.0), **routing)
             layers.append(routed)
             if num_shared_experts:
                 out_TD = out_TD + _swiglu(normed_TD, own["moe.shared.gate_up"], own["moe.shared.down"])
@@ -119,10 +136,15 @@ def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor
 
 
 def _moe(own: dict[str, Tensor], x_TD: Tensor, valid_BS: Tensor, num_experts: int, top_k: int, gate: str,
-         choice: Tensor | Callable | None, bias_E: Tensor | float, *, sigmoid: bool = False, scale: float = 1.0,
-         groups: tuple[int, int, int] = (1, 1, 1), capacity: dict | None = None) -> tuple[Tensor, Routed]:
-    """sigmoid: scores are that of the logits instead of their softmax. scale: factor of the gates. groups: (groups there
-    are, groups a token uses, scores that add up to a group's). capacity: see `_within_capacity`, and `renorm`."""
+         choice: Tensor | Callable | None, bias_E: Tensor | float, *, sigmoid: bool = False,
+         scale: float = 1.0, groups: tuple[int, int, int] = (1, 1, 1),
+         capacity: dict | None = None) -> tuple[Tensor, Routed]:
+    """A MoE layer: router, capacity, experts.
+
+    With `sigmoid`, scores are that of the logits instead of their softmax. `scale` is a factor of the gates.
+    `groups` are the groups there are, those that a token uses, and the scores that add up to a group's.
+    `capacity` holds the arguments of `_within_capacity`, and `renorm`.
+    """
     valid_T = valid_BS.flatten()
     logits_TE = x_TD @ own["moe.router"].T
     scores_TE = 1 / (1 + (-logits_TE).exp()) if sigmoid else logits_TE.softmax(-1)
@@ -146,24 +168,26 @@ def _moe(own: dict[str, Tensor], x_TD: Tensor, valid_BS: Tensor, num_experts: in
     down_EDF = torch.stack([own[f"moe.experts.{e}.down"] for e in range(num_experts)])
     gated_ETF, up_ETF = torch.einsum("td,egd->etg", x_TD, gate_up_EGD).chunk(2, dim=-1)
     out_TD = torch.einsum("te,etf,edf->td", gates_TE, F.silu(gated_ETF) * up_ETF, down_EDF)
-    return out_TD, Routed(probs_TE[valid_T], chosen_TE[valid_T], logits_TE[valid_T].logsumexp(-1), kept_TE[valid_T])
+    lse_T = logits_TE[valid_T].logsumexp(-1)
+    return out_TD, Routed(probs_TE[valid_T], chosen_TE[valid_T], lse_T, kept_TE[valid_T])
 
 
 def _best(scores: list[float], top_k: int, num_groups: int, topk_groups: int, summed: int) -> list[int]:
-    """Ids of the best scores of one token, then of the lower ids, inside the groups whose best `summed` add up to most."""
+    """Ids of a token's best scores, ties to lower ids, in the groups whose best `summed` add up to most."""
     size = len(scores) // num_groups
     members = [range(group * size, (group + 1) * size) for group in range(num_groups)]
     worth = [sum(sorted((scores[e] for e in group), reverse=True)[:summed]) for group in members]
-    inside = [e for group in sorted(range(num_groups), key=lambda g: (-worth[g], g))[:topk_groups] for e in members[group]]
+    best_groups = sorted(range(num_groups), key=lambda g: (-worth[g], g))[:topk_groups]
+    inside = [e for group in best_groups for e in members[group]]
     return sorted(inside, key=lambda e: (-scores[e], e))[:top_k]
 
 
-def _within_capacity(ids: list[list[int]], gates: list[list[float]], valid_BS: Tensor, *, policy: str, factor: float,
-                     at_least: int, renorm: bool = False, together: bool = False) -> Tensor:
+def _within_capacity(ids: list[list[int]], gates: list[list[float]], valid_BS: Tensor, *, policy: str,
+                     factor: float, at_least: int, renorm: bool = False, together: bool = False) -> Tensor:
     """Which choices [T, E] fit into the experts of their sequence, one choice after the other.
 
-    policy: who comes first: position, all first choices in order of tokens, then all second; token, in order of tokens;
-    prob, the largest gates, equal to 32 bits. together: all sequences are one.
+    `policy` says who comes first: position, all first choices in order of tokens, then all second; token, in
+    order of tokens; prob, the largest gates, equal to 32 bits. With `together` all sequences are one.
     """
     kept_TE = torch.zeros(len(ids), len(gates[0]), dtype=torch.bool)
     scopes = valid_BS.flatten()[None] if together else valid_BS
@@ -200,7 +224,8 @@ def _rotate(x_BSHh: Tensor, theta: float) -> Tensor:
     freqs = theta ** (-torch.arange(half, dtype=x_BSHh.dtype) / half)
     angle = (torch.arange(length, dtype=x_BSHh.dtype)[:, None] * freqs)[None, :, None, :]
     first, second = x_BSHh.split(half, -1)
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+    return torch.cat([first * angle.cos() - second * angle.sin(),
+                      second * angle.cos() + first * angle.sin()], -1)
 
 
 def _swiglu(x_TD: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What docs/reference/output.md defines, and the words of a banner or a step line that it does not."""
+"""Words that docs/reference/output.md defines, and those of a banner or a step line that it does not."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "output.md").read_text(encoding="utf-8")
-_WORD = r"(?<![\w.,/])[A-Za-z_]\w*+(?:/s\b)?(?!/)"          # not the unit of a figure (412k, 3h06, 2.9e-4), nor a path
+# Not the unit of a figure (412k, 3h06, 2.9e-4), nor a path.
+_WORD = r"(?<![\w.,/])[A-Za-z_]\w*+(?:/s\b)?(?!/)"
 
 
 def table(heading: str) -> list[list[str]]:
@@ -19,7 +20,8 @@ def table(heading: str) -> list[list[str]]:
 
 def defined(heading: str) -> set[str]:
     """Words in backticks in the first column."""
-    return {word for row in table(heading) for quoted in re.findall(r"`([^`]+)`", row[0]) for word in words(quoted)}
+    return {word for row in table(heading) for quoted in re.findall(r"`([^`]+)`", row[0])
+            for word in words(quoted)}
 
 
 def words(text: str) -> list[str]:
@@ -27,12 +29,12 @@ def words(text: str) -> list[str]:
 
 
 def labels(banner: str) -> list[str]:
-    """Of the rows of a banner, without its first line."""
+    """Labels of the rows of a banner, without its first line."""
     return [line.split()[0] for line in banner.splitlines()[1:]]
 
 
 def undefined_in_banner(banner: str, names: Iterable[Any] = ()) -> set[str]:
-    """Words of a banner that the page does not explain. names: values of the config, names of domains and the like."""
+    """Words of a banner that the page does not explain; `names` are values of the config and the like."""
     explained = {row[0].strip("`"): set(words(" ".join(row))) for row in table("Banner")}
     own = {word for name in names for word in words(str(name))}
     first, *rows = banner.splitlines()
@@ -42,12 +44,14 @@ def undefined_in_banner(banner: str, names: Iterable[Any] = ()) -> set[str]:
         if label not in explained:
             found.add(label)
         else:
-            found |= {word for word in words(row) if word not in explained[label] | own | _UNITS and word.lower() not in explained[label]}
+            known = explained[label] | own | _UNITS
+            found |= {word for word in words(row)
+                      if word not in known and word.lower() not in explained[label]}
     return found
 
 
 def undefined_in_step_line(line: str, losses: Iterable[str] = ()) -> set[str]:
-    """Words of a step line that the page does not define. losses: names of further losses."""
+    """Words of a step line that the page does not define; `losses` are names of further losses."""
     return set(words(line)) - defined("Step line") - set(losses)
 
 
@@ -58,9 +62,11 @@ def sample(markdown: str) -> tuple[str, list[str]]:
     """The banner and the step lines that a page shows in its first block with output of `train`."""
     for block in re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL):
         lines = block.splitlines()
-        first = next((number for number, line in enumerate(lines) if re.match(r"moetrain \S+ \| run ", line)), None)
+        first = next((number for number, line in enumerate(lines)
+                      if re.match(r"moetrain \S+ \| run ", line)), None)
         if first is not None:
-            rows = [line for line in lines[first + 1:] if re.match(r"[a-z]+ {2,}\S", line) and not line.startswith("step ")]
+            rows = [line for line in lines[first + 1:]
+                    if re.match(r"[a-z]+ {2,}\S", line) and not line.startswith("step ")]
             last = next(number for number, line in enumerate(lines) if number > first and line not in rows)
             return "\n".join(lines[first:last]), [line for line in lines if line.startswith("step ")]
     raise AssertionError("no output of train on this page")

@@ -1,6 +1,6 @@
 """Commands of README and docs/: found in the text, and cut down so that a test can run each in a second.
 
-    commands(page)      the lines of its ```bash blocks, and code in its tables that is a command with arguments
+    commands(page)      the lines of its ```bash blocks, and commands with arguments in its tables
     cut(verb, words)    the same command for one process, a tiny model, a few tokens, one step
 
 A command is cut by replacing values, never by leaving out a key that it sets, but for the sizes of a mesh.
@@ -15,8 +15,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 STARTS = ("moetrain", "bash", "python", "torchrun", "sbatch", "pip", "source")
 SMALL = {
-    "train": {"run.steps": "1", "train.global_batch": "2", "train.micro_batch": "2", "train.seq_len": "32", "eval.windows": "1",
-              "log.wandb": "off", "run.device": "cpu", "model": "debug"},
+    "train": {"run.steps": "1", "train.global_batch": "2", "train.micro_batch": "2", "train.seq_len": "32",
+              "eval.windows": "1", "log.wandb": "off", "run.device": "cpu", "model": "debug"},
     "eval": {"eval.windows": "1"},
     "generate": {"generate.tokens": "2"},
 }
@@ -25,7 +25,13 @@ FLAGS = {"slurm": ["--dry-run"]}
 
 
 class Command(NamedTuple):
-    """words: what the shell hands over, but for a here-document. settings: NAME=value in front of the command."""
+    """A command of a page.
+
+    Args:
+        text: as it stands on the page.
+        words: as the shell hands them over, without a here-document.
+        settings: NAME=value in front of the command.
+    """
 
     text: str
     words: list[str]
@@ -39,11 +45,13 @@ def commands(page: Path) -> list[Command]:
 def _lines(text: str) -> Iterator[str]:
     for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
         whole = re.compile(r"^.*<<'(\w+)'\n(?:.*\n)*?\1$|^.+$", re.MULTILINE)
-        yield from (found[0] for found in whole.finditer(block.replace("\\\n", " ")) if not found[0].startswith("#"))
+        found = (match[0] for match in whole.finditer(block.replace("\\\n", " ")))
+        yield from (line for line in found if not line.startswith("#"))
     for row in re.findall(r"^\|.*\|$", text, re.MULTILINE):
         for code in re.findall(r"`([^`]+)`", row):
             first = code.split()[0]
-            if (first in STARTS and len(code.split()) > 2 or re.match(r"[A-Z]+=\S+ ", code)) and not re.search(r"[<…]|\.\.\.", code):
+            typed = first in STARTS and len(code.split()) > 2 or re.match(r"[A-Z]+=\S+ ", code)
+            if typed and not re.search(r"[<…]|\.\.\.", code):
                 yield code
 
 
@@ -57,7 +65,7 @@ def _read(text: str) -> Command:
 
 
 def cut(verb: str, words: list[str]) -> list[str]:
-    """A verb's words, small. A typed value of a key that is made smaller is replaced; what is not typed is added."""
+    """Make a verb's words small: keys of SMALL get its values, whether they were typed or not."""
     small = dict(SMALL.get(verb, {}))
     if verb == "train" and "experiment=debug" in words:
         del small["model"]                               # it is as small, and without text

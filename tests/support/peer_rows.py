@@ -1,6 +1,7 @@
 """Rows to move between ranks, in awkward numbers."""
 
-CASES = {                                                # rows for each destination, where they begin there, bytes of a row
+# Rows for each destination, where they begin there, bytes of a row.
+CASES = {
     "one": ([3], [0], 16),
     "several": ([5, 0, 9], [2, 7, 0], 48),
     "odd bytes": ([1, 4], [3, 0], 7),

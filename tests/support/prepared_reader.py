@@ -1,6 +1,7 @@
-"""A reader of prepared data of the tests' own, from docs/reference/files.md alone: struct, json, zlib and numpy.
+"""A second reader of prepared data, from docs/reference/files.md alone: struct, json, zlib and numpy.
 
-It shares no line with the package, so what it decodes is evidence. Every size and checksum that the page names is verified.
+It shares no line with the package, so what it decodes is evidence. Every size and checksum that the page
+names is verified.
 """
 
 import json
@@ -29,8 +30,9 @@ class StoredDataset(NamedTuple):
     train: list[StoredDocument]
     heldout: list[StoredDocument]
 
-    def texts(self, split: str, decode: Callable[[np.ndarray], bytes] | None = None) -> list[tuple[str, bytes]]:
-        """(domain, text) of every document; bytes unless another way to decode is given."""
+    def texts(self, split: str,
+              decode: Callable[[np.ndarray], bytes] | None = None) -> list[tuple[str, bytes]]:
+        """Domain and text of every document; bytes unless another way to decode is given."""
         decode = decode or (lambda ids: ids.astype(np.uint8).tobytes())
         return [(document.domain, decode(document.ids)) for document in getattr(self, split)]
 
@@ -41,7 +43,7 @@ def read_dataset(folder: Path) -> StoredDataset:
     assert description["format"] == 1 and folder.name == description["fingerprint"][:16]
     assert description["domains"] == sorted(description["domains"])
     shards = {path.name for path in folder.glob("*.tokens")}
-    assert shards == set(description["shards"]), "files that dataset.json does not name, or the other way round"
+    assert shards == set(description["shards"]), "dataset.json names other files than are there"
     splits = {}
     for split in ("train", "heldout"):
         documents: list[StoredDocument] = []
@@ -67,26 +69,31 @@ def _read_shard(path: Path, description: dict[str, Any]) -> tuple[list[StoredDoc
     header = json.loads(content[start:start + length])
     assert header["domains"] == description["domains"] and header["vocab_size"] == description["vocab_size"]
     assert header["dtype"] == ("uint16" if header["vocab_size"] <= 65_536 else "uint32")
-    number, dtype, at = header["documents"], np.dtype("<u2" if header["dtype"] == "uint16" else "<u4"), start + length
+    dtype = np.dtype("<u2" if header["dtype"] == "uint16" else "<u4")
+    number, at = header["documents"], start + length
     index = content[at:at + 8 * (number + 1) + 4 * number]
     assert zlib.crc32(index) == header["index_crc"]
-    offsets, domains = np.frombuffer(index, "<i8", number + 1), np.frombuffer(index, "<i4", number, 8 * (number + 1))
+    offsets = np.frombuffer(index, "<i8", number + 1)
+    domains = np.frombuffer(index, "<i4", number, 8 * (number + 1))
     body = content[at + len(index):]
     assert len(body) == header["tokens"] * dtype.itemsize, "bytes after the last token, or too few"
     step = BLOCK * dtype.itemsize
-    assert [zlib.crc32(body[place:place + step]) for place in range(0, len(body), step)] == header["block_crc"]
+    blocks = [body[place:place + step] for place in range(0, len(body), step)]
+    assert [zlib.crc32(block) for block in blocks] == header["block_crc"]
     tokens, end = np.frombuffer(body, dtype), description["end_id"]
     assert offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) > 0).all()
     assert not len(tokens) or int(tokens.max()) < description["vocab_size"]
     documents = []
-    for first, behind, domain in zip(offsets[:-1].tolist(), offsets[1:].tolist(), domains.tolist(), strict=True):
+    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), domains.tolist(), strict=True)
+    for first, behind, domain in bounds:
         ids = tokens[first:behind]
         assert ids[-1] == end and not (ids[:-1] == end).any(), "an end id is missing, or is inside a document"
         documents.append(StoredDocument(header["domains"][domain], ids[:-1]))
     return documents, header["text_bytes"]
 
 
-def _check_counts(description: dict[str, Any], split: str, documents: list[StoredDocument], text_bytes: int) -> None:
+def _check_counts(description: dict[str, Any], split: str, documents: list[StoredDocument],
+                  text_bytes: int) -> None:
     """Documents, tokens and (of byte data) bytes by domain are those that dataset.json gives."""
     said = description[split]
     assert set(said) == set(description["domains"])

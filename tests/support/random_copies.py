@@ -23,7 +23,8 @@ class Random:
 
     def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
         draw = random.Random(f"{self.seed}/{loads.tolist()}")
-        pairs = [(expert, at) for expert, home in enumerate(homes.home) for at in range(homes.positions) if at != home]
+        pairs = [(expert, at) for expert, home in enumerate(homes.home)
+                 for at in range(homes.positions) if at != home]
         copies = draw.sample(pairs, draw.choice([0, 1, len(pairs) // 3, len(pairs)]))
         placement = LayerPlacement(homes.home, homes.positions, tuple(copies))
         self.rule = draw.choice(["local_first", "waterfill", "shares"])
@@ -45,7 +46,8 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
     assert planning.planning_inputs.topology == Topology(run.mesh["ep"].size, 2)
     planning.planner = Random(seed)
     planning.planning_inputs = planning.planning_inputs._replace(room=8)
-    planning.calibration = planning.calibration and add_missing_copies         # every missing copy, never mind the price
+    # Every missing copy, whatever it costs.
+    planning.calibration = planning.calibration and add_missing_copies
     return run
 
 
@@ -75,7 +77,8 @@ class EveryLayerOtherwise(Random):
 
 
 def numbers(metrics: dict[str, float]) -> dict[str, str]:
-    return {name: float(value).hex() for name, value in metrics.items() if not name.startswith(("time", "through", "memory"))}
+    return {name: float(value).hex() for name, value in metrics.items()
+            if not name.startswith(("time", "through", "memory"))}
 
 
 def bits(run: Run) -> dict[str, bytes]:

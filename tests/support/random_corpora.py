@@ -1,4 +1,4 @@
-"""Random corpora for hypothesis: trees of files of every kind, and what must become of each document in them."""
+"""Random corpora for hypothesis: trees of files of every kind, and what must become of each document."""
 
 import importlib.util
 import random
@@ -26,25 +26,28 @@ SEPARATOR = "<|endoftext|>"
 RECORDS = ("JSON", "JSON", "CSV", "TSV", *(("Parquet",) if importlib.util.find_spec("pyarrow") else ()))
 ENCODINGS = ("utf-8",) * 4 + ("cp1252", "utf-16-le", "utf-32-be", "shift_jis", "gb18030", "koi8-r")
 # Also what other readers take for the end of a line, of a cell, of an object, or for a mark.
-PIECES = ("word ", "and so on, ", "\u00fcber Stra\u00dfen ", "\u5b57\u5178", "\U0001f600", "\n", "\n\n", "\r\n", "\t", '"', "{", "}]",
-          "\\n", ";", "  ", "\u2028", "\x85", "\x0b", "\x0c", "\r", "<|endoftext|> ", "'", "\ufeff", "\u0434\u0430 ",
-          "e\u0301", "#!", "1,2;3\t4", "\x1b[0m", "\u00a0", "</s>")
+PIECES = ("word ", "and so on, ", "\u00fcber Stra\u00dfen ", "\u5b57\u5178", "\U0001f600", "\n", "\n\n",
+          "\r\n", "\t", '"', "{", "}]", "\\n", ";", "  ", "\u2028", "\x85", "\x0b", "\x0c", "\r",
+          "<|endoftext|> ", "'", "\ufeff", "\u0434\u0430 ", "e\u0301", "#!", "1,2;3\t4", "\x1b[0m",
+          "\u00a0", "</s>")
 # Text that begins like something else. None has a key of records.
-LOOKS_LIKE = ('{"a": 1}\n', '{"name": "x",\n "values": [1]}\n', "[1, 2, 3]", '["text", "other"]', "{{ template }}\n",
-              "BM is how a line begins\n",
-              "PK, said the keeper\n", "ORC soldiers\n", "GIF89 was a format\n", "# a,b\n1,2\n", "a,b\n1,2\n3,4\n", "---\ntitle: x\n---\n",
-              "<html><body>x</body></html>", '{"cells": [], "nbformat": 4}\n', "\n\n   text", '"a quote that never ends\n', "ID3 and RIFF\n",
-              "one NUL \0 in a book " + "of many words " * 90, "text and more\nin two lines\n", "version 1 of https\n",
-              "\n", " ", "7z", "%PDFs are\n",
-              "a\tb\n1\t2\n", "1 2 3\n4 5 6\n", "SELECT text FROM t;\n", "IwA= 0\n")
+LOOKS_LIKE = ('{"a": 1}\n', '{"name": "x",\n "values": [1]}\n', "[1, 2, 3]", '["text", "other"]',
+              "{{ template }}\n", "BM is how a line begins\n", "PK, said the keeper\n", "ORC soldiers\n",
+              "GIF89 was a format\n", "# a,b\n1,2\n", "a,b\n1,2\n3,4\n", "---\ntitle: x\n---\n",
+              "<html><body>x</body></html>", '{"cells": [], "nbformat": 4}\n', "\n\n   text",
+              '"a quote that never ends\n', "ID3 and RIFF\n",
+              "one NUL \0 in a book " + "of many words " * 90, "text and more\nin two lines\n",
+              "version 1 of https\n", "\n", " ", "7z", "%PDFs are\n", "a\tb\n1\t2\n", "1 2 3\n4 5 6\n",
+              "SELECT text FROM t;\n", "IwA= 0\n")
 # Name and the suffix that is a domain. Names of moetrain's own files, too, which anybody may have.
-NAMES = (("a{}.txt", "txt"), ("b{}.md", "md"), ("README{}", "text"), ("x{}.py", "py"), ("corpus{}.00", "text"),
-         ("corpus{}.01", "text"),
-         ("c4-{}.00000-of-01024.json", "json"), ("a b {}.TXT", "TXT"), ("\u00fcber{}.rst", "rst"),
-         ("config{}.yaml", "yaml"), ("metrics{}.txt", "txt"))
+NAMES = (("a{}.txt", "txt"), ("b{}.md", "md"), ("README{}", "text"), ("x{}.py", "py"),
+         ("corpus{}.00", "text"), ("corpus{}.01", "text"), ("c4-{}.00000-of-01024.json", "json"),
+         ("a b {}.TXT", "TXT"), ("\u00fcber{}.rst", "rst"), ("config{}.yaml", "yaml"),
+         ("metrics{}.txt", "txt"))
 FOLDERS = ("", "", "", "py/", "py/deep/er/", "docs/", "a b/", "\u00fcb\u00e4r/x=y,z/", "runs/", "data/log/")
 DOMAINS = ("web", "py", "a/b", "\u00fcber", "0", " spaces ", "x" * 120, "txt", None, None, "")
-NO_SPLIT = ("md", "py", "rst", "yaml", "csv", "tsv")    # a program called train.py and a page about tests are no split
+# A program called train.py and a page about tests are no split.
+NO_SPLIT = ("md", "py", "rst", "yaml", "csv", "tsv")
 VALID = ("valid", "validation", "val", "dev")
 
 
@@ -107,11 +110,14 @@ def corpora(draw: st.DrawFn) -> Corpus:
     if text not in ("text", None):                   # a key that finds no record is refused
         files.append(draw(_record_files(way, "JSON")))
     split = draw(splits()) if held == "split" else None
-    files = [_placed(file, number, draw, split, None if file is not files[-1] else "train") for number, file in enumerate(files)]
+    last = files[-1]
+    files = [_placed(file, number, draw, split, "train" if file is last else None)
+             for number, file in enumerate(files)]
     own: tuple[SourceFile, ...] | None = None
     if held == "split":
+        own_files = [("train", "one"), ("valid", "two"), ("train", "three")]
         files += [_placed(_plain(f"{side} text {word}", way), 90 + number, draw, split, side)
-                  for number, (side, word) in enumerate([("train", "one"), ("valid", "two"), ("train", "three")])]
+                  for number, (side, word) in enumerate(own_files)]
     elif held == "key":
         kept = draw(st.lists(source_files(way), max_size=3))
         own = (*(_placed(file, number, draw, None) for number, file in enumerate(kept)),
@@ -121,16 +127,18 @@ def corpora(draw: st.DrawFn) -> Corpus:
         size, number = (12, 30) if held == "share" else (4000, 1)
         words = "of many words " * (size // 12)
         files += [_plain(f"filler {place} {words}", way, f"filler/{place}.txt") for place in range(number)]
-    files += [file for file in draw(st.lists(left_out(), max_size=3)) if way.encoding == "utf-8" or file.reason != "not text"]
-    overrides = [f"data.text_key={text or 'null'}", f"data.domain_key={domain or 'null'}", f"data.encoding={way.encoding}"]
+    files += [file for file in draw(st.lists(left_out(), max_size=3))
+              if way.encoding == "utf-8" or file.reason != "not text"]
+    overrides = [f"data.text_key={text or 'null'}", f"data.domain_key={domain or 'null'}",
+                 f"data.encoding={way.encoding}"]
     if way.separator is not None:
         overrides.append(f"data.separator={way.separator}")
     cap = draw(st.sampled_from([None, None, 60, 900])) if held in ("split", "key") else None
     if cap is not None:
         overrides.append(f"data.domain_cap={cap}")
     unique = {file.path: file for file in files}
-    return Corpus(tuple(unique.values()), own, inside=draw(st.booleans()), keys=tuple(overrides), shared=held in ("share", "few"),
-                  cap=cap, counts_empty=way.separator is None)
+    return Corpus(tuple(unique.values()), own, inside=draw(st.booleans()), keys=tuple(overrides),
+                  shared=held in ("share", "few"), cap=cap, counts_empty=way.separator is None)
 
 
 @st.composite
@@ -150,7 +158,8 @@ def source_files(draw: st.DrawFn, way: Way) -> SourceFile:
     assert made.content is not None
     if kind == "nothing" and not compression and not made.content:
         compression = "gzip"                                         # a file without a byte is left out
-    return replace(made, content=COMPRESS[compression](made.content), compression=compression, path=made.path + ending)
+    return replace(made, content=COMPRESS[compression](made.content), compression=compression,
+                   path=made.path + ending)
 
 
 @st.composite
@@ -162,7 +171,8 @@ def _text_files(draw: st.DrawFn, way: Way, kind: str) -> SourceFile:
     if kind == "like":
         (text,) = parts = [draw(st.sampled_from(LOOKS_LIKE))]
     else:
-        parts = [f"t{number} " + draw(texts(encoding)) for number in range(draw(st.integers(1, 4 if way.separator else 1)))]
+        number_of = draw(st.integers(1, 4 if way.separator else 1))
+        parts = [f"t{number} " + draw(texts(encoding)) for number in range(number_of)]
         line = draw(st.sampled_from(["\n", "\r\n"])) if way.separator else ""
         parts = [part + "\n" for part in parts[:-1]] + parts[-1:]
         text = f"{way.separator}{line}".join(parts)
@@ -184,18 +194,21 @@ def _record_files(draw: st.DrawFn, way: Way, kind: str) -> SourceFile:
         delimiter = draw(st.sampled_from([",", ";"])) if kind == "CSV" else delimiter
     encoding, mark = draw(_marked(way.encoding)) if kind != "Parquet" else ("utf-8", b"")
     some = st.one_of(st.none(), texts("utf-8" if kind == "JSON" else encoding, surrogates=kind == "JSON"))
-    rows = st.builds(Record, some, st.sampled_from([one for one in DOMAINS if one is None or _fits(one, encoding)]))
+    domains = [one for one in DOMAINS if one is None or _fits(one, encoding)]
+    rows = st.builds(Record, some, st.sampled_from(domains))
     records = [Record("a first text", "web"), *draw(st.lists(rows, max_size=6))]
     match kind:
         case "JSON":
             text, ascii_only = json_file(records, way.keys, way.chance)
-            content = mark + text.encode(encoding) if _fits(text, encoding) else json_ascii(records, way, mark, encoding)
+            fits = _fits(text, encoding)
+            content = mark + text.encode(encoding) if fits else json_ascii(records, way, mark, encoding)
         case "Parquet":
             content = parquet_file(records, way.keys, way.chance)
         case _:
             content = mark + table_file(records, way.keys, delimiter, way.chance).encode(encoding)
     documents, empty, undecodable = expected(records, way.keys)
-    return SourceFile(name, content, format=kind, suffix=suffix, documents=documents, empty=empty, undecodable=undecodable)
+    return SourceFile(name, content, format=kind, suffix=suffix, documents=documents, empty=empty,
+                      undecodable=undecodable)
 
 
 def json_ascii(records: list[Record], way: Way, mark: bytes, encoding: str) -> bytes:
@@ -237,7 +250,8 @@ def splits(draw: st.DrawFn) -> Split:
     return Split(shape, level, {"train": "train", "valid": draw(st.sampled_from(VALID)), "test": "test"})
 
 
-def _placed(file: SourceFile, number: int, draw: st.DrawFn, split: Split | None, side: str | None = None) -> SourceFile:
+def _placed(file: SourceFile, number: int, draw: st.DrawFn, split: Split | None,
+            side: str | None = None) -> SourceFile:
     """The file somewhere in the tree. Domains of documents that name none follow from it."""
     folder = draw(st.sampled_from(FOLDERS))
     side = side or (draw(st.sampled_from(["train", "train", "valid", "test", ""])) if split else "")
@@ -247,11 +261,13 @@ def _placed(file: SourceFile, number: int, draw: st.DrawFn, split: Split | None,
         split, top = None, folder
     else:
         top = split.level + (folder if split.shape == "folders" else "")
-    places = [_place(file.path, place, folder if place == number else folder and folder + "moved/", split, side)
+    moved = folder and folder + "moved/"
+    places = [_place(file.path, place, folder if place == number else moved, split, side)
               for place in (number, 1000 - number)]
     domain = top.partition("/")[0] or file.suffix
+    documents = tuple((own or domain, text) for own, text in file.documents)
     return replace(file, path=places[0], elsewhere=places[1], side=side or "train", suffix="",
-                   reason="test split" if side == "test" else "", documents=tuple((own or domain, text) for own, text in file.documents))
+                   reason="test split" if side == "test" else "", documents=documents)
 
 
 def _place(pattern: str, number: int, folder: str, split: Split | None, side: str) -> str:

@@ -1,10 +1,10 @@
-"""Real ranks for tests: n processes joined by gloo on this machine, one process group per world size for many cases.
+"""Ranks for tests: n processes joined by gloo on this machine, started once per world size for many cases.
 
     with Ranks(4) as ranks:
         results = ranks.run(function, *arguments)      # function(*arguments) on every rank; results by rank
 
-`function` must be importable (a module-level name). The first failure is raised again here, with its traceback and rank;
-a rank that does not answer within the limit is named.
+`function` must be importable (a module-level name). The first failure is raised again here, with its
+traceback and rank; a rank that does not answer within the limit is named.
 """
 
 import itertools
@@ -22,8 +22,15 @@ AFTER_FAILURE_S = 5
 
 
 class Ranks:
-    """lasting: one process group for all tasks, for libraries that keep groups themselves; otherwise each has its own.
-    simulated: every rank has a CUDA device in host memory, and nccl (tests/support/simulated_device)."""
+    """Processes that run functions as the ranks of one world.
+
+    Args:
+        size: number of ranks.
+        lasting: one process group for all tasks, for libraries that keep groups themselves; otherwise each
+            task has
+            its own.
+        simulated: every rank has a CUDA device in host memory, and nccl (tests/support/simulated_device).
+    """
 
     def __init__(self, size: int, *, lasting: bool = False, simulated: bool = False) -> None:
         self.size = size
@@ -32,7 +39,8 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs, lasting, simulated), daemon=True)
+            process = context.Process(target=_serve, daemon=True,
+                                      args=(rank, size, port, theirs, lasting, simulated))
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -51,7 +59,7 @@ class Ranks:
         return [results[rank][1] for rank in range(self.size)]
 
     def _collect(self) -> dict[int, tuple[str, Any]]:
-        """What every rank answered; after a failure the others get a few seconds, since they may wait for it."""
+        """Answers of the ranks; after a failure the others get a few seconds, since they may wait for it."""
         deadline, results = time.monotonic() + LIMIT_S, {}
         while len(results) < self.size and time.monotonic() < deadline:
             waiting = {self.pipes[rank]: rank for rank in range(self.size) if rank not in results}
@@ -78,7 +86,7 @@ class Ranks:
 
 
 def _on_host(result: Any) -> Any:
-    """Tensors of a device cannot be sent."""
+    """Move the tensors of a result to the host: those of a device cannot be sent."""
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
 
@@ -106,10 +114,12 @@ def _serve(rank: int, size: int, port: int, pipe: Any, lasting: bool, simulated:
     for number in itertools.count():
         if simulated:
             torch.cuda.set_device(rank)              # a task may have chosen another
-        # Every task has a world of its own: a gloo group keeps a thread that wakes all the time, and tasks make many.
+        # Every task has a world of its own: a gloo group keeps a thread that wakes all the time, and tasks
+        # make many groups.
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if simulated else "gloo", store=dist.PrefixStore(str(number), store), rank=rank,
-                                    world_size=size, device_id=torch.device("cuda", rank) if simulated else None)
+            dist.init_process_group("nccl" if simulated else "gloo", rank=rank, world_size=size,
+                                    store=dist.PrefixStore(str(number), store),
+                                    device_id=torch.device("cuda", rank) if simulated else None)
         task = pipe.recv()
         if task is None:
             break

@@ -1,4 +1,4 @@
-"""Starting the scripts of launch/ as processes, and reading the run they leave."""
+"""Start the scripts of launch/ as processes, and read the run that they leave."""
 
 import contextlib
 import json
@@ -16,16 +16,21 @@ TINY = ["experiment=debug", "run.device=cpu", "model.dim=32", "train.seq_len=16"
 
 
 def environment(**settings: object) -> dict[str, str]:
-    ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "NODES", "NODE_RANK", "HEAD", "PORT", "NPROC", "GLOO_SOCKET_IFNAME"}
-    clean = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("SLURM")}
-    return {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in settings.items()}}
+    ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "NODES", "NODE_RANK", "HEAD", "PORT", "NPROC",
+            "GLOO_SOCKET_IFNAME"}
+    clean = {name: value for name, value in os.environ.items()
+             if name not in ours and not name.startswith("SLURM")}
+    typed = {name: str(value) for name, value in settings.items()}
+    return {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **typed}
 
 
 @contextlib.contextmanager
-def started(script: str, *overrides: str, prefix: tuple[str, ...] = (), **settings: object) -> Iterator[subprocess.Popen]:
+def started(script: str, *overrides: str, prefix: tuple[str, ...] = (),
+            **settings: object) -> Iterator[subprocess.Popen]:
     """launch/<script> on one node, until the block ends."""
-    process = subprocess.Popen([*prefix, "bash", str(ROOT / "launch" / script), *overrides], env=environment(**settings),
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [*prefix, "bash", str(ROOT / "launch" / script), *overrides]
+    process = subprocess.Popen(command, env=environment(**settings), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
@@ -47,7 +52,7 @@ def two_nodes(*overrides: str, head: str = "127.0.0.1", prefixes: tuple[tuple[st
 
 
 def ended(process: subprocess.Popen, limit_s: float = 120) -> tuple[int, str]:
-    """(exit code, output)"""
+    """Exit code and output of a process, once it has ended."""
     output, _ = process.communicate(timeout=limit_s)
     return process.returncode, output
 
@@ -80,7 +85,8 @@ def ranks(run: Path) -> list[int]:
         with contextlib.suppress(OSError, ValueError):
             words = (entry / "cmdline").read_bytes().decode().split("\0")
             variables = (entry / "environ").read_bytes().split(b"\0")
-            if f"run.dir={run}" in words and any(variable.startswith(b"LOCAL_RANK=") for variable in variables):
+            is_rank = any(variable.startswith(b"LOCAL_RANK=") for variable in variables)
+            if f"run.dir={run}" in words and is_rank:
                 found.append(int(entry.name))
     return found
 

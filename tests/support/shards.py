@@ -15,8 +15,8 @@ def write_documents(path: Path, documents: Sequence[np.ndarray], *, vocab_size: 
     """A shard of documents; `rest` as `write_shard` takes it."""
     dtype = token_dtype(vocab_size)
     offsets = np.cumsum([0, *map(len, documents)])
-    write_shard(path, tokens=np.concatenate([np.zeros(0, dtype), *documents]).astype(dtype), offsets=offsets, vocab_size=vocab_size,
-                **rest)
+    tokens = np.concatenate([np.zeros(0, dtype), *documents]).astype(dtype)
+    write_shard(path, tokens=tokens, offsets=offsets, vocab_size=vocab_size, **rest)
 
 
 def with_header(path: Path, **changes: object) -> Path:
@@ -25,5 +25,6 @@ def with_header(path: Path, **changes: object) -> Path:
     length = struct.unpack_from("<I", raw, 12)[0]
     header = json.loads(raw[20:20 + length]) | changes
     encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<8sIII", raw[:8], 1, len(encoded), zlib.crc32(encoded)) + encoded + raw[20 + length:])
+    prefix = struct.pack("<8sIII", raw[:8], 1, len(encoded), zlib.crc32(encoded))
+    path.write_bytes(prefix + encoded + raw[20 + length:])
     return path

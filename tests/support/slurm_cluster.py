@@ -39,7 +39,8 @@ class Cluster:
 
     def finished(self, number: str, limit_s: float = 300) -> dict[str, str]:
         """The job, once it has ended for good."""
-        until(lambda: self.state(number) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), limit_s)
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        until(lambda: self.state(number) in ended, limit_s)
         return self.job(number)
 
     def empty(self) -> None:
@@ -56,9 +57,11 @@ def running_cluster() -> Iterator[Cluster]:
     try:
         _configure(folder)
         cluster = Cluster(folder)
-        for command in (_munged(folder), ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+        slurm = ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]
+        for command in (_munged(folder), *slurm):
             log = (folder / f"{'-'.join(command[:1] + command[3:])[:20].replace('/', '_')}.out").open("wb")
-            daemons.append(subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log, cwd=folder))
+            daemons.append(subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log,
+                                            cwd=folder))
             log.close()
             if command[0] == "munged":
                 until((folder / "munge" / "socket").exists, 10)
@@ -78,18 +81,20 @@ def running_cluster() -> Iterator[Cluster]:
 def _wait(cluster: Cluster, folder: Path, limit_s: float = 40) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
-        done = subprocess.run(["sinfo", "--noheader", "--format=%D %t"], env=cluster.environment, text=True, capture_output=True)
+        done = subprocess.run(["sinfo", "--noheader", "--format=%D %t"], env=cluster.environment,
+                              text=True, capture_output=True)
         if done.stdout.strip() == "2 idle":
             return
         time.sleep(0.2)
-    logs = "\n".join(f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in [*folder.glob("*.log"), *folder.glob("*.out")])
+    files = [*folder.glob("*.log"), *folder.glob("*.out")]
+    logs = "\n".join(f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in files)
     pytest.skip(f"Slurm is installed and does not run here:\n{logs}")
 
 
 def _munged(folder: Path) -> list[str]:
     munge = folder / "munge"
-    return ["munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket", f"--pid-file={munge}/pid",
-            f"--log-file={munge}/log", f"--seed-file={munge}/seed"]
+    return ["munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket",
+            f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"]
 
 
 def _configure(folder: Path) -> None:
@@ -100,8 +105,8 @@ def _configure(folder: Path) -> None:
     (folder / "munge" / "key").chmod(0o400)
     host = socket.gethostname().partition(".")[0]
     user = subprocess.run(["id", "-un"], text=True, capture_output=True).stdout.strip()
-    nodes = "\n".join(f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=1000 Gres=gpu:2"
-                      for number in (1, 2))
+    nodes = "\n".join(f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} "
+                      "CPUs=2 RealMemory=1000 Gres=gpu:2" for number in (1, 2))
     for number in range(2):                              # plain files in the place of a GPU's device
         (folder / f"gpu{number}").touch()
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")

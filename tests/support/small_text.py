@@ -1,4 +1,4 @@
-"""Text for runs of a few steps: two domains of short documents, all different, since equal ones are read once."""
+"""Text for runs of a few steps: two domains of short documents, all different (equal ones are read once)."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ WORDS = {"letters": ("abc", "de", "f", "ghij"), "numbers": ("12", "345", "6", "7
 
 
 def write(folder: Path, documents: int = 30) -> Path:
-    """A folder for each domain with so many files; the folder."""
+    """Write a folder with so many files for each domain."""
     for domain, words in WORDS.items():
         (folder / domain).mkdir(parents=True)
         for number in range(documents):
-            said = (f"{words[(number * place + place) % 4]} {place + number}." for place in range(5 + 7 * (number % 5)))
+            said = (f"{words[(number * place + place) % 4]} {place + number}."
+                    for place in range(5 + 7 * (number % 5)))
             (folder / domain / f"{number}.txt").write_text(" ".join(said))
     return folder

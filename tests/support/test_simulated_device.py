@@ -43,7 +43,8 @@ def refusals() -> dict[str, Callable[[], object]]:
         "embedding": lambda: F.embedding(host_ids, x),
         "cross entropy": lambda: F.cross_entropy(x, torch.tensor([0, 1, 2, 3])),
         "host by an index of the device": lambda: host[ids],
-        "grouped_mm with offsets of the host": lambda: F.grouped_mm(b16, stack, offs=torch.tensor([2, 4], dtype=torch.int32)),
+        "grouped_mm with offsets of the host": lambda: F.grouped_mm(
+            b16, stack, offs=torch.tensor([2, 4], dtype=torch.int32)),
         "out of the host": lambda: torch.add(x, x, out=torch.empty(4, 4)),
         "bucketize": lambda: torch.bucketize(host, x[0]),
         "index_add": lambda: x.index_add(0, host_ids, x[:2]),
@@ -65,12 +66,14 @@ def permissions() -> dict[str, Callable[[], object]]:
         "a number": lambda: x * 2 + 1,
         "a tensor without dimensions": lambda: x * torch.tensor(2.0),
         "an index of the host": lambda: x[torch.tensor([0, 2])],
-        "a place by an index of the host": lambda: x.index_put_((torch.tensor([1]),), torch.zeros(4, device="cuda")),
+        "a place by an index of the host": lambda: x.index_put_(
+            (torch.tensor([1]),), torch.zeros(4, device="cuda")),
         "a mask of the host": lambda: x[torch.tensor([True, False, True, False])],
         "a copy": lambda: x.copy_(torch.ones(4, 4)),
         "where with a number": lambda: torch.where(x > 0, x, 0.0),
         "masked_fill": lambda: x.masked_fill(x > 0, 0.0),
-        "a generator of the device": lambda: torch.randn(3, device="cuda", generator=torch.Generator(device="cuda")),
+        "a generator of the device": lambda: torch.randn(
+            3, device="cuda", generator=torch.Generator(device="cuda")),
     }
 
 
@@ -96,9 +99,11 @@ def _permitted() -> dict[str, str]:
 def test_what_a_gpu_refuses_is_refused(device) -> None:
     (found,) = device.run(_refused)
     assert {name for name, error in found.items() if not error} == set()
-    mixed = [name for name in found if name not in (
-        "numpy", "asarray", "an ordinal that is not there", "a product of integers", "a generator of the host", "host by an index of the device")]
-    assert {name: found[name] for name in mixed if not any(words in found[name] for words in TWO_DEVICES)} == {}
+    others = ("numpy", "asarray", "an ordinal that is not there", "a product of integers",
+              "a generator of the host", "host by an index of the device")
+    mixed = {name: error for name, error in found.items() if name not in others}
+    assert {name: error for name, error in mixed.items()
+            if not any(words in error for words in TWO_DEVICES)} == {}
 
 
 def test_what_a_gpu_permits_is_permitted(device) -> None:
@@ -128,16 +133,17 @@ def _arithmetic() -> dict[str, object]:
     kept = torch.cuda.memory_allocated() - before
     del unwritten, view
     left = torch.cuda.memory_allocated() - before
-    return {**results, "threads": len(threads), "versions": versions, "shared": shared, "kept": kept, "left": left,
-            "nan": bool(torch.empty(3, device="cuda").isnan().all())}
+    return {**results, "threads": len(threads), "versions": versions, "shared": shared, "kept": kept,
+            "left": left, "nan": bool(torch.empty(3, device="cuda").isnan().all())}
 
 
 def test_it_computes_what_the_cpu_does_and_counts_its_memory(device) -> None:
     (found,) = device.run(_arithmetic)
     for ours, theirs in zip(found["device"], found["host"], strict=True):
         assert ours.equal(theirs)
-    assert found["threads"] == 2                                                 # backward runs in the device's own
-    assert found["versions"] == (0, 1) and found["shared"] == [2.0, 2.0]         # a view shares memory and version
+    assert found["threads"] == 2                             # backward runs in the device's own
+    # A view shares memory and version.
+    assert found["versions"] == (0, 1) and found["shared"] == [2.0, 2.0]
     assert found["kept"] == 12 and found["left"] == 0 and found["nan"]
 
 
@@ -152,13 +158,16 @@ def _reads() -> dict[str, dict[str, int]]:
     x, ids = torch.randn(4, device="cuda"), torch.tensor([0, 1, 1], device="cuda")
     pinned = torch.ones(4, pin_memory=True)
     operations: dict[str, Callable[[], object]] = {
-        "item": lambda: x[0].item(), "tolist": lambda: x.tolist(), "bool": lambda: bool(x[0] > 0), "cpu": lambda: x.cpu(),
-        "to the device": lambda: torch.ones(4).to("cuda"), "mask": lambda: x[x > 0], "nonzero": lambda: x.nonzero(),
+        "item": lambda: x[0].item(), "tolist": lambda: x.tolist(), "bool": lambda: bool(x[0] > 0),
+        "cpu": lambda: x.cpu(), "to the device": lambda: torch.ones(4).to("cuda"),
+        "mask": lambda: x[x > 0], "nonzero": lambda: x.nonzero(),
         "bincount": lambda: ids.bincount(), "repeat_interleave": lambda: x[:3].repeat_interleave(ids),
-        "synchronize": lambda: torch.cuda.synchronize(), "pageable": lambda: torch.ones(4).to("cuda", non_blocking=True),
-        "int": lambda: [1, 2, 3][ids[0]], "range": lambda: range(int(ids.max())), "format": lambda: f"{x[0]:.2f}",
-        "equal": lambda: torch.equal(x, x), "unique": lambda: ids.unique(),
-        "masked_select": lambda: x.masked_select(x > 0), "a number into a place": lambda: x.__setitem__(0, 2.0),
+        "synchronize": lambda: torch.cuda.synchronize(),
+        "pageable": lambda: torch.ones(4).to("cuda", non_blocking=True),
+        "int": lambda: [1, 2, 3][ids[0]], "range": lambda: range(int(ids.max())),
+        "format": lambda: f"{x[0]:.2f}", "equal": lambda: torch.equal(x, x), "unique": lambda: ids.unique(),
+        "masked_select": lambda: x.masked_select(x > 0),
+        "a number into a place": lambda: x.__setitem__(0, 2.0),
         "an index of the host": lambda: x[torch.tensor([0, 1])],
         "the host's memory back": lambda: torch.empty(4).copy_(x),
         "event": lambda: torch.cuda.current_stream().record_event().synchronize(),
@@ -220,7 +229,8 @@ def _outcomes_of_two(folder: Path) -> dict[str, str]:
     assert ours.tolist() == [2.0, 2.0]
     dist.destroy_process_group()
     with pytest.raises(RuntimeError, match="Duplicate GPU"):
-        dist.init_process_group("nccl", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2,
+        store = dist.FileStore(str(folder / "store"), 2)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=2,
                                 device_id=torch.device("cuda", 0))
     return found
 
@@ -228,5 +238,6 @@ def _outcomes_of_two(folder: Path) -> dict[str, str]:
 def test_two_devices_and_their_groups(devices, tmp_path: Path) -> None:
     for rank, found in enumerate(devices(2).run(_outcomes_of_two, tmp_path)):
         permitted = {name for name, error in found.items() if not error}
-        warned = {"barrier without a device"} if rank == 1 else set()                # torch warns on rank 0 alone
+        # torch warns on rank 0 alone.
+        warned = {"barrier without a device"} if rank == 1 else set()
         assert permitted == {name for name in found if name.startswith("permitted")} | warned, found

@@ -9,14 +9,20 @@ GPT_2, LLAMA_3 = (20240520, 1, np.uint16), (20240801, 7, np.uint32)
 
 
 def nanogpt(path: Path, ids: np.ndarray) -> None:
-    """karpathy/nanoGPT data/openwebtext/prepare.py and data/shakespeare_char/prepare.py: uint16 without a header."""
+    """Write uint16 without a header, as karpathy/nanoGPT does.
+
+    data/openwebtext/prepare.py and data/shakespeare_char/prepare.py.
+    """
     written = np.memmap(path, dtype=np.uint16, mode="w+", shape=(len(ids),))
     written[:] = ids
     written.flush()
 
 
 def llmc(path: Path, ids: np.ndarray, kind: tuple[int, int, type] = GPT_2) -> None:
-    """karpathy/llm.c dev/data/data_common.py write_datafile; KellerJordan/modded-nanogpt reads the first kind."""
+    """Write as write_datafile of karpathy/llm.c does (dev/data/data_common.py).
+
+    KellerJordan/modded-nanogpt reads the first kind.
+    """
     magic, version, dtype = kind
     header = np.zeros(256, dtype=np.int32)
     header[0], header[1], header[2] = magic, version, len(ids)
@@ -26,7 +32,10 @@ def llmc(path: Path, ids: np.ndarray, kind: tuple[int, int, type] = GPT_2) -> No
 
 
 def olmo(path: Path, ids: np.ndarray, dtype: type = np.uint16) -> None:
-    """allenai/dolma python/dolma/tokenizer/memmap_writer.py: a memory map that is named .npy and has no header."""
+    """Write a memory map that is named .npy and has no header, as allenai/dolma does.
+
+    python/dolma/tokenizer/memmap_writer.py.
+    """
     written = np.memmap(filename=path, dtype=dtype, mode="w+", shape=(len(ids),))
     written[:] = ids
     written.flush()

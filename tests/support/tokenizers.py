@@ -15,8 +15,9 @@ from tokenizers import (
     trainers,
 )
 
-WORDS = ("router expert token weight shard layer gate \u00fcber Stra\u00dfe caf\u00e9 na\u00efve 2026 12345 0.5 don't (see) x=y; "
-         "\u4f60\u597d \u4e16\u754c \u6a21\u578b \u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627").split()
+WORDS = ("router expert token weight shard layer gate \u00fcber Stra\u00dfe caf\u00e9 na\u00efve "
+         "2026 12345 0.5 don't (see) x=y; \u4f60\u597d \u4e16\u754c \u6a21\u578b "
+         "\u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627").split()
 SPECIAL = ["<unk>", "</s>", "<|endoftext|>"]
 
 
@@ -28,7 +29,8 @@ def prose(seed: int, words: int) -> str:
 
 
 # Runs of a letter have tokens too, of several lengths: where such a run is cut decides which ones.
-_RUNS = " ".join(letter * length for letter in ("a", "=", "7", "\u5b57", " ") for length in (2, 3, 5, 8, 13)) + " "
+_RUNS = " ".join(letter * length for letter in ("a", "=", "7", "\u5b57", " ")
+                 for length in (2, 3, 5, 8, 13)) + " "
 _TRAINING = [prose(seed, 400) + 20 * _RUNS for seed in range(4)]
 
 
@@ -39,23 +41,25 @@ def byte_level_bpe(size: int = 600) -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.ByteLevel(trim_offsets=True)
     made.train_from_iterator(_TRAINING, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=size, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return made
 
 
 def _byte_fallback(first: bool) -> Tokenizer:
     alphabet = [f"<0x{number:02X}>" for number in range(256)]
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    if first:                                        # Llama 2: a mark in front of the text, and no pre-tokenizer
-        made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    if first:                                        # Llama 2: a mark before the text, and no pre-tokenizer
+        made.normalizer = normalizers.Sequence([
+            normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     else:
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                      decoders.Strip(" ", 1, 0)])
+    made.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     latin = [text.encode("ascii", "ignore").decode().replace("\n", " ") for text in _TRAINING]
     made.train_from_iterator([word for text in latin for word in text.split(" ")], trainers.BpeTrainer(
         vocab_size=256 + 300, special_tokens=[*SPECIAL, *alphabet], show_progress=False))
-    for token in alphabet:                           # of the vocabulary, and no special ones: as in a converted model
+    for token in alphabet:                           # in the vocabulary, not special: as in a converted model
         assert made.token_to_id(token) is not None
     return _without_added(made, alphabet)
 
@@ -82,7 +86,8 @@ def word_piece() -> Tokenizer:
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
-    made.train_from_iterator(_TRAINING, trainers.WordPieceTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False))
+    made.train_from_iterator(_TRAINING, trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=SPECIAL, show_progress=False))
     return made
 
 

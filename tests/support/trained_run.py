@@ -9,7 +9,8 @@ import pytest
 from moetrain.__main__ import main
 
 WORDS = "the cat sat on a mat and dog ran after it while sun was shining over hills rivers".split()
-SMALL = ["experiment=debug", "data=text", "run.steps=3", "run.device=cpu", "model.dim=32", "train.seq_len=16", "train.global_batch=4"]
+SMALL = ["experiment=debug", "data=text", "run.steps=3", "run.device=cpu", "model.dim=32",
+         "train.seq_len=16", "train.global_batch=4"]
 
 
 def corpus(folder: Path, *, documents: int = 24, seed: int = 0) -> Path:
@@ -18,7 +19,8 @@ def corpus(folder: Path, *, documents: int = 24, seed: int = 0) -> Path:
     for domain in ("letters", "notes"):
         (folder / domain).mkdir(parents=True)
         for number in range(documents):
-            (folder / domain / f"{number}.txt").write_text(f"{seed} {number}: " + " ".join(draw.choices(WORDS, k=120)))
+            text = " ".join(draw.choices(WORDS, k=120))
+            (folder / domain / f"{number}.txt").write_text(f"{seed} {number}: {text}")
     return folder
 
 
@@ -40,4 +42,5 @@ def losses(record: dict) -> dict[str, float]:
 
 def files(directory: Path) -> dict[str, int]:
     """Everything below a folder, with its time of change."""
-    return {str(path.relative_to(directory)): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    return {str(path.relative_to(directory)): path.stat().st_mtime_ns
+            for path in directory.rglob("*") if path.is_file()}

@@ -33,7 +33,8 @@ def walk(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         yield path, thing
         if thing.is_leaf and thing.grad is not None:
             yield f"{path}.grad", thing.grad
-    elif isinstance(thing, (np.ndarray, torch.Generator, np.random.Generator, np.random.BitGenerator, random.Random)):
+    elif isinstance(thing, (np.ndarray, torch.Generator, np.random.Generator, np.random.BitGenerator,
+                            random.Random)):
         yield path, thing
     elif isinstance(thing, dict):
         for number, (key, value) in enumerate(thing.items()):
@@ -76,7 +77,8 @@ def unsaved(run: Run) -> list[str]:
     counters = {f"run.state.{name}" for name in run.state.values()}
     lost = []
     for path, value in walk(run, "run", set()):
-        if before.get(path) == frozen(value) or path in counters or any(re.search(rebuilt, path) for rebuilt in REBUILT):
+        made_anew = any(re.search(rebuilt, path) for rebuilt in REBUILT)
+        if before.get(path) == frozen(value) or path in counters or made_anew:
             continue
         if not (isinstance(value, torch.Tensor) and local(value).untyped_storage().data_ptr() in saved):
             lost.append(path)

@@ -13,16 +13,16 @@ from tests.support.simulated_device.operators import tensors_of
 from tests.support.simulated_device.waits import RECORD
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_BESIDE: dict[str, dist.ProcessGroup] = {}           # by the name of a group: the gloo group of the same ranks
+_BESIDE: dict[str, dist.ProcessGroup] = {}           # gloo group of the same ranks, by the name of a group
 
 
 def moves_bytes(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group over gloo that stands behind a group."""
+    """The gloo group that stands behind a group."""
     return _BESIDE.get(group.group_name, group)
 
 
 def _kept_alias(tensor: Tensor) -> Tensor:
-    """An alias that keeps the device's memory: a collective may still read it when its caller has let go of it."""
+    """Alias that keeps the device's memory: a collective may still read it when its caller has let go."""
     same = alias(tensor)
     same.untyped_storage().of_device = tensor.untyped_storage()
     return same
@@ -31,7 +31,8 @@ def _kept_alias(tensor: Tensor) -> Tensor:
 def _collective(name: str) -> Callable:
     op = getattr(torch.ops.c10d, name).default
     schema = op._schema
-    group_at = next(place for place, argument in enumerate(schema.arguments) if argument.name == "process_group")
+    group_at = next(place for place, argument in enumerate(schema.arguments)
+                    if argument.name == "process_group")
 
     def run(*args: Any) -> Any:
         args = list(args)
@@ -66,10 +67,10 @@ def _nested(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return [_nested(entry, change) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-_COLLECTIVES = ("allreduce_", "allreduce_coalesced_", "broadcast_", "allgather_", "_allgather_base_", "allgather_coalesced_",
-                "allgather_into_tensor_coalesced_", "reduce_scatter_", "_reduce_scatter_base_",
-                "reduce_scatter_tensor_coalesced_", "reduce_", "gather_", "scatter_", "alltoall_", "alltoall_base_", "send",
-                "recv_", "barrier")
+_COLLECTIVES = ("allreduce_", "allreduce_coalesced_", "broadcast_", "allgather_", "_allgather_base_",
+                "allgather_coalesced_", "allgather_into_tensor_coalesced_", "reduce_scatter_",
+                "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_", "gather_", "scatter_",
+                "alltoall_", "alltoall_base_", "send", "recv_", "barrier")
 
 
 def register_collectives() -> torch.library.Library:
@@ -78,7 +79,8 @@ def register_collectives() -> torch.library.Library:
         library.impl(name, _collective(name), allow_override=True)
     init, new_group, backend_of = dist.init_process_group, dist.new_group, dist.get_backend
 
-    def init_process_group(backend: str | None = None, *args: Any, device_id: torch.device | None = None, **kwargs: Any) -> None:
+    def init_process_group(backend: str | None = None, *args: Any, device_id: torch.device | None = None,
+                           **kwargs: Any) -> None:
         _NCCL.clear()                                # names of groups come again
         _BESIDE.clear()
         if backend != "nccl":
@@ -90,7 +92,8 @@ def register_collectives() -> torch.library.Library:
 
     def make_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
         world = dist.group.WORLD
-        device, world.bound_device_id = world.bound_device_id, None      # with it torch wants to split, which gloo cannot
+        # With it torch wants to split, which gloo cannot.
+        device, world.bound_device_id = world.bound_device_id, None
         if world.group_name in _NCCL and kwargs.get("backend") in (None, "nccl"):
             group = new_group(ranks, *args, **{**kwargs, "backend": "cuda:gloo"})
             beside = new_group(ranks, backend="gloo")
@@ -105,14 +108,16 @@ def register_collectives() -> torch.library.Library:
         _NCCL.add(group.group_name)
         _BESIDE[group.group_name] = beside
         group.bound_device_id = device
-        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)       # otherwise it complains of a backend of type 0
+        # Otherwise it complains of a backend of type 0.
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
 
     def get_backend(group: Any = None) -> str:
         name = (group or dist.group.WORLD).group_name
         return "nccl" if name in _NCCL else backend_of(group)
 
     for module in (dist, dist.distributed_c10d):
-        module.init_process_group, module.new_group, module.get_backend = init_process_group, make_group, get_backend
+        module.init_process_group, module.new_group = init_process_group, make_group
+        module.get_backend = get_backend
     return library
 
 

@@ -1,4 +1,4 @@
-"""The functions of torch.cuda that moetrain, FSDP2 and DeepSpeed call, for the simulated devices."""
+"""Functions of torch.cuda that moetrain, FSDP2 and DeepSpeed call, for the simulated devices."""
 
 import ctypes
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ class _Properties(NamedTuple):
     total_memory: int = 8 << 30
     multi_processor_count: int = 132
     warp_size: int = 32
-    L2_cache_size: int = 1 << 20             # less than a GPU has: benchmarks hold inputs of three times its size
+    L2_cache_size: int = 1 << 20             # less than a GPU's: inputs of benchmarks are 3 times its size
     clock_rate: int = 1_000_000              # kHz
 
 
@@ -90,23 +90,30 @@ def patch_cuda(devices: int) -> None:
         return _Stream(stream_id=guard.simulated_stream(device.index), device_index=device.index,
                        device_type=torch._C._autograd.DeviceType.CUDA.value)
 
-    total = _Properties().total_memory
+    total, seed = _Properties().total_memory, torch.default_generator.manual_seed
+
+    def reset_peak(device: Any = None) -> None:
+        index = _device(device).index
+        peak[index] = allocated[index]
+
     replaced: dict[str, Any] = {
-        "is_available": lambda: True, "device_count": lambda: devices, "current_device": lambda: guard.simulated_device(),
-        "set_device": set_device, "synchronize": synchronize, "init": lambda: None, "_lazy_init": lambda: None,
+        "is_available": lambda: True, "device_count": lambda: devices,
+        "current_device": lambda: guard.simulated_device(), "set_device": set_device,
+        "synchronize": synchronize, "init": lambda: None, "_lazy_init": lambda: None,
         "is_initialized": lambda: True, "_is_in_bad_fork": lambda: False, "_is_compiled": lambda: True,
-        "Stream": _Stream, "Event": torch.Event, "stream": _InStream, "device": _OnDevice, "current_stream": stream_of,
-        "default_stream": stream_of, "empty_cache": lambda: None, "is_bf16_supported": lambda *_, **__: True,
+        "Stream": _Stream, "Event": torch.Event, "stream": _InStream, "device": _OnDevice,
+        "current_stream": stream_of, "default_stream": stream_of, "empty_cache": lambda: None,
+        "is_bf16_supported": lambda *_, **__: True,
         "memory_allocated": lambda device=None: allocated[_device(device).index],
         "memory_reserved": lambda device=None: allocated[_device(device).index],
         "max_memory_allocated": lambda device=None: peak[_device(device).index],
         "max_memory_reserved": lambda device=None: peak[_device(device).index],
-        "reset_peak_memory_stats": lambda device=None: peak.__setitem__(_device(device).index, allocated[_device(device).index]),
+        "reset_peak_memory_stats": reset_peak,
         "mem_get_info": lambda device=None: (total - allocated[_device(device).index], total),
         "get_device_name": lambda device=None: _Properties().name,
         "get_device_properties": lambda device=None: _Properties(),
         "get_device_capability": lambda device=None: CAPABILITY,
-        "manual_seed": torch.default_generator.manual_seed, "manual_seed_all": torch.default_generator.manual_seed, "_sleep": lambda cycles: None,
+        "manual_seed": seed, "manual_seed_all": seed, "_sleep": lambda cycles: None,
     }
     for name, value in replaced.items():
         setattr(cuda, name, value)
@@ -121,7 +128,10 @@ def patch_cuda(devices: int) -> None:
 
 
 def _patch_profiler() -> None:
-    """A CPU build has no tracer of kernels and prints a stack for every operator where it is asked for one."""
+    """Profile the CPU alone.
+
+    A CPU build has no tracer of kernels and prints a stack for every operator where it is asked for one.
+    """
     init = _KinetoProfile.__init__
 
     def of_the_host(profile: _KinetoProfile, *, activities: object = None, **options: Any) -> None:

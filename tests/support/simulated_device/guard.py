@@ -36,7 +36,8 @@ def built() -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(f".{os.getpid()}")       # two processes may build at once
-        subprocess.run(["g++", "-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-isystem", str(folder / "include"), str(SOURCE),
-                        "-L", str(folder / "lib"), "-ltorch_cpu", "-lc10", "-o", str(unfinished)], check=True)
+        torch_paths = ["-isystem", str(folder / "include"), str(SOURCE), "-L", str(folder / "lib")]
+        subprocess.run(["g++", "-std=c++20", "-O1", "-g0", "-fPIC", "-shared", *torch_paths,
+                        "-ltorch_cpu", "-lc10", "-o", str(unfinished)], check=True)
         unfinished.rename(target)
     return target

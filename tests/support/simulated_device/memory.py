@@ -1,4 +1,4 @@
-"""Device memory on the host: tensors of the device over malloc blocks, aliases of them on the CPU, and bytes in use."""
+"""Device memory on the host: tensors of the device over malloc blocks, CPU aliases of them, bytes in use."""
 
 import ctypes
 import weakref
@@ -17,9 +17,9 @@ class _Tensor(ctypes.Structure):
     """DLPack's DLManagedTensor."""
 
     _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-                ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
-                ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
+                ("lanes", ctypes.c_uint16), ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p),
+                ("byte_offset", ctypes.c_uint64), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
 _libc = ctypes.CDLL(None)
@@ -37,7 +37,7 @@ allocated, peak = Counter[int](), Counter[int]()     # bytes, by device
 
 def _from_memory(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtype, *, device: int | None,
                  data: int | None = None) -> Tensor:
-    """A tensor over `data`, or over new memory that goes with it. device: None for the CPU."""
+    """Tensor over `data`, or over new memory that goes with it; `device` is None for the CPU."""
     sizes, strides = tuple(sizes), tuple(strides)
     extent = 0 if 0 in sizes else 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides))
     room = extent * dtype.itemsize if data is None else 0
@@ -49,7 +49,8 @@ def _from_memory(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtyp
     whole = (ctypes.c_int64 * (2 * len(sizes))).from_address(block + _HEADER)
     whole[:] = [*sizes, *strides]
     record = _Tensor.from_address(block)
-    record.data, record.device_type, record.device_id = data, _ON_CPU if device is None else _ON_CUDA, device or 0
+    record.data, record.device_id = data, device or 0
+    record.device_type = _ON_CPU if device is None else _ON_CUDA
     record.ndim, record.byte_offset, record.context = len(sizes), 0, None
     record.code = _CODES.get(dtype, 2 if dtype.is_floating_point else 0)
     record.bits, record.lanes = 8 * dtype.itemsize, 1
@@ -58,7 +59,8 @@ def _from_memory(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtyp
     return torch.utils.dlpack.from_dlpack(_capsule(block, b"dltensor", None))
 
 
-def empty(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+def empty(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtype,
+          device: torch.device | None) -> Tensor:
     """New memory on a device, full of NaN."""
     index = current(device)
     tensor = _from_memory(sizes, strides, dtype, device=index)
@@ -71,7 +73,7 @@ def empty(sizes: Iterable[int], strides: Iterable[int], dtype: torch.dtype, devi
 
 
 def over(host: Tensor, index: int) -> Tensor:
-    """Memory of the host as a tensor of a device, which keeps it."""
+    """Memory of the host as a tensor of a device, which keeps the memory."""
     tensor = _from_memory(host.shape, host.stride(), host.dtype, device=index, data=host.data_ptr())
     tensor.untyped_storage().of_host = host.untyped_storage()
     return tensor
@@ -89,7 +91,8 @@ def alias(tensor: Tensor) -> Tensor:
     """The same numbers as a tensor of the CPU. It does not keep the memory."""
     if tensor.device.type != "cuda":
         return tensor
-    same = _from_memory(tensor.shape, tensor.stride(), tensor.dtype, device=None, data=tensor.data_ptr() or None)
+    same = _from_memory(tensor.shape, tensor.stride(), tensor.dtype, device=None,
+                        data=tensor.data_ptr() or None)
     return same._neg_view() if tensor.is_neg() else same
 
 

@@ -1,4 +1,4 @@
-"""Kernels for the dispatch key CUDA: one fallback for every operator, and those that need a kernel of their own."""
+"""Kernels for the dispatch key CUDA: one fallback for every operator, and kernels of their own for a few."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,10 +14,14 @@ from tests.support.simulated_device.waits import RECORD
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 aten = torch.ops.aten
-_MIXES = {"where", "masked_fill", "masked_fill_", "index_put", "lerp", "addcmul", "addcdiv", "fill", "index_fill",
-          "floor_divide", "floor_divide_"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot"}
+_INTEGERS = {torch.int64, torch.int32, torch.int16}
+_MIXES = {"where", "masked_fill", "masked_fill_", "index_put", "lerp", "addcmul", "addcdiv", "fill",
+          "index_fill", "floor_divide", "floor_divide_"}
 _TAKES_HOST_INDEX = {"index", "index_put_", "_index_put_impl_", "index_put"}
-_WAITS = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "unique_consecutive", "equal", "bincount", "nonzero_static"}
+_WAITS = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "unique_consecutive", "equal",
+          "bincount", "nonzero_static"}
+_OUT = {"out", "out0", "out1", "out2", "values", "indices", "total_weight"}
 
 
 def tensors_of(values: Any) -> Iterator[Tensor]:
@@ -36,7 +40,9 @@ def _check_devices(op: Any, args: tuple, kwargs: dict) -> torch.device:
     devices = {tensor.device for tensor in on_device}
     if not devices:
         where = kwargs.get("device")
-        return where if where is not None and where.index is not None else torch.device("cuda", library().simulated_device())
+        if where is not None and where.index is not None:
+            return where
+        return torch.device("cuda", library().simulated_device())
     pointwise = torch.Tag.pointwise in op.tags or name in _MIXES
     for tensor in operands:
         if tensor.device.type == "cuda":
@@ -56,7 +62,7 @@ def _check_devices(op: Any, args: tuple, kwargs: dict) -> torch.device:
 
 def _refuse(op: Any, args: tuple, kwargs: dict) -> None:
     name = op._schema.name.partition("::")[2]
-    if name in ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot") and args[-1].dtype in (torch.int64, torch.int32, torch.int16):
+    if name in _PRODUCTS and args[-1].dtype in _INTEGERS:
         raise RuntimeError(f'"{name}_cuda" not implemented for integers')
     generator = kwargs.get("generator")
     if generator is not None and generator._cdata not in GENERATORS:
@@ -78,8 +84,9 @@ def _written(op: Any) -> tuple[tuple[int, str] | None, ...]:
     found = []
     for result in schema.returns:
         letters = result.alias_info.before_set if result.alias_info is not None else set()
-        found.append(next(((place, argument.name) for place, argument in enumerate(schema.arguments)
-                           if letters and argument.alias_info is not None and argument.alias_info.before_set & letters), None))
+        same = ((place, argument.name) for place, argument in enumerate(schema.arguments)
+                if argument.alias_info is not None and argument.alias_info.before_set & letters)
+        found.append(next(same, None))
     return tuple(found)
 
 
@@ -90,31 +97,35 @@ def _is_view(op: Any) -> bool:
     if not schema.arguments or not schema.returns:
         return False
     first, result = schema.arguments[0].alias_info, schema.returns[0].alias_info
-    return first is not None and result is not None and not first.is_write and bool(result.before_set & first.before_set)
+    if first is None or result is None or first.is_write:
+        return False
+    return bool(result.before_set & first.before_set)
 
 
 @cache
 def _takes_tensors(op: Any) -> tuple[int, ...]:
-    return tuple(place for place, argument in enumerate(op._schema.arguments) if str(argument.type) == "Tensor")
+    return tuple(place for place, argument in enumerate(op._schema.arguments)
+                 if str(argument.type) == "Tensor")
 
 
 def _with_tensors(op: Any, args: tuple) -> tuple:
-    """Numbers that torch had wrapped arrive as numbers where the schema says Tensor."""
-    places = [place for place in _takes_tensors(op) if place < len(args) and not isinstance(args[place], Tensor)
-              and isinstance(args[place], (bool, int, float))]
+    """Wrap numbers where the schema says Tensor: torch had wrapped them, and they arrive as numbers."""
+    places = [place for place in _takes_tensors(op) if place < len(args)
+              and not isinstance(args[place], Tensor) and isinstance(args[place], (bool, int, float))]
     if not places:
         return args
     like = next((tensor for tensor in tensors_of(args)), None)
     changed = list(args)
     for place in places:
         number = args[place]
-        dtype = None if like is None or (isinstance(number, float) and not like.dtype.is_floating_point) else like.dtype
+        fits = like is not None and not (isinstance(number, float) and not like.dtype.is_floating_point)
+        dtype = like.dtype if fits else None
         changed[place] = torch.scalar_tensor(number, dtype=dtype) if dtype else torch.tensor(number)
     return tuple(changed)
 
 
 def fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a CUDA kernel would do: check, compute on the host's aliases, wrap."""
+    """Do what a CUDA kernel would: check, compute on the host's aliases, wrap."""
     name = op._schema.name.partition("::")[2]
     if _is_view(op):
         return op.redispatch(_CPU, *args, **kwargs)
@@ -123,8 +134,8 @@ def fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     _refuse(op, args, kwargs)
     if name in _WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         RECORD.add("size that depends on numbers", name)
-    out = [value for key, value in kwargs.items() if key in ("out", "out0", "out1", "out2", "values", "indices", "total_weight")
-           and isinstance(value, Tensor) and _is_out(op, key)]
+    out = [value for key, value in kwargs.items()
+           if key in _OUT and isinstance(value, Tensor) and _is_out(op, key)]
     if any(tensor.numel() == 0 for tensor in out):           # an alias cannot grow
         return _into_empty(op, args, kwargs, device)
     with torch._C._AutoDispatchBelowAutograd():
@@ -138,16 +149,16 @@ def _is_out(op: Any, key: str) -> bool:
 
 
 def _into_empty(op: Any, args: tuple, kwargs: dict, device: torch.device) -> Any:
-    own = {key: torch.empty(0, dtype=value.dtype) if isinstance(value, Tensor) and _is_out(op, key) else _on_host(value)
+    targets = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and _is_out(op, key)}
+    own = {key: torch.empty(0, dtype=value.dtype) if key in targets else _on_host(value)
            for key, value in kwargs.items()}
     with torch._C._AutoDispatchBelowAutograd():
         op(*map(_on_host, args), **own)
-    given = [(value, own[key]) for key, value in kwargs.items() if isinstance(value, Tensor) and _is_out(op, key)]
-    for target, result in given:
-        target.resize_(result.shape)
-        alias(target).copy_(result)
-    targets = tuple(target for target, _ in given)
-    return targets[0] if len(targets) == 1 else targets
+    for key, target in targets.items():
+        target.resize_(own[key].shape)
+        alias(target).copy_(own[key])
+    written = tuple(targets.values())
+    return written[0] if len(written) == 1 else written
 
 
 def _wrapped(op: Any, results: Any, args: tuple, kwargs: dict, device: torch.device) -> Any:
@@ -161,14 +172,15 @@ def _wrapped(op: Any, results: Any, args: tuple, kwargs: dict, device: torch.dev
         elif isinstance(result, Tensor):
             wrapped.append(to_device(result, device))
         elif isinstance(result, (list, tuple)):
-            wrapped.append([to_device(entry, device) if isinstance(entry, Tensor) else entry for entry in result])
+            wrapped.append([to_device(entry, device) if isinstance(entry, Tensor) else entry
+                            for entry in result])
         else:
             wrapped.append(result)
     return tuple(wrapped) if several else wrapped[0] if wrapped else None
 
 
-def _empty_memory_format(size: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
-                         memory_format: Any = None) -> Tensor:
+def _empty_memory_format(size: Any, dtype: Any = None, layout: Any = None, device: Any = None,
+                         pin_memory: Any = None, memory_format: Any = None) -> Tensor:
     like = torch.empty(size, device="meta", memory_format=memory_format or torch.contiguous_format)
     return empty(size, like.stride(), dtype or torch.get_default_dtype(), device)
 
@@ -211,13 +223,15 @@ def _grouped_mm(x: Tensor, weights: Tensor, offs: Tensor | None = None, bias: Te
     given = (x, weights) if offs is None else (x, weights, offs)
     device = _check_devices(op, given, {})
     if any(tensor.device.type != "cuda" for tensor in given):
-        raise RuntimeError("Expected all tensors to be on the same device: grouped_mm takes its offsets from the device")
+        raise RuntimeError("Expected all tensors to be on the same device: "
+                           "grouped_mm takes its offsets from the device")
     if any(tensor.data_ptr() % 16 for tensor in (x, weights)):
         raise RuntimeError("data_ptr of grouped_mm's operands must be a multiple of 16")
     if x.dtype != torch.bfloat16:
         RECORD.add("read", "_grouped_mm")            # torch's loop over groups reads the offsets
     with torch._C._AutoDispatchBelowAutograd():
-        return to_device(op(alias(x), alias(weights), None if offs is None else alias(offs), bias, out_dtype), device)
+        ends = None if offs is None else alias(offs)
+        return to_device(op(alias(x), alias(weights), ends, bias, out_dtype), device)
 
 
 _VIEWS = ("as_strided", "view", "_reshape_alias", "set_.source_Storage", "set_.source_Storage_storage_offset",
@@ -242,9 +256,9 @@ def register_operators() -> list[torch.library.Library]:
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(fallback, "CUDA")
     named = torch.library.Library("aten", "IMPL", "CUDA")
-    for name, kernel in {"empty.memory_format": _empty_memory_format, "empty_strided": _empty_strided, "copy_": _copy_,
-                         "_local_scalar_dense": _local_scalar_dense, "resize_": _resize_, "_grouped_mm": _grouped_mm,
-                         "fill_.Scalar": _fill_, "fill_.Tensor": _fill_}.items():
+    for name, kernel in {"empty.memory_format": _empty_memory_format, "empty_strided": _empty_strided,
+                         "copy_": _copy_, "_local_scalar_dense": _local_scalar_dense, "resize_": _resize_,
+                         "_grouped_mm": _grouped_mm, "fill_.Scalar": _fill_, "fill_.Tensor": _fill_}.items():
         named.impl(name, kernel)
     for name in _VIEWS:
         named.impl(name, _redispatched(name))

@@ -1,4 +1,4 @@
-"""torch symmetric memory for the simulated devices: files without a name in memory, which all ranks of a group map."""
+"""Symmetric memory for the simulated devices: nameless files in memory that all ranks of a group map."""
 
 import os
 from typing import Any, NamedTuple
@@ -48,7 +48,8 @@ def rendezvous(tensor: Tensor, group: Any) -> _Handle:
     dist.all_gather_object(told, (os.getpid(), file, size, tensor.device.index), group=beside)
     devices = [index for _, _, _, index in told]
     if len(set(devices)) < len(devices) and os.environ.get(_OVERLAP) != "1":
-        raise RuntimeError(f"rendezvous: detected allocations from overlapping devices; {_OVERLAP}=1 permits them")
+        raise RuntimeError("rendezvous: detected allocations from overlapping devices; "
+                           f"{_OVERLAP}=1 permits them")
     assert len({size for _, _, size, _ in told}) == 1, told
     mapped = [_mapped(process, number, size, tensor.device) for process, number, _, _ in told]
     dist.barrier(beside)                             # all have opened them

@@ -32,7 +32,7 @@ _MODES = ("__torch_dispatch__", "_keep", "_give")
 
 
 def place() -> str:
-    """The innermost function of moetrain on the stack that is not a dispatch mode's, nor one that only copies for others."""
+    """Innermost function of moetrain on the stack, but for dispatch modes and what only copies for others."""
     frame = sys._getframe(2)
     while frame is not None:
         module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
