@@ -19,13 +19,13 @@ from typing import Any
 
 from moetrain.checkpoint import disk
 from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_step, read_checked, read_manifest
-from moetrain.checkpoint.payload import Item, payload_name, write_payload
+from moetrain.checkpoint.payload import TensorRows, payload_name, write_payload
 from moetrain.checkpoint.records import (
     Chunk,
-    Entry,
-    File,
+    ExpertTable,
     Manifest,
-    Table,
+    PayloadFile,
+    TensorEntry,
     row_count,
     split_expert,
     with_checksum,
@@ -35,7 +35,7 @@ from moetrain.checkpoint.verify import check_files, is_sound, problems
 log = logging.getLogger(__name__)
 
 
-def write_rank(directory: Path, rank: int, items: list[Item], step: int) -> None:
+def write_rank(directory: Path, rank: int, items: list[TensorRows], step: int) -> None:
     """Write the payload of a rank, if it has one, and its index.
 
     Raises OSError when it cannot be written, and leaves nothing behind then.
@@ -88,7 +88,7 @@ def commit(temporary: Path, final: Path, *, ranks: int, facts: dict[str, Any], v
         disk.rename(temporary, final)
         disk.sync_directory(final.parent)
     try:
-        retire(final.parents[1], keep)
+        remove_old(final.parents[1], keep)
     except OSError as error:  # the new checkpoint exists, so the save has succeeded
         log.warning("old checkpoints could not be removed: %s", error)
 
@@ -107,7 +107,7 @@ def merge(indexes: dict[int, Any], facts: dict[str, Any], values: dict[str, Any]
     for rank, index in indexes.items():
         number, name_of_file = len(manifest.files), payload_name(rank)
         if index["file"] is not None:
-            manifest.files[name_of_file] = File(*index["file"])
+            manifest.files[name_of_file] = PayloadFile(*index["file"])
         for name, dtype, shape, begin, first, rows, *crcs in index["rows"]:
             kind = split_expert(name)
             if kind and rows == row_count(shape) and kind[1] not in experts.get(kind[0], ()):
@@ -121,14 +121,14 @@ def merge(indexes: dict[int, Any], facts: dict[str, Any], values: dict[str, Any]
     for pattern, by_id in experts.items():
         kinds = {(dtype, shape) for dtype, shape, _ in by_id.values()}
         if len(kinds) == 1 and by_id.keys() == set(range(len(by_id))):
-            manifest.experts[pattern] = Table(
+            manifest.experts[pattern] = ExpertTable(
                 *kinds.pop(), [by_id[expert][2] for expert in range(len(by_id))])
             continue
         # Experts of different shapes, or only some of a layer's, are recorded one by one.
         for expert, (dtype, shape, (number, begin, *crcs)) in by_id.items():
             chunks = found.setdefault(pattern.replace("*", str(expert)), (dtype, shape, []))[2]
             chunks.append(Chunk(files[number], begin, 0, row_count(shape), tuple(crcs)))
-    manifest.tensors = {name: Entry(dtype, shape, tuple(sorted(chunks, key=lambda chunk: chunk.first)))
+    manifest.tensors = {name: TensorEntry(dtype, shape, tuple(sorted(chunks, key=lambda chunk: chunk.first)))
                         for name, (dtype, shape, chunks) in sorted(found.items())}
     return manifest
 
@@ -140,7 +140,7 @@ def check_written(directory: Path, ranks: int) -> None:
     check_files(directory, manifest, but=hidden)
 
 
-def retire(run_dir: Path, keep: int | None) -> list[Path]:
+def remove_old(run_dir: Path, keep: int | None) -> list[Path]:
     """Remove checkpoints older than the newest `keep` sound ones, and damaged ones that were set aside.
 
     With `keep` None nothing is removed. Directories of other names are not touched. Returns what was removed.

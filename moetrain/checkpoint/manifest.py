@@ -29,10 +29,10 @@ from moetrain.checkpoint.records import (
     ITEM_BYTES,
     VERSION,
     Chunk,
-    Entry,
-    File,
+    ExpertTable,
     Manifest,
-    Table,
+    PayloadFile,
+    TensorEntry,
     row_bytes,
     row_count,
     split_expert,
@@ -41,8 +41,8 @@ from moetrain.errors import CheckpointError
 from moetrain.files import read_bytes, reason
 
 NAME = "manifest.json"
-MOST_BYTES = 100 << 20  # size limit of a manifest, and of the header of a payload file
-MOST = 1 << 62          # limit of steps and tokens, so that int64 can count on from there
+MAX_BYTES = 100 << 20  # size limit of a manifest, and of the header of a payload file
+MAX_COUNT = 1 << 62     # limit of steps and tokens, so that int64 can count on from there
 _FILE = re.compile(r"rank-[0-9]{4,6}\.safetensors")
 _STEP = re.compile(r"step-[0-9]{8}")
 
@@ -76,7 +76,7 @@ def read_checked(path: Path) -> Any:
 
     Raises ValueError or OSError when the file is damaged or cannot be read.
     """
-    content = read_bytes(path, limit=MOST_BYTES, links=False)
+    content = read_bytes(path, limit=MAX_BYTES, links=False)
     head, _, body = content.partition(b"\n")
     _require(head == b"%08x" % zlib.crc32(body), "its checksum does not match: it is truncated or altered")
     return json.loads(body.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
@@ -141,7 +141,7 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
     _require(type(raw["block"]) is int and raw["block"] > 0, "its block size is not a positive number")
     for part in ("facts", "values", "files", "tensors", "experts"):
         _require(isinstance(raw[part], dict), f"{part} is not an object")
-    _require(all(_natural(raw["values"].get(key)) and raw["values"][key] < MOST
+    _require(all(_natural(raw["values"].get(key)) and raw["values"][key] < MAX_COUNT
                  for key in ("step", "tokens")),
              "step or tokens is no number, or too large")
     files = {name: _file(name, record) for name, record in raw["files"].items()}
@@ -165,11 +165,11 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_natural, value))
 
 
-def _file(name: str, record: Any) -> File:
+def _file(name: str, record: Any) -> PayloadFile:
     _require(_FILE.fullmatch(name) is not None, f"it names a file that no save writes: {name!r}")
     _require(_numbers(record) and len(record) == 3, f"the sizes of {name} are not numbers")
-    file = File(*record)
-    _require(10 <= file.header <= min(file.size, MOST_BYTES) and file.crc < 1 << 32,
+    file = PayloadFile(*record)
+    _require(10 <= file.header <= min(file.size, MAX_BYTES) and file.crc < 1 << 32,
              f"the header of {name} has an impossible size")
     return file
 
@@ -185,10 +185,10 @@ def _tensor(name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _entry(name: str, record: Any, files: list[str], block: int,
-           used: list[list[tuple[int, int]]]) -> Entry:
+           used: list[list[tuple[int, int]]]) -> TensorEntry:
     dtype, shape, rows = record
     dtype, shape = _tensor(name, dtype, shape)
-    entry, next_row = Entry(dtype, shape, ()), 0
+    entry, next_row = TensorEntry(dtype, shape, ()), 0
     chunks, width = [], row_bytes(entry)
     for row in rows:
         _require(_numbers(row) and len(row) >= 4, f"a chunk of {name} is not made of numbers")
@@ -203,11 +203,11 @@ def _entry(name: str, record: Any, files: list[str], block: int,
     return entry._replace(chunks=tuple(chunks))
 
 
-def _table(pattern: str, record: Any, block: int, used: list[list[tuple[int, int]]]) -> Table:
+def _table(pattern: str, record: Any, block: int, used: list[list[tuple[int, int]]]) -> ExpertTable:
     _require(pattern.count("*") == 1 and split_expert(pattern.replace("*", "0")) == (pattern, 0),
              f"{pattern[:64]!r} names no experts")
     dtype, shape, rows = record
-    table = Table(*_tensor(pattern, dtype, shape), rows)
+    table = ExpertTable(*_tensor(pattern, dtype, shape), rows)
     length = row_count(table.shape) * row_bytes(table)
     _require(isinstance(rows, list) and 0 < len(rows) < 10**7 and length > 0, f"{pattern} has no content")
     for row in rows:
@@ -232,7 +232,7 @@ def _no_name_twice(manifest: Manifest) -> None:
         _require(table is None or expert >= len(table.rows), f"{name} is missing rows, or there twice")
 
 
-def _covers(name: str, file: File, ranges: list[tuple[int, int]]) -> None:
+def _covers(name: str, file: PayloadFile, ranges: list[tuple[int, int]]) -> None:
     """Require that header and chunks cover every byte of a file exactly once."""
     end = file.header
     for begin, length in sorted(ranges):

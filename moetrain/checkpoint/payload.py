@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 from moetrain.checkpoint.disk import new_file
 from moetrain.checkpoint.manifest import damaged
-from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, File, Part, row_count
+from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, ByteRange, PayloadFile, row_count
 from moetrain.files import open_descriptor, reason
 
 
-class Item(NamedTuple):
+class TensorRows(NamedTuple):
     """Rows [first, first + rows) of a tensor, as bytes in memory; `shape` is the whole tensor's."""
 
     name: str
@@ -35,8 +35,8 @@ class Item(NamedTuple):
     content: memoryview
 
 
-def write_payload(path: Path, items: list[Item], step: int,
-                  block: int = BLOCK) -> tuple[File, list[list[Any]]]:
+def write_payload(path: Path, items: list[TensorRows], step: int,
+                  block: int = BLOCK) -> tuple[PayloadFile, list[list[Any]]]:
     """Write tensors one after the other, those with the largest elements first, so that all lie aligned.
 
     Args:
@@ -62,16 +62,16 @@ def write_payload(path: Path, items: list[Item], step: int,
                 append(piece)
             rows.append([item.name, item.dtype, item.shape, begin, item.first, item.rows, *crcs])
             begin += len(item.content)
-    return File(begin, len(head), zlib.crc32(head)), rows
+    return PayloadFile(begin, len(head), zlib.crc32(head)), rows
 
 
-def _part(item: Item) -> Part:
+def _part(item: TensorRows) -> ByteRange:
     whole = item.rows == row_count(item.shape)
-    return Part(0, len(item.content), item.name if whole else f"{item.name}@{item.first}", item.dtype,
+    return ByteRange(0, len(item.content), item.name if whole else f"{item.name}@{item.first}", item.dtype,
                 item.shape if whole else (item.rows, *item.shape[1:]), ())
 
 
-def header(parts: Iterable[Part], metadata: dict[str, str]) -> bytes:
+def header(parts: Iterable[ByteRange], metadata: dict[str, str]) -> bytes:
     """Encode the header of a payload file, including its length."""
     record: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -102,7 +102,7 @@ class Payload:
         file: its record in the manifest.
     """
 
-    def __init__(self, path: Path, file: File) -> None:
+    def __init__(self, path: Path, file: PayloadFile) -> None:
         self.path, self.file = path, file
         try:
             self.descriptor = open_descriptor(path, os.O_RDONLY, links=False)
@@ -133,12 +133,12 @@ class Payload:
                 self.path, "its header does not match its checksum: it is altered, or of another step")
         return head
 
-    def check_keys(self, parts: list[Part], step: int) -> None:
+    def check_keys(self, parts: list[ByteRange], step: int) -> None:
         """Check that the header lists exactly the tensors of the manifest."""
         if self.check_header() != header(parts, metadata(self.path.name, step)):
             raise damaged(self.path, "its header does not list the tensors of the manifest")
 
-    def blocks(self, part: Part, block: int, begin: int, end: int,
+    def blocks(self, part: ByteRange, block: int, begin: int, end: int,
                check: bool = True) -> Iterator[memoryview]:
         """Read bytes [begin, end) of a part, block by block.
 

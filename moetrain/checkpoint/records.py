@@ -18,7 +18,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 
 _EXPERT = re.compile(r"(.+\.experts\.)(0|[1-9][0-9]{0,6})(\..+)")
 
 
-class File(NamedTuple):
+class PayloadFile(NamedTuple):
     """A payload file."""
 
     size: int    # bytes
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
     crcs: tuple[int, ...]  # CRC-32 of every block of bytes
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor and its chunks in the order of their rows; a tensor without elements has none."""
 
     dtype: str
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     chunks: tuple[Chunk, ...]
 
 
-class Table(NamedTuple):
+class ExpertTable(NamedTuple):
     """One matrix of every expert of a layer; the row of an expert is [file, begin, crc, ...]."""
 
     dtype: str
@@ -52,7 +52,7 @@ class Table(NamedTuple):
     rows: list[list[int]]
 
 
-class Part(NamedTuple):
+class ByteRange(NamedTuple):
     """A range of bytes in a file: its key there, and the shape of its rows."""
 
     begin: int
@@ -78,9 +78,9 @@ class Manifest:
 
     facts: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, File] = field(default_factory=dict)
-    tensors: dict[str, Entry] = field(default_factory=dict)
-    experts: dict[str, Table] = field(default_factory=dict)
+    files: dict[str, PayloadFile] = field(default_factory=dict)
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    experts: dict[str, ExpertTable] = field(default_factory=dict)
     block: int = BLOCK
 
     def names(self) -> Iterator[str]:
@@ -90,7 +90,7 @@ class Manifest:
             before, _, after = pattern.partition("*")
             yield from (f"{before}{expert}{after}" for expert in range(len(table.rows)))
 
-    def entry(self, name: str) -> Entry | None:
+    def entry(self, name: str) -> TensorEntry | None:
         """Record of a tensor; None where the checkpoint has none of that name."""
         if name in self.tensors:
             return self.tensors[name]
@@ -100,23 +100,24 @@ class Manifest:
             return None
         file, begin, *crcs = table.rows[found[1]]
         chunk = Chunk(list(self.files)[file], begin, 0, row_count(table.shape), tuple(crcs))
-        return Entry(table.dtype, table.shape, (chunk,))
+        return TensorEntry(table.dtype, table.shape, (chunk,))
 
-    def parts(self) -> dict[str, list[Part]]:
+    def parts(self) -> dict[str, list[ByteRange]]:
         """Content of every file, in the order of its bytes."""
         names = list(self.files)
-        found: dict[str, list[Part]] = {name: [] for name in names}
+        found: dict[str, list[ByteRange]] = {name: [] for name in names}
         for name, entry in self.tensors.items():
             for chunk in entry.chunks:
                 shape, whole = (chunk.rows, *entry.shape[1:]), chunk.rows == row_count(entry.shape)
                 key = name if whole else f"{name}@{chunk.first}"
-                found[chunk.file].append(Part(chunk.begin, chunk.rows * row_bytes(entry), key, entry.dtype,
-                                              entry.shape if whole else shape, chunk.crcs))
+                found[chunk.file].append(ByteRange(
+                    chunk.begin, chunk.rows * row_bytes(entry), key, entry.dtype,
+                    entry.shape if whole else shape, chunk.crcs))
         for pattern, table in self.experts.items():
             before, _, after = pattern.partition("*")
             length = row_count(table.shape) * row_bytes(table)
             for expert, (file, begin, *crcs) in enumerate(table.rows):
-                found[names[file]].append(Part(
+                found[names[file]].append(ByteRange(
                     begin, length, f"{before}{expert}{after}", table.dtype, table.shape, tuple(crcs)))
         for parts in found.values():
             parts.sort()
@@ -139,7 +140,7 @@ def row_count(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
-def row_bytes(of: Entry | Table) -> int:
+def row_bytes(of: TensorEntry | ExpertTable) -> int:
     """Bytes of one row of a tensor."""
     return prod(of.shape[1:]) * ITEM_BYTES[of.dtype]
 

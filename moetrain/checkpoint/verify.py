@@ -38,11 +38,12 @@ def check_files(directory: Path, manifest: Manifest, but: Collection[str] = ()) 
     for name, file in manifest.files.items():
         with Payload(directory / name, file) as payload:
             payload.check_header()
-    for error in strangers(directory, manifest, but):
+    for error in foreign_files(directory, manifest, but):
         raise error
 
 
-def strangers(directory: Path, manifest: Manifest, but: Collection[str] = ()) -> Iterator[CheckpointError]:
+def foreign_files(directory: Path, manifest: Manifest,
+                  but: Collection[str] = ()) -> Iterator[CheckpointError]:
     """Yield an error for every file that no save wrote.
 
     Hidden files are allowed and never read: file systems and file managers create them.
@@ -83,4 +84,4 @@ def problems(directory: Path,
                         progress(len(block))
         except CheckpointError as error:
             yield error
-    yield from strangers(directory, manifest)
+    yield from foreign_files(directory, manifest)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_step, read_manifest
-from moetrain.checkpoint.records import ITEM_BYTES, Entry, Manifest, split_expert
+from moetrain.checkpoint.records import ITEM_BYTES, Manifest, TensorEntry, split_expert
 from moetrain.config.run_names import find_run, places, reference
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.units import decimal
@@ -137,12 +137,12 @@ def mesh(facts: dict[str, Any]) -> str:
     return "; ".join([f"{facts.get('ranks', '?')} ranks", *shown])
 
 
-def size(entry: Entry) -> int:
+def size(entry: TensorEntry) -> int:
     """Return the bytes of a tensor."""
     return prod(entry.shape) * ITEM_BYTES[entry.dtype]
 
 
-def shape(entry: Entry) -> str:
+def shape(entry: TensorEntry) -> str:
     """Write the shape of a tensor."""
     return "[" + ", ".join(map(str, entry.shape)) + "]"
 

@@ -15,7 +15,7 @@ from moetrain.data.account.text import left_out_line
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
-from moetrain.train.memory.graph_memory import most_memory
+from moetrain.train.memory.graph_memory import max_copy_memory
 from moetrain.train.setup import Graphs, Run
 from moetrain.units import decimal
 
@@ -111,7 +111,7 @@ def copies_line(run: Run) -> str:
     planner = str(run.config.planner["_target_"]).split(".")[-2]     # its file has the name of the option
     homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
     loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
-    memory = most_memory(run)
+    memory = max_copy_memory(run)
     return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, up to {parallel.room} a rank"
             f" and layer{', passed on inside nodes' * (parallel.collective == 'two_level')}"
             f"{', gathered again for backward' * parallel.rematerialize}: at most {decimal(memory.copies, 'B')} of copies and "

@@ -32,7 +32,7 @@ from moetrain.train.checkpoint.save import Saved, Saver
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.loggers.console import Console, eval_line
 from moetrain.train.loggers.timeline import Timeline
-from moetrain.train.memory.graph_memory import choose
+from moetrain.train.memory.graph_memory import choose_graphs
 from moetrain.train.memory.out_of_memory import out_of_memory_named
 from moetrain.train.optim.lr_schedule import resumed_rate, schedule_warning
 from moetrain.train.precision import with_dtype
@@ -69,7 +69,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
             if found:
                 all_or_none(mesh["batch"], lambda: same_run(run, found))
             if run.state.step < last_step(config):
-                run.graphs = choose(run)
+                run.graphs = choose_graphs(run)
             check_disk(run.state, directory, mesh, config.checkpoint, last_step(config) - run.state.step)
             recorder.start(run, resumed)
             console.resume_at(run.state.step)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from moetrain.checkpoint import disk
-from moetrain.checkpoint.commit import commit, merge, remove_leftovers, retire, write_rank
+from moetrain.checkpoint.commit import commit, merge, remove_leftovers, remove_old, write_rank
 from moetrain.checkpoint.manifest import checkpoints_of, read_manifest, step_of
-from moetrain.checkpoint.payload import Item
+from moetrain.checkpoint.payload import TensorRows
 from moetrain.checkpoint.verify import problems
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError
@@ -137,12 +137,12 @@ def test_the_newest_good_ones_are_kept_and_damaged_ones_do_not_count(run, tmp_pa
     (payload(tmp_path / "checkpoints/step-00000005")).unlink()
     (tmp_path / "checkpoints/step-00000004/manifest.json").write_text("rubbish")
     (tmp_path / "checkpoints/step-00000002").rename(tmp_path / "checkpoints/step-00000002.damaged")
-    assert retire(tmp_path, None) == [] and len(tree(tmp_path)) == 6
-    assert retire(tmp_path, 4) == []                     # 6, 3, 1 are good
-    retire(tmp_path, 2)
+    assert remove_old(tmp_path, None) == [] and len(tree(tmp_path)) == 6
+    assert remove_old(tmp_path, 4) == []                     # 6, 3, 1 are good
+    remove_old(tmp_path, 2)
     assert tree(tmp_path) == [f"step-{step:08d}" for step in (3, 4, 5, 6)]
     save_all(run, tmp_path, 7)
-    retire(tmp_path, 2)
+    remove_old(tmp_path, 2)
     assert tree(tmp_path) == [f"step-{step:08d}" for step in (6, 7)]
 
 
@@ -165,11 +165,12 @@ def test_leftovers_of_killed_saves_are_removed_and_nothing_else(tmp_path):
 # --- ranks put together
 
 
-def item(name: str, content: bytes, shape: tuple[int, ...], first: int = 0, rows: int | None = None) -> Item:
-    return Item(name, "U8", shape, first, shape[0] if rows is None else rows, memoryview(content))
+def item(name: str, content: bytes, shape: tuple[int, ...], first: int = 0,
+         rows: int | None = None) -> TensorRows:
+    return TensorRows(name, "U8", shape, first, shape[0] if rows is None else rows, memoryview(content))
 
 
-def write(directory: Path, *ranks: list[Item]) -> Path:
+def write(directory: Path, *ranks: list[TensorRows]) -> Path:
     """Write a checkpoint of step 7 from the items of some ranks."""
     temporary, final = directory / "checkpoints/step-00000007.tmp-1", directory / "checkpoints/step-00000007"
     for rank, items in enumerate(ranks):
@@ -267,7 +268,7 @@ def test_a_link_is_removed_and_what_it_leads_to_stays(run, tmp_path):
     assert not (checkpoints / "step-00000001.tmp-0").is_symlink()
     for step in (2, 3):
         saved(run, tmp_path / "run", step)
-    retire(tmp_path / "run", 2)
+    remove_old(tmp_path / "run", 2)
     assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000003"]
     assert (mine / "deep" / "work").read_text() == "years of it"
 
@@ -277,5 +278,5 @@ def test_copies_of_checkpoints_under_other_names_are_left_alone(run, tmp_path):
     shutil.copytree(first, first.with_name("step-00000001-best"))
     for step in (2, 3):
         saved(run, tmp_path, step)
-    assert [path.name for path in retire(tmp_path, 2)] == ["step-00000001"]
+    assert [path.name for path in remove_old(tmp_path, 2)] == ["step-00000001"]
     assert (first.with_name("step-00000001-best") / "manifest.json").exists()

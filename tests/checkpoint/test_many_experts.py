@@ -15,10 +15,10 @@ from torch.distributed.checkpoint import metadata, planner_helpers
 from moetrain.checkpoint import disk, records
 from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.checkpoint.manifest import NAME, read_manifest
-from moetrain.checkpoint.payload import Item
+from moetrain.checkpoint.payload import TensorRows
 from moetrain.parallel.state_shards import StateShard
-from moetrain.train.checkpoint.layout import NAMES
-from moetrain.train.checkpoint.load import Loading
+from moetrain.train.checkpoint.layout import DTYPE_NAMES
+from moetrain.train.checkpoint.load import CheckpointLoader
 from moetrain.train.checkpoint.snapshot import as_bytes
 
 LAYERS, EXPERTS, RANKS = 60, 256, 4
@@ -48,7 +48,8 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
         (metadata, "TensorStorageMetadata")))
     with disk.observed(lambda when, what, path, length: changes.update([what] if when == "before" else [])):
         for rank in range(RANKS):
-            items = [Item(p.name, NAMES[p.rows.dtype], p.shape, 0, 2, as_bytes(p.rows)) for p in held(rank)]
+            items = [TensorRows(p.name, DTYPE_NAMES[p.rows.dtype], p.shape, 0, 2, as_bytes(p.rows))
+                     for p in held(rank)]
             write_rank(temporary, rank, items, 1)
         commit(temporary, final, ranks=RANKS, facts={}, values={"step": 1, "tokens": 1})
     # Payload and index of each rank; manifest, directory and parent.
@@ -62,7 +63,7 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
             patch.object(os, "preadv", counting(counts, "preadv", os.preadv)):
         for torch_part in torchs:
             torch_part.start()
-        loading = Loading(state_shards, final, "full")
+        loading = CheckpointLoader(state_shards, final, "full")
         assert counts["preadv"] == RANKS                 # headers
         loading.verify()
         loading.fill()

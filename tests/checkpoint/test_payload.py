@@ -16,11 +16,11 @@ import torch
 
 from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.checkpoint.manifest import NAME, read_manifest
-from moetrain.checkpoint.payload import Item, Payload, header, metadata, write_payload
-from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, Part
+from moetrain.checkpoint.payload import Payload, TensorRows, header, metadata, write_payload
+from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, ByteRange
 from moetrain.checkpoint.verify import is_sound, problems
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.layout import DTYPES, NAMES
+from moetrain.train.checkpoint.layout import DTYPE_NAMES, DTYPES
 from moetrain.train.checkpoint.load import load, resume
 from moetrain.train.checkpoint.snapshot import as_bytes
 from tests.support.checkpoints import SIZES, SMALL, flip, payload, saved, tensors, trained
@@ -61,17 +61,18 @@ def test_any_tool_can_read_the_files(two_steps):
 def test_every_dtype_and_shape_round_trips(tmp_path, dtype, shape):
     """Scalars, bfloat16, float8, bool and a tensor that is not contiguous included."""
     tensor = (torch.randn(shape) * 10).to(dtype) if shape != (5, 3) else (torch.randn(3, 5) * 10).to(dtype).T
-    item = Item("x", NAMES[dtype], shape, 0, shape[0] if shape else 1, as_bytes(tensor.contiguous()))
+    item = TensorRows("x", DTYPE_NAMES[dtype], shape, 0, shape[0] if shape else 1,
+                      as_bytes(tensor.contiguous()))
     directory = tmp_path / "checkpoints/step-00000001"
     write_rank(directory.with_suffix(".tmp-1"), 0, [item], 1)
     commit(directory.with_suffix(".tmp-1"), directory, ranks=1, facts={}, values={"step": 1, "tokens": 1})
     found = safetensors.torch.load_file(payload(directory))["x"]
     assert found.dtype == dtype and found.shape == shape and bytes(as_bytes(found)) == bytes(item.content)
-    assert ITEM_BYTES[NAMES[dtype]] == dtype.itemsize and list(problems(directory)) == []
+    assert ITEM_BYTES[DTYPE_NAMES[dtype]] == dtype.itemsize and list(problems(directory)) == []
 
 
 def test_tensors_lie_aligned_whatever_they_are(tmp_path):
-    items = [Item(f"{index}", dtype, (3,), 0, 3, memoryview(bytes(3 * ITEM_BYTES[dtype])))
+    items = [TensorRows(f"{index}", dtype, (3,), 0, 3, memoryview(bytes(3 * ITEM_BYTES[dtype])))
              for index, dtype in enumerate(["U8", "F64", "BF16", "F32", "BOOL", "I64"])]
     _, rows = write_payload(tmp_path / "rank-0000.safetensors", items, 1)
     assert all(begin % ITEM_BYTES[dtype] == 0 for _, dtype, _, begin, *_ in rows)
@@ -80,10 +81,10 @@ def test_tensors_lie_aligned_whatever_they_are(tmp_path):
 
 def test_a_long_tensor_has_a_checksum_for_every_block_and_rows_are_read_alone(tmp_path):
     content = random.Random(0).randbytes(1000)
-    item = Item("x", "U8", (100, 10), 0, 100, memoryview(content))
+    item = TensorRows("x", "U8", (100, 10), 0, 100, memoryview(content))
     file, rows = write_payload(tmp_path / "rank-0000.safetensors", [item], 1, block=64)
     assert len(rows[0][6:]) == 16 and BLOCK == 64 << 20
-    part = Part(rows[0][3], 1000, "x", "U8", (100, 10), tuple(rows[0][6:]))
+    part = ByteRange(rows[0][3], 1000, "x", "U8", (100, 10), tuple(rows[0][6:]))
     for begin, end in ((0, 1000), (0, 1), (63, 65), (640, 640), (120, 500), (990, 1000)):
         for check in (True, False):
             with Payload(tmp_path / "rank-0000.safetensors", file) as opened:

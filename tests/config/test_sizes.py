@@ -11,7 +11,7 @@ from moetrain.config.compose import compose
 from moetrain.config.schema import Config
 from moetrain.config.sizes import count_parameters, rank_memory, shards
 from moetrain.model import build
-from moetrain.train.memory.graph_memory import graph_of_next
+from moetrain.train.memory.graph_memory import measure_graph
 from moetrain.train.setup import join, set_up
 
 MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
@@ -65,7 +65,7 @@ SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_b
 def test_activations_are_what_a_run_keeps(words: list[str]) -> None:
     """Of one micro-batch, without the block that is computed again: that one is alive in backward alone."""
     config = compose([*SMALL, *words])
-    kept = graph_of_next(set_up(config, Path("unused"), join(config)))
+    kept = measure_graph(set_up(config, Path("unused"), join(config)))
     by_formula = rank_memory(config, 300, 1).activations - _again(config)
     assert kept == pytest.approx(by_formula, rel=0.08)
 

@@ -18,7 +18,7 @@ from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.evaluation.trained import load_trained, trained_dataset, trained_tokenizer
 from moetrain.train.loop import train
 from moetrain.train.memory import device_memory
-from moetrain.train.memory.graph_memory import choose
+from moetrain.train.memory.graph_memory import choose_graphs
 from moetrain.train.setup import join, refuse_what_cannot_fit, set_up
 from moetrain.train.step import train_step
 from tests.support import simulated_device, small_text
@@ -138,7 +138,7 @@ def measured(taken: int) -> Measured:
     run = set_up(config, Path("unused"), join(config))
     allocated[0] += taken
     try:
-        run.graphs = choose(run)
+        run.graphs = choose_graphs(run)
     finally:
         allocated[0] -= taken
     return Measured(run.graphs.kept, run.graphs.free, train_step(run, 1).metrics["loss/total"])

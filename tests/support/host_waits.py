@@ -22,7 +22,7 @@ from unittest import mock
 
 from moetrain.data.tokenizers.tokenizer import ByteTokenizer
 from moetrain.generate.sample import continue_text
-from moetrain.train.checkpoint.snapshot import take
+from moetrain.train.checkpoint.snapshot import take_snapshot
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.setup import Run
 from moetrain.train.step import train_step
@@ -191,7 +191,7 @@ def _beside_steps(run: Run) -> None:
     RECORD.phase = "evaluation"
     evaluate(run.state.model, run.dataset, run.mesh, run.config)
     RECORD.phase = "save"
-    take(run.state, run.mesh)
+    take_snapshot(run.state, run.mesh)
     RECORD.phase = "generation"
     "".join(continue_text(run.state.model, ByteTokenizer(), "ab", end_id=256, tokens=3, temperature=0,
                           top_p=1, seed=0, context=8, cache=True, mask_documents=False,

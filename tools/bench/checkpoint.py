@@ -29,12 +29,12 @@ import torch
 from moetrain import __version__
 from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.checkpoint.manifest import read_manifest
-from moetrain.checkpoint.payload import Item
+from moetrain.checkpoint.payload import TensorRows
 from moetrain.checkpoint.verify import problems
 from moetrain.comm.mesh import Group, Mesh
 from moetrain.parallel.shards import StateShard
-from moetrain.train.checkpoint.layout import NAMES, written_here
-from moetrain.train.checkpoint.load import Loading
+from moetrain.train.checkpoint.layout import DTYPE_NAMES, shards_to_write
+from moetrain.train.checkpoint.load import CheckpointLoader
 from moetrain.train.checkpoint.snapshot import as_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -86,8 +86,8 @@ def bookkeeping() -> dict[str, float]:
         for mesh in meshes():
             shards = list(expert_pieces(mesh))
             began = time.perf_counter()
-            items = [Item(p.name, NAMES[p.rows.dtype], p.shape, 0, len(p.rows), as_bytes(p.rows))
-                     for p in written_here(shards, mesh)]
+            items = [TensorRows(p.name, DTYPE_NAMES[p.rows.dtype], p.shape, 0, len(p.rows), as_bytes(p.rows))
+                     for p in shards_to_write(shards, mesh)]
             write_rank(temporary, mesh.rank, items, 1)
             writing.append(time.perf_counter() - began)
         results["write a rank"] = max(writing)
@@ -101,7 +101,7 @@ def bookkeeping() -> dict[str, float]:
         results["read the manifest"] = time.perf_counter() - began
         shards = list(expert_pieces(meshes()[1]))
         loading = None
-        for name, action in (("plan a load", lambda: Loading(shards, final, "full")), ("verify", lambda: loading.verify()),
+        for name, action in (("plan a load", lambda: CheckpointLoader(shards, final, "full")), ("verify", lambda: loading.verify()),
                              ("fill", lambda: loading.fill())):
             began = time.perf_counter()
             loading = action() or loading

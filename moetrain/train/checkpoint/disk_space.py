@@ -11,7 +11,7 @@ from moetrain.comm.reduce import total_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import DiskError
 from moetrain.files import read_bytes
-from moetrain.train.checkpoint.layout import written_here
+from moetrain.train.checkpoint.layout import shards_to_write
 from moetrain.train.state import TrainState
 from moetrain.units import decimal
 
@@ -36,23 +36,23 @@ def check_disk(state: TrainState, run_dir: Path, mesh: Mesh, config: CheckpointC
 
 def estimate(state: TrainState, mesh: Mesh) -> int:
     """Bytes of one checkpoint: all tensors, and about 200 bytes of header and manifest for each. Collective."""
-    state_shards = written_here(state.state_shards(), mesh)
-    mine = sum(shard.rows.numel() * shard.rows.element_size() + 200 for shard in state_shards)
-    return int(total_over(mesh["batch"], mine))
+    state_shards = shards_to_write(state.state_shards(), mesh)
+    own = sum(shard.rows.numel() * shard.rows.element_size() + 200 for shard in state_shards)
+    return int(total_over(mesh["batch"], own))
 
 
 def _check(directory: Path, copies: int, size: int) -> None:
     try:
         _probe(directory)
         free = shutil.disk_usage(directory).free
-        there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        existing = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     except OSError as error:
         raise DiskError(4, "checkpoints cannot be written", where=str(directory), why=str(error.strerror or error),
                         next="make it writable, or choose another place with run.dir") from error
-    if free + there < copies * size:
+    if free + existing < copies * size:
         raise DiskError(6, "there is no room for the checkpoints of the run", where=str(directory),
                         why=f"{copies} of {decimal(size, 'B')} each need {decimal(copies * size, 'B')}; "
-                            f"{decimal(free + there, 'B')} are free or taken by its older ones",
+                            f"{decimal(free + existing, 'B')} are free or taken by its older ones",
                         next="free space, choose another place with run.dir, or lower checkpoint.keep")
 
 

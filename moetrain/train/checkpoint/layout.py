@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from moetrain.checkpoint.records import Chunk, Entry, row_count
+from moetrain.checkpoint.records import Chunk, TensorEntry, row_count
 from moetrain.comm.mesh import Mesh
 from moetrain.parallel.state_shards import StateShard
 
@@ -20,7 +20,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Read(NamedTuple):
@@ -32,7 +32,7 @@ class Read(NamedTuple):
     rows: int
 
 
-def written_here(shards: Iterable[StateShard], mesh: Mesh) -> list[StateShard]:
+def shards_to_write(shards: Iterable[StateShard], mesh: Mesh) -> list[StateShard]:
     """The shards that this rank writes: of ranks that hold the same shard one does, the one with the fewest bytes so far.
 
     Nobody is asked: ranks that hold the same shards see them in the same order. A disagreement would show in the commit.
@@ -51,7 +51,7 @@ def written_here(shards: Iterable[StateShard], mesh: Mesh) -> list[StateShard]:
     return mine
 
 
-def reads(name: str, entry: Entry, first: int, rows: int) -> list[Read]:
+def plan_reads(name: str, entry: TensorEntry, first: int, rows: int) -> list[Read]:
     """What to read for rows [first, first + rows) of a tensor; together exactly these rows."""
     if len(entry.chunks) < 2:
         return [Read(chunk, first - chunk.first, 0, rows) for chunk in entry.chunks]
@@ -60,7 +60,7 @@ def reads(name: str, entry: Entry, first: int, rows: int) -> list[Read]:
     return found
 
 
-def _overlaps(name: str, entry: Entry, first: int, rows: int) -> list[Read]:
+def _overlaps(name: str, entry: TensorEntry, first: int, rows: int) -> list[Read]:
     # Imported here: it takes as long as all of moetrain, and only sharded tensors need it.
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,

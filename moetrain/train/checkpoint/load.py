@@ -21,7 +21,7 @@ import torch
 from moetrain.checkpoint.commit import set_aside
 from moetrain.checkpoint.manifest import NAME, checkpoints_of, damaged, is_damage, read_manifest, step_of
 from moetrain.checkpoint.payload import Payload
-from moetrain.checkpoint.records import Entry, Manifest, Part, row_bytes
+from moetrain.checkpoint.records import ByteRange, Manifest, TensorEntry, row_bytes
 from moetrain.checkpoint.verify import check_files, problems
 from moetrain.comm.agreement import all_or_none, fail_together, on_first
 from moetrain.comm.mesh import Group, Mesh
@@ -30,7 +30,7 @@ from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
 from moetrain.parallel.state_shards import StateShard
-from moetrain.train.checkpoint.layout import DTYPES, NAMES, Read, reads
+from moetrain.train.checkpoint.layout import DTYPE_NAMES, DTYPES, Read, plan_reads
 from moetrain.train.state import OPTIONAL, TrainState, weights
 
 log = logging.getLogger(__name__)
@@ -52,10 +52,10 @@ def load(state: TrainState, directory: Path, *, verify: str = "full", mesh: Mesh
     mesh: whether the model has a place for every tensor of the checkpoint is a question to all its ranks; without a mesh it
     is not asked. Collective with a mesh.
     """
-    loading = Loading(state.state_shards(), directory, verify)
-    _load(loading, mesh)
-    state.restore(loading.manifest.values)
-    return loading.manifest
+    loader = CheckpointLoader(state.state_shards(), directory, verify)
+    _load(loader, mesh)
+    state.restore(loader.manifest.values)
+    return loader.manifest
 
 
 def resume(state: TrainState, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
@@ -64,7 +64,7 @@ def resume(state: TrainState, run_dir: Path, mesh: Mesh, *, verify: str = "full"
     Damage that one rank finds makes all of them take the next older one; rank 0 says what was lost and takes the damaged
     checkpoint out of the way. CheckpointError where none is good, or where they are of another model.
     """
-    found = _newest_good(run_dir, mesh, lambda directory: Loading(state.state_shards(), directory, verify), aside=True)
+    found = _load_newest_sound(run_dir, mesh, lambda directory: CheckpointLoader(state.state_shards(), directory, verify), move_aside=True)
     if found is not None:
         state.restore(found.manifest.values)
     return found
@@ -72,7 +72,7 @@ def resume(state: TrainState, run_dir: Path, mesh: Mesh, *, verify: str = "full"
 
 def load_newest_model(model: Transformer, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
     """The same for the model alone; changes nothing on the disk. Collective."""
-    return _newest_good(run_dir, mesh, lambda directory: Loading(weights(model), directory, verify, MODEL), aside=False)
+    return _load_newest_sound(run_dir, mesh, lambda directory: CheckpointLoader(weights(model), directory, verify, MODEL), move_aside=False)
 
 
 def newest_manifest(run_dir: Path) -> Manifest:
@@ -83,17 +83,17 @@ def newest_manifest(run_dir: Path) -> Manifest:
             return read_manifest(directory)
         except CheckpointError as error:
             passed_over.append((directory, error))
-    raise _none_good(passed_over)
+    raise _none_sound(passed_over)
 
 
-class Loading:
+class CheckpointLoader:
     """What of a checkpoint goes where on this rank: planned when it is made, then verified, then filled in."""
 
-    def __init__(self, shards: Iterable[StateShard], directory: Path, verify: str, only: tuple[str, ...] = ("",)) -> None:
+    def __init__(self, shards: Iterable[StateShard], directory: Path, verify: str, prefixes: tuple[str, ...] = ("",)) -> None:
         self.directory, self.check = directory, verify == "full"
         self.manifest = read_manifest(directory)
-        self.only = only
-        _or_damaged(directory, lambda: check_files(directory, self.manifest))
+        self.prefixes = prefixes
+        _as_damage(directory, lambda: check_files(directory, self.manifest))
         self.wanted = self._plan(list(shards))
 
     def verify(self) -> None:
@@ -122,14 +122,14 @@ class Loading:
                     target = shard.rows[read.target:read.target + read.rows] if entry.shape else shard.rows
                     target.copy_(to_device(rows.view(target.shape), target.device))
 
-    def unwanted(self, mesh: Mesh) -> list[str]:
+    def unclaimed(self, mesh: Mesh) -> list[str]:
         """Tensors of the checkpoint that no rank has a place for. Collective."""
-        names = [name for name in self.manifest.names() if name.startswith(self.only) and not name.startswith(OPTIONAL)]
-        mine = {shard.name for shard, _, _ in self.wanted}
-        counts = torch.tensor([name in mine for name in names], dtype=torch.int32, device=mesh.device)
+        names = [name for name in self.manifest.names() if name.startswith(self.prefixes) and not name.startswith(OPTIONAL)]
+        own = {shard.name for shard, _, _ in self.wanted}
+        counts = torch.tensor([name in own for name in names], dtype=torch.int32, device=mesh.device)
         return [name for name, count in zip(names, sum_over(mesh["batch"], counts).tolist()) if not count]
 
-    def _plan(self, shards: list[StateShard]) -> list[tuple[StateShard, Entry, list[Read]]]:
+    def _plan(self, shards: list[StateShard]) -> list[tuple[StateShard, TensorEntry, list[Read]]]:
         """Every shard with its entry and what to read, in the order of the files; CheckpointError names what does not fit."""
         wanted, differ = [], []
         for shard in shards:
@@ -138,12 +138,12 @@ class Loading:
                 continue
             if entry is None:
                 differ.append(f"{shard.name} is not in the checkpoint")
-            elif entry.shape != tuple(shard.shape) or entry.dtype != NAMES.get(shard.rows.dtype):
+            elif entry.shape != tuple(shard.shape) or entry.dtype != DTYPE_NAMES.get(shard.rows.dtype):
                 differ.append(f"{shard.name} is {entry.dtype} {list(entry.shape)} in the checkpoint, "
-                              f"{NAMES.get(shard.rows.dtype)} {list(shard.shape)} here")
+                              f"{DTYPE_NAMES.get(shard.rows.dtype)} {list(shard.shape)} here")
             elif shard.rows.numel():
                 rows = len(shard.rows) if shard.shape else 1
-                wanted.append((shard, entry, reads(shard.name, entry, shard.begin, rows)))
+                wanted.append((shard, entry, plan_reads(shard.name, entry, shard.begin, rows)))
         if differ:
             raise other_model(self.directory, differ)
         return sorted(wanted, key=lambda want: (want[2][0].chunk.file, want[2][0].chunk.begin))
@@ -153,9 +153,9 @@ class Loading:
         return {name: stack.enter_context(Payload(self.directory / name, self.manifest.files[name]))
                 for name in sorted(names)}
 
-    def _blocks(self, files: dict[str, Payload], shard: StateShard, entry: Entry, read: Read) -> Iterable[memoryview]:
+    def _blocks(self, files: dict[str, Payload], shard: StateShard, entry: TensorEntry, read: Read) -> Iterable[memoryview]:
         width, chunk = row_bytes(entry), read.chunk
-        part = Part(chunk.begin, chunk.rows * width, shard.name, entry.dtype, entry.shape, chunk.crcs)
+        part = ByteRange(chunk.begin, chunk.rows * width, shard.name, entry.dtype, entry.shape, chunk.crcs)
         begin = read.source * width
         return files[chunk.file].blocks(part, self.manifest.block, begin, begin + read.rows * width, self.check)
 
@@ -166,32 +166,32 @@ def other_model(directory: Path, differ: list[str]) -> CheckpointError:
                            next="set back model.*, optim.name and run.dtype, or start another run with run.name")
 
 
-def _load(loading: Loading, mesh: Mesh | None) -> None:
-    loading.verify()
+def _load(loader: CheckpointLoader, mesh: Mesh | None) -> None:
+    loader.verify()
     if mesh is not None:
-        _nothing_left(mesh, loading)
-    loading.fill()
+        _check_all_claimed(mesh, loader)
+    loader.fill()
 
 
 # --- the same on every rank
 
 
-def _newest_good(run_dir: Path, mesh: Mesh, read: Callable[[Path], Loading], *, aside: bool) -> Resumed | None:
+def _load_newest_sound(run_dir: Path, mesh: Mesh, read: Callable[[Path], CheckpointLoader], *, move_aside: bool) -> Resumed | None:
     batch, passed_over, below = mesh["batch"], [], None
     while (directory := _newest_of_all(run_dir, batch, below)) is not None:
-        loading, error = _attempt(lambda: read(directory))
+        loader, error = _attempt(lambda: read(directory))
         if error is None:
-            _, error = _attempt(loading.verify)
-        if _agreed(batch, error):
-            _same_everywhere(batch, loading)
-            _nothing_left(mesh, loading)
-            _, error = _attempt(loading.fill)
-            if _agreed(batch, error):
-                return Resumed(directory, loading.manifest, _go_back(passed_over, directory, mesh, aside))
+            _, error = _attempt(loader.verify)
+        if _all_succeeded(batch, error):
+            _check_same_manifest(batch, loader)
+            _check_all_claimed(mesh, loader)
+            _, error = _attempt(loader.fill)
+            if _all_succeeded(batch, error):
+                return Resumed(directory, loader.manifest, _report_lost(passed_over, directory, mesh, move_aside))
         passed_over.append((directory, error))
         below = step_of(directory)
     if passed_over:
-        _none_is_good(passed_over, mesh)
+        _refuse_all(passed_over, mesh)
     return None
 
 
@@ -202,14 +202,14 @@ def _newest_of_all(run_dir: Path, batch: Group, below: int | None) -> Path | Non
     return None if step < 0 else run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def _attempt(action: Callable[[], Loading | None]) -> tuple[Loading | None, CheckpointError | None]:
+def _attempt(action: Callable[[], CheckpointLoader | None]) -> tuple[CheckpointLoader | None, CheckpointError | None]:
     try:
         return action(), None
     except CheckpointError as error:
         return None, error
 
 
-def _agreed(batch: Group, error: CheckpointError | None) -> bool:
+def _all_succeeded(batch: Group, error: CheckpointError | None) -> bool:
     """True when no rank has an error, False when one found damage; another error ends all ranks."""
     worst = largest_over(batch, 0 if error is None else 1 if is_damage(error) else 2)
     if worst == 2:
@@ -217,22 +217,22 @@ def _agreed(batch: Group, error: CheckpointError | None) -> bool:
     return worst == 0
 
 
-def _same_everywhere(batch: Group, loading: Loading) -> None:
+def _check_same_manifest(batch: Group, loader: CheckpointLoader) -> None:
     """Ranks on disks of their own would each go on from another state."""
-    crc = zlib.crc32(loading.manifest.encode())
+    crc = zlib.crc32(loader.manifest.encode())
     largest, smallest = largest_over(batch, crc), -largest_over(batch, -crc)
     if largest != smallest:
-        raise CheckpointError(6, "ranks see different checkpoints", where=str(loading.directory),
+        raise CheckpointError(6, "ranks see different checkpoints", where=str(loader.directory),
                               why="their manifests differ", next="put run.dir where every rank sees the same files")
 
 
-def _nothing_left(mesh: Mesh, loading: Loading) -> None:
-    left = loading.unwanted(mesh)                       # the same on all ranks: all raise, or none
+def _check_all_claimed(mesh: Mesh, loader: CheckpointLoader) -> None:
+    left = loader.unclaimed(mesh)                       # the same on all ranks: all raise, or none
     if left:
-        raise other_model(loading.directory, [f"{name} is in the checkpoint alone" for name in left])
+        raise other_model(loader.directory, [f"{name} is in the checkpoint alone" for name in left])
 
 
-def _go_back(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Path, mesh: Mesh, aside: bool) -> int:
+def _report_lost(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Path, mesh: Mesh, move_aside: bool) -> int:
     """Say what was lost, on rank 0."""
     if not passed_over:
         return 0
@@ -243,7 +243,7 @@ def _go_back(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Pat
             error = error or next(problems(path), None)          # reads all of it
             what = f"{error.where}: {error.why}" if error else f"{path}: another rank cannot read it"
             log.warning("%s is damaged (%s)", path.name, what)
-            if aside:
+            if move_aside:
                 try:
                     set_aside(path)
                 except OSError as failure:
@@ -254,21 +254,21 @@ def _go_back(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Pat
     return lost
 
 
-def _none_is_good(passed_over: list[tuple[Path, CheckpointError | None]], mesh: Mesh) -> None:
+def _refuse_all(passed_over: list[tuple[Path, CheckpointError | None]], mesh: Mesh) -> None:
     def refuse() -> None:
-        raise _none_good([(path, error or next(problems(path), None)) for path, error in passed_over])
+        raise _none_sound([(path, error or next(problems(path), None)) for path, error in passed_over])
 
     all_or_none(mesh["batch"], refuse)
 
 
-def _none_good(passed_over: list[tuple[Path, CheckpointError | None]]) -> CheckpointError:
+def _none_sound(passed_over: list[tuple[Path, CheckpointError | None]]) -> CheckpointError:
     return CheckpointError(
         4, "no checkpoint of the run can be loaded", where=str(passed_over[0][0].parent),
         why="; ".join(f"{error.where}: {error.why}" for _, error in passed_over if error) or "another rank cannot read them",
         next="restore the files, or start another run with run.name")
 
 
-def _or_damaged(directory: Path, action: Callable[[], None]) -> None:
+def _as_damage(directory: Path, action: Callable[[], None]) -> None:
     try:
         action()
     except OSError as error:

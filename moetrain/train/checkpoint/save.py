@@ -27,7 +27,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import total_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
-from moetrain.train.checkpoint.snapshot import take
+from moetrain.train.checkpoint.snapshot import take_snapshot
 from moetrain.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class Saver:
     def __init__(self, run_dir: Path, mesh: Mesh, config: CheckpointConfig) -> None:
         self.directory, self.mesh, self.config = (run_dir / "checkpoints").absolute(), mesh, config
         self.failed_in_a_row, self.attempt = 0, 0
-        self.job: _Job | None = None                     # the one under way
-        self.failed: _Job | None = None                  # the last one, if it failed
+        self.job: _SaveJob | None = None                     # the one under way
+        self.failed: _SaveJob | None = None                  # the last one, if it failed
         self.began = time.monotonic()                    # the last save, or the run
         all_or_none(mesh["batch"], lambda: remove_leftovers(run_dir.absolute()) if mesh.is_main else None)
 
@@ -67,10 +67,10 @@ class Saver:
                         "checkpoint.interval is short for this disk", state.step, before.step, time.perf_counter() - began)
         self.attempt, self.began = self.attempt + 1, time.monotonic()
         began = time.perf_counter()
-        self.job = _Job(state.step, began, self.directory / f"step-{state.step:08d}", self.attempt,
+        self.job = _SaveJob(state.step, began, self.directory / f"step-{state.step:08d}", self.attempt,
                         {**facts, "torch": torch.__version__, "mesh": dict(self.mesh.sizes),
                          "ranks": self.mesh["batch"].size, "time": time.time()}, state.values())
-        items = take(state, self.mesh)
+        items = take_snapshot(state, self.mesh)
         self.job.start(lambda job: write_rank(job.temporary, self.mesh.rank, items, job.step))
         self.job.held_s = time.perf_counter() - began
         return before if self.config.async_save and not final else self.finish(required=final)
@@ -116,7 +116,7 @@ class Saver:
                 next="free space or make the directory writable, then run the same command again"))
         return outcome and outcome._replace(held_s=outcome.held_s + time.perf_counter() - began)
 
-    def _commit(self, job: "_Job") -> None:
+    def _commit(self, job: "_SaveJob") -> None:
         try:
             commit(job.temporary, job.final, ranks=self.mesh["batch"].size, facts=job.facts, values=job.values,
                    keep=self.config.keep)
@@ -130,12 +130,12 @@ class Saver:
         self.failed_in_a_row += 1
         if self.mesh.is_main:
             _clear(job.temporary)
-        most = self.config.max_failed_saves
+        limit = self.config.max_failed_saves
         if job.error is not None or self.mesh.is_main:
             log.warning("the save of step %d failed (%d of %d in a row): %s; the older checkpoints are as they were",
-                        job.step, self.failed_in_a_row, most, job.reason())
+                        job.step, self.failed_in_a_row, limit, job.reason())
         outcome = self._ended(None)
-        if self.failed_in_a_row >= most:
+        if self.failed_in_a_row >= limit:
             self._stop(job, DiskError(5, f"{self.failed_in_a_row} saves in a row have failed", where=str(self.directory),
                                       why=job.reason(), next="free space or make the directory writable, then run the same "
                                                              "command again; checkpoint.max_failed_saves sets the patience"))
@@ -145,7 +145,7 @@ class Saver:
         job, self.job = self.job, None
         return Saved(job.step, path, time.perf_counter() - job.began, job.held_s)
 
-    def _stop(self, job: "_Job", error: DiskError) -> None:
+    def _stop(self, job: "_SaveJob", error: DiskError) -> None:
         """Raise on the ranks that know the reason, rank 0 among them; the others leave with the code."""
         def stop() -> None:
             if job.error is not None or self.mesh.is_main:
@@ -154,7 +154,7 @@ class Saver:
         all_or_none(self.mesh["batch"], stop)
 
 
-class _Job:
+class _SaveJob:
     """One save of this rank: its thread, twice on rank 0."""
 
     def __init__(self, step: int, began: float, final: Path, attempt: int, facts: dict[str, object],
@@ -166,11 +166,11 @@ class _Job:
         self.error: Exception | None = None
         self.thread: threading.Thread | None = None
 
-    def start(self, work: Callable[["_Job"], None]) -> None:
+    def start(self, work: Callable[["_SaveJob"], None]) -> None:
         self.thread = threading.Thread(target=self._run, args=(work,), name=f"save-{self.step}", daemon=True)
         self.thread.start()
 
-    def _run(self, work: Callable[["_Job"], None]) -> None:
+    def _run(self, work: Callable[["_SaveJob"], None]) -> None:
         try:
             work(self)
         except Exception as error:                       # nobody else would hear of it

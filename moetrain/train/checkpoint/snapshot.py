@@ -8,30 +8,30 @@ are done when `take` returns. The memory is that of the shards this rank writes,
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint.payload import Item
+from moetrain.checkpoint.payload import TensorRows
 from moetrain.comm.mesh import Mesh
 from moetrain.parallel.state_shards import StateShard
-from moetrain.train.checkpoint.layout import NAMES, written_here
+from moetrain.train.checkpoint.layout import DTYPE_NAMES, shards_to_write
 from moetrain.train.state import TrainState
 
 
 @torch.no_grad()
-def take(state: TrainState, mesh: Mesh) -> list[Item]:
+def take_snapshot(state: TrainState, mesh: Mesh) -> list[TensorRows]:
     """Copies of the shards that this rank writes. No collective."""
-    state_shards = written_here(state.state_shards(), mesh)
+    state_shards = shards_to_write(state.state_shards(), mesh)
     return [_item(shard, copy) for shard, copy in zip(state_shards, copies_on_host([shard.rows.detach() for shard in state_shards]))]
 
 
 def copies_on_host(tensors: list[Tensor]) -> list[Tensor]:
     """Contiguous copies in host memory, complete when this returns."""
-    stretches: dict[int, list[Tensor]] = {}                  # by the storage on a device
+    by_storage: dict[int, list[Tensor]] = {}                  # by the storage on a device
     for tensor in tensors:
         if tensor.device.type == "cuda":
-            stretches.setdefault(_storage(tensor), []).append(tensor)
-    copied = {storage: _copy_begun(sharing) for storage, sharing in stretches.items()}
+            by_storage.setdefault(_storage(tensor), []).append(tensor)
+    copied = {storage: _start_copy(sharing) for storage, sharing in by_storage.items()}
     if copied:
         torch.cuda.synchronize()
-    return [_cut_out(tensor, *copied[_storage(tensor)]) if tensor.device.type == "cuda"
+    return [_view_of_copy(tensor, *copied[_storage(tensor)]) if tensor.device.type == "cuda"
             else tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
 
@@ -40,9 +40,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _item(shard: StateShard, copy: Tensor) -> Item:
+def _item(shard: StateShard, copy: Tensor) -> TensorRows:
     rows = len(shard.rows) if shard.shape else 1
-    return Item(shard.name, NAMES[copy.dtype], tuple(shard.shape), shard.begin, rows, as_bytes(copy))
+    return TensorRows(shard.name, DTYPE_NAMES[copy.dtype], tuple(shard.shape), shard.begin, rows, as_bytes(copy))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -55,14 +55,14 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
-def _copy_begun(sharing: list[Tensor]) -> tuple[Tensor, int]:
+def _start_copy(sharing: list[Tensor]) -> tuple[Tensor, int]:
     """A copy, under way, of the stretch of a storage that these tensors of one dtype lie in; and its first element."""
     extents = [_extent(tensor) for tensor in sharing]
     begin, end = min(first for first, _ in extents), max(last for _, last in extents)
-    stretch = sharing[0].as_strided((end - begin,), (1,), begin)
-    host = torch.empty(stretch.shape, dtype=stretch.dtype, pin_memory=True)
-    return host.copy_(stretch, non_blocking=True), begin
+    extent = sharing[0].as_strided((end - begin,), (1,), begin)
+    host = torch.empty(extent.shape, dtype=extent.dtype, pin_memory=True)
+    return host.copy_(extent, non_blocking=True), begin
 
 
-def _cut_out(tensor: Tensor, host: Tensor, begin: int) -> Tensor:
+def _view_of_copy(tensor: Tensor, host: Tensor, begin: int) -> Tensor:
     return host.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - begin).contiguous()

@@ -29,32 +29,32 @@ from moetrain.train.memory.device_memory import free_memory
 from moetrain.train.micro_batches import forward_pass
 from moetrain.train.setup import Graphs, Run
 
-SHARE = 0.8
+MAX_SHARE = 0.8
 
 
-def choose(run: Run) -> Graphs:
+def choose_graphs(run: Run) -> Graphs:
     """Which of the two, where there is a choice; otherwise what the run has. Between steps; collective."""
     config, rule = run.config, run.objective.pool
     micro_batches = run.loader.micro_batches
     if config.train.count_pass is not None or rule is None or rule.mode != "exact" or micro_batches == 1:
         return run.graphs
-    everyone = run.mesh["batch"]
-    free = -largest_over(everyone, -free_memory(run.mesh, share_gpu=config.run.share_gpu))
-    graph = largest_over(everyone, graph_of_next(run))
-    wanted = largest_over(everyone, (micro_batches + 1) * graph + still_to_come(run))
-    return Graphs(kept=wanted <= SHARE * free, graph=int(graph), free=int(free))
+    all_ranks = run.mesh["batch"]
+    free = -largest_over(all_ranks, -free_memory(run.mesh, share_gpu=config.run.share_gpu))
+    graph = largest_over(all_ranks, measure_graph(run))
+    wanted = largest_over(all_ranks, (micro_batches + 1) * graph + gradient_bytes(run))
+    return Graphs(kept=wanted <= MAX_SHARE * free, graph=int(graph), free=int(free))
 
 
-def graph_of_next(run: Run) -> int:
+def measure_graph(run: Run) -> int:
     """Bytes that one micro-batch of the next step keeps for its backward on this rank. Leaves no trace; collective."""
     step = run.state.step + 1
     batch = all_or_none(run.mesh["batch"], lambda: run.loader.step(step)[0]).to(run.mesh.device)
     unrecorded = replace(run, dump=None)
     with torch.no_grad():                                # brings what stays for a step, such as copies of experts
         forward_pass(unrecorded, step, batch, lambda found: [])
-    with AllocationTracker() as born:
+    with AllocationTracker() as tracker:
         forward = forward_pass(unrecorded, step, batch, lambda found: [])
-        kept = born.alive(run.mesh.device)
+        kept = tracker.alive(run.mesh.device)
     del forward
     if run.parallel.copies is not None:
         run.parallel.copies.release()
@@ -79,18 +79,18 @@ class AllocationTracker(TorchDispatchMode):
 
     def alive(self, device: torch.device) -> int:
         """Bytes on a device; of what was resized, those it has now."""
-        held = (born() for born in self.storages.values())
+        held = (reference() for reference in self.storages.values())
         return sum(storage.nbytes() for storage in held if storage is not None and storage.device.type == device.type)
 
 
-def still_to_come(run: Run) -> int:
+def gradient_bytes(run: Run) -> int:
     """Bytes of this rank's gradients, with those of copies of experts."""
     own = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in run.state.model.parameters())
-    copies = most_memory(run)
+    copies = max_copy_memory(run)
     return sum(parameter.nbytes for parameter in own) + copies.sums + copies.returned
 
 
-def most_memory(run: Run) -> CopyMemory:
+def max_copy_memory(run: Run) -> CopyMemory:
     """What copies take on this rank when every layer has as many as there is room for."""
     config, ep, model = run.config, run.mesh["ep"], run.state.model
     layers = []

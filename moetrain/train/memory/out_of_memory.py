@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.errors import OutOfMemoryError
-from moetrain.train.memory.graph_memory import most_memory
+from moetrain.train.memory.graph_memory import max_copy_memory
 from moetrain.train.setup import Run
 from moetrain.units import decimal
 
-SHOWN = 4                                    # items that the message names
-_SAID = ("allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")     # the system, the driver, cuBLAS
+MAX_ITEMS = 4                                    # items that the message names
+_MESSAGES = ("allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")     # the system, the driver, cuBLAS
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def out_of_memory_named(run: Run) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed. torch's CPU allocator and the libraries of CUDA have no class for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _SAID)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _MESSAGES)
 
 
 def describe(run: Run, error: BaseException) -> OutOfMemoryError:
@@ -44,7 +44,7 @@ def describe(run: Run, error: BaseException) -> OutOfMemoryError:
     size = f" of {wanted[1]} {wanted[2]}" if wanted else ""
     if wanted and wanted[2] == "bytes":
         size = f" of {decimal(float(wanted[1]), 'B')}"
-    held = ", ".join(f"{name} {decimal(amount, 'B')}" for name, amount in items[:SHOWN])
+    held = ", ".join(f"{name} {decimal(amount, 'B')}" for name, amount in items[:MAX_ITEMS])
     return OutOfMemoryError(
         1, f"out of memory on {run.mesh.device.type} in step {run.state.step + 1}: an allocation{size} failed",
         where=f"rank {run.mesh.rank} of {run.mesh.size}",
@@ -57,7 +57,7 @@ def largest_items(run: Run) -> list[tuple[str, float]]:
     values = (value for state in run.state.optimizer.state.values() for value in state.values())
     moments = sum(local(value).nbytes for value in values if isinstance(value, Tensor))
     weights = sum(parameter.nbytes for parameter in parameters)
-    copies = most_memory(run)
+    copies = max_copy_memory(run)
     rule = run.objective.pool
     kept = run.loader.micro_batches if run.graphs.kept and rule is not None and rule.mode == "exact" else 1
     blocks, logits = activation_bytes(run)
@@ -95,8 +95,8 @@ def activation_bytes(run: Run) -> tuple[float, float]:
 def advice(run: Run, largest: str) -> str:
     """What makes the largest item smaller; the same command with it resumes."""
     train, ranks = run.config.train, run.mesh["batch"].size
-    mine = train.global_batch // ranks
-    smaller = max((size for size in range(1, train.per_forward(ranks)) if mine % size == 0), default=None)
+    own = train.global_batch // ranks
+    smaller = max((size for size in range(1, train.per_forward(ranks)) if own % size == 0), default=None)
     activations = [f"train.micro_batch={smaller}"] if smaller else []
     if largest.startswith("logits") and not train.head_chunk:
         activations.insert(0, "train.head_chunk=1024")

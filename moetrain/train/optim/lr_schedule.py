@@ -14,14 +14,14 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     """
     if step <= optim.warmup:
         return optim.lr * step / optim.warmup
-    begin = _begin(steps, optim)
+    begin = _decay_start(steps, optim)
     progress = min(1.0, max(0, step - begin) / max(1, steps - begin))
     shape = "cosine" if optim.schedule == "cosine" else optim.decay_shape
     floor = optim.lr * optim.min_lr_ratio
-    return floor + (optim.lr - floor) * _FALL[shape](progress)
+    return floor + (optim.lr - floor) * _DECAY_SHAPES[shape](progress)
 
 
-def _begin(steps: int, optim: OptimConfig) -> int:
+def _decay_start(steps: int, optim: OptimConfig) -> int:
     """The step after which the rate falls."""
     return optim.warmup if optim.schedule == "cosine" else max(optim.warmup, steps - round(optim.decay * steps))
 
@@ -42,8 +42,8 @@ def schedule_warning(steps: int, optim: OptimConfig) -> str | None:
 
 def resumed_rate(step: int, before: int, now: int, optim: OptimConfig) -> str | None:
     """One line where another run.steps changes the rate of the steps that are left; step: the first of them."""
-    bends = {step, *(_begin(steps, optim) + 1 for steps in (before, now)), before, before + 1, now}
-    for changed in sorted(bend for bend in bends if step <= bend <= now):
+    candidates = {step, *(_decay_start(steps, optim) + 1 for steps in (before, now)), before, before + 1, now}
+    for changed in sorted(candidate for candidate in candidates if step <= candidate <= now):
         was, becomes = learning_rate(changed, before, optim), learning_rate(changed, now, optim)
         if not math.isclose(was, becomes, rel_tol=1e-9):
             return (f"run.steps was {before} and is {now}, and optim.schedule={optim.schedule} goes by it: the rate of step {changed} "
@@ -52,7 +52,7 @@ def resumed_rate(step: int, before: int, now: int, optim: OptimConfig) -> str | 
 
 
 # From 1 to 0 as the progress goes from 0 to 1.
-_FALL = {
+_DECAY_SHAPES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
     "sqrt": lambda progress: 1 - math.sqrt(progress),            # Hägele et al., 2024

@@ -49,10 +49,10 @@ from moetrain.parallel.state_shards import local, shard_of
 
 Group = dict[str, Any]                       # params, lr, weight_decay, and what the caller wants to find in it again
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)     # Jordan: steep at 0; what is not tiny ends between 0.68 and 1.2
-ROUNDING = 4                                 # measured: rounding reaches 0.3 epsilons, the smallest gradient of an expert 4e-3 of the norm
+ROUNDING_EPSILONS = 4                                 # measured: rounding reaches 0.3 epsilons, the smallest gradient of an expert 4e-3 of the norm
 
 
-class Settings(NamedTuple):
+class MuonSettings(NamedTuple):
     """Muon's own: see the keys optim.muon_*. bfloat16: iterate in it, not in the precision of the parameters."""
 
     momentum: float
@@ -69,7 +69,7 @@ class MuonAdamW(torch.optim.Optimizer):
     rest: groups for AdamW. adamw: what torch's class takes for all of them.
     """
 
-    def __init__(self, model: nn.Module, hidden: list[Group], rest: list[Group], *, muon: Settings,
+    def __init__(self, model: nn.Module, hidden: list[Group], rest: list[Group], *, muon: MuonSettings,
                  adamw: dict[str, Any]) -> None:
         self.adamw = torch.optim.AdamW(rest, **adamw)
         super().__init__([*hidden, *self.adamw.param_groups], {})
@@ -90,17 +90,17 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step(self, parameter: nn.Parameter, rate: float, decay: float, gradient_norm: float) -> None:
         """Waits for the other ranks where the matrices of the parameter are cut up."""
-        gradient, mine = local(parameter.grad), local(parameter.data)
+        gradient, own = local(parameter.grad), local(parameter.data)
         momentum = local(self.state[parameter]["momentum_buffer"]).lerp_(gradient, 1 - self.settings.momentum)
         direction = gradient.lerp(momentum, self.settings.momentum)
-        floor = ROUNDING * torch.finfo(direction.dtype).eps * gradient_norm
-        mine.mul_(1 - rate * decay)
+        floor = ROUNDING_EPSILONS * torch.finfo(direction.dtype).eps * gradient_norm
+        own.mul_(1 - rate * decay)
         dim, begin = shard_of(parameter)
         if isinstance(parameter, DTensor) and dim == parameter.ndim - 2:             # matrices are cut, between their rows
-            update = self._update(parameter, whole(direction, parameter), floor).narrow(dim, begin, mine.shape[dim])
+            update = self._update(parameter, gather_whole(direction, parameter), floor).narrow(dim, begin, own.shape[dim])
         else:
             update = self._update(parameter, direction, floor)
-        mine.add_(update, alpha=-rate)
+        own.add_(update, alpha=-rate)
 
     def _update(self, parameter: nn.Parameter, direction: Tensor, floor: float) -> Tensor:
         """Orthogonal and scaled, matrix by matrix; stored like the direction."""
@@ -112,7 +112,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return torch.cat(updates, 1).view(direction.shape)
 
 
-def whole(part: Tensor, parameter: DTensor) -> Tensor:
+def gather_whole(part: Tensor, parameter: DTensor) -> Tensor:
     """A tensor stored like a sharded parameter, gathered on every rank. Waits."""
     return DTensor.from_local(part, parameter.device_mesh, parameter.placements, shape=parameter.shape,
                               stride=parameter.stride()).full_tensor()

@@ -15,7 +15,7 @@ from torch import nn
 from moetrain.config.schema import OptimConfig
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.routers.base import Router
-from moetrain.train.optim.muon import MuonAdamW, Settings
+from moetrain.train.optim.muon import MuonAdamW, MuonSettings
 
 HIDDEN = ("dense", "expert")                 # kinds that hold matrices of hidden layers, and nothing else
 
@@ -29,7 +29,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     hidden, rest = ([group for group in groups if (group["name"] in HIDDEN) == chosen] for chosen in (True, False))
     for group in hidden:
         group["lr_scale"] *= (optim.muon_lr or optim.lr) / optim.lr
-    muon = Settings(optim.muon_momentum, optim.muon_adjust, optim.muon_ns_steps, optim.muon_precision == "bfloat16")
+    muon = MuonSettings(optim.muon_momentum, optim.muon_adjust, optim.muon_ns_steps, optim.muon_precision == "bfloat16")
     return MuonAdamW(model, hidden, rest, muon=muon, adamw=adamw)
 
 

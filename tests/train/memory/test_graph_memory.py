@@ -8,7 +8,7 @@ import torch
 from moetrain.machine import job_memory, machine_memory
 from moetrain.train.banner import balance_line
 from moetrain.train.memory import graph_memory as memory
-from moetrain.train.memory.graph_memory import choose, graph_of_next
+from moetrain.train.memory.graph_memory import choose_graphs, measure_graph
 from moetrain.train.setup import Graphs
 from moetrain.train.step import train_step
 from tests.support.training import difference, make_run, snapshot, whole
@@ -39,11 +39,11 @@ def test_a_graph_takes_what_was_measured(model):
     overrides = [*ACCUMULATED, *MODELS[model]]
     run = make_run(overrides)
     assert run.loader.micro_batches == 4
-    assert most_in_use(overrides) == pytest.approx(4 * graph_of_next(run), rel=0.05)
+    assert most_in_use(overrides) == pytest.approx(4 * measure_graph(run), rel=0.05)
 
 
 def test_recomputing_takes_less():
-    plain, full = (graph_of_next(make_run([*ACCUMULATED, *MODELS[model]])) for model in ("plain", "recomputed"))
+    plain, full = (measure_graph(make_run([*ACCUMULATED, *MODELS[model]])) for model in ("plain", "recomputed"))
     assert full < 0.5 * plain
 
 
@@ -55,7 +55,7 @@ def with_memory(overrides: list[str], free: list[int] | None, rank: int = 0) -> 
     if free is not None:
         memory.free_memory = lambda mesh, share_gpu: free[mesh.rank]
         try:
-            run.graphs = choose(run)
+            run.graphs = choose_graphs(run)
         finally:
             memory.free_memory = original
     results = [train_step(run, step) for step in (2, 3)]
@@ -103,7 +103,7 @@ def test_the_banner_says_what_was_chosen_and_why():
 def test_room_is_needed_for_all_graphs_for_a_backward_and_for_gradients():
     run = make_run(ACCUMULATED)
     train_step(run, 1)
-    needed = (5 * graph_of_next(run) + sum(parameter.nbytes for parameter in run.state.model.parameters())) / memory.SHARE
+    needed = (5 * measure_graph(run) + sum(parameter.nbytes for parameter in run.state.model.parameters())) / memory.MAX_SHARE
     assert with_memory([], [int(1.001 * needed)])[0].kept and not with_memory([], [int(0.999 * needed)])[0].kept
 
 
@@ -116,12 +116,12 @@ def test_nothing_runs_where_there_is_no_choice(case, monkeypatch):
     run = make_run([*ACCUMULATED, NO_CHOICE[case]])
     monkeypatch.setattr(memory, "free_memory", lambda mesh, share_gpu: LITTLE)
     monkeypatch.setattr(memory, "forward_pass", lambda *arguments: pytest.fail("a forward pass"))
-    assert choose(run) == Graphs(kept=case != "counted by hand")
+    assert choose_graphs(run) == Graphs(kept=case != "counted by hand")
 
 
 def test_dumps_have_nothing_of_the_measurement(tmp_path):
     run = make_run([*ACCUMULATED, "log.router_dump=true"])
-    choose(run)
+    choose_graphs(run)
     assert run.dump.micro_batches == 0 and not run.dump.tensors
 
 
