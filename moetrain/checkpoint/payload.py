@@ -68,7 +68,7 @@ def write_payload(path: Path, items: list[TensorRows], step: int,
 def _part(item: TensorRows) -> ByteRange:
     whole = item.rows == row_count(item.shape)
     return ByteRange(0, len(item.content), item.name if whole else f"{item.name}@{item.first}", item.dtype,
-                item.shape if whole else (item.rows, *item.shape[1:]), ())
+                     item.shape if whole else (item.rows, *item.shape[1:]), ())
 
 
 def header(parts: Iterable[ByteRange], metadata: dict[str, str]) -> bytes:

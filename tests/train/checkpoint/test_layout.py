@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import planner_helpers
 
 from moetrain.checkpoint.records import Chunk, TensorEntry
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.parallel.shards import StateShard
+from moetrain.parallel.state_shards import StateShard
 from moetrain.train.checkpoint.layout import plan_reads, shards_to_write
 
 
