@@ -12,7 +12,8 @@ def test_every_slot_goes_where_its_expert_lives_and_unused_ones_nowhere(placemen
     ids_TK = torch.tensor([[0, 3], [2, -1], [-1, -1], [1, 1]])
     physical_TK = assign(ids_TK, slot_table(placement))
     assert physical_TK.dtype == torch.int64
-    assert physical_TK.tolist() == [[placement.physical[id] if id >= 0 else -1 for id in row] for row in ids_TK.tolist()]
+    assert physical_TK.tolist() == [[placement.physical[id] if id >= 0 else -1 for id in row]
+                                    for row in ids_TK.tolist()]
 
 
 def test_contiguous_homes_leave_ids_as_they_are():

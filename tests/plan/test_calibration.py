@@ -1,4 +1,6 @@
-"""Calibration after the gate adds what pays, no more than there is room for, and nothing else."""
+"""Calibration after the gate: it adds the copies that pay, as many as there is room for, and nothing else."""
+
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from moetrain.plan.planners.llep import LeastLoaded
 from moetrain.plan.splitting.rules import rule_of
 
 TOPOLOGY = Topology(4, 2)
-COSTS = Costs(row_s=1e-6, row_bytes=256, expert_bytes=1e5, inside=1e9, between=5e8, latency_s=1e-5, hidden_s=1e-3)
+COSTS = Costs(row_s=1e-6, row_bytes=256, expert_bytes=1e5, inside=1e9, between=5e8, latency_s=1e-5,
+              hidden_s=1e-3)
 PLANNERS = [Balanced(), Hecate(), LeastLoaded(min_rows=16)]
 IDS = ["balanced", "hecate", "llep"]
 
@@ -46,7 +49,7 @@ def test_the_plan_stays_and_no_position_gets_more_than_its_room(planner, name):
             assert extended.placement.home == plan.placement.home
             assert set(extended.placement.copies) > set(plan.placement.copies)
             assert max(len(extended.placement.copies_at(position)) for position in range(4)) <= room
-            seconds(planner, extended, n_PE)                             # every row finds a replica, whatever the rule
+            seconds(planner, extended, n_PE)                 # every row finds a replica, whatever the rule
 
 
 @pytest.mark.parametrize("planner", PLANNERS, ids=IDS)
@@ -68,14 +71,24 @@ class Wants:
         return LayerPlan(LayerPlacement(homes.home, homes.positions, self.copies), self.quotas_C)
 
 
-@pytest.mark.parametrize("travel_s, hidden_s, pays", [(24, 0, True), (26, 0, False), (34, 10, True), (36, 10, False), (49, 99, True),
-                                                     (51, 99, False)])
-def test_the_price_is_a_gathering_that_nothing_hides_and_what_its_gradients_expose(travel_s, hidden_s, pays):
+class Price(NamedTuple):
+    """Seconds to send a copy, seconds that forward hides of it, and whether the copy pays."""
+
+    travel_s: int
+    hidden_s: int
+    pays: bool
+
+
+@pytest.mark.parametrize("price", [
+    Price(24, 0, pays=True), Price(26, 0, pays=False), Price(34, 10, pays=True), Price(36, 10, pays=False),
+    Price(49, 99, pays=True), Price(51, 99, pays=False)], ids=str)
+def test_the_price_is_a_gather_that_nothing_hides_and_what_its_gradients_expose(price):
     """Half of 100 rows leave the full position: 50 s. Backward hides twice as much as forward could."""
-    costs = Costs(row_s=1.0, row_bytes=0.0, expert_bytes=travel_s, inside=1.0, between=1.0, latency_s=0.0, hidden_s=hidden_s)
+    costs = Costs(row_s=1.0, row_bytes=0.0, expert_bytes=price.travel_s, inside=1.0, between=1.0,
+                  hidden_s=price.hidden_s)
     n_PE = torch.tensor([[50, 0], [50, 0]])
-    extended = calibrate(n_PE, LayerPlan(LayerPlacement((0, 1), 2)), Wants(((0, 1),)), Topology(2, 2), costs, 1)
-    assert (extended is not None) == pays
+    plan, wanted = LayerPlan(LayerPlacement((0, 1), 2)), Wants(((0, 1),))
+    assert (calibrate(n_PE, plan, wanted, Topology(2, 2), costs, 1) is not None) == price.pays
 
 
 def test_what_is_planned_already_is_not_added():
@@ -96,7 +109,10 @@ def test_quotas_follow_the_replicas_that_there_are():
     plan = LayerPlan(LayerPlacement(contiguous(16, 4).home, 4, ((15, 2),)), (0,) * 17)
     n_PE = torch.zeros(4, 16, dtype=torch.int64)
     n_PE[:, 0], n_PE[:, 4] = 10, 20
-    extended = add_missing_copies(n_PE, plan, wanted, TOPOLOGY, COSTS, 2)         # one more at position 2: expert 4 is the hotter
+    extended = add_missing_copies(n_PE, plan, wanted, TOPOLOGY, COSTS, 2)
+    # One more copy fits at position 2: of expert 4, which is hotter.
     assert extended.placement.copies == ((0, 1), (4, 2), (15, 2))
-    quotas = {(expert, at): quota for (expert, at, _), quota in zip(extended.placement.replicas, extended.quotas_C, strict=True)}
-    assert quotas[0, 0] == 5 + 11 and quotas[0, 1] == 7 and quotas[4, 1] == 3 and quotas[4, 2] == 13 and quotas[15, 2] == 0
+    replicas = zip(extended.placement.replicas, extended.quotas_C, strict=True)
+    quotas = {(expert, at): quota for (expert, at, _), quota in replicas}
+    assert quotas[0, 0] == 5 + 11 and quotas[0, 1] == 7
+    assert quotas[4, 1] == 3 and quotas[4, 2] == 13 and quotas[15, 2] == 0

@@ -1,6 +1,7 @@
-"""Every planner on inputs of any kind, the degenerate ones before all: no rows, no room, no time, one position, experts in pieces.
+"""Properties of every planner on inputs of any kind, degenerate ones included.
 
-Plans are legal, rows are neither lost nor invented, and nothing divides by zero: numpy's warnings are errors here.
+Those are no rows, no room, no time, one position, sliced experts. Plans are legal, rows are neither lost nor
+invented, and nothing divides by zero: numpy's warnings are errors here.
 """
 
 import math
@@ -15,7 +16,7 @@ from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import step_time
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.balanced import Balanced
-from moetrain.plan.planners.base import Planner, SupportsRehoming, SupportsSlicing, loads_by_node
+from moetrain.plan.planners.base import LayerPlan, Planner, SupportsRehoming, SupportsSlicing, loads_by_node
 from moetrain.plan.planners.ep import ExpertParallel
 from moetrain.plan.planners.eplb import Eplb
 from moetrain.plan.planners.hecate import Hecate
@@ -24,7 +25,8 @@ from moetrain.plan.planners.llep import LeastLoaded
 from moetrain.plan.planners.shadow import Shadow
 from moetrain.plan.splitting.rules import rule_of
 
-PLANNERS = [ExpertParallel(), Hecate(), Eplb(), Shadow(), LeastLoaded(min_rows=1, threshold=1.0, capacity=1.0), Laer(),
+PLANNERS = [ExpertParallel(), Hecate(), Eplb(), Shadow(),
+            LeastLoaded(min_rows=1, threshold=1.0, capacity=1.0), Laer(),
             Balanced(tolerance=0.0, min_gain=0.0)]
 RATES = st.sampled_from([1e9, math.inf])
 
@@ -37,11 +39,13 @@ def situations(draw: st.DrawFn) -> tuple[np.ndarray, LayerPlacement, Topology, C
     n_PE = np.array(draw(st.lists(per_position, min_size=positions, max_size=positions)), dtype=np.int64)
     home = draw(st.lists(st.integers(0, positions - 1), min_size=experts, max_size=experts))
     sliced = draw(st.one_of(st.just(range(experts)), st.sets(st.integers(0, experts - 1))))
-    costs = Costs(draw(st.sampled_from([0.0, 1e-6])), draw(st.sampled_from([0.0, 4e3])), draw(st.sampled_from([0.0, 1e6])),
+    costs = Costs(draw(st.sampled_from([0.0, 1e-6])), draw(st.sampled_from([0.0, 4e3])),
+                  draw(st.sampled_from([0.0, 1e6])),
                   draw(RATES), draw(RATES), hidden_s=draw(st.sampled_from([0.0, 1.5e-3, math.inf])),
                   collective=draw(st.sampled_from(["packed", "two_level"])))
     topology = Topology(positions, draw(st.integers(1, 5)))
-    return n_PE, LayerPlacement(tuple(home), positions, sliced=tuple(sliced)), topology, costs, draw(st.integers(0, 3))
+    homes = LayerPlacement(tuple(home), positions, sliced=tuple(sliced))
+    return n_PE, homes, topology, costs, draw(st.integers(0, 3))
 
 
 @settings(max_examples=40, derandomize=True, database=None, deadline=None)
@@ -59,7 +63,8 @@ def test_plans_are_legal_whatever_the_loads_homes_and_budgets(situation, nodes_k
             check_homes(planner, n_PE.sum(0), homes, topology, costs, room)
 
 
-def check(planner: Planner, plan, n_PE: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> None:
+def check(planner: Planner, plan: LayerPlan, n_PE: np.ndarray, homes: LayerPlacement, topology: Topology,
+          costs: Costs, room: int) -> None:
     placement = plan.placement.with_sliced(homes.sliced)
     assert placement.home == homes.home
     copies = np.bincount([at for _, at in placement.copies], minlength=topology.positions)
@@ -74,9 +79,11 @@ def check(planner: Planner, plan, n_PE: np.ndarray, homes: LayerPlacement, topol
         assert more is None or set(more.placement.copies) > set(plan.placement.copies)
 
 
-def check_homes(planner: Planner, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs, room: int) -> None:
+def check_homes(planner: Planner, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology,
+                costs: Costs, room: int) -> None:
     if isinstance(planner, SupportsRehoming):
-        moved = planner.rehome({"layer": loads_E}, ExpertPlacement((("layer", homes.whole),)), topology, costs)["layer"]
+        placement = ExpertPlacement((("layer", homes.whole),))
+        moved = planner.rehome({"layer": loads_E}, placement, topology, costs)["layer"]
         assert not moved.copies and moved.num_experts == homes.num_experts
     if isinstance(planner, SupportsSlicing):
         assert len(planner.choose_sliced(loads_E, homes, topology, costs, room, 2)) <= 2

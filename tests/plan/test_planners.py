@@ -1,4 +1,4 @@
-"""Planners: every plan is legal and repeatable, rivals plan what their authors' code plans, ours does what it promises.
+"""Planners: plans are legal and repeatable, rivals plan as published, and ours does what it promises.
 
 The golden plans in tests/plan/golden were computed by running the code named there on ten load vectors each.
 """
@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import step_time
+from moetrain.plan.leveling.locality import NodeFlows, add_local_copies
 from moetrain.plan.leveling.overflow import LoadSnapshot, OverflowState, overlaps
 from moetrain.plan.loads.synthetic import NAMES, generate
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement, contiguous
@@ -27,15 +29,18 @@ from moetrain.plan.planners.base import (
 from moetrain.plan.planners.ep import ExpertParallel
 from moetrain.plan.planners.hecate import Hecate
 from moetrain.plan.splitting.split import local_first, shares, waterfill
+from tests.support.random_placements import FEW, routed_layers
 
-PLANNERS = [ExpertParallel(), Hecate(), eplb.Eplb(), eplb.Eplb(groups=8), shadow.Shadow(), llep.LeastLoaded(min_rows=8),
+PLANNERS = [ExpertParallel(), Hecate(), eplb.Eplb(), eplb.Eplb(groups=8), shadow.Shadow(),
+            llep.LeastLoaded(min_rows=8),
             laer.Laer(), Balanced(), Balanced(tolerance=0.0, min_gain=0.0)]
 NAMED = {type(planner).__name__ + str(i): planner for i, planner in enumerate(PLANNERS)}
 # A balanced layer computes for 1 s here: weights cross in 0.05 s, half the rows (between nodes) in 0.3 s.
 ROWS = 1024
 CHEAP = Costs(1 / ROWS, 0.3 * 1e9 / (4 * ROWS * 0.5), 0.05e9, 9e9, 1e9, hidden_s=0.3)
 BARE = Costs(1 / ROWS, 0.3 * 1e9 / (4 * ROWS * 0.5), 0.05e9, 9e9, 1e9)
-SHAPES = ((1, 1, 4), (2, 2, 3), (4, 2, 8), (5, 2, 10), (8, 8, 64), (8, 4, 16), (16, 4, 8))      # positions, per node, experts
+# Positions, positions of a node, experts.
+SHAPES = ((1, 1, 4), (2, 2, 3), (4, 2, 8), (5, 2, 10), (8, 8, 64), (8, 4, 16), (16, 4, 8))
 
 
 def golden(name: str) -> list[dict]:
@@ -46,7 +51,8 @@ def homes_for(seed: int, positions: int, experts: int) -> LayerPlacement:
     """Equal blocks, or anything."""
     if seed % 2 and experts % positions == 0:
         return contiguous(experts, positions)
-    return LayerPlacement(tuple(np.random.default_rng(seed).integers(0, positions, experts).tolist()), positions)
+    home = np.random.default_rng(seed).integers(0, positions, experts)
+    return LayerPlacement(tuple(home.tolist()), positions)
 
 
 def node_loads(n_PE: np.ndarray, topology: Topology) -> np.ndarray:
@@ -109,31 +115,35 @@ def test_no_rows_at_all_are_no_trouble(planner):
     assert split(planner, plan, np.zeros((4, 8), dtype=np.int64), Topology(4, 2), CHEAP).sum() == 0
 
 
-@pytest.mark.parametrize("planner", [planner for planner in PLANNERS if isinstance(planner, SupportsRehoming)],
+@pytest.mark.parametrize("planner",
+                         [planner for planner in PLANNERS if isinstance(planner, SupportsRehoming)],
                          ids=lambda planner: type(planner).__name__)
-def test_moved_homes_are_as_many_everywhere(planner):
-    for name in ("lognormal_1.5", "hot_rank"):
-        for positions, per_node, experts in ((4, 2, 8), (8, 4, 16)):
-            placement = ExpertPlacement(tuple(
-                (f"layers.{i}", contiguous(experts * (1 + i % 2), positions)) for i in range(4)))
-            loads = {router: generate(name, i, 1, positions, layer.num_experts, 400)[0].sum(0)
-                     for i, (router, layer) in enumerate(placement.layers)}
-            moved = planner.rehome(loads, placement, Topology(positions, per_node), CHEAP)
-            assert [router for router, _ in moved.layers] == [router for router, _ in placement.layers]
-            assert all(not layer.copies for _, layer in moved.layers)
-            counts = [sum(len(layer.experts_of(at)) for _, layer in moved.layers) for at in range(positions)]
-            assert max(counts) - min(counts) <= 1 and sum(counts) == 6 * experts
-            assert moved.digest == planner.rehome(loads, placement, Topology(positions, per_node), CHEAP).digest
+@settings(FEW, max_examples=6)
+@given(st.sampled_from([Topology(2, 1), Topology(4, 2), Topology(8, 4)]),
+       st.lists(st.sampled_from([8, 16, 24]), min_size=1, max_size=4),
+       st.sampled_from(["lognormal_1.5", "hot_rank"]), st.integers(0, 99))
+def test_moved_homes_are_as_many_everywhere(planner, topology, experts, name, seed):
+    placement = ExpertPlacement(tuple((f"layers.{i}", contiguous(size, topology.positions))
+                                      for i, size in enumerate(experts)))
+    loads = {router: generate(name, seed + i, 1, topology.positions, layer.num_experts, 400)[0].sum(0)
+             for i, (router, layer) in enumerate(placement.layers)}
+    moved = planner.rehome(loads, placement, topology, CHEAP)
+    assert [router for router, _ in moved.layers] == [router for router, _ in placement.layers]
+    assert all(not layer.copies for _, layer in moved.layers)
+    counts = [sum(len(layer.experts_of(at)) for _, layer in moved.layers) for at in range(topology.positions)]
+    assert max(counts) == min(counts) and sum(counts) == sum(experts)
+    assert moved.digest == planner.rehome(loads, placement, topology, CHEAP).digest
 
 
 def test_what_fits_behind_other_work_is_counted_in_whole_experts():
-    assert max_hidden_copies(Topology(8, 4), CHEAP, 64) == 6                          # 0.3 s at 1e9 between nodes
+    assert max_hidden_copies(Topology(8, 4), CHEAP, 64) == 6                      # 0.3 s at 1e9 between nodes
     assert max_hidden_copies(Topology(8, 8), CHEAP, 64) == 54                         # and at 9e9 inside
     assert max_hidden_copies(Topology(8, 8), CHEAP, 32) == 32
     assert max_hidden_copies(Topology(8, 4), BARE, 64) == 0
     assert max_hidden_copies(Topology(8, 4), Costs(1.0, 1.0, 0.0, 1.0, 1.0), 64) == 64
     assert max_hidden_copies(Topology(8, 4), Costs(1.0, 1.0, 1.0, float("inf"), float("inf")), 64) == 64
-    assert copies_per_position(4, Topology(8, 4), CHEAP, 64) == 4 and copies_per_position(9, Topology(8, 4), CHEAP, 64) == 6
+    assert copies_per_position(4, Topology(8, 4), CHEAP, 64) == 4
+    assert copies_per_position(9, Topology(8, 4), CHEAP, 64) == 6
 
 
 def test_loads_without_nodes_are_divided_by_their_sizes():
@@ -153,13 +163,15 @@ def test_eplb_places_as_published(case):
 @pytest.mark.parametrize("case", golden("llep"), ids=str)
 def test_llep_cuts_as_published(case):
     homes = contiguous(len(case["loads"]), case["positions"])
-    assignments = llep.spill(np.array(case["loads"]), homes, case["capacity"], case["min_rows"], room=len(case["loads"]))
+    assignments = llep.spill(np.array(case["loads"]), homes, case["capacity"], case["min_rows"],
+                             room=len(case["loads"]))
     assert [list(piece) for piece in assignments] == case["pieces"]
 
 
 @pytest.mark.parametrize("case", golden("shadow"), ids=str)
 def test_shadow_chooses_as_published(case):
-    chosen = shadow.choose_shadowed(np.array(case["loads"]), case["row_s"], case["send_row_s"], case["send_expert_s"])
+    chosen = shadow.choose_shadowed(np.array(case["loads"]), case["row_s"], case["send_row_s"],
+                                    case["send_expert_s"])
     assert sorted(chosen) == case["shadowed"]
 
 
@@ -168,17 +180,21 @@ def test_laer_counts_and_places_as_published(case):
     half = np.array(case["loads"]) // 2
     loads_NE, slots_P, topology = np.stack([half, half]), np.full(16, case["each"]), Topology(16, 8)
     costs = Costs(case["row_s"], case["row_bytes"], 0.0, case["inside"], case["between"])
-    queued = laer.place_replicas(laer.queued_counts(loads_NE.sum(0), int(slots_P.sum()), 2), loads_NE.sum(0), slots_P, topology, None)
-    for held_EP, held in ((queued, case["queued"]), (laer.best_replicas(loads_NE, slots_P, topology, costs), case["held"])):
+    counts_E = laer.queued_counts(loads_NE.sum(0), int(slots_P.sum()), 2)
+    queued_EP = laer.place_replicas(counts_E, loads_NE.sum(0), slots_P, topology, None)
+    best_EP = laer.best_replicas(loads_NE, slots_P, topology, costs)
+    for held_EP, held in ((queued_EP, case["queued"]), (best_EP, case["held"])):
         assert [np.repeat(np.arange(16), held_P).tolist() for held_P in held_EP.T] == held
 
 
-def read_hecate(loads: list[int], homes: LayerPlacement, topology: Topology, t: int, m: int) -> set[tuple[int, int]]:
+def read_hecate(loads: list[int], homes: LayerPlacement, topology: Topology, t: int,
+                m: int) -> set[tuple[int, int]]:
     """Algorithm 1 as section 3.1 of its description has it, with sets and loops."""
     hottest = sorted(range(len(loads)), key=lambda e: (-loads[e], e))[:t]
     where = {e: {homes.home[e]} for e in range(len(loads))}
     if t <= m:
-        return {(e, at) for e in hottest for at in range(homes.positions)} - {(e, homes.home[e]) for e in hottest}
+        everywhere = {(e, at) for e in hottest for at in range(homes.positions)}
+        return everywhere - {(e, homes.home[e]) for e in hottest}
     slots = dict.fromkeys(hottest, 1)
     for _ in range(homes.positions * m):
         growing = [e for e in hottest if slots[e] < homes.positions]
@@ -210,16 +226,19 @@ def test_hecate_copies_as_its_algorithm_reads(name):
         for room in (1, 2, 20):
             plan = Hecate().plan(loads_E, homes, topology, CHEAP, room)
             t = max_hidden_copies(topology, CHEAP, experts)
-            assert set(plan.placement.copies) == read_hecate(loads_E.tolist(), homes, topology, t, min(room, t))
+            read = read_hecate(loads_E.tolist(), homes, topology, t, min(room, t))
+            assert set(plan.placement.copies) == read
 
 
 def test_hecates_homes_balance_what_cannot_be_copied():
-    """Two layers over two positions, one expert of each hot (t = 1): the cool ones are spread by load, the hot fill up."""
+    """Two layers over two positions, one hot expert each (t = 1): cool ones spread by load, hot ones fill."""
     costs = Costs(1.0, 1.0, 1.0, 1.0, 1.0, hidden_s=1.0)
     placement = ExpertPlacement((("a", contiguous(4, 2)), ("b", contiguous(4, 2))))
-    moved = Hecate().rehome({"a": np.array([90, 9, 1, 1]), "b": np.array([5, 60, 6, 7])}, placement, Topology(2, 2), costs)
+    loads = {"a": np.array([90, 9, 1, 1]), "b": np.array([5, 60, 6, 7])}
+    moved = Hecate().rehome(loads, placement, Topology(2, 2), costs)
     assert moved["a"].home[1:] == (0, 1, 1)
-    rest = {at: sum(load for load, home in zip([5, 0, 6, 7], moved["b"].home, strict=True) if home == at) for at in (0, 1)}
+    rest = {at: sum(load for load, home in zip([5, 0, 6, 7], moved["b"].home, strict=True) if home == at)
+            for at in (0, 1)}
     assert sorted(rest.values()) == [7, 11]
 
 
@@ -234,32 +253,40 @@ def test_llep_does_nothing_below_its_threshold_and_heeds_room():
     assert llep.LeastLoaded(min_rows=1).plan(loads_E, homes, topology, CHEAP, 4).placement.copies == ()
     eager = llep.LeastLoaded(min_rows=1, threshold=1.0, capacity=1.0).plan(loads_E, homes, topology, CHEAP, 4)
     assert eager.placement.copies == ((0, 2), (0, 3)) and eager.quotas_C == (100, 10, 10, 100, 90, 90)
-    assert llep.LeastLoaded(min_rows=1, threshold=1.0).plan(loads_E, homes, topology, CHEAP, 0).quotas_C == (120, 100, 90, 90)
+    without_room = llep.LeastLoaded(min_rows=1, threshold=1.0).plan(loads_E, homes, topology, CHEAP, 0)
+    assert without_room.quotas_C == (120, 100, 90, 90)
 
 
 # --- ours
 
 
 def test_intervals_overlap_group_by_group():
-    item, taker, rows = overlaps(np.array([5, 2, 4]), np.array([0, 0, 1]), np.array([3, 1, 6]), np.array([0, 0, 1]))
-    assert list(zip(item.tolist(), taker.tolist(), rows.tolist(), strict=True)) == [(0, 0, 3), (0, 1, 1), (2, 2, 4)]
+    item, receiver, rows = overlaps(rows_I=np.array([5, 2, 4]), group_I=np.array([0, 0, 1]),
+                                    gap_R=np.array([3, 1, 6]), group_R=np.array([0, 0, 1]))
+    found = zip(item.tolist(), receiver.tolist(), rows.tolist(), strict=True)
+    assert list(found) == [(0, 0, 3), (0, 1, 1), (2, 2, 4)]
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_placing_overflow_loses_no_rows(whole):
-    for seed, (positions, per_node, experts) in enumerate(SHAPES[1:] * 3):
-        topology, homes = Topology(positions, per_node), homes_for(seed, positions, experts)
-        loads_NE = node_loads(generate("lognormal_1.5", seed, 1, positions, experts, 400)[0], topology)
-        level = -(-int(loads_NE.sum()) // positions)
-        state = OverflowState(LoadSnapshot(loads_NE, np.array(homes.home), topology), level, 3).place_overflow(on_source_nodes=bool(seed % 2), whole=whole)
-        overflow = state.result()
-        assert int(overflow.kept_E.min()) >= 0 and (len(overflow.rows_X) == 0 or int(overflow.rows_X.min()) >= 1)
-        whole_E = overflow.kept_E + np.bincount(overflow.expert_X, weights=overflow.rows_X, minlength=experts).astype(int)
-        assert whole_E.tolist() == loads_NE.sum(0).tolist()
-        load_P = np.bincount(np.r_[homes.home, overflow.position_X], np.r_[overflow.kept_E, overflow.rows_X], positions)
-        assert load_P.tolist() == state.load_P.tolist()
-        before_P = np.bincount(homes.home, loads_NE.sum(0), positions)
-        assert (load_P <= np.maximum(before_P, level)).all()
+@FEW
+@given(routed_layers(), st.integers(1, 3), st.booleans(), st.booleans())
+def test_moved_overflow_loses_no_rows_and_stays_below_the_level(layer, room, whole, on_source_nodes):
+    n_PE, placement, topology = layer
+    home_E, loads_NE = np.array(placement.home), node_loads(n_PE.numpy(), topology)
+    snapshot, level = LoadSnapshot(loads_NE, home_E, topology), -(-int(n_PE.sum()) // topology.positions)
+    state = OverflowState(snapshot, level, room).place_overflow(on_source_nodes=on_source_nodes, whole=whole)
+    for moved in (state, add_local_copies(state, NodeFlows(snapshot, room), budget=2 * room)):
+        plan = moved.result()
+        assert int(plan.kept_E.min()) >= 0 and (plan.rows_X >= (1 if moved is state else 0)).all()
+        rows_E = plan.kept_E.copy()
+        np.add.at(rows_E, plan.expert_X, plan.rows_X)
+        assert rows_E.tolist() == n_PE.sum(0).tolist()
+        load_P = np.zeros(topology.positions, dtype=np.int64)
+        np.add.at(load_P, np.r_[home_E, plan.position_X], np.r_[plan.kept_E, plan.rows_X])
+        assert load_P.tolist() == moved.load_P.tolist()
+        assert np.bincount(plan.position_X, minlength=topology.positions).max() <= room
+    before_P = np.zeros(topology.positions, dtype=np.int64)
+    np.add.at(before_P, home_E, n_PE.sum(0).numpy())
+    assert (state.load_P <= np.maximum(before_P, level)).all()
 
 
 @pytest.mark.parametrize(("positions", "per_node"), [(4, 2), (8, 4), (8, 8)])
@@ -286,7 +313,7 @@ def test_ours_does_nothing_at_balance_or_where_it_does_not_pay():
 
 
 def test_ours_keeps_rows_on_their_node_where_copies_hide():
-    """Each node asks for the experts of the other; loads are a little uneven, so that there is something to plan."""
+    """Each node asks for the experts of the other. Loads are a little uneven, so that a plan is needed."""
     topology, homes = Topology(4, 2), contiguous(4, 4)
     loads_NE = np.array([[0, 0, 1100, 900], [900, 900, 0, 0]])
     plan = Balanced().plan(loads_NE, homes, topology, Costs(1e-3, 1e6, 1e6, 9e9, 1e9, hidden_s=1.0), 2)
@@ -294,11 +321,15 @@ def test_ours_keeps_rows_on_their_node_where_copies_hide():
     assert {(2, 0), (3, 0), (0, 1), (1, 1)} <= held
 
 
-@pytest.mark.parametrize("costs", [CHEAP, BARE, Costs(1 / ROWS, 1e9 / (4 * ROWS * 0.5), 0.05e9, 9e9, 1e9, hidden_s=0.3)],
+SLOW_LINKS = Costs(1 / ROWS, 1e9 / (4 * ROWS * 0.5), 0.05e9, 9e9, 1e9, hidden_s=0.3)
+
+
+@pytest.mark.parametrize("costs", [CHEAP, BARE, SLOW_LINKS],
                          ids=["hidden", "exposed", "slow links"])
 def test_no_rival_is_ahead_of_ours_over_the_family(costs):
     """Geometric mean of the modelled time over all cases, with the loads known; the same room for all."""
-    rivals = {"ours": Balanced(), "ep": ExpertParallel(), "hecate": Hecate(), "eplb": eplb.Eplb(), "shadow": shadow.Shadow(),
+    rivals = {"ours": Balanced(), "ep": ExpertParallel(), "hecate": Hecate(), "eplb": eplb.Eplb(),
+              "shadow": shadow.Shadow(),
               "llep": llep.LeastLoaded(min_rows=32), "laer": laer.Laer()}
     logs = dict.fromkeys(rivals, 0.0)
     topology, homes = Topology(8, 4), contiguous(32, 8)
@@ -316,7 +347,8 @@ def test_ours_splits_better_than_llep_on_its_own_copies():
         planner = llep.LeastLoaded(min_rows=32)
         plan = planner.plan(n_PE.sum(0), homes, topology, CHEAP, 4)
         theirs = step_time(split(planner, plan, n_PE, topology, CHEAP), plan.placement, topology, CHEAP)
-        ours = step_time(waterfill(torch.tensor(n_PE), plan.placement, topology, CHEAP), plan.placement, topology, CHEAP)
+        ours_PC = waterfill(torch.tensor(n_PE), plan.placement, topology, CHEAP)
+        ours = step_time(ours_PC, plan.placement, topology, CHEAP)
         assert ours.total_s <= theirs.total_s * 1.001, name
 
 
@@ -329,20 +361,23 @@ def everybodys_expert(positions: int) -> np.ndarray:
 
 def test_experts_are_sliced_where_their_copies_are_late_and_only_there():
     topology, homes, loads_E = Topology(8, 8), contiguous(32, 8), everybodys_expert(8)
-    late = Costs(1 / ROWS, 0.0, expert_bytes=0.05e9, inside=1e9, between=1e9)           # 50 ms a copy, from one home
+    late = Costs(1 / ROWS, 0.0, expert_bytes=0.05e9, inside=1e9, between=1e9)    # 50 ms a copy, from one home
     planner = Balanced()
     assert planner.choose_sliced(loads_E, homes, topology, late, 2, 0) == ()
     cut = planner.choose_sliced(loads_E, homes, topology, late, 2, 4)
     assert 5 in cut
-    sliced, whole = (planner.plan(loads_E, layer, topology, late, 2) for layer in (homes.with_sliced(cut), homes))
-    took = [planner._plan_and_time(loads_E, layer, topology, late, 2)[1] for layer in (homes.with_sliced(cut), homes)]
+    layers = homes.with_sliced(cut), homes
+    sliced, whole = (planner.plan(loads_E, layer, topology, late, 2) for layer in layers)
+    took = [planner._plan_and_time(loads_E, layer, topology, late, 2)[1] for layer in layers]
     assert took[0] < took[1] and len(sliced.placement.copies) >= len(whole.placement.copies)
     hidden = replace(late, hidden_s=1.0)
     assert planner.choose_sliced(loads_E, homes, topology, hidden, 2, 4) == ()
     assert Balanced(horizon=0).choose_sliced(loads_E, homes, topology, late, 2, 4) == ()
     assert planner.choose_sliced(np.full(32, 100), homes, topology, late, 2, 4) == ()
-    assert planner.choose_sliced(np.full(32, 100), homes.with_sliced((5,)), topology, late, 2, 4) == ()        # put together again
-    assert Balanced(horizon=0).choose_sliced(loads_E, homes.with_sliced((5, 7)), topology, late, 2, 4) == (5, 7)
+    even_E = np.full(32, 100)                                            # its experts are put together again
+    assert planner.choose_sliced(even_E, homes.with_sliced((5,)), topology, late, 2, 4) == ()
+    patient = Balanced(horizon=0)
+    assert patient.choose_sliced(loads_E, homes.with_sliced((5, 7)), topology, late, 2, 4) == (5, 7)
 
 
 def test_homes_move_only_where_that_pays():
@@ -358,7 +393,8 @@ def test_homes_move_only_where_that_pays():
     moved = planner.rehome(loads, placement, topology, BARE)
     changed = sum(a != b for (_, was), (_, now) in zip(placement.layers, moved.layers, strict=True)
                   for a, b in zip(was.home, now.home, strict=True))
-    before, after = (sum(seconds(planner, homes[router], n_PE, topology, BARE, 4) for router, n_PE in hot.items())
+    before, after = (sum(seconds(planner, homes[router], n_PE, topology, BARE, 4)
+                         for router, n_PE in hot.items())
                      for homes in (placement, moved))
     cost = changed * planner.state_ratio * BARE.expert_bytes / BARE.between
     assert 0 < changed and 100 * (before - after) > cost

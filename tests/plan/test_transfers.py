@@ -1,37 +1,40 @@
-"""Legs of sparse collectives: everybody gets what the placement says, over links that are used no more than needed."""
-
+"""Legs of sparse collectives: every position gets what the placement says, over no more links than needed."""
 
 import pytest
+from hypothesis import given
 
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import LEGS, Transfer, gather_bytes, reduce_bytes, two_level
-from tests.support.random_placements import drawn
+from tests.support.random_placements import FEW, layers
 
 
-@pytest.mark.parametrize("form", LEGS)
-def test_every_copy_is_brought_once_from_who_has_it_by_then(form):
-    for seed in range(200):
-        placement, topology = drawn(seed)
+@FEW
+@given(layers())
+def test_every_copy_is_brought_once_from_a_position_that_has_it_by_then(layer):
+    placement, topology = layer
+    for form in LEGS:
         held = {(expert, home) for expert, home in enumerate(placement.home)}
         for leg in LEGS[form](placement, topology):
-            assert all((expert, source) in held for expert, source, _ in leg), seed
+            assert all((expert, source) in held for expert, source, _ in leg), form
             brought = [(expert, to) for expert, _, to in leg]
-            assert len(set(brought)) == len(brought) and not held & set(brought), seed
+            assert len(set(brought)) == len(brought) and not held & set(brought), form
             held |= set(brought)
-        assert held == {(expert, at) for expert in range(placement.num_experts) for at in placement.holders(expert)}, seed
+        assert held == {(expert, at) for expert, at, _ in placement.replicas}, form
 
 
-def test_an_expert_enters_a_node_once_and_is_passed_on_inside():
-    for seed in range(200):
-        placement, topology = drawn(seed)
-        across, inside = two_level(placement, topology)
-        entered = [(expert, topology.node_of(to)) for expert, source, to in across if topology.node_of(source) != topology.node_of(to)]
-        assert len(set(entered)) == len(entered), seed
-        assert all(topology.node_of(source) == topology.node_of(to) for _, source, to in inside), seed
+@FEW
+@given(layers())
+def test_an_expert_enters_a_node_once_and_is_passed_on_inside(layer):
+    placement, topology = layer
+    across, inside = two_level(placement, topology)
+    entered = [(expert, topology.node_of(to)) for expert, source, to in across
+               if topology.node_of(source) != topology.node_of(to)]
+    assert len(set(entered)) == len(entered)
+    assert all(topology.node_of(source) == topology.node_of(to) for _, source, to in inside)
 
 
-def test_leaders_rotate_among_those_who_hold_a_copy():
+def test_leaders_rotate_among_the_positions_that_hold_a_copy():
     everywhere = LayerPlacement((0,) * 6, 6, tuple((expert, at) for expert in range(6) for at in range(1, 6)))
     across, _ = two_level(everywhere, Topology(6, 3))
     assert [to for _, _, to in across if to >= 3] == [3, 4, 5, 3, 4, 5]
@@ -40,24 +43,27 @@ def test_leaders_rotate_among_those_who_hold_a_copy():
 
 
 @pytest.mark.parametrize("positions, per_node", [(8, 8), (8, 2), (8, 4), (9, 4)])
-def test_bytes_of_an_expert_that_everybody_holds(positions, per_node):
-    placement, topology = LayerPlacement((0,), positions, tuple((0, at) for at in range(1, positions))), Topology(positions, per_node)
+def test_bytes_of_an_expert_that_all_positions_hold(positions, per_node):
+    placement = LayerPlacement((0,), positions, tuple((0, at) for at in range(1, positions)))
+    topology = Topology(positions, per_node)
     elsewhere = positions - len(topology.positions_of(0))
     packed, levels = (gather_bytes(form, placement, topology, 10) for form in LEGS)
     assert sum(packed.between) == packed.between[0] == 10 * elsewhere
     assert sum(levels.between) == levels.between[0] == 10 * (topology.nodes - 1)
     assert sum(levels.inside) == 10 * (positions - topology.nodes)
     for form in LEGS:
-        weights, gradients = gather_bytes(form, placement, topology, 10), reduce_bytes(form, placement, topology, 10)
-        assert [sum(part) for part in weights] == [sum(part) for part in gradients]
+        matrices = gather_bytes(form, placement, topology, 10)
+        gradients = reduce_bytes(form, placement, topology, 10)
+        assert [sum(part) for part in matrices] == [sum(part) for part in gradients]
         assert gradients.inside[0] == gradients.between[0] == 0                      # the home only receives
 
 
-def test_two_levels_send_no_more_than_packed_between_nodes_and_the_same_with_one():
-    for seed in range(200):
-        placement, topology = drawn(seed)
-        for formula in (gather_bytes, reduce_bytes):
-            packed, levels = (formula(form, placement, topology, 7) for form in LEGS)
-            assert sum(map(sum, packed)) == sum(map(sum, levels)) == 7 * len(placement.copies), seed
-            assert sum(levels.between) <= sum(packed.between), seed
-            assert topology.nodes > 1 or packed == levels, seed
+@FEW
+@given(layers())
+def test_two_levels_send_no_more_than_packed_between_nodes_and_the_same_with_one(layer):
+    placement, topology = layer
+    for formula in (gather_bytes, reduce_bytes):
+        packed, levels = (formula(form, placement, topology, 7) for form in LEGS)
+        assert sum(map(sum, packed)) == sum(map(sum, levels)) == 7 * len(placement.copies)
+        assert sum(levels.between) <= sum(packed.between)
+        assert topology.nodes > 1 or packed == levels

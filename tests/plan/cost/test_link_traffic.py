@@ -1,43 +1,40 @@
-"""The model's view of copies on their way, against the transfers that are carried out."""
-
-import random
+"""Link loads of copies as the time model sees them, against the transfers that are carried out."""
 
 import numpy as np
 import pytest
+from hypothesis import given
 
 from moetrain.plan.cost.link_traffic import copy_traffic
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import gather_seconds
 from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import LEGS, slice_transfers
-from tests.support.random_placements import drawn
+from tests.support.random_placements import FEW, layers
 
 
 def busiest(moved: list[tuple[int, int, float]], topology: Topology) -> tuple[float, float]:
-    """Largest sum that a position sends or receives, inside nodes and between, read one transfer at a time."""
+    """Largest sum that a position sends or receives, inside nodes and between, one transfer at a time."""
     loads: dict[tuple[bool, str, int], float] = {}
     for source, to, size in moved:
         same_node = topology.node_of(source) == topology.node_of(to)
         for end in (("sent", source), ("received", to)):
             loads[same_node, *end] = loads.get((same_node, *end), 0) + size
-    return tuple(max((size for (where, *_), size in loads.items() if where == same_node), default=0) for same_node in (True, False))
+    return tuple(max((size for (where, *_), size in loads.items() if where == same_node), default=0)
+                 for same_node in (True, False))
 
 
-@pytest.mark.parametrize("form", LEGS)
-@pytest.mark.parametrize("sliced", [False, True])
-def test_copy_traffic_is_what_the_busiest_link_carries(form, sliced):
-    for seed in range(200):
-        placement, topology = drawn(seed)
-        if sliced:
-            draw = random.Random(seed)
-            placement = placement.with_sliced(tuple(draw.sample(range(placement.num_experts), draw.randint(1, placement.num_experts))))
-        expert_X, position_X = np.array(placement.copies, dtype=np.int64).reshape(-1, 2).T
+@FEW
+@given(layers(sliced=True))
+def test_copy_traffic_is_what_the_busiest_link_carries(layer):
+    placement, topology = layer
+    expert_X, position_X = np.array(placement.copies, dtype=np.int64).reshape(-1, 2).T
+    for form in LEGS:
         found = copy_traffic(expert_X, position_X, np.array(placement.home), placement.sliced, topology, form)
         legs = [[(source, to, 1) for _, source, to in leg] for leg in LEGS[form](placement, topology)]
         legs[0] += [(source, to, 1 / placement.positions) for _, source, to in slice_transfers(placement)]
-        assert found.first == pytest.approx(busiest(legs[0], topology)), seed
-        assert found.second == pytest.approx(busiest(legs[1] if len(legs) > 1 else [], topology)), seed
-        assert found.messages == bool(placement.whole_copies) + bool(placement.sliced), seed
+        assert found.first == pytest.approx(busiest(legs[0], topology)), form
+        assert found.second == pytest.approx(busiest(legs[1] if len(legs) > 1 else [], topology)), form
+        assert found.messages == bool(placement.whole_copies) + bool(placement.sliced), form
 
 
 def test_slices_relieve_a_home_that_every_position_copies():

@@ -1,4 +1,9 @@
-"""Formulas of the memory that copies take; that they are what is allocated: tests/integration/test_fssdp_memory.py."""
+"""Formulas of the memory that copies take.
+
+That this is what is allocated is tested in tests/integration/test_fssdp_memory.py.
+"""
+
+from typing import NamedTuple
 
 import pytest
 
@@ -10,16 +15,30 @@ LAYERS = [HeldExperts(2, 1, 0), HeldExperts(2, 3, 4), HeldExperts(1, 0, 2), Held
 
 def test_what_a_position_holds():
     placement = LayerPlacement((0, 0, 1, 2), 3, ((0, 1), (0, 2), (1, 2), (2, 0)))
-    assert [held_at(placement, position) for position in range(3)] == [HeldExperts(2, 1, 3), HeldExperts(1, 1, 1), HeldExperts(1, 2, 0)]
+    assert [held_at(placement, position) for position in range(3)] == [
+        HeldExperts(2, 1, 3), HeldExperts(1, 1, 1), HeldExperts(1, 2, 0)]
 
 
-@pytest.mark.parametrize("rematerialize, recompute, copies, sending", [
-    (False, False, 8, 4), (False, True, 8, 4), (True, False, 4, 6), (True, True, 4, 4)])
-def test_each_part_at_its_peak(rematerialize, recompute, copies, sending):
-    memory = copy_memory(LAYERS, 300, weight=2, gradient=4, rematerialize=rematerialize, recompute=recompute)
-    assert memory == CopyMemory(copies * 600, sending * 600, 8 * 1200, 6 * 1200, 5 * 400)
+class Case(NamedTuple):
+    """Experts that are in memory at once; kept copies are those of all layers."""
+
+    rematerialize: bool = False
+    recompute: bool = False
+    copies: int = 8
+    sending: int = 4
+
+
+@pytest.mark.parametrize("case", [
+    Case(), Case(recompute=True), Case(rematerialize=True, copies=4, sending=6),
+    Case(rematerialize=True, recompute=True, copies=4)], ids=str)
+def test_each_part_at_its_peak(case):
+    memory = copy_memory(LAYERS, 300, weight=2, gradient=4, rematerialize=case.rematerialize,
+                         recompute=case.recompute)
+    assert memory == CopyMemory(copies=case.copies * 600, sending=case.sending * 600, sums=8 * 1200,
+                                returned=6 * 1200, beside=5 * 400)
 
 
 def test_nothing_is_laid_beside_homes_where_there_are_no_copies():
-    assert copy_memory([HeldExperts(3, 0, 2)], 30, weight=4, gradient=4, rematerialize=False, recompute=False) == CopyMemory(
-        0, 240, 0, 240, 0)
+    memory = copy_memory([HeldExperts(3, 0, 2)], 30, weight=4, gradient=4, rematerialize=False,
+                         recompute=False)
+    assert memory == CopyMemory(copies=0, sending=240, sums=0, returned=240, beside=0)
