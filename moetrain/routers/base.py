@@ -1,18 +1,19 @@
-"""The router interface and its records.
+"""Interface of routers, and the records that they exchange with layers and losses.
 
-A router maps (x, context) to a decision of fixed width and to additive statistics. It never communicates and never sees
-an expert; losses are functions of the statistics (losses/), and the trainer owns the pool over which they are summed.
+A router maps x and a context to a decision of fixed width and to additive statistics. It never communicates
+and never sees an expert. Losses are functions of the statistics (losses/); the training step decides over
+what counts are pooled (train/count_pool.py).
 
-    RouterContext   what a router may know besides x
+    RouterContext   what a router may know beside x
     Routing         the decision; stays inside the layer
     RoutingStats    sums over valid tokens; leave the layer beside its output
-    Stack           those of several routers at once: what is made of them costs the same for one layer and for fifty
-    Router          the base class: one weight [E, D] in float32, `route`, `routing`, `end_of_step`
+    Stack           statistics of several routers as one: a loss costs the same for one layer and for fifty
+    Router          base class: one weight [E, D] in float32, `route`, `routing`, `end_of_step`
 
-All records are NamedTuples: FSDP2 finds the tensors that leave a module by flattening its output as a pytree, and a
-plain dataclass would lose gradients silently.
+All records are NamedTuples: FSDP2 finds the tensors that leave a module by flattening its output as a pytree,
+and a plain dataclass would lose gradients silently.
 
-Shapes: T tokens, D model width, E experts, K slots, R routers.
+Shapes: T tokens, D model width, E experts, K slots, R routers, S sequences.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,25 +29,29 @@ RoutingStats = RouterSums
 
 
 class RouterContext(NamedTuple):
-    """training, step, seed and the router's name; sample ids and positions [T] key all randomness, on any mesh."""
+    """What a router may know beside x.
+
+    Randomness is keyed by seed, step, router, sample ids and positions, so that it is the same on every mesh.
+    """
 
     training: bool = True
     step: int = 0
     seed: int = 0
-    router: str = ""
+    router: str = ""                         # name of the router
     iteration: int = 0
-    sample_ids_T: Tensor | None = None
-    positions_T: Tensor | None = None
-    valid_T: Tensor | None = None            # bool; None: every token is valid
-    token_ids_T: Tensor | None = None
-    seq_offsets: Tensor | None = None
-    carry: Tensor | None = None
-    on_counts: Callable[[str, Tensor], None] | None = None    # told by every layer its router's name and counts [E], before tokens travel
-    decisions: list["Decision"] | None = None    # where every router adds its own, if somebody wants to see them
+    sample_ids_T: Tensor | None = None       # int64: sample of each token
+    positions_T: Tensor | None = None        # int64: its position in the sequence
+    valid_T: Tensor | None = None            # bool, false for padding; None: every token is valid
+    token_ids_T: Tensor | None = None        # int64: its id in the vocabulary
+    seq_offsets: Tensor | None = None        # int64 [S + 1]; given if a loss asks for sums of each sequence
+    carry: Tensor | None = None              # what the router of the previous layer handed on
+    # Called by each layer with its router's name and counts [E], before its tokens are dispatched.
+    on_counts: Callable[[str, Tensor], None] | None = None
+    decisions: list["Decision"] | None = None    # each router appends its own; None: not recorded
 
 
 class Decision(NamedTuple):
-    """What a router saw and chose, for records (train/loggers/router_dump.py)."""
+    """What a router saw and chose, for the dump of routers (train/loggers/router_dump.py)."""
 
     router: str
     logits_TE: Tensor
@@ -54,25 +59,25 @@ class Decision(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """A decision: used slots first, unused slots have id -1 and weight 0."""
+    """Decision of a router. Used slots come first; an unused slot has id -1 and weight 0."""
 
-    ids_TK: Tensor                           # int64 global expert ids
+    ids_TK: Tensor                           # int64: global expert ids
     weights_TK: Tensor                       # float32 (float64 in float64 runs), with gradient
-    max_rows: int                            # static bound on used slots
+    max_rows: int                            # static bound on the number of used slots
     stats: RoutingStats
-    carry: Tensor | None = None
+    carry: Tensor | None = None              # for the router of the next layer
     residual_T: Tensor | None = None         # weight of identity experts
 
 
 class Stack(NamedTuple):
-    """Routers that follow each other and have equally many experts."""
+    """Statistics of consecutive routers with the same number of experts."""
 
-    routers: tuple[str, ...]
-    stats: RoutingStats                      # every field with R in front: counts [R, E], tokens [R]
+    routers: tuple[str, ...]                 # their names
+    stats: RoutingStats                      # each field has a leading R: counts [R, E], tokens [R]
 
 
 def stacks(stats: Mapping[str, RoutingStats]) -> list[Stack]:
-    """Of all routers, in their order: one stack where all have the same number of experts."""
+    """Stack the statistics of routers, in their order: one stack if all have the same number of experts."""
     found = []
     for _, alike in groupby(stats.items(), key=lambda item: len(item[1].counts_E)):
         routers, parts = zip(*alike)
@@ -87,14 +92,25 @@ def _stacked(values: tuple[Tensor | None, ...]) -> Tensor | None:
 
 
 def by_stack(flat_L: Tensor, routers: Mapping[str, int]) -> list[Tensor]:
-    """Views [R, E] of a flat buffer of all routers, as `stacks` puts them together. routers: experts by name."""
+    """Split a flat buffer of all routers into views [R, E], one for each stack of `stacks`.
+
+    Args:
+        flat_L: one number for each expert of each router, in their order.
+        routers: number of experts by router.
+    """
     alike = [(experts, len(list(group))) for experts, group in groupby(routers.values())]
     parts = flat_L.split([experts * many for experts, many in alike])
     return [part.view(many, experts) for part, (experts, many) in zip(parts, alike)]
 
 
 class Router(nn.Module):
-    """Base of all routers. Subclasses define `route`."""
+    """Base class of routers. Subclasses define `route`.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K, number of slots of a token.
+    """
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -102,6 +118,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
+        """Choose experts for the tokens [T, D], with gate weights and statistics."""
         raise TypeError(f"{type(self).__name__} does not define route")
 
     @property
@@ -110,24 +127,39 @@ class Router(nn.Module):
         return False
 
     def end_of_step(self, counts_E: Tensor, leans_E: Tensor | None = None) -> None:
-        """Called once after every optimizer step of training, without gradient, on every rank alike: for controllers.
+        """Update controllers, such as biases, by the loads of a step.
 
-        counts_E: int64, slots per expert of the whole step, over ranks and accumulation, before any drop.
-        leans_E: float64, of routers that want it: sign(mean(n) - n_i) of the counts n of every micro-batch of every rank, the
-        mean over these. What changes here is kept in persistent buffers, which are saved.
+        Called once after every optimizer step of training, without gradient and alike on every rank. What
+        changes here is a persistent buffer, and so is saved.
+
+        Args:
+            counts_E: int64, slots per expert of the whole step, over ranks and accumulation, before any drop.
+            leans_E: float64, the mean over all micro-batches of all ranks of sign(mean(n) - n_i), n being the
+                counts of the micro-batch; None for a router that does not want it.
         """
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """[T, E] in the router's own dtype, float32 or better, whatever the model computes in."""
+        """Compute logits [T, E] in the router's dtype, float32 or better, whatever the model computes in."""
         return nn.functional.linear(x_TD.to(self.weight.dtype), self.weight)
 
     def max_slots(self) -> int:
-        """K: static bound on the experts of a token."""
+        """Return K, the static bound on the experts of a token."""
         return self.top_k
 
     def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TE: Tensor, logits_TE: Tensor,
                 context: RouterContext) -> Routing:
-        """The record of a decision: `ids_TK` have passed `decide`, `weights_TK` were gathered at them."""
+        """Make the record of a decision, and its statistics.
+
+        Args:
+            ids_TK: int64 [T, K], from `decide` (ops/gating.py).
+            weights_TK: gate weights [T, K], gathered at these ids.
+            probs_TE: probabilities [T, E] for the statistics.
+            logits_TE: logits [T, E].
+            context: context of the call.
+
+        Returns:
+            The record.
+        """
         if context.decisions is not None:
             context.decisions.append(Decision(context.router, logits_TE.detach(), ids_TK))
         stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T, context.seq_offsets)
@@ -135,12 +167,10 @@ class Router(nn.Module):
 
 
 def lean(counts_E: Tensor) -> Tensor:
-    """sign(mean(n) - n_i), int64 [..., E]; in integers, so that a load that is exactly the mean is 0."""
+    """Sign of mean(n) - n_i, int64 [..., E]. Computed in integers: 0 for a load that is exactly the mean."""
     return (counts_E.sum(-1, keepdim=True) - counts_E.shape[-1] * counts_E).sign()
 
 
 def drop_padding(ids_TK: Tensor, context: RouterContext) -> Tensor:
-    """No used slot for padding."""
+    """Set the ids [T, K] of padding tokens to -1: padding chooses nothing."""
     return ids_TK if context.valid_T is None else ids_TK.where(context.valid_T[:, None], -1)
-
-

@@ -1,25 +1,29 @@
-"""Sigmoid routing with a selection bias (DeepSeek-V3, GLM-4.5): balance without a loss that pulls on the gates.
+"""Sigmoid routing with a selection bias (DeepSeek-V3, GLM-4.5), which balances without a loss.
 
     z = x W^T,  s = sigmoid(z);  the k largest of s + b are chosen; the gate weights are `scale` times
 
     renorm            s at the chosen ids over (their sum + 1e-20)
     raw               s at the chosen ids
 
-The bias b [E] only chooses. It has no gradient: after every optimizer step it moves against the load of the whole step,
+The bias b [E] affects the choice alone, and has no gradient. After every optimizer step it moves against the
+load of the whole step:
 
     b_i <- b_i + u sign(mean(n) - n_i)        n_i: slots of expert i, all ranks, all micro-batches
 
-DeepSeek-V3 trains with u = 1e-3, and 0 in the last part. The sign is taken of integers, so b has the same bits on every rank
-and every mesh. With `counts=micro` it is the mean of what the micro-batches of all ranks would have moved it, each by its own
-counts: what "Demons in the Detail" (2501.11873) compares the former with. That depends on ranks and accumulation. Losses take
-P = s / sum_j s_j as the probabilities.
+DeepSeek-V3 trains with u = 1e-3, and 0 in the last part. The sign is computed from integers, so b has the
+same bits on every rank and every mesh. With `counts=micro`, b moves by the mean of the steps that the
+micro-batches of all ranks would have made, each by its own counts, as in the baseline of "Demons in the
+Detail" (2501.11873). That depends on ranks and accumulation. Losses use P = s / sum_j s_j as the
+probabilities.
 
-A constant in all biases changes no choice, inside groups or without them: in real numbers. Where few experts are overloaded
-most biases rise together, by up to u a step, and float32 rounds s + b to 2^-24 of its size: at a mean of 150 scores less
-than 8e-6 apart become equal, and of 256 experts 0.05 to 0.08 % of the tokens choose others. So the mean is subtracted after
-every update (`centre`), and b stays as small as its differences are.
+In exact arithmetic, a constant added to all biases changes no choice, inside groups or without them. Where
+few experts are overloaded, most biases rise together, by up to u in a step, and float32 rounds s + b to 2^-24
+of its size. At a mean of 150, scores that differ by less than 8e-6 become equal, and with 256 experts 0.05 to
+0.08 % of the tokens choose other experts. So the mean is subtracted after every update (`centre`), and b
+stays as small as its differences.
 
-Padding chooses nothing and counts nowhere. The choice may be limited to a few groups of experts (routers/groups.py).
+Padding chooses nothing and counts nowhere. The choice may be limited to a few groups of experts
+(routers/groups.py).
 
 Shapes: T tokens, D model width, E experts, K slots.
 """
@@ -33,29 +37,44 @@ from moetrain.ops.gating import gather_weights
 from moetrain.routers.base import RouterContext, Routing, lean
 from moetrain.routers.groups import GroupLimitedRouter
 
-TINY = 1e-20                                 # DeepSeek-V3's; also what keeps 0 / 0 out of padding rows
+TINY = 1e-20                                 # DeepSeek-V3's; also avoids 0 / 0 in rows of padding
 
 
 class SigmoidRouter(GroupLimitedRouter):
-    """weights: the gate convention: renorm or raw. scale: factor of the gate weights.
-    update_rate: u, what a bias moves in a step; 0 leaves the biases as they are. counts: of what the sign is taken, of the
-    whole step (global) or of each micro-batch (micro). centre: subtract the mean of the biases after
-    each update; without it, the biases are those of DeepSeek-V3's report to the bit.
-    num_groups, topk_groups, group_score: GroupLimitedRouter."""
+    """Router with sigmoid scores and a selection bias that follows the loads.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K, number of slots of a token.
+        weights: convention of the gate weights: renorm or raw.
+        scale: factor of the gate weights.
+        update_rate: u, step of a bias in an update; with 0 the biases stay as they are.
+        counts: counts whose sign moves the biases: those of the whole step (global) or of each micro-batch
+            (micro).
+        centre: subtract the mean of the biases after each update; without it, the biases are those of
+            DeepSeek-V3's report to the bit.
+        num_groups: number of groups of experts; 1 is no limit.
+        topk_groups: number of groups that a token may use.
+        group_score: score of a group: top2, the sum of its two best scores; max, its best.
+    """
 
     BOUNDS = {"scale": "above 0", "update_rate": "0 or more"}
 
-    def __init__(self, *, dim: int, num_experts: int, top_k: int, weights: Literal["renorm", "raw"] = "renorm",
-                 scale: float = 1.0, update_rate: float = 1e-3, counts: Literal["global", "micro"] = "global",
-                 centre: bool = True, num_groups: int = 1,
-                 topk_groups: int = 1, group_score: Literal["top2", "max"] = "top2") -> None:
-        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups, topk_groups=topk_groups,
-                         group_score=group_score)
+    def __init__(self, *, dim: int, num_experts: int, top_k: int,
+                 weights: Literal["renorm", "raw"] = "renorm", scale: float = 1.0,
+                 update_rate: float = 1e-3, counts: Literal["global", "micro"] = "global",
+                 centre: bool = True, num_groups: int = 1, topk_groups: int = 1,
+                 group_score: Literal["top2", "max"] = "top2") -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups,
+                         topk_groups=topk_groups, group_score=group_score)
         assert weights in ("renorm", "raw") and counts in ("global", "micro"), (weights, counts)
-        self.weights, self.scale, self.update_rate, self.counts, self.centre = weights, scale, update_rate, counts, centre
+        self.weights, self.scale = weights, scale
+        self.update_rate, self.counts, self.centre = update_rate, counts, centre
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
+        """Choose the k largest s + b of each token."""
         logits_TE = self.logits(x_TD)
         rule = self.rule(sigmoid=True, renormalised=self.weights == "renorm", scale=self.scale)
         if self.in_one(logits_TE, rule, context):
@@ -70,10 +89,12 @@ class SigmoidRouter(GroupLimitedRouter):
 
     @property
     def wants_leans(self) -> bool:
+        """Whether `end_of_step` wants `leans_E`: with counts=micro."""
         return self.counts == "micro" and self.update_rate != 0
 
     @torch.no_grad()
     def end_of_step(self, counts_E: Tensor, leans_E: Tensor | None = None) -> None:
+        """Move the biases against the loads of the step (`Router.end_of_step`)."""
         if self.update_rate == 0:
             return
         self.bias += self.update_rate * (leans_E if self.wants_leans else lean(counts_E)).to(self.bias.dtype)

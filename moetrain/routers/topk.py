@@ -2,12 +2,12 @@
 
     z = x W^T,  p = softmax(z),  the k largest p are chosen; the gate weights are `scale` times
 
-    raw               p at the chosen ids               Switch (k = 1), OLMoE, DeepSeekMoE, DeepSeek-V2 (scale 16)
-    renorm            the same over their sum           Mixtral, Qwen3, GShard top-2
-    softmax_of_topk   softmax of the chosen logits      GPT-OSS: the same function as renorm
+    raw               p at the chosen ids           Switch (k = 1), OLMoE, DeepSeekMoE, DeepSeek-V2 (scale 16)
+    renorm            the same over their sum       Mixtral, Qwen3, GShard top-2
+    softmax_of_topk   softmax of the chosen logits  GPT-OSS: the same function as renorm
 
-Padding chooses nothing. top_k = 1 with renormalised weights has no task gradient; config/rules refuses it. The choice
-may be limited to a few groups of experts (routers/groups.py).
+Padding chooses nothing. top_k = 1 with renormalized weights has no gradient of the cross-entropy;
+config/rules refuses it. The choice may be limited to a few groups of experts (routers/groups.py).
 
 Shapes: T tokens, D model width, E experts, K slots.
 """
@@ -22,20 +22,32 @@ from moetrain.routers.groups import GroupLimitedRouter
 
 
 class TopKRouter(GroupLimitedRouter):
-    """weights: the gate convention: renorm, raw or softmax_of_topk. scale: factor of the gate weights.
-    num_groups, topk_groups, group_score: GroupLimitedRouter."""
+    """Router with softmax probabilities.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K, number of slots of a token.
+        weights: convention of the gate weights: renorm, raw or softmax_of_topk.
+        scale: factor of the gate weights.
+        num_groups: number of groups of experts; 1 is no limit.
+        topk_groups: number of groups that a token may use.
+        group_score: score of a group: top2, the sum of its two best scores; max, its best.
+    """
 
     BOUNDS = {"scale": "above 0"}
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int,
                  weights: Literal["renorm", "raw", "softmax_of_topk"] = "renorm", scale: float = 1.0,
-                 num_groups: int = 1, topk_groups: int = 1, group_score: Literal["top2", "max"] = "max") -> None:
-        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups, topk_groups=topk_groups,
-                         group_score=group_score)
+                 num_groups: int = 1, topk_groups: int = 1,
+                 group_score: Literal["top2", "max"] = "max") -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups,
+                         topk_groups=topk_groups, group_score=group_score)
         assert weights in ("renorm", "raw", "softmax_of_topk"), weights
         self.weights, self.scale = weights, scale
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
+        """Choose the k largest probabilities of each token."""
         logits_TE = self.logits(x_TD)
         rule = self.rule(sigmoid=False, renormalised=self.weights != "raw", scale=self.scale)
         if self.in_one(logits_TE, rule, context):
@@ -44,7 +56,7 @@ class TopKRouter(GroupLimitedRouter):
         ids_TK = self.choose(probs_TE, context)
         weights_TK = gather_weights(probs_TE, ids_TK)
         if self.weights != "raw":
-            # A padding row sums to 0; the smallest normal number keeps 0 / 0 out of forward and backward.
+            # The weights of padding sum to 0: the floor keeps 0 / 0 out of forward and backward.
             total_T1 = weights_TK.sum(-1, keepdim=True).clamp(min=1e-30)
             weights_TK = weights_TK / total_T1
         return self.routing(ids_TK, self.scale * weights_TK, probs_TE, logits_TE, context)
