@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell starts what it runs in the background, and nohup, without these two; the programs under test would inherit that.
+# Background jobs of a shell, and nohup, ignore these two; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -16,7 +16,8 @@ from tests.support.ranks import Ranks
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run full products, and what is marked full")
-    parser.addoption("--quick", action="store_true", help="leave out the tests marked slow, and most cases of those that start several processes")
+    parser.addoption("--quick", action="store_true", help="leave out the tests marked slow, and most cases "
+                                                          "of those that start several processes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Files and names from outside: what is no regular file is named at once, content is limited, names are shown safely."""
+"""Files and names from outside: no regular file, content without end, names that a terminal would obey."""
 
 import errno
 import os
@@ -25,7 +25,8 @@ from tests.support.odd_files import ODD, make_odd
 
 
 @pytest.mark.parametrize("kind", ODD)
-@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY | os.O_APPEND | os.O_CREAT, os.O_RDWR | os.O_CREAT])
+@pytest.mark.parametrize("flags", [
+    os.O_RDONLY, os.O_WRONLY | os.O_APPEND | os.O_CREAT, os.O_RDWR | os.O_CREAT])
 def test_what_is_no_file_is_named_at_once(tmp_path: Path, kind: str, flags: int) -> None:
     path = tmp_path / "record"
     what = make_odd(path, kind)
@@ -94,7 +95,8 @@ def test_content_has_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "expected"), [
     ("Straße 中文 می‌خواهم 👩‍💻", "Straße 中文 می‌خواهم 👩‍💻"),
     ("\x1b[2Jgone\x07", "\\x1b[2Jgone\\x07"), ("a\nb\r\tc\x9b", "a\\nb\\r\\tc\\x9b"),
-    (os.fsdecode(b"caf\xe9"), "caf\\xe9"), ("abc\u202edef\u2028", "abc\\u202edef\\u2028"), ("\ud800", "\\ud800"),
+    (os.fsdecode(b"caf\xe9"), "caf\\xe9"), ("abc\u202edef\u2028", "abc\\u202edef\\u2028"),
+    ("\ud800", "\\ud800"),
 ])
 def test_a_name_is_shown_safely(name: str, expected: str) -> None:
     assert shown(name) == expected

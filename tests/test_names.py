@@ -35,14 +35,18 @@ def text(tmp_path: Path) -> Path:
     return folder
 
 
-def test_text_in_folders_of_any_name_is_read_and_trained_on(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    prepared = open_prepared(prepare(path=str(text), out=tmp_path / "out", tokenizer="bytes", domain_cap=None), verify=True)
+def test_text_in_folders_of_any_name_is_read_and_trained_on(
+        text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = prepare(path=str(text), out=tmp_path / "out", tokenizer="bytes", domain_cap=None)
+    prepared = open_prepared(folder, verify=True)
     assert list(prepared.domains) == DOMAINS
     words = [word for word in TINY if not word.startswith(("model.", "data", "optim.warmup"))]
-    config = compose([*words, *(word for word in SMALL if not word.startswith("data")), "data=text", "run.steps=1", "eval.windows=1",
-                      "eval.batch=1", "checkpoint.interval=0"])
+    small = [word for word in SMALL if not word.startswith("data")]
+    config = compose([*words, *small, "data=text", "run.steps=1", "eval.windows=1", "eval.batch=1",
+                      "checkpoint.interval=0"])
     run_dir = text.parent / os.fsdecode(b"r\xfcn")
-    config = replace(config, data=replace(config.data, path=str(text)), run=replace(config.run, dir=str(run_dir)))
+    config = replace(config, data=replace(config.data, path=str(text)),
+                     run=replace(config.run, dir=str(run_dir)))
     train(config)
     said = capsys.readouterr().out
     assert said.isprintable() or all(line.isprintable() for line in said.splitlines())
@@ -57,9 +61,11 @@ def test_what_a_run_says_stays_on_its_line_and_is_no_markup() -> None:
         console.banner([("", "moetrain"), ("data", "a\nb\x1b[2J")])
         console.line(eval_line(1, {"nats_per_byte/a\nb": 1.0, "nats_per_byte/mean": 1.0}))
         console.line("[bold]x[/bold]\x07")
-        logging.getLogger("moetrain.test").warning("left out %s and %d", Path(os.fsdecode(b"/a\n[warn] forged\xe9")), 3)
+        name = Path(os.fsdecode(b"/a\n[warn] forged\xe9"))
+        logging.getLogger("moetrain.test").warning("left out %s and %d", name, 3)
     assert stream.getvalue().splitlines() == [
-        "moetrain", "data  a\\nb\\x1b[2J", "[eval] step 1, nats per byte: a\\nb 1.000  mean 1.000 (1.443 bits)",
+        "moetrain", "data  a\\nb\\x1b[2J",
+        "[eval] step 1, nats per byte: a\\nb 1.000  mean 1.000 (1.443 bits)",
         "[bold]x[/bold]\\x07", "[warn] left out /a\\n[warn] forged\\xe9 and 3"]
 
 

@@ -1,4 +1,4 @@
-"""An exception in code that moetrain was given is answered with that code's place, and one of moetrain's own is not."""
+"""An exception in a user's own part is answered with the place in it; one of moetrain's own is not."""
 
 import sys
 import threading
@@ -33,7 +33,8 @@ def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 @pytest.mark.parametrize("method, line", [("route", 6), ("wrong_call", 9)])
-def test_the_command_names_file_and_line(part, method: str, line: int, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_command_names_file_and_line(
+        part, method: str, line: int, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("moetrain.cli.version.run", lambda argv: getattr(part, method)())
     assert main(["version"]) == 1
     error = capsys.readouterr().err
@@ -46,17 +47,18 @@ def test_the_command_names_file_and_line(part, method: str, line: int, tmp_path:
 def test_a_mistake_in_moetrain_stays_one(monkeypatch) -> None:
     from moetrain.config import suggest
 
-    with pytest.raises(AttributeError) as caught:        # the caller, this file, is not to blame for what it called
+    with pytest.raises(AttributeError) as caught:        # the caller, this file, is not to blame
         suggest.nearest(5, ["a"])
     assert frame_of_user(caught.value) is None and of_user(caught.value) is None
     monkeypatch.setattr("moetrain.cli.version.run", lambda argv: suggest.nearest(5, ["a"]))
-    monkeypatch.setattr("moetrain.user_code._LIBRARIES", (str(Path(__file__).parent),))      # so that only moetrain is left
+    # So that only moetrain is left.
+    monkeypatch.setattr("moetrain.user_code._LIBRARIES", (str(Path(__file__).parent),))
     with pytest.raises(AttributeError):
         main(["version"])
 
 
 def test_training_as_a_library(part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a thread, where Python handles no signals; with a router of one's own; refused where it would not be what was asked for."""
+    """In a thread, where Python handles no signals, with a router of one's own; refused for several ranks."""
     from moetrain.config.compose import compose
     from moetrain.config.schema import Config
     from moetrain.errors import ConfigError
@@ -65,7 +67,8 @@ def test_training_as_a_library(part, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
-    words = ["experiment=debug", "run.steps=1", "model.dim=16", "train.seq_len=8", "train.global_batch=2", "eval.windows=1", "run.device=cpu"]
+    words = ["experiment=debug", "run.steps=1", "model.dim=16", "train.seq_len=8", "train.global_batch=2",
+             "eval.windows=1", "run.device=cpu"]
     with pytest.raises(ConfigError, match="train_on_ranks") as caught:
         train(compose([*words, "parallel=ep", "run.nproc=2"]))
     assert caught.value.id == "E-CONFIG-125"

@@ -1,8 +1,9 @@
 """Every command that README and docs/howto give is run, as a new user would type it and one after another.
 
-`moetrain` runs in this process, cut down (tests/support/page_commands.py), after the command as it stands has passed every rule of the
-config; other commands run in bash. What starts several processes, needs a network, root or another program is run by the test that is
-named in ELSEWHERE. Pictures are drawn once, by `moetrain report`: they take longer than all else.
+`moetrain` runs in this process, cut down (tests/support/page_commands.py), after the command as it stands has
+passed every rule of the config; other commands run in bash. What starts several processes, needs a network,
+root or another program is run by the test that is named in ELSEWHERE. Pictures are drawn once, by `moetrain
+report`: they take longer than all else.
 """
 
 import os
@@ -23,18 +24,22 @@ from tests.support.page_commands import MESH, ROOT, Command, commands, cut, key
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 # What is found in a command, and the test that runs such commands, or why none can.
 ELSEWHERE = {
-    "bash launch/quickstart.sh": "launch/test_scripts.py::test_quickstart_trains_evaluates_and_continues_the_run_that_is_named",
+    "bash launch/quickstart.sh":
+        "launch/test_scripts.py::test_quickstart_trains_evaluates_and_continues_the_run_that_is_named",
     "bash launch/node.sh": "launch/test_nodes.py::test_a_killed_rank_comes_back_and_the_run_goes_on",
     "bash launch/nodes.sh": "launch/test_nodes.py::test_two_nodes_train",
     "sbatch": "launch/test_slurm.py::test_a_job_on_two_nodes_trains",
     "moetrain train -m": "cli/test_main.py::test_a_sweep_gives_each_job_its_own_run",
-    "python -m tools.netlab": "tools/test_netlab.py::test_an_exchange_is_right_and_takes_the_link_of_its_class",
+    "python -m tools.netlab":
+        "tools/test_netlab.py::test_an_exchange_is_right_and_takes_the_link_of_its_class",
     "engine=deepspeed": "interop/test_deepspeed.py::test_the_command_ends_with_0_and_resumes",
     "data=memmap": "data/test_memmap.py::test_a_run_trains_evaluates_and_resumes",
     "data=megatron": "interop/test_megatron.py::test_a_run_trains_evaluates_and_resumes",
     "bash tools/test.sh": "it runs this test",
-    "bash tools/check/gpu.sh": "tools/test_check_gpu.py::test_every_stage_runs_to_its_last_line_on_a_simulated_gpu",
-    "python tools/build_cuda.py": "tools/test_build_cuda.py::test_all_kernels_compile_for_hopper_without_new_spills",
+    "bash tools/check/gpu.sh":
+        "tools/test_check_gpu.py::test_every_stage_runs_to_its_last_line_on_a_simulated_gpu",
+    "python tools/build_cuda.py":
+        "tools/test_build_cuda.py::test_all_kernels_compile_for_hopper_without_new_spills",
     "source .venv/bin/activate": "it changes the shell that it is typed into",
     "pip install": "it needs the network",
 }
@@ -46,10 +51,12 @@ THEIRS = {"/path/to/text": "text", "/path/to/tokenizer.json": "tokenizer.json"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all commands run: a text of two domains, as a reader may have it."""
     folder = tmp_path_factory.mktemp("reader")
-    for domain, words in (("letters", "Dear reader, the weather is fine and we are well. "), ("notes", "Buy bread; call the plumber. ")):
+    for domain, words in (("letters", "Dear reader, the weather is fine and we are well. "),
+                          ("notes", "Buy bread; call the plumber. ")):
         (folder / "text" / domain).mkdir(parents=True)
         for number in range(24):
-            (folder / "text" / domain / f"{number}.txt").write_text(f"{domain} {number}: " + words * (20 + number))
+            text = f"{domain} {number}: " + words * (20 + number)
+            (folder / "text" / domain / f"{number}.txt").write_text(text)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train([str(folder / "text/notes/0.txt")], vocab_size=300, special_tokens=["<|endoftext|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -64,16 +71,19 @@ def elsewhere(command: Command) -> str | None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_command_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_every_command_of_a_page_runs(
+        page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("moetrain.cli.train.draw", lambda directory: None)
     failed, trained = {}, set()
     for command in commands(page):
-        words = [re.sub("|".join(map(re.escape, THEIRS)), lambda found: THEIRS[found[0]], word) for word in command.words]
+        words = [re.sub("|".join(map(re.escape, THEIRS)), lambda found: THEIRS[found[0]], word)
+                 for word in command.words]
         if elsewhere(command):
             code = check_only(words, command.settings)
         elif command.words[0] == "moetrain":
-            for name in (word.removeprefix("run.name=") for word in words if word.startswith("run.name=") and words[1] == "train"):
+            named = [word.removeprefix("run.name=") for word in words if word.startswith("run.name=")]
+            for name in named if words[1] == "train" else []:
                 if name not in trained:                  # pages use the same names
                     shutil.rmtree(Path("runs", name), ignore_errors=True)
                 trained.add(name)
@@ -88,12 +98,14 @@ def test_every_command_of_a_page_runs(page: Path, folder: Path, monkeypatch: pyt
 def check_only(words: list[str], settings: dict[str, str]) -> int:
     """The overrides of a training that starts elsewhere are a config, and its script knows the settings."""
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
-    if not any(key(word) == "run.nproc" for word in overrides):          # a script or torchrun says how many ranks there are
+    # A script or torchrun says how many ranks there are.
+    if not any(key(word) == "run.nproc" for word in overrides):
         overrides = [word for word in overrides if key(word) not in MESH]
     for job in sweep(overrides):
         compose(job)
     for script in (word for word in words if word.startswith("launch/")):
-        assert all(name in (ROOT / script).read_text(encoding="utf-8") for name in settings), (script, settings)
+        source = (ROOT / script).read_text(encoding="utf-8")
+        assert all(name in source for name in settings), (script, settings)
     return 0
 
 
@@ -102,7 +114,8 @@ def in_bash(text: str, monkeypatch: pytest.MonkeyPatch) -> int:
     variable = re.match(r"(\w+)=", text)
     script = f'{text}\nprintf %s "${variable[1]}"' if variable else text
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path})
+    done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PATH": path})
     if variable:
         monkeypatch.setenv(variable[1], done.stdout)
     return done.returncode
@@ -130,5 +143,7 @@ def test_what_runs_elsewhere_is_there_and_needed() -> None:
 def test_commands_stand_in_blocks_that_say_so() -> None:
     """Indented or in a block without `bash` they would not be found."""
     for page in PAGES:
-        text = re.sub(r"^ *```bash\n.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        assert re.findall(r"^(?:    |```\n)((?:moetrain|bash|python|torchrun|sbatch|pip|NODES=\S+) .*)$", text, re.MULTILINE) == [], page
+        text = re.sub(r"^ *```bash\n.*?^ *```", "", page.read_text(encoding="utf-8"),
+                      flags=re.MULTILINE | re.DOTALL)
+        stray = r"^(?:    |```\n)((?:moetrain|bash|python|torchrun|sbatch|pip|NODES=\S+) .*)$"
+        assert re.findall(stray, text, re.MULTILINE) == [], page

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"`(\w+/[\w/]+\.py)::(\w+)`")                     # below tests/
-PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if NAMED.search(path.read_text(encoding="utf-8"))]
+PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md"))
+         if NAMED.search(path.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

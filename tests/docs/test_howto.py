@@ -9,8 +9,10 @@ ROOT = Path(__file__).parents[2]
 SENTENCE = "The quick brown fox jumps over the lazy dog, and nothing is heard of it again. "
 
 
-def test_the_snippets_of_the_page_about_python_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/howto/python.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def test_the_snippets_of_the_page_about_python_run_one_after_another(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    page = (ROOT / "docs/howto/python.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     notes = tmp_path / "notes"
     notes.mkdir()
     for number in range(40):
@@ -19,6 +21,7 @@ def test_the_snippets_of_the_page_about_python_run_one_after_another(tmp_path: P
     names: dict[str, object] = {}
     for number, snippet in enumerate(snippets, 1):
         exec(compile(snippet, f"snippet {number}", "exec"), names)
-    assert (tmp_path / "runs/notes/checkpoints/step-00000004").is_dir() and (tmp_path / "runs/again/report/expert_load.png").is_file()
+    assert (tmp_path / "runs/notes/checkpoints/step-00000004").is_dir()
+    assert (tmp_path / "runs/again/report/expert_load.png").is_file()
     assert len(names["metrics"]) == 4 and names["run"].step == 4 and len(snippets) == 8
     assert capsys.readouterr().out.endswith("('txt',)\n")

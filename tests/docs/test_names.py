@@ -1,4 +1,7 @@
-"""What pages name is there: files, links, keys, metrics. Pages in docs/results/ tell of their day, and only their links are followed."""
+"""Files, links, keys and metrics that pages name exist.
+
+Pages in docs/results/ tell of their day, so only their links are followed.
+"""
 
 import re
 from pathlib import Path
@@ -12,10 +15,12 @@ from moetrain.config.values import schema_keys, schema_sections
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 OF_TODAY = [page for page in PAGES if page.parent.name != "results"]
-# Where a path in backticks may begin: at the root of the repository, or, as in explanations, inside the package or the tests.
+# Where a path in backticks may begin: the root of the repository or, in explanations, the package or the
+# tests.
 BASES = (ROOT, ROOT / "moetrain", ROOT / "tests")
-THEIRS = {"moetrain/losses/entropy.py", "conf/loss/entropy.yaml", "moetrain/routers/softplus.py", "conf/router/softplus.yaml",
-          "runs/big/job.sbatch"}            # what readers make
+# Files that readers make.
+THEIRS = {"moetrain/losses/entropy.py", "conf/loss/entropy.yaml", "moetrain/routers/softplus.py",
+          "conf/router/softplus.yaml", "runs/big/job.sbatch"}
 TENSORS = re.compile(r"model\.(layers|embed|head|norm)\b")          # names in a checkpoint, not keys
 FOLDERS = {path.name for base in BASES for path in base.iterdir() if path.is_dir()}
 
@@ -26,7 +31,8 @@ def text_of(page: Path) -> str:
 
 def code_of(page: Path) -> list[str]:
     """What stands in backticks, outside of blocks."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text_of(page), flags=re.MULTILINE | re.DOTALL))
+    prose = re.sub(r"^ *```.*?^ *```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
 
 
 def name_of(page: Path) -> str:
@@ -54,10 +60,13 @@ def known_keys() -> set[str]:
 @pytest.mark.parametrize("page", OF_TODAY, ids=name_of)
 def test_keys_that_are_named_exist(page: Path) -> None:
     keys, sections = known_keys(), {*schema_sections(), *map(section_of, group_options())}
+    a_file = re.compile(r"\.(py|sh|md|yaml|jsonl?|npz|npy|png|csv|log|txt|bin|idx)$")
     for code in code_of(page):
         found = re.fullmatch(r"((\w+)(?:\.\w+)+)(?:=.*)?", code)
-        if found and found[2] in sections and not TENSORS.match(code) and not re.search(r"\.(py|sh|md|yaml|jsonl?|npz|npy|png|csv|log|txt|bin|idx)$", found[1]):
-            assert found[1] in keys or found[1].endswith("._target_") or any(key.startswith(f"{found[1]}.") for key in keys), code
+        if not found or found[2] not in sections or TENSORS.match(code) or a_file.search(found[1]):
+            continue
+        whole_or_part = found[1] in keys or any(key.startswith(f"{found[1]}.") for key in keys)
+        assert whole_or_part or found[1].endswith("._target_"), code
 
 
 @pytest.mark.parametrize("page", OF_TODAY, ids=name_of)
@@ -72,8 +81,10 @@ def test_options_that_are_named_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", OF_TODAY, ids=name_of)
 def test_metrics_that_are_named_exist(page: Path) -> None:
     """files.md has all of them, and is compared with a run."""
-    known = re.findall(r"`((?:loss|nats_per_byte|moe|time|throughput|memory)/[^`]+)`", text_of(ROOT / "docs/reference/files.md"))
-    patterns = [re.compile(re.sub(r"<\w+>", r"[\\w<>]+", re.escape(name).replace(r"\<", "<").replace(r"\>", ">"))) for name in known]
+    known = re.findall(r"`((?:loss|nats_per_byte|moe|time|throughput|memory)/[^`]+)`",
+                       text_of(ROOT / "docs/reference/files.md"))
+    escaped = [re.escape(name).replace(r"\<", "<").replace(r"\>", ">") for name in known]
+    patterns = [re.compile(re.sub(r"<\w+>", r"[\\w<>]+", name)) for name in escaped]
     for code in code_of(page):
         if re.fullmatch(r"(?:loss|moe|time|throughput|memory)/[\w/<>]+", code):
             assert any(pattern.fullmatch(code) for pattern in patterns), code

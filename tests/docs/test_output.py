@@ -1,4 +1,4 @@
-"""Every word that banner and step line show is on docs/reference/output.md, and the samples on pages are the program's."""
+"""Words of banner and step line are on docs/reference/output.md, and samples on pages are the program's."""
 
 import os
 import re
@@ -24,16 +24,19 @@ from tests.support.training import make_run
 MANY = [                                                 # of four ranks
     ["parallel=ddp", "balance=node", "balance.mode=sync", "loss=[z,micro_balance]", "optim=muon"],
     ["parallel=ep", "balance=micro", "router=sigmoid", "router.counts=micro", "capacity=prob"],
-    ["parallel=ep_fsdp", "parallel.ep=2", "parallel.exchange=two_level", "parallel.exact_combine=true", "schedule=fixed",
-     "schedule.chunks=4", "capacity=position", "capacity.scope=local", "checkpoint.interval=5"],
+    ["parallel=ep_fsdp", "parallel.ep=2", "parallel.exchange=two_level", "parallel.exact_combine=true",
+     "schedule=fixed", "schedule.chunks=4", "capacity=position", "capacity.scope=local",
+     "checkpoint.interval=5"],
     ["parallel=fssdp", "parallel.collective=two_level", "parallel.rematerialize=true", "parallel.sliced=2",
      "parallel.forecast=trend", "train.activation_checkpointing=full", "train.count_pass=true"],
     ["parallel=fsdp", "log.wandb=online", "log.wandb_entity=me", "log.wandb_group=night"],
-    ["parallel=fssdp", "parallel.rehome_interval=0", "parallel.calibrate=true", "balance=none", "~balance.weight", "train.activation_checkpointing=selective"],
+    ["parallel=fssdp", "parallel.rehome_interval=0", "parallel.calibrate=true", "balance=none",
+     "~balance.weight", "train.activation_checkpointing=selective"],
 ]
 ONE = [["parallel=single", "log.wandb=offline"], ["parallel=single", "balance=sequence"]]
-METRICS = {"step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8, "loss/balance": 1.02, "loss/z": 12.0, "moe/max_violation/max": 0.18,
-           "moe/dead_experts": 0, "moe/drop_fraction": 0.0, "time/step": 1.27, "throughput/tokens_per_s": 412345.0, "throughput/mfu": 0.4,
+METRICS = {"step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8, "loss/balance": 1.02,
+           "loss/z": 12.0, "moe/max_violation/max": 0.18, "moe/dead_experts": 0, "moe/drop_fraction": 0.0,
+           "time/step": 1.27, "throughput/tokens_per_s": 412345.0, "throughput/mfu": 0.4,
            "memory/peak": 33.1 * 2**30}
 
 
@@ -45,7 +48,7 @@ def banners(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, set[Any
     (folder / "a.txt").write_text("".join(f"a sentence with the number {number}. " for number in range(400)))
     text = ["data=text", "~data.vocab_size", f"data.path={folder}", f"data.cache={folder}"]
     found = [shown(make_run(overrides)) for overrides in [*ONE, text]]
-    with pytest.MonkeyPatch.context() as patch:          # a machine with a GPU, and a torch that was built without CUDA
+    with pytest.MonkeyPatch.context() as patch:          # a machine with a GPU, and a torch without CUDA
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.version, "cuda", None)
@@ -62,16 +65,20 @@ def banners(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, set[Any
 
 def shown(run: Run) -> tuple[str, set[Any]]:
     resumed = run.directory if run.state.step else None
-    names = {str(value) for _, value in leaves(asdict(run.config))} | {*run.dataset.domains, run.dataset.fingerprint[:12], run.mesh.device.type,
-                                                                   run.directory, *run.objective.weights}
-    return banner(banner_lines(run, resumed)), names | {option for options in group_options().values() for option in options}
+    options = {option for options in group_options().values() for option in options}
+    values = {str(value) for _, value in leaves(asdict(run.config))}
+    names = {*run.dataset.domains, run.dataset.fingerprint[:12], run.mesh.device.type, run.directory,
+             *run.objective.weights}
+    return banner(banner_lines(run, resumed)), values | names | options
 
 
 class FakeRanks:
     """A process group whose collectives do nothing: enough to lay out a run of several ranks and say so."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.environment = size, {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(size)}
+        self.size = size
+        self.environment = {"RANK": "0", "WORLD_SIZE": str(size),
+                            "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(size)}
 
     def __enter__(self) -> None:
         os.environ |= self.environment
@@ -84,16 +91,19 @@ class FakeRanks:
 
 
 def test_every_word_of_a_banner_is_defined(banners: list[tuple[str, set[Any]]]) -> None:
-    assert {text: found for text, names in banners if (found := output_page.undefined_in_banner(text, names))} == {}
+    assert {text: found for text, names in banners
+            if (found := output_page.undefined_in_banner(text, names))} == {}
     seen = {label for text, _ in banners for label in output_page.labels(text)}
-    assert seen == output_page.defined("Banner") - set(output_page.words("first line"))    # and no row is on the page alone
+    # And no row is on the page alone.
+    assert seen == output_page.defined("Banner") - set(output_page.words("first line"))
 
 
 def test_a_word_that_is_not_defined_is_found(banners: list[tuple[str, set[Any]]]) -> None:
     text, names = banners[0]
     assert output_page.undefined_in_banner(text.replace("total", "grand"), names) == {"grand"}
     assert output_page.undefined_in_banner(f"{text}\nweather  fine", names) == {"weather"}
-    assert output_page.undefined_in_step_line("step 1/2  loss 3.1 nats | 412k tok/s flux 3 | 1.27s eta 3h06") == {"flux"}
+    line = "step 1/2  loss 3.1 nats | 412k tok/s flux 3 | 1.27s eta 3h06"
+    assert output_page.undefined_in_step_line(line) == {"flux"}
 
 
 def test_every_word_of_a_step_line_is_defined() -> None:
@@ -103,8 +113,10 @@ def test_every_word_of_a_step_line_is_defined() -> None:
 
 
 def test_epochs_are_planned_steps_over_the_text(banners: list[tuple[str, set[Any]]]) -> None:
-    (tokens, epochs), = (re.search(r"  ([\d.]+) k tokens, ([\d.]+) epochs planned", text).groups() for text, _ in banners if "data      text" in text)
-    assert float(epochs) == pytest.approx(20 * 16 * 12 / (1000 * float(tokens)), rel=0.05)     # steps x sequences x their tokens
+    (text,) = [text for text, _ in banners if "data      text" in text]
+    tokens, epochs = re.search(r"  ([\d.]+) k tokens, ([\d.]+) epochs planned", text).groups()
+    # steps x sequences x their tokens
+    assert float(epochs) == pytest.approx(20 * 16 * 12 / (1000 * float(tokens)), rel=0.05)
 
 
 def test_help_names_the_page(capsys: pytest.CaptureFixture) -> None:
@@ -115,7 +127,7 @@ def test_help_names_the_page(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reference/output.md"])
 def test_the_sample_of_a_page_is_what_the_program_prints(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows are those of the quickstart, in order, and the words are the same; figures may be of another day."""
+    """A sample has the quickstart's rows in order, and the same words; figures may be of another day."""
     for name in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     text, lines = output_page.sample((output_page.ROOT / page).read_text(encoding="utf-8"))
@@ -123,6 +135,8 @@ def test_the_sample_of_a_page_is_what_the_program_prints(page: str, monkeypatch:
         run = make_run(["~loss.z", "parallel=ep", "run.nproc=2", "train.micro_batch=8", "log.wandb=auto"])
     ours = banner(banner_lines(run, None))
     assert output_page.labels(text) == output_page.labels(ours)
-    assert not output_page.undefined_in_banner(text, ["runs/quickstart", "cpu ep float32", "0d3aefe1df68 text cpp docs notices python stubs"])
+    theirs = ["runs/quickstart", "cpu ep float32", "0d3aefe1df68 text cpp docs notices python stubs"]
+    assert not output_page.undefined_in_banner(text, theirs)
     metrics = {name: value for name, value in METRICS.items() if name not in ("loss/z", "throughput/mfu")}
-    assert lines and all(output_page.words(line) == output_page.words(step_line(metrics, 800, 0.0)) for line in lines)
+    said = output_page.words(step_line(metrics, 800, 0.0))
+    assert lines and all(output_page.words(line) == said for line in lines)

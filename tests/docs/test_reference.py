@@ -1,4 +1,4 @@
-"""The reference says what the code does: keys, metrics, files, records, verbs, errors, and its examples run."""
+"""The reference agrees with the code: keys, metrics, files, records, verbs, errors; its examples run."""
 
 import ast
 import importlib
@@ -26,13 +26,14 @@ from moetrain.config.values import schema_keys, schema_sections
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")}
-CLASSES = {cls.__name__: cls for cls in vars(errors).values()
-           if isinstance(cls, type) and issubclass(cls, errors.MoETrainError) and cls is not errors.ConfigErrors}
+CLASSES = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls, type)
+           and issubclass(cls, errors.MoETrainError) and cls is not errors.ConfigErrors}
 
 
 def section(page: str, heading: str) -> str:
     """The text below a heading, down to the next one of the same or a higher rank."""
-    found = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^#{{1,6}} |\Z)", PAGES[page], re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^#{{1,6}} |\Z)", PAGES[page],
+                      re.MULTILINE | re.DOTALL)
     assert found, (page, heading)
     return found[2]
 
@@ -52,12 +53,15 @@ def names(text: str) -> list[str]:
 
 def pattern(name: str) -> re.Pattern[str]:
     """A documented name as a pattern: <domain> and the like, L, E, N, * stand for something."""
-    text = re.sub("<(?!domain)[a-z]+>", r"\\w+", re.escape(name)).replace("<domain>", r"(?!mean$)\w+").replace(r"\*", r"[^/]+").replace("NNNNNNNN", r"\d{8}")
+    text = re.sub("<(?!domain)[a-z]+>", r"\\w+", re.escape(name))
+    for written, meant in (("<domain>", r"(?!mean$)\w+"), (r"\*", r"[^/]+"), ("NNNNNNNN", r"\d{8}")):
+        text = text.replace(written, meant)
     return re.compile(re.sub(r"(?<=[.-])[LEN](?=\\\.|$)", r"\\d+", text))
 
 
 def moetrain(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "moetrain", *arguments], cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-m", "moetrain", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -66,8 +70,9 @@ def moetrain(folder: Path, *arguments: str) -> str:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run that has everything: a dense layer, shared experts, sources."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    moetrain(ROOT, "train", "experiment=debug", "run.steps=2", f"run.dir={directory}", "log.sources=true", "log.router_dump=true",
-             "log.timeline=1", "loss=[z]", "model.first_dense_layers=1", "model.num_shared_experts=1", "model.qk_norm=true")
+    moetrain(ROOT, "train", "experiment=debug", "run.steps=2", f"run.dir={directory}", "log.sources=true",
+             "log.router_dump=true", "log.timeline=1", "loss=[z]", "model.first_dense_layers=1",
+             "model.num_shared_experts=1", "model.qk_norm=true")
     return directory
 
 
@@ -79,7 +84,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_metrics_are_those_documented(run_dir: Path) -> None:
-    """Those without an entry under `in` are in every record, in the order of the page; whatever else is there has a row too."""
+    """Metrics without an entry under `in` are in every record, in the page's order; others have a row too."""
     always, sometimes = [], []
     for name, _, where, _ in rows(section("files", "metrics.jsonl")):
         (sometimes if where else always).append(name.strip("`"))
@@ -120,8 +125,9 @@ def test_every_file_of_a_run_is_documented(run_dir: Path) -> None:
     for name in found:
         assert any(pattern(place).match(name) if place.endswith("/") else pattern(place).fullmatch(name)
                    for place in documented), name
-    for place in set(documented) - {"log/rank-N.log", "data/", "wandb/", "wandb/id", "log.wandb=off", "data.cache",
-                                         "log.router_dump=true", "log.timeline", "log.timeline_start", "report/timeline.csv"}:
+    other_runs = {"log/rank-N.log", "data/", "wandb/", "wandb/id", "report/timeline.csv"}
+    keys = {"log.wandb=off", "data.cache", "log.router_dump=true", "log.timeline", "log.timeline_start"}
+    for place in set(documented) - other_runs - keys:
         assert any(pattern(place).match(name) for name in found), place
 
 
@@ -139,7 +145,8 @@ def test_checkpoints_are_as_documented(run_dir: Path) -> None:
         assert any(pattern(place).fullmatch(name) for place in documented), name
     for place in documented:
         assert any(pattern(place).fullmatch(name) for name in models), place
-    moments = {f"optim.{name.removeprefix('model.')}.{moment}" for name in models for moment in ("exp_avg", "exp_avg_sq")}
+    moments = {f"optim.{name.removeprefix('model.')}.{moment}"
+               for name in models for moment in ("exp_avg", "exp_avg_sq")}
     assert found == models | moments
 
 
@@ -158,7 +165,9 @@ def test_prepared_data_is_as_documented(tmp_path: Path) -> None:
     header = json.loads(content[20:20 + length])
     assert (magic, version) == (b"MOETOKEN", 1)
     assert list(header) == [row[0].strip("`") for row in rows(section("files", ".tokens"))[6:]]
-    assert len(content) == 20 + length + 8 * (header["documents"] + 1) + 4 * header["documents"] + 2 * header["tokens"]
+    per_document, per_token = 8 + 4, 2
+    assert len(content) == (20 + length + 8 + per_document * header["documents"]
+                            + per_token * header["tokens"])
 
 
 # --- config.md
@@ -177,7 +186,8 @@ def test_every_key_on_any_page_exists() -> None:
              "router._target_", "balance._target_", "capacity._target_", "planner._target_"}
     sections = {key.partition(".")[0] for key in known}
     for page, text in PAGES.items():
-        for key in re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+)(?:=[^\s`]*)?(?=[`\s])", " ".join(re.findall(r"`[^`\n]+`", text))):
+        code = " ".join(re.findall(r"`[^`\n]+`", text))
+        for key in re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+)(?:=[^\s`]*)?(?=[`\s])", code):
             tensor_or_file = ("model.embed", "model.head", "config.yaml", "eval.jsonl")
             if key.partition(".")[0] in sections and key not in tensor_or_file:
                 assert key in known, (page, key)
@@ -190,15 +200,16 @@ def test_verbs_and_exit_codes_are_those_documented() -> None:
     assert names(section("commands", "Verbs")) == list(VERBS)
     documented = {int(code) for code in names(section("commands", "Exit codes"))}
     assert documented == {0, 130, *(cls.code for cls in CLASSES.values())}
-    assert sorted(names(section("commands", "Scripts"))) == sorted(f"launch/{path.name}" for path in (ROOT / "launch").glob("*.s*h"))
+    scripts = sorted(f"launch/{path.name}" for path in (ROOT / "launch").glob("*.s*h"))
+    assert sorted(names(section("commands", "Scripts"))) == scripts
 
 
 # --- records.md
 
 
-@pytest.mark.parametrize("where", ["routers.base.RouterContext", "routers.base.Routing", "routers.base.RoutingStats",
-                                   "losses.base.Pooled", "data.batches.batch.Batch", "plan.placement.LayerPlacement",
-                                   "plan.placement.ExpertPlacement"])
+@pytest.mark.parametrize("where", [
+    "routers.base.RouterContext", "routers.base.Routing", "routers.base.RoutingStats", "losses.base.Pooled",
+    "data.batches.batch.Batch", "plan.placement.LayerPlacement", "plan.placement.ExpertPlacement"])
 def test_records_have_the_documented_fields(where: str) -> None:
     module, _, name = where.rpartition(".")
     record = getattr(importlib.import_module(f"moetrain.{module}"), name)
@@ -238,8 +249,10 @@ def test_the_examples_of_a_router_and_a_loss_train(tmp_path: Path) -> None:
                                             "moetrain/losses/entropy.py", "conf/loss/entropy.yaml"]
     for name, code in blocks:
         (tmp_path / name).write_text(code)
-    moetrain(tmp_path, "train", "experiment=debug", "run.steps=1", "router=softplus", "router.scale=2.5", "loss=[z,entropy]")
-    assert {"loss/z", "loss/entropy", "loss/weighted/entropy"} <= set(lines(tmp_path / "runs/debug/metrics.jsonl")[0])
+    moetrain(tmp_path, "train", "experiment=debug", "run.steps=1", "router=softplus", "router.scale=2.5",
+             "loss=[z,entropy]")
+    (metrics,) = lines(tmp_path / "runs/debug/metrics.jsonl")
+    assert {"loss/z", "loss/entropy", "loss/weighted/entropy"} <= set(metrics)
     assert "factor of the gate weights" in " ".join(moetrain(tmp_path, "train", "--help", "router").split())
 
 
@@ -247,8 +260,10 @@ def test_the_examples_of_a_router_and_a_loss_train(tmp_path: Path) -> None:
 
 
 def raised() -> Iterator[tuple[str, int, str, str]]:
-    """(class, number, what, place) of every error the package can raise. A function that hands its number on, such as
-    data.tokens.damaged, counts where it is called."""
+    """Class, number, what and place of every error that the package can raise.
+
+    A function that hands its number on (`damaged` of data/tokens/blocks.py) counts where it is called.
+    """
     trees = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): ast.parse(path.read_text())
              for path in (ROOT / "moetrain").rglob("*.py")}
     wrappers: dict[tuple[str, str], str] = {}
@@ -257,7 +272,8 @@ def raised() -> Iterator[tuple[str, int, str, str]]:
             if isinstance(function, ast.FunctionDef):
                 for call in ast.walk(function):
                     if error_class(call) and isinstance(call.args[0], ast.Name):
-                        assert call.args[0].id in [argument.arg for argument in function.args.args], (module, call.lineno)
+                        taken = [argument.arg for argument in function.args.args]
+                        assert call.args[0].id in taken, (module, call.lineno)
                         wrappers[module, function.name] = error_class(call)
     for module, tree in trees.items():
         origin = {alias.asname or alias.name: (node.module, alias.name) for node in ast.walk(tree)
@@ -266,11 +282,13 @@ def raised() -> Iterator[tuple[str, int, str, str]]:
             if not isinstance(call, ast.Call) or not call.args:
                 continue
             name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
-            cls = error_class(call) or wrappers.get((module, name)) or wrappers.get(origin.get(name, ("", "")))
+            cls = (error_class(call) or wrappers.get((module, name))
+                   or wrappers.get(origin.get(name, ("", ""))))
             if cls and not (error_class(call) and isinstance(call.args[0], ast.Name)):
                 numbers = [node.value for node in ast.walk(call.args[0]) if isinstance(node, ast.Constant)]
                 assert numbers and all(type(number) is int for number in numbers), (module, call.lineno)
-                texts = [argument for argument in call.args[1:] if isinstance(argument, (ast.Constant, ast.JoinedStr))]
+                texts = [argument for argument in call.args[1:]
+                         if isinstance(argument, (ast.Constant, ast.JoinedStr))]
                 what = ast.unparse(texts[0]) if texts else ""
                 yield from ((cls, number, what, f"{module}:{call.lineno}") for number in numbers)
 
@@ -307,7 +325,7 @@ def test_codes_that_several_places_share_are_known() -> None:
             shared.setdefault(f"E-{CLASSES[cls].area}-{number:03d}", set()).add(what)
     assert {code for code, texts in shared.items() if len(texts) > 1} <= {
         "E-CONFIG-001", "E-CONFIG-019", "E-CONFIG-042",                  # one mistake, found in two places
-        "E-DATA-005", "E-DATA-006",                                      # header and index; too short and too long
+        "E-DATA-005", "E-DATA-006",                          # header and index; too short and too long
     }
 
 
