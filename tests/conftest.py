@@ -2,9 +2,13 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Hundreds of processes import this package, which has 250 files: they are compiled once.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Background jobs of a shell, and nohup, ignore these two; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -18,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run full products, and what is marked full")
     parser.addoption("--quick", action="store_true", help="leave out the tests marked slow, and most cases "
                                                           "of those that start several processes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all"):
+        os.environ["COLD_START"] = "1"                   # tests/support/warm_start.py
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

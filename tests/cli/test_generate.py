@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import warm_start
 from tests.support.trained_run import corpus, train
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ def test_ctrl_c_ends_a_text_with_its_line(tmp_path: Path, ranks: list[str]) -> N
              value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     words = ["generate", "mine", "generate.prompt=the cat ", "generate.tokens=1000000",
              "generate.temperature=1e-9", *ranks]
-    process = subprocess.Popen([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, text=True,
+    process = warm_start.Popen([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE,
                                env={**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})

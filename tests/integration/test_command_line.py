@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.support import warm_start
 from tests.support.command_line import (
     DEBUG,
     EP2,
@@ -41,7 +42,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, mesh):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_save_and_keeps_the_cut_tail(tmp_path):
     command = [*DEBUG, "run.steps=60", "checkpoint.interval=7", "run.name=killed"]
-    process = subprocess.Popen([sys.executable, "-m", "moetrain", "train", *command], cwd=tmp_path, env=environment(),
+    process = warm_start.Popen([sys.executable, "-m", "moetrain", "train", *command], cwd=tmp_path, env=environment(),
                                stdout=subprocess.DEVNULL)
     lines = tmp_path / "runs/killed/metrics.jsonl"
     while not (lines.exists() and len(lines.read_text().splitlines()) >= 17):
@@ -59,7 +60,7 @@ def test_a_killed_run_goes_on_from_its_last_save_and_keeps_the_cut_tail(tmp_path
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_the_command_of_a_finished_run_says_so_and_changes_nothing(tmp_path):
-    moetrain("train", *DEBUG, *EP2, cwd=tmp_path)
+    moetrain("train", *DEBUG, *EP2, cwd=tmp_path, PICTURES="1")
     before = files(tmp_path / "runs/debug")
     assert "finished" in moetrain("train", *DEBUG, *EP2, cwd=tmp_path)
     assert files(tmp_path / "runs/debug") == before
@@ -182,7 +183,7 @@ def test_a_checkpoint_damaged_on_one_rank_ends_all_ranks(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_finds_nobody_says_where_it_looked(tmp_path):
     alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    done = subprocess.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "parallel=ep", "run.timeout_s=3"], cwd=tmp_path,
+    done = warm_start.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "parallel=ep", "run.timeout_s=3"], cwd=tmp_path,
                           env={**environment(), **alone}, text=True, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, timeout=60)
     assert done.returncode == 15, done.stdout
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import needs
+from tests.support import needs, warm_start
 
 needs.module("deepspeed", extra="deepspeed")
 
@@ -125,7 +125,7 @@ def test_a_rank_keeps_half_of_the_dense_moments(ranks):
 
 
 def run_moetrain(*words: str, cwd: Path, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, "-m", "moetrain", *words], cwd=cwd, text=True, timeout=240,
+    done = warm_start.run([sys.executable, "-m", "moetrain", *words], cwd=cwd, text=True, timeout=240,
                           env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == code, f"{words} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import needs
+from tests.support import needs, warm_start
 
 needs.module("megatron.core", extra="megatron")
 
@@ -225,7 +225,7 @@ def test_a_run_trains_evaluates_and_resumes(folder, domains, tmp_path):
               "log.wandb=off"]
 
     def moetrain(*words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, env=environment(),
+        done = warm_start.run([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, env=environment(),
                               text=True, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == code, done.stdout
         return done.stdout

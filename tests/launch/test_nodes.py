@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ranks
 
 
 def test_a_mistake_is_said_once_before_anything_starts(tmp_path: Path) -> None:
-    with started("node.sh", *TINY, "train.global_batch=9", "optim.lrr=1", f"run.dir={tmp_path}/run", NPROC=2) as node:
+    with started("node.sh", *TINY, "train.global_batch=9", "optim.lrr=1", f"run.dir={tmp_path}/run", prefix=(), NPROC=2) as node:
         code, output = ended(node)
     assert code == 2 and output.count("E-CONFIG-003") == output.count("E-CONFIG-035") == 1
     assert "2 ranks" in output and not (tmp_path / "run").exists()

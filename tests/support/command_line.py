@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import warm_start
+
 ROOT = Path(__file__).parents[2]
 DEBUG = ["experiment=debug", "run.steps=8", "run.device=cpu", "model.dim=32", "train.seq_len=16"]
 EP2 = ["parallel=ep", "run.nproc=2"]
 
 
-def moetrain(*words: str, cwd: Path, code: int = 0, launcher: tuple[str, ...] = ()) -> str:
+def moetrain(*words: str, cwd: Path, code: int = 0, launcher: tuple[str, ...] = (), **settings: str) -> str:
+    """Run `moetrain <words>` to its end, which has to have this code. Returns what it printed."""
     command = [sys.executable, *(launcher or ("-m", "moetrain")), *words]
-    done = subprocess.run(command, cwd=cwd, text=True, timeout=180, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=environment())
+    done = warm_start.run(command, cwd=cwd, text=True, timeout=180, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={**environment(), **settings})
     assert done.returncode == code, f"{words} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 

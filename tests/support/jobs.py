@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support import warm_start
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["model=debug", "optim=adamw", "data=synthetic", "log.wandb=off", "train.global_batch=8",
          "train.seq_len=32", "model.dim=32", "model.expert_dim=32", "checkpoint.interval=10",
@@ -53,7 +55,7 @@ class Job:
         if terminal is not None:
             streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "start_new_session": True,
                        "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
-        self.process = subprocess.Popen(words, cwd=directory, env=environment, **streams)
+        self.process = warm_start.Popen(words, cwd=directory, env=environment, **streams)
 
     def wait(self, limit: float = 300) -> int:
         return self.process.wait(limit)
@@ -67,7 +69,7 @@ class Job:
 
     def workers(self) -> list[int]:
         """Process ids of the ranks."""
-        pgrep = ["pgrep", "-P", str(self.process.pid)]
+        pgrep = ["pgrep", "-f", "-P", str(self.process.pid), "moetrain"]
         found = subprocess.run(pgrep, capture_output=True, text=True).stdout.split()
         return [int(pid) for pid in found]
 

@@ -34,7 +34,10 @@ class Ranks:
 
     def __init__(self, size: int, *, lasting: bool = False, simulated: bool = False) -> None:
         self.size = size
-        context = multiprocessing.get_context("spawn")
+        # Ranks are forked from one process that has imported what they need. A simulated device has to be there
+        # before the package is imported.
+        context = multiprocessing.get_context("spawn" if simulated else "forkserver")
+        context.set_forkserver_preload(["pytest", "torch._dynamo", "moetrain.train.loop", "tests.support.training"])
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(size):

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.support import warm_start
 from tests.support.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -25,12 +27,16 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(script: str, *overrides: str, prefix: tuple[str, ...] = (),
+def started(script: str, *overrides: str, prefix: tuple[str, ...] | None = None,
             **settings: object) -> Iterator[subprocess.Popen]:
-    """launch/<script> on one node, until the block ends."""
-    command = [*prefix, "bash", str(ROOT / "launch" / script), *overrides]
-    process = subprocess.Popen(command, env=environment(**settings), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+    """launch/<script> on one node, until the block ends; without a prefix, the program that it executes."""
+    if prefix is None:
+        command = [sys.executable, "-m", "moetrain.launch", *overrides]
+        settings = settings if script == "nodes.sh" else {"NODES": 1, "NODE_RANK": 0, **settings}
+    else:
+        command = [*prefix, "bash", str(ROOT / "launch" / script), *overrides]
+    process = warm_start.Popen(command, cwd=ROOT, env=environment(**settings), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
@@ -51,7 +57,7 @@ def two_nodes(*overrides: str, head: str = "127.0.0.1", prefixes: tuple[tuple[st
         yield [first, second]
 
 
-def ended(process: subprocess.Popen, limit_s: float = 120) -> tuple[int, str]:
+def ended(process: subprocess.Popen, limit_s: float = 240) -> tuple[int, str]:
     """Exit code and output of a process, once it has ended."""
     output, _ = process.communicate(timeout=limit_s)
     return process.returncode, output
@@ -84,18 +90,18 @@ def ranks(run: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             words = (entry / "cmdline").read_bytes().decode().split("\0")
-            variables = (entry / "environ").read_bytes().split(b"\0")
-            is_rank = any(variable.startswith(b"LOCAL_RANK=") for variable in variables)
-            if f"run.dir={run}" in words and is_rank:
+            if f"run.dir={run}" in words and words[words.index("-m") + 1:][:2] == ["moetrain", "train"]:
                 found.append(int(entry.name))
     return found
 
 
 def children(parent: int) -> list[int]:
+    """Process ids of those it has started; a spare is none (tests/support/warm_process.py)."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if int((entry / "stat").read_text().rpartition(") ")[2].split()[1]) == parent:
+            spare = (entry / "cmdline").read_bytes().startswith(b"spare\0")
+            if int((entry / "stat").read_text().rpartition(") ")[2].split()[1]) == parent and not spare:
                 found.append(int(entry.name))
     return found
 

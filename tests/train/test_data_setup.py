@@ -19,7 +19,7 @@ from moetrain.errors import MoETrainError
 from moetrain.train import data_setup
 from moetrain.train.data_setup import open_on_ranks
 from moetrain.train.setup import join
-from tests.support import needs
+from tests.support import needs, warm_start
 from tests.support.command_line import DEBUG, environment
 from tests.support.indexed_data import build
 from tests.support.opened_files import opened_files
@@ -172,7 +172,7 @@ def test_a_folder_that_rank_0_cannot_write_ends_all(ranks, tmp_path: Path) -> No
 
 
 def command(folder: Path, *words: str, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, "-m", "moetrain", *words], cwd=folder, env=environment(), text=True, timeout=180,
+    done = warm_start.run([sys.executable, "-m", "moetrain", *words], cwd=folder, env=environment(), text=True, timeout=180,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == code, done.stdout
     return done.stdout

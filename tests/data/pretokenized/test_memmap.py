@@ -19,6 +19,7 @@ from moetrain.data.batches.token_dataset import TokenDataset
 from moetrain.data.loader import build_dataset
 from moetrain.data.tokens import blocks as token_blocks
 from moetrain.errors import DataError
+from tests.support import warm_start
 from tests.support.command_line import DEBUG, environment, numbers
 from tests.support.token_writers import LLAMA_3, WRITERS, end_of_documents, llmc, nanogpt, olmo
 
@@ -315,7 +316,7 @@ def test_a_run_trains_evaluates_and_resumes(tmp_path: Path) -> None:
     nanogpt(tmp_path / "val.bin", ids(1, 500, 300))
 
     def moetrain(*words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, env=environment(), text=True,
+        done = warm_start.run([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, env=environment(), text=True,
                               timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == code, done.stdout
         return done.stdout
