@@ -1,4 +1,4 @@
-"""Before the first step: is there room for the checkpoints of this run, and can they be written?"""
+"""Check, before the first step, that the checkpoints of a run fit on the disk and can be written."""
 
 import logging
 import shutil
@@ -21,10 +21,20 @@ PROBE = b"moetrain"
 
 
 def check_disk(state: TrainState, run_dir: Path, mesh: Mesh, config: CheckpointConfig, steps: int) -> int:
-    """Bytes of one checkpoint. DiskError on all ranks when those of the run do not fit, or cannot be written. Collective.
+    """Check that the run's checkpoints fit and can be written; else DiskError on all ranks. Collective.
 
-    steps: how many the run will take; it needs room for `keep` checkpoints and the one that is being written. By time any step
-    may save; how many do is not known, so with keep=null only those of the interval count.
+    The run needs room for `keep` checkpoints and the one that is being written. With every_minutes any step
+    may save, and how many will is unknown, so with keep=null only the saves of the interval count.
+
+    Args:
+        state: state that will be saved.
+        run_dir: directory of the run.
+        mesh: all ranks.
+        config: section `checkpoint`.
+        steps: number of steps that the run will take.
+
+    Returns:
+        Bytes of one checkpoint.
     """
     size = estimate(state, mesh)
     saves = -(-steps // config.interval) if config.interval else min(1, steps)
@@ -35,7 +45,7 @@ def check_disk(state: TrainState, run_dir: Path, mesh: Mesh, config: CheckpointC
 
 
 def estimate(state: TrainState, mesh: Mesh) -> int:
-    """Bytes of one checkpoint: all tensors, and about 200 bytes of header and manifest for each. Collective."""
+    """Estimate the bytes of a checkpoint: all tensors, each with 200 of header and manifest. Collective."""
     state_shards = shards_to_write(state.state_shards(), mesh)
     own = sum(shard.rows.numel() * shard.rows.element_size() + 200 for shard in state_shards)
     return int(total_over(mesh["batch"], own))
@@ -47,7 +57,8 @@ def _check(directory: Path, copies: int, size: int) -> None:
         free = shutil.disk_usage(directory).free
         existing = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     except OSError as error:
-        raise DiskError(4, "checkpoints cannot be written", where=str(directory), why=str(error.strerror or error),
+        raise DiskError(4, "checkpoints cannot be written", where=str(directory),
+                        why=str(error.strerror or error),
                         next="make it writable, or choose another place with run.dir") from error
     if free + existing < copies * size:
         raise DiskError(6, "there is no room for the checkpoints of the run", where=str(directory),

@@ -1,9 +1,9 @@
-"""Between what a rank holds and what lies in files: which shards it writes, and which rows it reads from where.
+"""Layout of checkpoints across ranks: which shards a rank writes, and which rows it reads from where.
 
-Chunks and shards are ranges of rows. Where a tensor lies in several chunks the overlap is computed by the pure function of
-torch's distributed checkpoint (DCP), on boxes of one dimension: its sweep goes along the longest dimension, which for boxes
-with columns is seldom the rows and then compares everything with everything. Whole tensors, all experts among them, need no
-object of DCP.
+Chunks and shards are ranges of rows. Where a tensor lies in several chunks, a pure function of torch's
+distributed checkpoint (DCP) computes the overlaps, on one-dimensional boxes. Its sweep runs along the longest
+dimension; for boxes with columns that is seldom the rows, and it would then compare every pair. Whole
+tensors, among them all experts, need no object of DCP.
 """
 
 import heapq
@@ -24,7 +24,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Read(NamedTuple):
-    """`rows` rows of a chunk, from its row `source`, go to the shard's row `target`."""
+    """Read of `rows` rows, from row `source` of a chunk on, to row `target` of a shard on."""
 
     chunk: Chunk
     source: int
@@ -33,9 +33,11 @@ class Read(NamedTuple):
 
 
 def shards_to_write(shards: Iterable[StateShard], mesh: Mesh) -> list[StateShard]:
-    """The shards that this rank writes: of ranks that hold the same shard one does, the one with the fewest bytes so far.
+    """Choose the shards that this rank writes.
 
-    Nobody is asked: ranks that hold the same shards see them in the same order. A disagreement would show in the commit.
+    Of the ranks that hold a shard, the one with the fewest bytes so far writes it.
+    No communication is needed, because ranks that hold the same shards see them in the same order. The
+    commit would detect a disagreement.
     """
     loads: dict[str, list[tuple[int, int]]] = {}
     mine = []
@@ -52,16 +54,25 @@ def shards_to_write(shards: Iterable[StateShard], mesh: Mesh) -> list[StateShard
 
 
 def plan_reads(name: str, entry: TensorEntry, first: int, rows: int) -> list[Read]:
-    """What to read for rows [first, first + rows) of a tensor; together exactly these rows."""
+    """Plan the reads that cover rows [first, first + rows) of a tensor exactly once.
+
+    Args:
+        name: of the tensor.
+        entry: its record in the manifest.
+        first: first row.
+        rows: number of rows.
+    """
     if len(entry.chunks) < 2:
         return [Read(chunk, first - chunk.first, 0, rows) for chunk in entry.chunks]
     found = _overlaps(name, entry, first, rows)
-    assert sum(read.rows for read in found) == rows, (name, first, rows, found)      # a manifest has every row once
+    # A manifest has every row once.
+    assert sum(read.rows for read in found) == rows, (name, first, rows, found)
     return found
 
 
 def _overlaps(name: str, entry: TensorEntry, first: int, rows: int) -> list[Read]:
-    # Imported here: it takes as long as all of moetrain, and only sharded tensors need it.
+    # Imported here, because the import takes as long as that of all of moetrain and only sharded
+    # tensors need it.
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
         TensorProperties,
@@ -76,5 +87,6 @@ def _overlaps(name: str, entry: TensorEntry, first: int, rows: int) -> list[Read
                                   size=torch.Size([row_count(entry.shape)]),
                                   chunks=[box(chunk.first, chunk.rows) for chunk in entry.chunks])
     by_row = {chunk.first: chunk for chunk in entry.chunks}
-    return [Read(by_row[item.storage_index.offset[0]], item.storage_offsets[0], item.dest_offsets[0], item.lengths[0])
+    return [Read(by_row[item.storage_index.offset[0]], item.storage_offsets[0], item.dest_offsets[0],
+                 item.lengths[0])
             for item in create_read_items_for_chunk_list(name, saved, [box(first, rows)])]

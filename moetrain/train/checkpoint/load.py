@@ -1,12 +1,12 @@
-"""Loading: every rank reads the rows it holds, by name, from whatever mesh wrote them.
+"""Loading of checkpoints: every rank reads the rows that it holds, by name, whatever mesh has written them.
 
-    load                 one checkpoint into a state
-    resume               the newest that is good, the same one on every rank
+    load                 load one checkpoint into a state
+    resume               load the newest sound checkpoint, the same one on every rank
     load_newest_model    the same for the model alone
-    newest_manifest      the newest manifest that can be read; of the files beside it nothing is asked
+    newest_manifest      read the newest valid manifest, without checking its files
 
-Nothing is written into the state before everything this rank will read has been compared with its checksums, and nothing
-is unpickled.
+Everything that this rank will read is compared with its checksums before the state is changed,
+and nothing is unpickled.
 """
 
 import logging
@@ -39,18 +39,22 @@ MODEL = ("model.", "buffer.")
 
 
 class Resumed(NamedTuple):
-    """The checkpoint that was loaded; lost: steps of newer ones that were damaged."""
+    """A checkpoint that was loaded."""
 
     path: Path
     manifest: Manifest
-    lost: int
+    lost: int  # steps between it and the newest damaged one
 
 
 def load(state: TrainState, directory: Path, *, verify: str = "full", mesh: Mesh | None = None) -> Manifest:
-    """Fill the state, optimizer included. verify: `full` compares checksums, `sizes` only sizes and headers.
+    """Load a checkpoint into a state, optimizer included. Collective with a mesh.
 
-    mesh: whether the model has a place for every tensor of the checkpoint is a question to all its ranks; without a mesh it
-    is not asked. Collective with a mesh.
+    Args:
+        state: the state to fill.
+        directory: of the checkpoint.
+        verify: `full` compares checksums, `sizes` only sizes and headers.
+        mesh: all ranks, which check together that some rank has a place for every tensor of the
+            checkpoint. None checks nothing.
     """
     loader = CheckpointLoader(state.state_shards(), directory, verify)
     _load(loader, mesh)
@@ -59,24 +63,46 @@ def load(state: TrainState, directory: Path, *, verify: str = "full", mesh: Mesh
 
 
 def resume(state: TrainState, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
-    """Fill the state from the newest good checkpoint of a run; None where there is none. Collective.
+    """Load the newest sound checkpoint of a run into a state. Collective.
 
-    Damage that one rank finds makes all of them take the next older one; rank 0 says what was lost and takes the damaged
-    checkpoint out of the way. CheckpointError where none is good, or where they are of another model.
+    When a rank finds damage, all ranks take the next older checkpoint; rank 0 logs what was lost
+    and sets the damaged checkpoint aside. Raises CheckpointError where no checkpoint is sound, or
+    where they are of another model.
+
+    Args:
+        state: the state to fill.
+        run_dir: directory of the run.
+        mesh: all ranks.
+        verify: `full` compares checksums, `sizes` only sizes and headers.
+
+    Returns:
+        The loaded checkpoint; None where the run has none.
     """
-    found = _load_newest_sound(run_dir, mesh, lambda directory: CheckpointLoader(state.state_shards(), directory, verify), move_aside=True)
+    found = _load_newest_sound(
+        run_dir, mesh, lambda directory: CheckpointLoader(state.state_shards(), directory, verify),
+        move_aside=True)
     if found is not None:
         state.restore(found.manifest.values)
     return found
 
 
-def load_newest_model(model: Transformer, run_dir: Path, mesh: Mesh, *, verify: str = "full") -> Resumed | None:
-    """The same for the model alone; changes nothing on the disk. Collective."""
-    return _load_newest_sound(run_dir, mesh, lambda directory: CheckpointLoader(weights(model), directory, verify, MODEL), move_aside=False)
+def load_newest_model(model: Transformer, run_dir: Path, mesh: Mesh, *,
+                      verify: str = "full") -> Resumed | None:
+    """Load the newest sound checkpoint into a model, and change nothing on the disk. Collective.
+
+    Args:
+        model: the model to fill.
+        run_dir: directory of the run.
+        mesh: all ranks.
+        verify: as in `resume`.
+    """
+    return _load_newest_sound(
+        run_dir, mesh, lambda directory: CheckpointLoader(weights(model), directory, verify, MODEL),
+        move_aside=False)
 
 
 def newest_manifest(run_dir: Path) -> Manifest:
-    """Of the newest checkpoint whose manifest can be read. CheckpointError where there is none."""
+    """Read the manifest of the newest checkpoint that has a valid one; CheckpointError where none has."""
     passed_over: list[tuple[Path, CheckpointError | None]] = []
     for directory in reversed(checkpoints_of(run_dir)):
         try:
@@ -87,9 +113,17 @@ def newest_manifest(run_dir: Path) -> Manifest:
 
 
 class CheckpointLoader:
-    """What of a checkpoint goes where on this rank: planned when it is made, then verified, then filled in."""
+    """Transfer of a checkpoint's rows to this rank: planned when constructed, then verified, then filled in.
 
-    def __init__(self, shards: Iterable[StateShard], directory: Path, verify: str, prefixes: tuple[str, ...] = ("",)) -> None:
+    Args:
+        shards: where to load to.
+        directory: of the checkpoint.
+        verify: `full` compares checksums, `sizes` only sizes and headers.
+        prefixes: beginnings of the names of tensors to load.
+    """
+
+    def __init__(self, shards: Iterable[StateShard], directory: Path, verify: str,
+                 prefixes: tuple[str, ...] = ("",)) -> None:
         self.directory, self.check = directory, verify == "full"
         self.manifest = read_manifest(directory)
         self.prefixes = prefixes
@@ -97,7 +131,7 @@ class CheckpointLoader:
         self.wanted = self._plan(list(shards))
 
     def verify(self) -> None:
-        """Compare everything that will be read with its checksums, and the files' headers with the manifest."""
+        """Compare everything that will be read with its checksums, and headers of files with the manifest."""
         if not self.check:
             return
         with ExitStack() as stack:
@@ -112,7 +146,7 @@ class CheckpointLoader:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write into the shards."""
+        """Read the rows into the shards."""
         with ExitStack() as stack:
             files = self._open(stack)
             for shard, entry, plan in self.wanted:
@@ -124,13 +158,17 @@ class CheckpointLoader:
 
     def unclaimed(self, mesh: Mesh) -> list[str]:
         """Tensors of the checkpoint that no rank has a place for. Collective."""
-        names = [name for name in self.manifest.names() if name.startswith(self.prefixes) and not name.startswith(OPTIONAL)]
+        names = [name for name in self.manifest.names()
+                 if name.startswith(self.prefixes) and not name.startswith(OPTIONAL)]
         own = {shard.name for shard, _, _ in self.wanted}
         counts = torch.tensor([name in own for name in names], dtype=torch.int32, device=mesh.device)
         return [name for name, count in zip(names, sum_over(mesh["batch"], counts).tolist()) if not count]
 
     def _plan(self, shards: list[StateShard]) -> list[tuple[StateShard, TensorEntry, list[Read]]]:
-        """Every shard with its entry and what to read, in the order of the files; CheckpointError names what does not fit."""
+        """Match shards with their entries and reads, in the order of the files.
+
+        Raises CheckpointError, which names the tensors that do not fit.
+        """
         wanted, differ = [], []
         for shard in shards:
             entry = self.manifest.entry(shard.name)
@@ -153,17 +191,21 @@ class CheckpointLoader:
         return {name: stack.enter_context(Payload(self.directory / name, self.manifest.files[name]))
                 for name in sorted(names)}
 
-    def _blocks(self, files: dict[str, Payload], shard: StateShard, entry: TensorEntry, read: Read) -> Iterable[memoryview]:
+    def _blocks(self, files: dict[str, Payload], shard: StateShard, entry: TensorEntry,
+                read: Read) -> Iterable[memoryview]:
         width, chunk = row_bytes(entry), read.chunk
         part = ByteRange(chunk.begin, chunk.rows * width, shard.name, entry.dtype, entry.shape, chunk.crcs)
         begin = read.source * width
-        return files[chunk.file].blocks(part, self.manifest.block, begin, begin + read.rows * width, self.check)
+        return files[chunk.file].blocks(
+            part, self.manifest.block, begin, begin + read.rows * width, self.check)
 
 
 def other_model(directory: Path, differ: list[str]) -> CheckpointError:
+    """Return the error of a checkpoint of another model; `differ` are its differences, one a sentence."""
     more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-    return CheckpointError(3, "the checkpoint is of another model", where=str(directory), why="; ".join(differ[:3]) + more,
-                           next="set back model.*, optim.name and run.dtype, or start another run with run.name")
+    return CheckpointError(
+        3, "the checkpoint is of another model", where=str(directory), why="; ".join(differ[:3]) + more,
+        next="set back model.*, optim.name and run.dtype, or start another run with run.name")
 
 
 def _load(loader: CheckpointLoader, mesh: Mesh | None) -> None:
@@ -176,7 +218,8 @@ def _load(loader: CheckpointLoader, mesh: Mesh | None) -> None:
 # --- the same on every rank
 
 
-def _load_newest_sound(run_dir: Path, mesh: Mesh, read: Callable[[Path], CheckpointLoader], *, move_aside: bool) -> Resumed | None:
+def _load_newest_sound(run_dir: Path, mesh: Mesh, read: Callable[[Path], CheckpointLoader], *,
+                       move_aside: bool) -> Resumed | None:
     batch, passed_over, below = mesh["batch"], [], None
     while (directory := _newest_of_all(run_dir, batch, below)) is not None:
         loader, error = _attempt(lambda: read(directory))
@@ -187,7 +230,8 @@ def _load_newest_sound(run_dir: Path, mesh: Mesh, read: Callable[[Path], Checkpo
             _check_all_claimed(mesh, loader)
             _, error = _attempt(loader.fill)
             if _all_succeeded(batch, error):
-                return Resumed(directory, loader.manifest, _report_lost(passed_over, directory, mesh, move_aside))
+                return Resumed(directory, loader.manifest,
+                               _report_lost(passed_over, directory, mesh, move_aside))
         passed_over.append((directory, error))
         below = step_of(directory)
     if passed_over:
@@ -196,13 +240,16 @@ def _load_newest_sound(run_dir: Path, mesh: Mesh, read: Callable[[Path], Checkpo
 
 
 def _newest_of_all(run_dir: Path, batch: Group, below: int | None) -> Path | None:
-    """The newest checkpoint that any rank sees."""
+    """The newest checkpoint, older than step `below`, that any rank sees."""
     steps = [step_of(path) for path in checkpoints_of(run_dir)]
-    step = int(largest_over(batch, max((step for step in steps if below is None or step < below), default=-1)))
+    step = int(largest_over(
+        batch, max((step for step in steps if below is None or step < below), default=-1)))
     return None if step < 0 else run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def _attempt(action: Callable[[], CheckpointLoader | None]) -> tuple[CheckpointLoader | None, CheckpointError | None]:
+def _attempt(
+    action: Callable[[], CheckpointLoader | None],
+) -> tuple[CheckpointLoader | None, CheckpointError | None]:
     try:
         return action(), None
     except CheckpointError as error:
@@ -210,7 +257,7 @@ def _attempt(action: Callable[[], CheckpointLoader | None]) -> tuple[CheckpointL
 
 
 def _all_succeeded(batch: Group, error: CheckpointError | None) -> bool:
-    """True when no rank has an error, False when one found damage; another error ends all ranks."""
+    """Whether no rank has an error; False where one found damage. Any other error ends all ranks."""
     worst = largest_over(batch, 0 if error is None else 1 if is_damage(error) else 2)
     if worst == 2:
         fail_together(batch, error if error is not None and not is_damage(error) else None)
@@ -218,29 +265,31 @@ def _all_succeeded(batch: Group, error: CheckpointError | None) -> bool:
 
 
 def _check_same_manifest(batch: Group, loader: CheckpointLoader) -> None:
-    """Ranks on disks of their own would each go on from another state."""
+    """Require one manifest on all ranks: with separate disks they would continue from different states."""
     crc = zlib.crc32(loader.manifest.encode())
     largest, smallest = largest_over(batch, crc), -largest_over(batch, -crc)
     if largest != smallest:
         raise CheckpointError(6, "ranks see different checkpoints", where=str(loader.directory),
-                              why="their manifests differ", next="put run.dir where every rank sees the same files")
+                              why="their manifests differ",
+                              next="put run.dir where every rank sees the same files")
 
 
 def _check_all_claimed(mesh: Mesh, loader: CheckpointLoader) -> None:
-    left = loader.unclaimed(mesh)                       # the same on all ranks: all raise, or none
+    left = loader.unclaimed(mesh)  # the same on all ranks, so all raise or none
     if left:
         raise other_model(loader.directory, [f"{name} is in the checkpoint alone" for name in left])
 
 
-def _report_lost(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Path, mesh: Mesh, move_aside: bool) -> int:
-    """Say what was lost, on rank 0."""
+def _report_lost(passed_over: list[tuple[Path, CheckpointError | None]], loaded: Path, mesh: Mesh,
+                 move_aside: bool) -> int:
+    """Log on rank 0 what was lost, and set damaged checkpoints aside; returns the number of lost steps."""
     if not passed_over:
         return 0
     lost = step_of(passed_over[0][0]) - step_of(loaded)
 
     def report() -> None:
         for path, error in passed_over:
-            error = error or next(problems(path), None)          # reads all of it
+            error = error or next(problems(path), None)  # another rank found it: read all of the checkpoint
             what = f"{error.where}: {error.why}" if error else f"{path}: another rank cannot read it"
             log.warning("%s is damaged (%s)", path.name, what)
             if move_aside:
@@ -264,7 +313,8 @@ def _refuse_all(passed_over: list[tuple[Path, CheckpointError | None]], mesh: Me
 def _none_sound(passed_over: list[tuple[Path, CheckpointError | None]]) -> CheckpointError:
     return CheckpointError(
         4, "no checkpoint of the run can be loaded", where=str(passed_over[0][0].parent),
-        why="; ".join(f"{error.where}: {error.why}" for _, error in passed_over if error) or "another rank cannot read them",
+        why=("; ".join(f"{error.where}: {error.why}" for _, error in passed_over if error)
+             or "another rank cannot read them"),
         next="restore the files, or start another run with run.name")
 
 

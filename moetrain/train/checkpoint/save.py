@@ -1,14 +1,14 @@
-"""Saving while training goes on.
+"""Asynchronous saves of a training run.
 
-    begin     copy what this rank writes (snapshot.py), start writing in a thread, go on
-    poll      where this rank's thread is; summed over ranks by a reduction that happens anyway
-    settle    the sum, on every rank: when all have written, rank 0 commits in its thread; when that is done too, or one has
-              failed, every rank knows in the same step
-    finish    wait for it: before another save, and at the end
+    begin     copy the shards that this rank writes (snapshot.py), and start to write them in a thread
+    poll      state of this rank's thread, which a reduction that happens anyway sums over the ranks
+    settle    act on the sum, on every rank alike: when all ranks have written, rank 0 commits in its thread;
+              when that is done, too, or a rank has failed, every rank knows in the same step
+    finish    wait for the save: before another one, and at the end
 
-The thread communicates with nobody. A failed save leaves the run and the older checkpoints as they were: every rank removes
-at once what it has written, the failure is reported, and the next save tries again; `checkpoint.max_failed_saves` in a row
-end the run. At most one save is under way.
+The thread does not communicate. A failed save changes neither the run nor the older checkpoints: every rank
+removes at once what it has written, the failure is reported, and the next save tries again;
+`checkpoint.max_failed_saves` failures in a row end the run. At most one save is under way.
 """
 
 import logging
@@ -32,39 +32,58 @@ from moetrain.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-DONE, FAILED = 1, (1 << 20) + 1          # what poll adds to the sum; a rank that failed has ended too
-UNNOTICED_S = 1.0                        # a wait that is not worth a warning
+DONE, FAILED = 1, (1 << 20) + 1  # values of `poll`: a rank that failed counts as one that has ended, too
+UNNOTICED_S = 1.0                # a shorter wait deserves no warning
 
 
 class Saved(NamedTuple):
-    """How a save ended. path: the checkpoint, None when there is none; held_s: seconds in which training stood still."""
+    """Outcome of a save."""
 
     step: int
-    path: Path | None
-    seconds: float
-    held_s: float
+    path: Path | None  # the checkpoint; None where the save failed
+    seconds: float     # from its beginning to its end
+    held_s: float      # seconds in which training waited
 
 
 class Saver:
-    """Saves of one run. Making it is collective: rank 0 removes what killed saves left behind."""
+    """Saves of one run.
+
+    Its construction is collective: rank 0 removes what killed saves left behind.
+
+    Args:
+        run_dir: directory of the run.
+        mesh: all ranks.
+        config: section `checkpoint`.
+    """
 
     def __init__(self, run_dir: Path, mesh: Mesh, config: CheckpointConfig) -> None:
         self.directory, self.mesh, self.config = (run_dir / "checkpoints").absolute(), mesh, config
         self.failed_in_a_row, self.attempt = 0, 0
-        self.job: _SaveJob | None = None                     # the one under way
-        self.failed: _SaveJob | None = None                  # the last one, if it failed
-        self.began = time.monotonic()                    # the last save, or the run
+        self.job: _SaveJob | None = None     # the save under way
+        self.failed: _SaveJob | None = None  # the last save, if it failed
+        self.began = time.monotonic()        # when the last save began, or the run
         all_or_none(mesh["batch"], lambda: remove_leftovers(run_dir.absolute()) if mesh.is_main else None)
 
     def begin(self, state: TrainState, facts: dict[str, object], *, final: bool = False) -> Saved | None:
-        """Save this step. Gives the outcome of a save that was waited for: of the one before, if it was still under way; of
-        this one, with async_save=false or `final` (which raises DiskError on all ranks when it fails). Collective where it
-        waits, on all ranks or on none."""
+        """Begin to save this step.
+
+        Collective where it waits, which all ranks do or none.
+
+        Args:
+            state: the state to save.
+            facts: how the checkpoint was made, for its manifest.
+            final: wait for the save, and raise DiskError on all ranks when it fails.
+
+        Returns:
+            The outcome of a save that was waited for: this one with `final` or async_save=false, else the one
+            before if it was still under way.
+        """
         began = time.perf_counter()
         before = self.finish()
         if time.perf_counter() - began > UNNOTICED_S and self.mesh.is_main:
-            log.warning("step %d was to be saved while the save of step %d was still under way; training waited %.1f s: "
-                        "checkpoint.interval is short for this disk", state.step, before.step, time.perf_counter() - began)
+            log.warning("step %d was to be saved while the save of step %d was still under way; "
+                        "training waited %.1f s: checkpoint.interval is short for this disk",
+                        state.step, before.step, time.perf_counter() - began)
         self.attempt, self.began = self.attempt + 1, time.monotonic()
         began = time.perf_counter()
         self.job = _SaveJob(state.step, began, self.directory / f"step-{state.step:08d}", self.attempt,
@@ -76,20 +95,30 @@ class Saver:
         return before if self.config.async_save and not final else self.finish(required=final)
 
     def overdue(self) -> int:
-        """1 once the last save is `checkpoint.every_minutes` old. Clocks differ: sum it over the ranks before acting on it."""
+        """1 once the last save is `checkpoint.every_minutes` old, else 0.
+
+        Clocks differ, so ranks must sum it before they act on it.
+        """
         minutes = self.config.every_minutes
         return int(bool(minutes) and self.job is None and time.monotonic() - self.began >= 60 * minutes)
 
     def poll(self) -> int:
-        """0 while there is nothing to say. Sum it over mesh["batch"] (exactly: float64, int64) and give the sum to settle."""
+        """State of this rank's save: 0 while it is under way or absent, DONE or FAILED at its end.
+
+        Sum it over mesh["batch"], exactly (float64 or int64), and pass the sum to `settle`.
+        """
         if self.job is None or self.job.running():
             return 0
         return DONE if self.job.error is None else FAILED
 
     def settle(self, total: int) -> Saved | None:
-        """What follows from the sum of all ranks' polls, on every rank alike; the outcome once a save has ended.
+        """Act on the sum of all ranks' polls; every rank decides alike.
 
-        Each sum is settled once, before the next poll. DiskError on all ranks when too many have failed in a row.
+        Each sum is settled once, before the next poll. Raises DiskError on all ranks when too
+        many saves in a row have failed.
+
+        Returns:
+            The outcome once a save has ended.
         """
         ranks = self.mesh["batch"].size
         if self.job is None or total % (1 << 20) < ranks:
@@ -105,40 +134,47 @@ class Saver:
         return self._ended(self.job.final)
 
     def finish(self, *, required: bool = False) -> Saved | None:
-        """Wait for the save under way, if there is one; collective. required: DiskError on all ranks if the last failed."""
+        """Wait for the save under way, if there is one. Collective.
+
+        With `required`, DiskError is raised on all ranks if the last save failed.
+        """
         outcome, began = None, time.perf_counter()
         while self.job is not None:
             self.job.wait(LOOK_S)
             outcome = self.settle(int(total_over(self.mesh["batch"], self.poll())))
         if required and self.failed is not None:
             self._stop(self.failed, DiskError(
-                2, "the checkpoint could not be written", where=str(self.failed.final), why=self.failed.reason(),
+                2, "the checkpoint could not be written", where=str(self.failed.final),
+                why=self.failed.reason(),
                 next="free space or make the directory writable, then run the same command again"))
         return outcome and outcome._replace(held_s=outcome.held_s + time.perf_counter() - began)
 
     def _commit(self, job: "_SaveJob") -> None:
         try:
-            commit(job.temporary, job.final, ranks=self.mesh["batch"].size, facts=job.facts, values=job.values,
-                   keep=self.config.keep)
+            commit(job.temporary, job.final, ranks=self.mesh["batch"].size, facts=job.facts,
+                   values=job.values, keep=self.config.keep)
         except (OSError, CheckpointError):
             _clear(job.temporary)
             raise
 
     def _failed(self) -> Saved:
-        """Every rank has ended, one of them badly. Rank 0 clears away what was written."""
+        """End a save that failed on a rank, once all ranks have ended. Rank 0 removes what was written."""
         job = self.failed = self.job
         self.failed_in_a_row += 1
         if self.mesh.is_main:
             _clear(job.temporary)
         limit = self.config.max_failed_saves
         if job.error is not None or self.mesh.is_main:
-            log.warning("the save of step %d failed (%d of %d in a row): %s; the older checkpoints are as they were",
+            log.warning("the save of step %d failed (%d of %d in a row): %s; "
+                        "the older checkpoints are as they were",
                         job.step, self.failed_in_a_row, limit, job.reason())
         outcome = self._ended(None)
         if self.failed_in_a_row >= limit:
-            self._stop(job, DiskError(5, f"{self.failed_in_a_row} saves in a row have failed", where=str(self.directory),
-                                      why=job.reason(), next="free space or make the directory writable, then run the same "
-                                                             "command again; checkpoint.max_failed_saves sets the patience"))
+            self._stop(job, DiskError(
+                5, f"{self.failed_in_a_row} saves in a row have failed", where=str(self.directory),
+                why=job.reason(),
+                next="free space or make the directory writable, then run the same command again; "
+                     "checkpoint.max_failed_saves sets the patience"))
         return outcome
 
     def _ended(self, path: Path | None) -> Saved:
@@ -146,7 +182,7 @@ class Saver:
         return Saved(job.step, path, time.perf_counter() - job.began, job.held_s)
 
     def _stop(self, job: "_SaveJob", error: DiskError) -> None:
-        """Raise on the ranks that know the reason, rank 0 among them; the others leave with the code."""
+        """End all ranks with the code of an error; rank 0 and the ranks that know its reason raise it."""
         def stop() -> None:
             if job.error is not None or self.mesh.is_main:
                 raise error
@@ -155,7 +191,7 @@ class Saver:
 
 
 class _SaveJob:
-    """One save of this rank: its thread, twice on rank 0."""
+    """One save of this rank, with its thread. On rank 0 a second thread commits."""
 
     def __init__(self, step: int, began: float, final: Path, attempt: int, facts: dict[str, object],
                  values: dict[str, int]) -> None:
@@ -173,7 +209,7 @@ class _SaveJob:
     def _run(self, work: Callable[["_SaveJob"], None]) -> None:
         try:
             work(self)
-        except Exception as error:                       # nobody else would hear of it
+        except Exception as error:  # it would be lost with the thread
             self.error = error
             if not isinstance(error, (OSError, CheckpointError)):
                 log.exception("the save of step %d failed by a mistake in moetrain", self.step)
@@ -192,7 +228,7 @@ class _SaveJob:
 
 
 def _clear(temporary: Path) -> None:
-    """Give back the space of a save that failed: others wait for it (runs/files.py)."""
+    """Free the space of a failed save. Writers of records wait for space (runs/files.py)."""
     try:
         disk.remove_tree(temporary)
     except OSError as error:
@@ -200,7 +236,19 @@ def _clear(temporary: Path) -> None:
 
 
 def save(state: TrainState, run_dir: Path, mesh: Mesh, facts: dict[str, object]) -> Path:
-    """One checkpoint of this step, waited for; removes no older one. Collective. DiskError on all ranks when it fails."""
+    """Save one checkpoint and wait for it, without removing older ones. Collective.
+
+    Raises DiskError on all ranks when it fails.
+
+    Args:
+        state: the state to save.
+        run_dir: directory of the run.
+        mesh: all ranks.
+        facts: how the checkpoint was made, for its manifest.
+
+    Returns:
+        Directory of the checkpoint.
+    """
     saver = Saver(run_dir, mesh, CheckpointConfig(keep=None, max_failed_saves=2))
     saver.begin(state, facts)
     return saver.finish(required=True).path

@@ -1,8 +1,9 @@
-"""A copy of what a rank will write, taken before the next step changes it.
+"""Snapshot of the shards that a rank will write, copied to host memory before the next step changes them.
 
-On the CPU a clone of every shard. On a GPU one copy into pinned memory for each stretch of memory that shards share (the
-experts of a layer lie in one tensor), all under way at once, and one wait: a copy a shard would be thousands of waits. Both
-are done when `take` returns. The memory is that of the shards this rank writes, until they are written.
+On the CPU every shard is cloned. On a GPU there is one copy into pinned memory for each range of memory that
+shards share (the experts of a layer lie in one tensor). All copies run at once, with one wait: a copy for
+each shard would mean thousands of waits. The snapshot is complete when `take_snapshot` returns. It takes as
+much memory as the shards that this rank writes, until they are written.
 """
 
 import torch
@@ -17,14 +18,15 @@ from moetrain.train.state import TrainState
 
 @torch.no_grad()
 def take_snapshot(state: TrainState, mesh: Mesh) -> list[TensorRows]:
-    """Copies of the shards that this rank writes. No collective."""
+    """Copy the shards that this rank writes. Not collective."""
     state_shards = shards_to_write(state.state_shards(), mesh)
-    return [_item(shard, copy) for shard, copy in zip(state_shards, copies_on_host([shard.rows.detach() for shard in state_shards]))]
+    return [_item(shard, copy) for shard, copy in zip(
+        state_shards, copies_on_host([shard.rows.detach() for shard in state_shards]))]
 
 
 def copies_on_host(tensors: list[Tensor]) -> list[Tensor]:
-    """Contiguous copies in host memory, complete when this returns."""
-    by_storage: dict[int, list[Tensor]] = {}                  # by the storage on a device
+    """Copy tensors to contiguous host memory; the copies are complete when this returns."""
+    by_storage: dict[int, list[Tensor]] = {}  # tensors of each storage on a GPU
     for tensor in tensors:
         if tensor.device.type == "cuda":
             by_storage.setdefault(_storage(tensor), []).append(tensor)
@@ -36,13 +38,14 @@ def copies_on_host(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, not a copy."""
+    """View the memory of a contiguous CPU tensor as bytes, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _item(shard: StateShard, copy: Tensor) -> TensorRows:
     rows = len(shard.rows) if shard.shape else 1
-    return TensorRows(shard.name, DTYPE_NAMES[copy.dtype], tuple(shard.shape), shard.begin, rows, as_bytes(copy))
+    return TensorRows(
+        shard.name, DTYPE_NAMES[copy.dtype], tuple(shard.shape), shard.begin, rows, as_bytes(copy))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -50,13 +53,16 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first element of a tensor in its storage, and the one behind its last."""
+    """Index of a tensor's first element in its storage, and of the element after its last."""
     begin = tensor.storage_offset()
     return begin, begin + 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def _start_copy(sharing: list[Tensor]) -> tuple[Tensor, int]:
-    """A copy, under way, of the stretch of a storage that these tensors of one dtype lie in; and its first element."""
+    """Start to copy the range of a storage that spans these tensors of one dtype.
+
+    Returns the copy, still under way, and the index of its first element in the storage.
+    """
     extents = [_extent(tensor) for tensor in sharing]
     begin, end = min(first for first, _ in extents), max(last for _, last in extents)
     extent = sharing[0].as_strided((end - begin,), (1,), begin)

@@ -1,7 +1,7 @@
-"""Memory of the device that a rank computes on: all of it, what is free, and the most that was in use.
+"""Memory of the device that a rank computes on: total, free, and peak.
 
-The only file that asks torch.cuda about memory. On the CPU it is the memory of the machine, or what a limit
-of the job leaves of it (moetrain/machine.py); in both cases ranks that share a memory have equal parts of it.
+No other file calls torch.cuda about memory. On the CPU it is the memory of the machine, or what a limit of
+the job leaves of it (moetrain/machine.py). Ranks that share a memory have equal parts of it.
 """
 
 import resource
@@ -14,7 +14,7 @@ from moetrain.machine import job_memory, machine_memory, total_memory
 
 
 def available_memory(mesh: Mesh, *, share_gpu: bool) -> Available:
-    """What this rank may have in all: of the machine, and of its GPU where it computes on one."""
+    """Total memory that this rank may use: of the machine, and of its GPU where it has one."""
     host = total_memory() // mesh["node"].size
     if mesh.device.type != "cuda":
         return Available(host)
@@ -23,7 +23,7 @@ def available_memory(mesh: Mesh, *, share_gpu: bool) -> Available:
 
 
 def free_memory(mesh: Mesh, *, share_gpu: bool) -> int:
-    """Bytes of the device that this rank may still take, with what torch's allocator holds in reserve."""
+    """Bytes of the device that this rank may still allocate, including the reserve of torch's allocator."""
     if mesh.device.type != "cuda":
         return min([machine_memory(), *job_memory()]) // mesh["node"].size
     free, _ = torch.cuda.mem_get_info(mesh.device)
@@ -32,7 +32,7 @@ def free_memory(mesh: Mesh, *, share_gpu: bool) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that tensors of this process had on a GPU; on the CPU its largest resident set."""
+    """Most bytes that tensors of this process had on the GPU; on the CPU its largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,16 +1,20 @@
-"""How exact balance comes by the counts of a step under accumulation: chosen by memory, before the first step.
+"""Choice between keeping autograd graphs and a counting pass, by memory, before the first step.
 
-    keep the graphs of all micro-batches      where they fit: nothing runs twice
-    count in a pass of its own                where they do not: the memory of one micro-batch (train/micro_batches.py)
+With gradient accumulation an exact balance loss needs the counts of all micro-batches before the
+first backward pass:
 
-Both give the same numbers, so the choice may depend on the machine; `train.count_pass` makes it by hand. What a graph takes
-is measured, not modelled: one micro-batch of the next step runs forward, with its real routing, and what it leaves behind is
-counted. That is then compared with what is free, the tightest rank deciding for all:
+    keep the graphs of all micro-batches    where they fit: nothing runs twice
+    count in a pass of its own              where they do not: the memory of one micro-batch
+                                            (train/micro_batches.py)
 
-    (micro-batches + 1) graphs + the gradients that are yet to come  <=  SHARE of the free memory
+Both give the same numbers, so the choice may depend on the machine; `train.count_pass` overrides it. The size
+of a graph is measured, not modeled: one micro-batch of the next step runs forward, with its real routing, and
+the memory that it keeps is counted. The rank with the least free memory decides for all:
 
-One graph more, because a backward pass takes about as much again; the rest of what is free is for loads that drift and for
-memory in pieces.
+    (micro-batches + 1) graphs + gradients to be allocated  <=  MAX_SHARE of the free memory
+
+The additional graph stands for a backward pass, which takes about as much again. The rest of the free memory
+is left for loads that drift and for fragmentation.
 """
 
 import weakref
@@ -33,7 +37,7 @@ MAX_SHARE = 0.8
 
 
 def choose_graphs(run: Run) -> Graphs:
-    """Which of the two, where there is a choice; otherwise what the run has. Between steps; collective."""
+    """Choose between steps whether a run keeps graphs, where the config leaves the choice. Collective."""
     config, rule = run.config, run.objective.pool
     micro_batches = run.loader.micro_batches
     if config.train.count_pass is not None or rule is None or rule.mode != "exact" or micro_batches == 1:
@@ -46,11 +50,15 @@ def choose_graphs(run: Run) -> Graphs:
 
 
 def measure_graph(run: Run) -> int:
-    """Bytes that one micro-batch of the next step keeps for its backward on this rank. Leaves no trace; collective."""
+    """Measure the bytes that a micro-batch of the next step keeps for backward on this rank.
+
+    Collective. The state of the run does not change.
+    """
     step = run.state.step + 1
     batch = all_or_none(run.mesh["batch"], lambda: run.loader.step(step)[0]).to(run.mesh.device)
     unrecorded = replace(run, dump=None)
-    with torch.no_grad():                                # brings what stays for a step, such as copies of experts
+    # This pass allocates what stays for the whole step, such as expert copies, so that it is not counted.
+    with torch.no_grad():
         forward_pass(unrecorded, step, batch, lambda found: [])
     with AllocationTracker() as tracker:
         forward = forward_pass(unrecorded, step, batch, lambda found: [])
@@ -62,7 +70,7 @@ def measure_graph(run: Run) -> int:
 
 
 class AllocationTracker(TorchDispatchMode):
-    """The memory that operators ask for, as long as somebody holds it."""
+    """Dispatch mode that tracks the storages that operators allocate, as long as they are referenced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +78,8 @@ class AllocationTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs))
+                 if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in given:
                 storage = leaf.untyped_storage()
@@ -78,20 +87,22 @@ class AllocationTracker(TorchDispatchMode):
         return result
 
     def alive(self, device: torch.device) -> int:
-        """Bytes on a device; of what was resized, those it has now."""
+        """Bytes of the living storages on a device, by their present size."""
         held = (reference() for reference in self.storages.values())
-        return sum(storage.nbytes() for storage in held if storage is not None and storage.device.type == device.type)
+        return sum(storage.nbytes() for storage in held
+                   if storage is not None and storage.device.type == device.type)
 
 
 def gradient_bytes(run: Run) -> int:
-    """Bytes of this rank's gradients, with those of copies of experts."""
-    own = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in run.state.model.parameters())
+    """Bytes of this rank's gradients, including those of expert copies."""
+    own = (parameter.to_local() if isinstance(parameter, DTensor) else parameter
+           for parameter in run.state.model.parameters())
     copies = max_copy_memory(run)
     return sum(parameter.nbytes for parameter in own) + copies.sums + copies.returned
 
 
 def max_copy_memory(run: Run) -> CopyMemory:
-    """What copies take on this rank when every layer has as many as there is room for."""
+    """Memory of expert copies on this rank when every layer has its largest number of copies."""
     config, ep, model = run.config, run.mesh["ep"], run.state.model
     layers = []
     for moe in model.moe_layers.values() if run.state.planning is not None else ():

@@ -1,7 +1,7 @@
-"""Out of memory in training: what this rank holds, the largest first, and what to change.
+"""Error for training that runs out of memory: what this rank holds, the largest first, and what to change.
 
-Sizes of parameters, gradients and optimizer are measured; activations are what one micro-batch was measured to
-keep, where that was done (train/memory/graph_memory.py), else an estimate by the formulas of `activation_bytes`.
+The sizes of parameters, gradients and optimizer state are measured. Those of activations are measured, too,
+where train/memory/graph_memory.py did so, and otherwise estimated (`activation_bytes`).
 """
 
 import re
@@ -17,13 +17,14 @@ from moetrain.train.memory.graph_memory import max_copy_memory
 from moetrain.train.setup import Run
 from moetrain.units import decimal
 
-MAX_ITEMS = 4                                    # items that the message names
-_MESSAGES = ("allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")     # the system, the driver, cuBLAS
+MAX_ITEMS = 4  # items that the error names
+# From the operating system, the CUDA driver and cuBLAS.
+_MESSAGES = ("allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
 
 
 @contextmanager
 def out_of_memory_named(run: Run) -> Iterator[None]:
-    """An allocation that failed, of torch on any device or of Python, becomes an OutOfMemoryError."""
+    """Turn a failed allocation, of torch on any device or of Python, into an OutOfMemoryError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -33,12 +34,16 @@ def out_of_memory_named(run: Run) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed. torch's CPU allocator and the libraries of CUDA have no class for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _MESSAGES)
+    """Whether an error is a failed allocation.
+
+    torch's CPU allocator and CUDA's libraries have no class for it, so their messages are compared.
+    """
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or any(words in str(error) for words in _MESSAGES))
 
 
 def describe(run: Run, error: BaseException) -> OutOfMemoryError:
-    """The error that a user sees."""
+    """Return the error for the user."""
     items = largest_items(run)
     wanted = re.search(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
     size = f" of {wanted[1]} {wanted[2]}" if wanted else ""
@@ -46,13 +51,14 @@ def describe(run: Run, error: BaseException) -> OutOfMemoryError:
         size = f" of {decimal(float(wanted[1]), 'B')}"
     held = ", ".join(f"{name} {decimal(amount, 'B')}" for name, amount in items[:MAX_ITEMS])
     return OutOfMemoryError(
-        1, f"out of memory on {run.mesh.device.type} in step {run.state.step + 1}: an allocation{size} failed",
+        1,
+        f"out of memory on {run.mesh.device.type} in step {run.state.step + 1}: an allocation{size} failed",
         where=f"rank {run.mesh.rank} of {run.mesh.size}",
         why=f"the largest items of a rank: {held}", next=advice(run, items[0][0]))
 
 
 def largest_items(run: Run) -> list[tuple[str, float]]:
-    """(what, bytes) on this rank, the largest first."""
+    """List (name, bytes) of what this rank holds, the largest first."""
     parameters = [local(parameter) for parameter in run.state.model.parameters()]
     values = (value for state in run.state.optimizer.state.values() for value in state.values())
     moments = sum(local(value).nbytes for value in values if isinstance(value, Tensor))
@@ -64,7 +70,8 @@ def largest_items(run: Run) -> list[tuple[str, float]]:
     blocks = max(run.graphs.graph - logits, 0) if run.graphs.graph else blocks
     several = f"{kept} micro-batch{'es' * (kept > 1)}"
     items = [("parameters", weights), ("gradients", weights), ("optimizer state", moments),
-             (f"activations of {several} about", kept * blocks), (f"logits of {several} about", kept * logits),
+             (f"activations of {several} about", kept * blocks),
+             (f"logits of {several} about", kept * logits),
              ("copies of experts and their gradients", copies.copies + copies.sums)]
     return sorted((item for item in items if item[1]), key=lambda item: -item[1])
 
@@ -75,10 +82,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def activation_bytes(run: Run) -> tuple[float, float]:
-    """What one micro-batch keeps for backward, roughly: of the blocks, and of the logits.
+    """Estimate the bytes that a micro-batch keeps for backward, in the blocks and as logits.
 
-    A token keeps, in the dtype of the computation: in attention 8 D; for each expert that it visits 2 D and 3 F;
-    logits and their float32 probabilities V each. Whole blocks that are computed again keep only D.
+    In the dtype of the computation a token keeps 8 D in attention, 2 D and 3 F for each expert
+    that it visits, and V each for logits and their float32 probabilities. Blocks that are
+    recomputed whole keep only D.
     """
     sizes, train = run.config.model, run.config.train
     tokens = train.per_forward(run.mesh["batch"].size) * train.seq_len
@@ -87,13 +95,14 @@ def activation_bytes(run: Run) -> tuple[float, float]:
     visits = sum(moe.router.max_slots() + sizes.num_shared_experts for moe in layers if moe is not None)
     attention, in_expert, out_expert = {"none": (8, 2, 3), "selective": (5, 1, 2), "full": (1, 0, 0)}[
         train.activation_checkpointing]
-    kept = len(layers) * attention * sizes.dim + visits * (in_expert * sizes.dim + out_expert * sizes.expert_dim)
+    kept = (len(layers) * attention * sizes.dim
+            + visits * (in_expert * sizes.dim + out_expert * sizes.expert_dim))
     at_once = min(tokens, train.head_chunk) if train.head_chunk else tokens
     return tokens * element * kept, at_once * run.dataset.vocab_size * (element + 4)
 
 
 def advice(run: Run, largest: str) -> str:
-    """What makes the largest item smaller; the same command with it resumes."""
+    """Advice that makes the largest item smaller; the same command with it resumes the run."""
     train, ranks = run.config.train, run.mesh["batch"].size
     own = train.global_batch // ranks
     smaller = max((size for size in range(1, train.per_forward(ranks)) if own % size == 0), default=None)
@@ -104,6 +113,7 @@ def advice(run: Run, largest: str) -> str:
         activations.append("train.activation_checkpointing=full")
     if run.graphs.kept and run.loader.micro_batches > 1 and not train.count_pass:
         activations.append("train.count_pass=true")
-    spread = "more GPUs or machines with parallel=ep_fsdp, which shards parameters, gradients and optimizer state"
+    spread = ("more GPUs or machines with parallel=ep_fsdp, "
+              "which shards parameters, gradients and optimizer state")
     options = activations if largest.startswith(("activations", "logits")) else [*activations[:1], spread]
     return f"the same command with {' or '.join(options or [spread])}; it goes on from the newest save"

@@ -1,10 +1,11 @@
 """The optimizer and its parameter groups.
 
     adamw    AdamW for every parameter
-    muon     Muon for the matrices of hidden layers (attention, feed-forward networks, experts), AdamW for embedding, head,
-             norms and routers (train/optim/muon.py)
+    muon     Muon for the matrices of hidden layers (attention, feed-forward networks, experts), AdamW for
+             embedding, head, norms and routers (train/optim/muon.py)
 
-Groups: dense, router, expert; norms, embeddings and routers are not decayed. Their learning rate: lr_schedule.py.
+Groups are dense, undecayed, router and expert. Norms, embeddings and routers have no weight decay.
+lr_schedule.py has the learning rate.
 """
 
 from typing import Any
@@ -17,24 +18,27 @@ from moetrain.moe.bank import is_expert_parameter
 from moetrain.routers.base import Router
 from moetrain.train.optim.muon import MuonAdamW, MuonSettings
 
-HIDDEN = ("dense", "expert")                 # kinds that hold matrices of hidden layers, and nothing else
+HIDDEN = ("dense", "expert")  # groups that hold matrices of hidden layers only
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """An optimizer over every parameter; each group knows its `name` and its `lr_scale`."""
-    groups = [_group(kind, parameters, optim) for kind, parameters in sort_parameters(model).items() if parameters]
+    """Build the optimizer over all parameters; each group has entries `name` and `lr_scale`."""
+    groups = [_group(kind, parameters, optim)
+              for kind, parameters in sort_parameters(model).items() if parameters]
     adamw = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps, "fused": True}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, **adamw)
-    hidden, rest = ([group for group in groups if (group["name"] in HIDDEN) == chosen] for chosen in (True, False))
+    hidden, rest = ([group for group in groups if (group["name"] in HIDDEN) == chosen]
+                    for chosen in (True, False))
     for group in hidden:
         group["lr_scale"] *= (optim.muon_lr or optim.lr) / optim.lr
-    muon = MuonSettings(optim.muon_momentum, optim.muon_adjust, optim.muon_ns_steps, optim.muon_precision == "bfloat16")
+    muon = MuonSettings(optim.muon_momentum, optim.muon_adjust, optim.muon_ns_steps,
+                        optim.muon_precision == "bfloat16")
     return MuonAdamW(model, hidden, rest, muon=muon, adamw=adamw)
 
 
 def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Every parameter by its kind: dense (matrices of hidden layers), undecayed, router, expert."""
+    """Sort the parameters by kind: dense (matrices of hidden layers), undecayed, router, expert."""
     is_expert = is_expert_parameter(model)
     routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
     kinds: dict[str, list[nn.Parameter]] = {"dense": [], "undecayed": [], "router": [], "expert": []}
@@ -54,16 +58,18 @@ def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def _group(kind: str, parameters: list[nn.Parameter], optim: OptimConfig) -> dict[str, Any]:
     decay = {"dense": optim.weight_decay, "expert": optim.weight_decay}
     scale = {"router": optim.router_lr_scale, "expert": optim.expert_lr_scale}
-    return {"params": parameters, "name": kind, "weight_decay": decay.get(kind, 0.0), "lr_scale": scale.get(kind, 1.0)}
+    return {"params": parameters, "name": kind, "weight_decay": decay.get(kind, 0.0),
+            "lr_scale": scale.get(kind, 1.0)}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group, times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
 
 def set_gradient_norm(optimizer: torch.optim.Optimizer, norm: float) -> None:
-    """Give every group the norm of all gradients as they are now, clipped: Muon tells rounding from gradients by it."""
+    """Give every group the norm of all clipped gradients, by which Muon tells rounding from gradients."""
     for group in optimizer.param_groups:
         group["gradient_norm"] = norm
 
@@ -71,7 +77,7 @@ def set_gradient_norm(optimizer: torch.optim.Optimizer, norm: float) -> None:
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Create AdamW's moments and step counters as zeros, as its first step would, without taking a step.
 
-    Muon's momentum is there from the start.
+    Muon's momentum exists from the start.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -84,12 +90,12 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Names of the tensors that the optimizer keeps for parameters, in the shape of the parameter; not each has all."""
+    """Names of the optimizer's tensors in the shape of parameters; not every parameter has all of them."""
     return tuple(sorted({name for state in optimizer.state.values() for name in state} - {"step"}))
 
 
 def restore_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set the step counters: every parameter is stepped at every step, so one number serves."""
+    """Set the step counters of all parameters, which are updated at every step and so share one number."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(step)
