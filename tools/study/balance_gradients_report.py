@@ -61,20 +61,21 @@ def page(found: Found, trainers: list[str], splits: list[tuple[int, int]]) -> st
     """
     results = Results(found, trainers, splits)
     sources = "\n".join(f"| {name} | {files} | {commit} |" for name, files, commit in SOURCES)
-    return f"""# The balance loss's gradient, as trainers compute it
+    return f"""# Gradients of the balance loss in five trainers
 
-Written by `tools/study/balance_gradients.py`. One optimizer step on one global batch of 16 sequences from 4
-domains, 2 routers, 16 experts, top 2; the same batch split over *ranks × accumulation*. A cell is the
-relative L2 error of the gradient at the router weights against that of E Σ f P over the batch in one piece,
-and in brackets its length over that gradient's. Neighboring sequences share a domain, so micro-batches are
-unlike each other. Conventions are taken out: everyone's perfect is 1, and the loss is the mean over routers.
+Written by `tools/study/balance_gradients.py`. The tables compare one optimizer step on one global batch of 16
+sequences from 4 domains, with 2 routers, 16 experts and top 2. The same batch is split over
+*ranks × accumulation*. A cell gives the relative L2 error of the gradient at the router weights, compared
+with that of E Σ f P over the undivided batch, and in brackets its length over the length of that gradient.
+Neighboring sequences share a domain, so micro-batches differ from each other. Differences of convention are
+removed: perfect balance gives 1 for all trainers, and the loss is the mean over routers.
 
-Ranks are simulated in one process: sums and means over ranks are arithmetic. Ours sums gradients over ranks;
-the others average them, as DDP and FSDP2 do by default. Ours is what the package computes, and that real
-ranks give the same is tested to 1e-10 (`tests/integration/test_balance.py`). transformers
-{transformers.__version__} is asked itself; what its Trainer makes of it is by `trainer.py` (`compute_loss`,
-`training_step`), with `average_tokens_across_devices` on, as by default. The others are written anew from
-their formulas, not run:
+Ranks are simulated in one process: sums and means over ranks are arithmetic. moetrain sums gradients over
+ranks; the others average them, as DDP and FSDP2 do by default. The rows of moetrain are computed by the
+package, and tests show that real ranks give the same, to 1e-10 (`tests/integration/test_balance.py`). The row
+of transformers {transformers.__version__} calls its function; the behavior of its Trainer follows
+`trainer.py` (`compute_loss`, `training_step`), with `average_tokens_across_devices` on, which is the default.
+The other trainers were reimplemented from their formulas and not run:
 
 | | file | commit |
 |---|---|---|
@@ -88,7 +89,7 @@ their formulas, not run:
 {results.table("padded")}
 ## All sequences equal
 
-Then it does not matter what f is counted over, and what is left is the scale.
+With equal sequences the scope of f does not matter, and only the scale remains.
 
 {results.table("alike")}
 {_findings(results)}"""
@@ -99,36 +100,36 @@ def _findings(results: Results) -> str:
     megatron, buffer = "Megatron-LM, `global", "moetrain, `balance.mode=buffer"
     ours = results.worst("global` (default)")
     return f"""\
-## What shows
+## Findings
 
-- **Ours** is exact for every split, with padding too: largest error {ours:.1e}.
+- **moetrain** is exact for every split, with padding too: the largest error is {ours:.1e}.
 - **Counts of a micro-batch** (Megatron's `aux_loss`, OLMo-core, XTuner without global average, transformers;
-  ours with `balance=micro`) pull at another thing than the balance of the batch; the error of `balance=micro`
-  is what that scope alone does. `sync` (XTuner's default) cures it over ranks only; `buffer` (Megatron's
-  `global_aux_loss`) for the later turns.
-- **Megatron's `global_aux_loss` has 1/ranks of its coefficient**: the tokens of all ranks divide it, and then
-  gradients are averaged over ranks. Lengths in the order of the third table:
-  {results.lengths(megatron)}. And its running counts are divided by the tokens of the current turn:
-  with padding, at 1 × 4, the error is {results.error(megatron, "padded", 1, 4)} where our `buffer` has
-  {results.error(buffer, "padded", 1, 4)}; without padding both have
+  moetrain with `balance=micro`) optimize something other than the balance of the batch. The error of
+  `balance=micro` shows the effect of that scope alone. `sync` (XTuner's default) removes it over ranks only,
+  and `buffer` (Megatron's `global_aux_loss`) for the later micro-batches of a step only.
+- **Megatron's `global_aux_loss` has 1/ranks of its coefficient**: it is divided by the tokens of all ranks,
+  and then gradients are averaged over ranks. Its lengths, in the order of the third table, are
+  {results.lengths(megatron)}. In addition, its running counts are divided by the tokens of the
+  current micro-batch: with padding, at 1 × 4, the error is {results.error(megatron, "padded", 1, 4)}, while
+  `balance.mode=buffer` has {results.error(buffer, "padded", 1, 4)}; without padding both have
   {results.error(megatron, "full", 1, 4)} there.
-- **Means of means.** With padding, Megatron's `aux_loss` gives a micro-batch the same weight however few
-  tokens it has: at 4 × 4 the error is {results.error("Megatron-LM, `aux_loss`", "padded", 4, 4)}, with its
-  per-token loss {results.error("Megatron-LM, `aux_loss`, per-token", "padded", 4, 4)}, that of
-  `balance=micro`. XTuner does the same to turns: {results.error("XTuner, global", "padded", 4, 4)} at 4 × 4,
-  our `sync` {results.error("moetrain, `balance.mode=sync", "padded", 4, 4)}.
+- **Means of means.** With padding, Megatron's `aux_loss` weights all micro-batches equally, however few
+  tokens they have: at 4 × 4 the error is {results.error("Megatron-LM, `aux_loss`", "padded", 4, 4)}; with its
+  per-token loss it is {results.error("Megatron-LM, `aux_loss`, per-token", "padded", 4, 4)}, that of
+  `balance=micro`. XTuner does the same with accumulation steps:
+  {results.error("XTuner, global", "padded", 4, 4)} at 4 × 4, while `balance.mode=sync` has
+  {results.error("moetrain, `balance.mode=sync", "padded", 4, 4)}.
 - **transformers' Trainer sums the balance loss over ranks and accumulation**, while the cross-entropy is
-  divided by the tokens of the whole step: the coefficient grows with both. Lengths over that at 1 × 1:
-  {results.lengths("transformers")}. At 1 × 1 the error is {results.error("transformers", "full", 1, 1)},
-  because its function adds up the counts of all routers before it multiplies: experts of one number in
-  different layers stand for each other.
-- **OLMo-core counts padding**: nothing masks it in counts or probabilities, and the sum is divided by the
-  valid tokens alone. At 1 × 1, where every scope is the same, the error is
-  {results.error("OLMo-core", "padded", 1, 1)} and the length
-  {results.of("OLMo-core", "padded", 1, 1)[1]:.2f}.
+  divided by the tokens of the whole step, so the coefficient grows with both. Its lengths over that at 1 × 1
+  are {results.lengths("transformers")}. At 1 × 1 the error is
+  {results.error("transformers", "full", 1, 1)}, because its function adds up the counts of all routers before
+  it multiplies, as if experts with the same index in different layers were one.
+- **OLMo-core counts padding**: counts and probabilities are not masked, and the sum is divided by the valid
+  tokens only. At 1 × 1, where all scopes agree, the error is {results.error("OLMo-core", "padded", 1, 1)} and
+  the length {results.of("OLMo-core", "padded", 1, 1)[1]:.2f}.
 
-Megatron is given a padding mask here; without one it counts padding, too. These are gradients of one step on
-made-up activations: what it means for training is another question.
+Megatron gets a padding mask here; without one it counts padding too. These are gradients of one step on
+artificial activations. Their effect on training was not studied.
 """
 
 

@@ -137,18 +137,18 @@ def write_page(runs: list[Trained], arms: Mapping[str, Arm], final: Sequence[str
     first, second = ([run for run in runs if run.stage == stage] for stage in (1, 2))
     planned = (len(stages[1][1]) * sum(len(arm.strengths) for arm in arms.values()),
                len(stages[2][1]) * len(final))
-    lines = ["# What balancing over the global batch buys", "",
-             "`python -m tools.study.balance --stage 1`, then `--stage 2`; its opening text says what is "
-             f"trained and compared. {where}. Losses are held-out nats per byte, the plain mean over five "
-             "domains. Violation: the largest load of an expert over the mean, less one, mean over routers "
-             f"and the last {LAST} steps; *global* of a whole step, *local* inside the micro-batches of a "
-             "rank. "
-             "Information: nats that the choice of an expert says about the domain (at most ln 5 = 1.61). "
+    lines = ["# Effect of balancing over the global batch", "",
+             "`python -m tools.study.balance --stage 1`, then `--stage 2`; the tool's module docstring "
+             f"describes the runs and their comparison. {where}. Losses are held-out nats per byte, the "
+             "unweighted mean over five domains. Violation is the largest load of an expert over the mean "
+             f"load, minus one, as a mean over routers and the last {LAST} steps: *global* for a whole "
+             "step, *local* inside the micro-batches of a rank. Information is the mutual information of "
+             "expert and domain in nats (at most ln 5 = 1.61). "
              f"Made with {'; '.join(sorted({run.made_with for run in runs})) or 'nothing yet'}.", "",
              f"Finished: {len(first)} of {planned[0]} runs of stage 1 ({stages[1][0]} steps, "
              f"seeds {_listed(stages[1][1])}), {len(second)} of "
              f"{planned[1]} of stage 2 ({stages[2][0]} steps, seeds {_listed(stages[2][1])})."
-             + (" **What is missing is not known.**" if (len(first), len(second)) != planned else ""), ""]
+             + (" **The others are missing.**" if (len(first), len(second)) != planned else ""), ""]
     lines += _sensitivity(first, stages)
     lines += _first(first, arms)
     lines += _second(second, final, interpolated(runs, arms))
@@ -164,13 +164,13 @@ def _sensitivity(first: list[Trained], stages: Mapping[int, tuple]) -> list[str]
     by_arm = {arm: [run for run in first if run.arm == arm] for arm in ("exact", "micro")}
     found = paired(by_arm["exact"], by_arm["micro"])
     if found is None:
-        return ["The smallest difference that can be seen is not known before the pairs of stage 1.", ""]
+        return ["The smallest visible difference is unknown until the pairs of stage 1 have finished.", ""]
     spread = found.half * found.seeds**0.5 / T_95.get(found.seeds - 1, 2.0)
     seeds = len(stages[2][1])
     smallest = T_95[seeds - 1] * spread / seeds**0.5
     return [f"**Smallest difference that stage 2 can see**, from the spread of the {found.seeds} pairs of "
             f"`exact` and `micro` in stage 1 (standard deviation {spread:.4f}): {smallest:.4f} nats per byte "
-            f"with {seeds} seeds, two-sided 95 %. Smaller ones are not told apart from none.", ""]
+            f"with {seeds} seeds, two-sided 95 %. Smaller differences cannot be distinguished from zero.", ""]
 
 
 def _first(runs: list[Trained], arms: Mapping[str, Arm]) -> list[str]:
@@ -203,15 +203,16 @@ def _second(runs: list[Trained], final: Sequence[str], strength: Mapping[str, fl
     of = {arm: [run for run in runs if run.arm == arm] for arm in final}
     of = {arm: mine for arm, mine in of.items() if mine}
     lines = ["## Stage 2: at equal balance", "",
-             "Every arm at the strength where stage 1 gave it the tightest balance that all of them reached.",
+             "Every arm runs at the strength at which, by stage 1, it reaches the tightest balance that all "
+             "arms reach.",
              "",
              "| arm | strength | seeds | loss | global violation | local violation | information |",
              "|" + "---|" * 7]
     for arm, mine in of.items():
         lines.append(f"| {arm} | {mine[0].strength:.3g} | {len(mine)} "
                      f"| {_average(mine, lambda run: run.losses['mean'], 4)} | {_figures(mine)} |")
-    lines += ["", "Differences to `micro` of the same seed: mean and 95 % interval (Student's t). "
-              "A loss below zero is better.", "",
+    lines += ["", "Differences from `micro` with the same seed: mean and 95 % interval (Student's t). "
+              "A negative difference of the loss is better.", "",
               "| arm | loss | " + " | ".join(domains) + " | information |", "|" + "---|" * (3 + len(domains))]
     apart: dict[str, list[str]] = {"loss": [], "information": []}
     for arm, mine in of.items():
@@ -225,8 +226,8 @@ def _second(runs: list[Trained], final: Sequence[str], strength: Mapping[str, fl
             if difference and abs(difference.mean) > difference.half:
                 apart[what].append(arm)
     told = "; ".join(f"by {what}: {', '.join(arms) or 'none'}" for what, arms in apart.items())
-    return [*lines, "", "Told apart from `micro` (the interval leaves out zero; no correction for the number "
-            f"of comparisons) {told}.", ""]
+    return [*lines, "", "Arms that differ from `micro` (the interval excludes zero, without correction "
+            f"for the number of comparisons) {told}.", ""]
 
 
 def _figures(runs: list[Trained]) -> str:

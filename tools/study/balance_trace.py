@@ -152,18 +152,19 @@ def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: 
         "# Where a step waits for the counts of its balance loss", "",
         f"`python -m tools.study.balance_trace{words}`, commit {commit}; two ranks on one machine, gloo, one "
         f"thread each ({platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}); quickstart "
-        f"with 64 experts, four micro-batches a step, {steps} steps a mode, by `log.timeline`. Times in "
-        "microseconds, medians over steps and ranks, recorded, so everything is slower than it is otherwise.",
+        f"with 64 experts, four micro-batches per step, {steps} steps per mode, recorded by "
+        "`log.timeline`. Times are in microseconds, medians over steps and ranks. Recording makes everything "
+        "slower than usual.",
         "",
-        "| | |", "|---|---|", "| all-reduces | of counts, in a step |",
-        "| head behind it | of these, how often the head ran between posting and waiting |",
+        "| | |", "|---|---|", "| all-reduces | all-reduces of counts in a step |",
+        "| head behind it | for how many of these the head ran between posting and waiting |",
         "| then | what the rank does once it has the counts |",
         "| in flight | from posting until gloo's thread had the sum |",
-        "| covered | from posting until the rank asked for it |",
-        "| had arrived | how often the sum was there when the rank asked |",
-        "| waited | in the wait itself: until the slower rank had posted too, and the sum was there |",
-        "| after both | what of it came after the slower rank had posted: "
-        "the price of the sum itself, at the loss |", "",
+        "| covered | from posting until the rank waited for it |",
+        "| had arrived | how often the sum had arrived when the rank waited |",
+        "| waited | time in the wait itself: until the slower rank had posted too, and the sum had arrived "
+        "|",
+        "| after both | the part of it after the slower rank had posted: the cost of the sum itself |", "",
     ]
     for links, modes in recorded.items():
         text += [f"## {links}", "",
@@ -172,12 +173,12 @@ def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: 
                  "|---|---|---|---|---|---|---|---|---|---|",
                  *(row(mode, found) for mode, found in modes.items()), ""]
     text += [f"![a micro-batch of mode buffer on both ranks]({picture})", "",
-             "The all-reduce starts when the last router has decided, before the tokens of its layer travel, "
-             "and nobody asks for it before the loss; in mode exact, before the loss of the first "
-             "micro-batch, and attached, once the head has run backward. So the other rank may be late by a "
-             "whole layer, and after a pass that only counts by a whole forward pass, before anybody waits "
-             "for it. `tests/integration/test_timeline.py` asserts the order and sees a wait that is put "
-             "back before the head.", ""]
+             "The all-reduce is posted when the last router has decided, before the tokens of its layer "
+             "travel, and no rank waits for it before the loss. In mode `exact` that is the loss of the "
+             "first micro-batch; with `train.loss_carrier=attached` ranks wait after the head has run "
+             "backward. The other rank may therefore be late by a whole layer, or after a count pass by a "
+             "whole forward pass, before any rank waits for it. `tests/integration/test_timeline.py` asserts "
+             "this order, and finds a wait that is put back before the head.", ""]
     return "\n".join(text)
 
 
