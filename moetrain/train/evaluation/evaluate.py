@@ -1,14 +1,15 @@
-"""Held-out loss, domain by domain; of many domains the largest by name, the rest as one (data/batches/evaluated_domains.py).
+"""Evaluation of held-out loss by domain, and of each router's choices by domain.
 
-Windows of all of them are read together, `eval.batch` at once, and spread over the ranks of `batch`; every rank runs the same
-number of forward passes (with padding where it has no window left), so expert parallelism never waits for a rank that has
-finished. Nothing of a run's state is touched.
+Of many domains the largest are evaluated by name and the rest as one (data/batches/evaluated_domains.py).
+Windows of all domains are read together, `eval.batch` at once, and spread over the ranks of `batch`. Every
+rank runs the same number of forward passes, with padding where it has no window left, so that expert
+parallelism never waits for a rank that has finished. The state of the run does not change.
 
     loss/<domain>            nats per token
-    nats_per_byte/<domain>   nats per byte of text: comparable across tokenizers; absent where nobody knows the bytes
-    …/mean                   plain mean over domains
+    nats_per_byte/<domain>   nats per byte of text, comparable across tokenizers; absent where unknown
+    …/mean                   unweighted mean over domains
 
-Beside them the choices of every router, domain by domain: which experts serve which text.
+Shapes: B windows, M parts that are measured (domains, or the rest as one), L experts of all routers.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,24 +30,37 @@ from moetrain.ops.pinned import to_device
 from moetrain.train.micro_batches import step_context
 from moetrain.train.objective import cross_entropy_sum
 
-_FIGURES = 4                                 # of a part: nats, tokens, bytes, and whether nobody knows these
+_FIGURES = 4  # values of a part: nats, tokens, bytes of text, and how often these are unknown
 
 
 class Evaluation(NamedTuple):
+    """Result of an evaluation."""
+
     losses: dict[str, float]
-    choices_ML: Tensor                       # int64: used slots by Dataset.measured, and by expert of all routers in layer order
+    choices_ML: Tensor  # int64, used slots by part of Dataset.measured and by expert, routers in layer order
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
              stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
-    """Everything that is measured. None once `stop` was true on a rank. Collective."""
+    """Evaluate a model on the held-out windows of a dataset. Collective.
+
+    Args:
+        model: the model; it is in training mode afterwards.
+        dataset: the held-out windows.
+        mesh: all ranks.
+        config: the run's config, with section `eval`.
+        stop: called before each forward pass; True on a rank ends the evaluation.
+
+    Returns:
+        The result; None where the evaluation was stopped.
+    """
     sums = _sums(model, dataset, mesh, config, stop)
     if sums is None:
         return None
     results: dict[str, float] = {}
     for domain, (nats, tokens, text_bytes, unknown) in zip(dataset.measured, sums[:, :_FIGURES].tolist()):
-        name = "mean (domain)" if domain == "mean" else domain           # `mean` is the mean over domains
+        name = "mean (domain)" if domain == "mean" else domain  # `mean` itself is the mean over domains
         if tokens:
             results[f"loss/{name}"] = nats / tokens
             if not unknown:
@@ -58,26 +72,31 @@ def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
     return Evaluation(results, sums[:, _FIGURES:].long())
 
 
-def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config, stop: Callable[[], bool]) -> Tensor | None:
-    """[M, figures and choices of all experts] over all ranks, float64 on the host; None where one says stop.
+def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
+          stop: Callable[[], bool]) -> Tensor | None:
+    """Sums over all ranks: float64 [M, _FIGURES + L] on the host; None where a rank stops.
 
-    The host waits for the device once, at the end, besides its looks at the other ranks.
+    Besides the agreement between ranks, the host waits for the device only once, at the end.
     """
     group, size = mesh["batch"], config.eval.batch
     ids, parts = _windows(dataset, config.eval.windows)
     firsts = range(group.position * size, len(ids), group.size * size)
-    mine = all_or_none(group, lambda: [(dataset.batch(ids[at:at + size]), parts[at:at + size]) for at in firsts])
-    nothing = padding(1, config.train.seq_len, mask_documents=config.data.mask_documents), np.zeros(1, np.int64)
+    mine = all_or_none(
+        group, lambda: [(dataset.batch(ids[at:at + size]), parts[at:at + size]) for at in firsts])
+    nothing = (padding(1, config.train.seq_len, mask_documents=config.data.mask_documents),
+               np.zeros(1, np.int64))
     text = torch.zeros(len(dataset.measured), 2, dtype=torch.float64)
-    sums = torch.zeros(len(dataset.measured), 2 + sum(model.routers.values()), dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(len(dataset.measured), 2 + sum(model.routers.values()), dtype=torch.float64,
+                       device=mesh.device)
     model.eval()
     for number in range(-(-len(ids) // (group.size * size))):
-        if largest_over(group, stop()):                  # a look at each other costs nothing beside a forward pass
+        if largest_over(group, stop()):  # the reduction costs little beside a forward pass
             model.train()
             return None
         batch, parts_B = mine[number] if number < len(mine) else nothing
-        for part, rows in _stretches(parts_B):               # while it is on the host
-            known = dataset.bytes_of_targets(Batch(*(field if field is None else field[rows] for field in batch)))
+        for part, rows in _stretches(parts_B):  # bytes are counted while the batch is on the host
+            known = dataset.bytes_of_targets(
+                Batch(*(field if field is None else field[rows] for field in batch)))
             text[part] += torch.tensor([known or 0, known is None])
         batch = batch.to(mesh.device)
         context = step_context(config.run.seed, 0, batch, training=False, per_sequence=True)
@@ -85,19 +104,20 @@ def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config, stop
         for part, rows in _stretches(parts_B):
             nats = cross_entropy_sum(output.logits_BSV[rows], batch.targets_BS[rows]).double()
             head = torch.stack([nats, batch.valid_BS[rows].sum().double()])
-            sums[part] += torch.cat([head, *(stats.counts_SE[rows].sum(0).double() for stats in output.stats.values())])
+            sums[part] += torch.cat(
+                [head, *(stats.counts_SE[rows].sum(0).double() for stats in output.stats.values())])
     model.train()
     return sum_over(group, torch.cat([sums[:, :2], to_device(text, mesh.device), sums[:, 2:]], 1)).cpu()
 
 
 def _windows(dataset: Dataset, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sample id, index in Dataset.measured) of every window, part by part."""
+    """Sample id and index in Dataset.measured of every window, part by part."""
     ids = [dataset.heldout_ids(part, most) for part in range(len(dataset.measured))]
     return np.concatenate(ids), np.repeat(np.arange(len(ids)), [len(part) for part in ids])
 
 
 def _stretches(parts_B: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """The parts of a batch, and the rows of each: they lie side by side."""
+    """Yield each part of a batch with its rows, which are adjacent."""
     borders = [0, *(np.flatnonzero(np.diff(parts_B)) + 1).tolist(), len(parts_B)]
     for first, end in pairwise(borders):
         yield int(parts_B[first]), slice(first, end)

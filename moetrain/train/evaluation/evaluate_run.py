@@ -1,10 +1,10 @@
-"""`moetrain eval`: held-out losses of a run's newest checkpoint.
+"""Evaluation of a run's newest checkpoint: `moetrain eval`.
 
-Measured is what the run held out, from the prepared folder that its checkpoint names. Other data is measured where it was typed,
-and all of it: nothing of data.path=<text> is trained on, so all of it may be measured, and a split that lies there is not asked for.
-Prepared and indexed tokens say themselves what is held out, and only that is measured. The run's own tokenizer reads text, and its
-own mask applies. How much of the measured text also occurs in what the run was trained on is counted (data/corpus/overlap.py), because a
-loss on text that was trained on means nothing.
+By default the run's own held-out data is measured, from the prepared folder that the checkpoint names. Other
+data is measured where the command names it. A text is then measured whole, because none of it is trained on
+here, and a split that its folder holds is ignored. Of prepared and indexed tokens only what they hold out is
+measured. Text is read with the run's own tokenizer and document mask. data/corpus/overlap.py measures how
+much of the text also occurs in the training text, because a loss on text that was trained on means nothing.
 """
 
 import time
@@ -33,31 +33,33 @@ from moetrain.train.evaluation.trained import (
     trained_tokenizer,
 )
 
-# Keys that say where data lies or how it comes, not what it is.
+# Keys that say where data lies or how it is read, not which data it is.
 _BESIDE = ("data.cache", "data.mixture", "data.weights", "data.mask_documents", "data.overlap")
-WINDOWS = 4096               # of a domain of typed data at most, unless eval.windows is typed: all are in memory at once
-_NAMES = ("data", "data.kind", "data.path", "data.held_out")         # those that name other data
+# Most windows of a domain of other data, unless eval.windows is given: all of them are in memory at once.
+WINDOWS = 4096
+_NAMES = ("data", "data.kind", "data.path", "data.held_out")  # keys that name other data
 
 
 class Evaluated(NamedTuple):
-    """losses: as Evaluation. typed: path of the data that was measured in place of the run's own. overlap: None where not known.
-    windows: of a domain, at most."""
+    """Result of `evaluate_run`."""
 
-    losses: dict[str, float]
+    losses: dict[str, float]  # as in Evaluation
     dataset: Dataset
-    step: int
-    tokens: int
-    fingerprint: str
-    typed: str | None
-    overlap: Share | None
-    windows: int
+    step: int                 # of the checkpoint
+    tokens: int               # that the checkpoint was trained on
+    fingerprint: str          # of the data
+    typed: str | None         # path of other data; None where the run's own was measured
+    overlap: Share | None     # with the training text; None where unknown
+    windows: int              # most windows of a domain
     seconds: float
 
 
 def evaluate_run(config: Config, typed: frozenset[str] = frozenset()) -> Evaluated:
-    """Losses of a run's newest checkpoint. Collective; the caller prints.
+    """Evaluate the newest checkpoint of a run. Collective.
 
-    typed: the keys that were set on top of the run's own config (config/compose.py, typed_keys).
+    Args:
+        config: the run's config with the command's overrides.
+        typed: keys that the overrides set (config/compose.py, typed_keys).
     """
     began = time.perf_counter()
     run, name, overlap = load_trained(config, typed), None, None
@@ -77,41 +79,60 @@ def evaluate_run(config: Config, typed: frozenset[str] = frozenset()) -> Evaluat
     windows = WINDOWS if name and "eval.windows" not in typed else config.eval.windows
     asked = replace(run.config, eval=replace(config.eval, windows=windows))
     losses = evaluate(run.model, dataset, run.mesh, asked).losses
-    return Evaluated(losses, dataset, run.step, run.manifest.values["tokens"], dataset.fingerprint, name, overlap, windows,
-                     time.perf_counter() - began)
+    return Evaluated(losses, dataset, run.step, run.manifest.values["tokens"], dataset.fingerprint, name,
+                     overlap, windows, time.perf_counter() - began)
 
 
 def record_of(found: Evaluated) -> dict[str, Any]:
-    """The line of eval.jsonl. `command` tells it from those that training writes."""
-    record = {"step": found.step, "tokens": found.tokens, **found.losses, "time/eval": found.seconds, "timestamp": time.time(),
-              "command": "eval", "data": found.fingerprint, "windows": found.windows}
+    """Record for eval.jsonl. Its key `command` distinguishes it from the records of training."""
+    record = {"step": found.step, "tokens": found.tokens, **found.losses, "time/eval": found.seconds,
+              "timestamp": time.time(), "command": "eval", "data": found.fingerprint,
+              "windows": found.windows}
     if found.typed is not None:
         overlap = found.overlap
-        record |= {"path": found.typed, "overlap": overlap and overlap.value, "overlap_windows": overlap.windows if overlap else 0}
+        record |= {"path": found.typed, "overlap": overlap and overlap.value,
+                   "overlap_windows": overlap.windows if overlap else 0}
     return record
 
 
 def data_keys(own: Config, config: Config, typed: frozenset[str]) -> frozenset[str]:
-    """Those of the typed keys that ask for other data than the run's own; DataError where they do not say which."""
+    """Find the keys by which a command asks for other data than the run's own.
+
+    Raises DataError where they contradict each other or name no data.
+
+    Args:
+        own: config of the run.
+        config: the same with the command's overrides.
+        typed: keys that the overrides set.
+    """
     before, now = (flatten(with_absolute_paths(one)) for one in (own, config))
-    differ = {path for path in now if path.startswith("data.") and path not in _BESIDE and now[path] != before[path]}
-    chosen = typed & (differ | {"data.tokenizer"})                         # whose file may have changed, too
-    if "data" in typed and differ.intersection(_NAMES):                    # an option brings its section whole
+    differ = {path for path in now
+              if path.startswith("data.") and path not in _BESIDE and now[path] != before[path]}
+    chosen = typed & (differ | {"data.tokenizer"})  # the file of a tokenizer may have changed, too
+    if "data" in typed and differ.intersection(_NAMES):  # data=<option> sets the whole section
         chosen |= {"data"}
     if {"data.path", "data.held_out"} <= chosen:
         raise DataError(177, "data.path and data.held_out name two texts", where="the command line",
-                        why="what is typed is measured whole, and one text at a time", next="leave one of them out")
-    if chosen and config.data.kind != "synthetic" and not chosen.intersection(_NAMES) and chosen != {"data.tokenizer"}:
-        raise DataError(176, f"{', '.join(sorted(chosen))} without data.path", where="the command line",
-                        why="the run's own held-out text is measured as it was prepared; other text has to be named",
-                        next=f"data.path=<file or folder of text> {' '.join(f'{key}=…' for key in sorted(chosen))}, or leave it out")
+                        why="what is typed is measured whole, and one text at a time",
+                        next="leave one of them out")
+    if (chosen and config.data.kind != "synthetic" and not chosen.intersection(_NAMES)
+            and chosen != {"data.tokenizer"}):
+        raise DataError(
+            176, f"{', '.join(sorted(chosen))} without data.path", where="the command line",
+            why="the run's own held-out text is measured as it was prepared; other text has to be named",
+            next=f"data.path=<file or folder of text> {' '.join(f'{key}=…' for key in sorted(chosen))}, "
+                 "or leave it out")
     return chosen
 
 
 def _other_dataset(run: Trained, data: DataConfig, chosen: frozenset[str]) -> tuple[Dataset, str]:
-    """The data that was typed, and its name. Mixture and weights are of training."""
+    """Open the data that the command names, and return its name, too.
+
+    Mixture and weights are not read: they concern training only.
+    """
     batch, own = run.mesh["batch"], run.config.data
-    data = replace(data, mask_documents=own.mask_documents, mixture="proportional", weights={}, cache=data.cache or own.cache)
+    data = replace(data, mask_documents=own.mask_documents, mixture="proportional", weights={},
+                   cache=data.cache or own.cache)
     tokenizer = None
     if data.kind == "text":
         tokenizer = trained_tokenizer(run)
@@ -121,19 +142,23 @@ def _other_dataset(run: Trained, data: DataConfig, chosen: frozenset[str]) -> tu
     folder = prepare_on_main(config, run.directory, run.mesh, tokenizer=tokenizer)
     dataset = open_on_ranks(config, run.directory, run.mesh, folder, trains=False)
     all_or_none(batch, lambda: _refuse_other_ids(run, dataset, data))
-    return dataset, with_absolute_paths(config).data.path or ("the built-in corpus" if data.kind == "text" else data.kind)
+    return dataset, with_absolute_paths(config).data.path or (
+        "the built-in corpus" if data.kind == "text" else data.kind)
 
 
 def measured_whole(data: DataConfig, chosen: frozenset[str]) -> DataConfig:
-    """How the text that was typed is prepared: all of it is held out."""
+    """Config by which a named text is prepared: all of it is held out."""
     path = data.held_out if "data.held_out" in chosen else data.path
     cap = data.domain_cap if "data.domain_cap" in chosen else None
-    return replace(data, path=path, held_out=None, held_out_share=1.0, split="merge", domain_cap=cap, overlap=0)
+    return replace(data, path=path, held_out=None, held_out_share=1.0, split="merge", domain_cap=cap,
+                   overlap=0)
 
 
-def _refuse_unreadable(run: Trained, data: DataConfig, tokenizer: Tokenizer | None, chosen: frozenset[str]) -> None:
+def _refuse_unreadable(run: Trained, data: DataConfig, tokenizer: Tokenizer | None,
+                       chosen: frozenset[str]) -> None:
     if tokenizer is None:
-        raise no_text(run, "there is no tokenizer to read text with", "name data of the same ids: data=tokens data.path=<folder>")
+        raise no_text(run, "there is no tokenizer to read text with",
+                      "name data of the same ids: data=tokens data.path=<folder>")
     if "data.tokenizer" in chosen:
         _refuse_other_tokenizer(data, tokenizer)
 
@@ -143,7 +168,7 @@ def _refuse_other_tokenizer(data: DataConfig, tokenizer: Tokenizer | None) -> No
 
 
 def _refuse_other_ids(run: Trained, dataset: Dataset, data: DataConfig) -> None:
-    """DataError where ids mean something else than in training, or nothing at all."""
+    """Raise DataError where ids have another meaning than in training, or none."""
     where = f"{data.path or data.kind} (data.path)"
     refuse_more_ids(run, dataset.vocab_size, where)
     tokenizer, named = getattr(dataset, "tokenizer", None), run.manifest.facts.get("tokenizer")
@@ -152,7 +177,7 @@ def _refuse_other_ids(run: Trained, dataset: Dataset, data: DataConfig) -> None:
 
 
 def _overlap(run: Trained, dataset: Dataset) -> Share | None:
-    """How much of the measured text was trained on; None where the training text is not there, or is not wanted."""
+    """Share of the measured text that was trained on; None where it is unknown or not wanted."""
     limit = run.config.data.overlap
     trained = open_trained(run) if limit else None
     if not isinstance(dataset, TokenDataset) or not isinstance(trained, TokenDataset):

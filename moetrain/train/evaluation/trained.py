@@ -1,12 +1,12 @@
-"""What a run has trained, to look at: the model of its newest good checkpoint, its tokenizer and its data.
+"""A trained model for evaluation and generation: its newest sound checkpoint, its tokenizer and its data.
 
     load_trained        the model; the manifest of its checkpoint says what it was trained on
-    trained_tokenizer   reads and writes its text
-    trained_dataset     what it was trained on and what it held out
+    trained_tokenizer   the tokenizer that reads and writes its text
+    trained_dataset     the data that it was trained on, and what was held out
 
-Data and tokenizer are those that the checkpoint names by fingerprint. They are looked for where the run keeps prepared data:
-<run.dir>/data and data.cache. What lies at data.path now is neither read nor believed; only where the prepared folder is gone is it
-made again from there, and refused where it is not the same.
+The checkpoint names data and tokenizer by fingerprint. They are searched where the run keeps prepared data,
+in <run.dir>/data and data.cache. What lies at data.path now is not read. Only where the prepared folder is
+gone is it prepared again from there, and refused if its fingerprint differs.
 """
 
 from dataclasses import replace
@@ -40,46 +40,46 @@ from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.setup import join
 
 _EMBEDDING = "model.embed"
-_PREPARED = ("text", "tokens")       # kinds of data that lie in a prepared folder
-_LOOKED_AT = 256                     # documents
-# What is wrong with a source that has moved, or is empty now.
+_PREPARED = ("text", "tokens")  # kinds of data that lie in a prepared folder
+_LOOKED_AT = 256                # documents whose last token is compared
+# Errors of a source that has moved, or is empty now.
 _GONE = ("E-DATA-010", "E-DATA-020", "E-DATA-030", "E-DATA-032")
 
 
 class Trained(NamedTuple):
-    """A model and where it came from.
-
-    config: what was asked for, with the data that the model was trained on.
-    places: where prepared data of the run may lie.
-    """
+    """A model and its origin."""
 
     model: Transformer
     mesh: Mesh
-    config: Config
-    directory: Path
-    manifest: Manifest
-    places: tuple[Path, ...]
+    config: Config             # of the command, with the data that the model was trained on
+    directory: Path            # of the run
+    manifest: Manifest         # of the checkpoint
+    places: tuple[Path, ...]   # where prepared data of the run may lie
 
     @property
     def step(self) -> int:
+        """Step of the checkpoint."""
         return self.manifest.values["step"]
 
     @property
     def fingerprint(self) -> str:
-        """Of the data that it was trained on."""
+        """Fingerprint of the data that it was trained on."""
         return str(self.manifest.facts.get("data"))
 
 
 def load_trained(config: Config, typed: frozenset[str] = frozenset()) -> Trained:
-    """The newest good checkpoint of a run, in evaluation mode. Collective.
+    """Load the newest sound checkpoint of a run, in evaluation mode. Collective.
 
-    typed: the keys that were set on top of the run's own config; its `data` may be of other data then.
+    Args:
+        config: the run's config with the command's overrides; its section `data` may name other data.
+        typed: keys that the overrides set.
     """
     directory = run_dir(config)
     if newest(directory) is None:
         raise CheckpointError(
             2, "the run has no checkpoint yet", where=str(directory / "checkpoints"),
-            why="a run saves at its end and every checkpoint.interval steps", next="the command that trains the run; it saves at run.stop_at, too",
+            why="a run saves at its end and every checkpoint.interval steps",
+            next="the command that trains the run; it saves at run.stop_at, too",
         )
     mesh = join(config)
     vocab_size = all_or_none(mesh["batch"], lambda: _vocabulary(directory))
@@ -93,9 +93,19 @@ def load_trained(config: Config, typed: frozenset[str] = frozenset()) -> Trained
 
 
 def as_trained(config: Config, trained: Config, typed: frozenset[str]) -> Config:
-    """A config with the data of another, the run's own. Of `data` it keeps the place of prepared data, and a mask that was typed."""
-    mask = trained.data.mask_documents if "data" in typed and "data.mask_documents" not in typed else config.data.mask_documents
-    data = replace(trained.data, mask_documents=mask, overlap=config.data.overlap, cache=config.data.cache or trained.data.cache)
+    """Replace the section `data` of a config by the run's own.
+
+    The place of prepared data and a document mask that the command sets are kept.
+
+    Args:
+        config: config of the command.
+        trained: config that the run was trained with.
+        typed: keys that the command sets.
+    """
+    mask = (trained.data.mask_documents if "data" in typed and "data.mask_documents" not in typed
+            else config.data.mask_documents)
+    data = replace(trained.data, mask_documents=mask, overlap=config.data.overlap,
+                   cache=config.data.cache or trained.data.cache)
     return replace(config, data=data, run=replace(config.run, seed=trained.run.seed))
 
 
@@ -130,16 +140,22 @@ def _tokenizer(run: Trained) -> Tokenizer | None:
 
 
 class Writing(NamedTuple):
-    """What a text is written with. end_id: ends a document, and begins the next; None where the run has seen no such id."""
+    """What text is generated with."""
 
     tokenizer: Tokenizer
-    end_id: int | None
+    end_id: int | None  # id of the end-of-document token; None where the run has seen none
 
 
 def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
-    """What to generate with: the run's own tokenizer, or for a run on ids alone one that was typed. Collective.
+    """Choose the tokenizer for generation: the run's own, or the command's where the run has none. Collective.
 
-    DataError where there is none, or where something was typed that generation does not read and that is not the run's own.
+    Raises DataError where there is none, or where the command sets a key of `data` that generation does not
+    read to another value than the run's.
+
+    Args:
+        run: the trained model.
+        config: config of the command.
+        typed: keys that the command sets.
     """
     read = {"data.tokenizer", "data.cache", "data.mask_documents"}
     read |= {"data.end_token", "data.parse_special"} if "data.tokenizer" in typed else set()
@@ -149,7 +165,8 @@ def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
     beside = {key for key, field in fields.items() if getattr(asked, field) != getattr(own_data, field)}
     if beside:
         raise DataError(178, f"{', '.join(sorted(beside))} with generate", where="the command line",
-                        why="a text is continued with the tokenizer that the run was trained with, and reads no data",
+                        why="a text is continued with the tokenizer that the run was trained with, "
+                            "and reads no data",
                         next=f"leave {' and '.join(sorted(beside))} out")
     data, dataset = config.data, None
     if run.config.data.kind in _PREPARED:
@@ -162,27 +179,43 @@ def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
         if "data.tokenizer" in typed:
             chosen, _ = open_tokenizer(data.tokenizer, data.end_token)
     if chosen is None:
-        raise no_text(run, "there is no tokenizer to write with", "train with data=text, or give data.tokenizer")
+        raise no_text(run, "there is no tokenizer to write with",
+                      "train with data=text, or give data.tokenizer")
     if own is not None:
         check_tokenizer(chosen, own.identity, data.tokenizer)
     else:
         refuse_more_ids(run, chosen.vocab_size, f"{shown(data.tokenizer)} (data.tokenizer)")
-    return Writing(chosen, chosen.end_id if dataset is None or _ends_in(dataset, chosen.end_id) else None)
+    return Writing(chosen,
+                   chosen.end_id if dataset is None or _ends_in(dataset, chosen.end_id) else None)
 
 
 def _ends_in(dataset: Dataset, end_id: int) -> bool:
-    """Whether documents of tokens that another program wrote end in this id: some of them do not."""
+    """Whether documents end in this id, which those written by other programs may not."""
     stream = dataset.train_stream
     ends = np.append(stream.document_starts[1:], stream.size)
     return any(int(stream.read(int(end) - 1, 1)[0]) == end_id for end in ends[:_LOOKED_AT].tolist())
 
 
 def no_text(run: Trained, why: str, next: str) -> DataError:
-    return DataError(173, "the run was trained on tokens that stand for no text", where=nearby(run.directory), why=why, next=next)
+    """Return the error of a run without a tokenizer.
+
+    Args:
+        run: the trained model.
+        why: what a tokenizer is needed for.
+        next: what to do.
+    """
+    return DataError(173, "the run was trained on tokens that stand for no text",
+                     where=nearby(run.directory), why=why, next=next)
 
 
 def refuse_more_ids(run: Trained, vocab_size: int, where: str) -> None:
-    """DataError where there are ids that the model does not have."""
+    """Raise DataError where a vocabulary has more ids than the model.
+
+    Args:
+        run: the trained model.
+        vocab_size: size of the vocabulary.
+        where: its origin, for the error.
+    """
     trained = run.model.embed.shape[0]
     if vocab_size > trained:
         raise DataError(175, "there are more ids than the model has", where=where,
@@ -191,15 +224,24 @@ def refuse_more_ids(run: Trained, vocab_size: int, where: str) -> None:
 
 
 def check_tokenizer(tokenizer: Tokenizer, trained: str, path: str) -> None:
-    """DataError where a tokenizer is not the one that the run was trained with."""
+    """Raise DataError where a tokenizer is not the one that the run was trained with.
+
+    Args:
+        tokenizer: the tokenizer.
+        trained: identity of the run's tokenizer.
+        path: file of the tokenizer, for the error.
+    """
     if tokenizer.identity != trained:
-        raise DataError(172, "the tokenizer is not the one that the run was trained with", where=f"{shown(path)} (data.tokenizer)",
-                        why=f"it is {tokenizer.identity[:32]}, the run's is {trained[:32]}: the same ids stand for other text",
-                        next="leave data.tokenizer out, or restore the file")
+        raise DataError(
+            172, "the tokenizer is not the one that the run was trained with",
+            where=f"{shown(path)} (data.tokenizer)",
+            why=f"it is {tokenizer.identity[:32]}, the run's is {trained[:32]}: "
+                "the same ids stand for other text",
+            next="leave data.tokenizer out, or restore the file")
 
 
 def trained_dataset(run: Trained) -> Dataset:
-    """What the run was trained on, and what it held out. Collective."""
+    """Open the data that the run was trained on, with what it held out. Collective."""
     folder = None
     if run.config.data.kind in _PREPARED:
         folder = from_first(run.mesh["batch"], lambda: _folder(run))
@@ -210,12 +252,13 @@ def trained_dataset(run: Trained) -> Dataset:
 
 
 def open_trained(run: Trained) -> Dataset | None:
-    """The same on one rank alone; None where it is not there."""
+    """Open that data on one rank alone; None where it is missing."""
     folder = _folder(run)
     if folder is None and run.config.data.kind in _PREPARED:
         return None
     indexes = TokenIndexes(prepared_place(run.config.data, run.directory), use="keep")
-    return _as_trained(run, build_dataset(_with_path(run.config, folder), run.directory, folder, indexes=indexes))
+    return _as_trained(
+        run, build_dataset(_with_path(run.config, folder), run.directory, folder, indexes=indexes))
 
 
 def _folder(run: Trained) -> Path | None:
@@ -227,7 +270,8 @@ def _prepared_again(run: Trained) -> Path:
     data = run.config.data
     try:
         if data.kind == "tokens":
-            raise other_data(data.path, open_prepared(Path(str(data.path)), verify=False).fingerprint, run.fingerprint)
+            raise other_data(data.path, open_prepared(Path(str(data.path)), verify=False).fingerprint,
+                             run.fingerprint)
         return prepare_on_main(run.config, run.directory, run.mesh, expected=run.fingerprint)
     except DataError as error:
         if error.id not in _GONE:
@@ -236,14 +280,18 @@ def _prepared_again(run: Trained) -> Path:
 
 
 def _missing(run: Trained, why: str) -> DataError:
-    return DataError(170, "the data that the run was trained on is not there", where=", ".join(nearby(place) for place in run.places),
-                     why=f"there is no prepared folder {run.fingerprint[:NAME_LENGTH]} in them; {why}",
-                     next=f"data.cache=<the folder that holds {run.fingerprint[:NAME_LENGTH]}>, or restore what the run was trained on")
+    return DataError(
+        170, "the data that the run was trained on is not there",
+        where=", ".join(nearby(place) for place in run.places),
+        why=f"there is no prepared folder {run.fingerprint[:NAME_LENGTH]} in them; {why}",
+        next=f"data.cache=<the folder that holds {run.fingerprint[:NAME_LENGTH]}>, "
+             "or restore what the run was trained on")
 
 
 def _with_path(config: Config, folder: Path | None) -> Config:
-    """Prepared tokens are where they were found now."""
-    return replace(config, data=replace(config.data, path=str(folder))) if config.data.kind == "tokens" else config
+    """Set data.path of prepared tokens to the folder in which they were found."""
+    return (replace(config, data=replace(config.data, path=str(folder))) if config.data.kind == "tokens"
+            else config)
 
 
 def _as_trained(run: Trained, dataset: Dataset) -> Dataset:

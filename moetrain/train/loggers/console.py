@@ -1,9 +1,9 @@
-"""What a run shows: banner, step lines, a progress bar, tokens per expert as a picture, the summary.
+"""Console output of a run: banner, step lines, a progress bar, expert loads as a heat map, and the summary.
 
-The functions turn plain values into text; the step line is loggers/step_line.py, and docs/reference/output.md says what
-every word means. `Console` decides where text goes: rank 0 alone speaks; a terminal gets a
-progress bar with the lines above it, anything else plain lines. What happens besides has a line of its own with a tag,
-such as [warn]: that is the logger `moetrain`, which `Console` connects.
+The functions turn plain values into text; loggers/step_line.py has the step line, and
+docs/reference/output.md explains every word. `Console` decides where text goes: only rank 0 prints; a
+terminal gets a progress bar with the lines above it, anything else plain lines. Other events have a line of
+their own with a tag such as [warn]: they come from the logger `moetrain`, which `Console` connects.
 """
 
 import logging
@@ -24,27 +24,33 @@ from moetrain.units import duration
 SHADES, ASCII_SHADES = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 DEAD = "x"
 BANNER_LINES = 25
-MOST_DOMAINS = 12                # of an [eval] line
+MOST_DOMAINS = 12  # domains named in an [eval] line
 
 
 def banner(rows: Sequence[tuple[str, str]]) -> str:
-    """Rows of label and value, aligned. The first may have no label: it says name and run. Another without one goes on
-    where the row above began."""
+    """Align rows of label and value.
+
+    A first row without a label is the title. Any other row without one continues the row above.
+    """
     width = max((len(label) for label, _ in rows), default=0)
     rows = [(label, shown(value)) for label, value in rows]
-    lines = [f"{label:{width}s}  {value}".rstrip() if label or i else value for i, (label, value) in enumerate(rows)]
+    lines = [f"{label:{width}s}  {value}".rstrip() if label or i else value
+             for i, (label, value) in enumerate(rows)]
     assert len(lines) <= BANNER_LINES and "\n" not in "".join(lines), len(lines)
     return "\n".join(lines)
 
 
 def summary(rows: Sequence[tuple[str, str]], commands: Sequence[str]) -> str:
-    """How the run ended, and what to type next."""
+    """Format how the run ended, and commands to type next."""
     labels = ["next", *[""] * len(commands)]
     return banner([*rows, *zip(labels, commands)])
 
 
 def eval_line(step: int, losses: Mapping[str, float]) -> str:
-    """What an evaluation found, by domain; bits of the mean beside it. Nats per token where nobody knows the bytes."""
+    """Format an evaluation's losses by domain, and their mean also in bits.
+
+    They are in nats per byte, or per token where the number of bytes is unknown.
+    """
     per_byte = "nats_per_byte/mean" in losses
     kind = "nats_per_byte/" if per_byte else "loss/"
     by_domain = {name.removeprefix(kind): value for name, value in losses.items() if name.startswith(kind)}
@@ -52,24 +58,34 @@ def eval_line(step: int, losses: Mapping[str, float]) -> str:
     told = [f"{shown(name)} {value:.3f}" for name, value in list(by_domain.items())[:MOST_DOMAINS]]
     more = [f"{len(by_domain) - len(told)} more in eval.jsonl"] if len(by_domain) > len(told) else []
     bits = f" ({mean / math.log(2):.3f} bits)" if per_byte else ""
-    return f"[eval] step {step}, nats per {'byte' if per_byte else 'token'}: {'  '.join([*told, *more, f'mean {mean:.3f}'])}{bits}"
+    return (f"[eval] step {step}, nats per {'byte' if per_byte else 'token'}: "
+            f"{'  '.join([*told, *more, f'mean {mean:.3f}'])}{bits}")
 
 
 def heatmap(counts_RE: Sequence[Sequence[float]], names: Sequence[str], width: int = 80, *,
             unicode: bool = True) -> str:
-    """Tokens per expert, a row a router: eight shades from 0 to twice the mean of the row, x where no token went.
+    """Format tokens per expert as a heat map with a row for each router.
 
-    counts_RE: per router one count an expert, ragged. Columns are experts; where they are more than fit into `width`,
-    neighbours share one, which shows their mean, or x when one of them is dead.
+    Eight shades go from 0 to twice the mean of the row; x marks an expert without tokens. Where
+    more experts exist than fit into `width`, neighbors share a column, which shows their mean, or x
+    when one of them has no tokens.
+
+    Args:
+        counts_RE: tokens of every expert of each router; rows may differ in length.
+        names: of the routers.
+        width: columns of the terminal.
+        unicode: whether the terminal can show block characters.
     """
     shades = SHADES if unicode else ASCII_SHADES
     label = max(map(len, names), default=0)
-    tails = [f"max {max(row) / _mean(row):.2f}x" + (f"  dead {dead}" if (dead := sum(n == 0 for n in row)) else "")
+    tails = [f"max {max(row) / _mean(row):.2f}x"
+             + (f"  dead {dead}" if (dead := sum(n == 0 for n in row)) else "")
              for row in counts_RE]
     room = max(8, width - label - max(map(len, tails), default=0) - 4)
     widest = max(map(len, counts_RE), default=1)
     together, cell = -(-widest // room), max(1, min(3, room // widest))
-    lines = [f"tokens per expert:  {shades[0]} near 0  {shades[4]} mean  {shades[-1]} twice the mean  {DEAD} no tokens"
+    lines = [f"tokens per expert:  {shades[0]} near 0  {shades[4]} mean  {shades[-1]} twice the mean  "
+             f"{DEAD} no tokens"
              + (f"  ({together} experts a column)" if together > 1 else "")]
     for name, row, tail in zip(names, counts_RE, tails):
         cells = [_shade(row[i:i + together], _mean(row), shades) * cell for i in range(0, len(row), together)]
@@ -88,15 +104,15 @@ def _mean(row: Sequence[float]) -> float:
 
 
 class Eta:
-    """Seconds left: the recent median of step times, plus what evaluations and saves took per step so far."""
+    """Estimate of the time left: the recent median of step times, and evaluations and saves per step."""
 
     def __init__(self, recent: int = 50) -> None:
         self._times: deque[float] = deque(maxlen=recent)
-        self._first: float | None = None                         # when the first step ended; start-up does not count
+        self._first: float | None = None  # end of the first step, so that start-up does not count
         self._last, self._inside, self._steps = 0.0, 0.0, 0
 
     def add(self, step_s: float, now: float) -> None:
-        """A step of this length has just ended."""
+        """Record a step that has just ended, at time `now`."""
         self._times.append(step_s)
         self._last = now
         if self._first is None:
@@ -106,6 +122,7 @@ class Eta:
             self._steps += 1
 
     def seconds(self, remaining: int) -> float | None:
+        """Seconds that the remaining steps will take; None before the first step."""
         if not self._times:
             return None
         beside = max(0.0, self._last - (self._first or 0.0) - self._inside) / max(1, self._steps)
@@ -113,12 +130,17 @@ class Eta:
 
 
 class Console:
-    """Everything a run says, on rank 0; other ranks are silent.
+    """Output of a run on rank 0; other ranks are silent.
 
-    steps: length of the schedule. last: where this process stops, `steps` when None.
-    interval: a step line every so many steps, about those since the last one. progress: a bar, if the stream is a terminal.
+    It is a context manager, which removes the progress bar and restores the logger when it is left.
 
-    A context manager: leaving it takes the bar away and gives the logger back.
+    Args:
+        rank: this rank.
+        steps: number of steps of the schedule.
+        last: step after which this process stops; None means `steps`.
+        interval: number of steps between step lines; a line covers the steps since the one before.
+        progress: whether to show a progress bar on a terminal.
+        stream: where to write; standard output by default.
     """
 
     def __init__(self, *, rank: int, steps: int, last: int | None = None, interval: int = 1,
@@ -127,20 +149,22 @@ class Console:
         self.stream = stream or sys.stdout
         self.terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.unicode = can_show(SHADES, self.stream)
-        self._steps, self._start, self._last, self._interval = steps, 0, steps if last is None else last, interval
+        self._steps, self._start, self._last, self._interval = (
+            steps, 0, steps if last is None else last, interval)
         self._with_bar, self._bar, self._eta = progress and self.terminal and not self.silent, None, Eta()
         self._means = StepMeans()
         self._restore_logging = connect_logging(None if self.silent else self.line)
 
     def banner(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Print the banner."""
         self.line(banner(rows))
 
     def resume_at(self, step: int) -> None:
-        """Steps taken before this process started."""
+        """Set the number of steps that were taken before this process started."""
         self._start = step
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """Call it after every step; a line appears when it is due."""
+        """Record a step, and print a line when one is due. To be called after every step."""
         if self.silent:
             return
         step = int(metrics["step"])
@@ -154,16 +178,18 @@ class Console:
             self.line(fold(parts, self.width) if self.terminal else " | ".join(parts))
 
     def heatmap(self, counts: Mapping[str, Iterable[int]]) -> None:
-        """Tokens per expert by router."""
+        """Print tokens per expert of each router as a heat map."""
         if counts and not self.silent:
-            self.line(heatmap([list(row) for row in counts.values()], list(counts), self.width, unicode=self.unicode))
+            self.line(heatmap([list(row) for row in counts.values()], list(counts), self.width,
+                              unicode=self.unicode))
 
     def summary(self, rows: Sequence[tuple[str, str]], commands: Sequence[str] = ()) -> None:
+        """Remove the progress bar and print the summary."""
         self._stop_bar()
         self.line(summary(rows, commands))
 
     def line(self, text: str) -> None:
-        """One or several lines, above the bar where there is one. What does not print is escaped."""
+        """Print one or several lines, above a progress bar. Unprintable characters are escaped."""
         if self.silent:
             return
         text = "\n".join(map(shown, text.split("\n")))
@@ -177,9 +203,11 @@ class Console:
 
     @property
     def width(self) -> int:
+        """Columns of the terminal; 120 for other streams."""
         return shutil.get_terminal_size((120, 24)).columns if self.terminal else 120
 
     def close(self) -> None:
+        """Remove the progress bar and restore the logger."""
         self._stop_bar()
         self._restore_logging()
 
@@ -194,7 +222,8 @@ class Console:
             self._bar = _make_bar(self.stream)
             self._bar.add_task("", total=self._last, completed=self._start, loss="", eta="")
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=step, loss=part("loss {:.3f}", metrics.get("loss/ce")),
+        self._bar.update(self._bar.task_ids[0], completed=step,
+                         loss=part("loss {:.3f}", metrics.get("loss/ce")),
                          eta=part("eta {}", eta_s, duration))
 
     def _stop_bar(self) -> None:
@@ -204,9 +233,9 @@ class Console:
 
 
 def connect_logging(write: Callable[[str], None] | None) -> Callable[[], None]:
-    """Hand what the logger `moetrain` says, from INFO up, to `write` as tagged lines; None: to nobody.
+    """Pass messages of the logger `moetrain`, from INFO on, to `write` as tagged lines; None drops them.
 
-    Returns a function that undoes it.
+    Returns a function that restores the logger.
     """
     logger = logging.getLogger("moetrain")
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
@@ -223,9 +252,10 @@ def connect_logging(write: Callable[[str], None] | None) -> Callable[[], None]:
 
 
 class TagFormatter(logging.Formatter):
-    """[warn] in front of warnings, [error] of errors; a message that brings its own tag keeps it.
+    """Formatter that tags warnings with [warn] and errors with [error]; a message's own tag is kept.
 
-    Paths and texts that a message is given stay on its line, whatever they hold.
+    Control characters in paths and texts among the arguments are escaped, so that a message
+    stays on one line.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -233,7 +263,8 @@ class TagFormatter(logging.Formatter):
             record = logging.makeLogRecord({**record.__dict__, "args": tuple(
                 shown(value) if isinstance(value, (str, os.PathLike)) else value for value in record.args)})
         text = super().format(record)
-        tag = "[error] " if record.levelno >= logging.ERROR else "[warn] " if record.levelno >= logging.WARNING else ""
+        tag = ("[error] " if record.levelno >= logging.ERROR
+               else "[warn] " if record.levelno >= logging.WARNING else "")
         return text if text.startswith("[") else tag + text
 
 
@@ -250,6 +281,7 @@ class _LineHandler(logging.Handler):
 
 
 def can_show(text: str, stream: TextIO) -> bool:
+    """Whether the encoding of a stream has the characters of a text."""
     try:
         text.encode(_encoding(stream))
         return True
@@ -262,7 +294,7 @@ def _encoding(stream: TextIO) -> str:
 
 
 def _make_bar(stream: TextIO) -> Any:
-    """A progress bar that leaves no trace; rich honours NO_COLOR itself."""
+    """Make a progress bar that disappears at its end; rich itself respects NO_COLOR."""
     import rich.console
     from rich.progress import (
         BarColumn,

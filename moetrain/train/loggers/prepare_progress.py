@@ -1,4 +1,4 @@
-"""How far the preparation of data is: a bar where a person watches, else a line of the log now and then."""
+"""Progress of data preparation: a bar on a terminal, otherwise a log line every few seconds."""
 
 import logging
 import os
@@ -12,24 +12,34 @@ from moetrain.units import duration, size
 
 log = logging.getLogger(__name__)
 
-LINE_S = 10.0                    # seconds between lines; whatever takes less says nothing
+LINE_S = 10.0  # seconds between lines; work that takes less time prints none
 _REFRESH_S = 0.1
 
 
 class Preparing:
-    """Takes the progress of `data.prepare`. A context manager: leaving it takes the bar away.
+    """Callback for the progress of data preparation, and a context manager that removes the bar at its end.
 
     While there is a bar, the logger `moetrain` writes above it.
+
+    Args:
+        bar: whether to show a bar on a terminal.
     """
 
     def __init__(self, *, bar: bool = True) -> None:
-        self._watched = bar and sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._watched = (bar and sys.stdout.isatty() and sys.stderr.isatty()
+                         and os.environ.get("TERM") != "dumb")
         self._bar: Any = None
         self._restore_logging: Callable[[], None] = lambda: None
         self._what, self._start, self._shown = "", 0.0, 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """what: the part of the work; its bytes that are done, and all of them."""
+        """Report progress.
+
+        Args:
+            what: name of the part of the work.
+            done: its bytes that are done.
+            total: all of its bytes.
+        """
         now = time.monotonic()
         if what != self._what:
             self._close()
@@ -62,13 +72,15 @@ class Preparing:
             TransferSpeedColumn,
         )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(),
-                   TextColumn("eta"), TimeRemainingColumn())
-        self._bar = Progress(*columns, transient=True, refresh_per_second=4, console=rich.console.Console(file=sys.stdout))
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(),
+                   TransferSpeedColumn(), TextColumn("eta"), TimeRemainingColumn())
+        self._bar = Progress(*columns, transient=True, refresh_per_second=4,
+                             console=rich.console.Console(file=sys.stdout))
         self._bar.add_task(self._what, total=total)
         self._bar.start()
         console = self._bar.console
-        self._restore_logging = connect_logging(lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+        self._restore_logging = connect_logging(
+            lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -1,12 +1,12 @@
-"""What routers decided in a few steps, for others to count again (log.router_dump).
+"""Dump of the routers' logits and decisions in a few steps, for use by other programs (log.router_dump).
 
-Every rank writes log/router/step-NNNNNNNN/rank-NNNN.safetensors: for each micro-batch `m` and router
+Every rank writes log/router/step-NNNNNNNN/rank-NNNN.safetensors, with these tensors for each micro-batch `m`:
 
     m/<router>/logits [T, E]     m/<router>/ids [T, K], -1 in unused slots
     m/valid [T], uint8           m/samples, m/domains [B], int64
 
-T = B sequences of equal length, one after the other; the names of domains are in the file's metadata.
-docs/reference/files.md has a program that recomputes the balance loss.
+The T tokens are those of B sequences of equal length, one after the other. The file's metadata has the names
+of domains. docs/reference/files.md has a program that recomputes the balance loss.
 """
 
 import json
@@ -22,11 +22,17 @@ from moetrain.errors import DiskError
 from moetrain.routers.base import Decision
 from moetrain.runs.files import make_place, replacing
 
-STEPS = 3                    # of every attempt
+STEPS = 3  # steps that are dumped in each attempt
 
 
 class RouterDump:
-    """Collects the decisions of a step on this rank, then writes them; after STEPS steps it does nothing more."""
+    """Collector of a step's decisions on this rank, which writes them at its end; inactive after STEPS steps.
+
+    Args:
+        run_dir: directory of the run.
+        mesh: all ranks.
+        domains: names of the domains.
+    """
 
     def __init__(self, run_dir: Path, mesh: Mesh, domains: Sequence[str]) -> None:
         self.directory, self.mesh, self.domains = run_dir / "log" / "router", mesh, list(domains)
@@ -34,18 +40,21 @@ class RouterDump:
 
     @property
     def wanted(self) -> bool:
+        """Whether this step is to be dumped."""
         return self.left > 0
 
     def add(self, batch: Batch, decisions: list[Decision]) -> None:
-        """A micro-batch has been routed."""
+        """Collect the decisions for a micro-batch."""
         number, self.micro_batches = self.micro_batches, self.micro_batches + 1
         for router, logits_TE, ids_TK in decisions:
-            self.tensors |= {f"{number}/{router}/logits": _copy(logits_TE), f"{number}/{router}/ids": _copy(ids_TK)}
-        self.tensors |= {f"{number}/valid": _copy(batch.valid_BS.flatten().to(uint8)), f"{number}/samples": _copy(batch.sample_ids_B),
+            self.tensors |= {f"{number}/{router}/logits": _copy(logits_TE),
+                             f"{number}/{router}/ids": _copy(ids_TK)}
+        self.tensors |= {f"{number}/valid": _copy(batch.valid_BS.flatten().to(uint8)),
+                         f"{number}/samples": _copy(batch.sample_ids_B),
                          f"{number}/domains": _copy(batch.domains_B)}
 
     def write(self, step: int) -> None:
-        """Collective: a directory that cannot be written ends all ranks."""
+        """Write what was collected. Collective: a directory that cannot be written ends all ranks."""
         if not self.wanted:
             return
         path = self.directory / f"step-{step:08d}" / f"rank-{self.mesh.rank:04d}.safetensors"
@@ -59,7 +68,8 @@ class RouterDump:
 
         make_place(path, self.mesh.rank, self.mesh.size)
         with replacing(path) as file:
-            file.write(save(self.tensors, {"step": str(step), "ranks": str(self.mesh.size), "domains": json.dumps(self.domains)}))
+            file.write(save(self.tensors, {"step": str(step), "ranks": str(self.mesh.size),
+                                           "domains": json.dumps(self.domains)}))
 
 
 def _copy(tensor: Tensor) -> Tensor:

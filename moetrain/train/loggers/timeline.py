@@ -1,14 +1,15 @@
-"""What ran when in a few steps, for others to look at (log.timeline).
+"""Profiler traces of a few steps (log.timeline).
 
-Every rank writes log/timeline/step-NNNNNNNN/rank-NNNN.json: every operator, kernel and collective with its times, as Perfetto
-(ui.perfetto.dev) and chrome://tracing read them. Ranges name the phases of a step and the parts of the model:
+Every rank writes log/timeline/step-NNNNNNNN/rank-NNNN.json: every operator, kernel and collective with
+its times, in the format of Perfetto (ui.perfetto.dev) and chrome://tracing. Ranges name the phases of a
+step and the parts of the model:
 
-    forward   layers.N   layers.N.attention   layers.N.moe   head       of one micro-batch
-    counts: post   counts: wait                                         the all-reduce of the counts (train/count_pool.py)
+    forward   layers.N   layers.N.attention   layers.N.moe   head    of one micro-batch
+    counts: post   counts: wait                                      all-reduce of counts (count_pool.py)
     loss   backward   reduce   optimizer
 
-The first step of an attempt, which allocates and connects, is not among them. A recorded step is slower than others.
-`moetrain report` sums them up (report/timeline.py).
+The first step of an attempt, which allocates memory and opens connections, is never recorded. A recorded step
+is slower than others. `moetrain report` sums the records up (report/timeline.py).
 """
 
 import os
@@ -29,16 +30,25 @@ from moetrain.runs.files import make_place
 
 
 class Timeline:
-    """Recorder of the steps that log.timeline and log.timeline_start name."""
+    """Recorder of the steps that log.timeline and log.timeline_start select.
+
+    Args:
+        run_dir: directory of the run.
+        mesh: all ranks.
+        config: section `log`.
+    """
 
     def __init__(self, run_dir: Path, mesh: Mesh, config: LogConfig) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own progress is none of the run's
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keep the profiler's own messages off the terminal
         self.directory, self.mesh = run_dir / "log" / "timeline", mesh
         self.left, self.start, self.first = config.timeline, config.timeline_start, True
 
     @contextmanager
     def step(self, step: int, model: Transformer) -> Iterator[None]:
-        """Around a step. Collective: a directory that cannot be written ends all ranks."""
+        """Record the step that runs inside the block, if it is selected.
+
+        Collective: a directory that cannot be written ends all ranks.
+        """
         first, self.first = self.first, False
         if first or not self.left or step < self.start:
             yield
@@ -57,7 +67,8 @@ def _write(recorded: profile, path: Path, mesh: Mesh) -> None:
     make_place(path, mesh.rank, mesh.size)
     part = path.with_suffix(".part")
     recorded.export_chrome_trace(str(part))
-    # Where it cannot write, or only a part, the profiler does not say so, and leaves files of its own names.
+    # The profiler does not report a failed or incomplete write, and leaves files with names of
+    # its own behind.
     if not _is_whole(part):
         for left in path.parent.glob(f"{part.name}*"):
             left.unlink()
@@ -66,7 +77,7 @@ def _write(recorded: profile, path: Path, mesh: Mesh) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether an object in it has ended."""
+    """Whether a JSON file ends with the end of an object."""
     try:
         with open_regular(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 100))
@@ -77,7 +88,7 @@ def _is_whole(path: Path) -> bool:
 
 @contextmanager
 def _named(model: Transformer) -> Iterator[None]:
-    """Ranges for the parts of the model; attention and moe also where backward runs them again."""
+    """Add ranges for the parts of the model; attention and MoE have them when they are recomputed, too."""
     with ExitStack() as hooks:
         for index, block in enumerate(model.layers):
             for name, module in (("", block), (".attention", block.attention), (".moe", block.moe)):

@@ -1,8 +1,8 @@
-"""What Weights & Biases is told of a run: keys `log.wandb*`, and the WANDB_* variables where a key is null.
+"""Settings of Weights & Biases: the keys `log.wandb*`, and the WANDB_* variables where a key is null.
 
-A key that has a value wins over its variable. `log.wandb=auto` takes the mode of WANDB_MODE (or WANDB_DISABLED), and
-otherwise only writes files. The folder is always the run's own, and so is the id that lets a resumed run continue its
-curve.
+A key with a value takes precedence over its variable. `log.wandb=auto` takes the mode of WANDB_MODE (or
+WANDB_DISABLED), and without these only writes files. The folder is always the run's own, and so is the id,
+with which a resumed run continues its curves.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "
 
 
 class WandbSettings(NamedTuple):
-    """Arguments of `wandb.init`; mode is online or offline."""
+    """Arguments of `wandb.init`."""
 
-    mode: str
+    mode: str  # online or offline
     project: str
     name: str
     entity: str | None
@@ -29,7 +29,7 @@ class WandbSettings(NamedTuple):
 
 
 def wandb_settings(config: Config, environment: Mapping[str, str]) -> WandbSettings | None:
-    """None where Weights & Biases is not to be started."""
+    """Combine config and environment variables; None where Weights & Biases is off."""
     log = config.log
     mode = log.wandb if log.wandb != "auto" else _mode_of(environment)
     if mode == "off":
@@ -53,7 +53,7 @@ def _mode_of(environment: Mapping[str, str]) -> str:
 
 
 def wandb_line(settings: WandbSettings | None, directory: Path) -> str:
-    """Where it writes and how to send it, for the banner; nothing where it is off."""
+    """Describe for the banner where it writes and how to upload that; empty where it is off."""
     if settings is None:
         return ""
     project = f"{settings.entity}/{settings.project}" if settings.entity else settings.project
@@ -61,4 +61,5 @@ def wandb_line(settings: WandbSettings | None, directory: Path) -> str:
     folder = f"{nearby(directory)}/wandb"
     if settings.mode == "online":
         return shown(f"online, project {project}{group}, files in {folder}")
-    return shown(f"offline, project {project}{group}, files in {folder}; to send them: wandb sync {folder}/offline-run-*")
+    return shown(f"offline, project {project}{group}, files in {folder}; "
+                 f"to send them: wandb sync {folder}/offline-run-*")

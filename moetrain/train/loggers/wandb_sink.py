@@ -1,4 +1,4 @@
-"""Log records to Weights & Biases, in one thread that may fail or hang without stopping the run."""
+"""Log records for Weights & Biases, sent by one thread that may fail or hang without stopping the run."""
 
 import atexit
 import contextlib
@@ -19,26 +19,31 @@ log = logging.getLogger(__name__)
 
 
 class WandbSink:
-    """Weights & Biases in a daemon thread behind a bounded queue: import, init, log and finish all happen there.
+    """Weights & Biases in a daemon thread behind a bounded queue, with import, init, log and finish.
 
-    When it is absent, fails, hangs or does not keep up there is one warning; the run neither stops nor waits.
+    When it is missing, fails, hangs or falls behind, there is one warning; the run neither stops nor waits.
 
-    dir: where the folder `wandb` goes; it also keeps the id by which a resumed run continues its curve.
-    close_s: seconds that `close` waits.
+    Args:
+        settings: arguments of `wandb.init`.
+        dir: parent of the folder `wandb`, which also stores the id with which a resumed run
+            continues its curves.
+        config: the run's config, to be shown there.
+        close_s: seconds that `close` waits.
+        queue_size: records that may wait.
     """
 
-    def __init__(self, settings: WandbSettings, *, dir: Path, config: Mapping[str, Any] | None = None, close_s: float = 5.0,
-                 queue_size: int = 1000) -> None:
+    def __init__(self, settings: WandbSettings, *, dir: Path, config: Mapping[str, Any] | None = None,
+                 close_s: float = 5.0, queue_size: int = 1000) -> None:
         self._start = {**settings._asdict(), "dir": str(dir), "config": dict(config or {})}
         self._close_s = close_s
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_size)
-        self._off = threading.Event()                            # takes nothing any more
+        self._off = threading.Event()  # records are not accepted any more
         self._lock, self._warned = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
         self._thread.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Hand over a record with a key `step`; it is dropped when the queue is full."""
+        """Queue a record with a key `step`; it is dropped when the queue is full."""
         if self._off.is_set():
             return
         try:
@@ -47,9 +52,9 @@ class WandbSink:
             self._warn("it does not keep up and records are dropped", off=False)
 
     def close(self) -> None:
-        """Finish the run if that takes no longer than close_s; the thread is left behind otherwise."""
+        """Finish the run within close_s; otherwise leave the thread behind."""
         deadline = time.monotonic() + self._close_s
-        with contextlib.suppress(queue.Full):                    # full: it hangs
+        with contextlib.suppress(queue.Full):  # it hangs where the queue stays full
             if self._thread.is_alive():
                 self._queue.put(None, timeout=self._close_s)
         self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -59,7 +64,7 @@ class WandbSink:
     def _run(self) -> None:
         exit_hooks: list[Callable[[], Any]] = []
         try:
-            os.environ.setdefault("WANDB_SILENT", "true")        # the terminal belongs to train/loggers/console.py
+            os.environ.setdefault("WANDB_SILENT", "true")  # the terminal belongs to train/loggers/console.py
             with _collected_exit_hooks(exit_hooks):
                 import wandb
 
@@ -69,11 +74,11 @@ class WandbSink:
             run.finish()
             for hook in reversed(exit_hooks):
                 hook()
-        except BaseException as error:                           # it may even call sys.exit
+        except BaseException as error:  # wandb may even call sys.exit
             self._warn(f"{type(error).__name__}: {error}".strip().splitlines()[0])
 
     def _warn(self, reason: str, *, off: bool = True) -> None:
-        """Once: what comes later is a consequence."""
+        """Warn once: later failures are consequences of the first."""
         with self._lock:
             warned, self._warned = self._warned, True
         if off:
@@ -95,16 +100,16 @@ def _start_wandb(wandb: Any, *, dir: str, mode: str, **run: Any) -> Any:
 
 
 def _has_credentials(wandb: Any) -> bool:
-    """Never asks at the terminal."""
+    """Whether an API key is stored. Never prompts on the terminal."""
     try:
         return bool(wandb.login(prompt=False))
-    except TypeError:                                            # older releases have no `prompt`
+    except TypeError:  # older releases have no `prompt`
         return wandb.api.api_key is not None
 
 
 @contextlib.contextmanager
 def _collected_exit_hooks(hooks: list[Callable[[], Any]]) -> Iterator[None]:
-    """Collect what this thread would register with atexit: such a hook waits for uploads, for ever if need be."""
+    """Collect what this thread registers with atexit: at exit such hooks could wait forever for uploads."""
     register, thread = atexit.register, threading.get_ident()
 
     def collect(function: Callable, *args: Any, **kwargs: Any) -> Callable:
