@@ -1,28 +1,30 @@
-"""How much of a layer's exchange its experts hide, by number of chunks: forward and backward of one MoE layer.
+"""Share of a layer's exchange that its experts hide, by number of chunks: forward and backward of one layer.
 
-    python -m tools.bench.layer --out layer.json                                  one process, an emulated link
-    python -m tools.bench.layer --out layer.json --only qwen3/1.0                 cells whose name contains this
-    python -m tools.bench.layer --out ranks.json --between 400mbit --ratios 1     real ranks over links limited by tools/netlab/lab.py
+    python -m tools.bench.layer --out layer.json                      one process, an emulated link
+    python -m tools.bench.layer --out layer.json --only qwen3/1.0     cells whose name contains this
+    python -m tools.bench.layer --out ranks.json --between 400mbit --ratios 1
+                                                real ranks over links limited by tools/netlab/lab.py
     python -m tools.bench.layer --device cuda --tokens 16384 --rate 350e9 --latency 20e-6 --out gpu.json
 
-**Emulated link** (the default): one process is one rank of `--ep`, and receives from every other rank what it sends there. A message
-occupies the link for latency + bytes / rate, one message after the other, and is there when that time is over. Time is processor time plus these waits
-(`--clock`), so that other work on the machine does not count. Nothing else is emulated: routing, permutation, packing, experts and autograd are the package's. On GPUs the link is a stream that copies in pieces and idles in
-between, so that the schedule runs under real products; that path has never run. Without `--rate` the rate is set so that the exchanges of
-a layer take `ratio` times its computation, and is printed.
+**Emulated link** (the default, tools/bench/emulated_link.py): one process is one rank of `--ep`, and receives
+from every other rank what it sends there. Time is processor time plus the waits for the link (`--clock`), so
+that other work on the machine does not count. Nothing else is emulated: routing, permutation, packing,
+experts and autograd are the package's. Without `--rate` the rate is set so that the exchanges of a layer take
+`ratio` times its computation, and is printed.
 
-**Ranks** (`--between`): gloo between two ranks, each in its own emulated network. The experts' computation is paced there (they wait as long
-as they would compute), because moving bytes is work for the same cores that compute; `ratio` sets the wait. A rank waits `--wait` for the
-other, the whole run takes `--limit` at most; then it ends with an error that names the rank, and the cells that are done are kept.
+**Ranks** (`--between`): gloo between two ranks, each in its own emulated network. The experts' computation is
+paced there (they wait as long as they would compute), because moving bytes is work for the same cores that
+compute; `ratio` sets the wait. A rank waits `--wait` for the other, the whole run takes `--limit` at most;
+then it ends with an error that names the rank, and the cells that are done are kept.
 
-A cell is a shape and a ratio. Its arms, chunks x form of rows, take turns at every repeat; the lower quintile counts. Written after every cell,
-and a cell that the file has is not measured again.
+A cell is a shape and a ratio. Its arms, chunks x form of rows, take turns at every repeat; the lower quintile
+counts. Written after every cell, and a cell that the file has is not measured again.
 
     comm       what the link was occupied with; of ranks: a step without computation
     compute    a step on a link that takes no time; of ranks: the pace
     hidden     compute + comm - step          hideable    the smaller of compute and comm
-    predicted  forward: first dispatch + the larger of computation and the other exchanges + last combine; backward the same, with
-               the gradients of weights over the last exchange
+    predicted  forward: first dispatch + the larger of computation and the other exchanges + last combine;
+               backward the same, with the gradients of weights over the last exchange
 """
 
 import argparse
@@ -39,8 +41,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.comm.exchange.async_exchange import exchange_async
-from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits, nothing_announced, plain_splits
+from moetrain.comm.exchange.base import Exchange
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
@@ -48,12 +49,13 @@ from moetrain.moe.dispatch import DispatchedRows, TokenDispatcher
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.overlap import overlapped_forward
 from moetrain.plan.placement import contiguous
+from tools.bench.emulated_link import Clock, EmulatedLink, WallClock
 from tools.netlab import lab as netlab
 from tools.netlab.rank import connected
 
 
 class Shape(NamedTuple):
-    """Model width, expert width, experts, experts a token."""
+    """Sizes of a layer: model width, expert width, experts, experts of a token."""
 
     dim: int
     expert_dim: int
@@ -61,91 +63,16 @@ class Shape(NamedTuple):
     top_k: int
 
     def divided(self, by: int) -> "Shape":
-        """Narrower, with as many experts: for CPUs."""
+        """Divide the widths, for CPUs; as many experts."""
         return self._replace(dim=self.dim // by, expert_dim=self.expert_dim // by)
 
 
-SHAPES = {"mixtral": Shape(4096, 14336, 8, 2), "qwen3": Shape(2048, 768, 128, 8), "olmoe": Shape(2048, 1024, 64, 8),
-          "deepseek_v3": Shape(7168, 2048, 256, 8)}
-PIECES = 8                       # of a message that a GPU copies, with a pause after each
-
-
-class Clock:
-    """Processor time of this thread plus what was waited for: what others do on the machine does not show. Waits take no time."""
-
-    def __init__(self) -> None:
-        self.waited = 0.0
-
-    def now(self) -> float:
-        return time.thread_time() + self.waited
-
-    def wait_until(self, due: float) -> None:
-        self.waited += max(0.0, due - self.now())
-
-
-class WallClock(Clock):
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def wait_until(self, due: float) -> None:
-        time.sleep(max(0.0, due - self.now()))
-
-
-class EmulatedLink:
-    """An exchange backend of one process that is position 0: what comes from a position is what goes there, a little later."""
-
-    def __init__(self, positions: int, rate: float, latency_s: float, device: torch.device, clock: "Clock") -> None:
-        self.positions, self.position, self.rate, self.latency_s, self.device = positions, 0, rate, latency_s, device
-        self.free, self.bytes, self.messages, self.clock = 0.0, 0, 0, clock
-        self.due: dict[int, float] = {}
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def counts(self, sent_P: Tensor) -> Tensor:
-        return sent_P.clone()
-
-    def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
-        return nothing_announced(sent_CP)
-
-    def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
-        return plain_splits(sent, received)
-
-    def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        return exchange_async(self, tensors, splits, read)
-
-    def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
-        leaving = (len(message) - splits.sent[0]) * message.shape[1:].numel() * message.dtype.itemsize
-        self.bytes, self.messages = self.bytes + leaving, self.messages + 1
-        seconds = self.latency_s + leaving / self.rate
-        if self.stream is not None:
-            return self._on_stream(message, seconds)
-        arriving = message.clone()
-        self.free = max(self.free, self.clock.now()) + seconds
-        self.due[id(arriving)] = self.free
-        return arriving
-
-    def finish(self, message: Tensor) -> Tensor:
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        else:
-            self.clock.wait_until(self.due.pop(id(message)))
-        return message
-
-    def _on_stream(self, message: Tensor, seconds: float) -> Tensor:
-        """Unverified: it has never run."""
-        cycles = int(seconds / PIECES * torch.cuda.get_device_properties(self.device).clock_rate * 1e3)
-        arriving = torch.empty_like(message)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            for to, piece in zip(arriving.chunk(PIECES), message.chunk(PIECES)):
-                to.copy_(piece, non_blocking=True)
-                torch.cuda._sleep(cycles)
-        for tensor in (message, arriving):
-            tensor.record_stream(self.stream)
-        return arriving
+SHAPES = {"mixtral": Shape(4096, 14336, 8, 2), "qwen3": Shape(2048, 768, 128, 8),
+          "olmoe": Shape(2048, 1024, 64, 8), "deepseek_v3": Shape(7168, 2048, 256, 8)}
 
 
 class Pace(torch.autograd.Function):
-    """Waits as long as computing a chunk would take, forward and backward."""
+    """Identity that waits as long as computing a chunk would take, forward and backward."""
 
     @staticmethod
     def forward(ctx, x_RD, weight_grad_barrier, seconds):
@@ -160,7 +87,7 @@ class Pace(torch.autograd.Function):
 
 
 class PacedWeights(torch.autograd.Function):
-    """Backward waits as long as the gradients of weights would take."""
+    """Identity whose backward waits as long as the gradients of weights would take."""
 
     @staticmethod
     def forward(ctx, x, row_s, rows):
@@ -174,23 +101,34 @@ class PacedWeights(torch.autograd.Function):
 
 
 class Layer:
-    """Experts of one position with inputs, and routed experts for every arm. paced: no weights, which may be more than the memory holds."""
+    """Routed experts of one position, with inputs.
 
-    def __init__(self, shape: Shape, tokens: int, exchange: Exchange, device: torch.device, dtype: torch.dtype, clock: Clock, *,
-                 paced: bool = False) -> None:
+    Args:
+        shape: sizes.
+        tokens: number of tokens.
+        exchange: the exchange backend.
+        device: where the layer computes.
+        dtype: dtype of the tokens.
+        clock: measures a step.
+        paced: leave out the expert matrices, which may be more than the memory holds.
+    """
+
+    def __init__(self, shape: Shape, tokens: int, exchange: Exchange, device: torch.device,
+                 dtype: torch.dtype, clock: Clock, *, paced: bool = False) -> None:
         placement = contiguous(shape.experts, exchange.positions)
         held = () if paced else placement.experts_of(exchange.position)
         self.bank = ExpertBank(experts=held, dim=shape.dim, expert_dim=shape.expert_dim).to(device)
         for matrix in self.bank.parameters():
             torch.nn.init.normal_(matrix, std=0.02)
         generator = torch.Generator().manual_seed(exchange.position)
-        self.ids_TK = torch.rand(tokens, shape.experts, generator=generator).argsort(dim=1)[:, :shape.top_k].to(device)
+        order_TE = torch.rand(tokens, shape.experts, generator=generator).argsort(dim=1)
+        self.ids_TK = order_TE[:, :shape.top_k].to(device)
         self.x_TD = torch.randn(tokens, shape.dim, generator=generator).to(device, dtype).requires_grad_()
         self.weights_TK = torch.rand(tokens, shape.top_k, generator=generator).to(device).requires_grad_()
         self.exchange, self.placement, self.device, self.clock = exchange, placement, device, clock
 
     def step(self, chunks: int, exact: bool, row_s: float | None = None) -> float:
-        """Seconds of a forward and a backward pass. row_s: paced, instead of computed."""
+        """Seconds of a forward and a backward pass; with `row_s` paced instead of computed."""
         dispatcher = TokenDispatcher(self.placement, self.exchange, self.device, exact=exact)
         experts = RoutedExperts(self.bank, dispatcher, chunks)
         routed = self.x_TD, self.ids_TK, self.weights_TK
@@ -209,22 +147,30 @@ class Layer:
 
 
 class Paced:
-    """Experts that hand rows on, after the time that they would take. row_s: of a row, forward; backward of its gradients, and as
-    much again of those of weights, when all rows have started to return."""
+    """Experts that hand rows on after the time that they would take.
+
+    Args:
+        row_s: seconds of a row, forward; backward of its gradients as many, and as many again of those of
+            weights,
+            when all rows have started to return.
+    """
 
     def __init__(self, row_s: float) -> None:
         self.row_s, self.rows = row_s, []
 
     def begin(self) -> None:
-        self.weight_grad_barrier = PacedWeights.apply(torch.zeros(1, requires_grad=True), self.row_s, self.rows)
+        zero = torch.zeros(1, requires_grad=True)
+        self.weight_grad_barrier = PacedWeights.apply(zero, self.row_s, self.rows)
 
     def __call__(self, sent: DispatchedRows) -> Tensor:
-        rows_RD = sent.x_ND.index_select(0, sent.order.slots_R // sent.order.rows_TK.shape[1]) * sent.weights_R[:, None]
+        order = sent.order
+        rows_RD = sent.x_ND.index_select(0, order.slots_R // order.rows_TK.shape[1]) * sent.weights_R[:, None]
         self.rows.append(sum(sent.counts_e))
         return Pace.apply(rows_RD, self.weight_grad_barrier, self.row_s * self.rows[-1])
 
 
 def emulated(options: argparse.Namespace, shape: Shape, ratio: float) -> dict:
+    """Measure a cell over the emulated link."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     clock = Clock() if options.clock == "cpu" else WallClock()
     link = EmulatedLink(options.ep, float("inf"), 0.0, device, clock)
@@ -252,20 +198,40 @@ def emulated(options: argparse.Namespace, shape: Shape, ratio: float) -> dict:
 
 
 def low(seconds: list[float]) -> float:
-    """The lower quintile: what others do on the machine makes a step longer and never shorter."""
+    """Lower quintile: other work on the machine makes a step longer and never shorter."""
     return sorted(seconds)[len(seconds) // 5]
 
 
-def summary(chunks: int, exact: bool, step_s: float, compute_s: float, cut_s: float, comm_s: float, comm_cut_s: float) -> dict:
-    """cut_s, comm_cut_s: computation and link of the same in chunks."""
+def summary(chunks: int, exact: bool, step_s: float, compute_s: float, cut_s: float, comm_s: float,
+            comm_cut_s: float) -> dict:
+    """Result of an arm.
+
+    Args:
+        chunks: number of chunks.
+        exact: a row for every expert of a token, instead of one for every rank.
+        step_s: seconds of a step.
+        compute_s: seconds of its computation in one piece.
+        cut_s: the same in chunks.
+        comm_s: seconds that the link is occupied in one piece.
+        comm_cut_s: the same in chunks.
+    """
     hideable = min(compute_s, comm_s)
-    return {"chunks": chunks, "exact": exact, "step_s": step_s, "compute_s": compute_s, "comm_s": comm_s, "compute_in_chunks_s": cut_s,
-            "hidden": (compute_s + comm_s - step_s) / comm_s, "hidden_of_hideable": (compute_s + comm_s - step_s) / hideable,
-            "predicted_s": predicted(chunks, cut_s, comm_cut_s)}
+    hidden_s = compute_s + comm_s - step_s
+    return {"chunks": chunks, "exact": exact, "step_s": step_s, "compute_s": compute_s, "comm_s": comm_s,
+            "compute_in_chunks_s": cut_s, "hidden": hidden_s / comm_s,
+            "hidden_of_hideable": hidden_s / hideable, "predicted_s": predicted(chunks, cut_s, comm_cut_s)}
 
 
 def predicted(chunks: int, compute_s: float, comm_s: float) -> float:
-    """Seconds of a step. Forward is a third of the computation, and the gradients of weights are another; there are four exchanges."""
+    """Predict the seconds of a step.
+
+    Forward is a third of the computation, and the gradients of weights are another. There are four exchanges.
+
+    Args:
+        chunks: number of chunks.
+        compute_s: seconds of computation.
+        comm_s: seconds of the link.
+    """
     if chunks == 1:
         return compute_s + comm_s
     first, pass_s = comm_s / 4 / chunks, compute_s / 3
@@ -275,15 +241,17 @@ def predicted(chunks: int, compute_s: float, comm_s: float) -> float:
 
 
 def over_ranks(options: argparse.Namespace, shape: Shape, ratio: float) -> dict | None:
-    """The same between real ranks, paced; the result on rank 0."""
+    """Measure a cell between real ranks, paced; every rank returns the result."""
     world, rank = dist.get_world_size(), dist.get_rank()
     group = Group("ep", tuple(range(world)), rank, dist.group.WORLD)
-    layer = Layer(shape, options.tokens, FlatExchange(group), torch.device("cpu"), torch.float32, WallClock(), paced=True)
+    layer = Layer(shape, options.tokens, FlatExchange(group), torch.device("cpu"), torch.float32, WallClock(),
+                  paced=True)
     arms = [(chunks, exact) for exact in (False, True) for chunks in options.chunks]
     rows = options.tokens * shape.top_k
 
     def together(chunks: int, exact: bool, row_s: float) -> float:
-        dist.monitored_barrier(timeout=datetime.timedelta(seconds=options.wait), wait_all_ranks=True)       # names who is missing
+        # It names the rank that is missing.
+        dist.monitored_barrier(timeout=datetime.timedelta(seconds=options.wait), wait_all_ranks=True)
         seconds = torch.tensor(layer.step(chunks, exact, row_s))
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return float(seconds)
@@ -292,7 +260,8 @@ def over_ranks(options: argparse.Namespace, shape: Shape, ratio: float) -> dict 
     row_s = comm[1, False] / ratio / (3 * rows)
     if rank == 0:
         ahead_s = options.repeats * sum(each + 3 * rows * row_s for each in comm.values())
-        print(f"a step that only exchanges takes {comm[1, False]:.2g} s; about {ahead_s:.0f} s to go", file=sys.stderr, flush=True)
+        print(f"a step that only exchanges takes {comm[1, False]:.2g} s; about {ahead_s:.0f} s to go",
+              file=sys.stderr, flush=True)
     times = {arm: [] for arm in arms}
     for repeat in range(options.repeats):
         for arm in arms[::1 if repeat % 2 else -1]:
@@ -303,7 +272,7 @@ def over_ranks(options: argparse.Namespace, shape: Shape, ratio: float) -> dict 
 
 
 def work(options: argparse.Namespace) -> None:
-    """All cells that the file lacks."""
+    """Measure all cells that the file lacks."""
     torch.set_num_threads(options.threads)
     out, first = Path(options.out), not options.worker or int(os.environ["RANK"]) == 0
     result = json.loads(out.read_text()) if out.exists() else {"cells": {}}
@@ -325,44 +294,52 @@ def work(options: argparse.Namespace) -> None:
 
 
 def facts(options: argparse.Namespace) -> dict:
+    """Date, machine and options of the measurement."""
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""
-    return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "processor": gpu or platform.machine(),
-            "cores": os.cpu_count(), "load": os.getloadavg()[0], **{key: value for key, value in vars(options).items() if key != "worker"}}
+    chosen = {key: value for key, value in vars(options).items() if key != "worker"}
+    return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "cores": os.cpu_count(),
+            "processor": gpu or platform.machine(), "load": os.getloadavg()[0], **chosen}
 
 
 def table(result: dict) -> str:
-    lines = ["| shape, comm / compute | rows | chunks | step | compute | comm | hidden of comm | hidden of hideable | predicted step |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| shape, comm / compute | rows | chunks | step | compute | comm | hidden of comm "
+             "| hidden of hideable | predicted step |", "|---|---|---|---|---|---|---|---|---|"]
     for name, cell in result["cells"].items():
         for arm in cell["arms"]:
             milliseconds = [f"{1e3 * arm[key]:.0f} ms" for key in ("step_s", "compute_s", "comm_s")]
             rows = "by expert" if arm["exact"] else "by rank"
-            lines.append(f"| {name.replace('/', ', ')} | {rows} | {arm['chunks']} | {' | '.join(milliseconds)} | {arm['hidden']:.0%} | "
-                         f"{arm['hidden_of_hideable']:.0%} | {1e3 * arm['predicted_s']:.0f} ms |")
+            lines.append(f"| {name.replace('/', ', ')} | {rows} | {arm['chunks']} "
+                         f"| {' | '.join(milliseconds)} | {arm['hidden']:.0%} "
+                         f"| {arm['hidden_of_hideable']:.0%} | {1e3 * arm['predicted_s']:.0f} ms |")
     return "\n".join(lines)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="where results are kept, cell by cell")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--only", default="", help="cells whose name, shape/ratio, contains this")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 1.0], help="exchanges over computation")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 1.0],
+                        help="exchanges over computation")
     parser.add_argument("--chunks", nargs="+", type=int, default=[1, 2, 4], help="must contain 1")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--ep", type=int, default=8, help="positions, of the emulated link")
     parser.add_argument("--divide", type=int, default=1, help="widths of the shapes over this")
     parser.add_argument("--rate", type=float, help="bytes per second each way; by the ratio unless given")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds of a message that carries nothing")
+    parser.add_argument("--latency", type=float, default=0.0,
+                        help="seconds of a message that carries nothing")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu",
-                        help="of the emulated link on CPUs: processor time and emulated waits, or the clock on the wall")
+                        help="of the emulated link on CPUs: processor time and emulated waits, or wall time")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--between", help="rate of the links of two real ranks, as 400mbit; see tools/netlab/lab.py")
+    parser.add_argument("--between",
+                        help="rate of the links of two real ranks, as 400mbit; see tools/netlab/lab.py")
     parser.add_argument("--wait", type=int, default=300, help="seconds that a rank waits for the other")
-    parser.add_argument("--limit", type=float, default=4 * 3600.0, help="seconds of the whole run between ranks")
+    parser.add_argument("--limit", type=float, default=4 * 3600.0,
+                        help="seconds of the whole run between ranks")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -379,7 +356,8 @@ def main() -> None:
         work(options)
         return
     with netlab.Lab(nodes=2, per_node=1, between=options.between) as lab:
-        raise SystemExit(lab.run([sys.executable, "-m", "tools.bench.layer", *sys.argv[1:], "--worker"], limit_s=options.limit))
+        command = [sys.executable, "-m", "tools.bench.layer", *sys.argv[1:], "--worker"]
+        raise SystemExit(lab.run(command, limit_s=options.limit))
 
 
 if __name__ == "__main__":

@@ -214,8 +214,8 @@ itself instead of a forecast, one with `+nodes` knows loads by node, and one wit
 ## Bytes and calls of a step
 
 The bytes are those that the ranks pass to their collectives. At every step they equal the number that \
-follows from rows, plan and sizes. Over the whole run the links carried {wire / handed:.3f} times these bytes \
-(headers, acknowledgements, barriers).
+follows from rows, plan and sizes. Over the whole run the links carried {wire / handed:.3f} times these \
+bytes (headers, acknowledgements, barriers).
 
 {sent(result)}
 
