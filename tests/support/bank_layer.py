@@ -17,8 +17,9 @@ class Layer(nn.Module):
     def __init__(self, experts: tuple[int, ...]) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(2))
-        self.layers = nn.ModuleList([nn.ModuleDict({"moe": nn.ModuleDict({
-            "experts": RoutedExperts(ExpertBank(experts=experts, dim=3, expert_dim=2), alone(max(experts, default=0) + 1))})})])
+        bank = ExpertBank(experts=experts, dim=3, expert_dim=2)
+        routed = RoutedExperts(bank, alone(max(experts, default=0) + 1))
+        self.layers = nn.ModuleList([nn.ModuleDict({"moe": nn.ModuleDict({"experts": routed})})])
 
     @property
     def bank(self) -> ExpertBank:
@@ -27,4 +28,5 @@ class Layer(nn.Module):
 
 def alone(num_experts: int) -> TokenDispatcher:
     """Dispatch without other positions."""
-    return TokenDispatcher(contiguous(num_experts, 1), FlatExchange(Group("ep", (0,), 0)), torch.device("cpu"))
+    exchange = FlatExchange(Group("ep", (0,), 0))
+    return TokenDispatcher(contiguous(num_experts, 1), exchange, torch.device("cpu"))

@@ -33,8 +33,11 @@ class Random:
     def rehome(self, loads, placement, topology, costs) -> ExpertPlacement:
         """Any home for every expert."""
         draw = random.Random(f"{self.seed}/{[layer.tolist() for layer in loads.values()]}")
-        return ExpertPlacement(tuple((name, LayerPlacement(tuple(draw.randrange(layer.positions) for _ in layer.home),
-                                                           layer.positions)) for name, layer in placement.layers))
+        layers = []
+        for name, layer in placement.layers:
+            home = tuple(draw.randrange(layer.positions) for _ in layer.home)
+            layers.append((name, LayerPlacement(home, layer.positions)))
+        return ExpertPlacement(tuple(layers))
 
 
 def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
@@ -82,4 +85,5 @@ def numbers(metrics: dict[str, float]) -> dict[str, str]:
 
 
 def bits(run: Run) -> dict[str, bytes]:
-    return {shard.name: shard.rows.detach().contiguous().view(torch.uint8).numpy().tobytes() for shard in run.state.state_shards()}
+    return {shard.name: shard.rows.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            for shard in run.state.state_shards()}

@@ -86,7 +86,8 @@ def train_run(run: Run, steps: int) -> Trained:
 
 def snapshot(run: Run, of) -> Held:
     """Copies of the shards this rank holds: name -> (full shape, first row, rows)."""
-    return {shard.name: (shard.shape, shard.begin, shard.rows.detach().clone()) for shard in state_shards(run.state.model, of)}
+    return {shard.name: (shard.shape, shard.begin, shard.rows.detach().clone())
+            for shard in state_shards(run.state.model, of)}
 
 
 def union(results: list[Trained]) -> Trained:
