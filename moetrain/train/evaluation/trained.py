@@ -147,7 +147,7 @@ class Writing(NamedTuple):
 
 
 def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
-    """Choose the tokenizer for generation: the run's own, or the command's where the run has none. Collective.
+    """Choose the tokenizer for generation: the run's own, or the command's if the run has none. Collective.
 
     Raises DataError where there is none, or where the command sets a key of `data` that generation does not
     read to another value than the run's.

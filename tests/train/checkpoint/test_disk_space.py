@@ -34,8 +34,10 @@ def test_the_estimate_is_what_a_checkpoint_takes(run, tmp_path):
 @pytest.mark.parametrize("interval, minutes, steps, keep, copies", [
     (0, 0, 100, 2, 1), (10, 0, 100, 2, 3), (10, None, 100, 5, 6), (50, 0, 100, 2, 2), (10, 15, 100, None, 10),
     (0, 15, 100, 2, 3), (50, 15, 100, 2, 3), (0, 15, 1, 2, 1), (0, 15, 100, None, 1)])
-def test_room_for_the_checkpoints_of_the_run_and_no_more(run, tmp_path, monkeypatch, interval, minutes, steps, keep, copies):
-    config, size = CheckpointConfig(interval=interval, every_minutes=minutes, keep=keep), estimate(run.state, run.mesh)
+def test_room_for_the_checkpoints_of_the_run_and_no_more(run, tmp_path, monkeypatch, interval, minutes, steps,
+                                                         keep, copies):
+    config = CheckpointConfig(interval=interval, every_minutes=minutes, keep=keep)
+    size = estimate(run.state, run.mesh)
     free(monkeypatch, copies * size)
     assert check_disk(run.state, tmp_path, run.mesh, config, steps) == size
     free(monkeypatch, copies * size - 1)

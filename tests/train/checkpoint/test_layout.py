@@ -40,7 +40,8 @@ def test_pieces_of_another_group_do_not_change_who_writes():
     for mesh in meshes(2):
         mesh.groups["expert_grad"] = Group("expert_grad", (mesh.rank,), 0)
         mixed = [alone[0], shard("x", 50, "expert_grad"), alone[1], alone[2]] if mesh.rank else alone
-        assert [p.name for p in shards_to_write(mixed, mesh) if p.name != "x"] == [p.name for p in shards_to_write(alone, mesh)]
+        assert ([p.name for p in shards_to_write(mixed, mesh) if p.name != "x"]
+                == [p.name for p in shards_to_write(alone, mesh)])
 
 
 def test_a_piece_without_elements_is_not_written():
@@ -50,7 +51,8 @@ def test_a_piece_without_elements_is_not_written():
 def cut(rows: int, shards: int, draw: random.Random) -> TensorEntry:
     """A tensor of `rows` rows in chunks of random lengths."""
     ends = sorted(draw.sample(range(1, rows), shards - 1)) + [rows]
-    return TensorEntry("F32", (rows, 1000), tuple(Chunk(f"rank-{index:04d}.safetensors", 0, first, end - first, (0,))
+    return TensorEntry("F32", (rows, 1000),
+                       tuple(Chunk(f"rank-{index:04d}.safetensors", 0, first, end - first, (0,))
                                             for index, (first, end) in enumerate(zip([0, *ends], ends))))
 
 
@@ -71,7 +73,7 @@ def test_reads_give_every_row_once_whatever_the_cuts(chunks):
 
 
 def test_the_sweep_goes_along_rows_even_where_columns_are_longer():
-    """Trap 10: torch's planner sweeps along the longest dimension; ours are boxes of one dimension, the rows."""
+    """torch's planner sweeps along the longest dimension, so boxes must have one dimension, the rows."""
     compared = []
     original = planner_helpers._check_shard_metadata_pair_overlap
 
@@ -79,7 +81,8 @@ def test_the_sweep_goes_along_rows_even_where_columns_are_longer():
         compared.append((one, two))
         return original(one, two)
 
-    entry = TensorEntry("F32", (256, 4096), tuple(Chunk("rank-0000.safetensors", 0, row, 1, (0,)) for row in range(256)))
+    entry = TensorEntry("F32", (256, 4096),
+                        tuple(Chunk("rank-0000.safetensors", 0, row, 1, (0,)) for row in range(256)))
     with patch.object(planner_helpers, "_check_shard_metadata_pair_overlap", look):
         assert len(plan_reads("x", entry, 0, 2)) == 2
         assert len(compared) == 2                        # along columns it would be 256
@@ -92,7 +95,8 @@ def test_tensors_in_one_chunk_need_no_object_of_torchs_planner():
     """15,360 experts: not one box, not one read item."""
     entry = TensorEntry("F32", (8, 4), (Chunk("rank-0000.safetensors", 0, 0, 8, (0,)),))
     made = Counter()
-    with patch.object(planner_helpers, "create_read_items_for_chunk_list", lambda *_: made.update(["called"]) or []):
+    with patch.object(planner_helpers, "create_read_items_for_chunk_list",
+                      lambda *_: made.update(["called"]) or []):
         for _ in range(15_360):
             assert len(plan_reads("x", entry, 2, 3)) == 1
     assert not made

@@ -1,4 +1,4 @@
-"""A checkpoint restores everything to the bit; one that is damaged or of another model changes nothing and says so."""
+"""A checkpoint restores everything to the bit; a damaged one, or one of another model, changes nothing."""
 
 import logging
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_what_is_saved_is_restored_to_the_bit(two_steps):
 
 @pytest.mark.parametrize("forgotten", ["exp_avg", "exp_avg_sq", "steps", "embed"])
 def test_a_forgotten_piece_of_state_gives_another_third_step(checkpoint, forgotten):
-    """Negative controls: the comparison of resumed and unbroken runs can see each of them. Trap 13 is `steps`."""
+    """Negative controls, each of which the comparison of resumed and unbroken runs must detect."""
     run, whole, other = trained(2), make_run(SIZES), make_run(SIZES)
     load(whole.state, checkpoint), load(other.state, checkpoint)
     for parameter, state in other.state.optimizer.state.items():
@@ -86,9 +86,11 @@ def test_an_expert_too_many_in_the_checkpoint_is_refused(two_steps, tmp_path):
     """The router's rows would betray it; with the router alike, the experts themselves must."""
     run = make_run(SIZES)
     manifest = read_manifest(two_steps[1])
-    assert manifest.entry("model.layers.0.moe.experts.7.down") and not manifest.entry("model.layers.0.moe.experts.8.down")
-    loading = reader.Loading((p for p in run.state.state_shards() if ".experts.7." not in p.name), two_steps[1], "full")
-    left = loading.unwanted(run.mesh)
+    assert manifest.entry("model.layers.0.moe.experts.7.down")
+    assert not manifest.entry("model.layers.0.moe.experts.8.down")
+    loading = reader.CheckpointLoader((p for p in run.state.state_shards() if ".experts.7." not in p.name),
+                             two_steps[1], "full")
+    left = loading.unclaimed(run.mesh)
     assert len(left) == 2 * 2 * 3 and all(".experts.7." in name for name in left)
 
 
@@ -123,7 +125,8 @@ def test_resume_takes_the_newest_good_one_and_says_what_is_lost(three, harmed, l
     assert (found.path.name, found.lost, run.state.step) == (f"step-{left:08d}", 3 - left, left)
     assert all(torch.equal(tensor, states[left][name]) for name, tensor in tensors(run.state).items())
     passed_over = [step for step in harmed if step > left]
-    assert [path.name for path in checkpoints_of(run_dir)] == [f"step-{s:08d}" for s in (1, 2, 3) if s not in passed_over]
+    assert ([path.name for path in checkpoints_of(run_dir)]
+            == [f"step-{s:08d}" for s in (1, 2, 3) if s not in passed_over])
     assert ("steps are lost" in caplog.text) == bool(passed_over)
     for step in passed_over:
         assert (run_dir / "checkpoints" / f"step-{step:08d}.damaged").is_dir()

@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is written is the step that was saved, a failure costs one save, never the run."""
+"""Asynchronous saves write the step that was saved; a failure costs one save, never the run."""
 
 import errno
 import logging
@@ -64,7 +64,8 @@ def steps_there(run_dir: Path) -> list[int]:
 
 def assert_clean(run_dir: Path, *steps: int) -> None:
     """Exactly these checkpoints, each good, and nothing else."""
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in steps]
+    assert (sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+            == [f"step-{step:08d}" for step in steps])
     assert [error for path in checkpoints_of(run_dir) for error in problems(path)] == []
 
 
@@ -84,7 +85,8 @@ def test_training_goes_on_while_the_writer_is_held_and_the_file_has_the_old_valu
     for name, tensor in tensors(other.state).items():
         assert torch.equal(tensor, before[name]), name
         changed += not torch.equal(tensor, tensors(run.state)[name])
-    assert changed == len(before)                        # the live ones have all moved on: an alias would show
+    # All live tensors have changed since, so an alias would be detected.
+    assert changed == len(before)
 
 
 def test_a_save_is_settled_in_two_looks_and_only_then_it_is_there(tmp_path):
@@ -242,7 +244,8 @@ def test_a_sum_says_how_many_are_done_and_whether_one_failed():
     for ranks in (1, 2, 1000, 100_000):
         done, all_failed = float(ranks * DONE), float(ranks * FAILED)
         one_failed, one_not_yet = (ranks - 1.0) * DONE + FAILED, (ranks - 1.0) * FAILED
-        assert [total % (1 << 20) for total in (done, all_failed, one_failed, one_not_yet)] == [ranks, ranks, ranks, ranks - 1]
+        assert ([total % (1 << 20) for total in (done, all_failed, one_failed, one_not_yet)]
+                == [ranks, ranks, ranks, ranks - 1])
         assert done == ranks < one_failed <= all_failed
 
 
@@ -260,6 +263,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     directory = save(run.state, tmp_path, run.mesh, {})
     (directory / "manifest.json").write_text("rubbish")
     assert save(run.state, tmp_path, run.mesh, {}) == directory
-    assert [error for error in problems(directory)] == [] and (tmp_path / "checkpoints/step-00000001.damaged").is_dir()
+    assert [error for error in problems(directory)] == []
+    assert (tmp_path / "checkpoints/step-00000001.damaged").is_dir()
     other = make_run([*SIZES, "run.seed=9"])
     assert resume(other.state, tmp_path, other.mesh).path == directory

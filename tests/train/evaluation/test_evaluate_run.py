@@ -1,4 +1,4 @@
-"""Other data is measured where it was typed: whole, with the run's tokenizer and mask, and said with what of it was trained on."""
+"""Other data is measured whole, with the run's tokenizer and mask; its overlap with training is reported."""
 
 import json
 import shutil
@@ -67,7 +67,8 @@ def test_the_overlap_is_the_share_of_places_that_were_trained_on(folder):
     stream = trained_dataset(load_trained(for_run(["mine"]))).train_stream
     ids = stream.read(0, stream.size).tolist()
     there = bytes(id if id < 256 else 0 for id in ids)
-    other = there[700:1500].replace(b"\0", b"") + b"and here is something that was never trained on at all. " * 9
+    other = (there[700:1500].replace(b"\0", b"")
+             + b"and here is something that was never trained on at all. " * 9)
     (folder / "half.txt").write_bytes(other)
     places = [other[start:start + 32] for start in range(0, len(other) - 31, 16)]
     found = evaluated("data.path=half.txt").overlap
@@ -91,7 +92,8 @@ def test_the_record_says_what_was_measured_and_is_no_record_of_training(folder, 
     assert typed["data"] != again["data"] == json.loads((folder / "runs/mine/env.json").read_text())["data"]
     assert typed["data"][:16] in {path.name for path in (folder / "runs/mine/data").iterdir()}
     after = read_losses(folder / "runs/mine")
-    assert after.evaluated.tolist() == drawn.evaluated.tolist() and after.heldout.keys() == drawn.heldout.keys()
+    assert after.evaluated.tolist() == drawn.evaluated.tolist()
+    assert after.heldout.keys() == drawn.heldout.keys()
     sink = JsonlSink(folder / "eval.jsonl")
     sink.write({"step": 3, "command": "eval"})
     assert not sink.has(3)
@@ -127,10 +129,12 @@ def test_the_path_that_the_run_was_trained_on_is_not_other_data(folder):
 
 
 def test_what_is_typed_has_to_say_which_data(folder, capsys):
-    (folder / "tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "</s>": 1}, "unk_token": "[UNK]"}}')
+    (folder / "tokenizer.json").write_text(
+        '{"model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "</s>": 1}, "unk_token": "[UNK]"}}')
     shutil.copytree("runs/mine", "runs/synthetic")
     for words, code in ((["data.domain_cap=5"], 176), (["data.path=corpus", "data.held_out=corpus"], 177),
-                        (["data.tokenizer=tokenizer.json"], 172), (["data.path=corpus", "data.tokenizer=tokenizer.json"], 172),
+                        (["data.tokenizer=tokenizer.json"], 172),
+                        (["data.path=corpus", "data.tokenizer=tokenizer.json"], 172),
                         (["data=synthetic", "data.vocab_size=300"], 175)):
         assert main(["eval", "mine", *words]) == 12
         assert f"E-DATA-{code}" in capsys.readouterr().err

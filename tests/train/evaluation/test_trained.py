@@ -1,4 +1,4 @@
-"""Evaluation and generation use the data and the tokenizer that the checkpoint names, whatever lies at data.path now."""
+"""Evaluation and generation use data and tokenizer of the checkpoint, whatever lies at data.path now."""
 
 import json
 import shutil
@@ -20,7 +20,8 @@ Folder = Path
 def _tokenizer(path: Path, mark: str) -> None:
     """One of 300 ids whose file has the same size for every mark of one letter."""
     library = ByteLevelBPETokenizer()
-    library.train_from_iterator([" ".join(WORDS)] * 9, vocab_size=300, special_tokens=[f"<|endoftext|>{mark}", "<|endoftext|>"])
+    library.train_from_iterator([" ".join(WORDS)] * 9, vocab_size=300,
+                                special_tokens=[f"<|endoftext|>{mark}", "<|endoftext|>"])
     library.save(str(path))
 
 
@@ -37,7 +38,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
 
 
 @pytest.fixture(params=["bytes", "tokenizer"])
-def folder(request: pytest.FixtureRequest, trained: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(request: pytest.FixtureRequest, trained: dict[str, Folder], tmp_path: Path,
+           monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy to change. The record of the run names its data where it was trained, in the fixture."""
     shutil.copytree(trained[request.param], tmp_path / "here", symlinks=True)
     config = tmp_path / "here/runs/mine/config.yaml"
@@ -47,7 +49,8 @@ def folder(request: pytest.FixtureRequest, trained: dict[str, Folder], tmp_path:
 
 
 # One of the two is enough where the tokenizer makes no difference.
-by_bytes, by_tokenizer = (pytest.mark.parametrize("folder", [name], indirect=True) for name in ("bytes", "tokenizer"))
+by_bytes, by_tokenizer = (pytest.mark.parametrize("folder", [name], indirect=True)
+                          for name in ("bytes", "tokenizer"))
 
 
 def evaluated(run: str = "mine", *words: str) -> dict[str, float]:
@@ -122,17 +125,21 @@ def test_a_tokenizer_is_believed_by_its_content_where_the_data_is_gone(folder, c
     shutil.rmtree(folder / "corpus")
     words = ["generate", "mine", "generate.tokens=3"]
     assert main(words) == 0
-    (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes().replace(b"<|endoftext|>a", b"<|endoftext|>b"))
+    (folder / "tokenizer.json").write_bytes(
+        (folder / "tokenizer.json").read_bytes().replace(b"<|endoftext|>a", b"<|endoftext|>b"))
     if "bytes" not in yaml.safe_load((folder / "runs/mine/config.yaml").read_text())["data"]["tokenizer"]:
         assert "E-DATA-172" in refused(capsys, *words)
 
 
 def test_the_record_of_a_run_holds_absolute_paths(trained):
     for name, folder in trained.items():
-        manifest = next((folder / "runs/mine/checkpoints").glob("*/manifest.json")).read_text().split("\n", 1)[1]
-        for recorded in (yaml.safe_load((folder / "runs/mine/config.yaml").read_text()), json.loads(manifest)["facts"]["config"]):
+        manifest = next(
+            (folder / "runs/mine/checkpoints").glob("*/manifest.json")).read_text().split("\n", 1)[1]
+        for recorded in (yaml.safe_load((folder / "runs/mine/config.yaml").read_text()),
+                         json.loads(manifest)["facts"]["config"]):
             tokenizer = "bytes" if name == "bytes" else str(folder / "tokenizer.json")
-            assert (recorded["data"]["path"], recorded["data"]["tokenizer"]) == (str(folder / "corpus"), tokenizer)
+            assert ((recorded["data"]["path"], recorded["data"]["tokenizer"])
+                    == (str(folder / "corpus"), tokenizer))
 
 
 def test_prepared_tokens_are_those_of_the_record_or_refused(trained, tmp_path, monkeypatch, capsys):
@@ -150,7 +157,7 @@ def test_prepared_tokens_are_those_of_the_record_or_refused(trained, tmp_path, m
 
 @pytest.mark.parametrize("marks", [True, False])
 def test_a_text_begins_as_those_that_were_trained_on(marks, tmp_path, monkeypatch, capsys):
-    """Token files of another trainer: where no document ends in the end token, the prompt alone is the beginning."""
+    """Where no document of foreign token files ends in the end token, texts begin with the prompt."""
     monkeypatch.chdir(tmp_path)
     documents = [f"{number}: the cat sat on a mat ".encode() * 9 for number in range(20)]
     np.array([id for text in documents for id in [*text, *[256] * marks]], "<u2").tofile("train.bin")
@@ -166,13 +173,15 @@ def test_a_text_begins_as_those_that_were_trained_on(marks, tmp_path, monkeypatc
 def test_a_run_on_ids_alone_writes_with_the_tokenizer_that_is_typed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.array([*b"the cat sat on a mat ", 256] * 60, "<u2").tofile("train.bin")
-    train(tmp_path, "data=memmap", "data.path=train.bin", "data.dtype=uint16", "data.vocab_size=257", "data.end_token=256")
+    train(tmp_path, "data=memmap", "data.path=train.bin", "data.dtype=uint16", "data.vocab_size=257",
+          "data.end_token=256")
     assert main(["generate", "mine"]) == 2 and "E-CONFIG-045" in capsys.readouterr().err
     assert main(["generate", "mine", "data.tokenizer=bytes", "generate.tokens=4"]) == 0
     library = ByteLevelBPETokenizer()
     library.train_from_iterator([" ".join(WORDS)] * 9, vocab_size=300, special_tokens=["<|endoftext|>"])
     library.save("larger.json")
-    assert "E-DATA-175" in refused(capsys, "generate", "mine", "data.tokenizer=larger.json", "data.end_token=null")
+    assert "E-DATA-175" in refused(capsys, "generate", "mine", "data.tokenizer=larger.json",
+                                   "data.end_token=null")
 
 
 @by_bytes

@@ -33,8 +33,10 @@ class Terminal(io.StringIO):
 
 def test_banner_and_summary_are_aligned() -> None:
     rows = [("", "moetrain 0.1.0 | run runs/demo"), ("model", "8 layers"), ("parallel", "8 ranks")]
-    assert banner(rows).splitlines() == ["moetrain 0.1.0 | run runs/demo", "model     8 layers", "parallel  8 ranks"]
-    assert summary([("loss", "1.2")], ["moetrain report demo", "moetrain eval run.name=demo"]).splitlines() == [
+    assert banner(rows).splitlines() == ["moetrain 0.1.0 | run runs/demo", "model     8 layers",
+                                         "parallel  8 ranks"]
+    assert summary([("loss", "1.2")],
+                   ["moetrain report demo", "moetrain eval run.name=demo"]).splitlines() == [
         "loss  1.2", "next  moetrain report demo", "      moetrain eval run.name=demo"]
     with pytest.raises(AssertionError):
         banner([("row", "")] * (BANNER_LINES + 1))
@@ -84,7 +86,8 @@ def test_a_file_gets_plain_lines() -> None:
         console.heatmap({"layers.0.moe": [1, 2]})
         console.summary([("loss", "3.14")], [])
     lines = stream.getvalue().splitlines()
-    assert [line.split()[1:5:3] for line in lines if line.startswith("step")] == [["1/4", "1.000"], ["2/4", "2.000"], ["4/4", "3.500"]]
+    assert ([line.split()[1:5:3] for line in lines if line.startswith("step")]
+            == [["1/4", "1.000"], ["2/4", "2.000"], ["4/4", "3.500"]])
     assert lines[0] == "moetrain 0.1.0" and "[warn] disk is slow" in lines and "[save] step 4" in lines
     assert "\x1b" not in stream.getvalue() and lines[-1] == "loss  3.14"
 
@@ -99,7 +102,8 @@ def test_a_terminal_gets_a_bar_with_the_lines_above(monkeypatch: pytest.MonkeyPa
             console.step(METRICS | {"step": step})
         console.line("[save] [bold] step 2")
     text = stream.getvalue()
-    assert "2/2" in text and "eta" in text and "[save] [bold] step 2" in text and "\x1b[3" not in text   # no colour
+    # No color.
+    assert "2/2" in text and "eta" in text and "[save] [bold] step 2" in text and "\x1b[3" not in text
     plain = Terminal()
     with Console(rank=0, steps=1, stream=plain, progress=False) as console:
         console.step(METRICS | {"step": 1})

@@ -19,7 +19,8 @@ def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         progress("tokenizing", 0, 60 << 20)
         progress("tokenizing", 60 << 20, 60 << 20)
     assert [record.message for record in caplog.records] == [
-        "[data] reading 30.0M of 60.0M, 50%, 2.7M/s, eta 11s", "[data] reading 60.0M of 60.0M, 100%, 2.4M/s, eta 0.00s",
+        "[data] reading 30.0M of 60.0M, 50%, 2.7M/s, eta 11s",
+        "[data] reading 60.0M of 60.0M, 100%, 2.4M/s, eta 0.00s",
         "[data] tokenizing 60.0M of 60.0M, 100%, 4.3M/s, eta 0.00s"]
     assert progress_line("reading", 0, 0, 0.0) == "reading 0K of 0K, 0%, 0K/s"
 
@@ -41,4 +42,5 @@ def test_a_terminal_has_a_bar_and_the_log_above_it(monkeypatch: pytest.MonkeyPat
         shown = os.read(master, 1 << 16).decode() if bar else ""
     os.close(master)
     assert logging.getLogger("moetrain").handlers == handlers
-    assert all((words in shown) == bar for words in ("reading", "5.0/5.0 MB", "100%", "[warn] left out one file"))
+    assert all((words in shown) == bar
+               for words in ("reading", "5.0/5.0 MB", "100%", "[warn] left out one file"))

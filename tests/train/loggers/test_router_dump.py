@@ -1,4 +1,4 @@
-"""A dump of routers lets a stranger compute the step's numbers again: by the programs in docs/reference/files.md."""
+"""Router dumps suffice to recompute the numbers of a step, by the programs in docs/reference/files.md."""
 
 import contextlib
 import io
@@ -18,14 +18,17 @@ from moetrain.train.step import train_step
 from tests.support.training import make_run
 
 FILES = Path(__file__).parents[3] / "docs" / "reference" / "files.md"
-TWO_BY_TWO = ["parallel=ep", "run.nproc=2", "train.micro_batch=4", "data.min_length=0.3", "run.dtype=float64"]     # ranks, turns
+# Two ranks, two micro-batches.
+TWO_BY_TWO = ["parallel=ep", "run.nproc=2", "train.micro_batch=4", "data.min_length=0.3", "run.dtype=float64"]
 
 
 def programs() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", FILES.read_text().split("## Router dumps")[1].split("\n## ")[0], re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", FILES.read_text().split("## Router dumps")[1].split("\n## ")[0],
+                      re.DOTALL)
 
 
-def dumped(overrides: list[str], directory: Path, per_node: int = 2) -> list[tuple[dict[str, float], dict[str, list[int]]]]:
+def dumped(overrides: list[str], directory: Path,
+           per_node: int = 2) -> list[tuple[dict[str, float], dict[str, list[int]]]]:
     """(metrics, counts) of four steps."""
     before, os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE"), str(per_node)
     try:
@@ -48,23 +51,29 @@ def steps_of(path: Path) -> list[Path]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("overrides", [[], ["train.activation_checkpointing=full", "train.count_pass=true"]], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("overrides", [[], ["train.activation_checkpointing=full", "train.count_pass=true"]],
+                         ids=["kept", "recomputed"])
 def test_a_stranger_computes_the_same_numbers(ranks, tmp_path, overrides):
     truth = ranks(2).run(dumped, [*TWO_BY_TWO, *overrides], tmp_path)[0]
     program = programs()[0]
     for directory, (metrics, counts) in zip(steps_of(tmp_path), truth):
-        done = subprocess.run([sys.executable, "-c", program, str(directory)], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", program, str(directory)], capture_output=True, text=True,
+                              check=True)
         assert float(done.stdout) == pytest.approx(metrics["loss/balance"], rel=1e-12)
-        ids = [ids for file in directory.iterdir() for name, ids in load_file(file).items() if name.endswith("layers.1.moe/ids")]
-        assert len(ids) == 4 and [sum(int((part == expert).sum()) for part in ids) for expert in range(8)] == counts["layers.1.moe"]
+        ids = [ids for file in directory.iterdir() for name, ids in load_file(file).items()
+               if name.endswith("layers.1.moe/ids")]
+        assert len(ids) == 4
+        assert ([sum(int((part == expert).sum()) for part in ids) for expert in range(8)]
+                == counts["layers.1.moe"])
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("scope, mode", [*(("global", mode) for mode in ("exact", "sync", "buffer", "warm")), ("node", "exact"),
+@pytest.mark.parametrize(
+    "scope, mode", [*(("global", mode) for mode in ("exact", "sync", "buffer", "warm")), ("node", "exact"),
                                          ("node", "buffer"), ("micro", "exact"), ("sequence", "exact")])
 def test_a_stranger_computes_what_was_trained_on(ranks, tmp_path, scope, mode):
-    overrides = [*TWO_BY_TWO, f"balance={scope}", f"balance.mode={mode}", "balance.weight=0.3", "loss.z.weight=0",
-                 *(["balance.drift=1"] if mode == "warm" else [])]
+    overrides = [*TWO_BY_TWO, f"balance={scope}", f"balance.mode={mode}", "balance.weight=0.3",
+                 "loss.z.weight=0", *(["balance.drift=1"] if mode == "warm" else [])]
     truth = ranks(2).run(dumped, overrides, tmp_path, 1)[0]
     for directory, (metrics, _) in zip(steps_of(tmp_path), truth):
         printed = run_program(programs()[1], [str(directory), scope, mode, "1"])
@@ -96,8 +105,10 @@ def test_a_stranger_computes_the_other_metrics_of_routers(ranks, tmp_path):
                 counts[router] = counts.get(router, 0) + loads
         violations = [loads.max() / loads.mean() - 1 for loads in counts.values()]
         assert len(local) == 8 and 0.1 < metrics["moe/entropy"] < np.log(8)
-        for name, truth in (("entropy", np.concatenate(entropies).mean()), ("local_max_violation/mean", np.mean(local)),
-                            ("max_violation/mean", np.mean(violations)), ("max_violation/max", np.max(violations)),
+        for name, truth in (("entropy", np.concatenate(entropies).mean()),
+                            ("local_max_violation/mean", np.mean(local)),
+                            ("max_violation/mean", np.mean(violations)),
+                            ("max_violation/max", np.max(violations)),
                             ("dead_experts", sum((loads == 0).sum() for loads in counts.values()))):
             assert metrics[f"moe/{name}"] == pytest.approx(truth, rel=1e-12), name
 
@@ -108,11 +119,13 @@ def test_domains_of_sequences_are_there(ranks, tmp_path):
     ranks(2).run(dumped, TWO_BY_TWO, tmp_path)
     run = make_run([*TWO_BY_TWO[2:]])
     for step, directory in enumerate(steps_of(tmp_path), 1):
-        expected = {int(sample): int(domain) for batch in run.loader.step(step) for sample, domain in zip(batch.sample_ids_B, batch.domains_B)}
+        expected = {int(sample): int(domain) for batch in run.loader.step(step)
+                    for sample, domain in zip(batch.sample_ids_B, batch.domains_B)}
         found = {}
         for file in directory.iterdir():
             with safe_open(file, "numpy") as opened:
-                assert json.loads(opened.metadata()["domains"]) == list(run.dataset.domains) and opened.metadata()["ranks"] == "2"
+                assert json.loads(opened.metadata()["domains"]) == list(run.dataset.domains)
+                assert opened.metadata()["ranks"] == "2"
             tensors = load_file(file)
             for turn in ("0", "1"):
                 found |= dict(zip(tensors[f"{turn}/samples"].tolist(), tensors[f"{turn}/domains"].tolist()))

@@ -27,8 +27,10 @@ def test_it_leaves_out_what_was_not_measured() -> None:
 
 
 def test_further_losses_are_shown_unless_they_are_zero() -> None:
-    line = step_line(METRICS | {"loss/total": 4.0, "loss/weighted/z": 0.01, "loss/z": 12.34, "loss/entropy": 0.0}, 10000)
-    assert "| bal 1.02 z 12.3 maxvio 0.18" in line and "weighted" not in line and "entropy" not in line and "4.0" not in line
+    line = step_line(
+        METRICS | {"loss/total": 4.0, "loss/weighted/z": 0.01, "loss/z": 12.34, "loss/entropy": 0.0}, 10000)
+    assert "| bal 1.02 z 12.3 maxvio 0.18" in line
+    assert not any(words in line for words in ("weighted", "entropy", "4.0"))
 
 
 def test_a_loss_that_is_not_a_number_is_shown() -> None:
@@ -37,7 +39,8 @@ def test_a_loss_that_is_not_a_number_is_shown() -> None:
 
 
 def test_lines_have_one_width() -> None:
-    later = METRICS | {"step": 9, "loss/ce": 0.51, "grad_norm": 1.5, "lr": 1e-5, "throughput/tokens_per_s": 98765.0}
+    later = METRICS | {"step": 9, "loss/ce": 0.51, "grad_norm": 1.5, "lr": 1e-5,
+                       "throughput/tokens_per_s": 98765.0}
     assert len(step_line(METRICS, 10000, 700)) == len(step_line(later, 10000, 700))
 
 
@@ -47,15 +50,19 @@ def test_a_narrow_terminal_breaks_at_bars() -> None:
 
 def test_several_steps_are_one_record() -> None:
     means = StepMeans()
-    first = {"step": 1, "lr": 1e-3, "loss/ce": 4.0, "loss/z": 3.0, "grad_norm": 9.0, "moe/dead_experts": 2, "moe/max_violation/max": 1.0,
+    first = {"step": 1, "lr": 1e-3, "loss/ce": 4.0, "loss/z": 3.0, "grad_norm": 9.0, "moe/dead_experts": 2,
+             "moe/max_violation/max": 1.0,
              "time/step": 3.0, "throughput/tokens_per_s": 100.0, "memory/peak": 5}
-    second = {"step": 2, "lr": 2e-3, "loss/ce": 2.0, "loss/z": 1.0, "grad_norm": 1.0, "moe/dead_experts": 0, "moe/max_violation/max": 0.0,
+    second = {"step": 2, "lr": 2e-3, "loss/ce": 2.0, "loss/z": 1.0, "grad_norm": 1.0, "moe/dead_experts": 0,
+              "moe/max_violation/max": 0.0,
               "time/step": 1.0, "throughput/tokens_per_s": 300.0, "memory/peak": 6, "time/data/max": 0.5}
     for record in (first, second):
         means.add(record)
     assert means.take() == {
-        "step": 2, "lr": 2e-3, "loss/ce": 3.0, "loss/z": 2.0, "grad_norm": 9.0, "moe/dead_experts": 0, "moe/max_violation/max": 0.5,
-        "time/step": 2.0, "throughput/tokens_per_s": 150.0, "memory/peak": 6, "time/data/max": 0.5}      # 600 tokens in 4 s
+        "step": 2, "lr": 2e-3, "loss/ce": 3.0, "loss/z": 2.0, "grad_norm": 9.0, "moe/dead_experts": 0,
+        "moe/max_violation/max": 0.5,
+        # 600 tokens in 4 s.
+        "time/step": 2.0, "throughput/tokens_per_s": 150.0, "memory/peak": 6, "time/data/max": 0.5}
     means.add(second)
     assert means.take() == second                            # nothing of the steps before
 

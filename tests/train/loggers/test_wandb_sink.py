@@ -45,7 +45,8 @@ logging.basicConfig(format="[warn] %(message)s", level=logging.WARNING, stream=s
 from moetrain.train.loggers.wandb_settings import WandbSettings
 from moetrain.train.loggers.wandb_sink import WandbSink
 started = time.monotonic()
-sink = WandbSink(WandbSettings("offline", "p", "n", None, None, (), None), dir=Path(sys.argv[1]), close_s=0.5, queue_size=4)
+settings = WandbSettings("offline", "p", "n", None, None, (), None)
+sink = WandbSink(settings, dir=Path(sys.argv[1]), close_s=0.5, queue_size=4)
 sink.write({"step": 1, "loss/ce": 2.0})
 time.sleep(float(sys.argv[2]))
 for step in range(2, 6):

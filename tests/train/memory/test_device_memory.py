@@ -8,7 +8,8 @@ from moetrain.train.memory import device_memory
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_ranks_of_a_machine_share_what_it_has_and_what_is_left(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+def test_ranks_of_a_machine_share_what_it_has_and_what_is_left(monkeypatch: pytest.MonkeyPatch,
+                                                               ranks: int) -> None:
     mesh = build_mesh(mesh_sizes("single", 1, None), torch.device("cpu"))
     mesh.groups["node"] = Group("node", tuple(range(ranks)), 0)
     for name, found in {"machine_memory": 1000, "job_memory": [800, 900], "total_memory": 1200}.items():

@@ -1,4 +1,4 @@
-"""What exact balance does under accumulation follows from memory: measured, agreed by all ranks, and without effect on any number."""
+"""The choice between graphs and a counting pass follows from memory, on all ranks, and changes no number."""
 
 from pathlib import Path
 
@@ -15,15 +15,16 @@ from tests.support.training import difference, make_run, snapshot, whole
 
 ACCUMULATED = ["run.dtype=float64", "data.min_length=0.3", "train.micro_batch=4", "train.seq_len=24"]
 MODELS = {
-    "plain": [], "recomputed": ["train.activation_checkpointing=full"], "head in chunks": ["train.head_chunk=16"],
-    "attached": ["train.loss_carrier=attached"], "shared expert": ["model.num_shared_experts=1"], "bfloat16": ["run.dtype=bfloat16"],
+    "plain": [], "recomputed": ["train.activation_checkpointing=full"],
+    "head in chunks": ["train.head_chunk=16"],
+    "attached": ["train.loss_carrier=attached"], "shared expert": ["model.num_shared_experts=1"],
+    "bfloat16": ["run.dtype=bfloat16"],
     "dropping": ["capacity=position", "capacity.factor=1"], "sigmoid": ["router=sigmoid"],
 }
 
 
 def most_in_use(overrides: list[str]) -> int:
-    """The most memory, in bytes, that the forward passes of a step have together beyond what was there before: by the allocator's own
-    events."""
+    """Bytes that the forward passes of a step keep together, by the allocator's own events."""
     run = make_run(overrides)
     seen = []
     with torch.autograd.profiler.profile(profile_memory=True) as recorded:
@@ -43,13 +44,17 @@ def test_a_graph_takes_what_was_measured(model):
 
 
 def test_recomputing_takes_less():
-    plain, full = (measure_graph(make_run([*ACCUMULATED, *MODELS[model]])) for model in ("plain", "recomputed"))
+    plain, full = (measure_graph(make_run([*ACCUMULATED, *MODELS[model]]))
+                   for model in ("plain", "recomputed"))
     assert full < 0.5 * plain
 
 
-def with_memory(overrides: list[str], free: list[int] | None, rank: int = 0) -> tuple[Graphs, str, dict, list]:
-    """Two steps after the choice, by how much is free on every rank (None: no choice is made, graphs are kept). One step before it, so
-    that experts have copies."""
+def with_memory(overrides: list[str], free: list[int] | None,
+                rank: int = 0) -> tuple[Graphs, str, dict, list]:
+    """Take two steps after the choice, with this much free memory on each rank.
+
+    With None no choice is made and graphs are kept. One step runs before, so that experts have copies.
+    """
     run, original = make_run([*ACCUMULATED, *overrides]), memory.free_memory
     train_step(run, 1)
     if free is not None:
@@ -59,14 +64,17 @@ def with_memory(overrides: list[str], free: list[int] | None, rank: int = 0) -> 
         finally:
             memory.free_memory = original
     results = [train_step(run, step) for step in (2, 3)]
-    return run.graphs, balance_line(run, 4), snapshot(run, lambda parameter: parameter.data), [result.metrics for result in results]
+    return (run.graphs, balance_line(run, 4), snapshot(run, lambda parameter: parameter.data),
+            [result.metrics for result in results])
 
 
 MUCH, LITTLE = 10**12, 10**5
 COPIES = ["parallel=fssdp", "hardware.flops=1e4"]       # slow products: copies pay
 SPREADS = {
-    "experts": (2, ["parallel=ep"]), "experts, recomputed": (2, ["parallel=ep", "train.activation_checkpointing=selective"]),
-    "experts over memory, in chunks": (2, ["parallel=ep", "parallel.exchange=peer", "schedule=fixed", "schedule.chunks=2"]),
+    "experts": (2, ["parallel=ep"]),
+    "experts, recomputed": (2, ["parallel=ep", "train.activation_checkpointing=selective"]),
+    "experts over memory, in chunks": (
+        2, ["parallel=ep", "parallel.exchange=peer", "schedule=fixed", "schedule.chunks=2"]),
     "sharded": (2, ["parallel=fsdp"]), "both": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
     "copies": (2, COPIES), "copies gathered again": (2, [*COPIES, "parallel.rematerialize=true"]),
     "copies after the gate": (2, [*COPIES, "parallel.calibrate=true"]),
@@ -78,7 +86,8 @@ FULL = ("both", "experts, recomputed")                   # each combines what ot
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("spread", [pytest.param(spread, marks=pytest.mark.full) if spread in FULL else spread for spread in SPREADS])
+@pytest.mark.parametrize("spread", [pytest.param(spread, marks=pytest.mark.full) if spread in FULL
+                                    else spread for spread in SPREADS])
 def test_one_rank_without_room_decides_for_all_and_no_bit_changes(ranks, spread):
     world, overrides = SPREADS[spread]
     overrides = [*overrides, f"run.nproc={world}", f"train.micro_batch={4 // world}"]
@@ -87,7 +96,8 @@ def test_one_rank_without_room_decides_for_all_and_no_bit_changes(ranks, spread)
         found = ranks(world).run(with_memory, overrides, free)
         assert {graphs.kept for graphs, *_ in found} == {kept}
         assert len({graphs for graphs, *_ in found}) == 1 and found[0][0].free == min(free)
-        assert difference(whole([parameters for _, _, parameters, _ in found]), whole([parameters for _, _, parameters, _ in unchosen]))[0] == 0
+        assert difference(whole([parameters for _, _, parameters, _ in found]),
+                          whole([parameters for _, _, parameters, _ in unchosen]))[0] == 0
         for ours, theirs in zip(found, unchosen):
             assert [step["loss/total"] for step in ours[-1]] == [step["loss/total"] for step in theirs[-1]]
             assert all(step["moe/copies"] > 0 for step in ours[-1]) or not spread.startswith("copies")
@@ -103,11 +113,14 @@ def test_the_banner_says_what_was_chosen_and_why():
 def test_room_is_needed_for_all_graphs_for_a_backward_and_for_gradients():
     run = make_run(ACCUMULATED)
     train_step(run, 1)
-    needed = (5 * measure_graph(run) + sum(parameter.nbytes for parameter in run.state.model.parameters())) / memory.MAX_SHARE
-    assert with_memory([], [int(1.001 * needed)])[0].kept and not with_memory([], [int(0.999 * needed)])[0].kept
+    gradients = sum(parameter.nbytes for parameter in run.state.model.parameters())
+    needed = (5 * measure_graph(run) + gradients) / memory.MAX_SHARE
+    assert with_memory([], [int(1.001 * needed)])[0].kept
+    assert not with_memory([], [int(0.999 * needed)])[0].kept
 
 
-NO_CHOICE = {"kept by hand": "train.count_pass=false", "counted by hand": "train.count_pass=true", "one micro-batch": "train.micro_batch=16",
+NO_CHOICE = {"kept by hand": "train.count_pass=false", "counted by hand": "train.count_pass=true",
+             "one micro-batch": "train.micro_batch=16",
              "another mode": "balance.mode=buffer", "the counts of a micro-batch": "balance=micro"}
 
 
@@ -141,7 +154,8 @@ def group(path: Path, limit: str, usage: int, cached: int, second: bool) -> None
 def test_a_limit_of_any_level_of_the_job_counts(tmp_path, version):
     root, membership = tmp_path / "cgroup", tmp_path / "membership"
     memory_of = root if version == 2 else root / "memory"
-    membership.write_text("0::/slurm/job_7/step_0\n" if version == 2 else "3:cpuset:/else\n4:memory:/slurm/job_7/step_0\n0::/\n")
+    membership.write_text("0::/slurm/job_7/step_0\n" if version == 2
+                          else "3:cpuset:/else\n4:memory:/slurm/job_7/step_0\n0::/\n")
     unlimited = "max" if version == 2 else str(2**63 - 4096)
     group(memory_of / "slurm/job_7/step_0", unlimited, 300, 0, version == 2)
     group(memory_of / "slurm/job_7", "1000", 700, 100, version == 2)

@@ -1,4 +1,4 @@
-"""Muon: every matrix by itself as torch's own would step it, in whatever way the layer stores it, on every mesh."""
+"""Muon updates every matrix as torch's own does, however layers store it, and on every mesh."""
 
 from functools import cache
 from pathlib import Path
@@ -15,12 +15,12 @@ from moetrain.train.step import train_step
 from tests.support.training import Trained, alone, difference, make_run, train_steps, union
 
 MUON = ["optim=muon", "optim.muon_lr=0.02", "optim.lr=0.01", "optim.warmup=2"]
-ALL_LAYERS = [*MUON, "model.num_layers=3", "model.first_dense_layers=1", "model.num_shared_experts=1", "model.expert_dim=12",
-              "model.qk_norm=true"]
+ALL_LAYERS = [*MUON, "model.num_layers=3", "model.first_dense_layers=1", "model.num_shared_experts=1",
+              "model.expert_dim=12", "model.qk_norm=true"]
 
 
 def hidden_parts(run: Run) -> dict[str, Tensor]:
-    """Every matrix of the hidden layers, cut out by hand: 4 query heads, 2 key and 2 value heads of width 4."""
+    """Cut out every matrix of the hidden layers: 4 query heads, 2 key and 2 value heads of width 4."""
     parts = {}
     for name, parameter in run.state.model.named_parameters():
         kind = name.rpartition(".")[2]
@@ -64,10 +64,12 @@ def test_every_parameter_is_stepped_once_hidden_matrices_by_muon_and_the_rest_by
 
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 def test_three_steps_are_those_of_torchs_muon_on_matrices_that_stand_alone(adjust):
-    run = make_run([*ALL_LAYERS, f"optim.muon_adjust={adjust}", "optim.expert_lr_scale=0.5", "optim.weight_decay=0.3",
+    run = make_run(
+        [*ALL_LAYERS, f"optim.muon_adjust={adjust}", "optim.expert_lr_scale=0.5", "optim.weight_decay=0.3",
                     "optim.muon_momentum=0.9", "optim.muon_ns_steps=4", "optim.muon_precision=bfloat16"])
     copies = {name: torch.nn.Parameter(part.detach().clone()) for name, part in hidden_parts(run).items()}
-    truth = torch.optim.Muon([{"params": [copy], "expert": ".bank." in name} for name, copy in copies.items()],
+    truth = torch.optim.Muon(
+        [{"params": [copy], "expert": ".bank." in name} for name, copy in copies.items()],
                              momentum=0.9, weight_decay=0.3, adjust_lr_fn=adjust, ns_steps=4)
     for step in (1, 2, 3):
         rate = train_step(run, step).metrics["lr"]
@@ -99,8 +101,8 @@ def test_rows_follow_the_layers_sizes():
     assert rows["layers.1.moe.experts.bank.gate_up"] == [12, 12] and len(rows) == 3 + 1 + 2 * 2
 
 
-# Sequences of one token: attention gives back the value, so the gradients of query and key rows are zero but for rounding,
-# as experts have it whose tokens cancel. Ten iterations would make 2e5 times as much of it.
+# Sequences of one token: attention gives back the value, so the gradients of query and key rows are zero but
+# for rounding, as experts have it whose tokens cancel. Ten iterations would make 2e5 times as much of it.
 ONE_TOKEN = [*MUON, "train.seq_len=1", "optim.muon_ns_steps=10", "optim.weight_decay=0"]
 
 
@@ -111,8 +113,9 @@ def test_gradients_that_are_rounding_alone_move_nothing(dtype):
     noise = 0.0
     for step in (1, 2, 3):
         train_step(run, step)
-        noise = max(noise, *(part.abs().max().item() for name, part in gradients(run).items() if name[-2:] in ("/q", "/k")))
-    # Not exact zeros: the test would show nothing. Some CPUs have instructions for bfloat16 that leave nothing.
+        noise = max(noise, *(part.abs().max().item() for name, part in gradients(run).items()
+                             if name[-2:] in ("/q", "/k")))
+    # The test would show nothing with exact zeros, which some CPUs' instructions for bfloat16 give.
     assert noise < 1e-7 and (noise > 0 or dtype == "bfloat16")
     still = {name for name, part in hidden_parts(run).items() if torch.equal(part, before[name])}
     assert still == {f"layers.{layer}.attention.qkv/{rows}" for layer in (0, 1) for rows in "qk"}
@@ -121,7 +124,8 @@ def test_gradients_that_are_rounding_alone_move_nothing(dtype):
 def test_rounding_is_measured_by_all_gradients_and_small_matrices_beside_large_ones_are_moved():
     x_MAB = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_MAB *= torch.tensor([1.0, 1e-12, 1e-17]).view(3, 1, 1)
-    whole_MAB = orthogonalize(x_MAB * 1e7, 5)                        # 1e7: above the smallest length that is divided by
+    # 1e7 lifts the norms above 1e-7, below which they are clamped before the division.
+    whole_MAB = orthogonalize(x_MAB * 1e7, 5)
     floored_MAB = orthogonalize(x_MAB * 1e7, 5, floor=2e-16 * 1e7)
     assert torch.equal(floored_MAB[:2], whole_MAB[:2]) and whole_MAB[2].any() and not floored_MAB[2].any()
     assert orthogonalize(torch.full((1, 2, 2), float("nan")), 5, floor=1.0).isnan().all()
@@ -156,7 +160,8 @@ def on_two_ranks(ranks, mode: str, dtype: str, forced: bool) -> Trained:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mode, forced", [("ddp", False), ("ep", False), ("ep", True), ("fsdp", False), ("ep_fsdp", True)])
+@pytest.mark.parametrize("mode, forced",
+                         [("ddp", False), ("ep", False), ("ep", True), ("fsdp", False), ("ep_fsdp", True)])
 def test_two_ranks_give_what_one_process_gives(ranks, mode, forced):
     ours, truth = on_two_ranks(ranks, mode, "float64", forced), in_one_process("float64", forced)
     error, name = difference(ours.parameters, truth.parameters)
@@ -179,7 +184,8 @@ def test_gradients_that_are_rounding_alone_are_the_same_on_two_ranks(ranks, mode
 def test_matrices_that_are_cut_between_their_rows_are_gathered(ranks):
     """6 experts over 4 ranks are cut by rows, and so is the dense part."""
     overrides = [*MUON, "run.dtype=float64", "model.num_experts=6"]
-    ours = union(ranks(4).run(train_steps, [*overrides, "parallel=fsdp", "run.nproc=4", "train.micro_batch=4"], 4))
+    ours = union(
+        ranks(4).run(train_steps, [*overrides, "parallel=fsdp", "run.nproc=4", "train.micro_batch=4"], 4))
     error, name = difference(ours.parameters, alone(overrides, 4).parameters)
     assert error <= 1e-10, (name, error)
 
@@ -187,7 +193,8 @@ def test_matrices_that_are_cut_between_their_rows_are_gathered(ranks):
 @pytest.mark.ranks
 def test_two_ranks_follow_one_process_in_float32(ranks):
     """As closely as under AdamW. Iterations in bfloat16 are 1e-4 and more apart by then."""
-    for mine, theirs in zip(on_two_ranks(ranks, "ep", "float32", False).metrics, in_one_process("float32", False).metrics):
+    for mine, theirs in zip(on_two_ranks(ranks, "ep", "float32", False).metrics,
+                            in_one_process("float32", False).metrics):
         assert mine["loss/ce"] == pytest.approx(theirs["loss/ce"], abs=1e-5)
 
 
@@ -204,6 +211,8 @@ def test_a_restored_run_goes_on_to_the_bit_and_would_not_without_its_momentum(tm
     for state in other.state.optimizer.state.values():
         if forgotten in state:
             state[forgotten].zero_()
-    unbroken, resumed = ([train_step(each, step).metrics["loss/ce"] for step in (3, 4)] for each in (run, other))
-    same = all(torch.equal(*pair) for pair in zip(other.state.model.parameters(), run.state.model.parameters()))
+    unbroken, resumed = ([train_step(each, step).metrics["loss/ce"] for step in (3, 4)]
+                         for each in (run, other))
+    same = all(torch.equal(*pair)
+               for pair in zip(other.state.model.parameters(), run.state.model.parameters()))
     assert same == (resumed == unbroken) == (forgotten is None)

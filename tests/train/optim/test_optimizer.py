@@ -95,7 +95,8 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
         "dense": 1.0, "expert": 2.0, "undecayed": 1.0, "router": 0.5}
     assert members["undecayed"] == {"embed", "head", *(name for name in names.values() if "norm" in name)}
     assert members["router"] == {f"layers.{layer}.moe.router.weight" for layer in (0, 1)}
-    assert members["expert"] == {f"layers.{layer}.moe.experts.bank.{matrix}" for layer in (0, 1) for matrix in ("gate_up", "down")}
+    assert members["expert"] == {f"layers.{layer}.moe.experts.bank.{matrix}" for layer in (0, 1)
+                                 for matrix in ("gate_up", "down")}
     assert members["dense"] == {f"layers.{layer}.{name}" for layer in (0, 1) for name in
                                 ("attention.qkv", "attention.out", "moe.shared.gate_up", "moe.shared.down")}
 
