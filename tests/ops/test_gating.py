@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
 
 from moetrain.ops.gating import decide, gather_weights, scatter_weights, top_k
 
@@ -10,14 +12,23 @@ def sorted_by_hand(row: list[float], k: int) -> list[int]:
     return sorted(range(len(row)), key=lambda expert: (-row[expert], expert))[:k]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 7])
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_takes_the_largest_and_of_equals_the_lower_id(tokens, k):
-    scores_TE = torch.randint(0, 3, (tokens, 5), generator=torch.Generator().manual_seed(tokens)).float()
+@st.composite
+def scores_and_k(draw) -> tuple[Tensor, int]:
+    """Few different scores, so that many are equal."""
+    experts, tokens = draw(st.integers(1, 9)), draw(st.integers(0, 4))
+    score = st.sampled_from([-1.5, -0.0, 0.0, 0.25, 1.0, float("inf")])
+    scores = draw(st.lists(score, min_size=tokens * experts, max_size=tokens * experts))
+    return torch.tensor(scores, dtype=torch.float32).view(tokens, experts), draw(st.integers(1, experts))
+
+
+@given(scores_and_k())
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_takes_the_largest_and_of_equals_the_lower_id(drawn):
+    scores_TE, k = drawn
     values_TK, ids_TK = top_k(scores_TE, k)
     assert ids_TK.tolist() == [sorted_by_hand(row, k) for row in scores_TE.tolist()]
     assert torch.equal(values_TK, scores_TE.gather(1, ids_TK))
-    assert ids_TK.shape == (tokens, k) and ids_TK.is_contiguous()
+    assert ids_TK.shape == (len(scores_TE), k) and ids_TK.is_contiguous()
 
 
 def test_equal_scores_give_the_first_ids_at_any_width():

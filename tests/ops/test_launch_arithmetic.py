@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings, strategies as st
 
 from tests.ops.kernels_on_host import arithmetic
 
 SHARED = 48 * 1024
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 8191, 8192, 8193, 2**20 + 3])
+@given(st.one_of(st.integers(0, 40), st.integers(8000, 8400), st.integers(0, 2**40)))
+@example(2**20 + 3)
+@PROPERTY
 def test_blocks_of_the_router_share_the_tokens_out(tokens):
     blocks = arithmetic("router_blocks", tokens)
     ranges = [arithmetic("router_tokens", block, tokens, answers=2) for block in range(blocks)]
@@ -25,8 +29,11 @@ def test_every_number_of_experts_up_to_1024_finds_room_in_registers_and_shared_m
     assert arithmetic("experts_per_lane", 1025) == 0
 
 
-@pytest.mark.parametrize("slots", [0, 1, 1023, 1024, 1025, 262144])
-@pytest.mark.parametrize("physical", [1, 8, 256, 1536, 1537, 12288])
+@given(st.one_of(st.integers(0, 3000), st.integers(0, 2**31)), st.integers(1, 12288))
+@example(1024, 12288)
+@example(1025, 1536)
+@example(262144, 1537)
+@PROPERTY
 def test_units_of_the_route_plan_cover_the_slots_and_fit_in_shared_memory(slots, physical):
     units, warps, blocks, shared = arithmetic("plan", slots, physical, answers=4)
     assert units == -(-slots // 1024) and 1 <= warps <= 8
@@ -39,8 +46,10 @@ def test_more_physical_ids_than_counters_find_room_for_have_no_plan():
     assert arithmetic("plan", 10, 12289, answers=4)[1] == 0
 
 
-@pytest.mark.parametrize("experts, rows, columns",
-                         [(1, 1, 1), (3, 64, 64), (2, 65, 130), (5, 8, 200), (1, 1000, 72)])
+@given(st.integers(0, 5), st.integers(1, 200), st.integers(1, 200))
+@example(3, 64, 64)
+@example(1, 1000, 72)
+@PROPERTY
 def test_tiles_of_a_weight_gradient_cover_every_element_once(experts, rows, columns):
     covered = torch.zeros(experts, rows, columns, dtype=torch.int32)
     for block in range(arithmetic("grad_tiles", experts, rows, columns)):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from moetrain.ops.permute import (
@@ -22,9 +23,20 @@ CASES = {
 IDS = 5
 
 
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def physical_TK(request) -> Tensor:
     return torch.tensor(request.param)
+
+
+@st.composite
+def physical_ids(draw) -> Tensor:
+    """Physical ids [T, K] of any tokens, unused slots among them."""
+    tokens, slots = draw(st.integers(0, 6)), draw(st.integers(1, 3))
+    ids = draw(st.lists(st.integers(-1, IDS - 1), min_size=tokens * slots, max_size=tokens * slots))
+    return torch.tensor(ids, dtype=torch.int64).view(tokens, slots)
 
 
 def dense(permutation: Permutation) -> Tensor:
@@ -36,6 +48,8 @@ def dense(permutation: Permutation) -> Tensor:
     return matrix
 
 
+@given(physical_ids())
+@PROPERTY
 def test_without_gaps_it_is_the_exact_plan_and_padding_behind_it(physical_TK):
     exact, used = plan_permutation(physical_TK, IDS), int((physical_TK >= 0).sum())
     plan = route_plan(physical_TK, IDS, used + 4)
@@ -44,9 +58,10 @@ def test_without_gaps_it_is_the_exact_plan_and_padding_behind_it(physical_TK):
     assert plan.ends_P.tolist() == exact.counts_P.cumsum(0).tolist() and plan.ends_P.dtype == torch.int32
 
 
-@pytest.mark.parametrize("alignment", [16, 128])
+@given(physical_ids(), st.sampled_from([1, 3, 16, 128]))
+@PROPERTY
 def test_every_id_begins_at_a_multiple_of_the_alignment(physical_TK, alignment):
-    plan = route_plan(physical_TK, IDS, 9 * alignment, alignment)
+    plan = route_plan(physical_TK, IDS, physical_TK.numel() + IDS * (alignment - 1), alignment)
     begins = [0, *plan.ends_P.tolist()][:-1]
     assert all(begin % alignment == 0 for begin in begins) and plan.ends_P[-1] % alignment == 0
     for id, (begin, count) in enumerate(zip(begins, plan.permutation.counts_P.tolist())):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 
 from moetrain.ops.router_sums import router_sums
@@ -38,12 +39,15 @@ def test_sums_and_gradients_are_those_of_a_loop_over_tokens(tokens):
     torch.testing.assert_close(got[1], 4 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1))
 
 
-def test_shards_add_up_to_the_whole():
+@given(st.lists(st.booleans(), min_size=9, max_size=9), st.lists(st.integers(0, 9), max_size=4).map(sorted))
+@example([True, True, False, True, True, True, False, False, True], [2, 2, 3])   # one empty, one of padding
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+def test_shards_add_up_to_the_whole(valid, ends):
     probs_TE, logits_TE, ids_TK = routed(9)
-    valid_T = torch.tensor([True, True, False, True, True, True, False, False, True])
+    valid_T = torch.tensor(valid)
     ids_TK = ids_TK.where(valid_T[:, None], -1)
     whole = router_sums(probs_TE, logits_TE, ids_TK, valid_T)
-    cuts = [slice(0, 2), slice(2, 2), slice(2, 3), slice(3, 9)]      # one is empty, one is padding alone
+    cuts = [slice(begin, end) for begin, end in zip([0, *ends], [*ends, 9])]
     parts = [router_sums(probs_TE[cut], logits_TE[cut], ids_TK[cut], valid_T[cut]) for cut in cuts]
     for name, value in whole._asdict().items():
         if value is None:                                # of each sequence: tests/losses/test_load_balance.py

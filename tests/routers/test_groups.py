@@ -1,7 +1,10 @@
 """A token stays inside its best groups of experts, with any router and however negative the scores are."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 
 from moetrain.config.compose import compose
@@ -23,13 +26,34 @@ def chosen_by_hand(row: list[float], k: int, num_groups: int, topk_groups: int, 
     return sorted((e for e in range(len(row)) if e // size in kept), key=lambda e: (-row[e], e))[:k]
 
 
+class Limits(NamedTuple):
+    """Sizes of a router, and a seed for its scores."""
+
+    experts: int
+    k: int
+    num_groups: int
+    topk_groups: int
+    seed: int = 0
+
+
+@st.composite
+def limits(draw) -> Limits:
+    num_groups, size = draw(st.integers(1, 8)), draw(st.integers(1, 6))
+    topk_groups = draw(st.integers(1, num_groups))
+    k = draw(st.integers(1, topk_groups * size))
+    return Limits(num_groups * size, k, num_groups, topk_groups, draw(st.integers(0, 2**31)))
+
+
 @pytest.mark.parametrize("score, summed", [("top2", 2), ("max", 1)])
-@pytest.mark.parametrize("experts, k, num_groups, topk_groups", [
-    (16, 4, 4, 2), (16, 2, 8, 1), (12, 3, 3, 3), (8, 3, 8, 3), (6, 2, 1, 1), (16, 8, 4, 2)])
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_choice_is_that_of_a_loop(experts, k, num_groups, topk_groups, score, summed, ties):
-    generator = torch.Generator().manual_seed(experts)
-    scores_TE = torch.randn(50, experts, dtype=torch.float64, generator=generator)
+@given(limits())
+@example(Limits(16, 8, 4, 2))                            # all experts of the kept groups
+@example(Limits(8, 3, 8, 3))                             # groups of one
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+def test_the_choice_is_that_of_a_loop(score, summed, ties, sizes):
+    experts, k, num_groups, topk_groups, seed = sizes
+    generator = torch.Generator().manual_seed(seed)
+    scores_TE = torch.randn(20, experts, dtype=torch.float64, generator=generator)
     scores_TE = (scores_TE * 2).round() if ties else scores_TE
     router = GroupLimitedRouter(dim=1, num_experts=experts, top_k=k, num_groups=num_groups,
                                 topk_groups=topk_groups, group_score=score)
