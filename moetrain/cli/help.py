@@ -15,6 +15,7 @@ from typing import Literal, get_args, get_origin
 from moetrain.config import readers
 from moetrain.config.build import SIZES, NoSuchPart, arguments
 from moetrain.config.groups import broken_files, config_dir, group_of, group_options, section_of
+from moetrain.config.renamed import new_path
 from moetrain.config.rules.ranges import RANGES
 from moetrain.config.suggest import nearest
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
@@ -78,7 +79,8 @@ def section_page(name: str) -> str:
         if key.path == name:
             return "\n".join(described(key))
     if name not in {*pages(), *group_options()}:
-        near = nearest(name, [*pages(), *group_options(), *schema_keys()])
+        old = [new_path(name)] if new_path(name) != name else []
+        near = old or nearest(name, [*pages(), *group_options(), *schema_keys()])
         raise ConfigError(
             106, f"there is no page {name}", where="the command line",
             why=f"the pages are {', '.join(pages())}",

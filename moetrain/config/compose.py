@@ -30,6 +30,7 @@ from moetrain.config import tree
 from moetrain.config.groups import broken_files, config_dir, group_of, section_of, wrong_in
 from moetrain.config.overrides import Command, Problems, read
 from moetrain.config.recorded_paths import with_absolute_paths
+from moetrain.config.renamed import translate
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
 from moetrain.config.schema import Config, ParallelConfig
 from moetrain.config.values import flatten, show
@@ -42,8 +43,8 @@ _FREE_ON_RESUME = (
     "run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name",
     "run.dir", "run.device", "run.share_gpu", "log.", "checkpoint.", "eval.", "generate.", "parallel.",
     "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch", "train.count_pass",
-    "train.activation_checkpointing", "train.loss_carrier", "train.head_chunk", "data.cache", "data.overlap",
-    "router.centre")
+    "train.activation_checkpointing", "train.aux_loss", "train.head_chunk", "data.cache", "data.overlap",
+    "router.center")
 _PATHS = ("data.path", "data.held_out", "data.tokenizer")
 # Errors shown of a recorded config: one of another release may differ in every key.
 _MOST_ERRORS = 20
@@ -178,13 +179,15 @@ def from_yaml(path: Path | str) -> Config:
 def recorded(values: dict[str, Any], where: Path, wrote: object) -> Config:
     """Check the values of a recorded config, like `from_yaml`, and make a Config of them.
 
+    Old names of keys are read as the new ones.
+
     Args:
         values: the recorded tree.
         where: the file or checkpoint that holds it.
         wrote: the release of moetrain that the record names.
     """
     try:
-        return tree.finish(values, Command({}, {}), Problems(), [], recorded=where)
+        return tree.finish(translate(values), Command({}, {}), Problems(), [], recorded=where)
     except ConfigErrors as found:
         errors = [_of_another_release(error, where, wrote) for error in found.errors[:_MOST_ERRORS]]
         raise ConfigErrors(errors) from None

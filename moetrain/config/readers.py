@@ -31,20 +31,20 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "router.topk_groups": ("router.num_groups>1",),
     "router.group_score": ("router.num_groups>1",),
     "router.counts": ("router.update_rate>0",),
-    "router.centre": ("router.update_rate>0",),
+    "router.center": ("router.update_rate>0",),
     "parallel.ep": (_EXPERT_PARALLEL,),
     "parallel.shard": (_SHARDED,),
     "parallel.exchange": (_EXPERT_PARALLEL,),
     "parallel.exact_combine": (_EXPERT_PARALLEL,),
-    "parallel.room": (_FSSDP,),
+    "parallel.max_copies": (_FSSDP,),
     "parallel.rematerialize": (_FSSDP,),
     "parallel.collective": (_FSSDP,),
     "parallel.forecast": (_FSSDP,),
     "parallel.window": (_FSSDP, "parallel.forecast=mean"),
-    "parallel.fallback": (_FSSDP,),
+    "parallel.max_forecast_error": (_FSSDP,),
     "parallel.calibrate": (_FSSDP,),
     "parallel.rehome_interval": (_FSSDP,),
-    "parallel.sliced": (_FSSDP,),
+    "parallel.max_sliced_experts": (_FSSDP,),
     "planner": (_FSSDP,),
     "planner.horizon": (_FSSDP, "parallel.rehome_interval>0"),
     "planner.state_ratio": (_FSSDP, "parallel.rehome_interval>0"),
@@ -103,7 +103,7 @@ ALWAYS = frozenset("""
     model.num_shared_experts model.first_dense_layers model.init_std
     parallel.mode schedule.kind engine.name
     train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing
-    train.count_pass train.head_chunk train.loss_carrier
+    train.count_pass train.head_chunk train.aux_loss
     data.kind data.seed data.mask_documents
     optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.router_lr_scale optim.expert_lr_scale
     optim.schedule optim.warmup optim.min_lr_ratio
@@ -115,7 +115,7 @@ ALWAYS = frozenset("""
 """.split())
 
 # Values that describe an option that does not read the key: no split, no copies, no moves, no weight.
-NEUTRAL = {"parallel.ep": 1, "parallel.shard": 1, "parallel.room": 0, "parallel.rehome_interval": 0,
+NEUTRAL = {"parallel.ep": 1, "parallel.shard": 1, "parallel.max_copies": 0, "parallel.rehome_interval": 0,
            "planner": "ep", "router.topk_groups": 1, "balance.weight": 0}
 
 

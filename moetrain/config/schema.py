@@ -94,7 +94,7 @@ class ParallelConfig:
         False,
         "a row travels for every expert of a token, so that sums do not depend on who holds an expert, "
         "instead of one for every rank with experts of it")
-    room: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")
+    max_copies: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")
     rematerialize: bool = key(
         False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
     collective: Literal["packed", "two_level"] = key(
@@ -106,17 +106,17 @@ class ParallelConfig:
         "fssdp: loads of the next step: the mean of the last ones, or a moving average that follows their "
         "trend")
     window: int = key(5, "fssdp: steps of the mean")
-    fallback: int = key(
-        150,
-        "fssdp: thousandths of a layer's rows; if its forecast misplaced more in the last step, that "
-        "step's loads are expected again (1000: never)")
+    max_forecast_error: float = key(
+        0.15,
+        "fssdp: fraction of a layer's rows, in steps of 0.001; if its forecast misplaced more in the last "
+        "step, that step's loads are expected again (1: never)")
     calibrate: bool = key(
         False,
         "fssdp: once a layer has routed, more copies than were planned, where the model of time says that "
         "it pays")
     rehome_interval: int = key(
         100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
-    sliced: int = key(
+    max_sliced_experts: int = key(
         0,
         "fssdp: at most so many of a layer's experts, the hottest, have their parameters cut up between "
         "the ranks: where that pays by the model of time with planner=balanced, all of them with others; "
@@ -172,8 +172,8 @@ class TrainConfig:
         "graphs of all micro-batches; where these would not fit when null")
     head_chunk: int = key(
         0, "tokens whose logits are in memory at once, made again in backward (0: all of a micro-batch)")
-    loss_carrier: Literal["returned", "attached"] = key(
-        "returned",
+    aux_loss: Literal["added", "injected"] = key(
+        "added",
         "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")
 
     def per_forward(self, ranks: int) -> int:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from moetrain.config import renamed
 from moetrain.config.compose import compose, idle_overrides
 from moetrain.config.overrides import sweep
 from moetrain.config.run_names import refuse_shared_directories
 from moetrain.config.schema import Config
-from moetrain.errors import ConfigErrors
+from moetrain.errors import ConfigError, ConfigErrors
 
 
 class SweptRun(NamedTuple):
@@ -23,7 +24,9 @@ class SweptRun(NamedTuple):
 def sweep_jobs(overrides: Sequence[str],
                composed: Callable[[Sequence[str]], Config] = compose) -> list[SweptRun]:
     """Compose all runs of a sweep, before any starts. Raises ConfigErrors with each mistake once."""
-    found, errors = [], {}
+    overrides, old = renamed.take_out(overrides)
+    found: list[SweptRun] = []
+    errors: dict[str, ConfigError] = {str(error): error for error in old}
     for words in _without_idle(sweep(overrides)):
         try:
             config = composed(words)

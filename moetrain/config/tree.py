@@ -11,7 +11,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import checks, readers
+from moetrain.config import checks, readers, renamed
 from moetrain.config.build import SIZES, NoSuchPart, arguments
 from moetrain.config.field_names import keys_meant, values_meant
 from moetrain.config.groups import advice, config_dir, group_of, group_options
@@ -74,8 +74,8 @@ class _Finisher:
         self.keys = {**schema_keys(), **_part_keys(tree)}
         clean = {section: (self._parts if cls is dict else self._section)(section, tree.get(section))
                  for section, cls in schema_sections().items()}
-        for path, _ in leaves({name: value for name, value in tree.items() if name not in clean}):
-            self._unknown(path)
+        for path, value in leaves({name: value for name, value in tree.items() if name not in clean}):
+            self._unknown(path, value)
         config = to_config(clean)
         self._unread(before, config)
         for error in [] if self.recorded else checks.check(config, checks.world_size(config)):
@@ -197,8 +197,8 @@ class _Finisher:
             if path in self.keys:
                 self._fit(clean, name, path, value)
             else:
-                for leaf, _ in leaves({name: value}, section):
-                    self._unknown(leaf)
+                for leaf, inner in leaves({name: value}, section):
+                    self._unknown(leaf, inner)
         return clean
 
     def _fit(self, clean: dict[str, Any], name: str, path: str, value: Any) -> None:
@@ -224,7 +224,9 @@ class _Finisher:
                 why=f"{path} is {type_name(key.type)}: {key.help}",
                 next=advised or f"{path}=<{type_name(key.type)}>")
 
-    def _unknown(self, path: str) -> None:
+    def _unknown(self, path: str, value: Any) -> None:
+        if self._renamed(path, value):
+            return
         # A run does not mistype, and the search for a near key takes milliseconds for each of thousands of
         # keys.
         meant = [] if self.recorded else [name for name in keys_meant(path) if name != path]
@@ -240,6 +242,17 @@ class _Finisher:
             where=self.origins.of(path),
             why=f"the section {section} has no such key" if known else "there is no such section or key",
             next=_lines(advised) or "moetrain train --help")
+
+    def _renamed(self, path: str, value: Any) -> bool:
+        """Add an error for an old name of a key, with the new one; False where it is none."""
+        if self.recorded or not renamed.renaming(path):
+            return False
+        given, new = self.command.values.get(path), renamed.new_path(path)
+        section, _, name = new.rpartition(".")
+        options = [] if new in self.keys else options_with(section, name)
+        value = given.value if given else value
+        self.problems.add(renamed.error(path, value, self.origins.of(path), options), new)
+        return True
 
     # --- parts chosen by class
 
@@ -294,7 +307,7 @@ class _Finisher:
                 next=f"model.{name}={show(value)}")
         elif name in accepted:
             self._fit(clean, name, key, value)
-        else:
+        elif not self._renamed(key, value):
             siblings = {known: record for known, record in self.keys.items() if known.startswith(f"{path}.")}
             others = [] if self.recorded else options_with(path.partition(".")[0], name)
             near = []

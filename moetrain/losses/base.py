@@ -6,8 +6,8 @@ denominators, so their sum over micro-batches and ranks is the loss, however the
 counts are an argument: a loss says over what they are pooled, and never communicates (comm/reduce.py does;
 train/count_pool.py decides when).
 
-The same definition reaches backward in one of two ways (`train.loss_carrier`): the value is added to the loss
-(`returned`), or the slopes are injected in backward by an identity node (`attached`, losses/attached.py).
+The same definition reaches backward in one of two ways (`train.aux_loss`): the value is added to the loss
+(`added`), or the slopes are injected in backward by an identity node (`injected`, losses/attached.py).
 
 Shapes: E experts, R routers of a stack.
 """

@@ -43,7 +43,7 @@ class LoadBalanceLoss(AuxLoss):
             sequence.
         drift: with mode warm, how far shares may move from one step to the next (total variation) before the
             previous step's are not used.
-        normalisation: whose convention `weight` follows: one and megatron (perfect balance is 1), huggingface
+        normalization: whose convention `weight` follows: one and megatron (perfect balance is 1), huggingface
             (k).
         reduction: mean or sum over routers.
     """
@@ -53,11 +53,11 @@ class LoadBalanceLoss(AuxLoss):
     def __init__(self, *, weight: float = 0.01,
                  scope: Literal["global", "node", "micro", "sequence", "none"] = "global",
                  mode: Literal["exact", "sync", "buffer", "warm"] = "exact", drift: float = 0.3,
-                 normalisation: Literal["one", "megatron", "huggingface"] = "one",
+                 normalization: Literal["one", "megatron", "huggingface"] = "one",
                  reduction: Literal["mean", "sum"] = "mean") -> None:
         self.weight = 0.0 if scope == "none" else weight
         self.drift = drift
-        self.scope, self.mode, self.normalisation, self.reduction = scope, mode, normalisation, reduction
+        self.scope, self.mode, self.normalization, self.reduction = scope, mode, normalization, reduction
 
     @property
     def pool(self) -> PoolRule | None:
@@ -87,7 +87,7 @@ class LoadBalanceLoss(AuxLoss):
 
     def _factor(self, stats: RoutingStats, trailing: int) -> Tensor | float:
         """Factor of this normalization over ours, with as many trailing dims as the sums have behind R."""
-        if self.normalisation != "huggingface":
+        if self.normalization != "huggingface":
             return 1.0
         return (stats.active_sum / stats.tokens.clamp(min=1))[(..., *(None,) * trailing)]
 

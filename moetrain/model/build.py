@@ -71,7 +71,7 @@ def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
 
 def sliced_experts(parallel: ParallelConfig, mesh: Mesh) -> int:
     """How many experts of a layer are to lie in pieces: none where there is nobody to share them with."""
-    return parallel.sliced if parallel.mode == "fssdp" and mesh["ep"].size > 1 else 0
+    return parallel.max_sliced_experts if parallel.mode == "fssdp" and mesh["ep"].size > 1 else 0
 
 
 def router_name(layer: int) -> str:

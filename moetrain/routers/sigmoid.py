@@ -19,7 +19,7 @@ probabilities.
 In exact arithmetic, a constant added to all biases changes no choice, inside groups or without them. Where
 few experts are overloaded, most biases rise together, by up to u in a step, and float32 rounds s + b to 2^-24
 of its size. At a mean of 150, scores that differ by less than 8e-6 become equal, and with 256 experts 0.05 to
-0.08 % of the tokens choose other experts. So the mean is subtracted after every update (`centre`), and b
+0.08 % of the tokens choose other experts. So the mean is subtracted after every update (`center`), and b
 stays as small as its differences.
 
 Padding chooses nothing and counts nowhere. The choice may be limited to a few groups of experts
@@ -52,7 +52,7 @@ class SigmoidRouter(GroupLimitedRouter):
         update_rate: u, step of a bias in an update; with 0 the biases stay as they are.
         counts: counts whose sign moves the biases: those of the whole step (global) or of each micro-batch
             (micro).
-        centre: subtract the mean of the biases after each update; without it, the biases are those of
+        center: subtract the mean of the biases after each update; without it, the biases are those of
             DeepSeek-V3's report to the bit.
         num_groups: number of groups of experts; 1 is no limit.
         topk_groups: number of groups that a token may use.
@@ -64,13 +64,13 @@ class SigmoidRouter(GroupLimitedRouter):
     def __init__(self, *, dim: int, num_experts: int, top_k: int,
                  weights: Literal["renorm", "raw"] = "renorm", scale: float = 1.0,
                  update_rate: float = 1e-3, counts: Literal["global", "micro"] = "global",
-                 centre: bool = True, num_groups: int = 1, topk_groups: int = 1,
+                 center: bool = True, num_groups: int = 1, topk_groups: int = 1,
                  group_score: Literal["top2", "max"] = "top2") -> None:
         super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups,
                          topk_groups=topk_groups, group_score=group_score)
         assert weights in ("renorm", "raw") and counts in ("global", "micro"), (weights, counts)
         self.weights, self.scale = weights, scale
-        self.update_rate, self.counts, self.centre = update_rate, counts, centre
+        self.update_rate, self.counts, self.center = update_rate, counts, center
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
@@ -98,5 +98,5 @@ class SigmoidRouter(GroupLimitedRouter):
         if self.update_rate == 0:
             return
         self.bias += self.update_rate * (leans_E if self.wants_leans else lean(counts_E)).to(self.bias.dtype)
-        if self.centre:
+        if self.center:
             self.bias -= self.bias.mean()

@@ -31,7 +31,8 @@ def look_ahead(config: Config, model: Transformer) -> LoadForecaster:
     """How the loads of the next step are forecast."""
     parallel = config.parallel
     forecast = forecast_of(parallel.forecast, sum(model.routers.values()), parallel.window)
-    return LoadForecaster(forecast, model.routers, parallel.fallback)
+    # Thousandths: ranks compare integers, so that all of them decide alike.
+    return LoadForecaster(forecast, model.routers, round(1000 * parallel.max_forecast_error))
 
 
 def survey(config: Config, model: Transformer, mesh: Mesh) -> PlanningInputs:
@@ -44,4 +45,4 @@ def survey(config: Config, model: Transformer, mesh: Mesh) -> PlanningInputs:
     costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element, expert_bytes=numbers * element,
                   inside=hardware.inside, between=hardware.between, latency_s=hardware.latency_s,
                   hidden_s=attention / hardware.flops, collective=config.parallel.collective)
-    return PlanningInputs(topology, costs, config.parallel.room)
+    return PlanningInputs(topology, costs, config.parallel.max_copies)

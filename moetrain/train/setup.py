@@ -95,7 +95,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
                     rank=batch.position, ranks=batch.size)
     copies, planning = build_fssdp(config, model, optimizer, mesh) if config.parallel.mode == "fssdp" else (None, None)
     losses = {"balance": build(config.balance, "balance"), **{name: build(node, "loss") for name, node in config.loss.items()}}
-    objective = Objective(losses, len(model.routers), attached=config.train.loss_carrier == "attached")
+    objective = Objective(losses, len(model.routers), attached=config.train.aux_loss == "injected")
     prior = None
     if objective.pool is not None and objective.pool.mode == "warm":
         prior = PreviousStepCounts(model.routers, losses["balance"].drift, mesh.device)

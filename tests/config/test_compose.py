@@ -243,10 +243,8 @@ def test_resume_may_change_how_but_not_what() -> None:
                     "data.cache=x",
                     "generate.tokens=3", "run.device=cpu", "run.dir=elsewhere"])
     assert resume_conflicts(old, free) == []
-    centred, as_it_was = (compose(["router=sigmoid",
-                                   *more]) for more in ([],
-                                                        ["router.centre=false"]))    # the default has changed
-    assert centred.router["centre"] and resume_conflicts(as_it_was, centred) == []
+    centered, as_it_was = (compose(["router=sigmoid", *more]) for more in ([], ["router.center=false"]))
+    assert centered.router["center"] and resume_conflicts(as_it_was, centered) == []  # the default has changed
     new = compose(["experiment=quickstart", "model.dim=64", "run.seed=1", "run.dtype=float64",
                    "train.global_batch=8",
                    "train.seq_len=64", "optim.lr=1", "data.mixture=proportional", "balance=micro",

@@ -21,15 +21,15 @@ COMPANIONS = {"data=tokens": ["data.path=shards"], "data=megatron": ["data.path=
 OTHERS = {"data.mixture": "proportional"}                  # data=synthetic writes the other one itself
 PART_KEYS = {
     "router.topk_groups": "2", "router.group_score": "top2", "router.counts": "micro",
-    "router.centre": "false",
+    "router.center": "false",
     "planner": "hecate", "planner.horizon": "7", "planner.state_ratio": "6", "planner.tolerance": "0.5",
     "hardware": "h100",
     "balance.weight": "0.5", "balance.mode": "sync", "balance.drift": "0.5", "balance.reduction": "sum",
     "loss.micro_balance.mode": "sync", "loss.micro_balance.drift": "0.5",
 }
 BESIDE_ADVICE = {"parallel.ep": ["run.nproc=2"], "parallel.shard": ["run.nproc=2"],
-                 "parallel.sliced": ["optim=adamw"]}
-BESIDE = {"router.counts": ["router=sigmoid"], "router.centre": ["router=sigmoid"],
+                 "parallel.max_sliced_experts": ["optim=adamw"]}
+BESIDE = {"router.counts": ["router=sigmoid"], "router.center": ["router=sigmoid"],
           "loss.micro_balance.mode": ["loss=[micro_balance]", "balance=none"],
           "loss.micro_balance.drift": ["loss=[micro_balance]", "balance=none"]}
 
@@ -117,10 +117,10 @@ def test_what_nobody_typed_is_not_refused() -> None:
 
 
 @pytest.mark.parametrize("override",
-                         ["parallel.ep=null", "parallel.room=2", "planner=balanced", "balance.scope=none",
+                         ["parallel.ep=null", "parallel.max_copies=2", "planner=balanced", "balance.scope=none",
                           "~optim.muon_lr",
                                       "data.path=null", "hardware=cpu", "data.num_domains=4", "parallel.ep=1",
-                          "parallel.room=0", "planner=ep"])
+                          "parallel.max_copies=0", "planner=ep"])
 def test_what_changes_nothing_may_be_typed(override: str) -> None:
     compose([override])
 
@@ -129,17 +129,17 @@ def test_one_mistake_is_said_once() -> None:
     assert refused("parallel.rematerialize=true", "optim.lrr=1") == [
         'E-CONFIG-003 override "optim.lrr=1" on the command line',
         'E-CONFIG-100 override "parallel.rematerialize=true" on the command line']
-    assert [line[:12] for line in refused("parallel=fsddp", "parallel.room=3")] == ["E-CONFIG-002"]
+    assert [line[:12] for line in refused("parallel=fsddp", "parallel.max_copies=3")] == ["E-CONFIG-002"]
 
 
 def test_a_verb_about_a_run_takes_what_the_run_reads(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.room=3", "optim=muon",
+    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.max_copies=3", "optim=muon",
                        "optim.muon_lr=0.5",
                        "optim.schedule=cosine"])
     run_dir(trained).mkdir(parents=True)
     (run_dir(trained) / "config.yaml").write_text(to_yaml(trained))
-    for_run(["run.name=demo", "parallel.room=3", "planner=hecate", "optim.muon_lr=0.5", "data=synthetic",
+    for_run(["run.name=demo", "parallel.max_copies=3", "planner=hecate", "optim.muon_lr=0.5", "data=synthetic",
              "data.num_domains=2"])
     with pytest.raises(ConfigErrors) as caught:
         for_run(["run.name=demo", "data.num_domains=2", "optim.decay=0.25"])
@@ -147,13 +147,13 @@ def test_a_verb_about_a_run_takes_what_the_run_reads(tmp_path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("typed",
-                         ["parallel.room=4", "parallel.ep=2", "planner=eplb", "optim.lr=5",
+                         ["parallel.max_copies=4", "parallel.ep=2", "planner=eplb", "optim.lr=5",
                           "optim.muon_lr=0.25", "balance.weight=0.5",
                                    "balance=micro", "loss=[z]", "model.dim=32"])
 def test_a_verb_about_a_run_refuses_what_it_reads_only_in_training(typed: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another value than the run's would change nothing, in silence."""
     monkeypatch.chdir(tmp_path)
-    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.room=3", "optim=muon",
+    trained = compose(["run.name=demo", "parallel=fssdp", "planner=hecate", "parallel.max_copies=3", "optim=muon",
                        "optim.muon_lr=0.5"])
     run_dir(trained).mkdir(parents=True)
     (run_dir(trained) / "config.yaml").write_text(to_yaml(trained))

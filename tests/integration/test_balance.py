@@ -60,13 +60,13 @@ CARRIED = {                                              # name: processes, over
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("case", CARRIED)
-def test_both_carriers_give_equal_gradients(ranks, case):
+def test_added_and_injected_losses_give_equal_gradients(ranks, case):
     world, overrides = CARRIED[case]
     overrides = [*BASE, *WORLDS[world], *overrides, f"train.micro_batch={4 // world}"]
-    arguments = [([*overrides, f"train.loss_carrier={carrier}"], world) for carrier in ("returned", "attached")]
-    returned, attached = ([steps(*a)] if world == 1 else ranks(world).run(steps, *a) for a in arguments)
+    arguments = [([*overrides, f"train.aux_loss={way}"], world) for way in ("added", "injected")]
+    added, injected = ([steps(*a)] if world == 1 else ranks(world).run(steps, *a) for a in arguments)
     for step in range(STEPS):
-        ours, theirs = (whole([rank[step][0] for rank in results]) for results in (attached, returned))
+        ours, theirs = (whole([rank[step][0] for rank in results]) for results in (injected, added))
         error, name = difference(ours, theirs)
         assert error <= 1e-12, f"step {step + 1}: {name} differs by {error:.3g} of its largest value"
         assert theirs["layers.0.moe.router.weight"].abs().max() > 1e-3

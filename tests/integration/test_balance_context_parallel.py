@@ -25,7 +25,7 @@ from tests.support.training import TINY, difference, make_run, snapshot, whole
 STEPS, LENGTH = 3, 12
 MESHES = {2: {"cp": 2, "ep": 2}, 4: {"dp_replicate": 2, "cp": 2, "edp_replicate": 2, "ep": 2}}
 MODES = {"exact": [], "exact, recomputed": ["train.activation_checkpointing=full"], "count pass": ["train.count_pass=true"], "count pass, recomputed": ["train.count_pass=true", "train.activation_checkpointing=full"],
-         "buffer": ["balance.mode=buffer"], "warm, attached": ["balance.mode=warm", "balance.drift=1", "train.loss_carrier=attached"]}
+         "buffer": ["balance.mode=buffer"], "warm, attached": ["balance.mode=warm", "balance.drift=1", "train.aux_loss=injected"]}
 
 
 class Gathered(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The balance loss in pipelines: the counts of a stage are pooled over the ranks that hold it, and a micro-batch's f is what has been
 counted by its backward, whatever order the schedule brings.
 
-The trainer has no pipelines; torch's schedules drive layers of our model here, with the package's pools, objective and carrier.
+The trainer has no pipelines; torch's schedules drive layers of our model here, with the package's pools, objective and injected losses.
 float64 to 1e-10 against one process that is told every pool.
 """
 
@@ -39,7 +39,7 @@ from tests.support.training import TINY, difference, make_run, snapshot, whole
 
 STAGES, MICRO_BATCHES, LAYERS = 2, 4, 4
 BASE = ["run.dtype=float64", "balance.weight=0.3", "loss.z.weight=0", "data.min_length=0.2", f"model.num_layers={LAYERS}",
-        "train.loss_carrier=attached", "balance.mode=buffer"]
+        "train.aux_loss=injected", "balance.mode=buffer"]
 MESHES = {2: {"pp": 2}, 4: {"pp": 2, "dp_replicate": 2, "ep": 2}}
 SCHEDULES = {                                            # chunks of layers on every rank
     "GPipe": (ScheduleGPipe, 1), "1F1B": (Schedule1F1B, 1), "interleaved 1F1B": (ScheduleInterleaved1F1B, 2),

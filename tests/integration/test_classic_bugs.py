@@ -66,7 +66,7 @@ def with_bug(bug: str, steps: int) -> Trained:
 
     from moetrain.parallel.data_parallel import GradientReducer as Reducer
     bugs = {
-        "none": contextlib.nullcontext, "none, the other carrier": contextlib.nullcontext,
+        "none": contextlib.nullcontext, "none, injected": contextlib.nullcontext,
         "expert gradients ep times too large": lambda: patch.object(Reducer, "reduce", experts_repeated(Reducer.reduce)),
         "norm omits experts": lambda: patch.object(step_module, "global_norm", norm_without_experts),
         "norm repeats experts": lambda: patch.object(step_module, "global_norm", norm_with_experts_repeated),
@@ -75,11 +75,11 @@ def with_bug(bug: str, steps: int) -> Trained:
         "f from local counts": lambda: patch.object(pool_module, "sum_over_async", lambda group, tensor: lambda: tensor),
         "the micro-batch's tokens as denominator": lambda: patch.object(passes, "pool", pooled_by_micro_batch),
         "padding in the sums": lambda: patch.object(base, "router_sums", with_padding),
-        "the carrier's result lost": lambda: patch.object(passes, "attach", lambda x, stats, slopes: x),
+        "the injecting node's result lost": lambda: patch.object(passes, "attach", lambda x, stats, slopes: x),
         "gradients averaged": lambda: patch.object(Reducer, "reduce", averaged(Reducer.reduce)),
     }
     with bugs[bug]():
-        return train_steps([*EP2, *(["train.loss_carrier=attached"] if "carrier" in bug else [])], steps)
+        return train_steps([*EP2, *(["train.aux_loss=injected"] if "inject" in bug else [])], steps)
 
 
 def error(bug: str, ranks) -> float:
@@ -93,7 +93,7 @@ def error(bug: str, ranks) -> float:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("bug", ["none", "none, the other carrier"])
+@pytest.mark.parametrize("bug", ["none", "none, injected"])
 def test_without_a_bug_two_ranks_equal_one(ranks, bug):
     assert error(bug, ranks) <= 1e-10
 
@@ -102,7 +102,7 @@ def test_without_a_bug_two_ranks_equal_one(ranks, bug):
 @pytest.mark.parametrize("bug", [
     "expert gradients ep times too large", "norm omits experts", "norm repeats experts", "norm of local experts",
     "balance loss scaled by ranks", "f from local counts", "the micro-batch's tokens as denominator", "padding in the sums",
-    "the carrier's result lost", "gradients averaged",
+    "the injecting node's result lost", "gradients averaged",
 ])
 def test_the_comparison_sees(ranks, bug):
     assert error(bug, ranks) > 1e-6

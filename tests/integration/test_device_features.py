@@ -48,7 +48,7 @@ FEATURES: dict[str, list[str]] = {
     "warm": [*ACCUMULATED, "balance.mode=warm"],
     "z": ["loss=[z]", "loss.z.weight=0.01"],
     "z and micro balance": ["loss=[z,micro_balance]"],
-    "attached": ["train.loss_carrier=attached"],
+    "attached": ["train.aux_loss=injected"],
     "selective recomputation": ["train.activation_checkpointing=selective"],
     "full recomputation": ["train.activation_checkpointing=full"],
     "muon": ["optim=muon", "optim.warmup=2"],

@@ -52,14 +52,14 @@ CASES = {
     "homes that move, Muon": (2, ["parallel.rehome_interval=4"], 1, False, ["optim=muon"]),
     "homes that move, replicated": (4, ["parallel.ep=2", "parallel.rehome_interval=5"], 2, True, []),
     "uneven homes": (4, [], 1, False, ["model.num_experts=[7,3]"]),
-    "sliced": (4, ["parallel.sliced=3", "parallel.rehome_interval=4"], 2, False, []),
-    "sliced, gathered again": (4, ["parallel.sliced=2", "parallel.rehome_interval=3", "parallel.rematerialize=true"], 2, True, []),
-    "sliced, replicated": (4, ["parallel.sliced=9", "parallel.ep=2", "parallel.rehome_interval=7"], 1, True, []),
-    "sliced, two levels": (4, ["parallel.sliced=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
+    "sliced": (4, ["parallel.max_sliced_experts=3", "parallel.rehome_interval=4"], 2, False, []),
+    "sliced, gathered again": (4, ["parallel.max_sliced_experts=2", "parallel.rehome_interval=3", "parallel.rematerialize=true"], 2, True, []),
+    "sliced, replicated": (4, ["parallel.max_sliced_experts=9", "parallel.ep=2", "parallel.rehome_interval=7"], 1, True, []),
+    "sliced, two levels": (4, ["parallel.max_sliced_experts=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
                            ["model.num_experts=[7,3]"]),
     "in chunks, gathered again, empty ranks": (2, [*CHUNKS, "schedule.chunks=4", "parallel.rematerialize=true"], 2, True, []),
     "in chunks, exact, recomputed, sliced": (4, [*CHUNKS, "parallel.exact_combine=true", "train.activation_checkpointing=full",
-                                                 "parallel.sliced=3", "parallel.rehome_interval=4"], 1, False, []),
+                                                 "parallel.max_sliced_experts=3", "parallel.rehome_interval=4"], 1, False, []),
     "in chunks, calibrated, selective": (2, [*CHUNKS, CALIBRATE, "train.activation_checkpointing=selective",
                                              "train.count_pass=true", "parallel.rematerialize=true"], 2, False, []),
     "tokens by two levels, in chunks": (4, [*CHUNKS, "parallel.exchange=two_level"], 2, False, []),
@@ -143,7 +143,7 @@ def planned(overrides: list[str], steps: int) -> tuple[Trained, list[int]]:
 @pytest.mark.parametrize("planner", but_full(["ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced"], ["ep", "eplb", "shadow", "laer"]))
 def test_no_planner_changes_anything(ranks, planner, steps):
     overrides = ["parallel=fssdp", f"planner={planner}", *FAST_LINKS, "run.dtype=float64", "run.nproc=4", "train.micro_batch=2",
-                 "parallel.rehome_interval=6", "parallel.sliced=1", *["planner.min_rows=1"] * (planner == "llep")]
+                 "parallel.rehome_interval=6", "parallel.max_sliced_experts=1", *["planner.min_rows=1"] * (planner == "llep")]
     results = ranks(4).run(planned, overrides, steps)
     ours, copies = union([trained for trained, _ in results]), [counts for _, counts in results]
     assert all(mine == copies[0] for mine in copies) and (max(copies[0]) > 0) == (planner != "ep")
@@ -209,7 +209,7 @@ def added_where_it_pays(overrides: list[str], forced, seconds: float) -> list[in
 @pytest.mark.ranks
 def test_what_nobody_expected_is_calibrated_and_what_was_planned_is_not(ranks):
     """All tokens take experts of one rank: unknown before the first step, forecast for the second."""
-    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "eval.windows=2", "parallel.room=2"]
+    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "eval.windows=2", "parallel.max_copies=2"]
     for counts in ranks(2).run(added_where_it_pays, overrides, FORCED, 1.0):
         assert counts[0] > 0 and counts[1] == 0
     assert ranks(2).run(added_where_it_pays, overrides, FORCED, 1e-12) == [[0, 0], [0, 0]]

@@ -94,7 +94,7 @@ def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, i
 
 @pytest.mark.ranks
 def test_a_position_holds_its_part_of_a_sliced_expert_and_no_more(ranks):
-    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.sliced=3", "parallel.rehome_interval=2", "planner=eplb"]
+    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.max_sliced_experts=3", "parallel.rehome_interval=2", "planner=eplb"]
     results = ranks(4).run(bytes_of_pieces, overrides)
     sliced = results[0][0]
     assert all(len(experts) == 3 for experts in sliced) and all(result[0] == sliced for result in results)

@@ -14,7 +14,7 @@ from tests.support.random_copies import CALIBRATE, bits, numbers, run_with_copie
 from tests.support.training import make_run, whole
 from tests.support.unsaved_state import unsaved
 
-SLICED = ["planner=eplb", "parallel.sliced=3", "parallel.collective=two_level"]      # which groups sums otherwise than pieces do
+SLICED = ["planner=eplb", "parallel.max_sliced_experts=3", "parallel.collective=two_level"]      # which groups sums otherwise than pieces do
 
 
 def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
@@ -33,10 +33,10 @@ def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("forget, more", [
-    ("", SLICED), ("", ["parallel.forecast=trend", "parallel.fallback=30", CALIBRATE]), ("plan.homes", []),
+    ("", SLICED), ("", ["parallel.forecast=trend", "parallel.max_forecast_error=0.03", CALIBRATE]), ("plan.homes", []),
     *(pytest.param(*case, marks=pytest.mark.full) for case in (
         ("", []), ("plan.loads", []), ("plan.sliced", SLICED), ("plan.slope", ["parallel.forecast=trend"]),
-        ("plan.errors", ["parallel.fallback=30"])))])
+        ("plan.errors", ["parallel.max_forecast_error=0.03"])))])
 def test_resuming_gives_the_same_bits_and_needs_forecast_and_homes(ranks, tmp_path, forget, more):
     overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=2", "parallel.rehome_interval=3", "run.dtype=float32", *more]
     for unbroken, again in ranks(4).run(resumed_without, overrides, tmp_path, forget):
@@ -73,16 +73,16 @@ def held(run: Run) -> dict:
             if not shard.name.startswith("plan.")}
 
 
-SLICED4 = (4, ["parallel=fssdp", "planner=eplb", "parallel.sliced=3", "parallel.rehome_interval=2"])
+SLICED4 = (4, ["parallel=fssdp", "planner=eplb", "parallel.max_sliced_experts=3", "parallel.rehome_interval=2"])
 ELSEWHERE = {"single": (1, []), "ep2": (2, ["parallel=ep"]), "ep2_fsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
              "fsdp4": (4, ["parallel=fsdp"]), "fssdp4": (4, ["parallel=fssdp"]), "fssdp2": (2, ["parallel=fssdp"]), "sliced4": SLICED4,
-             "sliced2": (2, [*SLICED4[1], "parallel.sliced=1"])}
+             "sliced2": (2, [*SLICED4[1], "parallel.max_sliced_experts=1"])}
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("sliced", [0, 3])
 def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_path, sliced):
-    moved = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.rehome_interval=2", f"parallel.sliced={sliced}",
+    moved = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.rehome_interval=2", f"parallel.max_sliced_experts={sliced}",
              "planner=eplb"]
     held_by = ranks(4).run(save_moved, moved, tmp_path)
     in_pieces = {name for held in held_by for name, (shape, _, rows) in held.items() if "experts" in name and len(rows) < shape[0]}
@@ -126,7 +126,7 @@ def unsaved_with_copies(overrides: list[str]) -> list[str]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("more", [[], ["parallel.sliced=2"], [CALIBRATE, "parallel.forecast=trend"]], ids=["planned", "sliced", "calibrated"])
+@pytest.mark.parametrize("more", [[], ["parallel.max_sliced_experts=2"], [CALIBRATE, "parallel.forecast=trend"]], ids=["planned", "sliced", "calibrated"])
 def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks, more):
     assert ranks(2).run(unsaved_with_copies, ["parallel=fssdp", "parallel.shard=1", "run.nproc=2", "train.micro_batch=4",
                                               "parallel.rehome_interval=2", *more]) == [[], []]

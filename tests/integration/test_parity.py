@@ -188,7 +188,7 @@ def check(ours: Trained, expected: Trained) -> None:
     (["balance=micro", "balance.weight=0.1", "train.micro_batch=4"], {"balance_scope": "micro"}),
     (["balance=none", "~balance.weight"], {"balance_scope": "none"}),
     (["train.head_chunk=50"], {}),
-    (["train.head_chunk=7", "model.tie_embeddings=true", "train.loss_carrier=attached"], {"tie_embeddings": True}),
+    (["train.head_chunk=7", "model.tie_embeddings=true", "train.aux_loss=injected"], {"tie_embeddings": True}),
 ], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none", "head in chunks", "tied head in chunks"])
 def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
     overrides = ["run.dtype=float64", "data.min_length=0.2", "train.clip=0", *overrides]

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.ranks
 
 STEPS = 3                        # copies come with the second or the third
 CHUNKS = ["schedule=fixed", "schedule.chunks=3"]
-SLICED = ["parallel.sliced=1", "parallel.rehome_interval=2"]
+SLICED = ["parallel.max_sliced_experts=1", "parallel.rehome_interval=2"]
 PEER, PUSH, TWO_LEVEL = (f"parallel.exchange={name}" for name in ("peer", "peer_push", "two_level"))
 CALIBRATED = "parallel.calibrate=true"
 COPIES_BY_TWO = "parallel.collective=two_level"
@@ -137,7 +137,7 @@ def test_devices_train_as_one_process_does(case: str, devices) -> None:
     assert_trains_alike(union([result.trained for result in results]), on_the_cpu())
     overrides = EVERY[case].overrides
     assert (results[0].copies > 0) == ("parallel=fssdp" in overrides and "planner=ep" not in overrides)
-    assert (results[0].sliced > 0) == ("parallel.sliced=1" in overrides)
+    assert (results[0].sliced > 0) == ("parallel.max_sliced_experts=1" in overrides)
     assert waits_in(results, "ops/peer_memory.py") <= {"read"}       # of signals
 
 

@@ -13,9 +13,9 @@ TERMS = {"loss/weighted/balance", "loss/weighted/z"}
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("carrier", ["returned", "attached"])
-def test_terms_add_up_to_the_loss_and_do_not_depend_on_the_mesh(ranks, carrier):
-    overrides = [*ACCUMULATED, f"train.loss_carrier={carrier}"]
+@pytest.mark.parametrize("way", ["added", "injected"])
+def test_terms_add_up_to_the_loss_and_do_not_depend_on_the_mesh(ranks, way):
+    overrides = [*ACCUMULATED, f"train.aux_loss={way}"]
     run = make_run(overrides)
     params = {name.removesuffix(".weight"): tensor for name, tensor in whole([snapshot(run, lambda p: p.data)]).items()}
     batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)]
@@ -23,7 +23,7 @@ def test_terms_add_up_to_the_loss_and_do_not_depend_on_the_mesh(ranks, carrier):
                                         num_kv_heads=2, head_dim=4, top_k=2, num_experts=8)
     alone = train_steps(overrides, 2).metrics
     assert alone[0]["loss/z"] == pytest.approx((total - ce - 0.1 * balance).item() / 0.01, abs=1e-8)
-    for parallel in ("ep", "fsdp") if carrier == "returned" else ("ep",):
+    for parallel in ("ep", "fsdp") if way == "added" else ("ep",):
         together = ranks(2).run(train_steps, [*overrides, f"parallel={parallel}", "run.nproc=2"], 2)[1].metrics
         for ours, its in zip(alone, together):
             assert {name for name in ours if name.startswith("loss/weighted/")} == TERMS and "loss/micro_balance" not in ours

@@ -68,7 +68,7 @@ def test_counts_leave_before_the_tokens_of_the_last_layer(ranks, tmp_path, mode)
 @pytest.mark.ranks
 @pytest.mark.parametrize("mode", ["exact", "buffer"])
 def test_where_gradients_are_attached_nobody_waits_before_the_head_has_run_backward(ranks, tmp_path, mode):
-    ranks(2).run(recorded, [*MODES[mode], "train.loss_carrier=attached"], tmp_path, 2)
+    ranks(2).run(recorded, [*MODES[mode], "train.aux_loss=injected"], tmp_path, 2)
     for path in (tmp_path / "log/timeline/step-00000002").iterdir():
         found = pooled(spans(path))
         softmax = [event["ts"] for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "LogSoftmaxBackward0"]

@@ -152,5 +152,5 @@ def test_conventions_of_others_differ_by_their_factor():
     hugging_face = 8 * (chosen_TE.mean(0) * probs_TE.mean(0)).sum()
     for name, truth in (("one", megatron), ("megatron", megatron), ("huggingface", hugging_face)):
         for scope in ("global", "micro"):
-            loss = LoadBalanceLoss(scope=scope, normalisation=name)
+            loss = LoadBalanceLoss(scope=scope, normalization=name)
             torch.testing.assert_close(loss.value(stats, pool(stats)), truth)

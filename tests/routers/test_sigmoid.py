@@ -111,7 +111,7 @@ def test_scores_that_vanish_give_finite_weights_and_gradients():
 
 
 def test_an_update_moves_every_bias_by_the_rate_against_its_load():
-    router = router_of(experts=4, update_rate=0.25, centre=False)
+    router = router_of(experts=4, update_rate=0.25, center=False)
     router.end_of_step(torch.tensor([3, 1, 2, 2]))                   # the mean is 2
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     router.end_of_step(torch.tensor([0, 0, 0, 0]))
@@ -121,7 +121,7 @@ def test_an_update_moves_every_bias_by_the_rate_against_its_load():
 
 
 def test_a_bias_of_micro_batches_moves_by_the_mean_of_their_leans():
-    router = router_of(experts=4, update_rate=0.25, counts="micro", centre=False)
+    router = router_of(experts=4, update_rate=0.25, counts="micro", center=False)
     assert router.wants_leans and not router_of(experts=4).wants_leans
     leans_E = torch.stack([lean(torch.tensor(counts))
                            for counts in ([3, 1, 2, 2], [0, 0, 0, 8])]).double().mean(0)
@@ -131,7 +131,7 @@ def test_a_bias_of_micro_batches_moves_by_the_mean_of_their_leans():
 
 
 def test_a_centred_bias_has_mean_zero_and_makes_the_same_choices():
-    plain = router_of(experts=4, update_rate=0.25, centre=False)
+    plain = router_of(experts=4, update_rate=0.25, center=False)
     centred = router_of(experts=4, update_rate=0.25)
     for counts in ([9, 1, 1, 1], [1, 9, 1, 1], [9, 1, 1, 1]):
         for router in (plain, centred):
@@ -143,9 +143,9 @@ def test_a_centred_bias_has_mean_zero_and_makes_the_same_choices():
 
 def test_biases_that_drift_together_cost_no_choice_in_float32():
     """Each update overloads another expert: all biases move beyond 140, where float32 has steps of 1.5e-5."""
-    exact = router_of(experts=16, update_rate=0.25, centre=False)
+    exact = router_of(experts=16, update_rate=0.25, center=False)
     drifting, ours = (router_of(experts=16, update_rate=0.25, dtype=torch.float32, **given)
-                      for given in ({"centre": False}, {}))
+                      for given in ({"center": False}, {}))
     for update in range(645):
         counts_E = torch.ones(16, dtype=torch.int64)
         counts_E[update % 16] = 100

@@ -99,7 +99,7 @@ MODES = {
     "balance mode sync": Case(("balance.mode=sync",), micro_batches=2),
     "balance mode buffer": Case(("balance.mode=buffer",), micro_batches=2),
     "balance mode warm": Case(("balance.mode=warm",), micro_batches=2),
-    "attached": Case(("train.loss_carrier=attached",)),
+    "attached": Case(("train.aux_loss=injected",)),
     "sigmoid router in groups": Case(("router=sigmoid", "router.num_groups=4", "router.topk_groups=2")),
     "capacity by position": Case(("capacity=position",)),
     "capacity by probability": Case(("capacity=prob",)),
@@ -124,7 +124,7 @@ MODES = {
     "fssdp, gathered again": Case((*FSSDP, *COPIES, "parallel.rematerialize=true"), ranks=2),
     "fssdp, calibrated": Case((*FSSDP, *COPIES, "parallel.calibrate=true"), ranks=2,
                               further={"moe/dispatch.py:_assign": LAYERS}),     # counts to calibrate by
-    "fssdp, sliced": Case((*FSSDP, *COPIES, "parallel.sliced=1", "parallel.rehome_interval=2"), ranks=2),
+    "fssdp, sliced": Case((*FSSDP, *COPIES, "parallel.max_sliced_experts=1", "parallel.rehome_interval=2"), ranks=2),
 }
 BESIDE = "beside steps"
 CASES = {**MESHES, BESIDE: Case(("data.vocab_size=257", "eval.windows=4", "eval.batch=2"), steps=False),

@@ -66,7 +66,7 @@ def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Tr
     planning.copies.set_placement = set_placement
     planning.restored()                                  # copies from the first step on
     trained = train_run(run, steps)
-    if run.config.parallel.sliced and not forced:
+    if run.config.parallel.max_sliced_experts and not forced:
         assert len(sliced) > 2, sliced                   # other experts lie in pieces in mid-run
     return trained
 

@@ -41,7 +41,7 @@ def test_the_reference_is_what_the_overrides_describe_and_not_how(checked):
                for config in trained.values())
     micro_batches = {name: config.train.micro_batch for name, config in trained.items()}
     assert micro_batches == {"given": 8, "reference": 16}
-    overrides = ["experiment=quickstart", "parallel=fssdp", "parallel.room=1", "+planner=laer",
+    overrides = ["experiment=quickstart", "parallel=fssdp", "parallel.max_copies=1", "+planner=laer",
                  "run.dtype=bfloat16", "run.steps=3", "train.global_batch=6"]
     kept = check_parity.reference(overrides).overrides
     assert {"experiment=quickstart", "run.steps=3", "parallel=single", "train.micro_batch=6"} < set(kept)

@@ -24,7 +24,7 @@ MORE_STEPS = {
     "fssdp": ["parallel=fssdp", "balance=sequence"],
     "fssdp, calibrated": ["parallel=fssdp", "parallel.calibrate=true", "train.activation_checkpointing=full"],
     "ep, count pass": ["parallel=ep", "train.micro_batch=2", "train.count_pass=true", "train.activation_checkpointing=selective"],
-    "ep, chunks, attached": ["parallel=ep", "schedule=fixed", "schedule.chunks=2", "train.loss_carrier=attached", "router=sigmoid"],
+    "ep, chunks, attached": ["parallel=ep", "schedule=fixed", "schedule.chunks=2", "train.aux_loss=injected", "router=sigmoid"],
     "ep, warm": ["parallel=ep", "train.micro_batch=4", "balance.mode=warm", "train.head_chunk=16"],
 }
 

@@ -74,10 +74,10 @@ def test_a_loss_of_weight_zero_is_never_asked_and_a_dense_model_has_none():
 
 
 def test_every_router_is_weighed_by_its_own_slots_per_token():
-    """Hugging Face's normalisation, in one stack of routers with other numbers of choices."""
+    """Hugging Face's normalization, in one stack of routers with other numbers of choices."""
     logits_TE = [torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     parts = [router_sums(logits.softmax(-1), logits, top_k(logits, slots)[1], None) for logits, slots in zip(logits_TE, (1, 3))]
-    objective = Objective({"balance": LoadBalanceLoss(weight=1.0, normalisation="huggingface")}, 2)
+    objective = Objective({"balance": LoadBalanceLoss(weight=1.0, normalization="huggingface")}, 2)
     tokens = torch.tensor(6)
     pooled = pool(torch.cat([part.counts_E for part in parts]), {"a": 5, "b": 5}, tokens)
     total = objective.share(torch.tensor(0.0), stacks({"a": parts[0], "b": parts[1]}), pooled, tokens).total

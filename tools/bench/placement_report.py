@@ -201,7 +201,7 @@ A cell such as `1.43x [1.40, 1.46] 87%` gives the time of `ep` over that of the 
 between `ep` and the ceiling (force-balanced routing), if the ceiling is {1 + GAP:.1f}x or more. `rank load` \
 is the largest load of a rank over the mean under `ep`. A planner with `+oracle` knows the loads of the step \
 itself instead of a forecast, one with `+nodes` knows loads by node, and one with `+cut` may slice experts \
-(`parallel.sliced=4`).
+(`parallel.max_sliced_experts=4`).
 
 {left_out}{times(result)}
 

@@ -57,7 +57,7 @@ ALONE = ("run.device=cpu", "run.nproc=1", "parallel=single", "schedule=none", "e
 # Overrides that say how a training is spread and computed: the reference has its own.
 HOW = ("parallel", "planner", "hardware", "schedule", "engine",
        "run.device", "run.nproc", "run.share_gpu", "run.dtype", "run.dir", "run.name",
-       "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.loss_carrier",
+       "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.aux_loss",
        "train.head_chunk")
 NUMBERS = ("loss/ce", "loss/balance", "grad_norm")
 # Largest relative difference: of all numbers of the first steps, and of the loss curve.

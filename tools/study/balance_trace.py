@@ -28,7 +28,7 @@ MODES = {
     "exact, graphs kept": ["balance.mode=exact", "train.count_pass=false"],
     "exact, counted first": ["balance.mode=exact", "train.count_pass=true"],
     "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"], "warm": ["balance.mode=warm"],
-    "buffer, attached": ["balance.mode=buffer", "train.loss_carrier=attached"],
+    "buffer, attached": ["balance.mode=buffer", "train.aux_loss=injected"],
 }
 COLORS = {"forward": "#cfd8e6", "count": "#e6dccf", "head": "#4c78a8", "backward": "#d9d9d9",
           "loss": "#54a24b", "counts: post": "#a84300", "counts: wait": "#e45756",
@@ -175,7 +175,7 @@ def page(recorded: dict[str, dict[str, list]], steps: int, picture: str, words: 
     text += [f"![a micro-batch of mode buffer on both ranks]({picture})", "",
              "The all-reduce is posted when the last router has decided, before the tokens of its layer "
              "travel, and no rank waits for it before the loss. In mode `exact` that is the loss of the "
-             "first micro-batch; with `train.loss_carrier=attached` ranks wait after the head has run "
+             "first micro-batch; with `train.aux_loss=injected` ranks wait after the head has run "
              "backward. The other rank may therefore be late by a whole layer, or after a count pass by a "
              "whole forward pass, before any rank waits for it. `tests/integration/test_timeline.py` asserts "
              "this order, and finds a wait that is put back before the head.", ""]

@@ -78,24 +78,26 @@ def schedule(config: Config, ranks: int) -> Iterator[ConfigError]:
 def sliced(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Refuse sliced experts without rehoming, with Muon, which needs whole matrices, and with calibration."""
     parallel = config.parallel
-    if parallel.mode != "fssdp" or not parallel.sliced:
+    if parallel.mode != "fssdp" or not parallel.max_sliced_experts:
         return
+    written = f"parallel.max_sliced_experts={parallel.max_sliced_experts}"
     if not parallel.rehome_interval:
-        yield ConfigError(80, f"parallel.sliced={parallel.sliced} with parallel.rehome_interval=0",
-                          where="parallel.sliced, parallel.rehome_interval",
-                          why="which experts are sliced is decided when homes are reviewed, which is never",
-                          next="parallel.rehome_interval=100, or parallel.sliced=0")
+        yield ConfigError(
+            80, f"{written} with parallel.rehome_interval=0",
+            where="parallel.max_sliced_experts, parallel.rehome_interval",
+            why="which experts are sliced is decided when homes are reviewed, which is never",
+            next="parallel.rehome_interval=100, or parallel.max_sliced_experts=0")
     if config.optim.name == "muon":
         yield ConfigError(
-            81, f"parallel.sliced={parallel.sliced} with optim=muon", where="parallel.sliced, optim.name",
+            81, f"{written} with optim=muon", where="parallel.max_sliced_experts, optim.name",
             why="Muon iterates whole matrices, and no rank has those of a sliced expert",
-            next="parallel.sliced=0, or optim=adamw")
+            next="parallel.max_sliced_experts=0, or optim=adamw")
     if parallel.calibrate:
         yield ConfigError(
-            82, f"parallel.sliced={parallel.sliced} with parallel.calibrate=true",
-            where="parallel.sliced, parallel.calibrate",
+            82, f"{written} with parallel.calibrate=true",
+            where="parallel.max_sliced_experts, parallel.calibrate",
             why="copies that are added after the gate come from whole homes",
-            next="parallel.sliced=0, or parallel.calibrate=false")
+            next="parallel.max_sliced_experts=0, or parallel.calibrate=false")
 
 
 def copies(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -103,19 +105,19 @@ def copies(config: Config, ranks: int) -> Iterator[ConfigError]:
     parallel, planner = config.parallel, str(config.planner.get("_target_", "")).split(".")[-2:][0]
     if parallel.mode != "fssdp":
         return
-    most = max((num_experts for _, num_experts, _ in moe_layers(config)), default=parallel.room)
-    if parallel.room > most:
+    most = max((num_experts for _, num_experts, _ in moe_layers(config)), default=parallel.max_copies)
+    if parallel.max_copies > most:
         yield ConfigError(
-            70, f"parallel.room={parallel.room} is more than model.num_experts={most}",
-            where="parallel.room, model.num_experts",
+            70, f"parallel.max_copies={parallel.max_copies} is more than model.num_experts={most}",
+            where="parallel.max_copies, model.num_experts",
             why="a rank copies an expert of a layer once at most",
-            next=f"parallel.room={most} or less")
-    if parallel.room == 0 and planner != "ep":
+            next=f"parallel.max_copies={most} or less")
+    if parallel.max_copies == 0 and planner != "ep":
         yield ConfigError(
-            71, f"parallel.room=0 leaves no room for the copies of planner={planner}",
-            where="parallel.room, planner",
-            why="room counts whole experts of a layer on a rank",
-            next="parallel.room=1, or planner=ep to copy none")
+            71, f"parallel.max_copies=0 leaves no place for the copies of planner={planner}",
+            where="parallel.max_copies, planner",
+            why="it counts whole experts of a layer on a rank",
+            next="parallel.max_copies=1, or planner=ep to copy none")
     if parallel.calibrate and planner == "ep":
         yield ConfigError(
             73, "parallel.calibrate=true with planner=ep", where="parallel.calibrate, planner",

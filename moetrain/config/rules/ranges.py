@@ -79,8 +79,9 @@ RANGES: dict[str, list[str]] = {
         "checkpoint.max_failed_saves"],
     "2 or more": ["checkpoint.keep"],
     "0 or more": [
-        "parallel.room", "parallel.rehome_interval", "parallel.sliced", "hardware.latency_s", "run.seed",
-        "data.seed", "run.max_restarts", "run.grace_s", "model.num_experts", "model.top_k",
+        "parallel.max_copies", "parallel.rehome_interval", "parallel.max_sliced_experts",
+        "hardware.latency_s", "run.seed", "data.seed", "run.max_restarts", "run.grace_s",
+        "model.num_experts", "model.top_k",
         "model.num_shared_experts", "model.first_dense_layers", "train.clip", "train.head_chunk",
         "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "checkpoint.every_minutes", "log.heatmap_every",
@@ -88,12 +89,11 @@ RANGES: dict[str, list[str]] = {
     "above 0": [
         "hardware.flops", "hardware.inside", "hardware.between", "optim.lr", "optim.muon_lr", "optim.eps",
         "model.init_std", "model.norm_eps", "model.rope_theta"],
-    "from 0 to 1000": ["parallel.fallback"],
     "from 0.0001 to 0.9": ["data.held_out_share"],
     "from 0 to 100000000": ["data.overlap"],
     "from 1 to 99": ["optim.muon_ns_steps"],
     "in (0, 1]": ["generate.top_p", "data.min_length"],
-    "in [0, 1]": ["optim.min_lr_ratio", "optim.decay", "data.allow_left_out"],
+    "in [0, 1]": ["parallel.max_forecast_error", "optim.min_lr_ratio", "optim.decay", "data.allow_left_out"],
     "in [0, 1)": ["optim.muon_momentum", "optim.betas"],
     "-1 or more": ["eval.ngram"],
 }

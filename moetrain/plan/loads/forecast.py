@@ -118,12 +118,12 @@ class LoadForecaster:
     Args:
         forecast: forecast of the loads of all routers.
         sizes: number of experts by router.
-        fallback: share of a router's rows, in thousandths (`misplaced_permille`), above which its forecast
+        max_error: share of a router's rows, in thousandths (`misplaced_permille`), above which its forecast
             counts as wrong, so that the last step's loads stand for the next. 1000 never falls back.
     """
 
-    def __init__(self, forecast: Forecast, sizes: Mapping[str, int], fallback: int) -> None:
-        self.forecast, self.sizes, self.fallback = forecast, sizes, fallback
+    def __init__(self, forecast: Forecast, sizes: Mapping[str, int], max_error: int) -> None:
+        self.forecast, self.sizes, self.max_error = forecast, sizes, max_error
         # Error of each router's forecast of the last step; 0 before there was a forecast.
         self.errors_r = torch.zeros(len(sizes), dtype=torch.int64)
 
@@ -138,7 +138,7 @@ class LoadForecaster:
     def loads(self) -> dict[str, np.ndarray]:
         """Rows to expect of each expert, int64 [E] by router."""
         expected, last = self._by_router(self.forecast.expected()), self._by_router(self.forecast.last())
-        return {name: last[index] if error > self.fallback else expected[index]
+        return {name: last[index] if error > self.max_error else expected[index]
                 for index, (name, error) in enumerate(zip(self.sizes, self.errors_r.tolist()))}
 
     def tables(self) -> dict[str, Tensor]:

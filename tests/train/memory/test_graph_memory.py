@@ -17,7 +17,7 @@ ACCUMULATED = ["run.dtype=float64", "data.min_length=0.3", "train.micro_batch=4"
 MODELS = {
     "plain": [], "recomputed": ["train.activation_checkpointing=full"],
     "head in chunks": ["train.head_chunk=16"],
-    "attached": ["train.loss_carrier=attached"], "shared expert": ["model.num_shared_experts=1"],
+    "attached": ["train.aux_loss=injected"], "shared expert": ["model.num_shared_experts=1"],
     "bfloat16": ["run.dtype=bfloat16"],
     "dropping": ["capacity=position", "capacity.factor=1"], "sigmoid": ["router=sigmoid"],
 }
@@ -78,7 +78,7 @@ SPREADS = {
     "sharded": (2, ["parallel=fsdp"]), "both": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
     "copies": (2, COPIES), "copies gathered again": (2, [*COPIES, "parallel.rematerialize=true"]),
     "copies after the gate": (2, [*COPIES, "parallel.calibrate=true"]),
-    "copies of pieces": (2, [*COPIES, "parallel.sliced=2", "parallel.rehome_interval=1"]),
+    "copies of pieces": (2, [*COPIES, "parallel.max_sliced_experts=2", "parallel.rehome_interval=1"]),
 }
 
 
