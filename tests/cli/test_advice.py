@@ -1,6 +1,7 @@
 """What the program says to type can be typed: examples of the help pages, and the last line of errors.
 
-The commands of a run's end are in tests/launch/test_scripts.py, those of foreign launchers in test_foreign_ranks.py.
+The commands of a run's end are in tests/launch/test_scripts.py, those of foreign launchers in
+test_foreign_ranks.py.
 """
 
 import re
@@ -20,7 +21,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "mine"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "config.yaml").write_text(to_yaml(compose(["experiment=quickstart", f"run.name={name}"])))
+        config = compose(["experiment=quickstart", f"run.name={name}"])
+        (tmp_path / "runs" / name / "config.yaml").write_text(to_yaml(config))
     return tmp_path
 
 
@@ -31,7 +33,10 @@ def commands(text: str) -> list[list[str]]:
 
 
 def works(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the command does what it says; training, jobs and what needs a checkpoint are composed and checked alone."""
+    """Whether the command does what it says.
+
+    Training, jobs and what needs a checkpoint are composed and checked alone.
+    """
     monkeypatch.setattr(subprocess, "run", lambda *arguments,
                         **how: subprocess.CompletedProcess([], 0, "", ""))  # jobs of a sweep, sinfo
     verb = words[0]

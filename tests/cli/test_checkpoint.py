@@ -50,7 +50,8 @@ def test_verify_names_every_damaged_file_and_leaves_with_13(run_dir, capsys):
     (run_dir / "checkpoints/step-00000003/manifest.json").write_text("rubbish")
     assert main(["checkpoint", "verify", str(run_dir)]) == 13
     out, error = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines() if not line.startswith(" ")] == ["damaged", "good", "damaged"]
+    words = [line.split()[0] for line in out.splitlines() if not line.startswith(" ")]
+    assert words == ["damaged", "good", "damaged"]
     assert "E-CHECKPOINT-005  2 of 3 checkpoints are damaged" in error
     assert "step-00000001/rank-0000.safetensors" in error and "step-00000003/manifest.json" in error
     assert main(["checkpoint", "verify", str(run_dir / "checkpoints/step-00000002")]) == 0
@@ -77,7 +78,8 @@ def test_neither_needs_torch(run_dir):
     for argv in (["inspect", run_dir], ["checkpoint", "verify", run_dir]):
         done = moetrain(*map(str, argv), cwd=run_dir, python=("-X", "importtime"))
         assert done.returncode == 0 and done.stdout
-        modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+        modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()
+                   if line.startswith("import time:")}
         assert not {name for name in modules if name.split(".")[0] in ("torch", "numpy")}
 
 
@@ -96,5 +98,6 @@ def test_foreign_facts_do_not_stop_inspect(run_dir, capsys):
 
 
 def test_kinds():
-    assert kind("model.layers.0.moe.experts.3.down") == "model, experts" and kind("optim.embed.exp_avg") == "optim exp_avg, dense"
+    assert kind("model.layers.0.moe.experts.3.down") == "model, experts"
+    assert kind("optim.embed.exp_avg") == "optim exp_avg, dense"
     assert kind("buffer.layers.0.moe.router.bias") == "buffer, dense"

@@ -22,7 +22,8 @@ from tests.support.captured_command import ROOT, moetrain
                                   ["train", "--cfg", "job"]])
 def test_help_and_errors_need_no_torch(argv: list[str], tmp_path: Path) -> None:
     done = moetrain(*argv, cwd=tmp_path, python=("-X", "importtime"))
-    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()
+               if line.startswith("import time:")}
     assert "moetrain.errors" in modules
     assert not {name for name in modules if name.split(".")[0] in ("torch", "numpy", "wandb", "matplotlib")}
 
@@ -91,8 +92,9 @@ def test_a_folder_that_is_gone_is_named(verb: list[str], tmp_path: Path, monkeyp
 
 def test_a_broken_file_of_conf_leaves_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    (tmp_path / "conf" / "loss" / "entropy.yaml").write_text("entropy_loss:\n  _target_: moetrain.losses.z.ZLoss\n")
-    (tmp_path / "conf" / "loss" / "half.yaml").write_text("half:\n  _target_: moetrain.losses.z.ZLoss\n   weight: 1\n")
+    losses = tmp_path / "conf" / "loss"
+    (losses / "entropy.yaml").write_text("entropy_loss:\n  _target_: moetrain.losses.z.ZLoss\n")
+    (losses / "half.yaml").write_text("half:\n  _target_: moetrain.losses.z.ZLoss\n   weight: 1\n")
     for place in ("config.groups", "cli.help"):
         monkeypatch.setattr(f"moetrain.{place}.config_dir", lambda: tmp_path / "conf")
     text = " ".join(section_page("loss").split())

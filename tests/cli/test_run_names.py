@@ -8,7 +8,7 @@ from moetrain.__main__ import VERBS, main
 from moetrain.config.compose import compose, for_run, run_dir, to_yaml
 from moetrain.errors import ConfigErrors
 
-# What each verb does with a run that has a config and nothing else; {run} is its directory, as the verb says it.
+# What each verb does with a run that has a config and nothing else; {run} is its directory.
 ASKED = {
     "train": (["--cfg", "job"], 0, "steps: 7"), "slurm": (["--dry-run"], 0, "{run}/log"),
     "data prepare": ([], 2, "E-CONFIG-044"),
@@ -24,7 +24,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for place in FORMS:
         (tmp_path / place / "checkpoints").mkdir(parents=True)
-        (tmp_path / place / "config.yaml").write_text(to_yaml(compose(["experiment=debug", "run.steps=7", "run.name=former"])))
+        config = compose(["experiment=debug", "run.steps=7", "run.name=former"])
+        (tmp_path / place / "config.yaml").write_text(to_yaml(config))
     return tmp_path
 
 
@@ -45,10 +46,12 @@ def test_every_verb_takes_every_form(place: str, form: str, here: Path,
 def test_the_config_is_the_runs_own_and_in_its_place(place: str, here: Path) -> None:
     for form in FORMS[place]:
         config = for_run([form, "eval.windows=3"])
-        assert Path(run_dir(config)) == Path(place) and config.run.steps == 7 and config.eval.windows == 3, form
+        assert Path(run_dir(config)) == Path(place), form
+        assert config.run.steps == 7 and config.eval.windows == 3, form
     bare = FORMS[place][0]
     config = compose([bare, "run.steps=9", "parallel=ddp", "run.nproc=2"])
-    assert Path(run_dir(config)) == Path(place) and config.run.steps == 9 and config.parallel.mode == "ddp" and config.model.dim == 64
+    assert Path(run_dir(config)) == Path(place) and config.run.steps == 9
+    assert config.parallel.mode == "ddp" and config.model.dim == 64
 
 
 def test_a_word_that_names_no_run_begins_none(here: Path, capsys: pytest.CaptureFixture) -> None:
@@ -70,7 +73,8 @@ def test_one_command_is_about_one_run(words: list[str], here: Path) -> None:
 @pytest.mark.parametrize("words", [
     ["run.steps=1,2", "run.dir=x", "run.name=a,b"], ["run.name=a,a"], ["run.dir=x,./x/"],
     ["run.name=a,b", "run.dir=runs/a,runs/b"]])
-def test_two_runs_of_a_sweep_with_one_directory_are_refused_before_the_first(words: list[str], here: Path,
-                                                                            capsys: pytest.CaptureFixture) -> None:
+def test_two_runs_of_a_sweep_with_one_directory_are_refused_before_the_first(
+        words: list[str], here: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "-m", "experiment=debug", *words]) == 2
-    assert "E-CONFIG-124" in capsys.readouterr().err and sorted(path.name for path in here.iterdir()) == ["far", "runs"]
+    assert "E-CONFIG-124" in capsys.readouterr().err
+    assert sorted(path.name for path in here.iterdir()) == ["far", "runs"]

@@ -1,4 +1,7 @@
-"""`moetrain slurm` without a Slurm: what is checked, what is printed, what is refused. With one: tests/launch/test_slurm.py."""
+"""`moetrain slurm` without Slurm: what is checked, printed and refused.
+
+tests/launch/test_slurm.py submits jobs.
+"""
 
 import os
 import shlex
@@ -58,7 +61,8 @@ def test_the_script_is_valid_and_keeps_words_apart(capsys: pytest.CaptureFixture
                           capture_output=True, cwd=tmp_path)
     assert done.stdout.splitlines() == words and not (tmp_path / "hit").exists()
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    assert f'#SBATCH --output="{tmp_path}/runs/two words/log/slurm-%j.log"' in text and '#SBATCH --job-name="two words"' in text
+    assert f'#SBATCH --output="{tmp_path}/runs/two words/log/slurm-%j.log"' in text
+    assert '#SBATCH --job-name="two words"' in text
 
 
 def test_the_config_is_checked_for_the_ranks_of_the_job(capsys: pytest.CaptureFixture,
@@ -93,7 +97,8 @@ def test_ranks_follow_from_every_way_to_ask_for_gpus(words: list[str]) -> None:
 def test_the_config_is_checked_for_gpus_asked_for_by_gres(capsys: pytest.CaptureFixture) -> None:
     words = ["--gres", "gpu:h100:8", "-N2", "parallel=ep", "parallel.ep=8", "experiment=debug"]
     text = printed(capsys, *words, "train.global_batch=16")
-    assert "export NPROC=8\n" in text and "#SBATCH --gres=gpu:h100:8\n" in text and "#SBATCH --nodes=2\n" in text
+    assert "export NPROC=8\n" in text and "#SBATCH --gres=gpu:h100:8\n" in text
+    assert "#SBATCH --nodes=2\n" in text
     assert "16 ranks" in refused(capsys, "--dry-run", *words)
 
 
@@ -114,7 +119,9 @@ def test_gpus_that_make_no_number_of_ranks_are_refused(words: list[str], said: s
     assert said is None or said in errors[0].what + errors[0].why
 
 
-NODES = "gpu*|64|512000|gpu:h100:8(S:0-1)|2-00:00:00\ngpu*|96|1000000|gpu:h100:8|2-00:00:00\nshort|32|100000|(null)|30:00\n"
+NODES = ("gpu*|64|512000|gpu:h100:8(S:0-1)|2-00:00:00\n"
+         "gpu*|96|1000000|gpu:h100:8|2-00:00:00\n"
+         "short|32|100000|(null)|30:00\n")
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -137,7 +144,8 @@ def test_without_sinfo_it_is_said_that_nothing_is_known(capsys: pytest.CaptureFi
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["slurm", "--dry-run", *RUN]) == 0
     said = capsys.readouterr()
-    assert "--cpus-per-task and --mem" in said.err and "#SBATCH --time=24:00:00" in said.out and "--mem" not in said.out
+    assert "--cpus-per-task and --mem" in said.err and "#SBATCH --time=24:00:00" in said.out
+    assert "--mem" not in said.out
 
 
 def test_a_prologue_and_a_container(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -157,7 +165,8 @@ def test_a_prologue_and_a_container(capsys: pytest.CaptureFixture, tmp_path: Pat
 
 def test_a_sweep_is_one_array_job(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     text = printed(capsys, "-m", "--at-once=2", *RUN, "run.seed=1,2", "optim.lr=1e-3,2e-3")
-    assert "#SBATCH --array=0-3%2\n" in text and "slurm-%A_%a.log" in text and "#SBATCH --job-name=debug\n" in text
+    assert "#SBATCH --array=0-3%2\n" in text and "slurm-%A_%a.log" in text
+    assert "#SBATCH --job-name=debug\n" in text
     settings, found = text.partition("python=")[0], []
     for task in range(4):
         done = subprocess.run(["bash", "-euc", f"{settings}\nprintf '%s\\n' \"$@\""], text=True,

@@ -39,8 +39,8 @@ def parts() -> dict[str, dict[str, Key]]:
 
 def test_every_number_of_the_schema_has_bounds_and_its_default_is_inside() -> None:
     keys = schema_keys()
-    assert sorted(IN_RANGES) == sorted(path for path,
-                                       key in keys.items() if numeric(key)), "write the key in config/rules/ranges.py"
+    numbers = sorted(path for path, key in keys.items() if numeric(key))
+    assert sorted(IN_RANGES) == numbers, "write the key in config/rules/ranges.py"
     for text, paths in RANGES.items():
         for path in paths:
             default = keys[path].default if isinstance(keys[path].default, list) else [keys[path].default]
@@ -50,7 +50,8 @@ def test_every_number_of_the_schema_has_bounds_and_its_default_is_inside() -> No
 def test_every_number_of_every_part_has_bounds_and_its_default_is_inside() -> None:
     for target, accepted in parts().items():
         for name, key in accepted.items():
-            assert bool(key.bounds) == (numeric(key) and name not in SIZES), (target, name, "write it in BOUNDS of the class")
+            needed = numeric(key) and name not in SIZES
+            assert bool(key.bounds) == needed, (target, name, "write it in BOUNDS of the class")
             assert not key.bounds or parse(key.bounds).hold(key.default), (target, name)
 
 
@@ -134,7 +135,8 @@ def test_any_other_text_is_refused_with_a_reason(text: str) -> None:
     ("balance=global", "balance.weight=-1", "0 or more"),
     ("loss=[z]", "loss.z.weight=-1", "0 or more"),
     ("parallel=fssdp planner=llep", "planner.min_rows=0", "1 or more")])
-def test_a_part_outside_its_bounds_is_refused_with_key_value_and_bound(path: str, key: str, phrase: str) -> None:
+def test_a_part_outside_its_bounds_is_refused_with_key_value_and_bound(
+        path: str, key: str, phrase: str) -> None:
     with pytest.raises(ConfigErrors) as caught:
         compose([*path.split(), key])
     (error,) = caught.value.errors

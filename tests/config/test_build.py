@@ -83,30 +83,35 @@ def test_every_option_of_a_group_is_of_its_family() -> None:
 
 
 def test_no_argument_of_a_part_can_name_code() -> None:
-    """Numbers, switches, choices from a list: no free text, which a constructor might import, open or call."""
+    """Numbers, switches, choices from a list: no free text, which a constructor might import or open."""
     for section in set(FAMILIES) - {"indexed"}:
-        for file in sorted((Path(moetrain.__file__).parents[1] / FAMILIES[section].package.replace(".", "/")).rglob("*.py")):
-            module_name = ".".join(file.relative_to(Path(moetrain.__file__).parents[1]).with_suffix("").parts)
+        root = Path(moetrain.__file__).parents[1]
+        for file in sorted((root / FAMILIES[section].package.replace(".", "/")).rglob("*.py")):
+            module_name = ".".join(file.relative_to(root).with_suffix("").parts)
             for node in ast.parse(file.read_text()).body:
                 try:
                     keys = arguments(f"{module_name}.{getattr(node, 'name', '')}", section)
                 except NoSuchPart:
                     continue
-                assert not [key for key in keys.values() if {str, Any} & {key.type, *get_args(key.type)}], (file, keys)
+                free = [key for key in keys.values() if {str, Any} & {key.type, *get_args(key.type)}]
+                assert not free, (file, keys)
 
 
 def test_instantiate_has_one_caller() -> None:
-    callers = [path for path in Path(moetrain.__file__).parent.rglob("*.py") if "instantiate" in {
-        node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8"))
+             for path in Path(moetrain.__file__).parent.rglob("*.py")}
+    callers = [path for path, tree in trees.items()
+               if any(isinstance(node, ast.Name) and node.id == "instantiate" for node in ast.walk(tree))]
     assert [path.name for path in callers] == ["build.py"] and callers[0].parent.name == "config"
 
 
 def test_arguments_are_read_without_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base.py").write_text(
-        "class Base:\n    def __init__(self, a: int, *, b: float | None = None, c: Literal['x', 'off'] = 'x', "
-        "d: list[int] = [1], e: Tensor = None, f=2, **rest): ...\n")
+        "class Base:\n    def __init__(self, a: int, *, b: float | None = None, "
+        "c: Literal['x', 'off'] = 'x', d: list[int] = [1], e: Tensor = None, f=2, **rest): ...\n")
     (tmp_path / "parts.py").write_text(
-        "import no_such_package\nfrom moetrain.base import Base\nclass Child(Base):\n    pass\nclass Free: ...\ndef make(size: int = 3): ...\n")
+        "import no_such_package\nfrom moetrain.base import Base\nclass Child(Base):\n    pass\n"
+        "class Free: ...\ndef make(size: int = 3): ...\n")
     of_topk = [name for name in compose([]).router if name != "_target_"]
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
     monkeypatch.setattr(module, "FAMILIES",
@@ -150,7 +155,8 @@ def test_bounds_that_cannot_be_read_are_an_error_with_the_line(
     """A subclass adds to the bounds of its base, and need not take all of its arguments."""
     (tmp_path / "parts.py").write_text(
         f"class Base:\n    BOUNDS = {{'n': '1 or more'}}\n    def __init__(self, n: int = 1): ...\n"
-        f"class Part(Base):\n    {assigns}{declared}\n    def __init__(self, p: float = 0.5, kind: Literal['a', 'b'] = 'a'): ...\n"
+        f"class Part(Base):\n    {assigns}{declared}\n"
+        f"    def __init__(self, p: float = 0.5, kind: Literal['a', 'b'] = 'a'): ...\n"
         f"class Same(Base):\n    BOUNDS = {{'n': '2 or more'}}\n")
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
     monkeypatch.setattr(module, "FAMILIES",
@@ -163,7 +169,8 @@ def test_bounds_that_cannot_be_read_are_an_error_with_the_line(
         return
     with pytest.raises(ConfigError) as caught:
         arguments("moetrain.parts.Part", "router")
-    assert caught.value.id == "E-CONFIG-054" and why in caught.value.why and caught.value.what == "BOUNDS of Part cannot be read"
+    assert caught.value.id == "E-CONFIG-054" and why in caught.value.why
+    assert caught.value.what == "BOUNDS of Part cannot be read"
     assert caught.value.where == "moetrain/parts.py, line 5" and 'BOUNDS = {"p"' in caught.value.next
 
 

@@ -21,7 +21,8 @@ BROKEN = [
     (["generate.top_p=0"], 20, "generate.top_p=0.95", ["generate.top_p=1.0"]),
     (["generate.temperature=-1"], 20, "generate.temperature=0.8", ["generate.temperature=0"]),
     (["data=synthetic", "data.min_length=1.5"], 20, "data.min_length=1", ["data.min_length=1"]),
-    (["parallel=fssdp", "parallel.max_forecast_error=1.001"], 20, "parallel.max_forecast_error=0.15", ["parallel.max_forecast_error=0"]),
+    (["parallel=fssdp", "parallel.max_forecast_error=1.001"], 20, "parallel.max_forecast_error=0.15",
+     ["parallel.max_forecast_error=0"]),
     (["optim.betas=[0.9,1.0]"], 20, "[0.9,0.95]", ["optim.betas=[0.9,0.95]"]),
     (["run.name=a/b"], 21, "run.name=demo", ["run.name=demo"]),
     (["run.stop_at=900"], 22, "run.steps=900", ["run.steps=900"]),
@@ -55,7 +56,8 @@ BROKEN = [
      ["parallel.shard=6"]),
     (["optim=adamw", "parallel=fssdp", "parallel.max_sliced_experts=2", "parallel.rehome_interval=0"], 80,
      "parallel.rehome_interval=100", ["parallel.rehome_interval=100"]),
-    (["parallel=fssdp", "parallel.max_sliced_experts=2", "optim=muon"], 81, "parallel.max_sliced_experts=0", ["parallel.max_sliced_experts=0"]),
+    (["parallel=fssdp", "parallel.max_sliced_experts=2", "optim=muon"], 81, "parallel.max_sliced_experts=0",
+     ["parallel.max_sliced_experts=0"]),
     (["optim=adamw", "parallel=fssdp", "parallel.max_sliced_experts=2", "parallel.calibrate=true"], 82,
      "parallel.calibrate=false", ["parallel.calibrate=false"]),
     (["schedule=fixed", "schedule.chunks=1000000000"], 83, "schedule.chunks=2", ["schedule.chunks=2"]),
@@ -63,8 +65,10 @@ BROKEN = [
      ["parallel.ep=2"]),
     (["parallel=fssdp", "run.nproc=4", "parallel.shard=3", "train.micro_batch=4"], 61, "from 1, 2, 4",
      ["parallel.shard=2"]),
-    (["parallel=fssdp", "run.nproc=2", "parallel.max_copies=9"], 70, "parallel.max_copies=8", ["parallel.max_copies=8"]),
-    (["parallel=fssdp", "run.nproc=2", "parallel.max_copies=-1"], 20, "parallel.max_copies=2", ["parallel.max_copies=2"]),
+    (["parallel=fssdp", "run.nproc=2", "parallel.max_copies=9"], 70, "parallel.max_copies=8",
+     ["parallel.max_copies=8"]),
+    (["parallel=fssdp", "run.nproc=2", "parallel.max_copies=-1"], 20, "parallel.max_copies=2",
+     ["parallel.max_copies=2"]),
     (["parallel=fssdp", "run.nproc=2", "parallel.max_copies=0"], 71, "parallel.max_copies=1, or planner=ep",
      ["parallel.max_copies=1"]),
     (["parallel=fssdp", "run.nproc=2", "parallel.max_copies=0", "planner=hecate"], 71, "planner=ep",
@@ -115,7 +119,8 @@ BROKEN = [
      ["capacity.min_capacity=0"]),
     *[([f"loss.{name}._target_=moetrain.losses.z.ZLoss"], 160,
        f"loss.my_{name}._target_=moetrain.losses.z.ZLoss",
-       [f"~loss.{name}", f"loss.my_{name}._target_=moetrain.losses.z.ZLoss"]) for name in ("ce", "total", "balance", "weighted")],
+       [f"~loss.{name}", f"loss.my_{name}._target_=moetrain.losses.z.ZLoss"])
+      for name in ("ce", "total", "balance", "weighted")],
     (["optim.betas=[0.9]"], 37, "optim.betas=[0.9,0.95]", ["optim.betas=[0.9,0.95]"]),
 ]
 
@@ -132,7 +137,8 @@ def test_a_rule_refuses_and_its_advice_works(overrides: list[str], number: int, 
 
 
 def test_every_rule_is_raised_above() -> None:
-    modules = [importlib.import_module(f"{rules.__name__}.{found.name}") for found in pkgutil.iter_modules(rules.__path__)]
+    modules = [importlib.import_module(f"{rules.__name__}.{found.name}")
+               for found in pkgutil.iter_modules(rules.__path__)]
     written = {int(number) for module in modules
                for number in re.findall(r"(?:ConfigError|_outside)\(\s*(\d+)", inspect.getsource(module))}
     assert {number for _, number, _, _ in BROKEN} == written

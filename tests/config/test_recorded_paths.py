@@ -15,7 +15,8 @@ def recorded(*overrides: str):
     return with_absolute_paths(compose([*overrides, "log.wandb=off"]))
 
 
-def test_every_path_of_the_data_is_absolute_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_path_of_the_data_is_absolute_and_nothing_else_changes(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = recorded(*TEXT).data
     assert [data.path, data.held_out, data.cache, data.tokenizer] == [
@@ -28,7 +29,8 @@ def test_every_path_of_the_data_is_absolute_and_nothing_else_changes(tmp_path: P
     assert recorded("data=text", "data.path=link").data.path == str(tmp_path / "link")
 
 
-def test_the_paths_of_a_blend_are_absolute_and_its_weights_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paths_of_a_blend_are_absolute_and_its_weights_stay(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my data").mkdir()
     monkeypatch.chdir(tmp_path / "my data")
     here = tmp_path / "my data"
@@ -37,21 +39,23 @@ def test_the_paths_of_a_blend_are_absolute_and_its_weights_stay(tmp_path: Path, 
                          ("7", [f"'{here}/7'"])):
         assert recorded("data=megatron", f"data.path={typed}").data.path == " ".join(paths)
     assert recorded("data=megatron", "data.path=a 'b").data.path == "a 'b"
-    (here / "two words.idx").touch()                                      # one dataset, whose name holds a space
+    (here / "two words.idx").touch()  # one dataset, whose name holds a space
     assert recorded("data=megatron", "data.path=two words").data.path == f"{here}/two words"
     monkeypatch.setenv("HOME", "/home/me")
     assert recorded("data=megatron", "data.path=/a ~/b").data.path == "/a /home/me/b"
 
 
-def test_a_resumed_run_is_about_the_same_path_however_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_about_the_same_path_however_it_is_typed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "corpus").mkdir()
     monkeypatch.chdir(tmp_path)
     old = recorded("data=text", "data.path=corpus")
     same = lambda *words: [error.where
                            for error in resume_conflicts(old, compose(["data=text", *words]))]  # noqa: E731
-    assert same("data.path=corpus") == same(f"data.path={tmp_path}/corpus") == same("data.path=other/../corpus") == []
+    assert same("data.path=corpus") == same(f"data.path={tmp_path}/corpus") == []
+    assert same("data.path=other/../corpus") == []
     assert same("data.path=other") == same() == ["data.path"]
     assert same("data.path=corpus", "data.tokenizer=tokenizer.json") == ["data.tokenizer"]
-    (tmp_path / "corpus").rename(tmp_path / "other/corpus")               # its fingerprint decides, when it has been read
+    (tmp_path / "corpus").rename(tmp_path / "other/corpus")  # its fingerprint decides, when it has been read
     assert same("data.path=other/corpus") == [] and same() == ["data.path"]

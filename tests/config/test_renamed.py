@@ -97,7 +97,8 @@ def test_an_old_key_in_a_yaml_file_is_answered_with_the_file(tmp_path: Path,
     with pytest.raises(ConfigErrors) as caught:
         compose(["experiment=mine"])
     assert {(error.id, error.next) for error in caught.value.errors} == {
-        ("E-CONFIG-055", "parallel.max_forecast_error=0.03"), ("E-CONFIG-055", "balance.normalization=megatron")}
+        ("E-CONFIG-055", "parallel.max_forecast_error=0.03"),
+        ("E-CONFIG-055", "balance.normalization=megatron")}
     assert all("experiment/mine.yaml" in error.where for error in caught.value.errors)
 
 
@@ -111,8 +112,8 @@ def from_old_names():
 def test_a_recorded_config_is_read_as_if_it_had_the_new_names() -> None:
     new = compose(OF_THE_RUN)
     (checkpoint,) = (OLD_RUN / "checkpoints").iterdir()
-    readers = {"config.yaml": from_old_names(), "manifest": trained_with(read_manifest(checkpoint), checkpoint),
-               "resume": trained_config(OLD_RUN, checkpoint)}
+    readers = {"config.yaml": from_old_names(), "resume": trained_config(OLD_RUN, checkpoint),
+               "manifest": trained_with(read_manifest(checkpoint), checkpoint)}
     for name, old in readers.items():
         assert asdict(old) == asdict(new), name
         assert resume_conflicts(old, new) == [] == resume_conflicts(new, old), name
@@ -125,7 +126,8 @@ def test_what_may_change_on_resume_may_change_for_an_old_run() -> None:
     assert resume_conflicts(from_old_names(), compose([*OF_THE_RUN, *free])) == []
     changed = compose([*OF_THE_RUN, "balance.normalization=one"])
     (error,) = resume_conflicts(from_old_names(), changed)
-    assert error.where == "balance.normalization" and error.next.startswith("balance.normalization=huggingface")
+    assert error.where == "balance.normalization"
+    assert error.next.startswith("balance.normalization=huggingface")
 
 
 def test_a_record_with_both_names_is_refused(tmp_path: Path) -> None:
@@ -140,6 +142,7 @@ def test_a_part_that_has_an_argument_of_the_old_name_keeps_it(tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parts.py").write_text("class Mine:\n    def __init__(self, centre: bool = True): ...\n")
     monkeypatch.setattr(build, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(build, "FAMILIES", {**FAMILIES, "router": Family("moetrain.parts", "moetrain.parts.Mine")})
+    mine = Family("moetrain.parts", "moetrain.parts.Mine")
+    monkeypatch.setattr(build, "FAMILIES", {**FAMILIES, "router": mine})
     node = {"_target_": "moetrain.parts.Mine", "centre": False}
     assert renamed.translate({"router": node, "run": None}) == {"router": node, "run": None}

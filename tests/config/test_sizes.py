@@ -71,10 +71,10 @@ def test_activations_are_what_a_run_keeps(words: list[str]) -> None:
 
 
 def _again(config: Config) -> int:
-    """Bytes of the block that is computed again: those of a model of one block, but for what lies before and behind it."""
+    """Bytes of the block that is recomputed: a model of one block, without what lies before and after it."""
     if config.train.activation_checkpointing == "none":
         return 0
     one = replace(config, model=replace(config.model, num_layers=1),
                   train=replace(config.train, activation_checkpointing="none"))
-    return rank_memory(one, 300,
-                       1).activations - 2 * 2 * config.model.dim * config.train.global_batch * config.train.seq_len
+    ends = 2 * 2 * config.model.dim * config.train.global_batch * config.train.seq_len
+    return rank_memory(one, 300, 1).activations - ends

@@ -53,7 +53,8 @@ class Arm(NamedTuple):
         planner: name of the planner.
         oracle: it is told the loads of the step itself (`+oracle`) instead of a forecast.
         nodes: loads by node and expert (`+nodes`) instead of by expert.
-        cut: experts may be sliced between positions (`+cut`, parallel.max_sliced_experts), where the planner decides so.
+        cut: experts may be sliced between positions (`+cut`, parallel.max_sliced_experts), where the planner
+            decides so.
     """
 
     planner: str
