@@ -34,10 +34,10 @@ def run(argv: list[str]) -> int:
 
 def _generate(config: Config, typed: frozenset[str], *, as_json: bool) -> None:
     from moetrain.generate.sample import continue_text
-    from moetrain.train.evaluation.trained import load_trained, writing
+    from moetrain.train.evaluation.trained import choose_tokenizer, load_trained
 
     run = load_trained(config, typed)
-    tokenizer, end_id = writing(run, config, typed)
+    tokenizer, end_id = choose_tokenizer(run, config, typed)
     wanted = config.generate
     continuation = continue_text(
         run.model, tokenizer, wanted.prompt, end_id=end_id, tokens=wanted.tokens,

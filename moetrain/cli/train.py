@@ -27,7 +27,7 @@ from moetrain.launch.foreign_ranks import check_ranks
 from moetrain.launch.local import run_command, train_on_ranks
 from moetrain.launch.rank import is_worker, rank, under_torchrun
 from moetrain.launch.status import record_early_exit, record_ending
-from moetrain.runs.completion import finished, next_commands
+from moetrain.runs.completion import finished_step, next_commands
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     check_ranks("train", overrides, config)
-    step = finished(config, run_dir(config))
+    step = finished_step(config, run_dir(config))
     if step is not None:
         if rank() == 0:
             print("\n  ".join([f"run {run_dir(config)} is finished: step {step}. Nothing was changed. Next:",
@@ -66,10 +66,11 @@ def run(argv: list[str]) -> int:
 def _train(config: Config, again: str) -> None:
     from moetrain.train.loop import train
 
-    adopt = None
+    wrap_engine = None
     if config.engine.name == "deepspeed":
-        from moetrain.interop.deepspeed import adopt
-    train(config, adopt=adopt, leaving=lambda code, reason: record_early_exit(run_dir(config), code, reason),
+        from moetrain.interop.deepspeed import wrap_engine
+    train(config, wrap_engine=wrap_engine,
+          leaving=lambda code, reason: record_early_exit(run_dir(config), code, reason),
           again=again)
     if rank() == 0:
         draw(run_dir(config))

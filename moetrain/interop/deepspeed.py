@@ -1,6 +1,6 @@
 """DeepSpeed engine (engine=deepspeed): ZeRO sums the dense gradients and shards the update of the parameters.
 
-    adopt(run) -> the same run with two parts changed
+    wrap_engine(run) -> the same run with two parts changed
 
     run.parallel   reducer: ZeRO sums dense gradients, and each rank keeps the shard that it will update;
                    expert gradients are summed as before
@@ -44,7 +44,7 @@ from moetrain.train.state import TrainState
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def adopt(run: Run) -> Run:
+def wrap_engine(run: Run) -> Run:
     """Hand the dense parameters of a run to ZeRO, before a checkpoint is read. Collective."""
     group = run.mesh["dense_grad"]
     assert group.size == dist.get_world_size(), "config/rules/parallel.py: ZeRO shards over all ranks"

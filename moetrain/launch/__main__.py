@@ -17,7 +17,7 @@ from moetrain.errors import MoETrainError
 from moetrain.launch.node import config_for, from_environment
 from moetrain.launch.rendezvous import wait_for_nodes
 from moetrain.launch.supervisor import supervise
-from moetrain.runs.completion import finished
+from moetrain.runs.completion import finished_step
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -28,7 +28,7 @@ def main(overrides: Sequence[str]) -> int:
         node = from_environment(os.environ)
         # Report a mistake once, before any rank starts: in the config, or a command that contradicts its run.
         config = config_for(overrides, node.ranks)
-        done = finished(config, run_dir(config))
+        done = finished_step(config, run_dir(config))
         refuse_too_large(config, node.ranks, node.nproc)
         wait_for_nodes(node)
         return supervise(node, ["train", *overrides], run_dir(config), config.run.grace_s,

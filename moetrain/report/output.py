@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from moetrain.errors import DiskError
 from moetrain.files import reason, remedy, shown
-from moetrain.runs.files import replacing
+from moetrain.runs.files import replace_atomically
 
 _FONTS = logging.getLogger("matplotlib.font_manager")
 MAX_NAME_LENGTH = 28  # letters of a name in a picture
@@ -22,7 +22,7 @@ def report_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file of the report for writing; it replaces `path` when the block ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with replace_atomically(path) as file:
             yield file
     except OSError as error:
         raise unwritable(path, error) from error

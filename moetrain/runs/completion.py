@@ -20,12 +20,12 @@ from moetrain.errors import CheckpointError, ConfigErrors
 from moetrain.runs.files import JsonlSink
 
 
-def finished(config: Config, directory: Path) -> int | None:
+def finished_step(config: Config, directory: Path) -> int | None:
     """Return the step at which a finished run ended; None where work is left.
 
     Raises ConfigErrors when the command contradicts the run.
     """
-    checkpoint = newest_sound(directory)
+    checkpoint = newest_sound_checkpoint(directory)
     if checkpoint is None:  # there is none, or none is sound: resuming reports which
         return None
     conflicts = resume_conflicts(trained_config(directory, checkpoint), config)
@@ -40,7 +40,7 @@ def finished(config: Config, directory: Path) -> int | None:
     return step
 
 
-def newest_sound(directory: Path) -> Path | None:
+def newest_sound_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint of a run with a valid manifest and files of the right sizes; None without one."""
     return next((path for path in reversed(checkpoints_of(directory)) if is_sound(path)), None)
 
@@ -49,10 +49,10 @@ def trained_config(directory: Path, checkpoint: Path) -> Config:
     """The config that a run was trained with: its config.yaml, or where that is lost the checkpoint's."""
     if has_config(directory):
         return from_yaml(directory / "config.yaml")
-    return trained_with(read_manifest(checkpoint), checkpoint)
+    return config_of(read_manifest(checkpoint), checkpoint)
 
 
-def trained_with(manifest: Manifest, checkpoint: Path) -> Config:
+def config_of(manifest: Manifest, checkpoint: Path) -> Config:
     """The config that a checkpoint's manifest records.
 
     Args:

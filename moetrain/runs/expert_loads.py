@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moetrain.files import open_descriptor, open_regular, read_json, reason
-from moetrain.runs.files import append, move_to_lost, replacing, written
+from moetrain.runs.files import append, as_disk_error, move_to_lost, replace_atomically
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +85,9 @@ class LoadsLog:
     def name_routers(self, experts: Mapping[str, int]) -> None:
         """Write routers.json: the routers in layer order, and the number of experts of each."""
         path = self.dir / ROUTERS
-        with written(path):
+        with as_disk_error(path):
             self.dir.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
+            with replace_atomically(path) as file:
                 file.write(json.dumps(experts).encode())
 
     def write(self, step: int, loads: Sequence[ArrayLike],
@@ -110,7 +110,7 @@ class LoadsLog:
             name = f"{step:08d}-{len(loads)}x{widest}-{ranks}.i32"
             self._current = RecordFile(self.dir / name, step, len(loads), widest, ranks)
         assert 4 * record.size == self._current.record_bytes, "the routers and ranks of a run do not change"
-        with written(self.dir):
+        with as_disk_error(self.dir):
             self.dir.mkdir(parents=True, exist_ok=True)
         append(self._current.path, record.astype("<i4").tobytes())
 
@@ -121,7 +121,7 @@ class LoadsLog:
         """
         self._current = None
         for record_file in self._record_files():
-            with (written(record_file.path),
+            with (as_disk_error(record_file.path),
                   open(open_descriptor(record_file.path, os.O_RDWR, links=False), "r+b") as file):
                 size = file.seek(0, os.SEEK_END)
                 kept = (min(max(0, step + 1 - record_file.first), size // record_file.record_bytes)
@@ -154,7 +154,7 @@ class LoadsLog:
         if len(steps) < sum(record_files.values()):
             log.warning("%s: %d records are damaged and left out",
                         self.dir, sum(record_files.values()) - len(steps))
-        with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with replace_atomically(path) as file, zipfile.ZipFile(file, "w") as archive:
             _add_array(archive, "loads", (len(steps), *shape),
                        (block.loads for _, block in _blocks_in_order(record_files)))
             if ranks:

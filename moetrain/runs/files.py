@@ -21,7 +21,7 @@ FULL_DISK_S = 10.0      # how long a record waits for space on a full disk
 MAX_LINE = 16 << 20     # bytes of a line; a line of metrics has about two thousand
 
 
-def make_place(path: Path, rank: int, ranks: int) -> None:
+def prepare_rank_file(path: Path, rank: int, ranks: int) -> None:
     """Prepare the directory of a record of which every rank writes a file, rank-NNNN.*.
 
     Rank 0 removes the files of ranks that only an earlier attempt with more ranks had.
@@ -57,7 +57,7 @@ class JsonlSink:
 
         Call it before the first write of a run, with step 0 for a new run.
         """
-        with written(self.path):
+        with as_disk_error(self.path):
             try:
                 file = open_regular(self.path)
             except FileNotFoundError:
@@ -69,7 +69,7 @@ class JsonlSink:
                 if whole and all(kept for _, _, kept in ranges):
                     return
                 move_to_lost(self.path, file, [(begin, end) for begin, end, kept in ranges if not kept])
-                with replacing(self.path) as draft:
+                with replace_atomically(self.path) as draft:
                     kept = [(begin, end) for begin, end, kept in ranges if kept]
                     _copy(file, draft, kept)
                     if kept and _byte_at(file, kept[-1][1] - 1) != b"\n":
@@ -139,7 +139,7 @@ def _byte_at(file: BinaryIO, place: int) -> bytes:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
+def as_disk_error(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a DiskError that names the record."""
     try:
         yield
@@ -161,7 +161,7 @@ def append(path: Path, data: bytes) -> None:
     A save that did not fit frees its space within that time.
     """
     rest, until = memoryview(data), time.monotonic() + FULL_DISK_S
-    with written(path), open_to_append(path) as file:
+    with as_disk_error(path), open_to_append(path) as file:
         while rest:
             try:
                 rest = rest[file.write(rest):]
@@ -180,13 +180,13 @@ def move_to_lost(path: Path, file: BinaryIO, ranges: list[tuple[int, int]]) -> N
         ranges: (first byte, end) of each range. The caller removes them from the file.
     """
     place = path.with_name(path.name + ".lost")
-    with written(place), open_to_append(place) as lost:
+    with as_disk_error(place), open_to_append(place) as lost:
         _copy(file, lost, ranges)
         _sync(lost)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
+def replace_atomically(path: Path) -> Iterator[Any]:
     """Open a new file for writing that replaces `path` atomically when the block ends without an error."""
     draft = path.with_name(path.name + ".tmp")
     with create(draft) as file:

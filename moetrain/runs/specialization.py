@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.runs.files import replacing, written
+from moetrain.runs.files import as_disk_error, replace_atomically
 
 
 def mutual_information(choices_ME: np.ndarray) -> float:
@@ -41,7 +41,7 @@ def write_specialization(path: Path, step: int, choices: Sequence[np.ndarray], r
     """
     widest = max(routers.values())
     padded = np.stack([np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in choices], axis=1)
-    with written(path), replacing(path) as file:
+    with as_disk_error(path), replace_atomically(path) as file:
         np.savez(file, choices=padded, domains=np.array(domains, dtype=np.str_),
                  routers=np.array(list(routers), dtype=np.str_),
                  experts=np.array(list(routers.values()), dtype=np.int64), step=np.int64(step))

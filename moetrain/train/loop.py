@@ -24,7 +24,7 @@ from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, DataError, MoETrainError, PeerError, Preempted
 from moetrain.files import nearby
 from moetrain.runs.attempts import RunAttempts
-from moetrain.runs.completion import last_step, next_commands, trained_with
+from moetrain.runs.completion import config_of, last_step, next_commands
 from moetrain.train.banner import banner_lines
 from moetrain.train.checkpoint.disk_space import check_disk
 from moetrain.train.checkpoint.load import Resumed, resume
@@ -45,11 +45,11 @@ from moetrain.user_code import named_in_traceback
 
 
 @named_in_traceback()
-def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
+def train(config: Config, *, wrap_engine: Callable[[Run], Run] | None = None,
           leaving: Callable[[int, str], None] = lambda code, reason: None, again: str = "the same command goes on") -> None:
     """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the run.
 
-    adopt: hands the run to another engine before a checkpoint is read (interop/deepspeed.py).
+    wrap_engine: hands the run to another engine before a checkpoint is read (interop/deepspeed.py).
     leaving: called with exit code and reason before the process goes without ending in order (train/preemption.py).
     again: what to type to go on with a run that was told to stop.
     """
@@ -63,7 +63,7 @@ def train(config: Config, *, adopt: Callable[[Run], Run] | None = None,
         recorder = Recorder(config, directory, mesh)     # on all ranks: refuses a directory that cannot be written
         with at_work(directory, mesh) as attempt, peers_named(mesh):
             run = set_up(config, directory, mesh)
-            run = adopt(run) if adopt else run
+            run = wrap_engine(run) if wrap_engine else run
             found = resume(run.state, directory, mesh, verify=config.checkpoint.verify)
             resumed = found.path if found else None
             if found:
@@ -101,7 +101,7 @@ def start_warnings(run: Run, found: Resumed | None) -> Iterator[str]:
     if warning := schedule_warning(steps, optim):
         yield warning
     if found and step <= last_step(run.config):
-        before = trained_with(found.manifest, found.path).run.steps
+        before = config_of(found.manifest, found.path).run.steps
         if changed := resumed_rate(step, before, steps, optim):
             yield changed
     if found and found.manifest.facts.get("order") != run.dataset.order:
@@ -227,7 +227,7 @@ def due(step: int, interval: int) -> bool:
 
 def same_run(run: Run, found: Resumed) -> None:
     """CheckpointError where the checkpoint is another run's, DataError where the data is not what it was trained on."""
-    conflicts = resume_conflicts(trained_with(found.manifest, found.path), run.config)
+    conflicts = resume_conflicts(config_of(found.manifest, found.path), run.config)
     if conflicts:
         raise CheckpointError(
             7, "the checkpoint is of another run", where=str(found.path), why="; ".join(error.what for error in conflicts[:3]),

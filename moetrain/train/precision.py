@@ -8,7 +8,7 @@ from moetrain.comm.reduce import largest_over
 from moetrain.config.schema import Config
 from moetrain.model.build import computes_bfloat16
 from moetrain.plan.precision import choose_dtype
-from moetrain.runs.completion import newest_sound, trained_config
+from moetrain.runs.completion import newest_sound_checkpoint, trained_config
 
 
 def with_dtype(config: Config, directory: Path, mesh: Mesh) -> Config:
@@ -22,5 +22,5 @@ def with_dtype(config: Config, directory: Path, mesh: Mesh) -> Config:
 
 def _recorded(directory: Path) -> str | None:
     """The dtype that the newest checkpoint was trained with; None for a run that begins."""
-    checkpoint = newest_sound(directory)
+    checkpoint = newest_sound_checkpoint(directory)
     return None if checkpoint is None else trained_config(directory, checkpoint).run.dtype

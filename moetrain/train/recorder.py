@@ -27,7 +27,7 @@ from moetrain.errors import CheckpointError, DiskError
 from moetrain.files import create, reason
 from moetrain.ops import extension
 from moetrain.runs.expert_loads import LoadsLog
-from moetrain.runs.files import JsonlSink, replacing
+from moetrain.runs.files import JsonlSink, replace_atomically
 from moetrain.runs.specialization import mutual_information, write_specialization
 from moetrain.train.checkpoint.save import Saved
 from moetrain.train.evaluation.evaluate import Evaluation
@@ -152,7 +152,7 @@ def _on_all(mesh: Mesh, directory: Path, action: Callable[[], object]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """The old content or the new one, whenever the process is killed or the disk is full."""
-    with replacing(path) as file:
+    with replace_atomically(path) as file:
         file.write(text.encode())
 
 

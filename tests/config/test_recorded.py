@@ -12,7 +12,7 @@ from moetrain import __version__
 from moetrain.checkpoint.records import Manifest
 from moetrain.config.compose import compose, for_run, from_yaml
 from moetrain.errors import CheckpointError, ConfigErrors
-from moetrain.runs.completion import trained_config, trained_with
+from moetrain.runs.completion import config_of, trained_config
 
 EVIL = [("capacity", {"_target_": "moetrain.comm.exchange.backends._package", "package": "evilmod",
                       "name": "x"}),
@@ -34,7 +34,7 @@ def readers(folder: Path, values: dict[str, Any], wrote: str = "9.9") -> dict[st
     return {"config.yaml": lambda: from_yaml(folder / "config.yaml"),
             "run": lambda: for_run([f"run.dir={folder}"]),
             "resumed": lambda: trained_config(folder, folder / "checkpoints"),
-            "checkpoint": lambda: trained_with(manifest, folder / "checkpoints" / "step-00000001")}
+            "checkpoint": lambda: config_of(manifest, folder / "checkpoints" / "step-00000001")}
 
 
 @pytest.mark.parametrize("section, part", EVIL)
@@ -79,7 +79,7 @@ def test_thousands_of_strange_keys_and_a_bottomless_config_take_no_time(tmp_path
     for _ in range(500):
         deep = {"a": deep}
     with pytest.raises(CheckpointError, match="nested more than 32 deep"):
-        trained_with(Manifest({"config": deep}, {"step": 1, "tokens": 1}, {}, block=1), tmp_path)
+        config_of(Manifest({"config": deep}, {"step": 1, "tokens": 1}, {}, block=1), tmp_path)
 
 
 def test_a_release_that_is_not_known_and_a_config_that_was_changed(tmp_path: Path) -> None:

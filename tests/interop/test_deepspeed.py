@@ -34,10 +34,10 @@ def ranks():
 
 
 def started(overrides: list[str]) -> Run:
-    from moetrain.interop.deepspeed import adopt
+    from moetrain.interop.deepspeed import wrap_engine
 
     run = make_run(overrides)
-    return adopt(run) if run.config.engine.name == "deepspeed" else run
+    return wrap_engine(run) if run.config.engine.name == "deepspeed" else run
 
 
 def steps(run: Run, first: int, last: int) -> list[list[float]]:
@@ -109,9 +109,9 @@ def test_zero_trains_on_simulated_devices_as_torch_does(lasting_devices, mode, s
 
 def shares(overrides: list[str]) -> tuple[int, int]:
     """Number of moments of dense parameters on this rank, and number of dense parameters."""
-    from moetrain.interop.deepspeed import adopt
+    from moetrain.interop.deepspeed import wrap_engine
 
-    run = adopt(make_run(overrides))
+    run = wrap_engine(make_run(overrides))
     zero = run.state.optimizer.zero
     kept = sum(state["exp_avg"].numel() for state in zero.inner.state.values())
     return kept, sum(parameter.numel() for some in zero.parameters for parameter in some)

@@ -7,7 +7,7 @@ import pytest
 
 from moetrain.errors import DiskError
 from moetrain.runs import files
-from moetrain.runs.files import JsonlSink, make_place
+from moetrain.runs.files import JsonlSink, prepare_rank_file
 from tests.support.odd_files import ODD, make_odd
 
 
@@ -92,9 +92,9 @@ def test_files_of_ranks_that_are_gone_make_room_and_nothing_else_does(tmp_path):
                  "rank-0002-copy.json", "rank-0007 (1).json", "notes"):
         (step / name).write_text("")
     (step / "rank-0009.d").mkdir()
-    make_place(step / "rank-0001.json", 1, 2)
+    prepare_rank_file(step / "rank-0001.json", 1, 2)
     assert len(list(step.iterdir())) == 8
-    make_place(step / "rank-0000.json", 0, 2)
+    prepare_rank_file(step / "rank-0000.json", 0, 2)
     assert sorted(file.name for file in step.iterdir()) == [
         "notes", "rank-0000.json", "rank-0001.json", "rank-0002-copy.json", "rank-0007 (1).json",
         "rank-0009.d"]

@@ -49,7 +49,7 @@ def test_a_step_and_a_save_add_to_the_records_and_rewrite_none(tmp_path: Path) -
         return run
 
     train(compose(["experiment=debug", "run.steps=9", f"run.dir={tmp_path}", "eval.interval=2", "eval.windows=1", "checkpoint.interval=2",
-                   "checkpoint.async_save=false", "run.device=cpu", "log.progress=false", "log.sources=true"]), adopt=watch)
+                   "checkpoint.async_save=false", "run.device=cpu", "log.progress=false", "log.sources=true"]), wrap_engine=watch)
     seen = watched[0].seen
     grown = {name for name in seen[-1] if name in seen[3] and seen[-1][name][1] > seen[3][name][1]}
     assert {"metrics.jsonl", "eval.jsonl", "saves.jsonl"} < grown and any(name.endswith(".i32") for name in grown)

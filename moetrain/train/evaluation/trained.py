@@ -139,14 +139,14 @@ def _tokenizer(run: Trained) -> Tokenizer | None:
     return tokenizer
 
 
-class Writing(NamedTuple):
+class GenerationTokenizer(NamedTuple):
     """What text is generated with."""
 
     tokenizer: Tokenizer
     end_id: int | None  # id of the end-of-document token; None where the run has seen none
 
 
-def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
+def choose_tokenizer(run: Trained, config: Config, typed: frozenset[str]) -> GenerationTokenizer:
     """Choose the tokenizer for generation: the run's own, or the command's if the run has none. Collective.
 
     Raises DataError where there is none, or where the command sets a key of `data` that generation does not
@@ -185,8 +185,8 @@ def writing(run: Trained, config: Config, typed: frozenset[str]) -> Writing:
         check_tokenizer(chosen, own.identity, data.tokenizer)
     else:
         refuse_more_ids(run, chosen.vocab_size, f"{shown(data.tokenizer)} (data.tokenizer)")
-    return Writing(chosen,
-                   chosen.end_id if dataset is None or _ends_in(dataset, chosen.end_id) else None)
+    return GenerationTokenizer(
+        chosen, chosen.end_id if dataset is None or _ends_in(dataset, chosen.end_id) else None)
 
 
 def _ends_in(dataset: Dataset, end_id: int) -> bool:

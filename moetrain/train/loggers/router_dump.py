@@ -20,7 +20,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.data.batches.batch import Batch
 from moetrain.errors import DiskError
 from moetrain.routers.base import Decision
-from moetrain.runs.files import make_place, replacing
+from moetrain.runs.files import prepare_rank_file, replace_atomically
 
 STEPS = 3  # steps that are dumped in each attempt
 
@@ -66,8 +66,8 @@ class RouterDump:
     def _save(self, path: Path, step: int) -> None:
         from safetensors.torch import save
 
-        make_place(path, self.mesh.rank, self.mesh.size)
-        with replacing(path) as file:
+        prepare_rank_file(path, self.mesh.rank, self.mesh.size)
+        with replace_atomically(path) as file:
             file.write(save(self.tensors, {"step": str(step), "ranks": str(self.mesh.size),
                                            "domains": json.dumps(self.domains)}))
 

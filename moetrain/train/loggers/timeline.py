@@ -26,7 +26,7 @@ from moetrain.config.schema import LogConfig
 from moetrain.errors import DiskError
 from moetrain.files import open_regular
 from moetrain.model.transformer import Transformer
-from moetrain.runs.files import make_place
+from moetrain.runs.files import prepare_rank_file
 
 
 class Timeline:
@@ -64,7 +64,7 @@ class Timeline:
 
 
 def _write(recorded: profile, path: Path, mesh: Mesh) -> None:
-    make_place(path, mesh.rank, mesh.size)
+    prepare_rank_file(path, mesh.rank, mesh.size)
     part = path.with_suffix(".part")
     recorded.export_chrome_trace(str(part))
     # The profiler does not report a failed or incomplete write, and leaves files with names of

@@ -11,7 +11,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from moetrain.__main__ import main
 from moetrain.config.compose import for_run
-from moetrain.train.evaluation.trained import load_trained, writing
+from moetrain.train.evaluation.trained import choose_tokenizer, load_trained
 from tests.support.trained_run import WORDS, corpus, files, losses, records, train
 
 Folder = Path
@@ -163,7 +163,7 @@ def test_a_text_begins_as_those_that_were_trained_on(marks, tmp_path, monkeypatc
     np.array([id for text in documents for id in [*text, *[256] * marks]], "<u2").tofile("train.bin")
     train(tmp_path, "data=memmap", "data.path=train.bin", "data.tokenizer=bytes", "data.dtype=uint16")
     run = load_trained(for_run(["mine"]))
-    assert writing(run, for_run(["mine"]), frozenset()).end_id == (256 if marks else None)
+    assert choose_tokenizer(run, for_run(["mine"]), frozenset()).end_id == (256 if marks else None)
     assert main(["generate", "mine", "generate.prompt=the", "generate.tokens=4"]) == 0
     capsys.readouterr()
     assert main(["generate", "mine", "generate.tokens=4"]) == (0 if marks else 12)
