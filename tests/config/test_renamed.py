@@ -15,7 +15,7 @@ from moetrain.config.groups import config_dir
 from moetrain.config.sweep import sweep_jobs
 from moetrain.config.values import flatten
 from moetrain.errors import ConfigErrors
-from moetrain.runs.completion import trained_config, trained_with
+from moetrain.runs.completion import config_of, trained_config
 
 # Written by the release with the old names: tests/support/old_run.
 OLD_RUN = Path(__file__).parents[1] / "support" / "old_run"
@@ -113,7 +113,7 @@ def test_a_recorded_config_is_read_as_if_it_had_the_new_names() -> None:
     new = compose(OF_THE_RUN)
     (checkpoint,) = (OLD_RUN / "checkpoints").iterdir()
     readers = {"config.yaml": from_old_names(), "resume": trained_config(OLD_RUN, checkpoint),
-               "manifest": trained_with(read_manifest(checkpoint), checkpoint)}
+               "manifest": config_of(read_manifest(checkpoint), checkpoint)}
     for name, old in readers.items():
         assert asdict(old) == asdict(new), name
         assert resume_conflicts(old, new) == [] == resume_conflicts(new, old), name
