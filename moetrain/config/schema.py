@@ -92,8 +92,8 @@ class ParallelConfig:
         "over NVSHMEM (the last two, and peer on GPUs, have never run)")
     exact_combine: bool = key(
         False,
-        "a row travels for every expert of a token, so that sums do not depend on who holds an expert, "
-        "instead of one for every rank with experts of it")
+        "dispatch one row for each expert of a token instead of one for each rank, so that sums do not "
+        "depend on who holds an expert")
     max_copies: int = key(2, "fssdp: copies of other ranks' experts that a rank may hold in a layer")
     rematerialize: bool = key(
         False, "fssdp: drop copies after a layer's forward and gather them again for its backward")
@@ -104,7 +104,7 @@ class ParallelConfig:
     forecast: Literal["mean", "trend"] = key(
         "mean",
         "fssdp: loads of the next step: the mean of the last ones, or a moving average that follows their "
-        "trend")
+        "slope")
     window: int = key(5, "fssdp: steps of the mean")
     max_forecast_error: float = key(
         0.15,
@@ -112,15 +112,15 @@ class ParallelConfig:
         "step, that step's loads are expected again (1: never)")
     calibrate: bool = key(
         False,
-        "fssdp: once a layer has routed, more copies than were planned, where the model of time says that "
-        "it pays")
+        "fssdp: once a layer has routed, add copies that were not planned, where the cost model predicts a "
+        "gain")
     rehome_interval: int = key(
-        100, "fssdp: steps between looks at the homes of experts, which the planner may move (0: never)")
+        100, "fssdp: steps between reviews of the homes of experts, which the planner may move (0: never)")
     max_sliced_experts: int = key(
         0,
-        "fssdp: at most so many of a layer's experts, the hottest, have their parameters cut up between "
-        "the ranks: where that pays by the model of time with planner=balanced, all of them with others; "
-        "chosen when homes are looked at")
+        "fssdp: most experts of a layer, the hottest, whose parameters are sliced over the ranks; "
+        "planner=balanced slices them where the cost model predicts a gain, other planners slice all; chosen "
+        "when homes are reviewed")
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class ScheduleConfig:
 
     kind: Literal["none", "fixed"] = key(
         "none",
-        "none: a micro-batch travels to the experts of a layer in one piece; fixed: in a number of chunks, "
-        "the same for all layers")
+        "none: a micro-batch is dispatched to the experts of a layer in one piece; fixed: in a number of "
+        "chunks, the same for all layers")
     chunks: int = key(
-        1, "fixed: chunks of a micro-batch; while the experts compute one, its neighbours are on their way")
+        1, "fixed: chunks of a micro-batch; while the experts compute one, its neighbours are exchanged")
 
 
 @dataclass(frozen=True)
