@@ -1,6 +1,8 @@
-"""Open files where anybody may have put something else, and show names that anybody may have chosen. Standard library alone.
+"""Open files where anybody may have put something else, and show names that anybody may have chosen.
 
-    open_regular    a file, opened without waiting; FIFOs, devices, folders and links to nowhere are refused by their name
+Standard library alone.
+
+    open_regular    a file, opened without waiting; FIFOs, devices, folders, dangling links are refused by name
     create          a new file          open_to_append    one that grows
     read_bytes      all of it, up to a limit          read_text    as UTF-8          read_json    parsed
     parse_json      JSON that is not nested without end
@@ -8,7 +10,8 @@
     shown           a text whose control characters are escaped
     nearby          a path as short as its reader needs it
 
-Whatever is wrong with the file raises OSError, whatever is wrong with its content ValueError; nothing else is raised.
+Whatever is wrong with the file raises OSError, whatever is wrong with its content ValueError; nothing else is
+raised.
 """
 
 import errno
@@ -34,14 +37,20 @@ class NotAFileError(OSError):
 
 
 def open_regular(path: Path, *, links: bool = True) -> BinaryIO:
-    """Open a regular file for reading. links: whether the path itself may be a link."""
+    """Open a regular file for reading; with `links` false the path itself must not be a link."""
     return open(open_descriptor(path, os.O_RDONLY, links=links), "rb")
 
 
 def open_descriptor(path: Path, flags: int, *, links: bool = True) -> int:
-    """`os.open` that never waits and gives regular files alone. A new file gets mode 0644.
+    """Open a descriptor as `os.open` does, but never wait, and for regular files alone.
 
-    With O_CREAT a link to nowhere is refused as well: what it names may lie anywhere.
+    A new file gets mode 0644. With O_CREAT a link to nowhere is refused as well: what it names may lie
+    anywhere.
+
+    Args:
+        path: the file.
+        flags: as for `os.open`.
+        links: whether the path itself may be a link.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if links else os.O_NOFOLLOW)
     try:
@@ -83,7 +92,7 @@ def _open_or_create(path: Path, flags: int) -> int:
 
 
 def _named(path: Path, error: OSError, links: bool) -> OSError:
-    """The error, or a better one where the path leads to something that is no file."""
+    """The error itself, or a better one where the path leads to something that is no file."""
     if error.errno == errno.ELOOP:
         return NotAFileError(path, "a circle of links" if links or not os.path.islink(path) else "a link")
     if error.errno == errno.ENOENT and os.path.islink(path):
@@ -96,14 +105,14 @@ def _named(path: Path, error: OSError, links: bool) -> OSError:
 
 
 def _what_else(mode: int) -> str | None:
-    """What it is if it is no regular file."""
+    """Kind of a file that is not regular; None for a regular one."""
     if stat.S_ISREG(mode):
         return None
     return next((name for fits, name in _KINDS if fits(mode)), "something else")
 
 
 def read_bytes(path: Path, *, limit: int, links: bool = True) -> bytes:
-    """The content of a regular file that is no longer than `limit` bytes."""
+    """Read a regular file that is no longer than `limit` bytes."""
     with open_regular(path, links=links) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -112,17 +121,17 @@ def read_bytes(path: Path, *, limit: int, links: bool = True) -> bytes:
 
 
 def read_text(path: Path, *, limit: int = SMALL) -> str:
-    """The content of a regular file as UTF-8."""
+    """Read a regular file as UTF-8."""
     return read_bytes(path, limit=limit).decode("utf-8")
 
 
 def read_json(path: Path, *, limit: int = SMALL, depth: int = MOST_DEPTH) -> Any:
-    """The value that a regular file holds as JSON."""
+    """Read the value that a regular file holds as JSON."""
     return parse_json(read_bytes(path, limit=limit), depth=depth)
 
 
 def parse_json(content: str | bytes, *, depth: int = MOST_DEPTH) -> Any:
-    """`json.loads` whose result is nested at most `depth` deep, so that it can be walked, printed and compared."""
+    """Parse JSON nested at most `depth` deep, so that the result can be walked, printed and compared."""
     try:
         value = json.loads(content)
     except RecursionError:
@@ -137,22 +146,22 @@ def parse_json(content: str | bytes, *, depth: int = MOST_DEPTH) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, as a short text for the `why` of an error."""
+    """Text of an exception, short, for the `why` of an error."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return said or type(error).__name__
 
 
 def remedy(error: OSError) -> str:
-    """What helps against a failure to write: the first words of an error's `next`."""
+    """Remedy for a failure to write: the first words of an error's `next`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free space there"
     return "remove what lies there" if isinstance(error, NotAFileError) else "make it writable"
 
 
 def shown(text: object, most: int | None = None) -> str:
-    """Text from outside, safe on a terminal and on one line: what does not print is escaped as in Python.
+    """Make text from outside safe on a terminal and on one line: what does not print is escaped as in Python.
 
-    A byte of a file name that is not UTF-8 appears as `\\xe9`. most: characters that are left; a longer text is cut.
+    A byte of a file name that is not UTF-8 appears as `\\xe9`. A text longer than `most` characters is cut.
     """
     text = str(text)
     safe = text if text.isprintable() else "".join(map(_printable, text))
@@ -160,7 +169,7 @@ def shown(text: object, most: int | None = None) -> str:
 
 
 def nearby(path: Path) -> str:
-    """The path, safe on a terminal: relative where it lies below the current folder."""
+    """Show a path safely: relative where it lies below the current folder."""
     here = Path.cwd()
     return shown(path.relative_to(here) if path.is_relative_to(here) else path)
 

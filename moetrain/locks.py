@@ -1,4 +1,4 @@
-"""File locks that the kernel lets go of when their process ends, however it ends."""
+"""File locks that the kernel releases when their process ends, however it ends."""
 
 import fcntl
 import os
@@ -6,9 +6,17 @@ from pathlib import Path
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Lock an open file or folder without waiting, until it is closed everywhere. OSError where the file system has no locks.
+    """Lock an open file or folder without waiting; the lock lasts until the file is closed everywhere.
 
-    False where another open file holds it: of another process, or of this one. shared: beside other shared ones.
+    Args:
+        descriptor: the open file.
+        shared: allow other shared locks beside this one.
+
+    Returns:
+        False where another open file holds the lock: of another process, or of this one.
+
+    Raises:
+        OSError: the file system has no locks.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -18,8 +26,11 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 def lock_folder(path: Path) -> int | None:
-    """Descriptor of a folder that is locked until it is closed; None where another one holds it. OSError where folders cannot be
-    locked, as on NFS."""
+    """Lock a folder until its descriptor is closed.
+
+    Returns None where another process holds the lock, and raises OSError where folders cannot be locked, as
+    on NFS.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if try_lock(descriptor):
@@ -32,7 +43,7 @@ def lock_folder(path: Path) -> int | None:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the path still leads to the open file: it may have been removed, or another put in its place, before it was locked."""
+    """Whether a path still leads to the open file, which may have been removed or replaced before the lock."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

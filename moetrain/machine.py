@@ -1,4 +1,4 @@
-"""What this machine has: memory of programs, limits of its control groups, memory of GPUs. Imports no torch."""
+"""Memory of this machine and its GPUs, and the limits of control groups. Imports no torch."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CGROUP = Path("/sys/fs/cgroup")
-# Of a control group: its limit, what it uses, and what of that the system takes back when asked.
+# Files of a control group: its limit, what it uses, and what of that the system takes back when asked.
 CGROUP_FILES = (("memory.max", "memory.current", "inactive_file"),
                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
@@ -22,12 +22,12 @@ class JobLimit(NamedTuple):
 
 
 def total_memory() -> int:
-    """Bytes of memory that programs of this job may have in all: the machine's, or what a limit leaves of it."""
+    """Bytes of memory that programs of this job may have in all: the machine's, or what a limit leaves."""
     return min([_physical(), *(found.limit for found in job_limits())])
 
 
 def machine_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that programs may still take of this machine. Where the system does not tell: all it has."""
+    """Bytes that programs may still take of this machine; all that it has where the system does not tell."""
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     for line in lines:
         if line.startswith("MemAvailable:"):
@@ -36,23 +36,25 @@ def machine_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 def job_memory(membership: Path = Path("/proc/self/cgroup"), mounted: Path = CGROUP) -> list[int]:
-    """Bytes left under every limit that a container or a batch system has set on this process's control groups."""
+    """Bytes left under each limit that a container or batch system set on this process's control groups."""
     return [found.left for found in job_limits(membership, mounted)]
 
 
 def job_limits(membership: Path = Path("/proc/self/cgroup"), mounted: Path = CGROUP) -> Iterator[JobLimit]:
+    """Limits of memory on this process's control groups, and on those above them."""
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        group = mounted / controllers / os.path.normpath(path).lstrip("/")       # nothing above what is mounted
+        # Nothing above what is mounted.
+        group = mounted / controllers / os.path.normpath(path).lstrip("/")
         for level in (group, *group.parents):            # a limit further up holds too
             if level.is_relative_to(mounted):
                 yield from filter(None, (_limit(level, *names) for names in CGROUP_FILES))
 
 
 def gpu_memory() -> int | None:
-    """Bytes of the smallest GPU of this machine; None without one, or where its driver's tool does not answer."""
+    """Bytes of the smallest GPU of this machine; None without one, or where nvidia-smi does not answer."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -64,7 +66,10 @@ def gpu_memory() -> int | None:
 
 
 def has_gpu(device: Path = Path("/dev/nvidia0")) -> bool:
-    """Whether this machine shows its programs an NVIDIA GPU, whatever torch can do with it. Under WSL there is no device file."""
+    """Whether this machine shows its programs an NVIDIA GPU, whatever torch can do with it.
+
+    Under WSL there is no device file, so the driver's tool is asked.
+    """
     return device.exists() or gpu_memory() is not None
 
 
@@ -79,7 +84,7 @@ def _physical() -> int:
 
 
 def _limit(group: Path, limit: str, usage: str, reclaimable: str) -> JobLimit | None:
-    """None where there is no limit."""
+    """Limit of a control group; None where there is none."""
     try:
         allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
         lines = (group / "memory.stat").read_text().splitlines()

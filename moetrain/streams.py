@@ -1,12 +1,12 @@
-"""Standard output and standard error that cannot end a process: closed, full, a broken pipe, a terminal that is gone.
+"""Standard output and error that cannot end a process: closed, full, a broken pipe, a terminal that is gone.
 
     keep_open   descriptors 0 to 2 exist, and nothing that is written to stdout or stderr raises
     lost        why stdout could not be written; for verbs whose product is what they print
     outlive     from now on the output is an extra: what nobody takes is left out
 
-A training run goes on without its output; the files of the run get everything. A pipe whose reader sleeps and a terminal that was
-stopped by Ctrl-S are waited for a few seconds, once, because other ranks wait for this one. `moetrain eval | less` waits as long
-as it takes.
+A training run goes on without its output; the files of the run get everything. A pipe whose reader sleeps and
+a terminal that was stopped by Ctrl-S are waited for a few seconds, once, because other ranks wait for this
+one. `moetrain eval | less` waits as long as it takes.
 """
 
 import errno
@@ -16,7 +16,7 @@ import select
 import sys
 from typing import TextIO
 
-WAIT_S = 5.0                 # that a reader is waited for before output is left out
+WAIT_S = 5.0                 # seconds that a reader is waited for before output is left out
 PIECE = 4096                 # bytes that a pipe takes whole once it is ready
 _PASSING = (errno.ENOSPC, errno.EDQUOT)                  # space may come back; anything else does not
 
@@ -51,17 +51,21 @@ class _Output(io.FileIO):
             note = f"[warn] {self.left_out} bytes of output could not be written here\n"
             super().write(note.encode())
             self.left_out = 0
-        return super().write(view[:PIECE]) or 0          # None from a descriptor that does not wait: it is asked again
+        # None from a descriptor that does not wait: it is asked again.
+        return super().write(view[:PIECE]) or 0
 
     def _discard_from_now_on(self) -> None:
-        """For this process, for libraries in it, and for processes that it starts."""
+        """Discard output of this process, of libraries in it, and of processes that it starts."""
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self.fileno())
         os.close(nothing)
 
 
 def keep_open() -> None:
-    """Make the streams of this process unbreakable. A descriptor that is closed would be given to the next file that is opened."""
+    """Make the streams of this process unbreakable, and open those that are closed.
+
+    A closed descriptor would be given to the next file that is opened.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -72,10 +76,11 @@ def keep_open() -> None:
 
 
 def _unbreakable(stream: TextIO | None, descriptor: int) -> TextIO:
-    """stream: what Python made of the descriptor, None where it was closed."""
+    """Stream of a descriptor that never raises; `stream` is Python's own, None where it was closed."""
     return io.TextIOWrapper(
         io.BufferedWriter(_Output(descriptor)), encoding=getattr(stream, "encoding", None) or "utf-8",
-        errors=getattr(stream, "errors", None) or "backslashreplace", line_buffering=getattr(stream, "line_buffering", True),
+        errors=getattr(stream, "errors", None) or "backslashreplace",
+        line_buffering=getattr(stream, "line_buffering", True),
         write_through=getattr(stream, "write_through", False))
 
 
@@ -87,7 +92,7 @@ def outlive() -> None:
 
 
 def lost() -> OSError | None:
-    """Why something that was printed to stdout could not be written; None for a reader that has seen enough, as `head`."""
+    """Why output to stdout could not be written; None for a reader that has seen enough, such as `head`."""
     output = _output(sys.stdout)
     if output is None or output.is_extra:
         return None

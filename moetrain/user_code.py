@@ -1,4 +1,4 @@
-"""Whose code raised an exception: moetrain's, or a part or script that somebody wrote for it."""
+"""Find whose code raised an exception: moetrain's, or a part or script that somebody wrote for it."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -13,9 +13,10 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib"
 
 
 def frame_of_user(error: BaseException) -> FrameSummary | None:
-    """The innermost place in code of others that moetrain called; None where the exception is moetrain's own.
+    """Innermost frame in code of others that moetrain called; None where the exception is moetrain's own.
 
-    Code that called moetrain, as a script that calls `train`, stands before it in the traceback and is not meant.
+    Code that called moetrain, such as a script that calls `train`, stands before it in the traceback and is
+    not meant.
     """
     called, found = False, None
     for frame in extract_tb(error.__traceback__):
@@ -27,19 +28,25 @@ def frame_of_user(error: BaseException) -> FrameSummary | None:
 
 
 def of_user(error: Exception) -> UserCodeError | None:
-    """The error that names file and line of the code that it comes from; None where that is moetrain's."""
+    """Error that names file and line of the code that raised; None where that code is moetrain's."""
     frame = frame_of_user(error)
     if frame is None:
         return None
     said = f"{type(error).__name__}: {error}".rstrip(": ")
-    return UserCodeError(1, f"{said.splitlines()[0]}", where=f"{frame.filename}:{frame.lineno}, in {frame.name}",
-                         why=f"that code, which is not part of moetrain, raised it: {frame.line}" if frame.line else "that code raised it",
+    why = "that code raised it"
+    if frame.line:
+        why = f"that code, which is not part of moetrain, raised it: {frame.line}"
+    return UserCodeError(1, f"{said.splitlines()[0]}", why=why,
+                         where=f"{frame.filename}:{frame.lineno}, in {frame.name}",
                          next="correct it there; MOETRAIN_DEBUG=1 shows the whole traceback")
 
 
 @contextmanager
 def named_in_traceback() -> Iterator[None]:
-    """End the traceback of an exception that code of others raised with its place: what lies between is torch's and moetrain's."""
+    """Name the place in code of others at the end of an exception's traceback.
+
+    The frames between that place and the end are torch's and moetrain's.
+    """
     try:
         yield
     except Exception as error:

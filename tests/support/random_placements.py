@@ -26,7 +26,7 @@ def layers(draw: st.DrawFn, *, sliced: bool = False) -> tuple[LayerPlacement, To
 
 @st.composite
 def routed_layers(draw: st.DrawFn) -> tuple[Tensor, LayerPlacement, Topology]:
-    """A layer, and rows of every source for every expert, int64 [P, E]; some sources and experts have none."""
+    """A layer, and rows of each source for each expert, int64 [P, E]; some sources and experts have none."""
     placement, topology = draw(layers())
     size_P = draw(st.lists(st.sampled_from([0, 1, 30, 900]), min_size=placement.positions,
                            max_size=placement.positions))
