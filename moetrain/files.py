@@ -2,7 +2,7 @@
 
 Standard library alone.
 
-    open_regular    a file, opened without waiting; FIFOs, devices, folders, dangling links are refused by name
+    open_regular    a file, opened without waiting; FIFOs, devices, folders, dangling links are refused
     create          a new file          open_to_append    one that grows
     read_bytes      all of it, up to a limit          read_text    as UTF-8          read_json    parsed
     parse_json      JSON that is not nested without end

@@ -43,7 +43,7 @@ def lock_folder(path: Path) -> int | None:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether a path still leads to the open file, which may have been removed or replaced before the lock."""
+    """Whether a path still leads to the open file, which may have been replaced before it was locked."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -124,7 +124,8 @@ MODES = {
     "fssdp, gathered again": Case((*FSSDP, *COPIES, "parallel.rematerialize=true"), ranks=2),
     "fssdp, calibrated": Case((*FSSDP, *COPIES, "parallel.calibrate=true"), ranks=2,
                               further={"moe/dispatch.py:_assign": LAYERS}),     # counts to calibrate by
-    "fssdp, sliced": Case((*FSSDP, *COPIES, "parallel.max_sliced_experts=1", "parallel.rehome_interval=2"), ranks=2),
+    "fssdp, sliced": Case((*FSSDP, *COPIES, "parallel.max_sliced_experts=1", "parallel.rehome_interval=2"),
+                          ranks=2),
 }
 BESIDE = "beside steps"
 CASES = {**MESHES, BESIDE: Case(("data.vocab_size=257", "eval.windows=4", "eval.batch=2"), steps=False),

@@ -45,16 +45,14 @@ def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, T
         balance_scope: global, micro or none.
         z_weight: factor of the z-loss.
         balance_pools: for the number of a batch, those whose counts give its f, in all routers or by router;
-            it takes
-            the place of the scope.
+            it takes the place of the scope.
         balance_prior: counts of another step by router, whose shares stand for the tokens that such a pool
             lacks.
         **model: as for `oracle_logits`.
 
     Returns:
         The total; the cross-entropy, a mean over all valid tokens of the step; the global balance loss,
-        unweighted,
-        perfect = 1; the tokens per expert of each MoE layer.
+        unweighted, perfect = 1; the tokens per expert of each MoE layer.
     """
     tokens = sum(int(valid_BS.sum()) for _, _, valid_BS in batches)
     ce_sum, routed = 0.0, []

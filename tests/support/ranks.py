@@ -27,17 +27,17 @@ class Ranks:
     Args:
         size: number of ranks.
         lasting: one process group for all tasks, for libraries that keep groups themselves; otherwise each
-            task has
-            its own.
+            task has its own.
         simulated: every rank has a CUDA device in host memory, and nccl (tests/support/simulated_device).
     """
 
     def __init__(self, size: int, *, lasting: bool = False, simulated: bool = False) -> None:
         self.size = size
-        # Ranks are forked from one process that has imported what they need. A simulated device has to be there
-        # before the package is imported.
+        # Ranks are forked from one process that has imported what they need. A simulated device has to be
+        # there before the package is imported.
         context = multiprocessing.get_context("spawn" if simulated else "forkserver")
-        context.set_forkserver_preload(["pytest", "torch._dynamo", "moetrain.train.loop", "tests.support.training"])
+        context.set_forkserver_preload(
+            ["pytest", "torch._dynamo", "moetrain.train.loop", "tests.support.training"])
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(size):

@@ -142,7 +142,7 @@ def _can_be_warm(asked: Mapping[str, Any]) -> bool:
 
 
 def run(words: Sequence[str], *, timeout: float | None = None, **given: Any) -> subprocess.CompletedProcess:
-    """subprocess.run(words, ...)"""
+    """Run a command as `subprocess.run` does, in a warm process where that is possible."""
     with Popen(words, **given) as process:
         try:
             output, errors = process.communicate(timeout=timeout)

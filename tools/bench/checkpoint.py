@@ -3,11 +3,10 @@
     python -m tools.bench.checkpoint [--steps 200] [--write]
 
 1. The quickstart's model on two ranks with a save every 50 steps, written while training goes on and waited
-for, in turn, in
-   one run of this script: seconds that training waited, against the steps of the same run.
+   for, in turn, in one run of this script: seconds that training waited, against the steps of the same run.
 2. 60 layers of 256 experts, both matrices with both moments (92,160 tensors) of 16 numbers each, so that
-nothing but the
-   book-keeping is left: four ranks with expert parallelism, played one after another by this process.
+   nothing but the bookkeeping is left: four ranks with expert parallelism, played one after another by this
+   process.
 
 Prints a page; --write puts it into docs/results/checkpoint.md.
 """

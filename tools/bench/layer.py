@@ -151,8 +151,7 @@ class Paced:
 
     Args:
         row_s: seconds of a row, forward; backward of its gradients as many, and as many again of those of
-            weights,
-            when all rows have started to return.
+            weights, when all rows have started to return.
     """
 
     def __init__(self, row_s: float) -> None:

@@ -1,9 +1,8 @@
 """Compare training on any mesh, exchange backend or kernels with one process on the CPU in float64.
 
     python -m tools.check.parity --out build/parity                     two ranks on the CPU
-    python -m tools.check.parity --out build/parity --device cuda       one GPU, without kernels and with
-    them,
-                                                                        alone and shared by four ranks
+    python -m tools.check.parity --out build/parity --device cuda       one GPU, alone and shared by four
+                                                                        ranks, without kernels and with them
     ... --only peer         arms whose name contains this
     python -m tools.check.parity --out build/parity router=sigmoid parallel=ep run.nproc=2
                             the training that these overrides of `moetrain train` describe, and no other

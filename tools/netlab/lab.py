@@ -104,8 +104,7 @@ class Lab:
         nodes: number of emulated nodes.
         per_node: ranks of each.
         inside: rate of the link inside a node, in each direction and per rank, such as 900mbit or 1.5gbit;
-            none: as
-            fast as it goes.
+            none: as fast as it goes.
         between: the same of the link to other nodes.
     """
 

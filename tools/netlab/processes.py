@@ -44,8 +44,7 @@ def together(start: Callable[..., subprocess.Popen], world: int, limit_s: float 
 
     Returns:
         0; or the exit code of the rank that failed first, 128 + n for signal n; or TIMED_OUT; or 128 + n for
-        the
-        signal n that this program was sent.
+        the signal n that this program was sent.
     """
     ranks: list[subprocess.Popen] = []
     readers = []
