@@ -90,7 +90,14 @@ class Preparing:
 
 
 def progress_line(what: str, done: int, total: int, seconds: float) -> str:
-    """reading 120M of 500M, 24%, 45M/s, eta 8.40s"""
+    """Format progress as text: `reading 120M of 500M, 24%, 45M/s, eta 8.40s`.
+
+    Args:
+        what: name of the part of the work.
+        done: its bytes that are done.
+        total: all of its bytes.
+        seconds: time that it has taken so far.
+    """
     rate = done / max(seconds, 1e-9)
     left = f", eta {duration((total - done) / rate)}" if done else ""
     return f"{what} {size(done)} of {size(total)}, {done / max(total, 1):.0%}, {size(rate)}/s{left}"

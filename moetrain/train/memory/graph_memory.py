@@ -107,8 +107,9 @@ def max_copy_memory(run: Run) -> CopyMemory:
     layers = []
     for moe in model.moe_layers.values() if run.state.planning is not None else ():
         homes = len(moe.experts.bank.experts)
-        room = min(config.parallel.max_copies, moe.router.num_experts - homes) + min(config.parallel.max_sliced_experts, homes)
-        layers.append(HeldExperts(homes, room, (ep.size - 1) * min(config.parallel.max_copies, homes)))
+        max_copies = (min(config.parallel.max_copies, moe.router.num_experts - homes)
+                      + min(config.parallel.max_sliced_experts, homes))
+        layers.append(HeldExperts(homes, max_copies, (ep.size - 1) * min(config.parallel.max_copies, homes)))
     return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
                        gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
                        recompute=config.train.activation_checkpointing != "none")
