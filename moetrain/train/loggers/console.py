@@ -55,8 +55,8 @@ def eval_line(step: int, losses: Mapping[str, float]) -> str:
     kind = "nats_per_byte/" if per_byte else "loss/"
     by_domain = {name.removeprefix(kind): value for name, value in losses.items() if name.startswith(kind)}
     mean = by_domain.pop("mean", 0.0)
-    told = [f"{shown(name)} {value:.3f}" for name, value in list(by_domain.items())[:MOST_DOMAINS]]
-    more = [f"{len(by_domain) - len(told)} more in eval.jsonl"] if len(by_domain) > len(told) else []
+    words = [f"{shown(name)} {value:.3f}" for name, value in list(by_domain.items())[:MOST_DOMAINS]]
+    more = [f"{len(by_domain) - len(words)} more in eval.jsonl"] if len(by_domain) > len(words) else []
     bits = f" ({mean / math.log(2):.3f} bits)" if per_byte else ""
     return (f"[eval] step {step}, nats per {'byte' if per_byte else 'token'}: "
             f"{'  '.join([*told, *more, f'mean {mean:.3f}'])}{bits}")
