@@ -59,7 +59,7 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
     assert not found.tensors and len(found.experts) == LAYERS and len(list(found.names())) == LAYERS * EXPERTS
 
     state_shards = list(held(1, fill=-1.0))
-    with patch.object(records, "Entry", counting(counts, "Entry", records.Entry)), \
+    with patch.object(records, "TensorEntry", counting(counts, "TensorEntry", records.TensorEntry)), \
             patch.object(os, "preadv", counting(counts, "preadv", os.preadv)):
         for torch_part in torchs:
             torch_part.start()
@@ -69,7 +69,7 @@ def test_15360_experts_are_rows_of_a_table(tmp_path: Path) -> None:
         loading.fill()
         patch.stopall()
     each = LAYERS * EXPERTS // RANKS
-    assert counts == {"Entry": each, "preadv": RANKS + 1 + 2 * each}
+    assert counts == {"TensorEntry": each, "preadv": RANKS + 1 + 2 * each}
     for shard, truth in zip(state_shards, held(1)):
         assert torch.equal(shard.rows, truth.rows), shard.name
     assert (final / NAME).stat().st_size < 40 * LAYERS * EXPERTS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.generate.cache import KeyValues
+from moetrain.generate.cache import LayerKeyValues
 from moetrain.model.attention import Attention, RMSNorm, document_mask, rotary_table, rotate
 
 CPU, F64 = torch.device("cpu"), torch.float64
@@ -120,7 +120,7 @@ def test_other_documents_leave_no_trace():
 @pytest.mark.parametrize("first", [1, 3])
 def test_positions_one_by_one_after_the_first_give_what_all_at_once_give(heads, kv_heads, qk_norm, first):
     module, x_BSD = attention(heads, kv_heads, qk_norm=qk_norm), torch.randn(2, 5, 6, dtype=F64)
-    earlier = KeyValues(*(torch.full((2, kv_heads, 7, 4), torch.nan, dtype=F64) for _ in range(2)))
+    earlier = LayerKeyValues(*(torch.full((2, kv_heads, 7, 4), torch.nan, dtype=F64) for _ in range(2)))
     parts = [module(x_BSD[:, :first], table(first, 4), None, earlier)]
     for position in range(first, 5):
         rotary = rotary_table(1, 4, 100.0, dtype=F64, device=CPU, first=position)

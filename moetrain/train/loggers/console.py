@@ -59,7 +59,7 @@ def eval_line(step: int, losses: Mapping[str, float]) -> str:
     more = [f"{len(by_domain) - len(words)} more in eval.jsonl"] if len(by_domain) > len(words) else []
     bits = f" ({mean / math.log(2):.3f} bits)" if per_byte else ""
     return (f"[eval] step {step}, nats per {'byte' if per_byte else 'token'}: "
-            f"{'  '.join([*told, *more, f'mean {mean:.3f}'])}{bits}")
+            f"{'  '.join([*words, *more, f'mean {mean:.3f}'])}{bits}")
 
 
 def heatmap(counts_RE: Sequence[Sequence[float]], names: Sequence[str], width: int = 80, *,
