@@ -58,7 +58,9 @@ def find_nvcc() -> Path:
 def release(nvcc: Path) -> str:
     """Release of CUDA that nvcc belongs to, such as 13.0."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release ([\d.]+)", said)[1]
+    match = re.search(r"release ([\d.]+)", said)
+    assert match is not None, said
+    return match[1]
 
 
 def flags(archs: list[str]) -> list[str]:
@@ -95,7 +97,7 @@ def compile_one(nvcc: Path, source: Path, archs: list[str]) -> tuple[Path, str]:
     if not (built.exists() and log.exists()):
         CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = built.with_suffix(f".{os.getpid()}")
-        command = [nvcc, *arguments, "-c", source, "-o", unfinished]
+        command: list[str | Path] = [nvcc, *arguments, "-c", source, "-o", unfinished]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
@@ -150,7 +152,7 @@ def check(archs: list[str], jobs: int, write: bool) -> int:
     Returns:
         Exit status: 1 if a kernel spills more than before.
     """
-    found = {}
+    found: dict[str, Kernel] = {}
     for _, log in compile_all(archs, jobs).values():
         found |= kernels_of(log)
     if write:

@@ -47,7 +47,8 @@ def write_rank(directory: Path, rank: int, items: list[TensorRows], step: int) -
         step: step of the checkpoint.
     """
     payload, index = directory / payload_name(rank), _index(directory, rank)
-    file, rows = None, []
+    file: PayloadFile | None = None
+    rows: list[list[Any]] = []
     try:
         disk.make_directory(directory)
         if items:

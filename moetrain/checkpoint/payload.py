@@ -125,7 +125,7 @@ class Payload:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def check_header(self) -> bytes:
+    def check_header(self) -> bytearray:
         """Compare the header with its checksum; returns its bytes."""
         head = self._read(0, self.file.header)
         if zlib.crc32(head) != self.file.crc:

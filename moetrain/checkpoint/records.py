@@ -95,8 +95,8 @@ class Manifest:
         if name in self.tensors:
             return self.tensors[name]
         found = split_expert(name)
-        table = found and self.experts.get(found[0])
-        if not table or found[1] >= len(table.rows):
+        table = self.experts.get(found[0]) if found else None
+        if found is None or table is None or found[1] >= len(table.rows):
             return None
         file, begin, *crcs = table.rows[found[1]]
         chunk = Chunk(list(self.files)[file], begin, 0, row_count(table.shape), tuple(crcs))

@@ -41,7 +41,11 @@ class AuxLoss(Protocol):
 
     weight: float            # coefficient in the objective
     reduction: str           # over routers: mean or sum
-    pool: PoolRule | None    # None: the counts of the micro-batch suffice
+
+    @property
+    def pool(self) -> PoolRule | None:
+        """What counts are pooled over; None if the counts of the micro-batch suffice."""
+        ...
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
         """Contribution of a micro-batch to the loss of each router, [R], with gradient."""

@@ -132,7 +132,9 @@ def _runs_on(arch: str, major: int, minor: int) -> bool:
 
     The library holds no PTX that a driver could compile for another GPU.
     """
-    number, own = re.fullmatch(r"(\d+)([a-z]?)", arch).groups()
+    match = re.fullmatch(r"(\d+)([a-z]?)", arch)
+    assert match is not None, arch
+    number, own = match.groups()
     of_major, of_minor = divmod(int(number), 10)
     return of_major == major and (of_minor == minor if own == "a" else of_minor <= minor)
 

@@ -77,9 +77,9 @@ def grouped_product(x_RI: Tensor, matrix_eIO: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(x_RI, matrix_eIO, offs=groups.offsets_e)
     if x_RI.shape[0] == 0:
         return x_RI.new_empty(0, matrix_eIO.shape[2])
-    _needs_the_host(groups, x_RI)
+    counts_e = _counts_on_host(groups, x_RI)
     out_RO = x_RI.new_empty(x_RI.shape[0], matrix_eIO.shape[2])
-    for rows, matrix, out in zip(x_RI.split(groups.counts_e), matrix_eIO, out_RO.split(groups.counts_e)):
+    for rows, matrix, out in zip(x_RI.split(counts_e), matrix_eIO, out_RO.split(counts_e)):
         torch.mm(rows, matrix, out=out)
     return out_RO
 
@@ -99,17 +99,19 @@ def grouped_outer(a_RI: Tensor, b_RO: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(a_RI.T, b_RO, offs=groups.offsets_e)
     if a_RI.shape[0] == 0:
         return a_RI.new_zeros(len(groups.offsets_e), a_RI.shape[1], b_RO.shape[1])
-    _needs_the_host(groups, a_RI)
-    out_eIO = a_RI.new_empty(len(groups.counts_e), a_RI.shape[1], b_RO.shape[1])
-    for a, b, out in zip(a_RI.split(groups.counts_e), b_RO.split(groups.counts_e), out_eIO):
+    counts_e = _counts_on_host(groups, a_RI)
+    out_eIO = a_RI.new_empty(len(counts_e), a_RI.shape[1], b_RO.shape[1])
+    for a, b, out in zip(a_RI.split(counts_e), b_RO.split(counts_e), out_eIO):
         torch.mm(a.T, b, out=out)
     return out_eIO
 
 
-def _needs_the_host(groups: Groups, rows: Tensor) -> None:
+def _counts_on_host(groups: Groups, rows: Tensor) -> list[int]:
+    """Counts for the loop of products, which must be on the host."""
     assert groups.counts_e is not None, (
         "counts on the device need float32 or bfloat16 and widths of 16 bytes, "
         f"not {rows.dtype} {tuple(rows.shape)}")
+    return groups.counts_e
 
 
 def _grouped_mm_takes(groups: Groups, x_RI: Tensor, *widths: int) -> bool:

@@ -146,7 +146,7 @@ def _define_pair(suffix: str, gather: Callable[..., Tensor],
 
 _permute, _unpermute = _define_pair("", _gather, _sum)
 _permute_padded, _unpermute_padded = _define_pair("_padded", gather_padded, sum_padded)
-_reorder = define(
+_reorder: Callable[..., Tensor] = define(
     "reorder(Tensor x_RD, Tensor index_R, Tensor inverse_R) -> Tensor",
     reference=lambda x_RD, index_R, inverse_R: x_RD.index_select(0, index_R),
     fake=lambda x_RD, index_R, inverse_R: torch.empty_like(x_RD),

@@ -91,6 +91,7 @@ def _hottest_that_fit(missing: tuple[tuple[int, int], ...], placement: LayerPlac
 
 def _quotas(wanted: LayerPlan, placement: LayerPlacement) -> tuple[int, ...]:
     """The wanted quotas by the replicas that exist; those of copies that found no room go to the home."""
+    assert wanted.quotas_C is not None
     rows = dict.fromkeys(((expert, position) for expert, position, _ in placement.replicas), 0)
     for (expert, position, _), quota in zip(wanted.placement.replicas, wanted.quotas_C, strict=True):
         rows[(expert, position) if (expert, position) in rows else (expert, placement.home[expert])] += quota

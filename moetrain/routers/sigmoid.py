@@ -97,6 +97,8 @@ class SigmoidRouter(GroupLimitedRouter):
         """Move the biases against the loads of the step (`Router.end_of_step`)."""
         if self.update_rate == 0:
             return
-        self.bias += self.update_rate * (leans_E if self.wants_leans else lean(counts_E)).to(self.bias.dtype)
+        signs_E = leans_E if self.wants_leans else lean(counts_E)
+        assert signs_E is not None
+        self.bias += self.update_rate * signs_E.to(self.bias.dtype)
         if self.center:
             self.bias -= self.bias.mean()

@@ -33,6 +33,7 @@ def rule_of(rule: Rule, plan: LayerPlan, topology: Topology,
         costs: what a row, an expert and a link cost; for `waterfill`.
     """
     if rule == "shares":
+        assert plan.quotas_C is not None, "the planner has set no quotas"
         return Shares(topology, plan.quotas_C)
     return Waterfill(topology, costs) if rule == "waterfill" else LocalFirst(topology)
 

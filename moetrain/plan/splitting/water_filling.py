@@ -65,7 +65,9 @@ def split_choices(expert_C: np.ndarray, position_C: np.ndarray, topology: Topolo
         position_C: int64 [C], position of each replica.
         topology: positions and nodes.
     """
-    position, by_expert, by_cell = position_C.tolist(), {}, {}
+    position = position_C.tolist()
+    by_expert: dict[int, list[int]] = {}
+    by_cell: dict[tuple[int, int], list[int]] = {}
     for c, (expert, at) in enumerate(zip(expert_C.tolist(), position, strict=True)):
         by_expert.setdefault(expert, []).append(c)
         by_cell.setdefault((expert, at // topology.per_node), []).append(c)
