@@ -1,4 +1,4 @@
-"""Style: ruff finds nothing (pyproject.toml), and files and functions are as short as one idea."""
+"""Style: ruff and mypy find nothing (pyproject.toml), and files and functions are as short as one idea."""
 
 import ast
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import needs
 from tests.support.package_source import PACKAGE, ROOT, load_package, nodes, parse
 
 # --- ruff
@@ -27,6 +28,26 @@ def test_ruff_finds_nothing() -> None:
 def test_it_looks(tmp_path: Path, source: str) -> None:
     (tmp_path / "file.py").write_text(source)
     assert check("--config", ROOT / "pyproject.toml", tmp_path / "file.py").returncode == 1
+
+
+# --- types
+
+
+def types(*words: object) -> subprocess.CompletedProcess:
+    needs.module("mypy", extra="dev")
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_mypy_finds_nothing() -> None:
+    found = types()
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_mypy_looks(tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text("def double(x: int) -> str:\n    return 2 * x\n")
+    found = types("--cache-dir", tmp_path / "cache", tmp_path / "file.py")
+    assert found.returncode == 1 and "[return-value]" in found.stdout, found.stdout + found.stderr
 
 
 # --- sizes
