@@ -2,7 +2,7 @@
 
 Every step has another random placement of copies, with rows divided by every kind of rule; with calibration further copies
 come once a layer has routed, whatever they cost. float64 to 1e-10: first gradients, clipped; norm; counts exactly; parameters
-after 20 steps of AdamW against one process.
+after 8 steps of AdamW (20 with --all) against one process.
 
 Memory: test_fssdp_memory.py. Resuming and checkpoints: test_fssdp_state.py.
 """
@@ -22,7 +22,7 @@ from moetrain.train.step import train_step
 from tests.support.random_copies import CALIBRATE, bits, run_with_copies, train_with_copies
 from tests.support.training import FORCED, Trained, alone, difference, make_run, train_run, union
 
-STEPS, MANY_STEPS = 12, 20
+STEPS, MANY_STEPS = 8, 20
 
 
 @pytest.fixture(scope="module")
