@@ -35,7 +35,7 @@ class Ranks:
         self.size = size
         # Ranks are forked from one process that has imported what they need. A simulated device has to be
         # there before the package is imported.
-        context = multiprocessing.get_context("spawn" if simulated else "forkserver")
+        context = multiprocessing.get_context("spawn" if simulated or lasting else "forkserver")
         context.set_forkserver_preload(
             ["pytest", "torch._dynamo", "moetrain.train.loop", "tests.support.training"])
         port = free_port()
