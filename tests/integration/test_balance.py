@@ -18,7 +18,8 @@ from moetrain.train.step import train_step
 from tests.support.balance_oracle import BASE, STEPS, WORLDS, steps, truth
 from tests.support.training import difference, make_run, snapshot, whole
 
-# mode or scope: what of it is chosen, and for one of the batches (one sequence each, 4 a turn) those that give its f
+# mode or scope: what of it is chosen, and for one of the batches (one sequence each, 4 a turn) those that
+# give its f
 POOLS: dict[str, tuple[list[str], Callable[[int], list[int]]]] = {
     "exact": ([], lambda b: list(range(16))),
     "count pass": (["train.count_pass=true"], lambda b: list(range(16))),
@@ -26,7 +27,8 @@ POOLS: dict[str, tuple[list[str], Callable[[int], list[int]]]] = {
     "buffer": (["balance.mode=buffer"], lambda b: list(range(b // 4 * 4 + 4))),
     "warm": (["balance.mode=warm", "balance.drift=1"], lambda b: list(range(b // 4 * 4 + 4))),
     "sequence": (["balance=sequence", "balance.weight=0.3"], lambda b: [b]),
-    "node": (["balance=node", "balance.weight=0.3"], lambda b: [other for other in range(16) if other % 4 // 2 == b % 4 // 2]),
+    "node": (["balance=node", "balance.weight=0.3"],
+             lambda b: [other for other in range(16) if other % 4 // 2 == b % 4 // 2]),
     "node, buffer": (["balance=node", "balance.weight=0.3", "balance.mode=buffer"],
                      lambda b: [other for other in range(b // 4 * 4 + 4) if other % 4 // 2 == b % 4 // 2]),
 }
@@ -96,7 +98,8 @@ def collectives(overrides: list[str]) -> list[int]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mode, expected", [("exact", [1, 0, 0, 0, 1]), ("buffer", [4, 1, 2, 3, 4]), ("warm", [4, 1, 2, 3, 4])])
+@pytest.mark.parametrize("mode, expected", [("exact", [1, 0, 0, 0, 1]), ("buffer", [4, 1, 2, 3, 4]),
+                                            ("warm", [4, 1, 2, 3, 4])])
 def test_one_collective_at_most_a_micro_batch_and_it_is_on_its_way_when_the_head_runs(ranks, mode, expected):
     overrides = [*BASE, *WORLDS[2], f"balance.mode={mode}", "train.micro_batch=2"]
     assert ranks(2).run(collectives, overrides) == [expected, expected]
@@ -122,15 +125,18 @@ def test_the_step_before_is_part_of_the_state(tmp_path, monkeypatch, forget):
 def test_shares_that_have_moved_far_stand_for_nothing():
     prior = PreviousStepCounts({"a": 2, "b": 2}, 0.3, torch.device("cpu"))
     known_L, tokens = torch.tensor([3, 1, 3, 1]), torch.tensor(8)
-    assert prior.complete(known_L, tokens).tolist() == [3, 1, 3, 1]                      # nothing known of a step before
+    # Nothing known of a step before
+    assert prior.complete(known_L, tokens).tolist() == [3, 1, 3, 1]
     prior.observe(torch.tensor([4, 4, 4, 4]), torch.tensor(8))
     assert prior.complete(known_L, tokens).tolist() == [5, 3, 5, 3]
-    prior.observe(torch.tensor([5, 3, 8, 0]), torch.tensor(8))                           # b has moved by a half
+    # B has moved by a half
+    prior.observe(torch.tensor([5, 3, 8, 0]), torch.tensor(8))
     assert prior.complete(known_L, tokens).tolist() == [5.5, 2.5, 3, 1]
 
 
 def test_without_accumulation_all_modes_are_one():
-    losses = [steps([*BASE, f"balance.mode={mode}", "train.micro_batch=16"], 1) for mode in ("exact", "sync", "buffer", "warm")]
+    losses = [steps([*BASE, f"balance.mode={mode}", "train.micro_batch=16"], 1)
+              for mode in ("exact", "sync", "buffer", "warm")]
     for other in losses[1:]:
         assert difference(whole([other[-1][3]]), whole([losses[0][-1][3]]))[0] == 0
 
@@ -138,7 +144,8 @@ def test_without_accumulation_all_modes_are_one():
 # --- selection biases by the counts of micro-batches
 
 
-MICRO_BIAS = ["run.dtype=float64", "router=sigmoid", "router.counts=micro", "router.update_rate=0.05", "balance=none", "~balance.weight", "train.micro_batch=2",
+MICRO_BIAS = ["run.dtype=float64", "router=sigmoid", "router.counts=micro", "router.update_rate=0.05",
+              "balance=none", "~balance.weight", "train.micro_batch=2",
               "data.min_length=0.2"]
 
 
@@ -147,7 +154,8 @@ def biases(overrides: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], 
     run, counts, add = make_run(overrides), [], SumBuffer.add
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SumBuffer, "add", lambda self, ce, total, stacks: (
-            counts.append({name: counts_E.clone() for stack in stacks for name, counts_E in zip(stack.routers, stack.stats.counts_E)}),
+            counts.append({name: counts_E.clone() for stack in stacks
+                           for name, counts_E in zip(stack.routers, stack.stats.counts_E)}),
             add(self, ce, total, stacks)))
         for step in range(1, STEPS + 1):
             train_step(run, step)
@@ -170,6 +178,7 @@ def test_biases_move_by_every_micro_batch_alike_wherever_it_is(ranks):
         for held, _, _ in results:
             assert all(torch.equal(held[name], alone[name]) for name in alone)
         theirs = whole([pieces for _, pieces, _ in results])
-        assert all(torch.allclose(theirs[name], whole([parameters])[name], rtol=0, atol=1e-10) for name in theirs)
+        assert all(torch.allclose(theirs[name], whole([parameters])[name], rtol=0, atol=1e-10)
+                   for name in theirs)
     by_step, _, _ = biases([*MICRO_BIAS, "router.counts=global"])
     assert any(not torch.equal(by_step[name], alone[name]) for name in alone)

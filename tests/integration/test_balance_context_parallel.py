@@ -24,7 +24,9 @@ from tests.support.training import TINY, difference, make_run, snapshot, whole
 
 STEPS, LENGTH = 3, 12
 MESHES = {2: {"cp": 2, "ep": 2}, 4: {"dp_replicate": 2, "cp": 2, "edp_replicate": 2, "ep": 2}}
-MODES = {"exact": [], "exact, recomputed": ["train.activation_checkpointing=full"], "count pass": ["train.count_pass=true"], "count pass, recomputed": ["train.count_pass=true", "train.activation_checkpointing=full"],
+MODES = {"exact": [], "exact, recomputed": ["train.activation_checkpointing=full"],
+         "count pass": ["train.count_pass=true"],
+         "count pass, recomputed": ["train.count_pass=true", "train.activation_checkpointing=full"],
          "buffer": ["balance.mode=buffer"], "warm, attached": ["balance.mode=warm", "balance.drift=1", "train.aux_loss=injected"]}
 
 
@@ -52,7 +54,8 @@ class OverRanks(nn.Module):
         super().__init__()
         self.attention, self.group, self.rotary = attention, group, rotary
 
-    def forward(self, x_BsD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, earlier: None = None) -> Tensor:
+    def forward(self, x_BsD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
+                earlier: None = None) -> Tensor:
         mixed_BSD = self.attention(Gathered.apply(x_BsD, self.group), self.rotary, mask)
         return mixed_BSD.chunk(self.group.size, 1)[self.group.position]
 
@@ -65,17 +68,20 @@ class Cut:
 
     def step(self, step: int) -> list[Batch]:
         return [batch._replace(**{field: getattr(batch, field).chunk(self.group.size, 1)[self.group.position].contiguous()
-                                  for field in ("tokens_BS", "targets_BS", "valid_BS")}) for batch in self.loader.step(step)]
+                                  for field in ("tokens_BS", "targets_BS", "valid_BS")})
+                for batch in self.loader.step(step)]
 
 
 def over_ranks(world: int, overrides: list[str]) -> Run:
     mesh = build_mesh(MESHES[world], torch.device("cpu"))
-    config = compose([*TINY, *overrides, "parallel=ep", "parallel.ep=2", f"run.nproc={world}", "train.micro_batch=2"])
+    config = compose([*TINY, *overrides, "parallel=ep", "parallel.ep=2", f"run.nproc={world}",
+                      "train.micro_batch=2"])
     run = set_up(config, Path("unused"), mesh)
     first = mesh.rank // 2 * 2
     group = Group("cp", (first, first + 1), mesh.rank - first, mesh["ep"].process_group)
     assert group.ranks == mesh["ep"].ranks
-    rotary = rotary_table(LENGTH, run.state.model.head_dim, run.state.model.rope_theta, dtype=torch.float64, device=mesh.device)
+    rotary = rotary_table(LENGTH, run.state.model.head_dim, run.state.model.rope_theta, dtype=torch.float64,
+                          device=mesh.device)
     for block in run.state.model.layers:
         block.attention = OverRanks(block.attention, group, rotary)
     run.loader = Cut(Loader(run.dataset, global_batch=16, micro_batch=8 // world, rank=first // 2, ranks=world // 2), group)
@@ -85,9 +91,11 @@ def over_ranks(world: int, overrides: list[str]) -> Run:
 def train(run: Run) -> tuple[dict, list[dict], list[tuple[float, float, float]]]:
     """(parameters afterwards, counts, numbers) of a few steps."""
     results = [train_step(run, step) for step in range(1, STEPS + 1)]
-    held = {name.replace("attention.attention.", "attention."): piece for name, piece in snapshot(run, lambda p: p.data).items()}
+    held = {name.replace("attention.attention.", "attention."): piece
+            for name, piece in snapshot(run, lambda p: p.data).items()}
     return (held, [{name: counts.tolist() for name, counts in result.counts.items()} for result in results],
-            [tuple(result.metrics[name] for name in ("loss/balance", "loss/ce", "grad_norm")) for result in results])
+            [tuple(result.metrics[name] for name in ("loss/balance", "loss/ce", "grad_norm"))
+             for result in results])
 
 
 def train_over_ranks(world: int, overrides: list[str], alone: bool = False) -> tuple:

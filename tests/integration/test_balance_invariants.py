@@ -28,8 +28,10 @@ from tests.support.training import FORCED, difference, make_run, snapshot, whole
 GLOBAL = [*BASE, "loss.z.weight=0"]
 WEIGHT = ["balance.weight=0.3"]                          # of a scope that is chosen after BASE
 ALL = {
-    "exact": [], "count pass": ["train.count_pass=true"], "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"],
-    "warm": ["balance.mode=warm", "balance.drift=1"], "node": ["balance=node", *WEIGHT], "micro": ["balance=micro", *WEIGHT],
+    "exact": [], "count pass": ["train.count_pass=true"], "sync": ["balance.mode=sync"],
+    "buffer": ["balance.mode=buffer"],
+    "warm": ["balance.mode=warm", "balance.drift=1"], "node": ["balance=node", *WEIGHT],
+    "micro": ["balance=micro", *WEIGHT],
     "sequence": ["balance=sequence", *WEIGHT],
 }
 
@@ -113,7 +115,8 @@ def test_where_micro_batches_are_alike_every_scope_and_mode_is_the_same(ranks):
     assert (router - without).abs().max() > 0.1 * router.abs().max()
     for name, overrides in ALL.items():
         for world in (1, 2):
-            results = run_on(ranks, world, alike, [*GLOBAL, *WORLDS[world], "train.micro_batch=4", *overrides], 2)
+            results = run_on(ranks, world, alike,
+                             [*GLOBAL, *WORLDS[world], "train.micro_batch=4", *overrides], 2)
             error, where = difference(whole(results), one)
             assert error <= 1e-12, f"{name} on {world}: {where} differs by {error:.3g}"
 
@@ -132,9 +135,12 @@ def test_where_turns_have_the_shares_of_the_step_before_all_modes_are_one():
 # --- padding
 
 
-PADDED = {                                               # the batches of one sequence whose counts are f of batch b
-    "exact": lambda b: range(16), "count pass": lambda b: range(16), "sync": lambda b: range(b // 8 * 8, b // 8 * 8 + 8),
-    "buffer": lambda b: range(b // 8 * 8 + 8), "micro": lambda b: range(b // 4 * 4, b // 4 * 4 + 4), "sequence": lambda b: [b],
+# The batches of one sequence whose counts are f of batch b
+PADDED = {
+    "exact": lambda b: range(16), "count pass": lambda b: range(16),
+    "sync": lambda b: range(b // 8 * 8, b // 8 * 8 + 8),
+    "buffer": lambda b: range(b // 8 * 8 + 8), "micro": lambda b: range(b // 4 * 4, b // 4 * 4 + 4),
+    "sequence": lambda b: [b],
 }
 
 
@@ -153,7 +159,8 @@ def padded_step(overrides: list[str]) -> tuple[dict, dict, dict]:
 
 
 def emptied(batch: Batch) -> Batch:
-    return batch._replace(tokens_BS=batch.tokens_BS * 0, targets_BS=batch.targets_BS * 0 - 1, valid_BS=batch.valid_BS & False)
+    return batch._replace(tokens_BS=batch.tokens_BS * 0, targets_BS=batch.targets_BS * 0 - 1,
+                          valid_BS=batch.valid_BS & False)
 
 
 @pytest.mark.ranks
@@ -175,7 +182,8 @@ def test_a_micro_batch_of_padding_alone_adds_nothing(ranks, mode, monkeypatch):
 def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor], float]:
     """Two routers on this rank's stretch of the positions of every sequence: counts, gradients (summed over ranks) of both weights, and
     the loss; gradients at the hidden states, by first position."""
-    run = make_run([*BASE, *WORLDS[world], "train.micro_batch=4", *ALL[mode]])     # the mesh and the loss; its batches are not used
+    # The mesh and the loss; its batches are not used
+    run = make_run([*BASE, *WORLDS[world], "train.micro_batch=4", *ALL[mode]])
     group, generator = run.mesh["batch"], torch.Generator().manual_seed(5)
     moes = [block.moe for block in run.state.model.layers]
     x_BSD, valid_BS = torch.randn(4, 12, 16, dtype=torch.float64, generator=generator), torch.rand(4, 12, generator=generator) > 0.2
@@ -187,7 +195,8 @@ def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor],
     for router, of_router in stats.items():
         counted(router, of_router.counts_E)
     counts_L = pooling.wait()
-    share = run.objective.share(torch.zeros((), dtype=torch.float64), found, pool(counts_L, run.state.model.routers, tokens), tokens)
+    share = run.objective.share(torch.zeros((), dtype=torch.float64), found,
+                                pool(counts_L, run.state.model.routers, tokens), tokens)
     total = share.total
     total.backward()
     grads = [sum_over(group, moe.router.weight.grad) for moe in moes]
@@ -204,7 +213,8 @@ def test_sequences_cut_up_between_ranks_have_the_counts_and_gradients_of_whole_o
         for ours, truth_ED in zip(numbers[1:], whole_numbers[1:]):
             torch.testing.assert_close(ours, truth_ED, rtol=1e-10, atol=1e-14)
         at |= grads
-    torch.testing.assert_close(torch.cat([at[first] for first in sorted(at)], 1), whole_grads[0], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(torch.cat([at[first] for first in sorted(at)], 1), whole_grads[0], rtol=1e-10,
+                               atol=1e-14)
 
 
 # --- what counts are, and what leaves them alone

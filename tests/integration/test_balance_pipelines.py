@@ -38,7 +38,8 @@ from tests.support.oracle import oracle_loss
 from tests.support.training import TINY, difference, make_run, snapshot, whole
 
 STAGES, MICRO_BATCHES, LAYERS = 2, 4, 4
-BASE = ["run.dtype=float64", "balance.weight=0.3", "loss.z.weight=0", "data.min_length=0.2", f"model.num_layers={LAYERS}",
+BASE = ["run.dtype=float64", "balance.weight=0.3", "loss.z.weight=0", "data.min_length=0.2",
+        f"model.num_layers={LAYERS}",
         "train.aux_loss=injected", "balance.mode=buffer"]
 MESHES = {2: {"pp": 2}, 4: {"pp": 2, "dp_replicate": 2, "ep": 2}}
 SCHEDULES = {                                            # chunks of layers on every rank
@@ -105,7 +106,8 @@ class Piped(NamedTuple):
 
 def pipelined(schedule: str, world: int, defect: str) -> Piped:
     mesh = build_mesh(MESHES[world], torch.device("cpu"))
-    config = compose([*TINY, *BASE, "parallel=ep", f"run.nproc={mesh['batch'].size}", f"train.micro_batch={4 // mesh['batch'].size}"])
+    config = compose([*TINY, *BASE, "parallel=ep", f"run.nproc={mesh['batch'].size}",
+                      f"train.micro_batch={4 // mesh['batch'].size}"])
     run = set_up(config, Path("unused"), mesh)
     groups = {ranks: dist.new_group(list(ranks)) for ranks in axis_groups(DENSE_AXES, MESHES[world], ("pp",))}
     ranks = next(ranks for ranks in groups if mesh.rank in ranks)
@@ -113,15 +115,19 @@ def pipelined(schedule: str, world: int, defect: str) -> Piped:
     batches = run.loader.step(1)
     tokens = sum_over(mesh["batch"], sum(batch.valid_BS.sum() for batch in batches))
     total, each = STAGES * per_rank, LAYERS // (STAGES * per_rank)
-    chunks = {index: Chunk(run, range(index * each, (index + 1) * each), tokens, defect) for index in range(place, total, STAGES)}
+    chunks = {index: Chunk(run, range(index * each, (index + 1) * each), tokens, defect)
+              for index in range(place, total, STAGES)}
     if defect == "mean over a chunk":
         run.objective.num_routers = each
 
     shape = batches[0].tokens_BS.shape
-    hidden, logits = (torch.zeros(*shape, size, dtype=torch.float64, requires_grad=True) for size in (config.model.dim, run.dataset.vocab_size))
+    hidden, logits = (torch.zeros(*shape, size, dtype=torch.float64, requires_grad=True)
+                      for size in (config.model.dim, run.dataset.vocab_size))
     stages = [PipelineStage(chunk, index, total, mesh.device, batches[0].tokens_BS if index == 0 else hidden,
-                            logits if index == total - 1 else hidden, group=groups[ranks]) for index, chunk in chunks.items()]
-    pipe = kind(stages if per_rank > 1 else stages[0], MICRO_BATCHES, scale_grads=False, loss_fn=lambda output, number:
+                            logits if index == total - 1 else hidden, group=groups[ranks])
+              for index, chunk in chunks.items()]
+    pipe = kind(stages if per_rank > 1 else stages[0], MICRO_BATCHES, scale_grads=False,
+                loss_fn=lambda output, number:
                 cross_entropy_sum(output, batches[int(number)].targets_BS) / tokens)
     numbers = torch.arange(MICRO_BATCHES)
     inputs = [torch.cat([batch.tokens_BS for batch in batches])] if 0 in chunks else []
@@ -130,40 +136,48 @@ def pipelined(schedule: str, world: int, defect: str) -> Piped:
     own = tuple(name for chunk in chunks.values() for name in chunk.names)
     gradients, parameters = ({name: piece for name, piece in snapshot(run, of).items() if name.startswith(own)}
                              for of in (lambda p: p.grad, lambda p: p.data))
-    return Piped(gradients, parameters, {index: chunk.order for index, chunk in chunks.items()}, planned(pipe, place, list(chunks)))
+    return Piped(gradients, parameters, {index: chunk.order for index, chunk in chunks.items()},
+                 planned(pipe, place, list(chunks)))
 
 
 def planned(pipe: object, place: int, chunks: list[int]) -> dict[int, list[tuple[str, int]]]:
     """What each chunk of this rank does, one after the other."""
-    if isinstance(pipe, ScheduleGPipe | Schedule1F1B):   # what torch says of the second is not what it does, on the last stage
-        ahead = MICRO_BATCHES if isinstance(pipe, ScheduleGPipe) else STAGES - place       # forwards before the first backward
+    # What torch says of the second is not what it does, on the last stage
+    if isinstance(pipe, ScheduleGPipe | Schedule1F1B):
+        # Forwards before the first backward
+        ahead = MICRO_BATCHES if isinstance(pipe, ScheduleGPipe) else STAGES - place
         order = [("F", number) for number in range(ahead)]
         for number in range(MICRO_BATCHES):
             order += [("B", number), *([("F", number + ahead)] if number + ahead < MICRO_BATCHES else [])]
         return {place: order}
     actions = [action for action in pipe.pipeline_order[place] if action is not None and action.computation_type.value in "FB"]
-    return {chunk: [(action.computation_type.value, action.microbatch_index) for action in actions if action.stage_index == chunk]
+    return {chunk: [(action.computation_type.value, action.microbatch_index)
+                    for action in actions if action.stage_index == chunk]
             for chunk in chunks}
 
 
 def pools_of(order: list[tuple[str, int]]) -> Callable[[int], list[int]]:
     """By batch of one sequence, of which a micro-batch of all ranks has four: those that have come by when it runs backward."""
-    passed = {number: [other for what, other in order[:order.index(("B", number))] if what == "F"] for number in range(MICRO_BATCHES)}
+    passed = {number: [other for what, other in order[:order.index(("B", number))] if what == "F"]
+              for number in range(MICRO_BATCHES)}
     return lambda batch: [4 * other + place for other in passed[batch // 4] for place in range(4)]
 
 
 def truth(parameters: dict[str, Tensor], pools: list[Callable[[int], list[int]]]) -> dict[str, Tensor]:
     run = make_run([*BASE, "train.micro_batch=1"])
-    params = {name.removesuffix(".weight"): tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+    params = {name.removesuffix(".weight"): tensor.clone().requires_grad_()
+              for name, tensor in parameters.items()}
     batches = [(batch.tokens_BS, batch.targets_BS, batch.valid_BS) for batch in run.loader.step(1)]
-    total, *_ = oracle_loss(params, batches, balance_weight=0.3, balance_pools=pools, num_layers=LAYERS, num_heads=4, num_kv_heads=2,
+    total, *_ = oracle_loss(params, batches, balance_weight=0.3, balance_pools=pools, num_layers=LAYERS,
+                            num_heads=4, num_kv_heads=2,
                             head_dim=4, top_k=2, num_experts=8, norm_eps=run.config.model.norm_eps)
     total.backward()
     return {name: params[name.removesuffix(".weight")].grad for name in parameters}
 
 
 def error_of(results: list[Piped], pools: list[Callable[[int], list[int]]]) -> tuple[float, str]:
-    return difference(whole([rank.gradients for rank in results]), truth(whole([rank.parameters for rank in results]), pools))
+    return difference(whole([rank.gradients for rank in results]),
+                      truth(whole([rank.parameters for rank in results]), pools))
 
 
 def pools_by_router(results: list[Piped]) -> list[Callable[[int], list[int]]]:
@@ -172,7 +186,8 @@ def pools_by_router(results: list[Piped]) -> list[Callable[[int], list[int]]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("schedule, world", [*((schedule, 2) for schedule in SCHEDULES), ("1F1B", 4), ("interleaved 1F1B", 4)])
+@pytest.mark.parametrize("schedule, world", [*((schedule, 2) for schedule in SCHEDULES), ("1F1B", 4),
+                                             ("interleaved 1F1B", 4)])
 def test_every_stage_and_chunk_has_the_pool_that_its_schedule_gives_it(ranks, schedule, world):
     results = ranks(world).run(pipelined, schedule, world, "")
     for rank in results:
@@ -190,13 +205,16 @@ def test_where_all_forwards_come_first_a_pipeline_is_exact(ranks, schedule):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("schedule, known", [
-    ("1F1B", [[2, 3, 4, 4], [1, 2, 3, 4]]),              # by chunk and micro-batch: as many more as there are stages behind it
+    # By chunk and micro-batch: as many more as there are stages behind it
+    ("1F1B", [[2, 3, 4, 4], [1, 2, 3, 4]]),
     ("interleaved 1F1B", [[4, 4, 4, 4], [3, 4, 4, 4], [2, 2, 4, 4], [1, 2, 3, 4]]),
 ])
 def test_chunks_know_unlike_much(ranks, schedule, known):
     """So a pool that is not the chunk's own would show."""
-    orders = {index: order for rank in ranks(2).run(pipelined, schedule, 2, "") for index, order in rank.order.items()}
-    assert [[len(pools_of(orders[chunk])(4 * number)) // 4 for number in range(MICRO_BATCHES)] for chunk in sorted(orders)] == known
+    orders = {index: order for rank in ranks(2).run(pipelined, schedule, 2, "")
+              for index, order in rank.order.items()}
+    assert [[len(pools_of(orders[chunk])(4 * number)) // 4 for number in range(MICRO_BATCHES)]
+            for chunk in sorted(orders)] == known
 
 
 @pytest.mark.ranks

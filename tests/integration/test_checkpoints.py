@@ -30,23 +30,29 @@ from moetrain.train.step import train_step
 from tests.support.checkpoints import flip
 from tests.support.training import Held, difference, make_run, snapshot, whole
 
-SIZES = ["run.dtype=float64", "data.vocab_size=50", "model.qk_norm=true", "model.num_shared_experts=1", "balance.weight=0.1",
+SIZES = ["run.dtype=float64", "data.vocab_size=50", "model.qk_norm=true", "model.num_shared_experts=1",
+         "balance.weight=0.1",
          "train.micro_batch=4"]
-EVEN, ODD = "model.num_experts=[8,12]", "model.num_experts=6"     # 6 do not divide over 4 ranks: stacks are cut by rows
+# 6 do not divide over 4 ranks: stacks are cut by rows
+EVEN, ODD = "model.num_experts=[8,12]", "model.num_experts=6"
 LAYOUTS = {
     "single": (1, []),
     "ddp2": (2, ["parallel=ddp"]), "ddp4": (4, ["parallel=ddp"]),
     "ep2": (2, ["parallel=ep"]), "ep4": (4, ["parallel=ep"]), "ep2of4": (4, ["parallel=ep", "parallel.ep=2"]),
-    "fsdp2": (2, ["parallel=fsdp"]), "fsdp4": (4, ["parallel=fsdp"]), "hsdp4": (4, ["parallel=fsdp", "parallel.shard=2"]),
+    "fsdp2": (2, ["parallel=fsdp"]), "fsdp4": (4, ["parallel=fsdp"]),
+    "hsdp4": (4, ["parallel=fsdp", "parallel.shard=2"]),
     "ep_fsdp2": (2, ["parallel=ep_fsdp"]), "ep2_fsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
     "ep2_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2", "parallel.shard=2"]),
     "ep1_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=1", "parallel.shard=2"]),
-    "fssdp2": (2, ["parallel=fssdp"]), "fssdp4": (4, ["parallel=fssdp"]), "fssdp2of4": (4, ["parallel=fssdp", "parallel.ep=2"]),
+    "fssdp2": (2, ["parallel=fssdp"]), "fssdp4": (4, ["parallel=fssdp"]),
+    "fssdp2of4": (4, ["parallel=fssdp", "parallel.ep=2"]),
 }
 NAMES = list(LAYOUTS)
-QUICK = [(ODD, "single", "fsdp4"), (ODD, "fsdp4", "ep2_fsdp4"), (ODD, "ep2_fsdp4", "single"), (EVEN, "ep4", "hsdp4")]
+QUICK = [(ODD, "single", "fsdp4"), (ODD, "fsdp4", "ep2_fsdp4"), (ODD, "ep2_fsdp4", "single"),
+         (EVEN, "ep4", "hsdp4")]
 PAIRS = [(EVEN, one, NAMES[(NAMES.index(one) + by) % len(NAMES)]) for by, some in ((1, NAMES), (5, NAMES[::2])) for one in some] + [
-    (ODD, "fsdp4", "ep2of4"), (ODD, "fssdp4", "ep2_fsdp4"), (ODD, "ep2_hsdp4", "fsdp4"), (ODD, "hsdp4", "fsdp2"), (ODD, "ddp2", "ep2_hsdp4")]
+    (ODD, "fsdp4", "ep2of4"), (ODD, "fssdp4", "ep2_fsdp4"), (ODD, "ep2_hsdp4", "fsdp4"),
+    (ODD, "hsdp4", "fsdp2"), (ODD, "ddp2", "ep2_hsdp4")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -54,7 +60,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         everything = [(EVEN, *pair) for pair in product(NAMES, NAMES)]
         slow = everything if metafunc.config.getoption("--all") else PAIRS
         cases = [pytest.param(pair, id="-".join(pair).removeprefix("model.num_experts=")) for pair in QUICK]
-        cases += [pytest.param(pair, id="-".join(pair).removeprefix("model.num_experts="), marks=pytest.mark.slow)
+        cases += [pytest.param(pair, id="-".join(pair).removeprefix("model.num_experts="),
+                               marks=pytest.mark.slow)
                   for pair in slow if pair not in QUICK]
         metafunc.parametrize("pair", cases)
 
@@ -71,7 +78,8 @@ def on(ranks, layout: str, function, experts: str, *arguments) -> list:
 
 def held(run: Run) -> Held:
     """All state of this rank that every mesh has."""
-    return {shard.name: (tuple(shard.shape), shard.begin, shard.rows.detach().clone()) for shard in run.state.state_shards()
+    return {shard.name: (tuple(shard.shape), shard.begin, shard.rows.detach().clone())
+            for shard in run.state.state_shards()
             if not shard.name.startswith(OPTIONAL)}
 
 
@@ -100,7 +108,8 @@ def load_on(overrides: list[str], run_dir: Path) -> tuple[Held, Held, list[dict]
     loaded = held(run)
     results = [train_step(run, step) for step in (3, 4)]
     return (numbered, loaded, [result.metrics for result in results],
-            [torch.cat(list(result.counts.values())) for result in results], snapshot(run, lambda parameter: parameter.data))
+            [torch.cat(list(result.counts.values())) for result in results],
+            snapshot(run, lambda parameter: parameter.data))
 
 
 def number_of(name: str) -> float:
@@ -136,7 +145,8 @@ def unbroken(experts: str) -> tuple[list[dict], list[Tensor], dict[str, Tensor]]
     """Four steps in one process: metrics and counts of steps 3 and 4, parameters after them."""
     run = make_run([*SIZES, experts])
     results = [train_step(run, step) for step in (1, 2, 3, 4)][2:]
-    return ([result.metrics for result in results], [torch.cat(list(result.counts.values())) for result in results],
+    return ([result.metrics for result in results],
+            [torch.cat(list(result.counts.values())) for result in results],
             whole([snapshot(run, lambda parameter: parameter.data)]))
 
 
@@ -177,7 +187,8 @@ def test_every_mesh_writes_the_same_tensors(checkpoints):
     """Names and shapes say nothing of the mesh; whole experts are in tables; the bytes are shared out."""
     found = {layout: read_manifest(checkpoints_of(checkpoints(ODD, layout)[0] / "trained")[0])
              for layout in ("single", "fsdp4", "ep2_fsdp4")}
-    sizes = {layout: {name: (manifest.entry(name).dtype, manifest.entry(name).shape) for name in manifest.names()}
+    sizes = {layout: {name: (manifest.entry(name).dtype, manifest.entry(name).shape)
+                      for name in manifest.names()}
              for layout, manifest in found.items()}
     assert sizes["single"] == sizes["fsdp4"] == sizes["ep2_fsdp4"]
     assert len(found["single"].experts) == 2 * 2 * 3 and not found["fsdp4"].experts       # cut by rows
@@ -283,7 +294,8 @@ def test_damage_that_one_rank_finds_makes_all_of_them_take_the_older_one(ranks, 
     first = whole(ranks(2).run(save_two, overrides, tmp_path))
     directory = tmp_path / "checkpoints/step-00000002"
     manifest = read_manifest(directory)
-    chunk = manifest.entry("optim.layers.1.moe.experts.11.down.exp_avg").chunks[0]       # at home on rank 1: only it reads it
+    # At home on rank 1: only it reads it
+    chunk = manifest.entry("optim.layers.1.moe.experts.11.down.exp_avg").chunks[0]
     flip(directory / chunk.file, chunk.begin)
     results = ranks(2).run(try_resume, overrides, tmp_path)
     assert [outcome for outcome, _ in results] == [("step-00000001", 1)] * 2

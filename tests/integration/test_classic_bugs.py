@@ -14,7 +14,8 @@ from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
 from tests.support.training import Trained, alone, difference, train_steps, union
 
-EP2 = ["run.dtype=float64", "run.nproc=2", "parallel=ep", "train.micro_batch=4", "data.min_length=0.3", "balance.weight=1.0"]
+EP2 = ["run.dtype=float64", "run.nproc=2", "parallel=ep", "train.micro_batch=4", "data.min_length=0.3",
+       "balance.weight=1.0"]
 SERIAL = ["run.dtype=float64", "data.min_length=0.3", "balance.weight=1.0"]
 
 
@@ -88,7 +89,8 @@ def error(bug: str, ranks) -> float:
     if bug == "norm of local experts":                   # ranks disagree: that is the failure
         return abs(results[0].metrics[0]["grad_norm"] - results[1].metrics[0]["grad_norm"])
     ours, truth = union(results), alone(SERIAL, 1)
-    scalars = max(abs(ours.metrics[0][key] - truth.metrics[0][key]) for key in ("grad_norm", "loss/balance", "loss/total"))
+    scalars = max(abs(ours.metrics[0][key] - truth.metrics[0][key])
+                  for key in ("grad_norm", "loss/balance", "loss/total"))
     return max(difference(ours.gradients, truth.gradients)[0], scalars)
 
 
@@ -100,8 +102,9 @@ def test_without_a_bug_two_ranks_equal_one(ranks, bug):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("bug", [
-    "expert gradients ep times too large", "norm omits experts", "norm repeats experts", "norm of local experts",
-    "balance loss scaled by ranks", "f from local counts", "the micro-batch's tokens as denominator", "padding in the sums",
+    "expert gradients ep times too large", "norm omits experts", "norm repeats experts",
+    "norm of local experts", "balance loss scaled by ranks", "f from local counts",
+    "the micro-batch's tokens as denominator", "padding in the sums",
     "the injecting node's result lost", "gradients averaged",
 ])
 def test_the_comparison_sees(ranks, bug):
@@ -117,4 +120,5 @@ def test_the_wrong_denominator_is_seen_under_accumulation():
     scale = whole.gradients[router].abs().max()
     assert (exact.gradients[router] - whole.gradients[router]).abs().max() / scale <= 1e-10
     assert (micro.gradients[router] - whole.gradients[router]).abs().max() / scale > 1e-4
-    assert torch.isclose(torch.tensor(exact.metrics[0]["loss/balance"]), torch.tensor(whole.metrics[0]["loss/balance"]))
+    assert torch.isclose(torch.tensor(exact.metrics[0]["loss/balance"]),
+                         torch.tensor(whole.metrics[0]["loss/balance"]))

@@ -26,7 +26,8 @@ from tests.support.command_line import (
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("mesh", [["train.micro_batch=2"], pytest.param([*EP2, "train.micro_batch=2"], marks=pytest.mark.full)],
+@pytest.mark.parametrize("mesh", [["train.micro_batch=2"],
+                                  pytest.param([*EP2, "train.micro_batch=2"], marks=pytest.mark.full)],
                          ids=["single", "ep2"])
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, mesh):
     moetrain("train", *DEBUG, *mesh, "run.name=whole", cwd=tmp_path)
@@ -42,7 +43,8 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, mesh):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_save_and_keeps_the_cut_tail(tmp_path):
     command = [*DEBUG, "run.steps=60", "checkpoint.interval=7", "run.name=killed"]
-    process = warm_start.Popen([sys.executable, "-m", "moetrain", "train", *command], cwd=tmp_path, env=environment(),
+    process = warm_start.Popen([sys.executable, "-m", "moetrain", "train", *command], cwd=tmp_path,
+                               env=environment(),
                                stdout=subprocess.DEVNULL)
     lines = tmp_path / "runs/killed/metrics.jsonl"
     while not (lines.exists() and len(lines.read_text().splitlines()) >= 17):
@@ -69,7 +71,8 @@ def test_the_command_of_a_finished_run_says_so_and_changes_nothing(tmp_path):
     refused = moetrain("train", *DEBUG, *EP2, "run.seed=1", "model.dim=64", cwd=tmp_path, code=2)
     assert "run.seed" in refused and "model.dim" in refused
     assert files(tmp_path / "runs/debug") == before
-    assert "mean" in moetrain("eval", "run.name=debug", cwd=tmp_path)            # one process reads what two wrote
+    # One process reads what two wrote
+    assert "mean" in moetrain("eval", "run.name=debug", cwd=tmp_path)
 
 
 @pytest.mark.ranks
@@ -78,12 +81,14 @@ def test_meshes_agree_through_the_command_line(tmp_path):
     common = [*DEBUG, "run.dtype=float64", "data.min_length=0.4", "balance.weight=0.1"]
     moetrain("train", *common, "run.name=one", cwd=tmp_path)
     moetrain("train", *common, *EP2, "run.name=two", "log.sources=true", cwd=tmp_path)
-    moetrain("-m", "moetrain", "train", *common, "parallel=ddp", "train.micro_batch=4", "run.name=torchrun", cwd=tmp_path,
+    moetrain("-m", "moetrain", "train", *common, "parallel=ddp", "train.micro_batch=4", "run.name=torchrun",
+             cwd=tmp_path,
              launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     one = metrics(tmp_path / "runs/one")
     for other in ("two", "torchrun"):
         for mine, theirs in zip(one, metrics(tmp_path / "runs" / other), strict=True):
-            for key in ("loss/ce", "loss/total", "loss/balance", "grad_norm", "tokens", "moe/max_violation/mean"):
+            for key in ("loss/ce", "loss/total", "loss/balance", "grad_norm", "tokens",
+                        "moe/max_violation/mean"):
                 assert abs(mine[key] - theirs[key]) <= 1e-9 * max(1.0, abs(mine[key])), (other, key)
     loads = np.load(tmp_path / "runs/two/loads.npz")
     assert loads["sources"].shape[2] == 2 and (loads["sources"].sum(2) == loads["loads"]).all()
@@ -112,7 +117,8 @@ def test_a_new_router_is_one_file_and_one_yaml(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "moetrain/routers/round_robin.py").write_text(ROUTER)
     (tmp_path / "conf/router/round_robin.yaml").write_text("_target_: moetrain.routers.round_robin.RoundRobinRouter\n")
-    subprocess.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "router=round_robin", "run.steps=2"], cwd=tmp_path,
+    subprocess.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "router=round_robin", "run.steps=2"],
+                   cwd=tmp_path,
                    env=environment(tmp_path), check=True, stdout=subprocess.DEVNULL)
     loads = np.load(tmp_path / "runs/debug/loads.npz")["loads"]
     assert (loads == loads[0, 0, 0]).all()                       # 16 positions, 8 experts: perfectly even
@@ -125,7 +131,8 @@ def test_text_of_strangers_trains_evaluates_and_continues(tmp_path):
             path = tmp_path / "corpus" / domain / f"{number}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{number} " + word * (40 + number))
-    text = ["data=text", "data.path=corpus", "data.mask_documents=true", "run.dtype=bfloat16", "loss=[z]", "run.name=mine"]
+    text = ["data=text", "data.path=corpus", "data.mask_documents=true", "run.dtype=bfloat16", "loss=[z]",
+            "run.name=mine"]
     command = [*DEBUG, *text, "eval.interval=4"]
     out = moetrain("train", *command, "run.stop_at=4", cwd=tmp_path)
     assert "prose" in out and "code" in out
@@ -182,9 +189,11 @@ def test_a_checkpoint_damaged_on_one_rank_ends_all_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_finds_nobody_says_where_it_looked(tmp_path):
-    alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "9"}
     done = warm_start.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "parallel=ep", "run.timeout_s=3"], cwd=tmp_path,
-                          env={**environment(), **alone}, text=True, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, timeout=60)
+                          env={**environment(), **alone}, text=True, stderr=subprocess.STDOUT,
+                          stdout=subprocess.PIPE, timeout=60)
     assert done.returncode == 15, done.stdout
 
 

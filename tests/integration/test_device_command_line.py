@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.ranks,
               pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE or "there is one")]
 
 SMALL = ["experiment=debug", "data=text", "data.path=text", "run.device=cuda", "run.steps=2",
-         "optim.warmup=1", "model.dim=32", "train.seq_len=24", "eval.windows=1", "generate.tokens=4", "generate.prompt=ab"]
+         "optim.warmup=1", "model.dim=32", "train.seq_len=24", "eval.windows=1", "generate.tokens=4",
+         "generate.prompt=ab"]
 ALONE = ["run.nproc=1", "parallel=single"]
 TWO = ["run.nproc=2", "parallel=fssdp"]
 

@@ -61,7 +61,8 @@ def held_bytes(overrides: list[str]) -> tuple[int, int, bool]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("overrides", [["parallel=fsdp"], ["parallel=ep_fsdp", "parallel.ep=2"], ["parallel=ep_fsdp", "parallel.ep=1"]])
+@pytest.mark.parametrize("overrides", [["parallel=fsdp"], ["parallel=ep_fsdp", "parallel.ep=2"],
+                                       ["parallel=ep_fsdp", "parallel.ep=1"]])
 def test_every_rank_keeps_its_part_alone_also_after_an_evaluation(ranks, overrides):
     whole, moments, _ = held_bytes(["run.dtype=float64"])
     parts = ranks(4).run(held_bytes, [*overrides, "run.dtype=float64", "run.nproc=4", "train.micro_batch=4"])

@@ -58,15 +58,19 @@ CASES = {
     "sliced, two levels": (4, ["parallel.max_sliced_experts=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
                            ["model.num_experts=[7,3]"]),
     "in chunks, gathered again, empty ranks": (2, [*CHUNKS, "schedule.chunks=4", "parallel.rematerialize=true"], 2, True, []),
-    "in chunks, exact, recomputed, sliced": (4, [*CHUNKS, "parallel.exact_combine=true", "train.activation_checkpointing=full",
+    "in chunks, exact, recomputed, sliced": (4, [*CHUNKS, "parallel.exact_combine=true",
+                                                 "train.activation_checkpointing=full",
                                                  "parallel.max_sliced_experts=3", "parallel.rehome_interval=4"], 1, False, []),
     "in chunks, calibrated, selective": (2, [*CHUNKS, CALIBRATE, "train.activation_checkpointing=selective",
-                                             "train.count_pass=true", "parallel.rematerialize=true"], 2, False, []),
+                                             "train.count_pass=true", "parallel.rematerialize=true"], 2,
+                                         False, []),
     "tokens by two levels, in chunks": (4, [*CHUNKS, "parallel.exchange=two_level"], 2, False, []),
     "exact": (4, ["parallel.exact_combine=true"], 1, False, []),
     "two levels": (4, ["parallel.collective=two_level", "parallel.rehome_interval=6"], 2, False, []),
-    "two levels, gathered again": (4, ["parallel.collective=two_level", "parallel.rematerialize=true"], 2, True, []),
-    "two levels, recomputed": (4, ["parallel.collective=two_level", "train.activation_checkpointing=full"], 2, False, []),
+    "two levels, gathered again": (4, ["parallel.collective=two_level", "parallel.rematerialize=true"], 2,
+                                   True, []),
+    "two levels, recomputed": (4, ["parallel.collective=two_level", "train.activation_checkpointing=full"],
+                               2, False, []),
     "calibrated": (4, [CALIBRATE], 1, False, []),
     "calibrated, accumulated": (2, [CALIBRATE], 4, False, []),
     "calibrated, replicated": (4, [CALIBRATE, "parallel.ep=2"], 2, False, []),
@@ -74,14 +78,17 @@ CASES = {
     "calibrated, recomputed": (2, [CALIBRATE, "train.activation_checkpointing=full"], 4, False, []),
     "calibrated, recomputed and gathered again, replicated": (
         4, [CALIBRATE, "parallel.ep=2", "train.activation_checkpointing=full", "parallel.rematerialize=true"], 1, False, []),
-    "calibrated, selective, count pass": (2, [CALIBRATE, "train.activation_checkpointing=selective", "train.count_pass=true",
-                                              "parallel.rematerialize=true"], 2, False, []),
+    "calibrated, selective, count pass": (2, [CALIBRATE, "train.activation_checkpointing=selective",
+                                              "train.count_pass=true", "parallel.rematerialize=true"], 2,
+                                          False, []),
 }
 
 
 # Each combines what others show one by one, or in other pairs.
-FULL = ("four gathered again", "recomputed", "recomputed and gathered again", "homes that move, replicated", "sliced, gathered again",
-        "two levels, gathered again", "two levels, recomputed", "calibrated, accumulated", "calibrated, gathered again", "calibrated, recomputed",
+FULL = ("four gathered again", "recomputed", "recomputed and gathered again", "homes that move, replicated",
+        "sliced, gathered again",
+        "two levels, gathered again", "two levels, recomputed", "calibrated, accumulated",
+        "calibrated, gathered again", "calibrated, recomputed",
         "two, empty ranks", "kept graphs gathered again")
 
 
@@ -96,9 +103,11 @@ def test_copies_change_nothing(ranks, case, steps):
     overrides = ["parallel=fssdp", *overrides, *extra, "run.dtype=float64", f"run.nproc={world}",
                  f"train.micro_batch={16 // world // accumulation}"]
     results = ranks(world).run(train_with_copies, overrides, steps, FORCED if forced else None, len(case))
-    ours, added = union(results), [[step["moe/added_copies"] for step in result.metrics] for result in results]
+    ours, added = union(results), [[step["moe/added_copies"] for step in result.metrics]
+                                   for result in results]
     assert any(added[0]) == (CALIBRATE in overrides)
-    assert (added[0] != added[-1]) == (CALIBRATE in overrides and "parallel.ep=2" in overrides)      # groups decide by themselves
+    # Groups decide by themselves
+    assert (added[0] != added[-1]) == (CALIBRATE in overrides and "parallel.ep=2" in overrides)
     expected = truth(tuple(e for e in extra if e.startswith(("model", "optim"))), forced, steps)
     for what in ("gradients", "parameters"):
         error, name = difference(getattr(ours, what), getattr(expected, what))
@@ -125,7 +134,8 @@ def test_first_gradients_in_float32_with_the_choices_fixed(ranks, case):
 # --- every planner
 
 
-FAST_LINKS = ["hardware.flops=1e6", "hardware.latency_s=0", "hardware.inside=1e12", "hardware.between=1e12"]     # copies always pay
+# Copies always pay
+FAST_LINKS = ["hardware.flops=1e6", "hardware.latency_s=0", "hardware.inside=1e12", "hardware.between=1e12"]
 
 
 def planned(overrides: list[str], steps: int) -> tuple[Trained, list[int]]:
@@ -140,10 +150,13 @@ def planned(overrides: list[str], steps: int) -> tuple[Trained, list[int]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("planner", but_full(["ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced"], ["ep", "eplb", "shadow", "laer"]))
+@pytest.mark.parametrize("planner", but_full(["ep", "hecate", "eplb", "shadow", "llep", "laer", "balanced"],
+                                             ["ep", "eplb", "shadow", "laer"]))
 def test_no_planner_changes_anything(ranks, planner, steps):
-    overrides = ["parallel=fssdp", f"planner={planner}", *FAST_LINKS, "run.dtype=float64", "run.nproc=4", "train.micro_batch=2",
-                 "parallel.rehome_interval=6", "parallel.max_sliced_experts=1", *["planner.min_rows=1"] * (planner == "llep")]
+    overrides = ["parallel=fssdp", f"planner={planner}", *FAST_LINKS, "run.dtype=float64", "run.nproc=4",
+                 "train.micro_batch=2",
+                 "parallel.rehome_interval=6", "parallel.max_sliced_experts=1",
+                 *["planner.min_rows=1"] * (planner == "llep")]
     results = ranks(4).run(planned, overrides, steps)
     ours, copies = union([trained for trained, _ in results]), [counts for _, counts in results]
     assert all(mine == copies[0] for mine in copies) and (max(copies[0]) > 0) == (planner != "ep")
@@ -152,7 +165,8 @@ def test_no_planner_changes_anything(ranks, planner, steps):
         error, name = difference(getattr(ours, what), getattr(expected, what))
         assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
     for mine, theirs in zip(ours.metrics, expected.metrics):
-        assert all(mine[key] == pytest.approx(theirs[key], rel=1e-10) for key in ("loss/ce", "loss/total", "grad_norm"))
+        assert all(mine[key] == pytest.approx(theirs[key], rel=1e-10)
+                   for key in ("loss/ce", "loss/total", "grad_norm"))
 
 
 # --- calibration
@@ -165,7 +179,8 @@ def bits_of(overrides: list[str], whole: bool) -> tuple[dict[str, bytes], int]:
     planning.planner = Chosen(wanted if whole else wanted[1::2])
 
     def calibration(n_PE, plan, *others):
-        assert int(n_PE.sum()) == 16 * 12 * 2                            # the step's rows, of which a micro-batch has half
+        # The step's rows, of which a micro-batch has half
+        assert int(n_PE.sum()) == 16 * 12 * 2
         return None if whole else LayerPlan(LayerPlacement(plan.placement.home, plan.placement.positions, wanted))
 
     planning.calibration = calibration
@@ -187,7 +202,8 @@ class Chosen:
 @pytest.mark.ranks
 @pytest.mark.parametrize("overrides", [[], ["parallel.rematerialize=true"]], ids=["kept", "gathered again"])
 def test_copies_that_come_after_the_gate_give_the_bits_of_copies_that_were_planned(ranks, overrides):
-    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "run.dtype=float32", *overrides]
+    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "run.dtype=float32",
+                 *overrides]
     planned, added = (ranks(2).run(bits_of, overrides, whole) for whole in (True, False))
     assert [state for state, _ in planned] == [state for state, _ in added]
     assert [count for _, count in planned] == [0, 0] and [count for _, count in added] == [3 * 2 * 3] * 2
@@ -209,7 +225,8 @@ def added_where_it_pays(overrides: list[str], forced, seconds: float) -> list[in
 @pytest.mark.ranks
 def test_what_nobody_expected_is_calibrated_and_what_was_planned_is_not(ranks):
     """All tokens take experts of one rank: unknown before the first step, forecast for the second."""
-    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "eval.windows=2", "parallel.max_copies=2"]
+    overrides = ["parallel=fssdp", CALIBRATE, "run.nproc=2", "train.micro_batch=4", "eval.windows=2",
+                 "parallel.max_copies=2"]
     for counts in ranks(2).run(added_where_it_pays, overrides, FORCED, 1.0):
         assert counts[0] > 0 and counts[1] == 0
     assert ranks(2).run(added_where_it_pays, overrides, FORCED, 1e-12) == [[0, 0], [0, 0]]
@@ -237,5 +254,6 @@ def with_corrupted_loads(overrides: list[str]) -> tuple[str, int]:
 
 @pytest.mark.ranks
 def test_ranks_that_plan_otherwise_are_named_before_anything_is_posted(ranks):
-    for error, posted in ranks(4).run(with_corrupted_loads, ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4"]):
+    for error, posted in ranks(4).run(with_corrupted_loads,
+                                      ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4"]):
         assert error.startswith("E-PEER-002") and "rank 1 differs" in error and posted == 0

@@ -88,13 +88,15 @@ def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, i
         kept = [*parameters, *(state[name] for state in moments for name in ("exp_avg", "exp_avg_sq"))]
         return sum(tensor.untyped_storage().nbytes() for tensor in kept) + sum(parameter.grad.nbytes for parameter in parameters)
 
-    assert all(torch.equal(run.state.optimizer.state[getattr(bank, name)]["step"], torch.tensor(3.)) for bank in banks for name in PIECES)
+    assert all(torch.equal(run.state.optimizer.state[getattr(bank, name)]["step"], torch.tensor(3.))
+               for bank in banks for name in PIECES)
     return [bank.sliced for bank in banks], nbytes(PIECES), nbytes(MATRICES)
 
 
 @pytest.mark.ranks
 def test_a_position_holds_its_part_of_a_sliced_expert_and_no_more(ranks):
-    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.max_sliced_experts=3", "parallel.rehome_interval=2", "planner=eplb"]
+    overrides = ["parallel=fssdp", "run.nproc=4", "train.micro_batch=4", "parallel.max_sliced_experts=3",
+                 "parallel.rehome_interval=2", "planner=eplb"]
     results = ranks(4).run(bytes_of_pieces, overrides)
     sliced = results[0][0]
     assert all(len(experts) == 3 for experts in sliced) and all(result[0] == sliced for result in results)
@@ -147,7 +149,8 @@ def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
         patch.setattr(grouped_experts, "_cast", laid)
         train_step(run, 1)
     model = run.config.model
-    predicted = copy_memory(layers, 3 * model.dim * model.expert_dim, weight=run.state.model.dtype.itemsize, gradient=4,
+    predicted = copy_memory(layers, 3 * model.dim * model.expert_dim, weight=run.state.model.dtype.itemsize,
+                            gradient=4,
                             rematerialize=run.config.parallel.rematerialize,
                             recompute=run.config.train.activation_checkpointing != "none")
     return predicted, CopyMemory(**seen.most)
@@ -156,8 +159,10 @@ def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("overrides", [
     ["run.dtype=bfloat16"], ["parallel.rematerialize=true"],
-    ["parallel.rematerialize=true", "train.activation_checkpointing=full", "run.dtype=bfloat16"]], ids=" ".join)
+    ["parallel.rematerialize=true", "train.activation_checkpointing=full", "run.dtype=bfloat16"]],
+                         ids=" ".join)
 def test_the_memory_of_copies_is_as_predicted(ranks, overrides):
-    results = ranks(2).run(predicted_and_seen, ["parallel=fssdp", "run.nproc=2", "model.num_layers=5", "train.micro_batch=4", *overrides])
+    results = ranks(2).run(predicted_and_seen, ["parallel=fssdp", "run.nproc=2", "model.num_layers=5",
+                                                "train.micro_batch=4", *overrides])
     assert all(predicted == seen for predicted, seen in results), results
     assert all(max(predicted[part] for predicted, _ in results) for part in range(5))

@@ -36,7 +36,8 @@ def model(**changes) -> dict:
     return dict(num_layers=2, num_heads=H, num_kv_heads=KV, head_dim=HEAD, top_k=2, num_experts=4, qk_norm=True) | changes
 
 
-def make_batch(seed: int, *, batch: int = 2, length: int = 6, padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(seed: int, *, batch: int = 2, length: int = 6,
+               padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     tokens_BS = torch.randint(V, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
     valid_BS = torch.ones(batch, length, dtype=torch.bool)
     valid_BS[-1, length - padding:] = False
@@ -44,11 +45,13 @@ def make_batch(seed: int, *, batch: int = 2, length: int = 6, padding: int = 0) 
 
 
 @pytest.mark.parametrize("tied, gate, dense", [(False, "renorm", 0), (True, "raw", 1)])
-def test_equals_hugging_face_qwen3_moe(tied: bool, gate: str, dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_hugging_face_qwen3_moe(tied: bool, gate: str, dense: int,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
     needs.module("transformers", extra="hf")
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    for name in ("float32", "float"):                            # it computes norms, router and rotation in float32
+    # It computes norms, router and rotation in float32
+    for name in ("float32", "float"):
         monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     reference = Qwen3MoeForCausalLM(Qwen3MoeConfig(
@@ -78,7 +81,8 @@ def test_equals_hugging_face_qwen3_moe(tied: bool, gate: str, dense: int, monkey
     loss.backward()
     for name, places in names.items():
         expected = torch.cat([theirs[place].grad[index] for place, index in places])
-        torch.testing.assert_close(params[name].grad, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(params[name].grad, expected, rtol=1e-10, atol=1e-10,
+                                   msg=lambda m: f"{name}: {m}")
 
 
 def _rows(theirs: dict[str, Tensor], place: str, index: int | slice) -> int:
@@ -114,7 +118,8 @@ def test_split_into_micro_batches_changes_nothing_but_micro_balance() -> None:
         assert torch.allclose(split[0], joined[0], rtol=1e-12) == equal, scope
         torch.testing.assert_close(split[2], joined[2])
         assert all(torch.equal(a, b) for a, b in zip(split[3], joined[3]))
-        assert all(int(counts_E.sum()) == 2 * 21 for counts_E in split[3])   # 21 valid tokens, two experts each
+        # 21 valid tokens, two experts each
+        assert all(int(counts_E.sum()) == 2 * 21 for counts_E in split[3])
 
 
 def test_padding_is_without_influence() -> None:
@@ -147,7 +152,8 @@ def test_balance_is_one_when_probabilities_are_even() -> None:
 
 def test_lists_give_every_layer_its_own_sizes() -> None:
     params = make_params(layers=1, experts=4)
-    params |= {name.replace("layers.0.", "layers.1."): p for name, p in make_params(layers=1, experts=6).items()
+    params |= {name.replace("layers.0.", "layers.1."): p
+               for name, p in make_params(layers=1, experts=6).items()
                if name.startswith("layers.0.")}
     *_, counts = oracle_loss(params, [make_batch(1)], **model(num_experts=[4, 6], top_k=[1, 3]))
     assert [len(c) for c in counts] == [4, 6] and [int(c.sum()) for c in counts] == [12, 36]

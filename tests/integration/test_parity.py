@@ -30,21 +30,26 @@ from tests.support.training import (
 STEPS, MANY_STEPS = 8, 20
 MESHES = {
     "single": (1, []), "ddp1": (1, ["parallel=ddp"]), "ep1": (1, ["parallel=ep"]),
-    "ddp2": (2, ["parallel=ddp"]), "ep2": (2, ["parallel=ep"]), "ep1of2": (2, ["parallel=ep", "parallel.ep=1"]),
-    "ddp4": (4, ["parallel=ddp"]), "ep4": (4, ["parallel=ep"]), "ep2of4": (4, ["parallel=ep", "parallel.ep=2"]),
+    "ddp2": (2, ["parallel=ddp"]), "ep2": (2, ["parallel=ep"]),
+    "ep1of2": (2, ["parallel=ep", "parallel.ep=1"]),
+    "ddp4": (4, ["parallel=ddp"]), "ep4": (4, ["parallel=ep"]),
+    "ep2of4": (4, ["parallel=ep", "parallel.ep=2"]),
     "ep1of4": (4, ["parallel=ep", "parallel.ep=1"]),
     "fsdp1": (1, ["parallel=fsdp"]), "fsdp2": (2, ["parallel=fsdp"]), "fsdp4": (4, ["parallel=fsdp"]),
     "hsdp4": (4, ["parallel=fsdp", "parallel.shard=2"]),                        # replicated twice
-    "ep_fsdp2": (2, ["parallel=ep_fsdp"]),                                      # experts whole, the rest sharded
+    # Experts whole, the rest sharded
+    "ep_fsdp2": (2, ["parallel=ep_fsdp"]),
     "ep2_fsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),                    # experts over ep and sharded
     "ep2_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=2", "parallel.shard=2"]),
     "ep1_hsdp4": (4, ["parallel=ep_fsdp", "parallel.ep=1", "parallel.shard=2"]),
 }
 PASSES = {
-    "keep": [], "selective": ["train.activation_checkpointing=selective"], "full": ["train.activation_checkpointing=full"],
+    "keep": [], "selective": ["train.activation_checkpointing=selective"],
+    "full": ["train.activation_checkpointing=full"],
     "count": ["train.count_pass=true"], "count-full": ["train.count_pass=true", "train.activation_checkpointing=full"],
 }
-FACTORS = {"mesh": list(MESHES), "accumulation": [1, 4], "shared": [0, 1], "padded": [False, True], "forced": [False, True],
+FACTORS = {"mesh": list(MESHES), "accumulation": [1, 4], "shared": [0, 1], "padded": [False, True],
+           "forced": [False, True],
            "passes": list(PASSES)}
 # Every pair of values of two of the first five factors occurs; `passes` goes round.
 PAIRS = [
@@ -112,7 +117,8 @@ def variant(shared: int, padded: bool) -> list[str]:
 def on_mesh(ranks, case: tuple, dtype: str, steps: int, extra: tuple[str, ...] = ()) -> Trained:
     mesh, accumulation, shared, padded, forced, passes = case
     world, overrides = MESHES[mesh]
-    overrides = [*overrides, *variant(shared, padded), *PASSES[passes], *extra, f"run.dtype={dtype}", f"run.nproc={world}",
+    overrides = [*overrides, *variant(shared, padded), *PASSES[passes], *extra, f"run.dtype={dtype}",
+                 f"run.nproc={world}",
                  f"train.micro_batch={16 // world // accumulation}"]
     arguments = (train_steps, overrides, steps, FORCED if forced else None)
     return alone(*arguments[1:]) if world == 1 else union(ranks(world).run(*arguments))
@@ -129,14 +135,15 @@ def truth(shared: int, padded: bool, forced: bool, steps: int) -> Trained:
     decayed = [p for name, p in params.items() if p.ndim > 1 and name not in ("embed", "head") and ".router" not in name]
     undecayed = [p for p in params.values() if not any(p is d for d in decayed)]
     adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": optim.weight_decay},
-                               {"params": undecayed, "weight_decay": 0.0}], betas=tuple(optim.betas), eps=optim.eps)
+                               {"params": undecayed, "weight_decay": 0.0}], betas=tuple(optim.betas),
+                              eps=optim.eps)
     gradients, metrics, counts = {}, [], []
     for step in range(1, steps + 1):
         batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(step)]
         total, ce, balance, found = oracle_loss(
-            params, batches, balance_weight=0.1, balance_scope="global", z_weight=0.01, num_layers=2, num_heads=4,
-            num_kv_heads=2, head_dim=4, top_k=2, num_experts=8, num_shared_experts=shared, norm_eps=sizes.norm_eps,
-            forced={0: torch.tensor([0, 1]), 1: torch.tensor([7, 6])} if forced else None,
+            params, batches, balance_weight=0.1, balance_scope="global", z_weight=0.01, num_layers=2,
+            num_heads=4, num_kv_heads=2, head_dim=4, top_k=2, num_experts=8, num_shared_experts=shared,
+            norm_eps=sizes.norm_eps, forced={0: torch.tensor([0, 1]), 1: torch.tensor([7, 6])} if forced else None,
         )
         adamw.zero_grad()
         total.backward()
@@ -172,7 +179,8 @@ def test_chunks_change_nothing(ranks, chunked, steps):
 
 def check(ours: Trained, expected: Trained) -> None:
     assert_close(ours.gradients, expected.gradients, 1e-10, "gradient of the first step")
-    assert_close(ours.parameters, expected.parameters, 1e-10, f"parameter after {len(expected.metrics)} steps")
+    assert_close(ours.parameters, expected.parameters, 1e-10,
+                 f"parameter after {len(expected.metrics)} steps")
     for step, (mine, theirs) in enumerate(zip(ours.metrics, expected.metrics), 1):
         for key, value in theirs.items():
             assert abs(mine[key] - value) <= 1e-10 * max(1.0, abs(value)), (step, key, mine[key], value)
@@ -188,19 +196,23 @@ def check(ours: Trained, expected: Trained) -> None:
     (["balance=micro", "balance.weight=0.1", "train.micro_batch=4"], {"balance_scope": "micro"}),
     (["balance=none", "~balance.weight"], {"balance_scope": "none"}),
     (["train.head_chunk=50"], {}),
-    (["train.head_chunk=7", "model.tie_embeddings=true", "train.aux_loss=injected"], {"tie_embeddings": True}),
+    (["train.head_chunk=7", "model.tie_embeddings=true", "train.aux_loss=injected"],
+     {"tie_embeddings": True}),
 ], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none", "head in chunks", "tied head in chunks"])
 def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
     overrides = ["run.dtype=float64", "data.min_length=0.2", "train.clip=0", *overrides]
     run = make_run(overrides)
-    params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in whole([snapshot(run, lambda p: p.data)]).items()}
+    params = {name.removesuffix(".weight"): tensor.requires_grad_()
+              for name, tensor in whole([snapshot(run, lambda p: p.data)]).items()}
     batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)]
-    model = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "top_k": 2, "num_experts": 8, **oracle}
+    model = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "top_k": 2, "num_experts": 8,
+             **oracle}
     total, ce, balance, _ = oracle_loss(params, batches, balance_weight=0.1, z_weight=0.01, **model)
     total.backward()
     ours = alone(overrides, 1)
     assert_close({name.removesuffix(".weight"): gradient for name, gradient in ours.gradients.items()},
-                 {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}, 1e-10, "gradient")
+                 {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()},
+                 1e-10, "gradient")
     for key, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):
         assert abs(ours.metrics[0][key] - value.item()) <= 1e-10, key
 

@@ -26,9 +26,11 @@ VOCABULARY = {"laptop": 257, "qwen3_16xh100": 151936}
 G = 10**9
 MEMORY = {"laptop": Available(8 * G), "gpu_24gb": Available(32 * G, 24 * G)}
 # What a recipe is cut down to, all of its keys as they are but for sizes and text.
-REDUCED = ["data=synthetic", "data.vocab_size=64", "run.device=cpu", "run.nproc=1", "log.wandb=off", "model.dim=32", "model.num_layers=2",
-           "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=8", "model.num_experts=16", "model.expert_dim=16",
-           "train.seq_len=16", "train.global_batch=4", "train.micro_batch=2", "train.head_chunk=8"]
+REDUCED = ["data=synthetic", "data.vocab_size=64", "run.device=cpu", "run.nproc=1", "log.wandb=off",
+           "model.dim=32", "model.num_layers=2",
+           "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=8", "model.num_experts=16",
+           "model.expert_dim=16", "train.seq_len=16", "train.global_batch=4", "train.micro_batch=2",
+           "train.head_chunk=8"]
 
 
 def rows(heading: str) -> dict[str, list[str]]:
@@ -62,18 +64,22 @@ def test_a_recipe_trains_two_steps(name: str) -> None:
 def test_the_page_has_the_numbers_of_the_model_on_the_meta_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "initialise", lambda *arguments, **options: None)
     config, vocabulary = whole(name)
-    model = build.build_model(config, vocabulary, build_mesh(mesh_sizes("single", 1, None), torch.device("meta")))
+    model = build.build_model(config, vocabulary,
+                              build_mesh(mesh_sizes("single", 1, None), torch.device("meta")))
     counted = count_parameters(config.model, vocabulary)
     assert counted.total == sum(parameter.numel() for parameter in model.parameters())
     train, digits = config.train, 5 if name == "laptop" else 3
     assert rows("# Recipes")[name][1:] == [
-        f"{counted.total / 1e9:.{digits}f} B", f"{counted.active / 1e9:.{digits}f} B", f"{vocabulary:,}{' (bytes)' * (name == 'laptop')}",
+        f"{counted.total / 1e9:.{digits}f} B", f"{counted.active / 1e9:.{digits}f} B",
+        f"{vocabulary:,}{' (bytes)' * (name == 'laptop')}",
         f"{train.global_batch * train.seq_len:,}", f"{config.run.steps:,}", f"{train.seq_len:,}"]
     memory, there = rank_memory(config, vocabulary, config.run.nproc), MEMORY.get(name, Available(100 * G, 80 * G))
-    shown = [size(memory.state), size(memory.activations), size(memory.logits), size(memory.total - memory.tokens), size(there.gpu or 0),
+    shown = [size(memory.state), size(memory.activations), size(memory.logits),
+             size(memory.total - memory.tokens), size(there.gpu or 0),
              size(12 * counted.total)]
     assert rows("## Memory")[name] == (shown if there.gpu else [*shown[:4], "", shown[5]])
-    assert memory.total < 0.75 * (there.gpu or there.host)       # a quarter stays for what the formula leaves out
+    # A quarter stays for what the formula leaves out
+    assert memory.total < 0.75 * (there.gpu or there.host)
     assert too_large(config, config.run.nproc, there, vocabulary) is None
 
 
@@ -89,12 +95,14 @@ def test_every_value_of_a_recipe_has_its_reason(name: str) -> None:
 def test_a_large_model_with_small_settings_is_told_once(capsys: pytest.CaptureFixture, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     text = advice(compose(["model=qwen3_30b_a3b", "run.dtype=float32", "run.steps=100"]))
-    for setting in ("run.dtype=float32 (bfloat16)", "train.seq_len=128 (4096)", "run.steps=100 (20000)", "data.tokenizer=bytes",
+    for setting in ("run.dtype=float32 (bfloat16)", "train.seq_len=128 (4096)", "run.steps=100 (20000)",
+                    "data.tokenizer=bytes",
                     "built-in corpus", "experiment=qwen3_16xh100"):
         assert setting in text
     assert "experiment=olmoe_8xh100" in advice(compose(["model=olmoe_1b_7b", "data.path=x"]))
     assert advice(compose([])) is None and advice(compose(["experiment=debug", "run.dtype=float32"])) is None
     assert advice(compose(["experiment=olmoe_8xh100", "data.path=x", "data.tokenizer=y"])) is None
     monkeypatch.chdir(tmp_path)
-    assert main(["slurm", "--dry-run", "--nodes=2", "--gpus-per-node=8", "parallel=ep_fsdp", "model=qwen3_30b_a3b"]) == 0
+    assert main(["slurm", "--dry-run", "--nodes=2", "--gpus-per-node=8", "parallel=ep_fsdp",
+                 "model=qwen3_30b_a3b"]) == 0
     assert capsys.readouterr().err.count("[warn]") == 1

@@ -35,7 +35,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, to", [(signal.SIGINT, "launcher"), pytest.param(signal.SIGHUP, "one rank", marks=pytest.mark.full)])
+@pytest.mark.parametrize("number, to", [(signal.SIGINT, "launcher"),
+                                        pytest.param(signal.SIGHUP, "one rank", marks=pytest.mark.full)])
 def test_told_to_stop_all_ranks_save_after_the_same_step_and_the_same_command_goes_on(undisturbed, tmp_path, number, to):
     job = Job(tmp_path, *TWO).wait_for(12)
     os.kill(job.process.pid if to == "launcher" else job.workers()[1], number)
@@ -113,7 +114,8 @@ def test_a_second_job_on_the_directory_is_refused_and_disturbs_nothing(tmp_path)
     job.wait_for(job.steps()[-1] + 2)
     job.process.kill()
     job.wait()
-    third = Job(tmp_path, steps=20000, ).wait_for(job.steps()[-1] + 2)      # the lock of a dead process is taken over
+    # The lock of a dead process is taken over
+    third = Job(tmp_path, steps=20000, ).wait_for(job.steps()[-1] + 2)
     third.process.kill()
     third.wait()
 
@@ -177,7 +179,8 @@ def test_an_evaluation_that_a_signal_put_off_is_made_good(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.full                        # that a failed write changes nothing: tests/checkpoint/test_commit.py
+# That a failed write changes nothing: tests/checkpoint/test_commit.py
+@pytest.mark.full
 def test_a_config_that_cannot_be_written_stays_as_it_was_and_ends_all_ranks(tmp_path):
     assert Job(tmp_path, *TWO, steps=2).wait() == 0
     config = tmp_path / "run" / "config.yaml"
@@ -229,7 +232,8 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time_alone(tmp_
         pytest.skip("this machine allows no name spaces")
     disk = tmp_path / "disk"
     disk.mkdir()
-    train = [sys.executable, "-m", "moetrain", "train", *SMALL, *TWO, "run.dir=disk/run", "run.steps=200", "checkpoint.interval=20",
+    train = [sys.executable, "-m", "moetrain", "train", *SMALL, *TWO, "run.dir=disk/run", "run.steps=200",
+             "checkpoint.interval=20",
              "checkpoint.max_failed_saves=50", "eval.interval=0", "checkpoint.keep=2"]
     script = f"""
         mount -t tmpfs -o size=24m none disk

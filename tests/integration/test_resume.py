@@ -24,13 +24,16 @@ VARIANTS = {
     "accumulated": ["train.micro_batch=4", "train.count_pass=true", "train.activation_checkpointing=full"],
     "wsd": ["optim.schedule=wsd"], "shared": ["model.num_shared_experts=1", "loss=[z]"],
 }
-# What is forgotten -> the variant that must notice: a pattern of names in TrainState.state_shards, or a counter.
+# What is forgotten -> the variant that must notice: a pattern of names in TrainState.state_shards, or a
+# counter.
 FORGOTTEN = {
-    "model.embed": "adamw", "model.layers.0.attention.qkv": "adamw", "model.layers.1.moe.router.weight": "adamw",
-    "model.layers.1.moe.experts.5.down": "adamw", "model.norm.weight": "adamw", "model.layers.0.moe.shared.down": "shared",
-    ".exp_avg": "adamw", ".exp_avg_sq": "adamw", "experts.3.gate_up.exp_avg": "adamw", "momentum_buffer": "muon",
-    "buffer.layers.1.moe.router.bias": "sigmoid", "counter step": "adamw", "counter tokens": "adamw",
-    "optimizer step": "adamw",
+    "model.embed": "adamw", "model.layers.0.attention.qkv": "adamw",
+    "model.layers.1.moe.router.weight": "adamw",
+    "model.layers.1.moe.experts.5.down": "adamw", "model.norm.weight": "adamw",
+    "model.layers.0.moe.shared.down": "shared",
+    ".exp_avg": "adamw", ".exp_avg_sq": "adamw", "experts.3.gate_up.exp_avg": "adamw",
+    "momentum_buffer": "muon", "buffer.layers.1.moe.router.bias": "sigmoid", "counter step": "adamw",
+    "counter tokens": "adamw", "optimizer step": "adamw",
 }
 
 
@@ -38,12 +41,14 @@ def steps(run: Run, first: int, last: int) -> list[dict]:
     found = []
     for step in range(first, last + 1):
         metrics = train_step(run, step).metrics
-        found.append({name: float(value).hex() for name, value in metrics.items() if not name.startswith(TIMED)})
+        found.append({name: float(value).hex()
+                      for name, value in metrics.items() if not name.startswith(TIMED)})
     return found
 
 
 def end(run: Run) -> dict[str, bytes]:
-    return {shard.name: shard.rows.detach().contiguous().view(torch.uint8).numpy().tobytes() for shard in run.state.state_shards()}
+    return {shard.name: shard.rows.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            for shard in run.state.state_shards()}
 
 
 def resumed(overrides: list[str], directory: Path, forget: str = "") -> tuple[list[dict], dict[str, bytes]]:

@@ -43,7 +43,8 @@ ALWAYS = (BESIDE, "float32")                 # of the cases on one device; the o
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", [*ALWAYS, *(pytest.param(mode, marks=pytest.mark.full) for mode in MODES if mode not in ALWAYS)])
+@pytest.mark.parametrize("name", [*ALWAYS, *(pytest.param(mode, marks=pytest.mark.full)
+                                             for mode in MODES if mode not in ALWAYS)])
 def test_the_host_waits_where_the_table_says(name: str, devices: Callable[[int], Ranks]) -> None:
     measured = devices(CASES[name].ranks).run(host_waits.waits_of, name)[0]
     assert not (changed := host_waits.difference(name, measured, host_waits.read()[name])), changed

@@ -66,7 +66,8 @@ MESHES = {"ddp": ["parallel=ddp"], "ep": ["parallel=ep", "parallel.exchange=peer
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_kernels_train_as_the_references_do(mesh: str, dtype: str, kernels) -> None:
-    results = kernels.run(with_kernels, [*MESHES[mesh], "run.nproc=2", "train.micro_batch=8", f"run.dtype={dtype}"])
+    results = kernels.run(with_kernels, [*MESHES[mesh], "run.nproc=2", "train.micro_batch=8",
+                                         f"run.dtype={dtype}"])
     ours = union([trained for trained, _, _ in results])
     theirs = alone([f"run.dtype={dtype}"], STEPS)
     for _, in_use, called in results:

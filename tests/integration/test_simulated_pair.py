@@ -77,7 +77,8 @@ CASES = {
     "fssdp by hecate, peer_push, gathered again": Case(fssdp("hecate", PUSH, AGAIN)),
     "fssdp by eplb, sliced, in chunks": Case(fssdp("eplb", *CHUNKS, *SLICED)),
     "fssdp by shadow, two levels": Case(fssdp("shadow", COPIES_BY_TWO), per_node=1),
-    "fssdp by llep": Case(fssdp("llep", "planner.min_rows=1", "planner.threshold=0.1", "planner.capacity=1.0")),
+    "fssdp by llep": Case(fssdp("llep", "planner.min_rows=1", "planner.threshold=0.1",
+                                "planner.capacity=1.0")),
     "fssdp by laer, calibrated": Case(fssdp("laer", CALIBRATED)),
     "fssdp by balanced": Case(fssdp("balanced", "planner.tolerance=0", "planner.min_gain=0")),
 }
@@ -122,7 +123,8 @@ def outcome(run: Run) -> Outcome:
         planning.copies.begin = begun
     RECORD.clear()
     trained = train_run(run, STEPS)
-    assert all(count.device.type == "cpu" for step in trained.counts for count in step.values())     # for numpy
+    # For numpy
+    assert all(count.device.type == "cpu" for step in trained.counts for count in step.values())
     return Outcome(trained, max(copies), max(sliced), dict(RECORD))
 
 
@@ -200,7 +202,8 @@ def saved_after(steps: int, overrides: list[str], resumed: Path | None,
     return loaded, snapshot(run, lambda parameter: parameter.data), metrics
 
 
-MODES = {"ddp": ["parallel=ddp"], "ep": ["parallel=ep"], "fsdp": ["parallel=fsdp"], "ep_fsdp": ["parallel=ep_fsdp"],
+MODES = {"ddp": ["parallel=ddp"], "ep": ["parallel=ep"], "fsdp": ["parallel=fsdp"],
+         "ep_fsdp": ["parallel=ep_fsdp"],
          "fssdp": fssdp("hecate")}
 CHAINS = [("fsdp", "fssdp"), *(pytest.param(pair, marks=pytest.mark.full) for pair in
                                [("ep", "fsdp"), ("fssdp", "ep_fsdp"), ("ep_fsdp", "ddp"), ("ddp", "ep")])]
@@ -209,7 +212,8 @@ CHAINS = [("fsdp", "fssdp"), *(pytest.param(pair, marks=pytest.mark.full) for pa
 @pytest.mark.parametrize("chain", CHAINS, ids="-".join)
 def test_a_checkpoint_goes_on_on_other_devices_and_on_the_cpu(chain: tuple[str, str], devices, tmp_path) -> None:
     """One step on each, and one on the CPU: what one process does in three."""
-    first, second = ([*MODES[mode], "run.device=cuda", "run.nproc=2", "train.micro_batch=8"] for mode in chain)
+    first, second = ([*MODES[mode], "run.device=cuda", "run.nproc=2", "train.micro_batch=8"]
+                     for mode in chain)
     begun = devices(2).run(saved_after, 1, first, None, tmp_path / "first")
     onward = devices(2).run(saved_after, 2, second, tmp_path / "first", tmp_path / "second")
     last = [saved_after(3, [], tmp_path / "second", tmp_path / "third")]

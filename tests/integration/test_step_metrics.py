@@ -8,7 +8,8 @@ from moetrain.train.stopwatch import PHASES
 from tests.support.oracle import oracle_loss
 from tests.support.training import make_run, snapshot, train_run, train_steps, whole
 
-ACCUMULATED = ["run.dtype=float64", "train.micro_batch=4", "data.min_length=0.2", "loss=[z,micro_balance]", "loss.micro_balance.weight=0"]
+ACCUMULATED = ["run.dtype=float64", "train.micro_batch=4", "data.min_length=0.2", "loss=[z,micro_balance]",
+               "loss.micro_balance.weight=0"]
 TERMS = {"loss/weighted/balance", "loss/weighted/z"}
 
 
@@ -17,9 +18,11 @@ TERMS = {"loss/weighted/balance", "loss/weighted/z"}
 def test_terms_add_up_to_the_loss_and_do_not_depend_on_the_mesh(ranks, way):
     overrides = [*ACCUMULATED, f"train.aux_loss={way}"]
     run = make_run(overrides)
-    params = {name.removesuffix(".weight"): tensor for name, tensor in whole([snapshot(run, lambda p: p.data)]).items()}
+    params = {name.removesuffix(".weight"): tensor
+              for name, tensor in whole([snapshot(run, lambda p: p.data)]).items()}
     batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)]
-    total, ce, balance, _ = oracle_loss(params, batches, balance_weight=0.1, z_weight=0.01, num_layers=2, num_heads=4,
+    total, ce, balance, _ = oracle_loss(params, batches, balance_weight=0.1, z_weight=0.01, num_layers=2,
+                                        num_heads=4,
                                         num_kv_heads=2, head_dim=4, top_k=2, num_experts=8)
     alone = train_steps(overrides, 2).metrics
     assert alone[0]["loss/z"] == pytest.approx((total - ce - 0.1 * balance).item() / 0.01, abs=1e-8)

@@ -39,7 +39,8 @@ def test_ctrl_c_on_a_terminal_saves_says_how_to_go_on_and_a_closed_terminal_save
     terminal, inner = pty.openpty()
     again = Job(tmp_path, terminal=inner, command=shlex.split(command)[1:]).wait_for(stopped + 3)
     os.close(inner)
-    os.close(terminal)                                   # the window is closed: SIGHUP, and nothing can be written any more
+    # The window is closed: SIGHUP, and nothing can be written any more
+    os.close(terminal)
     assert again.wait() == 10 and again.status()["code"] == 10
     assert (again.run_dir / "checkpoints" / f"step-{again.steps()[-1]:08d}" / "manifest.json").exists()
     assert again.steps() == list(range(1, again.steps()[-1] + 1))

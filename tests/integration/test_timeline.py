@@ -13,8 +13,10 @@ from moetrain.train.step import train_step
 from tests.support.training import make_run
 from tools.study.balance_trace import pooled, spans  # noqa: E402
 
-ACCUMULATED = ["parallel=ep", "run.nproc=2", "train.micro_batch=2"]                  # four micro-batches a step
-MODES = {"exact": [], "counted first": ["train.count_pass=true"], "sync": ["balance.mode=sync"], "buffer": ["balance.mode=buffer"],
+# Four micro-batches a step
+ACCUMULATED = ["parallel=ep", "run.nproc=2", "train.micro_batch=2"]
+MODES = {"exact": [], "counted first": ["train.count_pass=true"], "sync": ["balance.mode=sync"],
+         "buffer": ["balance.mode=buffer"],
          "warm": ["balance.mode=warm"]}
 
 
@@ -42,7 +44,8 @@ def hidden(directory: Path) -> list[list[bool]]:
     """Of every rank, for every all-reduce of counts in the recorded step: whether nobody waited for it before a loss."""
     found = []
     for path in sorted((directory / "log/timeline/step-00000002").iterdir()):
-        found.append([one.next.name == "loss" and any(span.name == "head" for span in one.covered) for one in pooled(spans(path))])
+        found.append([one.next.name == "loss" and any(span.name == "head" for span in one.covered)
+                      for one in pooled(spans(path))])
     return found
 
 
@@ -62,7 +65,8 @@ def test_counts_leave_before_the_tokens_of_the_last_layer(ranks, tmp_path, mode)
         found = spans(path)
         for one in pooled(found):
             head = next(span for span in found if span.name == "head" and span.begin > one.post.begin)
-            assert [span.name for span in found if one.post.begin < span.begin < head.begin].count("gloo:all_to_all") >= 2   # there and back
+            # There and back
+            assert [span.name for span in found if one.post.begin < span.begin < head.begin].count("gloo:all_to_all") >= 2
 
 
 @pytest.mark.ranks
@@ -99,7 +103,8 @@ def test_only_the_steps_that_were_asked_for_are_recorded_and_parts_of_the_model_
     assert [path.name for path in (tmp_path / "later/log/timeline").iterdir()] == ["step-00000003"]
     assert [path.name for path in (tmp_path / "log/timeline").iterdir()] == ["step-00000002"]
     names = [span.name for span in spans(tmp_path / "log/timeline/step-00000002/rank-0001.json")]
-    for name, times in {"forward": 4, "head": 4, "loss": 4, "backward": 4, "reduce": 1, "optimizer": 1, "layers.0": 4,
+    for name, times in {"forward": 4, "head": 4, "loss": 4, "backward": 4, "reduce": 1, "optimizer": 1,
+                        "layers.0": 4,
                         "layers.1.attention": 4, "layers.1.moe": 4}.items():
         assert names.count(name) == times, name
 

@@ -10,11 +10,15 @@ from moetrain.launch.foreign_ranks import several_processes
 
 POD = {"RANK": "1", "WORLD_SIZE": "2"}
 SRUN = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2"}
-REFUSED = [SRUN, {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0"},
+REFUSED = [SRUN, {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4",
+                  "SLURM_STEP_ID": "0"},
            {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "8", "PMI_RANK": "3"}]
-# A shell of salloc, its interactive step, srun -n1 in a larger job, one process of mpirun, a rank of torchrun under srun.
-ALONE = [{"SLURM_NTASKS": "8"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"},
-         {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, {}]
+# A shell of salloc, its interactive step, srun -n1 in a larger job, one process of mpirun, a rank of torchrun
+# under srun.
+ALONE = [{"SLURM_NTASKS": "8"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1",
+                                 "SLURM_STEP_ID": "4294967290"},
+         {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
+         {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, {}]
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +45,10 @@ def test_an_error_before_ranks_meet_is_said_by_each_with_its_number(verb: str, m
 
 
 @pytest.mark.parametrize("argv, code", [
-    (["report", "none"], 2), (["inspect", "none"], 2), (["checkpoint", "verify", "none"], 2), (["data", "prepare", "data.pth=x"], 2),
-    (["slurm", "--nodes=x"], 2), (["data", "prepare", "data=synthetic", "train.global_batch=5"], 2), (["version"], 0)])
+    (["report", "none"], 2), (["inspect", "none"], 2), (["checkpoint", "verify", "none"], 2),
+    (["data", "prepare", "data.pth=x"], 2),
+    (["slurm", "--nodes=x"], 2), (["data", "prepare", "data=synthetic", "train.global_batch=5"], 2),
+    (["version"], 0)])
 def test_verbs_of_one_process_ignore_ranks(argv: list[str], code: int, monkeypatch, capsys) -> None:
     inside(monkeypatch, POD)
     assert main(argv) == code

@@ -43,8 +43,10 @@ def test_ranks_of_torchrun(trapped: Path) -> None:
 def test_what_is_on_the_path_stays_and_moetrain_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/a:/b")
     assert program_environment()["PYTHONPATH"].split(os.pathsep)[:2] == ["/a", "/b"]
-    monkeypatch.setattr(sys, "path", ["", str(tmp_path)])        # a checkout that is not installed, run from its root
+    # A checkout that is not installed, run from its root
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
     environment = program_environment()
     assert environment["PYTHONPATH"].split(os.pathsep) == ["/a", "/b", str(ROOT)] and environment["PYTHONSAFEPATH"] == "1"
     monkeypatch.delenv("PYTHONPATH")
-    assert program_environment()["PYTHONPATH"] == str(ROOT)       # no empty entry: that would be the current folder
+    # No empty entry: that would be the current folder
+    assert program_environment()["PYTHONPATH"] == str(ROOT)

@@ -46,17 +46,21 @@ def status(tmp_path: Path) -> dict:
 
 def test_ranks_get_their_environment(ranks, tmp_path: Path) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-    assert ranks(f'for n in {names}; do echo "$n=${{!n}}" >> {tmp_path}/env-$RANK; done; echo "$@"; {DONE}', nproc=3) == 0
-    seen = [dict(line.split("=") for line in (tmp_path / f"env-{rank}").read_text().splitlines()) for rank in range(3)]
+    assert ranks(f'for n in {names}; do echo "$n=${{!n}}" >> {tmp_path}/env-$RANK; done; echo "$@"; {DONE}',
+                 nproc=3) == 0
+    seen = [dict(line.split("=") for line in (tmp_path / f"env-{rank}").read_text().splitlines())
+            for rank in range(3)]
     assert [env["RANK"] for env in seen] == [env["LOCAL_RANK"] for env in seen] == ["0", "1", "2"]
-    assert {(env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["MASTER_ADDR"], env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"])
+    assert {(env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["MASTER_ADDR"],
+             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"])
             for env in seen} == {("3", "3", "127.0.0.1", "1")}
     assert len({env["MASTER_PORT"] for env in seen}) == 1 and int(seen[0]["OMP_NUM_THREADS"]) >= 1
     assert (tmp_path / "run" / "log" / "rank-2.log").read_text() == "-m moetrain train\n"
     assert not (tmp_path / "run" / "log" / "rank-0.log").exists()
 
 
-def test_the_real_program_runs_on_ranks(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_program_runs_on_ranks(tmp_path: Path, capfd: pytest.CaptureFixture,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert start_ranks(["version"], 2, tmp_path) == 0
     assert capfd.readouterr().out.count("moetrain 0.") == 1
@@ -87,11 +91,13 @@ def test_a_stubborn_rank_is_killed(ranks) -> None:
 
 @pytest.mark.parametrize("script, blamed", [
     (f"[ $RANK = 1 ] && exit 0; sleep 0.3; {DONE}", "rank 1 left with 0 before its work was done"),
-    ("[ $RANK = 1 ] && exit 0; sleep 0.3; exit 16", "rank 1 left with 0 before its work was done"),       # the other waited for it
+    # The other waited for it
+    ("[ $RANK = 1 ] && exit 0; sleep 0.3; exit 16", "rank 1 left with 0 before its work was done"),
     ("exit 0", "rank 0 left with 0 before its work was done"),
     ("[ $RANK = 0 ] && kill -STOP $$; exit 16", "rank 0 is stopped (process "),
     ("[ $RANK = 1 ] && kill -STOP $$; exit 16", "rank 1 is stopped (process "),
-    ("trap '' TERM; [ $RANK = 1 ] && exit 16; while true; do sleep 0.1; done", "rank 0 does not answer (process "),
+    ("trap '' TERM; [ $RANK = 1 ] && exit 16; while true; do sleep 0.1; done",
+     "rank 0 does not answer (process "),
 ])
 def test_the_rank_to_blame_is_named_not_the_one_that_noticed(ranks, tmp_path: Path, capfd: pytest.CaptureFixture, script: str,
                                                              blamed: str) -> None:
@@ -109,7 +115,8 @@ def test_ranks_die_with_their_launcher_even_stopped_ones(tmp_path: Path) -> None
     fake.chmod(0o755)
     program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from moetrain.launch.local import start_ranks; "
                f"sys.executable = {str(fake)!r}; start_ranks(['train'], 2, Path({str(tmp_path)!r}))")
-    launcher = subprocess.Popen([sys.executable, "-c", program], env={name: v for name, v in os.environ.items() if name != "RANK"})
+    launcher = subprocess.Popen([sys.executable, "-c", program],
+                                env={name: v for name, v in os.environ.items() if name != "RANK"})
     until(lambda: all((tmp_path / f"up-{rank}").exists() for rank in (0, 1)))
     workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
     os.kill(workers[0], signal.SIGSTOP)
@@ -133,8 +140,10 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("variables, what", [
-    ({"RANK": "x"}, "RANK=x"), ({"RANK": ""}, "RANK="), ({"RANK": "-1"}, "RANK=-1"), ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0.5"}, "LOCAL_RANK=0.5"), ({"RANK": "0", "MASTER_PORT": "http"}, "MASTER_PORT=http"),
+    ({"RANK": "x"}, "RANK=x"), ({"RANK": ""}, "RANK="), ({"RANK": "-1"}, "RANK=-1"),
+    ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0.5"}, "LOCAL_RANK=0.5"),
+    ({"RANK": "0", "MASTER_PORT": "http"}, "MASTER_PORT=http"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2")])
 def test_a_rank_that_is_no_number_is_a_mistake_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, variables, what) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
@@ -160,14 +169,16 @@ def test_ranks_that_save_are_not_hurried(ranks, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number, script, code", [
-    (signal.SIGTERM, "trap 'exit 10' TERM", 10), (signal.SIGINT, "trap 'exit 130' INT", 130), (signal.SIGTERM, "", 143),
-    (signal.SIGHUP, "trap 'exit 10' HUP", 10), (signal.SIGHUP, "", 129),
-    (signal.SIGINT, "[ $RANK = 1 ] && trap 'kill -KILL $$' INT || trap '' INT", 130)])       # a rank is lost on the way: no restart
+    (signal.SIGTERM, "trap 'exit 10' TERM", 10), (signal.SIGINT, "trap 'exit 130' INT", 130),
+    (signal.SIGTERM, "", 143), (signal.SIGHUP, "trap 'exit 10' HUP", 10), (signal.SIGHUP, "", 129),
+    # A rank is lost on the way: no restart
+    (signal.SIGINT, "[ $RANK = 1 ] && trap 'kill -KILL $$' INT || trap '' INT", 130)])
 def test_signals_are_passed_on(tmp_path: Path, number: int, script: str, code: int) -> None:
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/bash\n{script}\ntouch {tmp_path}/up-$RANK\nwhile true; do sleep 0.05 & wait $!; done\n")
     fake.chmod(0o755)
-    # A shell starts what runs in the background with interrupts ignored, and bash cannot trap what it was told to ignore.
+    # A shell starts what runs in the background with interrupts ignored, and bash cannot trap what it was
+    # told to ignore.
     program = (f"import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path.insert(0, {str(ROOT)!r}); "
                f"from pathlib import Path; from moetrain.launch import local; local.GRACE_S = 0.5; sys.executable = {str(fake)!r}; "
                f"sys.exit(local.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")

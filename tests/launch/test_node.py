@@ -24,7 +24,8 @@ def test_a_slurm_task_knows_its_number() -> None:
     of_step = {"NODES": "3", "HEAD": "a", "NPROC": "1", "SLURM_NODEID": "2"}
     assert from_environment(of_step).rank == 2
     assert from_environment({**of_step, "NODE_RANK": "1"}).rank == 1
-    assert from_environment({**of_step, "NODES": "1"}).rank == 0           # a run of its own in a shell of Slurm
+    # A run of its own in a shell of Slurm
+    assert from_environment({**of_step, "NODES": "1"}).rank == 0
 
 
 @pytest.mark.parametrize("environ, ranks", [
@@ -36,7 +37,8 @@ def test_a_rank_for_each_gpu(environ: dict[str, str], ranks: int) -> None:
 
 @pytest.mark.parametrize("change, advice", [
     ({"NODES": "x"}, "NODES=1"), ({"NODES": "0"}, "NODES=1"), ({"NODE_RANK": "2"}, "NODE_RANK=1 or NODES=3"),
-    ({"HEAD": ""}, "HEAD=<name"), ({"NPROC": "-1"}, "NPROC=1"), ({"PORT": "65536"}, "PORT=29400"), ({"RDZV_TIMEOUT": "0"}, "RDZV_TIMEOUT=60"),
+    ({"HEAD": ""}, "HEAD=<name"), ({"NPROC": "-1"}, "NPROC=1"), ({"PORT": "65536"}, "PORT=29400"),
+    ({"RDZV_TIMEOUT": "0"}, "RDZV_TIMEOUT=60"),
     ({"RESTARTS": "many"}, "RESTARTS=3")])
 def test_wrong_settings_say_what_to_set(change: dict[str, str], advice: str) -> None:
     with pytest.raises(ConfigErrors) as caught:

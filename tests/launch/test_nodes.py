@@ -165,7 +165,8 @@ def test_two_nodes_train(network: Nodes, tmp_path: Path) -> None:
             assert code == 0, output
     assert status(run)["code"] == 0 and steps(run) == [1, 2, 3, 4]
     if second:                                           # an address that nobody has
-        with started("nodes.sh", *TINY, f"run.dir={run}", prefix=second, NODES=2, NODE_RANK=1, HEAD="10.77.0.9", PORT=29400,
+        with started("nodes.sh", *TINY, f"run.dir={run}", prefix=second, NODES=2, NODE_RANK=1,
+                     HEAD="10.77.0.9", PORT=29400,
                      NPROC=1, RDZV_TIMEOUT=2) as node:
             code, output = ended(node, limit_s=60)
         assert code == 15 and output.count("E-RENDEZVOUS-002") == 1 and "10.77.0.9:29400" in output

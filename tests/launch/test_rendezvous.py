@@ -56,7 +56,8 @@ def test_a_missing_node_is_named_everywhere() -> None:
 
 
 @pytest.mark.parametrize("other, said", [
-    (node(1, nodes=3), "NODES=3"), (node(1, nodes=2, nproc=4), "NPROC=4"), (node(2, nodes=2), "there is no node 2")])
+    (node(1, nodes=3), "NODES=3"), (node(1, nodes=2, nproc=4), "NPROC=4"),
+    (node(2, nodes=2), "there is no node 2")])
 def test_a_contradiction_is_named_everywhere(other: Node, said: str) -> None:
     errors = call(node(0, nodes=2), other)
     assert [error.id for error in errors] == ["E-RENDEZVOUS-005"] * 2
@@ -141,10 +142,12 @@ def answering(*pieces: bytes, pause_s: float = 0.0) -> Iterator[int]:
 
 @pytest.mark.parametrize("pieces, pause_s", [
     ((), 0), ((b"x",) * 600, 0.1),                       # silent; a byte now and then
-    ((b"HTTP/1.1 400 Bad Request\r\n\r\n",), 0), ((b"[" * 1000 + b"\n",), 0), ((b'{"a":' * 300,), 0), ((b"x" * 10**6,), 0),
-    ((b'{"error": {"number": "5", "what": 1}}\n',), 0), ((b'{"error": {"number": 5, "other": "x"}}\n',), 0), ((b'{"go": false}\n',), 0),
+    ((b"HTTP/1.1 400 Bad Request\r\n\r\n",), 0), ((b"[" * 1000 + b"\n",), 0), ((b'{"a":' * 300,), 0),
+    ((b"x" * 10**6,), 0), ((b'{"error": {"number": "5", "what": 1}}\n',), 0),
+    ((b'{"error": {"number": 5, "other": "x"}}\n',), 0), ((b'{"go": false}\n',), 0),
 ], ids=["silent", "slow", "HTTP", "brackets", "deep", "long", "parts", "keys", "no"])
-def test_something_else_answers(pieces: tuple[bytes, ...], pause_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_something_else_answers(pieces: tuple[bytes, ...], pause_s: float,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the limit, which is RDZV_TIMEOUT to reach it and as long again for its word."""
     monkeypatch.setattr("moetrain.launch.rendezvous._WRITE_S", 0.2)
     began = time.monotonic()

@@ -21,7 +21,8 @@ from tests.support.runs import until
 
 ROOT = Path(__file__).parents[2]
 # Blanks, quotes, a comma, brackets, a glob and what a shell would run.
-AWKWARD = ["run.dir=runs/it's a 2, (x) run", "data.path=$(touch hit) *", 'generate.prompt=say "hi"', "loss=[z]", "model.num_experts=16"]
+AWKWARD = ["run.dir=runs/it's a 2, (x) run", "data.path=$(touch hit) *", 'generate.prompt=say "hi"',
+           "loss=[z]", "model.num_experts=16"]
 RECORDER = """#!{python}
 import json, os, sys
 with open(os.environ["RECORD"], "a") as record:
@@ -71,7 +72,8 @@ def called(checkout: Path, script: str, *words: str, **settings: str) -> list[li
     record = checkout / "record"
     record.write_text("")
     environment = {**os.environ, "RECORD": str(record), "PYTHON": sys.executable, **settings}
-    done = subprocess.run(["bash", str(checkout / script), *words], env=environment, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(["bash", str(checkout / script), *words], env=environment, text=True,
+                          capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not (checkout / "hit").exists()
     return [json.loads(line) for line in record.read_text().splitlines()]
@@ -81,9 +83,11 @@ def called(checkout: Path, script: str, *words: str, **settings: str) -> list[li
     ("launch/debug.sh", ["python", "-m", "moetrain", "train", "experiment=debug"], {}),
     ("launch/node.sh", ["python", "-m", "moetrain.launch"], {}),
     ("launch/nodes.sh", ["python", "-m", "moetrain.launch"], {}),
-    ("launch/slurm.sbatch", ["python", "-m", "moetrain.launch"], {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"}),
+    ("launch/slurm.sbatch", ["python", "-m", "moetrain.launch"],
+     {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"}),
     ("tools/test.sh", ["python", "-m", "pytest", "tests", "-n", "2", "--dist", "loadfile"], {})])
-def test_every_script_hands_its_words_on(checkout: Path, script: str, command: list[str], settings: dict[str, str]) -> None:
+def test_every_script_hands_its_words_on(checkout: Path, script: str, command: list[str],
+                                         settings: dict[str, str]) -> None:
     settings = {**settings, "PATH": f"{checkout / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     if script.endswith("sbatch"):                        # Slurm starts it in the folder of sbatch
         settings["PYTHON"] = str(checkout / ".venv" / "bin" / "python")
@@ -93,26 +97,32 @@ def test_every_script_hands_its_words_on(checkout: Path, script: str, command: l
 
 @pytest.mark.parametrize("script", ["debug", "node", "nodes", "quickstart"])
 def test_every_script_says_how_it_is_called(checkout: Path, script: str) -> None:
-    done = subprocess.run(["bash", f"launch/{script}.sh", "--help"], cwd=checkout, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(["bash", f"launch/{script}.sh", "--help"], cwd=checkout, text=True,
+                          capture_output=True, timeout=60)
     assert done.returncode == 0 and f"bash launch/{script}.sh" in done.stdout and "set -" not in done.stdout
     assert not (checkout / "record").exists()
 
 
 @pytest.mark.parametrize("words, directory", [
-    ([], "runs/quickstart"), (["run.name=qs16", "run.steps=4"], "runs/qs16"), (AWKWARD, "runs/it's a 2, (x) run"),
+    ([], "runs/quickstart"), (["run.name=qs16", "run.steps=4"], "runs/qs16"),
+    (AWKWARD, "runs/it's a 2, (x) run"),
     (["experiment=debug"], "runs/debug"), (["run.nproc=4"], "runs/quickstart"),
     (["parallel=ddp", "run.nproc=2"], "runs/quickstart")])
 def test_quickstart_is_about_one_run(checkout: Path, words: list[str], directory: str) -> None:
     ran = [call[1:] for call in called(checkout, "launch/quickstart.sh", *words) if call[0] == "moetrain"]
     assert [verb for verb, *_ in ran] == ["train", "eval", "generate"]
-    assert all(rest[0] == "experiment=quickstart" and rest[len(rest) - len(words):] == words for _, *rest in ran)
-    assert str(run_dir(compose(ran[0][1:]))) == directory       # and what the script adds goes with what was typed
+    assert all(rest[0] == "experiment=quickstart" and rest[len(rest) - len(words):] == words
+               for _, *rest in ran)
+    # And what the script adds goes with what was typed
+    assert str(run_dir(compose(ran[0][1:]))) == directory
 
 
 def test_quickstart_trains_evaluates_and_continues_the_run_that_is_named(
-        checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+        checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture) -> None:
     run = "runs/it's 2, (x) a=b"
-    words = [f"run.dir={run}", "run.steps=2", "model.num_experts=4", "model.dim=16", "model.expert_dim=8", "parallel=single",
+    words = [f"run.dir={run}", "run.steps=2", "model.num_experts=4", "model.dim=16", "model.expert_dim=8",
+             "parallel=single",
              "eval.windows=1", "generate.tokens=2", "data.path=text", "log.wandb=off"]
     (tmp_path / "text").mkdir()
     for number in range(30):
@@ -125,7 +135,8 @@ def test_quickstart_trains_evaluates_and_continues_the_run_that_is_named(
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.removeprefix("runs/")]
     assert f"{run}, step 2" in said and "order 4" in said and "def main(" in said
     # What the summary says to type next is typed.
-    advised = [shlex.split(line.partition("moetrain ")[2]) for line in said.splitlines() if " moetrain " in line]
+    advised = [shlex.split(line.partition("moetrain ")[2])
+               for line in said.splitlines() if " moetrain " in line]
     assert [verb for verb, *_ in advised] == ["eval", "report", "generate"]
     for command in advised:
         assert main(command) == 0 and command[1:] == [f"run.dir={run}"]
@@ -136,7 +147,8 @@ def test_a_signal_to_quickstart_alone_reaches_what_it_runs(checkout: Path, numbe
     """It is no orphan: it saves, with code 10, and the script ends with that and runs nothing else."""
     (checkout / ".venv" / "bin" / "moetrain").write_text(WAITER.format(python=sys.executable))
     record = checkout / "record"
-    script = subprocess.Popen(["bash", str(checkout / "launch" / "quickstart.sh")], text=True, start_new_session=True,
+    script = subprocess.Popen(["bash", str(checkout / "launch" / "quickstart.sh")], text=True,
+                              start_new_session=True,
                               env={**os.environ, "RECORD": str(record), "PYTHON": sys.executable})
     until(lambda: record.exists() and "ready" in record.read_text(), limit_s=60)
     if number == signal.SIGINT:                          # Ctrl-C: a terminal sends it to all of them
@@ -148,6 +160,8 @@ def test_a_signal_to_quickstart_alone_reaches_what_it_runs(checkout: Path, numbe
 
 
 def test_quickstart_refuses_flags(checkout: Path) -> None:
-    done = subprocess.run(["bash", str(checkout / "launch" / "quickstart.sh"), "-m", "run.seed=1,2"], text=True, capture_output=True,
-                          env={**os.environ, "RECORD": str(checkout / "record"), "PYTHON": sys.executable}, timeout=60)
+    done = subprocess.run(["bash", str(checkout / "launch" / "quickstart.sh"), "-m", "run.seed=1,2"],
+                          text=True, capture_output=True,
+                          env={**os.environ, "RECORD": str(checkout / "record"), "PYTHON": sys.executable},
+                          timeout=60)
     assert done.returncode == 2 and "was given -m" in done.stderr

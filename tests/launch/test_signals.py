@@ -17,7 +17,8 @@ def test_each_signal_is_sent_once_and_recorded_in_order():
 def test_handlers_come_back_when_the_block_ends():
     before = [signal.getsignal(number) for number in FORWARDED]
     with forward_signals():
-        assert all(signal.getsignal(number) != handler for number, handler in zip(FORWARDED, before, strict=True))
+        assert all(signal.getsignal(number) != handler
+                   for number, handler in zip(FORWARDED, before, strict=True))
     assert [signal.getsignal(number) for number in FORWARDED] == before
 
 

@@ -30,14 +30,17 @@ def no_job_is_left(cluster: Cluster) -> Iterator[None]:
 
 def submit(cluster: Cluster, run: Path, *overrides: str, **settings: str) -> str:
     """The number of a job with one rank on each of two nodes."""
-    return cluster.call("sbatch", "--parsable", "--nodes=2", f"--chdir={ROOT}", f"--output={run}.log", f"{ROOT}/launch/slurm.sbatch",
-                        *TINY, f"run.dir={run}", *overrides, NPROC="1", PYTHON=sys.executable, PORT=str(free_port()), **settings)
+    return cluster.call("sbatch", "--parsable", "--nodes=2", f"--chdir={ROOT}", f"--output={run}.log",
+                        f"{ROOT}/launch/slurm.sbatch",
+                        *TINY, f"run.dir={run}", *overrides, NPROC="1", PYTHON=sys.executable,
+                        PORT=str(free_port()), **settings)
 
 
 def test_a_job_on_two_nodes_trains(cluster: Cluster, tmp_path: Path) -> None:
     """Submitted by `moetrain slurm`, which writes the script."""
     run = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "--nodes", "2", "--nproc-per-node=1", "--time=10", "--lead=60",
+    done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "--nodes", "2", "--nproc-per-node=1",
+                           "--time=10", "--lead=60",
                            *TINY, "run.steps=6", f"run.dir={run}"], cwd=ROOT, text=True, capture_output=True,
                           env={**cluster.environment, "PORT": str(free_port())})      # other clusters here count jobs from 1, too
     assert done.returncode == 0, done.stderr
@@ -55,9 +58,10 @@ def test_a_sweep_is_an_array_whose_tasks_know_their_run_and_their_nodes(cluster:
     program.write_text(f"""#!/bin/sh
 echo "$SLURM_NODEID $NPROC $SLURM_GPUS_ON_NODE $SLURM_CPUS_PER_TASK $GREETING: $*" >> {tmp_path}/started-$SLURM_ARRAY_TASK_ID\n""")
     program.chmod(0o755)
-    done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "-N2", "--gpus=4", "--time=10", f"--setup={tmp_path}/setup.sh",
-                           f"--python={program}", "-m", *TINY, f"run.dir={tmp_path}/run", "run.seed=1,2"], cwd=ROOT, text=True,
-                          capture_output=True, env=cluster.environment)
+    done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "-N2", "--gpus=4", "--time=10",
+                           f"--setup={tmp_path}/setup.sh",
+                           f"--python={program}", "-m", *TINY, f"run.dir={tmp_path}/run", "run.seed=1,2"],
+                          cwd=ROOT, text=True, capture_output=True, env=cluster.environment)
     assert done.returncode == 0 and ", 2 runs: " in done.stdout, done.stderr
     until(lambda: not cluster.call("squeue", "--noheader"))
     for task, seed in enumerate((1, 2)):
@@ -72,7 +76,8 @@ def test_a_preempted_job_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> 
     run = tmp_path / "run"
     number = submit(cluster, run, "run.steps=40")
     until(lambda: len(steps(run)) > 3)
-    cluster.call("scancel", "--signal=USR1", number)        # what --signal=USR1@<lead> sends before the time limit
+    # What --signal=USR1@<lead> sends before the time limit
+    cluster.call("scancel", "--signal=USR1", number)
     until(lambda: cluster.job(number)["Restarts"] == "1")
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1]
     job = cluster.finished(number)
@@ -103,6 +108,7 @@ def test_a_job_that_cannot_go_better_is_not_requeued(cluster: Cluster, tmp_path:
 
 
 def test_slurm_says_why_it_refuses(cluster: Cluster, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "--nodes=2", "--partition=none", *TINY, f"run.dir={tmp_path}/run"],
+    done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "--nodes=2", "--partition=none", *TINY,
+                           f"run.dir={tmp_path}/run"],
                           env=cluster.environment, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2 and "E-CONFIG-048" in done.stderr and "partition" in done.stderr

@@ -22,7 +22,8 @@ TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
     (1, 0, [], 1),                                       # rank 0 was done, another failed
     (137, None, [], 16), (137, 16, [], 16), (-9, None, [], 16), (16, None, [], 16),
     (137, 11, [], 11),
-    (143, None, [TERM], 10), (138, None, [USR1], 10), (130, None, [INT], 130),   # before there was anything to save
+    # Before there was anything to save
+    (143, None, [TERM], 10), (138, None, [USR1], 10), (130, None, [INT], 130),
     (140, None, [USR1], 10),
     (143, 143, [TERM, TERM], 143),                       # left without a save
 ])
@@ -61,8 +62,10 @@ def test_a_status_that_is_cut_off_is_none(tmp_path: Path) -> None:
     assert status.written() is None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 10_000, b'{"code": 1e400}', b'{"code": [12]}', b'{"code": "12"}',
-                                     b'{"code": -1}', b'{"code": 1e3}', b'{"code": true}', b'{"reason": "none"}', b"\xff", b" " * (2 << 20)])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 10_000, b'{"code": 1e400}',
+                                     b'{"code": [12]}', b'{"code": "12"}',
+                                     b'{"code": -1}', b'{"code": 1e3}', b'{"code": true}',
+                                     b'{"reason": "none"}', b"\xff", b" " * (2 << 20)])
 def test_a_status_that_rank_zero_did_not_write_is_none(tmp_path: Path, content: bytes) -> None:
     status = StatusFile(tmp_path)
     (tmp_path / "status.json").write_bytes(content)

@@ -13,7 +13,8 @@ from tests.support.training import difference, make_run, train_steps, whole
 
 ROUTED = ["run.dtype=float64", "data.min_length=0.3", "train.micro_batch=8"]
 MODES = {
-    "none": [], "selective": ["train.activation_checkpointing=selective"], "full": ["train.activation_checkpointing=full"],
+    "none": [], "selective": ["train.activation_checkpointing=selective"],
+    "full": ["train.activation_checkpointing=full"],
     "count": ["train.count_pass=true"],
     "count-selective": ["train.count_pass=true", "train.activation_checkpointing=selective"],
     "count-full": ["train.count_pass=true", "train.activation_checkpointing=full"],
@@ -60,7 +61,8 @@ def ep_calls(mode: str, extra: list[str]) -> dict[str, int]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mode, rows", [("none", 16), ("selective", 16), ("full", 20), ("count", 20), ("count-full", 24)])
+@pytest.mark.parametrize("mode, rows", [("none", 16), ("selective", 16), ("full", 20), ("count", 20),
+                                        ("count-full", 24)])
 def test_counts_are_exchanged_and_read_once_and_rows_no_more_than_need_be(ranks, mode, rows):
     """2 micro-batches x 2 layers: counts 4; rows there and back, twice. `full` sends them there once more, a count pass
     there and back in the layers before the last."""
@@ -79,7 +81,8 @@ def test_rows_of_no_chunk_return_for_nothing(ranks, mode, rows):
 
 @pytest.mark.parametrize("mode", list(MODES)[1:])
 def test_every_gradient_stays_the_same_to_the_last_bit(mode):
-    plain, changed = (whole([train_steps([*ROUTED, *overrides], 2).parameters]) for overrides in ([], MODES[mode]))
+    plain, changed = (whole([train_steps([*ROUTED, *overrides], 2).parameters])
+                      for overrides in ([], MODES[mode]))
     assert difference(changed, plain)[0] == 0.0
 
 
@@ -106,7 +109,8 @@ def kept_bytes(mode: str) -> int:
 def alive() -> dict[int, int]:
     """Bytes of every storage that a tensor object in Python holds, by address."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]       # others have no memory
+    # Others have no memory
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 

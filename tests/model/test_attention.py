@@ -97,7 +97,8 @@ def test_output_and_every_gradient_are_those_of_a_loop(heads, kv_heads, qk_norm,
 
 
 def test_the_mask_lets_a_query_see_its_own_document_up_to_itself():
-    mask = document_mask(torch.tensor([[0, 0, 1, 0]]))                # a number that comes back is the same document
+    # A number that comes back is the same document
+    mask = document_mask(torch.tensor([[0, 0, 1, 0]]))
     assert mask.shape == (1, 1, 4, 4)
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
 

@@ -70,7 +70,8 @@ def test_a_bfloat16_run_keeps_float32_parameters_gradients_and_moments():
         assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
     start = initial(["run.dtype=bfloat16"])
     moved = trained.parameters["layers.0.attention.qkv"] - start["layers.0.attention.qkv"]
-    assert moved.any() and not torch.equal(trained.parameters["embed"], trained.parameters["embed"].bfloat16().float())
+    assert moved.any() and not torch.equal(trained.parameters["embed"],
+                                           trained.parameters["embed"].bfloat16().float())
 
 
 @pytest.mark.parametrize("dtype, storage", [("float32", torch.float32), ("float64", torch.float64)])
@@ -79,8 +80,10 @@ def test_other_runs_store_what_they_compute_in(dtype, storage):
 
 
 def test_layers_may_differ_in_experts_and_the_first_may_be_dense():
-    run = make_run(["model.num_experts=[4,8]", "model.top_k=[1,2]", "balance.weight=0.1", "router.weights=raw"])
+    run = make_run(["model.num_experts=[4,8]", "model.top_k=[1,2]", "balance.weight=0.1",
+                    "router.weights=raw"])
     assert run.state.model.routers == {"layers.0.moe": 4, "layers.1.moe": 8}
     dense = initial(["model.first_dense_layers=1", "model.tie_embeddings=true"])
-    assert dense["layers.0.ffn.gate_up"].shape == (2 * 2 * 16, 16)                   # top_k * expert_dim, gate and up
+    # top_k * expert_dim, gate and up
+    assert dense["layers.0.ffn.gate_up"].shape == (2 * 2 * 16, 16)
     assert "head" not in dense and "layers.1.moe.router.weight" in dense and "layers.0.moe.router.weight" not in dense

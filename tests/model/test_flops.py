@@ -16,7 +16,8 @@ from tests.support.training import make_run, train_run
 SHAPES = {
     "experts": ["model.num_experts=8", "model.top_k=3"],
     "a head's width of its own": ["model.head_dim=24", "model.num_kv_heads=1", "model.qk_norm=true"],
-    "shared experts and a dense layer": ["model.num_layers=3", "model.num_shared_experts=2", "model.first_dense_layers=1"],
+    "shared experts and a dense layer": ["model.num_layers=3", "model.num_shared_experts=2",
+                                         "model.first_dense_layers=1"],
     "layers of their own": ["model.num_experts=[4,8]", "model.top_k=[2,3]", "model.tie_embeddings=true"],
 }
 VOCAB = 48
@@ -32,7 +33,8 @@ def test_products_are_those_that_run(shape):
     config = compose([*SHAPES[shape], "run.device=cpu"])
     model = build_model(config, VOCAB, build_mesh(mesh_sizes("single", 1, None), torch.device("cpu")))
     tokens_BS = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(0))
-    batch = Batch(tokens_BS, tokens_BS, torch.ones_like(tokens_BS, dtype=torch.bool), torch.arange(3), torch.zeros(3), None)
+    batch = Batch(tokens_BS, tokens_BS, torch.ones_like(tokens_BS, dtype=torch.bool), torch.arange(3),
+                  torch.zeros(3), None)
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as recorded:
         model(tokens_BS, step_context(0, 1, batch)).logits_BSV.square().sum().backward()
     counted = sum(event.flops for event in recorded.key_averages(group_by_input_shape=True)
@@ -44,21 +46,26 @@ def test_products_are_those_that_run(shape):
 
 def test_attention_looks_at_what_is_not_masked():
     config = compose(["model.num_layers=1"])
-    pairs = sum(1 for query in range(16) for key in range(16) if key <= query)      # each 2 h for its score, 2 h for its value
+    # Each 2 h for its score, 2 h for its value
+    pairs = sum(1 for query in range(16) for key in range(16) if key <= query)
     longer = 16 * (training_flops(config.model, VOCAB, 16) - training_flops(config.model, VOCAB, 0))
     wanted = 3 * config.model.num_heads * (config.model.dim // config.model.num_heads) * 4 * pairs
-    assert longer == wanted - 3 * 16 * 2 * config.model.dim      # one position sees itself: at length 0 the formula has half of that
+    # One position sees itself: at length 0 the formula has half of that
+    assert longer == wanted - 3 * 16 * 2 * config.model.dim
 
 
 def test_qwen3_has_the_active_parameters_that_it_is_named_for():
     sizes = compose(["model=qwen3_30b_a3b"]).model
     without_attention = training_flops(sizes, 151936, -1)
-    assert without_attention / 6 + 151936 * sizes.dim == pytest.approx(3.35e9, rel=5e-3)     # 3.3 billion active, as published
+    # 3.3 billion active, as published
+    assert without_attention / 6 + 151936 * sizes.dim == pytest.approx(3.35e9, rel=5e-3)
 
 
 @pytest.mark.parametrize("chip, peak", [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA H200 NVL", 835e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H20", None), ("NVIDIA GeForce RTX 4090", None), ("NVIDIA GB200", 2500e12),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA H200 NVL", 835e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H20", None),
+    ("NVIDIA GeForce RTX 4090", None), ("NVIDIA GB200", 2500e12),
 ])
 def test_peaks_are_found_by_the_names_of_drivers(chip, peak):
     assert named_peak(chip) == peak

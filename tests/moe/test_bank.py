@@ -29,7 +29,8 @@ def test_only_the_banks_parameters_are_expert_parameters():
 
 def sent(x_RD: torch.Tensor, weights_R: torch.Tensor, counts_e: list[int]) -> DispatchedRows:
     """Rows that lie in expert order."""
-    return DispatchedRows(x_RD, Permutation(torch.arange(len(x_RD)), torch.arange(len(x_RD))[:, None], None), weights_R, counts_e, None)
+    return DispatchedRows(x_RD, Permutation(torch.arange(len(x_RD)), torch.arange(len(x_RD))[:, None], None),
+                          weights_R, counts_e, None)
 
 
 class Elsewhere:
@@ -62,7 +63,8 @@ def test_copies_are_computed_after_the_homes():
     part.gate_up.data, part.down.data = whole.gate_up.data[:1], whole.down.data[:1]
     part.copies = Elsewhere((whole.gate_up.data[1:], whole.down.data[1:]))
     part.prefetch()
-    chunks = [sent(torch.randn(5, 3), torch.rand(5), [2, 0, 3]), sent(torch.randn(2, 3), torch.rand(2), [1, 1, 0])]
+    chunks = [sent(torch.randn(5, 3), torch.rand(5), [2, 0, 3]),
+              sent(torch.randn(2, 3), torch.rand(2), [1, 1, 0])]
     ours = ChunkedComputation(part, num_chunks=2)
     ours.begin()
     experts = RoutedExperts(whole, alone(3))

@@ -24,7 +24,8 @@ POLICIES = {
 }
 
 
-def routed(tokens: int, *, seed: int = 0, ties: bool = False, ragged: bool = False) -> tuple[Routing, RouterContext]:
+def routed(tokens: int, *, seed: int = 0, ties: bool = False,
+           ragged: bool = False) -> tuple[Routing, RouterContext]:
     """A decision over sequences of S tokens that prefers the first experts; the last token of each is padding."""
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, E, dtype=torch.float64, generator=generator) - torch.arange(E)
@@ -50,12 +51,14 @@ def survivors_by_loop(routing: Routing, context: RouterContext, policy: str, fac
         sequence.append(0 if together else number)
     kept = [[-1] * K for _ in ids]
     for scope in set(sequence):
-        slots = [(t, k) for t, row in enumerate(ids) for k, e in enumerate(row) if e >= 0 and sequence[t] == scope]
+        slots = [(t, k) for t, row in enumerate(ids)
+                 for k, e in enumerate(row) if e >= 0 and sequence[t] == scope]
         capacity = at_least
         while capacity < factor * len(slots) / E - 1e-9:
             capacity += 1
         places = {e: capacity for e in range(E)}
-        order = {"position": lambda s: (s[1], s[0]), "token": lambda s: s, "prob": lambda s: (-weights[s[0]][s[1]], s)}
+        order = {"position": lambda s: (s[1], s[0]), "token": lambda s: s,
+                 "prob": lambda s: (-weights[s[0]][s[1]], s)}
         for t, k in sorted(slots, key=order[policy]):
             if places[ids[t][k]] > 0:
                 places[ids[t][k]] -= 1
@@ -89,7 +92,8 @@ def test_a_token_keeps_the_weight_of_what_it_keeps(policy):
         assert weights == [of_expert[t][e] if e >= 0 else 0 for e in ids]
         assert ids == sorted(ids, key=lambda e: e < 0)                        # used slots first
         moved += ids[0] >= 0 and ids[0] == routing.ids_TK[t, 1]
-    assert moved > 0                                                          # some second choices moved to the front
+    # Some second choices moved to the front
+    assert moved > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -97,7 +101,8 @@ def test_no_expert_takes_more_than_its_capacity_in_any_sequence(policy):
     routing, context = routed(6 * S)
     limited = POLICIES[policy](factor=1.0, min_capacity=0).apply(routing, context)
     for ids_SK in limited.ids_TK.split(S):
-        assert count_ids(ids_SK, E).max() == (S - 1) * K / E              # its mean load, and some expert is full
+        # Its mean load, and some expert is full
+        assert count_ids(ids_SK, E).max() == (S - 1) * K / E
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -139,7 +144,8 @@ def later_token_matters(policy: CapacityPolicy, slots: slice) -> bool:
         for t in range(1, S):
             mixed = routing._replace(ids_TK=torch.cat([routing.ids_TK[:t], other.ids_TK[t:]]),
                                      weights_TK=torch.cat([routing.weights_TK[:t], other.weights_TK[t:]]))
-            kept = [policy.survivors(r.ids_TK, r.weights_TK.detach(), context)[:t, slots] for r in (routing, mixed)]
+            kept = [policy.survivors(r.ids_TK, r.weights_TK.detach(), context)[:t, slots]
+                    for r in (routing, mixed)]
             if not kept[0].equal(kept[1]):
                 return True
     return False
@@ -149,7 +155,8 @@ def test_position_is_causal_for_first_choices_and_in_order_of_tokens_for_all():
     tight = {"factor": 0.8, "min_capacity": 1}
     assert not later_token_matters(POLICIES["position"](**tight), slice(0, 1))
     assert not later_token_matters(POLICIES["token"](**tight), slice(0, K))
-    assert later_token_matters(POLICIES["position"](**tight), slice(1, K))    # a later first choice comes before
+    # A later first choice comes before
+    assert later_token_matters(POLICIES["position"](**tight), slice(1, K))
     assert later_token_matters(POLICIES["prob"](**tight), slice(0, K))
 
 
@@ -246,7 +253,8 @@ class Fickle(PositionCapacity):
 def test_a_recompute_reweighs_the_slots_that_were_kept():
     routing, context = routed(3 * S)
     weights_TK = routing.weights_TK.detach().requires_grad_()
-    steady, fickle = (cls(num_experts=E, factor=0.6, min_capacity=1, renorm=True) for cls in (PositionCapacity, Fickle))
+    steady, fickle = (cls(num_experts=E, factor=0.6, min_capacity=1, renorm=True)
+                      for cls in (PositionCapacity, Fickle))
 
     def weigh(weights: Tensor, policy: CapacityPolicy) -> Tensor:
         limited = policy.apply(routing._replace(weights_TK=weights), context)
@@ -281,8 +289,10 @@ TIGHT = [*BASE, "capacity.factor=1.1", "capacity.min_capacity=1"]
 
 @pytest.mark.parametrize("options, oracle", [
     (["capacity=position"], {"policy": "position"}),
-    (["capacity=position", "capacity.order=token", "capacity.renorm=true"], {"policy": "token", "renorm": True}),
-    (["capacity=prob", "capacity.renorm=true", "router=sigmoid", "router.scale=2"], {"policy": "prob", "renorm": True}),
+    (["capacity=position", "capacity.order=token", "capacity.renorm=true"],
+     {"policy": "token", "renorm": True}),
+    (["capacity=prob", "capacity.renorm=true", "router=sigmoid", "router.scale=2"],
+     {"policy": "prob", "renorm": True}),
     (["capacity=prob", "capacity.scope=local", "router.weights=raw"], {"policy": "prob", "together": True}),
 ], ids=["position", "token-renorm", "prob-renorm-sigmoid", "prob-local-raw"])
 def test_a_step_gives_what_the_oracle_gives(options, oracle):
@@ -291,7 +301,8 @@ def test_a_step_gives_what_the_oracle_gives(options, oracle):
     params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in start.items()}
     batches = [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)]
     sigmoid = "router=sigmoid" in options
-    model = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, top_k=2, num_experts=8, sigmoid=sigmoid,
+    model = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, top_k=2, num_experts=8,
+                 sigmoid=sigmoid,
                  scale=2.0 if sigmoid else 1.0, gate="raw" if "router.weights=raw" in options else "renorm",
                  capacity={"factor": 1.1, "at_least": 1, **oracle})
     total, ce, balance, counts = oracle_loss(params, batches, balance_weight=0.1, z_weight=0.01, **model)
@@ -299,8 +310,10 @@ def test_a_step_gives_what_the_oracle_gives(options, oracle):
     layers = [layer for batch in batches for layer in oracle_logits(params, batch[0], batch[2], **model)[1]]
     dropped = sum(int((layer.chosen_TE & ~layer.kept_TE).sum()) for layer in layers)
     result = train_step(run, 1)
-    ours = {name.removesuffix(".weight"): gradient for name, gradient in whole([snapshot(run, lambda p: p.grad)]).items()}
-    error, name = difference(ours, {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in params.items()})
+    ours = {name.removesuffix(".weight"): gradient
+            for name, gradient in whole([snapshot(run, lambda p: p.grad)]).items()}
+    error, name = difference(ours, {name: p.grad if p.grad is not None else torch.zeros_like(p)
+                                    for name, p in params.items()})
     assert error < 1e-10, (name, error)
     for key, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):
         assert abs(result.metrics[key] - value.item()) < 1e-10, key
@@ -314,7 +327,8 @@ def drops(trained: Trained) -> list[float]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("policy, mesh, accumulation", [("position", "ddp", 2), ("prob", "ep", 1), ("position", "ep", 4)])
+@pytest.mark.parametrize("policy, mesh, accumulation",
+                         [("position", "ddp", 2), ("prob", "ep", 1), ("position", "ep", 4)])
 def test_two_ranks_drop_what_one_drops(ranks, policy, mesh, accumulation):
     overrides = [f"capacity={policy}", *TIGHT]
     single = alone(overrides, 4)
@@ -327,10 +341,12 @@ def test_two_ranks_drop_what_one_drops(ranks, policy, mesh, accumulation):
 
 
 def test_accumulation_changes_what_is_dropped_only_where_it_says_so():
-    whole_batch, split = (alone(["capacity=prob", *TIGHT, f"train.micro_batch={size}"], 2) for size in (16, 2))
+    whole_batch, split = (alone(["capacity=prob", *TIGHT, f"train.micro_batch={size}"], 2)
+                          for size in (16, 2))
     assert drops(whole_batch) == drops(split)
     assert difference(split.parameters, whole_batch.parameters)[0] < 1e-10
-    local = [alone(["capacity=prob", *TIGHT, "capacity.scope=local", f"train.micro_batch={size}"], 2) for size in (16, 2)]
+    local = [alone(["capacity=prob", *TIGHT, "capacity.scope=local", f"train.micro_batch={size}"], 2)
+             for size in (16, 2)]
     assert drops(local[0]) != drops(local[1])
 
 

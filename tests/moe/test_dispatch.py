@@ -58,11 +58,13 @@ def experts(sent: DispatchedRows, ids: tuple[int, ...]) -> Tensor:
     """Expert e cubes a row, times e + 1, times the row's weight: neither linear nor the same for two experts."""
     assert sum(sent.counts_e) == len(rows_of(sent)) == len(sent.weights_R)
     assert not any(sent.counts_e[len(ids):])                       # slots without an expert get no rows
-    factor_R = torch.repeat_interleave(torch.tensor(ids, dtype=torch.float64) + 1, torch.tensor(sent.counts_e[:len(ids)]))
+    factor_R = torch.repeat_interleave(torch.tensor(ids, dtype=torch.float64) + 1,
+                                       torch.tensor(sent.counts_e[:len(ids)]))
     return rows_of(sent) ** 3 * (factor_R * sent.weights_R)[:, None]
 
 
-def through(placement: LayerPlacement, ids: list[list[int]], rank: int, exact: bool = False) -> tuple[Tensor, ...]:
+def through(placement: LayerPlacement, ids: list[list[int]], rank: int,
+            exact: bool = False) -> tuple[Tensor, ...]:
     """Output, and the gradients of tokens and weights."""
     x_TD, routing = routed(ids, seed=rank)
     moves = dispatcher(placement, exact)
@@ -112,7 +114,8 @@ def test_rows_come_in_expert_order_and_unreduced_slots_undo_the_dispatch(ids):
     x_TD, routing = routed(ids[0], seed=0)
     moves = dispatcher(HOMES[1])
     sent = moves.dispatch(x_TD, routing.ids_TK, routing.weights_TK)
-    used = sorted((id, token, slot) for token, row in enumerate(ids[0]) for slot, id in enumerate(row) if id >= 0)
+    used = sorted((id, token, slot) for token, row in enumerate(ids[0])
+                  for slot, id in enumerate(row) if id >= 0)
     assert sent.counts_e == [sum(id == expert for id, _, _ in used) for expert in range(EXPERTS)]
     assert rows_of(sent).tolist() == [x_TD[token].tolist() for _, token, _ in used]
     assert sent.weights_R.tolist() == [routing.weights_TK[token, slot].item() for _, token, slot in used]
@@ -137,7 +140,8 @@ def test_a_placement_for_other_positions_is_refused():
 # --- counts that stay on the device
 
 
-def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]], exact: bool) -> tuple[Tensor, ...]:
+def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]],
+                      exact: bool) -> tuple[Tensor, ...]:
     """Output and every gradient of the experts here."""
     placement, rank = HOMES[positions], 0 if positions == 1 else dist.get_rank()
     ids_TK, dtype = torch.tensor(ids[rank]), torch.float32
@@ -147,7 +151,8 @@ def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]
     bank = ExpertBank(experts=placement.experts_of(rank), dim=8, expert_dim=16)
     for matrix in bank.parameters():
         torch.nn.init.normal_(matrix, generator=generator)
-    dispatcher = TokenDispatcher(placement, FlatExchange(group(positions)), CPU, exact=exact, on_device=on_device)
+    dispatcher = TokenDispatcher(placement, FlatExchange(group(positions)), CPU, exact=exact,
+                                 on_device=on_device)
     out_TD = RoutedExperts(bank, dispatcher)(x_TD, ids_TK, weights_TK.where(ids_TK >= 0, 0)).wait()
     (out_TD ** 2).sum().backward()
     return out_TD.detach(), x_TD.grad, weights_TK.grad, bank.gate_up.grad, bank.down.grad

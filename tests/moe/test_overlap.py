@@ -22,7 +22,8 @@ class Trace(TorchDispatchMode):
     weights by the sorting of all chunks' rows."""
 
     NAMES = {"all_to_all_single_unread": "back", "all_to_all_single": "rows", "wait_tensor": "wait",
-             "grouped_experts_backward": "experts'", "silu_backward": "experts'", "grouped_experts": "experts", "aten.sort": "weights"}
+             "grouped_experts_backward": "experts'", "silu_backward": "experts'",
+             "grouped_experts": "experts", "aten.sort": "weights"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +68,8 @@ def outcome(chunks: int, exact: bool, tokens_here: tuple[int, int]) -> list[Tens
     x_TD, ids_TK, weights_TK = tokens(tokens_here[dist.get_rank()])
     out_TD = experts(x_TD, ids_TK, weights_TK).wait()
     (out_TD ** 2).sum().backward()
-    return [out_TD.detach(), x_TD.grad, weights_TK.grad, *(parameter.grad for parameter in experts.parameters())]
+    return [out_TD.detach(), x_TD.grad, weights_TK.grad,
+            *(parameter.grad for parameter in experts.parameters())]
 
 
 def remote_rows(chunks: int, exact: bool) -> tuple[int, int]:
@@ -85,13 +87,15 @@ def test_the_next_chunk_is_on_its_way_while_one_is_computed(ranks, chunks):
     """Forward and backward, on every rank alike: before the experts of a chunk run, the exchange of the next one to run has been
     posted, and what is posted right after them is waited for only after the next experts."""
     for forward, backward in ranks(2).run(traced, chunks):
-        for events, to, run, fro in ((forward, "rows", "experts", "back"), (backward, "rows", "experts'", "rows")):
+        for events, to, run, fro in ((forward, "rows", "experts", "back"),
+                                     (backward, "rows", "experts'", "rows")):
             posted = [event for event in events if event not in ("wait", "weights")]
             middle = [run, fro, to] * (chunks - 2) + [run, fro] * min(2, chunks)
             assert posted == [to] * min(2, chunks) + middle, posted
         if chunks > 1:
             assert forward[:4] == ["rows", "rows", "wait", "experts"] and backward[:4] == ["rows", "rows", "wait", "experts'"]
-            assert backward[-4:] == ["rows", "weights", "wait", "wait"]      # both under the gradients of weights
+            # Both under the gradients of weights
+            assert backward[-4:] == ["rows", "weights", "wait", "wait"]
 
 
 @pytest.mark.ranks
@@ -119,6 +123,8 @@ def test_rows_sent_are_counted(ranks, exact):
             assert sent == expected
 
 
-@pytest.mark.parametrize("tokens, chunks, sizes", [(8, 2, [4, 4]), (7, 3, [2, 2, 3]), (2, 4, [0, 1, 0, 1]), (0, 2, [0, 0]), (5, 1, [5])])
+@pytest.mark.parametrize("tokens, chunks, sizes",
+                         [(8, 2, [4, 4]), (7, 3, [2, 2, 3]), (2, 4, [0, 1, 0, 1]), (0, 2, [0, 0]),
+                          (5, 1, [5])])
 def test_chunks_are_as_equal_as_may_be(tokens, chunks, sizes):
     assert chunk_sizes(tokens, chunks) == sizes

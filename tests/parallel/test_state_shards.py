@@ -16,8 +16,10 @@ def named(model: nn.Module, of=lambda parameter: parameter.data) -> dict[str, St
 def test_every_expert_has_its_global_id_in_its_names():
     assert {name: (shard.shape, shard.begin, shard.held_by) for name, shard in named(Layer((4, 7))).items()} == {
         "scale": ((2,), 0, "dense_grad"),
-        "layers.0.moe.experts.4.gate_up": ((4, 3), 0, "expert_grad"), "layers.0.moe.experts.7.gate_up": ((4, 3), 0, "expert_grad"),
-        "layers.0.moe.experts.4.down": ((3, 2), 0, "expert_grad"), "layers.0.moe.experts.7.down": ((3, 2), 0, "expert_grad"),
+        "layers.0.moe.experts.4.gate_up": ((4, 3), 0, "expert_grad"),
+        "layers.0.moe.experts.7.gate_up": ((4, 3), 0, "expert_grad"),
+        "layers.0.moe.experts.4.down": ((3, 2), 0, "expert_grad"),
+        "layers.0.moe.experts.7.down": ((3, 2), 0, "expert_grad"),
     }
 
 
@@ -75,7 +77,8 @@ def rows_held(sizes: list[tuple[int, ...]], dims: list[int]) -> list[tuple[int, 
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     found = []
     for size, dim in zip(sizes, dims):
-        tensor = distribute_tensor(torch.arange(torch.Size(size).numel(), dtype=torch.float32).view(size), mesh, [Shard(dim)])
+        tensor = distribute_tensor(torch.arange(torch.Size(size).numel(), dtype=torch.float32).view(size),
+                                   mesh, [Shard(dim)])
         begin, length = shard_of(tensor)[1], tensor.to_local().shape[dim]
         full = torch.arange(torch.Size(size).numel(), dtype=torch.float32).view(size)
         assert torch.equal(tensor.to_local(), full.narrow(dim, begin, length))

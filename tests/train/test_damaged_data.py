@@ -23,8 +23,10 @@ MORE_STEPS = {
     "fsdp": ["parallel=fsdp", "capacity=prob"],
     "fssdp": ["parallel=fssdp", "balance=sequence"],
     "fssdp, calibrated": ["parallel=fssdp", "parallel.calibrate=true", "train.activation_checkpointing=full"],
-    "ep, count pass": ["parallel=ep", "train.micro_batch=2", "train.count_pass=true", "train.activation_checkpointing=selective"],
-    "ep, chunks, attached": ["parallel=ep", "schedule=fixed", "schedule.chunks=2", "train.aux_loss=injected", "router=sigmoid"],
+    "ep, count pass": ["parallel=ep", "train.micro_batch=2", "train.count_pass=true",
+                       "train.activation_checkpointing=selective"],
+    "ep, chunks, attached": ["parallel=ep", "schedule=fixed", "schedule.chunks=2", "train.aux_loss=injected",
+                             "router=sigmoid"],
     "ep, warm": ["parallel=ep", "train.micro_batch=4", "balance.mode=warm", "train.head_chunk=16"],
 }
 
@@ -35,7 +37,8 @@ def damage_one(folders: list[str], victim: int, split: str, overrides: list[str]
     Every rank has a copy of the data of its own.
     """
     rank = int(os.environ.get("RANK", 0))
-    config = compose([*(word for word in TINY if not word.startswith("data")), "data=tokens", f"data.path={folders[rank]}",
+    config = compose([*(word for word in TINY if not word.startswith("data")), "data=tokens",
+                      f"data.path={folders[rank]}",
                       "train.micro_batch=8", *overrides, "eval.windows=2", "eval.batch=1"])
     run = set_up(config, Path("unused"), join(config))
     train_step(run, 1)
@@ -52,12 +55,14 @@ def damage_one(folders: list[str], victim: int, split: str, overrides: list[str]
     except SystemExit as leaving:
         assert rank != victim
         code = leaving.code
-    return code, all(torch.equal(rows, shard.rows) for rows, shard in zip(before, state_shards(run.state.model)))
+    return code, all(torch.equal(rows, shard.rows)
+                     for rows, shard in zip(before, state_shards(run.state.model)))
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("split, step", [("heldout", "ddp"), *(("train", step) for step in STEP),
-                                         *(pytest.param("train", step, marks=pytest.mark.full) for step in MORE_STEPS)])
+                                         *(pytest.param("train", step, marks=pytest.mark.full)
+                                           for step in MORE_STEPS)])
 def test_data_that_one_rank_cannot_read_ends_all_with_its_code(ranks, tmp_path: Path, split: str, step: str) -> None:
     """The step runs to its end on every rank, and none applies it."""
     found = ranks(2).run(damage_one, prepared_for(2, tmp_path), 1, split, {**STEP, **MORE_STEPS}[step])
@@ -73,5 +78,6 @@ def prepared_for(ranks: int, folder: Path) -> list[str]:
     (folder / "text").mkdir()
     for number in range(4):
         (folder / "text" / f"{number}.txt").write_text(f"{number} words and more " * 100)
-    return [str(prepare(path=str(folder / "text"), out=folder / f"data-{rank}", tokenizer="bytes", domain_cap=None))
+    return [str(prepare(path=str(folder / "text"), out=folder / f"data-{rank}", tokenizer="bytes",
+                        domain_cap=None))
             for rank in range(ranks)]

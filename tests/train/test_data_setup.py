@@ -56,8 +56,10 @@ KINDS = {"memmap": memmap, "megatron": megatron}
 
 
 def config_of(root: Path, kind: str, overrides: list[str]) -> Config:
-    return compose([*(word for word in TINY if not word.startswith("data")), f"data={kind}", f"data.path={root / 'in'}",
-                    f"data.vocab_size={VOCAB}", "parallel=ddp", "run.nproc=2", "train.micro_batch=8", *overrides])
+    return compose([*(word for word in TINY if not word.startswith("data")), f"data={kind}",
+                    f"data.path={root / 'in'}",
+                    f"data.vocab_size={VOCAB}", "parallel=ddp", "run.nproc=2", "train.micro_batch=8",
+                    *overrides])
 
 
 def opened(folder: str, kind: str, overrides: list[str], own_place: bool = False) -> Opened:
@@ -102,7 +104,8 @@ def test_rank_0_alone_reads_and_all_have_the_same_data(ranks, kind: str, tmp_pat
     assert first.fingerprint == second.fingerprint and first.first == second.first
     assert first.opened == whole(kind, tmp_path)
     windows = {"memmap": {"web_0.bin", "web_1.bin", "web_2.bin"}, "megatron": {"a.bin", "b.bin"}}[kind]
-    assert set(second.opened) <= windows                     # for the windows alone: no .idx, and no held-out file
+    # For the windows alone: no .idx, and no held-out file
+    assert set(second.opened) <= windows
     again = ranks(2).run(opened, str(tmp_path), kind, [])
     assert [found[:2] for found in again] == [first[:2]] * 2 and all(set(found.opened) <= windows for found in again)
     words = [f"data={kind}", f"data.path={tmp_path / 'in'}", f"data.vocab_size={VOCAB}"]
@@ -112,7 +115,8 @@ def test_rank_0_alone_reads_and_all_have_the_same_data(ranks, kind: str, tmp_pat
 
 @pytest.mark.ranks
 def test_an_id_outside_the_vocabulary_ends_all_ranks(ranks, kind: str, tmp_path: Path) -> None:
-    first, second = ranks(2).run(opened, str(tmp_path), kind, ["data.vocab_size=90", *["data.dtype=uint16"] * (kind == "memmap")])
+    first, second = ranks(2).run(opened, str(tmp_path), kind,
+                                 ["data.vocab_size=90", *["data.dtype=uint16"] * (kind == "memmap")])
     assert (first.error, first.code, second.error, second.code) == ("E-DATA-073", 12, "", 12)
     assert second.opened == [] and "another rank cannot go on" in second.said
 
@@ -123,7 +127,8 @@ def test_what_contradicts_itself_ends_all_ranks(ranks, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     memmap(tmp_path / "in")
     (tmp_path / "copy.bin").write_bytes((tmp_path / "in/web_0.bin").read_bytes())
-    for overrides, error in (([f"data.held_out={tmp_path}/copy.bin"], "E-DATA-166"), (["data.weights={none: 2}"], "E-DATA-100"),
+    for overrides, error in (([f"data.held_out={tmp_path}/copy.bin"], "E-DATA-166"),
+                             (["data.weights={none: 2}"], "E-DATA-100"),
                              (["data.end_token=300", "data.vocab_size=301"], "E-DATA-163")):
         first, second = ranks(2).run(opened, str(tmp_path), "memmap", overrides)
         assert (first.error, first.code, second.error, second.code) == (error, 12, "", 12)
@@ -146,7 +151,8 @@ def opened_in_between(folder: str) -> Opened:
     def meddled(batch, text):
         if batch.position == 0:
             nanogpt(root / "in/web_0.bin", np.arange(3000) % VOCAB)
-            build_dataset(config_of(root, "memmap", []), root, None, indexes=TokenIndexes(root / "run/data", use="keep"))
+            build_dataset(config_of(root, "memmap", []), root, None,
+                          indexes=TokenIndexes(root / "run/data", use="keep"))
         return told(batch, text)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -172,7 +178,8 @@ def test_a_folder_that_rank_0_cannot_write_ends_all(ranks, tmp_path: Path) -> No
 
 
 def command(folder: Path, *words: str, code: int = 0) -> str:
-    done = warm_start.run([sys.executable, "-m", "moetrain", *words], cwd=folder, env=environment(), text=True, timeout=180,
+    done = warm_start.run([sys.executable, "-m", "moetrain", *words], cwd=folder, env=environment(),
+                          text=True, timeout=180,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == code, done.stdout
     return done.stdout
@@ -183,7 +190,8 @@ def test_a_run_of_two_ranks_trains_resumes_and_is_evaluated_without_reading_agai
     """An index that is made again is another file: its time tells."""
     nanogpt(tmp_path / "train.bin", np.random.default_rng(0).integers(0, VOCAB, 4000))
     nanogpt(tmp_path / "val.bin", np.random.default_rng(1).integers(0, VOCAB, 500))
-    words = ["train", *DEBUG, "data=memmap", "data.path=train.bin", f"data.vocab_size={VOCAB}", "run.nproc=2", "parallel=ep",
+    words = ["train", *DEBUG, "data=memmap", "data.path=train.bin", f"data.vocab_size={VOCAB}",
+             "run.nproc=2", "parallel=ep",
              "train.micro_batch=1", "run.steps=4", "log.wandb=off", "run.name=two"]
     command(tmp_path, *words, "run.stop_at=2")
     indexes = sorted((tmp_path / "runs/two/data").iterdir())

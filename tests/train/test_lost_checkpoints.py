@@ -29,7 +29,8 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 def go_on(directory: Path, stop_at: int) -> None:
     words = [word for word in TINY if not word.startswith(("model.", "data.vocab"))]
-    train(compose([*words, *SMALL, f"run.dir={directory}", f"run.stop_at={stop_at}", "checkpoint.interval=1", "checkpoint.keep=3",
+    train(compose([*words, *SMALL, f"run.dir={directory}", f"run.stop_at={stop_at}", "checkpoint.interval=1",
+                   "checkpoint.keep=3",
                    "eval.windows=1", "eval.batch=1", "train.micro_batch=16"]))
 
 

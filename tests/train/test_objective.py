@@ -40,7 +40,8 @@ def test_cross_entropy_is_a_sum_in_nats_over_real_targets():
     log_p = logits_BSV.log_softmax(-1)
     truth = -(log_p[0, 0, 0] + log_p[0, 2, 4] + log_p[1, 2, 2])
     torch.testing.assert_close(value, truth)
-    torch.testing.assert_close(*(torch.autograd.grad(v, logits_BSV, retain_graph=True) for v in (value, truth)))
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits_BSV, retain_graph=True)
+                                 for v in (value, truth)))
 
 
 def test_a_micro_batch_of_padding_costs_nothing():
@@ -61,7 +62,8 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_a_loss_is_weighted_and_reduced_over_routers(reduction, share):
     objective = Objective({"balance": Constant(0.5, [1.0, 4.0], reduction)}, 2)
     together = stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4))))
-    found = objective.share(torch.tensor(6.0), together, [Pooled(torch.zeros(2, 4), torch.tensor(3))], torch.tensor(3))
+    found = objective.share(torch.tensor(6.0), together, [Pooled(torch.zeros(2, 4), torch.tensor(3))],
+                            torch.tensor(3))
     assert found.total.item() == pytest.approx(6 / 3 + 0.5 * 5 / share)
     assert {name: term.item() for name, term in found.terms.items()} == {"balance": pytest.approx(0.5 * 5 / share)}
 
@@ -69,14 +71,16 @@ def test_a_loss_is_weighted_and_reduced_over_routers(reduction, share):
 def test_a_loss_of_weight_zero_is_never_asked_and_a_dense_model_has_none():
     six, two = torch.tensor(6.0), torch.tensor(2)
     stack = stacks({ROUTERS[0]: stats_of(torch.randn(3, 4))})
-    for objective, of in ((Objective({"balance": Constant(0.0, [])}, 1), stack), (Objective({"balance": Constant(1.0, [])}, 0), [])):
+    for objective, of in ((Objective({"balance": Constant(0.0, [])}, 1), stack),
+                          (Objective({"balance": Constant(1.0, [])}, 0), [])):
         assert objective.share(six, of, [], two) == (3, {}) and objective.weights == {}
 
 
 def test_every_router_is_weighed_by_its_own_slots_per_token():
     """Hugging Face's normalization, in one stack of routers with other numbers of choices."""
     logits_TE = [torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    parts = [router_sums(logits.softmax(-1), logits, top_k(logits, slots)[1], None) for logits, slots in zip(logits_TE, (1, 3))]
+    parts = [router_sums(logits.softmax(-1), logits, top_k(logits, slots)[1], None)
+             for logits, slots in zip(logits_TE, (1, 3))]
     objective = Objective({"balance": LoadBalanceLoss(weight=1.0, normalization="huggingface")}, 2)
     tokens = torch.tensor(6)
     pooled = pool(torch.cat([part.counts_E for part in parts]), {"a": 5, "b": 5}, tokens)
@@ -91,7 +95,8 @@ def test_a_loss_that_adds_routers_up_is_refused():
             return super().value(stats, pooled).sum()
 
     with pytest.raises(AssertionError, match="of 2 routers"):
-        Objective({"wrong": Wrong()}, 2).share(torch.tensor(0.0), stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))),
+        Objective({"wrong": Wrong()}, 2).share(torch.tensor(0.0),
+                                               stacks(dict.fromkeys(ROUTERS, stats_of(torch.randn(3, 4)))),
                                             [Pooled(torch.ones(2, 4), torch.tensor(3))], torch.tensor(3))
 
 
@@ -110,7 +115,8 @@ def test_the_pool_is_needed_as_soon_as_one_loss_needs_it():
 def test_shares_of_any_split_add_up_in_value_and_gradient(sizes, experts):
     generator = torch.Generator().manual_seed(0)
     routers = {f"layers.{layer}.moe": E for layer, E in enumerate(experts)}
-    router_TE = [torch.randn(8, E, dtype=torch.float64, generator=generator).requires_grad_() for E in experts]
+    router_TE = [torch.randn(8, E, dtype=torch.float64, generator=generator).requires_grad_()
+                 for E in experts]
     logits_TV = torch.randn(8, 5, dtype=torch.float64, generator=generator).requires_grad_()
     targets_T = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
     objective = Objective({"balance": LoadBalanceLoss(weight=0.3), "z": ZLoss(weight=0.2)}, len(experts))
@@ -123,7 +129,8 @@ def test_shares_of_any_split_add_up_in_value_and_gradient(sizes, experts):
         of = stacks({name: stats_of(logits[part]) for name, logits in zip(routers, router_TE)})
         total = total + objective.share(cross_entropy_sum(logits_TV[part][None], targets_T[part][None]), of, pooled, tokens).total
 
-    balance = [E * (counts_E / 16 * logits.softmax(-1).mean(0)).sum() for E, counts_E, logits in zip(experts, counts, router_TE)]
+    balance = [E * (counts_E / 16 * logits.softmax(-1).mean(0)).sum()
+               for E, counts_E, logits in zip(experts, counts, router_TE)]
     z = [logits.exp().sum(-1).log().square().mean() for logits in router_TE]
     truth = (torch.nn.functional.cross_entropy(logits_TV, targets_T) + 0.3 * sum(balance) / len(experts) + 0.2 * sum(z) / len(experts))
     torch.testing.assert_close(total, truth)

@@ -78,7 +78,8 @@ def test_what_the_process_was_started_to_ignore_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("numbers, code", [("SIGINT SIGINT", 130), ("SIGHUP SIGHUP SIGTERM", 129), ("SIGTERM SIGHUP", 0)])
+@pytest.mark.parametrize("numbers, code", [("SIGINT SIGINT", 130), ("SIGHUP SIGHUP SIGTERM", 129),
+                                           ("SIGTERM SIGHUP", 0)])
 def test_the_second_one_leaves_at_once_but_a_terminal_closes_once(numbers, code):
     """The kernel and the shell both tell of a terminal that is closed."""
     script = f"""

@@ -14,7 +14,8 @@ from moetrain.train.setup import Run
 
 def test_records_say_when_they_were_written_and_what_training_waited_for(tmp_path: Path) -> None:
     began = time.time()
-    train(compose(["experiment=debug", "run.steps=3", f"run.dir={tmp_path}", "eval.interval=1", "checkpoint.interval=2", "checkpoint.async_save=false",
+    train(compose(["experiment=debug", "run.steps=3", f"run.dir={tmp_path}", "eval.interval=1",
+                   "checkpoint.interval=2", "checkpoint.async_save=false",
                    "run.device=cpu", "log.progress=false"]))
     first, second, third = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["time/eval"] == 0 < second["time/eval"] and second["time/save"] < third["time/save"]
@@ -48,7 +49,8 @@ def test_a_step_and_a_save_add_to_the_records_and_rewrite_none(tmp_path: Path) -
         watched.append(run.loader)
         return run
 
-    train(compose(["experiment=debug", "run.steps=9", f"run.dir={tmp_path}", "eval.interval=2", "eval.windows=1", "checkpoint.interval=2",
+    train(compose(["experiment=debug", "run.steps=9", f"run.dir={tmp_path}", "eval.interval=2",
+                   "eval.windows=1", "checkpoint.interval=2",
                    "checkpoint.async_save=false", "run.device=cpu", "log.progress=false", "log.sources=true"]), wrap_engine=watch)
     seen = watched[0].seen
     grown = {name for name in seen[-1] if name in seen[3] and seen[-1][name][1] > seen[3][name][1]}

@@ -15,7 +15,8 @@ from tests.support.ranks import free_port
 @pytest.mark.parametrize("shared", [False, True])
 def test_sharing_is_told_to_the_process_group_and_to_torch(shared, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "")       # so that what `join` sets is gone after the test
+    # So that what `join` sets is gone after the test
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "")
     monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES")
     monkeypatch.setattr(setup, "pick_device", lambda config: torch.device("cuda", 1))
     monkeypatch.setattr(setup, "take_device", lambda device: None)
@@ -36,12 +37,15 @@ def test_a_gpu_that_others_fill_is_refused_before_a_model_is_built(monkeypatch):
         setup.refuse_what_cannot_fit(compose(["experiment=debug"]), mesh)
 
 
-@pytest.mark.parametrize("device, host, wanted", [("cuda", False, "nccl"), ("cuda", True, "gloo"), ("cpu", False, "gloo")])
+@pytest.mark.parametrize("device, host, wanted",
+                         [("cuda", False, "nccl"), ("cuda", True, "gloo"), ("cpu", False, "gloo")])
 def test_ranks_that_share_a_gpu_talk_over_the_host(device, host, wanted, monkeypatch):
     asked = []
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(mesh.dist, "init_process_group", lambda backend, device_id, **_: asked.append((backend, device_id)))
+    monkeypatch.setattr(mesh.dist, "init_process_group",
+                        lambda backend, device_id, **_: asked.append((backend, device_id)))
     mesh.connect(torch.device(device), 5, over_host=host)
-    assert asked == [(wanted, torch.device(device) if wanted == "nccl" else None)]          # NCCL connects at once
+    # NCCL connects at once
+    assert asked == [(wanted, torch.device(device) if wanted == "nccl" else None)]

@@ -12,14 +12,16 @@ from moetrain.train.optim.lr_schedule import learning_rate, resumed_rate, schedu
 
 COSINE = OptimConfig(schedule="cosine", lr=1e-3, warmup=10, min_lr_ratio=0.1)
 WSD = replace(COSINE, schedule="wsd", decay=0.5)
-TINY = ["experiment=debug", "model.num_layers=1", "model.dim=16", "model.expert_dim=16", "eval.windows=1", "log.progress=false",
+TINY = ["experiment=debug", "model.num_layers=1", "model.dim=16", "model.expert_dim=16", "eval.windows=1",
+        "log.progress=false",
         "checkpoint.async_save=false"]
 
 
 @pytest.mark.parametrize("optim, steps, said", [
-    (replace(COSINE, warmup=1000), 4, "reaches 4e-06 of optim.lr=0.001"), (replace(WSD, warmup=1000), 4, "reaches 4e-06 of optim.lr=0.001"),
-    (replace(WSD, warmup=60), 100, "shortened to 40 steps: the rate reaches 0.001"), (COSINE, 100, None), (WSD, 100, None),
-    (replace(COSINE, warmup=0), 1, None), (replace(COSINE, warmup=10), 10, None)])
+    (replace(COSINE, warmup=1000), 4, "reaches 4e-06 of optim.lr=0.001"),
+    (replace(WSD, warmup=1000), 4, "reaches 4e-06 of optim.lr=0.001"),
+    (replace(WSD, warmup=60), 100, "shortened to 40 steps: the rate reaches 0.001"), (COSINE, 100, None),
+    (WSD, 100, None), (replace(COSINE, warmup=0), 1, None), (replace(COSINE, warmup=10), 10, None)])
 def test_a_warm_up_in_the_way_is_said_with_the_largest_rate(optim: OptimConfig, steps: int, said: str | None) -> None:
     warning = schedule_warning(steps, optim)
     assert (warning is None) == (said is None) and (said or "") in (warning or "")
@@ -29,13 +31,15 @@ def test_a_warm_up_in_the_way_is_said_with_the_largest_rate(optim: OptimConfig, 
 
 def test_another_length_says_what_becomes_of_the_rate() -> None:
     assert resumed_rate(101, 100, 100, WSD) is None
-    assert "step 51 is 0.001, where it was 0.000982" in resumed_rate(21, 100, 200, WSD)      # up to there both are the same
+    # Up to there both are the same
+    assert "step 51 is 0.001, where it was 0.000982" in resumed_rate(21, 100, 200, WSD)
     for optim in (COSINE, WSD):
         said = resumed_rate(101, 100, 200, optim)
         assert "was 100 and is 200" in said and f"is {learning_rate(101, 200, optim):.3g}" in said and "was 0.0001" in said
 
 
-def test_a_run_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                            capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", *TINY, "run.steps=2", "optim.warmup=5"]) == 0
     first = capsys.readouterr().out

@@ -23,7 +23,8 @@ def test_what_a_step_changes_is_saved_or_rebuilt(variant):
 
 def test_the_walk_reaches_every_kind_of_state():
     paths = [path for path, _ in walk(make_run([]), "run", set())]
-    for part in ("run.state.model._modules.layers", "exp_avg_sq", "run.state.step", "run.loader", "run.dataset", "run.objective"):
+    for part in ("run.state.model._modules.layers", "exp_avg_sq", "run.state.step", "run.loader",
+                 "run.dataset", "run.objective"):
         assert any(part in path for path in paths), part
 
 

@@ -43,7 +43,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("threads, advice", [(4, "OMP_NUM_THREADS=2"), (1, "look for other processes")])
-def test_steps_that_vary_are_told_once(quiet: None, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, threads: int,
+def test_steps_that_vary_are_told_once(quiet: None, heard: pytest.LogCaptureFixture,
+                                       monkeypatch: pytest.MonkeyPatch, threads: int,
                                        advice: str) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     watched = Unsteady(torch.device("cpu"))
@@ -54,12 +55,14 @@ def test_steps_that_vary_are_told_once(quiet: None, heard: pytest.LogCaptureFixt
 
 def test_an_ordinary_run_is_not_warned(quiet: None, heard: pytest.LogCaptureFixture) -> None:
     watched = Unsteady(torch.device("cpu"))
-    for step in range(200):                              # a slow start, and now and then a step that waits for a save
+    # A slow start, and now and then a step that waits for a save
+    for step in range(200):
         watched.add(2.0 if step < 5 or step % 40 == 0 else 0.02 + 0.0002 * (step % 50))
     assert not heard.records
 
 
-def test_cores_that_others_take_are_told_once(heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_that_others_take_are_told_once(heard: pytest.LogCaptureFixture,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that are slow alike: 155 ms for 20."""
     counts = itertools.count(1000, 15)
     monkeypatch.setattr(stopwatch, "preemptions", lambda: next(counts))

@@ -28,12 +28,15 @@ class Model(nn.Module):
         super().__init__()
         banks = [ExpertBank(experts=layer.experts_of(at), dim=DIM, expert_dim=EXPERT_DIM, cut=(at, POSITIONS))
                  for _, layer in placement.layers]
-        experts = [RoutedExperts(bank, alone(SIZES[name])) for bank, (name, _) in zip(banks, placement.layers)]
-        self.layers = nn.ModuleList(nn.ModuleDict({"moe": nn.ModuleDict({"experts": each})}) for each in experts)
+        experts = [RoutedExperts(bank, alone(SIZES[name]))
+                   for bank, (name, _) in zip(banks, placement.layers)]
+        self.layers = nn.ModuleList(nn.ModuleDict({"moe": nn.ModuleDict({"experts": each})})
+                                    for each in experts)
 
     @property
     def banks(self) -> dict[str, ExpertBank]:
-        return {f"layers.{index}.moe": layer["moe"]["experts"].bank for index, layer in enumerate(self.layers)}
+        return {f"layers.{index}.moe": layer["moe"]["experts"].bank
+                for index, layer in enumerate(self.layers)}
 
 
 def drawn(seed: int, slices: bool = True) -> ExpertPlacement:
@@ -48,7 +51,8 @@ def held(model: Model, optimizer: torch.optim.Optimizer) -> dict:
     found = {}
     for kind in ("parameter", "exp_avg", "exp_avg_sq"):
         of = lambda parameter: parameter.data if kind == "parameter" else optimizer.state[parameter][kind]  # noqa: E731, B023
-        found.update({f"{kind} {shard.name}": (shard.shape, shard.begin, shard.rows.clone()) for shard in state_shards(model, of)})
+        found.update({f"{kind} {shard.name}": (shard.shape, shard.begin, shard.rows.clone())
+                      for shard in state_shards(model, of)})
     return found
 
 
@@ -87,7 +91,8 @@ def test_the_state_by_name_is_the_same_before_and_after(ranks):
 @pytest.mark.ranks
 def test_each_row_of_a_sliced_expert_is_held_once(ranks):
     results = ranks(POSITIONS).run(moved, [3])
-    sliced = {f"{name}.experts.{expert}.gate_up" for name, layer in drawn(3).layers for expert in layer.sliced}
+    sliced = {f"{name}.experts.{expert}.gate_up" for name, layer in drawn(3).layers
+              for expert in layer.sliced}
     assert sliced
     for name in sliced:
         rows = [len(result[0][1][f"parameter {name}"][2]) for result in results]
