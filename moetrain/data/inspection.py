@@ -46,7 +46,8 @@ class _Sample:
 
     def add(self, document: Document) -> None:
         place = -int.from_bytes(document.digest)
-        if (len(self._heap) < _SAMPLE or place > self._heap[0][0]) and all(place != entry[0] for entry in self._heap):
+        if ((len(self._heap) < _SAMPLE or place > self._heap[0][0])
+               and all(place != entry[0] for entry in self._heap)):
             entry = (place, document.digest, _beginning(document, self._spool))
             (heapq.heappush if len(self._heap) < _SAMPLE else heapq.heappushpop)(self._heap, entry)
         if self._spool.size > _SPOOL_BYTES:
@@ -68,7 +69,8 @@ def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> 
         sample = _Sample(spool)
         try:
             selection = select(source, spool, share=exact(data.held_out_share), reading=reading_of(data),
-                               domain_cap=data.domain_cap, allow_left_out=1.0, progress=progress, watch=sample.add)
+                               domain_cap=data.domain_cap, allow_left_out=1.0, progress=progress,
+                               watch=sample.add)
         except DataError as error:
             return Inspection(ledgers, None, error)
     ledgers = selection.account.files
@@ -76,20 +78,24 @@ def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> 
     return Inspection(ledgers, _described(selection, sample.texts(), encoder, config), error)
 
 
-def _described(selection: Selection, sample: dict[bytes, bytes], encoder: Tokenizer, config: Config) -> dict[str, Any]:
+def _described(selection: Selection, sample: dict[bytes, bytes], encoder: Tokenizer,
+               config: Config) -> dict[str, Any]:
     sides = {"train": selection.parts.train, "heldout": selection.parts.heldout}
     rate = _tokens_a_byte(sample, encoder)
     by_domain = {side: parts.by_domain() for side, parts in sides.items()}
     names = sorted({name for found in by_domain.values() for name in found})
-    domains = {name: {side: dict(zip(("documents", "bytes"), found.get(name, (0, 0)))) for side, found in by_domain.items()}
+    domains = {name: {side: dict(zip(("documents", "bytes"), found.get(name, (0, 0))))
+                      for side, found in by_domain.items()}
                for name in names}
     tokens = {side: round(rate * parts.bytes) + len(parts) for side, parts in sides.items()}
     a_step = config.train.global_batch * config.train.seq_len
     return {"account": selection.account.record(), "domains": domains,
-            "tokens": {**tokens, "bytes_per_token": 1 / rate if rate else None, "estimated": config.data.tokenizer != "bytes"},
+            "tokens": {**tokens, "bytes_per_token": 1 / rate if rate else None,
+                       "estimated": config.data.tokenizer != "bytes"},
             "steps": config.run.steps, "tokens_per_step": a_step,
             "epochs": config.run.steps * a_step / tokens["train"] if tokens["train"] else None,
-            "documents": [_shown(part, sample[part.document.digest], encoder) for part in _some(sides["train"], sample)]}
+            "documents": [_shown(part, sample[part.document.digest], encoder)
+                          for part in _some(sides["train"], sample)]}
 
 
 def _tokens_a_byte(sample: dict[bytes, bytes], encoder: Tokenizer) -> float:
@@ -113,8 +119,8 @@ def _shown(part: Part, beginning: bytes, encoder: Tokenizer) -> dict[str, Any]:
     """The first tokens of a document as they are trained on, and their text."""
     ids = [int(token) for token in encoder.encode(beginning[:part.end])[:SHOWN_TOKENS]]
     whole = part.document.size <= len(beginning) and len(ids) < SHOWN_TOKENS
-    return {"domain": part.document.domain, "bytes": part.document.size, "tokens": ids + [encoder.end_id] * whole,
-            "text": encoder.decode(ids), "complete": whole}
+    return {"domain": part.document.domain, "bytes": part.document.size,
+            "tokens": ids + [encoder.end_id] * whole, "text": encoder.decode(ids), "complete": whole}
 
 
 def _beginning(document: Document, spool: Spool) -> bytes:

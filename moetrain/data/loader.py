@@ -22,7 +22,8 @@ from moetrain.data.pretokenized.token_files import TokenFiles
 from moetrain.data.pretokenized.token_indexes import TokenIndexes
 from moetrain.errors import DataError
 
-__all__ = ["Batch", "Dataset", "Loader", "SyntheticDataset", "TokenDataset", "build_dataset", "open_tokens", "token_dataset"]
+__all__ = ["Batch", "Dataset", "Loader", "SyntheticDataset", "TokenDataset", "build_dataset", "open_tokens",
+           "token_dataset"]
 
 # Of a room above this one: found by name, so that nothing here imports Megatron-Core.
 INDEXED = "moetrain.interop.megatron.open_indexed"
@@ -32,8 +33,10 @@ TOKEN_FILES = ("megatron", "memmap")         # kinds of data that lie in files o
 class Loader:
     """Reads a step's slots of one rank. It has no state: any step can be asked for."""
 
-    def __init__(self, dataset: Dataset, *, global_batch: int, micro_batch: int, rank: int, ranks: int) -> None:
-        assert global_batch % (micro_batch * ranks) == 0, (global_batch, micro_batch, ranks)   # config/rules/train.py
+    def __init__(self, dataset: Dataset, *, global_batch: int, micro_batch: int, rank: int,
+                 ranks: int) -> None:
+        # config/rules/train.py
+        assert global_batch % (micro_batch * ranks) == 0, (global_batch, micro_batch, ranks)
         assert 0 <= rank < ranks, (rank, ranks)
         self._dataset, self._micro_batch, self._rank, self._ranks = dataset, micro_batch, rank, ranks
         self.micro_batches = global_batch // (micro_batch * ranks)
@@ -60,23 +63,27 @@ def build_dataset(config: Config, run_dir: Path, prepared: Path | None, *, train
     """
     data = config.data
     if data.kind == "synthetic":
-        return SyntheticDataset(vocab_size=data.vocab_size, num_domains=data.num_domains, min_length=data.min_length,
-                                seed=config.data_seed, mask_documents=data.mask_documents, **_sizes(config))
+        return SyntheticDataset(vocab_size=data.vocab_size, num_domains=data.num_domains,
+                                min_length=data.min_length, seed=config.data_seed,
+                                mask_documents=data.mask_documents, **_sizes(config))
     if data.kind == "text" and prepared is None:
         raise DataError(51, "the text is not prepared", where=str(prepared_place(data, run_dir)),
-                        why="no prepared folder was handed over", next="moetrain data prepare, or start the run anew")
+                        why="no prepared folder was handed over",
+                        next="moetrain data prepare, or start the run anew")
     if data.kind == "text":                                  # prepare has just written or verified it
         return token_dataset(config, open_prepared(prepared, verify=False), trains=trains)
     return token_dataset(config, open_tokens(data, indexes), trains=trains)
 
 
-def open_tokens(data: DataConfig, indexes: TokenIndexes, account: TokenAccount | None = None) -> Prepared | TokenFiles:
+def open_tokens(data: DataConfig, indexes: TokenIndexes,
+                account: TokenAccount | None = None) -> Prepared | TokenFiles:
     """What data=tokens, data=megatron or data=memmap names. account: is told what becomes of every file of another program."""
     if data.kind == "tokens":
         return open_prepared(tokens_path(data.path), verify=True)
-    files = {"path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size, "end_token": data.end_token,
-             "held_out": data.held_out, "held_out_share": data.held_out_share, "split": data.split, "indexes": indexes,
-             "account": account}
+    files = {"path": data.path, "tokenizer": data.tokenizer, "vocab_size": data.vocab_size,
+             "end_token": data.end_token,
+             "held_out": data.held_out, "held_out_share": data.held_out_share, "split": data.split,
+             "indexes": indexes, "account": account}
     if data.kind == "memmap":
         return open_memmap(**files, dtype=data.dtype)
     return part(INDEXED, "indexed")(**files, weights=dict(data.weights))
@@ -86,7 +93,8 @@ def token_dataset(config: Config, opened: Prepared | TokenFiles, *, trains: bool
     """Tokens that are open, as windows in the order of training."""
     data = config.data
     mixture, weights = data.mixture, data.weights
-    if isinstance(opened, TokenFiles) and opened.shares is not None:     # of the samples: each domain alike, times its weight
+    # of the samples: each domain alike, times its weight
+    if isinstance(opened, TokenFiles) and opened.shares is not None:
         mixture, weights = "uniform", opened.shares
     return TokenDataset(prepared=opened, seed=config.data_seed, mixture=mixture, weights=weights,
                         mask_documents=data.mask_documents, trains=trains, **_sizes(config))

@@ -47,7 +47,8 @@ def inspect_tokens(config: Config, run_dir: Path, progress: Progress | None = No
 def _tell(account: TokenAccount, prepared: Prepared) -> None:
     """The files of a prepared folder."""
     folder, beside = prepared.folder, {DESCRIPTION: "description", "tokenizer.json": "tokenizer"}
-    shards, sizes = ({name: HELD if name.startswith("heldout-") else TRAINED for name in prepared.description.get(what, {})}
+    shards, sizes = ({name: HELD if name.startswith("heldout-") else TRAINED
+                      for name in prepared.description.get(what, {})}
                      for what in ("shards", "sizes"))
     files = shards | sizes | dict.fromkeys((name for name in beside if (folder / name).is_file()), "")
     account.add("data.path", str(folder), read=[(folder / name, side) for name, side in files.items()])
@@ -60,7 +61,8 @@ def _tell(account: TokenAccount, prepared: Prepared) -> None:
             entry.heldout = len(shard.tokens) * (shards[name] == HELD)
 
 
-def _described(config: Config, opened: Prepared | TokenFiles, dataset: TokenDataset, account: TokenAccount) -> dict[str, Any]:
+def _described(config: Config, opened: Prepared | TokenFiles, dataset: TokenDataset,
+               account: TokenAccount) -> dict[str, Any]:
     sides = {"train": dataset.train_stream, "heldout": dataset.heldout_stream}
     a_step = config.train.global_batch * config.train.seq_len
     epochs = dataset.epochs(config.run.steps * config.train.global_batch)
@@ -71,13 +73,15 @@ def _described(config: Config, opened: Prepared | TokenFiles, dataset: TokenData
                for number, name in enumerate(dataset.domains)}
     train = sides["train"].size
     return {"kind": config.data.kind, "fingerprint": dataset.fingerprint,
-            "account": {"files": {ledger.key: ledger.record() for ledger in account.ledgers}}, "domains": domains,
-            "tokens": {"train": train, "heldout": sides["heldout"].size, "bytes_per_token": _bytes_per_token(opened),
-                       "estimated": False},
+            "account": {"files": {ledger.key: ledger.record() for ledger in account.ledgers}},
+            "domains": domains,
+            "tokens": {"train": train, "heldout": sides["heldout"].size,
+                       "bytes_per_token": _bytes_per_token(opened), "estimated": False},
             "steps": config.run.steps, "tokens_per_step": a_step, "epochs": config.run.steps * a_step / train,
-            "mixture": None if _shares(opened) else config.data.mixture, "weights": _shares(opened) or dict(config.data.weights),
-            "tokenizer": _tokenizer_name(config, opened), "vocab_size": dataset.vocab_size, "end_token": _end_token(opened),
-            "documents": list(_documents(dataset, opened))}
+            "mixture": None if _shares(opened) else config.data.mixture,
+            "weights": _shares(opened) or dict(config.data.weights),
+            "tokenizer": _tokenizer_name(config, opened), "vocab_size": dataset.vocab_size,
+            "end_token": _end_token(opened), "documents": list(_documents(dataset, opened))}
 
 
 def _shares(opened: Prepared | TokenFiles) -> dict[str, float]:
@@ -105,7 +109,8 @@ def _end_token(opened: Prepared | TokenFiles) -> dict[str, Any]:
     if isinstance(opened, Prepared):                         # prepare has put it behind every document
         return {"id": opened.tokenizer.end_id, "share": 1.0}
     files = [member.file.index for member in opened.members]
-    closed = sum(index.ending.share * index.documents for index in files if index.ending and index.ending.id == opened.end_id)
+    closed = sum(index.ending.share * index.documents for index in files if index.ending
+                 and index.ending.id == opened.end_id)
     share = closed / max(sum(index.documents for index in files), 1)
     return {"id": opened.end_id, "share": None if opened.end_id is None else float(share)}
 
@@ -120,20 +125,25 @@ def _counts(stream: Stream, domains: int) -> list[tuple[int, int]]:
 def _documents(dataset: TokenDataset, opened: Prepared | TokenFiles) -> Iterator[dict[str, Any]]:
     """The beginnings of some documents that are trained on, of as many domains as there are, the largest first."""
     stream, counts = dataset.train_stream, _counts(dataset.train_stream, len(dataset.domains))
-    first = np.searchsorted(stream.document_starts, [stream.domain_range(number)[0] for number in range(len(counts))])
-    order = sorted((number for number, (documents, _) in enumerate(counts) if documents), key=lambda number: -counts[number][1])
+    first = np.searchsorted(stream.document_starts,
+                            [stream.domain_range(number)[0] for number in range(len(counts))])
+    order = sorted((number for number, (documents, _) in enumerate(counts) if documents),
+                   key=lambda number: -counts[number][1])
     places = [(turn, number) for turn in range(SHOWN) for number in order if turn < counts[number][0]][:SHOWN]
     turns = max(turn for turn, _ in places) + 1
     end_id = opened.end_id if isinstance(opened, TokenFiles) else opened.tokenizer.end_id
     for turn, number in places:                              # spread evenly over the domain
         document = int(first[number]) + turn * counts[number][0] // min(turns, counts[number][0])
         begin = int(stream.document_starts[document])
-        end = int(stream.document_starts[document + 1]) if document + 1 < len(stream.document_starts) else stream.size
+        end = int(stream.document_starts[document
+                                         + 1]) if document + 1 < len(stream.document_starts) else stream.size
         ids = stream.read(begin, min(end - begin, SHOWN_TOKENS)).tolist()
         yield _shown(dataset.domains[number], ids, end - begin, end_id, dataset.tokenizer)
 
 
-def _shown(domain: str, ids: list[int], length: int, end_id: int | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _shown(domain: str, ids: list[int], length: int, end_id: int | None,
+           tokenizer: Tokenizer | None) -> dict[str, Any]:
     ended = len(ids) == length and bool(ids) and ids[-1] == end_id
     text = None if tokenizer is None else tokenizer.decode(ids[:-1] if ended else ids)
-    return {"domain": domain, "length": length, "tokens": ids, "text": text, "complete": len(ids) == length, "ended": ended}
+    return {"domain": domain, "length": length, "tokens": ids, "text": text, "complete": len(ids) == length,
+            "ended": ended}

@@ -55,7 +55,7 @@ class FileEntry:
 
     name: str                       # relative to the path that the user gave
     size: int                       # bytes on disk
-    side: str = TRAINED             # HELD: of data.held_out, or of a validation split that lies beside the training text
+    side: str = TRAINED  # HELD: of data.held_out, or of a validation split that lies beside the training text
     reason: str = ""
     format: str = ""                # of what was read: "text", "JSON lines", …; of what was not: what it is
     compression: str = ""           # "gzip", …
@@ -63,7 +63,7 @@ class FileEntry:
     documents: int = 0              # texts that are not empty
     text: int = 0                   # their bytes, as UTF-8
     empty: int = 0                  # texts without a byte
-    undecodable: int = 0            # bytes that are no characters, kept or replaced; a lone surrogate of JSON is three
+    undecodable: int = 0  # bytes that are no characters, kept or replaced; a lone surrogate of JSON is three
 
     def leave_out(self, reason: str, *, format: str = "", convert: str = "") -> None:
         """The file is not read after all: what was counted of its text is nothing."""
@@ -148,7 +148,8 @@ class Account:
     def record(self) -> dict[str, Any]:
         """The account as it is kept, checked: its sums are right or this is a bug."""
         read = [entry for ledger in self.files for entry in ledger.read]
-        held = {"documents": sum(entry.documents for entry in read), "bytes": sum(entry.text for entry in read)}
+        held = {"documents": sum(entry.documents for entry in read),
+                "bytes": sum(entry.text for entry in read)}
         became = {what: {"documents": tally.count, "bytes": tally.bytes}
                   for what in TEXT if (tally := self.text.get(what)) is not None}
         assert held["bytes"] == sum(tally["bytes"] for tally in became.values()), (held, became)
@@ -174,14 +175,16 @@ def by_mistake(ledgers: Iterable[FileLedger]) -> tuple[int, int]:
 
 def _lost(entry: FileEntry) -> int:
     """Bytes of a file that are not read. Of a compressed one the undecodable share: its text may be larger than the file."""
-    return entry.size if entry.reason else entry.size * entry.undecodable // max(entry.text, entry.undecodable, 1)
+    return (entry.size if entry.reason
+            else entry.size * entry.undecodable // max(entry.text, entry.undecodable, 1))
 
 
 def _size(entry: FileEntry) -> int:
     return entry.size
 
 
-def _sums(entries: list[FileEntry], fields: tuple[str, ...], size: Callable[[FileEntry], int] = _size) -> list[dict[str, Any]]:
+def _sums(entries: list[FileEntry], fields: tuple[str, ...],
+          size: Callable[[FileEntry], int] = _size) -> list[dict[str, Any]]:
     groups: dict[tuple[str, ...], list[FileEntry]] = {}
     for entry in entries:
         groups.setdefault(tuple(getattr(entry, name) for name in fields), []).append(entry)
@@ -189,7 +192,8 @@ def _sums(entries: list[FileEntry], fields: tuple[str, ...], size: Callable[[Fil
     for values, members in groups.items():
         first = min(members, key=lambda entry: entry.name)
         convert = {"convert": plain(first.convert)} if first.convert else {}
-        rows.append({**dict(zip(fields, values)), **_tally(members, size), "first": plain(first.name), **convert})
+        rows.append({**dict(zip(fields, values)), **_tally(members, size), "first": plain(first.name),
+                     **convert})
     return sorted(rows, key=lambda row: (-row["bytes"], *(row[name] for name in fields)))
 
 

@@ -18,7 +18,8 @@ def account_lines(record: dict[str, Any]) -> list[str]:
             lines.append(f"  splits    {splits_text(ledger)}")
         lines.append(f"  read      {_files(_total(ledger['read']))}: {formats_text(ledger)}")
         if ledger["left_out"]:
-            lines.append(f"  left out  {_files(_total(ledger['left_out']))}: {_cut(reasons(ledger['left_out'], examples=True))}")
+            lines.append(f"  left out  {_files(_total(ledger['left_out']))}: "
+                         f"{_cut(reasons(ledger['left_out'], examples=True))}")
     return [*lines, *text_lines(record["text"])]
 
 
@@ -30,7 +31,8 @@ def formats_text(ledger: dict[str, Any]) -> str:
 def text_lines(text: dict[str, Any]) -> list[str]:
     """What became of the text."""
     became = [f"{what} {tally['bytes']:,}" for what, tally in text["became"].items() if tally["bytes"]]
-    lines = [f"  text      {text['bytes']:,} bytes in {_number(text['documents'], 'document')}: {', '.join(became)}"]
+    lines = [f"  text      {text['bytes']:,} bytes in {_number(text['documents'], 'document')}: "
+             f"{', '.join(became)}"]
     if text["empty"]:
         lines.append(f"  empty     {_number(text['empty'], 'text')}")
     if text["undecodable"]["bytes"]:
@@ -66,7 +68,7 @@ def left_out_line(record: dict[str, Any]) -> str:
              for why in reasons([row for row in ledger["left_out"] if row["bytes"]])]
     became = record["text"]["became"]
     parts += [f"{what} {tally['bytes']:,} bytes" for what, tally in became.items()
-              if tally["bytes"] and what not in (TRAINED, HELD, CUT)]             # CUT: of the built-in corpus alone
+              if tally["bytes"] and what not in (TRAINED, HELD, CUT)]  # CUT: of the built-in corpus alone
     if record["text"]["undecodable"]["bytes"]:
         parts.append(f"undecodable {record['text']['undecodable']['bytes']:,} bytes")
     return _cut(parts)
@@ -97,14 +99,17 @@ def _cut(parts: list[str]) -> str:
 
 def is_account(value: Any) -> bool:
     """Whether a value that was read from a file has the shape of a record: whatever shows it may then take it as one."""
-    if not (isinstance(value, dict) and isinstance(value.get("files"), dict) and isinstance(value.get("text"), dict)):
+    if not (isinstance(value, dict) and isinstance(value.get("files"), dict)
+            and isinstance(value.get("text"), dict)):
         return False
     return all(map(_is_ledger, value["files"].values())) and _is_text(value["text"])
 
 
 def _is_ledger(value: Any) -> bool:
-    return (_has(value, {"path": str, "files": int, "bytes": int, "read": list, "left_out": list, "splits": dict})
-            and all(_has(row, _ROW | {"side": str, "format": str, "compression": str}) for row in value["read"])
+    return (_has(value, {"path": str, "files": int, "bytes": int, "read": list, "left_out": list,
+                         "splits": dict})
+            and all(_has(row, _ROW | {"side": str, "format": str, "compression": str})
+                    for row in value["read"])
             and all(_has(row, _ROW | {"reason": str, "format": str}) for row in value["left_out"])
             and all(_has(row, _ROW) for row in value["splits"].values()))
 

@@ -23,7 +23,8 @@ class Batch(NamedTuple):
     valid_BS: Tensor              # bool: the position holds a token and has a target
     sample_ids_B: Tensor          # int64
     domains_B: Tensor             # int64: index in Dataset.domains
-    documents_BS: Tensor | None   # int64: number of the document inside the sequence, from 0; only with mask_documents
+    # int64: number of the document inside the sequence, from 0; only with mask_documents
+    documents_BS: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device: all fields in one copy, for which the host does not wait."""
@@ -56,9 +57,10 @@ class Dataset(Protocol):
 
     vocab_size: int
     domains: tuple[str, ...]
-    measured: tuple[str, ...]     # what held-out text is measured as: the domains, or the largest and the rest as one
+    # what held-out text is measured as: the domains, or the largest and the rest as one
+    measured: tuple[str, ...]
     fingerprint: str
-    order: str                    # which rule says what a step trains on: another release may have another one
+    order: str  # which rule says what a step trains on: another release may have another one
     tokens: int | None            # that are trained on, each once an epoch; None where they never repeat
 
     def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:
@@ -80,8 +82,8 @@ class Dataset(Protocol):
         ...
 
 
-def make_batch(inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray, sample_ids: np.ndarray, domains: np.ndarray,
-               documents: np.ndarray | None) -> Batch:
+def make_batch(inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray, sample_ids: np.ndarray,
+               domains: np.ndarray, documents: np.ndarray | None) -> Batch:
     """From rows [B, S] of inputs and of targets, of which the first `lengths` count."""
     tokens_BS, targets_BS = torch.from_numpy(inputs), torch.from_numpy(targets)
     valid_BS = torch.arange(tokens_BS.shape[1]) < torch.from_numpy(lengths)[:, None]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_NAMED = 32                  # domains; the line, the records and the picture of an evaluation have one more at most
+MOST_NAMED = 32  # domains; the line, the records and the picture of an evaluation have one more at most
 OTHERS = "other domains"
 
 

@@ -20,7 +20,8 @@ class Group(NamedTuple):
     share: int                   # of windows, in the ratio of those of the others
 
 
-def mixture_groups(mixture: str, *, tokens: Sequence[int], weights: Sequence[float], seq_len: int) -> list[Group]:
+def mixture_groups(mixture: str, *, tokens: Sequence[int], weights: Sequence[float],
+                   seq_len: int) -> list[Group]:
     """The groups of a mixture.
 
     Args:
@@ -37,10 +38,12 @@ def mixture_groups(mixture: str, *, tokens: Sequence[int], weights: Sequence[flo
         alike.setdefault(domain if mixture == "uniform" else weights[domain], []).append(domain)
     if len(alike) == 1:
         return [Group(used, 1)]
-    shares = {tuple(domains): Fraction(weights[domains[0]]) * (1 if mixture == "uniform" else sum(tokens[d] for d in domains))
+    shares = {tuple(domains): Fraction(weights[domains[0]]) * (1 if mixture == "uniform"
+                                                               else sum(tokens[d] for d in domains))
               for domains in alike.values()}
     short = [domains for domains in shares if sum(tokens[d] for d in domains) < seq_len]
     if len(short) > 1:
         pooled = tuple(sorted(domain for domains in short for domain in domains))
         shares[pooled] = sum((shares.pop(domains) for domains in short), Fraction())
-    return [Group(list(domains), share) for domains, share in zip(shares, whole_shares(list(shares.values())))]
+    return [Group(list(domains), share) for domains, share in zip(shares,
+                                                                  whole_shares(list(shares.values())))]

@@ -40,7 +40,8 @@ class Order:
     def __init__(self, *, key: tuple[object, ...], sizes: Sequence[int], shares: Sequence[int], seq_len: int,
                  global_batch: int) -> None:
         assert len(sizes) == len(shares) > 0 and min(sizes) > 0 and min(shares) > 0, (sizes, shares)
-        self._key, self._sizes, self._seq_len, self._global_batch = key_of(*key), np.asarray(sizes, np.int64), seq_len, global_batch
+        self._key, self._sizes, self._seq_len, self._global_batch = key_of(*key), np.asarray(sizes,
+                                                                                             np.int64), seq_len, global_batch
         self._cumulative = np.concatenate([[0], np.cumsum(shares, dtype=np.int64)])
 
     def windows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +77,7 @@ def whose_turn(indices: np.ndarray, cumulative: np.ndarray) -> tuple[np.ndarray,
     low, high = np.zeros_like(turns), np.full_like(turns, len(cumulative) - 1)
     for _ in range((len(cumulative) - 2).bit_length()):
         halved = high - low > 1
-        middle = np.where(halved, (low + high) // 2, high)       # what is one group already is its own left half
+        middle = np.where(halved, (low + high) // 2, high)  # what is one group already is its own left half
         a, b = cumulative[middle] - cumulative[low], cumulative[high] - cumulative[low]
         rounds, rest = np.divmod(turns, b)
         before, after = ((part * a + b // 2) // b for part in (rest, rest + 1))

@@ -12,7 +12,7 @@ import hashlib
 
 import numpy as np
 
-_ROUNDS = 16                                 # even, so that the halves end where they began; 8 leave 4 and 5 places uneven by a seventh
+_ROUNDS = 16  # even, so that the halves end where they began; 8 leave 4 and 5 places uneven by a seventh
 _STEP = np.uint64(0x9E3779B97F4A7C15)        # 2^64 over the golden ratio
 _ODD = np.uint64(0xD1B54A32D192ED03)         # any odd number of even bits
 

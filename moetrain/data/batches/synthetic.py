@@ -46,7 +46,8 @@ class SyntheticDataset:
 
     def batch(self, sample_ids: np.ndarray) -> Batch:
         sample_ids = np.asarray(sample_ids, np.int64)
-        draws = np.stack([philox(self._seed, "sample", int(id)).random_raw(self._seq_len + 3) for id in sample_ids])
+        draws = np.stack([philox(self._seed, "sample", int(id)).random_raw(self._seq_len + 3)
+                          for id in sample_ids])
         drawn = (draws[:, 0] % np.uint64(len(self.domains))).astype(np.int64)
         domains = np.where(sample_ids >= HELDOUT_IDS, (sample_ids - HELDOUT_IDS) // DOMAIN_IDS, drawn)
         spread = np.uint64(self._seq_len - self._shortest + 1)
@@ -78,7 +79,8 @@ class SyntheticDataset:
 
 def _alphabets(seed: int, vocab_size: int, num_domains: int) -> np.ndarray:
     """[domain, letter] -> token. Disjoint when the vocabulary has two tokens or more for each domain."""
-    letters = min(_ALPHABET, vocab_size // num_domains) if vocab_size >= 2 * num_domains else min(_ALPHABET, vocab_size)
+    letters = min(_ALPHABET,
+                  vocab_size // num_domains) if vocab_size >= 2 * num_domains else min(_ALPHABET, vocab_size)
     shuffled = np.argsort(philox(seed, "alphabets").random_raw(vocab_size), kind="stable")
     return shuffled[np.arange(num_domains * letters) % vocab_size].reshape(num_domains, letters)
 
@@ -86,7 +88,8 @@ def _alphabets(seed: int, vocab_size: int, num_domains: int) -> np.ndarray:
 def _successors(seed: int, alphabets: np.ndarray) -> np.ndarray:
     """[domain, letter, choice] -> letter. The likeliest successors form one cycle, so a chain visits every letter."""
     num_domains, letters = alphabets.shape
-    table = (philox(seed, "successors").random_raw(num_domains * letters * 4) % np.uint64(letters)).astype(np.int64)
+    table = (philox(seed,
+                    "successors").random_raw(num_domains * letters * 4) % np.uint64(letters)).astype(np.int64)
     table = table.reshape(num_domains, letters, 4)
     for domain in range(num_domains):
         cycle = np.argsort(philox(seed, "cycle", domain).random_raw(letters), kind="stable")

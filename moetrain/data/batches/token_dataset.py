@@ -40,20 +40,25 @@ class TokenDataset:
 
     order = ORDER
 
-    def __init__(self, *, prepared: Prepared, seq_len: int, global_batch: int, seed: int, mixture: str = "proportional",
-                 weights: Mapping[str, float] | None = None, mask_documents: bool = False, trains: bool = True) -> None:
+    def __init__(self, *, prepared: Prepared, seq_len: int, global_batch: int, seed: int,
+                 mixture: str = "proportional",
+                 weights: Mapping[str, float] | None = None, mask_documents: bool = False,
+                 trains: bool = True) -> None:
         self.vocab_size, self.domains, self.fingerprint = prepared.vocab_size, prepared.domains, prepared.fingerprint
-        self.tokenizer, self.account = prepared.tokenizer, getattr(prepared, "account", None)     # indexed data has none
+        # indexed data has none
+        self.tokenizer, self.account = prepared.tokenizer, getattr(prepared, "account", None)
         self.train_stream, self.heldout_stream = prepared.train, prepared.heldout
         self._seq_len, self._global_batch, self._mask_documents = seq_len, global_batch, mask_documents
         self._groups = self._mixture(prepared.folder, mixture, weights or {}) if trains else []
-        self._windows = Windows(_ranges(self.train_stream, [group.domains for group in self._groups]), seq_len=seq_len,
-                                wraps=len(self._groups) > 1)
+        self._windows = Windows(_ranges(self.train_stream, [group.domains for group in self._groups]),
+                                seq_len=seq_len, wraps=len(self._groups) > 1)
         self._order = Order(key=(seed, self.fingerprint), sizes=self._windows.sizes.tolist(), seq_len=seq_len,
-                            shares=[group.share for group in self._groups], global_batch=global_batch) if trains else None
+                            shares=[group.share for group in self._groups],
+                            global_batch=global_batch) if trains else None
         parts = measured_parts(self.domains, np.diff(self.heldout_stream.domain_bounds).tolist())
         self.measured = tuple(part.name for part in parts)
-        self._heldout = Windows(_ranges(self.heldout_stream, [part.domains for part in parts]), seq_len=seq_len, wraps=False)
+        self._heldout = Windows(_ranges(self.heldout_stream, [part.domains for part in parts]),
+                                seq_len=seq_len, wraps=False)
 
     @property
     def tokens(self) -> int:
@@ -77,7 +82,8 @@ class TokenDataset:
     def batch(self, sample_ids: np.ndarray) -> Batch:
         """Training windows, or held-out ones."""
         sample_ids = np.asarray(sample_ids, np.int64)
-        return self._read(self._stream_of(sample_ids), [self.pieces(number) for number in sample_ids.tolist()], sample_ids)
+        return self._read(self._stream_of(sample_ids),
+                          [self.pieces(number) for number in sample_ids.tolist()], sample_ids)
 
     def pieces(self, sample_id: int) -> list[Piece]:
         """The targets of a window, in the training or the held-out stream."""
@@ -89,7 +95,8 @@ class TokenDataset:
     def heldout_ids(self, part: int, windows: int) -> np.ndarray:
         """At most `windows` windows that do not overlap, spread evenly; of a short part all of it, the last one not full."""
         full, rest = divmod(int(self._heldout.tokens[part]), self._seq_len)
-        numbers = np.arange(windows) * full // max(windows, 1) if full >= windows else np.arange(full + bool(rest))
+        numbers = np.arange(windows) * full // max(windows,
+                                                   1) if full >= windows else np.arange(full + bool(rest))
         return HELDOUT_IDS + part * DOMAIN_IDS + numbers.astype(np.int64) * self._seq_len
 
     def heldout(self, part: int, *, windows: int, batch: int) -> Iterator[Batch]:
@@ -136,13 +143,16 @@ class TokenDataset:
         if unknown := sorted(set(weights) - set(self.domains)):
             near = nearest(unknown[0], self.domains) or list(self.domains[:8])
             renamed = {near[0] if name == unknown[0] else name: weight for name, weight in weights.items()}
-            raise DataError(100, "data.weights names a domain that the data does not have", where=f"{folder} (data.weights)",
-                            why=f"there is no {', '.join(unknown[:8])}; the domains are {', '.join(self.domains[:20])}",
+            raise DataError(100, "data.weights names a domain that the data does not have",
+                            where=f"{folder} (data.weights)",
+                            why=f"there is no {', '.join(unknown[:8])}; the domains are "
+                                f"{', '.join(self.domains[:20])}",
                             next=quote(f"data.weights={show(renamed)}"))
         if not self.train_stream.size:
-            raise DataError(50, "there is nothing to train on", where=str(folder), why="its training split has no token",
-                            next="give more text (data.path)")
-        groups = mixture_groups(mixture, tokens=np.diff(self.train_stream.domain_bounds).tolist(), seq_len=self._seq_len,
+            raise DataError(50, "there is nothing to train on", where=str(folder),
+                            why="its training split has no token", next="give more text (data.path)")
+        groups = mixture_groups(mixture, tokens=np.diff(self.train_stream.domain_bounds).tolist(),
+                                seq_len=self._seq_len,
                                 weights=[float(weights.get(domain, 1)) for domain in self.domains])
         if not groups:
             raise DataError(101, "no domain is left to train on", where=f"{folder} (data.weights)",
@@ -165,7 +175,8 @@ def _main_domain(stream: TokenStream, pieces: Sequence[Piece]) -> int:
     """The domain of most of the targets; of equal ones the first in the window. 0 for no target."""
     found: dict[int, int] = {}
     for start, length in pieces:
-        first, last = (int(np.searchsorted(stream.domain_bounds, place, "right")) - 1 for place in (start, start + length - 1))
+        first, last = (int(np.searchsorted(stream.domain_bounds, place, "right")) - 1
+                       for place in (start, start + length - 1))
         for domain in range(first, last + 1):
             begin, end = stream.domain_range(domain)
             found[domain] = found.get(domain, 0) + min(end, start + length) - max(begin, start)

@@ -39,7 +39,8 @@ class Windows:
         self._numbers = np.concatenate([[0], np.cumsum(self.sizes // self._spacing)]).astype(np.int64)
         every = [place for ranges in merged for place in ranges]
         self._begins = np.array([begin for begin, _ in every], np.int64)
-        self._addresses = np.concatenate([[0], np.cumsum([end - begin for begin, end in every])]).astype(np.int64)
+        self._addresses = np.concatenate([[0],
+                                          np.cumsum([end - begin for begin, end in every])]).astype(np.int64)
         self._groups = np.concatenate([[0], np.cumsum(self.tokens)])
 
     @property

@@ -28,11 +28,13 @@ TRAIN_LIMIT = 100_000          # bytes of one document: generated files must not
 HELDOUT_LIMIT = 12_000         # of a held-out one: a single header once took the whole held-out set
 MIN_DOMAINS, MIN_BYTES, MIN_DOCUMENTS = 5, 500_000, 50
 DISTRIBUTIONS = (
-    "torch", "numpy", "hydra-core", "omegaconf", "antlr4-python3-runtime", "wandb", "safetensors", "tokenizers",
-    "rich", "matplotlib", "pygments", "markdown-it-py", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "filelock",
-    "pillow", "fonttools", "contourpy", "kiwisolver", "pyparsing", "python-dateutil", "pydantic", "pydantic-core",
-    "packaging", "platformdirs", "protobuf", "pyyaml", "requests", "urllib3", "click", "typing-extensions",
-    "huggingface-hub",
+    "torch", "numpy", "hydra-core", "omegaconf", "antlr4-python3-runtime", "wandb", "safetensors",
+    "tokenizers",
+    "rich", "matplotlib", "pygments", "markdown-it-py", "sympy", "mpmath", "networkx", "jinja2", "fsspec",
+    "filelock",
+    "pillow", "fonttools", "contourpy", "kiwisolver", "pyparsing", "python-dateutil", "pydantic",
+    "pydantic-core", "packaging", "platformdirs", "protobuf", "pyyaml", "requests", "urllib3", "click",
+    "typing-extensions", "huggingface-hub",
 )
 _VERSION = 1                   # raise it when this file chooses other texts
 _STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
@@ -72,7 +74,8 @@ def builtin_documents(*, domain_cap: int | None = None) -> Iterator[CorpusDocume
         yield from _up_to(documents, min(domain_cap or DOMAIN_CAP, DOMAIN_CAP))
 
 
-def _collect(domain: str, files: list[tuple[str, Path]], extract: Extract, seen: set[bytes]) -> list[CorpusDocument]:
+def _collect(domain: str, files: list[tuple[str, Path]], extract: Extract,
+             seen: set[bytes]) -> list[CorpusDocument]:
     documents: list[CorpusDocument] = []
     size = 0
     for name, path in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
@@ -155,10 +158,13 @@ def _version(distribution: str) -> str:
 
 
 def _check(corpus: dict[str, list[CorpusDocument]]) -> None:
-    sizes = {domain: sum(len(document.text) for document in documents) for domain, documents in corpus.items()}
-    good = [domain for domain in corpus if sizes[domain] >= MIN_BYTES and len(corpus[domain]) >= MIN_DOCUMENTS]
+    sizes = {domain: sum(len(document.text) for document in documents)
+             for domain, documents in corpus.items()}
+    good = [domain for domain in corpus if sizes[domain] >= MIN_BYTES
+            and len(corpus[domain]) >= MIN_DOCUMENTS]
     if len(good) < MIN_DOMAINS:
-        found = ", ".join(f"{domain} {sizes[domain]:,} bytes in {len(corpus[domain])} files" for domain in corpus)
+        found = ", ".join(f"{domain} {sizes[domain]:,} bytes in {len(corpus[domain])} files"
+                          for domain in corpus)
         raise DataError(40, "the built-in corpus is too small here", where="data.path=null",
                         why=f"{MIN_DOMAINS} domains need {MIN_BYTES:,} bytes and {MIN_DOCUMENTS} files each; "
                             f"found {found}",

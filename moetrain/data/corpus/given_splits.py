@@ -21,15 +21,17 @@ TRAIN, VALID, TEST = "train", "valid", "test"
 _EVAL = "eval"
 _STRICTNESS = {TRAIN: 0, VALID: 1, TEST: 2}
 _MORE = r"(?:[-_ ]?(?:set|data|split|files?))?"
-_WORDS = re.compile(                                     # a part of a name between characters that are no letters or digits
+_WORDS = re.compile(  # a part of a name between characters that are no letters or digits
     rf"(?<![^\W_])(?:(?P<train>train(?:ing)?{_MORE})|(?P<test>test(?:ing)?{_MORE})|(?P<eval>eval(?:uation)?{_MORE})"
-    rf"|(?P<valid>(?:valid(?:ation|ate)?|val|dev(?:el|elopment)?|held[-_]?out|holdout){_MORE}))\d*(?![^\W_])", re.IGNORECASE)
+    rf"|(?P<valid>(?:valid(?:ation|ate)?|val|dev(?:el|elopment)?|held[-_]?out|holdout){_MORE}))\d*(?![^\W_])",
+    re.IGNORECASE)
 _PROSE = frozenset(".adoc .html .md .rst .tex".split())
 _ABOUT = _PROSE | frozenset(
-    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .ini .ipynb .java .jl .js .kt .lua .m .ml "
+    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .ini .ipynb .java .jl .js .kt .lua .m "
+    ".ml "
     ".php .pl .py .pyi .pyx .r .rb .rs .scala .sh .sql .swift .toml .ts .tsx .yaml .yml .zig".split())
 _NUMBERING = {"of", "part", "shard"}
-_HASH = re.compile(r"(?=.*\d)[0-9a-f]{8,}")              # of a shard: news-train-00000-of-00001-2f6c2d1a9f7a2d4b.parquet
+_HASH = re.compile(r"(?=.*\d)[0-9a-f]{8,}")  # of a shard: news-train-00000-of-00001-2f6c2d1a9f7a2d4b.parquet
 
 
 class Member(NamedTuple):
@@ -72,8 +74,10 @@ def unpaired(names: Iterable[str], members: Collection[str]) -> list[str]:
     named: dict[bool, list[str]] = {True: [], False: []}
     for name in names:
         parts = name.split("/")
-        words = [_word(part, is_file=depth == len(parts) - 1, about=_ABOUT - _PROSE) for depth, part in enumerate(parts)]
-        roles = {word.role for word in words if word is not None and (word.rest or PurePosixPath(name).suffix not in _PROSE)}
+        words = [_word(part, is_file=depth == len(parts) - 1, about=_ABOUT - _PROSE)
+                 for depth, part in enumerate(parts)]
+        roles = {word.role for word in words if word is not None
+                 and (word.rest or PurePosixPath(name).suffix not in _PROSE)}
         if roles:
             named[roles == {TRAIN}].append(name)
     return [name for name in named[False] if name not in members] if named[True] else []
@@ -102,7 +106,8 @@ def _word(name: str, *, is_file: bool, about: frozenset[str] = _ABOUT) -> _Word 
         stem = inner.removesuffix(suffix) if first.end() <= len(inner) - len(suffix) else inner
     before, after = _parts(stem[:first.start()]), _parts(stem[first.end():])
     between_dots = stem[:first.start()].endswith(".") and stem[first.end():].startswith(".")
-    return _Word(str(first.lastgroup), first.start(), first.end(), (*before, *after), not before or not after or between_dots)
+    return _Word(str(first.lastgroup), first.start(), first.end(), (*before, *after),
+                 not before or not after or between_dots)
 
 
 def _parts(text: str) -> list[str]:
@@ -112,7 +117,8 @@ def _parts(text: str) -> list[str]:
 
 def _paired(words: dict[str, _Word]) -> dict[str, _Word]:
     """The names of one level that form a split."""
-    sides = {side: [word for word in words.values() if (word.role == TRAIN) == side] for side in (True, False)}
+    sides = {side: [word for word in words.values() if (word.role == TRAIN) == side]
+             for side in (True, False)}
     rests = {side: {word.rest for word in members} for side, members in sides.items()}
     outstanding = {side: any(word.stands_out for word in members) for side, members in sides.items()}
     found = {}

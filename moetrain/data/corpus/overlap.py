@@ -72,10 +72,11 @@ class Overlap:
     def __init__(self, *, heldout_bytes: int, limit: int) -> None:
         self._every = max(-(-heldout_bytes // (STRIDE * limit)), 1)
         self._pieces: list[np.ndarray] = []
-        self._hashes = self._counts = np.zeros(0, np.uint64)    # of the noted windows, sorted; filled at the first look-up
+        # of the noted windows, sorted; filled at the first look-up
+        self._hashes = self._counts = np.zeros(0, np.uint64)
         self._found = np.zeros(0, bool)
         # A hash is searched for if two tables allow it: searching is slow.
-        self._missing = np.zeros(0, np.uint8)                   # by the upper bits of a hash: how many are not found yet
+        self._missing = np.zeros(0, np.uint8)  # by the upper bits of a hash: how many are not found yet
         self._seen = np.zeros(0, bool)                          # by its lower bits: is there one?
         self._shift = np.uint64(63)
         self._texts: list[bytes] = []                           # training texts that wait
@@ -83,7 +84,7 @@ class Overlap:
 
     def heldout(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
         """Hand the blocks of a held-out text on, and note its windows."""
-        tail, place, stride = b"", 0, STRIDE * self._every      # place: of the first byte of `tail` in the text
+        tail, place, stride = b"", 0, STRIDE * self._every  # place: of the first byte of `tail` in the text
         for block in blocks:
             text = tail + block
             for start, hashes in _hashes_of(_numbers(text)[:-1]):
@@ -107,14 +108,16 @@ class Overlap:
         """The share of the windows that were found. None where there were none."""
         self._look_up()
         windows = int(self._counts.sum())
-        return Share(int(self._counts[self._found].sum()) / windows, windows, self._every) if windows else None
+        return (Share(int(self._counts[self._found].sum()) / windows, windows, self._every) if windows
+                else None)
 
     def _look_up(self) -> None:
         if not len(self._missing):
             noted = np.concatenate([np.zeros(0, np.uint64), *self._pieces])
             self._hashes, self._counts = np.unique(noted, return_counts=True)
             self._pieces, self._found = [], np.zeros(len(self._hashes), bool)
-            bits = min((16 * len(self._hashes)).bit_length(), 24)      # sparse, and no larger than a cache where it can be
+            # sparse, and no larger than a cache where it can be
+            bits = min((16 * len(self._hashes)).bit_length(), 24)
             self._shift = np.uint64(64 - bits)
             buckets, missing = np.unique(self._hashes >> self._shift, return_counts=True)
             self._missing = np.zeros(1 << bits, np.uint8)
@@ -123,8 +126,8 @@ class Overlap:
             self._seen[self._hashes & np.uint64(len(self._seen) - 1)] = True
         if len(self._hashes):
             for _, hashes in _hashes_of(_numbers(*self._texts)):
-                buckets = (hashes >> self._shift).view(np.int64)                    # take has no way for unsigned numbers
-                hashes = hashes[self._missing.take(buckets, mode="clip") != 0]      # clip: no check of the bounds
+                buckets = (hashes >> self._shift).view(np.int64)  # take has no way for unsigned numbers
+                hashes = hashes[self._missing.take(buckets, mode="clip") != 0]  # clip: no check of the bounds
                 self._mark(hashes[self._seen[hashes & np.uint64(len(self._seen) - 1)]])
         self._texts, self._waiting = [], 0
 

@@ -17,16 +17,17 @@ _SHARD = re.compile(r"(train|heldout)-\d{5}\.(tokens|sizes)")
 _STEP = re.compile(r"step-\d{8}")
 _DATASET = re.compile(r"[0-9a-f]{16}")
 _INDEX = re.compile(rf"[0-9a-f]{{16}}\{token_index_file.SUFFIX}")
-_JOB_LOG = re.compile(r"moetrain-\d+\.log")              # launch/slurm.sbatch writes it where the job was submitted
-_RUN_FILES = frozenset(("config.yaml", "env.json", "eval.jsonl", "loads.npz", "lock", "metrics.jsonl", "specialisation.npz",
-                        "status.json"))
+_JOB_LOG = re.compile(r"moetrain-\d+\.log")  # launch/slurm.sbatch writes it where the job was submitted
+_RUN_FILES = frozenset(("config.yaml", "env.json", "eval.jsonl", "loads.npz", "lock", "metrics.jsonl",
+                        "specialisation.npz", "status.json"))
 _RUN_FOLDERS = frozenset(("checkpoints", "data", "log", "report", "wandb"))
 _DATASET_FILES = frozenset(("dataset.json", "tokenizer.json"))
 
 
 def is_own(folder: str, folders: Collection[str], names: Collection[str]) -> bool:
     """Whether a folder with these folders and files in it is a run, a dataset or one that was not finished."""
-    return os.path.basename(folder).startswith(".preparing-") or _is_run(folder, folders, names) or _is_dataset(folder, names)
+    return (os.path.basename(folder).startswith(".preparing-") or _is_run(folder, folders, names)
+            or _is_dataset(folder, names))
 
 
 def own_parts(folder: str, folders: Collection[str], names: Collection[str]) -> tuple[set[str], set[str]]:
@@ -37,7 +38,8 @@ def own_parts(folder: str, folders: Collection[str], names: Collection[str]) -> 
         own_files |= {name for name in names if name in _RUN_FILES or name.endswith(".lost")}
     if _is_dataset(folder, names):
         own_files |= {name for name in names if name in _DATASET_FILES or _SHARD.fullmatch(name)}
-    own_files |= {name for name in names if _INDEX.fullmatch(name) and _starts_with(folder, name, token_index_file.MAGIC)}
+    own_files |= {name for name in names if _INDEX.fullmatch(name)
+                  and _starts_with(folder, name, token_index_file.MAGIC)}
     if "sources.json" in names and any(os.path.isfile(os.path.join(folder, name, "dataset.json"))
                                        for name in folders if _DATASET.fullmatch(name)):
         own_files.add("sources.json")

@@ -88,7 +88,8 @@ def scan(path: Path, *, key: str = "data.path", own: tuple[Path, ...] = (), held
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             places = {OWN: own, HELD_OUT: (held_out,) if held_out else ()}
-            named = {_identity(place.stat()): reason for reason, group in places.items() for place in group if place.exists()}
+            named = {_identity(place.stat()): reason for reason, group in places.items()
+                     for place in group if place.exists()}
             named.pop(_identity(status), None)
             folder = path.resolve()
             found = sorted(_Walk(folder, named).files(), key=lambda file: file.name)
@@ -109,11 +110,13 @@ def unreadable(path: Path, error: OSError, key: str) -> DataError:
 def _sorted_out(ledger: FileLedger, folder: str, found: list[_Found], splits: bool, held_out: bool) -> Scan:
     """Give every file its place in the ledger, and each of a split its side."""
     members: dict[str, Member] = {}
-    if splits:      # the text of data.held_out is part of what lies there: train/ beside it is named without `train`, too
+    # the text of data.held_out is part of what lies there: train/ beside it is named without `train`, too
+    if splits:
         candidates = [file.name for file in found if file.reason in ("", HELD_OUT)]
         members = find_splits(candidates)
         if alone := unpaired(candidates, members):
-            log.warning("%s is read as any other text, though its name says validation or test%s: no name beside it says "
+            log.warning("%s is read as any other text, though its name says validation or test%s: no name "
+                        "beside it says "
                         "training in the same way. data.held_out= names held-out text", shown(alone[0]),
                         f" (as do those of {len(alone) - 1} more)" if len(alone) > 1 else "")
     files = []
@@ -173,7 +176,7 @@ class _Walk:
         return HIDDEN if os.path.basename(folder).startswith(".") else ""
 
     def _all_of(self, top: str, reason: str) -> Iterator[_Found]:
-        for folder, folders, names in os.walk(top):          # what cannot be looked into was not to be read either
+        for folder, folders, names in os.walk(top):  # what cannot be looked into was not to be read either
             here = _identity(os.stat(folder))
             if here in self._visited:
                 folders.clear()

@@ -39,7 +39,8 @@ from moetrain.errors import CONTINUED, DataError
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]   # what is done ("reading", "tokenizing"), its bytes done, all of them
+# what is done ("reading", "tokenizing"), its bytes done, all of them
+Progress = Callable[[str, int, int], None]
 
 BUILTIN = "the built-in corpus"
 _MOST_NAMED = 3                              # reasons that a refusal lists
@@ -84,7 +85,8 @@ class Selection(NamedTuple):
         return self.account.record()
 
 
-def find_source(path: str | None, held_out: str | None, *, own: tuple[Path, ...] = (), splits: bool = True) -> Source:
+def find_source(path: str | None, held_out: str | None, *, own: tuple[Path, ...] = (),
+                splits: bool = True) -> Source:
     """Everything that may be read, before any of it is.
 
     Args:
@@ -106,9 +108,10 @@ def find_source(path: str | None, held_out: str | None, *, own: tuple[Path, ...]
     return Source(path, found, heldout)
 
 
-def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = Reading(), domain_cap: int | None = None,
-           allow_left_out: float = DataConfig.allow_left_out, progress: Progress | None = None,
-           watch: Callable[[Document], None] = lambda document: None) -> Selection:
+def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = Reading(),
+           domain_cap: int | None = None, allow_left_out: float = DataConfig.allow_left_out,
+           progress: Progress | None = None, watch: Callable[[Document],
+                                                             None] = lambda document: None) -> Selection:
     """Read a source and choose.
 
     Args:
@@ -138,7 +141,8 @@ def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = 
     if not heldout[0]:
         account.note(CUT, _positive(_ends(chosen)[parts.heldout.rows] - parts.heldout.ends))
     _warn_of_domains(chosen)
-    return Selection(parts, chosen, heldout[0], account, CAPPED if domain_cap is not None and source.path else CUT)
+    return Selection(parts, chosen, heldout[0], account,
+                     CAPPED if domain_cap is not None and source.path else CUT)
 
 
 def _identity(file: SourceFile) -> tuple[Any, ...]:
@@ -178,14 +182,16 @@ def _read_all(source: Source, account: Account, spool: Spool, reading: Reading, 
     else:
         files = source.path.side(TRAINED)
         some = False
-        for document in documents(files, spool=spool, reading=reading, progress=progress and partial(progress, "reading")):
+        for document in documents(files, spool=spool, reading=reading,
+                                  progress=progress and partial(progress, "reading")):
             some = True
             yield document
         if not some:
             raise _no_text(source.path, "every text is empty")
 
 
-def _read_heldout(source: Source, spool: Spool, reading: Reading, progress: Progress | None) -> Iterator[Document]:
+def _read_heldout(source: Source, spool: Spool, reading: Reading,
+                  progress: Progress | None) -> Iterator[Document]:
     """The held-out text that somebody chose: by data.held_out, or by a validation split."""
     found = source.held_out or source.path
     files = source.held_out.files if source.held_out else source.path.side(HELD) if source.path else []
@@ -197,7 +203,8 @@ def _read_heldout(source: Source, spool: Spool, reading: Reading, progress: Prog
         some = True
         yield document
     if not some:
-        raise _no_text(found, "every text is empty" if source.held_out else "every text of its validation split is empty")
+        raise _no_text(found, "every text is empty" if source.held_out
+                       else "every text of its validation split is empty")
 
 
 def _without_heldout(found: Parts, heldout: Parts, source: Source, account: Account) -> Parts:
@@ -206,7 +213,8 @@ def _without_heldout(found: Parts, heldout: Parts, source: Source, account: Acco
     if not kept:
         raise DataError(104, "no text is left to train on", where=f"{source.name} (data.path), {where}",
                         why=f"every text of data.path is also in {where}, which is not trained on",
-                        next="data.held_out=<a file or folder of other text>, or data.held_out=null to hold out a share"
+                        next="data.held_out=<a file or folder of other text>, or data.held_out=null to hold "
+                             "out a share"
                         if source.held_out else "data.split=merge takes the text without its splits")
     if also:
         log.info("%d documents of %s are not trained on: %s has them too", len(also), source.name, where)
@@ -220,9 +228,11 @@ def _split(chosen: Parts, source: Source, share: Fraction, limit: int | None) ->
     parts = split(chosen, share=share, heldout_limit=limit)
     if not parts.heldout:
         raise DataError(35, "there is too little text to hold some out", where=f"{source.name} (data.path)",
-                        why=f"{len(chosen)} documents with {chosen.bytes:,} bytes; with fewer than {FEW} documents one of them needs "
+                        why=f"{len(chosen)} documents with {chosen.bytes:,} bytes; with fewer than {FEW} "
+                            "documents one of them needs "
                             f"{-(-LEAST_CUT // share)} bytes, of which {float(share):g} are held out",
-                        next="give more text: data.path=<file or folder>, or held-out text: data.held_out=<file or folder>")
+                        next="give more text: data.path=<file or folder>, or held-out text: "
+                             "data.held_out=<file or folder>")
     return parts
 
 
@@ -231,8 +241,10 @@ def _refuse_empty(found: Scan) -> None:
         return
     kept = found.ledger.record()["left_out"]
     own = [row for row in kept if row["reason"] == OWN]
-    why = "no file below it has any content" + (f"; left out: {'; '.join(reasons(kept[:_MOST_NAMED]))}" if kept else "")
-    raise _no_text(found, why, "data=tokens data.path=<a folder that data=text has prepared>" if own and own == kept else "")
+    why = "no file below it has any content" + (f"; left out: {'; '.join(reasons(kept[:_MOST_NAMED]))}"
+                                                if kept else "")
+    raise _no_text(found, why, "data=tokens data.path=<a folder that data=text has prepared>" if own
+                   and own == kept else "")
 
 
 def _no_text(found: Scan, why: str, other: str = "") -> DataError:
@@ -250,10 +262,13 @@ def left_out_error(ledger: FileLedger, allowed: float) -> DataError | None:
     rows = reasons(ledger.mistakes(), examples=True)
     more = [f"and {len(rows) - _MOST_NAMED} more"] * (len(rows) > _MOST_NAMED)
     needed = min(1.0, -(-lost * 1000 // total) / 1000)
-    return DataError(140, f"{lost / total:.0%} of the bytes would be left out", where=f"{ledger.path} ({ledger.key})",
-                    why=CONTINUED.join([f"{lost:,} of {total:,} bytes, more than data.allow_left_out={allowed:g} allows:",
+    return DataError(140, f"{lost / total:.0%} of the bytes would be left out",
+                     where=f"{ledger.path} ({ledger.key})",
+                    why=CONTINUED.join([f"{lost:,} of {total:,} bytes, more than "
+                                        f"data.allow_left_out={allowed:g} allows:",
                                         *rows[:_MOST_NAMED], *more]),
-                    next=f"convert them, move them away, or data.allow_left_out={needed:g} to go on without them")
+                    next=f"convert them, move them away, or data.allow_left_out={needed:g} to go on without "
+                         "them")
 
 
 def _warn_of_domains(chosen: Parts) -> None:
@@ -267,5 +282,6 @@ def _warn_of_domains(chosen: Parts) -> None:
         problem = "nearly every document has one of its own"
     else:
         return
-    log.warning("%d domains for %d documents, and %s: data.domain_key=<key of a few kinds of text>, or data.domain_key=null "
+    log.warning("%d domains for %d documents, and %s: data.domain_key=<key of a few kinds of text>, or "
+                "data.domain_key=null "
                 "for none, says what losses are told by", len(names), len(chosen), problem)

@@ -59,7 +59,8 @@ def documents(files: list[SourceFile], *, spool: Spool, reading: Reading = Readi
     if refused and len(refused) == len(files):
         raise _not_text(*refused[0], key)
     entries = [file.entry for file in files]
-    if key == "data.path" and all(entry.side == TRAINED for entry in entries):     # held-out text may be of another kind
+    # held-out text may be of another kind
+    if key == "data.path" and all(entry.side == TRAINED for entry in entries):
         _refuse_keys_of_nothing(entries, reading)
     _warn_of_undecodable(entries)
 
@@ -75,7 +76,8 @@ def domain_of(name: str) -> str:
     while len(parts) > 1 and _SHARD.fullmatch(parts[-1]):
         parts.pop()
     domain = folder if slash else Path(".".join(parts)).suffix.removeprefix(".") or "text"
-    return os.fsencode(domain).decode("utf-8", "backslashreplace")          # a name that is not UTF-8 has a readable one, too
+    # a name that is not UTF-8 has a readable one, too
+    return os.fsencode(domain).decode("utf-8", "backslashreplace")
 
 
 def _refuse_keys_of_nothing(entries: list[FileEntry], reading: Reading) -> None:
@@ -84,23 +86,26 @@ def _refuse_keys_of_nothing(entries: list[FileEntry], reading: Reading) -> None:
     texts = [entry for entry in read if is_text(entry.format)]
     if reading.text_key not in (None, Reading().text_key) and read and len(texts) == len(read):
         raise DataError(137, "no file holds records", where=f"data.text_key={shown(reading.text_key)}",
-                        why=f"all {len(read)} files, as {shown(read[0].name)}, are text: neither JSON lines, nor JSON with "
+                        why=f"all {len(read)} files, as {shown(read[0].name)}, are text: neither JSON lines, "
+                            "nor JSON with "
                             "objects that have this key, nor a table",
                         next="data.text_key=text to read them as text, or write their texts as JSON lines")
     if reading.separator is not None and texts and all(entry.documents + entry.empty < 2 for entry in texts):
-        log.warning("no text file has a line that is data.separator=%s: each of them is one document", shown(reading.separator))
+        log.warning("no text file has a line that is data.separator=%s: each of them is one document",
+                    shown(reading.separator))
 
 
 def _warn_of_undecodable(entries: list[FileEntry]) -> None:
     marred = [entry for entry in entries if entry.undecodable]
     if marred:
         worst = max(marred, key=lambda entry: entry.undecodable)
-        log.warning("not characters in data.encoding: bytes in %d of %d files, %s in all, most of them in %s%s",
+        log.warning("not characters in data.encoding: bytes in %d of %d files, %s in all, most of them in "
+                    "%s%s",
                     len(marred), len(entries), f"{sum(entry.undecodable for entry in marred):,}", worst.name,
                     f"; {worst.convert} may read it" if worst.convert else "")
 
 
 def _not_text(file: SourceFile, error: NotText, key: str) -> DataError:
     otherwise = error.convert or "convert it to UTF-8 text"
-    return DataError(31, f"not text: {error.format}", where=f"{file.path}, byte {error.offset:,} ({key})", why=error.why,
-                     next=f"{otherwise}; or give a folder of text: {key}=<folder>")
+    return DataError(31, f"not text: {error.format}", where=f"{file.path}, byte {error.offset:,} ({key})",
+                     why=error.why, next=f"{otherwise}; or give a folder of text: {key}=<folder>")

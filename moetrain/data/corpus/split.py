@@ -71,8 +71,10 @@ def split(parts: Parts, *, share: Fraction, heldout_limit: int | None = None) ->
     given[given < LEAST_CUT] = 0
     whole = _held_out(parts, share, starts, starts + sizes - 1) & ~each
     train = Parts(parts.documents, parts.rows, parts.starts, parts.ends - given).at(~whole)
-    ends = parts.ends if heldout_limit is None else np.where(whole, np.minimum(parts.ends, heldout_limit), parts.ends)
-    heldout = Parts(parts.documents, parts.rows, np.where(whole, 0, parts.ends - given), ends).at(whole | (given > 0))
+    ends = parts.ends if heldout_limit is None else np.where(whole, np.minimum(parts.ends, heldout_limit),
+                                                             parts.ends)
+    heldout = Parts(parts.documents, parts.rows, np.where(whole, 0, parts.ends - given),
+                    ends).at(whole | (given > 0))
     return Split(train, heldout)
 
 

@@ -42,7 +42,8 @@ def unfinished(folder: Path) -> Iterator[Path]:
     except KeyboardInterrupt:
         keep = claim is not None and temporary.name == _PREFIX + folder.name and _has_shards(temporary)
         if keep:
-            log.warning("interrupted: the tokens that are written stay in %s for a day, and the same command goes on behind them",
+            log.warning("interrupted: the tokens that are written stay in %s for a day, and the same command "
+                        "goes on behind them",
                         shown(temporary))
         raise
     finally:
@@ -66,7 +67,8 @@ def _claim(folder: Path) -> tuple[Path, int | None]:
             claim = None
         except OSError:
             return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder.parent)), None
-        if claim is not None and is_at(claim, temporary):    # otherwise another process has removed or renamed it since
+        # otherwise another process has removed or renamed it since
+        if claim is not None and is_at(claim, temporary):
             return temporary, claim
         if claim is not None:
             os.close(claim)

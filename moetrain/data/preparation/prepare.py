@@ -53,8 +53,9 @@ _MOST_REMEMBERED = 16 << 20                  # bytes of sources.json: a few thou
 _SHARE = Fraction(1, 20)                     # of the text, held out; fingerprints name another one alone
 
 
-def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None = None, *, tokenizer: Tokenizer | None = None,
-                        expected: str | None = None, remind: bool = True) -> Path:
+def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None = None, *,
+                        tokenizer: Tokenizer | None = None, expected: str | None = None,
+                        remind: bool = True) -> Path:
     """The dataset folder of a run with data=text or data=tokens; prepared now when it is not there yet.
 
     tokenizer: in place of data.tokenizer. expected: the fingerprint that it has to have; nothing is written where it has another.
@@ -65,24 +66,30 @@ def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None
     if data.kind == "tokens":
         return open_prepared(tokens_path(data.path), verify=False).folder
     out = prepared_place(data, run_dir)
-    return prepare(path=data.path, out=out, tokenizer=tokenizer or data.tokenizer, domain_cap=data.domain_cap, held_out=data.held_out,
-                   held_out_share=data.held_out_share, overlap=data.overlap, splits=data.split == "respect",
-                   allow_left_out=data.allow_left_out, reading=reading_of(data), end_token=data.end_token,
-                   parse_special=data.parse_special, run_dir=run_dir, expected=expected, remind=remind, progress=progress)
+    return prepare(path=data.path, out=out, tokenizer=tokenizer or data.tokenizer, domain_cap=data.domain_cap,
+                   held_out=data.held_out, held_out_share=data.held_out_share, overlap=data.overlap,
+                   splits=data.split == "respect", allow_left_out=data.allow_left_out,
+                   reading=reading_of(data), end_token=data.end_token,
+                   parse_special=data.parse_special, run_dir=run_dir, expected=expected, remind=remind,
+                   progress=progress)
 
 
 def tokens_path(path: str | None) -> Path:
     if not path:
         raise DataError(52, "data=tokens needs a folder of prepared tokens", where="data.path=null",
-                        why="there are no built-in tokens", next="data.path=<folder>, or data=text to prepare text")
+                        why="there are no built-in tokens",
+                        next="data.path=<folder>, or data=text to prepare text")
     return Path(path)
 
 
-def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_cap: int | None = None, held_out: str | None = None,
-            held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap, splits: bool = True,
-            allow_left_out: float = DataConfig.allow_left_out, reading: Reading = Reading(), end_token: str | None = None,
-            parse_special: bool = False, run_dir: Path | None = None, expected: str | None = None, remind: bool = True,
-            progress: Progress | None = None) -> Path:
+def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_cap: int | None = None,
+            held_out: str | None = None,
+            held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap,
+            splits: bool = True,
+            allow_left_out: float = DataConfig.allow_left_out, reading: Reading = Reading(),
+            end_token: str | None = None,
+            parse_special: bool = False, run_dir: Path | None = None, expected: str | None = None,
+            remind: bool = True, progress: Progress | None = None) -> Path:
     """The folder of the dataset that a source gives.
 
     Args:
@@ -109,14 +116,16 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
         encoder = load_tokenizer(encoder, end_token=end_token, parse_special=parse_special)
     share = _SHARE if held_out else exact(held_out_share)
     source = find_source(path, held_out, own=(out, run_dir) if run_dir else (out,), splits=splits)
-    key = _hash(chain([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading], source.listing()))
+    key = _hash(chain([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading],
+                      source.listing()))
     known = _remembered(out).get(key)
-    if known and (expected is None or expected.startswith(known["folder"])) and _is_there(out / known["folder"]):
+    if (known and (expected is None or expected.startswith(known["folder"]))
+           and _is_there(out / known["folder"])):
         return _reuse(out / known["folder"], source.refreshed(known["account"]) if remind else None)
     limit = corpus.HELDOUT_LIMIT if source.path is None and source.held_out is None else None
     with Spool(out) as spool:
-        selection = select(source, spool, share=share, reading=reading, domain_cap=domain_cap, allow_left_out=allow_left_out,
-                           progress=progress)
+        selection = select(source, spool, share=share, reading=reading, domain_cap=domain_cap,
+                           allow_left_out=allow_left_out, progress=progress)
         chooses = [selection.heldout] if selection.heldout else _unusual(share)
         fingerprint = _hash([_FORMAT, encoder.identity, limit, selection.chosen, *chooses])
         if expected not in (None, fingerprint):
@@ -127,18 +136,23 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
             _say_account(account)
         else:
             files = source.path.files if source.path else selection.chosen
-            description = {"fingerprint": fingerprint, "tokenizer": encoder.identity, "vocab_size": encoder.vocab_size,
-                           "end_id": encoder.end_id, "parse_special": encoder.parse_special, "source_files": len(files)}
-            _build(folder, selection, encoder, description, overlap, progress and partial(progress, "tokenizing"))
+            description = {"fingerprint": fingerprint, "tokenizer": encoder.identity,
+                           "vocab_size": encoder.vocab_size,
+                           "end_id": encoder.end_id, "parse_special": encoder.parse_special,
+                           "source_files": len(files)}
+            _build(folder, selection, encoder, description, overlap,
+                   progress and partial(progress, "tokenizing"))
             account = _log(open_prepared(folder, verify=False), source, held_out, time.monotonic() - start)
     _remember(out, key, {"folder": folder.name, "account": account})
     return folder
 
 
 def other_data(path: str | None, fingerprint: str, expected: str) -> DataError:
-    return DataError(171, "the data is not what the run was trained on", where=f"{path or 'the built-in corpus'} (data.path)",
+    return DataError(171, "the data is not what the run was trained on",
+                     where=f"{path or 'the built-in corpus'} (data.path)",
                      why=f"its fingerprint is {fingerprint[:12]}, the checkpoint's is {expected[:12]}",
-                     next="restore the data, or data.cache=<the folder in which it was prepared>; moetrain eval measures other data "
+                     next="restore the data, or data.cache=<the folder in which it was prepared>; moetrain "
+                          "eval measures other data "
                           "where data.path= is typed")
 
 
@@ -216,7 +230,8 @@ def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: floa
 
 
 def _say_account(account: dict[str, Any]) -> None:
-    if all(ledger["path"] == BUILTIN for ledger in account["files"].values()):       # nobody asks what became of it
+    # nobody asks what became of it
+    if all(ledger["path"] == BUILTIN for ledger in account["files"].values()):
         return
     for line in account_lines(account):
         log.info("%s", line)
@@ -224,7 +239,8 @@ def _say_account(account: dict[str, Any]) -> None:
 
 def _sizes(prepared: Prepared) -> str:
     train, heldout = (total(prepared.description[split]) for split in ("train", "heldout"))
-    return (f"{len(prepared.domains)} domains, {train['tokens']:,} tokens in {train['documents']:,} documents, "
+    return (f"{len(prepared.domains)} domains, {train['tokens']:,} tokens in {train['documents']:,} "
+            "documents, "
             f"{heldout['tokens']:,} held out")
 
 

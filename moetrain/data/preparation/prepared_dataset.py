@@ -49,14 +49,17 @@ class TokenStream:
     def __init__(self, *, shards: list[TokenShard], num_domains: int, sizes: "TokenStream | None" = None,
                  byte_ids: bool = False) -> None:
         self._shards, self._sizes, self._byte_ids = shards, sizes, byte_ids
-        self._starts = np.concatenate([[0], np.cumsum([len(shard.tokens) for shard in shards], dtype=np.int64)])
+        self._starts = np.concatenate([[0], np.cumsum([len(shard.tokens) for shard in shards],
+                                                      dtype=np.int64)])
         self.size = int(self._starts[-1])
         documents = [shard.offsets[:-1] + start for shard, start in zip(shards, self._starts)]
         self.document_starts = np.concatenate([np.zeros(0, np.int64), *documents]).astype(np.int64)
-        self.document_domains = np.concatenate([np.zeros(0, np.int32), *(shard.document_domains for shard in shards)])
+        self.document_domains = np.concatenate([np.zeros(0, np.int32),
+                                                *(shard.document_domains for shard in shards)])
         if (np.diff(self.document_domains) < 0).any():
             raise DataError(13, "the documents of a prepared dataset are out of order",
-                            where=str(shards[0].path.parent), why="documents must be sorted by domain, over all shards",
+                            where=str(shards[0].path.parent),
+                            why="documents must be sorted by domain, over all shards",
                             next="prepare the text again with data=text")
         first = np.searchsorted(self.document_domains, np.arange(num_domains + 1))
         self.domain_bounds = np.append(self.document_starts, self.size)[first]
@@ -120,7 +123,8 @@ class Prepared:
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """Seal a folder: its shards are listed with the checksum of their header, which holds all others."""
-    shards, sizes = ({path.name: open_shard(path, verify=False).header_crc for path in sorted(folder.glob(f"*{suffix}"))}
+    shards, sizes = ({path.name: open_shard(path, verify=False).header_crc
+                      for path in sorted(folder.glob(f"*{suffix}"))}
                      for suffix in (TOKENS, SIZES))
     content = {"format": _FORMAT, **description, "shards": shards, "sizes": sizes}
     content["checksum"] = _checksum(content)
@@ -135,7 +139,8 @@ def open_prepared(path: Path, *, verify: bool) -> Prepared:
         path = path.parent
     description = _read_description(path)
     vocab_size = description["vocab_size"]
-    shards = {name: _open_member(path, name, crc, description, vocab_size, verify) for name, crc in description["shards"].items()}
+    shards = {name: _open_member(path, name, crc, description, vocab_size, verify)
+              for name, crc in description["shards"].items()}
     sizes = {name: _open_member(path, name, crc, description, LARGEST_SIZE, verify)
              for name, crc in description.get("sizes", {}).items()}
     for name, found in sizes.items():
@@ -144,17 +149,21 @@ def open_prepared(path: Path, *, verify: bool) -> Prepared:
     return Prepared(path, description, **streams)
 
 
-def _stream(shards: dict[str, TokenShard], sizes: dict[str, TokenShard], split: str, description: dict[str, Any]) -> TokenStream:
-    members, beside = ([files[name] for name in sorted(files) if name.startswith(f"{split}-")] for files in (shards, sizes))
+def _stream(shards: dict[str, TokenShard], sizes: dict[str, TokenShard], split: str,
+            description: dict[str, Any]) -> TokenStream:
+    members, beside = ([files[name] for name in sorted(files) if name.startswith(f"{split}-")]
+                       for files in (shards, sizes))
     domains = len(description["domains"])
     return TokenStream(shards=members, num_domains=domains, byte_ids=description["tokenizer"] == "bytes",
                        sizes=TokenStream(shards=beside, num_domains=domains) if beside else None)
 
 
-def _open_member(folder: Path, name: str, crc: int, description: dict[str, Any], vocab_size: int, verify: bool) -> TokenShard:
+def _open_member(folder: Path, name: str, crc: int, description: dict[str, Any], vocab_size: int,
+                 verify: bool) -> TokenShard:
     path = folder / name
     shard = open_shard(path, verify=verify)
-    for what, has, expected in (("checksum", shard.header_crc, crc), ("vocab_size", shard.vocab_size, vocab_size),
+    for what, has, expected in (("checksum", shard.header_crc, crc),
+                                ("vocab_size", shard.vocab_size, vocab_size),
                                 ("domains", list(shard.domains), description["domains"])):
         if has != expected:
             raise damaged(12, path, "a token shard belongs to another dataset", 0,
@@ -178,7 +187,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         content = parse_json(raw)
     except ValueError as error:
-        raise damaged(11, path, "the description of a dataset is damaged", getattr(error, "pos", 0), reason(error)) from error
+        raise damaged(11, path, "the description of a dataset is damaged", getattr(error, "pos", 0),
+                      reason(error)) from error
     problem = _description_problem(content)
     if problem:
         raise damaged(11, path, "the description of a dataset is damaged", 0, problem)
@@ -190,12 +200,14 @@ def _no_description(path: Path, error: OSError) -> DataError:
     if isinstance(error, FileNotFoundError) and next(path.parent.glob(f"*{TOKENS}"), None) is not None:
         return lost_description(path.parent)
     return DataError(10, "not a folder of prepared tokens", where=str(path), why=reason(error),
-                     next=how_to_read(path.parent) or "give the folder that data=text prepared (it holds dataset.json)")
+                     next=how_to_read(path.parent)
+                     or "give the folder that data=text prepared (it holds dataset.json)")
 
 
 def lost_description(folder: Path) -> DataError:
     return DataError(121, f"a prepared dataset has lost its {DESCRIPTION}", where=str(folder),
-                     why="the other files of the dataset are there; without it nobody can tell whether they are whole",
+                     why="the other files of the dataset are there; without it nobody can tell whether they "
+                         "are whole",
                      next=f"restore {DESCRIPTION}, or move the folder away: data=text prepares it again")
 
 
@@ -247,6 +259,7 @@ def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def total(counts: dict[str, dict[str, int]], what: Iterable[str] = ("documents", "tokens", "bytes")) -> dict[str, int]:
+def total(counts: dict[str, dict[str, int]], what: Iterable[str] = ("documents", "tokens",
+                                                                    "bytes")) -> dict[str, int]:
     """Sums over domains."""
     return {name: sum(domain[name] for domain in counts.values()) for name in what}

@@ -39,8 +39,9 @@ class SplitWriter:
         suffix: of the shards.
     """
 
-    def __init__(self, *, folder: Path, split: str, vocab_size: int, domains: tuple[str, ...], shard_tokens: int | None = None,
-                 sizes: bool = False, resumable: bool = False, suffix: str = TOKENS) -> None:
+    def __init__(self, *, folder: Path, split: str, vocab_size: int, domains: tuple[str, ...],
+                 shard_tokens: int | None = None, sizes: bool = False, resumable: bool = False,
+                 suffix: str = TOKENS) -> None:
         assert not (sizes and resumable), split
         self._folder, self._split, self._vocab_size, self._domains, self._suffix = folder, split, vocab_size, domains, suffix
         self._sizes = SplitWriter(folder=folder, split=split, vocab_size=LARGEST_SIZE, domains=domains,
@@ -48,7 +49,7 @@ class SplitWriter:
         self._resume = folder / f"{split}.resume" if resumable else None
         self._tokens = np.empty(shard_tokens or SHARD_TOKENS, token_dtype(vocab_size))
         self._filled = 0                             # how many of them there are
-        self._offsets = array("q", [0])              # of the documents that are whole, and where the one under way begins
+        self._offsets = array("q", [0])  # of the documents that are whole, and where the one under way begins
         self._document_domains = array("i")
         self._text_bytes = 0                         # of the documents that are whole
         self._under_way = 0                          # tokens of the document under way
@@ -111,15 +112,17 @@ class SplitWriter:
         if self._document_domains:                   # the document under way begins in the next shard
             self._write()
             if self._resume is not None:
-                write_file(self._resume, json.dumps({"shards": self._finished, "counts": self.counts}).encode())
+                write_file(self._resume,
+                           json.dumps({"shards": self._finished, "counts": self.counts}).encode())
         else:                                        # it alone fills this one
             self._close(domain)
             self._write()
 
     def _write(self) -> None:
         path, end = self._folder / f"{self._split}-{len(self._finished):05d}{self._suffix}", self._offsets[-1]
-        write_shard(path, tokens=self._tokens[:end], offsets=self._offsets, document_domains=self._document_domains,
-                    vocab_size=self._vocab_size, domains=self._domains, text_bytes=self._text_bytes)
+        write_shard(path, tokens=self._tokens[:end], offsets=self._offsets,
+                    document_domains=self._document_domains, vocab_size=self._vocab_size,
+                    domains=self._domains, text_bytes=self._text_bytes)
         self._finished[path.name] = open_shard(path, verify=False).header_crc
         self._filled -= end
         self._tokens[:self._filled] = self._tokens[end:end + self._filled]
@@ -132,15 +135,19 @@ class SplitWriter:
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            log.warning("a preparation begins anew: what an earlier one has left cannot be read (%s)", reason(error))
+            log.warning("a preparation begins anew: what an earlier one has left cannot be read (%s)",
+                        reason(error))
             return
-        if not isinstance(found, dict) or not are_counts(found.get("counts"), list(self._domains)) or not self._whole(found.get("shards")):
+        if (not isinstance(found, dict) or not are_counts(found.get("counts"), list(self._domains))
+               or not self._whole(found.get("shards"))):
             log.warning("a preparation begins anew: the shards that an earlier one has left are damaged")
             return
         self._finished, self.counts = found["shards"], found["counts"]
 
     def _whole(self, shards: Any) -> bool:
-        if not isinstance(shards, dict) or list(shards) != [f"{self._split}-{number:05d}{self._suffix}" for number in range(len(shards))]:
+        if (not isinstance(shards, dict)
+               or list(shards) != [f"{self._split}-{number:05d}{self._suffix}"
+                                   for number in range(len(shards))]):
             return False
         try:
             found = {name: open_shard(self._folder / name, verify=True) for name in shards}

@@ -34,17 +34,18 @@ def write_tokens(folder: Path, parts: Split, encoder: Tokenizer, overlap: int,
     domains = tuple(sorted({*parts.train.by_domain(), *parts.heldout.by_domain()}))
     sizes = [members.bytes for members in (parts.heldout, parts.train)]
     measure = Overlap(heldout_bytes=sizes[0], limit=overlap) if overlap else None
-    for path in folder.glob("heldout-*"):                # of a preparation that was killed: soon written again
+    for path in folder.glob("heldout-*"):  # of a preparation that was killed: soon written again
         path.unlink()
     advance = _advance(progress, sum(sizes))
     counts, special = {}, 0
     for name, members, note in (("heldout", parts.heldout, measure and measure.heldout),
                                 ("train", parts.train, measure and measure.train)):
         with_sizes = name == "heldout" and encoder.content is not None
-        writer = SplitWriter(folder=folder, split=name, vocab_size=encoder.vocab_size, domains=domains, sizes=with_sizes,
-                             resumable=name == "train")
+        writer = SplitWriter(folder=folder, split=name, vocab_size=encoder.vocab_size, domains=domains,
+                             sizes=with_sizes, resumable=name == "train")
         if writer.written:
-            log.info("an interrupted preparation has written %d of %d documents: they stay", writer.written, len(members))
+            log.info("an interrupted preparation has written %d of %d documents: they stay", writer.written,
+                     len(members))
             special += sum(map(encoder.count_special, writer.finished())) if encoder.parse_special else 0
         _pass_over(members, writer.written, note, advance)
         special += _write(writer, members, note, encoder, with_sizes, advance)

@@ -46,7 +46,8 @@ class TokenAccount:
         self.ledgers: list[FileLedger] = []
         self._entries: dict[Path, TokenEntry] = {}
 
-    def add(self, key: str, path: str, *, read: Iterable[tuple[Path, str]], alone: Iterable[tuple[Path, str]] = ()) -> None:
+    def add(self, key: str, path: str, *, read: Iterable[tuple[Path, str]],
+            alone: Iterable[tuple[Path, str]] = ()) -> None:
         """The files at the path of a key.
 
         Args:
@@ -56,7 +57,8 @@ class TokenAccount:
             alone: files that are left alone, and why.
         """
         ledger, folder, known = FileLedger(key, path), Path(path), set()
-        for file, side, reason in [*((file, side, "") for file, side in read), *((file, TRAINED, why) for file, why in alone)]:
+        for file, side, reason in [*((file, side, "") for file, side in read),
+                                   *((file, TRAINED, why) for file, why in alone)]:
             name = str(file.relative_to(folder)) if file.is_relative_to(folder) and file != folder else file.name
             entry = self._entries[file] = TokenEntry(name, file.stat().st_size, side, reason)
             ledger.entries.append(entry)

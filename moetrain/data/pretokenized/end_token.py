@@ -73,7 +73,8 @@ def closing_id(found: Sequence[Endings], *, typed: int | None, encoder: Tokenize
     end = wanted if wanted is not None else known[0][1] if known else None
     if unknown := [endings for endings in found if endings.closing is None and endings.documents >= FEW]:
         most = unknown[0]
-        log.warning("%s: nothing marks where a document ends (the most frequent last id, %d, ends %.0f %% of %s documents): "
+        log.warning("%s: nothing marks where a document ends (the most frequent last id, %d, ends %.0f %% of "
+                    "%s documents): "
                     "preprocess with --append-eod",
                     most.where, most.id, 100 * most.share, f"{most.documents:,}")
     if encoder is not None and end is not None:

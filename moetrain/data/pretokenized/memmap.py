@@ -42,7 +42,7 @@ from moetrain.errors import DataError
 from moetrain.files import open_regular, reason, shown
 
 _FORMAT = "moetrain-memmap-1"
-_WIDTH_HEAD = 4 << 20                # bytes of raw ids that are compared with the vocabulary to tell their width
+_WIDTH_HEAD = 4 << 20  # bytes of raw ids that are compared with the vocabulary to tell their width
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,9 @@ class _Reading(NamedTuple):
     end_id: int | None
 
 
-def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "auto", end_token: str | None = None,
-                held_out: str | None = None, held_out_share: float = float(SHARE), split: str = "respect",
+def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "auto",
+                end_token: str | None = None, held_out: str | None = None,
+                held_out_share: float = float(SHARE), split: str = "respect",
                 indexes: TokenIndexes = TokenIndexes(), account: TokenAccount | None = None) -> TokenFiles:
     """Open token files.
 
@@ -78,15 +79,16 @@ def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "aut
     files, heldout = find_files(path, held_out, merge=split == "merge")
     if account is not None:
         tell_account(account, path, held_out, files, heldout)
-    trained, evaluated = _open([(files.folder, files.train), (heldout.folder, heldout.heldout)], reading, indexes)
+    trained, evaluated = _open([(files.folder, files.train), (heldout.folder, heldout.heldout)], reading,
+                               indexes)
     say_twice(file for _, file in trained)
     refuse_leak((file for _, file in trained), (file for _, file in evaluated))
     _check_end([file for _, file in trained + evaluated], reading, typed is not None)
     domains = sorted({domain for domain, _ in trained + evaluated})
     share = exact(held_out_share) if held_out is None else Fraction(0)
     members = list(_members(domains, trained, evaluated, share))
-    opened = open_files(Path(path), _FORMAT, members, domains, vocab_size=reading.vocab_size, tokenizer=encoder,
-                        end_id=end_id, settings=[end_id])
+    opened = open_files(Path(path), _FORMAT, members, domains, vocab_size=reading.vocab_size,
+                        tokenizer=encoder, end_id=end_id, settings=[end_id])
     _say_what(files, heldout, trained + evaluated, opened)
     return opened
 
@@ -118,7 +120,8 @@ def _last_share(files: list[TokenFile], share: Fraction) -> list[np.ndarray]:
 # --- reading one
 
 
-def _open(sides: list[tuple[Path, list[Named]]], reading: _Reading, indexes: TokenIndexes) -> list[list[tuple[str, TokenFile]]]:
+def _open(sides: list[tuple[Path, list[Named]]], reading: _Reading,
+          indexes: TokenIndexes) -> list[list[tuple[str, TokenFile]]]:
     """(domain, file) of the files of each side."""
     files = indexes.open([Wanted(folder / one.path) for folder, named in sides for one in named],
                          settings=["memmap", reading.dtype, reading.end_id], vocab_size=reading.vocab_size,
@@ -134,19 +137,22 @@ def _read(path: Path, reading: _Reading, report: Report) -> TokenIndex:
             status = os.fstat(file.fileno())
             dtype = found.dtype or _width(file, status.st_size, reading)
             tokens = (status.st_size - found.start) // dtype.itemsize if found.tokens is None else found.tokens
-            _check_size(path, status.st_size, found.start + tokens * dtype.itemsize, tokens, dtype, found.name)
+            _check_size(path, status.st_size, found.start + tokens * dtype.itemsize, tokens, dtype,
+                        found.name)
             starts = _Starts(reading.end_id)
             other = "uint16" if dtype.itemsize == 4 else "uint32"
             advice = f"; data.dtype={other} where they are not {dtype.name}" if found.dtype is None else ""
-            checksums = read_once(file, path, start=found.start, tokens=tokens, dtype=dtype, vocab_size=reading.vocab_size,
-                                  visit=starts.look, report=report, advice=advice)
+            checksums = read_once(file, path, start=found.start, tokens=tokens, dtype=dtype,
+                                  vocab_size=reading.vocab_size, visit=starts.look, report=report,
+                                  advice=advice)
     except NotTokensError as error:
         raise DataError(161, "a file holds no token ids", where=str(path), why=shown(error.what, 200),
                         next=error.next) from error
     except OSError as error:
         raise DataError(162, "a token file cannot be read", where=str(path), why=reason(error),
                         next="data.path=<a .bin or .npy of token ids, or a folder of them>") from error
-    return TokenIndex(found.shown(path), found.start, dtype, checksums, starts.of(tokens), starts.ending(tokens))
+    return TokenIndex(found.shown(path), found.start, dtype, checksums, starts.of(tokens),
+                      starts.ending(tokens))
 
 
 class _Starts:
@@ -185,7 +191,8 @@ def _check_size(path: Path, size: int, expected: int, tokens: int, dtype: np.dty
     if tokens and size == expected:
         return
     why = f"{size:,} bytes instead of {expected:,} for {tokens:,} ids ({dtype.name}, {name})"
-    raise DataError(162, "a token file cannot be read", where=str(path), why=why if tokens else "it holds no id",
+    raise DataError(162, "a token file cannot be read", where=str(path),
+                    why=why if tokens else "it holds no id",
                     next="copy it again, or leave it out of data.path")
 
 
@@ -195,17 +202,21 @@ def _check_end(files: list[TokenFile], reading: _Reading, typed: bool) -> None:
         return
     why = f"id {reading.end_id} does not occur in {sum(int(file.starts[-1]) for file in files):,} tokens"
     if typed:
-        raise DataError(163, "the end token does not fit the data", where=f"data.end_token={reading.end_id}", why=why,
-                        next="data.end_token=<the id that closes a document>; without one a file is a document")
+        raise DataError(163, "the end token does not fit the data", where=f"data.end_token={reading.end_id}",
+                        why=why,
+                        next="data.end_token=<the id that closes a document>; without one a file is a "
+                             "document")
     log.warning("the end token of data.tokenizer is not in the data: %s; every file is one document", why)
 
 
 # --- what is said
 
 
-def _say_what(files: MemmapFiles, heldout: MemmapFiles, read: list[tuple[str, TokenFile]], opened: TokenFiles) -> None:
+def _say_what(files: MemmapFiles, heldout: MemmapFiles, read: list[tuple[str, TokenFile]],
+              opened: TokenFiles) -> None:
     documents = sum(len(file.starts) - 1 for _, file in read)
     held = names_text([one.path for one in heldout.heldout]) or "the end of each domain"
     log.info("%d token files of %s: %s tokens in %s documents; %s held out: %s", len(read),
-             f"{len(opened.domains)} domain{'s' * (len(opened.domains) > 1)}", f"{opened.train.size + opened.heldout.size:,}",
-             f"{documents:,}", f"{opened.heldout.size:,}", held)
+             f"{len(opened.domains)} domain{'s' * (len(opened.domains) > 1)}",
+             f"{opened.train.size + opened.heldout.size:,}", f"{documents:,}", f"{opened.heldout.size:,}",
+             held)

@@ -63,20 +63,25 @@ def _find(path: str, key: str, *, merge: bool, apart: str | None) -> MemmapFiles
     given, left = Path(path), []
     if given.is_dir():
         folder = given
-        every = [PurePosixPath(file.relative_to(given)) for file in sorted(given.rglob("*")) if file.is_file()]
+        every = [PurePosixPath(file.relative_to(given))
+                 for file in sorted(given.rglob("*")) if file.is_file()]
         visible = [file for file in every if not any(part.startswith(".") for part in file.parts)]
         chosen = by_name((file for file in visible if file.suffix in SUFFIXES), merge=merge, apart=apart)
         left = [file for file in visible if file.suffix not in SUFFIXES]
     else:
-        named = [given] if given.exists() else [Path(name) for name in sorted(glob.glob(path)) if os.path.isfile(name)]
+        named = [given] if given.exists() else [Path(name)
+                                                for name in sorted(glob.glob(path)) if os.path.isfile(name)]
         folder = named[0].parent if named else given.parent
         if any(file.parent != folder for file in named):
-            raise _missing(path, key, "the pattern names files of several folders; give the folder above them")
-        chosen = _with_siblings(folder, {PurePosixPath(file.name) for file in named}, merge=merge, apart=apart)
+            raise _missing(path, key,
+                           "the pattern names files of several folders; give the folder above them")
+        chosen = _with_siblings(folder, {PurePosixPath(file.name) for file in named}, merge=merge,
+                                apart=apart)
     by_split = {split: [one for one in chosen if one.split == split] for split in (TRAIN, VALID, TEST)}
     if not by_split[VALID if apart == VALID else TRAIN]:
         named = " or ".join(f"*{suffix}" for suffix in SUFFIXES)
-        raise _missing(path, key, f"it holds no file named {named}" if os.path.exists(path) else "it is not there")
+        raise _missing(path, key, f"it holds no file named {named}" if os.path.exists(path)
+                       else "it is not there")
     return MemmapFiles(folder, by_split[TRAIN], by_split[VALID], by_split[TEST], left)
 
 
@@ -85,10 +90,11 @@ def _with_siblings(folder: Path, names: set[PurePosixPath], *, merge: bool, apar
     if apart or merge or not names:
         return [one._replace(split=apart or TRAIN) for one in by_name(names, merge=True, apart=apart)]
     suffixes = {name.suffix for name in names}
-    beside = {PurePosixPath(file.name) for file in folder.iterdir() if file.suffix in suffixes and file.is_file()}
+    beside = {PurePosixPath(file.name) for file in folder.iterdir() if file.suffix in suffixes
+              and file.is_file()}
     every = by_name(names | beside)
     trained = [one for one in every if one.path in names and one.split == TRAIN]
-    if len(trained) < len(names):                            # val.bin itself was named: it is what is trained on
+    if len(trained) < len(names):  # val.bin itself was named: it is what is trained on
         return [one._replace(split=TRAIN) for one in every if one.path in names]
     domains = {one.domain for one in trained}
     return trained + [one for one in every if one.split == VALID and one.domain in domains]
@@ -99,20 +105,24 @@ def _missing(path: str, key: str, why: str) -> DataError:
                      next=f"{key}=<a .bin or .npy of token ids, or a folder of them>")
 
 
-def tell_account(account: TokenAccount, path: str, held_out: str | None, files: MemmapFiles, heldout: MemmapFiles) -> None:
+def tell_account(account: TokenAccount, path: str, held_out: str | None, files: MemmapFiles,
+                 heldout: MemmapFiles) -> None:
     """Every file, by what becomes of it."""
     sides = [(files.train, TRAINED), *([(files.heldout, HELD)] if held_out is None else [])]
-    account.add("data.path", path, read=[(files.folder / one.path, side) for named, side in sides for one in named],
+    account.add("data.path", path, read=[(files.folder / one.path, side) for named, side in sides
+                                         for one in named],
                 alone=[*((files.folder / one.path, split_reason(one.split)) for one in files.test),
                        *((files.folder / one.path, HELD_OUT) for one in files.taken)])
     if held_out is not None:
-        account.add("data.held_out", held_out, read=[(heldout.folder / one.path, HELD) for one in heldout.heldout])
+        account.add("data.held_out", held_out,
+                    read=[(heldout.folder / one.path, HELD) for one in heldout.heldout])
 
 
 def _say_left(files: MemmapFiles) -> None:
     if files.left:
         size = sum((files.folder / path).stat().st_size for path in files.left)
-        log.info("left out %d files that are no token files (%s bytes): %s", len(files.left), f"{size:,}", names_text(files.left))
+        log.info("left out %d files that are no token files (%s bytes): %s", len(files.left), f"{size:,}",
+                 names_text(files.left))
     if files.test:
         log.info("left alone, as a test set is: %s", names_text([one.path for one in files.test]))
 

@@ -92,13 +92,15 @@ class FileStream:
         tokenizer: what the ids stand for.
     """
 
-    def __init__(self, files: Sequence[TokenBlocks], spans: Spans, *, num_domains: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, files: Sequence[TokenBlocks], spans: Spans, *, num_domains: int,
+                 tokenizer: Tokenizer | None) -> None:
         self._files, self._tokenizer = files, tokenizer
         starts = np.concatenate([[0], np.cumsum(spans.length, dtype=np.int64)])
         self.size, self.document_starts = int(starts[-1]), starts[:-1]
         self.domain_bounds = starts[np.searchsorted(spans.domain, np.arange(num_domains + 1))]
         joined = (np.diff(spans.file) == 0) & (spans.first[1:] == (spans.first + spans.length)[:-1])
-        begins = np.flatnonzero(np.concatenate([[True], ~joined])) if len(spans.file) else np.zeros(0, np.int64)
+        begins = np.flatnonzero(np.concatenate([[True], ~joined])) if len(spans.file) else np.zeros(0,
+                                                                                                    np.int64)
         self._run_file, self._run_first, self._run_start = spans.file[begins], spans.first[begins], starts[:-1][begins]
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -148,9 +150,11 @@ def open_files(path: Path, kind: str, members: Sequence[Member], domains: Sequen
                         why=f"{train.size:,} tokens in all",
                         next="data.path=<more data>, or data.held_out=<files to evaluate on>")
     described = [kind, tokenizer.identity if tokenizer else "none",
-                 [(domains[member.domain], member.file.content, zlib.crc32(member.trained)) for member in members], *settings]
+                 [(domains[member.domain], member.file.content, zlib.crc32(member.trained))
+                  for member in members], *settings]
     fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    return TokenFiles(path, fingerprint, vocab_size, tuple(domains), tokenizer, end_id, train, heldout, shares, tuple(members))
+    return TokenFiles(path, fingerprint, vocab_size, tuple(domains), tokenizer, end_id, train, heldout,
+                      shares, tuple(members))
 
 
 def _sides(members: Sequence[Member]) -> Iterator[Spans]:
@@ -159,7 +163,8 @@ def _sides(members: Sequence[Member]) -> Iterator[Spans]:
         columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in Spans._fields]
         for number, (domain, file, trained) in enumerate(members):
             sizes = np.diff(file.starts)
-            assert len(trained) == len(sizes) and ((trained >= 0) & (trained <= sizes)).all(), (number, len(sizes))
+            assert (len(trained) == len(sizes)
+                    and ((trained >= 0) & (trained <= sizes)).all()), (number, len(sizes))
             length = sizes - trained if held else trained
             kept = length > 0
             first = file.starts[:-1] + (trained if held else 0)
@@ -181,7 +186,8 @@ def last_share(file: TokenFile, share: Fraction) -> np.ndarray:
     return np.clip(size - held - file.starts[:-1], 0, np.diff(file.starts))
 
 
-def token_file(path: Path, found: os.stat_result, index: TokenIndex, *, vocab_size: int, checked: bool) -> TokenFile:
+def token_file(path: Path, found: os.stat_result, index: TokenIndex, *, vocab_size: int,
+               checked: bool) -> TokenFile:
     """A file by its index.
 
     Args:
@@ -203,7 +209,8 @@ def say_twice(files: Iterable[TokenFile]) -> None:
     for file in files:
         first = known.setdefault(file.content, file)
         if first is not file:
-            log.warning("%s holds the same tokens as %s: they are trained on twice", file.tokens.path, first.tokens.path)
+            log.warning("%s holds the same tokens as %s: they are trained on twice", file.tokens.path,
+                        first.tokens.path)
 
 
 def refuse_leak(trained: Iterable[TokenFile], heldout: Iterable[TokenFile]) -> None:

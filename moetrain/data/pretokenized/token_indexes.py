@@ -49,7 +49,8 @@ class TokenIndexes:
         progress: called as bytes are read.
     """
 
-    def __init__(self, folder: Path | None = None, *, use: Use = "look", progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, use: Use = "look",
+                 progress: Progress | None = None) -> None:
         assert folder is not None or use == "look", use
         self._folder, self._use, self._progress = folder, use, progress
 
@@ -73,7 +74,8 @@ class TokenIndexes:
                 index = read(one.path, partial(self._report, done, total))
                 done += one.size
                 self._keep(one, index)
-            opened.append(token_file(one.path, one.status or os.stat(one.path), index, vocab_size=vocab_size, checked=fresh))
+            opened.append(token_file(one.path, one.status or os.stat(one.path), index, vocab_size=vocab_size,
+                                     checked=fresh))
         return opened
 
     def _report(self, before: int, total: int, done: int) -> None:
@@ -89,8 +91,8 @@ class TokenIndexes:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            log.warning("%s is of no use (%s): %s is read again", shown(self._folder / found.name), reason(error),
-                        shown(found.path))
+            log.warning("%s is of no use (%s): %s is read again", shown(self._folder / found.name),
+                        reason(error), shown(found.path))
             return None
         return kept.index if (kept.key, kept.stamps) == (found.key, found.stamps) else None
 
@@ -108,8 +110,10 @@ class TokenIndexes:
                 why = f"{path} is of {sizes} bytes, and here there are {here}"
         except (OSError, ValueError) as error:
             why = f"{path}: {reason(error)}"
-        raise DataError(167, "this rank does not see what rank 0 has found in a token file", where=str(found.path), why=why,
-                        next="data.cache=<a folder that all nodes see>, and the same token files on each of them")
+        raise DataError(167, "this rank does not see what rank 0 has found in a token file",
+                        where=str(found.path), why=why,
+                        next="data.cache=<a folder that all nodes see>, and the same token files on each of "
+                             "them")
 
     def _keep(self, found: "_Found", index: TokenIndex) -> None:
         if self._folder is None or self._use == "look" or found.status is None:
@@ -123,8 +127,8 @@ class TokenIndexes:
         except DiskError as error:
             if self._use == "share":
                 raise
-            log.warning("what was found in %s cannot be kept in %s (%s): the next start reads it again", shown(found.path),
-                        shown(self._folder), error.why)
+            log.warning("what was found in %s cannot be kept in %s (%s): the next start reads it again",
+                        shown(found.path), shown(self._folder), error.why)
 
 
 class _Found(NamedTuple):
@@ -142,7 +146,8 @@ class _Found(NamedTuple):
             every = [os.stat(path) for path in (file.path, *file.beside)]
         except OSError:
             return cls(file.path, None, key, [])
-        return cls(file.path, every[0], key, [[one.st_size, one.st_mtime_ns, one.st_ctime_ns] for one in every])
+        return cls(file.path, every[0], key, [[one.st_size, one.st_mtime_ns, one.st_ctime_ns]
+                                              for one in every])
 
     @property
     def size(self) -> int:

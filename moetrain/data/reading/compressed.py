@@ -86,11 +86,13 @@ def _open_zstd(file: Any) -> Any:
 
 COMPRESSIONS = (
     Compression("gzip", b"\x1f\x8b", ".gz", "gzip -d", lambda file: gzip.GzipFile(fileobj=file)),
-    Compression("Zstandard", b"\x28\xb5\x2f\xfd", ".zst", "zstd -d --long=31", _open_zstd),    # a window of 2 GiB
+    # a window of 2 GiB
+    Compression("Zstandard", b"\x28\xb5\x2f\xfd", ".zst", "zstd -d --long=31", _open_zstd),
     Compression("xz", b"\xfd7zXZ\0", ".xz", "xz -d",
                 partial(_buffered, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, _XZ_MEMORY), True)),
     # The digit is the size of its blocks; then a block begins, or an empty stream ends.
-    *(Compression("bzip2", b"BZh%d" % digit + begin, ".bz2", "bzip2 -d", partial(_buffered, bz2.BZ2Decompressor, False))
+    *(Compression("bzip2", b"BZh%d" % digit + begin, ".bz2", "bzip2 -d",
+                  partial(_buffered, bz2.BZ2Decompressor, False))
       for digit in range(1, 10) for begin in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")),
 )
 _LONGEST_MAGIC = max(len(form.magic) for form in COMPRESSIONS)
@@ -136,7 +138,8 @@ class ByteStream:
     def _next(self, size: int) -> bytes:
         try:
             content = self._content.read(size)
-        except Exception as error:       # EOFError, BadGzipFile, zlib.error, LZMAError, ZstdError; an OSError of the system has an errno
+        # EOFError, BadGzipFile, zlib.error, LZMAError, ZstdError; an OSError of the system has an errno
+        except Exception as error:
             if self.compression is None or getattr(error, "errno", None) is not None:
                 raise
             raise self._damaged(self.compression, error) from error
@@ -145,9 +148,11 @@ class ByteStream:
 
     def _damaged(self, compression: Compression, error: Exception) -> DataError:
         return DataError(102, "a compressed file cannot be read to its end",
-                         where=f"{self.path}, byte {self.position:,} or before, after {self._read:,} bytes of text",
+                         where=f"{self.path}, byte {self.position:,} or before, after {self._read:,} bytes "
+                               "of text",
                          why=f"{compression.name}: {reason(error)}",
-                         next=f"copy the file again, or unpack it by {compression.unpack} {quote(str(self.path))}")
+                         next=f"copy the file again, or unpack it by {compression.unpack} "
+                              f"{quote(str(self.path))}")
 
     def __enter__(self) -> "ByteStream":
         return self

@@ -31,7 +31,8 @@ class Document(NamedTuple):
 
     def blocks(self, spool: Spool) -> Iterator[bytes]:
         """The text again, as `data.text.blocks_of` gives it; DataError if it changed."""
-        return spool.blocks(self.start, self.size) if self.file is None else _file_again(self.file, self.digest)
+        return (spool.blocks(self.start, self.size) if self.file is None
+                else _file_again(self.file, self.digest))
 
 
 def spooled_document(domain: str, text: bytes, spool: Spool) -> Document:
@@ -70,8 +71,8 @@ class Documents:
 
     def __getitem__(self, row: int) -> Document:
         place = self._places[row]
-        return Document(self.names[self._domains[row]], bytes(self._digests[32 * row:32 * row + 32]), self._sizes[row],
-                        Path(self._files[-1 - place]) if place < 0 else None, max(place, 0))
+        return Document(self.names[self._domains[row]], bytes(self._digests[32 * row:32 * row + 32]),
+                        self._sizes[row], Path(self._files[-1 - place]) if place < 0 else None, max(place, 0))
 
     @cached_property
     def domains(self) -> np.ndarray:
@@ -104,7 +105,8 @@ class Part(NamedTuple):
     def blocks(self) -> Iterator[bytes]:
         place = 0
         for block in self.document.blocks(self.spool):
-            first, last = (character_start(block, min(max(cut - place, 0), len(block))) for cut in (self.start, self.end))
+            first, last = (character_start(block, min(max(cut - place, 0), len(block)))
+                           for cut in (self.start, self.end))
             if first < last:
                 yield block[first:last]
             place += len(block)
@@ -128,7 +130,8 @@ class Parts:
     def starting_at(self, first: int) -> Iterator[Part]:
         """Those from number `first` on."""
         for row in range(first, len(self)):
-            yield Part(self.documents[self.rows[row]], int(self.starts[row]), int(self.ends[row]), self.documents.spool)
+            yield Part(self.documents[self.rows[row]], int(self.starts[row]), int(self.ends[row]),
+                       self.documents.spool)
 
     def at(self, which: np.ndarray) -> "Parts":
         """Those at some places, or where a mask is set."""
@@ -157,7 +160,8 @@ class Parts:
         names, domains = self.documents.names, self.domains
         counts, sizes = np.bincount(domains, minlength=len(names)), np.zeros(len(names), np.int64)
         np.add.at(sizes, domains, self.sizes)
-        return dict(sorted((names[number], (int(counts[number]), int(sizes[number]))) for number in np.flatnonzero(counts)))
+        return dict(sorted((names[number], (int(counts[number]), int(sizes[number])))
+                           for number in np.flatnonzero(counts)))
 
 
 def _file_again(path: Path, digest: bytes) -> Iterator[bytes]:
@@ -176,5 +180,6 @@ def _file_again(path: Path, digest: bytes) -> Iterator[bytes]:
 
 
 def _changed(path: Path) -> DataError:
-    return DataError(34, "a text changed while it was read", where=str(path), why="its content is not what the first pass saw",
+    return DataError(34, "a text changed while it was read", where=str(path),
+                     why="its content is not what the first pass saw",
                      next="run again when nothing writes to the file")

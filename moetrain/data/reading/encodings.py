@@ -92,7 +92,8 @@ class TextCheck:
             why = f"{self._marred:,} of its {self._lines:,} lines have bytes that are no characters"
         else:
             return
-        raise NotText("text in another encoding than data.encoding", offset=self._first or 0, why=why, convert=self.hint())
+        raise NotText("text in another encoding than data.encoding", offset=self._first or 0, why=why,
+                      convert=self.hint())
 
     def hint(self) -> str:
         """The key that may read what is undecodable."""
@@ -107,9 +108,12 @@ class TextCheck:
     def _binary(self, block: bytes) -> NotText:
         why = f"{self._nuls:,} of its first {self._size:,} bytes are NUL"
         even, odd = block[::2].count(0), block[1::2].count(0)
-        if max(even, odd) > 8 * max(min(even, odd), 1) and 4 * (even + odd) > len(block):    # as ASCII in UTF-16
-            return NotText("text in UTF-16 without its mark, or 16-bit numbers", offset=self._nul or 0, why=why,
-                           convert=f"data.encoding=utf-16-{'be' if even > odd else 'le'}, or data=memmap for token ids")
+        # as ASCII in UTF-16
+        if max(even, odd) > 8 * max(min(even, odd), 1) and 4 * (even + odd) > len(block):
+            return NotText("text in UTF-16 without its mark, or 16-bit numbers", offset=self._nul or 0,
+                           why=why,
+                           convert=f"data.encoding=utf-16-{'be' if even > odd else 'le'}, or data=memmap for "
+                                   "token ids")
         return NotText("binary", offset=self._nul or 0, why=why)
 
 
@@ -121,7 +125,7 @@ def guess(sample: bytes) -> str | None:
     try:
         if letters < len(sample) / 4 and all(unicodedata.category(char)[0] in "LPS" for char in
                                              bytes(byte for byte in sample if byte >= 0x80).decode("cp1252")):
-            return "cp1252"                              # Latin letters among ASCII: what languages of western Europe are in
+            return "cp1252"  # Latin letters among ASCII: what languages of western Europe are in
     except UnicodeDecodeError:
         pass
     found = from_bytes(sample).best()

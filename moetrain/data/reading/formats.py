@@ -47,14 +47,16 @@ def recognize(file: TextFile) -> str:
     refuse_foreign(head, file.path, file.name)
     if head.startswith(parquet.MAGIC):
         if key is None:
-            raise NotText("a Parquet file", why="data.text_key=null trains on files as they stand, and this is no text",
+            raise NotText("a Parquet file",
+                          why="data.text_key=null trains on files as they stand, and this is no text",
                           convert="data.text_key=<a column of strings>")
         return PARQUET
     if key is None:
         return TEXT
     if suffix in _LINES:
         found = _json(file, key)
-        return found if found == JSON_ARRAY or found == JSON_OBJECTS and not _one_a_line(file.beginning(_HEAD)[0]) else JSON_LINES
+        return (found if found == JSON_ARRAY or found == JSON_OBJECTS
+                and not _one_a_line(file.beginning(_HEAD)[0]) else JSON_LINES)
     found = _json(file, key) or _TABLES.get(suffix) or _table(file.beginning(_HEAD)[0], key)
     return found or (TEXT_OF_JSON if suffix == ".json" else TEXT)
 
@@ -87,7 +89,8 @@ def _json_array(begin: str, whole: bool, key: str) -> str | None:
     behind = begin[end:].lstrip(BLANK)[:1]
     if not behind and not whole:
         return _MORE
-    is_record = isinstance(value, dict) and (behind in (",", "]", "") or isinstance(look_up(value, key)[1], str))
+    is_record = isinstance(value, dict) and (behind in (",", "]", "")
+                                             or isinstance(look_up(value, key)[1], str))
     is_record |= isinstance(value, str) and " " in value.strip() and behind in (",", "]", "")
     return JSON_ARRAY if is_record else None
 
@@ -135,6 +138,7 @@ def _table(begin: str, key: str) -> str | None:
         if len(header) > 1 and key in header and all(map(_NAME.fullmatch, header)):
             # Cells may hold line breaks: so many lines are looked at as the row may have.
             lines = rest.split("\n")[:200]
-            if any(len(header_of("\n".join(lines[:number]), separator)) == len(header) for number in range(1, len(lines) + 1)):
+            if any(len(header_of("\n".join(lines[:number]), separator)) == len(header)
+                   for number in range(1, len(lines) + 1)):
                 return name
     return None

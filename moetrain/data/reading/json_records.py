@@ -47,18 +47,21 @@ def json_objects(file: TextFile, *, array: bool) -> Iterator[tuple[bytes, str]]:
         try:
             value = values.value()
         except ValueError as error:
-            raise too_long(place()) if values.full else malformed(place(), f"it is not JSON: {error}") from error
+            raise too_long(place()) if values.full else malformed(place(),
+                                                                  f"it is not JSON: {error}") from error
         if array and number == 1 and isinstance(value, str):
             kind = str
         if not isinstance(value, kind):
-            raise malformed(place(), "it is not an object" if kind is dict else "it is not a string, as those before it are")
+            raise malformed(place(), "it is not an object" if kind is dict
+                            else "it is not a string, as those before it are")
         yield fields.of(value)
         if not array:
             more = values.next_character() != ""
         elif more := values.next_character() == ",":
             values.skip(",")
     if array and values.next_character() != "]":
-        raise malformed(place(), "the array does not end behind it: a comma is missing, or the file is cut off")
+        raise malformed(place(),
+                        "the array does not end behind it: a comma is missing, or the file is cut off")
     if array:
         values.skip("]")
     if values.next_character():

@@ -22,7 +22,8 @@ def parquet_rows(file: TextFile, spool: Spool) -> Iterator[tuple[bytes, str]]:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(135, "a Parquet file needs pyarrow", where=str(file.path), why=reason(error),
-                        next="pip install 'moetrain[parquet]', or in a checkout: pip install -e '.[parquet]'") from error
+                        next="pip install 'moetrain[parquet]', or in a checkout: pip install -e "
+                             "'.[parquet]'") from error
     try:
         # A file in another compression is unpacked beside the prepared data: the format has its table of contents at the end.
         source = file.stream.file if file.stream.compression is None else spool.unpacked(file.stream.read)
@@ -30,7 +31,8 @@ def parquet_rows(file: TextFile, spool: Spool) -> Iterator[tuple[bytes, str]]:
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
-        raise DataError(134, "a Parquet file cannot be read", where=str(file.path), why=reason(error).splitlines()[0],
+        raise DataError(134, "a Parquet file cannot be read", where=str(file.path),
+                        why=reason(error).splitlines()[0],
                         next="copy the file again: it is damaged or cut off") from error
 
 
@@ -42,7 +44,8 @@ def _rows(file: TextFile, table: Any) -> Iterator[tuple[bytes, str]]:
 
     text, domain = _column(schema, reading.text_key or ""), _column(schema, reading.domain_key or "")
     if text is None:
-        first = [row for batch in itertools.islice(table.iter_batches(batch_size=1), 1) for row in batch.to_pylist()]
+        first = [row for batch in itertools.islice(table.iter_batches(batch_size=1), 1)
+                 for row in batch.to_pylist()]
         record = first[0] if first else dict.fromkeys(schema.names)
         raise missing_key(reading.text_key or "", record, str(file.path), as_text=False)
     if domain is None and reading.domain_key not in (None, Reading().domain_key):
@@ -53,9 +56,11 @@ def _rows(file: TextFile, table: Any) -> Iterator[tuple[bytes, str]]:
                         next="write it with one of them, or data.text_key=<another column>")
     fields = Fields(reading, file.entry, place)
     rows = table.metadata.num_rows
-    size = sum(table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups))
+    size = sum(table.metadata.row_group(group).total_byte_size
+               for group in range(table.metadata.num_row_groups))
     columns = [".".join(path) for path in (text, domain) if path]
-    for batch in table.iter_batches(batch_size=max(_BATCH * rows // max(size, 1), 1), columns=columns, use_threads=False):
+    for batch in table.iter_batches(batch_size=max(_BATCH * rows // max(size, 1), 1), columns=columns,
+                                    use_threads=False):
         file.advance(file.entry.size * number // max(rows, 1))
         texts, domains = _values(batch, text), _values(batch, domain) if domain else [None] * len(batch)
         for value, own in zip(texts, domains):

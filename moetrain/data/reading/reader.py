@@ -42,7 +42,8 @@ def read_file(path: Path, domain: str, entry: FileEntry, reading: Reading, spool
         file, start, taken = TextFile(path, stream, reading, entry, advance), spool.size, False
         try:
             entry.format = formats.recognize(file)
-            documents = _texts(file, domain, spool) if formats.is_text(entry.format) else _records(file, domain, spool)
+            documents = _texts(file, domain,
+                               spool) if formats.is_text(entry.format) else _records(file, domain, spool)
             for document in documents:
                 if document.size:
                     taken = True
@@ -114,5 +115,6 @@ def _pieces(blocks: Iterator[bytes], separator: str | None) -> Iterator[bytes | 
 
 
 def _marred(path: Path, error: NotText) -> DataError:
-    return DataError(136, "a file turned out to be no text after a part of it", where=f"{path}, byte {error.offset:,}",
-                     why=error.why, next=error.convert or "repair the file, or take it out of the folder")
+    return DataError(136, "a file turned out to be no text after a part of it",
+                     where=f"{path}, byte {error.offset:,}", why=error.why,
+                     next=error.convert or "repair the file, or take it out of the folder")

@@ -123,13 +123,15 @@ def missing_key(key: str, record: dict[str, Any], place: str, *, as_text: bool =
     likely = quote(shown(longest)) if longest else "<a key of strings>"
     return DataError(130, f'a record has no "{shown(key)}"', where=place,
                      why=f"it has {_listed([name for name, _ in keys])}" if keys else "it is empty",
-                     next=f"data.text_key={likely}" + ", or data.text_key=null to train on every file as it stands" * as_text)
+                     next=f"data.text_key={likely}"
+                     + ", or data.text_key=null to train on every file as it stands" * as_text)
 
 
 def no_domain(key: str, keys: list[tuple[str, Any]], path: Path) -> DataError:
     return DataError(132, f'no record of a file has "{shown(key)}"', where=f"{path} (data.domain_key)",
                      why=f"its last one has {_listed([name for name, _ in keys])}",
-                     next="data.domain_key=<one of them>, or data.domain_key=null: the domain is the folder's or the suffix")
+                     next="data.domain_key=<one of them>, or data.domain_key=null: the domain is the "
+                          "folder's or the suffix")
 
 
 def too_long(place: str) -> DataError:

@@ -14,7 +14,7 @@ from moetrain.data.reading.records import LONGEST_RECORD, Fields, missing_key, t
 from moetrain.data.reading.text_file import TextFile
 from moetrain.errors import DataError
 
-csv.field_size_limit(max(LONGEST_RECORD, csv.field_size_limit()))           # of the process; 128 KiB unless said
+csv.field_size_limit(max(LONGEST_RECORD, csv.field_size_limit()))  # of the process; 128 KiB unless said
 
 COMMA, SEMICOLON, TAB = ",", ";", "\t"
 
@@ -33,7 +33,8 @@ def table_rows(file: TextFile, separators: tuple[str, ...]) -> Iterator[tuple[by
     try:
         header = next(rows, [])
         if (file.reading.text_key or "") not in header:
-            raise missing_key(file.reading.text_key or "", dict(zip_longest(header, next(rows, [])[:len(header)])), place())
+            raise missing_key(file.reading.text_key or "",
+                              dict(zip_longest(header, next(rows, [])[:len(header)])), place())
         if len(set(header)) < len(header):
             twice = sorted({name for name in header if header.count(name) > 1})
             raise _malformed(place(), f"its header names a column twice: {', '.join(twice)}")
@@ -85,5 +86,6 @@ def _lines(file: TextFile) -> Iterator[str]:
 
 def _malformed(place: str, why: str) -> DataError:
     return DataError(133, "a table cannot be read", where=place, why=why,
-                     next="write it with every cell that holds a separator, a quote or a line break in quotes, and quotes "
+                     next="write it with every cell that holds a separator, a quote or a line break in "
+                          "quotes, and quotes "
                           "doubled; or data.text_key=null to train on every file as it stands")

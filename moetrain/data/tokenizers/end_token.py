@@ -14,11 +14,14 @@ from moetrain.data.tokenizers.source import TokenizerSource
 from moetrain.errors import DataError
 
 NEW = "new"                          # data.end_token: an id behind all others
-KNOWN = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<｜end▁of▁sentence｜>", "<EOT>", "[EOS]", "[SEP]")
-_BY_NAME, _BY_ID = ("tokenizer_config.json", "special_tokens_map.json"), ("generation_config.json", "config.json")
+KNOWN = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<｜end▁of▁sentence｜>", "<EOT>",
+         "[EOS]", "[SEP]")
+_BY_NAME, _BY_ID = ("tokenizer_config.json",
+                    "special_tokens_map.json"), ("generation_config.json", "config.json")
 
 
-def find_end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special: Sequence[str], wanted: str | None) -> int:
+def find_end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special: Sequence[str],
+                wanted: str | None) -> int:
     """The id that ends a document; one behind the vocabulary where `wanted` is NEW.
 
     Args:
@@ -42,14 +45,18 @@ def find_end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special:
                 raise _missing(source, token, name, special)
             return vocabulary[token]
     for name in _BY_ID:
-        if (id := _first(source.settings.get(name, {}).get("eos_token_id"))) is not None and id in set(vocabulary.values()):
+        if ((id := _first(source.settings.get(name, {}).get("eos_token_id"))) is not None
+               and id in set(vocabulary.values())):
             return id
     if (known := next((mark for mark in KNOWN if mark in vocabulary), None)) is not None:
         return vocabulary[known]
-    raise DataError(151, "nothing says which token ends a document", where=f"{source.path} (data.end_token=null)",
-                    why=f"no tokenizer_config.json beside it names an eos_token, and none of its tokens has a name that is known; "
+    raise DataError(151, "nothing says which token ends a document",
+                    where=f"{source.path} (data.end_token=null)",
+                    why="no tokenizer_config.json beside it names an eos_token, and none of its tokens has "
+                        "a name that is known; "
                         f"{_list(special)}",
-                    next=f"data.end_token=<one of its tokens>, or data.end_token={NEW} for an id of its own behind the vocabulary")
+                    next=f"data.end_token=<one of its tokens>, or data.end_token={NEW} for an id of its own "
+                         "behind the vocabulary")
 
 
 def _first(value: Any) -> int | None:
@@ -59,11 +66,12 @@ def _first(value: Any) -> int | None:
 
 def _missing(source: TokenizerSource, token: str, said_by: str, special: Sequence[str]) -> DataError:
     near = nearest(token, special)
-    return DataError(152, "the token that ends a document is not in the vocabulary", where=f"{source.path} ({said_by})",
-                     why=f"{said_by} says {token!r}; {_list(special)}",
+    return DataError(152, "the token that ends a document is not in the vocabulary",
+                     where=f"{source.path} ({said_by})", why=f"{said_by} says {token!r}; {_list(special)}",
                      next=f"{quote(f'data.end_token={show(near[0])}') if near else 'data.end_token=<one of its tokens>'}, or data.end_token={NEW} for an id of its own behind the vocabulary")
 
 
 def _list(special: Sequence[str]) -> str:
     more = f" and {len(special) - 12} more" if len(special) > 12 else ""
-    return f"its special tokens are {', '.join(special[:12])}{more}" if special else "it has no special tokens"
+    return (f"its special tokens are {', '.join(special[:12])}{more}" if special
+            else "it has no special tokens")

@@ -94,7 +94,8 @@ class LongTexts:
         zone: characters that two pieces share.
     """
 
-    def __init__(self, encode: EncodeBatch, *, end_id: int, words: Words | None = None, piece: int = PIECE, zone: int = ZONE) -> None:
+    def __init__(self, encode: EncodeBatch, *, end_id: int, words: Words | None = None, piece: int = PIECE,
+                 zone: int = ZONE) -> None:
         assert 0 < 2 * zone <= piece, (zone, piece)
         self._encode, self._end_id, self._words, self._piece, self._zone = encode, end_id, words, piece, zone
 
@@ -211,12 +212,14 @@ class _Joint:
         piece, ids = self._left, self._left_ids[0]
         chosen, sizes = ids.ids[self._taken:end], None
         if self._sizes:
-            ends = piece.start + np.concatenate([[0], np.cumsum(piece.widths, dtype=np.int64)])[ids.ends[self._taken:end]]
+            ends = piece.start + np.concatenate([[0], np.cumsum(piece.widths,
+                                                                dtype=np.int64)])[ids.ends[self._taken:end]]
         if piece.last:
             chosen = np.append(chosen, self._end_id)
         if self._sizes:
             whole = piece.start + int(piece.widths.sum(dtype=np.int64))
-            ends = np.maximum.accumulate(np.concatenate([[self._covered], ends, [whole] if piece.last else []])).astype(np.int64)
+            ends = np.maximum.accumulate(np.concatenate([[self._covered], ends,
+                                                         [whole] if piece.last else []])).astype(np.int64)
             sizes, self._covered = np.diff(ends), int(ends[-1])
         return Encoded(chosen, sizes, piece.text_bytes, piece.last)
 

@@ -32,7 +32,8 @@ class Other(NamedTuple):
 SENTENCEPIECE = Other("a sentencepiece model", "tokenizer.model", "sentencepiece")
 TIKTOKEN = Other("tiktoken ranks", "tokenizer.model", "tiktoken")
 TEKKEN = Other("a tekken tokenizer", "tekken.json", "tiktoken")
-VOCABULARY = Other("a vocabulary without its rules (it has merges.txt or a tokenizer_config.json beside it)", None, "")
+VOCABULARY = Other("a vocabulary without its rules (it has merges.txt or a tokenizer_config.json beside it)",
+                   None, "")
 SETTING = Other("the settings of a tokenizer, not the tokenizer", None, "")
 
 
@@ -109,7 +110,8 @@ def _in_folder(folder: Path) -> Path:
     path = folder / FILE
     if path.exists():
         return path
-    for name in ("tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"):
+    for name in ("tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
+                 "vocab.txt"):
         if (folder / name).is_file():
             return folder / name
     raise _unreadable(folder, f"it is a folder that holds no {FILE}")
@@ -123,9 +125,12 @@ def _settings(folder: Path) -> dict[str, dict[str, Any]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise DataError(153, "the settings of the tokenizer cannot be read", where=f"{folder / name} (data.tokenizer)",
-                            why=reason(error), next=f"restore the file, or copy {FILE} to a folder of its own and say "
-                                                    "data.end_token=<the token that ends a document>") from error
+            raise DataError(153, "the settings of the tokenizer cannot be read",
+                            where=f"{folder / name} (data.tokenizer)",
+                            why=reason(error),
+                            next=f"restore the file, or copy {FILE} to a folder of its own and say "
+                                                    "data.end_token=<the token that ends a "
+                                                    "document>") from error
         if isinstance(value, dict):
             found[name] = value
     return found
@@ -147,4 +152,5 @@ def _other_format(path: Path, other: Other) -> DataError:
     package = f"transformers {other.package}".strip()
     return DataError(150, f"{other.name}, not a {FILE}", where=f"{path} (data.tokenizer)",
                      why="only the format of the tokenizers library is read",
-                     next=f"pip install {package}; {copy}python -c {quote(script)}; then data.tokenizer={quote(str(out))}")
+                     next=f"pip install {package}; {copy}python -c {quote(script)}; then "
+                          f"data.tokenizer={quote(str(out))}")

@@ -27,7 +27,8 @@ def plain(content: bytes) -> dict[str, Any]:
 def without_special(tokenizer: dict[str, Any], tokens: Iterable[str]) -> dict[str, Any]:
     """The same tokenizer.json, in which no text leads to one of these tokens."""
     names = {token: f"{_OPEN}{hashlib.sha256(token.encode()).hexdigest()[:16]}{_CLOSE}" for token in tokens}
-    added = [token | {"content": names.get(token["content"], token["content"])} for token in tokenizer.get("added_tokens") or []]
+    added = [token | {"content": names.get(token["content"], token["content"])}
+             for token in tokenizer.get("added_tokens") or []]
     model = dict(tokenizer["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}

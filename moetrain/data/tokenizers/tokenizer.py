@@ -73,7 +73,8 @@ class ByteTokenizer:
         return int((ids >= 256).sum())
 
 
-def load_tokenizer(name: str, *, end_token: str | None = None, end_id: int | None = None, parse_special: bool = False) -> Tokenizer:
+def load_tokenizer(name: str, *, end_token: str | None = None, end_id: int | None = None,
+                   parse_special: bool = False) -> Tokenizer:
     """A tokenizer.
 
     Args:
@@ -90,7 +91,8 @@ def load_tokenizer(name: str, *, end_token: str | None = None, end_id: int | Non
     if end_token is not None or parse_special:
         key = "data.end_token" if end_token is not None else "data.parse_special"
         raise DataError(156, f"{key} is for a tokenizer.json", where=f"data.tokenizer=bytes, {key}",
-                        why="bytes have no special tokens; 256 ends a document", next=f"~{key}, or data.tokenizer=<tokenizer.json>")
+                        why="bytes have no special tokens; 256 ends a document",
+                        next=f"~{key}, or data.tokenizer=<tokenizer.json>")
     encoder = ByteTokenizer()
     encoder.end_id = encoder.end_id if end_id is None else end_id
     return encoder

@@ -37,13 +37,15 @@ class FileTokenizer:
         parse_special: whether special strings inside a text are the tokens of that name.
     """
 
-    def __init__(self, *, path: Path, end_token: str | None = None, end_id: int | None = None, parse_special: bool = False) -> None:
+    def __init__(self, *, path: Path, end_token: str | None = None, end_id: int | None = None,
+                 parse_special: bool = False) -> None:
         source = find_tokenizer(path)
         self.content, self._where = source.content, f"{source.path} (data.tokenizer)"
         with self._refused(21, "the file is not a tokenizer"):
             self._library = _library(source.content)
             vocabulary = self._library.get_vocab(with_added_tokens=True)
-            self._added = {token.content: token.special for token in self._library.get_added_tokens_decoder().values()}
+            self._added = {token.content: token.special
+                           for token in self._library.get_added_tokens_decoder().values()}
         special = [token for token, is_special in self._added.items() if is_special]
         size = max(vocabulary.values(), default=-1) + 1
         self.end_id = find_end_id(source, vocabulary, special, end_token) if end_id is None else end_id
@@ -62,15 +64,19 @@ class FileTokenizer:
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
         try:
-            yield from LongTexts(self._encode_batch, end_id=self.end_id, words=self._words).documents(documents, sizes=sizes)
+            yield from LongTexts(self._encode_batch, end_id=self.end_id,
+                                 words=self._words).documents(documents, sizes=sizes)
         except UnjoinableError as error:
             raise DataError(154, "a text is too long for this tokenizer", where=self._where,
-                            why="what it makes of the start of the text depends on its far end, so that it cannot be encoded in pieces",
-                            next="cut the text into documents (data.separator), or take another data.tokenizer") from error
+                            why="what it makes of the start of the text depends on its far end, so that it "
+                                "cannot be encoded in pieces",
+                            next="cut the text into documents (data.separator), or take another "
+                                 "data.tokenizer") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         with self._refused(120, "the tokenizer fails on what it is given"):
-            return self._library.decode([int(id) for id in ids if id != self.end_id], skip_special_tokens=True)
+            return self._library.decode([int(id) for id in ids if id != self.end_id],
+                                        skip_special_tokens=True)
 
     def count_special(self, ids: np.ndarray) -> int:
         """How many ids are those of special tokens."""
@@ -85,7 +91,8 @@ class FileTokenizer:
             with self._refused(120, "the tokenizer fails on what it is given"):
                 found = self._library.encode(end, add_special_tokens=False).ids
             if self.end_id in found:
-                raise DataError(155, "the token that is to end a document also comes in text", where=f"{self._where}, data.end_token",
+                raise DataError(155, "the token that is to end a document also comes in text",
+                                where=f"{self._where}, data.end_token",
                                 why=f"{end!r} is an ordinary token of the vocabulary",
                                 next="data.end_token=<one of its special tokens>, or data.end_token=new")
         return {token: vocabulary[token] for token in [*special, end]}
@@ -128,7 +135,8 @@ class FileTokenizer:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise DataError(number, what, where=self._where, why=shown(reason(error), 200),
-                            next="data.tokenizer=bytes, or a tokenizer.json of the tokenizers library") from error
+                            next="data.tokenizer=bytes, or a tokenizer.json of the tokenizers "
+                                 "library") from error
 
 
 

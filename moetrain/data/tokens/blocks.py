@@ -18,7 +18,7 @@ from moetrain.errors import DataError
 from moetrain.files import open_descriptor, reason
 
 LOOK_S = 1.0
-MOST_OPEN = 64                       # descriptors, of all shards together: a corpus may have more shards than a process may open
+MOST_OPEN = 64  # descriptors, of all shards together: a corpus may have more shards than a process may open
 
 
 class Errors(Protocol):
@@ -57,8 +57,8 @@ class TokenBlocks:
         checked: whether all of it has been compared with its checksums just now.
     """
 
-    def __init__(self, path: Path, layout: Layout, offsets: np.ndarray, found: os.stat_result, *, errors: Errors | None = None,
-                 links: bool = False, checked: bool = False) -> None:
+    def __init__(self, path: Path, layout: Layout, offsets: np.ndarray, found: os.stat_result, *,
+                 errors: Errors | None = None, links: bool = False, checked: bool = False) -> None:
         self.path, self.layout, self._offsets, self._links = path, layout, offsets, links
         self._errors = errors or ShardErrors()
         self._identity, self._seen = (found.st_dev, found.st_ino), _state(found)
@@ -101,7 +101,8 @@ class TokenBlocks:
         ids = self._tokens(first, min(first + layout.block, len(self)))
         if zlib.crc32(ids) != layout.checksums[number]:
             raise self._errors.altered(self.path, layout.start + first * layout.dtype.itemsize,
-                                       f"the checksum of block {number} ({ids.nbytes:,} bytes from here on) does not match")
+                                       f"the checksum of block {number} ({ids.nbytes:,} bytes from here on) "
+                                       "does not match")
         if int(ids.max()) >= layout.vocab_size:
             self._refuse_id(first + int(np.argmax(ids >= layout.vocab_size)), int(ids.max()))
         self._checked[number] = True
@@ -117,7 +118,8 @@ class TokenBlocks:
         descriptor = self._descriptor()
         try:
             content = os.pread(descriptor.number, length, place)
-            while len(content) < length and (more := os.pread(descriptor.number, length - len(content), place + len(content))):
+            while (len(content) < length
+                      and (more := os.pread(descriptor.number, length - len(content), place + len(content)))):
                 content += more
         except OSError as error:
             raise self._errors.unreadable(self.path, error) from error
@@ -177,7 +179,8 @@ class ShardErrors:
 
     def truncated(self, path: Path, size: int, expected: int) -> DataError:
         state = "truncated" if size < expected else "longer than its header says"
-        return damaged(6, path, f"a token shard is {state}", min(size, expected), f"{size:,} bytes instead of {expected:,}")
+        return damaged(6, path, f"a token shard is {state}", min(size, expected),
+                       f"{size:,} bytes instead of {expected:,}")
 
     def outside(self, path: Path, place: str, id: int, vocab_size: int) -> DataError:
         return DataError(8, "a token id is outside the vocabulary", where=f"{path}, {place}",
@@ -188,4 +191,5 @@ class ShardErrors:
 def damaged(number: int, path: Path, what: str, offset: int, why: str) -> DataError:
     """The folder is somebody's data: it is moved, never removed."""
     return DataError(number, what, where=f"{path}, byte {offset:,}", why=why,
-                     next="restore the file from a copy, or move the folder away and prepare the text again with data=text")
+                     next="restore the file from a copy, or move the folder away and prepare the text again "
+                          "with data=text")

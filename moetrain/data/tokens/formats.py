@@ -28,10 +28,11 @@ _INDEX_MAGIC = b"MMIDIDX\0\0"                   # of Megatron-Core's .idx
 _SHARD_MAGIC = b"MOETOKEN"
 _NPY_MAGIC = b"\x93NUMPY"
 _MAGICS = (
-    (b"PK\x03\x04", "a zip archive, as .npz and torch.save write them"), (b"\x1f\x8b\x08", "compressed by gzip"),
-    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard"), (b"\xfd7zXZ\0", "compressed by xz"), (b"BZh", "compressed by bzip2"),
-    (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
-    (b"GGUF", "a GGUF model"),
+    (b"PK\x03\x04", "a zip archive, as .npz and torch.save write them"),
+    (b"\x1f\x8b\x08", "compressed by gzip"),
+    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard"), (b"\xfd7zXZ\0", "compressed by xz"),
+    (b"BZh", "compressed by bzip2"), (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"GGUF", "a GGUF model"),
 )
 _HEAD = 4096                                    # bytes that tell what a file is
 _RAW = "raw"
@@ -71,7 +72,8 @@ def token_format(path: Path) -> TokenFormat:
     if size >= LLMC_HEADER and (found := _llmc(head)):
         return found
     if text := _as_text(head):
-        raise NotTokensError(f"it is text, and begins with {text!r}", f"data=text data.path={quote(str(path))}")
+        raise NotTokensError(f"it is text, and begins with {text!r}",
+                             f"data=text data.path={quote(str(path))}")
     return TokenFormat(_RAW, 0, None, None)
 
 
@@ -99,7 +101,8 @@ def _is_memmap(path: Path) -> bool:
 
 def _refuse_others(path: Path, head: bytes) -> None:
     if head.startswith(_SHARD_MAGIC):
-        raise NotTokensError("it is a token shard of data=tokens", f"data=tokens data.path={quote(str(path.parent))}")
+        raise NotTokensError("it is a token shard of data=tokens",
+                             f"data=tokens data.path={quote(str(path.parent))}")
     index = path if head.startswith(_INDEX_MAGIC) else path.with_suffix(".idx")
     if path.suffix in (".bin", ".idx") and _starts_with(index, _INDEX_MAGIC):
         raise NotTokensError(f"it is indexed data of Megatron-Core, with {index.name} beside it",
@@ -107,7 +110,8 @@ def _refuse_others(path: Path, head: bytes) -> None:
     for magic, what in _MAGICS:
         if head.startswith(magic):
             raise NotTokensError(f"it is {what}",
-                                 "data.path=<a file of token ids>; one that is packed has to be unpacked first")
+                                 "data.path=<a file of token ids>; one that is packed has to be unpacked "
+                                 "first")
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:
@@ -140,7 +144,8 @@ def _llmc(head: bytes) -> TokenFormat | None:
         return None
     known, dtype = _LLMC[magic]
     if version != known or tokens < 0:
-        raise NotTokensError(f"it has the header of llm.c with version {version} (known: {known}) and {tokens:,} tokens",
+        raise NotTokensError(f"it has the header of llm.c with version {version} (known: {known}) and "
+                             f"{tokens:,} tokens",
                              "write the file again with llm.c's dev/data scripts")
     return TokenFormat(f"llm.c version {version}", LLMC_HEADER, dtype, tokens)
 

@@ -65,7 +65,8 @@ class FileErrors:
     def outside(self, path: Path, place: str, id: int, vocab_size: int, advice: str = "") -> DataError:
         return DataError(73, "a token id is outside the vocabulary", where=f"{path}, {place}",
                          why=f"id {id} with a vocabulary of {vocab_size:,}",
-                         next="data.tokenizer=<the tokenizer.json that made the ids>, or data.tokenizer=none with a larger "
+                         next="data.tokenizer=<the tokenizer.json that made the ids>, or data.tokenizer=none "
+                              "with a larger "
                               f"data.vocab_size{advice}")
 
     def _changed(self, path: Path, why: str) -> DataError:
@@ -93,12 +94,14 @@ def read_once(file: BinaryIO, path: Path, *, start: int, tokens: int, dtype: np.
         length = min(BLOCK, tokens - begin) * dtype.itemsize
         content = os.pread(file.fileno(), length, start + begin * dtype.itemsize)
         if len(content) < length:
-            raise FileErrors().truncated(path, os.fstat(file.fileno()).st_size, start + tokens * dtype.itemsize)
+            raise FileErrors().truncated(path, os.fstat(file.fileno()).st_size,
+                                         start + tokens * dtype.itemsize)
         block = np.frombuffer(content, dtype)
         checksums.append(zlib.crc32(block))
         if int(block.max()) >= vocab_size or int(block.min()) < 0:
             place = int(np.argmax((block >= vocab_size) | (block < 0)))
-            raise FileErrors().outside(path, f"token {begin + place:,}", int(block[place]), vocab_size, advice)
+            raise FileErrors().outside(path, f"token {begin + place:,}", int(block[place]), vocab_size,
+                                       advice)
         visit(begin, block)
         report(start + begin * dtype.itemsize + length)
     return checksums

@@ -32,7 +32,7 @@ _MOST_HEADER = 1 << 20
 _DTYPES = [f"{order}{kind}{size}" for order in "<>" for kind in "iu" for size in (2, 4, 8)] + ["|i1", "|u1"]
 _COUNTS = ("start", "blocks", "documents", "crc")
 
-Stamp = list[int]                            # of a file: size, times of change of its content and of its entry, in ns
+Stamp = list[int]  # of a file: size, times of change of its content and of its entry, in ns
 
 
 class Kept(NamedTuple):
@@ -48,8 +48,10 @@ def write_index(path: Path, kept: Kept) -> None:
     index = kept.index
     arrays = np.array(index.checksums, "<u4").tobytes() + np.ascontiguousarray(index.starts, "<i8").tobytes()
     header = json.dumps({
-        "key": kept.key, "stamps": kept.stamps, "format": index.format, "start": index.start, "dtype": index.dtype.str,
-        "blocks": len(index.checksums), "documents": index.documents, "ending": index.ending, "crc": zlib.crc32(arrays)}).encode()
+        "key": kept.key, "stamps": kept.stamps, "format": index.format, "start": index.start,
+        "dtype": index.dtype.str,
+        "blocks": len(index.checksums), "documents": index.documents, "ending": index.ending,
+        "crc": zlib.crc32(arrays)}).encode()
     write_file(path, _PREFIX.pack(MAGIC, _VERSION, len(header), zlib.crc32(header)), header, arrays)
 
 
@@ -84,17 +86,21 @@ def read_index(path: Path) -> Kept:
 
 def _checked(header: Any) -> dict[str, Any]:
     """A header whose values have the types that they are used as."""
-    if not isinstance(header, dict) or any(type(header.get(name)) is not int or header[name] < 0 for name in _COUNTS):
+    if (not isinstance(header, dict)
+           or any(type(header.get(name)) is not int or header[name] < 0 for name in _COUNTS)):
         raise ValueError("a count is missing from its header")
     stamps, ending = header.get("stamps"), header.get("ending")
-    if not isinstance(header.get("key"), list) or not isinstance(header.get("format"), str) or not _are_integers(stamps):
+    if (not isinstance(header.get("key"), list) or not isinstance(header.get("format"), str)
+           or not _are_integers(stamps)):
         raise ValueError("its header does not say of what it is")
     if header.get("dtype") not in _DTYPES:
         raise ValueError(f"its type of ids is {header.get('dtype')!r}")
-    if ending is not None and not (isinstance(ending, list) and [type(value) for value in ending] == [int, float, int]):
+    if (ending is not None
+           and not (isinstance(ending, list) and [type(value) for value in ending] == [int, float, int])):
         raise ValueError("what documents end in is none")
     return header
 
 
 def _are_integers(stamps: Any) -> bool:
-    return isinstance(stamps, list) and all(isinstance(stamp, list) and list(map(type, stamp)) == [int] * 3 for stamp in stamps)
+    return (isinstance(stamps, list)
+            and all(isinstance(stamp, list) and list(map(type, stamp)) == [int] * 3 for stamp in stamps))

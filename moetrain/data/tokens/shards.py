@@ -55,7 +55,7 @@ class TokenShard:
     vocab_size: int
     domains: tuple[str, ...]
     text_bytes: int
-    header_crc: int                  # identifies the content: the header holds the checksums of everything else
+    header_crc: int  # identifies the content: the header holds the checksums of everything else
     offsets: np.ndarray              # int64 [documents + 1], in tokens
     document_domains: np.ndarray     # int32 [documents]
     tokens: TokenBlocks
@@ -70,8 +70,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
 
 
-def write_shard(path: Path, *, tokens: np.ndarray, offsets: Sequence[int], document_domains: Sequence[int], vocab_size: int,
-                domains: Sequence[str], text_bytes: int) -> None:
+def write_shard(path: Path, *, tokens: np.ndarray, offsets: Sequence[int], document_domains: Sequence[int],
+                vocab_size: int, domains: Sequence[str], text_bytes: int) -> None:
     """Write one shard under a temporary name and rename it; an existing file is never replaced.
 
     Args:
@@ -79,15 +79,18 @@ def write_shard(path: Path, *, tokens: np.ndarray, offsets: Sequence[int], docum
         offsets: where each document begins, and the number of tokens behind the last one.
     """
     if path.exists():
-        raise DiskError(11, "a token shard is already there", where=str(path), why="shards are never overwritten",
-                        next="choose another folder (data.cache)")
+        raise DiskError(11, "a token shard is already there", where=str(path),
+                        why="shards are never overwritten", next="choose another folder (data.cache)")
     dtype = token_dtype(vocab_size)
-    assert tokens.dtype == dtype and offsets[-1] == len(tokens), (tokens.dtype, dtype, offsets[-1], len(tokens))
+    assert (tokens.dtype == dtype
+            and offsets[-1] == len(tokens)), (tokens.dtype, dtype, offsets[-1], len(tokens))
     index = np.asarray(offsets, "<i8").tobytes() + np.asarray(document_domains, "<i4").tobytes()
     blocks = [zlib.crc32(tokens[start:start + BLOCK]) for start in range(0, len(tokens), BLOCK)]
     header = json.dumps({
-        "dtype": dtype.name, "tokens": len(tokens), "documents": len(document_domains), "vocab_size": vocab_size,
-        "domains": list(domains), "text_bytes": text_bytes, "index_crc": zlib.crc32(index), "block_crc": blocks,
+        "dtype": dtype.name, "tokens": len(tokens), "documents": len(document_domains),
+        "vocab_size": vocab_size,
+        "domains": list(domains), "text_bytes": text_bytes, "index_crc": zlib.crc32(index),
+        "block_crc": blocks,
     }).encode()
     header += b" " * (-(len(header) + _PREFIX.size) % 64)        # the index starts aligned
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), zlib.crc32(header))
@@ -124,7 +127,8 @@ def open_shard(path: Path, *, verify: bool) -> TokenShard:
             start = file.tell()
     except OSError as error:
         raise ShardErrors().unreadable(path, error) from error
-    layout = Layout(start, header["tokens"], _DTYPES[header["dtype"]], header["block_crc"], BLOCK, header["vocab_size"])
+    layout = Layout(start, header["tokens"], _DTYPES[header["dtype"]], header["block_crc"], BLOCK,
+                    header["vocab_size"])
     tokens = TokenBlocks(path, layout, offsets, found)
     if verify:
         tokens.verify()
@@ -135,23 +139,29 @@ def open_shard(path: Path, *, verify: bool) -> TokenShard:
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     if size == 0:
         raise DataError(2, "a token shard is empty", where=f"{path}, byte 0", why="the file has no bytes",
-                        next="restore the file from a copy, or data.path=<the folder that data=text prepared>")
+                        next="restore the file from a copy, or data.path=<the folder that data=text "
+                             "prepared>")
     prefix = file.read(_PREFIX.size)
     if not prefix.startswith(MAGIC[:len(prefix)]):
-        raise DataError(3, "not a token shard", where=f"{path}, byte 0", why=f"it starts with {prefix[:8]!r}, not with {MAGIC!r}",
+        raise DataError(3, "not a token shard", where=f"{path}, byte 0",
+                        why=f"it starts with {prefix[:8]!r}, not with {MAGIC!r}",
                         next=how_to_read(path) or "data.path=<the folder that data=text prepared>")
     if len(prefix) < _PREFIX.size:
-        raise damaged(6, path, "a token shard is truncated", size, f"its start alone has {_PREFIX.size} bytes")
+        raise damaged(6, path, "a token shard is truncated", size,
+                      f"its start alone has {_PREFIX.size} bytes")
     _, version, length, crc = _PREFIX.unpack(prefix)
     if version != VERSION:
-        raise damaged(4, path, "a token shard has an unknown version", 8, f"version {version}; this moetrain reads {VERSION}")
+        raise damaged(4, path, "a token shard has an unknown version", 8,
+                      f"version {version}; this moetrain reads {VERSION}")
     if length > _MAX_HEADER:
         raise damaged(5, path, "the header of a token shard is damaged", 12, f"it claims {length:,} bytes")
     if _PREFIX.size + length > size:
-        raise damaged(6, path, "a token shard is truncated", size, f"the header alone ends at byte {_PREFIX.size + length:,}")
+        raise damaged(6, path, "a token shard is truncated", size,
+                      f"the header alone ends at byte {_PREFIX.size + length:,}")
     raw = file.read(length)
     if zlib.crc32(raw) != crc:
-        raise damaged(5, path, "the header of a token shard is damaged", _PREFIX.size, "its checksum does not match")
+        raise damaged(5, path, "the header of a token shard is damaged", _PREFIX.size,
+                      "its checksum does not match")
     try:
         header = parse_json(raw)
     except ValueError as error:
@@ -168,7 +178,8 @@ def _header_problem(header: Any) -> str | None:
     if not isinstance(header, dict):
         return "it is not a mapping"
     counts = ("tokens", "documents", "vocab_size", "text_bytes", "index_crc")
-    wrong = [name for name in counts if type(header.get(name)) is not int or not 0 <= header[name] < _MAX_COUNT]
+    wrong = [name for name in counts if type(header.get(name)) is not int
+             or not 0 <= header[name] < _MAX_COUNT]
     if wrong:
         return f"{wrong[0]} is {header.get(wrong[0])!r}"
     if header.get("dtype") not in list(_DTYPES):             # a list: it may be something that has no hash
@@ -183,7 +194,8 @@ def _header_problem(header: Any) -> str | None:
     return None
 
 
-def _read_index(path: Path, file: BinaryIO, size: int, header: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _read_index(path: Path, file: BinaryIO, size: int,
+                header: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     start, documents, tokens = file.tell(), header["documents"], header["tokens"]
     length = 8 * (documents + 1) + 4 * documents
     expected = start + length + tokens * _DTYPES[header["dtype"]].itemsize
@@ -195,8 +207,10 @@ def _read_index(path: Path, file: BinaryIO, size: int, header: dict[str, Any]) -
     offsets = np.frombuffer(raw, "<i8", documents + 1)
     document_domains = np.frombuffer(raw, "<i4", documents, 8 * (documents + 1))
     if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
-        raise damaged(5, path, "the index of a token shard is damaged", start, "its offsets do not cover the tokens")
+        raise damaged(5, path, "the index of a token shard is damaged", start,
+                      "its offsets do not cover the tokens")
     if documents and not 0 <= document_domains.min() <= document_domains.max() < len(header["domains"]):
-        raise damaged(5, path, "the index of a token shard is damaged", start, "it names a domain that is not listed")
+        raise damaged(5, path, "the index of a token shard is damaged", start,
+                      "it names a domain that is not listed")
     return offsets, document_domains
 
