@@ -47,7 +47,7 @@ class _Sample:
     def add(self, document: Document) -> None:
         place = -int.from_bytes(document.digest)
         if ((len(self._heap) < _SAMPLE or place > self._heap[0][0])
-               and all(place != entry[0] for entry in self._heap)):
+                and all(place != entry[0] for entry in self._heap)):
             entry = (place, document.digest, _beginning(document, self._spool))
             (heapq.heappush if len(self._heap) < _SAMPLE else heapq.heappushpop)(self._heap, entry)
         if self._spool.size > _SPOOL_BYTES:

@@ -120,7 +120,7 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
                       source.listing()))
     known = _remembered(out).get(key)
     if (known and (expected is None or expected.startswith(known["folder"]))
-           and _is_there(out / known["folder"])):
+            and _is_there(out / known["folder"])):
         return _reuse(out / known["folder"], source.refreshed(known["account"]) if remind else None)
     limit = corpus.HELDOUT_LIMIT if source.path is None and source.held_out is None else None
     with Spool(out) as spool:

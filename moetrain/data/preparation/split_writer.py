@@ -139,14 +139,14 @@ class SplitWriter:
                         reason(error))
             return
         if (not isinstance(found, dict) or not are_counts(found.get("counts"), list(self._domains))
-               or not self._whole(found.get("shards"))):
+                or not self._whole(found.get("shards"))):
             log.warning("a preparation begins anew: the shards that an earlier one has left are damaged")
             return
         self._finished, self.counts = found["shards"], found["counts"]
 
     def _whole(self, shards: Any) -> bool:
         if (not isinstance(shards, dict)
-               or list(shards) != [f"{self._split}-{number:05d}{self._suffix}"
+                or list(shards) != [f"{self._split}-{number:05d}{self._suffix}"
                                    for number in range(len(shards))]):
             return False
         try:

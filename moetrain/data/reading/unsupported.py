@@ -126,7 +126,7 @@ def refuse_foreign_json(value: dict, path: Path) -> None:
     """Raise NotText for the JSON object of a file that describes other files."""
     shards = value.get("shards")
     if (isinstance(shards, list) and shards
-           and all(isinstance(shard, dict) and shard.get("format") == "mds" for shard in shards)):
+            and all(isinstance(shard, dict) and shard.get("format") == "mds" for shard in shards)):
         raise _not_text("the index of MosaicML Streaming (MDS)", path, "it describes shards: see there")
 
 

@@ -46,7 +46,7 @@ def find_end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special:
             return vocabulary[token]
     for name in _BY_ID:
         if ((id := _first(source.settings.get(name, {}).get("eos_token_id"))) is not None
-               and id in set(vocabulary.values())):
+                and id in set(vocabulary.values())):
             return id
     if (known := next((mark for mark in KNOWN if mark in vocabulary), None)) is not None:
         return vocabulary[known]

@@ -119,7 +119,7 @@ class TokenBlocks:
         try:
             content = os.pread(descriptor.number, length, place)
             while (len(content) < length
-                      and (more := os.pread(descriptor.number, length - len(content), place + len(content)))):
+                       and (more := os.pread(descriptor.number, length - len(content), place + len(content)))):
                 content += more
         except OSError as error:
             raise self._errors.unreadable(self.path, error) from error

@@ -87,16 +87,16 @@ def read_index(path: Path) -> Kept:
 def _checked(header: Any) -> dict[str, Any]:
     """A header whose values have the types that they are used as."""
     if (not isinstance(header, dict)
-           or any(type(header.get(name)) is not int or header[name] < 0 for name in _COUNTS)):
+            or any(type(header.get(name)) is not int or header[name] < 0 for name in _COUNTS)):
         raise ValueError("a count is missing from its header")
     stamps, ending = header.get("stamps"), header.get("ending")
     if (not isinstance(header.get("key"), list) or not isinstance(header.get("format"), str)
-           or not _are_integers(stamps)):
+            or not _are_integers(stamps)):
         raise ValueError("its header does not say of what it is")
     if header.get("dtype") not in _DTYPES:
         raise ValueError(f"its type of ids is {header.get('dtype')!r}")
     if (ending is not None
-           and not (isinstance(ending, list) and [type(value) for value in ending] == [int, float, int])):
+            and not (isinstance(ending, list) and [type(value) for value in ending] == [int, float, int])):
         raise ValueError("what documents end in is none")
     return header
 
