@@ -1,16 +1,16 @@
-"""An account as lines of text. It takes what `Account.record` gives, or what a `dataset.json` kept of it."""
+"""An account as lines of text, from `Account.record` or from the copy of it that a `dataset.json` keeps."""
 
 from typing import Any
 
 from moetrain.data.account.ledgers import CUT, HELD, TRAINED
 from moetrain.files import shown
 
-_MOST = 6                                    # kinds of files in a line
+_MOST = 6                                    # kinds of files named in one line
 _ROLES = {"train": "trained on", "valid": "held out", "test": "left alone"}
 
 
 def account_lines(record: dict[str, Any]) -> list[str]:
-    """The account in short: what lies there, what is read, what is left out and why, and what became of the text."""
+    """The account in short: files found, read and left out with reasons, and what became of the text."""
     lines = []
     for key, ledger in record["files"].items():
         lines.append(f"{shown(ledger['path'])} ({key}): {_files(ledger)}")
@@ -24,12 +24,12 @@ def account_lines(record: dict[str, Any]) -> list[str]:
 
 
 def formats_text(ledger: dict[str, Any]) -> str:
-    """The files that are read, by what they are read as."""
+    """The files that are read, grouped by format, compression and side."""
     return _cut([_format(row) for row in ledger["read"]])
 
 
 def text_lines(text: dict[str, Any]) -> list[str]:
-    """What became of the text."""
+    """Lines on what became of the text, on empty texts and on undecodable bytes."""
     became = [f"{what} {tally['bytes']:,}" for what, tally in text["became"].items() if tally["bytes"]]
     lines = [f"  text      {text['bytes']:,} bytes in {_number(text['documents'], 'document')}: "
              f"{', '.join(became)}"]
@@ -43,7 +43,7 @@ def text_lines(text: dict[str, Any]) -> list[str]:
 
 
 def splits_text(ledger: dict[str, Any]) -> str:
-    """The splits that lie there, and what is done with each."""
+    """The splits found at a path, and what is done with each."""
     instead = any(row["reason"] == "validation split" for row in ledger["left_out"])
     done = _ROLES | ({"valid": "left alone, data.held_out names another"} if instead else {})
     parts = [f"{role} {done[role]} ({_number(split['files'], 'file')}, as {shown(split['first'])})"
@@ -52,7 +52,12 @@ def splits_text(ledger: dict[str, Any]) -> str:
 
 
 def reasons(rows: list[dict[str, Any]], *, examples: bool = False) -> list[str]:
-    """Why files are left out, with their number and bytes. examples: name one of each, and what would convert it."""
+    """Reasons for leaving files out, each with the number of files and their bytes.
+
+    Args:
+        rows: the `left_out` rows of a ledger.
+        examples: also name one file of each row, and what would convert it.
+    """
     found = []
     for row in rows:
         text = f"{row['reason']}{', ' + shown(row['format']) if row['format'] else ''}: {_files(row)}"
@@ -63,12 +68,12 @@ def reasons(rows: list[dict[str, Any]], *, examples: bool = False) -> list[str]:
 
 
 def left_out_line(record: dict[str, Any]) -> str:
-    """One line for those who do not read the account; nothing where all of the text is used."""
+    """One line on text that is not used, for readers who skip the account; empty if all of it is used."""
     parts = [f"{why}{key != 'data.path' and f' ({key})' or ''}" for key, ledger in record["files"].items()
              for why in reasons([row for row in ledger["left_out"] if row["bytes"]])]
     became = record["text"]["became"]
     parts += [f"{what} {tally['bytes']:,} bytes" for what, tally in became.items()
-              if tally["bytes"] and what not in (TRAINED, HELD, CUT)]  # CUT: of the built-in corpus alone
+              if tally["bytes"] and what not in (TRAINED, HELD, CUT)]   # only the built-in corpus has CUT
     if record["text"]["undecodable"]["bytes"]:
         parts.append(f"undecodable {record['text']['undecodable']['bytes']:,} bytes")
     return _cut(parts)
@@ -98,7 +103,10 @@ def _cut(parts: list[str]) -> str:
 
 
 def is_account(value: Any) -> bool:
-    """Whether a value that was read from a file has the shape of a record: whatever shows it may then take it as one."""
+    """Whether a value read from a file has the shape of `Account.record`.
+
+    Functions of this module may take such a value without further checks.
+    """
     if not (isinstance(value, dict) and isinstance(value.get("files"), dict)
             and isinstance(value.get("text"), dict)):
         return False

@@ -1,6 +1,7 @@
-"""Documents: texts with a domain, which stay on disk until they are asked for.
+"""Documents of a corpus: texts with a domain that stay on disk until they are needed.
 
-A corpus has millions of them, so what is known of each lies in columns: 56 bytes a document, 24 more for a part of one.
+A corpus has millions of them, so their attributes are columns: 56 bytes a document, 24 more for a part of
+one.
 """
 
 import codecs
@@ -21,39 +22,49 @@ from moetrain.files import open_regular
 
 
 class Document(NamedTuple):
-    """A text that was read once. It is read again from its file, or where that is None, from the spool."""
+    """A text that was read once and can be read again.
+
+    Args:
+        domain: name of its domain.
+        digest: sha256 of the text.
+        size: bytes of the text.
+        file: the file that holds exactly this text; None if it is in the spool.
+        start: byte in the spool at which it begins.
+    """
 
     domain: str
-    digest: bytes                   # sha256 of the text
-    size: int                       # bytes
+    digest: bytes
+    size: int
     file: Path | None
-    start: int = 0                  # in the spool
+    start: int = 0
 
     def blocks(self, spool: Spool) -> Iterator[bytes]:
-        """The text again, as `data.text.blocks_of` gives it; DataError if it changed."""
+        """Read the text again in the blocks of `text_blocks.blocks_of`. DataError if it has changed."""
         return (spool.blocks(self.start, self.size) if self.file is None
                 else _file_again(self.file, self.digest))
 
 
 def spooled_document(domain: str, text: bytes, spool: Spool) -> Document:
-    """A document that is in memory and need not stay there."""
+    """A document from text in memory, which moves to the spool."""
     return Document(domain, hashlib.sha256(text).digest(), len(text), None, spool.append(text))
 
 
 class Documents:
-    """Documents in the order in which they were read. Columns are views: nothing may be appended once one was taken.
+    """Columns of documents in the order in which they were read.
+
+    The properties are views of the columns: nothing may be appended once one of them was read.
 
     Args:
-        spool: keeps the texts that have no file.
+        spool: holds the texts of documents without a file.
     """
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
-        self.names: list[str] = []                           # of domains, in the order in which they came
+        self.names: list[str] = []                           # of domains, in order of appearance
         self._numbers: dict[str, int] = {}
         self._files: list[str] = []
         self._domains, self._digests, self._sizes = array("i"), bytearray(), array("q")
-        self._places = array("q")                            # in the spool, or −1 − the number of a file
+        self._places = array("q")                            # byte in the spool, or -1 - index of the file
 
     def append(self, document: Document) -> None:
         if document.domain not in self._numbers:
@@ -76,26 +87,29 @@ class Documents:
 
     @cached_property
     def domains(self) -> np.ndarray:
-        """int32 number of the domain of each, as `names` lists them."""
+        """int32 [documents], index of the domain in `names`."""
         return np.frombuffer(self._domains, np.int32) if self._domains else np.zeros(0, np.int32)
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """sha256 of each, as numpy's texts of 32 bytes: they are ordered as bytes are, and zeros at the end count."""
+        """S32 [documents], sha256 of each. NumPy orders them like bytes, zeros at the end included."""
         return np.frombuffer(self._digests, "S32") if self._digests else np.zeros(0, "S32")
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """int64 bytes of each."""
+        """int64 [documents], bytes of each text."""
         return np.frombuffer(self._sizes, np.int64) if self._sizes else np.zeros(0, np.int64)
 
     def whole(self, rows: np.ndarray) -> "Parts":
-        """All bytes of these documents."""
+        """These documents, each with all of its bytes."""
         return Parts(self, rows, np.zeros_like(rows), self.sizes[rows])
 
 
 class Part(NamedTuple):
-    """Bytes start to end of a document, each moved back to the start of a character."""
+    """Bytes `start` to `end` of a document.
+
+    Both are moved back to the start of a character when the text is read.
+    """
 
     document: Document
     start: int
@@ -103,6 +117,7 @@ class Part(NamedTuple):
     spool: Spool
 
     def blocks(self) -> Iterator[bytes]:
+        """Read the bytes of the part, block by block."""
         place = 0
         for block in self.document.blocks(self.spool):
             first, last = (character_start(block, min(max(cut - place, 0), len(block)))
@@ -114,7 +129,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of documents, in an order. rows: which documents; starts, ends: bytes of each. All are int64."""
+    """Parts of documents, in an order.
+
+    Args:
+        documents: the columns that `rows` points into.
+        rows: int64 [parts], index of the document.
+        starts: int64 [parts], first byte in the document.
+        ends: int64 [parts], byte behind the last one.
+    """
 
     documents: Documents
     rows: np.ndarray
@@ -128,18 +150,18 @@ class Parts:
         return self.starting_at(0)
 
     def starting_at(self, first: int) -> Iterator[Part]:
-        """Those from number `first` on."""
+        """The parts from index `first` on."""
         for row in range(first, len(self)):
             yield Part(self.documents[self.rows[row]], int(self.starts[row]), int(self.ends[row]),
                        self.documents.spool)
 
     def at(self, which: np.ndarray) -> "Parts":
-        """Those at some places, or where a mask is set."""
+        """The parts at some indices, or where a mask is set."""
         return Parts(self.documents, self.rows[which], self.starts[which], self.ends[which])
 
     @property
     def sizes(self) -> np.ndarray:
-        """int64 bytes of each."""
+        """int64 [parts], bytes of each."""
         return self.ends - self.starts
 
     @property
@@ -148,7 +170,7 @@ class Parts:
 
     @property
     def domains(self) -> np.ndarray:
-        """int32 number of the domain of each, as `documents.names` lists them."""
+        """int32 [parts], index of the domain in `documents.names`."""
         return self.documents.domains[self.rows]
 
     @property
@@ -156,7 +178,7 @@ class Parts:
         return self.documents.digests[self.rows]
 
     def by_domain(self) -> dict[str, tuple[int, int]]:
-        """(parts, their bytes) of every domain that has one, sorted by name."""
+        """Number of parts and their bytes for every domain that has one, sorted by name."""
         names, domains = self.documents.names, self.domains
         counts, sizes = np.bincount(domains, minlength=len(names)), np.zeros(len(names), np.int64)
         np.add.at(sizes, domains, self.sizes)
@@ -165,6 +187,7 @@ class Parts:
 
 
 def _file_again(path: Path, digest: bytes) -> Iterator[bytes]:
+    """Read the text of a file again, and compare its hash after the last block."""
     found = hashlib.sha256()
     try:
         with open_regular(path) as file:

@@ -1,6 +1,6 @@
-"""Texts between the two passes of a preparation, in a file that has no name.
+"""Temporary storage for texts between the two passes of a preparation.
 
-Nothing of it is left behind, however the process ends.
+The file has no name, so nothing is left behind however the process ends.
 """
 
 import os
@@ -14,7 +14,11 @@ from moetrain.data.tokens.shards import unwritable
 
 
 class Spool:
-    """A context manager. folder: where there is room; it is made with the first text."""
+    """Append-only file of texts; a context manager.
+
+    Args:
+        folder: where there is room for the file. It is created with the first text.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -22,7 +26,7 @@ class Spool:
         self.size = 0
 
     def append(self, text: bytes) -> int:
-        """Keep a text, and return where it begins."""
+        """Store a text and return the byte at which it begins."""
         try:
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -36,13 +40,13 @@ class Spool:
         return start
 
     def cut(self, size: int) -> None:
-        """Forget what came after the first `size` bytes."""
+        """Truncate to the first `size` bytes."""
         if self._file is not None:
             self._file.truncate(size)
         self.size = size
 
     def blocks(self, start: int, size: int) -> Iterator[bytes]:
-        """The bytes from `start` on, as `blocks_of` gives them."""
+        """`size` bytes from `start` on, in the blocks of `blocks_of`."""
         if size <= BLOCK:
             return iter((os.pread(self._file.fileno(), size, start),))
         end = start + size
@@ -56,7 +60,7 @@ class Spool:
         return blocks_of(read)
 
     def unpacked(self, read: Callable[[int], bytes]) -> BinaryIO:
-        """A file of its own, without a name, of what a function reads."""
+        """Copy everything that `read` returns to another nameless file, and return it at its start."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = tempfile.TemporaryFile(dir=self._folder)

@@ -1,4 +1,4 @@
-"""Text as bytes: blocks of bounded size, and the start of a character."""
+"""Text as bytes: blocks of bounded size that end at lines or characters."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,9 +6,10 @@ BLOCK = 1 << 20                  # bytes
 
 
 def blocks_of(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Blocks of at most BLOCK bytes from a function that reads so many bytes.
+    """Yield blocks of at most BLOCK bytes from a function that reads up to n bytes.
 
-    Each but the last ends behind a line; where a line is longer, at the start of a character.
+    Each block but the last ends behind a line; where a line is longer than a block, at the start of a
+    character.
     """
     held = b""
     while True:
@@ -38,7 +39,10 @@ def cut(text: bytes) -> Iterator[bytes]:
 
 
 def character_start(text: bytes, position: int) -> int:
-    """The start of the UTF-8 character at a position; the position itself where three bytes before it show none."""
+    """Start of the UTF-8 character at a position.
+
+    It is the position itself where the three bytes before it show no start of a character.
+    """
     for start in range(position, max(position - 4, -1), -1):
         if start == len(text) or text[start] & 0xC0 != 0x80:
             return start

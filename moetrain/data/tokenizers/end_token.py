@@ -1,7 +1,8 @@
-"""Which token ends a document.
+"""The token that ends a document, for a tokenizer.json.
 
-In this order: what `data.end_token` says, what the files of the tokenizer say, a name by which such tokens go. A tokenizer
-of which none of it tells is refused: a wrong one is seen only when a trained model never ends.
+In order of precedence: `data.end_token`, the files beside the tokenizer, a token with a well-known name. A
+tokenizer for which none of them gives an answer is refused: a wrong end token shows only when a trained model
+never stops.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,22 +14,25 @@ from moetrain.config.values import show
 from moetrain.data.tokenizers.source import TokenizerSource
 from moetrain.errors import DataError
 
-NEW = "new"                          # data.end_token: an id behind all others
+NEW = "new"                          # data.end_token: one more id behind the vocabulary
 KNOWN = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<｜end▁of▁sentence｜>", "<EOT>",
          "[EOS]", "[SEP]")
-_BY_NAME, _BY_ID = ("tokenizer_config.json",
-                    "special_tokens_map.json"), ("generation_config.json", "config.json")
+_BY_NAME, _BY_ID = (("tokenizer_config.json", "special_tokens_map.json"),
+                    ("generation_config.json", "config.json"))
 
 
 def find_end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special: Sequence[str],
                 wanted: str | None) -> int:
-    """The id that ends a document; one behind the vocabulary where `wanted` is NEW.
+    """Find the id that ends a document.
 
     Args:
         source: the tokenizer and the files beside it.
         vocabulary: ids of all tokens.
-        special: the tokens that the tokenizer keeps out of text.
-        wanted: `data.end_token`.
+        special: tokens that the tokenizer marks as special.
+        wanted: value of `data.end_token`.
+
+    Returns:
+        An id of the vocabulary, or the first id behind it where `wanted` is NEW.
     """
     size = max(vocabulary.values(), default=-1) + 1
     if wanted == NEW:
@@ -60,6 +64,7 @@ def find_end_id(source: TokenizerSource, vocabulary: Mapping[str, int], special:
 
 
 def _first(value: Any) -> int | None:
+    """An integer, or the first of a list of them; None for anything else."""
     value = value[0] if isinstance(value, list) and value else value
     return value if type(value) is int else None
 

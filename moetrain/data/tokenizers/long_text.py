@@ -1,16 +1,19 @@
-"""Texts of any length to token ids that are those of the whole text, in bounded memory.
+"""Encoding of texts of any length in bounded memory, with the ids of the whole text.
 
-A long text is encoded in pieces that overlap by ZONE characters. Every zone is encoded by itself as well. It ends where the
-left piece ends, so the ids of both agree from some token to the end; it begins where the right piece begins, so those agree
-from the start up to some token. Where both hold for LEAST tokens in a row, the pieces are joined in their middle: what stands
-left of it had its true left context, what stands right of it its true right one. For BPE this is a proof: ids are those of
-the whole text iff each two neighbors are those of their own text (Berglund and van der Merwe, 2023, "Formalizing BPE
-tokenization"), and the two that meet are neighbors in both pieces. Unigram takes the segmentation of the highest probability
-of each word, and where several have the same one, as of a repeated letter, rounding decides, which depends on all that stands
-before it in the word: its pieces are joined between two words.
+A long text is encoded in pieces that overlap by ZONE characters. Every zone is also encoded by itself. A zone
+ends where the left piece ends, so the ids of both agree from some token to the end; it begins where the right
+piece begins, so the ids of those agree from the start up to some token. Where both agreements hold for LEAST
+tokens in a row, the pieces are joined in the middle of that run: ids left of it had their true left context,
+ids right of it their true right context.
 
-Where the pieces agree nowhere, as inside one word that is longer than a zone, they are encoded as one piece, which doubles
-until it meets the next one: in the end the whole text. What comes out are ids, and the bytes that each of them covers.
+For BPE this is a proof: ids are those of the whole text iff each two neighbors are those of their own text
+(Berglund and van der Merwe, 2023, "Formalizing BPE tokenization"), and the two ids that meet are neighbors in
+both pieces. Unigram takes the most probable segmentation of each word. Where several are equally probable, as
+in a repeated letter, rounding decides, which depends on everything before it in the word; its pieces are
+joined between two words.
+
+Pieces that agree nowhere, as inside one word that is longer than a zone, are encoded as one piece, which
+doubles until it meets the next one; in the end it is the whole text.
 """
 
 import os
@@ -25,18 +28,21 @@ from moetrain.data.tokenizers.utf8_decoder import Decoder
 PIECE = 1 << 17                      # characters that are encoded at once
 ZONE = 1 << 12                       # characters that two pieces share
 LEAST = 32                           # tokens in a row on which both pieces have to agree
-# Bytes of a batch: some pieces for every core; more would take memory (150 bytes a token) and save no time.
+# Bytes of a batch: several pieces for every core. More would take memory (150 bytes a token) and save no time.
 BATCH = PIECE * min(max(os.cpu_count() or 1, 8), 32)
 
 
 class Encoded(NamedTuple):
     """Some tokens of a document.
 
-    sizes: int64 bytes of the text that each token covers, from the end of all earlier tokens to its own; what the tokenizer
-        drops counts with the next token, at the end of a document with the end token. They add up to the bytes of the
-        document. None where they were not asked for.
-    text_bytes: how many bytes of the text were read for them; these add up to the bytes of the document, too.
-    last: whether the document ends here; its last id is the end id.
+    Args:
+        ids: int64 [tokens].
+        sizes: int64 [tokens], bytes of the text that each token covers, from the end of all earlier tokens to
+            its own end. What the tokenizer drops counts with the next token, at the end of a document with
+            the end id. The sizes add up to the bytes of the document. None where they were not asked for.
+        text_bytes: bytes of the text that were read for these tokens; they add up to the bytes of the
+            document, too.
+        last: whether the document ends here; then the last id is the end id.
     """
 
     ids: np.ndarray
@@ -46,7 +52,12 @@ class Encoded(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """What an encoder makes of a text. ends: for each id the character behind its last one; None where not asked for."""
+    """Encoding of one text.
+
+    Args:
+        ids: int64 [tokens].
+        ends: int64 [tokens], for each id the character behind its last one; None where not asked for.
+    """
 
     ids: np.ndarray
     ends: np.ndarray | None
@@ -58,15 +69,20 @@ Words = Callable[[str], np.ndarray]
 
 
 class UnjoinableError(Exception):
-    """What a tokenizer makes of the start of a text depends on its far end."""
+    """The ids of the start of a text depend on its far end, so it cannot be encoded in pieces."""
 
 
 @dataclass
 class _Piece:
-    """Characters of a document.
+    """Consecutive characters of a document.
 
-    overlap: how many of them the piece before has too; 0 for the first piece.
-    start: bytes of the document before the first character.
+    Args:
+        text: the characters.
+        widths: uint8 [characters], bytes that each character comes from.
+        overlap: number of leading characters that the piece before shares; 0 for the first piece.
+        start: bytes of the document before the first character.
+        text_bytes: bytes that were read for this piece and not counted with an earlier one.
+        last: whether the document ends with this piece.
     """
 
     text: str
@@ -84,12 +100,12 @@ class _Piece:
 
 
 class LongTexts:
-    """Encode documents, many short ones or a part of a long one at a time.
+    """Encoder of documents: many short ones at a time, or a part of a long one.
 
     Args:
-        encode: what encodes a batch of texts; each by itself.
-        end_id: follows every document.
-        words: the number of the word that each token of a text is in, where pieces are joined only between words.
+        encode: encodes a batch of texts, each by itself.
+        end_id: the id that follows every document.
+        words: numbers the word of each token of a text; pieces are then joined only between words.
         piece: characters that are encoded at once.
         zone: characters that two pieces share.
     """
@@ -100,7 +116,7 @@ class LongTexts:
         self._encode, self._end_id, self._words, self._piece, self._zone = encode, end_id, words, piece, zone
 
     def documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
-        """The tokens of documents, one after another, each with the end id behind it."""
+        """The tokens of documents, one after another, each followed by the end id."""
         joint = _Joint(self._encode, self._end_id, self._words, self._zone, sizes)
         batch: list[_Piece] = []
         waiting = 0
@@ -115,7 +131,10 @@ class LongTexts:
 
 
 def _pieces(blocks: Iterable[bytes], size: int, zone: int) -> Iterator[_Piece]:
-    """At least one piece; all but the last have `size` characters, and the last one more than what it shares."""
+    """Cut a document into pieces; there is at least one.
+
+    All but the last have `size` characters, and the last has more than it shares with the one before.
+    """
     decoder, text, widths = Decoder(), "", np.zeros(0, np.uint8)
     overlap = start = unreported = 0
     for block, last in _with_last(blocks):
@@ -132,7 +151,7 @@ def _pieces(blocks: Iterable[bytes], size: int, zone: int) -> Iterator[_Piece]:
 
 
 def _with_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Every block, and whether it is the last one; an empty last one where there is none."""
+    """Every block, and whether it is the last one. Without any block, one empty last block."""
     held = b""
     for block in blocks:
         if held:
@@ -142,11 +161,12 @@ def _with_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 
 
 class _Joint:
-    """Joins pieces in the order in which they come.
+    """Joins the encodings of pieces in the order in which they come.
 
-    _left: the piece whose last ids are not given out, because the next one decides where they end. _left_ids: its ids and
-    those of its zone; None while it grows, up to `_grown` characters. _taken: ids at its start that the piece before gave.
-    _covered: bytes of the document under the ids that were given out.
+    `_left` is the piece whose last ids are not yet given out, because the next piece decides where they end.
+    `_left_ids` holds its ids and those of its zone; it is None while the piece grows, up to `_grown`
+    characters. `_taken` counts the ids at its start that the piece before gave out. `_covered` counts the
+    bytes of the document under all ids given out.
     """
 
     def __init__(self, encode: EncodeBatch, end_id: int, words: Words | None, zone: int, sizes: bool) -> None:
@@ -182,7 +202,7 @@ class _Joint:
         self._before = ids[0].ids[:taken]
 
     def _meeting(self, right: np.ndarray) -> int | None:
-        """The id of the zone before which both pieces are cut; None where they do not agree for long enough."""
+        """Index into the zone's ids before which both pieces are cut; None if they agree for too few tokens."""
         left, zone = self._left_ids[0].ids[self._taken:], self._left_ids[1].ids
         first = len(zone) - _agreement(left[::-1], zone[::-1])
         behind = _agreement(right, zone)
@@ -195,7 +215,7 @@ class _Joint:
         return int(between[np.argmin(np.abs(between - middle))]) if len(between) else None
 
     def _grow(self, piece: _Piece) -> None:
-        """The left piece and this one become one, which is encoded anew once it is twice as long."""
+        """Append a piece to the left one, and encode the result anew once it is twice as long."""
         if self._left_ids is not None:
             self._grown, self._left_ids = 2 * len(self._left.text), None
         self._left.append(piece)
@@ -208,24 +228,24 @@ class _Joint:
         self._left_ids = (ids[0], None if piece.last else ids[1])
 
     def _given(self, end: int) -> Encoded:
-        """The ids of the left piece up to `end`; with what closes the document, where it ends there."""
+        """The ids of the left piece up to `end`, with the end id where the document ends there."""
         piece, ids = self._left, self._left_ids[0]
         chosen, sizes = ids.ids[self._taken:end], None
         if self._sizes:
-            ends = piece.start + np.concatenate([[0], np.cumsum(piece.widths,
-                                                                dtype=np.int64)])[ids.ends[self._taken:end]]
+            bytes_before = np.concatenate([[0], np.cumsum(piece.widths, dtype=np.int64)])
+            ends = piece.start + bytes_before[ids.ends[self._taken:end]]
         if piece.last:
             chosen = np.append(chosen, self._end_id)
         if self._sizes:
             whole = piece.start + int(piece.widths.sum(dtype=np.int64))
-            ends = np.maximum.accumulate(np.concatenate([[self._covered], ends,
-                                                         [whole] if piece.last else []])).astype(np.int64)
+            ends = np.concatenate([[self._covered], ends, [whole] if piece.last else []])
+            ends = np.maximum.accumulate(ends).astype(np.int64)
             sizes, self._covered = np.diff(ends), int(ends[-1])
         return Encoded(chosen, sizes, piece.text_bytes, piece.last)
 
 
 def _agreement(first: np.ndarray, second: np.ndarray) -> int:
-    """How many leading ids are the same."""
+    """Number of leading ids that are equal."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length

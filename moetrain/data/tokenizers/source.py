@@ -1,6 +1,6 @@
-"""What `data.tokenizer=<path>` leads to: a `tokenizer.json`, alone or in the folder of a checkpoint, with the settings beside it.
+"""Files behind `data.tokenizer=<path>`: a `tokenizer.json`, alone or in a checkpoint's folder, with settings beside it.
 
-Tokenizers in other formats are recognised by their content, and named with the command that converts them.
+Tokenizers in other formats are recognized by content; the error names the command that converts them.
 """
 
 import base64
@@ -16,13 +16,18 @@ from moetrain.files import parse_json, read_bytes, reason
 
 FILE = "tokenizer.json"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-_MOST_BYTES = 256 << 20  # of a tokenizer.json; those of the largest vocabularies have 35 MB
+_MOST_BYTES = 256 << 20  # of a tokenizer.json; the largest vocabularies take 35 MB
 _MOST_SETTINGS = 64 << 20
 
 
 class Other(NamedTuple):
-    """A format that is not read. usual: the name of such a file by which transformers finds it; None where it needs others beside it.
-    package: what transformers needs to read it."""
+    """A tokenizer format that is not read.
+
+    Args:
+        name: the format, as a noun with its article.
+        usual: file name under which transformers finds such a file; None if it needs further files beside it.
+        package: package that transformers needs to read the format.
+    """
 
     name: str
     usual: str | None
@@ -32,13 +37,19 @@ class Other(NamedTuple):
 SENTENCEPIECE = Other("a sentencepiece model", "tokenizer.model", "sentencepiece")
 TIKTOKEN = Other("tiktoken ranks", "tokenizer.model", "tiktoken")
 TEKKEN = Other("a tekken tokenizer", "tekken.json", "tiktoken")
-VOCABULARY = Other("a vocabulary without its rules (it has merges.txt or a tokenizer_config.json beside it)",
-                   None, "")
+VOCABULARY = Other("a vocabulary without its rules (it has merges.txt or a tokenizer_config.json beside it)", None,
+                   "")
 SETTING = Other("the settings of a tokenizer, not the tokenizer", None, "")
 
 
 class TokenizerSource(NamedTuple):
-    """path: of the tokenizer.json. settings: the JSON objects beside it, by file name."""
+    """A tokenizer.json and the settings beside it.
+
+    Args:
+        path: the tokenizer.json.
+        content: its bytes, without a byte order mark.
+        settings: JSON objects beside it, by file name.
+    """
 
     path: Path
     content: bytes
@@ -46,7 +57,7 @@ class TokenizerSource(NamedTuple):
 
 
 def find_tokenizer(path: Path) -> TokenizerSource:
-    """The tokenizer.json at a path or in the folder there; DataError where there is none."""
+    """Read the tokenizer.json at a path or in the folder there. DataError if there is none."""
     if path.is_dir():
         path = _in_folder(path)
     try:
@@ -59,13 +70,13 @@ def find_tokenizer(path: Path) -> TokenizerSource:
 
 
 def recognise(content: bytes) -> Other | None:
-    """The format of a file that is no tokenizer.json; None for one that may be."""
+    """Format of a file that is no tokenizer.json; None if it may be one."""
     content = content.removeprefix(codecs.BOM_UTF8)
     if _is_sentencepiece(content):
         return SENTENCEPIECE
     if not content.lstrip().startswith(b"{"):
         return _of_lines(content)
-    if b'"model"' in content:                       # large, and parsed by the library soon
+    if b'"model"' in content:                       # large, and parsed by the library anyway
         return None
     try:
         value = parse_json(content)
@@ -81,7 +92,10 @@ def recognise(content: bytes) -> Other | None:
 
 
 def _is_sentencepiece(content: bytes) -> bool:
-    """A ModelProto: its first field is a piece, a message whose first field is a text, followed by a score or a type."""
+    """Whether the bytes begin like a SentencePiece ModelProto.
+
+    Its first field is a piece: a message whose first field is a string, followed by a score or a type.
+    """
     if len(content) < 8 or content[0] != 0x0A or content[2] != 0x0A:
         return False
     length = content[3]
@@ -98,6 +112,7 @@ def _of_lines(content: bytes) -> Other | None:
 
 
 def _is_rank(line: bytes) -> bool:
+    """Whether a line is a base64 token and its rank, as tiktoken writes them."""
     token, _, rank = line.partition(b" ")
     try:
         return rank.isdigit() and bool(base64.b64decode(token, validate=True))
@@ -106,7 +121,7 @@ def _is_rank(line: bytes) -> bool:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The tokenizer.json of a folder. One that has the tokenizer in another format is refused with that file's name."""
+    """The tokenizer.json of a folder, else a file in another format, which the caller refuses by name."""
     path = folder / FILE
     if path.exists():
         return path
@@ -126,11 +141,9 @@ def _settings(folder: Path) -> dict[str, dict[str, Any]]:
             continue
         except (OSError, ValueError) as error:
             raise DataError(153, "the settings of the tokenizer cannot be read",
-                            where=f"{folder / name} (data.tokenizer)",
-                            why=reason(error),
+                            where=f"{folder / name} (data.tokenizer)", why=reason(error),
                             next=f"restore the file, or copy {FILE} to a folder of its own and say "
-                                                    "data.end_token=<the token that ends a "
-                                                    "document>") from error
+                                 "data.end_token=<the token that ends a document>") from error
         if isinstance(value, dict):
             found[name] = value
     return found

@@ -1,7 +1,8 @@
-"""A tokenizer that takes special strings for text: `</s>` in a document is four characters, not the end of it.
+"""A tokenizer.json changed so that special strings in a text stay text: `</s>` is four characters, not a token.
 
-The tokenizers library can keep special tokens out of what it looks for first, but not out of a model's own vocabulary, where
-Unigram and WordPiece find them again. So the special tokens get names that no text has; their ids stay.
+The tokenizers library can exclude special tokens from its first search through a text, but not from the
+model's own vocabulary, where Unigram and WordPiece find them again. So the special tokens are renamed to
+strings that occur in no text; their ids stay.
 """
 
 import hashlib
@@ -9,14 +10,15 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-# Two noncharacters of Unicode, which no text is made of, around a hash.
+# Names are a hash between two Unicode noncharacters, which occur in no text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
 def plain(content: bytes) -> dict[str, Any]:
-    """A tokenizer.json that adds nothing to a text and encodes it the same way every time.
+    """A tokenizer.json without truncation, padding, post-processor and dropout.
 
-    Without a post-processor the offsets of tokens include the spaces that they cover.
+    It adds nothing to a text and encodes it the same way every time. Without a post-processor the offsets of
+    tokens include the spaces that they cover.
     """
     tokenizer = json.loads(content) | {"truncation": None, "padding": None, "post_processor": None}
     if isinstance(tokenizer.get("model"), dict) and tokenizer["model"].get("dropout") is not None:
@@ -25,7 +27,7 @@ def plain(content: bytes) -> dict[str, Any]:
 
 
 def without_special(tokenizer: dict[str, Any], tokens: Iterable[str]) -> dict[str, Any]:
-    """The same tokenizer.json, in which no text leads to one of these tokens."""
+    """The same tokenizer.json, renamed so that no text encodes to one of these tokens."""
     names = {token: f"{_OPEN}{hashlib.sha256(token.encode()).hexdigest()[:16]}{_CLOSE}" for token in tokens}
     added = [token | {"content": names.get(token["content"], token["content"])}
              for token in tokenizer.get("added_tokens") or []]
@@ -42,6 +44,6 @@ def without_special(tokenizer: dict[str, Any], tokens: Iterable[str]) -> dict[st
 
 
 def _parts(merge: str | list[str]) -> set[str]:
-    """What a merge joins, and what it makes."""
+    """The two tokens that a merge joins, and the one that it makes."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return {left, right, left + right}

@@ -1,6 +1,7 @@
-"""Text to token ids and back: bytes as they are, or any `tokenizer.json` of the tokenizers library (data/tokenizers/tokenizer_json.py).
+"""Tokenizers: text to token ids and back, as bytes or by a `tokenizer.json` of the tokenizers library.
 
-A tokenizer adds no marks of its own to a text; behind every document comes `end_id`.
+This module holds the interface and the byte tokenizer; `tokenizer_json.py` holds the other one. A tokenizer
+adds no special tokens to a text; `end_id` follows every document.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,15 @@ from moetrain.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """vocab_size: ids run from 0 to vocab_size - 1, end_id included. identity: equal for equal tokenizers. content: of the
-    file that it was made of, if there is one. parse_special: whether special strings inside a text are special tokens."""
+    """Interface of a tokenizer.
+
+    Args:
+        vocab_size: ids run from 0 to vocab_size - 1, end_id included.
+        end_id: the id that follows every document.
+        identity: a string that is equal for equal tokenizers.
+        content: bytes of the file that the tokenizer was built from; None where there is none.
+        parse_special: whether special strings inside a text become special tokens.
+    """
 
     vocab_size: int
     end_id: int
@@ -25,26 +33,26 @@ class Tokenizer(Protocol):
     parse_special: bool
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The ids of a text alone."""
+        """The ids of a text, int64 [tokens], without an end id."""
         ...
 
     def encode_document(self, blocks: Iterable[bytes]) -> Iterator[Encoded]:
-        """The ids of a document with the end id behind it, and the bytes that each covers."""
+        """The ids of a document, then the end id, with the bytes that each of them covers."""
         ...
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
-        """The same of many documents, one after another. sizes: whether the bytes of each token are wanted."""
+        """The ids of many documents, one after another. `sizes`: also the bytes of each token."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
     def count_special(self, ids: np.ndarray) -> int:
-        """How many ids are those of special tokens."""
+        """Number of ids that are special tokens."""
         ...
 
 
 class ByteTokenizer:
-    """Id = byte; 256 ends a document."""
+    """Tokenizer whose ids are the bytes of the text; 256 ends a document."""
 
     vocab_size = 257
     end_id = 256
@@ -75,16 +83,17 @@ class ByteTokenizer:
 
 def load_tokenizer(name: str, *, end_token: str | None = None, end_id: int | None = None,
                    parse_special: bool = False) -> Tokenizer:
-    """A tokenizer.
+    """Load a tokenizer by name.
 
     Args:
         name: `bytes`, or the path of a tokenizer.json or of a folder that holds one.
-        end_token: the token of a tokenizer.json that ends a document, `new` for one more id; None: as its files say.
-        end_id: the id that ends a document, where that is known.
-        parse_special: whether special strings inside a text are special tokens.
+        end_token: token of the tokenizer.json that ends a document, or `new` for one more id; None takes the
+            one that the tokenizer's files name.
+        end_id: the id that ends a document, where it is known.
+        parse_special: whether special strings inside a text become special tokens.
     """
     if name != "bytes":
-        # Not before it is needed: the tokenizers library takes a while to load.
+        # Imported only when used: the tokenizers library takes a while to load.
         from moetrain.data.tokenizers.tokenizer_json import FileTokenizer
 
         return FileTokenizer(path=Path(name), end_token=end_token, end_id=end_id, parse_special=parse_special)
@@ -99,5 +108,5 @@ def load_tokenizer(name: str, *, end_token: str | None = None, end_id: int | Non
 
 
 def configured_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer of data.tokenizer, with what else the config says of it."""
+    """The tokenizer that the config names, with its end token and its handling of special strings."""
     return load_tokenizer(data.tokenizer, end_token=data.end_token, parse_special=data.parse_special)

@@ -1,7 +1,8 @@
-"""Any `tokenizer.json` of the tokenizers library as a tokenizer of documents.
+"""Tokenizer of documents from any `tokenizer.json` of the tokenizers library.
 
-What a text becomes is what the library makes of the whole text without special tokens of its own; texts of any length are
-data/tokenizers/long_text.py's, special strings inside a text data/tokenizers/special_strings.py's, the end token data/tokenizers/end_token.py's.
+A text encodes to what the library makes of it as a whole, without special tokens of its own. `long_text.py`
+encodes texts of any length, `special_strings.py` keeps special strings in a text from becoming tokens,
+`end_token.py` finds the end token.
 """
 
 import hashlib
@@ -24,17 +25,18 @@ from moetrain.files import reason, shown
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
-_VERSION = 2                 # raise it when the same text gives other ids
+_VERSION = 2                 # raise it when the same text gives different ids
 
 
 class FileTokenizer:
-    """A tokenizer.json.
+    """Tokenizer read from a tokenizer.json.
 
     Args:
         path: the file, or a folder that holds it.
-        end_token: the token that ends a document, `new` for one more id; None takes it from the files.
-        end_id: its id, where a prepared folder has said it.
-        parse_special: whether special strings inside a text are the tokens of that name.
+        end_token: token that ends a document, or `new` for one more id; None takes it from the tokenizer's
+            files.
+        end_id: the id that ends a document, where a prepared folder gives it.
+        parse_special: whether special strings inside a text become the tokens of that name.
     """
 
     def __init__(self, *, path: Path, end_token: str | None = None, end_id: int | None = None,
@@ -56,7 +58,7 @@ class FileTokenizer:
         self.identity = f"tokenizer-{_VERSION} sha256:{hashlib.sha256(self.content).hexdigest()}{said}"
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The ids of a text; no end id behind it."""
+        """The ids of a text, int64 [tokens], without an end id."""
         return np.concatenate([piece.ids for piece in self.encode_documents([[text]], sizes=False)])[:-1]
 
     def encode_document(self, blocks: Iterable[bytes]) -> Iterator[Encoded]:
@@ -79,11 +81,15 @@ class FileTokenizer:
                                         skip_special_tokens=True)
 
     def count_special(self, ids: np.ndarray) -> int:
-        """How many ids are those of special tokens."""
+        """Number of ids that are special tokens."""
         return int(np.isin(ids, list(self._special.values())).sum())
 
     def _special_tokens(self, special: list[str], vocabulary: dict[str, int]) -> dict[str, int]:
-        """The tokens that text does not lead to. One that text is made of, which is no mark by its name, cannot end a document."""
+        """Tokens that no text encodes to, with their ids: the special ones and the end token.
+
+        DataError where the end token is an ordinary token that text encodes to, and not one of the well-known
+        names.
+        """
         end = next((token for token, id in vocabulary.items() if id == self.end_id), None)
         if end is None or end in special:
             return {token: vocabulary[token] for token in special}
@@ -99,7 +105,7 @@ class FileTokenizer:
 
     @cached_property
     def _encoder(self) -> "Library":
-        """The library's tokenizer, as texts are encoded with it."""
+        """The library's tokenizer, changed as texts are encoded with it."""
         with self._refused(21, "the file is not a tokenizer"):
             tokenizer = plain(self.content)
             if not self.parse_special:
@@ -108,10 +114,11 @@ class FileTokenizer:
 
     @cached_property
     def _words(self) -> Words | None:
+        """For Unigram, the function that numbers words, since its pieces join only between words."""
         return self._word_numbers if type(self._library.model).__name__ == "Unigram" else None
 
     def _word_numbers(self, text: str) -> np.ndarray:
-        """The number of the word that each token is in; -1 of a token that is in none."""
+        """int64 [tokens], number of the word that each token is in; -1 for a token in none."""
         with self._refused(120, "the tokenizer fails on what it is given"):
             words = self._encoder.encode(text, add_special_tokens=False).word_ids
         return np.array([-1 if word is None else word for word in words], np.int64)
@@ -127,8 +134,11 @@ class FileTokenizer:
 
     @contextmanager
     def _refused(self, number: int, what: str) -> Iterator[None]:
-        """What the library raises in the block becomes a DataError. It is written in Rust, and raises plain Exception, or
-        for a file it did not expect a panic, which is a BaseException of a module that cannot be imported."""
+        """Turn what the library raises inside the block into a DataError.
+
+        The library is written in Rust. It raises plain Exception, or for an unexpected file a panic, which is
+        a BaseException of a module that cannot be imported.
+        """
         try:
             yield
         except BaseException as error:
@@ -137,7 +147,6 @@ class FileTokenizer:
             raise DataError(number, what, where=self._where, why=shown(reason(error), 200),
                             next="data.tokenizer=bytes, or a tokenizer.json of the tokenizers "
                                  "library") from error
-
 
 
 def _library(content: bytes) -> "Library":

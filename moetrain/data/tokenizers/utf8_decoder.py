@@ -1,33 +1,39 @@
-"""UTF-8 to characters, a block at a time, with the bytes that each of them came from."""
+"""Incremental UTF-8 decoder that also gives the bytes each character comes from."""
 
 import codecs
 import threading
 
 import numpy as np
 
-# What stands for bytes that are no UTF-8 while their places are looked for: a lone surrogate, which no UTF-8 decodes to.
+# Marks invalid bytes until they are counted: a lone surrogate, to which no valid UTF-8 decodes.
 _BAD, _REPLACEMENT = "\udc00", "\ufffd"
 _found = threading.local()
 
 
 def _note(error: UnicodeError) -> tuple[str, int]:
+    """Codec error handler: replace invalid bytes by a lone surrogate and record how many there were."""
     assert isinstance(error, UnicodeDecodeError), error
     _found.widths.append(error.end - error.start)
     return _BAD, error.end
 
 
-# An error handler, not a loop over exceptions: every exception would copy the rest of the block.
+# An error handler instead of a loop over exceptions, each of which would copy the rest of the block.
 codecs.register_error("moetrain.note", _note)
 
 
 class Decoder:
-    """The characters of a text that comes in blocks; U+FFFD for bytes that are no UTF-8, as `replace` has it."""
+    """Decoder of a text that comes in blocks. Invalid bytes become U+FFFD, as with `errors="replace"`."""
 
     def __init__(self) -> None:
         self._held = b""
 
     def add(self, block: bytes, *, last: bool = False) -> tuple[str, np.ndarray]:
-        """(characters, uint8 bytes that each of them came from). A character that the block cuts comes with the next one."""
+        """Decode one more block.
+
+        Returns:
+            The characters, and uint8 [characters], the bytes that each comes from. A character that the block
+            cuts off comes with the next one.
+        """
         block = self._held + block if self._held else block
         _found.widths = []
         text, used = codecs.utf_8_decode(block, "moetrain.note", last)

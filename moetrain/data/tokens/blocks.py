@@ -1,7 +1,8 @@
-"""The tokens of a file, read by position: a block is compared with its checksum when it is first read.
+"""Tokens of a file, read by position. Each block is compared with its checksum when it is first read.
 
-Read with `pread`, not memory-mapped: a file that is cut short while it is in use is an error here and SIGBUS there. A
-block is checked again once the file's time of change has moved, which is looked at every second.
+Files are read with `pread` instead of a memory map: a file that is truncated while in use raises an error
+here, and would end the process by SIGBUS there. A block is checked again after the file's modification time
+has changed, which is looked at once a second.
 """
 
 import os
@@ -18,11 +19,11 @@ from moetrain.errors import DataError
 from moetrain.files import open_descriptor, reason
 
 LOOK_S = 1.0
-MOST_OPEN = 64  # descriptors, of all shards together: a corpus may have more shards than a process may open
+MOST_OPEN = 64                       # descriptors: a corpus may have more shards than a process may open
 
 
 class Errors(Protocol):
-    """What is raised about a file that cannot be used."""
+    """Factory of the errors about one kind of file, so that messages fit shards and token files alike."""
 
     def unreadable(self, path: Path, error: OSError) -> DataError: ...
 
@@ -34,9 +35,18 @@ class Errors(Protocol):
 
 
 class Layout(NamedTuple):
-    """Where tokens lie in a file. checksums: CRC-32 of every `block` tokens."""
+    """Where the tokens lie in a file.
 
-    start: int                       # byte
+    Args:
+        start: byte of the first token.
+        tokens: number of tokens.
+        dtype: type of an id.
+        checksums: CRC-32 of every `block` tokens.
+        block: tokens under one checksum.
+        vocab_size: an id at or above it is refused.
+    """
+
+    start: int
     tokens: int
     dtype: np.dtype
     checksums: list[int]
@@ -45,16 +55,16 @@ class Layout(NamedTuple):
 
 
 class TokenBlocks:
-    """Tokens of one file.
+    """Tokens of one file, read and verified block by block.
 
     Args:
         path: the file.
         layout: where its tokens lie.
-        offsets: of its documents, to name a token by its place.
-        found: the file as it was when the layout was read.
-        errors: what is raised about it; None: that of a shard.
-        links: whether the path itself may be a link.
-        checked: whether all of it has been compared with its checksums just now.
+        offsets: int64 [documents + 1], first token of each document; names a bad token by document and place.
+        found: stat result of the file from when the layout was read.
+        errors: factory of the errors raised; None takes those of a token shard.
+        links: whether `path` itself may be a symbolic link.
+        checked: whether every block has been compared with its checksum just now.
     """
 
     def __init__(self, path: Path, layout: Layout, offsets: np.ndarray, found: os.stat_result, *,
@@ -63,14 +73,14 @@ class TokenBlocks:
         self._errors = errors or ShardErrors()
         self._identity, self._seen = (found.st_dev, found.st_ino), _state(found)
         self._size, self._looked = found.st_size, time.monotonic()
-        self._open: weakref.ref[_Descriptor] | None = None           # the cache of _opened keeps it
+        self._open: weakref.ref[_Descriptor] | None = None           # kept alive by the cache of `_opened`
         self._checked = np.full(len(layout.checksums), checked)
 
     def __len__(self) -> int:
         return self.layout.tokens
 
     def read(self, begin: int, end: int) -> np.ndarray:
-        """Tokens begin to end as they lie in the file; DataError where they are not what was written."""
+        """Tokens `begin` to `end` in the file's dtype; DataError if they are not what was written."""
         self._look()
         block = self.layout.block
         for number in range(begin // block, -(-end // block)):
@@ -79,13 +89,13 @@ class TokenBlocks:
         return self._tokens(begin, end)
 
     def verify(self) -> None:
-        """Check every block, one after another."""
+        """Compare every block with its checksum."""
         self._look()
         for number in range(len(self._checked)):
             self._check(number)
 
     def _look(self) -> None:
-        """Forget what was checked where somebody has written to the file since."""
+        """Forget which blocks were checked if the file has been written to since."""
         if (now := time.monotonic()) - self._looked < LOOK_S:
             return
         self._looked, found = now, os.fstat(self._descriptor().number)
@@ -142,7 +152,7 @@ class TokenBlocks:
 
 
 class _Descriptor:
-    """An open file, closed with the last reference to it."""
+    """An open file descriptor, closed with the last reference to it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -153,6 +163,7 @@ class _Descriptor:
 
 @lru_cache(maxsize=MOST_OPEN)
 def _opened(path: Path, identity: tuple[int, int], links: bool) -> _Descriptor:
+    """Open a file through a cache of MOST_OPEN descriptors. `identity` is its device and inode."""
     descriptor = _Descriptor(open_descriptor(path, os.O_RDONLY, links=links))
     found = os.fstat(descriptor.number)
     if (found.st_dev, found.st_ino) != identity:
@@ -164,11 +175,11 @@ def _state(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-# --- what is said of a shard that cannot be used
+# --- errors about shards
 
 
 class ShardErrors:
-    """A shard is of prepared tokens: the text may be prepared again."""
+    """Errors about token shards. Their text can be prepared again, which the advice says."""
 
     def unreadable(self, path: Path, error: OSError) -> DataError:
         return DataError(1, "a token shard cannot be read", where=str(path), why=reason(error),
@@ -189,7 +200,17 @@ class ShardErrors:
 
 
 def damaged(number: int, path: Path, what: str, offset: int, why: str) -> DataError:
-    """The folder is somebody's data: it is moved, never removed."""
+    """An error about a damaged file of prepared data.
+
+    The advice is to move the folder away, never to remove it: the data may exist nowhere else.
+
+    Args:
+        number: number of the error code.
+        path: the damaged file.
+        what: the first line of the message.
+        offset: byte at which the damage shows.
+        why: what is wrong there.
+    """
     return DataError(number, what, where=f"{path}, byte {offset:,}", why=why,
                      next="restore the file from a copy, or move the folder away and prepare the text again "
                           "with data=text")

@@ -1,13 +1,15 @@
-"""Files of token ids as other trainers write them, told by their content.
+"""Formats of token id files written by other trainers, recognized by content.
 
     llm.c    256 int32: magic, version, number of tokens; then uint16 (magic 20240520) or uint32 (20240801).
-             karpathy/llm.c dev/data/data_common.py (write_datafile), whose files KellerJordan/modded-nanogpt trains on too
+             karpathy/llm.c dev/data/data_common.py (write_datafile); KellerJordan/modded-nanogpt trains on
+             these files too
     numpy    a .npy with NumPy's own header: one dimension of integers
-    raw      ids alone. train.bin of karpathy/nanoGPT (data/openwebtext/prepare.py), and the .npy of OLMo, which is a memory
-             map without a header (allenai/dolma python/dolma/tokenizer/memmap_writer.py)
+    raw      ids alone. train.bin of karpathy/nanoGPT (data/openwebtext/prepare.py), and the .npy of OLMo,
+             a memory map without a header (allenai/dolma python/dolma/tokenizer/memmap_writer.py)
 
-Nothing tells the width of raw ids: `data/pretokenized/memmap.py` compares them with the vocabulary. What is no file of ids is recognised
-as well, so that nobody trains on a text or an archive as if its bytes were ids.
+Nothing in a raw file tells the width of its ids: `pretokenized/memmap.py` compares them with the vocabulary.
+Files that hold no ids are recognized as well, so that nobody trains on a text or an archive as if its bytes
+were ids.
 """
 
 import os
@@ -19,9 +21,9 @@ import numpy as np
 
 from moetrain.files import open_regular
 
-SUFFIXES = (".bin", ".npy")                     # what a folder of token files holds
+SUFFIXES = (".bin", ".npy")                     # of the token files in a folder
 LLMC_HEADER = 1024                              # bytes
-_LLMC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}    # magic: version, ids
+_LLMC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}    # by magic: version, dtype of ids
 _LLMC_OTHERS = {20240522: "multiple-choice examples of llm.c", 20240326: "a model of llm.c",
                 20240327: "a training state of llm.c", 20240328: "a tokenizer of llm.c"}
 _INDEX_MAGIC = b"MMIDIDX\0\0"                   # of Megatron-Core's .idx
@@ -34,14 +36,21 @@ _MAGICS = (
     (b"BZh", "compressed by bzip2"), (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"GGUF", "a GGUF model"),
 )
-_HEAD = 4096                                    # bytes that tell what a file is
+_HEAD = 4096                                    # bytes looked at to recognize a file
 _RAW = "raw"
 _RAW_BY_SUFFIX = {".bin": "nanoGPT", ".npy": "OLMo"}
 _LEAST_TEXT = 32                                # bytes; fewer may look like text by chance
 
 
 class TokenFormat(NamedTuple):
-    """How ids lie in a file. start: their first byte. dtype: None where nothing tells it. tokens: as a header says."""
+    """How ids lie in a file.
+
+    Args:
+        name: the format.
+        start: byte of the first id.
+        dtype: type of an id; None where the file does not tell it.
+        tokens: number of ids that the header gives; None without a header.
+    """
 
     name: str
     start: int
@@ -49,12 +58,17 @@ class TokenFormat(NamedTuple):
     tokens: int | None
 
     def shown(self, path: Path) -> str:
-        """The format for a person. Of raw ids the suffix alone tells who writes them so."""
+        """The format as shown to a user. Raw ids are named after the trainer that uses the file's suffix."""
         return self.name if self.name != _RAW else _RAW_BY_SUFFIX.get(path.suffix, "raw ids")
 
 
 class NotTokensError(ValueError):
-    """A file that holds no ids that can be read. what: it is. next: what to type instead."""
+    """A file holds no ids that can be read.
+
+    Args:
+        what: what the file is instead.
+        next: command or setting to use instead.
+    """
 
     def __init__(self, what: str, next: str) -> None:
         super().__init__(what)
@@ -62,7 +76,7 @@ class NotTokensError(ValueError):
 
 
 def token_format(path: Path) -> TokenFormat:
-    """The format of a file; NotTokensError where it is something else, OSError where it cannot be read."""
+    """Format of a file. NotTokensError if it holds no token ids, OSError if it cannot be read."""
     with open_regular(path) as file:
         size, head = os.fstat(file.fileno()).st_size, file.read(_HEAD)
         _refuse_others(path, head)
@@ -78,7 +92,7 @@ def token_format(path: Path) -> TokenFormat:
 
 
 def how_to_read(path: Path) -> str | None:
-    """What to type for a file or a folder that data=tokens was given and did not write; None where nobody knows."""
+    """Settings that read what `data=tokens` was given and did not write; None if unknown."""
     shown = quote(str(path))
     try:
         if path.is_dir():
@@ -123,7 +137,7 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 
 
 def _numpy(file: BinaryIO) -> TokenFormat:
-    """The header of a .npy, by NumPy's own reader; without pickle."""
+    """The header of a .npy, parsed by NumPy's own reader, without pickle."""
     elsewhere = "save the ids as one dimension of integers: numpy.save(path, ids)"
     try:
         first = np.lib.format.read_magic(file) == (1, 0)
@@ -151,7 +165,10 @@ def _llmc(head: bytes) -> TokenFormat | None:
 
 
 def _as_text(head: bytes) -> str | None:
-    """How it begins, if these bytes are text: UTF-8 without control characters, which ids are not for long."""
+    """The beginning of the file if its bytes are text, else None.
+
+    Text is UTF-8 without control characters. Ids rarely look like it for more than a few bytes.
+    """
     if len(head) < _LEAST_TEXT:
         return None
     for cut in range(4):                                     # the last character may be incomplete

@@ -1,7 +1,8 @@
-"""What one reading of a token file finds, and nothing else would: checksums, where documents begin, what they end in.
+"""Index of a token file: checksums, document starts and end token, found by reading the file once.
 
-    read_once      reads a file from its first token to its last; no id lies outside the vocabulary
-    TokenIndex     what was found. data/pretokenized/token_indexes.py keeps it, so that neither another rank nor a later start reads again
+    read_once      reads a file from its first token to its last and refuses ids outside the vocabulary
+    TokenIndex     the result. pretokenized/token_indexes.py stores it, so that neither another rank nor a
+                   later start reads the whole file again
 """
 
 import os
@@ -16,11 +17,17 @@ from moetrain.data.tokens.shards import BLOCK
 from moetrain.errors import DataError
 from moetrain.files import reason
 
-Report = Callable[[int], None]               # called with the bytes of a file that are read so far
+Report = Callable[[int], None]               # called with the bytes of a file read so far
 
 
 class Ending(NamedTuple):
-    """What documents end in. id: a last token; share: of the documents that end in it; inside: how often it occurs elsewhere."""
+    """The token that documents end in.
+
+    Args:
+        id: the last token of most documents.
+        share: share of the documents that end in it.
+        inside: how often it occurs inside documents.
+    """
 
     id: int
     share: float
@@ -28,10 +35,15 @@ class Ending(NamedTuple):
 
 
 class TokenIndex(NamedTuple):
-    """What is known of a file.
+    """Index of one token file.
 
-    format: as a person names it. start: byte of the first token. checksums: CRC-32 of every block of BLOCK tokens.
-    starts: int64 [documents + 1], first token of every document, and the end. ending: None where no id is known to close documents.
+    Args:
+        format: name of the file's format, as shown to a user.
+        start: byte of the first token.
+        dtype: type of an id.
+        checksums: CRC-32 of every block of BLOCK tokens.
+        starts: int64 [documents + 1], first token of each document, then the number of tokens.
+        ending: the token that closes documents; None where no such id is known.
     """
 
     format: str
@@ -51,7 +63,7 @@ class TokenIndex(NamedTuple):
 
 
 class FileErrors:
-    """A file is as it was when it was read, or it is refused."""
+    """Errors about token files of other programs, which must not change between reading and use."""
 
     def unreadable(self, path: Path, error: OSError) -> DataError:
         return self._changed(path, reason(error))
@@ -76,18 +88,21 @@ class FileErrors:
 
 def read_once(file: BinaryIO, path: Path, *, start: int, tokens: int, dtype: np.dtype, vocab_size: int,
               visit: Callable[[int, np.ndarray], None], report: Report, advice: str = "") -> list[int]:
-    """Checksums of the blocks of a file; DataError where an id is outside the vocabulary.
+    """Read a file of token ids from start to end. DataError if an id is outside the vocabulary.
 
     Args:
-        file: open for reading.
-        path: its name.
-        start: first byte of the tokens.
-        tokens: how many there are; the file was seen to have them.
-        dtype: of an id.
-        vocab_size: ids that there are.
-        visit: called with the number of the first token of every block, and the block.
-        report: called as blocks are read.
-        advice: what else may help against an id outside the vocabulary.
+        file: the file, open for reading.
+        path: its name, for errors.
+        start: byte of the first token.
+        tokens: number of tokens; the file was seen to have them.
+        dtype: type of an id.
+        vocab_size: valid ids are 0 to vocab_size - 1.
+        visit: called with the position of each block's first token, and the block.
+        report: called with the bytes read so far, after each block.
+        advice: further remedy in the error about an id outside the vocabulary.
+
+    Returns:
+        CRC-32 of every block of BLOCK tokens.
     """
     checksums = []
     for begin in range(0, tokens, BLOCK):

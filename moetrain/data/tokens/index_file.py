@@ -1,13 +1,13 @@
-"""An index of a token file on disk.
+"""On-disk format of the index of a token file.
 
     8 bytes     magic  b"MOEINDEX"
     4+4+4       version, length of the header, CRC-32 of the header (little-endian)
-    header      JSON: key (what was read, and how), stamps (of the files that were read), format, start, dtype, blocks,
-                documents, ending, CRC-32 of the rest
+    header      JSON: key (what was read, and how), stamps (of the files that were read), format, start,
+                dtype, blocks, documents, ending, CRC-32 of the rest
     checksums   uint32 [blocks], CRC-32 of every block of the token file
     starts      int64 [documents + 1], first token of every document, and the end
 
-It only saves reading. Whatever is wrong with it raises ValueError or OSError, and the token file is read again.
+An index only saves time. Any fault in it raises ValueError or OSError, and the token file is read again.
 """
 
 import json
@@ -28,15 +28,21 @@ SUFFIX = ".index"
 _VERSION = 1
 _PREFIX = struct.Struct("<8sIII")
 _MOST_HEADER = 1 << 20
-# A list: what stands in a header may be something that has no hash.
+# A list instead of a set: the header of a damaged file may hold an unhashable value.
 _DTYPES = [f"{order}{kind}{size}" for order in "<>" for kind in "iu" for size in (2, 4, 8)] + ["|i1", "|u1"]
 _COUNTS = ("start", "blocks", "documents", "crc")
 
-Stamp = list[int]  # of a file: size, times of change of its content and of its entry, in ns
+Stamp = list[int]                            # state of a file: size, mtime and ctime in ns
 
 
 class Kept(NamedTuple):
-    """What a file holds. key: of what. stamps: of the files that were read, as they were then."""
+    """Content of an index file.
+
+    Args:
+        key: which token file was read, and how.
+        stamps: state of the files that were read, at that time.
+        index: the result.
+    """
 
     key: list[Any]
     stamps: list[Stamp]
@@ -44,19 +50,18 @@ class Kept(NamedTuple):
 
 
 def write_index(path: Path, kept: Kept) -> None:
-    """DiskError where it cannot be written; it appears whole or not at all."""
+    """Write an index file, whole or not at all. DiskError if it cannot be written."""
     index = kept.index
     arrays = np.array(index.checksums, "<u4").tobytes() + np.ascontiguousarray(index.starts, "<i8").tobytes()
     header = json.dumps({
         "key": kept.key, "stamps": kept.stamps, "format": index.format, "start": index.start,
-        "dtype": index.dtype.str,
-        "blocks": len(index.checksums), "documents": index.documents, "ending": index.ending,
-        "crc": zlib.crc32(arrays)}).encode()
+        "dtype": index.dtype.str, "blocks": len(index.checksums), "documents": index.documents,
+        "ending": index.ending, "crc": zlib.crc32(arrays)}).encode()
     write_file(path, _PREFIX.pack(MAGIC, _VERSION, len(header), zlib.crc32(header)), header, arrays)
 
 
 def read_index(path: Path) -> Kept:
-    """What a file holds; OSError where it cannot be read, ValueError where it is damaged."""
+    """Read an index file. OSError if it cannot be read, ValueError if it is damaged."""
     with open_regular(path, links=False) as file:
         size, prefix = os.fstat(file.fileno()).st_size, file.read(_PREFIX.size)
         if len(prefix) < _PREFIX.size:
@@ -85,7 +90,7 @@ def read_index(path: Path) -> Kept:
 
 
 def _checked(header: Any) -> dict[str, Any]:
-    """A header whose values have the types that they are used as."""
+    """The header, after a check that its values have the types that the reader relies on."""
     if (not isinstance(header, dict)
             or any(type(header.get(name)) is not int or header[name] < 0 for name in _COUNTS)):
         raise ValueError("a count is missing from its header")

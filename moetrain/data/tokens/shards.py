@@ -1,25 +1,29 @@
-"""Token shards: files of token ids, each checked before it is believed.
+"""Token shards: files of token ids with checksums over every part.
 
     8 bytes   magic  b"MOETOKEN"
     4+4+4     version, length of the header, crc32 of the header (little-endian)
-    header    JSON, padded with spaces: dtype, tokens, documents, vocab_size, domains, text_bytes, crc32 of the index,
-              crc32 of every block of BLOCK tokens
+    header    JSON, padded with spaces: dtype, tokens, documents, vocab_size, domains, text_bytes, crc32 of
+              the index, crc32 of every block of BLOCK tokens
     index     int64 offsets of the documents [documents + 1], int32 domain of each document
     tokens    uint16 when the vocabulary has at most 65,536 ids, else uint32
 
-A header is treated as hostile: every length is compared with the file before anything is allocated. A shard is a regular
-file: a link may lead anywhere and is refused. Tokens are read, and compared with their checksums, by data/tokens/blocks.py.
+A header is treated as hostile: every length is compared with the file before anything is allocated. A shard
+is a regular file; a symbolic link, which may lead anywhere, is refused. `blocks.py` reads the tokens and
+compares them with their checksums.
 
-Errors of the room `data/` (exit code 12):
+Error codes of `moetrain/data` (exit code 12):
 
-    E-DATA-001 cannot be read         010 dataset folder incomplete    030 no such path         040 corpus too small
-    E-DATA-002 empty                  011 dataset.json damaged         031 no text              050 seq_len too long
-    E-DATA-003 not a token shard      012 shard of another dataset     032 nothing to read      051 text not prepared
-    E-DATA-004 unknown version        013 documents out of order       033 bad record of JSON   052 data.path missing
+    E-DATA-001 cannot be read         010 dataset folder incomplete    030 no such path
+    E-DATA-002 empty                  011 dataset.json damaged         031 no text
+    E-DATA-003 not a token shard      012 shard of another dataset     032 nothing to read
+    E-DATA-004 unknown version        013 documents out of order       033 bad record of JSON
     E-DATA-005 header damaged         020 no such tokenizer            034 changed while read
     E-DATA-006 truncated or longer    021 bad tokenizer file           035 too little text to split
-    E-DATA-007 altered                                        102, 103, 130 … 137 what readers refuse
-    E-DATA-008 token id out of range  150 … 156 tokenizers    070 … 074, 122, 160 … 167 files of other trainers
+    E-DATA-007 altered                040 corpus too small             050 seq_len too long
+    E-DATA-008 token id out of range  051 text not prepared            052 data.path missing
+
+    102, 103, 130 … 137 readers of formats      150 … 156 tokenizers
+    070 … 074, 122, 160 … 167 token files of other trainers
 """
 
 import json
@@ -49,13 +53,13 @@ _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class TokenShard:
-    """One shard, open for reading; `tokens` stay on disk until they are read."""
+    """One shard, open for reading. `tokens` stay on disk until they are read."""
 
     path: Path
     vocab_size: int
     domains: tuple[str, ...]
     text_bytes: int
-    header_crc: int  # identifies the content: the header holds the checksums of everything else
+    header_crc: int                  # identifies the content: the header holds all other checksums
     offsets: np.ndarray              # int64 [documents + 1], in tokens
     document_domains: np.ndarray     # int32 [documents]
     tokens: TokenBlocks
@@ -66,31 +70,35 @@ class TokenShard:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """How ids of a vocabulary are stored."""
+    """Type in which ids of a vocabulary are stored."""
     return _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
 
 
 def write_shard(path: Path, *, tokens: np.ndarray, offsets: Sequence[int], document_domains: Sequence[int],
                 vocab_size: int, domains: Sequence[str], text_bytes: int) -> None:
-    """Write one shard under a temporary name and rename it; an existing file is never replaced.
+    """Write one shard under a temporary name and rename it. An existing file is never replaced.
 
     Args:
-        tokens: of all documents, as `token_dtype` says.
-        offsets: where each document begins, and the number of tokens behind the last one.
+        path: the file to write.
+        tokens: [tokens], ids of all documents, of the type that `token_dtype` gives.
+        offsets: first token of each document, then the number of tokens.
+        document_domains: index into `domains` of each document.
+        vocab_size: valid ids are 0 to vocab_size - 1.
+        domains: names of the domains of the dataset.
+        text_bytes: bytes of the text that the tokens encode.
     """
     if path.exists():
         raise DiskError(11, "a token shard is already there", where=str(path),
                         why="shards are never overwritten", next="choose another folder (data.cache)")
     dtype = token_dtype(vocab_size)
-    assert (tokens.dtype == dtype
-            and offsets[-1] == len(tokens)), (tokens.dtype, dtype, offsets[-1], len(tokens))
+    assert tokens.dtype == dtype and offsets[-1] == len(tokens), (
+        tokens.dtype, dtype, offsets[-1], len(tokens))
     index = np.asarray(offsets, "<i8").tobytes() + np.asarray(document_domains, "<i4").tobytes()
     blocks = [zlib.crc32(tokens[start:start + BLOCK]) for start in range(0, len(tokens), BLOCK)]
     header = json.dumps({
         "dtype": dtype.name, "tokens": len(tokens), "documents": len(document_domains),
-        "vocab_size": vocab_size,
-        "domains": list(domains), "text_bytes": text_bytes, "index_crc": zlib.crc32(index),
-        "block_crc": blocks,
+        "vocab_size": vocab_size, "domains": list(domains), "text_bytes": text_bytes,
+        "index_crc": zlib.crc32(index), "block_crc": blocks,
     }).encode()
     header += b" " * (-(len(header) + _PREFIX.size) % 64)        # the index starts aligned
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), zlib.crc32(header))
@@ -98,7 +106,7 @@ def write_shard(path: Path, *, tokens: np.ndarray, offsets: Sequence[int], docum
 
 
 def write_file(path: Path, *pieces: bytes | memoryview) -> None:
-    """The pieces in a file that appears whole or not at all."""
+    """Write the pieces to a file that appears whole or not at all. DiskError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with create(temporary) as file:
@@ -113,12 +121,16 @@ def write_file(path: Path, *pieces: bytes | memoryview) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> DiskError:
+    """The error for prepared data that cannot be written to `path`."""
     return DiskError(10, "prepared tokens cannot be written", where=str(path), why=reason(error),
                      next=f"{remedy(error)}, or choose another folder: data.cache=<folder>")
 
 
 def open_shard(path: Path, *, verify: bool) -> TokenShard:
-    """The shard at `path`. Header and index are checked now; tokens now with `verify`, else when they are first read."""
+    """Open the shard at `path`.
+
+    Header and index are checked now; tokens are checked now with `verify`, else when they are first read.
+    """
     try:
         with open_regular(path, links=False) as file:
             found = os.fstat(file.fileno())
@@ -174,7 +186,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
 
 
 def _header_problem(header: Any) -> str | None:
-    """What makes a header unusable, in words; None when nothing does."""
+    """What makes a header unusable, in words; None if nothing does."""
     if not isinstance(header, dict):
         return "it is not a mapping"
     counts = ("tokens", "documents", "vocab_size", "text_bytes", "index_crc")
@@ -182,7 +194,7 @@ def _header_problem(header: Any) -> str | None:
              or not 0 <= header[name] < _MAX_COUNT]
     if wrong:
         return f"{wrong[0]} is {header.get(wrong[0])!r}"
-    if header.get("dtype") not in list(_DTYPES):             # a list: it may be something that has no hash
+    if header.get("dtype") not in list(_DTYPES):             # a list, not a set: the value may be unhashable
         return f"dtype is {header.get('dtype')!r}"
     domains, blocks = header.get("domains"), header.get("block_crc")
     if not isinstance(domains, list) or not all(isinstance(name, str) for name in domains):
