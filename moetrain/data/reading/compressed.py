@@ -1,8 +1,8 @@
-"""Files as streams of bytes, decompressed where their content says so: gzip, Zstandard, xz and bzip2, whatever the name.
+"""Files as streams of bytes, decompressed if their content says so: gzip, Zstandard, xz and bzip2, whatever the name.
 
-A stream is read a block at a time, so that memory does not grow with what a file unpacks to: a file of a few kilobytes may
-unpack to gigabytes. Several members or frames in a row are one stream. What is damaged or cut off is an error that names
-the place, never an early end.
+A stream is read block by block, so memory does not grow with the unpacked size: a file of a few kilobytes may
+unpack to gigabytes. Several members or frames in a row are one stream. A damaged or truncated file is an
+error that names the place, never an early end.
 """
 
 import bz2
@@ -19,22 +19,37 @@ from typing import Any, BinaryIO, NamedTuple
 from moetrain.errors import DataError
 from moetrain.files import open_regular, reason
 
-_CHUNK = 1 << 16                    # bytes of a compressed file that are read at once
-_XZ_MEMORY = 1 << 30                # bytes that an xz file may ask for; the largest preset takes 65 MiB
+_CHUNK = 1 << 16                    # bytes of a compressed file read at once
+_XZ_MEMORY = 1 << 30                # bytes of memory an xz file may ask for; the largest preset takes 65 MiB
 
 
 class Compression(NamedTuple):
+    """A compression format.
+
+    Args:
+        name: the format.
+        magic: bytes that such a file begins with.
+        suffix: of file names.
+        unpack: command that unpacks a file.
+        open: takes a binary file of compressed bytes and returns one of the content.
+    """
+
     name: str
     magic: bytes
     suffix: str
-    unpack: str                     # a command that unpacks a file
-    open: Callable[[Any], Any]      # a binary file of compressed bytes -> one of what it holds
+    unpack: str
+    open: Callable[[Any], Any]
 
 
 class _Members(io.RawIOBase):
-    """What streams in a row hold. The modules bz2 and lzma take whatever follows a stream for its end; here it is damage.
+    """Content of compressed streams that follow each other in one file.
 
-    padding: NUL bytes may follow a stream, as the xz format allows.
+    The modules bz2 and lzma ignore bytes behind a stream that start no other; here they are damage.
+
+    Args:
+        file: the compressed bytes.
+        decoder: makes the decompressor of one stream.
+        padding: whether NUL bytes may follow a stream, as the xz format allows.
     """
 
     def __init__(self, file: BinaryIO, decoder: Callable[[], Any], *, padding: bool = False) -> None:
@@ -64,7 +79,7 @@ class _Members(io.RawIOBase):
         return content
 
     def _behind(self, given: bytes) -> bytes:
-        """The beginning of the next stream, if there is one."""
+        """The beginning of the next stream; empty if there is none."""
         while True:
             given = given.lstrip(b"\0") if self._padding else given
             if given or not (given := self._file.read(_CHUNK)):
@@ -76,7 +91,7 @@ def _buffered(decoder: Callable[[], Any], padding: bool, file: BinaryIO) -> io.B
 
 
 def _open_zstd(file: Any) -> Any:
-    # The interface of Python 3.14's own module. The package zstandard takes a frame that was cut off for a whole one.
+    # The interface of Python 3.14's own module. The package zstandard accepts a truncated frame as whole.
     if sys.version_info >= (3, 14):
         from compression.zstd import ZstdFile
     else:
@@ -86,11 +101,11 @@ def _open_zstd(file: Any) -> Any:
 
 COMPRESSIONS = (
     Compression("gzip", b"\x1f\x8b", ".gz", "gzip -d", lambda file: gzip.GzipFile(fileobj=file)),
-    # a window of 2 GiB
+    # --long=31: windows of up to 2 GiB
     Compression("Zstandard", b"\x28\xb5\x2f\xfd", ".zst", "zstd -d --long=31", _open_zstd),
     Compression("xz", b"\xfd7zXZ\0", ".xz", "xz -d",
                 partial(_buffered, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, _XZ_MEMORY), True)),
-    # The digit is the size of its blocks; then a block begins, or an empty stream ends.
+    # The digit is the block size; after it a block begins, or an empty stream ends.
     *(Compression("bzip2", b"BZh%d" % digit + begin, ".bz2", "bzip2 -d",
                   partial(_buffered, bz2.BZ2Decompressor, False))
       for digit in range(1, 10) for begin in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")),
@@ -99,9 +114,9 @@ _LONGEST_MAGIC = max(len(form.magic) for form in COMPRESSIONS)
 
 
 class ByteStream:
-    """The bytes of a file from its start, decompressed. A context manager.
+    """Bytes of a file from its start, decompressed; a context manager.
 
-    compression: None where the file holds them as they are.
+    `compression` is the format that the content shows, None if the file is not compressed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,33 +128,33 @@ class ByteStream:
         self._content = self.compression.open(self._file) if self.compression else self._file
 
     def read(self, size: int) -> bytes:
-        """The next bytes: `size` of them, fewer only at the end."""
+        """Read `size` bytes, fewer only at the end."""
         if not self._ahead:
             return self._next(size)
         content, self._ahead = self._ahead[:size], self._ahead[size:]
         return content if len(content) == size else content + self._next(size - len(content))
 
     def peek(self, size: int) -> bytes:
-        """The next bytes, which stay the next ones: `size` of them, fewer only at the end."""
+        """The next `size` bytes, fewer only at the end, without consuming them."""
         if len(self._ahead) < size:
             self._ahead += self._next(size - len(self._ahead))
         return self._ahead[:size]
 
     @property
     def file(self) -> BinaryIO:
-        """The file as it lies on disk."""
+        """The file as it is on disk."""
         return self._file
 
     @property
     def position(self) -> int:
-        """Bytes of the file that were read: a measure of progress, ahead by a buffer."""
+        """Bytes of the file read so far, ahead of the content by a buffer: a measure of progress."""
         return self._file.tell()
 
     def _next(self, size: int) -> bytes:
         try:
             content = self._content.read(size)
-        # EOFError, BadGzipFile, zlib.error, LZMAError, ZstdError; an OSError of the system has an errno
         except Exception as error:
+            # EOFError, BadGzipFile, zlib.error, LZMAError, ZstdError. An OSError of the system has an errno.
             if self.compression is None or getattr(error, "errno", None) is not None:
                 raise
             raise self._damaged(self.compression, error) from error
@@ -163,5 +178,5 @@ class ByteStream:
 
 
 def inner_name(name: str) -> str:
-    """The name without the suffix of a compression."""
+    """A file name without the suffix of a compression."""
     return next((name.removesuffix(form.suffix) for form in COMPRESSIONS if name.endswith(form.suffix)), name)

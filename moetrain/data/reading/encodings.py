@@ -1,10 +1,12 @@
-"""Bytes of a file to UTF-8, and whether they are text at all.
+"""Decoding of files to UTF-8, with a decision whether they are text at all.
 
-A byte order mark says UTF-8, UTF-16 or UTF-32, whatever `data.encoding` says; without one a file is in `data.encoding`. Bytes
-that are no characters are counted. In UTF-8 they stay as they are, in other encodings U+FFFD stands for them.
+A byte order mark says UTF-8, UTF-16 or UTF-32, whatever `data.encoding` says; without one a file is in
+`data.encoding`. Undecodable bytes are counted. In UTF-8 they stay as they are; in other encodings U+FFFD
+replaces them.
 
-A file is left out where that would make another text of it: more than a tenth of its bytes are no characters, or most of its
-lines have some. One in which a byte of a thousand is NUL is no text either. A few NULs in a book are kept.
+A file is left out where that would make another text of it: more than a tenth of its bytes are undecodable,
+or most of its lines have such bytes. A file in which one byte in a thousand is NUL is no text either; a few
+NULs in a book are kept.
 """
 
 import codecs
@@ -15,17 +17,23 @@ from moetrain.data.account.ledgers import NotText
 from moetrain.data.reading.compressed import ByteStream
 from moetrain.data.reading.text_blocks import blocks_of
 
-MOST_UNDECODABLE = 0.1           # share of a text's bytes that may be no characters
+MOST_UNDECODABLE = 0.1           # share of a text's bytes that may be undecodable
 MOST_NULS = 0.001                # share of a text's bytes that may be NUL
-FEWEST_LINES = 3                 # lines with such bytes that may be most of a text's lines
-_SAMPLE = 1 << 14                # bytes that an encoding is guessed from
+FEWEST_LINES = 3                 # fewer lines with such bytes are tolerated, even if most lines are
+_SAMPLE = 1 << 14                # bytes from which an encoding is guessed
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
           (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
 def text_blocks(stream: ByteStream, encoding: str, check: "TextCheck") -> Iterator[bytes]:
-    """The text of a file as UTF-8 without its mark, as `blocks_of` cuts it. Raises NotText where it is none."""
+    """Yield the text of a file as UTF-8 without its byte order mark, in the blocks of `blocks_of`.
+
+    Args:
+        stream: the file, at its start.
+        encoding: encoding of a file without a byte order mark.
+        check: counts undecodable bytes and raises NotText if the file is no text.
+    """
     mark, encoding = marked(stream, encoding)
     stream.read(len(mark))
     if is_utf8(encoding):
@@ -42,7 +50,7 @@ def text_blocks(stream: ByteStream, encoding: str, check: "TextCheck") -> Iterat
 
 
 def marked(stream: ByteStream, encoding: str) -> tuple[bytes, str]:
-    """(the mark at the beginning of a file, the encoding that it is in)."""
+    """The byte order mark of a file (empty if it has none) and its encoding."""
     head = stream.peek(4)
     return next(((mark, marked) for mark, marked in _MARKS if head.startswith(mark)), (b"", encoding))
 
@@ -52,20 +60,21 @@ def is_utf8(encoding: str) -> bool:
 
 
 class TextCheck:
-    """Decide whether a stream is text, and count what of it is not.
+    """Running check of whether a stream is text.
 
-    undecodable: bytes. start: bytes of the file before the first block, for the places that are named.
+    `undecodable` counts bytes that are no characters. `start` is set to the bytes of the file before the
+    first block, so that errors name the right place.
     """
 
     def __init__(self) -> None:
         self.undecodable = self.start = 0
         self._size = self._nuls = self._lines = self._marred = 0
-        self._first: int | None = None                   # place of the first undecodable byte
+        self._first: int | None = None                   # offset of the first undecodable byte
         self._nul: int | None = None
         self._sample = b""
 
     def add(self, block: bytes, replaced: int = 0) -> None:
-        """Take the next block. replaced: bytes that were undecodable before this was UTF-8."""
+        """Take the next block. `replaced` counts bytes that U+FFFD replaced when the block became UTF-8."""
         if nuls := block.count(0):
             self._nul = self.start + self._size + block.index(0) if self._nul is None else self._nul
             self._nuls += nuls
@@ -84,7 +93,7 @@ class TextCheck:
             raise self._binary(block)
 
     def end(self) -> None:
-        """Every block was taken."""
+        """Decide once every block was taken. NotText if the whole is no text."""
         share = self.undecodable / max(self._size, 1)
         if share > MOST_UNDECODABLE:
             why = f"{share:.0%} of its bytes are no characters"
@@ -96,7 +105,7 @@ class TextCheck:
                       convert=self.hint())
 
     def hint(self) -> str:
-        """The key that may read what is undecodable."""
+        """The setting that may read the undecodable bytes."""
         return f"data.encoding={guess(self._sample) or '<its encoding>'}"
 
     def _note(self, block: bytes, at: int, number: int) -> None:
@@ -108,24 +117,23 @@ class TextCheck:
     def _binary(self, block: bytes) -> NotText:
         why = f"{self._nuls:,} of its first {self._size:,} bytes are NUL"
         even, odd = block[::2].count(0), block[1::2].count(0)
-        # as ASCII in UTF-16
+        # Zeros in every second byte: ASCII in UTF-16.
         if max(even, odd) > 8 * max(min(even, odd), 1) and 4 * (even + odd) > len(block):
-            return NotText("text in UTF-16 without its mark, or 16-bit numbers", offset=self._nul or 0,
-                           why=why,
+            return NotText("text in UTF-16 without its mark, or 16-bit numbers", offset=self._nul or 0, why=why,
                            convert=f"data.encoding=utf-16-{'be' if even > odd else 'le'}, or data=memmap for "
                                    "token ids")
         return NotText("binary", offset=self._nul or 0, why=why)
 
 
 def guess(sample: bytes) -> str | None:
-    """The encoding that bytes look like, for a message: not sure enough to read by it."""
+    """Encoding that bytes look like, for a message only: a guess is not reliable enough to read by."""
     from charset_normalizer import from_bytes
 
     letters = sum(byte >= 0x80 for byte in sample)
     try:
         if letters < len(sample) / 4 and all(unicodedata.category(char)[0] in "LPS" for char in
                                              bytes(byte for byte in sample if byte >= 0x80).decode("cp1252")):
-            return "cp1252"  # Latin letters among ASCII: what languages of western Europe are in
+            return "cp1252"      # Latin letters among ASCII, as in western European languages
     except UnicodeDecodeError:
         pass
     found = from_bytes(sample).best()
@@ -133,7 +141,7 @@ def guess(sample: bytes) -> str | None:
 
 
 class _Decoder:
-    """Bytes in an encoding to bytes in UTF-8."""
+    """Incremental conversion of bytes in an encoding to UTF-8."""
 
     def __init__(self, read: Callable[[int], bytes], encoding: str) -> None:
         self._read, self._decoder, self._replaced = read, codecs.getincrementaldecoder(encoding)(_COUNTED), 0
@@ -157,7 +165,10 @@ class _Decoder:
 
 
 class _Replace:
-    """A codec's error handler: as `replace`, and counts. One for the process: files are read one after another."""
+    """Codec error handler that replaces like `errors="replace"` and counts bytes.
+
+    One for the whole process is enough, because files are read one after another.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0

@@ -1,13 +1,14 @@
-"""The format of a file, told by its content: text, records of JSON, a table, Parquet, or one that is not read.
+"""Format of a file, recognized by content: text, JSON records, a table, Parquet, or one that is not read.
 
-Whatever begins like records must go on like them, or it is text:
+A file that begins like records must go on like them, or it is text:
 
-    JSON lines    the first two lines are objects; or the first is one with the text key; or the suffix says so, and it is
-                  none of the next two
+    JSON lines    the first two lines are objects; or the first is one with the text key; or the suffix says so,
+                  and the file is none of the next two
     JSON array    it begins with an object, or with a string of several words
-    JSON objects  one over several lines: with the text key, or not empty and with another behind it. A file of one object
-                  without the text key is text: a notebook, a package.json
-    CSV, TSV      the suffix says so; or the first line is names, one of them the text key, and the next has as many cells
+    JSON objects  one over several lines: with the text key, or not empty and with another behind it. A file of
+                  one object without the text key is text: a notebook, a package.json
+    CSV, TSV      the suffix says so; or the first line is names, one of them the text key, and the next has as
+                  many cells
     Parquet       its first bytes
 
 With `data.text_key=null` every file is text as it stands.
@@ -29,8 +30,8 @@ TEXT, TEXT_OF_JSON = "text", "JSON as text"
 JSON_LINES, JSON_ARRAY, JSON_OBJECTS = "JSON lines", "JSON array", "JSON objects"
 CSV, TSV, PARQUET = "CSV", "TSV", "Parquet"
 
-_HEAD = 1 << 16                     # bytes that tell the format, as long as they hold a whole record
-_MOST_HEAD = 16 << 20               # where a record is longer, so many tell it
+_HEAD = 1 << 16                     # bytes looked at first; they must hold a whole record
+_MOST_HEAD = 16 << 20               # bytes looked at where a record is longer
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _TABLES = {".csv": CSV, ".tsv": TSV}
 _NAME = re.compile(r"[^\W\d][\w.\-]*")
@@ -38,11 +39,12 @@ _DECODER = json.JSONDecoder()
 
 
 def is_text(form: str) -> bool:
+    """Whether files of a format are read as text."""
     return form in (TEXT, TEXT_OF_JSON)
 
 
 def recognize(file: TextFile) -> str:
-    """The format of a file; NotText where it is one that is not read."""
+    """Format of a file. NotText if it is one that is not read."""
     head, suffix, key = file.stream.peek(_HEAD), Path(file.name).suffix.lower(), file.reading.text_key
     refuse_foreign(head, file.path, file.name)
     if head.startswith(parquet.MAGIC):
@@ -62,6 +64,7 @@ def recognize(file: TextFile) -> str:
 
 
 def _json(file: TextFile, key: str) -> str | None:
+    """JSON format of a file, looking at more of it until that can be decided; None if it is none."""
     size = _HEAD
     begin, whole = file.beginning(size)
     begins = begin.lstrip(BLANK)[:1]
@@ -78,7 +81,7 @@ def _json(file: TextFile, key: str) -> str | None:
         begin, whole = file.beginning(size)
 
 
-_MORE = "more"                      # the beginning is too short to tell
+_MORE = "more"                      # the beginning is too short to decide
 
 
 def _json_array(begin: str, whole: bool, key: str) -> str | None:
@@ -115,12 +118,22 @@ def _json_objects(begin: str, whole: bool, key: str, file: TextFile) -> str | No
 
 
 def _one_a_line(begin: str) -> bool:
+    """Whether the first line alone is an object."""
     first = re.split(r"[\r\n]", begin.lstrip(BLANK), maxsplit=1)[0]
     return isinstance(_value(first, 0, True)[0], dict)
 
 
 def _value(text: str, at: int, whole: bool) -> tuple[object, int | None]:
-    """(value, its end); the end is None where the text is too short. A text that is no JSON is no value."""
+    """Parse a JSON value in a text.
+
+    Args:
+        text: the text.
+        at: where the value begins, after blanks.
+        whole: whether the text is the whole file.
+
+    Returns:
+        The value, None if there is none, and its end, None if the text is too short to tell.
+    """
     at += len(text[at:]) - len(text[at:].lstrip(BLANK))
     try:
         return _DECODER.raw_decode(text, at)
@@ -131,12 +144,15 @@ def _value(text: str, at: int, whole: bool) -> tuple[object, int | None]:
 
 
 def _table(begin: str, key: str) -> str | None:
-    """A table without its suffix: a header of names and a row that fits it. Prose has no such first line."""
+    """Format of a table without the suffix of one; None if the text is no table.
+
+    It needs a header of names and a row that fits it. Prose has no such first line.
+    """
     first, _, rest = begin.partition("\n")
     for separator, name in ((TAB, TSV), (COMMA, CSV)):
         header = header_of(first.rstrip("\r"), separator)
         if len(header) > 1 and key in header and all(map(_NAME.fullmatch, header)):
-            # Cells may hold line breaks: so many lines are looked at as the row may have.
+            # Cells may hold line breaks, so the first row may take several lines.
             lines = rest.split("\n")[:200]
             if any(len(header_of("\n".join(lines[:number]), separator)) == len(header)
                    for number in range(1, len(lines) + 1)):

@@ -1,4 +1,4 @@
-"""Records of JSON as streams: one a line, in an array, or one behind another. A record at a time is in memory."""
+"""Streams of JSON records: one a line, in an array, or one behind another. One record at a time is in memory."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ _DEEP = "it is nested too deep"
 
 
 def json_lines(file: TextFile) -> Iterator[tuple[bytes, str]]:
-    """(text, own domain) of an object a line. Blank lines are none."""
+    """Yield text and own domain of one object a line. Blank lines are skipped."""
     number, offset = 0, file.mark_size
 
     def place() -> str:
@@ -30,7 +30,12 @@ def json_lines(file: TextFile) -> Iterator[tuple[bytes, str]]:
 
 
 def json_objects(file: TextFile, *, array: bool) -> Iterator[tuple[bytes, str]]:
-    """(text, own domain) of the objects or strings of an array, or of objects one behind another."""
+    """Yield text and own domain of the objects or strings of an array, or of concatenated objects.
+
+    Args:
+        file: the file, at its start.
+        array: whether the records are in an array.
+    """
     number, values, kind = 0, _Values(file.blocks()), dict
 
     def place() -> str:
@@ -47,8 +52,8 @@ def json_objects(file: TextFile, *, array: bool) -> Iterator[tuple[bytes, str]]:
         try:
             value = values.value()
         except ValueError as error:
-            raise too_long(place()) if values.full else malformed(place(),
-                                                                  f"it is not JSON: {error}") from error
+            fault = too_long(place()) if values.full else malformed(place(), f"it is not JSON: {error}")
+            raise fault from error
         if array and number == 1 and isinstance(value, str):
             kind = str
         if not isinstance(value, kind):
@@ -70,7 +75,10 @@ def json_objects(file: TextFile, *, array: bool) -> Iterator[tuple[bytes, str]]:
 
 
 def _lines(file: TextFile) -> Iterator[bytes]:
-    """Lines with their ends; a lone carriage return is one, too. One that is too long is given as far as it was read."""
+    """Lines with their ends; a lone carriage return ends one, too.
+
+    A line over LONGEST_RECORD is yielded as far as it was read, for the caller to refuse.
+    """
     held: list[bytes] = []
     size = 0
     for block in file.blocks():
@@ -99,10 +107,10 @@ def _parse(line: bytes, place: Callable[[], str]) -> dict[str, Any]:
 
 
 class _Values:
-    """Values of JSON from blocks of text, one at a time.
+    """Incremental parser of JSON values in blocks of text.
 
-    A value that does not parse may be one that goes on in the next block: then twice as much is read and parsed anew.
-    full: whether one was longer than a record may be.
+    A value that does not parse may go on in the next block: then twice as much text is read and parsed again.
+    `full` is set once a value was longer than LONGEST_RECORD.
     """
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
@@ -112,10 +120,11 @@ class _Values:
 
     @property
     def line(self) -> int:
+        """Line number of the current position, from 1."""
         return self._before + self._text.count("\n", 0, self._at)
 
     def next_character(self) -> str:
-        """The next one that is not blank, which stays the next; nothing at the end."""
+        """The next character that is not blank, without consuming it; empty at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in BLANK:
                 self._at += 1
@@ -125,12 +134,13 @@ class _Values:
                 return ""
 
     def skip(self, character: str) -> None:
+        """Consume the given character, which must be the next one that is not blank."""
         found = self.next_character()
         assert found == character, (found, character)
         self._at += 1
 
     def value(self) -> Any:
-        """The next value; ValueError where there is none."""
+        """Parse and consume the next value. ValueError if there is none."""
         self.next_character()
         while True:
             try:
@@ -147,7 +157,7 @@ class _Values:
                     raise
 
     def _more(self, least: int) -> bool:
-        """Read that many characters, or what there is."""
+        """Read at least `least` further characters if there are so many; False at the end."""
         pieces, size = [], 0
         while size < least and (block := next(self._blocks, b"")):
             pieces.append(block.decode("utf-8", "replace"))
@@ -158,5 +168,5 @@ class _Values:
 
 
 def unfinished(error: json.JSONDecodeError) -> bool:
-    """Whether the text may only be too short: it fails near its end, or inside of a string."""
+    """Whether a parse may have failed only because the text is cut off: near its end, or inside a string."""
     return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - 16

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, read by pyarrow: the columns of `data.text_key` and `data.domain_key`, a batch of rows at a time."""
+"""Rows of Parquet files by pyarrow: the text and domain columns, a batch of rows at a time."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,21 +11,21 @@ from moetrain.errors import DataError
 from moetrain.files import reason, shown
 
 MAGIC = b"PAR1"
-_BATCH = 8 << 20                    # bytes of a batch, about: of the columns before they were compressed
-_BUFFER = 1 << 20                   # bytes of a file that are read at once
+_BATCH = 8 << 20                    # bytes of a batch, roughly: uncompressed columns
+_BUFFER = 1 << 20                   # bytes of a file read at once
 
 
 def parquet_rows(file: TextFile, spool: Spool) -> Iterator[tuple[bytes, str]]:
-    """(text, own domain) of every row."""
+    """Yield text and own domain of every row. `spool` unpacks a file that is compressed as a whole."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(135, "a Parquet file needs pyarrow", where=str(file.path), why=reason(error),
-                        next="pip install 'moetrain[parquet]', or in a checkout: pip install -e "
-                             "'.[parquet]'") from error
+                        next="pip install 'moetrain[parquet]', or in a checkout: "
+                             "pip install -e '.[parquet]'") from error
     try:
-        # A file in another compression is unpacked beside the prepared data: the format has its table of contents at the end.
+        # A file inside another compression is unpacked first: Parquet has its table of contents at the end.
         source = file.stream.file if file.stream.compression is None else spool.unpacked(file.stream.read)
         yield from _rows(file, pyarrow.parquet.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False))
     except (pyarrow.ArrowException, OSError) as error:
@@ -69,6 +69,7 @@ def _rows(file: TextFile, table: Any) -> Iterator[tuple[bytes, str]]:
 
 
 def _columns(schema: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and types of the columns; those of structs as paths."""
     for field in schema:
         if hasattr(field.type, "fields") and str(field.type).startswith("struct"):
             yield from _columns(field.type, f"{before}{field.name}.")
@@ -77,7 +78,7 @@ def _columns(schema: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _column(schema: Any, key: str) -> tuple[str, ...] | None:
-    """The names that lead to a column: the key as it is, else as a path."""
+    """Names that lead to a column: the key as it is written, else as a path. None if there is no such column."""
     if key in schema.names:
         return (key,)
     path, fields = tuple(key.split(".")), {field.name: field for field in schema}
@@ -90,6 +91,7 @@ def _column(schema: Any, key: str) -> tuple[str, ...] | None:
 
 
 def _values(batch: Any, path: tuple[str, ...]) -> list[Any]:
+    """Values of one column of a batch, looked up inside structs."""
     values = batch.column(path[0]).to_pylist()
     for name in path[1:]:
         values = [None if value is None else value.get(name) for value in values]

@@ -1,8 +1,8 @@
-"""The documents of a file, whatever its format.
+"""Reader of the documents of a file in any supported format.
 
-A text file is one document, or with `data.separator` one between two lines that read so. It is read again from its file;
-a `Spool` keeps what is not: records, which would have to be parsed again, and texts of compressed files, in which no place
-can be looked up, or in another encoding.
+A text file is one document; with `data.separator` a document is the text between two such lines. A document
+is read again from its file where possible. A `Spool` keeps the others: records, which would have to be parsed
+again, and texts of files that are compressed, in which no place can be looked up, or in another encoding.
 """
 
 import hashlib
@@ -22,29 +22,28 @@ from moetrain.data.reading.table_records import COMMA, SEMICOLON, TAB, table_row
 from moetrain.data.reading.text_file import TextFile
 from moetrain.errors import DataError
 
-Advance = Callable[[int], None]     # told how many bytes of a file were read
+Advance = Callable[[int], None]     # called with the bytes of a file read so far
 
 
 def read_file(path: Path, domain: str, entry: FileEntry, reading: Reading, spool: Spool,
               advance: Advance | None = None) -> Iterator[Document]:
-    """The documents of a file; NotText before the first of them where it is none.
+    """Yield the documents of a file. NotText, before the first document, if it is no text.
 
     Args:
         path: a regular file.
-        domain: of documents that name none.
+        domain: domain of documents that name none.
         entry: filled in with format, compression, undecodable bytes and empty texts.
         reading: keys, separator and encoding.
-        spool: keeps what is not read from the file again.
-        advance: told how many bytes of it were read.
+        spool: keeps texts that are not read from the file again.
+        advance: called with the bytes of the file read so far.
     """
     with ByteStream(path) as stream:
         entry.compression = stream.compression.name if stream.compression else ""
         file, start, taken = TextFile(path, stream, reading, entry, advance), spool.size, False
         try:
             entry.format = formats.recognize(file)
-            documents = _texts(file, domain,
-                               spool) if formats.is_text(entry.format) else _records(file, domain, spool)
-            for document in documents:
+            documents_of = _texts if formats.is_text(entry.format) else _records
+            for document in documents_of(file, domain, spool):
                 if document.size:
                     taken = True
                     yield document
@@ -63,6 +62,7 @@ def _records(file: TextFile, domain: str, spool: Spool) -> Iterator[Document]:
 
 
 def _rows(file: TextFile, spool: Spool) -> Iterator[tuple[bytes, str]]:
+    """Text and own domain of the records of a file, by its format."""
     match file.entry.format:
         case formats.JSON_LINES:
             return json_lines(file)
@@ -78,6 +78,7 @@ def _rows(file: TextFile, spool: Spool) -> Iterator[tuple[bytes, str]]:
 
 
 def _texts(file: TextFile, domain: str, spool: Spool) -> Iterator[Document]:
+    """Documents of a text file."""
     separator = file.reading.separator
     from_file = separator is None and file.in_utf8 and file.stream.compression is None
     digest, size, start = hashlib.sha256(), 0, spool.size
@@ -95,12 +96,15 @@ def _texts(file: TextFile, domain: str, spool: Spool) -> Iterator[Document]:
 
 
 def _pieces(blocks: Iterator[bytes], separator: str | None) -> Iterator[bytes | None]:
-    """The text in pieces, None at the end of a document. A line that separates belongs to none."""
+    """The text in pieces, with None at the end of each document.
+
+    Lines that separate documents belong to none of them.
+    """
     if separator is None:
         yield from blocks
         return
     line = re.compile(rb"^" + re.escape(separator.encode()) + rb"\r?(?:\n|\Z)", re.MULTILINE)
-    begins = True                                        # whether the block is at the beginning of a line
+    begins = True                                        # whether the block starts at the beginning of a line
     for block in blocks:
         at = 0
         for match in line.finditer(block):
@@ -115,6 +119,7 @@ def _pieces(blocks: Iterator[bytes], separator: str | None) -> Iterator[bytes | 
 
 
 def _marred(path: Path, error: NotText) -> DataError:
+    """The error for a file that turned out to be no text after documents of it were used."""
     return DataError(136, "a file turned out to be no text after a part of it",
                      where=f"{path}, byte {error.offset:,}", why=error.why,
                      next=error.convert or "repair the file, or take it out of the folder")

@@ -1,8 +1,8 @@
-"""Rows of tables in text: comma- and tab-separated values, quoted as RFC 4180 says, under a header that names the columns.
+"""Rows of comma- and tab-separated tables, quoted as in RFC 4180, under a header that names the columns.
 
-A row with more or fewer cells than the header is refused, and so is a quote that never ends: either would make other texts
-of all that follows. The separator of a `.csv` file is the one of comma, semicolon and tab that gives the column
-`data.text_key`.
+A row with more or fewer cells than the header is refused, and so is a quote that never ends: either would
+turn all that follows into other texts. The separator of a `.csv` file is the one of comma, semicolon and tab
+that gives the column `data.text_key`.
 """
 
 import csv
@@ -14,13 +14,13 @@ from moetrain.data.reading.records import LONGEST_RECORD, Fields, missing_key, t
 from moetrain.data.reading.text_file import TextFile
 from moetrain.errors import DataError
 
-csv.field_size_limit(max(LONGEST_RECORD, csv.field_size_limit()))  # of the process; 128 KiB unless said
+csv.field_size_limit(max(LONGEST_RECORD, csv.field_size_limit()))  # process-wide; 128 KiB by default
 
 COMMA, SEMICOLON, TAB = ",", ";", "\t"
 
 
 def table_rows(file: TextFile, separators: tuple[str, ...]) -> Iterator[tuple[bytes, str]]:
-    """(text, own domain) of every row. separators: that may be the table's, the likeliest first."""
+    """Yield text and own domain of every row. `separators` are the possible ones, the likeliest first."""
     lines = _lines(file)
     first = next(lines, "")
     separator = _separator(first, separators, file.reading.text_key or "")
@@ -49,7 +49,7 @@ def table_rows(file: TextFile, separators: tuple[str, ...]) -> Iterator[tuple[by
 
 
 def header_of(line: str, separator: str) -> list[str]:
-    """The cells of a header; none where the line is no row."""
+    """Cells of a header line; empty if the line is no row."""
     try:
         return next(csv.reader([line], delimiter=separator, strict=True), [])
     except csv.Error:
@@ -69,7 +69,7 @@ def _joined(first: str, lines: Iterator[str]) -> Iterator[str]:
 
 
 def _lines(file: TextFile) -> Iterator[str]:
-    """Whole lines: the parser takes the end of what it is given for the end of a line."""
+    """Whole lines, because the csv parser takes the end of each string it gets for the end of a line."""
     held, size = [], 0
     for block in file.blocks():
         end = block.rfind(b"\n") + 1
@@ -87,5 +87,4 @@ def _lines(file: TextFile) -> Iterator[str]:
 def _malformed(place: str, why: str) -> DataError:
     return DataError(133, "a table cannot be read", where=place, why=why,
                      next="write it with every cell that holds a separator, a quote or a line break in "
-                          "quotes, and quotes "
-                          "doubled; or data.text_key=null to train on every file as it stands")
+                          "quotes, and quotes doubled; or data.text_key=null to train on every file as it stands")

@@ -1,4 +1,4 @@
-"""A file while it is read: its bytes decompressed and in UTF-8, and what is counted of it."""
+"""A text file while it is read: decompressed, decoded to UTF-8 and counted."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +10,18 @@ from moetrain.data.reading.records import Reading
 
 
 class TextFile:
-    """name: without the suffix of a compression. mark_size: bytes of its byte order mark. in_utf8: it needs no decoding."""
+    """One file under a reader.
+
+    `name` is its name without the suffix of a compression, `mark_size` the bytes of its byte order mark,
+    `in_utf8` whether it needs no decoding.
+
+    Args:
+        path: the file.
+        stream: its bytes, decompressed.
+        reading: keys, separator and encoding.
+        entry: row of the account in which undecodable bytes are counted.
+        advance: called with the bytes of the file read so far.
+    """
 
     def __init__(self, path: Path, stream: ByteStream, reading: Reading, entry: FileEntry,
                  advance: Callable[[int], None] | None = None) -> None:
@@ -21,7 +32,7 @@ class TextFile:
         self._advance = advance
 
     def blocks(self) -> Iterator[bytes]:
-        """The text, as `blocks_of` cuts it. Raises NotText as `TextCheck` does."""
+        """The text in the blocks of `blocks_of`. Raises NotText as `TextCheck` does."""
         check, counted = TextCheck(), 0
         for block in text_blocks(self.stream, self.encoding, check):
             self.entry.undecodable += check.undecodable - counted
@@ -32,12 +43,16 @@ class TextFile:
             self.entry.convert = check.hint()
 
     def advance(self, position: int) -> None:
-        """So many bytes of the file were read."""
+        """Report that so many bytes of the file were read."""
         if self._advance:
             self._advance(position)
 
     def beginning(self, size: int) -> tuple[str, bool]:
-        """(the text of the first `size` bytes, whether that is all of it). It is read again by `blocks`."""
+        """Look at the text of the first `size` bytes, which `blocks` reads again.
+
+        Returns:
+            The text, and whether it is all of the file.
+        """
         head = self.stream.peek(size + 1)
         text = head[self.mark_size:size].decode(self.encoding, "ignore")
         return text, len(head) <= size

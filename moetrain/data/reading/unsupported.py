@@ -1,6 +1,7 @@
-"""Files that hold no text that is read here, recognised by their first bytes, with what turns them into text.
+"""Recognition of files whose format is not read, by their first bytes, with advice on how to convert them.
 
-`{path}` in a remedy is the file, quoted for a shell, `{folder}` the folder that it lies in; with `!r` quoted for Python.
+In an advice `{path}` is the file, `{folder}` its folder and `{stem}` the file without its suffix, all quoted
+for a shell; with `!r` they are quoted for Python.
 """
 
 import re
@@ -18,12 +19,20 @@ _NPZ = "python -c \"import numpy; print(numpy.load({path!r}).files)\" says what 
 
 
 class _Signature(NamedTuple):
-    pattern: bytes                  # a regular expression, matched at the beginning
+    """First bytes of a format.
+
+    Args:
+        pattern: regular expression, matched at the beginning of a file.
+        name: the format, as a noun with its article.
+        convert: command or advice that turns such a file into text.
+    """
+
+    pattern: bytes
     name: str
     convert: str = ""
 
 
-# The first that matches counts. A zip archive begins with the name of its first member, at byte 30.
+# The first match counts. A zip archive has the name of its first member at byte 30.
 _SIGNATURES = tuple(_Signature(*row) for row in (
     (rb"ARROW1\0\0", "an Arrow IPC file", "python -c \"import pyarrow as a, pyarrow.parquet as p; "
      "p.write_table(a.ipc.open_file({path!r}).read_all(), 'text.parquet')\""),
@@ -78,7 +87,7 @@ _SIGNATURES = tuple(_Signature(*row) for row in (
     (rb"version https://git-lfs\.github\.com/spec/",
      "a Git LFS pointer, which stands for a file that is not here",
      "git lfs pull, in the folder of the repository"),
-    # Their libraries write the keys in this order.
+    # The tokenizers library and mistral-common write the keys in this order.
     (rb"(?:\xef\xbb\xbf)?\s*\{\s*\"version\"\s*:\s*\"[\d.]+\"\s*,\s*\"truncation\"\s*:"
      rb".{0,400}?\"padding\"\s*:.{0,400}?\"added_tokens\"",
      "a tokenizer.json, which is a tokenizer and no text",
@@ -94,13 +103,16 @@ _SIGNATURES = tuple(_Signature(*row) for row in (
 ))
 _COMPILED = tuple((re.compile(row.pattern, re.DOTALL), row) for row in _SIGNATURES)
 
-_RANK = re.compile(rb"[A-Za-z0-9+/]{2}== (\d+)\r?")       # a token of one byte in base64, and its rank
+_RANK = re.compile(rb"[A-Za-z0-9+/]{2}== (\d+)\r?")       # a one-byte token in base64, and its rank
 
 
 def refuse_foreign(head: bytes, path: Path, name: str) -> None:
-    """Raise NotText for a file whose beginning is that of a format that is not read.
+    """Raise NotText for a file that begins like a format that is not read.
 
-    head: the first kilobytes, decompressed. name: of the file, without the suffix of a compression.
+    Args:
+        head: first kilobytes of the file, decompressed.
+        path: the file.
+        name: its name without the suffix of a compression.
     """
     for pattern, row in _COMPILED:
         if pattern.match(head):
@@ -123,7 +135,7 @@ def refuse_foreign(head: bytes, path: Path, name: str) -> None:
 
 
 def refuse_foreign_json(value: dict, path: Path) -> None:
-    """Raise NotText for the JSON object of a file that describes other files."""
+    """Raise NotText for a file of one JSON object that describes other files."""
     shards = value.get("shards")
     if (isinstance(shards, list) and shards
             and all(isinstance(shard, dict) and shard.get("format") == "mds" for shard in shards)):
@@ -131,7 +143,7 @@ def refuse_foreign_json(value: dict, path: Path) -> None:
 
 
 def _ranks(head: bytes) -> bool:
-    """Whether the first lines are those of bytes, ranked from 0 on."""
+    """Whether the first lines are single bytes in base64, ranked from 0 on, as tiktoken writes them."""
     lines = head[:4096].split(b"\n")[:-1][:8]
     found = [_RANK.fullmatch(line) for line in lines]
     return len(lines) == 8 and all(found) and [int(match[1]) for match in found if match] == list(range(8))

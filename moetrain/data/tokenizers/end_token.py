@@ -71,9 +71,10 @@ def _first(value: Any) -> int | None:
 
 def _missing(source: TokenizerSource, token: str, said_by: str, special: Sequence[str]) -> DataError:
     near = nearest(token, special)
+    choice = quote(f"data.end_token={show(near[0])}") if near else "data.end_token=<one of its tokens>"
     return DataError(152, "the token that ends a document is not in the vocabulary",
                      where=f"{source.path} ({said_by})", why=f"{said_by} says {token!r}; {_list(special)}",
-                     next=f"{quote(f'data.end_token={show(near[0])}') if near else 'data.end_token=<one of its tokens>'}, or data.end_token={NEW} for an id of its own behind the vocabulary")
+                     next=f"{choice}, or data.end_token={NEW} for an id of its own behind the vocabulary")
 
 
 def _list(special: Sequence[str]) -> str:

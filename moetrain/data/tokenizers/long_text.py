@@ -28,7 +28,7 @@ from moetrain.data.tokenizers.utf8_decoder import Decoder
 PIECE = 1 << 17                      # characters that are encoded at once
 ZONE = 1 << 12                       # characters that two pieces share
 LEAST = 32                           # tokens in a row on which both pieces have to agree
-# Bytes of a batch: several pieces for every core. More would take memory (150 bytes a token) and save no time.
+# Bytes of a batch: several pieces for every core. More would take memory (150 bytes a token), not save time.
 BATCH = PIECE * min(max(os.cpu_count() or 1, 8), 32)
 
 
@@ -202,7 +202,7 @@ class _Joint:
         self._before = ids[0].ids[:taken]
 
     def _meeting(self, right: np.ndarray) -> int | None:
-        """Index into the zone's ids before which both pieces are cut; None if they agree for too few tokens."""
+        """Index into the zone's ids at which to cut both pieces; None if they agree for too few tokens."""
         left, zone = self._left_ids[0].ids[self._taken:], self._left_ids[1].ids
         first = len(zone) - _agreement(left[::-1], zone[::-1])
         behind = _agreement(right, zone)
@@ -211,7 +211,8 @@ class _Joint:
         middle = (first + behind) // 2
         if self._words is None:
             return middle
-        between = first + 1 + np.flatnonzero(np.diff(self._words(self._left.text[-self._zone:])[first:behind]))
+        words = self._words(self._left.text[-self._zone:])[first:behind]
+        between = first + 1 + np.flatnonzero(np.diff(words))
         return int(between[np.argmin(np.abs(between - middle))]) if len(between) else None
 
     def _grow(self, piece: _Piece) -> None:

@@ -1,4 +1,4 @@
-"""Files behind `data.tokenizer=<path>`: a `tokenizer.json`, alone or in a checkpoint's folder, with settings beside it.
+"""Files behind `data.tokenizer=<path>`: a `tokenizer.json`, alone or in a folder, with the settings beside it.
 
 Tokenizers in other formats are recognized by content; the error names the command that converts them.
 """
@@ -37,8 +37,8 @@ class Other(NamedTuple):
 SENTENCEPIECE = Other("a sentencepiece model", "tokenizer.model", "sentencepiece")
 TIKTOKEN = Other("tiktoken ranks", "tokenizer.model", "tiktoken")
 TEKKEN = Other("a tekken tokenizer", "tekken.json", "tiktoken")
-VOCABULARY = Other("a vocabulary without its rules (it has merges.txt or a tokenizer_config.json beside it)", None,
-                   "")
+VOCABULARY = Other(
+    "a vocabulary without its rules (it has merges.txt or a tokenizer_config.json beside it)", None, "")
 SETTING = Other("the settings of a tokenizer, not the tokenizer", None, "")
 
 
@@ -159,7 +159,8 @@ def _other_format(path: Path, other: Other) -> DataError:
     out = folder / "converted"
     source, copy = folder, ""
     if other.usual not in (None, path.name):
-        source, copy = out, f"mkdir -p {quote(str(out))} && cp {quote(str(path))} {quote(str(out / (other.usual or '')))} && "
+        source, usual = out, out / (other.usual or "")
+        copy = f"mkdir -p {quote(str(out))} && cp {quote(str(path))} {quote(str(usual))} && "
     script = ("from transformers import AutoTokenizer; "
               f"AutoTokenizer.from_pretrained({json.dumps(str(source))}).save_pretrained({json.dumps(str(out))})")
     package = f"transformers {other.package}".strip()

@@ -1,4 +1,4 @@
-"""A tokenizer.json changed so that special strings in a text stay text: `</s>` is four characters, not a token.
+"""A tokenizer.json changed so that special strings in a text stay text: `</s>` is then four characters.
 
 The tokenizers library can exclude special tokens from its first search through a text, but not from the
 model's own vocabulary, where Unigram and WordPiece find them again. So the special tokens are renamed to
