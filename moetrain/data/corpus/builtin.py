@@ -1,13 +1,15 @@
-"""The built-in corpus: text that every installation of moetrain already has, so that a first run downloads nothing.
+"""The built-in corpus: text that comes with every installation, so that a first run downloads nothing.
 
-    python    the standard library            cpp    torch's C++ headers          stubs    *.pyi of the packages below
-    docs      docstrings of the packages      notices    licences, read-me files, package descriptions
+    python    the standard library       docs       docstrings of the packages below
+    cpp       torch's C++ headers        notices    licences, read-me files, package descriptions
+                                         stubs      *.pyi of the packages below
 
 Lists of authors are left out: one file of names would be half of the held-out notices.
 
-Only packages that moetrain itself requires are read: whatever else is installed does not change the corpus. Files
-come in the order of a hash of their relative name, up to DOMAIN_CAP bytes a domain, exact duplicates left out. Texts
-depend on the installed versions, so no figure about them is stored anywhere in the code.
+Only packages that moetrain itself requires are read, so whatever else is installed does not change the
+corpus. Files come in the order of a hash of their relative name, up to DOMAIN_CAP bytes a domain, without
+exact duplicates. Texts depend on the installed versions, so no figure about them is stored anywhere in the
+code.
 """
 
 import hashlib
@@ -25,26 +27,32 @@ from moetrain.errors import DataError
 
 DOMAIN_CAP = 3_000_000
 TRAIN_LIMIT = 100_000          # bytes of one document: generated files must not fill a domain
-HELDOUT_LIMIT = 12_000         # of a held-out one: a single header once took the whole held-out set
+HELDOUT_LIMIT = 12_000         # of a held-out document: a single header once filled the whole held-out set
 MIN_DOMAINS, MIN_BYTES, MIN_DOCUMENTS = 5, 500_000, 50
 DISTRIBUTIONS = (
-    "torch", "numpy", "hydra-core", "omegaconf", "antlr4-python3-runtime", "wandb", "safetensors",
-    "tokenizers",
+    "torch", "numpy", "hydra-core", "omegaconf", "antlr4-python3-runtime", "wandb", "safetensors", "tokenizers",
     "rich", "matplotlib", "pygments", "markdown-it-py", "sympy", "mpmath", "networkx", "jinja2", "fsspec",
-    "filelock",
-    "pillow", "fonttools", "contourpy", "kiwisolver", "pyparsing", "python-dateutil", "pydantic",
+    "filelock", "pillow", "fonttools", "contourpy", "kiwisolver", "pyparsing", "python-dateutil", "pydantic",
     "pydantic-core", "packaging", "platformdirs", "protobuf", "pyyaml", "requests", "urllib3", "click",
     "typing-extensions", "huggingface-hub",
 )
-_VERSION = 1                   # raise it when this file chooses other texts
+_VERSION = 1                   # raise it when this file selects different texts
 _STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 _NOTICE = re.compile(r"^(METADATA|LICEN[CS]E|NOTICE|COPYING)|\.(md|rst)$", re.IGNORECASE)
 _QUOTED = re.compile(rb'("""|\'\'\')(.*?)\1', re.DOTALL)
 
 
 class CorpusDocument(NamedTuple):
+    """One document of the built-in corpus.
+
+    Args:
+        domain: its domain.
+        name: path of its file, relative to the package or the standard library.
+        text: UTF-8.
+    """
+
     domain: str
-    name: str                  # relative to the package or the standard library
+    name: str
     text: bytes
 
 
@@ -52,13 +60,13 @@ Extract = Callable[[bytes], bytes]
 
 
 def identity() -> str:
-    """Changes whenever the corpus may: versions of Python and of every package read."""
+    """A string that changes whenever the corpus may: versions of Python and of every package that is read."""
     versions = [f"{name}={_version(name)}" for name in DISTRIBUTIONS]
     return " ".join([f"corpus-{_VERSION}", f"python={platform.python_version()}", *versions])
 
 
 def builtin_documents(*, domain_cap: int | None = None) -> Iterator[CorpusDocument]:
-    """The documents, domain by domain. domain_cap: bytes a domain, at most DOMAIN_CAP."""
+    """Yield the documents, domain by domain, up to `domain_cap` bytes (at most DOMAIN_CAP) a domain."""
     packaged = [file for name in DISTRIBUTIONS for file in _files_of(name)]
     groups: dict[str, tuple[list[tuple[str, Path]], Extract]] = {
         "cpp": (_headers(), bytes),
@@ -76,6 +84,7 @@ def builtin_documents(*, domain_cap: int | None = None) -> Iterator[CorpusDocume
 
 def _collect(domain: str, files: list[tuple[str, Path]], extract: Extract,
              seen: set[bytes]) -> list[CorpusDocument]:
+    """Unique texts of one domain, up to DOMAIN_CAP bytes. `seen` holds digests of all domains."""
     documents: list[CorpusDocument] = []
     size = 0
     for name, path in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
@@ -100,7 +109,7 @@ def _up_to(documents: list[CorpusDocument], cap: int) -> Iterator[CorpusDocument
 
 
 def _read(path: Path, extract: Extract) -> bytes:
-    """The text of a file, cut to TRAIN_LIMIT; nothing when it is not UTF-8 or cannot be read."""
+    """Text of a file, cut to TRAIN_LIMIT; empty if it is not UTF-8 or cannot be read."""
     try:
         raw = path.read_bytes()
         raw.decode("utf-8")
@@ -114,7 +123,10 @@ def _whole_characters(text: bytes) -> bytes:
 
 
 def _docstrings(source: bytes) -> bytes:
-    """Prose between triple quotes: every pair is matched first, then filtered, so that no code slips in."""
+    """Prose between triple quotes.
+
+    Every pair of quotes is matched before filtering, so that no code between two strings slips in.
+    """
     texts = (match.group(2) for match in _QUOTED.finditer(source))
     return b"\n\n".join(text for text in texts if len(text) > 80 and 12 * text.count(b" ") >= len(text))
 
@@ -158,10 +170,11 @@ def _version(distribution: str) -> str:
 
 
 def _check(corpus: dict[str, list[CorpusDocument]]) -> None:
+    """DataError if too few domains have enough text."""
     sizes = {domain: sum(len(document.text) for document in documents)
              for domain, documents in corpus.items()}
-    good = [domain for domain in corpus if sizes[domain] >= MIN_BYTES
-            and len(corpus[domain]) >= MIN_DOCUMENTS]
+    good = [domain for domain in corpus
+            if sizes[domain] >= MIN_BYTES and len(corpus[domain]) >= MIN_DOCUMENTS]
     if len(good) < MIN_DOMAINS:
         found = ", ".join(f"{domain} {sizes[domain]:,} bytes in {len(corpus[domain])} files"
                           for domain in corpus)

@@ -1,13 +1,16 @@
-"""Splits that a corpus comes with: `train/ valid/ test/`, `ptb.train.txt ptb.valid.txt`, `train-00000-of-00010.parquet` beside
+"""Splits that a corpus comes with, recognized by file and folder names.
+
+Examples are `train/ valid/ test/`, `ptb.train.txt ptb.valid.txt`, and `train-00000-of-00010.parquet` beside
 `test-00000-of-00001.parquet`.
 
-A file or folder belongs to a split when a part of its name says so and another one at the same level names the other side:
-what is called `test` without a `train` beside it is no split. The part comes first or last in the name or between dots, or
-nothing else but numbers and suffixes distinguishes the two names. Source code and documents about a program are never a
-split: `train.py` and `test.py`, `training.md` and `testing.md` are about training and testing.
+A file or folder belongs to a split if a part of its name says so and another name at the same level names the
+other side: `test` without a `train` beside it is no split. The part comes first or last in the name or
+between dots, or the two names differ in nothing else but numbers and suffixes. Source code and documents
+about a program are never a split: `train.py` and `test.py`, `training.md` and `testing.md` are about training
+and testing.
 
-The test split wins over the validation split, and that over training, where folders are nested. `eval` means validation,
-or test where there is a validation split too.
+Where such folders are nested, the test split wins over the validation split, and that over training. `eval`
+means validation, or test where there is a validation split too.
 """
 
 import re
@@ -21,39 +24,54 @@ TRAIN, VALID, TEST = "train", "valid", "test"
 _EVAL = "eval"
 _STRICTNESS = {TRAIN: 0, VALID: 1, TEST: 2}
 _MORE = r"(?:[-_ ]?(?:set|data|split|files?))?"
-_WORDS = re.compile(  # a part of a name between characters that are no letters or digits
+# A part of a name between characters that are no letters or digits.
+_WORDS = re.compile(
     rf"(?<![^\W_])(?:(?P<train>train(?:ing)?{_MORE})|(?P<test>test(?:ing)?{_MORE})|(?P<eval>eval(?:uation)?{_MORE})"
     rf"|(?P<valid>(?:valid(?:ation|ate)?|val|dev(?:el|elopment)?|held[-_]?out|holdout){_MORE}))\d*(?![^\W_])",
     re.IGNORECASE)
 _PROSE = frozenset(".adoc .html .md .rst .tex".split())
 _ABOUT = _PROSE | frozenset(
-    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .ini .ipynb .java .jl .js .kt .lua .m "
-    ".ml "
+    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .ini .ipynb .java .jl .js .kt .lua .m .ml "
     ".php .pl .py .pyi .pyx .r .rb .rs .scala .sh .sql .swift .toml .ts .tsx .yaml .yml .zig".split())
 _NUMBERING = {"of", "part", "shard"}
-_HASH = re.compile(r"(?=.*\d)[0-9a-f]{8,}")  # of a shard: news-train-00000-of-00001-2f6c2d1a9f7a2d4b.parquet
+_HASH = re.compile(r"(?=.*\d)[0-9a-f]{8,}")  # as in news-train-00000-of-00001-2f6c2d1a9f7a2d4b.parquet
 
 
 class Member(NamedTuple):
-    """What a split makes of a file. label: its name without the parts that name the split; the domain is told from it."""
+    """Membership of a file in a split.
+
+    Args:
+        role: TRAIN, VALID or TEST.
+        label: name without the parts that say the split; the domain is derived from it.
+    """
 
     role: str
     label: str
 
 
 class _Word(NamedTuple):
+    """The part of a name that says a split.
+
+    Args:
+        role: the split, or `eval`.
+        start: where the part begins in the name.
+        end: where it ends.
+        rest: the other parts of the name, without suffix, numbers and hashes.
+        stands_out: whether the part comes first or last, or between dots.
+    """
+
     role: str
     start: int
     end: int
-    rest: tuple[str, ...]           # the other parts of the name, without suffix, numbers and hashes
-    stands_out: bool                # whether it comes first or last, or between dots
+    rest: tuple[str, ...]
+    stands_out: bool
 
 
 def find_splits(names: Iterable[str]) -> dict[str, Member]:
-    """The files that belong to a split, by their names, which are relative and written with slashes."""
+    """Files that belong to a split, by name. Names are relative and written with slashes."""
     names = list(names)
     levels: dict[str, dict[str, _Word]] = {}
-    known = {""}                                         # folders that were looked at, with those above them
+    known = {""}                                         # folders already looked at
     for name in names:
         place, is_file = name, True
         while place not in known:
@@ -67,9 +85,10 @@ def find_splits(names: Iterable[str]) -> dict[str, Member]:
 
 
 def unpaired(names: Iterable[str], members: Collection[str]) -> list[str]:
-    """Names that say validation or test and belong to no split, where others say training: they may be meant as one.
+    """Names that say validation or test but belong to no split, where others say training.
 
-    `ptb.test.md` may be, beside `ptb.train.txt`: documents, unlike source code, are text with another suffix.
+    They may be meant as a split: `ptb.test.md` may be, beside `ptb.train.txt`, because documents, unlike
+    source code, can be text with another suffix.
     """
     named: dict[bool, list[str]] = {True: [], False: []}
     for name in names:
@@ -84,7 +103,7 @@ def unpaired(names: Iterable[str], members: Collection[str]) -> list[str]:
 
 
 def without_split(name: str) -> str:
-    """A name without what says which split it is of, for one whose other side lies elsewhere."""
+    """A name without the parts that say its split, for a file whose other side lies elsewhere."""
     parts = name.split("/")
     words = [_word(part, is_file=depth == len(parts) - 1) for depth, part in enumerate(parts)]
     kept = [part if word is None else _without(part, word, is_file=depth == len(parts) - 1)
@@ -93,7 +112,10 @@ def without_split(name: str) -> str:
 
 
 def _word(name: str, *, is_file: bool, about: frozenset[str] = _ABOUT) -> _Word | None:
-    """The part of a name that says which split it is; None where none does, or two disagree, or the suffix is one of `about`."""
+    """The part of a name that says its split.
+
+    It is None if no part does, if two disagree, or if the suffix is one of `about`.
+    """
     found = list(_WORDS.finditer(name))
     if not found or len({match.lastgroup for match in found}) > 1:
         return None
@@ -111,12 +133,13 @@ def _word(name: str, *, is_file: bool, about: frozenset[str] = _ABOUT) -> _Word 
 
 
 def _parts(text: str) -> list[str]:
+    """Parts of a name that distinguish it: no numbers, hashes and words of numbering."""
     return [part for part in re.split(r"[\W_]+", text.lower())
             if part and not part.isdigit() and part not in _NUMBERING and not _HASH.fullmatch(part)]
 
 
 def _paired(words: dict[str, _Word]) -> dict[str, _Word]:
-    """The names of one level that form a split."""
+    """Names of one level that form a split."""
     sides = {side: [word for word in words.values() if (word.role == TRAIN) == side]
              for side in (True, False)}
     rests = {side: {word.rest for word in members} for side, members in sides.items()}
@@ -144,7 +167,10 @@ def _member(name: str, levels: dict[str, dict[str, _Word]]) -> Member | None:
 
 
 def _without(part: str, word: _Word, *, is_file: bool) -> str:
-    """The name without the word and what sets it off. A file is called `text` where nothing else is left but numbers."""
+    """A name without the part that says its split, and without what separates that part.
+
+    A file whose name has nothing left but numbers is called `text`.
+    """
     before, after = part[:word.start].rstrip("._- "), part[word.end:]
     if is_file and not before and (not word.rest or after.startswith(".")):
         _, dot, suffixes = after.partition(".")

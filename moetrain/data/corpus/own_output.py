@@ -1,6 +1,6 @@
-"""What moetrain itself has written, recognised by its files: runs, prepared data, indexes of token files, killed preparations.
+"""Recognition of moetrain's own output: runs, prepared data, indexes of token files and killed preparations.
 
-A folder with text is a fine place to work in: `data.path=.` must not read the runs that lie below it.
+A folder of text is a reasonable place to work in, so `data.path=.` must not read the runs below it.
 """
 
 import os
@@ -17,7 +17,7 @@ _SHARD = re.compile(r"(train|heldout)-\d{5}\.(tokens|sizes)")
 _STEP = re.compile(r"step-\d{8}")
 _DATASET = re.compile(r"[0-9a-f]{16}")
 _INDEX = re.compile(rf"[0-9a-f]{{16}}\{token_index_file.SUFFIX}")
-_JOB_LOG = re.compile(r"moetrain-\d+\.log")  # launch/slurm.sbatch writes it where the job was submitted
+_JOB_LOG = re.compile(r"moetrain-\d+\.log")  # written by launch/slurm.sbatch to the folder of sbatch
 _RUN_FILES = frozenset(("config.yaml", "env.json", "eval.jsonl", "loads.npz", "lock", "metrics.jsonl",
                         "specialisation.npz", "status.json"))
 _RUN_FOLDERS = frozenset(("checkpoints", "data", "log", "report", "wandb"))
@@ -25,13 +25,19 @@ _DATASET_FILES = frozenset(("dataset.json", "tokenizer.json"))
 
 
 def is_own(folder: str, folders: Collection[str], names: Collection[str]) -> bool:
-    """Whether a folder with these folders and files in it is a run, a dataset or one that was not finished."""
+    """Whether a folder with these subfolders and files is a run, a dataset or an unfinished dataset."""
     return (os.path.basename(folder).startswith(".preparing-") or _is_run(folder, folders, names)
             or _is_dataset(folder, names))
 
 
 def own_parts(folder: str, folders: Collection[str], names: Collection[str]) -> tuple[set[str], set[str]]:
-    """(folders, files) of our own in a folder that is read otherwise: the one the user named, or one that datasets lie in."""
+    """Own output inside a folder that is otherwise read.
+
+    That is the folder which the user named, or one that contains datasets.
+
+    Returns:
+        Names of folders and names of files to leave out.
+    """
     own_folders, own_files = set(), set(filter(_JOB_LOG.fullmatch, names))
     if _is_run(folder, folders, names):
         own_folders |= _RUN_FOLDERS.intersection(folders)
@@ -47,7 +53,7 @@ def own_parts(folder: str, folders: Collection[str], names: Collection[str]) -> 
 
 
 def _is_run(folder: str, folders: Collection[str], names: Collection[str]) -> bool:
-    """A run writes log/attempts.jsonl first of all, and may be copied without its logs."""
+    """Whether a folder is a run. A run writes log/attempts.jsonl first, and may be copied without its logs."""
     if "log" in folders and os.path.isfile(os.path.join(folder, "log", "attempts.jsonl")):
         return True
     if "config.yaml" not in names:

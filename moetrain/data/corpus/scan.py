@@ -1,8 +1,8 @@
-"""What lies at a path, and which of it is read. No file's content is looked at here, but for our own.
+"""Scan of a path: every file below it, and which of them are read. Only moetrain's own files are opened.
 
-Links are followed, each folder once. Left out: hidden files and folders, what moetrain itself has written, empty files, what
-is no file, the folder of `data.held_out`, and a test split that lies beside the training text. Each of them is in the
-ledger; a folder that is left out is walked for its size.
+Links are followed, each folder once. Left out are hidden files and folders, moetrain's own output, empty
+files, entries that are no regular file, the folder of `data.held_out`, and a test split beside the training
+text. Each of them is in the ledger; a folder that is left out is walked for its size.
 """
 
 import errno
@@ -34,16 +34,20 @@ log = logging.getLogger(__name__)
 
 
 class SourceFile(NamedTuple):
-    """A file that is read. There may be a million: what others have of it is not kept again.
+    """A file that is read. There may be a million of them, so the record repeats nothing of its ledger entry.
 
-    folder: the path that the user gave, or the folder of the file that it names. label: what its domain is told from: its name,
-    without what names a split.
+    Args:
+        folder: the path that the user gave, or the folder of the file that the path names.
+        entry: row of the ledger.
+        mtime_ns: modification time.
+        ctime_ns: change time, which moves with every write, whatever the modification time is set to.
+        label: name without the parts that say a split; the domain is derived from it.
     """
 
     folder: str
     entry: FileEntry
     mtime_ns: int
-    ctime_ns: int                   # changes with every write, whatever the file's time of change is set to
+    ctime_ns: int
     label: str
 
     @property
@@ -52,17 +56,34 @@ class SourceFile(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """files: sorted by name; those whose entry is on the side `HELD` are a validation split."""
+    """Files found at a path.
+
+    Args:
+        ledger: every file, read or left out.
+        files: files that are read, sorted by name. Those whose entry is on side `HELD` are a validation
+            split.
+    """
 
     ledger: FileLedger
     files: list[SourceFile]
 
     def side(self, side: str) -> list[SourceFile]:
+        """Files on one side, TRAINED or HELD."""
         return [file for file in self.files if file.entry.side == side]
 
 
 class _Found(NamedTuple):
-    name: str                       # relative to the path the user gave
+    """One file of the walk.
+
+    Args:
+        name: relative to the path that the user gave.
+        size: bytes on disk.
+        mtime_ns: modification time.
+        ctime_ns: change time.
+        reason: why it is left out; empty if it is read.
+    """
+
+    name: str
     size: int
     mtime_ns: int
     ctime_ns: int
@@ -70,19 +91,19 @@ class _Found(NamedTuple):
 
 
 _Identity = tuple[int, int]
-_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)       # of a link
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)       # what stat raises for a broken link
 
 
 def scan(path: Path, *, key: str = "data.path", own: tuple[Path, ...] = (), held_out: Path | None = None,
          splits: bool = True) -> Scan:
-    """Every file at or below a path, sorted by name.
+    """Find every file at or below a path.
 
     Args:
         path: file or folder.
-        key: the key that named it.
-        own: files and folders to leave out as our own, whether or not they can be recognised yet.
-        held_out: file or folder below it that is read by `data.held_out`.
-        splits: whether a split that is there is used; otherwise it is one text.
+        key: config key that names it.
+        own: files and folders to leave out as own output, whether or not they can be recognized yet.
+        held_out: file or folder below it that `data.held_out` reads.
+        splits: whether a split that is found is used; otherwise all of it is one text.
     """
     try:
         status = path.stat()
@@ -102,22 +123,23 @@ def scan(path: Path, *, key: str = "data.path", own: tuple[Path, ...] = (), held
 
 
 def unreadable(path: Path, error: OSError, key: str) -> DataError:
+    """The error for a file or folder that cannot be read."""
     otherwise = ", or data.path=null for the built-in corpus" if key == "data.path" else ""
     return DataError(30, "the text cannot be read", where=f"{path} ({key})", why=said(error),
                      next=f"{key}=<file or folder of text>{otherwise}")
 
 
 def _sorted_out(ledger: FileLedger, folder: str, found: list[_Found], splits: bool, held_out: bool) -> Scan:
-    """Give every file its place in the ledger, and each of a split its side."""
+    """Enter every file in the ledger, and assign the sides of a split."""
     members: dict[str, Member] = {}
-    # the text of data.held_out is part of what lies there: train/ beside it is named without `train`, too
     if splits:
+        # The text of data.held_out counts: `train` is left out of the label of train/ beside it, too.
         candidates = [file.name for file in found if file.reason in ("", HELD_OUT)]
         members = find_splits(candidates)
         if alone := unpaired(candidates, members):
             log.warning("%s is read as any other text, though its name says validation or test%s: no name "
-                        "beside it says "
-                        "training in the same way. data.held_out= names held-out text", shown(alone[0]),
+                        "beside it says training in the same way. data.held_out= names held-out text",
+                        shown(alone[0]),
                         f" (as do those of {len(alone) - 1} more)" if len(alone) > 1 else "")
     files = []
     for name, size, mtime_ns, ctime_ns, reason in found:
@@ -138,16 +160,25 @@ def _sorted_out(ledger: FileLedger, folder: str, found: list[_Found], splits: bo
 
 
 class _Walk:
-    """named: why folders and files are left out that were named, by their identity."""
+    """Walk of a folder that follows links.
+
+    Args:
+        root: the folder, resolved.
+        named: reasons for leaving out files and folders that the config names, by identity.
+    """
 
     def __init__(self, root: Path, named: dict[_Identity, str]) -> None:
         self._root, self._named = root, named
-        self._prefix = len(str(root).rstrip("/")) + 1        # of the paths below it: what names do not have
+        self._prefix = len(str(root).rstrip("/")) + 1        # length of what relative names omit
         self._visited: set[_Identity] = set()
-        self._aside: list[tuple[str, str]] = []              # folders that are left out, and why
+        self._aside: list[tuple[str, str]] = []              # folders left out, with the reason
 
     def files(self) -> Iterator[_Found]:
-        """What is left out comes last: a link that leads into it is read, and its files are counted once."""
+        """Yield every file.
+
+        Folders that are left out come last: if a link leads into one, its files are read by that way and
+        counted once.
+        """
         for folder, folders, names in os.walk(self._root, followlinks=True, onerror=_refuse):
             here = _identity(os.stat(folder))
             if here in self._visited:
@@ -167,6 +198,7 @@ class _Walk:
             yield from self._all_of(folder, reason)
 
     def _why_not(self, folder: str, here: _Identity, folders: list[str], names: list[str]) -> str:
+        """Reason for leaving a folder out; empty if it is read."""
         if folder == str(self._root):
             return ""
         if here in self._named:
@@ -176,7 +208,8 @@ class _Walk:
         return HIDDEN if os.path.basename(folder).startswith(".") else ""
 
     def _all_of(self, top: str, reason: str) -> Iterator[_Found]:
-        for folder, folders, names in os.walk(top):  # what cannot be looked into was not to be read either
+        """Yield every file of a folder that is left out, for its size."""
+        for folder, folders, names in os.walk(top):          # an unreadable folder was not to be read anyway
             here = _identity(os.stat(folder))
             if here in self._visited:
                 folders.clear()

@@ -1,7 +1,7 @@
-"""The documents of a corpus: found, read, without duplicates, on one of two sides; and the account of all the others.
+"""Selection of documents: found, read, deduplicated and split, with an account of all that is not used.
 
-`find_source` looks at what lies there, `select` reads it. Nothing is written, so `moetrain data inspect` says what
-`prepare` would do.
+`find_source` scans the paths, `select` reads them. Nothing is written, so `moetrain data inspect` reports
+what `prepare` would do.
 """
 
 import logging
@@ -39,30 +39,36 @@ from moetrain.errors import CONTINUED, DataError
 
 log = logging.getLogger(__name__)
 
-# what is done ("reading", "tokenizing"), its bytes done, all of them
+# (what is done: "reading", "tokenizing"; bytes done; bytes in all)
 Progress = Callable[[str, int, int], None]
 
 BUILTIN = "the built-in corpus"
-_MOST_NAMED = 3                              # reasons that a refusal lists
-_MANY_DOMAINS = 50                           # from here on it is asked whether the domain is one
+_MOST_NAMED = 3                              # reasons listed in an error
+_MANY_DOMAINS = 50                           # with so many, check whether they are kinds of text
 _HOST = re.compile(r"(https?://)?([\w-]+\.)+[a-z]{2,}(:\d+)?(/|$)", re.IGNORECASE)
 
 
 class Source(NamedTuple):
-    """Where text comes from. path: None for the built-in corpus; held_out: None for a share of the text."""
+    """Where text comes from.
+
+    Args:
+        name: the path as the user gave it, or BUILTIN.
+        path: scan of the path; None for the built-in corpus.
+        held_out: scan of `data.held_out`; None for a validation split or a share of the text.
+    """
 
     name: str
     path: Scan | None
     held_out: Scan | None
 
     def refreshed(self, account: dict[str, Any]) -> dict[str, Any]:
-        """The account of a source that was read before, whose listing has not changed."""
+        """The kept account of a source whose listing has not changed, with files left out as they are now."""
         found = {scan.ledger.key: scan.ledger for scan in (self.path, self.held_out) if scan}
         return {**account, "files": {key: found[key].refreshed(kept) if key in found else kept
                                      for key, kept in account["files"].items()}}
 
     def listing(self) -> Iterator[Any]:
-        """Equal as long as nothing that is read has changed."""
+        """Yield values that stay equal as long as nothing that is read has changed."""
         yield corpus.identity() if self.path is None else None
         for found in (self.path, self.held_out):
             if found:
@@ -71,29 +77,38 @@ class Source(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """parts: what is trained on and held out. chosen: the documents to train on or to split; heldout: those held out whole."""
+    """Documents chosen from a source.
+
+    Args:
+        parts: what is trained on and what is held out.
+        chosen: documents to train on or to split.
+        heldout: documents that are held out whole.
+        account: what became of everything else.
+        rest: fate in the account's text ledger that receives the bytes by which cuts move.
+    """
 
     parts: Split
     chosen: Parts
     heldout: Parts
     account: Account
-    rest: str                                # what of the account's text takes the bytes that cuts move by
+    rest: str
 
     def record(self, counts: dict[str, dict[str, int]]) -> dict[str, Any]:
-        """The account as it is kept. counts: documents and bytes that were written, by split."""
+        """The account as `dataset.json` keeps it. `counts`: documents and bytes written, by split."""
         self.account.settle(counts["train"], counts["heldout"], self.rest)
         return self.account.record()
 
 
 def find_source(path: str | None, held_out: str | None, *, own: tuple[Path, ...] = (),
                 splits: bool = True) -> Source:
-    """Everything that may be read, before any of it is.
+    """Scan everything that may be read, before any of it is.
 
     Args:
         path: file or folder of text; None for the built-in corpus.
-        held_out: file or folder of held-out text; None for the validation split of the text, or a share of it.
-        own: files and folders below them that are our own.
-        splits: whether a split that is there is used.
+        held_out: file or folder of held-out text; None for the validation split of the text, or a share of
+            it.
+        own: files and folders below them that are own output.
+        splits: whether a split that is found is used.
     """
     heldout = None
     if held_out is not None:
@@ -110,16 +125,16 @@ def find_source(path: str | None, held_out: str | None, *, own: tuple[Path, ...]
 
 def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = Reading(),
            domain_cap: int | None = None, allow_left_out: float = DataConfig.allow_left_out,
-           progress: Progress | None = None, watch: Callable[[Document],
-                                                             None] = lambda document: None) -> Selection:
-    """Read a source and choose.
+           progress: Progress | None = None,
+           watch: Callable[[Document], None] = lambda document: None) -> Selection:
+    """Read a source, deduplicate it and split it.
 
     Args:
         source: what `find_source` found; its ledgers are filled in.
-        spool: where texts go that cannot be read again from their files.
-        share: of the text, to hold out where no held-out text is given.
+        spool: keeps texts that cannot be read again from their files.
+        share: share of the text to hold out where no held-out text is given.
         reading: how files are read.
-        domain_cap: bytes of text to take from a domain at most.
+        domain_cap: bytes of text to take from a domain at most; None takes all.
         allow_left_out: share of the bytes that may be left out by mistake.
         progress: called as bytes are read.
         watch: called with every document as it is read.
@@ -146,10 +161,12 @@ def select(source: Source, spool: Spool, *, share: Fraction, reading: Reading = 
 
 
 def _identity(file: SourceFile) -> tuple[Any, ...]:
+    """What shows that a file is the same as before."""
     return file.entry.name, file.entry.size, file.mtime_ns, file.ctime_ns, file.label, file.entry.side
 
 
 def _kept(found: Iterable[Document], spool: Spool, watch: Callable[[Document], None]) -> Documents:
+    """Collect documents into columns, handing each to `watch`."""
     documents = Documents(spool)
     for document in found:
         watch(document)
@@ -158,7 +175,7 @@ def _kept(found: Iterable[Document], spool: Spool, watch: Callable[[Document], N
 
 
 def _ends(parts: Parts) -> np.ndarray:
-    """Where the part of each document ends; 0 for those of which there is none."""
+    """int64 [documents], where the part of each document ends; 0 for a document without a part."""
     ends = np.zeros(len(parts.documents), np.int64)
     ends[parts.rows] = parts.ends
     return ends
@@ -170,7 +187,7 @@ def _positive(sizes: np.ndarray) -> np.ndarray:
 
 def _read_all(source: Source, account: Account, spool: Spool, reading: Reading, domain_cap: int | None,
               progress: Progress | None) -> Iterator[Document]:
-    """The documents of a corpus but for its validation split."""
+    """Yield the documents of a corpus except its validation split."""
     if source.path is None:
         ledger = FileLedger("data.path", BUILTIN)
         account.files.insert(0, ledger)
@@ -192,7 +209,7 @@ def _read_all(source: Source, account: Account, spool: Spool, reading: Reading, 
 
 def _read_heldout(source: Source, spool: Spool, reading: Reading,
                   progress: Progress | None) -> Iterator[Document]:
-    """The held-out text that somebody chose: by data.held_out, or by a validation split."""
+    """Yield the held-out text that the user provides: `data.held_out`, or a validation split."""
     found = source.held_out or source.path
     files = source.held_out.files if source.held_out else source.path.side(HELD) if source.path else []
     if not found or not files:
@@ -241,10 +258,11 @@ def _refuse_empty(found: Scan) -> None:
         return
     kept = found.ledger.record()["left_out"]
     own = [row for row in kept if row["reason"] == OWN]
-    why = "no file below it has any content" + (f"; left out: {'; '.join(reasons(kept[:_MOST_NAMED]))}"
-                                                if kept else "")
-    raise _no_text(found, why, "data=tokens data.path=<a folder that data=text has prepared>" if own
-                   and own == kept else "")
+    why = "no file below it has any content"
+    if kept:
+        why += f"; left out: {'; '.join(reasons(kept[:_MOST_NAMED]))}"
+    only_own = own and own == kept
+    raise _no_text(found, why, "data=tokens data.path=<a folder that data=text has prepared>" if only_own else "")
 
 
 def _no_text(found: Scan, why: str, other: str = "") -> DataError:
@@ -255,7 +273,7 @@ def _no_text(found: Scan, why: str, other: str = "") -> DataError:
 
 
 def left_out_error(ledger: FileLedger, allowed: float) -> DataError | None:
-    """What is wrong where more of the bytes than allowed were left out though nobody asked for it."""
+    """The error if more of the bytes than allowed were left out by mistake, else None."""
     lost, total = by_mistake([ledger])
     if lost <= allowed * total:
         return None
@@ -264,15 +282,16 @@ def left_out_error(ledger: FileLedger, allowed: float) -> DataError | None:
     needed = min(1.0, -(-lost * 1000 // total) / 1000)
     return DataError(140, f"{lost / total:.0%} of the bytes would be left out",
                      where=f"{ledger.path} ({ledger.key})",
-                    why=CONTINUED.join([f"{lost:,} of {total:,} bytes, more than "
-                                        f"data.allow_left_out={allowed:g} allows:",
-                                        *rows[:_MOST_NAMED], *more]),
-                    next=f"convert them, move them away, or data.allow_left_out={needed:g} to go on without "
-                         "them")
+                     why=CONTINUED.join([f"{lost:,} of {total:,} bytes, more than "
+                                         f"data.allow_left_out={allowed:g} allows:", *rows[:_MOST_NAMED], *more]),
+                     next=f"convert them, move them away, or data.allow_left_out={needed:g} to go on without them")
 
 
 def _warn_of_domains(chosen: Parts) -> None:
-    """A domain is what losses are told by. A host name or an address for each document is none."""
+    """Warn where domains look like host names or document ids.
+
+    Losses are reported by domain, which needs a few kinds of text.
+    """
     names = list(chosen.by_domain())
     if len(names) < _MANY_DOMAINS:
         return
@@ -283,5 +302,4 @@ def _warn_of_domains(chosen: Parts) -> None:
     else:
         return
     log.warning("%d domains for %d documents, and %s: data.domain_key=<key of a few kinds of text>, or "
-                "data.domain_key=null "
-                "for none, says what losses are told by", len(names), len(chosen), problem)
+                "data.domain_key=null for none, says what losses are told by", len(names), len(chosen), problem)

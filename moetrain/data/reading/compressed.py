@@ -1,4 +1,4 @@
-"""Files as streams of bytes, decompressed if their content says so: gzip, Zstandard, xz and bzip2, whatever the name.
+"""Files as streams of bytes, decompressed by content: gzip, Zstandard, xz and bzip2, whatever the name.
 
 A stream is read block by block, so memory does not grow with the unpacked size: a file of a few kilobytes may
 unpack to gigabytes. Several members or frames in a row are one stream. A damaged or truncated file is an

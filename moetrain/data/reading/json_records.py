@@ -1,4 +1,4 @@
-"""Streams of JSON records: one a line, in an array, or one behind another. One record at a time is in memory."""
+"""Streams of JSON records: one a line, in an array, or concatenated. One record at a time is in memory."""
 
 import json
 from collections.abc import Callable, Iterator

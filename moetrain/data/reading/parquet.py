@@ -78,7 +78,7 @@ def _columns(schema: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _column(schema: Any, key: str) -> tuple[str, ...] | None:
-    """Names that lead to a column: the key as it is written, else as a path. None if there is no such column."""
+    """Names that lead to a column: the key as it is written, else as a path. None if it is not there."""
     if key in schema.names:
         return (key,)
     path, fields = tuple(key.split(".")), {field.name: field for field in schema}

@@ -87,4 +87,5 @@ def _lines(file: TextFile) -> Iterator[str]:
 def _malformed(place: str, why: str) -> DataError:
     return DataError(133, "a table cannot be read", where=place, why=why,
                      next="write it with every cell that holds a separator, a quote or a line break in "
-                          "quotes, and quotes doubled; or data.text_key=null to train on every file as it stands")
+                          "quotes, and quotes doubled; or "
+                          "data.text_key=null to train on every file as it stands")

@@ -1,4 +1,4 @@
-"""Files behind `data.tokenizer=<path>`: a `tokenizer.json`, alone or in a folder, with the settings beside it.
+"""Files behind `data.tokenizer=<path>`: a `tokenizer.json`, alone or in a folder, and the settings beside it.
 
 Tokenizers in other formats are recognized by content; the error names the command that converts them.
 """
