@@ -30,11 +30,11 @@ TRAIN_LIMIT = 100_000          # bytes of one document: generated files must not
 HELDOUT_LIMIT = 12_000         # of a held-out document: a single header once filled the whole held-out set
 MIN_DOMAINS, MIN_BYTES, MIN_DOCUMENTS = 5, 500_000, 50
 DISTRIBUTIONS = (
-    "torch", "numpy", "hydra-core", "omegaconf", "antlr4-python3-runtime", "wandb", "safetensors", "tokenizers",
-    "rich", "matplotlib", "pygments", "markdown-it-py", "sympy", "mpmath", "networkx", "jinja2", "fsspec",
-    "filelock", "pillow", "fonttools", "contourpy", "kiwisolver", "pyparsing", "python-dateutil", "pydantic",
-    "pydantic-core", "packaging", "platformdirs", "protobuf", "pyyaml", "requests", "urllib3", "click",
-    "typing-extensions", "huggingface-hub",
+    "torch", "numpy", "hydra-core", "omegaconf", "antlr4-python3-runtime", "wandb", "safetensors",
+    "tokenizers", "rich", "matplotlib", "pygments", "markdown-it-py", "sympy", "mpmath", "networkx", "jinja2",
+    "fsspec", "filelock", "pillow", "fonttools", "contourpy", "kiwisolver", "pyparsing", "python-dateutil",
+    "pydantic", "pydantic-core", "packaging", "platformdirs", "protobuf", "pyyaml", "requests", "urllib3",
+    "click", "typing-extensions", "huggingface-hub",
 )
 _VERSION = 1                   # raise it when this file selects different texts
 _STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}

@@ -31,8 +31,8 @@ _WORDS = re.compile(
     re.IGNORECASE)
 _PROSE = frozenset(".adoc .html .md .rst .tex".split())
 _ABOUT = _PROSE | frozenset(
-    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .ini .ipynb .java .jl .js .kt .lua .m .ml "
-    ".php .pl .py .pyi .pyx .r .rb .rs .scala .sh .sql .swift .toml .ts .tsx .yaml .yml .zig".split())
+    ".c .cc .cfg .cmake .cpp .cs .css .cu .cuh .cxx .go .h .hpp .hs .ini .ipynb .java .jl .js .kt .lua .m "
+    ".ml .php .pl .py .pyi .pyx .r .rb .rs .scala .sh .sql .swift .toml .ts .tsx .yaml .yml .zig".split())
 _NUMBERING = {"of", "part", "shard"}
 _HASH = re.compile(r"(?=.*\d)[0-9a-f]{8,}")  # as in news-train-00000-of-00001-2f6c2d1a9f7a2d4b.parquet
 

@@ -58,7 +58,7 @@ def token_overlap(heldout: Tokens, train: Tokens, *, as_bytes: bool, limit: int)
 
 
 def _bytes_of(tokens: Tokens, start: int, end: int, as_bytes: bool) -> Iterator[bytes]:
-    """Tokens `start` to `end` as bytes. The end id 256 of byte tokens becomes 0, a byte that no text has."""
+    """Tokens `start` to `end` as bytes. The end id 256 of byte tokens becomes 0."""
     for place in range(start, end, _READ):
         yield tokens.read(place, min(_READ, end - place)).astype("u1" if as_bytes else "<u4").tobytes()
 
@@ -79,7 +79,7 @@ class Overlap:
     def __init__(self, *, heldout_bytes: int, limit: int) -> None:
         self._every = max(-(-heldout_bytes // (STRIDE * limit)), 1)
         self._pieces: list[np.ndarray] = []
-        # Hashes of the noted windows, sorted, and how often each was noted; filled at the first look-up.
+        # Hashes of the noted windows, sorted, with their counts; filled at the first look-up.
         self._hashes = self._counts = np.zeros(0, np.uint64)
         self._found = np.zeros(0, bool)
         # Two tables rule out most hashes before the binary search, which is slow.
@@ -135,7 +135,7 @@ class Overlap:
         if len(self._hashes):
             for _, hashes in _hashes_of(_numbers(*self._texts)):
                 buckets = (hashes >> self._shift).view(np.int64)         # np.take does not accept uint64
-                hashes = hashes[self._missing.take(buckets, mode="clip") != 0]     # clip skips the bounds check
+                hashes = hashes[self._missing.take(buckets, mode="clip") != 0]   # clip skips the bounds check
                 self._mark(hashes[self._seen[hashes & np.uint64(len(self._seen) - 1)]])
         self._texts, self._waiting = [], 0
 
@@ -152,7 +152,7 @@ class Overlap:
 
 
 def _numbers(*texts: bytes) -> np.ndarray:
-    """Bytes of texts as numbers, each text followed by 256, so that no window across two texts equals any text."""
+    """Bytes of texts, each text followed by 256: no window across two texts equals any text."""
     numbers = np.empty(sum(map(len, texts)) + len(texts), np.uint64)
     place = 0
     for text in texts:

@@ -53,7 +53,7 @@ def own_parts(folder: str, folders: Collection[str], names: Collection[str]) -> 
 
 
 def _is_run(folder: str, folders: Collection[str], names: Collection[str]) -> bool:
-    """Whether a folder is a run. A run writes log/attempts.jsonl first, and may be copied without its logs."""
+    """Whether a folder is a run. Runs write log/attempts.jsonl first, and may be copied without logs."""
     if "log" in folders and os.path.isfile(os.path.join(folder, "log", "attempts.jsonl")):
         return True
     if "config.yaml" not in names:

@@ -262,7 +262,8 @@ def _refuse_empty(found: Scan) -> None:
     if kept:
         why += f"; left out: {'; '.join(reasons(kept[:_MOST_NAMED]))}"
     only_own = own and own == kept
-    raise _no_text(found, why, "data=tokens data.path=<a folder that data=text has prepared>" if only_own else "")
+    tokens = "data=tokens data.path=<a folder that data=text has prepared>"
+    raise _no_text(found, why, tokens if only_own else "")
 
 
 def _no_text(found: Scan, why: str, other: str = "") -> DataError:
@@ -283,8 +284,10 @@ def left_out_error(ledger: FileLedger, allowed: float) -> DataError | None:
     return DataError(140, f"{lost / total:.0%} of the bytes would be left out",
                      where=f"{ledger.path} ({ledger.key})",
                      why=CONTINUED.join([f"{lost:,} of {total:,} bytes, more than "
-                                         f"data.allow_left_out={allowed:g} allows:", *rows[:_MOST_NAMED], *more]),
-                     next=f"convert them, move them away, or data.allow_left_out={needed:g} to go on without them")
+                                         f"data.allow_left_out={allowed:g} allows:",
+                                         *rows[:_MOST_NAMED], *more]),
+                     next=f"convert them, move them away, or data.allow_left_out={needed:g} to go on "
+                          "without them")
 
 
 def _warn_of_domains(chosen: Parts) -> None:
@@ -302,4 +305,5 @@ def _warn_of_domains(chosen: Parts) -> None:
     else:
         return
     log.warning("%d domains for %d documents, and %s: data.domain_key=<key of a few kinds of text>, or "
-                "data.domain_key=null for none, says what losses are told by", len(names), len(chosen), problem)
+                "data.domain_key=null for none, says what losses are told by",
+                len(names), len(chosen), problem)

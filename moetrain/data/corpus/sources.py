@@ -89,9 +89,10 @@ def domain_of(name: str) -> str:
 
 
 def _refuse_keys_of_nothing(entries: list[FileEntry], reading: Reading) -> None:
-    """Check keys that the user set and that match nothing: they are wrong, or the files are not what they seem.
+    """Check keys that the user set and that match nothing.
 
-    A text key is refused; a separator that no file has is a warning.
+    They are wrong, or the files are not what they seem. A text key is refused; a separator that no file has
+    is a warning.
     """
     read = [entry for entry in entries if not entry.reason]
     texts = [entry for entry in read if is_text(entry.format)]
@@ -109,7 +110,8 @@ def _warn_of_undecodable(entries: list[FileEntry]) -> None:
     marred = [entry for entry in entries if entry.undecodable]
     if marred:
         worst = max(marred, key=lambda entry: entry.undecodable)
-        log.warning("not characters in data.encoding: bytes in %d of %d files, %s in all, most of them in %s%s",
+        log.warning("not characters in data.encoding: bytes in %d of %d files, %s in all, "
+                    "most of them in %s%s",
                     len(marred), len(entries), f"{sum(entry.undecodable for entry in marred):,}", worst.name,
                     f"; {worst.convert} may read it" if worst.convert else "")
 

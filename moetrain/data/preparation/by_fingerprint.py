@@ -1,6 +1,6 @@
-"""Prepared data and tokenizers by their fingerprints: what a checkpoint names is found without its source.
+"""Look-up of prepared data by fingerprint, so that what a checkpoint names is found without its source.
 
-A prepared folder is named by the fingerprint of what is in it, so it is the same data wherever it lies.
+A dataset folder is named after the fingerprint of its content, so it is the same data wherever it lies.
 """
 
 from collections.abc import Iterable
@@ -10,18 +10,18 @@ from moetrain.config.schema import DataConfig
 from moetrain.data.preparation.prepared_dataset import DESCRIPTION, Prepared, open_prepared
 from moetrain.errors import DataError
 
-NAME_LENGTH = 16                 # hexadecimal digits of the fingerprint in the folder's name
+NAME_LENGTH = 16                 # hex digits of the fingerprint in a folder's name
 
 
 def prepared_place(data: DataConfig, run_dir: Path) -> Path:
-    """The folder in which a run keeps prepared datasets, and indexes of token files."""
+    """Folder in which a run keeps prepared datasets and indexes of token files."""
     return Path(data.cache) if data.cache else run_dir / "data"
 
 
 def find_prepared(fingerprint: str, places: Iterable[Path]) -> Prepared | None:
-    """The dataset of a fingerprint: one of the places, or a folder in one. None where it is in none of them.
+    """The dataset with a fingerprint: one of the places, or a folder in one. None if it is in none of them.
 
-    DataError where only a damaged one is found.
+    DataError if only a damaged one is found.
     """
     failure = None
     for place in places:

@@ -1,7 +1,7 @@
-"""A dataset folder appears whole or not at all. Until then it is written under another name, beside its place.
+"""Atomic creation of dataset folders: one is written under another name and renamed to its place.
 
-What an error leaves is removed. What a kill or Ctrl-C leaves is removed as well, unless shards of it are finished
-(data/preparation/split_writer.py): then the next preparation of the same dataset goes on from there, for a day.
+What an error leaves is removed. What a kill or Ctrl-C leaves is removed as well, unless shards of it are
+finished (`split_writer.py`): then the next preparation of the same dataset continues from them, for a day.
 """
 
 import logging
@@ -25,9 +25,10 @@ _STALE_S = 24 * 3600
 
 @contextmanager
 def unfinished(folder: Path) -> Iterator[Path]:
-    """The folder to write a dataset in that is to be at `folder`, with what an earlier preparation of it has left.
+    """Context manager of the folder in which a dataset is written that will be at `folder`.
 
-    Who calls it renames it. The kernel lets go of its lock with its process, so nobody takes one that is written in.
+    It holds what an earlier, interrupted preparation of that dataset has left. The caller renames it. The
+    kernel releases its lock when the process ends, so no other process takes a folder that is being written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,9 +43,8 @@ def unfinished(folder: Path) -> Iterator[Path]:
     except KeyboardInterrupt:
         keep = claim is not None and temporary.name == _PREFIX + folder.name and _has_shards(temporary)
         if keep:
-            log.warning("interrupted: the tokens that are written stay in %s for a day, and the same command "
-                        "goes on behind them",
-                        shown(temporary))
+            log.warning("interrupted: the tokens that are written stay in %s for a day, and the same "
+                        "command goes on behind them", shown(temporary))
         raise
     finally:
         if not keep:
@@ -54,9 +54,10 @@ def unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _claim(folder: Path) -> tuple[Path, int | None]:
-    """A folder for a dataset, and the lock that says that somebody writes in it; None where folders cannot be locked.
+    """A folder to write in, and the descriptor of its lock; None where folders cannot be locked.
 
-    The one that a killed preparation may have left, or while another process prepares the same, a new one.
+    It is the one that a killed preparation may have left; while another process prepares the same dataset, a
+    new one.
     """
     temporary = folder.with_name(_PREFIX + folder.name)
     temporary.mkdir(exist_ok=True)
@@ -67,7 +68,7 @@ def _claim(folder: Path) -> tuple[Path, int | None]:
             claim = None
         except OSError:
             return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder.parent)), None
-        # otherwise another process has removed or renamed it since
+        # The lock is worth nothing if another process has removed or renamed the folder meanwhile.
         if claim is not None and is_at(claim, temporary):
             return temporary, claim
         if claim is not None:
@@ -76,7 +77,11 @@ def _claim(folder: Path) -> tuple[Path, int | None]:
 
 
 def _remove_stale(out: Path, own: Path) -> None:
-    """Remove what killed preparations of other datasets have left, and what has no lock to ask where it is old."""
+    """Remove what killed preparations of other datasets have left.
+
+    A folder with finished shards is kept for a day, and so is one that cannot be locked to ask whether it is
+    in use.
+    """
     for folder in out.glob(f"{_PREFIX}*"):
         if folder == own or _has_shards(folder) and _age_s(folder) < _STALE_S:
             continue
@@ -92,6 +97,7 @@ def _remove_stale(out: Path, own: Path) -> None:
 
 
 def _has_shards(folder: Path) -> bool:
+    """Whether a folder has finished shards from which a preparation can continue."""
     return any(folder.glob("*.resume"))
 
 

@@ -1,13 +1,15 @@
-"""Text to a prepared dataset: read, remove duplicates, split, tokenise, write. Once; the next run finds it.
+"""Preparation of text once for all runs: read, deduplicate, split, tokenize, write. The next run finds the result.
 
     prepare(path=None, out=Path("data"), tokenizer="bytes")  ->  data/<fingerprint>/
 
-The fingerprint is a hash of the tokenizer, of every (domain, content) and of how held-out text was chosen: it does not
-depend on where files lie or in which order they come. The folder appears whole or not at all and is never overwritten
-(data/preparation/dataset_folder.py); one that is there is verified and used. `out/sources.json` remembers which source (paths, sizes, times of change) gave
-which fingerprint and account, so that an unchanged source is not read again.
+The fingerprint is a hash of the tokenizer, of every (domain, content) and of how held-out text was chosen. It
+does not depend on where files lie or in which order they come. The folder appears whole or not at all and is
+never overwritten (`dataset_folder.py`); an existing one is verified and used. `out/sources.json` remembers
+which source (paths, sizes, modification times) gave which fingerprint and account, so an unchanged source is
+not read again.
 
-What is read, and on which side it is: data/corpus/selection.py. The files: data/preparation/prepared_dataset.py and data/tokens/shards.py.
+`corpus/selection.py` decides what is read, and on which side of the split. `prepared_dataset.py` and
+`tokens/shards.py` hold the file formats.
 """
 
 import hashlib
@@ -49,17 +51,22 @@ from moetrain.files import read_json, shown
 log = logging.getLogger(__name__)
 
 _FORMAT = "moetrain-dataset-1"
-_MOST_REMEMBERED = 16 << 20                  # bytes of sources.json: a few thousand for each source
-_SHARE = Fraction(1, 20)                     # of the text, held out; fingerprints name another one alone
+_MOST_REMEMBERED = 16 << 20                  # bytes of sources.json, which has a few thousand a source
+_SHARE = Fraction(1, 20)                     # of the text is held out; only other shares enter a fingerprint
 
 
 def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None = None, *,
                         tokenizer: Tokenizer | None = None, expected: str | None = None,
                         remind: bool = True) -> Path:
-    """The dataset folder of a run with data=text or data=tokens; prepared now when it is not there yet.
+    """Dataset folder of a run with `data=text` or `data=tokens`, prepared now if it is not there yet.
 
-    tokenizer: in place of data.tokenizer. expected: the fingerprint that it has to have; nothing is written where it has another.
-    remind: whether to say the account of data that is there, too.
+    Args:
+        config: the config of the run.
+        run_dir: directory of the run; holds the dataset unless `data.cache` names a folder.
+        progress: called as bytes are read and written.
+        tokenizer: used in place of `data.tokenizer`.
+        expected: required fingerprint; nothing is written if the data has another one.
+        remind: whether to log the account of data that is already prepared, too.
     """
     data = config.data
     assert data.kind in ("text", "tokens"), data.kind
@@ -69,12 +76,12 @@ def prepare_from_config(config: Config, run_dir: Path, progress: Progress | None
     return prepare(path=data.path, out=out, tokenizer=tokenizer or data.tokenizer, domain_cap=data.domain_cap,
                    held_out=data.held_out, held_out_share=data.held_out_share, overlap=data.overlap,
                    splits=data.split == "respect", allow_left_out=data.allow_left_out,
-                   reading=reading_of(data), end_token=data.end_token,
-                   parse_special=data.parse_special, run_dir=run_dir, expected=expected, remind=remind,
-                   progress=progress)
+                   reading=reading_of(data), end_token=data.end_token, parse_special=data.parse_special,
+                   run_dir=run_dir, expected=expected, remind=remind, progress=progress)
 
 
 def tokens_path(path: str | None) -> Path:
+    """The folder that `data=tokens` names. DataError if it names none."""
     if not path:
         raise DataError(52, "data=tokens needs a folder of prepared tokens", where="data.path=null",
                         why="there are no built-in tokens",
@@ -83,32 +90,36 @@ def tokens_path(path: str | None) -> Path:
 
 
 def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_cap: int | None = None,
-            held_out: str | None = None,
-            held_out_share: float = DataConfig.held_out_share, overlap: int = DataConfig.overlap,
-            splits: bool = True,
+            held_out: str | None = None, held_out_share: float = DataConfig.held_out_share,
+            overlap: int = DataConfig.overlap, splits: bool = True,
             allow_left_out: float = DataConfig.allow_left_out, reading: Reading = Reading(),
-            end_token: str | None = None,
-            parse_special: bool = False, run_dir: Path | None = None, expected: str | None = None,
-            remind: bool = True, progress: Progress | None = None) -> Path:
-    """The folder of the dataset that a source gives.
+            end_token: str | None = None, parse_special: bool = False, run_dir: Path | None = None,
+            expected: str | None = None, remind: bool = True, progress: Progress | None = None) -> Path:
+    """Prepare a source, or find the dataset that was prepared from it before.
 
     Args:
-        path: file or folder of text, None for the built-in corpus.
-        out: where dataset folders lie, side by side.
-        tokenizer: `bytes`, the path of a tokenizer.json or of a folder that holds one, or one that was loaded.
-        domain_cap: bytes of text to take from a domain at most; held-out text of the user's own is not cut.
-        held_out: file or folder of held-out text; None takes the validation split that lies there, or a share of the text.
-        held_out_share: that share; with 1 all of it is held out.
+        path: file or folder of text; None for the built-in corpus.
+        out: folder in which dataset folders lie side by side.
+        tokenizer: `bytes`, the path of a tokenizer.json or of a folder that holds one, or a loaded tokenizer.
+        domain_cap: bytes of text to take from a domain at most; does not apply to held-out text of the user's
+            own.
+        held_out: file or folder of held-out text; None takes the validation split found at the path, or a
+            share.
+        held_out_share: that share; with 1 all text is held out.
         overlap: windows of held-out text to look up in the training text at most; 0 for none.
-        splits: whether a split that lies there is used; otherwise all of it is one text.
-        allow_left_out: share of the bytes that may be left out though nobody asked for it.
+        splits: whether a split found at the path is used; otherwise all of it is one text.
+        allow_left_out: share of the bytes that may be left out by mistake.
         reading: how files are read: keys of records, separator, encoding.
-        end_token: the token that ends a document, `new` for one more id; None takes it from the tokenizer's files.
-        parse_special: whether special strings inside a text are special tokens.
-        run_dir: the directory of a run, of which nothing is read.
-        expected: the fingerprint that it has to have; DataError before anything is written where it has another.
-        remind: whether to say the account of data that is there, too.
+        end_token: token that ends a document, or `new` for one more id; None takes it from the tokenizer's
+            files.
+        parse_special: whether special strings inside a text become special tokens.
+        run_dir: directory of a run, of which nothing is read.
+        expected: required fingerprint; DataError before anything is written if the data has another one.
+        remind: whether to log the account of data that is already prepared, too.
         progress: called as bytes are read and written.
+
+    Returns:
+        The dataset folder, `out`/<fingerprint>.
     """
     start = time.monotonic()
     encoder = tokenizer
@@ -137,9 +148,8 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
         else:
             files = source.path.files if source.path else selection.chosen
             description = {"fingerprint": fingerprint, "tokenizer": encoder.identity,
-                           "vocab_size": encoder.vocab_size,
-                           "end_id": encoder.end_id, "parse_special": encoder.parse_special,
-                           "source_files": len(files)}
+                           "vocab_size": encoder.vocab_size, "end_id": encoder.end_id,
+                           "parse_special": encoder.parse_special, "source_files": len(files)}
             _build(folder, selection, encoder, description, overlap,
                    progress and partial(progress, "tokenizing"))
             account = _log(open_prepared(folder, verify=False), source, held_out, time.monotonic() - start)
@@ -148,16 +158,22 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
 
 
 def other_data(path: str | None, fingerprint: str, expected: str) -> DataError:
+    """The error for data that is not what a checkpoint was trained on.
+
+    Args:
+        path: the source; None for the built-in corpus.
+        fingerprint: fingerprint of the data found.
+        expected: fingerprint that the checkpoint names.
+    """
     return DataError(171, "the data is not what the run was trained on",
                      where=f"{path or 'the built-in corpus'} (data.path)",
                      why=f"its fingerprint is {fingerprint[:12]}, the checkpoint's is {expected[:12]}",
-                     next="restore the data, or data.cache=<the folder in which it was prepared>; moetrain "
-                          "eval measures other data "
-                          "where data.path= is typed")
+                     next="restore the data, or data.cache=<the folder in which it was prepared>; "
+                          "moetrain eval measures other data where data.path= is typed")
 
 
 def _is_there(folder: Path) -> bool:
-    """Whether a dataset lies in its place; DataError where only a part of it does."""
+    """Whether a dataset is in its place. DataError if only a part of it is."""
     if os.path.exists(folder / DESCRIPTION):
         return True
     try:
@@ -170,12 +186,17 @@ def _is_there(folder: Path) -> bool:
 
 
 def _unusual(share: Fraction) -> list[str]:
-    """What of a share goes into a hash: datasets of the usual one keep the fingerprint that they always had."""
+    """What a held-out share adds to the hash.
+
+    The usual share adds nothing, so that datasets prepared before shares could be chosen keep their
+    fingerprint.
+    """
     return [] if share == _SHARE else [f"held out {share}"]
 
 
 def _build(folder: Path, selection: Selection, encoder: Tokenizer, description: dict[str, Any], overlap: int,
            progress: Callable[[int, int], None] | None) -> None:
+    """Write a dataset to a temporary folder and move it to its place."""
     with unfinished(folder) as temporary:
         description = description | write_tokens(temporary, selection.parts, encoder, overlap, progress)
         description["account"] = selection.record(_sides(description))
@@ -186,12 +207,13 @@ def _build(folder: Path, selection: Selection, encoder: Tokenizer, description: 
 
 
 def _rename(temporary: Path, folder: Path) -> None:
+    """Move a finished dataset to its place, unless another process has put the same one there."""
     try:
         os.rename(temporary, folder)
     except OSError as error:
         if not _is_there(folder):
             raise unwritable(folder, error) from error
-        _open_again(folder)                  # another process was faster; its dataset has the same content
+        _open_again(folder)                  # another process was faster with the same content
 
 
 def _reuse(folder: Path, account: dict[str, Any] | None) -> Path:
@@ -202,26 +224,29 @@ def _reuse(folder: Path, account: dict[str, Any] | None) -> Path:
 
 
 def _open_again(folder: Path) -> Prepared:
+    """Verify a dataset that was prepared before, and log its size."""
     prepared = open_prepared(folder, verify=True)
     log.info("data %s: %s, prepared before", shown(folder), _sizes(prepared))
     return prepared
 
 
 def _sides(description: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Documents and bytes of both splits."""
+    """Documents, tokens and bytes of both splits."""
     return {split: total(description[split]) for split in ("train", "heldout")}
 
 
 def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: float) -> dict[str, Any]:
-    """Say what was made, and return its account."""
+    """Log what was prepared, and return its account."""
     described = prepared.description
     text = f"prepared {shown(source.name)} in {seconds:.1f} s: {_sizes(prepared)}"
     if held_out is not None:
         text += f" ({shown(held_out)})"
     if described["heldout_overlap"] is not None:
-        text += f"; {100 * described['heldout_overlap']:.1f} % of held-out text also occurs in the training text"
+        overlap = 100 * described["heldout_overlap"]
+        text += f"; {overlap:.1f} % of held-out text also occurs in the training text"
     if described["overlap_every"] > 1:
-        text += f" (an estimate: {described['overlap_windows']:,} places looked up, one in {described['overlap_every']})"
+        windows, every = described["overlap_windows"], described["overlap_every"]
+        text += f" (an estimate: {windows:,} places looked up, one in {every})"
     if (special := described["special_tokens"]) is not None:
         text += f"; {special:,} special tokens inside documents (data.parse_special)"
     log.info("%s", text)
@@ -231,6 +256,7 @@ def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: floa
 
 def _say_account(account: dict[str, Any]) -> None:
     # nobody asks what became of it
+    """Log an account, except that of the built-in corpus."""
     if all(ledger["path"] == BUILTIN for ledger in account["files"].values()):
         return
     for line in account_lines(account):
@@ -239,13 +265,15 @@ def _say_account(account: dict[str, Any]) -> None:
 
 def _sizes(prepared: Prepared) -> str:
     train, heldout = (total(prepared.description[split]) for split in ("train", "heldout"))
-    return (f"{len(prepared.domains)} domains, {train['tokens']:,} tokens in {train['documents']:,} "
-            "documents, "
+    return (f"{len(prepared.domains)} domains, {train['tokens']:,} tokens in {train['documents']:,} documents, "
             f"{heldout['tokens']:,} held out")
 
 
 def _remembered(out: Path) -> dict[str, dict[str, Any]]:
-    """Source key -> folder name and account. It only saves time: whatever is wrong with it, the source is read again."""
+    """Folder name and account by hash of the source, from `sources.json`.
+
+    The file only saves time: whatever is wrong with it, the source is read again.
+    """
     try:
         known = read_json(out / "sources.json", limit=_MOST_REMEMBERED)
     except (OSError, ValueError):
@@ -266,7 +294,7 @@ def _remember(out: Path, key: str, row: dict[str, Any]) -> None:
 
 
 def _hash(content: Iterable[Any]) -> str:
-    """A hash of values, as JSON has them. Documents are their domains, digests and sizes."""
+    """Hash of values in their JSON form. Documents count by domain, digest and size."""
     found = hashlib.sha256()
     for number, value in enumerate(content):
         found.update(b", " if number else b"[")
@@ -277,7 +305,7 @@ def _hash(content: Iterable[Any]) -> str:
 
 
 def _rows(parts: Parts) -> Iterator[str]:
-    """A JSON list of [domain, digest, size], a row at a time: a list of millions of them would not fit in memory."""
+    """JSON list of [domain, digest, size], row by row: a list of millions would not fit in memory."""
     names = [json.dumps(name) for name in parts.documents.names]
     before = "["
     for part, domain in zip(parts, parts.domains.tolist()):

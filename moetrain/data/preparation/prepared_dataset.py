@@ -1,12 +1,13 @@
-"""A prepared dataset: a folder of token shards with a description, written once and never changed.
+"""Prepared datasets: folders of token shards with a description, written once and never changed.
 
-    dataset.json         fingerprint, tokenizer, vocabulary, domains, counts by split, shards with their checksums
+    dataset.json         fingerprint, tokenizer, vocabulary, domains, counts by split, shards with their
+                         checksums
     train-00000.tokens   … heldout-00000.tokens …      documents sorted by domain, each followed by the end id
     heldout-00000.sizes  … the bytes of text that each held-out token covers, in the form of a shard
-    tokenizer.json       a copy, when the tokenizer is not `bytes`; then alone are there sizes
+    tokenizer.json       a copy, unless the tokenizer is `bytes`, which needs no sizes either
 
-`Prepared.train` and `Prepared.heldout` are `TokenStream`s: the shards of a split as one address space, in which every
-domain is one contiguous range.
+`Prepared.train` and `Prepared.heldout` are `TokenStream`s: the shards of a split as one address space, in
+which every domain is one contiguous range.
 """
 
 import json
@@ -28,29 +29,29 @@ from moetrain.errors import DataError
 from moetrain.files import parse_json, read_bytes, reason
 
 DESCRIPTION, TOKENS, SIZES = "dataset.json", ".tokens", ".sizes"
-_MOST_BYTES = 64 << 20           # of a description: a hundred bytes for each domain and shard
+_MOST_BYTES = 64 << 20           # of a description, which has a hundred bytes a domain and shard
 _FORMAT = 1
 LARGEST_SIZE = 1 << 32           # bytes that one token covers
 
 
 class TokenStream:
-    """Tokens of several shards, addressed from 0 on.
+    """Tokens of several shards under one range of addresses from 0 on.
 
-    domain_bounds: domain d holds tokens domain_bounds[d] to domain_bounds[d + 1].
-    document_starts: address of every document's first token, ascending.
+    `domain_bounds` is int64 [domains + 1]: domain d has tokens domain_bounds[d] to domain_bounds[d + 1].
+    `document_starts` is int64 [documents], the address of each document's first token, ascending.
 
     Args:
         shards: the tokens.
-        num_domains: of the dataset; some may have no token here.
-        sizes: the bytes of text that each token covers, as a stream of the same size.
-        byte_ids: whether an id below 256 is a byte of text, and any other none.
+        num_domains: domains of the dataset; some may have no token here.
+        sizes: bytes of text that each token covers, as a stream of the same size.
+        byte_ids: whether an id below 256 is a byte of text and any other id covers none.
     """
 
     def __init__(self, *, shards: list[TokenShard], num_domains: int, sizes: "TokenStream | None" = None,
                  byte_ids: bool = False) -> None:
         self._shards, self._sizes, self._byte_ids = shards, sizes, byte_ids
-        self._starts = np.concatenate([[0], np.cumsum([len(shard.tokens) for shard in shards],
-                                                      dtype=np.int64)])
+        lengths = [len(shard.tokens) for shard in shards]
+        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self.size = int(self._starts[-1])
         documents = [shard.offsets[:-1] + start for shard, start in zip(shards, self._starts)]
         self.document_starts = np.concatenate([np.zeros(0, np.int64), *documents]).astype(np.int64)
@@ -65,7 +66,7 @@ class TokenStream:
         self.domain_bounds = np.append(self.document_starts, self.size)[first]
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens start to start + length as they lie in the files (uint16 or uint32)."""
+        """Tokens `start` to `start + length` in the type of the files, uint16 or uint32."""
         assert 0 <= start <= start + length <= self.size, (start, length, self.size)
         pieces = []
         shard = int(np.searchsorted(self._starts, start, "right")) - 1
@@ -78,18 +79,19 @@ class TokenStream:
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
 
     def text_bytes(self, start: int, length: int) -> int | None:
-        """Bytes of text that tokens start to start + length cover; None where nobody knows."""
+        """Bytes of text that tokens `start` to `start + length` cover; None if unknown."""
         if self._byte_ids:
             return int(np.count_nonzero(self.read(start, length) < 256))
         return None if self._sizes is None else int(self._sizes.read(start, length).sum(dtype=np.int64))
 
     def domain_range(self, domain: int) -> tuple[int, int]:
+        """First address of a domain, and the one behind its last."""
         return int(self.domain_bounds[domain]), int(self.domain_bounds[domain + 1])
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An open dataset folder."""
+    """An open dataset folder: its description and the token streams of both splits."""
 
     folder: Path
     description: dict[str, Any]
@@ -110,11 +112,12 @@ class Prepared:
 
     @property
     def account(self) -> dict[str, Any] | None:
-        """What lay at the source, and what became of it; datasets of before have none."""
+        """The account of the source. Datasets of older versions have none."""
         return self.description.get("account")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens."""
         if self.description["tokenizer"] == "bytes":
             return load_tokenizer("bytes")
         return load_tokenizer(str(self.folder / "tokenizer.json"), end_id=self.description["end_id"],
@@ -122,7 +125,11 @@ class Prepared:
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
-    """Seal a folder: its shards are listed with the checksum of their header, which holds all others."""
+    """Complete a folder with its `dataset.json`.
+
+    It lists every shard with the checksum of its header, which in turn holds all other checksums of the
+    shard.
+    """
     shards, sizes = ({path.name: open_shard(path, verify=False).header_crc
                       for path in sorted(folder.glob(f"*{suffix}"))}
                      for suffix in (TOKENS, SIZES))
@@ -132,10 +139,13 @@ def write_description(folder: Path, description: dict[str, Any]) -> None:
 
 
 def open_prepared(path: Path, *, verify: bool) -> Prepared:
-    """The dataset in a folder, or the one a `.tokens` file belongs to."""
+    """Open the dataset in a folder, or the one that a `.tokens` file belongs to.
+
+    `verify` compares all tokens with their checksums now instead of at their first use.
+    """
     if path.is_file():
         if path.name != DESCRIPTION:
-            open_shard(path, verify=verify)                      # its own damage comes first
+            open_shard(path, verify=verify)                      # damage of this file is reported first
         path = path.parent
     description = _read_description(path)
     vocab_size = description["vocab_size"]
@@ -172,7 +182,7 @@ def _open_member(folder: Path, name: str, crc: int, description: dict[str, Any],
 
 
 def _compare(sizes: TokenShard, shard: TokenShard) -> None:
-    """Sizes have an entry for each token of the shard beside them."""
+    """Check that sizes have an entry for each token of the shard beside them."""
     if not np.array_equal(sizes.offsets, shard.offsets):
         raise damaged(12, sizes.path, "a token shard belongs to another dataset", 0,
                       f"its documents are not those of {shard.path.name}")
@@ -196,7 +206,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _no_description(path: Path, error: OSError) -> DataError:
-    """A folder that holds shards has been one of prepared tokens."""
+    """The error for a folder without `dataset.json`. One that holds shards was a dataset before."""
     if isinstance(error, FileNotFoundError) and next(path.parent.glob(f"*{TOKENS}"), None) is not None:
         return lost_description(path.parent)
     return DataError(10, "not a folder of prepared tokens", where=str(path), why=reason(error),
@@ -205,13 +215,15 @@ def _no_description(path: Path, error: OSError) -> DataError:
 
 
 def lost_description(folder: Path) -> DataError:
+    """The error for a dataset folder whose `dataset.json` is gone."""
     return DataError(121, f"a prepared dataset has lost its {DESCRIPTION}", where=str(folder),
-                     why="the other files of the dataset are there; without it nobody can tell whether they "
-                         "are whole",
+                     why="the other files of the dataset are there; without it nobody can tell whether "
+                         "they are whole",
                      next=f"restore {DESCRIPTION}, or move the folder away: data=text prepares it again")
 
 
 def _description_problem(content: Any) -> str | None:
+    """What makes a description unusable, in words; None if nothing does."""
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         return f"it is not a description of format {_FORMAT}"
     if content.pop("checksum", None) != _checksum(content):
@@ -225,7 +237,7 @@ def _description_problem(content: Any) -> str | None:
         return "the counts of a split are missing"
     if not isinstance(content.get("heldout_overlap", ""), float | None):
         return "heldout_overlap is missing"
-    if "account" in content and not is_account(content["account"]):         # older datasets have none
+    if "account" in content and not is_account(content["account"]):     # older datasets have none
         return "its account is no account"
     shards = content.get("shards")
     trained = any(counts["tokens"] for counts in content["train"].values())
@@ -237,7 +249,7 @@ def _description_problem(content: Any) -> str | None:
 
 
 def _sizes_problem(sizes: Any, shards: dict[str, Any]) -> str | None:
-    """Sizes are listed for all shards of held-out text, or for none."""
+    """Check that sizes are listed for all shards of held-out text, or for none."""
     beside = {name.removesuffix(TOKENS) + SIZES for name in shards if name.startswith("heldout-")}
     if not isinstance(sizes, dict) or sizes and set(sizes) != beside:
         return "it lists sizes that do not belong to the held-out shards"
@@ -249,7 +261,7 @@ def _strings(value: Any) -> bool:
 
 
 def are_counts(value: Any, domains: list[str]) -> bool:
-    """Documents, tokens and bytes of every domain, as SplitWriter counts them."""
+    """Whether a value has documents, tokens and bytes of every domain, as SplitWriter counts them."""
     return isinstance(value, dict) and list(value) == domains and all(
         isinstance(counts, dict) and list(counts) == ["documents", "tokens", "bytes"]
         and all(type(number) is int for number in counts.values()) for counts in value.values())
@@ -259,7 +271,7 @@ def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def total(counts: dict[str, dict[str, int]], what: Iterable[str] = ("documents", "tokens",
-                                                                    "bytes")) -> dict[str, int]:
-    """Sums over domains."""
+def total(counts: dict[str, dict[str, int]],
+          what: Iterable[str] = ("documents", "tokens", "bytes")) -> dict[str, int]:
+    """Sums of counts over domains."""
     return {name: sum(domain[name] for domain in counts.values()) for name in what}

@@ -1,6 +1,8 @@
-"""The token shards of one split, written document by document; after a kill, from the last finished shard on.
+"""Writer of the token shards of one split, document by document.
 
-    train.resume         while a split is written: its finished shards, and the counts of the documents that they hold
+After a kill it can continue behind the last finished shard:
+
+    train.resume         while a split is written: its finished shards, and the counts of their documents
 """
 
 import json
@@ -21,39 +23,41 @@ log = logging.getLogger(__name__)
 
 SHARD_TOKENS = 32 << 20
 _READ = 1 << 20                  # tokens read at once
-_MOST_BYTES = 64 << 20           # of a list of finished shards: two hundred for each domain and shard
+_MOST_BYTES = 64 << 20           # of a list of finished shards, which has two hundred a domain and shard
 
 
 class SplitWriter:
-    """Writes documents, domain by domain, into shards. A document that is longer than a shard is cut.
+    """Writer of documents, domain by domain, into shards. A document longer than a shard is cut.
 
     Args:
-        folder: where the shards go.
-        split: how their names begin.
-        vocab_size: of the tokens.
+        folder: folder of the shards.
+        split: beginning of their names.
+        vocab_size: vocabulary of the tokens.
         domains: names of all domains.
         shard_tokens: tokens of a shard at most; None for SHARD_TOKENS.
-        sizes: whether the bytes that each token covers come with the tokens; they are written beside each shard.
-        resumable: whether to go on behind the shards that lie there; `written` says how many documents those hold. Shards
-            that nobody finished are removed.
-        suffix: of the shards.
+        sizes: whether the bytes that each token covers come with the tokens and are written beside each
+            shard.
+        resumable: whether to continue behind the shards in the folder; `written` counts their documents.
+            Unfinished shards are removed.
+        suffix: suffix of the shards.
     """
 
     def __init__(self, *, folder: Path, split: str, vocab_size: int, domains: tuple[str, ...],
                  shard_tokens: int | None = None, sizes: bool = False, resumable: bool = False,
                  suffix: str = TOKENS) -> None:
         assert not (sizes and resumable), split
-        self._folder, self._split, self._vocab_size, self._domains, self._suffix = folder, split, vocab_size, domains, suffix
+        self._folder, self._split, self._suffix = folder, split, suffix
+        self._vocab_size, self._domains = vocab_size, domains
         self._sizes = SplitWriter(folder=folder, split=split, vocab_size=LARGEST_SIZE, domains=domains,
                                   shard_tokens=shard_tokens, suffix=SIZES) if sizes else None
         self._resume = folder / f"{split}.resume" if resumable else None
         self._tokens = np.empty(shard_tokens or SHARD_TOKENS, token_dtype(vocab_size))
-        self._filled = 0                             # how many of them there are
-        self._offsets = array("q", [0])  # of the documents that are whole, and where the one under way begins
+        self._filled = 0                             # tokens in the buffer
+        self._offsets = array("q", [0])              # of whole documents, then the start of the current one
         self._document_domains = array("i")
-        self._text_bytes = 0                         # of the documents that are whole
-        self._under_way = 0                          # tokens of the document under way
-        self._finished: dict[str, int] = {}          # shards, and the checksums of their headers
+        self._text_bytes = 0                         # of whole documents
+        self._under_way = 0                          # tokens of the current document
+        self._finished: dict[str, int] = {}          # shards, with the checksums of their headers
         self.counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in domains}
         if self._resume is not None:
             self._go_on()
@@ -61,12 +65,24 @@ class SplitWriter:
         self.written = total(self.counts)["documents"]
 
     def add(self, tokens: np.ndarray, domain: int, text_bytes: int) -> None:
-        """Write a document."""
+        """Write a whole document.
+
+        Args:
+            tokens: its ids, end id included.
+            domain: index of its domain.
+            text_bytes: bytes of its text.
+        """
         self.extend(tokens, domain)
         self.end_document(domain, text_bytes)
 
     def extend(self, tokens: np.ndarray, domain: int, sizes: np.ndarray | None = None) -> None:
-        """Write tokens of the document that is under way."""
+        """Write tokens of the current document.
+
+        Args:
+            tokens: the ids.
+            domain: index of the document's domain.
+            sizes: bytes of text that each token covers, for a writer with `sizes`.
+        """
         if self._sizes is not None:
             assert sizes is not None and len(sizes) == len(tokens), (sizes, tokens)
             self._sizes.extend(sizes, domain)
@@ -79,6 +95,7 @@ class SplitWriter:
             self._filled, tokens = self._filled + len(taken), tokens[len(taken):]
 
     def end_document(self, domain: int, text_bytes: int) -> None:
+        """End the current document, of `text_bytes` bytes of text."""
         if self._sizes is not None:
             self._sizes.end_document(domain, text_bytes)
         if self._filled > self._offsets[-1]:
@@ -89,7 +106,7 @@ class SplitWriter:
         self._under_way = 0
 
     def flush(self) -> None:
-        """Write what is pending: called once, at the end."""
+        """Write what is pending. Called once, at the end."""
         if self._sizes is not None:
             self._sizes.flush()
         if self._document_domains:
@@ -98,7 +115,7 @@ class SplitWriter:
             self._resume.unlink(missing_ok=True)
 
     def finished(self) -> Iterator[np.ndarray]:
-        """The tokens of the finished shards, some at a time."""
+        """Yield the tokens of the finished shards in blocks."""
         for name in self._finished:
             tokens = open_shard(self._folder / name, verify=False).tokens
             for start in range(0, len(tokens), _READ):
@@ -109,12 +126,13 @@ class SplitWriter:
         self._document_domains.append(domain)
 
     def _make_room(self, domain: int) -> None:
-        if self._document_domains:                   # the document under way begins in the next shard
+        """Write the full shard. The current document moves to the next one, or is cut if it fills this one."""
+        if self._document_domains:                   # the current document goes to the next shard
             self._write()
             if self._resume is not None:
                 write_file(self._resume,
                            json.dumps({"shards": self._finished, "counts": self.counts}).encode())
-        else:                                        # it alone fills this one
+        else:                                        # it fills this one alone
             self._close(domain)
             self._write()
 
@@ -129,7 +147,7 @@ class SplitWriter:
         self._offsets, self._document_domains, self._text_bytes = array("q", [0]), array("i"), 0
 
     def _go_on(self) -> None:
-        """Take the shards and counts that a killed preparation has left, where all of them are whole."""
+        """Take over shards and counts of a killed preparation if all of them are whole."""
         try:
             found = read_json(self._resume, limit=_MOST_BYTES)
         except FileNotFoundError:
@@ -145,9 +163,10 @@ class SplitWriter:
         self._finished, self.counts = found["shards"], found["counts"]
 
     def _whole(self, shards: Any) -> bool:
-        if (not isinstance(shards, dict)
-                or list(shards) != [f"{self._split}-{number:05d}{self._suffix}"
-                                   for number in range(len(shards))]):
+        """Whether the listed shards are there, undamaged and of this split."""
+        if not isinstance(shards, dict):
+            return False
+        if list(shards) != [f"{self._split}-{number:05d}{self._suffix}" for number in range(len(shards))]:
             return False
         try:
             found = {name: open_shard(self._folder / name, verify=True) for name in shards}
@@ -159,7 +178,7 @@ class SplitWriter:
         return shard.vocab_size == self._vocab_size and shard.domains == self._domains
 
     def _remove_others(self) -> None:
-        """Shards that were not finished, or that nobody counted."""
+        """Remove shards that were not finished or not counted."""
         for path in self._folder.glob(f"{self._split}-*{self._suffix}"):
             if path.name not in self._finished:
                 path.unlink()

@@ -1,4 +1,4 @@
-"""The tokens of a split of texts, in shards: the second pass of a preparation."""
+"""Second pass of a preparation: the texts of both splits to token shards."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -14,27 +14,30 @@ from moetrain.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Note = Callable[[Iterator[bytes]], Iterator[bytes]]      # hands the blocks of a text on and looks at them
+Note = Callable[[Iterator[bytes]], Iterator[bytes]]      # looks at the blocks of a text and passes them on
 
 
 def write_tokens(folder: Path, parts: Split, encoder: Tokenizer, overlap: int,
                  progress: Callable[[int, int], None] | None) -> dict[str, Any]:
-    """Write both sides, and return what the description of the dataset says of them.
+    """Write both splits, and return what the dataset's description says of them.
 
-    Held-out text comes first, so that the overlap is known in one pass over the training text. Its tokens are written with the
-    bytes that each covers; that a byte is a token of its own needs no file.
+    Held-out text comes first, so that the overlap is known after one pass over the training text. Its tokens
+    are written with the bytes that each covers, except by the byte tokenizer, for which a token is a byte.
 
     Args:
-        folder: where the shards go.
+        folder: folder of the shards.
         parts: the texts.
         encoder: the tokenizer.
-        overlap: places of held-out text to look up in the training text at most.
+        overlap: places of held-out text to look up in the training text at most; 0 for none.
         progress: called with the bytes done, and all of them.
+
+    Returns:
+        Entries of `dataset.json`: domains, counts by split, special tokens and overlap.
     """
     domains = tuple(sorted({*parts.train.by_domain(), *parts.heldout.by_domain()}))
     sizes = [members.bytes for members in (parts.heldout, parts.train)]
     measure = Overlap(heldout_bytes=sizes[0], limit=overlap) if overlap else None
-    for path in folder.glob("heldout-*"):  # of a preparation that was killed: soon written again
+    for path in folder.glob("heldout-*"):                # of a killed preparation; written again below
         path.unlink()
     advance = _advance(progress, sum(sizes))
     counts, special = {}, 0
@@ -60,7 +63,7 @@ def write_tokens(folder: Path, parts: Split, encoder: Tokenizer, overlap: int,
 
 
 def _advance(progress: Callable[[int, int], None] | None, size: int) -> Callable[[int], None]:
-    """What is called with the bytes that were done since."""
+    """A function to call with the bytes done since the last call; it reports sums to `progress`."""
     done = 0
 
     def advance(more: int) -> None:
@@ -73,7 +76,7 @@ def _advance(progress: Callable[[int, int], None] | None, size: int) -> Callable
 
 
 def _pass_over(members: Parts, written: int, note: Note | None, advance: Callable[[int], None]) -> None:
-    """Leave out the texts whose tokens are written. The overlap wants to see them again."""
+    """Skip texts whose tokens are already written. The overlap needs to see them again."""
     for part in islice(members, written):
         for _ in note(part.blocks()) if note else ():
             pass
@@ -82,7 +85,19 @@ def _pass_over(members: Parts, written: int, note: Note | None, advance: Callabl
 
 def _write(writer: SplitWriter, members: Parts, note: Note | None, encoder: Tokenizer, sizes: bool,
            advance: Callable[[int], None]) -> int:
-    """Write what is not written yet, and return how many special tokens are in it."""
+    """Write the texts that are not written yet.
+
+    Args:
+        writer: writer of the split.
+        members: all texts of the split.
+        note: what also looks at the blocks of each text.
+        encoder: the tokenizer.
+        sizes: whether the bytes that each token covers are written, too.
+        advance: called with bytes of text as they are done.
+
+    Returns:
+        Number of special tokens in them, end ids included.
+    """
     numbers = {domain: number for number, domain in enumerate(writer.counts)}
     owners, domain, size, special = members.starting_at(writer.written), None, 0, 0
     for encoded in encoder.encode_documents(_blocks(members.starting_at(writer.written), note), sizes=sizes):
@@ -100,5 +115,6 @@ def _write(writer: SplitWriter, members: Parts, note: Note | None, encoder: Toke
 
 
 def _blocks(members: Iterator[Part], note: Note | None) -> Iterator[Iterator[bytes]]:
+    """The blocks of each text, through `note` where given."""
     for part in members:
         yield note(part.blocks()) if note else part.blocks()

@@ -1,6 +1,7 @@
-"""What lies at the paths of data that is tokens already, and what becomes of each file: the ledgers of data/account/ledgers.py.
+"""The account of pre-tokenized data: what lies at its paths, and what becomes of each file (`account/ledgers.py`).
 
-Who opens the files says which are read and which are left alone; everything else that lies there is left out, by what it is.
+The code that opens the files enters which are read and which are left alone. Everything else at a path is
+left out, by what it is.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,8 +30,15 @@ NO_TOKENS = "no token file"
 
 @dataclass(slots=True)
 class TokenEntry(FileEntry):
-    """A file of tokens. heldout: of its tokens, those that are held out. end_share: of its documents, those that end in the id
-    that most of them end in, which is `end_id`; None where nobody has looked."""
+    """A file of tokens in the ledger, or another file that lies beside them.
+
+    Args:
+        domain: its domain.
+        tokens: number of its tokens.
+        heldout: how many of them are held out.
+        end_id: id that most of its documents end in; None if that was not looked at.
+        end_share: share of the documents that end in it.
+    """
 
     domain: str = ""
     tokens: int = 0
@@ -40,7 +48,7 @@ class TokenEntry(FileEntry):
 
 
 class TokenAccount:
-    """ledgers: of data.path, and of data.held_out where it is given."""
+    """Ledgers of data.path, and of data.held_out where it is given."""
 
     def __init__(self) -> None:
         self.ledgers: list[FileLedger] = []
@@ -48,12 +56,12 @@ class TokenAccount:
 
     def add(self, key: str, path: str, *, read: Iterable[tuple[Path, str]],
             alone: Iterable[tuple[Path, str]] = ()) -> None:
-        """The files at the path of a key.
+        """Enter the files at the path of a key.
 
         Args:
             key: data.path or data.held_out.
-            path: as it was typed; of a folder, all that lies in it.
-            read: files, and the side that each is on.
+            path: its value; if it is a folder, all files in it are entered.
+            read: files that are read, and the side of each.
             alone: files that are left alone, and why.
         """
         ledger, folder, known = FileLedger(key, path), Path(path), set()
@@ -68,16 +76,17 @@ class TokenAccount:
         self.ledgers.append(ledger)
 
     def note(self, path: Path, format: str) -> TokenEntry:
-        """The entry of a file that is read."""
+        """Set the format of a file that is read, and return its entry."""
         entry = self._entries[path]
         entry.format = format
         return entry
 
     def fill_in(self, members: Iterable[Member], domains: tuple[str, ...]) -> None:
-        """What the files hold."""
+        """Fill in tokens, documents and end token of the files that were opened."""
         for domain, file, trained in members:
             entry = self.note(file.tokens.path, f"{file.index.format}, {file.index.dtype.name}")
-            entry.domain, entry.documents, entry.tokens = domains[domain], file.index.documents, file.index.tokens
+            entry.domain = domains[domain]
+            entry.documents, entry.tokens = file.index.documents, file.index.tokens
             entry.heldout = entry.tokens - int(trained.sum())
             entry.side = HELD if entry.heldout == entry.tokens else TRAINED
             if file.index.ending is not None:
@@ -85,7 +94,7 @@ class TokenAccount:
 
 
 def split_reason(split: str) -> str:
-    """Why a file of a split is left alone."""
+    """Reason for leaving a file of a split alone."""
     return VALID if split == VALID_SPLIT else TEST
 
 
@@ -98,6 +107,7 @@ def _others(folder: Path, known: set[Path]) -> Iterator[TokenEntry]:
 
 
 def _recognize(entry: TokenEntry, file: Path) -> None:
+    """Find the reason for leaving a file out."""
     if any(part.startswith(".") for part in Path(entry.name).parts):
         entry.leave_out(HIDDEN)
     elif not entry.size:

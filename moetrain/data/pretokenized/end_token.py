@@ -1,8 +1,8 @@
-"""The id that closes a document in tokens that another program wrote.
+"""The id that closes a document in tokens written by another program.
 
-Three may say it: data.end_token, the tokenizer that goes with the ids, and the documents themselves, where something else
-than the id tells where they end. Two that contradict each other are refused: a run would generate on and on, waiting for an
-id that it was never shown.
+Three sources may say it: data.end_token, the tokenizer of the ids, and the documents themselves if something
+else than the id marks where they end. Sources that contradict each other are refused: a run would generate
+endlessly, waiting for an id that it was never shown.
 """
 
 import logging
@@ -13,29 +13,40 @@ from moetrain.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import DataError
 
 ALMOST_ALL = 0.95
-FEW = 8                                          # documents that may end alike by chance
+FEW = 8                                          # fewer documents may end alike by chance
 
 log = logging.getLogger(__name__)
 
 
 class Endings(NamedTuple):
-    """What documents end in. where: their file. id: the most frequent last token; share: of the documents that end in it."""
+    """How the documents of a file end.
+
+    Args:
+        where: the file.
+        documents: number of its documents.
+        id: the most frequent last token.
+        share: share of the documents that end in it.
+        inside: how often the id occurs inside documents.
+    """
 
     where: str
     documents: int
     id: int
     share: float
-    inside: int                                  # how often the id occurs where no document ends
+    inside: int
 
     @property
     def closing(self) -> int | None:
-        """The id that closes documents: almost all end in it, and it hardly occurs elsewhere, as the end of a line does."""
+        """The id if it closes documents, else None.
+
+        Almost all documents end in it, and unlike the end of a line it hardly occurs elsewhere.
+        """
         hardly = self.inside <= (1 - ALMOST_ALL) * self.documents
         return self.id if self.documents >= FEW and self.share >= ALMOST_ALL and hardly else None
 
 
 def open_tokenizer(name: str, end_token: str | None) -> tuple[Tokenizer | None, int | None]:
-    """(tokenizer of data.tokenizer, id that data.end_token names)."""
+    """The tokenizer of data.tokenizer, and the id that data.end_token names; each may be None."""
     if name == "none":
         if end_token is not None and not end_token.isdecimal():
             raise DataError(163, "the end token does not fit the data", where=f"data.end_token={end_token}",
@@ -50,12 +61,15 @@ def open_tokenizer(name: str, end_token: str | None) -> tuple[Tokenizer | None, 
 
 
 def closing_id(found: Sequence[Endings], *, typed: int | None, encoder: Tokenizer | None) -> int | None:
-    """The id that closes documents; the tokenizer is told.
+    """Determine the id that closes documents, and set it in the tokenizer.
 
     Args:
-        found: what the documents of each file end in.
-        typed: data.end_token.
-        encoder: what the ids stand for.
+        found: how the documents of each file end.
+        typed: id that data.end_token names.
+        encoder: tokenizer of the ids.
+
+    Returns:
+        The id; None if nothing says it.
     """
     known = [(endings, endings.closing) for endings in found if endings.closing is not None]
     wanted = typed if typed is not None else encoder.end_id if encoder else None
@@ -74,8 +88,7 @@ def closing_id(found: Sequence[Endings], *, typed: int | None, encoder: Tokenize
     if unknown := [endings for endings in found if endings.closing is None and endings.documents >= FEW]:
         most = unknown[0]
         log.warning("%s: nothing marks where a document ends (the most frequent last id, %d, ends %.0f %% of "
-                    "%s documents): "
-                    "preprocess with --append-eod",
+                    "%s documents): preprocess with --append-eod",
                     most.where, most.id, 100 * most.share, f"{most.documents:,}")
     if encoder is not None and end is not None:
         encoder.end_id = end

@@ -1,10 +1,10 @@
-"""What the names of token files say: which split a file is of, which domain, and which shard comes after which.
+"""Names of token files: the split, the domain and the order of shards that they say.
 
     train.bin  val.bin                                     one domain, trained on and held out
     fineweb_train_000001.bin  fineweb_val_000000.bin       shards of the domain fineweb
-    train/wiki-0.npy  valid/wiki-0.npy  test/wiki-0.npy    wiki; what is called test is neither
+    train/wiki-0.npy  valid/wiki-0.npy  test/wiki-0.npy    domain wiki; a test split is left alone
 
-Which names are a split: `data/corpus/given_splits.py`.
+`corpus/given_splits.py` decides which names are a split.
 """
 
 import re
@@ -14,13 +14,19 @@ from typing import NamedTuple
 
 from moetrain.data.corpus.given_splits import TRAIN, VALID, find_splits, without_split
 
-UNNAMED = "text"                         # the domain of a file whose name is a number
-# Behind a separator, or at least three digits: 000001, -00000-of-01024, part-0-00000; not gpt2 or 10B.
+UNNAMED = "text"                         # domain of a file whose name is only a number
+# Numbers behind a separator, or of three digits or more: 000001, -00000-of-01024, part-0-00000; not gpt2, 10B.
 _NUMBERS = re.compile(r"(?:[-_.]+(?:of[-_.]+)?\d+)+$|\d{3,}$")
 
 
 class Named(NamedTuple):
-    """A file by what its name says. split: train, valid or test."""
+    """A file, with what its name says.
+
+    Args:
+        path: name, relative to the folder.
+        domain: its domain.
+        split: TRAIN, VALID or TEST.
+    """
 
     path: PurePosixPath
     domain: str
@@ -29,13 +35,13 @@ class Named(NamedTuple):
 
 def by_name(paths: Iterable[PurePosixPath], *, shards: bool = True, merge: bool = False,
             apart: str | None = None) -> list[Named]:
-    """Files of one folder by domain, split and number.
+    """Files of one folder, sorted by domain, split and number.
 
     Args:
-        paths: relative to the folder.
+        paths: names, relative to the folder.
         shards: whether files whose names differ by a number are one domain.
-        merge: whether a split that is there is left out of account.
-        apart: the split that the files are of, train or valid, where the other one lies elsewhere.
+        merge: whether to ignore a split that is found.
+        apart: split of the files, TRAIN or VALID, where the other one lies elsewhere.
     """
     paths = list(paths)
     members = {} if merge else find_splits(map(str, paths))
@@ -49,11 +55,11 @@ def by_name(paths: Iterable[PurePosixPath], *, shards: bool = True, merge: bool 
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
-    """A key that sorts numbers by what they are: 2 before 10."""
+    """Sort key that compares numbers by value: 2 before 10."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _domain(label: PurePosixPath, shards: bool) -> str:
-    """The first folder, else the name without its suffix."""
+    """The first folder, else the name without suffix and shard number."""
     folders = label.parent.parts
     return folders[0] if folders else (_NUMBERS.sub("", label.stem) if shards else label.stem) or UNNAMED

@@ -1,14 +1,13 @@
-"""data=memmap: token files of other trainers (nanoGPT, llm.c, modded-nanogpt, OLMo) as training data.
+"""`data=memmap`: token files of other trainers (nanoGPT, llm.c, modded-nanogpt, OLMo) as training data.
 
-    open_memmap(path, tokenizer, vocab_size, …) -> what data.token_dataset.TokenDataset reads in place of a prepared folder
+`open_memmap` returns what `batches/token_dataset.py` reads in place of a prepared dataset. data.path is a
+file, a pattern of files or a folder; `memmap_files.py` finds the files, `file_names.py` interprets their
+names, `tokens/formats.py` recognizes their formats. A document ends at the end of a file and at every end
+token, if one is known (data.end_token, or the tokenizer's). Held out is data.held_out, else what lies beside
+`train` as `val`, else the last share of each domain's tokens.
 
-data.path is a file, a pattern of files or a folder; `data/pretokenized/memmap_files.py` finds the files, `data/tokens/formats.py` says which
-formats there are and `data/pretokenized/file_names.py` what names tell. A file ends a document, as does every end token, if one is known
-(data.end_token, or the tokenizer's). Held out is data.held_out, else what lies beside `train` as `val`, else the last share of
-each domain's tokens.
-
-Files are read with `pread` (`data/tokens/blocks.py`): memory maps are how the others read them. Each is read whole once, and
-known by its index from then on (`data/pretokenized/token_indexes.py`).
+Files are read with `pread` (`tokens/blocks.py`); only other trainers map them into memory. Each is read whole
+once and opened by its index from then on (`token_indexes.py`).
 """
 
 import logging
@@ -42,13 +41,19 @@ from moetrain.errors import DataError
 from moetrain.files import open_regular, reason, shown
 
 _FORMAT = "moetrain-memmap-1"
-_WIDTH_HEAD = 4 << 20  # bytes of raw ids that are compared with the vocabulary to tell their width
+_WIDTH_HEAD = 4 << 20                # bytes of raw ids compared with the vocabulary to find their width
 
 log = logging.getLogger(__name__)
 
 
 class _Reading(NamedTuple):
-    """How files are read. dtype: data.dtype. end_id: closes a document, if one is known."""
+    """How files are read.
+
+    Args:
+        dtype: value of data.dtype.
+        vocab_size: ids of the vocabulary.
+        end_id: id that closes a document; None if unknown.
+    """
 
     dtype: str
     vocab_size: int
@@ -63,15 +68,15 @@ def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "aut
 
     Args:
         path: a file, a pattern of files, or a folder.
-        tokenizer: none, bytes or the path of a tokenizer.json, which brings its own vocabulary.
-        vocab_size: the vocabulary where the tokenizer is none.
-        dtype: of ids without a header: auto, uint16 or uint32.
-        end_token: id that closes a document; None: the tokenizer's.
+        tokenizer: `none`, `bytes` or the path of a tokenizer.json, which brings its own vocabulary.
+        vocab_size: ids of the vocabulary if the tokenizer is `none`.
+        dtype: type of ids in files without a header: auto, uint16 or uint32.
+        end_token: id that closes a document; None takes the tokenizer's.
         held_out: a file, a pattern or a folder to evaluate on.
-        held_out_share: of the tokens of a domain without held-out files, its last.
-        split: respect a split that is there, or merge it.
-        indexes: what is known of the files, and where to keep what is found.
-        account: is told what becomes of every file.
+        held_out_share: share of the tokens, the last ones, to hold out of a domain without held-out files.
+        split: `respect` a split that is found, or `merge` it.
+        indexes: store of the files' indexes.
+        account: filled in with every file and its use.
     """
     encoder, typed = open_tokenizer(tokenizer, end_token)
     end_id = typed if typed is not None else encoder.end_id if encoder else None
@@ -95,7 +100,7 @@ def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "aut
 
 def _members(domains: list[str], trained: list[tuple[str, TokenFile]], evaluated: list[tuple[str, TokenFile]],
              share: Fraction) -> Iterator[Member]:
-    """The files by domain. share: held out where a domain has no file for it."""
+    """The files by domain. `share` of the tokens is held out of a domain without a held-out file."""
     own = {domain for domain, _ in evaluated}
     for number, name in enumerate(domains):
         files = [file for domain, file in trained if domain == name]
@@ -106,7 +111,10 @@ def _members(domains: list[str], trained: list[tuple[str, TokenFile]], evaluated
 
 
 def _last_share(files: list[TokenFile], share: Fraction) -> list[np.ndarray]:
-    """`trained` of the files of a domain: the last share of all their tokens is held out, from its last files."""
+    """Tokens to train on, by document, for the files of a domain.
+
+    The last share of all their tokens is held out, beginning with the last file.
+    """
     left = int(sum(int(file.starts[-1]) for file in files) * share)
     found: list[np.ndarray] = []
     for file in reversed(files):
@@ -117,12 +125,12 @@ def _last_share(files: list[TokenFile], share: Fraction) -> list[np.ndarray]:
     return found[::-1]
 
 
-# --- reading one
+# --- reading one file
 
 
 def _open(sides: list[tuple[Path, list[Named]]], reading: _Reading,
           indexes: TokenIndexes) -> list[list[tuple[str, TokenFile]]]:
-    """(domain, file) of the files of each side."""
+    """Domain and open file of the files of each side."""
     files = indexes.open([Wanted(folder / one.path) for folder, named in sides for one in named],
                          settings=["memmap", reading.dtype, reading.end_id], vocab_size=reading.vocab_size,
                          read=lambda path, report: _read(path, reading, report))
@@ -131,6 +139,7 @@ def _open(sides: list[tuple[Path, list[Named]]], reading: _Reading,
 
 
 def _read(path: Path, reading: _Reading, report: Report) -> TokenIndex:
+    """Read a file whole and make its index."""
     try:
         found = token_format(path)
         with open_regular(path) as file:
@@ -156,7 +165,7 @@ def _read(path: Path, reading: _Reading, report: Report) -> TokenIndex:
 
 
 class _Starts:
-    """Where documents begin: at the first token, and behind every end token."""
+    """Document starts: the first token, and the one behind every end token."""
 
     def __init__(self, end_id: int | None) -> None:
         self._end_id, self._found = end_id, [np.zeros(1, np.int64)]
@@ -170,7 +179,10 @@ class _Starts:
         return np.append(starts[starts < tokens], tokens)
 
     def ending(self, tokens: int) -> Ending | None:
-        """All documents end in the end token, but for the last one of a file that does not."""
+        """How documents end.
+
+        All of them end in the end token, except the last one of a file that does not.
+        """
         if self._end_id is None:
             return None
         found = np.concatenate(self._found)
@@ -179,8 +191,12 @@ class _Starts:
 
 
 def _width(file: BinaryIO, size: int, reading: _Reading) -> np.dtype:
-    """The type of raw ids: four bytes each where all that are looked at lie inside the vocabulary, which pairs of others do
-    not: the second of two ids would be 0, or 1 in a vocabulary above 65,536, every time."""
+    """Type of raw ids.
+
+    They are taken for four bytes wide if all that are looked at are inside the vocabulary. Pairs of two-byte
+    ids read as one number are not: the second id would have to be 0 every time, or 1 in a vocabulary above
+    65,536.
+    """
     if reading.dtype != "auto":
         return np.dtype(f"<u{np.dtype(reading.dtype).itemsize}")
     head = np.frombuffer(os.pread(file.fileno(), min(size, _WIDTH_HEAD) // 4 * 4, 0), "<u4")
@@ -197,19 +213,18 @@ def _check_size(path: Path, size: int, expected: int, tokens: int, dtype: np.dty
 
 
 def _check_end(files: list[TokenFile], reading: _Reading, typed: bool) -> None:
-    """The end token occurs in the tokens; otherwise every file is one document."""
+    """Check that the end token occurs in the tokens. If it does not, every file is one document."""
     if reading.end_id is None or any(file.index.ending and file.index.ending.share for file in files):
         return
     why = f"id {reading.end_id} does not occur in {sum(int(file.starts[-1]) for file in files):,} tokens"
     if typed:
         raise DataError(163, "the end token does not fit the data", where=f"data.end_token={reading.end_id}",
-                        why=why,
-                        next="data.end_token=<the id that closes a document>; without one a file is a "
-                             "document")
+                        why=why, next="data.end_token=<the id that closes a document>; without one a file "
+                                      "is a document")
     log.warning("the end token of data.tokenizer is not in the data: %s; every file is one document", why)
 
 
-# --- what is said
+# --- the log
 
 
 def _say_what(files: MemmapFiles, heldout: MemmapFiles, read: list[tuple[str, TokenFile]],

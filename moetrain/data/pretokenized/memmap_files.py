@@ -1,4 +1,4 @@
-"""Which token files data=memmap reads: by their names (data/pretokenized/file_names.py), below data.path and data.held_out."""
+"""Discovery of the token files that `data=memmap` reads, by their names, below data.path and data.held_out."""
 
 import glob
 import logging
@@ -14,13 +14,22 @@ from moetrain.data.tokens.formats import SUFFIXES
 from moetrain.errors import DataError
 from moetrain.files import shown
 
-_MOST_NAMED = 5                      # files that a line of the log names
+_MOST_NAMED = 5                      # files named in one line of the log
 
 log = logging.getLogger(__name__)
 
 
 class MemmapFiles(NamedTuple):
-    """Files below a folder by what they are for; taken: by data.held_out; left: what is no token file."""
+    """Files below a folder, by their use.
+
+    Args:
+        folder: the folder to which the names are relative.
+        train: files to train on.
+        heldout: held-out files.
+        test: files of a test split, which are left alone.
+        left: files that are no token files.
+        taken: files that data.held_out reads.
+    """
 
     folder: Path
     train: list[Named]
@@ -31,7 +40,16 @@ class MemmapFiles(NamedTuple):
 
 
 def find_files(path: str, held_out: str | None, *, merge: bool) -> tuple[MemmapFiles, MemmapFiles]:
-    """(what is trained on, what is held out): of data.path, and of data.held_out where it is given."""
+    """Find the files to train on and to hold out.
+
+    Args:
+        path: value of data.path.
+        held_out: value of data.held_out.
+        merge: whether to ignore a split that is found.
+
+    Returns:
+        Files of data.path, and files of data.held_out, which are the same if that is not given.
+    """
     files = _find(path, "data.path", merge=merge, apart=None if held_out is None else TRAIN)
     heldout = files
     if held_out is not None:
@@ -52,13 +70,13 @@ def find_files(path: str, held_out: str | None, *, merge: bool) -> tuple[MemmapF
 
 
 def _find(path: str, key: str, *, merge: bool, apart: str | None) -> MemmapFiles:
-    """The files that a key names, by what they are for.
+    """The files that a key names, by their use.
 
     Args:
         path: its value.
         key: its name.
-        merge: whether a split that is there is left out of account.
-        apart: see `by_name`.
+        merge: whether to ignore a split that is found.
+        apart: split of the files where the other one lies elsewhere, as in `by_name`.
     """
     given, left = Path(path), []
     if given.is_dir():
@@ -69,8 +87,9 @@ def _find(path: str, key: str, *, merge: bool, apart: str | None) -> MemmapFiles
         chosen = by_name((file for file in visible if file.suffix in SUFFIXES), merge=merge, apart=apart)
         left = [file for file in visible if file.suffix not in SUFFIXES]
     else:
-        named = [given] if given.exists() else [Path(name)
-                                                for name in sorted(glob.glob(path)) if os.path.isfile(name)]
+        named = [given]
+        if not given.exists():
+            named = [Path(name) for name in sorted(glob.glob(path)) if os.path.isfile(name)]
         folder = named[0].parent if named else given.parent
         if any(file.parent != folder for file in named):
             raise _missing(path, key,
@@ -86,15 +105,15 @@ def _find(path: str, key: str, *, merge: bool, apart: str | None) -> MemmapFiles
 
 
 def _with_siblings(folder: Path, names: set[PurePosixPath], *, merge: bool, apart: str | None) -> list[Named]:
-    """Files that were named, and what lies beside them as the held-out set of their domains."""
+    """Files that were named, with the held-out files of their domains that lie beside them."""
     if apart or merge or not names:
         return [one._replace(split=apart or TRAIN) for one in by_name(names, merge=True, apart=apart)]
     suffixes = {name.suffix for name in names}
-    beside = {PurePosixPath(file.name) for file in folder.iterdir() if file.suffix in suffixes
-              and file.is_file()}
+    beside = {PurePosixPath(file.name) for file in folder.iterdir()
+              if file.suffix in suffixes and file.is_file()}
     every = by_name(names | beside)
     trained = [one for one in every if one.path in names and one.split == TRAIN]
-    if len(trained) < len(names):  # val.bin itself was named: it is what is trained on
+    if len(trained) < len(names):                            # val.bin itself was named: it is trained on
         return [one._replace(split=TRAIN) for one in every if one.path in names]
     domains = {one.domain for one in trained}
     return trained + [one for one in every if one.split == VALID and one.domain in domains]
@@ -107,7 +126,15 @@ def _missing(path: str, key: str, why: str) -> DataError:
 
 def tell_account(account: TokenAccount, path: str, held_out: str | None, files: MemmapFiles,
                  heldout: MemmapFiles) -> None:
-    """Every file, by what becomes of it."""
+    """Enter every file in the account.
+
+    Args:
+        account: the account.
+        path: value of data.path.
+        held_out: value of data.held_out.
+        files: files of data.path.
+        heldout: files of data.held_out.
+    """
     sides = [(files.train, TRAINED), *([(files.heldout, HELD)] if held_out is None else [])]
     account.add("data.path", path, read=[(files.folder / one.path, side) for named, side in sides
                                          for one in named],
@@ -119,6 +146,7 @@ def tell_account(account: TokenAccount, path: str, held_out: str | None, files: 
 
 
 def _say_left(files: MemmapFiles) -> None:
+    """Log which files are left out or left alone."""
     if files.left:
         size = sum((files.folder / path).stat().st_size for path in files.left)
         log.info("left out %d files that are no token files (%s bytes): %s", len(files.left), f"{size:,}",
@@ -128,5 +156,6 @@ def _say_left(files: MemmapFiles) -> None:
 
 
 def names_text(paths: list[PurePosixPath]) -> str:
+    """Names of files in one line, the first few of them."""
     more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
     return shown(", ".join(str(path) for path in paths[:_MOST_NAMED])) + more

@@ -1,11 +1,11 @@
-"""Token files that another program wrote, as training data: the streams of data=memmap and data=megatron.
+"""Token files of other programs as training data: the streams of `data=memmap` and `data=megatron`.
 
-    TokenFile      a file, by what was found when it was read once (data/tokens/index.py)
+    TokenFile      a file, opened by its index (tokens/index.py)
     Member         a file in a domain, and how much of each of its documents is trained on; the rest is held out
-    TokenFiles     what data.token_dataset.TokenDataset reads in place of a prepared folder
+    TokenFiles     what batches/token_dataset.py reads in place of a prepared dataset
 
-Files are read with `pread` by data/tokens/blocks.py, never mapped into memory: one that is cut short while it is in use is an
-error here and SIGBUS there. The fingerprint is made of their checksums.
+`tokens/blocks.py` reads the files with `pread`, never through a memory map: a file that is truncated while in
+use raises an error, not SIGBUS. The fingerprint is made of the files' checksums.
 """
 
 import hashlib
@@ -29,11 +29,17 @@ from moetrain.errors import DataError
 
 log = logging.getLogger(__name__)
 
-SHARE = Fraction(1, 20)             # held out; fingerprints name another one alone
+SHARE = Fraction(1, 20)             # held out; only other shares enter a fingerprint
 
 
 class TokenFile(NamedTuple):
-    """A file of tokens. content: a hash of what it holds."""
+    """An open file of token ids.
+
+    Args:
+        tokens: its ids.
+        index: what was found when it was read whole.
+        content: hash of the ids.
+    """
 
     tokens: TokenBlocks
     index: TokenIndex
@@ -41,12 +47,18 @@ class TokenFile(NamedTuple):
 
     @property
     def starts(self) -> np.ndarray:
-        """int64 [documents + 1], first token of every document, and the end."""
+        """int64 [documents + 1], first token of every document, then the number of tokens."""
         return self.index.starts
 
 
 class Member(NamedTuple):
-    """A file of a domain. trained: int64 [documents], tokens of each document that are trained on, its first."""
+    """A file in a domain.
+
+    Args:
+        domain: index of the domain.
+        file: the file.
+        trained: int64 [documents], leading tokens of each document that are trained on.
+    """
 
     domain: int
     file: TokenFile
@@ -55,10 +67,19 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Takes the place of data.prepared.Prepared.
+    """Open token files, with the attributes of `Prepared` that training uses.
 
-    tokenizer: None where nobody knows what the ids stand for. end_id: what closes a document, as far as that is known.
-    shares: of the samples, by domain, where the data says so itself. members: what the streams are made of.
+    Args:
+        folder: path of the data, for errors.
+        fingerprint: hash of the tokens and of how they are used.
+        vocab_size: ids of the vocabulary.
+        domains: names of the domains.
+        tokenizer: meaning of the ids; None if unknown.
+        end_id: id that closes a document; None if unknown.
+        train: tokens to train on.
+        heldout: held-out tokens.
+        shares: share of the samples by domain, where the data itself gives them.
+        members: the files behind the streams.
     """
 
     folder: Path
@@ -74,7 +95,10 @@ class TokenFiles:
 
 
 class Spans(NamedTuple):
-    """Tokens [first, first + length) of files, in order; each is a document, or what is left of it."""
+    """Ranges of tokens [first, first + length) in files, in order.
+
+    Each is a document, or what remains of one. All columns are int64 [spans].
+    """
 
     domain: np.ndarray
     file: np.ndarray
@@ -83,13 +107,13 @@ class Spans(NamedTuple):
 
 
 class FileStream:
-    """Spans of several files as one address space; takes the place of data.prepared.TokenStream.
+    """Spans of several files under one range of addresses, with the methods of `TokenStream`.
 
     Args:
-        files: by the number that `spans` have.
-        spans: sorted by domain.
-        num_domains: of all, also those without a span here.
-        tokenizer: what the ids stand for.
+        files: the files that `spans` number.
+        spans: ranges, sorted by domain.
+        num_domains: all domains, also those without a span here.
+        tokenizer: meaning of the ids.
     """
 
     def __init__(self, files: Sequence[TokenBlocks], spans: Spans, *, num_domains: int,
@@ -99,12 +123,14 @@ class FileStream:
         self.size, self.document_starts = int(starts[-1]), starts[:-1]
         self.domain_bounds = starts[np.searchsorted(spans.domain, np.arange(num_domains + 1))]
         joined = (np.diff(spans.file) == 0) & (spans.first[1:] == (spans.first + spans.length)[:-1])
-        begins = np.flatnonzero(np.concatenate([[True], ~joined])) if len(spans.file) else np.zeros(0,
-                                                                                                    np.int64)
-        self._run_file, self._run_first, self._run_start = spans.file[begins], spans.first[begins], starts[:-1][begins]
+        begins = np.zeros(0, np.int64)
+        if len(spans.file):
+            begins = np.flatnonzero(np.concatenate([[True], ~joined]))
+        self._run_file, self._run_first = spans.file[begins], spans.first[begins]
+        self._run_start = starts[:-1][begins]
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens start to start + length as they lie in the files."""
+        """Tokens `start` to `start + length` in the type of the files."""
         assert 0 <= start <= start + length <= self.size, (start, length, self.size)
         pieces, number = [], int(np.searchsorted(self._run_start, start, "right")) - 1
         while length > 0:
@@ -116,10 +142,11 @@ class FileStream:
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
 
     def domain_range(self, domain: int) -> tuple[int, int]:
+        """First address of a domain, and the one behind its last."""
         return int(self.domain_bounds[domain]), int(self.domain_bounds[domain + 1])
 
     def text_bytes(self, start: int, length: int) -> int | None:
-        """Bytes of text that these tokens stand for, which only tokens that are bytes tell."""
+        """Bytes of text under these tokens. Known for byte tokens only, else None."""
         if self._tokenizer is None or self._tokenizer.identity != "bytes":
             return None
         ids = self.read(start, length)
@@ -129,18 +156,18 @@ class FileStream:
 def open_files(path: Path, kind: str, members: Sequence[Member], domains: Sequence[str], *, vocab_size: int,
                tokenizer: Tokenizer | None, end_id: int | None, settings: Sequence[object],
                shares: Mapping[str, float] | None = None) -> TokenFiles:
-    """The streams of some files.
+    """Build the streams of some files.
 
     Args:
-        path: to name in errors.
-        kind: format of the fingerprint.
-        members: files, sorted by domain.
-        domains: names, by number.
-        vocab_size: tokens of the vocabulary.
-        tokenizer: what the ids stand for.
+        path: path of the data, for errors.
+        kind: version of the fingerprint's format.
+        members: the files, sorted by domain.
+        domains: names of the domains, by index.
+        vocab_size: ids of the vocabulary.
+        tokenizer: meaning of the ids.
         end_id: id that closes a document.
-        settings: what else decides which token is trained on, for the fingerprint.
-        shares: of the samples, by domain.
+        settings: what else decides which tokens are trained on, for the fingerprint.
+        shares: share of the samples by domain.
     """
     files = [member.file.tokens for member in members]
     train, heldout = (FileStream(files, spans, num_domains=len(domains), tokenizer=tokenizer)
@@ -158,7 +185,7 @@ def open_files(path: Path, kind: str, members: Sequence[Member], domains: Sequen
 
 
 def _sides(members: Sequence[Member]) -> Iterator[Spans]:
-    """Spans of what is trained on, and of what is held out."""
+    """Spans of the tokens that are trained on, then of those that are held out."""
     for held in (False, True):
         columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in Spans._fields]
         for number, (domain, file, trained) in enumerate(members):
@@ -175,7 +202,10 @@ def _sides(members: Sequence[Member]) -> Iterator[Spans]:
 
 
 def last_share(file: TokenFile, share: Fraction) -> np.ndarray:
-    """`trained` of a Member whose end is held out, from a border between two documents on if one lies near enough."""
+    """Tokens of each document to train on if the end of a file is held out.
+
+    The cut moves to a border between two documents if one is near enough.
+    """
     size = int(file.starts[-1])
     held = size * share.numerator // share.denominator
     inside = file.starts[1:-1]
@@ -188,14 +218,14 @@ def last_share(file: TokenFile, share: Fraction) -> np.ndarray:
 
 def token_file(path: Path, found: os.stat_result, index: TokenIndex, *, vocab_size: int,
                checked: bool) -> TokenFile:
-    """A file by its index.
+    """Open a file by its index.
 
     Args:
-        path: its name.
-        found: the file as it lies there.
-        index: what is known of it.
-        vocab_size: ids that there are.
-        checked: whether the index was made just now, so that no block has to be compared with its checksum.
+        path: the file.
+        found: its current stat result.
+        index: its index.
+        vocab_size: ids of the vocabulary.
+        checked: whether the index was made just now, so that no block must be compared with its checksum.
     """
     layout = Layout(index.start, index.tokens, index.dtype, index.checksums, BLOCK, vocab_size)
     blocks = TokenBlocks(path, layout, index.starts, found, errors=FileErrors(), links=True, checked=checked)
@@ -214,7 +244,7 @@ def say_twice(files: Iterable[TokenFile]) -> None:
 
 
 def refuse_leak(trained: Iterable[TokenFile], heldout: Iterable[TokenFile]) -> None:
-    """DataError where a file that is held out is one that is trained on."""
+    """DataError if a file that is held out is also trained on."""
     known = {file.content: file for file in trained}
     for file in heldout:
         if file.content in known:

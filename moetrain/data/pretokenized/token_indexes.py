@@ -1,13 +1,14 @@
-"""Token files by their indexes: read whole once, then opened by what was found (data/tokens/index_file.py).
+"""Store of the indexes of token files: each file is read whole once, then opened by its index.
 
-Training, evaluation and generation keep the indexes with prepared data, in data.cache or <run.dir>/data, one for each token file.
-Its name tells which file it is of and how that was read; in it are the sizes and times of change of that time. An index of another
-size or time, of other settings, or a damaged one, is made again. A file that is cut off while it is read leaves none, but those
-of the files before it stay: the next start goes on there.
+Training, evaluation and generation keep indexes with prepared data, in `data.cache` or `<run.dir>/data`, one
+for each token file. The name of an index tells which file it is of and how that was read; inside are sizes
+and modification times of that moment. An index of another size or time, of other settings, or a damaged one,
+is made again. A file that is truncated while it is read leaves none, but the indexes of the files before it
+stay, and the next start continues from there.
 
-Of several ranks the first keeps, and the others take what it has found without comparing times, which differ between copies of a
-file on several nodes. They read no token for it: as after any start that finds an index, a block of tokens is compared with its
-checksum when it is first read (data/tokens/blocks.py).
+Of several ranks the first keeps indexes. The others take them without comparing times, which differ between
+copies of a file on several nodes. They read no token for that: as after any start that finds an index, a
+block of tokens is compared with its checksum when it is first read (`tokens/blocks.py`).
 """
 
 import hashlib
@@ -33,19 +34,25 @@ log = logging.getLogger(__name__)
 
 
 class Wanted(NamedTuple):
-    """A token file to open. beside: files that say how it is read."""
+    """A token file to open.
+
+    Args:
+        path: the file.
+        beside: files that say how it is read, such as a Megatron .idx.
+    """
 
     path: Path
     beside: tuple[Path, ...] = ()
 
 
 class TokenIndexes:
-    """Where indexes are kept, and what this process does with them.
+    """The indexes of a folder, and what this process may do with them.
 
     Args:
-        folder: of the indexes; None: there are none.
-        use: `look` uses those that are there; `keep` also writes those that it has to make, and says so where it cannot; `share`
-            does the same for other ranks, so that it is an error where it cannot; `take` uses those that another rank has shared.
+        folder: folder of the indexes; None if there are none.
+        use: `look` uses existing indexes. `keep` also writes those that it makes, and warns where it cannot.
+            `share` writes them for other ranks, so a failure is an error. `take` uses those that another rank
+            has shared.
         progress: called as bytes are read.
     """
 
@@ -56,13 +63,13 @@ class TokenIndexes:
 
     def open(self, files: Sequence[Wanted], *, settings: Sequence[Any], vocab_size: int,
              read: Callable[[Path, Report], TokenIndex]) -> list[TokenFile]:
-        """The files, in order; DataError of `read` for the first one that it refuses.
+        """Open files, in order. Raises the DataError of `read` for the first file that it refuses.
 
         Args:
-            files: to open.
-            settings: what decides what is found in a file, beside its content; vocab_size need not be named.
-            vocab_size: ids that there are.
-            read: reads a file whole.
+            files: the files.
+            settings: what decides, beside its content and vocab_size, what is found in a file.
+            vocab_size: ids of the vocabulary.
+            read: reads a file whole and returns its index.
         """
         found = [_Found.of(file, [vocab_size, *settings]) for file in files]
         kept = [self._taken(one) if self._use == "take" else self._known(one) for one in found]
@@ -83,7 +90,7 @@ class TokenIndexes:
             self._progress("reading tokens", before + done, total)
 
     def _known(self, found: "_Found") -> TokenIndex | None:
-        """The index of a file that has not changed since; None where there is none, or it is of no use."""
+        """Index of a file that has not changed since; None if there is none that can be used."""
         if self._folder is None or found.status is None:
             return None
         try:
@@ -97,7 +104,7 @@ class TokenIndexes:
         return kept.index if (kept.key, kept.stamps) == (found.key, found.stamps) else None
 
     def _taken(self, found: "_Found") -> TokenIndex:
-        """The index that another rank has just checked or made."""
+        """Index that another rank has just checked or made."""
         assert self._folder is not None
         path = self._folder / found.name
         try:
@@ -112,10 +119,11 @@ class TokenIndexes:
             why = f"{path}: {reason(error)}"
         raise DataError(167, "this rank does not see what rank 0 has found in a token file",
                         where=str(found.path), why=why,
-                        next="data.cache=<a folder that all nodes see>, and the same token files on each of "
-                             "them")
+                        next="data.cache=<a folder that all nodes see>, and the same token files on each "
+                             "of them")
 
     def _keep(self, found: "_Found", index: TokenIndex) -> None:
+        """Write an index if this process keeps them."""
         if self._folder is None or self._use == "look" or found.status is None:
             return
         try:
@@ -132,7 +140,14 @@ class TokenIndexes:
 
 
 class _Found(NamedTuple):
-    """A file as it lies there, before it is opened. status: None where it is not there."""
+    """A file as it is before it is opened.
+
+    Args:
+        path: the file.
+        status: its stat result; None if it is not there.
+        key: what its index depends on, beside its content.
+        stamps: state of the file and of those beside it.
+    """
 
     path: Path
     status: os.stat_result | None
@@ -155,5 +170,5 @@ class _Found(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its index."""
+        """File name of its index."""
         return hashlib.sha256(json.dumps(self.key).encode()).hexdigest()[:16] + SUFFIX

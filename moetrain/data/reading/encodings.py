@@ -120,8 +120,9 @@ class TextCheck:
         # Zeros in every second byte: ASCII in UTF-16.
         if max(even, odd) > 8 * max(min(even, odd), 1) and 4 * (even + odd) > len(block):
             return NotText("text in UTF-16 without its mark, or 16-bit numbers", why=why,
-                           offset=self._nul or 0, convert=f"data.encoding=utf-16-{'be' if even > odd else 'le'}, "
-                                                          "or data=memmap for token ids")
+                           offset=self._nul or 0,
+                           convert=f"data.encoding=utf-16-{'be' if even > odd else 'le'}, "
+                                   "or data=memmap for token ids")
         return NotText("binary", offset=self._nul or 0, why=why)
 
 

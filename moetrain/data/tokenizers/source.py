@@ -64,12 +64,12 @@ def find_tokenizer(path: Path) -> TokenizerSource:
         content = read_bytes(path, limit=_MOST_BYTES)
     except OSError as error:
         raise _unreadable(path, reason(error)) from error
-    if other := recognise(content):
+    if other := recognize(content):
         raise _other_format(path, other)
     return TokenizerSource(path, content.removeprefix(codecs.BOM_UTF8), _settings(path.parent))
 
 
-def recognise(content: bytes) -> Other | None:
+def recognize(content: bytes) -> Other | None:
     """Format of a file that is no tokenizer.json; None if it may be one."""
     content = content.removeprefix(codecs.BOM_UTF8)
     if _is_sentencepiece(content):

@@ -13,7 +13,7 @@ from moetrain.data.tokenizers.source import (
     TIKTOKEN,
     VOCABULARY,
     Other,
-    recognise,
+    recognize,
 )
 from moetrain.data.tokenizers.tokenizer import load_tokenizer
 from moetrain.errors import DataError
@@ -33,7 +33,7 @@ TEKKEN_FILE = json.dumps({"config": {"pattern": "."}, "vocab": [{"rank": 0, "tok
     (b"plain words\nand more\n", None),
 ])
 def test_formats_are_recognised_by_content(content: bytes, format: Other | None) -> None:
-    assert recognise(content) == format
+    assert recognize(content) == format
 
 
 @pytest.mark.parametrize("name, content, words", [
