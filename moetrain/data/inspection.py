@@ -1,7 +1,8 @@
-"""What a corpus is, before anything is prepared: the account, its domains, an estimate of its tokens, three documents.
+"""Inspection of a corpus before it is prepared: account, domains, estimated tokens and three documents.
 
-It is read as `prepare` reads it (data/corpus/selection.py) and nothing is written: texts of compressed files and of records pass through
-a nameless temporary file. Tokens are counted of a sample, chosen by the hash of documents, so twice the same.
+It is read as `prepare` reads it (`corpus/selection.py`), but nothing is written: texts of compressed files
+and of records pass through a nameless temporary file. Tokens are counted in a sample of documents that is
+chosen by hash, so two inspections agree.
 """
 
 import heapq
@@ -23,15 +24,21 @@ from moetrain.data.reading.text_blocks import character_start
 from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
 
-SHOWN = 3                           # documents
-SHOWN_TOKENS = 64                   # of each
-_SAMPLE = 64                        # documents whose tokens are counted
-_SAMPLE_BYTES = 1 << 16             # of each
-_SPOOL_BYTES = 64 << 20             # that the temporary file has at most, beside one document
+SHOWN = 3                           # documents shown
+SHOWN_TOKENS = 64                   # of each of them
+_SAMPLE = 64                        # documents in which tokens are counted
+_SAMPLE_BYTES = 1 << 16             # of each of them
+_SPOOL_BYTES = 64 << 20             # largest size of the temporary file, beside one document
 
 
 class Inspection(NamedTuple):
-    """ledgers: files at data.path and data.held_out. found: None where `error` ended the reading. error: what `prepare` says."""
+    """What an inspection found.
+
+    Args:
+        ledgers: files at data.path and data.held_out.
+        found: the findings as a record; None if `error` ended the reading.
+        error: the error that `prepare` would raise; None if there is none.
+    """
 
     ledgers: list[FileLedger]
     found: dict[str, Any] | None
@@ -39,12 +46,13 @@ class Inspection(NamedTuple):
 
 
 class _Sample:
-    """The beginnings of the documents of smallest hash."""
+    """Beginnings of the documents of smallest hash."""
 
     def __init__(self, spool: Spool) -> None:
-        self._spool, self._heap = spool, []          # (−hash, hash, beginning)
+        self._spool, self._heap = spool, []          # (-hash, hash, beginning)
 
     def add(self, document: Document) -> None:
+        """Consider a document that was just read."""
         place = -int.from_bytes(document.digest)
         if ((len(self._heap) < _SAMPLE or place > self._heap[0][0])
                 and all(place != entry[0] for entry in self._heap)):
@@ -54,11 +62,15 @@ class _Sample:
             self._spool.cut(0)
 
     def texts(self) -> dict[bytes, bytes]:
+        """Beginnings by digest, in the order of the hashes."""
         return {digest: text for _, digest, text in sorted(self._heap, reverse=True)}
 
 
 def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> Inspection:
-    """Read the text that a config names. DataError where there is nothing to read at all."""
+    """Read the text that a config names.
+
+    DataError if there is nothing to read at all; other errors are part of the result.
+    """
     data = config.data
     assert data.kind == "text", data.kind
     encoder = configured_tokenizer(data)
@@ -80,6 +92,7 @@ def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> 
 
 def _described(selection: Selection, sample: dict[bytes, bytes], encoder: Tokenizer,
                config: Config) -> dict[str, Any]:
+    """The findings as a record."""
     sides = {"train": selection.parts.train, "heldout": selection.parts.heldout}
     rate = _tokens_a_byte(sample, encoder)
     by_domain = {side: parts.by_domain() for side, parts in sides.items()}
@@ -99,11 +112,12 @@ def _described(selection: Selection, sample: dict[bytes, bytes], encoder: Tokeni
 
 
 def _tokens_a_byte(sample: dict[bytes, bytes], encoder: Tokenizer) -> float:
+    """Tokens for each byte of text in the sample."""
     return sum(len(encoder.encode(text)) for text in sample.values()) / max(sum(map(len, sample.values())), 1)
 
 
 def _some(parts: Parts, sample: dict[bytes, bytes]) -> list[Part]:
-    """Documents of the sample that are trained on, of as many domains as there are."""
+    """Documents of the sample that are trained on, from as many domains as there are."""
     members = parts.at(np.isin(parts.digests, np.array(list(sample), "S32")))
     by_digest = {part.document.digest: part for part in members}
     found = [by_digest[digest] for digest in sample if digest in by_digest]
@@ -124,6 +138,7 @@ def _shown(part: Part, beginning: bytes, encoder: Tokenizer) -> dict[str, Any]:
 
 
 def _beginning(document: Document, spool: Spool) -> bytes:
+    """At most _SAMPLE_BYTES of a document, cut between characters."""
     text = b""
     for block in document.blocks(spool):
         text += block

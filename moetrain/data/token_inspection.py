@@ -1,7 +1,8 @@
-"""What data that is tokens already holds, before anything is trained on it: the account of data/inspection.py, of token files.
+"""Inspection of data that is tokens already, before anything is trained on it.
 
-The files are opened as training opens them, so that every error is one of training. Nothing is written; indexes that an earlier
-start has kept are used (data/pretokenized/token_indexes.py).
+The files are opened as training opens them, so every error is one of training. Nothing is written; indexes
+that an earlier start has kept are used (`pretokenized/token_indexes.py`). `inspection.py` does the same for
+text.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,10 @@ Stream = TokenStream | FileStream
 
 
 def inspect_tokens(config: Config, run_dir: Path, progress: Progress | None = None) -> Inspection:
-    """Read the tokens that a config names. `found` is None where training would refuse them; `error` says why."""
+    """Read the tokens that a config names.
+
+    `found` is None if training would refuse them; `error` says why.
+    """
     data, account = config.data, TokenAccount()
     assert data.kind in ("tokens", "memmap", "megatron"), data.kind
     try:
@@ -45,7 +49,7 @@ def inspect_tokens(config: Config, run_dir: Path, progress: Progress | None = No
 
 
 def _tell(account: TokenAccount, prepared: Prepared) -> None:
-    """The files of a prepared folder."""
+    """Enter the files of a prepared folder in the account."""
     folder, beside = prepared.folder, {DESCRIPTION: "description", "tokenizer.json": "tokenizer"}
     shards, sizes = ({name: HELD if name.startswith("heldout-") else TRAINED
                       for name in prepared.description.get(what, {})}
@@ -63,6 +67,7 @@ def _tell(account: TokenAccount, prepared: Prepared) -> None:
 
 def _described(config: Config, opened: Prepared | TokenFiles, dataset: TokenDataset,
                account: TokenAccount) -> dict[str, Any]:
+    """The findings as a record."""
     sides = {"train": dataset.train_stream, "heldout": dataset.heldout_stream}
     a_step = config.train.global_batch * config.train.seq_len
     epochs = dataset.epochs(config.run.steps * config.train.global_batch)
@@ -85,7 +90,7 @@ def _described(config: Config, opened: Prepared | TokenFiles, dataset: TokenData
 
 
 def _shares(opened: Prepared | TokenFiles) -> dict[str, float]:
-    """The weights of a blend."""
+    """Weights of a blend, by domain; empty if the data has none of its own."""
     return dict(opened.shares or {}) if isinstance(opened, TokenFiles) else {}
 
 
@@ -96,7 +101,7 @@ def _tokenizer_name(config: Config, opened: Prepared | TokenFiles) -> str:
 
 
 def _bytes_per_token(opened: Prepared | TokenFiles) -> float | None:
-    """Bytes of text for each token that is none of an end; ids alone do not tell."""
+    """Bytes of text for each token that is no end id; None if unknown, as ids alone do not tell."""
     if isinstance(opened, TokenFiles):
         return None
     counts = total(opened.description["train"])
@@ -106,24 +111,27 @@ def _bytes_per_token(opened: Prepared | TokenFiles) -> float | None:
 
 def _end_token(opened: Prepared | TokenFiles) -> dict[str, Any]:
     """The id that closes documents, and the share of them that are known to end in it."""
-    if isinstance(opened, Prepared):                         # prepare has put it behind every document
+    if isinstance(opened, Prepared):                         # `prepare` puts it behind every document
         return {"id": opened.tokenizer.end_id, "share": 1.0}
     files = [member.file.index for member in opened.members]
-    closed = sum(index.ending.share * index.documents for index in files if index.ending
-                 and index.ending.id == opened.end_id)
+    closed = sum(index.ending.share * index.documents for index in files
+                 if index.ending and index.ending.id == opened.end_id)
     share = closed / max(sum(index.documents for index in files), 1)
     return {"id": opened.end_id, "share": None if opened.end_id is None else float(share)}
 
 
 def _counts(stream: Stream, domains: int) -> list[tuple[int, int]]:
-    """(documents, tokens) of each domain on one side."""
+    """Documents and tokens of each domain in a stream."""
     bounds = np.array([stream.domain_range(number) for number in range(domains)]).reshape(-1, 2)
     documents = np.searchsorted(stream.document_starts, bounds)
     return list(zip(np.diff(documents)[:, 0].tolist(), np.diff(bounds)[:, 0].tolist()))
 
 
 def _documents(dataset: TokenDataset, opened: Prepared | TokenFiles) -> Iterator[dict[str, Any]]:
-    """The beginnings of some documents that are trained on, of as many domains as there are, the largest first."""
+    """Yield the beginnings of some training documents.
+
+    They come from as many domains as there are, the largest first.
+    """
     stream, counts = dataset.train_stream, _counts(dataset.train_stream, len(dataset.domains))
     first = np.searchsorted(stream.document_starts,
                             [stream.domain_range(number)[0] for number in range(len(counts))])
@@ -132,17 +140,19 @@ def _documents(dataset: TokenDataset, opened: Prepared | TokenFiles) -> Iterator
     places = [(turn, number) for turn in range(SHOWN) for number in order if turn < counts[number][0]][:SHOWN]
     turns = max(turn for turn, _ in places) + 1
     end_id = opened.end_id if isinstance(opened, TokenFiles) else opened.tokenizer.end_id
-    for turn, number in places:                              # spread evenly over the domain
+    for turn, number in places:                              # documents spread evenly over the domain
         document = int(first[number]) + turn * counts[number][0] // min(turns, counts[number][0])
         begin = int(stream.document_starts[document])
-        end = int(stream.document_starts[document
-                                         + 1]) if document + 1 < len(stream.document_starts) else stream.size
+        end = stream.size
+        if document + 1 < len(stream.document_starts):
+            end = int(stream.document_starts[document + 1])
         ids = stream.read(begin, min(end - begin, SHOWN_TOKENS)).tolist()
         yield _shown(dataset.domains[number], ids, end - begin, end_id, dataset.tokenizer)
 
 
 def _shown(domain: str, ids: list[int], length: int, end_id: int | None,
            tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The beginning of a document, as ids and as text if a tokenizer is known."""
     ended = len(ids) == length and bool(ids) and ids[-1] == end_id
     text = None if tokenizer is None else tokenizer.decode(ids[:-1] if ended else ids)
     return {"domain": domain, "length": length, "tokens": ids, "text": text, "complete": len(ids) == length,

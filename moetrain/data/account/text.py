@@ -62,7 +62,8 @@ def reasons(rows: list[dict[str, Any]], *, examples: bool = False) -> list[str]:
     for row in rows:
         text = f"{row['reason']}{', ' + shown(row['format']) if row['format'] else ''}: {_files(row)}"
         if examples:
-            text += f" ({shown(row['first'], 80)}{'; ' + shown(row['convert']) if row.get('convert') else ''})"
+            advice = f"; {shown(row['convert'])}" if row.get("convert") else ""
+            text += f" ({shown(row['first'], 80)}{advice})"
         found.append(text)
     return found
 
@@ -73,7 +74,7 @@ def left_out_line(record: dict[str, Any]) -> str:
              for why in reasons([row for row in ledger["left_out"] if row["bytes"]])]
     became = record["text"]["became"]
     parts += [f"{what} {tally['bytes']:,} bytes" for what, tally in became.items()
-              if tally["bytes"] and what not in (TRAINED, HELD, CUT)]   # only the built-in corpus has CUT
+              if tally["bytes"] and what not in (TRAINED, HELD, CUT)]  # only the built-in corpus has CUT
     if record["text"]["undecodable"]["bytes"]:
         parts.append(f"undecodable {record['text']['undecodable']['bytes']:,} bytes")
     return _cut(parts)

@@ -1,4 +1,4 @@
-"""What a dataset hands to the trainer.
+"""The batch that a dataset gives to the trainer, and the interface of datasets.
 
 Shapes: B sequences, S positions.
 """
@@ -11,23 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Sample ids from here on are held-out windows: no training sample has one, so keyed randomness never repeats.
+# Ids of held-out windows start here. No training sample has such an id, so keyed randomness never repeats.
 HELDOUT_IDS = 1 << 56
-DOMAIN_IDS = 1 << 40           # held-out ids of one domain
-ALIGNMENT = 16                 # bytes: where a field of a batch begins in packed memory
+DOMAIN_IDS = 1 << 40           # ids reserved for each part of the held-out text
+ALIGNMENT = 16                 # bytes; alignment of the fields of a batch in packed memory
 
 
 class Batch(NamedTuple):
+    """One micro-batch of a rank."""
+
     tokens_BS: Tensor             # int64 inputs; 0 in padding
     targets_BS: Tensor            # int64 next tokens; -1 where there is none
     valid_BS: Tensor              # bool: the position holds a token and has a target
     sample_ids_B: Tensor          # int64
     domains_B: Tensor             # int64: index in Dataset.domains
-    # int64: number of the document inside the sequence, from 0; only with mask_documents
-    documents_BS: Tensor | None
+    documents_BS: Tensor | None   # int64: document of the sequence, from 0; only with mask_documents
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device: all fields in one copy, for which the host does not wait."""
+        """The batch on a device. All fields travel in one asynchronous copy from pinned memory."""
         if device.type == "cpu":
             return self
         fields = [field for field in self if field is not None]
@@ -40,28 +41,30 @@ class Batch(NamedTuple):
 
 
 def _unpacked(packed: Tensor, fields: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
-    """Views of packed bytes, of the fields' dtypes and shapes."""
+    """Views into packed bytes with the dtypes and shapes of the fields."""
     return [packed[begin:begin + field.nbytes].view(field.dtype).view(field.shape)
             for field, begin in zip(fields, [0, *ends])]
 
 
 def padding(sequences: int, seq_len: int, *, mask_documents: bool) -> Batch:
-    """Sequences without a token, of the shape of others."""
+    """A batch of sequences without a token, in the shape of the others."""
     tokens_BS = torch.zeros(sequences, seq_len, dtype=torch.int64)
     return Batch(tokens_BS, tokens_BS - 1, tokens_BS.bool(), tokens_BS[:, 0], tokens_BS[:, 0],
                  tokens_BS if mask_documents else None)
 
 
 class Dataset(Protocol):
-    """Sequences by number. `sample_ids` says which ones a step trains on, whoever reads them."""
+    """Interface of a dataset: sequences by number.
+
+    `sample_ids` says which sequences a step trains on, whichever rank reads them.
+    """
 
     vocab_size: int
     domains: tuple[str, ...]
-    # what held-out text is measured as: the domains, or the largest and the rest as one
-    measured: tuple[str, ...]
+    measured: tuple[str, ...]     # names under which held-out loss is measured (evaluated_domains.py)
     fingerprint: str
-    order: str  # which rule says what a step trains on: another release may have another one
-    tokens: int | None            # that are trained on, each once an epoch; None where they never repeat
+    order: str                    # version of the rule that says what a step trains on
+    tokens: int | None            # tokens of an epoch, each trained on once; None if they never repeat
 
     def sample_ids(self, step: int, slots: range | np.ndarray) -> np.ndarray:
         """Ids in the slots of a step (from 1): a pure function of (seed, fingerprint, step, slot)."""
@@ -70,21 +73,40 @@ class Dataset(Protocol):
     def batch(self, sample_ids: np.ndarray) -> Batch: ...
 
     def heldout_ids(self, part: int, windows: int) -> np.ndarray:
-        """Ids of at most so many held-out sequences of measured[part], the same ones every time; fewer when there are fewer."""
+        """Ids of at most `windows` held-out sequences of measured[part].
+
+        They are the same ones every time; fewer if there are not so many.
+        """
         ...
 
     def bytes_of_targets(self, batch: Batch) -> int | None:
-        """Bytes of text that the valid targets stand for: the denominator of nats per byte. None where nobody knows."""
+        """Bytes of text that the valid targets stand for, the denominator of nats per byte.
+
+        None if unknown.
+        """
         ...
 
     def epochs(self, sequences: int) -> np.ndarray:
-        """How often so many training sequences read each domain; float64, 0 for one that is left out, NaN without an end."""
+        """How often `sequences` training sequences read each domain.
+
+        Returns:
+            float64 [domains]; 0 for a domain that is left out, NaN for one without an end.
+        """
         ...
 
 
 def make_batch(inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray, sample_ids: np.ndarray,
                domains: np.ndarray, documents: np.ndarray | None) -> Batch:
-    """From rows [B, S] of inputs and of targets, of which the first `lengths` count."""
+    """Build a batch from arrays.
+
+    Args:
+        inputs: int64 [B, S].
+        targets: int64 [B, S], next token of each input.
+        lengths: int64 [B], leading positions of each row that count; the rest is padding.
+        sample_ids: int64 [B].
+        domains: int64 [B], index of the domain.
+        documents: int64 [B, S], number of the document inside the row, or None.
+    """
     tokens_BS, targets_BS = torch.from_numpy(inputs), torch.from_numpy(targets)
     valid_BS = torch.arange(tokens_BS.shape[1]) < torch.from_numpy(lengths)[:, None]
     return Batch(tokens_BS.where(valid_BS, 0), targets_BS.where(valid_BS, -1), valid_BS,

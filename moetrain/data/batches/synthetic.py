@@ -1,8 +1,9 @@
 """Generated sequences: several domains, each a Markov chain that a tiny model learns within a hundred steps.
 
-A domain has an alphabet of its own (at most 16 tokens; alphabets overlap only when the vocabulary is small) and a table
-of four successors for each token, taken with probabilities 0.7, 0.2, 0.07, 0.03: about 0.86 nats a token at best. A
-sequence depends on (seed, sample id) alone. Held-out ones have ids that no step reaches.
+A domain has an alphabet of its own (at most 16 tokens; alphabets overlap only if the vocabulary is small) and
+a table of four successors for each token, taken with probabilities 0.7, 0.2, 0.07, 0.03: about 0.86 nats a
+token at best. A sequence depends on (seed, sample id) alone. Held-out sequences have ids that no step
+reaches.
 """
 
 import hashlib
@@ -18,9 +19,16 @@ _CUMULATIVE = np.array([0.7, 0.9, 0.97])
 
 
 class SyntheticDataset:
-    """Sample ids count up from 0 without end; the domain of a sample is drawn, each alike.
+    """Dataset of generated sequences without an end. The domain of a sample is drawn uniformly.
 
-    min_length: shortest sequence as a share of seq_len, in (0, 1]; the rest of a sequence is padding.
+    Args:
+        vocab_size: tokens of the vocabulary.
+        num_domains: number of domains.
+        seq_len: targets of a sequence.
+        global_batch: sequences of a step.
+        seed: seed of the tables and the sequences.
+        min_length: shortest sequence as a share of seq_len, in (0, 1]; the rest of a sequence is padding.
+        mask_documents: whether batches number documents; a sequence is one document.
     """
 
     tokens = None
@@ -57,18 +65,18 @@ class SyntheticDataset:
         return make_batch(rows[:, :-1], rows[:, 1:], lengths, sample_ids, domains, documents)
 
     def heldout_ids(self, part: int, windows: int) -> np.ndarray:
-        """So many ids; those of several domains as one are spread over them."""
+        """Exactly `windows` ids, spread over the domains of the part."""
         numbers, domains = np.arange(windows, dtype=np.int64), np.asarray(self._parts[part].domains, np.int64)
         return HELDOUT_IDS + domains[numbers * len(domains) // max(windows, 1)] * DOMAIN_IDS + numbers
 
     def bytes_of_targets(self, batch: Batch) -> None:
-        """Generated tokens stand for no text."""
+        """None: generated tokens stand for no text."""
 
     def epochs(self, sequences: int) -> np.ndarray:
         return np.full(len(self.domains), np.nan)
 
     def _walk(self, domains: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Rows [B, S + 1] of tokens: all chains a step at a time."""
+        """int64 [B, S + 1] tokens: all chains advance one step at a time."""
         choices = np.searchsorted(_CUMULATIVE, (draws >> np.uint64(11)) * 2.0 ** -53, "right")
         letters = np.empty(draws.shape, np.int64)
         letters[:, 0] = draws[:, 0] % np.uint64(self._alphabets.shape[1])
@@ -78,19 +86,21 @@ class SyntheticDataset:
 
 
 def _alphabets(seed: int, vocab_size: int, num_domains: int) -> np.ndarray:
-    """[domain, letter] -> token. Disjoint when the vocabulary has two tokens or more for each domain."""
-    letters = min(_ALPHABET,
-                  vocab_size // num_domains) if vocab_size >= 2 * num_domains else min(_ALPHABET, vocab_size)
+    """int64 [domains, letters] tokens. Disjoint if the vocabulary has two tokens or more for each domain."""
+    disjoint = vocab_size >= 2 * num_domains
+    letters = min(_ALPHABET, vocab_size // num_domains if disjoint else vocab_size)
     shuffled = np.argsort(philox(seed, "alphabets").random_raw(vocab_size), kind="stable")
     return shuffled[np.arange(num_domains * letters) % vocab_size].reshape(num_domains, letters)
 
 
 def _successors(seed: int, alphabets: np.ndarray) -> np.ndarray:
-    """[domain, letter, choice] -> letter. The likeliest successors form one cycle, so a chain visits every letter."""
+    """int64 [domains, letters, choices], index of the next letter.
+
+    The likeliest successors form one cycle, so that a chain visits every letter.
+    """
     num_domains, letters = alphabets.shape
-    table = (philox(seed,
-                    "successors").random_raw(num_domains * letters * 4) % np.uint64(letters)).astype(np.int64)
-    table = table.reshape(num_domains, letters, 4)
+    drawn = philox(seed, "successors").random_raw(num_domains * letters * 4)
+    table = (drawn % np.uint64(letters)).astype(np.int64).reshape(num_domains, letters, 4)
     for domain in range(num_domains):
         cycle = np.argsort(philox(seed, "cycle", domain).random_raw(letters), kind="stable")
         table[domain, cycle, 0] = np.roll(cycle, -1)

@@ -1,10 +1,11 @@
 """Training and evaluation windows over prepared tokens.
 
-A domain's documents lie end to end, each closed by the end id, and so do the domains. Every token is the target of a window once
-an epoch (data/batches/windows.py, data/batches/order.py); which domains are read together and how often: data/batches/mixture.py. Held-out text is cut
-into windows domain by domain, or, of many domains, the largest by name and the rest as one (data/batches/evaluated_domains.py).
+The documents of a domain lie end to end, each closed by the end id, and so do the domains. Every token is the
+target of a window once an epoch (windows.py, order.py). mixture.py says which domains are read together and
+how often. Held-out text is cut into windows by the parts of evaluated_domains.py.
 
-Sample id = number of the window; that of a held-out one is HELDOUT_IDS + DOMAIN_IDS * part + its first target in that part.
+A sample id is the number of a window; that of a held-out one is HELDOUT_IDS + DOMAIN_IDS * part + its first
+target in that part.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from moetrain.errors import DataError
 
 
 class TokenDataset:
-    """A prepared dataset, cut into windows.
+    """Windows over a prepared dataset.
 
     Args:
         prepared: the tokens.
@@ -33,28 +34,29 @@ class TokenDataset:
         global_batch: windows of a step.
         seed: seed of the order.
         mixture: `proportional` (domains by their size) or `uniform` (each alike).
-        weights: how many times as often as the mixture alone has it a domain comes, 1 unless given; 0 leaves it out.
-        mask_documents: number the documents inside a window.
-        trains: whether there are training windows; otherwise the held-out ones alone may be asked for.
+        weights: factor on how often the mixture reads a domain, by its name; 1 unless given, 0 leaves it out.
+        mask_documents: whether to number the documents inside a window.
+        trains: whether there are training windows; otherwise only held-out ones may be read.
     """
 
     order = ORDER
 
     def __init__(self, *, prepared: Prepared, seq_len: int, global_batch: int, seed: int,
-                 mixture: str = "proportional",
-                 weights: Mapping[str, float] | None = None, mask_documents: bool = False,
-                 trains: bool = True) -> None:
-        self.vocab_size, self.domains, self.fingerprint = prepared.vocab_size, prepared.domains, prepared.fingerprint
-        # indexed data has none
-        self.tokenizer, self.account = prepared.tokenizer, getattr(prepared, "account", None)
+                 mixture: str = "proportional", weights: Mapping[str, float] | None = None,
+                 mask_documents: bool = False, trains: bool = True) -> None:
+        self.vocab_size, self.domains = prepared.vocab_size, prepared.domains
+        self.fingerprint, self.tokenizer = prepared.fingerprint, prepared.tokenizer
+        self.account = getattr(prepared, "account", None)        # pre-tokenized data has none
         self.train_stream, self.heldout_stream = prepared.train, prepared.heldout
         self._seq_len, self._global_batch, self._mask_documents = seq_len, global_batch, mask_documents
         self._groups = self._mixture(prepared.folder, mixture, weights or {}) if trains else []
         self._windows = Windows(_ranges(self.train_stream, [group.domains for group in self._groups]),
                                 seq_len=seq_len, wraps=len(self._groups) > 1)
-        self._order = Order(key=(seed, self.fingerprint), sizes=self._windows.sizes.tolist(), seq_len=seq_len,
-                            shares=[group.share for group in self._groups],
-                            global_batch=global_batch) if trains else None
+        self._order = None
+        if trains:
+            self._order = Order(key=(seed, self.fingerprint), sizes=self._windows.sizes.tolist(),
+                                shares=[group.share for group in self._groups], seq_len=seq_len,
+                                global_batch=global_batch)
         parts = measured_parts(self.domains, np.diff(self.heldout_stream.domain_bounds).tolist())
         self.measured = tuple(part.name for part in parts)
         self._heldout = Windows(_ranges(self.heldout_stream, [part.domains for part in parts]),
@@ -62,7 +64,7 @@ class TokenDataset:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are trained on, each once."""
+        """Tokens of an epoch, each trained on once."""
         return int(self._windows.tokens.sum())
 
     def epochs(self, sequences: int) -> np.ndarray:
@@ -80,33 +82,37 @@ class TokenDataset:
         return self._windows.numbers(*self._order.windows(indices))
 
     def batch(self, sample_ids: np.ndarray) -> Batch:
-        """Training windows, or held-out ones."""
+        """Training windows or held-out ones, by sample id."""
         sample_ids = np.asarray(sample_ids, np.int64)
         return self._read(self._stream_of(sample_ids),
                           [self.pieces(number) for number in sample_ids.tolist()], sample_ids)
 
     def pieces(self, sample_id: int) -> list[Piece]:
-        """The targets of a window, in the training or the held-out stream."""
+        """Ranges of a window's targets, in the training or the held-out stream."""
         if sample_id >= HELDOUT_IDS:
             return self._heldout.pieces_at(*divmod(sample_id - HELDOUT_IDS, DOMAIN_IDS))
         assert 0 <= sample_id < self._windows.count, (sample_id, self._windows.count)
         return self._windows.pieces(sample_id)
 
     def heldout_ids(self, part: int, windows: int) -> np.ndarray:
-        """At most `windows` windows that do not overlap, spread evenly; of a short part all of it, the last one not full."""
+        """Ids of at most `windows` windows of a part that do not overlap, spread evenly.
+
+        A part with fewer gives all of them; its last one is not full.
+        """
         full, rest = divmod(int(self._heldout.tokens[part]), self._seq_len)
-        numbers = np.arange(windows) * full // max(windows,
-                                                   1) if full >= windows else np.arange(full + bool(rest))
+        numbers = np.arange(full + bool(rest))
+        if full >= windows:
+            numbers = np.arange(windows) * full // max(windows, 1)
         return HELDOUT_IDS + part * DOMAIN_IDS + numbers.astype(np.int64) * self._seq_len
 
     def heldout(self, part: int, *, windows: int, batch: int) -> Iterator[Batch]:
-        """Held-out windows of measured[part], `batch` at once."""
+        """Yield held-out windows of measured[part] in batches of at most `batch`."""
         ids = self.heldout_ids(part, windows)
         for first in range(0, len(ids), batch):
             yield self.batch(ids[first:first + batch])
 
     def bytes_of_targets(self, batch: Batch) -> int | None:
-        sample_ids = batch.sample_ids_B[batch.valid_BS.any(1)].numpy()       # not those of padding
+        sample_ids = batch.sample_ids_B[batch.valid_BS.any(1)].numpy()       # without padding
         stream = self._stream_of(sample_ids)
         found = [stream.text_bytes(*piece) for number in sample_ids.tolist() for piece in self.pieces(number)]
         return None if None in found else sum(found)
@@ -132,14 +138,17 @@ class TokenDataset:
         return make_batch(inputs, targets, lengths, sample_ids, domains, documents)
 
     def _documents(self, stream: TokenStream, pieces: Sequence[Piece]) -> np.ndarray:
-        """Number of each input's document, from 0 on in order of appearance; what comes again behind something else is another."""
+        """Number of each input's document, from 0 in order of appearance.
+
+        A document that appears again behind something else counts as another.
+        """
         places = np.concatenate([np.arange(start, start + length) for start, length in pieces]) - 1
         documents = np.searchsorted(stream.document_starts, places % stream.size, "right")
         another = (np.diff(documents) != 0) | (np.diff(places) != 1)
         return np.concatenate([[0], np.cumsum(another)])
 
     def _mixture(self, folder: Path, mixture: str, weights: Mapping[str, float]) -> list[Group]:
-        """The groups that are trained on; DataError where there is none."""
+        """Groups that are trained on. DataError if there is none."""
         if unknown := sorted(set(weights) - set(self.domains)):
             near = nearest(unknown[0], self.domains) or list(self.domains[:8])
             renamed = {near[0] if name == unknown[0] else name: weight for name, weight in weights.items()}
@@ -161,7 +170,7 @@ class TokenDataset:
 
 
 def _ranges(stream: TokenStream, groups: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
-    """Where the domains of each group lie."""
+    """Ranges of the domains of each group in the stream."""
     return [[stream.domain_range(domain) for domain in domains] for domains in groups]
 
 
@@ -172,7 +181,7 @@ def _with_the_one_before(stream: TokenStream, start: int, length: int) -> np.nda
 
 
 def _main_domain(stream: TokenStream, pieces: Sequence[Piece]) -> int:
-    """The domain of most of the targets; of equal ones the first in the window. 0 for no target."""
+    """Domain of most targets of a window, of equal ones the first; 0 without targets."""
     found: dict[int, int] = {}
     for start, length in pieces:
         first, last = (int(np.searchsorted(stream.domain_bounds, place, "right")) - 1

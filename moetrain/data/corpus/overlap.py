@@ -79,12 +79,12 @@ class Overlap:
     def __init__(self, *, heldout_bytes: int, limit: int) -> None:
         self._every = max(-(-heldout_bytes // (STRIDE * limit)), 1)
         self._pieces: list[np.ndarray] = []
-        # Hashes of the noted windows, sorted, with their counts; filled at the first look-up.
+        # Hashes of the noted windows, sorted, with counts; filled at the first look-up.
         self._hashes = self._counts = np.zeros(0, np.uint64)
         self._found = np.zeros(0, bool)
         # Two tables rule out most hashes before the binary search, which is slow.
-        self._missing = np.zeros(0, np.uint8)                   # by upper bits of a hash: windows not found yet
-        self._seen = np.zeros(0, bool)                          # by lower bits: whether there is a window
+        self._missing = np.zeros(0, np.uint8)        # by upper bits of a hash: windows not found yet
+        self._seen = np.zeros(0, bool)               # by lower bits: whether there is a window
         self._shift = np.uint64(63)
         self._texts: list[bytes] = []                           # training texts not yet looked up
         self._waiting = 0

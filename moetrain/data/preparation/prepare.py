@@ -1,4 +1,4 @@
-"""Preparation of text once for all runs: read, deduplicate, split, tokenize, write. The next run finds the result.
+"""Preparation of text, once for all runs: read, deduplicate, split, tokenize, write.
 
     prepare(path=None, out=Path("data"), tokenizer="bytes")  ->  data/<fingerprint>/
 
@@ -255,7 +255,6 @@ def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: floa
 
 
 def _say_account(account: dict[str, Any]) -> None:
-    # nobody asks what became of it
     """Log an account, except that of the built-in corpus."""
     if all(ledger["path"] == BUILTIN for ledger in account["files"].values()):
         return
@@ -265,8 +264,8 @@ def _say_account(account: dict[str, Any]) -> None:
 
 def _sizes(prepared: Prepared) -> str:
     train, heldout = (total(prepared.description[split]) for split in ("train", "heldout"))
-    return (f"{len(prepared.domains)} domains, {train['tokens']:,} tokens in {train['documents']:,} documents, "
-            f"{heldout['tokens']:,} held out")
+    return (f"{len(prepared.domains)} domains, {train['tokens']:,} tokens in "
+            f"{train['documents']:,} documents, {heldout['tokens']:,} held out")
 
 
 def _remembered(out: Path) -> dict[str, dict[str, Any]]:

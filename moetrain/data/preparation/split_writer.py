@@ -126,7 +126,10 @@ class SplitWriter:
         self._document_domains.append(domain)
 
     def _make_room(self, domain: int) -> None:
-        """Write the full shard. The current document moves to the next one, or is cut if it fills this one."""
+        """Write the full shard.
+
+        The current document moves to the next shard, or is cut if it fills this one alone.
+        """
         if self._document_domains:                   # the current document goes to the next shard
             self._write()
             if self._resume is not None:

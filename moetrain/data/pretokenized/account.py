@@ -1,7 +1,7 @@
-"""The account of pre-tokenized data: what lies at its paths, and what becomes of each file (`account/ledgers.py`).
+"""The account of pre-tokenized data: which files are at its paths, and what becomes of each.
 
-The code that opens the files enters which are read and which are left alone. Everything else at a path is
-left out, by what it is.
+The ledgers are those of `account/ledgers.py`. The code that opens the files enters which are read and which
+are left alone. Everything else at a path is left out, by what it is.
 """
 
 from collections.abc import Iterable, Iterator
@@ -67,7 +67,8 @@ class TokenAccount:
         ledger, folder, known = FileLedger(key, path), Path(path), set()
         for file, side, reason in [*((file, side, "") for file, side in read),
                                    *((file, TRAINED, why) for file, why in alone)]:
-            name = str(file.relative_to(folder)) if file.is_relative_to(folder) and file != folder else file.name
+            below = file.is_relative_to(folder) and file != folder
+            name = str(file.relative_to(folder)) if below else file.name
             entry = self._entries[file] = TokenEntry(name, file.stat().st_size, side, reason)
             ledger.entries.append(entry)
             known.add(file)

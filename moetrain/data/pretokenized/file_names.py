@@ -15,7 +15,7 @@ from typing import NamedTuple
 from moetrain.data.corpus.given_splits import TRAIN, VALID, find_splits, without_split
 
 UNNAMED = "text"                         # domain of a file whose name is only a number
-# Numbers behind a separator, or of three digits or more: 000001, -00000-of-01024, part-0-00000; not gpt2, 10B.
+# Behind a separator, or of three digits or more: 000001, -00000-of-01024, part-0-00000; not gpt2, 10B.
 _NUMBERS = re.compile(r"(?:[-_.]+(?:of[-_.]+)?\d+)+$|\d{3,}$")
 
 

@@ -145,7 +145,8 @@ def _read(path: Path, reading: _Reading, report: Report) -> TokenIndex:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
             dtype = found.dtype or _width(file, status.st_size, reading)
-            tokens = (status.st_size - found.start) // dtype.itemsize if found.tokens is None else found.tokens
+            fitting = (status.st_size - found.start) // dtype.itemsize
+            tokens = fitting if found.tokens is None else found.tokens
             _check_size(path, status.st_size, found.start + tokens * dtype.itemsize, tokens, dtype,
                         found.name)
             starts = _Starts(reading.end_id)

@@ -1,4 +1,4 @@
-"""Discovery of the token files that `data=memmap` reads, by their names, below data.path and data.held_out."""
+"""Search for the token files that `data=memmap` reads, by name, below data.path and data.held_out."""
 
 import glob
 import logging

@@ -1,7 +1,7 @@
 """Token files of other programs as training data: the streams of `data=memmap` and `data=megatron`.
 
     TokenFile      a file, opened by its index (tokens/index.py)
-    Member         a file in a domain, and how much of each of its documents is trained on; the rest is held out
+    Member         a file in a domain, and how much of each document is trained on; the rest is held out
     TokenFiles     what batches/token_dataset.py reads in place of a prepared dataset
 
 `tokens/blocks.py` reads the files with `pread`, never through a memory map: a file that is truncated while in

@@ -5,10 +5,10 @@ A file that begins like records must go on like them, or it is text:
     JSON lines    the first two lines are objects; or the first is one with the text key; or the suffix says
                   so, and the file is none of the next two
     JSON array    it begins with an object, or with a string of several words
-    JSON objects  one over several lines: with the text key, or not empty and with another behind it. A file of
-                  one object without the text key is text: a notebook, a package.json
-    CSV, TSV      the suffix says so; or the first line is names, one of them the text key, and the next has as
-                  many cells
+    JSON objects  one over several lines: with the text key, or not empty and with another behind it. A file
+                  of one object without the text key is text: a notebook, a package.json
+    CSV, TSV      the suffix says so; or the first line is names, one of them the text key, and the next has
+                  as many cells
     Parquet       its first bytes
 
 With `data.text_key=null` every file is text as it stands.

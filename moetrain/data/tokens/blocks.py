@@ -128,8 +128,9 @@ class TokenBlocks:
         descriptor = self._descriptor()
         try:
             content = os.pread(descriptor.number, length, place)
-            while (len(content) < length
-                       and (more := os.pread(descriptor.number, length - len(content), place + len(content)))):
+            while rest := length - len(content):
+                if not (more := os.pread(descriptor.number, rest, place + len(content))):
+                    break
                 content += more
         except OSError as error:
             raise self._errors.unreadable(self.path, error) from error
