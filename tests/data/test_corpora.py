@@ -26,7 +26,8 @@ from tests.support.prepared_reader import StoredDataset, read_dataset
 from tests.support.random_corpora import Corpus, corpora
 
 FORMATS = {"JSON as text": "text", "JSON lines": "JSON", "JSON array": "JSON", "JSON objects": "JSON"}
-PROFILE: dict[str, Any] = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+PROFILE: dict[str, Any] = {"derandomize": True, "database": None, "deadline": None,
+                           "suppress_health_check": list(HealthCheck)}
 
 
 def write(root: Path, files: Sequence[SourceFile], elsewhere: bool = False) -> None:
@@ -48,7 +49,7 @@ def say(*words: str) -> str:
 
 def inspected(*keys: str) -> dict[str, Any]:
     """What `data inspect --json` prints; before it are warnings, since earlier commands of this process log to the terminal."""
-    lines = say("inspect", "--json", *keys).split("\n")            # not splitlines: texts hold other ends of lines
+    lines = say("inspect", "--json", *keys).split("\n")  # not splitlines: texts hold other ends of lines
     return json.loads("\n".join(lines[lines.index("{"):]))
 
 
@@ -88,7 +89,8 @@ def check_files(corpus: Corpus, root: Path, record: dict[str, Any]) -> None:
     """The ledger of files says of every file and byte on disk what became of it."""
     held = corpus.held_out or ()
     sides = {"train": "trained on", "valid": "held out", "test": ""}
-    _check_ledger(record["data.path"], root / "source", [(sides[file.side], file, file.reason) for file in corpus.files]
+    _check_ledger(record["data.path"], root / "source",
+                  [(sides[file.side], file, file.reason) for file in corpus.files]
                   + [("", file, "data.held_out") for file in held if corpus.inside])
     if corpus.held_out is None:
         assert set(record) == {"data.path"}
@@ -127,7 +129,8 @@ def check_texts(corpus: Corpus, dataset: StoredDataset) -> None:
     held_files = [*(file for file in read if file.side == "valid"), *(corpus.held_out or ())]
     held = [document for file in held_files for document in file.documents]
     stored_train, stored_held = dataset.texts("train"), dataset.texts("heldout")
-    assert corpus.cap is not None or len({text for _, text in stored_train}) == len(stored_train), "twice in the training text"
+    assert (corpus.cap is not None
+            or len({text for _, text in stored_train}) == len(stored_train)), "twice in the training text"
     assert len({text for _, text in stored_held}) == len(stored_held), "twice in the held-out text"
     if corpus.shared:
         _check_share(trained, stored_train, stored_held)
@@ -150,7 +153,8 @@ def _first_domains(source: list[tuple[str, bytes]]) -> dict[bytes, str]:
     return first
 
 
-def _check_share(source: list[tuple[str, bytes]], train: list[tuple[str, bytes]], held: list[tuple[str, bytes]]) -> None:
+def _check_share(source: list[tuple[str, bytes]], train: list[tuple[str, bytes]],
+                 held: list[tuple[str, bytes]]) -> None:
     """A text is on one side as a whole; in a domain of fewer than twenty a beginning may be trained on and its end held out."""
     first = _first_domains(source)
     ends = dict((text, domain) for domain, text in held)
@@ -160,12 +164,15 @@ def _check_share(source: list[tuple[str, bytes]], train: list[tuple[str, bytes]]
     for text in whole:
         assert (ends | beginnings)[text] == first[text]
     cut = first.keys() - whole
-    assert len(beginnings.keys() - whole) == len(ends.keys() - whole) == len(cut), "parts of texts that are not there"
+    assert (len(beginnings.keys() - whole) == len(ends.keys() - whole)
+            == len(cut)), "parts of texts that are not there"
     for text in cut:
-        begin = next(part for part in beginnings if text.startswith(part) and text[len(part):] in ends and part not in whole)
+        begin = next(part for part in beginnings if text.startswith(part) and text[len(part):] in ends
+                     and part not in whole)
         assert beginnings[begin] == ends[text[len(begin):]] == first[text]
         assert 0 < len(text) - len(begin) <= len(text) // 10, "the last twentieth, to a character"
-        assert sum(domain == first[text] for domain in first.values()) < 20, "a text is cut although there are enough of them"
+        assert (sum(domain == first[text] for domain in first.values())
+                < 20), "a text is cut although there are enough of them"
     assert held and len(held) < len(train) + len(cut)
 
 
@@ -190,7 +197,8 @@ def _check_text_ledger(corpus: Corpus, dataset: StoredDataset, documents: list[t
                        read: list[SourceFile]) -> None:
     """The ledger of texts agrees to the byte with what lies in the shards, and with what the files hold."""
     said, became = dataset.description["account"]["text"], dataset.description["account"]["text"]["became"]
-    assert said["bytes"] == sum(len(text) for _, text in documents) == sum(kind["bytes"] for kind in became.values())
+    assert (said["bytes"] == sum(len(text) for _, text in documents)
+            == sum(kind["bytes"] for kind in became.values()))
     assert said["documents"] == len(documents)
     for name, split in (("trained on", "train"), ("held out", "heldout")):
         stored = dataset.texts(split)
@@ -199,7 +207,8 @@ def _check_text_ledger(corpus: Corpus, dataset: StoredDataset, documents: list[t
     assert set(became) <= known and (corpus.cap is not None or "cut by data.domain_cap" not in became)
     assert not corpus.counts_empty or said["empty"] == sum(file.empty for file in read)
     undecodable = [file.undecodable for file in read if file.undecodable]
-    assert (said["undecodable"]["files"], said["undecodable"]["bytes"]) == (len(undecodable), sum(undecodable))
+    assert ((said["undecodable"]["files"], said["undecodable"]["bytes"])
+            == (len(undecodable), sum(undecodable)))
 
 
 # --- the properties
@@ -211,7 +220,8 @@ def check(corpus: Corpus) -> None:
         keys = on_disk(corpus, folder / "one")
         before = sorted((path, path.lstat().st_mtime_ns) for path in folder.rglob("*"))
         found = inspected(*keys)
-        assert sorted((path, path.lstat().st_mtime_ns) for path in folder.rglob("*")) == before, "inspect wrote something"
+        assert (sorted((path, path.lstat().st_mtime_ns) for path in folder.rglob("*"))
+                == before), "inspect wrote something"
         dataset = prepared(folder / "cache", *keys)
         check_files(corpus, folder / "one", dataset.description["account"]["files"])
         check_texts(corpus, dataset)
@@ -234,7 +244,8 @@ def check_inspection(corpus: Corpus, found: dict[str, Any], dataset: StoredDatas
     assert {name: value for name, value in account["text"].items() if name != "became"} == {
         name: value for name, value in said["text"].items() if name != "became"}
     for what in account["text"]["became"].keys() | said["text"]["became"].keys():
-        one, other = (ledger["text"]["became"].get(what, {"documents": 0, "bytes": 0}) for ledger in (account, said))
+        one, other = (ledger["text"]["became"].get(what, {"documents": 0, "bytes": 0})
+                      for ledger in (account, said))
         assert abs(one["bytes"] - other["bytes"]) <= slack * len(found["domains"]), what
         assert slack or one == other, what
     for side in ("train", "heldout"):
@@ -242,8 +253,10 @@ def check_inspection(corpus: Corpus, found: dict[str, Any], dataset: StoredDatas
         assert found["domains"].keys() == counts.keys()
         for domain, count in counts.items():
             before = found["domains"][domain][side]
-            assert before["documents"] == count["documents"] and 0 <= before["bytes"] - count["bytes"] <= slack
-        assert 0 <= found["tokens"][side] - sum(count["tokens"] for count in counts.values()) <= slack * len(counts)
+            assert (before["documents"] == count["documents"]
+                    and 0 <= before["bytes"] - count["bytes"] <= slack)
+        assert (0 <= found["tokens"][side] - sum(count["tokens"] for count in counts.values())
+                <= slack * len(counts))
     for key, ledger in dataset.description["account"]["files"].items():
         assert sum(file["size"] for file in found["files"][key]) == ledger["bytes"]
         assert len(found["files"][key]) == ledger["files"]
@@ -257,19 +270,22 @@ def check_inspection(corpus: Corpus, found: dict[str, Any], dataset: StoredDatas
 def test_runs_in_the_folder_that_they_read_are_own_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                           capfd: pytest.CaptureFixture) -> None:
     """A run begins, goes on and is followed by another where its text lies: none reads a file of the others."""
-    write(tmp_path, [SourceFile(f"texts/{number}.txt", f"text {number} and words {number ** 2}".encode()) for number in range(40)])
+    write(tmp_path, [SourceFile(f"texts/{number}.txt", f"text {number} and words {number ** 2}".encode())
+                     for number in range(40)])
     monkeypatch.chdir(tmp_path)
     words = ["train", "experiment=debug", "data=text", "data.path=.", "data.cache=null"]
     for name, steps in (("a", 1), ("a", 2), ("b", 1)):
         assert main([*words, f"run.name={name}", f"run.steps={steps}"]) == 0, capfd.readouterr().err
-    first, second = (read_dataset(next((tmp_path / "runs" / name / "data").glob("*/dataset.json")).parent) for name in ("a", "b"))
+    first, second = (read_dataset(next((tmp_path / "runs" / name / "data").glob("*/dataset.json")).parent)
+                     for name in ("a", "b"))
     assert first.texts("train") == second.texts("train") and first.texts("heldout") == second.texts("heldout")
     files = second.description["account"]["files"]["data.path"]
     assert [(row["files"], row["format"]) for row in files["read"]] == [(40, "text")]
     assert {row["reason"] for row in files["left_out"]} == {"own output"}
     found = inspected("data.path=.")
     _check_ledger(found["account"]["files"]["data.path"], tmp_path, [
-        ("trained on", SourceFile(str(path), path.read_bytes(), format="text"), "" if "texts" in path.parts else "own output")
+        ("trained on", SourceFile(str(path), path.read_bytes(), format="text"),
+         "" if "texts" in path.parts else "own output")
         for path in tmp_path.rglob("*") if path.is_file()])
 
 

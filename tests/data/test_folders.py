@@ -24,7 +24,8 @@ BESIDE = len(ORDER)                          # level of the files beside the fol
 
 def upward_imports(sources: Mapping[str, str]) -> list[str]:
     """Imports, in a folder of data/, of a folder that does not lie above it or of a file beside the folders."""
-    edges = [(module, target) for module, target in imports(sources) if package(module) == package(target) == "data"]
+    edges = [(module, target) for module, target in imports(sources)
+             if package(module) == package(target) == "data"]
     return sorted({f"{module} imports {target}" for module, target in edges
                    if LEVEL.get(folder(module), BESIDE) <= LEVEL.get(folder(target), BESIDE)
                    and folder(module) in LEVEL and folder(module) != folder(target)})
@@ -36,7 +37,8 @@ def folder(module: str) -> str:
 
 
 def test_imports_between_folders_only_go_down() -> None:
-    assert {folder(module) for module in PACKAGE if re.fullmatch(r"moetrain\.data\.\w+\.\w+", module)} == set(LEVEL)
+    assert ({folder(module) for module in PACKAGE if re.fullmatch(r"moetrain\.data\.\w+\.\w+", module)}
+            == set(LEVEL))
     assert upward_imports(PACKAGE) == []
 
 
@@ -47,6 +49,7 @@ def test_imports_between_folders_only_go_down() -> None:
 ])
 def test_an_import_upwards_is_found(module: str, target: str) -> None:
     sources = {"moetrain.data.loader": "from moetrain.data.reading import b", "moetrain.data.reading.b": "",
-               "moetrain.data.batches.a": "from moetrain.data.reading import b", "moetrain.data.pretokenized.b": ""}
+               "moetrain.data.batches.a": "from moetrain.data.reading import b",
+               "moetrain.data.pretokenized.b": ""}
     assert upward_imports(sources) == []
     assert len(upward_imports({**sources, module: f"import {target}"})) == 1

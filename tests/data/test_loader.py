@@ -33,8 +33,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
                 address += length
         writer.flush()
         counts[split] = writer.counts
-    write_description(folder, {"fingerprint": "abc", "tokenizer": "bytes", "vocab_size": 257, "domains": list(DOMAINS),
-                               "end_id": 256, "heldout_overlap": 0.0, **counts})
+    write_description(folder, {"fingerprint": "abc", "tokenizer": "bytes", "vocab_size": 257,
+                               "domains": list(DOMAINS), "end_id": 256, "heldout_overlap": 0.0, **counts})
     return open_prepared(folder, verify=True)
 
 
@@ -44,7 +44,8 @@ def dataset(prepared: Prepared, seq_len: int = 10, **changes: object) -> TokenDa
 
 
 def synthetic(**changes: object) -> SyntheticDataset:
-    settings = {"vocab_size": 64, "num_domains": 4, "seq_len": 32, "global_batch": 8, "seed": 0, "min_length": 0.5}
+    settings = {"vocab_size": 64, "num_domains": 4, "seq_len": 32, "global_batch": 8, "seed": 0,
+                "min_length": 0.5}
     return SyntheticDataset(**(settings | changes))
 
 
@@ -70,8 +71,9 @@ def test_windows_are_consecutive_tokens_over_all_domains(prepared: Prepared) -> 
         places = np.arange(10 * row, min(10 * row + 10, 612))
         assert batch.targets_BS[row, :len(places)].tolist() == stream[places].tolist()
         assert batch.tokens_BS[row, :len(places)].tolist() == stream[places - 1].tolist()
-    assert batch.valid_BS.sum() == 612 and (batch.targets_BS[~batch.valid_BS] == -1).all() and batch.documents_BS is None
-    assert batch.domains_B.tolist() == [0] * 51 + [1] * 11                  # 507 … 509 of window 50 are of the second
+    assert (batch.valid_BS.sum() == 612 and (batch.targets_BS[~batch.valid_BS] == -1).all()
+            and batch.documents_BS is None)
+    assert batch.domains_B.tolist() == [0] * 51 + [1] * 11  # 507 … 509 of window 50 are of the second
     assert batch.sample_ids_B.tolist() == list(range(62))
     integers = (batch.tokens_BS, batch.targets_BS, batch.sample_ids_B, batch.domains_B)
     assert {tensor.dtype for tensor in integers} == {torch.int64}
@@ -83,7 +85,8 @@ def test_sample_ids_are_a_pure_function_of_step_and_slot(prepared: Prepared, mix
     steps = {step: data.sample_ids(step, range(8)) for step in (1, 2, 30, 7, 1000)}
     again = dataset(prepared, mixture=mixture)
     for step in sorted(steps, reverse=True):
-        one_by_one = [int(again.sample_ids(step, range(slot, slot + 1))[0]) for slot in (7, 3, 0, 1, 2, 4, 5, 6)]
+        one_by_one = [int(again.sample_ids(step, range(slot, slot + 1))[0])
+                      for slot in (7, 3, 0, 1, 2, 4, 5, 6)]
         assert steps[step][[7, 3, 0, 1, 2, 4, 5, 6]].tolist() == one_by_one
     other = dataset(prepared, mixture=mixture, seed=1)
     assert steps[1].tolist() != other.sample_ids(1, range(8)).tolist()
@@ -92,18 +95,21 @@ def test_sample_ids_are_a_pure_function_of_step_and_slot(prepared: Prepared, mix
 def test_the_order_of_a_release_is_that_of_the_next(prepared: Prepared) -> None:
     """A resumed run must find its data where an older moetrain left it: a change here breaks every resume."""
     assert dataset(prepared).sample_ids(3, range(8)).tolist() == [32, 50, 58, 11, 49, 19, 30, 26]
-    assert dataset(prepared, mixture="uniform").sample_ids(3, range(8)).tolist() == [508, 210, 527, 525, 200, 507, 130, 270]
+    assert (dataset(prepared, mixture="uniform").sample_ids(3, range(8)).tolist()
+            == [508, 210, 527, 525, 200, 507, 130, 270])
 
 
 def test_uniform_mixture_is_balanced_in_every_step_and_in_own_epochs(prepared: Prepared) -> None:
     data = dataset(prepared, mixture="uniform")
-    batches = [data.batch(data.sample_ids(step, range(8))) for step in range(1, 26)]       # 200 samples, 100 a domain
+    # 200 samples, 100 a domain
+    batches = [data.batch(data.sample_ids(step, range(8))) for step in range(1, 26)]
     domains = torch.stack([batch.domains_B for batch in batches])
     assert (domains.sum(1) == 4).all() and len({tuple(row) for row in domains.tolist()}) > 10
     assert all(batch.valid_BS.all() for batch in batches)
     for domain, size in enumerate((507, 105)):
         rows = torch.cat([batch.targets_BS[batch.domains_B == domain] for batch in batches])
-        assert len(rows) == 100 and prepared.train.domain_range(domain)[1] - prepared.train.domain_range(domain)[0] == size
+        assert (len(rows) == 100
+                and prepared.train.domain_range(domain)[1] - prepared.train.domain_range(domain)[0] == size)
     assert data.epochs(200).tolist() == pytest.approx([1000 / 507, 1000 / 105])
 
 
@@ -114,8 +120,10 @@ def test_weights_name_domains_and_leave_some_out(prepared: Prepared) -> None:
     assert data.epochs(200).tolist() == pytest.approx([500 / 507, 1500 / 105])
     assert dataset(prepared, weights={}).sample_ids(1, range(8)).tolist() == \
         dataset(prepared, weights={"big": 1}).sample_ids(1, range(8)).tolist()
-    only = dataset(prepared, seq_len=200, mixture="uniform", weights={"small": 0})          # too short, and not needed
-    assert set(only.sample_ids(1, range(8)).tolist()) == {0, 1, 2} and only.tokens == 507 and only.epochs(6).tolist() == [2, 0]
+    # too short, and not needed
+    only = dataset(prepared, seq_len=200, mixture="uniform", weights={"small": 0})
+    assert (set(only.sample_ids(1, range(8)).tolist()) == {0, 1, 2} and only.tokens == 507
+            and only.epochs(6).tolist() == [2, 0])
     assert sum(len(b.tokens_BS) for b in only.heldout(1, windows=4, batch=4)) == 1
     with pytest.raises(DataError, match="E-DATA-100") as caught:
         dataset(prepared, weights={"smal": 2.0})
@@ -124,13 +132,17 @@ def test_weights_name_domains_and_leave_some_out(prepared: Prepared) -> None:
         dataset(prepared, weights={"small": 0, "big": 0})
 
 
-@pytest.mark.parametrize("make", [dataset, lambda prepared: dataset(prepared, weights={"small": 2.5}), lambda _: synthetic()],
+@pytest.mark.parametrize("make",
+                         [dataset, lambda prepared: dataset(prepared,
+                                                            weights={"small": 2.5}), lambda _: synthetic()],
                          ids=["tokens", "weighted", "synthetic"])
 @pytest.mark.parametrize("ranks, micro_batch", [(1, 8), (1, 2), (2, 2), (4, 2), (8, 1), (2, 4)])
-def test_the_number_of_ranks_decides_only_who_reads(prepared: Prepared, make, ranks: int, micro_batch: int) -> None:
+def test_the_number_of_ranks_decides_only_who_reads(prepared: Prepared, make, ranks: int,
+                                                    micro_batch: int) -> None:
     data: Dataset = make(prepared)
     whole = Loader(data, global_batch=8, micro_batch=8, rank=0, ranks=1).step(5)[0]
-    loaders = [Loader(data, global_batch=8, micro_batch=micro_batch, rank=rank, ranks=ranks) for rank in range(ranks)]
+    loaders = [Loader(data, global_batch=8, micro_batch=micro_batch, rank=rank, ranks=ranks)
+               for rank in range(ranks)]
     micro = [loader.step(5) for loader in loaders]
     assert {len(batches) for batches in micro} == {8 // (ranks * micro_batch)}
     in_slot_order = [micro[rank][number] for number in range(len(micro[0])) for rank in range(ranks)]
@@ -142,7 +154,8 @@ def test_documents_are_numbered_inside_a_window(prepared: Prepared) -> None:
     """By the input: the mark that ends a document belongs to it, and so does the token after it as a target."""
     data = dataset(prepared, seq_len=50, mask_documents=True)
     batch = data.batch(np.array([0, 6, 12]))
-    assert batch.documents_BS[0].tolist() == [0] + [1] * 40 + [2] * 9       # last document, one of 40 tokens, one of 300
+    # last document, one of 40 tokens, one of 300
+    assert batch.documents_BS[0].tolist() == [0] + [1] * 40 + [2] * 9
     assert batch.documents_BS[1].tolist() == [0] * 41 + [1] * 7 + [2] * 2   # inputs 299 … 339 | … 346 | …
     assert batch.tokens_BS[0, 40] == 256 and batch.targets_BS[0, 40] == 40
     assert batch.documents_BS[2].tolist() == [0] * 13 + [0] * 37            # the last is not full
@@ -163,7 +176,8 @@ def test_heldout_windows_do_not_overlap_and_are_the_same_every_time(prepared: Pr
     assert [len(batch.tokens_BS) for batch in batches] == [4, 2]
     assert all(same(*pair) for pair in zip(batches, data.heldout(0, windows=6, batch=4)))
     ids = data.heldout_ids(0, 6)
-    assert (ids >= HELDOUT_IDS).all() and ids.tolist() == torch.cat([batch.sample_ids_B for batch in batches]).tolist()
+    assert ((ids >= HELDOUT_IDS).all()
+            and ids.tolist() == torch.cat([batch.sample_ids_B for batch in batches]).tolist())
     pieces = [data.pieces(id) for id in ids.tolist()]
     assert all(len(piece) == 1 and piece[0].length == 10 for piece in pieces)
     starts = np.array([piece[0].start for piece in pieces])
@@ -177,9 +191,10 @@ def test_every_heldout_token_is_a_target_once(prepared: Prepared) -> None:
     data = dataset(prepared)
     (batch,) = data.heldout(1, windows=32, batch=16)
     assert batch.tokens_BS.shape == (1, 10) and batch.valid_BS.sum() == 5
-    assert batch.targets_BS[0].tolist() == [150, 151, 152, 153, 256] + [-1] * 5 and (batch.tokens_BS[0, 5:] == 0).all()
+    assert (batch.targets_BS[0].tolist() == [150, 151, 152, 153, 256] + [-1] * 5
+            and (batch.tokens_BS[0, 5:] == 0).all())
     assert batch.tokens_BS[0, 0] == 256                                     # where the domain before it ends
-    assert data.bytes_of_targets(batch) == 4                                # the end of the document is no byte
+    assert data.bytes_of_targets(batch) == 4  # the end of the document is no byte
     everything = list(data.heldout(0, windows=99, batch=4))
     assert sum(int(part.valid_BS.sum()) for part in everything) == 150
     assert sum(data.bytes_of_targets(part) for part in everything) == 150 - 2
@@ -225,7 +240,8 @@ def test_generated_samples_depend_on_seed_and_id_alone() -> None:
     batch = data.batch(ids)
     assert same(batch, synthetic().batch(ids)) and not same(batch, synthetic(seed=1).batch(ids))
     alone = data.batch(ids[5:6])
-    assert alone.tokens_BS[0].tolist() == batch.tokens_BS[5].tolist() and alone.domains_B[0] == batch.domains_B[5]
+    assert (alone.tokens_BS[0].tolist() == batch.tokens_BS[5].tolist()
+            and alone.domains_B[0] == batch.domains_B[5])
 
 
 def test_generated_lengths_domains_and_padding() -> None:
@@ -248,7 +264,8 @@ def test_generated_domains_are_predictable_and_differ() -> None:
     for domain in range(4):
         batch = data.batch(data.heldout_ids(domain, 60))
         assert (batch.domains_B == domain).all() and (batch.sample_ids_B >= HELDOUT_IDS).all()
-        pairs = torch.zeros(64, 64).index_put_((batch.tokens_BS[:30].flatten(), batch.targets_BS[:30].flatten()),
+        pairs = torch.zeros(64, 64).index_put_((batch.tokens_BS[:30].flatten(),
+                                                batch.targets_BS[:30].flatten()),
                                                torch.ones(30 * 32), accumulate=True)
         right = pairs.argmax(1)[batch.tokens_BS[30:]] == batch.targets_BS[30:]
         assert right.float().mean() > 0.6
@@ -259,4 +276,5 @@ def test_generated_domains_are_predictable_and_differ() -> None:
 @pytest.mark.parametrize("vocab_size, num_domains", [(2, 5), (7, 3), (1, 1), (1000, 2)])
 def test_generated_tokens_fit_any_vocabulary(vocab_size: int, num_domains: int) -> None:
     batch = synthetic(vocab_size=vocab_size, num_domains=num_domains).batch(np.arange(50))
-    assert batch.tokens_BS.min() >= 0 and batch.tokens_BS.max() < vocab_size and batch.domains_B.max() < num_domains
+    assert (batch.tokens_BS.min() >= 0 and batch.tokens_BS.max() < vocab_size
+            and batch.domains_B.max() < num_domains)

@@ -44,7 +44,8 @@ def test_what_is_kept_adds_up() -> None:
     assert sum(row["files"] for row in kept["read"] + kept["left_out"]) == kept["files"] == 7
     assert [(row["reason"], row["bytes"], row["first"]) for row in kept["left_out"]] == [
         (HIDDEN, 900, ".git/x"), (OWN, 800, "runs/a/log"), (TEST, 700, "test.txt"), (BINARY, 61, "c.tar")]
-    assert record["text"]["bytes"] == sum(tally["bytes"] for tally in record["text"]["became"].values()) == 300
+    assert (record["text"]["bytes"] == sum(tally["bytes"] for tally in record["text"]["became"].values())
+            == 300)
 
 
 def test_text_that_nobody_accounts_for_is_a_bug() -> None:
@@ -78,7 +79,8 @@ def test_an_account_that_was_altered_is_none() -> None:
         inner[path[-1]] = ["x"] if inner[path[-1]] != ["x"] else 1
         if is_account(altered):
             account_lines(altered), left_out_line(altered)
-    for value in (None, [], {}, {"files": {}, "text": {}}, {"files": {"data.path": 1}, "text": record["text"]}):
+    for value in (None, [], {}, {"files": {}, "text": {}},
+                  {"files": {"data.path": 1}, "text": record["text"]}):
         assert not is_account(value)
 
 

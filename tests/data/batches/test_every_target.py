@@ -24,7 +24,8 @@ WORDS = 6 * 5 * 64 + 1
 GLOBAL_BATCH = 8
 RANKS = (1, 2, 4)
 # Documents of a domain, in words: shorter than a sequence, empty of others, one that fills windows to the token, many.
-DOMAINS = st.lists(st.lists(st.sampled_from([1, 2, 3, 7, 15, 16, 31, 64]), min_size=1, max_size=5), min_size=1, max_size=6)
+DOMAINS = st.lists(st.lists(st.sampled_from([1, 2, 3, 7, 15, 16, 31, 64]), min_size=1, max_size=5),
+                   min_size=1, max_size=6)
 
 
 def prepare(folder: Path, domains: Sequence[Sequence[int]]) -> StoredDataset:
@@ -33,7 +34,8 @@ def prepare(folder: Path, domains: Sequence[Sequence[int]]) -> StoredDataset:
     for number, lengths in enumerate(domains):
         (folder / "text" / f"domain{number}").mkdir(parents=True)
         for place, length in enumerate(lengths):
-            (folder / "text" / f"domain{number}" / f"{place}.txt").write_text(" ".join(next(words) for _ in range(length)))
+            (folder / "text" / f"domain{number}" / f"{place}.txt").write_text(" ".join(next(words)
+                                                                                       for _ in range(length)))
     (folder / "held.txt").write_text(next(words))
     vocabulary = {f"w{number}": number for number in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary | {"<|endoftext|>": WORDS}, unk_token="<|endoftext|>"))
@@ -52,11 +54,13 @@ class Epochs:
     def __init__(self, stored: StoredDataset) -> None:
         self.end = stored.description["end_id"]
         self.stream = np.concatenate([[*document.ids.tolist(), self.end] for document in stored.train])
-        self.domains = np.concatenate([[document.domain] * (len(document.ids) + 1) for document in stored.train])
+        self.domains = np.concatenate([[document.domain] * (len(document.ids) + 1)
+                                       for document in stored.train])
         ends = np.flatnonzero(self.stream == self.end)
         self.places, self.end_places = np.full(WORDS + 1, -1), np.full(WORDS + 1, -1)
         self.places[self.stream] = np.arange(len(self.stream))
-        self.end_places[self.stream[ends - 1]] = ends            # an end id is told by the word before it, which is its input
+        # an end id is told by the word before it, which is its input
+        self.end_places[self.stream[ends - 1]] = ends
         self.counts = np.zeros(len(self.stream), dtype=np.int64)
         self.empty = 0
 
@@ -65,7 +69,8 @@ class Epochs:
         valid = batch.valid_BS.numpy()
         tokens, targets = batch.tokens_BS.numpy()[valid], batch.targets_BS.numpy()[valid]
         at = np.where(targets == self.end, self.end_places[tokens], self.places[targets])
-        assert (at >= 0).all() and (self.stream[at - 1] == tokens).all(), "the input of a target is not the token before it"
+        assert ((at >= 0).all()
+                and (self.stream[at - 1] == tokens).all()), "the input of a target is not the token before it"
         np.add.at(self.counts, at, 1)
         self.empty += int((~valid).sum())
 
@@ -79,7 +84,8 @@ class Epochs:
 def count(dataset: TokenDataset, stored: StoredDataset, ranks: int, steps: int) -> Epochs:
     """The targets of so many steps, read by so many ranks."""
     epochs, micro_batch = Epochs(stored), GLOBAL_BATCH // ranks // (2 if ranks == 2 else 1)
-    loaders = [Loader(dataset, global_batch=GLOBAL_BATCH, micro_batch=micro_batch, rank=rank, ranks=ranks) for rank in range(ranks)]
+    loaders = [Loader(dataset, global_batch=GLOBAL_BATCH, micro_batch=micro_batch, rank=rank, ranks=ranks)
+               for rank in range(ranks)]
     for step in range(1, steps + 1):
         for loader in loaders:
             for batch in loader.step(step):
@@ -92,31 +98,38 @@ def check(domains: Sequence[Sequence[int]], mixture: str, seq_len: int, weights:
     with tempfile.TemporaryDirectory(prefix="targets") as name:
         stored = prepare(Path(name), domains)
         folder = Path(name) / "cache" / stored.description["fingerprint"][:16]
-        config = compose(["data=tokens", f"data.path={folder}", f"data.mixture={mixture}", f"data.weights={weights}",
-                          f"train.seq_len={seq_len}", f"train.global_batch={GLOBAL_BATCH}"])
+        config = compose(["data=tokens", f"data.path={folder}", f"data.mixture={mixture}",
+                          f"data.weights={weights}", f"train.seq_len={seq_len}",
+                          f"train.global_batch={GLOBAL_BATCH}"])
         dataset = build_dataset(config, Path(name) / "run", None)
         tokens = sum(len(document.ids) + 1 for document in stored.train)
         windows = -(-tokens // seq_len)
-        steps = windows // math.gcd(windows, GLOBAL_BATCH)       # after which whole epochs of all text are over
+        steps = windows // math.gcd(windows, GLOBAL_BATCH)  # after which whole epochs of all text are over
         first, *others = [count(dataset, stored, ranks, steps) for ranks in RANKS]
-        assert all((other.counts == first.counts).all() for other in others), "the number of ranks changes what is trained on"
+        assert all((other.counts == first.counts).all()
+                   for other in others), "the number of ranks changes what is trained on"
         assert first.counts.sum() + first.empty == steps * GLOBAL_BATCH * seq_len
         if mixture == "proportional" and weights == "{}":
             epochs = steps * GLOBAL_BATCH // windows
             assert (first.counts == epochs).all(), "every token once in each of so many epochs"
-            assert first.empty == epochs * (windows * seq_len - tokens) and windows * seq_len - tokens < seq_len
+            assert (first.empty == epochs * (windows * seq_len - tokens)
+                    and windows * seq_len - tokens < seq_len)
 
 
-@settings(max_examples=8, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, derandomize=True, database=None, deadline=None,
+          suppress_health_check=list(HealthCheck))
 @given(DOMAINS, st.sampled_from(["proportional", "uniform"]), st.sampled_from([4, 16, 33]),
        st.sampled_from(["{}", "{}", "{domain0: 3}", "{domain0: 0.3}"]))
-def test_every_token_is_a_target_once_an_epoch(domains: list[list[int]], mixture: str, seq_len: int, weights: str) -> None:
+def test_every_token_is_a_target_once_an_epoch(domains: list[list[int]], mixture: str, seq_len: int,
+                                               weights: str) -> None:
     check(domains, mixture, seq_len, weights)
 
 
 @pytest.mark.full
-@settings(max_examples=300, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, derandomize=True, database=None, deadline=None,
+          suppress_health_check=list(HealthCheck))
 @given(DOMAINS, st.sampled_from(["proportional", "uniform"]), st.integers(2, 40),
        st.sampled_from(["{}", "{domain0: 3}", "{domain0: 0.3}", "{domain0: 1.7}"]))
-def test_every_token_is_a_target_once_an_epoch_in_many_more(domains: list[list[int]], mixture: str, seq_len: int, weights: str) -> None:
+def test_every_token_is_a_target_once_an_epoch_in_many_more(domains: list[list[int]], mixture: str,
+                                                            seq_len: int, weights: str) -> None:
     check(domains, mixture, seq_len, weights)

@@ -19,5 +19,7 @@ from moetrain.data.batches.mixture import mixture_groups
     ("uniform", [50, 0], [1, 1], [([0], 1)]),
     ("uniform", [0, 5], [1, 0], []),
 ])
-def test_groups_and_their_shares(mixture: str, tokens: list[int], weights: list[float], expected: list) -> None:
-    assert [tuple(group) for group in mixture_groups(mixture, tokens=tokens, weights=weights, seq_len=10)] == expected
+def test_groups_and_their_shares(mixture: str, tokens: list[int], weights: list[float],
+                                 expected: list) -> None:
+    assert ([tuple(group) for group in mixture_groups(mixture, tokens=tokens, weights=weights, seq_len=10)]
+            == expected)

@@ -65,7 +65,8 @@ def test_what_stands_at_two_places_is_even_and_independent_over_keys(size: int) 
 
 
 def test_a_key_is_one_of_its_numbers_in_their_order() -> None:
-    keys = [subkeys(KEY, np.array(numbers[0]), *map(np.array, numbers[1:])) for numbers in ((1, 2), (2, 1), (1,), (2,), (1, 2, 0))]
+    keys = [subkeys(KEY, np.array(numbers[0]), *map(np.array, numbers[1:]))
+            for numbers in ((1, 2), (2, 1), (1,), (2,), (1, 2, 0))]
     assert len({int(key[0]) for key in keys}) == 5 and key_of("a", 1) != key_of("a", 2)
 
 

@@ -26,15 +26,17 @@ def numbered(folder: Path, train: list[int], heldout: list[int] | None = None) -
     names = tuple(f"d{number:04d}" for number in range(len(train)))
     vocab_size, counts = max(sum(train), sum(heldout), 257), {}
     for split, sizes in (("train", train), ("heldout", heldout)):
-        writer = SplitWriter(folder=folder, split=split, vocab_size=vocab_size, domains=names, shard_tokens=4096)
+        writer = SplitWriter(folder=folder, split=split, vocab_size=vocab_size, domains=names,
+                             shard_tokens=4096)
         ends = np.cumsum(sizes)
         for domain, (size, end) in enumerate(zip(sizes, ends.tolist())):
             for first in range(end - size, end, 50):
                 writer.add(np.arange(first, min(first + 50, end)), domain, 1)
         writer.flush()
         counts[split] = writer.counts
-    write_description(folder, {"fingerprint": f"{train} {heldout}", "tokenizer": "bytes", "vocab_size": vocab_size,
-                               "domains": list(names), "heldout_overlap": 0.0, **counts})
+    write_description(folder, {"fingerprint": f"{train} {heldout}", "tokenizer": "bytes",
+                               "vocab_size": vocab_size, "domains": list(names), "heldout_overlap": 0.0,
+                               **counts})
     return open_prepared(folder, verify=False)
 
 
@@ -53,9 +55,11 @@ class Case(NamedTuple):
 
 
 cases = st.integers(1, 7).flatmap(lambda count: st.builds(
-    Case, st.lists(st.one_of(st.integers(0, 6), st.integers(0, 300)), min_size=count, max_size=count).filter(any), st.integers(1, 40),
+    Case, st.lists(st.one_of(st.integers(0, 6), st.integers(0, 300)), min_size=count,
+                   max_size=count).filter(any), st.integers(1, 40),
     st.sampled_from(["proportional", "uniform"]),
-    st.one_of(st.just([1.0] * count), st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0]), min_size=count, max_size=count)),
+    st.one_of(st.just([1.0] * count), st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0]), min_size=count,
+                                               max_size=count)),
     st.sampled_from([1, 2, 3]), st.integers(1, 3), st.booleans()))
 
 
@@ -70,15 +74,16 @@ def test_every_token_is_a_target_as_often_as_any_other_of_its_domain(case: Case)
     with tempfile.TemporaryDirectory() as folder:
         prepared = numbered(Path(folder), case.sizes)
         global_batch = case.ranks * case.micro_batch * 2
-        settings = {"seq_len": case.seq_len, "global_batch": global_batch, "mixture": case.mixture, "mask_documents": case.mask,
-                    "weights": dict(zip(prepared.domains, case.weights))}
+        settings = {"seq_len": case.seq_len, "global_batch": global_batch, "mixture": case.mixture,
+                    "mask_documents": case.mask, "weights": dict(zip(prepared.domains, case.weights))}
         used = [size if weight else 0 for size, weight in zip(case.sizes, case.weights)]
         if not any(used):
             with pytest.raises(DataError, match="E-DATA-101"):
                 dataset(prepared, **settings)
             return
         data = dataset(prepared, **settings)
-        loaders = [Loader(data, global_batch=global_batch, micro_batch=case.micro_batch, rank=rank, ranks=case.ranks)
+        loaders = [Loader(data, global_batch=global_batch, micro_batch=case.micro_batch, rank=rank,
+                          ranks=case.ranks)
                    for rank in range(case.ranks)]
         total, counts, steps = sum(case.sizes), np.zeros(sum(case.sizes), np.int64), 0
         while steps < 12 or counts.sum() < 2 * sum(used) and steps < 40:
@@ -123,7 +128,8 @@ def test_the_documents_of_many_small_domains_are_all_trained_on(tmp_path: Path, 
     """400 objects of a domain of their own and a large one: 94 % of the tokens were once in no window."""
     data = dataset(numbered(tmp_path, [90] * 400 + [4000]), seq_len=300, mixture=mixture, global_batch=134)
     assert -(-data.tokens // 300) == 134
-    steps = range(1, 2 if mixture == "proportional" else 42)         # uniform: a window in 401 is of the large one, which has 14
+    # uniform: a window in 401 is of the large one, which has 14
+    steps = range(1, 2 if mixture == "proportional" else 42)
     rows = [data.pieces(id) for step in steps for id in data.sample_ids(step, range(134)).tolist()]
     seen = {place for row in rows for start, length in row for place in range(start, start + length)}
     assert seen == set(range(40_000))
@@ -165,15 +171,19 @@ def test_all_heldout_windows_are_the_heldout_text(sizes: list[int], seq_len: int
                 assert (batch.tokens_BS == (batch.targets_BS - 1) % sum(sizes))[batch.valid_BS].all()
                 targets += batch.targets_BS[batch.valid_BS].tolist()
                 ids += batch.sample_ids_B.tolist()
-        assert sorted(targets) == list(range(sum(sizes))) and len(set(ids)) == len(ids) and min(ids) >= HELDOUT_IDS
+        assert (sorted(targets) == list(range(sum(sizes))) and len(set(ids)) == len(ids)
+                and min(ids) >= HELDOUT_IDS)
 
 
 def test_of_many_domains_the_small_ones_are_measured_together(tmp_path: Path) -> None:
     sizes = [700 + (number % 7 == 0) * (40 - number) for number in range(40)]
     data = dataset(numbered(tmp_path, [1] * 40, sizes), seq_len=32)
-    assert len(data.measured) == MOST_NAMED + 1 and data.measured[-1] == OTHERS and data.measured[0] == "d0000"
-    assert [data.measured[part] for part in range(MOST_NAMED)] == [f"d{number:04d}" for number in (*range(31), 35)]
+    assert (len(data.measured) == MOST_NAMED + 1 and data.measured[-1] == OTHERS
+            and data.measured[0] == "d0000")
+    assert ([data.measured[part] for part in range(MOST_NAMED)]
+            == [f"d{number:04d}" for number in (*range(31), 35)])
     pooled = data.heldout_ids(MOST_NAMED, 12)
     (batch,) = data.heldout(MOST_NAMED, windows=12, batch=12)
-    assert (pooled >= HELDOUT_IDS + MOST_NAMED * DOMAIN_IDS).all() and batch.valid_BS.all() and len(torch.unique(batch.targets_BS)) == 12 * 32
-    assert set(batch.domains_B.tolist()) == {31, 32, 33, 34, 36, 37, 38, 39}               # spread over all of them
+    assert ((pooled >= HELDOUT_IDS + MOST_NAMED * DOMAIN_IDS).all() and batch.valid_BS.all()
+            and len(torch.unique(batch.targets_BS)) == 12 * 32)
+    assert set(batch.domains_B.tolist()) == {31, 32, 33, 34, 36, 37, 38, 39}  # spread over all of them

@@ -37,7 +37,8 @@ def test_numbers_name_windows_one_to_one(groups: list[list[int]], seq_len: int, 
     for group, size in enumerate(windows.sizes.tolist()):
         at = np.arange(0, size, np.gcd(size, seq_len))
         numbers = windows.numbers(np.full(len(at), group), at)
-        assert [tuple(places(windows.pieces_at(group, place))) for place in at.tolist()] == [found[number] for number in numbers.tolist()]
+        assert ([tuple(places(windows.pieces_at(group, place))) for place in at.tolist()]
+                == [found[number] for number in numbers.tolist()])
     if wraps:
         assert {len(window) for window in found} == {seq_len}
     else:

@@ -54,14 +54,18 @@ def as_array(texts: list[str]) -> bytes:
 
 def as_csv(texts: list[str]) -> bytes:
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([["id", "text"], *([number, text] for number, text in enumerate(texts))])
+    csv.writer(file, lineterminator="\n").writerows([["id", "text"],
+                                                     *([number, text] for number, text in enumerate(texts))])
     return file.getvalue().encode()
 
 
 WRITERS = {"txt": as_text, "jsonl": as_lines, "json": as_array, "csv": as_csv}
-READ = st.tuples(st.sampled_from(["", "a/", "b/c/", "x y/"]), st.sampled_from(list(WRITERS)), st.booleans(), st.lists(TEXTS, min_size=1, max_size=4))
-LEFT_OUT = st.sampled_from([(".git/x", b"hidden"), ("a/.y", b"hidden too"), ("b/z.bin", b"a\0b" * 30), ("b/t.pdf", b"%PDF-1.7\n" * 9),
-                            ("e.txt", b""), ("runs/a/log/attempts.jsonl", b"{}"), ("runs/a/checkpoints/x", b"ours")])
+READ = st.tuples(st.sampled_from(["", "a/", "b/c/", "x y/"]), st.sampled_from(list(WRITERS)), st.booleans(),
+                 st.lists(TEXTS, min_size=1, max_size=4))
+LEFT_OUT = st.sampled_from([(".git/x", b"hidden"), ("a/.y", b"hidden too"), ("b/z.bin", b"a\0b" * 30),
+                            ("b/t.pdf", b"%PDF-1.7\n" * 9),
+                            ("e.txt", b""), ("runs/a/log/attempts.jsonl", b"{}"),
+                            ("runs/a/checkpoints/x", b"ours")])
 SPLIT = st.sampled_from(["", "train/", "valid/", "test/"])
 
 
@@ -76,9 +80,11 @@ class Tree:
         for number, (side, (folder, kind, packed, texts)) in enumerate(files):
             texts = texts[:1] if kind == "txt" else texts
             raw = WRITERS[kind](texts)
-            self._write(root / f"{side}{folder}{number}.{kind}{'.gz' if packed else ''}", gzip.compress(raw) if packed else raw)
+            self._write(root / f"{side}{folder}{number}.{kind}{'.gz' if packed else ''}",
+                        gzip.compress(raw) if packed else raw)
             self.sides[side] += texts
-        for name, raw in odd + [("runs/a/log/attempts.jsonl", b"{}")] * any(name.startswith("runs/") for name, _ in odd):
+        for name, raw in odd + [("runs/a/log/attempts.jsonl",
+                                 b"{}")] * any(name.startswith("runs/") for name, _ in odd):
             self._write(root / name, raw)
 
     def _write(self, path: Path, raw: bytes) -> None:
@@ -93,9 +99,10 @@ class Tree:
 
 
 # Without the phase that shrinks: a tree is slow to make.
-@settings(max_examples=50, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(files=st.lists(st.tuples(SPLIT, READ), min_size=1, max_size=9), odd=st.lists(LEFT_OUT, max_size=4, unique=True),
-       cap=st.sampled_from([None, None, 700]))
+@settings(max_examples=50, phases=[Phase.generate], deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.too_slow])
+@given(files=st.lists(st.tuples(SPLIT, READ), min_size=1, max_size=9),
+       odd=st.lists(LEFT_OUT, max_size=4, unique=True), cap=st.sampled_from([None, None, 700]))
 def test_source_and_prepared_data_agree_to_the_byte(files: list, odd: list, cap: int | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name, "in")
@@ -103,13 +110,16 @@ def test_source_and_prepared_data_agree_to_the_byte(files: list, odd: list, cap:
         trained = ("", "train/") if tree.is_split else tuple(tree.sides)
         held = ("valid/",) if tree.is_split else ()
         try:
-            folder = prepare(path=str(root), out=Path(name, "out"), tokenizer="bytes", allow_left_out=1.0, domain_cap=cap)
-        except DataError as error:           # too little text to hold some out, or all of it in the validation split
-            assert error.id == "E-DATA-035" or error.id == "E-DATA-104" and not set(tree.texts(*trained)) - set(tree.texts(*held)), error
+            folder = prepare(path=str(root), out=Path(name, "out"), tokenizer="bytes", allow_left_out=1.0,
+                             domain_cap=cap)
+        except DataError as error:  # too little text to hold some out, or all of it in the validation split
+            assert (error.id == "E-DATA-035" or error.id == "E-DATA-104"
+                    and not set(tree.texts(*trained)) - set(tree.texts(*held))), error
             return
         account = json.loads((folder / "dataset.json").read_text())["account"]
         files_, text = account["files"]["data.path"], account["text"]
-        assert files_["bytes"] == tree.bytes == sum(row["bytes"] for row in files_["read"] + files_["left_out"])
+        assert (files_["bytes"] == tree.bytes
+                == sum(row["bytes"] for row in files_["read"] + files_["left_out"]))
         assert files_["bytes"] == sum(os.stat(path).st_size for path in root.rglob("*") if path.is_file())
         assert files_["files"] == sum(row["files"] for row in files_["read"] + files_["left_out"])
         every = tree.texts(*trained, *held)
@@ -121,13 +131,16 @@ def test_source_and_prepared_data_agree_to_the_byte(files: list, odd: list, cap:
         own = set(tree.texts(*held))
         if own:
             assert Counter(heldout) == Counter(own)
-            assert became.get("also in the held-out text", 0) == sum(len(text) for text in set(tree.texts(*trained)) & own)
+            assert (became.get("also in the held-out text", 0)
+                    == sum(len(text) for text in set(tree.texts(*trained)) & own))
         expected = set(tree.texts(*trained)) - own
-        assert became.get("duplicates", 0) == sum(map(len, every)) - sum(map(len, set(tree.texts(*trained)))) - sum(map(len, own))
+        assert (became.get("duplicates", 0)
+                == sum(map(len, every)) - sum(map(len, set(tree.texts(*trained)))) - sum(map(len, own)))
         if cap is None:
             rest = Counter() if own else Counter(heldout)
             for text_ in train:                # whole, or all but its last twentieth, which is held out
-                whole = text_ if text_ in expected else next(full for full in expected if full.startswith(text_)
+                whole = text_ if text_ in expected else next(full
+                                                             for full in expected if full.startswith(text_)
                                                              and rest[full[len(text_):]])
                 expected -= {whole}
                 rest -= Counter([whole[len(text_):]] * (whole != text_))
@@ -148,7 +161,8 @@ def test_duplicates_are_in_the_account(tmp_path: Path) -> None:
     assert text["became"]["duplicates"]["bytes"] * 2 + 14 * 30 == text["bytes"]
 
 
-@pytest.mark.parametrize("name, raw, format", [("a.tar", b"x" * 257 + b"ustar", "a tar archive"), ("a.pdf", b"%PDF-1.4 ", "a PDF document"),
+@pytest.mark.parametrize("name, raw, format", [("a.tar", b"x" * 257 + b"ustar", "a tar archive"),
+                                               ("a.pdf", b"%PDF-1.4 ", "a PDF document"),
                                               ("book.bin", b"words\0" * 99, "")])
 def test_most_of_the_bytes_left_out_is_refused(tmp_path: Path, name: str, raw: bytes, format: str) -> None:
     source = tmp_path / "in"
@@ -159,7 +173,8 @@ def test_most_of_the_bytes_left_out_is_refused(tmp_path: Path, name: str, raw: b
     with pytest.raises(DataError) as caught:
         prepare(path=str(source), out=tmp_path / "out", tokenizer="bytes")
     error = caught.value
-    assert error.id == "E-DATA-140" and error.code == 12 and name in error.why and not (tmp_path / "out").exists()
+    assert (error.id == "E-DATA-140" and error.code == 12 and name in error.why
+            and not (tmp_path / "out").exists())
     assert format in error.why and "not text" in error.why
     allowed = error.next.partition("data.allow_left_out=")[2].split()[0]
     folder = prepare(path=str(source), out=tmp_path / "out", tokenizer="bytes", allow_left_out=float(allowed))
@@ -182,7 +197,8 @@ def test_undecodable_bytes_count_as_left_out(tmp_path: Path) -> None:
     assert "undecodable" in caught.value.why
 
 
-def test_the_account_of_another_source_with_the_same_text_is_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_account_of_another_source_with_the_same_text_is_its_own(tmp_path: Path,
+                                                                     caplog: pytest.LogCaptureFixture) -> None:
     """Both give the same tokens, so the same folder; what each left out is said for each, also when neither is read again."""
     for name, extra in (("one", "a.bin"), ("two", "b.bin")):
         (tmp_path / name).mkdir()
@@ -196,7 +212,8 @@ def test_the_account_of_another_source_with_the_same_text_is_its_own(tmp_path: P
             assert any("left out" in record.message and extra in record.message for record in caplog.records)
 
 
-def test_what_is_left_out_unread_is_said_as_it_is_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_unread_is_said_as_it_is_now(tmp_path: Path,
+                                                      caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "in"
     (source / "runs/a/log").mkdir(parents=True)
     (source / "text.txt").write_text("the same words " * 400)
@@ -208,15 +225,19 @@ def test_what_is_left_out_unread_is_said_as_it_is_now(tmp_path: Path, caplog: py
         with caplog.at_level("INFO"):
             prepare(path=str(source), out=tmp_path / "out", tokenizer="bytes")
         said = "\n".join(record.message for record in caplog.records)
-        assert f"3 files, {6020 + size:,} bytes" in said and f"own output: 1 file, {size} bytes" in said and "20 bytes (x.bin" in said
+        assert (f"3 files, {6020 + size:,} bytes" in said and f"own output: 1 file, {size} bytes" in said
+                and "20 bytes (x.bin" in said)
         assert size == 100 or "prepared before" in said
 
 
-@pytest.mark.parametrize("domains, warned", [([f"www.site{number}.com" for number in range(60)], "host"), ([str(number) for number in range(60)], "own"),
+@pytest.mark.parametrize("domains, warned", [([f"www.site{number}.com" for number in range(60)], "host"),
+                                             ([str(number) for number in range(60)], "own"),
                                              (["a", "b.c", "d"] * 20, None)])
-def test_a_domain_that_looks_like_an_address_is_warned_of_once(tmp_path: Path, domains: list[str], warned: str | None,
+def test_a_domain_that_looks_like_an_address_is_warned_of_once(tmp_path: Path, domains: list[str],
+                                                               warned: str | None,
                                                                caplog: pytest.LogCaptureFixture) -> None:
-    rows = [json.dumps({"text": f"text {number} of {domain} " * 60, "domain": domain}) for number, domain in enumerate(domains)]
+    rows = [json.dumps({"text": f"text {number} of {domain} " * 60, "domain": domain})
+            for number, domain in enumerate(domains)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     with caplog.at_level("WARNING"):
         prepare(path=str(tmp_path / "a.jsonl"), out=tmp_path / "out", tokenizer="bytes")
@@ -243,8 +264,10 @@ def test_held_out_text_of_ones_own_has_a_ledger_of_its_own(tmp_path: Path) -> No
     folder = prepare(path=str(source), held_out=str(source / "mine"), out=tmp_path / "out", tokenizer="bytes")
     account = json.loads((folder / "dataset.json").read_text())["account"]
     text, mine = account["files"]["data.path"], account["files"]["data.held_out"]
-    assert [(row["reason"], row["files"]) for row in text["left_out"]] == [("data.held_out", 5)] and text["read"][0]["files"] == 4
-    assert [(row["reason"], row["files"]) for row in mine["left_out"]] == [("not text", 1)] and mine["read"][0]["files"] == 4
+    assert ([(row["reason"], row["files"]) for row in text["left_out"]] == [("data.held_out", 5)]
+            and text["read"][0]["files"] == 4)
+    assert ([(row["reason"], row["files"]) for row in mine["left_out"]] == [("not text", 1)]
+            and mine["read"][0]["files"] == 4)
     assert sum(row["bytes"] for row in text["left_out"]) == mine["bytes"]
     assert {what: tally["documents"] for what, tally in account["text"]["became"].items()} == {
         "trained on": 3, "held out": 4, "also in the held-out text": 1}

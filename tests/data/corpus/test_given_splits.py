@@ -11,7 +11,8 @@ from moetrain.data.corpus.scan import scan
 def roles(*names: str) -> dict[str, list[str]]:
     """The letters that stand for the files of each role: their numbers in the order given."""
     found = find_splits(names)
-    return {role: [name for name in names if name in found and found[name].role == role] for role in ("train", "valid", "test")
+    return {role: [name for name in names if name in found and found[name].role == role]
+            for role in ("train", "valid", "test")
             if any(member.role == role for member in found.values())}
 
 
@@ -20,7 +21,8 @@ def roles(*names: str) -> dict[str, list[str]]:
     ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
     ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
     ("train-00000-of-00010.parquet", "validation-00000-of-00001.parquet", "test-00000-of-00002.parquet"),
-    ("data/c4-train.00000-of-01024.json.gz", "data/c4-validation.00000-of-00008.json.gz", "data/c4-test.00000-of-00008.json.gz"),
+    ("data/c4-train.00000-of-01024.json.gz", "data/c4-validation.00000-of-00008.json.gz",
+     "data/c4-test.00000-of-00008.json.gz"),
     ("ptb.train", "ptb.val", "ptb.test"),
     ("train.jsonl.gz", "dev.jsonl", "testing.txt"),
     ("train-clean-100/1.txt", "dev-clean/1.txt", "test-other/1.txt"),
@@ -30,7 +32,8 @@ def roles(*names: str) -> dict[str, list[str]]:
     ("x/train_books.txt", "x/valid_news.txt", "x/test.txt"),
     ("train/code/x.py", "held_out/code/y.py", "test/code/z.py"),
     ("train/a", "dev/a", "eval/a"),
-    ("ag_news-train-00000-of-00002-2f6c2d1a9f7a2d4b.parquet", "ag_news-validation-00000-of-00001-17e5b0e6ac1d3f4b.parquet",
+    ("ag_news-train-00000-of-00002-2f6c2d1a9f7a2d4b.parquet",
+     "ag_news-validation-00000-of-00001-17e5b0e6ac1d3f4b.parquet",
      "ag_news-test-00000-of-00001-0a0b0e6ac1d3f4b1.parquet"),
 ])
 def test_a_split_is_found_by_folders_parts_and_prefixes(train: str, valid: str, test: str) -> None:
@@ -40,27 +43,32 @@ def test_a_split_is_found_by_folders_parts_and_prefixes(train: str, valid: str, 
 
 
 @pytest.mark.parametrize("names", [
-    ("test/a.txt", "b.txt"), ("valid/a.txt", "test/a.txt"), ("train/a.txt", "x/test/a.txt"), ("train.py", "test.py"),
-    ("training.md", "testing.md"), ("contest.txt", "training.txt"), ("train-test-split.txt", "test.txt"), ("trainer.txt", "tests.txt"),
-    ("on the train to x.txt", "a test of y.txt")])
+    ("test/a.txt", "b.txt"), ("valid/a.txt", "test/a.txt"), ("train/a.txt", "x/test/a.txt"),
+    ("train.py", "test.py"),
+    ("training.md", "testing.md"), ("contest.txt", "training.txt"), ("train-test-split.txt", "test.txt"),
+    ("trainer.txt", "tests.txt"), ("on the train to x.txt", "a test of y.txt")])
 def test_what_only_looks_like_a_split_is_none(names: tuple[str, ...]) -> None:
     assert find_splits(names) == {}
 
 
 def test_eval_is_the_validation_split_where_there_is_no_other() -> None:
-    assert roles("train/a", "eval/a", "test/a") == {"train": ["train/a"], "valid": ["eval/a"], "test": ["test/a"]}
+    assert (roles("train/a", "eval/a", "test/a")
+            == {"train": ["train/a"], "valid": ["eval/a"], "test": ["test/a"]})
 
 
 def test_the_strictest_of_nested_splits_counts() -> None:
-    names = ("train/train.txt", "train/test.txt", "train/valid.txt", "valid/train.txt", "valid/test.txt", "test/train.txt", "test/valid.txt")
+    names = ("train/train.txt", "train/test.txt", "train/valid.txt", "valid/train.txt", "valid/test.txt",
+             "test/train.txt", "test/valid.txt")
     assert roles(*names) == {"train": ["train/train.txt"], "valid": ["train/valid.txt", "valid/train.txt"],
                              "test": ["train/test.txt", "valid/test.txt", "test/train.txt", "test/valid.txt"]}
 
 
 def test_labels_have_all_of_a_name_but_the_split() -> None:
-    names = {"train/code/x.py": "code/x.py", "test/code/x.py": "code/x.py", "de/train.txt": "de/text.txt", "de/test.txt": "de/text.txt",
-             "ptb.train.txt": "ptb.txt", "ptb.test.txt": "ptb.txt", "wiki_train/x": "wiki/x", "wiki_test/x": "wiki/x",
-             "a/train-0-of-2.jsonl.gz": "a/text.jsonl.gz", "a/test-0-of-2.jsonl.gz": "a/text.jsonl.gz"}
+    names = {"train/code/x.py": "code/x.py", "test/code/x.py": "code/x.py", "de/train.txt": "de/text.txt",
+             "de/test.txt": "de/text.txt",
+             "ptb.train.txt": "ptb.txt", "ptb.test.txt": "ptb.txt", "wiki_train/x": "wiki/x",
+             "wiki_test/x": "wiki/x", "a/train-0-of-2.jsonl.gz": "a/text.jsonl.gz",
+             "a/test-0-of-2.jsonl.gz": "a/text.jsonl.gz"}
     assert {name: member.label for name, member in find_splits(names).items()} == names
 
 
@@ -74,7 +82,8 @@ def test_labels_have_all_of_a_name_but_the_split() -> None:
     (("ptb.train.txt", "ptb.test.md"), ["ptb.test.md"]),
     (("train.txt", "testing.md", "conv_train.py", "conv_test.py"), []),
 ])
-def test_a_name_that_joins_no_split_though_another_says_training_is_told(names: tuple[str, ...], alone: list[str]) -> None:
+def test_a_name_that_joins_no_split_though_another_says_training_is_told(names: tuple[str, ...],
+                                                                         alone: list[str]) -> None:
     assert unpaired(names, find_splits(names)) == alone
 
 

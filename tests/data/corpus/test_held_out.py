@@ -34,7 +34,8 @@ def documents(prepared: Prepared, split: str) -> list[str]:
     stream = getattr(prepared, split)
     ids = stream.read(0, stream.size)
     return [bytes(ids[start:end].tolist()).decode() for start, end in
-            zip(stream.document_starts.tolist(), [*(stream.document_starts[1:] - 1).tolist(), stream.size - 1])]
+            zip(stream.document_starts.tolist(),
+                [*(stream.document_starts[1:] - 1).tolist(), stream.size - 1])]
 
 
 def test_a_dataset_of_the_first_release_keeps_its_fingerprint(tmp_path: Path) -> None:
@@ -48,7 +49,8 @@ def test_the_share_decides_how_much_is_held_out(tmp_path: Path) -> None:
     for share in (0.001, 0.05, 0.3, 0.9):
         prepared = seen[share] = run(source, tmp_path / "out", held_out_share=share)
         train, heldout = documents(prepared, "train"), documents(prepared, "heldout")
-        assert sorted(train + heldout) == sorted(story(number) for number in range(300)) and not set(train) & set(heldout)
+        assert (sorted(train + heldout) == sorted(story(number) for number in range(300))
+                and not set(train) & set(heldout))
         assert abs(len(heldout) - 300 * share) < 25 and len(heldout) >= 2            # every domain has some
     assert len({prepared.fingerprint for prepared in seen.values()}) == 4
     (tmp_path / "book.txt").write_text(story(3) * 10)
@@ -57,7 +59,8 @@ def test_the_share_decides_how_much_is_held_out(tmp_path: Path) -> None:
         assert abs(len(heldout.encode()) - share * len(story(3).encode()) * 10) < 4
 
 
-def test_held_out_text_of_ones_own_is_whole_and_never_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_held_out_text_of_ones_own_is_whole_and_never_trained_on(tmp_path: Path,
+                                                                 caplog: pytest.LogCaptureFixture) -> None:
     """The folder lies inside data.path; two of its texts are also elsewhere in it, one in a domain of its own."""
     source = corpus(tmp_path / "in")
     own = corpus(source / "valid", range(100, 106))
@@ -67,9 +70,11 @@ def test_held_out_text_of_ones_own_is_whole_and_never_trained_on(tmp_path: Path,
     with caplog.at_level("INFO"):
         prepared = run(source, source / "out", held_out=own)
     assert sorted(documents(prepared, "heldout")) == sorted(story(number) for number in (*range(100, 106), 2))
-    assert sorted(documents(prepared, "train")) == sorted(story(number) for number in range(40) if number != 2)
+    assert (sorted(documents(prepared, "train"))
+            == sorted(story(number) for number in range(40) if number != 2))
     assert prepared.domains == ("code", "notes", "prose")
-    assert sum("2 documents of" in record.message and "data.held_out has them too" in record.message for record in caplog.records) == 1
+    assert sum("2 documents of" in record.message and "data.held_out has them too" in record.message
+               for record in caplog.records) == 1
     assert run(source, source / "out", held_out=own).folder == prepared.folder             # found again
     assert run(source, source / "out").fingerprint != prepared.fingerprint
     (own / "notes" / "a.md").write_text(story(3))
@@ -79,12 +84,14 @@ def test_held_out_text_of_ones_own_is_whole_and_never_trained_on(tmp_path: Path,
 def test_a_domain_without_training_text_is_only_measured(tmp_path: Path) -> None:
     source = corpus(tmp_path / "in")
     (tmp_path / "valid.md").write_text(story(500))
-    folder = prepare(path=str(source), out=tmp_path / "out", tokenizer="bytes", held_out=str(tmp_path / "valid.md"))
+    folder = prepare(path=str(source), out=tmp_path / "out", tokenizer="bytes",
+                     held_out=str(tmp_path / "valid.md"))
     for mixture in ("uniform", "proportional"):
         data = build_dataset(Config(data=DataConfig(mixture=mixture), run=RunConfig()), tmp_path, folder)
         assert data.domains == ("code", "md", "prose")
         assert set(data.batch(data.sample_ids(1, range(16))).domains_B.tolist()) == {0, 2}
-        assert [sum(len(batch.tokens_BS) for batch in data.heldout(domain, windows=4, batch=4)) for domain in range(3)] == [0, 4, 0]
+        assert [sum(len(batch.tokens_BS) for batch in data.heldout(domain, windows=4, batch=4))
+                for domain in range(3)] == [0, 4, 0]
 
 
 def test_one_held_out_file_beside_one_file_of_text(tmp_path: Path) -> None:
@@ -92,13 +99,16 @@ def test_one_held_out_file_beside_one_file_of_text(tmp_path: Path) -> None:
     (tmp_path / "valid.txt").write_text(story(10))
     prepared = run(tmp_path / "train.txt", tmp_path / "out", held_out=tmp_path / "valid.txt")
     assert prepared.domains == ("txt",) and documents(prepared, "heldout") == [story(10)]
-    assert documents(prepared, "train") == [(tmp_path / "train.txt").read_text()]          # nothing is cut off
-    assert run(tmp_path / "train.txt", tmp_path / "out", held_out=tmp_path / "valid.txt", domain_cap=999).description[
+    assert documents(prepared, "train") == [(tmp_path / "train.txt").read_text()]  # nothing is cut off
+    assert run(tmp_path / "train.txt", tmp_path / "out", held_out=tmp_path / "valid.txt",
+               domain_cap=999).description[
         "train"]["txt"]["bytes"] <= 999
 
 
-@pytest.mark.parametrize("held_out, number", [("in", 104), (".", 104), ("missing", 30), ("empty", 32), ("blank", 32), ("noise", 31)])
-def test_held_out_text_that_cannot_be_used_is_refused_by_its_key(tmp_path: Path, held_out: str, number: int) -> None:
+@pytest.mark.parametrize("held_out, number", [("in", 104), (".", 104), ("missing", 30), ("empty", 32),
+                                              ("blank", 32), ("noise", 31)])
+def test_held_out_text_that_cannot_be_used_is_refused_by_its_key(tmp_path: Path, held_out: str,
+                                                                 number: int) -> None:
     source = corpus(tmp_path / "in", range(4))
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank").write_bytes(b"\xef\xbb\xbf")

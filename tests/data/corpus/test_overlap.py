@@ -27,7 +27,8 @@ def measured(heldout: list[bytes], train: list[bytes], limit: int = 10**6, block
 def counted(heldout: list[bytes], train: list[bytes]) -> Share:
     """The same by its definition."""
     known = {text[start:start + WINDOW] for text in train for start in range(len(text) - WINDOW + 1)}
-    windows = [text[start:start + WINDOW] for text in heldout for start in range(0, len(text) - WINDOW + 1, STRIDE)]
+    windows = [text[start:start + WINDOW] for text in heldout
+               for start in range(0, len(text) - WINDOW + 1, STRIDE)]
     return Share(sum(window in known for window in windows) / len(windows), len(windows), 1)
 
 
@@ -35,8 +36,10 @@ def counted(heldout: list[bytes], train: list[bytes]) -> Share:
 def test_it_is_the_share_of_windows_that_occur(block: int) -> None:
     """Whatever the blocks: pieces of texts moved by odd distances, texts shorter than a window, the same text twice."""
     shared = noise(0, 3000)
-    heldout = [shared + noise(1, 1000), noise(2, 1500) + shared[:700], shared[5:1200], shared[5:1200], b"short", noise(3, 32)]
-    train = [noise(4, 77) + shared[:1000], b"x", shared[990:2001] + noise(5, 40_000), noise(3, 32)[:20], noise(3, 32)[20:]]
+    heldout = [shared + noise(1, 1000), noise(2, 1500) + shared[:700], shared[5:1200], shared[5:1200],
+               b"short", noise(3, 32)]
+    train = [noise(4, 77) + shared[:1000], b"x", shared[990:2001] + noise(5, 40_000), noise(3, 32)[:20],
+             noise(3, 32)[20:]]
     assert measured(heldout, train, block=block) == counted(heldout, train)
 
 

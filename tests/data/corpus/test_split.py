@@ -22,7 +22,8 @@ class Text(NamedTuple):
     size: int
 
 
-TEXTS = st.lists(st.tuples(st.sampled_from(("b", "a", "å", "B", "\U0001f600")), st.integers(0, 30), st.integers(1, 3000)), min_size=1,
+TEXTS = st.lists(st.tuples(st.sampled_from(("b", "a", "å", "B", "\U0001f600")), st.integers(0, 30),
+                           st.integers(1, 3000)), min_size=1,
                  max_size=70)
 SHARES = st.sampled_from((Fraction(1, 20), Fraction(1, 3), Fraction(9, 10), Fraction(1, 1000)))
 
@@ -50,22 +51,26 @@ def rule(texts: list[Text], share: Fraction, limit: int | None) -> tuple[list[Ro
                 heldout += [(domain, text.digest, text.size - held, text.size)] * bool(held)
             continue
         digests = sorted(text.digest for text in members)
-        chosen = {digest for digest in digests if int.from_bytes(digest[:8]) % share.denominator < share.numerator} or {digests[0]}
+        chosen = {digest for digest in digests
+                  if int.from_bytes(digest[:8]) % share.denominator < share.numerator} or {digests[0]}
         if len(chosen) == len(members):
             chosen.remove(digests[-1])
         for text in members:
-            side, end = (heldout, min(text.size, limit or text.size)) if text.digest in chosen else (train, text.size)
+            side, end = (heldout, min(text.size,
+                                      limit or text.size)) if text.digest in chosen else (train, text.size)
             side.append((domain, text.digest, 0, end))
     return train, heldout
 
 
 @settings(max_examples=150, deadline=None)
-@given(rows=TEXTS, share=SHARES, cap=st.none() | st.integers(1, 20_000), limit=st.none() | st.integers(1, 4000))
+@given(rows=TEXTS, share=SHARES, cap=st.none() | st.integers(1, 20_000),
+       limit=st.none() | st.integers(1, 4000))
 def test_both_sides_are_what_the_rule_says(tmp_path_factory, rows, share, cap, limit) -> None:
     with Spool(tmp_path_factory.getbasetemp() / "spool") as spool:
         documents = read(spool, rows)
         kept, dropped = unique(documents)
-        listed = sorted((documents[row] for row in range(len(documents))), key=lambda document: (document.domain, document.digest))
+        listed = sorted((documents[row] for row in range(len(documents))),
+                        key=lambda document: (document.domain, document.digest))
         seen: dict[bytes, Text] = {}
         for document in listed:
             seen.setdefault(document.digest, Text(document.domain, document.digest, document.size))
@@ -88,15 +93,19 @@ def test_both_sides_are_what_the_rule_says(tmp_path_factory, rows, share, cap, l
 def test_a_text_of_the_other_side_is_taken_out_and_each_is_read_again_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\N{BYTE ORDER MARK}über\n".encode())
     with Spool(tmp_path) as spool:
-        documents, others = read(spool, [("x", number, 5) for number in range(50)]), read(spool, [("y", 7, 5), ("y", 99, 5)])
+        documents, others = read(spool, [("x", number, 5)
+                                         for number in range(50)]), read(spool, [("y", 7, 5), ("y", 99, 5)])
         left, also = without(unique(documents)[0], unique(others)[0])
-        assert len(left) == 49 and [part.document.digest for part in also] == [hashlib.sha256(b"7 " * 5).digest()]
+        assert (len(left) == 49
+                and [part.document.digest for part in also] == [hashlib.sha256(b"7 " * 5).digest()])
         found = Documents(spool)
         found.append(documents[3])
-        file = documents[4]._replace(file=tmp_path / "a.txt", digest=hashlib.sha256("über\n".encode()).digest(), size=6)
+        file = documents[4]._replace(file=tmp_path / "a.txt",
+                                     digest=hashlib.sha256("über\n".encode()).digest(), size=6)
         for document in (file, documents[5], file):
             found.append(document)
-        assert [b"".join(part.blocks()) for part in found.whole(np.arange(4))] == [b"3 " * 5, "über\n".encode(), b"5 " * 5, "über\n".encode()]
+        assert ([b"".join(part.blocks()) for part in found.whole(np.arange(4))]
+                == [b"3 " * 5, "über\n".encode(), b"5 " * 5, "über\n".encode()])
         assert [found[row].file for row in range(4)] == [None, tmp_path / "a.txt", None, tmp_path / "a.txt"]
 
 

@@ -32,7 +32,8 @@ def corpus_folder(root: Path, documents: int = 60, names: str = "file{}") -> Pat
     return root
 
 
-def run(path: Path | None, out: Path, tokenizer: str = "bytes", cap: int | None = None, **more: object) -> Prepared:
+def run(path: Path | None, out: Path, tokenizer: str = "bytes", cap: int | None = None,
+        **more: object) -> Prepared:
     folder = prepare(path=str(path) if path else None, out=out, tokenizer=tokenizer, domain_cap=cap, **more)
     return open_prepared(folder, verify=True)
 
@@ -63,8 +64,10 @@ def test_a_folder_becomes_documents_by_domain(tmp_path: Path) -> None:
     description = prepared.description
     assert description["source_files"] == 60 and description["train"]["code"]["documents"] <= 30
     for split in ("train", "heldout"):
-        assert sum(counts["bytes"] for counts in description[split].values()) == sum(map(len, texts(prepared, split)))
-        assert sum(counts["tokens"] for counts in description[split].values()) == getattr(prepared, split).size
+        assert (sum(counts["bytes"] for counts in description[split].values())
+                == sum(map(len, texts(prepared, split))))
+        assert (sum(counts["tokens"] for counts in description[split].values())
+                == getattr(prepared, split).size)
         assert all(counts["documents"] for counts in description[split].values())
 
 
@@ -188,7 +191,9 @@ def test_odd_files_have_defined_results(tmp_path: Path) -> None:
     assert any(b"caf\xe9" in text for text in every) and not any(b"SECRET" in text for text in every)
     left_out = sorted((row["reason"], row["files"], row["bytes"])
                       for row in prepared.description["account"]["files"]["data.path"]["left_out"])
-    assert left_out == [("empty", 1, 0), ("hidden", 2, 3000), ("no file", 2, 0), ("not text", 1, 500), ("not text", 1, 1280)]
+    assert (left_out
+            == [("empty", 1, 0), ("hidden", 2, 3000), ("no file", 2, 0), ("not text", 1, 500),
+                ("not text", 1, 1280)])
     assert run(source, source / "out").folder == prepared.folder
 
 
@@ -211,8 +216,9 @@ def test_binary_missing_and_empty_sources_are_refused(tmp_path: Path) -> None:
     refused(20, tmp_path / "bom", out, tokenizer=str(tmp_path / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("line, number", [("{", 33), ("[]", 33), ("3", 33), ("[" * 9999, 33), ('{"txt": "a"}', 130),
-                                          ('{"text": 1}', 131), ('{"text": "a", "domain": 1}', 131)])
+@pytest.mark.parametrize("line, number", [("{", 33), ("[]", 33), ("3", 33), ("[" * 9999, 33),
+                                          ('{"txt": "a"}', 130), ('{"text": 1}', 131),
+                                          ('{"text": "a", "domain": 1}', 131)])
 def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str, number: int) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
     assert "line 3, byte 18" in refused(number, tmp_path / "a.jsonl", tmp_path / "out").where
@@ -237,7 +243,8 @@ def test_progress_of_each_part_runs_to_all_of_it(tmp_path: Path) -> None:
     run(source, tmp_path / "out", progress=lambda *step: seen.append(step))
     for what in ("reading", "tokenizing"):
         steps = [(done, size) for name, done, size in seen if name == what]
-        assert steps == sorted(steps) and len({size for _, size in steps}) == 1 and steps[-1][0] == steps[-1][1]
+        assert (steps == sorted(steps) and len({size for _, size in steps}) == 1
+                and steps[-1][0] == steps[-1][1])
         assert max(np.diff([0, *(done for done, _ in steps)])) < 2_000_000
     assert [name for name, _, _ in seen] == sorted(name for name, _, _ in seen)
 
@@ -256,14 +263,16 @@ def test_a_tokenizer_file_travels_with_the_dataset(tmp_path: Path) -> None:
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel()
     library.train_from_iterator([text(1)], trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["</s>"], show_progress=False))
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["</s>"],
+        show_progress=False))
     library.save(str(tmp_path / "tokenizer.json"))
     prepared = run(source, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").unlink()
     assert prepared.tokenizer.vocab_size == prepared.vocab_size
     assert prepared.fingerprint != run(source, tmp_path / "out").fingerprint
     assert prepared.train.size < run(source, tmp_path / "out").train.size
-    assert load_tokenizer(str(prepared.folder / "tokenizer.json")).identity == prepared.description["tokenizer"]
+    assert (load_tokenizer(str(prepared.folder / "tokenizer.json")).identity
+            == prepared.description["tokenizer"])
     assert prepared.tokenizer.identity == prepared.description["tokenizer"]
 
 
@@ -272,17 +281,19 @@ def test_shards_are_one_address_space(tmp_path: Path) -> None:
 
     counts = {}
     for split in ("train", "heldout"):
-        writer = SplitWriter(folder=tmp_path, split=split, vocab_size=1000, domains=("a", "b"), shard_tokens=64)
+        writer = SplitWriter(folder=tmp_path, split=split, vocab_size=1000, domains=("a", "b"),
+                             shard_tokens=64)
         for start, length, domain in ((0, 50, 0), (50, 10, 0), (60, 200, 1), (260, 1, 1)):
             writer.add(np.arange(start, start + length), domain, length)
         writer.flush()
         counts[split] = writer.counts
-    write_description(tmp_path, {"fingerprint": "f", "tokenizer": "bytes", "vocab_size": 1000, "domains": ["a", "b"],
-                                 "heldout_overlap": 0.0, **counts})
+    write_description(tmp_path, {"fingerprint": "f", "tokenizer": "bytes", "vocab_size": 1000,
+                                 "domains": ["a", "b"], "heldout_overlap": 0.0, **counts})
     prepared = open_prepared(tmp_path / "train-00001.tokens", verify=True)
     stream = prepared.train
     assert len(list(tmp_path.glob("train-*"))) == 5 and stream.size == 261
-    assert all(stream.read(start, 70).tolist() == list(range(start, start + 70)) for start in range(0, 191, 7))
+    assert all(stream.read(start, 70).tolist() == list(range(start, start + 70))
+               for start in range(0, 191, 7))
     assert stream.domain_range(0) == (0, 60) and stream.domain_range(1) == (60, 261)
     assert prepared.description["train"]["b"] == {"documents": 2, "tokens": 201, "bytes": 201}
 

@@ -22,7 +22,8 @@ TEXT = "\u5b57\U0001f600e\u0301\ufb01 "
 def corpus(folder: Path) -> list[bytes]:
     """Documents of two domains: prose, undecodable bytes, texts of which a tokenizer drops something."""
     texts = [prose(number, 40 + number).encode() for number in range(40)]
-    texts += [f"{number} ".encode() + TEXT.encode() * 30 + b"caf\xe9\xe5\xad \xff" * (number % 3) + b" \n\n" for number in range(30)]
+    texts += [f"{number} ".encode() + TEXT.encode() * 30 + b"caf\xe9\xe5\xad \xff" * (number % 3) + b" \n\n"
+              for number in range(30)]
     for number, text in enumerate(texts):
         path = folder / ("prose" if number < 40 else "odd") / f"{number}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,8 @@ def test_every_byte_of_held_out_text_is_one_tokens(tmp_path: Path, kind: str) ->
     assert sum(sizes) == sum(counts["bytes"] for counts in prepared.description["heldout"].values())
     assert set(sizes) <= set(map(len, texts)) and len(sizes) > 5
     for length in (1, 7, 64):
-        parts = [stream.text_bytes(start, min(length, stream.size - start)) for start in range(0, stream.size, length)]
+        parts = [stream.text_bytes(start, min(length, stream.size - start))
+                 for start in range(0, stream.size, length)]
         assert sum(parts) == sum(sizes) and min(parts) >= 0
     assert (prepared.train.text_bytes(0, 1) is None) == (kind != "bytes")
 
@@ -67,7 +69,8 @@ def test_the_targets_of_all_windows_cover_the_held_out_text(tmp_path: Path, kind
         covered = [data.bytes_of_targets(found) for part in range(len(data.measured))
                    for found in data.heldout(part, windows=1 << 20, batch=batch)]
         assert sum(covered) == text and len(covered) > 1
-    alone = [data.bytes_of_targets(data.batch(data.heldout_ids(part, 1 << 20)[number:number + 1])) for part in range(len(data.measured))
+    alone = [data.bytes_of_targets(data.batch(data.heldout_ids(part, 1 << 20)[number:number + 1]))
+             for part in range(len(data.measured))
              for number in range(len(data.heldout_ids(part, 1 << 20)))]
     assert sum(alone) == text and data.bytes_of_targets(padding(3, seq_len, mask_documents=False)) == 0
 
@@ -76,25 +79,32 @@ def test_the_targets_of_all_windows_cover_the_held_out_text(tmp_path: Path, kind
 def test_documents_are_what_the_library_makes_of_them(tmp_path: Path, kind: str) -> None:
     prepared, texts = made(tmp_path, kind)
     library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    expected = sorted([*library.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids, prepared.tokenizer.end_id]
+    expected = sorted([*library.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids,
+                       prepared.tokenizer.end_id]
                       for text in texts)
     found = sorted(getattr(prepared, split).read(*document).tolist() for split in ("train", "heldout")
                    for document in documents(prepared, split))
     assert found == expected
 
 
-def test_special_strings_are_counted_where_they_are_parsed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_special_strings_are_counted_where_they_are_parsed(tmp_path: Path,
+                                                           caplog: pytest.LogCaptureFixture) -> None:
     for number in range(30):
         (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / f"{number}.txt").write_text(prose(number, 30) + ("<|endoftext|> and </s>" if number % 3 == 0 else ""))
+        (tmp_path / "in" / f"{number}.txt").write_text(prose(number,
+                                                             30) + ("<|endoftext|> and </s>"
+                                                                    if number % 3 == 0 else ""))
     tokenizer = str(saved("byte-level BPE", tmp_path / "tokenizer.json"))
     with caplog.at_level("INFO"):
-        parsed, plain = (open_prepared(prepare(path=str(tmp_path / "in"), out=tmp_path / "out", tokenizer=tokenizer, parse_special=parse),
+        parsed, plain = (open_prepared(prepare(path=str(tmp_path / "in"), out=tmp_path / "out",
+                                               tokenizer=tokenizer, parse_special=parse),
                                        verify=True) for parse in (True, False))
     assert parsed.description["special_tokens"] == 20 and plain.description["special_tokens"] is None
     assert parsed.fingerprint != plain.fingerprint
-    assert [record.message for record in caplog.records if "20 special tokens inside documents" in record.message]
-    ends = [int((np.concatenate([data.train.read(0, data.train.size), data.heldout.read(0, data.heldout.size)])
+    assert [record.message for record in caplog.records
+            if "20 special tokens inside documents" in record.message]
+    ends = [int((np.concatenate([data.train.read(0, data.train.size),
+                                 data.heldout.read(0, data.heldout.size)])
                  == data.description["end_id"]).sum()) for data in (parsed, plain)]
     assert ends == [40, 30]
 
@@ -106,7 +116,8 @@ def in_small_shards(folder: Path) -> tuple[Prepared, np.ndarray]:
     expected: list[np.ndarray] = []
     counts = {}
     for split in ("train", "heldout"):
-        writer = SplitWriter(folder=folder, split=split, vocab_size=500, domains=("a", "b"), shard_tokens=64, sizes=split == "heldout")
+        writer = SplitWriter(folder=folder, split=split, vocab_size=500, domains=("a", "b"), shard_tokens=64,
+                             sizes=split == "heldout")
         for domain in (0, 1):
             for length in (3, 30, 40, 150, 64, 1, 63):
                 sizes = chance.integers(0, 1 << 20, length)
@@ -116,8 +127,8 @@ def in_small_shards(folder: Path) -> tuple[Prepared, np.ndarray]:
                 expected += [sizes] if split == "heldout" else []
         writer.flush()
         counts[split] = writer.counts
-    write_description(folder, {"fingerprint": "f", "tokenizer": "other", "vocab_size": 500, "end_id": 0, "domains": ["a", "b"],
-                               "heldout_overlap": None, **counts})
+    write_description(folder, {"fingerprint": "f", "tokenizer": "other", "vocab_size": 500, "end_id": 0,
+                               "domains": ["a", "b"], "heldout_overlap": None, **counts})
     return open_prepared(folder, verify=True), np.concatenate(expected)
 
 
@@ -134,7 +145,8 @@ def test_sizes_are_checked_like_tokens(tmp_path: Path) -> None:
     names = sorted(in_small_shards(folder)[0].description["sizes"])
     path = folder / names[0]
     whole = path.read_bytes()
-    for content, number in ((whole[:-5] + b"\1" + whole[-4:], 7), (whole[:-4], 6), ((folder / names[1]).read_bytes(), 12),
+    for content, number in ((whole[:-5] + b"\1" + whole[-4:], 7), (whole[:-4], 6),
+                            ((folder / names[1]).read_bytes(), 12),
                             ((folder / "heldout-00000.tokens").read_bytes(), 12), (b"", 2)):
         path.write_bytes(content)
         with pytest.raises(DataError, match=f"E-DATA-{number:03d}") as caught:
@@ -153,12 +165,14 @@ def test_sizes_of_other_documents_are_refused(tmp_path: Path) -> None:
     for name, content in zip((first, second), contents):
         (folder / name).write_bytes(content)
     (folder / "dataset.json").unlink()
-    write_description(folder, {name: value for name, value in prepared.description.items() if name not in ("format", "shards", "sizes")})
+    write_description(folder, {name: value for name, value in prepared.description.items()
+                               if name not in ("format", "shards", "sizes")})
     with pytest.raises(DataError, match="E-DATA-012"):
         open_prepared(folder, verify=False)
 
 
-@pytest.mark.parametrize("sizes", [[], {"../x.sizes": 1}, {"heldout-00000.sizes": 1, "train-00000.sizes": 1}, {"a.sizes": 3}])
+@pytest.mark.parametrize("sizes", [[], {"../x.sizes": 1}, {"heldout-00000.sizes": 1, "train-00000.sizes": 1},
+                                   {"a.sizes": 3}])
 def test_a_description_with_other_sizes_is_damaged(tmp_path: Path, sizes: object) -> None:
     prepared, _ = made(tmp_path, "WordPiece")
     path = prepared.folder / "dataset.json"

@@ -8,13 +8,13 @@ from moetrain.errors import DataError
 
 CLOSED = Endings("web", documents=1000, id=7, share=0.99, inside=3)
 OPEN = Endings("open", documents=1000, id=13, share=0.4, inside=9000)
-LINES = Endings("lines", documents=1000, id=10, share=1.0, inside=40_000)      # every document ends its last line
+LINES = Endings("lines", documents=1000, id=10, share=1.0, inside=40_000)  # every document ends its last line
 
 
 def test_documents_that_almost_all_end_in_one_id_are_closed_by_it() -> None:
     assert closing_id([CLOSED], typed=None, encoder=None) == 7
     assert CLOSED._replace(share=0.94).closing is None and CLOSED._replace(documents=7).closing is None
-    assert LINES.closing is None                                               # an id that occurs inside closes nothing
+    assert LINES.closing is None  # an id that occurs inside closes nothing
     assert closing_id([CLOSED, OPEN], typed=None, encoder=None) == 7
 
 
@@ -23,7 +23,8 @@ def test_a_tokenizer_that_ends_texts_otherwise_is_refused_with_both_ids() -> Non
     with pytest.raises(DataError) as caught:
         closing_id([OPEN, CLOSED], typed=None, encoder=encoder)
     error = caught.value
-    assert error.id == "E-DATA-163" and error.where == "web" and "99.0%" in error.why and "id 7" in error.why and "256" in error.why
+    assert (error.id == "E-DATA-163" and error.where == "web" and "99.0%" in error.why and "id 7" in error.why
+            and "256" in error.why)
     assert error.next.startswith("data.end_token=7")
     assert closing_id([CLOSED._replace(id=256)], typed=None, encoder=encoder) == 256
     with pytest.raises(DataError, match="E-DATA-163"):                         # of two trainers

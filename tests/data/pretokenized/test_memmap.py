@@ -35,7 +35,8 @@ def documents(seed: int, lengths: list[int], vocab_size: int = GPT2 - 1) -> list
 
 
 def dataset(path: Path | str, *overrides: str) -> TokenDataset:
-    return build_dataset(compose(["data=memmap", f"data.path={path}", "train.seq_len=8", *overrides]), Path("unused"), None)
+    return build_dataset(compose(["data=memmap", f"data.path={path}", "train.seq_len=8", *overrides]),
+                         Path("unused"), None)
 
 
 def tokens(stream) -> list[int]:
@@ -62,7 +63,8 @@ def test_the_tokens_of_every_format_come_back(tmp_path: Path, name: str) -> None
     assert torch.equal(batch.targets_BS[0, :-1], batch.tokens_BS[0, 1:])
 
 
-def test_a_val_file_beside_the_train_file_that_is_named_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_val_file_beside_the_train_file_that_is_named_is_held_out(tmp_path: Path,
+                                                                    caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for seed, name in enumerate(("train", "val", "test")):
         nanogpt(tmp_path / f"{name}.bin", ids(seed, 100))
@@ -72,7 +74,8 @@ def test_a_val_file_beside_the_train_file_that_is_named_is_held_out(tmp_path: Pa
     assert tokens(folder.train_stream) == ids(0, 100).tolist()
     assert "left alone, as a test set is: test.bin" in caplog.text and "(3 bytes): meta.pkl" in caplog.text
     merged = dataset(tmp_path, "data.split=merge")
-    assert merged.domains == ("test", "train", "val") and merged.train_stream.size + merged.heldout_stream.size == 300
+    assert (merged.domains == ("test", "train", "val")
+            and merged.train_stream.size + merged.heldout_stream.size == 300)
     alone = dataset(tmp_path / "val.bin")                    # named itself, it is what is trained on
     assert tokens(alone.train_stream) + tokens(alone.heldout_stream) == ids(1, 100).tolist()
 
@@ -86,11 +89,13 @@ def test_shards_of_one_name_are_one_domain_in_the_order_of_their_numbers(tmp_pat
     data = dataset(tmp_path)
     assert data.domains == ("fineweb", "part")
     begin, end = data.train_stream.domain_range(0)
-    assert data.train_stream.read(begin, end - begin).tolist() == np.concatenate([ids(n, 100) for n in (1, 2, 10)]).tolist()
+    assert (data.train_stream.read(begin, end - begin).tolist()
+            == np.concatenate([ids(n, 100) for n in (1, 2, 10)]).tolist())
     begin, end = data.heldout_stream.domain_range(0)
     assert data.heldout_stream.read(begin, end - begin).tolist() == ids(0, 60).tolist()
     begin, end = data.train_stream.domain_range(1)           # no set of its own: its end is held out
-    assert data.train_stream.read(begin, end - begin).tolist() == np.concatenate([ids(100 + n, 50) for n in (1, 2, 10)])[:143].tolist()
+    assert (data.train_stream.read(begin, end - begin).tolist()
+            == np.concatenate([ids(100 + n, 50) for n in (1, 2, 10)])[:143].tolist())
     pattern = dataset(f"{tmp_path}/fineweb_train_*.bin")
     assert pattern.domains == ("fineweb",) and tokens(pattern.heldout_stream) == ids(0, 60).tolist()
 
@@ -100,7 +105,8 @@ def test_the_end_is_held_out_from_a_border_between_documents_on(tmp_path: Path) 
     nanogpt(tmp_path / "a.bin", end_of_documents(written, EOT))
     data = dataset(tmp_path / "a.bin", f"data.end_token={EOT}")
     assert tokens(data.heldout_stream) == [*written[-1].tolist(), EOT]
-    assert data.train_stream.document_starts.tolist() == [0, 201, 502] and data.heldout_stream.document_starts.tolist() == [0]
+    assert (data.train_stream.document_starts.tolist() == [0, 201, 502]
+            and data.heldout_stream.document_starts.tolist() == [0])
     unknown = dataset(tmp_path / "a.bin")                    # one document, cut where the share ends
     assert unknown.heldout_stream.size == 964 // 20 and unknown.train_stream.document_starts.tolist() == [0]
     assert unknown.fingerprint != data.fingerprint
@@ -110,16 +116,20 @@ def test_the_end_is_held_out_from_a_border_between_documents_on(tmp_path: Path) 
 
 def test_attention_stays_inside_what_the_end_token_closes(tmp_path: Path) -> None:
     nanogpt(tmp_path / "a.bin", end_of_documents(documents(0, [3, 40]), EOT))
-    batch = dataset(tmp_path / "a.bin", f"data.end_token={EOT}", "data.mask_documents=true").batch(np.array([0]))
+    batch = dataset(tmp_path / "a.bin", f"data.end_token={EOT}",
+                    "data.mask_documents=true").batch(np.array([0]))
     assert batch.tokens_BS[0, 1:5].tolist() == [*documents(0, [3])[0].tolist(), EOT]
-    assert batch.documents_BS[0].tolist() == [0, 1, 1, 1, 1, 2, 2, 2]        # the first input is the last token of the stream
+    # the first input is the last token of the stream
+    assert batch.documents_BS[0].tolist() == [0, 1, 1, 1, 1, 2, 2, 2]
 
 
-def test_held_out_files_of_ones_own_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_held_out_files_of_ones_own_are_not_trained_on(tmp_path: Path,
+                                                       caplog: pytest.LogCaptureFixture) -> None:
     for seed, name in enumerate(("a", "b")):
         nanogpt(tmp_path / f"{name}.bin", ids(seed, 100))
     data = dataset(tmp_path, f"data.held_out={tmp_path / 'b.bin'}")
-    assert tokens(data.train_stream) == ids(0, 100).tolist() and tokens(data.heldout_stream) == ids(1, 100).tolist()
+    assert (tokens(data.train_stream) == ids(0, 100).tolist()
+            and tokens(data.heldout_stream) == ids(1, 100).tolist())
     (tmp_path / "copy.bin").write_bytes((tmp_path / "b.bin").read_bytes())
     error = refused(tmp_path, f"data.held_out={tmp_path / 'b.bin'}")
     assert error.id == "E-DATA-166" and "copy.bin" in error.why
@@ -130,7 +140,8 @@ def test_held_out_files_of_ones_own_are_not_trained_on(tmp_path: Path, caplog: p
     llmc(tmp_path / "web_train_1.bin", ids(3, 50))
     llmc(tmp_path / "web_val_0.bin", ids(4, 50))             # another set is given: this one is left alone
     other = dataset(tmp_path, f"data.held_out={tmp_path / 'b.bin'}")
-    assert other.domains == ("a", "b", "web") and other.train_stream.size == 150 and other.heldout_stream.size == 100
+    assert (other.domains == ("a", "b", "web") and other.train_stream.size == 150
+            and other.heldout_stream.size == 100)
 
 
 def test_ids_of_four_bytes_are_told_from_pairs_of_two(tmp_path: Path) -> None:
@@ -140,7 +151,8 @@ def test_ids_of_four_bytes_are_told_from_pairs_of_two(tmp_path: Path) -> None:
             written = ids(7, 1000, min(vocab_size, 1 << 16) if dtype == "<u2" else vocab_size)
             written.astype(dtype).tofile(tmp_path / "a.bin")
             data = dataset(tmp_path / "a.bin", f"data.vocab_size={vocab_size}")
-            assert tokens(data.train_stream) + tokens(data.heldout_stream) == written.tolist(), (vocab_size, dtype)
+            assert (tokens(data.train_stream) + tokens(data.heldout_stream)
+                    == written.tolist()), (vocab_size, dtype)
     ids(7, 1000, LLAMA).astype("<u4").tofile(tmp_path / "a.bin")
     error = refused(tmp_path / "a.bin", f"data.vocab_size={GPT2}")          # of neither
     assert error.id == "E-DATA-073" and "data.dtype=uint32" in error.next
@@ -153,7 +165,8 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(tmp_path: Path) ->
     written[217] = 65
     nanogpt(tmp_path / "a.bin", written)
     error = refused(tmp_path / "a.bin", "data.vocab_size=65")
-    assert error.id == "E-DATA-073" and error.where == f"{tmp_path / 'a.bin'}, token 217" and "id 65" in error.why
+    assert (error.id == "E-DATA-073" and error.where == f"{tmp_path / 'a.bin'}, token 217"
+            and "id 65" in error.why)
     assert dataset(tmp_path / "a.bin", "data.vocab_size=66").vocab_size == 66
     np.save(tmp_path / "b.npy", np.array([1, 2, -1] * 100))
     assert refused(tmp_path / "b.npy").id == "E-DATA-073"
@@ -196,14 +209,16 @@ def test_what_is_no_token_file_is_named(tmp_path: Path, content: bytes, what: st
 
 def test_a_path_without_token_files_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    for path, why in ((tmp_path, "*.bin"), (tmp_path / "x.bin", "not there"), (f"{tmp_path}/*.bin", "not there")):
+    for path, why in ((tmp_path, "*.bin"), (tmp_path / "x.bin", "not there"),
+                      (f"{tmp_path}/*.bin", "not there")):
         error = refused(path)
         assert error.id == "E-DATA-160" and why in error.why
     nanogpt(tmp_path / "a.bin", ids(0, 10))
     assert refused(tmp_path / "a.bin").id == "E-DATA-074"    # 10 tokens have no twentieth
 
 
-def test_an_end_token_that_occurs_nowhere_is_refused_where_it_is_typed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_end_token_that_occurs_nowhere_is_refused_where_it_is_typed(tmp_path: Path,
+                                                                       caplog: pytest.LogCaptureFixture) -> None:
     nanogpt(tmp_path / "a.bin", ids(0, 300, 255))
     assert refused(tmp_path / "a.bin", "data.end_token=50256").id == "E-DATA-163"
     assert refused(tmp_path / "a.bin", "data.end_token=end").id == "E-DATA-163"
@@ -234,7 +249,8 @@ def test_the_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:
 GOLDEN = {                   # runs of before go on with their data, and `eval` finds it, by these
     (): "aff15f285db6bd46e0e0df8525305618f0d592cde6e6f0a5797a5c16f45640f6",
     ("data.end_token=3100",): "f3487c15147c79bf67dd8409499ec030ec5ec08598ec1f72c41a9b2fb1762997",
-    ("data.split=merge", "data.held_out_share=0.25"): "64aaf1623818ab27a1d82b93be7cbded5611a85fba5b133d7c8e56cc101b0256",
+    ("data.split=merge",
+     "data.held_out_share=0.25"): "64aaf1623818ab27a1d82b93be7cbded5611a85fba5b133d7c8e56cc101b0256",
 }
 
 
@@ -248,7 +264,8 @@ def test_the_fingerprint_is_that_of_all_versions(tmp_path: Path, overrides: tupl
     assert dataset(tmp_path, *overrides).fingerprint == GOLDEN[overrides]
 
 
-def test_a_file_that_changes_while_it_is_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_in_use_is_refused(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     nanogpt(tmp_path / "store", ids(0, 3000))
     (tmp_path / "a.bin").symlink_to(tmp_path / "store")      # as a hub's cache lays files out
     data = dataset(tmp_path / "a.bin")
@@ -268,10 +285,13 @@ def test_a_file_that_changes_while_it_is_in_use_is_refused(tmp_path: Path, monke
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(files=strategies.lists(strategies.tuples(strategies.sampled_from(["a", "b", "c/x"]), strategies.sampled_from(sorted(WRITERS)),
-                                                strategies.lists(strategies.integers(0, 90), min_size=1, max_size=6)), min_size=1, max_size=5),
+@given(files=strategies.lists(strategies.tuples(strategies.sampled_from(["a", "b", "c/x"]),
+                                                strategies.sampled_from(sorted(WRITERS)),
+                                                strategies.lists(strategies.integers(0, 90), min_size=1,
+                                                                 max_size=6)), min_size=1, max_size=5),
        share=strategies.sampled_from([0.05, 0.1, 0.5]), marked=strategies.booleans())
-def test_every_token_is_trained_on_or_held_out_once(tmp_path_factory, files, share: float, marked: bool) -> None:
+def test_every_token_is_trained_on_or_held_out_once(tmp_path_factory, files, share: float,
+                                                    marked: bool) -> None:
     folder, written = tmp_path_factory.mktemp("any"), {}
     for number, (domain, name, lengths) in enumerate(files):
         write, suffix, _ = WRITERS[name]
@@ -281,12 +301,14 @@ def test_every_token_is_trained_on_or_held_out_once(tmp_path_factory, files, sha
         write(path, content)
         written.setdefault(domain[0], []).append(content)
     total = sum(map(len, sum(written.values(), [])))
-    overrides = [f"data.held_out_share={share}", "data.vocab_size=256", *(["data.end_token=255"] if marked else [])]
+    overrides = [f"data.held_out_share={share}", "data.vocab_size=256",
+                 *(["data.end_token=255"] if marked else [])]
     if all(sum(map(len, contents)) * share < 1 for contents in written.values()):
         assert refused(folder, *overrides).id == "E-DATA-074"
         return
     data = dataset(folder, *overrides)
-    assert data.domains == tuple(sorted(written)) and data.train_stream.size + data.heldout_stream.size == total
+    assert (data.domains == tuple(sorted(written))
+            and data.train_stream.size + data.heldout_stream.size == total)
     for number, domain in enumerate(data.domains):
         parts = []
         for stream in (data.train_stream, data.heldout_stream):
@@ -297,8 +319,9 @@ def test_every_token_is_trained_on_or_held_out_once(tmp_path_factory, files, sha
                 length = min(53, end - start)
                 assert (stream.read(start, length) == whole[start - begin:start - begin + length]).all()
         assert sorted(np.concatenate(parts).tolist()) == sorted(np.concatenate(written[domain]).tolist())
-        if marked:                                           # a document begins behind an end token, or with a file
-            starts = [s for s in data.train_stream.document_starts.tolist() if data.train_stream.domain_range(number)[0] < s
+        if marked:  # a document begins behind an end token, or with a file
+            starts = [s for s in data.train_stream.document_starts.tolist()
+                      if data.train_stream.domain_range(number)[0] < s
                       < data.train_stream.domain_range(number)[1]]
             assert all(data.train_stream.read(start - 1, 1)[0] == 255 for start in starts)
 
@@ -311,13 +334,14 @@ def test_llama_3_files_need_their_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_trains_evaluates_and_resumes(tmp_path: Path) -> None:
-    common = [*DEBUG, "data=memmap", "data.path=train.bin", "data.vocab_size=300", "run.steps=5", "log.wandb=off"]
+    common = [*DEBUG, "data=memmap", "data.path=train.bin", "data.vocab_size=300", "run.steps=5",
+              "log.wandb=off"]
     nanogpt(tmp_path / "train.bin", ids(0, 4000, 300))
     nanogpt(tmp_path / "val.bin", ids(1, 500, 300))
 
     def moetrain(*words: str, code: int = 0) -> str:
-        done = warm_start.run([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, env=environment(), text=True,
-                              timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = warm_start.run([sys.executable, "-m", "moetrain", *words], cwd=tmp_path, env=environment(),
+                              text=True, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == code, done.stdout
         return done.stdout
 
@@ -338,12 +362,14 @@ def test_a_tokenizer_json_brings_vocabulary_end_token_and_text(tmp_path: Path) -
                                 special_tokens=["<pad>", "<|endoftext|>"])
     library.save(str(tmp_path / "tokenizer.json"))
     stories = [f"the lazy dog {number} jumps" for number in range(40)]
-    nanogpt(tmp_path / "a.bin", end_of_documents([np.array(library.encode(story).ids) for story in stories], 1))
+    nanogpt(tmp_path / "a.bin", end_of_documents([np.array(library.encode(story).ids) for story in stories],
+                                                 1))
     named = f"data.tokenizer={tmp_path / 'tokenizer.json'}"
     data = dataset(tmp_path / "a.bin", named)
     assert data.vocab_size == library.get_vocab_size() and data.tokenizer.end_id == 1
     bounds = [*data.train_stream.document_starts.tolist(), data.train_stream.size]
-    read = [data.tokenizer.decode(data.train_stream.read(a, b - a).tolist()) for a, b in zip(bounds, bounds[1:])]
+    read = [data.tokenizer.decode(data.train_stream.read(a, b - a).tolist())
+            for a, b in zip(bounds, bounds[1:])]
     assert read == stories[:len(read)] and len(read) == 38 and data.train_stream.text_bytes(0, 9) is None
     typed = dataset(tmp_path / "a.bin", named, "data.end_token=<|endoftext|>")
     assert typed.fingerprint == data.fingerprint and typed.train_stream.size == data.train_stream.size

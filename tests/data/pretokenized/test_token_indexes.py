@@ -57,16 +57,19 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def config(kind: str, folder: Path, *overrides: str) -> Config:
-    return compose([f"data={kind}", f"data.path={folder / 'in'}", f"data.vocab_size={VOCAB}", "train.seq_len=8", "data.end_token=7",
-                    *overrides])
+    return compose([f"data={kind}", f"data.path={folder / 'in'}", f"data.vocab_size={VOCAB}",
+                    "train.seq_len=8", "data.end_token=7", *overrides])
 
 
-def dataset(kind: str, folder: Path, *overrides: str, use: Use = "keep", progress=None, out: str = "out") -> TokenDataset:
-    return build_dataset(config(kind, folder, *overrides), folder / "run", None, indexes=TokenIndexes(folder / out, use=use, progress=progress))
+def dataset(kind: str, folder: Path, *overrides: str, use: Use = "keep", progress=None,
+            out: str = "out") -> TokenDataset:
+    return build_dataset(config(kind, folder, *overrides), folder / "run", None,
+                         indexes=TokenIndexes(folder / out, use=use, progress=progress))
 
 
 def tokens(data: TokenDataset) -> list[int]:
-    return [id for stream in (data.train_stream, data.heldout_stream) for id in stream.read(0, stream.size).tolist()]
+    return [id for stream in (data.train_stream, data.heldout_stream)
+            for id in stream.read(0, stream.size).tolist()]
 
 
 def test_the_second_start_opens_no_token_file_and_gives_the_same_data(kind: str, tmp_path: Path) -> None:
@@ -76,8 +79,10 @@ def test_the_second_start_opens_no_token_file_and_gives_the_same_data(kind: str,
     with opened_files(tmp_path / "in") as second:
         again = dataset(kind, tmp_path)
     assert second == []
-    assert again.fingerprint == before.fingerprint == build_dataset(config(kind, tmp_path), tmp_path, None).fingerprint
-    assert (again.train_stream.document_starts == before.train_stream.document_starts).all() and tokens(again) == tokens(before)
+    assert (again.fingerprint == before.fingerprint
+            == build_dataset(config(kind, tmp_path), tmp_path, None).fingerprint)
+    assert ((again.train_stream.document_starts == before.train_stream.document_starts).all()
+            and tokens(again) == tokens(before))
 
 
 def test_nothing_is_kept_where_nobody_asks_for_it(kind: str, tmp_path: Path) -> None:
@@ -86,8 +91,8 @@ def test_nothing_is_kept_where_nobody_asks_for_it(kind: str, tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["in"]
 
 
-CHANGES = [("memmap", "time of change"), ("memmap", "entry"), ("memmap", "size"), ("megatron", "time of change"),
-           ("megatron", "entry"), ("megatron", "index of Megatron")]
+CHANGES = [("memmap", "time of change"), ("memmap", "entry"), ("memmap", "size"),
+           ("megatron", "time of change"), ("megatron", "entry"), ("megatron", "index of Megatron")]
 
 
 @pytest.mark.parametrize("kind, what", CHANGES, indirect=["kind"])
@@ -106,9 +111,9 @@ def test_a_file_that_has_changed_is_read_again_and_it_alone(kind: str, tmp_path:
     else:
         content = bytearray(path.read_bytes())
         content[-4] ^= 1
-        time.sleep(0.02)                                     # two writes may fall into one tick of the file system's clock
+        time.sleep(0.02)  # two writes may fall into one tick of the file system's clock
         path.write_bytes(content)
-        if what == "entry":                                  # as rsync --times leaves it: the time of the content is the old one
+        if what == "entry":  # as rsync --times leaves it: the time of the content is the old one
             os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
             assert path.stat().st_mtime_ns == found.st_mtime_ns and path.stat().st_size == found.st_size
     with opened_files(tmp_path / "in") as opened:
@@ -117,25 +122,29 @@ def test_a_file_that_has_changed_is_read_again_and_it_alone(kind: str, tmp_path:
     assert (after.fingerprint == before.fingerprint) == (what == "index of Megatron")
     with opened_files(tmp_path / "in") as opened:
         assert dataset(kind, tmp_path).fingerprint == after.fingerprint
-    assert opened == [] and len(os.listdir(tmp_path / "out")) == {"memmap": 9, "megatron": 2}[kind]      # it was replaced
+    # it was replaced
+    assert opened == [] and len(os.listdir(tmp_path / "out")) == {"memmap": 9, "megatron": 2}[kind]
 
 
 def test_other_settings_read_again(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     nanogpt(tmp_path / "in/a.bin", ids(0, 4000))
     first = dataset("memmap", tmp_path)
-    for overrides in (["data.end_token=9"], ["data.end_token=null"], ["data.vocab_size=301"], ["data.dtype=uint16"]):
+    for overrides in (["data.end_token=9"], ["data.end_token=null"], ["data.vocab_size=301"],
+                      ["data.dtype=uint16"]):
         with opened_files(tmp_path / "in") as opened:
             other = dataset("memmap", tmp_path, *overrides)
         assert opened == ["a.bin"]
         starts, others = (data.train_stream.document_starts.tolist() for data in (first, other))
         assert starts != others or "end" not in overrides[0]
-    with pytest.raises(DataError, match="E-DATA-073"):       # the index of a larger vocabulary says nothing about this one
+    # the index of a larger vocabulary says nothing about this one
+    with pytest.raises(DataError, match="E-DATA-073"):
         dataset("memmap", tmp_path, "data.vocab_size=299", "data.dtype=uint16")
 
 
 @pytest.mark.parametrize("how", ["cut", "turned", "folder", "link"])
-def test_a_damaged_index_is_made_again(kind: str, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_index_is_made_again(kind: str, tmp_path: Path, how: str,
+                                       caplog: pytest.LogCaptureFixture) -> None:
     before = dataset(kind, tmp_path)
     victim = sorted((tmp_path / "out").iterdir())[0]
     content = victim.read_bytes()
@@ -152,7 +161,8 @@ def test_a_damaged_index_is_made_again(kind: str, tmp_path: Path, how: str, capl
             victim.symlink_to(tmp_path / "elsewhere")
     with opened_files(tmp_path / "in") as opened:
         assert dataset(kind, tmp_path).fingerprint == before.fingerprint
-    assert len(opened) == {"memmap": 1, "megatron": 2}[kind] and "is of no use" in caplog.text and "is read again" in caplog.text
+    assert (len(opened) == {"memmap": 1, "megatron": 2}[kind] and "is of no use" in caplog.text
+            and "is read again" in caplog.text)
     assert how == "folder" and "cannot be kept" in caplog.text or victim.read_bytes() == content
 
 
@@ -162,7 +172,8 @@ def test_an_index_of_another_file_is_not_believed(tmp_path: Path) -> None:
         nanogpt(tmp_path / f"in/{name}.bin", ids(ord(name), 3000))
     before = dataset("memmap", tmp_path)
     a, b = (tmp_path / "out").iterdir()
-    write_index(a, read_index(b)._replace(stamps=read_index(a).stamps))      # of one size, and written at one time
+    # of one size, and written at one time
+    write_index(a, read_index(b)._replace(stamps=read_index(a).stamps))
     assert dataset("memmap", tmp_path).fingerprint == before.fingerprint
 
 
@@ -178,7 +189,8 @@ def test_a_block_is_compared_with_its_checksum_though_no_time_has_changed(tmp_pa
     content[2 * BLOCK + 100] ^= 1
     (tmp_path / "in/a.bin").write_bytes(content)
     found = (tmp_path / "in/a.bin").stat()
-    old, new = (repr(times)[1:-1].encode() for times in (kept.stamps[0], [found.st_size, found.st_mtime_ns, found.st_ctime_ns]))
+    old, new = (repr(times)[1:-1].encode()
+                for times in (kept.stamps[0], [found.st_size, found.st_mtime_ns, found.st_ctime_ns]))
     assert len(old) == len(new) and old in index
     magic, version, length, _ = struct.unpack_from("<8sIII", index)
     header = index[20:20 + length].replace(old, new)
@@ -197,7 +209,8 @@ def test_progress_is_of_all_bytes_that_have_to_be_read(kind: str, tmp_path: Path
     total = sum(path.stat().st_size for path in (tmp_path / "in").iterdir() if path.suffix != ".idx")
     done = [row[1] for row in said]
     assert {(row[0], row[2]) for row in said} == {("reading tokens", total)}
-    assert done == sorted(done) and done[-1] == total and len(done) == {"memmap": 11, "megatron": 2}[kind]     # one of three blocks
+    # one of three blocks
+    assert done == sorted(done) and done[-1] == total and len(done) == {"memmap": 11, "megatron": 2}[kind]
     said.clear()
     dataset(kind, tmp_path, progress=lambda *words: said.append(words))
     assert said == []
@@ -255,6 +268,7 @@ def test_indexes_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words")
     (tmp_path / f"{'0' * 16}.index").write_text("words")     # of the same name, and not ours
     found = scan(tmp_path)
-    (name,) = [path.name for path in tmp_path.glob("*.index") if path.name[0] != "0" or path.stat().st_size > 9]
+    (name,) = [path.name for path in tmp_path.glob("*.index") if path.name[0] != "0"
+               or path.stat().st_size > 9]
     assert {entry.name: entry.reason for entry in found.ledger.left_out} == {name: "own output"}
     assert {file.entry.name for file in found.files} >= {"a.txt", f"{'0' * 16}.index"}

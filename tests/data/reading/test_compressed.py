@@ -21,8 +21,8 @@ from moetrain.data.reading.spool import Spool
 from moetrain.data.reading.text_blocks import BLOCK, blocks_of, character_start, cut
 from moetrain.errors import DataError, DiskError
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress, ".xz": lzma.compress,
-                                                 ".bz2": bz2.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress,
+                                                 ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
 def story(number: int) -> str:
@@ -33,7 +33,8 @@ def sources(root: Path, suffix: str = "", compress: Callable[[bytes], bytes] = b
     root.mkdir()
     for number in range(30):
         (root / f"{number}.txt{suffix}").write_bytes(compress(story(number).encode()))
-    lines = [json.dumps({"text": story(100 + number), **({"domain": "own"} if number % 2 else {})}) for number in range(30)]
+    lines = [json.dumps({"text": story(100 + number), **({"domain": "own"} if number % 2 else {})})
+             for number in range(30)]
     (root / f"lines.jsonl{suffix}").write_bytes(compress("\n".join(lines).encode()))
     return root
 
@@ -57,7 +58,8 @@ def test_content_decides_and_members_follow_each_other(tmp_path: Path, suffix: s
     compress, path = COMPRESS[suffix], tmp_path / "a.txt"
     path.write_bytes(compress(b"first\n") + compress(b"") + compress(b"second\n"))
     with ByteStream(path) as stream:
-        assert stream.peek(3) == b"fir" and stream.read(2) == b"fi" and stream.peek(8) == b"rst\nseco" and stream.peek(1) == b"r"
+        assert (stream.peek(3) == b"fir" and stream.read(2) == b"fi" and stream.peek(8) == b"rst\nseco"
+                and stream.peek(1) == b"r")
         assert stream.read(99) == b"rst\nsecond\n" and stream.read(9) == stream.peek(9) == b""
         assert stream.position == path.stat().st_size
     plain = tmp_path / f"plain.txt{suffix}"
@@ -76,7 +78,8 @@ def test_damage_is_refused_with_its_place(tmp_path: Path, suffix: str, damage: s
                       "altered": whole[:middle] + b"\0" * 40 + whole[middle + 40:]}[damage])
     with pytest.raises(DataError, match="E-DATA-102") as caught:
         run(path, tmp_path / "out")
-    assert f"{path}, byte " in caught.value.where and "-d" in caught.value.next and f"'{path}'" in caught.value.next
+    assert (f"{path}, byte " in caught.value.where and "-d" in caught.value.next
+            and f"'{path}'" in caught.value.next)
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -93,7 +96,8 @@ def test_what_unpacks_to_much_is_read_in_bounded_memory(tmp_path: Path, suffix: 
             assert document.size == 24_000_000 and sum(map(len, document.blocks(spool))) == document.size
             with pytest.raises(DataError, match="E-DATA-031"):
                 list(documents(scan(tmp_path / f"zeros{suffix}").files, spool=spool))
-            assert tracemalloc.get_traced_memory()[1] < (16 if suffix == ".xz" else 8) << 20       # a window of 8 MiB
+            # a window of 8 MiB
+            assert tracemalloc.get_traced_memory()[1] < (16 if suffix == ".xz" else 8) << 20
         finally:
             tracemalloc.stop()
         assert spool.size == document.size
@@ -120,10 +124,10 @@ def test_blocks_end_behind_lines_or_characters(monkeypatch: pytest.MonkeyPatch) 
     for text in ("a\nbb\nccc\ndddd\n\n", "\u5b57" * 50, "x" * 31 + "\n" + "\u00fc" * 9, "", "a", "\n" * 25):
         raw, small = text.encode(), iter(range(1, 9999))
         assert b"".join(cut(raw)) == raw and all(0 < len(block) <= 10 for block in cut(raw))
-        assert "".join(block.decode() for block in cut(raw)) == text                      # no character is cut
+        assert "".join(block.decode() for block in cut(raw)) == text  # no character is cut
         place = 0
 
-        def read(size: int) -> bytes:                                                     # a stream that gives little at once
+        def read(size: int) -> bytes:  # a stream that gives little at once
             nonlocal place
             start, place = place, min(place + min(size, next(small) % 3 + 1), len(raw))
             return raw[start:place]
@@ -134,5 +138,6 @@ def test_blocks_end_behind_lines_or_characters(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_start_of_a_character() -> None:
     raw = "a\u00fc\u5b57\U0001f600".encode()
-    assert [character_start(raw, position) for position in range(len(raw) + 1)] == [0, 1, 1, 3, 3, 3, 6, 6, 6, 6, 10]
-    assert character_start(b"\x80" * 9, 6) == 6                                           # none near: as it is
+    assert ([character_start(raw, position) for position in range(len(raw) + 1)]
+            == [0, 1, 1, 3, 3, 3, 6, 6, 6, 6, 10])
+    assert character_start(b"\x80" * 9, 6) == 6  # none near: as it is

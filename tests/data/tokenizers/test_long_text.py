@@ -16,10 +16,13 @@ from tests.support.tokenizers import KINDS, prose, saved
 PIECE, ZONE = 900, 256
 RUN = 3600
 TEXTS = {
-    "prose": prose(1, 1000), "no spaces": prose(2, 700).replace(" ", "").replace("\n", ""), "characters": "\u5b57" * RUN,
-    "letter": "a" * RUN, "later letter": "b" + "a" * RUN, "spaces": "b " + " " * RUN + "c", "digits": "x12" + "7" * RUN,
-    "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467" * (RUN // 5), "marks": "e\u0301\u0323" * (RUN // 3),
-    "pile of marks": "a" + "\u0301\u0323" * RUN + " b", "long words": " ".join("ab" * length for length in range(20, 80)),
+    "prose": prose(1, 1000), "no spaces": prose(2, 700).replace(" ", "").replace("\n", ""),
+    "characters": "\u5b57" * RUN,
+    "letter": "a" * RUN, "later letter": "b" + "a" * RUN, "spaces": "b " + " " * RUN + "c",
+    "digits": "x12" + "7" * RUN, "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467" * (RUN // 5),
+    "marks": "e\u0301\u0323" * (RUN // 3),
+    "pile of marks": "a" + "\u0301\u0323" * RUN + " b",
+    "long words": " ".join("ab" * length for length in range(20, 80)),
     "special": "GPT-2 ends a text with <|endoftext|>, others with </s>. " * 60, "no text": "\u200b" * RUN,
 }
 
@@ -27,12 +30,15 @@ TEXTS = {
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileTokenizer]:
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {kind: FileTokenizer(path=saved(kind, folder / f"{number}.json")) for number, kind in enumerate(KINDS)}
+    return {kind: FileTokenizer(path=saved(kind, folder / f"{number}.json"))
+            for number, kind in enumerate(KINDS)}
 
 
-def in_pieces(tokenizer: FileTokenizer, documents: list[list[bytes]], sizes: bool = True) -> list[list[Encoded]]:
+def in_pieces(tokenizer: FileTokenizer, documents: list[list[bytes]],
+              sizes: bool = True) -> list[list[Encoded]]:
     """The same as the tokenizer does, with small pieces."""
-    texts = LongTexts(tokenizer._encode_batch, end_id=tokenizer.end_id, words=tokenizer._words, piece=PIECE, zone=ZONE)
+    texts = LongTexts(tokenizer._encode_batch, end_id=tokenizer.end_id, words=tokenizer._words, piece=PIECE,
+                      zone=ZONE)
     found: list[list[Encoded]] = [[]]
     for encoded in texts.documents(documents, sizes=sizes):
         found[-1].append(encoded)
@@ -44,7 +50,8 @@ def in_pieces(tokenizer: FileTokenizer, documents: list[list[bytes]], sizes: boo
 
 def check(tokenizer: FileTokenizer, text: bytes, pieces: list[Encoded]) -> None:
     whole = tokenizer._encode_batch([text.decode("utf-8", "replace")], False)[0].ids
-    ids, sizes = np.concatenate([piece.ids for piece in pieces]), np.concatenate([piece.sizes for piece in pieces])
+    ids, sizes = np.concatenate([piece.ids
+                                 for piece in pieces]), np.concatenate([piece.sizes for piece in pieces])
     assert np.array_equal(ids, [*whole, tokenizer.end_id])
     assert (sizes >= 0).all() and sizes.sum() == sum(piece.text_bytes for piece in pieces) == len(text)
     assert len(ids) == len(sizes)
@@ -56,17 +63,22 @@ def test_pieces_give_the_ids_of_the_whole(tokenizers: dict[str, FileTokenizer], 
     documents = [[text.encode()] for text in TEXTS.values()]
     for text, found in zip(TEXTS.values(), in_pieces(tokenizer, documents), strict=True):
         check(tokenizer, text.encode(), found)
-    for found, again in zip(in_pieces(tokenizer, documents), in_pieces(tokenizer, documents, sizes=False), strict=True):
-        assert np.array_equal(np.concatenate([piece.ids for piece in found]), np.concatenate([piece.ids for piece in again]))
+    for found, again in zip(in_pieces(tokenizer, documents), in_pieces(tokenizer, documents, sizes=False),
+                            strict=True):
+        assert np.array_equal(np.concatenate([piece.ids for piece in found]),
+                              np.concatenate([piece.ids for piece in again]))
         assert all(piece.sizes is None for piece in again)
-    assert len(in_pieces(tokenizer, [[TEXTS["prose"].encode()]])[0]) > 5            # they are joined, not encoded as one
+    # they are joined, not encoded as one
+    assert len(in_pieces(tokenizer, [[TEXTS["prose"].encode()]])[0]) > 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_random_texts_in_random_blocks(tokenizers: dict[str, FileTokenizer], kind: str, data: st.DataObject) -> None:
-    letters = ["a", "aaaa", " ", "\n", "\u5b57", "\u00e9", "e\u0301", "\ufb01", "7", "</s>", "<|endoftext|>", "\U0001f600", "router ", "\u0130"]
+def test_random_texts_in_random_blocks(tokenizers: dict[str, FileTokenizer], kind: str,
+                                       data: st.DataObject) -> None:
+    letters = ["a", "aaaa", " ", "\n", "\u5b57", "\u00e9", "e\u0301", "\ufb01", "7", "</s>", "<|endoftext|>",
+               "\U0001f600", "router ", "\u0130"]
     chance = random.Random(data.draw(st.integers(0, 1 << 30)))
     some = chance.sample(letters, chance.randint(1, 5))
     text = "".join(chance.choice(some) for _ in range(chance.randint(0, 1500))).encode()

@@ -22,28 +22,33 @@ from tests.support.tokenizers import saved
 RANKS = b"".join(base64.b64encode(bytes([number])) + b" %d\n" % number for number in range(256))
 # The first pieces of a model that sentencepiece trained.
 MODEL = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15\x00\x00\x00\x00\x18\x03\n\r\n\x04</s>\x15\x00\x00\x00\x00\x18\x03"
-TEKKEN_FILE = json.dumps({"config": {"pattern": "."}, "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": None}]}).encode()
+TEKKEN_FILE = json.dumps({"config": {"pattern": "."},
+                          "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": None}]}).encode()
 
 
 @pytest.mark.parametrize("content, format", [
     (MODEL, SENTENCEPIECE), (RANKS, TIKTOKEN), (TEKKEN_FILE, TEKKEN), (b"\xef\xbb\xbf" + TEKKEN_FILE, TEKKEN),
-    (b'{"hello": 0, "world": 1}', VOCABULARY), (b"#version: 0.2\na b\n", VOCABULARY), (b"[PAD]\n[UNK]\nhello\n", VOCABULARY),
-    (b'{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}', SETTING),
-    (b'{"version": "1.0", "model": {}}', None), (b"", None), (b"{", None), (b"[]", None), (b"\xff\0\1", None), (b"\n\n\n\n\n\n\n\n", None),
-    (b"plain words\nand more\n", None),
+    (b'{"hello": 0, "world": 1}', VOCABULARY), (b"#version: 0.2\na b\n", VOCABULARY),
+    (b"[PAD]\n[UNK]\nhello\n", VOCABULARY), (b'{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}',
+                                             SETTING),
+    (b'{"version": "1.0", "model": {}}', None), (b"", None), (b"{", None), (b"[]", None), (b"\xff\0\1", None),
+    (b"\n\n\n\n\n\n\n\n", None), (b"plain words\nand more\n", None),
 ])
 def test_formats_are_recognised_by_content(content: bytes, format: Other | None) -> None:
     assert recognize(content) == format
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("tokenizer.model", MODEL, ("sentencepiece model", "pip install transformers sentencepiece", "from_pretrained")),
+    ("tokenizer.model", MODEL, ("sentencepiece model", "pip install transformers sentencepiece",
+                                "from_pretrained")),
     ("mine.model", MODEL, ("sentencepiece model", "mine.model", "converted/tokenizer.model")),
-    ("o200k.tiktoken", RANKS, ("tiktoken ranks", "pip install transformers tiktoken", "converted/tokenizer.model")),
+    ("o200k.tiktoken", RANKS, ("tiktoken ranks", "pip install transformers tiktoken",
+                               "converted/tokenizer.model")),
     ("tekken.json", TEKKEN_FILE, ("tekken tokenizer", "pip install transformers tiktoken")),
     ("tokenizer_config.json", b'{"eos_token": "</s>"}', ("settings of a tokenizer",)),
 ])
-def test_another_format_is_named_with_the_line_that_converts_it(tmp_path: Path, name: str, content: bytes, words: tuple[str, ...]) -> None:
+def test_another_format_is_named_with_the_line_that_converts_it(tmp_path: Path, name: str, content: bytes,
+                                                                words: tuple[str, ...]) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         load_tokenizer(str(tmp_path / name))
@@ -68,7 +73,8 @@ def test_a_byte_order_mark_changes_nothing(tmp_path: Path) -> None:
     path = saved("Unigram", tmp_path / "tokenizer.json")
     (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     plain, marked = load_tokenizer(str(path)), load_tokenizer(str(tmp_path / "marked.json"))
-    assert plain.identity == marked.identity and plain.encode(b"a word").tolist() == marked.encode(b"a word").tolist()
+    assert (plain.identity == marked.identity
+            and plain.encode(b"a word").tolist() == marked.encode(b"a word").tolist())
 
 
 def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def test_what_changes_the_tokens_changes_the_identity(tmp_path: Path) -> None:
     path = str(saved("byte-level BPE", tmp_path / "tokenizer.json"))
     made = byte_level_bpe(300)
     made.save(str(tmp_path / "other.json"))
-    found = [load_tokenizer(path), load_tokenizer(str(tmp_path / "other.json")), load_tokenizer(path, end_token="</s>"),
-             load_tokenizer(path, parse_special=True)]
+    found = [load_tokenizer(path), load_tokenizer(str(tmp_path / "other.json")),
+             load_tokenizer(path, end_token="</s>"), load_tokenizer(path, parse_special=True)]
     assert len({tokenizer.identity for tokenizer in found}) == 4
     assert load_tokenizer(path).identity == found[0].identity
 

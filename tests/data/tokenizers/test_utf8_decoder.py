@@ -4,8 +4,10 @@ from hypothesis import example, given, settings, strategies as st
 
 from moetrain.data.tokenizers.utf8_decoder import Decoder
 
-PARTS = st.lists(st.sampled_from([b"a", "\u00e4".encode(), "\u5b57".encode(), "\U0001f600".encode(), b"\xff", b"\xe5\xad", b"\xc0\x80",
-                                  "\ufffd".encode(), b"\xed\xa0\x80", b"\xf0\x9f"]), max_size=30).map(b"".join)
+PARTS = st.lists(st.sampled_from([b"a", "\u00e4".encode(), "\u5b57".encode(), "\U0001f600".encode(), b"\xff",
+                                  b"\xe5\xad", b"\xc0\x80",
+                                  "\ufffd".encode(), b"\xed\xa0\x80", b"\xf0\x9f"]),
+                 max_size=30).map(b"".join)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

@@ -23,7 +23,8 @@ BLOCK, TOKENS = 64, 1000
 @pytest.fixture
 def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenShard:
     monkeypatch.setattr(tokens_module, "BLOCK", BLOCK)
-    write_documents(tmp_path / "s.tokens", [np.arange(TOKENS) % 257], document_domains=[0], vocab_size=257, domains=["a"],
+    write_documents(tmp_path / "s.tokens", [np.arange(TOKENS) % 257], document_domains=[0], vocab_size=257,
+                    domains=["a"],
                 text_bytes=TOKENS)
     return open_shard(tmp_path / "s.tokens", verify=False)
 
@@ -41,7 +42,8 @@ def refused(shard: TokenShard, begin: int, end: int) -> DataError:
     return caught.value
 
 
-def test_a_block_is_checked_when_it_is_first_read_and_only_then(shard: TokenShard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_checked_when_it_is_first_read_and_only_then(shard: TokenShard,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     checked, crc32 = [], zlib.crc32
     monkeypatch.setattr(zlib, "crc32", lambda ids: checked.append(len(ids)) or crc32(ids))
     assert shard.tokens.read(60, 70).tolist() == list(range(60, 70)) and checked == [BLOCK, BLOCK]
@@ -57,16 +59,18 @@ def test_an_altered_block_is_refused_when_it_is_read(shard: TokenShard) -> None:
     assert error.id == "E-DATA-007" and "block 3" in error.why
 
 
-def test_a_block_altered_after_it_was_read_is_refused_too(shard: TokenShard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_altered_after_it_was_read_is_refused_too(shard: TokenShard,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     shard.tokens.verify()
     alter(shard, 5)
-    os.utime(shard.path, ns=(0, 1))                              # two writes may fall into one tick of the file system's clock
+    os.utime(shard.path, ns=(0, 1))  # two writes may fall into one tick of the file system's clock
     monkeypatch.setattr(token_blocks, "LOOK_S", 0.0)
     assert refused(shard, 0, 1).id == "E-DATA-007"
 
 
 def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    write_documents(tmp_path / "s.tokens", [np.arange(5), np.array([3, 256])], document_domains=[0, 0], vocab_size=257,
+    write_documents(tmp_path / "s.tokens", [np.arange(5), np.array([3, 256])], document_domains=[0, 0],
+                    vocab_size=257,
                 domains=["a"], text_bytes=7)
     shard = open_shard(with_header(tmp_path / "s.tokens", vocab_size=256), verify=False)
     error = refused(shard, 0, 1)
@@ -93,12 +97,14 @@ def test_a_file_that_another_took_the_place_of_is_not_mixed_with_it(shard: Token
 
 
 def write_other(path: Path, tokens: int) -> Path:
-    write_documents(path, [np.full(tokens, 7)], document_domains=[0], vocab_size=257, domains=["a"], text_bytes=tokens)
+    write_documents(path, [np.full(tokens, 7)], document_domains=[0], vocab_size=257, domains=["a"],
+                    text_bytes=tokens)
     return path
 
 
 def test_many_shards_need_few_descriptors(tmp_path: Path) -> None:
-    shards = [open_shard(write_other(tmp_path / f"{number}.tokens", number + 1), verify=False) for number in range(100)]
+    shards = [open_shard(write_other(tmp_path / f"{number}.tokens", number + 1), verify=False)
+              for number in range(100)]
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         assert [len(shard.tokens.read(0, len(shard.tokens))) for shard in shards] == list(range(1, 101))
@@ -122,7 +128,8 @@ def prepared(text: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("kind", [*ODD, "link"])
 @pytest.mark.parametrize("name", ["dataset.json", "train-00000.tokens"])
-def test_what_is_no_file_of_its_own_is_refused_by_name(text: Path, tmp_path: Path, name: str, kind: str) -> None:
+def test_what_is_no_file_of_its_own_is_refused_by_name(text: Path, tmp_path: Path, name: str,
+                                                       kind: str) -> None:
     path = prepared(text, tmp_path / "data") / name
     if kind == "link":
         path.rename(tmp_path / "elsewhere")
@@ -133,7 +140,8 @@ def test_what_is_no_file_of_its_own_is_refused_by_name(text: Path, tmp_path: Pat
     with pytest.raises(DataError) as caught:
         open_prepared(path.parent, verify=False)
     linked = kind in ("circle", "nowhere", "device", "linked fifo")
-    assert str(path) in caught.value.where and f"it is {'a link' if linked else what}, not a file" in caught.value.why
+    assert (str(path) in caught.value.where
+            and f"it is {'a link' if linked else what}, not a file" in caught.value.why)
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -150,7 +158,7 @@ def test_a_lost_description_is_told_by_its_name(text: Path, tmp_path: Path) -> N
         with pytest.raises(DataError) as caught:
             attempt()
         assert caught.value.id == "E-DATA-121" and caught.value.where == str(folder)
-    (tmp_path / "data" / "sources.json").unlink()                # known only once the text has been read again
+    (tmp_path / "data" / "sources.json").unlink()  # known only once the text has been read again
     with pytest.raises(DataError, match="E-DATA-121"):
         prepared(text, tmp_path / "data")
     for path in folder.iterdir():
@@ -161,20 +169,23 @@ def test_a_lost_description_is_told_by_its_name(text: Path, tmp_path: Path) -> N
 
 # --- tokenizers
 
-MODEL = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-         "fuse_unk": False, "byte_fallback": False, "vocab": {"a": 0, "b": 1}, "merges": []}
+MODEL = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": {"a": 0, "b": 1},
+         "merges": []}
 
 
 def tokenizer_file(path: Path, **changes: object) -> Path:
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "pre_tokenizer": None,
-               "post_processor": None, "decoder": None, "model": MODEL} | changes
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+               "pre_tokenizer": None, "post_processor": None, "decoder": None, "model": MODEL} | changes
     path.write_text(json.dumps(content))
     return path
 
 
 @pytest.mark.parametrize("changes", [
-    {"model": MODEL | {"continuing_subword_prefix": "#" * 10, "merges": ["a b"], "vocab": {"a": 0, "b": 1, "ab": 2}}},
-    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, {"model": {"type": "BPE"}}, {"model": None},
+    {"model": MODEL | {"continuing_subword_prefix": "#" * 10, "merges": ["a b"],
+                       "vocab": {"a": 0, "b": 1, "ab": 2}}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, {"model": {"type": "BPE"}},
+    {"model": None},
 ])
 def test_a_tokenizer_whose_library_panics_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     with pytest.raises(DataError) as caught:

@@ -40,7 +40,8 @@ def test_text_and_indexed_data_are_read_by_what_they_are(tmp_path: Path) -> None
     assert next_of(tmp_path / "a.txt") == f"data=text data.path={tmp_path / 'a.txt'}"
     (tmp_path / "b.idx").write_bytes(b"MMIDIDX\0\0" + bytes(30))
     nanogpt(tmp_path / "b.bin", IDS)
-    assert next_of(tmp_path / "b.bin") == next_of(tmp_path / "b.idx") == f"data=megatron data.path={tmp_path / 'b'}"
+    assert (next_of(tmp_path / "b.bin") == next_of(tmp_path / "b.idx")
+            == f"data=megatron data.path={tmp_path / 'b'}")
     llmc(tmp_path / "c.dat", IDS)
     assert "data=memmap" in next_of(tmp_path / "c.dat")
     IDS.astype("<u2").tofile(tmp_path / "d.dat")                # nothing tells what this is
@@ -53,4 +54,5 @@ def test_no_error_about_data_tells_a_user_to_remove_something() -> None:
     for path in sorted(Path(moetrain.data.__file__).parent.rglob("*.py")):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             for advice in (keyword.value for keyword in call.keywords if keyword.arg == "next"):
-                assert not {"remove", "delete"} & set(ast.unparse(advice).lower().split()), (path.name, call.lineno)
+                assert not {"remove",
+                            "delete"} & set(ast.unparse(advice).lower().split()), (path.name, call.lineno)

@@ -33,7 +33,7 @@ def test_what_was_written_comes_back(written: Path, tmp_path: Path) -> None:
     found = read_index(written)
     assert same(found, KEPT) and found.index.starts.dtype == np.int64
     assert (found.index.tokens, found.index.documents) == (BLOCK + 9, 4)
-    assert zlib.crc32(found.index.starts) == zlib.crc32(STARTS)              # of which the fingerprint is made
+    assert zlib.crc32(found.index.starts) == zlib.crc32(STARTS)  # of which the fingerprint is made
     other = KEPT._replace(index=KEPT.index._replace(dtype=np.dtype(">i8"), ending=None))
     write_index(written, other)                                              # it is replaced
     assert same(read_index(written), other) and os.listdir(tmp_path) == ["a.index"]
@@ -64,17 +64,21 @@ def test_a_link_is_not_followed(written: Path, tmp_path: Path) -> None:
         read_index(tmp_path / "b.index")
 
 
-HOSTILE = {"documents": [1 << 60, -1, "4", None, 3], "blocks": [1 << 60, 3, None], "dtype": ["<f4", "O", None, ["<u2"]],
-           "key": ["x", None], "stamps": [[1], [[1, 2]], {}, [["a", 2, 3]]], "ending": [[1, 2, 3], [1], "abc", 5], "start": [-1, 0.5], "format": [None]}
+HOSTILE = {"documents": [1 << 60, -1, "4", None, 3], "blocks": [1 << 60, 3, None],
+           "dtype": ["<f4", "O", None, ["<u2"]],
+           "key": ["x", None], "stamps": [[1], [[1, 2]], {}, [["a", 2, 3]]],
+           "ending": [[1, 2, 3], [1], "abc", 5], "start": [-1, 0.5], "format": [None]}
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in HOSTILE.items() for value in values])
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in HOSTILE.items()
+                                         for value in values])
 def test_a_header_with_its_checksum_is_not_believed_either(written: Path, name: str, value: object) -> None:
     content = written.read_bytes()
     magic, version, length, _ = struct.unpack_from("<8sIII", content)
     header = json.loads(content[20:20 + length])
     assert name in header
     raw = json.dumps(header | {name: value}).encode()
-    written.write_bytes(struct.pack("<8sIII", magic, version, len(raw), zlib.crc32(raw)) + raw + content[20 + length:])
+    written.write_bytes(struct.pack("<8sIII", magic, version, len(raw), zlib.crc32(raw)) + raw
+                        + content[20 + length:])
     with pytest.raises(ValueError):
         read_index(written)

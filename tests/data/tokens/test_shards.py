@@ -76,7 +76,8 @@ def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
     whole = written(tmp_path / "s.tokens").read_bytes()
     path = tmp_path / "flipped"
     for position in range(len(whole)):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1:])
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position
+                                                                                                 + 1:])
         refused(path)
 
 
@@ -97,9 +98,11 @@ def test_an_id_outside_the_vocabulary_is_named_by_document(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("changes", [
-    {"tokens": -1}, {"tokens": 1 << 60}, {"tokens": "108"}, {"tokens": True}, {"tokens": 107}, {"documents": 1 << 40},
-    {"documents": 3}, {"dtype": "float64"}, {"dtype": None}, {"dtype": []}, {"dtype": {}}, {"domains": "ab"}, {"domains": ["a"]}, {"domains": [1, 2]},
-    {"block_crc": []}, {"block_crc": ["x"]}, {"block_crc": None}, {"index_crc": 0}, {"vocab_size": None},
+    {"tokens": -1}, {"tokens": 1 << 60}, {"tokens": "108"}, {"tokens": True}, {"tokens": 107},
+    {"documents": 1 << 40},
+    {"documents": 3}, {"dtype": "float64"}, {"dtype": None}, {"dtype": []}, {"dtype": {}}, {"domains": "ab"},
+    {"domains": ["a"]}, {"domains": [1, 2]}, {"block_crc": []}, {"block_crc": ["x"]}, {"block_crc": None},
+    {"index_crc": 0}, {"vocab_size": None},
 ])
 def test_a_hostile_header_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     refused(with_header(written(tmp_path / "s.tokens"), **changes))
