@@ -1,8 +1,9 @@
-"""Corpora of every shape against a reader of the tests' own: each text is where it must be, and every byte is accounted for.
+"""Corpora of every shape against an independent reader: each text is in its place, every byte accounted for.
 
-hypothesis draws trees (tests/support/random_corpora.py): formats, compressions, encodings, byte order marks, keys of records,
-separators, duplicates, splits that are there, data.held_out, hidden files, what moetrain wrote itself, what is no text. They are
-prepared through the command, decoded by tests/support/prepared_reader.py, and compared with what was written.
+hypothesis draws trees (tests/support/random_corpora.py): formats, compressions, encodings, byte order marks,
+keys of records, separators, duplicates, given splits, data.held_out, hidden files, moetrain's own output, and
+what is no text. They are prepared by the command, decoded by tests/support/prepared_reader.py, and compared
+with what was written.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def say(*words: str) -> str:
 
 
 def inspected(*keys: str) -> dict[str, Any]:
-    """What `data inspect --json` prints; before it are warnings, since earlier commands of this process log to the terminal."""
+    """What `data inspect --json` prints behind warnings, which earlier commands left on the terminal."""
     lines = say("inspect", "--json", *keys).split("\n")  # not splitlines: texts hold other ends of lines
     return json.loads("\n".join(lines[lines.index("{"):]))
 
@@ -155,7 +156,7 @@ def _first_domains(source: list[tuple[str, bytes]]) -> dict[bytes, str]:
 
 def _check_share(source: list[tuple[str, bytes]], train: list[tuple[str, bytes]],
                  held: list[tuple[str, bytes]]) -> None:
-    """A text is on one side as a whole; in a domain of fewer than twenty a beginning may be trained on and its end held out."""
+    """A text is on one side as a whole; in a domain of fewer than twenty its end may be held out alone."""
     first = _first_domains(source)
     ends = dict((text, domain) for domain, text in held)
     beginnings = dict((text, domain) for domain, text in train)
@@ -177,7 +178,7 @@ def _check_share(source: list[tuple[str, bytes]], train: list[tuple[str, bytes]]
 
 
 def _check_cap(source: list[tuple[str, bytes]], stored: list[tuple[str, bytes]], cap: int) -> None:
-    """A domain has at most so many bytes: all of it where it has fewer, else whole texts and the beginning of one at most."""
+    """A domain has at most `cap` bytes: all of it if it has fewer, else whole texts and the start of one."""
     pairs: dict[str, set[bytes]] = {}
     for text, domain in _first_domains(source).items():
         pairs.setdefault(domain, set()).add(text)
@@ -215,7 +216,7 @@ def _check_text_ledger(corpus: Corpus, dataset: StoredDataset, documents: list[t
 
 
 def check(corpus: Corpus) -> None:
-    """Inspect, prepare, compare with what was written; then the same files at other places, in another order."""
+    """Inspect, prepare and compare; then the same files in other places and another order."""
     with folder_of_its_own() as folder:
         keys = on_disk(corpus, folder / "one")
         before = sorted((path, path.lstat().st_mtime_ns) for path in folder.rglob("*"))
@@ -236,7 +237,7 @@ def check(corpus: Corpus) -> None:
 def check_inspection(corpus: Corpus, found: dict[str, Any], dataset: StoredDataset) -> None:
     """What was said before anything was prepared is what then came.
 
-    data.domain_cap may cut inside a character, of which `prepare` then takes nothing: up to three bytes for each domain.
+    data.domain_cap may cut inside a character, which `prepare` then drops: up to three bytes a domain.
     """
     slack = 0 if corpus.cap is None else 3
     account, said = found["account"], dataset.description["account"]
@@ -269,7 +270,7 @@ def check_inspection(corpus: Corpus, found: dict[str, Any], dataset: StoredDatas
 @pytest.mark.full
 def test_runs_in_the_folder_that_they_read_are_own_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                           capfd: pytest.CaptureFixture) -> None:
-    """A run begins, goes on and is followed by another where its text lies: none reads a file of the others."""
+    """A run begins, resumes and is followed by another beside its text: none reads a file of the others."""
     write(tmp_path, [SourceFile(f"texts/{number}.txt", f"text {number} and words {number ** 2}".encode())
                      for number in range(40)])
     monkeypatch.chdir(tmp_path)

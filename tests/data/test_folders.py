@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.package_source import PACKAGE, imports, package
 
-# A module imports from lines above its own, or from its own folder. The files beside the folders import from any.
+# A module imports from lines above its own, or from its own folder; the files beside the folders from any.
 ORDER = (
     ("account", "tokens", "tokenizers"),
     ("reading",),
@@ -23,7 +23,7 @@ BESIDE = len(ORDER)                          # level of the files beside the fol
 
 
 def upward_imports(sources: Mapping[str, str]) -> list[str]:
-    """Imports, in a folder of data/, of a folder that does not lie above it or of a file beside the folders."""
+    """Imports in a folder of data/ of a folder that is not above it, or of a file beside the folders."""
     edges = [(module, target) for module, target in imports(sources)
              if package(module) == package(target) == "data"]
     return sorted({f"{module} imports {target}" for module, target in edges

@@ -1,4 +1,4 @@
-"""Batches: pure functions of (step, slot), the same for any number of ranks; held-out windows; generated data."""
+"""Batches as pure functions of (step, slot) for any number of ranks; held-out windows; generated data."""
 
 import shutil
 from pathlib import Path
@@ -151,7 +151,7 @@ def test_the_number_of_ranks_decides_only_who_reads(prepared: Prepared, make, ra
 
 
 def test_documents_are_numbered_inside_a_window(prepared: Prepared) -> None:
-    """By the input: the mark that ends a document belongs to it, and so does the token after it as a target."""
+    """By the input: the end id belongs to its document, and so does the token after it as a target."""
     data = dataset(prepared, seq_len=50, mask_documents=True)
     batch = data.batch(np.array([0, 6, 12]))
     # last document, one of 40 tokens, one of 300

@@ -1,4 +1,4 @@
-"""`moetrain data inspect` of tokens: what training would read, told and counted as training does, and nothing written."""
+"""`moetrain data inspect` of tokens: reads and counts as training does, and writes nothing."""
 
 import json
 from pathlib import Path
@@ -236,8 +236,9 @@ def test_prepared_tokens(name: str, capsys: pytest.CaptureFixture) -> None:
             and found["vocab_size"] == description["vocab_size"])
     assert found["tokenizer"] == ("bytes" if name == "bytes" else str(folder / name))
     assert all(document["text"].startswith("the lazy dog") for document in found["documents"])
-    assert found["tokens"]["bytes_per_token"] == (1.0 if name == "bytes" else pytest.approx(
-        description["train"]["txt"]["bytes"] / (found["tokens"]["train"] - description["train"]["txt"]["documents"])))
+    counts = description["train"]["txt"]
+    rate = counts["bytes"] / (found["tokens"]["train"] - counts["documents"])
+    assert found["tokens"]["bytes_per_token"] == (1.0 if name == "bytes" else pytest.approx(rate))
     assert main(["data", "inspect", str(folder), "data=tokens"]) == 0
 
 

@@ -1,6 +1,6 @@
-"""Every token of the training text is a target exactly once an epoch, counted through the loaders of 1, 2 and 4 ranks.
+"""Every token of the training text is a target exactly once an epoch, for loaders of 1, 2 and 4 ranks.
 
-Each word comes once in the whole text and is a token of its own, so a target says where in the stream it stands.
+Each word occurs once in the whole text and is a token of its own, so a target tells its place in the stream.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from tests.support.prepared_reader import StoredDataset, read_dataset
 WORDS = 6 * 5 * 64 + 1
 GLOBAL_BATCH = 8
 RANKS = (1, 2, 4)
-# Documents of a domain, in words: shorter than a sequence, empty of others, one that fills windows to the token, many.
+# Words of the documents of each domain: shorter than a sequence, one document, exactly full windows, many.
 DOMAINS = st.lists(st.lists(st.sampled_from([1, 2, 3, 7, 15, 16, 31, 64]), min_size=1, max_size=5),
                    min_size=1, max_size=6)
 
@@ -34,8 +34,8 @@ def prepare(folder: Path, domains: Sequence[Sequence[int]]) -> StoredDataset:
     for number, lengths in enumerate(domains):
         (folder / "text" / f"domain{number}").mkdir(parents=True)
         for place, length in enumerate(lengths):
-            (folder / "text" / f"domain{number}" / f"{place}.txt").write_text(" ".join(next(words)
-                                                                                       for _ in range(length)))
+            text = " ".join(next(words) for _ in range(length))
+            (folder / "text" / f"domain{number}" / f"{place}.txt").write_text(text)
     (folder / "held.txt").write_text(next(words))
     vocabulary = {f"w{number}": number for number in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary | {"<|endoftext|>": WORDS}, unk_token="<|endoftext|>"))
@@ -65,7 +65,7 @@ class Epochs:
         self.empty = 0
 
     def add(self, batch: Batch) -> None:
-        """Count targets; the input of each is the token before it in the stream, of the first the last one."""
+        """Count targets. The input of each is the token before it; that of the stream's first is its last."""
         valid = batch.valid_BS.numpy()
         tokens, targets = batch.tokens_BS.numpy()[valid], batch.targets_BS.numpy()[valid]
         at = np.where(targets == self.end, self.end_places[tokens], self.places[targets])

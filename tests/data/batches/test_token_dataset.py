@@ -1,4 +1,4 @@
-"""Every token counts: in every mixture, of every domain size, over any number of ranks, each is a target once an epoch."""
+"""In every mixture, with domains of any size and any number of ranks, a token is a target once an epoch."""
 
 import tempfile
 from pathlib import Path
@@ -89,7 +89,8 @@ def test_every_token_is_a_target_as_often_as_any_other_of_its_domain(case: Case)
         while steps < 12 or counts.sum() < 2 * sum(used) and steps < 40:
             steps += 1
             for batch in step_of(loaders, steps):
-                targets, inputs = batch.targets_BS[batch.valid_BS].numpy(), batch.tokens_BS[batch.valid_BS].numpy()
+                targets = batch.targets_BS[batch.valid_BS].numpy()
+                inputs = batch.tokens_BS[batch.valid_BS].numpy()
                 assert (inputs == (targets - 1) % total).all()
                 counts += np.bincount(targets, minlength=total)
             for domain in np.split(counts, np.cumsum(case.sizes)[:-1]):
@@ -99,7 +100,7 @@ def test_every_token_is_a_target_as_often_as_any_other_of_its_domain(case: Case)
 
 
 def check_shares(case: Case, used: list[int], by_domain: np.ndarray, epochs: np.ndarray, rows: int) -> None:
-    """A domain of the uniform mixture that fills windows of its own: as often as its weight says, give or take a few windows."""
+    """Uniform domains that fill windows of their own come by their weights, give or take a few windows."""
     due = rows * case.seq_len * np.array(case.weights) * (np.array(used) > 0)
     due /= (np.array(case.weights) * (np.array(used) > 0)).sum()
     assert ((epochs > 0) == (np.array(used) > 0)).all()

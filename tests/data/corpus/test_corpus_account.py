@@ -1,6 +1,6 @@
-"""Prepared data against its source, for random trees: what is in the files is in the tokens or in the account, to the byte.
+"""Prepared data against its source, for random trees: each byte is in the tokens or in the account.
 
-The reader here shares nothing with the package: it parses `.tokens` files by their description on the page of files.
+The reader here shares nothing with the package: it parses `.tokens` files by docs/reference/files.md.
 """
 
 import csv
@@ -83,8 +83,8 @@ class Tree:
             self._write(root / f"{side}{folder}{number}.{kind}{'.gz' if packed else ''}",
                         gzip.compress(raw) if packed else raw)
             self.sides[side] += texts
-        for name, raw in odd + [("runs/a/log/attempts.jsonl",
-                                 b"{}")] * any(name.startswith("runs/") for name, _ in odd):
+        has_run = any(name.startswith("runs/") for name, _ in odd)
+        for name, raw in odd + [("runs/a/log/attempts.jsonl", b"{}")] * has_run:
             self._write(root / name, raw)
 
     def _write(self, path: Path, raw: bytes) -> None:
@@ -139,9 +139,10 @@ def test_source_and_prepared_data_agree_to_the_byte(files: list, odd: list, cap:
         if cap is None:
             rest = Counter() if own else Counter(heldout)
             for text_ in train:                # whole, or all but its last twentieth, which is held out
-                whole = text_ if text_ in expected else next(full
-                                                             for full in expected if full.startswith(text_)
-                                                             and rest[full[len(text_):]])
+                whole = text_
+                if text_ not in expected:
+                    whole = next(full for full in expected
+                                 if full.startswith(text_) and rest[full[len(text_):]])
                 expected -= {whole}
                 rest -= Counter([whole[len(text_):]] * (whole != text_))
             assert expected == set(rest) and "cut by data.domain_cap" not in became
@@ -197,9 +198,9 @@ def test_undecodable_bytes_count_as_left_out(tmp_path: Path) -> None:
     assert "undecodable" in caught.value.why
 
 
-def test_the_account_of_another_source_with_the_same_text_is_its_own(tmp_path: Path,
-                                                                     caplog: pytest.LogCaptureFixture) -> None:
-    """Both give the same tokens, so the same folder; what each left out is said for each, also when neither is read again."""
+def test_the_account_of_another_source_with_the_same_text_is_its_own(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Both give the same tokens, so the same folder; each has its own account, even if not read again."""
     for name, extra in (("one", "a.bin"), ("two", "b.bin")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text("the same words " * 400)

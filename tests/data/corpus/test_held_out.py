@@ -61,7 +61,7 @@ def test_the_share_decides_how_much_is_held_out(tmp_path: Path) -> None:
 
 def test_held_out_text_of_ones_own_is_whole_and_never_trained_on(tmp_path: Path,
                                                                  caplog: pytest.LogCaptureFixture) -> None:
-    """The folder lies inside data.path; two of its texts are also elsewhere in it, one in a domain of its own."""
+    """The folder is inside data.path; two of its texts are also elsewhere in it, one in its own domain."""
     source = corpus(tmp_path / "in")
     own = corpus(source / "valid", range(100, 106))
     (source / "code" / "copy of 101.txt").write_text(story(101))
@@ -100,9 +100,8 @@ def test_one_held_out_file_beside_one_file_of_text(tmp_path: Path) -> None:
     prepared = run(tmp_path / "train.txt", tmp_path / "out", held_out=tmp_path / "valid.txt")
     assert prepared.domains == ("txt",) and documents(prepared, "heldout") == [story(10)]
     assert documents(prepared, "train") == [(tmp_path / "train.txt").read_text()]  # nothing is cut off
-    assert run(tmp_path / "train.txt", tmp_path / "out", held_out=tmp_path / "valid.txt",
-               domain_cap=999).description[
-        "train"]["txt"]["bytes"] <= 999
+    capped = run(tmp_path / "train.txt", tmp_path / "out", held_out=tmp_path / "valid.txt", domain_cap=999)
+    assert capped.description["train"]["txt"]["bytes"] <= 999
 
 
 @pytest.mark.parametrize("held_out, number", [("in", 104), (".", 104), ("missing", 30), ("empty", 32),

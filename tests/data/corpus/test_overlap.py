@@ -1,4 +1,4 @@
-"""The overlap of held-out and training text: exact where it is small, sampled where it is large, linear in both."""
+"""Overlap of held-out and training text: exact if small, sampled if large, linear in both."""
 
 import tracemalloc
 
@@ -34,7 +34,7 @@ def counted(heldout: list[bytes], train: list[bytes]) -> Share:
 
 @pytest.mark.parametrize("block", [7, 31, 32, 33, 1000, 20_000, 1 << 20])
 def test_it_is_the_share_of_windows_that_occur(block: int) -> None:
-    """Whatever the blocks: pieces of texts moved by odd distances, texts shorter than a window, the same text twice."""
+    """In blocks of any size: texts moved by odd distances, shorter than a window, the same text twice."""
     shared = noise(0, 3000)
     heldout = [shared + noise(1, 1000), noise(2, 1500) + shared[:700], shared[5:1200], shared[5:1200],
                b"short", noise(3, 32)]

@@ -1,4 +1,4 @@
-"""What lies at a path and what is read of it: own output, hidden files, links, splits; every byte in the ledger."""
+"""Scan of a path: own output, hidden files, links and splits, with every byte in the ledger."""
 
 import os
 from collections import Counter
@@ -77,7 +77,7 @@ def fake_runs(root: Path) -> Path:
 
 
 def test_runs_and_prepared_data_are_left_out_wherever_they_lie(tmp_path: Path) -> None:
-    """What only looks like them is text: a config beside foreign checkpoints, WikiText's .tokens, somebody's sources.json."""
+    """Look-alikes are text: a config beside foreign checkpoints, WikiText's .tokens, another sources.json."""
     found = scan(fake_runs(tmp_path))
     assert names(found) == ["hf/checkpoints/model.txt", "hf/config.yaml", "text/a.txt", "wiki/log/notes.txt",
                             "wiki/sources.json", "wiki/train-00000.tokens"]

@@ -1,4 +1,4 @@
-"""Corpora as people have them, prepared and compared with what a reader of the test's own finds in the source."""
+"""Corpora as users have them, prepared and compared with what an independent reader finds in the source."""
 
 import bz2
 import csv
@@ -82,8 +82,8 @@ def test_few_undecodable_bytes_are_said_with_file_and_key(tmp_path: Path,
                                                           caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "in").mkdir()
     for number in range(20):
-        (tmp_path / "in" / f"{number}.txt").write_bytes(("plain\n" * 99
-                                                         + f"{number} caf\u00e9\n" * (number == 7)).encode("latin-1") + b"%d" % number)
+        text = "plain\n" * 99 + f"{number} caf\u00e9\n" * (number == 7)
+        (tmp_path / "in" / f"{number}.txt").write_bytes(text.encode("latin-1") + b"%d" % number)
     with caplog.at_level(logging.WARNING):
         prepare(path=str(tmp_path / "in"), out=tmp_path / "out", tokenizer="bytes")
     said = [record.getMessage() for record in caplog.records if "data.encoding" in record.getMessage()]
@@ -165,8 +165,8 @@ def as_table(separator: str) -> Callable[[list[dict]], str]:
 
 FORMATS: dict[str, Callable[[list[dict]], str]] = {
     "": lambda records: "---\n".join(record["text"] + "\n" for record in records),  # text with separators
-    ".jsonl": lambda records: "\n".join(json.dumps(record, ensure_ascii=False)
-                                        for record in records), ".json": json.dumps,
+    ".jsonl": lambda records: "\n".join(json.dumps(record, ensure_ascii=False) for record in records),
+    ".json": json.dumps,
     ".csv": as_table(","), ".tsv": as_table("\t")}
 PACKED: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress,
                                                ".xz": lzma.compress, ".bz2": bz2.compress}
@@ -191,8 +191,8 @@ def test_a_tree_of_anything_is_the_texts_that_were_written(tmp_path_factory: pyt
         path.write_bytes(PACKED[packed](FORMATS[form](records).encode(encoding)))
         for record in records:
             text = record["text"] if form else record["text"] + "\n"
-            domain = (record["domain"] if form
-                      else "") or folder.partition("/")[0] or form.removeprefix(".") or "text"
+            own = record["domain"] if form else ""
+            domain = own or folder.partition("/")[0] or form.removeprefix(".") or "text"
             wanted[text] = min(domain, wanted.get(text, domain))  # a duplicate stays in the first domain
     prepared = open_prepared(prepare(path=str(root / "in"), out=root / "out", tokenizer="bytes",
                                      held_out=str(root / "valid.txt"), reading=Reading(separator="---")),

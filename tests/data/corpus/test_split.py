@@ -56,9 +56,10 @@ def rule(texts: list[Text], share: Fraction, limit: int | None) -> tuple[list[Ro
         if len(chosen) == len(members):
             chosen.remove(digests[-1])
         for text in members:
-            side, end = (heldout, min(text.size,
-                                      limit or text.size)) if text.digest in chosen else (train, text.size)
-            side.append((domain, text.digest, 0, end))
+            if text.digest in chosen:
+                heldout.append((domain, text.digest, 0, min(text.size, limit or text.size)))
+            else:
+                train.append((domain, text.digest, 0, text.size))
     return train, heldout
 
 
@@ -93,8 +94,8 @@ def test_both_sides_are_what_the_rule_says(tmp_path_factory, rows, share, cap, l
 def test_a_text_of_the_other_side_is_taken_out_and_each_is_read_again_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\N{BYTE ORDER MARK}über\n".encode())
     with Spool(tmp_path) as spool:
-        documents, others = read(spool, [("x", number, 5)
-                                         for number in range(50)]), read(spool, [("y", 7, 5), ("y", 99, 5)])
+        documents = read(spool, [("x", number, 5) for number in range(50)])
+        others = read(spool, [("y", 7, 5), ("y", 99, 5)])
         left, also = without(unique(documents)[0], unique(others)[0])
         assert (len(left) == 49
                 and [part.document.digest for part in also] == [hashlib.sha256(b"7 " * 5).digest()])

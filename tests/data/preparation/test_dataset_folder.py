@@ -1,4 +1,4 @@
-"""A preparation that is killed, and the next one: it goes on, and what it makes is what an unbroken one makes."""
+"""A preparation that is killed: the next one continues, and its result is that of an unbroken one."""
 
 import os
 import signal
@@ -29,21 +29,23 @@ def write_and_die(path, **content):
             os.kill(os.getpid(), int(sys.argv[4]))
     write(path, **content)
 split_writer.write_shard = write_and_die
-prepare.prepare(path=sys.argv[1], out=Path(sys.argv[2]), tokenizer=sys.argv[5], parse_special=sys.argv[5] != "bytes")
+prepare.prepare(path=sys.argv[1], out=Path(sys.argv[2]), tokenizer=sys.argv[5],
+                parse_special=sys.argv[5] != "bytes")
 """
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Three domains. One document of the second is longer than three shards; those of the first and the third share passages."""
+    """Three domains. The second has a document longer than three shards; the others share passages."""
     for number in range(60):
         folder = tmp_path / "in" / "abc"[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
         lines = 400 if number == 4 else number % 7 * 3 + 1
-        passage = "" if number % 3 == 1 else f"the passage number {number // 3} that two of the documents have, each on its own side\n"
-        (folder / f"{number}.txt").write_text(passage
-                                              + "".join(f"line {line} of {number} <|endoftext|>, as "
-                                                        f"{line % 9} is\n" for line in range(lines)))
+        passage = (f"the passage number {number // 3} that two of the documents have, each on its own side\n"
+                   if number % 3 != 1 else "")
+        written = "".join(f"line {line} of {number} <|endoftext|>, as {line % 9} is\n"
+                          for line in range(lines))
+        (folder / f"{number}.txt").write_text(passage + written)
     return tmp_path / "in"
 
 
@@ -133,7 +135,7 @@ def test_ctrl_c_says_what_stays_and_an_error_leaves_nothing(source, tmp_path, mo
 
 def test_another_dataset_leaves_finished_shards_for_a_day_and_removes_the_rest(source, tmp_path,
                                                                                caplog) -> None:
-    """At once: the kernel lets go of the lock of a process that is gone. What another process writes stays."""
+    """At once, because the kernel releases the lock of a dead process. What another process writes stays."""
     assert stop(source, tmp_path / "out", 3).returncode == -signal.SIGKILL
     (finished,) = (tmp_path / "out").glob(".preparing-*")
     (tmp_path / "out" / ".preparing-none").mkdir()

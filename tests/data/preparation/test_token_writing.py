@@ -1,4 +1,4 @@
-"""Texts to shards with tokenizers of each kind: documents come back, and every byte of held-out text is one token's."""
+"""Texts to shards with each kind of tokenizer: documents come back, every byte of held-out text counts."""
 
 import json
 from pathlib import Path
@@ -91,9 +91,8 @@ def test_special_strings_are_counted_where_they_are_parsed(tmp_path: Path,
                                                            caplog: pytest.LogCaptureFixture) -> None:
     for number in range(30):
         (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / f"{number}.txt").write_text(prose(number,
-                                                             30) + ("<|endoftext|> and </s>"
-                                                                    if number % 3 == 0 else ""))
+        special = "<|endoftext|> and </s>" if number % 3 == 0 else ""
+        (tmp_path / "in" / f"{number}.txt").write_text(prose(number, 30) + special)
     tokenizer = str(saved("byte-level BPE", tmp_path / "tokenizer.json"))
     with caplog.at_level("INFO"):
         parsed, plain = (open_prepared(prepare(path=str(tmp_path / "in"), out=tmp_path / "out",

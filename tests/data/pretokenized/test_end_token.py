@@ -1,4 +1,4 @@
-"""The id that closes a document: told by the documents, the tokenizer or data.end_token, and refused where they contradict."""
+"""The id that closes a document: from documents, tokenizer or config; contradictions are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""data=memmap: what other trainers write comes back token by token, split as it is there; what is no token file is named."""
+"""data=memmap: files of other trainers come back token by token with their splits; others are named."""
 
 import gzip
 import logging
@@ -145,7 +145,7 @@ def test_held_out_files_of_ones_own_are_not_trained_on(tmp_path: Path,
 
 
 def test_ids_of_four_bytes_are_told_from_pairs_of_two(tmp_path: Path) -> None:
-    """Read as uint16 a file of uint32 is twice as long, every second id 0 or 1, and nothing else would say so."""
+    """A uint32 file read as uint16 has twice the ids, every second one 0 or 1, and nothing else shows it."""
     for vocab_size in (GPT2, LLAMA, 5):
         for dtype in ("<u2", "<u4"):
             written = ids(7, 1000, min(vocab_size, 1 << 16) if dtype == "<u2" else vocab_size)
@@ -217,8 +217,8 @@ def test_a_path_without_token_files_is_named(tmp_path: Path) -> None:
     assert refused(tmp_path / "a.bin").id == "E-DATA-074"    # 10 tokens have no twentieth
 
 
-def test_an_end_token_that_occurs_nowhere_is_refused_where_it_is_typed(tmp_path: Path,
-                                                                       caplog: pytest.LogCaptureFixture) -> None:
+def test_an_end_token_that_occurs_nowhere_is_refused_where_it_is_typed(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     nanogpt(tmp_path / "a.bin", ids(0, 300, 255))
     assert refused(tmp_path / "a.bin", "data.end_token=50256").id == "E-DATA-163"
     assert refused(tmp_path / "a.bin", "data.end_token=end").id == "E-DATA-163"

@@ -1,4 +1,4 @@
-"""Token files are read whole once: an index is used as long as nothing that it says has changed, and never believed otherwise."""
+"""Token files are read whole once: an index is used while nothing has changed, and never otherwise."""
 
 import logging
 import os
@@ -234,8 +234,8 @@ def test_files_before_a_bad_one_are_not_read_twice(tmp_path: Path) -> None:
     assert opened == ["a_2.bin", "a_3.bin"]
 
 
-def test_a_folder_that_cannot_be_written_matters_to_other_ranks_alone(kind: str, tmp_path: Path,
-                                                                      caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_matters_to_other_ranks_alone(
+        kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "out").write_text("a file")
     with caplog.at_level(logging.WARNING):
         alone = dataset(kind, tmp_path)

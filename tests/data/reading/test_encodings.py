@@ -1,4 +1,4 @@
-"""Encodings: what is no character is counted or refused, and a text in any encoding is the one that was written."""
+"""Encodings: undecodable bytes are counted or refused; a text in any encoding is the one written."""
 
 import gzip
 import tracemalloc
@@ -14,7 +14,8 @@ from moetrain.data.reading.records import Reading
 from moetrain.data.reading.spool import Spool
 from moetrain.errors import DataError
 
-GERMAN = "Die Stra\u00dfe f\u00fchrt \u00fcber H\u00fcgel.\nWir h\u00f6ren V\u00f6gel und m\u00f6chten \u00c4pfel.\nEin Satz ohne Umlaute.\n" * 30
+GERMAN = ("Die Stra\u00dfe f\u00fchrt \u00fcber H\u00fcgel.\n"
+          "Wir h\u00f6ren V\u00f6gel und m\u00f6chten \u00c4pfel.\nEin Satz ohne Umlaute.\n") * 30
 SAMPLES = {"utf-8": "\u00fcber \u5b57 \U0001f600\r\n",
            "utf-16": "\u00fcber \U0001f600", "utf-32": "\u00fcber \U0001f600", "cp1252": "\u00fcber \u20ac",
            "koi8-r": "\u0434\u0430", "shift_jis": "\u543e\u8f29\u306f\u732b",
@@ -65,13 +66,15 @@ def test_latin_1_is_counted_or_refused_and_the_key_is_said(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("encoding", ["koi8_r", "cp932", "gb18030", "cp1251"])
 def test_a_text_of_another_script_is_refused_with_its_encoding(tmp_path: Path, encoding: str) -> None:
-    text = {"cp932":
-            "\u543e\u8f29\u306f\u732b\u3067\u3042\u308b\u3002\u540d\u524d\u306f\u307e\u3060\u7121\u3044\u3002\u3069\u3053\u3067\u751f\u308c\u305f\u304b\u3068\u3093\u3068\u898b\u5f53\u304c\u3064\u304b\u306c\u3002\n",
-            "gb18030":
-            "\u6211\u4eec\u5927\u5bb6\u90fd\u5f88\u9ad8\u5174\uff0c\u4eca\u5929\u5929\u6c14\u771f\u597d\u3002\u5b66\u4e60\u4e2d\u6587\u5f88\u6709\u610f\u601d\u3002\n"}.get(encoding,
-            "\u0412\u0441\u0435 \u0441\u0447\u0430\u0441\u0442\u043b\u0438\u0432\u044b\u0435 "
-            "\u0441\u0435\u043c\u044c\u0438 \u043f\u043e\u0445\u043e\u0436\u0438 \u0434\u0440\u0443\u0433 "
-            "\u043d\u0430 \u0434\u0440\u0443\u0433\u0430.\n") * 20
+    japanese = ("\u543e\u8f29\u306f\u732b\u3067\u3042\u308b\u3002\u540d\u524d\u306f\u307e\u3060"
+                "\u7121\u3044\u3002\u3069\u3053\u3067\u751f\u308c\u305f\u304b\u3068\u3093\u3068"
+                "\u898b\u5f53\u304c\u3064\u304b\u306c\u3002\n")
+    chinese = ("\u6211\u4eec\u5927\u5bb6\u90fd\u5f88\u9ad8\u5174\uff0c\u4eca\u5929\u5929\u6c14"
+               "\u771f\u597d\u3002\u5b66\u4e60\u4e2d\u6587\u5f88\u6709\u610f\u601d\u3002\n")
+    russian = ("\u0412\u0441\u0435 \u0441\u0447\u0430\u0441\u0442\u043b\u0438\u0432\u044b\u0435 "
+               "\u0441\u0435\u043c\u044c\u0438 \u043f\u043e\u0445\u043e\u0436\u0438 "
+               "\u0434\u0440\u0443\u0433 \u043d\u0430 \u0434\u0440\u0443\u0433\u0430.\n")
+    text = {"cp932": japanese, "gb18030": chinese}.get(encoding, russian) * 20
     assert guess(text.encode(encoding)) == encoding
     assert refused(tmp_path, text.encode(encoding)).convert == f"data.encoding={encoding}"
 

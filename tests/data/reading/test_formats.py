@@ -1,4 +1,4 @@
-"""Formats told by content: every format in every compression under any name, and text that only looks like records."""
+"""Formats recognized by content: each in every compression under any name, and text that looks like one."""
 
 import bz2
 import csv
@@ -221,7 +221,8 @@ def test_a_separator_ends_documents(tmp_path: Path) -> None:
     rule = "<|endoftext|>"
     stories = ["one\nline\n", f"in a {rule} line\n", "x" * 2_500_000 + f"\n{rule} and more\n", "\r\ncrlf\r\n",
                "end"]
-    text = f"{rule}\n" + f"{rule}\r\n".join(stories[:2]) + f"{rule}\n{rule}\n" + f"{rule}\n".join(stories[2:]) + f"\n{rule}"
+    text = (f"{rule}\n" + f"{rule}\r\n".join(stories[:2]) + f"{rule}\n{rule}\n"
+            + f"{rule}\n".join(stories[2:]) + f"\n{rule}")
     for content in (text.encode(), gzip.compress(text.encode()), text.encode("utf-16")):
         entry = FileEntry("a", 0)
         assert (read(put(tmp_path, content), entry, separator=rule)
@@ -257,7 +258,8 @@ def test_what_a_library_wrote_is_read_as_it_was(tmp_path_factory: pytest.TempPat
                                                 form: str, compression: str, around: str) -> None:
     tmp_path = tmp_path_factory.mktemp("any")
     content = WRITE[form]([{"text": text, "n": str(number)} for number, text in enumerate(texts)])
-    content = content if form == "Parquet" or form.endswith("SV") else around.encode() + content + around.encode()
+    if form != "Parquet" and not form.endswith("SV"):
+        content = around.encode() + content + around.encode()
     path = put(tmp_path, COMPRESS[compression](content), "a" + {"CSV": ".csv", "TSV": ".tsv"}.get(form, ""))
     assert read(path) == [("own", text) for text in texts if text]
 

@@ -1,4 +1,4 @@
-"""Files of formats that are not read: made by the programs that make them, and named with what converts them."""
+"""Formats that are not read: files of the programs that write them, each named with its conversion."""
 
 import base64
 import gzip
@@ -82,11 +82,11 @@ def test_what_programs_write(tmp_path: Path) -> None:
 def test_arrow_of_the_datasets_library(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.table({"text": ["a", "b"]})
-    with pyarrow.OSFile(str(tmp_path / "data-00000-of-00001.arrow"),
-                        "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+    with (pyarrow.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as file,
+          pyarrow.ipc.new_stream(file, table.schema) as writer):
         writer.write_table(table)
-    with pyarrow.OSFile(str(tmp_path / "a.feather"),
-                        "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+    with (pyarrow.OSFile(str(tmp_path / "a.feather"), "wb") as file,
+          pyarrow.ipc.new_file(file, table.schema) as writer):
         writer.write_table(table)
     assert f"load_from_disk('{tmp_path}')" in named(tmp_path / "data-00000-of-00001.arrow").convert
     command = named(tmp_path / "a.feather").convert

@@ -1,6 +1,6 @@
-"""Long texts: nothing is lost, doubled or cut where the blocks of a reader meet, wherever in a character, line or record that is.
+"""Long texts: nothing is lost, doubled or cut where blocks meet, inside a character, a line or a record.
 
-Files are read in blocks of sizes that nobody promises. So texts are shifted by a byte at a time past powers of two, and each is
+Readers may use blocks of any size. So texts are shifted by a byte at a time past powers of two, and each is
 decoded whole by tests/support/prepared_reader.py.
 """
 
@@ -105,8 +105,8 @@ def test_a_huge_document_is_whole(tmp_path: Path, million: int) -> None:
 def byte_level() -> Tokenizer:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(["plain words and so on \u5b57\u5178 \u00fcber\n\n" * 9 + "x" * 40],
-                             trainers.BpeTrainer(
+    text = "plain words and so on \u5b57\u5178 \u00fcber\n\n" * 9 + "x" * 40
+    made.train_from_iterator([text], trainers.BpeTrainer(
         vocab_size=330, special_tokens=[SEPARATOR], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     return made

@@ -1,4 +1,4 @@
-"""Which token ends a document: what is said, then what the files say, then a known name; else it is refused."""
+"""The token that ends a document: from the config, the files or a known name; refused otherwise."""
 
 import json
 from pathlib import Path

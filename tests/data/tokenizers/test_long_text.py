@@ -1,4 +1,4 @@
-"""Texts that are encoded in pieces: ids of the whole text, and bytes that add up, with tokenizers of each kind."""
+"""Texts encoded in pieces: the ids of the whole text and byte counts that add up, for each tokenizer."""
 
 import random
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_many_short_documents_are_encoded_together() -> None:
 
 def test_a_tokenizer_that_reads_the_end_first_is_refused() -> None:
     def encode(texts: list[str], ends: bool) -> list[Ids]:
-        """Ids of characters; those of x count on from the start, and of a text of three pieces and more they are other ones."""
+        """Ids of characters; those of x count from the start, and differ in texts of three pieces or more."""
         return [Ids(np.array([1000 + place % 5 if letter == "x" else ord(letter) + (len(text) > 3 * PIECE)
                               for place, letter in enumerate(text)]), None) for text in texts]
 

@@ -21,7 +21,8 @@ from tests.support.tokenizers import saved
 
 RANKS = b"".join(base64.b64encode(bytes([number])) + b" %d\n" % number for number in range(256))
 # The first pieces of a model that sentencepiece trained.
-MODEL = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15\x00\x00\x00\x00\x18\x03\n\r\n\x04</s>\x15\x00\x00\x00\x00\x18\x03"
+MODEL = (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15\x00\x00\x00\x00\x18\x03"
+         b"\n\r\n\x04</s>\x15\x00\x00\x00\x00\x18\x03")
 TEKKEN_FILE = json.dumps({"config": {"pattern": "."},
                           "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": None}]}).encode()
 

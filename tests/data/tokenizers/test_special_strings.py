@@ -16,7 +16,8 @@ TEXT = "GPT-2 ends a document with <|endoftext|> and goes on. </s> <unk> </s>x"
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_text_leads_to_a_special_token(tmp_path: Path, kind: str) -> None:
     path = saved(kind, tmp_path / "tokenizer.json")
-    library, tokenizer, parsing = Tokenizer.from_file(str(path)), load_tokenizer(str(path)), load_tokenizer(str(path), parse_special=True)
+    library, tokenizer = Tokenizer.from_file(str(path)), load_tokenizer(str(path))
+    parsing = load_tokenizer(str(path), parse_special=True)
     ends = [library.token_to_id(token) for token in SPECIAL[1:]]
     found, parsed = tokenizer.encode(TEXT.encode()), parsing.encode(TEXT.encode())
     assert not np.isin(found, ends).any()

@@ -1,4 +1,4 @@
-"""Tokens are compared with their checksums when they are first read, and a file that changes while it is in use is named."""
+"""Tokens are compared with checksums at their first read; a file that changes while in use is named."""
 
 import json
 import os

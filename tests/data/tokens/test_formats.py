@@ -1,4 +1,4 @@
-"""A file that data=tokens did not write: what it is, and what reads it. Nothing tells a user to remove data."""
+"""Files that data=tokens did not write: what they are, and what reads them. No advice removes data."""
 
 import ast
 import shlex
