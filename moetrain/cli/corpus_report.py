@@ -6,7 +6,7 @@ from typing import Any
 
 from moetrain.cli.inspect import table
 from moetrain.config.schema import Config
-from moetrain.data.account.ledgers import HELD, FileEntry, FileLedger, plain
+from moetrain.data.account.ledgers import HELD, FileEntry, FileLedger, writable_name
 from moetrain.data.account.text import formats_text, reasons, splits_text, text_lines
 from moetrain.data.inspection import Inspection
 from moetrain.errors import CONTINUED
@@ -29,7 +29,7 @@ def record_of(found: Inspection, names: Sequence[str]) -> dict[str, Any]:
     """Write an inspection as one object; `names` are the attributes that it has of each file."""
     files = {ledger.key: [_file(entry, names) for entry in ledger.entries] for ledger in found.ledgers}
     said = ("id", "what", "where", "why", "next")
-    error = found.error and {name: plain(str(getattr(found.error, name))) for name in said}
+    error = found.error and {name: writable_name(str(getattr(found.error, name))) for name in said}
     return {**(found.found or {}), "files": files, "error": error}
 
 
@@ -52,7 +52,7 @@ def lines(found: Inspection, config: Config) -> Iterator[str]:
 
 def _file(entry: FileEntry, names: Sequence[str]) -> dict[str, Any]:
     values = {name: getattr(entry, name) for name in names}
-    return {name: plain(value) if isinstance(value, str) else value for name, value in values.items()}
+    return {name: writable_name(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def _files(ledger: FileLedger) -> Iterator[str]:

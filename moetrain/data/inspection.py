@@ -15,7 +15,7 @@ import numpy as np
 from moetrain.config.schema import Config
 from moetrain.data.account.ledgers import FileLedger
 from moetrain.data.corpus.selection import Progress, Selection, find_source, left_out_error, select
-from moetrain.data.corpus.split import exact
+from moetrain.data.corpus.split import as_fraction
 from moetrain.data.preparation.by_fingerprint import prepared_place
 from moetrain.data.reading.documents import Document, Part, Parts
 from moetrain.data.reading.records import reading_of
@@ -80,9 +80,9 @@ def inspect(config: Config, run_dir: Path, progress: Progress | None = None) -> 
     with Spool(Path(tempfile.gettempdir())) as spool:
         sample = _Sample(spool)
         try:
-            selection = select(source, spool, share=exact(data.held_out_share), reading=reading_of(data),
-                               domain_cap=data.domain_cap, allow_left_out=1.0, progress=progress,
-                               watch=sample.add)
+            selection = select(source, spool, share=as_fraction(data.held_out_share),
+                               reading=reading_of(data), domain_cap=data.domain_cap, allow_left_out=1.0,
+                               progress=progress, watch=sample.add)
         except DataError as error:
             return Inspection(ledgers, None, error)
     ledgers = selection.account.files

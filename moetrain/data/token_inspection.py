@@ -39,7 +39,7 @@ def inspect_tokens(config: Config, run_dir: Path, progress: Progress | None = No
     try:
         opened = open_tokens(data, TokenIndexes(prepared_place(data, run_dir), progress=progress), account)
         if isinstance(opened, Prepared):
-            _tell(account, opened)
+            _enter_files(account, opened)
         else:
             account.fill_in(opened.members, opened.domains)
         dataset = token_dataset(config, opened)
@@ -48,7 +48,7 @@ def inspect_tokens(config: Config, run_dir: Path, progress: Progress | None = No
     return Inspection(account.ledgers, _described(config, opened, dataset, account), None)
 
 
-def _tell(account: TokenAccount, prepared: Prepared) -> None:
+def _enter_files(account: TokenAccount, prepared: Prepared) -> None:
     """Enter the files of a prepared folder in the account."""
     folder, beside = prepared.folder, {DESCRIPTION: "description", "tokenizer.json": "tokenizer"}
     shards, sizes = ({name: HELD if name.startswith("heldout-") else TRAINED

@@ -31,7 +31,7 @@ import numpy as np
 from moetrain.data.account.ledgers import HELD, HELD_OUT, TRAINED
 from moetrain.data.batches.permutation import permutation
 from moetrain.data.corpus.given_splits import TEST, TRAIN, VALID, without_split
-from moetrain.data.corpus.split import exact
+from moetrain.data.corpus.split import as_fraction
 from moetrain.data.pretokenized.account import TokenAccount, split_reason
 from moetrain.data.pretokenized.end_token import Endings, closing_id, open_tokenizer
 from moetrain.data.pretokenized.file_names import by_name
@@ -41,10 +41,10 @@ from moetrain.data.pretokenized.token_files import (
     TokenFile,
     TokenFiles,
     open_files,
-    refuse_leak,
-    say_twice,
+    refuse_shared_files,
+    warn_of_equal_files,
 )
-from moetrain.data.pretokenized.token_indexes import TokenIndexes, Wanted
+from moetrain.data.pretokenized.token_indexes import FileRequest, TokenIndexes
 from moetrain.errors import DataError
 from moetrain.files import shown
 from moetrain.interop.megatron_blend import parse_blend
@@ -93,15 +93,15 @@ def open_indexed(*, path: str, tokenizer: str, vocab_size: int, end_token: str |
     if account is not None:
         _record(account, path, held_out, train, valid, ignored)
     shares = _shares(path, train, weights or {})
-    files = indexes.open([Wanted(tokens, (index,)) for tokens, index in map(_files, train + valid)],
+    files = indexes.open([FileRequest(tokens, (index,)) for tokens, index in map(_files, train + valid)],
                          settings=["megatron"], vocab_size=vocabulary,
                          read=lambda path, report: read_dataset(path.with_suffix(""), vocabulary, report))
     opened, evaluated = list(zip(train, files)), list(zip(valid, files[len(train):]))
-    say_twice(file for _, file in opened)
-    refuse_leak((file for _, file in opened), (file for _, file in evaluated))
+    warn_of_equal_files(file for _, file in opened)
+    refuse_shared_files((file for _, file in opened), (file for _, file in evaluated))
     end_id = closing_id([_endings(dataset, file) for dataset, file in opened + evaluated],
                         typed=typed, encoder=encoder)
-    share = exact(held_out_share) if not valid else Fraction(0)
+    share = as_fraction(held_out_share) if not valid else Fraction(0)
     domains = sorted({dataset.domain for dataset in train + valid})
     members = [*(Member(domains.index(dataset.domain), file, _trained(file, share))
                  for dataset, file in opened),

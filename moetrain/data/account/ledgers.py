@@ -130,7 +130,7 @@ class FileLedger:
     def record(self) -> dict[str, Any]:
         """The ledger as `dataset.json` keeps it: sums over files with common fields, the largest first."""
         splits = {role: _sums(members, ())[0] for role, members in sorted(self.splits.items())}
-        return {"path": plain(self.path), **_tally(self.entries),
+        return {"path": writable_name(self.path), **_tally(self.entries),
                 "read": _sums(self.read, ("side", "format", "compression")),
                 "left_out": _sums(self.left_out, ("reason", "format")), "splits": splits}
 
@@ -183,18 +183,18 @@ class Account:
         marred = sorted((entry for entry in read if entry.undecodable),
                         key=lambda entry: (-entry.undecodable, entry.name))
         undecodable = {"files": len(marred), "bytes": sum(entry.undecodable for entry in marred),
-                       "first": plain(marred[0].name) if marred else ""}
+                       "first": writable_name(marred[0].name) if marred else ""}
         return {"files": {ledger.key: ledger.record() for ledger in self.files},
                 "text": {**held, "became": became, "empty": sum(entry.empty for entry in read),
                          "undecodable": undecodable}}
 
 
-def plain(name: str) -> str:
+def writable_name(name: str) -> str:
     """A file name that can be written as UTF-8: other bytes are escaped with backslashes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def by_mistake(ledgers: Iterable[FileLedger]) -> tuple[int, int]:
+def left_out_by_mistake(ledgers: Iterable[FileLedger]) -> tuple[int, int]:
     """Count bytes that may have been left out by mistake. Undecodable bytes count.
 
     Returns:
@@ -227,8 +227,8 @@ def _sums(entries: list[FileEntry], fields: tuple[str, ...],
     rows = []
     for values, members in groups.items():
         first = min(members, key=lambda entry: entry.name)
-        convert = {"convert": plain(first.convert)} if first.convert else {}
-        rows.append({**dict(zip(fields, values)), **_tally(members, size), "first": plain(first.name),
+        convert = {"convert": writable_name(first.convert)} if first.convert else {}
+        rows.append({**dict(zip(fields, values)), **_tally(members, size), "first": writable_name(first.name),
                      **convert})
     return sorted(rows, key=lambda row: (-row["bytes"], *(row[name] for name in fields)))
 

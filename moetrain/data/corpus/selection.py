@@ -25,7 +25,7 @@ from moetrain.data.account.ledgers import (
     TRAINED,
     Account,
     FileLedger,
-    by_mistake,
+    left_out_by_mistake,
 )
 from moetrain.data.account.text import reasons
 from moetrain.data.corpus import builtin as corpus
@@ -275,7 +275,7 @@ def _no_text(found: Scan, why: str, other: str = "") -> DataError:
 
 def left_out_error(ledger: FileLedger, allowed: float) -> DataError | None:
     """The error if more of the bytes than allowed were left out by mistake, else None."""
-    lost, total = by_mistake([ledger])
+    lost, total = left_out_by_mistake([ledger])
     if lost <= allowed * total:
         return None
     rows = reasons(ledger.mistakes(), examples=True)

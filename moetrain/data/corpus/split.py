@@ -56,7 +56,7 @@ def cap_domains(parts: Parts, cap: int | None) -> Parts:
     return Parts(parts.documents, parts.rows, parts.starts, ends).at(ends > 0)
 
 
-def exact(share: float) -> Fraction:
+def as_fraction(share: float) -> Fraction:
     """A share as a fraction of small numbers: 1/20 for 0.05."""
     return Fraction(share).limit_denominator(10_000)
 

@@ -24,7 +24,7 @@ _STALE_S = 24 * 3600
 
 
 @contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
+def unfinished_folder(folder: Path) -> Iterator[Path]:
     """Context manager of the folder in which a dataset is written that will be at `folder`.
 
     It holds what an earlier, interrupted preparation of that dataset has left. The caller renames it. The

@@ -28,9 +28,9 @@ from moetrain.config.schema import Config, DataConfig
 from moetrain.data.account.text import account_lines, is_account
 from moetrain.data.corpus import builtin as corpus
 from moetrain.data.corpus.selection import BUILTIN, Progress, Selection, Source, find_source, select
-from moetrain.data.corpus.split import exact
+from moetrain.data.corpus.split import as_fraction
 from moetrain.data.preparation.by_fingerprint import NAME_LENGTH, prepared_place
-from moetrain.data.preparation.dataset_folder import unfinished
+from moetrain.data.preparation.dataset_folder import unfinished_folder
 from moetrain.data.preparation.prepared_dataset import (
     DESCRIPTION,
     Prepared,
@@ -125,7 +125,7 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
     encoder = tokenizer
     if isinstance(encoder, str):
         encoder = load_tokenizer(encoder, end_token=end_token, parse_special=parse_special)
-    share = _SHARE if held_out else exact(held_out_share)
+    share = _SHARE if held_out else as_fraction(held_out_share)
     source = find_source(path, held_out, own=(out, run_dir) if run_dir else (out,), splits=splits)
     key = _hash(chain([_FORMAT, encoder.identity, domain_cap, str(share), splits, allow_left_out, reading],
                       source.listing()))
@@ -137,14 +137,14 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
     with Spool(out) as spool:
         selection = select(source, spool, share=share, reading=reading, domain_cap=domain_cap,
                            allow_left_out=allow_left_out, progress=progress)
-        chooses = [selection.heldout] if selection.heldout else _unusual(share)
+        chooses = [selection.heldout] if selection.heldout else _share_for_hash(share)
         fingerprint = _hash([_FORMAT, encoder.identity, limit, selection.chosen, *chooses])
         if expected not in (None, fingerprint):
-            raise other_data(path, fingerprint, expected)
+            raise wrong_data_error(path, fingerprint, expected)
         folder = out / fingerprint[:NAME_LENGTH]
         if _is_there(folder):
-            account = selection.record(_sides(_open_again(folder).description))
-            _say_account(account)
+            account = selection.record(_sides(_open_existing(folder).description))
+            _log_account(account)
         else:
             files = source.path.files if source.path else selection.chosen
             description = {"fingerprint": fingerprint, "tokenizer": encoder.identity,
@@ -152,12 +152,13 @@ def prepare(*, path: str | None, out: Path, tokenizer: str | Tokenizer, domain_c
                            "parse_special": encoder.parse_special, "source_files": len(files)}
             _build(folder, selection, encoder, description, overlap,
                    progress and partial(progress, "tokenizing"))
-            account = _log(open_prepared(folder, verify=False), source, held_out, time.monotonic() - start)
+            account = _log_prepared(open_prepared(folder, verify=False), source, held_out,
+                                    time.monotonic() - start)
     _remember(out, key, {"folder": folder.name, "account": account})
     return folder
 
 
-def other_data(path: str | None, fingerprint: str, expected: str) -> DataError:
+def wrong_data_error(path: str | None, fingerprint: str, expected: str) -> DataError:
     """The error for data that is not what a checkpoint was trained on.
 
     Args:
@@ -185,7 +186,7 @@ def _is_there(folder: Path) -> bool:
     return False
 
 
-def _unusual(share: Fraction) -> list[str]:
+def _share_for_hash(share: Fraction) -> list[str]:
     """What a held-out share adds to the hash.
 
     The usual share adds nothing, so that datasets prepared before shares could be chosen keep their
@@ -197,7 +198,7 @@ def _unusual(share: Fraction) -> list[str]:
 def _build(folder: Path, selection: Selection, encoder: Tokenizer, description: dict[str, Any], overlap: int,
            progress: Callable[[int, int], None] | None) -> None:
     """Write a dataset to a temporary folder and move it to its place."""
-    with unfinished(folder) as temporary:
+    with unfinished_folder(folder) as temporary:
         description = description | write_tokens(temporary, selection.parts, encoder, overlap, progress)
         description["account"] = selection.record(_sides(description))
         if encoder.content is not None:
@@ -213,17 +214,17 @@ def _rename(temporary: Path, folder: Path) -> None:
     except OSError as error:
         if not _is_there(folder):
             raise unwritable(folder, error) from error
-        _open_again(folder)                  # another process was faster with the same content
+        _open_existing(folder)                  # another process was faster with the same content
 
 
 def _reuse(folder: Path, account: dict[str, Any] | None) -> Path:
-    _open_again(folder)
+    _open_existing(folder)
     if account is not None:
-        _say_account(account)
+        _log_account(account)
     return folder
 
 
-def _open_again(folder: Path) -> Prepared:
+def _open_existing(folder: Path) -> Prepared:
     """Verify a dataset that was prepared before, and log its size."""
     prepared = open_prepared(folder, verify=True)
     log.info("data %s: %s, prepared before", shown(folder), _sizes(prepared))
@@ -235,7 +236,7 @@ def _sides(description: dict[str, Any]) -> dict[str, dict[str, int]]:
     return {split: total(description[split]) for split in ("train", "heldout")}
 
 
-def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: float) -> dict[str, Any]:
+def _log_prepared(prepared: Prepared, source: Source, held_out: str | None, seconds: float) -> dict[str, Any]:
     """Log what was prepared, and return its account."""
     described = prepared.description
     text = f"prepared {shown(source.name)} in {seconds:.1f} s: {_sizes(prepared)}"
@@ -250,11 +251,11 @@ def _log(prepared: Prepared, source: Source, held_out: str | None, seconds: floa
     if (special := described["special_tokens"]) is not None:
         text += f"; {special:,} special tokens inside documents (data.parse_special)"
     log.info("%s", text)
-    _say_account(described["account"])
+    _log_account(described["account"])
     return described["account"]
 
 
-def _say_account(account: dict[str, Any]) -> None:
+def _log_account(account: dict[str, Any]) -> None:
     """Log an account, except that of the built-in corpus."""
     if all(ledger["path"] == BUILTIN for ledger in account["files"].values()):
         return

@@ -19,7 +19,7 @@ UNNAMED = "text"                         # domain of a file whose name is only a
 _NUMBERS = re.compile(r"(?:[-_.]+(?:of[-_.]+)?\d+)+$|\d{3,}$")
 
 
-class Named(NamedTuple):
+class NamedFile(NamedTuple):
     """A file, with what its name says.
 
     Args:
@@ -34,7 +34,7 @@ class Named(NamedTuple):
 
 
 def by_name(paths: Iterable[PurePosixPath], *, shards: bool = True, merge: bool = False,
-            apart: str | None = None) -> list[Named]:
+            apart: str | None = None) -> list[NamedFile]:
     """Files of one folder, sorted by domain, split and number.
 
     Args:
@@ -50,11 +50,11 @@ def by_name(paths: Iterable[PurePosixPath], *, shards: bool = True, merge: bool 
         member = members.get(str(path))
         split = VALID if apart == VALID else member.role if member else TRAIN
         label = without_split(str(path)) if apart else member.label if member else str(path)
-        named.append(Named(path, _domain(PurePosixPath(label), shards), split))
-    return sorted(named, key=lambda one: (one.domain, one.split, natural(str(one.path))))
+        named.append(NamedFile(path, _domain(PurePosixPath(label), shards), split))
+    return sorted(named, key=lambda one: (one.domain, one.split, natural_key(str(one.path))))
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
+def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key that compares numbers by value: 2 before 10."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
 

@@ -19,11 +19,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from moetrain.data.corpus.split import exact
+from moetrain.data.corpus.split import as_fraction
 from moetrain.data.pretokenized.account import TokenAccount
 from moetrain.data.pretokenized.end_token import open_tokenizer
-from moetrain.data.pretokenized.file_names import Named
-from moetrain.data.pretokenized.memmap_files import MemmapFiles, find_files, names_text, tell_account
+from moetrain.data.pretokenized.file_names import NamedFile
+from moetrain.data.pretokenized.memmap_files import MemmapFiles, enter_files, find_files, names_text
 from moetrain.data.pretokenized.token_files import (
     SHARE,
     Member,
@@ -31,10 +31,10 @@ from moetrain.data.pretokenized.token_files import (
     TokenFiles,
     last_share,
     open_files,
-    refuse_leak,
-    say_twice,
+    refuse_shared_files,
+    warn_of_equal_files,
 )
-from moetrain.data.pretokenized.token_indexes import TokenIndexes, Wanted
+from moetrain.data.pretokenized.token_indexes import FileRequest, TokenIndexes
 from moetrain.data.tokens.formats import NotTokensError, token_format
 from moetrain.data.tokens.index import Ending, Report, TokenIndex, read_once
 from moetrain.errors import DataError
@@ -83,18 +83,18 @@ def open_memmap(*, path: str, tokenizer: str, vocab_size: int, dtype: str = "aut
     reading = _Reading(dtype, encoder.vocab_size if encoder else vocab_size, end_id)
     files, heldout = find_files(path, held_out, merge=split == "merge")
     if account is not None:
-        tell_account(account, path, held_out, files, heldout)
+        enter_files(account, path, held_out, files, heldout)
     trained, evaluated = _open([(files.folder, files.train), (heldout.folder, heldout.heldout)], reading,
                                indexes)
-    say_twice(file for _, file in trained)
-    refuse_leak((file for _, file in trained), (file for _, file in evaluated))
+    warn_of_equal_files(file for _, file in trained)
+    refuse_shared_files((file for _, file in trained), (file for _, file in evaluated))
     _check_end([file for _, file in trained + evaluated], reading, typed is not None)
     domains = sorted({domain for domain, _ in trained + evaluated})
-    share = exact(held_out_share) if held_out is None else Fraction(0)
+    share = as_fraction(held_out_share) if held_out is None else Fraction(0)
     members = list(_members(domains, trained, evaluated, share))
     opened = open_files(Path(path), _FORMAT, members, domains, vocab_size=reading.vocab_size,
                         tokenizer=encoder, end_id=end_id, settings=[end_id])
-    _say_what(files, heldout, trained + evaluated, opened)
+    _log_files(files, heldout, trained + evaluated, opened)
     return opened
 
 
@@ -128,10 +128,10 @@ def _last_share(files: list[TokenFile], share: Fraction) -> list[np.ndarray]:
 # --- reading one file
 
 
-def _open(sides: list[tuple[Path, list[Named]]], reading: _Reading,
+def _open(sides: list[tuple[Path, list[NamedFile]]], reading: _Reading,
           indexes: TokenIndexes) -> list[list[tuple[str, TokenFile]]]:
     """Domain and open file of the files of each side."""
-    files = indexes.open([Wanted(folder / one.path) for folder, named in sides for one in named],
+    files = indexes.open([FileRequest(folder / one.path) for folder, named in sides for one in named],
                          settings=["memmap", reading.dtype, reading.end_id], vocab_size=reading.vocab_size,
                          read=lambda path, report: _read(path, reading, report))
     rest = iter(files)
@@ -228,7 +228,7 @@ def _check_end(files: list[TokenFile], reading: _Reading, typed: bool) -> None:
 # --- the log
 
 
-def _say_what(files: MemmapFiles, heldout: MemmapFiles, read: list[tuple[str, TokenFile]],
+def _log_files(files: MemmapFiles, heldout: MemmapFiles, read: list[tuple[str, TokenFile]],
               opened: TokenFiles) -> None:
     documents = sum(len(file.starts) - 1 for _, file in read)
     held = names_text([one.path for one in heldout.heldout]) or "the end of each domain"

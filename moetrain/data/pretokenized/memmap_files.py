@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moetrain.data.account.ledgers import HELD, HELD_OUT, TRAINED
 from moetrain.data.corpus.given_splits import TEST, TRAIN, VALID
 from moetrain.data.pretokenized.account import TokenAccount, split_reason
-from moetrain.data.pretokenized.file_names import Named, by_name
+from moetrain.data.pretokenized.file_names import NamedFile, by_name
 from moetrain.data.tokens.formats import SUFFIXES
 from moetrain.errors import DataError
 from moetrain.files import shown
@@ -32,11 +32,11 @@ class MemmapFiles(NamedTuple):
     """
 
     folder: Path
-    train: list[Named]
-    heldout: list[Named]
-    test: list[Named]
+    train: list[NamedFile]
+    heldout: list[NamedFile]
+    test: list[NamedFile]
     left: list[PurePosixPath]
-    taken: tuple[Named, ...] = ()
+    taken: tuple[NamedFile, ...] = ()
 
 
 def find_files(path: str, held_out: str | None, *, merge: bool) -> tuple[MemmapFiles, MemmapFiles]:
@@ -56,7 +56,7 @@ def find_files(path: str, held_out: str | None, *, merge: bool) -> tuple[MemmapF
         heldout = _find(held_out, "data.held_out", merge=True, apart=VALID)
         taken = {os.path.realpath(heldout.folder / one.path) for one in heldout.heldout}
 
-        def others(named: list[Named]) -> list[Named]:
+        def others(named: list[NamedFile]) -> list[NamedFile]:
             return [one for one in named if os.path.realpath(files.folder / one.path) not in taken]
 
         every = files.train + files.test + files.heldout
@@ -64,8 +64,8 @@ def find_files(path: str, held_out: str | None, *, merge: bool) -> tuple[MemmapF
         files = files._replace(train=others(files.train), test=others(files.test + files.heldout), taken=own)
         if not files.train:
             raise _missing(path, "data.path", "data.held_out takes all of it")
-        _say_left(heldout)
-    _say_left(files)
+        _log_left_out(heldout)
+    _log_left_out(files)
     return files, heldout
 
 
@@ -104,7 +104,8 @@ def _find(path: str, key: str, *, merge: bool, apart: str | None) -> MemmapFiles
     return MemmapFiles(folder, by_split[TRAIN], by_split[VALID], by_split[TEST], left)
 
 
-def _with_siblings(folder: Path, names: set[PurePosixPath], *, merge: bool, apart: str | None) -> list[Named]:
+def _with_siblings(folder: Path, names: set[PurePosixPath], *, merge: bool,
+                   apart: str | None) -> list[NamedFile]:
     """Files that were named, with the held-out files of their domains that lie beside them."""
     if apart or merge or not names:
         return [one._replace(split=apart or TRAIN) for one in by_name(names, merge=True, apart=apart)]
@@ -124,7 +125,7 @@ def _missing(path: str, key: str, why: str) -> DataError:
                      next=f"{key}=<a .bin or .npy of token ids, or a folder of them>")
 
 
-def tell_account(account: TokenAccount, path: str, held_out: str | None, files: MemmapFiles,
+def enter_files(account: TokenAccount, path: str, held_out: str | None, files: MemmapFiles,
                  heldout: MemmapFiles) -> None:
     """Enter every file in the account.
 
@@ -145,7 +146,7 @@ def tell_account(account: TokenAccount, path: str, held_out: str | None, files: 
                     read=[(heldout.folder / one.path, HELD) for one in heldout.heldout])
 
 
-def _say_left(files: MemmapFiles) -> None:
+def _log_left_out(files: MemmapFiles) -> None:
     """Log which files are left out or left alone."""
     if files.left:
         size = sum((files.folder / path).stat().st_size for path in files.left)

@@ -233,7 +233,7 @@ def token_file(path: Path, found: os.stat_result, index: TokenIndex, *, vocab_si
     return TokenFile(blocks, index, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
-def say_twice(files: Iterable[TokenFile]) -> None:
+def warn_of_equal_files(files: Iterable[TokenFile]) -> None:
     """Warn of files that hold the same tokens."""
     known: dict[str, TokenFile] = {}
     for file in files:
@@ -243,7 +243,7 @@ def say_twice(files: Iterable[TokenFile]) -> None:
                         first.tokens.path)
 
 
-def refuse_leak(trained: Iterable[TokenFile], heldout: Iterable[TokenFile]) -> None:
+def refuse_shared_files(trained: Iterable[TokenFile], heldout: Iterable[TokenFile]) -> None:
     """DataError if a file that is held out is also trained on."""
     known = {file.content: file for file in trained}
     for file in heldout:

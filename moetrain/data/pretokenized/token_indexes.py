@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from moetrain.data.corpus.selection import Progress
 from moetrain.data.pretokenized.token_files import TokenFile, token_file
 from moetrain.data.tokens.index import Report, TokenIndex
-from moetrain.data.tokens.index_file import SUFFIX, Kept, Stamp, read_index, write_index
+from moetrain.data.tokens.index_file import SUFFIX, Stamp, StoredIndex, read_index, write_index
 from moetrain.data.tokens.shards import BLOCK, unwritable
 from moetrain.errors import DataError, DiskError
 from moetrain.files import reason, shown
@@ -33,7 +33,7 @@ Use = Literal["look", "keep", "share", "take"]
 log = logging.getLogger(__name__)
 
 
-class Wanted(NamedTuple):
+class FileRequest(NamedTuple):
     """A token file to open.
 
     Args:
@@ -61,7 +61,7 @@ class TokenIndexes:
         assert folder is not None or use == "look", use
         self._folder, self._use, self._progress = folder, use, progress
 
-    def open(self, files: Sequence[Wanted], *, settings: Sequence[Any], vocab_size: int,
+    def open(self, files: Sequence[FileRequest], *, settings: Sequence[Any], vocab_size: int,
              read: Callable[[Path, Report], TokenIndex]) -> list[TokenFile]:
         """Open files, in order. Raises the DataError of `read` for the first file that it refuses.
 
@@ -71,7 +71,7 @@ class TokenIndexes:
             vocab_size: ids of the vocabulary.
             read: reads a file whole and returns its index.
         """
-        found = [_Found.of(file, [vocab_size, *settings]) for file in files]
+        found = [_FileState.of(file, [vocab_size, *settings]) for file in files]
         kept = [self._taken(one) if self._use == "take" else self._known(one) for one in found]
         total = sum(one.size for one, index in zip(found, kept) if index is None)
         done, opened = 0, []
@@ -89,7 +89,7 @@ class TokenIndexes:
         if self._progress is not None:
             self._progress("reading tokens", before + done, total)
 
-    def _known(self, found: "_Found") -> TokenIndex | None:
+    def _known(self, found: "_FileState") -> TokenIndex | None:
         """Index of a file that has not changed since; None if there is none that can be used."""
         if self._folder is None or found.status is None:
             return None
@@ -103,7 +103,7 @@ class TokenIndexes:
             return None
         return kept.index if (kept.key, kept.stamps) == (found.key, found.stamps) else None
 
-    def _taken(self, found: "_Found") -> TokenIndex:
+    def _taken(self, found: "_FileState") -> TokenIndex:
         """Index that another rank has just checked or made."""
         assert self._folder is not None
         path = self._folder / found.name
@@ -122,7 +122,7 @@ class TokenIndexes:
                         next="data.cache=<a folder that all nodes see>, and the same token files on each "
                              "of them")
 
-    def _keep(self, found: "_Found", index: TokenIndex) -> None:
+    def _keep(self, found: "_FileState", index: TokenIndex) -> None:
         """Write an index if this process keeps them."""
         if self._folder is None or self._use == "look" or found.status is None:
             return
@@ -131,7 +131,7 @@ class TokenIndexes:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise unwritable(self._folder, error) from error
-            write_index(self._folder / found.name, Kept(found.key, found.stamps, index))
+            write_index(self._folder / found.name, StoredIndex(found.key, found.stamps, index))
         except DiskError as error:
             if self._use == "share":
                 raise
@@ -139,7 +139,7 @@ class TokenIndexes:
                         shown(found.path), shown(self._folder), error.why)
 
 
-class _Found(NamedTuple):
+class _FileState(NamedTuple):
     """A file as it is before it is opened.
 
     Args:
@@ -155,7 +155,7 @@ class _Found(NamedTuple):
     stamps: list[Stamp]
 
     @classmethod
-    def of(cls, file: Wanted, settings: Sequence[Any]) -> "_Found":
+    def of(cls, file: FileRequest, settings: Sequence[Any]) -> "_FileState":
         key = [BLOCK, os.path.abspath(file.path), *settings]
         try:
             every = [os.stat(path) for path in (file.path, *file.beside)]

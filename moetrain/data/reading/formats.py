@@ -20,7 +20,7 @@ from pathlib import Path
 
 from moetrain.data.account.ledgers import NotText
 from moetrain.data.reading import parquet
-from moetrain.data.reading.json_records import BLANK, unfinished
+from moetrain.data.reading.json_records import BLANK, is_incomplete
 from moetrain.data.reading.records import look_up
 from moetrain.data.reading.table_records import COMMA, TAB, header_of
 from moetrain.data.reading.text_file import TextFile
@@ -138,7 +138,7 @@ def _value(text: str, at: int, whole: bool) -> tuple[object, int | None]:
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        return None, None if unfinished(error) and not whole else at
+        return None, None if is_incomplete(error) and not whole else at
     except RecursionError:
         return None, at
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moetrain.data.reading.records import LONGEST_RECORD, Fields, malformed, too_long
+from moetrain.data.reading.records import LONGEST_RECORD, RecordFields, malformed, too_long
 from moetrain.data.reading.text_file import TextFile
 
 BLANK = " \t\n\r"
@@ -18,7 +18,7 @@ def json_lines(file: TextFile) -> Iterator[tuple[bytes, str]]:
     def place() -> str:
         return f"{file.path}, line {number}" + (f", byte {offset:,}" if file.in_utf8 else "")
 
-    fields = Fields(file.reading, file.entry, place)
+    fields = RecordFields(file.reading, file.entry, place)
     for line in _lines(file):
         number += 1
         if len(line) > LONGEST_RECORD:
@@ -41,7 +41,7 @@ def json_objects(file: TextFile, *, array: bool) -> Iterator[tuple[bytes, str]]:
     def place() -> str:
         return f"{file.path}, record {number}, line {values.line}"
 
-    fields = Fields(file.reading, file.entry, place)
+    fields = RecordFields(file.reading, file.entry, place)
     if array:
         values.skip("[")
         more = values.next_character() != "]"
@@ -150,7 +150,7 @@ class _Values:
                 raise ValueError(_DEEP) from None
             except json.JSONDecodeError as error:
                 size = len(self._text) - self._at
-                if not unfinished(error):
+                if not is_incomplete(error):
                     raise
                 self.full = size > LONGEST_RECORD
                 if self.full or not self._more(size):
@@ -167,6 +167,6 @@ class _Values:
         return size > 0
 
 
-def unfinished(error: json.JSONDecodeError) -> bool:
+def is_incomplete(error: json.JSONDecodeError) -> bool:
     """Whether a parse may have failed only because the text is cut off: near its end, or inside a string."""
     return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - 16

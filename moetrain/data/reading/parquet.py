@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from moetrain.data.reading.records import Fields, Reading, missing_key, no_domain
+from moetrain.data.reading.records import Reading, RecordFields, missing_key, no_domain
 from moetrain.data.reading.spool import Spool
 from moetrain.data.reading.text_file import TextFile
 from moetrain.errors import DataError
@@ -54,7 +54,7 @@ def _rows(file: TextFile, table: Any) -> Iterator[tuple[bytes, str]]:
         raise DataError(133, "a table cannot be read", where=str(file.path),
                         why=f"two of its columns are named {shown(twice[0])}",
                         next="write it with one of them, or data.text_key=<another column>")
-    fields = Fields(reading, file.entry, place)
+    fields = RecordFields(reading, file.entry, place)
     rows = table.metadata.num_rows
     size = sum(table.metadata.row_group(group).total_byte_size
                for group in range(table.metadata.num_row_groups))

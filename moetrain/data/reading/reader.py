@@ -53,7 +53,7 @@ def read_file(path: Path, domain: str, entry: FileEntry, reading: Reading, spool
             if not taken:
                 spool.cut(start)
                 raise
-            raise _marred(path, error) from error
+            raise _not_text_error(path, error) from error
 
 
 def _records(file: TextFile, domain: str, spool: Spool) -> Iterator[Document]:
@@ -118,7 +118,7 @@ def _pieces(blocks: Iterator[bytes], separator: str | None) -> Iterator[bytes | 
         begins = block.endswith(b"\n")
 
 
-def _marred(path: Path, error: NotText) -> DataError:
+def _not_text_error(path: Path, error: NotText) -> DataError:
     """The error for a file that turned out to be no text after documents of it were used."""
     return DataError(136, "a file turned out to be no text after a part of it",
                      where=f"{path}, byte {error.offset:,}", why=error.why,

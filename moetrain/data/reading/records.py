@@ -45,7 +45,7 @@ def reading_of(data: DataConfig) -> Reading:
     return Reading(data.text_key, data.domain_key, data.separator, data.encoding)
 
 
-class Fields:
+class RecordFields:
     """Extractor of text and domain from the records of one file.
 
     Args:

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator
 from itertools import zip_longest
 
-from moetrain.data.reading.records import LONGEST_RECORD, Fields, missing_key, too_long
+from moetrain.data.reading.records import LONGEST_RECORD, RecordFields, missing_key, too_long
 from moetrain.data.reading.text_file import TextFile
 from moetrain.errors import DataError
 
@@ -29,7 +29,7 @@ def table_rows(file: TextFile, separators: tuple[str, ...]) -> Iterator[tuple[by
     def place() -> str:
         return f"{file.path}, line {max(rows.line_num, 1)}"
 
-    fields, header = Fields(file.reading, file.entry, place), []
+    fields, header = RecordFields(file.reading, file.entry, place), []
     try:
         header = next(rows, [])
         if (file.reading.text_key or "") not in header:

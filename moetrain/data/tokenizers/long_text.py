@@ -117,7 +117,7 @@ class LongTexts:
 
     def documents(self, documents: Iterable[Iterable[bytes]], *, sizes: bool) -> Iterator[Encoded]:
         """The tokens of documents, one after another, each followed by the end id."""
-        joint = _Joint(self._encode, self._end_id, self._words, self._zone, sizes)
+        joint = _PieceJoiner(self._encode, self._end_id, self._words, self._zone, sizes)
         batch: list[_Piece] = []
         waiting = 0
         for blocks in documents:
@@ -160,7 +160,7 @@ def _with_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield held, True
 
 
-class _Joint:
+class _PieceJoiner:
     """Joins the encodings of pieces in the order in which they come.
 
     `_left` is the piece whose last ids are not yet given out, because the next piece decides where they end.

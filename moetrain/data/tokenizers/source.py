@@ -20,7 +20,7 @@ _MOST_BYTES = 256 << 20  # of a tokenizer.json; the largest vocabularies take 35
 _MOST_SETTINGS = 64 << 20
 
 
-class Other(NamedTuple):
+class OtherFormat(NamedTuple):
     """A tokenizer format that is not read.
 
     Args:
@@ -34,12 +34,12 @@ class Other(NamedTuple):
     package: str
 
 
-SENTENCEPIECE = Other("a sentencepiece model", "tokenizer.model", "sentencepiece")
-TIKTOKEN = Other("tiktoken ranks", "tokenizer.model", "tiktoken")
-TEKKEN = Other("a tekken tokenizer", "tekken.json", "tiktoken")
-VOCABULARY = Other(
+SENTENCEPIECE = OtherFormat("a sentencepiece model", "tokenizer.model", "sentencepiece")
+TIKTOKEN = OtherFormat("tiktoken ranks", "tokenizer.model", "tiktoken")
+TEKKEN = OtherFormat("a tekken tokenizer", "tekken.json", "tiktoken")
+VOCABULARY = OtherFormat(
     "a vocabulary without its rules (it has merges.txt or a tokenizer_config.json beside it)", None, "")
-SETTING = Other("the settings of a tokenizer, not the tokenizer", None, "")
+SETTING = OtherFormat("the settings of a tokenizer, not the tokenizer", None, "")
 
 
 class TokenizerSource(NamedTuple):
@@ -69,7 +69,7 @@ def find_tokenizer(path: Path) -> TokenizerSource:
     return TokenizerSource(path, content.removeprefix(codecs.BOM_UTF8), _settings(path.parent))
 
 
-def recognize(content: bytes) -> Other | None:
+def recognize(content: bytes) -> OtherFormat | None:
     """Format of a file that is no tokenizer.json; None if it may be one."""
     content = content.removeprefix(codecs.BOM_UTF8)
     if _is_sentencepiece(content):
@@ -102,7 +102,7 @@ def _is_sentencepiece(content: bytes) -> bool:
     return length + 2 <= content[1] and content[4 + length:5 + length] in (b"\x15", b"\x18")
 
 
-def _of_lines(content: bytes) -> Other | None:
+def _of_lines(content: bytes) -> OtherFormat | None:
     lines = content[:1 << 16].splitlines()[:-1][:64] or content.splitlines()[:64]
     if not lines:
         return None
@@ -154,7 +154,7 @@ def _unreadable(path: Path, why: str) -> DataError:
                      next=f"data.tokenizer=bytes, or the path of a {FILE} or of a folder that holds one")
 
 
-def _other_format(path: Path, other: Other) -> DataError:
+def _other_format(path: Path, other: OtherFormat) -> DataError:
     folder = path.parent
     out = folder / "converted"
     source, copy = folder, ""

@@ -14,7 +14,7 @@ from typing import Any
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
-def plain(content: bytes) -> dict[str, Any]:
+def without_processing(content: bytes) -> dict[str, Any]:
     """A tokenizer.json without truncation, padding, post-processor and dropout.
 
     It adds nothing to a text and encodes it the same way every time. Without a post-processor the offsets of

@@ -18,7 +18,7 @@ import numpy as np
 from moetrain.data.tokenizers.end_token import KNOWN, find_end_id
 from moetrain.data.tokenizers.long_text import Encoded, Ids, LongTexts, UnjoinableError, Words
 from moetrain.data.tokenizers.source import find_tokenizer
-from moetrain.data.tokenizers.special_strings import plain, without_special
+from moetrain.data.tokenizers.special_strings import without_processing, without_special
 from moetrain.errors import DataError
 from moetrain.files import reason, shown
 
@@ -107,7 +107,7 @@ class FileTokenizer:
     def _encoder(self) -> "Library":
         """The library's tokenizer, changed as texts are encoded with it."""
         with self._refused(21, "the file is not a tokenizer"):
-            tokenizer = plain(self.content)
+            tokenizer = without_processing(self.content)
             if not self.parse_special:
                 tokenizer = without_special(tokenizer, self._special)
             return _library(json.dumps(tokenizer, ensure_ascii=False).encode())

@@ -35,7 +35,7 @@ _COUNTS = ("start", "blocks", "documents", "crc")
 Stamp = list[int]                            # state of a file: size, mtime and ctime in ns
 
 
-class Kept(NamedTuple):
+class StoredIndex(NamedTuple):
     """Content of an index file.
 
     Args:
@@ -49,7 +49,7 @@ class Kept(NamedTuple):
     index: TokenIndex
 
 
-def write_index(path: Path, kept: Kept) -> None:
+def write_index(path: Path, kept: StoredIndex) -> None:
     """Write an index file, whole or not at all. DiskError if it cannot be written."""
     index = kept.index
     arrays = np.array(index.checksums, "<u4").tobytes() + np.ascontiguousarray(index.starts, "<i8").tobytes()
@@ -60,7 +60,7 @@ def write_index(path: Path, kept: Kept) -> None:
     write_file(path, _PREFIX.pack(MAGIC, _VERSION, len(header), zlib.crc32(header)), header, arrays)
 
 
-def read_index(path: Path) -> Kept:
+def read_index(path: Path) -> StoredIndex:
     """Read an index file. OSError if it cannot be read, ValueError if it is damaged."""
     with open_regular(path, links=False) as file:
         size, prefix = os.fstat(file.fileno()).st_size, file.read(_PREFIX.size)
@@ -86,7 +86,7 @@ def read_index(path: Path) -> Kept:
     ending = header["ending"] and Ending(*header["ending"])
     index = TokenIndex(header["format"], header["start"], np.dtype(header["dtype"]),
                        np.frombuffer(arrays, "<u4", blocks).tolist(), starts, ending)
-    return Kept(header["key"], header["stamps"], index)
+    return StoredIndex(header["key"], header["stamps"], index)
 
 
 def _checked(header: Any) -> dict[str, Any]:

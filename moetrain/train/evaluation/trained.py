@@ -25,7 +25,7 @@ from moetrain.config.schema import Config
 from moetrain.data.batches.batch import Dataset
 from moetrain.data.loader import build_dataset
 from moetrain.data.preparation.by_fingerprint import NAME_LENGTH, find_prepared, prepared_place
-from moetrain.data.preparation.prepare import other_data
+from moetrain.data.preparation.prepare import wrong_data_error
 from moetrain.data.preparation.prepared_dataset import open_prepared
 from moetrain.data.pretokenized.end_token import open_tokenizer
 from moetrain.data.pretokenized.token_indexes import TokenIndexes
@@ -270,8 +270,8 @@ def _prepared_again(run: Trained) -> Path:
     data = run.config.data
     try:
         if data.kind == "tokens":
-            raise other_data(data.path, open_prepared(Path(str(data.path)), verify=False).fingerprint,
-                             run.fingerprint)
+            raise wrong_data_error(data.path, open_prepared(Path(str(data.path)), verify=False).fingerprint,
+                                   run.fingerprint)
         return prepare_on_main(run.config, run.directory, run.mesh, expected=run.fingerprint)
     except DataError as error:
         if error.id not in _GONE:
@@ -296,5 +296,5 @@ def _with_path(config: Config, folder: Path | None) -> Config:
 
 def _as_trained(run: Trained, dataset: Dataset) -> Dataset:
     if dataset.fingerprint != run.fingerprint:
-        raise other_data(run.config.data.path, dataset.fingerprint, run.fingerprint)
+        raise wrong_data_error(run.config.data.path, dataset.fingerprint, run.fingerprint)
     return dataset

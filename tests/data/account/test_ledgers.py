@@ -15,7 +15,7 @@ from moetrain.data.account.ledgers import (
     TRAINED,
     Account,
     FileLedger,
-    by_mistake,
+    left_out_by_mistake,
 )
 from moetrain.data.account.text import account_lines, is_account, left_out_line
 
@@ -57,11 +57,11 @@ def test_text_that_nobody_accounts_for_is_a_bug() -> None:
 
 def test_only_what_might_have_been_meant_counts_as_a_mistake() -> None:
     files = ledger()
-    assert by_mistake([files]) == (61, 211)
+    assert left_out_by_mistake([files]) == (61, 211)
     files.entries[0].undecodable = 25                       # an eighth of its text, so of its bytes
-    assert by_mistake([files]) == (61 + 12, 211)
+    assert left_out_by_mistake([files]) == (61 + 12, 211)
     files.entries[0].leave_out(BINARY)
-    assert by_mistake([files]) == (161, 211) and files.entries[0].text == 0
+    assert left_out_by_mistake([files]) == (161, 211) and files.entries[0].text == 0
 
 
 def test_an_account_that_was_altered_is_none() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.config.schema import Config, DataConfig, RunConfig
-from moetrain.data.corpus.split import exact
+from moetrain.data.corpus.split import as_fraction
 from moetrain.data.loader import build_dataset
 from moetrain.data.preparation.prepare import prepare
 from moetrain.data.preparation.prepared_dataset import Prepared, open_prepared
@@ -41,7 +41,7 @@ def documents(prepared: Prepared, split: str) -> list[str]:
 def test_a_dataset_of_the_first_release_keeps_its_fingerprint(tmp_path: Path) -> None:
     """A change here makes every run refuse its own data."""
     assert run(corpus(tmp_path / "in"), tmp_path / "out").fingerprint.startswith("f96b6012ca2a")
-    assert exact(0.05).denominator == 20 and exact(0.05).numerator == 1
+    assert as_fraction(0.05).denominator == 20 and as_fraction(0.05).numerator == 1
 
 
 def test_the_share_decides_how_much_is_held_out(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.data.preparation import split_writer
-from moetrain.data.preparation.dataset_folder import unfinished
+from moetrain.data.preparation.dataset_folder import unfinished_folder
 from moetrain.data.preparation.prepare import prepare
 from moetrain.data.preparation.prepared_dataset import open_prepared
 
@@ -141,11 +141,11 @@ def test_another_dataset_leaves_finished_shards_for_a_day_and_removes_the_rest(s
     (tmp_path / "out" / ".preparing-none").mkdir()
     (tmp_path / "out" / ".preparing-none" / "heldout-00000.tokens").write_bytes(b"half of it")
     (tmp_path / "other.txt").write_text("another text\n" * 500)
-    with unfinished(tmp_path / "out" / "now") as written:
+    with unfinished_folder(tmp_path / "out" / "now") as written:
         prepared(tmp_path / "other.txt", tmp_path / "out", "bytes")
         assert finished.exists() and written.exists() and not (tmp_path / "out" / ".preparing-none").exists()
-        with unfinished(tmp_path / "out" / "now") as second:  # the same dataset, by another process
+        with unfinished_folder(tmp_path / "out" / "now") as second:  # the same dataset, by another process
             assert second != written
         os.utime(finished, (0, 0))
-        with unfinished(tmp_path / "out" / "later"):
+        with unfinished_folder(tmp_path / "out" / "later"):
             assert not finished.exists() and written.exists()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moetrain.data.pretokenized.file_names import by_name, natural
+from moetrain.data.pretokenized.file_names import by_name, natural_key
 
 
 def grouped(*names: str, **how: Any) -> list[tuple[str, str, str]]:
@@ -46,7 +46,7 @@ def test_sides_that_lie_apart_have_one_domain_and_a_split_can_be_merged() -> Non
 
 
 def test_numbers_are_sorted_by_what_they_are() -> None:
-    assert sorted(["s-10", "s-9", "s-1", "r-11"], key=natural) == ["r-11", "s-1", "s-9", "s-10"]
+    assert sorted(["s-10", "s-9", "s-1", "r-11"], key=natural_key) == ["r-11", "s-1", "s-9", "s-10"]
     assert [path for path, _, _ in grouped("p-10-00000.npy", "p-2-00001.npy", "p-2-00000.npy")] == [
         "p-2-00000.npy", "p-2-00001.npy", "p-10-00000.npy"]
     assert (grouped("a-1.bin", "a-2.bin", shards=False)

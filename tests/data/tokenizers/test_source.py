@@ -12,7 +12,7 @@ from moetrain.data.tokenizers.source import (
     TEKKEN,
     TIKTOKEN,
     VOCABULARY,
-    Other,
+    OtherFormat,
     recognize,
 )
 from moetrain.data.tokenizers.tokenizer import load_tokenizer
@@ -35,7 +35,7 @@ TEKKEN_FILE = json.dumps({"config": {"pattern": "."},
     (b'{"version": "1.0", "model": {}}', None), (b"", None), (b"{", None), (b"[]", None), (b"\xff\0\1", None),
     (b"\n\n\n\n\n\n\n\n", None), (b"plain words\nand more\n", None),
 ])
-def test_formats_are_recognised_by_content(content: bytes, format: Other | None) -> None:
+def test_formats_are_recognised_by_content(content: bytes, format: OtherFormat | None) -> None:
     assert recognize(content) == format
 
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from moetrain.data.tokens.index import Ending, TokenIndex
-from moetrain.data.tokens.index_file import Kept, read_index, write_index
+from moetrain.data.tokens.index_file import StoredIndex, read_index, write_index
 from moetrain.data.tokens.shards import BLOCK
 
 STARTS = np.array([0, 5, 5, BLOCK, BLOCK + 9])
-KEPT = Kept([BLOCK, "/a/b\udce9.bin", 50257, "memmap", None], [[100, 2, 3]],
+KEPT = StoredIndex([BLOCK, "/a/b\udce9.bin", 50257, "memmap", None], [[100, 2, 3]],
             TokenIndex("nanoGPT", 0, np.dtype("<u2"), [1, (1 << 32) - 1], STARTS, Ending(7, 2 / 3, 0)))
 
 
@@ -25,7 +25,7 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "a.index"
 
 
-def same(first: Kept, second: Kept) -> bool:
+def same(first: StoredIndex, second: StoredIndex) -> bool:
     return first[:2] == second[:2] and all(np.array_equal(a, b) for a, b in zip(first.index, second.index))
 
 
