@@ -100,9 +100,10 @@ class TokenDataset:
         A part with fewer gives all of them; its last one is not full.
         """
         full, rest = divmod(int(self._heldout.tokens[part]), self._seq_len)
-        numbers = np.arange(full + bool(rest))
         if full >= windows:
             numbers = np.arange(windows) * full // max(windows, 1)
+        else:
+            numbers = np.arange(full + bool(rest))
         return HELDOUT_IDS + part * DOMAIN_IDS + numbers.astype(np.int64) * self._seq_len
 
     def heldout(self, part: int, *, windows: int, batch: int) -> Iterator[Batch]:

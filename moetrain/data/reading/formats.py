@@ -24,7 +24,7 @@ from moetrain.data.reading.json_records import BLANK, is_incomplete
 from moetrain.data.reading.records import look_up
 from moetrain.data.reading.table_records import COMMA, TAB, header_of
 from moetrain.data.reading.text_file import TextFile
-from moetrain.data.reading.unsupported import refuse_foreign, refuse_foreign_json
+from moetrain.data.reading.unsupported import refuse_unsupported, refuse_unsupported_json
 
 TEXT, TEXT_OF_JSON = "text", "JSON as text"
 JSON_LINES, JSON_ARRAY, JSON_OBJECTS = "JSON lines", "JSON array", "JSON objects"
@@ -46,7 +46,7 @@ def is_text(form: str) -> bool:
 def recognize(file: TextFile) -> str:
     """Format of a file. NotText if it is one that is not read."""
     head, suffix, key = file.stream.peek(_HEAD), Path(file.name).suffix.lower(), file.reading.text_key
-    refuse_foreign(head, file.path, file.name)
+    refuse_unsupported(head, file.path, file.name)
     if head.startswith(parquet.MAGIC):
         if key is None:
             raise NotText("a Parquet file",
@@ -57,8 +57,9 @@ def recognize(file: TextFile) -> str:
         return TEXT
     if suffix in _LINES:
         found = _json(file, key)
-        return (found if found == JSON_ARRAY or found == JSON_OBJECTS
-                and not _one_a_line(file.beginning(_HEAD)[0]) else JSON_LINES)
+        if found == JSON_ARRAY or found == JSON_OBJECTS and not _one_a_line(file.beginning(_HEAD)[0]):
+            return found
+        return JSON_LINES
     found = _json(file, key) or _TABLES.get(suffix) or _table(file.beginning(_HEAD)[0], key)
     return found or (TEXT_OF_JSON if suffix == ".json" else TEXT)
 
@@ -92,9 +93,9 @@ def _json_array(begin: str, whole: bool, key: str) -> str | None:
     behind = begin[end:].lstrip(BLANK)[:1]
     if not behind and not whole:
         return _MORE
-    is_record = isinstance(value, dict) and (behind in (",", "]", "")
-                                             or isinstance(look_up(value, key)[1], str))
-    is_record |= isinstance(value, str) and " " in value.strip() and behind in (",", "]", "")
+    ends = behind in (",", "]", "")
+    is_record = isinstance(value, dict) and (ends or isinstance(look_up(value, key)[1], str))
+    is_record |= isinstance(value, str) and " " in value.strip() and ends
     return JSON_ARRAY if is_record else None
 
 
@@ -110,7 +111,7 @@ def _json_objects(begin: str, whole: bool, key: str, file: TextFile) -> str | No
         return _MORE
     has_key = isinstance(look_up(value, key)[1], str)
     if not behind:
-        refuse_foreign_json(value, file.path)
+        refuse_unsupported_json(value, file.path)
         return JSON_OBJECTS if has_key else None
     if has_key or (value and isinstance(second, dict)):
         return JSON_LINES if _one_a_line(begin) else JSON_OBJECTS

@@ -106,7 +106,7 @@ _COMPILED = tuple((re.compile(row.pattern, re.DOTALL), row) for row in _SIGNATUR
 _RANK = re.compile(rb"[A-Za-z0-9+/]{2}== (\d+)\r?")       # a one-byte token in base64, and its rank
 
 
-def refuse_foreign(head: bytes, path: Path, name: str) -> None:
+def refuse_unsupported(head: bytes, path: Path, name: str) -> None:
     """Raise NotText for a file that begins like a format that is not read.
 
     Args:
@@ -134,7 +134,7 @@ def refuse_foreign(head: bytes, path: Path, name: str) -> None:
                         "a tokenizer is no text: leave it out; data.tokenizer needs a tokenizer.json")
 
 
-def refuse_foreign_json(value: dict, path: Path) -> None:
+def refuse_unsupported_json(value: dict, path: Path) -> None:
     """Raise NotText for a file of one JSON object that describes other files."""
     shards = value.get("shards")
     if (isinstance(shards, list) and shards
