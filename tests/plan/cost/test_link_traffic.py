@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from moetrain.plan.cost.link_traffic import copy_traffic
 from moetrain.plan.cost.machine import Costs, Topology
@@ -23,7 +23,7 @@ def busiest(moved: list[tuple[int, int, float]], topology: Topology) -> tuple[fl
                  for same_node in (True, False))
 
 
-@FEW
+@settings(FEW, max_examples=100)
 @given(layers(sliced=True))
 def test_copy_traffic_is_what_the_busiest_link_carries(layer):
     placement, topology = layer

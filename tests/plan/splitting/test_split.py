@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from moetrain.plan.cost.machine import Costs, Topology
@@ -71,11 +71,12 @@ def quotas_for(placement: LayerPlacement, seed: int) -> Tensor:
 # --- every rule
 
 
-@FEW
+@settings(FEW, max_examples=60)
 @given(routed_layers(), st.integers(0, 99))
 def test_no_row_is_lost_made_up_or_sent_where_its_expert_is_not(layer, seed):
     n_PE, placement, topology = layer
     for split_PC in (local_first(n_PE, placement, topology), waterfill(n_PE, placement, topology, LINKED),
+                     waterfill(n_PE, placement, topology, FREE),
                      shares(n_PE, quotas_for(placement, seed), placement, topology)):
         assert split_PC.dtype == torch.int64 and int(split_PC.min()) >= 0
         assert by_expert(split_PC, placement).equal(n_PE)
@@ -95,7 +96,8 @@ def test_a_split_is_the_same_wherever_it_is_computed(layer):
     n_PE, placement, topology = layer
     twin = LayerPlacement(placement.home, placement.positions, placement.copies[::-1])
     strided_PE = torch.stack([n_PE, n_PE], dim=2)[..., 0]
-    assert waterfill(n_PE, placement, topology, LINKED).equal(waterfill(strided_PE, twin, topology, LINKED))
+    for costs in (LINKED, FREE):
+        assert waterfill(n_PE, placement, topology, costs).equal(waterfill(strided_PE, twin, topology, costs))
 
 
 # --- local_first
@@ -280,7 +282,7 @@ def test_fill_raises_the_lowest(rows, bases, added):
     assert fill(rows, bases) == added
 
 
-@FEW
+@settings(FEW, max_examples=200)
 @given(st.integers(0, 400), st.lists(st.integers(0, 90), min_size=1, max_size=7))
 def test_fill_leaves_no_base_lower_than_one_that_was_raised(rows, bases):
     added = fill(rows, bases)
