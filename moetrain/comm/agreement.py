@@ -1,6 +1,6 @@
 """Agreement between ranks: an action succeeds on all of them, or all of them leave with the same exit code.
 
-Without a process group every function calls its action.
+Without a process group every function simply calls its action.
 """
 
 import logging
@@ -20,13 +20,15 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.5                 # between two looks at each other while one works alone, so that nobody times out
+# Seconds between two small collectives while one rank works alone, so that no rank times out.
+LOOK_S = 0.5
 
 
 def all_or_none(group: Group, action: Callable[[], T]) -> T:
-    """What `action` gives, once it has succeeded on every rank of the group; waits.
+    """Run `action` on every rank and return its result once it has succeeded on all of them. Waits.
 
-    Where it fails with a MoETrainError on one rank, no rank goes on: that one raises it, the others leave with its code.
+    Where it fails with a MoETrainError on one rank, no rank goes on: that rank raises the error, the others
+    leave with its code.
     """
     failure, result = None, None
     try:
@@ -38,7 +40,10 @@ def all_or_none(group: Group, action: Callable[[], T]) -> T:
 
 
 def fail_together(group: Group, failure: MoETrainError | None) -> None:
-    """Return where no rank of the group has a failure. Otherwise a rank that has one raises it, the others leave with its code."""
+    """Return if no rank of the group has a failure.
+
+    Otherwise a rank that has one raises it, and the others leave with its code.
+    """
     code = int(largest_over(group, failure.code if failure else 0))
     if failure is not None:
         raise failure
@@ -48,10 +53,14 @@ def fail_together(group: Group, failure: MoETrainError | None) -> None:
 
 
 def on_first(group: Group, action: Callable[[], T]) -> T | None:
-    """What `action` gives on the group's first rank, None on the others; waits, however long it takes there.
+    """Run `action` on the group's first rank alone; the others wait, however long it takes there.
 
-    It works in a thread of its own while all ranks look at each other, so no collective waits longer than for one look.
-    A MoETrainError ends all ranks, as in `all_or_none`.
+    The action runs in a thread of its own, while all ranks post a small collective every LOOK_S seconds. So
+    no collective lasts longer than that, and none times out. A MoETrainError ends all ranks, as in
+    `all_or_none`.
+
+    Returns:
+        The result of the action on the first rank, None on the others.
     """
     if group.process_group is None:
         return action()
@@ -68,6 +77,7 @@ def on_first(group: Group, action: Callable[[], T]) -> T | None:
 
 
 def _into(work: Future, action: Callable[[], object]) -> None:
+    """Run an action and keep its result, or what it raised, in a future."""
     try:
         work.set_result(action())
     except BaseException as error:                       # raised where the result is asked for
@@ -75,7 +85,13 @@ def _into(work: Future, action: Callable[[], object]) -> None:
 
 
 def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskError]) -> None:
-    """Run `write` on every rank; an OSError becomes the DiskError that `failed` makes of its reason, and ends all ranks."""
+    """Run `write` on every rank; an OSError on one of them ends all ranks with a DiskError.
+
+    Args:
+        mesh: its group `batch` is the ranks that take part.
+        write: writes the files of this rank.
+        failed: makes the DiskError from the reason that the operating system gives.
+    """
 
     def written() -> None:
         try:
@@ -87,13 +103,13 @@ def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskEr
 
 
 def from_first(batch: Group, action: Callable[[], Path | None]) -> Path | None:
-    """The path that `action` gives on the first rank, on all of them. Collective."""
+    """Run `action` on the first rank and return its path on all ranks. Collective."""
     path = told_by_first(batch, on_first(batch, lambda: (found := action()) and str(found)))
     return Path(path) if path else None
 
 
 def told_by_first(batch: Group, text: str | None) -> str | None:
-    """What the first rank says, on all of them. Collective."""
+    """Broadcast a text of the first rank. Collective."""
     said = [text]
     if batch.process_group is not None:
         dist.broadcast_object_list(said, src=0)

@@ -1,6 +1,6 @@
-"""The device of a rank: a GPU of its own, or the CPU; and what keeps torch from a GPU that is there.
+"""Device of a rank: a GPU of its own or the CPU, and the reason why torch cannot use a GPU that exists.
 
-torch.cuda.is_available() says yes or no. What stands in the way is told by the error of torch.cuda.init(), whose texts
+torch.cuda.is_available() answers yes or no only. The reason is in the error of torch.cuda.init(), whose texts
 (c10/cuda/CUDAFunctions.cpp of torch 2.13) are read here, so that a user learns what to install or to unset.
 """
 
@@ -19,18 +19,18 @@ LOOK = "nvidia-smi shows what the driver sees"
 
 
 class Obstacle(NamedTuple):
-    """Why torch can use no GPU here, and what to do about it."""
+    """Reason why torch can use no GPU on this machine, and advice what to do about it."""
 
     why: str
     advice: str
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device that the config gives this rank of its machine; ConfigError where there is none."""
+    """Return the device that the config gives this rank; raise ConfigError where there is none."""
     obstacle = None if config.run.device == "cpu" else cuda_obstacle()
     if obstacle and config.run.device == "cuda":
-        raise ConfigError(90, "run.device=cuda, and torch can use no GPU", where="run.device", why=obstacle.why,
-                          next=f"{obstacle.advice}; or run.device=cpu")
+        raise ConfigError(90, "run.device=cuda, and torch can use no GPU", where="run.device",
+                          why=obstacle.why, next=f"{obstacle.advice}; or run.device=cpu")
     if obstacle or config.run.device == "cpu":
         return torch.device("cpu")
     rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -45,10 +45,11 @@ def pick_device(config: Config) -> torch.device:
 
 
 def take_device(device: torch.device) -> None:
-    """Make a GPU the current one and compute on it once; ConfigError where it refuses, as one that is busy does.
+    """Make a GPU the current one and compute on it once; raise ConfigError where it refuses.
 
-    torch makes its context at the first allocation: without this, a GPU that is full, in exclusive use or too old for this
-    torch ends in a traceback from the middle of the set-up.
+    A GPU that is busy refuses. torch makes the CUDA context at the first allocation. Without this call, a GPU
+    that is full, in exclusive use or too old for this torch would end in a traceback from the middle of the
+    set-up.
     """
     if device.type != "cuda":
         return
@@ -56,20 +57,20 @@ def take_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
         torch.ones(1, device=device).add_(1)
         torch.cuda.synchronize(device)
-    except RuntimeError as error:                        # torch.AcceleratorError and torch.OutOfMemoryError are RuntimeErrors
+    except RuntimeError as error:        # torch.AcceleratorError and torch.OutOfMemoryError are subclasses
         why = str(error).splitlines()[0]
         built = "no kernel image" in why
         known = f"; this torch was built for {' '.join(torch.cuda.get_arch_list())}" if built else ""
         raise ConfigError(
             110, f"GPU {device.index} cannot be used", where="run.device", why=why + known,
             next="a torch that was built for this GPU, or run.device=cpu" if built else
-                 "nvidia-smi names the processes on it; CUDA_VISIBLE_DEVICES=<number of another> before the same command, "
-                 "or run.device=cpu",
+                 "nvidia-smi names the processes on it; CUDA_VISIBLE_DEVICES=<number of another> before the "
+                 "same command, or run.device=cpu",
         ) from error
 
 
 def cuda_obstacle() -> Obstacle | None:
-    """What keeps torch from every GPU; None when it sees one."""
+    """Find what keeps torch from every GPU of this machine; None if it sees one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # torch warns of an old driver; explained below
         if torch.cuda.is_available():
@@ -77,7 +78,8 @@ def cuda_obstacle() -> Obstacle | None:
     if torch.version.cuda is None and torch.version.hip is None:
         release = torch.__version__.partition("+")[0]    # without "+cpu"
         with_cuda = f"pip install --force-reinstall torch=={release} brings one with CUDA on Linux"
-        return Obstacle(f"torch {torch.__version__} is a CPU build", with_cuda if has_gpu() else "a machine with an NVIDIA GPU")
+        return Obstacle(f"torch {torch.__version__} is a CPU build",
+                        with_cuda if has_gpu() else "a machine with an NVIDIA GPU")
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -86,21 +88,27 @@ def cuda_obstacle() -> Obstacle | None:
 
 
 def explained(said: str, visible: str | None) -> Obstacle:
-    """The obstacle behind an error of torch.cuda.init(). visible: CUDA_VISIBLE_DEVICES."""
+    """Explain an error of torch.cuda.init() by its text and the value of CUDA_VISIBLE_DEVICES."""
     if found := re.search(r"driver on your system is too old \(found version (\d+)\)", said):
         serves, driver = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}", gpu_driver()
         named = f"the NVIDIA driver {driver}" if driver else "the NVIDIA driver"
-        return Obstacle(f"{named} serves CUDA {serves}, and torch {torch.__version__} was built for CUDA {torch.version.cuda}",
-                        f"a driver for CUDA {torch.version.cuda}, or a torch built for CUDA {serves} (pytorch.org/get-started/locally)")
+        return Obstacle(f"{named} serves CUDA {serves}, and torch {torch.__version__} was built for CUDA "
+                        f"{torch.version.cuda}",
+                        f"a driver for CUDA {torch.version.cuda}, or a torch built for CUDA {serves} "
+                        f"(pytorch.org/get-started/locally)")
     if "no NVIDIA driver" in said:
-        return Obstacle("torch finds no NVIDIA driver", "install one; a container needs to be started with --gpus all")
+        return Obstacle("torch finds no NVIDIA driver",
+                        "install one; a container needs to be started with --gpus all")
     if visible is not None and "No CUDA GPUs" in said:
         return Obstacle(f"CUDA_VISIBLE_DEVICES={visible!r} leaves no GPU", "unset CUDA_VISIBLE_DEVICES")
     return Obstacle(said.strip().splitlines()[0], LOOK)
 
 
 def unused_gpu(config: Config) -> str:
-    """One line about a GPU that run.device=auto left unused; empty where there is none, or where it was hidden on purpose."""
+    """Describe in one line a GPU that run.device=auto left unused.
+
+    Empty where there is no GPU, or where CUDA_VISIBLE_DEVICES hides it on purpose.
+    """
     if config.run.device != "auto" or "CUDA_VISIBLE_DEVICES" in os.environ:
         return ""
     obstacle = cuda_obstacle()

@@ -1,24 +1,28 @@
-"""A collective has failed: because a rank is gone or does not answer, and which one that is."""
+"""Classify failures of collectives and identify unresponsive ranks."""
 
 import threading
 import time
 
 import torch.distributed as dist
 
-ROLL_S = 10.0                # for the ranks to say that they are there: their waits do not end at the same moment
+# Seconds for the ranks to report that they are alive: their waits do not end at the same moment.
+ROLL_S = 10.0
 
 
 def peer_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because a rank is gone or did not answer in time; not every backend has a class for it."""
+    """Whether a collective failed because a rank is gone or did not answer in time.
+
+    Not every backend has an exception class for this, so texts of gloo and NCCL are recognized.
+    """
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo/transport" in text or _in_vain(error)
 
 
 def silent_ranks(error: RuntimeError) -> str:
-    """The ranks that others waited for in vain, "" where that is not known. Waits for up to ROLL_S.
+    """Name the ranks that others waited for in vain; "" where that is not known. Waits for up to ROLL_S.
 
-    Every rank whose wait has ended says so in the store of the job; a rank that hangs does not. Where a connection broke
-    instead, the launcher knows more: nothing is asked then.
+    Every rank whose wait has ended reports in the store of the job; a rank that hangs does not. Where a
+    connection broke instead, no rank is asked: the launcher knows more.
     """
     if not _in_vain(error):
         return ""
@@ -31,7 +35,8 @@ def silent_ranks(error: RuntimeError) -> str:
             silent.difference_update([other for other in silent if store.check([f"waited/{other}"])])
             time.sleep(0.1)
 
-    asking = threading.Thread(target=ask, name="roll", daemon=True)      # the store may be with a rank that is frozen
+    # In a thread, because the rank that has the store may itself hang.
+    asking = threading.Thread(target=ask, name="roll", daemon=True)
     asking.start()
     asking.join(ROLL_S + 1)
     if asking.is_alive():
@@ -40,5 +45,7 @@ def silent_ranks(error: RuntimeError) -> str:
 
 
 def _in_vain(error: RuntimeError) -> bool:
+    """Whether a wait for another rank ended at its time limit, by the texts of gloo, the store and NCCL."""
     text = str(error)
-    return "Socket Timeout" in text or "timeout caused" in text or "Timed out waiting" in text and "ms for" in text
+    return ("Socket Timeout" in text or "timeout caused" in text
+            or "Timed out waiting" in text and "ms for" in text)

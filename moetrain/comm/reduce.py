@@ -1,6 +1,6 @@
-"""Sums over ranks. Always sums, never averages: losses carry global denominators (see train/objective.py).
+"""Sums over ranks: always sums, never averages, because losses have global denominators (train/objective.py).
 
-A group of one rank is the identity.
+For a group of one rank every function is the identity.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def sum_over(group: Group, tensor: Tensor) -> Tensor:
 
 
 def sum_over_async(group: Group, tensor: Tensor) -> Callable[[], Tensor]:
-    """Start the sum in place; the returned function waits and gives the tensor."""
+    """Start the sum in place; return a function that waits for it and returns the tensor."""
     if group.process_group is None:
         return lambda: tensor
     works = [dist.all_reduce(tensor, group=group.process_group, async_op=True)]
@@ -27,8 +27,8 @@ def sum_over_async(group: Group, tensor: Tensor) -> Callable[[], Tensor]:
     def wait() -> Tensor:
         for work in works:
             work.wait()
-        # Drop the Work objects: gloo keeps the posting module's hooks alive through them, and Python's garbage collector does not see
-        # that cycle.
+        # Drop the Work objects: gloo keeps the posting module's hooks alive through them, and Python's
+        # garbage collector does not see that cycle.
         works.clear()
         return tensor
 
@@ -36,12 +36,12 @@ def sum_over_async(group: Group, tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def largest_over(group: Group, value: float) -> float:
-    """The largest value of the group's ranks. The host waits for it."""
+    """Largest value of the group's ranks. The host waits for it."""
     return _agreed(group, value, dist.ReduceOp.MAX)
 
 
 def total_over(group: Group, value: float) -> float:
-    """The sum of the values of the group's ranks, in float64. The host waits for it."""
+    """Sum of the values of the group's ranks, in float64. The host waits for it."""
     return _agreed(group, value, dist.ReduceOp.SUM)
 
 
@@ -54,7 +54,7 @@ def _agreed(group: Group, value: float, op: dist.ReduceOp) -> float:
 
 
 def gather_to_first(group: Group, tensor: Tensor) -> list[Tensor] | None:
-    """The tensors of all ranks on position 0, in order; None elsewhere. Equal shapes."""
+    """Gather the tensors of all ranks, which have one shape, at position 0; None elsewhere."""
     if group.process_group is None:
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in group.ranks]

@@ -38,7 +38,8 @@ def test_every_derived_group_partitions_the_world_in_order(mode, world, ep):
 def test_an_expert_and_a_gradient_group_meet_in_one_rank(mode, world, ep):
     """Ranks of one `ep` group hold different experts, ranks of one `expert_grad` group the same."""
     sizes = mesh_sizes(mode, world, ep)
-    ep_groups, grad_groups = (axis_groups(*DERIVED[name][:1], sizes, DERIVED[name][1]) for name in ("ep", "expert_grad"))
+    ep_groups, grad_groups = (axis_groups(*DERIVED[name][:1], sizes, DERIVED[name][1])
+                              for name in ("ep", "expert_grad"))
     assert len(ep_groups[0]) * len(grad_groups[0]) == world
     assert all(len(set(one) & set(other)) == 1 for one in ep_groups for other in grad_groups)
 
@@ -57,7 +58,7 @@ def test_the_last_axis_is_the_fastest():
 
 
 def test_machines_and_rails_cross(monkeypatch):
-    """Eight ranks, four a machine: an ep group of eight has two machines and four rails; one of two is on one machine."""
+    """Eight ranks, four a machine: an ep group of eight has two machines and four rails; one of two, one."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert node_groups(mesh_sizes("ep", 8, None), 8) == {
         "node": [(0, 1, 2, 3), (4, 5, 6, 7)], "ep_node": [(0, 1, 2, 3), (4, 5, 6, 7)],
@@ -74,15 +75,18 @@ def test_the_modes_size_their_axes():
     assert sizes_of("ep", 4) == {"dp_replicate": 4, "ep": 4}
     assert sizes_of("ep", 4, 2) == {"dp_replicate": 4, "edp_replicate": 2, "ep": 2}
     assert sizes_of("fsdp", 4) == {"dp_shard": 4, "edp_shard": 4}
-    assert sizes_of("fsdp", 8, shard=2) == {"dp_replicate": 4, "dp_shard": 2, "edp_replicate": 4, "edp_shard": 2}
+    assert sizes_of("fsdp", 8, shard=2) == {
+        "dp_replicate": 4, "dp_shard": 2, "edp_replicate": 4, "edp_shard": 2}
     assert sizes_of("ep_fsdp", 8) == {"dp_shard": 8, "ep": 8}
     assert sizes_of("ep_fsdp", 8, 2) == {"dp_shard": 8, "edp_shard": 4, "ep": 2}
-    assert sizes_of("ep_fsdp", 8, 2, 4) == {"dp_replicate": 2, "dp_shard": 4, "edp_replicate": 2, "edp_shard": 2, "ep": 2}
+    assert sizes_of("ep_fsdp", 8, 2, 4) == {
+        "dp_replicate": 2, "dp_shard": 4, "edp_replicate": 2, "edp_shard": 2, "ep": 2}
     assert sizes_of("ep_fsdp", 8, 4, 2) == {"dp_replicate": 4, "dp_shard": 2, "edp_replicate": 2, "ep": 4}
 
 
 @pytest.mark.parametrize("mode, ep, shard", [
-    (mode, ep, shard) for mode in ("ddp", "fsdp", "ep", "ep_fsdp") for ep in (1, 2, 4, 8) for shard in (1, 2, 4, 8)
+    (mode, ep, shard)
+    for mode in ("ddp", "fsdp", "ep", "ep_fsdp") for ep in (1, 2, 4, 8) for shard in (1, 2, 4, 8)
 ])
 def test_both_views_hold_every_rank_once(mode, ep, shard):
     sizes = mesh_sizes(mode, 8, ep, shard)
@@ -113,15 +117,19 @@ def test_every_rank_finds_itself_in_its_groups(ranks):
     for rank, groups in enumerate(ranks(4).run(groups_of_this_rank)):
         pair, strided, alone = ((0, 1), (2, 3))[rank // 2], ((0, 2), (1, 3))[rank % 2], ((rank,), 0, 1)
         everywhere, of_pair, of_strided = (everyone, rank, 4), (pair, rank % 2, 2), (strided, rank // 2, 2)
-        assert groups == {"batch": everywhere, "dense_grad": everywhere, "dense_replicas": everywhere, "dense_shard": alone,
-                          "node": everywhere, "ep": of_pair, "expert_parts": of_pair, "expert_grad": of_strided,
-                          "expert_replicas": of_strided, "expert_shard": alone, "ep_node": of_pair, "ep_rail": alone}
+        assert groups == {"batch": everywhere, "dense_grad": everywhere, "dense_replicas": everywhere,
+                          "dense_shard": alone,
+                          "node": everywhere, "ep": of_pair, "expert_parts": of_pair,
+                          "expert_grad": of_strided,
+                          "expert_replicas": of_strided, "expert_shard": alone, "ep_node": of_pair,
+                          "ep_rail": alone}
 
 
 def test_a_rendezvous_that_takes_connections_and_says_nothing_is_named_within_the_limit(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        environment = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         began = time.monotonic()
         with pytest.raises(RendezvousError) as caught:

@@ -1,7 +1,11 @@
-"""An exchange under way, for every wire that moves one message: rows of several tensors side by side, forward and backward.
+"""Differentiable asynchronous exchange, for every backend that moves one message.
 
-Forward, `exchange_async` starts the exchange and the handle's `wait` finishes it; backward it is the other way round: the gradient of
-`wait` starts the reverse exchange, the gradient of `exchange_async` waits for it. Work between the two overlaps in both directions.
+Rows of several tensors travel side by side. In forward `exchange_async` starts the exchange and the handle's
+`wait` finishes it. In backward it is the other way round: the gradient of `wait` starts the reverse exchange,
+and the gradient of `exchange_async` waits for it. Work between the two overlaps with the exchange in both
+directions.
+
+Shapes: R rows, W numbers of a row.
 """
 
 from collections.abc import Sequence
@@ -15,25 +19,47 @@ from moetrain.comm.exchange.base import Handle, Splits
 
 
 class MessageTransport(Protocol):
-    """Moves a message. `start` gives a tensor that may be read after `finish`; as the result of an operator it can be kept by
-    activation checkpointing (model/activation_checkpointing.py), and `finish` then has nothing to wait for."""
+    """Transport of one message, which an exchange backend implements.
+
+    `start` returns a tensor that may be read after `finish`. As the result of an operator it can be kept by
+    activation checkpointing (model/activation_checkpointing.py), and `finish` then has nothing to wait for.
+    """
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
-        """returning: on the way on which what was sent comes back, forward or backward. read: base.py."""
+        """Start moving a message.
+
+        Args:
+            message: [R, …], rows ordered by destination.
+            splits: rows to and from each position.
+            returning: whether rows travel in the direction in which what was dispatched comes back, in
+                forward or in backward.
+            read: whether backward reads what arrives (`Exchange.post`).
+        """
         ...
 
     def finish(self, message: Tensor) -> Tensor: ...
 
 
-def exchange_async(transport: MessageTransport, tensors: tuple[Tensor, ...], splits: Splits, read: bool) -> Handle:
-    """Start sending rows over a wire."""
+def exchange_async(transport: MessageTransport, tensors: tuple[Tensor, ...], splits: Splits,
+                   read: bool) -> Handle:
+    """Start an exchange of rows.
+
+    Args:
+        transport: what moves the message.
+        tensors: rows of one exchange, with one first dim.
+        splits: rows to and from each position.
+        read: whether backward reads what arrives (`Exchange.post`).
+
+    Returns:
+        A handle whose `wait` returns the rows received.
+    """
     state = _ExchangeState(transport, splits, [tensor.is_floating_point() for tensor in tensors], read)
     posted = _Post.apply(state, *tensors)
     return _Pending(posted if isinstance(posted, tuple) else (posted,), state)
 
 
 class ReadyRows(NamedTuple):
-    """Rows that need not travel, as a handle."""
+    """Handle of rows that do not travel."""
 
     tensors: tuple[Tensor, ...]
 
@@ -51,7 +77,7 @@ class _Pending(NamedTuple):
 
 
 class _ExchangeState:
-    """One exchange under way, forward or backward. Several tensors travel as one message, row by row, as bytes."""
+    """One exchange under way, in forward or in backward. Several tensors travel as bytes of one message."""
 
     def __init__(self, transport: MessageTransport, splits: Splits, floating: list[bool], read: bool) -> None:
         self.transport, self.splits, self.floating, self.read = transport, splits, floating, read
@@ -59,42 +85,47 @@ class _ExchangeState:
         self.receiving: Tensor | None = None
 
     def start(self, tensors: Sequence[Tensor], splits: Splits, *, read: bool = True) -> None:
-        """Post the exchange."""
+        """Pack the tensors and start the exchange."""
         self.like = [(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
-        self.sending = pack(tensors)                     # both kept alive until `finish`
+        self.sending = pack(tensors)                     # it and `receiving` stay alive until `finish`
         self.receiving = self.transport.start(self.sending, splits, returning=not self.read, read=read)
 
     def finish(self) -> tuple[Tensor, ...]:
+        """Wait for the exchange and return the tensors received."""
         received = unpack(self.transport.finish(self.receiving), self.like)
         self.sending = self.receiving = None
         return received
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """One message: the tensor itself when there is one, else uint8 [R, bytes of all rows side by side]."""
+    """Pack tensors into one message: a single tensor as it is, several as uint8 [R, bytes of their rows]."""
     if len(tensors) == 1:
         return tensors[0].contiguous()
-    return torch.cat([_dense(t.reshape(t.shape[0], prod(t.shape[1:]))).view(torch.uint8) for t in tensors], dim=1)
+    rows = (_dense(tensor.reshape(tensor.shape[0], prod(tensor.shape[1:]))) for tensor in tensors)
+    return torch.cat([rows_RW.view(torch.uint8) for rows_RW in rows], dim=1)
 
 
 def unpack(message: Tensor, like: list[tuple[torch.dtype, torch.Size]]) -> tuple[Tensor, ...]:
-    """The tensors of a message, by their dtypes and row shapes."""
+    """Unpack the tensors of a message, by their dtypes and row shapes."""
     if len(like) == 1:
         return (message,)
     widths = [prod(shape) * dtype.itemsize for dtype, shape in like]
     parts = message.split(widths, dim=1)
-    copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)       # a view may lie at an odd offset
-    return tuple(part.view(dtype).view(message.shape[0], *shape) for part, (dtype, shape) in zip(copies, like))
+    # Copies instead of views, which may begin at an address that is not aligned for their dtype.
+    copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return tuple(part.view(dtype).view(message.shape[0], *shape)
+                 for part, (dtype, shape) in zip(copies, like))
 
 
 def _dense(rows_RW: Tensor) -> Tensor:
-    """Contiguous, also where one row alone counts as contiguous whatever its stride."""
-    return rows_RW if rows_RW.is_contiguous() and rows_RW.stride(1) == 1 else torch.empty_like(
-        rows_RW, memory_format=torch.contiguous_format).copy_(rows_RW)
+    """Rows with stride 1, copied if need be. torch calls a single row contiguous whatever its stride."""
+    if rows_RW.is_contiguous() and rows_RW.stride(1) == 1:
+        return rows_RW
+    return torch.empty_like(rows_RW, memory_format=torch.contiguous_format).copy_(rows_RW)
 
 
 class _Post(torch.autograd.Function):
-    """Start the exchange. The outputs stand for the rows on their way: only `_Wait` may take them."""
+    """Start the exchange. Its outputs are placeholders for the rows under way: only `_Wait` may use them."""
 
     @staticmethod
     def forward(ctx, state, *tensors):
@@ -103,13 +134,13 @@ class _Post(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx, *grads):                           # placeholders: the gradients are on their way
+    def backward(ctx, *grads):                           # placeholders: the gradients are under way
         back = iter(ctx.state.finish())
         return None, *(next(back) if floating else None for floating in ctx.state.floating)
 
 
 class _Wait(torch.autograd.Function):
-    """Finish the exchange."""
+    """Finish the exchange. Its backward starts the reverse exchange."""
 
     @staticmethod
     def forward(ctx, state, *posted):
@@ -118,6 +149,8 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        back = [grad if floating else None for grad, floating in zip(grads, ctx.state.floating)]     # integers have no gradient
+        # Integers have no gradient.
+        back = [grad if floating else None for grad, floating in zip(grads, ctx.state.floating)]
         ctx.state.start([grad for grad in back if grad is not None], ctx.state.splits.reversed())
-        return None, *(None if grad is None else grad.new_empty(1).expand(ctx.rows, *grad.shape[1:]) for grad in back)
+        return None, *(None if grad is None else grad.new_empty(1).expand(ctx.rows, *grad.shape[1:])
+                       for grad in back)

@@ -1,10 +1,10 @@
-"""The interface of a wire: rows go to positions on the `ep` axis and come back. No wire knows what an expert is.
+"""Interface of the exchange backends: rows go to positions on the `ep` axis and come back.
 
-`post` starts an exchange and returns a handle; `handle.wait()` gives the received rows. Both are differentiable: the
-backward of an exchange is the exchange with the splits turned round, and it is issued by every rank, also by one that
-sends and receives nothing.
+No backend knows what an expert is. `post` starts an exchange and returns a handle; `handle.wait()` returns
+the received rows. Both are differentiable: the backward of an exchange is the exchange with sent and received
+rows swapped. Every rank takes part in it, also one that sends and receives nothing.
 
-Shapes: P positions, C exchanges that are prepared together.
+Shapes: P positions, C exchanges that are planned together, n numbers.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,23 @@ from torch import Tensor
 
 from moetrain.ops.host_read import read_host
 
-Counts = Sequence[Sequence[int]]         # a line for each exchange
+Counts = Sequence[Sequence[int]]         # one row for each exchange
 
 
 class BackendPlan(Protocol):
-    """What a wire knows of an exchange besides how many rows travel."""
+    """What a backend needs to know of an exchange besides how many rows travel."""
 
     def reversed(self) -> "BackendPlan": ...
 
 
 class Splits(NamedTuple):
-    """Rows this rank sends to and receives from each position, on the host."""
+    """Rows that this rank sends to and receives from each position, on the host.
+
+    Attributes:
+        sent: rows to each position.
+        received: rows from each position.
+        backend_plan: further numbers that the backend needs.
+    """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
@@ -36,57 +42,83 @@ class Splits(NamedTuple):
 
 
 class Handle(Protocol):
-    """A NamedTuple with its tensors in sight: FSDP2 looks for them in what leaves a module."""
+    """Exchange under way: a NamedTuple of tensors, since FSDP2 looks for them in what a module returns."""
 
     def wait(self) -> tuple[Tensor, ...]: ...
 
 
 class Exchange(Protocol):
+    """Exchange of rows between the positions of the `ep` axis, for one layer."""
+
     positions: int
     position: int                # of this rank
 
     def counts(self, sent_P: Tensor) -> Tensor:
-        """Swap blocks of integers [positions, n]: row s of the result came from position s. Waits."""
+        """Exchange integers [positions, n]: row s of the result comes from position s. Waits."""
         ...
 
     def announce(self, sent_CP: Tensor, received_CP: Tensor) -> Tensor:
-        """What the host must know besides of exchanges to come, int64 [C, n] on the device. May be collective; does not wait.
+        """Compute what the host must know of exchanges to come, besides their counts.
 
-        sent_CP, received_CP: int64, rows to and from every position.
+        May be collective. Does not wait.
+
+        Args:
+            sent_CP: int64 [C, P], rows to every position.
+            received_CP: int64 [C, P], rows from every position.
+
+        Returns:
+            int64 [C, n], on the device.
         """
         ...
 
     def splits(self, sent: Counts, received: Counts, announced: Counts) -> list[Splits]:
-        """Of these exchanges, once the host knows the numbers. Not collective."""
+        """Make the splits of exchanges, once the host knows the numbers. Not collective.
+
+        Args:
+            sent: rows to every position, for each exchange.
+            received: rows from every position, for each exchange.
+            announced: what `announce` has computed, for each exchange.
+        """
         ...
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        """Start sending the rows of all tensors together, ordered by destination; the handle gives the rows received,
-        ordered by source. The tensors have one first dim and may differ in width and dtype; integers have no gradient.
+        """Start sending the rows of all tensors together.
 
-        read: whether backward reads what arrives. What it does not is not kept by activation checkpointing, nor sent again.
+        Args:
+            tensors: rows ordered by destination. The tensors have one first dim and may differ in width and
+                dtype; integers have no gradient.
+            splits: rows to and from each position.
+            read: whether backward reads what arrives. What it does not read is not kept by activation
+                checkpointing, nor sent again.
+
+        Returns:
+            A handle whose `wait` returns the rows received, ordered by source.
         """
         ...
 
 
 def nothing_announced(sent_CP: Tensor) -> Tensor:
-    """Where rows travel straight, there is nothing more to know."""
+    """Announce nothing, int64 [C, 0]: where rows travel directly, their counts are enough."""
     return sent_CP.new_empty(len(sent_CP), 0)
 
 
 def plain_splits(sent: Counts, received: Counts) -> list[Splits]:
+    """Splits of exchanges whose rows travel directly."""
     return [Splits(tuple(there), tuple(here)) for there, here in zip(sent, received, strict=True)]
 
 
 def read_splits(exchange: Exchange, sent_CP: Tensor, received_CP: Tensor,
                 besides_Cn: Tensor) -> tuple[list[Splits], list[list[int]]]:
-    """Splits of exchanges to come, and other numbers of the device that the host wants: here, once, it waits for them.
+    """Read the splits of exchanges to come, and other numbers, from the device. The host waits here, once.
 
     Args:
-        exchange: the wire that is to carry them.
-        sent_CP: int64, rows to every position, a line for each exchange.
-        received_CP: the same from every position.
-        besides_Cn: int64, as many lines.
+        exchange: the exchange that is to carry the rows.
+        sent_CP: int64 [C, P], rows to every position.
+        received_CP: int64 [C, P], rows from every position.
+        besides_Cn: int64 [C, n], other numbers that the host needs.
+
+    Returns:
+        Splits of each exchange, and the rows of `besides_Cn`.
     """
     parts = [sent_CP, received_CP, exchange.announce(sent_CP, received_CP), besides_Cn]
     numbers = read_host(torch.cat(parts, dim=1)).split([part.shape[1] for part in parts], dim=1)

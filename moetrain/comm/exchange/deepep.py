@@ -1,10 +1,12 @@
-"""DeepEP as a wire (github.com/deepseek-ai/DeepEP, `deep_ep.Buffer`). Unverified: it has never run here.
+"""Exchange backend over DeepEP (github.com/deepseek-ai/DeepEP, `deep_ep.Buffer`). Unverified: never run yet.
 
-A message is handed to DeepEP's dispatch as rows of bfloat16 that go to one rank each. They are moved and not computed with, so
-that bits of any dtype pass; that rows arrive by source rank, and of one in their order, is what its kernels do and this relies on.
-That a token goes to a rank once has been seen to before (moe/row_packing.py). DeepEP learns on the host how many rows will arrive.
+A message is handed to DeepEP's dispatch as rows of bfloat16 that go to one rank each. The rows are moved and
+not computed with, so bits of any dtype pass. This relies on what DeepEP's kernels do: rows arrive by source
+rank, and those of one source in their order. That a token goes to a rank once is already done
+(moe/row_packing.py). DeepEP learns on the host how many rows will arrive.
 
-Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks alike.
+Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks
+alike.
 """
 
 from math import ceil
@@ -18,17 +20,22 @@ from moetrain.comm.exchange.async_exchange import exchange_async
 from moetrain.comm.exchange.base import Counts, Exchange, Handle, Splits
 from moetrain.ops.pinned import to_device
 
-UNIT = 16                        # bytes that its copies move at once
+UNIT = 16                        # bytes that DeepEP's copies move at once
 NVL_BYTES = RDMA_BYTES = 1 << 30
 
 
 def buffer(package: Any, process_group: Any, nodes: int) -> Any:
-    """DeepEP's buffer for a group; one for all layers."""
+    """Make DeepEP's buffer for a group. All layers share it."""
     return package.Buffer(process_group, NVL_BYTES, RDMA_BYTES if nodes > 1 else 0)
 
 
 class DeepEPExchange:
-    """flat: for counts."""
+    """Exchange of one layer over DeepEP.
+
+    Args:
+        flat: exchanges counts, which are small.
+        buffer: DeepEP's buffer.
+    """
 
     def __init__(self, flat: Exchange, buffer: Any) -> None:
         self.flat, self.buffer = flat, buffer
@@ -52,11 +59,12 @@ class DeepEPExchange:
         positions = torch.arange(self.positions, device=message.device)
         sent_P = to_device(torch.tensor(splits.sent), message.device)
         to_N1 = positions.repeat_interleave(sent_P, output_size=len(message))[:, None]
-        per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(to_N1, self.positions)
+        layout = self.buffer.get_dispatch_layout(to_N1, self.positions)
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = layout
         received, _, _, _, _, event = self.buffer.dispatch(
-            rows, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_rdma_rank, is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert, topk_idx=to_N1, topk_weights=torch.ones(to_N1.shape, device=message.device),
-            async_finish=True)
+            rows, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=to_N1,
+            topk_weights=torch.ones(to_N1.shape, device=message.device), async_finish=True)
         self.on_way[id(received)] = event, message.dtype, message.shape[1:]
         return received
 
@@ -67,11 +75,12 @@ class DeepEPExchange:
 
 
 def as_units(message: Tensor) -> Tensor:
-    """The bits of rows as bfloat16, padded to a whole number of units."""
+    """View the bits of rows as bfloat16, padded to a whole number of units."""
     bits = message.reshape(len(message), message.shape[1:].numel()).contiguous().view(torch.uint8)
     return F.pad(bits, (0, ceil(bits.shape[1] / UNIT) * UNIT - bits.shape[1])).view(torch.bfloat16)
 
 
 def from_units(rows: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """Undo `as_units`: rows of that dtype and row shape."""
     bits = rows.view(torch.uint8)[:, :shape.numel() * dtype.itemsize].contiguous()
     return bits.view(dtype).view(len(rows), *shape)

@@ -1,4 +1,4 @@
-"""The flat wire: one uneven all-to-all over the `ep` group, by torch.distributed. The reference for all others."""
+"""Flat exchange: one uneven all-to-all by torch.distributed. The reference for all other backends."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from moetrain.ops.extension import define
 
 
 class FlatExchange:
-    """All-to-all over one group; a group of one rank hands its rows back."""
+    """All-to-all over one group. A group of one rank returns its own rows."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -32,7 +32,9 @@ class FlatExchange:
         return plain_splits(sent, received)
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        return ReadyRows(tensors) if self.group.process_group is None else exchange_async(self, tensors, splits, read)
+        if self.group.process_group is None:
+            return ReadyRows(tensors)
+        return exchange_async(self, tensors, splits, read)
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
         return post(message, splits.received, splits.sent, self.group.process_group, read=read)
@@ -43,12 +45,23 @@ class FlatExchange:
 
 def post(message: Tensor, received: Sequence[int], sent: Sequence[int], process_group: dist.ProcessGroup, *,
          read: bool = True) -> Tensor:
-    """Start an all-to-all of rows. The result is a plain tensor that may be read after `wait`."""
+    """Start an all-to-all of rows.
+
+    Args:
+        message: [R, …], rows ordered by destination.
+        received: rows from each position.
+        sent: rows to each position.
+        process_group: the ranks that take part.
+        read: whether backward reads the result (`Exchange.post`).
+
+    Returns:
+        A plain tensor of the rows received, which may be read after `wait`.
+    """
     exchange = torch.ops._c10d_functional.all_to_all_single if read else _all_to_all_unread
     return exchange(message, list(received), list(sent), process_group.group_name)
 
 
-# The same under another name, for rows that backward never reads: what runs again for backward does without them.
+# The same op under another name, for rows that backward never reads: recomputation leaves it out.
 _all_to_all_unread = define(
     "all_to_all_single_unread(Tensor message, SymInt[] received, SymInt[] sent, str group) -> Tensor",
     reference=lambda *arguments: torch.ops._c10d_functional.all_to_all_single(*arguments),
@@ -57,4 +70,5 @@ _all_to_all_unread = define(
 
 
 def wait(message: Tensor) -> Tensor:
+    """Wait for an all-to-all that `post` has started."""
     return torch.ops._c10d_functional.wait_tensor(message)

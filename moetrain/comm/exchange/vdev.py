@@ -1,14 +1,14 @@
-"""torch's all-to-all with splits on the device (`torch.ops.symm_mem.all_to_all_vdev`, over NVSHMEM) as a wire. Unverified: it
-has never run here.
+"""Exchange backend over torch's all-to-all with splits on the device. Unverified: it has never run here.
 
-Messages are copied into symmetric memory and out of it, in buffers for two exchanges each way, like the peer wire's (buffers are not
-reused before both sides have come by twice, which every exchange with all positions sees to).
+It calls `torch.ops.symm_mem.all_to_all_vdev`, over NVSHMEM. Messages are copied into symmetric memory and out
+of it. Like those of the peer exchange, buffers are double-buffered in each direction: none is reused before
+both sides have finished another exchange, which every exchange with all positions ensures.
 
-Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks alike.
+Activation checkpointing sees no operator here: what runs again in backward sends its rows again, on all ranks
+alike.
 
-Shapes: P positions, C exchanges that are prepared together.
+Shapes: P positions, C exchanges that are planned together.
 """
-
 
 import torch
 import torch.distributed as dist
@@ -20,21 +20,30 @@ from moetrain.ops.pinned import to_device
 
 
 class SymmetricWorkspace:
-    """Symmetric memory and the stream of a group; shared by all layers."""
+    """Symmetric memory and the stream of a group, shared by all layers."""
 
     def __init__(self, process_group: dist.ProcessGroup, positions: int, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
         symmetric.set_backend("NVSHMEM")
-        self.symmetric, self.process_group, self.device, self.positions = symmetric, process_group, device, positions
+        self.symmetric, self.process_group = symmetric, process_group
+        self.device, self.positions = device, positions
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.splits = [self._share(positions, torch.int64) for _ in range(4)]
         self.arrived = [self._share(2 * positions, torch.int64).view(2, positions) for _ in range(4)]
-        self.buffers: list[tuple[Tensor, Tensor]] = [(torch.empty(0, device=device), torch.empty(0, device=device))] * 4
+        empty = torch.empty(0, device=device)
+        self.buffers: list[tuple[Tensor, Tensor]] = [(empty, empty)] * 4         # for sending, for receiving
         self.begun = [0, 0]
 
     def send(self, message: Tensor, splits: Splits, max_rows: int, channel: int) -> Tensor:
-        """A view of the buffer that rows come to, to be read on the workspace's stream."""
+        """Start an exchange and return the rows received, to be read after the workspace's stream.
+
+        Args:
+            message: [R, …], rows ordered by destination.
+            splits: rows to and from each position.
+            max_rows: largest number of rows that any position sends or receives.
+            channel: 0 there, 1 back.
+        """
         row = message.shape[1:].numel() * message.dtype.itemsize
         self.begun[channel] += 1
         number = 2 * channel + self.begun[channel] % 2
@@ -42,8 +51,11 @@ class SymmetricWorkspace:
             torch.cuda.synchronize(self.device)
             size = 1 << (max_rows * row - 1).bit_length()
             self.buffers[number] = self._share(size, torch.uint8), self._share(size, torch.uint8)
-        bits = message.reshape(len(message), -1).view(torch.uint8) if message.numel() else message.new_empty(0, row, dtype=torch.uint8)
-        sending, receiving = (buffer[:len(buffer) // row * row].view(-1, row) for buffer in self.buffers[number])
+        bits = message.new_empty(0, row, dtype=torch.uint8)
+        if message.numel():
+            bits = message.reshape(len(message), -1).view(torch.uint8)
+        sending, receiving = (buffer[:len(buffer) // row * row].view(-1, row)
+                              for buffer in self.buffers[number])
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             sending[:len(bits)].copy_(bits)
@@ -61,7 +73,12 @@ class SymmetricWorkspace:
 
 
 class VdevExchange:
-    """flat: for counts, and for the largest number of rows of any position."""
+    """Exchange of one layer over a symmetric workspace.
+
+    Args:
+        flat: exchanges counts, and the largest number of rows of any position.
+        workspace: symmetric memory, shared by all layers.
+    """
 
     def __init__(self, flat: Exchange, workspace: SymmetricWorkspace) -> None:
         self.flat, self.workspace = flat, workspace
@@ -91,7 +108,7 @@ class VdevExchange:
 
 
 class MaxRows(int):
-    """The max_rows rows that any position sends or receives, there or back."""
+    """Largest number of rows that any position sends or receives, there or back."""
 
     def reversed(self) -> "MaxRows":
         return self

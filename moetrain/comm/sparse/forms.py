@@ -1,6 +1,6 @@
-"""The forms of the sparse collectives, by name, and the differentiable pair.
+"""Forms of the sparse collectives by name, and the differentiable pair of gather and reduction.
 
-`sparse_all_gather` is the pair as mathematics has it: the reference, and the oracle of tests. A training run posts early and
+`sparse_all_gather` is the mathematical reference, which tests compare with. A training run posts early and
 waits late instead (parallel/fssdp/copies.py).
 """
 
@@ -18,14 +18,26 @@ from moetrain.plan.placement import LayerPlacement
 FORMS = {"packed": Packed, "two_level": TwoLevel}
 
 
-def collective(form: str, placement: LayerPlacement, topology: Topology, position: int, tables: DeviceTables) -> Collective:
-    """What a position sends and receives under a placement."""
+def collective(form: str, placement: LayerPlacement, topology: Topology, position: int,
+               tables: DeviceTables) -> Collective:
+    """Make the sparse collective of one position under a placement.
+
+    Args:
+        form: `packed` or `two_level`.
+        placement: homes and copies of the layer.
+        topology: positions and nodes.
+        position: this position.
+        tables: where indices are put on the device.
+    """
     assert placement.positions == topology.positions, (placement.positions, topology.positions)
     return FORMS[form](placement, topology, position, tables)
 
 
 def sparse_all_gather(homes_hW: Tensor, collective: Collective, group: Group) -> Tensor:
-    """Weights of all slots here, [h + c, W]: homes, then copies. Its gradient is the sparse reduce-scatter. Waits."""
+    """Matrices of all physical slots here, [h + c, W]: homes, then copies. Waits.
+
+    Its gradient is the sparse reduce-scatter.
+    """
     return _SparseAllGather.apply(homes_hW, collective, group)
 
 

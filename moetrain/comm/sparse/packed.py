@@ -1,10 +1,10 @@
-"""Straight from the homes: one uneven all-to-all.
+"""Packed sparse collective: every copy directly from its home, in one uneven all-to-all.
 
-A home sends by destination and then by expert, so what a position receives lies by home and then by expert, which is the
-order of its copies' slots (plan/placement.py). The receive buffer of the gather is the weights of the copies, and their
-gradient is the send buffer of the reduction: only homes pack and sum.
+A home sends by destination and then by expert. So what a position receives is ordered by home and then by
+expert, which is the order of its copies' slots (plan/placement.py). The receive buffer of the gather is the
+matrices of the copies, and their gradient is the send buffer of the reduction: only homes pack and sum.
 
-Sums run over positions in ascending order, the home's own part in its place.
+Sums run over positions in ascending order, with the home's own part at its place.
 
 Shapes: h homes here, c copies here, s experts sent (once for each destination), W numbers of an expert.
 """
@@ -23,13 +23,18 @@ from moetrain.plan.transfers import packed
 
 
 class Packed:
-    def __init__(self, placement: LayerPlacement, topology: Topology, position: int, tables: DeviceTables) -> None:
+    """Sparse collective of one position in the form `packed`; see `Collective`."""
+
+    def __init__(self, placement: LayerPlacement, topology: Topology, position: int,
+                 tables: DeviceTables) -> None:
         (leg,) = packed(placement, topology)
         self.copies = len(placement.copies_at(position))
         self.send_plan = send_plan(leg, position, placement.positions, placement.experts_of(position), tables)
 
-    def post_gather(self, homes: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> AsyncAllToAll:
-        return AsyncAllToAll(message(homes, self.send_plan.index_s, dtype), self.send_plan.sent, self.send_plan.received, group)
+    def post_gather(self, homes: Sequence[Tensor], group: Group,
+                    dtype: torch.dtype | None = None) -> AsyncAllToAll:
+        plan = self.send_plan
+        return AsyncAllToAll(message(homes, plan.index_s, dtype), plan.sent, plan.received, group)
 
     def post_reduce(self, gradients_cW: Tensor, group: Group) -> AsyncAllToAll:
         return AsyncAllToAll(gradients_cW, self.send_plan.received, self.send_plan.sent, group)

@@ -1,13 +1,14 @@
-"""Experts whose parameters lie in pieces: every position sends its piece to all who compute the expert.
+"""Sparse collective of sliced experts: every position sends its slice to all that compute the expert.
 
-    gather     the piece of each position -> every holder, which lays the pieces side by side
-    reduce     of a holder's gradient every piece -> its position, which sums those of all holders in ascending order
+    gather     the slice of each position -> every holder, which lays the slices side by side
+    reduce     every slice of a holder's gradient -> its position, which sums those of all holders, ascending
 
-(The idea is FSEP's: LAER-MoE.) A hot expert is sent by all positions, a piece each, instead of whole by its home. One uneven
-all-to-all of numbers, since pieces differ by a row. What a position sends itself goes with it.
+The idea is FSEP's (LAER-MoE): a hot expert is sent by all positions, a slice each, instead of whole by its
+home. It is one uneven all-to-all of numbers instead of rows, since slices differ by a row. What a position
+sends to itself goes with it.
 
-Shapes: n sliced experts, m of them computed here, s rows sent of pieces, w numbers of this position's piece of an expert, W
-numbers of an expert.
+Shapes: n sliced experts, m of them computed here, s slices sent, w numbers of this position's slice of an
+expert, W numbers of an expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from moetrain.plan.placement import LayerPlacement, slice_columns
 
 
 class PendingLayout:
-    """A exchange of numbers, and how what it brings is laid out. `wait` gives that, once."""
+    """Exchange of numbers under way, and how to lay out what it brings. `wait` returns that, once."""
 
     def __init__(self, exchange: AsyncAllToAll, lay_out: Callable[[Tensor], Tensor]) -> None:
         self.exchange, self.lay_out = exchange, lay_out
@@ -33,32 +34,46 @@ class PendingLayout:
 
 
 class Sliced:
-    """shapes: (rows, columns) of an expert's matrices, which lie side by side in a row of W numbers."""
+    """Sparse collective of one position for sliced experts; see `Collective`.
+
+    Args:
+        placement: homes, copies and sliced experts of the layer.
+        shapes: (rows, columns) of an expert's matrices, which lie side by side in a row of W numbers.
+        position: this position.
+        tables: where indices are put on the device.
+    """
 
     def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, int]], position: int,
                  tables: DeviceTables) -> None:
         positions, index = placement.positions, {expert: row for row, expert in enumerate(placement.sliced)}
-        self.position, self.columns = position, [slice_columns(shapes, at, positions) for at in range(positions)]
+        self.position = position
+        self.columns = [slice_columns(shapes, at, positions) for at in range(positions)]
         self.widths = [sum(part.stop - part.start for part in parts) for parts in self.columns]
         self.width = sum(rows * columns for rows, columns in shapes)
         towards = [[index[expert] for expert in placement.assembled_at(to)] for to in range(positions)]
         self.copies, self.counts = len(towards[position]), [len(rows) for rows in towards]
         self.index_s = tables.put(torch.tensor(sum(towards, []), dtype=torch.int64))
 
-    def post_gather(self, pieces: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> PendingLayout:
-        """Start bringing copies: rows [m, W]. pieces: tensors [n, …] that travel side by side."""
+    def post_gather(self, slices: Sequence[Tensor], group: Group,
+                    dtype: torch.dtype | None = None) -> PendingLayout:
+        """Start bringing copies, [m, W], from slices: tensors [n, …] whose rows travel side by side."""
         sent, received = self._numbers()
-        return PendingLayout(_all_to_all(message(pieces, self.index_s, dtype), sent, received, group), self._assemble)
+        numbers = message(slices, self.index_s, dtype)
+        return PendingLayout(_all_to_all(numbers, sent, received, group), self._assemble)
 
     def post_reduce(self, gradients_mW: Tensor, group: Group) -> PendingLayout:
-        """Start sending the gradients of copies to the pieces: rows [s, w], for `sum_at_home`."""
+        """Start sending the gradients of copies to the slices: rows [s, w] for `sum_at_home`."""
         sent, received = self._numbers()
-        pieces = (torch.cat([gradients_mW[:, part] for part in parts], dim=1) for parts in self.columns)
-        return PendingLayout(_all_to_all(torch.cat([piece.flatten() for piece in pieces]), received, sent, group),
-                       lambda flat: flat.view(len(self.index_s), self.widths[self.position]))
+        slices = (torch.cat([gradients_mW[:, part] for part in parts], dim=1) for parts in self.columns)
+        numbers = torch.cat([each.flatten() for each in slices])
+        return PendingLayout(_all_to_all(numbers, received, sent, group),
+                             lambda flat: flat.view(len(self.index_s), self.widths[self.position]))
 
     def sum_at_home(self, own_nw: Tensor, received_sw: Tensor) -> Tensor:
-        """The gradients of all copies, holders ascending: [n, w]. own: zeros, since a piece computes nothing itself."""
+        """Sum the gradients of all copies, holders ascending: [n, w].
+
+        `own_nw` is zero, because a slice by itself computes nothing.
+        """
         total_nw = own_nw.clone()
         for first, count in zip(accumulate(self.counts, initial=0), self.counts):
             rows = slice(first, first + count)
@@ -66,10 +81,12 @@ class Sliced:
         return total_nw
 
     def _numbers(self) -> tuple[list[int], list[int]]:
-        """Of the gathering: to each position, from each position."""
-        return [count * self.widths[self.position] for count in self.counts], [self.copies * width for width in self.widths]
+        """Numbers that the gather sends to each position, and that it receives from each."""
+        width = self.widths[self.position]
+        return [count * width for count in self.counts], [self.copies * width for width in self.widths]
 
     def _assemble(self, flat: Tensor) -> Tensor:
+        """Lay the slices that have arrived side by side: [m, W]."""
         rows_mW = flat.new_empty(self.copies, self.width)
         blocks = flat.split([self.copies * width for width in self.widths])
         for parts, width, numbers in zip(self.columns, self.widths, blocks):

@@ -1,4 +1,4 @@
-"""Every wire moves what the flat one moves: on four ranks, two a node, rows bit for bit and gradients the way they came."""
+"""Exchange backends against the flat exchange on four ranks, two a node: the same rows and gradients."""
 
 import os
 import resource
@@ -43,11 +43,12 @@ def rows(number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
-    """Rows sent, changed where they arrived, and sent back, on two exchanges that overlap; and the gradients of all."""
+    """Rows sent, changed where they arrive, and sent back, on two overlapping exchanges; and gradients."""
     rank = dist.get_rank()
-    exchange = FlatExchange(mesh()["ep"]) if name == "flat" else wire_of(name)("layers.0.moe")
+    exchange = FlatExchange(mesh()["ep"]) if name == "flat" else factory_of(name)("layers.0.moe")
     transposition = [list(row) for row in zip(*traffic)]
-    sent_CP, received_CP = torch.tensor([traffic[rank], transposition[rank]]), torch.tensor([transposition[rank], traffic[rank]])
+    sent_CP = torch.tensor([traffic[rank], transposition[rank]])
+    received_CP = sent_CP.flip(0)
     (plain, other), _ = read_splits(exchange, sent_CP, received_CP, sent_CP[:, :0])
     found = []
     sent = [rows(sum(splits.sent), 10 * number + rank) for number, splits in enumerate((plain, other))]
@@ -63,7 +64,7 @@ def there_and_back(name: str, traffic: list[list[int]]) -> list[Tensor]:
     return found
 
 
-def wire_of(name: str):
+def factory_of(name: str):
     layout = one_node() if name.startswith("peer") else mesh()
     return exchange_factory(name, layout, 60)
 
@@ -71,7 +72,7 @@ def wire_of(name: str):
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("traffic", TRAFFIC, ids=str)
-def test_a_wire_moves_what_the_flat_one_moves(ranks, name, traffic):
+def test_a_backend_moves_what_the_flat_exchange_moves(ranks, name, traffic):
     pool = ranks(4)
     for ours, flat in zip(pool.run(there_and_back, name, traffic), pool.run(there_and_back, "flat", traffic)):
         for one, other in zip(ours, flat, strict=True):
@@ -87,8 +88,9 @@ def refused(name: str, across: bool) -> str:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name, across, number", [("peer", True, "086"), ("peer_push", True, "086"), ("deepep", False, "087"), ("vdev", False, "087")])
-def test_what_a_wire_needs_is_named(ranks, name, across, number):
+@pytest.mark.parametrize("name, across, number", [
+    ("peer", True, "086"), ("peer_push", True, "086"), ("deepep", False, "087"), ("vdev", False, "087")])
+def test_what_a_backend_needs_is_named(ranks, name, across, number):
     assert ranks(4).run(refused, name, across) == [f"E-CONFIG-{number}"] * 4
 
 
@@ -98,13 +100,14 @@ def test_a_package_that_is_missing_is_named():
 
 
 def test_the_bits_of_a_message_pass_through_rows_of_bfloat16():
-    for message in (torch.randn(3, 5, dtype=torch.float64), torch.randint(0, 256, (2, 21), dtype=torch.uint8), torch.zeros(0, 3)):
+    for message in (torch.randn(3, 5, dtype=torch.float64),
+                    torch.randint(0, 256, (2, 21), dtype=torch.uint8), torch.zeros(0, 3)):
         units = as_units(message)
         assert units.dtype == torch.bfloat16 and units.shape[1] % 8 == 0
         assert from_units(units.clone(), message.dtype, message.shape[1:]).equal(message)
 
 
-def test_the_config_knows_every_wire():
+def test_the_config_knows_every_backend():
     assert set(get_args(get_type_hints(ParallelConfig)["exchange"])) == set(BACKENDS)
 
 

@@ -1,4 +1,4 @@
-"""The flat wire, on real ranks: rows arrive bit for bit, and gradients go back the way they came."""
+"""Flat exchange on real ranks: rows arrive bit for bit, and gradients go back the way they came."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from moetrain.comm.exchange.base import Splits
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 
-# Rows from each position to each position; in the first of each size the last rank neither sends nor receives.
+# Rows from each position to each. In the first of each size the last rank sends and receives nothing.
 TRAFFIC = {
     2: [[[3, 0], [0, 0]], [[1, 2], [4, 0]], [[0, 3], [1, 0]], [[0, 0], [0, 0]]],
     4: [[[2, 1, 0, 0], [0, 3, 5, 0], [1, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 7]] * 4,
@@ -20,7 +20,7 @@ CASES = [(size, traffic) for size, cases in TRAFFIC.items() for traffic in cases
 WIDTH = 4
 
 
-def wire() -> FlatExchange:
+def flat_exchange() -> FlatExchange:
     world, rank = dist.get_world_size(), dist.get_rank()
     return FlatExchange(Group("ep", tuple(range(world)), rank, dist.group.WORLD))
 
@@ -52,16 +52,16 @@ def bits(tensor: Tensor) -> list[int]:
 
 def rows_arrive_by_source(traffic: list[list[int]]) -> None:
     rank = dist.get_rank()
-    received = wire().post(sent_by(rank, traffic), splits_of(traffic, rank)).wait()
+    received = flat_exchange().post(sent_by(rank, traffic), splits_of(traffic, rank)).wait()
     for index, tensor in enumerate(received):
         truth = expected_at(rank, traffic, lambda source: sent_by(source, traffic)[index])
         assert tensor.dtype == truth.dtype and tensor.shape == truth.shape and bits(tensor) == bits(truth)
-    (alone,) = wire().post(sent_by(rank, traffic)[:1], splits_of(traffic, rank)).wait()
+    (alone,) = flat_exchange().post(sent_by(rank, traffic)[:1], splits_of(traffic, rank)).wait()
     assert bits(alone) == bits(received[0])
 
 
 def gradients_go_back(traffic: list[list[int]]) -> None:
-    """The gradient of what came from a rank is sent to it: the exchange with the splits transposition round."""
+    """The gradient of what came from a rank is sent to it: the exchange with its splits reversed."""
     rank = dist.get_rank()
 
     def gradient(receiver: int) -> Tensor:
@@ -70,8 +70,9 @@ def gradients_go_back(traffic: list[list[int]]) -> None:
 
     x_RD, weights_R, _ = sent_by(rank, traffic)
     x_RD, weights_R = x_RD.float().requires_grad_(), weights_R.requires_grad_()
-    got_RD, got_R = wire().post((x_RD, weights_R), splits_of(traffic, rank)).wait()
-    torch.autograd.backward((got_RD, got_R), (gradient(rank), gradient(rank)[:, 0].clone(memory_format=torch.contiguous_format)))
+    got_RD, got_R = flat_exchange().post((x_RD, weights_R), splits_of(traffic, rank)).wait()
+    grad_R = gradient(rank)[:, 0].clone(memory_format=torch.contiguous_format)
+    torch.autograd.backward((got_RD, got_R), (gradient(rank), grad_R))
     transposition = [list(row) for row in zip(*traffic)]
     truth = expected_at(rank, transposition, gradient)
     assert torch.equal(x_RD.grad, truth) and torch.equal(weights_R.grad, truth[:, 0])
@@ -81,7 +82,7 @@ def one_result_may_go_unused() -> None:
     traffic = [[1, 2], [0, 1]]
     x_RD, weights_R, _ = sent_by(dist.get_rank(), traffic)
     x_RD, weights_R = x_RD.requires_grad_(), weights_R.requires_grad_()
-    rows_RD, _ = wire().post((x_RD, weights_R), splits_of(traffic, dist.get_rank())).wait()
+    rows_RD, _ = flat_exchange().post((x_RD, weights_R), splits_of(traffic, dist.get_rank())).wait()
     rows_RD.sum().backward()
     assert torch.equal(x_RD.grad, torch.ones_like(x_RD)) and not weights_R.grad.any()
 
@@ -89,7 +90,7 @@ def one_result_may_go_unused() -> None:
 def two_in_flight_do_not_mix() -> None:
     rank, traffic = dist.get_rank(), [[1, 2], [3, 1]]
     x_RD = sent_by(rank, traffic)[0].float().requires_grad_()
-    splits, exchange = splits_of(traffic, rank), wire()
+    splits, exchange = splits_of(traffic, rank), flat_exchange()
     first, second = exchange.post((x_RD,), splits), exchange.post((2 * x_RD,), splits)
     (one,), (two,) = first.wait(), second.wait()
     assert torch.equal(two, 2 * one)
@@ -99,8 +100,8 @@ def two_in_flight_do_not_mix() -> None:
 
 def counts_are_transposed() -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
-    whole = torch.arange(world * world * 3).view(world, world, 3)                 # [source, destination, slot]
-    assert torch.equal(wire().counts(whole[rank].contiguous()), whole[:, rank])
+    whole = torch.arange(world * world * 3).view(world, world, 3)             # [source, destination, slot]
+    assert torch.equal(flat_exchange().counts(whole[rank].contiguous()), whole[:, rank])
 
 
 @pytest.mark.ranks

@@ -1,7 +1,7 @@
 """The peer exchange among virtual ranks: threads of this process with real buffers and real pads.
 
-Ordering, parity, offsets, growth and time limits of the protocol; that it moves what the flat exchange moves, between processes:
-test_backends.py.
+Ordering, parity, offsets, growth and time limits of the protocol. That it moves between processes what the
+flat exchange moves is tested in test_backends.py.
 """
 
 import random
@@ -28,7 +28,8 @@ class Machine:
     """Memory that the threads of virtual ranks share, and a swap of integers among them."""
 
     def __init__(self, size: int, device: str) -> None:
-        self.size, self.barrier, self.board, self.device = size, threading.Barrier(size), [None] * size, torch.device(device)
+        self.size, self.barrier, self.board = size, threading.Barrier(size), [None] * size
+        self.device = torch.device(device)
 
     def exchange(self, position: int, mine) -> list:
         self.board[position] = mine
@@ -38,12 +39,14 @@ class Machine:
         return all_of_them
 
     def buffers(self, position: int) -> SharedBuffers:
-        return SharedBuffers(position, [10 + p for p in range(self.size)], NUM_BUFFERS, NUM_SIGNALS, lambda size: self.share(position, size), self.device)
+        ranks = [10 + p for p in range(self.size)]
+        return SharedBuffers(position, ranks, NUM_BUFFERS, NUM_SIGNALS,
+                             lambda size: self.share(position, size), self.device)
 
     def share(self, position: int, size: int) -> list[Tensor]:
         mine = torch.zeros(size, dtype=torch.uint8, device=self.device)
         if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()        # zeros are there before another rank's stream writes
+            torch.cuda.current_stream().synchronize()    # zeros are there before another rank's stream writes
         return self.exchange(position, mine)
 
 
@@ -54,7 +57,8 @@ class Board:
         self.machine, self.positions, self.position = machine, machine.size, position
 
     def counts(self, sent_P: Tensor) -> Tensor:
-        return torch.stack([sent[self.position] for sent in self.machine.exchange(self.position, sent_P.cpu())])
+        boards = self.machine.exchange(self.position, sent_P.cpu())
+        return torch.stack([sent[self.position] for sent in boards])
 
 
 def splits_of(exchange: PeerExchange, sent: list[list[int]], received: list[list[int]]) -> list[Splits]:
@@ -62,7 +66,8 @@ def splits_of(exchange: PeerExchange, sent: list[list[int]], received: list[list
     return read_splits(exchange, sent_CP, torch.tensor(received), sent_CP[:, :0])[0]
 
 
-def on_threads(size: int, function, *arguments, limit_s: float = 120.0, push: bool = False, device: str = "cpu") -> list:
+def on_threads(size: int, function, *arguments, limit_s: float = 120.0, push: bool = False,
+               device: str = "cpu") -> list:
     """function(exchange, *arguments) on every virtual rank; results by rank."""
     machine = Machine(size, device)
 
@@ -82,12 +87,13 @@ def traffic(size: int, seed: int) -> list[list[int]]:
 
 def stamped(source: int, number: int, rows: list[int], width: int) -> Tensor:
     """Rows that say where they come from, where they go, and which they are."""
-    return torch.tensor([[source, to, number, row] + [0] * width for to, many in enumerate(rows) for row in range(many)],
+    return torch.tensor([[source, to, number, row] + [0] * width
+                         for to, many in enumerate(rows) for row in range(many)],
                         dtype=torch.int32).view(-1, 4 + width)
 
 
 def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
-    """There and back, two of each under way as in a pipeline, at random speeds; sizes that grow and shrink."""
+    """There and back, two of each under way as with chunks, at random speeds; sizes that grow and shrink."""
     me, draw, size = exchange.position, random.Random(f"{seed}/{exchange.position}"), exchange.positions
     plans = [traffic(size, seed + number) for number in range(count)]
     transposition = [[list(row) for row in zip(*plan)] for plan in plans]
@@ -95,15 +101,17 @@ def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
 
     def send(number: int):
         message = stamped(me, number, plans[number][me], number % 3), torch.ones(sum(plans[number][me]))
-        return exchange.post(tuple(part.to(exchange.peers.buffers.device) for part in message), splits[number])
+        device = exchange.peers.buffers.device
+        return exchange.post(tuple(part.to(device) for part in message), splits[number])
 
     on_way, returning = send(0), None
     for number in range(count):
         following = send(number + 1) if number + 1 < count else None
         time.sleep(draw.choice([0, 0, 0, 2e-3]))
         rows, ones = on_way.wait()
-        assert rows.cpu().equal(torch.cat([stamped(source, number, plans[number][source], number % 3).split(plans[number][source])[me]
-                                     for source in range(size)])), number
+        sent = [stamped(source, number, plans[number][source], number % 3).split(plans[number][source])[me]
+                for source in range(size)]
+        assert rows.cpu().equal(torch.cat(sent)), number
         assert ones.cpu().equal(torch.ones(len(rows)))
         on_send_stream = exchange.post((rows,), splits[number].reversed(), read=False)
         if returning is not None:
@@ -114,7 +122,8 @@ def many_exchanges(exchange: PeerExchange, seed: int, count: int) -> None:
 
 def came_back(exchange: PeerExchange, handle, plans, number: int) -> None:
     (rows,) = handle.wait()
-    assert rows.cpu().equal(stamped(exchange.position, number, plans[number][exchange.position], number % 3)), number
+    me = exchange.position
+    assert rows.cpu().equal(stamped(me, number, plans[number][me], number % 3)), number
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -126,8 +135,9 @@ def test_rows_of_many_exchanges_keep_apart_at_any_speed(size, seed, push, device
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("push", [False, True])
-@pytest.mark.parametrize("size, seed", [pytest.param(1, 0, marks=pytest.mark.full), (2, 1), pytest.param(3, 2, marks=pytest.mark.full),
-                                        pytest.param(5, 4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("size, seed", [
+    pytest.param(1, 0, marks=pytest.mark.full), (2, 1), pytest.param(3, 2, marks=pytest.mark.full),
+    pytest.param(5, 4, marks=pytest.mark.full)])
 def test_rows_of_many_exchanges_keep_apart_on_a_simulated_device(size, seed, push, devices):
     devices(1).run(partial(on_threads, size, many_exchanges, seed, 24, push=push, device="cuda"))
 
@@ -164,7 +174,8 @@ def hold(exchange: PeerExchange) -> str:
     peers, message = exchange.peers, torch.ones(2, 4)
     try:
         for number in range(5):
-            epoch = peers.send(message, splits.sent, splits.backend_plan.there, splits.backend_plan.max_rows_there, 0, exchange.name)
+            plan = splits.backend_plan
+            epoch = peers.send(message, splits.sent, plan.there, plan.max_rows_there, 0, exchange.name)
             if exchange.position == 1 and number == 1:
                 return ""
             if exchange.position == 0 and number < 2:

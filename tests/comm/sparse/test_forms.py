@@ -1,4 +1,4 @@
-"""The sparse pair over random placements, in every form: copies are the home's bits, gradients come home as the sum."""
+"""Sparse collectives over random placements: copies are the home's bits, gradients come home as sums."""
 
 import time
 from functools import reduce as fold
@@ -17,13 +17,15 @@ from moetrain.plan.placement import LayerPlacement
 from moetrain.plan.transfers import gather_bytes, reduce_bytes
 from tests.support.copied_experts import CPU, POSITIONS, SEEDS, WIDTH, group, placement_of
 
-NODES = {"one node": Topology(4, 4), "two nodes": Topology(4, 2), "uneven nodes": Topology(4, 3), "four nodes": Topology(4, 1)}
-WIRES = [("packed", "one node"), *(("two_level", nodes) for nodes in NODES)]
+NODES = {"one node": Topology(4, 4), "two nodes": Topology(4, 2), "uneven nodes": Topology(4, 3),
+         "four nodes": Topology(4, 1)}
+FORMS_AND_NODES = [("packed", "one node"), *(("two_level", nodes) for nodes in NODES)]
 
 
-def wires(test):
+def forms_and_nodes(test):
     """Every form, over every kind of nodes."""
-    return pytest.mark.parametrize("form, nodes", WIRES, ids=["packed", *(f"two_level, {nodes}" for nodes in NODES)])(test)
+    ids = ["packed", *(f"two_level, {nodes}" for nodes in NODES)]
+    return pytest.mark.parametrize("form, nodes", FORMS_AND_NODES, ids=ids)(test)
 
 
 def weight(expert: int) -> Tensor:
@@ -45,7 +47,7 @@ def gathered(seed: int, dtype: torch.dtype, form: str, nodes: str) -> Tensor:
 
 
 @pytest.mark.ranks
-@wires
+@forms_and_nodes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_copies_are_the_bits_of_their_homes_in_the_order_of_slots(ranks, dtype, form, nodes):
     for seed in SEEDS:
@@ -58,7 +60,7 @@ def gradient(expert: int, position: int, whole: bool) -> Tensor:
     generator = torch.Generator().manual_seed(100 * expert + position)
     if whole:
         return torch.randint(-2**20, 2**20, (WIDTH,), generator=generator).float()
-    return torch.randn(WIDTH, generator=generator) * 10.0 ** position            # so that the order of a sum shows
+    return torch.randn(WIDTH, generator=generator) * 10.0 ** position     # so that the order of a sum shows
 
 
 def reduced(seed: int, whole: bool, form: str, nodes: str, late: tuple[int, ...] = ()) -> Tensor:
@@ -90,7 +92,7 @@ def assert_sums(results: list[Tensor], seed: int, whole: bool, form: str, nodes:
 
 
 @pytest.mark.ranks
-@wires
+@forms_and_nodes
 @pytest.mark.parametrize("whole", [True, False], ids=["whole numbers", "in a fixed order"])
 def test_gradients_of_all_copies_are_summed_at_home(ranks, whole, form, nodes):
     for seed in SEEDS:
@@ -107,9 +109,11 @@ def test_what_arrives_first_does_not_count(ranks, late, form, nodes):
 def test_the_order_of_the_sums_above_shows():
     """The numbers are such that another order, or grouping, has other bits."""
     placement = placement_of(2)
-    sums = [[expected_sum(expert, placement, False, form, "two nodes") for expert in range(7)] for form in FORMS]
+    sums = [[expected_sum(expert, placement, False, form, "two nodes") for expert in range(7)]
+            for form in FORMS]
     assert not torch.stack(sums[0]).equal(torch.stack(sums[1]))
-    backwards = [fold(add, [gradient(expert, at, False) for at in reversed(placement.holders(expert))]) for expert in range(7)]
+    backwards = [fold(add, [gradient(expert, at, False) for at in reversed(placement.holders(expert))])
+                 for expert in range(7)]
     assert not torch.stack(backwards).equal(torch.stack(sums[0]))
 
 
@@ -124,18 +128,19 @@ def both_products(seed: int, form: str, nodes: str) -> tuple[float, float]:
 
 
 @pytest.mark.ranks
-@wires
-def test_the_reduction_is_the_adjoint_of_the_gathering(ranks, form, nodes):
+@forms_and_nodes
+def test_the_reduction_is_the_adjoint_of_the_gather(ranks, form, nodes):
     for seed in SEEDS:
         parts = ranks(POSITIONS).run(both_products, seed, form, nodes)
-        assert sum(part[0] for part in parts) == pytest.approx(sum(part[1] for part in parts), rel=1e-12), seed
+        gathered, reduced = (sum(part[side] for part in parts) for side in (0, 1))
+        assert gathered == pytest.approx(reduced, rel=1e-12), seed
 
 
 # --- bytes
 
 
 def handed_over(seed: int, form: str, nodes: str) -> list[list[int]]:
-    """Bytes that this position handed to all-to-alls for each other one: by the gathering, by the reduction."""
+    """Bytes that this position handed to all-to-alls for each other one: by the gather, by the reduction."""
     placement, at, original = placement_of(seed), dist.get_rank(), dist.all_to_all_single
     handed = [0] * POSITIONS
 
@@ -169,8 +174,9 @@ def test_the_bytes_handed_over_are_those_of_the_formula(ranks, form, nodes):
             for at, handed in enumerate(result[way] for result in results):
                 same = [topology.node_of(to) == topology.node_of(at) for to in range(POSITIONS)]
                 assert handed[at] == 0
-                assert traffic.inside[at] == sum(nbytes for nbytes, inside in zip(handed, same) if inside), (seed, at)
-                assert traffic.between[at] == sum(nbytes for nbytes, inside in zip(handed, same) if not inside), (seed, at)
+                own, others = (sum(nbytes for nbytes, inside in zip(handed, same) if inside == wanted)
+                               for wanted in (True, False))
+                assert (traffic.inside[at], traffic.between[at]) == (own, others), (seed, at)
 
 
 # --- handles

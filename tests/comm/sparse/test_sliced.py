@@ -1,4 +1,4 @@
-"""Experts in pieces: copies are put together to the bit, gradients are summed at every piece, over random placements."""
+"""Sliced experts over random placements: copies are exact to the bit, gradients are summed at every slice."""
 
 import random
 import time
@@ -30,7 +30,7 @@ def numbers(key: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(WIDTH, generator=torch.Generator().manual_seed(key), dtype=torch.float64).to(dtype)
 
 
-def piece(row_W: Tensor, at: int) -> list[Tensor]:
+def slice_of(row_W: Tensor, at: int) -> list[Tensor]:
     """A position's rows of each matrix."""
     matrices = [part.view(shape) for part, shape in zip(row_W.split([15, 8]), SHAPES)]
     held = [slice_rows(rows, at, POSITIONS) for rows, _ in SHAPES]
@@ -38,28 +38,31 @@ def piece(row_W: Tensor, at: int) -> list[Tensor]:
 
 
 def flat(row_W: Tensor, at: int) -> Tensor:
-    return torch.cat([part.flatten() for part in piece(row_W, at)])
+    return torch.cat([part.flatten() for part in slice_of(row_W, at)])
 
 
 def gathered(seed: int, dtype: torch.dtype) -> Tensor:
     layer, at = placement(seed), dist.get_rank()
-    tensors = [torch.stack(parts) for parts in zip(*(piece(numbers(expert, torch.float32), at) for expert in layer.sliced))]
+    slices = (slice_of(numbers(expert, torch.float32), at) for expert in layer.sliced)
+    tensors = [torch.stack(parts) for parts in zip(*slices)]
     return Sliced(layer, SHAPES, at, DeviceTables(CPU)).post_gather(tensors, group(), dtype).wait()
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_copies_are_the_bits_of_the_pieces_side_by_side(ranks, dtype):
+def test_copies_are_the_bits_of_the_slices_side_by_side(ranks, dtype):
     for seed in SEEDS:
         for at, rows in enumerate(ranks(POSITIONS).run(gathered, seed, dtype)):
             experts = placement(seed).assembled_at(at)
             assert rows.shape == (len(experts), WIDTH) and rows.dtype == dtype
-            assert all(row.equal(numbers(expert, torch.float32).to(dtype)) for row, expert in zip(rows, experts)), (seed, at)
+            assert all(row.equal(numbers(expert, torch.float32).to(dtype))
+                       for row, expert in zip(rows, experts)), (seed, at)
 
 
 def gradient(expert: int, at: int, whole: bool) -> Tensor:
     if whole:
-        return torch.randint(-2**20, 2**20, (WIDTH,), generator=torch.Generator().manual_seed(100 * expert + at)).float()
+        generator = torch.Generator().manual_seed(100 * expert + at)
+        return torch.randint(-2**20, 2**20, (WIDTH,), generator=generator).float()
     return numbers(100 * expert + at, torch.float32) * 10.0 ** at
 
 
@@ -82,7 +85,7 @@ def assert_sums(results: list[Tensor], seed: int, whole: bool) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("whole", [True, False], ids=["whole numbers", "holders ascending"])
-def test_gradients_of_all_holders_are_summed_at_every_piece(ranks, whole):
+def test_gradients_of_all_holders_are_summed_at_every_slice(ranks, whole):
     for seed in SEEDS:
         assert_sums(ranks(POSITIONS).run(reduced, seed, whole), seed, whole)
 
@@ -98,7 +101,8 @@ def both_products(seed: int) -> tuple[float, float]:
     layer, at = placement(seed), dist.get_rank()
     collective = Sliced(layer, SHAPES, at, DeviceTables(CPU))
     x = [numbers(expert, torch.float64) for expert in layer.sliced]
-    copies = collective.post_gather([torch.stack(parts) for parts in zip(*(piece(row, at) for row in x))], group()).wait()
+    slices = [torch.stack(parts) for parts in zip(*(slice_of(row, at) for row in x))]
+    copies = collective.post_gather(slices, group()).wait()
     y = torch.randn(copies.shape, generator=torch.Generator().manual_seed(at), dtype=torch.float64)
     mine = torch.stack([flat(row, at) for row in x])
     sums = collective.sum_at_home(torch.zeros_like(mine), collective.post_reduce(y, group()).wait())
@@ -106,17 +110,18 @@ def both_products(seed: int) -> tuple[float, float]:
 
 
 @pytest.mark.ranks
-def test_the_reduction_is_the_adjoint_of_the_gathering(ranks):
+def test_the_reduction_is_the_adjoint_of_the_gather(ranks):
     for seed in SEEDS:
         parts = ranks(POSITIONS).run(both_products, seed)
-        assert sum(part[0] for part in parts) == pytest.approx(sum(part[1] for part in parts), rel=1e-12), seed
+        gathered, reduced = (sum(part[side] for part in parts) for side in (0, 1))
+        assert gathered == pytest.approx(reduced, rel=1e-12), seed
 
 
 # --- bytes
 
 
 def handed_over(seed: int) -> list[list[int]]:
-    """Bytes that this position handed to all-to-alls for each other one: by the gathering, by the reduction."""
+    """Bytes that this position handed to all-to-alls for each other one: by the gather, by the reduction."""
     original, found = dist.all_to_all_single, []
 
     def counted(output, message, received, sent, **rest):
@@ -139,13 +144,15 @@ def test_the_bytes_handed_over_are_those_of_the_formula(ranks):
     for seed in SEEDS:
         results = ranks(POSITIONS).run(handed_over, seed)
         for way, formula, size in ((0, gather_bytes, 2), (1, reduce_bytes, 4)):
-            traffic = formula("packed", placement(seed), Topology(POSITIONS, 2), 0, [size * width for width in widths])
+            slice_bytes = [size * width for width in widths]
+            traffic = formula("packed", placement(seed), Topology(POSITIONS, 2), 0, slice_bytes)
             assert [sum(result[way]) for result in results] == list(map(add, *traffic)), seed
 
 
 def test_a_hot_expert_is_sent_by_all_alike():
     everywhere = LayerPlacement((0,), 8, tuple((0, at) for at in range(1, 8)))
     assert gather_bytes("packed", everywhere, Topology(8, 8), 800).inside == (5600, *(0,) * 7)
-    assert gather_bytes("packed", everywhere.with_sliced((0,)), Topology(8, 8), 800, [100] * 8).inside == (700,) * 8
+    sliced = everywhere.with_sliced((0,))
+    assert gather_bytes("packed", sliced, Topology(8, 8), 800, [100] * 8).inside == (700,) * 8
     inside, between = gather_bytes("packed", everywhere.with_sliced((0,)), Topology(8, 2), 800, [100] * 8)
     assert inside == (100,) * 8 and between == (600,) * 8
