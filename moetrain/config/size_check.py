@@ -50,9 +50,9 @@ def too_large(config: Config, ranks: int, available: Available,
     need = rank_memory(config, vocabulary, ranks)
     if _fits(need, available, SLACK):
         return None
-    there = f"a GPU of {size(available.gpu)}"
-    if not available.gpu:
-        there = f"a machine with {size(available.host)} of memory for it"
+    there = f"a machine with {size(available.host)} of memory for it"
+    if available.gpu:
+        there = f"a GPU of {size(available.gpu)}"
     items = sorted(need._asdict().items(), key=lambda item: -item[1])
     values = flatten(config)
     return ConfigError(
