@@ -79,7 +79,7 @@ class Case(NamedTuple):
 
 
 SPLITS = "comm/exchange/base.py:read_splits"
-HOST_COUNTS = {"moe/dispatch.py:_alone": LAYERS}     # no kernel takes the counts of rows from the device
+HOST_COUNTS = {"moe/dispatch.py:_plan_alone": LAYERS}     # no kernel takes the counts of rows from the device
 EP, FSSDP = ("parallel=ep",), ("parallel=fssdp", "planner=shadow")
 # Copies always pay.
 COPIES = ("hardware.flops=1e6", "hardware.latency_s=0", "hardware.inside=1e12", "hardware.between=1e12")
