@@ -208,10 +208,9 @@ COVERS = {
     "integration/test_fssdp": "parallel/fssdp/{copies,transfers} train/fssdp_setup",
     "integration/test_fssdp_state": "parallel/fssdp/replanner",
     "integration/test_parity": "model/transformer moe/layer train/micro_batches",
-    "integration/test_precision": "train/precision",
     "integration/test_recipes": "config/recipes",
     "integration/test_restart": "comm/failures launch/agent",
-    "integration/test_resume": "train/loop",
+    "integration/test_resume": "train/{loop,setup,start}",
     "integration/test_step_metrics": "train/metrics",
     "integration/test_timeline": "train/loggers/timeline",
     "interop/test_megatron": "interop/megatron_index",
@@ -234,7 +233,8 @@ COVERS = {
     "tools/test_build_cuda": "ops/extension",
     "train/optim/test_optimizer": "train/optim/lr_schedule",
     "train/test_data_setup": "data/preparation/by_fingerprint",
-    "train/test_save_times": "train/banner",
+    "train/evaluation/test_evaluate_run": "train/evaluation/periodic",
+    "train/test_save_times": "train/checkpoint/periodic train/loggers/banner",
 }
 
 

@@ -69,9 +69,8 @@ def _train(config: Config, again: str) -> None:
     wrap_engine = None
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import wrap_engine
-    train(config, wrap_engine=wrap_engine,
-          leaving=lambda code, reason: record_early_exit(run_dir(config), code, reason),
-          again=again)
+    train(config, wrap_engine=wrap_engine, again=again,
+          on_exit=lambda code, reason: record_early_exit(run_dir(config), code, reason))
     if rank() == 0:
         draw(run_dir(config))
 

@@ -304,7 +304,7 @@ def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigErro
     for path in dict.fromkeys([*before, *now]):
         if any(path == key or key.endswith(".") and path.startswith(key) for key in free):
             continue
-        if path == "run.dtype" and now[path] == "auto":  # resolves to that of the run (train/precision.py)
+        if path == "run.dtype" and now[path] == "auto":  # resolves to that of the run (train/session.py)
             continue
         if path in _PATHS and _same_place(*(values.get(path) for values in places)):
             continue

@@ -38,8 +38,7 @@ from moetrain.comm.mesh import Group
 from moetrain.parallel.data_parallel import BUCKET_BYTES, GradientReducer
 from moetrain.parallel.state_shards import StateShard
 from moetrain.train.optim.optimizer import allocate_state, restore_steps
-from moetrain.train.setup import Run
-from moetrain.train.state import TrainState
+from moetrain.train.state import Run, TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -52,7 +52,7 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of the computation on this device; a run has settled it before (train/precision.py)."""
+    """The dtype of the computation on this device; a run has settled it before (train/session.py)."""
     return getattr(torch, choose_dtype(config.run.dtype, device.type, computes_bfloat16=computes_bfloat16(device)))
 
 

@@ -12,8 +12,9 @@ import re
 
 import torch
 
-from moetrain.config.schema import ModelConfig
-from moetrain.model.build import dense_width, head_width, per_layer
+from moetrain.comm.mesh import Mesh
+from moetrain.config.schema import Config, ModelConfig
+from moetrain.model.build import compute_dtype, dense_width, head_width, per_layer
 
 BF16_PEAKS = {                               # dense bfloat16, operations a second, from the data sheets
     "H100 PCIe": 756e12, "H800 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,           # before those that their names begin with
@@ -33,6 +34,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     return named_peak(torch.cuda.get_device_name(device))
+
+
+def peak_tokens_per_s(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
+    """Tokens per second of all ranks, if chips did nothing but the matrix products of training at their peak.
+
+    None where no peak is known.
+    """
+    peak = None if config.run.share_gpu else peak_flops(mesh.device, compute_dtype(config, mesh.device))
+    return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)
 
 
 def named_peak(chip: str) -> float | None:

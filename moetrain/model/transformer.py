@@ -91,14 +91,14 @@ class Transformer(nn.Module):
         return {name: moe.router.num_experts for name, moe in self.moe_layers.items()}
 
     @property
-    def leaning(self) -> list[str]:
-        """Routers that want to know how each micro-batch leans (routers/base.py)."""
-        return [name for name, moe in self.moe_layers.items() if moe.router.wants_leans]
+    def routers_needing_load_error(self) -> list[str]:
+        """Names of the routers whose controllers take the sign of the load error of each micro-batch (routers/base.py)."""
+        return [name for name, moe in self.moe_layers.items() if moe.router.needs_load_error]
 
-    def end_of_step(self, counts: Mapping[str, Tensor], leans: Mapping[str, Tensor]) -> None:
+    def end_of_step(self, counts: Mapping[str, Tensor], load_error_signs: Mapping[str, Tensor]) -> None:
         """Hand every router the counts of its experts, pooled over the optimizer step: selection biases move."""
         for name, moe in self.moe_layers.items():
-            moe.router.end_of_step(counts[name], leans.get(name))
+            moe.router.end_of_step(counts[name], load_error_signs.get(name))
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,

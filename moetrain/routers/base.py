@@ -122,11 +122,11 @@ class Router(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define route")
 
     @property
-    def wants_leans(self) -> bool:
-        """Whether `end_of_step` wants `leans_E`."""
+    def needs_load_error(self) -> bool:
+        """Whether `end_of_step` takes `signs_E`."""
         return False
 
-    def end_of_step(self, counts_E: Tensor, leans_E: Tensor | None = None) -> None:
+    def end_of_step(self, counts_E: Tensor, signs_E: Tensor | None = None) -> None:
         """Update controllers, such as biases, by the loads of a step.
 
         Called once after every optimizer step of training, without gradient and alike on every rank. What
@@ -134,7 +134,7 @@ class Router(nn.Module):
 
         Args:
             counts_E: int64, slots per expert of the whole step, over ranks and accumulation, before any drop.
-            leans_E: float64, the mean over all micro-batches of all ranks of sign(mean(n) - n_i), n being the
+            signs_E: float64, the mean over all micro-batches of all ranks of sign(mean(n) - n_i), n being the
                 counts of the micro-batch; None for a router that does not want it.
         """
 
@@ -166,7 +166,7 @@ class Router(nn.Module):
         return Routing(ids_TK, weights_TK, ids_TK.numel(), stats)
 
 
-def lean(counts_E: Tensor) -> Tensor:
+def load_error_sign(counts_E: Tensor) -> Tensor:
     """Sign of mean(n) - n_i, int64 [..., E]. Computed in integers: 0 for a load that is exactly the mean."""
     return (counts_E.sum(-1, keepdim=True) - counts_E.shape[-1] * counts_E).sign()
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.gating import gather_weights
-from moetrain.routers.base import RouterContext, Routing, lean
+from moetrain.routers.base import RouterContext, Routing, load_error_sign
 from moetrain.routers.groups import GroupLimitedRouter
 
 TINY = 1e-20                                 # DeepSeek-V3's; also avoids 0 / 0 in rows of padding
@@ -88,17 +88,17 @@ class SigmoidRouter(GroupLimitedRouter):
         return self.routing(ids_TK, self.scale * weights_TK, probs_TE, logits_TE, context)
 
     @property
-    def wants_leans(self) -> bool:
-        """Whether `end_of_step` wants `leans_E`: with counts=micro."""
+    def needs_load_error(self) -> bool:
+        """Whether `end_of_step` wants `signs_E`: with counts=micro."""
         return self.counts == "micro" and self.update_rate != 0
 
     @torch.no_grad()
-    def end_of_step(self, counts_E: Tensor, leans_E: Tensor | None = None) -> None:
+    def end_of_step(self, counts_E: Tensor, signs_E: Tensor | None = None) -> None:
         """Move the biases against the loads of the step (`Router.end_of_step`)."""
         if self.update_rate == 0:
             return
-        signs_E = leans_E if self.wants_leans else lean(counts_E)
-        assert signs_E is not None
-        self.bias += self.update_rate * signs_E.to(self.bias.dtype)
+        error_E = signs_E if self.needs_load_error else load_error_sign(counts_E)
+        assert error_E is not None
+        self.bias += self.update_rate * error_E.to(self.bias.dtype)
         if self.center:
             self.bias -= self.bias.mean()

@@ -1,9 +1,11 @@
-"""The counts that a balance loss wants: when they are summed over ranks, and what is known of the step at each backward.
+"""The counts that a balance loss wants: when they are summed over ranks, and what is known of the step at
+each backward.
 
     CountAllReduce    counts of one or more micro-batches on their way: posted when the last router has decided, before its tokens
                travel, and awaited when a loss is formed, or in backward
     AccumulatedCounts      what of the step is known so far, by the mode (losses/base.py PoolRule)
-    PreviousStepCounts the counts of the step before, which stand for what is still to come in mode warm; part of a run's state
+    PreviousStepCounts the counts of the step before, which stand for what is still to come in mode warm; part
+    of a run's state
 
 One all-reduce of all routers' counts, one a step in mode exact and one a micro-batch in the others.
 
@@ -35,8 +37,9 @@ class CountAllReduce:
         self.wait: Callable[[], Tensor] = self._missing if routers else lambda: self.counts_L
 
     def micro_batch(self) -> Callable[[str, Tensor], None]:
-        """What the routers of a micro-batch tell their counts (RouterContext.on_counts), all of them; a block that runs again in backward
-        says nothing new."""
+        """What the routers of a micro-batch tell their counts (RouterContext.on_counts), all of them; a block
+        that runs again in backward says nothing new.
+        """
         told: dict[str, Tensor] = {}
 
         def on_counts(router: str, counts_E: Tensor) -> None:
@@ -78,8 +81,9 @@ class AccumulatedCounts:
 
 
 class PreviousStepCounts:
-    """counts_L, tokens: of the step before; 0 where there is none. drift: a router whose shares have moved by more than this
-    (total variation, 0 to 1) from one step to the next has none."""
+    """counts_L, tokens: of the step before; 0 where there is none. drift: a router whose shares have moved by
+    more than this (total variation, 0 to 1) from one step to the next has none.
+    """
 
     def __init__(self, routers: Mapping[str, int], drift: float, device: torch.device) -> None:
         self.sizes, self.drift = list(routers.values()), drift

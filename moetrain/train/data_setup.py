@@ -1,4 +1,7 @@
-"""The dataset of a run on all ranks: rank 0 prepares text and reads token files, the others take what it has found."""
+"""The dataset of a run on all ranks:
+
+rank 0 prepares text and reads token files, the others take what it has found.
+"""
 
 from pathlib import Path
 
@@ -6,13 +9,20 @@ from moetrain.comm.agreement import all_or_none, from_first, on_first, told_by_f
 from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import Config
 from moetrain.data.batches.batch import Dataset
-from moetrain.data.loader import TOKEN_FILES, build_dataset
+from moetrain.data.loader import TOKEN_FILES, Loader, build_dataset
 from moetrain.data.preparation.by_fingerprint import prepared_place
 from moetrain.data.preparation.prepare import prepare_from_config
 from moetrain.data.pretokenized.token_indexes import TokenIndexes
 from moetrain.data.tokenizers.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.train.loggers.prepare_progress import Preparing
+
+
+def set_up_data(config: Config, directory: Path, mesh: Mesh) -> tuple[Dataset, Loader]:
+    """The dataset of a run and this rank's loader. Collective: rank 0 prepares the data."""
+    dataset, batch = open_on_ranks(config, directory, mesh, prepare_on_main(config, directory, mesh)), mesh["batch"]
+    return dataset, Loader(dataset, global_batch=config.train.global_batch, micro_batch=config.train.per_forward(batch.size),
+                           rank=batch.position, ranks=batch.size)
 
 
 def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: Tokenizer | None = None,
@@ -34,7 +44,8 @@ def prepare_on_main(config: Config, directory: Path, mesh: Mesh, *, tokenizer: T
 def open_on_ranks(config: Config, directory: Path, mesh: Mesh, prepared: Path | None, *, trains: bool = True) -> Dataset:
     """The dataset of a config, on all ranks or on none. Collective.
 
-    Files of another program are read whole by rank 0 alone; the others wait, and take what it has found (data/pretokenized/token_indexes.py).
+    Files of another program are read whole by rank 0 alone; the others wait, and take what it has found
+    (data/pretokenized/token_indexes.py).
 
     prepared, trains: see build_dataset.
     """

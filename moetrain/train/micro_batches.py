@@ -1,16 +1,19 @@
-"""The forward passes of a step, one micro-batch after another, each with the pooled counts that its loss needs.
+"""The forward passes of a step, one micro-batch after another, each with the pooled counts that its loss
+needs.
 
-`forwards` hands out a micro-batch's forward when its backward may run; the caller runs it before asking for the next. Counts may
-still be travelling then: `Forward.pooled` waits for them, at the loss, or in backward where gradients are attached. Where a
-loss wants the counts of the whole step (mode exact), these must be known before the first backward:
+`forwards` hands out a micro-batch's forward when its backward may run; the caller runs it before asking for
+the next. Counts may still be travelling then: `Forward.pooled` waits for them, at the loss, or in backward
+where gradients are attached. Where a loss wants the counts of the whole step (mode exact), these must be
+known before the first backward:
 
     graphs kept   all micro-batches run forward first and keep their graphs
     count pass    all micro-batches run forward without gradients as far as the last router; then each runs again, by the
                   choices already made, and backward: the memory of one micro-batch
 
-Otherwise each micro-batch runs forward and backward before the next, with what is known by then (train/count_pool.py), or with its
-own counts where no loss asks for more. Which it is follows from the config and, of these two, from what the ranks have agreed
-on (train/memory/graph_memory.py), so the collectives are the same on every rank.
+Otherwise each micro-batch runs forward and backward before the next, with what is known by then
+(train/count_pool.py), or with its own counts where no loss asks for more. Which it is follows from the config
+and, of these two, from what the ranks have agreed on (train/memory/graph_memory.py), so the collectives are
+the same on every rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +33,7 @@ from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, group_of
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.objective import cross_entropy_sum
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 
 OnCounts = Callable[[str, Tensor], None]      # RouterContext.on_counts
 PoolCounts = Callable[[Sequence[Stack]], list[Pooled]]     # of a micro-batch's stacks, by the losses' rule; waits where counts are on their way
@@ -46,7 +49,10 @@ class Forward(NamedTuple):
 
 
 def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Iterator[Forward]:
-    """Every micro-batch of the step in order. tokens: valid tokens of the global batch. Collective where counts are pooled."""
+    """Every micro-batch of the step in order.
+
+    tokens: valid tokens of the global batch. Collective where counts are pooled.
+    """
     rule, routers = run.objective.pool, run.state.model.routers
     if rule is None:
         for batch in batches:
@@ -93,7 +99,10 @@ def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: CountAllRed
 
 
 def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, per_sequence: bool = False) -> RouterContext:
-    """What routers may know of a micro-batch; per-token fields are flattened to [T]. per_sequence: sums for each are wanted."""
+    """What routers may know of a micro-batch; per-token fields are flattened to [T].
+
+    per_sequence: sums for each are wanted.
+    """
     positions = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     return RouterContext(
         training=training,

@@ -2,9 +2,9 @@
 
     total = CE + sum over losses of weight * mean over routers of loss
 
-Every term is a sum over tokens divided by N, the valid tokens of the *global batch*, known at data time. A micro-batch
-contributes its share, gradients are summed over micro-batches and ranks, and so loss and gradient do not depend on how
-the batch is split. The pooled counts are an argument: nothing here communicates.
+Every term is a sum over tokens divided by N, the valid tokens of the *global batch*, known at data time. A
+micro-batch contributes its share, gradients are summed over micro-batches and ranks, and so loss and gradient
+do not depend on how the batch is split. The pooled counts are an argument: nothing here communicates.
 
 Shapes: B sequences, S positions, V vocabulary.
 """
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
+from moetrain.config.build import build
+from moetrain.config.schema import Config
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.routers.base import Stack
 
@@ -29,15 +31,20 @@ class LossShare(NamedTuple):
 
 
 class Objective:
-    """losses: auxiliary losses by name, `balance` among them. num_routers: of the whole model, over which a mean is taken, also where
-    a process has only some of its layers. attached: gradients of the losses come by losses/attached.py."""
+    """losses: auxiliary losses by name, `balance` among them. num_routers: of the whole model, over which a
+    mean is taken, also where a process has only some of its layers. attached: gradients of the losses come by
+    losses/attached.py.
+    """
 
     def __init__(self, losses: Mapping[str, AuxLoss], num_routers: int, *, attached: bool = False) -> None:
         self.losses, self.num_routers, self.attached = dict(losses), num_routers, attached
 
     @property
     def pool(self) -> PoolRule | None:
-        """What the counts are pooled over: one rule for all losses (config/rules/losses.py); None where none asks."""
+        """What the counts are pooled over:
+
+        one rule for all losses (config/rules/losses.py); None where none asks.
+        """
         rules = {loss.pool for loss in self.losses.values()} - {None}
         assert len(rules) <= 1, rules
         return next(iter(rules), None)
@@ -55,7 +62,8 @@ class Objective:
     def backward(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Callable[[], Sequence[Pooled]], tokens: Tensor) -> LossShare:
         """Runs backward from this micro-batch's share of the loss; what it comes to, without graph.
 
-        pooled: asked when the loss is formed, or, where gradients are attached, not before the head's backward has passed.
+        pooled: asked when the loss is formed, or, where gradients are attached, not before the head's
+        backward has passed.
         """
         if self.attached:
             with record_function("backward"):
@@ -69,7 +77,10 @@ class Objective:
 
     @record_function("loss")
     def share(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Sequence[Pooled], tokens: Tensor) -> LossShare:
-        """This micro-batch's share of the loss. cross_entropy: its sum in nats; pooled: of every stack; tokens: N."""
+        """This micro-batch's share of the loss.
+
+        cross_entropy: its sum in nats; pooled: of every stack; tokens: N.
+        """
         total, terms = cross_entropy / tokens.clamp(min=1), {}
         for name in self.weights if stacks else ():
             loss = self.losses[name]
@@ -106,3 +117,9 @@ def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Sum of -log p(target) in nats over targets that are not -1; float32, or float64 in float64 runs."""
     logits = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
     return F.cross_entropy(logits.flatten(0, 1), targets_BS.flatten(), ignore_index=-1, reduction="sum")
+
+
+def build_objective(config: Config, num_routers: int) -> Objective:
+    """The objective of a config. num_routers: of the whole model."""
+    losses = {"balance": build(config.balance, "balance"), **{name: build(node, "loss") for name, node in config.loss.items()}}
+    return Objective(losses, num_routers, attached=config.train.aux_loss == "injected")

@@ -1,16 +1,18 @@
-"""Told to stop: Ctrl-C, a closed terminal, SIGTERM and SIGUSR1 save at the next step's end and leave with code 10.
+"""Told to stop: Ctrl-C, a closed terminal, SIGTERM and SIGUSR1 save at the next step's end and leave with
+code 10.
 
-    first signal         `requested` is set; the loop puts it to the vote of the step (train/step.py), so that all ranks save
+    first signal         `requested` is set; the loop reports it in the flags of the step (train/step.py), so that all ranks save
                          and leave after the same step, whichever of them were told
     second signal        leaves at once, without a save
     run.grace_s is over  the same: whoever told us will not wait longer
     while the run starts the same: there is nothing to save
 
-A thread watches: a rank that waits for others inside a collective cannot run Python's signal handlers, but the interpreter's
-C handler writes the signal's number to a pipe at any time.
+A thread watches: a rank that waits for others inside a collective cannot run Python's signal handlers, but
+the interpreter's C handler writes the signal's number to a pipe at any time.
 
-What a process was started to ignore stays ignored (nohup, background jobs of a script). Ctrl-C belongs to a debugger where
-there is one: at its prompt it does what the debugger says, and a handler that it has installed stays.
+What a process was started to ignore stays ignored (nohup, background jobs of a script). Ctrl-C belongs to a
+debugger where there is one: at its prompt it does what the debugger says, and a handler that it has installed
+stays.
 """
 
 import logging
@@ -41,24 +43,33 @@ def cause(number: int) -> str:
 
 
 def in_main_thread() -> bool:
-    """Python lets the main thread alone handle signals. A program that trains in another one says itself what stops it."""
+    """Python lets the main thread alone handle signals.
+
+    A program that trains in another one says itself what stops it.
+    """
     return threading.current_thread() is threading.main_thread()
 
 
-class Early:
-    """The handler of `told_early`. told: the signal, for Python passes over what is raised inside callbacks of imports or of memory."""
+class StartupSignals:
+    """The handler of `startup_signals`.
 
-    told: int | None = None
+    received: the signal, for Python passes over what is raised inside callbacks of imports or of memory.
+    """
+
+    received: int | None = None
 
     def __call__(self, number: int, frame: object) -> None:
-        self.told = number
+        self.received = number
         raise SystemExit(128 + number)
 
 
 @contextmanager
-def told_early() -> Iterator[None]:
-    """While a run starts there is nothing to save: the first signal leaves in order, by SystemExit with 128 + its number."""
-    leave = Early()
+def startup_signals() -> Iterator[None]:
+    """While a run starts there is nothing to save:
+
+    the first signal leaves in order, by SystemExit with 128 + its number.
+    """
+    leave = StartupSignals()
     before = {number: signal.signal(number, leave) for number in SIGNALS if in_main_thread() and _is_free(number)}
     try:
         yield
@@ -81,8 +92,8 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         for handler in map(signal.getsignal, SIGNALS):
-            if isinstance(handler, Early) and handler.told:
-                raise SystemExit(128 + handler.told)
+            if isinstance(handler, StartupSignals) and handler.received:
+                raise SystemExit(128 + handler.received)
         self._entered = in_main_thread()
         if not self._entered:
             return self
@@ -97,7 +108,7 @@ class Preemption:
         if not self._entered:
             return
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():     # another node's signal may come after the vote
+        for number, handler in self._before.items():     # another node's signal may come after the step that agreed
             signal.signal(number, signal.SIG_IGN if kind is Preempted else handler)
         self._writes.close()                             # ends the thread
 
@@ -116,7 +127,8 @@ class Preemption:
     def _told(self, number: signal.Signals) -> None:
         if self.requested is None:
             self.requested, self._told_at = number, time.monotonic()
-            # In a thread of its own: a terminal that takes no text must not keep this one from the next signal.
+            # In a thread of its own: a terminal that takes no text must not keep this one from the next
+            # signal.
             threading.Thread(target=log.info, daemon=True, args=(
                 "[stop] %s: saving after this step, then leaving; another one leaves at once, without a save", cause(number))).start()
         elif number != signal.SIGHUP and time.monotonic() >= self._told_at + ECHO_S:    # the kernel and the shell both send SIGHUP
@@ -145,13 +157,16 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 def _is_free(number: int) -> bool:
     """Whether the handler may be replaced: not what is ignored, nor a debugger's Ctrl-C."""
     handler = signal.getsignal(number)
-    if number != signal.SIGINT or isinstance(handler, Early):
+    if number != signal.SIGINT or isinstance(handler, StartupSignals):
         return handler is not signal.SIG_IGN
     return handler in (signal.SIG_DFL, signal.default_int_handler) and not _is_debugging(sys._getframe())
 
 
 def _is_debuggers(number: int) -> bool:
-    """Whether a signal is meant for a debugger: pdb's `continue` installs a handler, and at its prompt its frames are on the stack."""
+    """Whether a signal is meant for a debugger:
+
+    pdb's `continue` installs a handler, and at its prompt its frames are on the stack.
+    """
     if number != signal.SIGINT:
         return False
     main = sys._current_frames().get(threading.main_thread().ident)

@@ -1,4 +1,5 @@
-"""What a run writes beside its checkpoints, on rank 0: metrics.jsonl, eval.jsonl, loads.npz, config.yaml, env.json, wandb.
+"""What a run writes beside its checkpoints, on rank 0: metrics.jsonl, eval.jsonl, loads.npz, config.yaml,
+env.json, wandb.
 
 On resume the step files are cut to the restored step; the tail is kept as *.lost.
 """
@@ -33,7 +34,7 @@ from moetrain.train.checkpoint.save import Saved
 from moetrain.train.evaluation.evaluate import Evaluation
 from moetrain.train.loggers.wandb_settings import wandb_settings
 from moetrain.train.loggers.wandb_sink import WandbSink
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 from moetrain.train.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ PAUSES = ("save", "eval")
 
 
 class Recorder:
-    """Silent on ranks other than 0. Making one checks on all ranks that the run's directory can be written."""
+    """Silent on ranks other than 0.
+
+    Making one checks on all ranks that the run's directory can be written.
+    """
 
     def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
         self.config, self.directory, self.main = config, directory, mesh.is_main
@@ -62,7 +66,10 @@ class Recorder:
         all_or_none(run.mesh["batch"], lambda: self._open(run, resumed) if self.main else None)
 
     def _look_for_lost(self, step: int) -> None:
-        """Compare the checkpoint that the run goes on from with the saves on record; step 0: none was found."""
+        """Compare the checkpoint that the run goes on from with the saves on record; step 0:
+
+        none was found.
+        """
         newest = max(self.saves.steps(), default=0)
         if newest and not step:
             raise CheckpointError(
@@ -128,7 +135,10 @@ class Recorder:
             self.saves.write({"step": save.step, "time/save": save.seconds, "time/save_waited": save.held_s})
 
     def finish(self) -> None:
-        """The run has reached its last step: loads.npz is built from the records. It can be built later as well."""
+        """The run has reached its last step:
+
+        loads.npz is built from the records. It can be built later as well.
+        """
         if self.main and self.routers:
             try:
                 self.loads.write_npz(self.directory / "loads.npz")

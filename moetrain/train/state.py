@@ -1,7 +1,7 @@
 """Everything a run carries from one step to the next. What is not in `TrainState` is not saved.
 
-Data order, learning rate and initialisation are pure functions of (seed, step), and nothing draws from a global
-generator, so this is all there is:
+Data order, learning rate and initialisation are pure functions of (seed, step), and nothing draws from a
+global generator, so this is all there is:
 
     model.<name>             parameters, float32 or better
     buffer.<name>            persistent buffers: selection biases of routers
@@ -11,22 +11,33 @@ generator, so this is all there is:
                              pieces (parallel=fssdp)
     step, tokens             counters
 
-tests/train/test_state.py walks a run and fails on any tensor, generator or counter that changes from step to step and is
-neither here nor in `REBUILT`.
+tests/train/test_state.py walks a run and fails on any tensor, generator or counter that changes from step to
+step and is neither here nor in `REBUILT`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from moetrain.comm.mesh import Mesh
+from moetrain.config.schema import Config
+from moetrain.data.batches.batch import Dataset
+from moetrain.data.loader import Loader
+from moetrain.model.parallelize import Parallel
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.fssdp.replanner import Replanner
 from moetrain.parallel.state_shards import StateShard, buffers, state_shards
 from moetrain.train.count_pool import PreviousStepCounts
+from moetrain.train.loggers.router_dump import RouterDump
+from moetrain.train.loggers.stopwatch import Stopwatch
+from moetrain.train.objective import Objective
 from moetrain.train.optim.optimizer import moments, restore_steps
 
-# What changes from step to step and is not saved, because it follows from what is: a pattern of its path in the run, and why.
+# What changes from step to step and is not saved, because it follows from what is: a pattern of its path in
+# the run, and why.
 REBUILT = {
     r"optimizer.*\.step$": "every parameter is stepped at every step, so its counter equals `step`",
     r"optimizer.*\.lr$": "the learning rate is a function of `step`, set before each update",
@@ -81,3 +92,32 @@ def weights(model: Transformer) -> Iterator[StateShard]:
     """Parameters and persistent buffers of a model, by the names they are saved under."""
     yield from (shard._replace(name=f"model.{shard.name}") for shard in state_shards(model))
     yield from (shard._replace(name=f"buffer.{shard.name}") for shard in buffers(model))
+
+
+class Graphs(NamedTuple):
+    """How exact balance gets the counts of a step (train/micro_batches.py)."""
+
+    kept: bool                               # of all micro-batches of a step; otherwise a pass that only counts comes first
+    graph: int | None = None                 # bytes of one, the most of all ranks, where memory has decided (train/memory/graph_memory.py)
+    free: int | None = None                  # bytes, the least of all ranks
+
+
+@dataclass
+class Run:
+    """Everything that training works on, on this rank."""
+
+    config: Config
+    directory: Path
+    mesh: Mesh
+    dataset: Dataset
+    loader: Loader
+    state: TrainState
+    parallel: Parallel
+    objective: Objective
+    graphs: Graphs
+    dump: RouterDump | None = None
+    peak_tokens_per_s: float | None = None   # of all ranks, at the peak of their chips; None where that is not known
+    watch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Stopwatch(self.mesh.device)

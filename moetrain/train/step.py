@@ -1,12 +1,14 @@
 """One optimizer step, on one screen.
 
-    forward of the micro-batches -> counts pooled over ranks -> loss, backward -> gradients summed -> clip -> update
+    forward of the micro-batches -> counts pooled over ranks -> loss, backward -> gradients summed -> clip ->
+    update
 
 How the forward passes come by the pooled counts: train/micro_batches.py.
 
-Collectives of a step, whatever the data: tokens (1), counts (1), gradients (fixed buckets, or FSDP2's), norm (2), sums and
-votes (1), and those of the dispatcher in every MoE layer. With copies of experts (parallel/fssdp/copies.py) also those that bring
-them and take their gradients home, in the layers of which the plan has copies, and the comparison of plans (1).
+Collectives of a step, whatever the data: tokens (1), counts (1), gradients (fixed buckets, or FSDP2's), norm
+(2), sums and flags (1), and those of the dispatcher in every MoE layer. With copies of experts
+(parallel/fssdp/copies.py) also those that bring them and take their gradients home, in the layers of which
+the plan has copies, and the comparison of plans (1).
 """
 
 import math
@@ -22,6 +24,8 @@ from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.data.batches.batch import Batch, padding
 from moetrain.errors import DataError, NonFiniteError
 from moetrain.parallel.grad_norm import global_norm, scale_gradients
+from moetrain.train.checkpoint.save import SaveFlags
+from moetrain.train.loggers.stopwatch import rank_metrics
 from moetrain.train.memory.device_memory import peak_memory
 from moetrain.train.metrics import (
     StepSums,
@@ -35,28 +39,39 @@ from moetrain.train.metrics import (
 from moetrain.train.micro_batches import forwards
 from moetrain.train.optim.lr_schedule import learning_rate
 from moetrain.train.optim.optimizer import set_gradient_norm, set_learning_rate
-from moetrain.train.setup import Run
-from moetrain.train.stopwatch import rank_metrics
+from moetrain.train.state import Run
 
 
-class Votes(NamedTuple):
-    """What each rank says, and after the step the sum of what all said: agreed without a collective of its own."""
+class StepFlags(NamedTuple):
+    """What each rank reports with a step, and after it the sum over ranks:
 
-    stop: int = 0                            # told to save and stop (train/preemption.py)
-    save: int = 0                            # how far the save under way is (train/checkpoint/save.py, Saver.poll)
-    overdue: int = 0                         # the last save is too long ago (Saver.overdue)
-    unreadable: int = 0                      # data of this step (read_batches)
+    agreed without a collective of its own.
+    """
+
+    stop: int = 0                            # told to save and stop (preemption.py)
+    save_done: int = 0                       # this rank's part of the save under way is written (Saver.poll)
+    save_failed: int = 0                     # … or could not be written
+    save_overdue: int = 0                    # the last save is too long ago (Saver.overdue)
+    data_failed: int = 0                     # the data of this step could not be read (read_batches)
+
+    @property
+    def save(self) -> SaveFlags:
+        """Those of the save under way."""
+        return SaveFlags(self.save_done, self.save_failed)
 
 
 class StepResult(NamedTuple):
     metrics: dict[str, float]
     counts: dict[str, Tensor]                # pooled, int64 [E] by router, on the host
     sources: list[Tensor] | None             # with log.sources, on rank 0: flat counts of every rank
-    votes: Votes                             # summed over ranks
+    flags: StepFlags                         # summed over ranks
 
 
-def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
-    """Optimizer step `step` (from 1): changes the state of `run` and returns the step's numbers. Collective."""
+def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResult:
+    """Optimizer step `step` (from 1):
+
+    changes the state of `run` and returns the step's numbers. Collective.
+    """
     model, mesh, config, planning = run.state.model, run.mesh, run.config, run.state.planning
     routers = model.routers
     watch = run.watch
@@ -68,24 +83,26 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
 
     run.state.optimizer.zero_grad(set_to_none=True)
     run.parallel.begin(len(batches))
-    votes = votes._replace(unreadable=int(failure is not None))
-    sums = SumBuffer(routers, mesh.device, votes, model.leaning, tuple(run.objective.weights))
+    flags = flags._replace(data_failed=int(failure is not None))
+    sums = SumBuffer(routers, mesh.device, flags, model.routers_needing_load_error, tuple(run.objective.weights))
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
+    pooled_L = None                                      # counts of the whole step on all ranks, where a loss pools them
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
         share = run.objective.backward(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
         sums.add(forward.cross_entropy, share, forward.stacks)
         local += flat_counts(forward.stacks, mesh.device)
+        pooled_L = forward.counts_L
         watch.lap("backward")
 
     with record_function("reduce"):
         run.parallel.reduce()
     norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
-    counts_L = sum_over(mesh["batch"], local.clone()) if forward.counts_L is None else forward.counts_L
+    counts_L = sum_over(mesh["batch"], local.clone()) if pooled_L is None else pooled_L
     summed = sums.sum_over(mesh["batch"], watch.phases(), counts_L, tokens, norm)
     watch.settle()
-    agreed = Votes(*map(int, summed.votes))
-    if agreed.unreadable:
+    agreed = StepFlags(*map(int, summed.flags))
+    if agreed.data_failed:
         fail_together(mesh["batch"], failure)
     stop_if_not_finite(step, summed)
     clipped_norm = scale_gradients([*run.parallel.dense, *run.parallel.experts], summed.norm, config.train.clip)
@@ -94,7 +111,7 @@ def train_step(run: Run, step: int, votes: Votes = Votes()) -> StepResult:
     set_gradient_norm(run.state.optimizer, clipped_norm)
     with record_function("optimizer"):
         run.state.optimizer.step()
-    model.end_of_step(split_by_router(counts_L, routers), summed.leans)
+    model.end_of_step(split_by_router(counts_L, routers), summed.load_error_signs)
     if run.state.prior:
         run.state.prior.observe(counts_L, tokens)
     counts = split_by_router(summed.counts_L, routers)
@@ -134,8 +151,8 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
 def read_batches(run: Run, step: int) -> tuple[list[Batch], DataError | None]:
     """This rank's micro-batches. Where it cannot read them the error, and as many of padding alone.
 
-    The others learn of it from the sums of the step, which all ranks run to its end and none applies: to agree before it
-    begins, the host would have to wait for the device in every step.
+    The others learn of it from the sums of the step, which all ranks run to its end and none applies: to
+    agree before it begins, the host would have to wait for the device in every step.
     """
     try:
         return [batch.to(run.mesh.device) for batch in run.loader.step(step)], None

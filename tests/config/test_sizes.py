@@ -12,7 +12,8 @@ from moetrain.config.schema import Config
 from moetrain.config.sizes import count_parameters, rank_memory, shards
 from moetrain.model import build
 from moetrain.train.memory.graph_memory import measure_graph
-from moetrain.train.setup import join, set_up
+from moetrain.train.session import join
+from moetrain.train.setup import set_up
 
 MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model=deepseek_v3", "model.num_layers=5"],

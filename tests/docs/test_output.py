@@ -14,10 +14,10 @@ from moetrain.__main__ import main
 from moetrain.comm import device
 from moetrain.config.groups import group_options
 from moetrain.config.values import leaves
-from moetrain.train.banner import banner_lines
+from moetrain.train.loggers.banner import banner_lines
 from moetrain.train.loggers.console import banner
 from moetrain.train.loggers.step_line import step_line
-from moetrain.train.setup import Graphs, Run
+from moetrain.train.state import Graphs, Run
 from tests.support import output_page
 from tests.support.training import make_run
 

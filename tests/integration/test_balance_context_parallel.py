@@ -17,7 +17,8 @@ from moetrain.data.batches.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.model.attention import Attention, rotary_table
 from moetrain.train import micro_batches as passes
-from moetrain.train.setup import Run, set_up
+from moetrain.train.setup import set_up
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
 from tests.support.balance_oracle import BASE
 from tests.support.training import TINY, difference, make_run, snapshot, whole

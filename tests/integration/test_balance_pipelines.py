@@ -33,7 +33,8 @@ from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce
 from moetrain.train.metrics import pool
 from moetrain.train.micro_batches import step_context
 from moetrain.train.objective import cross_entropy_sum
-from moetrain.train.setup import Run, set_up
+from moetrain.train.setup import set_up
+from moetrain.train.state import Run
 from tests.support.oracle import oracle_loss
 from tests.support.training import TINY, difference, make_run, snapshot, whole
 

@@ -23,9 +23,8 @@ from moetrain.comm.reduce import sum_over
 from moetrain.config.schema import CheckpointConfig
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.train.checkpoint.load import resume
-from moetrain.train.checkpoint.save import Saver, save
-from moetrain.train.setup import Run
-from moetrain.train.state import OPTIONAL
+from moetrain.train.checkpoint.save import SaveFlags, Saver, save
+from moetrain.train.state import OPTIONAL, Run
 from moetrain.train.step import train_step
 from tests.support.checkpoints import flip
 from tests.support.training import Held, difference, make_run, snapshot, whole
@@ -248,16 +247,16 @@ def one_rank_writes_late(overrides: list[str], run_dir: Path) -> list[object]:
         seen = []
         for step in (2, 3, 4):
             result = train_step(run, step)
-            total = sum_of_polls(run, saver)
-            seen.append(saver.settle(total))
-            assert total < run.mesh["batch"].size, result
+            summed = summed_flags(run, saver)
+            seen.append(saver.settle(summed))
+            assert sum(summed) < run.mesh["batch"].size, result
         go.set()
         outcome = saver.finish()
     return [*seen, outcome.step, outcome.path]
 
 
-def sum_of_polls(run: Run, saver: Saver) -> int:
-    return int(sum_over(run.mesh["batch"], torch.tensor([saver.poll()], dtype=torch.float64)).item())
+def summed_flags(run: Run, saver: Saver) -> SaveFlags:
+    return SaveFlags(*sum_over(run.mesh["batch"], torch.tensor(saver.poll())).tolist())
 
 
 def test_training_talks_while_one_rank_still_writes(ranks, tmp_path):

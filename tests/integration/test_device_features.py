@@ -12,7 +12,8 @@ import pytest
 from torch import Tensor
 
 from moetrain.config.compose import compose
-from moetrain.train.setup import join, set_up
+from moetrain.train.session import join
+from moetrain.train.setup import set_up
 from moetrain.train.step import train_step
 from tests.support import simulated_device, small_text
 from tests.support.device_process import DeviceProcess

@@ -18,8 +18,10 @@ from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.evaluation.trained import load_trained, trained_dataset, trained_tokenizer
 from moetrain.train.loop import train
 from moetrain.train.memory import device_memory
+from moetrain.train.memory.fit import refuse_what_cannot_fit
 from moetrain.train.memory.graph_memory import choose_graphs
-from moetrain.train.setup import join, refuse_what_cannot_fit, set_up
+from moetrain.train.session import join
+from moetrain.train.setup import set_up
 from moetrain.train.step import train_step
 from tests.support import simulated_device, small_text
 from tests.support.device_process import DeviceProcess

@@ -8,7 +8,7 @@ import torch
 from moetrain.parallel.fssdp.replanner import Replanner
 from moetrain.train.checkpoint.load import load, resume
 from moetrain.train.checkpoint.save import save
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
 from tests.support.random_copies import CALIBRATE, bits, numbers, run_with_copies
 from tests.support.training import make_run, whole

@@ -15,7 +15,8 @@ from moetrain.config.schema import Config
 from moetrain.config.size_check import Available, too_large
 from moetrain.config.sizes import count_parameters, rank_memory
 from moetrain.model import build
-from moetrain.train.setup import join, set_up
+from moetrain.train.session import join
+from moetrain.train.setup import set_up
 from moetrain.train.step import train_step
 from moetrain.units import size
 from tests.support.runs import ROOT

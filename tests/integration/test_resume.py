@@ -11,7 +11,7 @@ import torch
 
 from moetrain.train.checkpoint.load import load
 from moetrain.train.checkpoint.save import save
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
 from tests.support.training import make_run
 

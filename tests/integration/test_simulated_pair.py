@@ -20,7 +20,7 @@ from moetrain.model import build
 from moetrain.ops import grouped_gemm
 from moetrain.train.checkpoint.load import resume
 from moetrain.train.checkpoint.save import save
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
 from tests.support.ranks import free_port
 from tests.support.simulated_device import RECORD, Wait

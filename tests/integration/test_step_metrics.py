@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from moetrain.train.stopwatch import PHASES
+from moetrain.train.loggers.stopwatch import PHASES
 from tests.support.oracle import oracle_loss
 from tests.support.training import make_run, snapshot, train_run, train_steps, whole
 

@@ -14,7 +14,7 @@ needs.module("deepspeed", extra="deepspeed")
 
 from moetrain.config.compose import compose
 from moetrain.errors import ConfigErrors
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
 from tests.support.command_line import DEBUG, environment, metrics
 from tests.support.ranks import Ranks

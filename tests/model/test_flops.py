@@ -7,9 +7,9 @@ from torch.profiler import ProfilerActivity, profile
 from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
 from moetrain.config.compose import compose
 from moetrain.data.batches.batch import Batch
+from moetrain.model import flops
 from moetrain.model.build import build_model
 from moetrain.model.flops import named_peak, training_flops
-from moetrain.train import setup
 from moetrain.train.micro_batches import step_context
 from tests.support.training import make_run, train_run
 
@@ -72,16 +72,16 @@ def test_peaks_are_found_by_the_names_of_drivers(chip, peak):
 
 
 def test_every_rank_adds_its_chip_unless_they_share_one(monkeypatch):
-    monkeypatch.setattr(setup, "peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(flops, "peak_flops", lambda device, dtype: 1e9)
     of_four = Mesh(mesh_sizes("ep_fsdp", 4, 2), 0, torch.device("cuda"), {})
     one = 1e9 / training_flops(compose([]).model, VOCAB, 128)
-    assert setup.peak_rate(compose([]), VOCAB, of_four) == pytest.approx(4 * one)
-    assert setup.peak_rate(compose(["run.share_gpu=true"]), VOCAB, of_four) is None
+    assert flops.peak_tokens_per_s(compose([]), VOCAB, of_four) == pytest.approx(4 * one)
+    assert flops.peak_tokens_per_s(compose(["run.share_gpu=true"]), VOCAB, of_four) is None
 
 
 def test_a_step_reports_its_share_of_the_peak(monkeypatch):
     assert make_run([]).peak_tokens_per_s is None
-    monkeypatch.setattr(setup, "peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(flops, "peak_flops", lambda device, dtype: 1e9)
     run = make_run([])
     (metrics,) = train_run(run, 1).metrics
     assert run.peak_tokens_per_s == 1e9 / training_flops(run.config.model, VOCAB, 12)

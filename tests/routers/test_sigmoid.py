@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moetrain.ops.counts import count_ids
 from moetrain.ops.gating import gather_weights
-from moetrain.routers.base import RouterContext, lean
+from moetrain.routers.base import RouterContext, load_error_sign
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step
@@ -122,11 +122,11 @@ def test_an_update_moves_every_bias_by_the_rate_against_its_load():
 
 def test_a_bias_of_micro_batches_moves_by_the_mean_of_their_leans():
     router = router_of(experts=4, update_rate=0.25, counts="micro", center=False)
-    assert router.wants_leans and not router_of(experts=4).wants_leans
-    leans_E = torch.stack([lean(torch.tensor(counts))
+    assert router.needs_load_error and not router_of(experts=4).needs_load_error
+    signs_E = torch.stack([load_error_sign(torch.tensor(counts))
                            for counts in ([3, 1, 2, 2], [0, 0, 0, 8])]).double().mean(0)
-    assert leans_E.tolist() == [0.0, 1.0, 0.5, -0.5]
-    router.end_of_step(torch.tensor([3, 1, 2, 10]), leans_E)
+    assert signs_E.tolist() == [0.0, 1.0, 0.5, -0.5]
+    router.end_of_step(torch.tensor([3, 1, 2, 10]), signs_E)
     assert router.bias.tolist() == [0.0, 0.25, 0.125, -0.125]
 
 

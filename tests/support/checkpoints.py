@@ -7,8 +7,7 @@ import pytest
 from torch import Tensor
 
 from moetrain.train.checkpoint.save import save
-from moetrain.train.setup import Run
-from moetrain.train.state import TrainState
+from moetrain.train.state import Run, TrainState
 from moetrain.train.step import train_step
 from tests.support.training import make_run
 

@@ -8,7 +8,7 @@
 `python -m tests.support.host_waits` measures all cases, or those that are named after it, and writes the
 table anew.
 
-The parts of a step are those that its stopwatch tells apart (train/stopwatch.py), with one more name for what
+The parts of a step are those that its stopwatch tells apart (train/loggers/stopwatch.py), with one more name for what
 runs in backward, wherever it is called from.
 """
 
@@ -24,9 +24,9 @@ from moetrain.data.tokenizers.tokenizer import ByteTokenizer
 from moetrain.generate.sample import continue_text
 from moetrain.train.checkpoint.snapshot import take_snapshot
 from moetrain.train.evaluation.evaluate import evaluate
-from moetrain.train.setup import Run
+from moetrain.train.loggers.stopwatch import Stopwatch
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
-from moetrain.train.stopwatch import Stopwatch
 from tests.support.ranks import Ranks
 from tests.support.simulated_device import RECORD
 from tests.support.training import make_run

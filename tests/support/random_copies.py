@@ -9,7 +9,7 @@ from moetrain.plan.calibration import add_missing_copies
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 from moetrain.plan.planners.base import LayerPlan
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 from tests.support.training import Trained, make_run, train_run
 
 CALIBRATE = "parallel.calibrate=true"

@@ -10,7 +10,9 @@ from torch import Tensor
 from moetrain.config.compose import compose
 from moetrain.parallel.state_shards import state_shards
 from moetrain.routers.base import Router, drop_padding
-from moetrain.train.setup import Run, join, set_up
+from moetrain.train.session import join
+from moetrain.train.setup import set_up
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
 
 TINY = [

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from moetrain.parallel.state_shards import local
-from moetrain.train.setup import Run
-from moetrain.train.state import REBUILT
+from moetrain.train.state import REBUILT, Run
 from moetrain.train.step import train_step
 
 ATOMS = (int, float, bool, str, bytes, type(None))

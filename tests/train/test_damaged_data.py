@@ -11,7 +11,8 @@ from moetrain.data.preparation.prepare import prepare
 from moetrain.errors import DataError
 from moetrain.parallel.state_shards import state_shards
 from moetrain.train.evaluation.evaluate import evaluate
-from moetrain.train.setup import join, set_up
+from moetrain.train.session import join
+from moetrain.train.setup import set_up
 from moetrain.train.step import train_step
 from tests.support.training import TINY
 

@@ -18,7 +18,7 @@ from moetrain.data.pretokenized.token_indexes import TokenIndexes
 from moetrain.errors import MoETrainError
 from moetrain.train import data_setup
 from moetrain.train.data_setup import open_on_ranks
-from moetrain.train.setup import join
+from moetrain.train.session import join
 from tests.support import needs, warm_start
 from tests.support.command_line import DEBUG, environment
 from tests.support.indexed_data import build

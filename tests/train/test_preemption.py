@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from moetrain.train.preemption import SIGNALS, Preemption, told_early
+from moetrain.train.preemption import SIGNALS, Preemption, startup_signals
 
 
 class Signals:
@@ -36,7 +36,7 @@ def asked(told: Preemption, wait_s: float) -> signal.Signals | None:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_a_run_starts_leaves_at_once(number):
     before = [signal.getsignal(other) for other in SIGNALS]
-    with pytest.raises(SystemExit) as left, told_early():
+    with pytest.raises(SystemExit) as left, startup_signals():
         os.kill(os.getpid(), number)
         pytest.fail("it went on")
     assert left.value.code == 128 + number and [signal.getsignal(other) for other in SIGNALS] == before
@@ -45,7 +45,7 @@ def test_a_signal_while_a_run_starts_leaves_at_once(number):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_one_that_python_passed_over_leaves_before_the_first_step():
     reached = False
-    with pytest.raises(SystemExit) as left, told_early():
+    with pytest.raises(SystemExit) as left, startup_signals():
         Signals()
         reached = True
         with preemption():
@@ -54,7 +54,7 @@ def test_one_that_python_passed_over_leaves_before_the_first_step():
 
 
 def test_without_a_signal_the_first_step_comes():
-    with told_early(), preemption() as told:
+    with startup_signals(), preemption() as told:
         assert told.requested is None
 
 
@@ -71,7 +71,7 @@ def test_what_the_process_was_started_to_ignore_stays_ignored():
     """nohup ignores SIGHUP, a shell script SIGINT for what it starts in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with told_early(), preemption() as told:
+        with startup_signals(), preemption() as told:
             os.kill(os.getpid(), signal.SIGHUP)
             assert asked(told, 0.2) is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -129,7 +129,7 @@ def test_ctrl_c_belongs_to_the_debugger_while_there_is_one():
 def test_a_program_that_runs_inside_a_debugger_leaves_it_ctrl_c():
     """As with python -m pdb."""
     def program() -> None:
-        with told_early(), preemption():
+        with startup_signals(), preemption():
             handlers.extend(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
 
     handlers, before = [], signal.getsignal(signal.SIGINT)

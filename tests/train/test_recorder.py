@@ -9,7 +9,7 @@ from moetrain.config.compose import compose
 from moetrain.data.batches.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.train.loop import train
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 
 
 def test_records_say_when_they_were_written_and_what_training_waited_for(tmp_path: Path) -> None:

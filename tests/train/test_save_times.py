@@ -7,10 +7,10 @@ import pytest
 
 from moetrain.config.compose import compose
 from moetrain.config.schema import CheckpointConfig
-from moetrain.train.banner import saves_line
 from moetrain.train.checkpoint.save import Saver
+from moetrain.train.loggers.banner import saves_line
 from moetrain.train.loop import train
-from moetrain.train.step import Votes, train_step
+from moetrain.train.step import StepFlags, train_step
 from tests.support.training import TINY, make_run
 
 
@@ -32,7 +32,7 @@ def late_on_one_rank(directory: Path) -> tuple[int, int, int]:
     saver = Saver(directory, run.mesh, CheckpointConfig(every_minutes=15))
     saver.began -= 16 * 60 if run.mesh.rank == 1 else 14 * 60
     mine = saver.overdue()
-    agreed = train_step(run, 1, Votes(overdue=mine)).votes.overdue
+    agreed = train_step(run, 1, StepFlags(save_overdue=mine)).flags.save_overdue
     saver.begin(run.state, {})
     assert saver.overdue() == 0                          # not while one is under way, however late
     saver.finish()

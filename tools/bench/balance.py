@@ -33,7 +33,9 @@ from moetrain.routers import base
 from moetrain.train import micro_batches as passes, step
 from moetrain.train.metrics import SumBuffer
 from moetrain.train.objective import LossShare
-from moetrain.train.setup import Run, join, set_up
+from moetrain.train.session import join
+from moetrain.train.setup import set_up
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
 
 COMMON = ["data=synthetic", "log.wandb=off", "run.steps=100000"]

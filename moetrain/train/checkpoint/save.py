@@ -32,8 +32,7 @@ from moetrain.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-DONE, FAILED = 1, (1 << 20) + 1  # values of `poll`: a rank that failed counts as one that has ended, too
-UNNOTICED_S = 1.0                # a shorter wait deserves no warning
+UNNOTICED_S = 1.0  # a shorter wait deserves no warning
 
 
 class Saved(NamedTuple):
@@ -43,6 +42,13 @@ class Saved(NamedTuple):
     path: Path | None  # the checkpoint; None where the save failed
     seconds: float     # from its beginning to its end
     held_s: float      # seconds in which training waited
+
+
+class SaveFlags(NamedTuple):
+    """One rank's part of the save under way; summed over ranks, how many parts have ended."""
+
+    done: int = 0                # written
+    failed: int = 0              # could not be written
 
 
 class Saver:
@@ -102,17 +108,17 @@ class Saver:
         minutes = self.config.every_minutes
         return int(bool(minutes) and self.job is None and time.monotonic() - self.began >= 60 * minutes)
 
-    def poll(self) -> int:
-        """State of this rank's save: 0 while it is under way or absent, DONE or FAILED at its end.
+    def poll(self) -> SaveFlags:
+        """How this rank's part of the save stands; no flag while it is under way or absent.
 
-        Sum it over mesh["batch"], exactly (float64 or int64), and pass the sum to `settle`.
+        Sum the flags over mesh["batch"] and pass the sums to `settle`.
         """
         if self.job is None or self.job.running():
-            return 0
-        return DONE if self.job.error is None else FAILED
+            return SaveFlags()
+        return SaveFlags(done=int(self.job.error is None), failed=int(self.job.error is not None))
 
-    def settle(self, total: int) -> Saved | None:
-        """Act on the sum of all ranks' polls; every rank decides alike.
+    def settle(self, summed: SaveFlags) -> Saved | None:
+        """Act on the flags of all ranks; every rank decides alike.
 
         Each sum is settled once, before the next poll. Raises DiskError on all ranks when too
         many saves in a row have failed.
@@ -121,9 +127,9 @@ class Saver:
             The outcome once a save has ended.
         """
         ranks = self.mesh["batch"].size
-        if self.job is None or total % (1 << 20) < ranks:
+        if self.job is None or summed.done + summed.failed < ranks:
             return None
-        if total > ranks:
+        if summed.failed:
             return self._failed()
         if not self.job.committing:
             self.job.committing = True
@@ -141,7 +147,7 @@ class Saver:
         outcome, began = None, time.perf_counter()
         while self.job is not None:
             self.job.wait(LOOK_S)
-            outcome = self.settle(int(total_over(self.mesh["batch"], self.poll())))
+            outcome = self.settle(SaveFlags(*(int(total_over(self.mesh["batch"], flag)) for flag in self.poll())))
         if required and self.failed is not None:
             self._stop(self.failed, DiskError(
                 2, "the checkpoint could not be written", where=str(self.failed.final),

@@ -37,7 +37,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.runs.completion import trained_config
 from moetrain.train.checkpoint.load import load_newest_model, newest_manifest, other_model
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
-from moetrain.train.setup import join
+from moetrain.train.session import join
 
 _EMBEDDING = "model.embed"
 _PREPARED = ("text", "tokens")  # kinds of data that lie in a prepared folder

@@ -31,7 +31,7 @@ from moetrain.comm.reduce import largest_over
 from moetrain.plan.cost.memory import CopyMemory, HeldExperts, copy_memory
 from moetrain.train.memory.device_memory import free_memory
 from moetrain.train.micro_batches import forward_pass
-from moetrain.train.setup import Graphs, Run
+from moetrain.train.state import Graphs, Run
 
 MAX_SHARE = 0.8
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.errors import OutOfMemoryError
 from moetrain.train.memory.graph_memory import max_copy_memory
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 from moetrain.units import decimal
 
 MAX_ITEMS = 4  # items that the error names

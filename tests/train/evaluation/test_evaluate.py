@@ -20,7 +20,9 @@ from moetrain.report.specialization import draw_specialization
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.loggers.console import MOST_DOMAINS
 from moetrain.train.loop import train
-from moetrain.train.setup import Run, join, set_up
+from moetrain.train.session import join
+from moetrain.train.setup import set_up
+from moetrain.train.state import Run
 
 WORDS = ["experiment=debug", "model.num_layers=2", "run.device=cpu", "train.seq_len=16",
          "train.global_batch=4", "train.micro_batch=4", "log.progress=false", "run.steps=2"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moetrain.machine import job_memory, machine_memory
-from moetrain.train.banner import balance_line
+from moetrain.train.loggers.banner import balance_line
 from moetrain.train.memory import graph_memory as memory
 from moetrain.train.memory.graph_memory import choose_graphs, measure_graph
-from moetrain.train.setup import Graphs
+from moetrain.train.state import Graphs
 from moetrain.train.step import train_step
 from tests.support.training import difference, make_run, snapshot, whole
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moetrain.train.checkpoint.load import load
 from moetrain.train.checkpoint.save import save
 from moetrain.train.optim.muon import matrix_rows, orthogonalize
-from moetrain.train.setup import Run
+from moetrain.train.state import Run
 from moetrain.train.step import train_step
 from tests.support.training import Trained, alone, difference, make_run, train_steps, union
 

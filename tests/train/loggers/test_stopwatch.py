@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from moetrain.train import stopwatch
-from moetrain.train.stopwatch import PHASES, Stopwatch, Unsteady, rank_metrics
+from moetrain.train.loggers import stopwatch
+from moetrain.train.loggers.stopwatch import PHASES, Stopwatch, Unsteady, rank_metrics
 
 
 def test_a_phase_that_is_still_to_come_is_that_of_the_step_before() -> None:

@@ -1,14 +1,11 @@
-"""Over what ranks talk."""
+"""A process joins the ranks of a run: over which backend they talk, and what a shared GPU changes."""
 
 import pytest
 import torch
 
 from moetrain.comm import mesh
-from moetrain.comm.mesh import Mesh
 from moetrain.config.compose import compose
-from moetrain.config.size_check import Available
-from moetrain.errors import ConfigError
-from moetrain.train import setup
+from moetrain.train import session
 from tests.support.ranks import free_port
 
 
@@ -18,23 +15,13 @@ def test_sharing_is_told_to_the_process_group_and_to_torch(shared, monkeypatch):
     # So that what `join` sets is gone after the test
     monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "")
     monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES")
-    monkeypatch.setattr(setup, "pick_device", lambda config: torch.device("cuda", 1))
-    monkeypatch.setattr(setup, "take_device", lambda device: None)
+    monkeypatch.setattr(session, "pick_device", lambda config: torch.device("cuda", 1))
+    monkeypatch.setattr(session, "take_device", lambda device: None)
     told = []
-    monkeypatch.setattr(setup, "connect", lambda device, timeout_s, *, over_host: told.append((
-        over_host, setup.os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"))))
-    setup.join(compose(["parallel=ddp", "run.nproc=1", f"run.share_gpu={shared}"]))
+    monkeypatch.setattr(session, "connect", lambda device, timeout_s, *, over_host: told.append((
+        over_host, session.os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"))))
+    session.join(compose(["parallel=ddp", "run.nproc=1", f"run.share_gpu={shared}"]))
     assert told == [(shared, "1" if shared else None)]
-
-
-def test_a_gpu_that_others_fill_is_refused_before_a_model_is_built(monkeypatch):
-    mesh = Mesh({}, 0, torch.device("cuda", 0), {})
-    monkeypatch.setattr(setup, "available_memory", lambda mesh, share_gpu: Available(2**40, 2**36))
-    free = iter([2**36, 2**16])
-    monkeypatch.setattr(setup, "free_memory", lambda mesh, share_gpu: next(free))
-    setup.refuse_what_cannot_fit(compose(["experiment=debug"]), mesh)
-    with pytest.raises(ConfigError, match="E-CONFIG-111 .* free"):
-        setup.refuse_what_cannot_fit(compose(["experiment=debug"]), mesh)
 
 
 @pytest.mark.parametrize("device, host, wanted",

@@ -16,7 +16,7 @@ from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
 from moetrain.train.memory.graph_memory import max_copy_memory
-from moetrain.train.setup import Graphs, Run
+from moetrain.train.state import Graphs, Run
 from moetrain.units import decimal
 
 
@@ -128,7 +128,7 @@ def capacity_line(run: Run) -> str:
 def balance_line(run: Run, accumulation: int) -> str:
     """The loss, and the selection biases where they depend on the split."""
     text = _loss_text(run, accumulation)
-    return f"{text}; biases by the counts of micro-batches   depends on: ranks, accumulation" if run.state.model.leaning else text
+    return f"{text}; biases by the counts of micro-batches   depends on: ranks, accumulation" if run.state.model.routers_needing_load_error else text
 
 
 def _loss_text(run: Run, accumulation: int) -> str:
