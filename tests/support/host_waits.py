@@ -8,8 +8,8 @@
 `python -m tests.support.host_waits` measures all cases, or those that are named after it, and writes the
 table anew.
 
-The parts of a step are those that its stopwatch tells apart (train/loggers/stopwatch.py), with one more name for what
-runs in backward, wherever it is called from.
+The parts of a step are those that its stopwatch tells apart (train/loggers/stopwatch.py), with one more name
+for what runs in backward, wherever it is called from.
 """
 
 import os
