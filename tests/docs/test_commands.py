@@ -33,7 +33,7 @@ ELSEWHERE = {
     "python -m tools.netlab":
         "tools/test_netlab.py::test_an_exchange_is_right_and_takes_the_link_of_its_class",
     "engine=deepspeed": "interop/test_deepspeed.py::test_the_command_ends_with_0_and_resumes",
-    "data=memmap": "data/test_memmap.py::test_a_run_trains_evaluates_and_resumes",
+    "data=memmap": "data/pretokenized/test_memmap.py::test_a_run_trains_evaluates_and_resumes",
     "data=megatron": "interop/test_megatron.py::test_a_run_trains_evaluates_and_resumes",
     "bash tools/test.sh": "it runs this test",
     "bash tools/check/gpu.sh":
