@@ -1,25 +1,26 @@
-"""The experts whose home is this position, and the five hooks through which copies of other experts join.
+"""Expert parameters of one layer on this position, and the five hooks that bring in copies of other experts.
 
-`ExpertBank` owns the expert parameters of one layer. Under expert parallelism (`ep`) its hooks do nothing.
-Under `fssdp`, parallel/fssdp/copies.py sets `copies`, and the hooks delegate to it:
+`ExpertBank` owns the parameters of the experts whose home is here. Under expert parallelism (`ep`) its hooks
+do nothing. Under `fssdp`, parallel/fssdp/copies.py sets `copies`, and the hooks delegate to it:
 
     prefetch                    model/transformer.py, before attention
                                 start the sparse all-gather of copies
     reduce_grads_in_backward    moe/layer.py, on tokens before dispatch
-                                in backward, start the sparse reduce-scatter of their gradients
+                                in backward, start the sparse reduce-scatter of the copies' gradients
     wait                        moe/experts.py, before the grouped product
-                                wait for copies; in backward, add up their gradients
+                                wait for copies; in backward, accumulate their gradients
     regather_in_backward        moe/experts.py, around the grouped product
-                                save where a copy lay instead of the copy
+                                make autograd save a copy's strides and offset instead of the copy
     release_after_forward       moe/experts.py, after the grouped product
                                 drop copies; in backward, start to gather them again
 
-The bank itself knows of no other position. It stores one stacked Parameter for each matrix, and with sliced
-experts a second one for this position's slices. parallel/state_shards.py alone maps these to the names under
-which tensors are initialized and saved: layer, expert id and matrix. A position may own no expert.
+The bank itself knows of no other position. It stores one stacked Parameter for each matrix. Where experts
+may be sliced, it stores a second one for this position's slices. parallel/state_shards.py alone maps these to
+the names under which tensors are initialized and saved: layer, expert id and matrix. A position may own no
+expert.
 
-Shapes: e experts on this rank, c copies, D model width, F expert width, G = 2F, N rows that arrived,
-R rows ordered by expert.
+Shapes: e experts on this rank, c copies, T tokens, D model width, F expert width, G = 2F, N rows that
+arrived, R rows ordered by expert.
 """
 
 from collections.abc import Callable
@@ -32,13 +33,13 @@ from torch import Tensor, nn
 from moetrain.plan.placement import slice_rows
 
 MATRICES = ("gate_up", "down")
-PIECES = ("gate_up_pieces", "down_pieces")   # this position's slices of them, where experts may be sliced
+PIECES = ("gate_up_pieces", "down_pieces")   # this position's slices of sliced experts
 
 CopiedMatrices = tuple[Tensor, Tensor]       # gate_up [c, G, D], down [c, D, F]
 
 
 class Copies(Protocol):
-    """Copies of experts of other positions, for one layer. The methods are the hooks of the bank."""
+    """Copies of experts of other positions, for one layer. The methods are the hooks of `ExpertBank`."""
 
     def prefetch(self) -> None: ...
     def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedMatrices | None]: ...
@@ -48,12 +49,14 @@ class Copies(Protocol):
 
 
 class ExpertBank(nn.Module):
-    """Parameters of the experts of one layer that are held here.
+    """Parameters of the experts of one layer that this position holds.
 
-    Args: experts: global ids of the experts held here whole, ascending. dim: model width D. expert_dim:
-        expert width F. cut: (position, positions) where experts may be sliced: this position then holds rows
-        of both matrices of every expert
-            in `sliced`, at first none (plan/placement.py).
+    Args:
+        experts: global ids of the experts held here whole, ascending.
+        dim: model width D.
+        expert_dim: expert width F.
+        cut: (position, positions) if experts may be sliced (plan/placement.py). This position then holds
+            rows of both matrices of every expert in `sliced`, which is empty at first. None: never sliced.
     """
 
     def __init__(self, *, experts: tuple[int, ...], dim: int, expert_dim: int,
@@ -70,40 +73,45 @@ class ExpertBank(nn.Module):
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Rows and columns of an expert's matrices."""
+        """Rows and columns of an expert's matrices, in the order of `MATRICES`."""
         return [tuple(getattr(self, matrix).shape[1:]) for matrix in MATRICES]
 
     def prefetch(self) -> None:
-        """Start gathering copies."""
+        """Start gathering copies. Does not wait."""
         if self.copies is not None:
             self.copies.prefetch()
 
     def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedMatrices | None]:
-        """Wait for copies.
+        """Wait for copies; return the rows and the copies' matrices, or None without copies.
 
         The rows pass through an autograd node, so that its backward runs on every rank.
         """
         return (x_ND, None) if self.copies is None else self.copies.wait(x_ND)
 
     def regather_in_backward(self) -> AbstractContextManager[None]:
-        """Make autograd save where a copy lay instead of the copy, if copies are gathered again in backward."""
+        """Context in which autograd saves the geometry of a copy instead of the copy.
+
+        Does nothing unless copies are dropped after forward and gathered again in backward.
+        """
         return nullcontext() if self.copies is None else self.copies.regather_in_backward()
 
     def release_after_forward(self, out_RD: Tensor) -> Tensor:
         """Drop copies that are gathered again in backward.
 
-        The outputs pass through, so that backward starts to gather here.
+        The outputs [R, D] pass through an autograd node, whose backward starts the second gather.
         """
         return out_RD if self.copies is None else self.copies.release_after_forward(out_RD)
 
     def reduce_grads_in_backward(self, x_TD: Tensor) -> Tensor:
-        """Pass tokens through on their way to dispatch. In backward the gradients of copies leave for their
-        homes here, after the gradients of all rows have arrived.
+        """Pass tokens [T, D] through an autograd node on their way to dispatch.
+
+        Its backward runs after the gradients of all rows have arrived. It starts sending the gradients of
+        copies to their homes.
         """
         return x_TD if self.copies is None else self.copies.reduce_grads_in_backward(x_TD)
 
 
 def is_expert_parameter(model: nn.Module) -> Callable[[nn.Parameter], bool]:
-    """Return a predicate that tells parameters of routed experts from the others of the model."""
+    """Make a predicate that tells the parameters of routed experts from the others of the model."""
     owned = {id(p) for m in model.modules() if isinstance(m, ExpertBank) for p in m.parameters()}
     return lambda parameter: id(parameter) in owned

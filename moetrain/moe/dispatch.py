@@ -1,27 +1,29 @@
-"""Token dispatch: which rows go where, and moving them there and back.
+"""Token dispatch: plan where rows go, send them to their experts, and combine the outputs.
 
-    plan              routed slots -> physical slots (plan/assign.py) -> rows for each position; counts are exchanged
-    dispatch_async    rows, ordered by destination (row_packing.py), start for their experts (comm/exchange/)
-    combine_async     outputs start back; the rows of each token are summed
+    plan              assign routed slots to physical slots (plan/assign.py), exchange counts
+    dispatch_async    start sending rows, ordered by destination (row_packing.py), to their experts
+    combine_async     start sending outputs back; the rows of each token are then summed
 
-`plan` runs once a micro-batch, for all of its chunks (overlap.py); rows travel chunk by chunk. `dispatch` and
-`combine` do the same, in one call each, for a micro-batch that is one chunk.
+`plan` runs once a micro-batch, for all of its chunks (overlap.py). Rows travel chunk by chunk, through an
+exchange backend (comm/exchange/). `dispatch` and `combine` are the waiting forms, for a micro-batch that is
+one chunk.
 
 Where experts have copies, a split rule (plan/splitting/split.py) divides the rows of an expert among its
-replicas, for each chunk by itself. A rule needs either the counts of this position alone, or those of all
-positions, which are then exchanged first. Calibration (plan/calibration.py) needs all counts, too; it may put
+replicas, for each chunk separately. A rule needs either the counts of this position alone, or those of all
+positions, which are then exchanged first. Calibration (plan/calibration.py) needs all counts, too. It may put
 another placement in force for these rows.
 
 Gate weights travel with the rows, so an expert's output is already weighted and the combine is a plain sum.
-The experts read arrived rows through a permutation (ops/grouped_experts.py) instead of a copy in expert
-order. With one position nothing is exchanged, and the arrived rows are the tokens themselves. On a GPU with
-one position the host waits for nothing: the number of rows is the number of slots, used ones first
-(ops/route_plan.py), and counts stay on the device. With several positions the host waits once a micro-batch,
-for the numbers of rows that travel. (The path for a GPU has never run on one. A CPU keeps counts in lists,
-which are faster there.)
+The experts read arrived rows through a permutation (ops/grouped_experts.py), which saves a copy in expert
+order. With one position nothing is exchanged, and the arrived rows are the tokens themselves.
+
+The host waits once a micro-batch, for the numbers of rows that travel. With one position on a GPU it waits
+for nothing: the number of rows is the number of slots, used ones first (ops/route_plan.py), and counts stay
+on the device. (The path for a GPU has never run on one. A CPU keeps counts in lists, which are faster there.)
 
 Shapes: T tokens, K slots per token, D width, N rows that travel, R rows computed, P positions, E experts, C
-replicas, e physical slots per position, w counts sent to a position (row_packing.py).
+replicas (in `n_CE`, `n_PCE` and `*_CP`: chunks), e physical slots per position, w counts sent to a position
+(row_packing.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -49,47 +51,74 @@ from moetrain.plan.placement import LayerPlacement
 
 
 class DispatchPlan(NamedTuple):
-    """Where the rows of a chunk go and which rows arrive here. Integers only; made before any row moves."""
+    """Destinations of a chunk's rows, and the rows that arrive here. Integers only, known before rows move.
+
+    Attributes:
+        sent_rows: rows that leave, ordered by destination.
+        splits: rows to and from each position.
+        received_Pe: int64 [P, e], slots that arrive, by source and physical slot.
+        num_rows: R.
+        counts_e: rows of each physical slot here; a tensor where counts stay on the device.
+    """
 
     sent_rows: SentRows
     splits: Splits
-    received_Pe: Tensor              # slots by source and local slot id
-    num_rows: int                    # R
-    counts_e: list[int] | Tensor     # rows computed here by local slot; on a GPU they stay there
+    received_Pe: Tensor
+    num_rows: int
+    counts_e: list[int] | Tensor
 
 
 class CombineMetadata(NamedTuple):
-    """What the combine needs to send rows back. Integers only."""
+    """Integers that the combine needs to send rows back.
+
+    Attributes:
+        plan: plan by which the rows were dispatched.
+        order: permutation of arrived rows into expert order; None with one position.
+    """
 
     plan: DispatchPlan
-    order: Permutation | None        # arrived rows into expert order; None with one position
+    order: Permutation | None
 
 
 class DispatchedRows(NamedTuple):
-    """Rows that have arrived at their experts."""
+    """Rows that have arrived at their experts.
 
-    x_ND: Tensor                     # as they arrived; with one position the tokens themselves
-    order: Permutation | None        # arrived rows into expert order; None if they lie in it
-    weights_R: Tensor                # in expert order
-    counts_e: list[int] | Tensor     # rows of each local slot
+    Attributes:
+        x_ND: rows in order of arrival; with one position the tokens themselves.
+        order: permutation of arrived rows into expert order; None if they are in it.
+        weights_R: gate weights, in expert order.
+        counts_e: rows of each physical slot here.
+        metadata: for the combine.
+    """
+
+    x_ND: Tensor
+    order: Permutation | None
+    weights_R: Tensor
+    counts_e: list[int] | Tensor
     metadata: CombineMetadata
 
 
 class PendingDispatch(NamedTuple):
-    """Rows under way to their experts."""
+    """Dispatch under way: the exchange, and a function that unpacks the rows received."""
 
     handle: Handle
     unpack: Callable[[tuple[Tensor, ...]], DispatchedRows]
 
     def wait(self) -> DispatchedRows:
-        """Wait for the rows."""
+        """Wait for the rows, once."""
         return self.unpack(self.handle.wait())
 
 
 class PendingCombine(NamedTuple):
-    """Outputs under way back to their tokens: those of the last chunk, beside the chunks that have returned.
+    """Combine under way: the exchange of the last chunk, and the outputs of the chunks before it.
 
-    A NamedTuple with its tensors in sight, because FSDP2 looks for tensors in what leaves a module.
+    A NamedTuple whose fields hold the tensors, because FSDP2 looks for tensors in what a module returns.
+
+    Attributes:
+        handle: exchange of the last chunk.
+        permutation: slots of its tokens into rows.
+        padded: whether the permutation has rows without a slot (`unpermute_padded`).
+        finished: [T, D] of each earlier chunk.
     """
 
     handle: Handle
@@ -98,53 +127,69 @@ class PendingCombine(NamedTuple):
     finished: tuple[Tensor, ...] = ()
 
     def wait(self) -> Tensor:
-        """The sum of each token's rows, [T, D]."""
+        """Wait for the rows and sum those of each token, [T, D] over all chunks. Once."""
         (rows_ND,) = self.handle.wait()
         last_TD = (unpermute_padded if self.padded else unpermute)(rows_ND, self.permutation)
         return torch.cat([*self.finished, last_TD]) if self.finished else last_TD
 
 
 class SplitRule(Protocol):
-    """How the rows of an expert are divided among its replicas."""
+    """Rule that divides the rows of an expert among its replicas (plan/splitting/rules.py).
 
-    needs_all_counts: bool           # needs the counts of all positions; otherwise each row of n is divided by itself
+    A rule that does not need all counts divides the rows of each source independently of other sources.
+    """
+
+    needs_all_counts: bool           # whether a position needs the counts of the others, too
 
     def split(self, n_PE: Tensor, placement: LayerPlacement, first: int) -> Tensor:
-        """Rows of each source for each replica, int64 [P, C]. first: the position of the first source."""
+        """Divide the rows of each source over the replicas.
+
+        Args:
+            n_PE: int64 [P, E], rows of consecutive source positions for each expert.
+            placement: homes and copies of the layer.
+            first: position of the first source.
+
+        Returns:
+            int64 [P, C], rows from each source for each replica.
+        """
         ...
 
 
 class TokenDispatcher:
-    """Moves the rows of one layer to their experts and back.
+    """Dispatch and combine for the tokens of one layer.
 
-    Its collectives follow from the config alone: an exchange of counts for each micro-batch (two where a rule
-    needs all counts and rows are deduplicated), and for each chunk one exchange of rows in either direction.
+    The collectives follow from the config alone: an exchange of counts for each micro-batch (two where a rule
+    needs all counts and rows are deduplicated), and for each chunk one exchange of rows in each direction.
 
-    Args: placement: homes of the experts. exchange: the backend that moves rows between positions. device: of
-        the tokens. exact: send a row for every slot, so that sums do not depend on who holds an expert;
-        otherwise a row for every position
-            where a token has slots (row_packing.py).
-        on_device: counts that the host need not know stay on the device (ops/grouped_experts.py states the
+    Args:
+        placement: homes of the experts.
+        exchange: backend that moves rows between positions.
+        device: device of the tokens.
+        exact: send a row for every slot, so that sums do not depend on which position holds an expert. False:
+            send a row for every position where a token has slots (row_packing.py).
+        on_device: leave counts that the host need not know on the device (ops/grouped_experts.py states the
             dtypes and widths for which that works).
     """
 
-    def __init__(self, placement: LayerPlacement, exchange: Exchange, device: torch.device, *, exact: bool = False,
-                 on_device: bool = False) -> None:
+    def __init__(self, placement: LayerPlacement, exchange: Exchange, device: torch.device, *,
+                 exact: bool = False, on_device: bool = False) -> None:
         self.exchange, self.device = exchange, device
         self.layout = RowPerSlot() if exact else RowPerRank()
         self.on_device = on_device
-        self.remote_rows = 0                                 # sent to other positions so far, forward
+        self.remote_rows = 0                                 # sent to other positions so far, in forward
         with DeviceTables(device) as tables:
             self.set_placement(placement, tables)
 
     def set_placement(self, placement: LayerPlacement, tables: DeviceTables, rule: SplitRule | None = None,
-              calibrate: Callable[[Tensor], None] | None = None) -> None:
-        """Put a placement in force from the next dispatch on, at all positions at once.
+                      calibrate: Callable[[Tensor], None] | None = None) -> None:
+        """Put a placement in force from the next dispatch on. All positions do so at once.
 
-        Args: placement: the new one. tables: receives the lookup tables of the placement, and copies all of
-            them to the device at once. rule: divides rows among replicas; needed with copies and with
-            calibration. calibrate: called with the counts of all positions [C, E] before rows are assigned;
-            it may set another placement.
+        Args:
+            placement: homes and copies of the layer.
+            tables: where the lookup tables of the placement are put on the device.
+            rule: divides rows among replicas; required with copies and with calibration.
+            calibrate: called before rows are assigned, with the int64 counts [P, E] of all positions for
+                the micro-batch, on the host. It may set another placement.
         """
         assert placement.positions == self.exchange.positions, (placement.positions, self.exchange.positions)
         assert rule is not None or not placement.copies and calibrate is None
@@ -157,23 +202,26 @@ class TokenDispatcher:
         self.replicas = None if rule is None else Replicas(*tables.put(self.replica_table_3C))
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> DispatchedRows:
-        """Bring a micro-batch to its experts. Waits.
+        """Send the tokens of a micro-batch to their experts. Waits.
 
         Args:
             x_TD: [T, D], tokens.
             ids_TK: int64 [T, K], global expert ids; -1 is unused.
             weights_TK: [T, K], gate weights.
+
+        Returns:
+            The rows that arrived here.
         """
         (plan,) = self.plan([ids_TK])
         return self.dispatch_async(x_TD, weights_TK, plan).wait()
 
     def combine(self, out_RD: Tensor, metadata: CombineMetadata, *, reduce: bool = True) -> Tensor:
-        """Bring outputs back to their tokens. Waits.
+        """Send outputs back to their tokens. Waits.
 
         Args:
             out_RD: [R, D], weighted outputs, ordered by expert.
-            metadata: of the rows that were dispatched.
-            reduce: sum the rows of each token.
+            metadata: `metadata` of the dispatched rows.
+            reduce: sum the outputs of each token.
 
         Returns:
             [T, D], or with `reduce=False` the output of every slot, [T, K, D].
@@ -181,50 +229,63 @@ class TokenDispatcher:
         return self.combine_async(out_RD, metadata).wait() if reduce else self._unreduced(out_RD, metadata)
 
     def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
-        """Decide for each chunk of a micro-batch which rows go where. Exchanges counts.
+        """Plan the dispatch of each chunk of a micro-batch. Exchanges counts and waits for them.
 
         Args:
             ids: int64 [T, K] for each chunk, global expert ids; -1 is unused.
+
+        Returns:
+            A plan for each chunk.
         """
         physical, known = self._assign(ids)                  # calibration may change the placement
         if self.exchange.positions == 1:
             return [self._plan_alone(each) for each in physical]
-        sent_PCw = torch.stack([self.layout.counts(each, self.exchange.positions, self.slots) for each in physical], dim=1)
+        sent_PCw = torch.stack([self.layout.counts(each, self.exchange.positions, self.slots)
+                                for each in physical], dim=1)
         if known is not None and isinstance(self.layout, RowPerSlot):
             received_PCw = torch.stack(known, dim=1)
         else:
             received_PCw = self.exchange.counts(sent_PCw.flatten(1)).view_as(sent_PCw)
         return self._plans(physical, sent_PCw.unbind(1), received_PCw.unbind(1))
 
-    def _plans(self, physical: list[Tensor], sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[DispatchPlan]:
-        """Plans of all chunks from counts [P, w] of each. The host waits for the device here, once."""
-        positions, slots = self.exchange.positions, [self.layout.num_slots(received_Pw) for received_Pw in received]
+    def _plans(self, physical: list[Tensor], sent: Sequence[Tensor],
+               received: Sequence[Tensor]) -> list[DispatchPlan]:
+        """Make the plans of all chunks from counts [P, w] of each. The host waits for the device, once."""
+        positions, slots = (self.exchange.positions,
+                            [self.layout.num_slots(received_Pw) for received_Pw in received])
         sent_CP, received_CP = (torch.stack([self.layout.num_rows(counts_Pw) for counts_Pw in counts])
                                 for counts in (sent, received))
         computed_Ce = torch.stack([received_Pe.sum(0) for received_Pe in slots])
         splits, counts = read_splits(self.exchange, sent_CP, received_CP, computed_Ce)
-        # Counts go up to the slots held here: other positions may have more.
-        return [DispatchPlan(self.layout.order(physical_TK, positions, self.slots, sum(split.sent)), split, received_Pe,
-                             sum(counts_e),
+        # Other positions may have more slots; counts end with those held here.
+        return [DispatchPlan(self.layout.order(physical_TK, positions, self.slots, sum(split.sent)), split,
+                             received_Pe, sum(counts_e),
                              received_Pe.sum(0)[:self.held] if self.on_device else counts_e[:self.held])
-                for physical_TK, split, received_Pe, counts_e in zip(physical, splits, slots, counts, strict=True)]
+                for physical_TK, split, received_Pe, counts_e
+                in zip(physical, splits, slots, counts, strict=True)]
 
     def dispatch_async(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> PendingDispatch:
-        """Start sending the rows of a chunk to their experts.
+        """Start sending the rows of a chunk to their experts. Does not wait.
 
         Args:
             x_TD: [T, D], tokens of the chunk.
             weights_TK: [T, K], their gate weights.
-            plan: of the chunk.
+            plan: plan of the chunk.
+
+        Returns:
+            The dispatch under way.
         """
         if self.exchange.positions == 1:
             order = plan.sent_rows.permutation
-            received = ReceivedRows(x_TD, order, (values_of_rows if self.on_device else slot_weights)(weights_TK, order))
-            return PendingDispatch(self.exchange.post((x_TD,), plan.splits),
-                                   lambda _: DispatchedRows(*received, plan.counts_e, CombineMetadata(plan, None)))
+            received = ReceivedRows(
+                x_TD, order, (values_of_rows if self.on_device else slot_weights)(weights_TK, order))
+            return PendingDispatch(
+                self.exchange.post((x_TD,), plan.splits),
+                lambda _: DispatchedRows(*received, plan.counts_e, CombineMetadata(plan, None)))
         here = self.exchange.position
         self.remote_rows += sum(plan.splits.sent) - plan.splits.sent[here]
-        handle = self.exchange.post(self.layout.pack(x_TD, weights_TK, plan.sent_rows, self.slots), plan.splits)
+        handle = self.exchange.post(self.layout.pack(x_TD, weights_TK, plan.sent_rows, self.slots),
+                                    plan.splits)
 
         def unpack(tensors: tuple[Tensor, ...]) -> DispatchedRows:
             received = self.layout.unpack(tensors, plan.received_Pe, plan.num_rows)
@@ -233,15 +294,18 @@ class TokenDispatcher:
         return PendingDispatch(handle, unpack)
 
     def combine_async(self, out_RD: Tensor, metadata: CombineMetadata) -> PendingCombine:
-        """Start sending the outputs of a chunk back."""
+        """Start sending the weighted outputs [R, D] of a chunk back to their tokens. Does not wait."""
         plan, order = metadata
         rows_ND = out_RD if order is None else self.layout.pack_outputs(out_RD, order)
         return PendingCombine(self.exchange.post((rows_ND,), plan.splits.reversed(), read=False),
                               plan.sent_rows.permutation, self.on_device)
 
     def _assign(self, ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Physical slots of the routed slots; and the counts of slots that will arrive, [P, e] for each
-        chunk, or None where they are not known yet.
+        """Assign the routed slots of each chunk to physical slots.
+
+        Returns:
+            Physical slots [T, K] for each chunk, and the counts [P, e] of slots that will arrive here for
+            each chunk, or None where they are not known yet.
         """
         if not self.placement.copies and not self.needs_all_counts:
             return [assign(ids_TK, self.table_E) for ids_TK in ids], None
@@ -250,7 +314,8 @@ class TokenDispatcher:
         if not self.needs_all_counts:
             return [spread(ids_TK, *self.rule.split(n_E[None], self.placement, position), self.replicas)
                     for ids_TK, n_E in zip(ids, n_CE)], None
-        n_PCE = self.exchange.counts(n_CE.flatten().expand(positions, -1).contiguous()).view(positions, *n_CE.shape)
+        n_PCE = self.exchange.counts(
+            n_CE.flatten().expand(positions, -1).contiguous()).view(positions, *n_CE.shape)
         n_PCE = read_host(n_PCE)                             # the host waits
         if self.calibrate is not None:
             self.calibrate(n_PCE.sum(1))
@@ -260,7 +325,7 @@ class TokenDispatcher:
                 [to_device(self._arriving(split_PC), self.device) for split_PC in splits])
 
     def _arriving(self, split_PC: Tensor) -> Tensor:
-        """Slots that arrive here by source and local slot id, [P, e], on the host."""
+        """Count the slots that arrive here by source and physical slot, int64 [P, e], on the host."""
         _, position_C, physical_C = self.replica_table_3C
         here_C = position_C == self.exchange.position
         slots_C = physical_C - self.exchange.position * self.slots
@@ -269,7 +334,7 @@ class TokenDispatcher:
         return received_Pe
 
     def _plan_alone(self, physical_TK: Tensor) -> DispatchPlan:
-        """Plan of a chunk with one position: slots are rows, and all of them are here."""
+        """Plan a chunk with one position, where every used slot is a row and stays here."""
         if self.on_device:
             permutation, _ = route_plan(physical_TK, self.slots, physical_TK.numel())
             rows, counts_e = physical_TK.numel(), permutation.counts_P[:self.held]
@@ -277,13 +342,13 @@ class TokenDispatcher:
             counts_e = read_host(count_ids(physical_TK, self.slots)).tolist()[:self.held]    # the host waits
             rows = sum(counts_e)
             permutation = plan_permutation(physical_TK, self.slots, rows)
-        return DispatchPlan(SentRows(permutation, physical_TK), Splits((rows,), (rows,)), permutation.counts_P[None], rows,
-                            counts_e)
+        return DispatchPlan(SentRows(permutation, physical_TK), Splits((rows,), (rows,)),
+                            permutation.counts_P[None], rows, counts_e)
 
     def _unreduced(self, out_RD: Tensor, metadata: CombineMetadata) -> Tensor:
-        """The output of every slot, [T, K, D].
+        """Return the output of every slot, [T, K, D].
 
-        A row returns for each slot, whatever the layout of the dispatch was.
+        A row comes back for each slot, whatever layout the dispatch had.
         """
         plan, order = metadata
         physical_TK, positions = plan.sent_rows.physical_TK, self.exchange.positions

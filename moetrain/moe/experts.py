@@ -1,12 +1,12 @@
-"""Feed-forward networks: routed experts over ragged rows, and the dense one for shared experts and dense
-layers.
+"""Feed-forward networks: routed experts over ragged rows, and a dense network for shared experts.
+
+Dense layers of a model use the dense network, too. Both compute
 
     expert(x) = down( silu(gate x) * (up x) * w )        w: the gate weight of the row (1 without routing)
 
 Parameters are float32 (or float64) and cast where they are used.
 
-Shapes: T tokens, K slots per token, R rows ordered by expert, N rows as they arrived, D model width, F hidden
-width.
+Shapes: T tokens, K slots per token, R rows ordered by expert, N rows as they arrived, D model width.
 """
 
 import torch
@@ -22,14 +22,15 @@ from moetrain.ops.swiglu import swiglu
 
 
 class RoutedExperts(nn.Module):
-    """The routed experts of one layer: a bank, which holds their matrices, and the dispatcher that brings
-    rows to them.
+    """Routed experts of one layer: the bank with their matrices, and the dispatcher that brings rows to them.
 
     One module owns both, so FSDP2 gathers the matrices once a pass, whatever the number of chunks.
 
-    Args: bank: the experts of this position. dispatcher: moves rows between positions. num_chunks: parts of a
-        micro-batch whose exchanges hide under each other's computation. With one position nothing
-            travels, and the micro-batch is one chunk.
+    Args:
+        bank: experts of this position.
+        dispatcher: moves rows between positions.
+        num_chunks: parts of a micro-batch whose exchanges hide under each other's computation. With one
+            position nothing is exchanged, and the micro-batch is one chunk.
     """
 
     def __init__(self, bank: ExpertBank, dispatcher: TokenDispatcher, num_chunks: int = 1) -> None:
@@ -40,8 +41,8 @@ class RoutedExperts(nn.Module):
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingCombine:
         """Dispatch tokens, run the experts, start the combine.
 
-        Takes the decision in two tensors instead of a `Routing`: FSDP2 puts every tensor of an argument
-        through an autograd node of its own, also the statistics that no expert reads.
+        The arguments are two tensors instead of a `Routing`, because FSDP2 passes every tensor of an argument
+        through an autograd node of its own, including statistics that no expert reads.
 
         Args:
             x_TD: [T, D], tokens.
@@ -59,18 +60,19 @@ class RoutedExperts(nn.Module):
         return self.dispatcher.combine_async(out_RD, dispatched.metadata)
 
     def compute(self, rows: DispatchedRows) -> Tensor:
-        """Weighted outputs [R, D], ordered by expert. Waits for copies of experts."""
+        """Compute weighted outputs [R, D], ordered by expert. Waits for copies of experts."""
         bank = self.bank
         x_ND, copies = bank.wait(rows.x_ND)
         with bank.regather_in_backward():
-            out_RD = grouped_experts(x_ND, rows.weights_R, bank.gate_up, bank.down, rows.counts_e, rows.order, copies)
+            out_RD = grouped_experts(x_ND, rows.weights_R, bank.gate_up, bank.down, rows.counts_e, rows.order,
+                                     copies)
         return bank.release_after_forward(out_RD)
 
 
 class ChunkedComputation:
-    """The experts of a bank over the chunks of one micro-batch, in their order.
+    """Computation of a bank's experts over the chunks of one micro-batch, in order.
 
-    Copies of experts serve all chunks: the first waits for them, the last releases them.
+    Copies of experts serve all chunks: `begin` waits for them, and the last chunk releases them.
     """
 
     def __init__(self, bank: ExpertBank, num_chunks: int) -> None:
@@ -79,15 +81,14 @@ class ChunkedComputation:
     def begin(self) -> None:
         """Wait for copies. Called while the first chunks travel.
 
-        Autograd runs nodes in reverse of their recording: the gradients of all matrices are computed by the
-        node that is recorded here, when the gradients of all rows are on their way back
-        (ops/chunked_experts.py).
+        Autograd runs nodes in reverse of their recording. The node recorded here therefore computes the
+        gradients of all matrices after the gradients of all rows have started back (ops/chunked_experts.py).
         """
         _, copies = self.bank.wait(self.bank.gate_up.new_empty(0))
         self.experts = ChunkedExperts(self.bank.gate_up, self.bank.down, copies)
 
     def __call__(self, rows: DispatchedRows) -> Tensor:
-        """Weighted outputs [R, D] of the next chunk, ordered by expert."""
+        """Compute the weighted outputs [R, D] of the next chunk, ordered by expert."""
         self.chunks_left -= 1
         with self.bank.regather_in_backward():
             out_RD = self.experts(rows.x_ND, rows.weights_R, rows.counts_e, rows.order)
@@ -98,7 +99,7 @@ class ChunkedComputation:
 
 
 class FeedForward(nn.Module):
-    """A dense SwiGLU network; as a shared expert its width is that of all shared experts together."""
+    """Dense SwiGLU network. As a shared expert, its width is that of all shared experts together."""
 
     def __init__(self, *, dim: int, hidden_dim: int) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
 """The sparse feed-forward layer: route, apply capacity, dispatch, experts, combine, shared expert.
 
-`MoELayer.forward` is the list of steps; the file of each step says how it works:
+`MoELayer.forward` lists the steps. The file of each step says how it works:
 
-    route       routers/        which experts a token takes, with which gate weights
-    capacity    capacity.py     which choices are dropped
+    route       routers/        choose the experts of each token, with gate weights
+    capacity    capacity.py     drop choices beyond the capacity of an expert
     experts     experts.py      dispatch, compute, start the combine
-    shared      experts.py      the shared expert, computed while the last chunk of the combine travels
+    shared      experts.py      compute the shared expert, while the last chunk of the combine travels
 
-The layer knows neither which rank holds an expert (dispatch.py, bank.py) nor what a loss does with the
-statistics that it returns (losses/).
+The layer knows neither which rank holds an expert (dispatch.py, bank.py) nor how losses use the statistics
+that it returns (losses/).
 
 Shapes: T tokens on this rank, D model width.
 """
@@ -23,7 +23,13 @@ from moetrain.routers.base import Router, RouterContext, RoutingStats
 
 
 class MoEOutput(NamedTuple):
-    """Output of a layer, the statistics of its router, and what its router hands to the next layer's."""
+    """Output of a layer, and what its router has produced.
+
+    Attributes:
+        out_TD: [T, D], hidden states.
+        stats: statistics of the router.
+        carry: tensor that the router passes to the router of the next layer, or None.
+    """
 
     out_TD: Tensor
     stats: RoutingStats
@@ -31,18 +37,18 @@ class MoEOutput(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """Sparse layer of one block.
+    """Sparse feed-forward layer of one block.
 
     Args:
-        name: the router's name, key of its statistics, loads and randomness.
+        name: name of the router, by which its statistics, loads and randomness are keyed.
         router: chooses experts and gate weights.
-        experts: the routed experts, with their dispatcher.
-        shared: an expert that every token takes; None: there is none.
+        experts: routed experts, with their dispatcher.
+        shared: expert that every token takes, or None.
         capacity: drops choices beyond a limit; None drops nothing.
     """
 
-    def __init__(self, *, name: str, router: Router, experts: RoutedExperts, shared: FeedForward | None = None,
-                 capacity: CapacityPolicy | None = None) -> None:
+    def __init__(self, *, name: str, router: Router, experts: RoutedExperts,
+                 shared: FeedForward | None = None, capacity: CapacityPolicy | None = None) -> None:
         super().__init__()
         self.name = name
         self.router, self.experts, self.shared = router, experts, shared
@@ -53,15 +59,15 @@ class MoELayer(nn.Module):
         self.experts.bank.prefetch()
 
     def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
-        """Send tokens to their experts and add up what comes back.
+        """Send tokens to their experts and sum the outputs of each token.
 
         Args:
             x_TD: [T, D], normalized hidden states.
-            context: what routers may know of the micro-batch.
-            route_only: decide and count, and return x unchanged (the count pass of `balance.mode=exact`).
+            context: positions, sample ids and other data of the micro-batch that routers may use.
+            route_only: route and count, and return x unchanged (the count pass of `balance.mode=exact`).
 
         Returns:
-            The sum of each token's experts and shared expert, with the statistics of the routing.
+            The sum [T, D] of each token's routed and shared experts, with the statistics of the routing.
         """
         context = context._replace(router=self.name)
         routing = self.router.route(x_TD, context)

@@ -1,26 +1,25 @@
-"""Dispatch, experts and combine, chunk by chunk, so that rows of one chunk travel while those of another are
-computed.
+"""Overlap of exchanges and expert computation: dispatch, experts and combine run chunk by chunk.
 
-A micro-batch is cut into chunks of consecutive tokens. With n chunks, forward:
+A micro-batch is cut into chunks of consecutive tokens. With n chunks, forward runs
 
     d0 d1 E0 c0 d2 E1 c1 … E(n-1) c(n-1)         d: dispatch starts, E: experts, c: combine starts
 
-so under E(i) chunk i+1 travels to its experts and chunk i-1 travels back; the shared expert runs under the
-last combine. Backward is the mirror image, with C and D the same exchanges in reverse and W the gradients of
-the experts' matrices over the rows of all chunks (ops/chunked_experts.py), which are computed while the last
-rows return:
+During E(i), chunk i+1 travels to its experts and chunk i-1 travels back. The shared expert runs during the
+last combine. Backward is the mirror image. C and D are the same exchanges in reverse. W computes the
+gradients of the experts' matrices over the rows of all chunks (ops/chunked_experts.py), while the last rows
+return:
 
     C(n-1) C(n-2) E'(n-1) D(n-1) C(n-3) E'(n-2) D(n-2) … E'0 D0 W
 
-Nothing schedules backward. Its order follows from a property of autograd: of the nodes that are ready it runs
-the one that was recorded last (seen on torch 2.13; tests/moe/test_overlap.py records the order).
-Therefore a combine is waited for only after the next one has started. Exposed are the first exchange, the
+Nothing schedules backward. Its order follows from a property of autograd: of the nodes that are ready, it
+runs the one that was recorded last (seen on torch 2.13; tests/moe/test_overlap.py records the order).
+Therefore forward waits for a combine only after the next one has started. Exposed are the first exchange, the
 last one, and what takes longer than the computation. The host waits only where the exchange backend itself
 waits.
 
-Which exchanges are posted, and in which order, follows from the number of chunks alone: a chunk without
-tokens is exchanged too. The outputs of a token are summed inside its chunk; gradients of matrices are sums
-over rows in the order of the chunks, so another number of chunks rounds differently.
+The exchanges and their order follow from the number of chunks alone: a chunk without tokens is exchanged,
+too. The outputs of a token are summed inside its chunk. Gradients of matrices are sums over rows in the order
+of the chunks, so another number of chunks rounds differently.
 
 Shapes: T tokens, K slots per token, R rows ordered by expert, D width.
 """
@@ -33,13 +32,13 @@ from moetrain.moe.dispatch import DispatchedRows, PendingCombine, TokenDispatche
 
 
 class ChunkComputation(Protocol):
-    """What is computed on dispatched rows."""
+    """Computation on dispatched rows, chunk by chunk."""
 
     def begin(self) -> None:
-        """Prepare, while the first chunks travel."""
+        """Prepare the computation. Called once, while the first chunks travel."""
 
     def __call__(self, rows: DispatchedRows) -> Tensor:
-        """Outputs [R, D] of the next chunk."""
+        """Compute the outputs [R, D] of the next chunk, ordered by expert."""
         ...
 
 
@@ -52,7 +51,7 @@ def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor
         x_TD: [T, D], tokens.
         ids_TK: int64 [T, K], global expert ids; -1 is unused.
         weights_TK: [T, K], gate weights.
-        computation: called once for every chunk, in order.
+        computation: computes the experts; called once for every chunk, in order.
         num_chunks: 1 or more.
 
     Returns:
@@ -77,6 +76,9 @@ def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor
 
 
 def chunk_sizes(tokens: int, chunks: int) -> list[int]:
-    """Tokens of each chunk, as equal as possible; a function of the two numbers alone. 0 where tokens are too few."""
+    """Divide tokens into chunks as evenly as possible; a chunk may get none.
+
+    The sizes depend on the two numbers alone.
+    """
     cuts = [tokens * chunk // chunks for chunk in range(chunks + 1)]
     return [end - begin for begin, end in zip(cuts, cuts[1:])]

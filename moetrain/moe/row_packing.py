@@ -1,13 +1,17 @@
 """Row layouts for dispatch: one row per slot, or one row per destination position (deduplicated).
 
-    RowPerSlot    a row for every slot, there and back; a token sums its rows in the order of its slots
-    RowPerRank    a row for every *position* where a token has slots, with their ids and gate weights beside it. The position
-                  expands it for its experts and returns one row, the sum over the slots there
+    RowPerSlot    a row for every slot, in both directions; a token sums its rows in the order of its slots
+    RowPerRank    a row for every position where a token has slots, with their ids and gate weights. The
+                  position expands it for its experts and returns one row, the sum over the slots there
 
-The second layout sends less: the k rows of a token over P positions are k (P-1)/P remote rows, against (P-1)
-(1 - (1-1/P)^k) with one row per position; 7.0 against 4.6 at k = P = 8. It groups sums by position, of
-outputs in forward and of gradients in backward, so the two layouts agree up to rounding. A position that
-receives deduplicated rows computes as one that is alone: it has tokens, with their ids and weights.
+The second layout sends less. With k uniform choices over P positions, a token has
+
+    RowPerSlot    k (P-1)/P remote rows                7.0 at k = P = 8
+    RowPerRank    (P-1) (1 - (1-1/P)^k) remote rows    4.6 at k = P = 8
+
+The second layout groups the sums of outputs (forward) and of gradients (backward) by position, so the two
+agree up to rounding. A position that receives deduplicated rows computes like a single position: it has
+tokens, with their ids and weights.
 
 Shapes: T tokens here, K slots per token, P positions, e physical slots per position, N rows that travel, R
 rows computed, D width, w = e counts sent to a position (RowPerSlot) or 1 + e (RowPerRank: rows, then slots).
@@ -24,47 +28,93 @@ from moetrain.ops.route_plan import route_plan
 
 
 class SentRows(NamedTuple):
-    """The rows that leave, ordered by destination."""
+    """Rows that leave, ordered by destination.
 
-    permutation: Permutation     # slots of the tokens here into rows
-    physical_TK: Tensor          # int64, physical slot of every routed slot; -1 is unused
+    Attributes:
+        permutation: slots of the tokens here into rows.
+        physical_TK: int64, physical slot of every routed slot; -1 is unused.
+    """
+
+    permutation: Permutation
+    physical_TK: Tensor
 
 
 class ReceivedRows(NamedTuple):
-    """Rows as they arrived, and how the experts read them."""
+    """Rows in order of arrival, and the permutation through which experts read them.
+
+    Attributes:
+        x_ND: rows in order of arrival.
+        order: permutation of arrived rows into expert order.
+        weights_R: gate weights, in expert order.
+    """
 
     x_ND: Tensor
-    order: Permutation           # arrived rows into expert order
-    weights_R: Tensor            # in expert order
+    order: Permutation
+    weights_R: Tensor
 
 
 class RowLayout(Protocol):
-    """One of the two layouts. counts_Pw: what this position sends to each other one, or receives from it."""
+    """Layout of the rows that dispatch sends: which rows there are, and how they are packed and unpacked.
+
+    Counts [P, w] say what this position sends to every position, or receives from it.
+    """
 
     def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
-        """Counts to send, int64 [P, w]."""
+        """Count what this position sends.
+
+        Args:
+            physical_TK: int64 [T, K], physical slot of every routed slot; -1 is unused.
+            positions: P.
+            slots: e.
+
+        Returns:
+            int64 [P, w].
+        """
 
     def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> SentRows:
-        """Order of the rows that leave, `rows` of them."""
+        """Order the rows that leave by destination.
+
+        Args:
+            physical_TK: int64 [T, K], physical slot of every routed slot; -1 is unused.
+            positions: P.
+            slots: e.
+            rows: N, number of rows that leave.
+        """
 
     def num_rows(self, counts_Pw: Tensor) -> Tensor:
-        """Rows that travel, [P]."""
+        """Read the numbers of rows that travel, int64 [P], from counts."""
 
     def num_slots(self, counts_Pw: Tensor) -> Tensor:
-        """Slots to compute, [P, e]."""
+        """Read the numbers of slots to compute, int64 [P, e], from counts."""
 
     def pack(self, x_TD: Tensor, weights_TK: Tensor, sent: SentRows, slots: int) -> tuple[Tensor, ...]:
-        """Tensors that travel side by side, [N, …] each."""
+        """Pack tokens into the rows that leave.
+
+        Args:
+            x_TD: [T, D], tokens.
+            weights_TK: [T, K], gate weights.
+            sent: rows that leave, from `order`.
+            slots: e.
+
+        Returns:
+            Tensors [N, …] that travel side by side.
+        """
 
     def unpack(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> ReceivedRows:
-        """What `pack` of all positions sent here, for the experts."""
+        """Unpack the rows that arrived from all positions for the experts here.
+
+        Args:
+            tensors: as `pack` makes them, rows ordered by source.
+            received_Pe: int64 [P, e], slots that arrived, by source and physical slot.
+            rows: R, number of slots to compute.
+        """
 
     def pack_outputs(self, out_RD: Tensor, order: Permutation) -> Tensor:
-        """Outputs [N, D] in the order in which their rows arrived."""
+        """Bring outputs [R, D] into the order in which their rows arrived, [N, D]."""
 
 
 class RowPerSlot:
-    """One row per slot."""
+    """Layout with one row per slot; see `RowLayout`."""
 
     def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
         return count_ids(physical_TK, positions * slots).view(positions, slots)
@@ -91,7 +141,7 @@ class RowPerSlot:
 
 
 class RowPerRank:
-    """One row per position where a token has slots."""
+    """Layout with one row per position where a token has slots; see `RowLayout`."""
 
     def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
         rows_P1 = count_ids(destinations(physical_TK, slots), positions)[:, None]
@@ -109,7 +159,7 @@ class RowPerRank:
     def pack(self, x_TD: Tensor, weights_TK: Tensor, sent: SentRows, slots: int) -> tuple[Tensor, ...]:
         permutation, physical_TK = sent
         physical_NK = physical_TK.index_select(0, permutation.slots_R // physical_TK.shape[1])
-        first_N = physical_TK.flatten()[permutation.slots_R]                 # slot for which the row was sent
+        first_N = physical_TK.flatten()[permutation.slots_R]                 # the token's first slot there
         begin_N1 = (first_N - first_N % slots)[:, None]
         local_NK = (physical_NK - begin_N1).to(torch.int32)
         local_NK = local_NK.where((local_NK >= 0) & (local_NK < slots), -1)
@@ -125,9 +175,15 @@ class RowPerRank:
 
 
 def ordered(physical_TK: Tensor, num_physical: int, rows: int) -> Permutation:
-    """Sort used slots by id, then token, then slot.
+    """Order used slots by id, then by token, then by slot.
 
-    rows: their number; given, so that a GPU need not be asked.
+    Args:
+        physical_TK: int64 [T, K], id of each slot; -1 is unused.
+        num_physical: number of ids.
+        rows: number of used slots; given, so that the host need not wait for a GPU.
+
+    Returns:
+        Permutation of slots into rows.
     """
     if physical_TK.device.type == "cuda":
         return route_plan(physical_TK, num_physical, rows).permutation
@@ -135,15 +191,18 @@ def ordered(physical_TK: Tensor, num_physical: int, rows: int) -> Permutation:
 
 
 def destinations(physical_TK: Tensor, slots: int) -> Tensor:
-    """The position of each slot that is its token's first there, int64 [T, K]; -1 for the others."""
+    """Find the positions that each token goes to, int64 [T, K].
+
+    The first slot of a token at a position gets that position. The other slots get -1.
+    """
     to_TK = physical_TK.div(slots, rounding_mode="floor")                    # -1 stays -1
     return to_TK.where(first_of_kind(to_TK), -1)
 
 
 def order_by_source(received_Pe: Tensor, rows: int) -> Permutation:
-    """Permutation of rows that lie by source, then slot, into expert order.
+    """Plan the permutation of arrived rows, ordered by source and then by physical slot, into expert order.
 
-    It follows from the counts alone.
+    It follows from the counts [P, e] alone.
     """
     slots = torch.arange(received_Pe.shape[1], device=received_Pe.device).repeat(received_Pe.shape[0])
     index_R = slots.repeat_interleave(received_Pe.flatten(), output_size=rows).argsort(stable=True)
@@ -153,12 +212,12 @@ def order_by_source(received_Pe: Tensor, rows: int) -> Permutation:
 
 
 def slot_weights(weights_TK: Tensor, permutation: Permutation) -> Tensor:
-    """Weights of the used slots, [R], in the order of the permutation."""
+    """Select the gate weights of the used slots, [R], in the order of the permutation."""
     return weights_TK.flatten().index_select(0, permutation.slots_R)
 
 
 def first_of_kind(values_TK: Tensor) -> Tensor:
-    """True where no earlier slot of the row has the same value."""
+    """Mark the slots whose value no earlier slot of the same token has, bool [T, K]."""
     slots = values_TK.shape[1]
     earlier_KK = torch.ones(slots, slots, dtype=torch.bool, device=values_TK.device).tril(-1)
     return ~((values_TK[:, :, None] == values_TK[:, None, :]) & earlier_KK).any(2)

@@ -1,8 +1,9 @@
-"""Gradients of replicated parameters: summed over the ranks that hold them, once per optimizer step.
+"""Data parallelism: sum the gradients of replicated parameters over their ranks, once per optimizer step.
 
-Summed, never averaged: the loss already carries global denominators. Gradients travel in flat buckets of one dtype, in
-parameter order, so the sequence of collectives depends on the config alone; a parameter without a gradient counts as
-zeros and gets zeros, on every rank. Sharded parameters are passed over: FSDP2 has summed theirs in the backward pass.
+Gradients are summed, never averaged: the loss already has global denominators. They travel in flat buckets of
+one dtype, in parameter order, so the sequence of collectives depends on the config alone. A parameter without
+a gradient gets a gradient of zeros on every rank. Sharded parameters are skipped: FSDP2 has summed their
+gradients in backward (fsdp.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,14 +19,19 @@ BUCKET_BYTES = 32 * 2**20
 
 
 class GradientReducer:
-    """parts: which parameters are summed over which group; every parameter in exactly one part."""
+    """Sum of gradients over ranks.
+
+    Args:
+        parts: parameters, with the group over which their gradients are summed. Every parameter is in exactly
+            one part.
+    """
 
     def __init__(self, parts: Iterable[tuple[list[nn.Parameter], Group]]) -> None:
         self.parts = [(list(parameters), group) for parameters, group in parts]
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum all gradients; all buckets are posted before the first is awaited."""
+        """Sum all gradients. Posts all buckets before it waits for the first."""
         posted = []
         for parameters, group in self.parts:
             for parameter in parameters:
@@ -40,6 +46,7 @@ class GradientReducer:
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Cut parameters, in order, into buckets of one dtype and of at most `BUCKET_BYTES` or one parameter."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
@@ -54,5 +61,6 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def _unflatten(bucket: list[nn.Parameter], flat: Tensor) -> None:
+    """Copy a summed bucket back into the gradients of its parameters."""
     for parameter, part in zip(bucket, flat.split([parameter.numel() for parameter in bucket])):
         parameter.grad.copy_(part.view_as(parameter))

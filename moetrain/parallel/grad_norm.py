@@ -1,8 +1,8 @@
-"""The global gradient norm when parameters live on different ranks.
+"""Global gradient norm and clipping where parameters live on different ranks.
 
-Every piece of a parameter counts exactly once: dense gradients are summed over the ranks that cut them up (`dense_shard`),
-those of experts over the ranks that together hold all experts (`expert_parts`). Replicas hold equal gradients after the
-reduction and count once.
+Every shard of a parameter counts exactly once. The squares of dense gradients are summed over the ranks that
+shard them (`dense_shard`), those of experts over the ranks that together hold all experts (`expert_parts`).
+Ranks that hold the same shard have equal gradients after the reduction, and one of them counts.
 """
 
 import torch
@@ -15,16 +15,33 @@ from moetrain.parallel.state_shards import local
 
 @torch.no_grad()
 def global_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: Mesh) -> Tensor:
-    """L2 norm of all reduced gradients, float64 scalar, the same on every rank. Waits for a sum over each of two groups."""
+    """Compute the L2 norm of all gradients, after their reduction. Waits for a sum over each of two groups.
+
+    Args:
+        dense: parameters of the dense part, with gradients.
+        experts: parameters of routed experts, with gradients.
+        mesh: mesh of the run.
+
+    Returns:
+        float64 scalar on the device, the same on every rank.
+    """
     dense_sum = sum_over(mesh["dense_shard"], _square_sum(dense, mesh.device))
     return (dense_sum + sum_over(mesh["expert_parts"], _square_sum(experts, mesh.device))).sqrt()
 
 
 @torch.no_grad()
 def scale_gradients(parameters: list[nn.Parameter], norm: float, limit: float) -> float:
-    """Scale all gradients by limit / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_ does (0: leave them).
+    """Clip gradients in place: scale them by limit / (norm + 1e-6) if that is below 1.
 
-    Returns their norm afterwards.
+    The formula is that of torch's clip_grad_norm_.
+
+    Args:
+        parameters: parameters with gradients, dense and of experts.
+        norm: their global norm.
+        limit: largest norm; 0 leaves the gradients unchanged.
+
+    Returns:
+        The norm after clipping.
     """
     factor = limit / (norm + 1e-6)
     if not 0 < factor < 1:
@@ -34,6 +51,7 @@ def scale_gradients(parameters: list[nn.Parameter], norm: float, limit: float) -
 
 
 def _square_sum(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+    """Sum the squares of the gradients on this rank, float64 scalar."""
     gradients = [gradient for gradient in _gradients(parameters) if gradient.numel()]
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
@@ -41,4 +59,5 @@ def _square_sum(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """List the parts of the gradients that this rank stores."""
     return [local(parameter.grad) for parameter in parameters]

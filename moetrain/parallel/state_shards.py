@@ -1,15 +1,15 @@
-"""What of the model this rank holds, in names that say nothing of the mesh.
+"""State shards: the part of a model that this rank holds, under names that do not depend on the mesh.
 
 A *logical tensor* is one matrix of the model: `layers.0.attention.qkv`, or one matrix of one expert,
-`layers.0.moe.experts.5.gate_up` (gate rows, then up rows) and `….down`. A *shard* is a range of its rows, the whole of it
-unless parameters are sharded. Initialisation, checkpoints and tests know nothing else of how parameters are stored:
+`layers.0.moe.experts.5.gate_up` (gate rows, then up rows) and `….down`. A *shard* is a range of its rows, or
+all of them. Initialization, checkpoints and tests see the storage of parameters only in this form:
 
-    stacked experts of a bank       a shard per expert and matrix
-    sliced experts of a bank        a range of rows per expert and matrix
+    stacked experts of a bank       a shard for each expert and matrix
+    sliced experts of a bank        a range of rows for each expert and matrix
     FSDP2, Shard(0)                 a range of rows; of stacked experts: some of the experts
     FSDP2, Shard(1) of a stack      a range of rows of every expert of the bank
 
-Pieces are views: writing into one changes the parameter (or the gradient, or the moment) behind it.
+Shards are views: writing into one changes the parameter (or the gradient, or the moment) behind it.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,14 @@ Of = Callable[[nn.Parameter], Tensor | None]
 
 
 class StateShard(NamedTuple):
-    """Rows [begin, begin + len(rows)) of the logical tensor `name`, whose full shape is `shape`.
+    """Range of rows of a logical tensor.
 
-    held_by: name of the mesh group whose ranks all hold this very shard (comm/mesh.py).
+    Attributes:
+        name: name of the logical tensor.
+        shape: shape of the whole tensor.
+        begin: first row of the range.
+        rows: the rows, a view of the stored tensor.
+        held_by: name of the mesh group whose ranks all hold this same shard (comm/mesh.py).
     """
 
     name: str
@@ -38,27 +43,31 @@ class StateShard(NamedTuple):
 
 
 def state_shards(model: nn.Module, of: Of = lambda parameter: parameter.data) -> Iterator[StateShard]:
-    """Every shard of the parameters on this rank; none for what it holds nothing of.
+    """Iterate over the shards that this rank holds. A tensor of which it holds no row has none.
 
-    of: what to look at for each parameter, for example its gradient or an optimizer moment, stored like the parameter;
-    None passes it over.
+    Args:
+        model: the model, sharded or not.
+        of: maps each parameter to a tensor stored like it, such as its gradient or an optimizer moment. Where
+            it returns None, the parameter is skipped.
     """
     for path, module in model.named_modules():
         if isinstance(module, ExpertBank):
             layer = path.removesuffix(".experts.bank")
             for matrix in MATRICES:
-                yield from _of_experts(f"{layer}.experts", matrix, module.experts, of(getattr(module, matrix)))
+                yield from _of_experts(f"{layer}.experts", matrix, module.experts,
+                                       of(getattr(module, matrix)))
             if module.cut is not None:
                 for matrix, stacked, shape in zip(MATRICES, PIECES, module.shapes):
                     begin = slice_rows(shape[0], *module.cut).start
-                    yield from _of_sliced(f"{layer}.experts", matrix, module.sliced, shape, begin, of(getattr(module, stacked)))
+                    yield from _of_sliced(f"{layer}.experts", matrix, module.sliced, shape, begin,
+                                          of(getattr(module, stacked)))
         else:
             for name, parameter in module.named_parameters(path, recurse=False):
                 yield from _of_dense(name, of(parameter))
 
 
 def buffers(model: nn.Module) -> Iterator[StateShard]:
-    """Persistent buffers, whole and the same on every rank: selection biases of routers."""
+    """Iterate over persistent buffers, such as routers' selection biases: whole and equal on every rank."""
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
@@ -66,11 +75,12 @@ def buffers(model: nn.Module) -> Iterator[StateShard]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank stores; itself unless it is sharded."""
+    """Return the part of a tensor that this rank stores; the tensor itself unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _of_dense(name: str, tensor: Tensor | None) -> Iterator[StateShard]:
+    """Iterate over the shard of a dense parameter, if there is one here."""
     if tensor is None:
         return
     dim, begin = shard_of(tensor)
@@ -78,10 +88,13 @@ def _of_dense(name: str, tensor: Tensor | None) -> Iterator[StateShard]:
     rows = local(tensor)
     if len(rows):
         sharded = isinstance(tensor, DTensor)
-        yield StateShard(name, tuple(tensor.shape), begin, rows, "dense_replicas" if sharded else "dense_grad")
+        yield StateShard(name, tuple(tensor.shape), begin, rows,
+                         "dense_replicas" if sharded else "dense_grad")
 
 
-def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...], stacked: Tensor | None) -> Iterator[StateShard]:
+def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...],
+                stacked: Tensor | None) -> Iterator[StateShard]:
+    """Iterate over the shards of experts that are stored whole, or sharded by FSDP2."""
     if stacked is None:
         return
     dim, begin = shard_of(stacked)
@@ -89,11 +102,13 @@ def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...], stacked: Ten
     held_by = "expert_replicas" if isinstance(stacked, DTensor) else "expert_grad"
     for index, rows in enumerate(local(stacked)):
         if len(rows):
-            yield StateShard(f"{prefix}.{experts[first + index]}.{matrix}", tuple(stacked.shape[1:]), row, rows, held_by)
+            yield StateShard(f"{prefix}.{experts[first + index]}.{matrix}", tuple(stacked.shape[1:]), row,
+                             rows, held_by)
 
 
 def _of_sliced(prefix: str, matrix: str, experts: tuple[int, ...], shape: tuple[int, ...], begin: int,
                stacked: Tensor | None) -> Iterator[StateShard]:
+    """Iterate over this position's slices of sliced experts."""
     if stacked is None or not stacked.shape[1]:          # fewer rows than positions
         return
     for expert, rows in zip(experts, stacked, strict=True):
@@ -101,7 +116,10 @@ def _of_sliced(prefix: str, matrix: str, experts: tuple[int, ...], shape: tuple[
 
 
 def shard_of(tensor: Tensor) -> tuple[int, int]:
-    """(sharded dim, first index held here) of a tensor that is whole or sharded by FSDP2: equal chunks, the last shorter."""
+    """Find the sharded dim of a tensor and its first index that is stored here; (0, 0) for a whole tensor.
+
+    FSDP2 cuts a dim into equal shards; the last may be shorter.
+    """
     if not isinstance(tensor, DTensor):
         return 0, 0
     for axis, placement in enumerate(tensor.placements):

@@ -1,5 +1,7 @@
-"""The balance loss by scope and mode: any mesh gives what the oracle gives, which is told for every micro-batch whose counts
-are its f. float64 to 1e-10: gradients of every step, clipped; counts exactly; the reported value always that of the whole step.
+"""The balance loss by scope and mode: every mesh gives what the oracle gives.
+
+The oracle is told, for every micro-batch, the micro-batches whose counts are its f. float64 to 1e-10:
+gradients of every step, clipped; counts exactly; the reported value is always that of the whole step.
 """
 
 from collections.abc import Callable
@@ -36,11 +38,13 @@ POOLS: dict[str, tuple[list[str], Callable[[int], list[int]]]] = {
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("pool, world", [(pool, world) for pool in POOLS for world in WORLDS
-                                         if world == 4 or not pool.startswith("node")])       # one machine: global
+                                         # On one machine a node's pool is the global one
+                                         if world == 4 or not pool.startswith("node")])
 def test_every_scope_and_mode_gives_what_the_oracle_gives(ranks, pool, world):
     overrides, pools = POOLS[pool]
     overrides = [*BASE, *WORLDS[world], *overrides, f"train.micro_batch={4 // world}"]
-    results = [steps(overrides, 1)] if world == 1 else ranks(world).run(steps, overrides, 2 if pool.startswith("node") else world)
+    results = ([steps(overrides, 1)] if world == 1
+               else ranks(world).run(steps, overrides, 2 if pool.startswith("node") else world))
     prior = None
     for step in range(1, STEPS + 1):
         of_step = [rank[step - 1] for rank in results]
@@ -54,9 +58,12 @@ def test_every_scope_and_mode_gives_what_the_oracle_gives(ranks, pool, world):
 
 
 CARRIED = {                                              # name: processes, overrides
-    "exact": (2, []), "count pass, recomputed": (2, ["train.count_pass=true", "train.activation_checkpointing=full"]),
+    "exact": (2, []),
+    "count pass, recomputed": (2, ["train.count_pass=true", "train.activation_checkpointing=full"]),
     "buffer": (2, ["balance.mode=buffer"]), "micro, sharded": (2, ["balance=micro", "parallel=fsdp"]),
-    "sequence": (1, ["balance=sequence"]), "other sizes": (1, ["model.num_layers=3", "model.num_experts=[8,8,4]"]), "micro beside it": (1, ["loss=[z,micro_balance]", "loss.micro_balance.weight=0.2"]),
+    "sequence": (1, ["balance=sequence"]),
+    "other sizes": (1, ["model.num_layers=3", "model.num_experts=[8,8,4]"]),
+    "micro beside it": (1, ["loss=[z,micro_balance]", "loss.micro_balance.weight=0.2"]),
 }
 
 
@@ -75,7 +82,7 @@ def test_added_and_injected_losses_give_equal_gradients(ranks, case):
 
 
 def collectives(overrides: list[str]) -> list[int]:
-    """All-reduces of counts in the forward passes of a step, and how many of them had been awaited when the head ran."""
+    """All-reduces of counts in the forward passes of a step, and how many were posted when the head ran."""
     import torch.distributed as dist
 
     run, posted = make_run(overrides), []
@@ -86,7 +93,8 @@ def collectives(overrides: list[str]) -> list[int]:
             posted.append(tensor)
         return original(tensor, *arguments, **named)
 
-    dist.all_reduce, run.state.model.norm.forward, norm = counted, lambda x: heads.append(len(posted)) or norm(x), run.state.model.norm.forward
+    dist.all_reduce, run.state.model.norm.forward, norm = (
+        counted, lambda x: heads.append(len(posted)) or norm(x), run.state.model.norm.forward)
     heads: list[int] = []
     try:
         batches = run.loader.step(1)
@@ -150,7 +158,7 @@ MICRO_BIAS = ["run.dtype=float64", "router=sigmoid", "router.counts=micro", "rou
 
 
 def biases(overrides: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
-    """After some steps: biases by router, and parameters; and the counts of every micro-batch that this rank had."""
+    """Biases by router and parameters after some steps, and the counts of every micro-batch of this rank."""
     run, counts, add = make_run(overrides), [], SumBuffer.add
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SumBuffer, "add", lambda self, ce, total, stacks: (
@@ -171,7 +179,8 @@ def test_biases_move_by_every_micro_batch_alike_wherever_it_is(ranks):
         for step in range(STEPS):
             for of in counts[8 * step:8 * step + 8]:
                 mean = of[name].double().mean()
-                expected_E += 0.05 / 8 * torch.tensor([(n < mean) * 1.0 - (n > mean) * 1.0 for n in of[name].tolist()]).double()
+                expected_E += 0.05 / 8 * torch.tensor(
+                    [(n < mean) * 1.0 - (n > mean) * 1.0 for n in of[name].tolist()]).double()
         assert bias_E.tolist() == pytest.approx((expected_E - expected_E.mean()).tolist(), abs=1e-12)
     for world in (2, 4):
         results = ranks(world).run(biases, [*MICRO_BIAS, *WORLDS[world]])

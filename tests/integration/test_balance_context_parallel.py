@@ -1,7 +1,9 @@
-"""The balance loss where every sequence is cut up between ranks (the mesh's axis `cp`), which belong to the pool.
+"""The balance loss where every sequence is cut up between ranks (the mesh's axis `cp`).
 
-The trainer has no attention for that yet; one that gathers what it looks at stands in for it here, everything else is the trainer's.
-float64 to 1e-10 against whole sequences in one process.
+These ranks belong to the pool.
+
+The trainer has no attention for that yet. One that gathers what it looks at stands in for it here; everything
+else is the trainer's. float64 to 1e-10 against whole sequences in one process.
 """
 
 from pathlib import Path
@@ -28,7 +30,8 @@ MESHES = {2: {"cp": 2, "ep": 2}, 4: {"dp_replicate": 2, "cp": 2, "edp_replicate"
 MODES = {"exact": [], "exact, recomputed": ["train.activation_checkpointing=full"],
          "count pass": ["train.count_pass=true"],
          "count pass, recomputed": ["train.count_pass=true", "train.activation_checkpointing=full"],
-         "buffer": ["balance.mode=buffer"], "warm, attached": ["balance.mode=warm", "balance.drift=1", "train.aux_loss=injected"]}
+         "buffer": ["balance.mode=buffer"],
+         "warm, attached": ["balance.mode=warm", "balance.drift=1", "train.aux_loss=injected"]}
 
 
 class Gathered(torch.autograd.Function):
@@ -68,8 +71,9 @@ class Cut:
         self.loader, self.group, self.micro_batches = loader, group, loader.micro_batches
 
     def step(self, step: int) -> list[Batch]:
-        return [batch._replace(**{field: getattr(batch, field).chunk(self.group.size, 1)[self.group.position].contiguous()
-                                  for field in ("tokens_BS", "targets_BS", "valid_BS")})
+        return [batch._replace(**{
+                    field: getattr(batch, field).chunk(self.group.size, 1)[self.group.position].contiguous()
+                    for field in ("tokens_BS", "targets_BS", "valid_BS")})
                 for batch in self.loader.step(step)]
 
 
@@ -85,7 +89,8 @@ def over_ranks(world: int, overrides: list[str]) -> Run:
                           device=mesh.device)
     for block in run.state.model.layers:
         block.attention = OverRanks(block.attention, group, rotary)
-    run.loader = Cut(Loader(run.dataset, global_batch=16, micro_batch=8 // world, rank=first // 2, ranks=world // 2), group)
+    run.loader = Cut(Loader(run.dataset, global_batch=16, micro_batch=8 // world, rank=first // 2,
+                            ranks=world // 2), group)
     return run
 
 

@@ -1,5 +1,6 @@
-"""What holds of the balance loss however a batch is split, and is not said in tests/integration/test_balance.py.
+"""Invariants of the balance loss under every split of a batch.
 
+Those that tests/integration/test_balance.py asserts are not repeated here.
 docs/explanation/balance.md names for every invariant the test that asserts it.
 """
 
@@ -61,7 +62,7 @@ def test_exact_gives_what_the_oracle_gives_under_any_accumulation(ranks, world, 
 
 
 def hidden_gradients(overrides: list[str]) -> tuple[dict[tuple[int, int], Tensor], dict]:
-    """Of the first step: gradient at what every router sees, by layer and sample, and those of the parameters."""
+    """Gradients of the first step: at the input of every router, by layer and sample; at the parameters."""
     run, found = make_run(overrides), {}
 
     def watch(layer: int):
@@ -96,7 +97,10 @@ def test_hidden_states_and_routers_get_the_same_gradient_in_every_split(ranks):
 
 
 def alike(overrides: list[str], turns: int) -> dict:
-    """Gradients of the second step where every micro-batch of every rank is the same one sequence, and no step changes anything."""
+    """Gradients of the second step, where every micro-batch of every rank is the same single sequence.
+
+    No step changes the parameters.
+    """
     run = make_run(overrides)
     dataset = run.loader._dataset
     batch = dataset.batch(dataset.sample_ids(1, range(1)))
@@ -145,7 +149,7 @@ PADDED = {
 
 
 def padded_step(overrides: list[str]) -> tuple[dict, dict, dict]:
-    """(gradients, parameters before, metrics) of a step in which rank 1 has nothing in its first micro-batch."""
+    """(gradients, parameters before, metrics) of a step where rank 1 has nothing in its first micro-batch."""
     run = make_run(overrides)
     load, before = run.loader.step, snapshot(run, lambda p: p.data)
 
@@ -173,24 +177,31 @@ def test_a_micro_batch_of_padding_alone_adds_nothing(ranks, mode, monkeypatch):
     grads, _, balance = truth(whole([before for _, before, _ in results]), 1, PADDED[mode], None)
     assert difference(whole([found for found, _, _ in results]), grads)[0] <= 1e-10
     for _, _, metrics in results:
-        assert metrics["loss/balance"] == pytest.approx(balance, rel=1e-12) and math.isfinite(metrics["loss/total"])
+        assert (metrics["loss/balance"] == pytest.approx(balance, rel=1e-12)
+                and math.isfinite(metrics["loss/total"]))
 
 
 # --- tokens of a sequence on several ranks
 
 
 def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor], float]:
-    """Two routers on this rank's stretch of the positions of every sequence: counts, gradients (summed over ranks) of both weights, and
-    the loss; gradients at the hidden states, by first position."""
+    """Run two routers on this rank's stretch of the positions of every sequence.
+
+    Returns:
+        Counts and the gradients, summed over ranks, of both weights; gradients at the hidden states, by first
+        position; the loss.
+    """
     # The mesh and the loss; its batches are not used
     run = make_run([*BASE, *WORLDS[world], "train.micro_batch=4", *ALL[mode]])
     group, generator = run.mesh["batch"], torch.Generator().manual_seed(5)
     moes = [block.moe for block in run.state.model.layers]
-    x_BSD, valid_BS = torch.randn(4, 12, 16, dtype=torch.float64, generator=generator), torch.rand(4, 12, generator=generator) > 0.2
+    x_BSD, valid_BS = (torch.randn(4, 12, 16, dtype=torch.float64, generator=generator),
+                       torch.rand(4, 12, generator=generator) > 0.2)
     here = torch.arange(12).chunk(world)[group.position]
     x_TD, valid_T = x_BSD[:, here].flatten(0, 1).requires_grad_(), valid_BS[:, here].flatten()
     stats = {moe.name: moe.router.route(x_TD, RouterContext(valid_T=valid_T)).stats for moe in moes}
-    pooling, tokens, found = CountAllReduce(group, run.state.model.routers, run.mesh.device), valid_BS.sum(), stacks(stats)
+    pooling, tokens, found = (CountAllReduce(group, run.state.model.routers, run.mesh.device),
+                              valid_BS.sum(), stacks(stats))
     counted = pooling.micro_batch()
     for router, of_router in stats.items():
         counted(router, of_router.counts_E)
@@ -200,7 +211,8 @@ def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor],
     total = share.total
     total.backward()
     grads = [sum_over(group, moe.router.weight.grad) for moe in moes]
-    return [counts_L, *grads], {int(here[0]): x_TD.grad.view(4, len(here), 16)}, sum_over(group, total.detach()).item()
+    return ([counts_L, *grads], {int(here[0]): x_TD.grad.view(4, len(here), 16)},
+            sum_over(group, total.detach()).item())
 
 
 @pytest.mark.ranks
@@ -228,12 +240,16 @@ def test_counts_are_whole_in_a_model_that_was_cast_to_bfloat16():
     output = run.state.model(batch.tokens_BS, step_context(0, 1, batch))
     for name, experts in FORCED.items():
         counts_E = output.stats[name].counts_E
-        assert counts_E.dtype == torch.int64 and counts_E[experts].tolist() == [16 * 301, 16 * 301] and counts_E.sum() == 2 * 16 * 301
+        assert (counts_E.dtype == torch.int64 and counts_E[experts].tolist() == [16 * 301, 16 * 301]
+                and counts_E.sum() == 2 * 16 * 301)
     assert all(piece.rows.dtype == torch.int64 for piece in run.state.prior.pieces())
 
 
 def test_counts_of_routers_that_run_again_are_not_those_of_the_step(monkeypatch):
-    """Counted inside the router, recomputation counts twice: the defect, beside ours, which leave with the first forward."""
+    """Counts taken inside the router double when it is recomputed: the defect.
+
+    Ours, beside it, leave with the first forward.
+    """
     inside, sums = {"none": 0, "full": 0}, base.router_sums
     for mode in inside:
         def counted(*arguments, mode=mode):
@@ -242,16 +258,19 @@ def test_counts_of_routers_that_run_again_are_not_those_of_the_step(monkeypatch)
             return found
 
         monkeypatch.setattr(base, "router_sums", counted)
-        counts = train_step(make_run([*BASE, "train.micro_batch=4", f"train.activation_checkpointing={mode}"]), 1).counts
+        counts = train_step(
+            make_run([*BASE, "train.micro_batch=4", f"train.activation_checkpointing={mode}"]), 1).counts
         assert (sum(int(n_E.sum()) for n_E in counts.values()) == inside[mode]) == (mode == "none")
     assert inside["full"] == 2 * inside["none"]
 
 
 @pytest.mark.parametrize("mode", ["exact", "count pass", "buffer"])
 def test_blocks_that_run_again_say_their_counts_once(mode):
-    counts = [train_step(make_run([*BASE, "train.micro_batch=4", f"train.activation_checkpointing={checkpointing}", *ALL[mode]]), 1).counts
+    counts = [train_step(make_run([*BASE, "train.micro_batch=4",
+                                   f"train.activation_checkpointing={checkpointing}", *ALL[mode]]), 1).counts
               for checkpointing in ("none", "full")]
-    assert {name: of.tolist() for name, of in counts[0].items()} == {name: of.tolist() for name, of in counts[1].items()}
+    assert ({name: of.tolist() for name, of in counts[0].items()}
+            == {name: of.tolist() for name, of in counts[1].items()})
 
 
 def left_behind(overrides: list[str]) -> list[bool]:
@@ -269,7 +288,10 @@ def left_behind(overrides: list[str]) -> list[bool]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("mode", ["exact", "count pass", "buffer"])
 def test_a_step_of_blocks_that_run_again_leaves_no_graph(ranks, mode):
-    """A sum that is posted inside such a block knows its hooks, they know the graph, and it knew the sum: seen with homes that move."""
+    """A sum posted inside such a block knows its hooks, they know the graph, and the graph knew the sum.
+
+    Seen with homes that move.
+    """
     overrides = [*BASE, *WORLDS[2], "train.micro_batch=4", "train.activation_checkpointing=full", *ALL[mode]]
     for left in ranks(2).run(left_behind, overrides):
         assert left == [False, False]

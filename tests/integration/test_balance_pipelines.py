@@ -1,8 +1,10 @@
-"""The balance loss in pipelines: the counts of a stage are pooled over the ranks that hold it, and a micro-batch's f is what has been
-counted by its backward, whatever order the schedule brings.
+"""The balance loss in pipelines.
 
-The trainer has no pipelines; torch's schedules drive layers of our model here, with the package's pools, objective and injected losses.
-float64 to 1e-10 against one process that is told every pool.
+The counts of a stage are pooled over the ranks that hold it. A micro-batch's f is what has been counted by
+its backward, whatever order the schedule brings.
+
+The trainer has no pipelines: torch's schedules drive layers of our model here, with the package's pools,
+objective and injected losses. float64 to 1e-10 against one process that is told every pool.
 """
 
 from collections import deque
@@ -50,11 +52,15 @@ SCHEDULES = {                                            # chunks of layers on e
 
 
 class Chunk(nn.Module):
-    """Neighbouring layers, with the embedding or the head where they are the first or the last. defect: put back on purpose."""
+    """Neighbouring layers, with the embedding or the head where they are the first or the last.
+
+    defect: a bug that is put back on purpose.
+    """
 
     def __init__(self, run: Run, layers: range, tokens: Tensor, defect: str) -> None:
         super().__init__()
-        self.run, self.layers, self.tokens, self.defect, self.batches = run, layers, tokens, defect, run.loader.step(1)
+        self.run, self.layers, self.tokens, self.defect, self.batches = (
+            run, layers, tokens, defect, run.loader.step(1))
         self.blocks = nn.ModuleList(run.state.model.layers[layer] for layer in layers)
         self.routers = {block.moe.name: block.moe.router.num_experts for block in self.blocks}
         self.known = AccumulatedCounts("buffer", self.routers, tokens, None)
@@ -64,11 +70,13 @@ class Chunk(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """What names of its parameters begin with."""
-        ends = (("embed",) if self.layers.start == 0 else ()) + (("norm", "head") if self.layers.stop == LAYERS else ())
+        ends = ((("embed",) if self.layers.start == 0 else ())
+                + (("norm", "head") if self.layers.stop == LAYERS else ()))
         return ends + tuple(f"layers.{layer}." for layer in self.layers)
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        model, stats, pooling = self.run.state.model, {}, CountAllReduce(self.run.mesh["batch"], self.routers, x.device)
+        model, stats, pooling = (self.run.state.model, {},
+                                 CountAllReduce(self.run.mesh["batch"], self.routers, x.device))
         context = step_context(0, 1, self.batches[int(number)])._replace(on_counts=pooling.micro_batch())
         if self.layers.start == 0:
             x = F.embedding(x, model.embed)
@@ -89,7 +97,8 @@ class Chunk(nn.Module):
             counts_L = at_once if self.defect == "counts of the forward" else self._counts()
             return self.run.objective.slopes(found, pool(counts_L, self.routers, self.tokens))
 
-        return x if self.defect == "added at the end" and self.layers.stop < LAYERS else attach(x, found, slopes)
+        return (x if self.defect == "added at the end" and self.layers.stop < LAYERS
+                else attach(x, found, slopes))
 
     def _counts(self) -> Tensor:
         """Of all micro-batches that have come here by now."""
@@ -135,7 +144,8 @@ def pipelined(schedule: str, world: int, defect: str) -> Piped:
     pipe.step(*inputs, number=numbers, **({"target": numbers} if total - 1 in chunks else {}))
     run.parallel.reduce()
     own = tuple(name for chunk in chunks.values() for name in chunk.names)
-    gradients, parameters = ({name: piece for name, piece in snapshot(run, of).items() if name.startswith(own)}
+    gradients, parameters = ({name: piece for name, piece in snapshot(run, of).items()
+                              if name.startswith(own)}
                              for of in (lambda p: p.grad, lambda p: p.data))
     return Piped(gradients, parameters, {index: chunk.order for index, chunk in chunks.items()},
                  planned(pipe, place, list(chunks)))
@@ -151,14 +161,18 @@ def planned(pipe: object, place: int, chunks: list[int]) -> dict[int, list[tuple
         for number in range(MICRO_BATCHES):
             order += [("B", number), *([("F", number + ahead)] if number + ahead < MICRO_BATCHES else [])]
         return {place: order}
-    actions = [action for action in pipe.pipeline_order[place] if action is not None and action.computation_type.value in "FB"]
+    actions = [action for action in pipe.pipeline_order[place]
+               if action is not None and action.computation_type.value in "FB"]
     return {chunk: [(action.computation_type.value, action.microbatch_index)
                     for action in actions if action.stage_index == chunk]
             for chunk in chunks}
 
 
 def pools_of(order: list[tuple[str, int]]) -> Callable[[int], list[int]]:
-    """By batch of one sequence, of which a micro-batch of all ranks has four: those that have come by when it runs backward."""
+    """By batch of one sequence: the batches that have come by when it runs backward.
+
+    A micro-batch of all ranks has four of them.
+    """
     passed = {number: [other for what, other in order[:order.index(("B", number))] if what == "F"]
               for number in range(MICRO_BATCHES)}
     return lambda batch: [4 * other + place for other in passed[batch // 4] for place in range(4)]

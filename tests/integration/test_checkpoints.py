@@ -1,9 +1,9 @@
 """A checkpoint of any mesh loads on any other, and what one rank meets all ranks know.
 
-Two steps on one mesh, a save, a load on another mesh, two more steps: equal to four steps in one process, in float64 to
-1e-10. Right after the load every tensor is the saved one to the bit, moments included, and every expert has its own
-content. Sizes are such that rows divide unevenly, some ranks hold no rows at all, and expert stacks are cut by experts as
-well as by rows.
+Two steps on one mesh, a save, a load on another mesh, two more steps: equal to four steps in one process, in
+float64 to 1e-10. Right after the load every tensor is the saved one to the bit, moments included, and every
+expert has its own content. Sizes are such that rows divide unevenly, some ranks hold no rows at all, and
+expert stacks are cut by experts as well as by rows.
 """
 
 import errno
@@ -49,7 +49,8 @@ LAYOUTS = {
 NAMES = list(LAYOUTS)
 QUICK = [(ODD, "single", "fsdp4"), (ODD, "fsdp4", "ep2_fsdp4"), (ODD, "ep2_fsdp4", "single"),
          (EVEN, "ep4", "hsdp4")]
-PAIRS = [(EVEN, one, NAMES[(NAMES.index(one) + by) % len(NAMES)]) for by, some in ((1, NAMES), (5, NAMES[::2])) for one in some] + [
+PAIRS = [(EVEN, one, NAMES[(NAMES.index(one) + by) % len(NAMES)])
+         for by, some in ((1, NAMES), (5, NAMES[::2])) for one in some] + [
     (ODD, "fsdp4", "ep2of4"), (ODD, "fssdp4", "ep2_fsdp4"), (ODD, "ep2_hsdp4", "fsdp4"),
     (ODD, "hsdp4", "fsdp2"), (ODD, "ddp2", "ep2_hsdp4")]
 
@@ -69,7 +70,8 @@ def on(ranks, layout: str, function, experts: str, *arguments) -> list:
     """The function on every rank of a layout; in this process where there is one."""
     world, overrides = LAYOUTS[layout]
     overrides = [*SIZES, experts, *overrides]
-    return [function(overrides, *arguments)] if world == 1 else ranks(world).run(function, overrides, *arguments)
+    return ([function(overrides, *arguments)] if world == 1
+            else ranks(world).run(function, overrides, *arguments))
 
 
 # --- what runs on every rank
@@ -165,7 +167,8 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(pair, ranks, checkpoints):
         for step in (0, 1):
             for key in ("loss/ce", "grad_norm"):
                 assert ours[step][key] == pytest.approx(metrics[step][key], rel=1e-10), key
-            assert ours[step]["tokens"] == metrics[step]["tokens"] and torch.equal(our_counts[step], counts[step])
+            assert (ours[step]["tokens"] == metrics[step]["tokens"]
+                    and torch.equal(our_counts[step], counts[step]))
     error, name = difference(whole([result[4] for result in results]), parameters)
     assert error < 1e-10, (error, name)
 
@@ -234,7 +237,8 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(r
     path = lambda step: tmp_path / f"checkpoints/step-{step:08d}"  # noqa: E731
     for rank, outcomes in enumerate(results):
         assert outcomes == [path(1), None, path(3), path(4), "E-DISK-005" if rank < 2 else 14]
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
+    assert ([path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+            == ["step-00000003", "step-00000004"])
     assert [error for path in checkpoints_of(tmp_path) for error in problems(path)] == []
 
 
@@ -310,7 +314,8 @@ def test_refusals_are_those_of_all_ranks(ranks, tmp_path):
         ranks(2).run(save_two, [*overrides, f"run.seed={name == 'two':d}"], tmp_path / name)
     outcome = lambda *arguments: {result[0] for result in ranks(2).run(try_resume, *arguments)}  # noqa: E731
     assert outcome([*overrides, "data.vocab_size=40"], tmp_path / "one") == {"E-CHECKPOINT-003"}
-    assert outcome([*SIZES, "model.num_experts=[8,8]", "parallel=ep"], tmp_path / "one") == {"E-CHECKPOINT-003"}
+    assert (outcome([*SIZES, "model.num_experts=[8,8]", "parallel=ep"], tmp_path / "one")
+            == {"E-CHECKPOINT-003"})
     assert outcome(overrides, tmp_path / "one", tmp_path / "two") == {"E-CHECKPOINT-006"}
     assert outcome(overrides, tmp_path / "nothing") == {None}
     assert outcome(overrides, tmp_path / "one", tmp_path / "nothing") == {"E-CHECKPOINT-004"}

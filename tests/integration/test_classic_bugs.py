@@ -1,7 +1,7 @@
 """The classic bugs of the field, each put back and caught.
 
-Every test first shows that the code as it is agrees with one process, then puts the bug back on the ranks and shows that
-the same comparison fails: the comparison can see it.
+Every test first shows that the code as it is agrees with one process. It then puts the bug back on the ranks
+and shows that the same comparison fails: the comparison can see it.
 """
 
 import contextlib
@@ -55,7 +55,8 @@ def with_bug(bug: str, steps: int) -> Trained:
     sums = base.router_sums
 
     def with_padding(probs_TE, logits_TE, ids_TK, valid_T, offsets=None):
-        return sums(probs_TE, logits_TE, ids_TK, None, offsets)._replace(counts_E=sums(probs_TE, logits_TE, ids_TK, valid_T).counts_E)
+        return sums(probs_TE, logits_TE, ids_TK, None, offsets)._replace(
+            counts_E=sums(probs_TE, logits_TE, ids_TK, valid_T).counts_E)
 
     def averaged(reduce):
         def wrong(self):
@@ -68,15 +69,19 @@ def with_bug(bug: str, steps: int) -> Trained:
     from moetrain.parallel.data_parallel import GradientReducer as Reducer
     bugs = {
         "none": contextlib.nullcontext, "none, injected": contextlib.nullcontext,
-        "expert gradients ep times too large": lambda: patch.object(Reducer, "reduce", experts_repeated(Reducer.reduce)),
+        "expert gradients ep times too large":
+            lambda: patch.object(Reducer, "reduce", experts_repeated(Reducer.reduce)),
         "norm omits experts": lambda: patch.object(step_module, "global_norm", norm_without_experts),
         "norm repeats experts": lambda: patch.object(step_module, "global_norm", norm_with_experts_repeated),
         "norm of local experts": lambda: patch.object(step_module, "global_norm", local_norm),
         "balance loss scaled by ranks": lambda: patch.object(passes, "pool", pooled_by_ranks),
-        "f from local counts": lambda: patch.object(pool_module, "sum_over_async", lambda group, tensor: lambda: tensor),
-        "the micro-batch's tokens as denominator": lambda: patch.object(passes, "pool", pooled_by_micro_batch),
+        "f from local counts":
+            lambda: patch.object(pool_module, "sum_over_async", lambda group, tensor: lambda: tensor),
+        "the micro-batch's tokens as denominator":
+            lambda: patch.object(passes, "pool", pooled_by_micro_batch),
         "padding in the sums": lambda: patch.object(base, "router_sums", with_padding),
-        "the injecting node's result lost": lambda: patch.object(passes, "attach", lambda x, stats, slopes: x),
+        "the injecting node's result lost":
+            lambda: patch.object(passes, "attach", lambda x, stats, slopes: x),
         "gradients averaged": lambda: patch.object(Reducer, "reduce", averaged(Reducer.reduce)),
     }
     with bugs[bug]():

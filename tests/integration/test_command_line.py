@@ -116,7 +116,8 @@ def test_a_new_router_is_one_file_and_one_yaml(tmp_path):
     for name in ("moetrain", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "moetrain/routers/round_robin.py").write_text(ROUTER)
-    (tmp_path / "conf/router/round_robin.yaml").write_text("_target_: moetrain.routers.round_robin.RoundRobinRouter\n")
+    (tmp_path / "conf/router/round_robin.yaml").write_text(
+        "_target_: moetrain.routers.round_robin.RoundRobinRouter\n")
     subprocess.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "router=round_robin", "run.steps=2"],
                    cwd=tmp_path,
                    env=environment(tmp_path), check=True, stdout=subprocess.DEVNULL)
@@ -143,7 +144,8 @@ def test_text_of_strangers_trains_evaluates_and_continues(tmp_path):
     changed.write_text(original)
     moetrain("train", *command, cwd=tmp_path)
     records = [json.loads(line) for line in (tmp_path / "runs/mine/eval.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [4, 8] and {"loss/prose", "loss/code"} <= records[0].keys()
+    assert ([record["step"] for record in records] == [4, 8]
+            and {"loss/prose", "loss/code"} <= records[0].keys())
     assert "order 2" in moetrain("eval", "run.name=mine", "eval.ngram=2", cwd=tmp_path)
     words = ["generate", "run.name=mine", "generate.tokens=12", "generate.prompt=the "]
     assert moetrain(*words, cwd=tmp_path) == moetrain(*words, cwd=tmp_path)
@@ -191,7 +193,8 @@ def test_a_checkpoint_damaged_on_one_rank_ends_all_ranks(tmp_path):
 def test_a_rank_that_finds_nobody_says_where_it_looked(tmp_path):
     alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "9"}
-    done = warm_start.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "parallel=ep", "run.timeout_s=3"], cwd=tmp_path,
+    done = warm_start.run([sys.executable, "-m", "moetrain", "train", *DEBUG, "parallel=ep",
+                           "run.timeout_s=3"], cwd=tmp_path,
                           env={**environment(), **alone}, text=True, stderr=subprocess.STDOUT,
                           stdout=subprocess.PIPE, timeout=60)
     assert done.returncode == 15, done.stdout

@@ -1,4 +1,4 @@
-"""Whole runs on a simulated device, with the CPU's numbers: saves, evaluation, generation, records, memory."""
+"""Whole runs on a simulated device give the CPU's numbers: saves, evaluation, generation, records, memory."""
 
 import json
 import shutil

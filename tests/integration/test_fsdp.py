@@ -1,4 +1,7 @@
-"""What FSDP2 must not lose, and what it is there for: gradients of statistics, memory, whole parameters after evaluation."""
+"""What FSDP2 must not lose, and what it is there for.
+
+Gradients of statistics, memory, whole parameters after evaluation.
+"""
 
 from unittest.mock import patch
 
@@ -33,12 +36,16 @@ def balance_alone(overrides: list[str], opaque: bool = False) -> dict[str, tuple
             block.forward = lambda *arguments, forward=block.forward: Opaque(forward(*arguments))
     with patch.object(passes, "cross_entropy_sum", lambda logits_BSV, targets_BS: logits_BSV.new_zeros(())):
         train_step(run, 1)
-    return {name: rows for name, rows in snapshot(run, lambda parameter: parameter.grad).items() if "router" in name}
+    return {name: rows for name, rows in snapshot(run, lambda parameter: parameter.grad).items()
+            if "router" in name}
 
 
 @pytest.mark.ranks
 def test_the_balance_loss_alone_moves_the_routers(ranks):
-    """FSDP2 finds the tensors that leave a module by flattening its output; statistics that it does not see lose theirs."""
+    """FSDP2 finds the tensors that leave a module by flattening its output.
+
+    Statistics that it does not see lose their gradients.
+    """
     truth = whole([balance_alone(FSDP[:1])])
     assert all(gradient.abs().max() > 1e-4 for gradient in truth.values())
     assert difference(whole(ranks(2).run(balance_alone, FSDP)), truth)[0] < 1e-10

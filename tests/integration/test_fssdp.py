@@ -1,8 +1,8 @@
 """FSSDP equals one process: random copies at every step, whatever holds them and however they come and go.
 
-Every step has another random placement of copies, with rows divided by every kind of rule; with calibration further copies
-come once a layer has routed, whatever they cost. float64 to 1e-10: first gradients, clipped; norm; counts exactly; parameters
-after 8 steps of AdamW (20 with --all) against one process.
+Every step has another random placement of copies, with rows divided by every kind of rule; with calibration
+further copies come once a layer has routed, whatever they cost. float64 to 1e-10: first gradients, clipped;
+norm; counts exactly; parameters after 8 steps of AdamW (20 with --all) against one process.
 
 Memory: test_fssdp_memory.py. Resuming and checkpoints: test_fssdp_state.py.
 """
@@ -45,7 +45,8 @@ CASES = {
     "kept graphs gathered again": (2, ["parallel.rematerialize=true"], 4, False, []),
     "four gathered again": (4, ["parallel.rematerialize=true"], 2, True, []),
     "recomputed": (2, ["train.activation_checkpointing=full"], 2, False, []),
-    "recomputed and gathered again": (4, ["train.activation_checkpointing=full", "parallel.rematerialize=true"], 2, False, []),
+    "recomputed and gathered again": (
+        4, ["train.activation_checkpointing=full", "parallel.rematerialize=true"], 2, False, []),
     "selective, count pass": (2, ["train.activation_checkpointing=selective", "train.count_pass=true",
                                   "parallel.rematerialize=true"], 4, False, []),
     "homes that move": (4, ["parallel.rehome_interval=3"], 2, False, []),
@@ -53,14 +54,18 @@ CASES = {
     "homes that move, replicated": (4, ["parallel.ep=2", "parallel.rehome_interval=5"], 2, True, []),
     "uneven homes": (4, [], 1, False, ["model.num_experts=[7,3]"]),
     "sliced": (4, ["parallel.max_sliced_experts=3", "parallel.rehome_interval=4"], 2, False, []),
-    "sliced, gathered again": (4, ["parallel.max_sliced_experts=2", "parallel.rehome_interval=3", "parallel.rematerialize=true"], 2, True, []),
-    "sliced, replicated": (4, ["parallel.max_sliced_experts=9", "parallel.ep=2", "parallel.rehome_interval=7"], 1, True, []),
-    "sliced, two levels": (4, ["parallel.max_sliced_experts=2", "parallel.rehome_interval=5", "parallel.collective=two_level"], 1, False,
-                           ["model.num_experts=[7,3]"]),
-    "in chunks, gathered again, empty ranks": (2, [*CHUNKS, "schedule.chunks=4", "parallel.rematerialize=true"], 2, True, []),
+    "sliced, gathered again": (4, ["parallel.max_sliced_experts=2", "parallel.rehome_interval=3",
+                                   "parallel.rematerialize=true"], 2, True, []),
+    "sliced, replicated": (4, ["parallel.max_sliced_experts=9", "parallel.ep=2",
+                               "parallel.rehome_interval=7"], 1, True, []),
+    "sliced, two levels": (4, ["parallel.max_sliced_experts=2", "parallel.rehome_interval=5",
+                               "parallel.collective=two_level"], 1, False, ["model.num_experts=[7,3]"]),
+    "in chunks, gathered again, empty ranks": (
+        2, [*CHUNKS, "schedule.chunks=4", "parallel.rematerialize=true"], 2, True, []),
     "in chunks, exact, recomputed, sliced": (4, [*CHUNKS, "parallel.exact_combine=true",
                                                  "train.activation_checkpointing=full",
-                                                 "parallel.max_sliced_experts=3", "parallel.rehome_interval=4"], 1, False, []),
+                                                 "parallel.max_sliced_experts=3",
+                                                 "parallel.rehome_interval=4"], 1, False, []),
     "in chunks, calibrated, selective": (2, [*CHUNKS, CALIBRATE, "train.activation_checkpointing=selective",
                                              "train.count_pass=true", "parallel.rematerialize=true"], 2,
                                          False, []),
@@ -77,7 +82,8 @@ CASES = {
     "calibrated, gathered again": (2, [CALIBRATE, "parallel.rematerialize=true"], 4, False, []),
     "calibrated, recomputed": (2, [CALIBRATE, "train.activation_checkpointing=full"], 4, False, []),
     "calibrated, recomputed and gathered again, replicated": (
-        4, [CALIBRATE, "parallel.ep=2", "train.activation_checkpointing=full", "parallel.rematerialize=true"], 1, False, []),
+        4, [CALIBRATE, "parallel.ep=2", "train.activation_checkpointing=full",
+            "parallel.rematerialize=true"], 1, False, []),
     "calibrated, selective, count pass": (2, [CALIBRATE, "train.activation_checkpointing=selective",
                                               "train.count_pass=true", "parallel.rematerialize=true"], 2,
                                           False, []),
@@ -145,7 +151,8 @@ def planned(overrides: list[str], steps: int) -> tuple[Trained, list[int]]:
         run = make_run(overrides)
     copies = []
     run.state.planning.copies.begin, original = (
-        lambda *given: (copies.append(run.state.planning.placement.num_copies), original(*given))[1]), run.state.planning.copies.begin
+        lambda *given: (copies.append(run.state.planning.placement.num_copies), original(*given))[1],
+        run.state.planning.copies.begin)
     return train_run(run, steps), copies
 
 
@@ -173,7 +180,10 @@ def test_no_planner_changes_anything(ranks, planner, steps):
 
 
 def bits_of(overrides: list[str], whole: bool) -> tuple[dict[str, bytes], int]:
-    """State after three steps with some copies: all of them planned, or some of them after the gate; and how many these were."""
+    """State after three steps with some copies, and how many were added after the gate.
+
+    whole: plan all of the copies, instead of some of them with the others added after the gate.
+    """
     run, wanted = run_with_copies(overrides), ((0, 1), (1, 1), (2, 1), (5, 0), (7, 0))
     planning = run.state.planning
     planning.planner = Chosen(wanted if whole else wanted[1::2])
@@ -181,7 +191,8 @@ def bits_of(overrides: list[str], whole: bool) -> tuple[dict[str, bytes], int]:
     def calibration(n_PE, plan, *others):
         # The step's rows, of which a micro-batch has half
         assert int(n_PE.sum()) == 16 * 12 * 2
-        return None if whole else LayerPlan(LayerPlacement(plan.placement.home, plan.placement.positions, wanted))
+        return None if whole else LayerPlan(
+            LayerPlacement(plan.placement.home, plan.placement.positions, wanted))
 
     planning.calibration = calibration
     planning.restored()
@@ -213,7 +224,8 @@ def added_where_it_pays(overrides: list[str], forced, seconds: float) -> list[in
     """Copies added in two steps by the model of time, where every row takes so long to compute."""
     run = make_run(overrides, forced)
     planning = run.state.planning
-    planning.planning_inputs = planning.planning_inputs._replace(costs=replace(planning.planning_inputs.costs, row_s=seconds))
+    planning.planning_inputs = planning.planning_inputs._replace(
+        costs=replace(planning.planning_inputs.costs, row_s=seconds))
     counts = []
     for step in (1, 2):
         counts.append(int(train_step(run, step).metrics["moe/added_copies"]))

@@ -15,8 +15,10 @@ from tests.support.random_copies import EveryLayerOtherwise, run_with_copies
 
 
 class Live(NamedTuple):
-    """Bytes of copies whose storage is alive: after the forward passes, the most in backward, after the step. by_layer: those
-    of one gathering."""
+    """Bytes of copies whose storage is alive: after the forward passes, the most in backward, after the step.
+
+    by_layer: those of one gathering.
+    """
 
     forward: int
     backward: int
@@ -72,21 +74,27 @@ def test_copies_are_released_where_backward_gathers_them_again(ranks, recompute)
 
 
 def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, int]:
-    """After rehomes: sliced experts by layer; bytes of parameters, gradients and moments in pieces here, and of those of experts
-    that lie here whole."""
+    """State of sliced and of whole experts on this position, after rehomes.
+
+    Returns:
+        Sliced experts by layer; bytes of parameters, gradients and moments in pieces here; bytes of those of
+        experts that lie here whole.
+    """
     run = run_with_copies(overrides)
     train_step(run, 1)
     train_step(run, 2)
     banks = [block.moe.experts.bank for block in run.state.model.layers]
     for bank, loads_E in zip(banks, run.state.planning.forecaster.loads().values()):
-        assert bank.sliced == tuple(sorted(sorted(range(8), key=lambda expert: (-int(loads_E[expert]), expert))[:3]))  # noqa: B023
+        assert bank.sliced == tuple(sorted(
+            sorted(range(8), key=lambda expert: (-int(loads_E[expert]), expert))[:3]))  # noqa: B023
     train_step(run, 3)
 
     def nbytes(names: tuple[str, ...]) -> int:
         parameters = [getattr(bank, name) for bank in banks for name in names]
         moments = [run.state.optimizer.state[parameter] for parameter in parameters]
         kept = [*parameters, *(state[name] for state in moments for name in ("exp_avg", "exp_avg_sq"))]
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept) + sum(parameter.grad.nbytes for parameter in parameters)
+        return (sum(tensor.untyped_storage().nbytes() for tensor in kept)
+                + sum(parameter.grad.nbytes for parameter in parameters))
 
     assert all(torch.equal(run.state.optimizer.state[getattr(bank, name)]["step"], torch.tensor(3.))
                for bank in banks for name in PIECES)
@@ -109,7 +117,8 @@ class Seen:
     """Storages by kind, and the most bytes of a kind that were alive at any time something was added."""
 
     def __init__(self) -> None:
-        self.known: dict[str, dict[int, tuple[StorageWeakRef, int]]] = {name: {} for name in CopyMemory._fields}
+        self.known: dict[str, dict[int, tuple[StorageWeakRef, int]]] = {
+            name: {} for name in CopyMemory._fields}
         self.most = dict.fromkeys(CopyMemory._fields, 0)
 
     def add(self, kind: str, tensor: torch.Tensor) -> None:
@@ -124,7 +133,8 @@ def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
     run = run_with_copies(overrides)
     run.state.planning.planner = EveryLayerOtherwise(3)
     run.state.planning.restored()
-    seen, gather, reduce, cast, position = Seen(), Packed.post_gather, Packed.post_reduce, grouped_experts._cast, run.mesh["ep"].position
+    seen, gather, reduce, cast, position = (Seen(), Packed.post_gather, Packed.post_reduce,
+                                            grouped_experts._cast, run.mesh["ep"].position)
 
     def gathered(transfers, *arguments):
         flight = gather(transfers, *arguments)

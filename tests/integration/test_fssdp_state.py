@@ -1,4 +1,4 @@
-"""State of FSSDP: resuming to the bit, checkpoints of homes that moved, and nothing that a step changes is forgotten."""
+"""State of FSSDP: runs resume to the bit, homes that moved are saved, nothing that a step changes is lost."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SLICED = ["planner=eplb", "parallel.max_sliced_experts=3", "parallel.collective=
 
 
 def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
-    """Metrics and state at the end of 10 steps: in one go, and by a run that loads what the first saved after 6."""
+    """Metrics and state at the end of 10 steps: in one go, and by a run that loads a save after step 6."""
     run = run_with_copies(overrides)
     first = []
     for step in range(1, 11):
@@ -92,12 +92,14 @@ def test_a_checkpoint_of_homes_that_moved_loads_anywhere_to_the_bit(ranks, tmp_p
              f"parallel.max_sliced_experts={sliced}",
              "planner=eplb"]
     held_by = ranks(4).run(save_moved, moved, tmp_path)
-    in_pieces = {name for held in held_by for name, (shape, _, rows) in held.items() if "experts" in name and len(rows) < shape[0]}
+    in_pieces = {name for held in held_by for name, (shape, _, rows) in held.items()
+                 if "experts" in name and len(rows) < shape[0]}
     assert len(in_pieces) == 2 * sliced * 2 * 3          # layers, matrices, parameter and moments
     truth = whole(held_by)
     for name, (world, overrides) in ELSEWHERE.items():
         overrides = [*overrides, f"run.nproc={world}", f"train.micro_batch={16 // world}"]
-        loaded = whole([load_elsewhere(overrides, tmp_path)] if world == 1 else ranks(world).run(load_elsewhere, overrides, tmp_path))
+        loaded = whole([load_elsewhere(overrides, tmp_path)] if world == 1
+                       else ranks(world).run(load_elsewhere, overrides, tmp_path))
         assert loaded.keys() == truth.keys()
         assert all(torch.equal(loaded[tensor], truth[tensor]) for tensor in truth), name
 
@@ -136,7 +138,9 @@ def unsaved_with_copies(overrides: list[str]) -> list[str]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("more", [[], ["parallel.max_sliced_experts=2"], [CALIBRATE, "parallel.forecast=trend"]], ids=["planned", "sliced", "calibrated"])
+@pytest.mark.parametrize("more", [
+    [], ["parallel.max_sliced_experts=2"], [CALIBRATE, "parallel.forecast=trend"],
+], ids=["planned", "sliced", "calibrated"])
 def test_what_a_step_with_copies_changes_is_saved_or_rebuilt(ranks, more):
     assert ranks(2).run(unsaved_with_copies, ["parallel=fssdp", "parallel.shard=1", "run.nproc=2",
                                               "train.micro_batch=4",

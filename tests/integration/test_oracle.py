@@ -33,7 +33,8 @@ def make_params(*, layers: int = 2, experts: int = 4, dense: int = 0, shared: in
 
 
 def model(**changes) -> dict:
-    return dict(num_layers=2, num_heads=H, num_kv_heads=KV, head_dim=HEAD, top_k=2, num_experts=4, qk_norm=True) | changes
+    return dict(num_layers=2, num_heads=H, num_kv_heads=KV, head_dim=HEAD, top_k=2, num_experts=4,
+                qk_norm=True) | changes
 
 
 def make_batch(seed: int, *, batch: int = 2, length: int = 6,

@@ -1,9 +1,12 @@
 """Parallel equals serial: every mesh gives what an oracle in one process gives.
 
-Factors: mesh, accumulation, shared experts, unequal padding, a forced router that leaves experts and whole ranks without
-tokens, and how the forward passes are run (activation checkpointing, count pass). Pairs of factors here, the full product
-with --all. float64 to 1e-10 against tests/support/oracle.py: first gradients, clipped; norm; counts exactly; parameters after 8 steps
-of AdamW (20 with --all). float32, every third case, through the path that ships: first gradients at 1e-5 with the choices fixed, loss curves within 1e-3.
+Factors: mesh, accumulation, shared experts, unequal padding, a forced router that leaves experts and whole
+ranks without tokens, and how the forward passes are run (activation checkpointing, count pass). Pairs of
+factors here, the full product with --all.
+
+float64 to 1e-10 against tests/support/oracle.py: first gradients, clipped; norm; counts exactly; parameters
+after 8 steps of AdamW (20 with --all). float32, every third case, through the path that ships: first
+gradients at 1e-5 with the choices fixed, loss curves within 1e-3.
 """
 
 from functools import cache
@@ -46,7 +49,8 @@ MESHES = {
 PASSES = {
     "keep": [], "selective": ["train.activation_checkpointing=selective"],
     "full": ["train.activation_checkpointing=full"],
-    "count": ["train.count_pass=true"], "count-full": ["train.count_pass=true", "train.activation_checkpointing=full"],
+    "count": ["train.count_pass=true"],
+    "count-full": ["train.count_pass=true", "train.activation_checkpointing=full"],
 }
 FACTORS = {"mesh": list(MESHES), "accumulation": [1, 4], "shared": [0, 1], "padded": [False, True],
            "forced": [False, True],
@@ -132,7 +136,8 @@ def truth(shared: int, padded: bool, forced: bool, steps: int) -> Trained:
     initial = whole([snapshot(run, lambda p: p.data)])
     ours = {name.removesuffix(".weight"): name for name in initial}
     params = {name.removesuffix(".weight"): tensor.requires_grad_() for name, tensor in initial.items()}
-    decayed = [p for name, p in params.items() if p.ndim > 1 and name not in ("embed", "head") and ".router" not in name]
+    decayed = [p for name, p in params.items()
+               if p.ndim > 1 and name not in ("embed", "head") and ".router" not in name]
     undecayed = [p for p in params.values() if not any(p is d for d in decayed)]
     adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": optim.weight_decay},
                                {"params": undecayed, "weight_decay": 0.0}], betas=tuple(optim.betas),
@@ -143,7 +148,8 @@ def truth(shared: int, padded: bool, forced: bool, steps: int) -> Trained:
         total, ce, balance, found = oracle_loss(
             params, batches, balance_weight=0.1, balance_scope="global", z_weight=0.01, num_layers=2,
             num_heads=4, num_kv_heads=2, head_dim=4, top_k=2, num_experts=8, num_shared_experts=shared,
-            norm_eps=sizes.norm_eps, forced={0: torch.tensor([0, 1]), 1: torch.tensor([7, 6])} if forced else None,
+            norm_eps=sizes.norm_eps,
+            forced={0: torch.tensor([0, 1]), 1: torch.tensor([7, 6])} if forced else None,
         )
         adamw.zero_grad()
         total.backward()
@@ -171,7 +177,8 @@ def test_a_mesh_gives_what_the_oracle_gives_in_float64(ranks, case, steps):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("chunked", CHUNKED, ids=lambda chunked: "-".join(map(str, [*chunked[0], *chunked[1]])))
+@pytest.mark.parametrize("chunked", CHUNKED,
+                         ids=lambda chunked: "-".join(map(str, [*chunked[0], *chunked[1]])))
 def test_chunks_change_nothing(ranks, chunked, steps):
     case, overrides = chunked
     check(on_mesh(ranks, case, "float64", steps, ("schedule=fixed", *overrides)), truth(*case[2:5], steps))

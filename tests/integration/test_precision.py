@@ -1,5 +1,7 @@
-"""bfloat16 training: float32 parameters, gradients and moments, the same on all meshes within the spread of two seeds, and the
-same bits every time."""
+"""bfloat16 training: float32 parameters, gradients and moments.
+
+The same on all meshes within the spread of two seeds, and the same bits every time.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,8 @@ def test_a_mesh_trains_as_one_process_does(ranks, serial, mesh):
     spread = (losses(serial[0]) - losses(serial[1])).abs().mean()
     assert (losses(first) - losses(serial[0])).abs().mean() < 0.5 * spread
     assert losses(first)[-1] < losses(first)[0]
-    assert difference(first.parameters, second.parameters)[0] == 0.0 and torch.equal(losses(first), losses(second))
+    assert (difference(first.parameters, second.parameters)[0] == 0.0
+            and torch.equal(losses(first), losses(second)))
 
 
 def test_what_is_kept_is_float32():
@@ -42,7 +45,8 @@ def test_what_is_kept_is_float32():
     from moetrain.train.step import train_step
 
     seen = []
-    hook = run.state.model.layers[0].attention.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    hook = run.state.model.layers[0].attention.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.dtype))
     train_step(run, 1)
     hook.remove()
     assert seen and set(seen) == {torch.bfloat16}

@@ -1,4 +1,7 @@
-"""Every recipe composes and trains; what docs/howto/recipes.md says of it is so; a large model without one is told."""
+"""Every recipe composes, trains and is what docs/howto/recipes.md says.
+
+A run of a large model without a recipe is told of one.
+"""
 
 import re
 from pathlib import Path
@@ -43,7 +46,8 @@ def rows(heading: str) -> dict[str, list[str]]:
 
 def whole(name: str) -> tuple[Config, int]:
     """With the dtype that run.dtype=auto is on a CPU."""
-    return compose([f"experiment={name}", *["run.dtype=float32"] * (name == "laptop")]), VOCABULARY.get(name, 50304)
+    return (compose([f"experiment={name}", *["run.dtype=float32"] * (name == "laptop")]),
+            VOCABULARY.get(name, 50304))
 
 
 def reduced(name: str) -> Config:
@@ -62,7 +66,8 @@ def test_a_recipe_trains_two_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_page_has_the_numbers_of_the_model_on_the_meta_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_has_the_numbers_of_the_model_on_the_meta_device(
+        name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "initialise", lambda *arguments, **options: None)
     config, vocabulary = whole(name)
     model = build.build_model(config, vocabulary,
@@ -74,7 +79,8 @@ def test_the_page_has_the_numbers_of_the_model_on_the_meta_device(name: str, mon
         f"{counted.total / 1e9:.{digits}f} B", f"{counted.active / 1e9:.{digits}f} B",
         f"{vocabulary:,}{' (bytes)' * (name == 'laptop')}",
         f"{train.global_batch * train.seq_len:,}", f"{config.run.steps:,}", f"{train.seq_len:,}"]
-    memory, there = rank_memory(config, vocabulary, config.run.nproc), MEMORY.get(name, Available(100 * G, 80 * G))
+    memory, there = (rank_memory(config, vocabulary, config.run.nproc),
+                     MEMORY.get(name, Available(100 * G, 80 * G)))
     shown = [size(memory.state), size(memory.activations), size(memory.logits),
              size(memory.total - memory.tokens), size(there.gpu or 0),
              size(12 * counted.total)]

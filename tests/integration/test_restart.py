@@ -1,6 +1,7 @@
-"""Runs that are told to stop, lose a rank, crash again and again, or meet another job: real processes and real signals.
+"""Runs that are told to stop, lose a rank, crash repeatedly or meet another job.
 
-What is compared: the losses of every step in metrics.jsonl, to the last bit, with those of a run nobody disturbed.
+The processes and signals are real. The losses of every step in metrics.jsonl are compared, to the last bit,
+with those of a run that nobody disturbed.
 """
 
 import json
@@ -26,7 +27,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Undisturbed too by output that goes nowhere: a reader that has left, and standard error that is closed."""
+    """A run that is not disturbed, even by output that goes nowhere.
+
+    The reader of its output has left, and standard error is closed.
+    """
     job = Job(tmp_path_factory.mktemp("undisturbed"), *TWO, shell="2>&- | head -1")
     assert job.wait() == 0, job.text()
     assert len(job.text().splitlines()) == 1
@@ -37,7 +41,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.mark.slow
 @pytest.mark.parametrize("number, to", [(signal.SIGINT, "launcher"),
                                         pytest.param(signal.SIGHUP, "one rank", marks=pytest.mark.full)])
-def test_told_to_stop_all_ranks_save_after_the_same_step_and_the_same_command_goes_on(undisturbed, tmp_path, number, to):
+def test_told_to_stop_all_ranks_save_after_the_same_step_and_the_same_command_goes_on(
+        undisturbed, tmp_path, number, to):
     job = Job(tmp_path, *TWO).wait_for(12)
     os.kill(job.process.pid if to == "launcher" else job.workers()[1], number)
     assert job.wait() == 10, job.text()
@@ -194,7 +199,8 @@ def test_a_config_that_cannot_be_written_stays_as_it_was_and_ends_all_ranks(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen, named", [pytest.param(1, "rank 1, which does not answer", marks=pytest.mark.full), (0, "rank 0 or its machine")])
+@pytest.mark.parametrize("frozen, named", [
+    pytest.param(1, "rank 1, which does not answer", marks=pytest.mark.full), (0, "rank 0 or its machine")])
 def test_a_rank_that_hangs_is_named(tmp_path, frozen, named):
     job = Job(tmp_path, *TWO, "run.timeout_s=10", "run.max_restarts=0", steps=20000).wait_for(3)
     os.kill(job.workers()[frozen], signal.SIGSTOP)
@@ -249,4 +255,5 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time_alone(tmp_
     lines = (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 201))
     assert "the save of step 40 failed" in text and "No space left" in text
-    assert sorted(path.name for path in (tmp_path / "kept" / "checkpoints").iterdir()) == ["step-00000180", "step-00000200"]
+    assert (sorted(path.name for path in (tmp_path / "kept" / "checkpoints").iterdir())
+            == ["step-00000180", "step-00000200"])

@@ -1,7 +1,8 @@
 """Resuming gives the same bits, and would not if one item of state were forgotten.
 
-Every case trains on, saves, loads into a fresh run and goes on; compared are all numbers of the remaining steps and every
-piece of state at the end. The negative controls put back, after the load, one item as a fresh run has it.
+Every case trains on, saves, loads into a fresh run and goes on. All numbers of the remaining steps and every
+piece of state at the end are compared. The negative controls put back, after the load, one item as a fresh
+run has it.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Training on the simulated CUDA device: the CPU's numbers on every mesh, and a golden table of host waits.
 
-The devices compute with the CPU's kernels, so float32 differs by the order of sums alone. Waits are counted in bfloat16, in which
-counts of rows stay on the device. The table is exact: a wait that is added fails the test, and so does one that is gone.
+The devices compute with the CPU's kernels, so float32 differs by the order of sums alone. Waits are counted
+in bfloat16, in which counts of rows stay on the device. The table is exact: a wait that is added fails the
+test, and so does one that is gone.
 """
 
 from collections import Counter
@@ -32,7 +33,8 @@ def on_device(mesh: str) -> tuple[Trained, host_waits.Waits, bool]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_device_trains_as_the_cpu_does_and_the_host_waits_where_it_must(mesh: str, devices: Callable[[int], Ranks]) -> None:
+def test_a_device_trains_as_the_cpu_does_and_the_host_waits_where_it_must(
+        mesh: str, devices: Callable[[int], Ranks]) -> None:
     results = devices(MESHES[mesh].ranks).run(on_device, mesh)
     assert all(there for _, _, there in results)
     assert_trains_alike(union([trained for trained, _, _ in results]), on_the_cpu())
@@ -57,10 +59,13 @@ PLANS_AGREED = Entry("data", "parallel/fssdp/replanner.py:agreed", "copy to the 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.steps])
 def test_a_step_in_the_table_keeps_within_the_budget(name: str) -> None:
     case, waits = CASES[name], host_waits.read()[name]
-    outside = {entry: times for entry, times in waits.items() if entry.place.startswith(("train/", "parallel/fssdp/replanner.py"))}
-    assert outside == {SUMS: 1, **({PLANS_AGREED: 1} if "parallel=fssdp" in case.overrides else {})}, "one read of one buffer"
+    outside = {entry: times for entry, times in waits.items()
+               if entry.place.startswith(("train/", "parallel/fssdp/replanner.py"))}
+    assert outside == {SUMS: 1, **({PLANS_AGREED: 1} if "parallel=fssdp" in case.overrides else {})
+                       }, "one read of one buffer"
     assert not [entry for entry in waits if entry.part == "backward"], "nothing in backward"
-    assert not [entry for entry in waits if entry.kind in ("synchronize", "barrier")], "events, not synchronizing"
+    assert not [entry for entry in waits
+                if entry.kind in ("synchronize", "barrier")], "events, not synchronizing"
     in_layers = Counter[str]()
     for entry, times in waits.items():
         if entry not in outside:

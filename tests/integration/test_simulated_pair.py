@@ -1,7 +1,8 @@
-"""Training on several simulated devices: exchange backends, chunks, planners, a shared GPU, resuming on another mesh.
+"""Training on several simulated devices: exchange backends, chunks, planners, a shared GPU, resuming.
 
-Everything equals one process on the CPU. Where a case says so, counts of rows stay on the device in float32 too, as
-in bfloat16 on a GPU: those branches are then held to float32's tolerance.
+A run resumes on another mesh. Everything equals one process on the CPU. Where a case says so, counts of rows
+stay on the device in float32 too, as in bfloat16 on a GPU: those branches are then held to float32's
+tolerance.
 """
 
 import os
@@ -152,7 +153,10 @@ def waits_in(results: list[Outcome], places: str) -> set[str]:
 
 
 def joined_anew(overrides: list[str], port: int, device_of_all: int | None) -> Outcome:
-    """Train over a group that the run makes itself. device_of_all: the index, where there is only one device."""
+    """Train over a group that the run makes itself.
+
+    device_of_all: index of the device, where there is only one.
+    """
     dist.destroy_process_group()
     # A store of its own: in that of the tests there are addresses of groups of the same name.
     with mock.patch.dict(os.environ, {"MASTER_PORT": str(port)}), pytest.MonkeyPatch.context() as patch:
@@ -185,7 +189,11 @@ def test_a_group_of_nccl_is_told_its_device(devices) -> None:
 
 def saved_after(steps: int, overrides: list[str], resumed: Path | None,
                 target: Path) -> tuple[Held, Held, list[dict[str, float]]]:
-    """Train to a step, from a checkpoint if there is one: parameters as loaded, those at the end, and metrics."""
+    """Train to a step, from a checkpoint if there is one.
+
+    Returns:
+        Parameters as loaded, parameters at the end, and metrics.
+    """
     run = make_run([*overrides, "run.dtype=float32"])
     first = 1
     if resumed is not None:
@@ -210,7 +218,8 @@ CHAINS = [("fsdp", "fssdp"), *(pytest.param(pair, marks=pytest.mark.full) for pa
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids="-".join)
-def test_a_checkpoint_goes_on_on_other_devices_and_on_the_cpu(chain: tuple[str, str], devices, tmp_path) -> None:
+def test_a_checkpoint_goes_on_on_other_devices_and_on_the_cpu(
+        chain: tuple[str, str], devices, tmp_path) -> None:
     """One step on each, and one on the CPU: what one process does in three."""
     first, second = ([*MODES[mode], "run.device=cuda", "run.nproc=2", "train.micro_batch=8"]
                      for mode in chain)

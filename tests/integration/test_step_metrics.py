@@ -27,10 +27,13 @@ def test_terms_add_up_to_the_loss_and_do_not_depend_on_the_mesh(ranks, way):
     alone = train_steps(overrides, 2).metrics
     assert alone[0]["loss/z"] == pytest.approx((total - ce - 0.1 * balance).item() / 0.01, abs=1e-8)
     for parallel in ("ep", "fsdp") if way == "added" else ("ep",):
-        together = ranks(2).run(train_steps, [*overrides, f"parallel={parallel}", "run.nproc=2"], 2)[1].metrics
+        together = ranks(2).run(
+            train_steps, [*overrides, f"parallel={parallel}", "run.nproc=2"], 2)[1].metrics
         for ours, its in zip(alone, together):
-            assert {name for name in ours if name.startswith("loss/weighted/")} == TERMS and "loss/micro_balance" not in ours
-            assert ours["loss/ce"] + sum(ours[name] for name in TERMS) == pytest.approx(ours["loss/total"], rel=1e-12)
+            assert ({name for name in ours if name.startswith("loss/weighted/")} == TERMS
+                    and "loss/micro_balance" not in ours)
+            assert (ours["loss/ce"] + sum(ours[name] for name in TERMS)
+                    == pytest.approx(ours["loss/total"], rel=1e-12))
             assert ours["loss/weighted/balance"] == pytest.approx(0.1 * ours["loss/balance"], rel=1e-12)
             for name in (*TERMS, "loss/z"):
                 assert its[name] == pytest.approx(ours[name], rel=1e-10), (parallel, name)
@@ -59,7 +62,8 @@ def test_the_slowest_and_the_fastest_rank_of_a_phase_are_known(ranks):
     for rank, metrics in enumerate(found):
         assert metrics[0]["time/optim/max"] == 0 and metrics[1]["time/optim/min"] > 0
         for phase in ("data", "forward", "backward"):
-            assert metrics[1][f"time/{phase}/min"] <= metrics[1][f"time/{phase}"] <= metrics[1][f"time/{phase}/max"]
+            assert (metrics[1][f"time/{phase}/min"] <= metrics[1][f"time/{phase}"]
+                    <= metrics[1][f"time/{phase}/max"])
     optim = [metrics[0]["time/optim"] for metrics in found]
     assert (found[0][1]["time/optim/min"], found[0][1]["time/optim/max"]) == (min(optim), max(optim))
     assert not timed & set(train_steps([], 1).metrics[0])

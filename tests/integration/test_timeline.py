@@ -1,4 +1,7 @@
-"""Recorded timelines: what ran when. Counts are on their way while the head runs, and nobody waits for them before the loss."""
+"""Recorded timelines: what ran when.
+
+Counts are on their way while the head runs, and nobody waits for them before the loss.
+"""
 
 import json
 from dataclasses import replace
@@ -41,7 +44,10 @@ def recorded(overrides: list[str], directory: Path, steps: int, at_once: bool = 
 
 
 def hidden(directory: Path) -> list[list[bool]]:
-    """Of every rank, for every all-reduce of counts in the recorded step: whether nobody waited for it before a loss."""
+    """Whether nobody waited for an all-reduce of counts before a loss.
+
+    Of every rank, one entry for every such all-reduce in the recorded step.
+    """
     found = []
     for path in sorted((directory / "log/timeline/step-00000002").iterdir()):
         found.append([one.next.name == "loss" and any(span.name == "head" for span in one.covered)
@@ -66,7 +72,8 @@ def test_counts_leave_before_the_tokens_of_the_last_layer(ranks, tmp_path, mode)
         for one in pooled(found):
             head = next(span for span in found if span.name == "head" and span.begin > one.post.begin)
             # There and back
-            assert [span.name for span in found if one.post.begin < span.begin < head.begin].count("gloo:all_to_all") >= 2
+            assert [span.name for span in found
+                    if one.post.begin < span.begin < head.begin].count("gloo:all_to_all") >= 2
 
 
 @pytest.mark.ranks
@@ -75,10 +82,12 @@ def test_where_gradients_are_attached_nobody_waits_before_the_head_has_run_backw
     ranks(2).run(recorded, [*MODES[mode], "train.aux_loss=injected"], tmp_path, 2)
     for path in (tmp_path / "log/timeline/step-00000002").iterdir():
         found = pooled(spans(path))
-        softmax = [event["ts"] for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "LogSoftmaxBackward0"]
+        softmax = [event["ts"] for event in json.loads(path.read_text())["traceEvents"]
+                   if event.get("name") == "LogSoftmaxBackward0"]
         assert len(found) == (1 if mode == "exact" else 4) and len(softmax) == 4
         for one in found:
-            assert one.next.name == "backward" and any(one.next.begin <= at <= one.wait.begin for at in softmax)
+            assert (one.next.name == "backward"
+                    and any(one.next.begin <= at <= one.wait.begin for at in softmax))
             assert any(span.name == "head" for span in one.covered)
 
 
@@ -93,7 +102,8 @@ def test_the_all_reduce_of_counts_is_on_the_thread_that_carries_it(ranks, tmp_pa
     ranks(2).run(recorded, MODES["warm"], tmp_path, 2)
     for path in (tmp_path / "log/timeline/step-00000002").iterdir():
         for one in pooled(spans(path)):
-            assert one.post.begin <= one.transfer.begin < one.transfer.end and one.transfer.begin < one.wait.end
+            assert (one.post.begin <= one.transfer.begin < one.transfer.end
+                    and one.transfer.begin < one.wait.end)
 
 
 @pytest.mark.ranks

@@ -26,7 +26,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import os
 
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:
+    for name in [name for name in os.environ
+                 if name.startswith(("SLURM_", "OMPI_", "PMI_"))
+                 or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:
         monkeypatch.delenv(name)
     return tmp_path
 
@@ -66,18 +68,22 @@ def test_a_number_of_ranks_that_is_not_asked_for_is_said(monkeypatch, capsys) ->
 
 @pytest.mark.parametrize("environment", REFUSED)
 @pytest.mark.parametrize("verb", ["train", "eval", "generate"])
-def test_several_processes_that_know_nothing_of_each_other_are_refused(verb: str, environment: dict, monkeypatch, capsys, here) -> None:
+def test_several_processes_that_know_nothing_of_each_other_are_refused(
+        verb: str, environment: dict, monkeypatch, capsys, here) -> None:
     from moetrain.config.compose import compose, to_yaml
 
     (here / "runs" / "mine").mkdir(parents=True)
-    (here / "runs" / "mine" / "config.yaml").write_text(to_yaml(compose(["experiment=debug", "run.name=mine"])))
+    (here / "runs" / "mine" / "config.yaml").write_text(
+        to_yaml(compose(["experiment=debug", "run.name=mine"])))
     inside(monkeypatch, environment)
     words = ["mine", "parallel=ep", "run.nproc=1", "generate.prompt=it's (x)"]
     assert main([verb, *words]) == 2
     error = capsys.readouterr().err
-    assert error.count("E-CONFIG-123") == 1 and list((here / "runs" / "mine").iterdir()) == [here / "runs" / "mine" / "config.yaml"]
+    assert (error.count("E-CONFIG-123") == 1
+            and list((here / "runs" / "mine").iterdir()) == [here / "runs" / "mine" / "config.yaml"])
     advised = shlex.split(error.rpartition("try     ")[2])
-    assert "generate.prompt=it's (x)" in advised and sum(word.startswith("run.nproc=") for word in advised) < 2
+    assert ("generate.prompt=it's (x)" in advised
+            and sum(word.startswith("run.nproc=") for word in advised) < 2)
     if advised[:2] == ["moetrain", "slurm"]:             # what it says to type is tried, without a Slurm
         for name in environment:
             monkeypatch.delenv(name)

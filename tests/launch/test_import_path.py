@@ -1,4 +1,4 @@
-"""Where ranks import from: never the current folder, always PYTHONPATH, and moetrain itself wherever it was found."""
+"""Where ranks import from: never the current folder, always PYTHONPATH, and moetrain where it was found."""
 
 import os
 import sys
@@ -40,13 +40,15 @@ def test_ranks_of_torchrun(trapped: Path) -> None:
     assert not (trapped / "hit").exists()
 
 
-def test_what_is_on_the_path_stays_and_moetrain_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_on_the_path_stays_and_moetrain_is_found(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/a:/b")
     assert program_environment()["PYTHONPATH"].split(os.pathsep)[:2] == ["/a", "/b"]
     # A checkout that is not installed, run from its root
     monkeypatch.setattr(sys, "path", ["", str(tmp_path)])
     environment = program_environment()
-    assert environment["PYTHONPATH"].split(os.pathsep) == ["/a", "/b", str(ROOT)] and environment["PYTHONSAFEPATH"] == "1"
+    assert (environment["PYTHONPATH"].split(os.pathsep) == ["/a", "/b", str(ROOT)]
+            and environment["PYTHONSAFEPATH"] == "1")
     monkeypatch.delenv("PYTHONPATH")
     # No empty entry: that would be the current folder
     assert program_environment()["PYTHONPATH"] == str(ROOT)

@@ -45,7 +45,8 @@ def status(tmp_path: Path) -> dict:
 
 
 def test_ranks_get_their_environment(ranks, tmp_path: Path) -> None:
-    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    names = ("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS "
+             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
     assert ranks(f'for n in {names}; do echo "$n=${{!n}}" >> {tmp_path}/env-$RANK; done; echo "$@"; {DONE}',
                  nproc=3) == 0
     seen = [dict(line.split("=") for line in (tmp_path / f"env-{rank}").read_text().splitlines())
@@ -70,7 +71,8 @@ def test_the_real_program_runs_on_ranks(tmp_path: Path, capfd: pytest.CaptureFix
     assert "E-CONFIG-003" in (tmp_path / "log" / "rank-1.log").read_text()
 
 
-def test_the_first_failure_gives_the_code_and_stops_the_others(ranks, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_first_failure_gives_the_code_and_stops_the_others(
+        ranks, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     started = time.monotonic()
     assert ranks("[ $RANK = 1 ] && exit 12; exec sleep 60") == 12
     assert time.monotonic() - started < 5
@@ -99,8 +101,8 @@ def test_a_stubborn_rank_is_killed(ranks) -> None:
     ("trap '' TERM; [ $RANK = 1 ] && exit 16; while true; do sleep 0.1; done",
      "rank 0 does not answer (process "),
 ])
-def test_the_rank_to_blame_is_named_not_the_one_that_noticed(ranks, tmp_path: Path, capfd: pytest.CaptureFixture, script: str,
-                                                             blamed: str) -> None:
+def test_the_rank_to_blame_is_named_not_the_one_that_noticed(
+        ranks, tmp_path: Path, capfd: pytest.CaptureFixture, script: str, blamed: str) -> None:
     assert ranks(script) == 16
     assert blamed in capfd.readouterr().err
     assert status(tmp_path)["code"] == 16 and status(tmp_path)["reason"].startswith(blamed)
@@ -108,17 +110,20 @@ def test_the_rank_to_blame_is_named_not_the_one_that_noticed(ranks, tmp_path: Pa
 
 def test_ranks_die_with_their_launcher_even_stopped_ones(tmp_path: Path) -> None:
     """With what they do on SIGTERM: a rank that trains saves."""
-    rank = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from moetrain.launch.rank import become_rank, rank; become_rank(); " \
-           f"open({str(tmp_path)!r} + '/up-%d' % rank(), 'w').close(); time.sleep(60)"
+    rank = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); "
+            "from moetrain.launch.rank import become_rank, rank; become_rank(); "
+            f"open({str(tmp_path)!r} + '/up-%d' % rank(), 'w').close(); time.sleep(60)")
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/bash\nexec {sys.executable} -c "{rank}"\n')
     fake.chmod(0o755)
-    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from moetrain.launch.local import start_ranks; "
+    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+               "from pathlib import Path; from moetrain.launch.local import start_ranks; "
                f"sys.executable = {str(fake)!r}; start_ranks(['train'], 2, Path({str(tmp_path)!r}))")
     launcher = subprocess.Popen([sys.executable, "-c", program],
                                 env={name: v for name, v in os.environ.items() if name != "RANK"})
     until(lambda: all((tmp_path / f"up-{rank}").exists() for rank in (0, 1)))
-    workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    workers = [int(pid)
+               for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
     os.kill(workers[0], signal.SIGSTOP)
     launcher.kill()
     launcher.wait()
@@ -145,7 +150,8 @@ def is_alive(pid: int) -> bool:
     ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0.5"}, "LOCAL_RANK=0.5"),
     ({"RANK": "0", "MASTER_PORT": "http"}, "MASTER_PORT=http"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2")])
-def test_a_rank_that_is_no_number_is_a_mistake_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, variables, what) -> None:
+def test_a_rank_that_is_no_number_is_a_mistake_of_the_environment(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, variables, what) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -160,7 +166,8 @@ def test_a_rank_that_is_no_number_is_a_mistake_of_the_environment(monkeypatch: p
 def test_a_killed_rank_is_a_lost_peer(ranks, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert ranks("[ $RANK = 1 ] && kill -KILL $$; exec sleep 60") == 16
     assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
-    assert status(tmp_path) == {"code": 16, "reason": f"rank 1 was ended by SIGKILL; see {tmp_path}/run/log/rank-1.log", "step": 0}
+    assert status(tmp_path) == {
+        "code": 16, "reason": f"rank 1 was ended by SIGKILL; see {tmp_path}/run/log/rank-1.log", "step": 0}
 
 
 def test_ranks_that_save_are_not_hurried(ranks, tmp_path: Path) -> None:
@@ -175,12 +182,15 @@ def test_ranks_that_save_are_not_hurried(ranks, tmp_path: Path) -> None:
     (signal.SIGINT, "[ $RANK = 1 ] && trap 'kill -KILL $$' INT || trap '' INT", 130)])
 def test_signals_are_passed_on(tmp_path: Path, number: int, script: str, code: int) -> None:
     fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/bash\n{script}\ntouch {tmp_path}/up-$RANK\nwhile true; do sleep 0.05 & wait $!; done\n")
+    fake.write_text(f"#!/bin/bash\n{script}\ntouch {tmp_path}/up-$RANK\n"
+                    "while true; do sleep 0.05 & wait $!; done\n")
     fake.chmod(0o755)
     # A shell starts what runs in the background with interrupts ignored, and bash cannot trap what it was
     # told to ignore.
-    program = (f"import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.path.insert(0, {str(ROOT)!r}); "
-               f"from pathlib import Path; from moetrain.launch import local; local.GRACE_S = 0.5; sys.executable = {str(fake)!r}; "
+    program = ("import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+               f"sys.path.insert(0, {str(ROOT)!r}); "
+               "from pathlib import Path; from moetrain.launch import local; local.GRACE_S = 0.5; "
+               f"sys.executable = {str(fake)!r}; "
                f"sys.exit(local.start_ranks(['train'], 2, Path({str(tmp_path)!r})))")
     clean = {name: value for name, value in os.environ.items() if name != "RANK"}
     launcher = subprocess.Popen([sys.executable, "-c", program], env=clean)
@@ -208,8 +218,10 @@ def test_a_worker_does_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not under_torchrun() and has_own_stderr()
 
 
-def test_a_rank_of_torchrun_leaves_its_error_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_of_torchrun_leaves_its_error_in_a_log(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(DiskError), record_ending(tmp_path):
         raise DiskError(9, "full", where="here", why="no space", next="make some")
-    assert "E-DISK-009" in (tmp_path / "log" / "rank-3.log").read_text() and not (tmp_path / "status.json").exists()
+    assert ("E-DISK-009" in (tmp_path / "log" / "rank-3.log").read_text()
+            and not (tmp_path / "status.json").exists())

@@ -12,12 +12,14 @@ TWO = {"NODES": "2", "NODE_RANK": "1", "HEAD": "a", "NPROC": "4"}
 
 def test_one_node_needs_nothing() -> None:
     node = from_environment({"CUDA_VISIBLE_DEVICES": ""})
-    assert (node.nodes, node.rank, node.nproc, node.ranks, node.restarts, node.timeout_s) == (1, 0, 1, 1, 3, 60)
+    assert ((node.nodes, node.rank, node.nproc, node.ranks, node.restarts, node.timeout_s)
+            == (1, 0, 1, 1, 3, 60))
 
 
 def test_settings_are_taken() -> None:
     node = from_environment({**TWO, "PORT": "29500", "RESTARTS": "0", "RDZV_TIMEOUT": "5"})
-    assert node == Node(nodes=2, rank=1, head="a", port=29500, nproc=4, restarts=0, timeout_s=5) and node.ranks == 8
+    assert (node == Node(nodes=2, rank=1, head="a", port=29500, nproc=4, restarts=0, timeout_s=5)
+            and node.ranks == 8)
 
 
 def test_a_slurm_task_knows_its_number() -> None:

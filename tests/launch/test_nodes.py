@@ -28,7 +28,8 @@ pytestmark = pytest.mark.ranks
 
 
 def test_a_mistake_is_said_once_before_anything_starts(tmp_path: Path) -> None:
-    with started("node.sh", *TINY, "train.global_batch=9", "optim.lrr=1", f"run.dir={tmp_path}/run", prefix=(), NPROC=2) as node:
+    with started("node.sh", *TINY, "train.global_batch=9", "optim.lrr=1", f"run.dir={tmp_path}/run",
+                 prefix=(), NPROC=2) as node:
         code, output = ended(node)
     assert code == 2 and output.count("E-CONFIG-003") == output.count("E-CONFIG-035") == 1
     assert "2 ranks" in output and not (tmp_path / "run").exists()
@@ -36,16 +37,19 @@ def test_a_mistake_is_said_once_before_anything_starts(tmp_path: Path) -> None:
 
 def test_a_head_that_cannot_be_reached_is_named_in_time(tmp_path: Path) -> None:
     port, began = free_port(), time.monotonic()
-    with started("nodes.sh", *TINY, f"run.dir={tmp_path}", NODES=2, NODE_RANK=1, HEAD="127.0.0.1", PORT=port, RDZV_TIMEOUT=2) as node:
+    with started("nodes.sh", *TINY, f"run.dir={tmp_path}", NODES=2, NODE_RANK=1, HEAD="127.0.0.1", PORT=port,
+                 RDZV_TIMEOUT=2) as node:
         code, output = ended(node, limit_s=30)
-    assert code == 15 and output.count("E-RENDEZVOUS-002") == 1 and f"127.0.0.1:{port}" in output and "Traceback" not in output
+    assert (code == 15 and output.count("E-RENDEZVOUS-002") == 1 and f"127.0.0.1:{port}" in output
+            and "Traceback" not in output)
     assert time.monotonic() - began >= 2
 
 
 @pytest.mark.slow
 def test_a_killed_rank_comes_back_and_the_run_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with started("node.sh", *TINY, "run.steps=40", "checkpoint.interval=5", f"run.dir={run}", NPROC=2) as node:
+    with started("node.sh", *TINY, "run.steps=40", "checkpoint.interval=5", f"run.dir={run}",
+                 NPROC=2) as node:
         until(lambda: len(steps(run)) > 8)
         os.kill(ranks(run)[-1], signal.SIGKILL)
         code, output = ended(node)
@@ -91,16 +95,19 @@ def test_a_run_whose_supervisor_is_killed_saves_and_ends(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_what_would_only_fail_again_is_not_restarted(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with started("node.sh", *TINY, "data=tokens", f"data.path={tmp_path}/none", f"run.dir={run}", NPROC=2) as node:
+    with started("node.sh", *TINY, "data=tokens", f"data.path={tmp_path}/none", f"run.dir={run}",
+                 NPROC=2) as node:
         code, output = ended(node)
     assert code == 12 and output.count("E-DATA-010") == 1, output
     assert status(run)["code"] == 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, everyone", [pytest.param(signal.SIGTERM, False, marks=pytest.mark.full), (signal.SIGUSR1, True)], ids=["script", "every process"])
+@pytest.mark.parametrize("number, everyone", [
+    pytest.param(signal.SIGTERM, False, marks=pytest.mark.full), (signal.SIGUSR1, True),
+], ids=["script", "every process"])
 def test_a_signal_saves_and_ends_with_10(tmp_path: Path, number: int, everyone: bool) -> None:
-    """Slurm signals every process of a step where it tracks them by cgroups: the ranks then get the same signal twice."""
+    """Slurm signals every process of a step where it tracks them by cgroups: ranks get the signal twice."""
     run = tmp_path / "run"
     with started("node.sh", *TINY, "run.steps=100000", f"run.dir={run}", NPROC=2 if everyone else 1) as node:
         until(lambda: len(steps(run)) > 2)
@@ -122,7 +129,10 @@ Nodes = list[tuple[tuple[str, ...], str]]
 
 @pytest.fixture
 def network() -> Iterator[Nodes]:
-    """(prefix of a command, address) of two nodes: network namespaces joined by a bridge, or this machine twice."""
+    """Two nodes as (prefix of a command, address).
+
+    They are network namespaces joined by a bridge or, where those are not allowed, this machine twice.
+    """
     loopback = [((), "127.0.0.1"), ((), "127.0.0.1")]
     tag = f"moe{os.getpid() % 10**6:x}"
     names = [f"{tag}a", f"{tag}b"]
@@ -156,7 +166,7 @@ def _joined(bridge: str, names: list[str]) -> Nodes:
 
 @pytest.mark.slow
 def test_two_nodes_train(network: Nodes, tmp_path: Path) -> None:
-    """In namespaces neither node knows the head's address as its own name, and there is no route but that between them."""
+    """In namespaces neither node knows the head's address as its own, and the only route is between them."""
     (first, head), (second, _) = network
     run = tmp_path / "run"
     with two_nodes(*TINY, "run.steps=4", f"run.dir={run}", head=head, prefixes=(first, second)) as nodes:

@@ -153,7 +153,8 @@ def test_something_else_answers(pieces: tuple[bytes, ...], pause_s: float,
     began = time.monotonic()
     with answering(*pieces, pause_s=pause_s) as port:
         (error,) = call(node(1, timeout_s=1), port=port)
-    assert error.id == "E-RENDEZVOUS-002" and "not moetrain" in str(error) and f"127.0.0.1:{port}" in str(error)
+    assert (error.id == "E-RENDEZVOUS-002" and "not moetrain" in str(error)
+            and f"127.0.0.1:{port}" in str(error))
     assert time.monotonic() - began < 15
 
 
@@ -165,7 +166,8 @@ def test_who_says_nothing_or_too_much_keeps_nobody_waiting(monkeypatch: pytest.M
         for number in range(40):
             stranger = strangers.enter_context(reached(port))
             with contextlib.suppress(OSError):
-                stranger.sendall((b"", b"{", b"[" * 1000 + b"\n", b"x" * 5000, b'{"moetrain": 1, "node": 1, "nodes": [], "nproc": 2}\n')[number % 5])
+                stranger.sendall((b"", b"{", b"[" * 1000 + b"\n", b"x" * 5000,
+                                  b'{"moetrain": 1, "node": 1, "nodes": [], "nproc": 2}\n')[number % 5])
         began = time.monotonic()
         assert call(node(1, nodes=2, timeout_s=60), port=port) == [None] and head.result() == [None]
         assert time.monotonic() - began < 30             # silent ones would have had 5 s each
@@ -184,4 +186,5 @@ def reached(port: int) -> socket.socket:
 def test_the_address_is_that_of_the_route() -> None:
     assert own_address(node(0)) == own_address(node(1)) == "127.0.0.1"
     assert own_address(node(0, head="some-name")) == "some-name"         # the others know it by that name
-    assert interface(node(0, nodes=1, head="127.0.0.1")) in ("lo", None) and interface(node(0, head="127.0.0.1")) is None
+    assert (interface(node(0, nodes=1, head="127.0.0.1")) in ("lo", None)
+            and interface(node(0, head="127.0.0.1")) is None)

@@ -1,4 +1,4 @@
-"""What the scripts of launch/ and tools/ hand on: the caller's overrides, whole, to commands that are all about one run.
+"""What the scripts of launch/ and tools/ hand on: all overrides of the caller, to commands about one run.
 
 The scripts are the real ones, in a checkout whose .venv records how it is called instead of training.
 """

@@ -42,21 +42,27 @@ def test_a_job_on_two_nodes_trains(cluster: Cluster, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "--nodes", "2", "--nproc-per-node=1",
                            "--time=10", "--lead=60",
                            *TINY, "run.steps=6", f"run.dir={run}"], cwd=ROOT, text=True, capture_output=True,
-                          env={**cluster.environment, "PORT": str(free_port())})      # other clusters here count jobs from 1, too
+                          # The default follows from the job's number; other clusters here count from 1, too
+                          env={**cluster.environment, "PORT": str(free_port())})
     assert done.returncode == 0, done.stderr
     number = done.stdout.split()[1].strip(":")
     job = cluster.finished(number)
     log = (run / "log" / f"slurm-{number}.log").read_text()
-    assert (job["JobState"], job["ExitCode"], job["TimeLimit"], job["NumNodes"]) == ("COMPLETED", "0:0", "00:10:00", "2"), log
+    assert ((job["JobState"], job["ExitCode"], job["TimeLimit"], job["NumNodes"])
+            == ("COMPLETED", "0:0", "00:10:00", "2")), log
     assert "2 ranks" in log and status(run)["code"] == 0 and steps(run) == list(range(1, 7))
 
 
-def test_a_sweep_is_an_array_whose_tasks_know_their_run_and_their_nodes(cluster: Cluster, tmp_path: Path) -> None:
-    """What each task of the array starts on each node: its own run, the GPUs and cores of the node, what the prologue exported."""
+def test_a_sweep_is_an_array_whose_tasks_know_their_run_and_their_nodes(
+        cluster: Cluster, tmp_path: Path) -> None:
+    """What each task of the array starts on each node.
+
+    It is the task's own run, with the GPUs and cores of the node and with what the prologue exported.
+    """
     (tmp_path / "setup.sh").write_text("set -- other arguments\nexport GREETING='good morning'\n")
     program = tmp_path / "python"
-    program.write_text(f"""#!/bin/sh
-echo "$SLURM_NODEID $NPROC $SLURM_GPUS_ON_NODE $SLURM_CPUS_PER_TASK $GREETING: $*" >> {tmp_path}/started-$SLURM_ARRAY_TASK_ID\n""")
+    program.write_text('#!/bin/sh\necho "$SLURM_NODEID $NPROC $SLURM_GPUS_ON_NODE $SLURM_CPUS_PER_TASK '
+                       f'$GREETING: $*" >> {tmp_path}/started-$SLURM_ARRAY_TASK_ID\n')
     program.chmod(0o755)
     done = subprocess.run([sys.executable, "-m", "moetrain", "slurm", "-N2", "--gpus=4", "--time=10",
                            f"--setup={tmp_path}/setup.sh",
@@ -68,7 +74,8 @@ echo "$SLURM_NODEID $NPROC $SLURM_GPUS_ON_NODE $SLURM_CPUS_PER_TASK $GREETING: $
         started = sorted((tmp_path / f"started-{task}").read_text().splitlines())
         assert len(started) == 2
         for node, line in enumerate(started):            # two GPUs are all of a node, and so are its cores
-            assert line.startswith(f"{node} 2 2 2 good morning: -m moetrain.launch {TINY[0]}") and line.endswith(f" run.dir={tmp_path}/run-seed-{seed}")
+            assert (line.startswith(f"{node} 2 2 2 good morning: -m moetrain.launch {TINY[0]}")
+                    and line.endswith(f" run.dir={tmp_path}/run-seed-{seed}"))
     assert "#SBATCH --mem=0" in (tmp_path / "run" / "job.sbatch").read_text()
 
 
@@ -104,7 +111,8 @@ def test_a_lost_rank_requeues_the_job_so_often(cluster: Cluster, tmp_path: Path)
 def test_a_job_that_cannot_go_better_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     number = submit(cluster, tmp_path / "run", "data=tokens", f"data.path={tmp_path}/none")
     job = cluster.finished(number)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "12:0", "0"), Path(f"{tmp_path}/run.log").read_text()
+    assert ((job["JobState"], job["ExitCode"], job["Restarts"])
+            == ("FAILED", "12:0", "0")), Path(f"{tmp_path}/run.log").read_text()
 
 
 def test_slurm_says_why_it_refuses(cluster: Cluster, tmp_path: Path) -> None:

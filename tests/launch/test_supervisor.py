@@ -80,7 +80,8 @@ def test_a_status_or_record_that_is_no_file_holds_nobody_up(tmp_path: Path, kind
     assert status.written() is None
     write_status(tmp_path, 12, "no data")
     if kind != "folder":
-        assert json.loads((tmp_path / "status.json").read_text()) == {"code": 12, "reason": "no data", "step": 0}
+        assert (json.loads((tmp_path / "status.json").read_text())
+                == {"code": 12, "reason": "no data", "step": 0})
 
 
 @pytest.mark.parametrize("line", ['{"step": 1e400}', "[" * 10_000, "{}", '{"step": null}', "cut off"])

@@ -64,8 +64,10 @@ def ep_calls(mode: str, extra: list[str]) -> dict[str, int]:
 @pytest.mark.parametrize("mode, rows", [("none", 16), ("selective", 16), ("full", 20), ("count", 20),
                                         ("count-full", 24)])
 def test_counts_are_exchanged_and_read_once_and_rows_no_more_than_need_be(ranks, mode, rows):
-    """2 micro-batches x 2 layers: counts 4; rows there and back, twice. `full` sends them there once more, a count pass
-    there and back in the layers before the last."""
+    """2 micro-batches x 2 layers: 4 exchanges of counts; rows go there and back in forward and in backward.
+
+    `full` sends the rows there once more. A count pass sends them there and back in all layers but the last.
+    """
     for found in ranks(2).run(ep_calls, mode, []):
         assert found == {"counts": 4, "reads": 4, "rows": rows}
 
@@ -87,11 +89,12 @@ def test_every_gradient_stays_the_same_to_the_last_bit(mode):
 
 
 def test_backward_keeps_less():
-    assert kept_bytes("full") < 0.3 * kept_bytes("none") and kept_bytes("selective") < 0.8 * kept_bytes("none")
+    assert (kept_bytes("full") < 0.3 * kept_bytes("none")
+            and kept_bytes("selective") < 0.8 * kept_bytes("none"))
 
 
 def kept_bytes(mode: str) -> int:
-    """Bytes of the storages that a forward pass leaves behind for backward: saved by autograd, or held by a record."""
+    """Bytes of storage that a forward pass leaves for backward: saved by autograd, or held by a record."""
     run = make_run([*ROUTED, "train.micro_batch=16", "train.seq_len=64", *MODES[mode]])
     batch = run.loader.step(1)[0]
     before, saved = alive(), {}

@@ -17,8 +17,10 @@ def table(positions: int, width: int, theta: float = 100.0) -> tuple[Tensor, Ten
 def turned(x: Tensor, theta: float = 100.0) -> Tensor:
     """Channels i and i + h/2 as one complex number, times e^(i position angle)."""
     half = x.shape[-1] // 2
-    angles = torch.arange(x.shape[-2], dtype=F64)[:, None] * theta ** (-2 * torch.arange(half, dtype=F64) / x.shape[-1])
-    z = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    angles = (torch.arange(x.shape[-2], dtype=F64)[:, None]
+              * theta ** (-2 * torch.arange(half, dtype=F64) / x.shape[-1]))
+    z = (torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous())
+         * torch.polar(torch.ones_like(angles), angles))
     return torch.cat([z.real, z.imag], -1)
 
 
@@ -50,7 +52,8 @@ def test_angles_are_exact_at_late_positions():
 
 
 def attention(heads: int, kv_heads: int, *, qk_norm: bool = False) -> Attention:
-    made = Attention(dim=6, num_heads=heads, num_kv_heads=kv_heads, head_dim=4, qk_norm=qk_norm, eps=1e-6).to(F64)
+    made = Attention(dim=6, num_heads=heads, num_kv_heads=kv_heads, head_dim=4,
+                     qk_norm=qk_norm, eps=1e-6).to(F64)
     with torch.no_grad():
         for index, parameter in enumerate(made.parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
@@ -70,7 +73,8 @@ def by_loop(module: Attention, x_BSD: Tensor, documents_BS: Tensor | None = None
     rows = []
     for b in range(B):
         for s in range(S):
-            seen = [t for t in range(s + 1) if documents_BS is None or documents_BS[b, t] == documents_BS[b, s]]
+            seen = [t for t in range(s + 1)
+                    if documents_BS is None or documents_BS[b, t] == documents_BS[b, s]]
             parts = []
             for head in range(module.num_heads):
                 group = head * kv_heads // module.num_heads          # neighbours share a key and a value

@@ -86,4 +86,5 @@ def test_layers_may_differ_in_experts_and_the_first_may_be_dense():
     dense = initial(["model.first_dense_layers=1", "model.tie_embeddings=true"])
     # top_k * expert_dim, gate and up
     assert dense["layers.0.ffn.gate_up"].shape == (2 * 2 * 16, 16)
-    assert "head" not in dense and "layers.1.moe.router.weight" in dense and "layers.0.moe.router.weight" not in dense
+    assert ("head" not in dense and "layers.1.moe.router.weight" in dense
+            and "layers.0.moe.router.weight" not in dense)

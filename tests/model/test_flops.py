@@ -1,4 +1,7 @@
-"""Operations of training by formula: against the products that torch counts, parameters of built models, and a published figure."""
+"""Operations of training by formula.
+
+They are compared with the products that torch counts, the parameters of built models and a published figure.
+"""
 
 import pytest
 import torch
@@ -38,9 +41,11 @@ def test_products_are_those_that_run(shape):
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as recorded:
         model(tokens_BS, step_context(0, 1, batch)).logits_BSV.square().sum().backward()
     counted = sum(event.flops for event in recorded.key_averages(group_by_input_shape=True)
-                  if event.key in ("aten::mm", "aten::bmm", "aten::addmm") and not of_a_norm(event.input_shapes[0]))
+                  if event.key in ("aten::mm", "aten::bmm", "aten::addmm")
+                  and not of_a_norm(event.input_shapes[0]))
     sizes = config.model
-    attention = 3 * sizes.num_layers * 2 * sizes.num_heads * (sizes.head_dim or sizes.dim // sizes.num_heads) * (16 + 1)
+    attention = (3 * sizes.num_layers * 2 * sizes.num_heads
+                 * (sizes.head_dim or sizes.dim // sizes.num_heads) * (16 + 1))
     assert counted == tokens_BS.numel() * (training_flops(sizes, VOCAB, 16) - attention)
 
 
@@ -85,4 +90,5 @@ def test_a_step_reports_its_share_of_the_peak(monkeypatch):
     run = make_run([])
     (metrics,) = train_run(run, 1).metrics
     assert run.peak_tokens_per_s == 1e9 / training_flops(run.config.model, VOCAB, 12)
-    assert metrics["throughput/mfu"] == pytest.approx(metrics["throughput/tokens_per_s"] / run.peak_tokens_per_s)
+    assert metrics["throughput/mfu"] == pytest.approx(
+        metrics["throughput/tokens_per_s"] / run.peak_tokens_per_s)

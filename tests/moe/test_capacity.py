@@ -1,4 +1,7 @@
-"""Capacity: the survivors are those of a plain loop, weights keep their gradient, the split of the batch changes nothing."""
+"""Capacity limits of experts.
+
+The survivors are those of a plain loop, weights keep their gradient, the split of the batch changes nothing.
+"""
 
 from functools import partial
 
@@ -26,7 +29,7 @@ POLICIES = {
 
 def routed(tokens: int, *, seed: int = 0, ties: bool = False,
            ragged: bool = False) -> tuple[Routing, RouterContext]:
-    """A decision over sequences of S tokens that prefers the first experts; the last token of each is padding."""
+    """Routing of sequences of S tokens that prefers the first experts; the last token of each is padding."""
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, E, dtype=torch.float64, generator=generator) - torch.arange(E)
     logits_TE = (logits_TE.round() if ties else logits_TE).requires_grad_()
@@ -79,14 +82,16 @@ def test_the_survivors_are_those_of_a_loop(policy, factor, at_least, kind):
     expected = survivors_by_loop(routing, context, policy, factor, at_least, together=scope == "local")
     assert limited.ids_TK.tolist() == expected
     kept = sum(e >= 0 for row in expected for e in row)
-    assert limited.stats.dropped == routing.stats.active_sum - kept and (factor > 1.5 or limited.stats.dropped > 0)
+    assert (limited.stats.dropped == routing.stats.active_sum - kept
+            and (factor > 1.5 or limited.stats.dropped > 0))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_token_keeps_the_weight_of_what_it_keeps(policy):
     routing, context = routed(4 * S)
     limited = POLICIES[policy](factor=0.8, min_capacity=1).apply(routing, context)
-    of_expert = [dict(zip(ids, weights)) for ids, weights in zip(routing.ids_TK.tolist(), routing.weights_TK.tolist())]
+    of_expert = [dict(zip(ids, weights))
+                 for ids, weights in zip(routing.ids_TK.tolist(), routing.weights_TK.tolist())]
     moved = 0
     for t, (ids, weights) in enumerate(zip(limited.ids_TK.tolist(), limited.weights_TK.tolist())):
         assert weights == [of_expert[t][e] if e >= 0 else 0 for e in ids]
@@ -121,7 +126,8 @@ def test_rounding_does_not_decide_between_equal_tokens(dtype, noise):
     expected = made.survivors(ids_TK, weights_TK, context)
     assert expected.tolist() == [[True, True]] * 3 + [[False, False]] * 3
     for seed in range(5):
-        other_TK = weights_TK + noise * torch.randn(6, 2, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+        other_TK = weights_TK + noise * torch.randn(
+            6, 2, dtype=dtype, generator=torch.Generator().manual_seed(seed))
         assert made.survivors(ids_TK, other_TK, context).equal(expected)
 
 
@@ -194,7 +200,8 @@ def test_evaluation_has_a_factor_of_its_own():
     routing, context = routed(4 * S)
     made = POLICIES["position"](factor=0.5, eval_factor=1.0, min_capacity=0)
     evaluated = made.apply(routing, context._replace(training=False))
-    assert evaluated.ids_TK.equal(POLICIES["position"](factor=1.0, min_capacity=0).apply(routing, context).ids_TK)
+    assert evaluated.ids_TK.equal(
+        POLICIES["position"](factor=1.0, min_capacity=0).apply(routing, context).ids_TK)
     assert evaluated.stats.dropped < made.apply(routing, context).stats.dropped
 
 
@@ -202,7 +209,8 @@ def test_evaluation_has_a_factor_of_its_own():
 def test_no_tokens_and_no_used_slots_are_no_trouble(policy):
     for tokens, ids in ((0, None), (S, -1)):
         routing, context = routed(tokens)
-        routing = routing if ids is None else routing._replace(ids_TK=torch.full((S, K), ids), weights_TK=torch.zeros(S, K))
+        routing = routing if ids is None else routing._replace(
+            ids_TK=torch.full((S, K), ids), weights_TK=torch.zeros(S, K))
         limited = POLICIES[policy](renorm=True).apply(routing, context)
         assert (limited.ids_TK == -1).all() and not limited.weights_TK.any() and limited.stats.dropped == 0
 
@@ -270,7 +278,8 @@ def test_a_recompute_reweighs_the_slots_that_were_kept():
 
 def test_places_and_used_slots_by_hand():
     assert place_in_queue(torch.tensor([3, 1, 3, -1, 1, 3])).tolist() == [0, 0, 1, 0, 1, 2]
-    assert used_first(torch.tensor([[-1, 4, -1, 2], [1, -1, 0, -1]])).tolist() == [[4, 2, -1, -1], [1, 0, -1, -1]]
+    assert (used_first(torch.tensor([[-1, 4, -1, 2], [1, -1, 0, -1]])).tolist()
+            == [[4, 2, -1, -1], [1, 0, -1, -1]])
 
 
 def test_what_depends_on_the_split_says_so():
@@ -319,7 +328,8 @@ def test_a_step_gives_what_the_oracle_gives(options, oracle):
         assert abs(result.metrics[key] - value.item()) < 1e-10, key
     for layer, count in enumerate(counts):
         assert result.counts[f"layers.{layer}.moe"].equal(count)
-    assert dropped > 0 and result.metrics["moe/drop_fraction"] == dropped / sum(int(count.sum()) for count in counts)
+    assert (dropped > 0
+            and result.metrics["moe/drop_fraction"] == dropped / sum(int(count.sum()) for count in counts))
 
 
 def drops(trained: Trained) -> list[float]:

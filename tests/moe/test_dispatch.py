@@ -55,7 +55,7 @@ def rows_of(sent: DispatchedRows) -> Tensor:
 
 
 def experts(sent: DispatchedRows, ids: tuple[int, ...]) -> Tensor:
-    """Expert e cubes a row, times e + 1, times the row's weight: neither linear nor the same for two experts."""
+    """Expert e cubes a row, times e + 1, times the row's weight: not linear, not the same for two experts."""
     assert sum(sent.counts_e) == len(rows_of(sent)) == len(sent.weights_R)
     assert not any(sent.counts_e[len(ids):])                       # slots without an expert get no rows
     factor_R = torch.repeat_interleave(torch.tensor(ids, dtype=torch.float64) + 1,

@@ -18,8 +18,10 @@ EXPERTS, WIDTH, TOKENS = 4, 8, 11
 
 
 class Trace(TorchDispatchMode):
-    """What ran, in order: exchanges of rows, and the experts. Backward, a chunk is known by its activation, and the gradients of
-    weights by the sorting of all chunks' rows."""
+    """Order in which rows are exchanged and experts run.
+
+    In backward, a chunk is known by its activation, the gradients of weights by the sort of all chunks' rows.
+    """
 
     NAMES = {"all_to_all_single_unread": "back", "all_to_all_single": "rows", "wait_tensor": "wait",
              "grouped_experts_backward": "experts'", "silu_backward": "experts'",
@@ -84,8 +86,10 @@ def remote_rows(chunks: int, exact: bool) -> tuple[int, int]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5])
 def test_the_next_chunk_is_on_its_way_while_one_is_computed(ranks, chunks):
-    """Forward and backward, on every rank alike: before the experts of a chunk run, the exchange of the next one to run has been
-    posted, and what is posted right after them is waited for only after the next experts."""
+    """The exchange of the next chunk is posted before the experts of a chunk run, in forward and backward.
+
+    What is posted right after them is waited for only after the next experts. Both hold on every rank.
+    """
     for forward, backward in ranks(2).run(traced, chunks):
         for events, to, run, fro in ((forward, "rows", "experts", "back"),
                                      (backward, "rows", "experts'", "rows")):
@@ -93,7 +97,8 @@ def test_the_next_chunk_is_on_its_way_while_one_is_computed(ranks, chunks):
             middle = [run, fro, to] * (chunks - 2) + [run, fro] * min(2, chunks)
             assert posted == [to] * min(2, chunks) + middle, posted
         if chunks > 1:
-            assert forward[:4] == ["rows", "rows", "wait", "experts"] and backward[:4] == ["rows", "rows", "wait", "experts'"]
+            assert (forward[:4] == ["rows", "rows", "wait", "experts"]
+                    and backward[:4] == ["rows", "rows", "wait", "experts'"])
             # Both under the gradients of weights
             assert backward[-4:] == ["rows", "weights", "wait", "wait"]
 

@@ -40,4 +40,5 @@ def test_a_row_by_position_brings_the_slots_that_are_there():
 
 
 def test_the_first_slot_of_every_kind_is_marked():
-    assert first_of_kind(torch.tensor([[2, 2, -1, 0, 2, 0, -1]])).tolist() == [[True, False, True, True, False, False, False]]
+    assert (first_of_kind(torch.tensor([[2, 2, -1, 0, 2, 0, -1]])).tolist()
+            == [[True, False, True, True, False, False, False]])

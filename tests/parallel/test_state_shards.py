@@ -14,7 +14,8 @@ def named(model: nn.Module, of=lambda parameter: parameter.data) -> dict[str, St
 
 
 def test_every_expert_has_its_global_id_in_its_names():
-    assert {name: (shard.shape, shard.begin, shard.held_by) for name, shard in named(Layer((4, 7))).items()} == {
+    assert {name: (shard.shape, shard.begin, shard.held_by)
+            for name, shard in named(Layer((4, 7))).items()} == {
         "scale": ((2,), 0, "dense_grad"),
         "layers.0.moe.experts.4.gate_up": ((4, 3), 0, "expert_grad"),
         "layers.0.moe.experts.7.gate_up": ((4, 3), 0, "expert_grad"),
@@ -30,10 +31,11 @@ def test_a_piece_is_a_view_of_its_experts_memory():
 
 
 def test_a_sliced_expert_is_rows_of_the_same_tensors():
-    """Positions 1 and 0 of 4: of the four rows of gate_up each has one; of the three of down, position 0 has none."""
+    """Positions 1 and 0 of 4: each has one of gate_up's four rows; position 0 has none of down's three."""
     for position, rows in ((1, {"gate_up": 1, "down": 0}), (0, {"gate_up": 0})):
         model = Layer((4,))
-        bank = model.layers[0]["moe"]["experts"].bank = ExpertBank(experts=(4,), dim=3, expert_dim=2, cut=(position, 4))
+        bank = model.layers[0]["moe"]["experts"].bank = ExpertBank(
+            experts=(4,), dim=3, expert_dim=2, cut=(position, 4))
         assert not [name for name in named(model) if ".7." in name]
         bank.sliced = (7,)
         for parameter in (bank.gate_up_pieces, bank.down_pieces):
@@ -53,7 +55,8 @@ def test_other_tensors_of_the_same_shape_go_by_the_same_names():
     model.bank.gate_up.grad[0] = 3
     gradients = named(model, lambda parameter: parameter.grad)
     assert (gradients["layers.0.moe.experts.4.gate_up"].rows == 3).all()
-    assert (gradients["layers.0.moe.experts.7.gate_up"].rows == 2).all() and (gradients["scale"].rows == 2).all()
+    assert ((gradients["layers.0.moe.experts.7.gate_up"].rows == 2).all()
+            and (gradients["scale"].rows == 2).all())
 
 
 def test_what_a_parameter_has_not_is_passed_over():

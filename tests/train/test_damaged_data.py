@@ -33,9 +33,12 @@ MORE_STEPS = {
 
 
 def damage_one(folders: list[str], victim: int, split: str, overrides: list[str]) -> tuple[int, bool]:
-    """Exit code of this rank when the shard that rank `victim` reads is cut short, and whether the model is then as before.
+    """Cut short the shard that rank `victim` reads, then train and evaluate.
 
-    Every rank has a copy of the data of its own.
+    Every rank has its own copy of the data.
+
+    Returns:
+        The exit code of this rank, and whether the model is then as before.
     """
     rank = int(os.environ.get("RANK", 0))
     config = compose([*(word for word in TINY if not word.startswith("data")), "data=tokens",
@@ -64,7 +67,8 @@ def damage_one(folders: list[str], victim: int, split: str, overrides: list[str]
 @pytest.mark.parametrize("split, step", [("heldout", "ddp"), *(("train", step) for step in STEP),
                                          *(pytest.param("train", step, marks=pytest.mark.full)
                                            for step in MORE_STEPS)])
-def test_data_that_one_rank_cannot_read_ends_all_with_its_code(ranks, tmp_path: Path, split: str, step: str) -> None:
+def test_data_that_one_rank_cannot_read_ends_all_with_its_code(
+        ranks, tmp_path: Path, split: str, step: str) -> None:
     """The step runs to its end on every rank, and none applies it."""
     found = ranks(2).run(damage_one, prepared_for(2, tmp_path), 1, split, {**STEP, **MORE_STEPS}[step])
     assert found == [(12, split == "train")] * 2

@@ -1,4 +1,7 @@
-"""Token files under several ranks: rank 0 alone reads them, the others take what it found, and what is wrong ends all."""
+"""Token files under several ranks.
+
+Rank 0 alone reads them whole, the others take what it found, and an error on one rank ends all.
+"""
 
 import json
 import logging
@@ -63,7 +66,10 @@ def config_of(root: Path, kind: str, overrides: list[str]) -> Config:
 
 
 def opened(folder: str, kind: str, overrides: list[str], own_place: bool = False) -> Opened:
-    """On this rank. own_place: every rank has a folder for prepared data of its own, as nodes without a common file system."""
+    """Open the data on this rank.
+
+    own_place: every rank has a folder of its own for prepared data, as nodes without a common file system do.
+    """
     root = Path(folder)
     config = config_of(root, kind, overrides)
     run_dir, said = root / (f"run-{os.environ['RANK']}" if own_place else "run"), []
@@ -107,7 +113,8 @@ def test_rank_0_alone_reads_and_all_have_the_same_data(ranks, kind: str, tmp_pat
     # For the windows alone: no .idx, and no held-out file
     assert set(second.opened) <= windows
     again = ranks(2).run(opened, str(tmp_path), kind, [])
-    assert [found[:2] for found in again] == [first[:2]] * 2 and all(set(found.opened) <= windows for found in again)
+    assert ([found[:2] for found in again] == [first[:2]] * 2
+            and all(set(found.opened) <= windows for found in again))
     words = [f"data={kind}", f"data.path={tmp_path / 'in'}", f"data.vocab_size={VOCAB}"]
     alone = build_dataset(compose(words), tmp_path, None)
     assert alone.fingerprint == first.fingerprint
@@ -145,7 +152,10 @@ def test_ranks_without_a_common_folder_are_told_so(ranks, tmp_path: Path) -> Non
 
 
 def opened_in_between(folder: str) -> Opened:
-    """Another job changes a file and makes its index again, when rank 0 has read it and the others have not."""
+    """Open the data while another job changes a file and makes its index again.
+
+    Rank 0 has read it by then, the others have not.
+    """
     root, told = Path(folder), data_setup.told_by_first
 
     def meddled(batch, text):
@@ -199,8 +209,10 @@ def test_a_run_of_two_ranks_trains_resumes_and_is_evaluated_without_reading_agai
     assert len(indexes) == 2
     command(tmp_path, *words)
     command(tmp_path, "eval", "two")
-    assert [path.stat().st_mtime_ns for path in indexes] == times and sorted((tmp_path / "runs/two/data").iterdir()) == indexes
-    losses = [json.loads(line)["loss/mean"] for line in (tmp_path / "runs/two/eval.jsonl").read_text().splitlines()]
+    assert ([path.stat().st_mtime_ns for path in indexes] == times
+            and sorted((tmp_path / "runs/two/data").iterdir()) == indexes)
+    losses = [json.loads(line)["loss/mean"]
+              for line in (tmp_path / "runs/two/eval.jsonl").read_text().splitlines()]
     assert losses[-2] == pytest.approx(losses[-1], abs=1e-6) and len(losses) >= 2
     said = command(tmp_path, *words, "data.vocab_size=200", "run.name=bad", code=12)
     assert said.count("E-DATA-073") == 1, said

@@ -65,7 +65,8 @@ def test_a_loss_is_weighted_and_reduced_over_routers(reduction, share):
     found = objective.share(torch.tensor(6.0), together, [Pooled(torch.zeros(2, 4), torch.tensor(3))],
                             torch.tensor(3))
     assert found.total.item() == pytest.approx(6 / 3 + 0.5 * 5 / share)
-    assert {name: term.item() for name, term in found.terms.items()} == {"balance": pytest.approx(0.5 * 5 / share)}
+    assert ({name: term.item() for name, term in found.terms.items()}
+            == {"balance": pytest.approx(0.5 * 5 / share)})
 
 
 def test_a_loss_of_weight_zero_is_never_asked_and_a_dense_model_has_none():
@@ -107,7 +108,8 @@ def test_no_tokens_at_all_is_zero_and_not_nan():
 def test_the_pool_is_needed_as_soon_as_one_loss_needs_it():
     assert Objective({"balance": LoadBalanceLoss(), "z": ZLoss()}, 1).pool == ("global", "exact")
     assert Objective({"balance": LoadBalanceLoss(scope="micro"), "z": ZLoss()}, 1).pool is None
-    assert Objective({"balance": LoadBalanceLoss(mode="warm"), "micro": LoadBalanceLoss(scope="micro")}, 1).pool == ("global", "warm")
+    assert Objective({"balance": LoadBalanceLoss(mode="warm"), "micro": LoadBalanceLoss(scope="micro")},
+                     1).pool == ("global", "warm")
 
 
 @pytest.mark.parametrize("experts", [[4, 4], [4, 6], [4, 6, 6, 4]], ids=str)
@@ -127,12 +129,14 @@ def test_shares_of_any_split_add_up_in_value_and_gradient(sizes, experts):
     total = torch.zeros((), dtype=torch.float64)
     for part in torch.arange(8).split(sizes):
         of = stacks({name: stats_of(logits[part]) for name, logits in zip(routers, router_TE)})
-        total = total + objective.share(cross_entropy_sum(logits_TV[part][None], targets_T[part][None]), of, pooled, tokens).total
+        total = total + objective.share(cross_entropy_sum(logits_TV[part][None], targets_T[part][None]),
+                                        of, pooled, tokens).total
 
     balance = [E * (counts_E / 16 * logits.softmax(-1).mean(0)).sum()
                for E, counts_E, logits in zip(experts, counts, router_TE)]
     z = [logits.exp().sum(-1).log().square().mean() for logits in router_TE]
-    truth = (torch.nn.functional.cross_entropy(logits_TV, targets_T) + 0.3 * sum(balance) / len(experts) + 0.2 * sum(z) / len(experts))
+    truth = (torch.nn.functional.cross_entropy(logits_TV, targets_T)
+             + 0.3 * sum(balance) / len(experts) + 0.2 * sum(z) / len(experts))
     torch.testing.assert_close(total, truth)
     leaves = (*router_TE, logits_TV)
     torch.testing.assert_close(*(torch.autograd.grad(value, leaves) for value in (total, truth)))

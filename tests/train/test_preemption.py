@@ -1,4 +1,7 @@
-"""Signals in one process. What they do to whole runs: tests/integration/test_restart.py and test_stopping.py."""
+"""Signals in one process.
+
+What they do to whole runs: tests/integration/test_restart.py and test_stopping.py.
+"""
 
 import bdb
 import io
@@ -122,7 +125,8 @@ def test_ctrl_c_belongs_to_the_debugger_while_there_is_one():
         assert told.requested is None
         sys.settrace(None)
     output = shown.getvalue()
-    assert output.count("--KeyboardInterrupt--") == 2 and "passed over" not in output and not typed.lines, output
+    assert (output.count("--KeyboardInterrupt--") == 2 and "passed over" not in output
+            and not typed.lines), output
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -17,7 +17,8 @@ def test_records_say_when_they_were_written_and_what_training_waited_for(tmp_pat
     train(compose(["experiment=debug", "run.steps=3", f"run.dir={tmp_path}", "eval.interval=1",
                    "checkpoint.interval=2", "checkpoint.async_save=false",
                    "run.device=cpu", "log.progress=false"]))
-    first, second, third = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    first, second, third = (json.loads(line)
+                            for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["time/eval"] == 0 < second["time/eval"] and second["time/save"] < third["time/save"]
     assert began < first["timestamp"] < second["timestamp"] < third["timestamp"] < time.time()
     evaluations = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
@@ -35,7 +36,8 @@ class Watched:
         self.micro_batches = loader.micro_batches
 
     def step(self, step: int) -> list[Batch]:
-        found = {path: path.stat() for path in self.directory.rglob("*") if path.is_file() and "checkpoints" not in path.parts}
+        found = {path: path.stat() for path in self.directory.rglob("*")
+                 if path.is_file() and "checkpoints" not in path.parts}
         self.seen.append({path.name: (stat.st_ino, stat.st_size) for path, stat in found.items()})
         return self.loader.step(step)
 
@@ -50,11 +52,13 @@ def test_a_step_and_a_save_add_to_the_records_and_rewrite_none(tmp_path: Path) -
         return run
 
     train(compose(["experiment=debug", "run.steps=9", f"run.dir={tmp_path}", "eval.interval=2",
-                   "eval.windows=1", "checkpoint.interval=2",
-                   "checkpoint.async_save=false", "run.device=cpu", "log.progress=false", "log.sources=true"]), wrap_engine=watch)
+                   "eval.windows=1", "checkpoint.interval=2", "checkpoint.async_save=false",
+                   "run.device=cpu", "log.progress=false", "log.sources=true"]),
+          wrap_engine=watch)
     seen = watched[0].seen
     grown = {name for name in seen[-1] if name in seen[3] and seen[-1][name][1] > seen[3][name][1]}
-    assert {"metrics.jsonl", "eval.jsonl", "saves.jsonl"} < grown and any(name.endswith(".i32") for name in grown)
+    assert ({"metrics.jsonl", "eval.jsonl", "saves.jsonl"} < grown
+            and any(name.endswith(".i32") for name in grown))
     for before, after in pairwise(seen[1:]):
         for name in before.keys() - {"specialisation.npz"}:
             assert after[name][0] == before[name][0], name

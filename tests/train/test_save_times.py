@@ -17,7 +17,8 @@ from tests.support.training import TINY, make_run
 @pytest.mark.parametrize("minutes, interval, steps",
                          [("1e-9", 2, [1, 2, 3, 4, 5]), ("0", 2, [2, 4, 5]), ("null", 0, [5]),
                           ("15", 0, [5])])
-def test_a_run_saves_by_time_and_by_steps_and_once_where_both_are_due(tmp_path, capsys, minutes, interval, steps):
+def test_a_run_saves_by_time_and_by_steps_and_once_where_both_are_due(
+        tmp_path, capsys, minutes, interval, steps):
     train(compose([*TINY, "model.num_layers=1", "run.steps=5", "checkpoint.keep=null",
                    "checkpoint.async_save=false", "eval.windows=1",
                    f"run.dir={tmp_path}", f"checkpoint.every_minutes={minutes}",

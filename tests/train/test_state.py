@@ -1,4 +1,7 @@
-"""`TrainState` is complete: a run is walked before and after a step, and whatever changed must be saved or rebuilt."""
+"""`TrainState` is complete: whatever a step changes in a run is saved or rebuilt.
+
+The whole run is walked before and after a step.
+"""
 
 import random
 
@@ -35,7 +38,8 @@ def test_forgotten_state_is_found(forgotten):
     keepers = {
         "tensor": lambda: setattr(router, "ema", torch.rand(3)),
         "counter": lambda: setattr(run.loader, "read", getattr(run.loader, "read", 0) + 1),
-        "generator": lambda: torch.rand(1, generator=run.objective.__dict__.setdefault("draws", torch.Generator())),
+        "generator": lambda: torch.rand(
+            1, generator=run.objective.__dict__.setdefault("draws", torch.Generator())),
         "unsaved buffer": lambda: router.register_buffer("hidden", torch.rand(3), persistent=False),
         "array": lambda: run.dataset.__dict__.update(window=np.random.rand(3)),
     }

@@ -1,43 +1,50 @@
-"""Copies of experts under FSSDP: every expert has one home, copies lie where its tokens are.
+"""Copies of experts under FSSDP, on positions that compute rows of an expert whose home is elsewhere.
 
 Fully sharded sparse data parallelism (Hecate, arXiv 2502.02581). One iteration, for every layer with experts:
 
-    plan                       before the step: which positions get copies of which experts      plan/planners/
-    prefetch                   at the block's start: the sparse all-gather starts, attention     transfers.py, comm/sparse/
-                               hides it
-    add_copies                 once a step, after the gate: copies that the plan lacks start too plan/calibration.py
-    wait                       between dispatch and experts: copies have arrived
-    compute                    one grouped product over homes and copies                         ops/grouped_experts.py
-    release_after_forward      with `rematerialize`: copies are dropped
-    backward of release        with `rematerialize`: the all-gather starts again
-    backward of wait           gradients of copies are added up over micro-batches
-    reduce_grads_in_backward   backward of the last micro-batch, once the rows' gradients have arrived: the sparse
-                               reduce-scatter starts, attention hides it
-    finish                     after the last backward: wait, sum at the home in a fixed order
-    release                    after the update: copies are stale
+    plan                       before the step (plan/planners/)
+                               choose which positions get copies of which experts
+    prefetch                   at the block's start (transfers.py, comm/sparse/)
+                               start the sparse all-gather, which attention hides
+    add_copies                 once a step, after the gate (plan/calibration.py)
+                               start to gather copies that the plan lacks
+    wait                       between dispatch and experts
+                               wait for copies; then homes and copies compute in one grouped product
+                               (ops/grouped_experts.py)
+    release_after_forward      with `rematerialize`: drop copies
+    backward of release        with `rematerialize`: start the all-gather again
+    backward of wait           accumulate the gradients of copies over micro-batches
+    reduce_grads_in_backward   in backward of the last micro-batch, when the rows' gradients have arrived
+                               start the sparse reduce-scatter, which attention hides
+    finish                     after the last backward
+                               wait, and sum at the home in a fixed order
+    release                    after the update
+                               drop copies, which are stale
 
 The hooks are those of moe/bank.py, which lists their callers. Only homes have optimizer state, so a plan may
-change at every step and moves none. The dense part is FSDP2's, which sees no expert. One `CopyManager` per
-model owns every handle. What it posts is waited for exactly once, on every rank, and whether anything is
-posted follows from the placement, which all ranks of the group share. `wait` passes the rows through an
-autograd node, so its backward runs on every rank, also on one without rows or copies.
+change at every step without moving any. FSDP2 shards the dense part and sees no expert. One `CopyManager` per
+model owns every handle. Every rank waits exactly once for each collective that it posts. The placement, which
+all ranks of the group share, decides whether one is posted. `wait` passes the rows through an autograd node,
+so its backward runs on every rank, even without rows or copies.
 
 Lifetime of copies:
 
-    rematerialize=false   from the first use in a step to its end: one gather a step, whatever the accumulation
-    rematerialize=true    while a layer computes: gathered for every forward and again for every backward, where the gather of
-                          the layer below starts one layer ahead. Their memory is that of two layers. With
-                          activation checkpointing the recomputed block gathers by itself
+    rematerialize=false   From the first use in a step to its end: one gather a step, however many
+                          micro-batches it has.
+    rematerialize=true    While a layer computes. Copies are gathered for every forward and again for every
+                          backward, where the gather of the layer below starts one layer ahead. Two layers'
+                          copies are in memory at once. With activation checkpointing, the recomputed block
+                          gathers them itself.
 
 Gradients of copies are summed here over micro-batches and travel once a step, in float32 (float64 in float64
 runs).
 
-With calibration (`add_copies`) a step goes on with another placement, as if it had been planned. Only its
-first gather comes in two parts, which are put in the order of slots when both have arrived. Groups of
-replicas may decide differently; their sums meet at the homes.
+With calibration (`add_copies`) a step continues with another placement, as if it had been planned. Only its
+first gather comes in two parts, which are put in the order of slots when both have arrived. Replica groups
+may decide differently; their gradients are summed at the homes.
 
-Shapes: h homes, c copies, W numbers of an expert, N rows that arrived, R rows computed, D model width, G = 2F
-expert rows.
+Shapes: h homes, c copies, W numbers of an expert, N rows that arrived, R rows computed, T tokens, D model
+width, F expert width, G = 2F.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -59,34 +66,37 @@ class CopyManager:
     """Copies of all layers of a model.
 
     Args:
-        banks: of the model by router name, in layer order; sets `copies` of each.
+        banks: experts of each layer by router name, in layer order. The manager sets their `copies`.
         group: the positions, `ep`.
-        dtype: of the computation, and of copies while they travel.
+        dtype: dtype of the computation, and of copies while they travel.
         rematerialize: drop copies after forward and gather them again for backward.
-        recompute: activation checkpointing runs blocks again in backward.
-        form: of the sparse collectives (comm/sparse/forms.py).
-        topology: how the positions lie on nodes; None: all on one.
+        recompute: whether activation checkpointing runs blocks again in backward.
+        form: form of the sparse collectives (comm/sparse/forms.py).
+        topology: positions and nodes; None puts all positions on one node.
     """
 
-    def __init__(self, banks: Mapping[str, ExpertBank], group: Group, *, dtype: torch.dtype, rematerialize: bool,
-                 recompute: bool, form: str = "packed", topology: Topology | None = None) -> None:
+    def __init__(self, banks: Mapping[str, ExpertBank], group: Group, *, dtype: torch.dtype,
+                 rematerialize: bool, recompute: bool, form: str = "packed",
+                 topology: Topology | None = None) -> None:
         topology = topology or Topology(group.size, group.size)
         self.layers: dict[str, LayerCopies] = {}
         below = None
         for name, bank in banks.items():
-            below = self.layers[name] = bank.copies = LayerCopies(bank, group, dtype, rematerialize, recompute, below, form,
-                                                                  topology)
+            below = self.layers[name] = bank.copies = LayerCopies(
+                bank, group, dtype, rematerialize, recompute, below, form, topology)
 
     def set_placement(self, placement: ExpertPlacement, tables: DeviceTables) -> None:
-        """Put a placement in force for the steps to come.
+        """Put a placement in force. Between steps only; drops the copies of the old one.
 
-        Between steps only; drops the copies of the old one.
+        Args:
+            placement: homes and copies of all layers.
+            tables: where indices are put on the device.
         """
         for name, layer in placement.layers:
             self.layers[name].set_placement(layer, tables)
 
     def begin(self, backwards: int) -> None:
-        """Begin a step of so many backward passes."""
+        """Begin a step that has `backwards` backward passes."""
         for layer in self.layers.values():
             layer.begin(backwards)
 
@@ -97,57 +107,73 @@ class CopyManager:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Complete the gradients of homes with those of all their copies. After the last backward; waits."""
+        """Add the gradients of all copies to those of their homes. After the last backward. Waits."""
         for layer in self.layers.values():
             layer.finish()
 
     def release(self) -> None:
-        """Drop all copies: the parameters have changed."""
+        """Drop all copies, which are stale once the parameters have changed."""
         for layer in self.layers.values():
             layer.release()
 
 
 class LayerCopies:
-    """Copies of one layer: the state between `prefetch` and `release`, behind the hooks of its bank."""
+    """Copies of one layer, and the hooks to which its bank delegates (moe/bank.py).
 
-    def __init__(self, bank: ExpertBank, group: Group, dtype: torch.dtype, rematerialize: bool, recompute: bool,
-                 below: "LayerCopies | None", form: str, topology: Topology) -> None:
+    Args:
+        bank: experts of the layer whose home is here.
+        group: the positions, `ep`.
+        dtype: dtype of the computation, and of copies while they travel.
+        rematerialize: drop copies after forward and gather them again for backward.
+        recompute: whether activation checkpointing runs blocks again in backward.
+        below: copies of the layer before this one, or None.
+        form: form of the sparse collectives (comm/sparse/forms.py).
+        topology: positions and nodes.
+    """
+
+    def __init__(self, bank: ExpertBank, group: Group, dtype: torch.dtype, rematerialize: bool,
+                 recompute: bool, below: "LayerCopies | None", form: str, topology: Topology) -> None:
         self.bank, self.group, self.dtype, self.below = bank, group, dtype, below
         self.form, self.topology = form, topology
         self.rematerialize = rematerialize
-        self.hooked = rematerialize and not recompute    # a recomputed block keeps nothing that hooks would have to drop
+        # Whether saved-tensor hooks replace copies. A recomputed block saves nothing that they would drop.
+        self.hooked = rematerialize and not recompute
         self.placement: LayerPlacement | None = None     # in force; None before the first plan
         self.transfers: CopyTransfers | None = None      # of its copies; None: no position has one
-        self.backwards = 0                               # of this step, still to come
+        self.backwards = 0                               # backward passes of this step still to come
         self.calibrated = True                           # nothing more may be added in this step
-        self.added = 0
+        self.added = 0                                   # copies added in this step, over all positions
         self._gathers: list[PendingGather] = []          # under way
-        self._rows_cW: Tensor | None = None              # the copies, while they are here
-        self._gradients_cW: Tensor | None = None
+        self._rows_cW: Tensor | None = None              # the copies, while they are in memory
+        self._gradients_cW: Tensor | None = None         # summed over micro-batches
         self._pending_reduction: PendingGradReduction | None = None
-        self._anchor = torch.zeros(0, requires_grad=True)      # runs backward of the nodes even if no row needs gradients
+        # An input that requires a gradient: autograd runs backward of the nodes even if no row requires one.
+        self._anchor = torch.zeros(0, requires_grad=True)
 
     def set_placement(self, placement: LayerPlacement, tables: DeviceTables) -> None:
+        """Put a placement in force. Between steps only; drops the copies of the old one."""
         self.release()
         self.placement, self.transfers = placement, self._transfers(placement, tables)
 
     def begin(self, backwards: int) -> None:
+        """Begin a step that has `backwards` backward passes; calibration may add copies again."""
         self.backwards, self.calibrated, self.added = backwards, False, 0
 
     @torch.no_grad()
     def prefetch(self) -> None:
-        """Start the gather, unless copies are here or under way."""
+        """Start gathering copies, unless they are in memory or under way."""
         if self.transfers is not None and not self._gathers and self._rows_cW is None:
             self._gathers = [self._gather(self.placement, self.transfers)]
 
     @torch.no_grad()
     def add_copies(self, placement: LayerPlacement) -> None:
-        """Go on with a placement that has more copies, and start the gather of those.
+        """Continue with a placement that has more copies, and start gathering these.
 
-        Before the step's first `wait`.
+        Called before the step's first `wait`.
         """
         here, self._rows_cW = self._rows_cW, None
-        landed = [] if here is None else [PendingGather(self.placement.gathered_at(self.group.position), lambda: here)]
+        landed = ([] if here is None
+                  else [PendingGather(self.placement.gathered_at(self.group.position), lambda: here)])
         added = placement.beyond(self.placement)
         with DeviceTables(self.bank.gate_up.device) as tables:
             transfers, transfers_of_all = self._transfers(added, tables), self._transfers(placement, tables)
@@ -155,7 +181,10 @@ class LayerCopies:
         self.placement, self.transfers, self.added = placement, transfers_of_all, len(added.copies)
 
     def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedMatrices | None]:
-        """Wait for the copies. The rows pass through."""
+        """Wait for copies; return the rows and the copies' matrices, or None if no position has copies.
+
+        In backward, the gradients of the matrices are accumulated over micro-batches.
+        """
         if self.transfers is None:
             return x_ND, None
         x_ND, gate_up_cGD, down_cDF = _Wait.apply(x_ND, self._anchor, self)
@@ -163,7 +192,10 @@ class LayerCopies:
 
     @contextmanager
     def regather_in_backward(self) -> Iterator[None]:
-        """Save where a copy lay instead of the copy, if backward gathers copies again."""
+        """Context in which autograd saves the geometry of a copy instead of the copy.
+
+        Does nothing unless backward gathers copies again, without recomputation of the block.
+        """
         if self.transfers is None or not self.hooked:
             yield
             return
@@ -171,14 +203,18 @@ class LayerCopies:
             yield
 
     def release_after_forward(self, rows_RD: Tensor) -> Tensor:
-        """Drop copies that backward gathers again, and start that gather in backward of this node."""
+        """Drop copies that backward gathers again.
+
+        The rows [R, D] pass through an autograd node whose backward starts that gather. A recomputed block
+        needs no such node.
+        """
         if self.transfers is None or not self.rematerialize:
             return rows_RD
         self._rows_cW = None
         return _ReleaseAfterForward.apply(rows_RD, self) if self.hooked else rows_RD
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """gate_up [c, G, D] and down [c, D, F] of the copies, views. Waits for them."""
+        """Return gate_up [c, G, D] and down [c, D, F] of the copies, as views. Waits for them."""
         if self._rows_cW is None:
             self.prefetch()
             self._rows_cW = self._wait_gathers()
@@ -187,12 +223,15 @@ class LayerCopies:
         return parts[0].unflatten(1, gate_up), parts[1].unflatten(1, down)
 
     def reduce_grads_in_backward(self, x_TD: Tensor) -> Tensor:
-        """Start the reduction in backward of this node, which runs after the rows' gradients have arrived.
+        """Pass tokens [T, D] through an autograd node whose backward starts the reduction of gradients.
 
-        Posted as soon as the gradients of copies exist, it would delay the exchange of the rows' gradients,
-        for which attention waits.
+        That backward runs after the rows' gradients have arrived. If the reduction started as soon as the
+        gradients of copies exist, it would delay the exchange of the rows' gradients, for which attention
+        waits.
         """
-        return x_TD if self.transfers is None and self.calibrated else _ReduceGrads.apply(x_TD, self._anchor, self)
+        # Without copies so far, calibration may still add some after this node.
+        return (x_TD if self.transfers is None and self.calibrated
+                else _ReduceGrads.apply(x_TD, self._anchor, self))
 
     @torch.no_grad()
     def start_reduction(self) -> None:
@@ -202,37 +241,49 @@ class LayerCopies:
 
     @torch.no_grad()
     def add_grads(self, gate_up_cGD: Tensor, down_cDF: Tensor) -> None:
-        """Add up the gradients of the copies from one micro-batch."""
-        if self.hooked:                                  # a rank that saved nothing of copies has not unpacked any
+        """Accumulate the gradients of copies from one micro-batch.
+
+        Args:
+            gate_up_cGD: [c, G, D], gradient of the copies' gate_up.
+            down_cDF: [c, D, F], gradient of the copies' down.
+        """
+        if self.hooked:    # waits for the second gather on a rank whose saved tensors did not need it
             self.matrices()
         if self.rematerialize:
             self._rows_cW = None
-        gradients_cW = torch.cat([gate_up_cGD.flatten(1), down_cDF.flatten(1)], dim=1).to(self.bank.gate_up.dtype)
-        self._gradients_cW = gradients_cW if self._gradients_cW is None else self._gradients_cW.add_(gradients_cW)
+        gradients_cW = torch.cat(
+            [gate_up_cGD.flatten(1), down_cDF.flatten(1)], dim=1).to(self.bank.gate_up.dtype)
+        self._gradients_cW = (gradients_cW if self._gradients_cW is None
+                              else self._gradients_cW.add_(gradients_cW))
         self.backwards -= 1
 
     def finish(self) -> None:
-        """Complete the gradients of the homes. Waits."""
+        """Add the gradients of copies to those of the homes. Waits."""
         if self.transfers is None:
             return
-        assert self._pending_reduction is not None, f"{self.backwards} backward passes of this step did not run"
+        assert self._pending_reduction is not None, (
+            f"{self.backwards} backward passes of this step did not run")
         self._pending_reduction.finish()
         self._pending_reduction = None
 
     def release(self) -> None:
+        """Drop copies and their gradients. No collective may be under way."""
         assert not self._gathers and self._pending_reduction is None, "a collective is still under way"
         self._rows_cW = self._gradients_cW = None
 
     def _transfers(self, placement: LayerPlacement, tables: DeviceTables) -> CopyTransfers | None:
+        """Make the collectives of a placement, or None if no position has a copy."""
         if not placement.copies and not placement.sliced:
             return None
         return CopyTransfers(placement, self.bank, self.group, self.form, self.topology, tables)
 
     def _gather(self, placement: LayerPlacement, transfers: CopyTransfers) -> "PendingGather":
-        return PendingGather(placement.gathered_at(self.group.position), transfers.post_gather(self.dtype).wait)
+        """Start gathering the copies of a placement."""
+        return PendingGather(placement.gathered_at(self.group.position),
+                             transfers.post_gather(self.dtype).wait)
 
     def _wait_gathers(self) -> Tensor:
-        """Copies [c, W] in the order of their slots. Waits."""
+        """Wait for the gathers under way; return copies [c, W] in the order of their slots."""
         gathers, self._gathers = self._gathers, []
         rows_cW = [gather.wait() for gather in gathers]
         if len(gathers) == 1:
@@ -243,11 +294,13 @@ class LayerCopies:
         return torch.cat(rows_cW)[to_device(order_c, self.bank.gate_up.device)]
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Place":
+        """Replace a saved view of the copies by its geometry."""
         if self._rows_cW is None or not tensor.numel() or _storage(tensor) != _storage(self._rows_cW):
             return tensor
         return _Place(tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def _unpack(self, saved: "Tensor | _Place") -> Tensor:
+        """Take a saved view from the copies that were gathered again. Waits for them."""
         if isinstance(saved, Tensor):
             return saved
         self.matrices()
@@ -255,7 +308,7 @@ class LayerCopies:
 
 
 class PendingGather(NamedTuple):
-    """A gather under way: its experts in order, and a function that waits for their rows, called once."""
+    """Gather under way: its experts in order, and a function that waits for their rows [c, W], once."""
 
     experts: tuple[int, ...]
     wait: Callable[[], Tensor]
@@ -270,7 +323,7 @@ class _Place(NamedTuple):
 
 
 class _Wait(torch.autograd.Function):
-    """Forward waits for copies; backward adds up their gradients."""
+    """Autograd node whose forward waits for copies and whose backward accumulates their gradients."""
 
     @staticmethod
     def forward(ctx, x_ND, anchor, layer):
@@ -284,7 +337,7 @@ class _Wait(torch.autograd.Function):
 
 
 class _ReduceGrads(torch.autograd.Function):
-    """Backward starts the reduction, on every rank."""
+    """Autograd node whose backward starts the reduction of gradients, on every rank."""
 
     @staticmethod
     def forward(ctx, x_TD, anchor, layer):
@@ -298,7 +351,10 @@ class _ReduceGrads(torch.autograd.Function):
 
 
 class _ReleaseAfterForward(torch.autograd.Function):
-    """Backward starts the gather of this layer and of the layer below, on every rank in the same order."""
+    """Autograd node whose backward starts the gathers of this layer and of the layer below.
+
+    All ranks start them in the same order.
+    """
 
     @staticmethod
     def forward(ctx, rows_RD, layer):

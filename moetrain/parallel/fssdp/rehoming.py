@@ -1,14 +1,16 @@
-"""Homes that move: experts, with their moments, from position to position; and homes that are cut up, or put together again.
+"""Rehoming: move experts with their optimizer state to other positions, slice them, or reassemble them.
 
-The only step that moves optimizer state, and a rare one. A Parameter keeps its identity and gets other rows, so whoever
-holds it (optimizer, reducer, hooks) need not hear of it; the moments are stored like their parameter and move alike. Step
-counters are one number for all parameters (train/optim/optimizer.py) and stay. What is moved is moved bit by bit: the state gathered by
-name is the same before and after.
+This is the only step that moves optimizer state, and a rare one. A Parameter keeps its identity and gets
+other rows, so optimizer, gradient reducer and hooks keep their references. The moments have the layout of
+their parameter and move with it. Step counters are one number for all parameters (train/optim/optimizer.py)
+and stay. Values are moved bit by bit: the state gathered by name is the same before and after.
 
-Whole experts travel by one exchange, rows of equal width. Where experts are sliced, or no longer (plan/placement.py), pieces
-travel by a second one, in numbers.
+Experts that stay whole travel in one exchange of rows of equal width. Slices of experts that become sliced,
+or whole again (plan/placement.py), travel in a second exchange, as flat numbers, because slices differ in
+width.
 
-Shapes: h experts here, s experts sent, W numbers of an expert with its moments, w of this position's piece of one.
+Shapes: h experts here, s experts sent, W numbers of an expert with its moments, w numbers of this position's
+slice of one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,25 +23,37 @@ from moetrain.comm.sparse.base import AsyncAllToAll
 from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement, slice_columns
 
-Rows = dict[tuple[str, int], Tensor]         # everything of an expert, or of a piece of it, by router and id
-Shapes = list[tuple[int, int]]               # of the tensors that lie side by side in a row: rows and columns
+Rows = dict[tuple[str, int], Tensor]         # state [W] of an expert, or [w] of its slice, by router and id
+Shapes = list[tuple[int, int]]               # (rows, columns) of the tensors that lie side by side in a row
 
 
 @torch.no_grad()
 def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, before: ExpertPlacement,
             after: ExpertPlacement, group: Group) -> int:
-    """Bring every expert to where `after` has it; how many have moved. Between steps, on every position of the group.
+    """Move the state of all experts from one placement to another, in place. Waits.
 
-    All banks hold experts of one size. Gradients must have been cleared or be of no more use: they are dropped.
+    Every position of the group calls it, between steps. Gradients are dropped, so they must have been used.
+
+    Args:
+        banks: experts of each layer by router name, all of one size; their `experts` and `sliced` follow.
+        optimizer: optimizer whose moments move with the parameters.
+        before: placement in force.
+        after: placement to move to; copies in either do not matter.
+        group: the positions, `ep`.
+
+    Returns:
+        Number of experts that moved, became sliced, or became whole.
     """
     if before.homes == after.homes:
         return 0
     whole: Rows = {}
     parts: Rows = {}
     for name, bank in banks.items():
-        whole.update({(name, expert): row for expert, row in zip(bank.experts, _rows(bank, MATRICES, optimizer))})
+        whole.update({(name, expert): row
+                      for expert, row in zip(bank.experts, _rows(bank, MATRICES, optimizer))})
         if bank.cut is not None:
-            parts.update({(name, expert): row for expert, row in zip(bank.sliced, _rows(bank, PIECES, optimizer))})
+            parts.update({(name, expert): row
+                          for expert, row in zip(bank.sliced, _rows(bank, PIECES, optimizer))})
     any_bank = next(iter(banks.values()))
     shapes = [tuple(parameter.shape[1:]) for parameter, _ in _tensors(any_bank, MATRICES, optimizer)]
     _move(whole, sum(rows * columns for rows, columns in shapes), any_bank.gate_up, before, after, group)
@@ -54,8 +68,18 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
     return sum(_moved(before[name], layer) for name, layer in after.layers)
 
 
-def _move(whole: Rows, width: int, like: Tensor, before: ExpertPlacement, after: ExpertPlacement, group: Group) -> None:
-    """Add the experts that come here, of those that are whole before and after. Waits."""
+def _move(whole: Rows, width: int, like: Tensor, before: ExpertPlacement, after: ExpertPlacement,
+          group: Group) -> None:
+    """Exchange the experts that are whole before and after and change their home; add those that come here.
+
+    Args:
+        whole: rows [W] of the experts that are whole here; extended.
+        width: W.
+        like: tensor with the dtype and device of the rows.
+        before: placement in force.
+        after: placement to move to.
+        group: the positions, `ep`.
+    """
     leaving: list[list[tuple[str, int]]] = [[] for _ in range(group.size)]
     coming: list[list[tuple[str, int]]] = [[] for _ in range(group.size)]
     for name, expert, old, new in _places(before, after):
@@ -70,18 +94,29 @@ def _move(whole: Rows, width: int, like: Tensor, before: ExpertPlacement, after:
     whole.update(zip([move for moves in coming for move in moves], received))
 
 
-def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: ExpertPlacement, after: ExpertPlacement,
-           group: Group) -> None:
-    """Add the pieces of experts that are now sliced, and the experts that are put together here. Waits."""
+def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: ExpertPlacement,
+           after: ExpertPlacement, group: Group) -> None:
+    """Exchange slices of the experts that become sliced or whole, and assemble those that become whole here.
+
+    Args:
+        whole: rows [W] of the experts that are whole here; extended by those assembled.
+        parts: rows [w] of the slices held here; extended by those of experts that become sliced.
+        shapes: of the tensors in a row.
+        like: tensor with the dtype and device of the rows.
+        before: placement in force.
+        after: placement to move to.
+        group: the positions, `ep`.
+    """
     position, positions = group.position, group.size
     changed = [place for place in _places(before, after) if (place[2] is None) != (place[3] is None)]
     if not changed:
         return
     leaving: list[list[Tensor]] = [[] for _ in range(positions)]
-    coming: list[list[int]] = [[] for _ in range(positions)]                 # numbers of each piece that comes
-    widths = [sum(part.stop - part.start for part in slice_columns(shapes, at, positions)) for at in range(positions)]
+    coming: list[list[int]] = [[] for _ in range(positions)]                 # width of each slice that comes
+    widths = [sum(part.stop - part.start for part in slice_columns(shapes, at, positions))
+              for at in range(positions)]
     for name, expert, old, new in changed:
-        if old is None:                                                      # put together at `new`
+        if old is None:                                                      # becomes whole at `new`
             leaving[new].append(parts[name, expert])
             if new == position:
                 for at in range(positions):
@@ -94,7 +129,8 @@ def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: Exper
     numbers = torch.cat([like.new_empty(0), *(part for moves in leaving for part in moves)])
     sent, received = tuple(sum(map(len, moves)) for moves in leaving), tuple(map(sum, coming))
     flat = AsyncAllToAll(numbers[:, None], sent, received, group).wait().flatten()
-    arrived = [list(block.split(lengths)) if lengths else [] for block, lengths in zip(flat.split(received), coming)]
+    arrived = [list(block.split(lengths)) if lengths else []
+               for block, lengths in zip(flat.split(received), coming)]
     for name, expert, old, new in changed:
         if old is not None:
             parts[name, expert] = arrived[old].pop(0)
@@ -102,8 +138,12 @@ def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: Exper
             whole[name, expert] = together([pieces.pop(0) for pieces in arrived], shapes)
 
 
-def _places(before: ExpertPlacement, after: ExpertPlacement) -> Iterator[tuple[str, int, int | None, int | None]]:
-    """(router, expert, where it lies whole before, and after): None where it is sliced. By layer, then by expert."""
+def _places(before: ExpertPlacement,
+            after: ExpertPlacement) -> Iterator[tuple[str, int, int | None, int | None]]:
+    """Iterate over (router, expert, home before, home after), by layer and then by expert.
+
+    A home is None where the expert is sliced.
+    """
     for name, layer in after.layers:
         old = before[name]
         for expert in range(layer.num_experts):
@@ -112,12 +152,22 @@ def _places(before: ExpertPlacement, after: ExpertPlacement) -> Iterator[tuple[s
 
 
 def cut(row_W: Tensor, shapes: Shapes, position: int, positions: int) -> Tensor:
-    """A position's piece of an expert: some rows of each tensor, flat."""
+    """Cut a position's slice out of an expert: some rows of each of its tensors, flat.
+
+    Args:
+        row_W: [W], the whole expert.
+        shapes: of the tensors in a row.
+        position: position that gets the slice.
+        positions: size of the `ep` axis.
+
+    Returns:
+        [w], numbers of the slice.
+    """
     return torch.cat([row_W[part] for part in slice_columns(shapes, position, positions)])
 
 
 def together(pieces: list[Tensor], shapes: Shapes) -> Tensor:
-    """The expert whose pieces these are, by position."""
+    """Assemble an expert [W] from its slices of all positions, in order of position: the inverse of `cut`."""
     row_W = pieces[0].new_empty(sum(rows * columns for rows, columns in shapes))
     for position, piece in enumerate(pieces):
         parts = slice_columns(shapes, position, len(pieces))
@@ -127,7 +177,7 @@ def together(pieces: list[Tensor], shapes: Shapes) -> Tensor:
 
 
 def _moved(before: LayerPlacement, after: LayerPlacement) -> int:
-    """Experts whose parameters lie elsewhere, or otherwise."""
+    """Count the experts of a layer whose parameters move, are cut into slices, or are reassembled."""
     return sum(old != new or (expert in before.sliced) != (expert in after.sliced)
                for expert, (old, new) in enumerate(zip(before.home, after.home))
                if not (expert in before.sliced and expert in after.sliced))
@@ -135,7 +185,10 @@ def _moved(before: LayerPlacement, after: LayerPlacement) -> int:
 
 def _tensors(bank: ExpertBank, names: tuple[str, ...],
              optimizer: torch.optim.Optimizer) -> list[tuple[torch.nn.Parameter, str | None]]:
-    """Parameters of a bank and their moments, in one order everywhere; None stands for the parameter itself."""
+    """List the tensors of a bank as (parameter, name of a moment), None for the parameter itself.
+
+    The order is the same on every position.
+    """
     found: list[tuple[torch.nn.Parameter, str | None]] = []
     for matrix in names:
         parameter = getattr(bank, matrix)
@@ -145,13 +198,21 @@ def _tensors(bank: ExpertBank, names: tuple[str, ...],
 
 
 def _rows(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Everything of each expert here, side by side: [h, W], or of its piece: [h, w]."""
+    """Lay the parameters and moments of each expert here side by side: [h, W], or [h, w] for slices."""
     return torch.cat([(parameter.data if moment is None else optimizer.state[parameter][moment]).flatten(1)
                       for parameter, moment in _tensors(bank, names, optimizer)], dim=1)
 
 
-def _refill(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Optimizer, rows: list[Tensor]) -> None:
-    """Parameters and moments of other experts: rows as `_rows` lays them out."""
+def _refill(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Optimizer,
+            rows: list[Tensor]) -> None:
+    """Replace the parameters and moments of a bank by those of other experts, and drop its gradients.
+
+    Args:
+        bank: bank to change; its Parameters keep their identity.
+        names: parameters of the bank, `MATRICES` or `PIECES`.
+        optimizer: optimizer that holds the moments.
+        rows: a row for each expert, in the layout of `_rows`.
+    """
     tensors = _tensors(bank, names, optimizer)
     shapes = [parameter.shape[1:] for parameter, _ in tensors]
     widths = [shape.numel() for shape in shapes]

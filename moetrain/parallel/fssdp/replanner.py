@@ -1,16 +1,17 @@
-"""Which experts are copied where in the next step: loads of the last steps in, a placement in force out (parallel=fssdp).
+"""Replanning under `parallel=fssdp`: choose homes and copies of experts for the next step from past loads.
 
-    observe    after the update: the pooled counts of the step join what is known; forecast (plan/loads/forecast.py); a plan for
-               every layer; every so many steps also homes, if the planner moves them or some are to be cut up
-               (parallel/fssdp/rehoming.py)
-    agreed     before the next step posts anything: all ranks have the same plan, or none goes on
-    calibrate  in the step, once a layer has routed its first micro-batch: more copies, where that pays (plan/calibration.py)
+    observe    after the update: add the pooled counts of the step to the forecast (plan/loads/forecast.py)
+               and plan every layer. At intervals also choose homes, if the planner moves them, and the
+               experts to slice (rehoming.py)
+    agreed     before the next step posts anything: check that all ranks have the same plan
+    calibrate  within the step, when a layer has routed its first micro-batch: add copies if that pays
+               (plan/calibration.py)
 
-Counts are pooled, so they are the same integers on every rank, and planners are pure functions of integers: ranks plan alike
-without talking. That they did is checked by a digest, gathered while nothing waits for it.
+Pooled counts are the same integers on every rank, and planners are pure functions of integers, so ranks plan
+alike without communication. A digest of the placement checks that. It is gathered while nothing waits for it.
 
-What forecasts are made of and the homes are part of the state of a run: from others would follow other copies, and from
-these sums that are grouped otherwise. An expert in pieces has a home, too: that one always computes it.
+The forecast's inputs and the homes are part of the state of a run. With others, other copies would follow,
+and sums would be grouped differently. A sliced expert has a home, too: the position that always computes it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -38,8 +39,13 @@ from moetrain.plan.splitting.rules import rule_of
 
 
 class PlanningInputs(NamedTuple):
-    """What planners are told besides loads. Experts of all layers are of one size. room: copies a position may hold in a
-    layer."""
+    """Inputs of planners besides loads, the same for all layers, since their experts have one size.
+
+    Attributes:
+        topology: positions and nodes.
+        costs: what a row, an expert and a link cost.
+        room: copies that a position may hold in a layer.
+    """
 
     topology: Topology
     costs: Costs
@@ -47,25 +53,43 @@ class PlanningInputs(NamedTuple):
 
 
 class ReplanIntervals(NamedTuple):
-    """rehome: steps between looks at the homes; 0 leaves them. sliced: experts of a layer, of the hottest of the forecast,
-    whose homes may then be cut up."""
+    """How often homes are chosen anew, and how many experts may be sliced then.
+
+    Attributes:
+        rehome: steps between choices of homes; 0 never changes them.
+        sliced: experts of a layer that may be sliced; 0 slices none.
+    """
 
     rehome: int
     sliced: int = 0
 
 
 class Replanner:
-    """layers: by the name of their router, in the order of the model. placement: the one in force, without copies at first.
-    forecaster: for the same routers. calibration: what decides on more copies after the gate; None: nothing does."""
+    """Planning of all layers from step to step.
 
-    def __init__(self, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
-                 placement: ExpertPlacement, planner: Planner, planning_inputs: PlanningInputs, forecaster: LoadForecaster,
-                 intervals: ReplanIntervals, calibration: Callable[..., LayerPlan | None] | None) -> None:
-        self.layers, self.optimizer, self.mesh, self.copies, self.planner = layers, optimizer, mesh, copies, planner
+    Args:
+        layers: sparse layers by router name, in the order of the model.
+        optimizer: optimizer whose state moves with homes.
+        mesh: mesh of the run.
+        copies: copies of all layers, which follow the plans.
+        placement: placement in force at first, without copies.
+        planner: chooses copies, and homes if it supports that.
+        planning_inputs: inputs of the planner besides loads.
+        forecaster: forecast of the loads of the same routers.
+        intervals: how often homes are chosen anew.
+        calibration: adds copies to a plan after the gate (plan/calibration.py); None adds none.
+    """
+
+    def __init__(self, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer, mesh: Mesh,
+                 copies: CopyManager, placement: ExpertPlacement, planner: Planner,
+                 planning_inputs: PlanningInputs, forecaster: LoadForecaster, intervals: ReplanIntervals,
+                 calibration: Callable[..., LayerPlan | None] | None) -> None:
+        self.layers, self.optimizer, self.mesh, self.copies, self.planner = (
+            layers, optimizer, mesh, copies, planner)
         self.planning_inputs, self.forecaster, self.intervals = planning_inputs, forecaster, intervals
         self.placement, self.calibration = placement, calibration
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
-        self.positions = torch.zeros(1, dtype=torch.int64)       # that the homes are spread over; 0 before there is a plan
+        self.positions = torch.zeros(1, dtype=torch.int64)   # number that `homes` refers to; 0 before a plan
         self._check: tuple[list[Tensor], dist.Work] | None = None
         with DeviceTables(mesh.device) as tables:
             for name, moe in layers.items():
@@ -74,7 +98,12 @@ class Replanner:
             copies.set_placement(placement, tables)
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
-        """The pooled counts of a step by router, on the host: plan the next."""
+        """Add a step to the forecast and plan the next one. Waits in the steps that choose homes.
+
+        Args:
+            step: number of the step that is complete.
+            counts: int64 [E] by router, pooled over all ranks, on the host.
+        """
         newest = torch.cat([counts[name] for name in self.layers]) // self.mesh["expert_grad"].size
         self.forecaster.observe(newest)
         if self.intervals.rehome and step % self.intervals.rehome == 0:
@@ -82,7 +111,11 @@ class Replanner:
         self._plan()
 
     def agreed(self) -> ExpertPlacement:
-        """The placement in force, once the others have planned it too. Waits; PeerError on all ranks where it differs."""
+        """Return the placement in force, after a check that all ranks have planned the same. Waits.
+
+        Raises:
+            PeerError: the placements differ; raised on all ranks.
+        """
         if self._check is None:
             return self.placement
         (digests, work), self._check = self._check, None
@@ -90,33 +123,42 @@ class Replanner:
         theirs = torch.cat(digests).tolist()
         if len(set(theirs)) > 1:
             usual = max(sorted(set(theirs)), key=theirs.count)
-            raise PeerError(2, f"the ranks have planned different copies: rank {self._odd(theirs, usual)} differs",
+            raise PeerError(2, "the ranks have planned different copies:"
+                               f" rank {self._odd(theirs, usual)} differs",
                             where="the placement of experts for the next step",
-                            why="plans follow from counts that all ranks share, so memory or a link has failed somewhere",
-                            next="the same command resumes from the last checkpoint; if it happens again, check that machine")
+                            why="plans follow from counts that all ranks share, so memory or a link has"
+                                " failed somewhere",
+                            next="the same command resumes from the last checkpoint; if it happens again,"
+                                 " check that machine")
         return self.placement
 
     def state_shards(self) -> Iterator[StateShard]:
+        """Iterate over the state that a checkpoint keeps: tables of the forecast, homes, sliced experts."""
         sliced = {"sliced": self.sliced} if self.intervals.sliced else {}
-        for name, table in {**self.forecaster.tables(), "homes": self.homes, "positions": self.positions, **sliced}.items():
+        for name, table in {**self.forecaster.tables(), "homes": self.homes, "positions": self.positions,
+                            **sliced}.items():
             yield StateShard(f"plan.{name}", tuple(table.shape), 0, table, "batch")
 
     def restored(self) -> None:
-        """Forecast and homes have been read, and the experts into the homes as they were: move them, and plan. Collective.
+        """Take up the state read from a checkpoint: move experts to the homes that it names, and plan. Waits.
 
-        Homes of another number of positions are left alone: the experts stay as they are spread at the start, over all of these.
+        Every rank calls it, after `state_shards` and the experts, each at its present home, have been read.
+        Homes for another number of positions are ignored: the experts stay where they are.
         """
         positions, sizes = self.mesh["ep"].size, [self.placement[name].num_experts for name in self.layers]
-        spread = int(self.positions) or int(self.homes.max()) + 1        # checkpoints of older releases do not say
+        # Checkpoints of older releases do not have the number of positions.
+        spread = int(self.positions) or int(self.homes.max()) + 1
         if spread == positions and self.homes.min() >= 0 and self.homes.max() < positions:
             self._move(ExpertPlacement(tuple(
-                (name, LayerPlacement(tuple(homes.tolist()), positions, sliced=tuple(sliced.nonzero().flatten().tolist())))
-                for name, homes, sliced in zip(self.layers, self.homes.split(sizes), self.sliced.split(sizes)))))
+                (name, LayerPlacement(tuple(homes.tolist()), positions,
+                                      sliced=tuple(sliced.nonzero().flatten().tolist())))
+                for name, homes, sliced
+                in zip(self.layers, self.homes.split(sizes), self.sliced.split(sizes)))))
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self._plan()
 
     def _rehome(self) -> None:
-        """Other homes, if the planner has any; and experts in pieces. Waits."""
+        """Choose homes, if the planner does that, and the experts to slice; move experts there. Waits."""
         if not isinstance(self.planner, SupportsRehoming) and not self.intervals.sliced:
             return
         topology, costs, _ = self.planning_inputs
@@ -127,14 +169,20 @@ class Replanner:
                                          for name, layer in homes.layers)))
 
     def _sliced_of(self, name: str, loads_E: np.ndarray, homes: LayerPlacement) -> tuple[int, ...]:
-        """Experts of a layer to be cut up: as the planner decides, or the hottest."""
+        """Choose the experts of a layer to slice: by the planner if it supports that, else the hottest.
+
+        Args:
+            name: router of the layer.
+            loads_E: int64 [E], rows expected of each expert.
+            homes: homes of the layer.
+        """
         if not self.intervals.sliced or not isinstance(self.planner, SupportsSlicing):
             return tuple(hottest_first(loads_E)[:self.intervals.sliced].tolist())
         homes = homes.with_sliced(self.placement[name].sliced)
         return self.planner.choose_sliced(loads_E, homes, *self.planning_inputs, self.intervals.sliced)
 
     def _move(self, placement: ExpertPlacement) -> None:
-        """Every expert to its home in a placement. Waits."""
+        """Drop all copies and move every expert to its home in a placement. Waits."""
         banks = {name: moe.experts.bank for name, moe in self.layers.items()}
         self.copies.release()
         reshard(banks, self.optimizer, self.placement, placement, self.mesh["ep"])
@@ -142,14 +190,17 @@ class Replanner:
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
 
     def _flat_homes(self) -> Tensor:
-        return torch.tensor([home for _, layer in self.placement.layers for home in layer.home], dtype=torch.int64)
+        """List the homes of the experts of all layers, int64."""
+        return torch.tensor([home for _, layer in self.placement.layers for home in layer.home],
+                            dtype=torch.int64)
 
     def _flat_sliced(self) -> Tensor:
-        """1 for the experts that lie in pieces, 0 for the others."""
+        """Mark the sliced experts of all layers with 1, the others with 0, int64."""
         return torch.tensor([expert in layer.sliced for _, layer in self.placement.layers
                              for expert in range(layer.num_experts)], dtype=torch.int64)
 
     def _plan(self) -> None:
+        """Plan the copies of all layers, put the placement in force, and start the check between ranks."""
         self.positions.fill_(self.mesh["ep"].size)
         topology, costs, room = self.planning_inputs
         loads, homes, layers = self.forecaster.loads(), self.placement.homes, []
@@ -164,13 +215,23 @@ class Replanner:
         self._compare()
 
     def _dispatch_by(self, moe: MoELayer, plan: LayerPlan, tables: DeviceTables) -> None:
+        """Make the dispatcher of a layer follow a plan."""
         topology, costs, _ = self.planning_inputs
         calibrate = self.calibration and partial(self._calibrate, moe, plan)
-        moe.experts.dispatcher.set_placement(plan.placement, tables, rule_of(self.planner.rule, plan, topology, costs), calibrate)
+        moe.experts.dispatcher.set_placement(
+            plan.placement, tables, rule_of(self.planner.rule, plan, topology, costs), calibrate)
 
     def _calibrate(self, moe: MoELayer, plan: LayerPlan, n_PE: Tensor) -> None:
-        """With the counts of a layer's first micro-batch in a step; they stand for those of the others. The same at all
-        positions, and never for what a step runs again, nor outside of one."""
+        """Add copies to the plan of a layer if that pays, by the counts of its first micro-batch in a step.
+
+        These counts stand for those of the later micro-batches. All positions have the same counts and decide
+        alike. Recomputation and forward passes outside of a step find `calibrated` set and add nothing.
+
+        Args:
+            moe: the layer.
+            plan: its plan for this step.
+            n_PE: int64 [P, E], rows of the micro-batch from every position for every expert, on the host.
+        """
         copies = self.copies.layers[moe.name]
         if copies.calibrated:
             return
@@ -182,6 +243,7 @@ class Replanner:
                 self._dispatch_by(moe, more, tables)
 
     def _compare(self) -> None:
+        """Start to gather the placement digests of all ranks; `agreed` waits for them."""
         group = self.mesh["batch"]
         if group.process_group is None:
             return
@@ -191,5 +253,6 @@ class Replanner:
         self._check = digests, dist.all_gather(digests, mine, group=group.process_group, async_op=True)
 
     def _odd(self, theirs: list[int], usual: int) -> str:
+        """List the ranks whose digest is not the usual one."""
         ranks = self.mesh["batch"].ranks
         return ", ".join(str(rank) for rank, digest in zip(ranks, theirs) if digest != usual)

@@ -1,7 +1,8 @@
-"""What travels for the copies of one layer, from whole homes and from pieces, as one.
+"""Transfers of one layer's copies: matrices from homes to copies, and gradients back.
 
-Copies lie in the order of their slots: those from whole homes, then those put together from pieces (plan/placement.py). Each
-of the two is a collective of its own (comm/sparse/), posted at once and waited for in this order on every position.
+Copies are in the order of their physical slots: first copies of whole experts, then those assembled from
+slices (plan/placement.py). Each of the two kinds has a sparse collective of its own (comm/sparse/). Both are
+posted together, and every position waits for them in this order.
 
 Shapes: c copies here, s rows received for homes here, W numbers of an expert.
 """
@@ -20,23 +21,30 @@ from moetrain.plan.placement import LayerPlacement
 
 
 class PendingDispatch:
-    """Copies on their way. `wait` gives their rows [c, W], once."""
+    """Gather of copies under way, from the handles of its collectives."""
 
     def __init__(self, handles: list[Handle]) -> None:
         self.handles = handles
 
     def wait(self) -> Tensor:
+        """Wait for the copies and return their rows [c, W], in the order of their slots. Once."""
         rows = [handle.wait() for handle in self.handles]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class PendingGradReduction:
-    """Gradients on their way home. `finish` adds them to those of the parameters there, once."""
+    """Reduction of gradients under way.
+
+    Args:
+        bank: experts whose home is here.
+        parts: for each collective, the names of the bank's parameters and the handle to wait for.
+    """
 
     def __init__(self, bank: ExpertBank, parts: list[tuple[Collective, tuple[str, str], Handle]]) -> None:
         self.bank, self.parts = bank, parts
 
     def finish(self) -> None:
+        """Wait, and add what has arrived to the gradients of the parameters. Once."""
         for part, names, handle in self.parts:
             matrices = [getattr(self.bank, name) for name in names]
             widths = [matrix.shape[1:].numel() for matrix in matrices]
@@ -46,12 +54,21 @@ class PendingGradReduction:
 
 
 class CopyTransfers:
-    """form, topology: of the collectives from whole homes (comm/sparse/forms.py)."""
+    """Sparse collectives of one layer under one placement.
 
-    def __init__(self, placement: LayerPlacement, bank: ExpertBank, group: Group, form: str, topology: Topology,
-                 tables: DeviceTables) -> None:
+    Args:
+        placement: homes, copies and sliced experts of the layer.
+        bank: experts whose home is here.
+        group: the positions, `ep`.
+        form: form of the collective for whole experts (comm/sparse/forms.py).
+        topology: positions and nodes, for that collective.
+        tables: where indices are put on the device.
+    """
+
+    def __init__(self, placement: LayerPlacement, bank: ExpertBank, group: Group, form: str,
+                 topology: Topology, tables: DeviceTables) -> None:
         self.bank, self.group = bank, group
-        self.parts: list[tuple[Collective, tuple[str, str]]] = []        # names: of the parameters that copies come from
+        self.parts: list[tuple[Collective, tuple[str, str]]] = []    # with the names of the bank's parameters
         if placement.whole_copies:
             self.parts.append((collective(form, placement, topology, group.position, tables), MATRICES))
         if placement.sliced:
@@ -59,12 +76,14 @@ class CopyTransfers:
         self.copies = sum(part.copies for part, _ in self.parts)
 
     def post_gather(self, dtype: torch.dtype) -> PendingDispatch:
-        """Start bringing the copies. dtype: on the wire."""
-        return PendingDispatch([part.post_gather([getattr(self.bank, name) for name in names], self.group, dtype)
-                         for part, names in self.parts])
+        """Start gathering the copies; they travel in `dtype`. Every position of the group calls it."""
+        return PendingDispatch([
+            part.post_gather([getattr(self.bank, name) for name in names], self.group, dtype)
+            for part, names in self.parts])
 
     def post_reduce(self, gradients_cW: Tensor) -> PendingGradReduction:
-        """Start sending the gradients of the copies home."""
+        """Start sending the gradients of the copies home. Every position of the group calls it."""
         rows = gradients_cW.split([part.copies for part, _ in self.parts])
-        return PendingGradReduction(self.bank, [(part, names, part.post_reduce(each, self.group))
-                                   for (part, names), each in zip(self.parts, rows)])
+        return PendingGradReduction(self.bank, [
+            (part, names, part.post_reduce(each, self.group))
+            for (part, names), each in zip(self.parts, rows)])

@@ -1,4 +1,7 @@
-"""Homes that move, are cut up and put together: what is held, by name, is the same to the bit, moments included."""
+"""Rehoming: homes move, are sliced and joined.
+
+The state by name, optimizer moments included, stays the same to the bit.
+"""
 
 import random
 
@@ -57,7 +60,7 @@ def held(model: Model, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def moved(seeds: list[int]) -> tuple[list[dict], list[int]]:
-    """What this position holds after each of the placements of the seeds, starting from whole homes; how many moved."""
+    """State of this position after the placement of each seed, starting from whole homes; how many moved."""
     at, placement = dist.get_rank(), drawn(99, slices=False)
     group = Group("ep", tuple(range(POSITIONS)), at, dist.group.WORLD)
     model = Model(placement, at)
@@ -84,7 +87,8 @@ def test_the_state_by_name_is_the_same_before_and_after(ranks):
     found = [whole([result[0][index] for result in results]) for index in range(13)]
     assert len(found[0]) == 3 * 2 * sum(SIZES.values())
     for after in found[1:]:
-        assert after.keys() == found[0].keys() and all(torch.equal(after[name], found[0][name]) for name in after)
+        assert (after.keys() == found[0].keys()
+                and all(torch.equal(after[name], found[0][name]) for name in after))
     assert all(result[1] == results[0][1] for result in results) and all(results[0][1])
 
 

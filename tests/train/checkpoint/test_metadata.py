@@ -1,4 +1,7 @@
-"""What is said about the steps that are left: a warm-up that is too long, a schedule that another run.steps stretches, another order."""
+"""Warnings about the steps that are left.
+
+A warm-up that is too long, a schedule that another run.steps stretches, data in another order.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,8 @@ TINY = ["experiment=debug", "model.num_layers=1", "model.dim=16", "model.expert_
     (replace(WSD, warmup=1000), 4, "reaches 4e-06 of optim.lr=0.001"),
     (replace(WSD, warmup=60), 100, "shortened to 40 steps: the rate reaches 0.001"), (COSINE, 100, None),
     (WSD, 100, None), (replace(COSINE, warmup=0), 1, None), (replace(COSINE, warmup=10), 10, None)])
-def test_a_warm_up_in_the_way_is_said_with_the_largest_rate(optim: OptimConfig, steps: int, said: str | None) -> None:
+def test_a_warm_up_in_the_way_is_said_with_the_largest_rate(
+        optim: OptimConfig, steps: int, said: str | None) -> None:
     warning = schedule_warning(steps, optim)
     assert (warning is None) == (said is None) and (said or "") in (warning or "")
     largest = max(learning_rate(step, steps, optim) for step in range(1, steps + 1))
@@ -35,7 +39,8 @@ def test_another_length_says_what_becomes_of_the_rate() -> None:
     assert "step 51 is 0.001, where it was 0.000982" in resumed_rate(21, 100, 200, WSD)
     for optim in (COSINE, WSD):
         said = resumed_rate(101, 100, 200, optim)
-        assert "was 100 and is 200" in said and f"is {learning_rate(101, 200, optim):.3g}" in said and "was 0.0001" in said
+        assert ("was 100 and is 200" in said and f"is {learning_rate(101, 200, optim):.3g}" in said
+                and "was 0.0001" in said)
 
 
 def test_a_run_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -43,10 +48,12 @@ def test_a_run_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     assert main(["train", *TINY, "run.steps=2", "optim.warmup=5"]) == 0
     first = capsys.readouterr().out
-    assert first.count("[warn] optim.warmup=5 is longer than run.steps=2") == 1 and "run.steps was" not in first
+    assert (first.count("[warn] optim.warmup=5 is longer than run.steps=2") == 1
+            and "run.steps was" not in first)
     assert main(["train", *TINY, "run.steps=8", "optim.warmup=5"]) == 0
     resumed = capsys.readouterr().out
     assert "run.steps was 2 and is 8" in resumed and "order" not in resumed
     monkeypatch.setattr(SyntheticDataset, "order", "numbers-0")
     assert main(["train", *TINY, "run.steps=9", "optim.warmup=5"]) == 0
-    assert capsys.readouterr().out.count("[warn] the steps up to 8 have read the data in the order of another release") == 1
+    assert capsys.readouterr().out.count(
+        "[warn] the steps up to 8 have read the data in the order of another release") == 1

@@ -50,7 +50,8 @@ def test_steps_that_vary_are_told_once(quiet: None, heard: pytest.LogCaptureFixt
     watched = Unsteady(torch.device("cpu"))
     for step in range(200):
         watched.add(0.155 if step % 4 == 0 else 0.02)
-    assert len(heard.records) == 1 and advice in heard.text and "0.155 s" in heard.text and "docs/howto/slow.md" in heard.text
+    assert (len(heard.records) == 1 and advice in heard.text and "0.155 s" in heard.text
+            and "docs/howto/slow.md" in heard.text)
 
 
 def test_an_ordinary_run_is_not_warned(quiet: None, heard: pytest.LogCaptureFixture) -> None:
