@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from moetrain.plan.placement import slice_rows
 
 MATRICES = ("gate_up", "down")
-PIECES = ("gate_up_pieces", "down_pieces")   # this position's slices of sliced experts
+SLICES = ("gate_up_slices", "down_slices")   # this position's slices of sliced experts
 
 CopiedMatrices = tuple[Tensor, Tensor]       # gate_up [c, G, D], down [c, D, F]
 
@@ -67,8 +67,8 @@ class ExpertBank(nn.Module):
         self.down = nn.Parameter(torch.empty(len(experts), dim, expert_dim))
         self.cut, self.sliced = cut, ()
         if cut is not None:
-            self.gate_up_pieces = nn.Parameter(torch.empty(0, len(slice_rows(2 * expert_dim, *cut)), dim))
-            self.down_pieces = nn.Parameter(torch.empty(0, len(slice_rows(dim, *cut)), expert_dim))
+            self.gate_up_slices = nn.Parameter(torch.empty(0, len(slice_rows(2 * expert_dim, *cut)), dim))
+            self.down_slices = nn.Parameter(torch.empty(0, len(slice_rows(dim, *cut)), expert_dim))
         self.copies: Copies | None = None
 
     @property

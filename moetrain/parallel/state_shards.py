@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
+from moetrain.moe.bank import MATRICES, SLICES, ExpertBank
 from moetrain.plan.placement import slice_rows
 
 Of = Callable[[nn.Parameter], Tensor | None]
@@ -57,7 +57,7 @@ def state_shards(model: nn.Module, of: Of = lambda parameter: parameter.data) ->
                 yield from _of_experts(f"{layer}.experts", matrix, module.experts,
                                        of(getattr(module, matrix)))
             if module.cut is not None:
-                for matrix, stacked, shape in zip(MATRICES, PIECES, module.shapes):
+                for matrix, stacked, shape in zip(MATRICES, SLICES, module.shapes):
                     begin = slice_rows(shape[0], *module.cut).start
                     yield from _of_sliced(f"{layer}.experts", matrix, module.sliced, shape, begin,
                                           of(getattr(module, stacked)))

@@ -7,7 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moetrain.comm.sparse.packed import Packed
-from moetrain.moe.bank import MATRICES, PIECES
+from moetrain.moe.bank import MATRICES, SLICES
 from moetrain.ops import grouped_experts
 from moetrain.plan.cost.memory import CopyMemory, copy_memory, held_at
 from moetrain.train.step import train_step
@@ -97,8 +97,8 @@ def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, i
                 + sum(parameter.grad.nbytes for parameter in parameters))
 
     assert all(torch.equal(run.state.optimizer.state[getattr(bank, name)]["step"], torch.tensor(3.))
-               for bank in banks for name in PIECES)
-    return [bank.sliced for bank in banks], nbytes(PIECES), nbytes(MATRICES)
+               for bank in banks for name in SLICES)
+    return [bank.sliced for bank in banks], nbytes(SLICES), nbytes(MATRICES)
 
 
 @pytest.mark.ranks

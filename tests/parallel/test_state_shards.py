@@ -38,14 +38,14 @@ def test_a_sliced_expert_is_rows_of_the_same_tensors():
             experts=(4,), dim=3, expert_dim=2, cut=(position, 4))
         assert not [name for name in named(model) if ".7." in name]
         bank.sliced = (7,)
-        for parameter in (bank.gate_up_pieces, bank.down_pieces):
+        for parameter in (bank.gate_up_slices, bank.down_slices):
             parameter.data = torch.zeros(1, *parameter.shape[1:])
         held = {name: shard for name, shard in named(model).items() if ".7." in name}
         assert {name.rpartition(".")[2]: shard.begin for name, shard in held.items()} == rows
         assert all(shard.held_by == "expert_grad" and len(shard.rows) == 1 for shard in held.values())
         assert held["layers.0.moe.experts.7.gate_up"].shape == (4, 3)
         held["layers.0.moe.experts.7.gate_up"].rows.fill_(5)
-        assert (bank.gate_up_pieces == 5).all()
+        assert (bank.gate_up_slices == 5).all()
 
 
 def test_other_tensors_of_the_same_shape_go_by_the_same_names():

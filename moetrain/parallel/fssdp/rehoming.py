@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import AsyncAllToAll
-from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
+from moetrain.moe.bank import MATRICES, SLICES, ExpertBank
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement, slice_columns
 
 Rows = dict[tuple[str, int], Tensor]         # state [W] of an expert, or [w] of its slice, by router and id
@@ -53,7 +53,7 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
                       for expert, row in zip(bank.experts, _rows(bank, MATRICES, optimizer))})
         if bank.cut is not None:
             parts.update({(name, expert): row
-                          for expert, row in zip(bank.sliced, _rows(bank, PIECES, optimizer))})
+                          for expert, row in zip(bank.sliced, _rows(bank, SLICES, optimizer))})
     any_bank = next(iter(banks.values()))
     shapes = [tuple(parameter.shape[1:]) for parameter, _ in _tensors(any_bank, MATRICES, optimizer)]
     _move(whole, sum(rows * columns for rows, columns in shapes), any_bank.gate_up, before, after, group)
@@ -63,7 +63,7 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
         _refill(bank, MATRICES, optimizer, [whole[name, expert] for expert in bank_experts])
         bank.experts = bank_experts
         if bank.cut is not None:
-            _refill(bank, PIECES, optimizer, [parts[name, expert] for expert in layer.sliced])
+            _refill(bank, SLICES, optimizer, [parts[name, expert] for expert in layer.sliced])
             bank.sliced = layer.sliced
     return sum(_moved(before[name], layer) for name, layer in after.layers)
 
@@ -209,7 +209,7 @@ def _refill(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Opt
 
     Args:
         bank: bank to change; its Parameters keep their identity.
-        names: parameters of the bank, `MATRICES` or `PIECES`.
+        names: parameters of the bank, `MATRICES` or `SLICES`.
         optimizer: optimizer that holds the moments.
         rows: a row for each expert, in the layout of `_rows`.
     """

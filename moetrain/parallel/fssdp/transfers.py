@@ -14,13 +14,13 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Collective, Handle
 from moetrain.comm.sparse.forms import collective
 from moetrain.comm.sparse.sliced import Sliced
-from moetrain.moe.bank import MATRICES, PIECES, ExpertBank
+from moetrain.moe.bank import MATRICES, SLICES, ExpertBank
 from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 
 
-class PendingDispatch:
+class PendingCopies:
     """Gather of copies under way, from the handles of its collectives."""
 
     def __init__(self, handles: list[Handle]) -> None:
@@ -72,12 +72,12 @@ class CopyTransfers:
         if placement.whole_copies:
             self.parts.append((collective(form, placement, topology, group.position, tables), MATRICES))
         if placement.sliced:
-            self.parts.append((Sliced(placement, bank.shapes, group.position, tables), PIECES))
+            self.parts.append((Sliced(placement, bank.shapes, group.position, tables), SLICES))
         self.copies = sum(part.copies for part, _ in self.parts)
 
-    def post_gather(self, dtype: torch.dtype) -> PendingDispatch:
+    def post_gather(self, dtype: torch.dtype) -> PendingCopies:
         """Start gathering the copies; they travel in `dtype`. Every position of the group calls it."""
-        return PendingDispatch([
+        return PendingCopies([
             part.post_gather([getattr(self.bank, name) for name in names], self.group, dtype)
             for part, names in self.parts])
 
