@@ -1,15 +1,16 @@
-"""The counts that a balance loss wants: when they are summed over ranks, and what is known of the step at
-each backward.
+"""Pooled counts for balance losses: when they are summed over ranks, and which counts a backward uses.
 
-    CountAllReduce    counts of one or more micro-batches on their way: posted when the last router has decided, before its tokens
-               travel, and awaited when a loss is formed, or in backward
-    AccumulatedCounts      what of the step is known so far, by the mode (losses/base.py PoolRule)
-    PreviousStepCounts the counts of the step before, which stand for what is still to come in mode warm; part
-    of a run's state
+    CountAllReduce        asynchronous sum of the counts of one or more micro-batches: posted when the last
+                          router has decided, before its tokens are dispatched; awaited when the loss is
+                          formed, or in backward
+    AccumulatedCounts     counts of the step so far, as the mode combines them (PoolRule, losses/base.py)
+    PreviousStepCounts    counts of the previous step, which stand for the micro-batches to come in mode warm;
+                          part of a run's state
 
-One all-reduce of all routers' counts, one a step in mode exact and one a micro-batch in the others.
+One all-reduce carries the counts of all routers. Mode exact takes one for each step, the other modes one for
+each micro-batch.
 
-Shapes: L = sum of E over routers, the flat buffer.
+Shapes: E experts of a router, L = sum of E over routers (the flat buffer), R routers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,20 +26,32 @@ from moetrain.parallel.state_shards import StateShard
 
 
 def group_of(rule: PoolRule, mesh: Mesh) -> Group:
+    """The ranks over which a rule pools counts."""
     return mesh["node"] if rule.scope == "node" else mesh["batch"]
 
 
 class CountAllReduce:
-    """parts: micro-batches whose counts travel together."""
+    """Asynchronous all-reduce of the counts of all routers, over one or more micro-batches.
 
-    def __init__(self, group: Group, routers: Mapping[str, int], device: torch.device, parts: int = 1) -> None:
+    It is posted once all micro-batches are counted. `wait` then returns the sum, int64 [L].
+
+    Args:
+        group: the ranks over which counts are pooled.
+        routers: number of experts by router, in layer order.
+        device: device of the counts.
+        parts: number of micro-batches whose counts are reduced together.
+    """
+
+    def __init__(self, group: Group, routers: Mapping[str, int], device: torch.device,
+                 parts: int = 1) -> None:
         self.group, self.routers, self.parts = group, tuple(routers), parts
         self.counts_L = torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
         self.wait: Callable[[], Tensor] = self._missing if routers else lambda: self.counts_L
 
     def micro_batch(self) -> Callable[[str, Tensor], None]:
-        """What the routers of a micro-batch tell their counts (RouterContext.on_counts), all of them; a block
-        that runs again in backward says nothing new.
+        """Return the `RouterContext.on_counts` of the next micro-batch, which collects its routers' counts.
+
+        The first counts of each router are taken: a block that is recomputed in backward reports them again.
         """
         told: dict[str, Tensor] = {}
 
@@ -64,14 +77,30 @@ class CountAllReduce:
 
 
 class AccumulatedCounts:
-    """mode: sync, buffer or warm. tokens: valid tokens of the global batch."""
+    """Counts of the step so far, extended as `mode` says.
 
-    def __init__(self, mode: str, routers: Mapping[str, int], tokens: Tensor, prior: "PreviousStepCounts | None") -> None:
+    Args:
+        mode: `sync`, `buffer` or `warm` (PoolRule, losses/base.py).
+        routers: number of experts by router, in layer order.
+        tokens: int64 scalar, valid tokens of the global batch.
+        prior: counts of the previous step, for mode warm.
+    """
+
+    def __init__(self, mode: str, routers: Mapping[str, int], tokens: Tensor,
+                 prior: "PreviousStepCounts | None") -> None:
         self.mode, self.tokens, self.prior = mode, tokens, prior
         self.total_L = torch.zeros(sum(routers.values()), dtype=torch.int64, device=tokens.device)
 
     def add(self, counts_L: Tensor, *, last: bool) -> Tensor:
-        """The counts [L] whose shares are f for the micro-batches of this turn, once their pooled counts are known."""
+        """Add the pooled counts of a micro-batch; return the counts from which its balance loss takes f.
+
+        Args:
+            counts_L: int64 [L], summed over ranks.
+            last: whether this is the last micro-batch of the step.
+
+        Returns:
+            Counts [L]: int64, or float64 where shares of the previous step stand for the rest.
+        """
         self.total_L += counts_L
         if self.mode == "sync":
             return counts_L
@@ -81,8 +110,15 @@ class AccumulatedCounts:
 
 
 class PreviousStepCounts:
-    """counts_L, tokens: of the step before; 0 where there is none. drift: a router whose shares have moved by
-    more than this (total variation, 0 to 1) from one step to the next has none.
+    """Counts of the previous step, from which those of the rest of a step are estimated.
+
+    `counts_L` and `tokens` are 0 before the first step.
+
+    Args:
+        routers: number of experts by router, in layer order.
+        drift: a router whose shares have moved by more than this from one step to the next (total variation,
+            0 to 1) is not estimated.
+        device: device of the counts.
     """
 
     def __init__(self, routers: Mapping[str, int], drift: float, device: torch.device) -> None:
@@ -92,26 +128,38 @@ class PreviousStepCounts:
         self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
 
     def complete(self, total_L: Tensor, tokens: Tensor) -> Tensor:
-        """What is known of a step, and the rest of it as in the step before: float64 [L]."""
+        """Estimate the counts of a whole step.
+
+        Args:
+            total_L: int64 [L], counts of the step so far.
+            tokens: int64 scalar, valid tokens of the whole step.
+
+        Returns:
+            float64 [L]: the counts so far, and the rest of the slots by the shares of the previous step.
+        """
         parts = []
-        for total_E, prior_E, usable in zip(total_L.split(self.sizes), self.counts_L.split(self.sizes), self.usable_R):
+        for total_E, prior_E, usable in zip(
+                total_L.split(self.sizes), self.counts_L.split(self.sizes), self.usable_R):
             slots = prior_E.sum().double()
             rest = (slots * tokens / self.tokens.clamp(min=1) - total_E.sum()).clamp(min=0)
             parts.append(total_E + usable * rest * prior_E / slots.clamp(min=1))
         return torch.cat(parts) if parts else total_L.double()
 
     def observe(self, counts_L: Tensor, tokens: Tensor) -> None:
-        """The pooled counts of a whole step."""
-        for router, (now_E, before_E) in enumerate(zip(counts_L.split(self.sizes), self.counts_L.split(self.sizes))):
+        """Keep the pooled counts [L] of a finished step, and its valid tokens."""
+        for router, (now_E, before_E) in enumerate(
+                zip(counts_L.split(self.sizes), self.counts_L.split(self.sizes))):
             moved = (shares(now_E) - shares(before_E)).abs().sum() / 2
             self.usable_R[router] = (moved <= self.drift) | ~before_E.any()
         self.counts_L.copy_(counts_L)
         self.tokens.copy_(tokens)
 
     def state_shards(self) -> Iterator[StateShard]:
+        """Iterate over the tensors that a checkpoint keeps."""
         for name, tensor in (("counts", self.counts_L), ("usable", self.usable_R), ("tokens", self.tokens)):
             yield StateShard(f"prior.{name}", tuple(tensor.shape), 0, tensor, "batch")
 
 
 def shares(counts_E: Tensor) -> Tensor:
+    """Share of each expert in the counts of a router, float64 [E]; zeros if nothing was routed."""
     return counts_E.double() / counts_E.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Copies of experts and the replanner that decides on them, from a config (parallel=fssdp)."""
+"""Construction of FSSDP (parallel=fssdp) from a config: copies of experts, and their replanner."""
 
 import torch
 
@@ -15,34 +15,59 @@ from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.loads.forecast import LoadForecaster, forecast_of
 
 
-def build_fssdp(config: Config, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> tuple[CopyManager, Replanner]:
-    """Copies of all layers and their replanner, with every expert at its home."""
+def build_fssdp(config: Config, model: Transformer, optimizer: torch.optim.Optimizer,
+                mesh: Mesh) -> tuple[CopyManager, Replanner]:
+    """Build the copy manager of all layers and the replanner; every expert is at its home, without copies.
+
+    Args:
+        config: the config of the run.
+        model: this rank's part of the model.
+        optimizer: its optimizer, whose moments move with an expert's home.
+        mesh: all ranks.
+
+    Returns:
+        The manager of copies, and the replanner.
+    """
     planning_inputs = survey(config, model, mesh)
-    copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize, form=config.parallel.collective,
-                          topology=planning_inputs.topology)
+    copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize,
+                          form=config.parallel.collective, topology=planning_inputs.topology)
     intervals = ReplanIntervals(config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
-    planning = Replanner(model.moe_layers, optimizer, mesh, copies, plan_homes(config.model, mesh["ep"].size),
-                        build(config.planner, "planner"), planning_inputs, look_ahead(config, model), intervals,
-                        calibrate if config.parallel.calibrate else None)
+    planning = Replanner(model.moe_layers, optimizer, mesh, copies,
+                         plan_homes(config.model, mesh["ep"].size), build(config.planner, "planner"),
+                         planning_inputs, look_ahead(config, model), intervals,
+                         calibrate if config.parallel.calibrate else None)
     return copies, planning
 
 
 def look_ahead(config: Config, model: Transformer) -> LoadForecaster:
-    """How the loads of the next step are forecast."""
+    """Build the forecaster of the loads of the next step."""
     parallel = config.parallel
     forecast = forecast_of(parallel.forecast, sum(model.routers.values()), parallel.window)
-    # Thousandths: ranks compare integers, so that all of them decide alike.
+    # In thousandths: integers, so that all ranks decide alike.
     return LoadForecaster(forecast, model.routers, round(1000 * parallel.max_forecast_error))
 
 
 def survey(config: Config, model: Transformer, mesh: Mesh) -> PlanningInputs:
-    """What planners are told of the machine. All of it from the config: ranks plan alike."""
+    """Derive the inputs of planners: topology, costs, and the limit on copies.
+
+    All of them come from config and mesh, so every rank plans the same.
+
+    Args:
+        config: the config, with the speeds of section `hardware`.
+        model: the model, for the dtype of activations.
+        mesh: all ranks.
+
+    Returns:
+        The inputs of planners besides loads.
+    """
     hardware, sizes = config.hardware, config.model
     topology = Topology(mesh["ep"].size, min(mesh["node"].size, mesh["ep"].size))
     numbers, element = 3 * sizes.dim * sizes.expert_dim, model.dtype.itemsize
     tokens = config.train.global_batch * config.train.seq_len / mesh["batch"].size
-    attention = 2 * tokens * (4 * sizes.dim ** 2 + 2 * config.train.seq_len * sizes.dim)      # operations, forward, roughly
-    costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element, expert_bytes=numbers * element,
-                  inside=hardware.inside, between=hardware.between, latency_s=hardware.latency_s,
-                  hidden_s=attention / hardware.flops, collective=config.parallel.collective)
+    # Operations of attention in the forward pass, roughly.
+    attention = 2 * tokens * (4 * sizes.dim ** 2 + 2 * config.train.seq_len * sizes.dim)
+    costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element,
+                  expert_bytes=numbers * element, inside=hardware.inside, between=hardware.between,
+                  latency_s=hardware.latency_s, hidden_s=attention / hardware.flops,
+                  collective=config.parallel.collective)
     return PlanningInputs(topology, costs, config.parallel.max_copies)

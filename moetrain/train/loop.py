@@ -30,21 +30,25 @@ from moetrain.user_code import named_in_traceback
 def train(config: Config, *, wrap_engine: Callable[[Run], Run] | None = None,
           on_exit: Callable[[int, str], None] = lambda code, reason: None,
           again: str = "the same command goes on") -> None:
-    """Train to run.steps (or run.stop_at), saving on the way and at the end. Collective over the ranks of the
-    run.
+    """Train to `run.steps` (or `run.stop_at`), saving on the way and at the end. Collective.
+
+    All ranks of the run call it. A run that exists is resumed from its newest sound checkpoint.
 
     Args:
         config: composed and checked (config/compose.py).
         wrap_engine: replaces optimizer and reducer by those of another engine, before a checkpoint is read
             (interop/deepspeed.py).
-        on_exit: called with exit code and reason before the process leaves at once, without an orderly end
+        on_exit: called with exit code and reason before a process exits at once, without unwinding
             (preemption.py).
-        again: what to type to go on with a run that was told to stop.
+        again: how to resume the run; shown when a signal has stopped it.
+
+    Raises:
+        Preempted: a signal stopped the run before its last step. The run is saved.
     """
     config, directory, mesh = join_run(config)
     with Console(rank=mesh.rank, steps=config.run.steps, last=last_step(config), interval=config.log.interval,
                  progress=config.log.progress) as console:
-        recorder = Recorder(config, directory, mesh)     # on all ranks: refuses a directory that cannot be written
+        recorder = Recorder(config, directory, mesh)     # collective: checks that rank 0 can write there
         with session(directory, mesh, on_exit) as attempt:
             run = start_run(config, directory, mesh, recorder, console, wrap_engine)
             try:
@@ -53,35 +57,38 @@ def train(config: Config, *, wrap_engine: Callable[[Run], Run] | None = None,
                         raise attempt.preempted(run, preemption.requested, again)
             finally:
                 recorder.close()
-        rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"), ("run", nearby(directory))]
+        rows = [("", f"finished at step {run.state.step}: {run.state.tokens:,} tokens"),
+                ("run", nearby(directory))]
         console.summary(rows, next_commands(config))
     disconnect()
 
 
 def train_loop(run: Run, recorder: Recorder, console: Console, preemption: Preemption) -> bool:
-    """Run the steps that are left, with what is due between them. Collective.
+    """Run the remaining steps, with the saves and evaluations that are due between them. Collective.
 
-    What is due at one step is saved before it is evaluated, so that nobody who was told to stop waits for an
-    evaluation.
+    Where both are due, the save comes first. A run that a signal stops is saved without another evaluation,
+    which the next attempt catches up on.
 
     Args:
-        run: at any step; its state changes.
-        recorder: of the run's files.
-        console: of the screen.
-        preemption: knows whether this rank was told to stop.
+        run: the run, at any step; its state changes.
+        recorder: writes the records of the run.
+        console: writes to the screen.
+        preemption: knows whether this rank has received a stop signal.
 
     Returns:
-        False if a rank was told to stop before the run was complete; the run is saved then.
+        True if the run is complete; False if a rank received a stop signal before that. The run is saved in
+        both cases.
     """
     config, last = run.config, last_step(run.config)
-    saves, evaluation = PeriodicSaves(run, recorder, console), PeriodicEvaluation(run, recorder, console, preemption)
+    saves, evaluation = (PeriodicSaves(run, recorder, console),
+                         PeriodicEvaluation(run, recorder, console, preemption))
     timeline, unsteady = Timeline(run.directory, run.mesh, config.log), Unsteady(run.mesh.device)
     stop = evaluation.owed() and not evaluation.evaluate()
     while run.state.step < last and not stop:
         step = run.state.step + 1
         save_done, save_failed = saves.saver.poll()
-        flags = StepFlags(stop=int(preemption.requested is not None), save_done=save_done, save_failed=save_failed,
-                          save_overdue=saves.saver.overdue())
+        flags = StepFlags(stop=int(preemption.requested is not None), save_done=save_done,
+                          save_failed=save_failed, save_overdue=saves.saver.overdue())
         with timeline.step(step, run.state.model):
             result = train_step(run, step, flags)
         saves.settle(result.flags.save)

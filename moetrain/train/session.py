@@ -1,6 +1,8 @@
-"""One process's part in a run, around the training:
+"""Everything around the training loop of one process.
 
-its place among the ranks, the run's directory, signals, failed peers.
+    join_run    device, process group and mesh of this rank; dtype of the run
+    session     lock on the run's directory, record of the attempt, errors that name a lost peer
+    Session     signals while steps run, and the end of a preempted run
 """
 
 import os
@@ -31,10 +33,10 @@ from moetrain.train.state import Run
 
 
 def join_run(config: Config) -> tuple[Config, Path, Mesh]:
-    """Check the config, take this process's place among the ranks, and settle the dtype.
+    """Check the config, join the process group, and resolve `run.dtype=auto`. Collective.
 
     Returns:
-        The config with its dtype settled, the directory of the run, and the mesh.
+        The config with a concrete dtype, the directory of the run, and the mesh.
     """
     check_composed(config)
     check_alone(config)
@@ -44,55 +46,65 @@ def join_run(config: Config) -> tuple[Config, Path, Mesh]:
 
 
 def check_alone(config: Config) -> None:
-    """Raise ConfigError if the run wants several processes and no launcher has started them."""
+    """Raise ConfigError if `run.nproc` asks for several processes and no launcher has started them."""
     if config.run.nproc > 1 and "RANK" not in os.environ and not dist.is_initialized():
-        raise ConfigError(125, f"run.nproc={config.run.nproc}, and this process is alone", where="run.nproc",
-                          why="train() is one rank and starts no others, and no launcher has set RANK",
-                          next="moetrain.launch.train_on_ranks([...]) with the same overrides; or run.nproc=1")
+        raise ConfigError(
+            125, f"run.nproc={config.run.nproc}, and this process is alone", where="run.nproc",
+            why="train() is one rank and starts no others, and no launcher has set RANK",
+            next="moetrain.launch.train_on_ranks([...]) with the same overrides; or run.nproc=1")
 
 
 def join(config: Config) -> Mesh:
-    """Take this process's place: device, process group (unless `parallel=single`), mesh. Collective.
+    """Choose the device, join the process group, and build the mesh. Collective.
 
-    The environment (torchrun, launch/local.py) says which rank this is. `single`, and a run that nobody
-    launched, have no process group.
+    The launcher (torchrun, launch/local.py) sets this process's rank in the environment. There is no process
+    group with `parallel=single`, nor without a launcher.
     """
     device = pick_device(config)
     take_device(device)
     if config.parallel.mode != "single" and "RANK" in os.environ and not dist.is_initialized():
         if config.run.share_gpu:
-            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")     # read by torch for exchange=peer
+            # Read by torch for exchange=peer.
+            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         connect(device, config.run.timeout_s, over_host=config.run.share_gpu)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    return build_mesh(mesh_sizes(config.parallel.mode, world, config.parallel.ep, config.parallel.shard), device)
+    return build_mesh(
+        mesh_sizes(config.parallel.mode, world, config.parallel.ep, config.parallel.shard), device)
 
 
 def with_dtype(config: Config, directory: Path, mesh: Mesh) -> Config:
-    """Settle run.dtype=auto:
+    """Replace `run.dtype=auto` by a concrete dtype. Collective if it is auto.
 
-    the dtype of the checkpoint, or one that all ranks compute in. Collective if it is auto.
+    A resumed run keeps the dtype of its newest checkpoint. A new one takes bfloat16 only if the hardware of
+    every rank computes it (plan/precision.py).
+
+    Args:
+        config: the config of the run.
+        directory: directory of the run, where a checkpoint is looked for.
+        mesh: all ranks, which take the same dtype.
     """
     if config.run.dtype != "auto":
         return config
     without = largest_over(mesh["batch"], float(not computes_bfloat16(mesh.device)))
-    dtype = choose_dtype("auto", mesh.device.type, computes_bfloat16=not without, recorded=_recorded(directory))
+    dtype = choose_dtype("auto", mesh.device.type, computes_bfloat16=not without,
+                         recorded=_recorded(directory))
     return replace(config, run=replace(config.run, dtype=dtype))
 
 
 def _recorded(directory: Path) -> str | None:
-    """Dtype that the newest checkpoint was trained with; None for a new run."""
+    """Dtype that the newest sound checkpoint was trained with; None for a new run."""
     checkpoint = newest_sound_checkpoint(directory)
     return None if checkpoint is None else trained_config(directory, checkpoint).run.dtype
 
 
 class Session:
-    """An attempt at a run, from the lock on its directory to its recorded end.
+    """One attempt at a run, from the lock on its directory to its recorded end. Made by `session`.
 
     Args:
-        directory: of the run.
-        mesh: of the run.
+        directory: directory of the run.
+        mesh: all ranks.
         record_end: records the exit code of this attempt.
-        on_exit: called with exit code and reason before the process leaves at once, without an orderly end.
+        on_exit: called with exit code and reason before the process exits at once, without unwinding.
     """
 
     def __init__(self, directory: Path, mesh: Mesh, record_end: Callable[[int], None],
@@ -101,21 +113,32 @@ class Session:
 
     @contextmanager
     def training(self, run: Run) -> Iterator[Preemption]:
-        """Around the steps of a run: signals ask for a save, and memory that runs out is explained."""
+        """Context of the training steps: signals request a save, out-of-memory errors are explained.
+
+        Args:
+            run: the run, for its grace period and for the explanation.
+
+        Yields:
+            The state of preemption, which the loop reads at every step.
+        """
         preemption = Preemption(grace_s=run.config.run.grace_s, leaving=self._leave)
         with preemption, out_of_memory_named(run):
             yield preemption
 
     def preempted(self, run: Run, requested: int | None, again: str) -> Preempted:
-        """Leave the process group and make the error of a run that was told to stop. All ranks call it at the
-        same step.
+        """Leave the process group and return the error of a preempted run.
+
+        All ranks call it after the same step, so none tears down a connection that another still uses.
 
         Args:
-            run: saved.
-            requested: signal that asked this rank to stop; None if another rank was asked.
-            again: what to type to go on.
+            run: the run, already saved.
+            requested: signal that this rank received; None if only another rank received one.
+            again: how to resume the run; the advice of the error.
+
+        Returns:
+            The error, for the caller to raise.
         """
-        disconnect()                                     # all ranks leave here, so none tears down what another uses
+        disconnect()
         return Preempted(1, f"told to stop: saved after step {run.state.step} of {last_step(run.config)}",
                          where=str(self.directory),
                          why=f"{cause(requested) if requested else 'another rank'} asked for it", next=again)
@@ -127,12 +150,15 @@ class Session:
 
 @contextmanager
 def session(directory: Path, mesh: Mesh, on_exit: Callable[[int, str], None]) -> Iterator[Session]:
-    """Hold the lock on a run's directory, record this attempt and how it ends, and name a rank that is lost.
+    """Hold the lock on a run's directory, record the attempt and its end, and name a peer that is lost.
 
     Args:
-        directory: of the run.
-        mesh: of the run.
-        on_exit: see `Session`.
+        directory: directory of the run.
+        mesh: all ranks.
+        on_exit: called with exit code and reason before the process exits at once, without unwinding.
+
+    Yields:
+        The attempt.
     """
     with recorded_attempt(directory, mesh) as record_end, lost_peers_named(mesh):
         yield Session(directory, mesh, record_end, on_exit)
@@ -140,14 +166,21 @@ def session(directory: Path, mesh: Mesh, on_exit: Callable[[int, str], None]) ->
 
 @contextmanager
 def recorded_attempt(directory: Path, mesh: Mesh) -> Iterator[Callable[[int], None]]:
-    """Lock the run's directory and record this attempt and its end. Yields a function that records an end."""
+    """Lock the run's directory and record this attempt and its end, on rank 0. Collective.
+
+    Where rank 0 cannot take the lock, no rank goes on.
+
+    Yields:
+        A function that records an exit code; for a process that exits without unwinding.
+    """
     with ExitStack() as stack:
         attempts = RunAttempts(directory) if mesh.is_main else None
         end = attempts.end if attempts else lambda code: None
 
         def enter() -> None:
             if attempts:
-                stack.enter_context(startup_signals())        # the ranks that keep no record may go as they are
+                # Other ranks have no record to complete, so the default handlers suffice there.
+                stack.enter_context(startup_signals())
                 stack.enter_context(attempts)
                 checkpoint = newest(directory)
                 attempts.begin(step_of(checkpoint) if checkpoint else 0)
@@ -164,7 +197,7 @@ def recorded_attempt(directory: Path, mesh: Mesh) -> Iterator[Callable[[int], No
 
 @contextmanager
 def lost_peers_named(mesh: Mesh) -> Iterator[None]:
-    """Turn the failure of a collective whose peer is gone or did not answer in time into a PeerError."""
+    """Convert the failure of a collective into a PeerError if a peer has exited or does not answer."""
     try:
         yield
     except RuntimeError as error:
@@ -172,5 +205,7 @@ def lost_peers_named(mesh: Mesh) -> Iterator[None]:
             raise
         silent = silent_ranks(error)
         who = f"rank {silent}, which does not answer" if silent else "a rank that is gone or does not answer"
-        raise PeerError(1, f"rank {mesh.rank} waited for {who}", where="a collective", why=str(error).splitlines()[0],
-                        next="see log/rank-<n>.log of the others for the first failure; the same command resumes") from error
+        raise PeerError(
+            1, f"rank {mesh.rank} waited for {who}", where="a collective", why=str(error).splitlines()[0],
+            next="see log/rank-<n>.log of the others for the first failure; the same command resumes",
+        ) from error

@@ -1,4 +1,7 @@
-"""From a config to everything that a training step needs, on this rank. Who the ranks are: session.py."""
+"""Construction of a run from its config: everything that a training step needs on this rank.
+
+The ranks have joined before (session.py). Checkpoints are read afterwards (start.py).
+"""
 
 from pathlib import Path
 
@@ -19,20 +22,23 @@ from moetrain.train.state import Graphs, Run, TrainState
 
 
 def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
-    """Build data, model, optimizer and objective, before any checkpoint is read. Collective: rank 0 prepares
-    the data.
+    """Build data, model, optimizer and objective, at step 0. Collective: rank 0 prepares the data.
 
     Args:
-        config: with its dtype settled.
-        directory: of the run.
-        mesh: of the run.
+        config: the config of the run, with a concrete dtype.
+        directory: directory of the run.
+        mesh: all ranks.
+
+    Returns:
+        The run, at step 0.
     """
     all_or_none(mesh["batch"], lambda: refuse_what_cannot_fit(config, mesh))
     dataset, loader = set_up_data(config, directory, mesh)
     model = build_model(config, dataset.vocab_size, mesh)
     optimizer = build_optimizer(model, config.optim)
     allocate_state(optimizer)
-    copies, replanner = (build_fssdp(config, model, optimizer, mesh) if config.parallel.mode == "fssdp" else (None, None))
+    copies, replanner = (build_fssdp(config, model, optimizer, mesh) if config.parallel.mode == "fssdp"
+                         else (None, None))
     objective = build_objective(config, len(model.routers))
     previous = None
     if objective.pool is not None and objective.pool.mode == "warm":

@@ -1,7 +1,4 @@
-"""The start of an attempt:
-
-everything that a run needs, the state of its newest checkpoint, and the banner.
-"""
+"""Start of an attempt: construction of the run, state of its newest checkpoint, records and banner."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,20 +20,23 @@ from moetrain.train.state import Run
 
 def start_run(config: Config, directory: Path, mesh: Mesh, recorder: Recorder, console: Console,
               wrap_engine: Callable[[Run], Run] | None = None) -> Run:
-    """Set up a run, resume it from its newest sound checkpoint, and say how it starts. Collective.
+    """Build a run, resume it from its newest sound checkpoint, and print the banner. Collective.
 
     Args:
-        config: with its dtype settled.
-        directory: of the run.
-        mesh: of the run.
-        recorder: opens the files of the run.
+        config: the config of the run, with a concrete dtype.
+        directory: directory of the run.
+        mesh: all ranks.
+        recorder: opens the records of the run.
         console: prints the banner and warnings.
         wrap_engine: replaces optimizer and reducer before a checkpoint is read (interop/deepspeed.py).
+
+    Returns:
+        The run, at the step of its checkpoint, or at step 0.
 
     Raises:
         CheckpointError: the checkpoint is of another run.
         DataError: the data is not what the checkpoint was trained on.
-        DiskError: the disk does not hold the checkpoints to come.
+        DiskError: the disk has no space for the checkpoints to come.
     """
     run = set_up(config, directory, mesh)
     run = wrap_engine(run) if wrap_engine else run

@@ -1,14 +1,15 @@
-"""Everything a run carries from one step to the next. What is not in `TrainState` is not saved.
+"""State of a training run: what is carried from one step to the next. Only `TrainState` is saved.
 
-Data order, learning rate and initialisation are pure functions of (seed, step), and nothing draws from a
-global generator, so this is all there is:
+Data order, learning rate and initialization are pure functions of (seed, step), and nothing draws from a
+global generator, so the state is complete with:
 
     model.<name>             parameters, float32 or better
     buffer.<name>            persistent buffers: selection biases of routers
     optim.<name>.<moment>    moments of the optimizer, which move with their parameter
-    prior.<what>             tokens per expert of the last step, which stand for those to come (balance.mode=warm)
-    plan.<table>             tokens per expert of the last steps, from which copies are planned, homes, and which of them are in
-                             pieces (parallel=fssdp)
+    prior.<table>            counts of the last step, which stand for micro-batches to come
+                             (balance.mode=warm)
+    plan.<table>             loads of the last steps, from which copies are planned; homes of experts, and
+                             which experts are sliced (parallel=fssdp)
     step, tokens             counters
 
 tests/train/test_state.py walks a run and fails on any tensor, generator or counter that changes from step to
@@ -36,8 +37,8 @@ from moetrain.train.loggers.stopwatch import Stopwatch
 from moetrain.train.objective import Objective
 from moetrain.train.optim.optimizer import moments, restore_steps
 
-# What changes from step to step and is not saved, because it follows from what is: a pattern of its path in
-# the run, and why.
+# State that changes from step to step and is not saved, because it follows from what is saved: a pattern of
+# its path in the run, and the reason.
 REBUILT = {
     r"optimizer.*\.step$": "every parameter is stepped at every step, so its counter equals `step`",
     r"optimizer.*\.lr$": "the learning rate is a function of `step`, set before each update",
@@ -47,13 +48,22 @@ REBUILT = {
         "where experts are follows from the homes, the loads and the planner",
     r"\.grad(\.|$)": "gradients are cleared at the start of every step",
 }
-# What only some meshes have: neither missed in a checkpoint nor in the way.
+# Prefixes of state that only some meshes have. A checkpoint need not have it, and a run need not load it.
 OPTIONAL = ("plan.", "prior.")
 
 
 @dataclass
 class TrainState:
-    """step: optimizer steps taken; tokens: valid tokens trained on."""
+    """The state that a checkpoint holds, on this rank.
+
+    Args:
+        model: this rank's part of the model.
+        optimizer: holds the moments of the model's parameters.
+        step: optimizer steps taken.
+        tokens: valid tokens trained on, over all ranks.
+        planning: loads and homes of experts, with `parallel=fssdp`.
+        prior: counts of the previous step, with `balance.mode=warm`.
+    """
 
     model: Transformer
     optimizer: torch.optim.Optimizer
@@ -63,7 +73,10 @@ class TrainState:
     prior: PreviousStepCounts | None = None
 
     def state_shards(self) -> Iterator[StateShard]:
-        """All tensor state this rank holds, by global name; writing into a shard's rows restores it."""
+        """Iterate over all tensor state of this rank, by global name.
+
+        The rows of a shard are views, so writing into them restores the state.
+        """
         yield from self.weights()
         for moment in moments(self.optimizer):
             of = lambda parameter: self.optimizer.state[parameter].get(moment)  # noqa: E731, B023 (used at once)
@@ -73,15 +86,15 @@ class TrainState:
                 yield from part.state_shards()
 
     def weights(self) -> Iterator[StateShard]:
-        """What evaluation and sampling need of it."""
+        """Iterate over the part of the state that evaluation and generation need."""
         return weights(self.model)
 
     def values(self) -> dict[str, int]:
-        """The state that is not tensors."""
+        """Return the state that is not tensors: the counters."""
         return {"step": self.step, "tokens": self.tokens}
 
     def restore(self, values: dict[str, int]) -> None:
-        """Take over the counters of a checkpoint."""
+        """Set the counters to a checkpoint's, after its tensors have been loaded. Collective with copies."""
         self.step, self.tokens = values["step"], values["tokens"]
         restore_steps(self.optimizer, self.step)
         if self.planning is not None:
@@ -89,22 +102,39 @@ class TrainState:
 
 
 def weights(model: Transformer) -> Iterator[StateShard]:
-    """Parameters and persistent buffers of a model, by the names they are saved under."""
+    """Iterate over the parameters and persistent buffers of a model, by the names of a checkpoint."""
     yield from (shard._replace(name=f"model.{shard.name}") for shard in state_shards(model))
     yield from (shard._replace(name=f"buffer.{shard.name}") for shard in buffers(model))
 
 
 class Graphs(NamedTuple):
-    """How exact balance gets the counts of a step (train/micro_batches.py)."""
+    """How an exact balance loss obtains the counts of a whole step (train/micro_batches.py).
 
-    kept: bool                               # of all micro-batches of a step; otherwise a pass that only counts comes first
-    graph: int | None = None                 # bytes of one, the most of all ranks, where memory has decided (train/memory/graph_memory.py)
-    free: int | None = None                  # bytes, the least of all ranks
+    `graph` and `free` are known only if the choice was made by memory (train/memory/graph_memory.py).
+    """
+
+    kept: bool                 # the graphs of all micro-batches are kept; otherwise a count pass comes first
+    graph: int | None = None   # bytes of the graph of one micro-batch, the largest over ranks
+    free: int | None = None    # bytes that are free, the smallest over ranks
 
 
 @dataclass
 class Run:
-    """Everything that training works on, on this rank."""
+    """A training run on this rank: its state, and everything that a step needs.
+
+    Args:
+        config: the config of the run, with a concrete dtype.
+        directory: directory of the run.
+        mesh: all ranks.
+        dataset: training and held-out sequences.
+        loader: reads the micro-batches of this rank.
+        state: what changes from step to step and is saved.
+        parallel: parameters, reducer of their gradients, and copies of experts.
+        objective: the loss.
+        graphs: how an exact balance loss obtains its counts.
+        dump: writes routing decisions, with `log.router_dump`.
+        peak_tokens_per_s: throughput of all ranks at the peak of their chips; None where no peak is known.
+    """
 
     config: Config
     directory: Path
@@ -116,8 +146,8 @@ class Run:
     objective: Objective
     graphs: Graphs
     dump: RouterDump | None = None
-    peak_tokens_per_s: float | None = None   # of all ranks, at the peak of their chips; None where that is not known
-    watch: Stopwatch = field(init=False)
+    peak_tokens_per_s: float | None = None
+    watch: Stopwatch = field(init=False)     # phases of the step
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.mesh.device)

@@ -1,14 +1,13 @@
-"""One optimizer step, on one screen.
+"""One optimizer step.
 
-    forward of the micro-batches -> counts pooled over ranks -> loss, backward -> gradients summed -> clip ->
-    update
+    forward of micro-batches -> pool counts over ranks -> loss, backward -> sum gradients -> clip -> update
 
-How the forward passes come by the pooled counts: train/micro_batches.py.
+How the forward passes obtain the pooled counts: train/micro_batches.py.
 
 Collectives of a step, whatever the data: tokens (1), counts (1), gradients (fixed buckets, or FSDP2's), norm
-(2), sums and flags (1), and those of the dispatcher in every MoE layer. With copies of experts
-(parallel/fssdp/copies.py) also those that bring them and take their gradients home, in the layers of which
-the plan has copies, and the comparison of plans (1).
+(2), sums and flags (1), and those of the dispatcher in every MoE layer. Copies of experts
+(parallel/fssdp/copies.py) add the gathers of copies and the reductions of their gradients, in the layers that
+have copies, and the comparison of plans (1).
 """
 
 import math
@@ -43,12 +42,12 @@ from moetrain.train.state import Run
 
 
 class StepFlags(NamedTuple):
-    """What each rank reports with a step, and after it the sum over ranks:
+    """What a rank reports with a step; after the step, the sums over ranks.
 
-    agreed without a collective of its own.
+    The flags are summed together with the metrics, so agreement on them takes no collective of its own.
     """
 
-    stop: int = 0                            # told to save and stop (preemption.py)
+    stop: int = 0                            # a signal asks for a save and an exit (preemption.py)
     save_done: int = 0                       # this rank's part of the save under way is written (Saver.poll)
     save_failed: int = 0                     # … or could not be written
     save_overdue: int = 0                    # the last save is too long ago (Saver.overdue)
@@ -56,21 +55,33 @@ class StepFlags(NamedTuple):
 
     @property
     def save(self) -> SaveFlags:
-        """Those of the save under way."""
+        """The flags of the save under way."""
         return SaveFlags(self.save_done, self.save_failed)
 
 
 class StepResult(NamedTuple):
-    metrics: dict[str, float]
+    """Outcome of an optimizer step: the same on every rank, except `sources`, times and memory."""
+
+    metrics: dict[str, float]                # docs/reference/files.md
     counts: dict[str, Tensor]                # pooled, int64 [E] by router, on the host
     sources: list[Tensor] | None             # with log.sources, on rank 0: flat counts of every rank
     flags: StepFlags                         # summed over ranks
 
 
 def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResult:
-    """Optimizer step `step` (from 1):
+    """Take one optimizer step. Collective.
 
-    changes the state of `run` and returns the step's numbers. Collective.
+    Args:
+        run: the run; its state advances to `step`.
+        step: number of the step, from 1.
+        flags: what this rank reports with the step.
+
+    Returns:
+        Metrics, counts and summed flags of the step.
+
+    Raises:
+        DataError: this rank cannot read the data of the step; the other ranks exit with the same code.
+        NonFiniteError: loss or gradient norm is not finite; on all ranks, and no update is applied.
     """
     model, mesh, config, planning = run.state.model, run.mesh, run.config, run.state.planning
     routers = model.routers
@@ -84,9 +95,10 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     run.state.optimizer.zero_grad(set_to_none=True)
     run.parallel.begin(len(batches))
     flags = flags._replace(data_failed=int(failure is not None))
-    sums = SumBuffer(routers, mesh.device, flags, model.routers_needing_load_error, tuple(run.objective.weights))
+    sums = SumBuffer(routers, mesh.device, flags, model.routers_needing_load_error,
+                     tuple(run.objective.weights))
     local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
-    pooled_L = None                                      # counts of the whole step on all ranks, where a loss pools them
+    pooled_L = None                          # counts of the whole step on all ranks, where a loss pools them
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
         share = run.objective.backward(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
@@ -105,7 +117,8 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     if agreed.data_failed:
         fail_together(mesh["batch"], failure)
     stop_if_not_finite(step, summed)
-    clipped_norm = scale_gradients([*run.parallel.dense, *run.parallel.experts], summed.norm, config.train.clip)
+    clipped_norm = scale_gradients([*run.parallel.dense, *run.parallel.experts], summed.norm,
+                                   config.train.clip)
     rate = learning_rate(step, config.run.steps, config.optim)
     set_learning_rate(run.state.optimizer, rate)
     set_gradient_norm(run.state.optimizer, clipped_norm)
@@ -125,7 +138,17 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
 
 
 def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[str, float]:
-    """The record of the step that `run` has just taken, in the order of docs/reference/files.md."""
+    """Metrics of the step that `run` has just taken, in the order of docs/reference/files.md.
+
+    Args:
+        run: the run, after the step.
+        summed: sums of the step over micro-batches and ranks.
+        rate: learning rate of the step.
+        copies: planned copies of experts, over all layers and positions.
+
+    Returns:
+        Metrics by name.
+    """
     planning, seconds = run.state.planning, run.watch.total()
     return {
         "step": run.state.step,
@@ -143,35 +166,48 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
         **run.watch.laps,
         **rank_metrics(summed.phases),
         "throughput/tokens_per_s": summed.tokens / seconds,
-        **({"throughput/mfu": summed.tokens / seconds / run.peak_tokens_per_s} if run.peak_tokens_per_s else {}),
+        **({"throughput/mfu": summed.tokens / seconds / run.peak_tokens_per_s}
+           if run.peak_tokens_per_s else {}),
         "memory/peak": peak_memory(run.mesh.device),
     }
 
 
 def read_batches(run: Run, step: int) -> tuple[list[Batch], DataError | None]:
-    """This rank's micro-batches. Where it cannot read them the error, and as many of padding alone.
+    """Read this rank's micro-batches. If that fails, return padding in their place, and the error.
 
-    The others learn of it from the sums of the step, which all ranks run to its end and none applies: to
-    agree before it begins, the host would have to wait for the device in every step.
+    The other ranks learn of the error from the flags of the step, which all ranks run to its end and none
+    applies. Agreement before the step would make the host wait for the device in every step.
+
+    Args:
+        run: the run.
+        step: number of the step, from 1.
+
+    Returns:
+        The micro-batches on the device, and the error or None.
     """
     try:
         return [batch.to(run.mesh.device) for batch in run.loader.step(step)], None
     except DataError as error:
         train, sequences = run.config.train, run.config.train.per_forward(run.mesh["batch"].size)
-        nothing = padding(sequences, train.seq_len, mask_documents=run.config.data.mask_documents).to(run.mesh.device)
+        nothing = padding(sequences, train.seq_len,
+                          mask_documents=run.config.data.mask_documents).to(run.mesh.device)
         return [nothing] * run.loader.micro_batches, error
 
 
 def count_tokens(batches: list[Batch], mesh: Mesh) -> Tensor:
-    """Valid tokens of the global batch, int64 scalar on the device. Collective."""
+    """Count the valid tokens of the global batch; int64 scalar on the device. Collective."""
     return sum_over(mesh["batch"], torch.stack([batch.valid_BS.sum() for batch in batches]).sum())
 
 
 def stop_if_not_finite(step: int, sums: StepSums) -> None:
-    """Both numbers are the same on every rank, so all stop or none; nothing has been updated yet."""
+    """Raise NonFiniteError if loss or gradient norm is not finite, before anything is updated.
+
+    Both numbers are the same on every rank, so all ranks raise or none.
+    """
     if not (math.isfinite(sums.norm) and math.isfinite(sums.cross_entropy)):
         raise NonFiniteError(
             1, f"step {step}: cross-entropy sum {sums.cross_entropy}, gradient norm {sums.norm}",
             where=f"optimizer step {step}", why="a value is not finite; the step was not applied",
-            next="start another run (run.name) with a smaller optim.lr or train.clip; a resumed run may change neither",
+            next="start another run (run.name) with a smaller optim.lr or train.clip; "
+                 "a resumed run may change neither",
         )
