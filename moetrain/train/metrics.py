@@ -1,7 +1,13 @@
-"""The numbers of a step, from sums that were added over micro-batches and ranks.
+"""Metrics of a step, computed from sums over micro-batches and ranks.
 
-Two buffers travel: the pooled counts, int64 and exact, before the first backward; and one float64 buffer of
-everything else (`StepSums`) after the last. Names and meanings of the metrics: docs/reference/files.md.
+    SumBuffer           collects the sums on this rank and reduces them in one collective
+    StepSums            the reduced sums
+    *_metrics           metrics from them; docs/reference/files.md has their names and meanings
+
+Two buffers are reduced in a step: the pooled counts (int64, exact; train/count_pool.py or train/step.py), and
+one float64 buffer of everything else, after the last backward.
+
+Shapes: E experts, R routers of a stack, L = sum of E over routers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,82 +25,116 @@ from moetrain.train.objective import LossShare
 
 
 class StepSums(NamedTuple):
-    """Summed over micro-batches and ranks; float64, on the host but for `load_error_signs`."""
+    """Sums of a step over micro-batches and ranks; on the host, except `load_error_signs`."""
 
-    cross_entropy: float
-    total: float                             # the loss itself: contributions of all micro-batches
-    violation: float                         # max violation inside micro-batches, added up over routers
-    violations: float                        # how many were added
-    dropped: float                           # slots dropped by a capacity policy, all routers together
+    cross_entropy: float                     # nats
+    total: float                             # the loss: contributions of all micro-batches
+    violation: float                         # max violation inside micro-batches, summed over routers too
+    violations: float                        # number of summands of `violation`
+    dropped: float                           # slots dropped by a capacity policy, over all routers
     entropy: float                           # of the routers' probabilities, nats, over tokens and routers
-    terms: dict[str, float]                  # what every auxiliary loss adds to `total`, by name
-    prob_sums_L: Tensor                      # of all routers, flat
-    counts_L: Tensor                         # of all routers, flat; int64
-    tokens: int
-    norm: float                              # of all gradients
-    load_error_signs: dict[str, Tensor]                 # of routers that want them (routers/base.py), the mean over micro-batches [E], on the device
-    flags: list[float]                       # those of train/step.py, on their way with the rest
+    terms: dict[str, float]                  # contribution of every auxiliary loss to `total`, by name
+    prob_sums_L: Tensor                      # float64 [L], summed probabilities of all routers
+    counts_L: Tensor                         # int64 [L], counts of all routers
+    tokens: int                              # valid tokens of the global batch
+    norm: float                              # norm of all gradients
+    # float64 [E] on the device, mean over micro-batches; of the routers that need them (routers/base.py).
+    load_error_signs: dict[str, Tensor]
+    flags: list[float]                       # StepFlags of train/step.py
     phases: list[list[float]]                # seconds of every rank (train/loggers/stopwatch.py)
 
 
-HEAD = 7                                     # numbers of a SumBuffer before those of the losses and routers
+HEAD = 7       # numbers of a SumBuffer before those of losses and routers: six of StepSums, and micro-batches
 
 
 def flat_counts(stacks: Sequence[Stack], device: torch.device) -> Tensor:
-    """Counts of all routers of a micro-batch in one int64 buffer [sum of E]."""
+    """Concatenate the counts of all routers of a micro-batch, int64 [L]."""
     parts = [stack.stats.counts_E.flatten() for stack in stacks]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def split_by_router(flat: Tensor, routers: Mapping[str, int]) -> dict[str, Tensor]:
+    """Split a flat buffer [L] into views [E], by router name."""
     return dict(zip(routers, flat.split(list(routers.values()))))
 
 
 def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor) -> list[Pooled]:
-    """The argument of the losses, for every stack."""
+    """Make the argument of losses from pooled counts, for every stack.
+
+    Args:
+        flat_L: pooled counts [L], int64 or float64.
+        routers: number of experts by router, in layer order.
+        tokens: int64 scalar, valid tokens of the global batch.
+
+    Returns:
+        One record for each stack of consecutive routers of the same size (routers/base.py `stacks`).
+    """
     return [Pooled(counts_RE, tokens) for counts_RE in by_stack(flat_L, routers)]
 
 
 class SumBuffer:
-    """Collects the float64 sums of a step on this rank, then adds them over the ranks in one collective."""
+    """Collects the float64 sums of a step on this rank, then sums them over ranks in one collective.
+
+    Args:
+        routers: number of experts by router, in layer order.
+        device: device of the sums.
+        flags: flags of this rank, which are summed in the same collective.
+        routers_needing_load_error: names of the routers for which signs of load errors are averaged.
+        losses: names of the auxiliary losses that are trained on.
+    """
 
     def __init__(self, routers: Mapping[str, int], device: torch.device, flags: Sequence[int] = (),
                  routers_needing_load_error: Sequence[str] = (), losses: Sequence[str] = ()) -> None:
-        """Args:
-            routers: experts by router name.
-            device: of the sums.
-            flags: of this rank, to be summed beside them.
-            routers_needing_load_error: names of the routers for which signs of load errors are averaged.
-            losses: names of the auxiliary losses that are trained on.
-        """
-        self.routers, self.routers_needing_load_error, self.losses = routers, {router: routers[router] for router in routers_needing_load_error}, tuple(losses)
+        self.routers, self.routers_needing_load_error, self.losses = (
+            routers, {router: routers[router] for router in routers_needing_load_error}, tuple(losses))
         self.flags = torch.tensor(flags, dtype=torch.float64)
-        self.sizes = [HEAD, len(self.losses), sum(routers.values()), sum(self.routers_needing_load_error.values())]
+        self.sizes = [HEAD, len(self.losses), sum(routers.values()),
+                      sum(self.routers_needing_load_error.values())]
         self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, cross_entropy: Tensor, share: LossShare, stacks: Sequence[Stack]) -> None:
+        """Add the sums of a micro-batch.
+
+        Args:
+            cross_entropy: scalar, summed over tokens, in nats.
+            share: contribution of the micro-batch to the loss.
+            stacks: statistics of its routers.
+        """
         zero = self.flat.new_zeros(())
         terms = (share.terms.get(name, zero).double() for name in self.losses)
-        head = torch.stack([cross_entropy.double(), share.total.double(), *self._of_routers(stacks), self.flat.new_ones(()), *terms])
-        load_error_signs = (sign_E for stack in stacks if self.routers_needing_load_error for router, sign_E in zip(stack.routers, load_error_sign(stack.stats.counts_E))
-                 if router in self.routers_needing_load_error)
-        self.flat += torch.cat([head, *(stack.stats.prob_sum_E.flatten() for stack in stacks), *load_error_signs])
+        head = torch.stack([cross_entropy.double(), share.total.double(), *self._of_routers(stacks),
+                            self.flat.new_ones(()), *terms])
+        load_error_signs = (
+            sign_E for stack in stacks if self.routers_needing_load_error
+            for router, sign_E in zip(stack.routers, load_error_sign(stack.stats.counts_E))
+            if router in self.routers_needing_load_error)
+        self.flat += torch.cat(
+            [head, *(stack.stats.prob_sum_E.flatten() for stack in stacks), *load_error_signs])
 
     def _of_routers(self, stacks: Sequence[Stack]) -> list[Tensor]:
-        """Violations, how many of them, dropped slots, entropy."""
+        """Sums over all routers: max violation, its number of summands, dropped slots, entropy."""
         if not stacks:
             return [self.flat.new_zeros(())] * 4
         of = [_summed(stack.stats) for stack in stacks]
         return [sum(rest, first).double() for first, *rest in zip(*of)]
 
-    def sum_over(self, group: Group, phases: Sequence[float], counts_L: Tensor, tokens: Tensor, norm: Tensor) -> StepSums:
-        """The sums over the group, and what else of a step the host wants to know. Here, once a step, it
-        waits for the device.
+    def sum_over(self, group: Group, phases: Sequence[float], counts_L: Tensor, tokens: Tensor,
+                 norm: Tensor) -> StepSums:
+        """Sum over the group, and copy all numbers of the step to the host. Collective.
 
-        Args: group: the ranks with different tokens. phases: seconds of this rank. In a sum every rank fills
-            a row of its own, so that all of them are known. counts_L: int64, pooled over the group already;
-            exact in float64. tokens: int64 scalar, pooled too. norm: scalar, of all gradients.
+        This is the one place in a step where the host waits for the device. The sum also gathers the phases:
+        each rank adds them to a row of its own.
+
+        Args:
+            group: the ranks that read different tokens.
+            phases: seconds of each phase on this rank.
+            counts_L: int64 [L], already pooled over the group; exact in float64.
+            tokens: int64 scalar, already pooled over the group.
+            norm: scalar, norm of all gradients.
+
+        Returns:
+            The sums of the step.
         """
         times = torch.zeros(group.size, len(phases), dtype=torch.float64)
         times[group.position] = torch.tensor(phases, dtype=torch.float64)
@@ -105,34 +145,45 @@ class SumBuffer:
             [*self.sizes, len(self.flags), times.numel(), len(counts_L), 2])
         *sums, micro_batches = head.tolist()
         load_error_signs = summed[sum(self.sizes[:-1]):sum(self.sizes)] / micro_batches
-        return StepSums(*sums, dict(zip(self.losses, terms.tolist())), prob_sums, counts.long(), int(tokens), float(norm),
-                        split_by_router(load_error_signs, self.routers_needing_load_error), flags.tolist(), times.view(group.size, -1).tolist())
+        return StepSums(
+            *sums, dict(zip(self.losses, terms.tolist())), prob_sums, counts.long(), int(tokens), float(norm),
+            split_by_router(load_error_signs, self.routers_needing_load_error), flags.tolist(),
+            times.view(group.size, -1).tolist())
 
 
 def _summed(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Over the routers of a stack: max load / mean load - 1, float64, 0 where nothing was routed; where
-    anything was; dropped slots; entropy.
+    """Sums over the routers of a stack.
+
+    Returns:
+        Max violation (max load / mean load - 1, float64; 0 where nothing was routed), number of routers
+        where something was routed, dropped slots, and entropy.
     """
     slots_R = stats.active_sum
     over_R = stats.counts_E.amax(-1).double() * stats.counts_E.shape[-1] / slots_R.clamp(min=1) - 1
-    return over_R.where(slots_R > 0, 0).sum(), (slots_R > 0).sum(), stats.dropped.sum(), stats.entropy_sum.sum()
+    return (over_R.where(slots_R > 0, 0).sum(), (slots_R > 0).sum(), stats.dropped.sum(),
+            stats.entropy_sum.sum())
 
 
 def loss_metrics(terms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """What every auxiliary loss adds to loss/total, and its value without the weight.
+    """Contribution of every auxiliary loss to `loss/total`, and its value without the weight.
 
-    The balance loss has no value here: that is reported from the pooled counts of the step
-    (`balance_metrics`), whatever its scope and mode trained on.
+    The value of the balance loss is not among them. `balance_metrics` computes it from the pooled counts of
+    the step, whatever scope and mode it was trained on.
     """
     return {**{f"loss/weighted/{name}": term for name, term in terms.items()},
             **{f"loss/{name}": term / weights[name] for name, term in terms.items() if name != "balance"}}
 
 
 def balance_metrics(sums: StepSums, routers: Mapping[str, int]) -> dict[str, float]:
-    """Metrics of routing from the pooled sums of the step: independent of mode, mesh and split."""
+    """Metrics of routing from the pooled sums of the step.
+
+    They do not depend on the balance mode, the mesh or the split into micro-batches. Two exceptions depend on
+    mesh and split: `moe/local_max_violation/mean`, and the drops of a capacity whose scope is a micro-batch.
+    """
     if not routers:
         return {}
-    of = [_balance(*parts) for parts in zip(by_stack(sums.counts_L.double(), routers), by_stack(sums.prob_sums_L, routers))]
+    of = [_balance(*parts) for parts in zip(by_stack(sums.counts_L.double(), routers),
+                                            by_stack(sums.prob_sums_L, routers))]
     balance_R, violation_R, slots_R, dead_R = (torch.cat(parts) for parts in zip(*of))
     balance, violation, slots, dead = torch.stack([balance_R, violation_R, slots_R, dead_R]).sum(-1).tolist()
     return {
@@ -147,17 +198,23 @@ def balance_metrics(sums: StepSums, routers: Mapping[str, int]) -> dict[str, flo
 
 
 def _balance(counts_RE: Tensor, prob_sums_RE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the routers of a stack, float64 [R]:
+    """Balance of each router of a stack.
 
-    E sum_i f_i P_i times tokens, max violation, slots, experts without any.
+    Args:
+        counts_RE: float64 [R, E], pooled counts of the step.
+        prob_sums_RE: float64 [R, E], probabilities summed over tokens.
+
+    Returns:
+        Four tensors [R]: E sum_i f_i P_i times tokens, max violation, slots, experts without a slot.
     """
     slots_R = counts_RE.sum(-1)
-    share_R = counts_RE.shape[-1] / slots_R.clamp(min=1)     # of a slot, over that of the mean load
+    share_R = counts_RE.shape[-1] / slots_R.clamp(min=1)     # 1 / mean load
     violation_R = share_R * counts_RE.amax(-1) - (slots_R > 0).double()
-    return share_R * (counts_RE * prob_sums_RE).sum(-1), violation_R, slots_R, (counts_RE == 0).sum(-1).double()
+    return (share_R * (counts_RE * prob_sums_RE).sum(-1), violation_R, slots_R,
+            (counts_RE == 0).sum(-1).double())
 
 
 def forecast_metrics(errors_permille: Sequence[int]) -> dict[str, float]:
-    """How far the forecasts of this step's loads were off, by router (plan/loads/forecast.py)."""
+    """Mean and maximum, over routers, of the error of this step's load forecasts (plan/loads/forecast.py)."""
     errors = [int(error) / 1000 for error in errors_permille] or [0.0]
     return {"moe/forecast_error/mean": sum(errors) / len(errors), "moe/forecast_error/max": max(errors)}

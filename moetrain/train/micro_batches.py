@@ -1,19 +1,20 @@
-"""The forward passes of a step, one micro-batch after another, each with the pooled counts that its loss
-needs.
+"""Forward passes of a step, micro-batch by micro-batch, each with the pooled counts that its loss needs.
 
-`forwards` hands out a micro-batch's forward when its backward may run; the caller runs it before asking for
-the next. Counts may still be travelling then: `Forward.pooled` waits for them, at the loss, or in backward
-where gradients are attached. Where a loss wants the counts of the whole step (mode exact), these must be
-known before the first backward:
+`forwards` yields a forward pass once its backward may run; the caller runs the backward before it takes the
+next. The sum of counts over ranks may still be under way then: `Forward.pooled` waits for it, when the loss
+is formed, or in backward where auxiliary losses are injected.
 
-    graphs kept   all micro-batches run forward first and keep their graphs
-    count pass    all micro-batches run forward without gradients as far as the last router; then each runs again, by the
-                  choices already made, and backward: the memory of one micro-batch
+A balance loss in mode exact needs the counts of the whole step before the first backward. There are two ways:
 
-Otherwise each micro-batch runs forward and backward before the next, with what is known by then
-(train/count_pool.py), or with its own counts where no loss asks for more. Which it is follows from the config
-and, of these two, from what the ranks have agreed on (train/memory/graph_memory.py), so the collectives are
-the same on every rank.
+    graphs kept   all micro-batches run forward first, and their autograd graphs are kept
+    count pass    all micro-batches run forward without gradients up to the last router; then each runs
+                  forward again with the recorded choices, and backward: the memory of one micro-batch
+
+In other modes each micro-batch runs forward and backward before the next one, with the counts known by then
+(train/count_pool.py), or with its own counts if no loss pools them. The config decides, and between the two
+ways of mode exact the ranks agree (train/memory/graph_memory.py), so collectives are the same on every rank.
+
+Shapes: B sequences, S positions, T = B*S tokens, D model width, V vocabulary, L = sum of E over routers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,72 +37,101 @@ from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.state import Run
 
 OnCounts = Callable[[str, Tensor], None]      # RouterContext.on_counts
-PoolCounts = Callable[[Sequence[Stack]], list[Pooled]]     # of a micro-batch's stacks, by the losses' rule; waits where counts are on their way
+# Pooled counts for the stacks of a micro-batch, by the rule of the losses. Waits for a sum that is under way.
+PoolCounts = Callable[[Sequence[Stack]], list[Pooled]]
 
 
 class Forward(NamedTuple):
-    """One micro-batch on this rank."""
+    """Forward pass of one micro-batch on this rank."""
 
-    cross_entropy: Tensor                    # sum in nats, with graph
-    stacks: list[Stack]
-    pooled: Callable[[], list[Pooled]]       # of every stack, by PoolCounts; counts of this micro-batch where no loss asks for more
-    counts_L: Tensor | None = None           # flat, of the whole step on all ranks, where the losses want these; once `pooled` was asked
+    cross_entropy: Tensor                    # scalar, sum in nats, with graph
+    stacks: list[Stack]                      # statistics of its routers
+    # Pooled counts of every stack; those of this micro-batch if no loss pools counts.
+    pooled: Callable[[], list[Pooled]]
+    # int64 [L], counts of the whole step on all ranks, if the losses pool them; valid once `pooled` was called.
+    counts_L: Tensor | None = None
 
 
 def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Iterator[Forward]:
-    """Every micro-batch of the step in order.
+    """Run every micro-batch of a step forward, in order. Collective where counts are pooled.
 
-    tokens: valid tokens of the global batch. Collective where counts are pooled.
+    Args:
+        run: the run.
+        step: number of the step, from 1.
+        batches: micro-batches of this rank, on the device.
+        tokens: int64 scalar, valid tokens of the global batch.
+
+    Yields:
+        Each forward pass, once its backward may run.
     """
     rule, routers = run.objective.pool, run.state.model.routers
     if rule is None:
         for batch in batches:
-            yield forward_pass(run, step, batch, lambda found: pool(flat_counts(found, tokens.device), routers, tokens))
+            yield forward_pass(run, step, batch,
+                               lambda found: pool(flat_counts(found, tokens.device), routers, tokens))
     elif rule.mode != "exact":
         yield from _as_they_come(run, step, batches, tokens, rule)
     else:
         yield from _whole_step(run, step, batches, tokens, rule)
 
 
-def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
+def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor,
+                  rule: PoolRule) -> Iterator[Forward]:
+    """Modes sync, buffer and warm: each micro-batch uses the counts that are known at its backward."""
     routers = run.state.model.routers
     known = AccumulatedCounts(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
-        pooling, last = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device), number == len(batches)
+        pooling, last = (CountAllReduce(group_of(rule, run.mesh), routers, tokens.device),
+                         number == len(batches))
 
-        def pooled(found: Sequence[Stack], pooling: CountAllReduce = pooling, last: bool = last) -> list[Pooled]:
+        def pooled(found: Sequence[Stack], pooling: CountAllReduce = pooling,
+                   last: bool = last) -> list[Pooled]:
             return pool(known.add(pooling.wait(), last=last), routers, tokens)
 
         forward = forward_pass(run, step, batch, pooled, pooling.micro_batch())
         yield forward._replace(counts_L=known.total_L if last and rule.scope == "global" else None)
 
 
-def _whole_step(run: Run, step: int, batches: list[Batch], tokens: Tensor, rule: PoolRule) -> Iterator[Forward]:
+def _whole_step(run: Run, step: int, batches: list[Batch], tokens: Tensor,
+                rule: PoolRule) -> Iterator[Forward]:
+    """Mode exact: every micro-batch uses the counts of the whole step."""
     routers = run.state.model.routers
     pooling = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device, len(batches))
     pooled = cache(lambda: pool(pooling.wait(), routers, tokens))
-    for forward in (_graphs_kept if run.graphs.kept else _counted_first)(run, step, batches, pooling, lambda found: pooled()):
+    for forward in (_graphs_kept if run.graphs.kept else _counted_first)(
+            run, step, batches, pooling, lambda found: pooled()):
         yield forward._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
 
 
-def _counted_first(run: Run, step: int, batches: list[Batch], pooling: CountAllReduce, pooled: PoolCounts) -> Iterator[Forward]:
+def _counted_first(run: Run, step: int, batches: list[Batch], pooling: CountAllReduce,
+                   pooled: PoolCounts) -> Iterator[Forward]:
+    """Count all micro-batches without gradients, then run each one forward with the recorded choices."""
     choices = [_count(run, step, batch, pooling.micro_batch()) for batch in batches]
     for batch, chosen in zip(batches, choices):
-        with chosen.replay(whole=False):                 # the last layer exchanges its counts only now
+        # The record may be shorter than the pass: the last layer exchanges its counts only now.
+        with chosen.replay(whole=False):
             forward = forward_pass(run, step, batch, pooled)
         yield forward
 
 
-def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: CountAllReduce, pooled: PoolCounts) -> Iterator[Forward]:
+def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: CountAllReduce,
+                 pooled: PoolCounts) -> Iterator[Forward]:
+    """Run all micro-batches forward and keep their graphs."""
     kept = [forward_pass(run, step, batch, pooled, pooling.micro_batch()) for batch in batches]
     while kept:                                          # each graph is freed once it has run backward
         yield kept.pop(0)
 
 
-def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, per_sequence: bool = False) -> RouterContext:
-    """What routers may know of a micro-batch; per-token fields are flattened to [T].
+def step_context(seed: int, step: int, batch: Batch, *, training: bool = True,
+                 per_sequence: bool = False) -> RouterContext:
+    """Build what routers may know of a micro-batch; per-token fields are flattened to [T].
 
-    per_sequence: sums for each are wanted.
+    Args:
+        seed: seed of the run, for keyed randomness.
+        step: number of the step, from 1.
+        batch: the micro-batch.
+        training: False in evaluation.
+        per_sequence: whether a loss needs sums of each sequence.
     """
     positions = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     return RouterContext(
@@ -112,41 +142,60 @@ def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, p
         positions_T=positions.expand_as(batch.tokens_BS).flatten(),
         valid_T=batch.valid_BS.flatten(),
         token_ids_T=batch.tokens_BS.flatten(),
-        seq_offsets=torch.arange(0, batch.tokens_BS.numel() + 1, batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
-        if per_sequence else None,
+        seq_offsets=torch.arange(0, batch.tokens_BS.numel() + 1, batch.tokens_BS.shape[1],
+                                 device=batch.tokens_BS.device) if per_sequence else None,
     )
 
 
-def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts, on_counts: OnCounts | None = None) -> Forward:
-    """pooled: asked once. counted: told the counts of every router as soon as it has decided."""
+def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
+                 on_counts: OnCounts | None = None) -> Forward:
+    """Run one micro-batch forward, up to its cross-entropy.
+
+    Args:
+        run: the run.
+        step: number of the step, from 1.
+        batch: the micro-batch, on the device.
+        pooled: returns the pooled counts of the micro-batch's stacks; called at most once, when they are
+            needed.
+        on_counts: called with the name and the counts of each router as soon as it has decided.
+
+    Returns:
+        The forward pass, with its graph if gradients are enabled.
+    """
     found: list[Stack] = []
     asked = cache(lambda: pooled(found))
 
     def routed(x_BSD: Tensor, stats: dict[str, RoutingStats]) -> Tensor:
         found.extend(stacks(stats))
-        return attach(x_BSD, found, lambda: run.objective.slopes(found, asked())) if run.objective.attached else x_BSD
+        return (attach(x_BSD, found, lambda: run.objective.slopes(found, asked()))
+                if run.objective.attached else x_BSD)
 
     context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
     with record_function("forward"):
-        output = run.state.model(batch.tokens_BS, context._replace(on_counts=on_counts, decisions=decisions), batch.documents_BS, routed=routed,
-                                 score=_by_chunks(batch, run.config.train.head_chunk))
+        output = run.state.model(
+            batch.tokens_BS, context._replace(on_counts=on_counts, decisions=decisions), batch.documents_BS,
+            routed=routed, score=_by_chunks(batch, run.config.train.head_chunk))
     if decisions is not None:
-        run.dump.add(batch, decisions[:])                # recomputed blocks will add theirs again
+        run.dump.add(batch, decisions[:])                # a copy: recomputed blocks append theirs again
     whole = output.score is None
-    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS) if whole else output.score, found, asked)
+    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS) if whole else output.score,
+                   found, asked)
 
 
 def _by_chunks(batch: Batch, chunk: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The cross-entropy without all logits at once; None where they are wanted."""
+    """Return a function of head and cross-entropy in chunks of rows; None for chunk 0, the whole logits."""
     if not chunk:
         return None
-    return lambda x_BSD, head_VD: linear_cross_entropy(x_BSD.flatten(0, 1), head_VD, batch.targets_BS.flatten(), chunk)
+    return lambda x_BSD, head_VD: linear_cross_entropy(
+        x_BSD.flatten(0, 1), head_VD, batch.targets_BS.flatten(), chunk)
 
 
 @torch.no_grad()
 def _count(run: Run, step: int, batch: Batch, on_counts: OnCounts) -> OpRecord:
-    choices, context = OpRecord(), step_context(run.config.run.seed, step, batch)._replace(on_counts=on_counts)
+    """Run one micro-batch up to its last router, and record the choices of all routers."""
+    choices, context = (OpRecord(),
+                        step_context(run.config.run.seed, step, batch)._replace(on_counts=on_counts))
     with choices.record(), record_function("count"):
         run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True)
     return choices
