@@ -48,7 +48,7 @@ class Forward(NamedTuple):
     stacks: list[Stack]                      # statistics of its routers
     # Pooled counts of every stack; those of this micro-batch if no loss pools counts.
     pooled: Callable[[], list[Pooled]]
-    # int64 [L], counts of the whole step on all ranks, if the losses pool them; valid once `pooled` was called.
+    # int64 [L], counts of the whole step on all ranks, if losses pool them; valid once `pooled` was called.
     counts_L: Tensor | None = None
 
 

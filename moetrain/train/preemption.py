@@ -1,18 +1,17 @@
-"""Told to stop: Ctrl-C, a closed terminal, SIGTERM and SIGUSR1 save at the next step's end and leave with
-code 10.
+"""Preemption: on SIGINT, SIGHUP, SIGTERM or SIGUSR1, save at the end of the step and exit with code 10.
 
-    first signal         `requested` is set; the loop reports it in the flags of the step (train/step.py), so that all ranks save
-                         and leave after the same step, whichever of them were told
-    second signal        leaves at once, without a save
-    run.grace_s is over  the same: whoever told us will not wait longer
-    while the run starts the same: there is nothing to save
+    first signal           sets `requested`; the loop reports it in the flags of the step (train/step.py), so
+                           all ranks save and exit after the same step, whichever of them received a signal
+    second signal          exits at once, without a save
+    end of run.grace_s     the same: the scheduler is about to kill the process
+    signal during start    exits in order (SystemExit): there is nothing to save
 
-A thread watches: a rank that waits for others inside a collective cannot run Python's signal handlers, but
-the interpreter's C handler writes the signal's number to a pipe at any time.
+A thread handles the signals. A rank that waits inside a collective cannot run Python's signal handlers, but
+the interpreter's C handler writes the signal's number to a file descriptor at any time
+(`signal.set_wakeup_fd`).
 
-What a process was started to ignore stays ignored (nohup, background jobs of a script). Ctrl-C belongs to a
-debugger where there is one: at its prompt it does what the debugger says, and a handler that it has installed
-stays.
+A signal that the process was started to ignore stays ignored (nohup, background jobs of a script). Under a
+debugger, Ctrl-C belongs to the debugger: at its prompt, and where it has installed a handler.
 """
 
 import logging
@@ -28,8 +27,11 @@ from types import FrameType, TracebackType
 
 from moetrain.errors import Preempted
 
-ECHO_S = 1.0    # Slurm signals every process of a step, and the launcher passes the same signal on
-LEAVE_S = 5.0   # for the last words of a process that leaves at once, on a disk that may hang
+# Seconds in which a second signal counts as the first: Slurm signals every process of a job step, and the
+# launcher passes the same signal on.
+ECHO_S = 1.0
+# Seconds for recording the exit of a process that exits at once, on a disk that may hang.
+LEAVE_S = 5.0
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 CAUSES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (the terminal was closed)"}
 
@@ -37,23 +39,24 @@ log = logging.getLogger(__name__)
 
 
 def cause(number: int) -> str:
-    """The signal as a user knows it."""
+    """Name of a signal for messages, such as `SIGINT (Ctrl-C)`."""
     number = signal.Signals(number)
     return CAUSES.get(number, number.name)
 
 
 def in_main_thread() -> bool:
-    """Python lets the main thread alone handle signals.
+    """Whether this is the main thread, the only one in which Python allows signal handlers.
 
-    A program that trains in another one says itself what stops it.
+    A program that trains in another thread must handle signals itself.
     """
     return threading.current_thread() is threading.main_thread()
 
 
 class StartupSignals:
-    """The handler of `startup_signals`.
+    """Signal handler of `startup_signals`: raises SystemExit.
 
-    received: the signal, for Python passes over what is raised inside callbacks of imports or of memory.
+    `received` keeps the signal, because Python ignores exceptions that are raised inside callbacks of imports
+    or of garbage collection. `Preemption` raises SystemExit again.
     """
 
     received: int | None = None
@@ -65,25 +68,27 @@ class StartupSignals:
 
 @contextmanager
 def startup_signals() -> Iterator[None]:
-    """While a run starts there is nothing to save:
-
-    the first signal leaves in order, by SystemExit with 128 + its number.
-    """
+    """Context for the start of a run, in which a signal raises SystemExit with 128 + its number."""
     leave = StartupSignals()
-    before = {number: signal.signal(number, leave) for number in SIGNALS if in_main_thread() and _is_free(number)}
+    before = {number: signal.signal(number, leave)
+              for number in SIGNALS if in_main_thread() and _is_free(number)}
     try:
         yield
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is leave:        # Preemption may have set its own
+            if signal.getsignal(number) is leave:        # otherwise Preemption has set its own
                 signal.signal(number, handler)
 
 
 class Preemption:
-    """While it is entered, signals ask for a save; in another thread than the main one they do not.
+    """Context in which signals request a save. Outside the main thread it does nothing.
 
-    grace_s: seconds between the first signal and leaving without a save; None waits as long as it takes.
-    leaving: called with the code and a reason before the process goes without a save.
+    `requested` is the first signal that this rank has received, or None.
+
+    Args:
+        grace_s: seconds from the first signal to an exit without a save; None waits for the save, however
+            long it takes.
+        leaving: called with exit code and reason before the process exits without a save.
     """
 
     def __init__(self, *, grace_s: float | None, leaving: Callable[[int, str], None]) -> None:
@@ -108,11 +113,13 @@ class Preemption:
         if not self._entered:
             return
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():     # another node's signal may come after the step that agreed
+        for number, handler in self._before.items():
+            # After a preemption signals are ignored: the one of another node may arrive after the last step.
             signal.signal(number, signal.SIG_IGN if kind is Preempted else handler)
         self._writes.close()                             # ends the thread
 
     def _watch(self) -> None:
+        """Body of the thread: read signal numbers until the socket is closed or the grace period ends."""
         try:
             while numbers := self._reads.recv(16):
                 for number in numbers:
@@ -125,22 +132,26 @@ class Preemption:
             self._reads.close()
 
     def _told(self, number: signal.Signals) -> None:
+        """Act on a signal: the first one requests a save, a later one exits."""
         if self.requested is None:
             self.requested, self._told_at = number, time.monotonic()
-            # In a thread of its own: a terminal that takes no text must not keep this one from the next
-            # signal.
+            # Logged in a thread of its own: a terminal that blocks output must not delay the next signal.
             threading.Thread(target=log.info, daemon=True, args=(
-                "[stop] %s: saving after this step, then leaving; another one leaves at once, without a save", cause(number))).start()
-        elif number != signal.SIGHUP and time.monotonic() >= self._told_at + ECHO_S:    # the kernel and the shell both send SIGHUP
+                "[stop] %s: saving after this step, then leaving; another one leaves at once, without a save",
+                cause(number))).start()
+        # A repeated SIGHUP is no second request: the kernel and the shell both send it.
+        elif number != signal.SIGHUP and time.monotonic() >= self._told_at + ECHO_S:
             self._leave(f"{cause(number)} came after {cause(self.requested)}: left at once, without a save")
 
     def _left(self) -> float | None:
-        """Seconds of the grace period that are left; None while nothing limits the wait."""
+        """Remaining seconds of the grace period; None if nothing limits the wait."""
         if self.requested is None or self.grace_s is None:
             return None
-        return max(self._told_at + self.grace_s - time.monotonic(), 1e-3)                     # 0 would not wait at all
+        # A timeout of 0 would make the socket non-blocking.
+        return max(self._told_at + self.grace_s - time.monotonic(), 1e-3)
 
     def _leave(self, reason: str) -> None:
+        """Exit without unwinding, after `leaving` has recorded it or LEAVE_S seconds have passed."""
         code = 128 + self.requested
         last_words = threading.Thread(target=self.leaving, args=(code, reason), daemon=True)
         last_words.start()
@@ -149,13 +160,13 @@ class Preemption:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """The thread has heard of it; only at a debugger's prompt is there something to do."""
+    """Handler of signals. The thread acts on them; only at a debugger's prompt Ctrl-C raises here."""
     if number == signal.SIGINT and _is_debugging(frame):
         raise KeyboardInterrupt
 
 
 def _is_free(number: int) -> bool:
-    """Whether the handler may be replaced: not what is ignored, nor a debugger's Ctrl-C."""
+    """Whether a handler may be replaced: not that of an ignored signal, nor a debugger's for Ctrl-C."""
     handler = signal.getsignal(number)
     if number != signal.SIGINT or isinstance(handler, StartupSignals):
         return handler is not signal.SIG_IGN
@@ -163,9 +174,9 @@ def _is_free(number: int) -> bool:
 
 
 def _is_debuggers(number: int) -> bool:
-    """Whether a signal is meant for a debugger:
+    """Whether a signal is meant for a debugger.
 
-    pdb's `continue` installs a handler, and at its prompt its frames are on the stack.
+    pdb's `continue` installs a handler; at pdb's prompt its frames are on the stack of the main thread.
     """
     if number != signal.SIGINT:
         return False
@@ -174,6 +185,7 @@ def _is_debuggers(number: int) -> bool:
 
 
 def _is_debugging(frame: FrameType | None) -> bool:
+    """Whether a debugger's frame is on the stack."""
     while frame is not None:
         if frame.f_globals.get("__name__") == "bdb":     # the base of pdb and of other debuggers in Python
             return True

@@ -1,7 +1,13 @@
-"""What a run writes beside its checkpoints, on rank 0: metrics.jsonl, eval.jsonl, loads.npz, config.yaml,
-env.json, wandb.
+"""Records of a run beside its checkpoints, written by rank 0.
 
-On resume the step files are cut to the restored step; the tail is kept as *.lost.
+    metrics.jsonl, eval.jsonl     a record for each step, and for each evaluation
+    log/saves.jsonl, log/loads    a record for each checkpoint; expert loads of each step
+    loads.npz                     all expert loads, built at the end
+    specialisation.npz            choices of experts by domain, of the last evaluation
+    config.yaml, env.json         of the newest attempt
+    wandb                         if it is configured
+
+On resume the files with a record for each step are cut to the restored step; the tail is kept as *.lost.
 """
 
 import json
@@ -43,9 +49,14 @@ PAUSES = ("save", "eval")
 
 
 class Recorder:
-    """Silent on ranks other than 0.
+    """Writer of a run's records on rank 0; on other ranks its methods write nothing.
 
-    Making one checks on all ranks that the run's directory can be written.
+    Its construction is collective: if rank 0 cannot write to the directory, all ranks end with a DiskError.
+
+    Args:
+        config: the config of the run.
+        directory: directory of the run.
+        mesh: all ranks.
     """
 
     def __init__(self, config: Config, directory: Path, mesh: Mesh) -> None:
@@ -58,53 +69,79 @@ class Recorder:
         _on_all(mesh, directory, lambda: _probe(directory))
 
     def start(self, run: Run, resumed: Path | None) -> None:
-        """Collective: a directory that cannot be written ends all ranks."""
+        """Open the records of an attempt, and write config.yaml and env.json. Collective.
+
+        A failure of rank 0 ends all ranks.
+
+        Args:
+            run: the run, at the step from which it continues.
+            resumed: the checkpoint that was loaded; None for a run that begins.
+
+        Raises:
+            CheckpointError: the run has saved checkpoints, and none is there.
+            DiskError: the directory cannot be written.
+        """
         self.routers = run.state.model.routers
-        all_or_none(run.mesh["batch"], lambda: self._look_for_lost(run.state.step if resumed else 0) if self.main else None)
-        files = {"config.yaml": to_yaml(with_absolute_paths(self.config)), "env.json": json.dumps(environment(run), indent=1)}
-        _on_all(run.mesh, self.directory, lambda: [_replace(self.directory / name, text) for name, text in files.items()])
+        all_or_none(run.mesh["batch"],
+                    lambda: self._look_for_lost(run.state.step if resumed else 0) if self.main else None)
+        files = {"config.yaml": to_yaml(with_absolute_paths(self.config)),
+                 "env.json": json.dumps(environment(run), indent=1)}
+        _on_all(run.mesh, self.directory,
+                lambda: [_replace(self.directory / name, text) for name, text in files.items()])
         all_or_none(run.mesh["batch"], lambda: self._open(run, resumed) if self.main else None)
 
     def _look_for_lost(self, step: int) -> None:
-        """Compare the checkpoint that the run goes on from with the saves on record; step 0:
+        """Compare the step of the loaded checkpoint (0 if none) with the saves on record.
 
-        none was found.
+        Raises CheckpointError if saves are on record but none was found. Warns if a newer one is gone.
         """
         newest = max(self.saves.steps(), default=0)
         if newest and not step:
             raise CheckpointError(
-                20, "the run has saved, and none of its checkpoints is there", where=str(self.directory / "checkpoints"),
+                20, "the run has saved, and none of its checkpoints is there",
+                where=str(self.directory / "checkpoints"),
                 why=f"{self.saves.path} says that step {newest} was saved",
-                next=f"restore the folders, or start another run with run.name; without {self.saves.path} the same command begins anew")
+                next=f"restore the folders, or start another run with run.name; without {self.saves.path} "
+                     "the same command begins anew")
         if newest > step and not (self.directory / "checkpoints" / f"step-{newest:08d}.damaged").exists():
-            log.warning("step %d was saved and its checkpoint is gone: the run goes on from step %d", newest, step)
+            log.warning("step %d was saved and its checkpoint is gone: the run goes on from step %d",
+                        newest, step)
         if not step and (seen := max(self.metrics.steps(), default=0)):
-            log.warning("the run has taken %d steps and has no checkpoint: it begins anew; its records are kept as *.lost", seen)
+            log.warning("the run has taken %d steps and has no checkpoint: it begins anew; "
+                        "its records are kept as *.lost", seen)
 
     def _open(self, run: Run, resumed: Path | None) -> None:
+        """Cut the files to the step of the run, and connect to wandb."""
         for sink in (self.metrics, self.evaluations, self.saves, self.loads):
             sink.cut_to(run.state.step if resumed else 0)
         if self.routers:
             self.loads.name_routers(self.routers)
         if resumed and not self.metrics.has(run.state.step):
-            log.warning("metrics.jsonl lacks step %d, from which the run goes on: somebody has changed it", run.state.step)
+            log.warning("metrics.jsonl lacks step %d, from which the run goes on: somebody has changed it",
+                        run.state.step)
         settings = wandb_settings(self.config, os.environ)
         self.wandb = settings and WandbSink(settings, dir=self.directory, config=asdict(self.config))
 
     def step(self, result: StepResult) -> None:
+        """Record a step: metrics, and the loads of experts."""
         if not self.main:
             return
         metrics = {**result.metrics, **self._take_pauses(), "timestamp": time.time()}
         self.metrics.write(metrics)
         if result.counts:
-            sources = result.sources and [torch.stack(parts) for parts in zip(*map(self._by_router, result.sources))]
+            sources = result.sources and [
+                torch.stack(parts) for parts in zip(*map(self._by_router, result.sources))]
             self.loads.write(int(result.metrics["step"]), list(result.counts.values()), sources)
         if self.wandb:
             self.wandb.write(metrics)
 
     @contextmanager
     def pause(self, kind: str) -> Iterator[None]:
-        """Around a save or an evaluation, while no step runs: the next record says how long they took."""
+        """Measure a pause of training; the record of the next step has its seconds as `time/<kind>`.
+
+        Args:
+            kind: `save` or `eval`.
+        """
         began = time.perf_counter()
         yield
         self.pauses[kind] += time.perf_counter() - began
@@ -114,38 +151,50 @@ class Recorder:
         return {f"time/{kind}": seconds for kind, seconds in taken.items()}
 
     def owes_evaluation(self, step: int) -> bool:
-        """Whether eval.jsonl lacks this step: a run that was told to stop saves first."""
+        """Whether eval.jsonl has no record of this step. False on ranks other than 0."""
         return self.main and not self.evaluations.has(step)
 
     def evaluation(self, run: Run, found: Evaluation, seconds: float) -> None:
+        """Record an evaluation, and the experts' choices by domain.
+
+        Args:
+            run: the run, at the step that was evaluated.
+            found: the result.
+            seconds: duration of the evaluation.
+        """
         if not self.main:
             return
         choices = [part.numpy() for part in found.choices_ML.split(list(self.routers.values()), dim=1)]
-        record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses, "time/eval": seconds, "timestamp": time.time()}
+        record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses, "time/eval": seconds,
+                  "timestamp": time.time()}
         if choices and len(run.dataset.measured) > 1:
-            record["moe/mutual_information/mean"] = float(np.mean([mutual_information(part) for part in choices]))
-            write_specialization(self.directory / "specialisation.npz", run.state.step, choices, self.routers, run.dataset.measured)
+            record["moe/mutual_information/mean"] = float(
+                np.mean([mutual_information(part) for part in choices]))
+            write_specialization(self.directory / "specialisation.npz", run.state.step, choices, self.routers,
+                                 run.dataset.measured)
         self.evaluations.write(record)
         if self.wandb:
             self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})
 
     def saved(self, save: Saved) -> None:
-        """A checkpoint was committed."""
+        """Record a committed checkpoint."""
         if self.main:
             self.saves.write({"step": save.step, "time/save": save.seconds, "time/save_waited": save.held_s})
 
     def finish(self) -> None:
-        """The run has reached its last step:
+        """Build loads.npz from the recorded loads, at the last step of the run.
 
-        loads.npz is built from the records. It can be built later as well.
+        A failure is only a warning: `moetrain report` can build the file later.
         """
         if self.main and self.routers:
             try:
                 self.loads.write_npz(self.directory / "loads.npz")
             except OSError as error:
-                log.warning("loads.npz could not be built (%s); `moetrain report` builds it from log/loads", reason(error))
+                log.warning("loads.npz could not be built (%s); `moetrain report` builds it from log/loads",
+                            reason(error))
 
     def close(self) -> None:
+        """Close the connection to wandb, after `start`."""
         if self.main and self.wandb:
             self.wandb.close()
 
@@ -154,19 +203,20 @@ class Recorder:
 
 
 def _on_all(mesh: Mesh, directory: Path, action: Callable[[], object]) -> None:
-    """What rank 0 does in the run's directory; DiskError on all ranks where it cannot. Collective."""
+    """Run `action` on rank 0; an OSError ends all ranks with a DiskError. Collective."""
     on_all(mesh, lambda: action() if mesh.is_main else None, lambda why: DiskError(
         3, "the run's directory cannot be written", where=str(directory), why=why,
         next="make it writable, or choose another with run.dir"))
 
 
 def _replace(path: Path, text: str) -> None:
-    """The old content or the new one, whenever the process is killed or the disk is full."""
+    """Replace a file's text atomically: a kill or a full disk leaves the old content."""
     with replace_atomically(path) as file:
         file.write(text.encode())
 
 
 def _probe(directory: Path) -> None:
+    """Make the directory if needed, and raise OSError if a file in it cannot be written."""
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / ".probe"
     with create(probe) as file:
@@ -175,6 +225,7 @@ def _probe(directory: Path) -> None:
 
 
 def environment(run: Run) -> dict[str, object]:
+    """Versions, device, kernels, threads, mesh and data of an attempt, for env.json."""
     return {
         "moetrain": __version__,
         "python": sys.version.split()[0],
