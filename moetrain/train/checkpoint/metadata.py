@@ -1,4 +1,4 @@
-"""What a checkpoint records of its run, and how a run that resumes from it may differ."""
+"""Metadata of checkpoints, and its comparison with the run that resumes from one."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,30 +14,47 @@ from moetrain.train.state import Run
 
 
 def checkpoint_metadata(run: Run) -> dict[str, object]:
-    """Metadata of the run that writes a checkpoint: versions, data, order of the data, tokenizer, config."""
+    """Metadata of the run that writes a checkpoint: version, data, order of the data, tokenizer, config."""
     tokenizer = getattr(run.dataset, "tokenizer", None)
     return {"moetrain": __version__, "data": run.dataset.fingerprint, "order": run.dataset.order,
             "tokenizer": tokenizer and tokenizer.identity, "config": asdict(with_absolute_paths(run.config))}
 
 
 def check_same_run(run: Run, found: Resumed) -> None:
-    """Raise CheckpointError if the checkpoint is of another run, DataError if the data is not what it was trained on."""
+    """Check that a loaded checkpoint belongs to this run.
+
+    Args:
+        run: the run that resumes.
+        found: the checkpoint that was loaded.
+
+    Raises:
+        CheckpointError: its config differs in a key that a resumed run may not change.
+        DataError: its data has another fingerprint.
+    """
     conflicts = resume_conflicts(config_of(found.manifest, found.path), run.config)
     if conflicts:
         raise CheckpointError(
-            7, "the checkpoint is of another run", where=str(found.path), why="; ".join(error.what for error in conflicts[:3]),
+            7, "the checkpoint is of another run", where=str(found.path),
+            why="; ".join(error.what for error in conflicts[:3]),
             next="take it out of the folder; the same command goes on from the one before")
     trained_on = found.manifest.facts.get("data")
     if trained_on != run.dataset.fingerprint:
         raise DataError(
-            62, "the data is not what the run was trained on", where=run.config.data.path or "the built-in corpus",
-            why=f"its fingerprint is {run.dataset.fingerprint[:12]}, the checkpoint's is {str(trained_on)[:12]}",
+            62, "the data is not what the run was trained on",
+            where=run.config.data.path or "the built-in corpus",
+            why=f"its fingerprint is {run.dataset.fingerprint[:12]}, "
+                f"the checkpoint's is {str(trained_on)[:12]}",
             next="restore the data, or start another run with run.name",
         )
 
 
 def start_warnings(run: Run, found: Resumed | None) -> Iterator[str]:
-    """Warnings about the learning rate and the order of data of the steps that are left."""
+    """Yield warnings about the learning rate and the order of the data in the remaining steps.
+
+    Args:
+        run: the run, after it was resumed.
+        found: the checkpoint that was loaded; None for a new run.
+    """
     steps, optim, step = run.config.run.steps, run.config.optim, run.state.step + 1
     if warning := schedule_warning(steps, optim):
         yield warning
@@ -46,5 +63,5 @@ def start_warnings(run: Run, found: Resumed | None) -> Iterator[str]:
         if changed := resumed_rate(step, before, steps, optim):
             yield changed
     if found and found.manifest.facts.get("order") != run.dataset.order:
-        yield (f"the steps up to {run.state.step} have read the data in the order of another release: from here on some of it "
-               "comes again before the rest has come once")
+        yield (f"the steps up to {run.state.step} have read the data in the order of another release: "
+               "from here on some of it comes again before the rest has come once")

@@ -1,4 +1,4 @@
-"""The saves of a run: started where they are due, reported when they end."""
+"""Saves of a run, with their reports to records and screen. The loop decides when a save is due."""
 
 from moetrain.files import nearby
 from moetrain.train.checkpoint.metadata import checkpoint_metadata
@@ -9,29 +9,35 @@ from moetrain.train.state import Run
 
 
 class PeriodicSaves:
-    """A saver with its reports to the records and the screen. Time in it counts as a pause of training."""
+    """Saver of a run that reports finished saves. Time spent in it is recorded as a pause of training.
+
+    Args:
+        run: the run to save.
+        recorder: takes a record of each checkpoint.
+        console: prints a line for each checkpoint.
+    """
 
     def __init__(self, run: Run, recorder: Recorder, console: Console) -> None:
         self.run, self.recorder, self.console = run, recorder, console
         self.saver = Saver(run.directory, run.mesh, run.config.checkpoint)
 
     def settle(self, summed: SaveFlags) -> None:
-        """Go on with the save under way. summed: the flags of all ranks (`Saver.poll`)."""
+        """Advance the save under way by the flags of `Saver.poll`, summed over all ranks."""
         with self.recorder.pause("save"):
             self._report(self.saver.settle(summed))
 
     def begin(self) -> None:
-        """Start a save of this step."""
+        """Start a save of the current step. Waits for an earlier save that is still under way."""
         with self.recorder.pause("save"):
             self._report(self.saver.begin(self.run.state, checkpoint_metadata(self.run)))
 
     def finish(self) -> None:
-        """Complete the save under way, then save the last step. Collective; waits for the disk."""
+        """Complete the save under way, then save the current step and wait for the disk. Collective."""
         self._report(self.saver.finish())
         self._report(self.saver.begin(self.run.state, checkpoint_metadata(self.run), final=True))
 
     def _report(self, save: Saved | None) -> None:
-        if save is None or save.path is None:            # save.py has reported one that failed
+        if save is None or save.path is None:            # save.py has logged the failure
             return
         self.recorder.saved(save)
         self.console.line(f"[save] step {save.step}: {nearby(save.path)} in {save.seconds:.2f} s, "

@@ -1,4 +1,4 @@
-"""The evaluations of a run: which step is owed one, and its report."""
+"""Evaluations of a run during training: which steps need one, and its report to records and screen."""
 
 import time
 
@@ -12,27 +12,34 @@ from moetrain.train.state import Run
 
 
 class PeriodicEvaluation:
-    """Evaluation per domain at the steps of `eval.interval` and at the last one.
+    """Evaluation by domain every `eval.interval` steps and at the last step.
 
-    Time in it counts as a pause of training.
+    Its time is recorded as a pause of training.
+
+    Args:
+        run: the run to evaluate.
+        recorder: takes a record of each evaluation, and knows which steps have one.
+        console: prints a line for each evaluation.
+        preemption: a stop signal ends an evaluation.
     """
 
     def __init__(self, run: Run, recorder: Recorder, console: Console, preemption: Preemption) -> None:
         self.run, self.recorder, self.console, self.preemption = run, recorder, console, preemption
 
     def owed(self) -> bool:
-        """Whether this step is to be evaluated and has not been:
+        """Whether the current step should be evaluated and has no evaluation on record. Collective.
 
-        an attempt that was told to stop saves first. Collective.
+        This is so after an attempt that was preempted between the save and the evaluation of its last step.
         """
         step = self.run.state.step
         wanted = is_due(step, self.run.config.eval.interval) or step == last_step(self.run.config)
         return wanted and bool(largest_over(self.run.mesh["batch"], self.recorder.owes_evaluation(step)))
 
     def evaluate(self) -> bool:
-        """Evaluate, to eval.jsonl and the screen.
+        """Evaluate the current step and report the result. Collective.
 
-        False if a rank was told to stop meanwhile; then nothing is kept.
+        Returns:
+            False if a rank received a stop signal meanwhile; the evaluation is then discarded.
         """
         run, began = self.run, time.perf_counter()
         with self.recorder.pause("eval"):
@@ -46,5 +53,5 @@ class PeriodicEvaluation:
 
 
 def is_due(step: int, interval: int) -> bool:
-    """Whether something is due every `interval` steps, at this one. 0: never."""
+    """Whether a step is a multiple of `interval`, from the first on. An interval of 0 means never."""
     return interval > 0 and step > 0 and step % interval == 0

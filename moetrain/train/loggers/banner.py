@@ -1,6 +1,6 @@
-"""The banner of a run: what is trained, on what, and how, as (label, text) rows.
+"""Banner of a run: what is trained, on what, and how, as (label, text) rows.
 
-docs/reference/output.md says what every word means.
+docs/reference/output.md defines every word of it. An empty text leaves its row out.
 """
 
 import os
@@ -21,7 +21,12 @@ from moetrain.units import decimal
 
 
 def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
-    """The start banner, as (label, text) rows."""
+    """Rows (label, text) of the banner at the start of an attempt.
+
+    Args:
+        run: the run, at the step from which it continues.
+        resumed: the checkpoint that was loaded; None for a new run.
+    """
     config, sizes = run.config, run.config.model
     ranks, ep = run.mesh["batch"].size, run.mesh["ep"].size
     per_step = config.train.global_batch * config.train.seq_len
@@ -29,23 +34,27 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
     accumulation = config.train.global_batch // (micro_batch * ranks)
     total, active = parameter_counts(run)
     rows = [
-        ("", f"moetrain {__version__} | run {nearby(run.directory)} | " + (f"resumed from step {run.state.step}" if resumed else "new run")),
+        ("", f"moetrain {__version__} | run {nearby(run.directory)} | "
+             + (f"resumed from step {run.state.step}" if resumed else "new run")),
         ("model", f"{sizes.num_layers} layers  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
-                  f" + {sizes.num_shared_experts} shared   total {decimal(total)}   active {decimal(active)}"),
-        ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   {config.parallel.mode}{sharding(run)}"
+                  f" + {sizes.num_shared_experts} shared   total {decimal(total)}"
+                  f"   active {decimal(active)}"),
+        ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   "
+                     f"{config.parallel.mode}{sharding(run)}"
                      f" on {run.mesh.device.type}, {config.run.dtype}   {threads_text()}"),
         ("device", unused_gpu(config)),
         ("schedule", schedule_line(run)),
-        ("batch", f"{per_step:,} tokens = {ranks} rank{'s' * (ranks > 1)} x {micro_batch} seq x {config.train.seq_len}"
-                  f" x accum {accumulation}"),
+        ("batch", f"{per_step:,} tokens = {ranks} rank{'s' * (ranks > 1)} x {micro_batch} seq"
+                  f" x {config.train.seq_len} x accum {accumulation}"),
         ("balance", balance_line(run, accumulation)),
-        ("losses", ", ".join(f"{name}, weight {weight:g}" for name, weight in run.objective.weights.items() if name != "balance")),
+        ("losses", ", ".join(f"{name}, weight {weight:g}" for name, weight in run.objective.weights.items()
+                             if name != "balance")),
         ("copies", copies_line(run)),
         ("capacity", capacity_line(run)),
         ("data", data_line(run)),
         ("skipped", skipped(run)),
-        ("memory", {"none": "", "selective": "recomputes norms, activations and orders", "full": "recomputes whole blocks"}
-                   [config.train.activation_checkpointing]),
+        ("memory", {"none": "", "selective": "recomputes norms, activations and orders",
+                    "full": "recomputes whole blocks"}[config.train.activation_checkpointing]),
         ("saves", saves_line(config.checkpoint)),
     ]
     rows.append(("wandb", wandb_line(wandb_settings(config, os.environ), run.directory)))
@@ -53,52 +62,55 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
 
 
 def threads_text() -> str:
-    """Threads of torch on this rank, and the cores that it may use."""
+    """Number of torch's threads on this rank, and of the cores that it may use."""
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     return f"{threads} thread{'s' * (threads > 1)} a rank, {cores} core{'s' * (cores > 1)}"
 
 
 def skipped(run: Run) -> str:
-    """What of the source is not trained on, and why."""
+    """Content of the source that is not trained on, by reason."""
     account = getattr(run.dataset, "account", None)
     return left_out_line(account) if account else ""
 
 
 def data_line(run: Run) -> str:
-    """What is read, and how often by the end of the schedule."""
+    """The training data, and its epochs by `run.steps`."""
     dataset, train = run.dataset, run.config.train
     names = ", ".join(dataset.domains[:6]) + ", ..." * (len(dataset.domains) > 6)
-    text = (f"{run.config.data.kind} {dataset.fingerprint[:12]}  {len(dataset.domains)} domain{'s' * (len(dataset.domains) > 1)}"
+    text = (f"{run.config.data.kind} {dataset.fingerprint[:12]}  "
+            f"{len(dataset.domains)} domain{'s' * (len(dataset.domains) > 1)}"
             f" ({names})  vocabulary {dataset.vocab_size}")
     if dataset.tokens is None:
         return text
     epochs = dataset.epochs(run.config.run.steps * train.global_batch)
     least, most = (f"{many:.2g}" for many in (epochs[epochs > 0].min(), epochs.max()))
-    planned = f"{least} epochs" if least == most else f"{least} to {most} epochs, most of {dataset.domains[int(epochs.argmax())]},"
+    planned = (f"{least} epochs" if least == most else
+               f"{least} to {most} epochs, most of {dataset.domains[int(epochs.argmax())]},")
     return f"{text}  {decimal(dataset.tokens)} tokens, {planned} planned"
 
 
 def saves_line(config: CheckpointConfig) -> str:
-    """When the run saves."""
+    """When checkpoints are written."""
     every = [f"every {config.interval} steps"] if config.interval else []
     every += [f"every {config.every_minutes:g} minutes"] if config.every_minutes else []
     return f"{', '.join(every)} and at the end" if every else "at the end"
 
 
 def sharding(run: Run) -> str:
-    """Over how many ranks FSDP cuts parameters up."""
+    """Number of ranks over which FSDP shards dense parameters and experts."""
     dense, experts = run.mesh["dense_shard"].size, run.mesh["expert_shard"].size
     return f" (dense over {dense}, experts over {experts})" if dense > 1 else ""
 
 
 def schedule_line(run: Run) -> str:
-    """How rows travel to experts and back, where they do."""
+    """How tokens are dispatched to experts and combined; empty without expert parallelism."""
     layers = list(run.state.model.moe_layers.values())
     if not layers or run.mesh["ep"].size == 1:
         return ""
     chunks = layers[0].experts.num_chunks
     pieces = "in one piece" if chunks == 1 else f"in {chunks} chunks"
-    rows = "a row for every expert of a token" if run.config.parallel.exact_combine else "a row for every rank with experts of a token"
+    rows = ("a row for every expert of a token" if run.config.parallel.exact_combine else
+            "a row for every rank with experts of a token")
     exchange = run.config.parallel.exchange
     return f"{pieces} to the experts and back, {rows}{f', exchange {exchange}' * (exchange != 'flat')}"
 
@@ -108,27 +120,38 @@ def copies_line(run: Run) -> str:
     parallel = run.config.parallel
     if run.state.planning is None:
         return ""
-    planner = str(run.config.planner["_target_"]).split(".")[-2]     # its file has the name of the option
-    homes = f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else "homes stay"
+    # A planner's file has the name of its config value.
+    planner = str(run.config.planner["_target_"]).split(".")[-2]
+    homes = (f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else
+             "homes stay")
     loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
     memory = max_copy_memory(run)
-    return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, up to {parallel.max_copies} a rank"
+    return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, "
+            f"up to {parallel.max_copies} a rank"
             f" and layer{', passed on inside nodes' * (parallel.collective == 'two_level')}"
-            f"{', gathered again for backward' * parallel.rematerialize}: at most {decimal(memory.copies, 'B')} of copies and "
+            f"{', gathered again for backward' * parallel.rematerialize}: "
+            f"at most {decimal(memory.copies, 'B')} of copies and "
             f"{decimal(memory.sums, 'B')} of their gradients; {homes}"
-            f"{f', up to {parallel.max_sliced_experts} of the hottest of a layer cut up' * bool(parallel.max_sliced_experts)}")
+            f"""{f', up to {parallel.max_sliced_experts} of the hottest of a layer cut up'
+                 * bool(parallel.max_sliced_experts)}""")
 
 
 def capacity_line(run: Run) -> str:
-    """What may be dropped; nothing to say when nothing is."""
+    """Capacity policies of the layers; empty if no slot can be dropped."""
     policies = {block.moe.capacity.describe() for block in run.state.model.layers if block.moe is not None}
     return "; ".join(sorted(policies - {"dropless"}))
 
 
 def balance_line(run: Run, accumulation: int) -> str:
-    """The loss, and the selection biases where they depend on the split."""
+    """The balance loss, and selection biases if they depend on the split into micro-batches.
+
+    Args:
+        run: the run.
+        accumulation: micro-batches of a rank in a step.
+    """
     text = _loss_text(run, accumulation)
-    return f"{text}; biases by the counts of micro-batches   depends on: ranks, accumulation" if run.state.model.routers_needing_load_error else text
+    return (f"{text}; biases by the counts of micro-batches   depends on: ranks, accumulation"
+            if run.state.model.routers_needing_load_error else text)
 
 
 def _loss_text(run: Run, accumulation: int) -> str:
@@ -136,7 +159,8 @@ def _loss_text(run: Run, accumulation: int) -> str:
     if not loss.weight:
         return "no balance loss"
     rule = run.objective.pool
-    text = f"{loss.scope} loss, weight {loss.weight:g}" if rule is None else f"{loss.scope}-batch loss, {rule.mode}, weight {loss.weight:g}"
+    text = (f"{loss.scope} loss, weight {loss.weight:g}" if rule is None else
+            f"{loss.scope}-batch loss, {rule.mode}, weight {loss.weight:g}")
     depends = {"micro": ["ranks", "accumulation"], "node": ["ranks of a machine"]}.get(loss.scope, [])
     if rule is not None and rule.mode != "exact" and accumulation > 1:
         depends = [*depends, "accumulation"]
@@ -148,16 +172,17 @@ def _loss_text(run: Run, accumulation: int) -> str:
 
 
 def _graphs_text(graphs: Graphs, accumulation: int) -> str:
-    """Which way exact balance goes, and why."""
+    """How an exact balance loss obtains the counts of the step, with the sizes that decided it."""
     if graphs.graph is None:
-        return f"keeps the graphs of {accumulation} micro-batches" if graphs.kept else "counts in a pass of its own"
+        return (f"keeps the graphs of {accumulation} micro-batches" if graphs.kept else
+                "counts in a pass of its own")
     sizes = f"{accumulation} x {decimal(graphs.graph, 'B')}, {decimal(graphs.free, 'B')} free"
     return (f"keeps the graphs of {accumulation} micro-batches ({sizes})" if graphs.kept else
             f"counts in a pass of its own (graphs would take {sizes})")
 
 
 def parameter_counts(run: Run) -> tuple[int, int]:
-    """(all, used by one token) of the whole model, experts of other ranks included."""
+    """Count the parameters of the whole model, including experts of other ranks: (all, used by one token)."""
     model, sizes = run.state.model, run.config.model
     experts = sum(model.routers.values())
     is_expert = is_expert_parameter(model)
