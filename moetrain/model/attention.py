@@ -1,7 +1,8 @@
-"""Grouped-query causal self-attention with rotary positions.
+"""Grouped-query causal self-attention with rotary position embedding.
 
-Rotary embedding in the half-split form: channels i and i + h/2 of a head turn together by position * theta^(-2i/h).
-The scaled dot product is torch's; with documents it stays inside each of them.
+Rotary embedding in the half-split form: channels i and i + h/2 of a head are rotated together, by the angle
+position * theta^(-2i/h). The scaled dot product is torch's. With a document mask, attention stays inside each
+document of a sequence.
 
 Shapes: B sequences, S positions, D model width, H heads, h head width.
 """
@@ -16,7 +17,12 @@ from moetrain.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in the weight's dtype (float32 or better)."""
+    """Root-mean-square normalization: x / rms(x) * weight, in the weight's dtype (float32 or better).
+
+    Args:
+        dim: size of the last dimension of x.
+        eps: added to the mean square before the root.
+    """
 
     def __init__(self, *, dim: int, eps: float) -> None:
         super().__init__()
@@ -28,23 +34,35 @@ class RMSNorm(nn.Module):
 
 
 class Earlier(Protocol):
-    """What a layer needs of the tokens before those of a forward pass (generate/cache.py)."""
+    """Interface of one layer's key-value cache, which holds earlier tokens (generate/cache.py)."""
 
     def extend(self, k_BHSh: Tensor, v_BHSh: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep these, with keys already rotated; keys and values of all tokens so far."""
+        """Append keys, already rotated, and values; return those of all tokens so far, [B, H, S, h] each."""
 
 
 class Cache(Protocol):
-    """The same for a model: `length` earlier tokens, layer by layer."""
+    """Interface of a model's key-value cache: `length` earlier tokens, layer by layer."""
 
     length: int
     layers: list[Earlier]
 
 
 class Attention(nn.Module):
-    """qkv holds query rows, then key rows, then value rows."""
+    """Self-attention of one block.
 
-    def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool, eps: float) -> None:
+    The parameter `qkv` holds the rows of queries, then keys, then values.
+
+    Args:
+        dim: D.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; divides `num_heads`.
+        head_dim: h.
+        qk_norm: normalize queries and keys of each head before the rotation.
+        eps: of these norms.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool,
+                 eps: float) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.qkv = nn.Parameter(torch.empty((num_heads + 2 * num_kv_heads) * head_dim, dim))
@@ -54,9 +72,17 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
                 earlier: Earlier | None = None) -> Tensor:
-        """mask: bool [B, 1, S, S], True where a query may look; None is plain causal, over earlier tokens too.
+        """Attend to earlier positions of the same sequence, or document.
 
-        earlier: what came before; with anything in it x is one position, the newest.
+        Args:
+            x_BSD: [B, S, D], normalized hidden states.
+            rotary: cos and sin [S, h] of the positions (`rotary_table`).
+            mask: bool [B, 1, S, S], True where a query attends to a key; None is causal.
+            earlier: the layer's key-value cache, to which the new keys and values are appended. If it is not
+                empty, x has one position, the newest.
+
+        Returns:
+            [B, S, D], to be added to the residual stream.
         """
         B, S, _ = x_BSD.shape
         heads = F.linear(x_BSD, self.qkv.to(x_BSD.dtype)).view(B, S, -1, self.head_dim).transpose(1, 2)
@@ -68,15 +94,28 @@ class Attention(nn.Module):
         if earlier is not None:
             k, v = earlier.extend(k, v)
             assert S == 1 or k.shape[2] == S, f"{S} positions at once after {k.shape[2] - S} earlier ones"
-        mixed = F.scaled_dot_product_attention(      # one query, the newest, looks everywhere
-            q, k, v, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=self.num_kv_heads < self.num_heads
+        mixed = F.scaled_dot_product_attention(      # a single query, the newest, attends to all keys
+            q, k, v, attn_mask=mask, is_causal=mask is None and S > 1,
+            enable_gqa=self.num_kv_heads < self.num_heads
         )
         return F.linear(mixed.transpose(1, 2).reshape(B, S, -1), self.out.to(x_BSD.dtype))
 
 
 def rotary_table(positions: int, head_dim: int, theta: float, *, dtype: torch.dtype, device: torch.device,
                  first: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, h] of the angles of S positions from `first` on; computed in float64, then cast."""
+    """Compute the cosines and sines of rotary angles, in float64, then cast them.
+
+    Args:
+        positions: S.
+        head_dim: h.
+        theta: base of the frequencies.
+        dtype: dtype of the results.
+        device: device of the results.
+        first: the first position.
+
+    Returns:
+        cos and sin, [S, h] each.
+    """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     where = torch.arange(first, first + positions, dtype=torch.float64, device=device)
     angles = torch.outer(where, frequencies).repeat(1, 2)
@@ -84,12 +123,12 @@ def rotary_table(positions: int, head_dim: int, theta: float, *, dtype: torch.dt
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the channels of x [..., S, h] by their positions."""
+    """Rotate the channels of x [..., S, h] by the angles of their positions (`rotary_table`)."""
     return _Rotate.apply(x, *rotary)
 
 
 class _Rotate(torch.autograd.Function):
-    """Its own inverse but for the sign of the angle, so the gradient is the same few products."""
+    """Rotation whose gradient is the rotation by the negative angle, computed by the same few products."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -111,6 +150,13 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:
-    """Bool [B, 1, S, S]: earlier positions of the same document."""
+    """Build the causal attention mask inside documents.
+
+    Args:
+        documents_BS: int64 [B, S], document of each position.
+
+    Returns:
+        bool [B, 1, S, S], True for a key at the same or an earlier position of the query's document.
+    """
     same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
     return same & torch.ones_like(same[0, 0]).tril()

@@ -128,7 +128,7 @@ class Unsteady:
 
     FIRST, RECENT = 5, 30
     FACTOR = 3.0                   # of the slowest to the fastest decile of step times
-    PREEMPTIONS = 40.0             # switches a second; 80 to 130 were seen where ten processes share two cores
+    PREEMPTIONS = 40.0             # a second; 80 to 130 were seen where ten processes share two cores
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seen, self.told = device, 0, False
