@@ -1,7 +1,7 @@
-"""From the config to a model: made on the meta device, then given memory and initialised.
+"""Construction of the model from a config: built on the meta device, sharded, then allocated and initialized.
 
-Every logical tensor is initialised from (seed, its name), and the name holds layer, expert and matrix: any placement and
-any number of ranks start from the same numbers.
+Every logical tensor is initialized from the seed and its own name, which contains layer, expert and matrix.
+So every placement and every number of ranks start from the same numbers.
 """
 
 import hashlib
@@ -29,9 +29,21 @@ from moetrain.plan.precision import choose_dtype
 
 
 def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
-    """The initialised model of this rank: the experts whose home is here; with FSDP a part of every parameter."""
+    """Build the initialized model of this rank.
+
+    It holds the experts whose home is on this rank's `ep` position; with FSDP, a shard of every parameter.
+
+    Args:
+        config: the config of the run.
+        vocab_size: V, ids of the vocabulary.
+        mesh: all ranks.
+
+    Returns:
+        The model, on the device of the mesh.
+    """
     sizes = config.model
-    placement, exchange_of = plan_homes(sizes, mesh["ep"].size), exchange_factory(config.parallel.exchange, mesh, config.run.timeout_s)
+    placement, exchange_of = (plan_homes(sizes, mesh["ep"].size),
+                              exchange_factory(config.parallel.exchange, mesh, config.run.timeout_s))
     compute = compute_dtype(config, mesh.device)
     storage = torch.float64 if compute == torch.float64 else torch.float32
     with torch.device("meta"):
@@ -45,24 +57,25 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
             tie_embeddings=sizes.tie_embeddings,
             dtype=compute,
         )
-    shard_parameters(model.to(storage), mesh)            # before there is memory: no rank ever holds the whole model
+    shard_parameters(model.to(storage), mesh)            # before memory is allocated: only shards ever are
     model.to_empty(device=mesh.device)
     initialise(model, seed=config.run.seed, std=sizes.init_std, num_layers=sizes.num_layers)
     return model
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of the computation on this device; a run has settled it before (train/session.py)."""
-    return getattr(torch, choose_dtype(config.run.dtype, device.type, computes_bfloat16=computes_bfloat16(device)))
+    """Dtype of the computation on a device. In a run it is concrete already (train/session.py)."""
+    return getattr(torch, choose_dtype(config.run.dtype, device.type,
+                                       computes_bfloat16=computes_bfloat16(device)))
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware does: torch emulates bfloat16 on older GPUs, slower than float32."""
+    """Whether the hardware computes bfloat16. On older GPUs torch emulates it, slower than float32."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
-    """The homes that all experts begin with, by router name."""
+    """Plan the homes of experts at the start of a run: contiguous ranges over the positions of `ep`."""
     return ExpertPlacement(tuple(
         (router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions))
         for layer in range(sizes.first_dense_layers, sizes.num_layers)
@@ -70,31 +83,43 @@ def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
 
 
 def sliced_experts(parallel: ParallelConfig, mesh: Mesh) -> int:
-    """How many experts of a layer are to lie in pieces: none where there is nobody to share them with."""
+    """Number of experts of a layer that may be sliced; 0 unless `parallel=fssdp` has several positions."""
     return parallel.max_sliced_experts if parallel.mode == "fssdp" and mesh["ep"].size > 1 else 0
 
 
 def router_name(layer: int) -> str:
+    """Name of a layer's router, which is the key of its statistics, loads and homes."""
     return f"layers.{layer}.moe"
 
 
 def per_layer(value: int | list[int], layer: int) -> int:
-    """A size that is the same for all layers, or has one entry a layer."""
+    """Value for one layer of a size that is one number for all layers, or a list with one for each."""
     return value if isinstance(value, int) else value[layer]
 
 
 def head_width(sizes: ModelConfig) -> int:
+    """Width of an attention head; D / heads unless the config gives it."""
     return sizes.head_dim or sizes.dim // sizes.num_heads
 
 
 def dense_width(sizes: ModelConfig, layer: int) -> int:
-    """Hidden width of a leading layer without experts."""
+    """Hidden width of a leading dense layer; that of its `top_k` experts unless the config gives it."""
     return sizes.dense_dim or per_layer(sizes.top_k, layer) * sizes.expert_dim
 
 
 @torch.no_grad()
 def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) -> None:
-    """Norms 1; matrices normal with `std`, those that write to the residual stream smaller by sqrt(2 * layers)."""
+    """Initialize this rank's parameters and persistent buffers in place.
+
+    Buffers are 0 and norms 1. Matrices are normal with standard deviation `std`, divided by
+    sqrt(2 * num_layers) for those that write to the residual stream (`out` and `down`).
+
+    Args:
+        model: this rank's part of the model.
+        seed: seed of the run.
+        std: standard deviation.
+        num_layers: blocks of the model.
+    """
     for shard in buffers(model):
         shard.rows.zero_()
     for name, shape, begin, rows, _ in state_shards(model):
@@ -102,17 +127,25 @@ def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) ->
             rows.fill_(1.0)
             continue
         scale = std / (2 * num_layers) ** 0.5 if name.endswith((".out", ".down")) else std
-        rows.copy_(to_device(normal(shape, seed=seed, name=name)[begin:begin + len(rows)] * scale, rows.device))
+        rows.copy_(
+            to_device(normal(shape, seed=seed, name=name)[begin:begin + len(rows)] * scale, rows.device))
 
 
 def normal(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:
-    """Standard normal float32 numbers that depend on seed and name alone."""
+    """Draw standard normal float32 numbers that depend on seed and name alone.
+
+    Args:
+        shape: shape of the whole logical tensor, whatever part of it this rank holds.
+        seed: seed of the run.
+        name: name of the logical tensor.
+    """
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, exchange_of: ExchangeFactory) -> Block:
+def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
+           exchange_of: ExchangeFactory) -> Block:
     sizes = config.model
     attention = Attention(
         dim=sizes.dim,
@@ -131,18 +164,22 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, e
 
 
 def _counts_stay(config: Config, device: torch.device) -> bool:
-    """Whether counts stay on the device."""
-    return takes_counts_on_device(device, compute_dtype(config, device), config.model.dim, config.model.expert_dim)
+    """Whether the grouped products take counts from the device, so that the host need not read them."""
+    return takes_counts_on_device(device, compute_dtype(config, device), config.model.dim,
+                                  config.model.expert_dim)
 
 
-def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh, exchange_of: ExchangeFactory) -> MoELayer:
+def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
+               exchange_of: ExchangeFactory) -> MoELayer:
     sizes, name = config.model, router_name(layer)
     homes = placement[name]
     router = build(
-        config.router, "router", dim=sizes.dim, num_experts=homes.num_experts, top_k=per_layer(sizes.top_k, layer)
+        config.router, "router", dim=sizes.dim, num_experts=homes.num_experts,
+        top_k=per_layer(sizes.top_k, layer)
     )
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
-    bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim, expert_dim=sizes.expert_dim, cut=cut)
+    bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim,
+                      expert_dim=sizes.expert_dim, cut=cut)
     dispatcher = TokenDispatcher(homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
                                  on_device=_counts_stay(config, mesh.device))
     shared_dim = sizes.num_shared_experts * sizes.expert_dim

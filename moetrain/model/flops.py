@@ -1,11 +1,17 @@
-"""Operations of training by formula, and what a chip could do: model FLOPs utilisation (MFU) is one over the other.
+"""Operations of training by formula, and peaks of chips; their ratio is the model FLOPs utilization (MFU).
 
-Counted are the multiplications and additions of the products that a token takes part in, forward: 2 for every weight that it meets (of
-its K experts, the shared ones, router, attention, head), and 4 H h (S + 1) / 2 a layer for scores and values of causal attention, where it
-looks at half of the sequence on average. Backward is twice forward. What is computed again in backward does not count, nor do
-embedding, norms and activations. (PaLM, arXiv 2204.02311, appendix B, counts attention without the mask, so twice as much of it.)
+The formula counts multiplications and additions of the matrix products of one token:
 
-Shapes: S positions, H heads of width h, K experts a token.
+    forward     2 for each weight that the token is multiplied with: K experts, shared experts, router,
+                attention, head
+                4 H h (S + 1) / 2 for each layer, scores and values of causal attention, in which a token
+                attends to half of the sequence on average
+    backward    twice forward
+
+Recomputation in backward does not count, nor do embedding, norms and activations. PaLM (arXiv 2204.02311,
+appendix B) counts attention without the causal mask, so twice as much of it.
+
+Shapes: S positions, H heads of width h, K experts per token.
 """
 
 import re
@@ -16,46 +22,63 @@ from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.model.build import compute_dtype, dense_width, head_width, per_layer
 
-BF16_PEAKS = {                               # dense bfloat16, operations a second, from the data sheets
-    "H100 PCIe": 756e12, "H800 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,           # before those that their names begin with
+# Operations per second in dense bfloat16, from the data sheets. The first name that occurs in a chip's name
+# counts, so longer names stand first.
+BF16_PEAKS = {
+    "H100 PCIe": 756e12, "H800 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,
     "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12,
     "A100": 312e12, "A800": 312e12, "B200": 2250e12, "GB200": 2500e12,
 }
 
 
 def training_flops(sizes: ModelConfig, vocab_size: int, seq_len: int) -> float:
-    """Of one token, forward and backward."""
-    forward = 2 * sizes.dim * vocab_size + sum(_layer(sizes, layer, seq_len) for layer in range(sizes.num_layers))
+    """Operations of one token, forward and backward.
+
+    Args:
+        sizes: section `model` of the config.
+        vocab_size: V, ids of the vocabulary.
+        seq_len: S.
+    """
+    forward = 2 * sizes.dim * vocab_size + sum(
+        _layer(sizes, layer, seq_len) for layer in range(sizes.num_layers))
     return 3.0 * forward
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """What the data sheet promises, operations a second; None where no figure is known (any CPU, other dtypes)."""
+    """Operations per second of a device by its data sheet; None for CPUs, other dtypes and unknown chips."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     return named_peak(torch.cuda.get_device_name(device))
 
 
 def peak_tokens_per_s(config: Config, vocab_size: int, mesh: Mesh) -> float | None:
-    """Tokens per second of all ranks, if chips did nothing but the matrix products of training at their peak.
+    """Tokens per second of all ranks if their chips ran only the matrix products of training, at peak.
 
-    None where no peak is known.
+    Args:
+        config: the config of the run.
+        vocab_size: V, ids of the vocabulary.
+        mesh: all ranks.
+
+    Returns:
+        The throughput; None if no peak is known, or if ranks share a GPU.
     """
     peak = None if config.run.share_gpu else peak_flops(mesh.device, compute_dtype(config, mesh.device))
     return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)
 
 
 def named_peak(chip: str) -> float | None:
-    """By the name that the driver gives; None for a slice of a chip (MIG)."""
+    """Operations per second of a chip, by the name that its driver reports; None for a MIG instance."""
     if "MIG" in chip.split():
         return None
     return next((peak for name, peak in BF16_PEAKS.items() if re.search(rf"\b{name}\b", chip)), None)
 
 
 def _layer(sizes: ModelConfig, layer: int, seq_len: int) -> float:
+    """Operations of one token in the forward pass of a layer."""
     heads, h = sizes.num_heads, head_width(sizes)
     attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
     if layer < sizes.first_dense_layers:
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
     experts = per_layer(sizes.top_k, layer) + sizes.num_shared_experts
-    return attention + 2 * sizes.dim * per_layer(sizes.num_experts, layer) + 6 * sizes.dim * sizes.expert_dim * experts
+    return (attention + 2 * sizes.dim * per_layer(sizes.num_experts, layer)
+            + 6 * sizes.dim * sizes.expert_dim * experts)

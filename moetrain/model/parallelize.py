@@ -1,4 +1,11 @@
-"""Which parameter of the model is spread how: dense parts on the dense view of the mesh, experts on the expert view."""
+"""Parallelization of the model: which parameters are sharded, copied and summed over which groups.
+
+    shard_parameters    FSDP2: dense parameters over `dense_shard`, experts over `expert_shard`
+    copy_experts        FSSDP: copies of experts on other positions of `ep`
+    parallelize         sums of the gradients that FSDP2 does not reduce
+
+The groups are those of comm/mesh.py.
+"""
 
 from typing import NamedTuple
 
@@ -15,27 +22,32 @@ from moetrain.plan.cost.machine import Topology
 
 
 class Parallel(NamedTuple):
-    """The parameters of this rank, and how their gradients become those of the whole model."""
+    """Parameters of this rank, and the reduction of their gradients over ranks."""
 
     dense: list[nn.Parameter]
     experts: list[nn.Parameter]
     reducer: GradientReducer
-    copies: CopyManager | None = None        # of experts, with parallel=fssdp
+    copies: CopyManager | None = None        # copies of experts, with parallel=fssdp
 
     def begin(self, backwards: int) -> None:
-        """A step with so many micro-batches begins."""
+        """Begin a step of so many backward passes."""
         if self.copies is not None:
             self.copies.begin(backwards)
 
     def reduce(self) -> None:
-        """After the last backward: gradients of copies go home, then those of replicas are summed. Collective."""
+        """Reduce gradients after the last backward: from copies to homes, then over replicas. Collective."""
         if self.copies is not None:
             self.copies.finish()
         self.reducer.reduce()
 
 
 def shard_parameters(model: Transformer, mesh: Mesh) -> None:
-    """FSDP2 where the mesh has a sharding axis: the experts of each layer, then each block, then the rest."""
+    """Apply FSDP2 if the mesh has a sharding axis: to the experts of each layer, each block, then the rest.
+
+    Args:
+        model: this rank's model, usually still on the meta device; its modules are wrapped in place.
+        mesh: all ranks.
+    """
     if mesh["dense_shard"].size == 1:
         return
     is_expert = is_expert_parameter(model)
@@ -43,20 +55,44 @@ def shard_parameters(model: Transformer, mesh: Mesh) -> None:
     if mesh["expert_shard"].size > 1:
         shard([module for module in model.modules() if isinstance(module, RoutedExperts)],
               over=mesh["expert_shard"], replicated=mesh["expert_replicas"], device=mesh.device)
-    shard([*model.layers, model], over=mesh["dense_shard"], replicated=mesh["dense_replicas"], device=mesh.device,
-          ignore=experts)
+    shard([*model.layers, model], over=mesh["dense_shard"], replicated=mesh["dense_replicas"],
+          device=mesh.device, ignore=experts)
 
 
-def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: str, topology: Topology) -> CopyManager:
-    """Let the experts of every layer be copied to other positions."""
+def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: str,
+                 topology: Topology) -> CopyManager:
+    """Build the manager of expert copies on other positions, for every MoE layer.
+
+    Args:
+        model: this rank's part of the model.
+        mesh: all ranks.
+        rematerialize: drop copies after forward and gather them again for backward.
+        form: form of the sparse collectives, a value of `parallel.collective`.
+        topology: positions, and how many of them are on a node.
+
+    Returns:
+        The manager, without copies.
+    """
     sparse = [block for block in model.layers if block.moe is not None]
-    return CopyManager({block.moe.name: block.moe.experts.bank for block in sparse}, mesh["ep"], dtype=model.dtype,
-                       rematerialize=rematerialize, recompute=any(block.recompute is not None for block in sparse),
+    return CopyManager({block.moe.name: block.moe.experts.bank for block in sparse}, mesh["ep"],
+                       dtype=model.dtype, rematerialize=rematerialize,
+                       recompute=any(block.recompute is not None for block in sparse),
                        form=form, topology=topology)
 
 
 def parallelize(model: nn.Module, mesh: Mesh, copies: CopyManager | None = None) -> Parallel:
-    """Sort the parameters of this rank's model and say over which ranks the gradients that FSDP does not reduce are summed."""
+    """Set up the reduction of gradients: dense parameters and experts, each over the ranks that replicate it.
+
+    The reducer passes over gradients that FSDP2 reduces.
+
+    Args:
+        model: this rank's part of the model.
+        mesh: all ranks.
+        copies: manager of expert copies, with `parallel=fssdp`.
+
+    Returns:
+        The parameters and their reduction.
+    """
     is_expert = is_expert_parameter(model)
     dense = [parameter for parameter in model.parameters() if not is_expert(parameter)]
     experts = [parameter for parameter in model.parameters() if is_expert(parameter)]

@@ -1,9 +1,9 @@
-"""The decoder-only transformer: embedding, blocks of attention and (sparse or dense) feed-forward, head.
+"""Decoder-only transformer: embedding, blocks of attention and feed-forward (MoE or dense), head.
 
-It is built of parts (model/build.py) and knows no config and no parallelism. Parameters are float32 (float64 in
-float64 runs) and cast where they are used; `dtype` is the dtype of the activations.
+It is assembled from parts (model/build.py), and knows neither config nor parallelism. Parameters are float32
+(float64 in float64 runs) and cast where they are used; `dtype` is the dtype of the activations.
 
-Shapes: B sequences, S positions, T = B*S tokens, D model width, V vocabulary.
+Shapes: B sequences, S positions, T = B*S tokens, D model width, V vocabulary, E experts, h head width.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,21 +21,33 @@ from moetrain.routers.base import RouterContext, RoutingStats
 
 
 class ModelOutput(NamedTuple):
-    logits_BSV: Tensor | None                # None after a pass that only routes, and where something else is made of them
+    """Output of the model: logits or a score, and the statistics of every router."""
+
+    logits_BSV: Tensor | None                # None with `route_only`, and with `score`
     stats: dict[str, RoutingStats]           # by router name, in layer order
-    score: Tensor | None = None              # what was made instead of logits
+    score: Tensor | None = None              # result of the function `score`, if one was given
 
 
 class BlockOutput(NamedTuple):
+    """Output of a block, the statistics of its router, and what the router hands to the next layer's."""
+
     x_BSD: Tensor
-    stats: RoutingStats | None
+    stats: RoutingStats | None               # None for a dense block
     carry: Tensor | None
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += feed_forward(norm(x)). Holds either `moe` or `ffn`.
+    """Pre-norm block: x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    recompute: how to run when gradients are wanted (model/activation_checkpointing.py); None keeps everything for backward.
+    One of `moe` and `ffn` is the feed-forward part, the other is None.
+
+    Args:
+        attention: self-attention.
+        feed_forward: an MoE layer or a dense network.
+        dim: D.
+        eps: of the norms.
+        recompute: runs the block with activation checkpointing (model/activation_checkpointing.py); None
+            keeps everything for backward.
     """
 
     def __init__(self, *, attention: Attention, feed_forward: MoELayer | FeedForward, dim: int, eps: float,
@@ -50,14 +62,28 @@ class Block(nn.Module):
         self.ffn = None if sparse else feed_forward
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
-                context: RouterContext, route_only: bool = False, earlier: Earlier | None = None) -> BlockOutput:
-        """route_only: stop when the router has decided; x is then not to be used. earlier: for attention."""
+                context: RouterContext, route_only: bool = False,
+                earlier: Earlier | None = None) -> BlockOutput:
+        """Run the block, with activation checkpointing if gradients are enabled.
+
+        Args:
+            x_BSD: [B, S, D], residual stream.
+            rotary: cos and sin [S, h] of the positions.
+            mask: bool [B, 1, S, S], True where a query attends to a key; None is causal.
+            context: what routers may know of the micro-batch.
+            route_only: stop once the router has decided; x of the output is then meaningless.
+            earlier: the key-value cache of the block's attention; disables checkpointing.
+
+        Returns:
+            The residual stream, and what the router returned.
+        """
         if self.recompute is None or earlier is not None or not torch.is_grad_enabled():
             return self.run(x_BSD, rotary, mask, context, route_only, earlier)
         return self.recompute(self.run, x_BSD, rotary, mask, context, route_only)
 
     def run(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, context: RouterContext,
             route_only: bool = False, earlier: Earlier | None = None) -> BlockOutput:
+        """Run the block without activation checkpointing. Arguments as in `forward`."""
         if self.moe is not None:
             self.moe.prefetch()
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask, earlier)
@@ -69,7 +95,18 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model; `forward` gives logits and the statistics of every router."""
+    """The language model; `forward` returns logits and the statistics of every router.
+
+    Args:
+        vocab_size: V.
+        dim: D.
+        layers: the blocks, in order.
+        head_dim: h, width of an attention head.
+        rope_theta: base of the rotary frequencies.
+        eps: of the last norm.
+        tie_embeddings: use the embedding as the head.
+        dtype: dtype of the activations.
+    """
 
     def __init__(self, *, vocab_size: int, dim: int, layers: list[Block], head_dim: int, rope_theta: float,
                  eps: float, tie_embeddings: bool, dtype: torch.dtype) -> None:
@@ -92,11 +129,16 @@ class Transformer(nn.Module):
 
     @property
     def routers_needing_load_error(self) -> list[str]:
-        """Names of the routers whose controllers take the sign of the load error of each micro-batch (routers/base.py)."""
+        """Names of the routers that need the load-error signs of each micro-batch (routers/base.py)."""
         return [name for name, moe in self.moe_layers.items() if moe.router.needs_load_error]
 
     def end_of_step(self, counts: Mapping[str, Tensor], load_error_signs: Mapping[str, Tensor]) -> None:
-        """Hand every router the counts of its experts, pooled over the optimizer step: selection biases move."""
+        """Update every router's controller, such as selection biases, after an optimizer step.
+
+        Args:
+            counts: int64 [E] by router, pooled over ranks and micro-batches.
+            load_error_signs: float64 [E], mean over micro-batches, for `routers_needing_load_error`.
+        """
         for name, moe in self.moe_layers.items():
             moe.router.end_of_step(counts[name], load_error_signs.get(name))
 
@@ -104,22 +146,34 @@ class Transformer(nn.Module):
                 route_only: bool = False, cache: Cache | None = None,
                 routed: Callable[[Tensor, dict[str, RoutingStats]], Tensor] | None = None,
                 score: Callable[[Tensor, Tensor], Tensor] | None = None) -> ModelOutput:
-        """route_only: the statistics alone, without what comes after the last router's decision (no logits).
+        """Run the model over a micro-batch.
 
-        routed: called with what goes into the head and the statistics of all routers, before the head runs; what it gives goes
-        into the head.
-        score: called with what would be multiplied, the normed states [B, S, D] and the head [V, D], instead of making logits.
-        cache: tokens of the same document before these. They do not run again, and these are added to them.
+        Args:
+            tokens_BS: int64 [B, S].
+            context: what routers may know of the micro-batch.
+            documents_BS: int64 [B, S], document of each position, which attention does not leave; None is
+                plain causal attention.
+            route_only: stop once the last router has decided, and return only the statistics.
+            cache: keys and values of earlier tokens of the same document, which do not run again; those of
+                `tokens_BS` are appended.
+            routed: called before the head with its input [B, S, D], not yet normalized, and the statistics of
+                all routers; its result takes the input's place.
+            score: called with the normalized input of the head [B, S, D] and the head [V, D], in place of
+                their product, the logits.
+
+        Returns:
+            Logits [B, S, V] or the score, and the statistics.
         """
         x_BSD = F.embedding(tokens_BS, self.embed).to(self.dtype)
-        rotary = rotary_table(tokens_BS.shape[1], self.head_dim, self.rope_theta, dtype=self.dtype, device=x_BSD.device,
-                              first=0 if cache is None else cache.length)
+        rotary = rotary_table(tokens_BS.shape[1], self.head_dim, self.rope_theta, dtype=self.dtype,
+                              device=x_BSD.device, first=0 if cache is None else cache.length)
         mask = None if documents_BS is None else document_mask(documents_BS)
         stats = {}
         last = self.layers[-1]
         for index, block in enumerate(self.layers):
             earlier = None if cache is None else cache.layers[index]
-            x_BSD, block_stats, carry = block(x_BSD, rotary, mask, context, route_only and block is last, earlier)
+            x_BSD, block_stats, carry = block(x_BSD, rotary, mask, context, route_only and block is last,
+                                              earlier)
             context = context._replace(carry=carry)
             if block_stats is not None:
                 stats[block.moe.name] = block_stats
