@@ -7,8 +7,8 @@ replayed, so the recomputed block routes and exchanges exactly as the first one 
 
     mode         recorded                              recomputed in backward
     full         discrete results                      the block; rows are dispatched once more
-    selective    also matrix products, attention,      norms, rotation, activations, row orders; nothing is
-                 and the rows dispatched here          exchanged twice
+    selective    also matrix products, attention, and  norms, rotation, activations, row orders; nothing is
+                 the rows that experts received        exchanged twice
 
 Combined rows are only summed, so no gradient reads their values: they are neither recorded nor exchanged
 again.

@@ -1,9 +1,9 @@
 """The training loop: join the ranks, start or resume the run, then step, save and evaluate.
 
-    train    session.py: rank, lock, signals -> start.py: set up, resume -> train_loop
-    train_loop    for each step: train_step (step.py), record, save and evaluate where they are due
+    train         session.py: rank, lock, signals -> start.py: set up, resume -> train_loop
+    train_loop    for each step: train_step (step.py), record; save and evaluate where they are due
 
-The same command resumes a run (what it may change: runs/completion.py).
+The same command resumes a run; runs/completion.py says what it may change.
 """
 
 from collections.abc import Callable
@@ -66,8 +66,8 @@ def train(config: Config, *, wrap_engine: Callable[[Run], Run] | None = None,
 def train_loop(run: Run, recorder: Recorder, console: Console, preemption: Preemption) -> bool:
     """Run the remaining steps, with the saves and evaluations that are due between them. Collective.
 
-    Where both are due, the save comes first. A run that a signal stops is saved without another evaluation,
-    which the next attempt catches up on.
+    Where both are due, the save comes first. After a stop signal the run is saved without an evaluation; if
+    one was due at that step, the next attempt begins with it.
 
     Args:
         run: the run, at any step; its state changes.

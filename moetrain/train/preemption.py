@@ -4,7 +4,7 @@
                            all ranks save and exit after the same step, whichever of them received a signal
     second signal          exits at once, without a save
     end of run.grace_s     the same: the scheduler is about to kill the process
-    signal during start    exits in order (SystemExit): there is nothing to save
+    signal during start    raises SystemExit: there is nothing to save
 
 A thread handles the signals. A rank that waits inside a collective cannot run Python's signal handlers, but
 the interpreter's C handler writes the signal's number to a file descriptor at any time

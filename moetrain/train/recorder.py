@@ -93,7 +93,8 @@ class Recorder:
     def _look_for_lost(self, step: int) -> None:
         """Compare the step of the loaded checkpoint (0 if none) with the saves on record.
 
-        Raises CheckpointError if saves are on record but none was found. Warns if a newer one is gone.
+        Raises CheckpointError if saves are on record and no checkpoint is there. Warns if the newest one is
+        gone.
         """
         newest = max(self.saves.steps(), default=0)
         if newest and not step:
@@ -155,7 +156,7 @@ class Recorder:
         return self.main and not self.evaluations.has(step)
 
     def evaluation(self, run: Run, found: Evaluation, seconds: float) -> None:
-        """Record an evaluation, and the experts' choices by domain.
+        """Record an evaluation, and each router's choices by domain.
 
         Args:
             run: the run, at the step that was evaluated.
