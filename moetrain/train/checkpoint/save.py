@@ -147,7 +147,8 @@ class Saver:
         outcome, began = None, time.perf_counter()
         while self.job is not None:
             self.job.wait(LOOK_S)
-            outcome = self.settle(SaveFlags(*(int(total_over(self.mesh["batch"], flag)) for flag in self.poll())))
+            summed = (int(total_over(self.mesh["batch"], flag)) for flag in self.poll())
+            outcome = self.settle(SaveFlags(*summed))
         if required and self.failed is not None:
             self._stop(self.failed, DiskError(
                 2, "the checkpoint could not be written", where=str(self.failed.final),
