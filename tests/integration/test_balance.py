@@ -125,7 +125,7 @@ def resumed(overrides: list[str], directory: Path) -> tuple[list, list]:
 @pytest.mark.parametrize("forget", [False, True])
 def test_the_step_before_is_part_of_the_state(tmp_path, monkeypatch, forget):
     if forget:
-        monkeypatch.setattr(PreviousStepCounts, "pieces", lambda self: iter(()))
+        monkeypatch.setattr(PreviousStepCounts, "state_shards", lambda self: iter(()))
     first, again = resumed([*BASE, "balance.mode=warm", "balance.drift=1", "train.micro_batch=4"], tmp_path)
     assert (first == again) == (not forget)
 

@@ -125,15 +125,14 @@ def copies_line(run: Run) -> str:
     homes = (f"homes looked at every {parallel.rehome_interval} steps" if parallel.rehome_interval else
              "homes stay")
     loads = f"the mean of {parallel.window} steps" if parallel.forecast == "mean" else "the trend of loads"
-    memory = max_copy_memory(run)
+    memory, sliced = max_copy_memory(run), parallel.max_sliced_experts
+    cut_up = f", up to {sliced} of the hottest of a layer cut up" if sliced else ""
     return (f"planned by {planner} from {loads}{', more after the gate' * parallel.calibrate}, "
             f"up to {parallel.max_copies} a rank"
             f" and layer{', passed on inside nodes' * (parallel.collective == 'two_level')}"
             f"{', gathered again for backward' * parallel.rematerialize}: "
             f"at most {decimal(memory.copies, 'B')} of copies and "
-            f"{decimal(memory.sums, 'B')} of their gradients; {homes}"
-            f"""{f', up to {parallel.max_sliced_experts} of the hottest of a layer cut up'
-                 * bool(parallel.max_sliced_experts)}""")
+            f"{decimal(memory.sums, 'B')} of their gradients; {homes}{cut_up}")
 
 
 def capacity_line(run: Run) -> str:
