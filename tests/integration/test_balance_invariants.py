@@ -242,7 +242,7 @@ def test_counts_are_whole_in_a_model_that_was_cast_to_bfloat16():
         counts_E = output.stats[name].counts_E
         assert (counts_E.dtype == torch.int64 and counts_E[experts].tolist() == [16 * 301, 16 * 301]
                 and counts_E.sum() == 2 * 16 * 301)
-    assert all(piece.rows.dtype == torch.int64 for piece in run.state.prior.pieces())
+    assert all(shard.rows.dtype == torch.int64 for shard in run.state.prior.state_shards())
 
 
 def test_counts_of_routers_that_run_again_are_not_those_of_the_step(monkeypatch):
@@ -313,11 +313,11 @@ def test_an_evaluation_between_two_steps_changes_no_bit_of_the_second():
 def test_a_step_that_was_not_applied_leaves_no_counts():
     run = make_run(["balance.mode=warm", "train.micro_batch=4"])
     train_step(run, 1)
-    before = [piece.rows.clone() for piece in run.state.prior.pieces()]
+    before = [shard.rows.clone() for shard in run.state.prior.state_shards()]
     run.state.model.head.data[0, 0] = torch.inf
     with pytest.raises(NonFiniteError):
         train_step(run, 2)
-    assert all(piece.rows.equal(held) for piece, held in zip(run.state.prior.pieces(), before, strict=True))
+    assert all(shard.rows.equal(held) for shard, held in zip(run.state.prior.state_shards(), before, strict=True))
 
 
 # --- memory
