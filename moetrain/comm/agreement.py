@@ -30,13 +30,13 @@ def all_or_none(group: Group, action: Callable[[], T]) -> T:
     Where it fails with a MoETrainError on one rank, no rank goes on: that rank raises the error, the others
     leave with its code.
     """
-    failure, result = None, None
+    failure: MoETrainError | None = None
     try:
         result = action()
     except MoETrainError as error:
         failure = error
     fail_together(group, failure)
-    return result
+    return result                                        # bound: a failure has raised
 
 
 def fail_together(group: Group, failure: MoETrainError | None) -> None:
@@ -104,7 +104,7 @@ def on_all(mesh: Mesh, write: Callable[[], None], failed: Callable[[str], DiskEr
 
 def from_first(batch: Group, action: Callable[[], Path | None]) -> Path | None:
     """Run `action` on the first rank and return its path on all ranks. Collective."""
-    path = told_by_first(batch, on_first(batch, lambda: (found := action()) and str(found)))
+    path = told_by_first(batch, on_first(batch, lambda: None if (found := action()) is None else str(found)))
     return Path(path) if path else None
 
 

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         B, S, _ = x_BSD.shape
         heads = F.linear(x_BSD, self.qkv.to(x_BSD.dtype)).view(B, S, -1, self.head_dim).transpose(1, 2)
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk, rotary).split([self.num_heads, self.num_kv_heads], dim=1)

@@ -89,6 +89,7 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask, earlier)
         normed = self.ffn_norm(x_BSD)
         if self.moe is None:
+            assert self.ffn is not None
             return BlockOutput(x_BSD + self.ffn(normed), None, context.carry)
         sparse = self.moe(normed.flatten(0, 1), context, route_only)
         return BlockOutput(x_BSD + sparse.out_TD.view_as(x_BSD), sparse.stats, sparse.carry)

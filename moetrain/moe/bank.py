@@ -65,7 +65,8 @@ class ExpertBank(nn.Module):
         self.experts = experts
         self.gate_up = nn.Parameter(torch.empty(len(experts), 2 * expert_dim, dim))
         self.down = nn.Parameter(torch.empty(len(experts), dim, expert_dim))
-        self.cut, self.sliced = cut, ()
+        self.cut = cut
+        self.sliced: tuple[int, ...] = ()
         if cut is not None:
             self.gate_up_slices = nn.Parameter(torch.empty(0, len(slice_rows(2 * expert_dim, *cut)), dim))
             self.down_slices = nn.Parameter(torch.empty(0, len(slice_rows(dim, *cut)), expert_dim))

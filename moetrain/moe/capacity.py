@@ -39,7 +39,10 @@ from moetrain.routers.base import RouterContext, Routing
 class CapacityPolicy:
     """Dropless policy, which computes every slot, and base class of the policies that drop slots."""
 
-    depends_on = ""                  # properties of the batch split that change the result, for the banner
+    @property
+    def depends_on(self) -> str:
+        """Properties of the batch split that change the result, for the banner."""
+        return ""
 
     def apply(self, routing: Routing, context: RouterContext) -> Routing:
         """Apply the policy to a router's decision; this one returns it unchanged."""
@@ -76,7 +79,6 @@ class _LimitedCapacity(CapacityPolicy):
 
     @property
     def depends_on(self) -> str:
-        """Properties of the batch split that change the result, for the banner."""
         return "ranks, accumulation" if self.scope == "local" else ""
 
     def describe(self) -> str:

@@ -194,7 +194,8 @@ class TokenDispatcher:
         assert placement.positions == self.exchange.positions, (placement.positions, self.exchange.positions)
         assert rule is not None or not placement.copies and calibrate is None
         self.placement, self.rule, self.calibrate = placement, rule, calibrate
-        self.needs_all_counts = calibrate is not None or bool(placement.copies) and rule.needs_all_counts
+        asks_all = bool(placement.copies) and rule is not None and rule.needs_all_counts
+        self.needs_all_counts = calibrate is not None or asks_all
         self.slots = placement.slots_per_position
         self.held = len(placement.slots_of(self.exchange.position))
         self.table_E = tables.put(slot_table(placement))
@@ -312,20 +313,28 @@ class TokenDispatcher:
         position, positions = self.exchange.position, self.exchange.positions
         n_CE = torch.stack([count_ids(ids_TK, self.placement.num_experts) for ids_TK in ids])
         if not self.needs_all_counts:
-            return [spread(ids_TK, *self.rule.split(n_E[None], self.placement, position), self.replicas)
+            rule, replicas = self._rule()
+            return [spread(ids_TK, rule.split(n_E[None], self.placement, position)[0], replicas)
                     for ids_TK, n_E in zip(ids, n_CE)], None
         n_PCE = self.exchange.counts(
             n_CE.flatten().expand(positions, -1).contiguous()).view(positions, *n_CE.shape)
         n_PCE = read_host(n_PCE)                             # the host waits
         if self.calibrate is not None:
             self.calibrate(n_PCE.sum(1))
-        splits = [self.rule.split(n_PE, self.placement, 0) for n_PE in n_PCE.unbind(1)]
-        return ([spread(ids_TK, to_device(split_PC[position], self.device), self.replicas)
+        rule, replicas = self._rule()                        # of the placement that calibration may have set
+        splits = [rule.split(n_PE, self.placement, 0) for n_PE in n_PCE.unbind(1)]
+        return ([spread(ids_TK, to_device(split_PC[position], self.device), replicas)
                  for ids_TK, split_PC in zip(ids, splits)],
                 [to_device(self._arriving(split_PC), self.device) for split_PC in splits])
 
+    def _rule(self) -> tuple[SplitRule, Replicas]:
+        """The rule and the replicas in force; `set_placement` has checked that copies have them."""
+        assert self.rule is not None and self.replicas is not None
+        return self.rule, self.replicas
+
     def _arriving(self, split_PC: Tensor) -> Tensor:
         """Count the slots that arrive here by source and physical slot, int64 [P, e], on the host."""
+        assert self.replica_table_3C is not None
         _, position_C, physical_C = self.replica_table_3C
         here_C = position_C == self.exchange.position
         slots_C = physical_C - self.exchange.position * self.slots

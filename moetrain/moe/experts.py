@@ -90,6 +90,7 @@ class ChunkedComputation:
     def __call__(self, rows: DispatchedRows) -> Tensor:
         """Compute the weighted outputs [R, D] of the next chunk, ordered by expert."""
         self.chunks_left -= 1
+        assert rows.order is not None                        # chunks come from several positions
         with self.bank.regather_in_backward():
             out_RD = self.experts(rows.x_ND, rows.weights_R, rows.counts_e, rows.order)
         if self.chunks_left:

@@ -60,7 +60,8 @@ def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor
     sizes = chunk_sizes(len(x_TD), num_chunks)
     plans = dispatcher.plan(list(ids_TK.split(sizes)))
     chunks = list(zip(x_TD.split(sizes), weights_TK.split(sizes), plans, strict=True))
-    dispatching, combining, finished = dispatcher.dispatch_async(*chunks[0]), None, []
+    dispatching, finished = dispatcher.dispatch_async(*chunks[0]), []
+    combining: PendingCombine | None = None
     for chunk in range(num_chunks):
         current = dispatching
         if chunk + 1 < num_chunks:
@@ -72,6 +73,7 @@ def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor
         if combining is not None:
             finished.append(combining.wait())
         combining = started
+    assert combining is not None
     return combining._replace(finished=tuple(finished))
 
 

@@ -14,7 +14,7 @@ the rows of each expert, so that no rank is left without a part. Shapes that rea
 rank of a group.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from moetrain.comm.mesh import Group
 
 
 def shard(modules: Iterable[nn.Module], *, over: Group, replicated: Group, device: torch.device,
-          ignore: set[nn.Parameter] = frozenset()) -> None:
+          ignore: Set[nn.Parameter] = frozenset()) -> None:
     """Shard the parameters of modules in place, except those that an earlier module or call has sharded.
 
     Args:

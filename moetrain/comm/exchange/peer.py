@@ -191,7 +191,8 @@ class PeerExchange:
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
         begin = _peer_start if read else _peer_start_unread
-        offsets: RowOffsets = splits.backend_plan
+        offsets = splits.backend_plan
+        assert isinstance(offsets, RowOffsets)
         return begin(message, list(splits.received), list(splits.sent), list(offsets.there),
                      offsets.max_rows_there, int(returning), self.key)
 

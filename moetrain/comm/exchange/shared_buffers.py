@@ -159,6 +159,7 @@ def symmetric_memory(group: Group, device: torch.device) -> Share:
     def share(size: int) -> list[Tensor]:
         own = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
         torch.cuda.current_stream(device).synchronize()      # zeros are written before any peer can write
+        assert group.process_group is not None
         handle = symmetric.rendezvous(own, group.process_group.group_name)
         return [own if position == group.position else handle.get_buffer(position, (size,), torch.uint8)
                 for position in range(group.size)]

@@ -100,7 +100,8 @@ class TwoLevelExchange:
         return [self._splits(*each) for each in zip(sent, received, sent_CNL, passing_CLN, strict=True)]
 
     def post(self, tensors: tuple[Tensor, ...], splits: Splits, *, read: bool = True) -> Handle:
-        stages: TwoStagePlan = splits.backend_plan
+        stages = splits.backend_plan
+        assert isinstance(stages, TwoStagePlan)
         if stages.before is not None:
             tensors = stages.before.of(tensors)
         if stages.returning:
@@ -113,6 +114,7 @@ class TwoLevelExchange:
                        read: bool) -> tuple[Tensor, ...]:
         """Run the node exchange of the way back, once the rail exchange has landed."""
         rows = self.node.post(stages.between.of(rows), stages.second, read=read).wait()
+        assert stages.after is not None
         return stages.after.of(rows)
 
     def _splits(self, sent: Sequence[int], received: Sequence[int], sent_NL: Tensor,

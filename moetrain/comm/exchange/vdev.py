@@ -99,6 +99,7 @@ class VdevExchange:
         return exchange_async(self, tensors, splits, read)
 
     def start(self, message: Tensor, splits: Splits, *, returning: bool, read: bool) -> Tensor:
+        assert isinstance(splits.backend_plan, MaxRows)
         return self.workspace.send(message, splits, splits.backend_plan, int(returning))
 
     def finish(self, message: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
 waits late instead (parallel/fssdp/copies.py).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
 
-FORMS = {"packed": Packed, "two_level": TwoLevel}
+FORMS: dict[str, Callable[..., Collective]] = {"packed": Packed, "two_level": TwoLevel}
 
 
 def collective(form: str, placement: LayerPlacement, topology: Topology, position: int,

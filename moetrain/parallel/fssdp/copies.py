@@ -163,6 +163,7 @@ class LayerCopies:
     def prefetch(self) -> None:
         """Start gathering copies, unless they are in memory or under way."""
         if self.transfers is not None and not self._gathers and self._rows_cW is None:
+            assert self.placement is not None
             self._gathers = [self._gather(self.placement, self.transfers)]
 
     @torch.no_grad()
@@ -171,12 +172,14 @@ class LayerCopies:
 
         Called before the step's first `wait`.
         """
+        assert self.placement is not None
         here, self._rows_cW = self._rows_cW, None
         landed = ([] if here is None
                   else [PendingGather(self.placement.gathered_at(self.group.position), lambda: here)])
         added = placement.beyond(self.placement)
         with DeviceTables(self.bank.gate_up.device) as tables:
             transfers, transfers_of_all = self._transfers(added, tables), self._transfers(placement, tables)
+        assert transfers is not None, "a placement without further copies"
         self._gathers = [*landed, *self._gathers, self._gather(added, transfers)]
         self.placement, self.transfers, self.added = placement, transfers_of_all, len(added.copies)
 
@@ -237,6 +240,7 @@ class LayerCopies:
     def start_reduction(self) -> None:
         """Start sending the gradients of copies to their homes, if this was the last micro-batch."""
         if self.backwards == 0 and self._gradients_cW is not None:
+            assert self.transfers is not None
             self._pending_reduction, self._gradients_cW = self.transfers.post_reduce(self._gradients_cW), None
 
     @torch.no_grad()
@@ -284,6 +288,7 @@ class LayerCopies:
 
     def _wait_gathers(self) -> Tensor:
         """Wait for the gathers under way; return copies [c, W] in the order of their slots."""
+        assert self.placement is not None
         gathers, self._gathers = self._gathers, []
         rows_cW = [gather.wait() for gather in gathers]
         if len(gathers) == 1:
@@ -304,6 +309,7 @@ class LayerCopies:
         if isinstance(saved, Tensor):
             return saved
         self.matrices()
+        assert self._rows_cW is not None
         return self._rows_cW.as_strided(*saved)
 
 

@@ -117,6 +117,7 @@ def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: Exper
               for at in range(positions)]
     for name, expert, old, new in changed:
         if old is None:                                                      # becomes whole at `new`
+            assert new is not None
             leaving[new].append(parts[name, expert])
             if new == position:
                 for at in range(positions):

@@ -236,6 +236,7 @@ class Replanner:
         if copies.calibrated:
             return
         copies.calibrated = True
+        assert self.calibration is not None
         more = self.calibration(n_PE * copies.backwards, plan, self.planner, *self.planning_inputs)
         if more is not None:
             copies.add_copies(more.placement)
