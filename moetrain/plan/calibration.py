@@ -53,15 +53,7 @@ def calibrate(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topolog
 
 def add_missing_copies(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs,
                        room: int) -> LayerPlan | None:
-    """Add all missing copies that memory has room for, whether or not they pay.
-
-    Args:
-        n_PE: int64 [P, E], rows of the step from every position for every expert, on the host.
-        plan: the plan of this step, made from a forecast.
-        planner: the planner that made it.
-        topology: positions and nodes.
-        costs: what a row, an expert and a link cost.
-        room: copies that a position has memory for, including those of the plan.
+    """Add all missing copies that memory has room for, whether or not they pay. Arguments as in `calibrate`.
 
     Returns:
         The plan with more copies, or None if none can be added.

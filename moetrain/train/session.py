@@ -102,14 +102,13 @@ class Session:
 
     Args:
         directory: directory of the run.
-        mesh: all ranks.
         record_end: records the exit code of this attempt.
         on_exit: called with exit code and reason before the process exits at once, without unwinding.
     """
 
-    def __init__(self, directory: Path, mesh: Mesh, record_end: Callable[[int], None],
+    def __init__(self, directory: Path, record_end: Callable[[int], None],
                  on_exit: Callable[[int, str], None]) -> None:
-        self.directory, self.mesh, self._record_end, self._on_exit = directory, mesh, record_end, on_exit
+        self.directory, self._record_end, self._on_exit = directory, record_end, on_exit
 
     @contextmanager
     def training(self, run: Run) -> Iterator[Preemption]:
@@ -161,7 +160,7 @@ def session(directory: Path, mesh: Mesh, on_exit: Callable[[int, str], None]) ->
         The attempt.
     """
     with recorded_attempt(directory, mesh) as record_end, lost_peers_named(mesh):
-        yield Session(directory, mesh, record_end, on_exit)
+        yield Session(directory, record_end, on_exit)
 
 
 @contextmanager

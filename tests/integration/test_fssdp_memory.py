@@ -137,14 +137,14 @@ def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
                                             grouped_experts._cast, run.mesh["ep"].position)
 
     def gathered(transfers, *arguments):
-        flight = gather(transfers, *arguments)
-        seen.add("copies", flight.result), seen.add("sending", flight.message)
-        return flight
+        pending = gather(transfers, *arguments)
+        seen.add("copies", pending.result), seen.add("sending", pending.message)
+        return pending
 
     def reduced(transfers, gradients_cW, *arguments):
-        flight = reduce(transfers, gradients_cW, *arguments)
-        seen.add("sums", gradients_cW), seen.add("returned", flight.result)
-        return flight
+        pending = reduce(transfers, gradients_cW, *arguments)
+        seen.add("sums", gradients_cW), seen.add("returned", pending.result)
+        return pending
 
     def laid(homes, copies, dtype):
         side_by_side = cast(homes, copies, dtype)

@@ -189,8 +189,8 @@ def test_a_study_runs_over_emulated_links(tmp_path: Path):
     (trace,) = result["traces"].values()
     assert list(trace["seconds"]) == ["ep", "balanced", "balanced+oracle", "ceiling"]
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in trace["seconds"].values())
-    wire, handed = sum(result["wire_bytes"].values()), result["handed_over_bytes"]
-    assert handed < wire < 1.5 * handed                  # TCP's headers, acknowledgements and barriers on top
+    carried, handed = sum(result["wire_bytes"].values()), result["handed_over_bytes"]
+    assert handed < carried < 1.5 * handed  # TCP's headers, acknowledgements and barriers on top
 
 
 def test_planners_are_clocked_at_growing_sizes():

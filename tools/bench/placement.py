@@ -69,14 +69,14 @@ def main() -> None:
         command = [sys.executable, "-m", "tools.bench.placement", *sys.argv[1:],
                    "--planners", *arms(options), "--worker", str(spec)]
         code = lab.run(command)
-        wire = {link: number - before[link] for link, number in sent_by_all(lab).items()}
+        carried = {link: number - before[link] for link, number in sent_by_all(lab).items()}
     spec.unlink()
     if code:
         sys.exit(code)
     load = [round(value, 2) for value in (*busy, os.getloadavg()[0])]
     result = {"facts": {**facts(), "load average": load},
               "options": {key: value for key, value in vars(options).items() if key != "worker"},
-              "links": links, "wire_bytes": wire, **json.loads(out.read_text())}
+              "links": links, "wire_bytes": carried, **json.loads(out.read_text())}
     result["options"]["planners"] = arms(options)
     finish(result, options)
 

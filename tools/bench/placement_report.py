@@ -174,7 +174,7 @@ def text(result: dict, picture: str) -> str:
     """The page, as Markdown."""
     result, busy = quiet(result)
     options, facts = result["options"], result["facts"]
-    wire, handed = sum(result["wire_bytes"].values()), result["handed_over_bytes"]
+    carried, handed = sum(result["wire_bytes"].values()), result["handed_over_bytes"]
     left_out = ""
     if busy:
         left_out = ("Left out, as the machine was busy (the ceiling took more than "
@@ -214,7 +214,7 @@ itself instead of a forecast, one with `+nodes` knows loads by node, and one wit
 ## Bytes and calls of a step
 
 The bytes are those that the ranks pass to their collectives. At every step they equal the number that \
-follows from rows, plan and sizes. Over the whole run the links carried {wire / handed:.3f} times these \
+follows from rows, plan and sizes. Over the whole run the links carried {carried / handed:.3f} times these \
 bytes (headers, acknowledgements, barriers).
 
 {sent(result)}

@@ -117,14 +117,14 @@ def row(mode: str, steps: list[list[list[Span]]]) -> str:
     flat = [one for rank in each for one in rank]
     behind = sum(any(span.name == "head" for span in one.covered) for one in flat)
     afterwards = {one.next.name for one in flat if one.next}
-    flight = statistics.median(one.transfer.end - one.post.begin for one in flat if one.transfer)
+    in_flight_us = statistics.median(one.transfer.end - one.post.begin for one in flat if one.transfer)
     covered = statistics.median(one.wait.begin - one.post.end for one in flat)
     waits = sorted(one.wait.end - one.wait.begin for one in flat)
     exposed = statistics.median(after for step in steps for one in zip(*map(pooled, step))
                                 for after in after_both(one))
     arrived = sum(one.transfer is not None and one.transfer.end <= one.wait.begin for one in flat)
     return (f"| {mode} | {len(flat) / len(each):g} | {behind} of {len(flat)} "
-            f"| {', '.join(sorted(afterwards))} | {flight:.0f} | {covered:.0f} "
+            f"| {', '.join(sorted(afterwards))} | {in_flight_us:.0f} | {covered:.0f} "
             f"| {arrived / len(flat):.0%} | {statistics.median(waits):.0f} | {exposed:.0f} "
             f"| {waits[-1]:.0f} |")
 
