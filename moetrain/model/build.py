@@ -5,6 +5,7 @@ So every placement and every number of ranks start from the same numbers.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
+from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.attention import Attention
 from moetrain.model.parallelize import shard_parameters
@@ -27,8 +29,13 @@ from moetrain.parallel.state_shards import buffers, state_shards
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
 
+# A user's change of the model, in place: other layers, adapters, frozen parameters. It is called with the
+# model on the meta device, before anything is sharded, and with the config of the run.
+ConvertModel = Callable[[Transformer, Config], None]
 
-def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
+
+def build_model(config: Config, vocab_size: int, mesh: Mesh,
+                convert_model: ConvertModel | None = None) -> Transformer:
     """Build the initialized model of this rank.
 
     It holds the experts whose home is on this rank's `ep` position; with FSDP, a shard of every parameter.
@@ -37,6 +44,7 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
         config: the config of the run.
         vocab_size: V, ids of the vocabulary.
         mesh: all ranks.
+        convert_model: changes the model before it is sharded, the same way on every rank.
 
     Returns:
         The model, on the device of the mesh.
@@ -57,10 +65,23 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Transformer:
             tie_embeddings=sizes.tie_embeddings,
             dtype=compute,
         )
+        if convert_model is not None:
+            convert_model(model, config)
+            _refuse_values(model)
     shard_parameters(model.to(storage), mesh)            # before memory is allocated: only shards ever are
     model.to_empty(device=mesh.device)
     initialise(model, seed=config.run.seed, std=sizes.init_std, num_layers=sizes.num_layers)
     return model
+
+
+def _refuse_values(model: Transformer) -> None:
+    """Raise ConfigError where `convert_model` left a tensor with values: allocation would lose them."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_meta:
+            raise ConfigError(
+                231, f"convert_model left {name} on the device {tensor.device}", where="convert_model",
+                why="tensors get memory and start values later, so the values that it holds would be lost",
+                next="create it without a device, as torch.empty(...): convert_model runs on the meta device")
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from moetrain.comm.mesh import disconnect
 from moetrain.config.schema import Config
 from moetrain.files import nearby
+from moetrain.model.build import ConvertModel
 from moetrain.runs.completion import last_step, next_commands
 from moetrain.train.checkpoint.periodic import PeriodicSaves
 from moetrain.train.evaluation.periodic import PeriodicEvaluation, is_due
@@ -27,7 +28,8 @@ from moetrain.user_code import named_in_traceback
 
 
 @named_in_traceback()
-def train(config: Config, *, wrap_engine: Callable[[Run], Run] | None = None,
+def train(config: Config, *, convert_model: ConvertModel | None = None,
+          wrap_engine: Callable[[Run], Run] | None = None,
           on_exit: Callable[[int, str], None] = lambda code, reason: None,
           again: str = "the same command goes on") -> None:
     """Train to `run.steps` (or `run.stop_at`), saving on the way and at the end. Collective.
@@ -36,6 +38,8 @@ def train(config: Config, *, wrap_engine: Callable[[Run], Run] | None = None,
 
     Args:
         config: composed and checked (config/compose.py).
+        convert_model: changes the model before it is sharded: other layers, adapters, frozen parameters.
+            Every rank and every attempt of the run is given the same one.
         wrap_engine: replaces optimizer and reducer by those of another engine, before a checkpoint is read
             (interop/deepspeed.py).
         on_exit: called with exit code and reason before a process exits at once, without unwinding
@@ -50,7 +54,7 @@ def train(config: Config, *, wrap_engine: Callable[[Run], Run] | None = None,
                  progress=config.log.progress) as console:
         recorder = Recorder(config, directory, mesh)     # collective: checks that rank 0 can write there
         with session(directory, mesh, on_exit) as attempt:
-            run = start_run(config, directory, mesh, recorder, console, wrap_engine)
+            run = start_run(config, directory, mesh, recorder, console, wrap_engine, convert_model)
             try:
                 with attempt.training(run) as preemption:
                     if not train_loop(run, recorder, console, preemption):

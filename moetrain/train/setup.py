@@ -8,7 +8,7 @@ from pathlib import Path
 from moetrain.comm.agreement import all_or_none
 from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import Config
-from moetrain.model.build import build_model
+from moetrain.model.build import ConvertModel, build_model
 from moetrain.model.flops import peak_tokens_per_s
 from moetrain.model.parallelize import parallelize
 from moetrain.train.count_pool import PreviousStepCounts
@@ -21,20 +21,21 @@ from moetrain.train.optim.optimizer import allocate_state, build_optimizer
 from moetrain.train.state import Graphs, Run, TrainState
 
 
-def set_up(config: Config, directory: Path, mesh: Mesh) -> Run:
+def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertModel | None = None) -> Run:
     """Build data, model, optimizer and objective, at step 0. Collective: rank 0 prepares the data.
 
     Args:
         config: the config of the run, with a concrete dtype.
         directory: directory of the run.
         mesh: all ranks.
+        convert_model: changes the model before it is sharded (model/build.py).
 
     Returns:
         The run, at step 0.
     """
     all_or_none(mesh["batch"], lambda: refuse_what_cannot_fit(config, mesh))
     dataset, loader = set_up_data(config, directory, mesh)
-    model = build_model(config, dataset.vocab_size, mesh)
+    model = build_model(config, dataset.vocab_size, mesh, convert_model)
     optimizer = build_optimizer(model, config.optim)
     allocate_state(optimizer)
     copies, replanner = (build_fssdp(config, model, optimizer, mesh) if config.parallel.mode == "fssdp"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.compose import compose
+from moetrain.model.build import ConvertModel
 from moetrain.parallel.state_shards import state_shards
 from moetrain.routers.base import Router, drop_padding
 from moetrain.train.session import join
@@ -36,9 +37,9 @@ class Trained(NamedTuple):
     counts: list[dict[str, Tensor]]
 
 
-def make_run(overrides: list[str], forced: Forced = None) -> Run:
+def make_run(overrides: list[str], forced: Forced = None, convert_model: ConvertModel | None = None) -> Run:
     config = compose([*TINY, *overrides])
-    run = set_up(config, Path("unused"), join(config))
+    run = set_up(config, Path("unused"), join(config), convert_model)
     if forced:
         force(run, forced)
     return run
@@ -66,13 +67,15 @@ def _forced_route(router: Router, experts: list[int]):
     return route
 
 
-def alone(overrides: list[str], steps: int, forced: Forced = None) -> Trained:
+def alone(overrides: list[str], steps: int, forced: Forced = None,
+          convert_model: ConvertModel | None = None) -> Trained:
     """Training in this one process."""
-    return union([train_steps(overrides, steps, forced)])
+    return union([train_steps(overrides, steps, forced, convert_model)])
 
 
-def train_steps(overrides: list[str], steps: int, forced: Forced = None) -> Trained:
-    return train_run(make_run(overrides, forced), steps)
+def train_steps(overrides: list[str], steps: int, forced: Forced = None,
+                convert_model: ConvertModel | None = None) -> Trained:
+    return train_run(make_run(overrides, forced, convert_model), steps)
 
 
 def train_run(run: Run, steps: int) -> Trained:

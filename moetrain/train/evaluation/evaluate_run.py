@@ -20,6 +20,7 @@ from moetrain.data.batches.token_dataset import TokenDataset
 from moetrain.data.corpus.overlap import Share, token_overlap
 from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
+from moetrain.model.build import ConvertModel
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.evaluation.trained import (
@@ -54,15 +55,17 @@ class Evaluated(NamedTuple):
     seconds: float
 
 
-def evaluate_run(config: Config, typed: frozenset[str] = frozenset()) -> Evaluated:
+def evaluate_run(config: Config, typed: frozenset[str] = frozenset(),
+                 convert_model: ConvertModel | None = None) -> Evaluated:
     """Evaluate the newest checkpoint of a run. Collective.
 
     Args:
         config: the run's config with the command's overrides.
         typed: keys that the overrides set (config/compose.py, typed_keys).
+        convert_model: that of the training, if it had one.
     """
     began = time.perf_counter()
-    run, name, overlap = load_trained(config, typed), None, None
+    run, name, overlap = load_trained(config, typed, convert_model), None, None
     batch = run.mesh["batch"]
     chosen = all_or_none(batch, lambda: data_keys(run.config, config, typed))
     if chosen <= {"data.tokenizer"}:

@@ -32,7 +32,7 @@ from moetrain.data.pretokenized.token_indexes import TokenIndexes
 from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer, load_tokenizer
 from moetrain.errors import CheckpointError, DataError
 from moetrain.files import nearby, shown
-from moetrain.model.build import build_model
+from moetrain.model.build import ConvertModel, build_model
 from moetrain.model.transformer import Transformer
 from moetrain.runs.completion import trained_config
 from moetrain.train.checkpoint.load import load_newest_model, newest_manifest, other_model
@@ -67,12 +67,14 @@ class Trained(NamedTuple):
         return str(self.manifest.facts.get("data"))
 
 
-def load_trained(config: Config, typed: frozenset[str] = frozenset()) -> Trained:
+def load_trained(config: Config, typed: frozenset[str] = frozenset(),
+                 convert_model: ConvertModel | None = None) -> Trained:
     """Load the newest sound checkpoint of a run, in evaluation mode. Collective.
 
     Args:
         config: the run's config with the command's overrides; its section `data` may name other data.
         typed: keys that the overrides set.
+        convert_model: that of the training, if it had one.
     """
     directory = run_dir(config)
     if newest(directory) is None:
@@ -83,7 +85,7 @@ def load_trained(config: Config, typed: frozenset[str] = frozenset()) -> Trained
         )
     mesh = join(config)
     vocab_size = all_or_none(mesh["batch"], lambda: _vocabulary(directory))
-    model = build_model(config, vocab_size, mesh)
+    model = build_model(config, vocab_size, mesh, convert_model)
     found = load_newest_model(model, directory, mesh, verify=config.checkpoint.verify)
     model.eval()
     own = as_trained(config, trained_config(directory, found.path), typed)
