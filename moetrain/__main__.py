@@ -25,6 +25,7 @@ from moetrain.config.groups import group_options
 from moetrain.config.suggest import nearest
 from moetrain.errors import ConfigError, DiskError, MoETrainError, Preempted
 from moetrain.launch.foreign_ranks import without_ranks
+from moetrain.launch.program import Program, program_of
 from moetrain.launch.rank import become_rank, has_own_stderr, rank, under_torchrun
 from moetrain.user_code import of_user
 
@@ -43,14 +44,21 @@ VERBS = {
 OF_RANKS = ("train", "eval", "generate")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; `argv` None takes the words of this process."""
+def main(argv: Sequence[str] | None = None, *, convert_model: Callable[..., None] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: verb and overrides; None takes the words of this process, which then does nothing else.
+        convert_model: changes the model before it is sharded (model/build.py). Further ranks of this machine
+            run this process's program again, which has to hand over the same function.
+    """
     done = _begin() if argv is None else lambda: None
+    program = program_of(convert_model, from_command_line=argv is None)
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = _run(argv)
+        code = _run(argv, program)
         if error := streams.lost():
             raise DiskError(
                 30, "what was to be printed could not be written", where="standard output",
@@ -109,7 +117,7 @@ def _leave(code: int) -> int:
     return code
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], program: Program) -> int:
     verb, *rest = argv
     if verb in ("-h", "--help", "help"):
         if not rest:
@@ -128,7 +136,7 @@ def _run(argv: list[str]) -> int:
         if "-h" in rest or "--help" in rest:
             print(page(verb, str(module.__doc__), rest))
             return 0
-        return module.run(rest) or 0
+        return (module.run(rest, program) if verb in OF_RANKS else module.run(rest)) or 0
 
 
 def _help() -> str:

@@ -19,6 +19,7 @@ from moetrain.errors import DiskError
 from moetrain.files import nearby, shown
 from moetrain.launch.foreign_ranks import check_ranks
 from moetrain.launch.local import start_ranks
+from moetrain.launch.program import Program
 from moetrain.launch.rank import is_worker, rank
 from moetrain.runs.files import JsonlSink
 
@@ -26,16 +27,17 @@ if TYPE_CHECKING:
     from moetrain.train.evaluation.evaluate_run import Evaluated
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], program: Program) -> int:
     """Run the verb on the words that follow it; returns the exit code."""
     words = [word for word in argv if word != "--json"]
     config = for_run(words)
     check_ranks("eval", words, config)
     if not is_worker() and config.run.nproc > 1:
-        return start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False)
+        return start_ranks(["eval", *argv], config.run.nproc, run_dir(config), record=False,
+                           program=program)
     from moetrain.train.evaluation.evaluate_run import evaluate_run, record_of
 
-    found = evaluate_run(config, typed_keys(words))
+    found = evaluate_run(config, typed_keys(words), program.convert_model)
     if rank() == 0:
         record = record_of(found)
         if len(words) < len(argv):

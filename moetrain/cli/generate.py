@@ -13,30 +13,32 @@ from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 from moetrain.launch.foreign_ranks import check_ranks
 from moetrain.launch.local import start_ranks
+from moetrain.launch.program import Program
 from moetrain.launch.rank import is_worker, rank
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], program: Program) -> int:
     """Run the verb on the words that follow it; returns the exit code."""
     words = [word for word in argv if word != "--json"]
     config = for_run(words)
     check_ranks("generate", argv, config)
     if not is_worker() and config.run.nproc > 1:
-        return start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False)
+        return start_ranks(["generate", *argv], config.run.nproc, run_dir(config), record=False,
+                           program=program)
     if config.data.kind == "synthetic" or config.data.tokenizer == "none":
         raise ConfigError(
             45, "the run was trained on tokens that stand for no text", where=str(run_dir(config)),
             why="there is no tokenizer to write with",
             next="train with data=text, or give data.tokenizer")
-    _generate(config, typed_keys(words), as_json=len(words) < len(argv))
+    _generate(config, program, typed_keys(words), as_json=len(words) < len(argv))
     return 0
 
 
-def _generate(config: Config, typed: frozenset[str], *, as_json: bool) -> None:
+def _generate(config: Config, program: Program, typed: frozenset[str], *, as_json: bool) -> None:
     from moetrain.generate.sample import continue_text
     from moetrain.train.evaluation.trained import choose_tokenizer, load_trained
 
-    run = load_trained(config, typed)
+    run = load_trained(config, typed, program.convert_model)
     tokenizer, end_id = choose_tokenizer(run, config, typed)
     wanted = config.generate
     continuation = continue_text(

@@ -25,6 +25,7 @@ from moetrain.errors import ConfigError
 from moetrain.interop.packages import check_installed
 from moetrain.launch.foreign_ranks import check_ranks
 from moetrain.launch.local import run_command, train_on_ranks
+from moetrain.launch.program import Program
 from moetrain.launch.rank import is_worker, rank, under_torchrun
 from moetrain.launch.status import record_early_exit, record_ending
 from moetrain.runs.completion import finished_step, next_commands
@@ -32,11 +33,11 @@ from moetrain.runs.completion import finished_step, next_commands
 log = logging.getLogger(__name__)
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], program: Program) -> int:
     """Run the verb on the words that follow it; returns the exit code."""
     overrides, show_config, multirun = _flags(argv)
     if multirun:
-        return _multirun(overrides, show_config)
+        return _multirun(overrides, show_config, program)
     config = compose(overrides)
     if show_config:
         print(to_yaml(config), end="")
@@ -56,20 +57,20 @@ def run(argv: list[str]) -> int:
         if text := advice(config):
             print(text, file=sys.stderr)
     if not is_worker() and config.run.nproc > 1:
-        return train_on_ranks(overrides)
+        return train_on_ranks(overrides, program)
     with record_ending(run_dir(config)):
         command = shlex.join(["moetrain", "train", *overrides])
-        _train(config, "the same command goes on" if under_torchrun() else command)
+        _train(config, program, "the same command goes on" if under_torchrun() else command)
     return 0
 
 
-def _train(config: Config, again: str) -> None:
+def _train(config: Config, program: Program, again: str) -> None:
     from moetrain.train.loop import train
 
     wrap_engine = None
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import wrap_engine
-    train(config, wrap_engine=wrap_engine, again=again,
+    train(config, convert_model=program.convert_model, wrap_engine=wrap_engine, again=again,
           on_exit=lambda code, reason: record_early_exit(run_dir(config), code, reason))
     if rank() == 0:
         draw(run_dir(config))
@@ -103,13 +104,13 @@ def _flags(argv: list[str]) -> tuple[list[str], bool, bool]:
     return overrides, show_config, multirun
 
 
-def _multirun(overrides: list[str], show_config: bool) -> int:
+def _multirun(overrides: list[str], show_config: bool, program: Program) -> int:
     """Train the runs of a sweep, a process each, one after another, once all of them are checked."""
     named = [job.words for job in sweep_jobs(overrides)]
     codes = []
     for number, job in enumerate(named, 1):
         print(f"[{number}/{len(named)}] moetrain train {shlex.join(job)}", flush=True)
-        codes.append(run_command(["train", *job, *(["--cfg", "job"] if show_config else [])]))
+        codes.append(run_command(["train", *job, *(["--cfg", "job"] if show_config else [])], program))
         if codes[-1] == 10 or codes[-1] > 128 or codes[-1] < 0:  # told to stop
             break
     return next((code if code > 0 else 128 - code for code in codes if code), 0)

@@ -1,6 +1,7 @@
 """Start the ranks of a run, on one machine or on several. Python programs call `train_on_ranks`.
 
     rank            a process as a rank: whether a launcher started it, its number, its error output
+    program         what this process runs, so that further ranks run the same
     foreign_ranks   processes that srun or mpirun started without saying which rank each is
     signals         signals forwarded to the ranks
     status          status.json, which says how a run ended, and the log files of ranks

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from moetrain.config.compose import compose, run_dir
 from moetrain.files import open_regular
+from moetrain.launch.program import MOETRAIN, Program
 from moetrain.launch.rank import DONE, LAUNCHED
 from moetrain.launch.signals import forward_signals
 from moetrain.launch.status import open_log, write_status
@@ -36,31 +37,33 @@ _SAVED, _PEER = 10, 16
 _LOG_TAIL = 1 << 16  # bytes of a rank's log that are searched for its last error
 
 
-def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool = True) -> int:
-    """Run `python -m moetrain <argv>` on nproc ranks and wait for them.
+def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool = True,
+                program: Program = Program()) -> int:
+    """Run a program, `python -m moetrain <argv>` unless another is given, on nproc ranks and wait for them.
 
     Args:
         argv: verb and overrides.
         nproc: number of ranks.
         run_dir: directory of the run, for the log files of the ranks.
         record: write status.json where rank 0 could not.
+        program: what the ranks run.
 
     Returns:
         0, or the exit code of the rank that failed first: 16 when a signal killed it or it exited before its
         work was done, 128 + signal when that signal was forwarded from here.
     """
+    words = program.words([*argv])
     logs = [None] + [open_log(run_dir, rank) for rank in range(1, nproc)]
     reads, writes = os.pipe()
-    common = {**_environment(nproc), DONE: str(writes)}
+    common = {**_environment(nproc, program), DONE: str(writes)}
     workers: list[subprocess.Popen] = []
     with _forwarding(workers) as forwarded:
         for rank, file in enumerate(logs):
             # In a process group of its own a rank gets Ctrl-C once, from here,
             # and cannot read from the terminal.
             workers.append(subprocess.Popen(
-                [sys.executable, "-m", "moetrain", *argv], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, process_group=0,
-                pass_fds=[writes]))
+                words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0,
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, pass_fds=[writes]))
             if forwarded:  # a signal came while the ranks were being started
                 workers[-1].send_signal(forwarded[-1])
         try:
@@ -75,29 +78,30 @@ def start_ranks(argv: Sequence[str], nproc: int, run_dir: Path, *, record: bool 
     return _exit_code(workers, failed, unresponsive, done, forwarded, run_dir if record else None)
 
 
-def run_command(argv: Sequence[str]) -> int:
-    """Run `python -m moetrain <argv>` and forward each signal to it once.
+def run_command(argv: Sequence[str], program: Program = Program()) -> int:
+    """Run a program, `python -m moetrain <argv>` unless another is given; forward each signal to it once.
 
     Returns its exit code, which is negative where a signal ended it.
     """
+    words = program.words([*argv])
     workers: list[subprocess.Popen] = []
     with _forwarding(workers) as forwarded:
         workers.append(subprocess.Popen(
-            [sys.executable, "-m", "moetrain", *argv], stdin=subprocess.DEVNULL, env=program_environment(),
-            process_group=0))
+            words, stdin=subprocess.DEVNULL, env=program_environment(program), process_group=0))
         if forwarded:
             workers[0].send_signal(forwarded[-1])
         return workers[0].wait()
 
 
-def train_on_ranks(overrides: Sequence[str]) -> int:
+def train_on_ranks(overrides: Sequence[str], program: Program = Program()) -> int:
     """Run `moetrain train <overrides>` on run.nproc ranks of this machine; returns the exit code.
 
-    Python programs may call it, too.
+    Python programs may call it, too. The ranks know nothing of what such a program has defined: one with a
+    `convert_model` calls `main` (moetrain/__main__.py).
     """
     config = compose(overrides)
-    return with_restarts(lambda: start_ranks(["train", *overrides], config.run.nproc, run_dir(config)),
-                         config.run.max_restarts)
+    return with_restarts(lambda: start_ranks(["train", *overrides], config.run.nproc, run_dir(config),
+                                             program=program), config.run.max_restarts)
 
 
 def with_restarts(attempt: Callable[[], int], restarts: int) -> int:
@@ -115,26 +119,28 @@ def with_restarts(attempt: Callable[[], int], restarts: int) -> int:
     return code
 
 
-def program_environment() -> dict[str, str]:
-    """Environment variables for a process that runs `python -m moetrain`, as this one does.
+def program_environment(program: Program = Program()) -> dict[str, str]:
+    """Environment variables for a process that runs a program, usually `python -m moetrain`.
 
-    PYTHONSAFEPATH is set, because `-m` puts the current folder first on the path: a random.py there would
-    replace the standard library's. PYTHONPATH is kept, and names moetrain's own folder where only the current
-    folder had led to it.
+    For moetrain PYTHONSAFEPATH is set, because `-m` puts the current folder first on the path: a random.py
+    there would replace the standard library's. A user's own program finds its imports as this process did.
+    PYTHONPATH is kept, and names moetrain's own folder where only the current folder had led to it.
     """
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    environment = dict(os.environ)
+    if program.command == MOETRAIN:
+        environment["PYTHONSAFEPATH"] = "1"
     if not any(metadata.Distribution.discover(name="moetrain", path=sys.path[1:])):
         root = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
     return environment
 
 
-def _environment(nproc: int) -> dict[str, str]:
+def _environment(nproc: int, program: Program) -> dict[str, str]:
     """What all ranks of this machine share; RANK and LOCAL_RANK are added for each."""
     threads = max(1, len(os.sched_getaffinity(0)) // nproc) if hasattr(os, "sched_getaffinity") else 1
     return {
         "OMP_NUM_THREADS": str(threads),
-        **program_environment(),
+        **program_environment(program),
         LAUNCHED: str(os.getpid()),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),

@@ -51,7 +51,8 @@ def check_alone(config: Config) -> None:
         raise ConfigError(
             125, f"run.nproc={config.run.nproc}, and this process is alone", where="run.nproc",
             why="train() is one rank and starts no others, and no launcher has set RANK",
-            next="moetrain.launch.train_on_ranks([...]) with the same overrides; or run.nproc=1")
+            next="moetrain.launch.train_on_ranks([...]) with the same overrides, or main(convert_model=...) "
+                 "(docs/howto/python.md); or run.nproc=1")
 
 
 def join(config: Config) -> Mesh:

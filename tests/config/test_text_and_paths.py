@@ -82,7 +82,7 @@ def test_the_advice_about_several_values_works(words: list[str], capsys: pytest.
     (code, advice), *rest = errors_of("experiment=debug", *words)
     assert (code, rest) == ("E-CONFIG-012", [])
     started: list[list[str]] = []
-    monkeypatch.setattr("moetrain.cli.train.run_command", lambda words: started.append(words) or 0)
+    monkeypatch.setattr("moetrain.cli.train.run_command", lambda words, program: started.append(words) or 0)
     for line in advice.splitlines():
         typed = shlex.split(line.strip().removeprefix("or "))
         if typed[0] == "moetrain":
