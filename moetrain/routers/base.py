@@ -29,9 +29,10 @@ RoutingStats = RouterSums
 
 
 class RouterContext(NamedTuple):
-    """What a router may know beside x.
+    """What a router may know beside x. `token_context` (routers/context.py) builds it.
 
-    Randomness is keyed by seed, step, router, sample ids and positions, so that it is the same on every mesh.
+    Randomness (ops/keyed_random.py) is keyed by seed, step, router, draw, sample ids and positions, so that
+    it is the same on every mesh.
     """
 
     training: bool = True
@@ -39,10 +40,12 @@ class RouterContext(NamedTuple):
     seed: int = 0
     router: str = ""                         # name of the router
     iteration: int = 0
+    draw: int = 0                            # number of the draw of a micro-batch that runs several times
     sample_ids_T: Tensor | None = None       # int64: sample of each token
     positions_T: Tensor | None = None        # int64: its position in the sequence
     valid_T: Tensor | None = None            # bool, false for padding; None: every token is valid
     token_ids_T: Tensor | None = None        # int64: its id in the vocabulary
+    domains_T: Tensor | None = None          # int64: index in Dataset.domains; None where it is not known
     seq_offsets: Tensor | None = None        # int64 [S + 1]; given if a loss asks for sums of each sequence
     carry: Tensor | None = None              # what the router of the previous layer handed on
     # Called by each layer with its router's name and counts [E], before its tokens are dispatched.

@@ -31,6 +31,7 @@ from moetrain.losses.base import Pooled, PoolRule
 from moetrain.model.activation_checkpointing import OpRecord
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy
 from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
+from moetrain.routers.context import token_context
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, group_of
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.objective import cross_entropy_sum
@@ -124,27 +125,18 @@ def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: CountAllRed
 
 def step_context(seed: int, step: int, batch: Batch, *, training: bool = True,
                  per_sequence: bool = False) -> RouterContext:
-    """Build what routers may know of a micro-batch; per-token fields are flattened to [T].
+    """Build what routers are told of a micro-batch.
 
     Args:
         seed: seed of the run, for keyed randomness.
-        step: number of the step, from 1.
+        step: number of the step, from 1; in evaluation that of the state.
         batch: the micro-batch.
         training: False in evaluation.
         per_sequence: whether a loss needs sums of each sequence.
     """
-    positions = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
-    return RouterContext(
-        training=training,
-        step=step,
-        seed=seed,
-        sample_ids_T=batch.sample_ids_B[:, None].expand_as(batch.tokens_BS).flatten(),
-        positions_T=positions.expand_as(batch.tokens_BS).flatten(),
-        valid_T=batch.valid_BS.flatten(),
-        token_ids_T=batch.tokens_BS.flatten(),
-        seq_offsets=torch.arange(0, batch.tokens_BS.numel() + 1, batch.tokens_BS.shape[1],
-                                 device=batch.tokens_BS.device) if per_sequence else None,
-    )
+    return token_context(batch.tokens_BS, seed=seed, step=step, training=training, valid_BS=batch.valid_BS,
+                         sample_ids_B=batch.sample_ids_B, domains_B=batch.domains_B,
+                         per_sequence=per_sequence)
 
 
 def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,

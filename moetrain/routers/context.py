@@ -1,0 +1,49 @@
+"""Construction of what routers are told: the same fields in training, count pass, evaluation and generation.
+
+Shapes: B sequences, S positions, T = B*S tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from moetrain.routers.base import RouterContext
+
+
+def token_context(tokens_BS: Tensor, *, seed: int, step: int, training: bool, sample_ids_B: Tensor,
+                  valid_BS: Tensor | None = None, domains_B: Tensor | None = None, first: int = 0,
+                  draw: int = 0, per_sequence: bool = False) -> RouterContext:
+    """Build what routers may know of a micro-batch; per-token fields are flattened to [T].
+
+    Args:
+        tokens_BS: int64 [B, S], the inputs of the model.
+        seed: seed of the run, for keyed randomness.
+        step: step that trains, from 1, or the last one that trained the weights; 0 for weights without one.
+        training: whether the pass trains.
+        sample_ids_B: int64 [B].
+        valid_BS: bool [B, S], false for padding; None where there is none.
+        domains_B: int64 [B]; None where the domains of the run say nothing about the text.
+        first: position of the first token; above 0 behind a key-value cache.
+        draw: number of the draw of a micro-batch that runs several times.
+        per_sequence: whether the statistics have sums of each sequence.
+
+    Returns:
+        The context of every router of the pass; each layer adds the name of its own.
+    """
+    length, device = tokens_BS.shape[1], tokens_BS.device
+
+    def of_each_token(values: Tensor) -> Tensor:
+        return values.expand_as(tokens_BS).flatten()
+
+    valid_BS = torch.ones_like(tokens_BS, dtype=torch.bool) if valid_BS is None else valid_BS
+    return RouterContext(
+        training=training,
+        step=step,
+        seed=seed,
+        draw=draw,
+        sample_ids_T=of_each_token(sample_ids_B[:, None]),
+        positions_T=of_each_token(torch.arange(first, first + length, device=device)),
+        valid_T=valid_BS.flatten(),
+        token_ids_T=tokens_BS.flatten(),
+        domains_T=None if domains_B is None else of_each_token(domains_B[:, None]),
+        seq_offsets=torch.arange(0, tokens_BS.numel() + 1, length, device=device) if per_sequence else None,
+    )
