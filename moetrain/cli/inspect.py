@@ -60,7 +60,8 @@ def summary(directory: Path, manifest: Manifest, checkpoints: list[Path]) -> Ite
     facts, values = manifest.facts, manifest.values
     yield f"{directory}"
     rows = [("step", f"{values['step']:,}   {values['tokens']:,} tokens"), ("written", written(facts)),
-            ("model", model(facts)), ("mesh", mesh(facts)), ("data", str(facts.get("data", "unknown"))[:16])]
+            ("model", model(manifest)), ("mesh", mesh(facts)),
+            ("data", str(facts.get("data", "unknown"))[:16])]
     if len(checkpoints) > 1:
         steps = [int(path.name.removeprefix("step-")) for path in checkpoints[:-1]]
         rows.append(("others", ", ".join(map(str, steps))))
@@ -118,11 +119,15 @@ def written(facts: dict[str, Any]) -> str:
     return f"{date} by moetrain {facts.get('moetrain', '?')}, torch {facts.get('torch', '?')}"
 
 
-def model(facts: dict[str, Any]) -> str:
+def model(manifest: Manifest) -> str:
     """Describe the sizes of the model."""
-    config = facts.get("config")
+    config = manifest.facts.get("config")
     sizes = config.get("model", {}) if isinstance(config, dict) else {}
-    words = {"num_layers": "layers", "dim": "wide", "num_experts": "experts", "top_k": "a token",
+    # By the tensors that are there, whatever key of whatever release made some layers dense.
+    sparse = len({pattern.partition(".experts.")[0] for pattern in manifest.experts
+                  if pattern.startswith("model.")})
+    beside = f" ({sparse} with experts)" if sparse != sizes.get("num_layers", sparse) else ""
+    words = {"num_layers": f"layers{beside}", "dim": "wide", "num_experts": "experts", "top_k": "a token",
              "expert_dim": "wide each", "num_shared_experts": "shared"}
     return ", ".join(f"{sizes[key]} {word}" for key, word in words.items() if key in sizes) or "unknown"
 

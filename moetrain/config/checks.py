@@ -36,6 +36,7 @@ RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     run.stop,
     model.heads,
     model.layers,
+    model.layer_pattern,
     model.dense_width,
     model.experts,
     model.router_gradient,

@@ -40,6 +40,7 @@ _KEYS: dict[str, str] = {
     "model.top_k": "topk k numexpertspertok numexpertspertoken moetopk moeroutertopk expertspertoken",
     "model.num_shared_experts": "sharedexperts nsharedexperts moesharedexperts",
     "model.first_dense_layers": "firstkdensereplace numdenselayers",
+    "model.moe_layers": "decodersparsestep moelayerfreq moelayerinterval moefreq mlponlylayers",
     "model.init_std": "initializerrange initmethodstd",
     "model.rope_theta": "rotarybase ropebase",
     "model.norm_eps": "rmsnormeps layernormeps layernormepsilon",

@@ -24,10 +24,11 @@ _FSSDP = "parallel=fssdp"
 _EXPERT_PARALLEL, _SHARDED = "parallel=ep|ep_fsdp|fssdp", "parallel=fsdp|ep_fsdp|fssdp"
 _MUON, _POOLED = "optim=muon", "balance=global|node"
 
-# Key or group -> the conditions under which it is read, all of them: `group=option|option`, `key=value|value`
-# or `key>number`. A star stands for the same name on both sides.
+# Key or group -> the conditions under which it is read, all of them: `group=option|option`,
+# `key=value|value`, `key!=value`, `key>number` or `key has entry`. Alternatives joined by `or` are one
+# condition; the first of them is advised. A star stands for the same name on both sides.
 READ_WITH: dict[str, tuple[str, ...]] = {
-    "model.dense_dim": ("model.first_dense_layers>0",),
+    "model.dense_dim": ("model.first_dense_layers>0 or model.moe_layers!=null or model.num_experts has 0",),
     "router.topk_groups": ("router.num_groups>1",),
     "router.group_score": ("router.num_groups>1",),
     "router.counts": ("router.update_rate>0",),
@@ -100,7 +101,7 @@ ALWAYS = frozenset("""
     run.max_restarts run.grace_s
     model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm
     model.rope_theta model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
-    model.num_shared_experts model.first_dense_layers model.init_std
+    model.num_shared_experts model.moe_layers model.first_dense_layers model.init_std
     parallel.mode schedule.kind engine.name
     train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing
     train.count_pass train.head_chunk train.aux_loss
@@ -165,34 +166,55 @@ def unmet(key: str, values: Mapping[str, Any]) -> tuple[str, ...]:
 
 def holds(condition: str, values: Mapping[str, Any]) -> bool:
     """Check a condition. It holds where no chosen option has the key that it asks for."""
+    return any(_holds(alternative, values) for alternative in condition.split(" or "))
+
+
+def _holds(condition: str, values: Mapping[str, Any]) -> bool:
     _, sign, wanted = parts(condition)
     key = key_of(condition)
     if key not in values:
         return True
-    return values[key] > float(wanted) if sign == ">" else show(values[key]) in wanted.split("|")
+    match sign:
+        case ">":
+            return values[key] > float(wanted)
+        case " has ":
+            return isinstance(values[key], list) and wanted in map(show, values[key])
+        case "!=":
+            return show(values[key]) != wanted
+    return show(values[key]) in wanted.split("|")
 
 
 def to_type(condition: str) -> str:
-    """Give an override that meets the condition, with the first of its values."""
+    """Give an override that meets the condition, with the first of its alternatives and values."""
     name, sign, wanted = parts(condition)
     return f"{name}={wanted.partition('|')[0]}" if sign == "=" else f"{name}={int(wanted) + 1}"
 
 
 def key_of(condition: str) -> str:
-    """Return the key whose value decides the condition."""
+    """Return the key whose value decides the condition; that of the first alternative."""
     name, _, _ = parts(condition)
     return KIND.get(name, name)
 
 
 def in_words(condition: str) -> str:
     """Word a condition for a message: `data=text, data=tokens or data=megatron`."""
+    return " or ".join(map(_in_words, condition.split(" or ")))
+
+
+def _in_words(condition: str) -> str:
     name, sign, wanted = parts(condition)
-    if sign == ">":
-        return f"{name} above {wanted}"
+    match sign:
+        case ">":
+            return f"{name} above {wanted}"
+        case " has ":
+            return f"an entry {wanted} in {name}"
+        case "!=":
+            return f"{name} not {wanted}"
     *most, last = [f"{name}={value}" for value in wanted.split("|")]
     return f"{', '.join(most)} or {last}" if most else last
 
 
 def parts(condition: str) -> tuple[str, str, str]:
-    """Split a condition into key or group, sign and value."""
-    return condition.partition(">" if ">" in condition else "=")
+    """Split the first alternative of a condition into key or group, sign and value."""
+    first = condition.partition(" or ")[0]
+    return first.partition(next(sign for sign in (" has ", "!=", ">", "=") if sign in first))

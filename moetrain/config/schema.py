@@ -64,11 +64,17 @@ class ModelConfig:
     rope_theta: float = key(10000.0, "base of the rotary embedding")
     norm_eps: float = key(1e-6, "epsilon of RMSNorm")
     tie_embeddings: bool = key(False, "the head is the embedding")
-    num_experts: int | list[int] = key(8, "routed experts a layer, or one entry a layer")
+    num_experts: int | list[int] = key(
+        8, "routed experts a layer, or one entry a layer, 0 in a dense one")
     top_k: int | list[int] = key(2, "experts a token, or one entry a layer")
     expert_dim: int = key(128, "hidden width F of an expert")
     num_shared_experts: int = key(0, "experts that every token visits")
-    first_dense_layers: int = key(0, "leading layers with a dense feed-forward network instead of experts")
+    moe_layers: str | list[int] | None = key(
+        None,
+        "layers with experts, numbered from 0; the others are dense: a list, every_4 (3, 7, 11, ...) or "
+        "every_4_from_0 (0, 4, 8, ...); null: all but model.first_dense_layers")
+    first_dense_layers: int = key(
+        0, "leading layers with a dense feed-forward network instead of experts")
     dense_dim: int | None = key(None, "hidden width of a dense layer; top_k * expert_dim when null")
     init_std: float = key(0.05, "standard deviation of the initial weights")
 

@@ -16,6 +16,7 @@ exact balance may keep, and the allocator's reserve.
 
 from typing import NamedTuple
 
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.schema import Config, ModelConfig
 
 # Bytes of a number in the computation; auto may be bfloat16.
@@ -52,7 +53,7 @@ class LayerKind(NamedTuple):
     layers: int
     num_experts: int
     top_k: int
-    dense: bool                  # without routed experts
+    dense_dim: int | None        # hidden width of its dense network; None with routed experts
 
 
 class RankMemory(NamedTuple):
@@ -77,9 +78,9 @@ def count_parameters(sizes: ModelConfig, vocab_size: int) -> Parameters:
     matrices, rest = sizes.num_layers * attention, sizes.num_layers * norms + width
     rest += vocab_size * width * (1 if sizes.tie_embeddings else 2)
     experts = active = 0
-    for layers, num_experts, top_k, dense in layer_kinds(sizes):
-        if dense:
-            matrices += layers * 3 * width * (sizes.dense_dim or top_k * sizes.expert_dim)
+    for layers, num_experts, top_k, dense_dim in layer_kinds(sizes):
+        if dense_dim is not None:
+            matrices += layers * 3 * width * dense_dim
         else:
             matrices += layers * sizes.num_shared_experts * expert
             rest += layers * num_experts * width
@@ -89,16 +90,16 @@ def count_parameters(sizes: ModelConfig, vocab_size: int) -> Parameters:
 
 
 def layer_kinds(sizes: ModelConfig) -> list[LayerKind]:
-    """Group equal layers, in order; where sizes are lists, every layer stands alone."""
-    dense = min(sizes.first_dense_layers, sizes.num_layers)
+    """Group equal layers; where sizes are lists, every layer stands alone."""
     if isinstance(sizes.num_experts, int) and isinstance(sizes.top_k, int):
-        kinds = [LayerKind(dense, sizes.num_experts, sizes.top_k, True),
-                 LayerKind(sizes.num_layers - dense, sizes.num_experts, sizes.top_k, False)]
+        sparse = len(sparse_layers(sizes))
+        kinds = [LayerKind(sizes.num_layers - sparse, sizes.num_experts, sizes.top_k, dense_width(sizes, 0)),
+                 LayerKind(sparse, sizes.num_experts, sizes.top_k, None)]
         return [kind for kind in kinds if kind.layers]
     given = min(len(entries) for entries in (sizes.num_experts, sizes.top_k) if isinstance(entries, list))
-    spread = [entries if isinstance(entries, list) else [entries] * given
-              for entries in (sizes.num_experts, sizes.top_k)]
-    return [LayerKind(1, *both, layer < dense) for layer, both in enumerate(zip(*spread))]
+    return [LayerKind(1, per_layer(sizes.num_experts, layer), per_layer(sizes.top_k, layer),
+                      None if is_sparse(sizes, layer) else dense_width(sizes, layer))
+            for layer in range(given)]
 
 
 def shards(config: Config, ranks: int) -> Shards:
@@ -147,9 +148,10 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, mode: str, item: int, ex
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     slots, decided = kind.top_k, 36 * kind.top_k                 # expert ids, weights and row orders
-    dense = sizes.dense_dim or slots * sizes.expert_dim
-    feed_forward = dense if kind.dense else sizes.num_shared_experts * sizes.expert_dim
-    rows, inside = (0, 0) if kind.dense else (slots * width, 2 * slots * sizes.expert_dim)
+    rows, inside, choices = slots * width, 2 * slots * sizes.expert_dim, 12 * kind.num_experts
+    feed_forward = sizes.num_shared_experts * sizes.expert_dim
+    if kind.dense_dim is not None:
+        rows, inside, choices, feed_forward = 0, 0, 0, kind.dense_dim
     if mode == "full":
         return item * width + decided
     if mode == "selective":
@@ -159,7 +161,7 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, mode: str, item: int, ex
     states = 4 if item >= 4 else 6  # of width D; norms keep what they cast
     projections = (4 if sizes.qk_norm else 3) * (queries + keys)
     numbers = states * width + projections + inside + 4 * feed_forward + exchanged * rows
-    return item * numbers + 4 * sizes.num_heads + (0 if kind.dense else 12 * kind.num_experts) + decided
+    return item * numbers + 4 * sizes.num_heads + choices + decided
 
 
 def _casts(config: Config, parameters: Parameters, item: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
@@ -99,7 +100,7 @@ def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
     """Plan the homes of experts at the start of a run: contiguous ranges over the positions of `ep`."""
     return ExpertPlacement(tuple(
         (router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions))
-        for layer in range(sizes.first_dense_layers, sizes.num_layers)
+        for layer in sparse_layers(sizes)
     ))
 
 
@@ -113,19 +114,9 @@ def router_name(layer: int) -> str:
     return f"layers.{layer}.moe"
 
 
-def per_layer(value: int | list[int], layer: int) -> int:
-    """Value for one layer of a size that is one number for all layers, or a list with one for each."""
-    return value if isinstance(value, int) else value[layer]
-
-
 def head_width(sizes: ModelConfig) -> int:
     """Width of an attention head; D / heads unless the config gives it."""
     return sizes.head_dim or sizes.dim // sizes.num_heads
-
-
-def dense_width(sizes: ModelConfig, layer: int) -> int:
-    """Hidden width of a leading dense layer; that of its `top_k` experts unless the config gives it."""
-    return sizes.dense_dim or per_layer(sizes.top_k, layer) * sizes.expert_dim
 
 
 @torch.no_grad()
@@ -176,10 +167,10 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
         qk_norm=sizes.qk_norm,
         eps=sizes.norm_eps,
     )
-    if layer < sizes.first_dense_layers:
-        feed_forward = FeedForward(dim=sizes.dim, hidden_dim=dense_width(sizes, layer))
-    else:
+    if is_sparse(sizes, layer):
         feed_forward = _moe_layer(config, layer, placement, mesh, exchange_of)
+    else:
+        feed_forward = FeedForward(dim=sizes.dim, hidden_dim=dense_width(sizes, layer))
     return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
                  recompute=recomputed(config.train.activation_checkpointing))
 

@@ -19,8 +19,9 @@ import re
 import torch
 
 from moetrain.comm.mesh import Mesh
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import Config, ModelConfig
-from moetrain.model.build import compute_dtype, dense_width, head_width, per_layer
+from moetrain.model.build import compute_dtype, head_width
 
 # Operations per second in dense bfloat16, from the data sheets. The first name that occurs in a chip's name
 # counts, so longer names stand first.
@@ -77,7 +78,7 @@ def _layer(sizes: ModelConfig, layer: int, seq_len: int) -> float:
     """Operations of one token in the forward pass of a layer."""
     heads, h = sizes.num_heads, head_width(sizes)
     attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
-    if layer < sizes.first_dense_layers:
+    if not is_sparse(sizes, layer):
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
     experts = per_layer(sizes.top_k, layer) + sizes.num_shared_experts
     return (attention + 2 * sizes.dim * per_layer(sizes.num_experts, layer)

@@ -19,7 +19,10 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model=deepseek_v3", "model.num_layers=5"],
           ["model.num_layers=3", "model.num_experts=[0,4,8]", "model.top_k=[3,2,1]",
            "model.first_dense_layers=1", "router.weights=raw",
-           "model.num_shared_experts=2", "model.tie_embeddings=true", "model.dense_dim=32"]]
+           "model.num_shared_experts=2", "model.tie_embeddings=true", "model.dense_dim=32"],
+          ["model.num_layers=5", "model.moe_layers=every_2", "model.num_shared_experts=1"],
+          ["model.num_layers=4", "model.num_experts=[0,4,0,8]", "model.top_k=[3,2,1,1]",
+           "router.weights=raw"]]
 
 
 @pytest.mark.parametrize("words", MODELS, ids=lambda words: words[0])

@@ -200,12 +200,17 @@ def check(ours: Trained, expected: Trained) -> None:
     (["model.num_layers=3", "model.first_dense_layers=1", "model.num_experts=[8,4,6]", "model.top_k=[2,1,3]",
       "router.weights=raw"],
      {"num_layers": 3, "first_dense_layers": 1, "num_experts": [8, 4, 6], "top_k": [2, 1, 3], "gate": "raw"}),
+    (["model.num_layers=4", "model.moe_layers=every_2", "model.dense_dim=20"],
+     {"num_layers": 4, "moe_layers": [1, 3]}),
+    (["model.num_layers=4", "model.num_experts=[4,0,8,0]"],
+     {"num_layers": 4, "moe_layers": [0, 2], "num_experts": [4, 0, 8, 0]}),
     (["balance=micro", "balance.weight=0.1", "train.micro_batch=4"], {"balance_scope": "micro"}),
     (["balance=none", "~balance.weight"], {"balance_scope": "none"}),
     (["train.head_chunk=50"], {}),
     (["train.head_chunk=7", "model.tie_embeddings=true", "train.aux_loss=injected"],
      {"tie_embeddings": True}),
-], ids=["qk_norm-tied", "ragged-dense-raw", "micro", "none", "head in chunks", "tied head in chunks"])
+], ids=["qk_norm-tied", "ragged-dense-raw", "every second", "entries of 0", "micro", "none",
+        "head in chunks", "tied head in chunks"])
 def test_variants_of_the_model_give_what_the_oracle_gives(overrides, oracle):
     overrides = ["run.dtype=float64", "data.min_length=0.2", "train.clip=0", *overrides]
     run = make_run(overrides)

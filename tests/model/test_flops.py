@@ -21,6 +21,7 @@ SHAPES = {
     "a head's width of its own": ["model.head_dim=24", "model.num_kv_heads=1", "model.qk_norm=true"],
     "shared experts and a dense layer": ["model.num_layers=3", "model.num_shared_experts=2",
                                          "model.first_dense_layers=1"],
+    "every second layer": ["model.num_layers=5", "model.moe_layers=every_2", "model.dense_dim=80"],
     "layers of their own": ["model.num_experts=[4,8]", "model.top_k=[2,3]", "model.tie_embeddings=true"],
 }
 VOCAB = 48

@@ -11,7 +11,7 @@ Parameters are [out, in]; `qkv` stacks q, k and v rows, `gate_up` gate and up ro
 Shapes: B sequences, S positions, T = B * S, D width, H heads, h width of a head, E experts, F hidden width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -102,6 +102,7 @@ def _balance(routed: Routed) -> Tensor:
 def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor, *, num_layers: int,
                   num_heads: int, num_kv_heads: int, head_dim: int, top_k: int | list[int],
                   num_experts: int | list[int], num_shared_experts: int = 0, first_dense_layers: int = 0,
+                  moe_layers: Sequence[int] | None = None,
                   qk_norm: bool = False, rope_theta: float = 10000.0, norm_eps: float = 1e-6,
                   tie_embeddings: bool = False, gate: str = "renorm", forced: Forced | None = None,
                   bias: dict[int, Tensor] | None = None, **routing) -> tuple[Tensor, list[Routed]]:
@@ -120,7 +121,7 @@ def oracle_logits(params: dict[str, Tensor], tokens_BS: Tensor, valid_BS: Tensor
         x_BSD = x_BSD + _attention(own, normed_BSD, num_heads, num_kv_heads, head_dim, qk_norm, rope_theta,
                                    norm_eps)
         normed_TD = _rms_norm(x_BSD, own["ffn_norm"], norm_eps).flatten(0, 1)
-        if layer < first_dense_layers:
+        if layer < first_dense_layers or moe_layers is not None and layer not in moe_layers:
             out_TD = _swiglu(normed_TD, own["ffn.gate_up"], own["ffn.down"])
         else:
             out_TD, routed = _moe(own, normed_TD, valid_BS, _entry(num_experts, layer), _entry(top_k, layer),

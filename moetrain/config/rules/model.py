@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import MISSING
 
 from moetrain.config.build import NoSuchPart, arguments
+from moetrain.config.layer_pattern import is_sparse, parse_pattern, per_layer, sparse_layers
 from moetrain.config.rules.wording import choose, divisors
 from moetrain.config.schema import Config
-from moetrain.config.sizes import layer_kinds
 from moetrain.config.values import show
 from moetrain.errors import ConfigError
 
@@ -53,24 +53,56 @@ def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
             yield ConfigError(
                 27, f"model.{name} has {len(entries)} entries for {model.num_layers} layers",
                 where=f"model.{name}, model.num_layers",
-                why="a list has one entry per layer (those of leading dense layers are ignored)",
+                why="a list has one entry per layer, dense layers included",
                 next=f"model.{name}={show(repaired)}" if entries and model.num_layers <= _LONGEST_LIST else
                      f"model.{name}=<number>")
+
+
+def layer_pattern(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check that model.moe_layers is a pattern or names layers of the model, and that a layer has experts.
+
+    A model without any is asked for by first_dense_layers alone.
+    """
+    model, given = config.model, config.model.moe_layers
+    written, last = f"model.moe_layers={show(given)}", model.num_layers - 1
+    outside = [layer for layer in given if not 0 <= layer <= last] if isinstance(given, list) else []
+    if given is not None and model.first_dense_layers:
+        yield ConfigError(
+            221, f"{written} with model.first_dense_layers={model.first_dense_layers}",
+            where="model.moe_layers, model.first_dense_layers",
+            why="each of them says which layers are dense",
+            next="model.first_dense_layers=0, or model.moe_layers=null")
+        return
+    if isinstance(given, str) and parse_pattern(given) is None:
+        wrong, why = f"{written} is no pattern of layers", "every_<n> and every_<n>_from_<layer> are patterns"
+    elif outside:
+        wrong = f"{written} names layer {outside[0]} of {model.num_layers}"
+        why = f"layers are numbered from 0 to {last}"
+    elif not len(sparse_layers(model)) and model.first_dense_layers < model.num_layers:
+        wrong, why = "no layer has experts", f"{written} and model.num_experts={show(model.num_experts)}"
+    else:
+        return
+    yield ConfigError(
+        220, wrong, where="model.moe_layers, model.num_experts, model.num_layers", why=why,
+        next=f"model.moe_layers=every_{min(2, model.num_layers)} or model.moe_layers=[{last}], with "
+             "model.num_experts=8; or model.moe_layers=null "
+             f"model.first_dense_layers={model.num_layers} for a model without experts")
 
 
 def dense_width(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Refuse dense layers without width: one is top_k experts wide unless model.dense_dim is set."""
     model = config.model
-    per_layer = model.top_k if isinstance(model.top_k, list) else [model.top_k] * model.num_layers
-    for layer, top_k in enumerate(per_layer[:model.first_dense_layers]):
-        if model.dense_dim is None and top_k < 1:
-            width = max(per_layer, default=1) or 1
-            yield ConfigError(
-                103, f"dense layer {layer} is 0 wide",
-                where="model.dense_dim, model.top_k, model.first_dense_layers",
-                why=f"model.dense_dim is null, so it is top_k * expert_dim wide, and its top_k is {top_k}",
-                next=f"model.dense_dim={width * model.expert_dim}")
-            return
+    entries = model.top_k if isinstance(model.top_k, list) else [model.top_k]
+    dense = len(sparse_layers(model)) < model.num_layers
+    if isinstance(model.top_k, list):
+        entries = [top_k for layer, top_k in enumerate(model.top_k) if not is_sparse(model, layer)]
+    if dense and model.dense_dim is None and 0 in entries:
+        most = max(model.top_k) if isinstance(model.top_k, list) else 1
+        yield ConfigError(
+            103, "a dense layer is 0 wide",
+            where="model.dense_dim, model.top_k, model.moe_layers, model.first_dense_layers",
+            why="model.dense_dim is null, so it is top_k * expert_dim wide, and its top_k is 0",
+            next=f"model.dense_dim={(most or 1) * model.expert_dim}")
 
 
 def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -78,9 +110,10 @@ def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
     for layer, num_experts, top_k in moe_layers(config):
         if num_experts < 1 or top_k < 1:
             yield ConfigError(28, f"layer {layer} has num_experts={num_experts} and top_k={top_k}",
-                              where="model.num_experts, model.top_k",
+                              where="model.num_experts, model.top_k, model.moe_layers",
                               why="a layer with experts needs at least one of each",
-                              next="model.first_dense_layers=<n> for leading layers without experts")
+                              next="model.num_experts=8 model.top_k=2; or model.moe_layers=<layers with "
+                                   "experts>, which leaves the others dense")
         elif top_k > num_experts:
             yield ConfigError(
                 29, f"model.top_k={top_k} is more than model.num_experts={num_experts} (layer {layer})",
@@ -138,10 +171,14 @@ def moe_layers(config: Config) -> list[tuple[int, int, int]]:
 
     Lists that are too short end early.
     """
-    found: dict[tuple[int, int], int] = {}
-    layer = 0
-    for kind in layer_kinds(config.model):
-        if not kind.dense:
-            found.setdefault((kind.num_experts, kind.top_k), layer)
-        layer += kind.layers
+    model, found = config.model, dict[tuple[int, int], int]()
+    sparse = sparse_layers(model)
+    lists = [entries for entries in (model.num_experts, model.top_k) if isinstance(entries, list)]
+    if not lists:
+        sparse = sparse[:1]
+    given = min(map(len, lists), default=model.num_layers)
+    for layer in sparse:
+        if layer < given:
+            sizes = per_layer(model.num_experts, layer), per_layer(model.top_k, layer)
+            found.setdefault(sizes, layer)
     return [(layer, *sizes) for sizes, layer in found.items()]

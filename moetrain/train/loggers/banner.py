@@ -10,7 +10,8 @@ import torch
 
 from moetrain import __version__
 from moetrain.comm.device import unused_gpu
-from moetrain.config.schema import CheckpointConfig
+from moetrain.config.layer_pattern import sparse_layers
+from moetrain.config.schema import CheckpointConfig, ModelConfig
 from moetrain.data.account.text import left_out_line
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
@@ -36,7 +37,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
     rows = [
         ("", f"moetrain {__version__} | run {nearby(run.directory)} | "
              + (f"resumed from step {run.state.step}" if resumed else "new run")),
-        ("model", f"{sizes.num_layers} layers  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
+        ("model", f"{layers_text(sizes)}  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
                   f" + {sizes.num_shared_experts} shared   total {decimal(total)}"
                   f"   active {decimal(active)}"),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   "
@@ -59,6 +60,12 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
     ]
     rows.append(("wandb", wandb_line(wandb_settings(config, os.environ), run.directory)))
     return [row for row in rows if row[1]]
+
+
+def layers_text(sizes: ModelConfig) -> str:
+    """Number of layers, and of those with experts where others have none."""
+    sparse = len(sparse_layers(sizes))
+    return f"{sizes.num_layers} layers{f', {sparse} with experts' * (sparse < sizes.num_layers)}"
 
 
 def threads_text() -> str:

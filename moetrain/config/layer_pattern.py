@@ -1,0 +1,57 @@
+"""Which layers have experts: `model.moe_layers` and its older form, `model.first_dense_layers`.
+
+    null              all layers but the `first_dense_layers` leading ones
+    every_4           every fourth layer: 3, 7, 11, … (GShard, OpenMoE, Qwen's decoder_sparse_step)
+    every_4_from_0    every fourth layer from that one on: 0, 4, 8, …
+    [1,3,6]           these layers
+
+Layers are numbered from 0. Where `model.num_experts` is a list, an entry of 0 makes its layer dense, too,
+unless `moe_layers` names that layer. Everything that depends on the kind of a layer asks here.
+"""
+
+import re
+from collections.abc import Sequence
+
+from moetrain.config.schema import ModelConfig
+
+_EVERY = re.compile(r"every_([1-9][0-9]{0,8})(?:_from_([0-9]{1,9}))?")
+
+
+def is_sparse(sizes: ModelConfig, layer: int) -> bool:
+    """Whether a layer has routed experts; otherwise its feed-forward network is dense."""
+    return layer in sparse_layers(sizes)
+
+
+def sparse_layers(sizes: ModelConfig) -> Sequence[int]:
+    """List the layers with routed experts, ascending. Takes no time for any number of layers.
+
+    A pattern that rules/model.py refuses counts as null, and numbers outside the model are left out.
+    """
+    given, last = sizes.moe_layers, sizes.num_layers
+    if isinstance(given, list):
+        return tuple(sorted({layer for layer in given if 0 <= layer < last}))
+    if given is not None and (found := parse_pattern(given)) is not None:
+        return range(found[1], last, found[0])
+    layers = range(min(sizes.first_dense_layers, last), last)
+    if isinstance(sizes.num_experts, list):
+        entries = dict(enumerate(sizes.num_experts))
+        return tuple(layer for layer in layers if entries.get(layer, 1) != 0)
+    return layers
+
+
+def parse_pattern(text: str) -> tuple[int, int] | None:
+    """Parse a pattern into its step and its first layer; None if it is malformed."""
+    found = _EVERY.fullmatch(text)
+    if found is None:
+        return None
+    return int(found[1]), int(found[1]) - 1 if found[2] is None else int(found[2])
+
+
+def per_layer(value: int | list[int], layer: int) -> int:
+    """Value for one layer of a size that is one number for all layers, or a list with one for each."""
+    return value if isinstance(value, int) else value[layer]
+
+
+def dense_width(sizes: ModelConfig, layer: int) -> int:
+    """Hidden width of a dense layer; that of its `top_k` experts unless the config gives it."""
+    return sizes.dense_dim or per_layer(sizes.top_k, layer) * sizes.expert_dim
