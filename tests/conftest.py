@@ -15,6 +15,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
+from moetrain import packages
 from tests.support.ranks import Ranks
 
 
@@ -55,6 +56,13 @@ def _beyond(items: Iterable[pytest.Item]) -> list[pytest.Item]:
 
 
 QUICK_CASES = 2              # with --quick, of a test that starts several processes
+
+
+@pytest.fixture(autouse=True)
+def no_package_is_allowed():
+    """What a command of a test allows (moetrain/packages.py) is not allowed in the next one."""
+    yield
+    os.environ.pop(packages.VARIABLE, None)
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,21 @@ from typing import Literal, get_args, get_origin
 
 from moetrain.config import readers
 from moetrain.config.build import SIZES, NoSuchPart, arguments
-from moetrain.config.groups import broken_files, config_dir, group_of, group_options, section_of
+from moetrain.config.groups import (
+    broken_files,
+    config_dir,
+    group_of,
+    group_options,
+    option_file,
+    section_of,
+)
 from moetrain.config.renamed import new_path
 from moetrain.config.rules.ranges import RANGES
 from moetrain.config.suggest import nearest
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError
+from moetrain.packages import option_folders
 
 WIDTH = 80
 # The keys to know first; all others are on the page of their section.
@@ -86,14 +94,13 @@ def section_page(name: str) -> str:
             why=f"the pages are {', '.join(pages())}",
             next=" or ".join(f"moetrain train --help {page}" for page in near) or "moetrain train --help")
     section = section_of(name)
-    group, folder = group_of(section), config_dir() / group_of(section)
-    lines = []
+    group, lines = group_of(section), []
     if options := group_options().get(group, []):
         lines += [f"{group}=<option>"]
         for option in options:
             chosen = f"loss=[{option}]" if group == "loss" else f"{group}={option}"
-            lines += [f"  {chosen}", *_indented(comment(folder / f"{option}.yaml"))]
-        for error in broken_files(folder):
+            lines += [f"  {chosen}", *_indented(comment(option_file(group, option)))]
+        for error in broken_files(*(folder / group for folder in (config_dir(), *option_folders()))):
             lines += ["", _hanging("  ! ", f"{error.where}: {error.what}; {error.why}")]
     if keys := keys_of(section):
         lines += ["", f"{section}.<key>"] if lines else [f"{section}.<key>"]
@@ -122,7 +129,7 @@ def keys_of(section: str) -> list[Key]:
         return [key for path, key in schema_keys().items() if path.startswith(f"{section}.")]
     keys: dict[str, Key] = {}
     for option in group_options()[section]:
-        file = config_dir() / section / f"{option}.yaml"
+        file = option_file(section, option)
         for key in _option_keys(section, option, file.read_text(encoding="utf-8"), file):
             keys[key.path] = _either(keys[key.path], key) if key.path in keys else key
     return list(keys.values())

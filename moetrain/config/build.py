@@ -4,9 +4,9 @@
     weights: renorm                                its arguments, except the sizes (dim, num_experts, top_k)
 
 A config is data and may come from a stranger, with a run or a checkpoint. So a `_target_` chooses among the
-classes of one family and cannot name other code. `arguments` finds the class, its constructor and its BOUNDS
-in the source, before torch is imported. `build` makes the same check, imports the module, and checks the
-imported class as well.
+classes of one family, in moetrain or in a package that the user's own command or code allows (packages.py),
+and cannot name other code. `arguments` finds the class, its constructor and its BOUNDS in the source, before
+torch is imported. `build` makes the same check, imports the module, and checks the imported class as well.
 """
 
 import ast
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import moetrain
+from moetrain import packages
 from moetrain.config.bounds import parse
 from moetrain.config.schema import Config
 from moetrain.config.values import Key
@@ -54,6 +55,14 @@ _TYPES = {"bool": bool, "float": float, "int": int, "str": str}
 
 class NoSuchPart(ValueError):
     """A `_target_` that names no part of the family."""
+
+
+class NotAllowed(NoSuchPart):
+    """A `_target_` in a package that is there and has not been allowed (packages.py)."""
+
+    def __init__(self, target: str) -> None:
+        self.package = target.partition(".")[0]
+        super().__init__(f"{target} is code of the package {self.package}, which nobody has allowed")
 
 
 def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
@@ -126,18 +135,21 @@ def arguments(target: str, family: str) -> dict[str, Key]:
 
 
 def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
-    """Find the definition of a part and those of its ancestors in moetrain, by dotted name.
+    """Find the definition of a part and those of its ancestors, by dotted name.
 
     Raises NoSuchPart where the target is no part of the family.
     """
     package, base, method = FAMILIES[family]
     module, _, name = target.rpartition(".")
     dotted = all(part.isidentifier() for part in target.split("."))
-    if not dotted or not f"{module}.".startswith(f"{package}."):
+    theirs = target.partition(".")[0] in packages.allowed()
+    if not dotted or not (theirs or f"{module}.".startswith(f"{package}.")):
+        if dotted and packages.folder_of(target.partition(".")[0]) not in (None, _PACKAGE):
+            raise NotAllowed(target)
         raise NoSuchPart(f"{target or 'nothing'} is outside {package}, where every {family} is defined")
     definitions = dict(_ancestry(module, name))
     if not definitions:
-        raise NoSuchPart(f"{module} defines no {name}" if _source(module) else f"there is no module {module}")
+        raise NoSuchPart(_undefined(module, name))
     if base not in definitions or name.startswith("_"):
         raise NoSuchPart(f"{target} is no {family}: those descend from {base}")
     if method and not any(_own(definitions[path], method) for path in definitions if path != base):
@@ -145,15 +157,27 @@ def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]
     return definitions
 
 
+def _undefined(module: str, name: str) -> str:
+    """Say why a module defines no such class: there is no module, or it imports the class from elsewhere."""
+    tree = _source(module)
+    if tree is None:
+        return f"there is no module {module}"
+    home = _home(tree, name, module)
+    return f"{module} defines no {name}" + (f", it imports {'.'.join(home)}: name that" if home else "")
+
+
 def _ancestry(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef]]:
-    """Yield (dotted name, definition) of a definition, then of its bases in moetrain, nearest first."""
+    """Yield (dotted name, definition) of a definition, then of its bases, nearest first.
+
+    Bases outside of moetrain and the allowed packages are left out.
+    """
     tree = _source(module)
     for statement in tree.body if tree else ():
         if isinstance(statement, (ast.ClassDef, ast.FunctionDef)) and statement.name == name:
             yield f"{module}.{name}", statement
             for base in getattr(statement, "bases", ()):
-                if isinstance(base, ast.Name):
-                    yield from _ancestry(_home(tree, base.id) or module, base.id)
+                home = _home(tree, ast.unparse(base), module)
+                yield from _ancestry(*(home or (module, ast.unparse(base))))
 
 
 def _own(cls: ast.ClassDef | ast.FunctionDef, method: str) -> ast.FunctionDef | None:
@@ -227,7 +251,8 @@ def part(target: str, family: str) -> Any:
         raise ConfigError(
             52, f"_target_ {target!r} is not a {family}", where=f"_target_: {target}",
             why=str(error),
-            next="choose an option of the group; moetrain train --help lists them") from error
+            next=f"if it is yours: run.packages=[{error.package}]" if isinstance(error, NotAllowed) else
+                 "choose an option of the group; moetrain train --help lists them") from error
     return made
 
 
@@ -237,11 +262,16 @@ def _imported(target: str) -> Any:
 
 
 def _source(module: str) -> ast.Module | None:
-    """Parse a module of moetrain; None where there is none of that name."""
+    """Parse a module of moetrain or of an allowed package; None where there is none of that name."""
     package, *parts = module.split(".")
-    path = _PACKAGE.joinpath(*parts)
-    file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-    return _parsed(file) if package == "moetrain" and file.is_file() else None
+    folder = _PACKAGE if package == "moetrain" else None
+    if package in packages.allowed():
+        folder = packages.folder_of(package)
+    if folder is None or not all(part.isidentifier() for part in parts):
+        return None
+    path = folder.joinpath(*parts)
+    file = path.with_suffix(".py") if parts and path.with_suffix(".py").is_file() else path / "__init__.py"
+    return _parsed(file) if file.is_file() else None
 
 
 @cache
@@ -249,13 +279,34 @@ def _parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def _home(tree: ast.Module, name: str) -> str | None:
-    """Find the module that `name` is imported from."""
+def _home(tree: ast.Module, name: str, module: str) -> tuple[str, str] | None:
+    """Find module and name of what `name`, perhaps dotted, stands for in a module that imports it."""
+    head, _, rest = name.partition(".")
     for statement in tree.body:
         if isinstance(statement, ast.ImportFrom):
-            if any((alias.asname or alias.name) == name for alias in statement.names):
-                return statement.module
+            source = _absolute(statement, module)
+            for alias in statement.names:
+                if (alias.asname or alias.name) == head:
+                    whole = f"{source}.{alias.name}.{rest}" if rest else f"{source}.{alias.name}"
+                    return whole.rpartition(".")[::2]
+        elif isinstance(statement, ast.Import):
+            for alias in statement.names:
+                if alias.asname == head and rest:
+                    return f"{alias.name}.{rest}".rpartition(".")[::2]
+                if alias.asname is None and name.startswith(f"{alias.name}."):
+                    return name.rpartition(".")[::2]
     return None
+
+
+def _absolute(statement: ast.ImportFrom, module: str) -> str:
+    """Name the module that a from-import reads, relative ones too."""
+    if not statement.level:
+        return statement.module or ""
+    parts = module.split(".")
+    folder = _PACKAGE if parts[0] == "moetrain" else packages.folder_of(parts[0])
+    is_package = folder is not None and folder.joinpath(*parts[1:], "__init__.py").is_file()
+    above = parts[:len(parts) - statement.level + is_package]
+    return ".".join(filter(None, [*above, statement.module]))
 
 
 def _parameters(function: ast.FunctionDef) -> dict[str, Key]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from moetrain import __version__
 from moetrain.config import tree
-from moetrain.config.groups import broken_files, config_dir, group_of, section_of, wrong_in
+from moetrain.config.groups import broken_files, config_dir, group_of, option_file, section_of, wrong_in
 from moetrain.config.overrides import Command, Problems, read
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.renamed import translate
@@ -37,12 +37,14 @@ from moetrain.config.values import flatten, show
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.files import read_json, shown
+from moetrain.packages import option_folders
 
 # Keys that a resumed run may change; a trailing dot means the whole section.
 _FREE_ON_RESUME = (
-    "run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts", "run.grace_s", "run.name",
-    "run.dir", "run.device", "run.share_gpu", "log.", "checkpoint.", "eval.", "generate.", "parallel.",
-    "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch", "train.count_pass",
+    "run.packages", "run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts",
+    "run.grace_s", "run.name", "run.dir", "run.device", "run.share_gpu", "log.", "checkpoint.", "eval.",
+    "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch",
+    "train.count_pass",
     "train.activation_checkpointing", "train.aux_loss", "train.head_chunk", "data.cache", "data.overlap",
     "router.center")
 _PATHS = ("data.path", "data.held_out", "data.tokenizer")
@@ -179,7 +181,8 @@ def from_yaml(path: Path | str) -> Config:
 def recorded(values: dict[str, Any], where: Path, wrote: object) -> Config:
     """Check the values of a recorded config, like `from_yaml`, and make a Config of them.
 
-    Old names of keys are read as the new ones.
+    Old names of keys are read as the new ones. Packages that it names are not allowed by that: the reader's
+    own command allows them (packages.py).
 
     Args:
         values: the recorded tree.
@@ -187,14 +190,22 @@ def recorded(values: dict[str, Any], where: Path, wrote: object) -> Config:
         wrote: the release of moetrain that the record names.
     """
     try:
-        return tree.finish(translate(values), Command({}, {}), Problems(), [], recorded=where)
+        return tree.finish(_without_packages(translate(values)), Command({}, {}), Problems(), [],
+                           recorded=where)
     except ConfigErrors as found:
         errors = [_of_another_release(error, where, wrote) for error in found.errors[:_MOST_ERRORS]]
         raise ConfigErrors(errors) from None
 
 
+def _without_packages(values: tree.Tree) -> tree.Tree:
+    run = values.get("run")
+    return {**values, "run": {**run, "packages": []}} if isinstance(run, dict) else values
+
+
 def _of_another_release(error: ConfigError, where: Path, wrote: object) -> ConfigError:
     """Reword an error about a key, value or part that was recorded, not typed, and is unknown here."""
+    if error.id == "E-CONFIG-244":  # a package of the user's own is allowed by the command alone
+        return error
     release = f"moetrain {shown(wrote, 40)}" if isinstance(wrote, str) else "an unknown release of moetrain"
     if wrote == __version__:
         said = f"{release}, this release, wrote the run, so it was changed since"
@@ -224,12 +235,12 @@ def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str
     experiment.
     """
     folder = config_dir()
-    losses = [folder / "loss" / f"{name}.yaml" for name in _names(choices.get("loss"))]
+    losses = [option_file("loss", name) for name in _names(choices.get("loss"))]
     if broken := [error for file in losses for error in wrong_in(file)]:
         raise ConfigErrors(broken)  # Hydra would accept a loss of any name
     values, chosen = _hydra_compose(folder, choices)
     typed = [group for group in choices if group != "experiment"]
-    if chosen.get("experiment") and any(_differs(values, folder, group, choices[group]) for group in typed):
+    if chosen.get("experiment") and any(_differs(values, group, choices[group]) for group in typed):
         alone, _ = _hydra_compose(folder, {**choices, "experiment": []})
         values |= {section_of(group): alone.get(section_of(group)) for group in typed}
     ranked: list[tuple[int, str, Path]] = []
@@ -237,7 +248,7 @@ def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str
         if option and (folder / group).is_dir():
             rank = 0 if group in typed else 1 if group == "experiment" else 2
             section = "" if group == "experiment" else section_of(group)
-            ranked += [(rank, section, folder / group / f"{name}.yaml") for name in _names(option)]
+            ranked += [(rank, section, option_file(group, name)) for name in _names(option)]
     ranked.sort(key=lambda entry: entry[0])
     files = [(section, file) for _, section, file in ranked]
     return {**values, "loss": values.get("loss") or {}}, [*files, ("", folder / "config.yaml")]
@@ -248,11 +259,11 @@ def _names(option: str | list[str] | None) -> list[str]:
     return option if isinstance(option, list) else [option] if option else []
 
 
-def _differs(values: tree.Tree, folder: Path, group: str, option: str | list[str]) -> bool:
+def _differs(values: tree.Tree, group: str, option: str | list[str]) -> bool:
     """Check whether a section differs from the files of its options."""
     written: tree.Tree = {}
     for name in _names(option):
-        written |= load(folder / group / f"{name}.yaml")
+        written |= load(option_file(group, name))
     return (values.get(section_of(group)) or {}) != written
 
 
@@ -266,8 +277,12 @@ def _hydra_compose(folder: Path, choices: Mapping[str, Any]) -> tuple[tree.Tree,
             why="it was removed or renamed while this shell stood in it; runs/ and relative paths are "
                 "looked for there",
             next="cd <a folder that is there>")]) from error
-    arguments = tuple(f"{group}={show(option)}" for group, option in choices.items())
-    values = copy.deepcopy(_composed(folder, arguments))
+    arguments = [f"{group}={show(option)}" for group, option in choices.items()]
+    if folders := option_folders():
+        paths = (str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in folders)
+        searched = ",".join(f"'file://{path}'" for path in paths)
+        arguments.append(f"hydra.searchpath=[{searched}]")
+    values = copy.deepcopy(_composed(folder, tuple(arguments)))
     return values, values.pop("hydra")["runtime"]["choices"]
 
 
@@ -285,7 +300,7 @@ def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
             composed = hydra_compose("config", list(arguments), return_hydra_config=True)
         return OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        broken = broken_files(folder)
+        broken = broken_files(folder, *option_folders())
         raise ConfigErrors(broken or [ConfigError(18, "the yaml files do not compose", where=str(folder),
                                                   why=str(error).splitlines()[0],
                                                   next="correct the file that is named")]) from error

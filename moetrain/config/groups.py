@@ -1,4 +1,7 @@
-"""The folder conf/: where it lies, and the groups and options that it offers."""
+"""The folder conf/: where it lies, and the groups and options that it offers.
+
+Folders `conf` of the user's own packages (packages.py) add options to its groups.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 import moetrain
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
+from moetrain.packages import option_folders
 
 # Sections of the config whose group has a different name.
 _GROUP_OF = {"log": "logging"}
@@ -19,9 +23,19 @@ def config_dir() -> Path:
 
 
 def group_options() -> dict[str, list[str]]:
-    """List every group with its options."""
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-            for folder in sorted(config_dir().iterdir()) if any(folder.glob("*.yaml"))}
+    """List every group with its options, those of allowed packages included."""
+    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+              for folder in sorted(config_dir().iterdir()) if any(folder.glob("*.yaml"))}
+    for folder in option_folders():
+        for group, options in groups.items():
+            groups[group] = sorted({*options, *(file.stem for file in folder.glob(f"{group}/*.yaml"))})
+    return groups
+
+
+def option_file(group: str, option: str) -> Path:
+    """Find the file of an option: that of moetrain, else that of an allowed package."""
+    files = [folder / group / f"{option}.yaml" for folder in (config_dir(), *option_folders())]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def default_options() -> dict[str, Any]:
@@ -35,9 +49,10 @@ def _default_options(folder: Path) -> dict[str, Any]:
             for group, option in entry.items()}
 
 
-def broken_files(folder: Path) -> list[ConfigError]:
-    """List the errors of all yaml files below a folder."""
-    return [error for file in sorted(folder.rglob("*.yaml")) for error in wrong_in(file)]
+def broken_files(*folders: Path) -> list[ConfigError]:
+    """List the errors of all yaml files below folders."""
+    return [error for folder in folders for file in sorted(folder.rglob("*.yaml"))
+            for error in wrong_in(file)]
 
 
 def wrong_in(file: Path) -> list[ConfigError]:

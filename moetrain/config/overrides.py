@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moetrain import packages
 from moetrain.config.field_names import values_meant
 from moetrain.config.groups import advice, group_options
 from moetrain.config.run_names import runs_here
@@ -64,8 +65,9 @@ def read(overrides: Sequence[str]) -> tuple[Command, Problems]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, groups, texts = OverridesParser.create(), group_options(), _text_keys()
     command, problems = Command({}, {}), Problems()
+    _allow_packages(overrides, problems)
+    parser, groups, texts = OverridesParser.create(), group_options(), _text_keys()
     for text in overrides:
         key, given, raw = text.partition("=")
         if given and (name := key.lstrip("+")) in texts:
@@ -90,6 +92,17 @@ def read(overrides: Sequence[str]) -> tuple[Command, Problems]:
             value = raw if override.is_sweep_override() else override.value()
             _set(key, value, raw, text, command, texts)
     return command, problems
+
+
+def _allow_packages(overrides: Sequence[str], problems: Problems) -> None:
+    """Allow the packages that the command line names, before the options of theirs are looked up."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key.lstrip("+") == "run.packages":
+            names = (name.strip(" '\"") for name in value.strip("[]").split(","))
+            packages.allow(*filter(None, names))
+    for error in packages.missing():
+        problems.add(error, *schema_sections())
 
 
 def _is_possible(key: str) -> bool:

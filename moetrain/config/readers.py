@@ -98,7 +98,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
 # Keys of the schema that are read whatever is chosen, or recorded for a later command, as generate.* is.
 ALWAYS = frozenset("""
     run.name run.dir run.nproc run.steps run.stop_at run.seed run.device run.share_gpu run.dtype run.timeout_s
-    run.max_restarts run.grace_s
+    run.max_restarts run.grace_s run.packages
     model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm
     model.rope_theta model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
     model.num_shared_experts model.moe_layers model.first_dense_layers model.init_std

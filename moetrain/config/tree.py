@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config import checks, readers, renamed
-from moetrain.config.build import SIZES, NoSuchPart, arguments
+from moetrain.config.build import SIZES, NoSuchPart, NotAllowed, arguments
 from moetrain.config.field_names import keys_meant, values_meant
-from moetrain.config.groups import advice, config_dir, group_of, group_options
+from moetrain.config.groups import advice, group_of, group_options, option_file
 from moetrain.config.origins import Origins, covers
 from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
 from moetrain.config.schema import Config
@@ -68,6 +68,7 @@ class _Finisher:
             if isinstance(tree.setdefault(section, {}), dict):
                 tree[section].setdefault(name, key.default)
         before = dict(leaves(tree))
+        self._refuse_packages_of_files(tree)
         for path, given in self.command.values.items():
             self._lay(tree, path, given)
         tree = tree if self.recorded else self._resolve(tree)
@@ -91,6 +92,15 @@ class _Finisher:
              doubt: Sequence[str] = ()) -> None:
         """Add an error; `doubt` lists the keys whose value it leaves unknown."""
         self.problems.add(ConfigError(number, what, where=where, why=why, next=next), *doubt)
+
+    def _refuse_packages_of_files(self, tree: Tree) -> None:
+        """Refuse run.packages in a yaml file, which may be a stranger's: it would allow code."""
+        run = tree["run"]
+        if isinstance(run, dict) and run.get("packages"):
+            self._add(243, "run.packages is set in a file", where=self.origins.of("run.packages"),
+                      why="a file may come from somebody else, and packages are code",
+                      next=f"remove it there, and type run.packages={show(run['packages'])}")
+            run["packages"] = []
 
     # --- values over the tree
 
@@ -278,13 +288,23 @@ class _Finisher:
             return {}
         try:
             accepted = arguments(target, section)
+        except NotAllowed as error:
+            self._add(244, f"{path}._target_={target} is not allowed", doubt=[path],
+                      where=self.origins.of(f"{path}._target_"), why=str(error),
+                      next=f"if the package is yours: run.packages=[{error.package}]; do not allow a "
+                           "stranger's")
+            return {}
         except NoSuchPart as error:
             self._add(8, f"{path}._target_={target} is not a part of moetrain", doubt=[path],
                       where=self.origins.of(f"{path}._target_"), why=str(error), next=advice(section))
             return {}
         clean = {"_target_": target}
+        chosen = self.command.values.get(f"{path}._target_")
         for name, value in node.items():
-            if name != "_target_":
+            # Another class was typed in the place of an option's: arguments that only the option set go.
+            left_over = chosen is not None and name not in accepted and (
+                f"{path}.{name}" not in self.command.values)
+            if name != "_target_" and not left_over:
                 self._argument(clean, path, name, value, accepted)
         for name, key in accepted.items():
             if key.default is MISSING and name not in node and name not in SIZES:
@@ -358,7 +378,7 @@ def options_with(section: str, argument: str) -> list[str]:
     """List the options of a group whose part takes an argument; none of `loss`, whose options add up."""
     found = []
     for option in group_options().get(section, []) if section != "loss" else []:
-        target = str(load(config_dir() / section / f"{option}.yaml").get("_target_"))
+        target = str(load(option_file(section, option)).get("_target_"))
         try:
             found += [f"{section}={option}"] if argument in arguments(target, section) else []
         except NoSuchPart:

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from moetrain import packages
 from moetrain.config.compose import compose, run_dir
 from moetrain.files import open_regular
 from moetrain.launch.program import MOETRAIN, Program
@@ -124,14 +125,16 @@ def program_environment(program: Program = Program()) -> dict[str, str]:
 
     For moetrain PYTHONSAFEPATH is set, because `-m` puts the current folder first on the path: a random.py
     there would replace the standard library's. A user's own program finds its imports as this process did.
-    PYTHONPATH is kept, and names moetrain's own folder where only the current folder had led to it.
+    PYTHONPATH is kept, and names moetrain's own folder, and those of allowed packages (packages.py), where
+    only the current folder or that of a script had led to them.
     """
-    environment = dict(os.environ)
+    environment, roots = dict(os.environ), packages.roots_to_pass_on()
     if program.command == MOETRAIN:
         environment["PYTHONSAFEPATH"] = "1"
     if not any(metadata.Distribution.discover(name="moetrain", path=sys.path[1:])):
-        root = str(Path(__file__).resolve().parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
+        roots.append(str(Path(__file__).resolve().parents[2]))
+    if roots:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *roots]))
     return environment
 
 

@@ -209,7 +209,7 @@ def test_a_rule_names_the_override_or_the_file(tmp_path: Path, monkeypatch: pyte
         copy = folder / file.relative_to(config_dir())
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(file.read_text().replace("global_batch: 8 ", "micro_batch: 5 "))
-    for place in ("compose", "groups", "origins", "tree"):
+    for place in ("compose", "groups", "origins"):
         monkeypatch.setattr(f"moetrain.config.{place}.config_dir", lambda: folder)
     assert errors_of("experiment=debug")[0].where.endswith("train.micro_batch in conf/experiment/debug.yaml")
 
@@ -284,7 +284,7 @@ def conf_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> 
     shutil.copytree(config_dir(), tmp_path / "conf")
     for name, text in files.items():
         (tmp_path / "conf" / "loss" / f"{name}.yaml").write_text(text)
-    for place in ("compose", "groups", "origins", "tree"):
+    for place in ("compose", "groups", "origins"):
         monkeypatch.setattr(f"moetrain.config.{place}.config_dir", lambda: tmp_path / "conf")
     return tmp_path / "conf"
 

@@ -92,7 +92,7 @@ def test_an_old_key_in_a_yaml_file_is_answered_with_the_file(tmp_path: Path,
         copy.write_text(file.read_text())
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
         "# @package _global_\nparallel:\n  fallback: 30\nbalance:\n  normalisation: megatron\n")
-    for place in ("compose", "groups", "origins", "tree"):
+    for place in ("compose", "groups", "origins"):
         monkeypatch.setattr(f"moetrain.config.{place}.config_dir", lambda: tmp_path / "conf")
     with pytest.raises(ConfigErrors) as caught:
         compose(["experiment=mine"])

@@ -19,6 +19,7 @@ from tokenizers import ByteLevelBPETokenizer
 from moetrain.__main__ import main
 from moetrain.config.compose import compose
 from moetrain.config.overrides import sweep
+from tests.support.own_package import write_own_package
 from tests.support.page_commands import MESH, ROOT, Command, commands, cut, key
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
@@ -62,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     for name in ("README.md", "docs"):                   # pages are written for a reader who is in a checkout
         (folder / name).symlink_to(ROOT / name)
+    write_own_package(folder)
     return folder
 
 
@@ -74,6 +76,7 @@ def elsewhere(command: Command) -> str | None:
 def test_every_command_of_a_page_runs(
         page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr("moetrain.cli.train.draw", lambda directory: None)
     failed, trained = {}, set()
     for command in commands(page):

@@ -41,7 +41,7 @@ def paths_below(folder: Path) -> list[str]:
 
 
 def package(module: str) -> str:
-    """Package of a module: moetrain.ops.gating -> ops. moetrain itself, which imports nothing, has none."""
+    """Package of a module: moetrain.ops.gating -> ops. moetrain itself has none."""
     name = module.split(".")[1]
     return "" if name == "__init__" else name
 
