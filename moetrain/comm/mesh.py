@@ -151,6 +151,12 @@ def build_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
     return Mesh(dict(sizes), rank, device, groups)
 
 
+def lone_mesh(device: torch.device) -> Mesh:
+    """Make the mesh of one process by itself, whatever ranks there are or will be. Not collective."""
+    names = [*DERIVED, *node_groups({}, 1)]
+    return Mesh({}, 0, device, {name: Group(name, (0,), 0) for name in names})
+
+
 def mesh_sizes(mode: str, world: int, ep: int | None, shard: int | None = None) -> dict[str, int]:
     """Axis sizes of a parallel mode.
 

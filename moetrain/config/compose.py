@@ -53,7 +53,7 @@ _MOST_ERRORS = 20
 # Keys of the model that evaluation and sampling may change.
 _FREE_AFTER_TRAINING = ("model.top_k",)
 # Sections and keys that the checkpoint fixes, or that training alone reads.
-_OF_TRAINING = ("model.", "optim.", "balance.", "loss")
+_OF_TRAINING = ("model.", "optim.", "balance.", "loss", "train.frozen")
 
 
 def compose(overrides: Sequence[str]) -> Config:

@@ -182,6 +182,10 @@ class TrainConfig:
         "graphs of all micro-batches; where these would not fit when null")
     head_chunk: int = key(
         0, "tokens whose logits are in memory at once, made again in backward (0: all of a micro-batch)")
+    frozen: list[str] = key(
+        [],
+        "parameters that stay as they are, by patterns of their names in a checkpoint: embed, layers.0.*, "
+        "*.moe.experts.*")
     aux_loss: Literal["added", "injected"] = key(
         "added",
         "how auxiliary losses reach backward: added to the loss, or their slopes injected before the head")

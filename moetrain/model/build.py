@@ -6,18 +6,20 @@ So every placement and every number of ranks start from the same numbers.
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
-from moetrain.comm.mesh import Mesh
+from moetrain.comm.mesh import Mesh, lone_mesh
 from moetrain.config.build import build
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.attention import Attention
+from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.parallelize import shard_parameters
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
@@ -50,11 +52,35 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh,
     Returns:
         The model, on the device of the mesh.
     """
+    model = meta_model(config, vocab_size, mesh, convert_model)
+    shard_parameters(model, mesh)                        # before memory is allocated: only shards ever are
+    model.to_empty(device=mesh.device)
+    initialise(model, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
+    return model
+
+
+def check_model(config: Config, convert_model: ConvertModel | None = None) -> None:
+    """Raise the ConfigError of a model that cannot be built or trained, without ranks, data or memory.
+
+    Args:
+        config: the config of the run.
+        convert_model: called with a model that is thrown away.
+    """
+    alone = replace(config, parallel=ParallelConfig())
+    model = meta_model(alone, 1, lone_mesh(torch.device("cpu")), convert_model)
+    refuse_nothing_to_train(model, config.train.frozen)
+
+
+def meta_model(config: Config, vocab_size: int, mesh: Mesh,
+               convert_model: ConvertModel | None = None) -> Transformer:
+    """Build the model of this rank on the meta device: whole, converted, frozen, without numbers.
+
+    Arguments as of `build_model`.
+    """
     sizes = config.model
     placement, exchange_of = (plan_homes(sizes, mesh["ep"].size),
                               exchange_factory(config.parallel.exchange, mesh, config.run.timeout_s))
     compute = compute_dtype(config, mesh.device)
-    storage = torch.float64 if compute == torch.float64 else torch.float32
     with torch.device("meta"):
         model = Transformer(
             vocab_size=vocab_size,
@@ -69,9 +95,8 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh,
         if convert_model is not None:
             convert_model(model, config)
             _refuse_values(model)
-    shard_parameters(model.to(storage), mesh)            # before memory is allocated: only shards ever are
-    model.to_empty(device=mesh.device)
-    initialise(model, seed=config.run.seed, std=sizes.init_std, num_layers=sizes.num_layers)
+    freeze(model, config.train.frozen)
+    to_storage(model, torch.float64 if compute == torch.float64 else torch.float32)
     return model
 
 
@@ -139,8 +164,8 @@ def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) ->
             rows.fill_(1.0)
             continue
         scale = std / (2 * num_layers) ** 0.5 if name.endswith((".out", ".down")) else std
-        rows.copy_(
-            to_device(normal(shape, seed=seed, name=name)[begin:begin + len(rows)] * scale, rows.device))
+        whole = normal(shape, seed=seed, name=name)
+        rows.copy_(to_device((whole[begin:begin + len(rows)] if shape else whole) * scale, rows.device))
 
 
 def normal(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:

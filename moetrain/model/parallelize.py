@@ -22,7 +22,7 @@ from moetrain.plan.cost.machine import Topology
 
 
 class Parallel(NamedTuple):
-    """Parameters of this rank, and the reduction of their gradients over ranks."""
+    """Trainable parameters of this rank, and the reduction of their gradients over ranks."""
 
     dense: list[nn.Parameter]
     experts: list[nn.Parameter]
@@ -83,7 +83,7 @@ def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: s
 def parallelize(model: nn.Module, mesh: Mesh, copies: CopyManager | None = None) -> Parallel:
     """Set up the reduction of gradients: dense parameters and experts, each over the ranks that replicate it.
 
-    The reducer passes over gradients that FSDP2 reduces.
+    The reducer passes over gradients that FSDP2 reduces. Frozen parameters have no gradient.
 
     Args:
         model: this rank's part of the model.
@@ -91,10 +91,11 @@ def parallelize(model: nn.Module, mesh: Mesh, copies: CopyManager | None = None)
         copies: manager of expert copies, with `parallel=fssdp`.
 
     Returns:
-        The parameters and their reduction.
+        The trainable parameters and their reduction.
     """
     is_expert = is_expert_parameter(model)
-    dense = [parameter for parameter in model.parameters() if not is_expert(parameter)]
-    experts = [parameter for parameter in model.parameters() if is_expert(parameter)]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dense = [parameter for parameter in trainable if not is_expert(parameter)]
+    experts = [parameter for parameter in trainable if is_expert(parameter)]
     reducer = GradientReducer([(dense, mesh["dense_grad"]), (experts, mesh["expert_grad"])])
     return Parallel(dense, experts, reducer, copies)

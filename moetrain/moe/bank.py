@@ -77,6 +77,11 @@ class ExpertBank(nn.Module):
         """Rows and columns of an expert's matrices, in the order of `MATRICES`."""
         return [tuple(getattr(self, matrix).shape[1:]) for matrix in MATRICES]
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The matrices that are not frozen, in the order of `MATRICES`."""
+        return tuple(matrix for matrix in MATRICES if getattr(self, matrix).requires_grad)
+
     def prefetch(self) -> None:
         """Start gathering copies. Does not wait."""
         if self.copies is not None:

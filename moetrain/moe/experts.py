@@ -84,8 +84,8 @@ class ChunkedComputation:
         Autograd runs nodes in reverse of their recording. The node recorded here therefore computes the
         gradients of all matrices after the gradients of all rows have started back (ops/chunked_experts.py).
         """
-        _, copies = self.bank.wait(self.bank.gate_up.new_empty(0))
-        self.experts = ChunkedExperts(self.bank.gate_up, self.bank.down, copies)
+        waited, copies = self.bank.wait(self.bank.gate_up.new_empty(0))
+        self.experts = ChunkedExperts(self.bank.gate_up, self.bank.down, copies, waited)
 
     def __call__(self, rows: DispatchedRows) -> Tensor:
         """Compute the weighted outputs [R, D] of the next chunk, ordered by expert."""

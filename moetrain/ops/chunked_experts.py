@@ -42,13 +42,15 @@ class ChunkedExperts:
         gate_up_eGD: gate and up matrices of the experts at home here, [e, 2F, D].
         down_eDF: their down matrices, [e, D, F].
         copies: both matrices of copies of other experts, which come after these.
+        waited: empty tensor through whose node copies were waited for. That node's backward runs after the
+            matrix gradients, also where all matrices are frozen.
     """
 
     def __init__(self, gate_up_eGD: Tensor, down_eDF: Tensor,
-                 copies: tuple[Tensor, Tensor] | None = None) -> None:
+                 copies: tuple[Tensor, Tensor] | None = None, waited: Tensor | None = None) -> None:
         self.matrices = gate_up_eGD, down_eDF, *(copies or (None, None))
         self.chunks: list[ChunkOperands] = []
-        self.weight_grad_barrier = _MatrixGrads.apply(self.chunks, *self.matrices)
+        self.weight_grad_barrier = _MatrixGrads.apply(self.chunks, waited, *self.matrices)
 
     def __call__(self, x_ND: Tensor, weights_R: Tensor, counts_e: list[int] | Tensor,
                  order: Permutation) -> Tensor:
@@ -86,7 +88,8 @@ class _Chunk(torch.autograd.Function):
 
 class _MatrixGrads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunks, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF):
+    def forward(ctx, chunks, waited, gate_up_eGD, down_eDF, gate_up_cGD, down_cDF):
+        ctx.waited = None if waited is None else torch.zeros_like(waited)
         ctx.chunks, ctx.homes, ctx.copied = chunks, len(gate_up_eGD), gate_up_cGD is not None
         ctx.dtypes = gate_up_eGD.dtype, down_eDF.dtype
         return gate_up_eGD.new_zeros(1)
@@ -98,7 +101,7 @@ class _MatrixGrads(torch.autograd.Function):
         ctx.chunks.clear()
         homes = ctx.homes
         copies = (d_gate_up_eGD[homes:], d_down_eDF[homes:]) if ctx.copied else (None, None)
-        return None, d_gate_up_eGD[:homes], d_down_eDF[:homes], *copies
+        return None, ctx.waited, d_gate_up_eGD[:homes], d_down_eDF[:homes], *copies
 
 
 def matrix_grads_of(chunks: list[ChunkOperands]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 Gradients are summed, never averaged: the loss already has global denominators. They travel in flat buckets of
 one dtype, in parameter order, so the sequence of collectives depends on the config alone. A parameter without
 a gradient gets a gradient of zeros on every rank. Sharded parameters are skipped: FSDP2 has summed their
-gradients in backward (fsdp.py).
+gradients in backward (fsdp.py). Frozen parameters are not among those given here: zeros for them would make
+the optimizer decay them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ class GradientReducer:
     """Sum of gradients over ranks.
 
     Args:
-        parts: parameters, with the group over which their gradients are summed. Every parameter is in exactly
+        parts: trainable parameters, with the group over which their gradients are summed. Each is in exactly
             one part.
     """
 

@@ -7,7 +7,10 @@
 Gradients are summed over both axes, never averaged: the loss already has global denominators. Parameters stay
 float32 and are cast where they are used (no mixed-precision policy). The groups are those of comm/mesh.py. An
 axis of one rank shards nothing. Parameters that are not sharded stay with `GradientReducer`
-(data_parallel.py).
+(data_parallel.py). Scalars are among them, because FSDP2 cannot shard a tensor without dims.
+
+Frozen parameters are sharded and gathered like the others, and no gradient of theirs is reduced. They may
+have another dtype: FSDP2 wants one dtype of the trainable parameters of a module alone.
 
 A stack of experts is sharded along experts if their number is divisible by the number of shards, else along
 the rows of each expert, so that no rank is left without a part. Shapes that reach FSDP2 are the same on every
@@ -36,10 +39,11 @@ def shard(modules: Iterable[nn.Module], *, over: Group, replicated: Group, devic
         device: device of the parameters, of any type.
         ignore: parameters that FSDP2 leaves alone.
     """
-    mesh = device_mesh(over, replicated, device)
+    mesh, modules = device_mesh(over, replicated, device), list(modules)
+    scalars = {parameter for module in modules for parameter in module.parameters() if not parameter.ndim}
     for module in modules:
         # True for the outermost module, too: its parameters must be sharded after a forward without backward.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(ignore),
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=scalars | ignore,
                     shard_placement_fn=lambda parameter: _placement(parameter, over.size))
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)

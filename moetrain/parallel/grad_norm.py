@@ -2,11 +2,14 @@
 
 Every shard of a parameter counts exactly once. The squares of dense gradients are summed over the ranks that
 shard them (`dense_shard`), those of experts over the ranks that together hold all experts (`expert_parts`).
-Ranks that hold the same shard have equal gradients after the reduction, and one of them counts.
+Ranks that hold the same shard have equal gradients after the reduction, and one of them counts. So it is with
+scalars, which FSDP2 leaves whole on every rank (fsdp.py): they count at the first position of `dense_shard`.
+Frozen parameters have no gradient and no part in the norm.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import sum_over
@@ -18,14 +21,16 @@ def global_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: Me
     """Compute the L2 norm of all gradients, after their reduction. Waits for a sum over each of two groups.
 
     Args:
-        dense: parameters of the dense part, with gradients.
-        experts: parameters of routed experts, with gradients.
+        dense: trainable parameters of the dense part, with gradients.
+        experts: trainable parameters of routed experts, with gradients.
         mesh: mesh of the run.
 
     Returns:
         float64 scalar on the device, the same on every rank.
     """
-    dense_sum = sum_over(mesh["dense_shard"], _square_sum(dense, mesh.device))
+    shards = mesh["dense_shard"]
+    counted = [parameter for parameter in dense if shards.position == 0 or isinstance(parameter, DTensor)]
+    dense_sum = sum_over(shards, _square_sum(counted, mesh.device))
     return (dense_sum + sum_over(mesh["expert_parts"], _square_sum(experts, mesh.device))).sqrt()
 
 

@@ -31,7 +31,7 @@ class StateShard(NamedTuple):
         name: name of the logical tensor.
         shape: shape of the whole tensor.
         begin: first row of the range.
-        rows: the rows, a view of the stored tensor.
+        rows: the rows, a view of the stored tensor. A scalar is its own single row, without a dim.
         held_by: name of the mesh group whose ranks all hold this same shard (comm/mesh.py).
     """
 
@@ -86,7 +86,7 @@ def _of_dense(name: str, tensor: Tensor | None) -> Iterator[StateShard]:
     dim, begin = shard_of(tensor)
     assert dim == 0, (name, dim)
     rows = local(tensor)
-    if len(rows):
+    if not rows.ndim or len(rows):
         sharded = isinstance(tensor, DTensor)
         yield StateShard(name, tuple(tensor.shape), begin, rows,
                          "dense_replicas" if sharded else "dense_grad")

@@ -49,7 +49,7 @@ def train(config: Config, *, convert_model: ConvertModel | None = None,
     Raises:
         Preempted: a signal stopped the run before its last step. The run is saved.
     """
-    config, directory, mesh = join_run(config)
+    config, directory, mesh = join_run(config, convert_model)
     with Console(rank=mesh.rank, steps=config.run.steps, last=last_step(config), interval=config.log.interval,
                  progress=config.log.progress) as console:
         recorder = Recorder(config, directory, mesh)     # collective: checks that rank 0 can write there

@@ -23,7 +23,7 @@ from moetrain.config.build import check_composed
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError, MoETrainError, PeerError, Preempted
-from moetrain.model.build import computes_bfloat16
+from moetrain.model.build import ConvertModel, check_model, computes_bfloat16
 from moetrain.plan.precision import choose_dtype
 from moetrain.runs.attempts import RunAttempts
 from moetrain.runs.completion import last_step, newest_sound_checkpoint, trained_config
@@ -32,14 +32,19 @@ from moetrain.train.preemption import Preemption, cause, startup_signals
 from moetrain.train.state import Run
 
 
-def join_run(config: Config) -> tuple[Config, Path, Mesh]:
-    """Check the config, join the process group, and resolve `run.dtype=auto`. Collective.
+def join_run(config: Config, convert_model: ConvertModel | None = None) -> tuple[Config, Path, Mesh]:
+    """Check config and model, join the process group, and resolve `run.dtype=auto`. Collective.
+
+    Args:
+        config: composed and checked.
+        convert_model: changes the model before it is sharded (model/build.py).
 
     Returns:
         The config with a concrete dtype, the directory of the run, and the mesh.
     """
     check_composed(config)
     check_alone(config)
+    check_model(config, convert_model)
     directory = run_dir(config)
     mesh = join(config)
     return with_dtype(config, directory, mesh), directory, mesh

@@ -40,7 +40,7 @@ from moetrain.train.optim.optimizer import moments, restore_steps
 # State that changes from step to step and is not saved, because it follows from what is saved: a pattern of
 # its path in the run, and the reason.
 REBUILT = {
-    r"optimizer.*\.step$": "every parameter is stepped at every step, so its counter equals `step`",
+    r"optimizer.*\.step$": "every trainable parameter is stepped at every step, so its counter equals `step`",
     r"optimizer.*\.lr$": "the learning rate is a function of `step`, set before each update",
     r"optimizer.*\.gradient_norm$": "the norm of the step's gradients, set before each update",
     r"watch\.": "times of this attempt: they are reported, and nothing follows from them",
@@ -79,7 +79,7 @@ class TrainState:
         """
         yield from self.weights()
         for moment in moments(self.optimizer):
-            of = lambda parameter: self.optimizer.state[parameter].get(moment)  # noqa: E731, B023 (used at once)
+            of = lambda parameter: self.optimizer.state.get(parameter, {}).get(moment)  # noqa: E731, B023 (used at once)
             yield from (p._replace(name=f"optim.{p.name}.{moment}") for p in state_shards(self.model, of))
         for part in (self.planning, self.prior):
             if part is not None:

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from moetrain.model.build import ConvertModel
 from moetrain.plan.calibration import add_missing_copies
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement
@@ -40,11 +41,12 @@ class Random:
         return ExpertPlacement(tuple(layers))
 
 
-def run_with_copies(overrides: list[str], forced=None, seed: int = 0) -> Run:
+def run_with_copies(overrides: list[str], forced=None, seed: int = 0,
+                    convert_model: ConvertModel | None = None) -> Run:
     """Two ranks a node."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", "2")
-        run = make_run(overrides, forced)
+        run = make_run(overrides, forced, convert_model)
     planning = run.state.planning
     assert planning.planning_inputs.topology == Topology(run.mesh["ep"].size, 2)
     planning.planner = Random(seed)

@@ -112,8 +112,9 @@ def whole(held: list[Held]) -> dict[str, Tensor]:
     for pieces_of_rank in held:
         for name, (shape, begin, rows) in pieces_of_rank.items():
             full = found.setdefault(name, rows.new_empty(shape))
-            have = known.setdefault(name, torch.zeros(shape[0], dtype=torch.bool))
-            part = slice(begin, begin + len(rows))
+            have = known.setdefault(name, torch.zeros(shape[0] if shape else 1, dtype=torch.bool))
+            part = slice(begin, begin + (len(rows) if shape else 1))
+            full, rows = (full, rows) if shape else (full[None], rows[None])
             assert torch.equal(full[part][have[part]], rows[have[part]]), f"{name} differs between ranks"
             full[part], have[part] = rows, True
     missing = [name for name, have in known.items() if not have.all()]

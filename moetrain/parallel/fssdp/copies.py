@@ -37,7 +37,8 @@ Lifetime of copies:
                           gathers them itself.
 
 Gradients of copies are summed here over micro-batches and travel once a step, in float32 (float64 in float64
-runs).
+runs). Copies of frozen matrices are gathered, and no gradient of theirs is computed or sent. Where both
+matrices of a layer are frozen, there is no reduction.
 
 With calibration (`add_copies`) a step continues with another placement, as if it had been planned. Only its
 first gather comes in two parts, which are put in the order of slots when both have arrived. Replica groups
@@ -47,7 +48,7 @@ Shapes: h homes, c copies, W numbers of an expert, N rows that arrived, R rows c
 width, F expert width, G = 2F.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.moe.bank import CopiedMatrices, ExpertBank
+from moetrain.moe.bank import MATRICES, CopiedMatrices, ExpertBank
 from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.parallel.fssdp.transfers import CopyTransfers, PendingGradReduction
 from moetrain.plan.cost.machine import Topology
@@ -244,29 +245,32 @@ class LayerCopies:
             self._pending_reduction, self._gradients_cW = self.transfers.post_reduce(self._gradients_cW), None
 
     @torch.no_grad()
-    def add_grads(self, gate_up_cGD: Tensor, down_cDF: Tensor) -> None:
+    def add_grads(self, gradients: Sequence[Tensor]) -> None:
         """Accumulate the gradients of copies from one micro-batch.
 
         Args:
-            gate_up_cGD: [c, G, D], gradient of the copies' gate_up.
-            down_cDF: [c, D, F], gradient of the copies' down.
+            gradients: of each matrix of the copies that is not frozen, in the order of the bank.
         """
         if self.hooked:    # waits for the second gather on a rank whose saved tensors did not need it
             self.matrices()
         if self.rematerialize:
             self._rows_cW = None
-        gradients_cW = torch.cat(
-            [gate_up_cGD.flatten(1), down_cDF.flatten(1)], dim=1).to(self.bank.gate_up.dtype)
+        self.backwards -= 1
+        if not gradients:
+            return
+        gradients_cW = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).to(
+            getattr(self.bank, self.bank.trainable[0]).dtype)
         self._gradients_cW = (gradients_cW if self._gradients_cW is None
                               else self._gradients_cW.add_(gradients_cW))
-        self.backwards -= 1
 
     def finish(self) -> None:
         """Add the gradients of copies to those of the homes. Waits."""
         if self.transfers is None:
             return
-        assert self._pending_reduction is not None, (
-            f"{self.backwards} backward passes of this step did not run")
+        assert self.backwards == 0, f"{self.backwards} backward passes of this step did not run"
+        if not self.bank.trainable:
+            return
+        assert self._pending_reduction is not None, "the gradients of copies were not sent"
         self._pending_reduction.finish()
         self._pending_reduction = None
 
@@ -333,12 +337,16 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, anchor, layer):
-        ctx.layer = layer
-        return x_ND.view_as(x_ND), *layer.matrices()
+        matrices = layer.matrices()
+        ctx.layer, ctx.trained = layer, [matrix in layer.bank.trainable for matrix in MATRICES]
+        ctx.set_materialize_grads(all(ctx.trained))
+        ctx.mark_non_differentiable(
+            *(copied for copied, trained in zip(matrices, ctx.trained) if not trained))
+        return x_ND.view_as(x_ND), *matrices
 
     @staticmethod
-    def backward(ctx, grad_ND, gate_up_cGD, down_cDF):
-        ctx.layer.add_grads(gate_up_cGD, down_cDF)
+    def backward(ctx, grad_ND, *gradients):
+        ctx.layer.add_grads([gradient for gradient, trained in zip(gradients, ctx.trained) if trained])
         return grad_ND, None, None
 
 

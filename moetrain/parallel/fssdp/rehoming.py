@@ -7,7 +7,8 @@ and stay. Values are moved bit by bit: the state gathered by name is the same be
 
 Experts that stay whole travel in one exchange of rows of equal width. Slices of experts that become sliced,
 or whole again (plan/placement.py), travel in a second exchange, as flat numbers, because slices differ in
-width.
+width. Layers whose rows differ in layout, as where the experts of some are frozen and have no moments, take
+turns.
 
 Shapes: h experts here, s experts sent, W numbers of an expert with its moments, w numbers of this position's
 slice of one.
@@ -35,7 +36,7 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
     Every position of the group calls it, between steps. Gradients are dropped, so they must have been used.
 
     Args:
-        banks: experts of each layer by router name, all of one size; their `experts` and `sliced` follow.
+        banks: experts of each layer by router name; their `experts` and `sliced` follow.
         optimizer: optimizer whose moments move with the parameters.
         before: placement in force.
         after: placement to move to; copies in either do not matter.
@@ -46,6 +47,19 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
     """
     if before.homes == after.homes:
         return 0
+    alike: dict[tuple, list[str]] = {}
+    for name, bank in banks.items():
+        alike.setdefault(_layout(bank, optimizer), []).append(name)
+    for names in alike.values():
+        some_before, some_after = (ExpertPlacement(tuple((name, placement[name]) for name in names))
+                                   for placement in (before, after))
+        _reshard_alike({name: banks[name] for name in names}, optimizer, some_before, some_after, group)
+    return sum(_moved(before[name], layer) for name, layer in after.layers)
+
+
+def _reshard_alike(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, before: ExpertPlacement,
+                   after: ExpertPlacement, group: Group) -> None:
+    """Move the state of experts whose rows have one layout. Arguments as of `reshard`."""
     whole: Rows = {}
     parts: Rows = {}
     for name, bank in banks.items():
@@ -56,8 +70,9 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
                           for expert, row in zip(bank.sliced, _rows(bank, SLICES, optimizer))})
     any_bank = next(iter(banks.values()))
     shapes = [tuple(parameter.shape[1:]) for parameter, _ in _tensors(any_bank, MATRICES, optimizer)]
-    _move(whole, sum(rows * columns for rows, columns in shapes), any_bank.gate_up, before, after, group)
-    _recut(whole, parts, shapes, any_bank.gate_up, before, after, group)
+    like = _rows(any_bank, MATRICES, optimizer)
+    _move(whole, sum(rows * columns for rows, columns in shapes), like, before, after, group)
+    _recut(whole, parts, shapes, like, before, after, group)
     for name, layer in after.layers:
         bank, bank_experts = banks[name], layer.experts_of(group.position)
         _refill(bank, MATRICES, optimizer, [whole[name, expert] for expert in bank_experts])
@@ -65,7 +80,6 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
         if bank.cut is not None:
             _refill(bank, SLICES, optimizer, [parts[name, expert] for expert in layer.sliced])
             bank.sliced = layer.sliced
-    return sum(_moved(before[name], layer) for name, layer in after.layers)
 
 
 def _move(whole: Rows, width: int, like: Tensor, before: ExpertPlacement, after: ExpertPlacement,
@@ -193,13 +207,22 @@ def _tensors(bank: ExpertBank, names: tuple[str, ...],
     found: list[tuple[torch.nn.Parameter, str | None]] = []
     for matrix in names:
         parameter = getattr(bank, matrix)
-        moments = sorted(name for name in optimizer.state[parameter] if name != "step")
+        moments = sorted(name for name in optimizer.state.get(parameter, {}) if name != "step")
         found += [(parameter, None), *((parameter, name) for name in moments)]
     return found
 
 
+def _layout(bank: ExpertBank, optimizer: torch.optim.Optimizer) -> tuple:
+    """Layout of the row of an expert: shape, dtype and moment of each of its tensors."""
+    return tuple((parameter.shape[1:], parameter.dtype, moment)
+                 for parameter, moment in _tensors(bank, MATRICES, optimizer))
+
+
 def _rows(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Lay the parameters and moments of each expert here side by side: [h, W], or [h, w] for slices."""
+    """Lay the parameters and moments of each expert here side by side: [h, W], or [h, w] for slices.
+
+    A frozen matrix in a smaller dtype takes that of the others on the way.
+    """
     return torch.cat([(parameter.data if moment is None else optimizer.state[parameter][moment]).flatten(1)
                       for parameter, moment in _tensors(bank, names, optimizer)], dim=1)
 
@@ -219,7 +242,8 @@ def _refill(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Opt
     widths = [shape.numel() for shape in shapes]
     stacked = torch.stack(rows) if rows else getattr(bank, names[0]).new_empty(0, sum(widths))
     for (parameter, moment), part, shape in zip(tensors, stacked.split(widths, dim=1), shapes):
-        full = part.reshape(len(rows), *shape).clone(memory_format=torch.contiguous_format)
+        full = part.reshape(len(rows), *shape).to(
+            parameter.dtype, copy=True, memory_format=torch.contiguous_format)
         if moment is None:
             parameter.grad = None
             parameter.data = full

@@ -37,10 +37,10 @@ class PendingGradReduction:
 
     Args:
         bank: experts whose home is here.
-        parts: for each collective, the names of the bank's parameters and the handle to wait for.
+        parts: for each collective, the names of the bank's trainable parameters and the handle to wait for.
     """
 
-    def __init__(self, bank: ExpertBank, parts: list[tuple[Collective, tuple[str, str], Handle]]) -> None:
+    def __init__(self, bank: ExpertBank, parts: list[tuple[Collective, tuple[str, ...], Handle]]) -> None:
         self.bank, self.parts = bank, parts
 
     def finish(self) -> None:
@@ -68,12 +68,19 @@ class CopyTransfers:
     def __init__(self, placement: LayerPlacement, bank: ExpertBank, group: Group, form: str,
                  topology: Topology, tables: DeviceTables) -> None:
         self.bank, self.group = bank, group
-        self.parts: list[tuple[Collective, tuple[str, str]]] = []    # with the names of the bank's parameters
+        self.parts: list[tuple[Collective, tuple[str, ...]]] = []    # with the names of the bank's parameters
         if placement.whole_copies:
             self.parts.append((collective(form, placement, topology, group.position, tables), MATRICES))
         if placement.sliced:
             self.parts.append((Sliced(placement, bank.shapes, group.position, tables), SLICES))
         self.copies = sum(part.copies for part, _ in self.parts)
+        # Gradients take the same way back; slices of some of the matrices have other widths.
+        trained = [matrix in bank.trainable for matrix in MATRICES]
+        self.back = [(part, tuple(name for name, kept in zip(names, trained) if kept))
+                     for part, names in self.parts]
+        if placement.sliced and not all(trained):
+            shapes = [shape for shape, kept in zip(bank.shapes, trained) if kept]
+            self.back[-1] = Sliced(placement, shapes, group.position, tables), self.back[-1][1]
 
     def post_gather(self, dtype: torch.dtype) -> PendingCopies:
         """Start gathering the copies; they travel in `dtype`. Every position of the group calls it."""
@@ -82,8 +89,12 @@ class CopyTransfers:
             for part, names in self.parts])
 
     def post_reduce(self, gradients_cW: Tensor) -> PendingGradReduction:
-        """Start sending the gradients of the copies home. Every position of the group calls it."""
-        rows = gradients_cW.split([part.copies for part, _ in self.parts])
+        """Start sending the gradients of the copies home. Every position of the group calls it.
+
+        Args:
+            gradients_cW: gradients of the trainable matrices, side by side.
+        """
+        rows = gradients_cW.split([part.copies for part, _ in self.back])
         return PendingGradReduction(self.bank, [
             (part, names, part.post_reduce(each, self.group))
-            for (part, names), each in zip(self.parts, rows)])
+            for (part, names), each in zip(self.back, rows)])

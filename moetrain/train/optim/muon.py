@@ -73,16 +73,17 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         model: its modules define which rows of a parameter form a matrix.
         hidden: groups for Muon, with parameters of two or three dimensions.
-        rest: groups for AdamW.
+        rest: groups for AdamW; none where all other parameters are frozen.
         muon: settings of Muon.
         adamw: arguments of torch.optim.AdamW.
     """
 
     def __init__(self, model: nn.Module, hidden: list[Group], rest: list[Group], *, muon: MuonSettings,
                  adamw: dict[str, Any]) -> None:
-        self.adamw = torch.optim.AdamW(rest, **adamw)
-        super().__init__([*hidden, *self.adamw.param_groups], {})
-        self.adamw.state = self.state
+        self.adamw = torch.optim.AdamW(rest, **adamw) if rest else None
+        super().__init__([*hidden, *(self.adamw.param_groups if self.adamw else [])], {})
+        if self.adamw:
+            self.adamw.state = self.state
         self.settings = muon
         self.hidden = self.param_groups[:len(hidden)]
         self.rows = matrix_rows(model)
@@ -96,7 +97,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.hidden:
             for parameter in group["params"]:
                 self._step(parameter, group["lr"], group["weight_decay"], group.get("gradient_norm", 0.0))
-        self.adamw.step()
+        if self.adamw:
+            self.adamw.step()
 
     def _step(self, parameter: nn.Parameter, rate: float, decay: float, gradient_norm: float) -> None:
         """Update one parameter; collective where its matrices are sharded."""

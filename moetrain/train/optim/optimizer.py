@@ -4,14 +4,15 @@
     muon     Muon for the matrices of hidden layers (attention, feed-forward networks, experts), AdamW for
              embedding, head, norms and routers (train/optim/muon.py)
 
-Groups are dense, undecayed, router and expert. Norms, embeddings and routers have no weight decay.
-lr_schedule.py has the learning rate.
+Groups are dense, undecayed, router and expert. Norms, embeddings, scalars and routers have no weight decay.
+Frozen parameters are in no group and have no moments. lr_schedule.py has the learning rate.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import OptimConfig
 from moetrain.moe.bank import is_expert_parameter
@@ -22,9 +23,9 @@ HIDDEN = ("dense", "expert")  # groups that hold matrices of hidden layers only
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer over all parameters; each group has entries `name` and `lr_scale`."""
-    groups = [_group(kind, parameters, optim)
-              for kind, parameters in sort_parameters(model).items() if parameters]
+    """Build the optimizer over the trainable parameters; each group has entries `name` and `lr_scale`."""
+    groups = [_group(kind, parameters, optim) for kind, of_kind in sort_parameters(model).items()
+              for parameters in _by_storage(of_kind)]
     adamw = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps, "fused": True}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, **adamw)
@@ -38,21 +39,30 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 
 
 def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort the parameters by kind: dense (matrices of hidden layers), undecayed, router, expert."""
+    """Sort the trainable parameters by kind: dense (matrices of hidden layers), undecayed, router, expert."""
     is_expert = is_expert_parameter(model)
     routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
     kinds: dict[str, list[nn.Parameter]] = {"dense": [], "undecayed": [], "router": [], "expert": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if is_expert(parameter):
             kind = "expert"
         elif id(parameter) in routers:
             kind = "router"
-        elif parameter.ndim == 1 or name in ("embed", "head"):
+        elif parameter.ndim < 2 or name in ("embed", "head"):
             kind = "undecayed"
         else:
             kind = "dense"
         kinds[kind].append(parameter)
     return kinds
+
+
+def _by_storage(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Divide parameters into those that FSDP2 shards and the others; the fused AdamW takes no mixture."""
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    return [some for some in (sharded, whole) if some]
 
 
 def _group(kind: str, parameters: list[nn.Parameter], optim: OptimConfig) -> dict[str, Any]:
