@@ -219,6 +219,7 @@ COVERS = {
     "launch/test_nodes": "launch/__main__",
     "launch/test_supervisor": "launch/ranks_of_agent",
     "losses/test_load_balance": "losses/base",
+    "model/test_projection": "model/feed_forward",
     "moe/test_dispatch": "moe/experts ops/host_read",
     "plan/cost/test_link_traffic": "plan/cost/machine",
     "plan/loads/test_forecast": "plan/loads/synthetic",

@@ -30,6 +30,7 @@ from moetrain.checkpoint.records import (
     split_expert,
     with_checksum,
 )
+from moetrain.checkpoint.tensor_names import NAMING
 from moetrain.checkpoint.verify import check_files, is_sound, problems
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def merge(indexes: dict[int, Any], facts: dict[str, Any], values: dict[str, Any]
         facts: how the checkpoint was made.
         values: state that is no tensor.
     """
-    manifest = Manifest(facts=facts, values=values)
+    manifest = Manifest(facts={**facts, "names": NAMING}, values=values)
     experts: dict[str, dict[int, tuple[str, tuple[int, ...], list[int]]]] = {}
     found: dict[str, tuple[str, tuple[int, ...], list[Chunk]]] = {}
     for rank, index in indexes.items():

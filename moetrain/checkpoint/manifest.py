@@ -226,6 +226,7 @@ def _place(name: str, file: int, begin: int, length: int, crcs: list[int], block
 
 
 def _no_name_twice(manifest: Manifest) -> None:
+    _require(len(manifest.stored_names) == len(manifest.tensors), "two of its tensors have one name today")
     for name in manifest.tensors:
         pattern, expert = split_expert(name) or ("", 0)
         table = manifest.experts.get(pattern)

@@ -8,8 +8,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
+
+from moetrain.checkpoint.tensor_names import current_name
 
 VERSION = 2
 BLOCK = 64 << 20  # bytes under one checksum
@@ -71,7 +74,7 @@ class Manifest:
         facts: how the checkpoint was made: config, data, versions, mesh.
         values: state that is no tensor, with at least step and tokens.
         files: payload files by name.
-        tensors: tensors by name, except those in `experts`.
+        tensors: tensors by the name that they are stored under, except those in `experts`.
         experts: matrices of experts, by tensor name with * for the expert.
         block: bytes under one checksum.
     """
@@ -83,17 +86,26 @@ class Manifest:
     experts: dict[str, ExpertTable] = field(default_factory=dict)
     block: int = BLOCK
 
+    @cached_property
+    def stored_names(self) -> dict[str, str]:
+        """Name that each tensor of `tensors` is stored under, by its name today (tensor_names.py).
+
+        To be read when all tensors are in.
+        """
+        naming = self.facts.get("names", 1)
+        return {current_name(stored, naming): stored for stored in self.tensors}
+
     def names(self) -> Iterator[str]:
-        """Names of all tensors, in an order that every reader of the manifest shares."""
-        yield from self.tensors
+        """Names of all tensors today, in an order that every reader of the manifest shares."""
+        yield from self.stored_names
         for pattern, table in self.experts.items():
             before, _, after = pattern.partition("*")
             yield from (f"{before}{expert}{after}" for expert in range(len(table.rows)))
 
     def entry(self, name: str) -> TensorEntry | None:
-        """Record of a tensor; None where the checkpoint has none of that name."""
-        if name in self.tensors:
-            return self.tensors[name]
+        """Record of a tensor, by its name today; None where the checkpoint has none of that name."""
+        if name in self.stored_names:
+            return self.tensors[self.stored_names[name]]
         found = split_expert(name)
         table = self.experts.get(found[0]) if found else None
         if found is None or table is None or found[1] >= len(table.rows):

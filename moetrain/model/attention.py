@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.model.projection import Projection
 from moetrain.ops.rms_norm import rms_norm
 
 
@@ -50,7 +51,7 @@ class Cache(Protocol):
 class Attention(nn.Module):
     """Self-attention of one block.
 
-    The parameter `qkv` holds the rows of queries, then keys, then values.
+    The projection `qkv` holds the rows of queries, then keys, then values.
 
     Args:
         dim: D.
@@ -65,8 +66,8 @@ class Attention(nn.Module):
                  eps: float) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.qkv = nn.Parameter(torch.empty((num_heads + 2 * num_kv_heads) * head_dim, dim))
-        self.out = nn.Parameter(torch.empty(dim, num_heads * head_dim))
+        self.qkv = Projection(in_dim=dim, out_dim=(num_heads + 2 * num_kv_heads) * head_dim)
+        self.out = Projection(in_dim=num_heads * head_dim, out_dim=dim)
         self.q_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
         self.k_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
 
@@ -85,7 +86,7 @@ class Attention(nn.Module):
             [B, S, D], to be added to the residual stream.
         """
         B, S, _ = x_BSD.shape
-        heads = F.linear(x_BSD, self.qkv.to(x_BSD.dtype)).view(B, S, -1, self.head_dim).transpose(1, 2)
+        heads = self.qkv(x_BSD).view(B, S, -1, self.head_dim).transpose(1, 2)
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
@@ -98,7 +99,7 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None and S > 1,
             enable_gqa=self.num_kv_heads < self.num_heads
         )
-        return F.linear(mixed.transpose(1, 2).reshape(B, S, -1), self.out.to(x_BSD.dtype))
+        return self.out(mixed.transpose(1, 2).reshape(B, S, -1))
 
 
 def rotary_table(positions: int, head_dim: int, theta: float, *, dtype: torch.dtype, device: torch.device,

@@ -19,12 +19,14 @@ from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.attention import Attention
+from moetrain.model.feed_forward import FeedForward
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.parallelize import shard_parameters
+from moetrain.model.projection import Projection
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
-from moetrain.moe.experts import FeedForward, RoutedExperts
+from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer
 from moetrain.ops.grouped_gemm import takes_counts_on_device
 from moetrain.ops.pinned import to_device
@@ -148,8 +150,9 @@ def head_width(sizes: ModelConfig) -> int:
 def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) -> None:
     """Initialize this rank's parameters and persistent buffers in place.
 
-    Buffers are 0 and norms 1. Matrices are normal with standard deviation `std`, divided by
-    sqrt(2 * num_layers) for those that write to the residual stream (`out` and `down`).
+    Buffers and biases are 0, as is B of low-rank parts; norms are 1. Matrices are normal with standard
+    deviation `std`, divided by sqrt(2 * num_layers) for those that write to the residual stream (`out` and
+    `down`).
 
     Args:
         model: this rank's part of the model.
@@ -159,7 +162,14 @@ def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) ->
     """
     for shard in buffers(model):
         shard.rows.zero_()
+    projections = {path for path, module in model.named_modules() if isinstance(module, Projection)}
     for name, shape, begin, rows, _ in state_shards(model):
+        module, _, tensor = name.rpartition(".")
+        if tensor == "bias" or module.endswith(".low_rank") and tensor == "b":
+            rows.zero_()
+            continue
+        # Drawn by the name that the matrix had before it was the weight of a projection.
+        name = module if module in projections and tensor == "weight" else name
         if name.endswith("norm.weight"):
             rows.fill_(1.0)
             continue

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from moetrain.model.attention import Attention, Cache, Earlier, RMSNorm, document_mask, rotary_table
-from moetrain.moe.experts import FeedForward
+from moetrain.model.feed_forward import FeedForward
 from moetrain.moe.layer import MoELayer
 from moetrain.routers.base import RouterContext, RoutingStats
 

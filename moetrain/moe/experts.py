@@ -1,6 +1,4 @@
-"""Feed-forward networks: routed experts over ragged rows, and a dense network for shared experts.
-
-Dense layers of a model use the dense network, too. Both compute
+"""Routed experts of a layer, computed over ragged rows.
 
     expert(x) = down( silu(gate x) * (up x) * w )        w: the gate weight of the row (1 without routing)
 
@@ -9,8 +7,6 @@ Parameters are float32 (or float64) and cast where they are used.
 Shapes: T tokens, K slots per token, R rows ordered by expert, N rows as they arrived, D model width.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.moe.bank import ExpertBank
@@ -18,7 +14,6 @@ from moetrain.moe.dispatch import DispatchedRows, PendingCombine, TokenDispatche
 from moetrain.moe.overlap import overlapped_forward
 from moetrain.ops.chunked_experts import ChunkedExperts
 from moetrain.ops.grouped_experts import grouped_experts
-from moetrain.ops.swiglu import swiglu
 
 
 class RoutedExperts(nn.Module):
@@ -97,16 +92,3 @@ class ChunkedComputation:
             return out_RD
         del self.experts
         return self.bank.release_after_forward(out_RD)
-
-
-class FeedForward(nn.Module):
-    """Dense SwiGLU network. As a shared expert, its width is that of all shared experts together."""
-
-    def __init__(self, *, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2 * hidden_dim, dim))
-        self.down = nn.Parameter(torch.empty(dim, hidden_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., D] to [..., D]."""
-        return F.linear(swiglu(F.linear(x, self.gate_up.to(x.dtype))), self.down.to(x.dtype))

@@ -5,7 +5,7 @@
     route       routers/        choose the experts of each token, with gate weights
     capacity    capacity.py     drop choices beyond the capacity of an expert
     experts     experts.py      dispatch, compute, start the combine
-    shared      experts.py      compute the shared expert, while the last chunk of the combine travels
+    shared      the model's     compute the shared expert, while the last chunk of the combine travels
 
 The layer knows neither which rank holds an expert (dispatch.py, bank.py) nor how losses use the statistics
 that it returns (losses/).
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moetrain.moe.capacity import CapacityPolicy
-from moetrain.moe.experts import FeedForward, RoutedExperts
+from moetrain.moe.experts import RoutedExperts
 from moetrain.routers.base import Router, RouterContext, RoutingStats
 
 
@@ -48,7 +48,7 @@ class MoELayer(nn.Module):
     """
 
     def __init__(self, *, name: str, router: Router, experts: RoutedExperts,
-                 shared: FeedForward | None = None, capacity: CapacityPolicy | None = None) -> None:
+                 shared: nn.Module | None = None, capacity: CapacityPolicy | None = None) -> None:
         super().__init__()
         self.name = name
         self.router, self.experts, self.shared = router, experts, shared

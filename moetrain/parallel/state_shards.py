@@ -1,6 +1,6 @@
 """State shards: the part of a model that this rank holds, under names that do not depend on the mesh.
 
-A *logical tensor* is one matrix of the model: `layers.0.attention.qkv`, or one matrix of one expert,
+A *logical tensor* is one matrix of the model: `layers.0.attention.qkv.weight`, or one matrix of one expert,
 `layers.0.moe.experts.5.gate_up` (gate rows, then up rows) and `….down`. A *shard* is a range of its rows, or
 all of them. Initialization, checkpoints and tests see the storage of parameters only in this form:
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from moetrain.__main__ import main
+from moetrain.checkpoint.manifest import read_manifest
 from moetrain.config.compose import from_yaml
 from moetrain.config.renamed import renaming
 from moetrain.config.values import leaves
@@ -52,6 +53,12 @@ def test_a_run_with_old_names_resumes_to_the_bit_and_says_nothing_of_them(
     assert not [line for line in said[0].splitlines() if "[warn]" in line or "E-" in line]
     assert len(numbers(old)) == 4 and numbers(old) == numbers(new) and weights(old) == weights(new)
     assert not old_names_in(old)
+    qkv = "layers.0.attention.qkv"
+    before, after = (read_manifest(folder / "checkpoints" / f"step-{step:08d}")
+                     for folder, step in ((OLD_RUN, 2), (old, 4)))
+    for stored, manifest in ((qkv, before), (f"{qkv}.weight", after)):
+        assert {f"model.{stored}", f"optim.{stored}.exp_avg"} <= set(manifest.tensors)
+        assert {f"model.{qkv}.weight", f"optim.{qkv}.weight.exp_avg"} <= set(manifest.names())
 
 
 @pytest.mark.slow

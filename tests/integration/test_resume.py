@@ -28,10 +28,10 @@ VARIANTS = {
 # What is forgotten -> the variant that must notice: a pattern of names in TrainState.state_shards, or a
 # counter.
 FORGOTTEN = {
-    "model.embed": "adamw", "model.layers.0.attention.qkv": "adamw",
+    "model.embed": "adamw", "model.layers.0.attention.qkv.weight": "adamw",
     "model.layers.1.moe.router.weight": "adamw",
     "model.layers.1.moe.experts.5.down": "adamw", "model.norm.weight": "adamw",
-    "model.layers.0.moe.shared.down": "shared",
+    "model.layers.0.moe.shared.down.weight": "shared",
     ".exp_avg": "adamw", ".exp_avg_sq": "adamw", "experts.3.gate_up.exp_avg": "adamw",
     "momentum_buffer": "muon", "buffer.layers.1.moe.router.bias": "sigmoid", "counter step": "adamw",
     "counter tokens": "adamw", "optimizer step": "adamw",

@@ -64,7 +64,7 @@ def by_loop(module: Attention, x_BSD: Tensor, documents_BS: Tensor | None = None
     """Head by head and query by query."""
     B, S, _ = x_BSD.shape
     kv_heads, width = module.num_kv_heads, module.head_dim
-    heads = (x_BSD @ module.qkv.T).view(B, S, -1, width).transpose(1, 2)
+    heads = (x_BSD @ module.qkv.weight.T).view(B, S, -1, width).transpose(1, 2)
     q, k, v = heads[:, :module.num_heads], heads[:, module.num_heads:-kv_heads], heads[:, -kv_heads:]
     if module.q_norm is not None:
         q, k = (t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight
@@ -81,7 +81,7 @@ def by_loop(module: Attention, x_BSD: Tensor, documents_BS: Tensor | None = None
                 share = (k[b, group, seen] @ q[b, head, s] / width**0.5).softmax(0)
                 parts.append(share @ v[b, group, seen])
             rows.append(torch.cat(parts))
-    return torch.stack(rows).view(B, S, -1) @ module.out.T
+    return torch.stack(rows).view(B, S, -1) @ module.out.weight.T
 
 
 DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 3]])

@@ -50,9 +50,19 @@ def test_norms_are_one_and_residual_writers_are_smaller():
     assert all((tensor == 1).all() for tensor in norms.values())
     for name, tensor in start.items():
         if name not in norms:
-            std = 0.2 / 2 if name.endswith((".out", ".down")) else 0.2               # sqrt(2 * 2 layers) = 2
+            writes = name.removesuffix(".weight").endswith((".out", ".down"))
+            std = 0.2 / 2 if writes else 0.2             # sqrt(2 * 2 layers) = 2
             assert tensor.std().item() == pytest.approx(std, rel=0.15), name
             assert abs(tensor.mean().item()) < 5 * std / tensor.numel() ** 0.5, name
+
+
+def test_projections_start_as_the_bare_matrices_that_they_were():
+    start = initial(["model.num_shared_experts=1"])
+    for matrix in ("attention.qkv", "attention.out", "moe.shared.gate_up", "moe.shared.down"):
+        std = 0.2 / 2 if matrix in ("attention.out", "moe.shared.down") else 0.2
+        tensor = start[f"layers.1.{matrix}.weight"]
+        drawn = normal(tuple(tensor.shape), seed=0, name=f"layers.1.{matrix}")
+        assert torch.equal(tensor, drawn * std), matrix
 
 
 def test_the_numbers_of_a_name_never_change():
@@ -69,7 +79,7 @@ def test_a_bfloat16_run_keeps_float32_parameters_gradients_and_moments():
     for tensors in (trained.parameters, trained.gradients):
         assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
     start = initial(["run.dtype=bfloat16"])
-    moved = trained.parameters["layers.0.attention.qkv"] - start["layers.0.attention.qkv"]
+    moved = trained.parameters["layers.0.attention.qkv.weight"] - start["layers.0.attention.qkv.weight"]
     assert moved.any() and not torch.equal(trained.parameters["embed"],
                                            trained.parameters["embed"].bfloat16().float())
 
@@ -85,6 +95,6 @@ def test_layers_may_differ_in_experts_and_the_first_may_be_dense():
     assert run.state.model.routers == {"layers.0.moe": 4, "layers.1.moe": 8}
     dense = initial(["model.first_dense_layers=1", "model.tie_embeddings=true"])
     # top_k * expert_dim, gate and up
-    assert dense["layers.0.ffn.gate_up"].shape == (2 * 2 * 16, 16)
+    assert dense["layers.0.ffn.gate_up.weight"].shape == (2 * 2 * 16, 16)
     assert ("head" not in dense and "layers.1.moe.router.weight" in dense
             and "layers.0.moe.router.weight" not in dense)

@@ -25,7 +25,7 @@ def frozen(model: Transformer) -> set[str]:
 
 @pytest.mark.parametrize("patterns, names", [
     ("embed", {"embed"}),
-    ("layers.1.attention*", {"layers.1.attention.qkv", "layers.1.attention.out",
+    ("layers.1.attention*", {"layers.1.attention.qkv.weight", "layers.1.attention.out.weight",
                              "layers.1.attention_norm.weight"}),
     ("layers.0.moe.experts.*.down,*norm.weight",
      {"layers.0.moe.experts.bank.down", "norm.weight",
@@ -38,7 +38,7 @@ def test_patterns_are_of_names_in_checkpoints(patterns, names) -> None:
 
 
 @pytest.mark.parametrize("patterns, found", [
-    ("layers.0.atention.qkv", "the nearest names .* are layers.*.attention.qkv"),
+    ("layers.0.atention.qkv", "the nearest names .* are layers.*.attention.qkv.weight"),
     ("embed,layers.7.*", "train.frozen=layers.7.* names no parameter"),
     ("layers.0.moe.experts.bank.gate_up", "the nearest names .* are layers.*.moe.experts.*.gate_up"),
     ("layers.0.moe.experts.3.*", "names layers.0.moe.experts.3.gate_up and not layers.0.moe.experts.0"),

@@ -95,10 +95,11 @@ def copy_weights(model: Transformer, peer: Qwen3MoeForCausalLM) -> None:
         attention, peer_attention, moe = ours.attention, theirs.self_attn, ours.moe
         attended = (peer_attention.q_proj, peer_attention.k_proj, peer_attention.v_proj)
         projections = [projection.weight for projection in attended]
-        pairs += zip(attention.qkv.split([len(weight) for weight in projections]), projections)
+        pairs += zip(attention.qkv.weight.split([len(weight) for weight in projections]), projections)
         pairs += [(ours.attention_norm.weight, theirs.input_layernorm.weight),
                   (ours.ffn_norm.weight, theirs.post_attention_layernorm.weight),
-                  (attention.out, peer_attention.o_proj.weight), (moe.router.weight, theirs.mlp.gate.weight),
+                  (attention.out.weight, peer_attention.o_proj.weight),
+                  (moe.router.weight, theirs.mlp.gate.weight),
                   (attention.q_norm.weight, peer_attention.q_norm.weight),
                   (attention.k_norm.weight, peer_attention.k_norm.weight),
                   (moe.experts.bank.gate_up, theirs.mlp.experts.gate_up_proj),

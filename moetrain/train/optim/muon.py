@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.model.attention import Attention
+from moetrain.model.feed_forward import FeedForward
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.experts import FeedForward
 from moetrain.parallel.state_shards import local, shard_of
 
 Group = dict[str, Any]                    # params, lr, weight_decay, and entries of the caller
@@ -138,8 +138,10 @@ def matrix_rows(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     for module in model.modules():
         if isinstance(module, Attention):
             kv_rows = module.num_kv_heads * module.head_dim
-            rows[module.qkv] = [module.num_heads * module.head_dim, kv_rows, kv_rows]
-        elif isinstance(module, (FeedForward, ExpertBank)):
+            rows[module.qkv.weight] = [module.num_heads * module.head_dim, kv_rows, kv_rows]
+        elif isinstance(module, FeedForward):
+            rows[module.gate_up.weight] = [len(module.gate_up.weight) // 2] * 2
+        elif isinstance(module, ExpertBank):
             rows[module.gate_up] = [module.gate_up.shape[-2] // 2] * 2
     return rows
 

@@ -23,6 +23,7 @@ def hidden_parts(run: Run) -> dict[str, Tensor]:
     """Cut out every matrix of the hidden layers: 4 query heads, 2 key and 2 value heads of width 4."""
     parts = {}
     for name, parameter in run.state.model.named_parameters():
+        name = name.removesuffix(".weight")
         kind = name.rpartition(".")[2]
         if kind == "qkv":
             parts |= {f"{name}/q": parameter[:16], f"{name}/k": parameter[16:24], f"{name}/v": parameter[24:]}
@@ -96,8 +97,9 @@ def test_orthogonalizing_runs_the_polynomial_on_singular_values_and_keeps_their_
 def test_rows_follow_the_layers_sizes():
     model = make_run([*ALL_LAYERS, "model.head_dim=6"]).state.model
     rows = {name: matrix_rows(model)[p] for name, p in model.named_parameters() if p in matrix_rows(model)}
-    assert rows["layers.0.attention.qkv"] == [24, 12, 12]
-    assert rows["layers.0.ffn.gate_up"] == [24, 24] and rows["layers.1.moe.shared.gate_up"] == [12, 12]
+    assert rows["layers.0.attention.qkv.weight"] == [24, 12, 12]
+    assert rows["layers.0.ffn.gate_up.weight"] == [24, 24]
+    assert rows["layers.1.moe.shared.gate_up.weight"] == [12, 12]
     assert rows["layers.1.moe.experts.bank.gate_up"] == [12, 12] and len(rows) == 3 + 1 + 2 * 2
 
 

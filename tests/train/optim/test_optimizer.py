@@ -97,7 +97,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     assert members["router"] == {f"layers.{layer}.moe.router.weight" for layer in (0, 1)}
     assert members["expert"] == {f"layers.{layer}.moe.experts.bank.{matrix}" for layer in (0, 1)
                                  for matrix in ("gate_up", "down")}
-    assert members["dense"] == {f"layers.{layer}.{name}" for layer in (0, 1) for name in
+    assert members["dense"] == {f"layers.{layer}.{name}.weight" for layer in (0, 1) for name in
                                 ("attention.qkv", "attention.out", "moe.shared.gate_up", "moe.shared.down")}
 
 

@@ -1,0 +1,31 @@
+"""Dense SwiGLU network: the feed-forward part of dense layers, and the shared expert of sparse ones.
+
+    y = down( silu(gate x) * (up x) )
+
+Shapes: D model width, F hidden width.
+"""
+
+from torch import Tensor, nn
+
+from moetrain.model.projection import Projection
+from moetrain.ops.swiglu import swiglu
+
+
+class FeedForward(nn.Module):
+    """Dense SwiGLU network.
+
+    The projection `gate_up` holds the gate rows, then the up rows.
+
+    Args:
+        dim: D.
+        hidden_dim: F; of a shared expert, the width of all shared experts together.
+    """
+
+    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_up = Projection(in_dim=dim, out_dim=2 * hidden_dim)
+        self.down = Projection(in_dim=hidden_dim, out_dim=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D] to [..., D]."""
+        return self.down(swiglu(self.gate_up(x)))
