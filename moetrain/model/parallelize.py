@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from moetrain.comm.mesh import Mesh
+from moetrain.errors import ConfigError
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.moe.experts import RoutedExperts
@@ -50,6 +51,7 @@ def shard_parameters(model: Transformer, mesh: Mesh) -> None:
     """
     if mesh["dense_shard"].size == 1:
         return
+    _refuse_shared_by_blocks(model)
     is_expert = is_expert_parameter(model)
     experts = {parameter for parameter in model.parameters() if is_expert(parameter)}
     if mesh["expert_shard"].size > 1:
@@ -57,6 +59,21 @@ def shard_parameters(model: Transformer, mesh: Mesh) -> None:
               over=mesh["expert_shard"], replicated=mesh["expert_replicas"], device=mesh.device)
     shard([*model.layers, model], over=mesh["dense_shard"], replicated=mesh["dense_replicas"],
           device=mesh.device, ignore=experts)
+
+
+def _refuse_shared_by_blocks(model: Transformer) -> None:
+    """Raise ConfigError where a parameter of a block is used outside of it, too: FSDP2 gathers it for one."""
+    found: dict[nn.Parameter, tuple[str, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        place = ".".join(parts[:2]) if parts[0] == "layers" else "the root"
+        first, there = found.setdefault(parameter, (name, place))
+        if place != there:
+            raise ConfigError(
+                236, f"{first} and {name} are one parameter", where="parallel",
+                why=f"FSDP2 gathers it while {there} runs, and {place} would read a shard",
+                next="keep the module in model.tied, in convert_model, and let routers take it from "
+                     "context.tied; or train with parallel=ddp or ep")
 
 
 def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: str,

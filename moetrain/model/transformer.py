@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from moetrain.model.attention import Attention, Cache, Earlier, RMSNorm, document_mask, rotary_table
 from moetrain.model.feed_forward import FeedForward
 from moetrain.moe.layer import MoELayer
-from moetrain.routers.base import RouterContext, RoutingStats
+from moetrain.routers.base import RouterContext, RoutingStats, TiedModules
 
 
 class ModelOutput(NamedTuple):
@@ -98,6 +98,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The language model; `forward` returns logits and the statistics of every router.
 
+    Attributes:
+        tied: modules that routers of several layers use, empty unless `convert_model` adds some.
+
     Args:
         vocab_size: V.
         dim: D.
@@ -117,6 +120,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(dim=dim, eps=eps)
         self.head = None if tie_embeddings else nn.Parameter(torch.empty(vocab_size, dim))
+        self.tied = TiedModules()
 
     @property
     def moe_layers(self) -> dict[str, MoELayer]:
@@ -169,7 +173,7 @@ class Transformer(nn.Module):
         rotary = rotary_table(tokens_BS.shape[1], self.head_dim, self.rope_theta, dtype=self.dtype,
                               device=x_BSD.device, first=0 if cache is None else cache.length)
         mask = None if documents_BS is None else document_mask(documents_BS)
-        stats = {}
+        stats, context = {}, context._replace(tied=self.tied)
         last = self.layers[-1]
         for index, block in enumerate(self.layers):
             earlier = None if cache is None else cache.layers[index]

@@ -48,6 +48,7 @@ class RouterContext(NamedTuple):
     domains_T: Tensor | None = None          # int64: index in Dataset.domains; None where it is not known
     seq_offsets: Tensor | None = None        # int64 [S + 1]; given if a loss asks for sums of each sequence
     carry: Tensor | None = None              # what the router of the previous layer handed on
+    tied: Mapping[str, nn.Module] = {}       # modules that several routers use (TiedModules)
     # Called by each layer with its router's name and counts [E], before its tokens are dispatched.
     on_counts: Callable[[str, Tensor], None] | None = None
     decisions: list["Decision"] | None = None    # each router appends its own; None: not recorded
@@ -167,6 +168,14 @@ class Router(nn.Module):
             context.decisions.append(Decision(context.router, logits_TE.detach(), ids_TK))
         stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T, context.seq_offsets)
         return Routing(ids_TK, weights_TK, ids_TK.numel(), stats)
+
+
+class TiedModules(nn.ModuleDict):
+    """Modules that several routers use, such as one recurrent cell for all layers.
+
+    The model holds them at its root (`Transformer.tied`) and hands them to routers as `RouterContext.tied`. A
+    router that held such a module itself would have FSDP2 shard it with one block, while others need it.
+    """
 
 
 def load_error_sign(counts_E: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch.profiler import record_function
 from moetrain.data.batches.batch import Batch
 from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
-from moetrain.model.activation_checkpointing import OpRecord
+from moetrain.model.op_record import OpRecord
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy
 from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
 from moetrain.routers.context import token_context

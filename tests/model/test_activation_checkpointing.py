@@ -5,8 +5,6 @@ import gc
 import pytest
 import torch
 
-from moetrain.model.activation_checkpointing import OpRecord, recomputed
-from moetrain.ops.gating import decide, top_k
 from moetrain.train.micro_batches import step_context
 from moetrain.train.step import train_step
 from tests.support.training import difference, make_run, train_steps, whole
@@ -115,33 +113,3 @@ def alive() -> dict[int, int]:
     # Others have no memory
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-
-
-def test_a_record_gives_back_what_was_decided_even_if_it_would_be_decided_otherwise_now():
-    kept = OpRecord()
-    scores_TE = torch.randn(5, 4)
-    with kept.record():
-        ids_TK = decide(top_k(scores_TE, 2)[1])
-    with kept.replay(whole=True):
-        assert torch.equal(decide(top_k(-scores_TE, 2)[1]), ids_TK)
-
-
-def test_a_record_that_is_not_used_up_is_noticed():
-    kept = OpRecord()
-    with kept.record():
-        decide(top_k(torch.randn(5, 4), 2)[1])
-    with pytest.raises(AssertionError, match="not asked for again"), kept.replay(whole=True):
-        top_k(torch.randn(5, 4), 2)
-
-
-def test_a_kept_result_that_was_written_into_is_refused():
-    call = recomputed("selective")
-    weight = torch.randn(3, 3, requires_grad=True)
-
-    def careless(x):
-        product = x @ weight
-        return product.add_(1).sin()
-
-    out = call(careless, torch.randn(2, 3))
-    with pytest.raises(AssertionError, match="written into"):
-        out.sum().backward()

@@ -1,5 +1,8 @@
 """What the integration tests run on every rank: a few real training steps, and what came of them."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from moetrain.config.compose import compose
 from moetrain.model.build import ConvertModel
+from moetrain.model.op_record import CHECK
 from moetrain.parallel.state_shards import state_shards
 from moetrain.routers.base import Router, drop_padding
 from moetrain.train.session import join
@@ -75,7 +79,22 @@ def alone(overrides: list[str], steps: int, forced: Forced = None,
 
 def train_steps(overrides: list[str], steps: int, forced: Forced = None,
                 convert_model: ConvertModel | None = None) -> Trained:
-    return train_run(make_run(overrides, forced, convert_model), steps)
+    """Training steps whose recomputation is checked (model/op_record.py)."""
+    with checked_records():
+        return train_run(make_run(overrides, forced, convert_model), steps)
+
+
+@contextmanager
+def checked_records() -> Iterator[None]:
+    """Context in which records of operators keep checksums, and what is recomputed is compared bit by bit."""
+    before = os.environ.get(CHECK)
+    os.environ[CHECK] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(CHECK)
+        if before is not None:
+            os.environ[CHECK] = before
 
 
 def train_run(run: Run, steps: int) -> Trained:

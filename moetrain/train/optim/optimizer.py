@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import OptimConfig
 from moetrain.moe.bank import is_expert_parameter
-from moetrain.routers.base import Router
+from moetrain.routers.base import Router, TiedModules
 from moetrain.train.optim.muon import MuonAdamW, MuonSettings
 
 HIDDEN = ("dense", "expert")  # groups that hold matrices of hidden layers only
@@ -41,7 +41,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort the trainable parameters by kind: dense (matrices of hidden layers), undecayed, router, expert."""
     is_expert = is_expert_parameter(model)
-    routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
+    routers = {id(p) for m in model.modules() if isinstance(m, (Router, TiedModules)) for p in m.parameters()}
     kinds: dict[str, list[nn.Parameter]] = {"dense": [], "undecayed": [], "router": [], "expert": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
