@@ -29,7 +29,7 @@ from tests.support.package_source import (
 APPLICATIONS = ("upcycle", "peft", "compress", "interop", "analysis", "profiling", "report", "doctor")
 # From the ground up. A module imports from lines above its own, or from its own package.
 ORDER = (
-    ("files", "locks", "machine", "streams", "units"),
+    ("files", "locks", "machine", "shapes", "streams", "units"),
     ("errors",),
     ("packages", "user_code"),
     ("ops", "plan", "config", "checkpoint"),

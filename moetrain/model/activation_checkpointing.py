@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import moetrain.ops.expert_linear  # noqa: F401
 import moetrain.ops.grouped_experts  # noqa: F401
 from moetrain.model.op_record import ALL_TO_ALL, OpRecord
 
@@ -29,6 +30,7 @@ HEAVY = frozenset({
     ALL_TO_ALL, torch.ops.moetrain.peer_start.default,
     torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
     torch.ops.moetrain.grouped_experts.default, torch.ops.moetrain.grouped_experts_padded.default,
+    torch.ops.moetrain.expert_linear.default, torch.ops.moetrain.expert_linear_padded.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

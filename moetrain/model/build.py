@@ -26,9 +26,9 @@ from moetrain.model.projection import Projection
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer
-from moetrain.ops.grouped_gemm import takes_counts_on_device
 from moetrain.ops.pinned import to_device
 from moetrain.parallel.state_shards import buffers, state_shards
 from moetrain.plan.placement import ExpertPlacement, contiguous
@@ -210,12 +210,6 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
                  recompute=recomputed(config.train.activation_checkpointing))
 
 
-def _counts_stay(config: Config, device: torch.device) -> bool:
-    """Whether the grouped products take counts from the device, so that the host need not read them."""
-    return takes_counts_on_device(device, compute_dtype(config, device), config.model.dim,
-                                  config.model.expert_dim)
-
-
 def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
                exchange_of: ExchangeFactory) -> MoELayer:
     sizes, name = config.model, router_name(layer)
@@ -225,10 +219,12 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
         top_k=per_layer(sizes.top_k, layer)
     )
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
-    bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), dim=sizes.dim,
-                      expert_dim=sizes.expert_dim, cut=cut)
-    dispatcher = TokenDispatcher(homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
-                                 on_device=_counts_stay(config, mesh.device))
+    form = SwigluExpert(dim=sizes.dim, expert_dim=sizes.expert_dim)
+    bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), form=form, cut=cut)
+    # Counts stay on a device whose grouped products take them there, so that the host need not read them.
+    dispatcher = TokenDispatcher(
+        homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
+        on_device=form.takes_counts_on_device(mesh.device, compute_dtype(config, mesh.device)))
     shared_dim = sizes.num_shared_experts * sizes.expert_dim
     return MoELayer(
         name=name,

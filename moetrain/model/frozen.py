@@ -16,7 +16,7 @@ from torch import nn
 
 from moetrain.config.suggest import distance
 from moetrain.errors import ConfigError
-from moetrain.moe.bank import MATRICES, SLICES, ExpertBank
+from moetrain.moe.bank import ExpertBank
 from moetrain.moe.experts import RoutedExperts
 
 
@@ -43,8 +43,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     for bank in model.modules():
         if isinstance(bank, ExpertBank) and bank.cut is not None:
-            for matrix, slices in zip(MATRICES, SLICES):
-                getattr(bank, slices).requires_grad_(getattr(bank, matrix).requires_grad)
+            for name, slices in zip(bank.names, bank.slices):
+                bank.stacked(slices).requires_grad_(bank.stacked(name).requires_grad)
 
 
 def refuse_nothing_to_train(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -80,9 +80,9 @@ def _names(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[str]]]:
     for path, module in model.named_modules():
         if isinstance(module, RoutedExperts):
             banks.add(f"{path}.bank")
-            for matrix in MATRICES:
-                yield getattr(module.bank, matrix), [
-                    f"{path}.{expert}.{matrix}" for expert in range(module.dispatcher.placement.num_experts)]
+            for name in module.bank.names:
+                yield module.bank.stacked(name), [
+                    f"{path}.{expert}.{name}" for expert in range(module.dispatcher.placement.num_experts)]
         if path not in banks:
             for name, parameter in module.named_parameters(path, recurse=False):
                 yield parameter, [name]

@@ -14,13 +14,14 @@ do nothing. Under `fssdp`, parallel/fssdp/copies.py sets `copies`, and the hooks
     release_after_forward       moe/experts.py, after the grouped product
                                 drop copies; in backward, start to gather them again
 
-The bank itself knows of no other position. It stores one stacked Parameter for each matrix. Where experts
-may be sliced, it stores a second one for this position's slices. parallel/state_shards.py alone maps these to
-the names under which tensors are initialized and saved: layer, expert id and matrix. A position may own no
+The bank itself knows of no other position. Its form (expert_form.py) says which parameters an expert has. The
+bank stores one stacked Parameter for each of them, under its name. Where experts may be sliced, it stores a
+second one for this position's slices. parallel/state_shards.py alone maps these to
+the names under which tensors are initialized and saved: layer, expert id and parameter. A position may own no
 expert.
 
-Shapes: e experts on this rank, c copies, T tokens, D model width, F expert width, G = 2F, N rows that
-arrived, R rows ordered by expert.
+Shapes: e experts on this rank, c copies, T tokens, D model width, N rows that arrived, R rows ordered by
+expert.
 """
 
 from collections.abc import Callable
@@ -30,19 +31,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from moetrain.moe.expert_form import ExpertForm, StraightThrough
 from moetrain.plan.placement import slice_rows
 
-MATRICES = ("gate_up", "down")
-SLICES = ("gate_up_slices", "down_slices")   # this position's slices of sliced experts
-
-CopiedMatrices = tuple[Tensor, Tensor]       # gate_up [c, G, D], down [c, D, F]
+CopiedParameters = tuple[Tensor, ...]        # [c, …], in the order of the form's SHAPES
 
 
 class Copies(Protocol):
     """Copies of experts of other positions, for one layer. The methods are the hooks of `ExpertBank`."""
 
     def prefetch(self) -> None: ...
-    def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedMatrices | None]: ...
+    def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedParameters | None]: ...
     def regather_in_backward(self) -> AbstractContextManager[None]: ...
     def release_after_forward(self, out_RD: Tensor) -> Tensor: ...
     def reduce_grads_in_backward(self, x_TD: Tensor) -> Tensor: ...
@@ -53,42 +52,65 @@ class ExpertBank(nn.Module):
 
     Args:
         experts: global ids of the experts held here whole, ascending.
-        dim: model width D.
-        expert_dim: expert width F.
+        form: their parameters, and what they compute.
         cut: (position, positions) if experts may be sliced (plan/placement.py). This position then holds
-            rows of both matrices of every expert in `sliced`, which is empty at first. None: never sliced.
+            rows of every parameter of every expert in `sliced`, which is empty at first. None: never sliced.
     """
 
-    def __init__(self, *, experts: tuple[int, ...], dim: int, expert_dim: int,
+    def __init__(self, *, experts: tuple[int, ...], form: ExpertForm,
                  cut: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.experts = experts
-        self.gate_up = nn.Parameter(torch.empty(len(experts), 2 * expert_dim, dim))
-        self.down = nn.Parameter(torch.empty(len(experts), dim, expert_dim))
-        self.cut = cut
+        self.experts, self.form, self.cut = experts, form, cut
+        assert cut is None or not form.QUANTIZED, "a slice cannot be quantized by itself"
+        self.names = tuple(form.shapes)
+        self.slices = tuple(f"{name}_slices" for name in self.names)
         self.sliced: tuple[int, ...] = ()
-        if cut is not None:
-            self.gate_up_slices = nn.Parameter(torch.empty(0, len(slice_rows(2 * expert_dim, *cut)), dim))
-            self.down_slices = nn.Parameter(torch.empty(0, len(slice_rows(dim, *cut)), expert_dim))
+        for name, slices, (rows, *widths) in zip(self.names, self.slices, form.shapes.values()):
+            self.register_parameter(name, nn.Parameter(torch.empty(len(experts), rows, *widths)))
+            if cut is not None:
+                self.register_parameter(
+                    slices, nn.Parameter(torch.empty(0, len(slice_rows(rows, *cut)), *widths)))
         self.copies: Copies | None = None
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Rows and columns of an expert's matrices, in the order of `MATRICES`."""
-        return [tuple(getattr(self, matrix).shape[1:]) for matrix in MATRICES]
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of an expert's parameters, in the order of `names`."""
+        return list(self.form.shapes.values())
+
+    @property
+    def like(self) -> Tensor:
+        """Some parameter, for the device of all."""
+        return self.stacked(self.names[0])
+
+    def stacked(self, name: str) -> nn.Parameter:
+        """The parameter of a name, of all experts or slices here."""
+        return getattr(self, name)
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The values that all experts here compute with, [e, …], in the order of `names`. Differentiable."""
+        return tuple(parameter if values is parameter else StraightThrough.apply(parameter, values)
+                     for parameter, values in ((self.stacked(name), self.value(name)) for name in self.names))
+
+    def value(self, name: str) -> Tensor:
+        """The values that a parameter takes in the computation: its own unless the form quantizes it."""
+        parameter = self.stacked(name)
+        if name not in self.form.QUANTIZED:
+            return parameter
+        with torch.no_grad():
+            return self.form.quantize(name, parameter)
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """The matrices that are not frozen, in the order of `MATRICES`."""
-        return tuple(matrix for matrix in MATRICES if getattr(self, matrix).requires_grad)
+        """Names of the parameters that are not frozen, in the order of `names`."""
+        return tuple(name for name in self.names if self.stacked(name).requires_grad)
 
     def prefetch(self) -> None:
         """Start gathering copies. Does not wait."""
         if self.copies is not None:
             self.copies.prefetch()
 
-    def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedMatrices | None]:
-        """Wait for copies; return the rows and the copies' matrices, or None without copies.
+    def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedParameters | None]:
+        """Wait for copies; return the rows and the copies' parameters, or None without copies.
 
         The rows pass through an autograd node, so that its backward runs on every rank.
         """

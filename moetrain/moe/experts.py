@@ -1,8 +1,7 @@
 """Routed experts of a layer, computed over ragged rows.
 
-    expert(x) = down( silu(gate x) * (up x) * w )        w: the gate weight of the row (1 without routing)
-
-Parameters are float32 (or float64) and cast where they are used.
+What an expert computes is said by its form (expert_form.py). Parameters are float32 (or float64) and cast
+where they are used.
 
 Shapes: T tokens, K slots per token, R rows ordered by expert, N rows as they arrived, D model width.
 """
@@ -12,8 +11,6 @@ from torch import Tensor, nn
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import DispatchedRows, PendingCombine, TokenDispatcher
 from moetrain.moe.overlap import overlapped_forward
-from moetrain.ops.chunked_experts import ChunkedExperts
-from moetrain.ops.grouped_experts import grouped_experts
 
 
 class RoutedExperts(nn.Module):
@@ -59,8 +56,7 @@ class RoutedExperts(nn.Module):
         bank = self.bank
         x_ND, copies = bank.wait(rows.x_ND)
         with bank.regather_in_backward():
-            out_RD = grouped_experts(x_ND, rows.weights_R, bank.gate_up, bank.down, rows.counts_e, rows.order,
-                                     copies)
+            out_RD = bank.form.compute(x_ND, rows.weights_R, rows.counts_e, rows.order, bank.values(), copies)
         return bank.release_after_forward(out_RD)
 
 
@@ -77,10 +73,11 @@ class ChunkedComputation:
         """Wait for copies. Called while the first chunks travel.
 
         Autograd runs nodes in reverse of their recording. The node recorded here therefore computes the
-        gradients of all matrices after the gradients of all rows have started back (ops/chunked_experts.py).
+        gradients of all matrices after the gradients of all rows have started back, where the form does so
+        (ops/chunked_experts.py).
         """
-        waited, copies = self.bank.wait(self.bank.gate_up.new_empty(0))
-        self.experts = ChunkedExperts(self.bank.gate_up, self.bank.down, copies, waited)
+        waited, copies = self.bank.wait(self.bank.like.new_empty(0))
+        self.experts = self.bank.form.chunks(self.bank.values(), copies, waited)
 
     def __call__(self, rows: DispatchedRows) -> Tensor:
         """Compute the weighted outputs [R, D] of the next chunk, ordered by expert."""

@@ -13,20 +13,21 @@ gate and up halves are kept: D + 3F numbers per row beside its x.
 Shapes: as in ops/grouped_experts.py.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moetrain.ops.grouped_experts import MatrixGradOperands, forward_of, matrix_grads, rows_backward
+from moetrain.ops.grouped_experts import GradOperands, forward_of, matrix_grads, needed_of, rows_backward
+from moetrain.ops.grouped_gemm import expert_of_rows, make_groups
 from moetrain.ops.permute import Permutation
-from moetrain.ops.pinned import to_device
 
 
 class ChunkOperands(NamedTuple):
     """What a chunk's backward keeps for the matrix gradients."""
 
-    operands: MatrixGradOperands
+    operands: tuple[GradOperands | None, ...]   # of each matrix
     counts_e: list[int] | Tensor     # rows of each expert in the chunk
 
 
@@ -47,7 +48,7 @@ class ChunkedExperts:
     """
 
     def __init__(self, gate_up_eGD: Tensor, down_eDF: Tensor,
-                 copies: tuple[Tensor, Tensor] | None = None, waited: Tensor | None = None) -> None:
+                 copies: Sequence[Tensor] | None = None, waited: Tensor | None = None) -> None:
         self.matrices = gate_up_eGD, down_eDF, *(copies or (None, None))
         self.chunks: list[ChunkOperands] = []
         self.weight_grad_barrier = _MatrixGrads.apply(self.chunks, waited, *self.matrices)
@@ -81,7 +82,8 @@ class _Chunk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_RD):
-        rows = rows_backward(grad_RD, *ctx.saved_tensors, ctx.counts_e)
+        needed = needed_of(ctx.needs_input_grad[2:])
+        rows = rows_backward(grad_RD, *ctx.saved_tensors, ctx.counts_e, needed)
         ctx.chunks.append(ChunkOperands(rows.operands, ctx.counts_e))
         return None, grad_RD.new_zeros(1), rows.x_ND, None, None, rows.weights_R, None, None, None, None, None
 
@@ -96,32 +98,37 @@ class _MatrixGrads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        grads = matrix_grads_of(ctx.chunks)
-        d_gate_up_eGD, d_down_eDF = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes))
+        grads = [grad if grad is None else grad.to(dtype)
+                 for grad, dtype in zip(matrix_grads_of(ctx.chunks), ctx.dtypes)]
         ctx.chunks.clear()
-        homes = ctx.homes
-        copies = (d_gate_up_eGD[homes:], d_down_eDF[homes:]) if ctx.copied else (None, None)
-        return None, ctx.waited, d_gate_up_eGD[:homes], d_down_eDF[:homes], *copies
+        homes, needs = ctx.homes, ctx.needs_input_grad[2:]
+        d_homes = (grad[:homes] if needs[at] else None for at, grad in enumerate(grads))
+        d_copies = (grad[homes:] if ctx.copied and needs[2 + at] else None for at, grad in enumerate(grads))
+        return None, ctx.waited, *d_homes, *d_copies
 
 
-def matrix_grads_of(chunks: list[ChunkOperands]) -> tuple[Tensor, Tensor]:
-    """Gradients of both matrices of all experts over the rows of all chunks, in the dtype of the rows.
+def matrix_grads_of(chunks: list[ChunkOperands]) -> tuple[Tensor | None, ...]:
+    """Gradients of the matrices of all experts over the rows of all chunks, in the dtype of the rows.
 
-    `chunks` is in the order of backward, which runs the last chunk first.
+    `chunks` is in the order of backward, which runs the last chunk first. A gradient that is not needed is
+    None.
     """
     chunks = chunks[::-1]
-    operands, counts = [chunk.operands for chunk in chunks], [chunk.counts_e for chunk in chunks]
-    experts = [_expert_of_rows(chunk.counts_e, chunk.operands.grad_RD) for chunk in chunks]
-    order_R = torch.cat(experts).argsort(stable=True)
-    together = MatrixGradOperands(*(torch.cat(rows).index_select(0, order_R) for rows in zip(*operands)))
+    counts = [chunk.counts_e for chunk in chunks]
     on_device = isinstance(counts[0], Tensor)
     counts_e = torch.stack(counts).sum(0) if on_device else [sum(each) for each in zip(*counts)]
-    return matrix_grads(together, counts_e)
+    by_matrix = list(zip(*(chunk.operands for chunk in chunks)))
+    given = next((pairs for pairs in by_matrix if pairs[0] is not None), None)
+    if given is None:
+        return (None,) * len(by_matrix)
+    order_R = torch.cat([expert_of_rows(make_groups(of_chunk, grad_RO.device), grad_RO)
+                         for of_chunk, (grad_RO, _) in zip(counts, given)]).argsort(stable=True)
+    return matrix_grads([_in_order(pairs, order_R) for pairs in by_matrix], counts_e)
 
 
-def _expert_of_rows(counts_e: list[int] | Tensor, rows_RD: Tensor) -> Tensor:
-    """Expert of each row, int64 [R] on the device of the rows."""
-    device = rows_RD.device
-    if not isinstance(counts_e, Tensor):
-        counts_e = to_device(torch.tensor(counts_e, dtype=torch.int64), device)
-    return torch.arange(len(counts_e), device=device).repeat_interleave(counts_e, output_size=len(rows_RD))
+def _in_order(pairs: tuple[GradOperands | None, ...], order_R: Tensor) -> GradOperands | None:
+    """Join the operands of all chunks, with rows in this order; None where there are none."""
+    if pairs[0] is None:
+        return None
+    grad_RO, rows_RI = (torch.cat(rows).index_select(0, order_R) for rows in zip(*pairs))
+    return grad_RO, rows_RI

@@ -16,7 +16,7 @@ loop that reads the offsets back, six times per layer and micro-batch: the host 
 Shapes: R rows ordered by expert, e experts on this rank, I and O widths.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from moetrain.ops.pinned import to_device
 # Compute capabilities on which grouped_mm is one kernel, in bfloat16 alone (torch 2.11 to 2.13,
 # GroupedBlas.cpp).
 ONE_KERNEL = ((9, 0), (10, 0))
+
+
+Counts: TypeAlias = list[int] | Tensor   # rows of each expert: on the host, or int64 on the device
 
 
 class Groups(NamedTuple):
@@ -104,6 +107,19 @@ def grouped_outer(a_RI: Tensor, b_RO: Tensor, groups: Groups) -> Tensor:
     for a, b, out in zip(a_RI.split(counts_e), b_RO.split(counts_e), out_eIO):
         torch.mm(a.T, b, out=out)
     return out_eIO
+
+
+def homes_and_copies(homes: Tensor, copies: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Parameters of experts at home here, then those of copies, in the dtype of the rows."""
+    if copies is None or not len(copies):
+        return homes.to(dtype).contiguous()
+    return torch.cat([homes.to(dtype), copies.to(dtype)])
+
+
+def expert_of_rows(groups: Groups, rows: Tensor) -> Tensor:
+    """Expert of each row, int64 [R]; padding counts to the last expert."""
+    row_R, last = torch.arange(len(rows), device=rows.device, dtype=torch.int32), len(groups.offsets_e) - 1
+    return torch.searchsorted(groups.offsets_e, row_R, right=True).clamp_(max=max(last, 0))
 
 
 def _counts_on_host(groups: Groups, rows: Tensor) -> list[int]:

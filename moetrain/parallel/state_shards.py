@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moetrain.moe.bank import MATRICES, SLICES, ExpertBank
+from moetrain.moe.bank import ExpertBank
 from moetrain.plan.placement import slice_rows
 
 Of = Callable[[nn.Parameter], Tensor | None]
@@ -53,14 +53,13 @@ def state_shards(model: nn.Module, of: Of = lambda parameter: parameter.data) ->
     for path, module in model.named_modules():
         if isinstance(module, ExpertBank):
             layer = path.removesuffix(".experts.bank")
-            for matrix in MATRICES:
-                yield from _of_experts(f"{layer}.experts", matrix, module.experts,
-                                       of(getattr(module, matrix)))
+            for name in module.names:
+                yield from _of_experts(f"{layer}.experts", name, module.experts, of(module.stacked(name)))
             if module.cut is not None:
-                for matrix, stacked, shape in zip(MATRICES, SLICES, module.shapes):
+                for name, slices, shape in zip(module.names, module.slices, module.shapes):
                     begin = slice_rows(shape[0], *module.cut).start
-                    yield from _of_sliced(f"{layer}.experts", matrix, module.sliced, shape, begin,
-                                          of(getattr(module, stacked)))
+                    yield from _of_sliced(f"{layer}.experts", name, module.sliced, shape, begin,
+                                          of(module.stacked(slices)))
         else:
             for name, parameter in module.named_parameters(path, recurse=False):
                 yield from _of_dense(name, of(parameter))

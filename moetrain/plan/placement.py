@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,10 @@ class ExpertPlacement:
     def __getitem__(self, router: str) -> LayerPlacement:
         return dict(self.layers)[router]
 
+    def only(self, names: Sequence[str]) -> "ExpertPlacement":
+        """The placements of some layers, in the order of the names."""
+        return ExpertPlacement(tuple((name, self[name]) for name in names))
+
     @property
     def homes(self) -> "ExpertPlacement":
         """The same placements without copies."""
@@ -188,21 +193,22 @@ def slice_rows(rows: int, position: int, positions: int) -> range:
     return range(rows * position // positions, rows * (position + 1) // positions)
 
 
-def slice_columns(shapes: Sequence[tuple[int, int]], position: int, positions: int) -> list[slice]:
+def slice_columns(shapes: Sequence[tuple[int, ...]], position: int, positions: int) -> list[slice]:
     """Where a position's slice lies in the flattened parameters of an expert.
 
     Args:
-        shapes: (rows, columns) of the expert's matrices, which lie side by side in one row of numbers.
+        shapes: shapes of the expert's parameters, which lie side by side in one row of numbers; a vector is
+            a matrix of one column.
         position: position that holds the slice.
         positions: size of the `ep` axis.
 
     Returns:
-        One `slice` of that row for each matrix.
+        One `slice` of that row for each parameter.
     """
-    begins = accumulate((rows * columns for rows, columns in shapes), initial=0)
-    held = [slice_rows(rows, position, positions) for rows, _ in shapes]
-    return [slice(begin + rows.start * columns, begin + rows.stop * columns)
-            for begin, rows, (_, columns) in zip(begins, held, shapes)]
+    begins = accumulate(map(prod, shapes), initial=0)
+    held = [slice_rows(shape[0], position, positions) for shape in shapes]
+    return [slice(begin + rows.start * prod(shape[1:]), begin + rows.stop * prod(shape[1:]))
+            for begin, rows, shape in zip(begins, held, shapes)]
 
 
 def contiguous(num_experts: int, positions: int) -> LayerPlacement:

@@ -7,7 +7,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moetrain.comm.sparse.packed import Packed
-from moetrain.moe.bank import MATRICES, SLICES
 from moetrain.ops import grouped_experts
 from moetrain.plan.cost.memory import CopyMemory, copy_memory, held_at
 from moetrain.train.step import train_step
@@ -37,21 +36,21 @@ def live(overrides: list[str]) -> Live:
     def alive() -> int:
         return sum({ref.cdata: nbytes for ref, nbytes in gathered if not ref.expired()}.values())
 
-    def watched(matrices, layer):
-        def matrices_of_layer():
-            views = matrices()
+    def watched(values, layer):
+        def values_of_layer():
+            views = values()
             gathered.append((StorageWeakRef(layer._rows_cW.untyped_storage()), layer._rows_cW.nbytes))
             seen["most"] = max(seen["most"], alive())
             return views
 
-        return matrices_of_layer
+        return values_of_layer
 
     def share(*arguments, original=run.objective.share):
         seen["forward"], seen["most"] = seen["forward"] or alive(), 0
         return original(*arguments)
 
     for layer in layers:
-        layer.matrices = watched(layer.matrices, layer)
+        layer.values = watched(layer.values, layer)
     run.objective.share = share
     rows = 3 * run.config.model.dim * run.config.model.expert_dim * 8
     by_layer = [layer.transfers.copies * rows if layer.transfers else 0 for layer in layers]
@@ -90,15 +89,15 @@ def bytes_of_pieces(overrides: list[str]) -> tuple[list[tuple[int, ...]], int, i
     train_step(run, 3)
 
     def nbytes(names: tuple[str, ...]) -> int:
-        parameters = [getattr(bank, name) for bank in banks for name in names]
+        parameters = [bank.stacked(name) for bank in banks for name in names]
         moments = [run.state.optimizer.state[parameter] for parameter in parameters]
         kept = [*parameters, *(state[name] for state in moments for name in ("exp_avg", "exp_avg_sq"))]
         return (sum(tensor.untyped_storage().nbytes() for tensor in kept)
                 + sum(parameter.grad.nbytes for parameter in parameters))
 
     assert all(torch.equal(run.state.optimizer.state[getattr(bank, name)]["step"], torch.tensor(3.))
-               for bank in banks for name in SLICES)
-    return [bank.sliced for bank in banks], nbytes(SLICES), nbytes(MATRICES)
+               for bank in banks for name in bank.slices)
+    return [bank.sliced for bank in banks], nbytes(banks[0].slices), nbytes(banks[0].names)
 
 
 @pytest.mark.ranks
@@ -134,7 +133,7 @@ def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
     run.state.planning.planner = EveryLayerOtherwise(3)
     run.state.planning.restored()
     seen, gather, reduce, cast, position = (Seen(), Packed.post_gather, Packed.post_reduce,
-                                            grouped_experts._cast, run.mesh["ep"].position)
+                                            grouped_experts.homes_and_copies, run.mesh["ep"].position)
 
     def gathered(transfers, *arguments):
         pending = gather(transfers, *arguments)
@@ -156,7 +155,7 @@ def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Packed, "post_gather", gathered)
         patch.setattr(Packed, "post_reduce", reduced)
-        patch.setattr(grouped_experts, "_cast", laid)
+        patch.setattr(grouped_experts, "homes_and_copies", laid)
         train_step(run, 1)
     model = run.config.model
     predicted = copy_memory(layers, 3 * model.dim * model.expert_dim, weight=run.state.model.dtype.itemsize,

@@ -7,6 +7,7 @@ from torch import nn
 
 from moetrain.moe.bank import ExpertBank, is_expert_parameter
 from moetrain.moe.dispatch import DispatchedRows
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import ChunkedComputation, RoutedExperts
 from moetrain.ops.permute import Permutation
 from tests.support.bank_layer import Layer, alone
@@ -57,7 +58,8 @@ class Elsewhere:
 
 def test_copies_are_computed_after_the_homes():
     torch.manual_seed(0)
-    whole, part = (ExpertBank(experts=experts, dim=3, expert_dim=2) for experts in ((0, 1, 2), (0,)))
+    whole, part = (ExpertBank(experts=experts, form=SwigluExpert(dim=3, expert_dim=2))
+                   for experts in ((0, 1, 2), (0,)))
     for parameter in whole.parameters():
         nn.init.normal_(parameter)
     part.gate_up.data, part.down.data = whole.gate_up.data[:1], whole.down.data[:1]
@@ -74,4 +76,4 @@ def test_copies_are_computed_after_the_homes():
 
 
 def test_prefetching_without_copies_does_nothing():
-    ExpertBank(experts=(0,), dim=3, expert_dim=2).prefetch()
+    ExpertBank(experts=(0,), form=SwigluExpert(dim=3, expert_dim=2)).prefetch()

@@ -14,6 +14,7 @@ from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import DispatchedRows, TokenDispatcher
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.ops.permute import gather_padded, permute
 from moetrain.plan.placement import LayerPlacement, contiguous
@@ -148,7 +149,7 @@ def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(len(ids_TK), 8, generator=generator).to(dtype).requires_grad_()
     weights_TK = torch.rand(ids_TK.shape, generator=generator).requires_grad_()
-    bank = ExpertBank(experts=placement.experts_of(rank), dim=8, expert_dim=16)
+    bank = ExpertBank(experts=placement.experts_of(rank), form=SwigluExpert(dim=8, expert_dim=16))
     for matrix in bank.parameters():
         torch.nn.init.normal_(matrix, generator=generator)
     dispatcher = TokenDispatcher(placement, FlatExchange(group(positions)), CPU, exact=exact,
@@ -179,7 +180,7 @@ def test_nothing_asks_the_device_for_a_number(on_device):
     with FakeTensorMode():
         ids_TK = torch.zeros(5, 2, dtype=torch.int64)
         x_TD, weights_TK = torch.randn(5, 8).requires_grad_(), torch.rand(5, 2).requires_grad_()
-        bank = ExpertBank(experts=tuple(range(EXPERTS)), dim=8, expert_dim=16)
+        bank = ExpertBank(experts=tuple(range(EXPERTS)), form=SwigluExpert(dim=8, expert_dim=16))
         dispatcher = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=on_device)
         try:
             RoutedExperts(bank, dispatcher)(x_TD, ids_TK, weights_TK).wait().sum().backward()

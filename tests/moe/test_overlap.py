@@ -10,6 +10,7 @@ from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.overlap import chunk_sizes
 from moetrain.plan.placement import contiguous
@@ -41,7 +42,8 @@ class Trace(TorchDispatchMode):
 def layer(chunks: int, exact: bool) -> RoutedExperts:
     group = Group("ep", (0, 1), dist.get_rank(), dist.group.WORLD)
     placement = contiguous(EXPERTS, 2)
-    bank = ExpertBank(experts=placement.experts_of(group.position), dim=WIDTH, expert_dim=WIDTH).double()
+    bank = ExpertBank(experts=placement.experts_of(group.position),
+                      form=SwigluExpert(dim=WIDTH, expert_dim=WIDTH)).double()
     for matrix in bank.parameters():
         torch.nn.init.normal_(matrix, generator=torch.Generator().manual_seed(group.position))
     dispatcher = TokenDispatcher(placement, FlatExchange(group), torch.device("cpu"), exact=exact)

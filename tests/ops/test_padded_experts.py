@@ -118,7 +118,7 @@ def test_the_references_under_the_ops_never_wait_for_the_host_either(dtype):
         out_RD, gate_up_RG = experts._reference(*inputs, counts_e)
         permute.sum_padded(out_RD, slots_R, rows_TK)
         experts._reference_backward(permute.gather_padded(x_TD, slots_R, rows_TK), *inputs, gate_up_RG,
-                                    counts_e)
+                                    counts_e, [True] * 3)
 
 
 def test_only_x_h_weights_and_indices_are_kept():

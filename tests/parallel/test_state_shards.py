@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from moetrain.moe.bank import ExpertBank
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.parallel.state_shards import StateShard, buffers, shard_of, state_shards
 from tests.support.bank_layer import Layer
 
@@ -35,7 +36,7 @@ def test_a_sliced_expert_is_rows_of_the_same_tensors():
     for position, rows in ((1, {"gate_up": 1, "down": 0}), (0, {"gate_up": 0})):
         model = Layer((4,))
         bank = model.layers[0]["moe"]["experts"].bank = ExpertBank(
-            experts=(4,), dim=3, expert_dim=2, cut=(position, 4))
+            experts=(4,), form=SwigluExpert(dim=3, expert_dim=2), cut=(position, 4))
         assert not [name for name in named(model) if ".7." in name]
         bank.sliced = (7,)
         for parameter in (bank.gate_up_slices, bank.down_slices):

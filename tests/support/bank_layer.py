@@ -7,6 +7,7 @@ from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.plan.placement import contiguous
 
@@ -17,7 +18,7 @@ class Layer(nn.Module):
     def __init__(self, experts: tuple[int, ...]) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(2))
-        bank = ExpertBank(experts=experts, dim=3, expert_dim=2)
+        bank = ExpertBank(experts=experts, form=SwigluExpert(dim=3, expert_dim=2))
         routed = RoutedExperts(bank, alone(max(experts, default=0) + 1))
         self.layers = nn.ModuleList([nn.ModuleDict({"moe": nn.ModuleDict({"experts": routed})})])
 

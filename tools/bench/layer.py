@@ -46,6 +46,7 @@ from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import DispatchedRows, TokenDispatcher
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.overlap import overlapped_forward
 from moetrain.plan.placement import contiguous
@@ -117,7 +118,8 @@ class Layer:
                  dtype: torch.dtype, clock: Clock, *, paced: bool = False) -> None:
         placement = contiguous(shape.experts, exchange.positions)
         held = () if paced else placement.experts_of(exchange.position)
-        self.bank = ExpertBank(experts=held, dim=shape.dim, expert_dim=shape.expert_dim).to(device)
+        self.bank = ExpertBank(
+            experts=held, form=SwigluExpert(dim=shape.dim, expert_dim=shape.expert_dim)).to(device)
         for matrix in self.bank.parameters():
             torch.nn.init.normal_(matrix, std=0.02)
         generator = torch.Generator().manual_seed(exchange.position)

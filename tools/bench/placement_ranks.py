@@ -29,6 +29,7 @@ from moetrain.config.build import build
 from moetrain.config.compose import compose
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.pinned import DeviceTables
@@ -148,8 +149,8 @@ class Stack:
     def start(self, homes: ExpertPlacement) -> None:
         """Make the experts at these homes."""
         self.homes, at = homes, self.group.position
-        self.banks = {name: ExpertBank(experts=layer.experts_of(at), dim=self.sizes.dim,
-                                       expert_dim=self.sizes.expert_dim, cut=(at, self.group.size))
+        form = SwigluExpert(dim=self.sizes.dim, expert_dim=self.sizes.expert_dim)
+        self.banks = {name: ExpertBank(experts=layer.experts_of(at), form=form, cut=(at, self.group.size))
                       for name, layer in homes.whole.layers}
         parameters = [parameter for bank in self.banks.values() for parameter in bank.parameters()]
         for parameter in parameters:
@@ -232,7 +233,7 @@ def work(options: argparse.Namespace, spec: Path) -> None:
 
 def seconds_of_a_row(sizes: Sizes, rows: int) -> float:
     """Seconds of computing a row, forward and backward, while all ranks compute: the largest median."""
-    bank = ExpertBank(experts=(0, 1), dim=sizes.dim, expert_dim=sizes.expert_dim)
+    bank = ExpertBank(experts=(0, 1), form=SwigluExpert(dim=sizes.dim, expert_dim=sizes.expert_dim))
     for parameter in bank.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     times = []

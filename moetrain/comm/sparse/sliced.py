@@ -13,6 +13,7 @@ expert, W numbers of an expert.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -38,18 +39,18 @@ class Sliced:
 
     Args:
         placement: homes, copies and sliced experts of the layer.
-        shapes: (rows, columns) of an expert's matrices, which lie side by side in a row of W numbers.
+        shapes: shapes of an expert's parameters, which lie side by side in a row of W numbers.
         position: this position.
         tables: where indices are put on the device.
     """
 
-    def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, int]], position: int,
+    def __init__(self, placement: LayerPlacement, shapes: Sequence[tuple[int, ...]], position: int,
                  tables: DeviceTables) -> None:
         positions, index = placement.positions, {expert: row for row, expert in enumerate(placement.sliced)}
         self.position = position
         self.columns = [slice_columns(shapes, at, positions) for at in range(positions)]
         self.widths = [sum(part.stop - part.start for part in parts) for parts in self.columns]
-        self.width = sum(rows * columns for rows, columns in shapes)
+        self.width = sum(map(prod, shapes))
         towards = [[index[expert] for expert in placement.assembled_at(to)] for to in range(positions)]
         self.copies, self.counts = len(towards[position]), [len(rows) for rows in towards]
         self.index_s = tables.put(torch.tensor(sum(towards, []), dtype=torch.int64))

@@ -37,26 +37,27 @@ Lifetime of copies:
                           gathers them itself.
 
 Gradients of copies are summed here over micro-batches and travel once a step, in float32 (float64 in float64
-runs). Copies of frozen matrices are gathered, and no gradient of theirs is computed or sent. Where both
-matrices of a layer are frozen, there is no reduction.
+runs). Copies of frozen parameters are gathered, and no gradient of theirs is computed or sent. Where all
+of a layer are frozen, there is no reduction.
 
 With calibration (`add_copies`) a step continues with another placement, as if it had been planned. Only its
 first gather comes in two parts, which are put in the order of slots when both have arrived. Replica groups
 may decide differently; their gradients are summed at the homes.
 
 Shapes: h homes, c copies, W numbers of an expert, N rows that arrived, R rows computed, T tokens, D model
-width, F expert width, G = 2F.
+width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
-from moetrain.moe.bank import MATRICES, CopiedMatrices, ExpertBank
+from moetrain.moe.bank import CopiedParameters, ExpertBank
 from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.parallel.fssdp.transfers import CopyTransfers, PendingGradReduction
 from moetrain.plan.cost.machine import Topology
@@ -178,21 +179,21 @@ class LayerCopies:
         landed = ([] if here is None
                   else [PendingGather(self.placement.gathered_at(self.group.position), lambda: here)])
         added = placement.beyond(self.placement)
-        with DeviceTables(self.bank.gate_up.device) as tables:
+        with DeviceTables(self.bank.like.device) as tables:
             transfers, transfers_of_all = self._transfers(added, tables), self._transfers(placement, tables)
         assert transfers is not None, "a placement without further copies"
         self._gathers = [*landed, *self._gathers, self._gather(added, transfers)]
         self.placement, self.transfers, self.added = placement, transfers_of_all, len(added.copies)
 
-    def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedMatrices | None]:
-        """Wait for copies; return the rows and the copies' matrices, or None if no position has copies.
+    def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedParameters | None]:
+        """Wait for copies; return the rows and the copies' parameters, or None if no position has copies.
 
-        In backward, the gradients of the matrices are accumulated over micro-batches.
+        In backward, the gradients of these are accumulated over micro-batches.
         """
         if self.transfers is None:
             return x_ND, None
-        x_ND, gate_up_cGD, down_cDF = _Wait.apply(x_ND, self._anchor, self)
-        return x_ND, (gate_up_cGD, down_cDF)
+        x_ND, *copies = _Wait.apply(x_ND, self._anchor, self)
+        return x_ND, tuple(copies)
 
     @contextmanager
     def regather_in_backward(self) -> Iterator[None]:
@@ -217,14 +218,14 @@ class LayerCopies:
         self._rows_cW = None
         return _ReleaseAfterForward.apply(rows_RD, self) if self.hooked else rows_RD
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return gate_up [c, G, D] and down [c, D, F] of the copies, as views. Waits for them."""
+    def values(self) -> CopiedParameters:
+        """Return the parameters [c, …] of the copies, as views. Waits for them."""
         if self._rows_cW is None:
             self.prefetch()
             self._rows_cW = self._wait_gathers()
-        gate_up, down = self.bank.gate_up.shape[1:], self.bank.down.shape[1:]
-        parts = self._rows_cW.detach().split([gate_up.numel(), down.numel()], dim=1)
-        return parts[0].unflatten(1, gate_up), parts[1].unflatten(1, down)
+        shapes = self.bank.shapes
+        parts = self._rows_cW.detach().split([prod(shape) for shape in shapes], dim=1)
+        return tuple(part.unflatten(1, shape) for part, shape in zip(parts, shapes))
 
     def reduce_grads_in_backward(self, x_TD: Tensor) -> Tensor:
         """Pass tokens [T, D] through an autograd node whose backward starts the reduction of gradients.
@@ -249,17 +250,17 @@ class LayerCopies:
         """Accumulate the gradients of copies from one micro-batch.
 
         Args:
-            gradients: of each matrix of the copies that is not frozen, in the order of the bank.
+            gradients: of each parameter [c, …] that is not frozen, in the order of the bank.
         """
         if self.hooked:    # waits for the second gather on a rank whose saved tensors did not need it
-            self.matrices()
+            self.values()
         if self.rematerialize:
             self._rows_cW = None
         self.backwards -= 1
         if not gradients:
             return
         gradients_cW = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).to(
-            getattr(self.bank, self.bank.trainable[0]).dtype)
+            self.bank.stacked(self.bank.trainable[0]).dtype)
         self._gradients_cW = (gradients_cW if self._gradients_cW is None
                               else self._gradients_cW.add_(gradients_cW))
 
@@ -300,7 +301,7 @@ class LayerCopies:
         landed = [expert for gather in gathers for expert in gather.experts]
         wanted = self.placement.gathered_at(self.group.position)
         order_c = torch.tensor([landed.index(expert) for expert in wanted], dtype=torch.int64)
-        return torch.cat(rows_cW)[to_device(order_c, self.bank.gate_up.device)]
+        return torch.cat(rows_cW)[to_device(order_c, self.bank.like.device)]
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Place":
         """Replace a saved view of the copies by its geometry."""
@@ -312,7 +313,7 @@ class LayerCopies:
         """Take a saved view from the copies that were gathered again. Waits for them."""
         if isinstance(saved, Tensor):
             return saved
-        self.matrices()
+        self.values()
         assert self._rows_cW is not None
         return self._rows_cW.as_strided(*saved)
 
@@ -337,12 +338,12 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, anchor, layer):
-        matrices = layer.matrices()
-        ctx.layer, ctx.trained = layer, [matrix in layer.bank.trainable for matrix in MATRICES]
+        values = layer.values()
+        ctx.layer, ctx.trained = layer, [name in layer.bank.trainable for name in layer.bank.names]
         ctx.set_materialize_grads(all(ctx.trained))
         ctx.mark_non_differentiable(
-            *(copied for copied, trained in zip(matrices, ctx.trained) if not trained))
-        return x_ND.view_as(x_ND), *matrices
+            *(copied for copied, trained in zip(values, ctx.trained) if not trained))
+        return x_ND.view_as(x_ND), *values
 
     @staticmethod
     def backward(ctx, grad_ND, *gradients):

@@ -7,25 +7,26 @@ and stay. Values are moved bit by bit: the state gathered by name is the same be
 
 Experts that stay whole travel in one exchange of rows of equal width. Slices of experts that become sliced,
 or whole again (plan/placement.py), travel in a second exchange, as flat numbers, because slices differ in
-width. Layers whose rows differ in layout, as where the experts of some are frozen and have no moments, take
-turns.
+width. Layers whose rows differ in layout, as where experts have other shapes, or are frozen and have no
+moments, take turns.
 
 Shapes: h experts here, s experts sent, W numbers of an expert with its moments, w numbers of this position's
 slice of one.
 """
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import AsyncAllToAll
-from moetrain.moe.bank import MATRICES, SLICES, ExpertBank
+from moetrain.moe.bank import ExpertBank
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement, slice_columns
 
 Rows = dict[tuple[str, int], Tensor]         # state [W] of an expert, or [w] of its slice, by router and id
-Shapes = list[tuple[int, int]]               # (rows, columns) of the tensors that lie side by side in a row
+Shapes = list[tuple[int, ...]]               # of the tensors that lie side by side in a row
 
 
 @torch.no_grad()
@@ -51,9 +52,8 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
     for name, bank in banks.items():
         alike.setdefault(_layout(bank, optimizer), []).append(name)
     for names in alike.values():
-        some_before, some_after = (ExpertPlacement(tuple((name, placement[name]) for name in names))
-                                   for placement in (before, after))
-        _reshard_alike({name: banks[name] for name in names}, optimizer, some_before, some_after, group)
+        _reshard_alike({name: banks[name] for name in names}, optimizer, before.only(names), after.only(names),
+                       group)
     return sum(_moved(before[name], layer) for name, layer in after.layers)
 
 
@@ -64,21 +64,21 @@ def _reshard_alike(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optim
     parts: Rows = {}
     for name, bank in banks.items():
         whole.update({(name, expert): row
-                      for expert, row in zip(bank.experts, _rows(bank, MATRICES, optimizer))})
+                      for expert, row in zip(bank.experts, _rows(bank, bank.names, optimizer))})
         if bank.cut is not None:
             parts.update({(name, expert): row
-                          for expert, row in zip(bank.sliced, _rows(bank, SLICES, optimizer))})
+                          for expert, row in zip(bank.sliced, _rows(bank, bank.slices, optimizer))})
     any_bank = next(iter(banks.values()))
-    shapes = [tuple(parameter.shape[1:]) for parameter, _ in _tensors(any_bank, MATRICES, optimizer)]
-    like = _rows(any_bank, MATRICES, optimizer)
-    _move(whole, sum(rows * columns for rows, columns in shapes), like, before, after, group)
+    shapes = [tuple(parameter.shape[1:]) for parameter, _ in _tensors(any_bank, any_bank.names, optimizer)]
+    like = _rows(any_bank, any_bank.names, optimizer)
+    _move(whole, sum(map(prod, shapes)), like, before, after, group)
     _recut(whole, parts, shapes, like, before, after, group)
     for name, layer in after.layers:
         bank, bank_experts = banks[name], layer.experts_of(group.position)
-        _refill(bank, MATRICES, optimizer, [whole[name, expert] for expert in bank_experts])
+        _refill(bank, bank.names, optimizer, [whole[name, expert] for expert in bank_experts])
         bank.experts = bank_experts
         if bank.cut is not None:
-            _refill(bank, SLICES, optimizer, [parts[name, expert] for expert in layer.sliced])
+            _refill(bank, bank.slices, optimizer, [parts[name, expert] for expert in layer.sliced])
             bank.sliced = layer.sliced
 
 
@@ -183,7 +183,7 @@ def cut(row_W: Tensor, shapes: Shapes, position: int, positions: int) -> Tensor:
 
 def together(pieces: list[Tensor], shapes: Shapes) -> Tensor:
     """Assemble an expert [W] from its slices of all positions, in order of position: the inverse of `cut`."""
-    row_W = pieces[0].new_empty(sum(rows * columns for rows, columns in shapes))
+    row_W = pieces[0].new_empty(sum(map(prod, shapes)))
     for position, piece in enumerate(pieces):
         parts = slice_columns(shapes, position, len(pieces))
         for part, numbers in zip(parts, piece.split([part.stop - part.start for part in parts])):
@@ -205,17 +205,17 @@ def _tensors(bank: ExpertBank, names: tuple[str, ...],
     The order is the same on every position.
     """
     found: list[tuple[torch.nn.Parameter, str | None]] = []
-    for matrix in names:
-        parameter = getattr(bank, matrix)
-        moments = sorted(name for name in optimizer.state.get(parameter, {}) if name != "step")
-        found += [(parameter, None), *((parameter, name) for name in moments)]
+    for name in names:
+        parameter = bank.stacked(name)
+        moments = sorted(set(optimizer.state.get(parameter, {})) - {"step"})
+        found += [(parameter, None), *((parameter, moment) for moment in moments)]
     return found
 
 
 def _layout(bank: ExpertBank, optimizer: torch.optim.Optimizer) -> tuple:
     """Layout of the row of an expert: shape, dtype and moment of each of its tensors."""
     return tuple((parameter.shape[1:], parameter.dtype, moment)
-                 for parameter, moment in _tensors(bank, MATRICES, optimizer))
+                 for parameter, moment in _tensors(bank, bank.names, optimizer))
 
 
 def _rows(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Optimizer) -> Tensor:
@@ -233,14 +233,14 @@ def _refill(bank: ExpertBank, names: tuple[str, ...], optimizer: torch.optim.Opt
 
     Args:
         bank: bank to change; its Parameters keep their identity.
-        names: parameters of the bank, `MATRICES` or `SLICES`.
+        names: parameters of the bank, its `names` or `slices`.
         optimizer: optimizer that holds the moments.
         rows: a row for each expert, in the layout of `_rows`.
     """
     tensors = _tensors(bank, names, optimizer)
     shapes = [parameter.shape[1:] for parameter, _ in tensors]
     widths = [shape.numel() for shape in shapes]
-    stacked = torch.stack(rows) if rows else getattr(bank, names[0]).new_empty(0, sum(widths))
+    stacked = torch.stack(rows) if rows else bank.like.new_empty(0, sum(widths))
     for (parameter, moment), part, shape in zip(tensors, stacked.split(widths, dim=1), shapes):
         full = part.reshape(len(rows), *shape).to(
             parameter.dtype, copy=True, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Transfers of one layer's copies: matrices from homes to copies, and gradients back.
+"""Transfers of one layer's copies: parameters from homes to copies, and gradients back.
 
 Copies are in the order of their physical slots: first copies of whole experts, then those assembled from
 slices (plan/placement.py). Each of the two kinds has a sparse collective of its own (comm/sparse/). Both are
@@ -14,7 +14,7 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.sparse.base import Collective, Handle
 from moetrain.comm.sparse.forms import collective
 from moetrain.comm.sparse.sliced import Sliced
-from moetrain.moe.bank import MATRICES, SLICES, ExpertBank
+from moetrain.moe.bank import ExpertBank
 from moetrain.ops.pinned import DeviceTables
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
@@ -46,7 +46,7 @@ class PendingGradReduction:
     def finish(self) -> None:
         """Wait, and add what has arrived to the gradients of the parameters. Once."""
         for part, names, handle in self.parts:
-            matrices = [getattr(self.bank, name) for name in names]
+            matrices = [self.bank.stacked(name) for name in names]
             widths = [matrix.shape[1:].numel() for matrix in matrices]
             for matrix, part_sW in zip(matrices, handle.wait().split(widths, dim=1)):
                 own = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
@@ -70,12 +70,12 @@ class CopyTransfers:
         self.bank, self.group = bank, group
         self.parts: list[tuple[Collective, tuple[str, ...]]] = []    # with the names of the bank's parameters
         if placement.whole_copies:
-            self.parts.append((collective(form, placement, topology, group.position, tables), MATRICES))
+            self.parts.append((collective(form, placement, topology, group.position, tables), bank.names))
         if placement.sliced:
-            self.parts.append((Sliced(placement, bank.shapes, group.position, tables), SLICES))
+            self.parts.append((Sliced(placement, bank.shapes, group.position, tables), bank.slices))
         self.copies = sum(part.copies for part, _ in self.parts)
-        # Gradients take the same way back; slices of some of the matrices have other widths.
-        trained = [matrix in bank.trainable for matrix in MATRICES]
+        # Gradients take the same way back; slices of some of the parameters have other widths.
+        trained = [name in bank.trainable for name in bank.names]
         self.back = [(part, tuple(name for name, kept in zip(names, trained) if kept))
                      for part, names in self.parts]
         if placement.sliced and not all(trained):
@@ -85,14 +85,14 @@ class CopyTransfers:
     def post_gather(self, dtype: torch.dtype) -> PendingCopies:
         """Start gathering the copies; they travel in `dtype`. Every position of the group calls it."""
         return PendingCopies([
-            part.post_gather([getattr(self.bank, name) for name in names], self.group, dtype)
+            part.post_gather([self.bank.value(name) for name in names], self.group, dtype)
             for part, names in self.parts])
 
     def post_reduce(self, gradients_cW: Tensor) -> PendingGradReduction:
         """Start sending the gradients of the copies home. Every position of the group calls it.
 
         Args:
-            gradients_cW: gradients of the trainable matrices, side by side.
+            gradients_cW: gradients of the trainable parameters, side by side.
         """
         rows = gradients_cW.split([part.copies for part, _ in self.back])
         return PendingGradReduction(self.bank, [

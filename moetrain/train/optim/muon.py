@@ -142,7 +142,7 @@ def matrix_rows(model: nn.Module) -> dict[nn.Parameter, list[int]]:
         elif isinstance(module, FeedForward):
             rows[module.gate_up.weight] = [len(module.gate_up.weight) // 2] * 2
         elif isinstance(module, ExpertBank):
-            rows[module.gate_up] = [module.gate_up.shape[-2] // 2] * 2
+            rows |= {module.stacked(name): each for name, each in module.form.matrix_rows().items()}
     return rows
 
 

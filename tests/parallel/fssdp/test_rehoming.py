@@ -12,6 +12,7 @@ from torch import nn
 
 from moetrain.comm.mesh import Group
 from moetrain.moe.bank import ExpertBank
+from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.parallel.fssdp.rehoming import cut, reshard, together
 from moetrain.parallel.state_shards import state_shards
@@ -29,8 +30,8 @@ class Model(nn.Module):
 
     def __init__(self, placement: ExpertPlacement, at: int) -> None:
         super().__init__()
-        banks = [ExpertBank(experts=layer.experts_of(at), dim=DIM, expert_dim=EXPERT_DIM, cut=(at, POSITIONS))
-                 for _, layer in placement.layers]
+        banks = [ExpertBank(experts=layer.experts_of(at), form=SwigluExpert(dim=DIM, expert_dim=EXPERT_DIM),
+                            cut=(at, POSITIONS)) for _, layer in placement.layers]
         experts = [RoutedExperts(bank, alone(SIZES[name]))
                    for bank, (name, _) in zip(banks, placement.layers)]
         self.layers = nn.ModuleList(nn.ModuleDict({"moe": nn.ModuleDict({"experts": each})})
