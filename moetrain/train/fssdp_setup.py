@@ -8,6 +8,7 @@ from moetrain.config.schema import Config
 from moetrain.model.build import plan_homes, sliced_experts
 from moetrain.model.parallelize import copy_experts
 from moetrain.model.transformer import Transformer
+from moetrain.moe.expert_form import ExpertForm
 from moetrain.parallel.fssdp.copies import CopyManager
 from moetrain.parallel.fssdp.replanner import PlanningInputs, ReplanIntervals, Replanner
 from moetrain.plan.calibration import calibrate
@@ -54,20 +55,25 @@ def survey(config: Config, model: Transformer, mesh: Mesh) -> PlanningInputs:
 
     Args:
         config: the config, with the speeds of section `hardware`.
-        model: the model, for the dtype of activations.
+        model: the model, for the forms of its experts and the dtype of activations.
         mesh: all ranks.
 
     Returns:
         The inputs of planners besides loads.
     """
-    hardware, sizes = config.hardware, config.model
+    hardware, dim = config.hardware, config.model.dim
     topology = Topology(mesh["ep"].size, min(mesh["node"].size, mesh["ep"].size))
-    numbers, element = 3 * sizes.dim * sizes.expert_dim, model.dtype.itemsize
     tokens = config.train.global_batch * config.train.seq_len / mesh["batch"].size
     # Operations of attention in the forward pass, roughly.
-    attention = 2 * tokens * (4 * sizes.dim ** 2 + 2 * config.train.seq_len * sizes.dim)
-    costs = Costs(row_s=6 * numbers / hardware.flops, row_bytes=sizes.dim * element,
-                  expert_bytes=numbers * element, inside=hardware.inside, between=hardware.between,
-                  latency_s=hardware.latency_s, hidden_s=attention / hardware.flops,
-                  collective=config.parallel.collective)
-    return PlanningInputs(topology, costs, config.parallel.max_copies)
+    attention = 2 * tokens * (4 * dim ** 2 + 2 * config.train.seq_len * dim)
+    element = model.dtype.itemsize
+
+    def costs(form: ExpertForm) -> Costs:
+        # Backward has twice the operations of forward.
+        return Costs(row_s=3 * form.row_flops / hardware.flops, row_bytes=dim * element,
+                     expert_bytes=form.numbers * element, inside=hardware.inside, between=hardware.between,
+                     latency_s=hardware.latency_s, hidden_s=attention / hardware.flops,
+                     collective=config.parallel.collective)
+
+    of_layers = {name: costs(moe.experts.bank.form) for name, moe in model.moe_layers.items()}
+    return PlanningInputs(topology, of_layers, config.parallel.max_copies)

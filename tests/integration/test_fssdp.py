@@ -225,7 +225,7 @@ def added_where_it_pays(overrides: list[str], forced, seconds: float) -> list[in
     run = make_run(overrides, forced)
     planning = run.state.planning
     planning.planning_inputs = planning.planning_inputs._replace(
-        costs=replace(planning.planning_inputs.costs, row_s=seconds))
+        costs={name: replace(costs, row_s=seconds) for name, costs in planning.planning_inputs.costs.items()})
     counts = []
     for step in (1, 2):
         counts.append(int(train_step(run, step).metrics["moe/added_copies"]))

@@ -1,5 +1,6 @@
 """Memory of FSSDP: copies are released, pieces are parts, and formulas are what is allocated."""
 
+from math import prod
 from typing import NamedTuple
 
 import pytest
@@ -151,15 +152,14 @@ def predicted_and_seen(overrides: list[str]) -> tuple[CopyMemory, CopyMemory]:
             seen.add("beside", side_by_side)
         return side_by_side
 
-    layers = [held_at(layer, position) for _, layer in run.state.planning.placement.layers]
+    parameters = [prod(shape) for shape in run.state.model.layers[0].moe.experts.bank.shapes]
+    layers = [held_at(layer, position, parameters) for _, layer in run.state.planning.placement.layers]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Packed, "post_gather", gathered)
         patch.setattr(Packed, "post_reduce", reduced)
         patch.setattr(grouped_experts, "homes_and_copies", laid)
         train_step(run, 1)
-    model = run.config.model
-    predicted = copy_memory(layers, 3 * model.dim * model.expert_dim, weight=run.state.model.dtype.itemsize,
-                            gradient=4,
+    predicted = copy_memory(layers, weight=run.state.model.dtype.itemsize, gradient=4,
                             rematerialize=run.config.parallel.rematerialize,
                             recompute=run.config.train.activation_checkpointing != "none")
     return predicted, CopyMemory(**seen.most)

@@ -10,6 +10,7 @@ from moetrain.model.build import build_model, check_model
 from moetrain.model.frozen import freeze
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import ExpertBank
+from moetrain.moe.expert_form import SwigluExpert
 from tests.support.training import TINY
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_a_conversion_that_freezes_everything_can_be_evaluated_and_not_trained()
 
 
 def test_slices_of_experts_are_frozen_with_their_matrix() -> None:
-    bank = ExpertBank(experts=(0, 1), dim=4, expert_dim=6, cut=(0, 2))
+    bank = ExpertBank(experts=(0, 1), form=SwigluExpert(dim=4, expert_dim=6), cut=(0, 2))
     bank.down.requires_grad_(False)
     freeze(bank, [])
     assert frozen(bank) == {"down", "down_slices"} and bank.trainable == ("gate_up",)

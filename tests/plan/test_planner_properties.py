@@ -83,7 +83,7 @@ def check_homes(planner: Planner, loads_E: np.ndarray, homes: LayerPlacement, to
                 costs: Costs, room: int) -> None:
     if isinstance(planner, SupportsRehoming):
         placement = ExpertPlacement((("layer", homes.whole),))
-        moved = planner.rehome({"layer": loads_E}, placement, topology, costs)["layer"]
+        moved = planner.rehome({"layer": loads_E}, placement, topology, {"layer": costs})["layer"]
         assert not moved.copies and moved.num_experts == homes.num_experts
     if isinstance(planner, SupportsSlicing):
         assert len(planner.choose_sliced(loads_E, homes, topology, costs, room, 2)) <= 2

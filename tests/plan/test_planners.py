@@ -127,12 +127,12 @@ def test_moved_homes_are_as_many_everywhere(planner, topology, experts, name, se
                                       for i, size in enumerate(experts)))
     loads = {router: generate(name, seed + i, 1, topology.positions, layer.num_experts, 400)[0].sum(0)
              for i, (router, layer) in enumerate(placement.layers)}
-    moved = planner.rehome(loads, placement, topology, CHEAP)
+    moved = planner.rehome(loads, placement, topology, dict.fromkeys(loads, CHEAP))
     assert [router for router, _ in moved.layers] == [router for router, _ in placement.layers]
     assert all(not layer.copies for _, layer in moved.layers)
     counts = [sum(len(layer.experts_of(at)) for _, layer in moved.layers) for at in range(topology.positions)]
     assert max(counts) == min(counts) and sum(counts) == sum(experts)
-    assert moved.digest == planner.rehome(loads, placement, topology, CHEAP).digest
+    assert moved.digest == planner.rehome(loads, placement, topology, dict.fromkeys(loads, CHEAP)).digest
 
 
 def test_what_fits_behind_other_work_is_counted_in_whole_experts():
@@ -235,7 +235,7 @@ def test_hecates_homes_balance_what_cannot_be_copied():
     costs = Costs(1.0, 1.0, 1.0, 1.0, 1.0, hidden_s=1.0)
     placement = ExpertPlacement((("a", contiguous(4, 2)), ("b", contiguous(4, 2))))
     loads = {"a": np.array([90, 9, 1, 1]), "b": np.array([5, 60, 6, 7])}
-    moved = Hecate().rehome(loads, placement, Topology(2, 2), costs)
+    moved = Hecate().rehome(loads, placement, Topology(2, 2), dict.fromkeys(loads, costs))
     assert moved["a"].home[1:] == (0, 1, 1)
     rest = {at: sum(load for load, home in zip([5, 0, 6, 7], moved["b"].home, strict=True) if home == at)
             for at in (0, 1)}
@@ -385,12 +385,13 @@ def test_homes_move_only_where_that_pays():
     placement = ExpertPlacement(tuple((f"layers.{i}", contiguous(32, 8)) for i in range(layers)))
     hot = {f"layers.{i}": generate("hot_rank", i, 1, 8, 32, ROWS)[0] for i in range(layers)}
     loads = {router: n_PE.sum(0) for router, n_PE in hot.items()}
-    assert Balanced(horizon=0).rehome(loads, placement, topology, BARE) == placement
-    assert Balanced(state_ratio=1e9).rehome(loads, placement, topology, BARE) == placement
+    assert Balanced(horizon=0).rehome(loads, placement, topology, dict.fromkeys(loads, BARE)) == placement
+    costs = dict.fromkeys(loads, BARE)
+    assert Balanced(state_ratio=1e9).rehome(loads, placement, topology, costs) == placement
     even = {router: np.full(32, 256) for router in loads}
-    assert Balanced().rehome(even, placement, topology, BARE) == placement
+    assert Balanced().rehome(even, placement, topology, dict.fromkeys(even, BARE)) == placement
     planner = Balanced(horizon=100)
-    moved = planner.rehome(loads, placement, topology, BARE)
+    moved = planner.rehome(loads, placement, topology, dict.fromkeys(loads, BARE))
     changed = sum(a != b for (_, was), (_, now) in zip(placement.layers, moved.layers, strict=True)
                   for a, b in zip(was.home, now.home, strict=True))
     before, after = (sum(seconds(planner, homes[router], n_PE, topology, BARE, 4)

@@ -311,7 +311,7 @@ def _homes(planner: SupportsRehoming, arm: Arm, stack: Stack, seen: np.ndarray, 
     """Homes that a planner chooses by the loads seen before the trace, sliced where the arm allows it."""
     costs = stack.sizes.costs
     by_layer = {router: seen for router, _ in stack.homes.layers}
-    homes = planner.rehome(by_layer, stack.homes, stack.topology, costs)
+    homes = planner.rehome(by_layer, stack.homes, stack.topology, dict.fromkeys(by_layer, costs))
     if not arm.cut:
         return homes
     loads = loads_by_expert(seen)

@@ -52,8 +52,8 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
     for name, bank in banks.items():
         alike.setdefault(_layout(bank, optimizer), []).append(name)
     for names in alike.values():
-        _reshard_alike({name: banks[name] for name in names}, optimizer, before.only(names), after.only(names),
-                       group)
+        some = {name: banks[name] for name in names}
+        _reshard_alike(some, optimizer, before.only(names), after.only(names), group)
     return sum(_moved(before[name], layer) for name, layer in after.layers)
 
 

@@ -39,17 +39,21 @@ from moetrain.plan.splitting.rules import rule_of
 
 
 class PlanningInputs(NamedTuple):
-    """Inputs of planners besides loads, the same for all layers, since their experts have one size.
+    """Inputs of planners besides loads.
 
     Attributes:
         topology: positions and nodes.
-        costs: what a row, an expert and a link cost.
+        costs: what a row, an expert and a link cost, by the router of the layer.
         room: copies that a position may hold in a layer.
     """
 
     topology: Topology
-    costs: Costs
+    costs: Mapping[str, Costs]
     room: int
+
+    def of(self, name: str) -> tuple[Topology, Costs, int]:
+        """The inputs for one layer, by its router."""
+        return self.topology, self.costs[name], self.room
 
 
 class ReplanIntervals(NamedTuple):
@@ -179,7 +183,8 @@ class Replanner:
         if not self.intervals.sliced or not isinstance(self.planner, SupportsSlicing):
             return tuple(hottest_first(loads_E)[:self.intervals.sliced].tolist())
         homes = homes.with_sliced(self.placement[name].sliced)
-        return self.planner.choose_sliced(loads_E, homes, *self.planning_inputs, self.intervals.sliced)
+        return self.planner.choose_sliced(loads_E, homes, *self.planning_inputs.of(name),
+                                          self.intervals.sliced)
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Drop all copies and move every expert to its home in a placement. Waits."""
@@ -202,11 +207,10 @@ class Replanner:
     def _plan(self) -> None:
         """Plan the copies of all layers, put the placement in force, and start the check between ranks."""
         self.positions.fill_(self.mesh["ep"].size)
-        topology, costs, room = self.planning_inputs
         loads, homes, layers = self.forecaster.loads(), self.placement.homes, []
         with DeviceTables(self.mesh.device) as tables:
             for name, moe in self.layers.items():
-                plan = self.planner.plan(loads[name], homes[name], topology, costs, room)
+                plan = self.planner.plan(loads[name], homes[name], *self.planning_inputs.of(name))
                 plan = replace(plan, placement=plan.placement.with_sliced(homes[name].sliced))
                 self._dispatch_by(moe, plan, tables)
                 layers.append((name, plan.placement))
@@ -216,7 +220,7 @@ class Replanner:
 
     def _dispatch_by(self, moe: MoELayer, plan: LayerPlan, tables: DeviceTables) -> None:
         """Make the dispatcher of a layer follow a plan."""
-        topology, costs, _ = self.planning_inputs
+        topology, costs, _ = self.planning_inputs.of(moe.name)
         calibrate = self.calibration and partial(self._calibrate, moe, plan)
         moe.experts.dispatcher.set_placement(
             plan.placement, tables, rule_of(self.planner.rule, plan, topology, costs), calibrate)
@@ -237,7 +241,8 @@ class Replanner:
             return
         copies.calibrated = True
         assert self.calibration is not None
-        more = self.calibration(n_PE * copies.backwards, plan, self.planner, *self.planning_inputs)
+        more = self.calibration(n_PE * copies.backwards, plan, self.planner,
+                                *self.planning_inputs.of(moe.name))
         if more is not None:
             copies.add_copies(more.placement)
             with DeviceTables(self.mesh.device) as tables:

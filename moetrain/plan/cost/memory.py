@@ -10,8 +10,7 @@ These are formulas for what parallel/fssdp/copies.py allocates:
     sums       gradients of copies over all micro-batches: all layers, from a layer's first backward of a step
                to its end
     returned   gradients that homes receive at the end of a step, all layers
-    beside     homes and copies side by side while a layer computes, one matrix at a time: the larger matrix
-               has two thirds of an expert's numbers
+    beside     homes and copies side by side while a layer computes, one parameter at a time: the largest
 
 They hold for `packed` collectives of whole homes. `two_level` lays a layer's copies in the order of physical
 slots, and sliced experts are put together from their slices: either takes the layer's copies once more for a
@@ -31,11 +30,15 @@ class HeldExperts(NamedTuple):
         homes: experts at home here.
         copies: copies here.
         sent: experts sent from here, counted once for each copy.
+        numbers: parameters of one expert.
+        largest: numbers of its largest parameter.
     """
 
     homes: int
     copies: int
     sent: int
+    numbers: int
+    largest: int
 
 
 class CopyMemory(NamedTuple):
@@ -48,35 +51,41 @@ class CopyMemory(NamedTuple):
     beside: int
 
 
-def held_at(placement: LayerPlacement, position: int) -> HeldExperts:
-    """Experts that a position holds of a layer under a placement."""
+def held_at(placement: LayerPlacement, position: int, parameters: Sequence[int]) -> HeldExperts:
+    """Experts that a position holds of a layer under a placement.
+
+    Args:
+        placement: homes and copies of the layer.
+        position: the position.
+        parameters: numbers of each parameter of an expert.
+    """
     sent = sum(placement.home[expert] == position for expert, _ in placement.copies)
-    return HeldExperts(len(placement.experts_of(position)), len(placement.copies_at(position)), sent)
+    return HeldExperts(len(placement.experts_of(position)), len(placement.copies_at(position)), sent,
+                       sum(parameters), max(parameters))
 
 
-def copy_memory(layers: Sequence[HeldExperts], numbers: int, *, weight: int, gradient: int,
+def copy_memory(layers: Sequence[HeldExperts], *, weight: int, gradient: int,
                 rematerialize: bool, recompute: bool) -> CopyMemory:
     """Peak bytes of copies on one position.
 
     Args:
         layers: experts that the position holds, in the order of layers.
-        numbers: parameters of one expert.
         weight: bytes of one number in the dtype of the computation.
         gradient: bytes of one number in the dtype of the parameters.
         rematerialize: copies are gathered again for backward.
         recompute: layers are under activation checkpointing.
     """
-    copies, sent = [layer.copies for layer in layers], [layer.sent for layer in layers]
+    copies = [layer.copies * layer.numbers for layer in layers]
+    sent = [layer.sent * layer.numbers for layer in layers]
     at_once = 2 if rematerialize and not recompute else 1
     copies_here = _largest_sum(copies, at_once) if rematerialize else sum(copies)
-    side_by_side = max((layer.homes + layer.copies for layer in layers if layer.copies), default=0)
-    return CopyMemory(copies=copies_here * numbers * weight,
-                      sending=_largest_sum(sent, at_once) * numbers * weight,
-                      sums=sum(copies) * numbers * gradient,
-                      returned=sum(sent) * numbers * gradient,
-                      beside=side_by_side * (numbers * 2 // 3) * weight)
+    side_by_side = max(((layer.homes + layer.copies) * layer.largest for layer in layers if layer.copies),
+                       default=0)
+    return CopyMemory(copies=copies_here * weight, sending=_largest_sum(sent, at_once) * weight,
+                      sums=sum(copies) * gradient, returned=sum(sent) * gradient,
+                      beside=side_by_side * weight)
 
 
-def _largest_sum(experts: list[int], layers: int) -> int:
+def _largest_sum(numbers: list[int], layers: int) -> int:
     """Largest sum over so many neighboring layers."""
-    return max((sum(experts[first:first + layers]) for first in range(len(experts))), default=0)
+    return max((sum(numbers[first:first + layers]) for first in range(len(numbers))), default=0)

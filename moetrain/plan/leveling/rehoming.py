@@ -14,7 +14,8 @@ time to send what moves (weights and two moments). If no gain is positive, nothi
 Shapes: E experts, P positions, X experts on the fullest position, Y experts on the emptiest one.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ CHECK_GROWTH = 2     # a layer's time is computed after 1, 2, 4, 8, ... exchange
 
 
 def exchange_homes(loads: dict[str, np.ndarray], placement: ExpertPlacement,
-                   seconds: Callable[[str, LayerPlacement], float], *, horizon: int, move_s: float,
-                   tolerance: float) -> ExpertPlacement:
+                   seconds: Callable[[str, LayerPlacement], float], *, horizon: int,
+                   move_s: Mapping[str, float], tolerance: float) -> ExpertPlacement:
     """Exchange homes between positions where that shortens the horizon by more than the moves cost.
 
     Args:
@@ -35,16 +36,16 @@ def exchange_homes(loads: dict[str, np.ndarray], placement: ExpertPlacement,
         placement: homes of all layers.
         seconds: modeled step time of a layer, by its router and its homes.
         horizon: steps for which these loads are expected to last.
-        move_s: seconds that moving one expert takes.
+        move_s: seconds that moving one expert takes, by router.
         tolerance: excess of the largest position load over the mean, as a fraction, that is left alone.
 
     Returns:
         Placements without copies. Every position owns as many experts as before over all layers together.
     """
-    homes = [_LayerHomes(loads[name], layer) for name, layer in placement.layers]
+    homes = [_LayerHomes(loads[name], layer, move_s[name]) for name, layer in placement.layers]
     for index in sorted(range(len(homes)), key=lambda index: (-homes[index].imbalance(), index)):
         if homes[index].imbalance() > 1 + tolerance:
-            _level_layer(homes, index, partial(seconds, placement.layers[index][0]), horizon, move_s)
+            _level_layer(homes, index, partial(seconds, placement.layers[index][0]), horizon)
     return ExpertPlacement(tuple((name, layer.placement())
                                  for (name, _), layer in zip(placement.layers, homes, strict=True)))
 
@@ -52,7 +53,8 @@ def exchange_homes(loads: dict[str, np.ndarray], placement: ExpertPlacement,
 class _LayerHomes:
     """Loads and homes of one layer while homes move; `origin_E` are the homes before anything moved."""
 
-    def __init__(self, loads_E: np.ndarray, layer: LayerPlacement) -> None:
+    def __init__(self, loads_E: np.ndarray, layer: LayerPlacement, move_s: float) -> None:
+        self.move_s = move_s
         self.loads_E = np.asarray(loads_E, dtype=np.int64)
         self.origin_E = np.array(layer.home, dtype=np.int64)
         self.home_E, self.load_P = self.origin_E.copy(), np.zeros(layer.positions, dtype=np.int64)
@@ -93,7 +95,7 @@ class _Move(NamedTuple):
 
 
 def _level_layer(homes: list[_LayerHomes], index: int, seconds: Callable[[LayerPlacement], float],
-                 horizon: int, move_s: float) -> None:
+                 horizon: int) -> None:
     """Exchange homes until none levels the layer further, then return to the state that gained most."""
     layer = homes[index]
     before_s, moved_before = seconds(layer.placement()), _num_moved(homes)
@@ -104,7 +106,8 @@ def _level_layer(homes: list[_LayerHomes], index: int, seconds: Callable[[LayerP
         exchanged = _exchange_once(homes, index, settled, log)
         if not exchanged or len(log) // 2 == check:
             check *= CHECK_GROWTH
-            moving_s = (_num_moved(homes) - moved_before) * move_s
+            moved = _num_moved(homes)
+            moving_s = sum((moved[each_s] - moved_before[each_s]) * each_s for each_s in moved)
             gain = horizon * (before_s - seconds(layer.placement())) - moving_s
             if gain > best_gain:
                 best_gain, keep = gain, len(log)
@@ -114,8 +117,12 @@ def _level_layer(homes: list[_LayerHomes], index: int, seconds: Callable[[LayerP
         other.move(expert, origin)
 
 
-def _num_moved(homes: list[_LayerHomes]) -> int:
-    return sum(int((layer.home_E != layer.origin_E).sum()) for layer in homes)
+def _num_moved(homes: list[_LayerHomes]) -> Counter[float]:
+    """Count the experts that have moved, by the seconds that each of them takes."""
+    moved: Counter[float] = Counter()
+    for layer in homes:
+        moved[layer.move_s] += int((layer.home_E != layer.origin_E).sum())
+    return moved
 
 
 def _exchange_once(homes: list[_LayerHomes], index: int, settled: set[int], log: list[_Move]) -> bool:

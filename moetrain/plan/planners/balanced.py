@@ -116,22 +116,27 @@ class Balanced(Planner):
         return state.result(), least_s
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
-               costs: Costs) -> ExpertPlacement:
+               costs: Mapping[str, Costs]) -> ExpertPlacement:
         """Exchange homes where that pays over the horizon.
 
         Layers are timed with as many copies as are hidden, but with no more than a position has homes,
         whatever its memory: homes should be good without copies that might not fit or might be late.
         """
         by_router = {name: loads_by_expert(loads[name]) for name, _ in placement.layers}
-        rate = costs.between if topology.nodes > 1 else costs.inside
 
         def seconds(name: str, homes: LayerPlacement) -> float:
             homes_each = -(-homes.num_experts // homes.positions)
-            room = copies_per_position(homes_each, topology, costs, homes.num_experts)
-            return self._plan_and_time(by_router[name], homes, topology, costs, room)[1]
+            room = copies_per_position(homes_each, topology, costs[name], homes.num_experts)
+            return self._plan_and_time(by_router[name], homes, topology, costs[name], room)[1]
 
+        move_s = {name: self._move_s(topology, each) for name, each in costs.items()}
         return exchange_homes(by_router, placement, seconds, horizon=self.horizon, tolerance=self.tolerance,
-                              move_s=costs.expert_bytes * self.state_ratio / rate)
+                              move_s=move_s)
+
+    def _move_s(self, topology: Topology, costs: Costs) -> float:
+        """Seconds to move one expert of a layer with its moments."""
+        rate = costs.between if topology.nodes > 1 else costs.inside
+        return costs.expert_bytes * self.state_ratio / rate
 
     def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
                       room: int, most: int) -> tuple[int, ...]:

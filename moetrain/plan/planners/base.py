@@ -60,14 +60,14 @@ class SupportsRehoming(Protocol):
     """Planner that also moves homes, now and then: the only change that moves optimizer state."""
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
-               costs: Costs) -> ExpertPlacement:
+               costs: Mapping[str, Costs]) -> ExpertPlacement:
         """Choose homes for all layers together.
 
         Args:
             loads: rows expected of each expert, int64 [E] by router.
             placement: homes of all layers.
             topology: positions and nodes.
-            costs: what a row, an expert and a link cost.
+            costs: what a row, an expert and a link cost, by router.
 
         Returns:
             The same homes or better ones, without copies.

@@ -50,7 +50,7 @@ class Eplb(Planner):
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
-               costs: Costs) -> ExpertPlacement:
+               costs: Mapping[str, Costs]) -> ExpertPlacement:
         nodes = topology.nodes if self._packs_by_node(topology) else 1
         moved = []
         for name, layer in placement.layers:

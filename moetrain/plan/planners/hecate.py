@@ -56,12 +56,12 @@ class Hecate(Planner):
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(copies)))
 
     def rehome(self, loads: Mapping[str, np.ndarray], placement: ExpertPlacement, topology: Topology,
-               costs: Costs) -> ExpertPlacement:
+               costs: Mapping[str, Costs]) -> ExpertPlacement:
         """Algorithm 2: homes that balance the experts that cannot be copied."""
         loads_E = {name: loads_by_expert(loads[name]) for name, _ in placement.layers}
         hot = {}
         for name, layer in placement.layers:
-            hidden = max_hidden_copies(topology, costs, layer.num_experts)
+            hidden = max_hidden_copies(topology, costs[name], layer.num_experts)
             hot[name] = set(hottest_first(loads_E[name])[:hidden].tolist())
         free_homes = _FreeHomes(sum(layer.num_experts for _, layer in placement.layers), topology)
         homes = {name: np.zeros(layer.num_experts, dtype=np.int64) for name, layer in placement.layers}

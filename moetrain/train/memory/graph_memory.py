@@ -19,6 +19,7 @@ is left for loads that drift and for fragmentation.
 
 import weakref
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -109,7 +110,9 @@ def max_copy_memory(run: Run) -> CopyMemory:
         homes = len(moe.experts.bank.experts)
         max_copies = (min(config.parallel.max_copies, moe.router.num_experts - homes)
                       + min(config.parallel.max_sliced_experts, homes))
-        layers.append(HeldExperts(homes, max_copies, (ep.size - 1) * min(config.parallel.max_copies, homes)))
-    return copy_memory(layers, 3 * config.model.dim * config.model.expert_dim, weight=model.dtype.itemsize,
-                       gradient=max(4, model.dtype.itemsize), rematerialize=config.parallel.rematerialize,
+        parameters = [prod(shape) for shape in moe.experts.bank.shapes]
+        layers.append(HeldExperts(homes, max_copies, (ep.size - 1) * min(config.parallel.max_copies, homes),
+                                  sum(parameters), max(parameters)))
+    return copy_memory(layers, weight=model.dtype.itemsize, gradient=max(4, model.dtype.itemsize),
+                       rematerialize=config.parallel.rematerialize,
                        recompute=config.train.activation_checkpointing != "none")
