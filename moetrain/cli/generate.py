@@ -7,6 +7,7 @@ appears as it is sampled. --json prints one object at the end: prompt, text, tok
 """
 
 import json
+import sys
 
 from moetrain.config.compose import for_run, run_dir, typed_keys
 from moetrain.config.schema import Config
@@ -35,16 +36,20 @@ def run(argv: list[str], program: Program) -> int:
 
 
 def _generate(config: Config, program: Program, typed: frozenset[str], *, as_json: bool) -> None:
-    from moetrain.generate.sample import continue_text
+    from moetrain.generate.sample import continue_text, noncausal_capacities
     from moetrain.train.evaluation.trained import choose_tokenizer, load_trained
 
     run = load_trained(config, typed, program.convert_model)
     tokenizer, end_id = choose_tokenizer(run, config, typed)
     wanted = config.generate
+    for capacity in noncausal_capacities(run.model) if rank() == 0 else []:
+        print(f"[warn] capacity {capacity}: it counts the tokens of a whole window in training, and those "
+              "written so far here, so other choices may be dropped", file=sys.stderr)
     continuation = continue_text(
         run.model, tokenizer, wanted.prompt, end_id=end_id, tokens=wanted.tokens,
-        temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed, context=config.train.seq_len,
-        cache=wanted.cache, mask_documents=run.config.data.mask_documents, group=run.mesh["batch"])
+        temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed, run_seed=run.config.run.seed,
+        step=run.step, context=config.train.seq_len, cache=wanted.cache,
+        mask_documents=run.config.data.mask_documents, group=run.mesh["batch"])
     if rank() != 0:
         "".join(continuation)  # all ranks sample it together
     elif as_json:

@@ -296,6 +296,8 @@ class EvalConfig:
     interval: int = key(0, "evaluate every so many steps (0: only at the end)")
     windows: int = key(32, "held-out windows of seq_len tokens per domain that is named in an evaluation")
     batch: int = key(16, "windows of one forward pass")
+    allow_noncausal: bool = key(
+        False, "evaluate and generate with routers whose choices for a token depend on later tokens")
     ngram: int = key(
         -1, "print n-gram models up to this order beside the result of `moetrain eval` (-1: none)")
 

@@ -13,18 +13,22 @@ Where training keeps attention inside a document (data.mask_documents), the end-
 at the beginning belongs to another document: the first token of the text is drawn from it alone,
 and no later one attends to it.
 
-Routers are in evaluation mode. The same seed gives the same text with the cache and without, up to rounding.
-generate/characters.py decodes the ids.
+Routers are told what they are told in training (routers/context.py): token ids, positions in the window, the
+number of the text, the step of the checkpoint and the run's seed. The domain of a text is not known, so a
+router that depends on it is refused. The same seed gives the same text with the cache and without, up to
+rounding. generate/characters.py decodes the ids.
 """
 
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import largest_over
+from moetrain.data.batches.batch import GENERATED_IDS
 from moetrain.data.tokenizers.tokenizer import Tokenizer
 from moetrain.errors import DataError
 from moetrain.files import shown
@@ -33,11 +37,33 @@ from moetrain.generate.characters import StreamingDecoder
 from moetrain.model.transformer import Transformer
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.ops.pinned import to_device
-from moetrain.routers.base import RouterContext
+from moetrain.routers.context import refuse_unknown, routers_of, token_context
 
 # Below this temperature the most probable token is taken: logits that differ by 1e-3
 # are a factor of e^1000 apart.
 MIN_TEMPERATURE = 1e-6
+# Fields of RouterContext that say nothing of a text that is being written. The domain is not known, and the
+# sums of a sequence are not formed: behind a key-value cache a pass has one token.
+UNKNOWN = frozenset({"domains_T", "seq_offsets"})
+
+
+class TextKey(NamedTuple):
+    """What routers are told of a generated text beside its tokens and their positions."""
+
+    seed: int                                # of the run
+    step: int                                # of the checkpoint
+    sample_id: int                           # number of the text
+
+
+def text_key(run_seed: int, step: int, seed: int) -> TextKey:
+    """Key of the text that `generate.seed` draws; no sample of training or evaluation has its number.
+
+    Args:
+        run_seed: `run.seed`.
+        step: step of the checkpoint.
+        seed: `generate.seed`.
+    """
+    return TextKey(run_seed, step, GENERATED_IDS + seed % GENERATED_IDS)
 
 
 class Continuation:
@@ -69,8 +95,8 @@ class Continuation:
 
 
 def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_id: int | None, tokens: int,
-                  temperature: float, top_p: float, seed: int, context: int, cache: bool,
-                  mask_documents: bool, group: Group) -> Continuation:
+                  temperature: float, top_p: float, seed: int, run_seed: int, step: int, context: int,
+                  cache: bool, mask_documents: bool, group: Group) -> Continuation:
     """Continue a prompt by up to `tokens` tokens, or to the end of the document.
 
     Tokens are drawn as the result is read.
@@ -84,6 +110,8 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_
         temperature: temperature of the distribution; 0 takes the most probable token.
         top_p: probability mass to sample from.
         seed: seed of the draws.
+        run_seed: seed of the run, by which routers key their random numbers.
+        step: step of the checkpoint, by which routers keep their schedules.
         context: number of tokens that the model attends to.
         cache: whether to cache keys and values of earlier tokens.
         mask_documents: whether training kept attention inside a document.
@@ -98,10 +126,12 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_
                         why="no document that the run was trained on ends in an end token, "
                             "behind which a text could begin",
                         next="generate.prompt=<text>")
+    refuse_unknown(model, UNKNOWN, "a text that is being written")
     first = begin if end_id is None else [end_id, *begin]
     model.eval()
     incremental = IncrementalModel(
-        model, context, cache=cache, separate_first=mask_documents and end_id is not None)
+        model, context, key=text_key(run_seed, step, seed), cache=cache,
+        separate_first=mask_documents and end_id is not None)
     generator = torch.Generator().manual_seed(seed)
 
     def draws() -> Iterator[int]:
@@ -131,14 +161,15 @@ class IncrementalModel:
     Args:
         model: the model, in evaluation mode.
         context: number of tokens that it attends to.
+        key: what routers are told of the text.
         cache: whether to cache keys and values, where the model runs token by token.
         separate_first: whether the first token is the end of another document, to
             which the text does not attend.
     """
 
-    def __init__(self, model: Transformer, context: int, *, cache: bool,
+    def __init__(self, model: Transformer, context: int, *, key: TextKey, cache: bool,
                  separate_first: bool = False) -> None:
-        self.model, self.context, self.separate_first = model, context, separate_first
+        self.model, self.context, self.key, self.separate_first = model, context, key, separate_first
         self.cache = KeyValueCache(model, context) if cache and runs_token_by_token(model) else None
 
     @torch.no_grad()
@@ -153,26 +184,41 @@ class IncrementalModel:
         """
         # What the newest token attends to.
         seen_S = ids_S[1:] if self.separate_first and len(ids_S) > 1 else ids_S
-        if len(seen_S) > self.context:
+        if len(ids_S) > self.context:
             self.cache = None  # the window slides, so all positions change and the cache is invalid
         # A separate first token is not cached: no later token attends to it.
         if self.cache is not None and (not self.separate_first or len(ids_S) > 1):
-            return self._last(seen_S[self.cache.length:], cache=self.cache)
+            begin = self.cache.length
+            return self._last(seen_S[begin:], first=begin + len(ids_S) - len(seen_S), cache=self.cache)
         both = self.separate_first and 1 < len(ids_S) <= self.context
         return self._last(ids_S[-self.context:],
                           documents_S=(torch.arange(len(ids_S)) > 0).long() if both else None)
 
-    def _last(self, tokens_S: Tensor, *, documents_S: Tensor | None = None,
+    def _last(self, tokens_S: Tensor, *, first: int = 0, documents_S: Tensor | None = None,
               cache: KeyValueCache | None = None) -> Tensor:
+        """Run tokens whose first one has the position `first` in the window; return the last one's logits."""
         tokens_BS, documents_BS = (None if part is None else to_device(part[None], self.model.embed.device)
                                    for part in (tokens_S, documents_S))
-        output = self.model(tokens_BS, RouterContext(training=False), documents_BS, cache=cache)
+        told = token_context(
+            tokens_BS, seed=self.key.seed, step=self.key.step, training=False, first=first,
+            sample_ids_B=torch.full_like(tokens_BS[:, 0], self.key.sample_id))
+        output = self.model(tokens_BS, told, documents_BS, cache=cache)
         return output.logits_BSV[0, -1].double().cpu()
 
 
 def runs_token_by_token(model: Transformer) -> bool:
-    """Whether tokens depend on each other through attention only; a capacity of experts counts all tokens."""
-    return all(type(block.moe.capacity) is CapacityPolicy for block in model.layers if block.moe is not None)
+    """Whether tokens depend on each other through attention only.
+
+    A capacity of experts counts all tokens, and a router may read later ones.
+    """
+    return not noncausal_capacities(model) and all(router.causal for router in routers_of(model).values())
+
+
+def noncausal_capacities(model: Transformer) -> list[str]:
+    """Describe the capacities that count the tokens of a whole window."""
+    capacities = (getattr(module, "capacity", None) for module in model.modules())
+    return sorted({capacity.describe() for capacity in capacities
+                   if isinstance(capacity, CapacityPolicy) and not capacity.causal})
 
 
 def draw(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

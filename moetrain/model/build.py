@@ -33,6 +33,7 @@ from moetrain.ops.pinned import to_device
 from moetrain.parallel.state_shards import buffers, state_shards
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
+from moetrain.routers.context import refuse_noncausal
 
 # A user's change of the model, in place: other layers, adapters, frozen parameters. It is called with the
 # model on the meta device, before anything is sharded, and with the config of the run.
@@ -97,6 +98,7 @@ def meta_model(config: Config, vocab_size: int, mesh: Mesh,
         if convert_model is not None:
             convert_model(model, config)
             _refuse_values(model)
+    refuse_noncausal(model, allowed=config.eval.allow_noncausal)
     freeze(model, config.train.frozen)
     to_storage(model, torch.float64 if compute == torch.float64 else torch.float32)
     return model

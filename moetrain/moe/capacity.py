@@ -39,6 +39,9 @@ from moetrain.routers.base import RouterContext, Routing
 class CapacityPolicy:
     """Dropless policy, which computes every slot, and base class of the policies that drop slots."""
 
+    # Whether what a token loses depends on that token and earlier ones of its sequence alone.
+    causal = True
+
     @property
     def depends_on(self) -> str:
         """Properties of the batch split that change the result, for the banner."""
@@ -66,6 +69,7 @@ class _LimitedCapacity(CapacityPolicy):
     """
 
     name = ""
+    causal = False                           # the limit itself grows with the tokens that follow
     BOUNDS = {"factor": "above 0", "eval_factor": "above 0", "min_capacity": "0 or more"}
 
     def __init__(self, *, num_experts: int, factor: float = 1.25, eval_factor: float = 2.0,

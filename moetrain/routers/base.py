@@ -116,6 +116,11 @@ class Router(nn.Module):
         top_k: K, number of slots of a token.
     """
 
+    # Whether the decision for a token depends on that token and earlier ones of its sequence alone.
+    causal = True
+    # Fields of RouterContext that it reads, beside `valid_T` and `training`.
+    depends_on: frozenset[str] = frozenset()
+
     def __init__(self, *, dim: int, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.num_experts, self.top_k = num_experts, top_k

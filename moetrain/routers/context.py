@@ -1,12 +1,17 @@
-"""Construction of what routers are told: the same fields in training, count pass, evaluation and generation.
+"""What routers are told: the same fields in training, count pass, evaluation and generation.
+
+A router that reads what is not known there is refused, by its flags `depends_on` and `causal`.
 
 Shapes: B sequences, S positions, T = B*S tokens.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Set
 
-from moetrain.routers.base import RouterContext
+import torch
+from torch import Tensor, nn
+
+from moetrain.errors import ConfigError
+from moetrain.routers.base import Router, RouterContext
 
 
 def token_context(tokens_BS: Tensor, *, seed: int, step: int, training: bool, sample_ids_B: Tensor,
@@ -47,3 +52,41 @@ def token_context(tokens_BS: Tensor, *, seed: int, step: int, training: bool, sa
         domains_T=None if domains_B is None else of_each_token(domains_B[:, None]),
         seq_offsets=torch.arange(0, tokens_BS.numel() + 1, length, device=device) if per_sequence else None,
     )
+
+
+def routers_of(model: nn.Module) -> dict[str, Router]:
+    """Find the routers of a model by the name of their module."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+
+
+def refuse_unknown(model: nn.Module, unknown: Set[str], what: str) -> None:
+    """Raise ConfigError where a router reads a field that is not known of a text.
+
+    Args:
+        model: the model.
+        unknown: fields of RouterContext.
+        what: the text, for the error.
+    """
+    for name, router in routers_of(model).items():
+        if missing := sorted(router.depends_on & unknown):
+            raise ConfigError(
+                210, f"{what} has no {' and no '.join(missing)}", where=name,
+                why=f"{type(router).__name__} chooses by it (depends_on), and would choose otherwise than in "
+                    "training",
+                next="moetrain eval on the text that the run held out, or train with another router")
+
+
+def refuse_noncausal(model: nn.Module, *, allowed: bool) -> None:
+    """Raise ConfigError where a router's choices for a token depend on later tokens, unless that is allowed.
+
+    Args:
+        model: the model.
+        allowed: `eval.allow_noncausal`.
+    """
+    for name, router in routers_of(model).items():
+        if not router.causal and not allowed:
+            raise ConfigError(
+                211, f"{type(router).__name__} looks at later tokens", where=name,
+                why="a loss that is measured so knows of the tokens that it predicts, and a text that is "
+                    "being written has none (causal = False)",
+                next="eval.allow_noncausal=true to measure and write nevertheless, or another router")

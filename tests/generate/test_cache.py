@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from moetrain.generate.cache import KeyValueCache
-from moetrain.generate.sample import IncrementalModel
+from moetrain.generate.sample import IncrementalModel, text_key
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import RouterContext
 from tests.support.training import make_run
 
 CONTEXT = 16
 EVALUATION = RouterContext(training=False)
+KEY = text_key(0, 1, 0)
 MODELS = {
     "sparse": [],
     "grouped-norm-shared": ["model.qk_norm=true", "model.num_heads=4", "model.num_kv_heads=1",
@@ -33,7 +34,7 @@ def text(tokens: int) -> Tensor:
 
 def differences(model: Transformer, prompt: int, tokens: int) -> list[float]:
     """Largest relative difference of the logits after each prefix, from `prompt` tokens on."""
-    readers = [IncrementalModel(model, CONTEXT, cache=cache) for cache in (True, False)]
+    readers = [IncrementalModel(model, CONTEXT, key=KEY, cache=cache) for cache in (True, False)]
     found = []
     for end in range(prompt, tokens + 1):
         ours, truth = (reader.logits(text(tokens)[:end]) for reader in readers)
@@ -57,7 +58,7 @@ def test_prompts_of_every_length_are_read(prompt):
 def test_only_new_tokens_run_until_the_window_slides():
     model, lengths = model_of([], "float32"), []
     model.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1]))
-    reader = IncrementalModel(model, CONTEXT, cache=True)
+    reader = IncrementalModel(model, CONTEXT, key=KEY, cache=True)
     for end in range(CONTEXT - 3, CONTEXT + 3):
         reader.logits(text(30)[:end])
     assert lengths == [CONTEXT - 3, 1, 1, 1, CONTEXT, CONTEXT]

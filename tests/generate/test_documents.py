@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.generate.sample import IncrementalModel
+from moetrain.generate.sample import IncrementalModel, text_key
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import RouterContext
 from tests.support.training import make_run
 
 CONTEXT, MARK = 16, 47
+KEY = text_key(0, 1, 0)
 CAPACITY = ["capacity=position", "capacity.scope=sequence", "capacity.eval_factor=0.5",
             "capacity.min_capacity=1"]
 
@@ -38,7 +39,7 @@ def worst(ours: list[Tensor], truth: Tensor) -> float:
 def test_every_token_has_the_logits_that_it_has_in_training(cache, prompt):
     """The window begins with the end of another document, and that token alone with no document before it."""
     model, before, text = model_of([]), ids(5, 0), ids(9, 1)
-    reader = IncrementalModel(model, CONTEXT, cache=cache, separate_first=True)
+    reader = IncrementalModel(model, CONTEXT, key=KEY, cache=cache, separate_first=True)
     ours = [reader.logits(torch.tensor([MARK, *text[:end]])) for end in range(prompt, len(text) + 1)]
     window = trained(model, [*before, MARK, *text], [0] * 6 + [1] * 9)[len(before):]
     alone = trained(model, [MARK, *text], [0] + [1] * 9)
@@ -50,7 +51,7 @@ def test_every_token_has_the_logits_that_it_has_in_training(cache, prompt):
 @pytest.mark.parametrize("cache", [True, False])
 def test_windows_that_slide_hold_the_text_alone(cache):
     model, text = model_of([]), ids(CONTEXT + 4, 2)
-    reader = IncrementalModel(model, CONTEXT, cache=cache, separate_first=True)
+    reader = IncrementalModel(model, CONTEXT, key=KEY, cache=cache, separate_first=True)
     for end in range(1, len(text) + 1):
         seen = text[max(end - CONTEXT, 0):end]
         assert worst([reader.logits(torch.tensor([MARK, *text[:end]]))],
@@ -61,7 +62,7 @@ def test_windows_that_slide_hold_the_text_alone(cache):
 @pytest.mark.parametrize("apart", [True, False])
 def test_the_mark_takes_its_place_among_the_tokens_that_a_capacity_counts(cache, apart):
     model, text = model_of(CAPACITY), ids(9, 3)
-    reader = IncrementalModel(model, CONTEXT, cache=cache, separate_first=apart)
+    reader = IncrementalModel(model, CONTEXT, key=KEY, cache=cache, separate_first=apart)
     for end in range(len(text) + 1):
         window = trained(model, [MARK, *text[:end]], [0] + [int(apart)] * end)
         assert worst([reader.logits(torch.tensor([MARK, *text[:end]]))], window[-1:]) < 1e-10

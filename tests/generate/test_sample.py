@@ -33,8 +33,8 @@ def test_temperature_zero_takes_the_most_probable_and_a_seed_repeats():
 
 def text(overrides: list[str], **wish) -> str:
     run = make_run([*BYTES, *overrides])
-    wish = {"tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 0, "context": 12, "cache": True,
-            "mask_documents": False, **wish}
+    wish = {"tokens": 20, "temperature": 1.0, "top_p": 0.95, "seed": 0, "run_seed": 0, "step": 1,
+            "context": 12, "cache": True, "mask_documents": False, **wish}
     return "".join(
         continue_text(run.state.model, ByteTokenizer(), "ab", end_id=256, group=run.mesh["batch"], **wish))
 

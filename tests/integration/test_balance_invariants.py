@@ -304,7 +304,7 @@ def test_an_evaluation_between_two_steps_changes_no_bit_of_the_second():
         run = make_run(overrides)
         train_step(run, 1)
         if evaluated:
-            evaluate(run.state.model, run.dataset, run.mesh, run.config)
+            evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
         found.append((train_step(run, 2).metrics["loss/total"].hex(), snapshot(run, lambda p: p.grad)))
     (plain, plain_grads), (after, after_grads) = found
     assert plain == after and difference(whole([after_grads]), whole([plain_grads]))[0] == 0

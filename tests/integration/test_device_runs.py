@@ -74,12 +74,12 @@ def looked_at(directory: Path, device: str) -> Looked:
     config = for_run([f"run.dir={directory}", f"run.device={device}"])
     run = load_trained(config)
     assert run.step == STEPS and run.model.embed.device.type == device
-    options = {"tokens": 12, "temperature": 0.8, "top_p": 0.95, "seed": 1, "context": 12,
-               "mask_documents": False}
+    options = {"tokens": 12, "temperature": 0.8, "top_p": 0.95, "seed": 1, "run_seed": 0, "step": STEPS,
+               "context": 12, "mask_documents": False}
     texts = {"".join(continue_text(run.model, trained_tokenizer(run), "ab", end_id=256, cache=cache,
                                    group=run.mesh["batch"], **options))
              for cache in (True, False)}
-    return Looked(evaluate(run.model, trained_dataset(run), run.mesh, config).losses, texts)
+    return Looked(evaluate(run.model, trained_dataset(run), run.mesh, config, step=STEPS).losses, texts)
 
 
 def lines(path: Path) -> list[dict[str, float]]:

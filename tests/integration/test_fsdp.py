@@ -60,7 +60,7 @@ def test_the_balance_loss_alone_moves_the_routers(ranks):
 def held_bytes(overrides: list[str]) -> tuple[int, int, bool]:
     run = make_run(overrides)
     train_step(run, 1)
-    evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
     parameters = list(run.state.model.parameters())
     held = sum(shard.rows.nbytes for shard in state_shards(run.state.model))
     moments = sum(shard.rows.nbytes for shard in run.state.state_shards()) - held

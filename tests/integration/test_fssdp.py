@@ -229,7 +229,8 @@ def added_where_it_pays(overrides: list[str], forced, seconds: float) -> list[in
     counts = []
     for step in (1, 2):
         counts.append(int(train_step(run, step).metrics["moe/added_copies"]))
-        evaluate(run.state.model, run.dataset, run.mesh, run.config)            # never adds
+        # Never adds.
+        evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
         assert run.parallel.copies.added == counts[-1]
     return counts
 

@@ -34,4 +34,4 @@ def test_positions_go_on_behind_a_cache_and_what_is_not_known_is_none() -> None:
 def test_no_other_place_builds_a_context() -> None:
     """A second one would tell routers less in evaluation or generation than in training."""
     places = [path for path in (ROOT / "moetrain").rglob("*.py") if "RouterContext(" in path.read_text()]
-    assert sorted(path.name for path in places) == ["base.py", "context.py", "sample.py"]
+    assert sorted(path.name for path in places) == ["base.py", "context.py"]

@@ -263,7 +263,7 @@ def test_evaluation_leaves_the_bias_alone():
     run = make_run([*OVERRIDES, "eval.windows=4"])
     train_step(run, 1)
     before = biases_of(run)
-    evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
     after = biases_of(run)
     assert all(before[name].any() and before[name].equal(bias) for name, bias in after.items())
 

@@ -190,13 +190,13 @@ def _last_step(run: Run) -> None:
 def _beside_steps(run: Run) -> None:
     """The start has been recorded; an evaluation, what a save copies, a text of three tokens."""
     RECORD.phase = "evaluation"
-    evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
     RECORD.phase = "save"
     take_snapshot(run.state, run.mesh)
     RECORD.phase = "generation"
     "".join(continue_text(run.state.model, ByteTokenizer(), "ab", end_id=256, tokens=3, temperature=0,
-                          top_p=1, seed=0, context=8, cache=True, mask_documents=False,
-                          group=run.mesh["batch"]))
+                          top_p=1, seed=0, run_seed=0, step=STEPS, context=8, cache=True,
+                          mask_documents=False, group=run.mesh["batch"]))
 
 
 def read(table: Path = TABLE) -> dict[str, dict[Entry, int]]:

@@ -9,6 +9,8 @@ They stand in place of the routers that the config chose, with the same paramete
 Shapes: T tokens, D model width, E experts, K slots.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,15 @@ from moetrain.ops.keyed_random import gumbel, integers, uniform
 from moetrain.routers.base import RouterContext, Routing, drop_padding
 from moetrain.routers.topk import TopKRouter
 
-# Of every context that a ToldRouter got, in order.
-TOLD: list[RouterContext] = []
+
+class Told(NamedTuple):
+    """What a router was told, and what it chose."""
+
+    context: RouterContext
+    ids_TK: Tensor
+
+
+TOLD: list[Told] = []                        # by every ToldRouter of this process, in order
 
 
 class _ByIds(TopKRouter):
@@ -59,10 +68,14 @@ class ToldRouter(_ByIds):
     depends_on = frozenset({"token_ids_T", "positions_T", "sample_ids_T"})
 
     def chosen(self, logits_TE: Tensor, context: RouterContext) -> Tensor:
-        TOLD.append(context)
         drawn_T = integers(context, 1, self.num_experts)[:, 0]
-        first_T = 7 * context.token_ids_T + 3 * context.positions_T + drawn_T
-        return (first_T[:, None] + torch.arange(self.top_k, device=first_T.device)) % self.num_experts
+        return self.told(7 * context.token_ids_T + 3 * context.positions_T + drawn_T + context.step, context)
+
+    def told(self, first_T: Tensor, context: RouterContext) -> Tensor:
+        """Choose the experts from `first_T` on, and record it."""
+        ids_TK = (first_T[:, None] + torch.arange(self.top_k, device=first_T.device)) % self.num_experts
+        TOLD.append(Told(context, ids_TK))
+        return ids_TK
 
 
 class DomainRouter(ToldRouter):
@@ -71,9 +84,16 @@ class DomainRouter(ToldRouter):
     depends_on = frozenset({"domains_T"})
 
     def chosen(self, logits_TE: Tensor, context: RouterContext) -> Tensor:
-        TOLD.append(context)
-        ids_K = torch.arange(self.top_k, device=logits_TE.device)
-        return (context.domains_T[:, None] + ids_K) % self.num_experts
+        return self.told(context.domains_T, context)
+
+
+class LookingAheadRouter(_ByIds):
+    """Chooses by the mean of all tokens of the micro-batch."""
+
+    causal = False
+
+    def chosen(self, logits_TE: Tensor, context: RouterContext) -> Tensor:
+        return top_k(logits_TE + logits_TE.mean(0), self.top_k)[1]
 
 
 class ScheduledRouter(_ByIds):
@@ -101,6 +121,10 @@ def told(model: Transformer, config: Config) -> None:
 
 def by_domain(model: Transformer, config: Config) -> None:
     _replaced(model, DomainRouter)
+
+
+def looking_ahead(model: Transformer, config: Config) -> None:
+    _replaced(model, LookingAheadRouter)
 
 
 def scheduled(model: Transformer, config: Config) -> None:

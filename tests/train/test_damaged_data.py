@@ -46,13 +46,13 @@ def damage_one(folders: list[str], victim: int, split: str, overrides: list[str]
                       "train.micro_batch=8", *overrides, "eval.windows=2", "eval.batch=1"])
     run = set_up(config, Path("unused"), join(config))
     train_step(run, 1)
-    evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
     if rank == victim:
         os.truncate(Path(folders[rank]) / f"{split}-00000.tokens", 100)
     before, code = [shard.rows.clone() for shard in state_shards(run.state.model)], 0
     try:
         train_step(run, 2)
-        evaluate(run.state.model, run.dataset, run.mesh, run.config)
+        evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
     except DataError as error:
         assert error.id == "E-DATA-006" and rank == victim
         code = error.code

@@ -14,6 +14,7 @@ from torch import Tensor
 # Ids of held-out windows start here. No training sample has such an id, so keyed randomness never repeats.
 HELDOUT_IDS = 1 << 56
 DOMAIN_IDS = 1 << 40           # ids reserved for each part of the held-out text
+GENERATED_IDS = 1 << 57        # ids of texts that are generated start here
 ALIGNMENT = 16                 # bytes; alignment of the fields of a batch in packed memory
 
 

@@ -27,6 +27,8 @@ from moetrain.config.schema import Config
 from moetrain.data.batches.batch import Batch, Dataset, padding
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
+from moetrain.routers.base import RouterContext
+from moetrain.routers.context import refuse_unknown
 from moetrain.train.micro_batches import step_context
 from moetrain.train.objective import cross_entropy_sum
 
@@ -41,8 +43,8 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
-             stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config, *, step: int,
+             own_domains: bool = True, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
     """Evaluate a model on the held-out windows of a dataset. Collective.
 
     Args:
@@ -50,12 +52,20 @@ def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
         dataset: the held-out windows.
         mesh: all ranks.
         config: the run's config, with section `eval`.
+        step: last step that trained the model, by which routers keep their schedules.
+        own_domains: whether the domains are those that the run was trained on; routers are told of no others.
         stop: called before each forward pass; True on a rank ends the evaluation.
 
     Returns:
         The result; None where the evaluation was stopped.
     """
-    sums = _sums(model, dataset, mesh, config, stop)
+    def told(batch: Batch) -> RouterContext:
+        own = step_context(config.run.seed, step, batch, training=False, per_sequence=True)
+        return own if own_domains else own._replace(domains_T=None)
+
+    if not own_domains:
+        refuse_unknown(model, {"domains_T"}, "other data than the run's own")
+    sums = _sums(model, dataset, mesh, config, told, stop)
     if sums is None:
         return None
     results: dict[str, float] = {}
@@ -73,10 +83,11 @@ def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
 
 
 def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
-          stop: Callable[[], bool]) -> Tensor | None:
+          told: Callable[[Batch], RouterContext], stop: Callable[[], bool]) -> Tensor | None:
     """Sums over all ranks: float64 [M, _FIGURES + L] on the host; None where a rank stops.
 
-    Besides the agreement between ranks, the host waits for the device only once, at the end.
+    Besides the agreement between ranks, the host waits for the device only once, at the end. Arguments as in
+    `evaluate`; `told` builds what routers are told of a batch.
     """
     group, size = mesh["batch"], config.eval.batch
     ids, parts = _windows(dataset, config.eval.windows)
@@ -99,8 +110,7 @@ def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
                 Batch(*(field if field is None else field[rows] for field in batch)))
             text[part] += torch.tensor([known or 0, known is None])
         batch = batch.to(mesh.device)
-        context = step_context(config.run.seed, 0, batch, training=False, per_sequence=True)
-        output = model(batch.tokens_BS, context, batch.documents_BS)
+        output = model(batch.tokens_BS, told(batch), batch.documents_BS)
         for part, rows in _stretches(parts_B):
             nats = cross_entropy_sum(output.logits_BSV[rows], batch.targets_BS[rows]).double()
             head = torch.stack([nats, batch.valid_BS[rows].sum().double()])

@@ -81,7 +81,7 @@ def evaluate_run(config: Config, typed: frozenset[str] = frozenset(),
             overlap = on_first(batch, lambda: _overlap(run, dataset))
     windows = WINDOWS if name and "eval.windows" not in typed else config.eval.windows
     asked = replace(run.config, eval=replace(config.eval, windows=windows))
-    losses = evaluate(run.model, dataset, run.mesh, asked).losses
+    losses = evaluate(run.model, dataset, run.mesh, asked, step=run.step, own_domains=name is None).losses
     return Evaluated(losses, dataset, run.step, run.manifest.values["tokens"], dataset.fingerprint, name,
                      overlap, windows, time.perf_counter() - began)
 

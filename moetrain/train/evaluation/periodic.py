@@ -43,7 +43,7 @@ class PeriodicEvaluation:
         """
         run, began = self.run, time.perf_counter()
         with self.recorder.pause("eval"):
-            found = evaluate(run.state.model, run.dataset, run.mesh, run.config,
+            found = evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step,
                              stop=lambda: self.preemption.requested is not None)
         if found is None:
             return False

@@ -72,7 +72,7 @@ def evaluation_context(run: Run, batch: object) -> object:
 def test_what_is_measured_does_not_depend_on_what_is_read_together(tmp_path: Path, batch: int) -> None:
     run = made(config(of_domains(tmp_path, [40, 7, 90, 16]), f"eval.batch={batch}", "eval.windows=3",
                       "run.dtype=float64"))
-    found = evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    found = evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
     run.state.model.eval()
     for part, name in enumerate(run.dataset.measured):
         with torch.no_grad():
@@ -92,7 +92,7 @@ def test_evaluation_takes_as_many_passes_as_its_windows_fill(tmp_path: Path, dom
     run = made(config(of_domains(tmp_path, [16] * domains), "eval.batch=8", "eval.windows=20"))
     sizes: list[int] = []
     run.state.model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    found = evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    found = evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
     windows = 10 if domains == 10 else MOST_NAMED + 20
     assert sum(sizes) == windows and len(sizes) == math.ceil(windows / 8)
     assert found.choices_ML.shape[0] == (domains if domains == 10 else MOST_NAMED + 1)
@@ -100,7 +100,7 @@ def test_evaluation_takes_as_many_passes_as_its_windows_fill(tmp_path: Path, dom
 
 def test_generated_tokens_have_no_nats_per_byte(tmp_path: Path) -> None:
     run = made(compose([*WORDS, f"run.dir={tmp_path}", "data.num_domains=40", "eval.windows=4"]))
-    found = evaluate(run.state.model, run.dataset, run.mesh, run.config)
+    found = evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step)
     assert len(found.losses) == MOST_NAMED + 2
     assert all(name.startswith("loss/") for name in found.losses)
     assert f"loss/{OTHERS}" in found.losses
@@ -143,7 +143,7 @@ def chinese(folder: Path) -> Path:
 
 def losses(words: list[str]) -> dict[str, float]:
     run = made(compose(words))
-    return evaluate(run.state.model, run.dataset, run.mesh, run.config).losses
+    return evaluate(run.state.model, run.dataset, run.mesh, run.config, step=run.state.step).losses
 
 
 @pytest.mark.ranks
