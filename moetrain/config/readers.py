@@ -108,7 +108,7 @@ ALWAYS = frozenset("""
     data.kind data.seed data.mask_documents
     optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.router_lr_scale optim.expert_lr_scale
     optim.schedule optim.warmup optim.min_lr_ratio
-    eval.interval eval.windows eval.batch eval.ngram
+    eval.interval eval.windows eval.batch eval.ngram eval.allow_noncausal
     checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.async_save checkpoint.verify
     checkpoint.max_failed_saves
     log.interval log.heatmap_every log.progress log.sources log.router_dump log.timeline log.wandb
