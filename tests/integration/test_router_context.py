@@ -75,7 +75,7 @@ def test_evaluation_and_generation_tell_every_field_that_training_tells(trained:
     train_step(run, 1)
     in_training = fields(TOLD)
     assert {"step", "seed", "sample_ids_T", "positions_T", "valid_T", "token_ids_T", "domains_T",
-            "seq_offsets"} == in_training["layers.0.moe"] == in_training["layers.1.moe"]
+            "seq_offsets"} <= in_training["layers.0.moe"] == in_training["layers.1.moe"]
     TOLD.clear()
     evaluate(run.state.model, run.dataset, run.mesh, run.config, step=1)
     assert fields(TOLD) == in_training
