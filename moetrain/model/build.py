@@ -19,7 +19,7 @@ from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.attention import Attention
-from moetrain.model.feed_forward import FeedForward
+from moetrain.model.feed_forward import FeedForward, SharedExpert
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.parallelize import shard_parameters
 from moetrain.model.projection import Projection
@@ -28,7 +28,7 @@ from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
-from moetrain.moe.layer import MoELayer
+from moetrain.moe.layer import MoELayer, sparse_layers_in
 from moetrain.ops.pinned import to_device
 from moetrain.parallel.state_shards import buffers, state_shards
 from moetrain.plan.placement import ExpertPlacement, contiguous
@@ -98,6 +98,7 @@ def meta_model(config: Config, vocab_size: int, mesh: Mesh,
         if convert_model is not None:
             convert_model(model, config)
             _refuse_values(model)
+            _check_sparse_layers(model)
     refuse_noncausal(model, allowed=config.eval.allow_noncausal)
     freeze(model, config.train.frozen)
     to_storage(model, torch.float64 if compute == torch.float64 else torch.float32)
@@ -112,6 +113,39 @@ def _refuse_values(model: Transformer) -> None:
                 231, f"convert_model left {name} on the device {tensor.device}", where="convert_model",
                 why="tensors get memory and start values later, so the values that it holds would be lost",
                 next="create it without a device, as torch.empty(...): convert_model runs on the meta device")
+
+
+def _check_sparse_layers(model: Transformer) -> None:
+    """Raise ConfigError where names or sizes of `convert_model`'s sparse layers contradict each other.
+
+    Statistics are kept by router name, and homes and copies of experts by bank name, so a name twice would
+    silently join two.
+    """
+    layers = list(sparse_layers_in(model))
+    names = [name for layer in layers for name in layer.routers]
+    banks = [(name, experts) for layer in layers for name, experts in layer.banks.items()]
+    fed = [name for passes in model.feeds.values() for name in passes]
+    twice = sorted({name for name in names if names.count(name) > 1}
+                   | {name for name, experts in banks if experts is not model.banks[name]})
+    if twice:
+        raise ConfigError(200, f"two routers or two banks are named {twice[0]}", where="convert_model",
+                          why="statistics are kept by router name, and homes of experts by bank name",
+                          next="give each router, each pass of a router, and each bank a name of its own")
+    if sorted(fed) != sorted(names):
+        odd = sorted(set(fed) ^ set(names)) or sorted(name for name in fed if fed.count(name) > 1)
+        raise ConfigError(201, f"router {odd[0]} feeds no bank, or feeds is not a pass for each router",
+                          where="convert_model", why="the gradients of copies are sent home when every pass "
+                          "over a bank has run backward, and feeds says how many passes there are",
+                          next="let feeds of the layer name each router once, under the bank that it chooses "
+                               "from")
+    for bank, passes in model.feeds.items():
+        placed = model.banks[bank].dispatcher.placement.num_experts
+        for name in passes:
+            if model.num_experts[name] != placed:
+                raise ConfigError(
+                    202, f"router {name} chooses from {model.num_experts[name]} experts, and bank {bank} "
+                         f"has {placed}", where="convert_model", why="a router's ids are those of its bank",
+                    next="give both the same num_experts; choices that are no experts are num_choices")
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -232,6 +266,6 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
         name=name,
         router=router,
         experts=RoutedExperts(bank, dispatcher, config.schedule.chunks),
-        shared=FeedForward(dim=sizes.dim, hidden_dim=shared_dim) if shared_dim else None,
+        wrappers={"shared": SharedExpert(dim=sizes.dim, hidden_dim=shared_dim)} if shared_dim else {},
         capacity=build(config.capacity, "capacity", num_experts=homes.num_experts),
     )

@@ -2,13 +2,15 @@
 
     y = down( silu(gate x) * (up x) )
 
-Shapes: D model width, F hidden width.
+Shapes: T tokens, D model width, F hidden width.
 """
 
 from torch import Tensor, nn
 
 from moetrain.model.projection import Projection
+from moetrain.moe.wrappers import LayerWrapper
 from moetrain.ops.swiglu import swiglu
+from moetrain.routers.base import Routing
 
 
 class FeedForward(nn.Module):
@@ -29,3 +31,16 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
         return self.down(swiglu(self.gate_up(x)))
+
+
+class SharedExpert(FeedForward, LayerWrapper):
+    """Expert that every token takes, as a wrapper of its layer."""
+
+    reads_outputs = False                                # a sum
+
+    def beside(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return self(x_TD)
+
+    def leaving(self, out_TD: Tensor, x_TD: Tensor, routing: Routing, beside_TD: Tensor | None) -> Tensor:
+        assert beside_TD is not None
+        return out_TD + beside_TD

@@ -7,6 +7,7 @@
 The groups are those of comm/mesh.py.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 from torch import nn
@@ -30,10 +31,10 @@ class Parallel(NamedTuple):
     reducer: GradientReducer
     copies: CopyManager | None = None        # copies of experts, with parallel=fssdp
 
-    def begin(self, backwards: int) -> None:
-        """Begin a step of so many backward passes."""
+    def begin(self, micro_batches: int) -> None:
+        """Begin a step of so many micro-batches."""
         if self.copies is not None:
-            self.copies.begin(backwards)
+            self.copies.begin(micro_batches)
 
     def reduce(self) -> None:
         """Reduce gradients after the last backward: from copies to homes, then over replicas. Collective."""
@@ -62,9 +63,16 @@ def shard_parameters(model: Transformer, mesh: Mesh) -> None:
 
 
 def _refuse_shared_by_blocks(model: Transformer) -> None:
-    """Raise ConfigError where a parameter of a block is used outside of it, too: FSDP2 gathers it for one."""
+    """Raise ConfigError where a parameter of a block is used outside of it, too: FSDP2 gathers it for one.
+
+    A bank of experts is gathered by itself, so layers may share its module.
+    """
+    banks = Counter(parameter for module in model.modules() if isinstance(module, RoutedExperts)
+                    for parameter in module.parameters())
     found: dict[nn.Parameter, tuple[str, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if banks[parameter] == 1:
+            continue
         parts = name.split(".")
         place = ".".join(parts[:2]) if parts[0] == "layers" else "the root"
         first, there = found.setdefault(parameter, (name, place))
@@ -78,7 +86,7 @@ def _refuse_shared_by_blocks(model: Transformer) -> None:
 
 def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: str,
                  topology: Topology) -> CopyManager:
-    """Build the manager of expert copies on other positions, for every MoE layer.
+    """Build the manager of expert copies on other positions, for every bank of experts.
 
     Args:
         model: this rank's part of the model.
@@ -90,10 +98,10 @@ def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: s
     Returns:
         The manager, without copies.
     """
-    sparse = [block for block in model.layers if block.moe is not None]
-    return CopyManager({block.moe.name: block.moe.experts.bank for block in sparse}, mesh["ep"],
+    return CopyManager({name: experts.bank for name, experts in model.banks.items()}, mesh["ep"],
+                       passes={name: len(routers) for name, routers in model.feeds.items()},
                        dtype=model.dtype, rematerialize=rematerialize,
-                       recompute=any(block.recompute is not None for block in sparse),
+                       recompute=any(block.recompute is not None for block in model.layers),
                        form=form, topology=topology)
 
 

@@ -16,48 +16,50 @@ from torch.profiler import record_function
 
 from moetrain.model.attention import Attention, Cache, Earlier, RMSNorm, document_mask, rotary_table
 from moetrain.model.feed_forward import FeedForward
-from moetrain.moe.layer import MoELayer
-from moetrain.routers.base import RouterContext, RoutingStats, TiedModules
+from moetrain.moe.experts import RoutedExperts
+from moetrain.moe.layer import SparseLayer, sparse_layers_in
+from moetrain.routers.base import Router, RouterContext, RoutingStats, TiedModules
 
 
 class ModelOutput(NamedTuple):
     """Output of the model: logits or a score, and the statistics of every router."""
 
     logits_BSV: Tensor | None                # None with `route_only`, and with `score`
-    stats: dict[str, RoutingStats]           # by router name, in layer order
+    stats: dict[str, RoutingStats]           # by router name, in run order
     score: Tensor | None = None              # result of the function `score`, if one was given
 
 
 class BlockOutput(NamedTuple):
-    """Output of a block, the statistics of its router, and what the router hands to the next layer's."""
+    """Output of a block, the statistics of its routers, and what they hand to the next layer's."""
 
     x_BSD: Tensor
-    stats: RoutingStats | None               # None for a dense block
+    stats: dict[str, RoutingStats]           # by router name, in run order; empty for a dense block
     carry: Tensor | None
 
 
 class Block(nn.Module):
     """Pre-norm block: x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    One of `moe` and `ffn` is the feed-forward part, the other is None.
+    One of `moe` and `ffn` is the feed-forward part, the other is None. The attention may be a sparse layer,
+    too (moe/layer.py).
 
     Args:
         attention: self-attention.
-        feed_forward: an MoE layer or a dense network.
+        feed_forward: a sparse layer, such as an MoE layer, or a dense network.
         dim: D.
         eps: of the norms.
         recompute: runs the block with activation checkpointing (model/activation_checkpointing.py); None
             keeps everything for backward.
     """
 
-    def __init__(self, *, attention: Attention, feed_forward: MoELayer | FeedForward, dim: int, eps: float,
-                 recompute: Callable[..., BlockOutput] | None = None) -> None:
+    def __init__(self, *, attention: Attention | SparseLayer, feed_forward: SparseLayer | FeedForward,
+                 dim: int, eps: float, recompute: Callable[..., BlockOutput] | None = None) -> None:
         super().__init__()
         self.recompute = recompute
         self.attention_norm = RMSNorm(dim=dim, eps=eps)
         self.attention = attention
         self.ffn_norm = RMSNorm(dim=dim, eps=eps)
-        sparse = isinstance(feed_forward, MoELayer)
+        sparse = isinstance(feed_forward, SparseLayer)
         self.moe = feed_forward if sparse else None
         self.ffn = None if sparse else feed_forward
 
@@ -84,15 +86,23 @@ class Block(nn.Module):
     def run(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, context: RouterContext,
             route_only: bool = False, earlier: Earlier | None = None) -> BlockOutput:
         """Run the block without activation checkpointing. Arguments as in `forward`."""
-        if self.moe is not None:
-            self.moe.prefetch()
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask, earlier)
+        for layer in sparse_layers_in(self):
+            layer.prefetch()
+        stats: dict[str, RoutingStats] = {}
+        normed = self.attention_norm(x_BSD)
+        if isinstance(self.attention, SparseLayer):
+            attended = self.attention(normed, context, route_only and self.moe is None, rotary=rotary,
+                                      mask=mask, earlier=earlier)
+            x_BSD, context = x_BSD + attended.out_TD, context._replace(carry=attended.carry)
+            stats.update(attended.stats)
+        else:
+            x_BSD = x_BSD + self.attention(normed, rotary, mask, earlier)
         normed = self.ffn_norm(x_BSD)
         if self.moe is None:
             assert self.ffn is not None
-            return BlockOutput(x_BSD + self.ffn(normed), None, context.carry)
+            return BlockOutput(x_BSD + self.ffn(normed), stats, context.carry)
         sparse = self.moe(normed.flatten(0, 1), context, route_only)
-        return BlockOutput(x_BSD + sparse.out_TD.view_as(x_BSD), sparse.stats, sparse.carry)
+        return BlockOutput(x_BSD + sparse.out_TD.view_as(x_BSD), {**stats, **sparse.stats}, sparse.carry)
 
 
 class Transformer(nn.Module):
@@ -123,29 +133,54 @@ class Transformer(nn.Module):
         self.tied = TiedModules()
 
     @property
-    def moe_layers(self) -> dict[str, MoELayer]:
-        """MoE layers by the name of their router, in layer order."""
-        return {block.moe.name: block.moe for block in self.layers if block.moe is not None}
+    def routers(self) -> dict[str, Router]:
+        """Routers by name, in run order. A router that decides in several passes has a name for each."""
+        return {name: router for layer in sparse_layers_in(self) for name, router in layer.routers.items()}
 
     @property
-    def routers(self) -> dict[str, int]:
-        """Number of experts by router name, in layer order."""
-        return {name: moe.router.num_experts for name, moe in self.moe_layers.items()}
+    def num_choices(self) -> dict[str, int]:
+        """Number of choices by router name, in run order: the widths of statistics and loads."""
+        return {name: router.num_choices for name, router in self.routers.items()}
+
+    @property
+    def num_experts(self) -> dict[str, int]:
+        """Number of experts by router name, in run order: the first of its choices."""
+        return {name: router.num_experts for name, router in self.routers.items()}
+
+    @property
+    def banks(self) -> dict[str, RoutedExperts]:
+        """Banks of experts by name, in run order. Several layers may share one."""
+        return {name: experts for layer in sparse_layers_in(self) for name, experts in layer.banks.items()}
+
+    @property
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        """Names of the routers that choose from a bank, by its name: a pass over the bank for each."""
+        layers = list(sparse_layers_in(self))
+        return {bank: tuple(router for layer in layers for router in layer.feeds.get(bank, ()))
+                for bank in self.banks}
 
     @property
     def routers_needing_load_error(self) -> list[str]:
         """Names of the routers that need the load-error signs of each micro-batch (routers/base.py)."""
-        return [name for name, moe in self.moe_layers.items() if moe.router.needs_load_error]
+        return [name for name, router in self.routers.items() if router.needs_load_error]
 
     def end_of_step(self, counts: Mapping[str, Tensor], load_error_signs: Mapping[str, Tensor]) -> None:
         """Update every router's controller, such as selection biases, after an optimizer step.
 
+        A router that decides in several passes is updated once, by the sum of its counts and the mean of its
+        signs.
+
         Args:
-            counts: int64 [E] by router, pooled over ranks and micro-batches.
-            load_error_signs: float64 [E], mean over micro-batches, for `routers_needing_load_error`.
+            counts: int64 [C] by router name, pooled over ranks and micro-batches.
+            load_error_signs: float64 [C], mean over micro-batches, for `routers_needing_load_error`.
         """
-        for name, moe in self.moe_layers.items():
-            moe.router.end_of_step(counts[name], load_error_signs.get(name))
+        names: dict[Router, list[str]] = {}
+        for name, router in self.routers.items():
+            names.setdefault(router, []).append(name)
+        for router, passes in names.items():
+            signs = [load_error_signs[name] for name in passes if name in load_error_signs]
+            router.end_of_step(torch.stack([counts[name] for name in passes]).sum(0),
+                               torch.stack(signs).mean(0) if signs else None)
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,
@@ -173,15 +208,16 @@ class Transformer(nn.Module):
         rotary = rotary_table(tokens_BS.shape[1], self.head_dim, self.rope_theta, dtype=self.dtype,
                               device=x_BSD.device, first=0 if cache is None else cache.length)
         mask = None if documents_BS is None else document_mask(documents_BS)
-        stats, context = {}, context._replace(tied=self.tied)
+        stats: dict[str, RoutingStats] = {}
+        context = context._replace(tied=self.tied)
         last = self.layers[-1]
         for index, block in enumerate(self.layers):
             earlier = None if cache is None else cache.layers[index]
             x_BSD, block_stats, carry = block(x_BSD, rotary, mask, context, route_only and block is last,
                                               earlier)
             context = context._replace(carry=carry)
-            if block_stats is not None:
-                stats[block.moe.name] = block_stats
+            stats.update(block_stats)
+        assert list(stats) == list(self.routers), (list(stats), list(self.routers))
         if routed is not None:
             x_BSD = routed(x_BSD, stats)
         if route_only:

@@ -3,9 +3,9 @@
 `ExpertBank` owns the parameters of the experts whose home is here. Under expert parallelism (`ep`) its hooks
 do nothing. Under `fssdp`, parallel/fssdp/copies.py sets `copies`, and the hooks delegate to it:
 
-    prefetch                    model/transformer.py, before attention
+    prefetch                    model/transformer.py by way of moe/layer.py, before attention
                                 start the sparse all-gather of copies
-    reduce_grads_in_backward    moe/layer.py, on tokens before dispatch
+    reduce_grads_in_backward    moe/experts.py, on tokens before dispatch
                                 in backward, start the sparse reduce-scatter of the copies' gradients
     wait                        moe/experts.py, before the grouped product
                                 wait for copies; in backward, accumulate their gradients

@@ -227,7 +227,8 @@ class TokenDispatcher:
         Returns:
             [T, D], or with `reduce=False` the output of every slot, [T, K, D].
         """
-        return self.combine_async(out_RD, metadata).wait() if reduce else self._unreduced(out_RD, metadata)
+        return (self.combine_async(out_RD, metadata, read=True).wait() if reduce
+                else self._unreduced(out_RD, metadata))
 
     def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
         """Plan the dispatch of each chunk of a micro-batch. Exchanges counts and waits for them.
@@ -294,11 +295,20 @@ class TokenDispatcher:
 
         return PendingDispatch(handle, unpack)
 
-    def combine_async(self, out_RD: Tensor, metadata: CombineMetadata) -> PendingCombine:
-        """Start sending the weighted outputs [R, D] of a chunk back to their tokens. Does not wait."""
+    def combine_async(self, out_RD: Tensor, metadata: CombineMetadata, *, read: bool) -> PendingCombine:
+        """Start sending the outputs of a chunk back to their tokens. Does not wait.
+
+        Args:
+            out_RD: [R, D], weighted outputs, ordered by expert.
+            metadata: `metadata` of the dispatched rows.
+            read: whether backward reads the outputs (`RoutedExperts`).
+
+        Returns:
+            The combine under way.
+        """
         plan, order = metadata
         rows_ND = out_RD if order is None else self.layout.pack_outputs(out_RD, order)
-        return PendingCombine(self.exchange.post((rows_ND,), plan.splits.reversed(), read=False),
+        return PendingCombine(self.exchange.post((rows_ND,), plan.splits.reversed(), read=read),
                               plan.sent_rows.permutation, self.on_device)
 
     def _assign(self, ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:

@@ -30,7 +30,8 @@ class RoutedExperts(nn.Module):
         self.bank, self.dispatcher = bank, dispatcher
         self.num_chunks = num_chunks if dispatcher.exchange.positions > 1 else 1
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingCombine:
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *,
+                read: bool = True) -> PendingCombine:
         """Dispatch tokens, run the experts, start the combine.
 
         The arguments are two tensors instead of a `Routing`, because FSDP2 passes every tensor of an argument
@@ -40,16 +41,21 @@ class RoutedExperts(nn.Module):
             x_TD: [T, D], tokens.
             ids_TK: int64 [T, K], global expert ids; -1 is unused.
             weights_TK: [T, K], gate weights.
+            read: whether backward reads the values of the outputs, as a product with them does. A sum does
+                not. Outputs that are not read are NaN where activation checkpointing runs the layer again,
+                which saves an exchange (model/activation_checkpointing.py).
 
         Returns:
             The combine under way; `wait` gives [T, D].
         """
+        x_TD = self.bank.reduce_grads_in_backward(x_TD)
         if self.num_chunks > 1:
             computation = ChunkedComputation(self.bank, self.num_chunks)
-            return overlapped_forward(self.dispatcher, x_TD, ids_TK, weights_TK, computation, self.num_chunks)
+            return overlapped_forward(self.dispatcher, x_TD, ids_TK, weights_TK, computation, self.num_chunks,
+                                      read=read)
         dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         out_RD = self.compute(dispatched)
-        return self.dispatcher.combine_async(out_RD, dispatched.metadata)
+        return self.dispatcher.combine_async(out_RD, dispatched.metadata, read=read)
 
     def compute(self, rows: DispatchedRows) -> Tensor:
         """Compute weighted outputs [R, D], ordered by expert. Waits for copies of experts."""

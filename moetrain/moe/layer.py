@@ -1,62 +1,148 @@
-"""The sparse feed-forward layer: route, apply capacity, dispatch, experts, combine, shared expert.
+"""The sparse feed-forward layer: route, apply capacity, dispatch, experts, combine.
 
 `MoELayer.forward` lists the steps. The file of each step says how it works:
 
     route       routers/        choose the experts of each token, with gate weights
     capacity    capacity.py     drop choices beyond the capacity of an expert
     experts     experts.py      dispatch, compute, start the combine
-    shared      the model's     compute the shared expert, while the last chunk of the combine travels
+    wrappers    wrappers.py     what surrounds the experts, such as the shared expert
 
 The layer knows neither which rank holds an expert (dispatch.py, bank.py) nor how losses use the statistics
-that it returns (losses/).
+that it returns (losses/). A block may hold sparse layers of another kind. `SparseLayer` is what the model
+asks of each: its routers and its banks of experts, by name.
+
+    statistics, loads, controllers    by router; a router that decides twice in a pass has two names
+    homes, copies, forecasts          by bank; a bank lists the routers whose choices it computes
 
 Shapes: T tokens on this rank, D model width.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.experts import RoutedExperts
-from moetrain.routers.base import Router, RouterContext, RoutingStats
+from moetrain.moe.wrappers import LayerWrapper
+from moetrain.routers.base import Router, RouterContext, Routing, RoutingStats
 
 
 class MoEOutput(NamedTuple):
-    """Output of a layer, and what its router has produced.
+    """Output of a sparse layer, and what its routers have produced.
 
     Attributes:
         out_TD: [T, D], hidden states.
-        stats: statistics of the router.
-        carry: tensor that the router passes to the router of the next layer, or None.
+        stats: statistics by router name, in run order.
+        carry: tensor that the last router passes to the router of the next layer, or None.
     """
 
     out_TD: Tensor
-    stats: RoutingStats
+    stats: dict[str, RoutingStats]
     carry: Tensor | None
 
 
-class MoELayer(nn.Module):
-    """Sparse feed-forward layer of one block.
+class SparseLayer(nn.Module):
+    """Base class of modules of a block that route tokens to experts.
+
+    Subclasses define `routers`, `banks`, `feeds` and `forward`. `route` and `compute` are the steps of one
+    pass. A sparse layer in place of a block's attention is called with the keyword arguments rotary, mask and
+    earlier in addition, and with x [B, S, D].
+
+    With `route_only`, a layer runs the same ops in the same order, and stops after its last router.
 
     Args:
-        name: name of the router, by which its statistics, loads and randomness are keyed.
+        capacity: drops choices beyond a limit; None drops nothing.
+    """
+
+    def __init__(self, capacity: CapacityPolicy | None = None) -> None:
+        super().__init__()
+        self.capacity = capacity or CapacityPolicy()
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        """Routers by name, in run order: a name for each pass over a bank."""
+        raise TypeError(f"{type(self).__name__} does not define routers")
+
+    @property
+    def banks(self) -> dict[str, RoutedExperts]:
+        """Banks of experts by name, in run order. Layers that share a bank call it by one name."""
+        raise TypeError(f"{type(self).__name__} does not define banks")
+
+    @property
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        """Names of the routers of this layer that choose from a bank, by the name of the bank."""
+        raise TypeError(f"{type(self).__name__} does not define feeds")
+
+    def prefetch(self) -> None:
+        """Start gathering copies of experts. The block calls it before attention, which hides the gather."""
+        for experts in self.banks.values():
+            experts.bank.prefetch()
+
+    def route(self, name: str, x_TD: Tensor, context: RouterContext,
+              wrappers: Mapping[str, LayerWrapper] | None = None) -> Routing:
+        """Choose the experts of the tokens, count the choices, and apply capacity.
+
+        Args:
+            name: name of the router.
+            x_TD: [T, D], normalized hidden states.
+            context: context of the micro-batch.
+            wrappers: may change the decision before it is counted.
+
+        Returns:
+            The decision, with its statistics.
+        """
+        context = context._replace(router=name)
+        routing = self.routers[name].route(x_TD, context)
+        for wrapper in (wrappers or {}).values():
+            routing = wrapper.routed(routing, x_TD, context)
+        if context.on_counts is not None:
+            context.on_counts(name, routing.stats.counts_E)
+        return self.capacity.apply(routing, context)
+
+    def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
+        """Map tokens [T, D] to [T, D], with statistics of the routing."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+
+class MoELayer(SparseLayer):
+    """Sparse feed-forward layer of one block: one router, one pass over one bank of experts.
+
+    Args:
+        name: name of the router and of the bank.
         router: chooses experts and gate weights.
         experts: routed experts, with their dispatcher.
-        shared: expert that every token takes, or None.
+        wrappers: what surrounds the experts, by the name of its parameters in the layer; the first is
+            outermost.
         capacity: drops choices beyond a limit; None drops nothing.
     """
 
     def __init__(self, *, name: str, router: Router, experts: RoutedExperts,
-                 shared: nn.Module | None = None, capacity: CapacityPolicy | None = None) -> None:
-        super().__init__()
+                 wrappers: Mapping[str, LayerWrapper] | None = None,
+                 capacity: CapacityPolicy | None = None) -> None:
+        super().__init__(capacity)
         self.name = name
-        self.router, self.experts, self.shared = router, experts, shared
-        self.capacity = capacity or CapacityPolicy()
+        self.router, self.experts = router, experts
+        self._wrapper_names = tuple(wrappers or {})
+        for wrapper_name, wrapper in (wrappers or {}).items():
+            self.add_module(wrapper_name, wrapper)
 
-    def prefetch(self) -> None:
-        """Start gathering copies of experts. The block calls it before attention, which hides the gather."""
-        self.experts.bank.prefetch()
+    @property
+    def routers(self) -> dict[str, Router]:
+        return {self.name: self.router}
+
+    @property
+    def banks(self) -> dict[str, RoutedExperts]:
+        return {self.name: self.experts}
+
+    @property
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        return {self.name: (self.name,)}
+
+    @property
+    def wrappers(self) -> dict[str, LayerWrapper]:
+        """What surrounds the experts, by name, outermost first."""
+        return {name: getattr(self, name) for name in self._wrapper_names}
 
     def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
         """Send tokens to their experts and sum the outputs of each token.
@@ -67,18 +153,49 @@ class MoELayer(nn.Module):
             route_only: route and count, and return x unchanged (the count pass of `balance.mode=exact`).
 
         Returns:
-            The sum [T, D] of each token's routed and shared experts, with the statistics of the routing.
+            The sum [T, D] of each token's routed experts, as the wrappers leave it, with the statistics of
+            the routing.
         """
-        context = context._replace(router=self.name)
-        routing = self.router.route(x_TD, context)
-        assert routing.residual_T is None, f"{self.name}: identity experts (residual_T) are not implemented"
-        if context.on_counts is not None:
-            context.on_counts(self.name, routing.stats.counts_E)
-        routing = self.capacity.apply(routing, context)
+        wrappers = self.wrappers
+        routing = self.route(self.name, x_TD, context, wrappers)
+        stats = {self.name: routing.stats}
         if route_only:
-            return MoEOutput(x_TD, routing.stats, routing.carry)
-        to_experts_TD = self.experts.bank.reduce_grads_in_backward(x_TD)
-        combining = self.experts(to_experts_TD, routing.ids_TK, routing.weights_TK)
-        shared_TD = None if self.shared is None else self.shared(x_TD)
-        out_TD = combining.wait()
-        return MoEOutput(out_TD if shared_TD is None else out_TD + shared_TD, routing.stats, routing.carry)
+            return MoEOutput(x_TD, stats, routing.carry)
+        inputs = [x_TD]                                  # of every wrapper, and then of the experts
+        for wrapper in wrappers.values():
+            inputs.append(wrapper.entering(inputs[-1], routing))
+        combining = self.experts(inputs[-1], routing.ids_TK, routing.weights_TK,
+                                 read=any(wrapper.reads_outputs for wrapper in wrappers.values()))
+        # While the last chunk of the combine travels.
+        beside = [wrapper.beside(own_TD, routing) for wrapper, own_TD in zip(wrappers.values(), inputs)]
+        out_TD = add_residual(combining.wait(), inputs[-1], routing)
+        for wrapper, own_TD, beside_TD in reversed(list(zip(wrappers.values(), inputs, beside))):
+            out_TD = wrapper.leaving(out_TD, own_TD, routing, beside_TD)
+        return MoEOutput(out_TD, stats, routing.carry)
+
+
+def add_residual(out_TD: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
+    """Add the outputs of choices that are no experts: they need no matrices, so no rank and no exchange.
+
+    Args:
+        out_TD: [T, D], sum of the outputs of each token's experts.
+        x_TD: [T, D], what the experts were given.
+        routing: the decision: `residual_T` weighs identity choices, `residual_TD` is the sum of the others.
+
+    Returns:
+        [T, D], the sum over all choices.
+    """
+    if routing.residual_T is not None:
+        out_TD = out_TD + (routing.residual_T[:, None] * x_TD).to(out_TD.dtype)
+    if routing.residual_TD is not None:
+        out_TD = out_TD + routing.residual_TD.to(out_TD.dtype)
+    return out_TD
+
+
+def sparse_layers_in(module: nn.Module) -> Iterator[SparseLayer]:
+    """Iterate over the sparse layers below a module, in run order. One inside another is the other's own."""
+    for child in module.children():
+        if isinstance(child, SparseLayer):
+            yield child
+        else:
+            yield from sparse_layers_in(child)

@@ -43,7 +43,8 @@ class ChunkComputation(Protocol):
 
 
 def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor,
-                       computation: ChunkComputation, num_chunks: int) -> PendingCombine:
+                       computation: ChunkComputation, num_chunks: int, *,
+                       read: bool = True) -> PendingCombine:
     """Run a micro-batch through the experts in chunks.
 
     Args:
@@ -53,6 +54,7 @@ def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor
         weights_TK: [T, K], gate weights.
         computation: computes the experts; called once for every chunk, in order.
         num_chunks: 1 or more.
+        read: whether backward reads the outputs (`RoutedExperts`).
 
     Returns:
         The finished chunks and the combine of the last one, which is under way.
@@ -69,7 +71,7 @@ def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor
         if chunk == 0:
             computation.begin()
         rows = current.wait()
-        started = dispatcher.combine_async(computation(rows), rows.metadata)
+        started = dispatcher.combine_async(computation(rows), rows.metadata, read=read)
         if combining is not None:
             finished.append(combining.wait())
         combining = started

@@ -70,7 +70,9 @@ class Routing(NamedTuple):
     max_rows: int                            # static bound on the number of used slots
     stats: RoutingStats
     carry: Tensor | None = None              # for the router of the next layer
-    residual_T: Tensor | None = None         # weight of identity experts
+    # Output of choices that are no experts (moe/layer.py): residual_T * x + residual_TD.
+    residual_T: Tensor | None = None         # with gradient
+    residual_TD: Tensor | None = None        # with gradient
 
 
 class Stack(NamedTuple):
@@ -116,6 +118,9 @@ class Router(nn.Module):
         top_k: K, number of slots of a token.
     """
 
+    # C, width of scores and statistics. Ids from E on are choices that are no experts: they are counted, and
+    # never dispatched.
+    num_choices: int
     # Whether the decision for a token depends on that token and earlier ones of its sequence alone.
     causal = True
     # Fields of RouterContext that it reads, beside `valid_T` and `training`.
@@ -123,7 +128,7 @@ class Router(nn.Module):
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int) -> None:
         super().__init__()
-        self.num_experts, self.top_k = num_experts, top_k
+        self.num_experts, self.top_k, self.num_choices = num_experts, top_k, num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:

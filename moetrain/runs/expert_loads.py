@@ -1,7 +1,10 @@
 """Expert loads of a run: tokens per expert of every router, one record a step.
 
     log/loads/*.i32           appended every step; loads.npz is built from them
-    log/loads/routers.json    names of the routers, and the number of experts of each
+    log/loads/routers.json    number of experts of each router by name; where some choices are no experts, the
+                              numbers of experts and of choices
+
+The loads of a router are those of all its choices; its experts are the first of them.
 
 A resumed run cuts its records back to the restored step; what is cut goes to
 <file>.lost and is never deleted.
@@ -46,7 +49,7 @@ class RecordFile(NamedTuple):
     path: Path
     first: int    # step of the first record
     routers: int
-    experts: int  # E_max
+    experts: int  # E_max, choices of the largest router
     ranks: int    # 0 where sources were not recorded
 
     @property
@@ -82,13 +85,21 @@ class LoadsLog:
         self.dir = Path(dir)
         self._current: RecordFile | None = None
 
-    def name_routers(self, experts: Mapping[str, int]) -> None:
-        """Write routers.json: the routers in layer order, and the number of experts of each."""
+    def name_routers(self, experts: Mapping[str, int], choices: Mapping[str, int] | None = None) -> None:
+        """Write routers.json.
+
+        Args:
+            experts: number of experts by router, in run order.
+            choices: number of choices by router; None: every choice is an expert.
+        """
         path = self.dir / ROUTERS
+        choices = choices or experts
+        numbers = {name: number if number == choices[name] else [number, choices[name]]
+                   for name, number in experts.items()}
         with as_disk_error(path):
             self.dir.mkdir(parents=True, exist_ok=True)
             with replace_atomically(path) as file:
-                file.write(json.dumps(experts).encode())
+                file.write(json.dumps(numbers).encode())
 
     def write(self, step: int, loads: Sequence[ArrayLike],
               sources: Sequence[ArrayLike] | None = None) -> None:
@@ -96,8 +107,8 @@ class LoadsLog:
 
         Args:
             step: number of the step.
-            loads: [E] for each router, tokens per expert.
-            sources: [ranks, E] for each router, the same tokens by the rank that they came from.
+            loads: [C] for each router, tokens per choice.
+            sources: [ranks, C] for each router, the same tokens by the rank that they came from.
         """
         loads = [np.asarray(load)[None] for load in loads]
         blocks = loads + [np.asarray(source) for source in ([] if sources is None else sources)]
@@ -135,17 +146,19 @@ class LoadsLog:
     def write_npz(self, path: Path) -> bool:
         """Build loads.npz from the records, a few at a time.
 
-        Entries beyond a router's experts are 0. The array `sources` exists where any step recorded
+        Entries beyond a router's choices are 0. The array `choices` exists where some of them are no
+        experts. The array `sources` exists where any step recorded
         it: it is -1 in steps that did not, and 0 for ranks that a step did not have. Raises OSError
         where the file cannot be written.
 
         Returns:
             False where the routers are not recorded; nothing is written then.
         """
-        experts = self._routers()
-        if experts is None:
+        routers = self._routers()
+        if routers is None:
             return False
-        shape = (len(experts), max(experts.values(), default=0))
+        experts, choices = (np.array([of[part] for of in routers.values()], np.int64) for part in (0, 1))
+        shape = (len(routers), int(choices.max(initial=0)))
         record_files = {record_file: record_file.records() for record_file in self._record_files()
                         if (record_file.routers, record_file.experts) == shape}
         ranks = max((record_file.ranks for record_file in record_files), default=0)
@@ -161,8 +174,9 @@ class LoadsLog:
                 _add_array(archive, "sources", (len(steps), shape[0], ranks, shape[1]),
                            (_pad_ranks(block.sources, record_file, ranks)
                             for record_file, block in _blocks_in_order(record_files)))
-            for name, array in (("experts", np.array(list(experts.values()), np.int64)),
-                                ("routers", np.array(list(experts), np.str_)), ("steps", steps)):
+            beyond = {} if (experts == choices).all() else {"choices": choices}
+            for name, array in {**beyond, "experts": experts, "routers": np.array(list(routers), np.str_),
+                                "steps": steps}.items():
                 _add_array(archive, name, array.shape, [array], array.dtype)
         return True
 
@@ -171,8 +185,11 @@ class LoadsLog:
         newest = max((record_file.path.stat().st_mtime_ns for record_file in self._record_files()), default=0)
         return path.is_file() and path.stat().st_mtime_ns >= newest
 
-    def _routers(self) -> dict[str, int] | None:
-        """Number of experts of each router; None where it is not recorded, as in runs of older releases."""
+    def _routers(self) -> dict[str, tuple[int, int]] | None:
+        """Numbers of experts and choices of each router; None where they are not recorded.
+
+        Runs of older releases do not have them.
+        """
         path = self.dir / ROUTERS
         try:
             found = read_json(path)
@@ -181,9 +198,13 @@ class LoadsLog:
         except (OSError, ValueError) as error:
             log.warning("%s cannot be read (%s); loads.npz stays as it is", path, reason(error))
             return None
-        fits = isinstance(found, dict) and all(
-            type(number) is int and 0 < number < 1 << 20 for number in found.values())
-        return found if fits else None
+        if not isinstance(found, dict):
+            return None
+        routers = {name: (of, of) if type(of) is int else tuple(of) if type(of) is list else ()
+                   for name, of in found.items()}
+        fits = all(len(of) == 2 and all(type(number) is int for number in of) and 0 < of[0] <= of[1] < 1 << 20
+                   for of in routers.values())
+        return routers if fits else None
 
     def _record_files(self) -> list[RecordFile]:
         found = [(path, re.fullmatch(r"(\d{8,12})-(\d{1,6})x(\d{1,6})-(\d{1,6})\.i32", path.name))

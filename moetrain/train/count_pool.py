@@ -10,7 +10,7 @@
 One all-reduce carries the counts of all routers. Mode exact takes one for each step, the other modes one for
 each micro-batch.
 
-Shapes: E experts of a router, L = sum of E over routers (the flat buffer), R routers.
+Shapes: C choices of a router, L = sum of C over routers (the flat buffer), R routers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +37,7 @@ class CountAllReduce:
 
     Args:
         group: the ranks over which counts are pooled.
-        routers: number of experts by router, in layer order.
+        routers: number of choices by router, in run order.
         device: device of the counts.
         parts: number of micro-batches whose counts are reduced together.
     """
@@ -55,9 +55,9 @@ class CountAllReduce:
         """
         told: dict[str, Tensor] = {}
 
-        def on_counts(router: str, counts_E: Tensor) -> None:
+        def on_counts(router: str, counts_C: Tensor) -> None:
             if router not in told:
-                told[router] = counts_E
+                told[router] = counts_C
                 if len(told) == len(self.routers):
                     self._add(torch.cat([told[router] for router in self.routers]))
 
@@ -81,7 +81,7 @@ class AccumulatedCounts:
 
     Args:
         mode: `sync`, `buffer` or `warm` (PoolRule, losses/base.py).
-        routers: number of experts by router, in layer order.
+        routers: number of choices by router, in run order.
         tokens: int64 scalar, valid tokens of the global batch.
         prior: counts of the previous step, for mode warm.
     """
@@ -115,7 +115,7 @@ class PreviousStepCounts:
     `counts_L` and `tokens` are 0 before the first step.
 
     Args:
-        routers: number of experts by router, in layer order.
+        routers: number of choices by router, in run order.
         drift: a router whose shares have moved by more than this from one step to the next (total variation,
             0 to 1) is not estimated.
         device: device of the counts.
@@ -138,19 +138,19 @@ class PreviousStepCounts:
             float64 [L]: the counts so far, and the rest of the slots by the shares of the previous step.
         """
         parts = []
-        for total_E, prior_E, usable in zip(
+        for total_C, prior_C, usable in zip(
                 total_L.split(self.sizes), self.counts_L.split(self.sizes), self.usable_R):
-            slots = prior_E.sum().double()
-            rest = (slots * tokens / self.tokens.clamp(min=1) - total_E.sum()).clamp(min=0)
-            parts.append(total_E + usable * rest * prior_E / slots.clamp(min=1))
+            slots = prior_C.sum().double()
+            rest = (slots * tokens / self.tokens.clamp(min=1) - total_C.sum()).clamp(min=0)
+            parts.append(total_C + usable * rest * prior_C / slots.clamp(min=1))
         return torch.cat(parts) if parts else total_L.double()
 
     def observe(self, counts_L: Tensor, tokens: Tensor) -> None:
         """Keep the pooled counts [L] of a finished step, and its valid tokens."""
-        for router, (now_E, before_E) in enumerate(
+        for router, (now_C, before_C) in enumerate(
                 zip(counts_L.split(self.sizes), self.counts_L.split(self.sizes))):
-            moved = (shares(now_E) - shares(before_E)).abs().sum() / 2
-            self.usable_R[router] = (moved <= self.drift) | ~before_E.any()
+            moved = (shares(now_C) - shares(before_C)).abs().sum() / 2
+            self.usable_R[router] = (moved <= self.drift) | ~before_C.any()
         self.counts_L.copy_(counts_L)
         self.tokens.copy_(tokens)
 
@@ -160,6 +160,6 @@ class PreviousStepCounts:
             yield StateShard(f"prior.{name}", tuple(tensor.shape), 0, tensor, "batch")
 
 
-def shares(counts_E: Tensor) -> Tensor:
-    """Share of each expert in the counts of a router, float64 [E]; zeros if nothing was routed."""
-    return counts_E.double() / counts_E.sum().clamp(min=1)
+def shares(counts_C: Tensor) -> Tensor:
+    """Share of each choice in the counts of a router, float64 [C]; zeros if nothing was routed."""
+    return counts_C.double() / counts_C.sum().clamp(min=1)

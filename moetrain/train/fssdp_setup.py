@@ -5,7 +5,7 @@ import torch
 from moetrain.comm.mesh import Mesh
 from moetrain.config.build import build
 from moetrain.config.schema import Config
-from moetrain.model.build import plan_homes, sliced_experts
+from moetrain.model.build import sliced_experts
 from moetrain.model.parallelize import copy_experts
 from moetrain.model.transformer import Transformer
 from moetrain.moe.expert_form import ExpertForm
@@ -14,15 +14,16 @@ from moetrain.parallel.fssdp.replanner import PlanningInputs, ReplanIntervals, R
 from moetrain.plan.calibration import calibrate
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.loads.forecast import LoadForecaster, forecast_of
+from moetrain.plan.placement import ExpertPlacement
 
 
 def build_fssdp(config: Config, model: Transformer, optimizer: torch.optim.Optimizer,
                 mesh: Mesh) -> tuple[CopyManager, Replanner]:
-    """Build the copy manager of all layers and the replanner; every expert is at its home, without copies.
+    """Build the copy manager of all banks and the replanner; every expert is at its home, without copies.
 
     Args:
         config: the config of the run.
-        model: this rank's part of the model.
+        model: this rank's part of the model, with a bank of experts or more.
         optimizer: its optimizer, whose moments move with an expert's home.
         mesh: all ranks.
 
@@ -33,19 +34,20 @@ def build_fssdp(config: Config, model: Transformer, optimizer: torch.optim.Optim
     copies = copy_experts(model, mesh, rematerialize=config.parallel.rematerialize,
                           form=config.parallel.collective, topology=planning_inputs.topology)
     intervals = ReplanIntervals(config.parallel.rehome_interval, sliced_experts(config.parallel, mesh))
-    planning = Replanner(model.moe_layers, optimizer, mesh, copies,
-                         plan_homes(config.model, mesh["ep"].size), build(config.planner, "planner"),
-                         planning_inputs, look_ahead(config, model), intervals,
-                         calibrate if config.parallel.calibrate else None)
+    placement = ExpertPlacement(tuple((name, experts.dispatcher.placement)
+                                      for name, experts in model.banks.items()))
+    planning = Replanner(model.banks, model.feeds, optimizer, mesh, copies, placement,
+                         build(config.planner, "planner"), planning_inputs, look_ahead(config, placement),
+                         intervals, calibrate if config.parallel.calibrate else None)
     return copies, planning
 
 
-def look_ahead(config: Config, model: Transformer) -> LoadForecaster:
-    """Build the forecaster of the loads of the next step."""
-    parallel = config.parallel
-    forecast = forecast_of(parallel.forecast, sum(model.routers.values()), parallel.window)
+def look_ahead(config: Config, placement: ExpertPlacement) -> LoadForecaster:
+    """Build the forecaster of the loads of the next step, for the banks of a placement."""
+    parallel, sizes = config.parallel, {name: homes.num_experts for name, homes in placement.layers}
+    forecast = forecast_of(parallel.forecast, sum(sizes.values()), parallel.window)
     # In thousandths: integers, so that all ranks decide alike.
-    return LoadForecaster(forecast, model.routers, round(1000 * parallel.max_forecast_error))
+    return LoadForecaster(forecast, sizes, round(1000 * parallel.max_forecast_error))
 
 
 def survey(config: Config, model: Transformer, mesh: Mesh) -> PlanningInputs:
@@ -75,5 +77,5 @@ def survey(config: Config, model: Transformer, mesh: Mesh) -> PlanningInputs:
                      latency_s=hardware.latency_s, hidden_s=attention / hardware.flops,
                      collective=config.parallel.collective)
 
-    of_layers = {name: costs(moe.experts.bank.form) for name, moe in model.moe_layers.items()}
-    return PlanningInputs(topology, of_layers, config.parallel.max_copies)
+    of_banks = {name: costs(experts.bank.form) for name, experts in model.banks.items()}
+    return PlanningInputs(topology, of_banks, config.parallel.max_copies)

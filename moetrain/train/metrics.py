@@ -7,7 +7,10 @@
 Two buffers are reduced in a step: the pooled counts (int64, exact; train/count_pool.py or train/step.py), and
 one float64 buffer of everything else, after the last backward.
 
-Shapes: E experts, R routers of a stack, L = sum of E over routers.
+A router may have choices that are no experts (routers/base.py). Probabilities, the balance loss and entropy
+are over all C choices; what says how experts are loaded is over the first E of them, the experts.
+
+Shapes: E experts, C choices, R routers of a stack, L = sum of C over routers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +41,7 @@ class StepSums(NamedTuple):
     counts_L: Tensor                         # int64 [L], counts of all routers
     tokens: int                              # valid tokens of the global batch
     norm: float                              # norm of all gradients
-    # float64 [E] on the device, mean over micro-batches; of the routers that need them (routers/base.py).
+    # float64 [C] on the device, mean over micro-batches; of the routers that need them (routers/base.py).
     load_error_signs: dict[str, Tensor]
     flags: list[float]                       # StepFlags of train/step.py
     phases: list[list[float]]                # seconds of every rank (train/loggers/stopwatch.py)
@@ -54,7 +57,7 @@ def flat_counts(stacks: Sequence[Stack], device: torch.device) -> Tensor:
 
 
 def split_by_router(flat: Tensor, routers: Mapping[str, int]) -> dict[str, Tensor]:
-    """Split a flat buffer [L] into views [E], by router name."""
+    """Split a flat buffer [L] into views [C], by router name."""
     return dict(zip(routers, flat.split(list(routers.values()))))
 
 
@@ -63,28 +66,44 @@ def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor) -> list[Poo
 
     Args:
         flat_L: pooled counts [L], int64 or float64.
-        routers: number of experts by router, in layer order.
+        routers: number of choices by router, in run order.
         tokens: int64 scalar, valid tokens of the global batch.
 
     Returns:
         One record for each stack of consecutive routers of the same size (routers/base.py `stacks`).
     """
-    return [Pooled(counts_RE, tokens) for counts_RE in by_stack(flat_L, routers)]
+    return [Pooled(counts_RC, tokens) for counts_RC in by_stack(flat_L, routers)]
+
+
+def only_experts(counts_RC: Tensor, experts: Sequence[int]) -> Tensor:
+    """Set the counts of choices that are no experts to 0.
+
+    Args:
+        counts_RC: counts of a stack of routers.
+        experts: number of experts of each of its routers.
+    """
+    if all(number == counts_RC.shape[1] for number in experts):
+        return counts_RC
+    is_expert = torch.arange(counts_RC.shape[1]) < torch.tensor(experts)[:, None]
+    return counts_RC.where(to_device(is_expert, counts_RC.device), 0)
 
 
 class SumBuffer:
     """Collects the float64 sums of a step on this rank, then sums them over ranks in one collective.
 
     Args:
-        routers: number of experts by router, in layer order.
+        routers: number of choices by router, in run order.
+        experts: number of experts by router.
         device: device of the sums.
         flags: flags of this rank, which are summed in the same collective.
         routers_needing_load_error: names of the routers for which signs of load errors are averaged.
         losses: names of the auxiliary losses that are trained on.
     """
 
-    def __init__(self, routers: Mapping[str, int], device: torch.device, flags: Sequence[int] = (),
-                 routers_needing_load_error: Sequence[str] = (), losses: Sequence[str] = ()) -> None:
+    def __init__(self, routers: Mapping[str, int], experts: Mapping[str, int], device: torch.device,
+                 flags: Sequence[int] = (), routers_needing_load_error: Sequence[str] = (),
+                 losses: Sequence[str] = ()) -> None:
+        self.experts = dict(experts)
         self.routers, self.routers_needing_load_error, self.losses = (
             routers, {router: routers[router] for router in routers_needing_load_error}, tuple(losses))
         self.flags = torch.tensor(flags, dtype=torch.float64)
@@ -116,7 +135,7 @@ class SumBuffer:
         """Sums over all routers: max violation, its number of summands, dropped slots, entropy."""
         if not stacks:
             return [self.flat.new_zeros(())] * 4
-        of = [_summed(stack.stats) for stack in stacks]
+        of = [_summed(stack.stats, [self.experts[router] for router in stack.routers]) for stack in stacks]
         return [sum(rest, first).double() for first, *rest in zip(*of)]
 
     def sum_over(self, group: Group, phases: Sequence[float], counts_L: Tensor, tokens: Tensor,
@@ -151,15 +170,22 @@ class SumBuffer:
             times.view(group.size, -1).tolist())
 
 
-def _summed(stats: RoutingStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _summed(stats: RoutingStats, experts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the routers of a stack.
+
+    Args:
+        stats: statistics of the stack.
+        experts: number of experts of each of its routers.
 
     Returns:
         Max violation (max load / mean load - 1, float64; 0 where nothing was routed), number of routers
         where something was routed, dropped slots, and entropy.
     """
-    slots_R = stats.active_sum
-    over_R = stats.counts_E.amax(-1).double() * stats.counts_E.shape[-1] / slots_R.clamp(min=1) - 1
+    counts_RC = only_experts(stats.counts_E, experts)
+    slots_R = counts_RC.sum(-1)
+    # One number where it is the same for all, which is nearly always so and moves nothing to the device.
+    many = experts[0] if len(set(experts)) == 1 else to_device(torch.tensor(experts), counts_RC.device)
+    over_R = counts_RC.amax(-1).double() * many / slots_R.clamp(min=1) - 1
     return (over_R.where(slots_R > 0, 0).sum(), (slots_R > 0).sum(), stats.dropped.sum(),
             stats.entropy_sum.sum())
 
@@ -174,16 +200,23 @@ def loss_metrics(terms: Mapping[str, float], weights: Mapping[str, float]) -> di
             **{f"loss/{name}": term / weights[name] for name, term in terms.items() if name != "balance"}}
 
 
-def balance_metrics(sums: StepSums, routers: Mapping[str, int]) -> dict[str, float]:
+def balance_metrics(sums: StepSums, routers: Mapping[str, int],
+                    experts: Mapping[str, int]) -> dict[str, float]:
     """Metrics of routing from the pooled sums of the step.
 
     They do not depend on the balance mode, the mesh or the split into micro-batches. Two exceptions depend on
     mesh and split: `moe/local_max_violation/mean`, and the drops of a capacity whose scope is a micro-batch.
+
+    Args:
+        sums: sums of the step.
+        routers: number of choices by router, in run order.
+        experts: number of experts by router.
     """
     if not routers:
         return {}
-    of = [_balance(*parts) for parts in zip(by_stack(sums.counts_L.double(), routers),
-                                            by_stack(sums.prob_sums_L, routers))]
+    counts, numbers = by_stack(sums.counts_L.double(), routers), iter(experts.values())
+    of = [_balance(counts_RC, prob_sums_RC, [next(numbers) for _ in counts_RC])
+          for counts_RC, prob_sums_RC in zip(counts, by_stack(sums.prob_sums_L, routers))]
     balance_R, violation_R, slots_R, dead_R = (torch.cat(parts) for parts in zip(*of))
     balance, violation, slots, dead = torch.stack([balance_R, violation_R, slots_R, dead_R]).sum(-1).tolist()
     return {
@@ -197,24 +230,27 @@ def balance_metrics(sums: StepSums, routers: Mapping[str, int]) -> dict[str, flo
     }
 
 
-def _balance(counts_RE: Tensor, prob_sums_RE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _balance(counts_RC: Tensor, prob_sums_RC: Tensor,
+             experts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Balance of each router of a stack.
 
     Args:
-        counts_RE: float64 [R, E], pooled counts of the step.
-        prob_sums_RE: float64 [R, E], probabilities summed over tokens.
+        counts_RC: float64 [R, C], pooled counts of the step.
+        prob_sums_RC: float64 [R, C], probabilities summed over tokens.
+        experts: number of experts of each router.
 
-    Returns:
-        Four tensors [R]: E sum_i f_i P_i times tokens, max violation, slots, experts without a slot.
+    Returns: Four tensors [R]: C sum_i f_i P_i times tokens, over all choices; and of the experts alone max
+        violation, slots, experts without a slot.
     """
-    slots_R = counts_RE.sum(-1)
-    share_R = counts_RE.shape[-1] / slots_R.clamp(min=1)     # 1 / mean load
-    violation_R = share_R * counts_RE.amax(-1) - (slots_R > 0).double()
-    return (share_R * (counts_RE * prob_sums_RE).sum(-1), violation_R, slots_R,
-            (counts_RE == 0).sum(-1).double())
+    share_R = counts_RC.shape[-1] / counts_RC.sum(-1).clamp(min=1)       # 1 / mean load of a choice
+    loads_RC, experts_R = only_experts(counts_RC, experts), torch.tensor(experts)
+    slots_R = loads_RC.sum(-1)
+    violation_R = slots_R.clamp(min=1).reciprocal() * experts_R * loads_RC.amax(-1) - (slots_R > 0).double()
+    return (share_R * (counts_RC * prob_sums_RC).sum(-1), violation_R, slots_R,
+            experts_R - (loads_RC > 0).sum(-1).double())
 
 
 def forecast_metrics(errors_permille: Sequence[int]) -> dict[str, float]:
-    """Mean and maximum, over routers, of the error of this step's load forecasts (plan/loads/forecast.py)."""
+    """Mean and maximum, over banks, of the error of this step's load forecasts (plan/loads/forecast.py)."""
     errors = [int(error) / 1000 for error in errors_permille] or [0.0]
     return {"moe/forecast_error/mean": sum(errors) / len(errors), "moe/forecast_error/max": max(errors)}

@@ -14,7 +14,8 @@ In other modes each micro-batch runs forward and backward before the next one, w
 (train/count_pool.py), or with its own counts if no loss pools them. The config decides, and between the two
 ways of mode exact the ranks agree (train/memory/graph_memory.py), so collectives are the same on every rank.
 
-Shapes: B sequences, S positions, T = B*S tokens, D model width, V vocabulary, L = sum of E over routers.
+Shapes: B sequences, S positions, T = B*S tokens, D model width, V vocabulary, L = sum of choices over
+routers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
     Yields:
         Each forward pass, once its backward may run.
     """
-    rule, routers = run.objective.pool, run.state.model.routers
+    rule, routers = run.objective.pool, run.state.model.num_choices
     if rule is None:
         for batch in batches:
             yield forward_pass(run, step, batch,
@@ -79,7 +80,7 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
 def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor,
                   rule: PoolRule) -> Iterator[Forward]:
     """Modes sync, buffer and warm: each micro-batch uses the counts that are known at its backward."""
-    routers = run.state.model.routers
+    routers = run.state.model.num_choices
     known = AccumulatedCounts(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
         pooling, last = (CountAllReduce(group_of(rule, run.mesh), routers, tokens.device),
@@ -96,7 +97,7 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor,
 def _whole_step(run: Run, step: int, batches: list[Batch], tokens: Tensor,
                 rule: PoolRule) -> Iterator[Forward]:
     """Mode exact: every micro-batch uses the counts of the whole step."""
-    routers = run.state.model.routers
+    routers = run.state.model.num_choices
     pooling = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device, len(batches))
     pooled = cache(lambda: pool(pooling.wait(), routers, tokens))
     for forward in (_graphs_kept if run.graphs.kept else _counted_first)(

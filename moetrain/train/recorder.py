@@ -81,7 +81,7 @@ class Recorder:
             CheckpointError: the run has saved checkpoints, and none is there.
             DiskError: the directory cannot be written.
         """
-        self.routers = run.state.model.routers
+        self.routers, self.experts = run.state.model.num_choices, run.state.model.num_experts
         all_or_none(run.mesh["batch"],
                     lambda: self._look_for_lost(run.state.step if resumed else 0) if self.main else None)
         files = {"config.yaml": to_yaml(with_absolute_paths(self.config)),
@@ -116,7 +116,7 @@ class Recorder:
         for sink in (self.metrics, self.evaluations, self.saves, self.loads):
             sink.cut_to(run.state.step if resumed else 0)
         if self.routers:
-            self.loads.name_routers(self.routers)
+            self.loads.name_routers(self.experts, self.routers)
         if resumed and not self.metrics.has(run.state.step):
             log.warning("metrics.jsonl lacks step %d, from which the run goes on: somebody has changed it",
                         run.state.step)

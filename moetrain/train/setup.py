@@ -38,12 +38,12 @@ def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertMo
     model = build_model(config, dataset.vocab_size, mesh, convert_model)
     optimizer = build_optimizer(model, config.optim)
     allocate_state(optimizer)
-    copies, replanner = (build_fssdp(config, model, optimizer, mesh) if config.parallel.mode == "fssdp"
-                         else (None, None))
+    copies, replanner = (build_fssdp(config, model, optimizer, mesh)
+                         if config.parallel.mode == "fssdp" and model.banks else (None, None))
     objective = build_objective(config, len(model.routers))
     previous = None
     if objective.pool is not None and objective.pool.mode == "warm":
-        previous = PreviousStepCounts(model.routers, objective.losses["balance"].drift, mesh.device)
+        previous = PreviousStepCounts(model.num_choices, objective.losses["balance"].drift, mesh.device)
     return Run(
         config, directory, mesh, dataset, loader,
         state=TrainState(model, optimizer, planning=replanner, prior=previous),

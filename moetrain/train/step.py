@@ -63,7 +63,7 @@ class StepResult(NamedTuple):
     """Outcome of an optimizer step: the same on every rank, except `sources`, times and memory."""
 
     metrics: dict[str, float]                # docs/reference/files.md
-    counts: dict[str, Tensor]                # pooled, int64 [E] by router, on the host
+    counts: dict[str, Tensor]                # pooled, int64 [C] by router, on the host
     sources: list[Tensor] | None             # with log.sources, on rank 0: flat counts of every rank
     flags: StepFlags                         # summed over ranks
 
@@ -84,7 +84,7 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
         NonFiniteError: loss or gradient norm is not finite; on all ranks, and no update is applied.
     """
     model, mesh, config, planning = run.state.model, run.mesh, run.config, run.state.planning
-    routers = model.routers
+    choices = model.num_choices
     watch = run.watch
     watch.restart()
     copies = planning.agreed().num_copies if planning else 0
@@ -95,9 +95,9 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     run.state.optimizer.zero_grad(set_to_none=True)
     run.parallel.begin(len(batches))
     flags = flags._replace(data_failed=int(failure is not None))
-    sums = SumBuffer(routers, mesh.device, flags, model.routers_needing_load_error,
+    sums = SumBuffer(choices, model.num_experts, mesh.device, flags, model.routers_needing_load_error,
                      tuple(run.objective.weights))
-    local = torch.zeros(sum(routers.values()), dtype=torch.int64, device=mesh.device)
+    local = torch.zeros(sum(choices.values()), dtype=torch.int64, device=mesh.device)
     pooled_L = None                          # counts of the whole step on all ranks, where a loss pools them
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
@@ -124,10 +124,10 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     set_gradient_norm(run.state.optimizer, clipped_norm)
     with record_function("optimizer"):
         run.state.optimizer.step()
-    model.end_of_step(split_by_router(counts_L, routers), summed.load_error_signs)
+    model.end_of_step(split_by_router(counts_L, choices), summed.load_error_signs)
     if run.state.prior:
         run.state.prior.observe(counts_L, tokens)
-    counts = split_by_router(summed.counts_L, routers)
+    counts = split_by_router(summed.counts_L, choices)
     if planning:
         planning.observe(step, counts)
     watch.lap("optim")
@@ -156,7 +156,7 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
         "loss/ce": summed.cross_entropy / max(1, summed.tokens),
         "loss/total": summed.total,
         **loss_metrics(summed.terms, run.objective.weights),
-        **balance_metrics(summed, run.state.model.routers),
+        **balance_metrics(summed, run.state.model.num_choices, run.state.model.num_experts),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,
         **forecast_metrics(planning.forecaster.errors_r if planning else []),

@@ -200,14 +200,14 @@ def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor],
     here = torch.arange(12).chunk(world)[group.position]
     x_TD, valid_T = x_BSD[:, here].flatten(0, 1).requires_grad_(), valid_BS[:, here].flatten()
     stats = {moe.name: moe.router.route(x_TD, RouterContext(valid_T=valid_T)).stats for moe in moes}
-    pooling, tokens, found = (CountAllReduce(group, run.state.model.routers, run.mesh.device),
+    pooling, tokens, found = (CountAllReduce(group, run.state.model.num_choices, run.mesh.device),
                               valid_BS.sum(), stacks(stats))
     counted = pooling.micro_batch()
     for router, of_router in stats.items():
         counted(router, of_router.counts_E)
     counts_L = pooling.wait()
     share = run.objective.share(torch.zeros((), dtype=torch.float64), found,
-                                pool(counts_L, run.state.model.routers, tokens), tokens)
+                                pool(counts_L, run.state.model.num_choices, tokens), tokens)
     total = share.total
     total.backward()
     grads = [sum_over(group, moe.router.weight.grad) for moe in moes]

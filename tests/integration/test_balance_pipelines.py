@@ -82,7 +82,8 @@ class Chunk(nn.Module):
             x = F.embedding(x, model.embed)
         rotary = rotary_table(x.shape[1], model.head_dim, model.rope_theta, dtype=x.dtype, device=x.device)
         for block in self.blocks:
-            x, stats[block.moe.name], _ = block(x, rotary, None, context)
+            x, of_block, _ = block(x, rotary, None, context)
+            stats.update(of_block)
         self.travelling.append(pooling)
         self.order.append(("F", int(number)))
         x = self._balanced(x, stacks(stats), int(number))

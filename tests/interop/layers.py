@@ -45,8 +45,9 @@ def ours(layer: MoELayer, rank: int, weight: float) -> Seen:
     x, slope = tokens(rank)
     x.requires_grad_()
     output = layer(x, RouterContext(valid_T=torch.ones(TOKENS, dtype=torch.bool)))
-    pool = Pooled(output.stats.counts_E, torch.tensor(TOKENS))
-    balance = LoadBalanceLoss(weight=weight, scope="micro").value(output.stats, pool)
+    stats = output.stats[layer.name]
+    pool = Pooled(stats.counts_E, torch.tensor(TOKENS))
+    balance = LoadBalanceLoss(weight=weight, scope="micro").value(stats, pool)
     ((output.out_TD * slope).sum() + weight * balance).backward()
     bank = layer.experts.bank
     experts = list(zip(bank.gate_up.grad, bank.down.grad))

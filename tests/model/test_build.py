@@ -92,7 +92,7 @@ def test_other_runs_store_what_they_compute_in(dtype, storage):
 def test_layers_may_differ_in_experts_and_the_first_may_be_dense():
     run = make_run(["model.num_experts=[4,8]", "model.top_k=[1,2]", "balance.weight=0.1",
                     "router.weights=raw"])
-    assert run.state.model.routers == {"layers.0.moe": 4, "layers.1.moe": 8}
+    assert run.state.model.num_choices == {"layers.0.moe": 4, "layers.1.moe": 8}
     dense = initial(["model.first_dense_layers=1", "model.tie_embeddings=true"])
     # top_k * expert_dim, gate and up
     assert dense["layers.0.ffn.gate_up.weight"].shape == (2 * 2 * 16, 16)

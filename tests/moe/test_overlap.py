@@ -61,7 +61,7 @@ def traced(chunks: int) -> tuple[list[str], list[str]]:
     experts = layer(chunks, exact=False)
     x_TD, ids_TK, weights_TK = tokens(TOKENS)
     with Trace() as forward:
-        out_TD = experts(x_TD, ids_TK, weights_TK).wait()
+        out_TD = experts(x_TD, ids_TK, weights_TK, read=False).wait()
     with Trace() as backward:
         out_TD.sum().backward()
     return [event for event in forward.events if event != "weights"], backward.events

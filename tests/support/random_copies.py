@@ -56,8 +56,9 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0,
     return run
 
 
-def train_with_copies(overrides: list[str], steps: int, forced, seed: int) -> Trained:
-    run = run_with_copies(overrides, forced, seed)
+def train_with_copies(overrides: list[str], steps: int, forced, seed: int,
+                      convert_model: ConvertModel | None = None) -> Trained:
+    run = run_with_copies(overrides, forced, seed, convert_model)
     planning = run.state.planning
     sliced = set()
 

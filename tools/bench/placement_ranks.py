@@ -157,7 +157,8 @@ class Stack:
             torch.nn.init.normal_(parameter, std=0.02)
         # Slices experts where the homes say so.
         reshard(self.banks, torch.optim.SGD(parameters), homes.whole, homes, self.group)
-        self.copies = CopyManager(self.banks, self.group, dtype=torch.float32, rematerialize=False,
+        self.copies = CopyManager(self.banks, self.group, passes=dict.fromkeys(self.banks, 1),
+                                  dtype=torch.float32, rematerialize=False,
                                   recompute=False)
         cpu = torch.device("cpu")
         self.dispatchers = {name: TokenDispatcher(layer, FlatExchange(self.group), cpu, exact=True)

@@ -31,8 +31,8 @@ class MessageTransport(Protocol):
         Args:
             message: [R, …], rows ordered by destination.
             splits: rows to and from each position.
-            returning: whether rows travel in the direction in which what was dispatched comes back, in
-                forward or in backward.
+            returning: whether the exchange brings back what was dispatched: the combine, in forward and in
+                backward.
             read: whether backward reads what arrives (`Exchange.post`).
         """
         ...
@@ -88,7 +88,8 @@ class _ExchangeState:
         """Pack the tensors and start the exchange."""
         self.like = [(tensor.dtype, tensor.shape[1:]) for tensor in tensors]
         self.sending = pack(tensors)                     # it and `receiving` stay alive until `finish`
-        self.receiving = self.transport.start(self.sending, splits, returning=not self.read, read=read)
+        self.receiving = self.transport.start(self.sending, splits, returning=self.splits.returning,
+                                              read=read)
 
     def finish(self) -> tuple[Tensor, ...]:
         """Wait for the exchange and return the tensors received."""

@@ -31,14 +31,17 @@ class Splits(NamedTuple):
         sent: rows to each position.
         received: rows from each position.
         backend_plan: further numbers that the backend needs.
+        returning: whether this is the way back of what was dispatched.
     """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
     backend_plan: BackendPlan | None = None
+    returning: bool = False
 
     def reversed(self) -> "Splits":
-        return Splits(self.received, self.sent, self.backend_plan and self.backend_plan.reversed())
+        return Splits(self.received, self.sent, self.backend_plan and self.backend_plan.reversed(),
+                      not self.returning)
 
 
 class Handle(Protocol):

@@ -1,6 +1,6 @@
 """Copies of experts under FSSDP, on positions that compute rows of an expert whose home is elsewhere.
 
-Fully sharded sparse data parallelism (Hecate, arXiv 2502.02581). One iteration, for every layer with experts:
+Fully sharded sparse data parallelism (Hecate, arXiv 2502.02581). One iteration, for every bank of experts:
 
     plan                       before the step (plan/planners/)
                                choose which positions get copies of which experts
@@ -13,11 +13,11 @@ Fully sharded sparse data parallelism (Hecate, arXiv 2502.02581). One iteration,
                                (ops/grouped_experts.py)
     release_after_forward      with `rematerialize`: drop copies
     backward of release        with `rematerialize`: start the all-gather again
-    backward of wait           accumulate the gradients of copies over micro-batches
-    reduce_grads_in_backward   in backward of the last micro-batch, when the rows' gradients have arrived
+    backward of wait           accumulate the gradients of copies over micro-batches and passes
+    reduce_grads_in_backward   in backward of the step's last pass, when the rows' gradients have arrived
                                start the sparse reduce-scatter, which attention hides
     finish                     after the last backward
-                               wait, and sum at the home in a fixed order
+                               wait, and sum at the home in a fixed order; no gradient may be left over
     release                    after the update
                                drop copies, which are stale
 
@@ -26,6 +26,9 @@ change at every step without moving any. FSDP2 shards the dense part and sees no
 model owns every handle. Every rank waits exactly once for each collective that it posts. The placement, which
 all ranks of the group share, decides whether one is posted. `wait` passes the rows through an autograd node,
 so its backward runs on every rank, even without rows or copies.
+
+A *pass* sends the tokens of a micro-batch through a bank once. A bank that several routers feed, in one layer
+or in several, has a pass for each in every micro-batch.
 
 Lifetime of copies:
 
@@ -36,9 +39,9 @@ Lifetime of copies:
                           copies are in memory at once. With activation checkpointing, the recomputed block
                           gathers them itself.
 
-Gradients of copies are summed here over micro-batches and travel once a step, in float32 (float64 in float64
-runs). Copies of frozen parameters are gathered, and no gradient of theirs is computed or sent. Where all
-of a layer are frozen, there is no reduction.
+Gradients of copies are summed here over micro-batches and passes, and travel once a step, in float32 (float64
+in float64 runs). Copies of frozen parameters are gathered, and no gradient of theirs is computed or sent.
+Where all of a bank are frozen, there is no reduction.
 
 With calibration (`add_copies`) a step continues with another placement, as if it had been planned. Only its
 first gather comes in two parts, which are put in the order of slots when both have arrived. Replica groups
@@ -65,11 +68,12 @@ from moetrain.plan.placement import ExpertPlacement, LayerPlacement
 
 
 class CopyManager:
-    """Copies of all layers of a model.
+    """Copies of all banks of a model.
 
     Args:
-        banks: experts of each layer by router name, in layer order. The manager sets their `copies`.
+        banks: experts by bank name, in run order. The manager sets their `copies`.
         group: the positions, `ep`.
+        passes: passes over each bank in a micro-batch.
         dtype: dtype of the computation, and of copies while they travel.
         rematerialize: drop copies after forward and gather them again for backward.
         recompute: whether activation checkpointing runs blocks again in backward.
@@ -77,10 +81,11 @@ class CopyManager:
         topology: positions and nodes; None puts all positions on one node.
     """
 
-    def __init__(self, banks: Mapping[str, ExpertBank], group: Group, *, dtype: torch.dtype,
-                 rematerialize: bool, recompute: bool, form: str = "packed",
+    def __init__(self, banks: Mapping[str, ExpertBank], group: Group, *, passes: Mapping[str, int],
+                 dtype: torch.dtype, rematerialize: bool, recompute: bool, form: str = "packed",
                  topology: Topology | None = None) -> None:
         topology = topology or Topology(group.size, group.size)
+        self.passes = dict(passes)
         self.layers: dict[str, LayerCopies] = {}
         below = None
         for name, bank in banks.items():
@@ -91,20 +96,20 @@ class CopyManager:
         """Put a placement in force. Between steps only; drops the copies of the old one.
 
         Args:
-            placement: homes and copies of all layers.
+            placement: homes and copies of all banks.
             tables: where indices are put on the device.
         """
         for name, layer in placement.layers:
             self.layers[name].set_placement(layer, tables)
 
-    def begin(self, backwards: int) -> None:
-        """Begin a step that has `backwards` backward passes."""
-        for layer in self.layers.values():
-            layer.begin(backwards)
+    def begin(self, micro_batches: int) -> None:
+        """Begin a step of so many micro-batches."""
+        for name, layer in self.layers.items():
+            layer.begin(micro_batches * self.passes[name])
 
     @property
     def added(self) -> int:
-        """Copies that calibration has added in this step, over all positions and layers."""
+        """Copies that calibration has added in this step, over all positions and banks."""
         return sum(layer.added for layer in self.layers.values())
 
     @torch.no_grad()
@@ -120,15 +125,15 @@ class CopyManager:
 
 
 class LayerCopies:
-    """Copies of one layer, and the hooks to which its bank delegates (moe/bank.py).
+    """Copies of one bank, and the hooks to which it delegates (moe/bank.py).
 
     Args:
-        bank: experts of the layer whose home is here.
+        bank: experts whose home is here.
         group: the positions, `ep`.
         dtype: dtype of the computation, and of copies while they travel.
         rematerialize: drop copies after forward and gather them again for backward.
         recompute: whether activation checkpointing runs blocks again in backward.
-        below: copies of the layer before this one, or None.
+        below: copies of the bank before this one, or None.
         form: form of the sparse collectives (comm/sparse/forms.py).
         topology: positions and nodes.
     """
@@ -147,7 +152,7 @@ class LayerCopies:
         self.added = 0                                   # copies added in this step, over all positions
         self._gathers: list[PendingGather] = []          # under way
         self._rows_cW: Tensor | None = None              # the copies, while they are in memory
-        self._gradients_cW: Tensor | None = None         # summed over micro-batches
+        self._gradients_cW: Tensor | None = None         # summed over micro-batches and passes
         self._pending_reduction: PendingGradReduction | None = None
         # An input that requires a gradient: autograd runs backward of the nodes even if no row requires one.
         self._anchor = torch.zeros(0, requires_grad=True)
@@ -188,7 +193,7 @@ class LayerCopies:
     def wait(self, x_ND: Tensor) -> tuple[Tensor, CopiedParameters | None]:
         """Wait for copies; return the rows and the copies' parameters, or None if no position has copies.
 
-        In backward, the gradients of these are accumulated over micro-batches.
+        In backward, the gradients of these are accumulated over micro-batches and passes.
         """
         if self.transfers is None:
             return x_ND, None
@@ -240,14 +245,14 @@ class LayerCopies:
 
     @torch.no_grad()
     def start_reduction(self) -> None:
-        """Start sending the gradients of copies to their homes, if this was the last micro-batch."""
+        """Start sending the gradients of copies to their homes, if this was the last pass of the step."""
         if self.backwards == 0 and self._gradients_cW is not None:
             assert self.transfers is not None
             self._pending_reduction, self._gradients_cW = self.transfers.post_reduce(self._gradients_cW), None
 
     @torch.no_grad()
     def add_grads(self, gradients: Sequence[Tensor]) -> None:
-        """Accumulate the gradients of copies from one micro-batch.
+        """Accumulate the gradients of copies from one pass.
 
         Args:
             gradients: of each parameter [c, …] that is not frozen, in the order of the bank.
@@ -268,10 +273,13 @@ class LayerCopies:
         """Add the gradients of copies to those of the homes. Waits."""
         if self.transfers is None:
             return
-        assert self.backwards == 0, f"{self.backwards} backward passes of this step did not run"
+        assert self.backwards == 0, (
+            f"{self.backwards} more backward passes over the bank were expected than have run")
         if not self.bank.trainable:
             return
-        assert self._pending_reduction is not None, "the gradients of copies were not sent"
+        # Gradients that come after the reduction has left would be lost.
+        assert self._pending_reduction is not None and self._gradients_cW is None, (
+            "gradients of copies were not sent")
         self._pending_reduction.finish()
         self._pending_reduction = None
 
@@ -379,8 +387,9 @@ class _ReleaseAfterForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RD):
         ctx.layer.prefetch()
-        if ctx.layer.below is not None:
-            ctx.layer.below.prefetch()
+        below = ctx.layer.below
+        if below is not None and below.backwards:        # else nobody would wait for that gather
+            below.prefetch()
         return grad_RD, None
 
 

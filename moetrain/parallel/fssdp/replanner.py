@@ -1,11 +1,14 @@
 """Replanning under `parallel=fssdp`: choose homes and copies of experts for the next step from past loads.
 
     observe    after the update: add the pooled counts of the step to the forecast (plan/loads/forecast.py)
-               and plan every layer. At intervals also choose homes, if the planner moves them, and the
-               experts to slice (rehoming.py)
+               and plan every bank of experts. At intervals also choose homes, if the planner moves them, and
+               the experts to slice (rehoming.py)
     agreed     before the next step posts anything: check that all ranks have the same plan
-    calibrate  within the step, when a layer has routed its first micro-batch: add copies if that pays
-               (plan/calibration.py)
+    calibrate  within the step, when a router has chosen from the bank for the first time: add copies if that
+               pays (plan/calibration.py)
+
+Plans are made bank by bank. What a router has counted is added to the loads of the bank that it feeds;
+choices that are no experts are none of its loads.
 
 Pooled counts are the same integers on every rank, and planners are pure functions of integers, so ranks plan
 alike without communication. A digest of the placement checks that. It is gathered while nothing waits for it.
@@ -14,7 +17,7 @@ The forecast's inputs and the homes are part of the state of a run. With others,
 and sums would be grouped differently. A sliced expert has a home, too: the position that always computes it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Mesh
 from moetrain.errors import PeerError
-from moetrain.moe.layer import MoELayer
+from moetrain.moe.experts import RoutedExperts
 from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.parallel.fssdp.copies import CopyManager
 from moetrain.parallel.fssdp.rehoming import reshard
@@ -43,8 +46,8 @@ class PlanningInputs(NamedTuple):
 
     Attributes:
         topology: positions and nodes.
-        costs: what a row, an expert and a link cost, by the router of the layer.
-        room: copies that a position may hold in a layer.
+        costs: what a row, an expert and a link cost, by bank name.
+        room: copies that a position may hold of a bank.
     """
 
     topology: Topology
@@ -52,7 +55,7 @@ class PlanningInputs(NamedTuple):
     room: int
 
     def of(self, name: str) -> tuple[Topology, Costs, int]:
-        """The inputs for one layer, by its router."""
+        """The inputs for one bank, by its name."""
         return self.topology, self.costs[name], self.room
 
 
@@ -61,7 +64,7 @@ class ReplanIntervals(NamedTuple):
 
     Attributes:
         rehome: steps between choices of homes; 0 never changes them.
-        sliced: experts of a layer that may be sliced; 0 slices none.
+        sliced: experts of a bank that may be sliced; 0 slices none.
     """
 
     rehome: int
@@ -69,36 +72,37 @@ class ReplanIntervals(NamedTuple):
 
 
 class Replanner:
-    """Planning of all layers from step to step.
+    """Planning of all banks of experts from step to step.
 
     Args:
-        layers: sparse layers by router name, in the order of the model.
+        banks: routed experts by bank name, in run order.
+        feeds: names of the routers that choose from each bank.
         optimizer: optimizer whose state moves with homes.
         mesh: mesh of the run.
-        copies: copies of all layers, which follow the plans.
+        copies: copies of all banks, which follow the plans.
         placement: placement in force at first, without copies.
         planner: chooses copies, and homes if it supports that.
         planning_inputs: inputs of the planner besides loads.
-        forecaster: forecast of the loads of the same routers.
+        forecaster: forecast of the loads of the same banks.
         intervals: how often homes are chosen anew.
         calibration: adds copies to a plan after the gate (plan/calibration.py); None adds none.
     """
 
-    def __init__(self, layers: Mapping[str, MoELayer], optimizer: torch.optim.Optimizer, mesh: Mesh,
-                 copies: CopyManager, placement: ExpertPlacement, planner: Planner,
-                 planning_inputs: PlanningInputs, forecaster: LoadForecaster, intervals: ReplanIntervals,
+    def __init__(self, banks: Mapping[str, RoutedExperts], feeds: Mapping[str, Sequence[str]],
+                 optimizer: torch.optim.Optimizer, mesh: Mesh, copies: CopyManager,
+                 placement: ExpertPlacement, planner: Planner, planning_inputs: PlanningInputs,
+                 forecaster: LoadForecaster, intervals: ReplanIntervals,
                  calibration: Callable[..., LayerPlan | None] | None) -> None:
-        self.layers, self.optimizer, self.mesh, self.copies, self.planner = (
-            layers, optimizer, mesh, copies, planner)
+        self.banks, self.feeds, self.optimizer, self.mesh, self.copies, self.planner = (
+            banks, feeds, optimizer, mesh, copies, planner)
         self.planning_inputs, self.forecaster, self.intervals = planning_inputs, forecaster, intervals
         self.placement, self.calibration = placement, calibration
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self.positions = torch.zeros(1, dtype=torch.int64)   # number that `homes` refers to; 0 before a plan
         self._check: tuple[list[Tensor], dist.Work] | None = None
         with DeviceTables(mesh.device) as tables:
-            for name, moe in layers.items():
-                homes = placement[name]
-                self._dispatch_by(moe, LayerPlan(homes, (0,) * homes.num_experts), tables)
+            for name, homes in placement.layers:
+                self._dispatch_by(name, LayerPlan(homes, (0,) * homes.num_experts), tables)
             copies.set_placement(placement, tables)
 
     def observe(self, step: int, counts: Mapping[str, Tensor]) -> None:
@@ -106,10 +110,11 @@ class Replanner:
 
         Args:
             step: number of the step that is complete.
-            counts: int64 [E] by router, pooled over all ranks, on the host.
+            counts: int64 [C] by router, pooled over all ranks, on the host.
         """
-        newest = torch.cat([counts[name] for name in self.layers]) // self.mesh["expert_grad"].size
-        self.forecaster.observe(newest)
+        loads = [torch.stack([counts[router][:homes.num_experts] for router in self.feeds[name]]).sum(0)
+                 for name, homes in self.placement.layers]
+        self.forecaster.observe(torch.cat(loads) // self.mesh["expert_grad"].size)
         if self.intervals.rehome and step % self.intervals.rehome == 0:
             self._rehome()
         self._plan()
@@ -149,7 +154,7 @@ class Replanner:
         Every rank calls it, after `state_shards` and the experts, each at its present home, have been read.
         Homes for another number of positions are ignored: the experts stay where they are.
         """
-        positions, sizes = self.mesh["ep"].size, [self.placement[name].num_experts for name in self.layers]
+        positions, sizes = self.mesh["ep"].size, [layer.num_experts for _, layer in self.placement.layers]
         # Checkpoints of older releases do not have the number of positions.
         spread = int(self.positions) or int(self.homes.max()) + 1
         if spread == positions and self.homes.min() >= 0 and self.homes.max() < positions:
@@ -157,7 +162,7 @@ class Replanner:
                 (name, LayerPlacement(tuple(homes.tolist()), positions,
                                       sliced=tuple(sliced.nonzero().flatten().tolist())))
                 for name, homes, sliced
-                in zip(self.layers, self.homes.split(sizes), self.sliced.split(sizes)))))
+                in zip(self.banks, self.homes.split(sizes), self.sliced.split(sizes)))))
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
         self._plan()
 
@@ -173,12 +178,12 @@ class Replanner:
                                          for name, layer in homes.layers)))
 
     def _sliced_of(self, name: str, loads_E: np.ndarray, homes: LayerPlacement) -> tuple[int, ...]:
-        """Choose the experts of a layer to slice: by the planner if it supports that, else the hottest.
+        """Choose the experts of a bank to slice: by the planner if it supports that, else the hottest.
 
         Args:
-            name: router of the layer.
+            name: name of the bank.
             loads_E: int64 [E], rows expected of each expert.
-            homes: homes of the layer.
+            homes: homes of its experts.
         """
         if not self.intervals.sliced or not isinstance(self.planner, SupportsSlicing):
             return tuple(hottest_first(loads_E)[:self.intervals.sliced].tolist())
@@ -188,65 +193,66 @@ class Replanner:
 
     def _move(self, placement: ExpertPlacement) -> None:
         """Drop all copies and move every expert to its home in a placement. Waits."""
-        banks = {name: moe.experts.bank for name, moe in self.layers.items()}
+        banks = {name: experts.bank for name, experts in self.banks.items()}
         self.copies.release()
         reshard(banks, self.optimizer, self.placement, placement, self.mesh["ep"])
         self.placement = placement
         self.homes, self.sliced = self._flat_homes(), self._flat_sliced()
 
     def _flat_homes(self) -> Tensor:
-        """List the homes of the experts of all layers, int64."""
+        """List the homes of the experts of all banks, int64."""
         return torch.tensor([home for _, layer in self.placement.layers for home in layer.home],
                             dtype=torch.int64)
 
     def _flat_sliced(self) -> Tensor:
-        """Mark the sliced experts of all layers with 1, the others with 0, int64."""
+        """Mark the sliced experts of all banks with 1, the others with 0, int64."""
         return torch.tensor([expert in layer.sliced for _, layer in self.placement.layers
                              for expert in range(layer.num_experts)], dtype=torch.int64)
 
     def _plan(self) -> None:
-        """Plan the copies of all layers, put the placement in force, and start the check between ranks."""
+        """Plan the copies of all banks, put the placement in force, and start the check between ranks."""
         self.positions.fill_(self.mesh["ep"].size)
         loads, homes, layers = self.forecaster.loads(), self.placement.homes, []
         with DeviceTables(self.mesh.device) as tables:
-            for name, moe in self.layers.items():
+            for name in self.banks:
                 plan = self.planner.plan(loads[name], homes[name], *self.planning_inputs.of(name))
                 plan = replace(plan, placement=plan.placement.with_sliced(homes[name].sliced))
-                self._dispatch_by(moe, plan, tables)
+                self._dispatch_by(name, plan, tables)
                 layers.append((name, plan.placement))
             self.placement = ExpertPlacement(tuple(layers))
             self.copies.set_placement(self.placement, tables)
         self._compare()
 
-    def _dispatch_by(self, moe: MoELayer, plan: LayerPlan, tables: DeviceTables) -> None:
-        """Make the dispatcher of a layer follow a plan."""
-        topology, costs, _ = self.planning_inputs.of(moe.name)
-        calibrate = self.calibration and partial(self._calibrate, moe, plan)
-        moe.experts.dispatcher.set_placement(
+    def _dispatch_by(self, name: str, plan: LayerPlan, tables: DeviceTables) -> None:
+        """Make the dispatcher of a bank follow a plan."""
+        topology, costs, _ = self.planning_inputs.of(name)
+        calibrate = self.calibration and partial(self._calibrate, name, plan)
+        self.banks[name].dispatcher.set_placement(
             plan.placement, tables, rule_of(self.planner.rule, plan, topology, costs), calibrate)
 
-    def _calibrate(self, moe: MoELayer, plan: LayerPlan, n_PE: Tensor) -> None:
-        """Add copies to the plan of a layer if that pays, by the counts of its first micro-batch in a step.
+    def _calibrate(self, name: str, plan: LayerPlan, n_PE: Tensor) -> None:
+        """Add copies to the plan of a bank if that pays, by the counts of its first pass in a step.
 
-        These counts stand for those of the later micro-batches. All positions have the same counts and decide
-        alike. Recomputation and forward passes outside of a step find `calibrated` set and add nothing.
+        These counts stand for those of later passes and micro-batches. All positions have the same counts and
+        decide alike. Recomputation and forward passes outside of a step find `calibrated` set and add
+        nothing.
 
         Args:
-            moe: the layer.
+            name: name of the bank.
             plan: its plan for this step.
-            n_PE: int64 [P, E], rows of the micro-batch from every position for every expert, on the host.
+            n_PE: int64 [P, E], rows of the pass from every position for every expert, on the host.
         """
-        copies = self.copies.layers[moe.name]
+        copies = self.copies.layers[name]
         if copies.calibrated:
             return
         copies.calibrated = True
         assert self.calibration is not None
         more = self.calibration(n_PE * copies.backwards, plan, self.planner,
-                                *self.planning_inputs.of(moe.name))
+                                *self.planning_inputs.of(name))
         if more is not None:
             copies.add_copies(more.placement)
             with DeviceTables(self.mesh.device) as tables:
-                self._dispatch_by(moe, more, tables)
+                self._dispatch_by(name, more, tables)
 
     def _compare(self) -> None:
         """Start to gather the placement digests of all ranks; `agreed` waits for them."""

@@ -15,6 +15,7 @@ from moetrain.config.schema import CheckpointConfig, ModelConfig
 from moetrain.data.account.text import left_out_line
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
+from moetrain.moe.layer import sparse_layers_in
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
 from moetrain.train.memory.graph_memory import max_copy_memory
 from moetrain.train.state import Graphs, Run
@@ -111,10 +112,10 @@ def sharding(run: Run) -> str:
 
 def schedule_line(run: Run) -> str:
     """How tokens are dispatched to experts and combined; empty without expert parallelism."""
-    layers = list(run.state.model.moe_layers.values())
-    if not layers or run.mesh["ep"].size == 1:
+    banks = list(run.state.model.banks.values())
+    if not banks or run.mesh["ep"].size == 1:
         return ""
-    chunks = layers[0].experts.num_chunks
+    chunks = banks[0].num_chunks
     pieces = "in one piece" if chunks == 1 else f"in {chunks} chunks"
     rows = ("a row for every expert of a token" if run.config.parallel.exact_combine else
             "a row for every rank with experts of a token")
@@ -144,7 +145,7 @@ def copies_line(run: Run) -> str:
 
 def capacity_line(run: Run) -> str:
     """Capacity policies of the layers; empty if no slot can be dropped."""
-    policies = {block.moe.capacity.describe() for block in run.state.model.layers if block.moe is not None}
+    policies = {layer.capacity.describe() for layer in sparse_layers_in(run.state.model)}
     return "; ".join(sorted(policies - {"dropless"}))
 
 
@@ -189,10 +190,12 @@ def _graphs_text(graphs: Graphs, accumulation: int) -> str:
 
 def parameter_counts(run: Run) -> tuple[int, int]:
     """Count the parameters of the whole model, including experts of other ranks: (all, used by one token)."""
-    model, sizes = run.state.model, run.config.model
-    experts = sum(model.routers.values())
+    model = run.state.model
     is_expert = is_expert_parameter(model)
     dense = sum(parameter.numel() for parameter in model.parameters() if not is_expert(parameter))
-    one = 3 * sizes.dim * sizes.expert_dim
-    active = sum(block.moe.router.max_slots() for block in model.layers if block.moe is not None)
-    return dense + experts * one, dense + active * one
+    experts = active = 0
+    for name, routed in model.banks.items():
+        one = routed.bank.form.numbers
+        experts += one * routed.dispatcher.placement.num_experts
+        active += one * sum(model.routers[router].max_slots() for router in model.feeds[name])
+    return dense + experts, dense + active

@@ -103,14 +103,14 @@ def gradient_bytes(run: Run) -> int:
 
 
 def max_copy_memory(run: Run) -> CopyMemory:
-    """Memory of expert copies on this rank when every layer has its largest number of copies."""
+    """Memory of expert copies on this rank when every bank has its largest number of copies."""
     config, ep, model = run.config, run.mesh["ep"], run.state.model
     layers = []
-    for moe in model.moe_layers.values() if run.state.planning is not None else ():
-        homes = len(moe.experts.bank.experts)
-        max_copies = (min(config.parallel.max_copies, moe.router.num_experts - homes)
+    for experts in model.banks.values() if run.state.planning is not None else ():
+        homes = len(experts.bank.experts)
+        max_copies = (min(config.parallel.max_copies, experts.dispatcher.placement.num_experts - homes)
                       + min(config.parallel.max_sliced_experts, homes))
-        parameters = [prod(shape) for shape in moe.experts.bank.shapes]
+        parameters = [prod(shape) for shape in experts.bank.shapes]
         layers.append(HeldExperts(homes, max_copies, (ep.size - 1) * min(config.parallel.max_copies, homes),
                                   sum(parameters), max(parameters)))
     return copy_memory(layers, weight=model.dtype.itemsize, gradient=max(4, model.dtype.itemsize),

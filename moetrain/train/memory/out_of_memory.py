@@ -91,8 +91,8 @@ def activation_bytes(run: Run) -> tuple[float, float]:
     sizes, train = run.config.model, run.config.train
     tokens = train.per_forward(run.mesh["batch"].size) * train.seq_len
     element = run.state.model.dtype.itemsize
-    layers = [block.moe for block in run.state.model.layers]
-    visits = sum(moe.router.max_slots() + sizes.num_shared_experts for moe in layers if moe is not None)
+    layers, routers = run.state.model.layers, run.state.model.routers
+    visits = sum(router.max_slots() + sizes.num_shared_experts for router in routers.values())
     attention, in_expert, out_expert = {"none": (8, 2, 3), "selective": (5, 1, 2), "full": (1, 0, 0)}[
         train.activation_checkpointing]
     kept = (len(layers) * attention * sizes.dim

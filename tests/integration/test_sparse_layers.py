@@ -1,0 +1,117 @@
+"""Sparse layers of one's own: every mesh equals one process.
+
+    pass_twice          a bank that two routers of a layer feed
+    one_bank            a bank that the routers of all layers feed
+    surround            wrappers: a gated shared expert, a dense mixture, a latent projection, a hook
+    add_null_choices    choices that are no experts: an identity, a zero, a constant
+
+float64 to 1e-10: first gradients, clipped; norm and losses; counts exactly; parameters after 4 steps. Under
+`fssdp` other random copies are in force at every step. Each case is a tuple of the conversion, the mesh,
+activation checkpointing and accumulation; the full product runs with --all.
+"""
+
+from functools import cache
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.support import sparse_layers
+from tests.support.random_copies import CALIBRATE, train_with_copies
+from tests.support.training import Trained, alone, difference, train_steps, union
+
+STEPS = 4
+MESHES = {"single": (1, []), "ddp": (2, ["parallel=ddp"]), "ep": (2, ["parallel=ep"]),
+          "fsdp": (2, ["parallel=fsdp"]), "ep_fsdp": (4, ["parallel=ep_fsdp", "parallel.ep=2"]),
+          "fssdp": (2, ["parallel=fssdp"])}
+
+
+CONVERSIONS = ("pass_twice", "one_bank", "surround", "add_null_choices")
+
+
+class Case(NamedTuple):
+    """One training: what is converted, where, and how its passes are run."""
+
+    convert: str
+    mesh: str
+    checkpointing: str = "none"
+    accumulation: int = 1
+    more: tuple[str, ...] = ()
+
+
+PAIRS = [
+    Case("pass_twice", "single", "full", 4),
+    Case("pass_twice", "ep", "full", 1),
+    Case("pass_twice", "ep", "none", 2, ("schedule=fixed", "schedule.chunks=3", "parallel.exchange=peer")),
+    Case("pass_twice", "fsdp", "selective", 2),
+    Case("pass_twice", "ep_fsdp", "full", 1),
+    Case("pass_twice", "fssdp", "none", 4),
+    Case("pass_twice", "fssdp", "full", 2, ("parallel.rematerialize=true", CALIBRATE)),
+    Case("pass_twice", "fssdp", "selective", 1, ("train.count_pass=true",)),
+    Case("one_bank", "single", "selective", 1),
+    Case("one_bank", "ep", "selective", 2),
+    Case("one_bank", "fsdp", "full", 1),
+    Case("one_bank", "fssdp", "none", 2, ("parallel.rematerialize=true",)),
+    Case("surround", "ep", "full", 1),
+    Case("surround", "ep_fsdp", "none", 2),
+    Case("surround", "fsdp", "selective", 1),
+    Case("surround", "fssdp", "full", 4, ("train.count_pass=true",)),
+    Case("add_null_choices", "ddp", "selective", 4),
+    Case("add_null_choices", "ep", "full", 1, ("schedule=fixed", "schedule.chunks=2")),
+    Case("add_null_choices", "fsdp", "none", 1),
+    Case("add_null_choices", "fssdp", "none", 2, ("train.count_pass=true",)),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        everything = [Case(*factors) for factors in product(
+            CONVERSIONS, MESHES, ("none", "selective", "full"), (1, 4))]
+        cases = everything if metafunc.config.getoption("--all") else PAIRS
+        metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case[:4])))
+
+
+@cache
+def truth(convert: str, steps: int = STEPS) -> Trained:
+    return alone(["run.dtype=float64"], steps, None, getattr(sparse_layers, convert))
+
+
+@pytest.mark.ranks
+def test_a_mesh_trains_as_one_process(ranks, case: Case) -> None:
+    assert_alike(on_mesh(ranks, case), truth(case.convert))
+
+
+def on_mesh(ranks, case: Case, steps: int = STEPS) -> Trained:
+    world, overrides = MESHES[case.mesh]
+    overrides = [*overrides, *case.more, "run.dtype=float64", f"run.nproc={world}",
+                 f"train.activation_checkpointing={case.checkpointing}",
+                 f"train.micro_batch={16 // world // case.accumulation}"]
+    convert = getattr(sparse_layers, case.convert)
+    if world == 1:
+        return alone(overrides, steps, None, convert)
+    if case.mesh == "fssdp":
+        return union(ranks(world).run(train_with_copies, overrides, steps, None, len(str(case)), convert))
+    return union(ranks(world).run(train_steps, overrides, steps, None, convert))
+
+
+def assert_alike(ours: Trained, expected: Trained) -> None:
+    for what in ("gradients", "parameters"):
+        error, name = difference(getattr(ours, what), getattr(expected, what))
+        assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
+    for mine, theirs in zip(ours.metrics, expected.metrics, strict=True):
+        for key in ("loss/ce", "loss/total", "loss/balance", "grad_norm", "moe/max_violation/mean",
+                    "moe/dead_experts", "moe/drop_fraction"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-10, abs=1e-12), key
+    for mine, theirs in zip(ours.counts, expected.counts, strict=True):
+        assert list(mine) == list(theirs) and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_the_layers_of_a_conversion_have_moved_and_differ() -> None:
+    """Else the cases above could compare what does nothing."""
+    plain = alone(["run.dtype=float64"], STEPS)
+    for convert in CONVERSIONS:
+        trained = truth(convert)
+        start = alone(["run.dtype=float64"], 0, None, getattr(sparse_layers, convert)).parameters
+        assert all((trained.parameters[name] - start[name]).abs().max() > 0 for name in start), convert
+        assert trained.metrics[0]["loss/ce"] != plain.metrics[0]["loss/ce"], convert

@@ -1,0 +1,224 @@
+"""Sparse layers, wrappers and routers that exist in tests only, each the second user of an interface.
+
+They enter a run through `convert_model`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.config.schema import Config
+from moetrain.model.feed_forward import FeedForward, SharedExpert
+from moetrain.model.transformer import Transformer
+from moetrain.moe.bank import ExpertBank
+from moetrain.moe.capacity import used_first
+from moetrain.moe.expert_form import SwigluExpert
+from moetrain.moe.experts import RoutedExperts
+from moetrain.moe.layer import MoELayer, MoEOutput, SparseLayer
+from moetrain.moe.wrappers import LayerWrapper
+from moetrain.ops.gating import decide, gather_weights, scatter_weights, top_k
+from moetrain.routers.base import Router, RouterContext, Routing, drop_padding
+
+
+class TwoPasses(SparseLayer):
+    """Layer that sends its tokens through one bank twice, with a router for each pass (Chain-of-Experts).
+
+    Args:
+        name: name of the bank; the routers have it with the number of the pass.
+        routers: router of each pass. One module may decide in both.
+        experts: the bank.
+    """
+
+    def __init__(self, name: str, routers: list[Router], experts: RoutedExperts) -> None:
+        super().__init__()
+        self.name, self.experts = name, experts
+        self.passes = nn.ModuleList(routers)
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        return {f"{self.name}.{number}": router for number, router in enumerate(self.passes)}
+
+    @property
+    def banks(self) -> dict[str, RoutedExperts]:
+        return {self.name: self.experts}
+
+    @property
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        return {self.name: tuple(self.routers)}
+
+    def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
+        stats, out_TD, last = {}, x_TD, len(self.passes) - 1
+        for number, name in enumerate(self.routers):
+            routing = self.route(name, out_TD, context)
+            stats[name], context = routing.stats, context._replace(carry=routing.carry)
+            if not (route_only and number == last):
+                out_TD = out_TD + self.experts(out_TD, routing.ids_TK, routing.weights_TK).wait()
+        return MoEOutput(out_TD, stats, routing.carry)
+
+
+def pass_twice(model: Transformer, config: Config) -> None:
+    """Let every MoE layer pass twice over its bank, with a second router."""
+    for block in model.layers:
+        if block.moe is not None:
+            block.moe = TwoPasses(block.moe.name, [block.moe.router, _another(block.moe.router)],
+                                  block.moe.experts)
+
+
+def _another(router: Router) -> Router:
+    """Make a router of the same kind and size."""
+    return type(router)(dim=router.weight.shape[1], num_experts=router.num_experts, top_k=router.top_k)
+
+
+def one_bank(model: Transformer, config: Config) -> None:
+    """Let all layers choose from the bank of the first: as many passes over it as there are layers."""
+    first = model.layers[0].moe
+    for block in model.layers[1:]:
+        block.moe = OfAnotherLayer(name=block.moe.name, router=block.moe.router, experts=first.experts,
+                                   bank=first.name)
+
+
+class OfAnotherLayer(MoELayer):
+    """MoE layer whose bank is that of another layer."""
+
+    def __init__(self, *, bank: str, **parts: object) -> None:
+        super().__init__(**parts)
+        self.bank = bank
+
+    @property
+    def banks(self) -> dict[str, RoutedExperts]:
+        return {self.bank: self.experts}
+
+    @property
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        return {self.bank: (self.name,)}
+
+
+# --- wrappers
+
+
+class GatedSharedExpert(SharedExpert):
+    """Shared expert times a sigmoid gate (Qwen2-MoE)."""
+
+    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+        super().__init__(dim=dim, hidden_dim=hidden_dim)
+        self.gate = nn.Parameter(torch.empty(1, dim))
+
+    def beside(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return F.linear(x_TD, self.gate).sigmoid() * self(x_TD)
+
+
+class DenseMixture(LayerWrapper):
+    """Dense network mixed with the experts' output by a softmax of two (DeepSpeed's residual MoE)."""
+
+    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.dense = FeedForward(dim=dim, hidden_dim=hidden_dim)
+        self.mix = nn.Parameter(torch.empty(2, dim))
+
+    def beside(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return self.dense(x_TD)
+
+    def leaving(self, out_TD: Tensor, x_TD: Tensor, routing: Routing, beside_TD: Tensor | None) -> Tensor:
+        shares_T2 = F.linear(x_TD, self.mix).softmax(-1)
+        return out_TD * shares_T2[:, :1] + beside_TD * shares_T2[:, 1:]
+
+
+class Latent(LayerWrapper):
+    """Projection to the narrower width of the experts, and back."""
+
+    def __init__(self, *, dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.narrow = nn.Parameter(torch.empty(latent_dim, dim))
+        self.widen = nn.Parameter(torch.empty(dim, latent_dim))
+
+    def entering(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return F.linear(x_TD, self.narrow)
+
+    def leaving(self, out_TD: Tensor, x_TD: Tensor, routing: Routing, beside_TD: Tensor | None) -> Tensor:
+        return F.linear(out_TD, self.widen)
+
+
+class Watch(LayerWrapper):
+    """Hook that notes which stage of the layer begins."""
+
+    reads_outputs = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def routed(self, routing: Routing, x_TD: Tensor, context: RouterContext) -> Routing:
+        self.seen.append(f"routed by {context.router}")
+        return routing
+
+    def entering(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        self.seen.append("entering")
+        return x_TD
+
+    def beside(self, x_TD: Tensor, routing: Routing) -> None:
+        self.seen.append("beside")
+
+    def leaving(self, out_TD: Tensor, x_TD: Tensor, routing: Routing, beside_TD: Tensor | None) -> Tensor:
+        self.seen.append("leaving")
+        return out_TD
+
+
+LATENT = 8
+
+
+def surround(model: Transformer, config: Config) -> None:
+    """Put a gated shared expert and a hook around the first layer, two projections around the second."""
+    dim, hidden = config.model.dim, config.model.expert_dim
+    first, second = (block.moe for block in model.layers)
+    model.layers[0].moe = _with_wrappers(first, shared=GatedSharedExpert(dim=dim, hidden_dim=hidden),
+                                         watch=Watch())
+    bank = second.experts.bank
+    second.experts.bank = ExpertBank(experts=bank.experts, cut=bank.cut,
+                                     form=SwigluExpert(dim=LATENT, expert_dim=hidden))
+    model.layers[1].moe = _with_wrappers(second, mixture=DenseMixture(dim=dim, hidden_dim=hidden),
+                                         latent=Latent(dim=dim, latent_dim=LATENT))
+
+
+def _with_wrappers(layer: MoELayer, **wrappers: LayerWrapper) -> MoELayer:
+    return MoELayer(name=layer.name, router=layer.router, experts=layer.experts, wrappers=wrappers,
+                    capacity=layer.capacity)
+
+
+# --- choices that are no experts
+
+
+class NullChoicesRouter(Router):
+    """Softmax top-k over the experts, an identity, a zero and a constant.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K, choices of a token.
+    """
+
+    def __init__(self, *, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
+        self.num_choices = num_experts + 3
+        self.weight = nn.Parameter(torch.empty(self.num_choices, dim))
+        self.constant = nn.Parameter(torch.empty(dim))
+
+    def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
+        experts, logits_TC = self.num_experts, self.logits(x_TD)
+        probs_TC = logits_TC.softmax(-1)
+        chosen_TK = decide(drop_padding(top_k(probs_TC, self.top_k)[1], context))
+        weights_TK = gather_weights(probs_TC, chosen_TK)
+        routing = self.routing(chosen_TK, weights_TK, probs_TC, logits_TC, context)
+        identity_T, constant_T = (weights_TK.where(chosen_TK == choice, 0).sum(1)
+                                  for choice in (experts, experts + 2))
+        ids_TK = used_first(chosen_TK.where(chosen_TK < experts, -1))
+        weights_TE = scatter_weights(weights_TK, chosen_TK, self.num_choices)[:, :experts]
+        return routing._replace(ids_TK=ids_TK, weights_TK=gather_weights(weights_TE, ids_TK),
+                                residual_T=identity_T, residual_TD=constant_T[:, None] * self.constant)
+
+
+def add_null_choices(model: Transformer, config: Config) -> None:
+    """Let every router choose among three choices that are no experts, too."""
+    for block in model.layers:
+        old = block.moe.router
+        block.moe.router = NullChoicesRouter(dim=config.model.dim, num_experts=old.num_experts,
+                                             top_k=old.top_k)
