@@ -1,7 +1,7 @@
 """Parts chosen by class: what a `_target_` accepts, and the only caller of Hydra's `instantiate`.
 
     _target_: moetrain.routers.topk.TopKRouter     a class of the family that the section holds
-    weights: renorm                                its arguments, except the sizes (dim, num_experts, top_k)
+    weights: renorm                                its arguments, except the sizes (SIZES)
 
 A config is data and may come from a stranger, with a run or a checkpoint. So a `_target_` chooses among the
 classes of one family, in moetrain or in a package that the user's own command or code allows (packages.py),
@@ -39,15 +39,16 @@ class Family(NamedTuple):
 
 # By the section of the config that holds the part. `indexed` is used by data=megatron and named in no yaml.
 FAMILIES = {
-    "router": Family("moetrain.routers", "moetrain.routers.base.Router", "route"),
+    "router": Family("moetrain.routers", "moetrain.routers.base.Router", "scores"),
     "capacity": Family("moetrain.moe", "moetrain.moe.capacity.CapacityPolicy"),
     "balance": Family("moetrain.losses", "moetrain.losses.load_balance.LoadBalanceLoss"),
     "loss": Family("moetrain.losses", "moetrain.losses.base.AuxLoss", "value"),
     "planner": Family("moetrain.plan.planners", "moetrain.plan.planners.base.Planner", "plan"),
     "indexed": Family("moetrain.interop.megatron", "moetrain.interop.megatron.open_indexed"),
 }
-# Taken from model.* at build time, never written in a part's yaml.
-SIZES = ("dim", "num_experts", "top_k")
+# Given to the constructors that take them, never written in a part's yaml: the key that sets each of them.
+SIZES = {"dim": "model.dim", "num_experts": "model.num_experts", "top_k": "model.top_k",
+         "num_layers": "model.num_layers", "total_steps": "run.steps", "layer": None}
 
 _PACKAGE = Path(moetrain.__file__).parent
 _TYPES = {"bool": bool, "float": float, "int": int, "str": str}
@@ -71,7 +72,7 @@ def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
     Args:
         node: `_target_` and the arguments from the config.
         family: a key of FAMILIES.
-        **sizes: dim, num_experts, top_k; the constructor gets those that it takes.
+        **sizes: values for names of SIZES; the constructor gets those that it takes.
 
     Raises:
         ConfigError: for a `_target_` outside the family, and for wrong arguments.
@@ -86,7 +87,7 @@ def build(node: dict[str, Any], family: str, **sizes: Any) -> Any:
     accepted = inspect.signature(made).parameters
     for name in node:
         if name != "_target_" and (name not in accepted or name in sizes):
-            reason = "comes from model.*" if name in accepted else "is not an argument of it"
+            reason = "comes from other keys" if name in accepted else "is not an argument of it"
             raise ConfigError(
                 50, f"{target} cannot be given {name}", where=f"key {name} beside _target_: {target}",
                 why=f"{name} {reason}",
@@ -132,6 +133,15 @@ def arguments(target: str, family: str) -> dict[str, Key]:
     for place, (path, cls) in reversed([*enumerate(found.items())]):  # those of the class itself last
         bounds |= _bounds(path, cls, _accepted(definitions[place:]))
     return {name: key._replace(bounds=bounds.get(name, "")) for name, key in _accepted(definitions).items()}
+
+
+def declared(target: str, family: str, name: str) -> Any:
+    """Read the literal that a part's class, or its nearest ancestor, assigns to a name; or None."""
+    for cls in _part(target, family).values():
+        for node in cls.body:
+            if _assigns(node, name):
+                return ast.literal_eval(node.value)
+    return None
 
 
 def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:

@@ -319,12 +319,13 @@ class _Finisher:
     def _argument(self, clean: Tree, path: str, name: str, value: Any, accepted: dict[str, Key]) -> None:
         key = f"{path}.{name}"
         if name in accepted and name in SIZES:
+            whole = SIZES[name]
             self._add(
-                10, f"{key} is set by model.{name}",
+                10, f"{key} is set by {whole or 'the model: it is the number of the layer'}",
                 doubt=[key],
                 where=self.origins.of(key),
                 why="a size that several parts share is written once",
-                next=f"model.{name}={show(value)}")
+                next=f"{whole}={show(value)}" if whole else f"leave {key} out")
         elif name in accepted:
             self._fit(clean, name, key, value)
         elif not self._renamed(key, value):

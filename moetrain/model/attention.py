@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moetrain.model.projection import Projection
 from moetrain.ops.rms_norm import rms_norm
+from moetrain.ops.start import Start, constant, residual_normal
 
 
 class RMSNorm(nn.Module):
@@ -29,6 +30,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+
+    def starts(self) -> dict[str, Start]:
+        """How the weight starts."""
+        return {"weight": constant(1)}
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -70,6 +75,10 @@ class Attention(nn.Module):
         self.out = Projection(in_dim=num_heads * head_dim, out_dim=dim)
         self.q_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
         self.k_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
+
+    def starts(self) -> dict[str, Start]:
+        """How the matrix that writes to the residual stream starts."""
+        return {"out.weight": residual_normal(drawn_as="out")}
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
                 earlier: Earlier | None = None) -> Tensor:

@@ -1,15 +1,12 @@
 """Construction of the model from a config: built on the meta device, sharded, then allocated and initialized.
 
-Every logical tensor is initialized from the seed and its own name, which contains layer, expert and matrix.
-So every placement and every number of ranks start from the same numbers.
+The modules say how their tensors start (model/initialization.py).
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
@@ -21,16 +18,14 @@ from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.attention import Attention
 from moetrain.model.feed_forward import FeedForward, SharedExpert
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
+from moetrain.model.initialization import declared_starts, initialize
 from moetrain.model.parallelize import shard_parameters
-from moetrain.model.projection import Projection
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer, sparse_layers_in
-from moetrain.ops.pinned import to_device
-from moetrain.parallel.state_shards import buffers, state_shards
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
 from moetrain.routers.context import refuse_noncausal
@@ -56,9 +51,11 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh,
         The model, on the device of the mesh.
     """
     model = meta_model(config, vocab_size, mesh, convert_model)
+    starts = declared_starts(model)
     shard_parameters(model, mesh)                        # before memory is allocated: only shards ever are
     model.to_empty(device=mesh.device)
-    initialise(model, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
+    initialize(model, starts, seed=config.run.seed, std=config.model.init_std,
+               num_layers=config.model.num_layers)
     return model
 
 
@@ -71,6 +68,7 @@ def check_model(config: Config, convert_model: ConvertModel | None = None) -> No
     """
     alone = replace(config, parallel=ParallelConfig())
     model = meta_model(alone, 1, lone_mesh(torch.device("cpu")), convert_model)
+    declared_starts(model)
     refuse_nothing_to_train(model, config.train.frozen)
 
 
@@ -182,51 +180,6 @@ def head_width(sizes: ModelConfig) -> int:
     return sizes.head_dim or sizes.dim // sizes.num_heads
 
 
-@torch.no_grad()
-def initialise(model: Transformer, *, seed: int, std: float, num_layers: int) -> None:
-    """Initialize this rank's parameters and persistent buffers in place.
-
-    Buffers and biases are 0, as is B of low-rank parts; norms are 1. Matrices are normal with standard
-    deviation `std`, divided by sqrt(2 * num_layers) for those that write to the residual stream (`out` and
-    `down`).
-
-    Args:
-        model: this rank's part of the model.
-        seed: seed of the run.
-        std: standard deviation.
-        num_layers: blocks of the model.
-    """
-    for shard in buffers(model):
-        shard.rows.zero_()
-    projections = {path for path, module in model.named_modules() if isinstance(module, Projection)}
-    for name, shape, begin, rows, _ in state_shards(model):
-        module, _, tensor = name.rpartition(".")
-        if tensor == "bias" or module.endswith(".low_rank") and tensor == "b":
-            rows.zero_()
-            continue
-        # Drawn by the name that the matrix had before it was the weight of a projection.
-        name = module if module in projections and tensor == "weight" else name
-        if name.endswith("norm.weight"):
-            rows.fill_(1.0)
-            continue
-        scale = std / (2 * num_layers) ** 0.5 if name.endswith((".out", ".down")) else std
-        whole = normal(shape, seed=seed, name=name)
-        rows.copy_(to_device((whole[begin:begin + len(rows)] if shape else whole) * scale, rows.device))
-
-
-def normal(shape: tuple[int, ...], *, seed: int, name: str) -> Tensor:
-    """Draw standard normal float32 numbers that depend on seed and name alone.
-
-    Args:
-        shape: shape of the whole logical tensor, whatever part of it this rank holds.
-        seed: seed of the run.
-        name: name of the logical tensor.
-    """
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(shape, generator=generator, dtype=torch.float32)
-
-
 def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
            exchange_of: ExchangeFactory) -> Block:
     sizes = config.model
@@ -246,14 +199,19 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
                  recompute=recomputed(config.train.activation_checkpointing))
 
 
+def router_sizes(config: Config, layer: int) -> dict[str, int]:
+    """Sizes that a router's constructor may take (SIZES in config/build.py)."""
+    sizes = config.model
+    return {"dim": sizes.dim, "num_experts": per_layer(sizes.num_experts, layer),
+            "top_k": per_layer(sizes.top_k, layer), "layer": layer, "num_layers": sizes.num_layers,
+            "total_steps": config.run.steps}
+
+
 def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
                exchange_of: ExchangeFactory) -> MoELayer:
     sizes, name = config.model, router_name(layer)
     homes = placement[name]
-    router = build(
-        config.router, "router", dim=sizes.dim, num_experts=homes.num_experts,
-        top_k=per_layer(sizes.top_k, layer)
-    )
+    router = build(config.router, "router", **router_sizes(config, layer))
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
     form = SwigluExpert(dim=sizes.dim, expert_dim=sizes.expert_dim)
     bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), form=form, cut=cut)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moetrain.model.projection import Projection
 from moetrain.moe.wrappers import LayerWrapper
+from moetrain.ops.start import Start, residual_normal
 from moetrain.ops.swiglu import swiglu
 from moetrain.routers.base import Routing
 
@@ -27,6 +28,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_up = Projection(in_dim=dim, out_dim=2 * hidden_dim)
         self.down = Projection(in_dim=hidden_dim, out_dim=dim)
+
+    def starts(self) -> dict[str, Start]:
+        """How the matrix that writes to the residual stream starts."""
+        return {"down.weight": residual_normal(drawn_as="down")}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.ops.start import Start, constant, normal
+
 
 class Projection(nn.Module):
     """Linear map from `in_dim` to `out_dim`.
@@ -30,6 +32,10 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
         self.low_rank: LowRank | None = None
+
+    def starts(self) -> dict[str, Start]:
+        """How matrix and bias start. The matrix is drawn by the name of the projection."""
+        return {"weight": normal(drawn_as="")} | ({} if self.bias is None else {"bias": constant(0)})
 
     def add_low_rank(self, rank: int, scale: float = 1.0) -> None:
         """Add a low-rank part, which is 0 at first: its B starts at 0, its A at random."""
@@ -58,6 +64,10 @@ class LowRank(nn.Module):
         self.scale = scale
         self.a = nn.Parameter(torch.empty(rank, in_dim))
         self.b = nn.Parameter(torch.empty(out_dim, rank))
+
+    def starts(self) -> dict[str, Start]:
+        """How the matrices start: B at 0."""
+        return {"a": normal(), "b": constant(0)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""

@@ -18,6 +18,7 @@ from moetrain.model.attention import Attention, Cache, Earlier, RMSNorm, documen
 from moetrain.model.feed_forward import FeedForward
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import SparseLayer, sparse_layers_in
+from moetrain.ops.start import Start, normal
 from moetrain.routers.base import Router, RouterContext, RoutingStats, TiedModules
 
 
@@ -132,6 +133,10 @@ class Transformer(nn.Module):
         self.head = None if tie_embeddings else nn.Parameter(torch.empty(vocab_size, dim))
         self.tied = TiedModules()
 
+    def starts(self) -> dict[str, Start]:
+        """How embedding and head start."""
+        return {"embed": normal()} | ({} if self.head is None else {"head": normal()})
+
     @property
     def routers(self) -> dict[str, Router]:
         """Routers by name, in run order. A router that decides in several passes has a name for each."""
@@ -164,7 +169,8 @@ class Transformer(nn.Module):
         """Names of the routers that need the load-error signs of each micro-batch (routers/base.py)."""
         return [name for name, router in self.routers.items() if router.needs_load_error]
 
-    def end_of_step(self, counts: Mapping[str, Tensor], load_error_signs: Mapping[str, Tensor]) -> None:
+    def end_of_step(self, counts: Mapping[str, Tensor], tokens: int,
+                    load_error_signs: Mapping[str, Tensor]) -> None:
         """Update every router's controller, such as selection biases, after an optimizer step.
 
         A router that decides in several passes is updated once, by the sum of its counts and the mean of its
@@ -172,6 +178,7 @@ class Transformer(nn.Module):
 
         Args:
             counts: int64 [C] by router name, pooled over ranks and micro-batches.
+            tokens: valid tokens of the step.
             load_error_signs: float64 [C], mean over micro-batches, for `routers_needing_load_error`.
         """
         names: dict[Router, list[str]] = {}
@@ -179,7 +186,7 @@ class Transformer(nn.Module):
             names.setdefault(router, []).append(name)
         for router, passes in names.items():
             signs = [load_error_signs[name] for name in passes if name in load_error_signs]
-            router.end_of_step(torch.stack([counts[name] for name in passes]).sum(0),
+            router.end_of_step(torch.stack([counts[name] for name in passes]).sum(0), tokens * len(passes),
                                torch.stack(signs).mean(0) if signs else None)
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,

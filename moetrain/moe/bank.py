@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.moe.expert_form import ExpertForm, StraightThrough
+from moetrain.ops.start import Start
 from moetrain.plan.placement import slice_rows
 
 CopiedParameters = tuple[Tensor, ...]        # [c, …], in the order of the form's SHAPES
@@ -71,6 +72,13 @@ class ExpertBank(nn.Module):
                 self.register_parameter(
                     slices, nn.Parameter(torch.empty(0, len(slice_rows(rows, *cut)), *widths)))
         self.copies: Copies | None = None
+
+    def starts(self) -> dict[str, Start]:
+        """How an expert's parameters start. Slices are of experts that were whole before."""
+        found = self.form.starts()
+        if self.cut is not None:
+            found |= {slices: found[name] for name, slices in zip(self.names, self.slices) if name in found}
+        return found
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moetrain.ops.gating import decide, gather_weights, scatter_weights
+from moetrain.ops.gating import decide, gather_weights, scatter_weights, used_first
 from moetrain.routers.base import RouterContext, Routing
 
 
@@ -226,11 +226,6 @@ def place_in_queue(queue_N: Tensor) -> Tensor:
     sorted_N = queue_N[order_N]
     place_N = torch.arange(len(queue_N), device=queue_N.device) - torch.searchsorted(sorted_N, sorted_N)
     return torch.zeros_like(queue_N).scatter(0, order_N, place_N)
-
-
-def used_first(ids_TK: Tensor) -> Tensor:
-    """Move the unused slots of each token to the end; the others keep their order."""
-    return ids_TK.gather(1, (ids_TK < 0).to(torch.uint8).argsort(dim=1, stable=True))
 
 
 def _keep_total(after_TK: Tensor, before_TK: Tensor) -> Tensor:

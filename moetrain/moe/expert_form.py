@@ -5,13 +5,14 @@ owns no parameters: the bank (bank.py) holds one stacked tensor for each name in
 moves, shards, saves or counts experts goes by these names and shapes.
 
     SHAPES     parameters of one expert: names, and widths in D (model width) and F (expert width)
+    starts     how each parameter starts (ops/start.py)
     rows       outputs of rows ordered by expert, from ops with autograd (ops/expert_linear.py)
     compute    rows of a micro-batch as they arrived: gather, then `rows`
     chunks     the same for a micro-batch that comes in chunks (overlap.py)
     quantize   values that a parameter takes in the computation, with a straight-through gradient
 
-A new form defines SHAPES and `rows`. SwiGLU replaces `compute` and `chunks` by its fused op, which keeps less
-for backward and computes the gradients of matrices once for all chunks.
+A new form defines SHAPES, `starts` (ops/start.py) and `rows`. SwiGLU replaces `compute` and `chunks` by its
+fused op, which keeps less for backward and computes the gradients of matrices once for all chunks.
 
 Shapes: R rows ordered by expert, N rows as they arrived, e experts at home here, c copies, D model width, F
 expert width.
@@ -29,6 +30,7 @@ from moetrain.ops.expert_linear import expert_linear, expert_vectors
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.grouped_gemm import Counts, make_groups, takes_counts_on_device
 from moetrain.ops.permute import Permutation, permute, permute_padded
+from moetrain.ops.start import Start, normal, residual_normal
 from moetrain.ops.swiglu import only_used, swiglu
 from moetrain.shapes import Shapes, shapes_of
 
@@ -79,6 +81,10 @@ class ExpertForm:
         self.dim, self.expert_dim = dim, expert_dim
         self.shapes: Shapes = shapes_of(self.SHAPES, D=dim, F=expert_dim)
         assert set(self.QUANTIZED) <= self.shapes.keys(), (self.QUANTIZED, self.SHAPES)
+
+    def starts(self) -> dict[str, Start]:
+        """Rule by which each parameter starts (ops/start.py), by its name. Every form has its own."""
+        return {}
 
     @property
     def numbers(self) -> int:
@@ -178,6 +184,9 @@ class SwigluExpert(ExpertForm):
     """
 
     SHAPES = {"gate_up": ("2F", "D"), "down": ("D", "F")}
+
+    def starts(self) -> dict[str, Start]:
+        return {"gate_up": normal(), "down": residual_normal()}
 
     def matrix_rows(self) -> dict[str, list[int]]:
         return {"gate_up": [self.expert_dim] * 2}

@@ -1,6 +1,8 @@
 """The discrete part of routing: which experts a token chooses.
 
     top_k             a token's k largest scores, stably ordered: score descending, then expert id ascending
+    largest           their ids; -1 where a score is -inf
+    used_first        the unused slots of a token at the end
     decide            identity through which every decision passes, so that it is made once in a step
     keep_best_groups  scores outside a token's best groups of experts become -inf
     gather_weights    gate weights at the decided ids
@@ -36,6 +38,17 @@ def decide(ids_TK: Tensor) -> Tensor:
 def top_k(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k largest scores of each row and their ids, [T, k]; ties go to the lower id. No gradient."""
     return _top_k(scores_TE.detach(), k)
+
+
+def largest(scores_TE: Tensor, k: int) -> Tensor:
+    """Choose the ids of the k largest scores of each row, int64 [T, k]; -1 for a score of -inf."""
+    values_TK, ids_TK = top_k(scores_TE, k)
+    return ids_TK.where(values_TK != float("-inf"), -1)
+
+
+def used_first(ids_TK: Tensor) -> Tensor:
+    """Move the unused slots of each token to the end; the others keep their order."""
+    return ids_TK.gather(1, (ids_TK < 0).to(torch.uint8).argsort(dim=1, stable=True))
 
 
 def keep_best_groups(scores_TE: Tensor, num_groups: int, topk_groups: int, group_score: str) -> Tensor:

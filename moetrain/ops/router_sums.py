@@ -37,13 +37,13 @@ class RouterSums(NamedTuple):
     prob_sum_SE: Tensor | None = None
 
 
-def router_sums(probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor, valid_T: Tensor | None,
+def router_sums(probs_TE: Tensor, logits_TE: Tensor | None, ids_TK: Tensor, valid_T: Tensor | None,
                 offsets: Tensor | None = None) -> RouterSums:
     """Sum over the valid tokens.
 
     Args:
         probs_TE: probabilities [T, E] of the router, float32 or better.
-        logits_TE: logits [T, E].
+        logits_TE: logits [T, E]; None: the sum of their squared logsumexp is 0.
         ids_TK: int64 [T, K], decided experts; -1 is unused, as are all slots of padding.
         valid_T: bool [T], false for padding; None: every token is valid.
         offsets: int64 [S + 1], first token of each sequence, and the end; None: no sums for each sequence.
@@ -56,16 +56,21 @@ def router_sums(probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor, valid_T: Te
     if valid_T is not None:
         # First, and by `where`: padding may hold anything, and 0 times NaN is NaN.
         probs_TE = probs_TE.where(valid_T[:, None], 0)
-        logits_TE = logits_TE.where(valid_T[:, None], 0)
-    lse2_T = logits_TE.logsumexp(-1).square()
-    if valid_T is not None:
-        lse2_T = lse2_T.where(valid_T, 0)                # a row of zeros has log(E)^2
+    lse2_sum = probs_TE.new_zeros(()) if logits_TE is None else _lse2_sum(logits_TE, valid_T)
     entropy_sum = torch.special.entr(probs_TE).sum()
-    sums = RouterSums(tokens, counts_E, probs_TE.sum(0), lse2_T.sum(), entropy_sum, counts_E.sum(),
+    sums = RouterSums(tokens, counts_E, probs_TE.sum(0), lse2_sum, entropy_sum, counts_E.sum(),
                       counts_E.new_zeros(()))
     return sums if offsets is None else sums._replace(
         counts_SE=_counts_by_sequence(ids_TK, offsets, probs_TE.shape[1]),
         prob_sum_SE=torch.segment_reduce(probs_TE, "sum", offsets=offsets, axis=0))
+
+
+def _lse2_sum(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Sum of logsumexp^2 over valid tokens."""
+    if valid_T is None:
+        return logits_TE.logsumexp(-1).square().sum()
+    lse2_T = logits_TE.where(valid_T[:, None], 0).logsumexp(-1).square()
+    return lse2_T.where(valid_T, 0).sum()                # a row of zeros has log(E)^2
 
 
 def _counts_by_sequence(ids_TK: Tensor, offsets: Tensor, experts: int) -> Tensor:

@@ -33,6 +33,7 @@ class StateShard(NamedTuple):
         begin: first row of the range.
         rows: the rows, a view of the stored tensor. A scalar is its own single row, without a dim.
         held_by: name of the mesh group whose ranks all hold this same shard (comm/mesh.py).
+        stored: name of the parameter or buffer that holds the rows; empty for state of other kinds.
     """
 
     name: str
@@ -40,6 +41,7 @@ class StateShard(NamedTuple):
     begin: int
     rows: Tensor
     held_by: str
+    stored: str = ""
 
 
 def state_shards(model: nn.Module, of: Of = lambda parameter: parameter.data) -> Iterator[StateShard]:
@@ -54,12 +56,13 @@ def state_shards(model: nn.Module, of: Of = lambda parameter: parameter.data) ->
         if isinstance(module, ExpertBank):
             layer = path.removesuffix(".experts.bank")
             for name in module.names:
-                yield from _of_experts(f"{layer}.experts", name, module.experts, of(module.stacked(name)))
+                yield from _of_experts(f"{layer}.experts", name, module.experts, of(module.stacked(name)),
+                                       f"{path}.{name}")
             if module.cut is not None:
                 for name, slices, shape in zip(module.names, module.slices, module.shapes):
                     begin = slice_rows(shape[0], *module.cut).start
                     yield from _of_sliced(f"{layer}.experts", name, module.sliced, shape, begin,
-                                          of(module.stacked(slices)))
+                                          of(module.stacked(slices)), f"{path}.{slices}")
         else:
             for name, parameter in module.named_parameters(path, recurse=False):
                 yield from _of_dense(name, of(parameter))
@@ -70,7 +73,7 @@ def buffers(model: nn.Module) -> Iterator[StateShard]:
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield StateShard(name, tuple(buffer.shape), 0, buffer, "batch")
+                yield StateShard(name, tuple(buffer.shape), 0, buffer, "batch", name)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -88,11 +91,11 @@ def _of_dense(name: str, tensor: Tensor | None) -> Iterator[StateShard]:
     if not rows.ndim or len(rows):
         sharded = isinstance(tensor, DTensor)
         yield StateShard(name, tuple(tensor.shape), begin, rows,
-                         "dense_replicas" if sharded else "dense_grad")
+                         "dense_replicas" if sharded else "dense_grad", name)
 
 
-def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...],
-                stacked: Tensor | None) -> Iterator[StateShard]:
+def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...], stacked: Tensor | None,
+                stored: str) -> Iterator[StateShard]:
     """Iterate over the shards of experts that are stored whole, or sharded by FSDP2."""
     if stacked is None:
         return
@@ -102,16 +105,16 @@ def _of_experts(prefix: str, matrix: str, experts: tuple[int, ...],
     for index, rows in enumerate(local(stacked)):
         if len(rows):
             yield StateShard(f"{prefix}.{experts[first + index]}.{matrix}", tuple(stacked.shape[1:]), row,
-                             rows, held_by)
+                             rows, held_by, stored)
 
 
 def _of_sliced(prefix: str, matrix: str, experts: tuple[int, ...], shape: tuple[int, ...], begin: int,
-               stacked: Tensor | None) -> Iterator[StateShard]:
+               stacked: Tensor | None, stored: str) -> Iterator[StateShard]:
     """Iterate over this position's slices of sliced experts."""
     if stacked is None or not stacked.shape[1]:          # fewer rows than positions
         return
     for expert, rows in zip(experts, stacked, strict=True):
-        yield StateShard(f"{prefix}.{expert}.{matrix}", shape, begin, rows, "expert_grad")
+        yield StateShard(f"{prefix}.{expert}.{matrix}", shape, begin, rows, "expert_grad", stored)
 
 
 def shard_of(tensor: Tensor) -> tuple[int, int]:

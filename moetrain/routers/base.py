@@ -8,12 +8,14 @@ what counts are pooled (train/count_pool.py).
     Routing         the decision; stays inside the layer
     RoutingStats    sums over valid tokens; leave the layer beside its output
     Stack           statistics of several routers as one: a loss costs the same for one layer and for fifty
-    Router          base class: one weight [E, D] in float32, `route`, `routing`, `end_of_step`
+    Router          base class: scores, choice and gate weights make a decision (routers/edits.py changes it)
+    LinearRouter    base class of routers with one matrix [C, D] in float32
 
 All records are NamedTuples: FSDP2 finds the tensors that leave a module by flattening its output as a pytree,
 and a plain dataclass would lose gradients silently.
 
-Shapes: T tokens, D model width, E experts, K slots, R routers, S sequences.
+Shapes: T tokens, D model width, E experts, C choices, K slots, R routers, S sequences. Without choices that
+are no experts, C is E.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moetrain.ops.gating import decide, gather_weights, largest, scatter_weights, used_first
 from moetrain.ops.router_sums import RouterSums, router_sums
+from moetrain.ops.start import Start, normal
+from moetrain.routers.edits import RoutingEdits
 
 RoutingStats = RouterSums
 
@@ -52,13 +57,14 @@ class RouterContext(NamedTuple):
     # Called by each layer with its router's name and counts [E], before its tokens are dispatched.
     on_counts: Callable[[str, Tensor], None] | None = None
     decisions: list["Decision"] | None = None    # each router appends its own; None: not recorded
+    edits: Mapping[str, RoutingEdits] | None = None    # changes of decisions, by router (routers/edits.py)
 
 
 class Decision(NamedTuple):
     """What a router saw and chose, for the dump of routers (train/loggers/router_dump.py)."""
 
     router: str
-    logits_TE: Tensor
+    logits_TE: Tensor | None                 # None: the router has none
     ids_TK: Tensor
 
 
@@ -109,75 +115,214 @@ def by_stack(flat_L: Tensor, routers: Mapping[str, int]) -> list[Tensor]:
     return [part.view(many, experts) for part, (experts, many) in zip(parts, alike)]
 
 
+class Scores(NamedTuple):
+    """What a router decides by. A field is None where the router has nothing of the kind."""
+
+    order_TC: Tensor | None                  # the largest are chosen; their gradient is not used
+    gates_TC: Tensor | None = None           # gate weights are gathered from these
+    logits_TC: Tensor | None = None          # for the z-loss and the dump of routers
+
+
 class Router(nn.Module):
-    """Base class of routers. Subclasses define `route`.
+    """Base class of routers, without parameters.
+
+    A decision takes three steps, each a method:
+
+        scores     what every choice is worth to a token            a subclass defines it
+        choose     ids of the chosen ones, best first               the `top_k` largest
+        weigh      gate weights of the ids that were decided        the gates at the ids
+
+    Between choice and weights, `decision` fixes the ids, so that recomputation makes no other choice.
+
+    A router may choose from more than the experts: ids E to C-1 are choices that no expert computes. They
+    appear in the statistics. The layer gets the slots of experts alone, and adds `residual`.
 
     Args:
-        dim: D.
         num_experts: E.
         top_k: K, number of slots of a token.
+        num_choices: C, E or more; None is E.
     """
 
-    # C, width of scores and statistics. Ids from E on are choices that are no experts: they are counted, and
-    # never dispatched.
-    num_choices: int
     # Whether the decision for a token depends on that token and earlier ones of its sequence alone.
     causal = True
     # Fields of RouterContext that it reads, beside `valid_T` and `training`.
     depends_on: frozenset[str] = frozenset()
+    # Arguments of the constructor, and their values, with which a token's gate weights sum to a constant; {}
+    # for always, None for never. Read from source (config/rules/model.py): with one expert a token, such
+    # weights have no gradient.
+    CONSTANT_WEIGHTS: dict[str, list[str]] | None = None
 
-    def __init__(self, *, dim: int, num_experts: int, top_k: int) -> None:
+    def __init__(self, *, num_experts: int, top_k: int, num_choices: int | None = None) -> None:
         super().__init__()
-        self.num_experts, self.top_k, self.num_choices = num_experts, top_k, num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.num_experts, self.top_k = num_experts, top_k
+        self.num_choices = num_experts if num_choices is None else num_choices
+        assert self.num_choices >= num_experts, (num_choices, num_experts)
+
+    def starts(self) -> dict[str, Start]:
+        """Rule by which each parameter and buffer starts (ops/start.py)."""
+        return {}
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         """Choose experts for the tokens [T, D], with gate weights and statistics."""
-        raise TypeError(f"{type(self).__name__} does not define route")
+        return self.decision(self.scores(x_TD, context), x_TD, context)
+
+    def scores(self, x_TD: Tensor, context: RouterContext) -> Scores:
+        """Score every choice for the tokens [T, D]."""
+        raise TypeError(f"{type(self).__name__} does not define scores")
+
+    def choose(self, order_TC: Tensor | None, context: RouterContext) -> Tensor:
+        """Choose by the scores [T, C]: int64 [T, K], best first, -1 in unused slots at the end."""
+        if order_TC is None:
+            raise TypeError(f"{type(self).__name__} has no scores to choose by, and does not define choose")
+        return largest(order_TC, self.top_k)
+
+    def weigh(self, scores: Scores, ids_TK: Tensor, context: RouterContext) -> Tensor:
+        """Compute gate weights [T, K] at the decided ids; 0 in unused slots. Equal ones without gates."""
+        if scores.gates_TC is None:
+            return equal_shares(ids_TK)
+        return gather_weights(scores.gates_TC, ids_TK)
+
+    def probabilities(self, scores: Scores) -> Tensor | None:
+        """Probabilities [T, C] for the statistics, which sum to 1 for each token; None without gates."""
+        if scores.gates_TC is None:
+            return None
+        return scores.gates_TC / scores.gates_TC.sum(-1, keepdim=True)
+
+    def residual(self, x_TD: Tensor, ids_TK: Tensor,
+                 weights_TK: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What choices that are no experts add to the output of the layer: r * x + v.
+
+        Args:
+            x_TD: tokens [T, D].
+            ids_TK: int64 [T, K], decided choices, E to C-1 among them.
+            weights_TK: their gate weights.
+
+        Returns:
+            r [T] and v [T, D]; None where there is none.
+        """
+        return None, None
 
     @property
     def needs_load_error(self) -> bool:
         """Whether `end_of_step` takes `signs_E`."""
         return False
 
-    def end_of_step(self, counts_E: Tensor, signs_E: Tensor | None = None) -> None:
+    def end_of_step(self, counts_E: Tensor, tokens: int, signs_E: Tensor | None = None) -> None:
         """Update controllers, such as biases, by the loads of a step.
 
         Called once after every optimizer step of training, without gradient and alike on every rank. What
         changes here is a persistent buffer, and so is saved.
 
         Args:
-            counts_E: int64, slots per expert of the whole step, over ranks and accumulation, before any drop.
+            counts_E: int64 [C], slots per choice of the whole step, over ranks and accumulation, before any
+                drop.
+            tokens: valid tokens of the whole step; of every pass, for a router that decides in several.
             signs_E: float64, the mean over all micro-batches of all ranks of sign(mean(n) - n_i), n being the
                 counts of the micro-batch; None for a router that does not want it.
         """
-
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """Compute logits [T, E] in the router's dtype, float32 or better, whatever the model computes in."""
-        return nn.functional.linear(x_TD.to(self.weight.dtype), self.weight)
 
     def max_slots(self) -> int:
         """Return K, the static bound on the experts of a token."""
         return self.top_k
 
-    def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TE: Tensor, logits_TE: Tensor,
-                context: RouterContext) -> Routing:
+    def decision(self, scores: Scores, x_TD: Tensor, context: RouterContext) -> Routing:
+        """Choose by the scores, weigh the choice, and make its record; with the edits of the context.
+
+        Args:
+            scores: from `scores`.
+            x_TD: tokens [T, D].
+            context: context of the call.
+
+        Returns:
+            The record of the decision.
+        """
+        edits, order_TC = edits_of(context), scores.order_TC
+        if edits.scores is not None:
+            if order_TC is None:
+                raise ValueError(f"{context.router}: {type(self).__name__} has no scores to edit")
+            order_TC = edits.scores.apply(order_TC.detach())
+        ids_TK = self.choose(order_TC, context)
+        if edits.ids is not None:
+            ids_TK = used_first(edits.ids.apply(ids_TK))
+        ids_TK = decide(drop_padding(ids_TK, context))
+        weights_TK = self.weigh(scores, ids_TK, context)
+        if scores.gates_TC is None:
+            weights_TK = weights_TK.to(torch.promote_types(x_TD.dtype, torch.float32))
+        if edits.weights is not None:
+            weights_TK = edits.weights.apply(weights_TK, ids_TK).where(ids_TK >= 0, 0)
+        residual_T, residual_TD = ((None, None) if self.num_choices == self.num_experts
+                                   else self.residual(x_TD, ids_TK, weights_TK))
+        routing = self.routing(ids_TK, weights_TK, self.probabilities(scores), scores.logits_TC,
+                               context._replace(edits=None))
+        return routing._replace(residual_T=residual_T, residual_TD=residual_TD)
+
+    def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TC: Tensor | None,
+                logits_TC: Tensor | None, context: RouterContext) -> Routing:
         """Make the record of a decision, and its statistics.
 
         Args:
             ids_TK: int64 [T, K], from `decide` (ops/gating.py).
             weights_TK: gate weights [T, K], gathered at these ids.
-            probs_TE: probabilities [T, E] for the statistics.
-            logits_TE: logits [T, E].
+            probs_TC: probabilities [T, C] for the statistics; None: a token's choices share 1 equally.
+            logits_TC: logits [T, C]; None: the sum of their squared logsumexp is 0.
             context: context of the call.
 
         Returns:
-            The record.
+            The record, with slots of experts alone.
         """
+        if edits_of(context) != RoutingEdits():
+            raise ValueError(f"{context.router}: {type(self).__name__} defines route, so its decisions "
+                             "cannot be edited; define scores, choose and weigh")
         if context.decisions is not None:
-            context.decisions.append(Decision(context.router, logits_TE.detach(), ids_TK))
-        stats = router_sums(probs_TE, logits_TE, ids_TK, context.valid_T, context.seq_offsets)
+            logits = None if logits_TC is None else logits_TC.detach()
+            context.decisions.append(Decision(context.router, logits, ids_TK))
+        if probs_TC is None:
+            probs_TC = scatter_weights(equal_shares(ids_TK).to(weights_TK.dtype), ids_TK, self.num_choices)
+        stats = router_sums(probs_TC, logits_TC, ids_TK, context.valid_T, context.seq_offsets)
+        if self.num_choices > self.num_experts:
+            ids_TK, weights_TK = of_experts(ids_TK, weights_TK, self.num_experts)
         return Routing(ids_TK, weights_TK, ids_TK.numel(), stats)
+
+
+class LinearRouter(Router):
+    """Base class of routers whose logits are a linear map of the token.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K, number of slots of a token.
+        num_choices: C, E or more; None is E.
+    """
+
+    def __init__(self, *, dim: int, num_experts: int, top_k: int, num_choices: int | None = None) -> None:
+        super().__init__(num_experts=num_experts, top_k=top_k, num_choices=num_choices)
+        self.weight = nn.Parameter(torch.empty(self.num_choices, dim))
+
+    def starts(self) -> dict[str, Start]:
+        return {**super().starts(), "weight": normal()}
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Compute logits [T, C] in the router's dtype, float32 or better, whatever the model computes in."""
+        return nn.functional.linear(x_TD.to(self.weight.dtype), self.weight)
+
+
+def edits_of(context: RouterContext) -> RoutingEdits:
+    """The edits of this router's decisions."""
+    return (context.edits or {}).get(context.router, RoutingEdits())
+
+
+def equal_shares(ids_TK: Tensor) -> Tensor:
+    """Share 1 equally among the used slots of each token: float64 [T, K]."""
+    used_TK = (ids_TK >= 0).double()
+    return used_TK / used_TK.sum(-1, keepdim=True).clamp(min=1)
+
+
+def of_experts(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Keep the slots of experts, used ones first; slots of other choices become unused, with weight 0."""
+    ids_TK = ids_TK.where(ids_TK < num_experts, -1)
+    order_TK = (ids_TK < 0).to(torch.uint8).argsort(dim=1, stable=True)
+    ids_TK = ids_TK.gather(1, order_TK)
+    return ids_TK, weights_TK.gather(1, order_TK).where(ids_TK >= 0, 0)
 
 
 class TiedModules(nn.ModuleDict):

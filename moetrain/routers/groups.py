@@ -16,13 +16,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from moetrain.ops.gating import decide, keep_best_groups, top_k
+from moetrain.ops.gating import decide, keep_best_groups, largest
 from moetrain.ops.router import RouterRule, kernel_takes, route_tokens
-from moetrain.routers.base import Decision, Router, RouterContext, Routing, drop_padding
+from moetrain.routers.base import Decision, LinearRouter, RouterContext, Routing, edits_of
+from moetrain.routers.edits import RoutingEdits
 
 
-class GroupLimitedRouter(Router):
+class GroupLimitedRouter(LinearRouter):
     """Base class of routers whose tokens choose inside their best groups of experts.
+
+    Subclasses define `scores` and `op_rule`: the same scores and weights, by operators and by one op.
 
     Args:
         dim: D.
@@ -44,11 +47,33 @@ class GroupLimitedRouter(Router):
         assert group_score in ("top2", "max"), group_score
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
 
-    def choose(self, scores_TE: Tensor, context: RouterContext) -> Tensor:
-        """Decide ids [T, K]: the largest scores [T, E] in each token's best groups; nothing for padding."""
-        scores_TE = keep_best_groups(scores_TE, self.num_groups, self.topk_groups, self.group_score)
-        _, ids_TK = top_k(scores_TE, self.top_k)
-        return decide(drop_padding(ids_TK, context))
+    @property
+    def op_rule(self) -> RouterRule:
+        """Rule by which the fused op routes (`rule`)."""
+        raise TypeError(f"{type(self).__name__} does not define op_rule")
+
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """Bias [E] that is added to the scores for the choice alone, without gradient."""
+        return None
+
+    def choose(self, order_TC: Tensor | None, context: RouterContext) -> Tensor:
+        """Choose the largest scores in each token's best groups."""
+        assert order_TC is not None
+        return largest(keep_best_groups(order_TC, self.num_groups, self.topk_groups, self.group_score),
+                       self.top_k)
+
+    def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
+        """Choose experts for the tokens [T, D]: by one op, where it has a kernel."""
+        if self.in_one(context):
+            return self.route_in_one(self.logits(x_TD), self.op_rule, context, self.selection_bias)
+        return super().route(x_TD, context)
+
+    def in_one(self, context: RouterContext) -> bool:
+        """Whether to use the one op: there is a kernel, and neither sums of each sequence nor edits."""
+        like_logits_DE = self.weight.T                       # of their device, dtype and width
+        return (context.seq_offsets is None and edits_of(context) == RoutingEdits()
+                and kernel_takes(like_logits_DE, self.op_rule))
 
     def rule(self, *, sigmoid: bool, renormalised: bool, scale: float) -> RouterRule:
         """Make the rule by which the fused op routes.
@@ -79,8 +104,3 @@ class GroupLimitedRouter(Router):
         if context.decisions is not None:
             context.decisions.append(Decision(context.router, logits_TE.detach(), ids_TK))
         return Routing(ids_TK, weights_TK, ids_TK.numel(), sums)
-
-    @staticmethod
-    def in_one(logits_TE: Tensor, rule: RouterRule, context: RouterContext) -> bool:
-        """Whether to use the one op: it has a kernel for this, and no loss asks for sums of each sequence."""
-        return context.seq_offsets is None and kernel_takes(logits_TE, rule)

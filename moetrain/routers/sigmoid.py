@@ -33,8 +33,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moetrain.ops.gating import gather_weights
-from moetrain.routers.base import RouterContext, Routing, load_error_sign
+from moetrain.ops.router import RouterRule
+from moetrain.ops.start import Start, constant
+from moetrain.routers.base import RouterContext, Scores, load_error_sign
 from moetrain.routers.groups import GroupLimitedRouter
 
 TINY = 1e-20                                 # DeepSeek-V3's; also avoids 0 / 0 in rows of padding
@@ -60,6 +61,7 @@ class SigmoidRouter(GroupLimitedRouter):
     """
 
     BOUNDS = {"scale": "above 0", "update_rate": "0 or more"}
+    CONSTANT_WEIGHTS = {"weights": ["renorm"]}
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int,
                  weights: Literal["renorm", "raw"] = "renorm", scale: float = 1.0,
@@ -73,19 +75,36 @@ class SigmoidRouter(GroupLimitedRouter):
         self.update_rate, self.counts, self.center = update_rate, counts, center
         self.register_buffer("bias", torch.zeros(num_experts))
 
-    def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
-        """Choose the k largest s + b of each token."""
+    def starts(self) -> dict[str, Start]:
+        return {**super().starts(), "bias": constant(0)}
+
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """The bias [E]."""
+        return self.bias
+
+    def scores(self, x_TD: Tensor, context: RouterContext) -> Scores:
+        """Order experts by s + b; the gates are s."""
         logits_TE = self.logits(x_TD)
-        rule = self.rule(sigmoid=True, renormalised=self.weights == "renorm", scale=self.scale)
-        if self.in_one(logits_TE, rule, context):
-            return self.route_in_one(logits_TE, rule, context, self.bias)
-        scores_TE = logits_TE.sigmoid()
-        ids_TK = self.choose(scores_TE.detach() + self.bias, context)
-        weights_TK = gather_weights(scores_TE, ids_TK)
+        gates_TE = logits_TE.sigmoid()
+        return Scores(gates_TE.detach() + self.bias, gates_TE, logits_TE)
+
+    def weigh(self, scores: Scores, ids_TK: Tensor, context: RouterContext) -> Tensor:
+        """Compute gate weights by the convention `weights`."""
+        weights_TK = super().weigh(scores, ids_TK, context)
         if self.weights == "renorm":
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
-        probs_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
-        return self.routing(ids_TK, self.scale * weights_TK, probs_TE, logits_TE, context)
+        return self.scale * weights_TK
+
+    def probabilities(self, scores: Scores) -> Tensor | None:
+        """Divide the gates by their sum."""
+        assert scores.gates_TC is not None
+        return scores.gates_TC / (scores.gates_TC.sum(-1, keepdim=True) + TINY)
+
+    @property
+    def op_rule(self) -> RouterRule:
+        """Rule of the same scores and weights for the fused op."""
+        return self.rule(sigmoid=True, renormalised=self.weights == "renorm", scale=self.scale)
 
     @property
     def needs_load_error(self) -> bool:
@@ -93,7 +112,7 @@ class SigmoidRouter(GroupLimitedRouter):
         return self.counts == "micro" and self.update_rate != 0
 
     @torch.no_grad()
-    def end_of_step(self, counts_E: Tensor, signs_E: Tensor | None = None) -> None:
+    def end_of_step(self, counts_E: Tensor, tokens: int, signs_E: Tensor | None = None) -> None:
         """Move the biases against the loads of the step (`Router.end_of_step`)."""
         if self.update_rate == 0:
             return

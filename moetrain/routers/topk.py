@@ -16,8 +16,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from moetrain.ops.gating import gather_weights
-from moetrain.routers.base import RouterContext, Routing
+from moetrain.ops.router import RouterRule
+from moetrain.routers.base import RouterContext, Scores
 from moetrain.routers.groups import GroupLimitedRouter
 
 
@@ -36,6 +36,7 @@ class TopKRouter(GroupLimitedRouter):
     """
 
     BOUNDS = {"scale": "above 0"}
+    CONSTANT_WEIGHTS = {"weights": ["renorm", "softmax_of_topk"]}
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int,
                  weights: Literal["renorm", "raw", "softmax_of_topk"] = "renorm", scale: float = 1.0,
@@ -46,17 +47,26 @@ class TopKRouter(GroupLimitedRouter):
         assert weights in ("renorm", "raw", "softmax_of_topk"), weights
         self.weights, self.scale = weights, scale
 
-    def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
-        """Choose the k largest probabilities of each token."""
+    def scores(self, x_TD: Tensor, context: RouterContext) -> Scores:
+        """Score experts by their probability."""
         logits_TE = self.logits(x_TD)
-        rule = self.rule(sigmoid=False, renormalised=self.weights != "raw", scale=self.scale)
-        if self.in_one(logits_TE, rule, context):
-            return self.route_in_one(logits_TE, rule, context)
         probs_TE = logits_TE.softmax(-1)
-        ids_TK = self.choose(probs_TE, context)
-        weights_TK = gather_weights(probs_TE, ids_TK)
+        return Scores(probs_TE, probs_TE, logits_TE)
+
+    def weigh(self, scores: Scores, ids_TK: Tensor, context: RouterContext) -> Tensor:
+        """Compute gate weights by the convention `weights`."""
+        weights_TK = super().weigh(scores, ids_TK, context)
         if self.weights != "raw":
             # The weights of padding sum to 0: the floor keeps 0 / 0 out of forward and backward.
             total_T1 = weights_TK.sum(-1, keepdim=True).clamp(min=1e-30)
             weights_TK = weights_TK / total_T1
-        return self.routing(ids_TK, self.scale * weights_TK, probs_TE, logits_TE, context)
+        return self.scale * weights_TK
+
+    def probabilities(self, scores: Scores) -> Tensor | None:
+        """Return the softmax as it is."""
+        return scores.gates_TC
+
+    @property
+    def op_rule(self) -> RouterRule:
+        """Rule of the same scores and weights for the fused op."""
+        return self.rule(sigmoid=False, renormalised=self.weights != "raw", scale=self.scale)

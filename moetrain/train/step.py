@@ -124,7 +124,7 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     set_gradient_norm(run.state.optimizer, clipped_norm)
     with record_function("optimizer"):
         run.state.optimizer.step()
-    model.end_of_step(split_by_router(counts_L, choices), summed.load_error_signs)
+    model.end_of_step(split_by_router(counts_L, choices), summed.tokens, summed.load_error_signs)
     if run.state.prior:
         run.state.prior.observe(counts_L, tokens)
     counts = split_by_router(summed.counts_L, choices)

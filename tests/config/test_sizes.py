@@ -27,8 +27,8 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
 
 @pytest.mark.parametrize("words", MODELS, ids=lambda words: words[0])
 def test_parameters_are_those_on_the_meta_device(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "initialise", lambda *arguments,
-                        **options: None)      # nothing there to initialise
+    monkeypatch.setattr(build, "initialize", lambda *arguments,
+                        **options: None)      # nothing there to initialize
     config = compose(words)
     model = build.build_model(config, 1000, build_mesh(mesh_sizes("single", 1, None), torch.device("meta")))
     counted = count_parameters(config.model, 1000)

@@ -97,17 +97,18 @@ def test_meshes_agree_through_the_command_line(tmp_path):
 
 ROUTER = '''
 import torch
-from moetrain.ops.gating import decide, gather_weights
-from moetrain.routers.base import Router, drop_padding
+from moetrain.routers.base import LinearRouter, Scores
 
 
-class RoundRobinRouter(Router):
-    def route(self, x_TD, context):
+class RoundRobinRouter(LinearRouter):
+    depends_on = frozenset({"positions_T"})
+
+    def scores(self, x_TD, context):
         logits_TE = self.logits(x_TD)
-        probs_TE = logits_TE.softmax(-1)
-        first = context.positions_T[:, None] + torch.arange(self.top_k)
-        ids_TK = decide(drop_padding(first % self.num_experts, context))
-        return self.routing(ids_TK, gather_weights(probs_TE, ids_TK), probs_TE, logits_TE, context)
+        return Scores(None, logits_TE.softmax(-1), logits_TE)
+
+    def choose(self, order_TC, context):
+        return (context.positions_T[:, None] + torch.arange(self.top_k)) % self.num_experts
 '''
 
 

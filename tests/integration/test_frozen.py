@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moetrain.config.schema import Config
 from moetrain.model.build import ConvertModel
 from moetrain.model.transformer import Transformer
+from moetrain.ops.start import Start, normal
 from moetrain.routers.topk import TopKRouter
 from tests.support.random_copies import run_with_copies
 from tests.support.training import Held, Trained, difference, make_run, snapshot, train_run, union, whole
@@ -58,6 +59,9 @@ class TemperedRouter(TopKRouter):
     def __init__(self, **sizes) -> None:
         super().__init__(**sizes)
         self.temperature, self.shift = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(1))
+
+    def starts(self) -> dict[str, Start]:
+        return {**super().starts(), "temperature": normal(), "shift": normal()}
 
     def logits(self, x_TD: Tensor) -> Tensor:
         logits = super().logits(x_TD)

@@ -68,7 +68,7 @@ def test_a_recipe_trains_two_steps(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_page_has_the_numbers_of_the_model_on_the_meta_device(
         name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "initialise", lambda *arguments, **options: None)
+    monkeypatch.setattr(build, "initialize", lambda *arguments, **options: None)
     config, vocabulary = whole(name)
     model = build.build_model(config, vocabulary,
                               build_mesh(mesh_sizes("single", 1, None), torch.device("meta")))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.model.build import normal
+from moetrain.ops.start import Place, normal
 from tests.support.training import Held, alone, make_run, snapshot, whole
 
 
@@ -56,18 +56,24 @@ def test_norms_are_one_and_residual_writers_are_smaller():
             assert abs(tensor.mean().item()) < 5 * std / tensor.numel() ** 0.5, name
 
 
+def drawn_normal(name: str, shape: tuple[int, ...]) -> Tensor:
+    start = torch.empty(shape)
+    normal(1.0).fill(start, Place(name, shape, 0, seed=0, std=0.2, num_layers=2))
+    return start
+
+
 def test_projections_start_as_the_bare_matrices_that_they_were():
     start = initial(["model.num_shared_experts=1"])
     for matrix in ("attention.qkv", "attention.out", "moe.shared.gate_up", "moe.shared.down"):
         std = 0.2 / 2 if matrix in ("attention.out", "moe.shared.down") else 0.2
         tensor = start[f"layers.1.{matrix}.weight"]
-        drawn = normal(tuple(tensor.shape), seed=0, name=f"layers.1.{matrix}")
+        drawn = drawn_normal(f"layers.1.{matrix}", tuple(tensor.shape))
         assert torch.equal(tensor, drawn * std), matrix
 
 
 def test_the_numbers_of_a_name_never_change():
     """Whoever changes these starts every recorded run anew."""
-    start = normal(torch.Size([3]), seed=0, name="embed")
+    start = drawn_normal("embed", (3,))
     torch.testing.assert_close(start, torch.tensor([-0.070477, 0.878014, -0.340635]), rtol=0, atol=1e-6)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moetrain.config.compose import compose
 from moetrain.model.activation_checkpointing import recomputed
-from moetrain.moe.capacity import CapacityPolicy, PositionCapacity, ProbCapacity, place_in_queue, used_first
+from moetrain.moe.capacity import CapacityPolicy, PositionCapacity, ProbCapacity, place_in_queue
 from moetrain.ops.counts import count_ids
+from moetrain.ops.gating import used_first
 from moetrain.ops.router_sums import router_sums
 from moetrain.routers.base import RouterContext, Routing
 from moetrain.train.step import train_step

@@ -112,11 +112,11 @@ def test_scores_that_vanish_give_finite_weights_and_gradients():
 
 def test_an_update_moves_every_bias_by_the_rate_against_its_load():
     router = router_of(experts=4, update_rate=0.25, center=False)
-    router.end_of_step(torch.tensor([3, 1, 2, 2]))                   # the mean is 2
+    router.end_of_step(torch.tensor([3, 1, 2, 2]), tokens=4)                   # the mean is 2
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
-    router.end_of_step(torch.tensor([0, 0, 0, 0]))
+    router.end_of_step(torch.tensor([0, 0, 0, 0]), tokens=4)
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
-    router.end_of_step(torch.tensor([0, 0, 0, 3]))                   # the mean is 0.75
+    router.end_of_step(torch.tensor([0, 0, 0, 3]), tokens=4)                   # the mean is 0.75
     assert router.bias.tolist() == [0.0, 0.5, 0.25, -0.25]
 
 
@@ -126,7 +126,7 @@ def test_a_bias_of_micro_batches_moves_by_the_mean_of_their_leans():
     signs_E = torch.stack([load_error_sign(torch.tensor(counts))
                            for counts in ([3, 1, 2, 2], [0, 0, 0, 8])]).double().mean(0)
     assert signs_E.tolist() == [0.0, 1.0, 0.5, -0.5]
-    router.end_of_step(torch.tensor([3, 1, 2, 10]), signs_E)
+    router.end_of_step(torch.tensor([3, 1, 2, 10]), 8, signs_E)
     assert router.bias.tolist() == [0.0, 0.25, 0.125, -0.125]
 
 
@@ -135,7 +135,7 @@ def test_a_centred_bias_has_mean_zero_and_makes_the_same_choices():
     centred = router_of(experts=4, update_rate=0.25)
     for counts in ([9, 1, 1, 1], [1, 9, 1, 1], [9, 1, 1, 1]):
         for router in (plain, centred):
-            router.end_of_step(torch.tensor(counts))
+            router.end_of_step(torch.tensor(counts), tokens=4)
     assert plain.bias.tolist() == [-0.25, 0.25, 0.75, 0.75]
     assert centred.bias.tolist() == [-0.625, -0.125, 0.375, 0.375]
     assert plain.route(tokens(50), CONTEXT).ids_TK.equal(centred.route(tokens(50), CONTEXT).ids_TK)
@@ -150,7 +150,7 @@ def test_biases_that_drift_together_cost_no_choice_in_float32():
         counts_E = torch.ones(16, dtype=torch.int64)
         counts_E[update % 16] = 100
         for router in (exact, drifting, ours):
-            router.end_of_step(counts_E)
+            router.end_of_step(counts_E, tokens=4)
     assert exact.bias.mean() > 140 and drifting.bias.double().equal(exact.bias)
     assert ours.bias.mean().abs() < 1e-6
     scores_TE = torch.rand(100_000, 16, generator=torch.Generator().manual_seed(3))
@@ -161,7 +161,7 @@ def test_biases_that_drift_together_cost_no_choice_in_float32():
 
 def test_a_rate_of_zero_and_a_loss_leave_the_bias_alone():
     router = router_of(update_rate=0.0)
-    router.end_of_step(torch.tensor([9, 0, 0, 0, 0, 0]))
+    router.end_of_step(torch.tensor([9, 0, 0, 0, 0, 0]), tokens=4)
     assert not router.bias.any() and not router.bias.requires_grad
     assert "bias" in router.state_dict() and [name for name, _ in router.named_parameters()] == ["weight"]
 
@@ -176,7 +176,7 @@ def test_skewed_scores_are_evened_out_over_updates(groups):
     for _ in range(200):
         counts_E = count_ids(router.choose(scores_TE + router.bias, CONTEXT), 16)
         ratios.append((counts_E.max() / counts_E.double().mean()).item())
-        router.end_of_step(counts_E)
+        router.end_of_step(counts_E, tokens=4)
     means = torch.tensor(ratios).view(5, 40).mean(1)
     assert (means.diff() < 0).all(), means                           # monotone on average
     assert ratios[0] > 3 and means[-1] < 1.25

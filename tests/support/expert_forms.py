@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.moe.expert_form import ExpertForm, StackedParameters, weighted
+from moetrain.ops.start import Start, normal, residual_normal
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "squared_relu": lambda x: F.relu(x).square()}
 
@@ -13,6 +14,9 @@ class TwoMatrixExpert(ExpertForm):
     """down(activation(up x) * w), as in GShard, DeepSpeed-MoE and Nemotron."""
 
     SHAPES = {"up": ("F", "D"), "down": ("D", "F")}
+
+    def starts(self) -> dict[str, Start]:
+        return {"up": normal(), "down": residual_normal()}
 
     def __init__(self, *, dim: int, expert_dim: int, activation: str = "gelu") -> None:
         super().__init__(dim=dim, expert_dim=expert_dim)
@@ -28,6 +32,9 @@ class BiasedExpert(ExpertForm):
 
     SHAPES = {"up": ("F", "D"), "up_bias": ("F",), "down": ("D", "F"), "down_bias": ("D",)}
 
+    def starts(self) -> dict[str, Start]:
+        return {"up": normal(), "down": residual_normal(), "up_bias": normal(), "down_bias": normal()}
+
     def rows(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
         hidden_RF = F.gelu(experts.linear("up", x_RD) + experts.vectors("up_bias", x_RD))
         out_RD = experts.linear("down", weighted(hidden_RF, weights_R))
@@ -39,6 +46,10 @@ class ClampedExpert(ExpertForm):
 
     SHAPES = {"gate_up": ("2F", "D"), "gate_up_bias": ("2F",), "down": ("D", "F"), "down_bias": ("D",)}
     LIMIT, SLOPE = 0.7, 1.702
+
+    def starts(self) -> dict[str, Start]:
+        return {"gate_up": normal(), "down": residual_normal(),
+                "gate_up_bias": normal(), "down_bias": normal()}
 
     def rows(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
         gate_up_RG = experts.linear("gate_up", x_RD) + experts.vectors("gate_up_bias", x_RD)

@@ -4,10 +4,18 @@ from torch import Tensor, nn
 
 from moetrain.config.schema import Config
 from moetrain.model.transformer import Transformer
+from moetrain.ops.start import Start, normal
 from moetrain.routers.base import RouterContext, Routing
 from moetrain.routers.topk import TopKRouter
 
 STATE = 6
+
+
+class Cell(nn.GRUCell):
+    """Cell whose matrices and biases start like the matrices of the model."""
+
+    def starts(self) -> dict[str, Start]:
+        return {name: normal() for name, _ in self.named_parameters()}
 
 
 class RecurrentRouter(TopKRouter):
@@ -20,7 +28,7 @@ class RecurrentRouter(TopKRouter):
         cell: the router's own cell; None takes `context.tied["cell"]`.
     """
 
-    def __init__(self, *, dim: int, num_experts: int, top_k: int, cell: nn.GRUCell | None) -> None:
+    def __init__(self, *, dim: int, num_experts: int, top_k: int, cell: Cell | None) -> None:
         super().__init__(dim=STATE, num_experts=num_experts, top_k=top_k)
         self.cell = cell
 
@@ -30,7 +38,7 @@ class RecurrentRouter(TopKRouter):
         return super().route(state_TH, context)._replace(carry=state_TH)
 
 
-def _replace_routers(model: Transformer, cells: list[nn.GRUCell | None]) -> None:
+def _replace_routers(model: Transformer, cells: list[Cell | None]) -> None:
     for block, cell in zip(model.layers, cells, strict=True):
         old = block.moe.router
         block.moe.router = RecurrentRouter(dim=model.embed.shape[1], num_experts=old.num_experts,
@@ -39,15 +47,15 @@ def _replace_routers(model: Transformer, cells: list[nn.GRUCell | None]) -> None
 
 def own_cells(model: Transformer, config: Config) -> None:
     """Every router has a cell of its own."""
-    _replace_routers(model, [nn.GRUCell(config.model.dim, STATE) for _ in model.layers])
+    _replace_routers(model, [Cell(config.model.dim, STATE) for _ in model.layers])
 
 
 def tied_cell(model: Transformer, config: Config) -> None:
     """The model holds one cell at its root for all routers."""
-    model.tied["cell"] = nn.GRUCell(config.model.dim, STATE)
+    model.tied["cell"] = Cell(config.model.dim, STATE)
     _replace_routers(model, [None] * len(model.layers))
 
 
 def cell_in_blocks(model: Transformer, config: Config) -> None:
     """All routers hold the same cell."""
-    _replace_routers(model, [nn.GRUCell(config.model.dim, STATE)] * len(model.layers))
+    _replace_routers(model, [Cell(config.model.dim, STATE)] * len(model.layers))

@@ -11,13 +11,12 @@ from moetrain.config.schema import Config
 from moetrain.model.feed_forward import FeedForward, SharedExpert
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.capacity import used_first
 from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer, MoEOutput, SparseLayer
 from moetrain.moe.wrappers import LayerWrapper
-from moetrain.ops.gating import decide, gather_weights, scatter_weights, top_k
-from moetrain.routers.base import Router, RouterContext, Routing, drop_padding
+from moetrain.ops.start import Start, normal
+from moetrain.routers.base import LinearRouter, Router, RouterContext, Routing, Scores
 
 
 class TwoPasses(SparseLayer):
@@ -103,6 +102,9 @@ class GatedSharedExpert(SharedExpert):
         super().__init__(dim=dim, hidden_dim=hidden_dim)
         self.gate = nn.Parameter(torch.empty(1, dim))
 
+    def starts(self) -> dict[str, Start]:
+        return {**super().starts(), "gate": normal()}
+
     def beside(self, x_TD: Tensor, routing: Routing) -> Tensor:
         return F.linear(x_TD, self.gate).sigmoid() * self(x_TD)
 
@@ -114,6 +116,9 @@ class DenseMixture(LayerWrapper):
         super().__init__()
         self.dense = FeedForward(dim=dim, hidden_dim=hidden_dim)
         self.mix = nn.Parameter(torch.empty(2, dim))
+
+    def starts(self) -> dict[str, Start]:
+        return {"mix": normal()}
 
     def beside(self, x_TD: Tensor, routing: Routing) -> Tensor:
         return self.dense(x_TD)
@@ -130,6 +135,9 @@ class Latent(LayerWrapper):
         super().__init__()
         self.narrow = nn.Parameter(torch.empty(latent_dim, dim))
         self.widen = nn.Parameter(torch.empty(dim, latent_dim))
+
+    def starts(self) -> dict[str, Start]:
+        return {"narrow": normal(), "widen": normal()}
 
     def entering(self, x_TD: Tensor, routing: Routing) -> Tensor:
         return F.linear(x_TD, self.narrow)
@@ -187,7 +195,7 @@ def _with_wrappers(layer: MoELayer, **wrappers: LayerWrapper) -> MoELayer:
 # --- choices that are no experts
 
 
-class NullChoicesRouter(Router):
+class NullChoicesRouter(LinearRouter):
     """Softmax top-k over the experts, an identity, a zero and a constant.
 
     Args:
@@ -197,23 +205,21 @@ class NullChoicesRouter(Router):
     """
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int) -> None:
-        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
-        self.num_choices = num_experts + 3
-        self.weight = nn.Parameter(torch.empty(self.num_choices, dim))
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_choices=num_experts + 3)
         self.constant = nn.Parameter(torch.empty(dim))
 
-    def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
-        experts, logits_TC = self.num_experts, self.logits(x_TD)
+    def starts(self) -> dict[str, Start]:
+        return {**super().starts(), "constant": normal()}
+
+    def scores(self, x_TD: Tensor, context: RouterContext) -> Scores:
+        logits_TC = self.logits(x_TD)
         probs_TC = logits_TC.softmax(-1)
-        chosen_TK = decide(drop_padding(top_k(probs_TC, self.top_k)[1], context))
-        weights_TK = gather_weights(probs_TC, chosen_TK)
-        routing = self.routing(chosen_TK, weights_TK, probs_TC, logits_TC, context)
-        identity_T, constant_T = (weights_TK.where(chosen_TK == choice, 0).sum(1)
-                                  for choice in (experts, experts + 2))
-        ids_TK = used_first(chosen_TK.where(chosen_TK < experts, -1))
-        weights_TE = scatter_weights(weights_TK, chosen_TK, self.num_choices)[:, :experts]
-        return routing._replace(ids_TK=ids_TK, weights_TK=gather_weights(weights_TE, ids_TK),
-                                residual_T=identity_T, residual_TD=constant_T[:, None] * self.constant)
+        return Scores(probs_TC, probs_TC, logits_TC)
+
+    def residual(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        identity_T, constant_T = (weights_TK.where(ids_TK == choice, 0).sum(1)
+                                  for choice in (self.num_experts, self.num_experts + 2))
+        return identity_T, constant_T[:, None] * self.constant
 
 
 def add_null_choices(model: Transformer, config: Config) -> None:

@@ -1,9 +1,9 @@
 """Rules about the sizes of the model, and about routers, which depend on them."""
 
 from collections.abc import Iterator
-from dataclasses import MISSING
+from typing import get_args
 
-from moetrain.config.build import NoSuchPart, arguments
+from moetrain.config.build import NoSuchPart, arguments, declared
 from moetrain.config.layer_pattern import is_sparse, parse_pattern, per_layer, sparse_layers
 from moetrain.config.rules.wording import choose, divisors
 from moetrain.config.schema import Config
@@ -126,18 +126,27 @@ def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """Refuse normalized gate weights with one expert a token: the weight is always 1, without gradient."""
-    weights = config.router.get("weights")
+    """Refuse gate weights that sum to a constant with one expert a token: the weight has no gradient.
+
+    The router's class says with which arguments they do (`CONSTANT_WEIGHTS` in routers/base.py).
+    """
+    target = str(config.router.get("_target_", ""))
     try:
-        weights = weights or arguments(str(config.router.get("_target_", "")), "router")["weights"].default
-    except (NoSuchPart, KeyError):
+        constant, accepted = declared(target, "router", "CONSTANT_WEIGHTS"), arguments(target, "router")
+    except NoSuchPart:
         return
-    if weights not in (MISSING, "raw") and any(top_k == 1 for _, _, top_k in moe_layers(config)):
+    if constant is None or all(top_k != 1 for _, _, top_k in moe_layers(config)):
+        return
+    chosen = {name: config.router.get(name, accepted[name].default) for name in constant}
+    if all(value in constant[name] for name, value in chosen.items()):
+        others = [f"router.{name}={show(choice)}" for name in constant
+                  for choice in get_args(accepted[name].type) if choice not in constant[name]]
         yield ConfigError(
-            30, f"model.top_k=1 with router.weights={weights} cannot train the router",
-            where="model.top_k, router.weights",
-            why="the renormalized weight of one expert is always 1: the task gives the router no gradient",
-            next="router.weights=raw")
+            30, " with ".join(["model.top_k=1", *(f"router.{name}={show(value)}" for name, value in
+                                                  chosen.items())]) + " cannot train the router",
+            where=", ".join(["model.top_k", *(f"router.{name}" for name in chosen)]),
+            why="the weight of one expert is then constant: the task gives the router no gradient",
+            next=" or ".join(others) or "model.top_k=2")
 
 
 def groups(config: Config, ranks: int) -> Iterator[ConfigError]:

@@ -2,7 +2,7 @@
 
 Every rank writes log/router/step-NNNNNNNN/rank-NNNN.safetensors, with these tensors for each micro-batch `m`:
 
-    m/<router>/logits [T, E]     m/<router>/ids [T, K], -1 in unused slots
+    m/<router>/logits [T, E]     m/<router>/ids [T, K], -1 in unused slots; a router may have no logits
     m/valid [T], uint8           m/samples, m/domains [B], int64
 
 The T tokens are those of B sequences of equal length, one after the other. The file's metadata has the names
@@ -47,8 +47,9 @@ class RouterDump:
         """Collect the decisions for a micro-batch."""
         number, self.micro_batches = self.micro_batches, self.micro_batches + 1
         for router, logits_TE, ids_TK in decisions:
-            self.tensors |= {f"{number}/{router}/logits": _copy(logits_TE),
-                             f"{number}/{router}/ids": _copy(ids_TK)}
+            self.tensors[f"{number}/{router}/ids"] = _copy(ids_TK)
+            if logits_TE is not None:
+                self.tensors[f"{number}/{router}/logits"] = _copy(logits_TE)
         self.tensors |= {f"{number}/valid": _copy(batch.valid_BS.flatten().to(uint8)),
                          f"{number}/samples": _copy(batch.sample_ids_B),
                          f"{number}/domains": _copy(batch.domains_B)}
