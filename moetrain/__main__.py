@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from textwrap import wrap
+from typing import Any
 
 from moetrain import streams
 from moetrain.cli.help import first_keys, page
@@ -44,16 +45,18 @@ VERBS = {
 OF_RANKS = ("train", "eval", "generate")
 
 
-def main(argv: Sequence[str] | None = None, *, convert_model: Callable[..., None] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, convert_model: Callable[..., None] | None = None,
+         language_loss: Any = None) -> int:
     """Run a command and return its exit code.
 
     Args:
         argv: verb and overrides; None takes the words of this process, which then does nothing else.
         convert_model: changes the model before it is sharded (model/build.py). Further ranks of this machine
             run this process's program again, which has to hand over the same function.
+        language_loss: takes the place of cross-entropy in training (losses/language.py), for all ranks alike.
     """
     done = _begin() if argv is None else lambda: None
-    program = program_of(convert_model, from_command_line=argv is None)
+    program = program_of(convert_model, language_loss, from_command_line=argv is None)
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -70,7 +70,8 @@ def _train(config: Config, program: Program, again: str) -> None:
     wrap_engine = None
     if config.engine.name == "deepspeed":
         from moetrain.interop.deepspeed import wrap_engine
-    train(config, convert_model=program.convert_model, wrap_engine=wrap_engine, again=again,
+    train(config, convert_model=program.convert_model, language_loss=program.language_loss,
+          wrap_engine=wrap_engine, again=again,
           on_exit=lambda code, reason: record_early_exit(run_dir(config), code, reason))
     if rank() == 0:
         draw(run_dir(config))

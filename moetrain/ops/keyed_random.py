@@ -29,6 +29,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moetrain.ops.pinned import to_device
+
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)      # as int64
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 _BITS = {torch.float32: 23, torch.float64: 52}  # one less than a mantissa: the half step is exact, too
@@ -45,6 +47,8 @@ class Key(Protocol):
     def router(self) -> str: ...
     @property
     def draw(self) -> int: ...
+    @property
+    def draws(self) -> int: ...
     @property
     def sample_ids_T(self) -> Tensor | None: ...  # noqa: N802
     @property
@@ -108,15 +112,24 @@ def bits(key: Key, n: int, *, use: str = "") -> Tensor:
     """Draw 64 random bits for each number, int64 [T, n]. Arguments as in `uniform`."""
     samples_T, positions_T = key.sample_ids_T, key.positions_T
     assert samples_T is not None and positions_T is not None, "numbers are keyed by sample and position"
-    hashed_T = _mix(_mix(samples_T + _GAMMA) ^ root(key, use))
+    hashed_T = _mix(_mix(samples_T + _GAMMA) ^ _roots(key, use, samples_T))
     hashed_T = _mix(_mix(positions_T + _GAMMA) ^ hashed_T)
     index_n = _mix(torch.arange(1, n + 1, device=hashed_T.device) * _GAMMA)
     return _mix(hashed_T[:, None] ^ index_n)
 
 
-def root(key: Key, use: str = "") -> int:
-    """Hash what a whole micro-batch has in common to an int64."""
-    text = repr((int(key.seed), int(key.step), key.router, int(key.draw), use))
+def _roots(key: Key, use: str, samples_T: Tensor) -> int | Tensor:
+    """The root of each token, or the one of all: a batch that runs twice along T has a root for each half."""
+    if key.draws == 1:
+        return root(key, use)
+    assert len(samples_T) % key.draws == 0, (len(samples_T), key.draws)
+    roots = torch.tensor([root(key, use, number) for number in range(key.draws)])
+    return to_device(roots, samples_T.device).repeat_interleave(len(samples_T) // key.draws)
+
+
+def root(key: Key, use: str = "", number: int = 0) -> int:
+    """Hash what the tokens of one draw have in common to an int64; `number` counts from the key's draw."""
+    text = repr((int(key.seed), int(key.step), key.router, int(key.draw) + number, use))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 

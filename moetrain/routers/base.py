@@ -46,6 +46,7 @@ class RouterContext(NamedTuple):
     router: str = ""                         # name of the router
     iteration: int = 0
     draw: int = 0                            # number of the draw of a micro-batch that runs several times
+    draws: int = 1                           # equal parts of T, with draws from `draw` on
     sample_ids_T: Tensor | None = None       # int64: sample of each token
     positions_T: Tensor | None = None        # int64: its position in the sequence
     valid_T: Tensor | None = None            # bool, false for padding; None: every token is valid

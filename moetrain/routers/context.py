@@ -16,7 +16,7 @@ from moetrain.routers.base import Router, RouterContext
 
 def token_context(tokens_BS: Tensor, *, seed: int, step: int, training: bool, sample_ids_B: Tensor,
                   valid_BS: Tensor | None = None, domains_B: Tensor | None = None, first: int = 0,
-                  draw: int = 0, per_sequence: bool = False) -> RouterContext:
+                  draw: int = 0, draws: int = 1, per_sequence: bool = False) -> RouterContext:
     """Build what routers may know of a micro-batch; per-token fields are flattened to [T].
 
     Args:
@@ -29,6 +29,7 @@ def token_context(tokens_BS: Tensor, *, seed: int, step: int, training: bool, sa
         domains_B: int64 [B]; None where the domains of the run say nothing about the text.
         first: position of the first token; above 0 behind a key-value cache.
         draw: number of the draw of a micro-batch that runs several times.
+        draws: times that the tokens have the same sequences, one after the other, with draws from `draw` on.
         per_sequence: whether the statistics have sums of each sequence.
 
     Returns:
@@ -45,6 +46,7 @@ def token_context(tokens_BS: Tensor, *, seed: int, step: int, training: bool, sa
         step=step,
         seed=seed,
         draw=draw,
+        draws=draws,
         sample_ids_T=of_each_token(sample_ids_B[:, None]),
         positions_T=of_each_token(torch.arange(first, first + length, device=device)),
         valid_T=valid_BS.flatten(),

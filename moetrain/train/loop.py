@@ -11,6 +11,7 @@ from collections.abc import Callable
 from moetrain.comm.mesh import disconnect
 from moetrain.config.schema import Config
 from moetrain.files import nearby
+from moetrain.losses.language import LanguageLoss
 from moetrain.model.build import ConvertModel
 from moetrain.runs.completion import last_step, next_commands
 from moetrain.train.checkpoint.periodic import PeriodicSaves
@@ -29,6 +30,7 @@ from moetrain.user_code import named_in_traceback
 
 @named_in_traceback()
 def train(config: Config, *, convert_model: ConvertModel | None = None,
+          language_loss: LanguageLoss | None = None,
           wrap_engine: Callable[[Run], Run] | None = None,
           on_exit: Callable[[int, str], None] = lambda code, reason: None,
           again: str = "the same command goes on") -> None:
@@ -40,6 +42,7 @@ def train(config: Config, *, convert_model: ConvertModel | None = None,
         config: composed and checked (config/compose.py).
         convert_model: changes the model before it is sharded: other layers, adapters, frozen parameters.
             Every rank and every attempt of the run is given the same one.
+        language_loss: takes the place of cross-entropy (losses/language.py), for every rank and attempt.
         wrap_engine: replaces optimizer and reducer by those of another engine, before a checkpoint is read
             (interop/deepspeed.py).
         on_exit: called with exit code and reason before a process exits at once, without unwinding
@@ -54,7 +57,8 @@ def train(config: Config, *, convert_model: ConvertModel | None = None,
                  progress=config.log.progress) as console:
         recorder = Recorder(config, directory, mesh)     # collective: checks that rank 0 can write there
         with session(directory, mesh, on_exit) as attempt:
-            run = start_run(config, directory, mesh, recorder, console, wrap_engine, convert_model)
+            run = start_run(config, directory, mesh, recorder, console, wrap_engine, convert_model,
+                            language_loss)
             try:
                 with attempt.training(run) as preemption:
                     if not train_loop(run, recorder, console, preemption):

@@ -24,13 +24,13 @@ from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
 from moetrain.ops.pinned import to_device
 from moetrain.routers.base import RoutingStats, Stack, by_stack, load_error_sign
-from moetrain.train.objective import LossShare
+from moetrain.train.objective import Denominators, LossShare
 
 
 class StepSums(NamedTuple):
     """Sums of a step over micro-batches and ranks; on the host, except `load_error_signs`."""
 
-    cross_entropy: float                     # nats
+    language: float                          # sum of the language loss: nats, of cross-entropy
     total: float                             # the loss: contributions of all micro-batches
     violation: float                         # max violation inside micro-batches, summed over routers too
     violations: float                        # number of summands of `violation`
@@ -39,7 +39,8 @@ class StepSums(NamedTuple):
     terms: dict[str, float]                  # contribution of every auxiliary loss to `total`, by name
     prob_sums_L: Tensor                      # float64 [L], summed probabilities of all routers
     counts_L: Tensor                         # int64 [L], counts of all routers
-    tokens: int                              # valid tokens of the global batch
+    tokens: int                              # valid tokens of the global batch, as often as they are routed
+    language_terms: int                      # terms of the language loss in the global batch
     norm: float                              # norm of all gradients
     # float64 [C] on the device, mean over micro-batches; of the routers that need them (routers/base.py).
     load_error_signs: dict[str, Tensor]
@@ -112,17 +113,17 @@ class SumBuffer:
         self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, cross_entropy: Tensor, share: LossShare, stacks: Sequence[Stack]) -> None:
+    def add(self, language: Tensor, share: LossShare, stacks: Sequence[Stack]) -> None:
         """Add the sums of a micro-batch.
 
         Args:
-            cross_entropy: scalar, summed over tokens, in nats.
+            language: scalar, sum of the language loss.
             share: contribution of the micro-batch to the loss.
             stacks: statistics of its routers.
         """
         zero = self.flat.new_zeros(())
         terms = (share.terms.get(name, zero).double() for name in self.losses)
-        head = torch.stack([cross_entropy.double(), share.total.double(), *self._of_routers(stacks),
+        head = torch.stack([language.double(), share.total.double(), *self._of_routers(stacks),
                             self.flat.new_ones(()), *terms])
         load_error_signs = (
             sign_E for stack in stacks if self.routers_needing_load_error
@@ -138,8 +139,8 @@ class SumBuffer:
         of = [_summed(stack.stats, [self.experts[router] for router in stack.routers]) for stack in stacks]
         return [sum(rest, first).double() for first, *rest in zip(*of)]
 
-    def sum_over(self, group: Group, phases: Sequence[float], counts_L: Tensor, tokens: Tensor,
-                 norm: Tensor) -> StepSums:
+    def sum_over(self, group: Group, phases: Sequence[float], counts_L: Tensor,
+                 denominators: Denominators, norm: Tensor) -> StepSums:
         """Sum over the group, and copy all numbers of the step to the host. Collective.
 
         This is the one place in a step where the host waits for the device. The sum also gathers the phases:
@@ -149,7 +150,7 @@ class SumBuffer:
             group: the ranks that read different tokens.
             phases: seconds of each phase on this rank.
             counts_L: int64 [L], already pooled over the group; exact in float64.
-            tokens: int64 scalar, already pooled over the group.
+            denominators: already pooled over the group.
             norm: scalar, norm of all gradients.
 
         Returns:
@@ -159,13 +160,16 @@ class SumBuffer:
         times[group.position] = torch.tensor(phases, dtype=torch.float64)
         told = to_device(torch.cat([self.flags, times.flatten()]), self.flat.device)
         summed = sum_over(group, torch.cat([self.flat, told]))
-        read = torch.cat([summed, counts_L.double(), tokens.double().view(1), norm.double().view(1)]).cpu()
-        head, terms, prob_sums, _, flags, times, counts, (tokens, norm) = read.split(
-            [*self.sizes, len(self.flags), times.numel(), len(counts_L), 2])
+        read = torch.cat([summed, counts_L.double(), torch.stack(denominators).double(),
+                          norm.double().view(1)]).cpu()
+        head, terms, prob_sums, _, flags, times, counts, whole = read.split(
+            [*self.sizes, len(self.flags), times.numel(), len(counts_L), 3])
         *sums, micro_batches = head.tolist()
+        tokens, language_terms, norm = whole.tolist()
         load_error_signs = summed[sum(self.sizes[:-1]):sum(self.sizes)] / micro_batches
         return StepSums(
-            *sums, dict(zip(self.losses, terms.tolist())), prob_sums, counts.long(), int(tokens), float(norm),
+            *sums, dict(zip(self.losses, terms.tolist())), prob_sums, counts.long(), int(tokens),
+            int(language_terms), norm,
             split_by_router(load_error_signs, self.routers_needing_load_error), flags.tolist(),
             times.view(group.size, -1).tolist())
 

@@ -29,13 +29,12 @@ from torch.profiler import record_function
 from moetrain.data.batches.batch import Batch
 from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
+from moetrain.losses.language import Head
 from moetrain.model.op_record import OpRecord
-from moetrain.ops.linear_cross_entropy import linear_cross_entropy
 from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
 from moetrain.routers.context import token_context
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, group_of
 from moetrain.train.metrics import flat_counts, pool
-from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.state import Run
 
 OnCounts = Callable[[str, Tensor], None]      # RouterContext.on_counts
@@ -46,7 +45,7 @@ PoolCounts = Callable[[Sequence[Stack]], list[Pooled]]
 class Forward(NamedTuple):
     """Forward pass of one micro-batch on this rank."""
 
-    cross_entropy: Tensor                    # scalar, sum in nats, with graph
+    language: Tensor                         # scalar, sum of the language loss, with graph
     stacks: list[Stack]                      # statistics of its routers
     # Pooled counts of every stack; those of this micro-batch if no loss pools counts.
     pooled: Callable[[], list[Pooled]]
@@ -125,6 +124,7 @@ def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: CountAllRed
 
 
 def step_context(seed: int, step: int, batch: Batch, *, training: bool = True,
+                 draws: int = 1,
                  per_sequence: bool = False) -> RouterContext:
     """Build what routers are told of a micro-batch.
 
@@ -133,16 +133,17 @@ def step_context(seed: int, step: int, batch: Batch, *, training: bool = True,
         step: number of the step, from 1; in evaluation that of the state.
         batch: the micro-batch.
         training: False in evaluation.
+        draws: times that the batch has the same sequences, one after the other, with draws of their own.
         per_sequence: whether a loss needs sums of each sequence.
     """
     return token_context(batch.tokens_BS, seed=seed, step=step, training=training, valid_BS=batch.valid_BS,
-                         sample_ids_B=batch.sample_ids_B, domains_B=batch.domains_B,
+                         sample_ids_B=batch.sample_ids_B, domains_B=batch.domains_B, draws=draws,
                          per_sequence=per_sequence)
 
 
 def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
                  on_counts: OnCounts | None = None) -> Forward:
-    """Run one micro-batch forward, up to its cross-entropy.
+    """Run one micro-batch forward, up to its language loss.
 
     Args:
         run: the run.
@@ -163,32 +164,28 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
         return (attach(x_BSD, found, lambda: run.objective.slopes(found, asked()))
                 if run.objective.attached else x_BSD)
 
-    context = step_context(run.config.run.seed, step, batch, per_sequence=run.objective.per_sequence)
+    def score(states_BSD: Tensor, head_VD: Tensor) -> Tensor:
+        return language.score(states_BSD, Head(head_VD, run.config.train.head_chunk), batch)
+
+    language = run.objective.language
+    context = step_context(run.config.run.seed, step, batch, draws=language.passes,
+                           per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
     with record_function("forward"):
         output = run.state.model(
             batch.tokens_BS, context._replace(on_counts=on_counts, decisions=decisions), batch.documents_BS,
-            routed=routed, score=_by_chunks(batch, run.config.train.head_chunk))
+            routed=routed, score=score)
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # a copy: recomputed blocks append theirs again
-    whole = output.score is None
-    return Forward(cross_entropy_sum(output.logits_BSV, batch.targets_BS) if whole else output.score,
-                   found, asked)
-
-
-def _by_chunks(batch: Batch, chunk: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return a function of head and cross-entropy in chunks of rows; None for chunk 0, the whole logits."""
-    if not chunk:
-        return None
-    return lambda x_BSD, head_VD: linear_cross_entropy(
-        x_BSD.flatten(0, 1), head_VD, batch.targets_BS.flatten(), chunk)
+    return Forward(output.score, found, asked)
 
 
 @torch.no_grad()
 def _count(run: Run, step: int, batch: Batch, on_counts: OnCounts) -> OpRecord:
     """Run one micro-batch up to its last router, and record the choices of all routers."""
-    choices, context = (OpRecord(),
-                        step_context(run.config.run.seed, step, batch)._replace(on_counts=on_counts))
+    choices, context = OpRecord(), step_context(run.config.run.seed, step, batch,
+                                                draws=run.objective.language.passes)
+    context = context._replace(on_counts=on_counts)
     with choices.record(), record_function("count"):
         run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True)
     return choices

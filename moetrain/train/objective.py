@@ -1,33 +1,43 @@
-"""Training objective: cross-entropy and weighted auxiliary losses, as sums over the global batch.
+"""Training objective: language loss and weighted auxiliary losses, as sums over the global batch.
 
-    total = CE + sum over losses of weight * mean over routers of loss
+    total = language / M + sum over losses of weight * mean over routers of loss
 
-(A loss may ask for the sum over routers instead of the mean.) Every term is a sum over tokens divided by N,
-the valid tokens of the *global batch*, which is known before the first forward pass. A micro-batch
-contributes its share, and gradients are summed over micro-batches and ranks, so loss and gradient do not
-depend on how the batch is split. The pooled counts are an argument: nothing here communicates.
+(A loss may ask for the sum over routers instead of the mean.) The language loss is cross-entropy
+(losses/language.py) and M the scored tokens of the *global batch*. Auxiliary losses are sums over tokens,
+divided by N, the valid tokens of the global batch, of which prompts are not scored. Both are known before the
+first forward pass (`Denominators`). A micro-batch contributes its share, and gradients are summed over
+micro-batches and ranks, so loss and gradient do not depend on how the batch is split. The pooled counts are
+an argument: nothing here communicates.
 
-Shapes: B sequences, S positions, V vocabulary, R routers of a stack.
+Shapes: R routers of a stack.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
 from moetrain.config.build import build
 from moetrain.config.schema import Config
+from moetrain.errors import ConfigError
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
+from moetrain.losses.language import CrossEntropy, LanguageLoss
 from moetrain.routers.base import Stack
+
+
+class Denominators(NamedTuple):
+    """Sums over the global batch by which the terms of the loss are divided; int64 scalars."""
+
+    tokens: Tensor                           # valid tokens, as often as they are routed: of auxiliary losses
+    terms: Tensor                            # what the language loss counts: scored tokens
 
 
 class LossShare(NamedTuple):
     """Contribution of a micro-batch to the loss of the step."""
 
-    total: Tensor                            # scalar: cross-entropy and all terms
+    total: Tensor                            # scalar: language loss and all terms
     terms: dict[str, Tensor]                 # of auxiliary losses by name, weights included, without graph
 
 
@@ -38,12 +48,15 @@ class Objective:
         losses: auxiliary losses by name, including `balance`.
         num_routers: routers of the whole model, over which means are taken; a process may hold only some of
             them.
+        language: the language loss.
         attached: inject the gradients of auxiliary losses in backward (losses/attached.py) instead of adding
             the losses to the total before it.
     """
 
-    def __init__(self, losses: Mapping[str, AuxLoss], num_routers: int, *, attached: bool = False) -> None:
+    def __init__(self, losses: Mapping[str, AuxLoss], num_routers: int, *,
+                 language: LanguageLoss | None = None, attached: bool = False) -> None:
         self.losses, self.num_routers, self.attached = dict(losses), num_routers, attached
+        self.language = language or CrossEntropy()
 
     @property
     def pool(self) -> PoolRule | None:
@@ -65,51 +78,51 @@ class Objective:
         """Weights of the losses that are trained on. A loss of weight 0 is never evaluated."""
         return {name: loss.weight for name, loss in self.losses.items() if loss.weight and self.num_routers}
 
-    def backward(self, cross_entropy: Tensor, stacks: Sequence[Stack],
-                 pooled: Callable[[], Sequence[Pooled]], tokens: Tensor) -> LossShare:
+    def backward(self, language: Tensor, stacks: Sequence[Stack],
+                 pooled: Callable[[], Sequence[Pooled]], terms: Tensor) -> LossShare:
         """Run backward from a micro-batch's contribution to the loss.
 
         Args:
-            cross_entropy: scalar, sum in nats over the micro-batch, with graph.
+            language: scalar, sum of the language loss over the micro-batch, with graph.
             stacks: statistics of its routers.
             pooled: returns the pooled counts of every stack, and waits for them. It is called when the loss
                 is formed, or, if gradients are injected, after the backward pass of the head.
-            tokens: int64 scalar N, valid tokens of the global batch.
+            terms: int64 scalar M, terms of the language loss in the global batch.
 
         Returns:
             The contribution, without graph.
         """
         if self.attached:
             with record_function("backward"):
-                (cross_entropy / tokens.clamp(min=1)).backward()         # the identity node calls `pooled`
+                (language / terms.clamp(min=1)).backward()         # the identity node calls `pooled`
             with torch.no_grad():
-                return self.share(cross_entropy, stacks, pooled(), tokens)
-        share = self.share(cross_entropy, stacks, pooled(), tokens)
+                return self.share(language, stacks, pooled(), terms)
+        share = self.share(language, stacks, pooled(), terms)
         with record_function("backward"):
             share.total.backward()
         return share._replace(total=share.total.detach())
 
     @record_function("loss")
-    def share(self, cross_entropy: Tensor, stacks: Sequence[Stack], pooled: Sequence[Pooled],
-              tokens: Tensor) -> LossShare:
+    def share(self, language: Tensor, stacks: Sequence[Stack], pooled: Sequence[Pooled],
+              terms: Tensor) -> LossShare:
         """Compute a micro-batch's contribution to the loss.
 
         Args:
-            cross_entropy: scalar, sum in nats over the micro-batch.
+            language: scalar, sum of the language loss over the micro-batch.
             stacks: statistics of its routers.
             pooled: pooled counts of every stack.
-            tokens: int64 scalar N, valid tokens of the global batch.
+            terms: int64 scalar M, terms of the language loss in the global batch.
 
         Returns:
             The contribution, with graph.
         """
-        total, terms = cross_entropy / tokens.clamp(min=1), {}
+        total, of_losses = language / terms.clamp(min=1), {}
         for name in self.weights if stacks else ():
             loss = self.losses[name]
             values_R = torch.cat([_value(loss, stack, of_stack) for stack, of_stack in zip(stacks, pooled)])
             term = self._router_weight(loss) * values_R.sum()
-            total, terms[name] = total + term, term.detach()
-        return LossShare(total, terms)
+            total, of_losses[name] = total + term, term.detach()
+        return LossShare(total, of_losses)
 
     @torch.no_grad()
     def slopes(self, stacks: Sequence[Stack], pooled: Sequence[Pooled]) -> list[dict[str, Tensor]]:
@@ -147,22 +160,39 @@ def _value(loss: AuxLoss, stack: Stack, pooled: Pooled) -> Tensor:
     return value_R
 
 
-def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Sum -log p(target), in nats, over targets that are not -1.
+def build_objective(config: Config, num_routers: int, language: LanguageLoss | None = None) -> Objective:
+    """Build the objective of a config.
 
     Args:
-        logits_BSV: logits [B, S, V].
-        targets_BS: int64 [B, S]; -1 is no target.
-
-    Returns:
-        Scalar, float32, or float64 for float64 logits.
+        config: the config of the run.
+        num_routers: routers of the model.
+        language: a user's language loss; None is cross-entropy.
     """
-    logits = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets_BS.flatten(), ignore_index=-1, reduction="sum")
-
-
-def build_objective(config: Config, num_routers: int) -> Objective:
-    """Build the objective of a config for a model of so many routers."""
     losses = {"balance": build(config.balance, "balance"),
               **{name: build(node, "loss") for name, node in config.loss.items()}}
-    return Objective(losses, num_routers, attached=config.train.aux_loss == "injected")
+    return Objective(losses, num_routers, language=language, attached=config.train.aux_loss == "injected")
+
+
+def check_language_loss(config: Config, language: LanguageLoss | None, ranks: int) -> None:
+    """Raise ConfigError if a run splits its work so that a user's language loss cannot be computed.
+
+    Args:
+        config: the config of the run.
+        language: the loss; None is cross-entropy, which no split hinders.
+        ranks: ranks with different tokens.
+    """
+    if language is None:
+        return
+    name, sequences = type(language).__name__, config.train.per_forward(ranks)
+    if config.train.head_chunk and not language.by_rows:
+        raise ConfigError(
+            233, f"train.head_chunk={config.train.head_chunk} with the language loss {name}",
+            where="train.head_chunk",
+            why="it needs the logits of a whole micro-batch, or does not say that it computes rows by rows",
+            next="train.head_chunk=0; or compute it with head.per_row and set by_rows = True in the class")
+    if sequences % language.together:
+        raise ConfigError(
+            234, f"{sequences} sequences of a micro-batch, which the language loss {name} takes by "
+                 f"{language.together}",
+            where="train.micro_batch", why="sequences that are scored together must be in one micro-batch",
+            next=f"a train.micro_batch that {language.together} divides")

@@ -8,6 +8,7 @@ from pathlib import Path
 from moetrain.comm.agreement import all_or_none
 from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import Config
+from moetrain.losses.language import LanguageLoss
 from moetrain.model.build import ConvertModel, build_model
 from moetrain.model.flops import peak_tokens_per_s
 from moetrain.model.parallelize import parallelize
@@ -16,12 +17,13 @@ from moetrain.train.data_setup import set_up_data
 from moetrain.train.fssdp_setup import build_fssdp
 from moetrain.train.loggers.router_dump import RouterDump
 from moetrain.train.memory.fit import refuse_what_cannot_fit
-from moetrain.train.objective import build_objective
+from moetrain.train.objective import build_objective, check_language_loss
 from moetrain.train.optim.optimizer import allocate_state, build_optimizer
 from moetrain.train.state import Graphs, Run, TrainState
 
 
-def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertModel | None = None) -> Run:
+def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertModel | None = None,
+           language_loss: LanguageLoss | None = None) -> Run:
     """Build data, model, optimizer and objective, at step 0. Collective: rank 0 prepares the data.
 
     Args:
@@ -29,10 +31,12 @@ def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertMo
         directory: directory of the run.
         mesh: all ranks.
         convert_model: changes the model before it is sharded (model/build.py).
+        language_loss: takes the place of cross-entropy (losses/language.py).
 
     Returns:
         The run, at step 0.
     """
+    check_language_loss(config, language_loss, mesh["batch"].size)
     all_or_none(mesh["batch"], lambda: refuse_what_cannot_fit(config, mesh))
     dataset, loader = set_up_data(config, directory, mesh)
     model = build_model(config, dataset.vocab_size, mesh, convert_model)
@@ -40,7 +44,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertMo
     allocate_state(optimizer)
     copies, replanner = (build_fssdp(config, model, optimizer, mesh)
                          if config.parallel.mode == "fssdp" and model.banks else (None, None))
-    objective = build_objective(config, len(model.routers))
+    objective = build_objective(config, len(model.routers), language_loss)
     previous = None
     if objective.pool is not None and objective.pool.mode == "warm":
         previous = PreviousStepCounts(model.num_choices, objective.losses["balance"].drift, mesh.device)

@@ -6,6 +6,7 @@ from pathlib import Path
 from moetrain.comm.agreement import all_or_none
 from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import Config
+from moetrain.losses.language import LanguageLoss
 from moetrain.model.build import ConvertModel
 from moetrain.runs.completion import last_step
 from moetrain.train.checkpoint.disk_space import check_disk
@@ -21,7 +22,8 @@ from moetrain.train.state import Run
 
 def start_run(config: Config, directory: Path, mesh: Mesh, recorder: Recorder, console: Console,
               wrap_engine: Callable[[Run], Run] | None = None,
-              convert_model: ConvertModel | None = None) -> Run:
+              convert_model: ConvertModel | None = None,
+              language_loss: LanguageLoss | None = None) -> Run:
     """Build a run, resume it from its newest sound checkpoint, and print the banner. Collective.
 
     Args:
@@ -32,6 +34,7 @@ def start_run(config: Config, directory: Path, mesh: Mesh, recorder: Recorder, c
         console: prints the banner and warnings.
         wrap_engine: replaces optimizer and reducer before a checkpoint is read (interop/deepspeed.py).
         convert_model: changes the model before it is sharded (model/build.py).
+        language_loss: takes the place of cross-entropy (losses/language.py).
 
     Returns:
         The run, at the step of its checkpoint, or at step 0.
@@ -41,7 +44,7 @@ def start_run(config: Config, directory: Path, mesh: Mesh, recorder: Recorder, c
         DataError: the data is not what the checkpoint was trained on.
         DiskError: the disk has no space for the checkpoints to come.
     """
-    run = set_up(config, directory, mesh, convert_model)
+    run = set_up(config, directory, mesh, convert_model, language_loss)
     run = wrap_engine(run) if wrap_engine else run
     found = resume(run.state, directory, mesh, verify=config.checkpoint.verify)
     if found:

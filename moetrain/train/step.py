@@ -4,8 +4,8 @@
 
 How the forward passes obtain the pooled counts: train/micro_batches.py.
 
-Collectives of a step, whatever the data: tokens (1), counts (1), gradients (fixed buckets, or FSDP2's), norm
-(2), sums and flags (1), and those of the dispatcher in every MoE layer. Copies of experts
+Collectives of a step, whatever the data: denominators (1), counts (1), gradients (fixed buckets, or FSDP2's),
+norm (2), sums and flags (1), and those of the dispatcher in every MoE layer. Copies of experts
 (parallel/fssdp/copies.py) add the gathers of copies and the reductions of their gradients, in the layers that
 have copies, and the comparison of plans (1).
 """
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from moetrain.comm.agreement import fail_together
-from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.data.batches.batch import Batch, padding
 from moetrain.errors import DataError, NonFiniteError
@@ -36,6 +35,7 @@ from moetrain.train.metrics import (
     split_by_router,
 )
 from moetrain.train.micro_batches import forwards
+from moetrain.train.objective import Denominators
 from moetrain.train.optim.lr_schedule import learning_rate
 from moetrain.train.optim.optimizer import set_gradient_norm, set_learning_rate
 from moetrain.train.state import Run
@@ -89,7 +89,8 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     watch.restart()
     copies = planning.agreed().num_copies if planning else 0
     batches, failure = read_batches(run, step)
-    tokens = count_tokens(batches, mesh)
+    denominators = count_terms(run, batches)
+    tokens = denominators.tokens
     watch.lap("data")
 
     run.state.optimizer.zero_grad(set_to_none=True)
@@ -101,8 +102,8 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     pooled_L = None                          # counts of the whole step on all ranks, where a loss pools them
     for forward in forwards(run, step, batches, tokens):
         watch.lap("forward")
-        share = run.objective.backward(forward.cross_entropy, forward.stacks, forward.pooled, tokens)
-        sums.add(forward.cross_entropy, share, forward.stacks)
+        share = run.objective.backward(forward.language, forward.stacks, forward.pooled, denominators.terms)
+        sums.add(forward.language, share, forward.stacks)
         local += flat_counts(forward.stacks, mesh.device)
         pooled_L = forward.counts_L
         watch.lap("backward")
@@ -111,7 +112,7 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
         run.parallel.reduce()
     norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
     counts_L = sum_over(mesh["batch"], local.clone()) if pooled_L is None else pooled_L
-    summed = sums.sum_over(mesh["batch"], watch.phases(), counts_L, tokens, norm)
+    summed = sums.sum_over(mesh["batch"], watch.phases(), counts_L, denominators, norm)
     watch.settle()
     agreed = StepFlags(*map(int, summed.flags))
     if agreed.data_failed:
@@ -132,7 +133,8 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
         planning.observe(step, counts)
     watch.lap("optim")
 
-    run.state.step, run.state.tokens = step, run.state.tokens + summed.tokens
+    run.state.step = step
+    run.state.tokens += summed.tokens // run.objective.language.passes
     sources = gather_to_first(mesh["batch"], local) if config.log.sources else None
     return StepResult(step_metrics(run, summed, rate, copies), counts, sources, agreed)
 
@@ -153,7 +155,7 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
     return {
         "step": run.state.step,
         "tokens": run.state.tokens,
-        "loss/ce": summed.cross_entropy / max(1, summed.tokens),
+        "loss/ce": summed.language / max(1, summed.language_terms),
         "loss/total": summed.total,
         **loss_metrics(summed.terms, run.objective.weights),
         **balance_metrics(summed, run.state.model.num_choices, run.state.model.num_experts),
@@ -165,7 +167,7 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
         "time/step": seconds,
         **run.watch.laps,
         **rank_metrics(summed.phases),
-        "throughput/tokens_per_s": summed.tokens / seconds,
+        "throughput/tokens_per_s": summed.tokens // run.objective.language.passes / seconds,
         **({"throughput/mfu": summed.tokens / seconds / run.peak_tokens_per_s}
            if run.peak_tokens_per_s else {}),
         "memory/peak": peak_memory(run.mesh.device),
@@ -183,20 +185,22 @@ def read_batches(run: Run, step: int) -> tuple[list[Batch], DataError | None]:
         step: number of the step, from 1.
 
     Returns:
-        The micro-batches on the device, and the error or None.
+        The micro-batches on the device, as often as the language loss runs them, and the error or None.
     """
+    passes = run.objective.language.passes
     try:
-        return [batch.to(run.mesh.device) for batch in run.loader.step(step)], None
+        return [batch.to(run.mesh.device).repeated(passes) for batch in run.loader.step(step)], None
     except DataError as error:
         train, sequences = run.config.train, run.config.train.per_forward(run.mesh["batch"].size)
         nothing = padding(sequences, train.seq_len,
                           mask_documents=run.config.data.mask_documents).to(run.mesh.device)
-        return [nothing] * run.loader.micro_batches, error
+        return [nothing.repeated(passes)] * run.loader.micro_batches, error
 
 
-def count_tokens(batches: list[Batch], mesh: Mesh) -> Tensor:
-    """Count the valid tokens of the global batch; int64 scalar on the device. Collective."""
-    return sum_over(mesh["batch"], torch.stack([batch.valid_BS.sum() for batch in batches]).sum())
+def count_terms(run: Run, batches: list[Batch]) -> Denominators:
+    """Count the valid tokens of the global batch and the terms of its language loss. Collective."""
+    counted = [torch.stack([batch.valid_BS.sum(), run.objective.language.count(batch)]) for batch in batches]
+    return Denominators(*sum_over(run.mesh["batch"], torch.stack(counted).sum(0)))
 
 
 def stop_if_not_finite(step: int, sums: StepSums) -> None:
@@ -204,9 +208,9 @@ def stop_if_not_finite(step: int, sums: StepSums) -> None:
 
     Both numbers are the same on every rank, so all ranks raise or none.
     """
-    if not (math.isfinite(sums.norm) and math.isfinite(sums.cross_entropy)):
+    if not (math.isfinite(sums.norm) and math.isfinite(sums.language)):
         raise NonFiniteError(
-            1, f"step {step}: cross-entropy sum {sums.cross_entropy}, gradient norm {sums.norm}",
+            1, f"step {step}: sum of the language loss {sums.language}, gradient norm {sums.norm}",
             where=f"optimizer step {step}", why="a value is not finite; the step was not applied",
             next="start another run (run.name) with a smaller optim.lr or train.clip; "
                  "a resumed run may change neither",

@@ -99,7 +99,7 @@ def collectives(overrides: list[str]) -> list[int]:
     try:
         batches = run.loader.step(1)
         for forward in forwards(run, 1, batches, torch.tensor(100)):
-            run.objective.backward(forward.cross_entropy, forward.stacks, forward.pooled, torch.tensor(100))
+            run.objective.backward(forward.language, forward.stacks, forward.pooled, torch.tensor(100))
     finally:
         dist.all_reduce = original
     return [len(posted), *heads]

@@ -29,12 +29,12 @@ from moetrain.comm.mesh import DENSE_AXES, axis_groups, build_mesh
 from moetrain.comm.reduce import sum_over
 from moetrain.config.compose import compose
 from moetrain.losses.attached import attach
+from moetrain.losses.language import cross_entropy_sum
 from moetrain.model.attention import rotary_table
 from moetrain.routers.base import stacks
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce
 from moetrain.train.metrics import pool
 from moetrain.train.micro_batches import step_context
-from moetrain.train.objective import cross_entropy_sum
 from moetrain.train.setup import set_up
 from moetrain.train.state import Run
 from tests.support.oracle import oracle_loss

@@ -76,5 +76,6 @@ def test_a_program_is_started_as_it_was(monkeypatch: pytest.MonkeyPatch, process
                                         words: list[str], command: tuple[str, ...]) -> None:
     monkeypatch.setattr(sys, "orig_argv", process)
     monkeypatch.setattr(sys, "argv", words)
-    assert program_of(print, from_command_line=True).words(["eval"]) == [sys.executable, *command, "eval"]
-    assert program_of(None, from_command_line=True) == Program()
+    program = program_of(print, None, from_command_line=True)
+    assert program.words(["eval"]) == [sys.executable, *command, "eval"]
+    assert program_of(None, None, from_command_line=True) == Program()

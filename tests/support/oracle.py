@@ -51,17 +51,19 @@ def oracle_loss(params: dict[str, Tensor], batches: list[tuple[Tensor, Tensor, T
         **model: as for `oracle_logits`.
 
     Returns:
-        The total; the cross-entropy, a mean over all valid tokens of the step; the global balance loss,
+        The total; the cross-entropy, a mean over all scored tokens of the step; the global balance loss,
         unweighted, perfect = 1; the tokens per expert of each MoE layer.
     """
     tokens = sum(int(valid_BS.sum()) for _, _, valid_BS in batches)
     ce_sum, routed = 0.0, []
     for tokens_BS, targets_BS, valid_BS in batches:
         logits_BSV, layers = oracle_logits(params, tokens_BS, valid_BS, **model)
-        ce_sum = ce_sum + F.cross_entropy(logits_BSV[valid_BS], targets_BS[valid_BS], reduction="sum")
+        scored_BS = targets_BS >= 0
+        ce_sum = ce_sum + F.cross_entropy(logits_BSV[scored_BS], targets_BS[scored_BS], reduction="sum")
         routed.append(layers)
     per_router = list(zip(*routed))                              # [router][micro-batch]
-    ce, zero = ce_sum / tokens, torch.zeros((), dtype=logits_BSV.dtype)
+    scored = sum(int((targets_BS >= 0).sum()) for _, targets_BS, _ in batches)
+    ce, zero = ce_sum / scored, torch.zeros((), dtype=logits_BSV.dtype)
     balance, micro, z = zero, zero, zero
     for router in per_router:
         pooled = Routed(*(torch.cat(field) for field in zip(*router)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.compose import compose
+from moetrain.losses.language import LanguageLoss
 from moetrain.model.build import ConvertModel
 from moetrain.model.op_record import CHECK
 from moetrain.parallel.state_shards import state_shards
@@ -41,9 +42,10 @@ class Trained(NamedTuple):
     counts: list[dict[str, Tensor]]
 
 
-def make_run(overrides: list[str], forced: Forced = None, convert_model: ConvertModel | None = None) -> Run:
+def make_run(overrides: list[str], forced: Forced = None, convert_model: ConvertModel | None = None,
+             language_loss: LanguageLoss | None = None) -> Run:
     config = compose([*TINY, *overrides])
-    run = set_up(config, Path("unused"), join(config), convert_model)
+    run = set_up(config, Path("unused"), join(config), convert_model, language_loss)
     if forced:
         force(run, forced)
     return run

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from moetrain.losses.base import Pooled
+from moetrain.losses.language import cross_entropy_sum
 from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.losses.z import ZLoss
 from moetrain.ops.gating import top_k
 from moetrain.ops.router_sums import RouterSums, router_sums
 from moetrain.routers.base import stacks
 from moetrain.train.metrics import pool
-from moetrain.train.objective import Objective, cross_entropy_sum
+from moetrain.train.objective import Objective
 
 ROUTERS = ("layers.0.moe", "layers.1.moe")
 

@@ -79,8 +79,8 @@ def nothing_counted(run: Run) -> Iterator[None]:
     zeros_E = torch.zeros(next(iter(routers.values())), dtype=torch.int64, device=device)
     sums = RouterSums(zero, zeros_E, zeros_E.float(), zero.float(), zero.float(), zero, zero)
 
-    def add(self: SumBuffer, cross_entropy: torch.Tensor, share: LossShare, stacks: object) -> None:
-        self.flat[:2] += torch.stack([cross_entropy.detach().double(), share.total.detach().double()])
+    def add(self: SumBuffer, language: torch.Tensor, share: LossShare, stacks: object) -> None:
+        self.flat[:2] += torch.stack([language.detach().double(), share.total.detach().double()])
         self.flat[6] += 1                    # micro-batches
 
     def flat(stacks: object, device: torch.device) -> torch.Tensor:

@@ -13,11 +13,11 @@ from moetrain.comm.mesh import build_mesh, mesh_sizes
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
 from moetrain.data.batches.batch import Batch
+from moetrain.losses.language import cross_entropy_sum
 from moetrain.model.build import build_model, head_width
 from moetrain.model.transformer import Transformer
 from moetrain.ops.linear_cross_entropy import linear_cross_entropy
 from moetrain.train.micro_batches import step_context
-from moetrain.train.objective import cross_entropy_sum
 
 GATHERED_GB = 4.0
 SIZES = {"dim": "dim", "layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads",

@@ -22,11 +22,22 @@ class Batch(NamedTuple):
     """One micro-batch of a rank."""
 
     tokens_BS: Tensor             # int64 inputs; 0 in padding
-    targets_BS: Tensor            # int64 next tokens; -1 where there is none
-    valid_BS: Tensor              # bool: the position holds a token and has a target
+    targets_BS: Tensor            # int64 next tokens; -1 where none is scored, as in prompts and padding
+    valid_BS: Tensor              # bool: the position holds a token, which is routed and balanced
     sample_ids_B: Tensor          # int64
     domains_B: Tensor             # int64: index in Dataset.domains
     documents_BS: Tensor | None   # int64: document of the sequence, from 0; only with mask_documents
+
+    @property
+    def scored_BS(self) -> Tensor:  # noqa: N802
+        """Whether the position has a target that the language loss scores; bool."""
+        return self.targets_BS >= 0
+
+    def repeated(self, times: int) -> "Batch":
+        """The batch so many times, one after the other along B."""
+        if times == 1:
+            return self
+        return Batch(*(field if field is None else torch.cat([field] * times) for field in self))
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. All fields travel in one asynchronous copy from pinned memory."""
@@ -81,7 +92,7 @@ class Dataset(Protocol):
         ...
 
     def bytes_of_targets(self, batch: Batch) -> int | None:
-        """Bytes of text that the valid targets stand for, the denominator of nats per byte.
+        """Bytes of text that the scored targets stand for, the denominator of nats per byte.
 
         None if unknown.
         """

@@ -5,7 +5,7 @@ Windows of all domains are read together, `eval.batch` at once, and spread over 
 rank runs the same number of forward passes, with padding where it has no window left, so that expert
 parallelism never waits for a rank that has finished. The state of the run does not change.
 
-    loss/<domain>            nats per token
+    loss/<domain>            nats per scored token, of cross-entropy whatever loss the run trains on
     nats_per_byte/<domain>   nats per byte of text, comparable across tokenizers; absent where unknown
     …/mean                   unweighted mean over domains
 
@@ -25,14 +25,14 @@ from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.config.schema import Config
 from moetrain.data.batches.batch import Batch, Dataset, padding
+from moetrain.losses.language import cross_entropy_sum
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
 from moetrain.routers.base import RouterContext
 from moetrain.routers.context import refuse_unknown
 from moetrain.train.micro_batches import step_context
-from moetrain.train.objective import cross_entropy_sum
 
-_FIGURES = 4  # values of a part: nats, tokens, bytes of text, and how often these are unknown
+_FIGURES = 4  # values of a part: nats, scored tokens, bytes of text, and how often these are unknown
 
 
 class Evaluation(NamedTuple):
@@ -113,7 +113,7 @@ def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
         output = model(batch.tokens_BS, told(batch), batch.documents_BS)
         for part, rows in _stretches(parts_B):
             nats = cross_entropy_sum(output.logits_BSV[rows], batch.targets_BS[rows]).double()
-            head = torch.stack([nats, batch.valid_BS[rows].sum().double()])
+            head = torch.stack([nats, batch.scored_BS[rows].sum().double()])
             sums[part] += torch.cat(
                 [head, *(stats.counts_SE[rows].sum(0).double() for stats in output.stats.values())])
     model.train()
