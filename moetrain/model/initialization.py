@@ -43,7 +43,8 @@ def declared_starts(model: nn.Module) -> dict[str, Declared]:
     """
     tensors = dict(_tensors(model))
     found: dict[str, Declared] = {}
-    for path, module in model.named_modules():               # from the outside to the inside
+    # From the outside to the inside; a shared module under each of its names.
+    for path, module in model.named_modules(remove_duplicate=False):
         _refuse_loose_tensors(module)
         for relative, start in _declared_by(module).items():
             name = _join(path, relative)

@@ -30,14 +30,22 @@ from fractions import Fraction
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moetrain.ops.gating import decide, gather_weights, scatter_weights, used_first
+from moetrain.ops.start import Start
 from moetrain.routers.base import RouterContext, Routing
 
 
-class CapacityPolicy:
-    """Dropless policy, which computes every slot, and base class of the policies that drop slots."""
+class CapacityPolicy(nn.Module):
+    """Dropless policy, which computes every slot, and base class of the policies that drop slots.
+
+    A module, so that a policy may have parameters and buffers, which belong to its layer.
+    """
+
+    def starts(self) -> dict[str, Start]:
+        """Rule by which each parameter and buffer starts (ops/start.py)."""
+        return {}
 
     # Whether what a token loses depends on that token and earlier ones of its sequence alone.
     causal = True
@@ -75,6 +83,7 @@ class _LimitedCapacity(CapacityPolicy):
     def __init__(self, *, num_experts: int, factor: float = 1.25, eval_factor: float = 2.0,
                  min_capacity: int = 4, scope: Literal["sequence", "local"] = "sequence",
                  renorm: bool = False) -> None:
+        super().__init__()
         assert factor > 0 and eval_factor > 0 and min_capacity >= 0, (factor, eval_factor, min_capacity)
         assert scope in ("sequence", "local"), scope
         self.num_experts, self.min_capacity, self.scope, self.renorm = (

@@ -80,6 +80,17 @@ def test_what_has_no_start_or_no_tensor_is_refused(declared, number, what, advic
         started(declared)
 
 
+def test_a_module_that_is_shared_starts_under_its_first_name():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"first": Inner(), "norm": nn.Identity()})
+        model["second"] = model["first"]
+    starts = declared_starts(model)
+    assert {"first.matrix", "second.matrix"} <= starts.keys()
+    model.to_empty(device="cpu")
+    initialize(model, starts, seed=0, std=0.2, num_layers=2)
+    assert model["second"].number == torch.tensor(0.07)
+
+
 def test_a_module_without_starts_is_named():
     with pytest.raises(ConfigError, match=r'table has no start value(.|\n)*"table": constant'):
         declared_starts(_Loose(buffer=True))
