@@ -117,6 +117,10 @@ class MoELayer(SparseLayer):
         capacity: drops choices beyond a limit; None drops nothing.
     """
 
+    # Whether what follows in the block reads the values of the output in backward (`RoutedExperts`). `Block`
+    # only adds them to the residual stream.
+    outputs_are_read = False
+
     def __init__(self, *, name: str, router: Router, experts: RoutedExperts,
                  wrappers: Mapping[str, LayerWrapper] | None = None,
                  capacity: CapacityPolicy | None = None) -> None:
@@ -125,6 +129,8 @@ class MoELayer(SparseLayer):
         self.router, self.experts = router, experts
         self._wrapper_names = tuple(wrappers or {})
         for wrapper_name, wrapper in (wrappers or {}).items():
+            assert not hasattr(self, wrapper_name), (
+                f"{name}: a wrapper named {wrapper_name}, which the layer has")
             self.add_module(wrapper_name, wrapper)
 
     @property
@@ -165,7 +171,8 @@ class MoELayer(SparseLayer):
         for wrapper in wrappers.values():
             inputs.append(wrapper.entering(inputs[-1], routing))
         combining = self.experts(inputs[-1], routing.ids_TK, routing.weights_TK,
-                                 read=any(wrapper.reads_outputs for wrapper in wrappers.values()))
+                                 read=self.outputs_are_read
+                                 or any(wrapper.reads_outputs for wrapper in wrappers.values()))
         # While the last chunk of the combine travels.
         beside = [wrapper.beside(own_TD, routing) for wrapper, own_TD in zip(wrappers.values(), inputs)]
         out_TD = add_residual(combining.wait(), inputs[-1], routing)

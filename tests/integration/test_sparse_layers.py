@@ -4,19 +4,28 @@
     one_bank            a bank that the routers of all layers feed
     surround            wrappers: a gated shared expert, a dense mixture, a latent projection, a hook
     add_null_choices    choices that are no experts: an identity, a zero, a constant
+    route_attention     a second sparse layer in every block, in place of its attention
 
 float64 to 1e-10: first gradients, clipped; norm and losses; counts exactly; parameters after 4 steps. Under
 `fssdp` other random copies are in force at every step. Each case is a tuple of the conversion, the mesh,
 activation checkpointing and accumulation; the full product runs with --all.
 """
 
+import json
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
+from moetrain.config.compose import compose, for_run
+from moetrain.report.loads import read_loads
+from moetrain.report.run import draw
+from moetrain.train.evaluation.evaluate_run import evaluate_run
+from moetrain.train.loop import train
 from tests.support import sparse_layers
 from tests.support.random_copies import CALIBRATE, train_with_copies
 from tests.support.training import Trained, alone, difference, train_steps, union
@@ -27,7 +36,7 @@ MESHES = {"single": (1, []), "ddp": (2, ["parallel=ddp"]), "ep": (2, ["parallel=
           "fssdp": (2, ["parallel=fssdp"])}
 
 
-CONVERSIONS = ("pass_twice", "one_bank", "surround", "add_null_choices")
+CONVERSIONS = ("pass_twice", "one_bank", "surround", "add_null_choices", "route_attention")
 
 
 class Case(NamedTuple):
@@ -61,6 +70,9 @@ PAIRS = [
     Case("add_null_choices", "ep", "full", 1, ("schedule=fixed", "schedule.chunks=2")),
     Case("add_null_choices", "fsdp", "none", 1),
     Case("add_null_choices", "fssdp", "none", 2, ("train.count_pass=true",)),
+    Case("route_attention", "ep", "selective", 2),
+    Case("route_attention", "fsdp", "full", 1),
+    Case("route_attention", "fssdp", "full", 2, ("train.count_pass=true", "parallel.rematerialize=true")),
 ]
 
 
@@ -115,3 +127,28 @@ def test_the_layers_of_a_conversion_have_moved_and_differ() -> None:
         start = alone(["run.dtype=float64"], 0, None, getattr(sparse_layers, convert)).parameters
         assert all((trained.parameters[name] - start[name]).abs().max() > 0 for name in start), convert
         assert trained.metrics[0]["loss/ce"] != plain.metrics[0]["loss/ce"], convert
+
+
+def test_records_tell_experts_from_other_choices(tmp_path, monkeypatch) -> None:
+    """Loads are those of all choices; what says how experts are loaded is of experts alone."""
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=debug", "run.steps=2", "model.dim=16", "train.seq_len=8", "train.global_batch=4",
+             "eval.windows=1", "eval.interval=1", "run.device=cpu", "run.name=null", "capacity=position",
+             "capacity.factor=0.5", "capacity.min_capacity=0"]
+    train(compose(words), convert_model=sparse_layers.add_null_choices)
+    with np.load("runs/null/loads.npz") as found:
+        assert found["experts"].tolist() == [8, 8] and found["choices"].tolist() == [11, 11]
+        loads = found["loads"]
+    assert (loads.sum(-1) == 4 * 8 * 2).all() and loads[..., 8:].sum() > 0
+    experts = loads[..., :8]
+    for step, line in enumerate(Path("runs/null/metrics.jsonl").read_text().splitlines()):
+        metrics = json.loads(line)
+        violation = experts[step].max(-1) / experts[step].mean(-1) - 1
+        assert metrics["moe/max_violation/mean"] == pytest.approx(violation.mean())
+        assert metrics["moe/dead_experts"] == (experts[step] == 0).sum()
+        assert 0 < metrics["moe/drop_fraction"] < 1
+    own = for_run(["run.name=null"])
+    assert evaluate_run(own, convert_model=sparse_layers.add_null_choices).step == 2
+    drawn = read_loads(Path("runs/null/loads.npz"))
+    assert np.isnan(drawn.counts[..., 8:]).all() and not np.isnan(drawn.counts[..., :8]).any()
+    assert Path("runs/null/report/expert_load.png").is_file() or draw(Path("runs/null"))

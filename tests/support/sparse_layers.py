@@ -8,14 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.config.schema import Config
+from moetrain.model.attention import Attention
 from moetrain.model.feed_forward import FeedForward, SharedExpert
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import ExpertBank
+from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer, MoEOutput, SparseLayer
 from moetrain.moe.wrappers import LayerWrapper
 from moetrain.ops.start import Start, normal
+from moetrain.plan.placement import contiguous
 from moetrain.routers.base import LinearRouter, Router, RouterContext, Routing, Scores
 
 
@@ -228,3 +231,59 @@ def add_null_choices(model: Transformer, config: Config) -> None:
         old = block.moe.router
         block.moe.router = NullChoicesRouter(dim=config.model.dim, num_experts=old.num_experts,
                                              top_k=old.top_k)
+
+
+# --- attention that routes
+
+
+class RoutedAttention(SparseLayer):
+    """Attention whose output passes through routed experts of its own, in the attention's place of a block.
+
+    Args:
+        name: name of its router and bank.
+        heads: the attention.
+        router: chooses experts.
+        experts: the bank.
+    """
+
+    def __init__(self, name: str, heads: Attention, router: Router, experts: RoutedExperts) -> None:
+        super().__init__()
+        self.name, self.heads, self.router, self.experts = name, heads, router, experts
+        self.num_kv_heads, self.head_dim = heads.num_kv_heads, heads.head_dim     # for the key-value cache
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        return {self.name: self.router}
+
+    @property
+    def banks(self) -> dict[str, RoutedExperts]:
+        return {self.name: self.experts}
+
+    @property
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        return {self.name: (self.name,)}
+
+    def forward(self, x_BSD: Tensor, context: RouterContext, route_only: bool = False, *,
+                rotary: tuple[Tensor, Tensor], mask: Tensor | None, earlier: object) -> MoEOutput:
+        out_BSD = self.heads(x_BSD, rotary, mask, earlier)
+        x_TD = out_BSD.flatten(0, 1)
+        routing = self.route(self.name, x_TD, context)
+        if not route_only:
+            routed_TD = self.experts(x_TD, routing.ids_TK, routing.weights_TK).wait()
+            out_BSD = out_BSD + routed_TD.view_as(out_BSD)
+        return MoEOutput(out_BSD, {self.name: routing.stats}, routing.carry)
+
+
+def route_attention(model: Transformer, config: Config) -> None:
+    """Let the attention of every block route, too, to half as many experts as its MoE layer has."""
+    for layer, block in enumerate(model.layers):
+        theirs, name = block.moe.experts, f"layers.{layer}.attention"
+        exchange = theirs.dispatcher.exchange
+        homes = contiguous(theirs.dispatcher.placement.num_experts // 2, exchange.positions)
+        bank = ExpertBank(experts=homes.experts_of(exchange.position), form=theirs.bank.form,
+                          cut=theirs.bank.cut)
+        experts = RoutedExperts(bank, TokenDispatcher(homes, exchange, theirs.dispatcher.device),
+                                theirs.num_chunks)
+        router = type(block.moe.router)(dim=config.model.dim, num_experts=homes.num_experts, top_k=1,
+                                        weights="raw")
+        block.attention = RoutedAttention(name, block.attention, router, experts)
