@@ -51,9 +51,9 @@ together.
 """
 
 PARTS = """\
-Sections `router`, `capacity`, `balance`, `planner` and `loss.<name>` hold parts: `_target_` names a class of
-that family, the other keys are arguments of its constructor. The option of the group brings `_target_`.
-`dim`, `num_experts` and `top_k` come from `model.*` and cannot be set here.
+Sections `router`, `expert`, `capacity`, `balance`, `planner` and `loss.<name>` hold parts: `_target_` names a
+class of that family, the other keys are arguments of its constructor. The option of the group brings
+`_target_`. `dim`, `num_experts`, `top_k` and `expert_dim` come from `model.*` and cannot be set here.
 """
 
 

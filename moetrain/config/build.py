@@ -40,6 +40,7 @@ class Family(NamedTuple):
 # By the section of the config that holds the part. `indexed` is used by data=megatron and named in no yaml.
 FAMILIES = {
     "router": Family("moetrain.routers", "moetrain.routers.base.Router", "scores"),
+    "expert": Family("moetrain.moe", "moetrain.moe.expert_form.ExpertForm", "rows"),
     "capacity": Family("moetrain.moe", "moetrain.moe.capacity.CapacityPolicy"),
     "balance": Family("moetrain.losses", "moetrain.losses.load_balance.LoadBalanceLoss"),
     "loss": Family("moetrain.losses", "moetrain.losses.base.AuxLoss", "value"),
@@ -48,7 +49,8 @@ FAMILIES = {
 }
 # Given to the constructors that take them, never written in a part's yaml: the key that sets each of them.
 SIZES = {"dim": "model.dim", "num_experts": "model.num_experts", "top_k": "model.top_k",
-         "num_layers": "model.num_layers", "total_steps": "run.steps", "layer": None}
+         "num_layers": "model.num_layers", "total_steps": "run.steps", "layer": None,
+         "expert_dim": "model.expert_dim"}
 
 _PACKAGE = Path(moetrain.__file__).parent
 _TYPES = {"bool": bool, "float": float, "int": int, "str": str}
@@ -136,11 +138,22 @@ def arguments(target: str, family: str) -> dict[str, Key]:
 
 
 def declared(target: str, family: str, name: str) -> Any:
-    """Read the literal that a part's class, or its nearest ancestor, assigns to a name; or None."""
-    for cls in _part(target, family).values():
-        for node in cls.body:
-            if _assigns(node, name):
-                return ast.literal_eval(node.value)
+    """Read the literal that a part's class, or its nearest ancestor, assigns to a name; or None.
+
+    Raises NoSuchPart with the reason, and ConfigError for what is no literal.
+    """
+    for path, cls in _part(target, family).items():
+        found = next((node for node in cls.body if _assigns(node, name)), None)
+        if found is not None:
+            try:
+                return ast.literal_eval(found.value)
+            except ValueError as error:
+                module, _, owner = path.rpartition(".")
+                raise ConfigError(
+                    216, f"{name} of {owner} cannot be read",
+                    where=f"{module.replace('.', '/')}.py, line {found.lineno}",
+                    why="it is computed; it is read from source, as a literal",
+                    next=f"write {name} out, as classes of moetrain do") from error
     return None
 
 

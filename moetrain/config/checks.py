@@ -38,6 +38,7 @@ RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     model.layers,
     model.layer_pattern,
     model.dense_width,
+    model.sliced_quantized,
     model.experts,
     model.router_gradient,
     model.groups,

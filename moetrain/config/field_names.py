@@ -38,6 +38,7 @@ _KEYS: dict[str, str] = {
     "model.dense_dim": "denseintermediatesize",
     "model.num_experts": "experts nexperts numlocalexperts nroutedexperts moenumexperts numroutedexperts",
     "model.top_k": "topk k numexpertspertok numexpertspertoken moetopk moeroutertopk expertspertoken",
+    "model.shared_dim": "sharedexpertintermediatesize moesharedexpertintermediatesize",
     "model.num_shared_experts": "sharedexperts nsharedexperts moesharedexperts",
     "model.first_dense_layers": "firstkdensereplace numdenselayers",
     "model.moe_layers": "decodersparsestep moelayerfreq moelayerinterval moefreq mlponlylayers",

@@ -54,4 +54,11 @@ def per_layer(value: int | list[int], layer: int) -> int:
 
 def dense_width(sizes: ModelConfig, layer: int) -> int:
     """Hidden width of a dense layer; that of its `top_k` experts unless the config gives it."""
-    return sizes.dense_dim or per_layer(sizes.top_k, layer) * sizes.expert_dim
+    return sizes.dense_dim or per_layer(sizes.top_k, layer) * per_layer(sizes.expert_dim, layer)
+
+
+def shared_width(sizes: ModelConfig, layer: int) -> int:
+    """Hidden width of the shared experts of a layer together; 0 without any."""
+    if not sizes.num_shared_experts:
+        return 0
+    return sizes.shared_dim or sizes.num_shared_experts * per_layer(sizes.expert_dim, layer)

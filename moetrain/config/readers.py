@@ -29,6 +29,7 @@ _MUON, _POOLED = "optim=muon", "balance=global|node"
 # condition; the first of them is advised. A star stands for the same name on both sides.
 READ_WITH: dict[str, tuple[str, ...]] = {
     "model.dense_dim": ("model.first_dense_layers>0 or model.moe_layers!=null or model.num_experts has 0",),
+    "model.shared_dim": ("model.num_shared_experts>0",),
     "router.topk_groups": ("router.num_groups>1",),
     "router.group_score": ("router.num_groups>1",),
     "router.counts": ("router.update_rate>0",),

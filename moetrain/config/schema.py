@@ -1,14 +1,17 @@
 """The typed config of a run: every key that a user may set, with its type, its default and one line of help.
 
 `conf/` holds the same keys as yaml, in Hydra groups. `config/compose.py` turns yaml and command line into a
-`Config` and refuses what does not fit. Parts that are chosen by class (`router`, `capacity`, `balance`,
-`planner`, `loss.<name>`) are mappings with a `_target_`; `config/build.py` makes the object.
+`Config` and refuses what does not fit. Parts that are chosen by class (`router`, `expert`, `capacity`,
+`balance`, `planner`, `loss.<name>`) are mappings with a `_target_`; `config/build.py` makes the object.
 
 No torch here: `moetrain --help` and every configuration error come before torch is imported.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+# Experts of runs whose config says nothing of them.
+SWIGLU = {"_target_": "moetrain.moe.expert_form.SwigluExpert"}
 
 
 def key(default: Any, help: str, *, path: bool = False) -> Any:
@@ -71,8 +74,10 @@ class ModelConfig:
     num_experts: int | list[int] = key(
         8, "routed experts a layer, or one entry a layer, 0 in a dense one")
     top_k: int | list[int] = key(2, "experts a token, or one entry a layer")
-    expert_dim: int = key(128, "hidden width F of an expert")
+    expert_dim: int | list[int] = key(128, "hidden width F of an expert, or one entry a layer")
     num_shared_experts: int = key(0, "experts that every token visits")
+    shared_dim: int | None = key(
+        None, "hidden width of all shared experts together; num_shared_experts * expert_dim when null")
     moe_layers: str | list[int] | None = key(
         None,
         "layers with experts, numbered from 0; the others are dense: a list, every_4 (3, 7, 11, ...) or "
@@ -368,6 +373,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     router: dict[str, Any] = key({}, "the routing function: _target_ and its arguments")
+    expert: dict[str, Any] = key(SWIGLU, "what an expert computes: _target_ and its arguments")
     capacity: dict[str, Any] = key({}, "what an expert takes at most: _target_ and its arguments")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -14,10 +14,12 @@ parameters that FSDP2 has gathered, rows under way between ranks, the graphs of 
 exact balance may keep, and the allocator's reserve.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
-from moetrain.config.schema import Config, ModelConfig
+from moetrain.config.expert_sizes import expert_sizes
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width, sparse_layers
+from moetrain.config.schema import SWIGLU, Config, ModelConfig
 
 # Bytes of a number in the computation; auto may be bfloat16.
 _ITEM = {"auto": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -54,6 +56,8 @@ class LayerKind(NamedTuple):
     num_experts: int
     top_k: int
     dense_dim: int | None        # hidden width of its dense network; None with routed experts
+    shared_dim: int              # hidden width of its shared experts together
+    expert_dim: int
 
 
 class RankMemory(NamedTuple):
@@ -69,37 +73,47 @@ class RankMemory(NamedTuple):
         return sum(self)
 
 
-def count_parameters(sizes: ModelConfig, vocab_size: int) -> Parameters:
-    """Count the parameters of a model."""
+def count_parameters(sizes: ModelConfig, vocab_size: int,
+                     expert: Mapping[str, Any] = SWIGLU) -> Parameters:
+    """Count the parameters of a model.
+
+    Args:
+        sizes: section `model` of the config.
+        vocab_size: V, ids of the vocabulary.
+        expert: section `expert` of the config.
+    """
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     attention = width * head * (2 * sizes.num_heads + 2 * sizes.num_kv_heads)
     norms = 2 * width + (2 * head if sizes.qk_norm else 0)
-    expert = 3 * width * sizes.expert_dim
     matrices, rest = sizes.num_layers * attention, sizes.num_layers * norms + width
     rest += vocab_size * width * (1 if sizes.tie_embeddings else 2)
     experts = active = 0
-    for layers, num_experts, top_k, dense_dim in layer_kinds(sizes):
-        if dense_dim is not None:
-            matrices += layers * 3 * width * dense_dim
+    for kind in layer_kinds(sizes):
+        if kind.dense_dim is not None:
+            matrices += kind.layers * 3 * width * kind.dense_dim
         else:
-            matrices += layers * sizes.num_shared_experts * expert
-            rest += layers * num_experts * width
-            experts += layers * num_experts * expert
-            active += layers * top_k * expert
+            one = expert_sizes(expert, width, kind.expert_dim).numbers
+            matrices += kind.layers * 3 * width * kind.shared_dim
+            rest += kind.layers * kind.num_experts * width
+            experts += kind.layers * kind.num_experts * one
+            active += kind.layers * kind.top_k * one
     return Parameters(matrices, experts, rest, active)
 
 
 def layer_kinds(sizes: ModelConfig) -> list[LayerKind]:
     """Group equal layers; where sizes are lists, every layer stands alone."""
-    if isinstance(sizes.num_experts, int) and isinstance(sizes.top_k, int):
+    of_layers = sizes.num_experts, sizes.top_k, sizes.expert_dim
+    lists = [entries for entries in of_layers if isinstance(entries, list)]
+    if not lists:
+        experts, top_k, expert_dim = (per_layer(value, 0) for value in of_layers)
         sparse = len(sparse_layers(sizes))
-        kinds = [LayerKind(sizes.num_layers - sparse, sizes.num_experts, sizes.top_k, dense_width(sizes, 0)),
-                 LayerKind(sparse, sizes.num_experts, sizes.top_k, None)]
+        kinds = [LayerKind(sizes.num_layers - sparse, experts, top_k, dense_width(sizes, 0), 0, expert_dim),
+                 LayerKind(sparse, experts, top_k, None, shared_width(sizes, 0), expert_dim)]
         return [kind for kind in kinds if kind.layers]
-    given = min(len(entries) for entries in (sizes.num_experts, sizes.top_k) if isinstance(entries, list))
     return [LayerKind(1, per_layer(sizes.num_experts, layer), per_layer(sizes.top_k, layer),
-                      None if is_sparse(sizes, layer) else dense_width(sizes, layer))
-            for layer in range(given)]
+                      None if is_sparse(sizes, layer) else dense_width(sizes, layer),
+                      shared_width(sizes, layer), per_layer(sizes.expert_dim, layer))
+            for layer in range(min(map(len, lists)))]
 
 
 def shards(config: Config, ranks: int) -> Shards:
@@ -113,7 +127,7 @@ def shards(config: Config, ranks: int) -> Shards:
 def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
     """Estimate the memory of one rank in training."""
     train, cut, item = config.train, shards(config, ranks), _ITEM[config.run.dtype]
-    parameters = count_parameters(config.model, vocab_size)
+    parameters = count_parameters(config.model, vocab_size, config.expert)
     hidden = -(-parameters.matrices // cut.dense) + -(-parameters.experts // cut.experts)
     rest = -(-parameters.rest // cut.dense)
     state = max(4, item) * ((3 if config.optim.name == "muon" else 4) * hidden + 4 * rest)
@@ -132,24 +146,27 @@ def kept_per_token(config: Config, exchanged: bool) -> int:
     """
     sizes, item, mode = config.model, _ITEM[config.run.dtype], config.train.activation_checkpointing
     kinds = layer_kinds(sizes)
-    whole = {kind: _kept_by_block(sizes, kind, "none", item, exchanged) for kind in kinds}
+    inside = {kind: expert_sizes(config.expert, sizes.dim, kind.expert_dim).kept for kind in kinds}
+    whole = {kind: _kept_by_block(sizes, kind, inside[kind], "none", item, exchanged) for kind in kinds}
     ends = 2 * item * sizes.dim  # before and after the last norm
     if mode == "none":
         return ends + sum(kind.layers * kept for kind, kept in whole.items())
-    kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, mode, item, exchanged) for kind in kinds)
+    kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, inside[kind], mode, item, exchanged)
+                      for kind in kinds)
     return kept + max(whole.values(), default=0)  # and one block that is recomputed
 
 
-def _kept_by_block(sizes: ModelConfig, kind: LayerKind, mode: str, item: int, exchanged: bool) -> int:
-    """Count the bytes that backward keeps of one token in one block.
+def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, item: int,
+                   exchanged: bool) -> int:
+    """Count the bytes that backward keeps of one token in one block, and `of_row` numbers in each expert.
 
     Fitted to measurements on the CPU, in bfloat16 exact to a few per cent (tests/config/test_sizes.py).
     """
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     slots, decided = kind.top_k, 36 * kind.top_k                 # expert ids, weights and row orders
-    rows, inside, choices = slots * width, 2 * slots * sizes.expert_dim, 12 * kind.num_experts
-    feed_forward = sizes.num_shared_experts * sizes.expert_dim
+    rows, inside, choices = slots * width, slots * of_row, 12 * kind.num_experts
+    feed_forward = kind.shared_dim
     if kind.dense_dim is not None:
         rows, inside, choices, feed_forward = 0, 0, 0, kind.dense_dim
     if mode == "full":

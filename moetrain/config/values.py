@@ -47,7 +47,7 @@ class Misfit(ValueError):
 def schema_sections() -> dict[str, type]:
     """List the sections with their dataclass, or `dict` where a section holds parts.
 
-    Those are `router`, `capacity`, `balance`, `planner` and `loss`.
+    Those are `router`, `expert`, `capacity`, `balance`, `planner` and `loss`.
     """
     hints = get_type_hints(Config)
     kinds = {field.name: hints[field.name] for field in fields(Config)}

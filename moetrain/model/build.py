@@ -11,7 +11,7 @@ import torch
 from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
 from moetrain.config.build import build
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width, sparse_layers
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
@@ -23,7 +23,6 @@ from moetrain.model.parallelize import shard_parameters
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
-from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer, sparse_layers_in
 from moetrain.plan.placement import ExpertPlacement, contiguous
@@ -213,13 +212,13 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     homes = placement[name]
     router = build(config.router, "router", **router_sizes(config, layer))
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
-    form = SwigluExpert(dim=sizes.dim, expert_dim=sizes.expert_dim)
+    form = build(config.expert, "expert", dim=sizes.dim, expert_dim=per_layer(sizes.expert_dim, layer))
     bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), form=form, cut=cut)
     # Counts stay on a device whose grouped products take them there, so that the host need not read them.
     dispatcher = TokenDispatcher(
         homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
         on_device=form.takes_counts_on_device(mesh.device, compute_dtype(config, mesh.device)))
-    shared_dim = sizes.num_shared_experts * sizes.expert_dim
+    shared_dim = shared_width(sizes, layer)
     return MoELayer(
         name=name,
         router=router,

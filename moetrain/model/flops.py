@@ -15,12 +15,15 @@ Shapes: S positions, H heads of width h, K experts per token.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from moetrain.comm.mesh import Mesh
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
-from moetrain.config.schema import Config, ModelConfig
+from moetrain.config.expert_sizes import expert_sizes
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width
+from moetrain.config.schema import SWIGLU, Config, ModelConfig
 from moetrain.model.build import compute_dtype, head_width
 
 # Operations per second in dense bfloat16, from the data sheets. The first name that occurs in a chip's name
@@ -32,16 +35,18 @@ BF16_PEAKS = {
 }
 
 
-def training_flops(sizes: ModelConfig, vocab_size: int, seq_len: int) -> float:
+def training_flops(sizes: ModelConfig, vocab_size: int, seq_len: int,
+                   expert: Mapping[str, Any] = SWIGLU) -> float:
     """Operations of one token, forward and backward.
 
     Args:
         sizes: section `model` of the config.
         vocab_size: V, ids of the vocabulary.
         seq_len: S.
+        expert: section `expert` of the config.
     """
     forward = 2 * sizes.dim * vocab_size + sum(
-        _layer(sizes, layer, seq_len) for layer in range(sizes.num_layers))
+        _layer(sizes, layer, seq_len, expert) for layer in range(sizes.num_layers))
     return 3.0 * forward
 
 
@@ -64,7 +69,8 @@ def peak_tokens_per_s(config: Config, vocab_size: int, mesh: Mesh) -> float | No
         The throughput; None if no peak is known, or if ranks share a GPU.
     """
     peak = None if config.run.share_gpu else peak_flops(mesh.device, compute_dtype(config, mesh.device))
-    return peak and peak * mesh.size / training_flops(config.model, vocab_size, config.train.seq_len)
+    return peak and peak * mesh.size / training_flops(
+        config.model, vocab_size, config.train.seq_len, config.expert)
 
 
 def named_peak(chip: str) -> float | None:
@@ -74,12 +80,12 @@ def named_peak(chip: str) -> float | None:
     return next((peak for name, peak in BF16_PEAKS.items() if re.search(rf"\b{name}\b", chip)), None)
 
 
-def _layer(sizes: ModelConfig, layer: int, seq_len: int) -> float:
+def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, Any]) -> float:
     """Operations of one token in the forward pass of a layer."""
     heads, h = sizes.num_heads, head_width(sizes)
     attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
     if not is_sparse(sizes, layer):
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
-    experts = per_layer(sizes.top_k, layer) + sizes.num_shared_experts
+    one = expert_sizes(expert, sizes.dim, per_layer(sizes.expert_dim, layer)).in_matrices
     return (attention + 2 * sizes.dim * per_layer(sizes.num_experts, layer)
-            + 6 * sizes.dim * sizes.expert_dim * experts)
+            + 6 * sizes.dim * shared_width(sizes, layer) + 2 * one * per_layer(sizes.top_k, layer))

@@ -86,6 +86,12 @@ class ExpertBank(nn.Module):
         return list(self.form.shapes.values())
 
     @property
+    def vectors(self) -> list[nn.Parameter]:
+        """The parameters that are vectors of each expert, such as biases, slices of them included."""
+        held = (*self.names, *self.slices) if self.cut is not None else self.names
+        return [self.stacked(name) for name in held if self.stacked(name).ndim == 2]
+
+    @property
     def like(self) -> Tensor:
         """Some parameter, for the device of all."""
         return self.stacked(self.names[0])

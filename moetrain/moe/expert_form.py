@@ -74,12 +74,17 @@ class ExpertForm:
     # Read from source, without torch (config/sizes.py), so a literal. A width is a number, or D or F, with a
     # factor if there is one, such as 2F. The first width of a parameter is the one that is cut for sharding.
     SHAPES: ClassVar[dict[str, tuple[str | int, ...]]] = {}
-    # Parameters whose values `quantize` changes.
+    # Numbers that backward keeps of a row, for estimates of memory, in the same letters; a literal, too. So
+    # much, about, autograd keeps for a form with one hidden width.
+    KEPT: ClassVar[tuple[str | int, ...]] = ("D", "4F")
+    # Parameters whose values `quantize` changes; a literal, too.
     QUANTIZED: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, dim: int, expert_dim: int) -> None:
         self.dim, self.expert_dim = dim, expert_dim
         self.shapes: Shapes = shapes_of(self.SHAPES, D=dim, F=expert_dim)
+        if not self.shapes:
+            raise ValueError("SHAPES names no parameter")
         assert set(self.QUANTIZED) <= self.shapes.keys(), (self.QUANTIZED, self.SHAPES)
 
     def starts(self) -> dict[str, Start]:
@@ -184,6 +189,7 @@ class SwigluExpert(ExpertForm):
     """
 
     SHAPES = {"gate_up": ("2F", "D"), "down": ("D", "F")}
+    KEPT = ("2F",)
 
     def starts(self) -> dict[str, Start]:
         return {"gate_up": normal(), "down": residual_normal()}

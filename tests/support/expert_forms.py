@@ -70,23 +70,43 @@ class TernaryExpert(TwoMatrixExpert):
         return (stacked / scale).round().clamp(-1, 1) * scale
 
 
-def reference(form: ExpertForm, x_D: Tensor, weight: Tensor, own: dict[str, Tensor]) -> Tensor:
-    """Output [D] of one expert for one token, written out; `own` are the parameters of the expert."""
+def reference(form: ExpertForm, x: Tensor, weight: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """Outputs [..., D] of one expert for tokens [..., D], written out.
+
+    Args:
+        form: form of the expert.
+        x: tokens.
+        weight: gate weights, [...].
+        own: parameters of the expert, by name. Where the form quantizes them, so does this.
+    """
+    w = weight[..., None]
     if isinstance(form, ClampedExpert):
-        gate, up = (own["gate_up"] @ x_D + own["gate_up_bias"]).chunk(2)
+        gate, up = (x @ own["gate_up"].T + own["gate_up_bias"]).chunk(2, -1)
         gate, up = gate.clamp(max=0.7), up.clamp(-0.7, 0.7)
-        return weight * (own["down"] @ (gate / (1 + (-1.702 * gate).exp()) * (up + 1)) + own["down_bias"])
+        return w * ((gate / (1 + (-1.702 * gate).exp()) * (up + 1)) @ own["down"].T + own["down_bias"])
     if isinstance(form, BiasedExpert):
-        return weight * (own["down"] @ F.gelu(own["up"] @ x_D + own["up_bias"]) + own["down_bias"])
-    if isinstance(form, TernaryExpert):
-        own = {name: straight_through(matrix) for name, matrix in own.items()}
+        return w * (F.gelu(x @ own["up"].T + own["up_bias"]) @ own["down"].T + own["down_bias"])
     if isinstance(form, TwoMatrixExpert):
-        return weight * (own["down"] @ form.activation(own["up"] @ x_D))
-    gate, up = (own["gate_up"] @ x_D).chunk(2)
-    return weight * (own["down"] @ (F.silu(gate) * up))
+        up, down = (straight_through(own[name]) if name in form.QUANTIZED else own[name]
+                    for name in ("up", "down"))
+        return w * (form.activation(x @ up.T) @ down.T)
+    gate, up = (x @ own["gate_up"].T).chunk(2, -1)
+    return w * ((F.silu(gate) * up) @ own["down"].T)
 
 
 def straight_through(matrix: Tensor) -> Tensor:
     """The ternary values of one matrix, with its gradient."""
     scale = matrix.detach().abs().mean().clamp(min=1e-5)
     return matrix + ((matrix / scale).round().clamp(-1, 1) * scale - matrix).detach()
+
+
+class ComputedShapes(TwoMatrixExpert):
+    """Form whose shapes cannot be read from source."""
+
+    SHAPES = dict(TwoMatrixExpert.SHAPES)
+
+
+class StrangeWidth(TwoMatrixExpert):
+    """Form with a letter that stands for no size."""
+
+    SHAPES = {"up": ("H", "D"), "down": ("D", "H")}

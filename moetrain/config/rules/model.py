@@ -46,7 +46,7 @@ def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
                           where="model.first_dense_layers, model.num_layers",
                           why="the dense layers are the first of all layers",
                           next=f"model.first_dense_layers={model.num_layers} or less")
-    for name in ("num_experts", "top_k"):
+    for name in ("num_experts", "top_k", "expert_dim"):
         entries = getattr(model, name)
         if isinstance(entries, list) and len(entries) != model.num_layers:
             repaired = (entries + entries[-1:] * _LONGEST_LIST)[:model.num_layers]
@@ -98,11 +98,26 @@ def dense_width(config: Config, ranks: int) -> Iterator[ConfigError]:
         entries = [top_k for layer, top_k in enumerate(model.top_k) if not is_sparse(model, layer)]
     if dense and model.dense_dim is None and 0 in entries:
         most = max(model.top_k) if isinstance(model.top_k, list) else 1
+        widths = model.expert_dim if isinstance(model.expert_dim, list) else [model.expert_dim]
         yield ConfigError(
             103, "a dense layer is 0 wide",
             where="model.dense_dim, model.top_k, model.moe_layers, model.first_dense_layers",
             why="model.dense_dim is null, so it is top_k * expert_dim wide, and its top_k is 0",
-            next=f"model.dense_dim={(most or 1) * model.expert_dim}")
+            next=f"model.dense_dim={(most or 1) * (max(widths) if widths else 128)}")
+
+
+def sliced_quantized(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse slices of experts whose form quantizes them, because values depend on the whole matrix."""
+    try:
+        quantized = declared(str(config.expert.get("_target_", "")), "expert", "QUANTIZED")
+    except NoSuchPart:                                       # reported where the part is checked
+        return
+    if quantized and config.parallel.mode == "fssdp" and config.parallel.max_sliced_experts:
+        yield ConfigError(
+            215, "experts that are quantized cannot be sliced",
+            where="expert._target_, parallel.max_sliced_experts",
+            why=f"{quantized[0]} and others are quantized as whole matrices, and a rank has slices of them",
+            next="parallel.max_sliced_experts=0")
 
 
 def experts(config: Config, ranks: int) -> Iterator[ConfigError]:

@@ -41,7 +41,7 @@ def divisions(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 def part_keys(config: Config) -> dict[str, Key]:
     """List the arguments of the chosen parts by path."""
-    sections = ("router", "capacity", "balance", "planner")
+    sections = ("router", "expert", "capacity", "balance", "planner")
     parts = {section: (section, getattr(config, section)) for section in sections}
     parts |= {f"loss.{name}": ("loss", part) for name, part in config.loss.items()}
     found = {}
@@ -72,7 +72,8 @@ def _outside(number: int, key: Key, text: str, value: object) -> list[ConfigErro
 RANGES: dict[str, list[str]] = {
     "1 or more": [
         "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers",
-        "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.dense_dim",
+        "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.shared_dim",
+        "model.dense_dim",
         "parallel.ep", "parallel.shard", "parallel.window", "schedule.chunks", "train.global_batch",
         "train.micro_batch", "train.seq_len", "data.domain_cap", "data.vocab_size", "data.num_domains",
         "eval.windows", "eval.batch", "log.interval", "log.timeline_start", "generate.tokens",

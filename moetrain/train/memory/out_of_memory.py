@@ -91,12 +91,14 @@ def activation_bytes(run: Run) -> tuple[float, float]:
     sizes, train = run.config.model, run.config.train
     tokens = train.per_forward(run.mesh["batch"].size) * train.seq_len
     element = run.state.model.dtype.itemsize
-    layers, routers = run.state.model.layers, run.state.model.routers
-    visits = sum(router.max_slots() + sizes.num_shared_experts for router in routers.values())
+    model = run.state.model
+    layers = model.layers
+    visits = [(model.routers[router].max_slots() + sizes.num_shared_experts, routed.bank.form.expert_dim)
+              for name, routed in model.banks.items() for router in model.feeds[name]]
     attention, in_expert, out_expert = {"none": (8, 2, 3), "selective": (5, 1, 2), "full": (1, 0, 0)}[
         train.activation_checkpointing]
     kept = (len(layers) * attention * sizes.dim
-            + visits * (in_expert * sizes.dim + out_expert * sizes.expert_dim))
+            + sum(experts * (in_expert * sizes.dim + out_expert * width) for experts, width in visits))
     at_once = min(tokens, train.head_chunk) if train.head_chunk else tokens
     return tokens * element * kept, at_once * run.dataset.vocab_size * (element + 4)
 

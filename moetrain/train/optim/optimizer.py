@@ -4,7 +4,8 @@
     muon     Muon for the matrices of hidden layers (attention, feed-forward networks, experts), AdamW for
              embedding, head, norms and routers (train/optim/muon.py)
 
-Groups are dense, undecayed, router and expert. Norms, embeddings, scalars and routers have no weight decay.
+Groups are dense, undecayed, router, expert and expert_vectors. Norms, embeddings, scalars, routers and
+vectors of experts (biases) have no weight decay.
 Frozen parameters are in no group and have no moments. lr_schedule.py has the learning rate.
 """
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import OptimConfig
-from moetrain.moe.bank import is_expert_parameter
+from moetrain.moe.bank import ExpertBank, is_expert_parameter
 from moetrain.routers.base import Router, TiedModules
 from moetrain.train.optim.muon import MuonAdamW, MuonSettings
 
@@ -39,15 +40,17 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 
 
 def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort the trainable parameters by kind: dense (matrices of hidden layers), undecayed, router, expert."""
+    """Sort the trainable parameters by kind: matrices of hidden layers are dense, those of experts expert."""
     is_expert = is_expert_parameter(model)
     routers = {id(p) for m in model.modules() if isinstance(m, (Router, TiedModules)) for p in m.parameters()}
-    kinds: dict[str, list[nn.Parameter]] = {"dense": [], "undecayed": [], "router": [], "expert": []}
+    vectors = {id(p) for m in model.modules() if isinstance(m, ExpertBank) for p in m.vectors}
+    kinds: dict[str, list[nn.Parameter]] = {
+        "dense": [], "undecayed": [], "router": [], "expert": [], "expert_vectors": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if is_expert(parameter):
-            kind = "expert"
+            kind = "expert_vectors" if id(parameter) in vectors else "expert"
         elif id(parameter) in routers:
             kind = "router"
         elif parameter.ndim < 2 or name in ("embed", "head"):
@@ -67,7 +70,8 @@ def _by_storage(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def _group(kind: str, parameters: list[nn.Parameter], optim: OptimConfig) -> dict[str, Any]:
     decay = {"dense": optim.weight_decay, "expert": optim.weight_decay}
-    scale = {"router": optim.router_lr_scale, "expert": optim.expert_lr_scale}
+    scale = {"router": optim.router_lr_scale, "expert": optim.expert_lr_scale,
+             "expert_vectors": optim.expert_lr_scale}
     return {"params": parameters, "name": kind, "weight_decay": decay.get(kind, 0.0),
             "lr_scale": scale.get(kind, 1.0)}
 
