@@ -37,6 +37,7 @@ VERBS = {
     "data": "prepare text for training (data prepare)",
     "report": "draw losses and tokens per expert of a run",
     "inspect": "show what a checkpoint holds",
+    "check": "try the promises of a router, losses and meshes on a small model",
     "checkpoint": "check every byte of a run's checkpoints (checkpoint verify)",
     "slurm": "train in a Slurm job, checked before it is submitted",
     "version": "print the version",

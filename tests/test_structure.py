@@ -40,6 +40,7 @@ ORDER = (
     ("generate", "train", "transform"),
     APPLICATIONS,
     ("launch",),
+    ("check",),
     ("cli",),
     ("__main__",),
 )
@@ -171,8 +172,10 @@ def test_an_import_of_torch_is_found_where_it_hides() -> None:
 
 # Modules without a test of their path, by the test that covers them.
 COVERS = {
+    "check/test_router": "check/findings",
     "checkpoint/test_commit": "checkpoint/disk",
     "checkpoint/test_payload": "checkpoint/{records,verify} train/checkpoint/snapshot",
+    "cli/test_check": "check/part",
     "cli/test_checkpoint": "cli/inspect",
     "cli/test_main": "__main__ cli/{help,train,version}",
     "cli/test_run_names": "config/run_names",
@@ -234,6 +237,7 @@ COVERS = {
     "routers/test_properties": "routers/base",
     "runs/test_lock": "locks",
     "tools/test_build_cuda": "ops/extension",
+    "tools/test_check_parity": "check/training",
     "train/optim/test_optimizer": "train/optim/lr_schedule",
     "train/test_data_setup": "data/preparation/by_fingerprint",
     "train/evaluation/test_evaluate_run": "train/evaluation/periodic",

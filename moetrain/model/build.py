@@ -27,6 +27,7 @@ from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer, sparse_layers_in
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
+from moetrain.routers.base import Router
 from moetrain.routers.context import refuse_noncausal
 
 # A user's change of the model, in place: other layers, adapters, frozen parameters. It is called with the
@@ -204,6 +205,19 @@ def router_sizes(config: Config, layer: int) -> dict[str, int]:
     return {"dim": sizes.dim, "num_experts": per_layer(sizes.num_experts, layer),
             "top_k": per_layer(sizes.top_k, layer), "layer": layer, "num_layers": sizes.num_layers,
             "total_steps": config.run.steps}
+
+
+def router_of(config: Config) -> Router:
+    """Build the router of the first layer with experts by itself, in float64, with its start values."""
+    layer = sparse_layers(config.model)[0]
+    with torch.device("meta"):
+        router = build(config.router, "router", **router_sizes(config, layer))
+        module = torch.nn.ModuleDict({"router": router})
+    starts = declared_starts(module)
+    module.double().to_empty(device="cpu")
+    initialize(module, starts, seed=config.run.seed, std=config.model.init_std,
+               num_layers=config.model.num_layers)
+    return router
 
 
 def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moetrain.check import training
 from moetrain.config.compose import from_yaml
-from tools.check import parity as check_parity
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = ["router=sigmoid", "router.update_rate=0.05", "train.micro_batch=8", "run.steps=8"]
@@ -43,10 +43,10 @@ def test_the_reference_is_what_the_overrides_describe_and_not_how(checked):
     assert micro_batches == {"given": 8, "reference": 16}
     overrides = ["experiment=quickstart", "parallel=fssdp", "parallel.max_copies=1", "+planner=laer",
                  "run.dtype=bfloat16", "run.steps=3", "train.global_batch=6"]
-    kept = check_parity.reference(overrides).overrides
+    kept = training.reference(overrides).overrides
     assert {"experiment=quickstart", "run.steps=3", "parallel=single", "train.micro_batch=6"} < set(kept)
-    assert not {*check_parity.COMMON, *overrides[1:5]} & set(kept)
-    assert check_parity.given_arm(["run.dtype=bfloat16"], "cpu").dtype == "bfloat16"
+    assert not {*training.COMMON, *overrides[1:5]} & set(kept)
+    assert training.given_arm(["run.dtype=bfloat16"], "cpu").dtype == "bfloat16"
 
 
 def test_overrides_that_are_wrong_are_answered_before_anything_starts(tmp_path):
@@ -61,16 +61,16 @@ def test_overrides_that_are_wrong_are_answered_before_anything_starts(tmp_path):
 ])
 def test_numbers_are_compared_as_closely_as_their_dtype_allows(
         checked, dtype, step, name, factor, equal, monkeypatch):
-    arm, numbers = check_parity.Arm("given", dtype, []), check_parity.numbers
+    arm, numbers = training.Arm("given", dtype, []), training.numbers
 
     def changed(directory: Path) -> np.ndarray:
         found = numbers(directory)
         if "given" in directory.name:
-            found[step, check_parity.NUMBERS.index(name)] *= factor
+            found[step, training.NUMBERS.index(name)] *= factor
         return found
 
-    monkeypatch.setattr(check_parity, "numbers", changed)
-    assert check_parity.compare(checked, arm)["equal"] == equal
+    monkeypatch.setattr(training, "numbers", changed)
+    assert training.compare(checked, arm)["equal"] == equal
 
 
 def test_one_count_is_seen(checked, tmp_path):
@@ -79,12 +79,12 @@ def test_one_count_is_seen(checked, tmp_path):
     loads = dict(np.load(path))
     loads["loads"][3, 0, :2] += [1, -1]
     np.savez(path, **loads)
-    assert not check_parity.compare(tmp_path, check_parity.Arm("given", "float64", []))["equal"]
+    assert not training.compare(tmp_path, training.Arm("given", "float64", []))["equal"]
 
 
 def test_an_arm_that_ran_otherwise_has_failed(checked):
     environment = json.loads((checked / "given" / "env.json").read_text())
-    arm = check_parity.Arm("given", "float64", ["run.device=cpu"])
-    assert check_parity.astray(arm, environment) is None
-    assert "not cuda" in check_parity.astray(arm._replace(overrides=["run.device=cuda"]), environment)
-    assert "MOETRAIN_KERNELS is not set" in check_parity.astray(arm._replace(kernels=True), environment)
+    arm = training.Arm("given", "float64", ["run.device=cpu"])
+    assert training.astray(arm, environment) is None
+    assert "not cuda" in training.astray(arm._replace(overrides=["run.device=cuda"]), environment)
+    assert "MOETRAIN_KERNELS is not set" in training.astray(arm._replace(kernels=True), environment)

@@ -29,39 +29,12 @@ code 1 when an arm differs or does not run; the results are in <out>/parity.json
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from moetrain.config.compose import compose
+from moetrain.check.training import TOLERANCE, Arm, compare, described, given_arm, reference, shown, train
 from moetrain.errors import ConfigErrors
 
-COMMON = (
-    "data=synthetic", "data.vocab_size=48", "data.min_length=0.4",
-    "train.seq_len=32", "train.global_batch=16", "train.micro_batch=2", "train.clip=0.5",
-    "model.dim=32", "model.num_layers=2", "model.expert_dim=32", "model.num_experts=8",
-    "model.num_shared_experts=1", "model.init_std=0.2",
-    "balance.weight=0.1", "loss=[z]", "loss.z.weight=0.01",
-    "optim=adamw", "optim.lr=1e-2", "optim.warmup=2", "run.steps=20",
-)
-EVERY_RUN = ("run.timeout_s=120", "run.max_restarts=0", "log.wandb=off")
-# How the reference is spread.
-ALONE = ("run.device=cpu", "run.nproc=1", "parallel=single", "schedule=none", "engine=torch")
-# Overrides that say how a training is spread and computed: the reference has its own.
-HOW = ("parallel", "planner", "hardware", "schedule", "engine",
-       "run.device", "run.nproc", "run.share_gpu", "run.dtype", "run.dir", "run.name",
-       "train.micro_batch", "train.count_pass", "train.activation_checkpointing", "train.aux_loss",
-       "train.head_chunk")
-NUMBERS = ("loss/ce", "loss/balance", "grad_norm")
-# Largest relative difference: of all numbers of the first steps, and of the loss curve.
-TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-3), "bfloat16": (2e-2, 2e-2)}
-FIRST = {"float64": None, "float32": 2, "bfloat16": 2}   # steps of which all numbers are compared; None: all
 WAYS = {                                                 # of several ranks
     "flat": ["parallel=ep"],
     "peer": ["parallel=ep", "parallel.exchange=peer"],
@@ -71,24 +44,6 @@ WAYS = {                                                 # of several ranks
     "sharded": ["parallel=ep_fsdp"],
     "fssdp over peer": ["parallel=fssdp", "parallel.exchange=peer"],
 }
-LIMIT_S = 240                                            # of an arm
-REFERENCE = "reference"
-
-
-class Arm(NamedTuple):
-    """One training that is compared with the reference.
-
-    Args:
-        name: name in the output and of the run's folder.
-        dtype: its run.dtype.
-        overrides: all overrides except those of dtype and folder.
-        kernels: whether it trains with kernels.
-    """
-
-    name: str
-    dtype: str
-    overrides: list[str]
-    kernels: bool = False
 
 
 def main() -> int:
@@ -130,28 +85,6 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def reference(overrides: list[str]) -> Arm:
-    """One process that trains what the overrides describe, in float64 and on whole batches."""
-    kept = [*described(override for override in overrides if not is_how(override)), *ALONE]
-    return Arm(REFERENCE, "float64", [*kept, f"train.micro_batch={compose(kept).train.global_batch}"])
-
-
-def described(overrides: Iterable[str]) -> list[str]:
-    """Overrides of the tiny model with these changes, or of an experiment that takes its place."""
-    overrides = list(overrides)
-    base = () if any(key_of(override) == "experiment" for override in overrides) else COMMON
-    return [*base, *EVERY_RUN, *overrides]
-
-
-def is_how(override: str) -> bool:
-    """Whether an override says how a training is spread rather than what is trained."""
-    return any(key_of(override) == key or key_of(override).startswith(f"{key}.") for key in HOW)
-
-
-def key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
 def chosen_arms(args: argparse.Namespace) -> list[Arm]:
     """The arms that the command line asks for: of the overrides, of a GPU, or of the CPU."""
     if args.overrides:
@@ -162,15 +95,6 @@ def chosen_arms(args: argparse.Namespace) -> list[Arm]:
         return cpu_arms(args.ranks)
     return arms if args.device == "cpu" else [
         version for arm in arms for version in (arm, arm._replace(name=f"{arm.name}, kernels", kernels=True))]
-
-
-def given_arm(overrides: list[str], device: str) -> Arm:
-    """Arm of the training that the overrides describe, in float64 unless they name a dtype."""
-    typed = {key_of(override) for override in overrides}
-    given = [override for override in overrides if key_of(override) not in ("run.dir", "run.name")]
-    dtype = compose(described(given)).run.dtype if "run.dtype" in typed else "float64"
-    device_override = [] if "run.device" in typed else [f"run.device={device}"]
-    return Arm("given", dtype, [*described(given), *device_override])
 
 
 def cpu_arms(ranks: int) -> list[Arm]:
@@ -187,70 +111,6 @@ def gpu_arms(ranks: int) -> list[Arm]:
              for way, overrides in WAYS.items()]
     rounded = described([*shared, *WAYS["peer_push"]])
     return [*arms, Arm(f"{ranks} ranks, peer_push, bfloat16", "bfloat16", rounded)]
-
-
-def train(arm: Arm, out: Path) -> str | None:
-    """Train an arm, and return what went wrong or None."""
-    directory = folder(out, arm.name)
-    shutil.rmtree(directory, ignore_errors=True)
-    command = [sys.executable, "-m", "moetrain", "train", *arm.overrides, f"run.dtype={arm.dtype}",
-               f"run.dir={directory}"]
-    environment = {key: value for key, value in os.environ.items() if key != "MOETRAIN_KERNELS"}
-    environment |= {"OMP_NUM_THREADS": "1"} | ({"MOETRAIN_KERNELS": "1"} if arm.kernels else {})
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment,
-                              stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        return f"not finished after {LIMIT_S} s, {directory}/log"
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        return f"exit {done.returncode}: {next((line for line in lines if line.startswith('E-')), lines[-1])}"
-    return astray(arm, json.loads((directory / "env.json").read_text()))
-
-
-def astray(arm: Arm, environment: dict) -> str | None:
-    """How a run differs from its arm: another device, or kernels not as asked. None if it does not."""
-    device = "cuda" if "run.device=cuda" in arm.overrides else "cpu"
-    if not environment["device"].startswith(device):
-        return f"ran on {environment['device']}, not {device}"
-    used = environment["kernels"] == "in use"
-    if used == arm.kernels:
-        return None
-    return f"kernels were {'' if used else 'not '}in use: {environment['kernels']}"
-
-
-def compare(out: Path, arm: Arm) -> dict:
-    """Largest relative differences of an arm in all numbers of the first steps and in all losses."""
-    truth, ours = numbers(folder(out, REFERENCE)), numbers(folder(out, arm.name))
-    if truth.shape != ours.shape:
-        return {"failed": f"{len(ours)} steps, the reference has {len(truth)}"}
-    smallest = np.finfo(np.float64).tiny                 # a loss may be exactly 0
-    differences = np.abs(ours - truth) / np.maximum(np.abs(truth), smallest)
-    first, curve = float(differences[:FIRST[arm.dtype]].max()), float(differences[:, 0].max())
-    counts = [np.load(folder(out, of) / "loads.npz")["loads"] for of in (REFERENCE, arm.name)]
-    same = np.array_equal(*counts)
-    within = first <= TOLERANCE[arm.dtype][0] and curve <= TOLERANCE[arm.dtype][1]
-    return {"first": first, "curve": curve, "tolerance": TOLERANCE[arm.dtype],
-            "counts": "the same" if same else "others", "equal": within and (same or arm.dtype != "float64")}
-
-
-def numbers(directory: Path) -> np.ndarray:
-    """Numbers of a run's metrics.jsonl, float64 [steps, NUMBERS], the loss first."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return np.array([[line[name] for name in NUMBERS] for line in lines])
-
-
-def folder(out: Path, name: str) -> Path:
-    return (out / name.replace(", ", "-").replace(" ", "_")).resolve()
-
-
-def shown(result: dict) -> str:
-    if "failed" in result:
-        return f"FAILED  {result['failed']}"
-    first, curve = result["tolerance"]
-    return (f"{'equal' if result['equal'] else 'DIFFERS':8}"
-            f"first steps {result['first']:.1e} (at most {first:.0e}), "
-            f"losses {result['curve']:.1e} ({curve:.0e}), counts {result['counts']}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""Checks of an auxiliary loss: contributions add up, however a batch is split, and slopes are gradients.
+
+Shapes: T tokens, E experts, R routers.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moetrain.check.findings import Check
+from moetrain.losses.base import AuxLoss, Pooled
+from moetrain.ops.router_sums import router_sums
+from moetrain.routers.base import RoutingStats, Stack, stacks
+
+EXPERTS, TOKENS, ROUTERS = 8, 24, 2
+
+
+def loss_checks(make: Callable[[], AuxLoss]) -> Iterator[Check]:
+    """List the checks of a loss that `make` builds."""
+    promises = {
+        "its value has one number for each router": (
+            _has_one_value_a_router, "sum over experts with .sum(-1), never with .sum()"),
+        "contributions of parts of a batch add up": (
+            _adds_up, "divide by pooled.tokens, not by a count of the micro-batch, and take loads from "
+            "pooled.counts_E"),
+        "slopes are the gradient of the value": (
+            _has_right_slopes, "let slopes return d value / d sum for every sum that value reads"),
+        "a batch without tokens costs nothing and is finite": (
+            _is_finite_on_nothing, "guard divisions with .clamp(min=1)"),
+    }
+    for name, (holds, advice) in promises.items():
+        yield Check(name, partial(holds, make), advice)
+
+
+def _decisions(first: int, last: int, offsets: bool) -> Stack:
+    """Statistics of tokens `first` to `last` of two routers, with graph."""
+    stats: dict[str, RoutingStats] = {}
+    for router in range(ROUTERS):
+        generator = torch.Generator().manual_seed(router)
+        logits_TE = torch.randn(TOKENS, EXPERTS, generator=generator, dtype=torch.float64)[first:last]
+        logits_TE.requires_grad_()
+        ids_TK = logits_TE.topk(2).indices if len(logits_TE) else torch.zeros(0, 2, dtype=torch.int64)
+        sequences = torch.arange(0, last - first + 1, 4) if offsets else None
+        stats[f"layers.{router}.moe"] = router_sums(logits_TE.softmax(-1), logits_TE, ids_TK, None, sequences)
+    (stack,) = stacks(stats)
+    return stack
+
+
+def _pooled(whole: Stack) -> Pooled:
+    return Pooled(whole.stats.counts_E, torch.tensor(TOKENS))
+
+
+def _has_one_value_a_router(make: Callable[[], AuxLoss]) -> None:
+    loss = make()
+    whole = _decisions(0, TOKENS, _per_sequence(loss))
+    value_R = loss.value(whole.stats, _pooled(whole))
+    assert value_R.shape == (ROUTERS,), f"{ROUTERS} routers give a value of shape {list(value_R.shape)}"
+    assert value_R.isfinite().all(), "the value is not finite"
+
+
+def _adds_up(make: Callable[[], AuxLoss]) -> None:
+    loss = make()
+    if _is_local(loss):                      # by choice, it depends on the split
+        return
+    whole = _decisions(0, TOKENS, _per_sequence(loss))
+    pooled = _pooled(whole)
+    value_R = loss.value(whole.stats, pooled)
+    for size in (4, 8):
+        parts = (_decisions(i, i + size, _per_sequence(loss)) for i in range(0, TOKENS, size))
+        summed_R: Tensor = sum(loss.value(part.stats, pooled) for part in parts)
+        apart = ((summed_R - value_R).abs() / value_R.abs().clamp(min=1e-12)).max().item()
+        assert apart < 1e-9, (f"{TOKENS // size} micro-batches give {summed_R[0].item():.6g}, "
+                              f"the batch as a whole {value_R[0].item():.6g}")
+
+
+def _has_right_slopes(make: Callable[[], AuxLoss]) -> None:
+    loss = make()
+    whole = _decisions(0, TOKENS, _per_sequence(loss))
+    pooled = _pooled(whole)
+    fields = {name: value for name, value in whole.stats._asdict().items()
+              if isinstance(value, Tensor) and value.requires_grad}
+    gradients = torch.autograd.grad(loss.value(whole.stats, pooled).sum(), list(fields.values()),
+                                    allow_unused=True)
+    slopes = loss.slopes(whole.stats, pooled)
+    assert set(slopes) <= set(fields), f"slopes of {', '.join(set(slopes) - set(fields))} have no gradient"
+    for (name, value), gradient in zip(fields.items(), gradients):
+        ours = slopes.get(name, torch.zeros(())).expand(value.shape).to(value.dtype)
+        its = torch.zeros_like(value) if gradient is None else gradient
+        assert torch.allclose(ours, its, rtol=1e-6, atol=1e-15), (
+            f"the slope at {name} is {ours.flatten()[0].item():.6g}, "
+            f"the gradient {its.flatten()[0].item():.6g}")
+
+
+def _is_finite_on_nothing(make: Callable[[], AuxLoss]) -> None:
+    loss = make()
+    empty = _decisions(0, 0, False)
+    if _per_sequence(loss):
+        return
+    value_R = loss.value(empty.stats, Pooled(empty.stats.counts_E, torch.tensor(0)))
+    assert value_R.isfinite().all(), "it is not finite"
+
+
+def _per_sequence(loss: AuxLoss) -> bool:
+    return bool(getattr(loss, "per_sequence", False))
+
+
+def _is_local(loss: AuxLoss) -> bool:
+    """Whether the loss takes its loads from the micro-batch by choice: the scope `micro`."""
+    return getattr(loss, "scope", None) == "micro"
