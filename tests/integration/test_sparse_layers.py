@@ -26,9 +26,10 @@ from moetrain.report.loads import read_loads
 from moetrain.report.run import draw
 from moetrain.train.evaluation.evaluate_run import evaluate_run
 from moetrain.train.loop import train
+from moetrain.train.step import train_step
 from tests.support import sparse_layers
 from tests.support.random_copies import CALIBRATE, train_with_copies
-from tests.support.training import Trained, alone, difference, train_steps, union
+from tests.support.training import Trained, alone, difference, make_run, train_steps, union
 
 STEPS = 4
 MESHES = {"single": (1, []), "ddp": (2, ["parallel=ddp"]), "ep": (2, ["parallel=ep"]),
@@ -152,3 +153,20 @@ def test_records_tell_experts_from_other_choices(tmp_path, monkeypatch) -> None:
     drawn = read_loads(Path("runs/null/loads.npz"))
     assert np.isnan(drawn.counts[..., 8:]).all() and not np.isnan(drawn.counts[..., :8]).any()
     assert Path("runs/null/report/expert_load.png").is_file() or draw(Path("runs/null"))
+
+
+def forecast_and_counts(overrides: list[str], convert: str) -> tuple[dict, dict, dict]:
+    """What is forecast for each bank after a step, the counts of the step, and the routers of each bank."""
+    run = make_run(overrides, None, getattr(sparse_layers, convert))
+    counts = train_step(run, 1).counts
+    return run.state.planning.forecaster.loads(), counts, run.state.model.feeds
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("convert", ["pass_twice", "one_bank", "add_null_choices"])
+def test_a_bank_is_planned_by_the_choices_of_all_routers_that_feed_it(ranks, convert: str) -> None:
+    overrides = ["parallel=fssdp", "run.nproc=2", "train.micro_batch=8"]
+    for loads, counts, feeds in ranks(2).run(forecast_and_counts, overrides, convert):
+        assert loads.keys() == feeds.keys() and sum(map(len, feeds.values())) == len(counts)
+        for bank, routers in feeds.items():
+            assert loads[bank].tolist() == sum(counts[router][:8] for router in routers).tolist()
