@@ -92,8 +92,10 @@ class SparseLayer(nn.Module):
         Returns:
             The decision, with its statistics.
         """
-        context = context._replace(router=name)
-        routing = self.routers[name].route(x_TD, context)
+        router = self.routers[name]
+        passes = [each for each, module in self.routers.items() if module is router]
+        context = context._replace(router=name, iteration=passes.index(name))
+        routing = router.route(x_TD, context)
         for wrapper in (wrappers or {}).values():
             routing = wrapper.routed(routing, x_TD, context)
         if context.on_counts is not None:

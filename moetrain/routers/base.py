@@ -44,7 +44,7 @@ class RouterContext(NamedTuple):
     step: int = 0
     seed: int = 0
     router: str = ""                         # name of the router
-    iteration: int = 0
+    iteration: int = 0                       # how often it has decided in the layer before
     draw: int = 0                            # number of the draw of a micro-batch that runs several times
     draws: int = 1                           # equal parts of T, with draws from `draw` on
     sample_ids_T: Tensor | None = None       # int64: sample of each token

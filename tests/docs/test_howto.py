@@ -23,5 +23,5 @@ def test_the_snippets_of_the_page_about_python_run_one_after_another(
         exec(compile(snippet, f"snippet {number}", "exec"), names)
     assert (tmp_path / "runs/notes/checkpoints/step-00000004").is_dir()
     assert (tmp_path / "runs/again/report/expert_load.png").is_file()
-    assert len(names["metrics"]) == 4 and names["run"].step == 4 and len(snippets) == 10
+    assert len(names["metrics"]) == 4 and names["run"].step == 4 and len(snippets) == 11
     assert capsys.readouterr().out.endswith("('txt',)\n")

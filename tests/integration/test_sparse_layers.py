@@ -29,7 +29,7 @@ from moetrain.train.loop import train
 from moetrain.train.step import train_step
 from tests.support import sparse_layers
 from tests.support.random_copies import CALIBRATE, train_with_copies
-from tests.support.training import Trained, alone, difference, make_run, train_steps, union
+from tests.support.training import Trained, alone, difference, make_run, train_run, train_steps, union
 
 STEPS = 4
 MESHES = {"single": (1, []), "ddp": (2, ["parallel=ddp"]), "ep": (2, ["parallel=ep"]),
@@ -170,3 +170,24 @@ def test_a_bank_is_planned_by_the_choices_of_all_routers_that_feed_it(ranks, con
         assert loads.keys() == feeds.keys() and sum(map(len, feeds.values())) == len(counts)
         for bank, routers in feeds.items():
             assert loads[bank].tolist() == sum(counts[router][:8] for router in routers).tolist()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("counts", ["global", "micro"])
+def test_a_router_that_decides_twice_is_updated_once_by_both_passes(ranks, counts: str) -> None:
+    words = ["router=sigmoid", "router.update_rate=0.01", f"router.counts={counts}", "run.dtype=float64"]
+    expected, biases = train_and_biases(words, 2)
+    on_two = [*words, "parallel=fsdp", "run.nproc=2", "train.micro_batch=8"]
+    for _, theirs in ranks(2).run(train_and_biases, on_two, 2) if counts == "global" else ():
+        assert [mine.tolist() for mine in theirs] == [bias.tolist() for bias in biases]
+    first = [expected.counts[0][f"layers.0.moe.{number}"] for number in (0, 1)]
+    assert not torch.equal(*first)
+    _, biases = train_and_biases(words, 1)
+    signs = [(count.sum() - 8 * count).sign() for count in ([sum(first)] if counts == "global" else first)]
+    assert biases[0].tolist() == pytest.approx((0.01 * torch.stack(signs).double().mean(0)).tolist())
+
+
+def train_and_biases(overrides: list[str], steps: int) -> tuple[Trained, list[torch.Tensor]]:
+    run = make_run(overrides, None, sparse_layers.share_router)
+    trained = train_run(run, steps)
+    return trained, [block.moe.passes[0].bias.clone() for block in run.state.model.layers]

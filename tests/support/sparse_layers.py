@@ -66,6 +66,12 @@ def pass_twice(model: Transformer, config: Config) -> None:
                                   block.moe.experts)
 
 
+def share_router(model: Transformer, config: Config) -> None:
+    """Let every MoE layer pass twice over its bank, with one router that decides in both."""
+    for block in model.layers:
+        block.moe = TwoPasses(block.moe.name, [block.moe.router] * 2, block.moe.experts)
+
+
 def _another(router: Router) -> Router:
     """Make a router of the same kind and size."""
     return type(router)(dim=router.weight.shape[1], num_experts=router.num_experts, top_k=router.top_k)
