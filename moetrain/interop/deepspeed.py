@@ -35,9 +35,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetrain.comm.mesh import Group
+from moetrain.errors import ConfigError
 from moetrain.parallel.data_parallel import BUCKET_BYTES, GradientReducer
 from moetrain.parallel.state_shards import StateShard
-from moetrain.train.optim.optimizer import allocate_state, restore_steps
+from moetrain.train.optim.optimizer import OF_EXPERTS, allocate_state, restore_steps
 from moetrain.train.state import Run, TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -203,10 +204,15 @@ def _split(optimizer: torch.optim.AdamW) -> tuple[torch.optim.AdamW, torch.optim
     """Split an optimizer into itself, with the groups of experts alone, and a new one with all others."""
     assert type(optimizer) is torch.optim.AdamW, type(optimizer)
     groups = optimizer.param_groups
-    dense = [group for group in groups if group["name"] != "expert"]
+    dense = [group for group in groups if group["name"] not in OF_EXPERTS]
+    if not dense:
+        raise ConfigError(
+            230, "engine=deepspeed, and all parameters but those of experts are frozen",
+            where="engine.name, train.frozen", why="ZeRO has nothing to shard: it leaves experts to torch",
+            next="engine=torch, or fewer patterns in train.frozen")
     for parameter in (parameter for group in dense for parameter in group["params"]):
         del optimizer.state[parameter]
-    optimizer.param_groups = [group for group in groups if group["name"] == "expert"]
+    optimizer.param_groups = [group for group in groups if group["name"] in OF_EXPERTS]
     return optimizer, torch.optim.AdamW([dict(group) for group in dense], fused=True)
 
 

@@ -9,7 +9,6 @@ Frozen parameters have no gradient and no part in the norm.
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moetrain.comm.mesh import Mesh
 from moetrain.comm.reduce import sum_over
@@ -29,7 +28,7 @@ def global_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: Me
         float64 scalar on the device, the same on every rank.
     """
     shards = mesh["dense_shard"]
-    counted = [parameter for parameter in dense if shards.position == 0 or isinstance(parameter, DTensor)]
+    counted = [parameter for parameter in dense if parameter.ndim or shards.position == 0]
     dense_sum = sum_over(shards, _square_sum(counted, mesh.device))
     return (dense_sum + sum_over(mesh["expert_parts"], _square_sum(experts, mesh.device))).sqrt()
 

@@ -90,6 +90,19 @@ def test_zero_trains_as_torch_does(ranks, mode, stage):
     assert_close(ranks.run(trained, [*overrides, "engine=deepspeed", f"engine.zero_stage={stage}"]), expected)
 
 
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_zero_leaves_out_what_is_frozen(ranks):
+    overrides = [*COMMON, "parallel=ep", "train.frozen=[embed,layers.0.*,*.router.*]"]
+    expected = ranks.run(trained, overrides)
+    optimized = [name for name in expected[0][0] if name.startswith("optim.")]
+    assert not any("embed" in name or "layers.0" in name for name in optimized)
+    assert_close(ranks.run(trained, [*overrides, "engine=deepspeed"]), expected)
+    with pytest.raises(AssertionError, match="E-CONFIG-230  engine=deepspeed, and all parameters but"):
+        ranks.run(started, [*overrides, "engine=deepspeed", "train.frozen=[embed,head,*norm*,*attention*,"
+                                                            "*shared*,*.router.*]"])
+
+
 @pytest.fixture(scope="module")
 def lasting_devices(devices):
     devices(1)                                                                 # skips where there can be none

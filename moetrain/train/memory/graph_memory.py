@@ -96,9 +96,9 @@ class AllocationTracker(TorchDispatchMode):
 
 
 def gradient_bytes(run: Run) -> int:
-    """Bytes of this rank's gradients, including those of expert copies."""
+    """Bytes of this rank's gradients, including those of expert copies. Frozen parameters have none."""
     own = (parameter.to_local() if isinstance(parameter, DTensor) else parameter
-           for parameter in run.state.model.parameters())
+           for parameter in run.state.model.parameters() if parameter.requires_grad)
     copies = max_copy_memory(run)
     return sum(parameter.nbytes for parameter in own) + copies.sums + copies.returned
 

@@ -59,17 +59,18 @@ def describe(run: Run, error: BaseException) -> OutOfMemoryError:
 
 def largest_items(run: Run) -> list[tuple[str, float]]:
     """List (name, bytes) of what this rank holds, the largest first."""
-    parameters = [local(parameter) for parameter in run.state.model.parameters()]
+    parameters = list(run.state.model.parameters())
     values = (value for state in run.state.optimizer.state.values() for value in state.values())
     moments = sum(local(value).nbytes for value in values if isinstance(value, Tensor))
-    weights = sum(parameter.nbytes for parameter in parameters)
+    weights = sum(local(parameter).nbytes for parameter in parameters)
+    gradients = sum(local(parameter).nbytes for parameter in parameters if parameter.requires_grad)
     copies = max_copy_memory(run)
     rule = run.objective.pool
     kept = run.loader.micro_batches if run.graphs.kept and rule is not None and rule.mode == "exact" else 1
     blocks, logits = activation_bytes(run)
     blocks = max(run.graphs.graph - logits, 0) if run.graphs.graph else blocks
     several = f"{kept} micro-batch{'es' * (kept > 1)}"
-    items = [("parameters", weights), ("gradients", weights), ("optimizer state", moments),
+    items = [("parameters", weights), ("gradients", gradients), ("optimizer state", moments),
              (f"activations of {several} about", kept * blocks),
              (f"logits of {several} about", kept * logits),
              ("copies of experts and their gradients", copies.copies + copies.sums)]

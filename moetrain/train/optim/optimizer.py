@@ -5,8 +5,8 @@
              embedding, head, norms and routers (train/optim/muon.py)
 
 Groups are dense, undecayed, router, expert and expert_vectors. Norms, embeddings, scalars, routers and
-vectors of experts (biases) have no weight decay.
-Frozen parameters are in no group and have no moments. lr_schedule.py has the learning rate.
+vectors of experts (biases) have no weight decay. Frozen parameters are in no group and have no moments.
+lr_schedule.py has the learning rate.
 """
 
 from typing import Any
@@ -20,7 +20,8 @@ from moetrain.moe.bank import ExpertBank, is_expert_parameter
 from moetrain.routers.base import Router, TiedModules
 from moetrain.train.optim.muon import MuonAdamW, MuonSettings
 
-HIDDEN = ("dense", "expert")  # groups that hold matrices of hidden layers only
+HIDDEN = ("dense", "expert")                # groups that hold matrices of hidden layers only
+OF_EXPERTS = ("expert", "expert_vectors")   # groups of routed experts
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -70,8 +71,7 @@ def _by_storage(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def _group(kind: str, parameters: list[nn.Parameter], optim: OptimConfig) -> dict[str, Any]:
     decay = {"dense": optim.weight_decay, "expert": optim.weight_decay}
-    scale = {"router": optim.router_lr_scale, "expert": optim.expert_lr_scale,
-             "expert_vectors": optim.expert_lr_scale}
+    scale = {"router": optim.router_lr_scale, **dict.fromkeys(OF_EXPERTS, optim.expert_lr_scale)}
     return {"params": parameters, "name": kind, "weight_decay": decay.get(kind, 0.0),
             "lr_scale": scale.get(kind, 1.0)}
 
