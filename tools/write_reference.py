@@ -11,9 +11,10 @@ from typing import Any
 
 from moetrain.cli.help import comment, keys_of
 from moetrain.config import readers
-from moetrain.config.compose import _FREE_AFTER_TRAINING, _FREE_ON_RESUME
+from moetrain.config.compose import _FREE_ON_RESUME
 from moetrain.config.groups import config_dir, default_options, group_options, section_of
 from moetrain.config.rules.ranges import RANGES
+from moetrain.config.trained_keys import CHANGING, FIXED
 from moetrain.config.values import Key, leaves, schema_keys, schema_sections, show, type_name
 from moetrain.config.yaml_file import load
 
@@ -97,14 +98,17 @@ def _read_with(key: str) -> str:
 
 def _resuming() -> Iterator[str]:
     yield "## What may change later\n"
-    free = ", ".join(f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in _FREE_ON_RESUME)
-    after = ", ".join(f"`{key}`" for key in _FREE_AFTER_TRAINING)
+    free, fixed, changing = (
+        ", ".join(f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in keys)
+        for keys in (_FREE_ON_RESUME, [key for key in FIXED if f"{key}." not in FIXED], CHANGING))
     yield f"""\
 `moetrain train` on a run that has a checkpoint may change {free}.
 Any other difference from the run's `config.yaml` is `E-CONFIG-016`.
 
 `moetrain eval` and `moetrain generate` start from the run's `config.yaml` with `run.nproc=1 parallel=single`.
-Of `model.*` only {after} may be changed there.
+{changing} make another model of the trained one: allowed, and said with both values.
+Otherwise {fixed} may not be changed there:
+the checkpoint holds what came of them, or training alone reads them.
 """
 
 

@@ -39,6 +39,8 @@ def run(argv: list[str], program: Program) -> int:
 
     found = evaluate_run(config, typed_keys(words), program.convert_model)
     if rank() == 0:
+        for change in found.changed:
+            print(f"[warn] {change}", file=sys.stderr)
         record = record_of(found)
         if len(words) < len(argv):
             print(json.dumps(record, ensure_ascii=False))

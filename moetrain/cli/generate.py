@@ -42,9 +42,11 @@ def _generate(config: Config, program: Program, typed: frozenset[str], *, as_jso
     run = load_trained(config, typed, program.convert_model)
     tokenizer, end_id = choose_tokenizer(run, config, typed)
     wanted = config.generate
-    for capacity in noncausal_capacities(run.model) if rank() == 0 else []:
-        print(f"[warn] capacity {capacity}: it counts the tokens of a whole window in training, and those "
-              "written so far here, so other choices may be dropped", file=sys.stderr)
+    warnings = [*map(str, run.changed), *(
+        f"capacity {capacity}: it counts the tokens of a whole window in training, and those written so far "
+        "here, so other choices may be dropped" for capacity in noncausal_capacities(run.model))]
+    for warning in warnings if rank() == 0 else []:
+        print(f"[warn] {warning}", file=sys.stderr)
     continuation = continue_text(
         run.model, tokenizer, wanted.prompt, end_id=end_id, tokens=wanted.tokens,
         temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed, run_seed=run.config.run.seed,

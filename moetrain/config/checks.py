@@ -15,6 +15,8 @@ from moetrain.config.rules import data, losses, model, optim, parallel, paths, r
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 
+Rule = Callable[[Config, int], Iterator[ConfigError]]
+
 
 def world_size(config: Config) -> int:
     """Return the number of ranks: WORLD_SIZE under torchrun or moetrain's own launcher, else run.nproc."""
@@ -22,13 +24,20 @@ def world_size(config: Config) -> int:
     return int(world) if world.isdigit() and int(world) > 0 else config.run.nproc
 
 
-def check(config: Config, ranks: int) -> list[ConfigError]:
-    """List every contradiction of a config. Where a value is out of range, only the ranges are reported."""
-    return list(RULES[0](config, ranks)) or [error for rule in RULES[1:] for error in rule(config, ranks)]
+def check(config: Config, ranks: int, *, trains: bool = True) -> list[ConfigError]:
+    """List every contradiction of a config. Where a value is out of range, only the ranges are reported.
+
+    Args:
+        config: the config.
+        ranks: number of ranks.
+        trains: whether the command trains; otherwise the rules that concern training are left out.
+    """
+    first, *others = (rule for rule in RULES if trains or rule not in OF_TRAINING)
+    return list(first(config, ranks)) or [error for rule in others for error in rule(config, ranks)]
 
 
 # In the order in which their errors are shown. The first one decides whether the others run at all.
-RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
+RULES: list[Rule] = [
     ranges.ranges,
     paths.empty_paths,
     paths.unknown_homes,
@@ -46,6 +55,7 @@ RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     parallel.sharded,
     parallel.expert_parallel,
     parallel.schedule,
+    parallel.chunks,
     parallel.sliced,
     parallel.copies,
     train.batch,
@@ -58,3 +68,9 @@ RULES: list[Callable[[Config, int], Iterator[ConfigError]]] = [
     ranges.divisions,
     parallel.engine,
 ]
+# Not asked of evaluation and generation: what they refuse is legal there, because it is about batches,
+# losses, gradients, the optimizer or copies of experts.
+OF_TRAINING: frozenset[Rule] = frozenset([
+    run.stop, model.router_gradient, parallel.chunks, parallel.sliced, parallel.copies, parallel.engine,
+    train.batch, data.domain_weights, optim.betas, losses.loss_names, losses.pools,
+])

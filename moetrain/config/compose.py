@@ -33,6 +33,7 @@ from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.renamed import translate
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
 from moetrain.config.schema import Config, ParallelConfig
+from moetrain.config.trained_keys import is_fixed, refuse_starts, with_trained_widths
 from moetrain.config.values import flatten, show
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
@@ -50,10 +51,6 @@ _FREE_ON_RESUME = (
 _PATHS = ("data.path", "data.held_out", "data.tokenizer")
 # Errors shown of a recorded config: one of another release may differ in every key.
 _MOST_ERRORS = 20
-# Keys of the model that evaluation and sampling may change.
-_FREE_AFTER_TRAINING = ("model.top_k",)
-# Sections and keys that the checkpoint fixes, or that training alone reads.
-_OF_TRAINING = ("model.", "optim.", "balance.", "loss", "train.frozen")
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -87,9 +84,9 @@ def for_run(overrides: Sequence[str]) -> Config:
     """Compose the config to look at an existing run: its own config with the overrides on top.
 
     A bare word, run.name, run.dir or experiment names the run. It is read in one process without process
-    group unless the overrides say otherwise, because a checkpoint loads on any number of ranks. Of model.*
-    only top_k may differ from the trained value. Keys that only training reads may not differ: they would
-    have no effect.
+    group unless the overrides say otherwise, because a checkpoint loads on any number of ranks. The rules of
+    training are not asked. Keys whose effect the checkpoint holds, or that only training reads, may not
+    differ from the run's (config/trained_keys.py).
     """
     overrides, named = bare_run(overrides, known=False)
     command, problems = read(overrides)
@@ -101,16 +98,16 @@ def for_run(overrides: Sequence[str]) -> Config:
     base["run"]["nproc"] = 1
     base["parallel"] = asdict(ParallelConfig())
     base["engine"]["name"] = "torch"
-    config = _on_recorded(base, trained, directory, values, command, problems, files)
-    conflicts = _conflicts(trained, config, _FREE_AFTER_TRAINING)
-    if of_training := [error for error in conflicts if error.where.startswith(_OF_TRAINING)]:
-        for error in of_training:
-            error.why = "the run was trained with the first value, and this command does not train"
-            group = group_of(error.where.partition(".")[0])
-            option = group in command.choices and error.where not in command.values
-            error.next = f"leave {group if option else error.where} out"
-        raise ConfigErrors(of_training)
-    return config
+    config = _on_recorded(base, trained, directory, values, command, problems, files, trains=False)
+    fixed = [error for error in _conflicts(trained, config, ()) if is_fixed(error.where)]
+    for error in fixed:
+        error.why = "the run was trained with the first value, and this command does not train"
+        group = group_of(error.where.partition(".")[0])
+        option = group in command.choices and error.where not in command.values
+        error.next = f"leave {group if option else error.where} out"
+    if refused := [*fixed, *refuse_starts(trained, config)]:
+        raise ConfigErrors(refused)
+    return with_trained_widths(trained, config)
 
 
 def typed_keys(overrides: Sequence[str]) -> frozenset[str]:
@@ -132,7 +129,7 @@ def _trained(run: str, problems: Problems) -> tuple[Path, Config]:
 
 
 def _on_recorded(base: tree.Tree, trained: Config, directory: Path, values: tree.Tree, command: Command,
-                 problems: Problems, files: list[tuple[str, Path]]) -> Config:
+                 problems: Problems, files: list[tuple[str, Path]], trains: bool = True) -> Config:
     """Lay a command line over the recorded config of a run.
 
     Args:
@@ -143,6 +140,7 @@ def _on_recorded(base: tree.Tree, trained: Config, directory: Path, values: tree
         command: the command line.
         problems: its mistakes so far.
         files: yaml files of the options, as tree.finish takes them.
+        trains: whether the command trains.
     """
     below_runs = directory == Path("runs") / directory.name
     base["run"] |= {"name": directory.name, "dir": None} if below_runs else {"dir": str(directory)}
@@ -150,7 +148,8 @@ def _on_recorded(base: tree.Tree, trained: Config, directory: Path, values: tree
     base |= {section: values.get(section) for section in changed}
     files = [*(entry for entry in files if entry[0] in changed), ("", directory / "config.yaml")]
     typed = {path: given for path, given in command.values.items() if path not in RUN_KEYS}
-    return tree.finish(base, command._replace(values=typed), problems, files, trained=trained)
+    return tree.finish(base, command._replace(values=typed), problems, files, trained=trained,
+                       trains=trains)
 
 
 def run_dir(config: Config) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import moetrain
+from moetrain.config.build import NoSuchPart, arguments
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.packages import option_folders
@@ -90,3 +91,15 @@ def advice(group: str) -> str:
     """Say what to type to choose an option."""
     options = group_options().get(group, [])
     return f"{group}={options[0]}" if len(options) == 1 else f"choose {group} from {', '.join(options)}"
+
+
+def options_with(section: str, argument: str) -> list[str]:
+    """List the options of a group whose part takes an argument; none of `loss`, whose options add up."""
+    found = []
+    for option in group_options().get(section, []) if section != "loss" else []:
+        target = str(load(option_file(section, option)).get("_target_"))
+        try:
+            found += [f"{section}={option}"] if argument in arguments(target, section) else []
+        except NoSuchPart:
+            continue
+    return found

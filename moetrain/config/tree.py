@@ -14,7 +14,7 @@ from typing import Any
 from moetrain.config import checks, readers, renamed
 from moetrain.config.build import SIZES, NoSuchPart, NotAllowed, arguments
 from moetrain.config.field_names import keys_meant, values_meant
-from moetrain.config.groups import advice, group_of, group_options, option_file
+from moetrain.config.groups import advice, group_of, group_options, options_with
 from moetrain.config.origins import Origins, covers
 from moetrain.config.overrides import DELETE, Command, Problems, Value, typed
 from moetrain.config.schema import Config
@@ -32,33 +32,34 @@ from moetrain.config.values import (
     to_config,
     type_name,
 )
-from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
 Tree = dict[str, Any]
 
 
 def finish(tree: Tree, command: Command, problems: Problems, files: list[tuple[str, Path]],
-           recorded: Path | None = None, trained: Config | None = None) -> Config:
+           recorded: Path | None = None, trained: Config | None = None, trains: bool = True) -> Config:
     """Apply the command line to a tree, check it and make a Config of it.
 
-    Args: tree: nested values of the yaml files. command: the command line. problems: mistakes so far; those
-        that are found are added. files: (section, file) of every yaml file in the tree, "" for a file of
-        whole runs; the strongest first. recorded: the record that the whole tree comes from, if any. A run
-        records resolved values, so `${` is
-            text there. Rules between keys are skipped, because ranks may differ.
+    Args:
+        tree: nested values of the yaml files.
+        command: the command line.
+        problems: mistakes so far; those that are found are added.
+        files: (section, file) of each yaml file, the strongest first; "" is a file of whole runs.
+        recorded: record of the whole tree, if any: `${` is text there, and rules between keys are skipped.
         trained: the run's own config, where the command is about an existing run. What it reads may be typed.
+        trains: whether the command trains, so that the rules of training are asked.
     """
-    return _Finisher(command, problems, files, recorded, trained).run(tree)
+    return _Finisher(command, problems, files, recorded, trained, trains).run(tree)
 
 
 class _Finisher:
     """Shared state of the checks of one tree: command line, files, keys that may be set, and errors."""
 
     def __init__(self, command: Command, problems: Problems, files: list[tuple[str, Path]],
-                 recorded: Path | None, trained: Config | None) -> None:
+                 recorded: Path | None, trained: Config | None, trains: bool) -> None:
         self.command, self.problems = command, problems
-        self.recorded, self.trained = recorded, trained
+        self.recorded, self.trained, self.trains = recorded, trained, trains
         self.origins = Origins(command, files, recorded)
         self.keys: dict[str, Key] = {}
 
@@ -79,7 +80,8 @@ class _Finisher:
             self._unknown(path, value)
         config = to_config(clean)
         self._unread(before, config)
-        for error in [] if self.recorded else checks.check(config, checks.world_size(config)):
+        ranks = checks.world_size(config)
+        for error in [] if self.recorded else checks.check(config, ranks, trains=self.trains):
             involved = error.where.split(", ")
             if not self.problems.doubt(involved):
                 error.where = self.origins.of_rule(involved)
@@ -372,18 +374,6 @@ def _part_keys(tree: Tree) -> dict[str, Key]:
         cls = str(node["_target_"]).rpartition(".")[2]
         found |= {f"{path}.{name}": Key(f"{path}.{name}", key.type, key.default, f"argument of {cls}")
                   for name, key in accepted.items() if name not in SIZES}
-    return found
-
-
-def options_with(section: str, argument: str) -> list[str]:
-    """List the options of a group whose part takes an argument; none of `loss`, whose options add up."""
-    found = []
-    for option in group_options().get(section, []) if section != "loss" else []:
-        target = str(load(option_file(section, option)).get("_target_"))
-        try:
-            found += [f"{section}={option}"] if argument in arguments(target, section) else []
-        except NoSuchPart:
-            continue
     return found
 
 

@@ -58,7 +58,7 @@ def expert_parallel(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 
 def schedule(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """Check that chunks fit the kind of schedule and the tokens of a micro-batch."""
+    """Check that chunks fit the kind of schedule."""
     kind, chunks = config.schedule.kind, config.schedule.chunks
     if (kind == "none") != (chunks == 1):
         yield ConfigError(
@@ -66,6 +66,11 @@ def schedule(config: Config, ranks: int) -> Iterator[ConfigError]:
             where="schedule.chunks, schedule.kind",
             why="without a schedule a micro-batch is one chunk, and a schedule of one chunk hides nothing",
             next=f"schedule={'none' if chunks == 1 else 'fixed'} schedule.chunks={chunks}")
+
+
+def chunks(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check that a micro-batch has a token for every chunk."""
+    chunks = config.schedule.chunks
     tokens = config.train.per_forward(max(ranks, 1)) * config.train.seq_len
     if chunks > tokens > 0:
         yield ConfigError(

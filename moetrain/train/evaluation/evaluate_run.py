@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from moetrain.comm.agreement import all_or_none, on_first
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config, DataConfig
+from moetrain.config.trained_keys import Changed
 from moetrain.config.values import flatten
 from moetrain.data.batches.batch import Dataset
 from moetrain.data.batches.token_dataset import TokenDataset
@@ -53,6 +54,7 @@ class Evaluated(NamedTuple):
     overlap: Share | None     # with the training text; None where unknown
     windows: int              # most windows of a domain
     seconds: float
+    changed: tuple[Changed, ...]  # keys by which the model is not the one that was trained
 
 
 def evaluate_run(config: Config, typed: frozenset[str] = frozenset(),
@@ -83,7 +85,7 @@ def evaluate_run(config: Config, typed: frozenset[str] = frozenset(),
     asked = replace(run.config, eval=replace(config.eval, windows=windows))
     losses = evaluate(run.model, dataset, run.mesh, asked, step=run.step, own_domains=name is None).losses
     return Evaluated(losses, dataset, run.step, run.manifest.values["tokens"], dataset.fingerprint, name,
-                     overlap, windows, time.perf_counter() - began)
+                     overlap, windows, time.perf_counter() - began, run.changed)
 
 
 def record_of(found: Evaluated) -> dict[str, Any]:
@@ -95,6 +97,8 @@ def record_of(found: Evaluated) -> dict[str, Any]:
         overlap = found.overlap
         record |= {"path": found.typed, "overlap": overlap and overlap.value,
                    "overlap_windows": overlap.windows if overlap else 0}
+    if found.changed:
+        record["changed"] = {change.key: [change.trained, change.now] for change in found.changed}
     return record
 
 

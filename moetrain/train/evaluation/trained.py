@@ -19,9 +19,11 @@ from moetrain.checkpoint.manifest import newest
 from moetrain.checkpoint.records import Manifest
 from moetrain.comm.agreement import all_or_none, from_first
 from moetrain.comm.mesh import Mesh
-from moetrain.config.compose import run_dir
+from moetrain.config.compose import from_yaml, run_dir
 from moetrain.config.recorded_paths import with_absolute_paths
+from moetrain.config.run_names import has_config
 from moetrain.config.schema import Config
+from moetrain.config.trained_keys import Changed, changes
 from moetrain.data.batches.batch import Dataset
 from moetrain.data.loader import build_dataset
 from moetrain.data.preparation.by_fingerprint import NAME_LENGTH, find_prepared, prepared_place
@@ -30,11 +32,11 @@ from moetrain.data.preparation.prepared_dataset import open_prepared
 from moetrain.data.pretokenized.end_token import open_tokenizer
 from moetrain.data.pretokenized.token_indexes import TokenIndexes
 from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer, load_tokenizer
-from moetrain.errors import CheckpointError, DataError
+from moetrain.errors import CheckpointError, ConfigErrors, DataError
 from moetrain.files import nearby, shown
 from moetrain.model.build import ConvertModel, build_model
 from moetrain.model.transformer import Transformer
-from moetrain.runs.completion import trained_config
+from moetrain.runs.completion import config_of, trained_config
 from moetrain.train.checkpoint.load import load_newest_model, newest_manifest, other_model
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.session import join
@@ -55,6 +57,7 @@ class Trained(NamedTuple):
     directory: Path            # of the run
     manifest: Manifest         # of the checkpoint
     places: tuple[Path, ...]   # where prepared data of the run may lie
+    changed: tuple[Changed, ...]   # keys by which the model is not the one that was trained
 
     @property
     def step(self) -> int:
@@ -84,14 +87,17 @@ def load_trained(config: Config, typed: frozenset[str] = frozenset(),
             next="the command that trains the run; it saves at run.stop_at, too",
         )
     mesh = join(config)
-    vocab_size = all_or_none(mesh["batch"], lambda: _vocabulary(directory))
+    manifest = all_or_none(mesh["batch"], lambda: newest_manifest(directory))
+    vocab_size = all_or_none(mesh["batch"], lambda: _vocabulary(manifest, directory))
+    trained = all_or_none(mesh["batch"], lambda: _recorded(manifest, directory))
+    config = replace(config, run=replace(config.run, seed=trained.run.seed, steps=trained.run.steps))
     model = build_model(config, vocab_size, mesh, convert_model)
     found = load_newest_model(model, directory, mesh, verify=config.checkpoint.verify)
     model.eval()
     own = as_trained(config, trained_config(directory, found.path), typed)
     named = (config.data.cache, own.data.cache, own.data.path if own.data.kind == "tokens" else None)
     places = tuple(dict.fromkeys([directory / "data", *(Path(path) for path in named if path)]))
-    return Trained(model, mesh, own, directory, found.manifest, places)
+    return Trained(model, mesh, own, directory, found.manifest, places, changes(trained, own))
 
 
 def as_trained(config: Config, trained: Config, typed: frozenset[str]) -> Config:
@@ -108,11 +114,24 @@ def as_trained(config: Config, trained: Config, typed: frozenset[str]) -> Config
             else config.data.mask_documents)
     data = replace(trained.data, mask_documents=mask, overlap=config.data.overlap,
                    cache=config.data.cache or trained.data.cache)
-    return replace(config, data=data, run=replace(config.run, seed=trained.run.seed))
+    return replace(config, data=data)
 
 
-def _vocabulary(directory: Path) -> int:
-    entry = newest_manifest(directory).entry(_EMBEDDING)
+def _recorded(manifest: Manifest, directory: Path) -> Config:
+    """The config that the checkpoint records: config.yaml of the run may have been changed since.
+
+    It is config.yaml nevertheless where another release wrote a record that cannot be read here.
+    """
+    try:
+        return config_of(manifest, directory)
+    except (CheckpointError, ConfigErrors):
+        if not has_config(directory):
+            raise
+        return from_yaml(directory / "config.yaml")
+
+
+def _vocabulary(manifest: Manifest, directory: Path) -> int:
+    entry = manifest.entry(_EMBEDDING)
     if entry is None or len(entry.shape) != 2:
         raise other_model(directory / "checkpoints", [f"{_EMBEDDING} is not in the checkpoint"])
     return entry.shape[0]
