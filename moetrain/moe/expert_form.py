@@ -30,7 +30,7 @@ from moetrain.ops.expert_linear import expert_linear, expert_vectors
 from moetrain.ops.grouped_experts import grouped_experts
 from moetrain.ops.grouped_gemm import Counts, make_groups, takes_counts_on_device
 from moetrain.ops.permute import Permutation, permute, permute_padded
-from moetrain.ops.start import Start, normal, residual_normal
+from moetrain.ops.start import Start, constant, normal, residual_normal
 from moetrain.ops.swiglu import only_used, swiglu
 from moetrain.shapes import Shapes, shapes_of
 
@@ -88,8 +88,13 @@ class ExpertForm:
         assert set(self.QUANTIZED) <= self.shapes.keys(), (self.QUANTIZED, self.SHAPES)
 
     def starts(self) -> dict[str, Start]:
-        """Rule by which each parameter starts (ops/start.py), by its name. Every form has its own."""
-        return {}
+        """Rule by which each parameter starts (ops/start.py), by its name.
+
+        Vectors start at 0. Matrices start at random, smaller where they give D numbers, which are added to
+        the residual stream.
+        """
+        return {name: constant(0.0) if len(widths) == 1 else
+                residual_normal() if widths[0] == "D" else normal() for name, widths in self.SHAPES.items()}
 
     @property
     def numbers(self) -> int:
@@ -139,7 +144,8 @@ class ExpertForm:
         raise NotImplementedError
 
     def compute(self, x_ND: Tensor, weights_R: Tensor, counts_e: Counts, order: Permutation | None,
-                homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None) -> Tensor:
+                homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None,
+                part: str = "rows") -> Tensor:
         """Compute the weighted outputs of rows as they arrived. Differentiable.
 
         Args:
@@ -150,6 +156,8 @@ class ExpertForm:
             order: which arrived row is which expert's row; None: x is ordered by expert.
             homes: parameters of the experts at home here, in the order of SHAPES.
             copies: parameters of copies of other experts, which come after these.
+            part: the method that computes them: `rows`, or one of its signature for a form whose matrices are
+                used apart, such as queries and outputs of attention experts.
 
         Returns:
             Rows [R, D] in the dtype of x, ordered by expert.
@@ -159,10 +167,11 @@ class ExpertForm:
         used = make_groups(counts_e, x_ND.device).used
         if used is not None:                                  # padding gets no gradient
             x_RD, weights_R = only_used(x_RD, used), only_used(weights_R, used)
-        return self.rows(x_RD, weights_R, StackedParameters(tuple(self.shapes), homes, copies, counts_e))
+        experts = StackedParameters(tuple(self.shapes), homes, copies, counts_e)
+        return getattr(self, part)(x_RD, weights_R, experts)
 
     def chunks(self, homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None,
-               waited: Tensor | None = None) -> ChunkComputation:
+               waited: Tensor | None = None, part: str = "rows") -> ChunkComputation:
         """Return the function that computes the chunks of a micro-batch, in order.
 
         Called where backward shall run last (ops/chunked_experts.py).
@@ -172,12 +181,13 @@ class ExpertForm:
             copies: parameters of copies of other experts, which come after these.
             waited: empty tensor through whose node copies were waited for. That node's backward runs after
                 that of all chunks, also where all parameters are frozen.
+            part: as for `compute`.
         """
 
         def compute(x_ND: Tensor, weights_R: Tensor, counts_e: Counts, order: Permutation) -> Tensor:
             if waited is not None:
                 x_ND = _After.apply(x_ND, waited)
-            return self.compute(x_ND, weights_R, counts_e, order, homes, copies)
+            return self.compute(x_ND, weights_R, counts_e, order, homes, copies, part)
 
         return compute
 
@@ -191,9 +201,6 @@ class SwigluExpert(ExpertForm):
     SHAPES = {"gate_up": ("2F", "D"), "down": ("D", "F")}
     KEPT = ("2F",)
 
-    def starts(self) -> dict[str, Start]:
-        return {"gate_up": normal(), "down": residual_normal()}
-
     def matrix_rows(self) -> dict[str, list[int]]:
         return {"gate_up": [self.expert_dim] * 2}
 
@@ -201,12 +208,15 @@ class SwigluExpert(ExpertForm):
         return experts.linear("down", swiglu(experts.linear("gate_up", x_RD), weights_R))
 
     def compute(self, x_ND: Tensor, weights_R: Tensor, counts_e: Counts, order: Permutation | None,
-                homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None) -> Tensor:
+                homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None,
+                part: str = "rows") -> Tensor:
+        assert part == "rows", part
         gate_up_eGD, down_eDF = homes
         return grouped_experts(x_ND, weights_R, gate_up_eGD, down_eDF, counts_e, order, copies)
 
     def chunks(self, homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None,
-               waited: Tensor | None = None) -> ChunkComputation:
+               waited: Tensor | None = None, part: str = "rows") -> ChunkComputation:
+        assert part == "rows", part
         gate_up_eGD, down_eDF = homes
         return ChunkedExperts(gate_up_eGD, down_eDF, copies, waited)
 

@@ -19,7 +19,7 @@ from moetrain.config.compose import compose
 from moetrain.errors import ConfigErrors
 from moetrain.moe.expert_form import ExpertForm
 from moetrain.ops.permute import permute
-from tests.support.expert_forms import TwoMatrixExpert, reference
+from tests.support.expert_forms import TwoMatrixExpert, reference, use_apart
 from tests.support.random_copies import run_with_copies
 from tests.support.training import TINY, Trained, difference, make_run, train_run, union
 
@@ -102,7 +102,7 @@ def truth(form: str, optimizer: str, sizes: tuple[str, ...]) -> Trained:
         return union([train_case([*words(form, optimizer), *sizes])])
 
 
-def by_hand(form, x_ND, weights_R, counts_e, order, homes, copies=None) -> Tensor:
+def by_hand(form, x_ND, weights_R, counts_e, order, homes, copies=None, part="rows") -> Tensor:
     """Outputs of rows in the order of experts, by plain products, expert after expert."""
     x_RD = x_ND if order is None else permute(x_ND, order)
     if form.QUANTIZED:                       # the bank has quantized them
@@ -126,6 +126,35 @@ def test_a_form_trains_alike_on_every_mesh(ranks, case: Case) -> None:
     for mine, theirs in zip(ours.metrics, expected.metrics):
         for key in ("loss/ce", "loss/total", "grad_norm"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-10), key
+
+
+APART = [*OWN, "run.dtype=float64", "expert._target_=tests.support.expert_forms.QueryOutputExpert"]
+
+
+def train_apart(overrides: list[str]) -> Trained:
+    if COPIES[0] not in overrides:
+        return train_run(make_run(overrides, convert_model=use_apart), STEPS)
+    run = run_with_copies(overrides, convert_model=use_apart)
+    run.state.planning.restored()
+    return train_run(run, STEPS)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mesh, passes", [
+    ("ep", "selective"), ("fssdp", "none"),
+    *(pytest.param(mesh, passes, marks=pytest.mark.full)
+      for mesh, passes in [("single", "full"), ("ep_fsdp", "none"), ("chunks", "full"), ("fssdp", "full"),
+                           ("fssdp, two levels, gathered again", "none")])])
+def test_matrices_that_are_used_apart_train_like_those_of_one_expert(ranks, mesh, passes) -> None:
+    """The layer sends every token twice; the truth is the same form in a MoE layer, in one pass."""
+    world, words = MESHES[mesh]
+    overrides = [*APART, *words, f"train.activation_checkpointing={passes}", f"run.nproc={world}",
+                 f"train.micro_batch={16 // world}"]
+    ours = union([train_apart(overrides)] if world == 1 else ranks(world).run(train_apart, overrides))
+    expected = union([train_case(APART)])
+    for what in ("gradients", "parameters"):
+        error, name = difference(getattr(ours, what), getattr(expected, what))
+        assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"
 
 
 def test_the_tensors_of_a_form_have_its_names_and_shapes() -> None:
