@@ -56,7 +56,9 @@ PAIRS = [
     Case("pass_twice", "ep", "none", 2, ("schedule=fixed", "schedule.chunks=3", "parallel.exchange=peer")),
     Case("pass_twice", "fsdp", "selective", 2),
     Case("pass_twice", "ep_fsdp", "full", 1),
-    Case("pass_twice", "fssdp", "none", 4),
+    Case("pass_twice", "fssdp", "none", 4, ("parallel.max_sliced_experts=2", "parallel.rehome_interval=2")),
+    Case("pass_twice", "fssdp", "none", 1, ("schedule=fixed", "schedule.chunks=2",
+                                            "parallel.rematerialize=true")),
     Case("pass_twice", "fssdp", "full", 2, ("parallel.rematerialize=true", CALIBRATE)),
     Case("pass_twice", "fssdp", "selective", 1, ("train.count_pass=true",)),
     Case("one_bank", "single", "selective", 1),
@@ -66,7 +68,7 @@ PAIRS = [
     Case("surround", "ep", "full", 1),
     Case("surround", "ep_fsdp", "none", 2),
     Case("surround", "fsdp", "selective", 1),
-    Case("surround", "fssdp", "full", 4, ("train.count_pass=true",)),
+    Case("surround", "fssdp", "full", 4, ("train.count_pass=true", "parallel.rehome_interval=2")),
     Case("add_null_choices", "ddp", "selective", 4),
     Case("add_null_choices", "ep", "full", 1, ("schedule=fixed", "schedule.chunks=2")),
     Case("add_null_choices", "fsdp", "none", 1),
@@ -74,6 +76,8 @@ PAIRS = [
     Case("route_attention", "ep", "selective", 2),
     Case("route_attention", "fsdp", "full", 1),
     Case("route_attention", "fssdp", "full", 2, ("train.count_pass=true", "parallel.rematerialize=true")),
+    Case("route_attention", "fssdp", "none", 1, ("parallel.rematerialize=true", "parallel.rehome_interval=2",
+                                                 CALIBRATE)),
 ]
 
 
