@@ -256,7 +256,7 @@ def with_corrupted_loads(overrides: list[str]) -> tuple[str, int]:
         run.state.planning.forecaster.forecast.loads_wL += 1
     run.state.planning._plan()
     posted = []
-    for layer in run.parallel.copies.layers.values():
+    for layer in run.parallel.copies.banks.values():
         layer.prefetch = lambda: posted.append(1)
     try:
         train_step(run, 2)

@@ -30,7 +30,7 @@ def live(overrides: list[str]) -> Live:
     run = run_with_copies(overrides)
     run.state.planning.planner = EveryLayerOtherwise(3)
     run.state.planning.restored()
-    layers = list(run.parallel.copies.layers.values())
+    layers = list(run.parallel.copies.banks.values())
     gathered: list[tuple[StorageWeakRef, int]] = []
     seen = {"most": 0, "forward": 0}
 

@@ -86,10 +86,10 @@ class CopyManager:
                  topology: Topology | None = None) -> None:
         topology = topology or Topology(group.size, group.size)
         self.passes = dict(passes)
-        self.layers: dict[str, LayerCopies] = {}
+        self.banks: dict[str, BankCopies] = {}
         below = None
         for name, bank in banks.items():
-            below = self.layers[name] = bank.copies = LayerCopies(
+            below = self.banks[name] = bank.copies = BankCopies(
                 bank, group, dtype, rematerialize, recompute, below, form, topology)
 
     def set_placement(self, placement: ExpertPlacement, tables: DeviceTables) -> None:
@@ -100,31 +100,31 @@ class CopyManager:
             tables: where indices are put on the device.
         """
         for name, layer in placement.layers:
-            self.layers[name].set_placement(layer, tables)
+            self.banks[name].set_placement(layer, tables)
 
     def begin(self, micro_batches: int) -> None:
         """Begin a step of so many micro-batches."""
-        for name, layer in self.layers.items():
-            layer.begin(micro_batches * self.passes[name])
+        for name, copies in self.banks.items():
+            copies.begin(micro_batches * self.passes[name])
 
     @property
     def added(self) -> int:
         """Copies that calibration has added in this step, over all positions and banks."""
-        return sum(layer.added for layer in self.layers.values())
+        return sum(copies.added for copies in self.banks.values())
 
     @torch.no_grad()
     def finish(self) -> None:
         """Add the gradients of all copies to those of their homes. After the last backward. Waits."""
-        for layer in self.layers.values():
-            layer.finish()
+        for copies in self.banks.values():
+            copies.finish()
 
     def release(self) -> None:
         """Drop all copies, which are stale once the parameters have changed."""
-        for layer in self.layers.values():
-            layer.release()
+        for copies in self.banks.values():
+            copies.release()
 
 
-class LayerCopies:
+class BankCopies:
     """Copies of one bank, and the hooks to which it delegates (moe/bank.py).
 
     Args:
@@ -139,7 +139,7 @@ class LayerCopies:
     """
 
     def __init__(self, bank: ExpertBank, group: Group, dtype: torch.dtype, rematerialize: bool,
-                 recompute: bool, below: "LayerCopies | None", form: str, topology: Topology) -> None:
+                 recompute: bool, below: "BankCopies | None", form: str, topology: Topology) -> None:
         self.bank, self.group, self.dtype, self.below = bank, group, dtype, below
         self.form, self.topology = form, topology
         self.rematerialize = rematerialize
@@ -345,9 +345,9 @@ class _Wait(torch.autograd.Function):
     """Autograd node whose forward waits for copies and whose backward accumulates their gradients."""
 
     @staticmethod
-    def forward(ctx, x_ND, anchor, layer):
-        values = layer.values()
-        ctx.layer, ctx.trained = layer, [name in layer.bank.trainable for name in layer.bank.names]
+    def forward(ctx, x_ND, anchor, copies):
+        values = copies.values()
+        ctx.copies, ctx.trained = copies, [name in copies.bank.trainable for name in copies.bank.names]
         ctx.set_materialize_grads(all(ctx.trained))
         ctx.mark_non_differentiable(
             *(copied for copied, trained in zip(values, ctx.trained) if not trained))
@@ -355,7 +355,7 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND, *gradients):
-        ctx.layer.add_grads([gradient for gradient, trained in zip(gradients, ctx.trained) if trained])
+        ctx.copies.add_grads([gradient for gradient, trained in zip(gradients, ctx.trained) if trained])
         return grad_ND, None, None
 
 
@@ -363,31 +363,31 @@ class _ReduceGrads(torch.autograd.Function):
     """Autograd node whose backward starts the reduction of gradients, on every rank."""
 
     @staticmethod
-    def forward(ctx, x_TD, anchor, layer):
-        ctx.layer = layer
+    def forward(ctx, x_TD, anchor, copies):
+        ctx.copies = copies
         return x_TD.view_as(x_TD)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        ctx.layer.start_reduction()
+        ctx.copies.start_reduction()
         return grad_TD, None, None
 
 
 class _ReleaseAfterForward(torch.autograd.Function):
-    """Autograd node whose backward starts the gathers of this layer and of the layer below.
+    """Autograd node whose backward starts the gathers of this bank and of the one before it.
 
     All ranks start them in the same order.
     """
 
     @staticmethod
-    def forward(ctx, rows_RD, layer):
-        ctx.layer = layer
+    def forward(ctx, rows_RD, copies):
+        ctx.copies = copies
         return rows_RD.view_as(rows_RD)
 
     @staticmethod
     def backward(ctx, grad_RD):
-        ctx.layer.prefetch()
-        below = ctx.layer.below
+        ctx.copies.prefetch()
+        below = ctx.copies.below
         if below is not None and below.backwards:        # else nobody would wait for that gather
             below.prefetch()
         return grad_RD, None

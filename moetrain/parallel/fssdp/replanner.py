@@ -242,7 +242,7 @@ class Replanner:
             plan: its plan for this step.
             n_PE: int64 [P, E], rows of the pass from every position for every expert, on the host.
         """
-        copies = self.copies.layers[name]
+        copies = self.copies.banks[name]
         if copies.calibrated:
             return
         copies.calibrated = True
