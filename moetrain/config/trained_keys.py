@@ -20,8 +20,8 @@ from moetrain.errors import ConfigError
 
 # A trailing dot means the whole section.
 FIXED = ("model.", "optim.", "balance.", "loss", "loss.", "train.frozen", "run.seed", "run.steps")
-CHANGING = ("model.top_k", "router.", "capacity.", "train.seq_len", "data.mask_documents")
-_PARTS = ("router", "capacity")
+CHANGING = ("model.top_k", "router.", "capacity.", "expert.", "train.seq_len", "data.mask_documents")
+_PARTS = ("router", "capacity", "expert")
 
 
 class Changed(NamedTuple):
@@ -38,7 +38,12 @@ class Changed(NamedTuple):
 
 def is_fixed(key: str) -> bool:
     """Whether another value of a key than the trained one is refused."""
-    return _among(key, FIXED) and not _among(key, CHANGING)
+    return _among(key, FIXED) and not is_changing(key)
+
+
+def is_changing(key: str) -> bool:
+    """Whether another value of a key than the trained one makes another model."""
+    return _among(key, CHANGING)
 
 
 def changes(trained: Config, config: Config) -> tuple[Changed, ...]:
@@ -51,7 +56,7 @@ def changes(trained: Config, config: Config) -> tuple[Changed, ...]:
     before, now = _with_defaults(trained), _with_defaults(config)
     idle = set(_start_arguments(config))
     return tuple(Changed(key, before.get(key), now.get(key)) for key in dict.fromkeys([*before, *now])
-                 if _among(key, CHANGING) and key not in idle and before.get(key) != now.get(key))
+                 if is_changing(key) and key not in idle and before.get(key) != now.get(key))
 
 
 def _with_defaults(config: Config) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from moetrain.config import checks
 from moetrain.config.checks import OF_TRAINING, RULES
 from moetrain.config.compose import compose, for_run, run_dir, to_yaml
 from moetrain.config.schema import Config
-from moetrain.config.trained_keys import FIXED, changes, is_fixed, with_trained_widths
-from moetrain.config.values import schema_keys
+from moetrain.config.trained_keys import changes, is_changing, is_fixed, with_trained_widths
+from moetrain.config.values import schema_keys, schema_sections
 from moetrain.errors import ConfigErrors
 
 MUON = ["optim=muon"]
@@ -66,7 +66,7 @@ ILLEGAL = {  # refused in both
 }
 # Rules of which every key is fixed (the run would not have been trained), or is given by other words.
 BY_THE_RUN = {"run_name", "heads", "layer_pattern", "dense_width", "divisions", "betas", "loss_names",
-              "pools"}
+              "pools", "sliced_quantized"}
 
 
 @pytest.mark.parametrize("name", [*LEGAL, *ILLEGAL])
@@ -106,9 +106,10 @@ def test_every_key_of_the_schema_is_fixed_changing_or_free() -> None:
     """New sections of what is trained have to be named."""
     free = {"run", "parallel", "schedule", "train", "data", "eval", "checkpoint", "log", "generate",
             "hardware", "engine", "planner"}
-    sections = {key.partition(".")[0] for key in schema_keys() if not is_fixed(key)}
-    assert sections - free == {"model"} and not is_fixed("model.top_k")        # model.top_k alone
-    assert {key.partition(".")[0] for key in FIXED} >= {"model", "optim", "balance", "loss"}
+    keys = [*schema_keys(), *(f"{section}.x" for section, cls in schema_sections().items() if cls is dict)]
+    sections = {key.partition(".")[0] for key in keys if not is_fixed(key) and not is_changing(key)}
+    assert sections == free
+    assert [key for key in schema_keys() if key.startswith("model.") and not is_fixed(key)] == ["model.top_k"]
 
 
 def test_a_key_that_makes_another_model_is_named_with_both_values(run) -> None:
