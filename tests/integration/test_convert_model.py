@@ -37,7 +37,7 @@ def normalize_attention(model: Transformer, config: Config) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mesh", ["ddp", "ep", "fsdp", "ep_fsdp", "fssdp"])
+@pytest.mark.parametrize("mesh", ["ddp", "fsdp", "fssdp"])
 def test_a_converted_model_trains_alike_on_every_mesh(ranks, mesh: str) -> None:
     words = ["run.dtype=float64", "model.qk_norm=false"]
     checkpointing = "full" if mesh in ("fsdp", "fssdp") else "none"

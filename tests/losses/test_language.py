@@ -25,18 +25,18 @@ from tests.support.training import difference, make_run, snapshot, train_run, un
 
 STEPS = 2
 BASE = ["run.dtype=float64", "data.min_length=0.5", "train.clip=0"]
-FACTORS = [list(LOSSES), ("single", "ddp", "ep", "fsdp", "ep_fsdp", "fssdp"), (1, 2), (0, 20)]
-# kind, mesh, accumulation, head_chunk
-CASES = [("cross-entropy", "ddp", 2, 0), ("cross-entropy", "ep_fsdp", 1, 20),
-         ("cross-entropy", "fssdp", 1, 0),
-         ("distillation", "fsdp", 2, 20), ("distillation", "ep", 1, 0), ("consistency", "fsdp", 1, 0),
-         ("consistency", "fssdp", 2, 20), ("consistency", "ddp", 2, 0), ("preference", "ep", 2, 20),
-         ("preference", "ep_fsdp", 1, 0), ("preference", "single", 4, 0)]
+PASSES = {"keep": [], "full": ["train.activation_checkpointing=full"], "count": ["train.count_pass=true"]}
+FACTORS = [list(LOSSES), ("single", "ddp", "ep", "fsdp", "ep_fsdp", "fssdp"), (1, 2), (0, 20), list(PASSES)]
+# kind, mesh, accumulation, head_chunk, passes
+CASES = [("cross-entropy", "ep_fsdp", 2, 20, "full"), ("cross-entropy", "fssdp", 1, 0, "keep"),
+         ("distillation", "fsdp", 2, 20, "keep"), ("consistency", "fsdp", 1, 0, "full"),
+         ("consistency", "fssdp", 2, 20, "keep"), ("consistency", "ep", 2, 0, "count"),
+         ("preference", "ddp", 2, 20, "count"), ("preference", "single", 4, 0, "full")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "accumulation" in metafunc.fixturenames:
-        metafunc.parametrize("kind, mesh, accumulation, head_chunk",
+        metafunc.parametrize("kind, mesh, accumulation, head_chunk, passes",
                              product(*FACTORS) if metafunc.config.getoption("--all") else CASES)
 
 
@@ -47,12 +47,12 @@ def truths() -> dict:
 
 @pytest.mark.ranks
 def test_every_loss_is_the_same_however_the_batch_is_split(
-        ranks, truths, kind: str, mesh: str, accumulation: int, head_chunk: int) -> None:
+        ranks, truths, kind: str, mesh: str, accumulation: int, head_chunk: int, passes: str) -> None:
     if kind not in truths:
         truths[kind] = union([prompted_steps(kind, BASE, STEPS)])
     truth, world = truths[kind], 1 if mesh == "single" else 2
     words = [*BASE, f"parallel={mesh}", f"run.nproc={world}", f"train.head_chunk={head_chunk}",
-             f"train.micro_batch={16 // world // accumulation}"]
+             *PASSES[passes], f"train.micro_batch={16 // world // accumulation}"]
     ours = union([prompted_steps(kind, words, STEPS)] if world == 1 else
                  ranks(world).run(prompted_steps, kind, words, STEPS))
     for what in ("gradients", "parameters"):

@@ -113,9 +113,8 @@ def truth():
     return alone(["run.dtype=float64"], STEPS, None, adapt)
 
 
-CASES = [("ddp", "none", 1), ("ep", "selective", 2), ("fsdp", "selective", 1), ("fsdp", "full", 2),
-         ("ep_fsdp", "none", 2), ("ep_fsdp", "selective", 1), ("fssdp", "full", 1),
-         ("single", "selective", 4)]
+CASES = [("ddp", "none", 1), ("ep", "selective", 4), ("fsdp", "full", 4), ("ep_fsdp", "selective", 1),
+         ("fssdp", "full", 1), ("single", "selective", 4)]
 FACTORS = [("single", "ddp", "ep", "fsdp", "ep_fsdp", "fssdp"), ("none", "selective", "full"), (1, 4)]
 
 
