@@ -1,7 +1,7 @@
 """Language term of the objective: cross-entropy, or a user's loss in its place.
 
     CrossEntropy     sum of -log p(target) over the scored targets
-    LanguageLoss     interface of other losses: distillation, consistency of two passes, preferences
+    LanguageLoss     interface of other losses: distillation, consistency of two draws, preferences
     Head             what a loss sees of the output head
 
 A loss returns the sum over its terms in a micro-batch, and `count` says how many these are. The sum of the
@@ -74,7 +74,7 @@ class LanguageLoss:
     It has no state that changes: nothing of it is saved. `train(config, language_loss=...)` trains on it.
     """
 
-    passes: int = 1         # times that a micro-batch runs in one pass: along B, with the draws 0, 1, ...
+    draws: int = 1          # times that a micro-batch stands along B in one pass, each with a draw of its own
     together: int = 1       # neighboring sequences that must be in one micro-batch, as the two of a pair
     by_rows: bool = False   # whether the head is used by `per_row` alone, as `train.head_chunk` needs
 
@@ -88,7 +88,7 @@ class LanguageLoss:
         Args:
             states_BSD: [B, S, D], normalized hidden states before the head.
             head: the head.
-            batch: the micro-batch, as often one after the other along B as `passes` says.
+            batch: the micro-batch, `draws` times, one after the other along B.
 
         Returns:
             Scalar with graph, float32 or better.

@@ -165,10 +165,13 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
                 if run.objective.attached else x_BSD)
 
     def score(states_BSD: Tensor, head_VD: Tensor) -> Tensor:
-        return language.score(states_BSD, Head(head_VD, run.config.train.head_chunk), batch)
+        total = language.score(states_BSD, Head(head_VD, run.config.train.head_chunk), batch)
+        assert total.shape == () and total.dtype.itemsize >= 4, (
+            f"{type(language).__name__}.score returned {list(total.shape)} of {total.dtype}, no float32 sum")
+        return total
 
     language = run.objective.language
-    context = step_context(run.config.run.seed, step, batch, draws=language.passes,
+    context = step_context(run.config.run.seed, step, batch, draws=language.draws,
                            per_sequence=run.objective.per_sequence)
     decisions = [] if run.dump is not None and run.dump.wanted else None
     with record_function("forward"):
@@ -184,7 +187,7 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
 def _count(run: Run, step: int, batch: Batch, on_counts: OnCounts) -> OpRecord:
     """Run one micro-batch up to its last router, and record the choices of all routers."""
     choices, context = OpRecord(), step_context(run.config.run.seed, step, batch,
-                                                draws=run.objective.language.passes)
+                                                draws=run.objective.language.draws)
     context = context._replace(on_counts=on_counts)
     with choices.record(), record_function("count"):
         run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True)

@@ -174,7 +174,7 @@ def build_objective(config: Config, num_routers: int, language: LanguageLoss | N
 
 
 def check_language_loss(config: Config, language: LanguageLoss | None, ranks: int) -> None:
-    """Raise ConfigError if a run splits its work so that a user's language loss cannot be computed.
+    """Raise ConfigError if a user's language loss is none, or a run splits its work as it cannot be split.
 
     Args:
         config: the config of the run.
@@ -183,6 +183,11 @@ def check_language_loss(config: Config, language: LanguageLoss | None, ranks: in
     """
     if language is None:
         return
+    if not isinstance(language, LanguageLoss):
+        raise ConfigError(
+            235, f"language_loss is {language!r}, no LanguageLoss", where="language_loss",
+            why="it is called by the methods of moetrain.losses.language.LanguageLoss",
+            next="an object of a subclass, as language_loss=MyLoss()")
     name, sequences = type(language).__name__, config.train.per_forward(ranks)
     if config.train.head_chunk and not language.by_rows:
         raise ConfigError(

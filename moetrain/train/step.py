@@ -134,7 +134,7 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     watch.lap("optim")
 
     run.state.step = step
-    run.state.tokens += summed.tokens // run.objective.language.passes
+    run.state.tokens += summed.tokens // run.objective.language.draws
     sources = gather_to_first(mesh["batch"], local) if config.log.sources else None
     return StepResult(step_metrics(run, summed, rate, copies), counts, sources, agreed)
 
@@ -167,7 +167,7 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
         "time/step": seconds,
         **run.watch.laps,
         **rank_metrics(summed.phases),
-        "throughput/tokens_per_s": summed.tokens // run.objective.language.passes / seconds,
+        "throughput/tokens_per_s": summed.tokens // run.objective.language.draws / seconds,
         **({"throughput/mfu": summed.tokens / seconds / run.peak_tokens_per_s}
            if run.peak_tokens_per_s else {}),
         "memory/peak": peak_memory(run.mesh.device),
@@ -187,14 +187,14 @@ def read_batches(run: Run, step: int) -> tuple[list[Batch], DataError | None]:
     Returns:
         The micro-batches on the device, as often as the language loss runs them, and the error or None.
     """
-    passes = run.objective.language.passes
+    draws = run.objective.language.draws
     try:
-        return [batch.to(run.mesh.device).repeated(passes) for batch in run.loader.step(step)], None
+        return [batch.to(run.mesh.device).repeated(draws) for batch in run.loader.step(step)], None
     except DataError as error:
         train, sequences = run.config.train, run.config.train.per_forward(run.mesh["batch"].size)
         nothing = padding(sequences, train.seq_len,
                           mask_documents=run.config.data.mask_documents).to(run.mesh.device)
-        return [nothing.repeated(passes)] * run.loader.micro_batches, error
+        return [nothing.repeated(draws)] * run.loader.micro_batches, error
 
 
 def count_terms(run: Run, batches: list[Batch]) -> Denominators:

@@ -1,7 +1,7 @@
 """Language losses that exist in tests only, and training on them; each also as a plain formula of logits.
 
     distillation    KL divergence from given logits
-    consistency     two passes with draws of their own: cross-entropy of both, and how far they are apart
+    consistency     a batch with two draws: cross-entropy of both, and how far they are apart
     preference      pairs of sequences: the sum over the first should beat the sum over the second
 
 Shapes: B sequences, S positions, V vocabulary, C rows of a chunk.
@@ -33,9 +33,9 @@ class Distillation(LanguageLoss):
 
 
 class Consistency(LanguageLoss):
-    """Cross-entropy of two passes, and the symmetric KL divergence between them."""
+    """Cross-entropy with two draws, and the symmetric KL divergence between them."""
 
-    passes, by_rows, weight = 2, True, 0.5
+    draws, by_rows, weight = 2, True, 0.5
 
     def score(self, states_BSD: Tensor, head: Head, batch: Batch) -> Tensor:
         first, second = states_BSD.chunk(2)
@@ -124,7 +124,7 @@ class Prompted:
 
 
 def prompted_run(kind: str, overrides: list[str]) -> Run:
-    """A run whose sequences have prompts; that of two passes has routers that draw."""
+    """A run whose sequences have prompts; that of two draws has routers that draw."""
     run = make_run([f"data.vocab_size={VOCABULARY}", *overrides], None,
                    noisy if kind == "consistency" else None, LOSSES[kind])
     run.loader._dataset = Prompted(run.loader._dataset)

@@ -57,7 +57,7 @@ def measure_graph(run: Run) -> int:
     """
     step = run.state.step + 1
     batch = all_or_none(run.mesh["batch"], lambda: run.loader.step(step)[0]).to(run.mesh.device)
-    batch = batch.repeated(run.objective.language.passes)
+    batch = batch.repeated(run.objective.language.draws)
     unrecorded = replace(run, dump=None)
     # This pass allocates what stays for the whole step, such as expert copies, so that it is not counted.
     with torch.no_grad():
