@@ -157,6 +157,24 @@ def declared(target: str, family: str, name: str) -> Any:
     return None
 
 
+def constant_weights(target: str) -> dict[str, list[Any]] | None:
+    """Read with which arguments a token's gate weights sum to a constant (`Router.CONSTANT_WEIGHTS`).
+
+    Args:
+        target: dotted name of a router.
+
+    Returns:
+        Values by argument; empty for always, None where the class does not say or wants not to be asked.
+    """
+    told, accepted = declared(target, "router", "CONSTANT_WEIGHTS"), arguments(target, "router")
+    if unknown := sorted(set(told or ()) - accepted.keys()):
+        raise ConfigError(
+            208, f"CONSTANT_WEIGHTS of {target} names {unknown[0]}, which is no argument", where=target,
+            why="it has the values of arguments with which gate weights sum to a constant",
+            next=f"one of {', '.join(accepted)}; {{}} for always")
+    return told if isinstance(told, dict) else None
+
+
 def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
     """Find the definition of a part and those of its ancestors, by dotted name.
 

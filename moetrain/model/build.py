@@ -16,6 +16,7 @@ from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.attention import Attention
+from moetrain.model.constant_gates import refuse_constant_gates
 from moetrain.model.feed_forward import FeedForward, SharedExpert
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.initialization import declared_starts, initialize
@@ -70,6 +71,7 @@ def check_model(config: Config, convert_model: ConvertModel | None = None) -> No
     model = meta_model(alone, 1, lone_mesh(torch.device("cpu")), convert_model)
     declared_starts(model)
     refuse_nothing_to_train(model, config.train.frozen)
+    refuse_constant_gates(model)
 
 
 def meta_model(config: Config, vocab_size: int, mesh: Mesh,

@@ -20,7 +20,7 @@ are no experts, C is E.
 
 from collections.abc import Callable, Mapping
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,10 +148,10 @@ class Router(nn.Module):
     causal = True
     # Fields of RouterContext that it reads, beside `valid_T` and `training`.
     depends_on: frozenset[str] = frozenset()
-    # Arguments of the constructor, and their values, with which a token's gate weights sum to a constant; {}
-    # for always, None for never. Read from source (config/rules/model.py): with one expert a token, such
-    # weights have no gradient.
-    CONSTANT_WEIGHTS: dict[str, list[str]] | None = None
+    # Arguments of the constructor, and their values, with which a token's gate weights sum to a constant, and
+    # so have no gradient with one expert a token; {} for always. Read from source (config/rules/model.py).
+    # None: the router is tried out (model/constant_gates.py). False: constant weights are meant.
+    CONSTANT_WEIGHTS: dict[str, list[str]] | Literal[False] | None = None
 
     def __init__(self, *, num_experts: int, top_k: int, num_choices: int | None = None) -> None:
         super().__init__()

@@ -2,17 +2,80 @@
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from moetrain.check.findings import findings
 from moetrain.check.router import router_checks
 from moetrain.config.groups import group_options
+from moetrain.model.initialization import declared_starts, initialize
 from tests.support.any_router import D, E, context, every_router, router_of, tokens
+from tests.support.training import make_run
 
 
 @every_router
 def test_it_keeps_all_promises(option, overrides):
     found = list(findings(router_checks(lambda: router_of(option, overrides), D)))
     assert len(found) == 8 and [finding for finding in found if finding.problem] == []
+
+
+@every_router
+def test_no_token_at_all_is_valid(option, overrides):
+    """Padding alone: no used slot, no statistics, finite gradients."""
+    router = router_of(option, overrides)
+    routing = router.route(tokens(6), context(6, valid_T=torch.zeros(6, dtype=torch.bool)))
+    assert (routing.ids_TK == -1).all() and not routing.weights_TK.any()
+    assert not any(total.any() for total in routing.stats if total is not None)
+    grad, = torch.autograd.grad(routing.weights_TK.sum() + routing.stats.prob_sum_E.sum(), router.weight)
+    assert not grad.any()
+
+
+@every_router
+def test_all_tokens_may_choose_one_expert_and_leave_others_out(option, overrides):
+    router = router_of(option, overrides)
+    with torch.no_grad():
+        router.weight[:2] = torch.tensor([[1.0], [50.0]])    # two of a group, where there are groups
+        for buffer in router.buffers():
+            buffer.zero_()
+    routing = router.route(tokens(4).abs() + 0.1, context(4))
+    counts_E = routing.stats.counts_E
+    assert counts_E[1] == 4 and (counts_E == 0).any() and counts_E.sum() == 4 * router.top_k
+    assert routing.weights_TK.isfinite().all()
+
+
+@every_router
+def test_the_task_trains_every_parameter_that_is_not_frozen(option, overrides):
+    router = router_of(option, overrides)
+    routing = router.route(tokens(20), context(20))
+    factors_TK = torch.rand(routing.weights_TK.shape, generator=torch.Generator().manual_seed(0))
+    (routing.weights_TK * factors_TK).sum().backward()
+    for name, parameter in router.named_parameters():
+        moved = parameter.grad is not None and bool(parameter.grad.any())
+        assert moved == parameter.requires_grad, name
+
+
+@every_router
+def test_every_tensor_starts_and_a_state_dict_brings_all_of_it_back(option, overrides):
+    router, other = router_of(option, overrides), router_of(option, overrides)
+    initialize(other, declared_starts(other), seed=3, std=0.5, num_layers=2)
+    ours, its = router.route(tokens(20), context(20)), other.route(tokens(20), context(20))
+    assert not ours.weights_TK.equal(its.weights_TK)
+    other.load_state_dict(router.state_dict())
+    again = other.route(tokens(20), context(20))
+    assert again.ids_TK.equal(ours.ids_TK) and again.weights_TK.equal(ours.weights_TK)
+
+
+@every_router
+def test_a_layer_is_the_sum_of_its_experts_by_a_loop_over_tokens(option, overrides):
+    layer = make_run(["run.dtype=float64", f"router={option}", *overrides]).state.model.layers[0].moe
+    x_TD = torch.randn(20, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    told, bank = context(20)._replace(router=layer.name), layer.experts.bank
+    routing = layer.router.route(x_TD, told)
+    expected_TD = torch.zeros_like(x_TD)
+    for token, (ids_K, weights_K) in enumerate(zip(routing.ids_TK.tolist(), routing.weights_TK)):
+        for expert, weight in zip(ids_K, weights_K):
+            gate_F, up_F = (bank.gate_up[expert] @ x_TD[token]).chunk(2)
+            expected_TD[token] += weight * (bank.down[expert] @ (silu(gate_F) * up_F))
+    torch.testing.assert_close(layer(x_TD, told).out_TD, expected_TD)
 
 
 @pytest.mark.parametrize("option", group_options()["router"])

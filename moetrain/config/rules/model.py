@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import get_args
 
-from moetrain.config.build import NoSuchPart, arguments, declared
+from moetrain.config.build import NoSuchPart, arguments, constant_weights, declared
 from moetrain.config.layer_pattern import is_sparse, parse_pattern, per_layer, sparse_layers
 from moetrain.config.rules.wording import choose, divisors
 from moetrain.config.schema import Config
@@ -147,7 +147,7 @@ def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
     """
     target = str(config.router.get("_target_", ""))
     try:
-        constant, accepted = declared(target, "router", "CONSTANT_WEIGHTS"), arguments(target, "router")
+        constant, accepted = constant_weights(target), arguments(target, "router")
     except NoSuchPart:
         return
     if constant is None or all(top_k != 1 for _, _, top_k in moe_layers(config)):
