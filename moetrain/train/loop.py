@@ -106,7 +106,8 @@ def train_loop(run: Run, recorder: Recorder, console: Console, preemption: Preem
         console.step(result.metrics)
         unsteady.add(result.metrics["time/step"])
         if step == last or is_due(step, config.log.heatmap_every):
-            console.heatmap({name: counts.tolist() for name, counts in result.counts.items()})
+            experts = run.state.model.num_experts
+            console.heatmap({name: counts[:experts[name]].tolist() for name, counts in result.counts.items()})
         stop = result.flags.stop > 0                     # summed over ranks: the same everywhere
         if stop or step == last:
             break

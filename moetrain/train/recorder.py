@@ -165,13 +165,14 @@ class Recorder:
         """
         if not self.main:
             return
-        choices = [part.numpy() for part in found.choices_ML.split(list(self.routers.values()), dim=1)]
+        choices = [part[:, :experts].numpy() for part, experts in zip(
+            found.choices_ML.split(list(self.routers.values()), dim=1), self.experts.values())]
         record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses, "time/eval": seconds,
                   "timestamp": time.time()}
         if choices and len(run.dataset.measured) > 1:
             record["moe/mutual_information/mean"] = float(
                 np.mean([mutual_information(part) for part in choices]))
-            write_specialization(self.directory / "specialisation.npz", run.state.step, choices, self.routers,
+            write_specialization(self.directory / "specialisation.npz", run.state.step, choices, self.experts,
                                  run.dataset.measured)
         self.evaluations.write(record)
         if self.wandb:

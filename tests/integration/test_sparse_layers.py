@@ -154,6 +154,8 @@ def test_records_tell_experts_from_other_choices(tmp_path, monkeypatch) -> None:
         assert 0 < metrics["moe/drop_fraction"] < 1
     own = for_run(["run.name=null"])
     assert evaluate_run(own, convert_model=sparse_layers.add_null_choices).step == 2
+    with np.load("runs/null/specialisation.npz") as found:
+        assert found["experts"].tolist() == [8, 8] and found["choices"].shape[1:] == (2, 8)
     drawn = read_loads(Path("runs/null/loads.npz"))
     assert np.isnan(drawn.counts[..., 8:]).all() and not np.isnan(drawn.counts[..., :8]).any()
     assert Path("runs/null/report/expert_load.png").is_file() or draw(Path("runs/null"))
