@@ -1,4 +1,4 @@
-"""Packages of the user whose parts a config may name: routers, losses, capacity policies, planners.
+"""Packages of the user whose parts a config may name: routers, forms of experts, losses, planners and others.
 
 A config is data and may come from a stranger, so a `_target_` names classes of moetrain alone. The user's own
 command or code widens that by the name of a package:

@@ -36,8 +36,8 @@ class RunConfig:
     dir: str | None = key(None, "directory of the run, instead of runs/<name>", path=True)
     packages: list[str] = key(
         [],
-        "packages of your own that may hold routers, losses, capacity policies and planners; typed or set in "
-        "code, never read from a file")
+        "packages of your own that may hold routers, forms of experts, losses, capacity policies and "
+        "planners; typed or set in code, never read from a file")
     nproc: int = key(1, "local ranks to start; ignored under torchrun")
     steps: int = key(800, "optimizer steps: the length of the schedule")
     stop_at: int | None = key(None, "stop cleanly with a save after this step")

@@ -20,7 +20,8 @@ OF_TODAY = [page for page in PAGES if page.parent.name != "results"]
 BASES = (ROOT, ROOT / "moetrain", ROOT / "tests")
 # Files that readers make.
 THEIRS = {"moetrain/losses/entropy.py", "conf/loss/entropy.yaml", "moetrain/routers/softplus.py",
-          "conf/router/softplus.yaml", "runs/big/job.sbatch"}
+          "conf/router/softplus.yaml", "moetrain/moe/squared_relu.py", "conf/expert/squared_relu.yaml",
+          "runs/big/job.sbatch"}
 TENSORS = re.compile(r"model\.(layers|embed|head|norm)\b")          # names in a checkpoint, not keys
 FOLDERS = {path.name for base in BASES for path in base.iterdir() if path.is_dir()}
 

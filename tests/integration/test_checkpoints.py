@@ -30,10 +30,12 @@ from tests.support.checkpoints import flip
 from tests.support.training import Held, difference, make_run, snapshot, whole
 
 SIZES = ["run.dtype=float64", "data.vocab_size=50", "model.qk_norm=true", "model.num_shared_experts=1",
-         "balance.weight=0.1",
+         "balance.weight=0.1", "run.packages=[tests]",
          "train.micro_batch=4"]
 # 6 do not divide over 4 ranks: stacks are cut by rows
 EVEN, ODD = "model.num_experts=[8,12]", "model.num_experts=6"
+# Experts of vectors and matrices, of another width in each layer
+BIASED = f"{ODD} model.expert_dim=[16,10] expert._target_=tests.support.expert_forms.BiasedExpert"
 LAYOUTS = {
     "single": (1, []),
     "ddp2": (2, ["parallel=ddp"]), "ddp4": (4, ["parallel=ddp"]),
@@ -48,28 +50,33 @@ LAYOUTS = {
 }
 NAMES = list(LAYOUTS)
 QUICK = [(ODD, "single", "fsdp4"), (ODD, "fsdp4", "ep2_fsdp4"), (ODD, "ep2_fsdp4", "single"),
-         (EVEN, "ep4", "hsdp4")]
+         (EVEN, "ep4", "hsdp4"), (BIASED, "fsdp4", "fssdp4")]
 PAIRS = [(EVEN, one, NAMES[(NAMES.index(one) + by) % len(NAMES)])
          for by, some in ((1, NAMES), (5, NAMES[::2])) for one in some] + [
     (ODD, "fsdp4", "ep2of4"), (ODD, "fssdp4", "ep2_fsdp4"), (ODD, "ep2_hsdp4", "fsdp4"),
-    (ODD, "hsdp4", "fsdp2"), (ODD, "ddp2", "ep2_hsdp4")]
+    (ODD, "hsdp4", "fsdp2"), (ODD, "ddp2", "ep2_hsdp4"),
+    (BIASED, "fssdp4", "ep2_fsdp4"), (BIASED, "ep2", "fsdp4"), (BIASED, "hsdp4", "single")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pair" in metafunc.fixturenames:
         everything = [(EVEN, *pair) for pair in product(NAMES, NAMES)]
         slow = everything if metafunc.config.getoption("--all") else PAIRS
-        cases = [pytest.param(pair, id="-".join(pair).removeprefix("model.num_experts=")) for pair in QUICK]
-        cases += [pytest.param(pair, id="-".join(pair).removeprefix("model.num_experts="),
-                               marks=pytest.mark.slow)
+        cases = [pytest.param(pair, id=_id(pair)) for pair in QUICK]
+        cases += [pytest.param(pair, id=_id(pair), marks=pytest.mark.slow)
                   for pair in slow if pair not in QUICK]
         metafunc.parametrize("pair", cases)
+
+
+def _id(pair: tuple[str, str, str]) -> str:
+    experts, *layouts = pair
+    return "-".join(["biased" if experts == BIASED else experts.removeprefix("model.num_experts="), *layouts])
 
 
 def on(ranks, layout: str, function, experts: str, *arguments) -> list:
     """The function on every rank of a layout; in this process where there is one."""
     world, overrides = LAYOUTS[layout]
-    overrides = [*SIZES, experts, *overrides]
+    overrides = [*SIZES, *experts.split(), *overrides]
     return ([function(overrides, *arguments)] if world == 1
             else ranks(world).run(function, overrides, *arguments))
 
@@ -144,7 +151,7 @@ def checkpoints(ranks, tmp_path_factory):
 @cache
 def unbroken(experts: str) -> tuple[list[dict], list[Tensor], dict[str, Tensor]]:
     """Four steps in one process: metrics and counts of steps 3 and 4, parameters after them."""
-    run = make_run([*SIZES, experts])
+    run = make_run([*SIZES, *experts.split()])
     results = [train_step(run, step) for step in (1, 2, 3, 4)][2:]
     return ([result.metrics for result in results],
             [torch.cat(list(result.counts.values())) for result in results],
