@@ -3,7 +3,7 @@
 Integers and no torch, so the answer comes before anything starts, and at once for any size.
 
     state         weights, gradients, and AdamW's two moments or Muon's momentum, in float32 (float64 for that
-                  dtype), sharded as the mode says
+                  dtype), sharded as the mode says; weights alone of what train.frozen names
     activations   what backward keeps of one micro-batch of this rank, and the dense matrices cast to the
                   dtype of the computation
     logits        of one micro-batch, or of train.head_chunk tokens
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moetrain.config.expert_sizes import expert_sizes
+from moetrain.config.frozen_sizes import MAX_LAYERS, count_frozen
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width, sparse_layers
 from moetrain.config.schema import SWIGLU, Config, ModelConfig
 
@@ -128,15 +129,38 @@ def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
     """Estimate the memory of one rank in training."""
     train, cut, item = config.train, shards(config, ranks), _ITEM[config.run.dtype]
     parameters = count_parameters(config.model, vocab_size, config.expert)
-    hidden = -(-parameters.matrices // cut.dense) + -(-parameters.experts // cut.experts)
-    rest = -(-parameters.rest // cut.dense)
-    state = max(4, item) * ((3 if config.optim.name == "muon" else 4) * hidden + 4 * rest)
+    trained = count_trained(config, parameters, vocab_size)
+    state = max(4, item) * (sum(_on_rank(parameters, cut)) + (3 if config.optim.name == "adamw" else 2)
+                            * _on_rank(trained, cut)[0] + 3 * _on_rank(trained, cut)[1])
     tokens = train.per_forward(ranks) * train.seq_len
     exchanged = cut.experts > 1 and config.parallel.mode != "fsdp"
     # Beside the logits themselves: those in float32, and their gradient.
     logits = min(tokens, train.head_chunk or tokens) * vocab_size * (item + 8)
     activations = tokens * kept_per_token(config, exchanged) + _casts(config, parameters, item)
     return RankMemory(state, activations, logits, _on_host(config, ranks))
+
+
+def count_trained(config: Config, parameters: Parameters, vocab_size: int) -> Parameters:
+    """Count the parameters that have gradients and moments: those that `train.frozen` does not name.
+
+    Args:
+        config: the config of the run.
+        parameters: all of them.
+        vocab_size: V, ids of the vocabulary.
+    """
+    if not config.train.frozen:
+        return parameters
+    if config.model.num_layers > MAX_LAYERS:
+        return Parameters(0, 0, 0, 0)
+    frozen = count_frozen(config, vocab_size)
+    return parameters._replace(**{kind: getattr(parameters, kind) - numbers
+                                  for kind, numbers in frozen.items()})
+
+
+def _on_rank(parameters: Parameters, cut: Shards) -> tuple[int, int]:
+    """Numbers on one rank: matrices of hidden layers, and the rest."""
+    return (-(-parameters.matrices // cut.dense) + -(-parameters.experts // cut.experts),
+            -(-parameters.rest // cut.dense))
 
 
 def kept_per_token(config: Config, exchanged: bool) -> int:

@@ -18,6 +18,7 @@ from moetrain.config.suggest import distance
 from moetrain.errors import ConfigError
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.experts import RoutedExperts
+from moetrain.parallel.state_shards import experts_path
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -82,7 +83,8 @@ def _names(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[str]]]:
             banks.add(f"{path}.bank")
             for name in module.bank.names:
                 yield module.bank.stacked(name), [
-                    f"{path}.{expert}.{name}" for expert in range(module.dispatcher.placement.num_experts)]
+                    f"{experts_path(f'{path}.bank')}.{expert}.{name}"
+                    for expert in range(module.dispatcher.placement.num_experts)]
         if path not in banks:
             for name, parameter in module.named_parameters(path, recurse=False):
                 yield parameter, [name]

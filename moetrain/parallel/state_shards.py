@@ -54,18 +54,23 @@ def state_shards(model: nn.Module, of: Of = lambda parameter: parameter.data) ->
     """
     for path, module in model.named_modules():
         if isinstance(module, ExpertBank):
-            layer = path.removesuffix(".experts.bank")
+            experts = experts_path(path)
             for name in module.names:
-                yield from _of_experts(f"{layer}.experts", name, module.experts, of(module.stacked(name)),
+                yield from _of_experts(experts, name, module.experts, of(module.stacked(name)),
                                        f"{path}.{name}")
             if module.cut is not None:
                 for name, slices, shape in zip(module.names, module.slices, module.shapes):
                     begin = slice_rows(shape[0], *module.cut).start
-                    yield from _of_sliced(f"{layer}.experts", name, module.sliced, shape, begin,
+                    yield from _of_sliced(experts, name, module.sliced, shape, begin,
                                           of(module.stacked(slices)), f"{path}.{slices}")
         else:
             for name, parameter in module.named_parameters(path, recurse=False):
                 yield from _of_dense(name, of(parameter))
+
+
+def experts_path(bank: str) -> str:
+    """Path below which the experts of a bank are named, from the path of the bank."""
+    return f"{bank.removesuffix('.experts.bank')}.experts"
 
 
 def buffers(model: nn.Module) -> Iterator[StateShard]:

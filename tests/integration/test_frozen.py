@@ -12,19 +12,39 @@ router with a temperature.
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from moetrain.comm.mesh import lone_mesh
+from moetrain.comm.reduce import sum_over_async
+from moetrain.config.compose import compose, resume_conflicts
 from moetrain.config.schema import Config
+from moetrain.errors import CheckpointError
 from moetrain.model.build import ConvertModel
 from moetrain.model.transformer import Transformer
 from moetrain.ops.start import Start, normal
+from moetrain.parallel import data_parallel
 from moetrain.routers.topk import TopKRouter
+from moetrain.train.checkpoint.load import load
+from moetrain.train.checkpoint.save import save
+from moetrain.train.state import Run
+from moetrain.train.step import train_step
 from tests.support.random_copies import run_with_copies
-from tests.support.training import Held, Trained, difference, make_run, snapshot, train_run, union, whole
+from tests.support.training import (
+    TINY,
+    Held,
+    Trained,
+    difference,
+    make_run,
+    snapshot,
+    train_run,
+    union,
+    whole,
+)
 
 STEPS = 5
 COPIES = ["parallel=fssdp"]
@@ -51,6 +71,15 @@ def freeze_first_experts(model: Transformer, config: Config) -> None:
 def freeze_all_but_routers(model: Transformer, config: Config) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("router" in name)
+
+
+def freeze_base_in_bfloat16(model: Transformer, config: Config) -> None:
+    """A base in bfloat16 beside trained parameters: in a block, in one bank, and the embedding."""
+    experts = model.layers[1].moe.experts.bank
+    for parameter in (model.embed, experts.gate_up, model.layers[0].attention.qkv.weight,
+                      *model.layers[0].moe.experts.parameters()):
+        parameter.data = parameter.data.bfloat16()
+        parameter.requires_grad_(False)
 
 
 class TemperedRouter(TopKRouter):
@@ -99,6 +128,9 @@ FROZEN = {
                          names=lambda name: ".experts." in name and name.endswith("gate_up")),
     "the other matrix": Frozen("layers.1.moe.experts.*.down",
                                names=lambda name: "layers.1.moe.experts" in name and name.endswith("down")),
+    "base in bfloat16": Frozen(
+        convert=freeze_base_in_bfloat16, names=lambda name: name in ("embed", "layers.0.attention.qkv.weight")
+        or "layers.0.moe.experts" in name or "layers.1.moe.experts" in name and name.endswith("gate_up")),
     "routers": Frozen("*.router.*", names=lambda name: ".router." in name),
     "all but routers": Frozen(convert=freeze_all_but_routers, names=lambda name: ".router." not in name),
     "nothing, with scalars": Frozen(convert=temper),
@@ -122,17 +154,16 @@ PAIRS = [
     Case("ep", "experts of a layer", "adamw", "full", 4),
     Case("chunks", "all but routers", "adamw", "selective"),
     Case("fsdp", "a layer and the embedding", "muon", "selective"),
+    Case("fsdp", "base in bfloat16", "adamw", "selective", 2),
+    Case("fssdp, sliced", "base in bfloat16", "adamw", "full"),
     Case("fsdp", "nothing, with scalars", "adamw", "none", 4),
-    Case("hsdp", "a scalar", "muon", "full"),
+    Case("hsdp", "all but routers", "muon", "full"),
     Case("ep_fsdp", "one matrix", "adamw", "none", 4),
-    Case("ep_fsdp", "all but routers", "adamw", "full"),
     Case("fssdp", "experts of a layer", "muon", "none", 4),
     Case("fssdp", "one matrix", "adamw", "full"),
-    Case("fssdp", "nothing, with scalars", "muon", "selective"),
     Case("fssdp, chunks", "experts of a layer", "adamw", "none"),
     Case("fssdp, sliced", "the other matrix", "adamw", "selective", 2),
-    Case("fssdp, two levels", "all but routers", "muon", "none", 2),
-    Case("fssdp, two levels", "one matrix", "adamw", "full"),
+    Case("fssdp, two levels", "a scalar", "muon", "full", 2),
 ]
 FACTORS = [list(MESHES), list(FROZEN), ["adamw", "muon"], ["none", "selective", "full"], [1, 2]]
 
@@ -202,3 +233,62 @@ def test_frozen_parameters_stay_and_the_others_train_alike_on_every_mesh(ranks, 
     for mine, theirs in zip(ours.metrics, expected.metrics):
         for key in ("loss/ce", "loss/total", "grad_norm"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-10), key
+
+
+# --- checkpoints
+
+
+def go_on(run: Run) -> Held:
+    """Parameters after the next two steps."""
+    for step in range(run.state.step + 1, run.state.step + 3):
+        train_step(run, step)
+    return snapshot(run, lambda parameter: parameter.data)
+
+
+def train_and_save(directory: str) -> Held:
+    mesh = ["run.nproc=2", "parallel=fsdp", "train.micro_batch=8"]
+    run = make_run([*words("adamw", FROZEN["a scalar"]), *mesh], convert_model=temper_and_freeze)
+    go_on(run)
+    save(run.state, Path(directory), run.mesh, {})
+    return go_on(run)
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_with_scalars_and_frozen_parameters_loads_on_another_mesh(ranks, tmp_path: Path) -> None:
+    expected = whole(ranks(2).run(train_and_save, str(tmp_path)))
+    run = make_run(words("adamw", FROZEN["a scalar"]), convert_model=temper_and_freeze)
+    load(run.state, next(tmp_path.glob("checkpoints/step-*")))
+    ours = whole([go_on(run)])
+    error, name = difference(ours, expected)
+    assert error <= 1e-10, (name, error)
+    assert ours["layers.0.moe.router.temperature"].shape == ()
+
+
+def test_a_run_goes_on_with_the_same_frozen_parameters_only(tmp_path: Path) -> None:
+    began, other = (compose([*TINY, f"train.frozen=[{pattern}]"]) for pattern in ("embed", "head"))
+    (error,) = resume_conflicts(began, other)
+    assert error.what == "train.frozen was [embed] and is [head] now"
+    save(make_run(["train.frozen=[embed]"]).state, tmp_path, lone_mesh(torch.device("cpu")), {})
+    with pytest.raises(CheckpointError, match="optim.embed.exp_avg is not in the checkpoint"):
+        load(make_run([]).state, next(tmp_path.glob("checkpoints/step-*")))
+
+
+# --- what travels
+
+
+def reduced(overrides: list[str]) -> tuple[int, int]:
+    """Numbers that the sums of gradients of a step take, and those of the trainable parameters."""
+    run, sent = make_run(overrides), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_parallel, "sum_over_async",
+                      lambda group, flat: (sent.append(flat.numel()), sum_over_async(group, flat))[1])
+        train_step(run, 1)
+    return sum(sent), sum(p.numel() for p in run.state.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.ranks
+def test_only_gradients_of_trainable_parameters_travel(ranks) -> None:
+    (sent, trainable), other = ranks(2).run(
+        reduced, ["parallel=ddp", "run.nproc=2", "train.micro_batch=8", "train.frozen=[embed,*.experts.*]"])
+    assert sent == trainable > 0 and other == (sent, trainable)
+    assert trainable < make_run([]).state.model.embed.numel() * 8

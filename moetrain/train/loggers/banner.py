@@ -4,6 +4,7 @@ docs/reference/output.md defines every word of it. An empty text leaves its row 
 """
 
 import os
+from math import prod
 from pathlib import Path
 
 import torch
@@ -34,13 +35,14 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
     per_step = config.train.global_batch * config.train.seq_len
     micro_batch = config.train.per_forward(ranks)
     accumulation = config.train.global_batch // (micro_batch * ranks)
-    total, active = parameter_counts(run)
+    total, active, trained = parameter_counts(run)
     rows = [
         ("", f"moetrain {__version__} | run {nearby(run.directory)} | "
              + (f"resumed from step {run.state.step}" if resumed else "new run")),
         ("model", f"{layers_text(sizes)}  d {sizes.dim}  {sizes.num_experts} experts top-{sizes.top_k}"
                   f" + {sizes.num_shared_experts} shared   total {decimal(total)}"
-                  f"   active {decimal(active)}"),
+                  f"   active {decimal(active)}"
+                  + (f"   trained {decimal(trained)}" if trained < total else "")),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   "
                      f"{config.parallel.mode}{sharding(run)}"
                      f" on {run.mesh.device.type}, {config.run.dtype}   {threads_text()}"),
@@ -188,14 +190,18 @@ def _graphs_text(graphs: Graphs, accumulation: int) -> str:
             f"counts in a pass of its own (graphs would take {sizes})")
 
 
-def parameter_counts(run: Run) -> tuple[int, int]:
-    """Count the parameters of the whole model, including experts of other ranks: (all, used by one token)."""
+def parameter_counts(run: Run) -> tuple[int, int, int]:
+    """Count the parameters of the model on all ranks: all of them, those that a token uses, those trained."""
     model = run.state.model
     is_expert = is_expert_parameter(model)
-    dense = sum(parameter.numel() for parameter in model.parameters() if not is_expert(parameter))
+    shared = [parameter for parameter in model.parameters() if not is_expert(parameter)]
+    dense = sum(parameter.numel() for parameter in shared)
+    trained = sum(parameter.numel() for parameter in shared if parameter.requires_grad)
     experts = active = 0
     for name, routed in model.banks.items():
         one = routed.bank.form.numbers
         experts += one * routed.dispatcher.placement.num_experts
+        trained += routed.dispatcher.placement.num_experts * sum(
+            prod(routed.bank.form.shapes[name]) for name in routed.bank.trainable)
         active += one * sum(model.routers[router].max_slots() for router in model.feeds[name])
-    return dense + experts, dense + active
+    return dense + experts, dense + active, trained

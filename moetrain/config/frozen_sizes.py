@@ -1,0 +1,65 @@
+"""How much of a model `train.frozen` leaves to train, by formula and without torch.
+
+For the estimate of memory, which is a lower bound: parameters that only a user's modules have are unknown
+here and are left out everywhere. model/frozen.py freezes, and refuses patterns that name nothing.
+"""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from moetrain.config.expert_sizes import expert_shapes
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width
+from moetrain.config.schema import Config
+
+# Layers that are looked at one by one. A deeper model than anybody trains is taken to be frozen.
+MAX_LAYERS = 10_000
+
+
+class Named(NamedTuple):
+    """Parameter of the model by its name in a checkpoint; one name stands for all experts of a layer."""
+
+    kind: str                    # field of `Parameters`
+    name: str
+    numbers: int
+
+
+def count_frozen(config: Config, vocab_size: int) -> dict[str, int]:
+    """Count the numbers that `train.frozen` names, by field of `Parameters` (config/sizes.py)."""
+    found = {"matrices": 0, "experts": 0, "rest": 0}
+    for kind, name, numbers in named_parameters(config, vocab_size):
+        if any(fnmatchcase(name, pattern) for pattern in config.train.frozen):
+            found[kind] += numbers
+    return found
+
+
+def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
+    """Iterate over the parameters of a model without parts of a user's own."""
+    sizes = config.model
+    width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
+    for name in ("embed",) if sizes.tie_embeddings else ("embed", "head"):
+        yield Named("rest", name, vocab_size * width)
+    yield Named("rest", "norm.weight", width)
+    queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
+    for layer in range(sizes.num_layers):
+        path = f"layers.{layer}"
+        for norm in ("attention_norm", "ffn_norm"):
+            yield Named("rest", f"{path}.{norm}.weight", width)
+        for norm in ("q_norm", "k_norm") if sizes.qk_norm else ():
+            yield Named("rest", f"{path}.attention.{norm}.weight", head)
+        yield Named("matrices", f"{path}.attention.qkv.weight", width * (queries + 2 * keys))
+        yield Named("matrices", f"{path}.attention.out.weight", width * queries)
+        if not is_sparse(sizes, layer):
+            yield from _feed_forward(f"{path}.ffn", width, dense_width(sizes, layer))
+            continue
+        experts = per_layer(sizes.num_experts, layer)
+        yield Named("rest", f"{path}.moe.router.weight", experts * width)
+        yield from _feed_forward(f"{path}.moe.shared", width, shared_width(sizes, layer))
+        for name, numbers in expert_shapes(config.expert, width, per_layer(sizes.expert_dim, layer)).items():
+            yield Named("experts", f"{path}.moe.experts.0.{name}", experts * numbers)
+
+
+def _feed_forward(path: str, width: int, hidden: int) -> Iterator[Named]:
+    if hidden:
+        yield Named("matrices", f"{path}.gate_up.weight", 2 * hidden * width)
+        yield Named("matrices", f"{path}.down.weight", hidden * width)
