@@ -223,7 +223,7 @@ COVERS = {
     "launch/test_supervisor": "launch/ranks_of_agent",
     "losses/test_load_balance": "losses/base",
     "model/test_projection": "model/feed_forward",
-    "moe/test_dispatch": "moe/experts ops/host_read",
+    "moe/test_dispatch": "moe/{dispatch_records,experts} ops/host_read",
     "moe/test_layer": "moe/wrappers",
     "plan/cost/test_link_traffic": "plan/cost/machine",
     "plan/loads/test_forecast": "plan/loads/synthetic",

@@ -18,119 +18,50 @@ The experts read arrived rows through a permutation (ops/grouped_experts.py), wh
 order. With one position nothing is exchanged, and the arrived rows are the tokens themselves.
 
 The host waits once a micro-batch, for the numbers of rows that travel. With one position on a GPU it waits
-for nothing: the number of rows is the number of slots, used ones first (ops/route_plan.py), and counts stay
-on the device. (The path for a GPU has never run on one. A CPU keeps counts in lists, which are faster there.)
+for nothing: the number of rows is a bound on the used slots, used ones first (ops/route_plan.py), and counts
+stay on the device. (The path for a GPU has never run on one. A CPU keeps counts in lists, which are faster
+there.)
+
+A router that may use all of many slots and uses few (K = E) gives no bound (`Routing.max_rows`). Then used
+slots are counted first, and a host waits for the number where it would not otherwise. From there on K is the
+most slots that a token of the chunk uses, so memory and messages are those of the used slots.
 
 Shapes: T tokens, K slots per token, D width, N rows that travel, R rows computed, P positions, E experts, C
 replicas (in `n_CE`, `n_PCE` and `*_CP`: chunks), e physical slots per position, w counts sent to a position
 (row_packing.py).
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.comm.exchange.base import Exchange, Handle, Splits, read_splits
+from moetrain.comm.exchange.base import Exchange, Splits, read_splits
+from moetrain.moe.dispatch_records import (
+    CombineMetadata,
+    DispatchedRows,
+    DispatchPlan,
+    PendingCombine,
+    PendingDispatch,
+)
 from moetrain.moe.row_packing import (
     ReceivedRows,
     RowPerRank,
     RowPerSlot,
     SentRows,
+    most_at_one_position,
     order_by_source,
     slot_weights,
 )
 from moetrain.ops.counts import count_ids
 from moetrain.ops.host_read import read_host
-from moetrain.ops.permute import Permutation, plan_permutation, unpermute, unpermute_padded, values_of_rows
+from moetrain.ops.permute import plan_permutation, unpermute, unpermute_padded, values_of_rows
 from moetrain.ops.pinned import DeviceTables, to_device
 from moetrain.ops.route_plan import route_plan
 from moetrain.plan.assign import Replicas, assign, replica_table, slot_table, spread
 from moetrain.plan.placement import LayerPlacement
-
-
-class DispatchPlan(NamedTuple):
-    """Destinations of a chunk's rows, and the rows that arrive here. Integers only, known before rows move.
-
-    Attributes:
-        sent_rows: rows that leave, ordered by destination.
-        splits: rows to and from each position.
-        received_Pe: int64 [P, e], slots that arrive, by source and physical slot.
-        num_rows: R.
-        counts_e: rows of each physical slot here; a tensor where counts stay on the device.
-    """
-
-    sent_rows: SentRows
-    splits: Splits
-    received_Pe: Tensor
-    num_rows: int
-    counts_e: list[int] | Tensor
-
-
-class CombineMetadata(NamedTuple):
-    """Integers that the combine needs to send rows back.
-
-    Attributes:
-        plan: plan by which the rows were dispatched.
-        order: permutation of arrived rows into expert order; None with one position.
-    """
-
-    plan: DispatchPlan
-    order: Permutation | None
-
-
-class DispatchedRows(NamedTuple):
-    """Rows that have arrived at their experts.
-
-    Attributes:
-        x_ND: rows in order of arrival; with one position the tokens themselves.
-        order: permutation of arrived rows into expert order; None if they are in it.
-        weights_R: gate weights, in expert order.
-        counts_e: rows of each physical slot here.
-        metadata: for the combine.
-    """
-
-    x_ND: Tensor
-    order: Permutation | None
-    weights_R: Tensor
-    counts_e: list[int] | Tensor
-    metadata: CombineMetadata
-
-
-class PendingDispatch(NamedTuple):
-    """Dispatch under way: the exchange, and a function that unpacks the rows received."""
-
-    handle: Handle
-    unpack: Callable[[tuple[Tensor, ...]], DispatchedRows]
-
-    def wait(self) -> DispatchedRows:
-        """Wait for the rows, once."""
-        return self.unpack(self.handle.wait())
-
-
-class PendingCombine(NamedTuple):
-    """Combine under way: the exchange of the last chunk, and the outputs of the chunks before it.
-
-    A NamedTuple whose fields hold the tensors, because FSDP2 looks for tensors in what a module returns.
-
-    Attributes:
-        handle: exchange of the last chunk.
-        permutation: slots of its tokens into rows.
-        padded: whether the permutation has rows without a slot (`unpermute_padded`).
-        finished: [T, D] of each earlier chunk.
-    """
-
-    handle: Handle
-    permutation: Permutation
-    padded: bool
-    finished: tuple[Tensor, ...] = ()
-
-    def wait(self) -> Tensor:
-        """Wait for the rows and sum those of each token, [T, D] over all chunks. Once."""
-        (rows_ND,) = self.handle.wait()
-        last_TD = (unpermute_padded if self.padded else unpermute)(rows_ND, self.permutation)
-        return torch.cat([*self.finished, last_TD]) if self.finished else last_TD
 
 
 class SplitRule(Protocol):
@@ -202,18 +133,20 @@ class TokenDispatcher:
         self.replica_table_3C = None if rule is None else replica_table(placement)
         self.replicas = None if rule is None else Replicas(*tables.put(self.replica_table_3C))
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> DispatchedRows:
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor,
+                 max_rows: int | None = None) -> DispatchedRows:
         """Send the tokens of a micro-batch to their experts. Waits.
 
         Args:
             x_TD: [T, D], tokens.
             ids_TK: int64 [T, K], global expert ids; -1 is unused.
             weights_TK: [T, K], gate weights.
+            max_rows: bound on the number of used slots (`Routing.max_rows`); None: they are counted.
 
         Returns:
             The rows that arrived here.
         """
-        (plan,) = self.plan([ids_TK])
+        (plan,) = self.plan([ids_TK], max_rows)
         return self.dispatch_async(x_TD, weights_TK, plan).wait()
 
     def combine(self, out_RD: Tensor, metadata: CombineMetadata, *, reduce: bool = True) -> Tensor:
@@ -230,41 +163,64 @@ class TokenDispatcher:
         return (self.combine_async(out_RD, metadata, read=True).wait() if reduce
                 else self._unreduced(out_RD, metadata))
 
-    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
+    def plan(self, ids: list[Tensor], max_rows: int | None = None) -> list[DispatchPlan]:
         """Plan the dispatch of each chunk of a micro-batch. Exchanges counts and waits for them.
 
         Args:
             ids: int64 [T, K] for each chunk, global expert ids; -1 is unused.
+            max_rows: bound on the number of used slots (`Routing.max_rows`); None: they are counted.
 
         Returns:
             A plan for each chunk.
         """
+        num_slots, bounds = ids[0].shape[1], [max_rows or 0] * len(ids)
+        if max_rows is None:
+            ids, bounds = used_columns(ids)
         physical, known = self._assign(ids)                  # calibration may change the placement
         if self.exchange.positions == 1:
-            return [self._plan_alone(each) for each in physical]
-        sent_PCw = torch.stack([self.layout.counts(each, self.exchange.positions, self.slots)
-                                for each in physical], dim=1)
-        if known is not None and isinstance(self.layout, RowPerSlot):
+            plans = [self._plan_alone(each, rows) for each, rows in zip(physical, bounds)]
+        else:
+            plans = self._plan_exchange(physical, known, agree_on_width=max_rows is None)
+        return [plan._replace(num_slots=num_slots) for plan in plans]
+
+    def _plan_exchange(self, physical: list[Tensor], known: list[Tensor] | None, *,
+                       agree_on_width: bool) -> list[DispatchPlan]:
+        """Plan chunks whose rows are exchanged. The host waits for the device, once.
+
+        Args:
+            physical: int64 [T, K] for each chunk, physical slots.
+            known: counts [P, e] of slots that will arrive here, for each chunk; None where they must be
+                exchanged.
+            agree_on_width: give deduplicated rows the width that the ranks need, instead of K.
+        """
+        layout, positions = self.layout, self.exchange.positions
+        sent_PCw = torch.stack([layout.counts(each, positions, self.slots) for each in physical], dim=1)
+        agree_on_width = agree_on_width and isinstance(layout, RowPerRank)
+        if agree_on_width:                                   # one more number for each position and chunk
+            widths_C = torch.stack([most_at_one_position(each, positions, self.slots) for each in physical])
+            sent_PCw = torch.cat([sent_PCw, widths_C[None, :, None].expand(positions, -1, 1)], dim=2)
+        if known is not None and isinstance(layout, RowPerSlot):
             received_PCw = torch.stack(known, dim=1)
         else:
             received_PCw = self.exchange.counts(sent_PCw.flatten(1)).view_as(sent_PCw)
-        return self._plans(physical, sent_PCw.unbind(1), received_PCw.unbind(1))
-
-    def _plans(self, physical: list[Tensor], sent: Sequence[Tensor],
-               received: Sequence[Tensor]) -> list[DispatchPlan]:
-        """Make the plans of all chunks from counts [P, w] of each. The host waits for the device, once."""
-        positions, slots = (self.exchange.positions,
-                            [self.layout.num_slots(received_Pw) for received_Pw in received])
-        sent_CP, received_CP = (torch.stack([self.layout.num_rows(counts_Pw) for counts_Pw in counts])
-                                for counts in (sent, received))
-        computed_Ce = torch.stack([received_Pe.sum(0) for received_Pe in slots])
-        splits, counts = read_splits(self.exchange, sent_CP, received_CP, computed_Ce)
-        # Other positions may have more slots; counts end with those held here.
-        return [DispatchPlan(self.layout.order(physical_TK, positions, self.slots, sum(split.sent)), split,
-                             received_Pe, sum(counts_e),
-                             received_Pe.sum(0)[:self.held] if self.on_device else counts_e[:self.held])
-                for physical_TK, split, received_Pe, counts_e
-                in zip(physical, splits, slots, counts, strict=True)]
+        besides_C1 = sent_PCw.new_empty(len(physical), 0)
+        if agree_on_width:
+            besides_C1 = received_PCw[:, :, -1].amax(0)[:, None]
+            sent_PCw, received_PCw = sent_PCw[:, :, :-1], received_PCw[:, :, :-1]
+        sent_CP, received_CP = (layout.num_rows(counts_PCw).T for counts_PCw in (sent_PCw, received_PCw))
+        received_PCe = layout.num_slots(received_PCw)
+        splits, numbers = read_splits(self.exchange, sent_CP, received_CP,
+                                      torch.cat([received_PCe.sum(0), besides_C1], dim=1))
+        plans = []
+        for physical_TK, split, received_Pe, told in zip(physical, splits, received_PCe.unbind(1), numbers,
+                                                         strict=True):
+            width = max(1, told[self.slots]) if agree_on_width else physical_TK.shape[1]
+            sent_rows = layout.order(physical_TK, positions, self.slots, sum(split.sent), width)
+            # Other positions may have more slots; counts end with those held here.
+            counts_e = received_Pe.sum(0)[:self.held] if self.on_device else told[:self.held]
+            plans.append(DispatchPlan(sent_rows, split, received_Pe, sum(told[:self.slots]), counts_e,
+                                      physical_TK.shape[1]))
+        return plans
 
     def dispatch_async(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> PendingDispatch:
         """Start sending the rows of a chunk to their experts. Does not wait.
@@ -277,6 +233,8 @@ class TokenDispatcher:
         Returns:
             The dispatch under way.
         """
+        columns = plan.sent_rows.physical_TK.shape[1]
+        weights_TK = weights_TK if columns == plan.num_slots else weights_TK[:, :columns]
         if self.exchange.positions == 1:
             order = plan.sent_rows.permutation
             received = ReceivedRows(
@@ -352,17 +310,21 @@ class TokenDispatcher:
         received_Pe[:, slots_C[here_C]] = split_PC[:, here_C]
         return received_Pe
 
-    def _plan_alone(self, physical_TK: Tensor) -> DispatchPlan:
+    def _plan_alone(self, physical_TK: Tensor, max_rows: int) -> DispatchPlan:
         """Plan a chunk with one position, where every used slot is a row and stays here."""
         if self.on_device:
-            permutation, _ = route_plan(physical_TK, self.slots, physical_TK.numel())
-            rows, counts_e = physical_TK.numel(), permutation.counts_P[:self.held]
+            rows = min(max_rows, physical_TK.numel())
+            permutation, _ = route_plan(physical_TK, self.slots, rows)
+            counts_e = permutation.counts_P[:self.held]
+            if rows < physical_TK.numel():                   # without a wait of the host
+                torch._assert_async(counts_e.sum() <= rows, f"more used slots than max_rows = {rows}")
         else:
             counts_e = read_host(count_ids(physical_TK, self.slots)).tolist()[:self.held]    # the host waits
             rows = sum(counts_e)
             permutation = plan_permutation(physical_TK, self.slots, rows)
-        return DispatchPlan(SentRows(permutation, physical_TK), Splits((rows,), (rows,)),
-                            permutation.counts_P[None], rows, counts_e)
+        columns = physical_TK.shape[1]
+        return DispatchPlan(SentRows(permutation, physical_TK, columns), Splits((rows,), (rows,)),
+                            permutation.counts_P[None], rows, counts_e, columns)
 
     def _unreduced(self, out_RD: Tensor, metadata: CombineMetadata) -> Tensor:
         """Return the output of every slot, [T, K, D].
@@ -377,9 +339,26 @@ class TokenDispatcher:
             sent_1P = layout.counts(physical_TK, positions, self.slots).sum(1)[None]
             received_1P = plan.received_Pe.sum(1)[None]
             (splits,), _ = read_splits(self.exchange, sent_1P, received_1P, sent_1P[:, :0])
-            permutation = layout.order(physical_TK, positions, self.slots, sum(splits.sent)).permutation
+            permutation = layout.order(physical_TK, positions, self.slots, sum(splits.sent), 1).permutation
             out_RD = layout.pack_outputs(out_RD, order_by_source(plan.received_Pe, plan.num_rows))
             (out_RD,) = self.exchange.post((out_RD,), splits.reversed()).wait()
         slots_as_tokens = permutation._replace(rows_TK=permutation.rows_TK.view(-1, 1))
         unpermuted = (unpermute_padded if self.on_device else unpermute)(out_RD, slots_as_tokens)
-        return unpermuted.view(*physical_TK.shape, -1)
+        cut_off = plan.num_slots - physical_TK.shape[1]
+        return F.pad(unpermuted.view(*physical_TK.shape, -1), (0, 0, 0, cut_off))
+
+
+def used_columns(ids: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Cut off columns that no token uses. The host waits for their number.
+
+    Args:
+        ids: int64 [T, K] for each chunk, used slots first; -1 is unused.
+
+    Returns:
+        The columns up to the last used one, at least one, and the number of used slots, for each chunk.
+    """
+    numbers_K = torch.arange(1, ids[0].shape[1] + 1, device=ids[0].device)
+    told = [torch.stack([(used_TK.any(0) * numbers_K).amax(), used_TK.sum()])
+            for used_TK in (ids_TK >= 0 for ids_TK in ids)]
+    widths, rows = zip(*read_host(torch.stack(told)).tolist())
+    return [ids_TK[:, :max(1, width)].contiguous() for ids_TK, width in zip(ids, widths)], list(rows)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moetrain.moe.bank import ExpertBank
-from moetrain.moe.dispatch import DispatchedRows, PendingCombine, TokenDispatcher
+from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.dispatch_records import DispatchedRows, PendingCombine
 from moetrain.moe.overlap import overlapped_forward
 
 
@@ -41,8 +42,9 @@ class RoutedExperts(nn.Module):
         self.bank, self.dispatcher = bank, dispatcher
         self.num_chunks = num_chunks if dispatcher.exchange.positions > 1 else 1
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, read: bool = True,
-                part: str = "rows", reduce: bool = True) -> "PendingCombine | FinishedSlots":
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, max_rows: int | None = None, *,
+                read: bool = True, part: str = "rows",
+                reduce: bool = True) -> "PendingCombine | FinishedSlots":
         """Dispatch tokens, run the experts, start the combine.
 
         The arguments are two tensors instead of a `Routing`, because FSDP2 passes every tensor of an argument
@@ -52,6 +54,7 @@ class RoutedExperts(nn.Module):
             x_TD: [T, D], tokens.
             ids_TK: int64 [T, K], global expert ids; -1 is unused.
             weights_TK: [T, K], gate weights.
+            max_rows: bound on the number of used slots (`Routing.max_rows`); None: they are counted.
             read: whether backward reads the values of the outputs, as a product with them does. A sum does
                 not. Outputs that are not read are NaN where activation checkpointing runs the layer again,
                 which saves an exchange (model/activation_checkpointing.py).
@@ -65,8 +68,8 @@ class RoutedExperts(nn.Module):
         if self.num_chunks > 1 and reduce:
             computation = ChunkedComputation(self.bank, self.num_chunks, part)
             return overlapped_forward(self.dispatcher, x_TD, ids_TK, weights_TK, computation, self.num_chunks,
-                                      read=read)
-        dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+                                      max_rows, read=read)
+        dispatched = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, max_rows)
         out_RD = self.compute(dispatched, part)
         if not reduce:
             return FinishedSlots(self.dispatcher.combine(out_RD, dispatched.metadata, reduce=False))

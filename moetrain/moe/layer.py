@@ -172,7 +172,7 @@ class MoELayer(SparseLayer):
         inputs = [x_TD]                                  # of every wrapper, and then of the experts
         for wrapper in wrappers.values():
             inputs.append(wrapper.entering(inputs[-1], routing))
-        combining = self.experts(inputs[-1], routing.ids_TK, routing.weights_TK,
+        combining = self.experts(inputs[-1], routing.ids_TK, routing.weights_TK, routing.max_rows,
                                  read=self.outputs_are_read
                                  or any(wrapper.reads_outputs for wrapper in wrappers.values()))
         # While the last chunk of the combine travels.

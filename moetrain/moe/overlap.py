@@ -28,7 +28,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moetrain.moe.dispatch import DispatchedRows, PendingCombine, TokenDispatcher
+from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.dispatch_records import DispatchedRows, PendingCombine
 
 
 class ChunkComputation(Protocol):
@@ -43,7 +44,7 @@ class ChunkComputation(Protocol):
 
 
 def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor,
-                       computation: ChunkComputation, num_chunks: int, *,
+                       computation: ChunkComputation, num_chunks: int, max_rows: int | None = None, *,
                        read: bool = True) -> PendingCombine:
     """Run a micro-batch through the experts in chunks.
 
@@ -54,13 +55,14 @@ def overlapped_forward(dispatcher: TokenDispatcher, x_TD: Tensor, ids_TK: Tensor
         weights_TK: [T, K], gate weights.
         computation: computes the experts; called once for every chunk, in order.
         num_chunks: 1 or more.
+        max_rows: bound on the number of used slots; None: they are counted.
         read: whether backward reads the outputs (`RoutedExperts`).
 
     Returns:
         The finished chunks and the combine of the last one, which is under way.
     """
     sizes = chunk_sizes(len(x_TD), num_chunks)
-    plans = dispatcher.plan(list(ids_TK.split(sizes)))
+    plans = dispatcher.plan(list(ids_TK.split(sizes)), max_rows)
     chunks = list(zip(x_TD.split(sizes), weights_TK.split(sizes), plans, strict=True))
     dispatching, finished = dispatcher.dispatch_async(*chunks[0]), []
     combining: PendingCombine | None = None

@@ -13,18 +13,27 @@ The second layout groups the sums of outputs (forward) and of gradients (backwar
 agree up to rounding. A position that receives deduplicated rows computes like a single position: it has
 tokens, with their ids and weights.
 
+A deduplicated row has room for W slots. Where a token uses few of its K slots, W is the most slots that any
+token of any rank has at one position, and a row carries the slots of its destination alone.
+Otherwise W is K, and a row carries all slots, those of other positions as unused.
+
 Shapes: T tokens here, K slots per token, P positions, e physical slots per position, N rows that travel, R
-rows computed, D width, w = e counts sent to a position (RowPerSlot) or 1 + e (RowPerRank: rows, then slots).
+rows computed, D width, W slots of a row, w = e counts sent to a position
+(RowPerSlot) or 1 + e (RowPerRank: rows, then slots).
 """
 
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.ops.counts import count_ids
 from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder, unpermute
 from moetrain.ops.route_plan import route_plan
+
+# Slots up to which `first_of_kind` compares all pairs, as [T, K, K] booleans. It sorts more of them.
+COMPARED = 16
 
 
 class SentRows(NamedTuple):
@@ -33,10 +42,12 @@ class SentRows(NamedTuple):
     Attributes:
         permutation: slots of the tokens here into rows.
         physical_TK: int64, physical slot of every routed slot; -1 is unused.
+        width: W, slots for which a deduplicated row has room, the same on all ranks.
     """
 
     permutation: Permutation
     physical_TK: Tensor
+    width: int
 
 
 class ReceivedRows(NamedTuple):
@@ -71,7 +82,7 @@ class RowLayout(Protocol):
             int64 [P, w].
         """
 
-    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> SentRows:
+    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int, width: int) -> SentRows:
         """Order the rows that leave by destination.
 
         Args:
@@ -79,13 +90,14 @@ class RowLayout(Protocol):
             positions: P.
             slots: e.
             rows: N, number of rows that leave.
+            width: W, slots of a row.
         """
 
-    def num_rows(self, counts_Pw: Tensor) -> Tensor:
-        """Read the numbers of rows that travel, int64 [P], from counts."""
+    def num_rows(self, counts_w: Tensor) -> Tensor:
+        """Read the numbers of rows that travel, int64 [...], from counts [..., w]."""
 
-    def num_slots(self, counts_Pw: Tensor) -> Tensor:
-        """Read the numbers of slots to compute, int64 [P, e], from counts."""
+    def num_slots(self, counts_w: Tensor) -> Tensor:
+        """Read the numbers of slots to compute, int64 [..., e], from counts [..., w]."""
 
     def pack(self, x_TD: Tensor, weights_TK: Tensor, sent: SentRows, slots: int) -> tuple[Tensor, ...]:
         """Pack tokens into the rows that leave.
@@ -119,14 +131,14 @@ class RowPerSlot:
     def counts(self, physical_TK: Tensor, positions: int, slots: int) -> Tensor:
         return count_ids(physical_TK, positions * slots).view(positions, slots)
 
-    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> SentRows:
-        return SentRows(ordered(physical_TK, positions * slots, rows), physical_TK)
+    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int, width: int) -> SentRows:
+        return SentRows(ordered(physical_TK, positions * slots, rows), physical_TK, width)
 
-    def num_rows(self, counts_Pw: Tensor) -> Tensor:
-        return counts_Pw.sum(1)
+    def num_rows(self, counts_w: Tensor) -> Tensor:
+        return counts_w.sum(-1)
 
-    def num_slots(self, counts_Pw: Tensor) -> Tensor:
-        return counts_Pw
+    def num_slots(self, counts_w: Tensor) -> Tensor:
+        return counts_w
 
     def pack(self, x_TD: Tensor, weights_TK: Tensor, sent: SentRows, slots: int) -> tuple[Tensor, ...]:
         return permute(x_TD, sent.permutation), slot_weights(weights_TK, sent.permutation)
@@ -147,23 +159,29 @@ class RowPerRank:
         rows_P1 = count_ids(destinations(physical_TK, slots), positions)[:, None]
         return torch.cat([rows_P1, count_ids(physical_TK, positions * slots).view(positions, slots)], dim=1)
 
-    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int) -> SentRows:
-        return SentRows(ordered(destinations(physical_TK, slots), positions, rows), physical_TK)
+    def order(self, physical_TK: Tensor, positions: int, slots: int, rows: int, width: int) -> SentRows:
+        return SentRows(ordered(destinations(physical_TK, slots), positions, rows), physical_TK, width)
 
-    def num_rows(self, counts_Pw: Tensor) -> Tensor:
-        return counts_Pw[:, 0]
+    def num_rows(self, counts_w: Tensor) -> Tensor:
+        return counts_w[..., 0]
 
-    def num_slots(self, counts_Pw: Tensor) -> Tensor:
-        return counts_Pw[:, 1:]
+    def num_slots(self, counts_w: Tensor) -> Tensor:
+        return counts_w[..., 1:]
 
     def pack(self, x_TD: Tensor, weights_TK: Tensor, sent: SentRows, slots: int) -> tuple[Tensor, ...]:
-        permutation, physical_TK = sent
+        permutation, physical_TK, width = sent
         physical_NK = physical_TK.index_select(0, permutation.slots_R // physical_TK.shape[1])
         first_N = physical_TK.flatten()[permutation.slots_R]                 # the token's first slot there
         begin_N1 = (first_N - first_N % slots)[:, None]
         local_NK = (physical_NK - begin_N1).to(torch.int32)
         local_NK = local_NK.where((local_NK >= 0) & (local_NK < slots), -1)
-        return permute(x_TD, permutation), local_NK, permute(weights_TK, permutation)
+        weights_NK = permute(weights_TK, permutation)
+        if width == physical_TK.shape[1]:
+            return permute(x_TD, permutation), local_NK, weights_NK
+        used_first_NW = (local_NK < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        room = (0, width - used_first_NW.shape[1])                           # other ranks may need more
+        return (permute(x_TD, permutation), F.pad(local_NK.gather(1, used_first_NW), room, value=-1),
+                F.pad(weights_NK.gather(1, used_first_NW), room))
 
     def unpack(self, tensors: tuple[Tensor, ...], received_Pe: Tensor, rows: int) -> ReceivedRows:
         x_ND, local_NK, weights_NK = tensors
@@ -199,6 +217,20 @@ def destinations(physical_TK: Tensor, slots: int) -> Tensor:
     return to_TK.where(first_of_kind(to_TK), -1)
 
 
+def most_at_one_position(physical_TK: Tensor, positions: int, slots: int) -> Tensor:
+    """Count the most slots that a token has at one position, int64 scalar; 0 without tokens.
+
+    Args:
+        physical_TK: int64 [T, K], physical slot of every routed slot; -1 is unused.
+        positions: P.
+        slots: e.
+    """
+    columns_TK = physical_TK.div(slots, rounding_mode="floor") + 1           # column 0 takes the unused slots
+    ones_TK = torch.ones_like(columns_TK, dtype=torch.int32)
+    slots_TP = ones_TK.new_zeros(len(ones_TK), positions + 1).scatter_add_(1, columns_TK, ones_TK)[:, 1:]
+    return F.pad(slots_TP.flatten(), (0, 1)).amax().long()
+
+
 def order_by_source(received_Pe: Tensor, rows: int) -> Permutation:
     """Plan the permutation of arrived rows, ordered by source and then by physical slot, into expert order.
 
@@ -219,5 +251,10 @@ def slot_weights(weights_TK: Tensor, permutation: Permutation) -> Tensor:
 def first_of_kind(values_TK: Tensor) -> Tensor:
     """Mark the slots whose value no earlier slot of the same token has, bool [T, K]."""
     slots = values_TK.shape[1]
+    if slots > COMPARED:
+        sorted_TK, slots_TK = values_TK.sort(dim=1, stable=True)
+        first_TK = torch.ones_like(values_TK, dtype=torch.bool)
+        first_TK[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
+        return torch.empty_like(first_TK).scatter_(1, slots_TK, first_TK)
     earlier_KK = torch.ones(slots, slots, dtype=torch.bool, device=values_TK.device).tril(-1)
     return ~((values_TK[:, :, None] == values_TK[:, None, :]) & earlier_KK).any(2)

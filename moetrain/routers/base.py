@@ -74,7 +74,9 @@ class Routing(NamedTuple):
 
     ids_TK: Tensor                           # int64: global expert ids
     weights_TK: Tensor                       # float32 (float64 in float64 runs), with gradient
-    max_rows: int                            # static bound on the number of used slots
+    # Static bound on the number of used slots. None: T x K, most of them unused; the dispatcher counts them,
+    # and a host waits for the number where it would not otherwise.
+    max_rows: int | None
     stats: RoutingStats
     carry: Tensor | None = None              # for the router of the next layer
     # Output of choices that are no experts (moe/layer.py): residual_T * x + residual_TD.
@@ -148,6 +150,8 @@ class Router(nn.Module):
     causal = True
     # Fields of RouterContext that it reads, beside `valid_T` and `training`.
     depends_on: frozenset[str] = frozenset()
+    # Whether most of the K slots of a token stay unused, as with K = E (`Routing.max_rows`).
+    uses_few_slots = False
     # Arguments of the constructor, and their values, with which a token's gate weights sum to a constant, and
     # so have no gradient with one expert a token; {} for always. Read from source (config/rules/model.py).
     # None: the router is tried out (model/constant_gates.py). False: constant weights are meant.
@@ -282,7 +286,7 @@ class Router(nn.Module):
         stats = router_sums(probs_TC, logits_TC, ids_TK, context.valid_T, context.seq_offsets)
         if self.num_choices > self.num_experts:
             ids_TK, weights_TK = of_experts(ids_TK, weights_TK, self.num_experts)
-        return Routing(ids_TK, weights_TK, ids_TK.numel(), stats)
+        return Routing(ids_TK, weights_TK, None if self.uses_few_slots else ids_TK.numel(), stats)
 
 
 class LinearRouter(Router):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moetrain.moe.bank import ExpertBank, is_expert_parameter
-from moetrain.moe.dispatch import DispatchedRows
+from moetrain.moe.dispatch_records import DispatchedRows
 from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import ChunkedComputation, RoutedExperts
 from moetrain.ops.permute import Permutation

@@ -66,10 +66,17 @@ def experts(sent: DispatchedRows, ids: tuple[int, ...]) -> Tensor:
 
 def through(placement: LayerPlacement, ids: list[list[int]], rank: int,
             exact: bool = False) -> tuple[Tensor, ...]:
-    """Output, and the gradients of tokens and weights."""
+    """Output, and the gradients of tokens and weights: the same bits where used slots are counted."""
+    bounded, counted = (through_once(placement, ids, rank, exact, each) for each in (False, True))
+    assert all(map(torch.equal, bounded, counted))
+    return bounded
+
+
+def through_once(placement: LayerPlacement, ids: list[list[int]], rank: int, exact: bool,
+                 counted: bool) -> tuple[Tensor, ...]:
     x_TD, routing = routed(ids, seed=rank)
     moves = dispatcher(placement, exact)
-    sent = moves.dispatch(x_TD, routing.ids_TK, routing.weights_TK)
+    sent = moves.dispatch(x_TD, routing.ids_TK, routing.weights_TK, None if counted else routing.max_rows)
     held = placement.experts_of(moves.exchange.group.position)
     out_TD = moves.combine(experts(sent, held), sent.metadata)
     (out_TD * torch.arange(1.0, WIDTH + 1)).sum().backward()
@@ -141,8 +148,8 @@ def test_a_placement_for_other_positions_is_refused():
 # --- counts that stay on the device
 
 
-def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]],
-                      exact: bool) -> tuple[Tensor, ...]:
+def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]], exact: bool,
+                      max_rows: int | None = 100) -> tuple[Tensor, ...]:
     """Output and every gradient of the experts here."""
     placement, rank = HOMES[positions], 0 if positions == 1 else dist.get_rank()
     ids_TK, dtype = torch.tensor(ids[rank]), torch.float32
@@ -154,7 +161,8 @@ def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]
         torch.nn.init.normal_(matrix, generator=generator)
     dispatcher = TokenDispatcher(placement, FlatExchange(group(positions)), CPU, exact=exact,
                                  on_device=on_device)
-    out_TD = RoutedExperts(bank, dispatcher)(x_TD, ids_TK, weights_TK.where(ids_TK >= 0, 0)).wait()
+    out_TD = RoutedExperts(bank, dispatcher)(x_TD, ids_TK, weights_TK.where(ids_TK >= 0, 0),
+                                             max_rows).wait()
     (out_TD ** 2).sum().backward()
     return out_TD.detach(), x_TD.grad, weights_TK.grad, bank.gate_up.grad, bank.down.grad
 
@@ -162,8 +170,14 @@ def layer_with_counts(on_device: bool, positions: int, ids: list[list[list[int]]
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 def test_counts_on_the_device_give_what_counts_on_the_host_give(ids):
     for turned in (ids, ids[::-1]):
-        ours, theirs = (layer_with_counts(on_device, 1, turned, False) for on_device in (True, False))
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        used = sum(id >= 0 for row in turned[0] for id in row)
+        theirs = layer_with_counts(False, 1, turned, False)
+        for max_rows in (100, used, None):               # all slots; a bound that is just met; counted
+            ours = layer_with_counts(True, 1, turned, False, max_rows)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        if used:
+            with pytest.raises(RuntimeError, match=f"more used slots than max_rows = {used - 1}"):
+                layer_with_counts(True, 1, turned, False, used - 1)
 
 
 @pytest.mark.ranks
@@ -183,7 +197,8 @@ def test_nothing_asks_the_device_for_a_number(on_device):
         bank = ExpertBank(experts=tuple(range(EXPERTS)), form=SwigluExpert(dim=8, expert_dim=16))
         dispatcher = TokenDispatcher(HOMES[1], FlatExchange(Group("ep", (0,), 0)), CPU, on_device=on_device)
         try:
-            RoutedExperts(bank, dispatcher)(x_TD, ids_TK, weights_TK).wait().sum().backward()
+            RoutedExperts(bank, dispatcher)(x_TD, ids_TK, weights_TK,
+                                            ids_TK.numel()).wait().sum().backward()
         except (DataDependentOutputException, DynamicOutputShapeException):
             assert not on_device
         else:

@@ -5,7 +5,7 @@ from math import comb
 import pytest
 import torch
 
-from moetrain.moe.row_packing import RowPerRank, RowPerSlot, first_of_kind
+from moetrain.moe.row_packing import COMPARED, RowPerRank, RowPerSlot, first_of_kind, most_at_one_position
 
 
 @pytest.mark.parametrize("experts, positions, top_k, expected", [
@@ -33,12 +33,38 @@ def test_a_row_by_position_brings_the_slots_that_are_there():
     physical_TK = torch.tensor([[0, 5, 1], [3, -1, -1]])
     x_TD, weights_TK = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]])
     form = RowPerRank()
-    x_ND, local_NK, weights_NK = form.pack(x_TD, weights_TK, form.order(physical_TK, 3, 2, rows=3), 2)
+    x_ND, local_NK, weights_NK = form.pack(x_TD, weights_TK, form.order(physical_TK, 3, 2, 3, 3), 2)
     assert x_ND.tolist() == [[1], [2], [1]]
     assert local_NK.tolist() == [[0, -1, 1], [1, -1, -1], [-1, 1, -1]]
     assert weights_NK.equal(weights_TK[[0, 1, 0]])
 
 
-def test_the_first_slot_of_every_kind_is_marked():
-    assert (first_of_kind(torch.tensor([[2, 2, -1, 0, 2, 0, -1]])).tolist()
-            == [[True, False, True, True, False, False, False]])
+@pytest.mark.parametrize("width", [2, 4])
+def test_a_row_of_another_width_brings_the_used_slots_alone(width):
+    """As wide as the ranks need; a rank whose tokens have fewer slots pads its rows."""
+    physical_TK = torch.tensor([[0, 5, 1], [3, -1, -1]])
+    x_TD = torch.tensor([[1.0], [2.0]])
+    weights_TK = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]).requires_grad_()
+    form, room = RowPerRank(), [-1] * (width - 2)
+    assert most_at_one_position(physical_TK, 3, 2) == 2
+    _, local_NW, weights_NW = form.pack(x_TD, weights_TK, form.order(physical_TK, 3, 2, 3, width), 2)
+    assert local_NW.tolist() == [[0, 1, *room], [1, -1, *room], [1, -1, *room]]
+    assert weights_NW.where(local_NW >= 0, 0).tolist() == torch.tensor(
+        [[0.1, 0.3, *[0] * len(room)], [0.4, 0, *[0] * len(room)], [0.2, 0, *[0] * len(room)]]).tolist()
+    (grad_TK,) = torch.autograd.grad((weights_NW.where(local_NW >= 0, 0) * (local_NW + 2)).sum(), weights_TK)
+    assert grad_TK.tolist() == [[2, 3, 3], [3, 0, 0]]
+
+
+def test_the_most_slots_at_one_position():
+    for ids, most in (([[0, 5, 1, 4, 3]], 2), ([[-1, -1]], 0), ([[3, 2, 0], [5, -1, -1]], 2)):
+        assert most_at_one_position(torch.tensor(ids), 3, 2) == most
+    assert most_at_one_position(torch.empty(0, 4, dtype=torch.int64), 3, 2) == 0
+
+
+@pytest.mark.parametrize("slots", [7, COMPARED, COMPARED + 1, 40])
+def test_the_first_slot_of_every_kind_is_marked(slots):
+    """By comparing all pairs, and by sorting where that would take too much memory."""
+    values_TK = torch.randint(-1, 5, (30, slots), generator=torch.Generator().manual_seed(slots))
+    expected = [[value not in row[:slot] for slot, value in enumerate(row)] for row in values_TK.tolist()]
+    assert first_of_kind(values_TK).tolist() == expected
+    assert first_of_kind(values_TK[:0]).shape == (0, slots)
