@@ -16,8 +16,7 @@ BATCH = 12
 MESHES = ("single", "ddp", "ep", "fsdp", "ep_fsdp", "fssdp")
 PAIRS = [
     ("single", 3, "selective", True), ("ddp", 3, "none", False), ("ep", 1, "selective", True),
-    ("fsdp", 3, "full", True), ("ep_fsdp", 1, "none", True), ("fssdp", 3, "selective", False),
-    ("fssdp", 1, "full", True),
+    ("fsdp", 3, "full", True), ("ep_fsdp", 1, "full", False), ("fssdp", 3, "none", True),
 ]
 
 
