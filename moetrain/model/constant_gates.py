@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from moetrain.errors import ConfigError
 from moetrain.model.initialization import declared_starts, initialize
 from moetrain.model.transformer import Transformer
-from moetrain.routers.base import Router, RouterContext
+from moetrain.routers.base import Router
+from moetrain.routers.context import token_context
 
 _TOKENS, _SEED = 16, 0
 
@@ -46,9 +47,9 @@ def _is_constant(name: str, router: Router, dim: int) -> bool:
     initialize(tried, starts, seed=_SEED, std=0.1, num_layers=1)
     generator = torch.Generator().manual_seed(_SEED)
     x_TD = torch.randn(_TOKENS, dim, generator=generator, dtype=torch.float64)
-    numbers_T = torch.arange(_TOKENS)
-    context = RouterContext(router=name, step=1, sample_ids_T=numbers_T // 4, positions_T=numbers_T % 4,
-                            token_ids_T=numbers_T, domains_T=numbers_T % 2)
+    tokens_BS, sequences_B = torch.arange(_TOKENS).view(-1, 4), torch.arange(_TOKENS // 4)
+    context = token_context(tokens_BS, seed=_SEED, step=1, training=True, sample_ids_B=sequences_B,
+                            domains_B=sequences_B % 2)._replace(router=name)
     try:
         with torch.enable_grad():
             weights_TK = tried.route(x_TD, context).weights_TK
