@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from moetrain.config.build import build
@@ -170,6 +170,13 @@ def build_objective(config: Config, num_routers: int, language: LanguageLoss | N
     """
     losses = {"balance": build(config.balance, "balance"),
               **{name: build(node, "loss") for name, node in config.loss.items()}}
+    for name, loss in losses.items():
+        if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+            raise ConfigError(
+                241, f"the loss {name} owns parameters",
+                where=f"{type(loss).__module__}.{type(loss).__qualname__}",
+                why="losses are no part of the model: nobody would sum their gradients, train or save them",
+                next="numbers as arguments of the constructor; what is trained belongs to a router")
     return Objective(losses, num_routers, language=language, attached=config.train.aux_loss == "injected")
 
 

@@ -209,8 +209,9 @@ def test_verbs_and_exit_codes_are_those_documented() -> None:
 
 
 @pytest.mark.parametrize("where", [
-    "routers.base.RouterContext", "routers.base.Routing", "routers.base.RoutingStats", "losses.base.Pooled",
-    "data.batches.batch.Batch", "plan.placement.LayerPlacement", "plan.placement.ExpertPlacement"])
+    "routers.base.RouterContext", "routers.edits.RoutingEdits", "routers.base.Routing",
+    "routers.base.RoutingStats", "losses.base.Pooled", "data.batches.batch.Batch",
+    "plan.placement.LayerPlacement", "plan.placement.ExpertPlacement"])
 def test_records_have_the_documented_fields(where: str) -> None:
     module, _, name = where.rpartition(".")
     record = getattr(importlib.import_module(f"moetrain.{module}"), name)

@@ -82,6 +82,16 @@ def test_ranks_of_a_sorted_choice_and_weights_of_some_rows(option, overrides):
     torch.testing.assert_close(doubled.weights_TK, expected, rtol=0, atol=0)
 
 
+@every_router
+def test_an_edited_decision_is_not_made_by_the_one_op(option, overrides, monkeypatch):
+    """Which knows no edits. The other routers of the model still use it."""
+    router = router_of(option, overrides)
+    monkeypatch.setattr("moetrain.routers.groups.kernel_takes", lambda logits_TE, rule: True)
+    monkeypatch.setattr(router, "route_in_one", lambda *arguments: "by the one op")
+    assert routed(router) == "by the one op" == routed(router, RoutingEdits())
+    assert not (routed(router, RoutingEdits(scores=set_score(2, float("-inf")))).ids_TK == 2).any()
+
+
 def test_gradients_pass_through_an_edit_of_weights():
     router = router_of("topk", [])
     ours = routed(router, RoutingEdits(weights=Edit(lambda weights, ids: 2 * weights))).weights_TK

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moetrain.config.compose import compose
+from moetrain.errors import ConfigError
 from moetrain.losses.base import Pooled
 from moetrain.losses.language import cross_entropy_sum
 from moetrain.losses.load_balance import LoadBalanceLoss
@@ -12,7 +14,24 @@ from moetrain.ops.gating import top_k
 from moetrain.ops.router_sums import RouterSums, router_sums
 from moetrain.routers.base import stacks
 from moetrain.train.metrics import pool
-from moetrain.train.objective import Objective
+from moetrain.train.objective import Objective, build_objective
+
+
+class Learned(ZLoss, nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        ZLoss.__init__(self)
+        self.sharpness = nn.Parameter(torch.ones(1))
+
+
+def test_a_loss_with_parameters_is_refused(monkeypatch) -> None:
+    """Nobody would train them."""
+    monkeypatch.setattr("moetrain.train.objective.build", lambda node, family: Learned())
+    with pytest.raises(ConfigError, match="the loss balance owns parameters"):
+        build_objective(compose(["experiment=debug"]), 2)
+
 
 ROUTERS = ("layers.0.moe", "layers.1.moe")
 
