@@ -48,6 +48,7 @@ RULES: list[Rule] = [
     model.layer_pattern,
     model.dense_width,
     model.sliced_quantized,
+    model.vocabulary,
     model.experts,
     model.router_gradient,
     model.groups,

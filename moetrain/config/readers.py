@@ -102,7 +102,8 @@ ALWAYS = frozenset("""
     run.max_restarts run.grace_s run.packages
     model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm
     model.rope_theta model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
-    model.num_shared_experts model.moe_layers model.first_dense_layers model.init_std
+    model.num_shared_experts model.moe_layers model.first_dense_layers model.vocab_size
+    model.init_std
     parallel.mode schedule.kind engine.name
     train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing
     train.count_pass train.head_chunk train.aux_loss

@@ -85,6 +85,8 @@ class ModelConfig:
     first_dense_layers: int = key(
         0, "leading layers with a dense feed-forward network instead of experts")
     dense_dim: int | None = key(None, "hidden width of a dense layer; top_k * expert_dim when null")
+    vocab_size: int | None = key(
+        None, "rows of embedding and head; more than the tokenizer has ids are padding; its ids when null")
     init_std: float = key(0.05, "standard deviation of the initial weights")
 
 

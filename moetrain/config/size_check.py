@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from moetrain.config.checks import check
 from moetrain.config.schema import Config
-from moetrain.config.sizes import RankMemory, rank_memory
+from moetrain.config.sizes import RankMemory, ids_of, rank_memory
 from moetrain.config.values import flatten, schema_keys
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.machine import gpu_memory, total_memory
@@ -20,8 +20,10 @@ SLACK = 2
 # least.
 _SIZES = (
     "train.micro_batch", "eval.windows", "data.num_domains", "train.global_batch", "train.seq_len",
-    "data.vocab_size", "model.num_layers", "model.num_experts", "model.dim", "model.expert_dim",
-    "model.dense_dim", "model.num_shared_experts", "model.num_heads", "model.head_dim", "model.top_k")
+    "data.vocab_size", "model.vocab_size", "model.num_layers", "model.num_experts", "model.dim",
+    "model.expert_dim", "model.dense_dim", "model.num_shared_experts", "model.num_heads", "model.head_dim",
+    "model.top_k")
+_VOCABULARY = ("data.vocab_size", "model.vocab_size")
 _NAMES = {"state": "weights, gradients and moments", "activations": "activations of a micro-batch",
           "logits": "its logits", "tokens": "tokens of a step"}
 
@@ -94,11 +96,8 @@ def refuse_too_large(config: Config, ranks: int, local_ranks: int) -> None:
 
 
 def vocabulary_of(config: Config) -> int:
-    """Return the vocabulary size as far as the config tells, else 0: no tokenizer file is opened here."""
-    data = config.data
-    if data.kind == "synthetic" or (data.kind in ("megatron", "memmap") and data.tokenizer == "none"):
-        return data.vocab_size
-    return 257 if data.kind == "text" and data.tokenizer == "bytes" else 0
+    """Return the vocabulary of the model as far as the config tells, else 0."""
+    return max(ids_of(config), config.model.vocab_size or 0)
 
 
 def _fits(need: RankMemory, available: Available, slack: int = 1) -> bool:
@@ -123,7 +122,7 @@ def _advice(config: Config, ranks: int, available: Available, vocabulary: int) -
 
     def works(key: str, value: int) -> bool:
         changed = _with(config, key, value)
-        need = rank_memory(changed, value if key == "data.vocab_size" else vocabulary, ranks)
+        need = rank_memory(changed, vocabulary_of(changed) if key in _VOCABULARY else vocabulary, ranks)
         return _fits(need, available) and not check(changed, ranks)
 
     for key, value in involved.items():

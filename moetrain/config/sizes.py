@@ -74,6 +74,14 @@ class RankMemory(NamedTuple):
         return sum(self)
 
 
+def ids_of(config: Config) -> int:
+    """Return the ids of the data as far as the config tells, else 0: no tokenizer file is opened here."""
+    data = config.data
+    if data.kind == "synthetic" or (data.kind in ("megatron", "memmap") and data.tokenizer == "none"):
+        return data.vocab_size
+    return 257 if data.kind == "text" and data.tokenizer == "bytes" else 0
+
+
 def count_parameters(sizes: ModelConfig, vocab_size: int,
                      expert: Mapping[str, Any] = SWIGLU) -> Parameters:
     """Count the parameters of a model.

@@ -137,7 +137,8 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str, *, end_
     def draws() -> Iterator[int]:
         ids = torch.tensor(first)
         for _ in range(tokens):
-            drawn = draw(incremental.logits(ids), temperature, top_p, generator)
+            logits_V = incremental.logits(ids)[:tokenizer.vocab_size]  # the rest are padding of the model
+            drawn = draw(logits_V, temperature, top_p, generator)
             chosen = int(largest_over(group, drawn if group.position == 0 else -1))
             yield chosen
             ids = torch.cat([ids, ids.new_tensor([chosen])])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moetrain.comm.agreement import all_or_none
 from moetrain.comm.mesh import Mesh
+from moetrain.config.rules.model import model_vocabulary
 from moetrain.config.schema import Config
 from moetrain.losses.language import LanguageLoss
 from moetrain.model.build import ConvertModel, build_model
@@ -39,7 +40,8 @@ def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertMo
     check_language_loss(config, language_loss, mesh["batch"].size)
     all_or_none(mesh["batch"], lambda: refuse_what_cannot_fit(config, mesh))
     dataset, loader = set_up_data(config, directory, mesh)
-    model = build_model(config, dataset.vocab_size, mesh, convert_model)
+    vocab_size = model_vocabulary(config.model, dataset.vocab_size)
+    model = build_model(config, vocab_size, mesh, convert_model)
     optimizer = build_optimizer(model, config.optim)
     allocate_state(optimizer)
     copies, replanner = (build_fssdp(config, model, optimizer, mesh)
@@ -55,5 +57,5 @@ def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertMo
         objective=objective,
         graphs=Graphs(kept=not config.train.count_pass),
         dump=RouterDump(directory, mesh, dataset.domains) if config.log.router_dump else None,
-        peak_tokens_per_s=peak_tokens_per_s(config, dataset.vocab_size, mesh),
+        peak_tokens_per_s=peak_tokens_per_s(config, vocab_size, mesh),
     )

@@ -56,3 +56,15 @@ def test_ranks_write_one_text_together(ranks, mode):
     overrides = [f"parallel={mode}", "run.nproc=2", "train.micro_batch=8"]
     alone = text([])
     assert ranks(2).run(text, overrides) == [alone, alone]
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    """Rows beyond the tokenizer's ids have no meaning, however probable the model finds them."""
+    run = make_run([*BYTES, "model.vocab_size=320"])
+    assert run.state.model.embed.shape[0] == 320 and run.dataset.vocab_size == 257
+    padding = torch.arange(320) >= 257
+    run.state.model.head.data[padding] = 5 * run.state.model.head.data[65].clone()
+    drawn = "".join(continue_text(
+        run.state.model, ByteTokenizer(), "ab", end_id=256, tokens=20, temperature=1.0, top_p=1.0, seed=0,
+        context=12, cache=True, mask_documents=False, group=run.mesh["batch"]))
+    assert drawn

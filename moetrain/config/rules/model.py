@@ -6,7 +6,8 @@ from typing import get_args
 from moetrain.config.build import NoSuchPart, arguments, constant_weights, declared
 from moetrain.config.layer_pattern import is_sparse, parse_pattern, per_layer, sparse_layers
 from moetrain.config.rules.wording import choose, divisors
-from moetrain.config.schema import Config
+from moetrain.config.schema import Config, ModelConfig
+from moetrain.config.sizes import ids_of
 from moetrain.config.values import show
 from moetrain.errors import ConfigError
 
@@ -118,6 +119,31 @@ def sliced_quantized(config: Config, ranks: int) -> Iterator[ConfigError]:
             where="expert._target_, parallel.max_sliced_experts",
             why=f"{quantized[0]} and others are quantized as whole matrices, and a rank has slices of them",
             next="parallel.max_sliced_experts=0")
+
+
+def vocabulary(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check that model.vocab_size has a row for every id, where the config tells how many there are."""
+    try:
+        model_vocabulary(config.model, ids_of(config))
+    except ConfigError as error:
+        yield error
+
+
+def model_vocabulary(sizes: ModelConfig, ids: int) -> int:
+    """Return the rows of embedding and head; ConfigError where `model.vocab_size` is less than the ids.
+
+    Args:
+        sizes: section `model` of the config.
+        ids: ids of the data's vocabulary.
+    """
+    if sizes.vocab_size is None:
+        return ids
+    if sizes.vocab_size < ids:
+        raise ConfigError(
+            222, f"model.vocab_size={sizes.vocab_size} is less than the {ids} ids of the data",
+            where="model.vocab_size", why="every id has a row of the embedding; rows beyond are padding",
+            next=f"model.vocab_size={ids} or more, or null")
+    return sizes.vocab_size
 
 
 def experts(config: Config, ranks: int) -> Iterator[ConfigError]:

@@ -90,6 +90,8 @@ def data_line(run: Run) -> str:
     text = (f"{run.config.data.kind} {dataset.fingerprint[:12]}  "
             f"{len(dataset.domains)} domain{'s' * (len(dataset.domains) > 1)}"
             f" ({names})  vocabulary {dataset.vocab_size}")
+    if (rows := run.state.model.embed.shape[0]) > dataset.vocab_size:
+        text += f", padded to {rows}"
     if dataset.tokens is None:
         return text
     epochs = dataset.epochs(run.config.run.steps * train.global_batch)

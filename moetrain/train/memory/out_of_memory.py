@@ -101,7 +101,7 @@ def activation_bytes(run: Run) -> tuple[float, float]:
     kept = (len(layers) * attention * sizes.dim
             + sum(experts * (in_expert * sizes.dim + out_expert * width) for experts, width in visits))
     at_once = min(tokens, train.head_chunk) if train.head_chunk else tokens
-    return tokens * element * kept, at_once * run.dataset.vocab_size * (element + 4)
+    return tokens * element * kept, at_once * run.state.model.embed.shape[0] * (element + 4)
 
 
 def advice(run: Run, largest: str) -> str:
