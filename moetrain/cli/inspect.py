@@ -12,10 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint.manifest import NAME, checkpoints_of, is_step, read_manifest
+from moetrain.checkpoint.manifest import NAME, read_manifest
 from moetrain.checkpoint.records import ITEM_BYTES, Manifest, TensorEntry, split_expert
-from moetrain.config.run_names import find_run, places, reference
-from moetrain.errors import CheckpointError, ConfigError
+from moetrain.config.run_names import reference
+from moetrain.errors import ConfigError
+from moetrain.runs.named_checkpoint import named_checkpoints
 from moetrain.units import decimal
 
 LARGEST = 5
@@ -42,17 +43,7 @@ def named(argv: list[str], verb: str) -> list[Path]:
         raise ConfigError(53, f"{verb} takes one run or one checkpoint", where="the command line",
                           why=f"it was given {' '.join(argv) or 'nothing'}",
                           next=f"moetrain {verb} <name or directory of a run, or directory of a checkpoint>")
-    if (Path(place) / NAME).exists() or is_step(Path(place).name) and Path(place).exists():
-        return [Path(place)]
-    saved = (folder for folder in places(place) if (folder / "checkpoints").is_dir())
-    run_dir = next(saved, None) or find_run(place)
-    found = checkpoints_of(run_dir)
-    if not found:
-        raise CheckpointError(
-            2, "the run has no checkpoint yet", where=str(run_dir / "checkpoints"),
-            why="a run saves at its end and every checkpoint.interval steps",
-            next="the command that trains the run; it saves at run.stop_at, too")
-    return found
+    return named_checkpoints(place)
 
 
 def summary(directory: Path, manifest: Manifest, checkpoints: list[Path]) -> Iterator[str]:

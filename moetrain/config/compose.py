@@ -20,7 +20,7 @@ or the constructor of its part, and runs the rules between keys (config/checks.p
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict
+from dataclasses import MISSING
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from moetrain.config.renamed import translate
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
 from moetrain.config.schema import Config, ParallelConfig
 from moetrain.config.trained_keys import is_fixed, refuse_starts, with_trained_widths
-from moetrain.config.values import flatten, show
+from moetrain.config.values import as_tree, flatten, show
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.files import read_json, shown
@@ -43,8 +43,8 @@ from moetrain.packages import option_folders
 # Keys that a resumed run may change; a trailing dot means the whole section.
 _FREE_ON_RESUME = (
     "run.packages", "run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts",
-    "run.grace_s", "run.name", "run.dir", "run.device", "run.share_gpu", "log.", "checkpoint.", "eval.",
-    "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch",
+    "run.grace_s", "run.name", "run.dir", "run.device", "run.share_gpu", "init.", "log.", "checkpoint.",
+    "eval.", "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch",
     "train.count_pass",
     "train.activation_checkpointing", "train.aux_loss", "train.head_chunk", "data.cache", "data.overlap",
     "router.center")
@@ -64,7 +64,7 @@ def compose(overrides: Sequence[str]) -> Config:
     if named is None:
         return tree.finish(values, command, problems, files)
     directory, trained = _trained(named, problems)
-    return _on_recorded(asdict(trained), trained, directory, values, command, problems, files)
+    return _on_recorded(as_tree(trained), trained, directory, values, command, problems, files)
 
 
 def idle_overrides(overrides: Sequence[str]) -> set[str]:
@@ -94,9 +94,9 @@ def for_run(overrides: Sequence[str]) -> Config:
     run = {"dir": None, **values["run"]}
     run |= {key.removeprefix("run."): command.values[key].value for key in RUN_KEYS if key in command.values}
     directory, trained = _trained(named or str(run["dir"] or run["name"]), problems)
-    base = asdict(trained)
+    base = as_tree(trained)
     base["run"]["nproc"] = 1
-    base["parallel"] = asdict(ParallelConfig())
+    base["parallel"] = as_tree(ParallelConfig())
     base["engine"]["name"] = "torch"
     config = _on_recorded(base, trained, directory, values, command, problems, files, trains=False)
     fixed = [error for error in _conflicts(trained, config, ()) if is_fixed(error.where)]
@@ -161,7 +161,7 @@ def to_yaml(config: Config) -> str:
     """Write a resolved config as the text of a config.yaml."""
     import yaml
 
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(path: Path | str) -> Config:

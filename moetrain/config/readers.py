@@ -30,6 +30,7 @@ _MUON, _POOLED = "optim=muon", "balance=global|node"
 READ_WITH: dict[str, tuple[str, ...]] = {
     "model.dense_dim": ("model.first_dense_layers>0 or model.moe_layers!=null or model.num_experts has 0",),
     "model.shared_dim": ("model.num_shared_experts>0",),
+    "init.digest": ("init.from!=null",),
     "router.topk_groups": ("router.num_groups>1",),
     "router.group_score": ("router.num_groups>1",),
     "router.counts": ("router.update_rate>0",),
@@ -104,8 +105,9 @@ ALWAYS = frozenset("""
     model.rope_theta model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
     model.num_shared_experts model.moe_layers model.first_dense_layers model.vocab_size
     model.init_std
+    init.from
     parallel.mode schedule.kind engine.name
-    train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing
+    train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing train.frozen
     train.count_pass train.head_chunk train.aux_loss
     data.kind data.seed data.mask_documents
     optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.router_lr_scale optim.expert_lr_scale
@@ -189,6 +191,8 @@ def _holds(condition: str, values: Mapping[str, Any]) -> bool:
 def to_type(condition: str) -> str:
     """Give an override that meets the condition, with the first of its alternatives and values."""
     name, sign, wanted = parts(condition)
+    if sign == "!=":
+        return f"{name}=<value>"
     return f"{name}={wanted.partition('|')[0]}" if sign == "=" else f"{name}={int(wanted) + 1}"
 
 

@@ -71,23 +71,31 @@ class ModelConfig:
     rope_theta: float = key(10000.0, "base of the rotary embedding")
     norm_eps: float = key(1e-6, "epsilon of RMSNorm")
     tie_embeddings: bool = key(False, "the head is the embedding")
-    num_experts: int | list[int] = key(
-        8, "routed experts a layer, or one entry a layer, 0 in a dense one")
+    num_experts: int | list[int] = key(8, "routed experts a layer, or one entry a layer, 0 in a dense one")
     top_k: int | list[int] = key(2, "experts a token, or one entry a layer")
     expert_dim: int | list[int] = key(128, "hidden width F of an expert, or one entry a layer")
     num_shared_experts: int = key(0, "experts that every token visits")
     shared_dim: int | None = key(
         None, "hidden width of all shared experts together; num_shared_experts * expert_dim when null")
     moe_layers: str | list[int] | None = key(
-        None,
-        "layers with experts, numbered from 0; the others are dense: a list, every_4 (3, 7, 11, ...) or "
-        "every_4_from_0 (0, 4, 8, ...); null: all but model.first_dense_layers")
-    first_dense_layers: int = key(
-        0, "leading layers with a dense feed-forward network instead of experts")
+        None, "layers with experts, numbered from 0: a list, every_4 (3, 7, 11, ...) or every_4_from_0 (0, "
+        "4, 8, ...); the others are dense; null: all but model.first_dense_layers")
+    first_dense_layers: int = key(0, "leading layers with a dense feed-forward network instead of experts")
     dense_dim: int | None = key(None, "hidden width of a dense layer; top_k * expert_dim when null")
     vocab_size: int | None = key(
         None, "rows of embedding and head; more than the tokenizer has ids are padding; its ids when null")
     init_std: float = key(0.05, "standard deviation of the initial weights")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Weights that a new run begins from. The field `from_` is the key `from` (values.key_name)."""
+
+    from_: str | None = key(
+        None,
+        "newest checkpoint of a run (its name or directory), or folder of a checkpoint: its weights, with a "
+        "new optimizer, step and order of data; not read again by a run that has a checkpoint", path=True)
+    digest: str | None = key(None, "of those weights; null: the run records it; another is refused")
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,7 @@ class ParallelConfig:
     ep: int | None = key(
         None, "ranks that share the experts of a layer; all ranks when null (modes ep, ep_fsdp, fssdp)")
     shard: int | None = key(
-        None,
-        "ranks that hold every parameter once between them; all ranks when null (modes fsdp, ep_fsdp, "
+        None, "ranks that hold every parameter once between them; all ranks when null (modes fsdp, ep_fsdp, "
         "fssdp: the dense part)")
     exchange: Literal["flat", "two_level", "peer", "peer_push", "deepep", "vdev"] = key(
         "flat",
@@ -134,8 +141,7 @@ class ParallelConfig:
     rehome_interval: int = key(
         100, "fssdp: steps between reviews of the homes of experts, which the planner may move (0: never)")
     max_sliced_experts: int = key(
-        0,
-        "fssdp: most experts of a layer, the hottest, whose parameters are sliced over the ranks; "
+        0, "fssdp: most experts of a layer, the hottest, whose parameters are sliced over the ranks; "
         "planner=balanced slices them where the cost model predicts a gain, other planners slice all; chosen "
         "when homes are reviewed")
 
@@ -184,8 +190,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = key(
         "none", "what backward computes again: nothing, cheap operations, or whole blocks; routing never")
     count_pass: bool | None = key(
-        None,
-        "exact balance under accumulation by a forward pass that only counts, instead of keeping the "
+        None, "exact balance under accumulation by a forward pass that only counts, instead of keeping the "
         "graphs of all micro-batches; where these would not fit when null")
     head_chunk: int = key(
         0, "tokens whose logits are in memory at once, made again in backward (0: all of a micro-batch)")
@@ -207,8 +212,7 @@ class DataConfig:
     """Where tokens come from, and how text becomes tokens."""
 
     kind: Literal["text", "tokens", "megatron", "memmap", "synthetic"] = key(
-        "text",
-        "text files, prepared token shards, Megatron-Core's indexed datasets, token files of other "
+        "text", "text files, prepared token shards, Megatron-Core's indexed datasets, token files of other "
         "trainers, or generated tokens")
     path: str | None = key(
         None,
@@ -216,8 +220,7 @@ class DataConfig:
     cache: str | None = key(
         None, "where prepared tokens go, and indexes of token files; <run.dir>/data when null", path=True)
     tokenizer: str = key(
-        "bytes",
-        "bytes, or the path of a tokenizer.json or of a folder that holds one; megatron and "
+        "bytes", "bytes, or the path of a tokenizer.json or of a folder that holds one; megatron and "
         "memmap also: none", path=True)
     end_token: str | None = key(
         None,
@@ -234,8 +237,7 @@ class DataConfig:
     mask_documents: bool = key(False, "attention stays inside a document")
     domain_cap: int | None = key(None, "bytes of text to take from a domain at most")
     held_out: str | None = key(
-        None,
-        "file or folder of held-out text of your own, of which nothing is trained on; null: a "
+        None, "file or folder of held-out text of your own, of which nothing is trained on; null: a "
         "share of data.path", path=True)
     held_out_share: float = key(
         0.05,
@@ -245,8 +247,7 @@ class DataConfig:
         "train, valid and test that lie side by side in data.path: valid is held out and test left alone, "
         "or all of them are one text")
     allow_left_out: float = key(
-        0.1,
-        "share of the bytes of data.path that may be left out because they are not text; above it "
+        0.1, "share of the bytes of data.path that may be left out because they are not text; above it "
         "preparing is refused")
     text_key: str | None = key(
         "text",
@@ -338,8 +339,7 @@ class LogConfig:
     router_dump: bool = key(
         False, "write what all routers decided in the first three steps, logits included, to log/router")
     timeline: int = key(
-        0,
-        "steps of which every operator and its times are written to log/timeline, for Perfetto and "
+        0, "steps of which every operator and its times are written to log/timeline, for Perfetto and "
         "moetrain report")
     timeline_start: int = key(2, "first of these steps; never the first step of a command")
     wandb: Literal["auto", "off", "offline", "online"] = key(
@@ -374,6 +374,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     router: dict[str, Any] = key({}, "the routing function: _target_ and its arguments")
     expert: dict[str, Any] = key(SWIGLU, "what an expert computes: _target_ and its arguments")
     capacity: dict[str, Any] = key({}, "what an expert takes at most: _target_ and its arguments")

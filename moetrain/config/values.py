@@ -12,9 +12,10 @@ Used for the schema (config/schema.py) and for the arguments of parts (config/bu
 says where values come from; config/tree.py words the errors that a user sees.
 """
 
+import copy
 import os
 import types
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from moetrain.config.schema import Config
@@ -54,6 +55,17 @@ def schema_sections() -> dict[str, type]:
     return {name: kind if is_dataclass(kind) else dict for name, kind in kinds.items()}
 
 
+def key_name(field: str) -> str:
+    """Return the key of a dataclass field: its name, without the underscore that follows a keyword."""
+    return field.removesuffix("_")
+
+
+def as_tree(config: Any) -> dict[str, Any]:
+    """Copy a config, or a section of one, to the mappings that yaml and manifests hold."""
+    return {key_name(name): as_tree(value) if is_dataclass(value) else copy.deepcopy(value)
+            for name, value in vars(config).items()}
+
+
 def schema_keys() -> dict[str, Key]:
     """List every key of the schema by path, in its order. Arguments of parts are not among them."""
     found = {}
@@ -63,7 +75,7 @@ def schema_keys() -> dict[str, Key]:
         hints = get_type_hints(cls)
         for field in fields(cls):
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            path = f"{section}.{field.name}"
+            path = f"{section}.{key_name(field.name)}"
             found[path] = Key(path, hints[field.name], default, field.metadata.get("help", ""),
                               field.metadata.get("path", False))
     return found
@@ -109,13 +121,15 @@ def to_config(tree: dict[str, Any]) -> Config:
     parts = {}
     for section, cls in schema_sections().items():
         if section in tree:
-            parts[section] = tree[section] if cls is dict else cls(**tree[section])
+            names = {key_name(field.name): field.name for field in fields(cls)} if cls is not dict else {}
+            parts[section] = tree[section] if cls is dict else cls(
+                **{names[key]: value for key, value in tree[section].items()})
     return Config(**parts)
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """List every leaf of a config by path. A list is a leaf."""
-    return dict(leaves(asdict(config)))
+    return dict(leaves(as_tree(config)))
 
 
 def leaves(tree: Any, prefix: str = "") -> Any:

@@ -26,6 +26,7 @@ from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer, sparse_layers_in
+from moetrain.parallel.state_shards import StateShard, weights
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
 from moetrain.routers.base import Router
@@ -72,6 +73,20 @@ def check_model(config: Config, convert_model: ConvertModel | None = None) -> No
     declared_starts(model)
     refuse_nothing_to_train(model, config.train.frozen)
     refuse_constant_gates(model)
+
+
+def weights_on_meta(config: Config, vocab_size: int,
+                    convert_model: ConvertModel | None = None) -> dict[str, StateShard]:
+    """List the weights of a whole model by the names of a checkpoint, without ranks or memory.
+
+    Args:
+        config: the config of a run.
+        vocab_size: V, rows of embedding and head.
+        convert_model: called with a model that is thrown away.
+    """
+    alone = replace(config, parallel=ParallelConfig())
+    model = meta_model(alone, vocab_size, lone_mesh(torch.device("cpu")), convert_model)
+    return {shard.name: shard for shard in weights(model)}
 
 
 def meta_model(config: Config, vocab_size: int, mesh: Mesh,

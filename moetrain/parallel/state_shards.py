@@ -15,11 +15,19 @@ Shards are views: writing into one changes the parameter (or the gradient, or th
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moetrain.moe.bank import ExpertBank
 from moetrain.plan.placement import slice_rows
+
+# Dtypes by their names in a checkpoint.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Of = Callable[[nn.Parameter], Tensor | None]
 
@@ -79,6 +87,12 @@ def buffers(model: nn.Module) -> Iterator[StateShard]:
         for name, buffer in module.named_buffers(path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 yield StateShard(name, tuple(buffer.shape), 0, buffer, "batch", name)
+
+
+def weights(model: nn.Module) -> Iterator[StateShard]:
+    """Iterate over the parameters and persistent buffers of a model, by the names of a checkpoint."""
+    yield from (shard._replace(name=f"model.{shard.name}") for shard in state_shards(model))
+    yield from (shard._replace(name=f"buffer.{shard.name}") for shard in buffers(model))
 
 
 def local(tensor: Tensor) -> Tensor:

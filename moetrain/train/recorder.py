@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from moetrain.comm.mesh import Mesh
 from moetrain.config.compose import to_yaml
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.schema import Config
+from moetrain.config.values import as_tree
 from moetrain.errors import CheckpointError, DiskError
 from moetrain.files import create, reason
 from moetrain.ops import extension
@@ -121,7 +121,7 @@ class Recorder:
             log.warning("metrics.jsonl lacks step %d, from which the run goes on: somebody has changed it",
                         run.state.step)
         settings = wandb_settings(self.config, os.environ)
-        self.wandb = settings and WandbSink(settings, dir=self.directory, config=asdict(self.config))
+        self.wandb = settings and WandbSink(settings, dir=self.directory, config=as_tree(self.config))
 
     def step(self, result: StepResult) -> None:
         """Record a step: metrics, and the loads of experts."""

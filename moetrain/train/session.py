@@ -27,6 +27,7 @@ from moetrain.model.build import ConvertModel, check_model, computes_bfloat16
 from moetrain.plan.precision import choose_dtype
 from moetrain.runs.attempts import RunAttempts
 from moetrain.runs.completion import last_step, newest_sound_checkpoint, trained_config
+from moetrain.train.initial_weights import with_initial_weights
 from moetrain.train.memory.out_of_memory import out_of_memory_named
 from moetrain.train.preemption import Preemption, cause, startup_signals
 from moetrain.train.state import Run
@@ -40,12 +41,13 @@ def join_run(config: Config, convert_model: ConvertModel | None = None) -> tuple
         convert_model: changes the model before it is sharded (model/build.py).
 
     Returns:
-        The config with a concrete dtype, the directory of the run, and the mesh.
+        The config with a concrete dtype and resolved weights, the directory of the run, and the mesh.
     """
     check_composed(config)
     check_alone(config)
     check_model(config, convert_model)
     directory = run_dir(config)
+    config = with_initial_weights(config, directory, convert_model)
     mesh = join(config)
     return with_dtype(config, directory, mesh), directory, mesh
 

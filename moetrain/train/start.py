@@ -12,6 +12,7 @@ from moetrain.runs.completion import last_step
 from moetrain.train.checkpoint.disk_space import check_disk
 from moetrain.train.checkpoint.load import resume
 from moetrain.train.checkpoint.metadata import check_same_run, start_warnings
+from moetrain.train.initial_weights import load_initial_weights
 from moetrain.train.loggers.banner import banner_lines
 from moetrain.train.loggers.console import Console
 from moetrain.train.memory.graph_memory import choose_graphs
@@ -25,6 +26,8 @@ def start_run(config: Config, directory: Path, mesh: Mesh, recorder: Recorder, c
               convert_model: ConvertModel | None = None,
               language_loss: LanguageLoss | None = None) -> Run:
     """Build a run, resume it from its newest sound checkpoint, and print the banner. Collective.
+
+    A run without a checkpoint begins from the weights of `init.from`, if that is set.
 
     Args:
         config: the config of the run, with a concrete dtype.
@@ -45,7 +48,8 @@ def start_run(config: Config, directory: Path, mesh: Mesh, recorder: Recorder, c
         DiskError: the disk has no space for the checkpoints to come.
     """
     run = set_up(config, directory, mesh, convert_model, language_loss)
-    run = wrap_engine(run) if wrap_engine else run
+    load_initial_weights(run, convert_model)
+    run = wrap_engine(run) if wrap_engine else run  # an engine takes copies of the weights
     found = resume(run.state, directory, mesh, verify=config.checkpoint.verify)
     if found:
         all_or_none(mesh["batch"], lambda: check_same_run(run, found))

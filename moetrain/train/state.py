@@ -30,7 +30,7 @@ from moetrain.data.loader import Loader
 from moetrain.model.parallelize import Parallel
 from moetrain.model.transformer import Transformer
 from moetrain.parallel.fssdp.replanner import Replanner
-from moetrain.parallel.state_shards import StateShard, buffers, state_shards
+from moetrain.parallel.state_shards import StateShard, state_shards, weights
 from moetrain.train.count_pool import PreviousStepCounts
 from moetrain.train.loggers.router_dump import RouterDump
 from moetrain.train.loggers.stopwatch import Stopwatch
@@ -99,12 +99,6 @@ class TrainState:
         restore_steps(self.optimizer, self.step)
         if self.planning is not None:
             self.planning.restored()
-
-
-def weights(model: Transformer) -> Iterator[StateShard]:
-    """Iterate over the parameters and persistent buffers of a model, by the names of a checkpoint."""
-    yield from (shard._replace(name=f"model.{shard.name}") for shard in state_shards(model))
-    yield from (shard._replace(name=f"buffer.{shard.name}") for shard in buffers(model))
 
 
 class Graphs(NamedTuple):

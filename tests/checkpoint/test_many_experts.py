@@ -16,8 +16,7 @@ from moetrain.checkpoint import disk, records
 from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.checkpoint.manifest import NAME, read_manifest
 from moetrain.checkpoint.payload import TensorRows
-from moetrain.parallel.state_shards import StateShard
-from moetrain.train.checkpoint.layout import DTYPE_NAMES
+from moetrain.parallel.state_shards import DTYPE_NAMES, StateShard
 from moetrain.train.checkpoint.load import CheckpointLoader
 from moetrain.train.checkpoint.snapshot import as_bytes
 

@@ -20,7 +20,7 @@ from moetrain.checkpoint.payload import Payload, TensorRows, header, metadata, w
 from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, ByteRange
 from moetrain.checkpoint.verify import is_sound, problems
 from moetrain.errors import CheckpointError
-from moetrain.train.checkpoint.layout import DTYPE_NAMES, DTYPES
+from moetrain.parallel.state_shards import DTYPE_NAMES, DTYPES
 from moetrain.train.checkpoint.load import load, resume
 from moetrain.train.checkpoint.snapshot import as_bytes
 from tests.support.checkpoints import SIZES, SMALL, flip, payload, saved, tensors, trained

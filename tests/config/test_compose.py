@@ -1,7 +1,6 @@
 """Composing: every option of conf/ works, every mistake is named, and all of them together."""
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from moetrain.config.compose import (
 from moetrain.config.groups import group_options, section_of
 from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config
-from moetrain.config.values import flatten, schema_keys, show
+from moetrain.config.values import as_tree, flatten, schema_keys, show
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
@@ -267,7 +266,7 @@ def test_a_sweep_over_seeds_sees_the_same_generated_data(tmp_path: Path) -> None
 def test_a_run_from_before_there_was_a_seed_of_the_data_keeps_its_own(tmp_path: Path) -> None:
     for seed in (0, 3):
         now = compose(["experiment=debug", f"run.seed={seed}"])
-        tree = asdict(now)
+        tree = as_tree(now)
         del tree["data"]["seed"]
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
         old = from_yaml(tmp_path / "config.yaml")
@@ -327,7 +326,7 @@ def test_an_experiment_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = compose(["experiment=debug", "run.steps=3"])
     run_dir(config).mkdir(parents=True)
     (run_dir(config) / "config.yaml").write_text(to_yaml(config))
-    assert asdict(for_run(["experiment=debug"])) == asdict(config)
+    assert as_tree(for_run(["experiment=debug"])) == as_tree(config)
 
 
 def test_a_sweep_is_every_combination() -> None:

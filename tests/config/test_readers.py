@@ -74,7 +74,7 @@ def another(key: Key) -> str:
 def preventing(condition: str) -> str:
     """An override under which the condition does not hold."""
     name, sign, wanted = readers.parts(condition)
-    if sign == ">":
+    if sign in (">", "!="):
         return f"{name}={wanted}"
     others = {"balance": "none", "data": "synthetic" if "synthetic" not in wanted else "text",
               "log.wandb": "off",

@@ -1,7 +1,6 @@
 """Configs that a run or a checkpoint recorded: data from somewhere, perhaps of another release."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from moetrain import __version__
 from moetrain.checkpoint.records import Manifest
 from moetrain.config.compose import compose, for_run, from_yaml
+from moetrain.config.values import as_tree
 from moetrain.errors import CheckpointError, ConfigErrors
 from moetrain.runs.completion import config_of, trained_config
 
@@ -43,7 +43,7 @@ def test_a_recorded_part_chooses_and_runs_nothing(section: str, part: dict, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evilmod.py").write_text("open('hit', 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for name, read in readers(tmp_path / "run", {**asdict(compose([])), section: part}).items():
+    for name, read in readers(tmp_path / "run", {**as_tree(compose([])), section: part}).items():
         with pytest.raises(ConfigErrors) as caught:
             read()
         (error,) = caught.value.errors
@@ -57,7 +57,7 @@ def test_a_recorded_part_chooses_and_runs_nothing(section: str, part: dict, tmp_
     ({"router": {"p": 0.4}}, "router.p"),
     ({"router": {"_target_": "moetrain.routers.top_p.TopPRouter"}}, "router._target_")])
 def test_another_release_is_named_with_the_key(change: dict, key: str, tmp_path: Path) -> None:
-    values = asdict(compose([]))
+    values = as_tree(compose([]))
     for section, keys in change.items():
         values[section] = {**values.get(section, {}), **keys}
     for name, read in readers(tmp_path / "run", values).items():
@@ -70,7 +70,7 @@ def test_another_release_is_named_with_the_key(change: dict, key: str, tmp_path:
 
 
 def test_thousands_of_strange_keys_and_a_bottomless_config_take_no_time(tmp_path: Path) -> None:
-    values = {**asdict(compose([])), **{f"strange{number}": number for number in range(3000)}}
+    values = {**as_tree(compose([])), **{f"strange{number}": number for number in range(3000)}}
     for read in readers(tmp_path / "run", values).values():
         with pytest.raises(ConfigErrors) as caught:
             read()
@@ -83,7 +83,7 @@ def test_thousands_of_strange_keys_and_a_bottomless_config_take_no_time(tmp_path
 
 
 def test_a_release_that_is_not_known_and_a_config_that_was_changed(tmp_path: Path) -> None:
-    values = {**asdict(compose([])), "x": 1}
+    values = {**as_tree(compose([])), "x": 1}
     (tmp_path / "run").mkdir()
     for wrote, said in ((__version__, "it was changed since"), ("", "an unknown release")):
         record(tmp_path / "run", values, wrote)
@@ -94,7 +94,7 @@ def test_a_release_that_is_not_known_and_a_config_that_was_changed(tmp_path: Pat
 
 
 def test_text_that_looks_like_a_reference_is_text(tmp_path: Path) -> None:
-    values = asdict(compose([]))
+    values = as_tree(compose([]))
     values["generate"]["prompt"] = "echo ${HOME:-x} ${"
     record(tmp_path, values)
     assert from_yaml(tmp_path / "config.yaml").generate.prompt == "echo ${HOME:-x} ${"

@@ -9,7 +9,7 @@ import pytest
 from moetrain.__main__ import main
 from moetrain.config.compose import compose, for_run, from_yaml, run_dir, to_yaml
 from moetrain.config.overrides import sweep
-from moetrain.config.values import schema_keys
+from moetrain.config.values import flatten, schema_keys
 from moetrain.errors import ConfigErrors
 
 TEXTS = ["import ", "str(x)", "cost ${USD}", ' "quoted" ', "a, b", "f(x) = {y: [", "???", r"\${x}",
@@ -55,8 +55,7 @@ def test_every_key_about_files_is_a_path() -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_is_never_empty_and_home_is_expanded(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    section, _, name = path.partition(".")
-    assert getattr(getattr(compose([f"{path}=~/x"]), section), name) == "/home/somebody/x"
+    assert flatten(compose([f"{path}=~/x"]))[path] == "/home/somebody/x"
     for empty in ("", " "):
         (code, advice), *rest = errors_of(f"{path}={empty}")
         assert (code, rest) == ("E-CONFIG-101", []) and path in advice

@@ -1,9 +1,12 @@
-"""Every snippet of docs/howto/python.md runs."""
+"""Every snippet of docs/howto/python.md and docs/howto/weights.md runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from moetrain.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = "The quick brown fox jumps over the lazy dog, and nothing is heard of it again. "
@@ -25,3 +28,17 @@ def test_the_snippets_of_the_page_about_python_run_one_after_another(
     assert (tmp_path / "runs/again/report/expert_load.png").is_file()
     assert len(names["metrics"]) == 4 and names["run"].step == 4 and len(snippets) == 11
     assert capsys.readouterr().out.endswith("('txt',)\n")
+
+
+def test_the_blocks_of_the_page_about_weights_run_one_after_another(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/howto/weights.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moetrain.cli.train.draw", lambda directory: None)
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(compile(block, "snippet", "exec"), {})
+            continue
+        for line in block.splitlines():
+            assert main(shlex.split(line)[1:]) == 0, line
+    assert (tmp_path / "runs/trained/checkpoints/step-00000002").is_dir()

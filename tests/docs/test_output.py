@@ -2,7 +2,6 @@
 
 import os
 import re
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moetrain.__main__ import main
 from moetrain.comm import device
 from moetrain.config.groups import group_options
-from moetrain.config.values import leaves
+from moetrain.config.values import as_tree, leaves
 from moetrain.train.loggers.banner import banner_lines
 from moetrain.train.loggers.console import banner
 from moetrain.train.loggers.step_line import step_line
@@ -67,7 +66,7 @@ def banners(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, set[Any
 def shown(run: Run) -> tuple[str, set[Any]]:
     resumed = run.directory if run.state.step else None
     options = {option for options in group_options().values() for option in options}
-    values = {str(value) for _, value in leaves(asdict(run.config))}
+    values = {str(value) for _, value in leaves(as_tree(run.config))}
     names = {*run.dataset.domains, run.dataset.fingerprint[:12], run.mesh.device.type, run.directory,
              *run.objective.weights}
     return banner(banner_lines(run, resumed)), values | names | options

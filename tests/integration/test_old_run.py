@@ -3,7 +3,6 @@
 import json
 import shutil
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from moetrain.__main__ import main
 from moetrain.checkpoint.manifest import read_manifest
 from moetrain.config.compose import from_yaml
 from moetrain.config.renamed import renaming
-from moetrain.config.values import leaves
+from moetrain.config.values import as_tree, leaves
 from tests.support.command_line import files, moetrain, numbers, weights
 
 OLD_RUN = Path(__file__).parents[1] / "support" / "old_run"
@@ -21,7 +20,7 @@ OLD_RUN = Path(__file__).parents[1] / "support" / "old_run"
 
 def with_new_names(folder: Path) -> None:
     """Write the config of a run and of its checkpoint as a release with the new names does."""
-    config = asdict(from_yaml(folder / "config.yaml"))
+    config = as_tree(from_yaml(folder / "config.yaml"))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (manifest,) = folder.glob("checkpoints/*/manifest.json")
     tree = json.loads(manifest.read_bytes().split(b"\n", 1)[1])

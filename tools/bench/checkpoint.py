@@ -33,8 +33,8 @@ from moetrain.checkpoint.manifest import read_manifest
 from moetrain.checkpoint.payload import TensorRows
 from moetrain.checkpoint.verify import problems
 from moetrain.comm.mesh import Group, Mesh
-from moetrain.parallel.state_shards import StateShard
-from moetrain.train.checkpoint.layout import DTYPE_NAMES, shards_to_write
+from moetrain.parallel.state_shards import DTYPE_NAMES, StateShard
+from moetrain.train.checkpoint.layout import shards_to_write
 from moetrain.train.checkpoint.load import CheckpointLoader
 from moetrain.train.checkpoint.snapshot import as_bytes
 

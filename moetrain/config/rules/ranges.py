@@ -12,7 +12,7 @@ from moetrain.errors import ConfigError
 
 
 def ranges(config: Config, ranks: int) -> Iterator[ConfigError]:
-    """Check that every number is within its bounds; null always passes."""
+    """Check that every number is within its bounds; null and text always pass."""
     values, keys = flatten(config), schema_keys()
     for text, paths in RANGES.items():
         for path in paths:
@@ -57,7 +57,7 @@ def part_keys(config: Config) -> dict[str, Key]:
 def _outside(number: int, key: Key, text: str, value: object) -> list[ConfigError]:
     """List the error of a value, or of a list with an entry, that is outside the bounds `text`."""
     bounds, entries = parse(text), value if isinstance(value, list) else [value]
-    if all(entry is None or bounds.hold(entry) for entry in entries):
+    if all(entry is None or isinstance(entry, str) or bounds.hold(entry) for entry in entries):
         return []
     whole = type_name(key.type).startswith("int")
     example = key.default if isinstance(value, list) else bounds.example(key.default, whole)
@@ -82,7 +82,7 @@ RANGES: dict[str, list[str]] = {
     "0 or more": [
         "parallel.max_copies", "parallel.rehome_interval", "parallel.max_sliced_experts",
         "hardware.latency_s", "run.seed", "data.seed", "run.max_restarts", "run.grace_s",
-        "model.num_experts", "model.top_k",
+        "model.num_experts", "model.top_k", "model.moe_layers",
         "model.num_shared_experts", "model.first_dense_layers", "train.clip", "train.head_chunk",
         "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale", "optim.warmup",
         "eval.interval", "checkpoint.interval", "checkpoint.every_minutes", "log.heatmap_every",

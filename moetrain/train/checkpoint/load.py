@@ -3,6 +3,7 @@
     load                 load one checkpoint into a state
     resume               load the newest sound checkpoint, the same one on every rank
     load_newest_model    the same for the model alone
+    load_weights         the model alone from one checkpoint, of whatever run
     newest_manifest      read the newest valid manifest, without checking its files
 
 Everything that this rank will read is compared with its checksums before the state is changed,
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import torch
 
 from moetrain.checkpoint.commit import set_aside
+from moetrain.checkpoint.compare import readable_as
+from moetrain.checkpoint.digest import WEIGHTS
 from moetrain.checkpoint.manifest import NAME, checkpoints_of, damaged, is_damage, read_manifest, step_of
 from moetrain.checkpoint.payload import Payload
 from moetrain.checkpoint.records import ByteRange, Manifest, TensorEntry, row_bytes
@@ -29,13 +32,11 @@ from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.errors import CheckpointError
 from moetrain.model.transformer import Transformer
 from moetrain.ops.pinned import to_device
-from moetrain.parallel.state_shards import StateShard
-from moetrain.train.checkpoint.layout import DTYPE_NAMES, DTYPES, Read, plan_reads
-from moetrain.train.state import OPTIONAL, TrainState, weights
+from moetrain.parallel.state_shards import DTYPE_NAMES, DTYPES, StateShard, weights
+from moetrain.train.checkpoint.layout import Read, plan_reads
+from moetrain.train.state import OPTIONAL, TrainState
 
 log = logging.getLogger(__name__)
-
-MODEL = ("model.", "buffer.")
 
 
 class Resumed(NamedTuple):
@@ -97,8 +98,26 @@ def load_newest_model(model: Transformer, run_dir: Path, mesh: Mesh, *,
         verify: as in `resume`.
     """
     return _load_newest_sound(
-        run_dir, mesh, lambda directory: CheckpointLoader(weights(model), directory, verify, MODEL),
+        run_dir, mesh, lambda directory: CheckpointLoader(weights(model), directory, verify, WEIGHTS),
         move_aside=False)
+
+
+def load_weights(model: Transformer, directory: Path, mesh: Mesh, *, verify: str = "full") -> Manifest:
+    """Load the weights of one checkpoint into a model. Collective: all ranks raise what one of them finds.
+
+    Args:
+        model: the model to fill.
+        directory: of the checkpoint.
+        mesh: all ranks.
+        verify: as in `resume`.
+    """
+    batch = mesh["batch"]
+    loader = all_or_none(batch, lambda: CheckpointLoader(weights(model), directory, verify, WEIGHTS))
+    all_or_none(batch, loader.verify)
+    _check_same_manifest(batch, loader)
+    _check_all_claimed(mesh, loader)
+    all_or_none(batch, loader.fill)
+    return loader.manifest
 
 
 def newest_manifest(run_dir: Path) -> Manifest:
@@ -114,6 +133,8 @@ def newest_manifest(run_dir: Path) -> Manifest:
 
 class CheckpointLoader:
     """Transfer of a checkpoint's rows to this rank: planned when constructed, then verified, then filled in.
+
+    Weights are also read from a dtype that the model's holds exactly; the state of an optimizer is not.
 
     Args:
         shards: where to load to.
@@ -176,15 +197,21 @@ class CheckpointLoader:
                 continue
             if entry is None:
                 differ.append(f"{shard.name} is not in the checkpoint")
-            elif entry.shape != tuple(shard.shape) or entry.dtype != DTYPE_NAMES.get(shard.rows.dtype):
+            elif entry.shape != tuple(shard.shape) or not self._readable(entry, shard):
                 differ.append(f"{shard.name} is {entry.dtype} {list(entry.shape)} in the checkpoint, "
                               f"{DTYPE_NAMES.get(shard.rows.dtype)} {list(shard.shape)} here")
             elif shard.rows.numel():
                 rows = len(shard.rows) if shard.shape else 1
                 wanted.append((shard, entry, plan_reads(shard.name, entry, shard.begin, rows)))
         if differ:
+            if not any(name.startswith("optim.") for name in self.manifest.names()):
+                raise weights_alone(self.directory)
             raise other_model(self.directory, differ)
         return sorted(wanted, key=lambda want: (want[2][0].chunk.file, want[2][0].chunk.begin))
+
+    def _readable(self, entry: TensorEntry, shard: StateShard) -> bool:
+        dtype = DTYPE_NAMES.get(shard.rows.dtype, "")
+        return entry.dtype == dtype or self.prefixes == WEIGHTS and readable_as(entry.dtype, dtype)
 
     def _open(self, stack: ExitStack) -> dict[str, Payload]:
         names = {read.chunk.file for _, _, plan in self.wanted for read in plan}
@@ -198,6 +225,14 @@ class CheckpointLoader:
         begin = read.source * width
         return files[chunk.file].blocks(
             part, self.manifest.block, begin, begin + read.rows * width, self.check)
+
+
+def weights_alone(directory: Path) -> CheckpointError:
+    """Return the error of a run whose checkpoint has no optimizer to go on with."""
+    return CheckpointError(
+        9, "the checkpoint holds weights alone", where=str(directory),
+        why="it was made of another checkpoint, and no training has saved it",
+        next=f"moetrain train init.from={directory} run.name=<another name>, which begins from them")
 
 
 def other_model(directory: Path, differ: list[str]) -> CheckpointError:

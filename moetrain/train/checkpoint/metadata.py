@@ -1,11 +1,11 @@
 """Metadata of checkpoints, and its comparison with the run that resumes from one."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from moetrain import __version__
 from moetrain.config.compose import resume_conflicts
 from moetrain.config.recorded_paths import with_absolute_paths
+from moetrain.config.values import as_tree
 from moetrain.errors import CheckpointError, DataError
 from moetrain.runs.completion import config_of, last_step
 from moetrain.train.checkpoint.load import Resumed
@@ -17,7 +17,7 @@ def checkpoint_metadata(run: Run) -> dict[str, object]:
     """Metadata of the run that writes a checkpoint: version, data, order of the data, tokenizer, config."""
     tokenizer = getattr(run.dataset, "tokenizer", None)
     return {"moetrain": __version__, "data": run.dataset.fingerprint, "order": run.dataset.order,
-            "tokenizer": tokenizer and tokenizer.identity, "config": asdict(with_absolute_paths(run.config))}
+            "tokenizer": tokenizer and tokenizer.identity, "config": as_tree(with_absolute_paths(run.config))}
 
 
 def check_same_run(run: Run, found: Resumed) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moetrain.checkpoint.payload import TensorRows
 from moetrain.comm.mesh import Mesh
-from moetrain.parallel.state_shards import StateShard
-from moetrain.train.checkpoint.layout import DTYPE_NAMES, shards_to_write
+from moetrain.parallel.state_shards import DTYPE_NAMES, StateShard
+from moetrain.train.checkpoint.layout import shards_to_write
 from moetrain.train.state import TrainState
 
 

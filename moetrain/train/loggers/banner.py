@@ -43,6 +43,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
                   f" + {sizes.num_shared_experts} shared   total {decimal(total)}"
                   f"   active {decimal(active)}"
                   + (f"   trained {decimal(trained)}" if trained < total else "")),
+        ("weights", weights_line(run)),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   "
                      f"{config.parallel.mode}{sharding(run)}"
                      f" on {run.mesh.device.type}, {config.run.dtype}   {threads_text()}"),
@@ -69,6 +70,15 @@ def layers_text(sizes: ModelConfig) -> str:
     """Number of layers, and of those with experts where others have none."""
     sparse = len(sparse_layers(sizes))
     return f"{sizes.num_layers} layers{f', {sparse} with experts' * (sparse < sizes.num_layers)}"
+
+
+def weights_line(run: Run) -> str:
+    """What the run began from; empty if from random weights."""
+    init = run.config.init
+    if init.from_ is None:
+        return ""
+    source = f"{nearby(Path(init.from_))}, digest {str(init.digest)[:12]}"
+    return f"from {source}" if not run.state.step else f"began from {source}; its own checkpoint goes on"
 
 
 def threads_text() -> str:

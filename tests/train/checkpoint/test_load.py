@@ -71,7 +71,7 @@ def test_verify_sizes_believes_the_content(checkpoint):
     (["model.num_layers=1"], "model.layers.1.attention_norm.weight is in the checkpoint alone"),
     (["model.num_experts=4"], "model.layers.0.moe.router.weight is F32 [8, 16]"),
     (["optim=muon"], "momentum_buffer is not in the checkpoint"),
-    (["model.num_shared_experts=0"], "moe.shared.down is in the checkpoint alone"),
+    (["model.num_shared_experts=0"], "moe.shared.down.weight is in the checkpoint alone"),
 ])
 def test_another_model_is_refused_and_what_differs_is_named(two_steps, overrides, named):
     run = make_run([*SIZES, *overrides])
