@@ -17,8 +17,10 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from moetrain.config.build import NoSuchPart, arguments
+from moetrain.config.groups import default_options, option_file
 from moetrain.config.overrides import DELETE, typed
 from moetrain.config.values import schema_keys, show
+from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError
 
 
@@ -104,9 +106,18 @@ def take_out(overrides: Sequence[str]) -> tuple[list[str], list[ConfigError]]:
     return kept, errors
 
 
+# Sections that records of older releases do not have: what could not be chosen is the default now.
+LATER_PARTS = ("expert",)
+
+
 def translate(values: dict[str, Any]) -> dict[str, Any]:
-    """Copy a recorded tree with old names of keys replaced; one with both names keeps both, to be refused."""
-    return {section: _translated(section, node) for section, node in values.items()}
+    """Copy a recorded tree with old names of keys replaced; one with both names keeps both, to be refused.
+
+    Parts that could not be chosen when it was written are added.
+    """
+    later = {section: load(option_file(section, default_options()[section]))
+             for section in LATER_PARTS if section not in values}
+    return {**{section: _translated(section, node) for section, node in values.items()}, **later}
 
 
 def _translated(path: str, node: Any) -> Any:
