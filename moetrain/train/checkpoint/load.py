@@ -240,7 +240,7 @@ def other_model(directory: Path, differ: list[str]) -> CheckpointError:
     more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
     return CheckpointError(
         3, "the checkpoint is of another model", where=str(directory), why="; ".join(differ[:3]) + more,
-        next="set back model.*, optim.name and run.dtype, or start another run with run.name")
+        next="set back model.*, optim.name, run.dtype and convert_model, or start another run with run.name")
 
 
 def _load(loader: CheckpointLoader, mesh: Mesh | None) -> None:
