@@ -29,22 +29,23 @@ from moetrain.errors import ConfigError, MoETrainError
 class Family(NamedTuple):
     """Interchangeable parts: `base` and the classes that descend from it, in modules of `package`.
 
-    `method` is what a part has to define because the base does not; None where the base is a part itself.
+    `needs` names what a part has to define because the base does not; nothing where the base is a part
+    itself.
     """
 
     package: str
     base: str
-    method: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 # By the section of the config that holds the part. `indexed` is used by data=megatron and named in no yaml.
 FAMILIES = {
-    "router": Family("moetrain.routers", "moetrain.routers.base.Router", "scores"),
-    "expert": Family("moetrain.moe", "moetrain.moe.expert_form.ExpertForm", "rows"),
+    "router": Family("moetrain.routers", "moetrain.routers.base.Router", ("scores",)),
+    "expert": Family("moetrain.moe", "moetrain.moe.expert_form.ExpertForm", ("rows",)),
     "capacity": Family("moetrain.moe", "moetrain.moe.capacity.CapacityPolicy"),
     "balance": Family("moetrain.losses", "moetrain.losses.load_balance.LoadBalanceLoss"),
-    "loss": Family("moetrain.losses", "moetrain.losses.base.AuxLoss", "value"),
-    "planner": Family("moetrain.plan.planners", "moetrain.plan.planners.base.Planner", "plan"),
+    "loss": Family("moetrain.losses", "moetrain.losses.base.AuxLoss", ("pool", "value", "slopes")),
+    "planner": Family("moetrain.plan.planners", "moetrain.plan.planners.base.Planner", ("plan",)),
     "indexed": Family("moetrain.interop.megatron", "moetrain.interop.megatron.open_indexed"),
 }
 # Given to the constructors that take them, never written in a part's yaml: the key that sets each of them.
@@ -164,15 +165,11 @@ def constant_weights(target: str) -> dict[str, list[Any]] | None:
         target: dotted name of a router.
 
     Returns:
-        Values by argument; empty for always, None where the class does not say or wants not to be asked.
+        Values by argument; empty for always, None where the class does not say, or says it of arguments that
+        it does not take. Such a router is tried out (model/constant_gates.py).
     """
     told, accepted = declared(target, "router", "CONSTANT_WEIGHTS"), arguments(target, "router")
-    if unknown := sorted(set(told or ()) - accepted.keys()):
-        raise ConfigError(
-            208, f"CONSTANT_WEIGHTS of {target} names {unknown[0]}, which is no argument", where=target,
-            why="it has the values of arguments with which gate weights sum to a constant",
-            next=f"one of {', '.join(accepted)}; {{}} for always")
-    return told if isinstance(told, dict) else None
+    return told if isinstance(told, dict) and told.keys() <= accepted.keys() else None
 
 
 def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
@@ -180,7 +177,7 @@ def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]
 
     Raises NoSuchPart where the target is no part of the family.
     """
-    package, base, method = FAMILIES[family]
+    package, base, needs = FAMILIES[family]
     module, _, name = target.rpartition(".")
     dotted = all(part.isidentifier() for part in target.split("."))
     theirs = target.partition(".")[0] in packages.allowed()
@@ -193,8 +190,10 @@ def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]
         raise NoSuchPart(_undefined(module, name))
     if base not in definitions or name.startswith("_"):
         raise NoSuchPart(f"{target} is no {family}: those descend from {base}")
-    if method and not any(_own(definitions[path], method) for path in definitions if path != base):
-        raise NoSuchPart(f"{target} does not define {method}, as every {family} does")
+    own = [node for path, cls in definitions.items() if path != base for node in cls.body]
+    for need in needs:
+        if not any(getattr(node, "name", None) == need or _assigns(node, need) for node in own):
+            raise NoSuchPart(f"{target} does not define {need}, as every {family} does")
     return definitions
 
 

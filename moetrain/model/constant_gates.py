@@ -2,7 +2,7 @@
 
 The weight of a token's only expert is all that connects a router with the cross-entropy. Where it is
 normalized it is always 1, and the router stays as it started. Routers of moetrain say with which arguments
-that is so, and the config is refused at once (config/rules/model.py). A router that says nothing is tried out
+that is so, and the config is refused at once (config/rules/model.py). Whatever a router says, it is tried out
 here, on a few random tokens on the host.
 """
 
@@ -28,7 +28,7 @@ def refuse_constant_gates(model: Transformer) -> None:
     """
     dim = model.embed.shape[1]
     for name, router in model.routers.items():
-        asked = router.max_slots() == 1 and router.CONSTANT_WEIGHTS is None
+        asked = router.max_slots() == 1 and router.CONSTANT_WEIGHTS is not False
         if asked and any(p.requires_grad for p in router.parameters()) and _is_constant(name, router, dim):
             cls = type(router)
             raise ConfigError(

@@ -154,7 +154,7 @@ class Router(nn.Module):
     uses_few_slots = False
     # Arguments of the constructor, and their values, with which a token's gate weights sum to a constant, and
     # so have no gradient with one expert a token; {} for always. Read from source (config/rules/model.py).
-    # None: the router is tried out (model/constant_gates.py). False: constant weights are meant.
+    # Whatever it says, a router is tried out (model/constant_gates.py). False: constant weights are meant.
     CONSTANT_WEIGHTS: dict[str, list[str]] | Literal[False] | None = None
 
     def __init__(self, *, num_experts: int, top_k: int, num_choices: int | None = None) -> None:

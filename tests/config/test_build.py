@@ -74,6 +74,42 @@ def test_a_target_is_a_part_of_its_family_or_nothing(family: str, target: str, w
         assert caught.value.id == "E-CONFIG-052" and why in str(caught.value)
 
 
+HALVES = '''
+from moetrain.losses.base import AuxLoss
+from moetrain.routers.base import LinearRouter
+
+class Chooses(LinearRouter):
+    def choose(self, order_TC, context):
+        return order_TC
+
+class Values(AuxLoss):
+    pool: object = None
+
+    def value(self, stats, pooled):
+        return stats.entropy_sum
+
+class Unpooled(AuxLoss):
+    def value(self, stats, pooled):
+        return stats.entropy_sum
+
+    def slopes(self, stats, pooled):
+        return {"entropy_sum": 1.0}
+'''
+
+
+@pytest.mark.parametrize("family, name, why", [
+    ("router", "Chooses", "does not define scores"), ("loss", "Values", "does not define slopes"),
+    ("loss", "Unpooled", "does not define pool"), ("router", "Values", "is no router: those descend from")])
+def test_half_a_part_is_refused_by_the_name_of_what_is_missing(
+        family: str, name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_parts").mkdir()
+    (tmp_path / "half_parts/__init__.py").write_text(HALVES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MOETRAIN_PACKAGES", "half_parts")
+    with pytest.raises(NoSuchPart, match=why):
+        arguments(f"half_parts.{name}", family)
+
+
 def test_every_option_of_a_group_is_of_its_family() -> None:
     for section in set(FAMILIES) - {"indexed"}:
         assert group_options()[section]

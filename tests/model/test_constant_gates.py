@@ -9,6 +9,7 @@ from moetrain.config.compose import compose
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.model.build import check_model
 from moetrain.routers.base import LinearRouter, RouterContext, Scores
+from moetrain.routers.topk import TopKRouter
 from tests.support.own_routers import HashRouter, replace_routers
 
 
@@ -26,6 +27,13 @@ class UndeclaredRouter(LinearRouter):
 
 class MeantRouter(UndeclaredRouter):
     CONSTANT_WEIGHTS = False
+
+
+class TemperedRouter(TopKRouter):
+    """Inherits what it says of an argument that it does not take."""
+
+    def __init__(self, *, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
 
 
 class RawRouter(UndeclaredRouter):
@@ -46,7 +54,7 @@ ONE = ["experiment=debug", "model.top_k=1", "router.weights=raw"]
 
 @pytest.mark.parametrize("router, words, refused", [
     (UndeclaredRouter, ONE, True), (UndeclaredRouter, ["experiment=debug"], False), (MeantRouter, ONE, False),
-    (RawRouter, ONE, False), (HashRouter, ONE, False), (LostRouter, ONE, False)])
+    (TemperedRouter, ONE, True), (RawRouter, ONE, False), (HashRouter, ONE, False), (LostRouter, ONE, False)])
 def test_weights_of_one_expert_without_gradient_are_refused(router, words, refused):
     def convert(model, config):
         replace_routers(model, router)
@@ -56,7 +64,7 @@ def test_weights_of_one_expert_without_gradient_are_refused(router, words, refus
         return
     with pytest.raises(ConfigError, match="layers.0.moe: the gate weight of a token's one") as caught:
         check_model(compose(words), convert)
-    assert "CONSTANT_WEIGHTS = False in UndeclaredRouter" in caught.value.next
+    assert f"CONSTANT_WEIGHTS = False in {router.__name__}" in caught.value.next
 
 
 PART = '''
@@ -89,7 +97,7 @@ class Wrong(TopKRouter):
     (["Always"], 30, "model.top_k=1 cannot train the router"),
     (["Own"], 30, "model.top_k=1 with router.norm=sum cannot train"), (["Own", "router.norm=raw"], None, ""),
     (["Inherits", "router.norm=softmax"], 30, "router.norm=softmax"), (["Never"], None, ""),
-    (["Computed"], 216, "it is computed"), (["Wrong"], 208, "names weight, which is no argument")])
+    (["Computed"], 216, "it is computed"), (["Wrong"], None, "")])
 def test_the_class_of_a_router_says_it(words, code, text, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "one_expert").mkdir()
     (tmp_path / "one_expert/__init__.py").write_text(PART)
