@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moetrain.check.findings import Check
 from moetrain.losses.base import AuxLoss, Pooled
-from moetrain.ops.router_sums import router_sums
+from moetrain.ops.gating import gather_weights
+from moetrain.ops.router_sums import Decided, extra_sums, router_sums
 from moetrain.routers.base import RoutingStats, Stack, stacks
 
 EXPERTS, TOKENS, ROUTERS = 8, 24, 2
@@ -34,8 +35,9 @@ def loss_checks(make: Callable[[], AuxLoss]) -> Iterator[Check]:
         yield Check(name, partial(holds, make), advice)
 
 
-def _decisions(first: int, last: int, offsets: bool) -> Stack:
-    """Statistics of tokens `first` to `last` of two routers, with graph."""
+def _decisions(first: int, last: int, loss: AuxLoss, offsets: bool | None = None) -> Stack:
+    """Statistics of tokens `first` to `last` of two routers, with graph, and the further sums of the loss."""
+    offsets = _per_sequence(loss) if offsets is None else offsets
     stats: dict[str, RoutingStats] = {}
     for router in range(ROUTERS):
         generator = torch.Generator().manual_seed(router)
@@ -43,19 +45,26 @@ def _decisions(first: int, last: int, offsets: bool) -> Stack:
         logits_TE.requires_grad_()
         ids_TK = logits_TE.topk(2).indices if len(logits_TE) else torch.zeros(0, 2, dtype=torch.int64)
         sequences = torch.arange(0, last - first + 1, 4) if offsets else None
-        stats[f"layers.{router}.moe"] = router_sums(logits_TE.softmax(-1), logits_TE, ids_TK, None, sequences)
+        probs_TE = logits_TE.softmax(-1)
+        sums = router_sums(probs_TE, logits_TE, ids_TK, None, sequences)
+        if loss.token_sums:
+            decided = Decided(probs_TE, logits_TE, ids_TK, gather_weights(probs_TE, ids_TK))
+            sums = sums._replace(extra=extra_sums(loss.token_sums, decided, None))
+        stats[f"layers.{router}.moe"] = sums
     (stack,) = stacks(stats)
     return stack
 
 
-def _pooled(whole: Stack) -> Pooled:
-    return Pooled(whole.stats.counts_E, torch.tensor(TOKENS))
+def _pooled(whole: Stack, loss: AuxLoss, tokens: int = TOKENS) -> Pooled:
+    named = whole.stats.named()
+    sums = {name: named[name].detach().double() for name in loss.pooled_sums}
+    return Pooled(whole.stats.counts_E, torch.tensor(tokens), sums or None)
 
 
 def _has_one_value_a_router(make: Callable[[], AuxLoss]) -> None:
     loss = make()
-    whole = _decisions(0, TOKENS, _per_sequence(loss))
-    value_R = loss.value(whole.stats, _pooled(whole))
+    whole = _decisions(0, TOKENS, loss)
+    value_R = loss.value(whole.stats, _pooled(whole, loss))
     assert value_R.shape == (ROUTERS,), f"{ROUTERS} routers give a value of shape {list(value_R.shape)}"
     assert value_R.isfinite().all(), "the value is not finite"
 
@@ -64,11 +73,11 @@ def _adds_up(make: Callable[[], AuxLoss]) -> None:
     loss = make()
     if _is_local(loss):                      # by choice, it depends on the split
         return
-    whole = _decisions(0, TOKENS, _per_sequence(loss))
-    pooled = _pooled(whole)
+    whole = _decisions(0, TOKENS, loss)
+    pooled = _pooled(whole, loss)
     value_R = loss.value(whole.stats, pooled)
     for size in (4, 8):
-        parts = (_decisions(i, i + size, _per_sequence(loss)) for i in range(0, TOKENS, size))
+        parts = (_decisions(i, i + size, loss) for i in range(0, TOKENS, size))
         summed_R: Tensor = sum(loss.value(part.stats, pooled) for part in parts)
         apart = ((summed_R - value_R).abs() / value_R.abs().clamp(min=1e-12)).max().item()
         assert apart < 1e-9, (f"{TOKENS // size} micro-batches give {summed_R[0].item():.6g}, "
@@ -77,10 +86,9 @@ def _adds_up(make: Callable[[], AuxLoss]) -> None:
 
 def _has_right_slopes(make: Callable[[], AuxLoss]) -> None:
     loss = make()
-    whole = _decisions(0, TOKENS, _per_sequence(loss))
-    pooled = _pooled(whole)
-    fields = {name: value for name, value in whole.stats._asdict().items()
-              if isinstance(value, Tensor) and value.requires_grad}
+    whole = _decisions(0, TOKENS, loss)
+    pooled = _pooled(whole, loss)
+    fields = {name: value for name, value in whole.stats.named().items() if value.requires_grad}
     gradients = torch.autograd.grad(loss.value(whole.stats, pooled).sum(), list(fields.values()),
                                     allow_unused=True)
     slopes = loss.slopes(whole.stats, pooled)
@@ -95,10 +103,10 @@ def _has_right_slopes(make: Callable[[], AuxLoss]) -> None:
 
 def _is_finite_on_nothing(make: Callable[[], AuxLoss]) -> None:
     loss = make()
-    empty = _decisions(0, 0, False)
+    empty = _decisions(0, 0, loss, False)
     if _per_sequence(loss):
         return
-    value_R = loss.value(empty.stats, Pooled(empty.stats.counts_E, torch.tensor(0)))
+    value_R = loss.value(empty.stats, _pooled(empty, loss, 0))
     assert value_R.isfinite().all(), "it is not finite"
 
 

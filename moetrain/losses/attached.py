@@ -28,7 +28,7 @@ def attach(x: Tensor, stacks: Sequence[Stack], slopes: Callable[[], Slopes]) -> 
         x, as a view.
     """
     sums = {(index, field): tensor for index, stack in enumerate(stacks)
-            for field, tensor in stack.stats._asdict().items() if tensor is not None and tensor.requires_grad}
+            for field, tensor in stack.stats.named().items() if tensor.requires_grad}
     return _Attach.apply(x, slopes, tuple(sums), *sums.values()) if sums else x
 
 

@@ -12,10 +12,12 @@ The same definition reaches backward in one of two ways (`train.aux_loss`): the 
 Shapes: E experts, R routers of a stack.
 """
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from moetrain.ops.router_sums import TokenSum
 from moetrain.routers.base import RoutingStats
 
 
@@ -34,13 +36,24 @@ class Pooled(NamedTuple):
 
     counts_E: Tensor         # int64 [R, E]; float64 if shares of the previous step stand in for the rest
     tokens: Tensor           # valid tokens of the global batch: the denominator of every loss
+    # The sums that losses ask for by `pooled_sums`, by name: float64 [R, ...], without gradient, pooled as
+    # counts are. None if no loss asks.
+    sums: Mapping[str, Tensor] | None = None
 
 
 class AuxLoss(Protocol):
-    """An auxiliary loss of routers. It must be linear in the sums that have a gradient."""
+    """An auxiliary loss of routers. It must be linear in the sums that have a gradient.
+
+    A loss of the whole batch that is not linear, such as an entropy of mean probabilities, asks for the
+    pooled sums and is linear in those of the micro-batch, with slopes that are its derivative at the pooled
+    ones. That is exact in mode exact. A loss that has no such form is one of each micro-batch: its value
+    depends on how the batch is split, and its page must say so.
+    """
 
     weight: float            # coefficient in the objective
     reduction: str           # over routers: mean or sum
+    token_sums: Mapping[str, TokenSum] = {}      # further sums that it needs, as `RoutingStats.extra`
+    pooled_sums: frozenset[str] = frozenset()    # names of sums that are pooled before backward
 
     @property
     def pool(self) -> PoolRule | None:
@@ -52,5 +65,14 @@ class AuxLoss(Protocol):
         ...
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
-        """Gradient of `value` at the sums in which it is linear, by field of RoutingStats."""
+        """Gradient of `value` at the sums in which it is linear, by name of the sum."""
         ...
+
+    def metrics(self, sums: Mapping[str, Mapping[str, Tensor]], tokens: int) -> dict[str, float]:
+        """Metrics of a step that the loss brings, besides its value.
+
+        Args:
+            sums: float64, by name of a further sum and then by router, over all tokens of the step.
+            tokens: valid tokens of the step.
+        """
+        return {}

@@ -99,7 +99,7 @@ class SparseLayer(nn.Module):
         for wrapper in (wrappers or {}).values():
             routing = wrapper.routed(routing, x_TD, context)
         if context.on_counts is not None:
-            context.on_counts(name, routing.stats.counts_E)
+            context.on_counts(name, routing.stats)
         return self.capacity.apply(routing, context)
 
     def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:

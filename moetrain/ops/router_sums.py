@@ -8,6 +8,7 @@
     lse2_sum             sum of logsumexp(logits)^2                  (gradient; ST-MoE's z-loss)
     entropy_sum          sum of the entropy of the probabilities     (gradient)
     counts_SE, prob_sum_SE   the same of each sequence, if a loss asks for them
+    extra                    further sums by name, which a loss or a router brings (`TokenSum`)
 
 Padding counts nowhere. Every value is a sum over valid tokens, so those of shards, micro-batches and ranks
 add up.
@@ -15,12 +16,14 @@ add up.
 Shapes: T tokens, E experts, K slots, S sequences.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moetrain.ops.counts import count_ids
+from moetrain.ops.gating import scatter_weights
 
 
 class RouterSums(NamedTuple):
@@ -35,6 +38,54 @@ class RouterSums(NamedTuple):
     dropped: Tensor          # int64 scalar
     counts_SE: Tensor | None = None
     prob_sum_SE: Tensor | None = None
+    extra: Mapping[str, Tensor] | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """All sums by name, the further ones beside the fields."""
+        fields = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return {**fields, **(self.extra or {})}
+
+
+class Decided(NamedTuple):
+    """What further sums are formed of. Rows of padding are 0, their ids -1."""
+
+    probs_TC: Tensor
+    logits_TC: Tensor | None
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+
+# A sum over tokens, of a shape that does not depend on them; with gradient if it is of floating point.
+TokenSum = Callable[[Decided], Tensor]
+
+
+def first_choices(decided: Decided) -> Tensor:
+    """Count the tokens that take each choice first, int64 [C] (GShard, X-MoE, DeepSpeed)."""
+    return count_ids(decided.ids_TK[:, 0], decided.probs_TC.shape[1])
+
+
+def importance(decided: Decided) -> Tensor:
+    """Sum the gate weights of each choice, [C], with gradient (Shazeer et al. 2017, V-MoE)."""
+    return scatter_weights(decided.weights_TK, decided.ids_TK, decided.probs_TC.shape[1]).sum(0)
+
+
+def extra_sums(forms: Mapping[str, TokenSum], decided: Decided, valid_T: Tensor | None) -> dict[str, Tensor]:
+    """Form further sums over the valid tokens, by name.
+
+    Args:
+        forms: how each sum is formed.
+        decided: the decision, with rows of padding that may hold anything.
+        valid_T: bool [T], false for padding; None: every token is valid.
+    """
+    taken = set(RouterSums._fields) & set(forms)
+    assert not taken, f"sums of a loss or router are named like fields of RouterSums: {sorted(taken)}"
+    if valid_T is not None:
+        probs_TC, logits_TC, ids_TK, weights_TK = decided
+        kept_T1 = valid_T[:, None]
+        decided = Decided(probs_TC.where(kept_T1, 0),
+                          None if logits_TC is None else logits_TC.where(kept_T1, 0),
+                          ids_TK, weights_TK.where(kept_T1, 0))
+    return {name: form(decided) for name, form in forms.items()}
 
 
 def router_sums(probs_TE: Tensor, logits_TE: Tensor | None, ids_TK: Tensor, valid_T: Tensor | None,

@@ -20,13 +20,13 @@ are no experts, C is E.
 
 from collections.abc import Callable, Mapping
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moetrain.ops.gating import decide, gather_weights, largest, scatter_weights, used_first
-from moetrain.ops.router_sums import RouterSums, router_sums
+from moetrain.ops.router_sums import Decided, RouterSums, TokenSum, extra_sums, router_sums
 from moetrain.ops.start import Start, normal
 from moetrain.routers.edits import RoutingEdits
 
@@ -56,7 +56,8 @@ class RouterContext(NamedTuple):
     carry: Tensor | None = None              # what the router of the previous layer handed on
     tied: Mapping[str, nn.Module] = {}       # modules that several routers use (TiedModules)
     # Called by each layer with its router's name and counts [E], before its tokens are dispatched.
-    on_counts: Callable[[str, Tensor], None] | None = None
+    on_counts: Callable[[str, RoutingStats], None] | None = None
+    token_sums: Mapping[str, TokenSum] = {}      # further sums that losses ask for, by name
     decisions: list["Decision"] | None = None    # each router appends its own; None: not recorded
     edits: Mapping[str, RoutingEdits] | None = None    # changes of decisions, by router (routers/edits.py)
 
@@ -100,10 +101,13 @@ def stacks(stats: Mapping[str, RoutingStats]) -> list[Stack]:
     return found
 
 
-def _stacked(values: tuple[Tensor | None, ...]) -> Tensor | None:
+def _stacked(values: tuple[Any, ...]) -> Any:
     missing = [value is None for value in values]
-    assert all(missing) or not any(missing), "some routers have sums of sequences and others have not"
-    return None if missing[0] else torch.stack(values)
+    assert all(missing) or not any(missing), "some routers have sums that others have not"
+    if missing[0] or isinstance(values[0], Tensor):
+        return None if missing[0] else torch.stack(values)
+    assert all(value.keys() == values[0].keys() for value in values), "routers bring sums of different names"
+    return {name: torch.stack([value[name] for value in values]) for name in values[0]}
 
 
 def by_stack(flat_L: Tensor, routers: Mapping[str, int]) -> list[Tensor]:
@@ -150,6 +154,8 @@ class Router(nn.Module):
     causal = True
     # Fields of RouterContext that it reads, beside `valid_T` and `training`.
     depends_on: frozenset[str] = frozenset()
+    # Further sums over tokens that the router brings, by name: those of all routers of a model, alike.
+    token_sums: Mapping[str, TokenSum] = {}
     # Whether most of the K slots of a token stay unused, as with K = E (`Routing.max_rows`).
     uses_few_slots = False
     # Arguments of the constructor, and their values, with which a token's gate weights sum to a constant, and
@@ -284,6 +290,10 @@ class Router(nn.Module):
         if probs_TC is None:
             probs_TC = scatter_weights(equal_shares(ids_TK).to(weights_TK.dtype), ids_TK, self.num_choices)
         stats = router_sums(probs_TC, logits_TC, ids_TK, context.valid_T, context.seq_offsets)
+        forms = {**self.token_sums, **context.token_sums}
+        if forms:
+            decided = Decided(probs_TC, logits_TC, ids_TK, weights_TK)
+            stats = stats._replace(extra=extra_sums(forms, decided, context.valid_T))
         if self.num_choices > self.num_experts:
             ids_TK, weights_TK = of_experts(ids_TK, weights_TK, self.num_experts)
         return Routing(ids_TK, weights_TK, None if self.uses_few_slots else ids_TK.numel(), stats)

@@ -72,7 +72,8 @@ class GroupLimitedRouter(LinearRouter):
     def in_one(self, context: RouterContext) -> bool:
         """Whether to use the one op: there is a kernel, and neither sums of each sequence nor edits."""
         like_logits_DE = self.weight.T                       # of their device, dtype and width
-        return (context.seq_offsets is None and edits_of(context) == RoutingEdits()
+        return (context.seq_offsets is None and not context.token_sums and not self.token_sums
+                and edits_of(context) == RoutingEdits()
                 and kernel_takes(like_logits_DE, self.op_rule))
 
     def rule(self, *, sigmoid: bool, renormalised: bool, scale: float) -> RouterRule:

@@ -13,7 +13,7 @@ each micro-batch.
 Shapes: C choices of a router, L = sum of C over routers (the flat buffer), R routers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from moetrain.comm.mesh import Group, Mesh
 from moetrain.comm.reduce import sum_over_async
 from moetrain.losses.base import PoolRule
 from moetrain.parallel.state_shards import StateShard
+from moetrain.routers.base import RoutingStats
+
+RouterTotals = Mapping[str, Mapping[str, Tensor]]        # float64 sums by router, then by name
 
 
 def group_of(rule: PoolRule, mesh: Mesh) -> Group:
@@ -40,37 +43,55 @@ class CountAllReduce:
         routers: number of choices by router, in run order.
         device: device of the counts.
         parts: number of micro-batches whose counts are reduced together.
+        sums: names of sums that are pooled beside the counts, in a second all-reduce, of float64.
     """
 
-    def __init__(self, group: Group, routers: Mapping[str, int], device: torch.device,
-                 parts: int = 1) -> None:
-        self.group, self.routers, self.parts = group, tuple(routers), parts
+    def __init__(self, group: Group, routers: Mapping[str, int], device: torch.device, parts: int = 1,
+                 sums: Sequence[str] = ()) -> None:
+        self.group, self.routers, self.parts, self.sums = group, tuple(routers), parts, tuple(sums)
+        self.total: RouterTotals = {}
+        self._sums_arrived: Callable[[], Tensor] | None = None
         self.counts_L = torch.zeros(sum(routers.values()), dtype=torch.int64, device=device)
         self.wait: Callable[[], Tensor] = self._missing if routers else lambda: self.counts_L
 
-    def micro_batch(self) -> Callable[[str, Tensor], None]:
+    def micro_batch(self) -> Callable[[str, RoutingStats], None]:
         """Return the `RouterContext.on_counts` of the next micro-batch, which collects its routers' counts.
 
         The first counts of each router are taken: a block that is recomputed in backward reports them again.
         """
-        told: dict[str, Tensor] = {}
+        told: dict[str, RoutingStats] = {}
 
-        def on_counts(router: str, counts_C: Tensor) -> None:
+        def on_counts(router: str, stats: RoutingStats) -> None:
             if router not in told:
-                told[router] = counts_C
+                told[router] = stats
                 if len(told) == len(self.routers):
-                    self._add(torch.cat([told[router] for router in self.routers]))
+                    self._add({router: told[router] for router in self.routers})
+                    told.update(dict.fromkeys(told))     # known, and no graph is held
 
         return on_counts
 
-    def _add(self, counts_L: Tensor) -> None:
+    def _add(self, told: Mapping[str, RoutingStats]) -> None:
         assert self.parts > 0, "more micro-batches than were expected"
-        self.counts_L += counts_L
+        self.counts_L += torch.cat([stats.counts_E for stats in told.values()])
+        if self.sums:
+            self.total = add_totals(self.total, {router: totals_of(stats, self.sums)
+                                                 for router, stats in told.items()})
         self.parts -= 1
         if self.parts == 0:
             with record_function("counts: post"):
                 arrived = sum_over_async(self.group, self.counts_L)
+                if self.sums:
+                    self._sums_arrived = sum_over_async(self.group, flat_totals(self.total))
             self.wait = record_function("counts: wait")(arrived)
+
+    def wait_for_sums(self) -> "RouterTotals | None":
+        """Wait for the pooled sums, once, after the counts; None if none were asked for."""
+        if self._sums_arrived is None:
+            return None
+        numbers = iter(self._sums_arrived().split([tensor.numel() for sums in self.total.values()
+                                                   for tensor in sums.values()]))
+        return {router: {name: next(numbers).view(tensor.shape) for name, tensor in sums.items()}
+                for router, sums in self.total.items()}
 
     def _missing(self) -> Tensor:
         raise AssertionError(f"{self.parts} micro-batches have not been counted")
@@ -89,7 +110,16 @@ class AccumulatedCounts:
     def __init__(self, mode: str, routers: Mapping[str, int], tokens: Tensor,
                  prior: "PreviousStepCounts | None") -> None:
         self.mode, self.tokens, self.prior = mode, tokens, prior
+        self.sums: RouterTotals = {}
         self.total_L = torch.zeros(sum(routers.values()), dtype=torch.int64, device=tokens.device)
+
+    def add_sums(self, sums: RouterTotals | None) -> RouterTotals | None:
+        """Add the pooled sums of a micro-batch; return those by which its losses are formed."""
+        if sums is None or self.mode == "sync":
+            return sums
+        assert self.mode == "buffer", "a loss that pools sums cannot be estimated by the previous step (warm)"
+        self.sums = add_totals(self.sums, sums)
+        return self.sums
 
     def add(self, counts_L: Tensor, *, last: bool) -> Tensor:
         """Add the pooled counts of a micro-batch; return the counts from which its balance loss takes f.
@@ -158,6 +188,25 @@ class PreviousStepCounts:
         """Iterate over the tensors that a checkpoint keeps."""
         for name, tensor in (("counts", self.counts_L), ("usable", self.usable_R), ("tokens", self.tokens)):
             yield StateShard(f"prior.{name}", tuple(tensor.shape), 0, tensor, "batch")
+
+
+def totals_of(stats: RoutingStats, names: Sequence[str]) -> dict[str, Tensor]:
+    """The sums of one router that losses pool, float64 and without gradient, by name."""
+    named = stats.named()
+    return {name: named[name].detach().double() for name in names}
+
+
+def add_totals(ours: RouterTotals, theirs: RouterTotals) -> RouterTotals:
+    """Add up the sums of micro-batches."""
+    if not ours:
+        return theirs
+    return {router: {name: ours[router][name] + tensor for name, tensor in sums.items()}
+            for router, sums in theirs.items()}
+
+
+def flat_totals(totals: RouterTotals) -> Tensor:
+    """Concatenate sums of all routers, float64, by router and name."""
+    return torch.cat([tensor.flatten() for sums in totals.values() for tensor in sums.values()])
 
 
 def shares(counts_C: Tensor) -> Tensor:

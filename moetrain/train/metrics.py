@@ -46,6 +46,7 @@ class StepSums(NamedTuple):
     load_error_signs: dict[str, Tensor]
     flags: list[float]                       # StepFlags of train/step.py
     phases: list[list[float]]                # seconds of every rank (train/loggers/stopwatch.py)
+    extra: dict[str, dict[str, Tensor]]      # float64, further sums by name, then by router
 
 
 HEAD = 7       # numbers of a SumBuffer before those of losses and routers: six of StepSums, and micro-batches
@@ -62,18 +63,25 @@ def split_by_router(flat: Tensor, routers: Mapping[str, int]) -> dict[str, Tenso
     return dict(zip(routers, flat.split(list(routers.values()))))
 
 
-def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor) -> list[Pooled]:
+def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor,
+         sums: Mapping[str, Mapping[str, Tensor]] | None = None) -> list[Pooled]:
     """Make the argument of losses from pooled counts, for every stack.
 
     Args:
         flat_L: pooled counts [L], int64 or float64.
         routers: number of choices by router, in run order.
         tokens: int64 scalar, valid tokens of the global batch.
+        sums: pooled sums by router and name; None if no loss asks for any.
 
     Returns:
         One record for each stack of consecutive routers of the same size (routers/base.py `stacks`).
     """
-    return [Pooled(counts_RC, tokens) for counts_RC in by_stack(flat_L, routers)]
+    names, pooled = iter(routers), []
+    for counts_RC in by_stack(flat_L, routers):
+        of = [sums[next(names)] for _ in counts_RC] if sums else []
+        stacked = {name: torch.stack([each[name] for each in of]) for name in of[0]} if of else None
+        pooled.append(Pooled(counts_RC, tokens, stacked))
+    return pooled
 
 
 def only_experts(counts_RC: Tensor, experts: Sequence[int]) -> Tensor:
@@ -111,6 +119,7 @@ class SumBuffer:
         self.sizes = [HEAD, len(self.losses), sum(routers.values()),
                       sum(self.routers_needing_load_error.values())]
         self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
+        self.extra: dict[tuple[str, str], Tensor] = {}       # by name and router, the same on every rank
 
     @torch.no_grad()
     def add(self, language: Tensor, share: LossShare, stacks: Sequence[Stack]) -> None:
@@ -129,6 +138,11 @@ class SumBuffer:
             sign_E for stack in stacks if self.routers_needing_load_error
             for router, sign_E in zip(stack.routers, load_error_sign(stack.stats.counts_E))
             if router in self.routers_needing_load_error)
+        for stack in stacks:
+            for name, of_routers in (stack.stats.extra or {}).items():
+                for router, total in zip(stack.routers, of_routers.double()):
+                    self.extra[name, router] = self.extra[name, router] + total if (
+                        name, router) in self.extra else total
         self.flat += torch.cat(
             [head, *(stack.stats.prob_sum_E.flatten() for stack in stacks), *load_error_signs])
 
@@ -159,11 +173,15 @@ class SumBuffer:
         times = torch.zeros(group.size, len(phases), dtype=torch.float64)
         times[group.position] = torch.tensor(phases, dtype=torch.float64)
         told = to_device(torch.cat([self.flags, times.flatten()]), self.flat.device)
-        summed = sum_over(group, torch.cat([self.flat, told]))
+        extra = [total.flatten() for total in self.extra.values()]
+        summed = sum_over(group, torch.cat([self.flat, told, *extra]))
         read = torch.cat([summed, counts_L.double(), torch.stack(denominators).double(),
                           norm.double().view(1)]).cpu()
-        head, terms, prob_sums, _, flags, times, counts, whole = read.split(
-            [*self.sizes, len(self.flags), times.numel(), len(counts_L), 3])
+        head, terms, prob_sums, _, flags, times, *totals, counts, whole = read.split(
+            [*self.sizes, len(self.flags), times.numel(), *map(len, extra), len(counts_L), 3])
+        found: dict[str, dict[str, Tensor]] = {}
+        for (name, router), like, total in zip(self.extra, self.extra.values(), totals, strict=True):
+            found.setdefault(name, {})[router] = total.view(like.shape)
         *sums, micro_batches = head.tolist()
         tokens, language_terms, norm = whole.tolist()
         load_error_signs = summed[sum(self.sizes[:-1]):sum(self.sizes)] / micro_batches
@@ -171,7 +189,7 @@ class SumBuffer:
             *sums, dict(zip(self.losses, terms.tolist())), prob_sums, counts.long(), int(tokens),
             int(language_terms), norm,
             split_by_router(load_error_signs, self.routers_needing_load_error), flags.tolist(),
-            times.view(group.size, -1).tolist())
+            times.view(group.size, -1).tolist(), found)
 
 
 def _summed(stats: RoutingStats, experts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -33,11 +33,11 @@ from moetrain.losses.language import Head
 from moetrain.model.op_record import OpRecord
 from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
 from moetrain.routers.context import token_context
-from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, group_of
+from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, RouterTotals, group_of
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.state import Run
 
-OnCounts = Callable[[str, Tensor], None]      # RouterContext.on_counts
+OnCounts = Callable[[str, RoutingStats], None]      # RouterContext.on_counts
 # Pooled counts for the stacks of a micro-batch, by the rule of the losses. Waits for a sum that is under way.
 PoolCounts = Callable[[Sequence[Stack]], list[Pooled]]
 
@@ -69,7 +69,8 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
     if rule is None:
         for batch in batches:
             yield forward_pass(run, step, batch,
-                               lambda found: pool(flat_counts(found, tokens.device), routers, tokens))
+                               lambda found: pool(flat_counts(found, tokens.device), routers, tokens,
+                                                  _own_sums(found, run.objective.pooled_sums)))
     elif rule.mode != "exact":
         yield from _as_they_come(run, step, batches, tokens, rule)
     else:
@@ -82,12 +83,13 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor,
     routers = run.state.model.num_choices
     known = AccumulatedCounts(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
-        pooling, last = (CountAllReduce(group_of(rule, run.mesh), routers, tokens.device),
-                         number == len(batches))
+        pooling, last = (CountAllReduce(group_of(rule, run.mesh), routers, tokens.device,
+                                        sums=run.objective.pooled_sums), number == len(batches))
 
         def pooled(found: Sequence[Stack], pooling: CountAllReduce = pooling,
                    last: bool = last) -> list[Pooled]:
-            return pool(known.add(pooling.wait(), last=last), routers, tokens)
+            return pool(known.add(pooling.wait(), last=last), routers, tokens,
+                        known.add_sums(pooling.wait_for_sums()))
 
         forward = forward_pass(run, step, batch, pooled, pooling.micro_batch())
         yield forward._replace(counts_L=known.total_L if last and rule.scope == "global" else None)
@@ -97,8 +99,9 @@ def _whole_step(run: Run, step: int, batches: list[Batch], tokens: Tensor,
                 rule: PoolRule) -> Iterator[Forward]:
     """Mode exact: every micro-batch uses the counts of the whole step."""
     routers = run.state.model.num_choices
-    pooling = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device, len(batches))
-    pooled = cache(lambda: pool(pooling.wait(), routers, tokens))
+    pooling = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device, len(batches),
+                             run.objective.pooled_sums)
+    pooled = cache(lambda: pool(pooling.wait(), routers, tokens, pooling.wait_for_sums()))
     for forward in (_graphs_kept if run.graphs.kept else _counted_first)(
             run, step, batches, pooling, lambda found: pooled()):
         yield forward._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
@@ -176,11 +179,18 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
     decisions = [] if run.dump is not None and run.dump.wanted else None
     with record_function("forward"):
         output = run.state.model(
-            batch.tokens_BS, context._replace(on_counts=on_counts, decisions=decisions), batch.documents_BS,
-            routed=routed, score=score)
+            batch.tokens_BS,
+            context._replace(on_counts=on_counts, decisions=decisions, token_sums=run.objective.token_sums),
+            batch.documents_BS, routed=routed, score=score)
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # a copy: recomputed blocks append theirs again
     return Forward(output.score, found, asked)
+
+
+def _own_sums(found: Sequence[Stack], names: Sequence[str]) -> RouterTotals | None:
+    """The sums of this micro-batch that losses ask for, where nothing is pooled."""
+    return {router: {name: stack.stats.named()[name][number].detach().double() for name in names}
+            for stack in found for number, router in enumerate(stack.routers)} if names else None
 
 
 @torch.no_grad()
@@ -188,7 +198,7 @@ def _count(run: Run, step: int, batch: Batch, on_counts: OnCounts) -> OpRecord:
     """Run one micro-batch up to its last router, and record the choices of all routers."""
     choices, context = OpRecord(), step_context(run.config.run.seed, step, batch,
                                                 draws=run.objective.language.draws)
-    context = context._replace(on_counts=on_counts)
+    context = context._replace(on_counts=on_counts, token_sums=run.objective.token_sums)
     with choices.record(), record_function("count"):
         run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True)
     return choices

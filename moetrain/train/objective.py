@@ -24,6 +24,7 @@ from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.losses.language import CrossEntropy, LanguageLoss
+from moetrain.ops.router_sums import TokenSum
 from moetrain.routers.base import Stack
 
 
@@ -67,6 +68,23 @@ class Objective:
         rules = {loss.pool for loss in self.losses.values()} - {None}
         assert len(rules) <= 1, rules
         return next(iter(rules), None)
+
+    @property
+    def token_sums(self) -> dict[str, TokenSum]:
+        """Further sums that the losses need, by name."""
+        found: dict[str, TokenSum] = {}
+        for name in self.weights:
+            for sum_name, form in self.losses[name].token_sums.items():
+                assert found.setdefault(sum_name, form) is form, f"two losses form {sum_name} differently"
+        return found
+
+    @property
+    def pooled_sums(self) -> tuple[str, ...]:
+        """Names of the sums that are pooled before backward."""
+        asked = {name for loss in self.weights for name in self.losses[loss].pooled_sums}
+        assert not asked or self.pool is None or self.pool.mode != "warm", (
+            f"sums that are pooled ({sorted(asked)}) cannot be estimated by the previous step: balance.mode")
+        return tuple(sorted(asked))
 
     @property
     def per_sequence(self) -> bool:
@@ -139,7 +157,7 @@ class Objective:
         for loss in self.losses.values():
             for sums, stack, of_stack in zip(found, stacks, pooled) if loss.weight else ():
                 for field, slope in loss.slopes(stack.stats, of_stack).items():
-                    shape = getattr(stack.stats, field).shape
+                    shape = stack.stats.named()[field].shape
                     assert slope.shape in ((), shape), (
                         f"{type(loss).__name__}.slopes: {field} has shape {list(slope.shape)}, "
                         f"not {list(shape)}")

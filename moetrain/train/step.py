@@ -158,6 +158,8 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
         "loss/ce": summed.language / max(1, summed.language_terms),
         "loss/total": summed.total,
         **loss_metrics(summed.terms, run.objective.weights),
+        **{name: value for loss in run.objective.weights
+           for name, value in run.objective.losses[loss].metrics(summed.extra, summed.tokens).items()},
         **balance_metrics(summed, run.state.model.num_choices, run.state.model.num_experts),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,

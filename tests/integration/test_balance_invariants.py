@@ -204,7 +204,7 @@ def routed_part(mode: str, world: int) -> tuple[list[Tensor], dict[int, Tensor],
                               valid_BS.sum(), stacks(stats))
     counted = pooling.micro_batch()
     for router, of_router in stats.items():
-        counted(router, of_router.counts_E)
+        counted(router, of_router)
     counts_L = pooling.wait()
     share = run.objective.share(torch.zeros((), dtype=torch.float64), found,
                                 pool(counts_L, run.state.model.num_choices, tokens), tokens)
