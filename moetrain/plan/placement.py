@@ -147,12 +147,12 @@ class LayerPlacement:
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Placements of all layers with experts, by router name. Layers may differ in their number of experts."""
+    """Placements of all banks of experts, by name. They may differ in their number of experts."""
 
     layers: tuple[tuple[str, LayerPlacement], ...]
 
-    def __getitem__(self, router: str) -> LayerPlacement:
-        return dict(self.layers)[router]
+    def __getitem__(self, bank: str) -> LayerPlacement:
+        return dict(self.layers)[bank]
 
     def only(self, names: Sequence[str]) -> "ExpertPlacement":
         """The placements of some layers, in the order of the names."""

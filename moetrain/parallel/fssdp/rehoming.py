@@ -25,7 +25,7 @@ from moetrain.comm.sparse.base import AsyncAllToAll
 from moetrain.moe.bank import ExpertBank
 from moetrain.plan.placement import ExpertPlacement, LayerPlacement, slice_columns
 
-Rows = dict[tuple[str, int], Tensor]         # state [W] of an expert, or [w] of its slice, by router and id
+Rows = dict[tuple[str, int], Tensor]         # state [W] of an expert, or [w] of its slice, by bank and id
 Shapes = list[tuple[int, ...]]               # of the tensors that lie side by side in a row
 
 
@@ -37,7 +37,7 @@ def reshard(banks: Mapping[str, ExpertBank], optimizer: torch.optim.Optimizer, b
     Every position of the group calls it, between steps. Gradients are dropped, so they must have been used.
 
     Args:
-        banks: experts of each layer by router name; their `experts` and `sliced` follow.
+        banks: experts by bank name; their `experts` and `sliced` follow.
         optimizer: optimizer whose moments move with the parameters.
         before: placement in force.
         after: placement to move to; copies in either do not matter.
@@ -155,7 +155,7 @@ def _recut(whole: Rows, parts: Rows, shapes: Shapes, like: Tensor, before: Exper
 
 def _places(before: ExpertPlacement,
             after: ExpertPlacement) -> Iterator[tuple[str, int, int | None, int | None]]:
-    """Iterate over (router, expert, home before, home after), by layer and then by expert.
+    """Iterate over (bank, expert, home before, home after), by bank and then by expert.
 
     A home is None where the expert is sliced.
     """

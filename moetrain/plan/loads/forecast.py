@@ -2,12 +2,12 @@
 
     MeanForecast     mean of the last steps (Hecate: five)
     TrendForecast    exponential moving average with a trend (Holt), in fixed point
-    LoadForecaster   one of them, checked: a layer that it got wrong is planned from the last step's loads
+    LoadForecaster   one of them, checked: a bank that it got wrong is planned from the last step's loads
 
-Loads are those of all routers in one flat int64 buffer, as they are counted. What a checkpoint keeps of a
-forecast are its `tables`. They are written in place, so reading into them restores the forecast.
+Loads are those of all banks of experts in one flat int64 buffer, as they are counted. What a checkpoint keeps
+of a forecast are its `tables`. They are written in place, so reading into them restores the forecast.
 
-Shapes: L experts of all routers together, w steps of a window, r routers, E experts of one router.
+Shapes: L experts of all banks together, w steps of a window, r banks, E experts of one bank.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class MeanForecast:
     """Mean of the last steps.
 
     Args:
-        size: L, experts of all routers.
+        size: L, experts of all banks.
         window: steps that count.
     """
 
@@ -68,7 +68,7 @@ class TrendForecast:
     """Exponential moving average with a trend (Holt's linear method).
 
     Args:
-        size: L, experts of all routers.
+        size: L, experts of all banks.
         level: weight of a new observation in the level, in (0, 1]; rounded to 1/256.
         trend: weight of a new slope in the trend, in [0, 1]; rounded to 1/256. With 0 this is a plain moving
             average.
@@ -106,7 +106,7 @@ def forecast_of(kind: str, size: int, window: int) -> Forecast:
 
     Args:
         kind: `mean` or `trend`.
-        size: L, experts of all routers.
+        size: L, experts of all banks.
         window: steps that a mean is over.
     """
     return TrendForecast(size) if kind == "trend" else MeanForecast(size, window)
@@ -116,28 +116,28 @@ class LoadForecaster:
     """Loads that planners plan for: a forecast, or the last step's loads where the forecast was wrong.
 
     Args:
-        forecast: forecast of the loads of all routers.
-        sizes: number of experts by router.
-        max_error: share of a router's rows, in thousandths (`misplaced_permille`), above which its forecast
+        forecast: forecast of the loads of all banks.
+        sizes: number of experts by bank.
+        max_error: share of a bank's rows, in thousandths (`misplaced_permille`), above which its forecast
             counts as wrong, so that the last step's loads stand for the next. 1000 never falls back.
     """
 
     def __init__(self, forecast: Forecast, sizes: Mapping[str, int], max_error: int) -> None:
         self.forecast, self.sizes, self.max_error = forecast, sizes, max_error
-        # Error of each router's forecast of the last step; 0 before there was a forecast.
+        # Error of each bank's forecast of the last step; 0 before there was a forecast.
         self.errors_r = torch.zeros(len(sizes), dtype=torch.int64)
 
     def observe(self, loads_L: Tensor) -> None:
         """Compare the loads of a step with the forecast of them, then add them to it."""
         if self.forecast.expected().any():
-            pairs = zip(self._by_router(self.forecast.expected()), self._by_router(loads_L))
+            pairs = zip(self._by_bank(self.forecast.expected()), self._by_bank(loads_L))
             errors = [misplaced_permille(expected, seen) for expected, seen in pairs]
             self.errors_r.copy_(torch.tensor(errors))
         self.forecast.observe(loads_L)
 
     def loads(self) -> dict[str, np.ndarray]:
-        """Rows to expect of each expert, int64 [E] by router."""
-        expected, last = self._by_router(self.forecast.expected()), self._by_router(self.forecast.last())
+        """Rows to expect of each expert, int64 [E] by bank."""
+        expected, last = self._by_bank(self.forecast.expected()), self._by_bank(self.forecast.last())
         return {name: last[index] if error > self.max_error else expected[index]
                 for index, (name, error) in enumerate(zip(self.sizes, self.errors_r.tolist()))}
 
@@ -145,7 +145,7 @@ class LoadForecaster:
         """State of the forecast and its errors by name, int64: what a checkpoint keeps."""
         return {**self.forecast.tables(), "errors": self.errors_r}
 
-    def _by_router(self, flat_L: Tensor) -> list[np.ndarray]:
+    def _by_bank(self, flat_L: Tensor) -> list[np.ndarray]:
         return [loads_E.numpy() for loads_E in flat_L.split(list(self.sizes.values()))]
 
 
