@@ -101,6 +101,18 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
                                 ("attention.qkv", "attention.out", "moe.shared.gate_up", "moe.shared.down")}
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_vectors_of_experts_do_not_decay_and_are_not_muons(optim):
+    run = make_run(["run.packages=[tests]", "expert._target_=tests.support.expert_forms.BiasedExpert",
+                    f"optim={optim}", "optim.weight_decay=0.3", "optim.expert_lr_scale=2"])
+    (group,) = (group for group in run.state.optimizer.param_groups if group["name"] == "expert_vectors")
+    banks = [routed.bank for routed in run.state.model.banks.values()]
+    biases = [bias for bank in banks for bias in (bank.up_bias, bank.down_bias)]
+    assert set(map(id, group["params"])) == set(map(id, biases))
+    assert group["weight_decay"] == 0.0 and group["lr_scale"] == 2.0
+    assert all("momentum_buffer" not in run.state.optimizer.state[p] for p in group["params"])
+
+
 def test_a_groups_rate_is_the_schedules_times_its_scale():
     run = make_run(["optim.router_lr_scale=0.5", "optim.expert_lr_scale=2"])
     set_learning_rate(run.state.optimizer, 0.1)
