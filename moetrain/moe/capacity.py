@@ -217,7 +217,7 @@ def sequence_of(context: RouterContext, tokens: int, device: torch.device) -> Te
     Sample ids would not do, since one may occur twice.
 
     Args:
-        context: positions of the tokens; without them (in generation) all tokens are one sequence.
+        context: positions of the tokens; without them all tokens are one sequence.
         tokens: T.
         device: of the result.
 
