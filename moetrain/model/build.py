@@ -146,6 +146,14 @@ def _check_sparse_layers(model: Transformer) -> None:
         raise ConfigError(200, f"two routers or two banks are named {twice[0]}", where="convert_model",
                           why="statistics are kept by router name, and homes of experts by bank name",
                           next="give each router, each pass of a router, and each bank a name of its own")
+    known = list(model.banks.values())
+    unknown = [path for path, module in model.named_modules()
+               if isinstance(module, RoutedExperts) and not any(module is experts for experts in known)]
+    if unknown:
+        raise ConfigError(
+            203, f"no sparse layer of a block names the bank {unknown[0]}", where="convert_model",
+            why="its choices would not be counted, and its experts neither placed nor copied",
+            next="name it in banks of a SparseLayer that a block holds, and its routers beside it")
     if sorted(fed) != sorted(names):
         odd = sorted(set(fed) ^ set(names)) or sorted(name for name in fed if fed.count(name) > 1)
         raise ConfigError(201, f"router {odd[0]} feeds no bank, or feeds is not a pass for each router",

@@ -110,7 +110,17 @@ def fed_by_nobody(model: Transformer, config: object) -> None:
     model.layers[1].moe.__class__ = FedOnce
 
 
+def hidden(model: Transformer, config: object) -> None:
+    """A bank inside a wrapper, which is the layer's own."""
+    first, second = (block.moe for block in model.layers)
+    model.layers[1].moe = MoELayer(name=second.name, router=second.router, experts=second.experts,
+                                   wrappers={"inner": first})
+    model.layers[0].moe = sparse_layers.OfAnotherLayer(name=first.name, router=first.router, bank=second.name,
+                                                       experts=second.experts)
+
+
 @pytest.mark.parametrize("convert, code, text", [
+    (hidden, 203, "no sparse layer of a block names the bank layers.1.moe.inner.experts"),
     (named_twice, 200, "two routers or two banks are named layers.0.moe"),
     (fed_by_nobody, 201, "router layers.1.moe.1 feeds no bank"),
     (another_size, 202, "router layers.1.moe chooses from 7 experts, and bank layers.1.moe has 8"),
