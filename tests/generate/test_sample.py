@@ -66,5 +66,5 @@ def test_padding_of_the_vocabulary_is_never_drawn():
     run.state.model.head.data[padding] = 5 * run.state.model.head.data[65].clone()
     drawn = "".join(continue_text(
         run.state.model, ByteTokenizer(), "ab", end_id=256, tokens=20, temperature=1.0, top_p=1.0, seed=0,
-        context=12, cache=True, mask_documents=False, group=run.mesh["batch"]))
+        context=12, cache=True, mask_documents=False, run_seed=0, step=0, group=run.mesh["batch"]))
     assert drawn
