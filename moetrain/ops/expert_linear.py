@@ -103,6 +103,8 @@ def _divided(d_all: Tensor | None, homes: Tensor, needed) -> tuple[Tensor | None
     if d_all is None:
         return None, None
     d_all, count = d_all.to(homes.dtype), len(homes)
+    if len(d_all) == count and not needed[1]:        # as in ops/grouped_experts.py: no part of a tensor
+        return d_all, None
     return d_all[:count] if needed[0] else None, d_all[count:] if needed[1] else None
 
 

@@ -172,7 +172,9 @@ def _gradients(ctx, grad_RD: Tensor | None, _):
     d_x_ND, d_weights_R, *d_matrices = grads
     homes, copied = saved[4].shape[0], saved[6] is not None
     needs = ctx.needs_input_grad
-    d_homes = [d_all[:homes] if needs[at] else None for at, d_all in zip((4, 5), d_matrices)]
+    # Whole where there are no copies: autograd keeps a gradient as it is, and copies a part of a tensor.
+    d_homes = [(d_all[:homes] if copied else d_all) if needs[at] else None
+               for at, d_all in zip((4, 5), d_matrices)]
     d_copies = [d_all[homes:] if copied and needs[at] else None for at, d_all in zip((6, 7), d_matrices)]
     return (d_x_ND if needed.x else None), None, None, d_weights_R, *d_homes, *d_copies, None
 
