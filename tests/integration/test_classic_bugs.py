@@ -46,11 +46,11 @@ def with_bug(bug: str, steps: int) -> Trained:
 
     pool = passes.pool
 
-    def pooled_by_ranks(flat, routers, tokens):
-        return [Pooled(p.counts_E, p.tokens // 2) for p in pool(flat, routers, tokens)]
+    def pooled_by_ranks(*arguments):
+        return [Pooled(p.counts_E, p.tokens // 2) for p in pool(*arguments)]
 
-    def pooled_by_micro_batch(flat, routers, tokens):
-        return [Pooled(p.counts_E, p.counts_E[0].sum() // 2 // 4) for p in pool(flat, routers, tokens)]
+    def pooled_by_micro_batch(*arguments):
+        return [Pooled(p.counts_E, p.counts_E[0].sum() // 2 // 4) for p in pool(*arguments)]
 
     sums = base.router_sums
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.comm.mesh import disconnect
-from moetrain.model import build
+from moetrain.moe import expert_form
 from moetrain.ops import grouped_gemm
 from moetrain.train.checkpoint.load import resume
 from moetrain.train.checkpoint.save import save
@@ -103,7 +103,7 @@ def on_a_device(case: Case) -> Outcome:
     """Train on this rank's device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", str(case.per_node or case.ranks))
-        for module in (build, grouped_gemm) if case.counts else ():
+        for module in (expert_form, grouped_gemm) if case.counts else ():
             patch.setattr(module, "takes_counts_on_device", lambda device, *_: device.type == "cuda")
         sizes = [f"run.nproc={case.ranks}", f"train.micro_batch={16 // case.ranks}"]
         return outcome(make_run([*case.overrides, *ON_DEVICE, *sizes]))
