@@ -13,6 +13,7 @@ The names are kept in that environment variable, so the ranks that this process 
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from moetrain.errors import ConfigError
@@ -28,13 +29,13 @@ def allow(*packages: str) -> None:
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*allowed(), *packages]))
 
 
-def missing() -> list[ConfigError]:
-    """List an error for every allowed package that cannot be found."""
+def missing(packages: Iterable[str]) -> list[ConfigError]:
+    """List an error for every package that cannot be found."""
     return [ConfigError(
         242, f"there is no package {package!r}", where=f"run.packages, moetrain.allow or {VARIABLE}",
         why="it is not on the path of this Python, or it is a single file",
         next="pip install -e <its folder>, or PYTHONPATH=<the folder that holds it>")
-        for package in allowed() if folder_of(package) is None]
+        for package in packages if folder_of(package) is None]
 
 
 def allowed() -> tuple[str, ...]:

@@ -69,6 +69,7 @@ def test_what_is_not_allowed_is_refused_everywhere(tmp_path: Path, monkeypatch: 
         compose(["router=tempered", "router.temperature=0"])
     with pytest.raises(ConfigErrors, match="E-CONFIG-242"):
         compose(["run.packages=[no_such_package]"])
+    assert packages.allowed() == ("my_moe",)             # a mistyped name is not remembered
 
 
 @pytest.mark.parametrize("line, base", [

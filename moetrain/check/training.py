@@ -74,7 +74,10 @@ def reference(overrides: list[str]) -> Arm:
 def described(overrides: Iterable[str]) -> list[str]:
     """Overrides of the tiny model with these changes, or of an experiment that takes its place."""
     overrides = list(overrides)
-    base = () if any(key_of(override) == "experiment" for override in overrides) else COMMON
+    typed = {key_of(override) for override in overrides}
+    base = () if "experiment" in typed else COMMON
+    if "loss" in typed:                                  # other losses do not have the keys of z
+        base = tuple(override for override in base if key_of(override).partition(".")[0] != "loss")
     return [*base, *EVERY_RUN, *overrides]
 
 

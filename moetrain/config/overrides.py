@@ -99,9 +99,11 @@ def _allow_packages(overrides: Sequence[str], problems: Problems) -> None:
     for text in overrides:
         key, _, value = text.partition("=")
         if key.lstrip("+") == "run.packages":
-            names = (name.strip(" '\"") for name in value.strip("[]").split(","))
-            packages.allow(*filter(None, names))
-    for error in packages.missing():
+            names = [name for word in value.strip("[]").split(",") if (name := word.strip(" '\""))]
+            for error in packages.missing(names):
+                problems.add(error, *schema_sections())
+            packages.allow(*(name for name in names if packages.folder_of(name) is not None))
+    for error in packages.missing(packages.allowed()):
         problems.add(error, *schema_sections())
 
 

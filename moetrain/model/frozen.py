@@ -45,7 +45,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for bank in model.modules():
         if isinstance(bank, ExpertBank) and bank.cut is not None:
             for name, slices in zip(bank.names, bank.slices):
-                bank.stacked(slices).requires_grad_(bank.stacked(name).requires_grad)
+                whole, sliced = bank.stacked(name), bank.stacked(slices)
+                sliced.requires_grad_(whole.requires_grad)
+                if not whole.requires_grad:              # a frozen matrix may have a dtype of its own
+                    sliced.data = sliced.data.to(whole.dtype)
 
 
 def refuse_nothing_to_train(model: nn.Module, patterns: Sequence[str]) -> None:

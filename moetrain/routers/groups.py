@@ -70,10 +70,14 @@ class GroupLimitedRouter(LinearRouter):
         return super().route(x_TD, context)
 
     def in_one(self, context: RouterContext) -> bool:
-        """Whether to use the one op: there is a kernel, and neither sums of each sequence nor edits."""
+        """Whether to use the one op: it has a kernel, and computes all that is asked for.
+
+        It computes neither sums of each sequence nor edits, nor steps of the decision that a subclass defines
+        below the class whose `op_rule` it follows.
+        """
         like_logits_DE = self.weight.T                       # of their device, dtype and width
         return (context.seq_offsets is None and not context.token_sums and not self.token_sums
-                and edits_of(context) == RoutingEdits()
+                and edits_of(context) == RoutingEdits() and not _changes_a_step(type(self))
                 and kernel_takes(like_logits_DE, self.op_rule))
 
     def rule(self, *, sigmoid: bool, renormalised: bool, scale: float) -> RouterRule:
@@ -105,3 +109,10 @@ class GroupLimitedRouter(LinearRouter):
         if context.decisions is not None:
             context.decisions.append(Decision(context.router, logits_TE.detach(), ids_TK))
         return Routing(ids_TK, weights_TK, ids_TK.numel(), sums)
+
+
+def _changes_a_step(cls: type[GroupLimitedRouter]) -> bool:
+    """Whether a class defines a step of the decision below the class that has the rule of the one op."""
+    of_rule = next(index for index, base in enumerate(cls.__mro__) if "op_rule" in vars(base))
+    steps = ("scores", "choose", "weigh", "probabilities", "residual", "decision", "routing")
+    return any(step in vars(base) for base in cls.__mro__[:of_rule] for step in steps)

@@ -140,7 +140,7 @@ class SumBuffer:
             if router in self.routers_needing_load_error)
         for stack in stacks:
             for name, of_routers in (stack.stats.extra or {}).items():
-                for router, total in zip(stack.routers, of_routers.double()):
+                for router, total in zip(stack.routers, of_routers.detach().double()):
                     self.extra[name, router] = self.extra[name, router] + total if (
                         name, router) in self.extra else total
         self.flat += torch.cat(

@@ -189,6 +189,18 @@ def build_objective(config: Config, num_routers: int, language: LanguageLoss | N
     losses = {"balance": build(config.balance, "balance"),
               **{name: build(node, "loss") for name, node in config.loss.items()}}
     for name, loss in losses.items():
+        if missing := [member for member in ("weight", "reduction") if not hasattr(loss, member)]:
+            raise ConfigError(
+                239, f"the loss {name} has no {missing[0]}",
+                where=f"{type(loss).__module__}.{type(loss).__qualname__}",
+                why="the objective is the sum of weight * the mean or sum over routers of every loss",
+                next='self.weight, a number, and self.reduction, "mean" or "sum", in the constructor')
+        if loss.weight and loss.pooled_sums and loss.pool is None:
+            raise ConfigError(
+                240, f"the loss {name} asks for pooled sums, and does not say over what they are pooled",
+                where=f"{type(loss).__module__}.{type(loss).__qualname__}",
+                why="sums of a micro-batch alone would make its gradient depend on the split of the batch",
+                next='pool = PoolRule("global", "exact")')
         if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
             raise ConfigError(
                 241, f"the loss {name} owns parameters",

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from moetrain.comm.agreement import fail_together
 from moetrain.comm.reduce import gather_to_first, sum_over
 from moetrain.data.batches.batch import Batch, padding
-from moetrain.errors import DataError, NonFiniteError
+from moetrain.errors import ConfigError, DataError, NonFiniteError
 from moetrain.parallel.grad_norm import global_norm, scale_gradients
 from moetrain.train.checkpoint.save import SaveFlags
 from moetrain.train.loggers.stopwatch import rank_metrics
@@ -152,14 +152,14 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
         Metrics by name.
     """
     planning, seconds = run.state.planning, run.watch.total()
-    return {
+    brought = {name: value for loss in run.objective.weights
+               for name, value in run.objective.losses[loss].metrics(summed.extra, summed.tokens).items()}
+    metrics = {
         "step": run.state.step,
         "tokens": run.state.tokens,
         "loss/ce": summed.language / max(1, summed.language_terms),
         "loss/total": summed.total,
         **loss_metrics(summed.terms, run.objective.weights),
-        **{name: value for loss in run.objective.weights
-           for name, value in run.objective.losses[loss].metrics(summed.extra, summed.tokens).items()},
         **balance_metrics(summed, run.state.model.num_choices, run.state.model.num_experts),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,
@@ -174,6 +174,13 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
            if run.peak_tokens_per_s else {}),
         "memory/peak": peak_memory(run.mesh.device),
     }
+    if taken := sorted(brought.keys() & metrics.keys()):
+        raise ConfigError(
+            238, f"a loss brings a metric of the name {taken[0]}",
+            where="AuxLoss.metrics of the losses in use",
+            why="moetrain writes a metric of that name, which it would replace",
+            next=f'another name, such as "loss/<loss>/{taken[0].rpartition("/")[2]}"')
+    return {**metrics, **brought}
 
 
 def read_batches(run: Run, step: int) -> tuple[list[Batch], DataError | None]:

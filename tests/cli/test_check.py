@@ -44,6 +44,7 @@ def test_parts_are_checked_in_seconds(noisy: str, capsys: pytest.CaptureFixture)
     answer = json.loads(capsys.readouterr().out)
     assert not answer["holds"] and {"part", "promise", "seen", "try"} == set(answer["broken"][0])
     assert main(["check", "--parts", "router.no_such_key=1"]) == 2
+    assert main(["check", "--parts", "loss=[micro_balance]"]) == 0       # without the keys of another loss
 
 
 @pytest.mark.full

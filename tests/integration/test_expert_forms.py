@@ -145,18 +145,19 @@ def train_apart(overrides: list[str]) -> Trained:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mesh, passes", [
-    ("ep", "selective"), ("fssdp", "none"),
-    *(pytest.param(mesh, passes, marks=pytest.mark.full)
+@pytest.mark.parametrize("mesh, passes, frozen", [
+    ("ep", "selective", ""), ("fssdp", "none", ""), ("fssdp", "none", "*.experts.*.out"),
+    *(pytest.param(mesh, passes, "", marks=pytest.mark.full)
       for mesh, passes in [("single", "full"), ("ep_fsdp", "none"), ("chunks", "full"), ("fssdp", "full"),
                            ("fssdp, two levels, gathered again", "none")])])
-def test_matrices_that_are_used_apart_train_like_those_of_one_expert(ranks, mesh, passes) -> None:
+def test_matrices_that_are_used_apart_train_like_those_of_one_expert(ranks, mesh, passes, frozen) -> None:
     """The layer sends every token twice; the truth is the same form in a MoE layer, in one pass."""
     world, words = MESHES[mesh]
-    overrides = [*APART, *words, f"train.activation_checkpointing={passes}", f"run.nproc={world}",
+    plain = [*APART, *([f"train.frozen=[{frozen}]"] if frozen else [])]
+    overrides = [*plain, *words, f"train.activation_checkpointing={passes}", f"run.nproc={world}",
                  f"train.micro_batch={16 // world}"]
     ours = union([train_apart(overrides)] if world == 1 else ranks(world).run(train_apart, overrides))
-    expected = union([train_case(APART)])
+    expected = union([train_case(plain)])
     for what in ("gradients", "parameters"):
         error, name = difference(getattr(ours, what), getattr(expected, what))
         assert error <= 1e-10, f"{what}: {name} differs by {error:.3g} of its largest value"

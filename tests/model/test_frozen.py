@@ -62,8 +62,10 @@ def test_a_conversion_that_freezes_everything_can_be_evaluated_and_not_trained()
 def test_slices_of_experts_are_frozen_with_their_matrix() -> None:
     bank = ExpertBank(experts=(0, 1), form=SwigluExpert(dim=4, expert_dim=6), cut=(0, 2))
     bank.down.requires_grad_(False)
+    bank.down.data = bank.down.data.bfloat16()
     freeze(bank, [])
     assert frozen(bank) == {"down", "down_slices"} and bank.trainable == ("gate_up",)
+    assert bank.down_slices.dtype == torch.bfloat16 and bank.gate_up_slices.dtype == torch.float32
 
 
 def test_a_frozen_parameter_may_have_a_smaller_dtype_and_no_other_may() -> None:

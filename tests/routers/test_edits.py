@@ -7,7 +7,9 @@ from torch import Tensor
 from moetrain.ops.start import Start
 from moetrain.routers.base import Router, RouterContext, Routing, Scores
 from moetrain.routers.edits import Edit, RoutingEdits
-from tests.support.any_router import E, K, context, every_router, router_of, tokens
+from moetrain.routers.sigmoid import SigmoidRouter
+from moetrain.routers.topk import TopKRouter
+from tests.support.any_router import D, E, K, context, every_router, router_of, tokens
 
 NAME, T = "layers.0.moe", 40
 
@@ -90,6 +92,18 @@ def test_an_edited_decision_is_not_made_by_the_one_op(option, overrides, monkeyp
     monkeypatch.setattr(router, "route_in_one", lambda *arguments: "by the one op")
     assert routed(router) == "by the one op" == routed(router, RoutingEdits())
     assert not (routed(router, RoutingEdits(scores=set_score(2, float("-inf")))).ids_TK == 2).any()
+
+
+@pytest.mark.parametrize("cls", [TopKRouter, SigmoidRouter])
+@pytest.mark.parametrize("step", ["scores", "choose", "weigh", "probabilities"])
+def test_a_subclass_that_changes_a_step_is_not_left_to_the_one_op(cls, step, monkeypatch):
+    """The op would follow the rule of the class above, without a word."""
+    monkeypatch.setattr("moetrain.routers.groups.kernel_takes", lambda logits_TE, rule: True)
+    changed = type("Changed", (cls,), {step: getattr(cls, step)})
+    of_rule = type("OfItsOwnRule", (changed,), {"op_rule": cls.op_rule})
+    for made, whole in ((cls, True), (type("Same", (cls,), {}), True), (changed, False), (of_rule, True)):
+        router = made(dim=D, num_experts=8, top_k=2)
+        assert router.in_one(context(3)) == whole, made
 
 
 def test_gradients_pass_through_an_edit_of_weights():

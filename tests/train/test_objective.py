@@ -26,6 +26,28 @@ class Learned(ZLoss, nn.Module):
         self.sharpness = nn.Parameter(torch.ones(1))
 
 
+class Unweighted(ZLoss):
+    """A loss that forgets a member which the objective reads."""
+
+    def __init__(self) -> None:
+        self.weight = 1.0
+
+
+class Unpooled(ZLoss):
+    """A loss of pooled sums that does not say over what they are pooled."""
+
+    pooled_sums = ("prob_sum_E",)
+
+
+@pytest.mark.parametrize("cls, number", [(Unweighted, 239), (Unpooled, 240)])
+def test_a_loss_that_would_be_wrong_or_fail_later_is_refused(cls, number: int, monkeypatch) -> None:
+    given = {"loss": cls, "balance": LoadBalanceLoss}
+    monkeypatch.setattr("moetrain.train.objective.build", lambda node, family: given[family]())
+    with pytest.raises(ConfigError) as refused:
+        build_objective(compose(["loss=[z]"]), 1)
+    assert refused.value.id == f"E-CONFIG-{number}"
+
+
 def test_a_loss_with_parameters_is_refused(monkeypatch) -> None:
     """Nobody would train them."""
     monkeypatch.setattr("moetrain.train.objective.build", lambda node, family: Learned())

@@ -40,8 +40,7 @@ Lifetime of copies:
                           gathers them itself.
 
 Gradients of copies are summed here over micro-batches and passes, and travel once a step, in float32 (float64
-in float64 runs). Copies of frozen parameters are gathered, and no gradient of theirs is computed or sent.
-Where all of a bank are frozen, there is no reduction.
+in float64 runs). Frozen parameters are gathered, too, but no gradient of theirs is computed or sent.
 
 With calibration (`add_copies`) a step continues with another placement, as if it had been planned. Only its
 first gather comes in two parts, which are put in the order of slots when both have arrived. Replica groups
@@ -348,6 +347,7 @@ class _Wait(torch.autograd.Function):
     def forward(ctx, x_ND, anchor, copies):
         values = copies.values()
         ctx.copies, ctx.trained = copies, [name in copies.bank.trainable for name in copies.bank.names]
+        ctx.shapes = [value.shape for value in values]
         ctx.set_materialize_grads(all(ctx.trained))
         ctx.mark_non_differentiable(
             *(copied for copied, trained in zip(values, ctx.trained) if not trained))
@@ -355,7 +355,10 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND, *gradients):
-        ctx.copies.add_grads([gradient for gradient, trained in zip(gradients, ctx.trained) if trained])
+        # Zeros for parameters that the pass did not use: all ranks send rows of one width.
+        whole = (grad_ND.new_zeros(shape) if grad is None else grad
+                 for grad, shape in zip(gradients, ctx.shapes))
+        ctx.copies.add_grads([grad for grad, trained in zip(whole, ctx.trained) if trained])
         return grad_ND, None, None
 
 
