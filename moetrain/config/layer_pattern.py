@@ -33,9 +33,9 @@ def sparse_layers(sizes: ModelConfig) -> Sequence[int]:
     if given is not None and (found := parse_pattern(given)) is not None:
         return range(found[1], last, found[0])
     layers = range(min(sizes.first_dense_layers, last), last)
-    if isinstance(sizes.num_experts, list):
-        entries = dict(enumerate(sizes.num_experts))
-        return tuple(layer for layer in layers if entries.get(layer, 1) != 0)
+    if isinstance(sizes.num_experts, list):              # layers beyond a list that is too short do not count
+        return tuple(layer for layer, experts in enumerate(sizes.num_experts)
+                     if layer in layers and experts != 0)
     return layers
 
 
