@@ -4,12 +4,11 @@ Shapes: T tokens, E experts, R routers.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from moetrain.check.findings import Check
+from moetrain.check.findings import Check, NotTried, checks_of
 from moetrain.losses.base import AuxLoss, Pooled
 from moetrain.ops.gating import gather_weights
 from moetrain.ops.router_sums import Decided, extra_sums, router_sums
@@ -20,7 +19,7 @@ EXPERTS, TOKENS, ROUTERS = 8, 24, 2
 
 def loss_checks(make: Callable[[], AuxLoss]) -> Iterator[Check]:
     """List the checks of a loss that `make` builds."""
-    promises = {
+    return checks_of({
         "its value has one number for each router": (
             _has_one_value_a_router, "sum over experts with .sum(-1), never with .sum()"),
         "contributions of parts of a batch add up": (
@@ -30,21 +29,18 @@ def loss_checks(make: Callable[[], AuxLoss]) -> Iterator[Check]:
             _has_right_slopes, "let slopes return d value / d sum for every sum that value reads"),
         "a batch without tokens costs nothing and is finite": (
             _is_finite_on_nothing, "guard divisions with .clamp(min=1)"),
-    }
-    for name, (holds, advice) in promises.items():
-        yield Check(name, partial(holds, make), advice)
+    }, make)
 
 
-def _decisions(first: int, last: int, loss: AuxLoss, offsets: bool | None = None) -> Stack:
+def _decisions(first: int, last: int, loss: AuxLoss) -> Stack:
     """Statistics of tokens `first` to `last` of two routers, with graph, and the further sums of the loss."""
-    offsets = _per_sequence(loss) if offsets is None else offsets
     stats: dict[str, RoutingStats] = {}
     for router in range(ROUTERS):
         generator = torch.Generator().manual_seed(router)
         logits_TE = torch.randn(TOKENS, EXPERTS, generator=generator, dtype=torch.float64)[first:last]
         logits_TE.requires_grad_()
         ids_TK = logits_TE.topk(2).indices if len(logits_TE) else torch.zeros(0, 2, dtype=torch.int64)
-        sequences = torch.arange(0, last - first + 1, 4) if offsets else None
+        sequences = torch.arange(0, last - first + 1, 4) if _per_sequence(loss) else None
         probs_TE = logits_TE.softmax(-1)
         sums = router_sums(probs_TE, logits_TE, ids_TK, None, sequences)
         if loss.token_sums:
@@ -71,8 +67,8 @@ def _has_one_value_a_router(make: Callable[[], AuxLoss]) -> None:
 
 def _adds_up(make: Callable[[], AuxLoss]) -> None:
     loss = make()
-    if _is_local(loss):                      # by choice, it depends on the split
-        return
+    if getattr(loss, "scope", None) == "micro":
+        raise NotTried("the loss depends on the split by choice: its scope is a micro-batch")
     whole = _decisions(0, TOKENS, loss)
     pooled = _pooled(whole, loss)
     value_R = loss.value(whole.stats, pooled)
@@ -103,17 +99,12 @@ def _has_right_slopes(make: Callable[[], AuxLoss]) -> None:
 
 def _is_finite_on_nothing(make: Callable[[], AuxLoss]) -> None:
     loss = make()
-    empty = _decisions(0, 0, loss, False)
     if _per_sequence(loss):
-        return
+        raise NotTried("a loss of each sequence is never asked about none")
+    empty = _decisions(0, 0, loss)
     value_R = loss.value(empty.stats, _pooled(empty, loss, 0))
     assert value_R.isfinite().all(), "it is not finite"
 
 
 def _per_sequence(loss: AuxLoss) -> bool:
     return bool(getattr(loss, "per_sequence", False))
-
-
-def _is_local(loss: AuxLoss) -> bool:
-    """Whether the loss takes its loads from the micro-batch by choice: the scope `micro`."""
-    return getattr(loss, "scope", None) == "micro"

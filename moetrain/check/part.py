@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moetrain.check.findings import Check, Finding, findings
 from moetrain.check.training import Arm, compare, described, reference, shown, train
 from moetrain.config.build import build
 from moetrain.config.schema import Config
+
+if TYPE_CHECKING:
+    from moetrain.losses.base import AuxLoss
 
 # How a training is spread, and what of a part each way finds out.
 WAYS = {
@@ -46,9 +49,17 @@ def sections(config: Config, overrides: list[str], out: Path | None) -> Iterator
     losses = {"balance": config.balance, **{f"loss.{name}": node for name, node in config.loss.items()}}
     for name, node in losses.items():
         make: Callable = partial(build, node, "balance" if name == "balance" else "loss")
-        yield _section(f"{name}  {node['_target_']}", list(loss_checks(make)))
+        taken = Check("the objective takes it", partial(_is_taken, name, make),
+                      "moetrain train with this loss says what to type")
+        yield _section(f"{name}  {node['_target_']}", [taken, *loss_checks(make)])
     if out is not None:
         yield Section("training beside one process, float64", _trainings(overrides, out), len(WAYS) + 1)
+
+
+def _is_taken(name: str, make: Callable[[], "AuxLoss"]) -> None:
+    from moetrain.train.objective import check_loss
+
+    check_loss(name, make())
 
 
 def _section(title: str, checks: list[Check]) -> Section:

@@ -4,13 +4,12 @@ Shapes: T tokens, D model width, E experts, K slots.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moetrain.check.findings import Check
+from moetrain.check.findings import Check, NotTried, checks_of
 from moetrain.routers.base import Router, RouterContext, Routing
 from moetrain.routers.context import token_context
 
@@ -38,8 +37,7 @@ class Subject(NamedTuple):
 
 def router_checks(make: Callable[[], Router], dim: int) -> Iterator[Check]:
     """List the checks of a router, as in `Subject`."""
-    subject = Subject(make, dim)
-    promises = {
+    return checks_of({
         "a decision is well formed": (
             _is_well_formed, "used slots come first, unused ones are -1 with weight 0, no expert twice, "
             "weights float32 or better and finite"),
@@ -55,9 +53,7 @@ def router_checks(make: Callable[[], Router], dim: int) -> Iterator[Check]:
             _has_gradients, "compute weights and probabilities by differentiable operations"),
         "end_of_step is the same on every rank": (
             _steps_alike, "let end_of_step depend on its arguments and on buffers alone"),
-    }
-    for name, (holds, advice) in promises.items():
-        yield Check(name, partial(holds, subject), advice)
+    }, Subject(make, dim))
 
 
 def context_of(count: int = TOKENS, first: int = 0, valid_T: Tensor | None = None) -> RouterContext:
@@ -103,7 +99,7 @@ def _repeats(subject: Subject) -> None:
 def _ignores_the_split(subject: Subject) -> None:
     router, x_TD = subject.make(), subject.tokens()
     if not router.causal:
-        return
+        raise NotTried("the router says causal = False")
     together = router.route(x_TD, context_of())
     for size in (1, 4):
         parts = [router.route(x_TD[i:i + size], context_of(size, i)) for i in range(0, TOKENS, size)]
@@ -120,7 +116,7 @@ def _ignores_the_split(subject: Subject) -> None:
 def _is_causal(subject: Subject) -> None:
     router, x_TD = subject.make(), subject.tokens()
     if not router.causal:
-        return
+        raise NotTried("the router says causal = False")
     before = router.route(x_TD, context_of())
     half = TOKENS // 2
     x_TD[half:] = 3 * subject.tokens(seed=1)[half:]
@@ -161,7 +157,7 @@ def _has_gradients(subject: Subject) -> None:
     router = subject.make()
     trained = [parameter for parameter in router.parameters() if parameter.requires_grad]
     if not trained:
-        return
+        raise NotTried("the router trains no parameter")
 
     def outputs(x_TD: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         routing = router.route(x_TD, context_of(3))

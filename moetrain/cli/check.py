@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     if as_json:
         print(json.dumps({"holds": not broken, "broken": broken}, ensure_ascii=False))
     else:
-        print(f"\n{len(broken)} broken" if broken else "\nall promises hold")
+        print(f"\n{len(broken)} broken" if broken else "\nno promise is broken")
     return 1 if broken else 0
 
 
@@ -45,7 +45,9 @@ def _show(section: Section, *, quiet: bool) -> list[dict[str, str]]:
             broken.append({"part": section.title, "promise": found.name, "seen": found.problem,
                            "try": found.advice})
         if not quiet:
-            print(f"  {number}/{section.count}  {'BROKEN' if found.problem else 'ok    '}  {found.name}")
+            state = "BROKEN" if found.problem else "ok    " if found.not_tried is None else "-     "
+            reason = f" (not tried: {found.not_tried})" if found.not_tried else ""
+            print(f"  {number}/{section.count}  {state}  {found.name}{reason}")
             if found.problem:
                 print(f"       seen  {found.problem}\n       try   {found.advice}", flush=True)
     return broken

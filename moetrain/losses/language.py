@@ -93,7 +93,7 @@ class LanguageLoss:
         Returns:
             Scalar with graph, float32 or better.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define score")
 
 
 class CrossEntropy(LanguageLoss):

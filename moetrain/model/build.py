@@ -19,7 +19,7 @@ from moetrain.model.attention import Attention
 from moetrain.model.constant_gates import refuse_constant_gates
 from moetrain.model.feed_forward import FeedForward, SharedExpert
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
-from moetrain.model.initialization import declared_starts, initialize
+from moetrain.model.initialization import declared_starts, initialize, materialize
 from moetrain.model.parallelize import shard_parameters
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
@@ -237,11 +237,7 @@ def router_of(config: Config) -> Router:
     layer = sparse_layers(config.model)[0]
     with torch.device("meta"):
         router = build(config.router, "router", **router_sizes(config, layer))
-        module = torch.nn.ModuleDict({"router": router})
-    starts = declared_starts(module)
-    module.double().to_empty(device="cpu")
-    initialize(module, starts, seed=config.run.seed, std=config.model.init_std,
-               num_layers=config.model.num_layers)
+    materialize(router, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
     return router
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.errors import ConfigError
-from moetrain.model.initialization import declared_starts, initialize
+from moetrain.model.initialization import materialize
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import Router
 from moetrain.routers.context import token_context
@@ -42,9 +42,7 @@ def refuse_constant_gates(model: Transformer) -> None:
 def _is_constant(name: str, router: Router, dim: int) -> bool:
     """Whether the weights of random tokens have a gradient of 0 at every parameter."""
     tried = copy.deepcopy(router)
-    starts = declared_starts(tried)
-    tried.to_empty(device="cpu").double()
-    initialize(tried, starts, seed=_SEED, std=0.1, num_layers=1)
+    materialize(tried, seed=_SEED, std=0.1, num_layers=1)
     generator = torch.Generator().manual_seed(_SEED)
     x_TD = torch.randn(_TOKENS, dim, generator=generator, dtype=torch.float64)
     tokens_BS, sequences_B = torch.arange(_TOKENS).view(-1, 4), torch.arange(_TOKENS // 4)

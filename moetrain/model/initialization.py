@@ -2,6 +2,7 @@
 
     declared_starts    the rule of each tensor; refuses a tensor without one
     initialize         fill what this rank holds of a sharded model
+    materialize        both, for one module on the host
 
 A rule may stand in the module that owns a tensor or in any module around it, under the name that the tensor
 has from there. The outermost one decides, so that a module can start its parts in another way.
@@ -80,6 +81,16 @@ def initialize(model: nn.Module, starts: Mapping[str, Declared], *, seed: int, s
         rule = starts[shard.stored]
         place = Place(rule.key(shard.name), shard.shape, shard.begin, seed, std, num_layers)
         rule.start.fill(shard.rows, place)
+
+
+def materialize(module: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
+    """Give a module by itself memory on the host, in float64, and its start values. Arguments as above.
+
+    For parts that are tried out without a run. The module is usually on the meta device.
+    """
+    starts = declared_starts(module)
+    module.to_empty(device="cpu").double()
+    initialize(module, starts, seed=seed, std=std, num_layers=num_layers)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

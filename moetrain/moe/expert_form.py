@@ -129,7 +129,7 @@ class ExpertForm:
         Returns:
             Rows [R, D] in the dtype of x.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define rows")
 
     def quantize(self, name: str, stacked: Tensor) -> Tensor:
         """Compute the values that parameters in QUANTIZED take in the computation. No gradient.
@@ -141,7 +141,7 @@ class ExpertForm:
         Returns:
             [e, …] in the same dtype, not changed in place.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define quantize")
 
     def compute(self, x_ND: Tensor, weights_R: Tensor, counts_e: Counts, order: Permutation | None,
                 homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None,

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.ops.counts import count_ids
+from moetrain.ops.gating import order_used_first
 from moetrain.ops.permute import Permutation, permute, plan_permutation, reorder, unpermute
 from moetrain.ops.route_plan import route_plan
 
@@ -178,7 +179,7 @@ class RowPerRank:
         weights_NK = permute(weights_TK, permutation)
         if width == physical_TK.shape[1]:
             return permute(x_TD, permutation), local_NK, weights_NK
-        used_first_NW = (local_NK < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        used_first_NW = order_used_first(local_NK)[:, :width]
         room = (0, width - used_first_NW.shape[1])                           # other ranks may need more
         return (permute(x_TD, permutation), F.pad(local_NK.gather(1, used_first_NW), room, value=-1),
                 F.pad(weights_NK.gather(1, used_first_NW), room))

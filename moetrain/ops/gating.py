@@ -48,7 +48,12 @@ def largest(scores_TE: Tensor, k: int) -> Tensor:
 
 def used_first(ids_TK: Tensor) -> Tensor:
     """Move the unused slots of each token to the end; the others keep their order."""
-    return ids_TK.gather(1, (ids_TK < 0).to(torch.uint8).argsort(dim=1, stable=True))
+    return ids_TK.gather(1, order_used_first(ids_TK))
+
+
+def order_used_first(ids_TK: Tensor) -> Tensor:
+    """Order the slots of each token: used ones first, as they stand, then those with id -1; int64 [T, K]."""
+    return (ids_TK < 0).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def keep_best_groups(scores_TE: Tensor, num_groups: int, topk_groups: int, group_score: str) -> Tensor:

@@ -25,7 +25,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moetrain.ops.gating import decide, gather_weights, largest, scatter_weights, used_first
+from moetrain.ops.gating import (
+    decide,
+    gather_weights,
+    largest,
+    order_used_first,
+    scatter_weights,
+    used_first,
+)
 from moetrain.ops.router_sums import Decided, RouterSums, TokenSum, extra_sums, router_sums
 from moetrain.ops.start import Start, normal
 from moetrain.routers.edits import RoutingEdits
@@ -335,7 +342,7 @@ def equal_shares(ids_TK: Tensor) -> Tensor:
 def of_experts(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Keep the slots of experts, used ones first; slots of other choices become unused, with weight 0."""
     ids_TK = ids_TK.where(ids_TK < num_experts, -1)
-    order_TK = (ids_TK < 0).to(torch.uint8).argsort(dim=1, stable=True)
+    order_TK = order_used_first(ids_TK)
     ids_TK = ids_TK.gather(1, order_TK)
     return ids_TK, weights_TK.gather(1, order_TK).where(ids_TK >= 0, 0)
 

@@ -33,7 +33,7 @@ from moetrain.losses.language import Head
 from moetrain.model.op_record import OpRecord
 from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
 from moetrain.routers.context import token_context
-from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, RouterTotals, group_of
+from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, group_of
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.state import Run
 
@@ -69,8 +69,7 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
     if rule is None:
         for batch in batches:
             yield forward_pass(run, step, batch,
-                               lambda found: pool(flat_counts(found, tokens.device), routers, tokens,
-                                                  _own_sums(found, run.objective.pooled_sums)))
+                               lambda found: pool(flat_counts(found, tokens.device), routers, tokens))
     elif rule.mode != "exact":
         yield from _as_they_come(run, step, batches, tokens, rule)
     else:
@@ -126,8 +125,7 @@ def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: CountAllRed
         yield kept.pop(0)
 
 
-def step_context(seed: int, step: int, batch: Batch, *, training: bool = True,
-                 draws: int = 1,
+def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, draws: int = 1,
                  per_sequence: bool = False) -> RouterContext:
     """Build what routers are told of a micro-batch.
 
@@ -185,12 +183,6 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # a copy: recomputed blocks append theirs again
     return Forward(output.score, found, asked)
-
-
-def _own_sums(found: Sequence[Stack], names: Sequence[str]) -> RouterTotals | None:
-    """The sums of this micro-batch that losses ask for, where nothing is pooled."""
-    return {router: {name: stack.stats.named()[name][number].detach().double() for name in names}
-            for stack in found for number, router in enumerate(stack.routers)} if names else None
 
 
 @torch.no_grad()

@@ -80,11 +80,8 @@ class Objective:
 
     @property
     def pooled_sums(self) -> tuple[str, ...]:
-        """Names of the sums that are pooled before backward."""
-        asked = {name for loss in self.weights for name in self.losses[loss].pooled_sums}
-        assert not asked or self.pool is None or self.pool.mode != "warm", (
-            f"sums that are pooled ({sorted(asked)}) cannot be estimated by the previous step: balance.mode")
-        return tuple(sorted(asked))
+        """Names of the sums that are pooled before backward, by the rule `pool`."""
+        return tuple(sorted({name for loss in self.weights for name in self.losses[loss].pooled_sums}))
 
     @property
     def per_sequence(self) -> bool:
@@ -189,25 +186,36 @@ def build_objective(config: Config, num_routers: int, language: LanguageLoss | N
     losses = {"balance": build(config.balance, "balance"),
               **{name: build(node, "loss") for name, node in config.loss.items()}}
     for name, loss in losses.items():
-        if missing := [member for member in ("weight", "reduction") if not hasattr(loss, member)]:
-            raise ConfigError(
-                239, f"the loss {name} has no {missing[0]}",
-                where=f"{type(loss).__module__}.{type(loss).__qualname__}",
-                why="the objective is the sum of weight * the mean or sum over routers of every loss",
-                next='self.weight, a number, and self.reduction, "mean" or "sum", in the constructor')
-        if loss.weight and loss.pooled_sums and loss.pool is None:
-            raise ConfigError(
-                240, f"the loss {name} asks for pooled sums, and does not say over what they are pooled",
-                where=f"{type(loss).__module__}.{type(loss).__qualname__}",
-                why="sums of a micro-batch alone would make its gradient depend on the split of the batch",
-                next='pool = PoolRule("global", "exact")')
-        if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
-            raise ConfigError(
-                241, f"the loss {name} owns parameters",
-                where=f"{type(loss).__module__}.{type(loss).__qualname__}",
-                why="losses are no part of the model: nobody would sum their gradients, train or save them",
-                next="numbers as arguments of the constructor; what is trained belongs to a router")
+        check_loss(name, loss)
     return Objective(losses, num_routers, language=language, attached=config.train.aux_loss == "injected")
+
+
+def check_loss(name: str, loss: AuxLoss) -> None:
+    """Raise ConfigError for a loss that would fail in the first step, or be wrong without a word."""
+    source = f"{type(loss).__module__}.{type(loss).__qualname__}"
+    if missing := [member for member in ("weight", "reduction") if not hasattr(loss, member)]:
+        raise ConfigError(
+            239, f"the loss {name} has no {missing[0]}", where=source,
+            why="the objective is the sum of weight * the mean or sum over routers of every loss",
+            next='self.weight, a number, and self.reduction, "mean" or "sum", in the constructor')
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        raise ConfigError(
+            241, f"the loss {name} owns parameters", where=source,
+            why="losses are no part of the model: nobody would sum their gradients, train or save them",
+            next="numbers as arguments of the constructor; what is trained belongs to a router")
+    if not loss.weight or not loss.pooled_sums:
+        return
+    if loss.pool is None:
+        raise ConfigError(
+            240, f"the loss {name} asks for pooled sums, and does not say over what they are pooled",
+            where=source,
+            why="sums of a micro-batch alone would make its gradient depend on the split of the batch",
+            next='pool = PoolRule("global", "exact")')
+    if loss.pool.mode == "warm":
+        raise ConfigError(
+            237, f"the sums that the loss {name} pools cannot be estimated", where=source,
+            why="in mode warm the previous step stands for micro-batches to come, and only counts are kept",
+            next="another mode of its pool, and the same balance.mode")
 
 
 def check_language_loss(config: Config, language: LanguageLoss | None, ranks: int) -> None:

@@ -9,10 +9,9 @@ from itertools import product
 import pytest
 
 from tests.support.told_routers import noisy
-from tests.support.training import Trained, alone, difference, train_steps, union
+from tests.support.training import Trained, alone, difference, in_float64, train_steps, union
 
 STEPS = 2
-BATCH = 12
 MESHES = ("single", "ddp", "ep", "fsdp", "ep_fsdp", "fssdp")
 PAIRS = [
     ("single", 3, "selective", True), ("ddp", 3, "none", False), ("ep", 1, "selective", True),
@@ -27,22 +26,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
 
 
-def words(ranks: int = 1, accumulation: int = 1) -> list[str]:
-    return ["run.dtype=float64", "data.min_length=0.5", f"train.global_batch={BATCH}", f"run.nproc={ranks}",
-            f"train.micro_batch={BATCH // ranks // accumulation}"]
-
-
 @cache
 def truth() -> Trained:
-    return alone(words(), STEPS, None, noisy)
+    return alone(in_float64(), STEPS, None, noisy)
 
 
 @pytest.mark.ranks
 def test_noise_is_the_same_on_every_mesh_and_in_every_pass(ranks, case: tuple[str, int, str, bool]) -> None:
     mesh, accumulation, checkpointing, count_pass = case
     size = 1 if mesh == "single" else 2
-    given = [*words(size, accumulation), f"parallel={mesh}", f"train.count_pass={str(count_pass).lower()}",
-             f"train.activation_checkpointing={checkpointing}"]
+    given = [*in_float64(size, accumulation), f"parallel={mesh}",
+             f"train.count_pass={str(count_pass).lower()}", f"train.activation_checkpointing={checkpointing}"]
     ours = (alone(given, STEPS, None, noisy) if size == 1 else
             union(ranks(size).run(train_steps, given, STEPS, None, noisy)))
     for mine, other in zip(ours.counts, truth().counts, strict=True):
@@ -56,7 +50,8 @@ def test_noise_is_the_same_on_every_mesh_and_in_every_pass(ranks, case: tuple[st
 
 
 def test_noise_changes_choices_from_step_to_step_and_with_the_seed() -> None:
-    without, other = alone(words(), 2), alone([*words(), "run.seed=1", "data.seed=0"], 1, None, noisy)
+    without = alone(in_float64(), 2)
+    other = alone([*in_float64(), "run.seed=1", "data.seed=0"], 1, None, noisy)
     assert truth().metrics[0]["loss/ce"] != without.metrics[0]["loss/ce"]
     counts = [step["layers.0.moe"] for step in truth().counts]
     assert not counts[0].equal(counts[1]) and not counts[0].equal(without.counts[0]["layers.0.moe"])

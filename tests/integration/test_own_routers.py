@@ -20,9 +20,9 @@ from moetrain.train.evaluation.evaluate_run import evaluate_run
 from moetrain.train.loop import train
 from moetrain.train.state import Run
 from tests.support import own_routers
-from tests.support.training import Trained, alone, difference, make_run, train_steps, union
+from tests.support.training import Trained, alone, difference, in_float64, make_run, train_steps, union
 
-STEPS, BATCH = 2, 12
+STEPS = 2
 MESHES = ("single", "ddp", "ep", "fsdp", "ep_fsdp", "fssdp")
 ROUTERS = ("own_starts", "hashed", "edited")
 PAIRS = [
@@ -41,22 +41,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
 
 
-def words(ranks: int = 1, accumulation: int = 1) -> list[str]:
-    return ["run.dtype=float64", "data.min_length=0.5", f"train.global_batch={BATCH}", f"run.nproc={ranks}",
-            f"train.micro_batch={BATCH // ranks // accumulation}"]
-
-
 @cache
 def truth(router: str, steps: int = STEPS) -> Trained:
-    return alone(words(), steps, None, getattr(own_routers, router))
+    return alone(in_float64(), steps, None, getattr(own_routers, router))
 
 
 @pytest.mark.ranks
 def test_a_mesh_trains_as_one_process(ranks, case: tuple[str, str, str, int, bool]) -> None:
     router, mesh, checkpointing, accumulation, count_pass = case
     size, expected = 1 if mesh == "single" else 2, truth(router)
-    given = [*words(size, accumulation), f"parallel={mesh}", f"train.count_pass={str(count_pass).lower()}",
-             f"train.activation_checkpointing={checkpointing}"]
+    given = [*in_float64(size, accumulation), f"parallel={mesh}",
+             f"train.count_pass={str(count_pass).lower()}", f"train.activation_checkpointing={checkpointing}"]
     convert = getattr(own_routers, router)
     ours = (alone(given, STEPS, None, convert) if size == 1 else
             union(ranks(size).run(train_steps, given, STEPS, None, convert)))
@@ -71,7 +66,7 @@ def test_a_mesh_trains_as_one_process(ranks, case: tuple[str, str, str, int, boo
 
 
 def test_each_does_something_of_its_own() -> None:
-    plain, start = alone(words(), 1), truth("own_starts", 0).parameters
+    plain, start = alone(in_float64(), 1), truth("own_starts", 0).parameters
     for router in ROUTERS:
         assert truth(router).metrics[0]["loss/ce"] != plain.metrics[0]["loss/ce"]
     moved = truth("own_starts").parameters
@@ -95,13 +90,13 @@ def router_state(run: Run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.ranks
 def test_buffers_start_alike_on_every_mesh(ranks) -> None:
-    (one,) = [router_state(make_run(words(), None, own_routers.own_starts))]
+    (one,) = [router_state(make_run(in_float64(), None, own_routers.own_starts))]
     assert one["layers.0.moe.router.penalty"] == 1e-8 and (one["layers.1.moe.router.prior"] == 5).all()
     assert sorted(one["layers.0.moe.router.order"].tolist()) == list(range(8))
     assert not one["layers.0.moe.router.order"].equal(one["layers.1.moe.router.order"])
     assert one["layers.1.moe.capacity.threshold"].tolist() == [1.5]
     for mesh in ("fsdp", "fssdp"):
-        for other in ranks(2).run(started_buffers, [*words(2), f"parallel={mesh}"]):
+        for other in ranks(2).run(started_buffers, [*in_float64(2), f"parallel={mesh}"]):
             assert other.keys() == one.keys() and all(other[name].equal(one[name]) for name in one)
 
 

@@ -97,9 +97,9 @@ class PeakLoss(AuxLoss):
         return {"local_sum": 1 / pooled.tokens.clamp(min=1).to(stats.extra["local_sum"].dtype)}
 
 
-def add_losses(run: Run, mode: str | None = "exact") -> Run:
+def add_losses(run: Run, mode: str = "exact") -> Run:
     """Train a run on all of them; `mode`: how pooled sums are pooled under accumulation."""
-    rule = None if mode is None else PoolRule("global", mode)
+    rule = PoolRule("global", mode)
     for name, loss in (("first", FirstChoiceLoss(rule)), ("importance", ImportanceLoss(rule)),
                        ("mi", MutualInformationLoss(rule)), ("peak", PeakLoss())):
         run.objective.losses[name] = loss

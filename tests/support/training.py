@@ -73,6 +73,12 @@ def _forced_route(router: Router, experts: list[int]):
     return route
 
 
+def in_float64(ranks: int = 1, accumulation: int = 1) -> list[str]:
+    """Overrides of steps of 12 sequences, some padded, on ranks in micro-batches of one size."""
+    return ["run.dtype=float64", "data.min_length=0.5", "train.global_batch=12", f"run.nproc={ranks}",
+            f"train.micro_batch={12 // ranks // accumulation}"]
+
+
 def alone(overrides: list[str], steps: int, forced: Forced = None,
           convert_model: ConvertModel | None = None) -> Trained:
     """Training in this one process."""

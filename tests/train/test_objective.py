@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moetrain.config.compose import compose
 from moetrain.errors import ConfigError
-from moetrain.losses.base import Pooled
+from moetrain.losses.base import Pooled, PoolRule
 from moetrain.losses.language import cross_entropy_sum
 from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.losses.z import ZLoss
@@ -39,7 +39,13 @@ class Unpooled(ZLoss):
     pooled_sums = ("prob_sum_E",)
 
 
-@pytest.mark.parametrize("cls, number", [(Unweighted, 239), (Unpooled, 240)])
+class PooledWarm(Unpooled):
+    """A loss of pooled sums that the previous step would have to stand for."""
+
+    pool = PoolRule("global", "warm")
+
+
+@pytest.mark.parametrize("cls, number", [(Unweighted, 239), (Unpooled, 240), (PooledWarm, 237)])
 def test_a_loss_that_would_be_wrong_or_fail_later_is_refused(cls, number: int, monkeypatch) -> None:
     given = {"loss": cls, "balance": LoadBalanceLoss}
     monkeypatch.setattr("moetrain.train.objective.build", lambda node, family: given[family]())
