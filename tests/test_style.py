@@ -1,6 +1,7 @@
 """Style: ruff and mypy find nothing (pyproject.toml), and files and functions are as short as one idea."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,14 @@ def _hands_on(node: ast.stmt, module: str) -> bool:
         allowed = ("__all__", "__version__") if module == "moetrain.__init__" else ("__all__",)
         return node.targets[0].id in allowed
     return isinstance(node, (ast.Import, ast.ImportFrom)) or _is_docstring(node)
+
+
+def test_sections_of_docstrings_begin_on_a_line_of_their_own() -> None:
+    """Text behind `Args:` is one paragraph for ruff, which then looks at no argument."""
+    beside = re.compile(r"^ +(Args|Returns|Raises|Yields): \S", re.MULTILINE)
+    assert beside.search("def f():\n    'Do.\n\n    Args: x: a number.'")
+    assert [module for module, source in {**PACKAGE, **load_package("tools")}.items()
+            if beside.search(source)] == []
 
 
 def test_files_and_functions_have_one_idea() -> None:

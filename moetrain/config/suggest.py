@@ -18,8 +18,11 @@ def nearest(word: str, names: Iterable[str], count: int = 3) -> list[str]:
 def nearest_keys(path: str, keys: Mapping[str, Any], count: int = 3) -> list[str]:
     """List close keys like `nearest`; the section may be wrong or missing (`lr` finds `optim.lr`).
 
-    Args: path: the key that was typed. keys: path to a record with `help`. Where no name is close, keys whose
-        help has all the typed words count. count: at most so many.
+    Args:
+        path: the key that was typed.
+        keys: path to a record with `help`. Where no name is close, keys whose help has all the typed words
+            count.
+        count: at most so many.
     """
     head, _, leaf = path.lower().rpartition(".")
     scored = []

@@ -261,8 +261,9 @@ def _balance(counts_RC: Tensor, prob_sums_RC: Tensor,
         prob_sums_RC: float64 [R, C], probabilities summed over tokens.
         experts: number of experts of each router.
 
-    Returns: Four tensors [R]: C sum_i f_i P_i times tokens, over all choices; and of the experts alone max
-        violation, slots, experts without a slot.
+    Returns:
+        Four tensors [R]: C sum_i f_i P_i times tokens, over all choices; and, of the experts alone, max
+        violation, slots, and experts without a slot.
     """
     share_R = counts_RC.shape[-1] / counts_RC.sum(-1).clamp(min=1)       # 1 / mean load of a choice
     loads_RC, experts_R = only_experts(counts_RC, experts), torch.tensor(experts)
