@@ -25,7 +25,7 @@ from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import RoutedExperts
-from moetrain.moe.layer import MoELayer, sparse_layers_in
+from moetrain.moe.layer import MoELayer
 from moetrain.parallel.state_shards import StateShard, weights
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
@@ -136,7 +136,7 @@ def _check_sparse_layers(model: Transformer) -> None:
     Statistics are kept by router name, and homes and copies of experts by bank name, so a name twice would
     silently join two.
     """
-    layers = list(sparse_layers_in(model))
+    layers = model.sparse_layers
     names = [name for layer in layers for name in layer.routers]
     banks = [(name, experts) for layer in layers for name, experts in layer.banks.items()]
     fed = [name for passes in model.feeds.values() for name in passes]

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from moetrain.model.attention import Attention, Cache, Earlier, RMSNorm, document_mask, rotary_table
 from moetrain.model.feed_forward import FeedForward
 from moetrain.moe.experts import RoutedExperts
-from moetrain.moe.layer import SparseLayer, sparse_layers_in
+from moetrain.moe.layer import SparseLayer
 from moetrain.ops.start import Start, normal
 from moetrain.routers.base import Router, RouterContext, RoutingStats, TiedModules
 
@@ -64,6 +64,11 @@ class Block(nn.Module):
         self.moe = feed_forward if sparse else None
         self.ffn = None if sparse else feed_forward
 
+    @property
+    def sparse_layers(self) -> list[SparseLayer]:
+        """The parts of the block that route, in run order."""
+        return [part for part in (self.attention, self.moe) if isinstance(part, SparseLayer)]
+
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
                 context: RouterContext, route_only: bool = False,
                 earlier: Earlier | None = None) -> BlockOutput:
@@ -87,7 +92,7 @@ class Block(nn.Module):
     def run(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, context: RouterContext,
             route_only: bool = False, earlier: Earlier | None = None) -> BlockOutput:
         """Run the block without activation checkpointing. Arguments as in `forward`."""
-        for layer in sparse_layers_in(self):
+        for layer in self.sparse_layers:
             layer.prefetch()
         stats: dict[str, RoutingStats] = {}
         normed = self.attention_norm(x_BSD)
@@ -138,9 +143,14 @@ class Transformer(nn.Module):
         return {"embed": normal()} | ({} if self.head is None else {"head": normal()})
 
     @property
+    def sparse_layers(self) -> list[SparseLayer]:
+        """The parts of all blocks that route, in run order."""
+        return [layer for block in self.layers for layer in block.sparse_layers]
+
+    @property
     def routers(self) -> dict[str, Router]:
         """Routers by name, in run order. A router that decides in several passes has a name for each."""
-        return {name: router for layer in sparse_layers_in(self) for name, router in layer.routers.items()}
+        return {name: router for layer in self.sparse_layers for name, router in layer.routers.items()}
 
     @property
     def num_choices(self) -> dict[str, int]:
@@ -155,12 +165,12 @@ class Transformer(nn.Module):
     @property
     def banks(self) -> dict[str, RoutedExperts]:
         """Banks of experts by name, in run order. Several layers may share one."""
-        return {name: experts for layer in sparse_layers_in(self) for name, experts in layer.banks.items()}
+        return {name: experts for layer in self.sparse_layers for name, experts in layer.banks.items()}
 
     @property
     def feeds(self) -> dict[str, tuple[str, ...]]:
         """Names of the routers that choose from a bank, by its name: a pass over the bank for each."""
-        layers = list(sparse_layers_in(self))
+        layers = self.sparse_layers
         return {bank: tuple(router for layer in layers for router in layer.feeds.get(bank, ()))
                 for bank in self.banks}
 

@@ -17,7 +17,7 @@ asks of each: its routers and its banks of experts, by name.
 Shapes: T tokens on this rank, D model width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -199,12 +199,3 @@ def add_residual(out_TD: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
     if routing.residual_TD is not None:
         out_TD = out_TD + routing.residual_TD.to(out_TD.dtype)
     return out_TD
-
-
-def sparse_layers_in(module: nn.Module) -> Iterator[SparseLayer]:
-    """Iterate over the sparse layers below a module, in run order. One inside another is the other's own."""
-    for child in module.children():
-        if isinstance(child, SparseLayer):
-            yield child
-        else:
-            yield from sparse_layers_in(child)

@@ -16,7 +16,6 @@ from moetrain.config.schema import CheckpointConfig, ModelConfig
 from moetrain.data.account.text import left_out_line
 from moetrain.files import nearby
 from moetrain.moe.bank import is_expert_parameter
-from moetrain.moe.layer import sparse_layers_in
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
 from moetrain.train.memory.graph_memory import max_copy_memory
 from moetrain.train.state import Graphs, Run
@@ -159,7 +158,7 @@ def copies_line(run: Run) -> str:
 
 def capacity_line(run: Run) -> str:
     """Capacity policies of the layers; empty if no slot can be dropped."""
-    policies = {layer.capacity.describe() for layer in sparse_layers_in(run.state.model)}
+    policies = {layer.capacity.describe() for layer in run.state.model.sparse_layers}
     return "; ".join(sorted(policies - {"dropless"}))
 
 
