@@ -7,6 +7,7 @@ Shapes: B sequences, S positions, T = B*S tokens, D model width, V vocabulary, E
 """
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -196,8 +197,8 @@ class Transformer(nn.Module):
             names.setdefault(router, []).append(name)
         for router, passes in names.items():
             signs = [load_error_signs[name] for name in passes if name in load_error_signs]
-            router.end_of_step(torch.stack([counts[name] for name in passes]).sum(0), tokens * len(passes),
-                               torch.stack(signs).mean(0) if signs else None)
+            router.end_of_step(reduce(torch.add, [counts[name] for name in passes]), tokens * len(passes),
+                               reduce(torch.add, signs) / len(signs) if signs else None)
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,

@@ -161,6 +161,8 @@ class Router(nn.Module):
     causal = True
     # Fields of RouterContext that it reads, beside `valid_T` and `training`.
     depends_on: frozenset[str] = frozenset()
+    # Names of the parameters and buffers that have one row for each choice.
+    choice_tensors: frozenset[str] = frozenset()
     # Further sums over tokens that the router brings, by name: those of all routers of a model, alike.
     token_sums: Mapping[str, TokenSum] = {}
     # Whether most of the K slots of a token stay unused, as with K = E (`Routing.max_rows`).
@@ -315,6 +317,8 @@ class LinearRouter(Router):
         top_k: K, number of slots of a token.
         num_choices: C, E or more; None is E.
     """
+
+    choice_tensors = frozenset({"weight"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, num_choices: int | None = None) -> None:
         super().__init__(num_experts=num_experts, top_k=top_k, num_choices=num_choices)

@@ -62,6 +62,7 @@ class SigmoidRouter(GroupLimitedRouter):
 
     BOUNDS = {"scale": "above 0", "update_rate": "0 or more"}
     CONSTANT_WEIGHTS = {"weights": ["renorm"]}
+    choice_tensors = frozenset({"weight", "bias"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int,
                  weights: Literal["renorm", "raw"] = "renorm", scale: float = 1.0,

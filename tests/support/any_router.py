@@ -1,4 +1,6 @@
-"""Every router of conf/router/ with random weights, and tokens for it."""
+"""Every router of conf/router/ with random weights, and every router and architecture in a run."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -7,23 +9,59 @@ from torch import Tensor
 from moetrain.config.build import build
 from moetrain.config.compose import compose
 from moetrain.config.groups import group_options
+from moetrain.model.initialization import materialize
 from moetrain.routers.base import Router, RouterContext
 
 E, K, D = 8, 3, 5
 LIMITED = ["router.num_groups=4", "router.topk_groups=2"]
-EVERY = [(option, []) for option in group_options()["router"]] + [("topk", LIMITED), ("sigmoid", LIMITED)]
-every_router = pytest.mark.parametrize("option, overrides", EVERY, ids=[
-    f"{option}-groups" if overrides else option for option, overrides in EVERY])
+# Overrides with which a router is tried besides its defaults, by its option.
+VARIANTS = {"topk": [LIMITED], "sigmoid": [LIMITED]}
+EVERY = [(option, overrides) for option in group_options()["router"]
+         for overrides in ([], *VARIANTS.get(option, []))]
+
+
+def _name(option: str, overrides: list[str]) -> str:
+    return "-".join([option, *(override.partition(".")[2] for override in overrides)])
+
+
+every_router = pytest.mark.parametrize("option, overrides", EVERY, ids=[_name(*each) for each in EVERY])
+
+
+class Subject(NamedTuple):
+    """A router or an architecture, as a run trains it.
+
+    Attributes:
+        name: name of the test.
+        overrides: overrides of the tiny run.
+        still: names of tensors that have no gradient in the first step by their definition.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    still: tuple[str, ...] = ()
+
+
+# Overrides of the tiny run for each architecture, by its name.
+ARCHITECTURES: dict[str, tuple[str, ...]] = {}
+# Tensors without a gradient in the first step, by the name of the subject.
+STILL: dict[str, tuple[str, ...]] = {}
+SUBJECTS = [Subject(name, overrides, STILL.get(name, ())) for name, overrides in [
+    *((_name(option, overrides), (f"router={option}", *overrides)) for option, overrides in EVERY),
+    *ARCHITECTURES.items()]]
 
 
 def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -> Router:
-    """Random weights and, where there are any, random buffers, in float64."""
+    """Start values of a wide spread and, where there are controllers, a state that loads have moved."""
     config = compose([f"router={option}", f"model.num_experts={experts}", f"model.top_k={k}", *overrides])
-    router = build(config.router, "router", dim=D, num_experts=experts, top_k=k).double()
+    with torch.device("meta"):
+        router = build(config.router, "router", dim=D, num_experts=experts, top_k=k, layer=0, num_layers=2,
+                       total_steps=100)
+    materialize(router, seed=3, std=0.5, num_layers=2)
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for tensor in (*router.parameters(), *router.buffers()):
-            tensor.copy_(0.5 * torch.randn(tensor.shape, generator=generator))
+    skew_C = torch.randint(1, 9, (router.num_choices,), generator=generator)
+    for _ in range(200 if list(router.buffers()) else 0):
+        signs_C = torch.sign(skew_C.double().mean() - skew_C) if router.needs_load_error else None
+        router.end_of_step(skew_C, 40, signs_C)
     return router
 
 
