@@ -111,13 +111,23 @@ def meta_model(config: Config, vocab_size: int, mesh: Mesh,
             dtype=compute,
         )
         if convert_model is not None:
+            before = set(model.tied)
             convert_model(model, config)
+            _tie_modules(model, before)
             _refuse_values(model)
             _check_sparse_layers(model)
     refuse_noncausal(model, allowed=config.eval.allow_noncausal)
     freeze(model, config.train.frozen)
     to_storage(model, torch.float64 if compute == torch.float64 else torch.float32)
     return model
+
+
+def _tie_modules(model: Transformer, before: set[str]) -> None:
+    """Let `tied` follow routers that `convert_model` has replaced; what it put there itself stays."""
+    wanted = model.shared_modules()
+    for name in (before & set(model.tied)) - set(wanted):
+        del model.tied[name]
+    model.tied.update({name: module for name, module in wanted.items() if name not in model.tied})
 
 
 def _refuse_values(model: Transformer) -> None:
@@ -237,6 +247,7 @@ def router_of(config: Config) -> Router:
     layer = sparse_layers(config.model)[0]
     with torch.device("meta"):
         router = build(config.router, "router", **router_sizes(config, layer))
+        router.stand_alone()
     materialize(router, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
     return router
 

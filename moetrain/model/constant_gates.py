@@ -42,6 +42,8 @@ def refuse_constant_gates(model: Transformer) -> None:
 def _is_constant(name: str, router: Router, dim: int) -> bool:
     """Whether the weights of random tokens have a gradient of 0 at every parameter."""
     tried = copy.deepcopy(router)
+    with torch.device("meta"):
+        tried.stand_alone()
     materialize(tried, seed=_SEED, std=0.1, num_layers=1)
     generator = torch.Generator().manual_seed(_SEED)
     x_TD = torch.randn(_TOKENS, dim, generator=generator, dtype=torch.float64)

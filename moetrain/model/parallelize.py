@@ -80,8 +80,8 @@ def _refuse_shared_by_blocks(model: Transformer) -> None:
             raise ConfigError(
                 236, f"{first} and {name} are one parameter", where="parallel",
                 why=f"FSDP2 gathers it while {there} runs, and {place} would read a shard",
-                next="keep the module in model.tied, in convert_model, and let routers take it from "
-                     "context.tied; or train with parallel=ddp or ep")
+                next="make it in shared_modules of the routers, for the model to keep in model.tied, and "
+                     "take it from there by router.shared; or train with parallel=ddp or ep")
 
 
 def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: str,

@@ -20,7 +20,8 @@ from moetrain.model.feed_forward import FeedForward
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import SparseLayer
 from moetrain.ops.start import Start, normal
-from moetrain.routers.base import Router, RouterContext, RoutingStats, TiedModules
+from moetrain.routers.base import Router, RouterContext, RoutingStats
+from moetrain.routers.shared import TiedModules, one_of_each
 
 
 class ModelOutput(NamedTuple):
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
     """The language model; `forward` returns logits and the statistics of every router.
 
     Attributes:
-        tied: modules that routers of several layers use, empty unless `convert_model` adds some.
+        tied: modules that routers of several layers use (`Router.shared_modules`).
 
     Args:
         vocab_size: V.
@@ -137,11 +138,15 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(dim=dim, eps=eps)
         self.head = None if tie_embeddings else nn.Parameter(torch.empty(vocab_size, dim))
-        self.tied = TiedModules()
+        self.tied = TiedModules(self.shared_modules())
 
     def starts(self) -> dict[str, Start]:
         """How embedding and head start."""
         return {"embed": normal()} | ({} if self.head is None else {"head": normal()})
+
+    def shared_modules(self) -> dict[str, nn.Module]:
+        """Make one of each module that the routers share."""
+        return one_of_each(router.shared_modules() for router in self.routers.values())
 
     @property
     def sparse_layers(self) -> list[SparseLayer]:

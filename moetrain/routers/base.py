@@ -36,6 +36,7 @@ from moetrain.ops.gating import (
 from moetrain.ops.router_sums import Decided, RouterSums, TokenSum, extra_sums, router_sums
 from moetrain.ops.start import Start, normal
 from moetrain.routers.edits import RoutingEdits
+from moetrain.routers.shared import TiedModules
 
 RoutingStats = RouterSums
 
@@ -135,6 +136,7 @@ class Scores(NamedTuple):
     order_TC: Tensor | None                  # the largest are chosen; their gradient is not used
     gates_TC: Tensor | None = None           # gate weights are gathered from these
     logits_TC: Tensor | None = None          # for the z-loss and the dump of routers
+    carry: Tensor | None = None              # for the router of the next layer
 
 
 class Router(nn.Module):
@@ -181,6 +183,21 @@ class Router(nn.Module):
     def starts(self) -> dict[str, Start]:
         """Rule by which each parameter and buffer starts (ops/start.py)."""
         return {}
+
+    def shared_modules(self) -> dict[str, nn.Module]:
+        """Make the modules that this router shares with those of other layers, by name.
+
+        A model keeps one of each name (`Transformer.tied`); `shared` returns it.
+        """
+        return {}
+
+    def shared(self, name: str, context: RouterContext) -> nn.Module:
+        """Return the shared module of this name: the model's, or the router's own if it stands alone."""
+        return context.tied[name] if name in context.tied else self.alone[name]
+
+    def stand_alone(self) -> None:
+        """Give a router without a model the shared modules as modules of its own, on the current device."""
+        self.alone = TiedModules(self.shared_modules())
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         """Choose experts for the tokens [T, D], with gate weights and statistics."""
@@ -274,7 +291,7 @@ class Router(nn.Module):
                                    else self.residual(x_TD, ids_TK, weights_TK))
         routing = self.routing(ids_TK, weights_TK, self.probabilities(scores), scores.logits_TC,
                                context._replace(edits=None))
-        return routing._replace(residual_T=residual_T, residual_TD=residual_TD)
+        return routing._replace(residual_T=residual_T, residual_TD=residual_TD, carry=scores.carry)
 
     def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TC: Tensor | None,
                 logits_TC: Tensor | None, context: RouterContext) -> Routing:
@@ -349,14 +366,6 @@ def of_experts(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Te
     order_TK = order_used_first(ids_TK)
     ids_TK = ids_TK.gather(1, order_TK)
     return ids_TK, weights_TK.gather(1, order_TK).where(ids_TK >= 0, 0)
-
-
-class TiedModules(nn.ModuleDict):
-    """Modules that several routers use, such as one recurrent cell for all layers.
-
-    The model holds them at its root (`Transformer.tied`) and hands them to routers as `RouterContext.tied`. A
-    router that held such a module itself would have FSDP2 shard it with one block, while others need it.
-    """
 
 
 def load_error_sign(counts_E: Tensor) -> Tensor:

@@ -84,6 +84,6 @@ def test_a_cell_that_blocks_share_is_refused_where_fsdp_shards_them_and_exact_el
     for mesh in ("fsdp", "ep_fsdp"):
         for text in ranks(2).run(refused, [*overrides, f"parallel={mesh}"]):
             assert "layers.0.moe.router.cell" in text and "layers.1.moe.router.cell" in text
-            assert "model.tied" in text and "context.tied" in text
+            assert "shared_modules" in text and "model.tied" in text
     ours = union(ranks(2).run(train_steps, [*overrides, "parallel=ep"], STEPS, None, cell_in_blocks))
     assert_alike(ours, alone(BASE, STEPS, None, cell_in_blocks))

@@ -72,9 +72,10 @@ def test_every_tensor_starts_and_a_state_dict_brings_all_of_it_back(option, over
 
 @every_router
 def test_a_layer_is_the_sum_of_its_experts_by_a_loop_over_tokens(option, overrides):
-    layer = make_run(["run.dtype=float64", f"router={option}", *overrides]).state.model.layers[0].moe
+    model = make_run(["run.dtype=float64", f"router={option}", *overrides]).state.model
+    layer = model.layers[0].moe
     x_TD = torch.randn(20, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    told, bank = context(20)._replace(router=layer.name), layer.experts.bank
+    told, bank = context(20, tied=model.tied)._replace(router=layer.name), layer.experts.bank
     routing = layer.router.route(x_TD, told)
     expected_TD = torch.zeros_like(x_TD)
     for token, (ids_K, weights_K) in enumerate(zip(routing.ids_TK.tolist(), routing.weights_TK)):

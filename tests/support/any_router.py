@@ -56,6 +56,7 @@ def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -
     with torch.device("meta"):
         router = build(config.router, "router", dim=D, num_experts=experts, top_k=k, layer=0, num_layers=2,
                        total_steps=100)
+        router.stand_alone()
     materialize(router, seed=3, std=0.5, num_layers=2)
     generator = torch.Generator().manual_seed(3)
     skew_C = torch.randint(1, 9, (router.num_choices,), generator=generator)

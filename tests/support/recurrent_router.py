@@ -25,15 +25,18 @@ class RecurrentRouter(TopKRouter):
         dim: D.
         num_experts: E.
         top_k: K.
-        cell: the router's own cell; None takes `context.tied["cell"]`.
+        cell: the router's own cell; None shares one with all routers.
     """
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, cell: Cell | None) -> None:
         super().__init__(dim=STATE, num_experts=num_experts, top_k=top_k)
-        self.cell = cell
+        self.cell, self.dim = cell, dim
+
+    def shared_modules(self) -> dict[str, nn.Module]:
+        return {"cell": Cell(self.dim, STATE)} if self.cell is None else {}
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
-        cell = context.tied["cell"] if self.cell is None else self.cell
+        cell = self.shared("cell", context) if self.cell is None else self.cell
         state_TH = cell(x_TD.to(self.weight.dtype), context.carry)
         return super().route(state_TH, context)._replace(carry=state_TH)
 
@@ -52,7 +55,6 @@ def own_cells(model: Transformer, config: Config) -> None:
 
 def tied_cell(model: Transformer, config: Config) -> None:
     """The model holds one cell at its root for all routers."""
-    model.tied["cell"] = Cell(config.model.dim, STATE)
     _replace_routers(model, [None] * len(model.layers))
 
 

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import OptimConfig
 from moetrain.moe.bank import ExpertBank, is_expert_parameter
-from moetrain.routers.base import Router, TiedModules
+from moetrain.routers.base import Router
+from moetrain.routers.shared import TiedModules
 from moetrain.train.optim.muon import MuonAdamW, MuonSettings
 
 HIDDEN = ("dense", "expert")                # groups that hold matrices of hidden layers only
