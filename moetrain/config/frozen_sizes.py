@@ -6,10 +6,12 @@ here and are left out everywhere. model/frozen.py freezes, and refuses patterns 
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from math import prod
 from typing import NamedTuple
 
+from moetrain.config.architecture import beside_experts
 from moetrain.config.expert_sizes import expert_shapes
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import Config
 
 # Layers that are looked at one by one. A deeper model than anybody trains is taken to be frozen.
@@ -54,7 +56,8 @@ def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
             continue
         experts = per_layer(sizes.num_experts, layer)
         yield Named("rest", f"{path}.moe.router.weight", experts * width)
-        yield from _feed_forward(f"{path}.moe.shared", width, shared_width(sizes, layer))
+        for name, shape in beside_experts(sizes, layer).items():
+            yield Named("matrices" if len(shape) > 1 else "rest", f"{path}.moe.{name}", prod(shape))
         for name, numbers in expert_shapes(config.expert, width, per_layer(sizes.expert_dim, layer)).items():
             yield Named("experts", f"{path}.moe.experts.0.{name}", experts * numbers)
 

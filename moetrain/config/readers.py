@@ -30,6 +30,7 @@ _MUON, _POOLED = "optim=muon", "balance=global|node"
 READ_WITH: dict[str, tuple[str, ...]] = {
     "model.dense_dim": ("model.first_dense_layers>0 or model.moe_layers!=null or model.num_experts has 0",),
     "model.shared_dim": ("model.num_shared_experts>0",),
+    "model.residual_mixing": ("model.block=residual",),
     "init.digest": ("init.from!=null",),
     "router.topk_groups": ("router.num_groups>1",),
     "router.group_score": ("router.num_groups>1",),
@@ -103,7 +104,7 @@ ALWAYS = frozenset("""
     run.max_restarts run.grace_s run.packages
     model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm
     model.rope_theta model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
-    model.num_shared_experts model.moe_layers model.first_dense_layers model.vocab_size
+    model.num_shared_experts model.moe_layers model.first_dense_layers model.vocab_size model.block
     model.init_std
     init.from
     parallel.mode schedule.kind engine.name

@@ -82,6 +82,13 @@ class ModelConfig:
         "4, 8, ...); the others are dense; null: all but model.first_dense_layers")
     first_dense_layers: int = key(0, "leading layers with a dense feed-forward network instead of experts")
     dense_dim: int | None = key(None, "hidden width of a dense layer; top_k * expert_dim when null")
+    block: Literal["plain", "residual"] = key(
+        "plain",
+        "architecture of layers with experts; residual: a dense network of an expert's shape beside them "
+        "(DeepSpeed-MoE, OpenMoE)")
+    residual_mixing: Literal["sum", "learned"] = key(
+        "learned",
+        "block residual: experts and dense network are added, or mixed by a learned softmax of two")
     vocab_size: int | None = key(
         None, "rows of embedding and head; more than the tokenizer has ids are padding; its ids when null")
     init_std: float = key(0.05, "standard deviation of the initial weights")

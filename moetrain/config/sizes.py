@@ -15,11 +15,13 @@ exact balance may keep, and the allocator's reserve.
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
+from moetrain.config.architecture import beside_experts, dense_beside
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.frozen_sizes import MAX_LAYERS, count_frozen
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width, sparse_layers
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.schema import SWIGLU, Config, ModelConfig
 
 # Bytes of a number in the computation; auto may be bfloat16.
@@ -29,7 +31,7 @@ _ITEM = {"auto": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 class Parameters(NamedTuple):
     """Numbers of parameters of the whole model, by kind."""
 
-    matrices: int                # attention, shared experts and dense layers
+    matrices: int                # attention, dense layers, and what is beside the experts
     experts: int                 # routed experts
     rest: int                    # embedding, head, norms, routers
     active_experts: int          # of `experts`, those that one token visits
@@ -57,8 +59,8 @@ class LayerKind(NamedTuple):
     num_experts: int
     top_k: int
     dense_dim: int | None        # hidden width of its dense network; None with routed experts
-    shared_dim: int              # hidden width of its shared experts together
     expert_dim: int
+    layer: int                   # one of them
 
 
 class RankMemory(NamedTuple):
@@ -102,7 +104,9 @@ def count_parameters(sizes: ModelConfig, vocab_size: int,
             matrices += kind.layers * 3 * width * kind.dense_dim
         else:
             one = expert_sizes(expert, width, kind.expert_dim).numbers
-            matrices += kind.layers * 3 * width * kind.shared_dim
+            beside = beside_experts(sizes, kind.layer).values()
+            matrices += kind.layers * sum(prod(shape) for shape in beside if len(shape) > 1)
+            rest += kind.layers * sum(prod(shape) for shape in beside if len(shape) == 1)
             rest += kind.layers * kind.num_experts * width
             experts += kind.layers * kind.num_experts * one
             active += kind.layers * kind.top_k * one
@@ -116,12 +120,12 @@ def layer_kinds(sizes: ModelConfig) -> list[LayerKind]:
     if not lists:
         experts, top_k, expert_dim = (per_layer(value, 0) for value in of_layers)
         sparse = len(sparse_layers(sizes))
-        kinds = [LayerKind(sizes.num_layers - sparse, experts, top_k, dense_width(sizes, 0), 0, expert_dim),
-                 LayerKind(sparse, experts, top_k, None, shared_width(sizes, 0), expert_dim)]
+        kinds = [LayerKind(sizes.num_layers - sparse, experts, top_k, dense_width(sizes, 0), expert_dim, 0),
+                 LayerKind(sparse, experts, top_k, None, expert_dim, 0)]
         return [kind for kind in kinds if kind.layers]
     return [LayerKind(1, per_layer(sizes.num_experts, layer), per_layer(sizes.top_k, layer),
                       None if is_sparse(sizes, layer) else dense_width(sizes, layer),
-                      shared_width(sizes, layer), per_layer(sizes.expert_dim, layer))
+                      per_layer(sizes.expert_dim, layer), layer)
             for layer in range(min(map(len, lists)))]
 
 
@@ -198,7 +202,7 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     slots, decided = kind.top_k, 36 * kind.top_k                 # expert ids, weights and row orders
     rows, inside, choices = slots * width, slots * of_row, 12 * kind.num_experts
-    feed_forward = kind.shared_dim
+    feed_forward = dense_beside(sizes, kind.layer)
     if kind.dense_dim is not None:
         rows, inside, choices, feed_forward = 0, 0, 0, kind.dense_dim
     if mode == "full":

@@ -5,19 +5,21 @@ The modules say how their tensors start (model/initialization.py).
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
 from moetrain.config.build import build
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width, sparse_layers
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.schema import Config, ModelConfig, ParallelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
+from moetrain.model.architecture import LayerParts, sparse_layer
 from moetrain.model.attention import Attention
 from moetrain.model.constant_gates import refuse_constant_gates
-from moetrain.model.feed_forward import FeedForward, SharedExpert
+from moetrain.model.feed_forward import FeedForward
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.initialization import declared_starts, initialize, materialize
 from moetrain.model.parallelize import shard_parameters
@@ -25,7 +27,7 @@ from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.experts import RoutedExperts
-from moetrain.moe.layer import MoELayer
+from moetrain.moe.layer import SparseLayer
 from moetrain.parallel.state_shards import StateShard, weights
 from moetrain.plan.placement import ExpertPlacement, contiguous
 from moetrain.plan.precision import choose_dtype
@@ -227,7 +229,7 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
         eps=sizes.norm_eps,
     )
     if is_sparse(sizes, layer):
-        feed_forward = _moe_layer(config, layer, placement, mesh, exchange_of)
+        feed_forward = _sparse_layer(config, layer, placement, mesh, exchange_of)
     else:
         feed_forward = FeedForward(dim=sizes.dim, hidden_dim=dense_width(sizes, layer))
     return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
@@ -252,11 +254,10 @@ def router_of(config: Config) -> Router:
     return router
 
 
-def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
-               exchange_of: ExchangeFactory) -> MoELayer:
+def _sparse_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
+               exchange_of: ExchangeFactory) -> SparseLayer:
     sizes, name = config.model, router_name(layer)
     homes = placement[name]
-    router = build(config.router, "router", **router_sizes(config, layer))
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
     form = build(config.expert, "expert", dim=sizes.dim, expert_dim=per_layer(sizes.expert_dim, layer))
     bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), form=form, cut=cut)
@@ -264,11 +265,11 @@ def _moe_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mes
     dispatcher = TokenDispatcher(
         homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
         on_device=form.takes_counts_on_device(mesh.device, compute_dtype(config, mesh.device)))
-    shared_dim = shared_width(sizes, layer)
-    return MoELayer(
+    return sparse_layer(LayerParts(
+        config=config,
+        layer=layer,
         name=name,
-        router=router,
+        make_router=partial(build, config.router, "router", **router_sizes(config, layer)),
         experts=RoutedExperts(bank, dispatcher, config.schedule.chunks),
-        wrappers={"shared": SharedExpert(dim=sizes.dim, hidden_dim=shared_dim)} if shared_dim else {},
         capacity=build(config.capacity, "capacity", num_experts=homes.num_experts),
-    )
+    ))

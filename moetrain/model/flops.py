@@ -2,7 +2,7 @@
 
 The formula counts multiplications and additions of the matrix products of one token:
 
-    forward     2 for each weight that the token is multiplied with: K experts, shared experts, router,
+    forward     2 for each weight that the token is multiplied with: K experts, matrices beside them, router,
                 attention, head
                 4 H h (S + 1) / 2 for each layer, scores and values of causal attention, in which a token
                 attends to half of the sequence on average
@@ -16,13 +16,15 @@ Shapes: S positions, H heads of width h, K experts per token.
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 
 from moetrain.comm.mesh import Mesh
+from moetrain.config.architecture import beside_experts
 from moetrain.config.expert_sizes import expert_sizes
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, shared_width
+from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import SWIGLU, Config, ModelConfig
 from moetrain.model.build import compute_dtype, head_width
 
@@ -87,5 +89,6 @@ def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, An
     if not is_sparse(sizes, layer):
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
     one = expert_sizes(expert, sizes.dim, per_layer(sizes.expert_dim, layer)).in_matrices
+    beside = sum(prod(shape) for shape in beside_experts(sizes, layer).values() if len(shape) > 1)
     return (attention + 2 * sizes.dim * per_layer(sizes.num_experts, layer)
-            + 6 * sizes.dim * shared_width(sizes, layer) + 2 * one * per_layer(sizes.top_k, layer))
+            + 2 * beside + 2 * one * per_layer(sizes.top_k, layer))

@@ -22,7 +22,8 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
            "model.num_shared_experts=2", "model.tie_embeddings=true", "model.dense_dim=32"],
           ["model.num_layers=5", "model.moe_layers=every_2", "model.num_shared_experts=1"],
           ["model.num_layers=4", "model.num_experts=[0,4,0,8]", "model.top_k=[3,2,1,1]",
-           "router.weights=raw"]]
+           "router.weights=raw"],
+          ["model.block=residual", "model.num_shared_experts=1"]]
 
 
 @pytest.mark.parametrize("words", MODELS, ids=lambda words: words[0])

@@ -21,8 +21,11 @@ from moetrain.__main__ import VERBS
 from moetrain.checkpoint.manifest import read_manifest
 from moetrain.cli.help import keys_of
 from moetrain.comm.mesh import DENSE_AXES, DERIVED, EXPERT_AXES, build_mesh, mesh_sizes
+from moetrain.config.compose import compose
 from moetrain.config.groups import group_options
 from moetrain.config.values import schema_keys, schema_sections
+from moetrain.model.build import weights_on_meta
+from tests.support.any_router import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")}
@@ -149,6 +152,17 @@ def test_checkpoints_are_as_documented(run_dir: Path) -> None:
     moments = {f"optim.{name.removeprefix('model.')}.{moment}"
                for name in models for moment in ("exp_avg", "exp_avg_sq")}
     assert found == models | moments
+
+
+def test_tensors_of_architectures_are_as_documented() -> None:
+    documented = names(section("files", "Tensors by architecture"))
+    always = {place.strip("`") for place, *_ in rows(section("files", "Tensors"))}
+    found = {name for overrides in ARCHITECTURES.values()
+             for name in weights_on_meta(compose(list(overrides)), 100)}
+    for name in found:
+        assert any(pattern(place).fullmatch(name) for place in (*always, *documented)), name
+    for place in documented:
+        assert any(pattern(place).fullmatch(name) for name in found), place
 
 
 def test_prepared_data_is_as_documented(tmp_path: Path) -> None:

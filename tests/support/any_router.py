@@ -42,7 +42,10 @@ class Subject(NamedTuple):
 
 
 # Overrides of the tiny run for each architecture, by its name.
-ARCHITECTURES: dict[str, tuple[str, ...]] = {}
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "residual": ("model.block=residual", "model.residual_mixing=sum", "model.num_shared_experts=1"),
+    "pr_moe": ("model.block=residual", "model.num_experts=[2,6]", "model.top_k=[1,2]", "router.weights=raw"),
+}
 # Tensors without a gradient in the first step, by the name of the subject.
 STILL: dict[str, tuple[str, ...]] = {}
 SUBJECTS = [Subject(name, overrides, STILL.get(name, ())) for name, overrides in [

@@ -1,0 +1,48 @@
+"""What `model.block` makes of a layer with experts, in shapes. model/architecture.py builds the modules.
+
+    plain      experts, and the shared experts beside them
+    residual   a dense network of an expert's shape beside them, too (DeepSpeed-MoE, OpenMoE)
+
+Estimates of memory and operations, and lists of parameters, ask here. No torch.
+"""
+
+from moetrain.config.layer_pattern import per_layer, shared_width
+from moetrain.config.schema import ModelConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def beside_experts(sizes: ModelConfig, layer: int) -> Shapes:
+    """Shapes of the parameters of a layer that are neither of its router nor of its experts.
+
+    Args:
+        sizes: section `model` of the config.
+        layer: a layer with experts.
+
+    Returns:
+        Shapes by the name below the layer.
+    """
+    width = sizes.dim
+    shapes = _feed_forward("shared", width, shared_width(sizes, layer))
+    if sizes.block == "residual":
+        shapes |= _feed_forward("residual.dense", width, residual_width(sizes, layer))
+        if sizes.residual_mixing == "learned":
+            shapes |= {"residual.mixing.weight": (2, width), "residual.mixing.bias": (2,)}
+    return shapes
+
+
+def dense_beside(sizes: ModelConfig, layer: int) -> int:
+    """Hidden width of the dense networks beside the experts of a layer, together."""
+    return shared_width(sizes, layer) + (residual_width(sizes, layer) if sizes.block == "residual" else 0)
+
+
+def residual_width(sizes: ModelConfig, layer: int) -> int:
+    """Hidden width of the dense network of a residual block: that of one expert."""
+    return per_layer(sizes.expert_dim, layer)
+
+
+def _feed_forward(name: str, width: int, hidden: int) -> Shapes:
+    """Shapes of a dense SwiGLU network (model/feed_forward.py); none without width."""
+    if not hidden:
+        return {}
+    return {f"{name}.gate_up.weight": (2 * hidden, width), f"{name}.down.weight": (width, hidden)}

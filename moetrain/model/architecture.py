@@ -1,0 +1,70 @@
+"""Architectures of layers with experts: `model.block` names one, and this file builds it.
+
+    plain      x += experts(norm(x)) + shared(norm(x))
+    residual   a dense network of an expert's shape beside the experts, summed or mixed (residual.py)
+
+To add one: a function here, its name in ARCHITECTURES and in config/schema.py, its shapes in
+config/architecture.py.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from moetrain.config.architecture import residual_width
+from moetrain.config.layer_pattern import shared_width
+from moetrain.config.schema import Config
+from moetrain.model.feed_forward import SharedExpert
+from moetrain.model.residual import MixedResidual, SummedResidual
+from moetrain.moe.capacity import CapacityPolicy
+from moetrain.moe.experts import RoutedExperts
+from moetrain.moe.layer import MoELayer, SparseLayer
+from moetrain.moe.wrappers import LayerWrapper
+from moetrain.routers.base import Router
+
+
+class LayerParts(NamedTuple):
+    """What a layer with experts is made of.
+
+    Attributes:
+        config: the config of the run.
+        layer: number of the layer.
+        name: name of its bank, and of its router where it has one.
+        make_router: makes a router of the layer, with parameters of its own at every call.
+        experts: its routed experts.
+        capacity: what drops choices beyond a limit.
+    """
+
+    config: Config
+    layer: int
+    name: str
+    make_router: Callable[[], Router]
+    experts: RoutedExperts
+    capacity: CapacityPolicy
+
+
+def sparse_layer(parts: LayerParts) -> SparseLayer:
+    """Build a layer with experts as `model.block` says."""
+    return ARCHITECTURES[parts.config.model.block](parts)
+
+
+def _plain(parts: LayerParts) -> SparseLayer:
+    return _surrounded(parts)
+
+
+def _residual(parts: LayerParts) -> SparseLayer:
+    sizes = parts.config.model
+    residual = MixedResidual if sizes.residual_mixing == "learned" else SummedResidual
+    return _surrounded(
+        parts, residual=residual(dim=sizes.dim, hidden_dim=residual_width(sizes, parts.layer)))
+
+
+ARCHITECTURES: dict[str, Callable[[LayerParts], SparseLayer]] = {"plain": _plain, "residual": _residual}
+
+
+def _surrounded(parts: LayerParts, **wrappers: LayerWrapper) -> MoELayer:
+    """Build the layer of one router and one bank, with wrappers inside the shared experts."""
+    sizes = parts.config.model
+    shared_dim = shared_width(sizes, parts.layer)
+    shared = {"shared": SharedExpert(dim=sizes.dim, hidden_dim=shared_dim)} if shared_dim else {}
+    return MoELayer(name=parts.name, router=parts.make_router(), experts=parts.experts,
+                    wrappers={**shared, **wrappers}, capacity=parts.capacity)
