@@ -29,10 +29,11 @@ from moetrain import __version__
 from moetrain.config import tree
 from moetrain.config.groups import broken_files, config_dir, group_of, option_file, section_of, wrong_in
 from moetrain.config.overrides import Command, Problems, read
+from moetrain.config.parallel_schema import ParallelConfig
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.renamed import translate
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
-from moetrain.config.schema import Config, ParallelConfig
+from moetrain.config.schema import Config
 from moetrain.config.trained_keys import is_fixed, refuse_starts, with_trained_widths
 from moetrain.config.values import as_tree, flatten, show
 from moetrain.config.yaml_file import load

@@ -13,7 +13,8 @@ from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
 from moetrain.config.build import build
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
-from moetrain.config.schema import Config, ModelConfig, ParallelConfig
+from moetrain.config.parallel_schema import ParallelConfig
+from moetrain.config.schema import Config, ModelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.architecture import LayerParts, sparse_layer

@@ -80,7 +80,7 @@ def preventing(condition: str) -> str:
               "log.wandb": "off",
               "parallel": "single", "schedule": "none", "engine": "torch", "optim": "adamw",
               "optim.schedule": "cosine",
-              "parallel.forecast": "trend"}
+              "parallel.forecast": "trend", "model.block": "plain"}
     return f"{name}={others.get(name, 'exact' if name.endswith('.mode') else 'micro')}"
 
 

@@ -16,7 +16,7 @@ from moetrain.comm.exchange.deepep import as_units, from_units
 from moetrain.comm.exchange.flat import FlatExchange
 from moetrain.comm.exchange.shared_buffers import shared_files
 from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
-from moetrain.config.schema import ParallelConfig
+from moetrain.config.parallel_schema import ParallelConfig
 from moetrain.errors import ConfigError, DiskError
 
 HERE = ["two_level", "peer", "peer_push"]                         # those that run without a GPU
