@@ -38,7 +38,7 @@ VERBS = {
     "report": "draw losses and tokens per expert of a run",
     "inspect": "show what a checkpoint holds",
     "check": "try the promises of a router, losses and meshes on a small model",
-    "checkpoint": "check every byte of a run's checkpoints (checkpoint verify)",
+    "checkpoint": "check every byte of a run's checkpoints, or resize its experts",
     "slurm": "train in a Slurm job, checked before it is submitted",
     "version": "print the version",
 }

@@ -1,7 +1,14 @@
-"""moetrain checkpoint verify <run or checkpoint>: compare every byte of checkpoints with its checksum.
+"""moetrain checkpoint verify|resize <run or checkpoint>: check every byte of checkpoints, or change experts.
 
-<run> is a name or a directory, as it is or as run.name= or run.dir=. Prints one line a checkpoint; the exit
-code is 13 when one of them is damaged.
+<run> is a name or a directory, as it is or as run.name= or run.dir=.
+
+moetrain checkpoint verify <run> compares every byte with its checksum. It prints one line a checkpoint; the
+exit code is 13 when one of them is damaged.
+
+moetrain checkpoint resize <run> to=<name> keep=[0,2,5] add=2 writes a run with other experts in every layer,
+and changes nothing of its source. keep names those that stay, in their new order; keep=4 keeps the four that
+the last evaluation of the run used most, or with domain=... those that this domain used most. add is the
+number of new ones behind them. moetrain train <name> then goes on at the same step.
 """
 
 import sys
@@ -9,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moetrain.checkpoint.verify import problems
 from moetrain.cli.inspect import named
@@ -16,7 +24,8 @@ from moetrain.config.suggest import nearest
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.units import decimal
 
-_SUBCOMMANDS = ("verify",)
+_RESIZE_KEYS = ("to", "keep", "add", "domain")
+_SUBCOMMANDS = ("verify", "resize")
 
 
 def run(argv: list[str]) -> int:
@@ -28,7 +37,7 @@ def run(argv: list[str]) -> int:
             42, f"there is no verb checkpoint {given}".rstrip(), where="the command line",
             why=f"checkpoint can {', '.join(_SUBCOMMANDS)}",
             next=f"moetrain checkpoint {near[0]} <run>")
-    return verify(named(argv[1:], "checkpoint verify"))
+    return verify(named(argv[1:], "checkpoint verify")) if argv[0] == "verify" else resize(argv[1:])
 
 
 def verify(checkpoints: list[Path]) -> int:
@@ -55,6 +64,57 @@ def verify(checkpoints: list[Path]) -> int:
             next="restore the files; training passes over a damaged checkpoint and goes on from an older "
                  "one")
     return 0
+
+
+def resize(argv: list[str]) -> int:
+    """Write a run with other experts (transform/resize.py)."""
+    keys = dict(word.split("=", 1) for word in argv if word.partition("=")[0] in _RESIZE_KEYS and "=" in word)
+    rest = [word for word in argv if word.partition("=")[0] not in _RESIZE_KEYS]
+    checkpoint = named(rest, "checkpoint resize")[-1]
+    keep, add = _number_or_ids(keys.get("keep")), _number_or_ids(keys.get("add", "0"))
+    if not keys.get("to") or not isinstance(add, int):
+        raise ConfigError(
+            280, "the new run has no name" if isinstance(add, int) else f"add={keys['add']} is no number",
+            where="the command line", why="resize writes another run and changes nothing of this one",
+            next="moetrain checkpoint resize <run> to=<name of the new run> keep=[0,1,2] add=1")
+    from moetrain.transform.resize import resize_experts
+
+    usage = _usage(checkpoint, keys.get("domain")) if isinstance(keep, int) else None
+    target = Path(keys["to"]) if "/" in keys["to"] else Path("runs") / keys["to"]
+    print(resize_experts(checkpoint, target, keep=keep, add=add, usage=usage))
+    print(f"go on with: moetrain train {keys['to']}")
+    return 0
+
+
+def _number_or_ids(text: str | None) -> int | list[int] | None:
+    """Read a number, or ids in brackets."""
+    if text is None:
+        return None
+    try:
+        ids = [int(part) for part in text.strip("[]").split(",") if part.strip()]
+    except ValueError:
+        ids = []
+    if not ids or not text.startswith("[") and len(ids) > 1:
+        raise ConfigError(280, f"{text} is neither a number nor a list of ids", where="the command line",
+                          why="keep is a number of experts, or the ids of those that stay; add is a number",
+                          next="keep=4, or keep=[0,2,5]")
+    return ids if text.startswith("[") else ids[0]
+
+
+def _usage(checkpoint: Path, domain: str | None) -> dict[str, Any]:
+    """Tokens that chose each expert in the last evaluation of a run, of one domain or of all."""
+    from moetrain.report.specialization import read_specialization
+
+    path = checkpoint.parents[1] / "specialisation.npz"
+    if not path.exists():
+        return {}
+    found = read_specialization(path)
+    if domain is not None and domain not in found.domains:
+        raise ConfigError(281, f"there is no domain {domain}", where="domain",
+                          why=f"the last evaluation had {', '.join(found.domains)}",
+                          next=f"domain={(nearest(domain, found.domains) or found.domains)[0]}")
+    rows = slice(None) if domain is None else [found.domains.index(domain)]
+    return {name: choices_ME[rows].sum(0) for name, choices_ME in found.choices.items()}
 
 
 def _bytes_in(directory: Path) -> int:

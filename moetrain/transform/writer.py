@@ -4,15 +4,18 @@
     <directory>/checkpoints/step-00000000      the weights alone: no optimizer, no step
 
 Evaluation, generation, inspect and `init.from` work on it at once. Training cannot resume it, because there
-is no optimizer; `init.from` begins from it. No more than one tensor and a buffer of BUFFER bytes are in
-memory. The directory is complete when `write_run` returns, and a failure leaves no checkpoint behind.
+is no optimizer; `init.from` begins from it. A transform that makes moments of an optimizer, too, hands over a
+`Training`: the checkpoint then has a step, and training goes on there.
+
+No more than one tensor and a buffer of BUFFER bytes are in memory. The directory is complete when `write_run`
+returns, and a failure leaves no checkpoint behind.
 """
 
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ from moetrain.config.schema import Config
 from moetrain.config.values import as_tree
 from moetrain.errors import CONTINUED, ConfigError
 from moetrain.model.build import ConvertModel, weights_on_meta
-from moetrain.parallel.state_shards import DTYPE_NAMES, StateShard
+from moetrain.parallel.state_shards import DTYPE_NAMES, DTYPES
 from moetrain.runs.files import as_disk_error, replace_atomically
 from moetrain.runs.lock import RunLock
 from moetrain.transform.reader import WeightsReader
@@ -40,8 +43,23 @@ from moetrain.transform.reader import WeightsReader
 BUFFER = 256 << 20  # bytes of tensors that are collected before they are written
 
 
+class Training(NamedTuple):
+    """How far the training has come that a run goes on with.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: valid tokens trained on.
+        moments: dtypes and shapes of the optimizer's moments, by the names of a checkpoint: optim.embed.…
+    """
+
+    step: int
+    tokens: int
+    moments: dict[str, TensorKind]
+
+
 def write_run(directory: str | Path, config: Config, tensors: Iterable[tuple[str, Tensor]], *,
               source: WeightsReader | None = None, vocab_size: int | None = None,
+              training: Training | None = None,
               facts: dict[str, Any] | None = None, convert_model: ConvertModel | None = None) -> Path:
     """Write the weights of a model, and its config, as a run that training has not begun.
 
@@ -54,6 +72,8 @@ def write_run(directory: str | Path, config: Config, tensors: Iterable[tuple[str
         tensors: (name, values) of every weight, by the names of a checkpoint: model.embed, …
         source: weights that they were made of. Data and tokenizer are recorded as the source's.
         vocab_size: V, rows of embedding and head; those of `source` unless given.
+        training: the training that goes on with them; its moments are then among the tensors. None for
+            weights alone.
         facts: how they were made, for the manifest.
         convert_model: that of the model, if it has one.
 
@@ -69,12 +89,14 @@ def write_run(directory: str | Path, config: Config, tensors: Iterable[tuple[str
     rows = vocab_size if vocab_size is not None else source.vocab_size if source else None
     if rows is None:
         raise TypeError("write_run needs vocab_size, or source")
-    expected = weights_on_meta(config, rows, convert_model)
+    training = training or Training(0, 0, {})
+    expected = {name: TensorKind(DTYPE_NAMES[shard.rows.dtype], tuple(shard.shape))
+                for name, shard in weights_on_meta(config, rows, convert_model).items()} | training.moments
     with as_disk_error(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with RunLock(directory):
             _refuse_existing(directory)
-            final = _write_checkpoint(directory, expected, tensors, {
+            final = _write_checkpoint(directory, expected, tensors, training, {
                 **_origin(source), **(facts or {}), "moetrain": __version__, "names": NAMING,
                 "config": as_tree(with_absolute_paths(config)), "torch": torch.__version__, "mesh": {},
                 "ranks": 1, "time": time.time()})
@@ -100,10 +122,12 @@ def _origin(source: WeightsReader | None) -> dict[str, Any]:
             "source": {"path": str(source.directory.absolute()), "digest": source.digest}}
 
 
-def _write_checkpoint(directory: Path, expected: dict[str, StateShard],
-                      tensors: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> Path:
-    """Stream tensors into payload files of BUFFER bytes each, and commit them as the checkpoint of step 0."""
-    final = directory.absolute() / "checkpoints" / "step-00000000"
+def _write_checkpoint(directory: Path, expected: dict[str, TensorKind],
+                      tensors: Iterable[tuple[str, Tensor]], training: Training,
+                      facts: dict[str, Any]) -> Path:
+    """Stream tensors into payload files of BUFFER bytes each, and commit them as a checkpoint."""
+    step = training.step
+    final = directory.absolute() / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f"{final.name}.tmp-1")
     disk.remove_tree(temporary)
     found: dict[str, TensorKind] = {}
@@ -112,22 +136,20 @@ def _write_checkpoint(directory: Path, expected: dict[str, StateShard],
         for name, tensor in tensors:
             if name in found:
                 raise _misfit(directory, [f"{name}: came twice"])
-            shard = expected.get(name)
-            found[name] = _kind(tensor) if shard is None else TensorKind(
-                DTYPE_NAMES[shard.rows.dtype], tuple(tensor.shape))
-            if shard is None or tuple(shard.shape) != tuple(tensor.shape):
+            kind = expected.get(name)
+            found[name] = _kind(tensor) if kind is None else TensorKind(kind.dtype, tuple(tensor.shape))
+            if kind is None or kind.shape != tuple(tensor.shape):
                 continue                                   # named at the end, with all others
-            items.append(_item(name, tensor, shard))
+            items.append(_item(name, tensor, kind))
             size += len(items[-1].content)
             if size >= BUFFER:
-                write_rank(temporary, parts, items, 0)
+                write_rank(temporary, parts, items, step)
                 parts, items, size = parts + 1, [], 0
-        wanted = {name: TensorKind(DTYPE_NAMES[shard.rows.dtype], tuple(shard.shape))
-                  for name, shard in expected.items()}
-        if differ := differences(wanted, found):
+        if differ := differences(expected, found):
             raise _misfit(directory, differ)
-        write_rank(temporary, parts, items, 0)
-        commit(temporary, final, ranks=parts + 1, facts=facts, values={"step": 0, "tokens": 0})
+        write_rank(temporary, parts, items, step)
+        commit(temporary, final, ranks=parts + 1, facts=facts,
+               values={"step": step, "tokens": training.tokens})
     except BaseException:
         with suppress(OSError):
             disk.remove_tree(temporary)
@@ -139,12 +161,11 @@ def _kind(tensor: Tensor) -> TensorKind:
     return TensorKind(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
 
 
-def _item(name: str, tensor: Tensor, shard: StateShard) -> TensorRows:
+def _item(name: str, tensor: Tensor, kind: TensorKind) -> TensorRows:
     """Copy a tensor to host memory, in the dtype and layout in which it is stored."""
-    values = tensor.detach().to(device="cpu", dtype=shard.rows.dtype, copy=True).contiguous()
+    values = tensor.detach().to(device="cpu", dtype=DTYPES[kind.dtype], copy=True).contiguous()
     content = memoryview(values.reshape(-1).view(torch.uint8).numpy())
-    shape = tuple(shard.shape)
-    return TensorRows(name, DTYPE_NAMES[values.dtype], shape, 0, row_count(shape), content)
+    return TensorRows(name, kind.dtype, kind.shape, 0, row_count(kind.shape), content)
 
 
 def _misfit(directory: Path, differ: list[str]) -> ConfigError:
