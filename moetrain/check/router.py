@@ -177,6 +177,7 @@ def _steps_alike(subject: Subject) -> None:
         with torch.no_grad():
             for router in routers:
                 router.end_of_step(counts.clone(), 40, signs)
+                router.end_of_step_together([router], [counts.clone()], 40)
     for (name, ours), its in zip(routers[0].state_dict().items(), routers[1].state_dict().values()):
         assert ours.equal(its), f"{name} differs after three equal steps"
     transient = {name for name, _ in routers[0].named_buffers()} - set(routers[0].state_dict())

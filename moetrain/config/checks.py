@@ -50,6 +50,7 @@ RULES: list[Rule] = [
     model.sliced_quantized,
     model.vocabulary,
     model.experts,
+    model.experts_of_a_token,
     model.router_gradient,
     model.groups,
     parallel.mode,

@@ -197,13 +197,18 @@ class Transformer(nn.Module):
             tokens: valid tokens of the step.
             load_error_signs: float64 [C], mean over micro-batches, for `routers_needing_load_error`.
         """
-        names: dict[Router, list[str]] = {}
-        for name, router in self.routers.items():
+        routers, names = self.routers, dict[Router, list[str]]()
+        for name, router in routers.items():
             names.setdefault(router, []).append(name)
         for router, passes in names.items():
             signs = [load_error_signs[name] for name in passes if name in load_error_signs]
             router.end_of_step(reduce(torch.add, [counts[name] for name in passes]), tokens * len(passes),
                                reduce(torch.add, signs) / len(signs) if signs else None)
+        of_class: dict[type[Router], dict[str, Router]] = {}
+        for name, router in routers.items():
+            of_class.setdefault(type(router), {})[name] = router
+        for cls, alike in of_class.items():
+            cls.end_of_step_together(list(alike.values()), [counts[name] for name in alike], tokens)
 
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,

@@ -108,7 +108,8 @@ def router_sums(probs_TE: Tensor, logits_TE: Tensor | None, ids_TK: Tensor, vali
         # First, and by `where`: padding may hold anything, and 0 times NaN is NaN.
         probs_TE = probs_TE.where(valid_T[:, None], 0)
     lse2_sum = probs_TE.new_zeros(()) if logits_TE is None else _lse2_sum(logits_TE, valid_T)
-    entropy_sum = torch.special.entr(probs_TE).sum()
+    # A probability of 0 has no entropy, and no gradient of it: that of entr is infinite there.
+    entropy_sum = torch.special.entr(probs_TE.where(probs_TE != 0, 1)).sum()
     sums = RouterSums(tokens, counts_E, probs_TE.sum(0), lse2_sum, entropy_sum, counts_E.sum(),
                       counts_E.new_zeros(()))
     return sums if offsets is None else sums._replace(

@@ -18,9 +18,9 @@ Shapes: T tokens, D model width, E experts, C choices, K slots, R routers, S seq
 are no experts, C is E.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -256,6 +256,20 @@ class Router(nn.Module):
             tokens: valid tokens of the whole step; of every pass, for a router that decides in several.
             signs_E: float64, the mean over all micro-batches of all ranks of sign(mean(n) - n_i), n being the
                 counts of the micro-batch; None for a router that does not want it.
+        """
+
+    @classmethod
+    def end_of_step_together(cls, routers: Sequence[Self], counts: Sequence[Tensor], tokens: int) -> None:
+        """Update what the routers of a model have in common, such as one threshold for all of its layers.
+
+        Called once after every optimizer step of training, after `end_of_step`, for the routers of each
+        class, without gradient and alike on every rank. Each router keeps the common value in a persistent
+        buffer of its own, so that it is saved, and is there on every stage of a pipeline.
+
+        Args:
+            routers: the routers of this class in run order, one for each pass.
+            counts: int64 [C] of each of them, slots per choice of the whole step, before any drop.
+            tokens: valid tokens of the whole step, of one pass.
         """
 
     def max_slots(self) -> int:

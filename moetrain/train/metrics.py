@@ -247,6 +247,7 @@ def balance_metrics(sums: StepSums, routers: Mapping[str, int],
         "moe/max_violation/max": violation_R.max().item(),
         "moe/local_max_violation/mean": sums.violation / max(1.0, sums.violations),
         "moe/entropy": sums.entropy / max(1, len(routers) * sums.tokens),
+        "moe/active_experts": slots / (len(routers) * max(1, sums.tokens)),
         "moe/dead_experts": int(dead),
         "moe/drop_fraction": sums.dropped / max(1.0, slots),
     }

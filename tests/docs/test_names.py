@@ -19,7 +19,7 @@ OF_TODAY = [page for page in PAGES if page.parent.name != "results"]
 # tests.
 BASES = (ROOT, ROOT / "moetrain", ROOT / "tests")
 # Files that readers make.
-THEIRS = {"moetrain/losses/entropy.py", "conf/loss/entropy.yaml", "moetrain/routers/softplus.py",
+THEIRS = {"moetrain/losses/sureness.py", "conf/loss/sureness.yaml", "moetrain/routers/softplus.py",
           "conf/router/softplus.yaml", "moetrain/moe/squared_relu.py", "conf/expert/squared_relu.yaml",
           "runs/big/job.sbatch"}
 TENSORS = re.compile(r"model\.(layers|embed|head|norm)\b")          # names in a checkpoint, not keys

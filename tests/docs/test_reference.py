@@ -263,13 +263,13 @@ def test_the_examples_of_a_router_and_a_loss_train(tmp_path: Path) -> None:
     blocks = re.findall(r"`([\w/.]+)`[^`]*\n\n```(?:python|yaml)\n(.*?)```", PAGES["records"], re.DOTALL)
     assert [name for name, _ in blocks] == ["moetrain/routers/softplus.py", "conf/router/softplus.yaml",
                                             "moetrain/moe/squared_relu.py", "conf/expert/squared_relu.yaml",
-                                            "moetrain/losses/entropy.py", "conf/loss/entropy.yaml"]
+                                            "moetrain/losses/sureness.py", "conf/loss/sureness.yaml"]
     for name, code in blocks:
         (tmp_path / name).write_text(code)
     moetrain(tmp_path, "train", "experiment=debug", "run.steps=1", "router=softplus", "router.scale=2.5",
-             "expert=squared_relu", "loss=[z,entropy]")
+             "expert=squared_relu", "loss=[z,sureness]")
     (metrics,) = lines(tmp_path / "runs/debug/metrics.jsonl")
-    assert {"loss/z", "loss/entropy", "loss/weighted/entropy"} <= set(metrics)
+    assert {"loss/z", "loss/sureness", "loss/weighted/sureness"} <= set(metrics)
     assert "factor of the gate weights" in " ".join(moetrain(tmp_path, "train", "--help", "router").split())
 
 

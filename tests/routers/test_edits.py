@@ -7,11 +7,23 @@ from torch import Tensor
 from moetrain.ops.start import Start
 from moetrain.routers.base import Router, RouterContext, Routing, Scores
 from moetrain.routers.edits import Edit, RoutingEdits
+from moetrain.routers.groups import GroupLimitedRouter
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.routers.topk import TopKRouter
-from tests.support.any_router import D, E, K, context, every_router, router_of, tokens
+from tests.support.any_router import (
+    D,
+    E,
+    K,
+    chosen_routers,
+    context,
+    every_router,
+    router_of,
+    takes_k_experts,
+    tokens,
+)
 
 NAME, T = "layers.0.moe", 40
+every_router_of_k_experts = chosen_routers(takes_k_experts)
 
 
 def routed(router: Router, edits: RoutingEdits | None = None, **fields) -> Routing:
@@ -35,7 +47,7 @@ def test_edits_of_nothing_and_of_other_routers_change_no_bit(option, overrides):
         assert all(a is b is None or a.equal(b) for a, b in zip(ours.stats, plain.stats))
 
 
-@every_router
+@every_router_of_k_experts
 def test_the_successor_by_score_takes_the_place_of_a_masked_expert(option, overrides):
     wide, router = router_of(option, overrides, k=K + 1), router_of(option, overrides)
     plain, masked = routed(wide).ids_TK, routed(router, RoutingEdits(scores=set_score(2, float("-inf"))))
@@ -46,7 +58,7 @@ def test_the_successor_by_score_takes_the_place_of_a_masked_expert(option, overr
     assert (masked.weights_TK > 0).all() and masked.weights_TK.isfinite().all()
 
 
-@every_router
+@every_router_of_k_experts
 def test_a_forced_expert_is_chosen_first_and_weighs_as_the_router_says(option, overrides):
     router = router_of(option, overrides)
     forced = routed(router, RoutingEdits(scores=set_score(5, float("inf"))))
@@ -58,7 +70,7 @@ def test_a_forced_expert_is_chosen_first_and_weighs_as_the_router_says(option, o
                                    plain.weights_TK[chosen_T].sort(1).values)
 
 
-@every_router
+@every_router_of_k_experts
 def test_fewer_choices_than_slots_leave_slots_unused(option, overrides):
     def all_but_two(scores_TC: Tensor) -> Tensor:
         return scores_TC.where(torch.arange(E) < 2, float("-inf"))
@@ -69,7 +81,7 @@ def test_fewer_choices_than_slots_leave_slots_unused(option, overrides):
     assert found.stats.active_sum == 2 * T
 
 
-@every_router
+@every_router_of_k_experts
 def test_ranks_of_a_sorted_choice_and_weights_of_some_rows(option, overrides):
     router, rows_T = router_of(option, overrides), torch.arange(T) % 3 == 0
     plain = routed(router)
@@ -84,7 +96,7 @@ def test_ranks_of_a_sorted_choice_and_weights_of_some_rows(option, overrides):
     torch.testing.assert_close(doubled.weights_TK, expected, rtol=0, atol=0)
 
 
-@every_router
+@chosen_routers(lambda router: isinstance(router, GroupLimitedRouter))
 def test_an_edited_decision_is_not_made_by_the_one_op(option, overrides, monkeypatch):
     """Which knows no edits. The other routers of the model still use it."""
     router = router_of(option, overrides)

@@ -96,5 +96,5 @@ def test_experts_may_be_named_in_any_order(option):
         state[name] = torch.cat([state[name][:E][order], state[name][E:]])
     renamed.load_state_dict(state)
     ours, its = renamed.route(tokens(20), context(20)), router.route(tokens(20), context(20))
-    assert order[ours.ids_TK].equal(its.ids_TK)
+    assert order[ours.ids_TK].where(ours.ids_TK >= 0, -1).equal(its.ids_TK)
     torch.testing.assert_close(ours.weights_TK, its.weights_TK)

@@ -1,5 +1,6 @@
 """Every router of conf/router/ with random weights, and every router and architecture in a run."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +16,8 @@ from moetrain.routers.base import Router, RouterContext
 E, K, D = 8, 3, 5
 LIMITED = ["router.num_groups=4", "router.topk_groups=2"]
 # Overrides with which a router is tried besides its defaults, by its option.
-VARIANTS = {"topk": [LIMITED], "sigmoid": [LIMITED]}
+VARIANTS = {"topk": [LIMITED], "sigmoid": [LIMITED], "top_p": [["router.k_min=2", "router.k_max=3"]],
+            "dtop_p": [["router.target_k=1.25"]]}
 EVERY = [(option, overrides) for option in group_options()["router"]
          for overrides in ([], *VARIANTS.get(option, []))]
 
@@ -66,7 +68,19 @@ def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -
     for _ in range(200 if list(router.buffers()) else 0):
         signs_C = torch.sign(skew_C.double().mean() - skew_C) if router.needs_load_error else None
         router.end_of_step(skew_C, 40, signs_C)
+        router.end_of_step_together([router], [skew_C], 40)
     return router
+
+
+def chosen_routers(having: Callable[[Router], bool]) -> pytest.MarkDecorator:
+    """The routers of EVERY that have a property."""
+    cases = [each for each in EVERY if having(router_of(*each))]
+    return pytest.mark.parametrize("option, overrides", cases, ids=[_name(*each) for each in cases])
+
+
+def takes_k_experts(router: Router) -> bool:
+    """Whether every token takes K experts, the best K by score."""
+    return not router.uses_few_slots and router.num_choices == E and router.max_slots() == K
 
 
 def tokens(count: int, seed: int = 1) -> Tensor:

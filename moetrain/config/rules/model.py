@@ -166,6 +166,30 @@ def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
         return  # one layer is enough of an example
 
 
+def experts_of_a_token(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check in every layer the bounds of a router that gives tokens different numbers of experts."""
+    least, bound = config.router.get("k_min", 0), config.router.get("k_max")
+    for layer, num_experts, top_k in moe_layers(config):
+        most = num_experts if bound is None else bound
+        target = config.router.get("target_k") or top_k
+        if not least <= most <= num_experts:
+            fitting = min(most, num_experts)
+            yield ConfigError(
+                254, f"a token cannot take from {least} to {most} of {num_experts} experts (layer {layer})",
+                where="router.k_min, router.k_max, model.num_experts",
+                why="k_min is not more than k_max, nor k_max more than the experts; null is all of them",
+                next=f"router.k_min={min(least, fitting)} router.k_max={fitting}")
+        elif "target_k" in config.router and not least <= target <= most:
+            nearest = min(max(target, least), most)
+            yield ConfigError(
+                255, f"tokens cannot take {show(target)} experts in the mean (layer {layer})",
+                where="router.target_k, model.top_k, model.num_experts",
+                why=f"a token takes from {least} to {most} of them", next=f"router.target_k={show(nearest)}")
+        else:
+            continue
+        return  # one layer is enough of an example
+
+
 def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Refuse gate weights that sum to a constant with one expert a token: the weight has no gradient.
 
