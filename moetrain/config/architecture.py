@@ -2,6 +2,8 @@
 
     plain      experts, and the shared experts beside them
     residual   a dense network of an expert's shape beside them, too (DeepSpeed-MoE, OpenMoE)
+    latent     experts in a narrower space, between two projections (LatentMoE)
+    sliced     experts that are slices of one dense network (Union-of-Experts)
 
 Estimates of memory and operations, and lists of parameters, ask here. No torch.
 """
@@ -28,7 +30,17 @@ def beside_experts(sizes: ModelConfig, layer: int) -> Shapes:
         shapes |= _feed_forward("residual.dense", width, residual_width(sizes, layer))
         if sizes.residual_mixing == "learned":
             shapes |= {"residual.mixing.weight": (2, width), "residual.mixing.bias": (2,)}
+    if sizes.block == "latent":
+        shapes |= {"latent.down.weight": (expert_width(sizes), width),
+                   "latent.up.weight": (width, expert_width(sizes))}
     return shapes
+
+
+def expert_width(sizes: ModelConfig) -> int:
+    """Width of the tokens that experts are given: that of the model but for latent ones."""
+    if sizes.block != "latent":
+        return sizes.dim
+    return sizes.latent_dim or max(1, sizes.dim // 4)
 
 
 def dense_beside(sizes: ModelConfig, layer: int) -> int:

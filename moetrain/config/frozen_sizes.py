@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import NamedTuple
 
-from moetrain.config.architecture import beside_experts
+from moetrain.config.architecture import beside_experts, expert_width
 from moetrain.config.expert_sizes import expert_shapes
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import Config
@@ -58,7 +58,8 @@ def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
         yield Named("rest", f"{path}.moe.router.weight", experts * width)
         for name, shape in beside_experts(sizes, layer).items():
             yield Named("matrices" if len(shape) > 1 else "rest", f"{path}.moe.{name}", prod(shape))
-        for name, numbers in expert_shapes(config.expert, width, per_layer(sizes.expert_dim, layer)).items():
+        shapes = expert_shapes(config.expert, expert_width(sizes), per_layer(sizes.expert_dim, layer))
+        for name, numbers in shapes.items():
             yield Named("experts", f"{path}.moe.experts.0.{name}", experts * numbers)
 
 

@@ -31,6 +31,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "model.dense_dim": ("model.first_dense_layers>0 or model.moe_layers!=null or model.num_experts has 0",),
     "model.shared_dim": ("model.num_shared_experts>0",),
     "model.residual_mixing": ("model.block=residual",),
+    "model.latent_dim": ("model.block=latent",),
     "init.digest": ("init.from!=null",),
     "router.topk_groups": ("router.num_groups>1",),
     "router.group_score": ("router.num_groups>1",),

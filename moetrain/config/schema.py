@@ -71,13 +71,15 @@ class ModelConfig:
         "4, 8, ...); the others are dense; null: all but model.first_dense_layers")
     first_dense_layers: int = key(0, "leading layers with a dense feed-forward network instead of experts")
     dense_dim: int | None = key(None, "hidden width of a dense layer; top_k * expert_dim when null")
-    block: Literal["plain", "residual"] = key(
+    block: Literal["plain", "residual", "latent", "sliced"] = key(
         "plain",
         "architecture of layers with experts; residual: a dense network of an expert's shape beside them "
-        "(DeepSpeed-MoE, OpenMoE)")
+        "(DeepSpeed-MoE, OpenMoE); latent: experts in a narrower space (LatentMoE); sliced: experts that are "
+        "slices of one dense network (Union-of-Experts)")
     residual_mixing: Literal["sum", "learned"] = key(
         "learned",
         "block residual: experts and dense network are added, or mixed by a learned softmax of two")
+    latent_dim: int | None = key(None, "block latent: width of the space of the experts; dim / 4 when null")
     vocab_size: int | None = key(
         None, "rows of embedding and head; more than the tokenizer has ids are padding; its ids when null")
     init_std: float = key(0.05, "standard deviation of the initial weights")

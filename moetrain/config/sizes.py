@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from moetrain.config.architecture import beside_experts, dense_beside
+from moetrain.config.architecture import beside_experts, dense_beside, expert_width
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.frozen_sizes import MAX_LAYERS, count_frozen
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
@@ -103,7 +103,7 @@ def count_parameters(sizes: ModelConfig, vocab_size: int,
         if kind.dense_dim is not None:
             matrices += kind.layers * 3 * width * kind.dense_dim
         else:
-            one = expert_sizes(expert, width, kind.expert_dim).numbers
+            one = expert_sizes(expert, expert_width(sizes), kind.expert_dim).numbers
             beside = beside_experts(sizes, kind.layer).values()
             matrices += kind.layers * sum(prod(shape) for shape in beside if len(shape) > 1)
             rest += kind.layers * sum(prod(shape) for shape in beside if len(shape) == 1)
@@ -182,7 +182,7 @@ def kept_per_token(config: Config, exchanged: bool) -> int:
     """
     sizes, item, mode = config.model, _ITEM[config.run.dtype], config.train.activation_checkpointing
     kinds = layer_kinds(sizes)
-    inside = {kind: expert_sizes(config.expert, sizes.dim, kind.expert_dim).kept for kind in kinds}
+    inside = {kind: expert_sizes(config.expert, expert_width(sizes), kind.expert_dim).kept for kind in kinds}
     whole = {kind: _kept_by_block(sizes, kind, inside[kind], "none", item, exchanged) for kind in kinds}
     ends = 2 * item * sizes.dim  # before and after the last norm
     if mode == "none":
@@ -201,8 +201,10 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     slots, decided = kind.top_k, 36 * kind.top_k                 # expert ids, weights and row orders
-    rows, inside, choices = slots * width, slots * of_row, 12 * kind.num_experts
+    rows, inside, choices = slots * expert_width(sizes), slots * of_row, 12 * kind.num_experts
     feed_forward = dense_beside(sizes, kind.layer)
+    if sizes.block == "latent":
+        inside += 2 * expert_width(sizes)                        # what the experts are given and return
     if kind.dense_dim is not None:
         rows, inside, choices, feed_forward = 0, 0, 0, kind.dense_dim
     if mode == "full":
@@ -214,6 +216,8 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
     states = 4 if item >= 4 else 6  # of width D; norms keep what they cast
     projections = (4 if sizes.qk_norm else 3) * (queries + keys)
     numbers = states * width + projections + inside + 4 * feed_forward + exchanged * rows
+    if kind.dense_dim is None and sizes.block == "residual" and sizes.residual_mixing == "learned":
+        numbers += (2 if item >= 4 else 4) * width               # both outputs, and x as it was cast
     return item * numbers + 4 * sizes.num_heads + choices + decided
 
 

@@ -2,6 +2,8 @@
 
     plain      x += experts(norm(x)) + shared(norm(x))
     residual   a dense network of an expert's shape beside the experts, summed or mixed (residual.py)
+    latent     experts in a narrower space, between two projections (latent.py)
+    sliced     experts that are slices of one dense network (sliced.py)
 
 To add one: a function here, its name in ARCHITECTURES and in config/schema.py, its shapes in
 config/architecture.py.
@@ -10,11 +12,13 @@ config/architecture.py.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from moetrain.config.architecture import residual_width
+from moetrain.config.architecture import expert_width, residual_width
 from moetrain.config.layer_pattern import shared_width
 from moetrain.config.schema import Config
 from moetrain.model.feed_forward import SharedExpert
+from moetrain.model.latent import LatentSpace
 from moetrain.model.residual import MixedResidual, SummedResidual
+from moetrain.model.sliced import SliceWeights
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer, SparseLayer
@@ -58,7 +62,18 @@ def _residual(parts: LayerParts) -> SparseLayer:
         parts, residual=residual(dim=sizes.dim, hidden_dim=residual_width(sizes, parts.layer)))
 
 
-ARCHITECTURES: dict[str, Callable[[LayerParts], SparseLayer]] = {"plain": _plain, "residual": _residual}
+def _latent(parts: LayerParts) -> SparseLayer:
+    sizes = parts.config.model
+    return _surrounded(parts, latent=LatentSpace(dim=sizes.dim, latent_dim=expert_width(sizes)))
+
+
+def _sliced(parts: LayerParts) -> SparseLayer:
+    slices = parts.experts.dispatcher.placement.num_experts
+    return _surrounded(parts, slices=SliceWeights(num_slices=slices))
+
+
+ARCHITECTURES: dict[str, Callable[[LayerParts], SparseLayer]] = {
+    "plain": _plain, "residual": _residual, "latent": _latent, "sliced": _sliced}
 
 
 def _surrounded(parts: LayerParts, **wrappers: LayerWrapper) -> MoELayer:

@@ -11,6 +11,7 @@ import torch
 
 from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
+from moetrain.config.architecture import expert_width
 from moetrain.config.build import build
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.parallel_schema import ParallelConfig
@@ -260,7 +261,8 @@ def _sparse_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: 
     sizes, name = config.model, router_name(layer)
     homes = placement[name]
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
-    form = build(config.expert, "expert", dim=sizes.dim, expert_dim=per_layer(sizes.expert_dim, layer))
+    form = build(config.expert, "expert", dim=expert_width(sizes),
+                 expert_dim=per_layer(sizes.expert_dim, layer))
     bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), form=form, cut=cut)
     # Counts stay on a device whose grouped products take them there, so that the host need not read them.
     dispatcher = TokenDispatcher(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from moetrain.comm.mesh import Mesh
-from moetrain.config.architecture import beside_experts
+from moetrain.config.architecture import beside_experts, expert_width
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import SWIGLU, Config, ModelConfig
@@ -88,7 +88,7 @@ def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, An
     attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
     if not is_sparse(sizes, layer):
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
-    one = expert_sizes(expert, sizes.dim, per_layer(sizes.expert_dim, layer)).in_matrices
+    one = expert_sizes(expert, expert_width(sizes), per_layer(sizes.expert_dim, layer)).in_matrices
     beside = sum(prod(shape) for shape in beside_experts(sizes, layer).values() if len(shape) > 1)
     return (attention + 2 * sizes.dim * per_layer(sizes.num_experts, layer)
             + 2 * beside + 2 * one * per_layer(sizes.top_k, layer))

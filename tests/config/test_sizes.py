@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moetrain.comm.mesh import build_mesh, mesh_sizes
+from moetrain.config.architecture import expert_width
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
 from moetrain.config.sizes import count_parameters, rank_memory, shards
@@ -23,7 +24,8 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model.num_layers=5", "model.moe_layers=every_2", "model.num_shared_experts=1"],
           ["model.num_layers=4", "model.num_experts=[0,4,0,8]", "model.top_k=[3,2,1,1]",
            "router.weights=raw"],
-          ["model.block=residual", "model.num_shared_experts=1"]]
+          ["model.block=residual", "model.num_shared_experts=1"],
+          ["model.block=latent", "model.latent_dim=20"]]
 
 
 @pytest.mark.parametrize("words", MODELS, ids=lambda words: words[0])
@@ -36,7 +38,7 @@ def test_parameters_are_those_on_the_meta_device(words: list[str], monkeypatch: 
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".bank." in name)
     assert (counted.total, counted.experts) == (sum(parameter.numel() for parameter in model.parameters()),
                                                 experts)
-    one = 3 * config.model.dim * config.model.expert_dim
+    one = 3 * expert_width(config.model) * config.model.expert_dim
     slots = sum(block.moe.router.max_slots() for block in model.layers if block.moe is not None)
     assert counted.active == counted.total - experts + slots * one
 
@@ -64,6 +66,8 @@ SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_b
                          [["run.dtype=bfloat16"],
                           ["run.dtype=bfloat16", "model.qk_norm=true", "model.num_shared_experts=1"],
                                    ["run.dtype=float32"],
+                          ["run.dtype=bfloat16", "model.block=latent"],
+                          ["run.dtype=bfloat16", "model.block=residual"],
                           ["run.dtype=bfloat16", "train.activation_checkpointing=selective"],
                                    ["run.dtype=bfloat16", "train.activation_checkpointing=full"]],
                          ids=lambda words: " ".join(words[:2]))

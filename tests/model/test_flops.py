@@ -23,6 +23,8 @@ SHAPES = {
                                          "model.first_dense_layers=1"],
     "every second layer": ["model.num_layers=5", "model.moe_layers=every_2", "model.dense_dim=80"],
     "a dense network beside the experts": ["model.block=residual", "model.num_shared_experts=1"],
+    "experts in a narrower space": ["model.block=latent", "model.latent_dim=20",
+                                    "model.num_shared_experts=1"],
     "layers of their own": ["model.num_experts=[4,8]", "model.top_k=[2,3]", "model.tie_embeddings=true"],
 }
 VOCAB = 48

@@ -78,9 +78,10 @@ def test_wrappers_give_what_their_formulas_give() -> None:
     by_hand_TD = plain_TD + share_T1 * gated.shared(x_TD)
     assert_same_gradients((gated(x_TD, context).out_TD, by_hand_TD), gated, x_TD)
 
-    narrow_TD = x_TD @ mixed.latent.narrow.T
-    inner_TD = mixed.experts(narrow_TD, *mixed.router.route(x_TD, context)[:2]).wait() @ mixed.latent.widen.T
-    shares_T2 = (x_TD @ mixed.mixture.mix.T).softmax(-1)
+    narrow_TD = x_TD @ mixed.latent.down.weight.T
+    inner_TD = mixed.experts(narrow_TD, *mixed.router.route(x_TD, context)[:2]).wait()
+    inner_TD = inner_TD @ mixed.latent.up.weight.T
+    shares_T2 = F.linear(x_TD, mixed.mixture.mixing.weight, mixed.mixture.mixing.bias).softmax(-1)
     by_hand_TD = shares_T2[:, :1] * inner_TD + shares_T2[:, 1:] * mixed.mixture.dense(x_TD)
     assert_same_gradients((mixed(x_TD, context).out_TD, by_hand_TD), mixed, x_TD)
 

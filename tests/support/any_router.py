@@ -47,6 +47,8 @@ class Subject(NamedTuple):
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "residual": ("model.block=residual", "model.residual_mixing=sum", "model.num_shared_experts=1"),
     "pr_moe": ("model.block=residual", "model.num_experts=[2,6]", "model.top_k=[1,2]", "router.weights=raw"),
+    "latent": ("model.block=latent", "model.latent_dim=6", "model.num_shared_experts=1"),
+    "sliced": ("model.block=sliced", "router.weights=raw"),
 }
 # Tensors without a gradient in the first step, by the name of the subject.
 STILL: dict[str, tuple[str, ...]] = {}

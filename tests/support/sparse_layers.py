@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from moetrain.config.schema import Config
 from moetrain.model.attention import Attention
-from moetrain.model.feed_forward import FeedForward, SharedExpert
+from moetrain.model.feed_forward import SharedExpert
+from moetrain.model.latent import LatentSpace
+from moetrain.model.residual import MixedResidual
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
@@ -118,43 +120,6 @@ class GatedSharedExpert(SharedExpert):
         return F.linear(x_TD, self.gate).sigmoid() * self(x_TD)
 
 
-class DenseMixture(LayerWrapper):
-    """Dense network mixed with the experts' output by a softmax of two (DeepSpeed's residual MoE)."""
-
-    def __init__(self, *, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.dense = FeedForward(dim=dim, hidden_dim=hidden_dim)
-        self.mix = nn.Parameter(torch.empty(2, dim))
-
-    def starts(self) -> dict[str, Start]:
-        return {"mix": normal()}
-
-    def beside(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        return self.dense(x_TD)
-
-    def leaving(self, out_TD: Tensor, x_TD: Tensor, routing: Routing, beside_TD: Tensor | None) -> Tensor:
-        shares_T2 = F.linear(x_TD, self.mix).softmax(-1)
-        return out_TD * shares_T2[:, :1] + beside_TD * shares_T2[:, 1:]
-
-
-class Latent(LayerWrapper):
-    """Projection to the narrower width of the experts, and back."""
-
-    def __init__(self, *, dim: int, latent_dim: int) -> None:
-        super().__init__()
-        self.narrow = nn.Parameter(torch.empty(latent_dim, dim))
-        self.widen = nn.Parameter(torch.empty(dim, latent_dim))
-
-    def starts(self) -> dict[str, Start]:
-        return {"narrow": normal(), "widen": normal()}
-
-    def entering(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        return F.linear(x_TD, self.narrow)
-
-    def leaving(self, out_TD: Tensor, x_TD: Tensor, routing: Routing, beside_TD: Tensor | None) -> Tensor:
-        return F.linear(out_TD, self.widen)
-
-
 class Watch(LayerWrapper):
     """Hook that notes which stage of the layer begins."""
 
@@ -192,8 +157,8 @@ def surround(model: Transformer, config: Config) -> None:
     bank = second.experts.bank
     second.experts.bank = ExpertBank(experts=bank.experts, cut=bank.cut,
                                      form=SwigluExpert(dim=LATENT, expert_dim=hidden))
-    model.layers[1].moe = _with_wrappers(second, mixture=DenseMixture(dim=dim, hidden_dim=hidden),
-                                         latent=Latent(dim=dim, latent_dim=LATENT))
+    model.layers[1].moe = _with_wrappers(second, mixture=MixedResidual(dim=dim, hidden_dim=hidden),
+                                         latent=LatentSpace(dim=dim, latent_dim=LATENT))
 
 
 def _with_wrappers(layer: MoELayer, **wrappers: LayerWrapper) -> MoELayer:
