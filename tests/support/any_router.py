@@ -18,8 +18,12 @@ LIMITED = ["router.num_groups=4", "router.topk_groups=2"]
 # Overrides with which a router is tried besides its defaults, by its option.
 VARIANTS = {"topk": [LIMITED], "sigmoid": [LIMITED], "top_p": [["router.k_min=2", "router.k_max=3"]],
             "dtop_p": [["router.target_k=1.25"]]}
+# Sizes of their own that routers have by themselves, for finite differences, by option.
+SMALL = {"recurrent": ["router.state_dim=2"]}
 EVERY = [(option, overrides) for option in group_options()["router"]
          for overrides in ([], *VARIANTS.get(option, []))]
+# Parameters that have no gradient in a router by itself, by option: the state before the first layer is 0.
+UNTRAINED = {"recurrent": {"alone.recurrent.weight_hh"}}
 
 
 def _name(option: str, overrides: list[str]) -> str:
@@ -59,7 +63,8 @@ SUBJECTS = [Subject(name, overrides, STILL.get(name, ())) for name, overrides in
 
 def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -> Router:
     """Start values of a wide spread and, where there are controllers, a state that loads have moved."""
-    config = compose([f"router={option}", f"model.num_experts={experts}", f"model.top_k={k}", *overrides])
+    config = compose([f"router={option}", f"model.num_experts={experts}", f"model.top_k={k}",
+                      *SMALL.get(option, []), *overrides])
     with torch.device("meta"):
         router = build(config.router, "router", dim=D, num_experts=experts, top_k=k, layer=0, num_layers=2,
                        total_steps=100)
