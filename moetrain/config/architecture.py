@@ -4,6 +4,7 @@
     residual   a dense network of an expert's shape beside them, too (DeepSpeed-MoE, OpenMoE)
     latent     experts in a narrower space, between two projections (LatentMoE)
     sliced     experts that are slices of one dense network (Union-of-Experts)
+    chain      several rounds through all of it, with a router for each (Chain-of-Experts)
 
 Estimates of memory and operations, and lists of parameters, ask here. No torch.
 """
@@ -46,6 +47,18 @@ def expert_width(sizes: ModelConfig) -> int:
 def dense_beside(sizes: ModelConfig, layer: int) -> int:
     """Hidden width of the dense networks beside the experts of a layer, together."""
     return shared_width(sizes, layer) + (residual_width(sizes, layer) if sizes.block == "residual" else 0)
+
+
+def rounds(sizes: ModelConfig) -> int:
+    """How often a token passes through the experts of a layer, and what is beside them."""
+    return sizes.chain_rounds if sizes.block == "chain" else 1
+
+
+def router_paths(sizes: ModelConfig) -> list[str]:
+    """Paths below a layer of its routers that have parameters of their own."""
+    if sizes.block != "chain":
+        return ["router"]
+    return [f"router.{number}" for number in range(1 if sizes.chain_share_router else sizes.chain_rounds)]
 
 
 def residual_width(sizes: ModelConfig, layer: int) -> int:

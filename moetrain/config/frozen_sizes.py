@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import NamedTuple
 
-from moetrain.config.architecture import beside_experts, expert_width
+from moetrain.config.architecture import beside_experts, expert_width, router_paths
 from moetrain.config.expert_sizes import expert_shapes
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import Config
@@ -55,7 +55,8 @@ def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
             yield from _feed_forward(f"{path}.ffn", width, dense_width(sizes, layer))
             continue
         experts = per_layer(sizes.num_experts, layer)
-        yield Named("rest", f"{path}.moe.router.weight", experts * width)
+        for router in router_paths(sizes):
+            yield Named("rest", f"{path}.moe.{router}.weight", experts * width)
         for name, shape in beside_experts(sizes, layer).items():
             yield Named("matrices" if len(shape) > 1 else "rest", f"{path}.moe.{name}", prod(shape))
         shapes = expert_shapes(config.expert, expert_width(sizes), per_layer(sizes.expert_dim, layer))

@@ -71,14 +71,22 @@ class ModelConfig:
         "4, 8, ...); the others are dense; null: all but model.first_dense_layers")
     first_dense_layers: int = key(0, "leading layers with a dense feed-forward network instead of experts")
     dense_dim: int | None = key(None, "hidden width of a dense layer; top_k * expert_dim when null")
-    block: Literal["plain", "residual", "latent", "sliced"] = key(
+    block: Literal["plain", "residual", "chain", "latent", "sliced"] = key(
         "plain",
         "architecture of layers with experts; residual: a dense network of an expert's shape beside them "
-        "(DeepSpeed-MoE, OpenMoE); latent: experts in a narrower space (LatentMoE); sliced: experts that are "
-        "slices of one dense network (Union-of-Experts)")
+        "(DeepSpeed-MoE, OpenMoE); chain: several rounds through the same experts (Chain-of-Experts); "
+        "latent: experts in a narrower space (LatentMoE); sliced: experts that are slices of one dense "
+        "network (Union-of-Experts)")
     residual_mixing: Literal["sum", "learned"] = key(
         "learned",
         "block residual: experts and dense network are added, or mixed by a learned softmax of two")
+    chain_rounds: int = key(2, "block chain: rounds of a layer, each with model.top_k experts a token")
+    chain_residual: Literal["stream", "paper_literal", "inner", "outer"] = key(
+        "stream",
+        "block chain: where the residual is added; stream: in each round, around norm and experts; behind "
+        "one norm, paper_literal: in each round and around all, inner: in each round (the authors' code), "
+        "outer: around all")
+    chain_share_router: bool = key(False, "block chain: one router decides in all rounds of a layer")
     latent_dim: int | None = key(None, "block latent: width of the space of the experts; dim / 4 when null")
     vocab_size: int | None = key(
         None, "rows of embedding and head; more than the tokenizer has ids are padding; its ids when null")

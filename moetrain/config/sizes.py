@@ -18,7 +18,13 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from moetrain.config.architecture import beside_experts, dense_beside, expert_width
+from moetrain.config.architecture import (
+    beside_experts,
+    dense_beside,
+    expert_width,
+    rounds,
+    router_paths,
+)
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.frozen_sizes import MAX_LAYERS, count_frozen
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
@@ -107,9 +113,9 @@ def count_parameters(sizes: ModelConfig, vocab_size: int,
             beside = beside_experts(sizes, kind.layer).values()
             matrices += kind.layers * sum(prod(shape) for shape in beside if len(shape) > 1)
             rest += kind.layers * sum(prod(shape) for shape in beside if len(shape) == 1)
-            rest += kind.layers * kind.num_experts * width
+            rest += kind.layers * kind.num_experts * width * len(router_paths(sizes))
             experts += kind.layers * kind.num_experts * one
-            active += kind.layers * kind.top_k * one
+            active += kind.layers * min(kind.top_k * rounds(sizes), kind.num_experts) * one
     return Parameters(matrices, experts, rest, active)
 
 
@@ -200,9 +206,11 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
     """
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
-    slots, decided = kind.top_k, 36 * kind.top_k                 # expert ids, weights and row orders
-    rows, inside, choices = slots * expert_width(sizes), slots * of_row, 12 * kind.num_experts
-    feed_forward = dense_beside(sizes, kind.layer)
+    passes = rounds(sizes) if kind.dense_dim is None else 1
+    slots, decided = passes * kind.top_k, 36 * passes * kind.top_k   # expert ids, weights and row orders
+    rows, inside = slots * expert_width(sizes), slots * of_row
+    choices = passes * 12 * kind.num_experts
+    feed_forward = passes * dense_beside(sizes, kind.layer)
     if sizes.block == "latent":
         inside += 2 * expert_width(sizes)                        # what the experts are given and return
     if kind.dense_dim is not None:
@@ -213,7 +221,7 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
         shared = 2 * feed_forward + (width if feed_forward else 0)
         numbers = 2 * width + 2 * (queries + keys) + rows + inside + shared
         return item * numbers + 4 * sizes.num_heads + decided
-    states = 4 if item >= 4 else 6  # of width D; norms keep what they cast
+    states = (4 if item >= 4 else 6) + 2 * (passes - 1)  # of width D; norms keep what they cast
     projections = (4 if sizes.qk_norm else 3) * (queries + keys)
     numbers = states * width + projections + inside + 4 * feed_forward + exchanged * rows
     if kind.dense_dim is None and sizes.block == "residual" and sizes.residual_mixing == "learned":

@@ -2,6 +2,7 @@
 
     plain      x += experts(norm(x)) + shared(norm(x))
     residual   a dense network of an expert's shape beside the experts, summed or mixed (residual.py)
+    chain      several rounds through the same experts, each routed anew (moe/chain.py)
     latent     experts in a narrower space, between two projections (latent.py)
     sliced     experts that are slices of one dense network (sliced.py)
 
@@ -20,6 +21,7 @@ from moetrain.model.latent import LatentSpace
 from moetrain.model.residual import MixedResidual, SummedResidual
 from moetrain.model.sliced import SliceWeights
 from moetrain.moe.capacity import CapacityPolicy
+from moetrain.moe.chain import ChainLayer
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoELayer, SparseLayer
 from moetrain.moe.wrappers import LayerWrapper
@@ -62,6 +64,14 @@ def _residual(parts: LayerParts) -> SparseLayer:
         parts, residual=residual(dim=sizes.dim, hidden_dim=residual_width(sizes, parts.layer)))
 
 
+def _chain(parts: LayerParts) -> SparseLayer:
+    sizes = parts.config.model
+    routers = [parts.make_router() for _ in range(1 if sizes.chain_share_router else sizes.chain_rounds)]
+    return ChainLayer(name=parts.name, routers=(routers * sizes.chain_rounds)[:sizes.chain_rounds],
+                      experts=parts.experts, wrappers=_shared(parts), capacity=parts.capacity,
+                      residual=sizes.chain_residual)
+
+
 def _latent(parts: LayerParts) -> SparseLayer:
     sizes = parts.config.model
     return _surrounded(parts, latent=LatentSpace(dim=sizes.dim, latent_dim=expert_width(sizes)))
@@ -73,13 +83,16 @@ def _sliced(parts: LayerParts) -> SparseLayer:
 
 
 ARCHITECTURES: dict[str, Callable[[LayerParts], SparseLayer]] = {
-    "plain": _plain, "residual": _residual, "latent": _latent, "sliced": _sliced}
+    "plain": _plain, "residual": _residual, "chain": _chain, "latent": _latent, "sliced": _sliced}
 
 
 def _surrounded(parts: LayerParts, **wrappers: LayerWrapper) -> MoELayer:
     """Build the layer of one router and one bank, with wrappers inside the shared experts."""
-    sizes = parts.config.model
-    shared_dim = shared_width(sizes, parts.layer)
-    shared = {"shared": SharedExpert(dim=sizes.dim, hidden_dim=shared_dim)} if shared_dim else {}
     return MoELayer(name=parts.name, router=parts.make_router(), experts=parts.experts,
-                    wrappers={**shared, **wrappers}, capacity=parts.capacity)
+                    wrappers={**_shared(parts), **wrappers}, capacity=parts.capacity)
+
+
+def _shared(parts: LayerParts) -> dict[str, LayerWrapper]:
+    """Build the shared experts, if there are any."""
+    dim, hidden_dim = parts.config.model.dim, shared_width(parts.config.model, parts.layer)
+    return {"shared": SharedExpert(dim=dim, hidden_dim=hidden_dim)} if hidden_dim else {}

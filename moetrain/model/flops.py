@@ -3,7 +3,7 @@
 The formula counts multiplications and additions of the matrix products of one token:
 
     forward     2 for each weight that the token is multiplied with: K experts, matrices beside them, router,
-                attention, head
+                attention, head; of a chain of experts in every round
                 4 H h (S + 1) / 2 for each layer, scores and values of causal attention, in which a token
                 attends to half of the sequence on average
     backward    twice forward
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from moetrain.comm.mesh import Mesh
-from moetrain.config.architecture import beside_experts, expert_width
+from moetrain.config.architecture import beside_experts, expert_width, rounds
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import SWIGLU, Config, ModelConfig
@@ -90,5 +90,5 @@ def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, An
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
     one = expert_sizes(expert, expert_width(sizes), per_layer(sizes.expert_dim, layer)).in_matrices
     beside = sum(prod(shape) for shape in beside_experts(sizes, layer).values() if len(shape) > 1)
-    return (attention + 2 * sizes.dim * per_layer(sizes.num_experts, layer)
-            + 2 * beside + 2 * one * per_layer(sizes.top_k, layer))
+    router = sizes.dim * per_layer(sizes.num_experts, layer)
+    return attention + 2 * rounds(sizes) * (router + beside + one * per_layer(sizes.top_k, layer))

@@ -43,8 +43,9 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """Pre-norm block: x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    One of `moe` and `ffn` is the feed-forward part, the other is None. The attention may be a sparse layer,
-    too (moe/layer.py).
+    One of `moe` and `ffn` is the feed-forward part, the other is None. A sparse layer that `takes_stream`
+    maps x itself, and applies the second norm where it needs it. The attention may be a sparse layer, too
+    (moe/layer.py).
 
     Args:
         attention: self-attention.
@@ -105,6 +106,9 @@ class Block(nn.Module):
             stats.update(attended.stats)
         else:
             x_BSD = x_BSD + self.attention(normed, rotary, mask, earlier)
+        if self.moe is not None and self.moe.takes_stream:
+            sparse = self.moe(x_BSD.flatten(0, 1), context, route_only, norm=self.ffn_norm)
+            return BlockOutput(sparse.out_TD.view_as(x_BSD), {**stats, **sparse.stats}, sparse.carry)
         normed = self.ffn_norm(x_BSD)
         if self.moe is None:
             assert self.ffn is not None

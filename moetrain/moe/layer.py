@@ -47,7 +47,8 @@ class SparseLayer(nn.Module):
 
     Subclasses define `routers`, `banks`, `feeds` and `forward`. `route` and `compute` are the steps of one
     pass. A sparse layer in place of a block's attention is called with the keyword arguments rotary, mask and
-    earlier in addition, and with x [B, S, D].
+    earlier in addition, and with x [B, S, D]. One in place of its feed-forward part that `takes_stream` gets
+    the residual stream itself, with the block's norm as `norm`, and returns the stream.
 
     With `route_only`, a layer runs the same ops in the same order, and stops after its last router.
 
@@ -55,9 +56,12 @@ class SparseLayer(nn.Module):
         capacity: drops choices beyond a limit; None drops nothing.
     """
 
+    takes_stream = False
+
     def __init__(self, capacity: CapacityPolicy | None = None) -> None:
         super().__init__()
         self.capacity = capacity or CapacityPolicy()
+        self._wrapper_names: tuple[str, ...] = ()
 
     @property
     def routers(self) -> dict[str, Router]:
@@ -73,6 +77,18 @@ class SparseLayer(nn.Module):
     def feeds(self) -> dict[str, tuple[str, ...]]:
         """Names of the routers of this layer that choose from a bank, by the name of the bank."""
         raise TypeError(f"{type(self).__name__} does not define feeds")
+
+    @property
+    def wrappers(self) -> dict[str, LayerWrapper]:
+        """What surrounds the experts, by name, outermost first."""
+        return {name: getattr(self, name) for name in self._wrapper_names}
+
+    def _add_wrappers(self, layer: str, wrappers: Mapping[str, LayerWrapper]) -> None:
+        """Make modules of the layer of them."""
+        self._wrapper_names = tuple(wrappers)
+        for name, wrapper in wrappers.items():
+            assert not hasattr(self, name), f"{layer}: a wrapper named {name}, which the layer has"
+            self.add_module(name, wrapper)
 
     def prefetch(self) -> None:
         """Start gathering copies of experts. The block calls it before attention, which hides the gather."""
@@ -102,6 +118,32 @@ class SparseLayer(nn.Module):
             context.on_counts(name, routing.stats)
         return self.capacity.apply(routing, context)
 
+    def compute(self, experts: RoutedExperts, x_TD: Tensor, routing: Routing,
+                wrappers: Mapping[str, LayerWrapper], *, read: bool) -> Tensor:
+        """Send tokens to their experts, inside the wrappers, and sum the outputs of each token.
+
+        Args:
+            experts: bank of the pass.
+            x_TD: [T, D], normalized hidden states.
+            routing: the decision.
+            wrappers: what surrounds the experts, by name, outermost first.
+            read: whether what follows reads the values of the outputs in backward (`RoutedExperts`).
+
+        Returns:
+            The sum [T, D] of each token's routed experts, as the wrappers leave it.
+        """
+        inputs = [x_TD]                                  # of every wrapper, and then of the experts
+        for wrapper in wrappers.values():
+            inputs.append(wrapper.entering(inputs[-1], routing))
+        combining = experts(inputs[-1], routing.ids_TK, routing.weights_TK, routing.max_rows,
+                            read=read or any(wrapper.reads_outputs for wrapper in wrappers.values()))
+        # While the last chunk of the combine travels.
+        beside = [wrapper.beside(own_TD, routing) for wrapper, own_TD in zip(wrappers.values(), inputs)]
+        out_TD = add_residual(combining.wait(), inputs[-1], routing)
+        for wrapper, own_TD, beside_TD in reversed(list(zip(wrappers.values(), inputs, beside))):
+            out_TD = wrapper.leaving(out_TD, own_TD, routing, beside_TD)
+        return out_TD
+
     def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
         """Map tokens [T, D] to [T, D], with statistics of the routing."""
         raise TypeError(f"{type(self).__name__} does not define forward")
@@ -129,11 +171,7 @@ class MoELayer(SparseLayer):
         super().__init__(capacity)
         self.name = name
         self.router, self.experts = router, experts
-        self._wrapper_names = tuple(wrappers or {})
-        for wrapper_name, wrapper in (wrappers or {}).items():
-            assert not hasattr(self, wrapper_name), (
-                f"{name}: a wrapper named {wrapper_name}, which the layer has")
-            self.add_module(wrapper_name, wrapper)
+        self._add_wrappers(name, wrappers or {})
 
     @property
     def routers(self) -> dict[str, Router]:
@@ -146,11 +184,6 @@ class MoELayer(SparseLayer):
     @property
     def feeds(self) -> dict[str, tuple[str, ...]]:
         return {self.name: (self.name,)}
-
-    @property
-    def wrappers(self) -> dict[str, LayerWrapper]:
-        """What surrounds the experts, by name, outermost first."""
-        return {name: getattr(self, name) for name in self._wrapper_names}
 
     def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
         """Send tokens to their experts and sum the outputs of each token.
@@ -169,17 +202,7 @@ class MoELayer(SparseLayer):
         stats = {self.name: routing.stats}
         if route_only:
             return MoEOutput(x_TD, stats, routing.carry)
-        inputs = [x_TD]                                  # of every wrapper, and then of the experts
-        for wrapper in wrappers.values():
-            inputs.append(wrapper.entering(inputs[-1], routing))
-        combining = self.experts(inputs[-1], routing.ids_TK, routing.weights_TK, routing.max_rows,
-                                 read=self.outputs_are_read
-                                 or any(wrapper.reads_outputs for wrapper in wrappers.values()))
-        # While the last chunk of the combine travels.
-        beside = [wrapper.beside(own_TD, routing) for wrapper, own_TD in zip(wrappers.values(), inputs)]
-        out_TD = add_residual(combining.wait(), inputs[-1], routing)
-        for wrapper, own_TD, beside_TD in reversed(list(zip(wrappers.values(), inputs, beside))):
-            out_TD = wrapper.leaving(out_TD, own_TD, routing, beside_TD)
+        out_TD = self.compute(self.experts, x_TD, routing, wrappers, read=self.outputs_are_read)
         return MoEOutput(out_TD, stats, routing.carry)
 
 

@@ -25,6 +25,7 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model.num_layers=4", "model.num_experts=[0,4,0,8]", "model.top_k=[3,2,1,1]",
            "router.weights=raw"],
           ["model.block=residual", "model.num_shared_experts=1"],
+          ["model.block=chain", "model.chain_rounds=3", "model.num_shared_experts=1"],
           ["model.block=latent", "model.latent_dim=20"]]
 
 
@@ -39,7 +40,7 @@ def test_parameters_are_those_on_the_meta_device(words: list[str], monkeypatch: 
     assert (counted.total, counted.experts) == (sum(parameter.numel() for parameter in model.parameters()),
                                                 experts)
     one = 3 * expert_width(config.model) * config.model.expert_dim
-    slots = sum(block.moe.router.max_slots() for block in model.layers if block.moe is not None)
+    slots = sum(router.max_slots() for router in model.routers.values())
     assert counted.active == counted.total - experts + slots * one
 
 

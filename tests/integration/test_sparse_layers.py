@@ -176,7 +176,8 @@ def test_a_bank_is_planned_by_the_choices_of_all_routers_that_feed_it(ranks, con
 @pytest.mark.ranks
 @pytest.mark.parametrize("counts", ["global", "micro"])
 def test_a_router_that_decides_twice_is_updated_once_by_both_passes(ranks, counts: str) -> None:
-    words = ["router=sigmoid", "router.update_rate=0.01", f"router.counts={counts}", "run.dtype=float64"]
+    words = ["router=sigmoid", "router.update_rate=0.01", "router.center=false", f"router.counts={counts}",
+             "run.dtype=float64"]
     expected, biases = train_and_biases(words, 2)
     on_two = [*words, "parallel=fsdp", "run.nproc=2", "train.micro_batch=8"]
     for _, theirs in ranks(2).run(train_and_biases, on_two, 2) if counts == "global" else ():
@@ -191,7 +192,7 @@ def test_a_router_that_decides_twice_is_updated_once_by_both_passes(ranks, count
 def train_and_biases(overrides: list[str], steps: int) -> tuple[Trained, list[torch.Tensor]]:
     run = make_run(overrides, None, sparse_layers.share_router)
     trained = train_run(run, steps)
-    return trained, [block.moe.passes[0].bias.clone() for block in run.state.model.layers]
+    return trained, [block.moe.router[0].bias.clone() for block in run.state.model.layers]
 
 
 @pytest.mark.parametrize("convert", ["pass_twice", "surround"])

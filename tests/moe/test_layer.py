@@ -8,6 +8,7 @@ from torch import Tensor
 from moetrain.errors import ConfigError
 from moetrain.model.transformer import Transformer
 from moetrain.moe.capacity import PositionCapacity
+from moetrain.moe.chain import ChainLayer
 from moetrain.moe.layer import MoELayer
 from moetrain.routers.base import RouterContext
 from tests.support import sparse_layers
@@ -105,7 +106,7 @@ def another_size(model: Transformer, config: object) -> None:
 def fed_by_nobody(model: Transformer, config: object) -> None:
     sparse_layers.pass_twice(model, config)
 
-    class FedOnce(sparse_layers.TwoPasses):
+    class FedOnce(ChainLayer):
         feeds = property(lambda self: {self.name: (f"{self.name}.0",)})
 
     model.layers[1].moe.__class__ = FedOnce

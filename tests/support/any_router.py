@@ -50,6 +50,9 @@ class Subject(NamedTuple):
 # Overrides of the tiny run for each architecture, by its name.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "residual": ("model.block=residual", "model.residual_mixing=sum", "model.num_shared_experts=1"),
+    "chain": ("model.block=chain", "model.num_shared_experts=1"),
+    "chain_inner": ("model.block=chain", "model.chain_rounds=3", "model.chain_residual=inner",
+                    "model.chain_share_router=true", "router=sigmoid"),
     "pr_moe": ("model.block=residual", "model.num_experts=[2,6]", "model.top_k=[1,2]", "router.weights=raw"),
     "latent": ("model.block=latent", "model.latent_dim=6", "model.num_shared_experts=1"),
     "sliced": ("model.block=sliced", "router.weights=raw"),

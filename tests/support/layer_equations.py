@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain.model.transformer import Block
 from moetrain.moe.layer import MoELayer
 from moetrain.routers.base import RouterContext
 from tests.support.training import make_run
@@ -13,7 +14,12 @@ TOKENS, DIM = 9, 16
 
 def first_layer(*overrides: str) -> MoELayer:
     """First layer with experts of a tiny model in float64."""
-    return make_run(["run.dtype=float64", *overrides]).state.model.layers[0].moe
+    return first_block(*overrides).moe
+
+
+def first_block(*overrides: str) -> Block:
+    """First block of a tiny model in float64."""
+    return make_run(["run.dtype=float64", *overrides]).state.model.layers[0]
 
 
 def tokens(dim: int = DIM) -> tuple[Tensor, RouterContext]:

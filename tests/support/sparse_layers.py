@@ -14,6 +14,7 @@ from moetrain.model.latent import LatentSpace
 from moetrain.model.residual import MixedResidual
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import ExpertBank
+from moetrain.moe.chain import ChainLayer
 from moetrain.moe.dispatch import TokenDispatcher
 from moetrain.moe.expert_form import SwigluExpert
 from moetrain.moe.experts import RoutedExperts
@@ -24,54 +25,18 @@ from moetrain.plan.placement import contiguous
 from moetrain.routers.base import LinearRouter, Router, RouterContext, Routing, Scores
 
 
-class TwoPasses(SparseLayer):
-    """Layer that sends its tokens through one bank twice, with a router for each pass (Chain-of-Experts).
-
-    Args:
-        name: name of the bank; the routers have it with the number of the pass.
-        routers: router of each pass. One module may decide in both.
-        experts: the bank.
-    """
-
-    def __init__(self, name: str, routers: list[Router], experts: RoutedExperts) -> None:
-        super().__init__()
-        self.name, self.experts = name, experts
-        self.passes = nn.ModuleList(routers)
-
-    @property
-    def routers(self) -> dict[str, Router]:
-        return {f"{self.name}.{number}": router for number, router in enumerate(self.passes)}
-
-    @property
-    def banks(self) -> dict[str, RoutedExperts]:
-        return {self.name: self.experts}
-
-    @property
-    def feeds(self) -> dict[str, tuple[str, ...]]:
-        return {self.name: tuple(self.routers)}
-
-    def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False) -> MoEOutput:
-        stats, out_TD, last = {}, x_TD, len(self.passes) - 1
-        for number, name in enumerate(self.routers):
-            routing = self.route(name, out_TD, context)
-            stats[name], context = routing.stats, context._replace(carry=routing.carry)
-            if not (route_only and number == last):
-                out_TD = out_TD + self.experts(out_TD, routing.ids_TK, routing.weights_TK).wait()
-        return MoEOutput(out_TD, stats, routing.carry)
-
-
 def pass_twice(model: Transformer, config: Config) -> None:
     """Let every MoE layer pass twice over its bank, with a second router."""
     for block in model.layers:
         if block.moe is not None:
-            block.moe = TwoPasses(block.moe.name, [block.moe.router, _another(block.moe.router)],
-                                  block.moe.experts)
+            block.moe = ChainLayer(name=block.moe.name, experts=block.moe.experts,
+                                   routers=[block.moe.router, _another(block.moe.router)])
 
 
 def share_router(model: Transformer, config: Config) -> None:
     """Let every MoE layer pass twice over its bank, with one router that decides in both."""
     for block in model.layers:
-        block.moe = TwoPasses(block.moe.name, [block.moe.router] * 2, block.moe.experts)
+        block.moe = ChainLayer(name=block.moe.name, experts=block.moe.experts, routers=[block.moe.router] * 2)
 
 
 def _another(router: Router) -> Router:
