@@ -67,6 +67,7 @@ RULES: list[Rule] = [
     optim.betas,
     losses.loss_names,
     losses.pools,
+    losses.equal_groups,
     ranges.divisions,
     parallel.engine,
 ]
@@ -75,4 +76,5 @@ RULES: list[Rule] = [
 OF_TRAINING: frozenset[Rule] = frozenset([
     run.stop, model.router_gradient, parallel.chunks, parallel.sliced, parallel.copies, parallel.engine,
     train.batch, data.domain_weights, optim.betas, losses.loss_names, losses.pools,
+    losses.equal_groups,
 ])

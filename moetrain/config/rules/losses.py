@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from moetrain.config.rules.model import moe_layers
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 
@@ -36,3 +37,16 @@ def pools(config: Config, ranks: int) -> Iterator[ConfigError]:
                 76, f"{name}.mode=warm with {name}.scope=node", where=f"{name}.mode",
                 why="every machine would need its own counts of the step before, and checkpoints hold none",
                 next=f"{name}.mode=buffer, or {name}.scope=global")
+
+
+def equal_groups(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check that the groups of experts of a loss are equal in every layer."""
+    sizes = [num_experts for _, num_experts, _ in moe_layers(config)]
+    for name, part in config.loss.items():
+        groups = part.get("num_groups")
+        if isinstance(groups, int) and any(experts % groups for experts in sizes):
+            works = max(g for g in range(1, groups) if all(experts % g == 0 for experts in sizes))
+            yield ConfigError(
+                270, f"loss.{name}.num_groups={groups} does not divide the experts of a layer",
+                where=f"loss.{name}.num_groups, model.num_experts", why="groups of experts are equal",
+                next=f"loss.{name}.num_groups={works}")
