@@ -53,6 +53,7 @@ RULES: list[Rule] = [
     model.experts_of_a_token,
     model.router_gradient,
     model.groups,
+    model.quantiles_of_groups,
     parallel.mode,
     parallel.sharded,
     parallel.expert_parallel,

@@ -190,7 +190,8 @@ class Transformer(nn.Module):
         return [name for name, router in self.routers.items() if router.needs_load_error]
 
     def end_of_step(self, counts: Mapping[str, Tensor], tokens: int,
-                    load_error_signs: Mapping[str, Tensor]) -> None:
+                    load_error_signs: Mapping[str, Tensor],
+                    quantiles: Mapping[Router, Tensor] = {}) -> None:
         """Update every router's controller, such as selection biases, after an optimizer step.
 
         A router that decides in several passes is updated once, by the sum of its counts and the mean of its
@@ -200,10 +201,13 @@ class Transformer(nn.Module):
             counts: int64 [C] by router name, pooled over ranks and micro-batches.
             tokens: valid tokens of the step.
             load_error_signs: float64 [C], mean over micro-batches, for `routers_needing_load_error`.
+            quantiles: float32 [C], quantiles of the margins, of the routers with `margin_quantile`.
         """
         routers, names = self.routers, dict[Router, list[str]]()
         for name, router in routers.items():
             names.setdefault(router, []).append(name)
+        for router, margins_C in quantiles.items():
+            router.take_quantiles(margins_C)
         for router, passes in names.items():
             signs = [load_error_signs[name] for name in passes if name in load_error_signs]
             router.end_of_step(reduce(torch.add, [counts[name] for name in passes]), tokens * len(passes),

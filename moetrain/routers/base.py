@@ -65,6 +65,8 @@ class RouterContext(NamedTuple):
     tied: Mapping[str, nn.Module] = {}       # modules that several routers use (TiedModules)
     # Called by each layer with its router's name and counts [E], before its tokens are dispatched.
     on_counts: Callable[[str, RoutingStats], None] | None = None
+    # Called by routers with `margin_quantile`, with their name and their margins [T, C] (take_quantiles).
+    on_margins: Callable[[str, Tensor], None] | None = None
     token_sums: Mapping[str, TokenSum] = {}      # further sums that losses ask for, by name
     decisions: list["Decision"] | None = None    # each router appends its own; None: not recorded
     edits: Mapping[str, RoutingEdits] | None = None    # changes of decisions, by router (routers/edits.py)
@@ -243,6 +245,25 @@ class Router(nn.Module):
     def needs_load_error(self) -> bool:
         """Whether `end_of_step` takes `signs_E`."""
         return False
+
+    @property
+    def margin_quantile(self) -> tuple[int, int] | None:
+        """Share of the margins below those that `take_quantiles` takes, as a fraction; None: it takes none.
+
+        A router with a share hands the margins [T, C] of each decision to `RouterContext.on_margins`, if that
+        is given: any number for each token and choice, by which they are ordered, and infinity where there is
+        none, as for padding.
+        """
+        return None
+
+    def take_quantiles(self, margins_C: Tensor) -> None:
+        """Update controllers by the margins of a step, before `end_of_step`; only with `margin_quantile`.
+
+        Args:
+            margins_C: float32 [C], for each choice the margin with exactly floor(n * share) margins below it,
+                of the n finite ones of the global batch, rounded to float32; infinity without any. It has the
+                same bits however the batch is split (train/margin_quantiles.py).
+        """
 
     def end_of_step(self, counts_E: Tensor, tokens: int, signs_E: Tensor | None = None) -> None:
         """Update controllers, such as biases, by the loads of a step.

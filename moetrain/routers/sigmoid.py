@@ -22,6 +22,9 @@ of its size. At a mean of 150, scores that differ by less than 8e-6 become equal
 0.08 % of the tokens choose other experts. So the mean is subtracted after every update (`center`), and b
 stays as small as its differences.
 
+With `balance=quantile` quantiles of margins move the bias instead, to where every expert takes its share
+(routers/quantile.py).
+
 Padding chooses nothing and counts nowhere. The choice may be limited to a few groups of experts
 (routers/groups.py).
 
@@ -34,14 +37,13 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.router import RouterRule
-from moetrain.ops.start import Start, constant
 from moetrain.routers.base import RouterContext, Scores, load_error_sign
-from moetrain.routers.groups import GroupLimitedRouter
+from moetrain.routers.quantile import BiasedRouter
 
 TINY = 1e-20                                 # DeepSeek-V3's; also avoids 0 / 0 in rows of padding
 
 
-class SigmoidRouter(GroupLimitedRouter):
+class SigmoidRouter(BiasedRouter):
     """Router with sigmoid scores and a selection bias that follows the loads.
 
     Args:
@@ -50,9 +52,11 @@ class SigmoidRouter(GroupLimitedRouter):
         top_k: K, number of slots of a token.
         weights: convention of the gate weights: renorm or raw.
         scale: factor of the gate weights.
-        update_rate: u, step of a bias in an update; with 0 the biases stay as they are.
-        counts: counts whose sign moves the biases: those of the whole step (global) or of each micro-batch
-            (micro).
+        balance: what moves the biases: sign, of the load error, or quantile, of the margins.
+        quantile_rate: with balance=quantile, share of the way to the quantile that a step moves the biases.
+        update_rate: u, with balance=sign, step of a bias in an update; with 0 the biases stay as they are.
+        counts: with balance=sign, counts whose sign moves the biases: those of the whole step (global) or of
+            each micro-batch (micro).
         center: subtract the mean of the biases after each update; without it, the biases are those of
             DeepSeek-V3's report to the bit.
         num_groups: number of groups of experts; 1 is no limit.
@@ -62,27 +66,20 @@ class SigmoidRouter(GroupLimitedRouter):
 
     BOUNDS = {"scale": "above 0", "update_rate": "0 or more"}
     CONSTANT_WEIGHTS = {"weights": ["renorm"]}
-    choice_tensors = frozenset({"weight", "bias"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int,
                  weights: Literal["renorm", "raw"] = "renorm", scale: float = 1.0,
+                 balance: Literal["sign", "quantile"] = "sign", quantile_rate: float = 1.0,
                  update_rate: float = 1e-3, counts: Literal["global", "micro"] = "global",
                  center: bool = True, num_groups: int = 1, topk_groups: int = 1,
                  group_score: Literal["top2", "max"] = "top2") -> None:
-        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, num_groups=num_groups,
-                         topk_groups=topk_groups, group_score=group_score)
+        assert balance in ("sign", "quantile"), balance
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, biased=True,
+                         quantile_rate=quantile_rate if balance == "quantile" else None, center=center,
+                         num_groups=num_groups, topk_groups=topk_groups, group_score=group_score)
         assert weights in ("renorm", "raw") and counts in ("global", "micro"), (weights, counts)
         self.weights, self.scale = weights, scale
-        self.update_rate, self.counts, self.center = update_rate, counts, center
-        self.register_buffer("bias", torch.zeros(num_experts))
-
-    def starts(self) -> dict[str, Start]:
-        return {**super().starts(), "bias": constant(0)}
-
-    @property
-    def selection_bias(self) -> Tensor | None:
-        """The bias [E]."""
-        return self.bias
+        self.update_rate, self.counts = (update_rate if balance == "sign" else 0.0), counts
 
     def scores(self, x_TD: Tensor, context: RouterContext) -> Scores:
         """Order experts by s + b; the gates are s."""
@@ -119,6 +116,4 @@ class SigmoidRouter(GroupLimitedRouter):
             return
         error_E = signs_E if self.needs_load_error else load_error_sign(counts_E)
         assert error_E is not None
-        self.bias += self.update_rate * error_E.to(self.bias.dtype)
-        if self.center:
-            self.bias -= self.bias.mean()
+        self.move(self.update_rate * error_E.to(self.bias.dtype))

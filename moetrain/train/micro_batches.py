@@ -34,6 +34,7 @@ from moetrain.model.op_record import OpRecord
 from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
 from moetrain.routers.context import token_context
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, group_of
+from moetrain.train.margin_quantiles import MarginQuantiles, OnMargins
 from moetrain.train.metrics import flat_counts, pool
 from moetrain.train.state import Run
 
@@ -53,7 +54,11 @@ class Forward(NamedTuple):
     counts_L: Tensor | None = None
 
 
-def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Iterator[Forward]:
+# Runs a micro-batch forward, given its pooled counts and `RouterContext.on_counts`.
+RunForward = Callable[..., Forward]
+
+def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor,
+             quantiles: MarginQuantiles | None = None) -> Iterator[Forward]:
     """Run every micro-batch of a step forward, in order. Collective where counts are pooled.
 
     Args:
@@ -61,22 +66,26 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor) -> Itera
         step: number of the step, from 1.
         batches: micro-batches of this rank, on the device.
         tokens: int64 scalar, valid tokens of the global batch.
+        quantiles: is told the margins of every forward pass; None: nobody is.
 
     Yields:
         Each forward pass, once its backward may run.
     """
     rule, routers = run.objective.pool, run.state.model.num_choices
+
+    def forward(batch: Batch, pooled: PoolCounts, on_counts: OnCounts | None = None) -> Forward:
+        return forward_pass(run, step, batch, pooled, on_counts, quantiles and quantiles.micro_batch())
+
     if rule is None:
         for batch in batches:
-            yield forward_pass(run, step, batch,
-                               lambda found: pool(flat_counts(found, tokens.device), routers, tokens))
+            yield forward(batch, lambda found: pool(flat_counts(found, tokens.device), routers, tokens))
     elif rule.mode != "exact":
-        yield from _as_they_come(run, step, batches, tokens, rule)
+        yield from _as_they_come(run, forward, batches, tokens, rule)
     else:
-        yield from _whole_step(run, step, batches, tokens, rule)
+        yield from _whole_step(run, step, forward, batches, tokens, rule)
 
 
-def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor,
+def _as_they_come(run: Run, forward: RunForward, batches: list[Batch], tokens: Tensor,
                   rule: PoolRule) -> Iterator[Forward]:
     """Modes sync, buffer and warm: each micro-batch uses the counts that are known at its backward."""
     routers = run.state.model.num_choices
@@ -90,37 +99,38 @@ def _as_they_come(run: Run, step: int, batches: list[Batch], tokens: Tensor,
             return pool(known.add(pooling.wait(), last=last), routers, tokens,
                         known.add_sums(pooling.wait_for_sums()))
 
-        forward = forward_pass(run, step, batch, pooled, pooling.micro_batch())
-        yield forward._replace(counts_L=known.total_L if last and rule.scope == "global" else None)
+        passed = forward(batch, pooled, pooling.micro_batch())
+        yield passed._replace(counts_L=known.total_L if last and rule.scope == "global" else None)
 
 
-def _whole_step(run: Run, step: int, batches: list[Batch], tokens: Tensor,
+def _whole_step(run: Run, step: int, forward: RunForward, batches: list[Batch], tokens: Tensor,
                 rule: PoolRule) -> Iterator[Forward]:
     """Mode exact: every micro-batch uses the counts of the whole step."""
     routers = run.state.model.num_choices
     pooling = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device, len(batches),
                              run.objective.pooled_sums)
     pooled = cache(lambda: pool(pooling.wait(), routers, tokens, pooling.wait_for_sums()))
-    for forward in (_graphs_kept if run.graphs.kept else _counted_first)(
-            run, step, batches, pooling, lambda found: pooled()):
-        yield forward._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
+    passes = (_graphs_kept(forward, batches, pooling, lambda found: pooled()) if run.graphs.kept else
+              _counted_first(run, step, forward, batches, pooling, lambda found: pooled()))
+    for passed in passes:
+        yield passed._replace(counts_L=pooling.counts_L if rule.scope == "global" else None)
 
 
-def _counted_first(run: Run, step: int, batches: list[Batch], pooling: CountAllReduce,
-                   pooled: PoolCounts) -> Iterator[Forward]:
+def _counted_first(run: Run, step: int, forward: RunForward, batches: list[Batch],
+                   pooling: CountAllReduce, pooled: PoolCounts) -> Iterator[Forward]:
     """Count all micro-batches without gradients, then run each one forward with the recorded choices."""
     choices = [_count(run, step, batch, pooling.micro_batch()) for batch in batches]
     for batch, chosen in zip(batches, choices):
         # The record may be shorter than the pass: the last layer exchanges its counts only now.
         with chosen.replay(whole=False):
-            forward = forward_pass(run, step, batch, pooled)
-        yield forward
+            passed = forward(batch, pooled)
+        yield passed
 
 
-def _graphs_kept(run: Run, step: int, batches: list[Batch], pooling: CountAllReduce,
+def _graphs_kept(forward: RunForward, batches: list[Batch], pooling: CountAllReduce,
                  pooled: PoolCounts) -> Iterator[Forward]:
     """Run all micro-batches forward and keep their graphs."""
-    kept = [forward_pass(run, step, batch, pooled, pooling.micro_batch()) for batch in batches]
+    kept = [forward(batch, pooled, pooling.micro_batch()) for batch in batches]
     while kept:                                          # each graph is freed once it has run backward
         yield kept.pop(0)
 
@@ -143,7 +153,7 @@ def step_context(seed: int, step: int, batch: Batch, *, training: bool = True, d
 
 
 def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
-                 on_counts: OnCounts | None = None) -> Forward:
+                 on_counts: OnCounts | None = None, on_margins: OnMargins | None = None) -> Forward:
     """Run one micro-batch forward, up to its language loss.
 
     Args:
@@ -153,6 +163,7 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
         pooled: returns the pooled counts of the micro-batch's stacks; called at most once, when they are
             needed.
         on_counts: called with the name and the counts of each router as soon as it has decided.
+        on_margins: called with the name and the margins of each router that wants their quantiles.
 
     Returns:
         The forward pass, with its graph if gradients are enabled.
@@ -178,7 +189,8 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
     with record_function("forward"):
         output = run.state.model(
             batch.tokens_BS,
-            context._replace(on_counts=on_counts, decisions=decisions, token_sums=run.objective.token_sums),
+            context._replace(on_counts=on_counts, on_margins=on_margins, decisions=decisions,
+                             token_sums=run.objective.token_sums),
             batch.documents_BS, routed=routed, score=score)
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # a copy: recomputed blocks append theirs again

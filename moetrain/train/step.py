@@ -5,9 +5,9 @@
 How the forward passes obtain the pooled counts: train/micro_batches.py.
 
 Collectives of a step, whatever the data: denominators (1), counts (1), gradients (fixed buckets, or FSDP2's),
-norm (2), sums and flags (1), and those of the dispatcher in every MoE layer. Copies of experts
-(parallel/fssdp/copies.py) add the gathers of copies and the reductions of their gradients, in the layers that
-have copies, and the comparison of plans (1).
+norm (2), sums and flags (1), quantiles of margins (3, if a router wants them), and those of the dispatcher in
+every MoE layer. Copies of experts (parallel/fssdp/copies.py) add the gathers of copies and the reductions of
+their gradients, in the layers that have copies, and the comparison of plans (1).
 """
 
 import math
@@ -24,6 +24,7 @@ from moetrain.errors import ConfigError, DataError, NonFiniteError
 from moetrain.parallel.grad_norm import global_norm, scale_gradients
 from moetrain.train.checkpoint.save import SaveFlags
 from moetrain.train.loggers.stopwatch import rank_metrics
+from moetrain.train.margin_quantiles import MarginQuantiles
 from moetrain.train.memory.device_memory import peak_memory
 from moetrain.train.metrics import (
     StepSums,
@@ -100,7 +101,8 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
                      tuple(run.objective.weights))
     local = torch.zeros(sum(choices.values()), dtype=torch.int64, device=mesh.device)
     pooled_L = None                          # counts of the whole step on all ranks, where a loss pools them
-    for forward in forwards(run, step, batches, tokens):
+    quantiles = MarginQuantiles(mesh["batch"], model.routers, len(batches))
+    for forward in forwards(run, step, batches, tokens, quantiles):
         watch.lap("forward")
         share = run.objective.backward(forward.language, forward.stacks, forward.pooled, denominators.terms)
         sums.add(forward.language, share, forward.stacks)
@@ -108,6 +110,7 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
         pooled_L = forward.counts_L
         watch.lap("backward")
 
+    quantiles.advance()                      # between what hides the sums of each digit
     with record_function("reduce"):
         run.parallel.reduce()
     norm = global_norm(run.parallel.dense, run.parallel.experts, mesh)
@@ -118,6 +121,7 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     if agreed.data_failed:
         fail_together(mesh["batch"], failure)
     stop_if_not_finite(step, summed)
+    quantiles.advance()
     clipped_norm = scale_gradients([*run.parallel.dense, *run.parallel.experts], summed.norm,
                                    config.train.clip)
     rate = learning_rate(step, config.run.steps, config.optim)
@@ -125,7 +129,8 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     set_gradient_norm(run.state.optimizer, clipped_norm)
     with record_function("optimizer"):
         run.state.optimizer.step()
-    model.end_of_step(split_by_router(counts_L, choices), summed.tokens, summed.load_error_signs)
+    model.end_of_step(split_by_router(counts_L, choices), summed.tokens, summed.load_error_signs,
+                      quantiles.quantiles())
     if run.state.prior:
         run.state.prior.observe(counts_L, tokens)
     counts = split_by_router(summed.counts_L, choices)

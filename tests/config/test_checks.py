@@ -123,6 +123,8 @@ BROKEN = [
     (["model.num_experts=[8,6]", "router.num_groups=4", "router.topk_groups=2"], 63,
      "router.num_groups=2 router.topk_groups=2",
      ["router.num_groups=2"]),
+    (["router=sigmoid", "router.balance=quantile", "router.num_groups=4", "router.topk_groups=2"], 267,
+     "router.topk_groups=4", ["router.topk_groups=4"]),
     (["router.num_groups=0"], 64, "router.num_groups=1", ["router.num_groups=1"]),
     (["optim.schedule=wsd", "optim.decay=1.5"], 20, "optim.decay=0.5", ["optim.decay=0.1"]),
     (["optim=muon", "optim.muon_momentum=1"], 20, "optim.muon_momentum=0.95", ["optim.muon_momentum=0.95"]),

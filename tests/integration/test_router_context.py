@@ -34,7 +34,8 @@ from tests.support.trained_run import corpus
 from tests.support.training import make_run
 
 # Not told to routers: callbacks of the trainer, and what layers fill in.
-BESIDE = {"training", "router", "carry", "on_counts", "token_sums", "decisions", "edits", "iteration", "draw"}
+BESIDE = {"training", "router", "carry", "on_counts", "on_margins", "token_sums", "decisions", "edits",
+          "iteration", "draw"}
 RUN = ["experiment=debug", "data=text", "model.dim=16", "model.num_layers=2", "train.seq_len=12",
        "train.global_batch=4", "train.micro_batch=2", "eval.windows=2", "run.device=cpu", "run.dtype=float64",
        "run.seed=5", "run.steps=3", "balance=sequence", "log.progress=false"]

@@ -16,7 +16,9 @@ from moetrain.routers.base import Router, RouterContext
 E, K, D = 8, 3, 5
 LIMITED = ["router.num_groups=4", "router.topk_groups=2"]
 # Overrides with which a router is tried besides its defaults, by its option.
-VARIANTS = {"topk": [LIMITED], "sigmoid": [LIMITED], "top_p": [["router.k_min=2", "router.k_max=3"]],
+QUANTILE = ["router.balance=quantile"]
+VARIANTS = {"topk": [LIMITED, QUANTILE], "sigmoid": [LIMITED, QUANTILE],
+            "top_p": [["router.k_min=2", "router.k_max=3"]],
             "dtop_p": [["router.target_k=1.25"]]}
 # Sizes of their own that routers have by themselves, for finite differences, by option.
 SMALL = {"recurrent": ["router.state_dim=2"]}
@@ -81,6 +83,8 @@ def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -
         signs_C = torch.sign(skew_C.double().mean() - skew_C) if router.needs_load_error else None
         router.end_of_step(skew_C, 40, signs_C)
         router.end_of_step_together([router], [skew_C], 40)
+    if router.margin_quantile:
+        router.take_quantiles(torch.randn(router.num_choices, generator=generator) / 10)
     return router
 
 

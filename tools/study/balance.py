@@ -14,6 +14,9 @@ compared in pairs.
 On a GPU: 8 layers of 64 fine-grained experts, top-8, width 256, one rank in 32 turns of two sequences.
 Without other ranks, sync is micro, and left out.
 
+Biases move by a step against the load (micro or global counts), or by a share of the way to the quantile
+that gives every expert its share of the global batch (routers/quantile.py).
+
 The second stage takes each arm at the weight where the first stage gives it the global max violation of the
 target: the tightest balance that every arm reached. Weights are interpolated in the logarithms of both.
 (Before stage 2 began, the target was looser, 1.2 where it is 0.5 now: there, stage 1 found arms alike, so
@@ -46,8 +49,10 @@ ARMS = {
                               ("router=sigmoid", "balance=none", "router.counts=micro")),
     "bias, global counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2),
                                ("router=sigmoid", "balance=none", "router.counts=global")),
+    "bias, quantiles": Arm("router.quantile_rate", (1e-2, 1e-1, 1.0),
+                           ("router=sigmoid", "balance=none", "router.balance=quantile")),
 }
-FINAL = ("micro", "exact", "warm", "bias, global counts")
+FINAL = ("micro", "exact", "warm", "bias, global counts", "bias, quantiles")
 STAGES = {1: (200, (1, 2)), 2: (800, (11, 12, 13, 14, 15))}       # optimizer steps, seeds
 COMMON = ("experiment=quickstart", "train.micro_batch=2", "eval.windows=128", "eval.interval=0",
           "log.wandb=off", "log.interval=50", "checkpoint.interval=100")

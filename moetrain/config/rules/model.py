@@ -235,6 +235,17 @@ def groups(config: Config, ranks: int) -> Iterator[ConfigError]:
             next=f"router.num_groups={number} router.topk_groups={used}")
 
 
+def quantiles_of_groups(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse quantile balancing where tokens choose inside groups."""
+    number, used = config.router.get("num_groups", 1), config.router.get("topk_groups", 1)
+    if config.router.get("balance") == "quantile" and used < number:
+        yield ConfigError(
+            267, f"router.balance=quantile with router.topk_groups={used} of router.num_groups={number}",
+            where="router.balance, router.num_groups, router.topk_groups",
+            why="what an expert lacks to be chosen depends on its group, and so on the biases of others",
+            next=f"router.topk_groups={number}; or router=sigmoid router.balance=sign, a bias with groups")
+
+
 def _group_counts(number: int, chosen: int, sizes: list[tuple[int, int]]) -> set[int]:
     """Propose how many of `number` groups a token uses: as configured, or the fewest that are enough."""
     return {chosen, max(-(-k // max(1, n // number)) for n, k in sizes)}

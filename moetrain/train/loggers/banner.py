@@ -163,13 +163,15 @@ def capacity_line(run: Run) -> str:
 
 
 def balance_line(run: Run, accumulation: int) -> str:
-    """The balance loss, and selection biases if they depend on the split into micro-batches.
+    """The balance loss, and selection biases by quantiles or if they depend on the split into micro-batches.
 
     Args:
         run: the run.
         accumulation: micro-batches of a rank in a step.
     """
     text = _loss_text(run, accumulation)
+    if any(router.margin_quantile for router in run.state.model.routers.values()):
+        text += "; biases by quantiles of the global batch"
     return (f"{text}; biases by the counts of micro-batches   depends on: ranks, accumulation"
             if run.state.model.routers_needing_load_error else text)
 
