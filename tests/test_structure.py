@@ -243,6 +243,7 @@ COVERS = {
     "train/optim/test_optimizer": "train/optim/lr_schedule",
     "train/test_data_setup": "data/preparation/by_fingerprint",
     "train/evaluation/test_evaluate_run": "train/evaluation/periodic",
+    "train/test_objective": "routers/stack",
     "train/test_save_times": "train/checkpoint/periodic train/loggers/banner",
 }
 

@@ -12,7 +12,8 @@ from moetrain.check.findings import Check, NotTried, checks_of
 from moetrain.losses.base import AuxLoss, Pooled
 from moetrain.ops.gating import gather_weights
 from moetrain.ops.router_sums import Decided, extra_sums, router_sums
-from moetrain.routers.base import RoutingStats, Stack, stacks
+from moetrain.routers.base import RoutingStats
+from moetrain.routers.stack import Stack, stacks
 
 EXPERTS, TOKENS, ROUTERS = 8, 24, 2
 

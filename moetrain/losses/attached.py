@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moetrain.routers.base import Stack
+from moetrain.routers.stack import Stack
 
 Slopes = Sequence[Mapping[str, Tensor]]                  # of each stack, by field of RoutingStats
 

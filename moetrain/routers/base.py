@@ -7,20 +7,18 @@ what counts are pooled (train/count_pool.py).
     RouterContext   what a router may know beside x
     Routing         the decision; stays inside the layer
     RoutingStats    sums over valid tokens; leave the layer beside its output
-    Stack           statistics of several routers as one: a loss costs the same for one layer and for fifty
     Router          base class: scores, choice and gate weights make a decision (routers/edits.py changes it)
     LinearRouter    base class of routers with one matrix [C, D] in float32
 
 All records are NamedTuples: FSDP2 finds the tensors that leave a module by flattening its output as a pytree,
 and a plain dataclass would lose gradients silently.
 
-Shapes: T tokens, D model width, E experts, C choices, K slots, R routers, S sequences. Without choices that
+Shapes: T tokens, D model width, E experts, C choices, K slots, S sequences. Without choices that
 are no experts, C is E.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,43 +91,6 @@ class Routing(NamedTuple):
     # Output of choices that are no experts (moe/layer.py): residual_T * x + residual_TD.
     residual_T: Tensor | None = None         # with gradient
     residual_TD: Tensor | None = None        # with gradient
-
-
-class Stack(NamedTuple):
-    """Statistics of consecutive routers with the same number of experts."""
-
-    routers: tuple[str, ...]                 # their names
-    stats: RoutingStats                      # each field has a leading R: counts [R, E], tokens [R]
-
-
-def stacks(stats: Mapping[str, RoutingStats]) -> list[Stack]:
-    """Stack the statistics of routers, in their order: one stack if all have the same number of experts."""
-    found = []
-    for _, alike in groupby(stats.items(), key=lambda item: len(item[1].counts_E)):
-        routers, parts = zip(*alike)
-        found.append(Stack(routers, RoutingStats(*map(_stacked, zip(*parts)))))
-    return found
-
-
-def _stacked(values: tuple[Any, ...]) -> Any:
-    missing = [value is None for value in values]
-    assert all(missing) or not any(missing), "some routers have sums that others have not"
-    if missing[0] or isinstance(values[0], Tensor):
-        return None if missing[0] else torch.stack(values)
-    assert all(value.keys() == values[0].keys() for value in values), "routers bring sums of different names"
-    return {name: torch.stack([value[name] for value in values]) for name in values[0]}
-
-
-def by_stack(flat_L: Tensor, routers: Mapping[str, int]) -> list[Tensor]:
-    """Split a flat buffer of all routers into views [R, E], one for each stack of `stacks`.
-
-    Args:
-        flat_L: one number for each expert of each router, in their order.
-        routers: number of experts by router.
-    """
-    alike = [(experts, len(list(group))) for experts, group in groupby(routers.values())]
-    parts = flat_L.split([experts * many for experts, many in alike])
-    return [part.view(many, experts) for part, (experts, many) in zip(parts, alike)]
 
 
 class Scores(NamedTuple):

@@ -23,7 +23,8 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
 from moetrain.ops.pinned import to_device
-from moetrain.routers.base import RoutingStats, Stack, by_stack, load_error_sign
+from moetrain.routers.base import RoutingStats, load_error_sign
+from moetrain.routers.stack import Stack, by_stack
 from moetrain.train.objective import Denominators, LossShare
 
 
@@ -74,7 +75,7 @@ def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor,
         sums: pooled sums by router and name; None if no loss asks for any.
 
     Returns:
-        One record for each stack of consecutive routers of the same size (routers/base.py `stacks`).
+        One record for each stack of consecutive routers of the same size (routers/stack.py `stacks`).
     """
     names, pooled = iter(routers), []
     for counts_RC in by_stack(flat_L, routers):

@@ -31,8 +31,9 @@ from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
 from moetrain.losses.language import Head
 from moetrain.model.op_record import OpRecord
-from moetrain.routers.base import RouterContext, RoutingStats, Stack, stacks
+from moetrain.routers.base import RouterContext, RoutingStats
 from moetrain.routers.context import token_context
+from moetrain.routers.stack import Stack, stacks
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, group_of
 from moetrain.train.margin_quantiles import MarginQuantiles, OnMargins
 from moetrain.train.metrics import flat_counts, pool

@@ -25,7 +25,7 @@ from moetrain.errors import ConfigError
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.losses.language import CrossEntropy, LanguageLoss
 from moetrain.ops.router_sums import TokenSum
-from moetrain.routers.base import Stack
+from moetrain.routers.stack import Stack
 
 
 class Denominators(NamedTuple):

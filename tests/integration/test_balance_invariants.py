@@ -17,7 +17,8 @@ from moetrain.data.batches.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.errors import NonFiniteError
 from moetrain.routers import base
-from moetrain.routers.base import RouterContext, stacks
+from moetrain.routers.base import RouterContext
+from moetrain.routers.stack import stacks
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce, PreviousStepCounts
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.metrics import pool

@@ -8,7 +8,8 @@ from moetrain.losses.base import Pooled
 from moetrain.losses.group_balance import CommunicationBalanceLoss, DeviceBalanceLoss
 from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.ops.router_sums import Decided, extra_sums, router_sums
-from moetrain.routers.base import RoutingStats, stacks
+from moetrain.routers.base import RoutingStats
+from moetrain.routers.stack import stacks
 
 T, E, K = 20, 8, 3
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moetrain.ops.router_sums import Decided, extra_sums, first_choices, importance
-from moetrain.routers.base import RouterContext, stacks
+from moetrain.routers.base import RouterContext
+from moetrain.routers.stack import stacks
 from moetrain.routers.topk import TopKRouter
 from moetrain.train.count_pool import add_totals, totals_of
 from moetrain.train.metrics import pool

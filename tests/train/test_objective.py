@@ -12,7 +12,7 @@ from moetrain.losses.load_balance import LoadBalanceLoss
 from moetrain.losses.z import ZLoss
 from moetrain.ops.gating import top_k
 from moetrain.ops.router_sums import RouterSums, router_sums
-from moetrain.routers.base import stacks
+from moetrain.routers.stack import stacks
 from moetrain.train.metrics import pool
 from moetrain.train.objective import Objective, build_objective
 
