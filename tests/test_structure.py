@@ -226,6 +226,7 @@ COVERS = {
     "model/test_projection": "model/feed_forward",
     "model/test_residual": "model/architecture",
     "moe/test_dispatch": "moe/{dispatch_records,experts} ops/host_read",
+    "moe/test_expert_form": "moe/normalized_expert",
     "moe/test_layer": "moe/wrappers",
     "plan/cost/test_link_traffic": "plan/cost/machine",
     "plan/loads/test_forecast": "plan/loads/synthetic",

@@ -7,6 +7,7 @@ moves, shards, saves or counts experts goes by these names and shapes.
     SHAPES     parameters of one expert: names, and widths in D (model width) and F (expert width)
     starts     how each parameter starts (ops/start.py)
     rows       outputs of rows ordered by expert, from ops with autograd (ops/expert_linear.py)
+    hidden     activations before the last matrix, for diagnostics (activations.py)
     compute    rows of a micro-batch as they arrived: gather, then `rows`
     chunks     the same for a micro-batch that comes in chunks (overlap.py)
     quantize   values that a parameter takes in the computation, with a straight-through gradient
@@ -131,6 +132,13 @@ class ExpertForm:
         """
         raise TypeError(f"{type(self).__name__} does not define rows")
 
+    def hidden(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
+        """Compute the activations [R, F] that the last matrix is given, without gate weights.
+
+        A part of `compute`, for diagnostics alone. Arguments as of `rows`.
+        """
+        raise TypeError(f"{type(self).__name__} does not define hidden")
+
     def quantize(self, name: str, stacked: Tensor) -> Tensor:
         """Compute the values that parameters in QUANTIZED take in the computation. No gradient.
 
@@ -207,16 +215,21 @@ class SwigluExpert(ExpertForm):
     def rows(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
         return experts.linear("down", swiglu(experts.linear("gate_up", x_RD), weights_R))
 
+    def hidden(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
+        return swiglu(experts.linear("gate_up", x_RD))
+
     def compute(self, x_ND: Tensor, weights_R: Tensor, counts_e: Counts, order: Permutation | None,
                 homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None,
                 part: str = "rows") -> Tensor:
-        assert part == "rows", part
+        if part != "rows":
+            return super().compute(x_ND, weights_R, counts_e, order, homes, copies, part)
         gate_up_eGD, down_eDF = homes
         return grouped_experts(x_ND, weights_R, gate_up_eGD, down_eDF, counts_e, order, copies)
 
     def chunks(self, homes: Sequence[Tensor], copies: Sequence[Tensor] | None = None,
                waited: Tensor | None = None, part: str = "rows") -> ChunkComputation:
-        assert part == "rows", part
+        if part != "rows":
+            return super().chunks(homes, copies, waited, part)
         gate_up_eGD, down_eDF = homes
         return ChunkedExperts(gate_up_eGD, down_eDF, copies, waited)
 

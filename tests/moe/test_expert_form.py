@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.expert_form import ExpertForm, SwigluExpert
+from moetrain.moe.normalized_expert import NormalizedExpert
 from moetrain.ops import expert_linear, grouped_experts
 from moetrain.ops.grouped_gemm import grouped_outer
 from moetrain.ops.permute import plan_permutation, unpermute
@@ -25,6 +26,7 @@ FORMS = {
     "biased": BiasedExpert(dim=DIM, expert_dim=EXPERT_DIM),
     "clamped": ClampedExpert(dim=DIM, expert_dim=EXPERT_DIM),
     "ternary": TernaryExpert(dim=DIM, expert_dim=EXPERT_DIM),
+    "normalized": NormalizedExpert(dim=DIM, expert_dim=EXPERT_DIM),
 }
 # Experts of each token; of the second case one token has none, and one expert has no token.
 CHOICES = {"all used": [[0, 1], [2, 0], [1, 2], [0, 2], [2, 1]],

@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "pr_moe": ("model.block=residual", "model.num_experts=[2,6]", "model.top_k=[1,2]", "router.weights=raw"),
     "latent": ("model.block=latent", "model.latent_dim=6", "model.num_shared_experts=1"),
     "sliced": ("model.block=sliced", "router.weights=raw"),
+    "normalized": ("expert=normalized",),
     "deepseek_moe": ("loss=[z,device_balance,communication_balance]", "router.weights=raw",
                      "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1"),
 }

@@ -9,6 +9,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.moe.expert_form import ExpertForm, StackedParameters, weighted
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoEOutput, SparseLayer
+from moetrain.moe.normalized_expert import NormalizedExpert
 from moetrain.ops.start import Start, normal, residual_normal
 from moetrain.routers.base import Router, RouterContext
 
@@ -146,7 +147,10 @@ def reference(form: ExpertForm, x: Tensor, weight: Tensor, own: dict[str, Tensor
                     for name in ("up", "down"))
         return w * (form.activation(x @ up.T) @ down.T)
     gate, up = (x @ own["gate_up"].T).chunk(2, -1)
-    return w * ((F.silu(gate) * up) @ own["down"].T)
+    out = (F.silu(gate) * up) @ own["down"].T
+    if isinstance(form, NormalizedExpert):
+        out = own["scale"] * out / ((out ** 2).mean(-1, keepdim=True) + form.eps).sqrt()
+    return w * out
 
 
 def straight_through(matrix: Tensor) -> Tensor:
