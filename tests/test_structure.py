@@ -236,6 +236,7 @@ COVERS = {
                           "plan/planners/{balanced,base,ep,eplb,hecate,laer,llep,shadow}",
     "report/test_loads": "report/{arrays,run}",
     "report/test_loss": "report/output",
+    "report/test_routing_pictures": "report/routing",
     "report/test_specialization": "runs/specialization",
     "routers/test_properties": "routers/base",
     "runs/test_lock": "locks",

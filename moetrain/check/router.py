@@ -141,8 +141,8 @@ def _ignores_padding(subject: Subject) -> None:
 
 def _reads_what_it_says(subject: Subject) -> None:
     router, whole = subject.make(), context_of()
-    always = {"training", "router", "valid_T", "on_counts", "on_margins", "token_sums", "decisions", "edits",
-              "seq_offsets", "iteration"}
+    always = {"training", "router", "valid_T", "on_counts", "on_margins", "on_routing", "token_sums",
+              "decisions", "edits", "seq_offsets", "iteration"}
     hidden = whole._replace(**{field: default for field, default in RouterContext._field_defaults.items()
                                if field not in always | set(router.depends_on)})
     try:

@@ -4,7 +4,8 @@
 evaluated on the text that it held out, as it was prepared. data.path=<file or folder> evaluates on all of
 another text and says how much of that was trained on. eval.windows limits the text; eval.ngram=3 adds n-gram
 models up to order 3, trained on the same text and evaluated on the same windows. The result is also added to
-eval.jsonl; --json prints that line instead of the table.
+eval.jsonl; --json prints that line instead of the table. log.routing=true records what experts are chosen for
+into log/routing, for moetrain report; on other text beside what the run held out.
 """
 
 import json
@@ -22,6 +23,7 @@ from moetrain.launch.local import start_ranks
 from moetrain.launch.program import Program
 from moetrain.launch.rank import is_worker, rank
 from moetrain.runs.files import JsonlSink
+from moetrain.runs.routing_record import RoutingLog
 
 if TYPE_CHECKING:
     from moetrain.train.evaluation.evaluate_run import Evaluated
@@ -47,7 +49,7 @@ def run(argv: list[str], program: Program) -> int:
         else:
             print(f"{heading(found, config)}\n")
             print(table(found.losses, _ngrams(config, found)))
-        _keep(record, config)
+        _keep(found, record, config)
     return 0
 
 
@@ -67,11 +69,14 @@ def heading(found: "Evaluated", config: Config) -> str:
     return f"{text} of {data}, not of what it held out; {said}"
 
 
-def _keep(record: dict[str, Any], config: Config) -> None:
-    """Add the result to eval.jsonl of the run; warn where that cannot be written."""
+def _keep(found: "Evaluated", record: dict[str, Any], config: Config) -> None:
+    """Add the result to eval.jsonl of the run, and its routing; warn where that cannot be written."""
     path = run_dir(config) / "eval.jsonl"
     try:
         JsonlSink(path).write(record)
+        if found.routing is not None:
+            path = run_dir(config) / "log" / "routing"
+            RoutingLog(path).write(found.routing, None if found.typed is None else found.fingerprint)
     except DiskError as error:
         print(f"[warn] the result is not in {nearby(path)}: {error.why}", file=sys.stderr)
 

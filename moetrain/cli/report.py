@@ -3,6 +3,7 @@
     loss.png             training and held-out loss over tokens and steps
     expert_load.png      tokens per expert
     specialisation.png   experts by domain, after an evaluation on two domains or more
+    routing_*.png        what experts are chosen for, after evaluations with log.routing=true
 
 Numbers are beside each picture as CSV. Steps that log.timeline recorded are summed up in a table: phases and
 operators.

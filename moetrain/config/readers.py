@@ -122,7 +122,7 @@ ALWAYS = frozenset("""
     eval.interval eval.windows eval.batch eval.ngram eval.allow_noncausal
     checkpoint.interval checkpoint.every_minutes checkpoint.keep checkpoint.async_save checkpoint.verify
     checkpoint.max_failed_saves
-    log.interval log.heatmap_every log.progress log.sources log.router_dump log.timeline log.wandb
+    log.interval log.heatmap_every log.progress log.sources log.router_dump log.routing log.timeline log.wandb
     generate.prompt generate.tokens generate.temperature generate.top_p generate.seed generate.cache
 """.split())
 

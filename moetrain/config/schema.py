@@ -264,6 +264,9 @@ class LogConfig:
     sources: bool = key(False, "also record tokens per expert by source rank in loads.npz")
     router_dump: bool = key(
         False, "write what all routers decided in the first three steps, logits included, to log/router")
+    routing: bool = key(
+        False, "in evaluations, also record what experts are chosen for, on held-out text and on the same "
+        "text in a random order, for the pictures of moetrain report; doubles their time")
     timeline: int = key(
         0, "steps of which every operator and its times are written to log/timeline, for Perfetto and "
         "moetrain report")

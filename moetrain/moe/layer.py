@@ -116,7 +116,10 @@ class SparseLayer(nn.Module):
             routing = wrapper.routed(routing, x_TD, context)
         if context.on_counts is not None:
             context.on_counts(name, routing.stats)
-        return self.capacity.apply(routing, context)
+        kept = self.capacity.apply(routing, context)
+        if context.on_routing is not None:
+            context.on_routing(name, x_TD, routing, kept)
+        return kept
 
     def compute(self, experts: RoutedExperts, x_TD: Tensor, routing: Routing,
                 wrappers: Mapping[str, LayerWrapper], *, read: bool) -> Tensor:

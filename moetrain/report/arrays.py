@@ -13,13 +13,13 @@ import numpy as np
 
 from moetrain.files import open_regular, reason
 
-_KINDS = {"integers": "iu", "text": "U"}
+_KINDS = {"integers": "iu", "numbers": "f", "text": "U"}
 
 
 class Form(NamedTuple):
     """Required kind and shape of an array."""
 
-    kind: str              # integers or text
+    kind: str              # integers, numbers or text
     axes: tuple[str, ...]  # a name for each axis; axes of one name must have one length
 
 

@@ -65,6 +65,8 @@ class RouterContext(NamedTuple):
     on_counts: Callable[[str, RoutingStats], None] | None = None
     # Called by routers with `margin_quantile`, with their name and their margins [T, C] (take_quantiles).
     on_margins: Callable[[str, Tensor], None] | None = None
+    # Called by each layer with its router's name and input, its decision, and what capacity left of that.
+    on_routing: "Callable[[str, Tensor, Routing, Routing], None] | None" = None
     token_sums: Mapping[str, TokenSum] = {}      # further sums that losses ask for, by name
     decisions: list["Decision"] | None = None    # each router appends its own; None: not recorded
     edits: Mapping[str, RoutingEdits] | None = None    # changes of decisions, by router (routers/edits.py)

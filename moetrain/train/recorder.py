@@ -4,6 +4,7 @@
     log/saves.jsonl, log/loads    a record for each checkpoint; expert loads of each step
     loads.npz                     all expert loads, built at the end
     specialisation.npz            choices of experts by domain, of the last evaluation
+    log/routing                   what experts are chosen for, of each evaluation (log.routing)
     config.yaml, env.json         of the newest attempt
     wandb                         if it is configured
 
@@ -35,6 +36,7 @@ from moetrain.files import create, reason
 from moetrain.ops import extension
 from moetrain.runs.expert_loads import LoadsLog
 from moetrain.runs.files import JsonlSink, replace_atomically
+from moetrain.runs.routing_record import RoutingLog, collapsed_routers, summary
 from moetrain.runs.specialization import mutual_information, write_specialization
 from moetrain.train.checkpoint.save import Saved
 from moetrain.train.evaluation.evaluate import Evaluation
@@ -65,6 +67,7 @@ class Recorder:
         self.evaluations = JsonlSink(directory / "eval.jsonl")
         self.saves = JsonlSink(directory / "log" / "saves.jsonl")
         self.loads = LoadsLog(directory / "log" / "loads")
+        self.routing = RoutingLog(directory / "log" / "routing")
         self.pauses = dict.fromkeys(PAUSES, 0.0)
         _on_all(mesh, directory, lambda: _probe(directory))
 
@@ -113,7 +116,7 @@ class Recorder:
 
     def _open(self, run: Run, resumed: Path | None) -> None:
         """Cut the files to the step of the run, and connect to wandb."""
-        for sink in (self.metrics, self.evaluations, self.saves, self.loads):
+        for sink in (self.metrics, self.evaluations, self.saves, self.loads, self.routing):
             sink.cut_to(run.state.step if resumed else 0)
         if self.routers:
             self.loads.name_routers(self.experts, self.routers)
@@ -174,6 +177,11 @@ class Recorder:
                 np.mean([mutual_information(part) for part in choices]))
             write_specialization(self.directory / "specialisation.npz", run.state.step, choices, self.experts,
                                  run.dataset.measured)
+        if found.routing is not None:
+            record |= summary(found.routing)
+            self.routing.write(found.routing)
+            for router, share in collapsed_routers(found.routing).items():
+                log.warning("%s has collapsed: %.0f%% of the tokens take one expert", router, 100 * share)
         self.evaluations.write(record)
         if self.wandb:
             self.wandb.write({f"eval/{key}" if "/" in key else key: value for key, value in record.items()})

@@ -74,8 +74,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run that has everything: a dense layer, shared experts, sources."""
     directory = tmp_path_factory.mktemp("run") / "run"
     moetrain(ROOT, "train", "experiment=debug", "run.steps=2", f"run.dir={directory}", "log.sources=true",
-             "log.router_dump=true", "log.timeline=1", "loss=[z]", "model.first_dense_layers=1",
-             "model.num_shared_experts=1", "model.qk_norm=true")
+             "log.router_dump=true", "log.routing=true", "log.timeline=1", "loss=[z]",
+             "model.first_dense_layers=1", "model.num_shared_experts=1", "model.qk_norm=true")
     return directory
 
 
@@ -129,7 +129,8 @@ def test_every_file_of_a_run_is_documented(run_dir: Path) -> None:
     for name in found:
         assert any(pattern(place).match(name) if place.endswith("/") else pattern(place).fullmatch(name)
                    for place in documented), name
-    other_runs = {"log/rank-N.log", "data/", "wandb/", "wandb/id", "report/timeline.csv"}
+    other_runs = {"log/rank-N.log", "data/", "wandb/", "wandb/id", "report/timeline.csv",
+                  "log/routing/step-NNNNNNNN.<fingerprint>.npz"}
     keys = {"log.wandb=off", "data.cache", "log.router_dump=true", "log.timeline", "log.timeline_start"}
     for place in set(documented) - other_runs - keys:
         assert any(pattern(place).match(name) for name in found), place

@@ -9,6 +9,8 @@ parallelism never waits for a rank that has finished. The state of the run does 
     nats_per_byte/<domain>   nats per byte of text, comparable across tokenizers; absent where unknown
     …/mean                   unweighted mean over domains
 
+With `log.routing` the probe of routing.py sees every decision.
+
 Shapes: B windows, M parts that are measured (domains, or the rest as one), L experts of all routers.
 """
 
@@ -26,10 +28,12 @@ from moetrain.comm.reduce import largest_over, sum_over
 from moetrain.config.schema import Config
 from moetrain.data.batches.batch import Batch, Dataset, padding
 from moetrain.losses.language import cross_entropy_sum
-from moetrain.model.transformer import Transformer
+from moetrain.model.transformer import ModelOutput, Transformer
 from moetrain.ops.pinned import to_device
 from moetrain.routers.base import RouterContext
 from moetrain.routers.context import refuse_unknown
+from moetrain.runs.routing_record import RoutingRecord
+from moetrain.train.evaluation.routing import RoutingProbe
 from moetrain.train.micro_batches import step_context
 
 _FIGURES = 4  # values of a part: nats, scored tokens, bytes of text, and how often these are unknown
@@ -40,6 +44,7 @@ class Evaluation(NamedTuple):
 
     losses: dict[str, float]
     choices_ML: Tensor  # int64, used slots by part of Dataset.measured and by expert, routers in layer order
+    routing: RoutingRecord | None = None  # with log.routing, of a model with routers
 
 
 @torch.no_grad()
@@ -65,7 +70,11 @@ def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config, *
 
     if not own_domains:
         refuse_unknown(model, {"domains_T"}, "other data than the run's own")
-    sums = _sums(model, dataset, mesh, config, told, stop)
+    windows, probe = _windows(dataset, config.eval.windows), None
+    if config.log.routing and model.routers and len(windows[0]):
+        probe = RoutingProbe(model, domains=dataset.measured, windows=windows[0],
+                             seq_len=config.train.seq_len, vocab_size=dataset.vocab_size, device=mesh.device)
+    sums = _sums(model, dataset, mesh, config, told, stop, windows, probe)
     if sums is None:
         return None
     results: dict[str, float] = {}
@@ -79,18 +88,21 @@ def evaluate(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config, *
         values = [value for name, value in results.items() if name.startswith(f"{kind}/")]
         if values or kind == "loss":
             results[f"{kind}/mean"] = sum(values) / max(1, len(values))
-    return Evaluation(results, sums[:, _FIGURES:].long())
+    return Evaluation(results, sums[:, _FIGURES:].long(),
+                      None if probe is None else probe.summed(mesh["batch"], step))
 
 
 def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
-          told: Callable[[Batch], RouterContext], stop: Callable[[], bool]) -> Tensor | None:
+          told: Callable[[Batch], RouterContext], stop: Callable[[], bool],
+          windows: tuple[np.ndarray, np.ndarray], probe: RoutingProbe | None) -> Tensor | None:
     """Sums over all ranks: float64 [M, _FIGURES + L] on the host; None where a rank stops.
 
     Besides the agreement between ranks, the host waits for the device only once, at the end. Arguments as in
-    `evaluate`; `told` builds what routers are told of a batch.
+    `evaluate`; `told` builds what routers are told of a batch, `windows` is from `_windows`, and `probe` is
+    added to.
     """
     group, size = mesh["batch"], config.eval.batch
-    ids, parts = _windows(dataset, config.eval.windows)
+    ids, parts = windows
     firsts = range(group.position * size, len(ids), group.size * size)
     mine = all_or_none(
         group, lambda: [(dataset.batch(ids[at:at + size]), parts[at:at + size]) for at in firsts])
@@ -110,7 +122,8 @@ def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
                 Batch(*(field if field is None else field[rows] for field in batch)))
             text[part] += torch.tensor([known or 0, known is None])
         batch = batch.to(mesh.device)
-        output = model(batch.tokens_BS, told(batch), batch.documents_BS)
+        output = _output(model, batch, told(batch), parts_B,
+                         (number * group.size + group.position) * size, probe)
         for part, rows in _stretches(parts_B):
             nats = cross_entropy_sum(output.logits_BSV[rows], batch.targets_BS[rows]).double()
             head = torch.stack([nats, batch.scored_BS[rows].sum().double()])
@@ -118,6 +131,17 @@ def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
                 [head, *(stats.counts_SE[rows].sum(0).double() for stats in output.stats.values())])
     model.train()
     return sum_over(group, torch.cat([sums[:, :2], to_device(text, mesh.device), sums[:, 2:]], 1)).cpu()
+
+
+def _output(model: Transformer, batch: Batch, context: RouterContext, parts_B: np.ndarray, first: int,
+            probe: RoutingProbe | None) -> ModelOutput:
+    """Run the model on a batch. `first` is the number of its first window; the probe sees its routing."""
+    def forward(tokens_BS: Tensor, context: RouterContext) -> ModelOutput:
+        return model(tokens_BS, context, batch.documents_BS)
+
+    if probe is None:
+        return forward(batch.tokens_BS, context)
+    return probe.run(forward, batch, context, parts_B, first)
 
 
 def _windows(dataset: Dataset, most: int) -> tuple[np.ndarray, np.ndarray]:

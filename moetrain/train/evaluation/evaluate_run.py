@@ -22,6 +22,7 @@ from moetrain.data.corpus.overlap import Share, token_overlap
 from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
 from moetrain.model.build import ConvertModel
+from moetrain.runs.routing_record import RoutingRecord, summary
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.evaluation.trained import (
@@ -54,6 +55,7 @@ class Evaluated(NamedTuple):
     overlap: Share | None     # with the training text; None where unknown
     windows: int              # most windows of a domain
     seconds: float
+    routing: RoutingRecord | None  # with log.routing
     changed: tuple[Changed, ...]  # keys by which the model is not the one that was trained
 
 
@@ -83,9 +85,9 @@ def evaluate_run(config: Config, typed: frozenset[str] = frozenset(),
             overlap = on_first(batch, lambda: _overlap(run, dataset))
     windows = WINDOWS if name and "eval.windows" not in typed else config.eval.windows
     asked = replace(run.config, eval=replace(config.eval, windows=windows))
-    losses = evaluate(run.model, dataset, run.mesh, asked, step=run.step, own_domains=name is None).losses
-    return Evaluated(losses, dataset, run.step, run.manifest.values["tokens"], dataset.fingerprint, name,
-                     overlap, windows, time.perf_counter() - began, run.changed)
+    found = evaluate(run.model, dataset, run.mesh, asked, step=run.step, own_domains=name is None)
+    return Evaluated(found.losses, dataset, run.step, run.manifest.values["tokens"], dataset.fingerprint,
+                     name, overlap, windows, time.perf_counter() - began, found.routing, run.changed)
 
 
 def record_of(found: Evaluated) -> dict[str, Any]:
@@ -97,6 +99,8 @@ def record_of(found: Evaluated) -> dict[str, Any]:
         overlap = found.overlap
         record |= {"path": found.typed, "overlap": overlap and overlap.value,
                    "overlap_windows": overlap.windows if overlap else 0}
+    if found.routing is not None:
+        record |= summary(found.routing)
     if found.changed:
         record["changed"] = {change.key: [change.trained, change.now] for change in found.changed}
     return record
