@@ -199,7 +199,7 @@ def test_the_page_of_keys_is_the_generated_one() -> None:
 def test_every_key_on_any_page_exists() -> None:
     """Words like `section.key` in backticks, with or without a value."""
     known = {*schema_keys(), *(key.path for section in schema_sections() for key in keys_of(section)),
-             "router._target_", "balance._target_", "capacity._target_", "planner._target_"}
+             *(f"{part}._target_" for part in ("router", "expert", "balance", "capacity", "planner"))}
     sections = {key.partition(".")[0] for key in known}
     for page, text in PAGES.items():
         code = " ".join(re.findall(r"`[^`\n]+`", text))
