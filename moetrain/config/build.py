@@ -188,7 +188,7 @@ def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]
     definitions = dict(_ancestry(module, name))
     if not definitions:
         raise NoSuchPart(_undefined(module, name))
-    if base not in definitions or name.startswith("_"):
+    if base not in definitions:
         raise NoSuchPart(f"{target} is no {family}: those descend from {base}")
     own = [node for path, cls in definitions.items() if path != base for node in cls.body]
     for need in needs:

@@ -24,6 +24,7 @@ from moetrain.config.values import (
     Misfit,
     expanded,
     fit,
+    fits_in_list,
     flatten,
     leaves,
     schema_keys,
@@ -224,8 +225,10 @@ class _Finisher:
             choices = [] if meant else nearest(str(value), misfit.choices) or list(misfit.choices)
             number = _whole_number(value) if type_name(key.type).startswith("int") else None
             default = [] if key.default is MISSING else [show(key.default)]
-            examples = choices or ([number] if number is not None else default)
-            what = "is not one of its values" if misfit.choices else f"is not {type_name(key.type)}"
+            listed = [f"[{show(value)}]"] if key.default == [] and fits_in_list(value, key.type) else []
+            examples = choices or listed or ([number] if number is not None else default)
+            kind = f"{'a ' * type_name(key.type).startswith('list')}{type_name(key.type)}"
+            what = "is not one of its values" if misfit.choices else f"is not {kind}"
             advised = " or ".join(meant or [f"{path}={example}" for example in examples])
             given = self.command.values.get(path)  # shown as typed: 1e3 would be shown as 1000, which fits
             text = given.text if given else f"{path}={show(value)}"
@@ -233,7 +236,7 @@ class _Finisher:
                 5 if misfit.choices else 4, f"{text} {what}",
                 doubt=[path],
                 where=self.origins.of(path),
-                why=f"{path} is {type_name(key.type)}: {key.help}",
+                why=f"{path} is {kind}: {key.help}",
                 next=advised or f"{path}=<{type_name(key.type)}>")
 
     def _unknown(self, path: str, value: Any) -> None:

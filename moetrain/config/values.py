@@ -142,6 +142,17 @@ def leaves(tree: Any, prefix: str = "") -> Any:
             yield path, value
 
 
+def fits_in_list(value: Any, kind: Any) -> bool:
+    """Check whether a value that is no list could be the only entry of one of this type."""
+    if isinstance(value, (list, dict)) or get_origin(kind) is not list:
+        return False
+    try:
+        fit([value], kind)
+    except Misfit:
+        return False
+    return True
+
+
 def type_name(kind: Any) -> str:
     """Name a type in a user's words: `int or null`, `list of float`, `off|offline|online`."""
     origin = get_origin(kind)

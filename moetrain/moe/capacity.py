@@ -10,6 +10,9 @@ of the slots that chose it. The others become unused (id -1, weight 0), and used
     CapacityPolicy      none      takes every slot: dropless, the default
     PositionCapacity    position  takes the first in token order; second choices queue behind first choices
     ProbCapacity        prob      takes those of the largest gate weights; of equal ones, the first token's
+    PriorityCapacity    priority  takes those of the tokens whose largest gate weight is largest (V-MoE's
+                                  batch-prioritized routing); second choices queue behind first choices
+    RandomCapacity      random    takes any at random, all with equal chances (DeepSpeed)
 
 The scope `sequence` counts inside each sequence, so a result does not depend on how sequences are spread over
 ranks and micro-batches. The scope `local` counts inside the micro-batch of a rank, as most trainers do. Its
@@ -19,9 +22,9 @@ A router's statistics are those before drops, except `dropped`: balance losses a
 was chosen. The remaining ids pass through `decide` (ops/gating.py), so that recomputation replays them. The
 weights are gathered after that.
 
-Capacity makes a token depend on other tokens. `prob` is never causal. `position` is causal for first choices,
-and with order=token for all choices: in the classic order, a later token's first choice may displace an
-earlier token's second. In generation, a sequence is what has been written so far.
+Capacity makes a token depend on other tokens. `prob`, `priority` and `random` are never causal. `position` is
+causal for first choices, and with order=token for all choices: in the classic order, a later token's first
+choice may displace an earlier token's second. In generation, a sequence is what has been written so far.
 
 Shapes: T tokens, E experts, K slots per token, N = T*K slots in the order of their priority.
 """
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.ops.gating import decide, gather_weights, scatter_weights, used_first
+from moetrain.ops.keyed_random import bits
 from moetrain.ops.start import Start
 from moetrain.routers.base import RouterContext, Routing
 
@@ -64,7 +68,7 @@ class CapacityPolicy(nn.Module):
         return "dropless"
 
 
-class _LimitedCapacity(CapacityPolicy):
+class LimitedCapacity(CapacityPolicy):
     """Base class of the policies that drop slots. Subclasses define `priority`, the order of service.
 
     Args:
@@ -100,7 +104,7 @@ class _LimitedCapacity(CapacityPolicy):
                 f" at least {self.min_capacity}, per {within}")
         return f"{text}   depends on: {self.depends_on}" if self.depends_on else text
 
-    def priority(self, weights_TK: Tensor) -> Tensor:
+    def priority(self, weights_TK: Tensor, context: RouterContext) -> Tensor:
         """Order the flat slots t*K + k, those to keep first: int64 [N]."""
         raise TypeError(f"{type(self).__name__} does not define priority")
 
@@ -137,7 +141,7 @@ class _LimitedCapacity(CapacityPolicy):
         scope_T = (sequence_of(context, tokens, ids_TK.device) if self.scope == "sequence"
                    else ids_TK.new_zeros(tokens))
         capacity_T = self._capacity((ids_TK >= 0).sum(1), scope_T, context.training)
-        order_N = self.priority(weights_TK)
+        order_N = self.priority(weights_TK, context)
         token_N, id_N = order_N // slots, ids_TK.flatten()[order_N]
         queue_N = (scope_T[token_N] * self.num_experts + id_N).where(id_N >= 0, -1)
         kept_N = (id_N >= 0) & (place_in_queue(queue_N) < capacity_T[token_N])
@@ -154,7 +158,7 @@ class _LimitedCapacity(CapacityPolicy):
         return (-(-n_T * top // bottom)).clamp(min=self.min_capacity)
 
 
-class PositionCapacity(_LimitedCapacity):
+class PositionCapacity(LimitedCapacity):
     """Capacity policy that keeps the slots that come first in the batch.
 
     Args:
@@ -177,38 +181,57 @@ class PositionCapacity(_LimitedCapacity):
         assert order in ("choice", "token"), order
         self.order = order
 
-    def priority(self, weights_TK: Tensor) -> Tensor:
+    def priority(self, weights_TK: Tensor, context: RouterContext) -> Tensor:
         slots_TK = torch.arange(weights_TK.numel(), device=weights_TK.device).view_as(weights_TK)
         return (slots_TK.T if self.order == "choice" else slots_TK).flatten()
 
 
-class ProbCapacity(_LimitedCapacity):
-    """Capacity policy that keeps the slots of the largest gate weights.
-
-    Weights are compared in steps of 2^-16 (2^-32 in float64 runs). Where a sequence begins with one token
-    several times, the weights of these tokens are equal up to rounding. Rounding differs with the split of
-    the batch and must not decide.
-
-    Args:
-        num_experts: E.
-        factor: capacity in training, as a multiple of the mean load.
-        eval_factor: capacity in evaluation, as a multiple of the mean load.
-        min_capacity: slots that an expert takes in any case.
-        scope: count inside each `sequence`, or inside the `local` micro-batch of a rank.
-        renorm: scale the remaining weights of a token to the sum of its weights before drops.
-    """
+class ProbCapacity(LimitedCapacity):
+    """Capacity policy that keeps the slots of the largest gate weights. Arguments as in `LimitedCapacity`."""
 
     name = "prob"
 
-    def __init__(self, *, num_experts: int, factor: float = 1.25, eval_factor: float = 2.0,
-                 min_capacity: int = 4, scope: Literal["sequence", "local"] = "sequence",
-                 renorm: bool = False) -> None:
-        super().__init__(num_experts=num_experts, factor=factor, eval_factor=eval_factor,
-                         min_capacity=min_capacity, scope=scope, renorm=renorm)
+    def priority(self, weights_TK: Tensor, context: RouterContext) -> Tensor:
+        return in_steps(weights_TK).flatten().argsort(descending=True, stable=True)
 
-    def priority(self, weights_TK: Tensor) -> Tensor:
-        steps = 2.0**32 if weights_TK.dtype == torch.float64 else 2.0**16
-        return (weights_TK * steps).round().flatten().argsort(descending=True, stable=True)
+
+class PriorityCapacity(LimitedCapacity):
+    """Capacity policy that serves the tokens with the largest gate weights first, choice by choice.
+
+    Batch-prioritized routing of V-MoE (2106.05974), by the largest weight of a token. Arguments as in
+    `LimitedCapacity`.
+    """
+
+    name = "priority"
+
+    def priority(self, weights_TK: Tensor, context: RouterContext) -> Tensor:
+        tokens, slots = weights_TK.shape
+        if not weights_TK.numel():
+            return torch.zeros(0, dtype=torch.int64, device=weights_TK.device)
+        order_T = in_steps(weights_TK.amax(1)).argsort(descending=True, stable=True)
+        return (order_T * slots + torch.arange(slots, device=weights_TK.device)[:, None]).flatten()
+
+
+class RandomCapacity(LimitedCapacity):
+    """Capacity policy that keeps slots at random: each of an expert's slots with the same probability.
+
+    Random token selection of DeepSpeed-MoE. A slot's place is a function of the key of its token
+    (ops/keyed_random.py), so it is the same on every mesh. Arguments as in `LimitedCapacity`.
+    """
+
+    name = "random"
+
+    def priority(self, weights_TK: Tensor, context: RouterContext) -> Tensor:
+        return bits(context, weights_TK.shape[1], use="capacity").flatten().argsort(stable=True)
+
+
+def in_steps(weights: Tensor) -> Tensor:
+    """Round gate weights to steps of 2^-16, 2^-32 in float64 runs, as integers in their own dtype.
+
+    Where a sequence begins with one token several times, the weights of these tokens are equal up to
+    rounding. Rounding differs with the split of the batch and must not decide who is served first.
+    """
+    return (weights * (2.0**32 if weights.dtype == torch.float64 else 2.0**16)).round()
 
 
 def sequence_of(context: RouterContext, tokens: int, device: torch.device) -> Tensor:

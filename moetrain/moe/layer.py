@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from moetrain.errors import ConfigError
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.wrappers import LayerWrapper
@@ -223,5 +224,12 @@ def add_residual(out_TD: Tensor, x_TD: Tensor, routing: Routing) -> Tensor:
     if routing.residual_T is not None:
         out_TD = out_TD + (routing.residual_T[:, None] * x_TD).to(out_TD.dtype)
     if routing.residual_TD is not None:
+        if routing.residual_TD.shape != out_TD.shape:
+            raise ConfigError(
+                245, f"choices that are no experts give vectors of width {routing.residual_TD.shape[1]}, and "
+                     f"the experts compute in width {out_TD.shape[1]}",
+                where="a wrapper that changes the width, and Router.residual",
+                why="both are added where the experts' outputs are combined",
+                next="choices that return nothing or the token itself, or no wrapper that changes the width")
         out_TD = out_TD + routing.residual_TD.to(out_TD.dtype)
     return out_TD

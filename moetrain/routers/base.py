@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from moetrain.errors import ConfigError
 from moetrain.ops.gating import (
     decide,
     gather_weights,
@@ -126,7 +127,7 @@ class Router(nn.Module):
 
     # Whether the decision for a token depends on that token and earlier ones of its sequence alone.
     causal = True
-    # Fields of RouterContext that it reads, beside `valid_T` and `training`.
+    # Tensors of RouterContext that it reads, beside `valid_T`; those that key its random numbers, too.
     depends_on: frozenset[str] = frozenset()
     # Names of the parameters and buffers that have one row for each choice.
     choice_tensors: frozenset[str] = frozenset()
@@ -271,6 +272,7 @@ class Router(nn.Module):
         Returns:
             The record of the decision.
         """
+        self._refuse_other_widths(scores, len(x_TD), context)
         edits, order_TC = edits_of(context), scores.order_TC
         if edits.scores is not None:
             if order_TC is None:
@@ -290,6 +292,18 @@ class Router(nn.Module):
         routing = self.routing(ids_TK, weights_TK, self.probabilities(scores), scores.logits_TC,
                                context._replace(edits=None))
         return routing._replace(residual_T=residual_T, residual_TD=residual_TD, carry=scores.carry)
+
+    def _refuse_other_widths(self, scores: Scores, tokens: int, context: RouterContext) -> None:
+        """Raise ConfigError for scores of another shape than [T, C]."""
+        for field, values in zip(Scores._fields, scores):
+            if values is not None and values.shape != (tokens, self.num_choices):
+                cls = type(self)
+                raise ConfigError(
+                    246, f"{context.router}: {field.removesuffix('_TC')} of {cls.__name__} have shape "
+                         f"{list(values.shape)}", where=f"scores of {cls.__module__}.{cls.__qualname__}",
+                    why=f"{tokens} tokens choose from num_choices={self.num_choices} choices",
+                    next=f"return [{tokens}, {self.num_choices}], or give Router.__init__ the number of "
+                         "choices as num_choices")
 
     def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TC: Tensor | None,
                 logits_TC: Tensor | None, context: RouterContext) -> Routing:

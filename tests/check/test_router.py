@@ -20,7 +20,7 @@ class GlobalNoise(TopKRouter):
 
 
 class KeyedNoise(TopKRouter):
-    depends_on = frozenset({"seed", "step", "sample_ids_T", "positions_T", "draw"})
+    depends_on = frozenset({"sample_ids_T", "positions_T"})
 
     def scores(self, x_TD: Tensor, context: RouterContext) -> Scores:
         scores = super().scores(x_TD, context)
@@ -29,7 +29,7 @@ class KeyedNoise(TopKRouter):
 
 
 class UndeclaredNoise(KeyedNoise):
-    depends_on = frozenset({"seed", "step"})
+    depends_on = frozenset({"sample_ids_T"})
 
 
 class SeesTheBatch(TopKRouter):

@@ -43,7 +43,6 @@ FOREIGN = [
     ("router", "os.system", "outside moetrain.routers"),
     ("router", "moetrain.__main__.main", "outside moetrain.routers"),
     ("capacity", "moetrain.comm.exchange.backends._package", "outside moetrain.moe"),
-    ("capacity", "moetrain.moe.capacity._LimitedCapacity", "descend from"),
     ("capacity", "moetrain.moe.capacity.place_in_queue", "descend from"),
     ("router", "moetrain.routers.topk.Tensor", "defines no Tensor"),
     ("router", "moetrain.routers.topk.GroupLimitedRouter", "defines no GroupLimitedRouter"),

@@ -46,6 +46,7 @@ BROKEN = [
      ["model.moe_layers=null", "model.first_dense_layers=2"]),
     (["model.num_experts=[0,0]"], 220, "model.num_experts=8",
      ["model.moe_layers=every_2", "model.num_experts=8"]),
+    (["model.moe_layers=[1,1]"], 220, "model.moe_layers=[1]", ["model.moe_layers=[1]"]),
     (["model.moe_layers=[0,2]"], 220, "model.moe_layers=[1]", ["model.moe_layers=[1]"]),
     (["model.moe_layers=2"], 220, "model.moe_layers=every_2", ["model.moe_layers=every_2"]),
     (["model.moe_layers=every_2", "model.first_dense_layers=1"], 221, "model.first_dense_layers=0",

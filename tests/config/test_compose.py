@@ -179,6 +179,7 @@ def test_all_mistakes_are_reported_together() -> None:
     ("run.steps=1e3", "004", "run.steps=1000"),
     ("optim.betas=[a,b]", "004", "optim.betas=[0.9,0.95]"),
     ("optim.betas=0.9", "004", "optim.betas=[0.9,0.95]"),
+    ("train.frozen=embed", "004", "train.frozen=[embed]"),
     ("balance.weight=heavy", "004", "balance.weight=0.01"),
     ("balance.scope=gloabl", "005", "balance.scope=global"), ("balance.scope=null", "004", "balance.scope"),
     ("balance.mode=exakt", "005", "balance.mode=exact"), ("balance.mode=null", "004", "balance.mode"),

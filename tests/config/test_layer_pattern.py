@@ -16,7 +16,7 @@ FORMS = {
     "model.moe_layers=every_4": lambda layers: [layer for layer in range(layers) if (layer + 1) % 4 == 0],
     "model.moe_layers=every_3_from_0": lambda layers: [layer for layer in range(layers) if layer % 3 == 0],
     "model.moe_layers=every_3_from_4": lambda layers: [layer for layer in (4, 7, 10) if layer < layers],
-    "model.moe_layers=[5,0,0]": lambda layers: [0, 5] if layers > 5 else None,
+    "model.moe_layers=[5,0]": lambda layers: [0, 5] if layers > 5 else None,
     "model.first_dense_layers=3": lambda layers: list(range(3, layers)) if layers > 2 else None,
 }
 

@@ -21,6 +21,8 @@ BASES = (ROOT, ROOT / "moetrain", ROOT / "tests")
 # Files that readers make.
 THEIRS = {"moetrain/losses/sureness.py", "conf/loss/sureness.yaml", "moetrain/routers/softplus.py",
           "conf/router/softplus.yaml", "moetrain/moe/squared_relu.py", "conf/expert/squared_relu.yaml",
+          "moetrain/moe/last_capacity.py", "conf/capacity/last.yaml", "moetrain/plan/planners/hottest.py",
+          "conf/planner/hottest.yaml",
           "runs/big/job.sbatch"}
 TENSORS = re.compile(r"model\.(layers|embed|head|norm)\b")          # names in a checkpoint, not keys
 FOLDERS = {path.name for base in BASES for path in base.iterdir() if path.is_dir()}

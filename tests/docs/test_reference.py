@@ -264,11 +264,15 @@ def test_the_examples_of_a_router_and_a_loss_train(tmp_path: Path) -> None:
     blocks = re.findall(r"`([\w/.]+)`[^`]*\n\n```(?:python|yaml)\n(.*?)```", PAGES["records"], re.DOTALL)
     assert [name for name, _ in blocks] == ["moetrain/routers/softplus.py", "conf/router/softplus.yaml",
                                             "moetrain/moe/squared_relu.py", "conf/expert/squared_relu.yaml",
-                                            "moetrain/losses/sureness.py", "conf/loss/sureness.yaml"]
+                                            "moetrain/losses/sureness.py", "conf/loss/sureness.yaml",
+                                            "moetrain/moe/last_capacity.py", "conf/capacity/last.yaml",
+                                            "moetrain/plan/planners/hottest.py",
+                                            "conf/planner/hottest.yaml"]
     for name, code in blocks:
         (tmp_path / name).write_text(code)
     moetrain(tmp_path, "train", "experiment=debug", "run.steps=1", "router=softplus", "router.scale=2.5",
-             "expert=squared_relu", "loss=[z,sureness]")
+             "expert=squared_relu", "loss=[z,sureness]", "capacity=last", "parallel=fssdp", "run.nproc=2",
+             "planner=hottest")
     (metrics,) = lines(tmp_path / "runs/debug/metrics.jsonl")
     assert {"loss/z", "loss/sureness", "loss/weighted/sureness"} <= set(metrics)
     assert "factor of the gate weights" in " ".join(moetrain(tmp_path, "train", "--help", "router").split())

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from moetrain.config.compose import compose
 from moetrain.model.activation_checkpointing import recomputed
-from moetrain.moe.capacity import CapacityPolicy, PositionCapacity, ProbCapacity, place_in_queue
+from moetrain.moe.capacity import (
+    CapacityPolicy,
+    PositionCapacity,
+    PriorityCapacity,
+    ProbCapacity,
+    RandomCapacity,
+    place_in_queue,
+)
 from moetrain.ops.counts import count_ids
 from moetrain.ops.gating import used_first
+from moetrain.ops.keyed_random import bits
 from moetrain.ops.router_sums import router_sums
 from moetrain.routers.base import RouterContext, Routing
 from moetrain.train.step import train_step
@@ -25,6 +33,8 @@ POLICIES = {
     "position": partial(PositionCapacity, num_experts=E),
     "token": partial(PositionCapacity, num_experts=E, order="token"),
     "prob": partial(ProbCapacity, num_experts=E),
+    "priority": partial(PriorityCapacity, num_experts=E),
+    "random": partial(RandomCapacity, num_experts=E),
 }
 
 
@@ -42,13 +52,20 @@ def routed(tokens: int, *, seed: int = 0, ties: bool = False,
         used_TK = used_TK & (torch.arange(K) < torch.randint(0, K + 1, (tokens, 1), generator=generator))
     ids_TK, weights_TK = ids_TK.where(used_TK, -1), weights_TK.where(used_TK, 0)
     stats = router_sums(probs_TE, logits_TE, ids_TK, None)
-    return Routing(ids_TK, weights_TK, ids_TK.numel(), stats), RouterContext(positions_T=positions_T)
+    return Routing(ids_TK, weights_TK, ids_TK.numel(), stats), RouterContext(
+        router="layers.0.moe", sample_ids_T=torch.arange(tokens) // S, positions_T=positions_T)
+
+
+def part_of(context: RouterContext, tokens: slice) -> RouterContext:
+    return context._replace(positions_T=context.positions_T[tokens],
+                            sample_ids_T=context.sample_ids_T[tokens])
 
 
 def survivors_by_loop(routing: Routing, context: RouterContext, policy: str, factor: float, at_least: int,
                       together: bool = False) -> list[list[int]]:
     """Ids that each token keeps. One slot after the other takes a place at its expert, while there is one."""
     ids, weights = routing.ids_TK.tolist(), routing.weights_TK.tolist()
+    drawn = bits(context, K, use="capacity").tolist()
     sequence, number = [], -1
     for position in context.positions_T.tolist():
         number += position == 0
@@ -62,7 +79,9 @@ def survivors_by_loop(routing: Routing, context: RouterContext, policy: str, fac
             capacity += 1
         places = {e: capacity for e in range(E)}
         order = {"position": lambda s: (s[1], s[0]), "token": lambda s: s,
-                 "prob": lambda s: (-weights[s[0]][s[1]], s)}
+                 "prob": lambda s: (-weights[s[0]][s[1]], s),
+                 "priority": lambda s: (s[1], -max(weights[s[0]]), s[0]),
+                 "random": lambda s: drawn[s[0]][s[1]]}
         for t, k in sorted(slots, key=order[policy]):
             if places[ids[t][k]] > 0:
                 places[ids[t][k]] -= 1
@@ -144,6 +163,18 @@ def test_the_heaviest_survive():
             assert all(weights[t] >= weights[other] for t in kept for other in weights.keys() - kept)
 
 
+def test_random_places_are_fair_and_another_step_draws_others():
+    """12 tokens choose one expert that takes 3 of them: each is taken in a quarter of 2,000 steps."""
+    ids_TK, weights_TK = torch.zeros(12, 1, dtype=torch.int64), torch.ones(12, 1)
+    made = RandomCapacity(num_experts=E, factor=1.0, min_capacity=0)
+    context = RouterContext(router="layers.0.moe", sample_ids_T=torch.zeros(12, dtype=torch.int64),
+                            positions_T=torch.arange(12))
+    taken_T = sum(made.survivors(ids_TK, weights_TK, context._replace(step=step))[:, 0].double()
+                  for step in range(2000))
+    assert taken_T.sum() == 3 * 2000
+    assert (taken_T / 2000 - 0.25).abs().max() < 4 * (0.25 * 0.75 / 2000) ** 0.5
+
+
 def later_token_matters(policy: CapacityPolicy, slots: slice) -> bool:
     """Whether what later tokens choose can change which of an earlier token's slots survive."""
     for seed in range(20):
@@ -164,7 +195,8 @@ def test_position_is_causal_for_first_choices_and_in_order_of_tokens_for_all():
     assert not later_token_matters(POLICIES["token"](**tight), slice(0, K))
     # A later first choice comes before
     assert later_token_matters(POLICIES["position"](**tight), slice(1, K))
-    assert later_token_matters(POLICIES["prob"](**tight), slice(0, K))
+    for policy in ("prob", "priority"):
+        assert later_token_matters(POLICIES[policy](**tight), slice(0, K))
 
 
 # --- where it counts
@@ -177,11 +209,15 @@ def test_a_sequence_keeps_the_same_whatever_it_is_batched_with(policy):
     together = made.apply(routing, context).ids_TK
     for part in (slice(0, S), slice(S, 3 * S), slice(3 * S, 4 * S)):
         piece = routing._replace(ids_TK=routing.ids_TK[part], weights_TK=routing.weights_TK[part])
-        alone_ids = made.apply(piece, RouterContext(positions_T=context.positions_T[part])).ids_TK
+        alone_ids = made.apply(piece, part_of(context, part)).ids_TK
         assert alone_ids.equal(together[part])
     local = POLICIES[policy](factor=1.0, min_capacity=1, scope="local")
-    piece = routing._replace(ids_TK=routing.ids_TK[:S], weights_TK=routing.weights_TK[:S])
-    assert not local.apply(piece, context).ids_TK.equal(local.apply(routing, context).ids_TK[:S])
+    together, alone_ids = local.apply(routing, context).ids_TK, []
+    for first in range(0, 4 * S, S):
+        part = slice(first, first + S)
+        piece = routing._replace(ids_TK=routing.ids_TK[part], weights_TK=routing.weights_TK[part])
+        alone_ids.append(local.apply(piece, part_of(context, part)).ids_TK)
+    assert not torch.cat(alone_ids).equal(together)
 
 
 def test_a_sample_that_occurs_twice_is_two_sequences():
@@ -254,9 +290,10 @@ class Fickle(PositionCapacity):
 
     asked = 0
 
-    def priority(self, weights_TK: Tensor) -> Tensor:
+    def priority(self, weights_TK: Tensor, context: RouterContext) -> Tensor:
         self.asked += 1
-        return super().priority(weights_TK).flip(0) if self.asked > 1 else super().priority(weights_TK)
+        order_N = super().priority(weights_TK, context)
+        return order_N.flip(0) if self.asked > 1 else order_N
 
 
 def test_a_recompute_reweighs_the_slots_that_were_kept():
@@ -303,8 +340,9 @@ TIGHT = [*BASE, "capacity.factor=1.1", "capacity.min_capacity=1"]
      {"policy": "token", "renorm": True}),
     (["capacity=prob", "capacity.renorm=true", "router=sigmoid", "router.scale=2"],
      {"policy": "prob", "renorm": True}),
+    (["capacity=priority"], {"policy": "priority"}),
     (["capacity=prob", "capacity.scope=local", "router.weights=raw"], {"policy": "prob", "together": True}),
-], ids=["position", "token-renorm", "prob-renorm-sigmoid", "prob-local-raw"])
+], ids=["position", "token-renorm", "prob-renorm-sigmoid", "priority", "prob-local-raw"])
 def test_a_step_gives_what_the_oracle_gives(options, oracle):
     run = make_run([*options, *TIGHT, "train.clip=0"])
     start = whole([snapshot(run, lambda p: p.data)])

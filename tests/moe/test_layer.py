@@ -9,8 +9,9 @@ from moetrain.errors import ConfigError
 from moetrain.model.transformer import Transformer
 from moetrain.moe.capacity import PositionCapacity
 from moetrain.moe.chain import ChainLayer
-from moetrain.moe.layer import MoELayer
-from moetrain.routers.base import RouterContext
+from moetrain.moe.layer import MoELayer, add_residual
+from moetrain.routers.base import RouterContext, Routing, Scores
+from moetrain.routers.topk import TopKRouter
 from tests.support import sparse_layers
 from tests.support.training import make_run
 
@@ -137,3 +138,24 @@ def test_a_name_of_a_wrapper_that_the_layer_has_already_is_refused() -> None:
     layer = layers("surround")[0]
     with pytest.raises(AssertionError, match="a wrapper named router"):
         MoELayer(name="x", router=layer.router, experts=layer.experts, wrappers={"router": layer.watch})
+
+
+def test_vectors_of_choices_do_not_fit_behind_a_projection_and_this_is_said():
+    """A wrapper narrows what the experts compute in; the router's vectors have the width of the model."""
+    routing = Routing(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2), 6, None,
+                      residual_TD=torch.ones(3, 16))
+    with pytest.raises(ConfigError, match="vectors of width 16, and the experts compute in width 8"):
+        add_residual(torch.zeros(3, 8), torch.zeros(3, 8), routing)
+
+
+class TooNarrow(TopKRouter):
+    def scores(self, x_TD: Tensor, context: RouterContext) -> Scores:
+        scores = super().scores(x_TD, context)
+        return scores._replace(gates_TC=scores.gates_TC[:, 1:])
+
+
+def test_scores_of_another_width_are_said():
+    router = TooNarrow(dim=4, num_experts=6, top_k=2)
+    with pytest.raises(ConfigError, match=r"layers.0.moe: gates of TooNarrow have shape \[3, 5\]") as caught:
+        router.route(torch.randn(3, 4), RouterContext(router="layers.0.moe"))
+    assert "num_choices=6" in str(caught.value)

@@ -196,6 +196,7 @@ def _within_capacity(ids: list[list[int]], gates: list[list[float]], valid_BS: T
         tokens = [number * len(valid_S) + s for s, valid in enumerate(valid_S) if valid]
         choices = [(t, k, e) for t in tokens for k, e in enumerate(ids[t])]
         order = {"position": lambda c: (c[1], c[0]), "token": lambda c: (c[0], c[1]),
+                 "priority": lambda c: (c[1], -round(max(gates[c[0]]) * 2**32), c[0]),
                  "prob": lambda c: (-round(gates[c[0]][c[2]] * 2**32), c[0], c[1])}[policy]
         room = [max(at_least, -(-Fraction(str(factor)) * len(choices) // len(gates[0])))] * len(gates[0])
         for t, _, e in sorted(choices, key=order):

@@ -1,5 +1,6 @@
 """Rules about the sizes of the model, and about routers, which depend on them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
@@ -66,7 +67,9 @@ def layer_pattern(config: Config, ranks: int) -> Iterator[ConfigError]:
     """
     model, given = config.model, config.model.moe_layers
     written, last = f"model.moe_layers={show(given)}", model.num_layers - 1
-    outside = [layer for layer in given if not 0 <= layer <= last] if isinstance(given, list) else []
+    named = given if isinstance(given, list) else []
+    outside = [layer for layer in named if not 0 <= layer <= last]
+    twice = [layer for layer, times in Counter(named).items() if times > 1]
     if given is not None and model.first_dense_layers:
         yield ConfigError(
             221, f"{written} with model.first_dense_layers={model.first_dense_layers}",
@@ -79,6 +82,8 @@ def layer_pattern(config: Config, ranks: int) -> Iterator[ConfigError]:
     elif outside:
         wrong = f"{written} names layer {outside[0]} of {model.num_layers}"
         why = f"layers are numbered from 0 to {last}"
+    elif twice:
+        wrong, why = f"{written} names layer {twice[0]} twice", "a layer is named once"
     elif not len(sparse_layers(model)) and model.first_dense_layers < model.num_layers:
         wrong, why = "no layer has experts", f"{written} and model.num_experts={show(model.num_experts)}"
     else:
