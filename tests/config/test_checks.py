@@ -41,6 +41,8 @@ BROKEN = [
      ["planner.groups=4"]),
     (["model.num_experts=0"], 28, "model.num_experts=8", ["model.num_experts=8"]),
     (["model.num_experts=[0,8]", "model.moe_layers=[0,1]"], 28, "model.moe_layers", ["model.moe_layers=[1]"]),
+    (["router=top_p", "router.k_max=9"], 254, "router.k_max=8", ["router.k_max=8"]),
+    (["router=dtop_p", "router.target_k=9"], 255, "router.target_k=8", ["router.target_k=8"]),
     (["model.moe_layers=every_3"], 220, "model.moe_layers=every_2", ["model.moe_layers=every_2"]),
     (["model.moe_layers=[]"], 220, "model.first_dense_layers=2",
      ["model.moe_layers=null", "model.first_dense_layers=2"]),

@@ -87,10 +87,8 @@ def test_forbidding_all_but_one_expert_leaves_one():
 
 
 @pytest.mark.parametrize("overrides, code, advice", [
-    (["router=top_p", "router.k_max=9"], 254, "router.k_max=8"),
     (["router=top_p", "router.k_min=4", "router.k_max=3"], 254, "router.k_min=3 router.k_max=3"),
     (["router=top_p", "router.p=0"], 64, "router.p="),
-    (["router=dtop_p", "router.target_k=9"], 255, "router.target_k=8"),
     (["router=dtop_p", "router.k_max=4", "model.top_k=6"], 255, "router.target_k=4"),
 ])
 def test_numbers_that_no_token_can_take_are_refused(overrides, code, advice):
