@@ -147,7 +147,8 @@ def _reads_what_it_says(subject: Subject) -> None:
     try:
         least = router.route(subject.tokens(), hidden)
     except (TypeError, AttributeError, AssertionError) as error:
-        raise AssertionError(f"without {', '.join(sorted(unsaid))}: {type(error).__name__}: {error}") from error
+        without = ", ".join(sorted(unsaid))
+        raise AssertionError(f"without {without}: {type(error).__name__}: {error}") from error
     _equal(router.route(subject.tokens(), whole), least, "the fields of depends_on alone")
 
 
