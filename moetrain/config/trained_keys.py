@@ -97,6 +97,22 @@ def _start_arguments(config: Config) -> Iterator[str]:
         yield from (f"{section}.{name}" for name in names or ())
 
 
+def without_starts(config: Config) -> Config:
+    """Give arguments that only say how tensors start their defaults: a file that they name may be gone.
+
+    Args:
+        config: the config of a command that loads the checkpoint's values over every start.
+    """
+    found = config
+    for key in _start_arguments(config):
+        section, _, name = key.partition(".")
+        node = getattr(found, section)
+        default = arguments(str(node["_target_"]), section)[name].default
+        if default is not MISSING:
+            found = replace(found, **{section: {**node, name: default}})
+    return found
+
+
 def with_trained_widths(trained: Config, config: Config) -> Config:
     """Keep the `top_k` of dense layers, which are as wide as so many experts unless model.dense_dim is set.
 

@@ -6,6 +6,7 @@
     decide            identity through which every decision passes, so that it is made once in a step
     keep_best_groups  scores outside a token's best groups of experts become -inf
     gather_weights    gate weights at the decided ids
+    shares            the same over their sum
 
 `torch.topk` promises no order between ties, and CPU and CUDA disagree there; so `top_k` sorts. Activation
 checkpointing saves the results of the ops `decide` and `top_k` and replays them in recomputation
@@ -88,6 +89,11 @@ def gather_weights(probs_TE: Tensor, ids_TK: Tensor) -> Tensor:
     """Gather probabilities at the ids [T, K]; 0 in unused slots. Differentiable in the probabilities."""
     used_TK = ids_TK >= 0
     return probs_TE.gather(1, ids_TK.clamp(min=0)).where(used_TK, probs_TE.new_zeros(()))
+
+
+def shares(weights_TK: Tensor) -> Tensor:
+    """Divide the gate weights [T, K] of each token by their sum; a row of padding stays 0."""
+    return weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 def scatter_weights(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Tensor:

@@ -18,7 +18,7 @@ from tests.support.sum_losses import (
     peak_sum,
 )
 
-LOSSES = [FirstChoiceLoss(None), ImportanceLoss(None), MutualInformationLoss(None), PeakLoss()]
+LOSSES = [FirstChoiceLoss(None), ImportanceLoss(None), MutualInformationLoss(weight=0.5), PeakLoss()]
 FORMS = {"first_E": first_choices, "importance_E": importance, "local_sum": peak_sum}
 POOLED = ("first_E", "importance_E", "prob_sum_E", "tokens")
 SIZES = {"a": 5, "b": 5}

@@ -19,9 +19,10 @@ LIMITED = ["router.num_groups=4", "router.topk_groups=2"]
 QUANTILE = ["router.balance=quantile"]
 VARIANTS = {"topk": [LIMITED, QUANTILE], "sigmoid": [LIMITED, QUANTILE],
             "top_p": [["router.k_min=2", "router.k_max=3"]],
-            "dtop_p": [["router.target_k=1.25"]]}
+            "dtop_p": [["router.target_k=1.25"]],
+            "mlp": [["router.kind=gmm"], ["router.dropout=0.25", "router.sample_topk=1"]]}
 # Sizes of their own that routers have by themselves, for finite differences, by option.
-SMALL = {"recurrent": ["router.state_dim=2"]}
+SMALL = {"recurrent": ["router.state_dim=2"], "mlp": ["router.hidden=3"]}
 EVERY = [(option, overrides) for option in group_options()["router"]
          for overrides in ([], *VARIANTS.get(option, []))]
 # Parameters that have no gradient in a router by itself, by option: the state before the first layer is 0.

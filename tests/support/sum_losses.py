@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
+from moetrain.losses.mutual_information import MutualInformationLoss
 from moetrain.ops.router_sums import Decided, first_choices, importance
 from moetrain.routers.base import RoutingStats
 from moetrain.train.state import Run
@@ -59,27 +60,6 @@ class ImportanceLoss(AuxLoss):
         return {"importance_E": slope_RE.to(stats.extra["importance_E"].dtype)}
 
 
-class MutualInformationLoss(AuxLoss):
-    """Mean over tokens of H(p) - H(mean p): minus the information that a token has on its expert."""
-
-    weight, reduction, pool = 0.5, "mean", None
-    pooled_sums = frozenset({"prob_sum_E", "tokens"})
-
-    def __init__(self, pool: PoolRule | None) -> None:
-        self.pool = pool
-
-    def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
-        slopes = self.slopes(stats, pooled)
-        return slopes["entropy_sum"] * stats.entropy_sum + (slopes["prob_sum_E"] * stats.prob_sum_E).sum(-1)
-
-    def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
-        """The slope log P + 1 of -H(P), without the 1: probabilities sum to 1."""
-        dtype = stats.prob_sum_E.dtype
-        tokens = pooled.tokens.clamp(min=1).to(dtype)
-        mean_RE = pooled.sums["prob_sum_E"] / pooled.sums["tokens"][..., None]
-        return {"entropy_sum": 1 / tokens, "prob_sum_E": mean_RE.log().to(dtype) / tokens}
-
-
 def peak_sum(decided: Decided) -> Tensor:
     """Sum over tokens of the square of their largest probability, with gradient."""
     return decided.probs_TC.amax(-1).square().sum()
@@ -101,7 +81,7 @@ def add_losses(run: Run, mode: str = "exact") -> Run:
     """Train a run on all of them; `mode`: how pooled sums are pooled under accumulation."""
     rule = PoolRule("global", mode)
     for name, loss in (("first", FirstChoiceLoss(rule)), ("importance", ImportanceLoss(rule)),
-                       ("mi", MutualInformationLoss(rule)), ("peak", PeakLoss())):
+                       ("mi", MutualInformationLoss(weight=0.5, mode=mode)), ("peak", PeakLoss())):
         run.objective.losses[name] = loss
     for block in run.state.model.layers:
         block.moe.router.token_sums = {"local_sum": peak_sum}

@@ -23,7 +23,7 @@ from moetrain.config.compose import from_yaml, run_dir
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.run_names import has_config
 from moetrain.config.schema import Config
-from moetrain.config.trained_keys import Changed, changes
+from moetrain.config.trained_keys import Changed, changes, without_starts
 from moetrain.data.batches.batch import Dataset
 from moetrain.data.loader import build_dataset
 from moetrain.data.preparation.by_fingerprint import NAME_LENGTH, find_prepared, prepared_place
@@ -91,7 +91,7 @@ def load_trained(config: Config, typed: frozenset[str] = frozenset(),
     vocab_size = all_or_none(mesh["batch"], lambda: _vocabulary(manifest, directory))
     trained = all_or_none(mesh["batch"], lambda: _recorded(manifest, directory))
     config = replace(config, run=replace(config.run, seed=trained.run.seed, steps=trained.run.steps))
-    model = build_model(config, vocab_size, mesh, convert_model)
+    model = build_model(without_starts(config), vocab_size, mesh, convert_model)
     found = load_newest_model(model, directory, mesh, verify=config.checkpoint.verify)
     model.eval()
     own = as_trained(config, trained_config(directory, found.path), typed)
