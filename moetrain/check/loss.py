@@ -11,7 +11,7 @@ from torch import Tensor
 from moetrain.check.findings import Check, NotTried, checks_of
 from moetrain.losses.base import AuxLoss, Pooled
 from moetrain.ops.gating import gather_weights
-from moetrain.ops.router_sums import Decided, extra_sums, router_sums
+from moetrain.ops.router_sums import Decided, Noise, extra_sums, router_sums
 from moetrain.routers.base import RoutingStats
 from moetrain.routers.stack import Stack, stacks
 
@@ -40,12 +40,14 @@ def _decisions(first: int, last: int, loss: AuxLoss) -> Stack:
         generator = torch.Generator().manual_seed(router)
         logits_TE = torch.randn(TOKENS, EXPERTS, generator=generator, dtype=torch.float64)[first:last]
         logits_TE.requires_grad_()
-        ids_TK = logits_TE.topk(2).indices if len(logits_TE) else torch.zeros(0, 2, dtype=torch.int64)
+        deviation_TE = torch.rand(TOKENS, EXPERTS, generator=generator, dtype=torch.float64)[first:last]
+        noise = Noise(logits_TE + deviation_TE, deviation_TE)
+        ids_TK = noise.noisy_TC.topk(2).indices if len(logits_TE) else torch.zeros(0, 2, dtype=torch.int64)
         sequences = torch.arange(0, last - first + 1, 4) if _per_sequence(loss) else None
         probs_TE = logits_TE.softmax(-1)
         sums = router_sums(probs_TE, logits_TE, ids_TK, None, sequences)
         if loss.token_sums:
-            decided = Decided(probs_TE, logits_TE, ids_TK, gather_weights(probs_TE, ids_TK))
+            decided = Decided(probs_TE, logits_TE, ids_TK, gather_weights(probs_TE, ids_TK), noise)
             sums = sums._replace(extra=extra_sums(loss.token_sums, decided, None))
         stats[f"layers.{router}.moe"] = sums
     (stack,) = stacks(stats)

@@ -156,8 +156,11 @@ def _has_gradients(subject: Subject) -> None:
     router = subject.make()
     trained = [parameter for parameter in router.parameters() if parameter.requires_grad]
 
+    # An estimated gradient is none of the decisions of training; those of evaluation have a derivative.
+    context = context_of(3)._replace(training=not router.estimates_gradient)
+
     def outputs(x_TD: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        routing = router.route(x_TD, context_of(3))
+        routing = router.route(x_TD, context)
         stats = routing.stats
         return routing.weights_TK, stats.prob_sum_E, stats.lse2_sum, stats.entropy_sum
 

@@ -11,7 +11,7 @@ part in the BOUNDS of its class.
 import os
 from collections.abc import Callable, Iterator
 
-from moetrain.config.rules import data, losses, model, optim, parallel, paths, ranges, run, train
+from moetrain.config.rules import data, losses, model, optim, parallel, paths, ranges, routers, run, train
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 
@@ -54,6 +54,8 @@ RULES: list[Rule] = [
     model.router_gradient,
     model.groups,
     model.quantiles_of_groups,
+    routers.fixed_top_k,
+    routers.second_by_gates,
     parallel.mode,
     parallel.sharded,
     parallel.expert_parallel,
@@ -69,6 +71,7 @@ RULES: list[Rule] = [
     losses.loss_names,
     losses.pools,
     losses.equal_groups,
+    routers.load_of_noise,
     ranges.divisions,
     parallel.engine,
 ]
@@ -77,5 +80,5 @@ RULES: list[Rule] = [
 OF_TRAINING: frozenset[Rule] = frozenset([
     run.stop, model.router_gradient, parallel.chunks, parallel.sliced, parallel.copies, parallel.engine,
     train.batch, data.domain_weights, optim.betas, losses.loss_names, losses.pools,
-    losses.equal_groups,
+    losses.equal_groups, routers.load_of_noise,
 ])

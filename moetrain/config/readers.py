@@ -38,6 +38,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "init.digest": ("init.from!=null",),
     "router.topk_groups": ("router.num_groups>1",),
     "router.group_score": ("router.num_groups>1",),
+    "router.jitter_scope": ("router.jitter_eps>0",),
     "router.quantile_rate": ("router.balance=quantile",),
     "router.update_rate": ("router.balance=sign",),
     "router.counts": ("router.balance=sign", "router.update_rate>0"),

@@ -47,7 +47,7 @@ class ChainLayer(SparseLayer):
         residual: where the residual is added.
     """
 
-    takes_stream = True
+    takes_stream = takes_input = True
 
     def __init__(self, *, name: str, routers: Sequence[Router], experts: RoutedExperts,
                  wrappers: Mapping[str, LayerWrapper] | None = None,

@@ -58,6 +58,8 @@ class SparseLayer(nn.Module):
     """
 
     takes_stream = False
+    # Whether its experts get `Routing.input_TD` where a router gives it.
+    takes_input = False
 
     def __init__(self, capacity: CapacityPolicy | None = None) -> None:
         super().__init__()
@@ -113,6 +115,8 @@ class SparseLayer(nn.Module):
         passes = [each for each, module in self.routers.items() if module is router]
         context = context._replace(router=name, iteration=passes.index(name))
         routing = router.route(x_TD, context)
+        assert routing.input_TD is None or self.takes_input, (
+            f"{name} changes what its experts get, and {type(self).__name__} does not honor that")
         for wrapper in (wrappers or {}).values():
             routing = wrapper.routed(routing, x_TD, context)
         if context.on_counts is not None:
@@ -136,7 +140,8 @@ class SparseLayer(nn.Module):
         Returns:
             The sum [T, D] of each token's routed experts, as the wrappers leave it.
         """
-        inputs = [x_TD]                                  # of every wrapper, and then of the experts
+        # Of every wrapper, and then of the experts.
+        inputs = [x_TD if routing.input_TD is None else routing.input_TD]
         for wrapper in wrappers.values():
             inputs.append(wrapper.entering(inputs[-1], routing))
         combining = experts(inputs[-1], routing.ids_TK, routing.weights_TK, routing.max_rows,
@@ -168,6 +173,7 @@ class MoELayer(SparseLayer):
     # Whether what follows in the block reads the values of the output in backward (`RoutedExperts`). `Block`
     # only adds them to the residual stream.
     outputs_are_read = False
+    takes_input = True
 
     def __init__(self, *, name: str, router: Router, experts: RoutedExperts,
                  wrappers: Mapping[str, LayerWrapper] | None = None,

@@ -46,6 +46,13 @@ class RouterSums(NamedTuple):
         return {**fields, **(self.extra or {})}
 
 
+class Noise(NamedTuple):
+    """Normal noise on logits, by which a token chooses."""
+
+    noisy_TC: Tensor         # logits + deviation * standard normal numbers, with gradient
+    deviation_TC: Tensor     # with gradient, if the router learns it
+
+
 class Decided(NamedTuple):
     """What further sums are formed of. Rows of padding are 0, their ids -1."""
 
@@ -53,6 +60,7 @@ class Decided(NamedTuple):
     logits_TC: Tensor | None
     ids_TK: Tensor
     weights_TK: Tensor
+    noise: Noise | None = None
 
 
 # A sum over tokens, of a shape that does not depend on them; with gradient if it is of floating point.
@@ -65,7 +73,7 @@ def first_choices(decided: Decided) -> Tensor:
 
 
 def importance(decided: Decided) -> Tensor:
-    """Sum the gate weights of each choice, [C], with gradient (Shazeer et al. 2017, V-MoE)."""
+    """Sum the gate weights of each choice, [C], with gradient (Shazeer et al. 2017)."""
     return scatter_weights(decided.weights_TK, decided.ids_TK, decided.probs_TC.shape[1]).sum(0)
 
 
@@ -80,11 +88,12 @@ def extra_sums(forms: Mapping[str, TokenSum], decided: Decided, valid_T: Tensor 
     taken = set(RouterSums._fields) & set(forms)
     assert not taken, f"sums of a loss or router are named like fields of RouterSums: {sorted(taken)}"
     if valid_T is not None:
-        probs_TC, logits_TC, ids_TK, weights_TK = decided
+        probs_TC, logits_TC, ids_TK, weights_TK, noise = decided
         kept_T1 = valid_T[:, None]
         decided = Decided(probs_TC.where(kept_T1, 0),
                           None if logits_TC is None else logits_TC.where(kept_T1, 0),
-                          ids_TK, weights_TK.where(kept_T1, 0))
+                          ids_TK, weights_TK.where(kept_T1, 0),
+                          None if noise is None else Noise(*(part.where(kept_T1, 0) for part in noise)))
     return {name: form(decided) for name, form in forms.items()}
 
 

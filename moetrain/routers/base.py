@@ -32,7 +32,7 @@ from moetrain.ops.gating import (
     scatter_weights,
     used_first,
 )
-from moetrain.ops.router_sums import Decided, RouterSums, TokenSum, extra_sums, router_sums
+from moetrain.ops.router_sums import Decided, Noise, RouterSums, TokenSum, extra_sums, router_sums
 from moetrain.ops.start import Start, normal
 from moetrain.routers.edits import RoutingEdits
 from moetrain.routers.shared import TiedModules
@@ -94,6 +94,8 @@ class Routing(NamedTuple):
     # Output of choices that are no experts (moe/layer.py): residual_T * x + residual_TD.
     residual_T: Tensor | None = None         # with gradient
     residual_TD: Tensor | None = None        # with gradient
+    # What the layer's experts get in place of x; None: x.
+    input_TD: Tensor | None = None
 
 
 class Scores(NamedTuple):
@@ -103,6 +105,7 @@ class Scores(NamedTuple):
     gates_TC: Tensor | None = None           # gate weights are gathered from these
     logits_TC: Tensor | None = None          # for the z-loss and the dump of routers
     carry: Tensor | None = None              # for the router of the next layer
+    noise: Noise | None = None               # for losses: normal noise, if it was chosen by
 
 
 class Router(nn.Module):
@@ -133,6 +136,8 @@ class Router(nn.Module):
     choice_tensors: frozenset[str] = frozenset()
     # Further sums over tokens that the router brings, by name: those of all routers of a model, alike.
     token_sums: Mapping[str, TokenSum] = {}
+    # Whether the gradient of its gate weights in training is an estimate, and not their derivative.
+    estimates_gradient = False
     # Whether most of the K slots of a token stay unused, as with K = E (`Routing.max_rows`).
     uses_few_slots = False
     # Arguments of the constructor, and their values, with which a token's gate weights sum to a constant, and
@@ -290,12 +295,13 @@ class Router(nn.Module):
         residual_T, residual_TD = ((None, None) if self.num_choices == self.num_experts
                                    else self.residual(x_TD, ids_TK, weights_TK))
         routing = self.routing(ids_TK, weights_TK, self.probabilities(scores), scores.logits_TC,
-                               context._replace(edits=None))
+                               context._replace(edits=None), scores.noise)
         return routing._replace(residual_T=residual_T, residual_TD=residual_TD, carry=scores.carry)
 
     def _refuse_other_widths(self, scores: Scores, tokens: int, context: RouterContext) -> None:
         """Raise ConfigError for scores of another shape than [T, C]."""
-        for field, values in zip(Scores._fields, scores):
+        given = {"order_TC": scores.order_TC, "gates_TC": scores.gates_TC, "logits_TC": scores.logits_TC}
+        for field, values in given.items():
             if values is not None and values.shape != (tokens, self.num_choices):
                 cls = type(self)
                 raise ConfigError(
@@ -306,7 +312,7 @@ class Router(nn.Module):
                          "choices as num_choices")
 
     def routing(self, ids_TK: Tensor, weights_TK: Tensor, probs_TC: Tensor | None,
-                logits_TC: Tensor | None, context: RouterContext) -> Routing:
+                logits_TC: Tensor | None, context: RouterContext, noise: Noise | None = None) -> Routing:
         """Make the record of a decision, and its statistics.
 
         Args:
@@ -315,6 +321,7 @@ class Router(nn.Module):
             probs_TC: probabilities [T, C] for the statistics; None: a token's choices share 1 equally.
             logits_TC: logits [T, C]; None: the sum of their squared logsumexp is 0.
             context: context of the call.
+            noise: normal noise by which was chosen, for sums of losses; None: there was none.
 
         Returns:
             The record, with slots of experts alone.
@@ -330,7 +337,7 @@ class Router(nn.Module):
         stats = router_sums(probs_TC, logits_TC, ids_TK, context.valid_T, context.seq_offsets)
         forms = {**self.token_sums, **context.token_sums}
         if forms:
-            decided = Decided(probs_TC, logits_TC, ids_TK, weights_TK)
+            decided = Decided(probs_TC, logits_TC, ids_TK, weights_TK, noise)
             stats = stats._replace(extra=extra_sums(forms, decided, context.valid_T))
         if self.num_choices > self.num_experts:
             ids_TK, weights_TK = of_experts(ids_TK, weights_TK, self.num_experts)

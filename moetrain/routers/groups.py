@@ -48,8 +48,8 @@ class GroupLimitedRouter(LinearRouter):
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
 
     @property
-    def op_rule(self) -> RouterRule:
-        """Rule by which the fused op routes (`rule`)."""
+    def op_rule(self) -> RouterRule | None:
+        """Rule by which the fused op routes (`rule`); None: it does not route so."""
         raise TypeError(f"{type(self).__name__} does not define op_rule")
 
     @property
@@ -65,8 +65,9 @@ class GroupLimitedRouter(LinearRouter):
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         """Choose experts for the tokens [T, D]: by one op, where it has a kernel."""
-        if self.in_one(context):
-            return self.route_in_one(self.logits(x_TD), self.op_rule, context, self.selection_bias)
+        rule = self.op_rule
+        if rule is not None and self.in_one(context):
+            return self.route_in_one(self.logits(x_TD), rule, context, self.selection_bias)
         return super().route(x_TD, context)
 
     def in_one(self, context: RouterContext) -> bool:
@@ -76,9 +77,11 @@ class GroupLimitedRouter(LinearRouter):
         below the class whose `op_rule` it follows.
         """
         like_logits_DE = self.weight.T                       # of their device, dtype and width
-        return (context.seq_offsets is None and not context.token_sums and not self.token_sums
+        rule = self.op_rule
+        return (rule is not None and context.seq_offsets is None
+                and not context.token_sums and not self.token_sums
                 and edits_of(context) == RoutingEdits() and not _changes_a_step(type(self))
-                and kernel_takes(like_logits_DE, self.op_rule))
+                and kernel_takes(like_logits_DE, rule))
 
     def rule(self, *, sigmoid: bool, renormalised: bool, scale: float) -> RouterRule:
         """Make the rule by which the fused op routes.

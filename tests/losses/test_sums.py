@@ -3,22 +3,18 @@
 import pytest
 import torch
 
+from moetrain.losses.first_choice import FirstChoiceLoss
+from moetrain.losses.importance import ImportanceLoss
 from moetrain.ops.router_sums import Decided, extra_sums, first_choices, importance
 from moetrain.routers.base import RouterContext
 from moetrain.routers.stack import stacks
 from moetrain.routers.topk import TopKRouter
 from moetrain.train.count_pool import add_totals, totals_of
 from moetrain.train.metrics import pool
-from tests.support.sum_losses import (
-    FirstChoiceLoss,
-    ImportanceLoss,
-    MutualInformationLoss,
-    PeakLoss,
-    by_autograd,
-    peak_sum,
-)
+from tests.support.sum_losses import MutualInformationLoss, PeakLoss, by_autograd, peak_sum
 
-LOSSES = [FirstChoiceLoss(None), ImportanceLoss(None), MutualInformationLoss(weight=0.5), PeakLoss()]
+LOSSES = [FirstChoiceLoss(weight=0.3), ImportanceLoss(weight=0.2), MutualInformationLoss(weight=0.5),
+          PeakLoss()]
 FORMS = {"first_E": first_choices, "importance_E": importance, "local_sum": peak_sum}
 POOLED = ("first_E", "importance_E", "prob_sum_E", "tokens")
 SIZES = {"a": 5, "b": 5}

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.ops.keyed_random import bits, gumbel, integers, normal, permutation, root, uniform
+from moetrain.ops.keyed_random import (
+    bits,
+    coarse_uniform,
+    gumbel,
+    integers,
+    normal,
+    permutation,
+    root,
+    uniform,
+)
 from moetrain.routers.base import RouterContext
 
 T, N = 4096, 16
@@ -49,6 +58,16 @@ def test_the_hash_is_that_of_whole_numbers_of_any_size(fields: dict[str, Any], u
     for token in (0, 1, 63, 64, 129):
         assert [number & MASK for number in drawn[token].tolist()] == [
             bits_by_hand(context, token, index, use) for index in range(3)]
+
+
+def test_coarse_numbers_are_quarters_of_the_bits() -> None:
+    context = key(64)
+    drawn_TN, words_TN = coarse_uniform(context, 7, dtype=torch.float64), bits(context, 2)
+    for token in (0, 63):
+        quarters = [(words_TN[token, i // 4].item() >> 16 * (i % 4)) % 65536 for i in range(7)]
+        assert drawn_TN[token].tolist() == [(quarter + 0.5) / 65536 for quarter in quarters]
+    mean = coarse_uniform(key(), N).mean().item()
+    assert abs(mean - 0.5) < 3 / (12 * T * N) ** 0.5
 
 
 def test_the_numbers_of_a_key_never_change() -> None:

@@ -15,12 +15,19 @@ from moetrain.routers.base import Router, RouterContext
 
 E, K, D = 8, 3, 5
 LIMITED = ["router.num_groups=4", "router.topk_groups=2"]
+# Overrides that a router needs, by its option.
+NEEDS = {"sparsemixer": ["model.top_k=2"]}
 # Overrides with which a router is tried besides its defaults, by its option.
 QUANTILE = ["router.balance=quantile"]
-VARIANTS = {"topk": [LIMITED, QUANTILE], "sigmoid": [LIMITED, QUANTILE],
-            "top_p": [["router.k_min=2", "router.k_max=3"]],
-            "dtop_p": [["router.target_k=1.25"]],
-            "mlp": [["router.kind=gmm"], ["router.dropout=0.25", "router.sample_topk=1"]]}
+VARIANTS = {
+    "topk": [LIMITED, QUANTILE, ["router.noise=normal", "router.jitter_eps=0.1", "loss=[z,importance,load]"],
+             ["model.top_k=2", "router.noise=vmoe", "router.second_expert=random", "loss=[z,first_choice]"],
+             ["model.top_k=2", "router.noise=gumbel", "router.second_expert=sample", "router.jitter_eps=0.1",
+              "router.jitter_scope=layer"]],
+    "sigmoid": [LIMITED, QUANTILE],
+    "top_p": [["router.k_min=2", "router.k_max=3"]],
+    "dtop_p": [["router.target_k=1.25"]],
+    "mlp": [["router.kind=gmm"], ["router.dropout=0.25", "router.sample_topk=1"]]}
 # Sizes of their own that routers have by themselves, for finite differences, by option.
 SMALL = {"recurrent": ["router.state_dim=2"], "mlp": ["router.hidden=3"]}
 EVERY = [(option, overrides) for option in group_options()["router"]
@@ -66,17 +73,18 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 # Tensors without a gradient in the first step, by the name of the subject.
 STILL: dict[str, tuple[str, ...]] = {}
 SUBJECTS = [Subject(name, overrides, STILL.get(name, ())) for name, overrides in [
-    *((_name(option, overrides), (f"router={option}", *overrides)) for option, overrides in EVERY),
+    *((_name(option, overrides), (f"router={option}", *NEEDS.get(option, []), *overrides))
+      for option, overrides in EVERY),
     *ARCHITECTURES.items()]]
 
 
 def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -> Router:
     """Start values of a wide spread and, where there are controllers, a state that loads have moved."""
     config = compose([f"router={option}", f"model.num_experts={experts}", f"model.top_k={k}",
-                      *SMALL.get(option, []), *overrides])
+                      *NEEDS.get(option, []), *SMALL.get(option, []), *overrides])
     with torch.device("meta"):
-        router = build(config.router, "router", dim=D, num_experts=experts, top_k=k, layer=0, num_layers=2,
-                       total_steps=100)
+        router = build(config.router, "router", dim=D, num_experts=experts, top_k=config.model.top_k, layer=0,
+                       num_layers=2, total_steps=100)
         router.stand_alone()
     materialize(router, seed=3, std=0.5, num_layers=2)
     generator = torch.Generator().manual_seed(3)

@@ -15,6 +15,7 @@ from moetrain.config.layer_pattern import sparse_layers
 from moetrain.config.schema import CheckpointConfig, ModelConfig
 from moetrain.data.account.text import left_out_line
 from moetrain.files import nearby
+from moetrain.losses.base import AuxLoss
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.train.loggers.wandb_settings import wandb_line, wandb_settings
 from moetrain.train.memory.graph_memory import max_copy_memory
@@ -163,13 +164,17 @@ def capacity_line(run: Run) -> str:
 
 
 def balance_line(run: Run, accumulation: int) -> str:
-    """The balance loss, and selection biases by quantiles or if they depend on the split into micro-batches.
+    """The balance loss; selection biases by quantiles; losses and biases that depend on the split of a batch.
 
     Args:
         run: the run.
         accumulation: micro-batches of a rank in a step.
     """
     text = _loss_text(run, accumulation)
+    for name, loss in run.objective.losses.items():
+        depends = _depends_on(loss, accumulation)
+        if name != "balance" and loss.weight and depends:
+            text += f"; {name}   depends on: {', '.join(depends)}"
     if any(router.margin_quantile for router in run.state.model.routers.values()):
         text += "; biases by quantiles of the global batch"
     return (f"{text}; biases by the counts of micro-batches   depends on: ranks, accumulation"
@@ -183,14 +188,19 @@ def _loss_text(run: Run, accumulation: int) -> str:
     rule = run.objective.pool
     text = (f"{loss.scope} loss, weight {loss.weight:g}" if rule is None else
             f"{loss.scope}-batch loss, {rule.mode}, weight {loss.weight:g}")
-    depends = {"micro": ["ranks", "accumulation"], "node": ["ranks of a machine"]}.get(loss.scope, [])
-    if rule is not None and rule.mode != "exact" and accumulation > 1:
-        depends = [*depends, "accumulation"]
-    if depends:
+    if depends := _depends_on(loss, accumulation):
         text += f"   depends on: {', '.join(depends)}"
     if rule is None or rule.mode != "exact" or accumulation == 1:
         return text
     return f"{text}   {_graphs_text(run.graphs, accumulation)}"
+
+
+def _depends_on(loss: AuxLoss, accumulation: int) -> list[str]:
+    """What of the split of a batch the value of a loss depends on."""
+    depends = {"micro": ["ranks", "accumulation"], "node": ["ranks of a machine"]}.get(
+        getattr(loss, "scope", ""), [])
+    pooled = loss.pool is not None and loss.pool.mode != "exact" and accumulation > 1
+    return [*depends, "accumulation"] if pooled else depends
 
 
 def _graphs_text(graphs: Graphs, accumulation: int) -> str:

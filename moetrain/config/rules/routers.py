@@ -1,0 +1,68 @@
+"""Rules about single routers: the experts a token that they need, and options that exclude each other."""
+
+from collections.abc import Iterator
+
+from moetrain.config.build import NoSuchPart, declared
+from moetrain.config.rules.model import moe_layers
+from moetrain.config.schema import Config
+from moetrain.errors import ConfigError
+
+_OWN = "moetrain.routers."
+
+
+def fixed_top_k(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse another model.top_k than the one that a router needs (`TOP_K` of its class)."""
+    target = str(config.router.get("_target_", ""))
+    try:
+        needed = declared(target, "router", "TOP_K")
+    except NoSuchPart:                                       # reported where the part is checked
+        return
+    second = config.router.get("second_expert", "top")
+    if not needed and second != "top":
+        needed, target = 2, f"router.second_expert={second}"
+    for layer, _, top_k in moe_layers(config) if needed else ():
+        if top_k != needed:
+            yield ConfigError(
+                252, f"{target.removeprefix(_OWN)} with model.top_k={top_k} (layer {layer})",
+                where="model.top_k, " + ("router._target_" if second == "top" else "router.second_expert"),
+                why=f"it chooses exactly {needed} experts a token",
+                next=f"model.top_k={needed}, or " + ("another router" if second == "top" else
+                                                     "router.second_expert=top"))
+            return
+
+
+def second_by_gates(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse a second expert that is random where gates do not choose, or where quantiles balance choices."""
+    noise, second = config.router.get("noise"), config.router.get("second_expert", "top")
+    if noise == "gumbel" and second == "random":
+        yield ConfigError(
+            251, "router.second_expert=random with router.noise=gumbel",
+            where="router.second_expert, router.noise",
+            why="the second expert is kept by its gate, and Gumbel noise chooses without changing the gates",
+            next="router.second_expert=sample, or router.noise=none")
+    if second != "top" and config.router.get("balance") == "quantile":
+        yield ConfigError(
+            253, f"router.second_expert={second} with router.balance=quantile",
+            where="router.second_expert, router.balance",
+            why="quantiles are those of scores by which both experts are chosen, the best two",
+            next="router.second_expert=top, or router.balance=none")
+
+
+def load_of_noise(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse the load loss of a router whose choice has no normal noise: it would have no gradient."""
+    router = config.router
+    loads = [name for name, part in config.loss.items()
+             if part.get("_target_") == "moetrain.losses.load.LoadLoss" and part.get("weight")]
+    if not loads or not str(router.get("_target_", "")).startswith(_OWN):
+        return
+    noisy, limited = router.get("noise") in ("normal", "vmoe"), (
+        router.get("topk_groups", 1) < router.get("num_groups", 1))
+    if not noisy or limited:
+        yield ConfigError(
+            250, f"the loss {loads[0]} of a router " + ("that chooses inside groups" if noisy else
+                                                        "without normal noise"),
+            where=f"loss.{loads[0]}, " + ("router.num_groups" if noisy else "router.noise"),
+            why="it counts how likely noise is to choose each expert again, " + (
+                "which depends on whole groups, too" if noisy else "and has no gradient without noise"),
+            next=("router.num_groups=1" if noisy else "router=topk router.noise=vmoe") +
+                 ", or loss=[importance]")
