@@ -49,6 +49,29 @@ def dense_beside(sizes: ModelConfig, layer: int) -> int:
     return shared_width(sizes, layer) + (residual_width(sizes, layer) if sizes.block == "residual" else 0)
 
 
+def attention_parameters(sizes: ModelConfig) -> Shapes:
+    """Shapes of the attention's parameters in a block that are no experts', by the name below it."""
+    head = sizes.head_dim or sizes.dim // sizes.num_heads
+    queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
+    if sizes.attention == "experts":
+        return {"kv.weight": (2 * keys, sizes.dim), "router.weight": (sizes.num_attention_experts, sizes.dim)}
+    shapes: Shapes = {"qkv.weight": (queries + 2 * keys, sizes.dim), "out.weight": (sizes.dim, queries)}
+    return shapes | ({"q_norm.weight": (head,), "k_norm.weight": (head,)} if sizes.qk_norm else {})
+
+
+def attention_experts(sizes: ModelConfig) -> Shapes:
+    """Shapes of the parameters of one attention expert, by name; none with plain attention."""
+    if sizes.attention != "experts":
+        return {}
+    keys = sizes.num_kv_heads * (sizes.head_dim or sizes.dim // sizes.num_heads)
+    return {"queries": (keys, sizes.dim), "outputs": (sizes.dim, keys)}
+
+
+def attention_top_k(sizes: ModelConfig) -> int:
+    """Attention experts of a token, which together have its query heads."""
+    return sizes.num_heads // sizes.num_kv_heads
+
+
 def rounds(sizes: ModelConfig) -> int:
     """How often a token passes through the experts of a layer, and what is beside them."""
     return sizes.chain_rounds if sizes.block == "chain" else 1

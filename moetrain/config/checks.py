@@ -44,6 +44,7 @@ RULES: list[Rule] = [
     run.run_name,
     run.stop,
     model.heads,
+    model.attention_experts,
     model.layers,
     model.layer_pattern,
     model.dense_width,

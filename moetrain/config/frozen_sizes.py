@@ -9,7 +9,13 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import NamedTuple
 
-from moetrain.config.architecture import beside_experts, expert_width, router_paths
+from moetrain.config.architecture import (
+    attention_experts,
+    attention_parameters,
+    beside_experts,
+    expert_width,
+    router_paths,
+)
 from moetrain.config.expert_sizes import expert_shapes
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import Config
@@ -38,19 +44,20 @@ def count_frozen(config: Config, vocab_size: int) -> dict[str, int]:
 def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
     """Iterate over the parameters of a model without parts of a user's own."""
     sizes = config.model
-    width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
+    width = sizes.dim
     for name in ("embed",) if sizes.tie_embeddings else ("embed", "head"):
         yield Named("rest", name, vocab_size * width)
     yield Named("rest", "norm.weight", width)
-    queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     for layer in range(sizes.num_layers):
         path = f"layers.{layer}"
         for norm in ("attention_norm", "ffn_norm"):
             yield Named("rest", f"{path}.{norm}.weight", width)
-        for norm in ("q_norm", "k_norm") if sizes.qk_norm else ():
-            yield Named("rest", f"{path}.attention.{norm}.weight", head)
-        yield Named("matrices", f"{path}.attention.qkv.weight", width * (queries + 2 * keys))
-        yield Named("matrices", f"{path}.attention.out.weight", width * queries)
+        for name, shape in attention_parameters(sizes).items():
+            matrix = len(shape) > 1 and name != "router.weight"
+            yield Named("matrices" if matrix else "rest", f"{path}.attention.{name}", prod(shape))
+        for name, shape in attention_experts(sizes).items():
+            yield Named("experts", f"{path}.attention.experts.0.{name}",
+                        sizes.num_attention_experts * prod(shape))
         if not is_sparse(sizes, layer):
             yield from _feed_forward(f"{path}.ffn", width, dense_width(sizes, layer))
             continue

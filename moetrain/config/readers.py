@@ -32,6 +32,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "model.shared_dim": ("model.num_shared_experts>0",),
     "model.residual_mixing": ("model.block=residual",),
     "model.latent_dim": ("model.block=latent",),
+    "model.num_attention_experts": ("model.attention=experts",),
     "model.chain_rounds": ("model.block=chain",),
     "model.chain_residual": ("model.block=chain",),
     "model.chain_share_router": ("model.block=chain",),
@@ -109,7 +110,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
 ALWAYS = frozenset("""
     run.name run.dir run.nproc run.steps run.stop_at run.seed run.device run.share_gpu run.dtype run.timeout_s
     run.max_restarts run.grace_s run.packages
-    model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm
+    model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm model.attention
     model.rope_theta model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
     model.num_shared_experts model.moe_layers model.first_dense_layers model.vocab_size model.block
     model.init_std

@@ -56,6 +56,12 @@ class ModelConfig:
     num_heads: int = key(4, "attention heads")
     num_kv_heads: int = key(2, "key-value heads; divides num_heads")
     head_dim: int | None = key(None, "width of a head; dim / num_heads when null")
+    attention: Literal["plain", "experts"] = key(
+        "plain",
+        "plain, or attention experts with stick-breaking weights (ModuleFormer): each has num_kv_heads heads "
+        "with queries and outputs of its own, keys and values are shared, and a token takes num_heads / "
+        "num_kv_heads of them")
+    num_attention_experts: int = key(8, "attention experts a layer")
     qk_norm: bool = key(False, "RMSNorm on queries and keys, per head (Qwen3)")
     rope_theta: float = key(10000.0, "base of the rotary embedding")
     norm_eps: float = key(1e-6, "epsilon of RMSNorm")

@@ -19,6 +19,9 @@ from math import prod
 from typing import Any, NamedTuple
 
 from moetrain.config.architecture import (
+    attention_experts,
+    attention_parameters,
+    attention_top_k,
     beside_experts,
     dense_beside,
     expert_width,
@@ -99,12 +102,14 @@ def count_parameters(sizes: ModelConfig, vocab_size: int,
         vocab_size: V, ids of the vocabulary.
         expert: section `expert` of the config.
     """
-    width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
-    attention = width * head * (2 * sizes.num_heads + 2 * sizes.num_kv_heads)
-    norms = 2 * width + (2 * head if sizes.qk_norm else 0)
-    matrices, rest = sizes.num_layers * attention, sizes.num_layers * norms + width
+    width = sizes.dim
+    attention = {name: prod(shape) for name, shape in attention_parameters(sizes).items()}
+    in_rest = sum(numbers for name, numbers in attention.items() if "norm" in name or "router" in name)
+    matrices = sizes.num_layers * (sum(attention.values()) - in_rest)
+    rest = sizes.num_layers * (2 * width + in_rest) + width
     rest += vocab_size * width * (1 if sizes.tie_embeddings else 2)
-    experts = active = 0
+    of_attention = sum(map(prod, attention_experts(sizes).values())) * sizes.num_layers
+    experts, active = of_attention * sizes.num_attention_experts, of_attention * attention_top_k(sizes)
     for kind in layer_kinds(sizes):
         if kind.dense_dim is not None:
             matrices += kind.layers * 3 * width * kind.dense_dim
@@ -187,19 +192,20 @@ def kept_per_token(config: Config, exchanged: bool) -> int:
     `exchanged` says that rows travel to experts on other ranks.
     """
     sizes, item, mode = config.model, _ITEM[config.run.dtype], config.train.activation_checkpointing
-    kinds = layer_kinds(sizes)
+    kinds, seq_len = layer_kinds(sizes), config.train.seq_len
     inside = {kind: expert_sizes(config.expert, expert_width(sizes), kind.expert_dim).kept for kind in kinds}
-    whole = {kind: _kept_by_block(sizes, kind, inside[kind], "none", item, exchanged) for kind in kinds}
+    whole = {kind: _kept_by_block(sizes, kind, inside[kind], "none", item, exchanged, seq_len)
+             for kind in kinds}
     ends = 2 * item * sizes.dim  # before and after the last norm
     if mode == "none":
         return ends + sum(kind.layers * kept for kind, kept in whole.items())
-    kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, inside[kind], mode, item, exchanged)
+    kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, inside[kind], mode, item, exchanged, seq_len)
                       for kind in kinds)
     return kept + max(whole.values(), default=0)  # and one block that is recomputed
 
 
 def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, item: int,
-                   exchanged: bool) -> int:
+                   exchanged: bool, seq_len: int) -> int:
     """Count the bytes that backward keeps of one token in one block, and `of_row` numbers in each expert.
 
     Fitted to measurements on the CPU, in bfloat16 exact to a few per cent (tests/config/test_sizes.py).
@@ -215,18 +221,24 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
         inside += 2 * expert_width(sizes)                        # what the experts are given and return
     if kind.dense_dim is not None:
         rows, inside, choices, feed_forward = 0, 0, 0, kind.dense_dim
+    scores = slot_rows = 0
+    if sizes.attention == "experts":                             # scores of every key, and x for every expert
+        scores, slot_rows = sizes.num_heads * seq_len, attention_top_k(sizes) * width
+        decided += 50 * attention_top_k(sizes)
     if mode == "full":
         return item * width + decided
     if mode == "selective":
         shared = 2 * feed_forward + (width if feed_forward else 0)
-        numbers = 2 * width + 2 * (queries + keys) + rows + inside + shared
+        numbers = 2 * width + 2 * (queries + keys) + rows + inside + shared + slot_rows + scores
         return item * numbers + 4 * sizes.num_heads + decided
-    states = (4 if item >= 4 else 6) + 2 * (passes - 1)  # of width D; norms keep what they cast
+    states = 2 + passes * (2 if item >= 4 else 4)                # of width D; norms keep what they cast
     projections = (4 if sizes.qk_norm else 3) * (queries + keys)
     numbers = states * width + projections + inside + 4 * feed_forward + exchanged * rows
+    if scores:
+        numbers += scores + slot_rows + (1 if item >= 4 else 4) * queries
     if kind.dense_dim is None and sizes.block == "residual" and sizes.residual_mixing == "learned":
         numbers += (2 if item >= 4 else 4) * width               # both outputs, and x as it was cast
-    return item * numbers + 4 * sizes.num_heads + choices + decided
+    return item * numbers + 5 * max(item, 4) * scores + 4 * sizes.num_heads + choices + decided
 
 
 def _casts(config: Config, parameters: Parameters, item: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
-from moetrain.config.architecture import expert_width
+from moetrain.config.architecture import attention_top_k, expert_width
 from moetrain.config.build import build
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.parallel_schema import ParallelConfig
@@ -20,6 +20,7 @@ from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
 from moetrain.model.architecture import LayerParts, sparse_layer
 from moetrain.model.attention import Attention
+from moetrain.model.attention_experts import AttentionExperts, QueryOutputExpert
 from moetrain.model.constant_gates import refuse_constant_gates
 from moetrain.model.feed_forward import FeedForward
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
@@ -28,6 +29,7 @@ from moetrain.model.parallelize import shard_parameters
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
+from moetrain.moe.expert_form import ExpertForm
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import SparseLayer
 from moetrain.parallel.state_shards import StateShard, weights
@@ -198,10 +200,13 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
     """Plan the homes of experts at the start of a run: contiguous ranges over the positions of `ep`."""
-    return ExpertPlacement(tuple(
-        (router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions))
-        for layer in sparse_layers(sizes)
-    ))
+    sparse, homes = set(sparse_layers(sizes)), []
+    for layer in range(sizes.num_layers):
+        if sizes.attention == "experts":
+            homes.append((attention_name(layer), contiguous(sizes.num_attention_experts, positions)))
+        if layer in sparse:
+            homes.append((router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions)))
+    return ExpertPlacement(tuple(homes))
 
 
 def sliced_experts(parallel: ParallelConfig, mesh: Mesh) -> int:
@@ -214,6 +219,11 @@ def router_name(layer: int) -> str:
     return f"layers.{layer}.moe"
 
 
+def attention_name(layer: int) -> str:
+    """Name of the router and the bank of a layer's attention experts."""
+    return f"layers.{layer}.attention"
+
+
 def head_width(sizes: ModelConfig) -> int:
     """Width of an attention head; D / heads unless the config gives it."""
     return sizes.head_dim or sizes.dim // sizes.num_heads
@@ -222,16 +232,28 @@ def head_width(sizes: ModelConfig) -> int:
 def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
            exchange_of: ExchangeFactory) -> Block:
     sizes = config.model
-    attention = Attention(
-        dim=sizes.dim,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=head_width(sizes),
-        qk_norm=sizes.qk_norm,
-        eps=sizes.norm_eps,
-    )
+    parts = partial(_layer_parts, config, layer, placement, mesh, exchange_of)
+    attention: Attention | SparseLayer
+    feed_forward: FeedForward | SparseLayer
+    if sizes.attention == "experts":
+        own = QueryOutputExpert(dim=sizes.dim, expert_dim=sizes.num_kv_heads * head_width(sizes))
+        made = parts(attention_name(layer), own, attention_top_k(sizes))
+        attention = AttentionExperts(name=made.name, dim=sizes.dim, num_kv_heads=sizes.num_kv_heads,
+                                     head_dim=head_width(sizes), router=made.make_router(),
+                                     experts=made.experts, capacity=made.capacity)
+    else:
+        attention = Attention(
+            dim=sizes.dim,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=head_width(sizes),
+            qk_norm=sizes.qk_norm,
+            eps=sizes.norm_eps,
+        )
     if is_sparse(sizes, layer):
-        feed_forward = _sparse_layer(config, layer, placement, mesh, exchange_of)
+        form = build(config.expert, "expert", dim=expert_width(sizes),
+                     expert_dim=per_layer(sizes.expert_dim, layer))
+        feed_forward = sparse_layer(parts(router_name(layer), form, per_layer(sizes.top_k, layer)))
     else:
         feed_forward = FeedForward(dim=sizes.dim, hidden_dim=dense_width(sizes, layer))
     return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
@@ -256,23 +278,22 @@ def router_of(config: Config) -> Router:
     return router
 
 
-def _sparse_layer(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
-               exchange_of: ExchangeFactory) -> SparseLayer:
-    sizes, name = config.model, router_name(layer)
+def _layer_parts(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
+                 exchange_of: ExchangeFactory, name: str, form: ExpertForm, top_k: int) -> LayerParts:
+    """Make what a layer with experts of this form is made of; `name` is that of its bank."""
     homes = placement[name]
     cut = (mesh["ep"].position, mesh["ep"].size) if sliced_experts(config.parallel, mesh) else None
-    form = build(config.expert, "expert", dim=expert_width(sizes),
-                 expert_dim=per_layer(sizes.expert_dim, layer))
     bank = ExpertBank(experts=homes.experts_of(mesh["ep"].position), form=form, cut=cut)
     # Counts stay on a device whose grouped products take them there, so that the host need not read them.
     dispatcher = TokenDispatcher(
         homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
         on_device=form.takes_counts_on_device(mesh.device, compute_dtype(config, mesh.device)))
-    return sparse_layer(LayerParts(
+    router = router_sizes(config, layer) | {"num_experts": homes.num_experts, "top_k": top_k}
+    return LayerParts(
         config=config,
         layer=layer,
         name=name,
-        make_router=partial(build, config.router, "router", **router_sizes(config, layer)),
+        make_router=partial(build, config.router, "router", **router),
         experts=RoutedExperts(bank, dispatcher, config.schedule.chunks),
         capacity=build(config.capacity, "capacity", num_experts=homes.num_experts),
-    ))
+    )

@@ -86,6 +86,8 @@ def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, An
     """Operations of one token in the forward pass of a layer."""
     heads, h = sizes.num_heads, head_width(sizes)
     attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
+    if sizes.attention == "experts":                     # as many query heads, and a router
+        attention += 2 * sizes.dim * sizes.num_attention_experts
     if not is_sparse(sizes, layer):
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
     one = expert_sizes(expert, expert_width(sizes), per_layer(sizes.expert_dim, layer)).in_matrices

@@ -99,7 +99,7 @@ def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: s
         The manager, without copies.
     """
     return CopyManager({name: experts.bank for name, experts in model.banks.items()}, mesh["ep"],
-                       passes={name: len(routers) for name, routers in model.feeds.items()},
+                       passes=model.passes,
                        dtype=model.dtype, rematerialize=rematerialize,
                        recompute=any(block.recompute is not None for block in model.layers),
                        form=form, topology=topology)

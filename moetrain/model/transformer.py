@@ -179,10 +179,16 @@ class Transformer(nn.Module):
 
     @property
     def feeds(self) -> dict[str, tuple[str, ...]]:
-        """Names of the routers that choose from a bank, by its name: a pass over the bank for each."""
+        """Names of the routers that choose from a bank, by its name."""
         layers = self.sparse_layers
         return {bank: tuple(router for layer in layers for router in layer.feeds.get(bank, ()))
                 for bank in self.banks}
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """How often a forward pass of the model passes over a bank, by its name."""
+        layers = self.sparse_layers
+        return {bank: sum(layer.passes.get(bank, 0) for layer in layers) for bank in self.banks}
 
     @property
     def routers_needing_load_error(self) -> list[str]:

@@ -93,6 +93,11 @@ class SparseLayer(nn.Module):
             assert not hasattr(self, name), f"{layer}: a wrapper named {name}, which the layer has"
             self.add_module(name, wrapper)
 
+    @property
+    def passes(self) -> dict[str, int]:
+        """How often a call passes over a bank, by its name: once for each router that feeds it."""
+        return {bank: len(routers) for bank, routers in self.feeds.items()}
+
     def prefetch(self) -> None:
         """Start gathering copies of experts. The block calls it before attention, which hides the gather."""
         for experts in self.banks.values():

@@ -31,9 +31,10 @@ from moetrain.checkpoint.records import split_expert
 from moetrain.comm.mesh import lone_mesh
 from moetrain.config.checks import check
 from moetrain.config.layer_pattern import per_layer
-from moetrain.config.schema import Config, ModelConfig, ParallelConfig
+from moetrain.config.parallel_schema import ParallelConfig
+from moetrain.config.schema import Config
 from moetrain.errors import ConfigError, ConfigErrors
-from moetrain.model.build import ConvertModel, meta_model, router_name
+from moetrain.model.build import ConvertModel, attention_name, meta_model, router_name
 from moetrain.model.initialization import declared_starts
 from moetrain.model.transformer import Transformer
 from moetrain.ops.start import Place
@@ -175,10 +176,17 @@ def _resized_config(config: Config, resizings: Mapping[str, Resizing]) -> Config
     sizes = config.model
     counts = [resizings[name].num_experts if (name := router_name(layer)) in resizings
               else per_layer(sizes.num_experts, layer) for layer in range(sizes.num_layers)]
+    attention = {resizings[name].num_experts for layer in range(sizes.num_layers)
+                 if (name := attention_name(layer)) in resizings}
+    if len(attention) > 1:
+        raise _impossible("layers would have different numbers of attention experts",
+                          "model.num_attention_experts is one number for all layers",
+                          "as many of keep and add for every layers.N.attention")
     alike = {count for layer, count in enumerate(counts) if router_name(layer) in resizings}
     one_number = isinstance(sizes.num_experts, int) and len(alike) == 1
-    model_config: ModelConfig = replace(sizes, num_experts=alike.pop() if one_number else counts)
-    config = replace(config, model=model_config)
+    sizes = replace(sizes, num_experts=alike.pop() if one_number else counts,
+                    num_attention_experts=attention.pop() if attention else sizes.num_attention_experts)
+    config = replace(config, model=sizes)
     alone = replace(config, parallel=ParallelConfig(), run=replace(config.run, nproc=1))
     if errors := check(alone, 1, trains=False):
         raise ConfigErrors(errors)

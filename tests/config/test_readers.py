@@ -80,7 +80,8 @@ def preventing(condition: str) -> str:
               "log.wandb": "off",
               "parallel": "single", "schedule": "none", "engine": "torch", "optim": "adamw",
               "optim.schedule": "cosine",
-              "parallel.forecast": "trend", "model.block": "plain"}
+              "parallel.forecast": "trend", "model.block": "plain",
+              "model.attention": "plain"}
     return f"{name}={others.get(name, 'exact' if name.endswith('.mode') else 'micro')}"
 
 

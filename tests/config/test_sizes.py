@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from moetrain.comm.mesh import build_mesh, mesh_sizes
-from moetrain.config.architecture import expert_width
 from moetrain.config.compose import compose
 from moetrain.config.schema import Config
 from moetrain.config.sizes import count_parameters, rank_memory, shards
@@ -26,6 +25,7 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
            "router.weights=raw"],
           ["model.block=residual", "model.num_shared_experts=1"],
           ["model.block=chain", "model.chain_rounds=3", "model.num_shared_experts=1"],
+          ["model.attention=experts", "model.num_attention_experts=6"],
           ["model.block=latent", "model.latent_dim=20"]]
 
 
@@ -39,9 +39,9 @@ def test_parameters_are_those_on_the_meta_device(words: list[str], monkeypatch: 
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".bank." in name)
     assert (counted.total, counted.experts) == (sum(parameter.numel() for parameter in model.parameters()),
                                                 experts)
-    one = 3 * expert_width(config.model) * config.model.expert_dim
-    slots = sum(router.max_slots() for router in model.routers.values())
-    assert counted.active == counted.total - experts + slots * one
+    visited = sum(routed.bank.form.numbers * model.routers[name].max_slots()
+                  for bank, routed in model.banks.items() for name in model.feeds[bank])
+    assert counted.active == counted.total - experts + visited
 
 
 @pytest.mark.parametrize("mode, ep, shard",
@@ -68,6 +68,8 @@ SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_b
                           ["run.dtype=bfloat16", "model.qk_norm=true", "model.num_shared_experts=1"],
                                    ["run.dtype=float32"],
                           ["run.dtype=bfloat16", "model.block=latent"],
+                          ["run.dtype=bfloat16", "model.block=chain", "model.chain_rounds=3"],
+                          ["run.dtype=bfloat16", "model.attention=experts"],
                           ["run.dtype=bfloat16", "model.block=residual"],
                           ["run.dtype=bfloat16", "train.activation_checkpointing=selective"],
                                    ["run.dtype=bfloat16", "train.activation_checkpointing=full"]],

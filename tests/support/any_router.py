@@ -60,6 +60,8 @@ class Subject(NamedTuple):
 # Overrides of the tiny run for each architecture, by its name.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "residual": ("model.block=residual", "model.residual_mixing=sum", "model.num_shared_experts=1"),
+    "attention_experts": ("model.attention=experts", "model.num_attention_experts=6", "model.num_heads=4",
+                          "model.num_kv_heads=2"),
     "chain": ("model.block=chain", "model.num_shared_experts=1"),
     "chain_inner": ("model.block=chain", "model.chain_rounds=3", "model.chain_residual=inner",
                     "model.chain_share_router=true", "router=sigmoid"),

@@ -159,3 +159,18 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(how: dict, says: str) -> N
     with pytest.raises((ConfigError, ConfigErrors)) as caught:
         resized("refused", **how)
     assert says in str(caught.value) and not Path("runs/refused").exists()
+
+
+def test_attention_experts_are_resized_by_the_name_of_their_bank(place: Path) -> None:
+    train(place, "model.attention=experts", "model.num_attention_experts=4", "run.name=heads", "run.steps=1")
+    banks = [f"layers.{layer}.attention" for layer in range(2)]
+    resized("fewer_heads", "heads", keep=dict.fromkeys(banks, [3, 0]), add=dict.fromkeys(banks, 1))
+    with open_weights("fewer_heads") as found, open_weights("heads") as source:
+        assert (found.config.model.num_attention_experts, found.config.model.num_experts) == (3, 8)
+        for bank in banks:
+            for name in (f"model.{bank}.experts.{{}}.queries", f"optim.{bank}.experts.{{}}.outputs.exp_avg"):
+                assert found[name.format(0)].equal(source[name.format(3)])
+            assert found[f"model.{bank}.router.weight"][:2].equal(
+                source[f"model.{bank}.router.weight"][[3, 0]])
+    with pytest.raises(ConfigError, match="different numbers of attention experts"):
+        resized("refused", "heads", add={banks[0]: 1})

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
+from moetrain.config.architecture import attention_top_k
 from moetrain.config.build import NoSuchPart, arguments, constant_weights, declared
 from moetrain.config.layer_pattern import is_sparse, parse_pattern, per_layer, sparse_layers
 from moetrain.config.rules.wording import choose, divisors
@@ -37,6 +38,39 @@ def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
             where="model.head_dim" if model.head_dim else "model.dim, model.num_heads",
             why="the rotary embedding turns pairs of numbers",
             next=f"model.head_dim={head_dim + 1}")
+
+
+def attention_experts(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check what attention experts do not hold, and that mesh and groups of experts fit their number."""
+    model, router, parallel = config.model, config.router, config.parallel
+    if model.attention != "experts" or model.num_heads % model.num_kv_heads:
+        return
+    experts, top_k = model.num_attention_experts, attention_top_k(model)
+
+    def refused(what: str, where: str, why: str, instead: str) -> ConfigError:
+        return ConfigError(282, f"model.attention=experts {what}", where=f"model.attention, {where}", why=why,
+                           next=f"{instead}; or model.attention=plain")
+
+    if model.qk_norm:
+        yield refused("with model.qk_norm=true", "model.qk_norm",
+                      "queries are those of experts, and stick-breaking weights need no norm",
+                      "model.qk_norm=false")
+    if top_k > experts:
+        yield refused(f"has {experts} of them, and a token takes num_heads / num_kv_heads = {top_k}",
+                      "model.num_attention_experts, model.num_heads, model.num_kv_heads",
+                      "a token takes each at most once", f"model.num_attention_experts={top_k}")
+    ep = parallel.ep or ranks
+    if parallel.mode in ("ep", "ep_fsdp") and experts % ep:
+        yield refused(f"cannot hold {experts} of them on {ep} positions",
+                      "model.num_attention_experts, parallel.ep",
+                      "each rank must hold the same number of experts",
+                      f"model.num_attention_experts={-(-experts // ep) * ep}")
+    groups, used = int(router.get("num_groups", 1)), int(router.get("topk_groups", 1))
+    if groups >= 1 and (experts % groups or used * (experts // groups) < top_k):
+        yield refused(f"with router.num_groups={groups} and router.topk_groups={used}",
+                      "model.num_attention_experts, router.num_groups, router.topk_groups",
+                      "groups divide the attention experts, too, and those of a token hold what it takes",
+                      "router.num_groups=1 router.topk_groups=1")
 
 
 def layers(config: Config, ranks: int) -> Iterator[ConfigError]:
