@@ -8,7 +8,8 @@ exit code is 13 when one of them is damaged.
 moetrain checkpoint resize <run> to=<name> keep=[0,2,5] add=2 writes a run with other experts in every layer,
 and changes nothing of its source. keep names those that stay, in their new order; keep=4 keeps the four that
 the last evaluation of the run used most, or with domain=... those that this domain used most. add is the
-number of new ones behind them. moetrain train <name> then goes on at the same step.
+number of new ones behind them, and router.num_groups=... an argument of the router that has to follow.
+moetrain train <name> then goes on at the same step.
 """
 
 import sys
@@ -68,8 +69,9 @@ def verify(checkpoints: list[Path]) -> int:
 
 def resize(argv: list[str]) -> int:
     """Write a run with other experts (transform/resize.py)."""
-    keys = dict(word.split("=", 1) for word in argv if word.partition("=")[0] in _RESIZE_KEYS and "=" in word)
-    rest = [word for word in argv if word.partition("=")[0] not in _RESIZE_KEYS]
+    keys = {key: value for key, given, value in (word.partition("=") for word in argv)
+            if given and (key in _RESIZE_KEYS or key.startswith("router."))}
+    rest = [word for word in argv if word.partition("=")[0] not in keys]
     checkpoint = named(rest, "checkpoint resize")[-1]
     keep, add = _number_or_ids(keys.get("keep")), _number_or_ids(keys.get("add", "0"))
     if not keys.get("to") or not isinstance(add, int):
@@ -77,11 +79,16 @@ def resize(argv: list[str]) -> int:
             280, "the new run has no name" if isinstance(add, int) else f"add={keys['add']} is no number",
             where="the command line", why="resize writes another run and changes nothing of this one",
             next="moetrain checkpoint resize <run> to=<name of the new run> keep=[0,1,2] add=1")
+    import yaml
+
     from moetrain.transform.resize import resize_experts
+
+    router = {key.removeprefix("router."): yaml.safe_load(value) for key, value in keys.items()
+              if key.startswith("router.")}
 
     usage = _usage(checkpoint, keys.get("domain")) if isinstance(keep, int) else None
     target = Path(keys["to"]) if "/" in keys["to"] else Path("runs") / keys["to"]
-    print(resize_experts(checkpoint, target, keep=keep, add=add, usage=usage))
+    print(resize_experts(checkpoint, target, keep=keep, add=add, usage=usage, router=router))
     print(f"go on with: moetrain train {keys['to']}")
     return 0
 

@@ -20,7 +20,7 @@ Shapes: C choices of a router.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class Resizing(NamedTuple):
 
 def resize_experts(source: str | Path, directory: str | Path, *, keep: Keep = None,
                    add: int | Mapping[str, int] = 0, usage: Usage | None = None,
+                   router: Mapping[str, Any] | None = None,
                    convert_model: ConvertModel | None = None) -> Path:
     """Write a run with other experts, which goes on at the step of the source: `moetrain train <name>`.
 
@@ -71,6 +72,7 @@ def resize_experts(source: str | Path, directory: str | Path, *, keep: Keep = No
             banks, or by the name of a bank (`layers.0.moe`), whose others stay as they are. None keeps all.
         add: number of new experts; for all banks, or by name.
         usage: tokens that chose each expert, [E] by the name of the router, for a number in `keep`.
+        router: arguments of the router that change with the number of experts, such as num_groups.
         convert_model: that of the source's model, if it has one.
 
     Returns:
@@ -84,7 +86,8 @@ def resize_experts(source: str | Path, directory: str | Path, *, keep: Keep = No
     with open_weights(source) as reader:
         old = _meta(reader.config, reader.vocab_size, convert_model)
         resizings = _resizings(old, keep, add, usage or {})
-        config = _named(_resized_config(reader.config, resizings), directory)
+        config = replace(reader.config, router={**reader.config.router, **(router or {})})
+        config = _named(_resized_config(config, resizings), directory)
         new = _meta(config, reader.vocab_size, convert_model)
         resized = _Resized(reader, config, old, new, resizings)
         return write_run(directory, config, resized.tensors(), source=reader, training=resized.training(),
@@ -268,7 +271,8 @@ class _Resized:
         old = self.source[f"{prefix}.{origin.name}{suffix}"]
         if origin.rows is None:
             return old
-        new = start()
+        # Start values may come from a file with a row for each choice, so they are not read without need.
+        new = start() if None in origin.rows else old.new_empty(len(origin.rows), *old.shape[1:])
         stay = [row for row, before in enumerate(origin.rows) if before is not None]
         new[stay] = old[[before for before in origin.rows if before is not None]].to(new.dtype)
         return new
@@ -294,7 +298,8 @@ class _Resized:
                     278, f"{name} cannot be resized: its shape is {list(was or ())} with the old number of "
                          f"experts, and {list(now)} with the new one", where="keep, add",
                     why="no router declares that it has one row for each choice (Router.choice_tensors)",
-                    next="name it there if it has; otherwise begin a new run")
+                    next="name it there if it has; or fix its size by an argument of the router, as "
+                         "router.proj_dim=4")
 
 
 def _paths(model: Transformer, parts: Mapping[str, nn.Module]) -> dict[str, str]:

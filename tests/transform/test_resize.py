@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moetrain.__main__ import main
 from moetrain.config.compose import compose
+from moetrain.config.groups import group_options
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.report.specialization import read_specialization
 from moetrain.train.checkpoint.load import resume
@@ -18,6 +19,7 @@ from moetrain.train.session import join
 from moetrain.train.setup import set_up
 from moetrain.train.step import train_step
 from moetrain.transform import WeightsReader, most_used, open_weights, resize_experts, write_run
+from tests.support.any_router import router_of
 from tests.support.trained_run import losses, records, train
 
 BANKS = ("layers.0.moe", "layers.2.moe")
@@ -133,6 +135,28 @@ def test_the_command_keeps_the_most_used_of_a_domain(capsys: pytest.CaptureFixtu
         assert found.config.model.num_experts == 4 and found.config.run.name == "notes"
     for bank in BANKS:
         assert resized[bank] == {"keep": list(most_used(used.choices[bank][row], 3)), "add": 1}
+
+
+def test_an_argument_of_the_router_follows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, "router=cosine", "run.name=cosine", "run.steps=1")
+    assert main(["checkpoint", "resize", "cosine", "to=refused", "add=4"]) == 2
+    said = capsys.readouterr().err
+    assert "E-CONFIG-278" in said and "router.projection" in said and not Path("runs/refused").exists()
+    assert main(["checkpoint", "resize", "cosine", "to=wide_cosine", "add=4", "router.proj_dim=4"]) == 0
+    with open_weights("wide_cosine") as found, open_weights("cosine") as source:
+        name = "model.layers.0.moe.router.projection"
+        assert found[name].equal(source[name])
+        assert found.config.router["proj_dim"] == 4 and found.config.model.num_experts == 12
+
+
+@pytest.mark.parametrize("option", group_options()["router"])
+def test_what_depends_on_the_number_of_experts_is_declared(option: str) -> None:
+    routers = [router_of(option, [], experts) for experts in (8, 12)]
+    few, many = (router.state_dict() for router in routers)
+    differ = {name for name, tensor in few.items() if tensor.shape != many[name].shape}
+    declared = routers[0].choice_tensors & few.keys()
+    assert differ == declared | ({"projection"} & few.keys())         # of cosine, as wide as half the experts
+    assert all(len(few[name]) + 4 == len(many[name]) for name in declared)
 
 
 @pytest.mark.parametrize("words, code", [
