@@ -112,7 +112,8 @@ class BiasedRouter(GroupLimitedRouter):
     def take_quantiles(self, margins_C: Tensor) -> None:
         """Move the bias by the quantiles of the margins (`Router.take_quantiles`)."""
         assert self.bias is not None and self.quantile_rate is not None
-        self.move(self.quantile_rate * margins_C.where(margins_C.isfinite(), 0).to(self.bias.dtype))
+        change_E = margins_C.nan_to_num(posinf=0, neginf=0).to(self.bias.dtype)
+        self.move(self.quantile_rate * change_E)
 
     def move(self, change_E: Tensor) -> None:
         """Add a change to the bias, and subtract the mean if `center` says so."""

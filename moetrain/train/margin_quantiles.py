@@ -22,7 +22,8 @@ Shapes: T tokens of a micro-batch, E experts, N = tokens of this rank's step, L 
 values of a digit (ops/order_statistics.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over_async
 from moetrain.ops.order_statistics import (
     DIGITS,
+    FIRST,
     digit_counts,
-    next_digit,
+    next_base,
     num_finite,
     order_keys,
     values_of_keys,
@@ -51,15 +53,18 @@ class MarginQuantiles:
     Args:
         group: the ranks of the global batch.
         routers: routers of the model by name; those without `margin_quantile` take no part.
-        parts: micro-batches of a rank.
+        tokens: tokens of each micro-batch of this rank, padding included.
     """
 
-    def __init__(self, group: Group, routers: Mapping[str, Router], parts: int) -> None:
-        self.group, self.parts = group, parts
+    def __init__(self, group: Group, routers: Mapping[str, Router], tokens: Sequence[int]) -> None:
+        self.group, self.parts = group, len(tokens)
         self.routers = {name: router for name, router in routers.items() if router.margin_quantile}
-        self._keys: dict[Router, list[Tensor]] = {router: [] for router in self.routers.values()}   # [E, T]
-        self._found_L: Tensor | None = None              # the digits of the quantiles that are known
-        self._rank_L: Tensor | None = None
+        self._passes = Counter(self.routers.values())    # each router, in run order
+        self._width = sum(tokens) * max(self._passes.values(), default=0)
+        self._margins_LN: Tensor | None = None           # infinite where there is none; then their keys
+        self._filled = dict.fromkeys(self._passes, 0)    # columns of each router that are in use
+        self._base_L: Tensor | None = None               # the digits of the quantiles that are known
+        self._rank_L: Tensor | None = None               # margins below the quantiles
         self._digit = 0
         self._arrived: Callable[[], Tensor] = self._missing
 
@@ -73,36 +78,54 @@ class MarginQuantiles:
             if name in told:
                 return
             told.add(name)
-            self._keys[self.routers[name]].append(order_keys(margins_TE.T.float()))
+            self._keep(self.routers[name], margins_TE)
             if len(told) == len(self.routers):
                 self.parts -= 1
                 assert self.parts >= 0, "more micro-batches than were expected"
                 if self.parts == 0:
-                    self._keys = {router: [torch.cat(parts, 1)] for router, parts in self._keys.items()}
                     self._post()
 
         return on_margins
 
+    def _keep(self, router: Router, margins_TE: Tensor) -> None:
+        """Copy margins to the next columns of the rows of their router."""
+        if self._margins_LN is None:
+            self._margins_LN = torch.full((sum(self._sizes), self._width), float("inf"),
+                                          device=margins_TE.device)
+        first = self._filled[router]
+        self._filled[router] += len(margins_TE)
+        assert self._filled[router] <= self._width, (self._filled[router], self._width)
+        rows = self._by_router(self._margins_LN)[router]
+        rows[:, first:self._filled[router]] = margins_TE.T
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [router.num_experts for router in self._passes]
+
+    def _by_router(self, of_L: Tensor) -> dict[Router, Tensor]:
+        """Split the first dimension by router."""
+        return dict(zip(self._passes, of_L.split(self._sizes)))
+
     @record_function("quantiles: count and post")
     def _post(self) -> None:
         """Count the next digit of the margins of all routers, and start the sum over ranks."""
-        sizes = [router.num_experts for router in self._keys]
-        found = [None] * len(sizes) if self._found_L is None else self._found_L.split(sizes)
-        self._arrived = sum_over_async(self.group, torch.cat([
-            digit_counts(keys_EN, found_E, self._digit)
-            for (keys_EN,), found_E in zip(self._keys.values(), found)]))
+        assert self._margins_LN is not None
+        if self._digit == 0:
+            self._margins_LN = order_keys(self._margins_LN)
+            self._base_L = self._margins_LN.new_full(self._margins_LN.shape[:1], FIRST)
+        self._arrived = sum_over_async(self.group, digit_counts(self._margins_LN, self._base_L, self._digit))
 
     def advance(self) -> None:
         """Wait for the counts of a digit, and post those of the next one."""
         if not self.routers:
             return
         with record_function("quantiles: wait"):
-            counts_LB = self._arrived()
+            up_to_LB = self._arrived().cumsum(1, dtype=torch.int32)
         if self._rank_L is None:
             self._rank_L = torch.cat([
-                values_E * router.margin_quantile[0] // router.margin_quantile[1] for router, values_E in
-                zip(self._keys, num_finite(counts_LB).split([router.num_experts for router in self._keys]))])
-        self._found_L, self._rank_L = next_digit(counts_LB, self._found_L, self._rank_L)
+                values_E * router.margin_quantile[0] // router.margin_quantile[1]
+                for router, values_E in self._by_router(num_finite(up_to_LB)).items()]).int()
+        self._base_L = next_base(up_to_LB, self._base_L, self._rank_L, self._digit)
         self._digit += 1
         if self._digit < len(DIGITS):
             self._post()
@@ -115,9 +138,8 @@ class MarginQuantiles:
         if not self.routers:
             return {}
         self.advance()
-        assert self._digit == len(DIGITS) and self._found_L is not None, self._digit
-        sizes = [router.num_experts for router in self._keys]
-        return dict(zip(self._keys, values_of_keys(self._found_L).split(sizes)))
+        assert self._digit == len(DIGITS) and self._base_L is not None, self._digit
+        return self._by_router(values_of_keys(self._base_L))
 
     def _missing(self) -> Tensor:
         raise AssertionError(f"{self.parts} micro-batches have not told all margins")

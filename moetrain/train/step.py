@@ -101,7 +101,8 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
                      tuple(run.objective.weights))
     local = torch.zeros(sum(choices.values()), dtype=torch.int64, device=mesh.device)
     pooled_L = None                          # counts of the whole step on all ranks, where a loss pools them
-    quantiles = MarginQuantiles(mesh["batch"], model.routers, len(batches))
+    quantiles = MarginQuantiles(mesh["batch"], model.routers,
+                                [batch.tokens_BS.numel() for batch in batches])
     for forward in forwards(run, step, batches, tokens, quantiles):
         watch.lap("forward")
         share = run.objective.backward(forward.language, forward.stacks, forward.pooled, denominators.terms)

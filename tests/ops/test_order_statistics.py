@@ -6,12 +6,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
+from moetrain.ops import order_statistics
 from moetrain.ops.order_statistics import (
     DIGITS,
+    FIRST,
     _binned,
     _scattered,
     digit_counts,
-    next_digit,
+    next_base,
     num_finite,
     order_keys,
     values_of_keys,
@@ -22,11 +24,11 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 def selected(parts: list[Tensor], rank_E: Tensor) -> Tensor:
     """The values of a rank over all parts, each float32 [E, N]."""
-    keys, found_E = [order_keys(part) for part in parts], None
+    keys, base_E = [order_keys(part.clone()) for part in parts], torch.full((len(parts[0]),), FIRST).int()
     for digit in range(len(DIGITS)):
-        counts_EB = sum(digit_counts(key, found_E, digit) for key in keys)
-        found_E, rank_E = next_digit(counts_EB, found_E, rank_E)
-    return values_of_keys(found_E)
+        counts_EB = sum(digit_counts(key, base_E, digit) for key in keys)
+        base_E = next_base(counts_EB.cumsum(1, dtype=torch.int32), base_E, rank_E.int(), digit)
+    return values_of_keys(base_E)
 
 
 def bits(values: Tensor) -> list[int]:
@@ -49,22 +51,27 @@ def test_the_value_of_a_rank_is_that_of_a_sorted_array(values, data):
 
 def test_keys_are_ordered_as_their_values_and_give_them_back():
     values = torch.tensor([-float("inf"), -3e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, 3e38, float("inf")])
-    keys = order_keys(values)
-    assert (keys.diff() > 0).all() and bits(values_of_keys(keys)) == bits(values)
+    keys = order_keys(values.clone()[None])
+    assert (keys.diff() > 0).all() and bits(values_of_keys(keys))[0] == bits(values)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_devices_count_alike(masked):
-    generator = torch.Generator().manual_seed(0)
-    values_EN = torch.randint(9, (3, 50), dtype=torch.int32, generator=generator)
-    counted_EN = values_EN.roll(1, 1) > 3 if masked else None
-    counts = [count(values_EN, counted_EN, 9) for count in (_binned, _scattered)]
+def test_devices_count_alike():
+    columns_EN = torch.randint(9, (3, 50), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    counts = [count(columns_EN.clone(), 9) for count in (_binned, _scattered)]
     assert counts[0].equal(counts[1]) and counts[0].dtype == counts[1].dtype == torch.int32
-    assert counts[0].sum() == (counted_EN.sum() if masked else 150)
+    assert counts[0].sum(1).tolist() == [50, 50, 50]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 22])
+def test_pieces_change_nothing(monkeypatch, piece):
+    values = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    whole = selected([values], torch.full((5,), 11))
+    monkeypatch.setattr(order_statistics, "_PIECE", piece)
+    assert selected([values], torch.full((5,), 11)).equal(whole)
 
 
 def test_infinity_is_no_value():
     values = torch.tensor([[2.0, float("inf"), 3e38, -1.0], [float("inf")] * 4])
-    counts = digit_counts(order_keys(values), None, 0)
-    assert num_finite(counts).tolist() == [3, 0] and counts.sum(1).tolist() == [4, 4]
+    up_to = digit_counts(order_keys(values.clone()), torch.full((2,), FIRST).int(), 0).cumsum(1)
+    assert num_finite(up_to).tolist() == [3, 0] and up_to[:, -1].tolist() == [4, 4]
     assert selected([values], torch.tensor([2, 0])).tolist() == [torch.tensor(3e38).item(), float("inf")]

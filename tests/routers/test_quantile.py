@@ -5,6 +5,7 @@ the logits that routers saw and nothing of what they told.
 """
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from moetrain.routers.quantile import BiasedRouter
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.routers.topk import TopKRouter
 from moetrain.train import micro_batches
+from moetrain.train.checkpoint.load import resume
+from moetrain.train.checkpoint.save import save
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.margin_quantiles import MarginQuantiles
 from moetrain.train.step import train_step
@@ -170,6 +173,26 @@ def test_recomputation_and_accumulation_in_one_process_leave_every_bit():
     found = train([*OVERRIDES, "train.micro_batch=3", "train.activation_checkpointing=full"], 3)
     for ours, its in zip(found, truth(), strict=True):
         assert all(bias.equal(its[name]) for name, bias in ours.items())
+
+
+def go_on(overrides: list[str], run_dir: Path) -> Biases:
+    """Biases after the third step, of a run that begins from a save of the second."""
+    run = make_run([*in_float64(2), *overrides])
+    for router in run.state.model.routers.values():
+        router.bias.fill_(float("nan"))
+    resume(run.state, run_dir, run.mesh)
+    train_step(run, 3)
+    return biases_of(run)
+
+
+@pytest.mark.ranks
+def test_a_restart_on_another_mesh_leaves_every_bit(ranks, tmp_path):
+    run = make_run([*in_float64(), *OVERRIDES])
+    for step in (1, 2):
+        train_step(run, step)
+    save(run.state, tmp_path, run.mesh, {})
+    for found in ranks(2).run(go_on, [*OVERRIDES, "parallel=ep"], tmp_path):
+        assert all(bias.equal(truth()[-1][name]) for name, bias in found.items())
 
 
 def test_evaluation_leaves_the_bias_alone_and_is_not_told():

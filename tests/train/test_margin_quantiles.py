@@ -32,7 +32,7 @@ def margins(name: str) -> Tensor:
 def found(group: Group, parts: list[slice]) -> dict[str, Tensor]:
     """Quantiles by name, told in micro-batches of these rows; blocks that are recomputed tell again."""
     model = routers()
-    quantiles = MarginQuantiles(group, model, len(parts))
+    quantiles = MarginQuantiles(group, model, [rows.stop - rows.start for rows in parts])
     for rows in parts:
         on_margins = quantiles.micro_batch()
         for _ in range(2):
@@ -81,10 +81,10 @@ def test_ranks_change_no_bit(ranks):
 
 def test_a_router_that_decides_twice_has_one_quantile_over_both_passes():
     router = TopKRouter(dim=2, num_experts=7, top_k=3, balance="quantile")
-    quantiles = MarginQuantiles(ALONE, {"once": router, "again": router}, 1)
+    quantiles = MarginQuantiles(ALONE, {"once": router, "again": router}, [80])
     on_margins = quantiles.micro_batch()
-    on_margins("once", margins("first")[:40])
-    on_margins("again", margins("first")[40:])
+    on_margins("once", margins("first")[:57])
+    on_margins("again", margins("first")[57:])
     quantiles.advance()
     quantiles.advance()
     assert quantiles.quantiles()[router].equal(found(ALONE, [slice(0, ROWS)])["first"])
@@ -92,7 +92,7 @@ def test_a_router_that_decides_twice_has_one_quantile_over_both_passes():
 
 def test_padding_alone_has_no_quantile():
     router = TopKRouter(dim=2, num_experts=3, top_k=1, balance="quantile", weights="raw")
-    quantiles = MarginQuantiles(ALONE, {"it": router}, 1)
+    quantiles = MarginQuantiles(ALONE, {"it": router}, [4])
     quantiles.micro_batch()("it", torch.full((4, 3), float("inf")))
     quantiles.advance()
     quantiles.advance()
@@ -103,12 +103,12 @@ def test_padding_alone_has_no_quantile():
 
 
 def test_a_micro_batch_that_tells_nothing_is_noticed():
-    quantiles = MarginQuantiles(ALONE, routers(), 2)
+    quantiles = MarginQuantiles(ALONE, routers(), [ROWS, ROWS])
     quantiles.micro_batch()("first", margins("first"))
     with pytest.raises(AssertionError, match="2 micro-batches have not told"):
         quantiles.advance()
 
 
 def test_without_a_router_that_asks_nothing_happens():
-    quantiles = MarginQuantiles(ALONE, {"plain": routers()["plain"]}, 1)
+    quantiles = MarginQuantiles(ALONE, {"plain": routers()["plain"]}, [4])
     assert quantiles.micro_batch() is None and quantiles.advance() is None and quantiles.quantiles() == {}
