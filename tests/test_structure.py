@@ -223,6 +223,7 @@ COVERS = {
     "launch/test_nodes": "launch/__main__",
     "launch/test_supervisor": "launch/ranks_of_agent",
     "losses/test_load_balance": "losses/base",
+    "losses/test_pooled_slopes": "losses/{hetero_lbl,l1_lb,null_lbl}",
     "losses/test_scoped": "losses/{first_choice,importance,load}",
     "model/test_projection": "model/feed_forward",
     "model/test_residual": "model/architecture",

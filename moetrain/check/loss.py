@@ -11,7 +11,7 @@ from torch import Tensor
 from moetrain.check.findings import Check, NotTried, checks_of
 from moetrain.losses.base import AuxLoss, Pooled
 from moetrain.ops.gating import gather_weights
-from moetrain.ops.router_sums import Decided, Noise, extra_sums, router_sums
+from moetrain.ops.router_sums import Decided, Noise, extra_sums, importance, router_sums
 from moetrain.routers.base import RoutingStats
 from moetrain.routers.stack import Stack, stacks
 
@@ -46,9 +46,10 @@ def _decisions(first: int, last: int, loss: AuxLoss) -> Stack:
         sequences = torch.arange(0, last - first + 1, 4) if _per_sequence(loss) else None
         probs_TE = logits_TE.softmax(-1)
         sums = router_sums(probs_TE, logits_TE, ids_TK, None, sequences)
-        if loss.token_sums:
+        forms = {**loss.token_sums, **dict.fromkeys(loss.NEEDS_SUMS, importance)}
+        if forms:
             decided = Decided(probs_TE, logits_TE, ids_TK, gather_weights(probs_TE, ids_TK), noise)
-            sums = sums._replace(extra=extra_sums(loss.token_sums, decided, None))
+            sums = sums._replace(extra=extra_sums(forms, decided, None))
         stats[f"layers.{router}.moe"] = sums
     (stack,) = stacks(stats)
     return stack
@@ -57,7 +58,7 @@ def _decisions(first: int, last: int, loss: AuxLoss) -> Stack:
 def _pooled(whole: Stack, loss: AuxLoss, tokens: int = TOKENS) -> Pooled:
     named = whole.stats.named()
     sums = {name: named[name].detach().double() for name in loss.pooled_sums}
-    return Pooled(whole.stats.counts_E, torch.tensor(tokens), sums or None)
+    return Pooled(whole.stats.counts_E, torch.tensor(tokens), sums or None, ROUTERS * (EXPERTS - 2,))
 
 
 def _has_one_value_a_router(make: Callable[[], AuxLoss]) -> None:

@@ -52,6 +52,7 @@ RULES: list[Rule] = [
     model.vocabulary,
     model.experts,
     model.experts_of_a_token,
+    model.mapped_logits,
     model.router_gradient,
     model.groups,
     model.quantiles_of_groups,
@@ -73,6 +74,7 @@ RULES: list[Rule] = [
     losses.pools,
     losses.equal_groups,
     routers.load_of_noise,
+    losses.needed_sums,
     ranges.divisions,
     parallel.engine,
 ]
@@ -81,5 +83,5 @@ RULES: list[Rule] = [
 OF_TRAINING: frozenset[Rule] = frozenset([
     run.stop, model.router_gradient, parallel.chunks, parallel.sliced, parallel.copies, parallel.engine,
     train.batch, data.domain_weights, optim.betas, losses.loss_names, losses.pools,
-    losses.equal_groups, routers.load_of_noise,
+    losses.equal_groups, losses.needed_sums, routers.load_of_noise,
 ])

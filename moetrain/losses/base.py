@@ -39,6 +39,8 @@ class Pooled(NamedTuple):
     # The sums that losses ask for by `pooled_sums`, by name: float64 [R, ...], without gradient, pooled as
     # counts are. None if no loss asks.
     sums: Mapping[str, Tensor] | None = None
+    # Number of experts of each router of the stack, the first of its choices; empty: all choices are experts.
+    num_experts: tuple[int, ...] = ()
 
 
 class AuxLoss(Protocol):
@@ -54,6 +56,8 @@ class AuxLoss(Protocol):
     reduction: str           # over routers: mean or sum
     token_sums: Mapping[str, TokenSum] = {}      # further sums that it needs, as `RoutingStats.extra`
     pooled_sums: frozenset[str] = frozenset()    # names of sums that are pooled before backward
+    # Names of sums that the routers have to bring (`Router.token_sums`). Read from source.
+    NEEDS_SUMS: list[str] = []
 
     @property
     def pool(self) -> PoolRule | None:

@@ -136,6 +136,8 @@ class Router(nn.Module):
     choice_tensors: frozenset[str] = frozenset()
     # Further sums over tokens that the router brings, by name: those of all routers of a model, alike.
     token_sums: Mapping[str, TokenSum] = {}
+    # Their names, as far as a loss names them in NEEDS_SUMS. Read from source (config/rules/losses.py).
+    BRINGS_SUMS: list[str] = []
     # Whether the gradient of its gate weights in training is an estimate, and not their derivative.
     estimates_gradient = False
     # Whether most of the K slots of a token stay unused, as with K = E (`Routing.max_rows`).

@@ -65,7 +65,8 @@ def split_by_router(flat: Tensor, routers: Mapping[str, int]) -> dict[str, Tenso
 
 
 def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor,
-         sums: Mapping[str, Mapping[str, Tensor]] | None = None) -> list[Pooled]:
+         sums: Mapping[str, Mapping[str, Tensor]] | None = None,
+         experts: Mapping[str, int] | None = None) -> list[Pooled]:
     """Make the argument of losses from pooled counts, for every stack.
 
     Args:
@@ -73,15 +74,17 @@ def pool(flat_L: Tensor, routers: Mapping[str, int], tokens: Tensor,
         routers: number of choices by router, in run order.
         tokens: int64 scalar, valid tokens of the global batch.
         sums: pooled sums by router and name; None if no loss asks for any.
+        experts: number of experts by router; None: all choices are experts.
 
     Returns:
         One record for each stack of consecutive routers of the same size (routers/stack.py `stacks`).
     """
     names, pooled = iter(routers), []
     for counts_RC in by_stack(flat_L, routers):
-        of = [sums[next(names)] for _ in counts_RC] if sums else []
+        alike = [next(names) for _ in counts_RC]
+        of = [sums[name] for name in alike] if sums else []
         stacked = {name: torch.stack([each[name] for each in of]) for name in of[0]} if of else None
-        pooled.append(Pooled(counts_RC, tokens, stacked))
+        pooled.append(Pooled(counts_RC, tokens, stacked, tuple((experts or routers)[name] for name in alike)))
     return pooled
 
 

@@ -72,14 +72,15 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor,
     Yields:
         Each forward pass, once its backward may run.
     """
-    rule, routers = run.objective.pool, run.state.model.num_choices
+    rule, routers, experts = run.objective.pool, run.state.model.num_choices, run.state.model.num_experts
 
     def forward(batch: Batch, pooled: PoolCounts, on_counts: OnCounts | None = None) -> Forward:
         return forward_pass(run, step, batch, pooled, on_counts, quantiles and quantiles.micro_batch())
 
     if rule is None:
         for batch in batches:
-            yield forward(batch, lambda found: pool(flat_counts(found, tokens.device), routers, tokens))
+            yield forward(batch, lambda found: pool(flat_counts(found, tokens.device), routers, tokens, None,
+                                                    experts))
     elif rule.mode != "exact":
         yield from _as_they_come(run, forward, batches, tokens, rule)
     else:
@@ -89,7 +90,7 @@ def forwards(run: Run, step: int, batches: list[Batch], tokens: Tensor,
 def _as_they_come(run: Run, forward: RunForward, batches: list[Batch], tokens: Tensor,
                   rule: PoolRule) -> Iterator[Forward]:
     """Modes sync, buffer and warm: each micro-batch uses the counts that are known at its backward."""
-    routers = run.state.model.num_choices
+    routers, experts = run.state.model.num_choices, run.state.model.num_experts
     known = AccumulatedCounts(rule.mode, routers, tokens, run.state.prior)
     for number, batch in enumerate(batches, 1):
         pooling, last = (CountAllReduce(group_of(rule, run.mesh), routers, tokens.device,
@@ -98,7 +99,7 @@ def _as_they_come(run: Run, forward: RunForward, batches: list[Batch], tokens: T
         def pooled(found: Sequence[Stack], pooling: CountAllReduce = pooling,
                    last: bool = last) -> list[Pooled]:
             return pool(known.add(pooling.wait(), last=last), routers, tokens,
-                        known.add_sums(pooling.wait_for_sums()))
+                        known.add_sums(pooling.wait_for_sums()), experts)
 
         passed = forward(batch, pooled, pooling.micro_batch())
         yield passed._replace(counts_L=known.total_L if last and rule.scope == "global" else None)
@@ -107,10 +108,10 @@ def _as_they_come(run: Run, forward: RunForward, batches: list[Batch], tokens: T
 def _whole_step(run: Run, step: int, forward: RunForward, batches: list[Batch], tokens: Tensor,
                 rule: PoolRule) -> Iterator[Forward]:
     """Mode exact: every micro-batch uses the counts of the whole step."""
-    routers = run.state.model.num_choices
+    routers, experts = run.state.model.num_choices, run.state.model.num_experts
     pooling = CountAllReduce(group_of(rule, run.mesh), routers, tokens.device, len(batches),
                              run.objective.pooled_sums)
-    pooled = cache(lambda: pool(pooling.wait(), routers, tokens, pooling.wait_for_sums()))
+    pooled = cache(lambda: pool(pooling.wait(), routers, tokens, pooling.wait_for_sums(), experts))
     passes = (_graphs_kept(forward, batches, pooling, lambda found: pooled()) if run.graphs.kept else
               _counted_first(run, step, forward, batches, pooling, lambda found: pooled()))
     for passed in passes:

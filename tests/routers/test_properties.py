@@ -8,7 +8,7 @@ from moetrain.check.findings import findings
 from moetrain.check.router import router_checks
 from moetrain.config.groups import group_options
 from moetrain.model.initialization import declared_starts, initialize
-from tests.support.any_router import EVERY, UNTRAINED, D, E, context, every_router, router_of, tokens
+from tests.support.any_router import EVERY, D, E, context, every_router, router_of, tokens
 from tests.support.training import make_run
 
 
@@ -24,7 +24,7 @@ def test_no_token_at_all_is_valid(option, overrides):
     router = router_of(option, overrides)
     routing = router.route(tokens(6), context(6, valid_T=torch.zeros(6, dtype=torch.bool)))
     assert (routing.ids_TK == -1).all() and not routing.weights_TK.any()
-    assert not any(total.any() for total in routing.stats if total is not None)
+    assert not any(total.any() for total in routing.stats.named().values())
     total = routing.weights_TK.sum() + routing.stats.prob_sum_E.sum()
     trained = [parameter for parameter in router.parameters() if parameter.requires_grad]
     if trained:
@@ -38,24 +38,28 @@ def test_all_tokens_may_choose_one_expert_and_leave_others_out(option, overrides
     router = router_of(option, overrides)
     with torch.no_grad():
         router.weight[:2] = torch.tensor([[1.0], [50.0]])    # two of a group, where there are groups
+        router.weight[E - 1] = -50
         for buffer in router.buffers():
             buffer.zero_()
     routing = router.route(tokens(4).abs() + 0.1, context(4, training=False))
     counts_E = routing.stats.counts_E
-    assert counts_E[1] == 4 and (counts_E == 0).any() and counts_E.sum() == (routing.ids_TK >= 0).sum()
+    assert counts_E[1] == 4 and (counts_E == 0).any()
+    assert counts_E[:E].sum() == (routing.ids_TK >= 0).sum()
     assert routing.weights_TK.isfinite().all()
 
 
 @every_router
 def test_the_task_trains_every_parameter_that_is_not_frozen(option, overrides):
     router = router_of(option, overrides)
-    routing = router.route(tokens(200), context(200))
+    carry = router.route(tokens(200, seed=2), context(200)).carry        # as a layer before it hands on
+    routing = router.route(tokens(200), context(200, carry=None if carry is None else carry.detach()))
     factors_TK = torch.rand(routing.weights_TK.shape, generator=torch.Generator().manual_seed(0))
+    lone = (part for part in (routing.residual_T, routing.residual_TD) if part is not None)
     if any(parameter.requires_grad for parameter in router.parameters()):
-        (routing.weights_TK * factors_TK).sum().backward()
+        ((routing.weights_TK * factors_TK).sum() + sum(part.sum() for part in lone)).backward()
     for name, parameter in router.named_parameters():
         moved = parameter.grad is not None and bool(parameter.grad.any())
-        assert moved == (parameter.requires_grad and name not in UNTRAINED.get(option, ())), name
+        assert moved == parameter.requires_grad, name
 
 
 @every_router
@@ -82,6 +86,10 @@ def test_a_layer_is_the_sum_of_its_experts_by_a_loop_over_tokens(option, overrid
         for expert, weight in zip(ids_K, weights_K):
             gate_F, up_F = (bank.gate_up[expert] @ input_TD[token]).chunk(2)
             expected_TD[token] += weight * (bank.down[expert] @ (silu(gate_F) * up_F))
+    if routing.residual_T is not None:                       # choices that are no experts
+        expected_TD += routing.residual_T[:, None] * x_TD
+    if routing.residual_TD is not None:
+        expected_TD += routing.residual_TD
     torch.testing.assert_close(layer(x_TD, told).out_TD, expected_TD)
 
 

@@ -15,6 +15,8 @@ from moetrain.routers.base import Router, RouterContext
 
 E, K, D = 8, 3, 5
 LIMITED = ["router.num_groups=4", "router.topk_groups=2"]
+MOE_PLUS_PLUS = ["router.num_null=1", "router.num_copy=1", "router.num_constant=2", "router.map_logits=true",
+                 "loss=[z,hetero_lbl]"]
 # Overrides that a router needs, by its option.
 NEEDS = {"sparsemixer": ["model.top_k=2"]}
 # Overrides with which a router is tried besides its defaults, by its option.
@@ -25,19 +27,19 @@ VARIANTS = {
              ["model.top_k=2", "router.noise=gumbel", "router.second_expert=sample", "router.jitter_eps=0.1",
               "router.jitter_scope=layer"]],
     "sigmoid": [LIMITED, QUANTILE],
-    "top_p": [["router.k_min=2", "router.k_max=3"]],
+    "top_p": [["router.k_min=2", "router.k_max=3", "loss=[z,entropy]"]],
     "dtop_p": [["router.target_k=1.25"]],
+    "null_expert": [["router.renorm=none", "router.num_null=2", "loss=[z,null_lbl]"], MOE_PLUS_PLUS],
+    "relu": [["router.target_k=1.5", "router.lambda0=0.01", "loss=[z,l1_lb]"]],
     "mlp": [["router.kind=gmm"], ["router.dropout=0.25", "router.sample_topk=1"]]}
 # Sizes of their own that routers have by themselves, for finite differences, by option.
 SMALL = {"recurrent": ["router.state_dim=2"], "mlp": ["router.hidden=3"]}
 EVERY = [(option, overrides) for option in group_options()["router"]
          for overrides in ([], *VARIANTS.get(option, []))]
-# Parameters that have no gradient in a router by itself, by option: the state before the first layer is 0.
-UNTRAINED = {"recurrent": {"alone.recurrent.weight_hh"}}
 
 
 def _name(option: str, overrides: list[str]) -> str:
-    return "-".join([option, *(override.partition(".")[2] for override in overrides)])
+    return "-".join([option, *(override.partition(".")[2] or override for override in overrides)])
 
 
 every_router = pytest.mark.parametrize("option, overrides", EVERY, ids=[_name(*each) for each in EVERY])
@@ -73,7 +75,9 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
                      "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1"),
 }
 # Tensors without a gradient in the first step, by the name of the subject.
-STILL: dict[str, tuple[str, ...]] = {}
+STILL: dict[str, tuple[str, ...]] = {
+    _name("null_expert", MOE_PLUS_PLUS): ("layers.0.moe.router.logit_map",),         # no layer before it
+}
 SUBJECTS = [Subject(name, overrides, STILL.get(name, ())) for name, overrides in [
     *((_name(option, overrides), (f"router={option}", *NEEDS.get(option, []), *overrides))
       for option, overrides in EVERY),

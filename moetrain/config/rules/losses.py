@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from moetrain.config.build import NoSuchPart, declared
 from moetrain.config.rules.model import moe_layers
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
@@ -50,3 +51,20 @@ def equal_groups(config: Config, ranks: int) -> Iterator[ConfigError]:
                 270, f"loss.{name}.num_groups={groups} does not divide the experts of a layer",
                 where=f"loss.{name}.num_groups, model.num_experts", why="groups of experts are equal",
                 next=f"loss.{name}.num_groups={works}")
+
+
+def needed_sums(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse a loss of sums that the router does not bring (`NEEDS_SUMS`, `BRINGS_SUMS`)."""
+    try:
+        brought = declared(str(config.router.get("_target_", "")), "router", "BRINGS_SUMS") or []
+        needed = {name: declared(str(part.get("_target_", "")), "loss", "NEEDS_SUMS") or []
+                  for name, part in config.loss.items() if part.get("weight", 1)}
+    except NoSuchPart:                                       # reported where the part is checked
+        return
+    for name, sums in needed.items():
+        if missing := [each for each in sums if each not in brought]:
+            yield ConfigError(
+                257, f"the router does not bring {missing[0]}, of which loss.{name} is made",
+                where=f"loss.{name}._target_, router._target_",
+                why="the loss is of a quantity that only some routers have",
+                next=f"a router that brings it, as router=relu does l1_sum_E; or loss=[...] without {name}")

@@ -229,6 +229,17 @@ def experts_of_a_token(config: Config, ranks: int) -> Iterator[ConfigError]:
         return  # one layer is enough of an example
 
 
+def mapped_logits(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse a map of the logits of the layer before between layers with different numbers of experts."""
+    numbers = sorted({num_experts for _, num_experts, _ in moe_layers(config)})
+    if config.router.get("map_logits") and len(numbers) > 1:
+        yield ConfigError(
+            256, f"router.map_logits=true, and layers have {numbers[0]} and {numbers[-1]} experts",
+            where="router.map_logits, model.num_experts",
+            why="a router maps the logits of the layer before by a square matrix",
+            next=f"router.map_logits=false, or model.num_experts={numbers[-1]}")
+
+
 def router_gradient(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Refuse gate weights that sum to a constant with one expert a token: the weight has no gradient.
 
