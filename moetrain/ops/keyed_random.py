@@ -150,11 +150,11 @@ def root(key: Key, use: str = "", number: int = 0) -> int:
 
 def _mix(x: Tensor) -> Tensor:
     """Map int64 to int64 one to one, so that every bit depends on every bit; 0 stays 0."""
-    x = (x ^ _shift(x, 30)) * _FIRST
-    x = (x ^ _shift(x, 27)) * _SECOND
-    return x ^ _shift(x, 31)
+    x = (x ^ _shift(x, 30)).mul_(_FIRST)                     # in place: most of the time goes into memory
+    x = x.bitwise_xor_(_shift(x, 27)).mul_(_SECOND)
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def _shift(x: Tensor, places: int) -> Tensor:
     """Shift int64 to the right and fill with zeros; `>>` alone fills with the sign."""
-    return (x >> places) & ((1 << (64 - places)) - 1)
+    return (x >> places).bitwise_and_((1 << (64 - places)) - 1)

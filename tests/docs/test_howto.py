@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from moetrain.__main__ import main
+from moetrain.config.compose import compose
+from moetrain.config.groups import group_options
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = "The quick brown fox jumps over the lazy dog, and nothing is heard of it again. "
@@ -42,3 +44,14 @@ def test_the_blocks_of_the_page_about_weights_run_one_after_another(
         for line in block.splitlines():
             assert main(shlex.split(line)[1:]) == 0, line
     assert (tmp_path / "runs/trained/checkpoints/step-00000002").is_dir()
+
+
+def test_every_router_and_loss_has_a_row_on_the_page_about_routers_whose_words_are_a_config() -> None:
+    page = (ROOT / "docs/howto/routers.md").read_text(encoding="utf-8")
+    routers, losses = (re.findall(r"^\| `(.+?)` \|", section, re.MULTILINE) for section in re.findall(
+        r"^\| `(?:router|loss)=` .*?\n\n", page, re.MULTILINE | re.DOTALL))
+    for words in routers[1:]:
+        compose(f"router={words}".split())
+    options = group_options()
+    assert {words.split()[0] for words in routers[1:]} == set(options["router"])
+    assert set(losses[1:]) == set(options["loss"])
