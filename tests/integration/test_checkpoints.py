@@ -36,6 +36,8 @@ SIZES = ["run.dtype=float64", "data.vocab_size=50", "model.qk_norm=true", "model
 EVEN, ODD = "model.num_experts=[8,12]", "model.num_experts=6"
 # Experts of vectors and matrices, of another width in each layer
 BIASED = f"{ODD} model.expert_dim=[16,10] expert._target_=tests.support.expert_forms.BiasedExpert"
+# PR-MoE: of the 4 positions of fssdp4 two hold no expert of the first layer
+PYRAMID = "model.num_experts=[2,6] model.top_k=[1,2] router.weights=raw model.block=residual"
 LAYOUTS = {
     "single": (1, []),
     "ddp2": (2, ["parallel=ddp"]), "ddp4": (4, ["parallel=ddp"]),
@@ -50,11 +52,13 @@ LAYOUTS = {
 }
 NAMES = list(LAYOUTS)
 QUICK = [(ODD, "single", "fsdp4"), (ODD, "fsdp4", "ep2_fsdp4"), (ODD, "ep2_fsdp4", "single"),
-         (EVEN, "ep4", "hsdp4"), (BIASED, "fsdp4", "fssdp4")]
+         (EVEN, "ep4", "hsdp4"), (BIASED, "fsdp4", "fssdp4"),
+         (PYRAMID, "ep2", "fssdp4")]
 PAIRS = [(EVEN, one, NAMES[(NAMES.index(one) + by) % len(NAMES)])
          for by, some in ((1, NAMES), (5, NAMES[::2])) for one in some] + [
     (ODD, "fsdp4", "ep2of4"), (ODD, "fssdp4", "ep2_fsdp4"), (ODD, "ep2_hsdp4", "fsdp4"),
     (ODD, "hsdp4", "fsdp2"), (ODD, "ddp2", "ep2_hsdp4"),
+    (PYRAMID, "fssdp4", "fsdp4"),
     (BIASED, "fssdp4", "ep2_fsdp4"), (BIASED, "ep2", "fsdp4"), (BIASED, "hsdp4", "single")]
 
 
@@ -70,7 +74,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _id(pair: tuple[str, str, str]) -> str:
     experts, *layouts = pair
-    return "-".join(["biased" if experts == BIASED else experts.removeprefix("model.num_experts="), *layouts])
+    name = {BIASED: "biased", PYRAMID: "pyramid"}.get(experts, experts.removeprefix("model.num_experts="))
+    return "-".join([name, *layouts])
 
 
 def on(ranks, layout: str, function, experts: str, *arguments) -> list:
