@@ -55,20 +55,32 @@ def attention_parameters(sizes: ModelConfig) -> Shapes:
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     if sizes.attention == "experts":
         return {"kv.weight": (2 * keys, sizes.dim), "router.weight": (sizes.num_attention_experts, sizes.dim)}
+    if sizes.attention == "sliced":
+        return {"router.weight": (sizes.num_heads, sizes.dim)}
     shapes: Shapes = {"qkv.weight": (queries + 2 * keys, sizes.dim), "out.weight": (sizes.dim, queries)}
     return shapes | ({"q_norm.weight": (head,), "k_norm.weight": (head,)} if sizes.qk_norm else {})
 
 
 def attention_experts(sizes: ModelConfig) -> Shapes:
     """Shapes of the parameters of one attention expert, by name; none with plain attention."""
+    head = sizes.head_dim or sizes.dim // sizes.num_heads
+    if sizes.attention == "sliced":
+        return {"qkv": (3 * head, sizes.dim), "out": (sizes.dim, head)}
     if sizes.attention != "experts":
         return {}
-    keys = sizes.num_kv_heads * (sizes.head_dim or sizes.dim // sizes.num_heads)
+    keys = sizes.num_kv_heads * head
     return {"queries": (keys, sizes.dim), "outputs": (sizes.dim, keys)}
 
 
+def num_attention_experts(sizes: ModelConfig) -> int:
+    """Attention experts of a layer: as configured, or the heads where these are sliced."""
+    return sizes.num_heads if sizes.attention == "sliced" else sizes.num_attention_experts
+
+
 def attention_top_k(sizes: ModelConfig) -> int:
-    """Attention experts of a token, which together have its query heads."""
+    """Attention experts of a token: those that together have its query heads, or its slices, half of all."""
+    if sizes.attention == "sliced":
+        return sizes.top_k_heads or max(1, sizes.num_heads // 2)
     return sizes.num_heads // sizes.num_kv_heads
 
 

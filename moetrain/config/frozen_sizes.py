@@ -14,6 +14,7 @@ from moetrain.config.architecture import (
     attention_parameters,
     beside_experts,
     expert_width,
+    num_attention_experts,
     router_paths,
 )
 from moetrain.config.expert_sizes import expert_shapes
@@ -57,7 +58,7 @@ def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
             yield Named("matrices" if matrix else "rest", f"{path}.attention.{name}", prod(shape))
         for name, shape in attention_experts(sizes).items():
             yield Named("experts", f"{path}.attention.experts.0.{name}",
-                        sizes.num_attention_experts * prod(shape))
+                        num_attention_experts(sizes) * prod(shape))
         if not is_sparse(sizes, layer):
             yield from _feed_forward(f"{path}.ffn", width, dense_width(sizes, layer))
             continue

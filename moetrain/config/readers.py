@@ -33,6 +33,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "model.residual_mixing": ("model.block=residual",),
     "model.latent_dim": ("model.block=latent",),
     "model.num_attention_experts": ("model.attention=experts",),
+    "model.top_k_heads": ("model.attention=sliced",),
     "model.chain_rounds": ("model.block=chain",),
     "model.chain_residual": ("model.block=chain",),
     "model.chain_share_router": ("model.block=chain",),

@@ -56,12 +56,13 @@ class ModelConfig:
     num_heads: int = key(4, "attention heads")
     num_kv_heads: int = key(2, "key-value heads; divides num_heads")
     head_dim: int | None = key(None, "width of a head; dim / num_heads when null")
-    attention: Literal["plain", "experts"] = key(
+    attention: Literal["plain", "experts", "sliced"] = key(
         "plain",
-        "plain, or attention experts with stick-breaking weights (ModuleFormer): each has num_kv_heads heads "
-        "with queries and outputs of its own, keys and values are shared, and a token takes num_heads / "
-        "num_kv_heads of them")
+        "experts: attention experts with stick-breaking weights (ModuleFormer), each with num_kv_heads heads "
+        "and queries and outputs of its own; keys and values are shared, and a token takes num_heads / "
+        "num_kv_heads of them; sliced: a token takes some of the heads (Union-of-Experts)")
     num_attention_experts: int = key(8, "attention experts a layer")
+    top_k_heads: int | None = key(None, "attention sliced: heads of a token; half of them when null")
     qk_norm: bool = key(False, "RMSNorm on queries and keys, per head (Qwen3)")
     rope_theta: float = key(10000.0, "base of the rotary embedding")
     norm_eps: float = key(1e-6, "epsilon of RMSNorm")

@@ -25,6 +25,7 @@ from moetrain.config.architecture import (
     beside_experts,
     dense_beside,
     expert_width,
+    num_attention_experts,
     rounds,
     router_paths,
 )
@@ -109,7 +110,7 @@ def count_parameters(sizes: ModelConfig, vocab_size: int,
     rest = sizes.num_layers * (2 * width + in_rest) + width
     rest += vocab_size * width * (1 if sizes.tie_embeddings else 2)
     of_attention = sum(map(prod, attention_experts(sizes).values())) * sizes.num_layers
-    experts, active = of_attention * sizes.num_attention_experts, of_attention * attention_top_k(sizes)
+    experts, active = of_attention * num_attention_experts(sizes), of_attention * attention_top_k(sizes)
     for kind in layer_kinds(sizes):
         if kind.dense_dim is not None:
             matrices += kind.layers * 3 * width * kind.dense_dim
@@ -225,17 +226,23 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
     if sizes.attention == "experts":                             # scores of every key, and x for every expert
         scores, slot_rows = sizes.num_heads * seq_len, attention_top_k(sizes) * width
         decided += 50 * attention_top_k(sizes)
+    of_heads = queries + keys
+    if sizes.attention == "sliced":                              # x for each slice, and its rows
+        slot_rows, of_heads = attention_top_k(sizes) * width, of_heads // 2
+        decided += 50 * attention_top_k(sizes)
     if mode == "full":
         return item * width + decided
     if mode == "selective":
         shared = 2 * feed_forward + (width if feed_forward else 0)
-        numbers = 2 * width + 2 * (queries + keys) + rows + inside + shared + slot_rows + scores
+        numbers = 2 * width + 2 * of_heads + rows + inside + shared + slot_rows + scores
         return item * numbers + 4 * sizes.num_heads + decided
     states = 2 + passes * (2 if item >= 4 else 4)                # of width D; norms keep what they cast
     projections = (4 if sizes.qk_norm else 3) * (queries + keys)
     numbers = states * width + projections + inside + 4 * feed_forward + exchanged * rows
     if scores:
         numbers += scores + slot_rows + (1 if item >= 4 else 4) * queries
+    if sizes.attention == "sliced":                              # and the mask of each head, in the dtype
+        numbers += sizes.num_heads * seq_len + slot_rows + (2 if item >= 4 else 3) * queries
     if kind.dense_dim is None and sizes.block == "residual" and sizes.residual_mixing == "learned":
         numbers += (2 if item >= 4 else 4) * width               # both outputs, and x as it was cast
     return item * numbers + 5 * max(item, 4) * scores + 4 * sizes.num_heads + choices + decided

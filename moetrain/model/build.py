@@ -11,7 +11,7 @@ import torch
 
 from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
-from moetrain.config.architecture import attention_top_k, expert_width
+from moetrain.config.architecture import attention_top_k, expert_width, num_attention_experts
 from moetrain.config.build import build
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.parallel_schema import ParallelConfig
@@ -26,6 +26,7 @@ from moetrain.model.feed_forward import FeedForward
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.initialization import declared_starts, initialize, materialize
 from moetrain.model.parallelize import shard_parameters
+from moetrain.model.sliced_attention import HeadSlice, SlicedAttention
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.dispatch import TokenDispatcher
@@ -202,8 +203,8 @@ def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
     """Plan the homes of experts at the start of a run: contiguous ranges over the positions of `ep`."""
     sparse, homes = set(sparse_layers(sizes)), []
     for layer in range(sizes.num_layers):
-        if sizes.attention == "experts":
-            homes.append((attention_name(layer), contiguous(sizes.num_attention_experts, positions)))
+        if sizes.attention != "plain":
+            homes.append((attention_name(layer), contiguous(num_attention_experts(sizes), positions)))
         if layer in sparse:
             homes.append((router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions)))
     return ExpertPlacement(tuple(homes))
@@ -241,6 +242,11 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
         attention = AttentionExperts(name=made.name, dim=sizes.dim, num_kv_heads=sizes.num_kv_heads,
                                      head_dim=head_width(sizes), router=made.make_router(),
                                      experts=made.experts, capacity=made.capacity)
+    elif sizes.attention == "sliced":
+        made = parts(attention_name(layer), HeadSlice(dim=sizes.dim, expert_dim=head_width(sizes)),
+                     attention_top_k(sizes))
+        attention = SlicedAttention(name=made.name, head_dim=head_width(sizes), router=made.make_router(),
+                                    experts=made.experts, capacity=made.capacity)
     else:
         attention = Attention(
             dim=sizes.dim,

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 
 from moetrain.comm.mesh import Mesh
-from moetrain.config.architecture import beside_experts, expert_width, rounds
+from moetrain.config.architecture import (
+    attention_top_k,
+    beside_experts,
+    expert_width,
+    num_attention_experts,
+    rounds,
+)
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
 from moetrain.config.schema import SWIGLU, Config, ModelConfig
@@ -86,8 +92,10 @@ def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, An
     """Operations of one token in the forward pass of a layer."""
     heads, h = sizes.num_heads, head_width(sizes)
     attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
-    if sizes.attention == "experts":                     # as many query heads, and a router
-        attention += 2 * sizes.dim * sizes.num_attention_experts
+    if sizes.attention == "sliced":                      # scores of all heads are computed, then masked
+        attention = 8 * sizes.dim * h * attention_top_k(sizes) + 2 * heads * h * (seq_len + 1)
+    if sizes.attention != "plain":                       # and a router
+        attention += 2 * sizes.dim * num_attention_experts(sizes)
     if not is_sparse(sizes, layer):
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
     one = expert_sizes(expert, expert_width(sizes), per_layer(sizes.expert_dim, layer)).in_matrices

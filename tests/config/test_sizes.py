@@ -25,6 +25,7 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
            "router.weights=raw"],
           ["model.block=residual", "model.num_shared_experts=1"],
           ["model.block=chain", "model.chain_rounds=3", "model.num_shared_experts=1"],
+          ["model.attention=sliced", "model.num_kv_heads=4", "model.top_k_heads=1"],
           ["model.attention=experts", "model.num_attention_experts=6"],
           ["model.block=latent", "model.latent_dim=20"]]
 
@@ -70,6 +71,7 @@ SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_b
                           ["run.dtype=bfloat16", "model.block=latent"],
                           ["run.dtype=bfloat16", "model.block=chain", "model.chain_rounds=3"],
                           ["run.dtype=bfloat16", "model.attention=experts"],
+                          ["run.dtype=bfloat16", "model.attention=sliced", "model.num_kv_heads=8"],
                           ["run.dtype=bfloat16", "model.block=residual"],
                           ["run.dtype=bfloat16", "train.activation_checkpointing=selective"],
                                    ["run.dtype=bfloat16", "train.activation_checkpointing=full"]],

@@ -20,6 +20,7 @@ MODELS = {
     "dense-first": ["model.num_layers=3", "model.first_dense_layers=1"],
     "tied-one-expert": ["model.tie_embeddings=true", "model.num_experts=1", "model.top_k=1",
                         "router.weights=raw"],
+    "sliced-attention": ["model.attention=sliced", "model.num_kv_heads=4"],
     "attention-experts": ["model.attention=experts", "model.num_attention_experts=5"],
     "documents": ["data.mask_documents=true"],
 }

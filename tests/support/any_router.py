@@ -71,6 +71,8 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "latent": ("model.block=latent", "model.latent_dim=6", "model.num_shared_experts=1"),
     "sliced": ("model.block=sliced", "router.weights=raw"),
     "normalized": ("expert=normalized",),
+    "sliced_attention": ("model.attention=sliced", "model.block=sliced", "model.num_kv_heads=4",
+                         "router.weights=raw"),
     "deepseek_moe": ("loss=[z,device_balance,communication_balance]", "router.weights=raw",
                      "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1"),
 }

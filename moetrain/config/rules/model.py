@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
-from moetrain.config.architecture import attention_top_k
+from moetrain.config.architecture import attention_top_k, num_attention_experts
 from moetrain.config.build import NoSuchPart, arguments, constant_weights, declared
 from moetrain.config.layer_pattern import is_sparse, parse_pattern, per_layer, sparse_layers
 from moetrain.config.rules.wording import choose, divisors
@@ -43,32 +43,42 @@ def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
 def attention_experts(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Check what attention experts do not hold, and that mesh and groups of experts fit their number."""
     model, router, parallel = config.model, config.router, config.parallel
-    if model.attention != "experts" or model.num_heads % model.num_kv_heads:
+    if model.attention == "plain" or model.num_heads % model.num_kv_heads:
         return
-    experts, top_k = model.num_attention_experts, attention_top_k(model)
+    experts, top_k = num_attention_experts(model), attention_top_k(model)
+    sliced = model.attention == "sliced"
+    number = "model.num_heads" if sliced else "model.num_attention_experts"
 
     def refused(what: str, where: str, why: str, instead: str) -> ConfigError:
-        return ConfigError(282, f"model.attention=experts {what}", where=f"model.attention, {where}", why=why,
+        return ConfigError(282, f"model.attention={model.attention} {what}",
+                           where=f"model.attention, {where}", why=why,
                            next=f"{instead}; or model.attention=plain")
 
     if model.qk_norm:
         yield refused("with model.qk_norm=true", "model.qk_norm",
-                      "queries are those of experts, and stick-breaking weights need no norm",
+                      "queries and keys are those of experts, which have no norms",
                       "model.qk_norm=false")
-    if top_k > experts:
+    if sliced and model.num_kv_heads != model.num_heads:
+        yield refused(f"with model.num_kv_heads={model.num_kv_heads}", "model.num_kv_heads, model.num_heads",
+                      "a slice is one head, with keys and values of its own",
+                      f"model.num_kv_heads={model.num_heads}")
+    if sliced and top_k > experts:
+        yield refused(f"with model.top_k_heads={top_k}", "model.top_k_heads, model.num_heads",
+                      f"there are {experts} heads", f"model.top_k_heads={experts}")
+    elif top_k > experts:
         yield refused(f"has {experts} of them, and a token takes num_heads / num_kv_heads = {top_k}",
                       "model.num_attention_experts, model.num_heads, model.num_kv_heads",
                       "a token takes each at most once", f"model.num_attention_experts={top_k}")
     ep = parallel.ep or ranks
     if parallel.mode in ("ep", "ep_fsdp") and experts % ep:
         yield refused(f"cannot hold {experts} of them on {ep} positions",
-                      "model.num_attention_experts, parallel.ep",
+                      f"{number}, parallel.ep",
                       "each rank must hold the same number of experts",
-                      f"model.num_attention_experts={-(-experts // ep) * ep}")
+                      f"{number}={-(-experts // ep) * ep}")
     groups, used = int(router.get("num_groups", 1)), int(router.get("topk_groups", 1))
     if groups >= 1 and (experts % groups or used * (experts // groups) < top_k):
         yield refused(f"with router.num_groups={groups} and router.topk_groups={used}",
-                      "model.num_attention_experts, router.num_groups, router.topk_groups",
+                      f"{number}, router.num_groups, router.topk_groups",
                       "groups divide the attention experts, too, and those of a token hold what it takes",
                       "router.num_groups=1 router.topk_groups=1")
 

@@ -74,7 +74,7 @@ RANGES: dict[str, list[str]] = {
         "run.nproc", "run.steps", "run.stop_at", "run.timeout_s", "model.dim", "model.num_layers",
         "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.expert_dim", "model.shared_dim",
         "model.dense_dim", "model.latent_dim", "model.chain_rounds", "model.vocab_size",
-        "model.num_attention_experts",
+        "model.num_attention_experts", "model.top_k_heads",
         "parallel.ep", "parallel.shard", "parallel.window", "schedule.chunks", "train.global_batch",
         "train.micro_batch", "train.seq_len", "data.domain_cap", "data.vocab_size", "data.num_domains",
         "eval.windows", "eval.batch", "log.interval", "log.timeline_start", "generate.tokens",
