@@ -386,7 +386,8 @@ def test_kernel_reference_and_test_come_together() -> None:
 def test_yaml_code_and_test_come_together() -> None:
     tests = [source for module, source in load_package("tests").items() if module != __name__]
     assert conf_faults(conf_files(), PACKAGE, "\n".join(tests)) == []
-    assert parts_without_yaml(conf_files(), PACKAGE) == ["QueryOutputExpert"]     # of model.attention=experts
+    # Those of model.attention=sliced and =experts
+    assert parts_without_yaml(conf_files(), PACKAGE) == ["HeadSlice", "QueryOutputExpert"]
 
 
 @pytest.mark.parametrize("kernels, tests, fault", [
