@@ -107,8 +107,8 @@ class Block(nn.Module):
         else:
             x_BSD = x_BSD + self.attention(normed, rotary, mask, earlier)
         if self.moe is not None and self.moe.takes_stream:
-            sparse = self.moe(x_BSD.flatten(0, 1), context, route_only, norm=self.ffn_norm)
-            return BlockOutput(sparse.out_TD.view_as(x_BSD), {**stats, **sparse.stats}, sparse.carry)
+            sparse = self.moe(x_BSD, context, route_only, norm=self.ffn_norm)
+            return BlockOutput(sparse.out_TD, {**stats, **sparse.stats}, sparse.carry)
         normed = self.ffn_norm(x_BSD)
         if self.moe is None:
             assert self.ffn is not None

@@ -18,7 +18,7 @@ where the losses of all rounds are averaged over routers.
 A router that carries a state hands it on from round to round. The rounds of a layer follow each other, so C
 exchanges are exposed to latency, each with 1 / C of the rows.
 
-Shapes: T tokens, D model width.
+Shapes: B sequences, S positions, T = B*S tokens, D model width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,33 +69,34 @@ class ChainLayer(SparseLayer):
     def feeds(self) -> dict[str, tuple[str, ...]]:
         return {self.name: tuple(self.routers)}
 
-    def forward(self, x_TD: Tensor, context: RouterContext, route_only: bool = False, *,
+    def forward(self, x_BSD: Tensor, context: RouterContext, route_only: bool = False, *,
                 norm: Callable[[Tensor], Tensor] | None = None) -> MoEOutput:
         """Run all rounds.
 
         Args:
-            x_TD: [T, D], residual stream.
+            x_BSD: [B, S, D], residual stream.
             context: context of the micro-batch.
             route_only: stop after the last router.
             norm: of the block, which calls with it.
 
         Returns:
-            The stream behind the layer [T, D], with the statistics of every round.
+            The stream behind the layer [B, S, D], with the statistics of every round.
         """
         assert norm is not None
         stats: dict[str, RoutingStats] = {}
         stream = self.residual == "stream"
-        state_TD = x_TD if stream else norm(x_TD)
+        state_BSD = x_BSD if stream else norm(x_BSD)
         wrappers, last = self.wrappers, f"{self.name}.{len(self.router) - 1}"
         for name in self.routers:
-            inner_TD = norm(state_TD) if stream else state_TD
+            inner_TD = (norm(state_BSD) if stream else state_BSD).flatten(0, 1)
             routing = self.route(name, inner_TD, context, wrappers)
             stats[name], context = routing.stats, context._replace(carry=routing.carry)
             if route_only and name == last:
                 break
             # Norm and router of the next round read what the experts gave.
             out_TD = self.compute(self.experts, inner_TD, routing, wrappers, read=name != last)
-            state_TD = out_TD if self.residual == "outer" else state_TD + out_TD
+            out_BSD = out_TD.view_as(state_BSD)
+            state_BSD = out_BSD if self.residual == "outer" else state_BSD + out_BSD
         if self.residual in ("paper_literal", "outer"):
-            state_TD = x_TD + state_TD
-        return MoEOutput(state_TD, stats, context.carry)
+            state_BSD = x_BSD + state_BSD
+        return MoEOutput(state_BSD, stats, context.carry)

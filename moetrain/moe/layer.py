@@ -49,7 +49,7 @@ class SparseLayer(nn.Module):
     Subclasses define `routers`, `banks`, `feeds` and `forward`. `route` and `compute` are the steps of one
     pass. A sparse layer in place of a block's attention is called with the keyword arguments rotary, mask and
     earlier in addition, and with x [B, S, D]. One in place of its feed-forward part that `takes_stream` gets
-    the residual stream itself, with the block's norm as `norm`, and returns the stream.
+    the residual stream itself, [B, S, D], with the block's norm as `norm`, and returns the stream.
 
     With `route_only`, a layer runs the same ops in the same order, and stops after its last router.
 

@@ -14,9 +14,9 @@ from tests.support.training import make_run
 RAW = ("router.weights=raw", "model.top_k=2")
 
 
-def stream_behind(block, x_BSD: torch.Tensor, context) -> torch.Tensor:
-    """What the feed-forward half of a block makes of the stream."""
-    return block.moe(x_BSD, context, norm=block.ffn_norm).out_TD
+def stream_behind(block, x_TD: torch.Tensor, context) -> torch.Tensor:
+    """What the feed-forward half of a block makes of the stream of one sequence."""
+    return block.moe(x_TD[None], context, norm=block.ffn_norm).out_TD[0]
 
 
 def expected(block, u: np.ndarray, residual: str) -> np.ndarray:
