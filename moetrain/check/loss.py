@@ -47,9 +47,11 @@ def _decisions(first: int, last: int, loss: AuxLoss) -> Stack:
         probs_TE = logits_TE.softmax(-1)
         sums = router_sums(probs_TE, logits_TE, ids_TK, None, sequences)
         forms = {**loss.token_sums, **dict.fromkeys(loss.NEEDS_SUMS, importance)}
+        decided = Decided(probs_TE, logits_TE, ids_TK, gather_weights(probs_TE, ids_TK), noise)
         if forms:
-            decided = Decided(probs_TE, logits_TE, ids_TK, gather_weights(probs_TE, ids_TK), noise)
             sums = sums._replace(extra=extra_sums(forms, decided, None))
+        if loss.token_values:
+            sums = sums._replace(values=extra_sums(loss.token_values, decided, None))
         stats[f"layers.{router}.moe"] = sums
     (stack,) = stacks(stats)
     return stack
@@ -58,7 +60,9 @@ def _decisions(first: int, last: int, loss: AuxLoss) -> Stack:
 def _pooled(whole: Stack, loss: AuxLoss, tokens: int = TOKENS) -> Pooled:
     named = whole.stats.named()
     sums = {name: named[name].detach().double() for name in loss.pooled_sums}
-    return Pooled(whole.stats.counts_E, torch.tensor(tokens), sums or None, ROUTERS * (EXPERTS - 2,))
+    predicted_T = torch.arange(tokens) % 3 - 1           # of every kind
+    experts = ROUTERS * (EXPERTS - 2,)
+    return Pooled(whole.stats.counts_E, torch.tensor(tokens), sums or None, experts, predicted_T)
 
 
 def _has_one_value_a_router(make: Callable[[], AuxLoss]) -> None:
@@ -77,8 +81,11 @@ def _adds_up(make: Callable[[], AuxLoss]) -> None:
     pooled = _pooled(whole, loss)
     value_R = loss.value(whole.stats, pooled)
     for size in (4, 8):
-        parts = (_decisions(i, i + size, loss) for i in range(0, TOKENS, size))
-        summed_R: Tensor = sum(loss.value(part.stats, pooled) for part in parts)
+        parts = ((_decisions(i, i + size, loss), slice(i, i + size)) for i in range(0, TOKENS, size))
+        assert pooled.predicted_T is not None
+        summed_R: Tensor = sum(
+            loss.value(part.stats, pooled._replace(predicted_T=pooled.predicted_T[rows]))
+            for part, rows in parts)
         apart = ((summed_R - value_R).abs() / value_R.abs().clamp(min=1e-12)).max().item()
         assert apart < 1e-9, (f"{TOKENS // size} micro-batches give {summed_R[0].item():.6g}, "
                               f"the batch as a whole {value_R[0].item():.6g}")

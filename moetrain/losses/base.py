@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from moetrain.ops.router_sums import TokenSum
+from moetrain.ops.router_sums import TokenSum, TokenValue
 from moetrain.routers.base import RoutingStats
 
 
@@ -41,6 +41,9 @@ class Pooled(NamedTuple):
     sums: Mapping[str, Tensor] | None = None
     # Number of experts of each router of the stack, the first of its choices; empty: all choices are experts.
     num_experts: tuple[int, ...] = ()
+    # int64 [T] of the micro-batch, if a loss asks for numbers of each token: 1 where the model's most
+    # probable token is the target, 0 where it is another one, -1 where no target is scored.
+    predicted_T: Tensor | None = None
 
 
 class AuxLoss(Protocol):
@@ -58,6 +61,7 @@ class AuxLoss(Protocol):
     pooled_sums: frozenset[str] = frozenset()    # names of sums that are pooled before backward
     # Names of sums that the routers have to bring (`Router.token_sums`). Read from source.
     NEEDS_SUMS: list[str] = []
+    token_values: Mapping[str, TokenValue] = {}  # numbers of each token, as `RoutingStats.values`
 
     @property
     def pool(self) -> PoolRule | None:

@@ -96,6 +96,17 @@ class LanguageLoss:
         raise TypeError(f"{type(self).__name__} does not define score")
 
 
+    @torch.no_grad()
+    def predicted(self, states_BSD: Tensor, head: Head, batch: Batch) -> Tensor:
+        """Compare the most probable tokens with the targets, for auxiliary losses. Arguments as of `score`.
+
+        Returns:
+            int64 [T]: 1 where the most probable token is the target, 0 where not, -1 where none is scored.
+        """
+        best_BS = head.per_row(lambda logits_CV: logits_CV.argmax(-1), states_BSD)
+        return (best_BS == batch.targets_BS).long().where(batch.scored_BS, -1).flatten()
+
+
 class CrossEntropy(LanguageLoss):
     """Cross-entropy of the scored targets, in nats."""
 

@@ -7,6 +7,8 @@
     keep_best_groups  scores outside a token's best groups of experts become -inf
     gather_weights    gate weights at the decided ids
     shares            the same over their sum
+    equal_shares      equal ones for the used slots
+    of_experts        the slots of experts alone, where there are other choices
 
 `torch.topk` promises no order between ties, and CPU and CUDA disagree there; so `top_k` sorts. Activation
 checkpointing saves the results of the ops `decide` and `top_k` and replays them in recomputation
@@ -110,3 +112,17 @@ def scatter_weights(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Ten
     columns_TK = ids_TK.where(ids_TK >= 0, num_experts)              # an extra column takes the unused slots
     empty_TE = weights_TK.new_zeros(len(ids_TK), num_experts + 1)
     return empty_TE.scatter(1, columns_TK, weights_TK)[:, :num_experts]
+
+
+def equal_shares(ids_TK: Tensor) -> Tensor:
+    """Share 1 equally among the used slots of each token: float64 [T, K]."""
+    used_TK = (ids_TK >= 0).double()
+    return used_TK / used_TK.sum(-1, keepdim=True).clamp(min=1)
+
+
+def of_experts(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Keep the slots of experts, used ones first; slots of other choices become unused, with weight 0."""
+    ids_TK = ids_TK.where(ids_TK < num_experts, -1)
+    order_TK = order_used_first(ids_TK)
+    ids_TK = ids_TK.gather(1, order_TK)
+    return ids_TK, weights_TK.gather(1, order_TK).where(ids_TK >= 0, 0)

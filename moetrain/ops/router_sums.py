@@ -9,9 +9,10 @@
     entropy_sum          sum of the entropy of the probabilities     (gradient)
     counts_SE, prob_sum_SE   the same of each sequence, if a loss asks for them
     extra                    further sums by name, which a loss or a router brings (`TokenSum`)
+    values                   numbers of each token by name, [T], which a loss weighs by the prediction
 
-Padding counts nowhere. Every value is a sum over valid tokens, so those of shards, micro-batches and ranks
-add up.
+Padding counts nowhere. Every value but `values` is a sum over valid tokens, so those of shards, micro-batches
+and ranks add up.
 
 Shapes: T tokens, E experts, K slots, S sequences.
 """
@@ -39,11 +40,12 @@ class RouterSums(NamedTuple):
     counts_SE: Tensor | None = None
     prob_sum_SE: Tensor | None = None
     extra: Mapping[str, Tensor] | None = None
+    values: Mapping[str, Tensor] | None = None
 
     def named(self) -> dict[str, Tensor]:
         """All sums by name, the further ones beside the fields."""
         fields = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return {**fields, **(self.extra or {})}
+        return {**fields, **(self.extra or {}), **(self.values or {})}
 
 
 class Noise(NamedTuple):
@@ -65,6 +67,10 @@ class Decided(NamedTuple):
 
 # A sum over tokens, of a shape that does not depend on them; with gradient if it is of floating point.
 TokenSum = Callable[[Decided], Tensor]
+
+
+# One number for each token, [T], with gradient; 0 for padding.
+TokenValue = Callable[[Decided], Tensor]
 
 
 def first_choices(decided: Decided) -> Tensor:

@@ -26,13 +26,22 @@ from torch import Tensor, nn
 from moetrain.errors import ConfigError
 from moetrain.ops.gating import (
     decide,
+    equal_shares,
     gather_weights,
     largest,
-    order_used_first,
+    of_experts,
     scatter_weights,
     used_first,
 )
-from moetrain.ops.router_sums import Decided, Noise, RouterSums, TokenSum, extra_sums, router_sums
+from moetrain.ops.router_sums import (
+    Decided,
+    Noise,
+    RouterSums,
+    TokenSum,
+    TokenValue,
+    extra_sums,
+    router_sums,
+)
 from moetrain.ops.start import Start, normal
 from moetrain.routers.edits import RoutingEdits
 from moetrain.routers.shared import TiedModules
@@ -69,6 +78,7 @@ class RouterContext(NamedTuple):
     # Called by each layer with its router's name and input, its decision, and what capacity left of that.
     on_routing: "Callable[[str, Tensor, Routing, Routing], None] | None" = None
     token_sums: Mapping[str, TokenSum] = {}      # further sums that losses ask for, by name
+    token_values: Mapping[str, TokenValue] = {}  # numbers of each token that losses ask for, by name
     decisions: list["Decision"] | None = None    # each router appends its own; None: not recorded
     edits: Mapping[str, RoutingEdits] | None = None    # changes of decisions, by router (routers/edits.py)
 
@@ -338,9 +348,11 @@ class Router(nn.Module):
             probs_TC = scatter_weights(equal_shares(ids_TK).to(weights_TK.dtype), ids_TK, self.num_choices)
         stats = router_sums(probs_TC, logits_TC, ids_TK, context.valid_T, context.seq_offsets)
         forms = {**self.token_sums, **context.token_sums}
+        decided = Decided(probs_TC, logits_TC, ids_TK, weights_TK, noise)
         if forms:
-            decided = Decided(probs_TC, logits_TC, ids_TK, weights_TK, noise)
             stats = stats._replace(extra=extra_sums(forms, decided, context.valid_T))
+        if context.token_values:
+            stats = stats._replace(values=extra_sums(context.token_values, decided, context.valid_T))
         if self.num_choices > self.num_experts:
             ids_TK, weights_TK = of_experts(ids_TK, weights_TK, self.num_experts)
         return Routing(ids_TK, weights_TK, None if self.uses_few_slots else ids_TK.numel(), stats)
@@ -373,20 +385,6 @@ class LinearRouter(Router):
 def edits_of(context: RouterContext) -> RoutingEdits:
     """The edits of this router's decisions."""
     return (context.edits or {}).get(context.router, RoutingEdits())
-
-
-def equal_shares(ids_TK: Tensor) -> Tensor:
-    """Share 1 equally among the used slots of each token: float64 [T, K]."""
-    used_TK = (ids_TK >= 0).double()
-    return used_TK / used_TK.sum(-1, keepdim=True).clamp(min=1)
-
-
-def of_experts(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Keep the slots of experts, used ones first; slots of other choices become unused, with weight 0."""
-    ids_TK = ids_TK.where(ids_TK < num_experts, -1)
-    order_TK = order_used_first(ids_TK)
-    ids_TK = ids_TK.gather(1, order_TK)
-    return ids_TK, weights_TK.gather(1, order_TK).where(ids_TK >= 0, 0)
 
 
 def load_error_sign(counts_E: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class GroupLimitedRouter(LinearRouter):
         like_logits_DE = self.weight.T                       # of their device, dtype and width
         rule = self.op_rule
         return (rule is not None and context.seq_offsets is None
-                and not context.token_sums and not self.token_sums
+                and not context.token_sums and not self.token_sums and not context.token_values
                 and edits_of(context) == RoutingEdits() and not _changes_a_step(type(self))
                 and kernel_takes(like_logits_DE, rule))
 

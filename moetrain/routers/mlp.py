@@ -49,7 +49,7 @@ class MLPRouter(LinearRouter):
 
     BOUNDS = {"hidden": "1 or more", "dropout": "in [0, 1)", "sample_topk": "0 or more"}
     CONSTANT_WEIGHTS = {"weights": ["renorm"]}
-    depends_on = frozenset({"seed", "step", "draw", "draws", "sample_ids_T", "positions_T"})
+    depends_on = frozenset({"sample_ids_T", "positions_T"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, hidden: int = 256, dropout: float = 0.0,
                  sample_topk: int = 0, kind: Literal["mlp", "linear", "gmm"] = "mlp",

@@ -171,7 +171,8 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
         The forward pass, with its graph if gradients are enabled.
     """
     found: list[Stack] = []
-    asked = cache(lambda: pooled(found))
+    predicted: list[Tensor] = []                         # that of the micro-batch, if losses ask for it
+    asked = cache(lambda: [each._replace(predicted_T=next(iter(predicted), None)) for each in pooled(found)])
 
     def routed(x_BSD: Tensor, stats: dict[str, RoutingStats]) -> Tensor:
         found.extend(stacks(stats))
@@ -179,7 +180,10 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
                 if run.objective.attached else x_BSD)
 
     def score(states_BSD: Tensor, head_VD: Tensor) -> Tensor:
-        total = language.score(states_BSD, Head(head_VD, run.config.train.head_chunk), batch)
+        head = Head(head_VD, run.config.train.head_chunk)
+        total = language.score(states_BSD, head, batch)
+        if run.objective.token_values:
+            predicted.append(language.predicted(states_BSD, head, batch))
         assert total.shape == () and total.dtype.itemsize >= 4, (
             f"{type(language).__name__}.score returned {list(total.shape)} of {total.dtype}, no float32 sum")
         return total
@@ -192,7 +196,8 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
         output = run.state.model(
             batch.tokens_BS,
             context._replace(on_counts=on_counts, on_margins=on_margins, decisions=decisions,
-                             token_sums=run.objective.token_sums),
+                             token_sums=run.objective.token_sums,
+                             token_values=run.objective.token_values),
             batch.documents_BS, routed=routed, score=score)
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # a copy: recomputed blocks append theirs again
@@ -204,7 +209,8 @@ def _count(run: Run, step: int, batch: Batch, on_counts: OnCounts) -> OpRecord:
     """Run one micro-batch up to its last router, and record the choices of all routers."""
     choices, context = OpRecord(), step_context(run.config.run.seed, step, batch,
                                                 draws=run.objective.language.draws)
-    context = context._replace(on_counts=on_counts, token_sums=run.objective.token_sums)
+    context = context._replace(on_counts=on_counts, token_sums=run.objective.token_sums,
+                               token_values=run.objective.token_values)
     with choices.record(), record_function("count"):
         run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True)
     return choices

@@ -24,7 +24,7 @@ from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 from moetrain.losses.base import AuxLoss, Pooled, PoolRule
 from moetrain.losses.language import CrossEntropy, LanguageLoss
-from moetrain.ops.router_sums import TokenSum
+from moetrain.ops.router_sums import TokenSum, TokenValue
 from moetrain.routers.stack import Stack
 
 
@@ -77,6 +77,11 @@ class Objective:
             for sum_name, form in self.losses[name].token_sums.items():
                 assert found.setdefault(sum_name, form) is form, f"two losses form {sum_name} differently"
         return found
+
+    @property
+    def token_values(self) -> dict[str, TokenValue]:
+        """Numbers of each token that the losses need, by name."""
+        return {name: form for loss in self.weights for name, form in self.losses[loss].token_values.items()}
 
     @property
     def pooled_sums(self) -> tuple[str, ...]:

@@ -113,8 +113,9 @@ def chosen_routers(having: Callable[[Router], bool]) -> pytest.MarkDecorator:
 
 
 def takes_k_experts(router: Router) -> bool:
-    """Whether every token takes K experts, the best K by score."""
-    return not router.uses_few_slots and router.num_choices == E and router.max_slots() == K
+    """Whether every token takes K experts, the best K by score; not where others decide on their group."""
+    takes_k = not router.uses_few_slots and router.num_choices == E and router.max_slots() == K
+    return takes_k and not hasattr(router, "group_weight")
 
 
 def tokens(count: int, seed: int = 1) -> Tensor:
