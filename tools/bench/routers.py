@@ -35,7 +35,8 @@ NEEDS = {"sparsemixer": ["model.top_k=2"]}
 # Overrides that change what a decision costs, by option.
 VARIANTS = {"topk": [["router.jitter_eps=0.01"], ["router.noise=gumbel"], ["router.noise=normal"],
                      ["router.noise=vmoe"], ["router.second_expert=random", "model.top_k=2"],
-                     ["router.second_expert=sample", "model.top_k=2"]]}
+                     ["router.second_expert=sample", "model.top_k=2"], ["router.balance=quantile"]],
+            "sigmoid": [["router.balance=quantile"]]}
 
 
 class Subject(NamedTuple):
