@@ -316,7 +316,7 @@ def test_an_import_of_a_test_is_found(source: str) -> None:
 # --- pairs
 
 # Groups whose files are numbers for code that other groups choose.
-NUMBERS = ("experiment", "hardware", "logging", "model")
+NUMBERS = ("denoising", "experiment", "hardware", "logging", "model")
 
 
 def op_faults(kernels: Iterable[str], ops: Mapping[str, str], tests: Iterable[str]) -> list[str]:

@@ -69,6 +69,7 @@ RULES: list[Rule] = [
     data.data_path,
     data.domain_weights,
     data.reading,
+    data.denoising,
     optim.betas,
     losses.loss_names,
     losses.pools,
@@ -82,6 +83,6 @@ RULES: list[Rule] = [
 # losses, gradients, the optimizer or copies of experts.
 OF_TRAINING: frozenset[Rule] = frozenset([
     run.stop, model.router_gradient, parallel.chunks, parallel.sliced, parallel.copies, parallel.engine,
-    train.batch, data.domain_weights, optim.betas, losses.loss_names, losses.pools,
+    train.batch, data.domain_weights, data.denoising, optim.betas, losses.loss_names, losses.pools,
     losses.equal_groups, losses.needed_sums, routers.load_of_noise,
 ])

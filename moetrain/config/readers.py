@@ -119,7 +119,7 @@ ALWAYS = frozenset("""
     parallel.mode schedule.kind engine.name
     train.global_batch train.micro_batch train.seq_len train.clip train.activation_checkpointing train.frozen
     train.count_pass train.head_chunk train.aux_loss
-    data.kind data.seed data.mask_documents
+    data.kind data.seed data.mask_documents denoising.rates
     optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.router_lr_scale optim.expert_lr_scale
     optim.schedule optim.warmup optim.min_lr_ratio
     eval.interval eval.windows eval.batch eval.ngram eval.allow_noncausal

@@ -202,6 +202,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DenoisingConfig:
+    """UL2's mixture of denoisers, by which training windows are corrupted."""
+
+    rates: dict[str, float] = key(
+        {},
+        "share of the windows that each denoiser corrupts, in any scale, by its name <mode><mean "
+        "span>_<percent>: {r3_15: 1, x64_50: 1, s_25: 2}; none: a token is predicted from those before it")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning rate schedule."""
 
@@ -323,6 +333,7 @@ class Config:
     balance: dict[str, Any] = key({}, "the balance loss: _target_ and its arguments")
     loss: dict[str, Any] = key({}, "further losses by name: _target_ and arguments each")
     data: DataConfig = field(default_factory=DataConfig)
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

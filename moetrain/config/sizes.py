@@ -29,6 +29,7 @@ from moetrain.config.architecture import (
     rounds,
     router_paths,
 )
+from moetrain.config.denoisers import special_ids
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.frozen_sizes import MAX_LAYERS, count_frozen
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
@@ -89,9 +90,11 @@ class RankMemory(NamedTuple):
 def ids_of(config: Config) -> int:
     """Return the ids of the data as far as the config tells, else 0: no tokenizer file is opened here."""
     data = config.data
+    ids = 257 if data.kind == "text" and data.tokenizer == "bytes" else 0
     if data.kind == "synthetic" or (data.kind in ("megatron", "memmap") and data.tokenizer == "none"):
-        return data.vocab_size
-    return 257 if data.kind == "text" and data.tokenizer == "bytes" else 0
+        ids = data.vocab_size
+    rates = config.denoising.rates
+    return ids + special_ids(rates, config.train.seq_len) if ids and rates else ids
 
 
 def count_parameters(sizes: ModelConfig, vocab_size: int,

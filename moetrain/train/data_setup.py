@@ -11,6 +11,7 @@ from moetrain.comm.agreement import all_or_none, from_first, on_first, told_by_f
 from moetrain.comm.mesh import Mesh
 from moetrain.config.schema import Config
 from moetrain.data.batches.batch import Dataset
+from moetrain.data.batches.denoising import DenoisedDataset
 from moetrain.data.loader import TOKEN_FILES, Loader, build_dataset
 from moetrain.data.preparation.by_fingerprint import prepared_place
 from moetrain.data.preparation.prepare import prepare_from_config
@@ -33,6 +34,9 @@ def set_up_data(config: Config, directory: Path, mesh: Mesh) -> tuple[Dataset, L
     """
     dataset, batch = (
         open_on_ranks(config, directory, mesh, prepare_on_main(config, directory, mesh)), mesh["batch"])
+    if config.denoising.rates:
+        dataset = DenoisedDataset(dataset, rates=config.denoising.rates, seq_len=config.train.seq_len,
+                                  seed=config.data_seed)
     return dataset, Loader(dataset, global_batch=config.train.global_batch,
                            micro_batch=config.train.per_forward(batch.size), rank=batch.position,
                            ranks=batch.size)

@@ -49,6 +49,7 @@ LEGAL = {  # refused in training, and legal here
     "engine": ([], ["engine=deepspeed"], "067"),
     "batch": ([], ["parallel=ddp", "run.nproc=3"], "035"),
     "domain_weights": (["data=text"], ["data.weights={code: -1}"], "170"),
+    "denoising": (["denoising=openmoe"], ["data.mask_documents=true"], "286"),
 }
 ILLEGAL = {  # refused in both
     "ranges": ([], ["eval.windows=0"], "020"),

@@ -5,9 +5,13 @@ import math
 from collections.abc import Iterator
 from shlex import quote
 
+from moetrain.config.denoisers import denoiser_of, longest
 from moetrain.config.schema import Config, DataConfig
+from moetrain.config.suggest import nearest
 from moetrain.config.values import show
 from moetrain.errors import ConfigError
+
+_UL2 = ("r3_15", "r8_15", "s_25", "x3_50", "x8_50", "x64_15", "x64_50")
 
 
 def data_path(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -49,6 +53,35 @@ def reading(config: Config, ranks: int) -> Iterator[ConfigError]:
                 131, f"data.{name}={show(value)} cannot be found in a file", where=f"data.{name}",
                 why="it is blank, or has a line break or another character that does not print",
                 next=f"data.{name}={show(getattr(DataConfig, name))}")
+
+
+def denoising(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Check the names and rates of denoisers, and that windows can be corrupted by them."""
+    rates, room = config.denoising.rates, config.train.seq_len + 1
+    for name, rate in rates.items():
+        denoiser = denoiser_of(name)
+        if denoiser is None:
+            yield ConfigError(
+                283, f"denoising.rates names {name}, which is no denoiser", where="denoising.rates",
+                why="a name is mode, mean span and percentage: r3_15, x64_50; of mode s without a span: s_25",
+                next=f"denoising.rates={show({(nearest(name, _UL2) or _UL2)[0]: rate})}")
+        elif not (math.isfinite(rate) and rate > 0):
+            yield ConfigError(
+                284, f"denoising.rates gives {name} the rate {show(rate)}", where="denoising.rates",
+                why="a rate is a share of the windows: above 0",
+                next=f"denoising.rates={show({**rates, name: 1})}")
+        elif longest(denoiser, room) < 2:
+            yield ConfigError(
+                285, f"train.seq_len={config.train.seq_len} is too short for {name}",
+                where="train.seq_len, denoising.rates",
+                why="mode and sentinels leave no room for two tokens of text",
+                next="train.seq_len=16 or more")
+    if rates and config.data.mask_documents:
+        yield ConfigError(
+            286, "data.mask_documents=true with denoising.rates",
+            where="data.mask_documents, denoising.rates",
+            why="corrupted spans stand behind the window, not among the tokens of their document",
+            next="data.mask_documents=false, or denoising=none")
 
 
 def is_text_encoding(name: str) -> bool:

@@ -102,6 +102,8 @@ def data_line(run: Run) -> str:
             f" ({names})  vocabulary {dataset.vocab_size}")
     if (rows := run.state.model.embed.shape[0]) > dataset.vocab_size:
         text += f", padded to {rows}"
+    if rates := run.config.denoising.rates:
+        text += f"  corrupted by {', '.join(rates)}"
     if dataset.tokens is None:
         return text
     epochs = dataset.epochs(run.config.run.steps * train.global_batch)
