@@ -9,6 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from moetrain.comm.mesh import Mesh, build_mesh, mesh_sizes
 from moetrain.config.compose import compose
+from moetrain.config.schema import ModelConfig
+from moetrain.config.sizes import count_parameters
 from moetrain.data.batches.batch import Batch
 from moetrain.model import flops
 from moetrain.model.build import build_model
@@ -61,6 +63,21 @@ def test_attention_looks_at_what_is_not_masked():
     wanted = 3 * config.model.num_heads * (config.model.dim // config.model.num_heads) * 4 * pairs
     # One position sees itself: at length 0 the formula has half of that
     assert longer == wanted - 3 * 16 * 2 * config.model.dim
+
+
+def test_finer_experts_have_the_parameters_and_the_products_of_coarse_ones() -> None:
+    """DeepSeekMoE: m N experts of width F / m with m K of them a token; only the routers grow."""
+    coarse, fine, shared = (compose(words).model for words in (
+        ["model.num_experts=8", "model.top_k=2", "model.expert_dim=64"],
+        ["model.num_experts=32", "model.top_k=8", "model.expert_dim=16"],
+        ["model.num_experts=31", "model.top_k=7", "model.expert_dim=16", "model.num_shared_experts=1"]))
+
+    def without_routers(sizes: ModelConfig) -> tuple[int, float]:
+        routers = sizes.num_layers * sizes.num_experts * sizes.dim
+        return (count_parameters(sizes, VOCAB).total - routers,
+                training_flops(sizes, VOCAB, 16) - 6 * routers)
+
+    assert without_routers(coarse) == without_routers(fine) == without_routers(shared)
 
 
 def test_qwen3_has_the_active_parameters_that_it_is_named_for():
