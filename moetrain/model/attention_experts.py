@@ -61,6 +61,8 @@ class AttentionExperts(SparseLayer):
         capacity: drops choices beyond a limit; None drops nothing.
     """
 
+    takes_input = True
+
     def __init__(self, *, name: str, dim: int, num_kv_heads: int, head_dim: int, router: Router,
                  experts: RoutedExperts, capacity: CapacityPolicy | None = None) -> None:
         super().__init__(capacity)
@@ -106,6 +108,7 @@ class AttentionExperts(SparseLayer):
         stats = {self.name: routing.stats}
         if route_only:
             return MoEOutput(x_BSD, stats, routing.carry)
+        x_TD = x_TD if routing.input_TD is None else routing.input_TD
         ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
         q_TKF = self.experts(x_TD, ids_TK, weights_TK, routing.max_rows, part="to_queries",
                              reduce=False).wait()

@@ -63,6 +63,8 @@ class SlicedAttention(SparseLayer):
         capacity: drops choices beyond a limit; None drops nothing.
     """
 
+    takes_input = True
+
     def __init__(self, *, name: str, head_dim: int, router: Router, experts: RoutedExperts,
                  capacity: CapacityPolicy | None = None) -> None:
         super().__init__(capacity)
@@ -107,6 +109,7 @@ class SlicedAttention(SparseLayer):
         stats = {self.name: routing.stats}
         if route_only:
             return MoEOutput(x_BSD, stats, routing.carry)
+        x_TD = x_TD if routing.input_TD is None else routing.input_TD
         assert rotary is not None
         ids_TK, weights_TK = routing.ids_TK, E * routing.weights_TK
         rows_TKR = self.experts(x_TD, ids_TK, weights_TK, routing.max_rows, part="to_heads",

@@ -134,6 +134,8 @@ BROKEN = [
      ["router.second_expert=sample"]),
     (["router.balance=quantile", "router.second_expert=sample"], 253, "router.second_expert=top",
      ["router.balance=none"]),
+    (["router=sparsemixer", "model.attention=experts", "model.num_kv_heads=1", "model.num_heads=4"], 252,
+     "model.attention=plain", ["model.attention=plain"]),
     (["router=sparsemixer", "model.top_k=3"], 252, "model.top_k=2", ["model.top_k=2"]),
     (["router.second_expert=random", "model.top_k=[2,3]"], 252, "model.top_k=2, or router.second_expert=top",
      ["router.second_expert=top"]),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from moetrain.config.architecture import attention_top_k
 from moetrain.config.build import NoSuchPart, declared
 from moetrain.config.rules.model import moe_layers
 from moetrain.config.schema import Config
@@ -20,14 +21,19 @@ def fixed_top_k(config: Config, ranks: int) -> Iterator[ConfigError]:
     second = config.router.get("second_expert", "top")
     if not needed and second != "top":
         needed, target = 2, f"router.second_expert={second}"
-    for layer, _, top_k in moe_layers(config) if needed else ():
+    model, other = config.model, "another router" if second == "top" else "router.second_expert=top"
+    given = [(f"model.top_k={top_k} (layer {layer})", top_k, "model.top_k", f"model.top_k={needed}")
+             for layer, _, top_k in moe_layers(config)]
+    if model.attention != "plain":
+        top_k = attention_top_k(model)
+        given.append((f"model.attention={model.attention}, where it chooses {top_k}", top_k,
+                      "model.attention", "model.attention=plain"))
+    for what, top_k, key, fitting in given if needed else ():
         if top_k != needed:
             yield ConfigError(
-                252, f"{target.removeprefix(_OWN)} with model.top_k={top_k} (layer {layer})",
-                where="model.top_k, " + ("router._target_" if second == "top" else "router.second_expert"),
-                why=f"it chooses exactly {needed} experts a token",
-                next=f"model.top_k={needed}, or " + ("another router" if second == "top" else
-                                                     "router.second_expert=top"))
+                252, f"{target.removeprefix(_OWN)} with {what}",
+                where=f"{key}, " + ("router._target_" if second == "top" else "router.second_expert"),
+                why=f"it chooses exactly {needed} experts a token", next=f"{fitting}, or {other}")
             return
 
 
