@@ -59,7 +59,7 @@ class Subject(NamedTuple):
     still: tuple[str, ...] = ()
 
 
-# Overrides of the tiny run for each architecture, and for routers that are tried in a run alone, by name.
+# Overrides of the tiny run for each architecture, by its name.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "residual": ("model.block=residual", "model.residual_mixing=sum", "model.num_shared_experts=1"),
     "attention_experts": ("model.attention=experts", "model.num_attention_experts=6", "model.num_heads=4",
@@ -75,6 +75,9 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
                          "router.weights=raw"),
     "deepseek_moe": ("loss=[z,device_balance,communication_balance]", "router.weights=raw",
                      "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1"),
+}
+# The same for routers that are tried in a run alone.
+IN_A_RUN: dict[str, tuple[str, ...]] = {
     "hierarchical_sequence": ("router=hierarchical", "router.unit=sequence", "router.num_groups=4",
                               "router.topk_groups=3", "eval.allow_noncausal=true"),
 }
@@ -85,7 +88,7 @@ STILL: dict[str, tuple[str, ...]] = {
 SUBJECTS = [Subject(name, overrides, STILL.get(name, ())) for name, overrides in [
     *((_name(option, overrides), (f"router={option}", *NEEDS.get(option, []), *overrides))
       for option, overrides in EVERY),
-    *ARCHITECTURES.items()]]
+    *ARCHITECTURES.items(), *IN_A_RUN.items()]]
 
 
 def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -> Router:
