@@ -49,7 +49,7 @@ ARMS = {
                               ("router=sigmoid", "balance=none", "router.counts=micro")),
     "bias, global counts": Arm("router.update_rate", (1e-3, 3e-3, 1e-2),
                                ("router=sigmoid", "balance=none", "router.counts=global")),
-    "bias, quantiles": Arm("router.quantile_rate", (1e-2, 1e-1, 1.0),
+    "bias, quantiles": Arm("router.quantile_rate", (3e-2, 3e-1, 1.0),
                            ("router=sigmoid", "balance=none", "router.balance=quantile")),
 }
 FINAL = ("micro", "exact", "warm", "bias, global counts", "bias, quantiles")
