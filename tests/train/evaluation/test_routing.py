@@ -89,6 +89,14 @@ def test_nothing_is_dropped_where_an_expert_may_take_every_slot() -> None:
     assert not evaluated(["capacity.eval_factor=4"]).routing.dropped.any()
 
 
+def test_choices_that_are_no_experts_leave_tokens_without_one() -> None:
+    """Null experts (AdaMoE): they are in no table, and a token that takes nothing else is counted."""
+    record = evaluated(["router=null_expert", "capacity.eval_factor=8"]).routing
+    assert record.experts.tolist() == [8, 8] and record.ids.shape[-1] == 8
+    without = (record.first < 0).sum(1) - (record.first.shape[1] - record.tokens[0])
+    assert record.unrouted[0].tolist() == without.tolist() and without.min() > 0
+
+
 def test_shifted_input_has_the_same_tokens_in_another_order() -> None:
     run = make_run(WORDS)
     batch = run.dataset.batch(run.dataset.heldout_ids(0, 3))
