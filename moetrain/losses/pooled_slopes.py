@@ -42,13 +42,13 @@ class PooledSlopeLoss(AuxLoss):
                  reduction: Literal["mean", "sum"] = "mean") -> None:
         self.weight, self.scope, self.mode, self.reduction = weight, scope, mode, reduction
         # The tokens that were counted, where these are neither the step's nor the micro-batch's.
-        known = scope == "micro" or self.pool == PoolRule("global", "exact")
+        known = self.pool in (None, PoolRule("global", "exact"))
         self.pooled_sums = frozenset() if known or not self.counts_tokens else frozenset({"tokens"})
 
     @property
     def pool(self) -> PoolRule | None:
         """What counts are pooled over; None if the counts of the micro-batch suffice."""
-        return None if self.scope == "micro" else PoolRule(self.scope, self.mode)
+        return PoolRule(self.scope, self.mode) if self.scope != "micro" and self.weight > 0 else None
 
     def slope(self, counts_RC: Tensor, tokens_R: Tensor, pooled: Pooled) -> Tensor:
         """What is charged for each unit of the sum.

@@ -56,6 +56,11 @@ def test_with_experts_alone_they_are_the_balance_loss():
     assert value_of(HeterogeneousBalanceLoss(), stats, C) == pytest.approx(balance * K / C, rel=1e-12)
 
 
+def test_a_loss_of_weight_0_pools_nothing():
+    assert NullBalanceLoss(weight=0).pool is None
+    assert HeterogeneousBalanceLoss(mode="sync", weight=0).pooled_sums == frozenset()
+
+
 @pytest.mark.parametrize("loss", [NullBalanceLoss(), HeterogeneousBalanceLoss(),
                                   NullBalanceLoss(scope="micro")])
 def test_routers_of_a_stack_have_their_own_numbers_of_experts(loss):

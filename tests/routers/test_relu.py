@@ -58,9 +58,9 @@ def test_the_penalty_is_the_papers_and_pushes_gates_down(loss):
 def test_the_coefficient_follows_the_sign_of_the_mean_sparsity_over_layers():
     routers = [router_of(seed, alpha=1.2) for seed in range(2)]
     expected = 1e-8
-    for used in ((9, 3), (9, 4), (0, 0), (6, 6)):            # of 10 tokens and 6 experts, k = 2; equal last
-        counts = [torch.tensor([many, many, 0, 0, 0, 0]) for many in used]
-        sparsity = np.mean([1 - 2 * many / (10 * E) for many in used])
+    for used in ((9, 3), (7, 1), (0, 0), (5, 5)):            # of 10 tokens, k = 2: too many, too few, none, k
+        counts = [torch.tensor([many] * 4 + [0, 0]) for many in used]
+        sparsity = np.mean([1 - 4 * many / (10 * E) for many in used])
         expected *= 1.2 ** np.sign(round((1 - K / E) - sparsity, 12))
         ReluRouter.end_of_step_together(routers, counts, 10)
         assert all(router.coefficient.item() == pytest.approx(expected, rel=1e-12) for router in routers)
