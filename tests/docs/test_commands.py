@@ -33,6 +33,9 @@ ELSEWHERE = {
     "moetrain train -m": "cli/test_main.py::test_a_sweep_gives_each_job_its_own_run",
     # Made by the page's Python.
     "doubled": "docs/test_howto.py::test_the_blocks_of_the_page_about_weights_run_one_after_another",
+    # Goes on with generated data, where the commands of the other pages train on text.
+    "moetrain train resized":
+        "docs/test_howto.py::test_the_blocks_of_the_page_about_weights_run_one_after_another",
     "python -m tools.netlab":
         "tools/test_netlab.py::test_an_exchange_is_right_and_takes_the_link_of_its_class",
     "engine=deepspeed": "interop/test_deepspeed.py::test_the_command_ends_with_0_and_resumes",
