@@ -164,6 +164,9 @@ BROKEN = [
        f"loss.my_{name}._target_=moetrain.losses.z.ZLoss",
        [f"~loss.{name}", f"loss.my_{name}._target_=moetrain.losses.z.ZLoss"])
       for name in ("ce", "total", "balance", "weighted")],
+    (["model.attention=experts", "model.num_attention_experts=1"], 282, "model.num_attention_experts=2",
+     ["model.num_attention_experts=2"]),
+    (["model.attention=sliced"], 282, "model.num_kv_heads=4", ["model.num_kv_heads=4"]),
     (["loss=[device_balance]", "loss.device_balance.num_groups=3", "model.num_experts=[8,12]"], 270,
      "loss.device_balance.num_groups=2", ["loss.device_balance.num_groups=4"]),
     (["optim.betas=[0.9]"], 37, "optim.betas=[0.9,0.95]", ["optim.betas=[0.9,0.95]"]),
