@@ -17,7 +17,8 @@ from moetrain.errors import ConfigErrors
 COMPANIONS = {"data=tokens": ["data.path=shards"], "data=megatron": ["data.path=prefix"],
               "data=memmap": ["data.path=train.bin"],
               "engine=deepspeed": ["parallel=ep", "run.nproc=2", "optim=adamw"],
-              "router.num_groups=2": ["router.topk_groups=1"]}
+              "router.num_groups=2": ["router.topk_groups=1"],
+              "model.attention=sliced": ["model.num_kv_heads=4"]}
 OTHERS = {"data.mixture": "proportional"}                  # data=synthetic writes the other one itself
 PART_KEYS = {
     "router.topk_groups": "2", "router.group_score": "top2", "router.counts": "micro",
@@ -81,7 +82,7 @@ def preventing(condition: str) -> str:
               "parallel": "single", "schedule": "none", "engine": "torch", "optim": "adamw",
               "optim.schedule": "cosine",
               "parallel.forecast": "trend", "model.block": "plain",
-              "model.attention": "plain"}
+              "model.attention": "plain", "router.balance": "quantile"}
     return f"{name}={others.get(name, 'exact' if name.endswith('.mode') else 'micro')}"
 
 
