@@ -76,7 +76,7 @@ def attention_experts(config: Config, ranks: int) -> Iterator[ConfigError]:
                       "each rank must hold the same number of experts",
                       f"{number}={-(-experts // ep) * ep}")
     groups, used = int(router.get("num_groups", 1)), int(router.get("topk_groups", 1))
-    if groups >= 1 and (experts % groups or used * (experts // groups) < top_k):
+    if groups >= 1 and top_k <= experts and (experts % groups or used * (experts // groups) < top_k):
         yield refused(f"with router.num_groups={groups} and router.topk_groups={used}",
                       f"{number}, router.num_groups, router.topk_groups",
                       "groups divide the attention experts, too, and those of a token hold what it takes",
