@@ -58,6 +58,9 @@ RULES: list[Rule] = [
     model.quantiles_of_groups,
     routers.fixed_top_k,
     routers.second_by_gates,
+    routers.choice_capacity,
+    routers.growing_k,
+    routers.domain_lists,
     parallel.mode,
     parallel.sharded,
     parallel.expert_parallel,
@@ -82,7 +85,8 @@ RULES: list[Rule] = [
 # Not asked of evaluation and generation: what they refuse is legal there, because it is about batches,
 # losses, gradients, the optimizer or copies of experts.
 OF_TRAINING: frozenset[Rule] = frozenset([
-    run.stop, model.router_gradient, parallel.chunks, parallel.sliced, parallel.copies, parallel.engine,
-    train.batch, data.domain_weights, data.denoising, optim.betas, losses.loss_names, losses.pools,
+    run.stop, model.router_gradient, routers.growing_k, parallel.chunks, parallel.sliced, parallel.copies,
+    parallel.engine, train.batch, data.domain_weights, data.denoising, optim.betas, losses.loss_names,
+    losses.pools,
     losses.equal_groups, losses.needed_sums, routers.load_of_noise,
 ])

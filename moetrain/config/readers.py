@@ -45,6 +45,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "router.update_rate": ("router.balance=sign",),
     "router.counts": ("router.balance=sign", "router.update_rate>0"),
     "router.center": ("router.update_rate>0 or router.balance=quantile",),
+    "router.counts_path": ("router.table=balanced",),
     "parallel.ep": (_EXPERT_PARALLEL,),
     "parallel.shard": (_SHARDED,),
     "parallel.exchange": (_EXPERT_PARALLEL,),

@@ -42,6 +42,8 @@ from moetrain.routers.context import refuse_noncausal
 # A user's change of the model, in place: other layers, adapters, frozen parameters. It is called with the
 # model on the meta device, before anything is sharded, and with the config of the run.
 ConvertModel = Callable[[Transformer, Config], None]
+# Vocabulary of a router that is built by itself: nobody has opened the data, and a few ids are tried.
+_TRIED_IDS = 256
 
 
 def build_model(config: Config, vocab_size: int, mesh: Mesh,
@@ -110,7 +112,8 @@ def meta_model(config: Config, vocab_size: int, mesh: Mesh,
         model = Transformer(
             vocab_size=vocab_size,
             dim=sizes.dim,
-            layers=[_block(config, layer, placement, mesh, exchange_of) for layer in range(sizes.num_layers)],
+            layers=[_block(config, vocab_size, layer, placement, mesh, exchange_of)
+                    for layer in range(sizes.num_layers)],
             head_dim=head_width(sizes),
             rope_theta=sizes.rope_theta,
             eps=sizes.norm_eps,
@@ -230,10 +233,10 @@ def head_width(sizes: ModelConfig) -> int:
     return sizes.head_dim or sizes.dim // sizes.num_heads
 
 
-def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
+def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlacement, mesh: Mesh,
            exchange_of: ExchangeFactory) -> Block:
     sizes = config.model
-    parts = partial(_layer_parts, config, layer, placement, mesh, exchange_of)
+    parts = partial(_layer_parts, config, vocab_size, layer, placement, mesh, exchange_of)
     attention: Attention | SparseLayer
     feed_forward: FeedForward | SparseLayer
     if sizes.attention == "experts":
@@ -266,25 +269,31 @@ def _block(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
                  recompute=recomputed(config.train.activation_checkpointing))
 
 
-def router_sizes(config: Config, layer: int) -> dict[str, int]:
-    """Sizes that a router's constructor may take (SIZES in config/build.py)."""
+def router_sizes(config: Config, layer: int, vocab_size: int) -> dict[str, int]:
+    """Sizes that a router's constructor may take (SIZES in config/build.py).
+
+    Args:
+        config: the config of the run.
+        layer: number of the layer.
+        vocab_size: V, rows of the embedding.
+    """
     sizes = config.model
     return {"dim": sizes.dim, "num_experts": per_layer(sizes.num_experts, layer),
             "top_k": per_layer(sizes.top_k, layer), "layer": layer, "num_layers": sizes.num_layers,
-            "total_steps": config.run.steps}
+            "total_steps": config.run.steps, "vocab_size": vocab_size}
 
 
 def router_of(config: Config) -> Router:
     """Build the router of the first layer with experts by itself, in float64, with its start values."""
     layer = sparse_layers(config.model)[0]
     with torch.device("meta"):
-        router = build(config.router, "router", **router_sizes(config, layer))
+        router = build(config.router, "router", **router_sizes(config, layer, _TRIED_IDS))
         router.stand_alone()
     materialize(router, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
     return router
 
 
-def _layer_parts(config: Config, layer: int, placement: ExpertPlacement, mesh: Mesh,
+def _layer_parts(config: Config, vocab_size: int, layer: int, placement: ExpertPlacement, mesh: Mesh,
                  exchange_of: ExchangeFactory, name: str, form: ExpertForm, top_k: int) -> LayerParts:
     """Make what a layer with experts of this form is made of; `name` is that of its bank."""
     homes = placement[name]
@@ -294,7 +303,7 @@ def _layer_parts(config: Config, layer: int, placement: ExpertPlacement, mesh: M
     dispatcher = TokenDispatcher(
         homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
         on_device=form.takes_counts_on_device(mesh.device, compute_dtype(config, mesh.device)))
-    router = router_sizes(config, layer) | {"num_experts": homes.num_experts, "top_k": top_k}
+    router = router_sizes(config, layer, vocab_size) | {"num_experts": homes.num_experts, "top_k": top_k}
     return LayerParts(
         config=config,
         layer=layer,

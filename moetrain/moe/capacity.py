@@ -35,10 +35,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moetrain.ops.gating import decide, gather_weights, scatter_weights, used_first
+from moetrain.ops.gating import decide, gather_weights, in_steps, scatter_weights, used_first
 from moetrain.ops.keyed_random import bits
 from moetrain.ops.start import Start
 from moetrain.routers.base import RouterContext, Routing
+from moetrain.routers.context import sequence_of
 
 
 class CapacityPolicy(nn.Module):
@@ -225,31 +226,6 @@ class RandomCapacity(LimitedCapacity):
         return bits(context, weights_TK.shape[1], use="capacity").flatten().argsort(stable=True)
 
 
-def in_steps(weights: Tensor) -> Tensor:
-    """Round gate weights to steps of 2^-16, 2^-32 in float64 runs, as integers in their own dtype.
-
-    Where a sequence begins with one token several times, the weights of these tokens are equal up to
-    rounding. Rounding differs with the split of the batch and must not decide who is served first.
-    """
-    return (weights * (2.0**32 if weights.dtype == torch.float64 else 2.0**16)).round()
-
-
-def sequence_of(context: RouterContext, tokens: int, device: torch.device) -> Tensor:
-    """Number the sequences of a micro-batch; a new one begins at every position 0.
-
-    Sample ids would not do, since one may occur twice.
-
-    Args:
-        context: positions of the tokens; without them all tokens are one sequence.
-        tokens: T.
-        device: of the result.
-
-    Returns:
-        int64 [T] in [0, T), the number of each token's sequence.
-    """
-    if context.positions_T is None:
-        return torch.zeros(tokens, dtype=torch.int64, device=device)
-    return ((context.positions_T == 0).cumsum(0) - 1).clamp(min=0)
 
 
 def place_in_queue(queue_N: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
     top_k             a token's k largest scores, stably ordered: score descending, then expert id ascending
     largest           their ids; -1 where a score is -inf
     used_first        the unused slots of a token at the end
+    in_steps          weights of different tokens, so that rounding does not decide between them
     decide            identity through which every decision passes, so that it is made once in a step
     keep_best_groups  scores outside a token's best groups of experts become -inf
     gather_weights    gate weights at the decided ids
@@ -57,6 +58,21 @@ def used_first(ids_TK: Tensor) -> Tensor:
 def order_used_first(ids_TK: Tensor) -> Tensor:
     """Order the slots of each token: used ones first, as they stand, then those with id -1; int64 [T, K]."""
     return (ids_TK < 0).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def in_steps(weights: Tensor) -> Tensor:
+    """Round weights to steps of 2^-16 (2^-32 in float64), by which tokens that compete are compared.
+
+    Where a sequence begins with one token several times, the weights of these tokens are equal up to
+    rounding. Rounding differs with the split of the batch and must not decide.
+
+    Args:
+        weights: any shape.
+
+    Returns:
+        Numbers of steps, of the same shape and dtype.
+    """
+    return (weights * (2.0**32 if weights.dtype == torch.float64 else 2.0**16)).round()
 
 
 def keep_best_groups(scores_TE: Tensor, num_groups: int, topk_groups: int, group_score: str) -> Tensor:

@@ -140,6 +140,9 @@ class Router(nn.Module):
 
     # Whether the decision for a token depends on that token and earlier ones of its sequence alone.
     causal = True
+    # Properties of the split of a batch that change its decisions, for the banner: "ranks, accumulation".
+    depends_on_split = ""
+    num_domains: int | None = None           # that the data must have; None: any
     # Tensors of RouterContext that it reads, beside `valid_T`; those that key its random numbers, too.
     depends_on: frozenset[str] = frozenset()
     # Names of the parameters and buffers that have one row for each choice.

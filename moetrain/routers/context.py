@@ -5,7 +5,7 @@ A router that reads what is not known there is refused, by its flags `depends_on
 Shapes: B sequences, S positions, T = B*S tokens.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,24 @@ def token_context(tokens_BS: Tensor, *, seed: int, step: int, training: bool, sa
     )
 
 
+def sequence_of(context: RouterContext, tokens: int, device: torch.device) -> Tensor:
+    """Number the sequences of a micro-batch; a new one begins at every position 0.
+
+    Sample ids would not do, since one may occur twice.
+
+    Args:
+        context: positions of the tokens; without them all tokens are one sequence.
+        tokens: T.
+        device: of the result.
+
+    Returns:
+        int64 [T] in [0, T), the number of each token's sequence.
+    """
+    if context.positions_T is None:
+        return torch.zeros(tokens, dtype=torch.int64, device=device)
+    return ((context.positions_T == 0).cumsum(0) - 1).clamp(min=0)
+
+
 def routers_of(model: nn.Module) -> dict[str, Router]:
     """Find the routers of a model by the name of their module."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
@@ -76,6 +94,23 @@ def refuse_unknown(model: nn.Module, unknown: Set[str], what: str) -> None:
                 why=f"{type(router).__name__} chooses by it (depends_on), and would choose otherwise than in "
                     "training",
                 next="moetrain eval on the text that the run held out, or train with another router")
+
+
+def refuse_other_domains(model: nn.Module, domains: Sequence[str]) -> None:
+    """Raise ConfigError where a router tells apart more or fewer domains than the data has.
+
+    Args:
+        model: the model.
+        domains: names of the domains of the data, in their order.
+    """
+    for name, router in routers_of(model).items():
+        if router.num_domains not in (None, len(domains)):
+            names = ", ".join(domains[:8]) + ", ..." * (len(domains) > 8)
+            raise ConfigError(
+                262, f"{type(router).__name__} has {router.num_domains} domains, and the data {len(domains)}",
+                where="router.experts, data.path",
+                why=f"every domain of the data needs a list of experts, in their order: {names}",
+                next=f"router.experts with {len(domains)} lists, one for each domain")
 
 
 def refuse_noncausal(model: nn.Module, *, allowed: bool) -> None:

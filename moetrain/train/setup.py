@@ -13,6 +13,7 @@ from moetrain.losses.language import LanguageLoss
 from moetrain.model.build import ConvertModel, build_model
 from moetrain.model.flops import peak_tokens_per_s
 from moetrain.model.parallelize import parallelize
+from moetrain.routers.context import refuse_other_domains
 from moetrain.train.count_pool import PreviousStepCounts
 from moetrain.train.data_setup import set_up_data
 from moetrain.train.fssdp_setup import build_fssdp
@@ -42,6 +43,7 @@ def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertMo
     dataset, loader = set_up_data(config, directory, mesh)
     vocab_size = model_vocabulary(config.model, dataset.vocab_size)
     model = build_model(config, vocab_size, mesh, convert_model)
+    refuse_other_domains(model, dataset.domains)
     optimizer = build_optimizer(model, config.optim)
     allocate_state(optimizer)
     copies, replanner = (build_fssdp(config, model, optimizer, mesh)

@@ -48,6 +48,7 @@ LEGAL = {  # refused in training, and legal here
     "copies": ([], ["parallel=fssdp", "parallel.max_copies=9"], "070"),
     "engine": ([], ["engine=deepspeed"], "067"),
     "batch": ([], ["parallel=ddp", "run.nproc=3"], "035"),
+    "growing_k": (["router=fixed_random", "router.k_min=2"], ["model.top_k=1"], "260"),
     "domain_weights": (["data=text"], ["data.weights={code: -1}"], "170"),
     "denoising": (["denoising=openmoe"], ["data.mask_documents=true"], "286"),
 }
@@ -58,6 +59,8 @@ ILLEGAL = {  # refused in both
     "layers": ([], ["model.top_k=[1]"], "027"),
     "experts": ([], ["model.top_k=9"], "029"),
     "groups": ([], ["router.num_groups=3"], "063"),
+    "choice_capacity": (["router=expert_choice", "eval.allow_noncausal=true"], ["router.capacity=9"], "259"),
+    "domain_lists": (["router=domain"], ["router.experts=[[0,9]]"], "261"),
     "mode": ([], ["parallel=single", "run.nproc=2"], "031"),
     "sharded": ([], ["parallel=fsdp", "run.nproc=4", "parallel.shard=3"], "061"),
     "expert_parallel": ([], ["parallel=ep", "parallel.ep=4", "run.nproc=2"], "033"),

@@ -40,10 +40,20 @@ def test_edits_of_nothing_and_of_other_routers_change_no_bit(option, overrides):
     router = router_of(option, overrides)
     plain = routed(router)
     same = RoutingEdits(Edit(torch.clone), Edit(torch.clone), Edit(lambda weights, ids: 1 * weights))
+    if router.scores(tokens(1), context(1)).order_TC is None:
+        same = same._replace(scores=None)
     for edits in (RoutingEdits(), same):
         ours = routed(router, edits)
         assert ours.ids_TK.equal(plain.ids_TK) and ours.weights_TK.equal(plain.weights_TK)
         assert all(total.equal(plain.stats.named()[name]) for name, total in ours.stats.named().items())
+
+
+@chosen_routers(lambda router: router.num_choices == E
+                and router.scores(tokens(1), context(1)).order_TC is not None)
+def test_a_masked_expert_is_never_chosen(option, overrides):
+    found = routed(router_of(option, overrides), RoutingEdits(scores=set_score(2, float("-inf"))))
+    assert not (found.ids_TK == 2).any() and found.stats.counts_E[2] == 0
+    assert (found.ids_TK >= 0).any() and found.weights_TK.isfinite().all()
 
 
 @every_router_of_k_experts

@@ -18,7 +18,7 @@ LIMITED = ["router.num_groups=4", "router.topk_groups=2"]
 MOE_PLUS_PLUS = ["router.num_null=1", "router.num_copy=1", "router.num_constant=2", "router.map_logits=true",
                  "loss=[z,hetero_lbl]"]
 # Overrides that a router needs, by its option.
-NEEDS = {"sparsemixer": ["model.top_k=2"]}
+NEEDS = {"sparsemixer": ["model.top_k=2"], "expert_choice": ["eval.allow_noncausal=true"]}
 # Overrides with which a router is tried besides its defaults, by its option.
 QUANTILE = ["router.balance=quantile"]
 VARIANTS = {
@@ -31,11 +31,17 @@ VARIANTS = {
     "dtop_p": [["router.target_k=1.25"]],
     "null_expert": [["router.renorm=none", "router.num_null=2", "loss=[z,null_lbl]"], MOE_PLUS_PLUS],
     "relu": [["router.target_k=1.5", "router.lambda0=0.01", "loss=[z,l1_lb]"]],
-    "mlp": [["router.kind=gmm"], ["router.dropout=0.25", "router.sample_topk=1"]]}
+    "mlp": [["router.kind=gmm"], ["router.dropout=0.25", "router.sample_topk=1"]],
+    "domain": [["router.experts=[[0,1,2,3],[4,5,6,7],[0,2,4,6],[1,3,5,7]]"]]}
 # Sizes of their own that routers have by themselves, for finite differences, by option.
 SMALL = {"recurrent": ["router.state_dim=2"], "mlp": ["router.hidden=3"]}
 EVERY = [(option, overrides) for option in group_options()["router"]
          for overrides in ([], *VARIANTS.get(option, []))]
+
+
+def chosen(option: str, overrides: list[str]) -> list[str]:
+    """Overrides of a run with this router."""
+    return [f"router={option}", *NEEDS.get(option, []), *overrides]
 
 
 def _name(option: str, overrides: list[str]) -> str:
@@ -86,8 +92,7 @@ STILL: dict[str, tuple[str, ...]] = {
     _name("null_expert", MOE_PLUS_PLUS): ("layers.0.moe.router.logit_map",),         # no layer before it
 }
 SUBJECTS = [Subject(name, overrides, STILL.get(name, ())) for name, overrides in [
-    *((_name(option, overrides), (f"router={option}", *NEEDS.get(option, []), *overrides))
-      for option, overrides in EVERY),
+    *((_name(option, overrides), tuple(chosen(option, overrides))) for option, overrides in EVERY),
     *ARCHITECTURES.items(), *IN_A_RUN.items()]]
 
 
@@ -97,7 +102,7 @@ def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -
                       *NEEDS.get(option, []), *SMALL.get(option, []), *overrides])
     with torch.device("meta"):
         router = build(config.router, "router", dim=D, num_experts=experts, top_k=config.model.top_k, layer=0,
-                       num_layers=2, total_steps=100)
+                       num_layers=2, total_steps=100, vocab_size=48)
         router.stand_alone()
     materialize(router, seed=3, std=0.5, num_layers=2)
     generator = torch.Generator().manual_seed(3)
@@ -118,9 +123,9 @@ def chosen_routers(having: Callable[[Router], bool]) -> pytest.MarkDecorator:
 
 
 def takes_k_experts(router: Router) -> bool:
-    """Whether every token takes K experts, the best K by score; not where others decide on their group."""
-    takes_k = not router.uses_few_slots and router.num_choices == E and router.max_slots() == K
-    return takes_k and not hasattr(router, "group_weight")
+    """Whether every token takes K of all experts, the best K by score."""
+    return (type(router).choose is Router.choose and router.num_domains is None
+            and not router.uses_few_slots and router.num_choices == E and router.max_slots() == K)
 
 
 def tokens(count: int, seed: int = 1) -> Tensor:
@@ -129,5 +134,6 @@ def tokens(count: int, seed: int = 1) -> Tensor:
 
 def context(count: int, first: int = 0, **fields) -> RouterContext:
     numbers_T = torch.arange(first, first + count)
-    return RouterContext(step=1, router="layers.0.moe", sample_ids_T=numbers_T // 4,
-                         positions_T=numbers_T % 4, **fields)
+    told = {"step": 1, "router": "layers.0.moe", "sample_ids_T": numbers_T // 4, "positions_T": numbers_T % 4,
+            "token_ids_T": 5 * numbers_T % 48, "domains_T": numbers_T // 4 % 4}
+    return RouterContext(**{**told, **fields})

@@ -6,9 +6,13 @@ from moetrain.config.architecture import attention_top_k
 from moetrain.config.build import NoSuchPart, declared
 from moetrain.config.rules.model import moe_layers
 from moetrain.config.schema import Config
+from moetrain.config.values import show
 from moetrain.errors import ConfigError
 
 _OWN = "moetrain.routers."
+EXPERT_CHOICE = "moetrain.routers.expert_choice.ExpertChoiceRouter"
+FIXED_RANDOM = "moetrain.routers.fixed_random.FixedRandomRouter"
+DOMAIN = "moetrain.routers.domain.DomainRouter"
 
 
 def fixed_top_k(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -72,3 +76,56 @@ def load_of_noise(config: Config, ranks: int) -> Iterator[ConfigError]:
                 "which depends on whole groups, too" if noisy else "and has no gradient without noise"),
             next=("router.num_groups=1" if noisy else "router=topk router.noise=vmoe") +
                  ", or loss=[importance]")
+
+
+def choice_capacity(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse experts that choose more tokens than there are."""
+    capacity = config.router.get("capacity")
+    if config.router.get("_target_") != EXPERT_CHOICE or capacity is None:
+        return
+    for layer, num_experts, _ in moe_layers(config):
+        if capacity > num_experts:
+            yield ConfigError(
+                259, f"router.capacity={show(capacity)} is more than model.num_experts={num_experts} "
+                     f"(layer {layer})",
+                where="router.capacity, model.num_experts",
+                why="it is the mean number of experts of a token, which takes each at most once",
+                next=f"router.capacity={num_experts} or less")
+            return
+
+
+def growing_k(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse a number of experts that would shrink."""
+    k_min = config.router.get("k_min", 1)
+    if config.router.get("_target_") != FIXED_RANDOM:
+        return
+    for layer, _, top_k in moe_layers(config):
+        if k_min > top_k:
+            yield ConfigError(
+                260, f"router.k_min={k_min} is more than model.top_k={top_k} (layer {layer})",
+                where="router.k_min, model.top_k",
+                why="a token has router.k_min experts at the beginning, and model.top_k at the end",
+                next=f"router.k_min={top_k} or less, or model.top_k={k_min}")
+            return
+
+
+def domain_lists(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Require lists of experts that there are, each long enough for a token."""
+    if config.router.get("_target_") != DOMAIN:
+        return
+    for layer, num_experts, top_k in moe_layers(config):
+        for number, own in enumerate(config.router.get("experts") or ()):
+            unknown = [expert for expert in own if not 0 <= expert < num_experts]
+            if unknown:
+                wrong, why = f"has expert {unknown[0]}", f"experts are numbered from 0 to {num_experts - 1}"
+            elif len(set(own)) < top_k:
+                wrong, why = (f"has {len(set(own))} experts", f"a token of the domain takes "
+                                                              f"model.top_k={top_k} of them")
+            else:
+                continue
+            fitting = sorted({expert for expert in own if expert not in unknown} | set(range(num_experts)))
+            yield ConfigError(
+                261, f"list {number} of router.experts {wrong} (layer {layer})",
+                where="router.experts, model.num_experts, model.top_k", why=why,
+                next=f"a list such as {show(fitting[:max(top_k, len(own))])} in its place")
+            return

@@ -51,6 +51,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
         ("schedule", schedule_line(run)),
         ("batch", f"{per_step:,} tokens = {ranks} rank{'s' * (ranks > 1)} x {micro_batch} seq"
                   f" x {config.train.seq_len} x accum {accumulation}"),
+        ("router", router_line(run)),
         ("balance", balance_line(run, accumulation)),
         ("losses", ", ".join(f"{name}, weight {weight:g}" for name, weight in run.objective.weights.items()
                              if name != "balance")),
@@ -163,6 +164,14 @@ def capacity_line(run: Run) -> str:
     """Capacity policies of the layers; empty if no slot can be dropped."""
     policies = {layer.capacity.describe() for layer in run.state.model.sparse_layers}
     return "; ".join(sorted(policies - {"dropless"}))
+
+
+def router_line(run: Run) -> str:
+    """Routers whose decisions depend on how a batch is split; empty if there are none."""
+    # A router's file has the name of its config value.
+    return "; ".join(sorted({
+        f"{type(router).__module__.rpartition('.')[2]}   depends on: {router.depends_on_split}"
+        for router in run.state.model.routers.values() if router.depends_on_split}))
 
 
 def balance_line(run: Run, accumulation: int) -> str:
